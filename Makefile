@@ -1,0 +1,53 @@
+# `make demo` and `make test` work on a fresh Debian machine with Python 3.11+, make and git.
+PYTHON ?= python3
+VENV ?= .venv
+TOPOLOGY ?= examples/demo.toml
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# Three wheels bring the same mooncake/ folder: one for hosts without an NVIDIA driver, one each for CUDA 12 and 13.
+MOONCAKE := $(shell tools/mooncake_extra.sh)
+
+.PHONY: help install demo serve test test-gpu check format bench clean
+
+help: ## This list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(INSTALLED): pyproject.toml constraints.txt tools/system_packages.sh tools/mooncake_extra.sh
+	tools/system_packages.sh
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench,$(MOONCAKE)]'
+	touch $@
+
+install: $(INSTALLED) ## Make the environment in .venv
+
+demo: $(INSTALLED) ## A picture through the running system, in out/demo.png
+	$(BIN)/python -m tools.demo $(TOPOLOGY) -o out/demo.png
+
+serve: $(INSTALLED) ## Start the system of TOPOLOGY=examples/demo.toml and keep it running
+	$(BIN)/triptych up $(TOPOLOGY)
+
+test: $(INSTALLED) ## All tests that need no GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: ## Tests that need a GPU; makes no environment: `make test-gpu PYTHON=python3` uses that one
+	$(PYTHON) -m pytest -m gpu
+
+check: $(INSTALLED) ## Lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## Format, and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## The benchmarks, as JSON lines
+	$(BIN)/python -m tools.bench bus
+	$(BIN)/python -m tools.bench transfer
+	$(BIN)/python -m tools.bench overhead
+
+clean: ## Remove the environment and what was made
+	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache

@@ -1,0 +1,34 @@
+"""The actor runtime: actors, processes, supervision, and the topology that says which there are.
+
+`import actors` does not import torch; `launch` and what it needs are imported when they are first used.
+"""
+
+from typing import TYPE_CHECKING
+
+from actors.actor import Actor
+from actors.addresses import AddressBook
+from actors.errors import ActorCrashed, StartFailure, TopologyError
+from actors.topology import Component, Topology, load_topology
+
+if TYPE_CHECKING:
+    from actors.cluster import launch
+
+__all__ = [
+    "Actor",
+    "ActorCrashed",
+    "AddressBook",
+    "Component",
+    "StartFailure",
+    "Topology",
+    "TopologyError",
+    "launch",
+    "load_topology",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name == "launch":  # it needs an HTTP client, which no actor does
+        from actors import cluster
+
+        return cluster.launch
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

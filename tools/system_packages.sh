@@ -1,0 +1,16 @@
+#!/bin/sh
+# Installs what the wheels need from the system: mooncake links against libibverbs and libnuma.
+set -eu
+missing=""
+for pair in libibverbs.so.1:libibverbs1 libnuma.so.1:libnuma1; do
+    /sbin/ldconfig -p | grep -q "${pair%%:*}" || missing="$missing ${pair##*:}"
+done
+[ -z "$missing" ] && exit 0
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    apt-get update -qq
+    # shellcheck disable=SC2086  # a list of package names
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing
+else
+    echo "Missing system packages. Type:  sudo apt-get install$missing   and run make again." >&2
+    exit 1
+fi
