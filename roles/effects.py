@@ -1,0 +1,42 @@
+"""What the ledger wants done in the world. The head carries these out; the ledger only decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from roles.messages.work import LeaseRef, Work
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """Send the unit's current stage to an instance; one of its credits is spent."""
+
+    instance: str
+    unit_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Tell an instance to stop a piece of work."""
+
+    instance: str
+    work: Work
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Give slots back to their pools."""
+
+    leases: tuple[LeaseRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """A request has become terminal: wake who waits for it."""
+
+    request_id: str
+
+
+Effect: TypeAlias = Assign | Cancel | Release | Settle

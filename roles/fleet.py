@@ -1,0 +1,133 @@
+"""The role instances that the head may send work to, and their credits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from engines.panels import Panel
+
+from roles.dispatch import Candidate
+from roles.messages.requests import InstanceView
+from roles.messages.stages import InstanceHello
+
+
+@dataclass(slots=True)
+class Instance:
+    """One incarnation of a role process."""
+
+    name: str
+    kind: str
+    generation: int
+    slots: int
+    pool: str
+    issued: int
+    """Credits that it has issued; only ever grows."""
+    spent: int
+    """Credits that the head has used."""
+    heard_at: float
+    accepted: tuple[str, ...] = ()
+    in_hand: set[str] = field(default_factory=set)
+    """Ids of the units assigned to it."""
+    served: int = 0
+    last_served: int = 0
+
+    @property
+    def credits(self) -> int:
+        """Units of work that it would still take."""
+        return self.issued - self.spent
+
+    def serves(self, panel: Panel) -> bool:
+        """Whether work for `panel` starts here. A monolithic instance takes a unit at its first panel, for all."""
+        return self.kind == panel.value or (self.kind == "monolithic" and panel is Panel.ENCODER)
+
+    def view(self) -> InstanceView:
+        """What `/v1/cluster` shows."""
+        return InstanceView(
+            self.name, self.kind, self.generation, self.credits, self.slots, tuple(sorted(self.in_hand))
+        )
+
+
+class Fleet:
+    """The instances by name, and those that were given up."""
+
+    def __init__(self) -> None:
+        self.instances: dict[str, Instance] = {}
+        self._fenced: dict[str, int] = {}
+        self._turns = 0
+
+    def welcome(self, hello: InstanceHello, now: float) -> Instance:
+        """Enter an incarnation, in place of any earlier one of that name."""
+        known = self.instances.get(hello.name)
+        instance = Instance(
+            name=hello.name,
+            kind=hello.kind,
+            generation=hello.generation,
+            slots=hello.slots,
+            pool=hello.pool,
+            issued=hello.issued,
+            spent=hello.taken,
+            heard_at=now,
+            accepted=hello.accepted,
+            last_served=known.last_served if known else 0,
+        )
+        self.instances[hello.name] = instance
+        return instance
+
+    def fenced(self, name: str, generation: int) -> bool:
+        """Whether this incarnation was given up, so that nothing it says counts."""
+        return generation <= self._fenced.get(name, 0)
+
+    def fence(self, name: str, generation: int) -> None:
+        """Give an incarnation up for good."""
+        self._fenced[name] = max(generation, self._fenced.get(name, 0))
+
+    def remove(self, name: str) -> Instance | None:
+        """Forget an instance that is gone."""
+        return self.instances.pop(name, None)
+
+    def credit(self, name: str, issued: int) -> None:
+        """Take note of credits; an older number than one already seen changes nothing."""
+        if instance := self.instances.get(name):
+            instance.issued = max(instance.issued, issued)
+
+    def candidates(self, panel: Panel) -> list[Candidate]:
+        """Who would take work for `panel` now."""
+        return [
+            Candidate(i.name, i.credits, i.slots, len(i.in_hand), i.served, i.last_served)
+            for i in self.instances.values()
+            if i.credits > 0 and i.serves(panel)
+        ]
+
+    def assign(self, name: str, unit_id: str) -> None:
+        """Spend one credit of an instance."""
+        instance = self.instances[name]
+        self._turns += 1
+        instance.spent += 1
+        instance.served += 1
+        instance.last_served = self._turns
+        instance.in_hand.add(unit_id)
+
+    def refund(self, name: str) -> None:
+        """An instance that did not take the work has not used its credit either."""
+        if instance := self.instances.get(name):
+            instance.spent -= 1
+
+    def let_go(self, name: str, unit_id: str) -> None:
+        """The unit is no longer in the instance's hands."""
+        if instance := self.instances.get(name):
+            instance.in_hand.discard(unit_id)
+
+    def slots(self, panel: Panel) -> int:
+        """Units of work that the instances of `panel` can hold together."""
+        return sum(i.slots for i in self.instances.values() if i.serves(panel))
+
+    def silent(self, before: float) -> Iterable[Instance]:
+        """Instances not heard of since `before` (unix seconds)."""
+        return [i for i in self.instances.values() if i.heard_at < before]
+
+    def missing_panels(self) -> list[str]:
+        """Panels that nobody serves at present."""
+        if any(i.kind == "monolithic" for i in self.instances.values()):
+            return []
+        return [p.value for p in Panel if not any(i.serves(p) for i in self.instances.values())]

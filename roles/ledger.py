@@ -1,0 +1,366 @@
+"""The head's decisions: what becomes of each unit of work on each event.
+
+Plain data in, plain data out: an event method changes the books and queues effects; the head carries them out.
+No clock, no socket, no disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from engines.panels import Panel
+
+from roles.dispatch import Policy
+from roles.effects import Assign, Cancel, Effect, Release, Settle
+from roles.fleet import Fleet
+from roles.messages.requests import RequestView, Scalar
+from roles.messages.stages import InstanceHello, StageFinished, TransferStaged
+from roles.messages.work import LeaseRef, Work
+from roles.request import DONE, JOURNEY, PANEL_OF, RUNNING, UPSTREAM, WAITING, State, Unit
+
+MAX_DEATHS = 2
+"""A unit that was being computed when its instance died, this often, is held to be the cause."""
+
+AHEAD = 2
+"""Units that may be staged for a panel, as a multiple of the slots of its instances, before the panel upstream
+waits: a bound on the pool's memory, and what keeps a full pool from locking up."""
+
+
+@dataclass(slots=True)
+class Request:
+    """What a client asked for: one or more units."""
+
+    id: str
+    inputs: dict[str, Scalar]
+    output_format: str
+    created_at: float
+    deadline: float
+    units: list[Unit]
+    idempotency_key: str = ""
+    digest: str = ""
+    """Of the body, to tell a retry from another request under the same key."""
+    finished_at: float = 0.0
+
+    @property
+    def terminal(self) -> bool:
+        """Whether every unit is."""
+        return all(unit.terminal for unit in self.units)
+
+    @property
+    def state(self) -> State:
+        """Of the unit furthest behind; once all are terminal, the worst outcome."""
+        if not self.terminal:
+            return min((u.state for u in self.units if not u.terminal), key=JOURNEY.index)
+        worst_first = (State.FAILED, State.TIMED_OUT, State.CANCELLED, State.DONE)
+        return min((u.state for u in self.units), key=worst_first.index)
+
+    def view(self) -> RequestView:
+        """What a client may know."""
+        return RequestView(
+            request_id=self.id,
+            state=self.state.value,
+            terminal=self.terminal,
+            created_at=self.created_at,
+            finished_at=self.finished_at,
+            inputs=self.inputs,
+            output_format=self.output_format,
+            units=tuple(unit.view() for unit in self.units),
+        )
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums over the units that came to an end."""
+
+    completed: int = 0
+    latency_s: float = 0.0
+    """Of completed units alone: a failure is no fast success."""
+
+    @property
+    def average_latency_s(self) -> float:
+        """0 before the first completion."""
+        return self.latency_s / self.completed if self.completed else 0.0
+
+
+@dataclass(slots=True)
+class Ledger:
+    """All requests, all instances, and the rules between them."""
+
+    policy: Policy
+    max_pending: int = 256
+    max_attempts: int = 3
+    requests: dict[str, Request] = field(default_factory=dict)
+    units: dict[str, Unit] = field(default_factory=dict)
+    """The active ones."""
+    fleet: Fleet = field(default_factory=Fleet)
+    tally: Tally = field(default_factory=Tally)
+    dirty: set[str] = field(default_factory=set)
+    """Ids of units changed since the journal was last written."""
+    effects: list[Effect] = field(default_factory=list)
+
+    # -- clients
+
+    def room(self, n: int) -> bool:
+        """Whether n more units fit under `max_pending`."""
+        return len(self.units) + n <= self.max_pending
+
+    def accept(self, request: Request, now: float) -> None:
+        """Enter a request that the journal has written; its units start to wait."""
+        self.enter(request)
+        for unit in request.units:
+            unit.attempt = 1
+            unit.advance(State.ENCODER_WAITING, now)
+            self.dirty.add(unit.id)
+
+    def enter(self, request: Request) -> None:
+        """Put a request in the books as it is."""
+        self.requests[request.id] = request
+        self.units.update({unit.id: unit for unit in request.units if not unit.terminal})
+
+    def cancel(self, request_id: str, reason: str, now: float) -> None:
+        """Stop what is left of a request."""
+        for unit in self.requests[request_id].units:
+            if not unit.terminal:
+                self._stop(unit, State.CANCELLED, reason, now)
+
+    # -- instances
+
+    def hello(self, hello: InstanceHello, now: float) -> tuple[Work, ...]:
+        """Enter an instance; returns the work that it has in hand and should drop."""
+        self.fleet.welcome(hello, now)
+        in_hand = set(hello.running)
+        for unit in [u for u in self.units.values() if u.instance == hello.name]:
+            if unit.work in in_hand:
+                self.fleet.instances[hello.name].in_hand.add(unit.id)
+            else:
+                self._retry(unit, f"{hello.name} came back without it", now, counts=False)
+        return tuple(w for w in hello.running if not self._holds(hello.name, w))
+
+    def instance_down(self, name: str, cause: str, now: float) -> None:
+        """An instance is gone; what it had in hand is done again, elsewhere if possible."""
+        self.fleet.remove(name)
+        for unit in [u for u in self.units.values() if u.instance == name]:
+            unit.deaths += unit.running
+            self._retry(unit, f"{name}: {cause}", now)
+
+    def pool_down(self, pool: str, older_than: int, now: float) -> None:
+        """The tensors staged in a pool's earlier generations are gone."""
+        for unit in list(self.units.values()):
+            lost = [
+                p
+                for p, s in unit.staged.items()
+                if s.lease.pool == pool and s.lease.pool_generation < older_than
+            ]
+            for panel in lost:
+                del unit.staged[panel]
+                self.dirty.add(unit.id)
+            # An instance that has it in hand may have loaded it already; it says so if it has not.
+            if lost and not unit.instance:
+                self._retry(unit, f"{pool}: its staged tensors are gone", now, counts=False)
+
+    def orphans(self, now: float) -> None:
+        """After a restart of the head: what nobody has claimed is done again."""
+        for unit in list(self.units.values()):
+            if unit.instance and unit.instance not in self.fleet.instances:
+                self._retry(unit, f"{unit.instance} did not come back", now, counts=False)
+
+    # -- reports: each returns False when it is about an attempt that no longer counts
+
+    def not_taken(self, name: str, work: Work, cause: str, now: float) -> None:
+        """The instance refused the work, so its credit was not used."""
+        self.fleet.refund(name)
+        if unit := self._current(work, name):
+            self._retry(unit, f"{name}: {cause}", now)
+
+    def started(self, work: Work, name: str, panel: Panel, now: float) -> bool:
+        """The panel runs."""
+        unit = self._current(work, name)
+        if unit is None:
+            return False
+        if unit.state is not RUNNING[panel]:
+            unit.advance(RUNNING[panel], now)
+        unit.instances[panel.value] = name
+        self.dirty.add(unit.id)
+        return True
+
+    def progress(self, work: Work, step: int, total_steps: int) -> None:
+        """A denoising step is done."""
+        unit = self.units.get(work.unit_id)
+        if unit and unit.attempt == work.attempt:
+            unit.step, unit.total_steps = step, total_steps
+
+    def staged(self, report: TransferStaged, now: float) -> bool:
+        """A panel's outputs are at rest; the unit goes on to wait for the next one."""
+        panel = Panel(report.panel)
+        self.fleet.credit(report.instance, report.issued)
+        unit = self._current(report.work, report.instance)
+        if unit is None or unit.panel is not panel:
+            known = self.units.get(report.work.unit_id)
+            if known is None or report.staged not in known.staged.values():
+                self.effects.append(Release((report.staged.lease,)))
+            return False
+        self._let_go(unit)
+        unit.stage_seconds[panel.value] = report.seconds
+        unit.advance(DONE[panel], now)
+        consumed = unit.drop_staged()
+        if consumed:
+            self.effects.append(Release(consumed))
+        unit.staged[panel] = report.staged
+        unit.advance(next(WAITING[p] for p, upstream in UPSTREAM.items() if upstream is panel), now)
+        self.dirty.add(unit.id)
+        return True
+
+    def finished(self, report: StageFinished, now: float) -> bool:
+        """The picture is on disk."""
+        self.fleet.credit(report.instance, report.issued)
+        unit = self._current(report.work, report.instance)
+        if unit is None:
+            return False
+        unit.stage_seconds[report.panel] = report.seconds
+        unit.artifact = report.artifact
+        if unit.state is not State.DECODER_RUNNING:
+            unit.advance(State.DECODER_RUNNING, now)
+        self._end(unit, State.DONE, "", now)
+        return True
+
+    def stage_failed(
+        self, work: Work, name: str, error: str, now: float, *, issued: int, retryable: bool
+    ) -> bool:
+        """The panel raised."""
+        self.fleet.credit(name, issued)
+        unit = self._current(work, name)
+        if unit is None:
+            return False
+        if retryable:
+            self._retry(unit, f"{name}: {error}", now)
+        else:
+            unit.causes.append(f"{name}: {error}")
+            self._end(unit, State.FAILED, error, now)
+        return True
+
+    def transfer_failed(
+        self, work: Work, name: str, reason: str, now: float, *, issued: int, source_gone: bool
+    ) -> bool:
+        """Staged tensors could not be fetched."""
+        self.fleet.credit(name, issued)
+        unit = self._current(work, name)
+        if unit is None:
+            return False
+        if source_gone:
+            self._release(unit)
+        self._retry(unit, f"{name}: {reason}", now)
+        return True
+
+    # -- time
+
+    def expire(self, now: float) -> None:
+        """Requests past their deadline."""
+        for unit in [u for u in self.units.values() if u.deadline <= now]:
+            self._stop(unit, State.TIMED_OUT, f"not done after {now - self._created(unit):.0f} s", now)
+
+    def dispatch(self, now: float) -> None:
+        """Give waiting units, oldest first, to instances with credits."""
+        for panel in reversed(Panel):
+            for unit in [u for u in self.units.values() if u.state is WAITING[panel] and not u.instance]:
+                candidates = self.fleet.candidates(panel)
+                if not candidates or self._far_ahead(panel):
+                    break
+                unit.instance = self.policy(candidates).name
+                unit.instances[panel.value] = unit.instance
+                self.fleet.assign(unit.instance, unit.id)
+                self.dirty.add(unit.id)
+                self.effects.append(Assign(unit.instance, unit.id))
+
+    def take_effects(self) -> list[Effect]:
+        """The effects queued since the last call."""
+        effects, self.effects = self.effects, []
+        return effects
+
+    def counts(self) -> dict[str, int]:
+        """Active units by state."""
+        counts: dict[str, int] = {}
+        for unit in self.units.values():
+            counts[unit.state.value] = counts.get(unit.state.value, 0) + 1
+        return counts
+
+    def leases(self) -> set[LeaseRef]:
+        """Every slot that an active unit still needs."""
+        return {staged.lease for unit in self.units.values() for staged in unit.staged.values()}
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Drop terminal requests from the books."""
+        for request_id in request_ids:
+            if self.requests[request_id].terminal:
+                del self.requests[request_id]
+
+    # -- inside
+
+    def _created(self, unit: Unit) -> float:
+        return self.requests[unit.request_id].created_at
+
+    def _current(self, work: Work, name: str) -> Unit | None:
+        unit = self.units.get(work.unit_id)
+        return unit if unit and unit.work == work and unit.instance == name else None
+
+    def _holds(self, name: str, work: Work) -> bool:
+        return self._current(work, name) is not None
+
+    def _far_ahead(self, panel: Panel) -> bool:
+        """Whether enough is staged, or on its way, for the panel that comes after `panel`."""
+        after = next((p for p, upstream in UPSTREAM.items() if upstream is panel), None)
+        if after is None or not self.fleet.slots(after):
+            return False
+        under_way = {WAITING[after], RUNNING[after], RUNNING[panel]}
+        ahead = sum(u.state in under_way or (PANEL_OF.get(u.state) is panel and bool(u.instance))
+                    for u in self.units.values())
+        return ahead >= (AHEAD + 1) * self.fleet.slots(after)
+
+    def _let_go(self, unit: Unit) -> None:
+        self.fleet.let_go(unit.instance, unit.id)
+        unit.instance = ""
+        unit.step = 0
+
+    def _release(self, unit: Unit) -> None:
+        if leases := unit.drop_staged():
+            self.effects.append(Release(leases))
+
+    def _retry(self, unit: Unit, cause: str, now: float, *, counts: bool = True) -> None:
+        """Start the unit's stage again, or fail it when it has been tried often enough."""
+        panel = unit.panel
+        assert panel is not None, f"{unit.id} is {unit.state}"
+        self._let_go(unit)
+        unit.causes.append(cause)
+        unit.failures += counts
+        if unit.failures >= self.max_attempts or unit.deaths >= MAX_DEATHS:
+            self._end(unit, State.FAILED, self._why_given_up(unit), now)
+            return
+        unit.attempt += 1
+        target = WAITING[unit.resume_panel(panel)]
+        if unit.state is not target:
+            unit.move(target, now, cause)
+        self.dirty.add(unit.id)
+
+    def _why_given_up(self, unit: Unit) -> str:
+        if unit.deaths >= MAX_DEATHS:
+            return f"{unit.deaths} instances died while they computed it; last: {unit.causes[-1]}"
+        return f"given up after {unit.failures} failed attempts; last: {unit.causes[-1]}"
+
+    def _stop(self, unit: Unit, state: State, reason: str, now: float) -> None:
+        if unit.instance:
+            self.effects.append(Cancel(unit.instance, unit.work, reason))
+        self._end(unit, state, reason, now)
+
+    def _end(self, unit: Unit, state: State, reason: str, now: float) -> None:
+        self._let_go(unit)
+        self._release(unit)
+        unit.move(state, now, reason)
+        del self.units[unit.id]
+        self.dirty.add(unit.id)
+        request = self.requests[unit.request_id]
+        if state is State.DONE:
+            self.tally.completed += 1
+            self.tally.latency_s += now - request.created_at
+        if request.terminal:
+            request.finished_at = now
+            self.effects.append(Settle(request.id))

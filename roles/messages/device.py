@@ -1,0 +1,113 @@
+"""Inside one role process: the instance, its stream worker and its transfer actor.
+
+Tensors never ride in a message: these name the work, and the values lie in the process's `Workspace`.
+"""
+
+from __future__ import annotations
+
+from bus import Message
+
+from roles.messages.work import Artifact, LeaseRef, Staged, Work
+
+
+class RunPanel(Message):
+    """Instance to stream worker: run this panel on the workspace's values."""
+
+    work: Work
+    panel: str
+
+
+class CancelPanel(Message):
+    """Instance to stream worker: stop before the next step."""
+
+    work: Work
+
+
+class PanelStarted(Message):
+    """Stream worker to instance."""
+
+    work: Work
+    panel: str
+
+
+class PanelStepped(Message):
+    """Stream worker to instance: a denoising step is done."""
+
+    work: Work
+    step: int
+    total_steps: int
+
+
+class PanelFinished(Message):
+    """Stream worker to instance: the outputs are in the workspace."""
+
+    work: Work
+    panel: str
+    seconds: float
+
+
+class PanelFailed(Message):
+    """Stream worker to instance: the panel raised."""
+
+    work: Work
+    panel: str
+    error: str
+    at_fault: bool
+    """The request is at fault (a bad value), not the machine."""
+
+
+class PanelCancelled(Message):
+    """Stream worker to instance: stopped as told."""
+
+    work: Work
+
+
+class StageState(Message):
+    """Instance to transfer: put the workspace's values into a slot."""
+
+    work: Work
+
+
+class StateStaged(Message):
+    """Transfer to instance: sealed."""
+
+    work: Work
+    staged: Staged
+    seconds: float
+
+
+class LoadState(Message):
+    """Instance to transfer: fetch, verify and load staged tensors into the workspace."""
+
+    work: Work
+    source: Staged
+    target: LeaseRef | None
+
+
+class StateLoaded(Message):
+    """Transfer to instance: the values are in the workspace."""
+
+    work: Work
+    seconds: float
+
+
+class StateFailed(Message):
+    """Transfer to instance: staging or loading failed; the workspace is unchanged."""
+
+    work: Work
+    reason: str
+    source_gone: bool = False
+
+
+class SaveArtifact(Message):
+    """Instance to transfer: write the workspace's picture to the artifact store."""
+
+    work: Work
+    output_format: str
+
+
+class ArtifactSaved(Message):
+    """Transfer to instance: the file is complete and on disk."""
+
+    work: Work
+    artifact: Artifact

@@ -1,0 +1,151 @@
+"""Client to head: submit, wait, query, cancel."""
+
+from __future__ import annotations
+
+from bus import Message
+
+from roles.messages.work import Artifact, Scalar, Value
+
+
+class SubmitRequest(Message):
+    """Accept `n` pictures of one prompt. Asks for RequestAccepted or RequestRejected."""
+
+    request_id: str
+    inputs: dict[str, Scalar]
+    """Pipeline inputs by diffusers' names (`prompt`, `height`, `num_inference_steps`, ...), without the seed."""
+    seed: int | None = None
+    """Picture k is made from `seed + k`; without a seed the head draws one."""
+    n: int = 1
+    output_format: str = "png"
+    """png, jpeg or webp."""
+    idempotency_key: str = ""
+    """With a key, submitting again gives the same request; another body under the key is a conflict."""
+
+
+class RequestAccepted(Message):
+    """The request is on disk: it will reach exactly one terminal state."""
+
+    request_id: str
+    """Not the submitted id when the idempotency key was already known."""
+
+
+class RequestRejected(Message):
+    """The request was not taken; nothing of it is kept."""
+
+    code: str
+    """invalid, full, conflict or unavailable."""
+    message: str
+    param: str = ""
+    """The input at fault, when there is one."""
+    retry_after_s: float = 0.0
+
+
+class QueryRequest(Message):
+    """Asks for the RequestView; refused with `not_found`."""
+
+    request_id: str
+
+
+class WaitRequest(Message):
+    """Asks for the RequestView once the request is terminal, or as it is after `timeout_s`."""
+
+    request_id: str
+    timeout_s: float
+
+
+class CancelRequest(Message):
+    """Stop the request within one denoising step. Asks for the RequestView."""
+
+    request_id: str
+    reason: str = "cancelled by the client"
+
+
+class Move(Value):
+    """One transition of the state machine."""
+
+    state: str
+    at: float
+    """Unix seconds."""
+    reason: str = ""
+
+
+class UnitView(Value):
+    """One picture of a request."""
+
+    index: int
+    seed: int
+    state: str
+    attempts: int
+    step: int
+    total_steps: int
+    history: tuple[Move, ...]
+    instances: dict[str, str]
+    """Panel to the name of the instance that ran it last."""
+    stage_seconds: dict[str, float]
+    causes: tuple[str, ...]
+    """Why earlier attempts ended, oldest first."""
+    artifact: Artifact | None = None
+
+
+class RequestView(Message):
+    """A request as the head sees it."""
+
+    request_id: str
+    state: str
+    """The state of the unit that is furthest behind; a failed unit fails the request once all are terminal."""
+    terminal: bool
+    created_at: float
+    finished_at: float
+    """Unix seconds; 0 while active."""
+    inputs: dict[str, Scalar]
+    output_format: str
+    units: tuple[UnitView, ...]
+
+
+class DescribeModel(Message):
+    """Asks for the ModelDescription."""
+
+
+class ModelDescription(Message):
+    """The served model: what it takes, and the values that it uses when they are not given."""
+
+    name: str
+    family: str
+    task: str
+    dtype: str
+    created_at: float
+    defaults: dict[str, Scalar]
+    ranges: dict[str, tuple[float, ...]]
+    """Input to (minimum, maximum) or (minimum, maximum, multiple of)."""
+    accepted: tuple[str, ...]
+    """Inputs that the pipeline takes; empty until an instance has loaded it."""
+
+
+class ClusterQuery(Message):
+    """Asks for the ClusterView."""
+
+
+class InstanceView(Value):
+    """A role instance as the head knows it."""
+
+    name: str
+    kind: str
+    generation: int
+    credits: int
+    """Units of work that the head may still send."""
+    slots: int
+    running: tuple[str, ...]
+
+
+class ClusterView(Message):
+    """The head's books."""
+
+    ready: bool
+    reasons: tuple[str, ...]
+    """Why it is not ready, in words; empty when it is."""
+    instances: tuple[InstanceView, ...]
+    states: dict[str, int]
+    """Units by state."""
+    completed: int
+    average_latency_s: float
+    """Of completed units alone."""

@@ -1,0 +1,179 @@
+"""Head to role instance and back: registration, credits, stages, transfers."""
+
+from __future__ import annotations
+
+from bus import Message
+
+from roles.messages.work import Artifact, LeaseRef, Scalar, Staged, Work
+
+
+class InstanceHello(Message):
+    """An instance offers itself; said again whenever the head was away. Asks for InstanceWelcome."""
+
+    name: str
+    kind: str
+    """encoder, denoiser, decoder or monolithic."""
+    generation: int
+    pid: int
+    slots: int
+    issued: int
+    """Credits issued by this incarnation so far; only ever grows."""
+    taken: int
+    """Units of work taken by this incarnation so far."""
+    pool: str
+    """The buffer pool that it maps, empty for monolithic."""
+    accepted: tuple[str, ...]
+    """Inputs that the loaded pipeline takes."""
+    running: tuple[Work, ...]
+    """Work in hand, so that a restarted head need not redo it."""
+
+
+class InstanceWelcome(Message):
+    """The head has the instance in its books. Work it does not know of must be dropped."""
+
+    unknown: tuple[Work, ...] = ()
+
+
+class InstanceAlive(Message):
+    """Said each second. Asks for Acknowledged; refused with `fenced` once the head has given this incarnation up."""
+
+    name: str
+    generation: int
+
+
+class StageAssign(Message):
+    """Run the first panel of a unit (all panels, on a monolithic instance). Asks for StageTaken."""
+
+    work: Work
+    inputs: dict[str, Scalar]
+    seed: int
+    output_format: str
+    deadline: float
+    """Unix seconds after which the result is of no use."""
+
+
+class TransferAlloc(Message):
+    """Reserve a slot in the receiver's own pool. Asks for TransferAllocated or TransferRejected."""
+
+    work: Work
+    nbytes: int
+
+
+class TransferAllocated(Message):
+    """The slot is reserved for this work."""
+
+    work: Work
+    target: LeaseRef
+
+
+class TransferRejected(Message):
+    """No slot."""
+
+    work: Work
+    reason: str
+    retryable: bool
+
+
+class TransferPush(Message):
+    """Fetch a unit's staged tensors and run your panel on them. Asks for StageTaken."""
+
+    work: Work
+    source: Staged
+    target: LeaseRef | None
+    """Where the bytes go; None when the source's pool is the receiver's own and is mapped."""
+    output_format: str
+    deadline: float
+
+
+class StageTaken(Message):
+    """The instance has the work in hand; one credit is spent."""
+
+    work: Work
+
+
+class StageCancel(Message):
+    """Stop this work within one step, if it is still in hand."""
+
+    work: Work
+    reason: str
+
+
+class Acknowledged(Message):
+    """The head has acted on the report; it need not be sent again."""
+
+
+class TransferReady(Message):
+    """The staged tensors have arrived, match their checksum and are loaded."""
+
+    work: Work
+    instance: str
+    seconds: float
+
+
+class TransferFailed(Message):
+    """The staged tensors could not be fetched; nothing was computed on them."""
+
+    work: Work
+    instance: str
+    reason: str
+    source_gone: bool
+    """The source itself is lost or damaged, so that another receiver would fail as well."""
+    issued: int
+
+
+class StageStarted(Message):
+    """The panel's first kernel is about to run."""
+
+    work: Work
+    instance: str
+    panel: str
+
+
+class StageProgress(Message):
+    """A denoising step has finished. Told, not asked: the next one makes up for a lost one."""
+
+    work: Work
+    step: int
+    total_steps: int
+
+
+class TransferStaged(Message):
+    """The panel is done and its outputs are sealed in a slot."""
+
+    work: Work
+    instance: str
+    panel: str
+    staged: Staged
+    seconds: float
+    issued: int
+
+
+class StageFinished(Message):
+    """The last panel is done and the artifact is on disk."""
+
+    work: Work
+    instance: str
+    panel: str
+    artifact: Artifact
+    seconds: float
+    issued: int
+
+
+class StageFailed(Message):
+    """The panel raised."""
+
+    work: Work
+    instance: str
+    panel: str
+    error: str
+    retryable: bool
+    """False when the request itself is at fault and would fail anywhere."""
+    issued: int
+
+
+class StageCancelled(Message):
+    """The work was dropped because it was told to be."""
+
+    work: Work
+    instance: str
+    issued: int

@@ -1,0 +1,55 @@
+"""The nouns that several conversations share."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+Scalar: TypeAlias = str | int | float | bool | None
+
+
+class Value(msgspec.Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fields=True):
+    """A part of a message; like a message, but never sent on its own."""
+
+
+class Work(Value):
+    """One attempt at one picture. Every message about a picture carries it."""
+
+    unit_id: str
+    """`REQUEST_ID/INDEX`: a request for n pictures is n units."""
+    attempt: int
+    """Counts dispatches from 1. What names an older attempt is fenced off."""
+
+    def __str__(self) -> str:
+        return f"{self.unit_id}#{self.attempt}"
+
+
+class LeaseRef(Value):
+    """A slot of a buffer pool, named so that a restarted pool can never be mistaken for its predecessor."""
+
+    pool: str
+    pool_generation: int
+    lease_id: int
+    offset: int
+    """Bytes from the start of the pool's arena."""
+    nbytes: int
+
+
+class Staged(Value):
+    """Tensors at rest in a sealed slot, and all that is needed to load them."""
+
+    lease: LeaseRef
+    manifest: bytes
+    """msgpack, as `engines.codec.pack` made it: names, shapes, dtypes and plain values."""
+    checksum: int
+    """xxh3-64 of the slot's first `nbytes` bytes."""
+    nbytes: int
+
+
+class Artifact(Value):
+    """A finished media file in the artifact store."""
+
+    name: str
+    content_type: str
+    nbytes: int

@@ -1,0 +1,190 @@
+"""The life of one unit of work (one picture): its states, the legal moves between them, and its history."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from engines.panels import Panel
+
+from roles.messages.requests import Move, UnitView
+from roles.messages.work import Artifact, LeaseRef, Staged, Work
+
+
+class State(StrEnum):
+    """Where a unit of work is."""
+
+    PENDING = "PENDING"
+    ENCODER_WAITING = "ENCODER_WAITING"
+    ENCODER_RUNNING = "ENCODER_RUNNING"
+    ENCODER_DONE = "ENCODER_DONE"
+    DENOISING_WAITING = "DENOISING_WAITING"
+    DENOISING_RUNNING = "DENOISING_RUNNING"
+    DENOISING_DONE = "DENOISING_DONE"
+    DECODER_WAITING = "DECODER_WAITING"
+    DECODER_RUNNING = "DECODER_RUNNING"
+    DONE = "DONE"
+    FAILED = "FAILED"
+    TIMED_OUT = "TIMED_OUT"
+    CANCELLED = "CANCELLED"
+
+
+JOURNEY: tuple[State, ...] = (
+    State.PENDING,
+    State.ENCODER_WAITING,
+    State.ENCODER_RUNNING,
+    State.ENCODER_DONE,
+    State.DENOISING_WAITING,
+    State.DENOISING_RUNNING,
+    State.DENOISING_DONE,
+    State.DECODER_WAITING,
+    State.DECODER_RUNNING,
+    State.DONE,
+)
+"""The way of a unit that nothing happens to."""
+
+TERMINAL = frozenset({State.DONE, State.FAILED, State.TIMED_OUT, State.CANCELLED})
+
+WAITING = {
+    Panel.ENCODER: State.ENCODER_WAITING,
+    Panel.DENOISER: State.DENOISING_WAITING,
+    Panel.DECODER: State.DECODER_WAITING,
+}
+RUNNING = {
+    Panel.ENCODER: State.ENCODER_RUNNING,
+    Panel.DENOISER: State.DENOISING_RUNNING,
+    Panel.DECODER: State.DECODER_RUNNING,
+}
+DONE = {
+    Panel.ENCODER: State.ENCODER_DONE,
+    Panel.DENOISER: State.DENOISING_DONE,
+    Panel.DECODER: State.DONE,
+}
+PANEL_OF = {state: panel for states in (WAITING, RUNNING) for panel, state in states.items()}
+UPSTREAM = {Panel.DENOISER: Panel.ENCODER, Panel.DECODER: Panel.DENOISER}
+"""Whose staged output a panel starts from."""
+
+_ABORTS = frozenset({State.FAILED, State.TIMED_OUT, State.CANCELLED})
+_RETREATS = {
+    # A running stage goes back to its own queue, or to an earlier one when the tensors it started from are gone;
+    # a waiting one only moves back for the latter reason.
+    State.ENCODER_RUNNING: {State.ENCODER_WAITING},
+    State.DENOISING_WAITING: {State.ENCODER_WAITING},
+    State.DENOISING_RUNNING: {State.DENOISING_WAITING, State.ENCODER_WAITING},
+    State.DECODER_WAITING: {State.DENOISING_WAITING, State.ENCODER_WAITING},
+    State.DECODER_RUNNING: {State.DECODER_WAITING, State.DENOISING_WAITING, State.ENCODER_WAITING},
+}
+LEGAL: dict[State, frozenset[State]] = {
+    state: frozenset() if state in TERMINAL else frozenset({following} | _ABORTS | _RETREATS.get(state, set()))
+    for state, following in zip(JOURNEY, (*JOURNEY[1:], State.DONE), strict=True)
+} | {state: frozenset() for state in _ABORTS}
+"""Every legal move."""
+
+
+class IllegalTransition(Exception):
+    """A move that the table does not have: a defect of the head, never of a request."""
+
+    def __init__(self, unit_id: str, origin: State, target: State) -> None:
+        super().__init__(f"{unit_id} cannot go from {origin} to {target}")
+        self.unit_id = unit_id
+        self.origin = origin
+        self.target = target
+
+
+@dataclass(slots=True)
+class Unit:
+    """One picture on its way."""
+
+    id: str
+    request_id: str
+    index: int
+    seed: int
+    deadline: float
+    """Unix seconds after which it is TIMED_OUT."""
+    state: State = State.PENDING
+    attempt: int = 0
+    history: list[Move] = field(default_factory=list)
+    staged: dict[Panel, Staged] = field(default_factory=dict)
+    """Outputs at rest, by the panel that made them."""
+    instance: str = ""
+    """Who has it in hand, empty while it waits."""
+    instances: dict[str, str] = field(default_factory=dict)
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    causes: list[str] = field(default_factory=list)
+    failures: int = 0
+    """Attempts that ended through the request or its instance; what the pool or the head lost does not count."""
+    deaths: int = 0
+    """Instances that died while they computed this unit."""
+    step: int = 0
+    total_steps: int = 0
+    artifact: Artifact | None = None
+
+    @property
+    def work(self) -> Work:
+        """The current attempt."""
+        return Work(self.id, self.attempt)
+
+    @property
+    def terminal(self) -> bool:
+        """Whether nothing can happen to it any more."""
+        return self.state in TERMINAL
+
+    @property
+    def running(self) -> bool:
+        """Whether an instance computes it."""
+        return self.state in RUNNING.values()
+
+    @property
+    def panel(self) -> Panel | None:
+        """The panel that it waits for or runs on; None when PENDING, between panels, or terminal."""
+        return PANEL_OF.get(self.state)
+
+    def move(self, target: State, at: float, reason: str = "") -> None:
+        """Go to `target` at `at` (unix seconds).
+
+        Raises:
+            IllegalTransition: when the table has no such move; the unit stays as it was.
+        """
+        if target not in LEGAL[self.state]:
+            raise IllegalTransition(self.id, self.state, target)
+        self.state = target
+        self.history.append(Move(target.value, at, reason))
+
+    def advance(self, target: State, at: float) -> None:
+        """Walk the journey forward up to and including `target`; nothing when it is already there.
+
+        Raises:
+            IllegalTransition: when `target` does not lie ahead.
+        """
+        if self.terminal or target not in JOURNEY or JOURNEY.index(target) < JOURNEY.index(self.state):
+            raise IllegalTransition(self.id, self.state, target)
+        for state in JOURNEY[JOURNEY.index(self.state) + 1 : JOURNEY.index(target) + 1]:
+            self.move(state, at)
+
+    def resume_panel(self, panel: Panel) -> Panel:
+        """The panel to start again from when `panel` was lost: the nearest whose inputs are still at rest."""
+        while panel in UPSTREAM and UPSTREAM[panel] not in self.staged:
+            panel = UPSTREAM[panel]
+        return panel
+
+    def drop_staged(self) -> tuple[LeaseRef, ...]:
+        """Forget every staged output; returns the leases that nobody needs any more."""
+        leases = tuple(staged.lease for staged in self.staged.values())
+        self.staged.clear()
+        return leases
+
+    def view(self) -> UnitView:
+        """What a client may know."""
+        return UnitView(
+            index=self.index,
+            seed=self.seed,
+            state=self.state.value,
+            attempts=self.attempt,
+            step=self.step,
+            total_steps=self.total_steps,
+            history=tuple(self.history),
+            instances=dict(self.instances),
+            stage_seconds=dict(self.stage_seconds),
+            causes=tuple(self.causes),
+            artifact=self.artifact,
+        )

@@ -1,0 +1,350 @@
+"""The head's decisions, first by example, then under any order of events."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
+
+from engines.panels import Panel
+from roles.dispatch import POLICIES
+from roles.effects import Assign, Cancel, Effect, Release, Settle
+from roles.ledger import Ledger, Request
+from roles.messages.stages import InstanceHello, StageFinished, TransferStaged
+from roles.messages.work import Artifact, LeaseRef, Staged, Work
+from roles.request import State, Unit
+
+KINDS = ("encoder", "denoiser", "decoder")
+
+
+def ledger(**options: int) -> Ledger:
+    return Ledger(POLICIES["round_robin"], **options)
+
+
+def request(id_: str = "r", n: int = 1, *, deadline: float = 1e9, at: float = 0.0) -> Request:
+    units = [Unit(f"{id_}/{k}", id_, k, k, deadline) for k in range(n)]
+    return Request(id_, {"prompt": "x"}, "png", at, deadline, units)
+
+
+def hello(name: str, *, generation: int = 1, slots: int = 1, running: tuple[Work, ...] = ()) -> InstanceHello:
+    kind = name.partition("-")[0]
+    return InstanceHello(
+        name, kind, generation, 1, slots, issued=slots, taken=len(running), pool="pool", accepted=(), running=running
+    )
+
+
+def a_slot(lease_id: int, pool_generation: int = 1) -> Staged:
+    return Staged(LeaseRef("pool", pool_generation, lease_id, 0, 64), b"", 0, 64)
+
+
+def staged(work: Work, panel: str, lease_id: int, issued: int = 99) -> TransferStaged:
+    return TransferStaged(work, f"{panel}-0", panel, a_slot(lease_id), 0.5, issued)
+
+
+def finished(work: Work, name: str = "decoder-0") -> StageFinished:
+    return StageFinished(work, name, "decoder", Artifact("r-0.png", "image/png", 10), 0.1, 99)
+
+
+def after(books: Ledger, now: float = 1.0) -> list[Effect]:
+    books.dispatch(now)
+    return books.take_effects()
+
+
+@pytest.fixture
+def books() -> Ledger:
+    books = ledger()
+    for kind in KINDS:
+        books.hello(hello(f"{kind}-0", slots=2), 0.0)
+    return books
+
+
+def to_denoiser(books: Ledger, id_: str = "r") -> Unit:
+    books.accept(request(id_), 0.0)
+    after(books)
+    unit = books.units[f"{id_}/0"]
+    assert books.started(unit.work, "encoder-0", Panel.ENCODER, 1.0)
+    assert books.staged(staged(unit.work, "encoder", 1), 2.0)
+    after(books)
+    assert books.started(unit.work, "denoiser-0", Panel.DENOISER, 3.0)
+    return unit
+
+
+def test_a_picture_goes_through_three_panels(books: Ledger) -> None:
+    unit = to_denoiser(books)
+    assert books.staged(staged(unit.work, "denoiser", 2), 4.0)
+    effects = after(books)
+    assert Release((a_slot(1).lease,)) in effects, "the encoder's slot is kept until the denoiser is done with it"
+    assert Assign("decoder-0", "r/0") in effects
+    assert books.finished(finished(unit.work), 5.0)
+    effects = after(books)
+    assert Release((a_slot(2).lease,)) in effects
+    assert Settle("r") in effects
+    view = books.requests["r"].view()
+    assert view.state == "DONE"
+    assert [m.state for m in view.units[0].history][-1] == "DONE"
+    assert view.units[0].instances == {"encoder": "encoder-0", "denoiser": "denoiser-0", "decoder": "decoder-0"}
+    assert books.tally.average_latency_s == 5.0
+
+
+def test_nothing_is_sent_without_a_credit() -> None:
+    books = ledger()
+    books.hello(hello("encoder-0", slots=1), 0.0)
+    books.accept(request("a"), 0.0)
+    books.accept(request("b"), 0.0)
+    assert after(books) == [Assign("encoder-0", "a/0")]
+    assert after(books) == []
+    work = books.units["a/0"].work
+    books.staged(TransferStaged(work, "encoder-0", "encoder", a_slot(1), 0.1, issued=2), 1.0)
+    assert after(books) == [Assign("encoder-0", "b/0")]
+
+
+def test_a_death_reruns_only_the_lost_stage_from_its_upstream_lease(books: Ledger) -> None:
+    unit = to_denoiser(books)
+    books.hello(hello("denoiser-1"), 3.0)
+    first = unit.work
+    books.instance_down("denoiser-0", "its process ended", 4.0)
+    effects = after(books)
+    assert Assign("denoiser-1", "r/0") in effects
+    assert not [e for e in effects if isinstance(e, Release)]
+    assert unit.state is State.DENOISING_WAITING
+    assert unit.work == Work("r/0", first.attempt + 1)
+    assert not books.staged(staged(first, "denoiser", 9), 5.0), "the old attempt no longer counts"
+    assert after(books) == [Release((a_slot(9).lease,))]
+
+
+def test_a_lost_pool_sends_waiting_work_back_to_the_start(books: Ledger) -> None:
+    unit = to_denoiser(books)
+    books.pool_down("pool", 2, 4.0)
+    assert unit.state is State.DENOISING_RUNNING, "it may have loaded its tensors already"
+    books.instance_down("denoiser-0", "its process ended", 5.0)
+    assert unit.state is State.ENCODER_WAITING
+    assert unit.failures == 1
+
+
+def test_a_unit_that_kills_twice_fails_and_others_go_on(books: Ledger) -> None:
+    unit = to_denoiser(books)
+    books.instance_down("denoiser-0", "its process ended", 4.0)
+    books.hello(hello("denoiser-0", generation=2, slots=2), 5.0)
+    after(books)
+    books.started(unit.work, "denoiser-0", Panel.DENOISER, 5.5)
+    books.instance_down("denoiser-0", "its process ended", 6.0)
+    assert unit.state is State.FAILED
+    assert len(unit.causes) == 2
+    assert unit.instance == ""
+    assert Settle("r") in after(books)
+
+
+def test_attempts_are_bounded_and_every_cause_is_kept(books: Ledger) -> None:
+    unit = to_denoiser(books)
+    for k in range(3):
+        assert not unit.terminal
+        assert books.stage_failed(unit.work, "denoiser-0", f"boom {k}", 4.0, issued=99, retryable=True)
+        after(books)
+    assert unit.state is State.FAILED
+    assert unit.causes == ["denoiser-0: boom 0", "denoiser-0: boom 1", "denoiser-0: boom 2"]
+
+
+def test_a_request_at_fault_fails_at_once_with_its_cause(books: Ledger) -> None:
+    unit = to_denoiser(books)
+    books.stage_failed(unit.work, "denoiser-0", "ValueError: bad size", 4.0, issued=99, retryable=False)
+    assert unit.state is State.FAILED
+    assert unit.history[-1].reason == "ValueError: bad size"
+
+
+def test_cancel_stops_the_work_and_returns_the_leases(books: Ledger) -> None:
+    unit = to_denoiser(books)
+    work = unit.work
+    books.cancel("r", "enough", 4.0)
+    effects = after(books)
+    assert Cancel("denoiser-0", work, "enough") in effects
+    assert Release((a_slot(1).lease,)) in effects
+    assert Settle("r") in effects
+    assert not books.staged(staged(work, "denoiser", 2), 5.0)
+    assert after(books) == [Release((a_slot(2).lease,))]
+    assert books.requests["r"].state is State.CANCELLED
+
+
+def test_a_deadline_times_out_wherever_the_unit_is(books: Ledger) -> None:
+    unit = to_denoiser(books)
+    unit.deadline = 10.0
+    books.expire(9.9)
+    assert not unit.terminal
+    books.expire(10.0)
+    assert unit.state is State.TIMED_OUT
+
+
+def test_a_restarted_head_keeps_what_an_instance_still_has_in_hand(books: Ledger) -> None:
+    unit = to_denoiser(books)
+    restarted = ledger()
+    restarted.enter(books.requests["r"])
+    assert restarted.hello(hello("denoiser-0", slots=2, running=(unit.work, Work("gone/0", 1))), 5.0) == (
+        Work("gone/0", 1),
+    )
+    restarted.orphans(9.0)
+    assert unit.state is State.DENOISING_RUNNING
+    assert restarted.staged(staged(unit.work, "denoiser", 2), 10.0)
+
+
+def test_a_restarted_head_reruns_what_nobody_claims(books: Ledger) -> None:
+    unit = to_denoiser(books)
+    restarted = ledger()
+    restarted.enter(books.requests["r"])
+    restarted.orphans(9.0)
+    assert unit.state is State.DENOISING_WAITING
+    assert unit.failures == 0
+
+
+def test_a_report_said_twice_does_not_release_what_is_in_use(books: Ledger) -> None:
+    unit = to_denoiser(books)
+    assert not books.staged(staged(unit.work, "encoder", 1), 5.0)
+    assert [e for e in after(books) if isinstance(e, Release)] == []
+    assert unit.state is State.DENOISING_RUNNING
+
+
+def test_encoders_wait_when_enough_is_staged_for_the_denoisers() -> None:
+    books = ledger()
+    books.hello(hello("encoder-0", slots=50), 0.0)
+    books.hello(hello("denoiser-0", slots=1), 0.0)
+    for k in range(20):
+        books.accept(request(f"r{k}"), 0.0)
+    assert len(after(books)) == 3
+
+
+def test_a_monolithic_instance_passes_through_every_state() -> None:
+    books = ledger()
+    books.hello(
+        InstanceHello("mono-0", "monolithic", 1, 1, 1, 1, 0, pool="", accepted=(), running=()), 0.0
+    )
+    books.accept(request(), 0.0)
+    assert after(books) == [Assign("mono-0", "r/0")]
+    unit = books.units["r/0"]
+    for panel in Panel:
+        assert books.started(unit.work, "mono-0", panel, 1.0)
+    assert books.finished(finished(unit.work, "mono-0"), 2.0)
+    assert [m.state for m in unit.history] == [s.value for s in State][1:10]
+
+
+class Traffic(RuleBasedStateMachine):
+    """Submits, reports, deaths, cancels in any order: nothing is lost, doubled or leaked."""
+
+    requests = Bundle("requests")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.books = ledger(max_attempts=3)
+        self.now = 0.0
+        self.leases = 0
+        self.held: set[LeaseRef] = set()
+        self.settled: Counter[str] = Counter()
+        self.generation = 0
+        self.in_hand: dict[str, set[Work]] = {}
+        self.issued: dict[str, int] = {}
+        for kind in KINDS:
+            for k in range(2):
+                self._join(f"{kind}-{k}")
+
+    def _join(self, name: str) -> None:
+        self.generation += 1
+        self.in_hand[name], self.issued[name] = set(), 2
+        self.books.hello(hello(name, generation=self.generation, slots=2), self.now)
+        self._carry_out()
+
+    def _carry_out(self) -> None:
+        self.now += 1.0
+        self.books.dispatch(self.now)
+        for effect in self.books.take_effects():
+            match effect:
+                case Assign(name, unit_id):
+                    self.in_hand[name].add(self.books.units[unit_id].work)
+                case Cancel(name, work, _):
+                    self.in_hand.get(name, set()).discard(work)
+                    self._issue(name)
+                case Release(leases):
+                    assert self.held.issuperset(leases), "released twice"
+                    self.held -= set(leases)
+                case Settle(request_id):
+                    self.settled[request_id] += 1
+
+    def _issue(self, name: str) -> int:
+        self.issued[name] = self.issued.get(name, 0) + 1
+        self.books.fleet.credit(name, self.issued[name])
+        return self.issued[name]
+
+    @rule(target=requests, n=st.integers(1, 3))
+    def submit(self, n: int) -> str:
+        id_ = f"r{len(self.books.requests)}"
+        self.books.accept(request(id_, n, at=self.now), self.now)
+        self._carry_out()
+        return id_
+
+    @rule(id_=requests)
+    def cancel(self, id_: str) -> None:
+        self.books.cancel(id_, "enough", self.now)
+        self._carry_out()
+
+    @precondition(lambda self: any(self.in_hand.values()))
+    @rule(data=st.data(), outcome=st.sampled_from(["done", "done", "done", "failed", "at fault", "source gone"]))
+    def report(self, data: st.DataObject, outcome: str) -> None:
+        name = data.draw(st.sampled_from(sorted(n for n, held in self.in_hand.items() if held)))
+        work = data.draw(st.sampled_from(sorted(self.in_hand[name], key=str)))
+        kind = name.partition("-")[0]
+        self.in_hand[name].discard(work)
+        issued = self._issue(name)
+        self.books.started(work, name, Panel(kind), self.now)
+        if outcome == "source gone" and kind != "encoder":
+            self.books.transfer_failed(work, name, "checksum", self.now, issued=issued, source_gone=True)
+        elif outcome != "done":
+            self.books.stage_failed(work, name, "boom", self.now, issued=issued, retryable=outcome == "failed")
+        elif kind == "decoder":
+            artifact = Artifact("x.png", "image/png", 1)
+            self.books.finished(StageFinished(work, name, kind, artifact, 0.1, issued), self.now)
+        else:
+            self.leases += 1
+            slot = a_slot(self.leases)
+            self.held.add(slot.lease)
+            self.books.staged(TransferStaged(work, name, kind, slot, 0.1, issued), self.now)
+        self._carry_out()
+
+    @rule(kind=st.sampled_from(KINDS), k=st.integers(0, 1), back=st.booleans())
+    def die(self, kind: str, k: int, back: bool) -> None:
+        name = f"{kind}-{k}"
+        if name in self.in_hand:
+            del self.in_hand[name]
+            self.books.instance_down(name, "killed", self.now)
+            self._carry_out()
+        if back:
+            self._join(name)
+
+    @invariant()
+    def each_request_settles_exactly_once(self) -> None:
+        for id_, held in self.books.requests.items():
+            assert self.settled[id_] == held.terminal
+
+    @invariant()
+    def no_slot_is_lost(self) -> None:
+        assert self.held == self.books.leases()
+
+    @invariant()
+    def no_instance_is_overcommitted(self) -> None:
+        for instance in self.books.fleet.instances.values():
+            assert instance.credits >= 0
+            assert len(instance.in_hand) <= instance.slots
+
+    def teardown(self) -> None:
+        for kind in KINDS:
+            self._join(f"{kind}-0")
+        for id_ in list(self.books.requests):
+            self.books.cancel(id_, "end", self.now)
+        self._carry_out()
+        assert not self.books.units
+        assert not self.held
+        self.each_request_settles_exactly_once()
+
+
+TestTraffic = Traffic.TestCase
+TestTraffic.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
