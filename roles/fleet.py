@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from engines.panels import Panel
-
 from roles.dispatch import Candidate
 from roles.messages.requests import InstanceView
 from roles.messages.stages import InstanceHello

@@ -10,13 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from engines.panels import Panel
-
 from roles.dispatch import Policy
 from roles.effects import Assign, Cancel, Effect, Release, Settle
 from roles.fleet import Fleet
-from roles.messages.requests import RequestView, Scalar
-from roles.messages.stages import InstanceHello, StageFinished, TransferStaged
-from roles.messages.work import LeaseRef, Work
+from roles.messages.requests import RequestView
+from roles.messages.stages import InstanceHello, StageFailed, StageFinished, TransferFailed, TransferStaged
+from roles.messages.work import LeaseRef, Scalar, Work
 from roles.request import DONE, JOURNEY, PANEL_OF, RUNNING, UPSTREAM, WAITING, State, Unit
 
 MAX_DEATHS = 2
@@ -147,11 +146,7 @@ class Ledger:
     def pool_down(self, pool: str, older_than: int, now: float) -> None:
         """The tensors staged in a pool's earlier generations are gone."""
         for unit in list(self.units.values()):
-            lost = [
-                p
-                for p, s in unit.staged.items()
-                if s.lease.pool == pool and s.lease.pool_generation < older_than
-            ]
+            lost = [p for p, s in unit.staged.items() if s.lease.pool == pool and s.lease.pool_generation < older_than]
             for panel in lost:
                 del unit.staged[panel]
                 self.dirty.add(unit.id)
@@ -224,33 +219,34 @@ class Ledger:
         self._end(unit, State.DONE, "", now)
         return True
 
-    def stage_failed(
-        self, work: Work, name: str, error: str, now: float, *, issued: int, retryable: bool
-    ) -> bool:
+    def stage_failed(self, report: StageFailed, now: float) -> bool:
         """The panel raised."""
-        self.fleet.credit(name, issued)
-        unit = self._current(work, name)
+        self.fleet.credit(report.instance, report.issued)
+        unit = self._current(report.work, report.instance)
         if unit is None:
             return False
-        if retryable:
-            self._retry(unit, f"{name}: {error}", now)
+        if report.retryable:
+            self._retry(unit, f"{report.instance}: {report.error}", now)
         else:
-            unit.causes.append(f"{name}: {error}")
-            self._end(unit, State.FAILED, error, now)
+            self.give_up(report.work, report.instance, report.error, now)
         return True
 
-    def transfer_failed(
-        self, work: Work, name: str, reason: str, now: float, *, issued: int, source_gone: bool
-    ) -> bool:
+    def transfer_failed(self, report: TransferFailed, now: float) -> bool:
         """Staged tensors could not be fetched."""
-        self.fleet.credit(name, issued)
-        unit = self._current(work, name)
+        self.fleet.credit(report.instance, report.issued)
+        unit = self._current(report.work, report.instance)
         if unit is None:
             return False
-        if source_gone:
+        if report.source_gone:
             self._release(unit)
-        self._retry(unit, f"{name}: {reason}", now)
+        self._retry(unit, f"{report.instance}: {report.reason}", now)
         return True
+
+    def give_up(self, work: Work, name: str, reason: str, now: float) -> None:
+        """It would fail wherever it was tried."""
+        if unit := self._current(work, name):
+            unit.causes.append(f"{name}: {reason}")
+            self._end(unit, State.FAILED, reason, now)
 
     # -- time
 
@@ -312,8 +308,9 @@ class Ledger:
         if after is None or not self.fleet.slots(after):
             return False
         under_way = {WAITING[after], RUNNING[after], RUNNING[panel]}
-        ahead = sum(u.state in under_way or (PANEL_OF.get(u.state) is panel and bool(u.instance))
-                    for u in self.units.values())
+        ahead = sum(
+            u.state in under_way or (PANEL_OF.get(u.state) is panel and bool(u.instance)) for u in self.units.values()
+        )
         return ahead >= (AHEAD + 1) * self.fleet.slots(after)
 
     def _let_go(self, unit: Unit) -> None:
@@ -327,8 +324,7 @@ class Ledger:
 
     def _retry(self, unit: Unit, cause: str, now: float, *, counts: bool = True) -> None:
         """Start the unit's stage again, or fail it when it has been tried often enough."""
-        panel = unit.panel
-        assert panel is not None, f"{unit.id} is {unit.state}"
+        panel = unit.panel or Panel.ENCODER
         self._let_go(unit)
         unit.causes.append(cause)
         unit.failures += counts

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from engines.panels import Panel
-
 from roles.messages.requests import Move, UnitView
 from roles.messages.work import Artifact, LeaseRef, Staged, Work
 
@@ -81,7 +80,7 @@ LEGAL: dict[State, frozenset[State]] = {
 """Every legal move."""
 
 
-class IllegalTransition(Exception):
+class IllegalTransitionError(Exception):
     """A move that the table does not have: a defect of the head, never of a request."""
 
     def __init__(self, unit_id: str, origin: State, target: State) -> None:
@@ -143,10 +142,10 @@ class Unit:
         """Go to `target` at `at` (unix seconds).
 
         Raises:
-            IllegalTransition: when the table has no such move; the unit stays as it was.
+            IllegalTransitionError: when the table has no such move; the unit stays as it was.
         """
         if target not in LEGAL[self.state]:
-            raise IllegalTransition(self.id, self.state, target)
+            raise IllegalTransitionError(self.id, self.state, target)
         self.state = target
         self.history.append(Move(target.value, at, reason))
 
@@ -154,10 +153,10 @@ class Unit:
         """Walk the journey forward up to and including `target`; nothing when it is already there.
 
         Raises:
-            IllegalTransition: when `target` does not lie ahead.
+            IllegalTransitionError: when `target` does not lie ahead.
         """
         if self.terminal or target not in JOURNEY or JOURNEY.index(target) < JOURNEY.index(self.state):
-            raise IllegalTransition(self.id, self.state, target)
+            raise IllegalTransitionError(self.id, self.state, target)
         for state in JOURNEY[JOURNEY.index(self.state) + 1 : JOURNEY.index(target) + 1]:
             self.move(state, at)
 

@@ -6,7 +6,6 @@ Tensors never ride in a message: these name the work, and the values lie in the 
 from __future__ import annotations
 
 from bus import Message
-
 from roles.messages.work import Artifact, LeaseRef, Staged, Work
 
 
@@ -54,6 +53,8 @@ class PanelFailed(Message):
     error: str
     at_fault: bool
     """The request is at fault (a bad value), not the machine."""
+    device_lost: bool = False
+    """Nothing can be computed on this device any more: the process has to start anew."""
 
 
 class PanelCancelled(Message):
@@ -66,6 +67,8 @@ class StageState(Message):
     """Instance to transfer: put the workspace's values into a slot."""
 
     work: Work
+    deadline: float
+    """Unix seconds until which a full pool is waited for."""
 
 
 class StateStaged(Message):
@@ -82,6 +85,9 @@ class LoadState(Message):
     work: Work
     source: Staged
     target: LeaseRef | None
+    """Where bytes of another pool go; the transfer actor gives it back in any case."""
+    deadline: float
+    """Unix seconds until which a pool that is away is waited for."""
 
 
 class StateLoaded(Message):
@@ -97,6 +103,18 @@ class StateFailed(Message):
     work: Work
     reason: str
     source_gone: bool = False
+    """The staged tensors are lost or damaged, so that nobody could load them."""
+    retryable: bool = True
+    """False when it would fail anywhere: values that cannot cross, or more than a pool can ever hold."""
+
+
+class CancelState(Message):
+    """Instance to transfer: end what is being done for this work where it can be ended.
+
+    Answered by whatever it came to, StateFailed if it came to nothing.
+    """
+
+    work: Work
 
 
 class SaveArtifact(Message):

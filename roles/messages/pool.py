@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bus import Message
-
 from roles.messages.work import LeaseRef, Value, Work
 
 
@@ -28,16 +27,23 @@ class PoolDescription(Message):
     """Of the arena in the pool's process, for one-sided reads."""
     transport: str
     """What really carries the bytes, in words."""
+    arena: str = ""
+    """`engines.arena.ArenaAddress` as text: what a process of the same host needs to map the arena."""
 
 
 class LeaseSlot(Message):
-    """Lease a slot for writing. Asks for SlotLeased or PoolFull."""
+    """Lease a slot for writing. Asks for SlotLeased or PoolFull.
+
+    Asking again before it is sealed gives the same slot, so that an answer that was lost loses no memory.
+    """
 
     work: Work
     owner: str
-    """Taken back when this generation of this actor is gone."""
+    """Component name. The slot is taken back when this generation of it is gone."""
     owner_generation: int
     nbytes: int
+    incoming: bool = False
+    """For tensors to come from another pool, not for what the owner makes itself."""
 
 
 class SlotLeased(Message):
@@ -79,7 +85,11 @@ class SlotsReleased(Message):
 
 
 class PullSlot(Message):
-    """Read another pool's sealed slot into one of yours. Asks for SlotPulled; refused with `transfer_failed`."""
+    """Read another pool's sealed slot into one of yours. Asks for SlotPulled.
+
+    Refused with `source_gone` when the source pool has started anew since, with `transfer_failed` when the
+    bytes did not come; the target may then be in quarantine, and is to be released like any other.
+    """
 
     source: LeaseRef
     target: LeaseRef

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bus import Message
-
 from roles.messages.work import Artifact, Scalar, Value
 
 

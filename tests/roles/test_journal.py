@@ -65,7 +65,7 @@ def test_a_newer_journal_is_refused_in_words(tmp_path: Path) -> None:
     Journal(path).close()
     with sqlite3.connect(path) as db:
         db.execute(f"PRAGMA user_version={SCHEMA_VERSION + 1}")
-    with pytest.raises(JournalError, match="newer Triptych .*upgrade"):
+    with pytest.raises(JournalError, match=r"newer Triptych .*upgrade"):
         Journal(path)
 
 

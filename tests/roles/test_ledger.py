@@ -13,7 +13,7 @@ from engines.panels import Panel
 from roles.dispatch import POLICIES
 from roles.effects import Assign, Cancel, Effect, Release, Settle
 from roles.ledger import Ledger, Request
-from roles.messages.stages import InstanceHello, StageFinished, TransferStaged
+from roles.messages.stages import InstanceHello, StageFailed, StageFinished, TransferFailed, TransferStaged
 from roles.messages.work import Artifact, LeaseRef, Staged, Work
 from roles.request import State, Unit
 
@@ -46,6 +46,10 @@ def staged(work: Work, panel: str, lease_id: int, issued: int = 99) -> TransferS
 
 def finished(work: Work, name: str = "decoder-0") -> StageFinished:
     return StageFinished(work, name, "decoder", Artifact("r-0.png", "image/png", 10), 0.1, 99)
+
+
+def failed(work: Work, error: str, *, retryable: bool) -> StageFailed:
+    return StageFailed(work, "denoiser-0", "denoiser", error, retryable, 99)
 
 
 def after(books: Ledger, now: float = 1.0) -> list[Effect]:
@@ -141,7 +145,7 @@ def test_attempts_are_bounded_and_every_cause_is_kept(books: Ledger) -> None:
     unit = to_denoiser(books)
     for k in range(3):
         assert not unit.terminal
-        assert books.stage_failed(unit.work, "denoiser-0", f"boom {k}", 4.0, issued=99, retryable=True)
+        assert books.stage_failed(failed(unit.work, f"boom {k}", retryable=True), 4.0)
         after(books)
     assert unit.state is State.FAILED
     assert unit.causes == ["denoiser-0: boom 0", "denoiser-0: boom 1", "denoiser-0: boom 2"]
@@ -149,7 +153,7 @@ def test_attempts_are_bounded_and_every_cause_is_kept(books: Ledger) -> None:
 
 def test_a_request_at_fault_fails_at_once_with_its_cause(books: Ledger) -> None:
     unit = to_denoiser(books)
-    books.stage_failed(unit.work, "denoiser-0", "ValueError: bad size", 4.0, issued=99, retryable=False)
+    books.stage_failed(failed(unit.work, "ValueError: bad size", retryable=False), 4.0)
     assert unit.state is State.FAILED
     assert unit.history[-1].reason == "ValueError: bad size"
 
@@ -215,9 +219,7 @@ def test_encoders_wait_when_enough_is_staged_for_the_denoisers() -> None:
 
 def test_a_monolithic_instance_passes_through_every_state() -> None:
     books = ledger()
-    books.hello(
-        InstanceHello("mono-0", "monolithic", 1, 1, 1, 1, 0, pool="", accepted=(), running=()), 0.0
-    )
+    books.hello(InstanceHello("mono-0", "monolithic", 1, 1, 1, 1, 0, pool="", accepted=(), running=()), 0.0)
     books.accept(request(), 0.0)
     assert after(books) == [Assign("mono-0", "r/0")]
     unit = books.units["r/0"]
@@ -295,9 +297,9 @@ class Traffic(RuleBasedStateMachine):
         issued = self._issue(name)
         self.books.started(work, name, Panel(kind), self.now)
         if outcome == "source gone" and kind != "encoder":
-            self.books.transfer_failed(work, name, "checksum", self.now, issued=issued, source_gone=True)
+            self.books.transfer_failed(TransferFailed(work, name, "checksum", True, issued), self.now)
         elif outcome != "done":
-            self.books.stage_failed(work, name, "boom", self.now, issued=issued, retryable=outcome == "failed")
+            self.books.stage_failed(StageFailed(work, name, kind, "boom", outcome == "failed", issued), self.now)
         elif kind == "decoder":
             artifact = Artifact("x.png", "image/png", 1)
             self.books.finished(StageFinished(work, name, kind, artifact, 0.1, issued), self.now)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from engines.panels import Panel
 from roles.messages.work import LeaseRef, Staged
-from roles.request import JOURNEY, LEGAL, TERMINAL, IllegalTransition, State, Unit
+from roles.request import JOURNEY, LEGAL, TERMINAL, IllegalTransitionError, State, Unit
 
 ALL_MOVES = [(origin, target) for origin in State for target in State]
 
@@ -30,7 +30,7 @@ def test_each_legal_move_is_made_and_kept_with_its_time(origin: State, target: S
 @pytest.mark.parametrize(("origin", "target"), [m for m in ALL_MOVES if m[1] not in LEGAL[m[0]]])
 def test_each_illegal_move_raises_and_changes_nothing(origin: State, target: State) -> None:
     unit = unit_in(origin)
-    with pytest.raises(IllegalTransition, match=f"from {origin} to {target}"):
+    with pytest.raises(IllegalTransitionError, match=f"from {origin} to {target}"):
         unit.move(target, 5.0)
     assert unit.state is origin
     assert unit.history == []
@@ -61,7 +61,7 @@ def test_advance_walks_every_state_between() -> None:
 
 
 def test_advance_does_not_go_back() -> None:
-    with pytest.raises(IllegalTransition):
+    with pytest.raises(IllegalTransitionError):
         unit_in(State.DECODER_WAITING).advance(State.ENCODER_WAITING, 1.0)
 
 
@@ -71,7 +71,7 @@ def test_whatever_is_tried_only_legal_histories_come_about(targets: list[State])
     for target in targets:
         try:
             unit.move(target, 0.0)
-        except IllegalTransition:
+        except IllegalTransitionError:
             continue
     states = [State.PENDING, *(State(m.state) for m in unit.history)]
     assert all(b in LEGAL[a] for a, b in pairwise(states))

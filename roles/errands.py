@@ -1,0 +1,181 @@
+"""What the head has to go out for: sending work, giving slots back, watching instances and pools."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+
+from actors import Actor
+from bus import BusError, MailboxFull, RemoteFailure
+from engines.panels import Panel
+from roles.effects import Assign, Cancel, Effect, Release, Settle
+from roles.ledger import Ledger
+from roles.messages import pool as pools
+from roles.messages import stages
+from roles.messages.work import LeaseRef, Staged, Work
+from roles.request import UPSTREAM, Unit
+
+ANSWER_S = 5.0
+"""An actor that takes longer than this to say yes or no is taken for lost."""
+
+
+class _NoRoomError(Exception):
+    """The receiver's pool will never have a slot of that size."""
+
+
+class Errands:
+    """Runs the ledger's effects as tasks of the head; what comes back goes into the ledger."""
+
+    def __init__(self, head: Actor, ledger: Ledger, settle: Callable[[], None], pools: tuple[str, ...]) -> None:
+        self._head = head
+        self._ledger = ledger
+        self._settle = settle
+        self._expected_pools = pools
+        self._pools: dict[str, int] = {}
+
+    def carry_out(self, effects: Iterable[Effect]) -> list[str]:
+        """Start every effect; returns the ids of requests that have ended."""
+        ended: list[str] = []
+        for effect in effects:
+            match effect:
+                case Assign(instance, unit_id):
+                    self._head.spawn(self._assign(instance, self._ledger.units[unit_id]), name=f"assign {unit_id}")
+                case Cancel(instance, work, reason):
+                    self._cancel(instance, work, reason)
+                case Release(leases):
+                    self._head.spawn(self._release(leases), name="release")
+                case Settle(request_id):
+                    ended.append(request_id)
+        return ended
+
+    # -- sending work
+
+    async def _assign(self, instance: str, unit: Unit) -> None:
+        work = unit.work
+        try:
+            message = await self._order(instance, unit, work)
+            await self._head.reference(instance).ask(message, stages.StageTaken, timeout_s=ANSWER_S)
+        except _NoRoomError as error:
+            self._ledger.fleet.refund(instance)
+            self._ledger.give_up(work, instance, str(error), time.time())
+        except (RemoteFailure, MailboxFull) as error:
+            self._ledger.not_taken(instance, work, str(error), time.time())
+        except BusError as error:
+            # It may have taken the work or not: out of the books with it, until it says hello with what it has.
+            self._ledger.instance_down(instance, f"did not take {work}: {error}", time.time())
+        else:
+            return
+        self._settle()
+
+    async def _order(self, instance: str, unit: Unit, work: Work) -> stages.StageAssign | stages.TransferPush:
+        request = self._ledger.requests[unit.request_id]
+        panel = unit.panel
+        if panel is None or panel is Panel.ENCODER:
+            return stages.StageAssign(work, request.inputs, unit.seed, request.output_format, unit.deadline)
+        source = unit.staged[UPSTREAM[panel]]
+        target = await self._target(instance, source, work)
+        return stages.TransferPush(work, source, target, request.output_format, unit.deadline)
+
+    async def _target(self, instance: str, source: Staged, work: Work) -> LeaseRef | None:
+        """A slot in the receiver's pool; none is needed where it maps the source's own.
+
+        Raises:
+            _NoRoomError: the tensors can never fit.
+            BusError: the receiver does not answer.
+        """
+        receiver = self._ledger.fleet.instances.get(instance)
+        if receiver is None or receiver.pool == source.lease.pool:
+            return None
+        pause_s = 0.02
+        while True:
+            answer = await self._head.reference(instance).ask(
+                stages.TransferAlloc(work, source.nbytes),
+                stages.TransferAllocated,
+                stages.TransferRejected,
+                timeout_s=ANSWER_S,
+            )
+            if isinstance(answer, stages.TransferAllocated):
+                return answer.target
+            if isinstance(answer, stages.TransferRejected) and not answer.retryable:
+                raise _NoRoomError(answer.reason)
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, 0.5)
+
+    def _cancel(self, instance: str, work: Work, reason: str) -> None:
+        try:
+            self._head.reference(instance).tell(stages.StageCancel(work, reason))
+        except MailboxFull:
+            # Its result will be stale and changes nothing; only the instance's time is lost.
+            self._head.log.warning("cancel not delivered", instance=instance, work=str(work))
+
+    # -- slots
+
+    async def _release(self, leases: tuple[LeaseRef, ...]) -> None:
+        for pool in {lease.pool for lease in leases}:
+            message = pools.ReleaseSlots(tuple(lease for lease in leases if lease.pool == pool))
+            try:
+                await self._head.reference(pool).ask(message, pools.SlotsReleased, timeout_s=ANSWER_S)
+            except BusError as error:
+                # A pool that died has no leases any more; one that was slow is looked through again by `reclaim`.
+                self._head.log.info("release put off", pool=pool, error=str(error))
+
+    async def reclaim(self) -> None:
+        """Release sealed slots that no request needs: what was staged by an attempt that no longer counts."""
+        for pool in self._pools:
+            try:
+                report = await self._head.reference(pool).ask(pools.LeaseQuery(), pools.LeaseReport, timeout_s=ANSWER_S)
+            except BusError as error:
+                self._head.log.info("reclaim put off", pool=pool, error=str(error))
+                continue
+            if unneeded := tuple(v.lease for v in report.leases if self._unneeded(v)):
+                self._head.log.info("reclaimed", pool=pool, slots=len(unneeded))
+                await self._release(unneeded)
+
+    def _unneeded(self, view: pools.LeaseView) -> bool:
+        if view.state != "sealed":
+            return False
+        unit = self._ledger.units.get(view.work.unit_id)
+        if unit is None:
+            return True
+        return view.work.attempt < unit.attempt and view.lease not in {s.lease for s in unit.staged.values()}
+
+    # -- watching
+
+    async def watch_instance(self, name: str, generation: int) -> None:
+        """Until its process ends; then its work goes to others."""
+        await self._head.reference(name).down()
+        instance = self._ledger.fleet.instances.get(name)
+        if instance and instance.generation == generation:
+            self._head.log.warning("instance down", instance=name)
+            self._ledger.instance_down(name, "its process ended", time.time())
+            self._settle()
+
+    def watch_pools(self) -> None:
+        """Start to watch every pool of the topology."""
+        for name in self._expected_pools:
+            self._head.spawn(self._watch_pool(name), name=f"watch {name}")
+
+    async def _watch_pool(self, name: str) -> None:
+        """For ever: notices when a pool, and all that was staged in it, is gone."""
+        reference = self._head.reference(name)
+        while True:
+            # Watched before it is asked, so that a death right after the answer is not missed.
+            lost = self._head.spawn(reference.down(), name=f"down {name}")
+            try:
+                found = await reference.ask(pools.PoolQuery(), pools.PoolDescription, timeout_s=ANSWER_S)
+            except BusError:  # not there yet: ask again
+                lost.cancel()
+                continue
+            self._pools[name] = found.generation
+            self._ledger.pool_down(name, found.generation, time.time())
+            self._settle()
+            await lost
+            del self._pools[name]
+            self._head.log.warning("pool down", pool=name)
+            self._ledger.pool_down(name, found.generation + 1, time.time())
+            self._settle()
+
+    def pools_missing(self) -> list[str]:
+        """Pools that have not answered."""
+        return [name for name in self._expected_pools if name not in self._pools]

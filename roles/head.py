@@ -1,0 +1,350 @@
+"""The head router: accepts requests, sends each stage to an instance with a credit, and sees every request to its end.
+
+The decisions are the ledger's; here they meet the bus, the clock and the journal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import secrets
+import time
+from collections.abc import Callable
+from typing import TypeAlias, cast
+
+import msgspec
+
+from actors import Actor, Component, Later, StartFailure, Topology
+from bus import Refused
+from engines.card import CardError, ModelCard, load_card
+from engines.panels import ModelError, Panel
+from roles.dispatch import POLICIES
+from roles.errands import Errands
+from roles.journal import Journal, JournalError
+from roles.ledger import Ledger, Request
+from roles.messages import requests, stages
+from roles.messages.work import Scalar
+from roles.request import IllegalTransitionError, Unit
+
+Report: TypeAlias = (
+    stages.StageStarted
+    | stages.TransferReady
+    | stages.TransferStaged
+    | stages.StageFinished
+    | stages.StageFailed
+    | stages.TransferFailed
+    | stages.StageCancelled
+)
+TICK_S = 0.25
+RECLAIM_S = 5.0
+"""Between two looks for slots that no request needs, and what instances get to claim their work after a restart."""
+KEEP_S = 3600.0
+"""How long an ended request can be asked about."""
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+FORMATS = ("png", "jpeg", "webp")
+
+
+def build(component: Component, topology: Topology) -> list[Actor]:
+    """The actors of the head's process."""
+    return [Head(topology)]
+
+
+class Head(Actor):
+    """One per cluster. Its mailbox takes the client conversation and the instances' reports."""
+
+    def __init__(self, topology: Topology) -> None:
+        super().__init__("head")
+        self.topology = topology
+        settings = topology.head
+        self.ledger = Ledger(POLICIES[settings.dispatch], settings.max_pending, settings.max_attempts)
+        self.card = ModelCard()
+        pools = tuple(c.name for c in topology.components if c.kind == "pool")
+        self.errands = Errands(self, self.ledger, self.settle, pools)
+        self.created_at = time.time()
+        self._journal: Journal | None = None
+        self._unwritten = ""
+        self._ended: dict[str, asyncio.Event] = {}
+
+    async def started(self) -> None:
+        """Read the journal back and start to keep time.
+
+        Raises:
+            StartFailure: the journal is corrupt, of a newer version, or cannot be written; or there is no model.
+        """
+        now = time.time()
+        try:
+            self.card = load_card(self.topology.model_path)
+            self._journal = Journal(self.topology.state_dir / "journal.sqlite")
+            for request in self._journal.load(now - KEEP_S):
+                self.ledger.enter(request)
+        except (JournalError, ModelError) as error:
+            raise StartFailure(str(error)) from error
+        if self.ledger.units:
+            self.log.info("resumed from the journal", requests=len(self.ledger.requests), units=len(self.ledger.units))
+        self.spawn(self._keep_time(), name="clock")
+        self.errands.watch_pools()
+
+    async def stopping(self) -> None:
+        """Write what is unwritten; the instances go on with what they have in hand."""
+        self.settle()
+        if self._journal:
+            self._journal.close()
+
+    # -- the client conversation
+
+    async def submit(self, message: requests.SubmitRequest) -> requests.RequestAccepted | requests.RequestRejected:
+        """Accept a request: check it, write it down, start it."""
+        digest = _digest(message)
+        if known := self._known(message.idempotency_key):
+            if known.digest == digest:
+                return requests.RequestAccepted(known.id)
+            return requests.RequestRejected("conflict", "this Idempotency-Key came with another body before")
+        try:
+            request = self._request(message, digest)
+            if not self.ledger.room(message.n):
+                return requests.RequestRejected(
+                    "full",
+                    f"{len(self.ledger.units)} pictures are under way, which is the limit",
+                    retry_after_s=max(1.0, self.ledger.tally.average_latency_s),
+                )
+            self._open_journal.accept(request)
+        except CardError as error:
+            return requests.RequestRejected("invalid", error.message, param=error.param)
+        except JournalError as error:
+            self._unwritten = str(error)
+            self.log.warning("cannot accept", error=str(error))
+            return requests.RequestRejected("unavailable", str(error), retry_after_s=5.0)
+        self.ledger.accept(request, time.time())
+        self.settle()
+        return requests.RequestAccepted(request.id)
+
+    async def query(self, message: requests.QueryRequest) -> requests.RequestView:
+        """How a request stands."""
+        return self._find(message.request_id).view()
+
+    async def wait(self, message: requests.WaitRequest) -> Later[requests.RequestView]:
+        """Answer when the request has ended, or at the timeout."""
+        return Later(self._wait(self._find(message.request_id), message.timeout_s))
+
+    async def cancel(self, message: requests.CancelRequest) -> requests.RequestView:
+        """Stop a request."""
+        request = self._find(message.request_id)
+        self.ledger.cancel(request.id, message.reason, time.time())
+        self.settle()
+        return request.view()
+
+    async def describe(self, _: requests.DescribeModel) -> requests.ModelDescription:
+        """What is served."""
+        return requests.ModelDescription(
+            name=self.card.name,
+            family=self.card.family,
+            task=self.card.task,
+            dtype=self.topology.model.dtype,
+            created_at=self.created_at,
+            defaults=dict(self.card.defaults),
+            ranges={name: tuple(map(float, bounds)) for name, bounds in self.card.ranges.items()},
+            accepted=tuple(sorted(self._accepted())),
+        )
+
+    async def cluster(self, _: requests.ClusterQuery) -> requests.ClusterView:
+        """The books."""
+        reasons = self._reasons()
+        return requests.ClusterView(
+            ready=not reasons,
+            reasons=reasons,
+            instances=tuple(i.view() for i in self.ledger.fleet.instances.values()),
+            states=self.ledger.counts(),
+            completed=self.ledger.tally.completed,
+            average_latency_s=self.ledger.tally.average_latency_s,
+        )
+
+    # -- the instances' conversation
+
+    async def hello(self, message: stages.InstanceHello) -> stages.InstanceWelcome:
+        """An instance offers itself."""
+        self._refuse_fenced(message.name, message.generation)
+        unknown = self.ledger.hello(message, time.time())
+        self.log.info("instance joined", instance=message.name, kept=len(message.running) - len(unknown))
+        self.spawn(self.errands.watch_instance(message.name, message.generation), name=f"watch {message.name}")
+        self.settle()
+        return stages.InstanceWelcome(unknown)
+
+    async def alive(self, message: stages.InstanceAlive) -> stages.Acknowledged:
+        """An instance's heartbeat."""
+        self._refuse_fenced(message.name, message.generation)
+        instance = self.ledger.fleet.instances.get(message.name)
+        if instance is None or instance.generation != message.generation:
+            raise Refused("unknown", f"{message.name} is not in the books: say hello again")
+        instance.heard_at = time.time()
+        return stages.Acknowledged()
+
+    async def stage_started(self, message: stages.StageStarted) -> stages.Acknowledged:
+        """A panel runs."""
+        panel = Panel(message.panel)
+        return self._enter(message, lambda now: self.ledger.started(message.work, message.instance, panel, now))
+
+    async def stage_progress(self, message: stages.StageProgress) -> None:
+        """A denoising step is done."""
+        self.ledger.progress(message.work, message.step, message.total_steps)
+
+    async def transfer_ready(self, message: stages.TransferReady) -> stages.Acknowledged:
+        """Staged tensors are loaded; the panel runs next."""
+        return self._enter(message, lambda _: True)
+
+    async def transfer_staged(self, message: stages.TransferStaged) -> stages.Acknowledged:
+        """A panel's outputs are at rest."""
+        return self._enter(message, lambda now: self.ledger.staged(message, now))
+
+    async def stage_finished(self, message: stages.StageFinished) -> stages.Acknowledged:
+        """A picture is done."""
+        return self._enter(message, lambda now: self.ledger.finished(message, now))
+
+    async def stage_failed(self, message: stages.StageFailed) -> stages.Acknowledged:
+        """A panel raised."""
+        return self._enter(message, lambda now: self.ledger.stage_failed(message, now))
+
+    async def transfer_failed(self, message: stages.TransferFailed) -> stages.Acknowledged:
+        """Staged tensors could not be fetched."""
+        return self._enter(message, lambda now: self.ledger.transfer_failed(message, now))
+
+    async def stage_cancelled(self, message: stages.StageCancelled) -> stages.Acknowledged:
+        """Work was dropped as told."""
+        self.ledger.fleet.credit(message.instance, message.issued)
+        return self._enter(message, lambda _: True)
+
+    # -- carrying out
+
+    def settle(self) -> None:
+        """After an event: hand out work, write down what changed, then let it take effect."""
+        self.ledger.dispatch(time.time())
+        self._write_down()
+        for request_id in self.errands.carry_out(self.ledger.take_effects()):
+            if event := self._ended.pop(request_id, None):
+                event.set()
+
+    def _write_down(self) -> None:
+        if self._journal is None or not self.ledger.dirty:
+            return
+        ids = {unit_id.rpartition("/")[0] for unit_id in self.ledger.dirty}
+        touched = [self.ledger.requests[i] for i in ids if i in self.ledger.requests]
+        units = [u for request in touched for u in request.units if u.id in self.ledger.dirty]
+        try:
+            self._journal.save(touched, units)
+        except JournalError as error:
+            # The work itself goes on: what could not be written is still dirty and is tried again at the next event.
+            if not self._unwritten:
+                self.log.warning("not journalled", error=str(error))
+            self._unwritten = str(error)
+            return
+        self._unwritten = ""
+        self.ledger.dirty.clear()
+
+    async def _keep_time(self) -> None:
+        restarted_at = pruned_at = reclaimed_at = time.time()
+        resumed = bool(self.ledger.units)
+        while True:
+            await asyncio.sleep(TICK_S)
+            now = time.time()
+            self.ledger.expire(now)
+            self._fence_silent(now)
+            if resumed and now - restarted_at > RECLAIM_S:
+                self.ledger.orphans(now)
+                resumed = False
+            if not resumed and now - reclaimed_at > RECLAIM_S:
+                reclaimed_at = now
+                self.spawn(self.errands.reclaim(), name="reclaim")
+            if now - pruned_at > KEEP_S / 60:
+                pruned_at = now
+                self._prune(now - KEEP_S)
+            self.settle()
+
+    def _fence_silent(self, now: float) -> None:
+        timeout_s = self.topology.supervision.heartbeat_timeout_s
+        for instance in self.ledger.fleet.silent(now - timeout_s):
+            self.log.warning("instance fenced", instance=instance.name, silent_s=timeout_s)
+            self.ledger.fleet.fence(instance.name, instance.generation)
+            self.ledger.instance_down(instance.name, f"not heard of for {timeout_s:g} s", now)
+
+    def _prune(self, ended_before: float) -> None:
+        old = [r.id for r in self.ledger.requests.values() if r.terminal and r.finished_at < ended_before]
+        self.ledger.forget(old)
+        try:
+            self._open_journal.prune(ended_before)
+        except JournalError as error:
+            self._unwritten = str(error)
+
+    # -- inside
+
+    @property
+    def _open_journal(self) -> Journal:
+        if self._journal is None:
+            raise JournalError("the journal is not open yet")
+        return self._journal
+
+    def _known(self, key: str) -> Request | None:
+        if not key:
+            return None
+        return next((r for r in self.ledger.requests.values() if r.idempotency_key == key), None)
+
+    def _request(self, message: requests.SubmitRequest, digest: str) -> Request:
+        """Raises CardError, naming the input at fault."""
+        if not _ID.fullmatch(message.request_id) or message.request_id in self.ledger.requests:
+            raise CardError("request_id", "must be new, and of at most 64 letters, digits, - and _")
+        if message.output_format not in FORMATS:
+            raise CardError("output_format", f"must be one of {', '.join(FORMATS)}")
+        if not 1 <= message.n <= self.topology.head.max_pending:
+            raise CardError("n", f"must be from 1 to {self.topology.head.max_pending}")
+        # Before the first instance has come, the names that the pipeline takes are not known: then it checks them.
+        inputs = cast(dict[str, Scalar], self.card.apply(message.inputs, self._accepted() or None))
+        now = time.time()
+        deadline = now + self.topology.head.request_timeout_s
+        seed = secrets.randbits(32) if message.seed is None else message.seed
+        units = [Unit(f"{message.request_id}/{k}", message.request_id, k, seed + k, deadline) for k in range(message.n)]
+        return Request(
+            message.request_id, inputs, message.output_format, now, deadline, units, message.idempotency_key, digest
+        )
+
+    def _accepted(self) -> set[str]:
+        return {name for i in self.ledger.fleet.instances.values() for name in i.accepted}
+
+    def _find(self, request_id: str) -> Request:
+        if request := self.ledger.requests.get(request_id):
+            return request
+        raise Refused("not_found", f"there is no request {request_id}")
+
+    async def _wait(self, request: Request, timeout_s: float) -> requests.RequestView:
+        if not request.terminal:
+            event = self._ended.setdefault(request.id, asyncio.Event())
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await event.wait()
+            except TimeoutError:  # the view then says that it is still under way
+                pass
+        return request.view()
+
+    def _reasons(self) -> tuple[str, ...]:
+        missing = [f"no {panel} is ready" for panel in self.ledger.fleet.missing_panels()]
+        missing += [f"{pool} is not ready" for pool in self.errands.pools_missing()]
+        return (*missing, *([self._unwritten] if self._unwritten else []))
+
+    def _refuse_fenced(self, name: str, generation: int) -> None:
+        if self.ledger.fleet.fenced(name, generation):
+            raise Refused("fenced", f"{name} was given up: its work has gone to others")
+
+    def _enter(self, report: Report, enter: Callable[[float], bool]) -> stages.Acknowledged:
+        """Enter a report in the books; once this has been answered, the instance may forget it."""
+        try:
+            current = enter(time.time())
+        except IllegalTransitionError as error:
+            self.log.exception("illegal transition", report=type(report).__name__, work=str(report.work))
+            raise Refused("illegal_transition", str(error)) from error
+        if not current:
+            self.log.info("stale report", report=type(report).__name__, work=str(report.work))
+        self.settle()
+        return stages.Acknowledged()
+
+
+def _digest(message: requests.SubmitRequest) -> str:
+    body = (sorted(message.inputs.items()), message.seed, message.n, message.output_format)
+    return hashlib.sha256(msgspec.json.encode(body)).hexdigest()

@@ -1,0 +1,51 @@
+"""The import arrows of docs/architecture.md, and what may never be imported at all."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ARROWS = {
+    "bus": set(),
+    "engines": set(),
+    "actors": {"bus"},
+    "roles": {"actors", "engines", "bus"},
+    "api": {"roles", "actors", "bus"},
+}
+FORBIDDEN = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "zmq.asyncio"}
+MODULES = sorted(p for folder in ARROWS for p in (ROOT / folder).rglob("*.py"))
+
+
+def imported(module: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_module_imports_only_down_the_arrows(module: Path) -> None:
+    names = imported(module)
+    package = module.relative_to(ROOT).parts[0]
+    ours = {name.partition(".")[0] for name in names} & (ARROWS.keys() | {"tools", "tests"})
+    assert ours <= ARROWS[package] | {package}
+    assert not names & FORBIDDEN
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_stays_under_four_hundred_lines(module: Path) -> None:
+    assert len(module.read_text().splitlines()) < 400
+
+
+@pytest.mark.parametrize("module", ["bus", "actors", "roles.head", "roles.pool", "api.server"])
+def test_what_does_no_tensor_work_starts_without_torch(module: str) -> None:
+    program = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0

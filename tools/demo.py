@@ -1,0 +1,70 @@
+"""A picture through the running system: start it, ask for one picture over HTTP, say where the time went, stop it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from actors.client import ApiError
+from actors.cluster import Cluster, launch
+from actors.errors import TopologyError
+
+PROMPT = "a large red circle on the left of a blue background"
+app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
+console = Console()
+
+
+@app.command(
+    epilog='Example: python -m tools.demo examples/demo.toml -o out/demo.png --prompt "a small green square ..."'
+)
+def main(
+    topology: Annotated[Path, typer.Argument(help="What to start.")] = Path("examples/demo.toml"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the picture goes.")] = Path("out/demo.png"),
+    prompt: Annotated[str, typer.Option(help="What to draw.")] = PROMPT,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same picture.")] = 7,
+) -> None:
+    """Start TOPOLOGY on a free port, draw PROMPT, and leave nothing running."""
+    try:
+        asyncio.run(demo(topology, output, prompt, seed))
+    except (ApiError, TopologyError) as error:
+        console.print(f"[red]{error}[/red]")
+        raise typer.Exit(1) from error
+
+
+async def demo(topology: Path, output: Path, prompt: str, seed: int) -> None:
+    """Raises `ApiError` or `TopologyError` with a sentence."""
+    started = time.perf_counter()
+    async with launch(topology, {"api": {"port": 0}, "head": {"port": 0}}) as cluster:
+        console.print(f"ready after {time.perf_counter() - started:.1f} s at {cluster.url}")
+        asked = time.perf_counter()
+        picture = await cluster.generate(prompt, seed=seed)
+        elapsed = time.perf_counter() - asked
+        console.print(stage_table(await request_of(cluster, picture.request_id), elapsed))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(output)
+    console.print(f'"{prompt}" is in {output}')
+
+
+async def request_of(cluster: Cluster, request_id: str) -> dict[str, Any]:
+    """`GET /v1/requests/{id}`."""
+    return await cluster.get(f"/v1/requests/{request_id}")
+
+
+def stage_table(request: dict[str, Any], elapsed_s: float) -> Table:
+    """Where the request spent its time, by stage and instance."""
+    table = Table("stage", "instance", "milliseconds", title=f"request {request['id']}")
+    unit = request["units"][0]
+    for panel, seconds in unit["stage_seconds"].items():
+        table.add_row(panel, unit["instances"].get(panel, ""), f"{seconds * 1000:.1f}")
+    table.add_row("whole request", "over HTTP", f"{elapsed_s * 1000:.1f}", end_section=True)
+    return table
+
+
+if __name__ == "__main__":
+    app()
