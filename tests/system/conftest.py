@@ -1,0 +1,60 @@
+"""Whole clusters of real processes, on tiny models made from configs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PANELS = ("encoder", "denoiser", "decoder")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of the tiny model of a family, made once."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def model(family: str) -> Path:
+        path = folder / family
+        if not path.exists():
+            command = [sys.executable, "-m", "tools.make_model", str(path), "--family", family]
+            subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        return path
+
+    return model
+
+
+@pytest.fixture
+def topology_file(tmp_path: Path, models: Callable[[str], Path]) -> Callable[..., Path]:
+    """Writes a topology: sections as keyword arguments, `roles` as kind to number of instances."""
+
+    def write(family: str = "flux", roles: dict[str, int] | None = None, **sections: dict[str, Any]) -> Path:
+        return write_topology(tmp_path, models(family), roles or dict.fromkeys(PANELS, 1), sections)
+
+    return write
+
+
+def write_topology(folder: Path, model: Path, roles: dict[str, int], sections: dict[str, dict[str, Any]]) -> Path:
+    sections = {
+        "model": {"path": str(model), "dtype": "float32"},
+        "state": {"path": str(folder / "state")},
+        "transfer": {"pool_size": "16MiB"},
+    } | sections
+    lines = []
+    for name, keys in sections.items():
+        lines.append(f"[{name}]")
+        lines += [f"{key} = {_toml(value)}" for key, value in keys.items()]
+    for kind, count in roles.items():
+        lines += ["[[roles]]", f'kind = "{kind}"', f"count = {count}"]
+    path = folder / "topology.toml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def _toml(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value).lower()

@@ -1,0 +1,141 @@
+"""Starting in any order, refusing what cannot start, and leaving nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from actors import launch, load_topology
+from actors.client import ApiError
+from actors.overrides import free_port
+from tests.system.conftest import ROOT
+
+TRIPTYCH = (sys.executable, "-m", "actors.command")
+
+
+def shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+def descendants(pid: int) -> set[int]:
+    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    parents = dict(tuple(map(int, line.split())) for line in listed.splitlines())
+    found, grown = {pid}, True
+    while grown:
+        more = {child for child, parent in parents.items() if parent in found} - found
+        found |= more
+        grown = bool(more)
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_end_leaves_no_process_no_socket_and_no_shared_memory(
+    ending: signal.Signals, topology_file: Callable[..., Path]
+) -> None:
+    async def scenario() -> None:
+        path = topology_file()
+        before = shared_memory()
+        async with launch(path, {"api": {"port": 0}}) as cluster:
+            await cluster.generate("a red circle", seed=1)
+            family = descendants(cluster.process.pid)
+            assert len(family) >= 7
+            run_dir = cluster.topology.run_dir
+            cluster.process.send_signal(ending)
+            await asyncio.wait_for(cluster.process.wait(), 30)
+            async with asyncio.timeout(10):
+                while any(map(alive, family)):
+                    await asyncio.sleep(0)
+            if ending is not signal.SIGKILL:
+                assert not list(run_dir.glob("*")) if run_dir.exists() else True
+                assert cluster.process.returncode == 0
+            assert shared_memory() == before
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_components_started_one_by_one_in_any_order_find_each_other(
+    order: int, topology_file: Callable[..., Path]
+) -> None:
+    path = topology_file(api={"port": free_port()})
+    names = [component.name for component in load_topology(path).components][::order]
+    running = [subprocess.Popen([*TRIPTYCH, "up", str(path), "--only", name], cwd=ROOT) for name in names]
+    try:
+        out = path.parent / "picture.png"
+        url = f"http://127.0.0.1:{load_topology(path).api.port}"
+        wait_until_ready(url)
+        made = subprocess.run([*TRIPTYCH, "generate", "a red circle", "-o", str(out), "--url", url], cwd=ROOT, check=False)
+        assert made.returncode == 0
+        assert out.read_bytes().startswith(b"\x89PNG")
+    finally:
+        for process in running:
+            process.send_signal(signal.SIGINT)
+        assert [process.wait(30) for process in running] == [0] * len(running)
+
+
+def wait_until_ready(url: str) -> None:
+    import time
+
+    import httpx
+
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(f"{url}/ready", timeout=5).is_success:
+                return
+        except httpx.HTTPError:
+            continue
+    pytest.fail("not ready within 90 s")
+
+
+def test_a_model_that_cannot_load_is_said_in_words_and_not_retried(
+    topology_file: Callable[..., Path], models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    subprocess.run(["cp", "-r", str(models("flux")), str(broken)], check=True)
+    for weights in (broken / "transformer").glob("*.safetensors"):
+        weights.write_bytes(b"not weights")
+
+    async def scenario() -> None:
+        path = topology_file(model={"path": str(broken), "dtype": "float32"})
+        with pytest.raises(ApiError, match="denoiser-0 is failed .*transformer"):
+            async with launch(path, {"api": {"port": 0}}, ready_timeout_s=40):
+                pass
+
+    asyncio.run(scenario())
+
+
+def test_a_pool_too_small_for_one_request_fails_it_with_a_sentence_that_names_the_key(
+    topology_file: Callable[..., Path],
+) -> None:
+    async def scenario() -> None:
+        path = topology_file(transfer={"pool_size": "4KiB"})
+        async with launch(path, {"api": {"port": 0}}) as cluster:
+            with pytest.raises(ApiError, match="pool_size"):
+                await cluster.generate("a red circle", seed=1)
+
+    asyncio.run(scenario())
+
+
+def test_a_pool_with_room_for_few_requests_serves_many_by_waiting(topology_file: Callable[..., Path]) -> None:
+    async def scenario() -> None:
+        path = topology_file(transfer={"pool_size": "64KiB"})
+        async with launch(path, {"api": {"port": 0}}) as cluster:
+            pictures = await asyncio.gather(*(cluster.generate("a red circle", seed=k % 3) for k in range(12)))
+            assert len({p.data for p in pictures}) == 3
+
+    asyncio.run(scenario())
