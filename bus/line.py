@@ -1,0 +1,217 @@
+"""One connection to one peer: a DEALER, its monitor, and the asks that wait on it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import struct
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+import zmq
+
+from bus import inproc
+from bus.address import Address
+from bus.dead_letters import DeadLetters
+from bus.envelope import Envelope, FailureCode, Kind
+from bus.errors import AskTimeout, BusError, MailboxFull, RemoteFailure, Unreachable
+from bus.message import Message
+from bus.pump import Pump
+from bus.sockets import RECONNECT_FIRST_MS, RECONNECT_LAST_MS, CurveKeys, open_socket
+from bus.wire import BadBodyError, BodyDecoder, UnreadableError, decode_envelope, decode_failure
+
+_EVENT: Final = struct.Struct("=Hi")
+_ESTABLISHED: Final = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+_DISCONNECTED: Final = int(zmq.EVENT_DISCONNECTED)
+_keys = itertools.count(1)
+
+
+class _Ask(NamedTuple):
+    answer: asyncio.Future[Message]
+    decoder: BodyDecoder
+    expires_at: float  # loop time, seconds
+    timeout_s: float
+
+
+class Line:
+    """Lives from `connect` to the loss of the connection, then never again.
+
+    A fresh one for each incarnation of the peer makes the loss exact: ZMQ would carry what is queued over to
+    the successor, after the asks had been failed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        text: str,
+        address: Address,
+        *,
+        dead_letters: DeadLetters,
+        high_water_mark: int,
+        max_message_bytes: int,
+        context: zmq.Context[zmq.Socket[bytes]] | None,
+        curve: CurveKeys | None,
+        lost: Callable[[], None],
+    ) -> None:
+        self._peer = f"{name} at {text}"
+        self._inproc = address.target if address.scheme == "inproc" else None
+        self._dead_letters = dead_letters
+        self._high_water_mark = high_water_mark
+        self._lost = lost
+        self._asks: dict[int, _Ask] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = math.inf
+        self._established = False
+        self._ended = asyncio.Event()
+        self._hung_up = False
+        self._key = next(_keys)
+        context = context or zmq.Context.instance()
+        socket = open_socket(
+            context,
+            zmq.DEALER,
+            address,
+            high_water_mark=2 * high_water_mark,  # ZMQ learns of room by half queues: so one whole always fits
+            max_message_bytes=max_message_bytes,
+            curve=curve,
+        )
+        socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_FIRST_MS)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_LAST_MS)
+        self._socket = socket
+        self._monitor = self._watch(context, socket)
+        socket.connect(text)
+        self._pump = Pump(socket, self._arrived)
+        self._loop = self._pump.loop
+
+    def check_room(self) -> None:
+        """Raise `MailboxFull` when `high_water_mark` asks are outstanding: so every answer has room."""
+        if len(self._asks) >= self._high_water_mark:
+            raise MailboxFull(f"{len(self._asks)} asks to {self._peer} are outstanding")
+
+    def send(self, frame: bytes) -> None:
+        """Queue a frame towards the peer; raises `MailboxFull`."""
+        try:
+            self._pump.send(frame)
+        except zmq.Again:
+            raise MailboxFull(f"over {self._high_water_mark} messages to {self._peer} are queued") from None
+
+    async def answer(self, number: int, decoder: BodyDecoder, timeout_s: float) -> Message:
+        """Wait for the answer to message `number`; raises as `Reference.ask` does."""
+        answer: asyncio.Future[Message] = self._loop.create_future()
+        expires_at = self._loop.time() + timeout_s
+        self._asks[number] = _Ask(answer, decoder, expires_at, timeout_s)
+        if expires_at < self._timer_at:
+            self._set_timer(expires_at)
+        try:
+            return await answer
+        finally:
+            self._asks.pop(number, None)
+
+    async def down(self) -> None:
+        """Return when the established connection is lost; raises `Unreachable` after `hang_up`."""
+        await self._ended.wait()
+        if self._hung_up:
+            raise Unreachable(f"this side closed its connection to {self._peer}")
+
+    def hang_up(self) -> None:
+        """Close from this side."""
+        self._hung_up = True
+        self._end(f"this side closed its connection to {self._peer}")
+
+    def _watch(self, context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes]) -> Pump | None:
+        if self._inproc is not None:
+            inproc.watch(self._inproc, self._key, self._down)
+            return None
+        endpoint = f"inproc://bus.monitor.{self._key}"
+        socket.monitor(endpoint, _ESTABLISHED | _DISCONNECTED)
+        events = context.socket(zmq.PAIR)
+        events.setsockopt(zmq.RCVHWM, 0)  # were it full, ZMQ's thread would block on it, and with it all sockets
+        events.connect(endpoint)
+        return Pump(events, self._monitored)
+
+    def _monitored(self, frames: list[bytes]) -> None:
+        event, _ = _EVENT.unpack(frames[0])
+        if event == _ESTABLISHED:
+            self._established = True
+        elif event == _DISCONNECTED and self._established:
+            self._down()
+
+    def _down(self) -> None:
+        if not self._ended.is_set():
+            self._pump.drain()  # answers that had arrived before the loss count
+            self._end(f"the connection to {self._peer} was lost")
+            self._lost()
+
+    def _end(self, why: str) -> None:
+        if self._monitor is not None:
+            # Before its reader goes: ZMQ's thread would block for ever on an event that nobody can take.
+            self._socket.disable_monitor()
+            self._monitor.close()
+        self._pump.close()
+        if self._inproc is not None:
+            inproc.unwatch(self._inproc, self._key)
+        if self._timer is not None:
+            self._timer.cancel()
+        for ask in self._asks.values():
+            _fail(ask, Unreachable(why))
+        self._asks.clear()
+        self._ended.set()
+
+    def _arrived(self, frames: list[bytes]) -> None:
+        try:
+            envelope, body = decode_envelope(frames)
+        except UnreadableError as error:
+            self._dead_letters.add("unreadable", f"from {self._peer}: {error}")
+            return
+        ask = self._asks.pop(envelope.reply_to, None)
+        if ask is None or ask.answer.done():
+            self._unasked(envelope, body)
+        elif envelope.kind is Kind.REPLY:
+            try:
+                ask.answer.set_result(ask.decoder.decode(body))
+            except BadBodyError as error:
+                _fail(ask, RemoteFailure(error.code, f"the answer of {self._peer}: {error.detail}"))
+        else:
+            _fail(ask, self._failure(envelope, body))
+
+    def _unasked(self, envelope: Envelope, body: memoryview) -> None:
+        if envelope.kind is Kind.FAILURE:
+            failure = decode_failure(body)
+            self._dead_letters.add(failure.code, f"{self._peer}: {failure.detail}", envelope)
+        else:
+            self._dead_letters.add("late_reply", f"nobody waits for this answer of {self._peer}", envelope)
+
+    def _failure(self, envelope: Envelope, body: memoryview) -> BusError:
+        if envelope.kind is not Kind.FAILURE:
+            return RemoteFailure(FailureCode.INVALID_MESSAGE, f"{self._peer} answered with no answer")
+        failure = decode_failure(body)
+        if failure.code == FailureCode.MAILBOX_FULL:
+            return MailboxFull(failure.detail)
+        if failure.code == FailureCode.DEADLINE_EXCEEDED:
+            return AskTimeout(failure.detail)
+        return RemoteFailure(failure.code, failure.detail)
+
+    # One timer for all asks: it is set for the earliest deadline and left alone when that ask is answered,
+    # which costs an idle wake-up now and then and saves a timer for each ask.
+
+    def _set_timer(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(at, self._expire)
+        self._timer_at = at
+
+    def _expire(self) -> None:
+        self._timer, self._timer_at = None, math.inf
+        now = self._loop.time()
+        what = "no answer from" if self._established or self._inproc else "no connection to"
+        for ask in self._asks.values():
+            if ask.expires_at <= now:
+                _fail(ask, AskTimeout(f"{what} {self._peer} within {ask.timeout_s:g} s"))
+        waiting = [ask.expires_at for ask in self._asks.values() if not ask.answer.done()]
+        if waiting:
+            self._set_timer(min(waiting))
+
+
+def _fail(ask: _Ask, error: BusError) -> None:
+    if not ask.answer.done():
+        ask.answer.set_exception(error)

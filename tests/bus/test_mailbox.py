@@ -1,0 +1,347 @@
+"""What a mailbox takes in, and how it refuses the rest. Every refusal leaves it alive."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bus import (
+    BusError,
+    DeadLetters,
+    Delivery,
+    Envelope,
+    Failure,
+    Kind,
+    Mailbox,
+    MailboxFull,
+    Message,
+    MessageTooLong,
+    Outbox,
+    RemoteFailure,
+    Unreachable,
+)
+from bus.wire import decode_envelope, decode_failure, encode
+
+Run = Callable[..., Any]
+LIMIT = 1 << 20
+
+
+class Add(Message):
+    left: int
+    right: int
+
+
+class Grow(Message):
+    nbytes: int
+
+
+class Sum(Message):
+    total: int
+
+
+class Blob(Message):
+    data: bytes
+
+
+class Stranger(Message):
+    text: str
+
+
+def answer(delivery: Delivery) -> None:
+    match delivery.message:
+        case Add(left, right):
+            delivery.reply(Sum(left + right))
+        case Grow(nbytes):
+            delivery.reply(Blob(bytes(nbytes)))
+
+
+async def serve(mailbox: Mailbox) -> None:
+    while True:
+        answer(await mailbox.receive())
+
+
+@contextlib.asynccontextmanager
+async def serving(mailbox: Mailbox) -> AsyncIterator[Mailbox]:
+    await mailbox.start()
+    task = asyncio.create_task(serve(mailbox))
+    try:
+        yield mailbox
+    finally:
+        task.cancel()
+        mailbox.close()
+
+
+def adder(folder: Path, **options: Any) -> Mailbox:
+    return Mailbox("adder", f"ipc://{folder}/adder", (Add, Grow), **options)
+
+
+async def still_adds(mailbox: Mailbox) -> None:
+    outbox = Outbox("checker")
+    reference = outbox.reference("adder", mailbox.address)
+    assert await reference.ask(Add(2, 3), Sum, timeout_s=20) == Sum(5)
+    outbox.close()
+
+
+def frame(message: Message, **changes: Any) -> bytes:
+    fields: dict[str, Any] = {
+        "to": "adder",
+        "sender": "raw",
+        "kind": Kind.ASK,
+        "message_id": 5,
+        "reply_to": 0,
+        "deadline": time.time() + 60,
+        "generation": 0,
+        "traceparent": "",
+    }
+    return encode(Envelope(**fields | changes), message, LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        (lambda: frame(Stranger("hello")), "unknown_message"),
+        (lambda: frame(Add("one", 2)), "invalid_message"),  # type: ignore[arg-type]
+        (lambda: frame(Add(1, 2))[:-1], "invalid_message"),
+        (lambda: frame(Add(1, 2)) + b"tail", "invalid_message"),
+        (lambda: frame(Add(1, 2), to="somebody else"), "refused"),
+        (lambda: frame(Add(1, 2), deadline=time.time() - 1), "deadline_exceeded"),
+    ],
+    ids=["unknown", "wrong field", "truncated", "trailing bytes", "wrong address", "expired"],
+)
+def test_a_typed_refusal(run: Run, folder: Path, raw_peer: Any, sent: Callable[[], bytes], code: str) -> None:
+    async def scenario() -> None:
+        async with serving(adder(folder, generation=9)) as mailbox:
+            peer = raw_peer(mailbox.address)
+            peer.send(sent())
+            envelope, body = decode_envelope(await peer.answer())
+            assert (envelope.kind, envelope.reply_to) == (Kind.FAILURE, 5)
+            assert (envelope.to, envelope.sender, envelope.generation) == ("raw", "adder", 9)
+            assert decode_failure(body).code == code
+            assert [letter.reason for letter in mailbox.dead_letters.recent] == [code]
+            await still_adds(mailbox)
+            peer.close()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [(b"",), (b"\0",), (b"garbage",), (b"a", b"b"), (b"\xff" * 1000,), (b"\0\x01\xc0",)],
+)
+def test_what_has_no_envelope_is_a_dead_letter(
+    run: Run, folder: Path, raw_peer: Any, frames: tuple[bytes, ...]
+) -> None:
+    async def scenario() -> None:
+        async with serving(adder(folder)) as mailbox:
+            peer = raw_peer(mailbox.address)
+            peer.send(*frames)
+            peer.send(frame(Add(2, 3)))  # on the same connection: it arrives after the garbage
+            envelope, _ = decode_envelope(await peer.answer())
+            assert envelope.kind is Kind.REPLY
+            assert [letter.reason for letter in mailbox.dead_letters.recent] == ["unreadable"]
+            peer.close()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("kind", [Kind.REPLY, Kind.FAILURE])
+def test_an_answer_sent_to_a_mailbox_is_not_answered(run: Run, folder: Path, raw_peer: Any, kind: Kind) -> None:
+    async def scenario() -> None:
+        async with serving(adder(folder)) as mailbox:
+            peer = raw_peer(mailbox.address)
+            peer.send(frame(Failure("refused", "no"), kind=kind))
+            peer.send(frame(Add(2, 3), message_id=6))
+            envelope, _ = decode_envelope(await peer.answer())
+            assert envelope.reply_to == 6
+            assert mailbox.dead_letters.count == 1
+            peer.close()
+
+    run(scenario())
+
+
+def test_an_older_generation_is_fenced_off(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        async with serving(adder(folder)) as mailbox:
+            old, new, other = Outbox("worker", 100), Outbox("worker", 101), Outbox("other", 1)
+            references = [outbox.reference("adder", mailbox.address) for outbox in (old, new, other)]
+            for reference in references:
+                assert await reference.ask(Add(1, 1), Sum, timeout_s=20) == Sum(2)
+            with pytest.raises(RemoteFailure) as caught:
+                await references[0].ask(Add(1, 1), Sum, timeout_s=20)
+            assert caught.value.code == "stale_generation"
+            (letter,) = mailbox.dead_letters.recent
+            assert (letter.sender, letter.generation) == ("worker", 100)
+            assert await references[1].ask(Add(1, 1), Sum, timeout_s=20) == Sum(2)
+            await still_adds(mailbox)  # generation 0 is never fenced
+            for outbox in (old, new, other):
+                outbox.close()
+
+    run(scenario())
+
+
+def test_a_full_mailbox_tells_both_asker_and_teller(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        mailbox = adder(folder, capacity=3)
+        await mailbox.start()
+        outbox = Outbox("test")
+        reference = outbox.reference("adder", mailbox.address)
+        asks = [asyncio.ensure_future(reference.ask(Add(n, n), Sum, timeout_s=20)) for n in range(5)]
+        refused, _ = await asyncio.wait(asks[3:])
+        assert all(isinstance(ask.exception(), MailboxFull) for ask in refused)
+        assert mailbox.depth == mailbox.capacity == 3
+        reference.tell(Add(0, 0))
+        with pytest.raises(MailboxFull):  # behind the tell, on the same connection
+            await reference.ask(Add(0, 0), Sum, timeout_s=20)
+        assert [letter.reason for letter in outbox.dead_letters.recent] == ["mailbox_full"]
+        for _ in range(3):
+            answer(await mailbox.receive())
+        assert await asyncio.gather(*asks[:3]) == [Sum(0), Sum(2), Sum(4)]
+        assert mailbox.depth == 0
+        assert mailbox.dead_letters.count == 4
+        mailbox.close()
+        outbox.close()
+
+    run(scenario())
+
+
+def test_too_long_is_refused_here_and_there(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        async with serving(adder(folder, max_message_bytes=10_000)) as mailbox:
+            careful = Outbox("careful", max_message_bytes=10_000)
+            with pytest.raises(MessageTooLong):
+                careful.reference("adder", mailbox.address).tell(Blob(bytes(11_000)))
+            bold = Outbox("bold")
+            with pytest.raises(RemoteFailure, match="limit is 10000") as caught:
+                await bold.reference("adder", mailbox.address).ask(Blob(bytes(15_000)), Sum, timeout_s=20)
+            assert caught.value.code == "invalid_message"
+            await still_adds(mailbox)
+            careful.close()
+            bold.close()
+
+    run(scenario())
+
+
+def test_a_far_too_long_frame_costs_its_sender_the_connection(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        async with serving(adder(folder, max_message_bytes=10_000)) as mailbox:
+            outbox = Outbox("bold")
+            reference = outbox.reference("adder", mailbox.address)
+            assert await reference.ask(Add(1, 1), Sum, timeout_s=20) == Sum(2)
+            down = asyncio.ensure_future(reference.down())
+            reference.tell(Blob(bytes(1_000_000)))
+            await down
+            assert await reference.ask(Add(1, 1), Sum, timeout_s=20) == Sum(2)
+            await still_adds(mailbox)
+            outbox.close()
+
+    run(scenario())
+
+
+def test_an_answer_that_is_too_long_reaches_the_asker_as_a_failure(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        async with serving(adder(folder, max_message_bytes=10_000)) as mailbox:
+            outbox = Outbox("test")
+            reference = outbox.reference("adder", mailbox.address)
+            with pytest.raises(RemoteFailure, match="Blob has") as caught:
+                await reference.ask(Grow(20_000), Blob, timeout_s=20)
+            assert caught.value.code == "invalid_message"
+            assert mailbox.dead_letters.count == 1
+            await still_adds(mailbox)
+            outbox.close()
+
+    run(scenario())
+
+
+def test_a_handler_may_fail_an_ask_with_a_code_of_its_own(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        mailbox = adder(folder)
+        await mailbox.start()
+        outbox = Outbox("test")
+        ask = asyncio.ensure_future(outbox.reference("adder", mailbox.address).ask(Add(1, 1), Sum, timeout_s=20))
+        delivery = await mailbox.receive()
+        delivery.fail("no_credit", "come back later")
+        with pytest.raises(RemoteFailure) as caught:
+            await ask
+        assert (caught.value.code, caught.value.detail) == ("no_credit", "come back later")
+        with pytest.raises(BusError, match="already answered"):
+            delivery.reply(Sum(2))
+        mailbox.close()
+        outbox.close()
+
+    run(scenario())
+
+
+def test_a_refused_tell_is_a_dead_letter_of_its_sender(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        async with serving(adder(folder)) as mailbox:
+            ring = DeadLetters()
+            outbox = Outbox("test", dead_letters=ring)
+            reference = outbox.reference("adder", mailbox.address)
+            reference.tell(Stranger("hello"))
+            reference.tell(Add(1, 2))  # handled; a reply to a tell goes nowhere
+            await reference.ask(Add(1, 1), Sum, timeout_s=20)
+            assert [letter.reason for letter in ring.recent] == ["unknown_message"]
+            outbox.close()
+
+    run(scenario())
+
+
+def test_closing_answers_those_who_wait(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        mailbox = adder(folder, capacity=1)
+        await mailbox.start()
+        outbox = Outbox("test")
+        reference = outbox.reference("adder", mailbox.address)
+        handled = asyncio.ensure_future(reference.ask(Add(0, 0), Sum, timeout_s=20))
+        delivery = await mailbox.receive()
+        waiting = asyncio.ensure_future(reference.ask(Add(1, 0), Sum, timeout_s=20))
+        await asyncio.sleep(0)
+        with pytest.raises(MailboxFull):  # so the one before it is in the queue
+            await reference.ask(Add(2, 0), Sum, timeout_s=20)
+        mailbox.close()
+        with pytest.raises(RemoteFailure) as caught:
+            await waiting
+        assert caught.value.code == "stopping"
+        with pytest.raises(Unreachable):
+            await handled
+        delivery.reply(Sum(0))
+        assert mailbox.dead_letters.recent[-1].reason == "mailbox_closed"
+        with pytest.raises(BusError, match="not open"):
+            await mailbox.receive()
+        outbox.close()
+
+    run(scenario())
+
+
+def test_an_answer_to_an_asker_that_has_gone_is_a_dead_letter(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        async with serving(adder(folder)) as mailbox:
+            asked = Envelope("adder", "ghost", Kind.ASK, 1, 0, time.time() + 60, 0, "")
+            Delivery(mailbox, b"no such route", asked, Add(1, 1)).reply(Sum(2))
+            assert [letter.reason for letter in mailbox.dead_letters.recent] == ["peer_gone"]
+            await still_adds(mailbox)
+
+    run(scenario())
+
+
+def test_a_cancelled_receive_loses_nothing(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        mailbox = adder(folder)
+        await mailbox.start()
+        waiting = asyncio.ensure_future(mailbox.receive())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        task = asyncio.create_task(serve(mailbox))
+        await still_adds(mailbox)
+        task.cancel()
+        mailbox.close()
+
+    run(scenario())

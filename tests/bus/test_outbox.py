@@ -1,0 +1,333 @@
+"""Asking and telling: every way that it can end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from bus import (
+    AddressError,
+    AskTimeout,
+    CurveKeys,
+    Delivery,
+    Mailbox,
+    MailboxFull,
+    Message,
+    Outbox,
+    RemoteFailure,
+    Unreachable,
+    current_traceparent,
+    new_traceparent,
+)
+
+Run = Callable[..., Any]
+
+
+class Echo(Message):
+    text: str
+
+
+class Silence(Message):
+    pass
+
+
+class Echoed(Message):
+    text: str
+
+
+class Refusal(Message):
+    why: str
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def answer(delivery: Delivery) -> None:
+    match delivery.message:
+        case Echo("refuse"):
+            delivery.reply(Refusal("as told"))
+        case Echo(text):
+            delivery.reply(Echoed(text))
+
+
+async def serve(mailbox: Mailbox) -> None:
+    while True:
+        answer(await mailbox.receive())
+
+
+@contextlib.asynccontextmanager
+async def serving(address: str, **options: Any) -> AsyncIterator[Mailbox]:
+    mailbox = Mailbox("echo", address, (Echo, Silence), **options)
+    await mailbox.start()
+    task = asyncio.create_task(serve(mailbox))
+    try:
+        yield mailbox
+    finally:
+        task.cancel()
+        mailbox.close()
+
+
+@contextlib.contextmanager
+def sending(*arguments: Any, **options: Any) -> Any:
+    outbox = Outbox(*arguments or ("test",), **options)
+    try:
+        yield outbox
+    finally:
+        outbox.close()
+
+
+@pytest.mark.parametrize("transport", ["inproc", "ipc", "tcp"])
+def test_every_transport_asks_tells_and_sees_the_peer_go(run: Run, folder: Path, transport: str) -> None:
+    address = {
+        "inproc": f"inproc://{folder}",
+        "ipc": f"ipc://{folder}/echo",
+        "tcp": f"tcp://127.0.0.1:{free_port()}",
+    }[transport]
+
+    async def scenario() -> None:
+        with sending() as outbox:
+            reference = outbox.reference("echo", address)
+            early = asyncio.ensure_future(reference.ask(Echo("early"), Echoed, timeout_s=20))
+            async with serving(address) as mailbox:
+                assert await early == Echoed("early")
+                reference.tell(Echo("told"))
+                assert await reference.ask(Echo("hi"), Echoed, timeout_s=20) == Echoed("hi")
+                silent = asyncio.ensure_future(reference.ask(Silence(), Echoed, timeout_s=20))
+                down = asyncio.ensure_future(reference.down())
+                await asyncio.sleep(0)  # both have begun: the next ask is behind the silent one
+                assert await reference.ask(Echo("hi"), Echoed, timeout_s=20) == Echoed("hi")
+                assert not down.done()
+                mailbox.close()
+            await down
+            with pytest.raises(Unreachable, match="lost"):
+                await silent
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("transport", ["inproc", "ipc"])
+def test_a_mailbox_opened_again_is_reached_by_the_same_reference(run: Run, folder: Path, transport: str) -> None:
+    address = f"inproc://{folder}" if transport == "inproc" else f"ipc://{folder}/echo"
+
+    async def scenario() -> None:
+        with sending() as outbox:
+            reference = outbox.reference("echo", address)
+            for _ in range(5):
+                async with serving(address):
+                    assert await reference.ask(Echo("hi"), Echoed, timeout_s=20) == Echoed("hi")
+                    down = asyncio.ensure_future(reference.down())
+                    await asyncio.sleep(0)
+                await down
+
+    run(scenario())
+
+
+def test_one_reference_for_each_peer(folder: Path) -> None:
+    outbox = Outbox("test")
+    first = outbox.reference("echo", "inproc://a")
+    assert outbox.reference("echo", "inproc://a") is first
+    assert outbox.reference("echo", "inproc://b") is not first
+    with pytest.raises(AddressError):
+        outbox.reference("echo", "nowhere")
+
+
+def test_an_ask_ends_at_its_deadline_and_the_late_answer_is_a_dead_letter(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        mailbox = Mailbox("echo", f"ipc://{folder}/echo", (Echo,))
+        await mailbox.start()
+        with sending() as outbox:
+            reference = outbox.reference("echo", mailbox.address)
+            with pytest.raises(AskTimeout, match=r"no answer .* within 0.2 s"):
+                await reference.ask(Echo("late"), Echoed, timeout_s=0.2)
+            answer(await mailbox.receive())
+            ask = asyncio.ensure_future(reference.ask(Echo("next"), Echoed, timeout_s=20))
+            answer(await mailbox.receive())
+            assert await ask == Echoed("next")
+            assert [letter.reason for letter in outbox.dead_letters.recent] == ["late_reply"]
+        mailbox.close()
+
+    run(scenario())
+
+
+def test_each_ask_has_its_own_deadline(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        async with serving(f"ipc://{folder}/echo") as mailbox:
+            with sending() as outbox:
+                reference = outbox.reference("echo", mailbox.address)
+                ended: list[float] = []
+
+                async def wait(timeout_s: float) -> None:
+                    with pytest.raises(AskTimeout):
+                        await reference.ask(Silence(), Echoed, timeout_s=timeout_s)
+                    ended.append(timeout_s)
+
+                await asyncio.gather(*(wait(timeout_s) for timeout_s in (0.3, 0.1, 0.2, 0.0)))
+                assert ended == [0.0, 0.1, 0.2, 0.3]
+                assert await reference.ask(Echo("hi"), Echoed, timeout_s=20) == Echoed("hi")
+
+    run(scenario())
+
+
+def test_an_absent_peer_is_told_apart_from_a_silent_one(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        with sending() as outbox, pytest.raises(AskTimeout, match="no connection"):
+            await outbox.reference("echo", f"ipc://{folder}/echo").ask(Echo("hi"), Echoed, timeout_s=0.1)
+
+    run(scenario())
+
+
+def test_the_queue_towards_a_peer_is_bounded(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        with sending("test", high_water_mark=10) as outbox:
+            absent = outbox.reference("echo", f"ipc://{folder}/absent")
+            for _ in range(20):
+                absent.tell(Echo("hi"))
+            with pytest.raises(MailboxFull, match="queued"):
+                absent.tell(Echo("hi"))
+
+    run(scenario())
+
+
+def test_the_asks_outstanding_with_a_peer_are_bounded(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        mailbox = Mailbox("echo", f"ipc://{folder}/echo", (Echo,))
+        await mailbox.start()
+        with sending("test", high_water_mark=10) as outbox:
+            reference = outbox.reference("echo", mailbox.address)
+            asks = [asyncio.ensure_future(reference.ask(Echo(""), Echoed, timeout_s=20)) for _ in range(10)]
+            arrived = [await mailbox.receive() for _ in asks]
+            with pytest.raises(MailboxFull, match="outstanding"):
+                await reference.ask(Echo("hi"), Echoed, timeout_s=20)
+            asks[0].cancel()
+            await asyncio.wait(asks[:1])
+            asks[0] = asyncio.ensure_future(reference.ask(Echo(""), Echoed, timeout_s=20))
+            for delivery in [*arrived, await mailbox.receive()]:
+                answer(delivery)
+            assert await asyncio.gather(*asks) == [Echoed("")] * 10
+        mailbox.close()
+
+    run(scenario())
+
+
+def test_an_answer_of_another_type_is_a_failure(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        async with serving(f"ipc://{folder}/echo") as mailbox:
+            with sending() as outbox:
+                reference = outbox.reference("echo", mailbox.address)
+                with pytest.raises(RemoteFailure, match="Refusal") as caught:
+                    await reference.ask(Echo("refuse"), Echoed, timeout_s=20)
+                assert caught.value.code == "unknown_message"
+                answer = await reference.ask(Echo("refuse"), Echoed, Refusal, timeout_s=20)
+                assert answer == Refusal("as told")
+
+    run(scenario())
+
+
+def test_closing_ends_what_is_outstanding(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        async with serving(f"ipc://{folder}/echo") as mailbox:
+            outbox = Outbox("test")
+            reference = outbox.reference("echo", mailbox.address)
+            silent = asyncio.ensure_future(reference.ask(Silence(), Echoed, timeout_s=20))
+            down = asyncio.ensure_future(reference.down())
+            await reference.ask(Echo("hi"), Echoed, timeout_s=20)
+            outbox.close()
+            for ended in (silent, down):
+                with pytest.raises(Unreachable, match="this side"):
+                    await ended
+            with pytest.raises(Unreachable, match="is closed"):
+                reference.tell(Echo("hi"))
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("transport", ["inproc", "ipc"])
+def test_the_last_answer_arrives_though_the_mailbox_closes_behind_it(run: Run, folder: Path, transport: str) -> None:
+    address = f"inproc://{folder}" if transport == "inproc" else f"ipc://{folder}/echo"
+
+    async def scenario() -> None:
+        with sending() as outbox:
+            reference = outbox.reference("echo", address)
+            for _ in range(30):
+                mailbox = Mailbox("echo", address, (Echo,))
+                await mailbox.start()
+                ask = asyncio.ensure_future(reference.ask(Echo("last"), Echoed, timeout_s=20))
+                await asyncio.sleep(0)
+                down = reference.down()
+                answer(await mailbox.receive())
+                mailbox.close()
+                await down
+                assert await ask == Echoed("last")
+
+    run(scenario())
+
+
+def test_closing_in_the_middle_of_a_handshake_blocks_nobody(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        async with serving(f"ipc://{folder}/echo") as mailbox:
+            for _ in range(300):
+                hasty = Outbox("hasty")
+                hasty.reference("echo", mailbox.address).tell(Echo("hi"))
+                await asyncio.sleep(0)
+                hasty.close()
+            with sending() as outbox:
+                reference = outbox.reference("echo", mailbox.address)
+                assert await reference.ask(Echo("hi"), Echoed, timeout_s=20) == Echoed("hi")
+
+    run(scenario())
+
+
+def test_the_trace_travels_along(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        mailbox = Mailbox("echo", f"ipc://{folder}/echo", (Echo,))
+        await mailbox.start()
+        seen: list[str] = []
+
+        async def consume() -> None:
+            for _ in range(2):
+                delivery = await mailbox.receive()
+                seen.append(current_traceparent.get())
+                answer(delivery)
+
+        consumer = asyncio.create_task(consume())
+        with sending() as outbox:
+            reference = outbox.reference("echo", mailbox.address)
+            traceparent = new_traceparent()
+            current_traceparent.set(traceparent)
+            await reference.ask(Echo("traced"), Echoed, timeout_s=20)
+            current_traceparent.set("")
+            await reference.ask(Echo("not traced"), Echoed, timeout_s=20)
+        await consumer
+        assert seen[0][:36] == traceparent[:36]  # the same trace, a span of its own
+        assert seen[0][36:52] != traceparent[36:52]
+        assert seen[1] == ""
+        mailbox.close()
+
+    run(scenario())
+
+
+def test_curve_keeps_strangers_out(run: Run) -> None:
+    address = f"tcp://127.0.0.1:{free_port()}"
+    keys = CurveKeys(*zmq.curve_keypair())
+    others = CurveKeys(*zmq.curve_keypair())
+
+    async def scenario() -> None:
+        async with serving(address, curve=keys):
+            for curve in (None, others):
+                with sending("test", curve=curve) as outbox, pytest.raises(AskTimeout):
+                    await outbox.reference("echo", address).ask(Echo("hi"), Echoed, timeout_s=0.3)
+            with sending("test", curve=keys) as outbox:
+                reference = outbox.reference("echo", address)
+                assert await reference.ask(Echo("hi"), Echoed, timeout_s=20) == Echoed("hi")
+
+    run(scenario())

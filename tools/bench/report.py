@@ -1,0 +1,35 @@
+"""The one form that every benchmark reports in."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+
+def compare(
+    bench: str,
+    case: str,
+    unit: str,
+    *,
+    ours: Sequence[float],
+    peer: str,
+    peer_values: Sequence[float],
+    higher_is_better: bool = True,
+) -> dict[str, Any]:
+    """One case: the medians of interleaved rounds of one run, and `ratio` > 1 where ours is better."""
+    mine, theirs = statistics.median(ours), statistics.median(peer_values)
+    ratio = mine / theirs if higher_is_better else theirs / mine
+    return {
+        "bench": bench,
+        "case": case,
+        "unit": unit,
+        "ours": _rounded(mine),
+        "peer": peer,
+        "peer_value": _rounded(theirs),
+        "ratio": _rounded(ratio),
+    }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
