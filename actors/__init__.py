@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from actors.actor import Actor
 from actors.addresses import AddressBook
 from actors.errors import ActorCrashed, StartFailure, TopologyError
+from actors.later import Later
 from actors.topology import Component, Topology, load_topology
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ __all__ = [
     "ActorCrashed",
     "AddressBook",
     "Component",
+    "Later",
     "StartFailure",
     "Topology",
     "TopologyError",

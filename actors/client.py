@@ -1,0 +1,96 @@
+"""A small client of the HTTP API, for the command line and for `launch`."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import httpx
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+GENERATE_TIMEOUT_S: Final = 3600.0
+_CONNECT_TIMEOUT_S: Final = 5.0
+_READ_TIMEOUT_S: Final = 10.0
+
+
+class ApiError(Exception):
+    """The API is not there, or it answered with an error; `str()` is a sentence."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What came back for one prompt."""
+
+    data: bytes
+    """The encoded file, a PNG unless the model makes something else."""
+    request_id: str
+    """Id of the request, as the logs of every process name it."""
+
+    def save(self, path: Path | str) -> Path:
+        """Write the file as it came."""
+        file = Path(path)
+        file.write_bytes(self.data)
+        return file
+
+    def image(self) -> Image:
+        """Decode it with Pillow."""
+        import io
+
+        from PIL import Image
+
+        return Image.open(io.BytesIO(self.data))
+
+
+def request_body(
+    prompt: str, *, size: str | None, steps: int | None, seed: int | None, extra: dict[str, object]
+) -> dict[str, object]:
+    """The JSON body of `POST /v1/images/generations`; what is None is left to the model's defaults."""
+    given = {"size": size, "num_inference_steps": steps, "seed": seed, **extra}
+    body: dict[str, object] = {"prompt": prompt, "n": 1, "response_format": "b64_json"}
+    return body | {key: value for key, value in given.items() if value is not None}
+
+
+def read_picture(response: httpx.Response) -> Picture:
+    """The picture of an answer to `POST /v1/images/generations`; raises `ApiError`."""
+    answer = read_json(response)
+    try:
+        data = base64.b64decode(answer["data"][0]["b64_json"], validate=True)
+    except (KeyError, IndexError, TypeError, binascii.Error) as error:
+        raise ApiError(f"{response.url} answered without a picture ({error!r})") from error
+    return Picture(data, str(answer.get("id", "")))
+
+
+def read_json(response: httpx.Response) -> dict[str, Any]:
+    """The JSON object of an answer; raises `ApiError` with the server's own message when it is an error."""
+    try:
+        answer = response.json()
+    except ValueError as error:
+        raise ApiError(f"{response.url} answered {response.status_code} and no JSON: is it Triptych?") from error
+    if response.is_success and isinstance(answer, dict):
+        return answer
+    raise ApiError(_message(answer) or f"{response.url} answered {response.status_code}")
+
+
+def timeout(read_s: float = _READ_TIMEOUT_S) -> httpx.Timeout:
+    """Short for connecting, `read_s` seconds for the answer."""
+    return httpx.Timeout(read_s, connect=_CONNECT_TIMEOUT_S)
+
+
+def unreachable(url: str, error: httpx.HTTPError) -> ApiError:
+    """The sentence for an API that cannot be reached."""
+    if isinstance(error, httpx.TimeoutException):
+        return ApiError(f"{url} does not answer in time")
+    return ApiError(f"{url} cannot be reached ({error or type(error).__name__}): is `triptych up` running?")
+
+
+def _message(answer: object) -> str:
+    if not isinstance(answer, dict) or not isinstance(answer.get("error"), dict):
+        return ""
+    error = answer["error"]
+    text = str(error.get("message", ""))
+    return f"{text} (param {error['param']})" if text and error.get("param") else text

@@ -1,0 +1,185 @@
+"""A whole cluster from Python: `async with launch("examples/demo.toml") as cluster: ...`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import httpx
+
+from actors.actor import READY
+from actors.addresses import SUPERVISOR, AddressBook
+from actors.child import LEFT
+from actors.client import (
+    GENERATE_TIMEOUT_S,
+    ApiError,
+    Picture,
+    read_json,
+    read_picture,
+    request_body,
+    timeout,
+    unreachable,
+)
+from actors.overrides import write_with_overrides
+from actors.system import ChildReport, SupervisorQuery, SupervisorReport
+from actors.topology import Topology, load_topology
+from bus import BusError, Outbox
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+
+_READY_EVERY_S: Final = 0.1
+_LOOKS_PER_REPORT: Final = 20
+_QUERY_TIMEOUT_S: Final = 5.0
+_STOP_MARGIN_S: Final = 5.0
+
+
+class Cluster:
+    """A cluster that runs as long as its `launch` block; every method may be called concurrently."""
+
+    def __init__(self, topology: Topology, process: asyncio.subprocess.Process) -> None:
+        self.topology = topology
+        self.url = topology.url
+        """Base URL of the API, such as http://127.0.0.1:8000."""
+        self.process = process
+        """The `triptych up` process."""
+        self._http = httpx.AsyncClient(base_url=self.url, timeout=timeout())
+        self._outbox = Outbox("launch")
+
+    async def generate(
+        self,
+        prompt: str,
+        *,
+        size: str | None = None,
+        steps: int | None = None,
+        seed: int | None = None,
+        timeout_s: float = GENERATE_TIMEOUT_S,
+        **inputs: object,
+    ) -> Picture:
+        """One picture for a prompt; raises `ApiError` with the server's sentence.
+
+        `size` is "WIDTHxHEIGHT" in pixels, `steps` the number of denoising steps; what is None, and every other
+        input of the model that is not among `inputs`, takes the model's default. Waits `timeout_s` seconds.
+        """
+        body = request_body(prompt, size=size, steps=steps, seed=seed, extra=inputs)
+        try:
+            answer = await self._http.post("/v1/images/generations", json=body, timeout=timeout(timeout_s))
+        except httpx.HTTPError as error:
+            raise unreachable(self.url, error) from error
+        return read_picture(answer)
+
+    async def status(self) -> dict[str, Any]:
+        """What `GET /v1/cluster` answers; raises `ApiError`."""
+        try:
+            return read_json(await self._http.get("/v1/cluster"))
+        except httpx.HTTPError as error:
+            raise unreachable(self.url, error) from error
+
+    async def children(self) -> dict[str, ChildReport]:
+        """The supervisor's own view of each component, by name; works while the API is down, too."""
+        supervisor = self._outbox.reference(SUPERVISOR, AddressBook(self.topology).address(SUPERVISOR))
+        report = await supervisor.ask(SupervisorQuery(), SupervisorReport, timeout_s=_QUERY_TIMEOUT_S)
+        return {child.name: child for child in report.children}
+
+    async def pid_of(self, name: str) -> int:
+        """Process of a component, 0 while it has none; raises `KeyError` for an unknown name."""
+        return (await self.children())[name].pid
+
+    async def ready(self) -> bool:
+        """Whether `GET /ready` says that the cluster takes requests."""
+        try:
+            return (await self._http.get("/ready")).is_success
+        except httpx.HTTPError:
+            return False  # not listening yet is not ready either
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Wait until the cluster is ready; raises `ApiError` when it ends, cannot become ready, or takes too long."""
+        ended = asyncio.create_task(self.process.wait())
+        looks = 0
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not await self.ready():
+                    await asyncio.wait({ended}, timeout=_READY_EVERY_S)
+                    if ended.done():
+                        raise ApiError(f"the cluster ended with exit code {ended.result()} before it was ready")
+                    looks += 1
+                    if looks % _LOOKS_PER_REPORT == 0:
+                        await self._check_hope()
+        except TimeoutError:
+            raise ApiError(f"the cluster was not ready within {timeout_s:g} s: {await self._why()}") from None
+        finally:
+            ended.cancel()
+
+    async def close(self) -> None:
+        """Stop everything in order, as Ctrl-C does, and wait for it."""
+        self._outbox.close()
+        await self._http.aclose()
+        if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself in this moment
+                self.process.terminate()
+        patience = self.topology.supervision.shutdown_s * len(self.topology.components) + _STOP_MARGIN_S
+        try:
+            await asyncio.wait_for(self.process.wait(), patience)
+        except TimeoutError:
+            self.process.kill()  # its children follow: they die with their parent
+            await self.process.wait()
+
+    async def _check_hope(self) -> None:
+        try:
+            children = (await self.children()).values()
+        except BusError:
+            return  # the supervisor itself is still starting
+        if is_hopeless([child.state for child in children]) and not await self.ready():
+            raise ApiError(f"the cluster cannot become ready: {describe_children(children)}")
+
+    async def _why(self) -> str:
+        try:
+            return describe_children((await self.children()).values())
+        except BusError as error:
+            return f"the supervisor does not answer ({error})"
+
+
+def is_hopeless(states: Sequence[str]) -> bool:
+    """Whether waiting changes nothing: some children are not to run any more, and no other is under way. Pure."""
+    return any(state in LEFT for state in states) and all(state in LEFT or state == READY for state in states)
+
+
+def describe_children(children: Iterable[ChildReport]) -> str:
+    """Every child with its state and the reason of it. Pure."""
+    return ", ".join(f"{c.name} is {c.state}{f' ({c.reason})' if c.reason else ''}" for c in children)
+
+
+@contextlib.asynccontextmanager
+async def launch(
+    path: Path | str,
+    overrides: Mapping[str, Mapping[str, object]] | None = None,
+    *,
+    ready_timeout_s: float = 300.0,
+) -> AsyncIterator[Cluster]:
+    """Run a topology for the length of an `async with` block, and yield it once it is ready.
+
+    `overrides` changes keys of the file, `{"api": {"port": 9000}, "roles": {"denoiser": {"count": 2}}}`: roles are
+    named by their name or kind; `{"api": {"port": 0}}` takes a free port. The cluster is a `triptych up`
+    process of its own, which ends with this one however this one ends.
+
+    Raises:
+        TopologyError: the file, with the overrides, cannot be run.
+        ApiError: the cluster was not ready within `ready_timeout_s` seconds.
+    """
+    with tempfile.TemporaryDirectory(prefix="triptych-") as folder:
+        file = Path(path)
+        if overrides:
+            file = write_with_overrides(file, overrides, Path(folder))
+        topology = load_topology(file)
+        command = (sys.executable, "-m", "actors.command", "up", str(file), "--parent", str(os.getpid()))
+        cluster = Cluster(topology, await asyncio.create_subprocess_exec(*command))
+        try:
+            await cluster.wait_ready(ready_timeout_s)
+            yield cluster
+        finally:
+            await cluster.close()

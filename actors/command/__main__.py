@@ -1,0 +1,5 @@
+"""`python -m actors.command`."""
+
+from actors.command import main
+
+main()

@@ -1,0 +1,82 @@
+"""`triptych generate`: one picture from a prompt."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Final
+
+import httpx
+import typer
+from rich.markup import escape
+
+from actors.client import (
+    GENERATE_TIMEOUT_S,
+    ApiError,
+    Picture,
+    read_picture,
+    request_body,
+    timeout,
+    unreachable,
+)
+from actors.command.output import EXIT_FAILED, EXIT_INTERRUPTED, fail, stdout
+
+DEFAULT_URL: Final = "http://127.0.0.1:8000"
+URL_VARIABLE: Final = "TRIPTYCH_URL"
+
+Url = Annotated[
+    str,
+    typer.Option("--url", help="Base URL of the API.", envvar=URL_VARIABLE, show_default=DEFAULT_URL),
+]
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to show.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Where to write it.")] = Path("picture.png"),
+    size: Annotated[
+        str, typer.Option(metavar="WIDTHxHEIGHT", help="In pixels; the model's own if left out.", show_default=False)
+    ] = "",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps; the model's own if left out.", show_default=False)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The same seed makes the same picture; random if left out.", show_default=False)
+    ] = None,
+    url: Url = "",
+) -> None:
+    """Make one picture from a prompt, and write it to a file.
+
+    [bold]Examples[/]
+
+    triptych generate "a red circle" -o circle.png
+
+    triptych generate "a lighthouse in a storm" -o storm.png --size 1024x768 --steps 28 --seed 7
+    """
+    if not out.parent.is_dir():
+        fail(f"{out.parent} is not a folder: make it first, or write elsewhere with -o.", EXIT_FAILED)
+    begun = time.monotonic()
+    try:
+        picture = _ask(base_url(url), request_body(prompt, size=size or None, steps=steps, seed=seed, extra={}))
+        picture.save(out)
+    except ApiError as error:
+        fail(str(error), EXIT_FAILED)
+    except OSError as error:
+        fail(f"{out} cannot be written: {error.strerror}.", EXIT_FAILED)
+    except KeyboardInterrupt:
+        fail("interrupted", EXIT_INTERRUPTED)
+    about = f"{len(picture.data) / 1024:.0f} KiB, {time.monotonic() - begun:.1f} s"
+    stdout().print(f"[green]saved[/] {escape(str(out))} ({about}, request {escape(picture.request_id)})")
+
+
+def base_url(url: str) -> str:
+    """The URL that was given or the default, without a slash at the end."""
+    return (url or os.environ.get(URL_VARIABLE, "") or DEFAULT_URL).rstrip("/")
+
+
+def _ask(url: str, body: dict[str, object]) -> Picture:
+    with httpx.Client(timeout=timeout(GENERATE_TIMEOUT_S)) as http:
+        try:
+            return read_picture(http.post(f"{url}/v1/images/generations", json=body))
+        except httpx.HTTPError as error:
+            raise unreachable(url, error) from error

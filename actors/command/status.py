@@ -1,0 +1,136 @@
+"""`triptych status`: every actor of a running cluster."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import httpx
+import typer
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.text import Text
+
+from actors.client import ApiError, read_json, timeout, unreachable
+from actors.command.generate import Url, base_url
+from actors.command.output import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, rows_of, stdout, styled, table
+from actors.errors import TopologyError
+from actors.topology import load_topology
+
+_WATCH_EVERY_S: Final = 1.0
+_COLUMNS: Final = ("name", "state", "pid", "restarts", "uptime", "mailbox", "slots", "detail")
+
+
+def status(
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="The topology, for its URL; see also --url.", show_default=False),
+    ] = None,
+    url: Url = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print what the API answers.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again each second, until Ctrl-C.")] = False,
+) -> None:
+    """Show every actor of a running cluster.
+
+    Exits with 1 when the API cannot be reached.
+
+    [bold]Examples[/]
+
+    triptych status examples/demo.toml
+
+    triptych status --url http://127.0.0.1:8000 --watch
+
+    triptych status --json | jq '.actors[] | select(.state != "ready")'
+    """
+    try:
+        target = load_topology(file).url if file and not url else base_url(url)
+    except TopologyError as error:
+        fail(str(error), EXIT_BAD_TOPOLOGY)
+    with httpx.Client(base_url=target, timeout=timeout()) as http:
+        try:
+            if watch:
+                _watch(http, target, as_json=as_json)
+            else:
+                stdout().print(_shown(_look(http, target), as_json=as_json), soft_wrap=as_json)
+        except ApiError as error:
+            fail(str(error), EXIT_FAILED)
+        except KeyboardInterrupt:
+            return  # the way to end --watch
+
+
+def _watch(http: httpx.Client, url: str, *, as_json: bool) -> None:
+    console = stdout()
+    if not console.is_terminal:  # a log of looks, one after the other
+        while True:
+            console.print(_shown(_look(http, url), as_json=as_json), soft_wrap=as_json)
+            time.sleep(_WATCH_EVERY_S)
+    with Live(console=console, auto_refresh=False, screen=False) as live:
+        while True:
+            try:
+                live.update(_shown(_look(http, url), as_json=as_json), refresh=True)
+            except ApiError as error:  # it may come back: that is what one watches for
+                live.update(Text(str(error), style="red"), refresh=True)
+            time.sleep(_WATCH_EVERY_S)
+
+
+def _look(http: httpx.Client, url: str) -> dict[str, Any]:
+    try:
+        return read_json(http.get("/v1/cluster"))
+    except httpx.HTTPError as error:
+        raise unreachable(url, error) from error
+
+
+def _shown(cluster: dict[str, Any], *, as_json: bool) -> RenderableType:
+    if as_json:
+        return Text(json.dumps(cluster, indent=2))
+    return render(cluster)
+
+
+def render(cluster: dict[str, Any]) -> RenderableType:
+    """The answer of `GET /v1/cluster` as a table; leaves out what an API of another version does not say."""
+    rows = [_row(actor) for actor in cluster.get("actors", ())]
+    reasons = "".join(f"\n  {escape(str(reason))}" for reason in cluster.get("reasons", ()))
+    headline = "[green]ready[/]" if cluster.get("ready") else f"[red]not ready[/]{reasons}"
+    pools = [_pool(pool) for pool in cluster.get("pools", ())]
+    return Group(
+        Text.from_markup(headline), rows_of(table(*_COLUMNS), rows), *(Text.from_markup(pool) for pool in pools)
+    )
+
+
+def _row(actor: dict[str, Any]) -> tuple[str, ...]:
+    depth, capacity = actor.get("mailbox_depth"), actor.get("mailbox_capacity")
+    slots, credits_ = actor.get("slots"), actor.get("credits")
+    return (
+        escape(str(actor.get("name", "?"))),
+        styled(str(actor.get("state", "?"))),
+        str(actor.get("pid") or ""),
+        str(actor.get("restarts", "")),
+        _duration(actor.get("uptime_s")),
+        "" if depth is None else f"{depth}/{capacity}",
+        "" if slots is None else f"{credits_} of {slots} free",
+        escape(str(actor.get("detail", ""))),
+    )
+
+
+def _pool(pool: dict[str, Any]) -> str:
+    name = escape(str(pool.get("name", "pool")))
+    if pool.get("state") == "down":
+        return f"{name}: [red]down[/]"
+    return (
+        f"{name}: {_size(pool.get('free'))} of {_size(pool.get('capacity'))} free, {escape(str(pool.get('transport')))}"
+    )
+
+
+def _size(nbytes: object) -> str:
+    return f"{nbytes / (1 << 20):.1f} MiB" if isinstance(nbytes, int) else "?"
+
+
+def _duration(seconds: object) -> str:
+    if not isinstance(seconds, int | float):
+        return ""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes:02}m" if hours else f"{minutes}m {rest:02}s" if minutes else f"{rest}s"

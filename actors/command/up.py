@@ -1,0 +1,83 @@
+"""`triptych up`: start a cluster and keep it up."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Annotated, Literal
+
+import typer
+
+from actors import logs
+from actors.addresses import SUPERVISOR
+from actors.command.check import TopologyFile
+from actors.command.display import make_display
+from actors.command.output import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, stdout
+from actors.errors import AlreadyRunning, TopologyError, UnknownName
+from actors.prctl import die_with_parent
+from actors.preflight import preflight
+from actors.supervise import Supervision
+from actors.topology import load_topology
+
+
+def up(
+    file: TopologyFile,
+    only: Annotated[
+        str,
+        typer.Option(
+            "--only",
+            metavar="NAME,...",
+            help="Run just these components, each supervised on its own. They may be started in any order.",
+            show_default=False,
+        ),
+    ] = "",
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"] | None,
+        typer.Option(help="Default: warning on a terminal, else info; or TRIPTYCH_LOG_LEVEL.", show_default=False),
+    ] = None,
+    parent: Annotated[int, typer.Option(hidden=True, help="Stop when this process ends.")] = 0,
+) -> None:
+    """Start every process of a topology, and keep them up until Ctrl-C.
+
+    Ctrl-C drains and stops everything in order; a second one kills. Exits with 0 after that, with 2 when the topology
+    cannot be run, and with 1 when nothing is left to run.
+
+    [bold]Examples[/]
+
+    triptych up examples/demo.toml
+
+    triptych up examples/demo.toml --only denoiser-0
+
+    triptych up examples/demo.toml --only head,api --log-level debug
+    """
+    if parent:
+        die_with_parent(signal.SIGTERM)
+        if os.getppid() != parent:
+            raise typer.Exit(EXIT_FAILED)
+    console = stdout()
+    _configure_logs(log_level or "", on_terminal=console.is_terminal)
+    try:
+        topology = load_topology(file)
+        display = make_display(console, topology)
+        supervision = Supervision(
+            topology, only=_names(only), on_change=display.changed, beside=display.announce_readiness
+        )
+        preflight(topology, supervision.components, file=str(file))
+    except (TopologyError, UnknownName) as error:
+        fail(str(error), EXIT_BAD_TOPOLOGY)
+    try:
+        with display.shown(supervision.components):
+            code = supervision.run()
+    except (AlreadyRunning, PermissionError) as error:
+        fail(str(error), EXIT_FAILED)
+    raise typer.Exit(code)
+
+
+def _names(only: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in only.split(",") if name.strip()))
+
+
+def _configure_logs(level: str, *, on_terminal: bool) -> None:
+    chosen = level or os.environ.get(logs.LEVEL_VARIABLE, "") or ("warning" if on_terminal else "info")
+    os.environ[logs.LEVEL_VARIABLE] = chosen  # for the children, too
+    logs.configure(SUPERVISOR)

@@ -1,0 +1,57 @@
+"""Which code makes the actors of each kind of component, by name, so that nothing is imported before its time."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
+
+from actors.errors import StartFailure
+
+if TYPE_CHECKING:
+    from actors.actor import Actor
+    from actors.topology import Component, Topology
+
+Builder = Callable[["Component", "Topology"], "list[Actor]"]
+"""Makes the actors of a component. The first is the component itself, the others are called NAME.something."""
+
+
+class Part(NamedTuple):
+    """How a kind of component is made."""
+
+    build: str
+    """Its `Builder`, as "module:function"."""
+    forked: bool = False
+    """Whether it is forked from the zygote, which has imported the large libraries; else a fresh interpreter."""
+
+
+PARTS: Final[Mapping[str, Part]] = {
+    "pool": Part("roles.pool:build"),
+    "encoder": Part("roles.instance:build", forked=True),
+    "denoiser": Part("roles.instance:build", forked=True),
+    "decoder": Part("roles.instance:build", forked=True),
+    "monolithic": Part("roles.instance:build", forked=True),
+    "head": Part("roles.head:build"),
+    "api": Part("api.server:build"),
+}
+"""The components of Triptych."""
+
+PRELOAD: Final = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "engines.pipeline",
+    "roles.instance",
+    "roles.stream_worker",
+    "roles.transfer",
+)
+"""What the zygote imports for the parts that are forked; most of diffusers comes in only with what uses it."""
+
+
+def load_builder(name: str) -> Builder:
+    """The builder called "module:function"; raises `StartFailure` when it cannot be imported."""
+    module, _, function = name.partition(":")
+    try:
+        return cast(Builder, getattr(importlib.import_module(module), function))
+    except (ImportError, AttributeError) as error:
+        raise StartFailure(f"{name} cannot be imported ({error}): install what it needs") from error

@@ -1,0 +1,55 @@
+"""What can keep a cluster from starting, each as one sentence for the person who runs it."""
+
+from __future__ import annotations
+
+
+class StartFailure(Exception):  # noqa: N818  it is not a crash, and is never retried
+    """This actor can never work as configured: a bad model path, a bad option, a device that is not there.
+
+    Raise it from a builder or from `Actor.started` with one sentence that says what to do. It is reported
+    once, to the log and to the supervisor, and the actor is not started again; its siblings go on.
+    """
+
+
+class ActorCrashed(Exception):  # noqa: N818  the name of the event, as the supervisor reports it
+    """An actor of this process raised something it did not expect; the process has to end.
+
+    `actor` is its name, `__cause__` what it raised.
+    """
+
+    def __init__(self, actor: str, cause: BaseException) -> None:
+        super().__init__(f"{actor} crashed: {describe(cause)}")
+        self.actor = actor
+
+
+class UnknownName(KeyError):  # noqa: N818  the error of a look-up, like its base
+    """No component, no actor is called that; `str()` is a sentence, other than that of a bare `KeyError`."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class AlreadyRunning(Exception):  # noqa: N818  a state of the host, said in a sentence
+    """Another supervisor on this host already runs that component."""
+
+
+class TopologyError(Exception):
+    """A topology that cannot be run: `str()` is one sentence that names the file, the key and the fix.
+
+    `file` is the path as given, `key` the place in it as a reader would write it (`[api] port`), "" for the
+    file as a whole, `problem` what is wrong and `fix` what to do about it.
+    """
+
+    def __init__(self, file: str, key: str, problem: str, fix: str) -> None:
+        where = f"{file}: {key} " if key else f"{file} "
+        super().__init__(f"{where}{problem}: {fix}.")
+        self.file = file
+        self.key = key
+        self.problem = problem
+        self.fix = fix
+
+
+def describe(error: BaseException) -> str:
+    """`Type: text`, the form in which errors travel in failures and reports."""
+    text = str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,108 @@
+"""What a process tells its supervisor by itself: its state when it changes, and that it is alive."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from actors.actor import READY
+from actors.system import ChildHeartbeat, ChildState, Noted
+from bus import BusError, MailboxFull, Message, Outbox
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from actors.actor import Actor
+
+_LAST_WORD_S: Final = 2.0
+_log = structlog.stdlib.get_logger("actors")
+
+
+class Heartbeat:
+    """Tells the supervisor of the component whose actors these are.
+
+    A heartbeat means two things: the loop of this process turns, and no actor says that its work is overdue.
+    """
+
+    def __init__(
+        self,
+        actors: Sequence[Actor],
+        supervisor: str,
+        every_s: float,
+        *,
+        on_crash: Callable[[Actor, BaseException], None],
+    ) -> None:
+        self._actors = actors
+        self._supervisor = supervisor
+        self._every_s = every_s
+        self._on_crash = on_crash
+        self._told = ("", "")
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Begin; the actors have their outboxes by now."""
+        for actor in self._actors:
+            actor._on_state = self._tell_state
+        self._beat()
+
+    def stop(self) -> None:
+        """End."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for actor in self._actors:
+            actor._on_state = _nothing
+
+    def _beat(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._every_s, self._beat)
+        component = self._actors[0]
+        try:
+            self._tell_state()
+            if self._told[0] != "hung":
+                self._tell(ChildHeartbeat(component.name, component.generation))
+        except Exception as error:  # noqa: BLE001  `overdue` is the actor's own code: its errors are crashes
+            self._on_crash(component, error)
+
+    def _tell_state(self) -> None:
+        state = state_of(self._actors)
+        if state == self._told:
+            return
+        if state[0] == "hung":
+            _log.error("work is overdue, holding the heartbeat back", reason=state[1])
+        component = self._actors[0]
+        if self._tell(ChildState(component.name, component.generation, *state)):
+            self._told = state
+
+    def _tell(self, message: Message) -> bool:
+        try:
+            self._actors[0].reference(self._supervisor).tell(message)
+        except MailboxFull as error:
+            _log.warning("the supervisor does not take messages", error=str(error))
+            return False
+        return True
+
+
+def state_of(actors: Sequence[Actor]) -> tuple[str, str]:
+    """State and detail of a process: hung if work of any actor is overdue, ready when every actor is. Pure."""
+    for actor in actors:
+        reason = actor.overdue()
+        if reason is not None:
+            return "hung", f"{actor.name}: {reason}"
+    for number, actor in enumerate(actors):
+        if actor.state != READY:
+            about = f"{actor.name}: " if number and actor.detail else ""
+            return actor.state, about + actor.detail
+    return READY, actors[0].detail
+
+
+def _nothing() -> None:
+    """Nobody is told any more."""
+
+
+async def last_word(sender: Outbox, supervisor: str, address: str, message: ChildState) -> None:
+    """Have the supervisor note why this process is about to end; in vain if it does not answer."""
+    try:
+        await sender.reference(supervisor, address).ask(message, Noted, timeout_s=_LAST_WORD_S)
+    except BusError as error:
+        _log.warning("the supervisor was not told", message=message, error=str(error))

@@ -1,0 +1,130 @@
+"""How processes are started: as a fresh interpreter, or forked from the zygote."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from actors.components import PRELOAD
+from actors.prctl import adopt_orphans
+from actors.processes import Process, spawn
+from actors.zygote_client import Zygote, ZygoteGone
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_FIRST_BACKOFF_S: Final = 0.5
+_LAST_BACKOFF_S: Final = 60.0
+_log = structlog.stdlib.get_logger("actors")
+
+
+class LauncherClosed(Exception):  # noqa: N818  not an error of the one who asked: everything ends
+    """No more processes are started."""
+
+
+class Launcher:
+    """Starts processes that run `python -m actors.process`, as children of this process.
+
+    Args:
+        preload: modules that the zygote imports; () = there is no zygote, every start is a fresh interpreter.
+        environment: variables to add to this process' own, in every child.
+    """
+
+    def __init__(self, *, preload: Sequence[str] = PRELOAD, environment: Mapping[str, str] | None = None) -> None:
+        self._preload = tuple(preload)
+        self._environment = {**os.environ, **(environment or {})}
+        self._zygote: Zygote | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._in_flight = 0
+        self._landed = asyncio.Event()
+        self._closed = False
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a fork is under way whose pid is not known yet."""
+        return self._in_flight > 0
+
+    @property
+    def zygote_pid(self) -> int:
+        """Process of the zygote, 0 if there is none."""
+        return self._zygote.pid if self._zygote is not None else 0
+
+    def open(self) -> None:
+        """Start the zygote in the background, if there is to be one."""
+        if self._preload and self._keeper is None:
+            adopt_orphans()
+            self._zygote = self._spawn_zygote()
+            self._keeper = asyncio.get_running_loop().create_task(self._keep(), name="zygote keeper")
+
+    async def start(self, arguments: Sequence[str], *, forked: bool) -> Process:
+        """A new process with this command line of `actors.process`.
+
+        Without a zygote that can fork, a fresh interpreter does as well, only slower. Raises `LauncherClosed`, and
+        `OSError` when the system has no room for a process.
+        """
+        if forked and self._preload:
+            try:
+                return await self._fork(arguments)
+            except ZygoteGone as gone:
+                if not self._closed:
+                    _log.warning("starting a fresh interpreter, no fork", reason=str(gone))
+        if self._closed:
+            raise LauncherClosed("the supervisor is stopping")
+        command = (sys.executable, "-m", "actors.process", *arguments, "--parent", str(os.getpid()))
+        return Process(spawn(command, self._environment))
+
+    async def close(self) -> None:
+        """End the zygote; whoever waits for a fork gets it or `LauncherClosed` before this returns."""
+        self._closed = True
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.wait({self._keeper})
+        if self._zygote is not None:
+            await self._zygote.kill()
+        while self._in_flight:  # whoever asked for a fork has its process, or knows that there is none
+            self._landed.clear()
+            await self._landed.wait()
+
+    async def _fork(self, arguments: Sequence[str]) -> Process:
+        zygote = self._zygote
+        if self._closed or zygote is None:
+            raise ZygoteGone("there is no zygote")
+        self._in_flight += 1
+        try:
+            pid = await zygote.fork((*arguments, "--parent", str(os.getpid())))
+            return Process(pid)
+        finally:
+            self._in_flight -= 1
+            self._landed.set()
+
+    def _spawn_zygote(self) -> Zygote:
+        return Zygote(self._preload, self._environment)
+
+    async def _keep(self) -> None:
+        """Make the zygote anew whenever it ends; one that ends again and again is waited for longer."""
+        backoff = _FIRST_BACKOFF_S
+        while self._zygote is not None:
+            ending = await self._zygote.wait()
+            _log.warning("zygote ended, making a new one", ending=str(ending), pid=self._zygote.pid)
+            if self._zygote.was_warm:
+                backoff = _FIRST_BACKOFF_S
+            else:
+                await asyncio.sleep(backoff)
+                backoff = min(backoff * 2, _LAST_BACKOFF_S)
+            self._zygote = self._spawn_zygote()
+
+
+def thread_environment(cpu_roles: int, environment: Mapping[str, str], cores: int) -> dict[str, str]:
+    """Variables that share the cores out among the roles that compute on them. Pure.
+
+    What the user has set stays. OpenBLAS would start its threads when it is imported, before the fork.
+    """
+    wanted = {"OPENBLAS_NUM_THREADS": "1"}
+    if cpu_roles and "OMP_NUM_THREADS" not in environment:
+        share = str(max(1, cores // cpu_roles))
+        wanted |= {"OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share}
+    return {key: value for key, value in wanted.items() if key not in environment}

@@ -1,0 +1,72 @@
+"""A topology file with some keys changed, written anew."""
+
+from __future__ import annotations
+
+import json
+import socket
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actors.errors import TopologyError
+from actors.reading import did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def write_with_overrides(file: Path, overrides: Mapping[str, Mapping[str, Any]], folder: Path) -> Path:
+    """Write `file`, changed, to a file of the same name in `folder`; raises `TopologyError`.
+
+    Paths in it become absolute, since they are relative to the file. An `[api] port` of 0 becomes a free one. State
+    without a configured place goes below `folder`.
+    """
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TopologyError(str(file), "", f"cannot be read ({error})", "give a topology file") from error
+    changed = merge(str(file), tables, overrides)
+    for section in ("model", "state"):
+        path = changed.get(section, {}).get("path")
+        if isinstance(path, str) and path:
+            changed[section]["path"] = str((file.parent / Path(path).expanduser()).resolve())
+    changed.setdefault("state", {}).setdefault("path", str(folder / "state"))
+    if changed.get("api", {}).get("port") == 0:
+        changed["api"]["port"] = free_port()
+    written = folder / file.name
+    written.write_text(to_toml(changed), encoding="utf-8")
+    return written
+
+
+def merge(file: str, tables: dict[str, Any], overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The tables with the keys of `overrides` put over theirs; roles are found by name or kind. Pure."""
+    merged = {key: dict(table) for key, table in tables.items() if key != "roles"}
+    roles = {role.get("name") or role.get("kind"): dict(role) for role in tables.get("roles", [])}
+    for section, keys in overrides.items():
+        if section != "roles":
+            merged.setdefault(section, {}).update(keys)
+            continue
+        for name, changes in keys.items():
+            if name not in roles:
+                problem = f"of the overrides name {name}, which is not there"
+                raise TopologyError(file, "[[roles]]", problem, did_you_mean(name, map(str, roles)))
+            roles[name].update(changes)
+    return merged | ({"roles": list(roles.values())} if roles else {})
+
+
+def to_toml(tables: Mapping[str, Any]) -> str:
+    """TOML of tables of scalars and of lists of such tables, which is all that a topology has."""
+    lines: list[str] = []
+    for name, value in tables.items():
+        rows, header = (value, f"[[{name}]]") if isinstance(value, list) else ([value], f"[{name}]")
+        for row in rows:
+            # The scalars of JSON are scalars of TOML; only the escape for DEL differs.
+            lines += [header, *(f"{key} = {json.dumps(item, ensure_ascii=False)}" for key, item in row.items()), ""]
+    return "\n".join(lines).replace("\x7f", "\\u007f")
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

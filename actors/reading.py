@@ -1,0 +1,107 @@
+"""From a TOML file to typed sections, with an error that names the file, the key and the fix."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NoReturn, TypeVar, get_args, get_origin
+
+import msgspec
+from msgspec import NODEFAULT
+
+from actors.errors import TopologyError
+from actors.sections import RoleSection, Section, Sections
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+S = TypeVar("S", bound=Section)
+
+_WORDS: Final = {int: "a whole number", float: "a number", str: "a text in quotes"}
+
+
+def read_sections(file: Path) -> Sections:
+    """Decode a topology file; raises `TopologyError`."""
+    tables = _parse(file)
+    name = str(file)
+    fields = {field.name: field.type for field in msgspec.structs.fields(Sections)}
+    for key in tables:
+        if key not in fields:
+            raise TopologyError(name, f"[{key}]", "is not a section of a topology", did_you_mean(key, fields))
+    if "model" not in tables:
+        raise TopologyError(name, "", "has no [model] section", 'add [model] with path = "the folder of a model"')
+    roles = tables.pop("roles", [])
+    if not isinstance(roles, list):
+        raise TopologyError(name, "[roles]", "is written as one table", "write [[roles]], once for each kind")
+    decoded = {key: _decode(name, f"[{key}]", table, fields[key]) for key, table in tables.items()}
+    return Sections(
+        roles=tuple(
+            _decode(name, f"[[roles]] no. {number}", role, RoleSection) for number, role in enumerate(roles, start=1)
+        ),
+        **decoded,
+    )
+
+
+def did_you_mean(key: str, known: Iterable[str]) -> str:
+    """The fix for a misspelt word: the nearest known one, else all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}" if near else f"use one of {', '.join(names)}"
+
+
+def _parse(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as stream:
+            return tomllib.load(stream)
+    except FileNotFoundError:
+        raise TopologyError(str(file), "", "does not exist", "give the path of a topology file") from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise TopologyError(str(file), "", f"cannot be read ({reason})", "give a readable file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise TopologyError(str(file), "", f"is not TOML ({error})", "correct it there") from error
+
+
+def _decode(file: str, where: str, table: object, section: type[S]) -> S:
+    if not isinstance(table, dict):
+        raise TopologyError(file, where, "is not a table", f"write the line {where} and its keys below it")
+    fields = {field.name: field for field in msgspec.structs.fields(section)}
+    for key in table:
+        if key not in fields:
+            raise TopologyError(file, where, f"has no key called {key}", did_you_mean(key, fields))
+    values = {}
+    for key, field in fields.items():
+        if key in table:
+            values[key] = _value(file, f"{where} {key}", table[key], field.type)
+        elif field.default is NODEFAULT:
+            raise TopologyError(file, where, f"lacks the key {key}", f"add {key} = {_expected(field.type)}")
+    return section(**values)
+
+
+def _value(file: str, key: str, value: object, kind: Any) -> Any:
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+        _refuse(file, key, value, kind)
+
+
+def _refuse(file: str, key: str, value: object, kind: Any) -> NoReturn:
+    choices = [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
+    if choices and isinstance(value, str):
+        raise TopologyError(file, key, f'= "{value}" is not known', did_you_mean(value, choices))
+    raise TopologyError(file, key, f"= {_toml(value)} does not fit", f"give it {_expected(kind)}")
+
+
+def _expected(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(f'"{choice}"' for choice in get_args(kind))
+    if get_origin(kind) is Annotated:
+        return str(next(meta.description for meta in get_args(kind)[1:] if meta.description))
+    return _WORDS[kind]
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -1,0 +1,174 @@
+"""What a supervisor does when a child ends: one pure decision, in the terms of Erlang/OTP's supervisors.
+
+It differs from OTP in two points, both because a cluster of accelerators should serve on with what is left of it:
+the intensity is counted for each child, and exceeding it gives up that child alone.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final
+
+import msgspec
+
+FIRST_BACKOFF_S: Final = 0.25
+LAST_BACKOFF_S: Final = 10.0
+
+
+class Strategy(StrEnum):
+    """Who is restarted together with the child that ended."""
+
+    ONE_FOR_ONE = "one_for_one"
+    ONE_FOR_ALL = "one_for_all"
+    REST_FOR_ONE = "rest_for_one"
+
+
+class Restart(StrEnum):
+    """When a child is started again."""
+
+    PERMANENT = "permanent"
+    TRANSIENT = "transient"
+    TEMPORARY = "temporary"
+
+
+class ExitKind(StrEnum):
+    """How a child ended without having been asked to by its supervisor."""
+
+    CLEAN = "clean"
+    CRASH = "crash"
+    START_FAILURE = "start_failure"
+
+
+class Exit(msgspec.Struct, frozen=True):
+    """The end of one child."""
+
+    name: str
+    """The child."""
+    kind: ExitKind
+    """How it ended."""
+    at: float
+    """Seconds of a monotonic clock, the one of `History`."""
+    reason: str
+    """One sentence."""
+
+
+class ChildSpec(msgspec.Struct, frozen=True):
+    """What the decision needs to know of a child."""
+
+    name: str
+    """Its name, unique among its siblings."""
+    restart: Restart = Restart.PERMANENT
+    """When it is started again."""
+
+
+class Spec(msgspec.Struct, frozen=True):
+    """What the decision needs to know of a supervisor."""
+
+    children: tuple[ChildSpec, ...]
+    """In start order."""
+    strategy: Strategy = Strategy.ONE_FOR_ONE
+    """Who is restarted together."""
+    intensity: int = 5
+    """Restarts of one child allowed within `period_s`."""
+    period_s: float = 30.0
+    """Seconds over which restarts are counted."""
+
+
+History = tuple[float, ...]
+"""When the child was restarted for its own sake, oldest first, in seconds of a monotonic clock."""
+
+
+class Stop(msgspec.Struct, frozen=True):
+    """Stop a running sibling, through the ladder of SIGTERM and SIGKILL."""
+
+    name: str
+
+
+class Wait(msgspec.Struct, frozen=True):
+    """Let so many seconds pass before what follows."""
+
+    seconds: float
+
+
+class Start(msgspec.Struct, frozen=True):
+    """Start a child."""
+
+    name: str
+
+
+class Leave(msgspec.Struct, frozen=True):
+    """Do not start the child again; `state` is "stopped", "failed" or "gave_up"."""
+
+    name: str
+    state: str
+    reason: str
+
+
+Action = Stop | Wait | Start | Leave
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """What to do, in this order, and the history from now on."""
+
+    actions: tuple[Action, ...]
+    history: History
+
+
+def decide(
+    spec: Spec, history: History, exit_: Exit, *, alive: frozenset[str] = frozenset(), jitter: float = 0.0
+) -> Decision:
+    """What to do about the end of a child.
+
+    Args:
+        spec: the supervisor and its children.
+        history: of this child.
+        exit_: what happened.
+        alive: siblings that run or are to run; the others have been left for good and stay so.
+        jitter: in [0, 1), drawn by the caller; shortens the wait by up to half, so that children which end
+            together do not come back together.
+
+    The first restart after a quiet period is immediate. The next wait `FIRST_BACKOFF_S`, doubled each time up to
+    `LAST_BACKOFF_S` seconds, less the jitter.
+    """
+    child = next(child for child in spec.children if child.name == exit_.name)
+    recent = tuple(at for at in history if exit_.at - at < spec.period_s)
+    if exit_.kind is ExitKind.START_FAILURE:
+        return Decision((Leave(child.name, "failed", exit_.reason),), recent)
+    if not _wanted_again(child.restart, exit_.kind):
+        return Decision((Leave(child.name, "stopped", exit_.reason),), recent)
+    if len(recent) >= spec.intensity:
+        reason = f"restarted {len(recent)} times within {spec.period_s:g} s, last because: {exit_.reason}"
+        return Decision((Leave(child.name, "gave_up", reason),), recent)
+    group = _group(spec, child, alive)
+    actions: list[Action] = [Stop(name) for name in reversed(group) if name != child.name]
+    temporary = [name for name in group if name != child.name and not _comes_back(spec, name)]
+    actions += [Leave(name, "stopped", f"stopped together with {child.name}") for name in temporary]
+    wait = backoff_s(len(recent), jitter)
+    if wait:
+        actions.append(Wait(wait))
+    actions += [Start(name) for name in group if name not in temporary]
+    return Decision(tuple(actions), (*recent, exit_.at))
+
+
+def backoff_s(restarts: int, jitter: float) -> float:
+    """Seconds to wait before a restart that follows `restarts` recent ones."""
+    if restarts == 0:
+        return 0.0
+    doublings = min(restarts - 1, 32)  # far past the cap: keeps the power small
+    return min(LAST_BACKOFF_S, FIRST_BACKOFF_S * (1 << doublings)) * (1 - jitter / 2)
+
+
+def _wanted_again(restart: Restart, kind: ExitKind) -> bool:
+    return restart is Restart.PERMANENT or (restart is Restart.TRANSIENT and kind is not ExitKind.CLEAN)
+
+
+def _comes_back(spec: Spec, name: str) -> bool:
+    return any(child.name == name and child.restart is not Restart.TEMPORARY for child in spec.children)
+
+
+def _group(spec: Spec, child: ChildSpec, alive: frozenset[str]) -> list[str]:
+    names = [sibling.name for sibling in spec.children]
+    if spec.strategy is Strategy.ONE_FOR_ONE:
+        return [child.name]
+    affected = names if spec.strategy is Strategy.ONE_FOR_ALL else names[names.index(child.name) :]
+    return [name for name in affected if name == child.name or name in alive]

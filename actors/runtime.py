@@ -1,0 +1,213 @@
+"""`Runtime`: the actors of one process, from start to drain."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from typing import TYPE_CHECKING, Any, Self
+
+import structlog
+
+from actors.actor import DRAINING
+from actors.cell import Cell
+from actors.errors import ActorCrashed
+from actors.heartbeat import Heartbeat
+from actors.system import ActorStatus, Inspect, Inspection, Shutdown, ShuttingDown
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    from actors.actor import Actor
+    from actors.addresses import AddressBook
+    from bus import Delivery
+
+_log = structlog.stdlib.get_logger("actors")
+
+
+class Runtime:
+    """Runs several actors on the current loop; the first one gives the process its name.
+
+    Either `await runtime.run()`, which returns after a stop has been asked for, or `async with runtime:` around
+    other code. All mailboxes are open before any actor starts, and the actors start concurrently, so they may ask
+    each other.
+
+    Args:
+        actors: each runs at most once; addresses are looked up in `book` by their names.
+        book: where these and other actors are.
+        generation: of this incarnation, 0 outside a topology.
+        restarts: times that the component has been restarted.
+        kind: of the component, for inspections.
+        supervisor: name of the supervisor to report to, "" for none.
+        shutdown_s: bound in seconds of the drain, None for no bound.
+        heartbeat_s: seconds between two heartbeats.
+    """
+
+    def __init__(
+        self,
+        actors: Sequence[Actor],
+        *,
+        book: AddressBook,
+        generation: int = 0,
+        restarts: int = 0,
+        kind: str = "",
+        supervisor: str = "",
+        shutdown_s: float | None = 10.0,
+        heartbeat_s: float = 1.0,
+    ) -> None:
+        self.actors = tuple(actors)
+        self.kind = kind
+        self._shutdown_s = shutdown_s
+        self._started_at = time.monotonic()
+        self._over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._cells = [
+            Cell(
+                actor,
+                book.address(actor.name),
+                generation=generation,
+                restarts=restarts,
+                book=book,
+                on_system=self._system,
+                on_crash=self._crashed,
+            )
+            for actor in self.actors
+        ]
+        self.heartbeat: Heartbeat | None = None
+        if supervisor:
+            self.heartbeat = Heartbeat(self.actors, supervisor, heartbeat_s, on_crash=self._crashed)
+
+    async def run(self) -> None:
+        """Start, serve until `stop` is called or a `Shutdown` comes, drain.
+
+        Raises `StartFailure` when an actor cannot start, `ActorCrashed` when one crashes, `bus.AddressError` when a
+        mailbox cannot be opened.
+        """
+        async with self:
+            await self.wait()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:
+            await self._close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if not self._has_crashed():
+                await self._drain()
+        finally:
+            await self._close()
+        if error is None:
+            self._raise_crash()
+
+    async def wait(self) -> str:
+        """The reason why it is to stop, once there is one; raises `ActorCrashed`."""
+        return await asyncio.shield(self._over)
+
+    def stop(self, reason: str) -> None:
+        """Ask for the drain, as SIGTERM does; only the first reason counts."""
+        if not self._over.done():
+            _log.info("stopping", reason=reason)
+            self._over.set_result(reason)
+
+    def inspection(self) -> Inspection:
+        """How every actor is, now."""
+        return Inspection(tuple(self._status(cell) for cell in self._cells))
+
+    async def _start(self) -> None:
+        for cell in self._cells:
+            await cell.open()
+        if self.heartbeat is not None:
+            self.heartbeat.start()
+        starting = asyncio.ensure_future(_all_started(self._cells))
+        first: set[asyncio.Future[Any]] = {starting, self._over}
+        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+        else:  # asked to stop, or crashed, while loading: what it loads is of no use any more
+            starting.cancel()
+            await asyncio.wait({starting})
+        self._raise_crash()
+
+    async def _drain(self) -> None:
+        if not self._over.done():
+            self._over.set_result("left")
+        for cell in self._cells:
+            cell.actor.set_state(DRAINING)
+        try:
+            async with asyncio.timeout(self._shutdown_s):
+                for cell in self._cells:
+                    if cell.started:
+                        await self._stop_one(cell.actor)
+        except TimeoutError:
+            _log.warning("not drained in time", shutdown_s=self._shutdown_s)
+
+    async def _stop_one(self, actor: Actor) -> None:
+        try:
+            await actor.stopping()
+        except Exception as error:  # noqa: BLE001  logged; the other actors still have to drain
+            self._crashed(actor, error)
+
+    async def _close(self) -> None:
+        if self.heartbeat is not None:
+            self.heartbeat.stop()
+        for cell in reversed(self._cells):
+            await cell.close()
+        if not self._over.done():
+            self._over.cancel()
+
+    def _system(self, cell: Cell, delivery: Delivery) -> None:
+        message = delivery.message
+        if isinstance(message, Inspect):
+            delivery.reply(self.inspection())
+        elif isinstance(message, Shutdown):
+            delivery.reply(ShuttingDown())
+            self.stop(f"shutdown asked of {cell.actor.name}: {message.reason}")
+
+    def _crashed(self, actor: Actor, error: BaseException) -> None:
+        crash = ActorCrashed(actor.name, error)
+        crash.__cause__ = error
+        if self._over.done():  # it drains already, or another one was first
+            _log.error("crashed while ending", actor=actor.name, exc_info=error)
+            return
+        self._over.set_exception(crash)
+
+    def _has_crashed(self) -> bool:
+        return self._over.done() and not self._over.cancelled() and self._over.exception() is not None
+
+    def _raise_crash(self) -> None:
+        if self._has_crashed():
+            self._over.result()
+
+    def _status(self, cell: Cell) -> ActorStatus:
+        actor = cell.actor
+        return ActorStatus(
+            name=actor.name,
+            kind=self.kind,
+            pid=os.getpid(),
+            generation=actor.generation,
+            state=actor.state,
+            detail=actor.detail,
+            restarts=actor.restarts,
+            uptime_s=time.monotonic() - self._started_at,
+            mailbox_depth=cell.depth,
+            mailbox_capacity=actor.mailbox_capacity,
+            dead_letters=cell.mailbox.dead_letters.count + actor.outbox.dead_letters.count,
+            facts=actor.facts(),
+        )
+
+
+async def _all_started(cells: list[Cell]) -> None:
+    starting = [asyncio.ensure_future(cell.start()) for cell in cells]
+    try:
+        for first in asyncio.as_completed(starting):
+            await first
+    finally:
+        for task in starting:
+            task.cancel()
+        await asyncio.gather(*starting, return_exceptions=True)

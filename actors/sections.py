@@ -1,0 +1,162 @@
+"""The sections of a topology file, as typed structs. The defaults here are the documentation of each key."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+RoleKind = Literal["encoder", "denoiser", "decoder", "monolithic"]
+PANELS: Final = ("encoder", "denoiser", "decoder")
+
+# A description says, for the reader of an error, what a value should be.
+Port = Annotated[int, Meta(ge=1, le=65535, description="a port from 1 to 65535")]
+Count = Annotated[int, Meta(ge=1, description="a whole number, at least 1")]
+Natural = Annotated[int, Meta(ge=0, description="a whole number, at least 0")]
+Seconds = Annotated[float, Meta(gt=0, description="a number of seconds above zero")]
+PortOrRule = Annotated[int, Meta(ge=0, le=65535, description="a port from 1 to 65535, or 0 for the rule")]
+Device = Annotated[str, Meta(pattern=r"^(cpu|cuda(:[0-9]+)?)$", description='"cpu", "cuda" or "cuda:N"')]
+RoleName = Annotated[
+    str,
+    Meta(
+        pattern=r"^([a-z][a-z0-9_-]{0,31})?$",
+        description="at most 32 lower-case letters, digits, - and _, starting with a letter",
+    ),
+]
+
+_UNITS: Final = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_SIZE: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One table of the file; every key has a default unless the table makes no sense without it."""
+
+
+class ModelSection(Section, frozen=True):
+    """`[model]`: what is served."""
+
+    path: str
+    """Folder of the model, relative to the topology file. `Topology.model_path` is the absolute one."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
+    """Type of the weights and of the computation."""
+
+
+class ApiSection(Section, frozen=True):
+    """`[api]`: the HTTP face."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; it has no login of its own, so only a loopback address is taken."""
+    port: Port = 8000
+    """TCP port of HTTP."""
+
+
+class HeadSection(Section, frozen=True):
+    """`[head]`: the actor that accepts requests and hands out work."""
+
+    port: Port = 5555
+    """First bus port; the k-th other component has `port + k`. Unused with `[bus] transport = "ipc"`."""
+    dispatch: Literal["round_robin", "max_free_slots", "least_loaded"] = "round_robin"
+    """How an instance is chosen among those with a free slot."""
+    request_timeout_s: Seconds = 600.0
+    """Seconds from acceptance to the result, waiting included."""
+    max_pending: Count = 256
+    """Requests that may wait; beyond it the API answers 429."""
+    max_attempts: Count = 3
+    """Times that a request may be started before it fails with every cause."""
+
+
+class TransferSection(Section, frozen=True):
+    """`[transfer]`: how tensors get from one panel to the next."""
+
+    engine: Literal["auto", "shm", "mooncake"] = "auto"
+    """`shm` shares the memory of one host, `mooncake` moves bytes, `auto` takes shm on one host."""
+    protocol: Literal["tcp", "rdma"] = "tcp"
+    """Transport of mooncake."""
+    pool_size: str = "256MiB"
+    """Memory of each buffer pool, with a unit: B, KiB, MiB, GiB or TiB."""
+    hostname: str = "127.0.0.1"
+    """Address by which peers reach this host's mooncake engine."""
+    ib_device: str = ""
+    """RDMA device, "" for the engine's own choice."""
+    preallocated_slots: Natural = 2
+    """Slots that a receiver advertises ahead of time, to save the allocation's round trip."""
+
+    @property
+    def pool_bytes(self) -> int:
+        """`pool_size` in bytes."""
+        return parse_size(self.pool_size)
+
+
+class SupervisionSection(Section, frozen=True):
+    """`[supervision]`: what happens when a process ends."""
+
+    strategy: Literal["one_for_one", "one_for_all", "rest_for_one"] = "one_for_one"
+    """Who is restarted together with the one that ended."""
+    intensity: Natural = 5
+    """Restarts of one component within `period_s` before the supervisor gives up on it."""
+    period_s: Seconds = 30.0
+    """The window of `intensity`."""
+    shutdown_s: Seconds = 10.0
+    """Seconds to drain after SIGTERM before SIGKILL."""
+    heartbeat_timeout_s: Seconds = 15.0
+    """Silence after which a process counts as hung, and is killed and restarted."""
+
+
+class BusSection(Section, frozen=True):
+    """`[bus]`: how actors of different processes talk."""
+
+    transport: Literal["ipc", "tcp"] = "ipc"
+    """Sockets in a private folder, or loopback TCP."""
+
+
+class StateSection(Section, frozen=True):
+    """`[state]`: what outlives the processes."""
+
+    path: str = ""
+    """Folder for the journal, the artifacts and the generations, relative to the topology file; "" = under
+    `$XDG_STATE_HOME`. The environment's `TRIPTYCH_STATE_DIR` goes before it."""
+
+
+class RoleSection(Section, frozen=True):
+    """One `[[roles]]` entry: `count` equal instances of a panel."""
+
+    kind: RoleKind
+    """The panel, or `monolithic` for the whole pipeline in one process."""
+    count: Count = 1
+    """Number of instances."""
+    device: Device = "cpu"
+    """Torch device of every instance: `cpu`, `cuda` or `cuda:N`."""
+    slots: Count = 2
+    """Requests that one instance takes at a time."""
+    name: RoleName = ""
+    """Instances are called NAME-0, NAME-1, ...; "" = the kind."""
+    port: PortOrRule = 0
+    """Bus port of the first instance, counting up over `count`; 0 = by the rule at `[head] port`."""
+    restart: Literal["permanent", "transient", "temporary"] = "permanent"
+    """Restart always, only after an abnormal end, or never."""
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "256MiB" or "1.5 GiB"; raises `ValueError` for anything else, and for zero."""
+    match = _SIZE.fullmatch(text)
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"{text!r} is no size")
+    size = int(float(match[1]) * _UNITS[match[2]])
+    if size <= 0:
+        raise ValueError(f"{text!r} is not more than zero")
+    return size
+
+
+class Sections(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole file, decoded but not yet checked against itself."""
+
+    model: ModelSection
+    roles: tuple[RoleSection, ...]
+    api: ApiSection = ApiSection()
+    head: HeadSection = HeadSection()
+    transfer: TransferSection = TransferSection()
+    supervision: SupervisionSection = SupervisionSection()
+    bus: BusSection = BusSection()
+    state: StateSection = StateSection()

@@ -1,0 +1,171 @@
+"""The process that `triptych up` is: one supervisor, or a small one for each component with `--only`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+import uvloop
+from setproctitle import setproctitle
+
+from actors import diagnostics, places
+from actors.addresses import SUPERVISOR, AddressBook, supervisor_of
+from actors.components import PARTS, PRELOAD
+from actors.generations import Generations
+from actors.launcher import Launcher, thread_environment
+from actors.locks import exclusive
+from actors.prctl import adopt_orphans
+from actors.runtime import Runtime
+from actors.strangers import end_strangers
+from actors.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
+
+    from actors.components import Part
+    from actors.system import ChildReport
+    from actors.topology import Component, Topology
+
+EXIT_NOTHING_LEFT: Final = 1
+_STRANGERS_EVERY_S: Final = 1.0
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_log = structlog.stdlib.get_logger("actors")
+
+
+class Supervision:
+    """Runs components of a topology in this process until it is told to stop, or until none is left to run.
+
+    Args:
+        topology: of the whole cluster.
+        only: names of components, each to run under a small supervisor of its own; () = all, under one.
+        parts: how each kind of component is made.
+        preload: what the zygote imports.
+        on_change: called with the report of a child whenever that changes.
+        beside: a coroutine function to run as long, on the same loop.
+
+    Raises `UnknownName` for one in `only`.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        *,
+        only: Sequence[str] = (),
+        parts: Mapping[str, Part] = PARTS,
+        preload: Sequence[str] = PRELOAD,
+        on_change: Callable[[ChildReport], None] | None = None,
+        beside: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    ) -> None:
+        self.topology = topology
+        self.components = tuple(topology.component(name) for name in only) or topology.components
+        self._only = bool(only)
+        self._parts = parts
+        self._preload = preload
+        self._on_change = on_change
+        self._beside = beside or _nothing
+        self._asked = 0
+
+    def run(self) -> int:
+        """Run on a loop of its own; returns the exit code. Raises `AlreadyRunning` and `PermissionError`."""
+        setproctitle(f"triptych: {SUPERVISOR} of {self.topology.path.name}")
+        adopt_orphans()
+        places.private_run_dir(self.topology.run_dir)
+        try:
+            names = [component.name for component in self.components]
+            with (
+                exclusive(self.topology.run_dir, names),
+                asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+            ):
+                try:
+                    return runner.run(self._serve())
+                finally:
+                    self._remove_sockets()
+        finally:
+            with contextlib.suppress(OSError):  # another supervisor of the same topology still uses it
+                self.topology.run_dir.rmdir()
+
+    def _remove_sockets(self) -> None:
+        """Those of processes that were killed; the others have removed their own."""
+        for component in self.components:
+            if component.address.startswith("ipc://"):
+                Path(component.address.removeprefix("ipc://")).unlink(missing_ok=True)
+
+    async def _serve(self) -> int:
+        generations = Generations(self.topology.state_dir / "generations")
+        launcher = self._launcher()
+        supervisors = self._supervisors(generations, launcher)
+        runtime = Runtime(
+            supervisors[::-1],  # the one that was started last drains first
+            book=AddressBook(self.topology),
+            generation=max(generations.next(supervisor.name) for supervisor in supervisors),
+            kind=SUPERVISOR,
+            shutdown_s=None,  # the ladder bounds each child
+        )
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._asked_to_stop, number, runtime, supervisors)
+        loop.add_signal_handler(signal.SIGUSR1, diagnostics.dump, runtime)
+        async with runtime:
+            supervisors[0].spawn(_keep_strangers_out(supervisors, launcher), name="strangers")
+            supervisors[0].spawn(self._beside(), name="beside")
+            over = asyncio.ensure_future(runtime.wait())
+            all_done = asyncio.ensure_future(_all_done(supervisors))
+            await asyncio.wait({over, all_done}, return_when=asyncio.FIRST_COMPLETED)
+            nothing_left = not over.done()
+            for task in (over, all_done):
+                task.cancel()
+        await asyncio.gather(over, return_exceptions=True)  # a crash is raised by the runtime
+        return EXIT_NOTHING_LEFT if nothing_left else 0
+
+    def _launcher(self) -> Launcher:
+        forks = any(self._parts[component.kind].forked for component in self.components)
+        on_cpu = sum(bool(c.slots) and c.device == "cpu" for c in self.topology.components)
+        threads = thread_environment(on_cpu, os.environ, os.cpu_count() or 1)
+        return Launcher(preload=self._preload if forks else (), environment=threads)
+
+    def _supervisors(self, generations: Generations, launcher: Launcher) -> list[Supervisor]:
+        def supervisor(name: str, components: Sequence[Component]) -> Supervisor:
+            return Supervisor(
+                name,
+                self.topology,
+                components,
+                parts=self._parts,
+                generations=generations,
+                launcher=launcher,
+                on_change=self._on_change,
+            )
+
+        if not self._only:
+            return [supervisor(SUPERVISOR, self.components)]
+        return [supervisor(supervisor_of(component.name), [component]) for component in self.components]
+
+    def _asked_to_stop(self, number: signal.Signals, runtime: Runtime, supervisors: list[Supervisor]) -> None:
+        self._asked += 1
+        if self._asked == 1:
+            runtime.stop(number.name)
+            return
+        _log.warning("asked again to stop, killing")
+        for supervisor in supervisors:
+            supervisor.kill_all()
+
+
+async def _all_done(supervisors: list[Supervisor]) -> None:
+    for supervisor in supervisors:
+        await supervisor.done.wait()
+
+
+async def _keep_strangers_out(supervisors: list[Supervisor], launcher: Launcher) -> None:
+    while True:
+        await asyncio.sleep(_STRANGERS_EVERY_S)
+        if not launcher.in_flight:
+            pids = [pid for supervisor in supervisors for pid in supervisor.pids]
+            end_strangers(frozenset((*pids, launcher.zygote_pid)))
+
+
+async def _nothing() -> None:
+    """Nobody looks on."""

@@ -1,0 +1,168 @@
+"""The topology: which components there are, where each is found, and with which options they run.
+
+A topology is read from a TOML file by `load_topology`. Everything in it is either written in the file or follows
+from it, so that every process that reads the file knows where every other one is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from actors import places
+from actors.errors import UnknownName
+from actors.reading import read_sections
+from actors.sections import (
+    PANELS,
+    ApiSection,
+    BusSection,
+    HeadSection,
+    ModelSection,
+    RoleSection,
+    StateSection,
+    SupervisionSection,
+    TransferSection,
+)
+from actors.topology_checks import check_components, check_sections
+
+ComponentKind = Literal["pool", "encoder", "denoiser", "decoder", "monolithic", "head", "api"]
+
+
+class Component(msgspec.Struct, frozen=True, kw_only=True):
+    """One process of the cluster."""
+
+    name: str
+    """"head", "api", "denoiser-0", "pool", or with mooncake "pool-encoder", "pool-denoiser", "pool-decoder"."""
+    kind: ComponentKind
+    """What it is; see `actors.components`."""
+    address: str
+    """Where its first actor's mailbox is: `ipc:///path` or `tcp://host:port`."""
+    port: int
+    """Its bus port; unused with ipc."""
+    index: int = 0
+    """Its number among the instances of its `[[roles]]` entry."""
+    device: str = "cpu"
+    """Torch device."""
+    slots: int = 0
+    """Requests that it takes at a time; 0 for what is not a role."""
+    pool: str = ""
+    """Name of the buffer pool that this instance uses, "" if none."""
+    restart: Literal["permanent", "transient", "temporary"] = "permanent"
+    """When the supervisor starts it again."""
+
+
+class Topology(msgspec.Struct, frozen=True, kw_only=True):
+    """A checked topology; see `actors.sections` for the keys of each section."""
+
+    model: ModelSection
+    api: ApiSection
+    head: HeadSection
+    transfer: TransferSection
+    supervision: SupervisionSection
+    bus: BusSection
+    state: StateSection
+    roles: tuple[RoleSection, ...]
+    components: tuple[Component, ...]
+    """In start order: pools, role instances, head, api."""
+    path: Path
+    """The TOML file, absolute."""
+    run_dir: Path
+    """Folder of the ipc sockets, 0700, short enough for the kernel's limit of 107 bytes."""
+    state_dir: Path
+    """Folder of everything that outlives the processes."""
+
+    @property
+    def model_path(self) -> Path:
+        """Absolute folder of the model."""
+        return (self.path.parent / Path(self.model.path).expanduser()).resolve()
+
+    @property
+    def engine(self) -> Literal["shm", "mooncake"]:
+        """The transfer engine that "auto" stands for here."""
+        return "mooncake" if self.transfer.engine == "mooncake" else "shm"
+
+    @property
+    def url(self) -> str:
+        """Base URL of the API, without a slash at the end."""
+        host = f"[{self.api.host}]" if ":" in self.api.host else self.api.host
+        return f"http://{host}:{self.api.port}"
+
+    def component(self, name: str) -> Component:
+        """The component of that name; raises `UnknownName`."""
+        for component in self.components:
+            if component.name == name:
+                return component
+        known = ", ".join(component.name for component in self.components)
+        raise UnknownName(f"no component is called {name!r} in {self.path}; there are {known}")
+
+
+def load_topology(path: Path | str) -> Topology:
+    """Read and check a topology file; raises `TopologyError`, whose `str()` is one clear sentence.
+
+    What depends on this machine (model folder, mooncake, devices) is checked by `actors.preflight` instead, so
+    that any host can read any topology.
+    """
+    file = Path(path)
+    sections = read_sections(file)
+    check_sections(str(file), sections)
+    absolute = file.resolve()
+    run_dir = places.run_dir(absolute)
+    components = _components(sections.bus, sections.head, sections.transfer, sections.roles, run_dir)
+    check_components(str(file), sections, components)
+    return Topology(
+        model=sections.model,
+        api=sections.api,
+        head=sections.head,
+        transfer=sections.transfer,
+        supervision=sections.supervision,
+        bus=sections.bus,
+        state=sections.state,
+        roles=sections.roles,
+        components=components,
+        path=absolute,
+        run_dir=run_dir,
+        state_dir=places.state_dir(absolute, sections.state.path),
+    )
+
+
+def _components(
+    bus: BusSection,
+    head: HeadSection,
+    transfer: TransferSection,
+    roles: tuple[RoleSection, ...],
+    run_dir: Path,
+) -> tuple[Component, ...]:
+    rows: list[Component] = []
+
+    def add(name: str, kind: ComponentKind, port: int = 0, role: RoleSection | None = None, index: int = 0) -> None:
+        others = sum(row.kind != "head" for row in rows)
+        bound = port or (head.port if kind == "head" else head.port + 1 + others)
+        address = f"ipc://{run_dir}/{name}" if bus.transport == "ipc" else f"tcp://127.0.0.1:{bound}"
+        row = Component(name=name, kind=kind, address=address, port=bound, index=index)
+        if role is not None:
+            row = msgspec.structs.replace(
+                row,
+                device=role.device,
+                slots=role.slots,
+                restart=role.restart,
+                pool=_pool_of(role, transfer),
+            )
+        rows.append(row)
+
+    for pool in dict.fromkeys(_pool_of(role, transfer) for role in roles):
+        if pool:
+            add(pool, "pool")
+    for role in roles:
+        for index in range(role.count):
+            add(f"{role.name or role.kind}-{index}", role.kind, role.port and role.port + index, role, index)
+    add("head", "head")
+    add("api", "api")
+    return tuple(rows)
+
+
+def _pool_of(role: RoleSection, transfer: TransferSection) -> str:
+    if role.kind not in PANELS:
+        return ""
+    return f"pool-{role.kind}" if transfer.engine == "mooncake" else "pool"

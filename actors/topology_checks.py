@@ -1,0 +1,81 @@
+"""What a topology must be to be run, beyond the types of its keys. Pure: nothing here looks at this machine."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from actors.errors import TopologyError
+from actors.sections import PANELS, parse_size
+
+if TYPE_CHECKING:
+    from actors.sections import Sections
+    from actors.topology import Component
+
+
+def check_sections(file: str, sections: Sections) -> None:
+    """Raise `TopologyError` for the first thing that cannot work."""
+    _check_host(file, sections)
+    _check_size(file, sections)
+    _check_kinds(file, sections)
+    _check_names(file, sections)
+
+
+def check_components(file: str, sections: Sections, components: tuple[Component, ...]) -> None:
+    """Raise `TopologyError` if two components, or a component and HTTP, share a port or need one above 65535."""
+    taken = {sections.api.port: "[api] port"}
+    for component in components:
+        if component.port > 65535:
+            problem = f"leads to port {component.port} for {component.name}"
+            raise TopologyError(file, "[head] port", problem, "choose a lower one")
+        other = taken.setdefault(component.port, component.name)
+        if other != component.name:
+            problem = f"{component.port} is used twice, by {other} and by {component.name}"
+            raise TopologyError(file, "port", problem, "give one of them another port")
+
+
+def _check_host(file: str, sections: Sections) -> None:
+    host = sections.api.host
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        problem = f'= "{host}" would be open to the network, and there are no keys to keep others out'
+        fix = 'use "127.0.0.1", with a reverse proxy that asks for keys in front'
+        raise TopologyError(file, "[api] host", problem, fix)
+
+
+def _check_size(file: str, sections: Sections) -> None:
+    size = sections.transfer.pool_size
+    try:
+        parse_size(size)
+    except ValueError:
+        problem = f'= "{size}" is not a size'
+        raise TopologyError(file, "[transfer] pool_size", problem, 'write it as in "256MiB" or "1.5GiB"') from None
+
+
+def _check_kinds(file: str, sections: Sections) -> None:
+    kinds = {role.kind for role in sections.roles}
+    if not kinds:
+        fix = "add one for each of encoder, denoiser and decoder, or one monolithic"
+        raise TopologyError(file, "[[roles]]", "are missing", fix)
+    if "monolithic" in kinds:
+        if kinds != {"monolithic"}:
+            others = ", ".join(sorted(kinds - {"monolithic"}))
+            fix = "keep either the panels or monolithic"
+            raise TopologyError(file, "[[roles]]", f"mix monolithic with {others}", fix)
+        return
+    missing = [panel for panel in PANELS if panel not in kinds]
+    if missing:
+        fix = f'add a [[roles]] with kind = "{missing[0]}"'
+        raise TopologyError(file, "[[roles]]", f"have no {' and no '.join(missing)}", fix)
+
+
+def _check_names(file: str, sections: Sections) -> None:
+    counts = Counter(role.name or role.kind for role in sections.roles)
+    name, count = counts.most_common(1)[0]
+    if count > 1:
+        problem = f"use the name {name} {count} times"
+        raise TopologyError(file, "[[roles]]", problem, "give each a name of its own with name")

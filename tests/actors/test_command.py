@@ -1,0 +1,226 @@
+"""The `triptych` command, as far as it goes without a model; whole clusters are in tests/system."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from actors import load_topology
+from actors.client import ApiError, Picture, read_picture, request_body
+from actors.cluster import describe_children, is_hopeless
+from actors.command import app
+from actors.command.display import Display, LiveDisplay, line
+from actors.command.status import render
+from actors.overrides import free_port
+from actors.system import ChildReport
+
+Write = Callable[..., Path]
+runner = CliRunner()
+
+
+def report(name: str, state: str, reason: str = "", pid: int = 7) -> ChildReport:
+    return ChildReport(name, name.partition("-")[0], pid, 1, state, 0, reason, 0.0)
+
+
+@pytest.mark.parametrize("command", ["up", "check", "status", "generate"])
+def test_help_has_an_example(command: str) -> None:
+    shown = runner.invoke(app, [command, "--help"])
+    assert shown.exit_code == 0
+    assert "Example" in shown.stdout
+    assert f"triptych {command}" in shown.stdout
+
+
+def test_check_lists_the_components(write: Write) -> None:
+    file = write()
+    shown = runner.invoke(app, ["check", str(file)])
+    assert shown.exit_code == 0
+    rows = [row.split() for row in shown.stdout.splitlines()]
+    assert rows[0] == ["name", "kind", "address", "device"]
+    address = load_topology(file).component("denoiser-0").address
+    assert ["denoiser-0", "denoiser", address, "cpu"] in rows
+    assert [row[0] for row in rows[1:-1]] == ["pool", "encoder-0", "denoiser-0", "decoder-0", "head", "api"]
+
+
+@pytest.mark.parametrize("command", ["check", "up", "status"])
+def test_a_broken_topology_is_one_sentence_and_exit_code_2(write: Write, command: str) -> None:
+    shown = runner.invoke(app, [command, str(write("[head]\ndispatch = 'robin'\n"))])
+    assert shown.exit_code == 2
+    assert shown.stderr.count("\n") == 1
+    assert 'dispatch = "robin" is not known' in shown.stderr
+
+
+def test_up_refuses_an_unknown_component_and_a_missing_model(write: Write) -> None:
+    shown = runner.invoke(app, ["up", str(write()), "--only", "denoiser"])
+    assert shown.exit_code == 2
+    assert "no component is called 'denoiser'" in shown.stderr
+    shown = runner.invoke(app, ["up", str(write(model='[model]\npath = "nowhere"\n'))])
+    assert shown.exit_code == 2
+    assert 'path = "nowhere" does not exist' in shown.stderr
+
+
+def test_without_a_server_the_sentence_says_so(folder: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    for command in (["status", "--url", url], ["generate", "a cat", "-o", str(folder / "cat.png"), "--url", url]):
+        shown = runner.invoke(app, command)
+        assert shown.exit_code == 1
+        assert f"{url} cannot be reached" in shown.stderr
+        assert "is `triptych up` running?" in shown.stderr
+    assert not list(folder.iterdir())
+
+
+def test_generate_wants_a_folder_that_is_there(folder: Path) -> None:
+    shown = runner.invoke(app, ["generate", "a cat", "-o", str(folder / "none" / "cat.png")])
+    assert shown.exit_code == 1
+    assert "make it first" in shown.stderr
+
+
+def test_a_request_says_only_what_was_given() -> None:
+    body = request_body("a cat", size=None, steps=4, seed=0, extra={"guidance_scale": 2.0})
+    assert body == {
+        "prompt": "a cat",
+        "n": 1,
+        "response_format": "b64_json",
+        "num_inference_steps": 4,
+        "seed": 0,
+        "guidance_scale": 2.0,
+    }
+
+
+def answer(status: int, **content: object) -> httpx.Response:
+    request = httpx.Request("POST", "http://127.0.0.1:8000/v1/images/generations")
+    return httpx.Response(status, json=content, request=request)
+
+
+def test_an_answer_becomes_a_picture_or_the_server_s_own_sentence(folder: Path) -> None:
+    data = base64.b64encode(b"png").decode()
+    picture = read_picture(answer(200, created=1, id="r1", data=[{"b64_json": data}]))
+    assert picture == Picture(b"png", "r1")
+    assert picture.save(folder / "p.png").read_bytes() == b"png"
+    with pytest.raises(ApiError, match=r"^size is too large \(param size\)$"):
+        read_picture(answer(400, error={"message": "size is too large", "param": "size", "type": "x", "code": "y"}))
+    with pytest.raises(ApiError, match="answered without a picture"):
+        read_picture(answer(200, data=[]))
+    with pytest.raises(ApiError, match="answered 502"):
+        read_picture(answer(502))
+    with pytest.raises(ApiError, match="no JSON: is it Triptych"):
+        read_picture(httpx.Response(200, text="<html>", request=httpx.Request("GET", "http://127.0.0.1")))
+
+
+def shown_on(width: int = 120, *, terminal: bool = False) -> tuple[Console, io.StringIO]:
+    text = io.StringIO()
+    return Console(file=text, width=width, force_terminal=terminal, highlight=False), text
+
+
+def test_status_shows_every_actor_and_why_it_is_not_ready() -> None:
+    console, text = shown_on()
+    actors = [
+        {
+            "name": "denoiser-0",
+            "state": "ready",
+            "pid": 12,
+            "restarts": 1,
+            "uptime_s": 3725.0,
+            "mailbox_depth": 2,
+            "mailbox_capacity": 1024,
+            "credits": 1,
+            "slots": 2,
+            "detail": "",
+        },
+        {"name": "decoder-0", "state": "down", "pid": 0, "restarts": 0, "detail": "[gone]"},
+    ]
+    pools = [
+        {"name": "pool", "free": 3 << 20, "capacity": 1 << 23, "transport": "shared memory"},
+        {"name": "other", "state": "down"},
+    ]
+    console.print(render({"ready": False, "reasons": ["no decoder"], "actors": actors, "pools": pools}))
+    lines = text.getvalue().splitlines()
+    assert lines[:2] == ["not ready", "  no decoder"]
+    assert lines[3].split() == ["denoiser-0", "ready", "12", "1", "1h", "02m", "2/1024", "1", "of", "2", "free"]
+    assert lines[4].split() == ["decoder-0", "down", "0", "[gone]"]
+    assert lines[5:] == ["pool: 3.0 MiB of 8.0 MiB free, shared memory", "other: down"]
+
+
+def test_a_child_in_words() -> None:
+    console, text = shown_on()
+    for shown in (
+        report("denoiser-0", "failed", "no model [here]"),
+        report("denoiser-0", "backoff", "killed by SIGKILL"),
+        report("denoiser-0", "gave_up", "restarted 5 times"),
+        report("denoiser-0", "loading"),
+    ):
+        console.print(line(shown))
+    assert [row.split(maxsplit=1)[1] for row in text.getvalue().splitlines()] == [
+        "cannot start: no model [here]",
+        "ended (killed by SIGKILL), starting it again",
+        "given up: restarted 5 times",
+        "loading (pid 7)",
+    ]
+
+
+def test_the_plain_display_has_a_line_for_each_change_and_announces_readiness(write: Write) -> None:
+    console, text = shown_on()
+    topology = load_topology(write())
+    display = Display(console, topology)
+
+    async def scenario() -> None:
+        with display.shown([topology.component("encoder-0"), topology.component("decoder-0")]):
+            announced = asyncio.create_task(display.announce_readiness())
+            display.changed(report("encoder-0", "loading"))
+            display.changed(report("encoder-0", "loading"))
+            display.changed(report("encoder-0", "ready"))
+            assert not announced.done()
+            display.changed(report("decoder-0", "ready"))
+            async with asyncio.timeout(5):
+                await announced
+
+    asyncio.run(scenario())
+    rows = text.getvalue().splitlines()
+    assert [row.split()[:2] for row in rows[:3]] == [
+        ["encoder-0", "loading"],
+        ["encoder-0", "ready"],
+        ["decoder-0", "ready"],
+    ]
+    assert rows[3].startswith("encoder-0, decoder-0 ready after")
+    assert len(rows) == 4
+
+
+def test_the_live_display_redraws_a_table_and_keeps_what_went_wrong(write: Write) -> None:
+    console, text = shown_on(terminal=True)
+    topology = load_topology(write())
+    display = LiveDisplay(console, topology)
+    with display.shown(topology.components):
+        display.changed(report("encoder-0", "loading"))
+        display.changed(report("decoder-0", "failed", "no model here"))
+        display.ready("all is well")
+        display.changed(report("encoder-0", "backoff", "killed by SIGKILL"))
+    shown = text.getvalue()
+    assert "cannot start:" in shown
+    assert "no model here" in shown
+    assert "all is well after" in shown
+    assert "starting it again" in shown.rpartition("all is well")[2]
+
+
+@pytest.mark.parametrize(
+    ("states", "hopeless"),
+    [
+        (["ready", "failed", "ready"], True),
+        (["ready", "gave_up"], True),
+        (["ready", "ready"], False),
+        (["loading", "failed"], False),
+        (["backoff", "gave_up"], False),
+        ([], False),
+    ],
+)
+def test_waiting_for_readiness_is_hopeless_when_nothing_moves_any_more(states: list[str], hopeless: bool) -> None:
+    assert is_hopeless(states) is hopeless
+    assert describe_children([report("head", "ready"), report("decoder-0", "failed", "no model")]) == (
+        "head is ready, decoder-0 is failed (no model)"
+    )

@@ -1,0 +1,129 @@
+"""Generations, locks, logs, overrides: what reads and writes files and streams."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors import TopologyError, load_topology
+from actors.errors import AlreadyRunning
+from actors.generations import Generations, successor
+from actors.locks import exclusive
+from actors.overrides import merge, to_toml, write_with_overrides
+from tests.actors.conftest import PANELS
+from tests.actors.harness import ROOT
+
+
+@given(st.integers(0, 1 << 53), st.integers(0, 1 << 53))
+def test_a_generation_is_above_the_stored_one_and_not_below_the_clock(stored: int, now: int) -> None:
+    assert successor(stored, now) > stored
+    assert successor(stored, now) >= now
+
+
+def test_generations_never_repeat(folder: Path) -> None:
+    generations = Generations(folder / "g")
+    with ThreadPoolExecutor(4) as pool:
+        taken = list(pool.map(lambda _: generations.next("head"), range(200)))
+    assert len(set(taken)) == 200
+    assert Generations(folder / "g").next("head") > max(taken)
+
+
+def test_generations_survive_a_clock_that_goes_back_and_a_broken_file(folder: Path) -> None:
+    generations = Generations(folder)
+    future = 1 << 50
+    (folder / "head").write_text(str(future))
+    assert generations.next("head") == future + 1
+    assert generations.next("api") < future
+    (folder / "head").write_text("garbage")
+    assert 0 < generations.next("head") < future
+
+
+def test_a_component_is_held_once_and_let_go(folder: Path) -> None:
+    with exclusive(folder, ["head", "api"]):
+        sentence = r"api is already running here, under process \d+: stop that first"
+        with pytest.raises(AlreadyRunning, match=sentence), exclusive(folder, ["pool", "api"]):
+            pass
+        with exclusive(folder, ["pool"]):
+            pass
+    with exclusive(folder, ["api"]):
+        pass
+    assert list(folder.iterdir()) == []
+
+
+LOGGING = """
+import logging, structlog
+from actors import logs
+logs.configure("head", 7)
+log = structlog.stdlib.get_logger("actor").bind(actor="head")
+with structlog.contextvars.bound_contextvars(request_id="r1"):
+    log.info("taken in", steps=4)
+logging.getLogger("a.library").warning("from %s", "elsewhere")
+log.debug("not shown")
+try:
+    raise ValueError("boom")
+except ValueError:
+    log.exception("crashed")
+"""
+
+
+def test_logs_are_json_lines_with_process_generation_and_request() -> None:
+    done = subprocess.run([sys.executable, "-c", LOGGING], cwd=ROOT, capture_output=True, text=True, check=True)
+    taken, library, crashed = (json.loads(line) for line in done.stderr.splitlines())
+    assert taken.pop("timestamp")
+    assert taken == {
+        "process": "head",
+        "generation": 7,
+        "actor": "head",
+        "request_id": "r1",
+        "event": "taken in",
+        "steps": 4,
+        "level": "info",
+    }
+    assert (library["event"], library["process"], library["level"]) == ("from elsewhere", "head", "warning")
+    assert "ValueError: boom" in crashed["exception"]
+
+
+scalars = st.one_of(
+    st.integers(-(1 << 60), 1 << 60),
+    st.booleans(),
+    st.text(st.characters(exclude_categories=("Cs",)), max_size=20),
+    st.floats(-9, 9),
+)
+keys = st.from_regex(r"[a-z_]{1,8}", fullmatch=True)
+tables = st.dictionaries(keys, scalars, max_size=3)
+
+
+@given(st.dictionaries(keys, st.one_of(tables, st.lists(tables, min_size=1, max_size=2)), max_size=3))
+@settings(max_examples=50)
+def test_written_toml_reads_back_as_it_was(document: dict[str, object]) -> None:
+    assert tomllib.loads(to_toml(document)) == document
+
+
+def test_overrides_change_keys_and_roles_by_name(folder: Path) -> None:
+    file = folder / "demo.toml"
+    file.write_text(f'[model]\npath = "models/x"\n[api]\nport = 8001\n{PANELS}')
+    changes = {"api": {"port": 0}, "head": {"max_pending": 2}, "roles": {"denoiser": {"count": 3}}}
+    (folder / "out").mkdir()
+    topology = load_topology(write_with_overrides(file, changes, folder / "out"))
+    assert topology.model_path == folder.resolve() / "models" / "x"
+    assert topology.head.max_pending == 2
+    assert topology.api.port not in (0, 8001)
+    assert [role.count for role in topology.roles] == [1, 3, 1]
+    assert topology.state_dir == (folder / "out" / "state").resolve()
+    assert file.read_text().count("count") == 0
+
+
+def test_an_override_for_a_role_that_is_not_there(folder: Path) -> None:
+    tables = tomllib.loads(PANELS)
+    with pytest.raises(TopologyError, match="name denoisr, which is not there: did you mean denoiser"):
+        merge("demo.toml", tables, {"roles": {"denoisr": {"count": 2}}})
+    with pytest.raises(TopologyError, match="cannot be read"):
+        write_with_overrides(folder / "none.toml", {"api": {}}, folder)

@@ -1,0 +1,112 @@
+"""Fresh interpreters, forks, and a zygote that cannot fork."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.launcher import thread_environment
+from tests.actors.harness import ROOT
+
+Write = Callable[..., Path]
+
+
+def launch(file: Path, way: str) -> tuple[dict[str, Any], str]:
+    command = [sys.executable, "-m", "tests.actors.launching", str(file), way]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def test_a_fresh_interpreter(write: Write) -> None:
+    result, _ = launch(write(), "fresh")
+    assert result["zygote"] == 0
+    for start in result["seen"]:
+        assert start["answer"]["pid"] == start["pid"]
+        assert start["ending"] == "exit code 0"
+
+
+def test_a_fork_is_a_child_of_the_supervisor(write: Write) -> None:
+    result, log = launch(write(), "forked")
+    assert "starting a fresh interpreter" not in log
+    parents = {start["answer"]["parent"] for start in result["seen"]}
+    assert len(parents) == 1
+    assert result["zygote"] not in parents
+    assert [start["ending"] for start in result["seen"]] == ["exit code 0"] * 2
+
+
+def test_a_zygote_with_a_second_thread_refuses_and_a_fresh_interpreter_does_it(write: Write) -> None:
+    result, log = launch(write(), "threaded")
+    assert "the zygote has 2 threads (MainThread, left running and native ones)" in log
+    assert [start["ending"] for start in result["seen"]] == ["exit code 0"] * 2
+
+
+def test_a_module_that_the_zygote_cannot_import_is_said_and_does_not_keep_it_from_forking(write: Write) -> None:
+    result, log = launch(write(), "missing")
+    assert "no_such_module cannot be imported" in log
+    assert "starting a fresh interpreter" not in log
+    assert [start["ending"] for start in result["seen"]] == ["exit code 0"] * 2
+
+
+def test_a_process_forked_after_the_import_of_torch_computes_with_several_threads(write: Write) -> None:
+    result, log = launch(write(), "torch")
+    assert "starting a fresh interpreter" not in log
+    first, second = (start["answer"] for start in result["seen"])
+    assert first["trace"] == second["trace"] == 512.0 * 512.0
+    assert first["threads"] == 2
+    assert first["seed"] != second["seed"]
+
+
+@pytest.mark.parametrize(
+    ("roles", "environment", "cores", "added"),
+    [
+        (3, {}, 16, {"OMP_NUM_THREADS": "5", "MKL_NUM_THREADS": "5", "OPENBLAS_NUM_THREADS": "1"}),
+        (3, {}, 2, {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}),
+        (0, {}, 16, {"OPENBLAS_NUM_THREADS": "1"}),
+        (3, {"OMP_NUM_THREADS": "7"}, 16, {"OPENBLAS_NUM_THREADS": "1"}),
+        (1, {"MKL_NUM_THREADS": "7", "OPENBLAS_NUM_THREADS": "2"}, 8, {"OMP_NUM_THREADS": "8"}),
+    ],
+)
+def test_cores_are_shared_out_unless_the_user_has(
+    roles: int, environment: dict[str, str], cores: int, added: dict[str, str]
+) -> None:
+    assert thread_environment(roles, environment, cores) == added
+
+
+def host(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "actors.process", f"--topology={file}", "--name=encoder-0", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_what_can_never_work_is_one_line_and_exit_code_78(write: Write) -> None:
+    done = host(write(), "--build=roles.nowhere:build")
+    assert done.returncode == 78
+    assert "roles.nowhere:build cannot be imported" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = host(write("[api]\nport = 0\n"))
+    assert done.returncode == 78
+    assert "[api] port = 0 does not fit" in done.stderr
+
+
+def test_a_builder_of_other_actors_than_the_component_is_a_crash(write: Write) -> None:
+    done = host(write(), "--build=tests.actors.test_launcher:build_other")
+    assert done.returncode == 70
+    assert "encoder-0 is built of ['another']" in done.stderr
+
+
+def build_other(component: object, topology: object) -> list[object]:
+    from actors import Actor
+
+    return [Actor("another")]
+
+
+def test_a_process_whose_supervisor_is_gone_does_not_begin(write: Write) -> None:
+    assert os.getpid() != 1
+    assert host(write(), "--build=tests.actors.component:build", "--parent=1").returncode == 70

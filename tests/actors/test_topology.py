@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from actors import AddressBook, Topology, TopologyError, load_topology
+from actors.addresses import supervisor_of
+from actors.errors import UnknownName
+from actors.places import MAX_SOCKET_PATH, private_dir, private_run_dir
+from actors.preflight import has_accelerator, preflight
+from actors.sections import parse_size
+from tests.actors.conftest import PANELS
+
+Write = Callable[..., Path]
+
+MODEL = '[model]\npath = "."\n'
+TWICE = PANELS + '[[roles]]\nkind = "denoiser"\n'
+BROKEN = {
+    "not TOML": (MODEL + "[api\n", "is not TOML", "line 3"),
+    "no model": (PANELS, "has no [model] section", 'path = "the folder of a model"'),
+    "unknown section": (MODEL + "[supervison]\n" + PANELS, "[supervison] is not a section", "did you mean supervision"),
+    "unknown key": (MODEL + "[api]\nprot = 1\n" + PANELS, "[api] has no key called prot", "did you mean port"),
+    "unknown key of a role": (
+        MODEL + PANELS + 'devise = "cpu"\n',
+        "[[roles]] no. 3 has no key called devise",
+        "device",
+    ),
+    "strange key": (MODEL + "[bus]\nzzz = 1\n" + PANELS, "[bus] has no key called zzz", "use one of transport"),
+    "wrong type": (MODEL + '[api]\nport = "80"\n' + PANELS, '[api] port = "80" does not fit', "a port from 1 to 65535"),
+    "bool for a number": (MODEL + "[head]\nmax_pending = true\n" + PANELS, "= true does not fit", "a whole number"),
+    "missing key": ("[model]\ndtype = 'float32'\n" + PANELS, "[model] lacks the key path", "add path = a text"),
+    "section is no table": ("model = 3\n" + PANELS, "[model] is not a table", "write the line [model]"),
+    "roles is one table": (MODEL + '[roles]\nkind = "encoder"\n', "[roles] is written as one table", "write [[roles]]"),
+    "bad size": (MODEL + '[transfer]\npool_size = "4 parsecs"\n' + PANELS, '"4 parsecs" is not a size', '"256MiB"'),
+    "no size at all": (MODEL + '[transfer]\npool_size = "0MiB"\n' + PANELS, '"0MiB" is not a size', '"256MiB"'),
+    "unknown dispatch": (MODEL + '[head]\ndispatch = "round_robbin"\n' + PANELS, "is not known", "mean round_robin"),
+    "unknown kind": (MODEL + PANELS + '[[roles]]\nkind = "denoisr"\n', '"denoisr" is not known', "mean denoiser"),
+    "count 0": (MODEL + PANELS + "count = 0\n", "[[roles]] no. 3 count = 0 does not fit", "at least 1"),
+    "bad device": (MODEL + PANELS + 'device = "gpu"\n', 'device = "gpu" does not fit', '"cpu", "cuda" or "cuda:N"'),
+    "bad name": (MODEL + PANELS + 'name = "A b"\n', 'name = "A b" does not fit', "lower-case letters"),
+    "negative seconds": (MODEL + "[supervision]\nperiod_s = -1\n" + PANELS, "period_s = -1 does not fit", "above zero"),
+    "no roles": (MODEL, "[[roles]] are missing", "add one for each of encoder, denoiser and decoder"),
+    "no denoiser": (
+        MODEL + '[[roles]]\nkind = "encoder"\n[[roles]]\nkind = "decoder"\n',
+        "[[roles]] have no denoiser",
+        'add a [[roles]] with kind = "denoiser"',
+    ),
+    "only one panel": (MODEL + '[[roles]]\nkind = "encoder"\n', "have no denoiser and no decoder", "add a [[roles]]"),
+    "mixed": (
+        MODEL + '[[roles]]\nkind = "monolithic"\n[[roles]]\nkind = "decoder"\n',
+        "mix monolithic with decoder",
+        "keep either",
+    ),
+    "same kind twice": (MODEL + TWICE, "use the name denoiser 2 times", "give each a name of its own"),
+    "same name twice": (
+        MODEL + TWICE.replace('"denoiser"', '"denoiser"\nname = "fast"'),
+        "use the name fast 2 times",
+        "give each a name of its own",
+    ),
+    "two roles on one port": (
+        MODEL + PANELS.replace('"encoder"', '"encoder"\nport = 7000').replace('"decoder"', '"decoder"\nport = 7000'),
+        "port 7000 is used twice, by encoder-0 and by decoder-0",
+        "give one of them another port",
+    ),
+    "a role on the port of HTTP": (
+        MODEL + "[api]\nport = 5558\n" + PANELS,
+        "port 5558 is used twice, by [api] port and by denoiser-0",
+        "another port",
+    ),
+    "ports run out": (MODEL + "[head]\nport = 65533\n" + PANELS, "leads to port 65536", "choose a lower one"),
+    "open host": (MODEL + '[api]\nhost = "0.0.0.0"\n' + PANELS, "there are no keys to keep others out", '"127.0.0.1"'),
+    "open name": (MODEL + '[api]\nhost = "example.org"\n' + PANELS, "open to the network", "reverse proxy"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_topology_is_one_sentence_with_file_key_and_fix(case: str, folder: Path) -> None:
+    text, problem, fix = BROKEN[case]
+    file = folder / "broken.toml"
+    file.write_text(text)
+    with pytest.raises(TopologyError) as caught:
+        load_topology(file)
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{file}")
+    assert problem in sentence
+    assert fix in sentence
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+
+
+def test_a_file_that_is_not_there_or_is_a_folder(folder: Path) -> None:
+    with pytest.raises(TopologyError, match="does not exist"):
+        load_topology(folder / "none.toml")
+    with pytest.raises(TopologyError, match="cannot be read"):
+        load_topology(folder)
+
+
+def test_components_in_start_order_with_ports_by_rule(write: Write) -> None:
+    topology = load_topology(write('[bus]\ntransport = "tcp"\n', PANELS.replace('"denoiser"', '"denoiser"\ncount = 2')))
+    assert [(c.name, c.kind, c.port, c.index, c.pool) for c in topology.components] == [
+        ("pool", "pool", 5556, 0, ""),
+        ("encoder-0", "encoder", 5557, 0, "pool"),
+        ("denoiser-0", "denoiser", 5558, 0, "pool"),
+        ("denoiser-1", "denoiser", 5559, 1, "pool"),
+        ("decoder-0", "decoder", 5560, 0, "pool"),
+        ("head", "head", 5555, 0, ""),
+        ("api", "api", 5561, 0, ""),
+    ]
+    assert topology.component("denoiser-1").address == "tcp://127.0.0.1:5559"
+
+
+def test_an_explicit_port_counts_up_over_the_instances(write: Write) -> None:
+    topology = load_topology(write(roles=PANELS.replace('"denoiser"', '"denoiser"\ncount = 3\nport = 7000')))
+    assert [c.port for c in topology.components if c.kind == "denoiser"] == [7000, 7001, 7002]
+    assert topology.component("decoder-0").port == 5561
+
+
+def test_mooncake_has_a_pool_for_each_kind_and_monolithic_none(write: Write) -> None:
+    mooncake = load_topology(write('[transfer]\nengine = "mooncake"\n'))
+    assert [c.name for c in mooncake.components if c.kind == "pool"] == [
+        "pool-encoder",
+        "pool-denoiser",
+        "pool-decoder",
+    ]
+    assert mooncake.component("decoder-0").pool == "pool-decoder"
+    alone = load_topology(write(roles='[[roles]]\nkind = "monolithic"\nname = "whole"\n'))
+    assert [c.name for c in alone.components] == ["whole-0", "head", "api"]
+    assert alone.component("whole-0").pool == ""
+
+
+def test_paths_are_relative_to_the_file_and_ipc_paths_fit(write: Write, folder: Path) -> None:
+    topology = load_topology(write('[state]\npath = "kept"\n', model='[model]\npath = "models/x"\n'))
+    assert topology.model_path == folder.resolve() / "models" / "x"
+    assert topology.state_dir == folder.resolve() / "kept"
+    assert topology.component("head").address == f"ipc://{topology.run_dir}/head"
+
+
+def test_places_follow_the_environment(write: Write, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write()
+    by_default = load_topology(file)
+    assert by_default.state_dir.parent == folder / "home" / "triptych"
+    assert by_default.run_dir.parent == folder / "triptych"
+    monkeypatch.setenv("TRIPTYCH_STATE_DIR", str(folder / "elsewhere"))
+    assert load_topology(file).state_dir == folder / "elsewhere"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder / ("long" * 20)))
+    long_name = "x" * 32
+    moved = load_topology(write(roles=PANELS.replace('"encoder"', f'"encoder"\nname = "{long_name}"\ncount = 99')))
+    supervisor = AddressBook(moved).address(supervisor_of(f"{long_name}-98"))
+    assert len(f"{supervisor.removeprefix('ipc://')}.1234567.") <= MAX_SOCKET_PATH
+
+
+def test_two_files_share_neither_sockets_nor_state(write: Write, folder: Path) -> None:
+    first = load_topology(write())
+    copy = folder / "copy.toml"
+    copy.write_text(first.path.read_text())
+    second = load_topology(copy)
+    assert first.run_dir != second.run_dir
+    assert first.state_dir != second.state_dir
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("256MiB", 256 << 20), ("1.5 GiB", 3 << 29), ("4096", 4096), ("7B", 7), ("2TiB", 2 << 40)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.fixture
+def topology(write: Write) -> Topology:
+    return load_topology(write())
+
+
+def test_the_address_book_knows_components_their_actors_and_supervisors(topology: Topology) -> None:
+    book = AddressBook(topology, {"extra": "inproc://extra"})
+    assert book.address("head") == topology.component("head").address
+    assert book.address("encoder-0.transfer") == "inproc://encoder-0.transfer"
+    assert book.address("supervisor") == f"ipc://{topology.run_dir}/supervisor"
+    assert book.address("supervisor-head") == f"ipc://{topology.run_dir}/supervisor-head"
+    assert book.address("extra") == "inproc://extra"
+    with pytest.raises(UnknownName, match="no actor is called 'heads'; known are api"):
+        book.address("heads")
+    with pytest.raises(UnknownName, match="no component is called 'x'"):
+        topology.component("x")
+
+
+def test_preflight_wants_the_model_folder(write: Write, folder: Path) -> None:
+    topology = load_topology(write(model='[model]\npath = "nowhere"\n'))
+    with pytest.raises(TopologyError, match=r'\[model\] path = "nowhere" does not exist'):
+        preflight(topology, topology.components)
+    preflight(topology, [topology.component("api")])
+    (folder / "nowhere").write_text("")
+    with pytest.raises(TopologyError, match="is a file"):
+        preflight(topology, topology.components)
+
+
+def test_preflight_wants_the_mooncake_wheel(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    topology = load_topology(write('[transfer]\nengine = "mooncake"\n'))
+    with pytest.raises(TopologyError, match=r"needs the mooncake engine.*pip install"):
+        preflight(topology, topology.components)
+    preflight(load_topology(write()), topology.components[3:4])
+
+
+@pytest.mark.skipif(has_accelerator(), reason="this machine has one")
+def test_preflight_wants_the_device(write: Write) -> None:
+    topology = load_topology(write(roles=PANELS.replace('"denoiser"', '"denoiser"\ndevice = "cuda:1"')))
+    with pytest.raises(TopologyError, match=r'device = "cuda:1" for denoiser-0.*use device = "cpu"'):
+        preflight(topology, topology.components)
+
+
+def test_an_accelerator_is_seen_by_its_device_file(folder: Path) -> None:
+    assert not has_accelerator(folder)
+    (folder / "nvidia0").touch()
+    assert has_accelerator(folder)
+
+
+def test_run_folders_are_private_all_the_way(folder: Path) -> None:
+    (folder / "shared").mkdir(mode=0o777)
+    run_dir = private_run_dir(folder / "shared" / "run")
+    assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
+    assert stat.S_IMODE(run_dir.parent.stat().st_mode) == 0o700
+
+
+def test_a_link_in_place_of_a_run_folder_is_refused(folder: Path) -> None:
+    (folder / "theirs").mkdir()
+    (folder / "run").symlink_to(folder / "theirs")
+    with pytest.raises(PermissionError, match="does not belong to user"):
+        private_dir(folder / "run")
