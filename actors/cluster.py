@@ -75,8 +75,15 @@ class Cluster:
 
     async def status(self) -> dict[str, Any]:
         """What `GET /v1/cluster` answers; raises `ApiError`."""
+        return await self._get("/v1/cluster")
+
+    async def request(self, request_id: str) -> dict[str, Any]:
+        """What `GET /v1/requests/{id}` answers: state, history, stage times; raises `ApiError`."""
+        return await self._get(f"/v1/requests/{request_id}")
+
+    async def _get(self, path: str) -> dict[str, Any]:
         try:
-            return read_json(await self._http.get("/v1/cluster"))
+            return read_json(await self._http.get(path))
         except httpx.HTTPError as error:
             raise unreachable(self.url, error) from error
 

@@ -121,9 +121,10 @@ class Launcher:
 def thread_environment(cpu_roles: int, environment: Mapping[str, str], cores: int) -> dict[str, str]:
     """Variables that share the cores out among the roles that compute on them. Pure.
 
-    What the user has set stays. OpenBLAS would start its threads when it is imported, before the fork.
+    What the user has set stays. OpenBLAS would start its threads when it is imported, before the fork. The model
+    libraries warn on standard error about optional packages at each start; their errors still come as exceptions.
     """
-    wanted = {"OPENBLAS_NUM_THREADS": "1"}
+    wanted = {"OPENBLAS_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
     if cpu_roles and "OMP_NUM_THREADS" not in environment:
         share = str(max(1, cores // cpu_roles))
         wanted |= {"OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share}

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.client import ApiError
-from actors.cluster import Cluster, launch
+from actors.cluster import launch
 from actors.errors import TopologyError
 
 PROMPT = "a large red circle on the left of a blue background"
@@ -40,20 +40,15 @@ def main(
 async def demo(topology: Path, output: Path, prompt: str, seed: int) -> None:
     """Raises `ApiError` or `TopologyError` with a sentence."""
     started = time.perf_counter()
-    async with launch(topology, {"api": {"port": 0}, "head": {"port": 0}}) as cluster:
+    async with launch(topology, {"api": {"port": 0}}) as cluster:
         console.print(f"ready after {time.perf_counter() - started:.1f} s at {cluster.url}")
         asked = time.perf_counter()
         picture = await cluster.generate(prompt, seed=seed)
         elapsed = time.perf_counter() - asked
-        console.print(stage_table(await request_of(cluster, picture.request_id), elapsed))
+        console.print(stage_table(await cluster.request(picture.request_id), elapsed))
         output.parent.mkdir(parents=True, exist_ok=True)
         picture.save(output)
     console.print(f'"{prompt}" is in {output}')
-
-
-async def request_of(cluster: Cluster, request_id: str) -> dict[str, Any]:
-    """`GET /v1/requests/{id}`."""
-    return await cluster.get(f"/v1/requests/{request_id}")
 
 
 def stage_table(request: dict[str, Any], elapsed_s: float) -> Table:
