@@ -1,0 +1,120 @@
+"""The invariants: pure functions of what was seen. Each returns sentences about what broke it, none when it held."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import Any
+
+from roles.messages.pool import LeaseView
+from roles.request import LEGAL, TERMINAL, State
+from tools.chaos.load import Outcome
+from tools.chaos.strikes import Blow
+
+JourneyState = tuple[str, float]
+
+
+def each_accepted_request_ended_once(outcomes: Iterable[Outcome]) -> list[str]:
+    """Exactly one terminal state, and a client that was given a picture has a request that is DONE."""
+    broken = []
+    for outcome in outcomes:
+        number, unit = outcome.offer.number, first_unit(outcome)
+        if not outcome.status:
+            broken.append(f"request {number} got no answer: {outcome.error}")
+        elif outcome.request_ids and unit is None:
+            broken.append(f"request {number} ({', '.join(outcome.request_ids)}) is not known any more")
+        elif unit is not None:
+            ends = [move["state"] for move in unit["history"] if move["state"] in TERMINAL]
+            if len(ends) != 1 or (outcome.status == 200) != (ends == ["DONE"]):
+                broken.append(f"request {number} was answered {outcome.status} and ended in {ends}")
+    return broken
+
+
+def each_client_saw_one_request(outcomes: Iterable[Outcome], ids_in_journal: Mapping[str, str]) -> list[str]:
+    """A retry under the same key finds the same request. `ids_in_journal`: request id to idempotency key."""
+    broken = [
+        f"request {o.offer.number} was given {len(o.request_ids)} ids" for o in outcomes if len(o.request_ids) > 1
+    ]
+    keys = Counter(key for key in ids_in_journal.values() if key)
+    return broken + [f"the key {key} was accepted {n} times" for key, n in keys.items() if n > 1]
+
+
+def every_slot_is_accounted_for(pools: Iterable[Mapping[str, Any]], leases: Iterable[LeaseView]) -> list[str]:
+    """At rest: free + leased == capacity, and only slots that are kept ready for the next arrival are held."""
+    broken = [
+        f"{pool['name']}: {pool['free']} free + {pool['leased']} leased is not {pool['capacity']}"
+        for pool in pools
+        if pool["free"] + pool["leased"] != pool["capacity"]
+    ]
+    held = [view for view in leases if view.work.unit_id]
+    return broken + [f"{v.lease.pool} still holds a {v.state} slot of {v.owner} for {v.work}" for v in held]
+
+
+def nothing_outdated_was_accepted(outcomes: Iterable[Outcome]) -> list[str]:
+    """Every history is a walk along legal moves, forward in time."""
+    broken = []
+    for outcome in outcomes:
+        moves = (first_unit(outcome) or {"history": []})["history"]
+        states = ["PENDING", *(move["state"] for move in moves)]
+        for a, b in pairwise(states):
+            if State(b) not in LEGAL[State(a)]:
+                broken.append(f"request {outcome.offer.number} went from {a} to {b}")
+        if [m["at"] for m in moves] != sorted(m["at"] for m in moves):
+            broken.append(f"request {outcome.offer.number} went back in time")
+    return broken
+
+
+def everyone_came_back(blows: Iterable[Blow], bound_s: float) -> list[str]:
+    """Each victim was ready again, within the bound."""
+    broken = []
+    for blow in blows:
+        if blow.recovery_s is None:
+            broken.append(f"{blow.victim} was not back after {blow.fault}")
+        elif blow.recovery_s > bound_s:
+            broken.append(f"{blow.victim} took {blow.recovery_s:.1f} s to come back after {blow.fault}")
+    return broken
+
+
+def only_victims_restarted(restarts: Mapping[str, int], blows: Iterable[Blow], zombies: Iterable[int]) -> list[str]:
+    """As many restarts as blows for each component, and no zombie."""
+    expected = Counter(blow.victim for blow in blows if blow.lethal)
+    broken = [
+        f"{name} restarted {n} times after {expected[name]} blows"
+        for name, n in restarts.items()
+        if n != expected[name]
+    ]
+    return broken + [f"process {pid} is a zombie" for pid in zombies]
+
+
+def same_seed_same_bytes(outcomes: Iterable[Outcome], undisturbed: Mapping[tuple[str, int], str]) -> list[str]:
+    """Every picture equals that of the undisturbed run."""
+    return [
+        f"request {o.offer.number} differs from the undisturbed picture"
+        for o in outcomes
+        if o.digest and o.digest != undisturbed[o.offer.prompt, o.offer.seed]
+    ]
+
+
+def no_mailbox_overflowed(depths: Mapping[str, tuple[int, int]]) -> list[str]:
+    """`depths`: actor to the deepest that its mailbox was seen, and its capacity."""
+    return [f"{name} held {depth} messages of {bound}" for name, (depth, bound) in depths.items() if depth > bound]
+
+
+def failed_only_when_at_fault(outcomes: Iterable[Outcome], max_attempts: int) -> list[str]:
+    """A request may only fail after it was tried as often as the topology allows, or after two deaths at its hands."""
+    broken = []
+    for outcome in outcomes:
+        unit = first_unit(outcome)
+        if unit is None or unit["state"] == "DONE":
+            continue
+        deaths = sum("process ended" in cause or "not heard of" in cause for cause in unit["causes"])
+        if unit["state"] != "FAILED" or (deaths < 2 and len(unit["causes"]) < max_attempts):
+            broken.append(f"request {outcome.offer.number} ended {unit['state']} after {unit['causes']}")
+    return broken
+
+
+def first_unit(outcome: Outcome) -> dict[str, Any] | None:
+    """The only picture of a request of this load."""
+    units = outcome.story.get("units")
+    return dict(units[0]) if units else None

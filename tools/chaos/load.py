@@ -1,0 +1,99 @@
+"""The clients: they ask, and ask again under the same key when a connection breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from tools.chaos.plan import Offer
+
+PAUSE_S = 0.1
+IN_FLIGHT = 64
+"""Most requests under way; beyond it offers wait, so that the load stays bounded whatever happens."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What one client saw."""
+
+    offer: Offer
+    status: int = 0
+    """HTTP status of the final answer, 0 if there was none."""
+    request_ids: set[str] = field(default_factory=set)
+    """Every id it was ever given; more than one is a doubled request."""
+    digest: str = ""
+    """SHA-256 of the picture's bytes."""
+    error: str = ""
+    retries: int = 0
+    seconds: float = 0.0
+    story: dict[str, Any] = field(default_factory=dict)
+    """`GET /v1/requests/{id}` at the end."""
+
+
+class Clients:
+    """Offers requests to a cluster."""
+
+    def __init__(self, url: str, key: str, patience_s: float) -> None:
+        self._key = key
+        self._patience_s = patience_s
+        self._room = asyncio.Semaphore(IN_FLIGHT)
+        self._http = httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(patience_s, connect=5.0))
+
+    async def close(self) -> None:
+        """Let go of the connections."""
+        await self._http.aclose()
+
+    async def ask(self, offer: Offer) -> Outcome:
+        """Ask until there is a final answer, or patience ends."""
+        outcome = Outcome(offer)
+        async with self._room:
+            began = time.monotonic()
+            while time.monotonic() - began < self._patience_s:
+                answer = await self._post(outcome)
+                if answer is not None:
+                    _read(answer, outcome)
+                    break
+                outcome.retries += 1
+                await asyncio.sleep(PAUSE_S)
+            outcome.seconds = time.monotonic() - began
+        return outcome
+
+    async def stories(self, outcomes: list[Outcome]) -> None:
+        """Ask how each accepted request ended."""
+        for outcome in outcomes:
+            for request_id in outcome.request_ids:
+                answer = await self._http.get(f"/v1/requests/{request_id}")
+                outcome.story = answer.json() if answer.is_success else {}
+
+    async def _post(self, outcome: Outcome) -> httpx.Response | None:
+        offer = outcome.offer
+        body = {"prompt": offer.prompt, "seed": offer.seed}
+        headers = {"Idempotency-Key": f"{self._key}-{offer.number}"}
+        try:
+            answer = await self._http.post("/v1/images/generations", json=body, headers=headers)
+        except httpx.TransportError as error:  # the API may just have been killed: ask again
+            outcome.error = repr(error)
+            return None
+        if answer.status_code in (429, 503):
+            outcome.error = answer.text
+            return None
+        return answer
+
+
+def _read(answer: httpx.Response, outcome: Outcome) -> None:
+    outcome.status = answer.status_code
+    body = answer.json()
+    request_id = body.get("id") or answer.headers.get("x-request-id", "")
+    if request_id:
+        outcome.request_ids.add(request_id)
+    if answer.is_success:
+        outcome.error = ""
+        outcome.digest = hashlib.sha256(base64.b64decode(body["data"][0]["b64_json"])).hexdigest()
+    else:
+        outcome.error = str(body.get("error", {}).get("message", ""))

@@ -1,0 +1,117 @@
+"""Looking at a cluster from outside, while it is struck and once it is at rest."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sqlite3
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from actors import AddressBook, launch
+from actors.client import ApiError
+from actors.cluster import Cluster
+from bus import Outbox
+from roles.messages.pool import LeaseQuery, LeaseReport, LeaseView
+
+WATCH_S = 0.5
+REST_S = 20.0
+ESCALATION_S = 60.0
+
+
+class Watch:
+    """Samples every mailbox while the cluster runs."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self.depths: dict[str, tuple[int, int]] = {}
+        """Actor to the deepest that its mailbox was seen, and its capacity."""
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            try:
+                actors = (await self._cluster.status())["actors"]
+            except ApiError:  # the API may be the one that was struck
+                actors = []
+            for actor in actors:
+                deepest = max(self.depths.get(actor["name"], (0, 0))[0], actor.get("mailbox_depth", 0))
+                self.depths[actor["name"]] = (deepest, actor.get("mailbox_capacity", 0) or deepest)
+            await asyncio.sleep(WATCH_S)
+
+    def zombies(self) -> list[int]:
+        """Children of the supervisor that ended and were not reaped."""
+        return [child for child in _children_of(self._cluster.process.pid) if _stat(child)[0] == "Z"]
+
+
+async def at_rest(cluster: Cluster) -> tuple[list[dict[str, Any]], list[LeaseView]]:
+    """The pools and their leases once nothing is held for a request, or as they are after REST_S seconds."""
+    names = [c.name for c in cluster.topology.components if c.kind == "pool"]
+    book, outbox = AddressBook(cluster.topology), Outbox("chaos")
+    began = time.monotonic()
+    try:
+        while True:
+            leases: list[LeaseView] = []
+            for name in names:
+                reference = outbox.reference(name, book.address(name))
+                leases += (await reference.ask(LeaseQuery(), LeaseReport, timeout_s=5.0)).leases
+            if not any(view.work.unit_id for view in leases) or time.monotonic() - began > REST_S:
+                return (await cluster.status())["pools"], leases
+            await asyncio.sleep(WATCH_S)
+    finally:
+        outbox.close()
+
+
+def journal_keys(cluster: Cluster) -> dict[str, str]:
+    """Request id to idempotency key, of all that the journal has."""
+    path = cluster.topology.state_dir / "journal.sqlite"
+    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as journal:
+        return dict(journal.execute("SELECT id, COALESCE(idempotency_key, '') FROM requests"))
+
+
+async def escalation(topology: Path, overrides: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """Kill one role oftener than its intensity allows: `/ready` must say so and name it."""
+    strict = {**overrides, "supervision": {"intensity": 1, "period_s": 600}}
+    async with launch(topology, strict) as cluster:
+        victim = next(c.name for c in cluster.topology.components if c.kind in ("denoiser", "monolithic"))
+        began = time.monotonic()
+        while time.monotonic() - began < ESCALATION_S:
+            child = (await cluster.children())[victim]
+            if child.state == "gave_up":
+                return await _ready_names(cluster, victim)
+            if child.state == "ready" and child.pid:
+                os.kill(child.pid, signal.SIGKILL)
+                await _gone(child.pid)
+            await asyncio.sleep(WATCH_S / 10)
+    return [f"{victim} was not given up within {ESCALATION_S:g} s"]
+
+
+async def _ready_names(cluster: Cluster, victim: str) -> list[str]:
+    async with httpx.AsyncClient(base_url=cluster.url) as http:
+        answer = await http.get("/ready")
+    if answer.status_code == 503 and victim in answer.text:
+        return []
+    return [f"/ready says {answer.status_code} {answer.text} after {victim} was given up"]
+
+
+async def _gone(pid: int) -> None:
+    while os.path.exists(f"/proc/{pid}"):  # noqa: PTH110, ASYNC110, ASYNC240  another's process sends us no event
+        await asyncio.sleep(WATCH_S / 50)
+
+
+def _children_of(parent: int) -> list[int]:
+    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]  # noqa: PTH208
+    return [pid for pid in pids if _stat(pid)[1:2] == [str(parent)]]
+
+
+def _stat(pid: int) -> list[str]:
+    """State and parent of a process, and more; empty fields when it has ended meanwhile."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return ["", ""]

@@ -1,0 +1,96 @@
+"""What will be asked and what will be struck, drawn from a seed before anything starts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+FAULTS = ("kill", "stop", "term", "head", "api", "pool", "transfer", "garbage")
+MOMENTS = ("any", "running", "staged", "idle")
+"""At once; while a stage runs; while leases are held and tensors wait or travel; when nothing is under way."""
+
+PROMPTS = (
+    "a large red circle on the left of a blue background",
+    "a small green square in the centre of a white background",
+    "a large yellow triangle on the right of a black background",
+    "a small blue circle on the right of a red background",
+)
+SEEDS = (1, 2)
+TWICE = 0.15
+"""Share of strikes that come twice in a row: the second one as soon as the victim is back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A request that a client will make."""
+
+    number: int
+    at_s: float
+    """Seconds after the start of the load."""
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Strike:
+    """A fault that will be caused."""
+
+    at_s: float
+    fault: str
+    victim: str
+    """Name of a component."""
+    moment: str
+    twice: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A whole run."""
+
+    offers: tuple[Offer, ...]
+    strikes: tuple[Strike, ...]
+
+
+def draw(
+    seed: int, duration_s: float, rate: float, every_s: float, faults: Sequence[str], victims: dict[str, list[str]]
+) -> Plan:
+    """A plan; the same arguments give the same plan.
+
+    Args:
+        seed: of the drawing.
+        duration_s: seconds of load.
+        rate: requests a second, on average, at random moments.
+        every_s: seconds between two strikes, on average.
+        faults: some of FAULTS; "transfer" is not struck but set on the backends, and draws nothing here.
+        victims: fault to the names of the components that it may strike.
+    """
+    rng = random.Random(seed)
+    offers = tuple(
+        Offer(number, at_s, rng.choice(PROMPTS), rng.choice(SEEDS))
+        for number, at_s in enumerate(_moments(rng, duration_s, 1 / rate))
+    )
+    struck = [fault for fault in faults if victims.get(fault)]
+    # The last seconds are left for the last victims to come back under load.
+    times = _moments(rng, duration_s - every_s, every_s) if struck else []
+    strikes = [
+        Strike(at_s, fault, rng.choice(victims[fault]), rng.choice(MOMENTS), rng.random() < TWICE)
+        # Each fault comes in its turn, so that a short run has them all.
+        for at_s, fault in zip(times, _in_turn(rng, struck, len(times)), strict=True)
+    ]
+    return Plan(offers, tuple(strikes))
+
+
+def _moments(rng: random.Random, duration_s: float, mean_s: float) -> list[float]:
+    moments, at_s = [], rng.expovariate(1 / mean_s)
+    while at_s < duration_s:
+        moments.append(at_s)
+        at_s += rng.expovariate(1 / mean_s)
+    return moments
+
+
+def _in_turn(rng: random.Random, faults: Sequence[str], n: int) -> list[str]:
+    turns: list[str] = []
+    while len(turns) < n:
+        turns += rng.sample(list(faults), len(faults))
+    return turns[:n]

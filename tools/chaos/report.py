@@ -1,0 +1,131 @@
+"""What a run came to: a JSON object and a table."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from tools.chaos.checks import first_unit
+from tools.chaos.load import Outcome
+from tools.chaos.strikes import Blow
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """One run; times in seconds."""
+
+    seed: int
+    duration_s: float
+    accepted: int
+    done: int
+    failed: int
+    lost: int
+    doubled: int
+    leaked: int
+    different: int
+    retries: int
+    strikes: dict[str, int]
+    recovery_p50_s: float
+    recovery_p99_s: float
+    recovery_by_fault_s: dict[str, float]
+    """Medians. A stopped process is first missed for the heartbeat's timeout."""
+    seen_p99_s: float
+    """From the blow to the head's knowing that the work has to be done again."""
+    redispatched_p99_s: float
+    """From that to the stage's running elsewhere."""
+    restarts: int
+    invariants: dict[str, list[str]]
+    """What broke each, empty where it held."""
+
+    @property
+    def held(self) -> bool:
+        """Whether no invariant was broken."""
+        return not any(self.invariants.values())
+
+
+def summary(
+    seed: int,
+    duration_s: float,
+    outcomes: Sequence[Outcome],
+    blows: Sequence[Blow],
+    restarts: int,
+    invariants: dict[str, list[str]],
+) -> Report:
+    """Count and measure; pure."""
+    recoveries = [b.recovery_s for b in blows if b.recovery_s is not None and b.lethal and b.fault != "stop"]
+    seen, redispatched = _delays(outcomes, blows)
+    faults = {fault: [b.recovery_s for b in blows if b.fault == fault and b.recovery_s] for fault in _faults(blows)}
+    return Report(
+        seed=seed,
+        duration_s=duration_s,
+        accepted=sum(bool(o.request_ids) for o in outcomes),
+        done=sum(o.status == 200 for o in outcomes),
+        failed=sum((first_unit(o) or {}).get("state") == "FAILED" for o in outcomes),
+        lost=len(invariants["each accepted request ended once"]),
+        doubled=len(invariants["each client saw one request"]),
+        leaked=len(invariants["every slot is accounted for"]),
+        different=len(invariants["same seed, same bytes"]),
+        retries=sum(o.retries for o in outcomes),
+        strikes=dict(Counter(b.fault for b in blows)),
+        recovery_p50_s=percentile(recoveries, 50),
+        recovery_p99_s=percentile(recoveries, 99),
+        recovery_by_fault_s={fault: statistics.median(times) for fault, times in faults.items() if times},
+        seen_p99_s=percentile(seen, 99),
+        redispatched_p99_s=percentile(redispatched, 99),
+        restarts=restarts,
+        invariants=invariants,
+    )
+
+
+def percentile(values: Iterable[float], percent: int) -> float:
+    """The nearest-rank percentile, 0 of nothing."""
+    ranked = sorted(values)
+    return ranked[max(0, -(-len(ranked) * percent // 100) - 1)] if ranked else 0.0
+
+
+def _faults(blows: Iterable[Blow]) -> list[str]:
+    return list(dict.fromkeys(blow.fault for blow in blows))
+
+
+def _delays(outcomes: Iterable[Outcome], blows: Sequence[Blow]) -> tuple[list[float], list[float]]:
+    """Of stages that were running when their instance was killed."""
+    seen, redispatched = [], []
+    for outcome in outcomes:
+        moves: list[dict[str, Any]] = (first_unit(outcome) or {"history": []})["history"]
+        for k, (running, waiting) in enumerate(pairwise(moves)):
+            if not (running["state"].endswith("RUNNING") and "process ended" in waiting["reason"]):
+                continue
+            victim = waiting["reason"].partition(":")[0]
+            struck = [b.at for b in blows if b.victim == victim and b.at <= waiting["at"] and b.fault == "kill"]
+            if struck:
+                seen.append(waiting["at"] - max(struck))
+                again = [m["at"] for m in moves[k + 2 :] if m["state"].endswith("RUNNING")][:1]
+                redispatched += [at - waiting["at"] for at in again]
+    return seen, redispatched
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the tables."""
+    counts = Table("accepted", "done", "failed", "lost", "doubled", "leaked", "different", "retries", "restarts")
+    counts.add_row(
+        *(str(getattr(report, column.header)) for column in counts.columns),  # type: ignore[arg-type]
+    )
+    console.print(counts)
+    faults = Table("fault", "strikes", "back after (median s)")
+    for fault, n in report.strikes.items():
+        faults.add_row(fault, str(n), f"{report.recovery_by_fault_s.get(fault, 0):.2f}")
+    console.print(faults)
+    console.print(
+        f"recovery p50 {report.recovery_p50_s:.2f} s, p99 {report.recovery_p99_s:.2f} s (stops apart); death seen p99 "
+        f"{report.seen_p99_s * 1000:.0f} ms; running elsewhere p99 {report.redispatched_p99_s * 1000:.0f} ms later"
+    )
+    for name, broken in report.invariants.items():
+        console.print(f"[green]held[/green]    {name}" if not broken else f"[red]BROKEN[/red]  {name}")
+        for sentence in broken[:10]:
+            console.print(f"        {sentence}")
