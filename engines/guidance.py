@@ -1,0 +1,72 @@
+"""Give each request a scheduler and a guider of its own, and map one `guidance_scale` onto what the family has.
+
+A scheduler keeps where it is and what it saw, a guider keeps its step: shared by two requests that take turns they
+raise, or make wrong pictures. Some families take `guidance_scale` as an argument of a block, the others as a setting
+of their guider, and ignore the argument.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any, Final
+
+from diffusers.guiders import BaseGuidance
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+GUIDANCE_SCALE: Final = "guidance_scale"
+
+
+def private(pipeline: Any, guidance_scale: float | None = None, *, encodes: bool = False) -> Any:
+    """Copy a pipeline for one request: it shares all weights, and nothing that changes during a run.
+
+    Args:
+        pipeline: A `diffusers.ModularPipeline`.
+        guidance_scale: For its guiders, where it has some; None keeps what they have.
+        encodes: Whether the copy is for an encoder, which then never guides less than it would by itself: some
+            encoders fail without guidance, others make no negative embeddings.
+    """
+    mine = copy.copy(pipeline)
+    for name, component in vars(pipeline).items():
+        if isinstance(component, BaseGuidance):
+            guider = component.new(**_changes(component, guidance_scale))
+            if encodes and guider.num_conditions < component.num_conditions:
+                guider = component.new()
+            setattr(mine, name, guider)
+        elif isinstance(component, SchedulerMixin):
+            setattr(mine, name, type(component).from_config(component.config))
+    return mine
+
+
+def _changes(guider: Any, guidance_scale: float | None) -> dict[str, object]:
+    if guidance_scale is None or GUIDANCE_SCALE not in guider.config:
+        return {}
+    without = 0.0 if guider.config.get("use_original_formulation") else 1.0
+    # Models that do not need guidance have it switched off; who asks for some gets it.
+    switch = {"enabled": True} if guidance_scale > without and "enabled" in guider.config else {}
+    return {GUIDANCE_SCALE: guidance_scale, **switch}
+
+
+def has_guider(pipeline: Any) -> bool:
+    """Whether a pipeline has a guider with a scale."""
+    return any(
+        isinstance(component, BaseGuidance) and GUIDANCE_SCALE in component.config
+        for component in vars(pipeline).values()
+    )
+
+
+class _OnlyOnce(logging.Filter):
+    """Lets the notice that guiders are experimental through once, not for each request."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "experimental" not in record.getMessage():
+            return True
+        first, self.seen = not self.seen, True
+        return first
+
+
+logging.getLogger("diffusers.guiders.guider_utils").addFilter(_OnlyOnce())

@@ -1,0 +1,115 @@
+"""Load the components that a panel needs, and shadows of those that it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from engines.panels import ModelError
+from engines.shadows import shadow
+from engines.split import Split
+
+
+def load_components(pipeline: Any, split: Split, dtype: torch.dtype, device: torch.device) -> frozenset[str]:
+    """Load the weights and tokenizers that a pipeline's blocks name.
+
+    Returns:
+        The names of what was loaded.
+
+    Raises:
+        ModelError: One is missing or broken. (The pipeline's own way to load would warn and go on without it.)
+    """
+    names = [name for name in pipeline.pretrained_component_names if not _is_null(split, name)]
+    loaded = {name: _load(pipeline, split, name, dtype, device) for name in names}
+    pipeline.register_components(**loaded)
+    return frozenset(loaded)
+
+
+def make_shadows(pipeline: Any, split: Split, dtype: torch.dtype, device: torch.device) -> None:
+    """Give a pipeline stand-ins for the components that its blocks do not name but the rest of the model has.
+
+    Not while another thread makes modules: those would have no weights either.
+
+    Raises:
+        ModelError: The configuration of one is missing or broken.
+    """
+    whole = split.pipeline(split.blocks)
+    for name in whole.config_component_names:
+        # Guiders and image processors have no weights: the real ones are cheap, and some encoders read the guider.
+        if name not in pipeline.component_names:
+            setattr(pipeline, name, getattr(whole, name))
+    for name in whole.pretrained_component_names:
+        if name in pipeline.component_names or _is_null(split, name):
+            continue
+        spec = whole.get_component_spec(name)
+        folder = _folder(split, name, spec)
+        try:
+            stand_in = shadow(name, spec.type_hint, folder, dtype, device)
+        except Exception as error:  # Likewise.
+            raise ModelError(f"The configuration of {name} in {folder} cannot be read: {error}") from error
+        if stand_in is not None:
+            setattr(pipeline, name, stand_in)
+
+
+def check_geometry(pipeline: Any, split: Split) -> None:
+    """Refuse a model whose pipeline would return another size than it is asked for.
+
+    Raises:
+        ModelError: Its VAE makes pictures smaller by another factor than the pipeline reckons with.
+    """
+    config = getattr(getattr(pipeline, "vae", None), "config", None)
+    real = getattr(config, "scale_factor_spatial", None)
+    reckoned = getattr(pipeline, "vae_scale_factor_spatial", None)
+    if real is not None and reckoned is not None and real != reckoned:
+        raise ModelError(
+            f"The VAE of {split.model} scales by {real}, but {split.pipeline_class.__name__} reckons with {reckoned}"
+            " and would return another size than it is asked for: this model cannot be served."
+        )
+
+
+def _load(pipeline: Any, split: Split, name: str, dtype: torch.dtype, device: torch.device) -> Any:
+    spec = pipeline.get_component_spec(name)
+    folder = _folder(split, name, spec)
+    try:
+        component, complete = _read(spec, folder, dtype)
+    except Exception as error:  # Whatever a broken folder makes two libraries raise, the user gets one sentence.
+        raise ModelError(f"The {name} in {folder} cannot be loaded: {error}") from error
+    if not complete:
+        raise ModelError(f"The {name} in {folder} cannot be loaded: its files lack some of the weights.")
+    if not isinstance(component, torch.nn.Module):
+        return component
+    return component.eval().requires_grad_(False).to(device)
+
+
+def _read(spec: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, bool]:
+    """Read a component, and say whether its files held all of its weights (both libraries go on without some)."""
+    kind = spec.type_hint
+    # Weights in the older format are pickles, which run code when they are read.
+    options = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
+    if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+        loader: Any = kind
+        component, report = loader.from_pretrained(str(folder), output_loading_info=True, **options)
+        return component, not report["missing_keys"]
+    if kind is not None and not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
+        return spec.load(local_files_only=True), True
+    component = spec.load(**options)
+    return component, not any(parameter.is_meta for parameter in component.parameters())
+
+
+def _folder(split: Split, name: str, spec: Any) -> Path:
+    source = spec.pretrained_model_name_or_path
+    if source is None:
+        raise ModelError(f"The index of {split.model} has no {name}, which {split.pipeline_class.__name__} needs.")
+    folder = Path(source) / (spec.subfolder or "")
+    if not folder.is_dir():
+        raise ModelError(f"The model {split.model} is incomplete: there is no folder {folder} for its {name}.")
+    return folder
+
+
+def _is_null(split: Split, name: str) -> bool:
+    # So a classic index says what a model goes without. (In a modular one, nulls with a source were just not loaded.)
+    (index,) = split.index.values()
+    return index.get(name) == [None, None]

@@ -1,0 +1,17 @@
+"""The names of the three panels, and the error that says why a model cannot be served. Imports no torch."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Panel(StrEnum):
+    """One of the parts that a diffusion pipeline is served as, in the order that a request visits them."""
+
+    ENCODER = "encoder"
+    DENOISER = "denoiser"
+    DECODER = "decoder"
+
+
+class ModelError(Exception):
+    """A model folder that cannot be served; `str()` is one sentence that says what to do about it."""

@@ -1,0 +1,100 @@
+"""Stand-ins for the components that another panel owns: their configuration, without their weights.
+
+Most pipelines compute geometry from components that the running block does not declare: the size of latents from
+the VAE, their channels from the transformer. Where such a component is absent they fall back to constants, and the
+picture is wrong without an error. So each panel gets a shadow of every component that it does not load.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from accelerate import init_empty_weights
+from diffusers.configuration_utils import ConfigMixin
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+_COMPUTE: Final = frozenset({"forward", "encode", "decode", "tiled_decode", "tiled_encode", "generate", "step"})
+
+
+class ShadowError(RuntimeError):
+    """A block tried to compute with a component that another panel owns."""
+
+
+class Shadow:
+    """Forwards reads of attributes to a component without weights; reports the dtype and device that it has elsewhere.
+
+    It is no `torch.nn.Module`, because a pipeline takes the device of the first module it finds as its own, and that
+    of a component without weights is "meta".
+    """
+
+    def __init__(self, name: str, component: object, dtype: torch.dtype, device: torch.device) -> None:
+        self._name = name
+        self._component = component
+        self.dtype = dtype
+        self.device = device
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute in _COMPUTE:
+            raise ShadowError(f"`{self._name}.{attribute}` was called where only its configuration is loaded.")
+        if attribute.startswith("_"):
+            # Also ends the recursion of a copy, which asks for attributes before there are any.
+            raise AttributeError(attribute)
+        return getattr(self._component, attribute)
+
+
+class _ConfigOnly:
+    """A transformers model of which just the configuration is read."""
+
+    def __init__(self, config: object) -> None:
+        self.config = config
+
+
+def shadow(name: str, cls: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> object | None:
+    """Make the shadow of a component.
+
+    Args:
+        name: What the pipeline calls it.
+        cls: Its class.
+        folder: Where its files are.
+        dtype: What it is served with.
+        device: Where it would be on this panel.
+
+    Returns:
+        A `Shadow` for a model; the thing itself for what has no weights (schedulers, guiders); None for the rest
+        (tokenizers, processors), which no pipeline reads from outside.
+    """
+    if not isinstance(cls, type):
+        return None
+    known: Any = cls
+    if issubclass(cls, ConfigMixin):
+        config = known.load_config(str(folder))
+        if not issubclass(cls, torch.nn.Module):
+            made: object = known.from_config(config)
+            return made
+        # Not `torch.device("meta")`: tables computed when a model is made (rotary embeddings) must be real.
+        with init_empty_weights():
+            module = known.from_config(config)
+        _read_buffers(module, folder, dtype, device)
+        return Shadow(name, module, dtype, device)
+    if issubclass(cls, PreTrainedModel):
+        return Shadow(name, _ConfigOnly(known.config_class.from_pretrained(str(folder))), dtype, device)
+    return None
+
+
+def _read_buffers(module: torch.nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    # Statistics of latents can be buffers, whose values are in the weights file alone.
+    missing = set(module.state_dict()) - {name for name, _ in module.named_parameters()}
+    # "model.safetensors" before variants of it, such as "model.fp16.safetensors".
+    for path in sorted(folder.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name)):
+        if not missing:
+            return
+        with safe_open(path, framework="pt") as file:
+            for name in missing & set(file.keys()):
+                value = file.get_tensor(name).to(device)
+                parent, _, leaf = name.rpartition(".")
+                owner = module.get_submodule(parent)
+                owner.register_buffer(leaf, value.to(dtype) if value.is_floating_point() else value)
+                missing = missing - {name}

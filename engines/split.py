@@ -1,0 +1,167 @@
+"""Split a Modular Diffusers pipeline in three by one rule, without any code for a family.
+
+Each pipeline has exactly one block named `denoise` at its top. What comes before it is the encoder, the block
+itself is the denoiser (it makes noise and timesteps too, so a scheduler's state never crosses), what comes after
+it is the decoder. The inputs that a part declares are all that it needs of the parts before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import diffusers
+from diffusers.modular_pipelines.modular_pipeline import MODULAR_PIPELINE_MAPPING, SequentialPipelineBlocks
+from diffusers.pipelines.auto_pipeline import _get_model
+
+from engines.card import INDEX_NAMES, load_card, load_index
+from engines.panels import ModelError, Panel
+
+KWARGS_MAPPING: Final = "kwargs_mapping"
+"""The name in a state of the grouping of other names that some blocks ask for as a group."""
+_SYNONYMS: Final = {"image2image": ("img2img", "image_conditioned"), "inpainting": ("image_conditioned_inpainting",)}
+
+
+@dataclass(frozen=True)
+class Split:
+    """A pipeline, cut.
+
+    Attributes:
+        model: Its folder.
+        pipeline_class: The class of its pipelines, a `diffusers.ModularPipeline`.
+        index: What the pipelines are made with: `modular_config_dict` or `config_dict`, whichever the folder has.
+        blocks: All blocks of the task, `SequentialPipelineBlocks`.
+        parts: The blocks of each panel, likewise.
+        outputs: Names of the results of the decoder, such as "images".
+    """
+
+    model: Path
+    pipeline_class: Any
+    index: Mapping[str, dict[str, object]]
+    blocks: Any
+    parts: Mapping[Panel, Any]
+    outputs: tuple[str, ...]
+
+    def pipeline(self, blocks: Any) -> Any:
+        """Make a pipeline of some of the blocks; its weights are not loaded yet."""
+        # The class is that of the whole: it computes geometry, and blocks alone would lead to another one.
+        return self.pipeline_class(blocks=blocks, pretrained_model_name_or_path=str(self.model), **self.index)
+
+
+def load_split(model: Path) -> Split:
+    """Read what a model folder is, and cut its pipeline; loads no weights.
+
+    Raises:
+        ModelError: It is no such folder, or its pipeline cannot be cut.
+    """
+    index = load_index(model)
+    card = load_card(model)
+    found = pipeline_class(index, model)
+    whole = _blocks_class(found, index)()
+    blocks = prune(whole, card.task)
+    parts = cut(blocks)
+    made = parts[Panel.DECODER].intermediate_output_names
+    outputs = tuple(name for name in whole.output_names if name in made) or tuple(made)
+    kind = "modular_config_dict" if (model / INDEX_NAMES[0]).is_file() else "config_dict"
+    return Split(model, found, {kind: index}, blocks, parts, outputs)
+
+
+def pipeline_class(index: Mapping[str, object], model: Path) -> Any:
+    """Find the modular pipeline for an index, which may name a classic one.
+
+    Raises:
+        ModelError: There is none.
+    """
+    name = str(index["_class_name"])
+    choose = MODULAR_PIPELINE_MAPPING.get(_get_model(name) or "")
+    # Half of the families are not in that table, but they are all named alike.
+    stem = name.removesuffix("Pipeline").removesuffix("Modular")
+    stems = (stem, stem.replace("ImageToVideo", "Image2Video"), stem.replace("ImageToVideo", ""))
+    names = [choose(index)] if choose else [f"{stem}ModularPipeline" for stem in stems]
+    found = next((getattr(diffusers, name) for name in names if hasattr(diffusers, name)), None)
+    if found is None or not found.default_blocks_name:
+        raise ModelError(
+            f"The model {model} is for {name}, which diffusers {diffusers.__version__} cannot run in parts (it has"
+            " no modular pipeline for it)."
+        )
+    return found
+
+
+def prune(blocks: Any, task: str) -> Any:
+    """Keep the blocks that a task runs, so that no panel loads weights for another one.
+
+    Args:
+        blocks: All blocks of a pipeline.
+        task: A workflow of the pipeline, such as "text-to-image"; "" is the first that needs just a prompt; "any"
+            keeps all.
+
+    Raises:
+        ModelError: The pipeline has no such task.
+    """
+    workflows: dict[str, Any] | None = getattr(blocks, "_workflow_map", None)
+    if workflows is None or task == "any":
+        return blocks
+    if task:
+        wanted = task.replace("-to-", "2")
+        name = next((name for name in (task, wanted, *_SYNONYMS.get(wanted, ())) if name in workflows), None)
+        if name is None:
+            raise ModelError(f'The task "{task}" is not one of this pipeline: choose of {", ".join(workflows)}, any.')
+    else:
+        name = next((name for name in workflows if workflows[name] == {"prompt": True}), next(iter(workflows)))
+    return blocks.get_workflow(name)
+
+
+def cut(blocks: Any) -> dict[Panel, Any]:
+    """Cut blocks at the one that is named `denoise`.
+
+    Raises:
+        ModelError: There is not exactly one.
+    """
+    names = list(blocks.sub_blocks)
+    inside = [index for index, name in enumerate(names) if name.split(".")[0] == "denoise"]
+    if not inside or inside != list(range(inside[0], inside[-1] + 1)):
+        raise ModelError(f"The pipeline cannot be cut at one `denoise` block: its blocks are {', '.join(names)}.")
+    return {
+        Panel.ENCODER: _part(blocks, names[: inside[0]]),
+        Panel.DENOISER: _part(blocks, names[inside[0] : inside[-1] + 1]),
+        Panel.DECODER: _part(blocks, names[inside[-1] + 1 :]),
+    }
+
+
+def joined(parts: Iterable[Any]) -> Any:
+    """Put parts together again, for a process that has more than one panel."""
+    blocks = {name: block for part in parts for name, block in part.sub_blocks.items()}
+    return SequentialPipelineBlocks.from_blocks_dict(blocks)
+
+
+def crossing(values: Mapping[str, object], groups: Mapping[str, list[str]], later: Iterable[Any]) -> dict[str, object]:
+    """Choose what later parts need of a state.
+
+    Args:
+        values: All values of the state, by name.
+        groups: Names of values by the group (`kwargs_type`) that blocks may ask for them as.
+        later: The parts still to run.
+
+    Returns:
+        The values that later parts take as inputs, and `KWARGS_MAPPING`: the groups of those.
+    """
+    wanted: set[str] = set()
+    for part in later:
+        for declared in part.inputs:
+            wanted.update([declared.name] if declared.name else groups.get(declared.kwargs_type, ()))
+    kept = {name: value for name, value in values.items() if name in wanted}
+    # A block adds a name to its group each time it sets it; once is enough.
+    mapping = {group: [name for name in dict.fromkeys(names) if name in kept] for group, names in groups.items()}
+    return {**kept, KWARGS_MAPPING: mapping}
+
+
+def _blocks_class(found: Any, index: Mapping[str, object]) -> Any:
+    named = getattr(diffusers, str(index.get("_blocks_class_name")), None)
+    # A saved pipeline may name a base class, whose blocks were put together by hand.
+    return named if getattr(named, "block_classes", None) else getattr(diffusers, found.default_blocks_name)
+
+
+def _part(blocks: Any, names: list[str]) -> Any:
+    return SequentialPipelineBlocks.from_blocks_dict({name: blocks.sub_blocks[name] for name in names})

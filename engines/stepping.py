@@ -1,0 +1,154 @@
+"""Run a denoise block one step at a time, many of them in turn, on one thread.
+
+A denoise block runs its whole loop in one call. Here that call runs in a greenlet: a call stack of its own that can
+be left and entered again. The loop's `loop_step` is replaced, on a copy of the block, by one that first goes back to
+whoever called `advance`. Nothing is copied or run twice, so the result is that of an undisturbed run, bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import greenlet
+import torch
+
+
+class Cancelled(BaseException):
+    """Thrown into a denoise block to unwind it.
+
+    Not an `Exception`, because blocks log each of those with a traceback at every level.
+    """
+
+
+class Denoising:
+    """A denoise that has been prepared and runs as it is told to, all of it on the thread of the first `advance`.
+
+    Args:
+        block: The denoiser's blocks, `SequentialPipelineBlocks`; used as a copy.
+        components: The pipeline private to this request.
+        state: Its `PipelineState`.
+        finish: Makes the result of the state after the run.
+
+    Attributes:
+        total_steps: How many steps there are; None before the first, and for families that step by chunks.
+        step: How many are done.
+        cancelled: Whether `cancel` ended it.
+    """
+
+    def __init__(self, block: Any, components: Any, state: Any, finish: Callable[[Any], dict[str, object]]) -> None:
+        self.total_steps: int | None = None
+        self.step = 0
+        self.cancelled = False
+        self._finish = finish
+        self._thread: int | None = None
+        self._result: dict[str, object] | None = None
+        self._over = False
+        block = copy.deepcopy(block)
+        for loop in _loops(block):
+            loop.loop_step = self._stepping(loop.loop_step)
+            # The setting of a pipeline does not reach its inner loops.
+            loop.set_progress_bar_config(disable=True)
+        self._greenlet: Any = greenlet.greenlet(lambda: self._run(block, components, state))
+
+    def advance(self) -> bool:
+        """Run exactly one step; the first also prepares the loop, the last also ends the block.
+
+        Returns:
+            False when that was the last step, or there is none left.
+
+        Raises:
+            Exception: Whatever the block raises, with its traceback. There is no step left then.
+        """
+        if self._over:
+            return False
+        self._check_thread()
+        # For good, not for this call: a block holds `no_grad` open from one step to the next, and what it puts back
+        # at its end is what it found at its start. With several blocks in turn that would switch gradients on in the
+        # middle of another's run. If the thread never has gradients on, there is nothing wrong to put back.
+        torch.set_grad_enabled(False)
+        self._greenlet.parent = greenlet.getcurrent()
+        try:
+            self._greenlet.switch()
+        except BaseException:
+            self._release()
+            raise
+        if self._greenlet.dead:
+            self._release()
+        return not self._over
+
+    def cancel(self) -> None:
+        """Unwind the block and let go of everything it holds; does nothing where the run is over."""
+        if self._over:
+            return
+        self._check_thread()
+        self.cancelled = True
+        self._greenlet.parent = greenlet.getcurrent()
+        try:
+            self._greenlet.throw(Cancelled())
+        except Cancelled:
+            pass  # Thrown before the first step it comes straight back, as there is nothing to unwind.
+        finally:
+            self._release()
+
+    def result(self) -> dict[str, object]:
+        """Return the values that cross to the decoder.
+
+        Raises:
+            RuntimeError: The run is not over, was cancelled or failed.
+        """
+        if self._result is None:
+            raise RuntimeError(f"There is no result: {self.step} of {self.total_steps} steps have been run.")
+        return self._result
+
+    def _run(self, block: Any, components: Any, state: Any) -> None:
+        try:
+            _, state = block(components, state)
+        except Cancelled:
+            return
+        self._result = self._finish(state)
+
+    def _stepping(self, loop_step: Callable[..., Any]) -> Callable[..., Any]:
+        before = None
+
+        def paused_step(components: Any, block_state: Any, **position: Any) -> Any:
+            nonlocal before
+            if before is None:
+                before = self.step
+                steps = _count(block_state, position)
+                self.total_steps = None if steps is None else before + steps
+            if self.step:
+                greenlet.getcurrent().parent.switch()
+            result = loop_step(components, block_state, **position)
+            self.step += 1
+            return result
+
+        return paused_step
+
+    def _check_thread(self) -> None:
+        thread = threading.get_ident()
+        self._thread = self._thread or thread
+        if thread != self._thread:
+            raise RuntimeError("A denoising runs on the one thread that it was begun on.")
+
+    def _release(self) -> None:
+        # One that never ran still holds the copy of the block, the private pipeline and the state.
+        self._over = True
+        self._greenlet = None
+
+
+def _loops(block: Any) -> Iterator[Any]:
+    if hasattr(block, "loop_step"):
+        yield block
+    for inner in block.sub_blocks.values():
+        yield from _loops(inner)
+
+
+def _count(block_state: Any, position: dict[str, Any]) -> int | None:
+    if "t" in position:
+        return len(block_state.timesteps)
+    if "sigma" in position:
+        return len(block_state.sigmas) - 1
+    return None

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# For the tensors of tiny models a second thread costs more than it computes. Read when torch and numpy are imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+Models = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """The folder of a tiny model by its family, made when first asked for. Not to be changed by a test."""
+    import torch
+
+    from tools.make_model import Family, make_model
+
+    torch.set_num_threads(1)
+    made: dict[str, Path] = {}
+
+    def model(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            make_model(made[family], Family(family))
+        return made[family]
+
+    return model

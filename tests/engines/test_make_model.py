@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from engines.card import load_card
+from engines.panels import Panel
+from engines.pipeline import PanelPipeline
+from tools.make_model import Family, main, make_model
+
+Models = Callable[[str], Path]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.parametrize("family", Family)
+def test_the_same_seed_makes_the_same_files(family: Family, models: Models, tmp_path: Path) -> None:
+    make_model(tmp_path / "again", family)
+    make_model(tmp_path / "other", family, seed=1)
+    first, again, other = (contents(folder) for folder in (models(family), tmp_path / "again", tmp_path / "other"))
+    assert first == again
+    changed = {name for name in first if first[name] != other[name]}
+    assert changed == {name for name in first if name.endswith(".safetensors")}
+    assert sum(path.stat().st_size for path in models(family).rglob("*") if path.is_file()) < 2_000_000
+
+
+def test_the_command_shows_its_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    main(tmp_path / "model", Family.FLUX, 0)
+    shown, errors = capfd.readouterr()
+    assert "Making components" in shown
+    assert "100%" in shown
+    assert f"A tiny flux model is in {tmp_path / 'model'}." in shown
+    assert "it/s" not in errors
+
+
+@pytest.mark.parametrize("family", Family)
+def test_the_card_makes_a_request_of_a_prompt(family: Family, models: Models) -> None:
+    card = load_card(models(family))
+    pipeline = PanelPipeline.load(models(family), tuple(Panel), dtype=torch.float32, device=torch.device("cpu"))
+    inputs = card.apply({"prompt": "a red ship", "num_inference_steps": 1}, pipeline.accepted)
+    assert inputs.keys() - {"prompt"} == card.defaults.keys()
+    made = []
+    for prompt, seed in (("a red ship", 0), ("a red shop", 0), ("a red ship", 1)):
+        denoising = pipeline.denoise(pipeline.encode({**inputs, "prompt": prompt}, seed))
+        while denoising.advance():
+            pass
+        made.append(str(denoising.result()["latents"]))
+        (media,) = pipeline.decode(denoising.result()).values()
+        assert len(media) == 1  # type: ignore[arg-type]
+    assert len(set(made)) == 3, "each word and each seed makes another picture"
+
+
+def test_tokenizers_know_every_byte(models: Models) -> None:
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizer = AutoTokenizer.from_pretrained(models("flux") / name)
+        text = "Ein Mädchen, 猫 and 🚢"
+        numbers = tokenizer(text).input_ids
+        assert tokenizer.unk_token_id not in numbers
+        assert len(numbers) == len(text.encode()) + (2 if name == "tokenizer" else 1)
+        assert numbers[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(numbers, skip_special_tokens=True) == text
