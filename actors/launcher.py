@@ -123,8 +123,14 @@ def thread_environment(cpu_roles: int, environment: Mapping[str, str], cores: in
 
     What the user has set stays. OpenBLAS would start its threads when it is imported, before the fork. The model
     libraries warn on standard error about optional packages at each start; their errors still come as exceptions.
+    With huge pages, torch gets large blocks of memory on the CPU in a fraction of the time.
     """
-    wanted = {"OPENBLAS_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
+    wanted = {
+        "OPENBLAS_NUM_THREADS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DIFFUSERS_VERBOSITY": "error",
+        "THP_MEM_ALLOC_ENABLE": "1",
+    }
     if cpu_roles and "OMP_NUM_THREADS" not in environment:
         share = str(max(1, cores // cpu_roles))
         wanted |= {"OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share}

@@ -74,7 +74,7 @@ def pack(values: dict[str, object]) -> Packed:
     return Packed(manifest, tuple(packer.tensors), tuple(packer.offsets), packer.nbytes)
 
 
-def unpack(manifest: bytes, memory: torch.Tensor, device: torch.device) -> dict[str, object]:
+def unpack(manifest: bytes, memory: torch.Tensor, device: torch.device, *, owned: bool = False) -> dict[str, object]:
     """Read a state back; everything returned owns its memory, so the slot may be reused afterwards.
 
     Args:
@@ -82,6 +82,7 @@ def unpack(manifest: bytes, memory: torch.Tensor, device: torch.device) -> dict[
         memory: The slot, uint8, shape [bytes], on the CPU. Where it is pinned and `device` is an accelerator,
             copies are asynchronous on the current stream: release the slot when that stream has passed them.
         device: Where the tensors go. Arrays, images and CPU generators stay on the CPU.
+        owned: `memory` is for these values alone, so tensors on the CPU are views of it.
 
     Raises:
         CodecError: The manifest is garbage, or does not fit the slot.
@@ -91,7 +92,7 @@ def unpack(manifest: bytes, memory: torch.Tensor, device: torch.device) -> dict[
     content = m.decode(manifest)
     if content.nbytes > memory.numel():
         raise CodecError(f"The manifest speaks of {content.nbytes} bytes, the slot has {memory.numel()}.")
-    return Unpacker(memory[: content.nbytes], torch.device(device)).state(content.values)
+    return Unpacker(memory[: content.nbytes], torch.device(device), owned=owned).state(content.values)
 
 
 def _check_memory(memory: torch.Tensor) -> None:

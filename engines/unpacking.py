@@ -21,12 +21,14 @@ class Unpacker:
     Args:
         memory: The part of the slot that is in use, uint8, shape [bytes], on the CPU.
         device: Where tensors go.
+        owned: Whether tensors on the CPU may be views of `memory`.
 
     """
 
-    def __init__(self, memory: torch.Tensor, device: torch.device) -> None:
+    def __init__(self, memory: torch.Tensor, device: torch.device, *, owned: bool = False) -> None:
         self.memory = memory
         self.device = device
+        self.owned = owned
         self.end = 0
 
     def state(self, node: m.Dict) -> dict[str, object]:
@@ -114,7 +116,7 @@ class Unpacker:
 
     def _owned(self, data: torch.Tensor) -> torch.Tensor:
         if self.device.type == "cpu":
-            return data.clone()
+            return data if self.owned else data.clone()
         return data.to(self.device, non_blocking=self.memory.is_pinned())
 
     def _raw(self, span: m.Span) -> bytes:

@@ -24,6 +24,10 @@ class _NoRoomError(Exception):
     """The receiver's pool will never have a slot of that size."""
 
 
+class _OvertakenError(Exception):
+    """The work that a slot was wanted for no longer counts."""
+
+
 class Errands:
     """Runs the ledger's effects as tasks of the head; what comes back goes into the ledger."""
 
@@ -56,11 +60,15 @@ class Errands:
         try:
             message = await self._order(instance, unit, work)
             await self._head.reference(instance).ask(message, stages.StageTaken, timeout_s=ANSWER_S)
+        except _OvertakenError:
+            self._ledger.fleet.refund(instance)
         except _NoRoomError as error:
             self._ledger.fleet.refund(instance)
             self._ledger.give_up(work, instance, str(error), time.time())
-        except (RemoteFailure, MailboxFull) as error:
-            self._ledger.not_taken(instance, work, str(error), time.time())
+        except RemoteFailure as error:
+            self._ledger.not_taken(instance, work, error.code, error.detail, time.time())
+        except MailboxFull as error:
+            self._ledger.not_taken(instance, work, "mailbox_full", str(error), time.time())
         except BusError as error:
             # It may have taken the work or not: out of the books with it, until it says hello with what it has.
             self._ledger.instance_down(instance, f"did not take {work}: {error}", time.time())
@@ -74,14 +82,15 @@ class Errands:
         if panel is None or panel is Panel.ENCODER:
             return stages.StageAssign(work, request.inputs, unit.seed, request.output_format, unit.deadline)
         source = unit.staged[UPSTREAM[panel]]
-        target = await self._target(instance, source, work)
+        target = await self._target(instance, source, unit, work)
         return stages.TransferPush(work, source, target, request.output_format, unit.deadline)
 
-    async def _target(self, instance: str, source: Staged, work: Work) -> LeaseRef | None:
+    async def _target(self, instance: str, source: Staged, unit: Unit, work: Work) -> LeaseRef | None:
         """A slot in the receiver's pool; none is needed where it maps the source's own.
 
         Raises:
             _NoRoomError: the tensors can never fit.
+            _OvertakenError: the unit was cancelled or sent elsewhere meanwhile.
             BusError: the receiver does not answer.
         """
         receiver = self._ledger.fleet.instances.get(instance)
@@ -101,6 +110,8 @@ class Errands:
                 raise _NoRoomError(answer.reason)
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, 0.5)
+            if unit.work != work or unit.instance != instance:
+                raise _OvertakenError
 
     def _cancel(self, instance: str, work: Work, reason: str) -> None:
         try:

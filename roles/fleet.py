@@ -30,6 +30,8 @@ class Instance:
     """Ids of the units assigned to it."""
     served: int = 0
     last_served: int = 0
+    draining: bool = False
+    """It finishes what it has in hand and takes nothing more."""
 
     @property
     def credits(self) -> int:
@@ -95,7 +97,7 @@ class Fleet:
         return [
             Candidate(i.name, i.credits, i.slots, len(i.in_hand), i.served, i.last_served)
             for i in self.instances.values()
-            if i.credits > 0 and i.serves(panel)
+            if i.credits > 0 and not i.draining and i.serves(panel)
         ]
 
     def assign(self, name: str, unit_id: str) -> None:
@@ -111,6 +113,11 @@ class Fleet:
         """An instance that did not take the work has not used its credit either."""
         if instance := self.instances.get(name):
             instance.spent -= 1
+
+    def drain(self, name: str) -> None:
+        """Send it nothing more; a later incarnation starts anew."""
+        if instance := self.instances.get(name):
+            instance.draining = True
 
     def let_go(self, name: str, unit_id: str) -> None:
         """The unit is no longer in the instance's hands."""

@@ -25,6 +25,9 @@ AHEAD = 2
 """Units that may be staged for a panel, as a multiple of the slots of its instances, before the panel upstream
 waits: a bound on the pool's memory, and what keeps a full pool from locking up."""
 
+DRAINING = ("draining", "stopping")
+"""Codes with which an instance that is about to end refuses work."""
+
 
 @dataclass(slots=True)
 class Request:
@@ -162,11 +165,14 @@ class Ledger:
 
     # -- reports: each returns False when it is about an attempt that no longer counts
 
-    def not_taken(self, name: str, work: Work, cause: str, now: float) -> None:
-        """The instance refused the work, so its credit was not used."""
-        self.fleet.refund(name)
+    def not_taken(self, name: str, work: Work, code: str, cause: str, now: float) -> None:
+        """The instance refused the work, with the code of a `bus` failure or of `roles.workload.NotTaken`."""
+        if code in DRAINING:
+            self.fleet.drain(name)
+        if code != "no_credit":
+            self.fleet.refund(name)
         if unit := self._current(work, name):
-            self._retry(unit, f"{name}: {cause}", now)
+            self._retry(unit, f"{name}: {cause}", now, counts=code not in (*DRAINING, "no_credit", "cancelled"))
 
     def started(self, work: Work, name: str, panel: Panel, now: float) -> bool:
         """The panel runs."""

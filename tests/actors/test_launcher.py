@@ -77,8 +77,8 @@ def test_a_process_forked_after_the_import_of_torch_computes_with_several_thread
 def test_cores_are_shared_out_unless_the_user_has(
     roles: int, environment: dict[str, str], cores: int, added: dict[str, str]
 ) -> None:
-    quiet = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
-    assert thread_environment(roles, environment, cores) == added | quiet
+    always = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "THP_MEM_ALLOC_ENABLE": "1"}
+    assert thread_environment(roles, environment, cores) == added | always
 
 
 def host(file: Path, *options: str) -> subprocess.CompletedProcess[str]:

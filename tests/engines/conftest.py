@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,3 +30,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         return made[family]
 
     return model
+
+
+@pytest.fixture(autouse=True)
+def gradients() -> Iterator[None]:
+    """Each test starts with gradients on: a denoise turns them off on its thread, for good."""
+    import torch
+
+    torch.set_grad_enabled(True)
+    yield
+    torch.set_grad_enabled(True)

@@ -158,6 +158,23 @@ def test_a_request_at_fault_fails_at_once_with_its_cause(books: Ledger) -> None:
     assert unit.history[-1].reason == "ValueError: bad size"
 
 
+def test_an_instance_that_drains_gets_nothing_more_and_the_refusal_costs_no_attempt(books: Ledger) -> None:
+    books.hello(hello("encoder-1"), 0.0)
+    books.accept(request(), 0.0)
+    (assigned,) = after(books)
+    assert isinstance(assigned, Assign)
+    unit = books.units["r/0"]
+    books.not_taken(assigned.instance, unit.work, "draining", "it ends", 1.0)
+    (again,) = after(books)
+    assert isinstance(again, Assign)
+    assert again.instance != assigned.instance
+    assert (unit.failures, unit.attempt) == (0, 2)
+    books.not_taken(again.instance, unit.work, "draining", "it ends", 1.0)
+    assert after(books) == []
+    books.hello(hello(assigned.instance, generation=2), 2.0)
+    assert after(books) == [Assign(assigned.instance, "r/0")]
+
+
 def test_cancel_stops_the_work_and_returns_the_leases(books: Ledger) -> None:
     unit = to_denoiser(books)
     work = unit.work

@@ -61,9 +61,10 @@ def test_a_picture_is_bit_identical_to_what_diffusers_makes_alone(
 
 def test_one_cluster_serves_everything_the_api_promises(topology_file: Callable[..., Path]) -> None:
     async def scenario() -> None:
-        async with launch(topology_file(), FREE_PORTS) as cluster, httpx.AsyncClient(
-            base_url=cluster.url, timeout=60
-        ) as http:
+        async with (
+            launch(topology_file(), FREE_PORTS) as cluster,
+            httpx.AsyncClient(base_url=cluster.url, timeout=60) as http,
+        ):
             await n_pictures_are_n_runs(http)
             await a_request_tells_its_story(http)
             await a_stage_that_raises_reaches_the_client(http)

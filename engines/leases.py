@@ -1,0 +1,281 @@
+"""Who may use which bytes of a pool: a pure table over a buddy allocator. No clock, no memory, no torch.
+
+A lease is `writing` (owned by one generation of one actor), then `sealed` with its checksum (owned by its
+request), then released. After a failed transfer it is `quarantined` until nothing can write to it any more.
+Nothing else owns memory of the pool, so `free + leased == capacity` holds after every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from enum import StrEnum
+
+import msgspec
+
+from engines.buddy import PAGE, BuddyAllocator
+
+# Pool generations are milliseconds, so ids of two incarnations could only meet after a million leases in
+# each of them.
+IDS_PER_GENERATION = 1 << 20
+
+Range = tuple[int, int]  # offset, nbytes
+
+
+class LeaseState(StrEnum):
+    """Where a lease is in its life; a released one is no longer in the table."""
+
+    WRITING = "writing"
+    SEALED = "sealed"
+    QUARANTINED = "quarantined"
+
+
+class LeaseError(Exception):
+    """A request that the table refuses.
+
+    `code` is "unknown_lease" (never given, or released), "wrong_state", "too_large" (sealed with more bytes
+    than it holds), "stale_owner" (an older generation than one already reclaimed) or "request_gone".
+    """
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+        self.detail = detail
+
+
+class Lease(msgspec.Struct, frozen=True):
+    """One slot of the pool.
+
+    Offsets and sizes are bytes from the start of the arena; times are unix seconds.
+    """
+
+    id: int
+    offset: int
+    nbytes: int  # asked for; after seal, what was written
+    capacity: int  # bytes that the block really takes
+    state: LeaseState
+    owner: str
+    owner_generation: int
+    request_id: str = ""  # "" for a slot that its owner took in advance
+    attempt: int = 0
+    checksum: int = 0  # xxh3_64 of the first `nbytes`, once sealed
+    zone: str = ""
+    quarantined_until: float = 0.0
+
+
+class LeaseTable:
+    """Leases over `capacity` bytes.
+
+    `generation` is that of the pool's incarnation: it makes lease ids unique across restarts. `zones` maps
+    a zone's name to the most bytes its leases may take together, so that one stage cannot fill the pool and
+    starve the stage that would empty it; a zone not named there has no limit of its own. Raises ValueError
+    as BuddyAllocator does.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        min_block: int = PAGE,
+        generation: int = 0,
+        zones: Mapping[str, int] | None = None,
+    ) -> None:
+        self._buddy = BuddyAllocator(capacity, min_block)
+        self._zones = dict(zones or {})
+        self._zone_used: dict[str, int] = {}
+        self._next_id = generation * IDS_PER_GENERATION + 1
+        self._leases: dict[int, Lease] = {}
+        self._oldest_allowed: dict[str, int] = {}
+        self._unwanted: set[int] = set()
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of the pool."""
+        return self._buddy.capacity
+
+    @property
+    def free(self) -> int:
+        """Bytes that no lease holds."""
+        return self._buddy.free_bytes
+
+    @property
+    def leased(self) -> int:
+        """Bytes held by leases, quarantined ones included."""
+        return sum(lease.capacity for lease in self._leases.values())
+
+    @property
+    def largest_free(self) -> int:
+        """Bytes of the largest lease that could be given now."""
+        return self._buddy.largest_free
+
+    @property
+    def leases(self) -> tuple[Lease, ...]:
+        """All leases, oldest first."""
+        return tuple(self._leases.values())
+
+    def in_state(self, state: LeaseState) -> tuple[Lease, ...]:
+        """List the leases in `state`, oldest first."""
+        return tuple(lease for lease in self._leases.values() if lease.state is state)
+
+    def get(self, lease_id: int) -> Lease:
+        """Return the lease of that id. Raises LeaseError("unknown_lease")."""
+        lease = self._leases.get(lease_id)
+        if lease is None:
+            raise LeaseError("unknown_lease", f"lease {lease_id} was never given, or has been released")
+        return lease
+
+    def could_fit(self, nbytes: int, zone: str = "") -> bool:
+        """Whether `nbytes` would fit an empty pool: if not, asking again is in vain."""
+        rounded = self._buddy.rounded(nbytes)
+        return rounded <= min(self._buddy.largest_block, self._zones.get(zone, rounded))
+
+    def lease(
+        self, owner: str, owner_generation: int, request_id: str, attempt: int, nbytes: int, zone: str = ""
+    ) -> Lease | None:
+        """Give a new `writing` lease of at least `nbytes` bytes; None when pool or zone has no room.
+
+        Raises LeaseError("stale_owner") for an owner older than a generation of it that was already
+        reclaimed, and ValueError for negative `nbytes`.
+        """
+        if owner_generation < self._oldest_allowed.get(owner, 0):
+            raise LeaseError("stale_owner", f"{owner} generation {owner_generation} has been succeeded by a newer one")
+        rounded = self._buddy.rounded(nbytes)
+        if self._zone_used.get(zone, 0) + rounded > self._zones.get(zone, self.capacity):
+            return None
+        offset = self._buddy.allocate(nbytes)
+        if offset is None:
+            return None
+        lease = Lease(
+            id=self._next_id,
+            offset=offset,
+            nbytes=nbytes,
+            capacity=rounded,
+            state=LeaseState.WRITING,
+            owner=owner,
+            owner_generation=owner_generation,
+            request_id=request_id,
+            attempt=attempt,
+            zone=zone,
+        )
+        self._next_id += 1
+        self._zone_used[zone] = self._zone_used.get(zone, 0) + rounded
+        self._leases[lease.id] = lease
+        return lease
+
+    def assign(self, lease_id: int, request_id: str, attempt: int) -> Lease:
+        """Give a slot that was taken in advance to a request.
+
+        Raises LeaseError unless it is `writing` and unassigned.
+        """
+        lease = self._in_state(lease_id, LeaseState.WRITING)
+        if lease.request_id:
+            raise LeaseError("wrong_state", f"lease {lease_id} already belongs to request {lease.request_id}")
+        return self._put(lease, request_id=request_id, attempt=attempt)
+
+    def seal(self, lease_id: int, checksum: int, nbytes: int) -> Lease:
+        """Close the slot for writing: from here on it belongs to its request.
+
+        Raises LeaseError: "unknown_lease", "wrong_state", "too_large" (the block holds less than `nbytes`),
+        or "request_gone" when the request was reclaimed meanwhile; the slot is then free again.
+        """
+        lease = self._in_state(lease_id, LeaseState.WRITING)
+        if not 0 <= nbytes <= lease.capacity:
+            raise LeaseError("too_large", f"lease {lease_id} holds {lease.capacity} bytes, not {nbytes}")
+        if lease_id in self._unwanted:
+            self._drop(lease)
+            raise LeaseError("request_gone", f"request {lease.request_id} ended before lease {lease_id} was sealed")
+        return self._put(lease, state=LeaseState.SEALED, checksum=checksum, nbytes=nbytes)
+
+    def release(self, lease_id: int) -> Lease:
+        """Free a lease and return it as it was; a quarantined one stays: only `expire` and `lift` free it.
+
+        Raises LeaseError("unknown_lease"), a second release included.
+        """
+        lease = self.get(lease_id)
+        if lease.state is not LeaseState.QUARANTINED:
+            self._drop(lease)
+        return lease
+
+    def quarantine(self, lease_id: int, until: float = 0.0) -> Lease:
+        """Keep the bytes of a lease from being leased again, since something may still write there.
+
+        It is freed by `lift`, or by the first `expire` from `until` (unix seconds) on that finds nobody
+        writing. Raises LeaseError("unknown_lease").
+        """
+        return self._put(self.get(lease_id), state=LeaseState.QUARANTINED, quarantined_until=until)
+
+    def lift(self, lease_id: int) -> Lease:
+        """Free a quarantined lease: nothing writes there any more. Raises LeaseError for any other."""
+        lease = self._in_state(lease_id, LeaseState.QUARANTINED)
+        self._drop(lease)
+        return lease
+
+    def expire(self, now: float, held: Collection[Range] = ()) -> list[Lease]:
+        """Free the quarantined leases whose time is up and that overlap no (offset, nbytes) in `held`."""
+        return self._drop_all(
+            lease
+            for lease in self.in_state(LeaseState.QUARANTINED)
+            if lease.quarantined_until <= now and not _overlaps(lease, held)
+        )
+
+    def reclaim_owner(self, owner: str, older_than_generation: int, held: Collection[Range] = ()) -> list[Lease]:
+        """Take back what dead incarnations of `owner` were writing, and give them nothing from here on.
+
+        A slot that overlaps a range in `held` (a transfer is still filling it) is quarantined in place of
+        freed, and goes with the first `expire` that no longer finds it held. Returns the leases taken back,
+        as they were.
+        """
+        fence = max(older_than_generation, self._oldest_allowed.get(owner, 0))
+        self._oldest_allowed[owner] = fence
+        taken = [
+            lease
+            for lease in self.in_state(LeaseState.WRITING)
+            if lease.owner == owner and lease.owner_generation < older_than_generation
+        ]
+        for lease in taken:
+            if _overlaps(lease, held):
+                self.quarantine(lease.id)
+            else:
+                self._drop(lease)
+        return taken
+
+    def reclaim_request(self, request_id: str, older_than_attempt: int | None = None) -> list[Lease]:
+        """Take back what is sealed for a request that needs it no more (or for its earlier attempts only).
+
+        A slot still being written belongs to its writer, who is alive: it is freed when the writer releases
+        or seals it, or dies. Returns the leases freed.
+        """
+        theirs = [
+            lease
+            for lease in self._leases.values()
+            if lease.request_id == request_id and (older_than_attempt is None or lease.attempt < older_than_attempt)
+        ]
+        self._unwanted.update(lease.id for lease in theirs if lease.state is LeaseState.WRITING)
+        return self._drop_all(lease for lease in theirs if lease.state is LeaseState.SEALED)
+
+    def _in_state(self, lease_id: int, state: LeaseState) -> Lease:
+        lease = self.get(lease_id)
+        if lease.state is not state:
+            raise LeaseError("wrong_state", f"lease {lease_id} is {lease.state}, not {state}")
+        return lease
+
+    def _put(self, lease: Lease, **changes: object) -> Lease:
+        changed = msgspec.structs.replace(lease, **changes)
+        self._leases[lease.id] = changed
+        return changed
+
+    def _drop(self, lease: Lease) -> None:
+        del self._leases[lease.id]
+        self._unwanted.discard(lease.id)
+        self._zone_used[lease.zone] -= lease.capacity
+        self._buddy.free(lease.offset)
+
+    def _drop_all(self, leases: Iterable[Lease]) -> list[Lease]:
+        dropped = list(leases)
+        for lease in dropped:
+            self._drop(lease)
+        return dropped
+
+
+def _overlaps(lease: Lease, ranges: Collection[Range]) -> bool:
+    end = lease.offset + lease.capacity
+    return any(offset < end and lease.offset < offset + nbytes for offset, nbytes in ranges)

@@ -1,0 +1,152 @@
+"""What must be right before Mooncake is imported: one wheel, its libraries, its environment, and for RDMA a device."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterable, Mapping, MutableMapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from engines.transfer.errors import TransferSetupError
+
+WHEELS = {
+    "mooncake-transfer-engine-non-cuda": "triptych[mooncake]",
+    "mooncake-transfer-engine": "triptych[mooncake-cu12]",
+    "mooncake-transfer-engine-cuda13": "triptych[mooncake-cu13]",
+}
+INSTALL = (
+    'Install exactly one of "triptych[mooncake]" (hosts without an NVIDIA driver), "triptych[mooncake-cu12]" '
+    '(CUDA 12) and "triptych[mooncake-cu13]" (CUDA 13): their wheels write over each other.'
+)
+INFINIBAND = Path("/sys/class/infiniband")
+
+_FORCED = {"tcp": ("MC_FORCE_TCP", "MC_FORCE_HCA"), "rdma": ("MC_FORCE_HCA", "MC_FORCE_TCP")}
+_PROGRESS = "MC_TCP_PROGRESS_TIMEOUT_SEC"
+_TRANSFER = "MC_TRANSFER_TIMEOUT"
+_DEFAULTS = {
+    # Hazard 4: with cached descriptors a peer that restarts on its old port is never reached again. Asking
+    # for the descriptor each time costs 0.3 ms a pull.
+    "MC_DISABLE_METACACHE": "1",
+    # Hazard 3: late writes of a pull that was given up end when no byte has moved for this long.
+    _PROGRESS: "5",
+    "MC_TCP_STATUS_TIMEOUT_SEC": "5",
+    _TRANSFER: "10",
+    "MC_HANDSHAKE_CONNECT_TIMEOUT": "2",
+    # 64 KiB by default, which costs a quarter of the throughput.
+    "MC_TCP_SLICE_SIZE": "1048576",
+    "MC_LOG_LEVEL": "ERROR",
+}
+
+
+def environment(protocol: str, current: Mapping[str, str]) -> dict[str, str]:
+    """Decide the variables to set for `protocol` ("tcp" or "rdma"); those that `current` has are kept.
+
+    Raises TransferSetupError for another protocol, and for variables that contradict it or each other.
+    """
+    if protocol not in _FORCED:
+        raise TransferSetupError(f'transfer.protocol must be "tcp" or "rdma", not "{protocol}"')
+    # Hazard 2: it is the presence of a device that chooses the transport, unless one of these forbids the
+    # other.
+    forced, contradicted = _FORCED[protocol]
+    if contradicted in current:
+        raise TransferSetupError(f'{contradicted} is set, but transfer.protocol is "{protocol}": unset one')
+    wanted = {forced: "1", **_DEFAULTS}
+    settings = {name: current.get(name, value) for name, value in wanted.items()}
+    if not 0 < _seconds(settings, _PROGRESS) < _seconds(settings, _TRANSFER):
+        raise TransferSetupError(
+            f"{_PROGRESS} must be a number of seconds below {_TRANSFER}: see both in the environment"
+        )
+    return settings
+
+
+def check_devices(protocol: str, ib_device: str, found: Iterable[str]) -> None:
+    """Raise TransferSetupError when RDMA is asked for and none of `found` can carry it.
+
+    `ib_device` is a comma-separated choice among them, "" for all.
+    """
+    if protocol != "rdma":
+        return
+    names = sorted(found)
+    missing = sorted(set(filter(None, ib_device.split(","))) - set(names))
+    if not names:
+        raise TransferSetupError(
+            'transfer.protocol is "rdma", but this host shows no device under /sys/class/infiniband: use "tcp"'
+        )
+    if missing:
+        raise TransferSetupError(f"transfer.ib_device names {', '.join(missing)}; this host has {', '.join(names)}")
+
+
+def infiniband_devices(root: Path = INFINIBAND) -> list[str]:
+    """List the RDMA devices of this host by name."""
+    return sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+
+
+def rdma_requests(root: Path = INFINIBAND) -> int:
+    """Count the RDMA reads and writes that the ports of this host have served: what shows that RDMA really runs."""
+    counters = [
+        *root.glob("*/ports/*/hw_counters/rx_read_requests"),
+        *root.glob("*/ports/*/hw_counters/rx_write_requests"),
+    ]
+    return sum(int(counter.read_text()) for counter in counters)
+
+
+def check_wheels(installed: Mapping[str, str]) -> str:
+    """Name the one installed wheel with its version. `installed` maps distribution names to versions.
+
+    Raises TransferSetupError for none, and for several, of which the last one installed has overwritten the
+    others.
+    """
+    ours = [f"{name} {installed[name]}" for name in WHEELS if name in installed]
+    if not ours:
+        raise TransferSetupError(f"Mooncake is not installed. {INSTALL}")
+    if len(ours) > 1:
+        raise TransferSetupError(f"{' and '.join(ours)} are installed over each other: uninstall all. {INSTALL}")
+    return ours[0]
+
+
+def explain(error: ImportError) -> str:
+    """Say in words what a failed import of Mooncake lacks."""
+    text = str(error)
+    if "libibverbs" in text:
+        return "Mooncake needs libibverbs.so.1, also for TCP: apt-get install libibverbs1"
+    if "libcuda.so" in text:
+        return f"The installed Mooncake wheel needs an NVIDIA driver, and this host has none. {INSTALL}"
+    if "libcudart" in text:
+        return f"The installed Mooncake wheel is for another version of CUDA ({text}). {INSTALL}"
+    return f"Mooncake cannot be imported: {text}. {INSTALL}"
+
+
+def import_engine(settings: Mapping[str, str], environ: MutableMapping[str, str] = os.environ) -> Any:
+    """Put `settings` in the environment and import `mooncake.engine`, which reads them once.
+
+    Raises TransferSetupError when it cannot be imported, or was imported before under other settings.
+    """
+    late = sorted(name for name, value in settings.items() if environ.get(name) != value)
+    if late and "mooncake.engine" in sys.modules:
+        raise TransferSetupError(f"Mooncake was imported before these were set: {', '.join(late)}")
+    environ.update(settings)
+    try:
+        return importlib.import_module("mooncake.engine")
+    except ImportError as error:
+        raise TransferSetupError(explain(error)) from error
+
+
+def installed_wheels() -> dict[str, str]:
+    """Find which of the wheels are installed, with their versions."""
+    found = {}
+    for name in WHEELS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _seconds(settings: Mapping[str, str], name: str) -> int:
+    text = settings[name]
+    if not text.isdecimal():
+        raise TransferSetupError(f"{name} must be a whole number of seconds, not {text!r}")
+    return int(text)

@@ -1,0 +1,100 @@
+"""Pulls between two arenas of one host: a copy out of the other pool's mapping, without a network."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from engines.arena import Arena, ArenaAddress, ArenaError
+from engines.checksum import Bytes
+from engines.transfer.backend import Range
+from engines.transfer.errors import TransferError
+
+# The clock is looked at between pieces, so a pull overruns its timeout by the copy of one piece at most.
+PIECE = 16 << 20
+
+
+class ShmBackend:
+    """The backend of one host.
+
+    Its session is the address of the arena, so it names one incarnation of a pool.
+    """
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._peers: dict[str, Arena] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    @property
+    def session(self) -> str:
+        """The address of the arena."""
+        return str(self._arena.address)
+
+    @property
+    def base(self) -> int:
+        """0: peers address bytes by their offset."""
+        return 0
+
+    def describe(self) -> str:
+        """Say what transport really runs."""
+        return "shared memory of this host"
+
+    def pull(self, session: str, address: int, offset: int, nbytes: int, timeout_s: float) -> None:
+        """Copy from the arena named `session`; see TransferBackend.
+
+        Nothing is written after this returns or raises.
+        """
+        deadline = time.monotonic() + timeout_s
+        target = _checked(self._arena, offset, nbytes)
+        peer = self._peer(session)
+        try:
+            source = peer.array(address, nbytes)
+        except ArenaError as error:
+            raise TransferError(f"the source is wrong: {error}", retryable=False) from error
+        for start in range(0, nbytes, PIECE):
+            if time.monotonic() >= deadline:
+                raise TransferError(f"copying {nbytes} bytes took longer than {timeout_s:g} s", retryable=True)
+            target[start : start + PIECE] = source[start : start + PIECE]
+
+    def late(self) -> tuple[Range, ...]:
+        """Nothing: a copy ends before its pull does."""
+        return ()
+
+    def close(self) -> None:
+        """Unmap the arenas of the peers."""
+        with self._lock:
+            self._closed = True
+            for peer in self._peers.values():
+                peer.close()
+            self._peers.clear()
+
+    def _peer(self, session: str) -> Arena:
+        with self._lock:
+            if self._closed:
+                raise TransferError("the backend is closed", retryable=False)
+            self._forget_stale()
+            peer = self._peers.get(session)
+            if peer is None:
+                peer = self._peers[session] = _attach(session)
+            return peer
+
+    def _forget_stale(self) -> None:
+        # The mapping of a dead pool still reads, but what it holds belongs to leases that nobody keeps any
+        # more.
+        for session in [session for session, peer in self._peers.items() if peer.stale]:
+            self._peers.pop(session).close()
+
+
+def _attach(session: str) -> Arena:
+    try:
+        return Arena.attach(ArenaAddress.parse(session))
+    except ArenaError as error:
+        raise TransferError(f"the pool that holds the bytes is gone: {error}", retryable=False) from error
+
+
+def _checked(arena: Arena, offset: int, nbytes: int) -> Bytes:
+    try:
+        return arena.array(offset, nbytes)
+    except ArenaError as error:
+        raise ValueError(str(error)) from error

@@ -1,0 +1,188 @@
+"""Finished media files: written whole or not at all, read by name."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from roles.messages.work import Artifact
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CONTENT_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+"""Output formats, and what the web calls them."""
+
+FRAMES_PER_S = 16
+"""Of a moving picture."""
+
+_ENCODERS: dict[str, dict[str, object]] = {
+    # Every knob is fixed, so that one picture always gives the same bytes.
+    "png": {"format": "PNG", "compress_level": 6, "optimize": False},
+    "jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0, "optimize": False},
+    "webp": {"format": "WEBP", "quality": 95, "method": 4, "exact": True},
+}
+_UNIT_ID = re.compile(r"[A-Za-z0-9_-]{1,100}/[0-9]{1,6}")
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}_[0-9]{1,6}\.(?:png|jpeg|webp)")
+_TEMPORARY = re.compile(r"\..*\.tmp")
+_ABANDONED_S = 3600.0
+
+
+class ArtifactError(Exception):
+    """A name, an id or a format that the store does not take."""
+
+
+class ArtifactMissing(ArtifactError):  # noqa: N818  names what is the case
+    """No artifact of that name: never written, or pruned."""
+
+
+def artifact_name(unit_id: str, output_format: str) -> str:
+    """File name of a unit's artifact, such as `req-1_0.png` for `req-1/0`.
+
+    Distinct units give distinct names, since the part after the last `_` is the index.
+
+    Raises:
+        ArtifactError: when the id is not `REQUEST_ID/INDEX` in letters, digits, `_` and `-`, or the format is
+            not one of `CONTENT_TYPES`.
+
+    """
+    if not _UNIT_ID.fullmatch(unit_id):
+        raise ArtifactError(f"{unit_id!r} is no unit id: want REQUEST_ID/INDEX of letters, digits, '_' and '-'")
+    if output_format not in CONTENT_TYPES:
+        raise ArtifactError(f"output format {output_format!r} is none of {', '.join(CONTENT_TYPES)}")
+    return f"{unit_id.replace('/', '_')}.{output_format}"
+
+
+def encode_pictures(pictures: Sequence[Image], output_format: str) -> bytes:
+    """Encode one PIL image, or several as a moving one of `FRAMES_PER_S`.
+
+    The same pixels always give the same bytes, with no time and no program's name in them.
+
+    Raises:
+        ArtifactError: when there is none, or the format is not one of `CONTENT_TYPES`, or it cannot move.
+    """
+    if output_format not in _ENCODERS:
+        raise ArtifactError(f"output format {output_format!r} is none of {', '.join(CONTENT_TYPES)}")
+    if not pictures:
+        raise ArtifactError("there is no picture")
+    options = dict(_ENCODERS[output_format])
+    if len(pictures) > 1:
+        if output_format == "jpeg":
+            raise ArtifactError("a video cannot be a jpeg: ask for webp or png")
+        options |= {"save_all": True, "append_images": pictures[1:], "duration": 1000 / FRAMES_PER_S, "loop": 0}
+    picture = pictures[0]
+    if output_format == "jpeg" and picture.mode not in ("RGB", "L"):
+        picture = picture.convert("RGB")
+    buffer = io.BytesIO()
+    picture.save(buffer, **options)  # type: ignore[arg-type]  # a table of keyword arguments
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file of the store."""
+
+    name: str
+    modified_at: float
+    """Unix seconds."""
+
+
+def surplus(entries: list[Entry], *, now: float, max_age_s: float, max_count: int) -> list[str]:
+    """Names to remove so that at most the newest `max_count` are left, none older than `max_age_s`."""
+    newest_first = sorted(entries, key=lambda e: (e.modified_at, e.name), reverse=True)
+    kept = [e for e in newest_first if now - e.modified_at <= max_age_s][: max(max_count, 0)]
+    names = {e.name for e in kept}
+    return sorted(e.name for e in entries if e.name not in names)
+
+
+class ArtifactStore:
+    """A folder of finished media. Every method blocks on the disk: call them off the event loop."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._serial = itertools.count()
+
+    def save(self, unit_id: str, output_format: str, data: bytes) -> Artifact:
+        """Write a unit's artifact; on return it is complete and on disk. Writing it again replaces it.
+
+        Raises:
+            ArtifactError: see `artifact_name`.
+            OSError: when the disk is full or the folder cannot be written; nothing is left behind.
+
+        """
+        name = artifact_name(unit_id, output_format)
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        temporary = self.folder / f".{name}.{os.getpid()}-{next(self._serial)}.tmp"
+        try:
+            _write_through(temporary, data)
+            temporary.replace(self.folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(self.folder)
+        return Artifact(name, CONTENT_TYPES[output_format], len(data))
+
+    def path(self, name: str) -> Path:
+        """Where the artifact of that name lies, whether or not it exists.
+
+        Raises:
+            ArtifactError: when no artifact could have that name.
+
+        """
+        if not _NAME.fullmatch(name):
+            raise ArtifactError(f"{name!r} is no artifact name")
+        return self.folder / name
+
+    def read(self, name: str) -> bytes:
+        """Read a whole artifact.
+
+        Raises:
+            ArtifactMissing: when there is none of that name.
+            ArtifactError: when no artifact could have that name.
+
+        """
+        try:
+            return self.path(name).read_bytes()
+        except FileNotFoundError:
+            raise ArtifactMissing(f"there is no artifact {name}") from None
+
+    def prune(self, *, now: float, max_age_s: float, max_count: int) -> int:
+        """Remove what `surplus` names, and half-written files that a dead process left; returns how many."""
+        if not self.folder.is_dir():
+            return 0
+        found = [_entry(path) for path in self.folder.iterdir()]
+        present = [entry for entry in found if entry is not None]
+        finished = [e for e in present if _NAME.fullmatch(e.name)]
+        doomed = surplus(finished, now=now, max_age_s=max_age_s, max_count=max_count)
+        doomed += [e.name for e in present if _TEMPORARY.fullmatch(e.name) and now - e.modified_at > _ABANDONED_S]
+        for name in doomed:
+            (self.folder / name).unlink(missing_ok=True)
+        return len(doomed)
+
+
+def _write_through(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _entry(path: Path) -> Entry | None:
+    try:
+        return Entry(path.name, path.stat().st_mtime)
+    except FileNotFoundError:  # another process pruned it first
+        return None

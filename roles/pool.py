@@ -1,0 +1,364 @@
+"""The buffer pool: owns the memory that tensors rest in between two panels, and moves bytes between hosts.
+
+It lives in a process of its own, so that what was staged outlives the role that made it. Who may use which bytes
+is the lease table's decision; here it meets the bus, the clock and the transfer engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from dataclasses import dataclass
+
+from actors import Actor, Component, Later, StartFailure, Topology
+from actors.system import Inspect, Inspection
+from bus import BusError, Reference, Refused, Unreachable
+from engines.arena import Arena, ArenaError
+from engines.leases import Lease, LeaseError, LeaseState, LeaseTable, Range
+from engines.transfer import (
+    QUARANTINE_S,
+    TransferBackend,
+    TransferError,
+    Transfers,
+    TransferSetupError,
+    open_backend,
+)
+from roles.messages.pool import (
+    LeaseQuery,
+    LeaseReport,
+    LeaseSlot,
+    LeaseView,
+    PoolDescription,
+    PoolFull,
+    PoolQuery,
+    PullSlot,
+    ReleaseSlots,
+    SealSlot,
+    SlotLeased,
+    SlotPulled,
+    SlotSealed,
+    SlotsReleased,
+)
+from roles.messages.work import LeaseRef, Work
+from roles.pool_client import FAULTS
+
+PAGE = 4096
+INCOMING = "incoming"
+PEER_ANSWER_S = 2.0
+"""A process that is alive answers in this time. A pool that hangs must not be read from: it would hold a thread
+for a minute."""
+SWEEP_S = 0.5
+"""Between two looks at whether a failed transfer has let go of its slot."""
+
+
+def build(component: Component, topology: Topology) -> list[Actor]:
+    """Make the actors of a buffer pool's process."""
+    return [BufferPool(component, topology)]
+
+
+def zones(capacity: int, *, shared: bool) -> dict[str, int]:
+    """Bytes that a zone may take at most, so that what waits for a stage cannot starve the stage itself.
+
+    A denoiser needs room for its output while its input still rests here. What encoders staged, in a pool that
+    all kinds share, and what comes in, in a pool of one kind, leaves it half.
+    """
+    return {("encoder" if shared else INCOMING): capacity // 2}
+
+
+@dataclass(frozen=True, slots=True)
+class _Store:
+    """What an open pool consists of."""
+
+    arena: Arena
+    backend: TransferBackend
+    table: LeaseTable
+    transfers: Transfers
+
+
+class BufferPool(Actor):
+    """One per host; with mooncake one per kind of role, so that bytes really travel."""
+
+    def __init__(self, component: Component, topology: Topology) -> None:
+        super().__init__(component.name)
+        self.topology = topology
+        self.capacity = topology.transfer.pool_bytes // PAGE * PAGE
+        self._kinds = {c.name: c.kind for c in topology.components}
+        self._owners: dict[str, int] = {}
+        self._filling: set[Range] = set()
+        self._sweeping = False
+        self._opened: _Store | None = None
+
+    async def started(self) -> None:
+        """Take the memory and bring the transfer engine up.
+
+        Raises:
+            StartFailure: the memory is not there, or the engine does not run here.
+
+        """
+        size = self.topology.transfer.pool_size
+        if self.capacity < PAGE:
+            raise StartFailure(f"[transfer] pool_size is {size}: a pool needs at least {PAGE} bytes")
+        try:
+            self._opened = await asyncio.to_thread(self._open)
+        except (ArenaError, TransferSetupError) as error:
+            raise StartFailure(f"{error} ([transfer] pool_size is {size})") from error
+        self.log.info("pool is open", nbytes=self.capacity, transport=self._opened.backend.describe())
+
+    async def stopping(self) -> None:
+        """Stop the transfer engine. Whoever has mapped the memory keeps it until it lets go."""
+        if self._opened is not None:
+            await asyncio.to_thread(self._opened.backend.close)
+
+    def facts(self) -> dict[str, int | float | str | bool]:
+        """How full the pool is, in bytes, and what carries them."""
+        if self._opened is None:
+            return {"capacity": self.capacity}
+        table = self._opened.table
+        return {
+            "capacity": table.capacity,
+            "free": table.free,
+            "leased": table.leased,
+            "leases": len(table.leases),
+            "quarantined": len(table.in_state(LeaseState.QUARANTINED)),
+            "transport": self._opened.backend.describe(),
+        }
+
+    def overdue(self) -> str | None:
+        """Say so when a transfer hangs for good."""
+        return self._opened.transfers.overdue() if self._opened else None
+
+    # -- questions
+
+    async def describe(self, _: PoolQuery) -> PoolDescription:
+        """Tell where the memory is and how full."""
+        store = self._store
+        return PoolDescription(
+            name=self.name,
+            generation=self.generation,
+            pid=store.arena.address.pid,
+            fd=store.arena.address.fd,
+            capacity=store.table.capacity,
+            free=store.table.free,
+            leased=store.table.leased,
+            session=store.backend.session,
+            base_address=store.backend.base,
+            transport=store.backend.describe(),
+            arena=str(store.arena.address),
+        )
+
+    async def list_leases(self, _: LeaseQuery) -> LeaseReport:
+        """List every held slot."""
+        return LeaseReport(tuple(self._view(lease) for lease in self._store.table.leases))
+
+    # -- slots
+
+    async def lease(self, message: LeaseSlot) -> SlotLeased | PoolFull:
+        """Give a slot for writing."""
+        table, zone = self._store.table, self._zone(message)
+        self._meet(message.owner, message.owner_generation)
+        held = self._given(message, zone)
+        if held is not None and held.capacity >= message.nbytes:
+            return SlotLeased(self._refer(held))
+        if not table.could_fit(message.nbytes, zone):
+            # Its zone, or the block that it would take, may be the limit where the pool's size is not.
+            return PoolFull(message.nbytes, table.free, min(table.capacity, message.nbytes - 1))
+        work = message.work
+        try:
+            lease = table.lease(
+                message.owner, message.owner_generation, work.unit_id, work.attempt, message.nbytes, zone
+            )
+        except LeaseError as error:
+            raise Refused(error.code, error.detail) from error
+        if lease is None:
+            return PoolFull(message.nbytes, table.free, table.capacity)
+        return SlotLeased(self._refer(lease))
+
+    async def seal(self, message: SealSlot) -> SlotSealed:
+        """Close a slot for writing; asking again is no error."""
+        lease = self._find(message.lease)
+        written = (LeaseState.SEALED, message.checksum, message.nbytes)
+        if (lease.state, lease.checksum, lease.nbytes) != written:
+            try:
+                self._store.table.seal(lease.id, message.checksum, message.nbytes)
+            except LeaseError as error:
+                raise Refused(error.code, error.detail) from error
+        return SlotSealed()
+
+    async def release(self, message: ReleaseSlots) -> SlotsReleased:
+        """Take slots back."""
+        return SlotsReleased(sum(self._release(reference) for reference in message.leases))
+
+    async def pull(self, message: PullSlot) -> Later[SlotPulled]:
+        """Fetch a sealed slot of another pool; other messages are handled meanwhile."""
+        target = self._find(message.target)
+        if target.state is not LeaseState.WRITING or message.nbytes > target.capacity:
+            raise Refused("wrong_state", f"lease {target.id} is {target.state}, of {target.capacity} bytes")
+        if _span(target) in self._filling:
+            raise Refused("wrong_state", f"lease {target.id} is being filled already")
+        return Later(self._pull(message, target))
+
+    async def _pull(self, message: PullSlot, target: Lease) -> SlotPulled:
+        began = time.monotonic()
+        self._filling.add(_span(target))
+        try:
+            source = await self._describe(message.source)
+            await self._store.transfers.pull(
+                source.session,
+                source.base_address + message.source.offset,
+                target.offset,
+                message.nbytes,
+                message.timeout_s,
+            )
+        except TransferError as error:
+            if error.quarantine:
+                self._store.table.quarantine(target.id, time.time() + QUARANTINE_S)
+            raise Refused("transfer_failed", error.reason) from error
+        finally:
+            self._filling.discard(_span(target))
+            self._sweep()
+        return SlotPulled(time.monotonic() - began)
+
+    async def _describe(self, source: LeaseRef) -> PoolDescription:
+        """Ask the source's pool where its bytes are, and thereby whether it lives."""
+        reference = self.reference(source.pool)
+        try:
+            try:
+                found = await reference.ask(PoolQuery(), PoolDescription, timeout_s=PEER_ANSWER_S)
+            except Unreachable:  # it ended just now: its successor, if it comes in time, knows more
+                found = await reference.ask(PoolQuery(), PoolDescription, timeout_s=PEER_ANSWER_S)
+        except BusError as error:
+            raise Refused("transfer_failed", f"{source.pool} does not answer: {error}") from error
+        if found.generation != source.pool_generation:
+            raise Refused("source_gone", f"{source.pool} has started anew: what was staged there is lost")
+        return found
+
+    # -- inside
+
+    def _open(self) -> _Store:
+        settings, engine = self.topology.transfer, self.topology.engine
+        arena = Arena.create(self.capacity)
+        backend = open_backend(
+            engine,
+            arena=arena,
+            hostname=settings.hostname,
+            protocol=settings.protocol,
+            ib_device=settings.ib_device,
+            faults=os.environ.get(FAULTS, ""),
+        )
+        table = LeaseTable(
+            self.capacity, generation=self.generation, zones=zones(self.capacity, shared=engine == "shm")
+        )
+        return _Store(arena, backend, table, Transfers(backend))
+
+    @property
+    def _store(self) -> _Store:
+        if self._opened is None:
+            raise Refused("not_ready", f"{self.name} is not open yet")
+        return self._opened
+
+    def _zone(self, message: LeaseSlot) -> str:
+        kind = self._kinds.get(message.owner)
+        if kind is None:
+            raise Refused("unknown_owner", f"{message.owner} is no component of this topology")
+        return INCOMING if message.incoming else kind
+
+    def _given(self, message: LeaseSlot, zone: str) -> Lease | None:
+        """Find the slot that was given for the same purpose already; its answer was lost on the way."""
+        work = message.work
+        wanted = (message.owner, message.owner_generation, work.unit_id, work.attempt, zone)
+        for lease in self._store.table.in_state(LeaseState.WRITING):
+            if (lease.owner, lease.owner_generation, lease.request_id, lease.attempt, lease.zone) == wanted:
+                return lease
+        return None
+
+    def _refer(self, lease: Lease) -> LeaseRef:
+        return LeaseRef(self.name, self.generation, lease.id, lease.offset, lease.nbytes)
+
+    def _view(self, lease: Lease) -> LeaseView:
+        work = Work(lease.request_id, lease.attempt)
+        return LeaseView(self._refer(lease), lease.state.value, lease.owner, lease.owner_generation, work)
+
+    def _find(self, reference: LeaseRef) -> Lease:
+        asked, here = (reference.pool, reference.pool_generation), (self.name, self.generation)
+        if asked != here:
+            raise Refused("stale_pool", f"a slot of {asked[0]} generation {asked[1]}, this is {here[0]} {here[1]}")
+        try:
+            lease = self._store.table.get(reference.lease_id)
+        except LeaseError as error:
+            raise Refused(error.code, error.detail) from error
+        if lease.offset != reference.offset:
+            raise Refused("unknown_lease", f"lease {lease.id} is at {lease.offset}, not {reference.offset}")
+        return lease
+
+    def _release(self, reference: LeaseRef) -> bool:
+        try:
+            lease = self._find(reference)
+        except Refused:  # free already, or of an earlier pool whose memory went with it: nothing is held
+            return False
+        if any(_overlap(_span(lease), held) for held in self._held()):
+            self._store.table.quarantine(lease.id)
+            self._sweep()
+        else:
+            self._store.table.release(lease.id)
+        return lease.state is not LeaseState.QUARANTINED
+
+    def _held(self) -> tuple[Range, ...]:
+        """List the bytes that a transfer writes to, or may still write to."""
+        return (*self._filling, *self._store.transfers.held())
+
+    def _sweep(self) -> None:
+        if not self._sweeping and self._store.table.in_state(LeaseState.QUARANTINED):
+            self._sweeping = True
+            self.spawn(self._keep_sweeping(), name="sweep")
+
+    async def _keep_sweeping(self) -> None:
+        """Free what is in quarantine and no longer written to, until nothing is."""
+        table = self._store.table
+        while True:
+            table.expire(time.time(), self._held())
+            if not table.in_state(LeaseState.QUARANTINED):
+                break
+            await asyncio.sleep(SWEEP_S)
+        self._sweeping = False
+
+    # -- owners
+
+    def _meet(self, owner: str, generation: int) -> None:
+        """Note an owner's incarnation, take back what earlier ones were writing, and watch it."""
+        known = self._owners.get(owner, 0)
+        if generation > known:
+            self._owners[owner] = generation
+            self._take_back(owner, generation)
+        if not known:
+            self.spawn(self._watch(owner), name=f"watch {owner}")
+
+    async def _watch(self, owner: str) -> None:
+        reference = self.reference(owner)
+        while True:
+            await reference.down()
+            generation = self._owners[owner]
+            if not await self._lives(reference, owner, generation):
+                self._take_back(owner, generation + 1)
+
+    async def _lives(self, reference: Reference, owner: str, generation: int) -> bool:
+        """Ask whether that incarnation is still there: over tcp a connection can be lost without a death."""
+        try:
+            found = await reference.ask(Inspect(), Inspection, timeout_s=PEER_ANSWER_S)
+        except BusError:  # nobody is there, which is the answer
+            return False
+        return any(a.name == owner and a.generation == generation for a in found.actors)
+
+    def _take_back(self, owner: str, older_than: int) -> None:
+        taken = self._store.table.reclaim_owner(owner, older_than, self._held())
+        if taken:
+            self.log.info("slots taken back", owner=owner, older_than=older_than, slots=len(taken))
+        self._sweep()
+
+
+def _span(lease: Lease) -> Range:
+    return lease.offset, lease.capacity
+
+
+def _overlap(one: Range, other: Range) -> bool:
+    return one[0] < other[0] + other[1] and other[0] < one[0] + one[1]

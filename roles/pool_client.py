@@ -1,0 +1,194 @@
+"""A role's way to its own buffer pool: slots, and the mapping of the pool's memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from actors import Actor
+from bus import AskTimeout, BusError, Message, RemoteFailure, Unreachable
+from engines.arena import Arena, ArenaAddress, ArenaError
+from roles.messages.pool import (
+    LeaseSlot,
+    PoolDescription,
+    PoolFull,
+    PoolQuery,
+    PullSlot,
+    ReleaseSlots,
+    SealSlot,
+    SlotLeased,
+    SlotPulled,
+    SlotSealed,
+    SlotsReleased,
+)
+from roles.messages.work import LeaseRef, Work
+from roles.reporter import Fenced, is_fence
+
+if TYPE_CHECKING:
+    import torch
+
+R = TypeVar("R", bound=Message)
+
+ANSWER_S: Final = 2.0
+"""What a pool decides without waiting for anybody, it answers well within this."""
+ATTEMPTS: Final = 5
+FAULTS: Final = "TRIPTYCH_TRANSFER_FAULTS"
+"""Environment variable with which a drill damages what is transferred, as `engines.transfer.Faults` reads it."""
+
+
+class LeaseGone(Exception):  # noqa: N818  names what is the case
+    """The slot is of an earlier incarnation of the pool: its memory is gone."""
+
+
+class PoolClient:
+    """The conversation of one actor with its pool. Each question raises Fenced when the pool has given it up.
+
+    Args:
+        actor: who asks.
+        pool: name of the pool.
+        owner: component whose end frees what it was writing.
+
+    """
+
+    def __init__(self, actor: Actor, pool: str, owner: str) -> None:
+        self.pool = pool
+        self._actor = actor
+        self._owner = owner
+        self._in_doubt: dict[Work, LeaseSlot] = {}
+
+    async def describe(self) -> PoolDescription:
+        """Ask where the pool's memory is. Raises BusError."""
+        return await self._ask(PoolQuery(), PoolDescription)
+
+    async def lease(self, work: Work, nbytes: int, *, incoming: bool = False) -> LeaseRef | PoolFull:
+        """Take a slot for writing. Raises BusError; whoever then does not ask again has to `settle`."""
+        message = LeaseSlot(work, self._owner, self._actor.generation, nbytes, incoming)
+        try:
+            answer = await self._lease(message)
+        except AskTimeout:
+            self._in_doubt[work] = message
+            raise
+        self._in_doubt.pop(work, None)
+        return answer.lease if isinstance(answer, SlotLeased) else answer
+
+    def settle(self, work: Work) -> None:
+        """Give back, in the background, a slot of which the pool may have said so in vain."""
+        if message := self._in_doubt.pop(work, None):
+            self._actor.spawn(self._undo(message), name=f"undo {work}")
+
+    def settle_all(self) -> None:
+        """Settle every slot that is in doubt."""
+        for work in tuple(self._in_doubt):
+            self.settle(work)
+
+    async def seal(self, lease: LeaseRef, checksum: int, nbytes: int) -> None:
+        """Close a slot for writing. Raises BusError."""
+        await self._ask(SealSlot(lease, checksum, nbytes), SlotSealed)
+
+    async def pull(self, source: LeaseRef, target: LeaseRef, nbytes: int, timeout_s: float) -> float:
+        """Have the pool read another pool's slot, and return the seconds that it took. Raises BusError."""
+        message = PullSlot(source, target, nbytes, timeout_s)
+        return (await self._ask(message, SlotPulled, timeout_s=timeout_s + 4 * ANSWER_S)).seconds
+
+    def release(self, lease: LeaseRef) -> None:
+        """Give a slot back, in the background: nobody has to wait for it."""
+        self._actor.spawn(self._release(lease), name=f"release {lease.lease_id}")
+
+    async def _lease(self, message: LeaseSlot) -> SlotLeased | PoolFull:
+        return await self._ask(message, SlotLeased, PoolFull)
+
+    async def _ask(self, message: Message, *replies: type[R], timeout_s: float | None = None) -> R:
+        try:
+            return await self._actor.reference(self.pool).ask(message, *replies, timeout_s=timeout_s or ANSWER_S)
+        except RemoteFailure as error:
+            if is_fence(error):
+                raise Fenced(f"{self.pool} has given this incarnation up ({error})") from error
+            raise
+
+    async def _release(self, lease: LeaseRef) -> None:
+        for _ in range(ATTEMPTS):
+            try:
+                await self._ask(ReleaseSlots((lease,)), SlotsReleased)
+            except Unreachable:  # its process has ended, and all its slots with it
+                return
+            except BusError as error:
+                self._actor.log.warning("slot not given back yet", lease=lease.lease_id, error=str(error))
+            else:
+                return
+        self._actor.log.error("slot not given back", pool=self.pool, lease=lease.lease_id)
+
+    async def _undo(self, message: LeaseSlot) -> None:
+        """Find out which slot it was: asked again, the pool gives the same."""
+        for _ in range(ATTEMPTS):
+            try:
+                answer = await self._lease(message)
+            except AskTimeout:
+                continue
+            except BusError as error:  # the pool has ended, and all slots with it, or knows us no more
+                self._actor.log.info("nothing to give back", work=str(message.work), error=str(error))
+                return
+            if isinstance(answer, SlotLeased):
+                await self._release(answer.lease)
+            return
+
+
+class Mapping:
+    """The memory of the pool as this process sees it; mapped anew for each incarnation of the pool.
+
+    Args:
+        client: of the pool.
+        adopt: makes a new mapping ready for the device.
+        retire: lets go of one whose pool has ended.
+
+    """
+
+    def __init__(
+        self,
+        client: PoolClient,
+        adopt: Callable[[Arena], Awaitable[None]],
+        retire: Callable[[Arena], Awaitable[None]],
+    ) -> None:
+        self._client = client
+        self._adopt = adopt
+        self._retire = retire
+        self._arena: Arena | None = None
+        self._generation = 0
+        self._lock = asyncio.Lock()
+
+    async def slot(self, lease: LeaseRef, nbytes: int) -> torch.Tensor:
+        """View the first `nbytes` bytes of a slot: uint8, shape [nbytes], on the CPU.
+
+        Raises:
+            LeaseGone: the slot is of an earlier incarnation of the pool, or lies outside it.
+            BusError: the pool does not answer.
+            ArenaError: its memory cannot be mapped.
+
+        """
+        async with self._lock:
+            if self._arena is None or self._generation != lease.pool_generation or self._arena.stale:
+                await self._renew()
+            if self._arena is None or self._generation != lease.pool_generation:
+                raise LeaseGone(
+                    f"{self._client.pool} is at generation {self._generation}, the slot is of {lease.pool_generation}"
+                )
+            try:
+                return self._arena.tensor(lease.offset, nbytes)
+            except ArenaError as error:
+                raise LeaseGone(str(error)) from error
+
+    async def open(self) -> None:
+        """Map the pool's memory. Raises BusError and ArenaError."""
+        async with self._lock:
+            await self._renew()
+
+    async def _renew(self) -> None:
+        found = await self._client.describe()
+        if self._arena is not None and found.generation == self._generation and not self._arena.stale:
+            return
+        old, self._arena = self._arena, None
+        if old is not None:
+            await self._retire(old)
+        arena = await asyncio.to_thread(Arena.attach, ArenaAddress.parse(found.arena))
+        await self._adopt(arena)
+        self._arena, self._generation = arena, found.generation

@@ -1,0 +1,205 @@
+"""The stream worker: owns the device's compute stream, the one thread that launches work on it, and the model.
+
+Panels run in the order in which they are told. A denoise runs one step at a time, so that it can be stopped and
+watched between two of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from actors import Actor, Component, StartFailure, Topology
+from actors.errors import describe
+from bus import MailboxFull, Message, current_traceparent
+from engines.panels import ModelError, Panel
+from engines.pipeline import PanelPipeline
+from engines.streams import DeviceStream
+from roles.devices import is_at_fault, is_device_lost, usable_device
+from roles.messages.device import (
+    CancelPanel,
+    PanelCancelled,
+    PanelFailed,
+    PanelFinished,
+    PanelStarted,
+    PanelStepped,
+    RunPanel,
+)
+from roles.messages.work import Work
+from roles.workload import PANELS
+from roles.workspace import Premises
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+OVERDUE_HEARTBEATS = 8.0
+"""A call to the device that takes this many heartbeat timeouts is taken for hung."""
+
+
+class _Stopped(Exception):  # noqa: N818  not an error
+    """The work was to be stopped."""
+
+
+@dataclass(slots=True)
+class Job:
+    """A panel to run."""
+
+    work: Work
+    panel: Panel
+    traceparent: str
+    cancelled: bool = False
+
+
+class StreamWorker(Actor):
+    """The second actor of a role process."""
+
+    def __init__(self, component: Component, topology: Topology, premises: Premises) -> None:
+        super().__init__(f"{component.name}.stream")
+        self.component = component
+        self.topology = topology
+        self.premises = premises
+        self.panels_run = 0
+        self._queue: deque[Job] = deque()
+        self._wake = asyncio.Event()
+        self._current: Job | None = None
+        self._call_began: float | None = None
+        self._bound_s = OVERDUE_HEARTBEATS * topology.supervision.heartbeat_timeout_s
+        self._stream: DeviceStream | None = None
+        self._pipeline: PanelPipeline | None = None
+
+    async def started(self) -> None:
+        """Load the model on the device thread, off the loop.
+
+        Raises:
+            StartFailure: the model cannot be served, or the device is not there.
+
+        """
+        device = await asyncio.to_thread(usable_device, self.component.device)
+        self._stream = DeviceStream(device, "compute")
+        try:
+            self._pipeline = await self._stream.run(self._load, device)
+        except ModelError as error:
+            raise StartFailure(str(error)) from error
+        self.premises.model_loaded(self._pipeline.accepted)
+        self.log.info("model loaded", panels=[p.value for p in self._pipeline.panels], device=self.component.device)
+        self.spawn(self._serve(self._stream, self._pipeline), name="panels")
+
+    def facts(self) -> dict[str, int | float | str | bool]:
+        """What it runs and what waits."""
+        return {
+            "device": self.component.device,
+            "running": str(self._current.work) if self._current else "",
+            "queued": len(self._queue),
+            "panels_run": self.panels_run,
+        }
+
+    def overdue(self) -> str | None:
+        """Say so when one call to the device takes far longer than any should."""
+        if self._call_began is None or self._current is None:
+            return None
+        seconds = time.monotonic() - self._call_began
+        if seconds < self._bound_s:
+            return None
+        return f"a step of {self._current.work} ({self._current.panel}) runs since {seconds:.0f} s"
+
+    async def run_panel(self, message: RunPanel) -> None:
+        """Queue a panel."""
+        self._queue.append(Job(message.work, Panel(message.panel), current_traceparent.get()))
+        self._wake.set()
+
+    async def cancel_panel(self, message: CancelPanel) -> None:
+        """Stop a panel before its next step, or take it out of the queue; one that is not here has ended already."""
+        if self._current and self._current.work == message.work:
+            self._current.cancelled = True
+            return
+        for job in self._queue:
+            if job.work == message.work:
+                self._queue.remove(job)
+                self._tell(PanelCancelled(job.work))
+                return
+
+    def _load(self, device: torch.device) -> PanelPipeline:
+        return PanelPipeline.load(
+            self.topology.model_path,
+            PANELS[self.component.kind],
+            dtype=getattr(torch, self.topology.model.dtype),
+            device=device,
+        )
+
+    async def _serve(self, stream: DeviceStream, pipeline: PanelPipeline) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._queue:
+                self._current = self._queue.popleft()
+                current_traceparent.set(self._current.traceparent)
+                outcome = await self._run(self._current, stream, pipeline)
+                self._current = None
+                self._tell(outcome)
+                if isinstance(outcome, PanelFailed) and outcome.device_lost:
+                    return  # nothing more is launched; the instance reports it and ends the process
+
+    async def _run(self, job: Job, stream: DeviceStream, pipeline: PanelPipeline) -> Message:
+        self._tell(PanelStarted(job.work, job.panel.value))
+        began = time.monotonic()
+        try:
+            await self._compute(job, stream, pipeline)
+        except _Stopped:
+            return PanelCancelled(job.work)
+        except Exception as error:
+            self.log.warning("panel failed", work=str(job.work), panel=job.panel.value, exc_info=error)
+            lost = is_device_lost(error)
+            return PanelFailed(job.work, job.panel.value, describe(error), is_at_fault(error) and not lost, lost)
+        self.panels_run += 1
+        return PanelFinished(job.work, job.panel.value, time.monotonic() - began)
+
+    async def _compute(self, job: Job, stream: DeviceStream, pipeline: PanelPipeline) -> None:
+        held = self.premises.workspace.get(job.work)
+        if held.ready is not None:
+            stream.wait(held.ready, held.values)
+        if job.panel is Panel.ENCODER:
+            values = await self._call(stream, pipeline.encode, held.values, held.seed)
+        elif job.panel is Panel.DENOISER:
+            values = await self._denoise(job, stream, pipeline, held.values)
+        else:
+            values = await self._call(stream, pipeline.decode, held.values)
+        # The panel has ended when the device says so: its seconds are then true, and its inputs can be dropped.
+        end = stream.record()
+        await self._call(stream, end.synchronize)
+        if job.cancelled:
+            raise _Stopped
+        self.premises.workspace.replace(job.work, values, end)
+
+    async def _denoise(
+        self, job: Job, stream: DeviceStream, pipeline: PanelPipeline, values: dict[str, object]
+    ) -> dict[str, object]:
+        denoising = await self._call(stream, pipeline.denoise, values)
+        while await self._call(stream, denoising.advance):
+            self._progress(job.work, denoising.step, denoising.total_steps)
+            if job.cancelled:
+                await self._call(stream, denoising.cancel)
+                raise _Stopped
+        self._progress(job.work, denoising.step, denoising.total_steps)
+        return denoising.result()
+
+    async def _call(self, stream: DeviceStream, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        self._call_began = time.monotonic()
+        try:
+            return await stream.run(function, *args, **kwargs)
+        finally:
+            self._call_began = None
+
+    def _progress(self, work: Work, step: int, total_steps: int | None) -> None:
+        try:
+            self._tell(PanelStepped(work, step, total_steps or 0))
+        except MailboxFull:  # the next step says how far it has come
+            self.log.debug("progress not told", work=str(work), step=step)
+
+    def _tell(self, message: Message) -> None:
+        self.reference(self.component.name).tell(message)

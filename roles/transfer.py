@@ -1,0 +1,337 @@
+"""The transfer actor: brings staged tensors in, puts outputs into slots, writes finished pictures.
+
+It has a device stream of its own, so that the next work's tensors arrive behind the present work's compute. Each
+thing it is told to do is a task, answered to the instance with exactly one message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import torch
+
+from actors import Actor, Component, Topology
+from bus import BusError, Message, RemoteFailure
+from engines.arena import Arena, ArenaError
+from engines.checksum import ChecksumMismatch
+from engines.codec import CodecError, Packed, pack
+from engines.streams import DeviceStream, Loaded
+from engines.transfer import Faults
+from roles.artifacts import ArtifactError, ArtifactStore, encode_pictures
+from roles.devices import usable_device
+from roles.messages.device import (
+    ArtifactSaved,
+    CancelState,
+    LoadState,
+    SaveArtifact,
+    StageState,
+    StateFailed,
+    StateLoaded,
+    StateStaged,
+)
+from roles.messages.pool import PoolFull
+from roles.messages.work import Artifact, LeaseRef, Staged, Work
+from roles.pictures import pictures
+from roles.pool_client import FAULTS, LeaseGone, Mapping, PoolClient
+from roles.reporter import pause_s
+from roles.workspace import Premises
+
+PULL_S: Final = 60.0
+"""Most seconds that the bytes of one hop may take."""
+ARTIFACTS: Final = "artifacts"
+"""Folder of the artifact store, under the state folder."""
+KEEP_ARTIFACTS_S: Final = 7 * 24 * 3600.0
+KEEP_ARTIFACTS: Final = 10_000
+PRUNE_EVERY_S: Final = 600.0
+
+
+class TransferProblem(Exception):  # noqa: N818  becomes a StateFailed
+    """A transfer that came to nothing."""
+
+    def __init__(self, reason: str, *, source_gone: bool = False, retryable: bool = True) -> None:
+        super().__init__(reason)
+        self.source_gone = source_gone
+        self.retryable = retryable
+
+
+class TransferActor(Actor):
+    """The third actor of a role process."""
+
+    def __init__(self, component: Component, topology: Topology, premises: Premises) -> None:
+        super().__init__(f"{component.name}.transfer")
+        self.component = component
+        self.premises = premises
+        self.store = ArtifactStore(topology.state_dir / ARTIFACTS)
+        self._client = PoolClient(self, component.pool, component.name)
+        self._stops: dict[Work, asyncio.Event] = {}
+        self._stream: DeviceStream | None = None
+        self._mapping: Mapping | None = None
+        self._faults = Faults.parse(os.environ.get(FAULTS, ""))
+        self._chance = random.Random(component.name)  # noqa: S311  for drills
+
+    async def started(self) -> None:
+        """Map the pool's memory, once the pool is there.
+
+        Raises:
+            StartFailure: the device is not there.
+
+        """
+        device = await asyncio.to_thread(usable_device, self.component.device)
+        self._stream = stream = DeviceStream(device, "transfer")
+
+        async def adopt(arena: Arena) -> None:
+            await stream.run(_adopt, arena, stream.device)
+
+        async def retire(arena: Arena) -> None:
+            await stream.run(_retire, arena, stream)
+
+        if self.component.pool:
+            self._mapping = Mapping(self._client, adopt, retire)
+            self.set_state("loading", f"waiting for {self.component.pool}")
+            await self._until_mapped(self._mapping)
+        self.premises.pool_mapped()
+        if self.component.kind in ("decoder", "monolithic"):
+            self.spawn(self._prune(), name="prune")
+
+    def facts(self) -> dict[str, int | float | str | bool]:
+        """How many transfers are under way."""
+        return {"transfers": len(self._stops)}
+
+    async def stage_state(self, message: StageState) -> None:
+        """Put the workspace's values into a slot."""
+        self._begin(message.work, lambda stop: self._stage(message, stop))
+
+    async def load_state(self, message: LoadState) -> None:
+        """Fetch, verify and load staged tensors."""
+        self._begin(message.work, lambda stop: self._load(message, stop))
+
+    async def save_artifact(self, message: SaveArtifact) -> None:
+        """Write the workspace's picture to the artifact store."""
+        self._begin(message.work, lambda _: self._save(message))
+
+    async def cancel_state(self, message: CancelState) -> None:
+        """End what is being done for a work where it can be ended; it has ended already when it is not here."""
+        if stop := self._stops.get(message.work):
+            stop.set()
+
+    # -- one task for each thing told
+
+    def _begin(self, work: Work, task: Callable[[asyncio.Event], Awaitable[Message]]) -> None:
+        self._stops[work] = stop = asyncio.Event()
+        self.spawn(self._answer(work, task(stop)), name=str(work))
+
+    async def _answer(self, work: Work, task: Awaitable[Message]) -> None:
+        try:
+            answer = await task
+        except TransferProblem as problem:
+            self.log.warning("transfer failed", work=str(work), reason=str(problem))
+            answer = StateFailed(work, str(problem), problem.source_gone, problem.retryable)
+        finally:
+            del self._stops[work]
+        self.reference(self.component.name).tell(answer)
+
+    async def _stage(self, message: StageState, stop: asyncio.Event) -> StateStaged:
+        began = time.monotonic()
+        work, held = message.work, self.premises.workspace.get(message.work)
+        try:
+            packed = await self._device.run(pack, held.values)
+        except CodecError as error:
+            raise TransferProblem(str(error), retryable=False) from error
+        patience = _Patience(message.deadline, stop)
+        while True:
+            patience.check()
+            lease = await self._lease(work, packed.nbytes, patience)
+            try:
+                checksum = await self._fill(lease, packed, work)
+            except (BusError, LeaseGone, ArenaError) as error:
+                # The pool has ended or does not answer; the values are still here, for its successor.
+                self._client.release(lease)
+                await patience.wait(f"{self._client.pool}: {error}")
+                continue
+            staged = Staged(lease, packed.manifest, checksum, packed.nbytes)
+            return StateStaged(work, staged, time.monotonic() - began)
+
+    async def _lease(self, work: Work, nbytes: int, patience: _Patience) -> LeaseRef:
+        while True:
+            try:
+                answer = await self._client.lease(work, nbytes)
+            except RemoteFailure as error:
+                raise TransferProblem(f"{self._client.pool} gives no slot: {error.detail}") from error
+            except BusError as error:
+                problem = f"{self._client.pool} does not answer: {error}"
+            else:
+                if isinstance(answer, LeaseRef):
+                    return answer
+                problem = _why_full(self._client.pool, answer)
+            try:
+                await patience.wait(problem)
+            except TransferProblem:
+                self._client.settle(work)
+                raise
+
+    async def _fill(self, lease: LeaseRef, packed: Packed, work: Work) -> int:
+        """Copy into the slot, hashing on the way, and seal it."""
+        slot = await self._mapped.slot(lease, packed.nbytes)
+        checksum = await self._device.stage(packed, slot, self.premises.workspace.get(work).ready)
+        await self._client.seal(lease, checksum, packed.nbytes)
+        return checksum
+
+    async def _load(self, message: LoadState, stop: asyncio.Event) -> StateLoaded:
+        began = time.monotonic()
+        source, patience = message.source, _Patience(message.deadline, stop)
+        try:
+            try:
+                loaded = await self._fetch(message, patience)
+            except ChecksumMismatch as error:
+                if source.lease.pool == self._client.pool:
+                    raise
+                self.log.warning("fetched again", work=str(message.work), error=str(error))
+                loaded = await self._fetch(message, patience)
+            await self._device.run(loaded.event.synchronize)
+        except (ChecksumMismatch, CodecError) as error:
+            raise TransferProblem(str(error), source_gone=True) from error
+        finally:
+            if message.target is not None:
+                self._client.release(message.target)
+        self.premises.workspace.replace(message.work, loaded.values, loaded.event)
+        return StateLoaded(message.work, time.monotonic() - began)
+
+    async def _fetch(self, message: LoadState, patience: _Patience) -> Loaded:
+        lease = await self._bring(message, patience)
+        slot = await self._slot(lease, message.source.nbytes, patience)
+        if lease is message.source.lease:  # nothing was pulled, so nothing could be damaged on the way
+            self._faults.damage(slot.numpy(), self._chance)
+        return await self._device.load(message.source.manifest, slot, message.source.checksum)
+
+    async def _bring(self, message: LoadState, patience: _Patience) -> LeaseRef:
+        """Have the bytes in the own pool; returns the slot that they are in."""
+        patience.check()
+        source, target = message.source, message.target
+        if source.lease.pool == self._client.pool:
+            return source.lease
+        if target is None:
+            raise TransferProblem(f"{self.component.name} does not map {source.lease.pool}, and has no slot for it")
+        try:
+            await self._client.pull(source.lease, target, source.nbytes, min(PULL_S, patience.left_s))
+        except RemoteFailure as error:
+            raise TransferProblem(error.detail, source_gone=error.code == "source_gone") from error
+        except BusError as error:
+            raise TransferProblem(f"{self._client.pool} does not answer: {error}") from error
+        return target
+
+    async def _slot(self, lease: LeaseRef, nbytes: int, patience: _Patience) -> torch.Tensor:
+        while True:
+            try:
+                return await self._mapped.slot(lease, nbytes)
+            except LeaseGone as error:
+                raise TransferProblem(str(error), source_gone=True) from error
+            except (BusError, ArenaError) as error:
+                await patience.wait(f"{self._client.pool}: {error}")
+
+    async def _save(self, message: SaveArtifact) -> ArtifactSaved:
+        values = self.premises.workspace.get(message.work).values
+        try:
+            artifact = await asyncio.to_thread(self._write, message, values)
+        except ArtifactError as error:
+            raise TransferProblem(str(error), retryable=False) from error
+        except OSError as error:
+            raise TransferProblem(f"the picture cannot be written to {self.store.folder}: {error}") from error
+        return ArtifactSaved(message.work, artifact)
+
+    # -- inside
+
+    @property
+    def _device(self) -> DeviceStream:
+        if self._stream is None:
+            raise RuntimeError(f"{self.name} has not started")
+        return self._stream
+
+    @property
+    def _mapped(self) -> Mapping:
+        if self._mapping is None:
+            raise TransferProblem(f"{self.component.name} has no pool", retryable=False)
+        return self._mapping
+
+    async def _until_mapped(self, mapping: Mapping) -> None:
+        attempt = 0
+        while True:
+            try:
+                await mapping.open()
+            except (BusError, ArenaError) as error:
+                self.log.info("pool not mapped yet", pool=self._client.pool, error=str(error))
+            else:
+                return
+            await asyncio.sleep(pause_s(attempt, random.random()))  # noqa: S311  jitter
+            attempt += 1
+
+    def _write(self, message: SaveArtifact, values: dict[str, object]) -> Artifact:
+        data = encode_pictures(pictures(values), message.output_format)
+        return self.store.save(message.work.unit_id, message.output_format, data)
+
+    async def _prune(self) -> None:
+        while True:
+            gone = await asyncio.to_thread(
+                self.store.prune, now=time.time(), max_age_s=KEEP_ARTIFACTS_S, max_count=KEEP_ARTIFACTS
+            )
+            if gone:
+                self.log.info("artifacts pruned", count=gone)
+            await asyncio.sleep(PRUNE_EVERY_S)
+
+
+class _Patience:
+    """Waiting that ends at the work's deadline, or when it is to be stopped."""
+
+    def __init__(self, deadline: float, stop: asyncio.Event) -> None:
+        self._deadline = deadline
+        self._stop = stop
+        self._waits = 0
+
+    @property
+    def left_s(self) -> float:
+        """Seconds to the deadline, never negative."""
+        return max(self._deadline - time.time(), 0.0)
+
+    def check(self) -> None:
+        """Raise TransferProblem when the work is to be stopped."""
+        if self._stop.is_set():
+            raise TransferProblem("cancelled")
+
+    async def wait(self, problem: str) -> None:
+        """Pause before the next try. Raises TransferProblem, saying `problem`, when there is to be none."""
+        self.check()
+        if not self.left_s:
+            raise TransferProblem(problem)
+        pause = min(pause_s(self._waits, random.random()), self.left_s)  # noqa: S311  jitter
+        self._waits += 1
+        try:
+            async with asyncio.timeout(pause):
+                await self._stop.wait()
+        except TimeoutError:  # the pause is over
+            return
+        self.check()
+
+
+def _why_full(pool: str, answer: PoolFull) -> str:
+    """Say that the pool has no room now. Raises TransferProblem when it never will have."""
+    if answer.needed > answer.capacity:
+        raise TransferProblem(
+            f"{answer.needed} bytes can never fit a slot of {pool}, which gives at most {answer.capacity}: raise"
+            " [transfer] pool_size",
+            retryable=False,
+        )
+    return f"{pool} has no slot of {answer.needed} bytes, {answer.free} are free"
+
+
+def _adopt(arena: Arena, device: torch.device) -> None:
+    if device.type == "cuda":
+        arena.pin()
+
+
+def _retire(arena: Arena, stream: DeviceStream) -> None:
+    stream.record().synchronize()  # no copy may be under way when the mapping is taken from the device
+    arena.close()

@@ -1,0 +1,329 @@
+"""What a role instance has in hand, and what to do next: pure decisions, no clock, no socket, no tensor.
+
+A piece of work is taken, goes through its phases, and ends exactly once, with one report that hands its
+credit back. Each event method changes the books and returns the effects that the instance carries out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeAlias
+
+from bus import Message
+from engines.panels import Panel
+from roles.messages.stages import (
+    StageAssign,
+    StageCancelled,
+    StageFailed,
+    StageFinished,
+    StageProgress,
+    StageStarted,
+    TransferFailed,
+    TransferPush,
+    TransferReady,
+    TransferStaged,
+)
+from roles.messages.work import Artifact, LeaseRef, Staged, Work
+from roles.workload_effects import (
+    Begin,
+    Clear,
+    Effect,
+    Load,
+    Mention,
+    Release,
+    Report,
+    Run,
+    Save,
+    Stage,
+    StopPanel,
+    StopTransfer,
+)
+
+PANELS: dict[str, tuple[Panel, ...]] = {
+    "encoder": (Panel.ENCODER,),
+    "denoiser": (Panel.DENOISER,),
+    "decoder": (Panel.DECODER,),
+    "monolithic": (Panel.ENCODER, Panel.DENOISER, Panel.DECODER),
+}
+"""What each kind of instance runs, in order."""
+
+
+class Phase(StrEnum):
+    """Who has the work at present."""
+
+    LOADING = "loading"
+    """The transfer actor fetches staged tensors."""
+    RUNNING = "running"
+    """The stream worker computes it, or has it in its queue."""
+    STAGING = "staging"
+    """The transfer actor puts the outputs into a slot."""
+    SAVING = "saving"
+    """The transfer actor writes the artifact."""
+
+
+_MakeReport: TypeAlias = Callable[[int], Message]
+"""From the number of credits issued to the report that carries it."""
+_REMEMBERED = 256
+
+
+class NotTaken(Exception):  # noqa: N818  an answer to the head, not a defect
+    """The work cannot be taken now; `code` is no_credit, wrong_kind or cancelled."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
+class UnexpectedEvent(Exception):  # noqa: N818  names what happened
+    """An event that cannot happen to this work now: a defect of this process, which has to start anew."""
+
+    def __init__(self, work: Work, event: str, phase: Phase | None) -> None:
+        super().__init__(f"{work}: {event} while it is {phase.value if phase else 'not in hand'}")
+
+
+@dataclass(slots=True)
+class Item:
+    """A piece of work in hand."""
+
+    work: Work
+    phase: Phase
+    panels: tuple[Panel, ...]
+    """Still to run, the current one first."""
+    output_format: str
+    deadline: float
+    seconds: float = 0.0
+    """That the last panel took."""
+    cancelled: bool = False
+
+
+class Workload:
+    """The books of one incarnation of a role instance."""
+
+    def __init__(self, instance: str, kind: str, slots: int) -> None:
+        self.instance = instance
+        self.kind = kind
+        self.slots = slots
+        self.taken = 0
+        """Units of work taken so far."""
+        self.ended = 0
+        """Of them, those that have ended."""
+        self.items: dict[Work, Item] = {}
+        self.reservations: dict[Work, LeaseRef] = {}
+        """Slots of the own pool that wait for a push."""
+        self._cancelled: dict[Work, None] = {}
+
+    @property
+    def issued(self) -> int:
+        """Credits issued so far: one for each slot, and one for each work that has ended."""
+        return self.slots + self.ended
+
+    @property
+    def in_hand(self) -> tuple[Work, ...]:
+        """Oldest first."""
+        return tuple(self.items)
+
+    # -- from the head
+
+    def can_reserve(self, work: Work) -> bool:
+        """Whether a slot may be reserved for `work`: there is a credit that no other counts on."""
+        others = sum(reserved != work for reserved in self.reservations)
+        return work not in self.items and len(self.items) + others < self.slots
+
+    def reserve(self, work: Work, target: LeaseRef) -> tuple[Effect, ...]:
+        """Keep a slot of the own pool for the push of `work`, in place of one reserved before.
+
+        Raises:
+            NotTaken: when the work was cancelled while the pool was asked; the slot is not kept.
+
+        """
+        if work in self._cancelled:
+            raise NotTaken("cancelled", f"{work} was cancelled")
+        before = self.reservations.get(work)
+        self.reservations[work] = target
+        return (Release(before),) if before is not None and before != target else ()
+
+    def assign(self, message: StageAssign) -> tuple[Effect, ...]:
+        """Take a unit at its first panel; nothing more happens when it is in hand already.
+
+        Raises:
+            NotTaken: when there is no slot, or this kind starts from staged tensors.
+
+        """
+        if self.kind not in ("encoder", "monolithic"):
+            raise NotTaken(
+                "wrong_kind",
+                f"{self.instance} is a {self.kind}: it starts from staged tensors, not from inputs",
+            )
+        if not self._take(message.work, Phase.RUNNING, message.output_format, message.deadline):
+            return ()
+        return (
+            *self._fence_older(message.work),
+            Begin(message.work, message.inputs, message.seed),
+            Run(message.work, self.items[message.work].panels[0]),
+        )
+
+    def push(self, message: TransferPush) -> tuple[Effect, ...]:
+        """Take a unit that starts from staged tensors; nothing more happens when it is in hand already.
+
+        Raises:
+            NotTaken: when there is no slot, or this kind starts from inputs.
+
+        """
+        if self.kind not in ("denoiser", "decoder"):
+            raise NotTaken(
+                "wrong_kind",
+                f"{self.instance} is a {self.kind}: it starts from inputs, not from staged tensors",
+            )
+        if not self._take(message.work, Phase.LOADING, message.output_format, message.deadline):
+            return ()
+        reserved = self.reservations.pop(message.work, None)
+        unused = (Release(reserved),) if reserved is not None and reserved != message.target else ()
+        return (
+            *unused,
+            *self._fence_older(message.work),
+            Begin(message.work, {}, 0),
+            Load(message.work, message.source, message.target, message.deadline),
+        )
+
+    def cancel(self, work: Work) -> tuple[Effect, ...]:
+        """Stop `work` as soon as its phase allows; it will not be taken again."""
+        self._cancelled[work] = None
+        if len(self._cancelled) > _REMEMBERED:
+            del self._cancelled[next(iter(self._cancelled))]
+        item = self.items.get(work)
+        if item is None:
+            target = self.reservations.pop(work, None)
+            return (Release(target),) if target else ()
+        if item.cancelled:
+            return ()
+        item.cancelled = True
+        return (StopPanel(work) if item.phase is Phase.RUNNING else StopTransfer(work),)
+
+    def forget_reservations(self) -> tuple[Effect, ...]:
+        """Give up what a head asked for that is gone: it will ask again."""
+        leases, self.reservations = tuple(self.reservations.values()), {}
+        return tuple(Release(lease) for lease in leases)
+
+    # -- from the stream worker
+
+    def panel_started(self, work: Work, panel: Panel) -> tuple[Effect, ...]:
+        """Report that the first kernel is about to run."""
+        item = self._item(work, "a panel started", Phase.RUNNING)
+        if item.cancelled:
+            return ()
+        return (Report(StageStarted(work, self.instance, panel.value)),)
+
+    def panel_stepped(self, work: Work, step: int, total_steps: int) -> tuple[Effect, ...]:
+        """Mention that a denoising step is done."""
+        self._item(work, "a step ended", Phase.RUNNING)
+        return (Mention(StageProgress(work, step, total_steps)),)
+
+    def panel_finished(self, work: Work, seconds: float) -> tuple[Effect, ...]:
+        """Run the next panel on the outputs, or stage them, or save them."""
+        item = self._item(work, "a panel finished", Phase.RUNNING)
+        if item.cancelled:
+            return self._end_cancelled(item)
+        item.seconds = seconds
+        done, *left = item.panels
+        if left:
+            item.panels = tuple(left)
+            return (Run(work, left[0]),)
+        if done is Panel.DECODER:
+            item.phase = Phase.SAVING
+            return (Save(work, item.output_format),)
+        item.phase = Phase.STAGING
+        return (Stage(work, item.deadline),)
+
+    def panel_failed(self, work: Work, error: str, *, retryable: bool) -> tuple[Effect, ...]:
+        """End the work: the panel raised."""
+        item = self._item(work, "a panel failed", Phase.RUNNING)
+        return self._end_cancelled(item) if item.cancelled else self._end_failed(item, error, retryable=retryable)
+
+    def panel_cancelled(self, work: Work) -> tuple[Effect, ...]:
+        """End the work: the stream worker has stopped as told."""
+        item = self._item(work, "a panel was cancelled", Phase.RUNNING)
+        if not item.cancelled:
+            raise UnexpectedEvent(work, "a panel was cancelled that was not to be", item.phase)
+        return self._end_cancelled(item)
+
+    # -- from the transfer actor
+
+    def state_loaded(self, work: Work, seconds: float) -> tuple[Effect, ...]:
+        """Run the panel on what was loaded."""
+        item = self._item(work, "state was loaded", Phase.LOADING)
+        if item.cancelled:
+            return self._end_cancelled(item)
+        item.phase = Phase.RUNNING
+        return (Report(TransferReady(work, self.instance, seconds)), Run(work, item.panels[0]))
+
+    def state_staged(self, work: Work, staged: Staged) -> tuple[Effect, ...]:
+        """End the work: its outputs lie in a sealed slot."""
+        item = self._item(work, "state was staged", Phase.STAGING)
+        if item.cancelled:
+            return (Release(staged.lease), *self._end_cancelled(item))
+        return self._end(
+            item,
+            lambda issued: TransferStaged(work, self.instance, item.panels[0].value, staged, item.seconds, issued),
+        )
+
+    def artifact_saved(self, work: Work, artifact: Artifact) -> tuple[Effect, ...]:
+        """End the work: the file is on disk.
+
+        One that was cancelled meanwhile is left to the store's pruning: another attempt may have written the
+        same file.
+        """
+        item = self._item(work, "an artifact was saved", Phase.SAVING)
+        if item.cancelled:
+            return self._end_cancelled(item)
+        return self._end(
+            item,
+            lambda issued: StageFinished(work, self.instance, item.panels[0].value, artifact, item.seconds, issued),
+        )
+
+    def state_failed(self, work: Work, reason: str, *, source_gone: bool, retryable: bool) -> tuple[Effect, ...]:
+        """End the work: loading, staging or saving came to nothing."""
+        item = self._item(work, "a transfer failed", Phase.LOADING, Phase.STAGING, Phase.SAVING)
+        if item.cancelled:
+            return self._end_cancelled(item)
+        if item.phase is not Phase.LOADING:
+            return self._end_failed(item, reason, retryable=retryable)
+        return self._end(item, lambda issued: TransferFailed(work, self.instance, reason, source_gone, issued))
+
+    # -- inside
+
+    def _take(self, work: Work, phase: Phase, output_format: str, deadline: float) -> bool:
+        item = self.items.get(work)
+        if work in self._cancelled:
+            raise NotTaken("cancelled", f"{work} was cancelled")
+        if item is not None:
+            return False
+        if len(self.items) >= self.slots:
+            raise NotTaken("no_credit", f"{self.instance} has {len(self.items)} works in hand and {self.slots} slots")
+        self.taken += 1
+        self.items[work] = Item(work, phase, PANELS[self.kind], output_format, deadline)
+        return True
+
+    def _fence_older(self, work: Work) -> tuple[Effect, ...]:
+        """Cancel older attempts at the same unit: nobody waits for them."""
+        older = [w for w in (*self.items, *self.reservations) if w.unit_id == work.unit_id and w.attempt < work.attempt]
+        return tuple(effect for w in older for effect in self.cancel(w))
+
+    def _item(self, work: Work, event: str, *phases: Phase) -> Item:
+        item = self.items.get(work)
+        if item is None or item.phase not in phases:
+            raise UnexpectedEvent(work, event, item.phase if item else None)
+        return item
+
+    def _end(self, item: Item, report: _MakeReport) -> tuple[Effect, ...]:
+        del self.items[item.work]
+        self.ended += 1
+        return (Clear(item.work), Report(report(self.issued)))
+
+    def _end_cancelled(self, item: Item) -> tuple[Effect, ...]:
+        return self._end(item, lambda issued: StageCancelled(item.work, self.instance, issued))
+
+    def _end_failed(self, item: Item, error: str, *, retryable: bool) -> tuple[Effect, ...]:
+        panel = item.panels[0].value
+        return self._end(item, lambda issued: StageFailed(item.work, self.instance, panel, error, retryable, issued))

@@ -1,0 +1,98 @@
+"""What a role instance's workload wants done. The instance carries these out; the workload only decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from bus import Message
+from engines.panels import Panel
+from roles.messages.work import LeaseRef, Scalar, Staged, Work
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Open the work's place in the workspace."""
+
+    work: Work
+    inputs: dict[str, Scalar]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Fetch staged tensors."""
+
+    work: Work
+    source: Staged
+    target: LeaseRef | None
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Compute a panel."""
+
+    work: Work
+    panel: Panel
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Put the outputs into a slot."""
+
+    work: Work
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Write the artifact."""
+
+    work: Work
+    output_format: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopPanel:
+    """Stop the stream worker before the work's next step."""
+
+    work: Work
+
+
+@dataclass(frozen=True, slots=True)
+class StopTransfer:
+    """Stop the transfer actor's loading, staging or saving of the work where it can be stopped."""
+
+    work: Work
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Deliver to the head, surely and in order."""
+
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Mention:
+    """Tell the head if there is room."""
+
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Give a slot back to the pool."""
+
+    lease: LeaseRef
+
+
+@dataclass(frozen=True, slots=True)
+class Clear:
+    """Drop the work's tensors."""
+
+    work: Work
+
+
+Effect: TypeAlias = Begin | Load | Run | Stage | Save | StopPanel | StopTransfer | Report | Mention | Release | Clear

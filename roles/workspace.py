@@ -1,0 +1,99 @@
+"""What the three actors of a role process share: the tensors of the work in hand, and whether they can begin."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from roles.messages.work import Work
+
+if TYPE_CHECKING:
+    from engines.streams import StreamEvent
+
+
+class NotInWorkspace(LookupError):  # noqa: N818  names what is the case
+    """Nothing is kept for this work: it was never begun here, or it has been cleared."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__(f"{work} is not in the workspace")
+        self.work = work
+
+
+@dataclass(slots=True)
+class Held:
+    """What is kept for one piece of work."""
+
+    values: dict[str, object] = field(default_factory=dict)
+    """Inputs of the next panel, by name: tensors on the device, and plain values."""
+    seed: int = 0
+    """Of the picture; the encoder panel makes its generator from it."""
+    ready: StreamEvent | None = None
+    """End of the work that made `values`; who uses them on another stream waits for it first."""
+
+
+class Workspace:
+    """Work to values. Used from the event loop's thread alone."""
+
+    def __init__(self) -> None:
+        self._held: dict[Work, Held] = {}
+
+    def begin(self, work: Work, values: dict[str, object] | None = None, seed: int = 0) -> None:
+        """Make room for a piece of work, in place of anything kept for it before."""
+        self._held[work] = Held(dict(values or {}), seed)
+
+    def get(self, work: Work) -> Held:
+        """Find what is kept for `work`.
+
+        Raises:
+            NotInWorkspace: when that is nothing.
+        """
+        try:
+            return self._held[work]
+        except KeyError:
+            raise NotInWorkspace(work) from None
+
+    def replace(self, work: Work, values: dict[str, object], ready: StreamEvent | None = None) -> None:
+        """Put a panel's outputs, or what was loaded, in place of the values; the seed stays.
+
+        Raises:
+            NotInWorkspace: when nothing is kept for `work`.
+        """
+        held = self.get(work)
+        held.values = values
+        held.ready = ready
+
+    def clear(self, work: Work) -> None:
+        """Forget the work and drop its tensors; nothing when there are none."""
+        self._held.pop(work, None)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __contains__(self, work: Work) -> bool:
+        return work in self._held
+
+
+class Premises:
+    """One role process: its workspace, and what has to be there before it can take work."""
+
+    def __init__(self) -> None:
+        self.workspace = Workspace()
+        self.accepted: tuple[str, ...] = ()
+        """Inputs that the loaded pipeline takes, sorted."""
+        self._loaded = asyncio.Event()
+        self._mapped = asyncio.Event()
+
+    def model_loaded(self, accepted: frozenset[str]) -> None:
+        """Say that the stream worker has its weights."""
+        self.accepted = tuple(sorted(accepted))
+        self._loaded.set()
+
+    def pool_mapped(self) -> None:
+        """Say that the transfer actor sees the pool's memory, or needs none."""
+        self._mapped.set()
+
+    async def complete(self) -> None:
+        """Return once both have been said."""
+        await self._loaded.wait()
+        await self._mapped.wait()

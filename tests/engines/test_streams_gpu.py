@@ -1,0 +1,187 @@
+"""What only a CUDA device can show: pinned memory, copies behind compute, and memory that two streams share."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+
+from engines.arena import Arena
+from engines.checksum import ChecksumMismatch, checksum
+from engines.codec import pack
+from engines.streams import PIECE, DeviceStream
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+CUDA = torch.device("cuda:0")
+# About 0.1 s of a kernel that only waits; long beside anything else here.
+LONG = 200_000_000
+
+
+@pytest.fixture(params=["pinned", "pageable"])
+def arena(request):
+    arena = Arena.create(96 << 20)
+    if request.param == "pinned":
+        assert arena.pin()
+    yield arena
+    torch.cuda.synchronize()
+    arena.close()
+
+
+@pytest.fixture
+def pinned():
+    arena = Arena.create(96 << 20)
+    assert arena.pin()
+    yield arena
+    torch.cuda.synchronize()
+    arena.close()
+
+
+@pytest.fixture
+def transfer():
+    stream = DeviceStream(CUDA, "test.transfer")
+    yield stream
+    stream.close()
+
+
+@pytest.fixture
+def compute():
+    stream = DeviceStream(CUDA, "test.compute")
+    yield stream
+    stream.close()
+
+
+def state(nbytes: int, value: int) -> dict[str, object]:
+    return {
+        "latents": torch.full((nbytes,), value, dtype=torch.uint8, device=CUDA),
+        "prompt_embeds": torch.arange(1000, device=CUDA).to(torch.bfloat16),
+        "timesteps": torch.arange(7.0),
+    }
+
+
+async def stage_once(transfer: DeviceStream, arena: Arena, offset: int, nbytes: int, value: int):
+    """A state in a slot: its manifest, the slot and its checksum."""
+    packed = pack(state(nbytes, value))
+    slot = arena.tensor(offset, packed.nbytes)
+    torch.cuda.synchronize()
+    return packed.manifest, slot, await transfer.stage(packed, slot)
+
+
+def test_pinning_is_told_truthfully(pinned):
+    assert pinned.pinned
+    assert pinned.tensor(4096, 100).is_pinned()
+    assert pinned.pin(), "pinning twice is fine"
+    pinned.close()
+    assert not pinned.pinned
+
+
+@pytest.mark.parametrize("nbytes", [1, PIECE - 1, PIECE, 3 * PIECE + 17])
+def test_a_state_goes_from_device_to_device_whole(arena, transfer, nbytes):
+    async def hop():
+        manifest, slot, value = await stage_once(transfer, arena, 4096, nbytes, 200)
+        assert value == checksum(slot.numpy())
+        return transfer.adopt(await transfer.load(manifest, slot, value))
+
+    values = asyncio.run(hop())
+    torch.cuda.synchronize()
+    expected = state(nbytes, 200)
+    for name, tensor in expected.items():
+        assert values[name].device == CUDA, name
+        assert torch.equal(values[name].cpu(), tensor.cpu()), name
+
+
+def test_damaged_bytes_are_never_loaded(arena, transfer):
+    async def hop():
+        manifest, slot, value = await stage_once(transfer, arena, 0, 2 * PIECE + 5, 1)
+        slot[PIECE + 3] ^= 4
+        await transfer.load(manifest, slot, value)
+
+    with pytest.raises(ChecksumMismatch):
+        asyncio.run(hop())
+
+
+def test_a_load_ends_behind_compute_that_is_still_running(arena, transfer, compute):
+    async def calls():
+        staged = await stage_once(transfer, arena, 0, 4 * PIECE, 3)
+        # The first load takes memory from the driver, which may wait for the whole device.
+        await transfer.load(*staged)
+        await compute.run(torch.cuda._sleep, 1000)
+        torch.cuda.synchronize()
+
+        await compute.run(torch.cuda._sleep, 5 * LONG)
+        computed = compute.record()
+        loaded = await transfer.load(*staged)
+        loaded.event.synchronize()
+        overlapped = not computed.passed
+        total = await compute.run(lambda: compute.adopt(loaded)["latents"].sum())
+        return overlapped, total.item()
+
+    overlapped, total = asyncio.run(calls())
+    assert overlapped, "the load waited for the compute of another request"
+    assert total == 3 * 4 * PIECE
+
+
+def test_compute_waits_on_the_device_for_a_load_that_is_under_way(pinned, transfer, compute):
+    async def calls():
+        staged = await stage_once(transfer, pinned, 0, PIECE, 3)
+        await transfer.load(*staged)
+        torch.cuda.synchronize()
+
+        await transfer.run(torch.cuda._sleep, LONG)
+        loaded = await transfer.load(*staged)
+        under_way = not loaded.event.passed
+        total = await compute.run(lambda: compute.adopt(loaded)["latents"].sum())
+        return under_way, total.item()
+
+    under_way, total = asyncio.run(calls())
+    assert under_way, "the host waited for the copy"
+    assert total == 3 * PIECE
+
+
+def test_memory_of_loaded_values_is_not_handed_out_while_compute_reads_it(pinned, transfer, compute):
+    async def calls():
+        first = await stage_once(transfer, pinned, 0, PIECE, 3)
+        second = await stage_once(transfer, pinned, 48 << 20, PIECE, 9)
+
+        def late_sum(loaded) -> torch.Tensor:
+            values = compute.adopt(loaded)
+            torch.cuda._sleep(LONG)
+            return values["latents"].sum()
+
+        total = await compute.run(late_sum, await transfer.load(*first))
+        # Nothing names the first values any more: without a record of the stream these would take their memory.
+        again = await transfer.load(*second)
+        again.event.synchronize()
+        return total.item()
+
+    assert asyncio.run(calls()) == 3 * PIECE
+
+
+def test_staging_waits_for_the_work_that_makes_the_state(arena, transfer, compute):
+    latents = torch.zeros(2 * PIECE, dtype=torch.uint8, device=CUDA)
+    packed = pack({"latents": latents})
+    slot = arena.tensor(0, packed.nbytes)
+    torch.cuda.synchronize()
+
+    def work() -> None:
+        torch.cuda._sleep(LONG)
+        latents.fill_(7)
+
+    async def calls():
+        await compute.run(work)
+        return await transfer.stage(packed, slot, after=compute.record())
+
+    value = asyncio.run(calls())
+    assert value == checksum(bytes([7]) * (2 * PIECE))
+
+
+def test_each_stream_has_a_stream_of_its_own_current_on_its_thread(transfer, compute):
+    async def current(stream: DeviceStream) -> int:
+        return await stream.run(lambda: torch.cuda.current_stream(CUDA).cuda_stream)
+
+    ours = {asyncio.run(current(stream)) for stream in (transfer, compute)}
+    assert len(ours | {torch.cuda.default_stream(CUDA).cuda_stream}) == 3

@@ -1,0 +1,259 @@
+"""Real actors on one loop, and the other end of their wire: a head that a test scripts."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import msgspec
+import pytest
+import structlog
+import uvloop
+
+from actors import Actor, AddressBook, Topology, load_topology
+from actors.runtime import Runtime
+from bus import Message, Refused
+from roles.messages import stages
+from roles.messages.work import Work
+
+T = TypeVar("T")
+R = TypeVar("R", bound=Message)
+LIMIT_S = 60
+ROOT = Path(__file__).parents[2]
+
+Report = (
+    stages.TransferReady
+    | stages.TransferFailed
+    | stages.StageStarted
+    | stages.TransferStaged
+    | stages.StageFinished
+    | stages.StageFailed
+    | stages.StageCancelled
+)
+
+
+class Inbox:
+    """What arrived, by type; a test waits for the next of a type."""
+
+    def __init__(self) -> None:
+        self.all: list[Message] = []
+        self._unread: list[Message] = []
+        self._news = asyncio.Condition()
+
+    async def put(self, message: Message) -> None:
+        async with self._news:
+            self.all.append(message)
+            self._unread.append(message)
+            self._news.notify_all()
+
+    async def next(self, kind: type[R]) -> R:
+        """The oldest unread message of that type, which is then read."""
+        async with self._news:
+            await self._news.wait_for(lambda: any(isinstance(m, kind) for m in self._unread))
+            found = next(m for m in self._unread if isinstance(m, kind))
+            self._unread.remove(found)
+            return found
+
+    def of(self, kind: type[R]) -> list[R]:
+        return [m for m in self.all if isinstance(m, kind)]
+
+
+class ScriptedHead(Actor):
+    """Says what a head says, keeps what it is told; a test decides what it sends."""
+
+    def __init__(self) -> None:
+        super().__init__("head")
+        self.inbox = Inbox()
+        self.unknown: set[Work] = set()
+        self.fenced = False
+        self.forgets = False
+        self.silent_on: type[Message] | None = None
+
+    async def hello(self, message: stages.InstanceHello) -> stages.InstanceWelcome:
+        self._check()
+        await self.inbox.put(message)
+        return stages.InstanceWelcome(tuple(w for w in message.running if w in self.unknown))
+
+    async def alive(self, message: stages.InstanceAlive) -> stages.Acknowledged:
+        self._check()
+        if self.forgets:
+            raise Refused("unknown", "forgotten by the test")
+        await self.inbox.put(message)
+        return stages.Acknowledged()
+
+    async def report(self, message: Report) -> stages.Acknowledged:
+        self._check()
+        await self.inbox.put(message)
+        if self.silent_on and isinstance(message, self.silent_on):
+            await asyncio.Event().wait()
+        return stages.Acknowledged()
+
+    async def progress(self, message: stages.StageProgress) -> None:
+        await self.inbox.put(message)
+
+    def _check(self) -> None:
+        if self.fenced:
+            raise Refused("fenced", "given up by the test")
+
+
+class House:
+    """The components of a topology as actors of this process; each can be started, stopped and killed."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.topology = topology
+        self.book = AddressBook(topology, {"test": f"ipc://{topology.run_dir}/test"})
+        self.runtimes: dict[str, Runtime] = {}
+        self.actors: dict[str, Actor] = {}
+        self.processes: dict[str, asyncio.subprocess.Process] = {}
+
+    async def start(self, *actors: Actor, generation: int = 1, kind: str = "") -> Runtime:
+        runtime = Runtime(actors, book=self.book, generation=generation, kind=kind, shutdown_s=5.0)
+        await runtime.__aenter__()
+        self.runtimes[actors[0].name] = runtime
+        self.actors.update({actor.name: actor for actor in actors})
+        return runtime
+
+    async def component(self, name: str, build: Any, generation: int = 1) -> Runtime:
+        component = self.topology.component(name)
+        return await self.start(*build(component, self.topology), generation=generation, kind=component.kind)
+
+    async def kill(self, name: str) -> None:
+        """End without a drain, as a killed process does: its sockets close and its tasks are gone."""
+        await self.runtimes.pop(name)._close()
+
+    async def stop(self, name: str) -> None:
+        """Drain."""
+        await self.runtimes.pop(name).__aexit__(None, None, None)
+
+    async def process(self, name: str, generation: int = 1) -> asyncio.subprocess.Process:
+        """Start a component in a process of its own, as its supervisor does; it is killed with the house."""
+        arguments = ("--topology", str(self.topology.path), "--name", name, "--generation", str(generation))
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "actors.process", *arguments, "--parent", str(os.getpid()), cwd=ROOT
+        )
+        self.processes[name] = process
+        return process
+
+    async def end(self, name: str) -> None:
+        """SIGKILL a process and wait for its end."""
+        process = self.processes.pop(name)
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+    async def close(self) -> None:
+        for name in list(self.processes):
+            await self.end(name)
+        for name in reversed(list(self.runtimes)):
+            await self.kill(name)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_tracebacks() -> None:
+    """A traceback with every local value takes seconds to draw."""
+    renderer = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure(processors=[structlog.contextvars.merge_contextvars, structlog.stdlib.add_log_level, renderer])
+
+
+TOML = """
+[model]
+path = "{model}"
+dtype = "float32"
+[transfer]
+engine = "{engine}"
+pool_size = "{pool_size}"
+[state]
+path = "state"
+[supervision]
+heartbeat_timeout_s = 4
+{roles}
+"""
+
+
+@pytest.fixture
+def run() -> Iterator[Callable[[Coroutine[Any, Any, T]], T]]:
+    """Run a coroutine on uvloop; more than `LIMIT_S` seconds is a failure."""
+
+    async def bounded(coroutine: Coroutine[Any, Any, T]) -> T:
+        async with asyncio.timeout(LIMIT_S):
+            return await coroutine
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        yield lambda coroutine: runner.run(bounded(coroutine))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Flux model of random weights that makes 64 x 64 pictures."""
+    from tools.make_model import Family, make_model
+
+    folder = tmp_path_factory.mktemp("model")
+    make_model(folder, Family.FLUX)
+    return folder
+
+
+Place = Callable[..., Topology]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    """Make a topology with two instances of each kind, or of the one named."""
+    made: list[Topology] = []
+
+    def make(
+        model: Path | str = "none",
+        *,
+        kind: str = "",
+        engine: str = "shm",
+        pool_size: str = "4MiB",
+        slots: int = 2,
+        backend: str = "",
+    ) -> Topology:
+        kinds = [kind] if kind else ["encoder", "denoiser", "decoder"]
+        roles = "\n".join(f'[[roles]]\nkind = "{kind}"\nslots = {slots}\ncount = 2' for kind in kinds)
+        file = tmp_path / "house.toml"
+        file.write_text(TOML.format(model=model, engine=engine, pool_size=pool_size, roles=roles))
+        topology = load_topology(file)
+        if backend:  # the pools of one engine with the transport of another
+            topology = msgspec.structs.replace(
+                topology, transfer=msgspec.structs.replace(topology.transfer, engine=backend)
+            )
+        made.append(topology)
+        return topology
+
+    yield make
+    for topology in made:
+        shutil.rmtree(topology.run_dir, ignore_errors=True)
+
+
+@pytest.fixture
+def house() -> Callable[[Topology], Any]:
+    """`async with house(topology) as h:` closes everything that was started in it."""
+
+    @asynccontextmanager
+    async def open_house(topology: Topology) -> AsyncIterator[House]:
+        house = House(topology)
+        try:
+            yield house
+        finally:
+            await house.close()
+
+    return open_house
+
+
+@pytest.fixture
+def scripted_head() -> type[ScriptedHead]:
+    return ScriptedHead
+
+
+@pytest.fixture
+def inbox() -> type[Inbox]:
+    return Inbox

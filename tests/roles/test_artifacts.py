@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from roles.artifacts import (
+    CONTENT_TYPES,
+    ArtifactError,
+    ArtifactMissing,
+    ArtifactStore,
+    Entry,
+    artifact_name,
+    encode_pictures,
+    surplus,
+)
+
+
+def picture() -> Image.Image:
+    return Image.frombytes("RGB", (16, 8), bytes(range(256)) + bytes(128))
+
+
+@pytest.mark.parametrize("output_format", CONTENT_TYPES)
+def test_one_picture_always_gives_the_same_bytes(output_format: str) -> None:
+    again = picture()
+    again.info["Software"] = "somebody"
+    assert encode_pictures([picture()], output_format) == encode_pictures([again], output_format)
+
+
+def test_png_is_exact() -> None:
+    decoded = Image.open(io.BytesIO(encode_pictures([picture()], "png")))
+    assert decoded.format == "PNG"
+    assert decoded.tobytes() == picture().tobytes()
+
+
+def test_jpeg_takes_a_picture_with_transparency() -> None:
+    assert encode_pictures([picture().convert("RGBA")], "jpeg").startswith(b"\xff\xd8")
+
+
+def test_an_unknown_format_is_named() -> None:
+    with pytest.raises(ArtifactError, match="gif"):
+        encode_pictures([picture()], "gif")
+
+
+def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path / "artifacts")
+    artifact = store.save("req-1/0", "png", b"bytes")
+    assert (artifact.name, artifact.content_type, artifact.nbytes) == ("req-1_0.png", "image/png", 5)
+    assert store.read(artifact.name) == b"bytes"
+    assert [p.name for p in store.folder.iterdir()] == ["req-1_0.png"]
+    assert store.path(artifact.name).stat().st_mode & 0o777 == 0o600
+
+
+def test_saving_again_replaces(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    store.save("r/0", "png", b"old")
+    assert store.read(store.save("r/0", "png", b"new").name) == b"new"
+
+
+@pytest.mark.parametrize("unit_id", ["", "r", "../x/0", "r/../0", "r/0/1", "r/x", "a b/0", "r/0\n", "é/0", "/0"])
+def test_only_validated_ids_make_names(unit_id: str) -> None:
+    with pytest.raises(ArtifactError):
+        artifact_name(unit_id, "png")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "..", "../journal.sqlite", "r_0.png/..", "/etc/passwd", "r.png", ".r_0.png.1.tmp", "r_0.png\0"],
+)
+def test_only_artifact_names_can_be_read(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ArtifactError):
+        ArtifactStore(tmp_path).read(name)
+
+
+ids = st.builds("{}/{}".format, st.text("ab_-1", min_size=1, max_size=4), st.integers(0, 120))
+
+
+@given(ids, ids)
+def test_distinct_units_never_share_a_name(one: str, other: str) -> None:
+    assert (artifact_name(one, "png") == artifact_name(other, "png")) == (one == other)
+
+
+def test_one_that_was_never_written_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactMissing, match="artifact r_0"):
+        ArtifactStore(tmp_path).read("r_0.png")
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ArtifactStore(tmp_path)
+    store.save("r/0", "png", b"old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        store.save("r/0", "png", b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["r_0.png"]
+    assert store.read("r_0.png") == b"old"
+
+
+entries = st.lists(
+    st.builds(Entry, st.text("abc", min_size=1, max_size=3), st.floats(0, 100)), unique_by=lambda e: e.name
+)
+
+
+@given(entries, st.floats(0, 100), st.integers(0, 5))
+def test_surplus_keeps_the_newest(found: list[Entry], max_age_s: float, max_count: int) -> None:
+    gone = set(surplus(found, now=100.0, max_age_s=max_age_s, max_count=max_count))
+    kept = [e for e in found if e.name not in gone]
+    assert len(kept) <= max_count
+    assert all(100.0 - e.modified_at <= max_age_s for e in kept)
+    young = [e for e in found if 100.0 - e.modified_at <= max_age_s]
+    if len(kept) < max_count:
+        assert len(kept) == len(young)
+    elif kept:
+        oldest_kept = min(e.modified_at for e in kept)
+        assert all(e.modified_at <= oldest_kept for e in young if e.name in gone)
+
+
+def test_prune_removes_the_old_and_what_dead_writers_left(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    for k in range(4):
+        store.save(f"r/{k}", "png", b"x")
+        os.utime(tmp_path / f"r_{k}.png", (1000.0 + k, 1000.0 + k))
+    for name, at in ((".r_9.png.1-0.tmp", 0.0), (".r_9.png.2-0.tmp", 4000.0)):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (at, at))
+    (tmp_path / "notes.txt").write_text("somebody else's")
+    assert store.prune(now=4001.0, max_age_s=3000.0, max_count=2) == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".r_9.png.2-0.tmp",
+        "notes.txt",
+        "r_2.png",
+        "r_3.png",
+    ]
+
+
+def test_there_is_nothing_to_prune_before_the_first_artifact(tmp_path: Path) -> None:
+    assert ArtifactStore(tmp_path / "none").prune(now=0.0, max_age_s=1.0, max_count=1) == 0

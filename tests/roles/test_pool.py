@@ -1,0 +1,371 @@
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from actors import Actor, StartFailure
+from bus import Refused, RemoteFailure
+from engines.checksum import checksum
+from roles import pool as pool_module
+from roles.messages.pool import (
+    LeaseQuery,
+    LeaseReport,
+    LeaseSlot,
+    PoolDescription,
+    PoolFull,
+    PoolQuery,
+    PullSlot,
+    ReleaseSlots,
+    SealSlot,
+    SlotLeased,
+    SlotPulled,
+    SlotSealed,
+    SlotsReleased,
+)
+from roles.messages.work import LeaseRef, Work
+from roles.pool import BufferPool, build, zones
+from roles.pool_client import FAULTS
+
+W = Work("r/0", 1)
+SLOT = 1 << 16
+CAPACITY = 4 << 20
+
+
+class Role(Actor):
+    """An owner of slots, at the address of a role instance."""
+
+
+class Client(Actor):
+    """Asks pools on behalf of a test."""
+
+    def __init__(self) -> None:
+        super().__init__("test")
+
+    async def lease(self, pool: str = "pool", **changes: Any) -> LeaseRef:
+        fields: dict[str, Any] = {
+            "work": W, "owner": "encoder-0", "owner_generation": 1, "nbytes": SLOT, **changes,
+        }  # fmt: skip
+        answer = await self.reference(pool).ask(LeaseSlot(**fields), SlotLeased, PoolFull, timeout_s=5)
+        assert isinstance(answer, SlotLeased), answer
+        return answer.lease
+
+    async def seal(self, lease: LeaseRef, value: int = 7) -> None:
+        await self.reference(lease.pool).ask(SealSlot(lease, value, lease.nbytes), SlotSealed, timeout_s=5)
+
+    async def release(self, *leases: LeaseRef) -> int:
+        answer = await self.reference(leases[0].pool).ask(ReleaseSlots(leases), SlotsReleased, timeout_s=5)
+        return answer.count
+
+    async def report(self, pool: str = "pool") -> LeaseReport:
+        return await self.reference(pool).ask(LeaseQuery(), LeaseReport, timeout_s=5)
+
+    async def describe(self, pool: str = "pool") -> PoolDescription:
+        found = await self.reference(pool).ask(PoolQuery(), PoolDescription, timeout_s=5)
+        assert found.free + found.leased == found.capacity
+        return found
+
+    async def pull(self, source: LeaseRef, target: LeaseRef, nbytes: int = SLOT, timeout_s: float = 5) -> SlotPulled:
+        message = PullSlot(source, target, nbytes, timeout_s)
+        return await self.reference(target.pool).ask(message, SlotPulled, timeout_s=timeout_s + 10)
+
+    async def until(self, condition: Any, pool: str = "pool") -> LeaseReport:
+        """Ask until the report fits; the test's own time limit ends it otherwise."""
+        while True:
+            report = await self.report(pool)
+            if condition(report):
+                return report
+
+
+def test_a_slot_is_leased_sealed_and_released(run: Any, place: Any, house: Any) -> None:
+    async def body() -> None:
+        async with house(place()) as h:
+            await h.component("pool", build, generation=9)
+            await h.start(client := Client())
+            before = await client.describe()
+            assert (before.capacity, before.leased, before.generation) == (CAPACITY, 0, 9)
+            lease = await client.lease()
+            assert (lease.pool, lease.pool_generation, lease.nbytes) == ("pool", 9, SLOT)
+            assert (await client.describe()).leased == SLOT
+            await client.seal(lease)
+            await client.seal(lease)
+            view = (await client.report()).leases[0]
+            assert (view.lease, view.state, view.owner, view.work) == (lease, "sealed", "encoder-0", W)
+            assert await client.release(lease) == 1
+            assert await client.release(lease) == 0
+            assert (await client.describe()).free == CAPACITY
+
+    run(body())
+
+
+def test_asking_again_before_the_seal_gives_the_same_slot(run: Any, place: Any, house: Any) -> None:
+    async def body() -> None:
+        async with house(place()) as h:
+            await h.component("pool", build)
+            await h.start(client := Client())
+            first = await client.lease()
+            assert await client.lease() == first
+            assert await client.lease(work=Work("r/0", 2)) != first
+            assert await client.lease(incoming=True) != first
+            await client.seal(first)
+            assert await client.lease() != first
+
+    run(body())
+
+
+def test_a_full_pool_says_whether_it_will_ever_do(run: Any, place: Any, house: Any) -> None:
+    async def body() -> None:
+        async with house(place()) as h:
+            await h.component("pool", build)
+            await h.start(client := Client())
+
+            async def full(**changes: Any) -> PoolFull:
+                fields = {"work": W, "owner": "denoiser-0", "owner_generation": 1, **changes}
+                return await client.reference("pool").ask(LeaseSlot(**fields), PoolFull, timeout_s=5)
+
+            never = await full(nbytes=CAPACITY + 1)
+            assert never.needed > never.capacity
+            beyond_its_zone = await full(nbytes=CAPACITY, owner="encoder-0")
+            assert beyond_its_zone.needed > beyond_its_zone.capacity
+            lease = await client.lease(owner="denoiser-0", nbytes=CAPACITY)
+            not_now = await full(nbytes=SLOT, work=Work("r/1", 1))
+            assert (not_now.free, not_now.needed, not_now.capacity) == (0, SLOT, CAPACITY)
+            await client.release(lease)
+            assert (await client.describe()).free == CAPACITY
+
+    run(body())
+
+
+def test_what_is_refused_changes_nothing(run: Any, place: Any, house: Any) -> None:
+    async def body() -> None:
+        async with house(place()) as h:
+            await h.component("pool", build, generation=9)
+            await h.start(client := Client())
+            lease = await client.lease()
+            before = await client.report()
+            stale = LeaseRef("pool", 8, lease.lease_id, lease.offset, lease.nbytes)
+            unknown = LeaseRef("pool", 9, lease.lease_id + 1, lease.offset, lease.nbytes)
+            elsewhere = LeaseRef("pool", 9, lease.lease_id, lease.offset + 4096, lease.nbytes)
+            for wrong, code in ((stale, "stale_pool"), (unknown, "unknown_lease"), (elsewhere, "unknown_lease")):
+                with pytest.raises(RemoteFailure) as refusal:
+                    await client.seal(wrong)
+                assert refusal.value.code == code
+                assert await client.release(wrong) == 0
+            with pytest.raises(RemoteFailure, match="too_large"):
+                await client.reference("pool").ask(SealSlot(lease, 1, SLOT + 1), SlotSealed, timeout_s=5)
+            with pytest.raises(RemoteFailure, match="unknown_owner"):
+                await client.lease(owner="nobody")
+            assert await client.report() == before
+            await client.seal(lease, 7)
+            with pytest.raises(RemoteFailure, match="wrong_state"):
+                await client.seal(lease, 8)
+            await client.describe()
+
+    run(body())
+
+
+def test_what_a_dead_owner_was_writing_comes_back(
+    run: Any, place: Any, house: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "PEER_ANSWER_S", 0.1)
+
+    async def body() -> None:
+        async with house(place()) as h:
+            await h.component("pool", build)
+            await h.start(client := Client())
+            await h.start(Role("encoder-0"), generation=5)
+            await h.start(Role("encoder-1"), generation=5)
+            sealed = await client.lease(owner_generation=5)
+            await client.seal(sealed)
+            await client.lease(owner_generation=5, work=Work("r/1", 1))
+            others = await client.lease(owner="encoder-1", owner_generation=5)
+            assert len((await client.report()).leases) == 3
+            await h.kill("encoder-0")
+            report = await client.until(lambda r: len(r.leases) == 2)
+            assert {view.lease for view in report.leases} == {sealed, others}
+            await client.describe()
+
+    run(body())
+
+
+def test_a_newer_incarnation_takes_the_place_of_an_older_one(run: Any, place: Any, house: Any) -> None:
+    async def body() -> None:
+        async with house(place()) as h:
+            await h.component("pool", build)
+            await h.start(client := Client())
+            await client.lease(owner_generation=5)
+            newer = await client.lease(owner_generation=6)
+            assert [view.lease for view in (await client.report()).leases] == [newer]
+            with pytest.raises(RemoteFailure, match="stale_owner"):
+                await client.lease(owner_generation=5)
+
+    run(body())
+
+
+def test_a_pool_that_cannot_be_had_says_so(run: Any, place: Any, house: Any) -> None:
+    async def body() -> None:
+        async with house(place(pool_size="4000TiB")) as h:
+            with pytest.raises(StartFailure, match="4000TiB"):
+                await h.component("pool", build)
+
+    run(body())
+
+
+def test_half_of_a_pool_is_kept_for_who_empties_it() -> None:
+    assert zones(100, shared=True) == {"encoder": 50}
+    assert zones(100, shared=False) == {"incoming": 50}
+
+
+class Two:
+    """Two pools that do not share memory, and bytes at rest in the first."""
+
+    def __init__(self, h: Any) -> None:
+        self.h = h
+        self.client = Client()
+
+    async def start(self) -> LeaseRef:
+        await self.h.start(self.client)
+        self.pools = [
+            BufferPool(self.h.topology.component(n), self.h.topology) for n in ("pool-encoder", "pool-denoiser")
+        ]
+        for pool in self.pools:
+            await self.h.start(pool, generation=3, kind="pool")
+        source = await self.client.lease("pool-encoder")
+        self.memory("pool-encoder", source)[:] = b"\x5a" * SLOT
+        await self.client.seal(source)
+        return source
+
+    async def target(self) -> LeaseRef:
+        return await self.client.lease("pool-denoiser", owner="denoiser-0", incoming=True)
+
+    def memory(self, pool: str, lease: LeaseRef) -> memoryview:
+        found = next(p for p in self.pools if p.name == pool)
+        return found._store.arena.view(lease.offset, lease.nbytes)
+
+
+@pytest.fixture
+def apart(place: Any) -> Any:
+    """A topology with a pool for each kind, whose bytes are copied from one to the other."""
+    return place(engine="mooncake", backend="shm")
+
+
+def test_bytes_travel_from_pool_to_pool(run: Any, apart: Any, house: Any) -> None:
+    async def body() -> None:
+        async with house(apart) as h:
+            two = Two(h)
+            source = await two.start()
+            target = await two.target()
+            assert (await two.client.pull(source, target)).seconds >= 0
+            assert checksum(two.memory("pool-denoiser", target)) == checksum(b"\x5a" * SLOT)
+            with pytest.raises(RemoteFailure, match="wrong_state"):
+                await two.client.pull(source, target, nbytes=2 * SLOT)
+            assert await two.client.release(target) == 1
+            assert (await two.client.describe("pool-denoiser")).leased == 0
+
+    run(body())
+
+
+def test_a_source_of_another_generation_is_gone(run: Any, apart: Any, house: Any) -> None:
+    async def body() -> None:
+        async with house(apart) as h:
+            two = Two(h)
+            source = await two.start()
+            target = await two.target()
+            await h.kill("pool-encoder")
+            await h.component("pool-encoder", build, generation=4)
+            with pytest.raises(RemoteFailure) as refusal:
+                await two.client.pull(source, target)
+            assert refusal.value.code == "source_gone"
+            assert await two.client.release(target) == 1
+
+    run(body())
+
+
+def test_a_source_that_does_not_answer_is_not_read_from(
+    run: Any, apart: Any, house: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "PEER_ANSWER_S", 0.1)
+
+    async def body() -> None:
+        async with house(apart) as h:
+            two = Two(h)
+            source = await two.start()
+            target = await two.target()
+            await h.kill("pool-encoder")
+            with pytest.raises(RemoteFailure) as refusal:
+                await two.client.pull(source, target)
+            assert refusal.value.code == "transfer_failed"
+            assert (await two.client.report("pool-denoiser")).leases[0].state == "writing"
+
+    run(body())
+
+
+def test_a_slot_that_is_being_filled_is_not_given_to_others_when_it_is_released(
+    run: Any, apart: Any, house: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FAULTS, "delay:1:0.3")
+    monkeypatch.setattr(pool_module, "SWEEP_S", 0.01)
+
+    async def body() -> None:
+        async with house(apart) as h:
+            two = Two(h)
+            source = await two.start()
+            target = await two.target()
+            pulling = asyncio.ensure_future(two.client.pull(source, target))
+            await two.client.until(lambda _: two.pools[1]._filling, "pool-denoiser")
+            with pytest.raises(RemoteFailure, match="being filled"):
+                await two.client.pull(source, target)
+            assert await two.client.release(target) == 1
+            assert (await two.client.report("pool-denoiser")).leases[0].state == "quarantined"
+            await pulling
+            await two.client.until(lambda r: not r.leases, "pool-denoiser")
+            await two.client.describe("pool-denoiser")
+
+    run(body())
+
+
+def test_a_slot_that_may_still_be_written_to_is_in_quarantine_until_it_is_not(
+    run: Any, apart: Any, house: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FAULTS, "delay:1:0.4")
+    monkeypatch.setattr(pool_module, "QUARANTINE_S", 0.0)
+    monkeypatch.setattr(pool_module, "SWEEP_S", 0.01)
+
+    async def body() -> None:
+        async with house(apart) as h:
+            two = Two(h)
+            source = await two.start()
+            target = await two.target()
+            with pytest.raises(RemoteFailure) as refusal:
+                await two.client.pull(source, target, timeout_s=0.1)
+            assert refusal.value.code == "transfer_failed"
+            assert (await two.client.report("pool-denoiser")).leases[0].state == "quarantined"
+            assert await two.client.release(target) == 0
+            assert (await two.client.describe("pool-denoiser")).leased == SLOT
+            await two.client.until(lambda r: not r.leases, "pool-denoiser")
+            assert (await two.client.describe("pool-denoiser")).free == CAPACITY
+
+    run(body())
+
+
+def test_a_pool_answers_while_it_fetches(run: Any, apart: Any, house: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FAULTS, "delay:1:0.3")
+
+    async def body() -> None:
+        async with house(apart) as h:
+            two = Two(h)
+            source = await two.start()
+            pulling = asyncio.ensure_future(two.client.pull(source, await two.target()))
+            await two.client.until(lambda _: two.pools[1]._filling, "pool-denoiser")
+            await two.client.lease("pool-denoiser", owner="denoiser-0", work=Work("r/1", 1))
+            assert not pulling.done()
+            await pulling
+
+    run(body())
+
+
+def test_refused_is_what_a_pool_says_before_it_is_open(place: Any) -> None:
+    topology = place()
+    with pytest.raises(Refused):
+        _ = BufferPool(topology.component("pool"), topology)._store

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bus import (
+    AskTimeout,
+    BusError,
+    Delivery,
+    Mailbox,
+    MailboxFull,
+    Message,
+    Outbox,
+    RemoteFailure,
+    Unreachable,
+)
+from roles.messages.stages import Acknowledged, StageStarted
+from roles.messages.work import Work
+from roles.reporter import LONGEST_PAUSE_S, MAX_HEAD_FAILURES, Fenced, Reporter, Verdict, pause_s, verdict
+
+Answer = Callable[[Delivery], None]
+Body = Callable[["Head", Reporter], Awaitable[None]]
+
+
+def report(number: int) -> StageStarted:
+    return StageStarted(Work(f"r/{number}", 1), "denoiser-0", "denoiser")
+
+
+def acknowledge(delivery: Delivery) -> None:
+    delivery.reply(Acknowledged())
+
+
+class Head:
+    """A head's mailbox that answers each report as the script says, then acknowledges all."""
+
+    def __init__(self, address: str, *script: Answer) -> None:
+        self.mailbox = Mailbox("head", address, (StageStarted,))
+        self.script = list(script)
+        self.seen: asyncio.Queue[Message] = asyncio.Queue()
+        self.task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Head:
+        await self.mailbox.start()
+        self.task = asyncio.create_task(self.serve())
+        return self
+
+    async def serve(self) -> None:
+        while True:
+            delivery = await self.mailbox.receive()
+            (self.script.pop(0) if self.script else acknowledge)(delivery)
+            await self.seen.put(delivery.message)
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self.task is not None
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+        self.mailbox.close()
+
+    async def saw(self, count: int) -> list[Message]:
+        return [await self.seen.get() for _ in range(count)]
+
+
+class Desk:
+    """A reporter on a real outbox, running."""
+
+    def __init__(self, address: str) -> None:
+        self.outbox = Outbox("denoiser-0", 5)
+        head = self.outbox.reference("head", address)
+        self.reporter = Reporter(lambda message: head.ask(message, Acknowledged, timeout_s=5.0), structlog.get_logger())
+        self.task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Desk:
+        self.task = asyncio.create_task(self.reporter.run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self.task is not None
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+        self.outbox.close()
+
+
+def within(seconds: float, test: Coroutine[Any, Any, None]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(seconds):
+            await test
+
+    asyncio.run(bounded())
+
+
+def fails(code: str) -> Answer:
+    return lambda delivery: delivery.fail(code, "no")
+
+
+def scenario(tmp_path: Path, *script: Answer) -> Callable[[Callable[[Head, Reporter], Awaitable[None]]], None]:
+    """Run a test with a head and a reporter at the two ends of a real wire."""
+    address = f"ipc://{tmp_path}/head"
+
+    async def both(body: Body) -> None:
+        async with Head(address, *script) as head, Desk(address) as desk:
+            await body(head, desk.reporter)
+
+    return lambda body: within(20, both(body))
+
+
+def test_reports_arrive_in_order_and_once(tmp_path: Path) -> None:
+    async def body(head: Head, reporter: Reporter) -> None:
+        reporter.resume()
+        for k in range(50):
+            reporter.add(report(k))
+        await reporter.flushed()
+        assert await head.saw(50) == [report(k) for k in range(50)]
+        assert head.seen.empty()
+
+    scenario(tmp_path)(body)
+
+
+def test_nothing_is_sent_before_the_head_has_welcomed_the_instance(tmp_path: Path) -> None:
+    async def body(head: Head, reporter: Reporter) -> None:
+        reporter.add(report(1))
+        reporter.add(report(2))
+        assert reporter.works == (Work("r/1", 1), Work("r/2", 1))
+        reporter.resume()
+        await reporter.flushed()
+        assert await head.saw(2) == [report(1), report(2)]
+        assert reporter.pending == ()
+
+    scenario(tmp_path)(body)
+
+
+def test_a_report_that_is_not_acknowledged_is_sent_again_before_the_next(tmp_path: Path) -> None:
+    async def body(head: Head, reporter: Reporter) -> None:
+        reporter.resume()
+        reporter.add(report(1))
+        reporter.add(report(2))
+        await reporter.flushed()
+        assert await head.saw(4) == [report(1), report(1), report(1), report(2)]
+        assert reporter.given_up == 0
+
+    scenario(tmp_path, fails("handler_failed"), fails("stopping"))(body)
+
+
+def test_a_report_that_the_head_cannot_read_is_given_up_and_counted(tmp_path: Path) -> None:
+    async def body(head: Head, reporter: Reporter) -> None:
+        reporter.resume()
+        reporter.add(report(1))
+        reporter.add(report(2))
+        await reporter.flushed()
+        assert await head.saw(2) == [report(1), report(2)]
+        assert reporter.given_up == 1
+
+    scenario(tmp_path, fails("invalid_message"))(body)
+
+
+def test_a_report_at_which_the_head_fails_each_time_is_given_up(tmp_path: Path) -> None:
+    async def body(head: Head, reporter: Reporter) -> None:
+        reporter.resume()
+        reporter.add(report(1))
+        await reporter.flushed()
+        await head.saw(MAX_HEAD_FAILURES)
+        assert head.seen.empty()
+        assert reporter.given_up == 1
+
+    scenario(tmp_path, *[fails("handler_failed")] * MAX_HEAD_FAILURES)(body)
+
+
+@pytest.mark.parametrize("code", ["fenced", "stale_generation"])
+def test_an_incarnation_that_was_given_up_ends(tmp_path: Path, code: str) -> None:
+    address = f"ipc://{tmp_path}/head"
+
+    async def body() -> None:
+        async with Head(address, fails(code)), Desk(address) as desk:
+            desk.reporter.resume()
+            desk.reporter.add(report(1))
+            assert desk.task is not None
+            with pytest.raises(Fenced, match="given this incarnation up"):
+                await desk.task
+
+    within(20, body())
+
+
+def test_no_report_is_lost_when_the_head_is_replaced(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/head"
+
+    async def body() -> None:
+        async with Desk(address) as desk:
+            reporter = desk.reporter
+            async with Head(address, acknowledge, lambda _: None) as first:
+                reporter.resume()
+                for k in range(5):
+                    reporter.add(report(k))
+                assert await first.saw(2) == [report(0), report(1)]  # the second is never acknowledged
+            reporter.pause()
+            async with Head(address) as second:
+                reporter.resume()
+                await reporter.flushed()
+                assert await second.saw(4) == [report(k) for k in range(1, 5)]
+
+    within(20, body())
+
+
+@pytest.mark.parametrize(
+    ("error", "failures", "expected"),
+    [
+        (AskTimeout("x"), 0, Verdict.RETRY),
+        (Unreachable("x"), 0, Verdict.RETRY),
+        (MailboxFull("x"), 0, Verdict.RETRY),
+        (RemoteFailure("deadline_exceeded", "x"), 0, Verdict.RETRY),
+        (RemoteFailure("handler_failed", "x"), 1, Verdict.RETRY),
+        (RemoteFailure("handler_failed", "x"), MAX_HEAD_FAILURES, Verdict.DROP),
+        (RemoteFailure("unknown_message", "x"), 0, Verdict.DROP),
+        (RemoteFailure("fenced", "x"), 0, Verdict.FENCED),
+    ],
+)
+def test_verdicts(error: BusError, failures: int, expected: Verdict) -> None:
+    assert verdict(error, failures) is expected
+
+
+@given(st.integers(0, 10_000), st.floats(0, 1))
+def test_pauses_are_bounded(attempt: int, jitter: float) -> None:
+    assert 0 < pause_s(attempt, jitter) <= LONGEST_PAUSE_S

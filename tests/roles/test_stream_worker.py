@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from PIL import Image
+
+from actors import Actor, StartFailure
+from actors.system import Inspect, Inspection
+from engines.panels import Panel
+from roles.devices import is_at_fault, is_device_lost
+from roles.messages.device import (
+    CancelPanel,
+    PanelCancelled,
+    PanelFailed,
+    PanelFinished,
+    PanelStarted,
+    PanelStepped,
+    RunPanel,
+)
+from roles.messages.work import Work
+from roles.stream_worker import StreamWorker
+from roles.workspace import Premises
+
+INPUTS: dict[str, object] = {
+    "prompt": "a red circle", "height": 32, "width": 32, "num_inference_steps": 3, "max_sequence_length": 16,
+}  # fmt: skip
+
+
+def work(number: int) -> Work:
+    return Work(f"r/{number}", 1)
+
+
+class Desk(Actor):
+    """The instance's side of the conversation."""
+
+    def __init__(self, name: str, inbox: Any) -> None:
+        super().__init__(name)
+        self.inbox = inbox
+
+    async def hear(
+        self,
+        message: PanelStarted | PanelStepped | PanelFinished | PanelFailed | PanelCancelled,
+    ) -> None:
+        await self.inbox.put(message)
+
+    def run(self, number: int, panel: Panel) -> None:
+        self.reference(f"{self.name}.stream").tell(RunPanel(work(number), panel.value))
+
+    def stop(self, number: int) -> None:
+        self.reference(f"{self.name}.stream").tell(CancelPanel(work(number)))
+
+
+@pytest.fixture
+def bench(run: Any, place: Any, house: Any, inbox: Any, tiny_model: Path) -> Any:
+    """Run a test with a monolithic instance's stream worker, which has every panel."""
+
+    def start(body: Any) -> None:
+        async def all_of_it() -> None:
+            async with house(place(tiny_model, kind="monolithic")) as h:
+                component = h.topology.component("monolithic-0")
+                desk = Desk("monolithic-0", inbox())
+                worker = StreamWorker(component, h.topology, Premises())
+                await h.start(desk, worker)
+                await body(desk, worker)
+
+        run(all_of_it())
+
+    return start
+
+
+def test_the_panels_make_a_picture_of_each_others_outputs(bench: Any) -> None:
+    async def body(desk: Desk, worker: StreamWorker) -> None:
+        workspace = worker.premises.workspace
+        assert "num_inference_steps" in worker.premises.accepted
+        workspace.begin(work(1), INPUTS, seed=3)
+        for panel in Panel:
+            desk.run(1, panel)
+            assert await desk.inbox.next(PanelStarted) == PanelStarted(work(1), panel.value)
+            finished = await desk.inbox.next(PanelFinished)
+            assert (finished.panel, finished.seconds > 0) == (panel.value, True)
+        steps = [(s.step, s.total_steps) for s in desk.inbox.of(PanelStepped)]
+        assert steps == [(1, 3), (2, 3), (3, 3)]
+        (picture,) = workspace.get(work(1)).values["images"]  # type: ignore[misc]
+        assert isinstance(picture, Image.Image)
+        assert worker.facts()["panels_run"] == 3
+        assert worker.overdue() is None
+
+    bench(body)
+
+
+def test_panels_run_in_the_order_in_which_they_were_told(bench: Any) -> None:
+    async def body(desk: Desk, worker: StreamWorker) -> None:
+        for number in range(4):
+            worker.premises.workspace.begin(work(number), INPUTS)
+            desk.run(number, Panel.ENCODER)
+        finished = [(await desk.inbox.next(PanelFinished)).work for _ in range(4)]
+        assert finished == [work(number) for number in range(4)]
+        kinds = [type(m) for m in desk.inbox.all]
+        assert kinds == [PanelStarted, PanelFinished] * 4
+
+    bench(body)
+
+
+async def encoded(desk: Desk, worker: StreamWorker, number: int, **changes: object) -> None:
+    worker.premises.workspace.begin(work(number), {**INPUTS, **changes})
+    desk.run(number, Panel.ENCODER)
+    await desk.inbox.next(PanelFinished)
+    await desk.inbox.next(PanelStarted)
+
+
+def test_a_denoise_is_stopped_between_two_steps(bench: Any) -> None:
+    async def body(desk: Desk, worker: StreamWorker) -> None:
+        await encoded(desk, worker, 1, num_inference_steps=50)
+        desk.run(1, Panel.DENOISER)
+        await desk.inbox.next(PanelStepped)
+        desk.stop(1)
+        assert await desk.inbox.next(PanelCancelled) == PanelCancelled(work(1))
+        assert len(desk.inbox.of(PanelStepped)) < 50
+        assert "latents" not in worker.premises.workspace.get(work(1)).values or not isinstance(
+            worker.premises.workspace.get(work(1)).values["latents"], torch.Tensor
+        )
+        await encoded(desk, worker, 2)
+        desk.run(2, Panel.DENOISER)
+        assert (await desk.inbox.next(PanelFinished)).work == work(2)
+
+    bench(body)
+
+
+def test_work_in_the_queue_is_stopped_without_running(bench: Any) -> None:
+    async def body(desk: Desk, worker: StreamWorker) -> None:
+        await encoded(desk, worker, 1)
+        for number in (2, 3):
+            worker.premises.workspace.begin(work(number), INPUTS)
+        desk.run(1, Panel.DENOISER)
+        desk.run(2, Panel.ENCODER)
+        desk.run(3, Panel.ENCODER)
+        desk.stop(2)
+        desk.stop(9)
+        assert (await desk.inbox.next(PanelCancelled)).work == work(2)
+        assert (await desk.inbox.next(PanelFinished)).work == work(1)
+        assert (await desk.inbox.next(PanelFinished)).work == work(3)
+        assert work(2) not in [m.work for m in desk.inbox.of(PanelStarted)]
+
+    bench(body)
+
+
+def test_a_panel_that_cannot_be_interrupted_still_ends_as_cancelled(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(desk: Desk, worker: StreamWorker) -> None:
+        pipeline = worker._pipeline
+        assert pipeline is not None
+        go_on, encode = threading.Event(), pipeline.encode
+
+        def held_up(*arguments: Any) -> dict[str, object]:
+            assert go_on.wait(30)
+            return encode(*arguments)
+
+        monkeypatch.setattr(pipeline, "encode", held_up)
+        worker.premises.workspace.begin(work(1), INPUTS)
+        desk.run(1, Panel.ENCODER)
+        await desk.inbox.next(PanelStarted)
+        desk.stop(1)
+        desk.run(2, Panel.ENCODER)  # handled after the stop, so its place in the queue shows that that was handled
+        while not worker.facts()["queued"]:
+            await desk.reference("monolithic-0.stream").ask(Inspect(), Inspection, timeout_s=5)
+        go_on.set()
+        assert (await desk.inbox.next(PanelCancelled)).work == work(1)
+        assert worker.premises.workspace.get(work(1)).values == INPUTS
+
+    bench(body)
+
+
+def test_what_a_pipeline_raises_fails_the_request_and_nothing_else(bench: Any) -> None:
+    async def body(desk: Desk, worker: StreamWorker) -> None:
+        worker.premises.workspace.begin(work(1), {**INPUTS, "no_such_input": 1})
+        desk.run(1, Panel.ENCODER)
+        failed = await desk.inbox.next(PanelFailed)
+        assert failed.error.startswith("InputError: ")
+        assert "no_such_input" in failed.error
+        assert (failed.at_fault, failed.device_lost) == (True, False)
+        desk.run(2, Panel.ENCODER)
+        failed = await desk.inbox.next(PanelFailed)
+        assert failed.error.startswith("NotInWorkspace")
+        assert not failed.at_fault
+        worker.premises.workspace.begin(work(3), INPUTS)
+        desk.run(3, Panel.ENCODER)
+        assert (await desk.inbox.next(PanelFinished)).work == work(3)
+
+    bench(body)
+
+
+def test_after_a_lost_device_nothing_more_is_launched(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(desk: Desk, worker: StreamWorker) -> None:
+        def lost(*_: Any) -> dict[str, object]:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(worker._pipeline, "encode", lost)
+        worker.premises.workspace.begin(work(1), INPUTS)
+        worker.premises.workspace.begin(work(2), INPUTS)
+        desk.run(1, Panel.ENCODER)
+        desk.run(2, Panel.ENCODER)
+        failed = await desk.inbox.next(PanelFailed)
+        assert (failed.work, failed.device_lost, failed.at_fault) == (work(1), True, False)
+        await asyncio.gather(*(t for t in worker._tasks if t.get_name().endswith("panels")))
+        assert [m.work for m in desk.inbox.of(PanelStarted)] == [work(1)]
+
+    bench(body)
+
+
+def test_a_call_that_hangs_is_overdue(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(desk: Desk, worker: StreamWorker) -> None:
+        pipeline = worker._pipeline
+        assert pipeline is not None
+        go_on, encode = threading.Event(), pipeline.encode
+        monkeypatch.setattr(pipeline, "encode", lambda *a: go_on.wait(30) and encode(*a))
+        worker.premises.workspace.begin(work(1), INPUTS)
+        desk.run(1, Panel.ENCODER)
+        await desk.inbox.next(PanelStarted)
+        assert worker.overdue() is None
+        worker._bound_s = 0.0
+        assert "a step of r/1#1 (encoder) runs since" in (worker.overdue() or "")
+        go_on.set()
+        await desk.inbox.next(PanelFinished)
+        assert worker.overdue() is None
+
+    bench(body)
+
+
+@pytest.mark.parametrize(
+    ("device", "says"), [("cuda:97", "cuda:97"), ("abacus", "abacus"), ("mps", "mps"), ("cpu", "nowhere")]
+)
+def test_what_can_never_work_is_a_sentence(
+    run: Any, place: Any, house: Any, tiny_model: Path, tmp_path: Path, device: str, says: str
+) -> None:
+    async def body() -> None:
+        model = tiny_model if device != "cpu" else tmp_path / "nowhere"
+        async with house(place(model, kind="monolithic")) as h:
+            component = msgspec.structs.replace(h.topology.component("monolithic-0"), device=device)
+            worker = StreamWorker(component, h.topology, Premises())
+            with pytest.raises(StartFailure, match=says):
+                await h.start(worker)
+
+    run(body())
+
+
+@pytest.mark.parametrize(
+    ("error", "lost", "at_fault"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True, False),
+        (RuntimeError("CUDA error: device-side assert triggered"), True, False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), True, False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False, False),
+        (ValueError("height has to be divisible by 16"), False, True),
+        (TypeError("prompt has to be a string"), False, True),
+        (MemoryError(), False, False),
+    ],
+)
+def test_whose_fault_an_error_is(error: Exception, lost: bool, at_fault: bool) -> None:
+    assert (is_device_lost(error), is_at_fault(error)) == (lost, at_fault)

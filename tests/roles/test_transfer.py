@@ -1,0 +1,433 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from actors import Actor
+from actors.system import Inspect, Inspection
+from bus import BusError
+from roles import pool as pool_module
+from roles import pool_client
+from roles.artifacts import ArtifactError
+from roles.messages.device import (
+    ArtifactSaved,
+    CancelState,
+    LoadState,
+    SaveArtifact,
+    StageState,
+    StateFailed,
+    StateLoaded,
+    StateStaged,
+)
+from roles.messages.pool import LeaseQuery, LeaseReport, LeaseSlot, ReleaseSlots, SlotLeased, SlotsReleased
+from roles.messages.work import LeaseRef, Staged, Work
+from roles.pictures import pictures
+from roles.pool import build
+from roles.pool_client import FAULTS
+from roles.transfer import TransferActor
+from roles.workspace import Premises
+
+W = Work("r/0", 1)
+FAR = 4e9
+VALUES: dict[str, object] = {
+    "prompt_embeds": torch.arange(4096, dtype=torch.float32).reshape(1, 64, 64),
+    "timesteps": torch.tensor([1.0, 0.5], dtype=torch.bfloat16),
+    "height": 64,
+    "output_type": "pil",
+}
+
+
+class Desk(Actor):
+    """The instance's side of the conversation; also asks the pool on behalf of the test."""
+
+    def __init__(self, name: str, inbox: Any) -> None:
+        super().__init__(name)
+        self.inbox = inbox
+
+    async def hear(self, message: StateStaged | StateLoaded | StateFailed | ArtifactSaved) -> None:
+        await self.inbox.put(message)
+
+    def tell(self, message: Any) -> None:
+        self.reference(f"{self.name}.transfer").tell(message)
+
+    async def leases(self, pool: str) -> LeaseReport:
+        return await self.reference(pool).ask(LeaseQuery(), LeaseReport, timeout_s=5)
+
+    async def lease(self, pool: str, nbytes: int, *, incoming: bool = False, work: Work = W) -> LeaseRef:
+        message = LeaseSlot(work, self.name, self.generation, nbytes, incoming)
+        return (await self.reference(pool).ask(message, SlotLeased, timeout_s=5)).lease
+
+    async def release(self, lease: LeaseRef) -> None:
+        await self.reference(lease.pool).ask(ReleaseSlots((lease,)), SlotsReleased, timeout_s=5)
+
+    async def until(self, pool: str, count: int) -> None:
+        while len((await self.leases(pool)).leases) != count:
+            pass
+
+    async def until_busy(self, transfers: int) -> None:
+        reference = self.reference(f"{self.name}.transfer")
+        while True:
+            found = await reference.ask(Inspect(), Inspection, timeout_s=5)
+            if found.actors[-1].facts["transfers"] == transfers:
+                return
+
+
+class Room:
+    """One transfer actor, its workspace and its instance's desk."""
+
+    def __init__(self, h: Any, name: str, inbox: Any) -> None:
+        self.h = h
+        self.desk = Desk(name, inbox())
+        self.premises = Premises()
+        self.transfer = TransferActor(h.topology.component(name), h.topology, self.premises)
+
+    async def start(self) -> Room:
+        await self.h.start(self.desk, self.transfer)
+        return self
+
+    def begin(self, work: Work = W, **values: object) -> None:
+        self.premises.workspace.begin(work, values or VALUES)
+
+    async def stage(self, work: Work = W, deadline: float = FAR) -> Staged:
+        self.desk.tell(StageState(work, deadline))
+        return (await self.desk.inbox.next(StateStaged)).staged
+
+    async def fails(self, message: Any) -> StateFailed:
+        self.desk.tell(message)
+        return await self.desk.inbox.next(StateFailed)
+
+    def values(self, work: Work = W) -> dict[str, object]:
+        return self.premises.workspace.get(work).values
+
+
+@pytest.fixture
+def rooms(run: Any, place: Any, house: Any, inbox: Any) -> Any:
+    """Run a test with a pool, and transfer actors by name on demand: `room("encoder-0")`."""
+
+    def start(body: Any, pools: tuple[str, ...] = ("pool",), **options: Any) -> None:
+        async def all_of_it() -> None:
+            async with house(place(**options)) as h:
+                for pool in pools:
+                    await h.component(pool, build, generation=3)
+
+                async def room(name: str) -> Room:
+                    return await Room(h, name, inbox).start()
+
+                await body(h, room)
+
+        run(all_of_it())
+
+    return start
+
+
+def same(one: dict[str, object], other: dict[str, object]) -> bool:
+    def equal(a: object, b: object) -> bool:
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            return a.dtype == b.dtype and torch.equal(a, b)
+        return a == b
+
+    return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
+
+
+def test_what_one_role_stages_another_loads_from_the_same_memory(rooms: Any) -> None:
+    async def body(h: Any, room: Any) -> None:
+        encoder, denoiser = await room("encoder-0"), await room("denoiser-0")
+        encoder.begin()
+        staged = await encoder.stage()
+        (view,) = (await encoder.desk.leases("pool")).leases
+        assert (view.lease, view.state, view.owner, view.work) == (staged.lease, "sealed", "encoder-0", W)
+        denoiser.begin(W)
+        denoiser.premises.workspace.begin(W)
+        denoiser.desk.tell(LoadState(W, staged, None, FAR))
+        assert (await denoiser.desk.inbox.next(StateLoaded)).work == W
+        assert same(denoiser.values(), VALUES)
+        assert len((await encoder.desk.leases("pool")).leases) == 1
+
+    rooms(body)
+
+
+def test_a_full_pool_is_waited_for(rooms: Any) -> None:
+    async def body(h: Any, room: Any) -> None:
+        encoder = await room("encoder-0")
+        occupied = await encoder.desk.lease("pool", 1 << 20, work=Work("x/0", 1))
+        encoder.begin()
+        encoder.desk.tell(StageState(W, FAR))
+        await encoder.desk.until_busy(1)
+        await encoder.desk.release(occupied)
+        assert (await encoder.desk.inbox.next(StateStaged)).work == W
+
+    rooms(body, pool_size="2MiB")
+
+
+def test_waiting_for_room_ends_with_the_deadline_or_when_it_is_stopped(rooms: Any) -> None:
+    async def body(h: Any, room: Any) -> None:
+        encoder = await room("encoder-0")
+        await encoder.desk.lease("pool", 1 << 20, work=Work("x/0", 1))
+        encoder.begin()
+        late = await encoder.fails(StageState(W, time.time() + 0.1))
+        assert "has no slot of" in late.reason
+        assert (late.source_gone, late.retryable) == (False, True)
+        encoder.desk.tell(StageState(W, FAR))
+        await encoder.desk.until_busy(1)
+        stopped = await encoder.fails(CancelState(W))
+        assert stopped.reason == "cancelled"
+        await encoder.desk.until_busy(0)
+        encoder.desk.tell(CancelState(W))
+        await encoder.desk.until("pool", 1)
+
+    rooms(body, pool_size="2MiB")
+
+
+def test_what_can_never_be_staged_is_no_use_to_try_again(rooms: Any) -> None:
+    async def body(h: Any, room: Any) -> None:
+        encoder = await room("encoder-0")
+        encoder.begin(latents=torch.zeros(1 << 20))
+        too_big = await encoder.fails(StageState(W, FAR))
+        assert "raise [transfer] pool_size" in too_big.reason
+        assert not too_big.retryable
+        encoder.begin(callback=print)
+        odd = await encoder.fails(StageState(W, FAR))
+        assert "callback" in odd.reason
+        assert not odd.retryable
+        await encoder.desk.until("pool", 0)
+
+    rooms(body, pool_size="4MiB")
+
+
+def test_damaged_bytes_are_never_loaded(rooms: Any) -> None:
+    async def body(h: Any, room: Any) -> None:
+        encoder, decoder = await room("denoiser-0"), await room("decoder-0")
+        encoder.begin()
+        staged = await encoder.stage()
+        slot = await encoder.transfer._mapped.slot(staged.lease, staged.nbytes)
+        slot[100] ^= 1
+        decoder.begin(W, untouched=True)
+        failed = await decoder.fails(LoadState(W, staged, None, FAR))
+        assert "damaged" in failed.reason
+        assert failed.source_gone
+        assert decoder.values() == {"untouched": True}
+
+    rooms(body)
+
+
+def test_a_drill_damages_what_is_mapped_too(rooms: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FAULTS, "flip:1")
+
+    async def body(h: Any, room: Any) -> None:
+        encoder = await room("encoder-0")
+        encoder.begin()
+        staged = await encoder.stage()
+        assert (await encoder.fails(LoadState(W, staged, None, FAR))).source_gone
+
+    rooms(body)
+
+
+def test_a_slot_of_an_earlier_pool_is_gone_and_its_memory_is_not_read(rooms: Any) -> None:
+    async def body(h: Any, room: Any) -> None:
+        encoder = await room("encoder-0")
+        encoder.begin()
+        staged = await encoder.stage()
+        await h.kill("pool")
+        await h.component("pool", build, generation=4)
+        # The old memory is still there, since this very process made it: only the generation tells.
+        newer = LeaseRef("pool", 4, staged.lease.lease_id, staged.lease.offset, staged.lease.nbytes)
+        failed = await encoder.fails(LoadState(W, Staged(newer, *rest(staged)), None, FAR))
+        assert failed.source_gone
+        failed = await encoder.fails(LoadState(W, staged, None, FAR))
+        assert failed.source_gone
+        assert "generation 4" in failed.reason
+        again = await encoder.stage()
+        assert again.lease.pool_generation == 4
+
+    rooms(body)
+
+
+def rest(staged: Staged) -> tuple[bytes, int, int]:
+    return staged.manifest, staged.checksum, staged.nbytes
+
+
+def test_staging_outlives_the_pool(rooms: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_client, "ANSWER_S", 0.2)
+
+    async def body(h: Any, room: Any) -> None:
+        encoder = await room("encoder-0")
+        await h.kill("pool")
+        encoder.begin()
+        encoder.desk.tell(StageState(W, FAR))
+        await encoder.desk.until_busy(1)
+        await h.component("pool", build, generation=4)
+        assert (await encoder.desk.inbox.next(StateStaged)).staged.lease.pool_generation == 4
+        await encoder.desk.until("pool", 1)
+
+    rooms(body)
+
+
+def test_it_waits_for_a_pool_that_starts_later(rooms: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_client, "ANSWER_S", 0.05)
+
+    async def body(h: Any, room: Any) -> None:
+        starting = asyncio.ensure_future(room("encoder-0"))
+        client = Desk("test", None)
+        await h.start(client)
+        found = await client.reference("encoder-0").ask(Inspect(), Inspection, timeout_s=5)
+        assert found.actors[-1].detail == "waiting for pool"
+        await h.component("pool", build, generation=3)
+        encoder = await starting
+        encoder.begin()
+        await encoder.stage()
+
+    rooms(body, pools=())
+
+
+def test_a_slot_whose_answer_was_lost_comes_back(rooms: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(h: Any, room: Any) -> None:
+        encoder = await room("encoder-0")
+        lease = pool_module.BufferPool.lease
+        go_on = asyncio.Event()
+
+        async def slow(self: Any, message: LeaseSlot) -> Any:
+            answer = await lease(self, message)
+            await go_on.wait()
+            return answer
+
+        monkeypatch.setattr(pool_module.BufferPool, "lease", slow)
+        monkeypatch.setattr(pool_client, "ANSWER_S", 0.05)
+        encoder.begin()
+        with pytest.raises(BusError):
+            await encoder.transfer._client.lease(W, 4096)
+        go_on.set()
+        await encoder.desk.until("pool", 1)
+        encoder.transfer._client.settle(W)
+        await encoder.desk.until("pool", 0)
+        encoder.transfer._client.settle(W)
+
+    rooms(body)
+
+
+APART = {"pools": ("pool-encoder", "pool-denoiser"), "engine": "mooncake", "backend": "shm"}
+
+
+def test_what_lies_in_another_pool_is_pulled_into_the_own_one(rooms: Any) -> None:
+    async def body(h: Any, room: Any) -> None:
+        encoder, denoiser = await room("encoder-0"), await room("denoiser-0")
+        encoder.begin()
+        staged = await encoder.stage()
+        target = await denoiser.desk.lease("pool-denoiser", staged.nbytes, incoming=True)
+        denoiser.premises.workspace.begin(W)
+        denoiser.desk.tell(LoadState(W, staged, target, FAR))
+        await denoiser.desk.inbox.next(StateLoaded)
+        assert same(denoiser.values(), VALUES)
+        await denoiser.desk.until("pool-denoiser", 0)
+        await denoiser.desk.until("pool-encoder", 1)
+
+    rooms(body, **APART)
+
+
+def test_a_target_is_given_back_whatever_happens(rooms: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "PEER_ANSWER_S", 0.1)
+
+    async def body(h: Any, room: Any) -> None:
+        encoder, denoiser = await room("encoder-0"), await room("denoiser-0")
+        encoder.begin()
+        staged = await encoder.stage()
+        denoiser.premises.workspace.begin(W)
+        await h.kill("pool-encoder")
+        target = await denoiser.desk.lease("pool-denoiser", staged.nbytes, incoming=True)
+        failed = await denoiser.fails(LoadState(W, staged, target, FAR))
+        assert (failed.source_gone, failed.retryable) == (False, True)
+        await denoiser.desk.until("pool-denoiser", 0)
+        await h.component("pool-encoder", build, generation=4)
+        target = await denoiser.desk.lease("pool-denoiser", staged.nbytes, incoming=True)
+        assert (await denoiser.fails(LoadState(W, staged, target, FAR))).source_gone
+        await denoiser.desk.until("pool-denoiser", 0)
+        failed = await denoiser.fails(LoadState(W, staged, None, FAR))
+        assert "has no slot for it" in failed.reason
+
+    rooms(body, **APART)
+
+
+@pytest.mark.parametrize(("faults", "gone"), [("flip:1", True), ("short:1", True)])
+def test_bytes_that_arrive_damaged_are_fetched_again_before_the_source_is_blamed(
+    rooms: Any, monkeypatch: pytest.MonkeyPatch, faults: str, gone: bool
+) -> None:
+    monkeypatch.setenv(FAULTS, faults)
+
+    async def body(h: Any, room: Any) -> None:
+        encoder, denoiser = await room("encoder-0"), await room("denoiser-0")
+        encoder.begin()
+        staged = await encoder.stage()
+        target = await denoiser.desk.lease("pool-denoiser", staged.nbytes, incoming=True)
+        denoiser.premises.workspace.begin(W)
+        failed = await denoiser.fails(LoadState(W, staged, target, FAR))
+        assert failed.source_gone is gone
+        backend = h.actors["pool-denoiser"]._store.backend
+        assert max(backend.injected.values()) == 2
+        await denoiser.desk.until("pool-denoiser", 0)
+
+    rooms(body, **APART)
+
+
+def test_a_picture_becomes_an_artifact(rooms: Any) -> None:
+    async def body(h: Any, room: Any) -> None:
+        decoder = await room("decoder-0")
+        picture = Image.new("RGB", (8, 8), (200, 10, 10))
+        decoder.begin(W, images=[picture])
+        decoder.desk.tell(SaveArtifact(W, "png"))
+        artifact = (await decoder.desk.inbox.next(ArtifactSaved)).artifact
+        assert (artifact.name, artifact.content_type) == ("r_0.png", "image/png")
+        path = h.topology.state_dir / "artifacts" / "r_0.png"
+        assert path.stat().st_size == artifact.nbytes
+        assert Image.open(path).tobytes() == picture.tobytes()
+        decoder.begin(W, latents=torch.zeros(1))
+        assert not (await decoder.fails(SaveArtifact(W, "png"))).retryable
+        decoder.begin(W, images=[picture])
+        assert "gif" in (await decoder.fails(SaveArtifact(W, "gif"))).reason
+
+    rooms(body)
+
+
+def test_a_full_disk_fails_the_picture_and_not_the_process(rooms: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    async def body(h: Any, room: Any) -> None:
+        decoder = await room("decoder-0")
+        decoder.begin(W, images=[Image.new("RGB", (8, 8))])
+        monkeypatch.setattr(decoder.transfer.store, "save", full)
+        failed = await decoder.fails(SaveArtifact(W, "png"))
+        assert "No space left" in failed.reason
+        assert failed.retryable
+
+    rooms(body)
+
+
+def test_a_video_is_its_frames(tmp_path: Path) -> None:
+    video = np.linspace(0, 1, 3 * 4 * 4 * 3, dtype=np.float32).reshape(1, 3, 4, 4, 3)
+    frames = pictures({"videos": video, "audio": None})
+    assert [frame.size for frame in frames] == [(4, 4)] * 3
+    assert frames[0].getpixel((0, 0)) == (0, 2, 4)
+    assert frames[2].getpixel((3, 3)) == (251, 253, 255)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"images": []},
+        {"images": [Image.new("RGB", (1, 1))] * 2},
+        {"images": torch.zeros(1)},
+        {"images": [Image.new("RGB", (1, 1))], "videos": np.zeros((1, 1, 1, 1, 3))},
+        {"videos": np.zeros((2, 1, 1, 1, 3))},
+        {"videos": np.zeros((1, 1, 1, 1, 3)), "audio": np.zeros(3)},
+    ],
+)
+def test_what_is_not_one_picture_or_one_video_is_refused(values: dict[str, object]) -> None:
+    with pytest.raises(ArtifactError):
+        pictures(values)

@@ -1,0 +1,237 @@
+"""Hops of tensors between two pools, against the copies that no hop can do without.
+
+Shared memory is measured against two plain copies, Mooncake against its own blocking read as its documentation uses it.
+Both sides of a case take turns, in processes of their own where bytes travel; a value is the median of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from statistics import median
+from typing import Any, TextIO, cast
+
+from tools.bench.report import compare
+
+SIZES = {"4 KiB": 4 << 10, "1 MiB": 1 << 20, "64 MiB": 64 << 20}
+ARENA = 128 << 20
+TIMEOUT_S = 60.0
+REPETITIONS = 5
+
+Timed = Callable[[], float]
+
+
+def run(rounds: int) -> Iterable[dict[str, object]]:
+    """Measure all cases, `rounds` times each, and yield a row for each of them; times in ms, ratio = peer / ours."""
+    yield from _shm(rounds)
+    yield from _mooncake(rounds)
+
+
+def _row(case: str, peer: str, ours: list[float], theirs: list[float]) -> dict[str, object]:
+    return compare("transfer", case, "ms", ours=ours, peer=peer, peer_values=theirs, higher_is_better=False)
+
+
+def _interleaved(rounds: int, *sides: Timed) -> list[list[float]]:
+    """Run the sides in turn; milliseconds, the median of a few repetitions for each side and round."""
+    taken: list[list[float]] = [[] for _ in sides]
+    for number in range(rounds + 1):
+        for side, times in zip(sides, taken, strict=True):
+            value = median(side() for _ in range(REPETITIONS)) * 1e3
+            # The first round warms up.
+            if number:
+                times.append(value)
+    return taken
+
+
+def _shm(rounds: int) -> Iterator[dict[str, object]]:
+    # New memory comes in pages of 2 MiB then, for both sides; by 4 KiB it costs more than all copies together.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    import torch
+
+    # One thread each, so that a copy is a copy on both sides.
+    torch.set_num_threads(1)
+    with asyncio.Runner() as runner:
+        for label, nbytes in SIZES.items():
+            hop = _ShmHop(nbytes, runner)
+            ours, warm, fresh = _interleaved(rounds, hop.ours, hop.two_copies, hop.two_copies_into_new_memory)
+            yield _row(f"shm hop {label}", "two memcpys, the second into new memory", ours, fresh)
+            yield _row(f"shm hop {label}", "two memcpys between warm buffers", ours, warm)
+            hop.close()
+
+
+class _ShmHop:
+    """Stage on one stream, map, verify and load on another; the slot is mapped twice, as it is by two roles."""
+
+    def __init__(self, nbytes: int, runner: asyncio.Runner) -> None:
+        import torch
+
+        from engines.arena import Arena
+        from engines.streams import DeviceStream
+
+        self.nbytes = nbytes
+        self.runner = runner
+        self.arena = Arena.create(ARENA)
+        self.mapped = Arena.attach(self.arena.address)
+        cpu = torch.device("cpu")
+        self.sender, self.receiver = DeviceStream(cpu, "sender"), DeviceStream(cpu, "receiver")
+        self.source = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
+        self.warm = torch.zeros_like(self.source)
+
+    def ours(self) -> float:
+        return self.runner.run(self._hop())
+
+    async def _hop(self) -> float:
+        from engines.codec import pack
+
+        start = time.perf_counter()
+        packed = pack({"latents": self.source})
+        checksum = await self.sender.stage(packed, self.arena.tensor(0, packed.nbytes))
+        loaded = await self.receiver.load(packed.manifest, self.mapped.tensor(0, packed.nbytes), checksum)
+        self.receiver.adopt(loaded)
+        return time.perf_counter() - start
+
+    def two_copies(self) -> float:
+        start = time.perf_counter()
+        ctypes.memmove(self.arena.base, self.source.data_ptr(), self.nbytes)
+        ctypes.memmove(self.warm.data_ptr(), self.mapped.base, self.nbytes)
+        return time.perf_counter() - start
+
+    def two_copies_into_new_memory(self) -> float:
+        import torch
+
+        start = time.perf_counter()
+        ctypes.memmove(self.arena.base, self.source.data_ptr(), self.nbytes)
+        fresh = torch.empty_like(self.source)
+        ctypes.memmove(fresh.data_ptr(), self.mapped.base, self.nbytes)
+        return time.perf_counter() - start
+
+    def close(self) -> None:
+        for stream in (self.sender, self.receiver):
+            stream.close()
+        self.mapped.close()
+        self.arena.close()
+
+
+def _mooncake(rounds: int) -> Iterator[dict[str, object]]:
+    from engines.transfer.mooncake_setup import environment
+
+    settings = environment("tcp", {})
+    plain = {"MC_FORCE_TCP": "1", "MC_LOG_LEVEL": "ERROR"}
+    with _pair("ours", settings) as ours, _pair("raw", settings) as same, _pair("raw", plain) as raw:
+        for label, nbytes in SIZES.items():
+            sides = [partial(pair, nbytes) for pair in (ours, same, raw)]
+            mine, with_ours, with_defaults = _interleaved(rounds, *sides)
+            yield _row(f"mooncake pull {label}", "transfer_sync_read with our settings", mine, with_ours)
+            yield _row(f"mooncake pull {label}", "transfer_sync_read with its defaults", mine, with_defaults)
+
+
+@contextmanager
+def _pair(kind: str, settings: dict[str, str]) -> Iterator[Callable[[int], float]]:
+    """Start a process that serves an arena and one that pulls from it; calling the result pulls and says how long."""
+    with _process(kind, settings, "serve") as server:
+        session, address = server.readline().split()
+        with _process(kind, settings, "pull", session, address) as client:
+
+            def pull(nbytes: int) -> float:
+                client.write(f"{nbytes}\n")
+                return float(client.readline())
+
+            yield pull
+
+
+class _Process:
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self._in, self._out = cast("TextIO", process.stdin), cast("TextIO", process.stdout)
+
+    def readline(self) -> str:
+        line = self._out.readline()
+        if not line:
+            raise RuntimeError(f"a process of the bench ended with code {self.process.wait()}")
+        return line
+
+    def write(self, text: str) -> None:
+        self._in.write(text)
+        self._in.flush()
+
+
+@contextmanager
+def _process(kind: str, settings: dict[str, str], *arguments: str) -> Iterator[_Process]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("MC_")}
+    command = [sys.executable, "-m", "tools.bench.transfer", kind, *arguments]
+    with subprocess.Popen(  # noqa: S603 - our own command
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ | settings
+    ) as process:
+        try:
+            yield _Process(process)
+        finally:
+            process.kill()
+
+
+def _ours(arguments: argparse.Namespace) -> None:
+    from engines.arena import Arena
+    from engines.transfer import Transfers, open_backend
+
+    arena = Arena.create(ARENA)
+    backend = open_backend("mooncake", arena=arena)
+    if arguments.mode == "serve":
+        _serve(backend.session, backend.base)
+        return
+    transfers = Transfers(backend)
+
+    async def pull(nbytes: int) -> float:
+        start = time.perf_counter()
+        await transfers.pull(arguments.session, arguments.address, 0, nbytes, TIMEOUT_S)
+        return time.perf_counter() - start
+
+    with asyncio.Runner() as runner:
+        for line in sys.stdin:
+            print(runner.run(pull(int(line))), flush=True)
+
+
+def _raw(arguments: argparse.Namespace) -> None:
+    from mooncake.engine import TransferEngine
+
+    from engines.arena import Arena
+
+    arena = Arena.create(ARENA)
+    engine: Any = TransferEngine()
+    if engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") or engine.register_memory(arena.base, ARENA):
+        raise RuntimeError("Mooncake cannot start")
+    if arguments.mode == "serve":
+        _serve(f"127.0.0.1:{engine.get_rpc_port()}", arena.base)
+        return
+    for line in sys.stdin:
+        start = time.perf_counter()
+        code = engine.transfer_sync_read(arguments.session, arena.base, arguments.address, int(line))
+        taken = time.perf_counter() - start
+        if code:
+            raise RuntimeError("Mooncake did not transfer")
+        print(taken, flush=True)
+
+
+def _serve(session: str, base: int) -> None:
+    print(session, base, flush=True)
+    sys.stdin.read()
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description="One process of the mooncake cases.")
+    parser.add_argument("kind", choices=["ours", "raw"])
+    parser.add_argument("mode", choices=["serve", "pull"])
+    parser.add_argument("session", nargs="?", default="")
+    parser.add_argument("address", nargs="?", type=int, default=0)
+    arguments = parser.parse_args()
+    (_ours if arguments.kind == "ours" else _raw)(arguments)
+
+
+if __name__ == "__main__":
+    _main()
