@@ -45,11 +45,7 @@ def make_shadows(pipeline: Any, split: Split, dtype: torch.dtype, device: torch.
         if name in pipeline.component_names or _is_null(split, name):
             continue
         spec = whole.get_component_spec(name)
-        folder = _folder(split, name, spec)
-        try:
-            stand_in = shadow(name, spec.type_hint, folder, dtype, device)
-        except Exception as error:  # Likewise.
-            raise ModelError(f"The configuration of {name} in {folder} cannot be read: {error}") from error
+        stand_in = load_shadow(name, spec, _folder(split, name, spec), dtype, device)
         if stand_in is not None:
             setattr(pipeline, name, stand_in)
 
@@ -70,9 +66,19 @@ def check_geometry(pipeline: Any, split: Split) -> None:
         )
 
 
-def _load(pipeline: Any, split: Split, name: str, dtype: torch.dtype, device: torch.device) -> Any:
-    spec = pipeline.get_component_spec(name)
-    folder = _folder(split, name, spec)
+def load_component(name: str, spec: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load a component, for inference.
+
+    Args:
+        name: What the pipeline calls it.
+        spec: Its `ComponentSpec`.
+        folder: Where its files are.
+        dtype: What weights are converted to.
+        device: Where they are put.
+
+    Raises:
+        ModelError: It is broken, or lacks weights.
+    """
     try:
         component, complete = _read(spec, folder, dtype)
     except Exception as error:  # Whatever a broken folder makes two libraries raise, the user gets one sentence.
@@ -82,6 +88,18 @@ def _load(pipeline: Any, split: Split, name: str, dtype: torch.dtype, device: to
     if not isinstance(component, torch.nn.Module):
         return component
     return component.eval().requires_grad_(False).to(device)
+
+
+def load_shadow(name: str, spec: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> object | None:
+    """Make the stand-in of a component; see `engines.shadows.shadow`.
+
+    Raises:
+        ModelError: Its configuration is broken.
+    """
+    try:
+        return shadow(name, spec.type_hint, folder, dtype, device)
+    except Exception as error:  # Likewise.
+        raise ModelError(f"The configuration of {name} in {folder} cannot be read: {error}") from error
 
 
 def _read(spec: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, bool]:
@@ -97,6 +115,11 @@ def _read(spec: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, bool]:
         return spec.load(local_files_only=True), True
     component = spec.load(**options)
     return component, not any(parameter.is_meta for parameter in component.parameters())
+
+
+def _load(pipeline: Any, split: Split, name: str, dtype: torch.dtype, device: torch.device) -> Any:
+    spec = pipeline.get_component_spec(name)
+    return load_component(name, spec, _folder(split, name, spec), dtype, device)
 
 
 def _folder(split: Split, name: str, spec: Any) -> Path:

@@ -16,7 +16,7 @@ from diffusers.configuration_utils import ConfigMixin
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-_COMPUTE: Final = frozenset({"forward", "encode", "decode", "tiled_decode", "tiled_encode", "generate", "step"})
+COMPUTE: Final = frozenset({"forward", "encode", "decode", "tiled_decode", "tiled_encode", "generate", "step"})
 
 
 class ShadowError(RuntimeError):
@@ -37,7 +37,7 @@ class Shadow:
         self.device = device
 
     def __getattr__(self, attribute: str) -> Any:
-        if attribute in _COMPUTE:
+        if attribute in COMPUTE:
             raise ShadowError(f"`{self._name}.{attribute}` was called where only its configuration is loaded.")
         if attribute.startswith("_"):
             # Also ends the recursion of a copy, which asks for attributes before there are any.

@@ -74,6 +74,17 @@ def pipeline_class(index: Mapping[str, object], model: Path) -> Any:
     Raises:
         ModelError: There is none.
     """
+    found = modular_class(index)
+    if found is None:
+        raise ModelError(
+            f"The model {model} is for {index['_class_name']}, which diffusers {diffusers.__version__} cannot run in"
+            " parts (it has no modular pipeline for it)."
+        )
+    return found
+
+
+def modular_class(index: Mapping[str, object]) -> Any | None:
+    """Find the modular pipeline for an index, if there is one."""
     name = str(index["_class_name"])
     choose = MODULAR_PIPELINE_MAPPING.get(_get_model(name) or "")
     # Half of the families are not in that table, but they are all named alike.
@@ -81,12 +92,7 @@ def pipeline_class(index: Mapping[str, object], model: Path) -> Any:
     stems = (stem, stem.replace("ImageToVideo", "Image2Video"), stem.replace("ImageToVideo", ""))
     names = [choose(index)] if choose else [f"{stem}ModularPipeline" for stem in stems]
     found = next((getattr(diffusers, name) for name in names if hasattr(diffusers, name)), None)
-    if found is None or not found.default_blocks_name:
-        raise ModelError(
-            f"The model {model} is for {name}, which diffusers {diffusers.__version__} cannot run in parts (it has"
-            " no modular pipeline for it)."
-        )
-    return found
+    return found if found is not None and found.default_blocks_name else None
 
 
 def prune(blocks: Any, task: str) -> Any:

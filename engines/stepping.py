@@ -2,7 +2,8 @@
 
 A denoise block runs its whole loop in one call. Here that call runs in a greenlet: a call stack of its own that can
 be left and entered again. The loop's `loop_step` is replaced, on a copy of the block, by one that first goes back to
-whoever called `advance`. Nothing is copied or run twice, so the result is that of an undisturbed run, bit for bit.
+whoever called `advance`; where there are no blocks, a scheduler's `step` does that. Nothing is copied or run twice, so
+the result is that of an undisturbed run, bit for bit.
 """
 
 from __future__ import annotations
@@ -27,10 +28,7 @@ class Denoising:
     """A denoise that has been prepared and runs as it is told to, all of it on the thread of the first `advance`.
 
     Args:
-        block: The denoiser's blocks, `SequentialPipelineBlocks`; used as a copy.
-        components: The pipeline private to this request.
-        state: Its `PipelineState`.
-        finish: Makes the result of the state after the run.
+        work: The whole run, which calls `pause` between any two steps and returns the values for the decoder.
 
     Attributes:
         total_steps: How many steps there are; None before the first, and for families that step by chunks.
@@ -38,20 +36,14 @@ class Denoising:
         cancelled: Whether `cancel` ended it.
     """
 
-    def __init__(self, block: Any, components: Any, state: Any, finish: Callable[[Any], dict[str, object]]) -> None:
+    def __init__(self, work: Callable[[], dict[str, object]]) -> None:
         self.total_steps: int | None = None
         self.step = 0
         self.cancelled = False
-        self._finish = finish
         self._thread: int | None = None
         self._result: dict[str, object] | None = None
         self._over = False
-        block = copy.deepcopy(block)
-        for loop in _loops(block):
-            loop.loop_step = self._stepping(loop.loop_step)
-            # The setting of a pipeline does not reach its inner loops.
-            loop.set_progress_bar_config(disable=True)
-        self._greenlet: Any = greenlet.greenlet(lambda: self._run(block, components, state))
+        self._greenlet: Any = greenlet.greenlet(lambda: self._run(work))
 
     def advance(self) -> bool:
         """Run exactly one step; the first also prepares the loop, the last also ends the block.
@@ -103,29 +95,19 @@ class Denoising:
             raise RuntimeError(f"There is no result: {self.step} of {self.total_steps} steps have been run.")
         return self._result
 
-    def _run(self, block: Any, components: Any, state: Any) -> None:
+    def pause(self) -> None:
+        """Go back to whoever called `advance`, from inside the run.
+
+        Raises:
+            Cancelled: `cancel` was called meanwhile.
+        """
+        greenlet.getcurrent().parent.switch()
+
+    def _run(self, work: Callable[[], dict[str, object]]) -> None:
         try:
-            _, state = block(components, state)
+            self._result = work()
         except Cancelled:
             return
-        self._result = self._finish(state)
-
-    def _stepping(self, loop_step: Callable[..., Any]) -> Callable[..., Any]:
-        before = None
-
-        def paused_step(components: Any, block_state: Any, **position: Any) -> Any:
-            nonlocal before
-            if before is None:
-                before = self.step
-                steps = _count(block_state, position)
-                self.total_steps = None if steps is None else before + steps
-            if self.step:
-                greenlet.getcurrent().parent.switch()
-            result = loop_step(components, block_state, **position)
-            self.step += 1
-            return result
-
-        return paused_step
 
     def _check_thread(self) -> None:
         thread = threading.get_ident()
@@ -137,6 +119,42 @@ class Denoising:
         # One that never ran still holds the copy of the block, the private pipeline and the state.
         self._over = True
         self._greenlet = None
+
+
+class BlockDenoising(Denoising):
+    """A run of the denoiser's blocks.
+
+    Args:
+        block: `SequentialPipelineBlocks`; used as a copy.
+        components: The pipeline private to this request.
+        state: Its `PipelineState`.
+        finish: Makes the result of the state after the run.
+    """
+
+    def __init__(self, block: Any, components: Any, state: Any, finish: Callable[[Any], dict[str, object]]) -> None:
+        block = copy.deepcopy(block)
+        for loop in _loops(block):
+            loop.loop_step = self._stepping(loop.loop_step)
+            # The setting of a pipeline does not reach its inner loops.
+            loop.set_progress_bar_config(disable=True)
+        super().__init__(lambda: finish(block(components, state)[1]))
+
+    def _stepping(self, loop_step: Callable[..., Any]) -> Callable[..., Any]:
+        before = None
+
+        def paused_step(components: Any, block_state: Any, **position: Any) -> Any:
+            nonlocal before
+            if before is None:
+                before = self.step
+                steps = _count(block_state, position)
+                self.total_steps = None if steps is None else before + steps
+            if self.step:
+                self.pause()
+            result = loop_step(components, block_state, **position)
+            self.step += 1
+            return result
+
+        return paused_step
 
 
 def _loops(block: Any) -> Iterator[Any]:

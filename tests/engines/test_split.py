@@ -122,7 +122,7 @@ def test_each_panel_loads_its_own_and_shadows_the_rest(models: Models) -> None:
     assert panels[Panel.DENOISER].components == {"transformer", "scheduler"}
     assert panels[Panel.DECODER].components == {"vae"}
     for panel, pipeline in panels.items():
-        inner = pipeline._pipeline
+        inner = pipeline._parts.pipeline
         assert inner.device == CPU
         weights = {name for name, value in vars(inner).items() if isinstance(value, torch.nn.Module)}
         assert weights == {name for name in pipeline.components if "token" not in name and name != "scheduler"}
@@ -141,7 +141,7 @@ def test_without_shadows_the_picture_has_another_size(models: Models) -> None:
     for remove in (False, True):
         denoiser = load(models("flux"), Panel.DENOISER)
         if remove:
-            del denoiser._pipeline.vae
+            del denoiser._parts.pipeline.vae
         denoising = denoiser.denoise(state)
         denoising.advance()
         latents = denoising.result()["latents"]
@@ -153,7 +153,7 @@ def test_without_shadows_the_picture_has_another_size(models: Models) -> None:
 def test_the_encoder_of_wan_has_its_guider_and_so_has_every_panel(models: Models) -> None:
     for panel in Panel:
         pipeline = load(models("wan"), panel)
-        assert pipeline._pipeline.guider.guidance_scale == 5.0
+        assert pipeline._parts.pipeline.guider.guidance_scale == 5.0
         assert {"guidance_scale", "negative_prompt", "num_frames"} <= pipeline.accepted
 
 
@@ -211,7 +211,7 @@ def test_an_encoder_guides_if_either_it_or_the_request_does(models: Models) -> N
     inputs = {"prompt": "a cat", "negative_prompt": "grey", "max_sequence_length": 8}
     usual = encoder.encode(inputs, 1)["negative_prompt_embeds"]
     unguided = encoder.encode({**inputs, "guidance_scale": 1.0}, 1)["negative_prompt_embeds"]
-    encoder._pipeline.guider = encoder._pipeline.guider.new(guidance_scale=1.0)
+    encoder._parts.pipeline.guider = encoder._parts.pipeline.guider.new(guidance_scale=1.0)
     guided = encoder.encode({**inputs, "guidance_scale": 3.0}, 1)["negative_prompt_embeds"]
     assert isinstance(usual, torch.Tensor)
     assert isinstance(unguided, torch.Tensor)
@@ -221,7 +221,7 @@ def test_an_encoder_guides_if_either_it_or_the_request_does(models: Models) -> N
 
 
 def test_guidance_that_is_switched_off_is_on_for_who_asks(models: Models) -> None:
-    pipeline = load(models("wan"), Panel.DENOISER)._pipeline
+    pipeline = load(models("wan"), Panel.DENOISER)._parts.pipeline
     pipeline.guider = pipeline.guider.new(enabled=False)
     scales = (None, 1.0, 2.0)
     assert [private(pipeline, scale).guider.num_conditions for scale in scales] == [1, 1, 2]
@@ -289,10 +289,12 @@ def test_a_broken_configuration_of_another_panel_is_a_model_error(copied: Path) 
         load(copied, Panel.DENOISER)
 
 
-def test_a_pipeline_that_is_not_modular_is_a_model_error(copied: Path) -> None:
-    edit(copied / "model_index.json", _class_name="PixArtAlphaPipeline")
-    with pytest.raises(ModelError, match=r"PixArtAlphaPipeline, which diffusers .* cannot run in parts"):
+def test_a_pipeline_that_diffusers_does_not_have_is_a_model_error(copied: Path) -> None:
+    edit(copied / "model_index.json", _class_name="WishfulPipeline")
+    with pytest.raises(ModelError, match=r"is for WishfulPipeline, which is not one of diffusers"):
         load(copied, Panel.ENCODER)
+    with pytest.raises(ModelError, match=r"WishfulPipeline, which diffusers .* cannot run in parts"):
+        load_split(copied)
 
 
 def test_an_index_that_leaves_a_needed_component_out_is_a_model_error(copied: Path) -> None:

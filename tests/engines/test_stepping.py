@@ -19,7 +19,7 @@ from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
 
 from engines.panels import Panel
 from engines.pipeline import PanelPipeline
-from engines.stepping import Denoising
+from engines.stepping import BlockDenoising, Denoising
 
 INPUTS: dict[str, dict[str, Any]] = {
     "flux-kl": {"height": 32, "width": 32, "max_sequence_length": 16},
@@ -74,7 +74,7 @@ def test_each_advance_is_one_step(family: str, pipelines: Pipelines) -> None:
 
     denoising = begin(pipeline, family, "a cat", 4, seed=1, guidance_scale=1.0)
     assert (denoising.step, denoising.total_steps) == (0, None)
-    hook = pipeline._pipeline.transformer.register_forward_pre_hook(count)
+    hook = pipeline._parts.pipeline.transformer.register_forward_pre_hook(count)
     seen = []
     for _ in range(4):
         more = denoising.advance()
@@ -145,7 +145,7 @@ class ProbeLoop(LoopSequentialPipelineBlocks):  # type: ignore[misc]
 def probe(**values: object) -> Denoising:
     state = PipelineState(values={"gradients": [], **values})
     block = SequentialPipelineBlocks.from_blocks_dict({"denoise": ProbeLoop()})
-    return Denoising(block, None, state, lambda after: {"gradients": after.get("gradients")})
+    return BlockDenoising(block, None, state, lambda after: {"gradients": after.get("gradients")})
 
 
 def test_gradients_stay_off_whoever_ends_first() -> None:
@@ -168,7 +168,7 @@ def test_a_loop_over_chunks_has_steps_but_no_known_number_of_them() -> None:
 
 def test_two_loops_one_after_the_other_are_counted_together() -> None:
     block = SequentialPipelineBlocks.from_blocks_dict({"coarse": ProbeLoop(), "fine": ProbeLoop()})
-    denoising = Denoising(block, None, PipelineState(values={"gradients": [], "timesteps": [1, 2]}), vars)
+    denoising = BlockDenoising(block, None, PipelineState(values={"gradients": [], "timesteps": [1, 2]}), vars)
     seen = []
     while True:
         more = denoising.advance()
@@ -192,7 +192,7 @@ def test_cancel_in_mid_loop_frees_everything_and_disturbs_nobody(family: str, pi
     doomed = begin(pipeline, family, "a cat", 5, seed=1, guidance_scale=1.0)
     other = begin(pipeline, family, "a dog", 4, seed=2)
     kept: list[weakref.ref[torch.Tensor]] = []
-    hook = pipeline._pipeline.transformer.register_forward_hook(
+    hook = pipeline._parts.pipeline.transformer.register_forward_hook(
         lambda _module, _args, output: kept.append(weakref.ref(output[0]))
     )
     doomed.advance()
@@ -248,7 +248,7 @@ def test_an_error_in_a_later_step_leaves_the_others_alone(pipelines: Pipelines) 
     def fail(*_: object) -> None:
         raise ZeroDivisionError("the device is on fire")
 
-    hook = pipeline._pipeline.transformer.register_forward_pre_hook(fail)
+    hook = pipeline._parts.pipeline.transformer.register_forward_pre_hook(fail)
     with pytest.raises(ZeroDivisionError, match="on fire"):
         failing.advance()
     hook.remove()

@@ -1,0 +1,149 @@
+"""Read off the code of a classic pipeline which of its methods encode and decode, and so which panel owns what.
+
+A classic pipeline is one class whose `__call__` does everything. Its compiled code names each attribute that it
+reads, so the components that a method works with are known without running it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any, Final
+
+import diffusers
+
+from engines.panels import Panel
+
+_WEIGHTLESS: Final = ("Tokenizer", "Processor", "FeatureExtractor")
+_AFTER: Final = frozenset({"vocoder", "safety_checker", "watermark", "watermarker"})
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a classic pipeline is made of.
+
+    Attributes:
+        components: Library and class of each component that the model has, by name.
+        owners: The panel that runs each component.
+        read: Names of components that are read outside of the encoding methods.
+        encodes: Methods of `__call__` that work with text encoders and their like.
+        decodes: Methods of `__call__` that run the VAE's decoder; there need not be any.
+        can_be_cut: Whether there is something to encode, and one VAE that decodes.
+    """
+
+    components: Mapping[str, tuple[str, str]]
+    owners: Mapping[str, Panel]
+    read: frozenset[str]
+    encodes: frozenset[str]
+    decodes: frozenset[str]
+    can_be_cut: bool
+
+    def needed(self, panel: Panel) -> frozenset[str]:
+        """Names of the components that a panel loads."""
+        mine = {name for name in self.components if self.owners[name] is panel}
+        if panel is Panel.ENCODER:
+            return frozenset(mine)
+        # Cheap, and other panels have no other way to read them.
+        return frozenset(mine | {name for name in self.read if is_weightless(*self.components[name])})
+
+
+def anatomy(cls: Any, index: Mapping[str, object]) -> Anatomy:
+    """Read the code of a pipeline class.
+
+    Args:
+        cls: A `diffusers.DiffusionPipeline`.
+        index: Of a model for it.
+    """
+    components = dict(_components(cls, index))
+    models = {name for name, entry in components.items() if _encodes(name, *entry)}
+    called = _names(_code(cls, "__call__"))
+    encodes: set[str] = set()
+    decodes: set[str] = set()
+    for method in called:
+        names = _reach(cls, method)
+        if {"vae", "decode"} <= names:
+            decodes.add(method)
+        elif names & models:
+            encodes.add(method)
+    read = _reach(cls, "__call__", without=frozenset(encodes))
+    encoding = {name for method in encodes for name in _reach(cls, method)}
+    vaes = [name for name in components if name.endswith("vae")]
+    return Anatomy(
+        components,
+        {name: _owner(name, models, encoding, read, components) for name in components},
+        frozenset(read & components.keys()),
+        frozenset(encodes),
+        frozenset(decodes),
+        bool(encodes) and vaes == ["vae"] and {"vae", "decode"} <= read,
+    )
+
+
+def is_weightless(library: str, name: str) -> bool:
+    """Whether a class of a component is that of a tokenizer or processor."""
+    return library == "transformers" and any(word in name for word in _WEIGHTLESS)
+
+
+def _components(cls: Any, index: Mapping[str, object]) -> Iterator[tuple[str, tuple[str, str]]]:
+    taken = inspect.signature(cls.__init__).parameters
+    for name, entry in index.items():
+        if (
+            name in taken
+            and isinstance(entry, list)
+            and len(entry) == 2
+            and all(isinstance(part, str) for part in entry)
+        ):
+            yield name, (entry[0], entry[1])
+
+
+def _encodes(name: str, library: str, class_name: str) -> bool:
+    if name in _AFTER or is_weightless(library, class_name):
+        return False
+    # A few families bring a text encoder of their own.
+    return library == "transformers" or name.startswith("text_encoder")
+
+
+def _owner(
+    name: str, models: set[str], encoding: set[str], read: set[str], components: Mapping[str, tuple[str, str]]
+) -> Panel:
+    if name == "vae" or name in _AFTER:
+        return Panel.DECODER
+    # What only encoding methods read is theirs: projections of embeddings, for one.
+    if name in models or is_weightless(*components[name]) or (name in encoding and name not in read):
+        return Panel.ENCODER
+    return Panel.DENOISER
+
+
+def _code(cls: Any, method: str) -> CodeType | None:
+    if method != "__call__" and hasattr(diffusers.DiffusionPipeline, method):
+        return None
+    function = inspect.getattr_static(cls, method, None)
+    function = inspect.unwrap(getattr(function, "__func__", function)) if callable(function) else None
+    code = getattr(function, "__code__", None)
+    return code if isinstance(code, CodeType) else None
+
+
+def _names(code: CodeType | None) -> set[str]:
+    if code is None:
+        return set()
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names(constant)
+    return names
+
+
+def _reach(cls: Any, method: str, without: frozenset[str] = frozenset()) -> set[str]:
+    """All names that a method reads, itself or through other methods of its class."""
+    found: set[str] = set()
+    seen: set[str] = {*without, "__init__"}
+    ahead = [method]
+    while ahead:
+        current = ahead.pop()
+        if current not in seen:
+            seen.add(current)
+            names = _names(_code(cls, current))
+            found |= names
+            ahead.extend(names)
+    return found

@@ -1,0 +1,171 @@
+"""Call a classic pipeline: load its components, run it with a scheduler of its own, one step at a time."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, cast
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from engines.guidance import GUIDANCE_SCALE, has_guider
+from engines.loading import load_component, load_shadow
+from engines.panels import ModelError
+from engines.shadows import Shadow
+from engines.stepping import Denoising
+
+GENERATOR: Final = "generator"
+_OURS: Final = frozenset({"self", "output_type", "return_dict", "callback", "callback_steps", "callback_on_step_end"})
+_MEDIA: Final = {"images": "images", "frames": "videos", "audios": "audio", "audio": "audio"}
+
+
+def accepted(pipeline: Any) -> frozenset[str]:
+    """Names of the inputs that a classic pipeline takes."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters.values()
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    names = {parameter.name for parameter in parameters if parameter.kind not in kinds}
+    names -= {*_OURS, "callback_on_step_end_tensor_inputs"}
+    return frozenset(names | ({GUIDANCE_SCALE} if has_guider(pipeline) else set()))
+
+
+def call(pipeline: Any, inputs: Mapping[str, object], generator: torch.Generator) -> dict[str, object]:
+    """Run a whole pipeline.
+
+    Args:
+        pipeline: A classic one, private to the request.
+        inputs: Of the request, by name.
+        generator: Of its noise.
+
+    Returns:
+        As `PanelPipeline.decode`.
+    """
+    names = inspect.signature(type(pipeline).__call__).parameters.keys()
+    given = {name: value for name, value in inputs.items() if name in names}
+    if GENERATOR in names:
+        given[GENERATOR] = generator
+    if "output_type" in names:
+        # Frames as pictures would have to be made numbers again.
+        given["output_type"] = "np" if hasattr(pipeline, "video_processor") else "pil"
+    made = vars(pipeline(**given))
+    return {
+        _MEDIA[name]: np.asarray(value) if _MEDIA[name] == "videos" else value
+        for name, value in made.items()
+        if name in _MEDIA and value is not None
+    }
+
+
+def schedulers(pipeline: Any) -> Iterator[Any]:
+    """The schedulers of a pipeline."""
+    return (component for component in vars(pipeline).values() if isinstance(component, SchedulerMixin))
+
+
+class CallDenoising(Denoising):
+    """A run of a whole function, with a pause after each step of a scheduler but the last.
+
+    Args:
+        work: The run; returns the values for the decoder.
+        pipeline: What it runs, private to this request.
+    """
+
+    def __init__(self, work: Callable[[], dict[str, object]], pipeline: Any) -> None:
+        super().__init__(work)
+        for scheduler in schedulers(pipeline):
+            if hasattr(scheduler, "step"):
+                scheduler.step = self._stepping(scheduler, scheduler.step)
+
+    def _stepping(self, scheduler: Any, step: Callable[..., Any]) -> Callable[..., Any]:
+        # Pipelines look at the signature, to see what they can pass.
+        @functools.wraps(step)
+        def paused_step(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            if self.total_steps is None:
+                self.total_steps = len(scheduler.timesteps)
+            self.step += 1
+            # Not after the last, so that it also ends the run.
+            if self.step < self.total_steps:
+                self.pause()
+            return result
+
+        return paused_step
+
+
+class Components:
+    """The files of a classic model.
+
+    Args:
+        model: Its folder.
+        cls: The class of its pipeline.
+        index: Of the model.
+        entries: Library and class of each component, by name.
+    """
+
+    def __init__(self, model: Path, cls: Any, index: Mapping[str, object], entries: Mapping[str, tuple[str, str]]):
+        self._model = model
+        self._cls = cls
+        self._index = index
+        self._specs = {
+            name: ComponentSpec(
+                name=name,
+                type_hint=_component_class(name, *entry),
+                pretrained_model_name_or_path=str(model),
+                subfolder=name,
+            )
+            for name, entry in entries.items()
+        }
+
+    def pipeline(
+        self, wanted: Collection[str], dtype: torch.dtype, device: torch.device
+    ) -> tuple[Any, dict[str, Shadow]]:
+        """Make a pipeline of the components that are wanted, and shadows.
+
+        Returns:
+            The pipeline; and the shadows of all of its models, wanted or not.
+
+        Raises:
+            ModelError: A component is missing or broken.
+        """
+        parameters = list(inspect.signature(self._cls.__init__).parameters.values())[1:]
+        for parameter in parameters:
+            if parameter.default is parameter.empty and parameter.name not in self._index:
+                raise ModelError(
+                    f"The index of {self._model} has no {parameter.name}, which {self._cls.__name__} needs."
+                )
+        stand_ins = {
+            name: load_shadow(name, spec, self._folder(name), dtype, device) for name, spec in self._specs.items()
+        }
+        given: dict[str, Any] = {
+            parameter.name: self._setting(parameter.name) for parameter in parameters if parameter.name in self._index
+        }
+        given.update(stand_ins)
+        for name in wanted:
+            given[name] = load_component(name, self._specs[name], self._folder(name), dtype, device)
+        pipeline = self._cls(**given)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline, {name: made for name, made in stand_ins.items() if isinstance(made, Shadow)}
+
+    def _setting(self, name: str) -> object:
+        value = self._index[name]
+        return None if value == [None, None] else value
+
+    def _folder(self, name: str) -> Path:
+        folder = self._model / name
+        if not folder.is_dir():
+            raise ModelError(f"The model {self._model} is incomplete: there is no folder {folder} for its {name}.")
+        return folder
+
+
+def _component_class(name: str, library: str, class_name: str) -> type:
+    try:
+        # Libraries that are no packages of their own are folders of pipelines.
+        parent = diffusers.pipelines if hasattr(diffusers.pipelines, library) else importlib
+        module = getattr(parent, library) if parent is not importlib else importlib.import_module(library)
+        return cast(type, getattr(module, class_name))
+    except (ImportError, AttributeError) as error:
+        raise ModelError(f"The {name} is a {class_name} of {library}, which cannot be imported: {error}") from error

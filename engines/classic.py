@@ -1,0 +1,156 @@
+"""The classic route: panels of a pipeline that is one function, and knows nothing of panels.
+
+Each panel runs the same `__call__`, with the components that it owns and shadows of the others. The encoder keeps
+what encoding methods return, and is done when the run comes to a shadow. In the denoiser those methods return what
+they returned there, and the run ends at the VAE. In the decoder the loop has no steps, so the run comes to the VAE at
+once, with latents of the right shape, in whose place those of the denoiser are decoded; what the pipeline does with
+the picture then is its own code.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from engines.anatomy import Anatomy, anatomy
+from engines.calling import GENERATOR, CallDenoising, Components, accepted, call, schedulers
+from engines.card import load_index
+from engines.guidance import GUIDANCE_SCALE, private
+from engines.handoff import Elsewhere, Handoff, Recording, Resumption, first
+from engines.panels import Panel
+from engines.routes import classic_class
+from engines.shadows import ShadowError
+from engines.stepping import Denoising
+
+
+class ClassicParts:
+    """Some panels of a classic pipeline."""
+
+    def __init__(
+        self, pipeline: Any, build: Anatomy, components: frozenset[str], shadows: Mapping[str, Elsewhere]
+    ) -> None:
+        self.pipeline = pipeline
+        self.components = components
+        self.inputs = accepted(pipeline)
+        self._anatomy = build
+        self._shadows = shadows
+
+    def encode(self, inputs: Mapping[str, object], seed: int) -> dict[str, object]:
+        """Run the pipeline until it needs more than encoders.
+
+        Returns:
+            "inputs", "calls" of encoding methods and the "generator" as it was before them.
+        """
+        # On the CPU, because only there does a seed make the same noise on every device.
+        generator = torch.Generator("cpu").manual_seed(seed)
+        state: dict[str, object] = {"inputs": dict(inputs), GENERATOR: generator.clone_state()}
+        pipeline = self._view(Panel.ENCODER, inputs)
+        recording = Recording(generator)
+        for name in self._anatomy.encodes:
+            vars(pipeline)[name] = recording.record(name, getattr(pipeline, name))
+        try:
+            call(pipeline, inputs, generator)
+        except Handoff:
+            return {**state, "calls": recording.calls}
+        raise RuntimeError("The pipeline came to its end in the encoder.")
+
+    def denoise(self, state: Mapping[str, object]) -> Denoising:
+        """Prepare a run of the pipeline until it decodes."""
+        inputs, generator = _request(state)
+        pipeline = self._view(Panel.DENOISER, inputs)
+        self._play(pipeline, state, generator)
+        for name in self._anatomy.decodes:
+            vars(pipeline)[name] = _leaving(name, getattr(pipeline, name))
+
+        def work() -> dict[str, object]:
+            try:
+                call(pipeline, inputs, generator)
+            except Handoff as handoff:
+                if handoff.name and (handoff.name, handoff.method) != ("vae", "decode"):
+                    raise _misplaced(handoff, Panel.DENOISER) from None
+                return {**state, GENERATOR: generator, "latents": handoff.value}
+            raise RuntimeError("The pipeline came to its end in the denoiser.")
+
+        return CallDenoising(work, pipeline)
+
+    def decode(self, state: Mapping[str, object]) -> dict[str, object]:
+        """Run the pipeline without a step, and decode the "latents" of a state in the place of its own."""
+        inputs, generator = _request(state)
+        after = generator.get_state()
+        pipeline = self._view(Panel.DECODER, inputs)
+        self._play(pipeline, state, generator)
+        for scheduler in schedulers(pipeline):
+            scheduler.set_timesteps = _without_steps(scheduler, scheduler.set_timesteps)
+        resumption = Resumption(state["latents"], lambda: generator.set_state(after))
+        for name in self._anatomy.decodes:
+            vars(pipeline)[name] = resumption.resume(getattr(pipeline, name))
+        # A copy that shares the weights, because the method of this request must not become that of all.
+        vae = vars(pipeline)["vae"] = copy.copy(pipeline.vae)
+        vars(vae)["decode"] = resumption.resume(vae.decode)
+        try:
+            media = call(pipeline, inputs, generator)
+        except Handoff as handoff:
+            raise _misplaced(handoff, Panel.DECODER) from None
+        if not resumption.used:
+            raise RuntimeError("The pipeline came to its end and decoded nothing.")
+        return media
+
+    def _view(self, panel: Panel, inputs: Mapping[str, object]) -> Any:
+        """Copy the pipeline for a run: what a panel does not own, it does not see, even where it is loaded."""
+        scale = cast("float | None", inputs.get(GUIDANCE_SCALE))
+        pipeline = private(self.pipeline, scale)
+        for name, shadow in self._shadows.items():
+            if self._anatomy.owners[name] is not panel:
+                vars(pipeline)[name] = copy.copy(shadow)
+        return pipeline
+
+    def _play(self, pipeline: Any, state: Mapping[str, object], generator: torch.Generator) -> None:
+        recording = Recording(generator, cast("list[dict[str, Any]]", state["calls"]))
+        for name in self._anatomy.encodes:
+            vars(pipeline)[name] = recording.play(name, getattr(pipeline, name))
+
+
+def load_classic(model: Path, panels: tuple[Panel, ...], dtype: torch.dtype, device: torch.device) -> ClassicParts:
+    """Load what some panels of a classic pipeline own, and shadows of the rest.
+
+    Raises:
+        ModelError: The model cannot be served; the sentence says why.
+    """
+    index = load_index(model)
+    cls = classic_class(index)
+    build = anatomy(cls, index)
+    wanted = frozenset(name for panel in panels for name in build.needed(panel))
+    pipeline, shadows = Components(model, cls, index, build.components).pipeline(wanted, dtype, device)
+    return ClassicParts(pipeline, build, wanted, {name: Elsewhere(shadow) for name, shadow in shadows.items()})
+
+
+def _request(state: Mapping[str, object]) -> tuple[dict[str, object], torch.Generator]:
+    generator = cast(torch.Generator, state[GENERATOR])
+    return cast("dict[str, object]", state["inputs"]), generator.clone_state()
+
+
+def _leaving(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def left(*args: Any, **kwargs: Any) -> Any:
+        raise Handoff("", name, first(args, kwargs))
+
+    return left
+
+
+def _without_steps(scheduler: Any, set_timesteps: Callable[..., Any]) -> Callable[..., Any]:
+    # Pipelines look at the signature, to see what they can pass.
+    @functools.wraps(set_timesteps)
+    def none_set(*args: Any, **kwargs: Any) -> None:
+        set_timesteps(*args, **kwargs)
+        scheduler.timesteps = scheduler.timesteps[:0]
+
+    return none_set
+
+
+def _misplaced(handoff: Handoff, panel: Panel) -> ShadowError:
+    return ShadowError(f"The {panel} of this pipeline needs `{handoff}`, which is not loaded there.")

@@ -1,0 +1,155 @@
+"""Stand-ins that end a run where it needs a component of another panel, and recordings of what was run before."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from engines.shadows import COMPUTE, Shadow
+
+
+class Handoff(BaseException):
+    """A run has come to a component of another panel.
+
+    Not an `Exception`, because pipelines catch some of those.
+
+    Attributes:
+        name: Of the component, or "" for a method of the pipeline.
+        method: What was called.
+        value: The first argument.
+    """
+
+    def __init__(self, name: str, method: str, value: object) -> None:
+        super().__init__(f"{name}.{method}")
+        self.name = name
+        self.method = method
+        self.value = value
+
+
+class Elsewhere(Shadow):
+    """A shadow that ends the run when something is to be computed with it.
+
+    A copy of it can be cast without a change of the original.
+    """
+
+    def __init__(self, shadow: Shadow) -> None:
+        super().__init__(shadow._name, shadow._component, shadow.dtype, shadow.device)
+        if isinstance(self._component, torch.nn.Module):
+            # Some pipelines read the dtype off a weight.
+            for parameter in self._component.parameters():
+                parameter.data = parameter.data.to(self.dtype)
+
+    def __call__(self, *args: object, **kwargs: object) -> Any:
+        """End the run."""
+        raise Handoff(self._name, "forward", first(args, kwargs))
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute in COMPUTE:
+            return functools.partial(self._leave, attribute)
+        return super().__getattr__(attribute)
+
+    def to(self, *args: object, **kwargs: object) -> Elsewhere:
+        """Cast it; it stays where it is."""
+        dtype = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)), None)
+        if dtype is not None and isinstance(self._component, torch.nn.Module):
+            self._component = copy.deepcopy(self._component).to(dtype)
+            self.dtype = dtype
+        return self
+
+    def _leave(self, method: str, *args: object, **kwargs: object) -> Any:
+        raise Handoff(self._name, method, first(args, kwargs))
+
+
+class Recording:
+    """What encoding methods returned, in the order of their calls, with the generator as each of them left it.
+
+    Args:
+        generator: Of the request.
+        calls: Of an earlier run, to be played back; they are not changed.
+    """
+
+    def __init__(self, generator: torch.Generator, calls: Iterable[dict[str, Any]] = ()) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self._generator = generator
+        self._ahead = list(calls)
+        self._inside = False
+
+    def record(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a method so that its results are kept."""
+
+        @functools.wraps(method)
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return method(*args, **kwargs)
+            before = self._generator.get_state()
+            self._inside = True
+            try:
+                result = method(*args, **kwargs)
+            finally:
+                self._inside = False
+            after = self._generator.get_state()
+            state = None if torch.equal(before, after) else after
+            self.calls.append({"method": name, "result": result, "generator": state})
+            return result
+
+        return recorded
+
+    def play(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a method so that it returns what it did in the earlier run."""
+
+        @functools.wraps(method)
+        def played(*args: Any, **kwargs: Any) -> Any:
+            if not self._ahead or self._ahead[0]["method"] != name:
+                return method(*args, **kwargs)
+            call = self._ahead.pop(0)
+            if call["generator"] is not None:
+                self._generator.set_state(call["generator"])
+            # What a pipeline changes in place must not change the state that it came in.
+            return copy.deepcopy(call["result"])
+
+        return played
+
+
+class Resumption:
+    """Puts a value that crossed in the place of one that a run without steps has made.
+
+    Args:
+        value: Becomes the first argument of the first call.
+        before: Called first.
+    """
+
+    def __init__(self, value: object, before: Callable[[], object]) -> None:
+        self._value = value
+        self._before = before
+        self._inside = False
+        self.used = False
+
+    def resume(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a method; calls of others inside of it are left alone."""
+
+        @functools.wraps(method)
+        def resumed(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return method(*args, **kwargs)
+            if self.used:
+                raise RuntimeError("This pipeline decodes in more than one call, so it cannot be served in parts.")
+            self.used = True
+            self._before()
+            self._inside = True
+            try:
+                if args:
+                    return method(self._value, *args[1:], **kwargs)
+                return method(**{**kwargs, next(iter(kwargs)): self._value})
+            finally:
+                self._inside = False
+
+        return resumed
+
+
+def first(args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+    """The first argument of a call."""
+    return next(iter((*args, *kwargs.values())), None)

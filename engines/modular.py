@@ -1,0 +1,92 @@
+"""The modular route: the panels of a pipeline that diffusers has in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, cast
+
+import torch
+from diffusers.modular_pipelines.modular_pipeline import PipelineState
+
+from engines.guidance import GUIDANCE_SCALE, has_guider, private
+from engines.loading import check_geometry, load_components, make_shadows
+from engines.panels import Panel
+from engines.split import KWARGS_MAPPING, Split, crossing, joined, load_split
+from engines.stepping import BlockDenoising, Denoising
+
+GENERATOR: Final = "generator"
+
+
+class ModularParts:
+    """The blocks of some panels, and a pipeline with what they need."""
+
+    def __init__(self, split: Split, pipeline: Any, components: frozenset[str]) -> None:
+        self.pipeline = pipeline
+        self.components = components
+        self._split = split
+        names = {declared.name for declared in split.blocks.inputs if declared.name}
+        self._takes_generator = GENERATOR in names
+        self.inputs = frozenset(names | ({GUIDANCE_SCALE} if has_guider(pipeline) else set()))
+
+    def encode(self, inputs: Mapping[str, object], seed: int) -> dict[str, object]:
+        """Run the blocks before `denoise`; returns what later blocks take as inputs, and `KWARGS_MAPPING`."""
+        state = PipelineState()
+        for declared in self._split.blocks.inputs:
+            if declared.name:
+                state.set(declared.name, inputs.get(declared.name, declared.default), declared.kwargs_type)
+        if self._takes_generator:
+            # On the CPU, because only there does a seed make the same noise on every device.
+            state.set(GENERATOR, torch.Generator("cpu").manual_seed(seed))
+        scale = cast("float | None", inputs.get(GUIDANCE_SCALE))
+        state = self._run(Panel.ENCODER, private(self.pipeline, scale, encodes=True), state)
+        crosses = self._crossing(state, Panel.DENOISER, Panel.DECODER)
+        # No block takes it as an input where a guider has it.
+        return crosses if scale is None else {**crosses, GUIDANCE_SCALE: scale}
+
+    def denoise(self, state: Mapping[str, object]) -> Denoising:
+        """Prepare a run of the block `denoise`."""
+        pipeline = private(self.pipeline, cast("float | None", state.get(GUIDANCE_SCALE)))
+        return BlockDenoising(
+            self._split.parts[Panel.DENOISER],
+            pipeline,
+            _restore(state),
+            lambda after: self._crossing(after, Panel.DECODER),
+        )
+
+    def decode(self, state: Mapping[str, object]) -> dict[str, object]:
+        """Run the blocks after `denoise`; returns what they make."""
+        after = self._run(Panel.DECODER, private(self.pipeline), _restore(state))
+        return {name: after.get(name) for name in self._split.outputs if after.get(name) is not None}
+
+    def _run(self, panel: Panel, pipeline: Any, state: Any) -> Any:
+        with torch.no_grad():
+            _, state = self._split.parts[panel](pipeline, state)
+        return state
+
+    def _crossing(self, state: Any, *later: Panel) -> dict[str, object]:
+        return crossing(state.values, state.kwargs_mapping, [self._split.parts[panel] for panel in later])
+
+
+def load_modular(model: Path, panels: tuple[Panel, ...], dtype: torch.dtype, device: torch.device) -> ModularParts:
+    """Load the blocks of some panels.
+
+    Raises:
+        ModelError: The model cannot be served; the sentence says why.
+    """
+    split = load_split(model)
+    pipeline = split.pipeline(joined(split.parts[panel] for panel in panels))
+    loaded = load_components(pipeline, split, dtype, device)
+    make_shadows(pipeline, split, dtype, device)
+    check_geometry(pipeline, split)
+    return ModularParts(split, pipeline, loaded)
+
+
+def _restore(values: Mapping[str, object]) -> Any:
+    """Make a `PipelineState` of values that crossed, with a generator of its own."""
+    values = dict(values)
+    groups = cast("dict[str, list[str]]", values.pop(KWARGS_MAPPING, {}))
+    generator = values.get(GENERATOR)
+    if isinstance(generator, torch.Generator):
+        values[GENERATOR] = generator.clone_state()
+    return PipelineState(values=values, kwargs_mapping={group: list(names) for group, names in groups.items()})

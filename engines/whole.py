@@ -1,0 +1,60 @@
+"""The monolithic route: a pipeline that cannot be cut runs as a whole, still one step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from engines.anatomy import anatomy
+from engines.calling import GENERATOR, CallDenoising, Components, accepted, call
+from engines.card import load_index
+from engines.guidance import GUIDANCE_SCALE, private
+from engines.panels import ModelError, Panel
+from engines.routes import classic_class
+from engines.stepping import Denoising
+
+
+class WholeParts:
+    """A whole pipeline. All of it is run by the denoiser; the other panels pass on what they get."""
+
+    def __init__(self, pipeline: Any, components: frozenset[str]) -> None:
+        self.pipeline = pipeline
+        self.components = components
+        self.inputs = accepted(pipeline)
+
+    def encode(self, inputs: Mapping[str, object], seed: int) -> dict[str, object]:
+        """Keep the request: "inputs" and a "generator"."""
+        # On the CPU, because only there does a seed make the same noise on every device.
+        return {"inputs": dict(inputs), GENERATOR: torch.Generator("cpu").manual_seed(seed)}
+
+    def denoise(self, state: Mapping[str, object]) -> Denoising:
+        """Prepare a run of the pipeline."""
+        inputs = cast("dict[str, object]", state["inputs"])
+        generator = cast(torch.Generator, state[GENERATOR]).clone_state()
+        pipeline = private(self.pipeline, cast("float | None", inputs.get(GUIDANCE_SCALE)))
+        return CallDenoising(lambda: call(pipeline, inputs, generator), pipeline)
+
+    def decode(self, state: Mapping[str, object]) -> dict[str, object]:
+        """Return what the pipeline made."""
+        return dict(state)
+
+
+def load_whole(model: Path, panels: tuple[Panel, ...], dtype: torch.dtype, device: torch.device) -> WholeParts:
+    """Load a whole pipeline.
+
+    Raises:
+        ModelError: Not all panels are asked for, or the model cannot be served.
+    """
+    index = load_index(model)
+    cls = classic_class(index)
+    if set(panels) != set(Panel):
+        raise ModelError(
+            f"The model {model} is for {cls.__name__}, which cannot be run in parts: give the topology one role of"
+            ' kind="monolithic" in the place of encoders, denoisers and decoders.'
+        )
+    components = anatomy(cls, index).components
+    pipeline, _ = Components(model, cls, index, components).pipeline(list(components), dtype, device)
+    return WholeParts(pipeline, frozenset(components))

@@ -1,0 +1,122 @@
+"""Which way a pipeline is cut, and which panel owns what, read off its class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+
+from engines.anatomy import anatomy
+from engines.panels import ModelError, Panel
+from engines.routes import Route, classic_class, route_of
+
+TEXT = ["transformers", "T5EncoderModel"]
+TOKENIZER = ["transformers", "T5Tokenizer"]
+VAE = ["diffusers", "AutoencoderKL"]
+PLAIN: dict[str, Any] = {
+    "tokenizer": TOKENIZER,
+    "text_encoder": TEXT,
+    "transformer": ["diffusers", "Transformer2DModel"],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "vae": VAE,
+}
+
+
+def index(name: str, **more: Any) -> dict[str, Any]:
+    return {"_class_name": f"{name}Pipeline", **PLAIN, **more}
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "route"),
+    [
+        ("Flux", {}, "modular"),
+        ("FluxModular", {}, "modular"),
+        ("Wan", {}, "modular"),
+        ("StableDiffusionXL", {}, "modular"),
+        ("PixArtAlpha", {}, "classic"),
+        ("PixArtSigma", {}, "classic"),
+        ("Sana", {}, "classic"),
+        ("Chroma", {}, "classic"),
+        ("CogVideoX", {}, "classic"),
+        ("HunyuanVideo", {}, "classic"),
+        ("GlmImage", {"vision_language_encoder": ["transformers", "GlmImageForConditionalGeneration"]}, "classic"),
+        ("Kandinsky5T2V", {}, "classic"),
+        ("StableDiffusion", {"unet": ["diffusers", "UNet2DConditionModel"]}, "classic"),
+        # Nothing to decode, nothing to encode, a decoder that is no VAE, and two things to decode.
+        ("IF", {}, "monolithic"),
+        ("DiT", {"text_encoder": [None, None]}, "monolithic"),
+        ("KandinskyV22", {"movq": ["diffusers", "VQModel"]}, "monolithic"),
+        ("Kandinsky6TI2VA", {"audio_vae": VAE}, "monolithic"),
+        # A model that leaves its text encoder out has nothing to encode with.
+        ("PixArtSigma", {"text_encoder": [None, None]}, "monolithic"),
+    ],
+)
+def test_the_best_way_is_chosen(name: str, more: dict[str, Any], route: str) -> None:
+    assert route_of(index(name, **more)) is Route(route)
+
+
+@pytest.mark.parametrize("name", ["Wishful", "UNet2DModel", "Diffusion_"])
+def test_what_is_no_pipeline_is_a_model_error(name: str) -> None:
+    with pytest.raises(ModelError, match=f"is for {name}Pipeline, which is not one of diffusers"):
+        route_of(index(name))
+
+
+def test_what_a_pipeline_needs_is_said() -> None:
+    missing = [
+        name
+        for name in dir(diffusers)
+        if name.endswith("Pipeline") and "note_seq" in getattr(getattr(diffusers, name, None), "_backends", ())
+    ]
+    if not missing:
+        pytest.skip("note_seq is installed")
+    with pytest.raises(ModelError, match=r"SpectrogramDiffusionPipeline, which needs .*note_seq"):
+        classic_class({"_class_name": missing[0]})
+
+
+def owned(name: str, **more: Any) -> dict[str, set[str]]:
+    found = index(name, **more)
+    build = anatomy(classic_class(found), found)
+    return {panel.value: set(build.needed(panel)) for panel in Panel}
+
+
+def test_panels_own_what_they_compute_with() -> None:
+    assert owned("PixArtSigma") == {
+        "encoder": {"tokenizer", "text_encoder"},
+        "denoiser": {"transformer", "scheduler"},
+        "decoder": {"vae"},
+    }
+
+
+def test_a_safety_checker_is_the_decoders_and_a_processor_goes_where_it_is_read() -> None:
+    parts = owned(
+        "StableDiffusion",
+        unet=["diffusers", "UNet2DConditionModel"],
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPImageProcessor"],
+        image_encoder=["transformers", "CLIPVisionModelWithProjection"],
+    )
+    assert parts == {
+        "encoder": {"tokenizer", "text_encoder", "image_encoder", "feature_extractor"},
+        "denoiser": {"unet", "scheduler", "feature_extractor"},
+        "decoder": {"vae", "safety_checker", "feature_extractor"},
+    }
+
+
+def test_what_only_encoding_methods_read_is_the_encoders() -> None:
+    parts = owned("AudioLDM2", projection_model=["audioldm2", "AudioLDM2ProjectionModel"], vocoder=TEXT)
+    assert "projection_model" in parts["encoder"]
+    assert parts["decoder"] == {"vae", "vocoder"}
+
+
+def test_an_entry_that_the_pipeline_does_not_take_is_left_out() -> None:
+    assert owned("PixArtSigma", tokenizer_2=TOKENIZER, requires_safety_checker=True) == owned("PixArtSigma")
+
+
+def test_methods_are_found_by_what_they_work_with() -> None:
+    found = index("CogVideoX")
+    assert anatomy(classic_class(found), found).encodes == {"encode_prompt"}
+    assert anatomy(classic_class(found), found).decodes == {"decode_latents"}
+    found = index("GlmImage", vision_language_encoder=["transformers", "GlmImageForConditionalGeneration"])
+    assert anatomy(classic_class(found), found).encodes == {"encode_prompt", "generate_prior_tokens"}
+    assert anatomy(classic_class(found), found).decodes == frozenset()
