@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
@@ -23,6 +23,7 @@ from engines.stepping import Denoising
 
 GENERATOR: Final = "generator"
 _OURS: Final = frozenset({"self", "output_type", "return_dict", "callback", "callback_steps", "callback_on_step_end"})
+_LIBRARIES: Final = {"diffusers": diffusers, "transformers": transformers}
 _MEDIA: Final = {"images": "images", "frames": "videos", "audios": "audio", "audio": "audio"}
 
 
@@ -162,10 +163,9 @@ class Components:
 
 
 def _component_class(name: str, library: str, class_name: str) -> type:
-    try:
-        # Libraries that are no packages of their own are folders of pipelines.
-        parent = diffusers.pipelines if hasattr(diffusers.pipelines, library) else importlib
-        module = getattr(parent, library) if parent is not importlib else importlib.import_module(library)
-        return cast(type, getattr(module, class_name))
-    except (ImportError, AttributeError) as error:
-        raise ModelError(f"The {name} is a {class_name} of {library}, which cannot be imported: {error}") from error
+    # Any other library that an index names is a folder of pipelines; nothing else is imported on its word.
+    module = _LIBRARIES.get(library) or getattr(diffusers.pipelines, library, None)
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        raise ModelError(f"The {name} is a {class_name} of {library}, which is not installed.")
+    return found

@@ -32,6 +32,25 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return model
 
 
+@pytest.fixture(scope="session")
+def classic_models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """Likewise, of pipelines without blocks."""
+    import torch
+
+    from tools.make_classic import Classic, make_classic
+
+    torch.set_num_threads(1)
+    made: dict[str, Path] = {}
+
+    def model(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            make_classic(made[family], Classic(family))
+        return made[family]
+
+    return model
+
+
 @pytest.fixture(autouse=True)
 def gradients() -> Iterator[None]:
     """Each test starts with gradients on: a denoise turns them off on its thread, for good."""

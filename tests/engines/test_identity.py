@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, ModularPipeline
@@ -19,7 +17,7 @@ from engines.panels import Panel
 from engines.pipeline import PanelPipeline
 
 sys.path.insert(0, str(Path(__file__).parent))
-from panel_process import CPU, read_state, write_state
+from in_three import CPU, Processes, media, run_in_three, same, seeded, three_processes
 
 PROMPT = "a large red circle on the left of a blue background"
 INPUTS: dict[str, dict[str, Any]] = {
@@ -43,45 +41,12 @@ OWNED = {
     "wan": (["text_encoder", "tokenizer"], ["scheduler", "transformer"], ["vae"]),
 }
 OWNED["flux-kl"] = OWNED["flux"]
-Processes = dict[Panel, tuple[BinaryIO, BinaryIO]]
 
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[Processes]:
-    ours: Processes = {}
-    theirs: list[int] = []
-    for panel in Panel:
-        requests_out, requests_in = os.pipe()
-        answers_out, answers_in = os.pipe()
-        ours[panel] = (os.fdopen(requests_in, "wb"), os.fdopen(answers_out, "rb"))
-        theirs += [requests_out, answers_in]
-    command = [sys.executable, str(Path(__file__).with_name("panel_process.py")), *map(str, theirs)]
-    with subprocess.Popen(command, pass_fds=theirs) as process:
-        for pipe in theirs:
-            os.close(pipe)
-        yield ours
-        for requests, _ in ours.values():
-            requests.close()
-        assert process.wait(30) == 0
-    for _, answers in ours.values():
-        answers.close()
-
-
-def ask(pipes: tuple[BinaryIO, BinaryIO], request: dict[str, object]) -> dict[str, Any]:
-    write_state(pipes[0], request)
-    answer = read_state(pipes[1])
-    assert answer is not None, "the process has ended"
-    return answer
-
-
-def run_in_three(
-    processes: Processes, model: Path, inputs: dict[str, Any], seed: int, dtype: torch.dtype = torch.float32
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    base = {"model": str(model), "dtype": dtype}
-    answers = [ask(processes[Panel.ENCODER], {**base, "inputs": inputs, "seed": seed})]
-    for panel in (Panel.DENOISER, Panel.DECODER):
-        answers.append(ask(processes[panel], {**base, "state": answers[-1]["state"]}))
-    return answers[-1]["state"], answers
+    with three_processes() as started:
+        yield started
 
 
 @cache
@@ -96,24 +61,6 @@ def modular(model: Path, dtype: torch.dtype) -> Any:
     pipeline = ModularPipeline.from_pretrained(str(model))
     pipeline.load_components(dtype=dtype)
     return pipeline
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(seed)
-
-
-def media(result: Any) -> np.ndarray[Any, Any]:
-    """The pixels of a result, [picture or video, ...], of either kind of pipeline or of ours."""
-    values = result if isinstance(result, dict) else vars(result)
-    values = values.get("values", values)
-    for name in ("images", "videos", "frames"):
-        if values.get(name) is not None:
-            return np.stack([np.asarray(item) for item in values[name]])
-    raise AssertionError(f"no media in {sorted(values)}")
-
-
-def same(left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> bool:
-    return left.shape == right.shape and left.dtype == right.dtype and left.tobytes() == right.tobytes()
 
 
 @pytest.mark.parametrize("family", INPUTS)

@@ -1,0 +1,316 @@
+"""Pipelines without blocks: three panels in three processes make, bit for bit, the picture of the plain pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from engines.card import load_card
+from engines.handoff import Resumption
+from engines.panels import ModelError, Panel
+from engines.pipeline import InputError, PanelPipeline
+from engines.routes import Route
+from engines.shadows import ShadowError
+from engines.stepping import Denoising
+
+sys.path.insert(0, str(Path(__file__).parent))
+from in_three import CPU, Processes, media, run_in_three, same, seeded, three_processes
+
+FAMILIES = ("pixart", "sana", "chroma", "cogvideox")
+PANELS = [["text_encoder", "tokenizer"], ["scheduler", "transformer"], ["vae"]]
+Models = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Processes]:
+    with three_processes() as started:
+        yield started
+
+
+@cache
+def plain(model: Path, dtype: torch.dtype) -> Any:
+    pipeline = DiffusionPipeline.from_pretrained(str(model), dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@cache
+def whole(model: Path, *panels: Panel) -> PanelPipeline:
+    return PanelPipeline.load(model, panels or tuple(Panel), dtype=torch.float32, device=CPU)
+
+
+def request(model: Path, **more: Any) -> dict[str, Any]:
+    return {"prompt": "a red ship", **load_card(model).defaults, **more}
+
+
+def expected(model: Path, inputs: dict[str, Any], seed: int, dtype: torch.dtype = torch.float32) -> Any:
+    output_type = "np" if "num_frames" in inputs else "pil"
+    return media(plain(model, dtype)(**inputs, generator=seeded(seed), output_type=output_type))
+
+
+def finish(denoising: Denoising) -> dict[str, object]:
+    while denoising.advance():
+        pass
+    return denoising.result()
+
+
+# Identity ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_three_processes_make_the_picture_of_one(family: str, classic_models: Models, processes: Processes) -> None:
+    model = classic_models(family)
+    inputs = request(model)
+    ours, answers = run_in_three(processes, model, inputs, seed=11)
+    assert [answer["components"] for answer in answers] == PANELS
+    assert len({os.getpid(), *(answer["pid"] for answer in answers)}) == 4
+    assert same(media(ours), expected(model, inputs, 11))
+    assert not same(media(ours), expected(model, inputs, 12))
+    assert not same(media(ours), expected(model, {**inputs, "prompt": "a blue ship"}, 11))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_guidance_on_and_off(family: str, classic_models: Models, processes: Processes) -> None:
+    model = classic_models(family)
+    made = []
+    for scale in (1.0, 2.5):
+        inputs = request(model, guidance_scale=scale, negative_prompt="grey", num_inference_steps=2)
+        ours, _ = run_in_three(processes, model, inputs, seed=5)
+        assert same(media(ours), expected(model, inputs, 5)), scale
+        made.append(media(ours))
+    assert not same(*made)
+
+
+@pytest.mark.parametrize("family", ["chroma", "cogvideox"])
+def test_bfloat16_is_identical_too(family: str, classic_models: Models, processes: Processes) -> None:
+    model = classic_models(family)
+    inputs = request(model, num_inference_steps=2)
+    ours, _ = run_in_three(processes, model, inputs, seed=3, dtype=torch.bfloat16)
+    assert same(media(ours), expected(model, inputs, 3, torch.bfloat16))
+
+
+def test_what_a_pipeline_does_after_its_vae_is_its_own(classic_models: Models, processes: Processes) -> None:
+    model = classic_models("pixart")
+    # It paints at the nearest size it was trained for, and cuts that to the size asked for.
+    inputs = request(model, use_resolution_binning=True, height=48, width=64, num_inference_steps=1)
+    ours, answers = run_in_three(processes, model, inputs, seed=4)
+    assert answers[1]["state"]["latents"].shape[2:] != (12, 16)
+    assert media(ours).shape == (1, 48, 64, 3)
+    assert same(media(ours), expected(model, inputs, 4))
+
+
+@pytest.mark.parametrize("panels", [tuple(Panel), (Panel.ENCODER, Panel.DENOISER)])
+def test_panels_may_share_a_process(panels: tuple[Panel, ...], classic_models: Models) -> None:
+    model = classic_models("sana")
+    pipeline = whole(model, *panels)
+    assert pipeline.route is Route.CLASSIC
+    assert sorted(pipeline.components) == sorted(name for part in PANELS[: len(panels)] for name in part)
+    inputs = request(model, num_inference_steps=3)
+    state = finish(pipeline.denoise(pipeline.encode(inputs, 8)))
+    decoder = pipeline if Panel.DECODER in panels else whole(model, Panel.DECODER)
+    for _ in range(2):
+        assert same(media(decoder.decode(state)), expected(model, inputs, 8))
+
+
+# Stepping ---------------------------------------------------------------------------------------------------------
+
+
+def begin(pipeline: PanelPipeline, model: Path, prompt: str, steps: int, seed: int, scale: float = 1.0) -> Denoising:
+    inputs = request(model, prompt=prompt, num_inference_steps=steps, guidance_scale=scale)
+    return pipeline.denoise(pipeline.encode(inputs, seed))
+
+
+@pytest.mark.parametrize("family", ["pixart", "cogvideox"])
+def test_each_advance_is_one_step(family: str, classic_models: Models) -> None:
+    model = classic_models(family)
+    pipeline = whole(model)
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    denoising = begin(pipeline, model, "a cat", 4, seed=1)
+    assert (denoising.step, denoising.total_steps) == (0, None)
+    hook = pipeline._parts.pipeline.transformer.register_forward_pre_hook(count)
+    seen = []
+    for _ in range(4):
+        more = denoising.advance()
+        seen.append((more, calls, denoising.step, denoising.total_steps))
+    hook.remove()
+    assert seen == [(True, 1, 1, 4), (True, 2, 2, 4), (True, 3, 3, 4), (False, 4, 4, 4)]
+    assert denoising.advance() is False
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_requests_that_take_turns_are_identical_to_runs_alone(family: str, classic_models: Models) -> None:
+    model = classic_models(family)
+    pipeline = whole(model)
+    asked = [("a cat", 4, 1, 2.0), ("a ship at night", 6, 2, 1.0), ("a cat", 3, 1, 6.0)]
+    alone = [finish(begin(pipeline, model, *one))["latents"] for one in asked]
+    turns = [begin(pipeline, model, *one) for one in asked]
+    running = list(turns)
+    while running:
+        running = [denoising for denoising in running if denoising.advance()]
+    for denoising, latents in zip(turns, alone, strict=True):
+        assert torch.equal(denoising.result()["latents"], latents)  # type: ignore[arg-type]
+    assert not torch.equal(alone[0], alone[2])  # type: ignore[arg-type]
+
+
+def test_a_state_can_be_run_again(classic_models: Models) -> None:
+    model = classic_models("cogvideox")
+    pipeline = whole(model)
+    state = pipeline.encode(request(model, num_inference_steps=2), 4)
+    first, second = (finish(pipeline.denoise(state))["latents"] for _ in range(2))
+    assert torch.equal(first, second)  # type: ignore[arg-type]
+
+
+def test_cancel_in_mid_loop_frees_everything_and_disturbs_nobody(classic_models: Models) -> None:
+    model = classic_models("pixart")
+    pipeline = whole(model)
+    latents = finish(begin(pipeline, model, "a dog", 4, seed=2))["latents"]
+    doomed = begin(pipeline, model, "a cat", 5, seed=1)
+    other = begin(pipeline, model, "a dog", 4, seed=2)
+    kept: list[weakref.ref[torch.Tensor]] = []
+    hook = pipeline._parts.pipeline.transformer.register_forward_hook(
+        lambda _module, args, _output: kept.append(weakref.ref(args[0]))
+    )
+    doomed.advance()
+    hook.remove()
+    other.advance()
+    assert kept[0]() is not None
+    doomed.cancel()
+    assert doomed.cancelled
+    assert kept[0]() is None
+    assert doomed.advance() is False
+    with pytest.raises(RuntimeError, match="1 of 5 steps"):
+        doomed.result()
+    assert torch.equal(finish(other)["latents"], latents)  # type: ignore[arg-type]
+    early = begin(pipeline, model, "a cat", 2, seed=1)
+    early.cancel()
+    assert early.advance() is False
+
+
+# Requests and models that cannot be served ------------------------------------------------------------------------
+
+
+def test_what_the_pipeline_accepts(classic_models: Models) -> None:
+    pipeline = whole(classic_models("pixart"), Panel.ENCODER)
+    assert {"prompt", "negative_prompt", "height", "guidance_scale", "max_sequence_length"} <= pipeline.accepted
+    assert (
+        not {"self", "generator", "output_type", "return_dict", "kwargs", "num_images_per_prompt"} & pipeline.accepted
+    )
+    with pytest.raises(InputError, match="takes no colour"):
+        pipeline.encode({"prompt": "x", "colour": 2}, 1)
+    with pytest.raises(ValueError, match="divisible by 8"):
+        pipeline.encode(request(classic_models("pixart"), height=63), 1)
+    with pytest.raises(RuntimeError, match="was not loaded here, only: encoder"):
+        pipeline.denoise({})
+
+
+@pytest.fixture
+def copied(classic_models: Models, tmp_path: Path) -> Path:
+    """A tiny PixArt model that the test may spoil."""
+    return Path(shutil.copytree(classic_models("pixart"), tmp_path / "model"))
+
+
+def edit(model: Path, **changes: object) -> None:
+    path = model / "model_index.json"
+    index = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in index.items() if value is not None}))
+
+
+def load(model: Path, *panels: Panel) -> PanelPipeline:
+    return PanelPipeline.load(model, panels, dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.parametrize("panel", Panel)
+@pytest.mark.parametrize("missing", ["text_encoder", "transformer", "vae"])
+def test_a_missing_component_folder_is_a_model_error(copied: Path, panel: Panel, missing: str) -> None:
+    shutil.rmtree(copied / missing)
+    with pytest.raises(ModelError, match=rf"incomplete: there is no folder .*/{missing} for its {missing}\."):
+        load(copied, panel)
+
+
+@pytest.mark.parametrize(("name", "panel"), [("text_encoder", Panel.ENCODER), ("vae", Panel.DECODER)])
+def test_broken_weights_are_a_model_error(copied: Path, name: str, panel: Panel) -> None:
+    (path,) = (copied / name).glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ModelError, match=rf"The {name} in .* cannot be loaded"):
+        load(copied, panel)
+
+
+def test_an_index_that_leaves_a_needed_component_out_is_a_model_error(copied: Path) -> None:
+    edit(copied, transformer=None)
+    with pytest.raises(ModelError, match="has no transformer, which PixArtSigmaPipeline needs"):
+        load(copied, Panel.DECODER)
+
+
+@pytest.mark.parametrize("entry", [["os", "PathLike"], ["diffusers", "Wishful"], ["diffusers", "logging"]])
+def test_nothing_but_components_of_the_two_libraries_is_imported(copied: Path, entry: list[str]) -> None:
+    edit(copied, transformer=entry)
+    with pytest.raises(ModelError, match=rf"The transformer is a {entry[1]} of {entry[0]}, which is not installed"):
+        load(copied, Panel.DENOISER)
+
+
+def test_a_pipeline_that_cannot_be_cut_is_not_served_in_parts(copied: Path) -> None:
+    edit(copied, text_encoder=[None, None], tokenizer=[None, None])
+    for panels in ((Panel.ENCODER,), (Panel.DENOISER, Panel.DECODER)):
+        with pytest.raises(ModelError, match=r'cannot be run in parts: give .* kind="monolithic" in the place of'):
+            load(copied, *panels)
+
+
+def test_a_pipeline_that_cannot_be_cut_runs_as_a_whole(copied: Path) -> None:
+    edit(copied, text_encoder=[None, None], tokenizer=[None, None])
+    pipeline = load(copied, *Panel)
+    assert pipeline.route is Route.MONOLITHIC
+    assert pipeline.components == {"transformer", "scheduler", "vae"}
+    inputs = {
+        "prompt_embeds": torch.ones(1, 3, 32),
+        "prompt_attention_mask": torch.ones(1, 3),
+        "negative_prompt": None,
+        "height": 32,
+        "width": 32,
+        "guidance_scale": 1.0,
+        "use_resolution_binning": False,
+        "num_inference_steps": 3,
+    }
+    running, doomed = (pipeline.denoise(pipeline.encode(inputs, 6)) for _ in range(2))
+    assert doomed.advance()
+    assert [running.advance() for _ in range(3)] == [True, True, False]
+    assert (running.step, running.total_steps) == (3, 3)
+    doomed.cancel()
+    assert doomed.cancelled
+    assert same(media(pipeline.decode(running.result())), expected(copied, inputs, 6))
+
+
+def test_a_panel_that_needs_what_another_has_says_so(classic_models: Models, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(classic_models("cogvideox"), tmp_path / "model"))
+    edit(model, _class_name="CogVideoXVideoToVideoPipeline")
+    pipeline = whole(model)
+    inputs = {name: value for name, value in request(model).items() if name != "num_frames"}
+    frames = [Image.fromarray(np.full((32, 32, 3), 30 * n, np.uint8)) for n in range(5)]
+    denoising = pipeline.denoise(pipeline.encode({**inputs, "video": frames}, 1))
+    with pytest.raises(ShadowError, match=r"The denoiser of this pipeline needs `vae\.encode`, which is not loaded"):
+        denoising.advance()
+
+
+def test_decoding_in_more_than_one_call_is_an_error_and_not_a_wrong_picture() -> None:
+    decode = Resumption("theirs", lambda: None).resume(lambda z, scale=1: (z, scale))
+    assert decode("mine", scale=2) == ("theirs", 2)
+    with pytest.raises(RuntimeError, match="decodes in more than one call"):
+        decode("mine")
+    assert Resumption("theirs", lambda: None).resume(lambda z: z)(z="mine") == "theirs"
