@@ -48,6 +48,18 @@ PRELOAD: Final = (
 """What the zygote imports for the parts that are forked; most of diffusers comes in only with what uses it."""
 
 
+DESCRIBE_MODEL: Final = "engines.routes:describe"
+"""Says how a model would be served; it imports the large libraries."""
+
+Describe = Callable[..., tuple[str, str]]
+"""`(folder of the model, in_parts=...)`: in processes of their own? Returns how, and a problem or ""."""
+
+
+def load_describe() -> Describe:
+    """`DESCRIBE_MODEL`; raises `StartFailure` when it cannot be imported."""
+    return cast(Describe, load_builder(DESCRIBE_MODEL))
+
+
 def load_builder(name: str) -> Builder:
     """The builder called "module:function"; raises `StartFailure` when it cannot be imported."""
     module, _, function = name.partition(":")

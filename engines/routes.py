@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import diffusers
 
 from engines.anatomy import anatomy
-from engines.panels import ModelError
+from engines.card import load_index
+from engines.panels import ModelError, Panel
 from engines.split import modular_class
 
 
@@ -33,6 +35,38 @@ def route_of(index: Mapping[str, object]) -> Route:
     if modular_class(index) is not None:
         return Route.MODULAR
     return Route.CLASSIC if anatomy(classic_class(index), index).can_be_cut else Route.MONOLITHIC
+
+
+def check_panels(route: Route, index: Mapping[str, object], model: Path, panels: Collection[Panel]) -> None:
+    """Refuse to run a pipeline in parts that it does not have.
+
+    Raises:
+        ModelError: The route has no parts, and not all panels are in one process.
+    """
+    if route is Route.MONOLITHIC and set(panels) != set(Panel):
+        raise ModelError(
+            f"The model {model} is for {index['_class_name']}, which cannot be run in parts: give the topology one"
+            ' role of kind="monolithic" in the place of encoders, denoisers and decoders.'
+        )
+
+
+def describe(model: Path, *, in_parts: bool) -> tuple[str, str]:
+    """Say how a model would be served, without loading it.
+
+    Args:
+        model: Its folder.
+        in_parts: Whether panels have processes of their own.
+
+    Returns:
+        A sentence; and another one, of why the model cannot be served, or "".
+    """
+    try:
+        index = load_index(model)
+        route = route_of(index)
+        check_panels(route, index, model, [Panel.ENCODER] if in_parts else list(Panel))
+    except ModelError as error:
+        return "", str(error)
+    return f"{index['_class_name']}, by the {route} route", ""
 
 
 def classic_class(index: Mapping[str, object]) -> Any:

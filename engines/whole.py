@@ -12,8 +12,8 @@ from engines.anatomy import anatomy
 from engines.calling import GENERATOR, CallDenoising, Components, accepted, call
 from engines.card import load_index
 from engines.guidance import GUIDANCE_SCALE, private
-from engines.panels import ModelError, Panel
-from engines.routes import classic_class
+from engines.panels import Panel
+from engines.routes import Route, check_panels, classic_class
 from engines.stepping import Denoising
 
 
@@ -50,11 +50,7 @@ def load_whole(model: Path, panels: tuple[Panel, ...], dtype: torch.dtype, devic
     """
     index = load_index(model)
     cls = classic_class(index)
-    if set(panels) != set(Panel):
-        raise ModelError(
-            f"The model {model} is for {cls.__name__}, which cannot be run in parts: give the topology one role of"
-            ' kind="monolithic" in the place of encoders, denoisers and decoders.'
-        )
+    check_panels(Route.MONOLITHIC, index, model, panels)
     components = anatomy(cls, index).components
     pipeline, _ = Components(model, cls, index, components).pipeline(list(components), dtype, device)
     return WholeParts(pipeline, frozenset(components))

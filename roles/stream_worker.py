@@ -87,7 +87,9 @@ class StreamWorker(Actor):
         except ModelError as error:
             raise StartFailure(str(error)) from error
         self.premises.model_loaded(self._pipeline.accepted)
-        self.log.info("model loaded", panels=[p.value for p in self._pipeline.panels], device=self.component.device)
+        loaded = self._pipeline
+        panels = [panel.value for panel in loaded.panels]
+        self.log.info("model loaded", panels=panels, route=loaded.route.value, device=self.component.device)
         self.spawn(self._serve(self._stream, self._pipeline), name="panels")
 
     def facts(self) -> dict[str, int | float | str | bool]:

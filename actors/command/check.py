@@ -9,14 +9,18 @@ import typer
 from rich.markup import escape
 
 from actors.command.output import EXIT_BAD_TOPOLOGY, fail, rows_of, stdout, table
-from actors.errors import TopologyError
+from actors.components import load_describe
+from actors.errors import StartFailure, TopologyError
 from actors.preflight import preflight
 from actors.topology import Topology, load_topology
 
 TopologyFile = Annotated[Path, typer.Argument(metavar="FILE", help="The topology, a TOML file.", show_default=False)]
 
 
-def check(file: TopologyFile) -> None:
+def check(
+    file: TopologyFile,
+    model: Annotated[bool, typer.Option("--model", help="Also look at the model, which takes some seconds.")] = False,
+) -> None:
     """Check a topology file, and list the processes that it leads to.
 
     Prints one sentence and exits with 2 when the file cannot be run on this machine.
@@ -24,6 +28,8 @@ def check(file: TopologyFile) -> None:
     [bold]Example[/]
 
     triptych check examples/demo.toml
+
+    triptych check examples/demo.toml --model
     """
     try:
         topology = load_topology(file)
@@ -31,6 +37,20 @@ def check(file: TopologyFile) -> None:
     except TopologyError as error:
         fail(str(error), EXIT_BAD_TOPOLOGY)
     show(topology)
+    if model:
+        show_model(topology)
+
+
+def show_model(topology: Topology) -> None:
+    """Print how the model of a topology would be served; exits with 2 when it cannot be."""
+    in_parts = all(role.kind != "monolithic" for role in topology.roles)
+    try:
+        sentence, problem = load_describe()(topology.model_path, in_parts=in_parts)
+    except StartFailure as error:
+        fail(str(error), EXIT_BAD_TOPOLOGY)
+    if problem:
+        fail(problem, EXIT_BAD_TOPOLOGY)
+    stdout().print(escape(sentence))
 
 
 def show(topology: Topology) -> None:

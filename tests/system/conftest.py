@@ -39,6 +39,16 @@ def topology_file(tmp_path: Path, models: Callable[[str], Path]) -> Callable[...
     return write
 
 
+@pytest.fixture
+def topology_of(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a topology for a model's folder, of one instance of each panel or of `roles`."""
+
+    def write(model: Path, roles: dict[str, int] | None = None) -> Path:
+        return write_topology(tmp_path, model, roles or dict.fromkeys(PANELS, 1), {})
+
+    return write
+
+
 def write_topology(folder: Path, model: Path, roles: dict[str, int], sections: dict[str, dict[str, Any]]) -> Path:
     sections = {
         "model": {"path": str(model), "dtype": "float32"},
