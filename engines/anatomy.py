@@ -30,6 +30,7 @@ class Anatomy:
         read: Names of components that are read outside of the encoding methods.
         encodes: Methods of `__call__` that work with text encoders and their like.
         decodes: Methods of `__call__` that run the VAE's decoder; there need not be any.
+        conditions: Whether something else than these methods runs the VAE's encoder, as where an image is repainted.
         can_be_cut: Whether there is something to encode, and one VAE that decodes.
     """
 
@@ -38,6 +39,7 @@ class Anatomy:
     read: frozenset[str]
     encodes: frozenset[str]
     decodes: frozenset[str]
+    conditions: bool
     can_be_cut: bool
 
     def needed(self, panel: Panel) -> frozenset[str]:
@@ -45,6 +47,8 @@ class Anatomy:
         mine = {name for name in self.components if self.owners[name] is panel}
         if panel is Panel.ENCODER:
             return frozenset(mine)
+        if panel is Panel.DENOISER and self.conditions:
+            mine.add("vae")
         # Cheap, and other panels have no other way to read them.
         return frozenset(mine | {name for name in self.read if is_weightless(*self.components[name])})
 
@@ -67,7 +71,8 @@ def anatomy(cls: Any, index: Mapping[str, object]) -> Anatomy:
             decodes.add(method)
         elif names & models:
             encodes.add(method)
-    read = _reach(cls, "__call__", without=frozenset(encodes))
+    others = _reached(cls, "__call__", without=frozenset(encodes))
+    read = set().union(*others.values())
     encoding = {name for method in encodes for name in _reach(cls, method)}
     vaes = [name for name in components if name.endswith("vae")]
     return Anatomy(
@@ -76,6 +81,7 @@ def anatomy(cls: Any, index: Mapping[str, object]) -> Anatomy:
         frozenset(read & components.keys()),
         frozenset(encodes),
         frozenset(decodes),
+        "vae" in components and any({"vae", "encode"} <= names for names in others.values()),
         bool(encodes) and vaes == ["vae"] and {"vae", "decode"} <= read,
     )
 
@@ -134,16 +140,18 @@ def _names(code: CodeType | None) -> set[str]:
     return names
 
 
-def _reach(cls: Any, method: str, without: frozenset[str] = frozenset()) -> set[str]:
+def _reach(cls: Any, method: str) -> set[str]:
     """All names that a method reads, itself or through other methods of its class."""
-    found: set[str] = set()
-    seen: set[str] = {*without, "__init__"}
+    return set().union(*_reached(cls, method).values())
+
+
+def _reached(cls: Any, method: str, without: frozenset[str] = frozenset()) -> dict[str, set[str]]:
+    """The names that a method reads, and those that each other method reads that it leads to."""
+    found: dict[str, set[str]] = {}
     ahead = [method]
     while ahead:
         current = ahead.pop()
-        if current not in seen:
-            seen.add(current)
-            names = _names(_code(cls, current))
-            found |= names
-            ahead.extend(names)
+        if current not in found and current not in without and current != "__init__":
+            found[current] = _names(_code(cls, current))
+            ahead.extend(found[current])
     return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +26,13 @@ from engines.panels import Panel
 from engines.routes import classic_class
 from engines.shadows import ShadowError
 from engines.stepping import Denoising
+
+
+class Unstepped(torch.Tensor):
+    """Timesteps that can be counted and read, since some pipelines do, but a loop over them has no steps."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(())
 
 
 class ClassicParts:
@@ -65,7 +72,10 @@ class ClassicParts:
         pipeline = self._view(Panel.DENOISER, inputs)
         self._play(pipeline, state, generator)
         for name in self._anatomy.decodes:
-            vars(pipeline)[name] = _leaving(name, getattr(pipeline, name))
+            vars(pipeline)[name] = _leaving("", name, getattr(pipeline, name))
+        if self._anatomy.conditions:
+            vae = _own_vae(pipeline)
+            vars(vae)["decode"] = _leaving("vae", "decode", vae.decode)
 
         def work() -> dict[str, object]:
             try:
@@ -89,8 +99,7 @@ class ClassicParts:
         resumption = Resumption(state["latents"], lambda: generator.set_state(after))
         for name in self._anatomy.decodes:
             vars(pipeline)[name] = resumption.resume(getattr(pipeline, name))
-        # A copy that shares the weights, because the method of this request must not become that of all.
-        vae = vars(pipeline)["vae"] = copy.copy(pipeline.vae)
+        vae = _own_vae(pipeline)
         vars(vae)["decode"] = resumption.resume(vae.decode)
         try:
             media = call(pipeline, inputs, generator)
@@ -104,8 +113,9 @@ class ClassicParts:
         """Copy the pipeline for a run: what a panel does not own, it does not see, even where it is loaded."""
         scale = cast("float | None", inputs.get(GUIDANCE_SCALE))
         pipeline = private(self.pipeline, scale)
+        needed = self._anatomy.needed(panel)
         for name, shadow in self._shadows.items():
-            if self._anatomy.owners[name] is not panel:
+            if name not in needed:
                 vars(pipeline)[name] = copy.copy(shadow)
         return pipeline
 
@@ -134,10 +144,16 @@ def _request(state: Mapping[str, object]) -> tuple[dict[str, object], torch.Gene
     return cast("dict[str, object]", state["inputs"]), generator.clone_state()
 
 
-def _leaving(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+def _own_vae(pipeline: Any) -> Any:
+    """Give a private pipeline a VAE that shares the weights, because its methods must not become those of all."""
+    vae = vars(pipeline)["vae"] = copy.copy(pipeline.vae)
+    return vae
+
+
+def _leaving(owner: str, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def left(*args: Any, **kwargs: Any) -> Any:
-        raise Handoff("", name, first(args, kwargs))
+        raise Handoff(owner, name, first(args, kwargs))
 
     return left
 
@@ -147,7 +163,7 @@ def _without_steps(scheduler: Any, set_timesteps: Callable[..., Any]) -> Callabl
     @functools.wraps(set_timesteps)
     def none_set(*args: Any, **kwargs: Any) -> None:
         set_timesteps(*args, **kwargs)
-        scheduler.timesteps = scheduler.timesteps[:0]
+        scheduler.timesteps = scheduler.timesteps.as_subclass(Unstepped)
 
     return none_set
 

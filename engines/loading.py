@@ -50,20 +50,28 @@ def make_shadows(pipeline: Any, split: Split, dtype: torch.dtype, device: torch.
             setattr(pipeline, name, stand_in)
 
 
-def check_geometry(pipeline: Any, split: Split) -> None:
-    """Refuse a model whose pipeline would return another size than it is asked for.
+def geometry_problem(split: Split) -> str:
+    """Say why a pipeline would return another size than it is asked for; "" where it would not.
+
+    Its VAE then makes pictures smaller by another factor than the pipeline reckons with.
 
     Raises:
-        ModelError: Its VAE makes pictures smaller by another factor than the pipeline reckons with.
+        ModelError: The VAE is missing, or its configuration is broken.
     """
-    config = getattr(getattr(pipeline, "vae", None), "config", None)
-    real = getattr(config, "scale_factor_spatial", None)
-    reckoned = getattr(pipeline, "vae_scale_factor_spatial", None)
-    if real is not None and reckoned is not None and real != reckoned:
-        raise ModelError(
-            f"The VAE of {split.model} scales by {real}, but {split.pipeline_class.__name__} reckons with {reckoned}"
-            " and would return another size than it is asked for: this model cannot be served."
-        )
+    whole = split.pipeline(split.blocks)
+    if "vae" not in whole.pretrained_component_names or _is_null(split, "vae"):
+        return ""
+    spec = whole.get_component_spec("vae")
+    # The dtype and device of what is never computed with do not matter.
+    whole.vae = load_shadow("vae", spec, _folder(split, "vae", spec), torch.float32, torch.device("cpu"))
+    real = getattr(whole.vae.config, "scale_factor_spatial", None)
+    reckoned = getattr(whole, "vae_scale_factor_spatial", None)
+    if real is None or reckoned is None or real == reckoned:
+        return ""
+    return (
+        f"The VAE of {split.model} scales by {real}, but {split.pipeline_class.__name__} reckons with {reckoned}"
+        " and would return another size than it is asked for: this model cannot be served."
+    )
 
 
 def load_component(name: str, spec: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:

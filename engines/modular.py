@@ -10,8 +10,8 @@ import torch
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 
 from engines.guidance import GUIDANCE_SCALE, has_guider, private
-from engines.loading import check_geometry, load_components, make_shadows
-from engines.panels import Panel
+from engines.loading import geometry_problem, load_components, make_shadows
+from engines.panels import ModelError, Panel
 from engines.split import KWARGS_MAPPING, Split, crossing, joined, load_split
 from engines.stepping import BlockDenoising, Denoising
 
@@ -75,10 +75,11 @@ def load_modular(model: Path, panels: tuple[Panel, ...], dtype: torch.dtype, dev
         ModelError: The model cannot be served; the sentence says why.
     """
     split = load_split(model)
+    if problem := geometry_problem(split):
+        raise ModelError(problem)
     pipeline = split.pipeline(joined(split.parts[panel] for panel in panels))
     loaded = load_components(pipeline, split, dtype, device)
     make_shadows(pipeline, split, dtype, device)
-    check_geometry(pipeline, split)
     return ModularParts(split, pipeline, loaded)
 
 

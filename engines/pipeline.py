@@ -10,11 +10,10 @@ import diffusers
 import torch
 import transformers
 
-from engines.card import load_index
 from engines.classic import load_classic
 from engines.modular import load_modular
 from engines.panels import ModelError, Panel
-from engines.routes import Route, route_of
+from engines.routes import Route, route_for
 from engines.stepping import Denoising
 from engines.whole import load_whole
 
@@ -91,7 +90,7 @@ class PanelPipeline:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         panels = tuple(panel for panel in Panel if panel in panels)
-        route = route_of(load_index(model))
+        route = route_for(model)
         return cls(panels, route, _LOADERS[route](model, panels, dtype, device))
 
     def encode(self, inputs: Mapping[str, object], seed: int) -> dict[str, object]:

@@ -11,8 +11,9 @@ import diffusers
 
 from engines.anatomy import anatomy
 from engines.card import load_index
+from engines.loading import geometry_problem
 from engines.panels import ModelError, Panel
-from engines.split import modular_class
+from engines.split import load_split, modular_class
 
 
 class Route(StrEnum):
@@ -34,7 +35,21 @@ def route_of(index: Mapping[str, object]) -> Route:
     """
     if modular_class(index) is not None:
         return Route.MODULAR
-    return Route.CLASSIC if anatomy(classic_class(index), index).can_be_cut else Route.MONOLITHIC
+    return _without_blocks(index)
+
+
+def route_for(model: Path) -> Route:
+    """Choose the route for a model.
+
+    Raises:
+        ModelError: It is no model, or diffusers has no such pipeline.
+    """
+    index = load_index(model)
+    route = route_of(index)
+    named = getattr(diffusers, str(index["_class_name"]), None)
+    has_both = route is Route.MODULAR and issubclass(named or object, diffusers.DiffusionPipeline)
+    # A few pipelines know a VAE that their blocks do not: without blocks they make the right size.
+    return _without_blocks(index) if has_both and geometry_problem(load_split(model)) else route
 
 
 def check_panels(route: Route, index: Mapping[str, object], model: Path, panels: Collection[Panel]) -> None:
@@ -62,7 +77,7 @@ def describe(model: Path, *, in_parts: bool) -> tuple[str, str]:
     """
     try:
         index = load_index(model)
-        route = route_of(index)
+        route = route_for(model)
         check_panels(route, index, model, [Panel.ENCODER] if in_parts else list(Panel))
     except ModelError as error:
         return "", str(error)
@@ -86,3 +101,7 @@ def classic_class(index: Mapping[str, object]) -> Any:
         missing = f"needs {needs}" if needs else f"is not one of diffusers {diffusers.__version__}"
         raise ModelError(f"The model is for {name}, which {missing}.")
     return found
+
+
+def _without_blocks(index: Mapping[str, object]) -> Route:
+    return Route.CLASSIC if anatomy(classic_class(index), index).can_be_cut else Route.MONOLITHIC

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKLWan, DiffusionPipeline
 from PIL import Image
 
 from engines.card import load_card
@@ -123,6 +123,56 @@ def test_panels_may_share_a_process(panels: tuple[Panel, ...], classic_models: M
     decoder = pipeline if Panel.DECODER in panels else whole(model, Panel.DECODER)
     for _ in range(2):
         assert same(media(decoder.decode(state)), expected(model, inputs, 8))
+
+
+def test_blocks_that_would_make_the_wrong_size_are_not_used(
+    models: Models, processes: Processes, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(models("wan"), tmp_path / "model"))
+    # As the large VAE of Wan 2.2, which works on patches of pixels.
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        is_residual=True,
+        scale_factor_spatial=8,
+        scale_factor_temporal=2,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 1.2, 0.8, 1.1],
+    )
+    shutil.rmtree(model / "vae")
+    vae.save_pretrained(model / "vae")
+    edit(model, expand_timesteps=True)
+    inputs = request(model, num_inference_steps=2)
+    ours, answers = run_in_three(processes, model, inputs, seed=9)
+    assert [answer["components"] for answer in answers] == PANELS
+    assert media(ours).shape == (1, 5, 64, 64, 3)
+    assert same(media(ours), expected(model, inputs, 9))
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "given"),
+    [("chroma", "ChromaImg2ImgPipeline", "image"), ("cogvideox", "CogVideoXVideoToVideoPipeline", "video")],
+)
+def test_a_denoiser_that_starts_from_a_picture_has_the_vae_too(
+    family: str, name: str, given: str, classic_models: Models, processes: Processes, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(classic_models(family), tmp_path / "model"))
+    edit(model, _class_name=name)
+    inputs = {name: value for name, value in request(model, strength=0.6).items() if name != "num_frames"}
+    frames = [Image.fromarray(np.full((32, 32, 3), 30 * n, np.uint8)) for n in range(5)]
+    inputs |= {"height": 32, "width": 32, given: frames if given == "video" else frames[2]}
+    ours, answers = run_in_three(processes, model, inputs, seed=13)
+    assert [answer["components"] for answer in answers] == [PANELS[0], [*PANELS[1], "vae"], PANELS[2]]
+    output_type = "np" if given == "video" else "pil"
+    made = media(plain(model, torch.float32)(**inputs, generator=seeded(13), output_type=output_type))
+    assert same(media(ours), made)
 
 
 # Stepping ---------------------------------------------------------------------------------------------------------
@@ -297,15 +347,16 @@ def test_a_pipeline_that_cannot_be_cut_runs_as_a_whole(copied: Path) -> None:
     assert same(media(pipeline.decode(running.result())), expected(copied, inputs, 6))
 
 
-def test_a_panel_that_needs_what_another_has_says_so(classic_models: Models, tmp_path: Path) -> None:
-    model = Path(shutil.copytree(classic_models("cogvideox"), tmp_path / "model"))
-    edit(model, _class_name="CogVideoXVideoToVideoPipeline")
+def test_a_panel_that_needs_what_another_has_says_so(classic_models: Models) -> None:
+    model = classic_models("chroma")
     pipeline = whole(model)
-    inputs = {name: value for name, value in request(model).items() if name != "num_frames"}
-    frames = [Image.fromarray(np.full((32, 32, 3), 30 * n, np.uint8)) for n in range(5)]
-    denoising = pipeline.denoise(pipeline.encode({**inputs, "video": frames}, 1))
-    with pytest.raises(ShadowError, match=r"The denoiser of this pipeline needs `vae\.encode`, which is not loaded"):
+    state = pipeline.encode(request(model), 1)
+    denoising = pipeline.denoise({**state, "calls": []})
+    with pytest.raises(ShadowError, match=r"The denoiser of this pipeline needs `text_encoder\.forward`, which is not"):
         denoising.advance()
+    latents = finish(pipeline.denoise(state))
+    with pytest.raises(ShadowError, match=r"The decoder of this pipeline needs `text_encoder\.forward`, which is not"):
+        pipeline.decode({**latents, "calls": []})
 
 
 def test_decoding_in_more_than_one_call_is_an_error_and_not_a_wrong_picture() -> None:

@@ -311,9 +311,10 @@ def test_a_component_that_the_index_calls_null_is_left_out(copied: Path) -> None
     assert load(copied, Panel.DENOISER).components == {"transformer", "scheduler"}
 
 
-def test_a_vae_of_another_scale_than_the_pipeline_reckons_with_is_a_model_error(models: Models, tmp_path: Path) -> None:
+def test_a_vae_of_another_scale_than_the_blocks_reckon_with_is_a_model_error(models: Models, tmp_path: Path) -> None:
     model = Path(shutil.copytree(models("wan"), tmp_path / "model"))
     edit(model / "vae" / "config.json", scale_factor_spatial=16)
+    edit(model / "model_index.json", _class_name="WanModularPipeline")
     for panel in Panel:
         with pytest.raises(ModelError, match="scales by 16, but WanModularPipeline reckons with 4"):
             load(model, panel)
