@@ -40,7 +40,7 @@ def call(pipeline: Any, inputs: Mapping[str, object], generator: torch.Generator
     """Run a whole pipeline.
 
     Args:
-        pipeline: A classic one, private to the request.
+        pipeline: A classic one, private to the request; of no use afterwards.
         inputs: Of the request, by name.
         generator: Of its noise.
 
@@ -54,12 +54,23 @@ def call(pipeline: Any, inputs: Mapping[str, object], generator: torch.Generator
     if "output_type" in names:
         # Frames as pictures would have to be made numbers again.
         given["output_type"] = "np" if hasattr(pipeline, "video_processor") else "pil"
-    made = vars(pipeline(**given))
+    try:
+        made = vars(pipeline(**given))
+    finally:
+        _let_go(pipeline)
     return {
         _MEDIA[name]: np.asarray(value) if _MEDIA[name] == "videos" else value
         for name, value in made.items()
         if name in _MEDIA and value is not None
     }
+
+
+def _let_go(pipeline: Any) -> None:
+    """Break the rings of a private pipeline: a method that was replaced holds what holds it, and tensors."""
+    for scheduler in schedulers(pipeline):
+        vars(scheduler).clear()
+    vars(vars(pipeline).get("vae", pipeline)).pop("decode", None)
+    vars(pipeline).clear()
 
 
 def schedulers(pipeline: Any) -> Iterator[Any]:
@@ -79,15 +90,16 @@ class CallDenoising(Denoising):
         super().__init__(work)
         for scheduler in schedulers(pipeline):
             if hasattr(scheduler, "step"):
-                scheduler.step = self._stepping(scheduler, scheduler.step)
+                scheduler.step = self._stepping(pipeline, scheduler, scheduler.step)
 
-    def _stepping(self, scheduler: Any, step: Callable[..., Any]) -> Callable[..., Any]:
+    def _stepping(self, pipeline: Any, scheduler: Any, step: Callable[..., Any]) -> Callable[..., Any]:
         # Pipelines look at the signature, to see what they can pass.
         @functools.wraps(step)
         def paused_step(*args: Any, **kwargs: Any) -> Any:
             result = step(*args, **kwargs)
             if self.total_steps is None:
-                self.total_steps = len(scheduler.timesteps)
+                # A run that starts from a picture leaves some out; most pipelines say so.
+                self.total_steps = vars(pipeline).get("_num_timesteps") or len(scheduler.timesteps)
             self.step += 1
             # Not after the last, so that it also ends the run.
             if self.step < self.total_steps:

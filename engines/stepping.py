@@ -137,7 +137,16 @@ class BlockDenoising(Denoising):
             loop.loop_step = self._stepping(loop.loop_step)
             # The setting of a pipeline does not reach its inner loops.
             loop.set_progress_bar_config(disable=True)
-        super().__init__(lambda: finish(block(components, state)[1]))
+
+        def work() -> dict[str, object]:
+            try:
+                return finish(block(components, state)[1])
+            finally:
+                # Each holds its loop and this, with the result: not to wait for the collector.
+                for loop in _loops(block):
+                    del loop.loop_step
+
+        super().__init__(work)
 
     def _stepping(self, loop_step: Callable[..., Any]) -> Callable[..., Any]:
         before = None

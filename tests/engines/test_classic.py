@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -226,6 +227,43 @@ def test_a_state_can_be_run_again(classic_models: Models) -> None:
     state = pipeline.encode(request(model, num_inference_steps=2), 4)
     first, second = (finish(pipeline.denoise(state))["latents"] for _ in range(2))
     assert torch.equal(first, second)  # type: ignore[arg-type]
+
+
+def test_a_run_that_leaves_steps_out_counts_those_it_makes(classic_models: Models, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(classic_models("chroma"), tmp_path / "model"))
+    edit(model, _class_name="ChromaImg2ImgPipeline")
+    pipeline = load(model, *Panel)
+    inputs = request(model, strength=0.5, image=Image.new("RGB", (64, 64), "red"))
+    denoising = pipeline.denoise(pipeline.encode(inputs, 1))
+    assert denoising.advance()
+    assert (denoising.step, denoising.total_steps) == (1, 2)
+    assert not denoising.advance()
+    assert denoising.step == 2
+
+
+def test_a_request_lets_go_of_its_tensors_by_itself(classic_models: Models) -> None:
+    model = classic_models("sana")
+    pipeline = whole(model)
+    held: list[weakref.ref[torch.Tensor]] = []
+    hook = pipeline._parts.pipeline.transformer.register_forward_pre_hook(
+        lambda _module, args, kwargs: held.extend(map(weakref.ref, (args[0], kwargs["encoder_hidden_states"]))),
+        with_kwargs=True,
+    )
+    gc.disable()
+    try:
+        state = pipeline.encode(request(model, guidance_scale=1.0), 1)
+        (call,) = state["calls"]  # type: ignore[misc]
+        held.append(weakref.ref(call["result"][0]))
+        denoising = pipeline.denoise(state)
+        state = finish(denoising)
+        held.append(weakref.ref(state["latents"]))  # type: ignore[arg-type]
+        pipeline.decode(state)
+        del call, denoising, state
+        assert len(held) == 10
+        assert [ref() for ref in held] == [None] * 10
+    finally:
+        gc.enable()
+        hook.remove()
 
 
 def test_cancel_in_mid_loop_frees_everything_and_disturbs_nobody(classic_models: Models) -> None:
