@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import threading
 import traceback
 import weakref
@@ -209,6 +210,20 @@ def test_cancel_in_mid_loop_frees_everything_and_disturbs_nobody(family: str, pi
         doomed.result()
     assert torch.equal(finish(other), expected)
     assert torch.equal(finish(begin(pipeline, family, "a dog", 4, seed=2)), expected)
+
+
+def test_a_run_lets_go_of_its_tensors_by_itself(family: str, pipelines: Pipelines) -> None:
+    pipeline = pipelines(family)
+    gc.collect()
+    gc.disable()
+    try:
+        denoising = begin(pipeline, family, "a cat", 2, seed=1)
+        latents = weakref.ref(finish(denoising))
+        assert latents() is not None
+        del denoising
+        assert latents() is None
+    finally:
+        gc.enable()
 
 
 def test_cancel_before_the_first_step_and_after_the_last(pipelines: Pipelines) -> None:
