@@ -2,70 +2,32 @@
 
 from __future__ import annotations
 
-import gc
-import json
 import os
 import shutil
 import sys
-import weakref
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, DiffusionPipeline
+from diffusers import AutoencoderKLWan
 from PIL import Image
 
-from engines.card import load_card
-from engines.handoff import Resumption
 from engines.panels import ModelError, Panel
-from engines.pipeline import InputError, PanelPipeline
+from engines.pipeline import InputError
 from engines.routes import Route
 from engines.shadows import ShadowError
-from engines.stepping import Denoising
 
 sys.path.insert(0, str(Path(__file__).parent))
-from in_three import CPU, Processes, media, run_in_three, same, seeded, three_processes
-
-FAMILIES = ("pixart", "sana", "chroma", "cogvideox")
-PANELS = [["text_encoder", "tokenizer"], ["scheduler", "transformer"], ["vae"]]
-Models = Callable[[str], Path]
+from classics import FAMILIES, PANELS, Models, edit, expected, finish, load, plain, request, whole
+from in_three import Processes, media, run_in_three, same, seeded, three_processes
 
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[Processes]:
     with three_processes() as started:
         yield started
-
-
-@cache
-def plain(model: Path, dtype: torch.dtype) -> Any:
-    pipeline = DiffusionPipeline.from_pretrained(str(model), dtype=dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@cache
-def whole(model: Path, *panels: Panel) -> PanelPipeline:
-    return PanelPipeline.load(model, panels or tuple(Panel), dtype=torch.float32, device=CPU)
-
-
-def request(model: Path, **more: Any) -> dict[str, Any]:
-    return {"prompt": "a red ship", **load_card(model).defaults, **more}
-
-
-def expected(model: Path, inputs: dict[str, Any], seed: int, dtype: torch.dtype = torch.float32) -> Any:
-    output_type = "np" if "num_frames" in inputs else "pil"
-    return media(plain(model, dtype)(**inputs, generator=seeded(seed), output_type=output_type))
-
-
-def finish(denoising: Denoising) -> dict[str, object]:
-    while denoising.advance():
-        pass
-    return denoising.result()
 
 
 # Identity ---------------------------------------------------------------------------------------------------------
@@ -176,122 +138,6 @@ def test_a_denoiser_that_starts_from_a_picture_has_the_vae_too(
     assert same(media(ours), made)
 
 
-# Stepping ---------------------------------------------------------------------------------------------------------
-
-
-def begin(pipeline: PanelPipeline, model: Path, prompt: str, steps: int, seed: int, scale: float = 1.0) -> Denoising:
-    inputs = request(model, prompt=prompt, num_inference_steps=steps, guidance_scale=scale)
-    return pipeline.denoise(pipeline.encode(inputs, seed))
-
-
-@pytest.mark.parametrize("family", ["pixart", "cogvideox"])
-def test_each_advance_is_one_step(family: str, classic_models: Models) -> None:
-    model = classic_models(family)
-    pipeline = whole(model)
-    calls = 0
-
-    def count(*_: object) -> None:
-        nonlocal calls
-        calls += 1
-
-    denoising = begin(pipeline, model, "a cat", 4, seed=1)
-    assert (denoising.step, denoising.total_steps) == (0, None)
-    hook = pipeline._parts.pipeline.transformer.register_forward_pre_hook(count)
-    seen = []
-    for _ in range(4):
-        more = denoising.advance()
-        seen.append((more, calls, denoising.step, denoising.total_steps))
-    hook.remove()
-    assert seen == [(True, 1, 1, 4), (True, 2, 2, 4), (True, 3, 3, 4), (False, 4, 4, 4)]
-    assert denoising.advance() is False
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_requests_that_take_turns_are_identical_to_runs_alone(family: str, classic_models: Models) -> None:
-    model = classic_models(family)
-    pipeline = whole(model)
-    asked = [("a cat", 4, 1, 2.0), ("a ship at night", 6, 2, 1.0), ("a cat", 3, 1, 6.0)]
-    alone = [finish(begin(pipeline, model, *one))["latents"] for one in asked]
-    turns = [begin(pipeline, model, *one) for one in asked]
-    running = list(turns)
-    while running:
-        running = [denoising for denoising in running if denoising.advance()]
-    for denoising, latents in zip(turns, alone, strict=True):
-        assert torch.equal(denoising.result()["latents"], latents)  # type: ignore[arg-type]
-    assert not torch.equal(alone[0], alone[2])  # type: ignore[arg-type]
-
-
-def test_a_state_can_be_run_again(classic_models: Models) -> None:
-    model = classic_models("cogvideox")
-    pipeline = whole(model)
-    state = pipeline.encode(request(model, num_inference_steps=2), 4)
-    first, second = (finish(pipeline.denoise(state))["latents"] for _ in range(2))
-    assert torch.equal(first, second)  # type: ignore[arg-type]
-
-
-def test_a_run_that_leaves_steps_out_counts_those_it_makes(classic_models: Models, tmp_path: Path) -> None:
-    model = Path(shutil.copytree(classic_models("chroma"), tmp_path / "model"))
-    edit(model, _class_name="ChromaImg2ImgPipeline")
-    pipeline = load(model, *Panel)
-    inputs = request(model, strength=0.5, image=Image.new("RGB", (64, 64), "red"))
-    denoising = pipeline.denoise(pipeline.encode(inputs, 1))
-    assert denoising.advance()
-    assert (denoising.step, denoising.total_steps) == (1, 2)
-    assert not denoising.advance()
-    assert denoising.step == 2
-
-
-def test_a_request_lets_go_of_its_tensors_by_itself(classic_models: Models) -> None:
-    model = classic_models("sana")
-    pipeline = whole(model)
-    held: list[weakref.ref[torch.Tensor]] = []
-    hook = pipeline._parts.pipeline.transformer.register_forward_pre_hook(
-        lambda _module, args, kwargs: held.extend(map(weakref.ref, (args[0], kwargs["encoder_hidden_states"]))),
-        with_kwargs=True,
-    )
-    gc.disable()
-    try:
-        state = pipeline.encode(request(model, guidance_scale=1.0), 1)
-        (call,) = state["calls"]  # type: ignore[misc]
-        held.append(weakref.ref(call["result"][0]))
-        denoising = pipeline.denoise(state)
-        state = finish(denoising)
-        held.append(weakref.ref(state["latents"]))  # type: ignore[arg-type]
-        pipeline.decode(state)
-        del call, denoising, state
-        assert len(held) == 10
-        assert [ref() for ref in held] == [None] * 10
-    finally:
-        gc.enable()
-        hook.remove()
-
-
-def test_cancel_in_mid_loop_frees_everything_and_disturbs_nobody(classic_models: Models) -> None:
-    model = classic_models("pixart")
-    pipeline = whole(model)
-    latents = finish(begin(pipeline, model, "a dog", 4, seed=2))["latents"]
-    doomed = begin(pipeline, model, "a cat", 5, seed=1)
-    other = begin(pipeline, model, "a dog", 4, seed=2)
-    kept: list[weakref.ref[torch.Tensor]] = []
-    hook = pipeline._parts.pipeline.transformer.register_forward_hook(
-        lambda _module, args, _output: kept.append(weakref.ref(args[0]))
-    )
-    doomed.advance()
-    hook.remove()
-    other.advance()
-    assert kept[0]() is not None
-    doomed.cancel()
-    assert doomed.cancelled
-    assert kept[0]() is None
-    assert doomed.advance() is False
-    with pytest.raises(RuntimeError, match="1 of 5 steps"):
-        doomed.result()
-    assert torch.equal(finish(other)["latents"], latents)  # type: ignore[arg-type]
-    early = begin(pipeline, model, "a cat", 2, seed=1)
-    early.cancel()
-    assert early.advance() is False
-
-
 # Requests and models that cannot be served ------------------------------------------------------------------------
 
 
@@ -313,16 +159,6 @@ def test_what_the_pipeline_accepts(classic_models: Models) -> None:
 def copied(classic_models: Models, tmp_path: Path) -> Path:
     """A tiny PixArt model that the test may spoil."""
     return Path(shutil.copytree(classic_models("pixart"), tmp_path / "model"))
-
-
-def edit(model: Path, **changes: object) -> None:
-    path = model / "model_index.json"
-    index = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({name: value for name, value in index.items() if value is not None}))
-
-
-def load(model: Path, *panels: Panel) -> PanelPipeline:
-    return PanelPipeline.load(model, panels, dtype=torch.float32, device=CPU)
 
 
 @pytest.mark.parametrize("panel", Panel)
@@ -395,11 +231,3 @@ def test_a_panel_that_needs_what_another_has_says_so(classic_models: Models) -> 
     latents = finish(pipeline.denoise(state))
     with pytest.raises(ShadowError, match=r"The decoder of this pipeline needs `text_encoder\.forward`, which is not"):
         pipeline.decode({**latents, "calls": []})
-
-
-def test_decoding_in_more_than_one_call_is_an_error_and_not_a_wrong_picture() -> None:
-    decode = Resumption("theirs", lambda: None).resume(lambda z, scale=1: (z, scale))
-    assert decode("mine", scale=2) == ("theirs", 2)
-    with pytest.raises(RuntimeError, match="decodes in more than one call"):
-        decode("mine")
-    assert Resumption("theirs", lambda: None).resume(lambda z: z)(z="mine") == "theirs"

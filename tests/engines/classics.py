@@ -1,0 +1,62 @@
+"""Requests to tiny classic pipelines, and what the plain pipeline makes of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from engines.card import load_card
+from engines.panels import Panel
+from engines.pipeline import PanelPipeline
+from engines.stepping import Denoising
+
+sys.path.insert(0, str(Path(__file__).parent))
+from in_three import CPU, media, seeded
+
+FAMILIES = ("pixart", "sana", "chroma", "cogvideox")
+PANELS = [["text_encoder", "tokenizer"], ["scheduler", "transformer"], ["vae"]]
+Models = Callable[[str], Path]
+
+
+@cache
+def plain(model: Path, dtype: torch.dtype) -> Any:
+    pipeline = DiffusionPipeline.from_pretrained(str(model), dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@cache
+def whole(model: Path, *panels: Panel) -> PanelPipeline:
+    return PanelPipeline.load(model, panels or tuple(Panel), dtype=torch.float32, device=CPU)
+
+
+def request(model: Path, **more: Any) -> dict[str, Any]:
+    return {"prompt": "a red ship", **load_card(model).defaults, **more}
+
+
+def expected(model: Path, inputs: dict[str, Any], seed: int, dtype: torch.dtype = torch.float32) -> Any:
+    output_type = "np" if "num_frames" in inputs else "pil"
+    return media(plain(model, dtype)(**inputs, generator=seeded(seed), output_type=output_type))
+
+
+def finish(denoising: Denoising) -> dict[str, object]:
+    while denoising.advance():
+        pass
+    return denoising.result()
+
+
+def edit(model: Path, **changes: object) -> None:
+    path = model / "model_index.json"
+    index = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in index.items() if value is not None}))
+
+
+def load(model: Path, *panels: Panel) -> PanelPipeline:
+    return PanelPipeline.load(model, panels, dtype=torch.float32, device=CPU)
