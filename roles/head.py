@@ -57,7 +57,13 @@ class Head(Actor):
         super().__init__("head")
         self.topology = topology
         settings = topology.head
-        self.ledger = Ledger(POLICIES[settings.dispatch], settings.max_pending, settings.max_attempts)
+        self.ledger = Ledger(
+            POLICIES[settings.dispatch],
+            max_pending=settings.max_pending,
+            max_attempts=settings.max_attempts,
+            waiting_timeout_s=settings.waiting_timeout_s,
+            running_timeout_s=settings.running_timeout_s,
+        )
         self.card = ModelCard()
         pools = tuple(c.name for c in topology.components if c.kind == "pool")
         self.errands = Errands(self, self.ledger, self.settle, pools)
@@ -96,7 +102,7 @@ class Head(Actor):
     async def submit(self, message: requests.SubmitRequest) -> requests.RequestAccepted | requests.RequestRejected:
         """Accept a request: check it, write it down, start it."""
         digest = _digest(message)
-        if known := self._known(message.idempotency_key):
+        if known := self.ledger.by_key.get(message.idempotency_key):
             if known.digest == digest:
                 return requests.RequestAccepted(known.id)
             return requests.RequestRejected("conflict", "this Idempotency-Key came with another body before")
@@ -281,11 +287,6 @@ class Head(Actor):
         if self._journal is None:
             raise JournalError("the journal is not open yet")
         return self._journal
-
-    def _known(self, key: str) -> Request | None:
-        if not key:
-            return None
-        return next((r for r in self.ledger.requests.values() if r.idempotency_key == key), None)
 
     def _request(self, message: requests.SubmitRequest, digest: str) -> Request:
         """Raises CardError, naming the input at fault."""

@@ -92,7 +92,13 @@ class Ledger:
     policy: Policy
     max_pending: int = 256
     max_attempts: int = 3
+    waiting_timeout_s: float = 0.0
+    """Most seconds that a stage may wait, 0 for no bound."""
+    running_timeout_s: float = 0.0
+    """Most seconds that a stage may run, 0 for no bound."""
     requests: dict[str, Request] = field(default_factory=dict)
+    by_key: dict[str, Request] = field(default_factory=dict)
+    """Those that came with an idempotency key."""
     units: dict[str, Unit] = field(default_factory=dict)
     """The active ones."""
     fleet: Fleet = field(default_factory=Fleet)
@@ -118,6 +124,8 @@ class Ledger:
     def enter(self, request: Request) -> None:
         """Put a request in the books as it is."""
         self.requests[request.id] = request
+        if request.idempotency_key:
+            self.by_key[request.idempotency_key] = request
         self.units.update({unit.id: unit for unit in request.units if not unit.terminal})
 
     def cancel(self, request_id: str, reason: str, now: float) -> None:
@@ -257,9 +265,14 @@ class Ledger:
     # -- time
 
     def expire(self, now: float) -> None:
-        """Requests past their deadline."""
-        for unit in [u for u in self.units.values() if u.deadline <= now]:
-            self._stop(unit, State.TIMED_OUT, f"not done after {now - self._created(unit):.0f} s", now)
+        """End what is past the deadline of its request or of its stage."""
+        for unit in list(self.units.values()):
+            since = unit.history[-1].at if unit.history else now
+            bound_s = self.running_timeout_s if unit.running else self.waiting_timeout_s
+            if unit.deadline <= now:
+                self._stop(unit, State.TIMED_OUT, f"not done after {now - self._created(unit):g} s", now)
+            elif bound_s and since + bound_s <= now:
+                self._stop(unit, State.TIMED_OUT, f"{unit.state} for more than {bound_s:g} s", now)
 
     def dispatch(self, now: float) -> None:
         """Give waiting units, oldest first, to instances with credits."""
@@ -294,7 +307,7 @@ class Ledger:
         """Drop terminal requests from the books."""
         for request_id in request_ids:
             if self.requests[request_id].terminal:
-                del self.requests[request_id]
+                self.by_key.pop(self.requests.pop(request_id).idempotency_key, None)
 
     # -- inside
 

@@ -20,8 +20,8 @@ from roles.request import State, Unit
 KINDS = ("encoder", "denoiser", "decoder")
 
 
-def ledger(**options: int) -> Ledger:
-    return Ledger(POLICIES["round_robin"], **options)
+def ledger(**options: float) -> Ledger:
+    return Ledger(POLICIES["round_robin"], **options)  # type: ignore[arg-type]
 
 
 def request(id_: str = "r", n: int = 1, *, deadline: float = 1e9, at: float = 0.0) -> Request:
@@ -195,6 +195,34 @@ def test_a_deadline_times_out_wherever_the_unit_is(books: Ledger) -> None:
     assert not unit.terminal
     books.expire(10.0)
     assert unit.state is State.TIMED_OUT
+
+
+def test_a_stage_times_out_by_itself_where_it_has_a_bound() -> None:
+    books = ledger(waiting_timeout_s=5, running_timeout_s=50)
+    books.accept(request("waits"), 0.0)
+    books.accept(request("runs"), 0.0)
+    runs = books.units["runs/0"]
+    runs.instance = "encoder-0"
+    assert books.started(runs.work, "encoder-0", Panel.ENCODER, 1.0)
+    books.expire(5.0)
+    assert books.requests["waits"].state is State.TIMED_OUT
+    assert not runs.terminal
+    books.expire(51.0)
+    assert runs.state is State.TIMED_OUT
+    assert runs.history[-1].reason == "ENCODER_RUNNING for more than 50 s"
+    assert Cancel("encoder-0", runs.work, runs.history[-1].reason) in after(books)
+
+
+def test_a_forgotten_request_frees_its_key(books: Ledger) -> None:
+    kept = request("r")
+    kept.idempotency_key = "k"
+    books.accept(kept, 0.0)
+    books.forget(["r"])
+    assert books.by_key == {"k": kept}
+    books.cancel("r", "enough", 1.0)
+    books.forget(["r"])
+    assert books.by_key == {}
+    assert books.requests == {}
 
 
 def test_a_restarted_head_keeps_what_an_instance_still_has_in_hand(books: Ledger) -> None:
