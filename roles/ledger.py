@@ -21,6 +21,9 @@ from roles.request import DONE, JOURNEY, PANEL_OF, RUNNING, UPSTREAM, WAITING, S
 MAX_DEATHS = 2
 """A unit that was being computed when its instance died, this often, is held to be the cause."""
 
+MAX_TRANSFERS_LOST = 10
+"""Lost transfers are nobody's fault in particular, but memory that damages everything must not keep a unit for ever."""
+
 AHEAD = 2
 """Units that may be staged for a panel, as a multiple of the slots of its instances, before the panel upstream
 waits: a bound on the pool's memory, and what keeps a full pool from locking up."""
@@ -253,7 +256,11 @@ class Ledger:
             return False
         if report.source_gone:
             self._release(unit)
-        self._retry(unit, f"{report.instance}: {report.reason}", now)
+        unit.transfers_lost += 1
+        if unit.transfers_lost > MAX_TRANSFERS_LOST:
+            self.give_up(report.work, report.instance, report.reason, now)
+        else:
+            self._retry(unit, f"{report.instance}: {report.reason}", now, counts=False)
         return True
 
     def give_up(self, work: Work, name: str, reason: str, now: float) -> None:

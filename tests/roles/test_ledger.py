@@ -151,6 +151,16 @@ def test_attempts_are_bounded_and_every_cause_is_kept(books: Ledger) -> None:
     assert unit.causes == ["denoiser-0: boom 0", "denoiser-0: boom 1", "denoiser-0: boom 2"]
 
 
+def test_damaged_transfers_cost_no_attempt_but_do_not_go_on_for_ever(books: Ledger) -> None:
+    unit = to_denoiser(books)
+    for k in range(11):
+        assert unit.state is State.DENOISING_WAITING or k == 0
+        assert books.transfer_failed(TransferFailed(unit.work, "denoiser-0", "damaged", False, 99), 4.0)
+        after(books)
+    assert unit.state is State.FAILED
+    assert unit.failures == 0
+
+
 def test_a_request_at_fault_fails_at_once_with_its_cause(books: Ledger) -> None:
     unit = to_denoiser(books)
     books.stage_failed(failed(unit.work, "ValueError: bad size", retryable=False), 4.0)

@@ -153,6 +153,7 @@ async def storm(
         struck: list[Coroutine[Any, Any, Any]] = [strike(k) for k in range(len(plan.strikes))]
         outcomes = (await asyncio.gather(asyncio.gather(*asked), asyncio.gather(*struck)))[0]
     watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
     await cluster.wait_ready(bound_s)
     await clients.stories(outcomes)
     pools, leases = await at_rest(cluster)

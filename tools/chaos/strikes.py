@@ -109,8 +109,11 @@ class Striker:
             for _ in range(20):
                 dealer.send_multipart([self._rng.randbytes(self._rng.randrange(1, 200)) for _ in range(2)])
         api = self._cluster.topology.api
-        with socket.create_connection((api.host, api.port), timeout=5) as raw:
-            raw.sendall(self._rng.randbytes(300) + b"\r\n\r\n")
+        try:
+            with socket.create_connection((api.host, api.port), timeout=5) as raw:
+                raw.sendall(self._rng.randbytes(300) + b"\r\n\r\n")
+        except ConnectionError:  # the API may be down from another strike
+            return
 
 
 def _is(moment: str, states: dict[str, int]) -> bool:
