@@ -34,6 +34,8 @@ Latencies = dict[tuple[str, str], list[list[float]]]
 
 def run(rounds: int) -> Iterable[dict[str, object]]:
     """Measure all cases, `rounds` times each, and yield a row for each quantile; times in ms, ratio = peer / ours."""
+    # One thread for each process: four with as many as there are cores would wait for each other in spin locks.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory(prefix="overhead-") as folder, _stdout_to_stderr():
         latencies = asyncio.run(_measure(Path(folder), rounds))
     return _rows(latencies)
