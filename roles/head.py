@@ -83,7 +83,7 @@ class Head(Actor):
             self.card = load_card(self.topology.model_path)
             self._journal = Journal(self.topology.state_dir / "journal.sqlite")
             for request in self._journal.load(now - KEEP_S):
-                self.ledger.enter(request)
+                self.ledger.accept(request, now)
         except (JournalError, ModelError) as error:
             raise StartFailure(str(error)) from error
         if self.ledger.units:

@@ -117,19 +117,16 @@ class Ledger:
         return len(self.units) + n <= self.max_pending
 
     def accept(self, request: Request, now: float) -> None:
-        """Enter a request that the journal has written; its units start to wait."""
-        self.enter(request)
-        for unit in request.units:
-            unit.attempt = 1
-            unit.advance(State.ENCODER_WAITING, now)
-            self.dirty.add(unit.id)
-
-    def enter(self, request: Request) -> None:
-        """Put a request in the books as it is."""
+        """Enter a request that the journal has; units that nothing has happened to yet start to wait."""
         self.requests[request.id] = request
         if request.idempotency_key:
             self.by_key[request.idempotency_key] = request
         self.units.update({unit.id: unit for unit in request.units if not unit.terminal})
+        for unit in request.units:
+            if unit.state is State.PENDING:
+                unit.attempt = 1
+                unit.advance(State.ENCODER_WAITING, now)
+                self.dirty.add(unit.id)
 
     def cancel(self, request_id: str, reason: str, now: float) -> None:
         """Stop what is left of a request."""

@@ -194,7 +194,7 @@ def test_a_forgotten_request_frees_its_key(books: Ledger) -> None:
 def test_a_restarted_head_keeps_what_an_instance_still_has_in_hand(books: Ledger) -> None:
     unit = to_denoiser(books)
     restarted = ledger()
-    restarted.enter(books.requests["r"])
+    restarted.accept(books.requests["r"], 4.5)
     assert restarted.hello(hello("denoiser-0", slots=2, running=(unit.work, Work("gone/0", 1))), 5.0) == (
         Work("gone/0", 1),
     )
@@ -206,10 +206,19 @@ def test_a_restarted_head_keeps_what_an_instance_still_has_in_hand(books: Ledger
 def test_a_restarted_head_reruns_what_nobody_claims(books: Ledger) -> None:
     unit = to_denoiser(books)
     restarted = ledger()
-    restarted.enter(books.requests["r"])
+    restarted.accept(books.requests["r"], 4.5)
     restarted.orphans(9.0)
     assert unit.state is State.DENOISING_WAITING
     assert unit.failures == 0
+
+
+def test_what_was_accepted_just_before_the_head_died_starts_with_the_next_one() -> None:
+    """The journal has it as PENDING: it was written, and nothing else had been done."""
+    restarted = ledger()
+    restarted.accept(request(), 1.0)
+    restarted.hello(hello("encoder-0"), 2.0)
+    assert after(restarted) == [Assign("encoder-0", "r/0")]
+    assert restarted.units["r/0"].work == Work("r/0", 1)
 
 
 def test_a_report_said_twice_does_not_release_what_is_in_use(books: Ledger) -> None:
