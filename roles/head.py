@@ -185,6 +185,10 @@ class Head(Actor):
         instance.heard_at = time.time()
         return stages.Acknowledged()
 
+    async def slots_offered(self, message: stages.SlotsOffered) -> None:
+        """An instance keeps slots ready for what is pushed to it."""
+        self.ledger.fleet.offer(message.instance, message.generation, message.slots)
+
     async def stage_started(self, message: stages.StageStarted) -> stages.Acknowledged:
         """A panel runs."""
         panel = Panel(message.panel)

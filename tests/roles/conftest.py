@@ -97,7 +97,7 @@ class ScriptedHead(Actor):
             await asyncio.Event().wait()
         return stages.Acknowledged()
 
-    async def progress(self, message: stages.StageProgress) -> None:
+    async def progress(self, message: stages.StageProgress | stages.SlotsOffered) -> None:
         await self.inbox.put(message)
 
     def _check(self) -> None:

@@ -68,7 +68,8 @@ class Stage:
             await self.until(lambda name=name: self._none_held(name))
 
     async def _none_held(self, name: str) -> bool:
-        return not (await self.leases(name)).leases
+        # What is kept ready for the next arrival is for no unit.
+        return not any(view.work.unit_id for view in (await self.leases(name)).leases)
 
     async def at_rest(self, instance: str) -> None:
         """Everything that was taken has ended, and nothing of it is kept."""
