@@ -16,6 +16,7 @@ Port = Annotated[int, Meta(ge=1, le=65535, description="a port from 1 to 65535")
 Count = Annotated[int, Meta(ge=1, description="a whole number, at least 1")]
 Natural = Annotated[int, Meta(ge=0, description="a whole number, at least 0")]
 Seconds = Annotated[float, Meta(gt=0, description="a number of seconds above zero")]
+SecondsOrNone = Annotated[float, Meta(ge=0, description="a number of seconds, or 0 for no bound")]
 PortOrRule = Annotated[int, Meta(ge=0, le=65535, description="a port from 1 to 65535, or 0 for the rule")]
 Device = Annotated[str, Meta(pattern=r"^(cpu|cuda(:[0-9]+)?)$", description='"cpu", "cuda" or "cuda:N"')]
 RoleName = Annotated[
@@ -61,6 +62,10 @@ class HeadSection(Section, frozen=True):
     """How an instance is chosen among those with a free slot."""
     request_timeout_s: Seconds = 600.0
     """Seconds from acceptance to the result, waiting included."""
+    waiting_timeout_s: SecondsOrNone = 0.0
+    """Most seconds that a stage may wait for an instance, 0 = no bound of its own."""
+    running_timeout_s: SecondsOrNone = 0.0
+    """Most seconds that a stage may run, 0 = no bound of its own."""
     max_pending: Count = 256
     """Requests that may wait; beyond it the API answers 429."""
     max_attempts: Count = 3

@@ -96,6 +96,8 @@ class Errands:
         receiver = self._ledger.fleet.instances.get(instance)
         if receiver is None or receiver.pool == source.lease.pool:
             return None
+        if spare := self._ledger.fleet.take_spare(instance, source.nbytes):
+            return spare
         pause_s = 0.02
         while True:
             answer = await self._head.reference(instance).ask(

@@ -9,6 +9,7 @@ from engines.panels import Panel
 from roles.dispatch import Candidate
 from roles.messages.requests import InstanceView
 from roles.messages.stages import InstanceHello
+from roles.messages.work import LeaseRef
 
 
 @dataclass(slots=True)
@@ -30,6 +31,8 @@ class Instance:
     """Ids of the units assigned to it."""
     served: int = 0
     last_served: int = 0
+    spares: list[LeaseRef] = field(default_factory=list)
+    """Slots of its pool that it keeps ready for what is pushed to it."""
     draining: bool = False
     """It finishes what it has in hand and takes nothing more."""
 
@@ -113,6 +116,20 @@ class Fleet:
         """An instance that did not take the work has not used its credit either."""
         if instance := self.instances.get(name):
             instance.spent -= 1
+
+    def offer(self, name: str, generation: int, slots: Iterable[LeaseRef]) -> None:
+        """Take note of the slots that an instance keeps ready."""
+        instance = self.instances.get(name)
+        if instance and instance.generation == generation:
+            instance.spares = list(slots)
+
+    def take_spare(self, name: str, nbytes: int) -> LeaseRef | None:
+        """Use up a slot that an instance keeps ready, if one is large enough."""
+        instance = self.instances.get(name)
+        fitting = next((slot for slot in instance.spares if slot.nbytes >= nbytes), None) if instance else None
+        if instance and fitting:
+            instance.spares.remove(fitting)
+        return fitting
 
     def drain(self, name: str) -> None:
         """Send it nothing more; a later incarnation starts anew."""

@@ -57,7 +57,13 @@ class Head(Actor):
         super().__init__("head")
         self.topology = topology
         settings = topology.head
-        self.ledger = Ledger(POLICIES[settings.dispatch], settings.max_pending, settings.max_attempts)
+        self.ledger = Ledger(
+            POLICIES[settings.dispatch],
+            max_pending=settings.max_pending,
+            max_attempts=settings.max_attempts,
+            waiting_timeout_s=settings.waiting_timeout_s,
+            running_timeout_s=settings.running_timeout_s,
+        )
         self.card = ModelCard()
         pools = tuple(c.name for c in topology.components if c.kind == "pool")
         self.errands = Errands(self, self.ledger, self.settle, pools)
@@ -77,7 +83,7 @@ class Head(Actor):
             self.card = load_card(self.topology.model_path)
             self._journal = Journal(self.topology.state_dir / "journal.sqlite")
             for request in self._journal.load(now - KEEP_S):
-                self.ledger.enter(request)
+                self.ledger.accept(request, now)
         except (JournalError, ModelError) as error:
             raise StartFailure(str(error)) from error
         if self.ledger.units:
@@ -96,7 +102,7 @@ class Head(Actor):
     async def submit(self, message: requests.SubmitRequest) -> requests.RequestAccepted | requests.RequestRejected:
         """Accept a request: check it, write it down, start it."""
         digest = _digest(message)
-        if known := self._known(message.idempotency_key):
+        if known := self.ledger.by_key.get(message.idempotency_key):
             if known.digest == digest:
                 return requests.RequestAccepted(known.id)
             return requests.RequestRejected("conflict", "this Idempotency-Key came with another body before")
@@ -178,6 +184,10 @@ class Head(Actor):
             raise Refused("unknown", f"{message.name} is not in the books: say hello again")
         instance.heard_at = time.time()
         return stages.Acknowledged()
+
+    async def slots_offered(self, message: stages.SlotsOffered) -> None:
+        """An instance keeps slots ready for what is pushed to it."""
+        self.ledger.fleet.offer(message.instance, message.generation, message.slots)
 
     async def stage_started(self, message: stages.StageStarted) -> stages.Acknowledged:
         """A panel runs."""
@@ -281,11 +291,6 @@ class Head(Actor):
         if self._journal is None:
             raise JournalError("the journal is not open yet")
         return self._journal
-
-    def _known(self, key: str) -> Request | None:
-        if not key:
-            return None
-        return next((r for r in self.ledger.requests.values() if r.idempotency_key == key), None)
 
     def _request(self, message: requests.SubmitRequest, digest: str) -> Request:
         """Raises CardError, naming the input at fault."""

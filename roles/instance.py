@@ -23,6 +23,7 @@ from roles.messages.stages import (
     InstanceAlive,
     InstanceHello,
     InstanceWelcome,
+    SlotsOffered,
     StageAssign,
     StageCancel,
     StageTaken,
@@ -34,6 +35,7 @@ from roles.messages.stages import (
 from roles.messages.work import Work
 from roles.pool_client import PoolClient
 from roles.reporter import Fenced, Reporter, is_fence, pause_s
+from roles.spares import Spares
 from roles.workload import NotTaken, Workload
 from roles.workspace import Premises
 
@@ -73,6 +75,8 @@ class Instance(Actor):
         self.reporter = Reporter(self._deliver, self.log)
         self._alive_every_s = min(ALIVE_EVERY_S, topology.supervision.heartbeat_timeout_s / 4)
         self._client = PoolClient(self, component.pool, component.name)
+        self._spares = Spares(topology.transfer.preallocated_slots)
+        self._replenishing = asyncio.Lock()
         self._stream = f"{component.name}.stream"
         self._transfer = f"{component.name}.transfer"
         self._draining = False
@@ -134,6 +138,8 @@ class Instance(Actor):
             self._carry_out(self.workload.push(message))
         except NotTaken as reason:
             raise Refused(reason.code, str(reason)) from reason
+        if self._spares.use(message.target):
+            self.spawn(self._replenish(), name="replenish")
         return StageTaken(message.work)
 
     async def cancel(self, message: StageCancel) -> None:
@@ -232,8 +238,8 @@ class Instance(Actor):
             return
         try:
             self.reference("head").tell(message)
-        except MailboxFull:  # the next step says how far it has come
-            self.log.debug("progress not told")
+        except MailboxFull:  # the next one makes up for it
+            self.log.debug("not told", message=type(message).__name__)
 
     def _drop(self, work: Work) -> None:
         self._carry_out(self.workload.cancel(work))
@@ -259,7 +265,29 @@ class Instance(Actor):
         except NotTaken as reason:
             self._client.release(answer)
             raise Refused(reason.code, str(reason)) from reason
+        for small in self._spares.learn(message.nbytes):
+            self._client.release(small)
+        self.spawn(self._replenish(), name="replenish")
         return TransferAllocated(work, answer)
+
+    async def _replenish(self) -> None:
+        """Lease slots ahead of time, as many as there is room for, and tell the head."""
+        async with self._replenishing:
+            while self._spares.wanted and not self._draining:
+                work = self._spares.next_work()
+                try:
+                    answer = await self._client.lease(work, self._spares.nbytes, incoming=True)
+                except BusError as error:
+                    self._client.settle(work)
+                    self.log.info("no spare slot", error=str(error))
+                    break
+                if isinstance(answer, PoolFull):
+                    break
+                self._spares.add(answer)
+            self._offer()
+
+    def _offer(self) -> None:
+        self._mention(SlotsOffered(self.name, self.generation, tuple(self._spares.slots)))
 
     async def _drained(self) -> None:
         while self.workload.items:
@@ -292,6 +320,7 @@ class Instance(Actor):
                 self._drop(work)
             self.reporter.resume()
             self._away.clear()
+            self._offer()
             self._show(READY)
             self.log.info("joined", unknown=len(welcome.unknown))
             await self._stay(head, lost)

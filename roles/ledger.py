@@ -21,6 +21,9 @@ from roles.request import DONE, JOURNEY, PANEL_OF, RUNNING, UPSTREAM, WAITING, S
 MAX_DEATHS = 2
 """A unit that was being computed when its instance died, this often, is held to be the cause."""
 
+MAX_TRANSFERS_LOST = 10
+"""Lost transfers are nobody's fault in particular, but memory that damages everything must not keep a unit for ever."""
+
 AHEAD = 2
 """Units that may be staged for a panel, as a multiple of the slots of its instances, before the panel upstream
 waits: a bound on the pool's memory, and what keeps a full pool from locking up."""
@@ -92,7 +95,13 @@ class Ledger:
     policy: Policy
     max_pending: int = 256
     max_attempts: int = 3
+    waiting_timeout_s: float = 0.0
+    """Most seconds that a stage may wait, 0 for no bound."""
+    running_timeout_s: float = 0.0
+    """Most seconds that a stage may run, 0 for no bound."""
     requests: dict[str, Request] = field(default_factory=dict)
+    by_key: dict[str, Request] = field(default_factory=dict)
+    """Those that came with an idempotency key."""
     units: dict[str, Unit] = field(default_factory=dict)
     """The active ones."""
     fleet: Fleet = field(default_factory=Fleet)
@@ -108,17 +117,16 @@ class Ledger:
         return len(self.units) + n <= self.max_pending
 
     def accept(self, request: Request, now: float) -> None:
-        """Enter a request that the journal has written; its units start to wait."""
-        self.enter(request)
-        for unit in request.units:
-            unit.attempt = 1
-            unit.advance(State.ENCODER_WAITING, now)
-            self.dirty.add(unit.id)
-
-    def enter(self, request: Request) -> None:
-        """Put a request in the books as it is."""
+        """Enter a request that the journal has; units that nothing has happened to yet start to wait."""
         self.requests[request.id] = request
+        if request.idempotency_key:
+            self.by_key[request.idempotency_key] = request
         self.units.update({unit.id: unit for unit in request.units if not unit.terminal})
+        for unit in request.units:
+            if unit.state is State.PENDING:
+                unit.attempt = 1
+                unit.advance(State.ENCODER_WAITING, now)
+                self.dirty.add(unit.id)
 
     def cancel(self, request_id: str, reason: str, now: float) -> None:
         """Stop what is left of a request."""
@@ -245,7 +253,11 @@ class Ledger:
             return False
         if report.source_gone:
             self._release(unit)
-        self._retry(unit, f"{report.instance}: {report.reason}", now)
+        unit.transfers_lost += 1
+        if unit.transfers_lost > MAX_TRANSFERS_LOST:
+            self.give_up(report.work, report.instance, report.reason, now)
+        else:
+            self._retry(unit, f"{report.instance}: {report.reason}", now, counts=False)
         return True
 
     def give_up(self, work: Work, name: str, reason: str, now: float) -> None:
@@ -257,9 +269,14 @@ class Ledger:
     # -- time
 
     def expire(self, now: float) -> None:
-        """Requests past their deadline."""
-        for unit in [u for u in self.units.values() if u.deadline <= now]:
-            self._stop(unit, State.TIMED_OUT, f"not done after {now - self._created(unit):.0f} s", now)
+        """End what is past the deadline of its request or of its stage."""
+        for unit in list(self.units.values()):
+            since = unit.history[-1].at if unit.history else now
+            bound_s = self.running_timeout_s if unit.running else self.waiting_timeout_s
+            if unit.deadline <= now:
+                self._stop(unit, State.TIMED_OUT, f"not done after {now - self._created(unit):g} s", now)
+            elif bound_s and since + bound_s <= now:
+                self._stop(unit, State.TIMED_OUT, f"{unit.state} for more than {bound_s:g} s", now)
 
     def dispatch(self, now: float) -> None:
         """Give waiting units, oldest first, to instances with credits."""
@@ -294,7 +311,7 @@ class Ledger:
         """Drop terminal requests from the books."""
         for request_id in request_ids:
             if self.requests[request_id].terminal:
-                del self.requests[request_id]
+                self.by_key.pop(self.requests.pop(request_id).idempotency_key, None)
 
     # -- inside
 

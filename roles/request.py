@@ -111,7 +111,9 @@ class Unit:
     stage_seconds: dict[str, float] = field(default_factory=dict)
     causes: list[str] = field(default_factory=list)
     failures: int = 0
-    """Attempts that ended through the request or its instance; what the pool or the head lost does not count."""
+    """Attempts that ended through the request or its instance; what a transfer, pool or head lost does not count."""
+    transfers_lost: int = 0
+    """Times that its staged tensors could not be fetched, or were damaged."""
     deaths: int = 0
     """Instances that died while they computed this unit."""
     step: int = 0

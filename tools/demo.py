@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from rich.table import Table
 from actors.client import ApiError
 from actors.cluster import launch
 from actors.errors import TopologyError
+from actors.logs import LEVEL_VARIABLE
 
 PROMPT = "a large red circle on the left of a blue background"
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
@@ -39,6 +41,7 @@ def main(
 
 async def demo(topology: Path, output: Path, prompt: str, seed: int) -> None:
     """Raises `ApiError` or `TopologyError` with a sentence."""
+    os.environ.setdefault(LEVEL_VARIABLE, "warning")  # the picture is the news here
     started = time.perf_counter()
     async with launch(topology, {"api": {"port": 0}}) as cluster:
         console.print(f"ready after {time.perf_counter() - started:.1f} s at {cluster.url}")

@@ -73,6 +73,15 @@ class TransferRejected(Message):
     retryable: bool
 
 
+class SlotsOffered(Message):
+    """Slots of its own pool that a receiver keeps ready, so that TransferAlloc can be skipped. Told at each change."""
+
+    instance: str
+    generation: int
+    slots: tuple[LeaseRef, ...]
+    """All of them; in place of those offered before."""
+
+
 class TransferPush(Message):
     """Fetch a unit's staged tensors and run your panel on them. Asks for StageTaken."""
 

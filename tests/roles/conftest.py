@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -96,7 +97,7 @@ class ScriptedHead(Actor):
             await asyncio.Event().wait()
         return stages.Acknowledged()
 
-    async def progress(self, message: stages.StageProgress) -> None:
+    async def progress(self, message: stages.StageProgress | stages.SlotsOffered) -> None:
         await self.inbox.put(message)
 
     def _check(self) -> None:
@@ -257,3 +258,64 @@ def scripted_head() -> type[ScriptedHead]:
 @pytest.fixture
 def inbox() -> type[Inbox]:
     return Inbox
+
+
+@pytest.fixture
+def cluster(run: Any, place: Any, house: Any, scripted_head: Any, tiny_model: Path) -> Any:
+    """Run a test with a head and a pool; the test starts the instances."""
+
+    from roles import pool
+    from tests.roles.stage import Stage
+
+    def start(body: Any, **options: Any) -> None:
+        async def all_of_it() -> None:
+            async with house(place(tiny_model, **options)) as h:
+                for component in h.topology.components:
+                    if component.kind == "pool":
+                        await h.component(component.name, pool.build)
+                await h.start(head := scripted_head())
+                await body(Stage(h, head))
+
+        run(all_of_it())
+
+    return start
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Holds every denoise after its first step until it is opened."""
+    from engines.stepping import Denoising
+
+    opened, advance = threading.Event(), Denoising.advance
+
+    def held(self: Any) -> bool:
+        if self.step == 1:
+            assert opened.wait(30)
+        return advance(self)
+
+    monkeypatch.setattr(Denoising, "advance", held)
+    yield opened
+    opened.set()
+
+
+@pytest.fixture
+def rooms(run: Any, place: Any, house: Any, inbox: Any) -> Any:
+    """Run a test with a pool, and transfer actors by name on demand: `room("encoder-0")`."""
+
+    from roles.pool import build
+    from tests.roles.rooms import Room
+
+    def start(body: Any, pools: tuple[str, ...] = ("pool",), **options: Any) -> None:
+        async def all_of_it() -> None:
+            async with house(place(**options)) as h:
+                for pool in pools:
+                    await h.component(pool, build, generation=3)
+
+                async def room(name: str) -> Any:
+                    return await Room(h, name, inbox).start()
+
+                await body(h, room)
+
+        run(all_of_it())
+
+    return start

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,97 +12,10 @@ from actors.system import Inspect, Inspection
 from bus import RemoteFailure
 from engines.stepping import Denoising
 from roles import instance as instance_module
-from roles import pool
 from roles.instance import build
 from roles.messages import stages
-from roles.messages.pool import LeaseQuery, LeaseReport, PoolDescription, PoolQuery, ReleaseSlots, SlotsReleased
-from roles.messages.work import LeaseRef, Staged, Work
-
-FAR = 4e9
-INPUTS: dict[str, Any] = {
-    "prompt": "a red circle", "height": 32, "width": 32, "num_inference_steps": 3, "max_sequence_length": 16,
-}  # fmt: skip
-
-
-def work(number: int, attempt: int = 1) -> Work:
-    return Work(f"r/{number}", attempt)
-
-
-class Stage:
-    """A cluster on one loop, driven by hand from the head's end."""
-
-    def __init__(self, h: Any, head: Any) -> None:
-        self.h = h
-        self.head = head
-        self.inbox = head.inbox
-
-    async def join(self, *names: str, generation: int = 1) -> list[stages.InstanceHello]:
-        for name in names:  # one by one: loading a model patches classes for the whole process
-            await self.h.component(name, build, generation)
-        return [await self.inbox.next(stages.InstanceHello) for _ in names]
-
-    async def assign(self, instance: str, of: Work, seed: int = 5, **changes: Any) -> None:
-        message = stages.StageAssign(of, {**INPUTS, **changes}, seed, "png", FAR)
-        assert (await self.ask(instance, message, stages.StageTaken)).work == of
-
-    async def push(self, instance: str, of: Work, source: Staged, target: LeaseRef | None = None) -> None:
-        message = stages.TransferPush(of, source, target, "png", FAR)
-        assert (await self.ask(instance, message, stages.StageTaken)).work == of
-
-    async def ask(self, name: str, message: Any, *replies: Any) -> Any:
-        return await self.head.reference(name).ask(message, *replies, timeout_s=10)
-
-    def cancel(self, instance: str, of: Work) -> None:
-        self.head.reference(instance).tell(stages.StageCancel(of, "by the test"))
-
-    async def leases(self, name: str = "pool") -> LeaseReport:
-        return await self.ask(name, LeaseQuery(), LeaseReport)
-
-    async def release(self, *leases: LeaseRef) -> None:
-        await self.ask(leases[0].pool, ReleaseSlots(leases), SlotsReleased)
-
-    async def facts(self, instance: str) -> dict[str, Any]:
-        return (await self.ask(instance, Inspect(), Inspection)).actors[0].facts
-
-    async def until(self, condition: Callable[[], Any]) -> None:
-        """Wait for what must come; the run's limit ends the waiting."""
-        while not await condition():
-            pass
-
-    async def empty(self, *pools: str) -> None:
-        """Wait until no slot is held; nothing may be left behind."""
-        for name in pools or ("pool",):
-            await self.until(lambda name=name: self._none_held(name))
-
-    async def _none_held(self, name: str) -> bool:
-        return not (await self.leases(name)).leases
-
-    async def at_rest(self, instance: str) -> None:
-        """Everything that was taken has ended, and nothing of it is kept."""
-        facts = await self.facts(instance)
-        assert (facts["in_hand"], facts["workspace"], facts["credits"]) == (0, 0, facts["slots"])
-
-    async def encoded(self, of: Work, **changes: Any) -> Staged:
-        await self.assign("encoder-0", of, **changes)
-        return (await self.inbox.next(stages.TransferStaged)).staged
-
-
-@pytest.fixture
-def cluster(run: Any, place: Any, house: Any, scripted_head: Any, tiny_model: Path) -> Any:
-    """Run a test with a head and a pool; the test starts the instances."""
-
-    def start(body: Any, **options: Any) -> None:
-        async def all_of_it() -> None:
-            async with house(place(tiny_model, **options)) as h:
-                for component in h.topology.components:
-                    if component.kind == "pool":
-                        await h.component(component.name, pool.build)
-                await h.start(head := scripted_head())
-                await body(Stage(h, head))
-
-        run(all_of_it())
-
-    return start
+from roles.messages.pool import PoolDescription, PoolQuery
+from tests.roles.stage import Stage, work
 
 
 def test_three_panels_make_the_picture_that_one_process_makes(
@@ -193,7 +104,6 @@ def test_bytes_that_travel_are_given_a_slot_first(cluster: Any) -> None:
     cluster(body, engine="mooncake", backend="shm")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("mooncake") is None, reason="needs the mooncake extra")
 def test_a_picture_travels_over_mooncake_between_the_processes_of_three_pools(
     run: Any, place: Any, house: Any, scripted_head: Any, tiny_model: Path
 ) -> None:
@@ -242,22 +152,7 @@ def test_a_picture_travels_over_mooncake_between_the_processes_of_three_pools(
 
 
 async def holds(stage: Stage, pool_name: str, count: int) -> bool:
-    return len((await stage.leases(pool_name)).leases) == count
-
-
-@pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Holds every denoise after its first step until it is opened."""
-    opened, advance = threading.Event(), Denoising.advance
-
-    def held(self: Denoising) -> bool:
-        if self.step == 1:
-            assert opened.wait(30)
-        return advance(self)
-
-    monkeypatch.setattr(Denoising, "advance", held)
-    yield opened
-    opened.set()
+    return sum(bool(view.work.unit_id) for view in (await stage.leases(pool_name)).leases) == count
 
 
 def test_the_next_work_is_loaded_while_one_computes(cluster: Any, gate: threading.Event) -> None:

@@ -1,60 +1,16 @@
-"""The head's decisions, first by example, then under any order of events."""
+"""The head's decisions, by example."""
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
 from engines.panels import Panel
-from roles.dispatch import POLICIES
-from roles.effects import Assign, Cancel, Effect, Release, Settle
-from roles.ledger import Ledger, Request
-from roles.messages.stages import InstanceHello, StageFailed, StageFinished, TransferFailed, TransferStaged
-from roles.messages.work import Artifact, LeaseRef, Staged, Work
+from roles.effects import Assign, Cancel, Release, Settle
+from roles.ledger import Ledger
+from roles.messages.stages import InstanceHello, TransferFailed, TransferStaged
+from roles.messages.work import Work
 from roles.request import State, Unit
-
-KINDS = ("encoder", "denoiser", "decoder")
-
-
-def ledger(**options: int) -> Ledger:
-    return Ledger(POLICIES["round_robin"], **options)
-
-
-def request(id_: str = "r", n: int = 1, *, deadline: float = 1e9, at: float = 0.0) -> Request:
-    units = [Unit(f"{id_}/{k}", id_, k, k, deadline) for k in range(n)]
-    return Request(id_, {"prompt": "x"}, "png", at, deadline, units)
-
-
-def hello(name: str, *, generation: int = 1, slots: int = 1, running: tuple[Work, ...] = ()) -> InstanceHello:
-    kind = name.partition("-")[0]
-    return InstanceHello(
-        name, kind, generation, 1, slots, issued=slots, taken=len(running), pool="pool", accepted=(), running=running
-    )
-
-
-def a_slot(lease_id: int, pool_generation: int = 1) -> Staged:
-    return Staged(LeaseRef("pool", pool_generation, lease_id, 0, 64), b"", 0, 64)
-
-
-def staged(work: Work, panel: str, lease_id: int, issued: int = 99) -> TransferStaged:
-    return TransferStaged(work, f"{panel}-0", panel, a_slot(lease_id), 0.5, issued)
-
-
-def finished(work: Work, name: str = "decoder-0") -> StageFinished:
-    return StageFinished(work, name, "decoder", Artifact("r-0.png", "image/png", 10), 0.1, 99)
-
-
-def failed(work: Work, error: str, *, retryable: bool) -> StageFailed:
-    return StageFailed(work, "denoiser-0", "denoiser", error, retryable, 99)
-
-
-def after(books: Ledger, now: float = 1.0) -> list[Effect]:
-    books.dispatch(now)
-    return books.take_effects()
+from tests.roles.books import KINDS, a_slot, after, failed, finished, hello, ledger, request, staged
 
 
 @pytest.fixture
@@ -151,6 +107,16 @@ def test_attempts_are_bounded_and_every_cause_is_kept(books: Ledger) -> None:
     assert unit.causes == ["denoiser-0: boom 0", "denoiser-0: boom 1", "denoiser-0: boom 2"]
 
 
+def test_damaged_transfers_cost_no_attempt_but_do_not_go_on_for_ever(books: Ledger) -> None:
+    unit = to_denoiser(books)
+    for k in range(11):
+        assert unit.state is State.DENOISING_WAITING or k == 0
+        assert books.transfer_failed(TransferFailed(unit.work, "denoiser-0", "damaged", False, 99), 4.0)
+        after(books)
+    assert unit.state is State.FAILED
+    assert unit.failures == 0
+
+
 def test_a_request_at_fault_fails_at_once_with_its_cause(books: Ledger) -> None:
     unit = to_denoiser(books)
     books.stage_failed(failed(unit.work, "ValueError: bad size", retryable=False), 4.0)
@@ -197,10 +163,38 @@ def test_a_deadline_times_out_wherever_the_unit_is(books: Ledger) -> None:
     assert unit.state is State.TIMED_OUT
 
 
+def test_a_stage_times_out_by_itself_where_it_has_a_bound() -> None:
+    books = ledger(waiting_timeout_s=5, running_timeout_s=50)
+    books.accept(request("waits"), 0.0)
+    books.accept(request("runs"), 0.0)
+    runs = books.units["runs/0"]
+    runs.instance = "encoder-0"
+    assert books.started(runs.work, "encoder-0", Panel.ENCODER, 1.0)
+    books.expire(5.0)
+    assert books.requests["waits"].state is State.TIMED_OUT
+    assert not runs.terminal
+    books.expire(51.0)
+    assert runs.state is State.TIMED_OUT
+    assert runs.history[-1].reason == "ENCODER_RUNNING for more than 50 s"
+    assert Cancel("encoder-0", runs.work, runs.history[-1].reason) in after(books)
+
+
+def test_a_forgotten_request_frees_its_key(books: Ledger) -> None:
+    kept = request("r")
+    kept.idempotency_key = "k"
+    books.accept(kept, 0.0)
+    books.forget(["r"])
+    assert books.by_key == {"k": kept}
+    books.cancel("r", "enough", 1.0)
+    books.forget(["r"])
+    assert books.by_key == {}
+    assert books.requests == {}
+
+
 def test_a_restarted_head_keeps_what_an_instance_still_has_in_hand(books: Ledger) -> None:
     unit = to_denoiser(books)
     restarted = ledger()
-    restarted.enter(books.requests["r"])
+    restarted.accept(books.requests["r"], 4.5)
     assert restarted.hello(hello("denoiser-0", slots=2, running=(unit.work, Work("gone/0", 1))), 5.0) == (
         Work("gone/0", 1),
     )
@@ -212,10 +206,19 @@ def test_a_restarted_head_keeps_what_an_instance_still_has_in_hand(books: Ledger
 def test_a_restarted_head_reruns_what_nobody_claims(books: Ledger) -> None:
     unit = to_denoiser(books)
     restarted = ledger()
-    restarted.enter(books.requests["r"])
+    restarted.accept(books.requests["r"], 4.5)
     restarted.orphans(9.0)
     assert unit.state is State.DENOISING_WAITING
     assert unit.failures == 0
+
+
+def test_what_was_accepted_just_before_the_head_died_starts_with_the_next_one() -> None:
+    """The journal has it as PENDING: it was written, and nothing else had been done."""
+    restarted = ledger()
+    restarted.accept(request(), 1.0)
+    restarted.hello(hello("encoder-0"), 2.0)
+    assert after(restarted) == [Assign("encoder-0", "r/0")]
+    assert restarted.units["r/0"].work == Work("r/0", 1)
 
 
 def test_a_report_said_twice_does_not_release_what_is_in_use(books: Ledger) -> None:
@@ -244,126 +247,3 @@ def test_a_monolithic_instance_passes_through_every_state() -> None:
         assert books.started(unit.work, "mono-0", panel, 1.0)
     assert books.finished(finished(unit.work, "mono-0"), 2.0)
     assert [m.state for m in unit.history] == [s.value for s in State][1:10]
-
-
-class Traffic(RuleBasedStateMachine):
-    """Submits, reports, deaths, cancels in any order: nothing is lost, doubled or leaked."""
-
-    requests = Bundle("requests")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.books = ledger(max_attempts=3)
-        self.now = 0.0
-        self.leases = 0
-        self.held: set[LeaseRef] = set()
-        self.settled: Counter[str] = Counter()
-        self.generation = 0
-        self.in_hand: dict[str, set[Work]] = {}
-        self.issued: dict[str, int] = {}
-        for kind in KINDS:
-            for k in range(2):
-                self._join(f"{kind}-{k}")
-
-    def _join(self, name: str) -> None:
-        self.generation += 1
-        self.in_hand[name], self.issued[name] = set(), 2
-        self.books.hello(hello(name, generation=self.generation, slots=2), self.now)
-        self._carry_out()
-
-    def _carry_out(self) -> None:
-        self.now += 1.0
-        self.books.dispatch(self.now)
-        for effect in self.books.take_effects():
-            match effect:
-                case Assign(name, unit_id):
-                    self.in_hand[name].add(self.books.units[unit_id].work)
-                case Cancel(name, work, _):
-                    self.in_hand.get(name, set()).discard(work)
-                    self._issue(name)
-                case Release(leases):
-                    assert self.held.issuperset(leases), "released twice"
-                    self.held -= set(leases)
-                case Settle(request_id):
-                    self.settled[request_id] += 1
-
-    def _issue(self, name: str) -> int:
-        self.issued[name] = self.issued.get(name, 0) + 1
-        self.books.fleet.credit(name, self.issued[name])
-        return self.issued[name]
-
-    @rule(target=requests, n=st.integers(1, 3))
-    def submit(self, n: int) -> str:
-        id_ = f"r{len(self.books.requests)}"
-        self.books.accept(request(id_, n, at=self.now), self.now)
-        self._carry_out()
-        return id_
-
-    @rule(id_=requests)
-    def cancel(self, id_: str) -> None:
-        self.books.cancel(id_, "enough", self.now)
-        self._carry_out()
-
-    @precondition(lambda self: any(self.in_hand.values()))
-    @rule(data=st.data(), outcome=st.sampled_from(["done", "done", "done", "failed", "at fault", "source gone"]))
-    def report(self, data: st.DataObject, outcome: str) -> None:
-        name = data.draw(st.sampled_from(sorted(n for n, held in self.in_hand.items() if held)))
-        work = data.draw(st.sampled_from(sorted(self.in_hand[name], key=str)))
-        kind = name.partition("-")[0]
-        self.in_hand[name].discard(work)
-        issued = self._issue(name)
-        self.books.started(work, name, Panel(kind), self.now)
-        if outcome == "source gone" and kind != "encoder":
-            self.books.transfer_failed(TransferFailed(work, name, "checksum", True, issued), self.now)
-        elif outcome != "done":
-            self.books.stage_failed(StageFailed(work, name, kind, "boom", outcome == "failed", issued), self.now)
-        elif kind == "decoder":
-            artifact = Artifact("x.png", "image/png", 1)
-            self.books.finished(StageFinished(work, name, kind, artifact, 0.1, issued), self.now)
-        else:
-            self.leases += 1
-            slot = a_slot(self.leases)
-            self.held.add(slot.lease)
-            self.books.staged(TransferStaged(work, name, kind, slot, 0.1, issued), self.now)
-        self._carry_out()
-
-    @rule(kind=st.sampled_from(KINDS), k=st.integers(0, 1), back=st.booleans())
-    def die(self, kind: str, k: int, back: bool) -> None:
-        name = f"{kind}-{k}"
-        if name in self.in_hand:
-            del self.in_hand[name]
-            self.books.instance_down(name, "killed", self.now)
-            self._carry_out()
-        if back:
-            self._join(name)
-
-    @invariant()
-    def each_request_settles_exactly_once(self) -> None:
-        for id_, held in self.books.requests.items():
-            assert self.settled[id_] == held.terminal
-
-    @invariant()
-    def no_slot_is_lost(self) -> None:
-        assert self.held == self.books.leases()
-
-    @invariant()
-    def no_instance_is_overcommitted(self) -> None:
-        for instance in self.books.fleet.instances.values():
-            assert instance.credits >= 0
-            assert len(instance.in_hand) <= instance.slots
-
-    def teardown(self) -> None:
-        for kind in KINDS:
-            self._join(f"{kind}-0")
-        for id_ in list(self.books.requests):
-            self.books.cancel(id_, "end", self.now)
-        self._carry_out()
-        assert not self.books.units
-        assert not self.held
-        self.each_request_settles_exactly_once()
-
-
-TestTraffic = Traffic.TestCase
-TestTraffic.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)

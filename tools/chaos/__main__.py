@@ -23,7 +23,7 @@ from actors.errors import TopologyError
 from tools.chaos import checks
 from tools.chaos.load import Clients, Outcome
 from tools.chaos.observe import Watch, at_rest, escalation, journal_keys
-from tools.chaos.plan import FAULTS, PROMPTS, SEEDS, Plan, draw
+from tools.chaos.plan import FAULTS, PICTURES, Picture, Plan, draw
 from tools.chaos.report import Report, show, summary
 from tools.chaos.strikes import Striker
 
@@ -82,7 +82,7 @@ async def strike_and_judge(
     every_s: float,
     faults: list[str],
     bound_s: float,
-    undisturbed: dict[tuple[str, int], str],
+    undisturbed: dict[Picture, str],
 ) -> Report:
     """Run the storm, and then the drill for what comes after too many restarts."""
     if "transfer" in faults:
@@ -98,13 +98,15 @@ async def strike_and_judge(
     return report
 
 
-async def pictures(cluster: Cluster) -> dict[tuple[str, int], str]:
+async def pictures(cluster: Cluster) -> dict[Picture, str]:
     """SHA-256 of every picture that the load may ask for, made in peace."""
-    return {
-        (prompt, seed): hashlib.sha256((await cluster.generate(prompt, seed=seed)).data).hexdigest()
-        for prompt in PROMPTS
-        for seed in SEEDS
-    }
+    return {picture: await digest(cluster, picture) for picture in PICTURES}
+
+
+async def digest(cluster: Cluster, picture: Picture) -> str:
+    """SHA-256 of one picture's file."""
+    made = await cluster.generate(picture.prompt, seed=picture.seed, steps=picture.steps)
+    return hashlib.sha256(made.data).hexdigest()
 
 
 def victims(cluster: Cluster) -> dict[str, list[str]]:
@@ -129,7 +131,7 @@ async def storm(
     seed: int,
     duration_s: float,
     bound_s: float,
-    undisturbed: dict[tuple[str, int], str],
+    undisturbed: dict[Picture, str],
 ) -> Report:
     """Load and strikes together, then rest, then the checks."""
     clients = Clients(cluster.url, f"chaos-{seed}-{os.getpid()}", patience_s=SETTLE_S)
@@ -153,6 +155,7 @@ async def storm(
         struck: list[Coroutine[Any, Any, Any]] = [strike(k) for k in range(len(plan.strikes))]
         outcomes = (await asyncio.gather(asyncio.gather(*asked), asyncio.gather(*struck)))[0]
     watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
     await cluster.wait_ready(bound_s)
     await clients.stories(outcomes)
     pools, leases = await at_rest(cluster)

@@ -10,9 +10,8 @@ from typing import Any
 from roles.messages.pool import LeaseView
 from roles.request import LEGAL, TERMINAL, State
 from tools.chaos.load import Outcome
+from tools.chaos.plan import Picture
 from tools.chaos.strikes import Blow
-
-JourneyState = tuple[str, float]
 
 
 def each_accepted_request_ended_once(outcomes: Iterable[Outcome]) -> list[str]:
@@ -87,12 +86,12 @@ def only_victims_restarted(restarts: Mapping[str, int], blows: Iterable[Blow], z
     return broken + [f"process {pid} is a zombie" for pid in zombies]
 
 
-def same_seed_same_bytes(outcomes: Iterable[Outcome], undisturbed: Mapping[tuple[str, int], str]) -> list[str]:
+def same_seed_same_bytes(outcomes: Iterable[Outcome], undisturbed: Mapping[Picture, str]) -> list[str]:
     """Every picture equals that of the undisturbed run."""
     return [
         f"request {o.offer.number} differs from the undisturbed picture"
         for o in outcomes
-        if o.digest and o.digest != undisturbed[o.offer.prompt, o.offer.seed]
+        if o.digest and o.digest != undisturbed[o.offer.picture]
     ]
 
 

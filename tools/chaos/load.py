@@ -73,7 +73,8 @@ class Clients:
 
     async def _post(self, outcome: Outcome) -> httpx.Response | None:
         offer = outcome.offer
-        body = {"prompt": offer.prompt, "seed": offer.seed}
+        prompt, seed, steps = offer.picture
+        body = {"prompt": prompt, "seed": seed, "num_inference_steps": steps}
         headers = {"Idempotency-Key": f"{self._key}-{offer.number}"}
         try:
             answer = await self._http.post("/v1/images/generations", json=body, headers=headers)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 FAULTS = ("kill", "stop", "term", "head", "api", "pool", "transfer", "garbage")
 MOMENTS = ("any", "running", "staged", "idle")
-"""At once; while a stage runs; while leases are held and tensors wait or travel; when nothing is under way."""
+"""At once; while the victim has work in hand (any stage runs, where the victim is no role); while leases are held and
+tensors wait or travel; when nothing is under way."""
 
 PROMPTS = (
     "a large red circle on the left of a blue background",
@@ -17,8 +20,21 @@ PROMPTS = (
     "a small blue circle on the right of a red background",
 )
 SEEDS = (1, 2)
+STEPS = (4, 30)
+"""Quick ones, and ones that run long enough to be struck while they do."""
 TWICE = 0.15
 """Share of strikes that come twice in a row: the second one as soon as the victim is back."""
+
+
+class Picture(NamedTuple):
+    """What is asked for: the same one always has the same bytes."""
+
+    prompt: str
+    seed: int
+    steps: int
+
+
+PICTURES = tuple(Picture(*choice) for choice in itertools.product(PROMPTS, SEEDS, STEPS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +44,7 @@ class Offer:
     number: int
     at_s: float
     """Seconds after the start of the load."""
-    prompt: str
-    seed: int
+    picture: Picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +82,7 @@ def draw(
     """
     rng = random.Random(seed)
     offers = tuple(
-        Offer(number, at_s, rng.choice(PROMPTS), rng.choice(SEEDS))
-        for number, at_s in enumerate(_moments(rng, duration_s, 1 / rate))
+        Offer(number, at_s, rng.choice(PICTURES)) for number, at_s in enumerate(_moments(rng, duration_s, 1 / rate))
     )
     struck = [fault for fault in faults if victims.get(fault)]
     # The last seconds are left for the last victims to come back under load.

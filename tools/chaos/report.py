@@ -96,15 +96,17 @@ def _faults(blows: Iterable[Blow]) -> list[str]:
 def _delays(outcomes: Iterable[Outcome], blows: Sequence[Blow]) -> tuple[list[float], list[float]]:
     """Of stages that were running when their instance was killed."""
     seen, redispatched = [], []
+    blows = sorted(blows, key=lambda blow: blow.at)
     for outcome in outcomes:
         moves: list[dict[str, Any]] = (first_unit(outcome) or {"history": []})["history"]
         for k, (running, waiting) in enumerate(pairwise(moves)):
             if not (running["state"].endswith("RUNNING") and "process ended" in waiting["reason"]):
                 continue
             victim = waiting["reason"].partition(":")[0]
-            struck = [b.at for b in blows if b.victim == victim and b.at <= waiting["at"] and b.fault == "kill"]
-            if struck:
-                seen.append(waiting["at"] - max(struck))
+            struck = [b for b in blows if b.victim == victim and b.lethal and b.at <= waiting["at"]]
+            # Only a kill ends a process at once: one that is stopped or asked to end takes its time.
+            if struck and struck[-1].fault == "kill":
+                seen.append(waiting["at"] - struck[-1].at)
                 again = [m["at"] for m in moves[k + 2 :] if m["state"].endswith("RUNNING")][:1]
                 redispatched += [at - waiting["at"] for at in again]
     return seen, redispatched

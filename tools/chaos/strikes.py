@@ -66,7 +66,7 @@ class Striker:
         """Wait for the moment, strike, and see the victim back; once more if it is to be struck twice."""
         # One strike at a time for each victim: what is not there cannot be struck.
         async with self._struck.setdefault(strike.victim, asyncio.Lock()):
-            await self._moment(strike.moment)
+            await self._moment(strike)
             for _ in range(1 + strike.twice):
                 await self._blow(strike)
 
@@ -89,14 +89,14 @@ class Striker:
                 return
             await asyncio.sleep(POLL_S)
 
-    async def _moment(self, moment: str) -> None:
+    async def _moment(self, strike: Strike) -> None:
         began = time.monotonic()
-        while moment != "any" and time.monotonic() - began < MOMENT_S:
+        while strike.moment != "any" and time.monotonic() - began < MOMENT_S:
             try:
                 view = await self._head.ask(ClusterQuery(), ClusterView, timeout_s=1.0)
             except BusError:  # a head that is down has no moments: look again
                 continue
-            if _is(moment, view.states):
+            if is_moment(strike, view):
                 return
             await asyncio.sleep(POLL_S / 4)
 
@@ -109,13 +109,18 @@ class Striker:
             for _ in range(20):
                 dealer.send_multipart([self._rng.randbytes(self._rng.randrange(1, 200)) for _ in range(2)])
         api = self._cluster.topology.api
-        with socket.create_connection((api.host, api.port), timeout=5) as raw:
-            raw.sendall(self._rng.randbytes(300) + b"\r\n\r\n")
+        try:
+            with socket.create_connection((api.host, api.port), timeout=5) as raw:
+                raw.sendall(self._rng.randbytes(300) + b"\r\n\r\n")
+        except ConnectionError:  # the API may be down from another strike
+            return
 
 
-def _is(moment: str, states: dict[str, int]) -> bool:
-    if moment == "running":
-        return any(state.endswith("RUNNING") for state in states)
-    if moment == "staged":
-        return any(state in ("DENOISING_WAITING", "DENOISING_RUNNING", "DECODER_WAITING") for state in states)
-    return not states
+def is_moment(strike: Strike, view: ClusterView) -> bool:
+    """Whether the strike should fall now; pure."""
+    if strike.moment == "running":
+        in_hand = {instance.name: bool(instance.running) for instance in view.instances}
+        return in_hand.get(strike.victim, any(state.endswith("RUNNING") for state in view.states))
+    if strike.moment == "staged":
+        return any(state in ("DENOISING_WAITING", "DENOISING_RUNNING", "DECODER_WAITING") for state in view.states)
+    return not view.states

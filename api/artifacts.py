@@ -1,0 +1,30 @@
+"""GET /v1/images/{name}: finished media, by the names that responses carry."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+
+from api.errors import not_found
+from roles.artifacts import CONTENT_TYPES, ArtifactError, ArtifactStore
+
+
+def artifact_url(request: Request, name: str) -> str:
+    """Tell where the client that made this request can get the artifact."""
+    return str(request.url_for("artifact", name=name))
+
+
+async def artifact(request: Request) -> Response:
+    """Answer with the file, which never changes under its name."""
+    store: ArtifactStore = request.app.state.artifacts
+    name = request.path_params["name"]
+    try:
+        path = store.path(name)
+    except ArtifactError:
+        raise not_found(f"no such image: {name}") from None
+    if not await asyncio.to_thread(path.is_file):
+        raise not_found(f"no such image: {name}")
+    headers = {"Cache-Control": "private, max-age=31536000, immutable", "X-Content-Type-Options": "nosniff"}
+    return FileResponse(path, media_type=CONTENT_TYPES[path.suffix[1:]], headers=headers)

@@ -1,0 +1,152 @@
+"""GET /v1/cluster: every actor and every pool, asked at the time of the request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
+
+from starlette.requests import Request
+
+from actors import AddressBook, Component, Topology
+from actors.system import (
+    ChildReport,
+    DeadLetterQuery,
+    DeadLetterReport,
+    Inspect,
+    Inspection,
+    SupervisorQuery,
+    SupervisorReport,
+)
+from api.encoding import JSONResponse, plain
+from bus import BusError, Message, Reference
+from roles.messages.pool import PoolDescription, PoolQuery
+from roles.messages.requests import ClusterQuery, ClusterView, InstanceView
+
+LOOK_S = 1.0
+"""An actor that is well answers within milliseconds; one that does not is shown as down."""
+
+R = TypeVar("R", bound=Message)
+
+
+class Readiness(NamedTuple):
+    """What GET /ready says."""
+
+    ready: bool
+    reasons: list[str]
+    gave_up: list[str]
+
+
+class Cluster:
+    """Looks at all actors of a topology at once."""
+
+    def __init__(self, topology: Topology, book: AddressBook, reference: Callable[[str], Reference]) -> None:
+        self.topology = topology
+        self.book = book
+        self.reference = reference
+
+    async def readiness(self) -> Readiness:
+        """Ask for the head's word, and for the children that are not started any more."""
+        head, children = await asyncio.gather(self._ask("head", ClusterQuery(), ClusterView), self._children())
+        return judge(head, children.values())
+
+    async def observe(self) -> dict[str, Any]:
+        """Look at everything, as plain data; takes at most about `LOOK_S`."""
+        components = self.topology.components
+        pools = [component.name for component in components if component.kind == "pool"]
+        head, children, inspections, letters, descriptions = await asyncio.gather(
+            self._ask("head", ClusterQuery(), ClusterView),
+            self._children(),
+            self._ask_all([component.name for component in components], Inspect(), Inspection),
+            self._ask_all([component.name for component in components], DeadLetterQuery(), DeadLetterReport),
+            self._ask_all(pools, PoolQuery(), PoolDescription),
+        )
+        readiness = judge(head, children.values())
+        instances = {instance.name: instance for instance in head.instances} if head else {}
+        actors = [
+            row
+            for component in components
+            for row in rows(
+                component,
+                inspections[component.name],
+                children.get(component.name),
+                instances.get(component.name),
+            )
+        ]
+        return {
+            "ready": readiness.ready,
+            "reasons": readiness.reasons,
+            "gave_up": readiness.gave_up,
+            "actors": actors,
+            "pools": [
+                plain(found) if found else {"name": name, "transport": None, "state": "down"}
+                for name, found in descriptions.items()
+            ],
+            "head": plain(head),
+            "dead_letters": {name: plain(report) for name, report in letters.items() if report},
+        }
+
+    async def _children(self) -> dict[str, ChildReport]:
+        reports = await self._ask_all(self.book.supervisors(), SupervisorQuery(), SupervisorReport)
+        return {child.name: child for report in reports.values() if report for child in report.children}
+
+    async def _ask_all(self, names: Iterable[str], message: Message, reply: type[R]) -> dict[str, R | None]:
+        names = tuple(names)
+        answers = await asyncio.gather(*(self._ask(name, message, reply) for name in names))
+        return dict(zip(names, answers, strict=True))
+
+    async def _ask(self, name: str, message: Message, reply: type[R]) -> R | None:
+        try:
+            return await self.reference(name).ask(message, reply, timeout_s=LOOK_S)
+        except BusError:  # that it does not answer is the answer: the caller shows it as down
+            return None
+
+
+def judge(head: ClusterView | None, children: Iterable[ChildReport]) -> Readiness:
+    """Judge by the head's word and by what was given up: the rest serves on, but only a person brings that back."""
+    gave_up = [f"{child.name}: {child.reason}" for child in children if child.state in ("gave_up", "failed")]
+    reasons = [*(head.reasons if head else ["the head does not answer"]), *gave_up]
+    return Readiness(head is not None and head.ready and not gave_up, reasons, gave_up)
+
+
+def rows(
+    component: Component,
+    inspection: Inspection | None,
+    child: ChildReport | None,
+    instance: InstanceView | None,
+) -> list[dict[str, Any]]:
+    """Make a row for each actor of the component's process; a single one if that does not answer."""
+    credit: dict[str, Any] = {}
+    if instance is not None:
+        credit = {"credits": instance.credits, "slots": instance.slots, "running": list(instance.running)}
+    if inspection is None:
+        return [{**down(component, child), **credit}]
+    found: list[dict[str, Any]] = [{**plain(status), "component": component.name} for status in inspection.actors]
+    for row in found[:1]:
+        row.update(credit)
+    return found
+
+
+def down(component: Component, child: ChildReport | None) -> dict[str, Any]:
+    """Describe a process that does not answer, by its supervisor's word where that knows more."""
+    row: dict[str, Any] = {
+        "name": component.name,
+        "kind": component.kind,
+        "component": component.name,
+        "pid": 0,
+        "generation": 0,
+        "state": "down",
+        "detail": "",
+        "restarts": 0,
+    }
+    if child is not None:
+        row.update(pid=child.pid, generation=child.generation, restarts=child.restarts, detail=child.reason)
+        if child.state != "ready":
+            row["state"] = child.state
+    return row
+
+
+async def cluster(request: Request) -> JSONResponse:
+    """Answer with all of it."""
+    observer: Cluster = request.app.state.cluster
+    return JSONResponse(await observer.observe())

@@ -1,0 +1,62 @@
+"""The head, seen from HTTP: asks that outlive its restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TypeVar
+
+from bus import AskTimeout, MailboxFull, Message, Reference, RemoteFailure, Unreachable
+from roles.messages.requests import RequestView, WaitRequest
+
+R = TypeVar("R", bound=Message)
+
+ASK_S = 5.0
+"""How long a client waits for an answer that costs the head nothing."""
+POLL_S = 20.0
+"""One long poll; short, for the case of a head that is gone while its connection seems up."""
+GRACE_S = 5.0
+RETRY_S = 0.1
+
+
+class Head:
+    """Asks the head. Every message sent through here may arrive twice: the head knows a request by its id."""
+
+    def __init__(self, reference: Reference, patience_s: float = ASK_S) -> None:
+        self.reference = reference
+        self.patience_s = patience_s
+
+    async def ask(self, message: Message, *replies: type[R]) -> R:
+        """Ask, and ask again should the head die with the question.
+
+        Raises what `Reference.ask` raises; Unreachable only once `patience_s` has passed.
+        """
+        deadline = time.monotonic() + self.patience_s
+        while True:
+            remaining = deadline - time.monotonic()
+            try:
+                return await self.reference.ask(message, *replies, timeout_s=max(remaining, RETRY_S))
+            except Unreachable:
+                if remaining < 2 * RETRY_S:
+                    raise
+                await asyncio.sleep(RETRY_S)
+
+    async def wait(self, request_id: str, within_s: float) -> RequestView | None:
+        """Wait until the request is terminal, None if that takes longer; a restarted head is asked again."""
+        deadline = time.monotonic() + within_s
+        while (remaining := deadline - time.monotonic()) > 0:
+            poll_s = min(POLL_S, remaining)
+            try:
+                view = await self.reference.ask(
+                    WaitRequest(request_id, poll_s), RequestView, timeout_s=poll_s + GRACE_S
+                )
+            except (AskTimeout, MailboxFull, Unreachable):
+                await asyncio.sleep(RETRY_S)
+            except RemoteFailure as failure:
+                if failure.code not in ("stopping", "deadline_exceeded"):
+                    raise
+                await asyncio.sleep(RETRY_S)
+            else:
+                if view.terminal:
+                    return view
+        return None

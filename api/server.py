@@ -1,0 +1,116 @@
+"""The API as an actor: uvicorn in the actor's own loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+
+from actors import Actor, Component, StartFailure, Topology
+from api.app import make_app
+from api.cluster import Cluster
+from api.head import RETRY_S, Head
+from bus import BusError
+from roles.messages.requests import ClusterQuery, ClusterView
+
+HELLO_S = 2.0
+"""One question to a head that may not be there yet."""
+PATIENCE = 0.7
+LAST_WORDS = 0.2
+"""Shares of `shutdown_s`: for requests to finish, and for telling the others that they did not."""
+
+
+class ApiServer(Actor):
+    """Serves HTTP from the moment that the head answers until it is told to stop."""
+
+    def __init__(self, name: str, topology: Topology) -> None:
+        super().__init__(name)
+        self.topology = topology
+        self._stopping = asyncio.Event()
+        self._server: Server | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    async def started(self) -> None:
+        """Wait for the head, then listen. Raises StartFailure when the port is taken."""
+        head = Head(self.reference("head"))
+        await self._wait_for(head)
+        listener = listen(self.topology.api.host, self.topology.api.port)
+        observer = Cluster(self.topology, self.book, self.reference)
+        app = make_app(self.topology, head, observer, self._stopping)
+        self._server = Server(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                ws="none",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+            )
+        )
+        self._serving = self.spawn(self._server.serve(sockets=[listener]), name="http")
+        self.log.info("listening", url=self.topology.url)
+
+    async def stopping(self) -> None:
+        """Close the port and finish what runs; what cannot finish in time is answered 503 before the end."""
+        if self._server is None or self._serving is None:
+            return
+        self._server.should_exit = True
+        shutdown_s = self.topology.supervision.shutdown_s
+        _, unfinished = await asyncio.wait({self._serving}, timeout=shutdown_s * PATIENCE)
+        self._stopping.set()
+        if unfinished:
+            _, unfinished = await asyncio.wait({self._serving}, timeout=shutdown_s * LAST_WORDS)
+        self._server.force_exit = bool(unfinished)  # somebody does not read the answer
+
+    def facts(self) -> dict[str, int | float | str | bool]:
+        """Say where it listens, and how many HTTP requests it has in hand."""
+        requests = len(self._server.server_state.tasks) if self._server else 0
+        return {"url": self.topology.url, "requests": requests}
+
+    async def _wait_for(self, head: Head) -> None:
+        self.set_state("loading", "waiting for the head")
+        while True:
+            try:
+                await head.reference.ask(ClusterQuery(), ClusterView, timeout_s=HELLO_S)
+            except BusError as error:
+                self.log.info("waiting for the head", reason=str(error))
+                await asyncio.sleep(RETRY_S)
+            else:
+                return
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its signal handlers: SIGTERM is the process's, which calls `stopping`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals alone."""
+        yield
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Open a listening socket; raises StartFailure."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise StartFailure(
+                f"port {port} on {host} is in use: stop what listens there (`ss -ltnp 'sport = :{port}'`) "
+                "or set another [api] port"
+            ) from None
+        raise StartFailure(
+            f"cannot listen on {host} port {port} ({error.strerror}): set [api] host and port to an "
+            "address of this machine and a port that this user may open"
+        ) from error
+
+
+def build(component: Component, topology: Topology) -> list[Actor]:
+    """Make the actors of the api process."""
+    return [ApiServer(component.name, topology)]

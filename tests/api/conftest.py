@@ -1,0 +1,282 @@
+"""The other end of the wire: a small head on a real mailbox, and the application in front of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import shutil
+import socket
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+from actors import AddressBook, load_topology
+from actors.runtime import Runtime
+from api.app import make_app
+from api.cluster import Cluster
+from api.head import Head
+from api.server import build
+from bus import DeadLetters, Delivery, Mailbox, Outbox
+from roles.artifacts import ArtifactStore
+from roles.messages import requests as wire
+
+BOUND_S = 10.0
+MESSAGES = (
+    wire.SubmitRequest,
+    wire.WaitRequest,
+    wire.QueryRequest,
+    wire.CancelRequest,
+    wire.DescribeModel,
+    wire.ClusterQuery,
+)
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio", {"use_uvloop": True}
+
+
+@dataclass
+class Accepted:
+    """What the small head keeps of a request."""
+
+    submit: wire.SubmitRequest
+    state: str = "DENOISING_RUNNING"
+    causes: tuple[str, ...] = ()
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    created_at: float = field(default_factory=time.time)
+
+
+class SmallHead:
+    """Speaks the client conversation; the test decides when and how a request ends."""
+
+    def __init__(self, address: str, store: ArtifactStore) -> None:
+        self.address = address
+        self.store = store
+        self.generation = 0
+        self.journal: dict[str, Accepted] = {}
+        self.seen: list[object] = []
+        self.traces: list[str] = []
+        self.rejection: wire.RequestRejected | None = None
+        self.hold = False
+        self.deaf = False
+        self.ready = True
+        self.reasons: tuple[str, ...] = ()
+        self._news = asyncio.Condition()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._mailbox: Mailbox | None = None
+
+    async def start(self) -> None:
+        self.generation += 1
+        letters = DeadLetters()
+        mailbox = Mailbox("head", self.address, MESSAGES, generation=self.generation, dead_letters=letters)
+        await mailbox.start()
+        self._mailbox = mailbox
+        self._run(self._serve(mailbox))
+
+    async def stop(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._mailbox is not None:
+            self._mailbox.close()
+            self._mailbox = None
+
+    async def received(self, kind: type, count: int = 1) -> list[object]:
+        """Wait until that many messages of this kind have come."""
+
+        def found() -> list[object]:
+            return [message for message in self.seen if isinstance(message, kind)]
+
+        async with asyncio.timeout(BOUND_S), self._news:
+            await self._news.wait_for(lambda: len(found()) >= count)
+        return found()
+
+    def finish(self, request_id: str, state: str = "DONE", causes: tuple[str, ...] = ()) -> None:
+        accepted = self.journal[request_id]
+        accepted.state, accepted.causes = state, causes
+        if state == "DONE":
+            for index in range(accepted.submit.n):
+                colour = (accepted.submit.seed + index) % 256
+                picture = io.BytesIO()
+                Image.new("RGB", (8, 8), (colour, 0, 0)).save(picture, accepted.submit.output_format)
+                self.store.save(f"{request_id}/{index}", accepted.submit.output_format, picture.getvalue())
+        accepted.ended.set()
+
+    def _run(self, coroutine) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, mailbox: Mailbox) -> None:
+        while True:
+            delivery = await mailbox.receive()
+            self.traces.append(delivery.envelope.traceparent)
+            self.seen.append(delivery.message)
+            async with self._news:
+                self._news.notify_all()
+            if not self.deaf:
+                self._run(self._answer(delivery))
+
+    async def _answer(self, delivery: Delivery) -> None:
+        match delivery.message:
+            case wire.SubmitRequest() as message:
+                delivery.reply(self._submit(message))
+            case wire.DescribeModel():
+                delivery.reply(DESCRIPTION)
+            case wire.ClusterQuery():
+                delivery.reply(self._cluster())
+            case message if message.request_id not in self.journal:
+                delivery.fail("not_found", f"no such request: {message.request_id}")
+            case wire.WaitRequest(request_id, timeout_s):
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.journal[request_id].ended.wait(), timeout_s)
+                delivery.reply(self.view(request_id))
+            case wire.QueryRequest(request_id):
+                delivery.reply(self.view(request_id))
+            case wire.CancelRequest(request_id):
+                if not self.journal[request_id].ended.is_set():
+                    self.finish(request_id, "CANCELLED")
+                delivery.reply(self.view(request_id))
+
+    def _submit(self, message: wire.SubmitRequest) -> wire.RequestAccepted | wire.RequestRejected:
+        if self.rejection is not None:
+            return self.rejection
+        for request_id, accepted in self.journal.items():
+            known = accepted.submit
+            if known.idempotency_key and known.idempotency_key == message.idempotency_key:
+                if (known.inputs, known.seed, known.n) != (message.inputs, message.seed, message.n):
+                    return wire.RequestRejected("conflict", "another body came under this key")
+                return wire.RequestAccepted(request_id)
+        self.journal[message.request_id] = Accepted(message)
+        if not self.hold:
+            self.finish(message.request_id)
+        return wire.RequestAccepted(message.request_id)
+
+    def _cluster(self) -> wire.ClusterView:
+        instance = wire.InstanceView("denoiser-0", "denoiser", 7, 1, 2, ("req_1/0",))
+        return wire.ClusterView(self.ready, self.reasons, (instance,), {"DENOISING_RUNNING": 1}, 3, 0.5)
+
+    def view(self, request_id: str) -> wire.RequestView:
+        accepted = self.journal[request_id]
+        submit, terminal = accepted.submit, accepted.ended.is_set()
+        units = tuple(self._unit(accepted, index) for index in range(submit.n))
+        return wire.RequestView(
+            request_id=request_id,
+            state=accepted.state,
+            terminal=terminal,
+            created_at=accepted.created_at,
+            finished_at=time.time() if terminal else 0.0,
+            inputs=submit.inputs,
+            output_format=submit.output_format,
+            units=units[::-1],
+        )
+
+    def _unit(self, accepted: Accepted, index: int) -> wire.UnitView:
+        submit = accepted.submit
+        name = f"{submit.request_id}_{index}.{submit.output_format}"
+        done = accepted.state == "DONE"
+        return wire.UnitView(
+            index=index,
+            seed=submit.seed + index,
+            state=accepted.state,
+            attempts=1 + len(accepted.causes),
+            step=2,
+            total_steps=4,
+            history=(wire.Move("PENDING", accepted.created_at), wire.Move(accepted.state, time.time())),
+            instances={"denoiser": "denoiser-0"},
+            stage_seconds={"denoiser": 0.25},
+            causes=accepted.causes,
+            artifact=wire.Artifact(name, f"image/{submit.output_format}", 1) if done else None,
+        )
+
+
+DESCRIPTION = wire.ModelDescription(
+    name="tiny/shapes",
+    family="stable-diffusion-xl",
+    task="text-to-image",
+    dtype="float32",
+    created_at=1_700_000_000.5,
+    defaults={"height": 64, "num_inference_steps": 4},
+    ranges={"height": (64.0, 64.0, 8.0)},
+    accepted=("prompt", "height"),
+)
+
+
+@pytest.fixture
+def topology(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = tempfile.mkdtemp(prefix="t-", dir="/tmp")  # a socket's path has room for 107 bytes, tmp_path has not
+    monkeypatch.setenv("XDG_RUNTIME_DIR", run)
+    monkeypatch.setenv("TRIPTYCH_STATE_DIR", str(tmp_path / "state"))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    file = tmp_path / "small.toml"
+    file.write_text(
+        f'[model]\npath = "model"\n[api]\nport = {port}\n[supervision]\nshutdown_s = 2.0\n'
+        + "".join(f'[[roles]]\nkind = "{kind}"\n' for kind in ("encoder", "denoiser", "decoder"))
+    )
+    yield load_topology(file)
+    shutil.rmtree(run)
+
+
+@pytest.fixture
+def store(topology) -> ArtifactStore:
+    return ArtifactStore(topology.state_dir / "artifacts")
+
+
+@pytest.fixture
+async def small_head(topology, store):
+    head = SmallHead(AddressBook(topology).address("head"), store)
+    await head.start()
+    yield head
+    await head.stop()
+
+
+@pytest.fixture
+async def outbox():
+    outbox = Outbox("api", 1)
+    yield outbox
+    outbox.close()
+
+
+@pytest.fixture
+async def app(topology, outbox):
+    book = AddressBook(topology)
+
+    def reference(name: str):
+        return outbox.reference(name, book.address(name))
+
+    head = Head(reference("head"), patience_s=1.0)
+    return make_app(topology, head, Cluster(topology, book, reference), asyncio.Event())
+
+
+@pytest.fixture
+async def client(app):
+    """In this process, without a socket; a crash is an answer here, as it is to a client."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://triptych", timeout=BOUND_S) as client:
+        yield client
+
+
+@pytest.fixture
+async def runtime(topology):
+    """The api's process but for the process: enter it to start."""
+    component = topology.component("api")
+    shutdown_s = topology.supervision.shutdown_s
+    return Runtime(
+        build(component, topology), book=AddressBook(topology), generation=1, kind="api", shutdown_s=shutdown_s
+    )
+
+
+@pytest.fixture
+async def remote(topology):
+    """A client over a socket."""
+    async with httpx.AsyncClient(base_url=topology.url, timeout=BOUND_S) as client:
+        yield client

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+
+import pytest
+from PIL import Image
+
+from roles.messages import requests as wire
+
+pytestmark = pytest.mark.anyio
+URL = "/v1/images/generations"
+
+
+async def test_a_picture_comes_back_inline(client, small_head):
+    answer = await client.post(
+        URL,
+        json={
+            "prompt": "a red square",
+            "size": "64x48",
+            "seed": 7,
+            "num_inference_steps": 3,
+            "guidance_scale": 5,
+            "negative_prompt": "",
+            "model": "tiny/shapes",
+            "user": "somebody",
+        },
+    )
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    assert set(body) == {"created", "id", "data"}
+    assert answer.headers["x-request-id"] == body["id"]
+    (image,) = body["data"]
+    assert image["seed"] == 7
+    assert set(image) == {"seed", "b64_json"}
+    assert Image.open(io.BytesIO(base64.b64decode(image["b64_json"]))).getpixel((0, 0)) == (7, 0, 0)
+    (submit,) = await small_head.received(wire.SubmitRequest)
+    assert submit.inputs == {
+        "prompt": "a red square",
+        "height": 48,
+        "width": 64,
+        "num_inference_steps": 3,
+        "guidance_scale": 5.0,
+        "negative_prompt": "",
+    }
+    assert (submit.request_id, submit.seed, submit.n) == (body["id"], 7, 1)
+
+
+async def test_what_is_not_given_is_not_sent(client, small_head):
+    await client.post(URL, json={"prompt": "x", "size": "auto"})
+    (submit,) = await small_head.received(wire.SubmitRequest)
+    assert submit.inputs == {"prompt": "x"}
+
+
+async def test_null_is_the_same_as_not_given(client, small_head):
+    nothing = dict.fromkeys(("n", "size", "model", "response_format", "output_format", "user", "seed"))
+    answer = await client.post(URL, json={"prompt": "x", **nothing})
+    assert answer.status_code == 200, answer.text
+    (submit,) = await small_head.received(wire.SubmitRequest)
+    assert (submit.inputs, submit.n, submit.output_format) == ({"prompt": "x"}, 1, "png")
+
+
+async def test_pictures_by_url(client, small_head):
+    answer = await client.post(
+        URL, json={"prompt": "x", "n": 2, "seed": 1, "response_format": "url", "output_format": "webp"}
+    )
+    for image in answer.json()["data"]:
+        assert set(image) == {"seed", "url"}
+        picture = await client.get(image["url"])
+        assert picture.status_code == 200
+        assert picture.headers["content-type"] == "image/webp"
+        assert Image.open(io.BytesIO(picture.content)).size == (8, 8)
+
+
+async def test_n_pictures_in_the_order_of_their_seeds(client, small_head):
+    answer = await client.post(URL, json={"prompt": "x", "n": 3, "seed": 40})
+    assert [image["seed"] for image in answer.json()["data"]] == [40, 41, 42]
+
+
+async def test_a_missing_seed_is_drawn_and_told(client, small_head):
+    seeds = {(await client.post(URL, json={"prompt": "x"})).json()["data"][0]["seed"] for _ in range(4)}
+    assert len(seeds) > 1
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+async def test_other_scalars_are_inputs_of_the_pipeline(client, small_head):
+    extra = {"max_sequence_length": 16, "true_cfg_scale": 4.5, "clean_caption": True, "prompt_2": None}
+    await client.post(URL, json={"prompt": "x", **extra})
+    (submit,) = await small_head.received(wire.SubmitRequest)
+    assert submit.inputs == {"prompt": "x", **extra}
+
+
+async def test_a_key_sent_again_gives_the_same_request(client, small_head):
+    first, again = [await client.post(URL, json={"prompt": "x"}, headers={"Idempotency-Key": "k-1"}) for _ in range(2)]
+    assert first.json()["id"] == again.json()["id"] == again.headers["x-request-id"]
+    assert first.json()["data"] == again.json()["data"]
+    assert len(small_head.journal) == 1
+
+
+async def test_a_key_with_another_body_is_a_conflict(client, small_head):
+    await client.post(URL, json={"prompt": "x"}, headers={"Idempotency-Key": "k-1"})
+    answer = await client.post(URL, json={"prompt": "y"}, headers={"Idempotency-Key": "k-1"})
+    assert answer.status_code == 409
+    assert answer.json()["error"]["code"] == "conflict"
+
+
+async def test_without_a_key_nothing_is_shared(client, small_head):
+    for _ in range(2):
+        await client.post(URL, json={"prompt": "x", "seed": 1})
+    assert len(small_head.journal) == 2
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "code"),
+    [("FAILED", 500, "failed"), ("TIMED_OUT", 504, "timed_out"), ("CANCELLED", 409, "cancelled")],
+)
+async def test_a_request_that_ends_without_its_picture(client, small_head, state, status, code):
+    small_head.hold = True
+    waiting = asyncio.create_task(client.post(URL, json={"prompt": "x", "n": 2}))
+    (wait,) = await small_head.received(wire.WaitRequest)
+    trace = "Traceback (most recent call last):\n  File x, line 1\nValueError: too blue"
+    small_head.finish(wait.request_id, state, ("denoiser-0 died", trace))
+    answer = await waiting
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert error["code"] == code
+    assert "denoiser-0 died; ValueError: too blue" in error["message"]
+    assert "Traceback" not in answer.text
+    assert answer.headers["x-request-id"] == wait.request_id
+
+
+async def test_a_head_that_restarts_still_gives_the_picture(client, small_head):
+    small_head.hold = True
+    waiting = asyncio.create_task(client.post(URL, json={"prompt": "x", "seed": 3}))
+    (wait,) = await small_head.received(wire.WaitRequest)
+    await small_head.stop()
+    await small_head.start()
+    await small_head.received(wire.WaitRequest, 2)
+    small_head.finish(wait.request_id)
+    answer = await waiting
+    assert answer.status_code == 200
+    assert answer.json()["data"][0]["seed"] == 3
+    assert len(small_head.journal) == 1
+
+
+@pytest.mark.parametrize("written", [True, False])
+async def test_a_head_that_dies_with_the_submission_gets_it_again_and_makes_one_request(client, small_head, written):
+    small_head.deaf = True
+    waiting = asyncio.create_task(client.post(URL, json={"prompt": "x"}))
+    (submit,) = await small_head.received(wire.SubmitRequest)
+    await small_head.stop()
+    if written:  # the answer was lost, the request was not
+        small_head._submit(submit)
+    small_head.deaf = False
+    await small_head.start()
+    answer = await waiting
+    assert answer.status_code == 200
+    assert list(small_head.journal) == [answer.json()["id"]]
+
+
+async def test_a_trace_goes_in_and_out(client, small_head):
+    trace, span = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    answer = await client.post(URL, json={"prompt": "x"}, headers={"traceparent": f"00-{trace}-{span}-01"})
+    _, answered, new_span, _ = answer.headers["traceparent"].split("-")
+    assert answered == trace
+    assert new_span != span
+    assert {sent.split("-")[1] for sent in small_head.traces} == {trace}
+
+
+@pytest.mark.parametrize("header", ["", "nonsense", f"00-{'0' * 32}-{'1' * 16}-01"])
+async def test_a_trace_that_cannot_be_read_starts_a_new_one(client, small_head, header):
+    answer = await client.get("/live", headers={"traceparent": header})
+    version, trace, _, _ = answer.headers["traceparent"].split("-")
+    assert version == "00"
+    assert int(trace, 16)

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+
+from actors.system import (
+    ActorStatus,
+    ChildReport,
+    DeadLetterQuery,
+    DeadLetterReport,
+    Inspect,
+    Inspection,
+    SupervisorQuery,
+    SupervisorReport,
+)
+from api.cluster import judge, rows
+from bus import DeadLetter, Mailbox
+from roles.messages import requests as wire
+from roles.messages.pool import PoolDescription, PoolQuery
+
+pytestmark = pytest.mark.anyio
+URL = "/v1/images/generations"
+
+
+async def test_models_in_openais_shape(client, small_head):
+    listed = (await client.get("/v1/models")).json()
+    assert listed["object"] == "list"
+    (model,) = listed["data"]
+    assert (model["id"], model["object"], model["created"]) == ("tiny/shapes", "model", 1_700_000_000)
+    assert model["defaults"] == {"height": 64, "num_inference_steps": 4}
+    assert model["ranges"] == {"height": [64, 64, 8]}
+    assert model["accepted"] == ["prompt", "height"]
+    assert (await client.get("/v1/models/tiny/shapes")).json() == model
+
+
+async def test_a_request_tells_its_life(client, small_head):
+    made = (await client.post(URL, json={"prompt": "x", "n": 2, "seed": 5})).json()
+    shown = (await client.get(f"/v1/requests/{made['id']}")).json()
+    assert (shown["id"], shown["state"], shown["terminal"]) == (made["id"], "DONE", True)
+    assert shown["inputs"] == {"prompt": "x"}
+    unit = next(unit for unit in shown["units"] if unit["index"] == 1)
+    assert unit["seed"] == 6
+    assert unit["instances"] == {"denoiser": "denoiser-0"}
+    assert unit["stage_seconds"] == {"denoiser": 0.25}
+    assert [move["state"] for move in unit["history"]] == ["PENDING", "DONE"]
+    picture = await client.get(unit["artifact"]["url"])
+    assert picture.status_code == 200
+    assert "immutable" in picture.headers["cache-control"]
+
+
+async def test_delete_cancels(client, small_head):
+    small_head.hold = True
+    waiting = asyncio.create_task(client.post(URL, json={"prompt": "x"}))
+    (wait,) = await small_head.received(wire.WaitRequest)
+    shown = (await client.delete(f"/v1/requests/{wait.request_id}")).json()
+    assert (shown["state"], shown["terminal"]) == ("CANCELLED", True)
+    assert (await waiting).status_code == 409
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["..%2f..%2fjournal.sqlite", "%2e%2e", ".req_1_0.png.tmp", "req_1_0.png%00", "req_1_0.png", "a_0.exe"],
+)
+async def test_names_that_are_no_pictures(client, small_head, name):
+    assert (await client.get(f"/v1/images/{name}")).status_code == 404
+
+
+async def test_a_picture_is_served_under_its_exact_name_alone(client, small_head, store):
+    saved = store.save("req_1/0", "png", b"the bytes")
+    (store.folder.parent / "secret_0.png").write_bytes(b"not this")
+    answer = await client.get(f"/v1/images/{saved.name}")
+    assert (answer.content, answer.headers["content-type"]) == (b"the bytes", "image/png")
+    assert (await client.get("/v1/images/..%2Fsecret_0.png")).status_code == 404
+
+
+async def test_the_openapi_document_names_every_path(client, app):
+    document = (await client.get("/openapi.json")).json()
+    from api.app import ROUTES
+
+    routed = {route.path.replace(":path", "") for route in ROUTES} - {"/openapi.json"}
+    assert set(document["paths"]) == routed
+    assert document["components"]["schemas"]["ImageRequest"]["required"] == ["prompt"]
+
+
+class Process:
+    """Another process's mailbox, with fixed answers."""
+
+    def __init__(self, name: str, address: str, answers: dict[type, object]) -> None:
+        self.mailbox = Mailbox(name, address, tuple(answers), generation=1)
+        self.answers = answers
+
+    async def __aenter__(self) -> Process:
+        await self.mailbox.start()
+        self.task = asyncio.get_running_loop().create_task(self._serve())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.task.cancel()
+        self.mailbox.close()
+
+    async def _serve(self) -> None:
+        while True:
+            delivery = await self.mailbox.receive()
+            delivery.reply(self.answers[type(delivery.message)])
+
+
+def status_of(name: str, kind: str) -> ActorStatus:
+    return ActorStatus(name, kind, os.getpid(), 7, "ready", "", 1, 2.5, 3, 1024, 0, {"slots": 2})
+
+
+def supervisor(topology, *children: ChildReport) -> Process:
+    report = {SupervisorQuery: SupervisorReport(children)}
+    return Process("supervisor", f"ipc://{topology.run_dir}/supervisor", report)
+
+
+GAVE_UP = ChildReport("encoder-0", "encoder", 0, 9, "gave_up", 5, "no such model", 1.0)
+SENTENCE = "encoder-0: no such model"
+
+
+async def test_the_cluster_shows_who_answers_and_who_does_not(client, small_head, topology):
+    denoiser = {
+        Inspect: Inspection((status_of("denoiser-0", "denoiser"), status_of("denoiser-0.stream", "stream"))),
+        DeadLetterQuery: DeadLetterReport(1, (DeadLetter(1.0, "unknown_message", "a", "b", 1, "c"),)),
+    }
+    pool = {
+        Inspect: Inspection((status_of("pool", "pool"),)),
+        DeadLetterQuery: DeadLetterReport(0, ()),
+        PoolQuery: PoolDescription("pool", 4, 1, 5, 1000, 900, 100, "", 0, "shared memory"),
+    }
+    async with (
+        Process("denoiser-0", topology.component("denoiser-0").address, denoiser),
+        Process("pool", topology.component("pool").address, pool),
+        supervisor(topology, GAVE_UP),
+    ):
+        seen = (await client.get("/v1/cluster")).json()
+    actors = {actor["name"]: actor for actor in seen["actors"]}
+    assert set(actors) == {
+        "pool", "encoder-0", "denoiser-0", "denoiser-0.stream", "decoder-0", "head", "api",
+    }  # fmt: skip
+    shown = actors["denoiser-0"]
+    assert (shown["state"], shown["pid"], shown["generation"], shown["restarts"]) == (
+        "ready",
+        os.getpid(),
+        7,
+        1,
+    )
+    assert (shown["mailbox_depth"], shown["mailbox_capacity"]) == (3, 1024)
+    assert (shown["credits"], shown["slots"], shown["running"]) == (1, 2, ["req_1/0"])
+    assert shown["facts"] == {"slots": 2}
+    assert "credits" not in actors["denoiser-0.stream"]
+    assert (actors["encoder-0"]["state"], actors["encoder-0"]["detail"]) == ("gave_up", "no such model")
+    assert actors["decoder-0"]["state"] == "down"
+    (described,) = seen["pools"]
+    assert (described["capacity"], described["free"], described["leased"]) == (1000, 900, 100)
+    assert described["transport"] == "shared memory"
+    assert seen["dead_letters"]["denoiser-0"]["recent"][0]["reason"] == "unknown_message"
+    assert seen["head"]["states"] == {"DENOISING_RUNNING": 1}
+
+
+async def test_live_needs_nobody(client):
+    assert (await client.get("/live")).status_code == 200
+
+
+async def test_ready_when_the_head_says_so(client, small_head):
+    small_head.ready, small_head.reasons = False, ("no denoiser is ready",)
+    answer = await client.get("/ready")
+    assert (answer.status_code, answer.json()["reasons"]) == (503, ["no denoiser is ready"])
+    small_head.ready, small_head.reasons = True, ()
+    answer = await client.get("/ready")
+    assert (answer.status_code, answer.json()["reasons"]) == (200, [])
+
+
+async def test_ready_names_whom_the_supervisor_gave_up_on(client, small_head, topology):
+    async with supervisor(topology, GAVE_UP):
+        answer = await client.get("/ready")
+        assert (answer.status_code, answer.json()["gave_up"]) == (503, [SENTENCE])
+        small_head.ready, small_head.reasons = False, ("no encoder is ready",)
+        answer = await client.get("/ready")
+        assert (answer.status_code, answer.json()["reasons"]) == (
+            503, ["no encoder is ready", "encoder-0: no such model"],
+        )  # fmt: skip
+
+
+async def test_nothing_is_ready_without_a_head(client):
+    for path in ("/ready", "/health"):
+        answer = await client.get(path)
+        assert (answer.status_code, answer.json()["reasons"]) == (503, ["the head does not answer"])
+
+
+async def test_health_is_degraded_while_somebody_is_down(client, small_head):
+    answer = await client.get("/health")
+    assert answer.status_code == 200
+    assert (answer.json()["status"], answer.json()["completed"]) == ("degraded", 3)
+    assert "decoder-0" in answer.json()["down"]
+
+
+async def test_a_child_that_still_loads_is_not_down(topology):
+    child = ChildReport("decoder-0", "decoder", 42, 3, "loading", 0, "", 1.0)
+    (row,) = rows(topology.component("decoder-0"), None, child, None)
+    assert (row["state"], row["pid"], row["generation"]) == ("loading", 42, 3)
+
+
+async def test_a_child_that_its_supervisor_holds_for_ready_but_does_not_answer_is_down(topology):
+    child = ChildReport("decoder-0", "decoder", 42, 3, "ready", 0, "", 1.0)
+    (row,) = rows(topology.component("decoder-0"), None, child, None)
+    assert row["state"] == "down"
+
+
+async def test_readiness_is_the_heads_word_unless_something_was_given_up():
+    assert judge(wire.ClusterView(True, (), (), {}, 0, 0.0), []).ready
+    assert judge(wire.ClusterView(True, (), (), {}, 0, 0.0), [GAVE_UP]) == (False, [SENTENCE], [SENTENCE])
+    assert not judge(wire.ClusterView(False, ("x",), (), {}, 0, 0.0), []).ready
+    assert not judge(None, []).ready

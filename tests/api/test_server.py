@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from actors import StartFailure
+from actors.system import Inspect, Inspection, Shutdown, ShuttingDown
+from api.server import listen
+from roles.messages import requests as wire
+
+pytestmark = pytest.mark.anyio
+URL = "/v1/images/generations"
+HOST = "127.0.0.1"
+
+
+async def test_it_serves_over_a_socket(runtime, small_head, remote):
+    async with runtime:
+        answer = await remote.post(URL, json={"prompt": "x", "seed": 2, "response_format": "url"})
+        assert answer.status_code == 200
+        url = answer.json()["data"][0]["url"]
+        assert url.startswith(str(remote.base_url))
+        assert (await remote.get(url)).headers["content-type"] == "image/png"
+        assert "server" not in answer.headers
+
+
+async def test_it_waits_for_the_head_before_it_listens(runtime, small_head, topology, outbox):
+    await small_head.stop()
+    starting = asyncio.create_task(runtime.__aenter__())
+    api = outbox.reference("api", topology.component("api").address)
+    inspection = await api.ask(Inspect(), Inspection, timeout_s=10)
+    (status,) = inspection.actors
+    assert (status.state, status.detail) == ("loading", "waiting for the head")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((HOST, topology.api.port)).close()
+    await small_head.start()
+    async with asyncio.timeout(10):
+        await starting
+    socket.create_connection((HOST, topology.api.port)).close()
+    (status,) = (await api.ask(Inspect(), Inspection, timeout_s=10)).actors
+    assert (status.state, status.detail) == ("ready", "")
+    await runtime.__aexit__(None, None, None)
+
+
+async def test_it_stops_while_it_waits_for_the_head(runtime, topology, outbox):
+    starting = asyncio.create_task(runtime.run())
+    api = outbox.reference("api", topology.component("api").address)
+    await api.ask(Shutdown("enough"), ShuttingDown, timeout_s=10)
+    async with asyncio.timeout(10):
+        await starting
+
+
+async def test_a_port_in_use_is_said_in_words(runtime, small_head, topology):
+    with (
+        socket.create_server((HOST, topology.api.port)),
+        pytest.raises(StartFailure, match=rf"port {topology.api.port} .* in use: stop what listens there"),
+    ):
+        await runtime.run()
+
+
+def test_an_address_of_another_machine_is_said_in_words():
+    with pytest.raises(StartFailure, match=r"cannot listen on 192\.0\.2\.1 port 8000"):
+        listen("192.0.2.1", 8000)
+
+
+async def test_a_client_that_hangs_up_cancels(runtime, small_head, topology):
+    small_head.hold = True
+    async with runtime:
+        wait = await hang_up(small_head, topology.url)
+        (cancel,) = await small_head.received(wire.CancelRequest)
+    assert cancel.request_id == wait.request_id
+
+
+async def test_a_client_with_a_key_may_hang_up_and_ask_again(runtime, small_head, topology, remote):
+    small_head.hold = True
+    headers = {"Idempotency-Key": "mine"}
+    async with runtime:
+        wait = await hang_up(small_head, topology.url, headers)
+        again = asyncio.create_task(remote.post(URL, json={"prompt": "x"}, headers=headers))
+        await small_head.received(wire.WaitRequest, 2)
+        small_head.finish(wait.request_id)
+        answer = await again
+    assert (answer.status_code, answer.json()["id"]) == (200, wait.request_id)
+    assert not [message for message in small_head.seen if isinstance(message, wire.CancelRequest)]
+
+
+async def test_stopping_finishes_what_runs(runtime, small_head, remote, topology):
+    small_head.hold = True
+    serving = asyncio.create_task(runtime.run())
+    await listening(topology.api.port)
+    asking = asyncio.create_task(remote.post(URL, json={"prompt": "x"}))
+    (wait,) = await small_head.received(wire.WaitRequest)
+    runtime.stop("the test says so")
+    await listening(topology.api.port, yes=False)
+    small_head.finish(wait.request_id)
+    assert (await asking).status_code == 200
+    async with asyncio.timeout(10):
+        await serving
+
+
+async def test_what_cannot_finish_in_time_is_told_where_to_ask(runtime, small_head, remote):
+    small_head.hold = True
+    async with runtime:
+        asking = asyncio.create_task(remote.post(URL, json={"prompt": "x"}))
+        (wait,) = await small_head.received(wire.WaitRequest)
+    answer = await asking
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "stopping")
+    assert f"/v1/requests/{wait.request_id}" in answer.json()["error"]["message"]
+    assert not [message for message in small_head.seen if isinstance(message, wire.CancelRequest)]
+
+
+async def hang_up(small_head, url: str, headers: dict[str, str] | None = None) -> wire.WaitRequest:
+    """Ask for a picture, and close the connection once the head is asked for it."""
+    async with httpx.AsyncClient(base_url=url) as client:
+        asking = asyncio.create_task(client.post(URL, json={"prompt": "x"}, headers=headers))
+        (wait,) = await small_head.received(wire.WaitRequest)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+    return wait
+
+
+async def listening(port: int, *, yes: bool = True) -> None:
+    """Wait until somebody, or nobody, listens there."""
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection(HOST, port)
+                writer.close()
+                await writer.wait_closed()
+                there = True
+            except ConnectionRefusedError:
+                there = False
+            except ConnectionResetError:  # it was in the queue of a socket that closed: look again
+                continue
+            if there is yes:
+                return
+
+
+def test_the_api_imports_no_torch():
+    code = "import api.server, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

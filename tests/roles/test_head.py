@@ -1,0 +1,258 @@
+"""The head as an actor: a real bus, a real journal, and instances that a test scripts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors import Actor, AddressBook, Topology, load_topology
+from actors.runtime import Runtime
+from bus import Outbox, Reference, RemoteFailure
+from roles.head import Head
+from roles.messages import pool as pools
+from roles.messages import requests, stages
+from roles.messages.work import Artifact, LeaseRef, Staged, Work
+
+BOUND_S = 10.0
+
+
+class Pool(Actor):
+    """Answers for the pool: nothing is ever staged in it."""
+
+    async def describe(self, _: pools.PoolQuery) -> pools.PoolDescription:
+        return pools.PoolDescription(self.name, 1, 1, 0, 64, 64, 0, "", 0, "none")
+
+    async def leases(self, _: pools.LeaseQuery) -> pools.LeaseReport:
+        return pools.LeaseReport(())
+
+    async def release(self, message: pools.ReleaseSlots) -> pools.SlotsReleased:
+        return pools.SlotsReleased(len(message.leases))
+
+
+class Worker(Actor):
+    """An instance's mailbox: what the head sends it waits for the test."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.work: asyncio.Queue[Work] = asyncio.Queue()
+        self.cancelled: asyncio.Queue[Work] = asyncio.Queue()
+
+    async def assign(self, message: stages.StageAssign) -> stages.StageTaken:
+        self.work.put_nowait(message.work)
+        return stages.StageTaken(message.work)
+
+    async def push(self, message: stages.TransferPush) -> stages.StageTaken:
+        self.work.put_nowait(message.work)
+        return stages.StageTaken(message.work)
+
+    async def cancel(self, message: stages.StageCancel) -> None:
+        self.cancelled.put_nowait(message.work)
+
+
+@pytest.fixture
+def topology(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Topology]:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    tmp_path.chmod(0o700)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (model / "triptych.json").write_text('{"name": "tiny", "ranges": {"height": [64, 128, 8]}}')
+
+    def make(head: str = "") -> Topology:
+        roles = "\n".join(f'[[roles]]\nkind = "{kind}"' for kind in ("encoder", "denoiser", "decoder"))
+        path = tmp_path / "t.toml"
+        path.write_text(
+            f'[model]\npath = "model"\n[state]\npath = "state"\n[head]\n{head}\n'
+            f"[supervision]\nheartbeat_timeout_s = 1\n{roles}\n"
+        )
+        return load_topology(path)
+
+    return make
+
+
+class Stage:
+    """A head under test and the other ends of its wires."""
+
+    def __init__(self, topology: Topology, head: Reference, workers: dict[str, Worker]) -> None:
+        self.topology, self.head, self.workers = topology, head, workers
+
+    async def submit(self, id_: str = "r", *, key: str = "", n: int = 1, **inputs: Any) -> Any:
+        message = requests.SubmitRequest(id_, {"prompt": "x", **inputs}, 7, n, "png", key)
+        return await self.head.ask(message, requests.RequestAccepted, requests.RequestRejected, timeout_s=BOUND_S)
+
+    async def view(self, id_: str = "r") -> requests.RequestView:
+        return await self.head.ask(requests.QueryRequest(id_), requests.RequestView, timeout_s=BOUND_S)
+
+    async def hello(self, name: str, *, generation: int = 1, running: tuple[Work, ...] = ()) -> stages.InstanceWelcome:
+        hello = stages.InstanceHello(
+            name, name.partition("-")[0], generation, 1, 2, 2, len(running), "pool", ("prompt", "height"), running
+        )
+        return await self.head.ask(hello, stages.InstanceWelcome, timeout_s=BOUND_S)
+
+    async def report(self, message: Any) -> None:
+        await self.head.ask(message, stages.Acknowledged, timeout_s=BOUND_S)
+
+    async def next_work(self, name: str) -> Work:
+        return await asyncio.wait_for(self.workers[name].work.get(), BOUND_S)
+
+
+@asynccontextmanager
+async def playing(topology: Topology, *, generation: int = 1) -> AsyncIterator[Stage]:
+    book = AddressBook(topology)
+    names = [c.name for c in topology.components if c.kind in ("encoder", "denoiser", "decoder")]
+    workers = {name: Worker(name) for name in names}
+    outbox = Outbox("test")
+    async with (
+        Runtime([Pool("pool")], book=book, generation=generation),
+        Runtime(list(workers.values()), book=book, generation=generation),
+        Runtime([Head(topology)], book=book, generation=generation),
+    ):
+        yield Stage(topology, outbox.reference("head", book.address("head")), workers)
+        outbox.close()
+
+
+def play(scenario: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(scenario, 60))
+
+
+def finished(work: Work) -> stages.StageFinished:
+    return stages.StageFinished(work, "decoder-0", "decoder", Artifact("r_0.png", "image/png", 1), 0.1, 3)
+
+
+def staged(work: Work, panel: str, number: int) -> stages.TransferStaged:
+    slot = Staged(LeaseRef("pool", 1, number, 0, 64), b"", 0, 64)
+    return stages.TransferStaged(work, f"{panel}-0", panel, slot, 0.1, 3)
+
+
+def test_a_request_goes_from_hand_to_hand_and_whoever_waits_is_told(topology: Callable[..., Topology]) -> None:
+    async def scenario() -> None:
+        async with playing(topology()) as stage:
+            for name in stage.workers:
+                await stage.hello(name)
+            assert isinstance(await stage.submit(), requests.RequestAccepted)
+            waiting = asyncio.create_task(
+                stage.head.ask(requests.WaitRequest("r", BOUND_S), requests.RequestView, timeout_s=2 * BOUND_S)
+            )
+            work = await stage.next_work("encoder-0")
+            await stage.report(stages.StageStarted(work, "encoder-0", "encoder"))
+            await stage.report(staged(work, "encoder", 1))
+            work = await stage.next_work("denoiser-0")
+            await stage.report(stages.StageStarted(work, "denoiser-0", "denoiser"))
+            await stage.report(staged(work, "denoiser", 2))
+            work = await stage.next_work("decoder-0")
+            assert not waiting.done()
+            await stage.report(finished(work))
+            assert (await waiting).state == "DONE"
+            early = await stage.head.ask(requests.WaitRequest("r", 0.0), requests.RequestView, timeout_s=BOUND_S)
+            assert early.terminal
+
+    play(scenario())
+
+
+def test_what_is_not_accepted_says_why(topology: Callable[..., Topology]) -> None:
+    async def scenario() -> None:
+        async with playing(topology("max_pending = 2")) as stage:
+            await stage.hello("encoder-0")
+            rejected = await stage.submit("a", height=100)
+            assert (rejected.code, rejected.param) == ("invalid", "height")
+            rejected = await stage.submit("a", hieght=64)
+            assert (rejected.code, rejected.param) == ("invalid", "hieght")
+            rejected = await stage.submit("../etc/passwd")
+            assert (rejected.code, rejected.param) == ("invalid", "request_id")
+            assert (await stage.submit("a", key="k")).request_id == "a"
+            assert (await stage.submit("b", key="k")).request_id == "a"
+            assert (await stage.submit("b", key="k", height=64)).code == "conflict"
+            rejected = await stage.submit("c", n=2)
+            assert rejected.code == "full"
+            assert rejected.retry_after_s > 0
+            with pytest.raises(RemoteFailure, match="there is no request c"):
+                await stage.view("c")
+
+    play(scenario())
+
+
+def test_a_head_that_cannot_write_accepts_nothing_and_says_so(topology: Callable[..., Topology]) -> None:
+    async def scenario() -> None:
+        async with playing(topology()) as stage:
+            journal = stage.topology.state_dir / "journal.sqlite"
+            import sqlite3
+
+            with sqlite3.connect(journal) as other:
+                other.execute("DROP TABLE units")
+            rejected = await stage.submit()
+            assert rejected.code == "unavailable"
+            assert str(journal) in rejected.message
+            cluster = await stage.head.ask(requests.ClusterQuery(), requests.ClusterView, timeout_s=BOUND_S)
+            assert any(str(journal) in reason for reason in cluster.reasons)
+
+    play(scenario())
+
+
+def test_a_restarted_head_leaves_running_work_alone_and_redoes_the_rest(topology: Callable[..., Topology]) -> None:
+    async def scenario() -> None:
+        async with playing(topology()) as stage:
+            await stage.hello("encoder-0")
+            await stage.submit("kept")
+            await stage.submit("lost")
+            works = [await stage.next_work("encoder-0"), await stage.next_work("encoder-0")]
+            kept = next(work for work in works if work.unit_id == "kept/0")
+            await stage.report(stages.StageStarted(kept, "encoder-0", "encoder"))
+        async with playing(topology(), generation=2) as stage:
+            assert {(await stage.view(id_)).state for id_ in ("kept", "lost")} == {"ENCODER_RUNNING", "ENCODER_WAITING"}
+            welcome = await stage.hello("encoder-0", running=(kept, Work("other/0", 1)))
+            assert welcome.unknown == (Work("other/0", 1),)
+            await stage.report(stages.StageCancelled(Work("other/0", 1), "encoder-0", 3))
+            assert await stage.next_work("encoder-0") == Work("lost/0", 2)
+            await stage.report(staged(kept, "encoder", 1))
+            assert (await stage.view("kept")).state == "DENOISING_WAITING"
+
+    play(scenario())
+
+
+def test_an_instance_that_falls_silent_is_fenced(topology: Callable[..., Topology]) -> None:
+    async def scenario() -> None:
+        async with playing(topology()) as stage:
+            await stage.hello("encoder-0", generation=5)
+            await stage.submit()
+            await stage.next_work("encoder-0")
+            view = await stage.head.ask(requests.WaitRequest("r", 0.0), requests.RequestView, timeout_s=BOUND_S)
+            async with asyncio.timeout(BOUND_S):
+                while view.units[0].attempts == 1:
+                    view = await stage.view()
+            with pytest.raises(RemoteFailure, match="given up") as refused:
+                await stage.report(stages.InstanceAlive("encoder-0", 5))
+            assert refused.value.code == "fenced"
+            with pytest.raises(RemoteFailure, match="given up"):
+                await stage.hello("encoder-0", generation=5)
+            await stage.hello("encoder-0", generation=6)
+            assert (await stage.next_work("encoder-0")).attempt == 2
+
+    play(scenario())
+
+
+def test_an_instance_that_is_not_in_the_books_is_told_to_say_hello(topology: Callable[..., Topology]) -> None:
+    async def scenario() -> None:
+        async with playing(topology()) as stage:
+            with pytest.raises(RemoteFailure, match="say hello") as refused:
+                await stage.report(stages.InstanceAlive("encoder-0", 1))
+            assert refused.value.code == "unknown"
+
+    play(scenario())
+
+
+def test_cancel_reaches_the_instance(topology: Callable[..., Topology]) -> None:
+    async def scenario() -> None:
+        async with playing(topology()) as stage:
+            await stage.hello("encoder-0")
+            await stage.submit()
+            work = await stage.next_work("encoder-0")
+            view = await stage.head.ask(requests.CancelRequest("r"), requests.RequestView, timeout_s=BOUND_S)
+            assert view.state == "CANCELLED"
+            assert await asyncio.wait_for(stage.workers["encoder-0"].cancelled.get(), BOUND_S) == work
+
+    play(scenario())

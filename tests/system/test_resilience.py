@@ -1,0 +1,306 @@
+"""What was accepted ends in exactly one way, whatever dies, hangs or gives up on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from actors import launch, load_topology
+from actors.cluster import Cluster
+from actors.overrides import free_port
+from tests.system.conftest import ROOT
+from tests.system.test_recovery import BOUND_S, FREE_PORTS, back
+
+PROMPT = "a red circle"
+LONG = 100_000
+"""Steps that nobody waits for."""
+
+
+@pytest.fixture
+def patient(models: Callable[[str], Path], tmp_path: Path) -> dict[str, str]:
+    """A `[model]` whose card allows any number of steps."""
+    folder = tmp_path / "patient"
+    shutil.copytree(models("flux"), folder)
+    card = json.loads((folder / "triptych.json").read_text())
+    card["ranges"]["num_inference_steps"] = [1, LONG]
+    (folder / "triptych.json").write_text(json.dumps(card))
+    return {"path": str(folder), "dtype": "float32"}
+
+
+@asynccontextmanager
+async def running(path: Path) -> AsyncIterator[tuple[Cluster, httpx.AsyncClient]]:
+    async with launch(path, FREE_PORTS) as cluster, httpx.AsyncClient(base_url=cluster.url, timeout=60) as http:
+        yield cluster, http
+
+
+def post(http: httpx.AsyncClient, steps: int, **headers: str) -> asyncio.Task[httpx.Response]:
+    body = {"prompt": PROMPT, "seed": 1, "num_inference_steps": steps}
+    return asyncio.create_task(http.post("/v1/images/generations", json=body, headers=headers))
+
+
+async def under_way(http: httpx.AsyncClient, state: str = "DENOISING_RUNNING") -> dict[str, Any]:
+    """The one request in hand, once it is in that state."""
+    async with asyncio.timeout(BOUND_S):
+        while True:
+            head = (await http.get("/v1/cluster")).json()["head"]
+            for instance in head["instances"] if head else ():
+                for unit_id in instance["running"]:
+                    request = (await http.get(f"/v1/requests/{unit_id.partition('/')[0]}")).json()
+                    if request["state"] == state:
+                        return dict(request)
+
+
+async def at_rest(http: httpx.AsyncClient) -> None:
+    """Until no work is in hand and every slot is free."""
+    async with asyncio.timeout(BOUND_S):
+        while True:
+            seen = (await http.get("/v1/cluster")).json()
+            idle = all(i["credits"] == i["slots"] for i in seen["head"]["instances"])
+            if idle and all(pool["leased"] == 0 and pool["free"] == pool["capacity"] for pool in seen["pools"]):
+                return
+
+
+def test_cancel_hang_up_and_timeout_stop_the_work_and_return_every_lease(
+    topology_file: Callable[..., Path], patient: dict[str, str]
+) -> None:
+    async def scenario() -> None:
+        async with running(topology_file(model=patient, head={"request_timeout_s": 4})) as (_, http):
+            asked = post(http, LONG)
+            request = await under_way(http)
+            assert (await http.delete(f"/v1/requests/{request['id']}")).json()["state"] == "CANCELLED"
+            assert (await asked).status_code == 409
+            await at_rest(http)
+
+            asked = post(http, LONG)
+            request = await under_way(http)
+            asked.cancel()
+            await at_rest(http)
+            assert (await http.get(f"/v1/requests/{request['id']}")).json()["state"] == "CANCELLED"
+
+            answer = await post(http, LONG)
+            assert answer.status_code == 504
+            assert answer.json()["error"]["message"]
+            await at_rest(http)
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_lost_the_api_finds_its_request_by_its_key(
+    topology_file: Callable[..., Path], patient: dict[str, str]
+) -> None:
+    async def scenario() -> None:
+        async with running(topology_file(model=patient)) as (cluster, http):
+            key = {"Idempotency-Key": "once"}
+            asked = post(http, 300, **key)
+            request = await under_way(http)
+            api = (await cluster.children())["api"]
+            os.kill(api.pid, signal.SIGKILL)
+            with pytest.raises(httpx.TransportError):
+                await asked
+            await back(cluster, "api", after_generation=api.generation)
+            answer = (await post(http, 300, **key)).json()
+            assert answer["id"] == request["id"]
+            units = (await http.get(f"/v1/requests/{request['id']}")).json()["units"]
+            assert [unit["attempts"] for unit in units] == [1]
+            assert (await post(http, 301, **key)).status_code == 409
+
+    asyncio.run(scenario())
+
+
+def test_a_restart_of_the_head_interrupts_no_denoise(
+    topology_file: Callable[..., Path], patient: dict[str, str]
+) -> None:
+    async def scenario() -> None:
+        async with running(topology_file(model=patient)) as (cluster, http):
+            asked = post(http, 400)
+            await under_way(http)
+            head = (await cluster.children())["head"]
+            os.kill(head.pid, signal.SIGKILL)
+            answer = await asked
+            assert answer.status_code == 200
+            unit = (await http.get(f"/v1/requests/{answer.json()['id']}")).json()["units"][0]
+            assert unit["attempts"] == 1
+            assert [m["state"] for m in unit["history"]].count("DENOISING_RUNNING") == 1
+            await back(cluster, "head", after_generation=head.generation)
+
+    asyncio.run(scenario())
+
+
+def test_a_stopped_process_is_missed_killed_and_its_work_done_by_a_sibling(
+    topology_file: Callable[..., Path], patient: dict[str, str]
+) -> None:
+    async def scenario() -> None:
+        path = topology_file(
+            model=patient,
+            roles={"encoder": 1, "denoiser": 2, "decoder": 1},
+            supervision={"heartbeat_timeout_s": 2},
+        )
+        async with running(path) as (cluster, http):
+            asked = post(http, 300)
+            victim = (await under_way(http))["units"][0]["instances"]["denoiser"]
+            child = (await cluster.children())[victim]
+            os.kill(child.pid, signal.SIGSTOP)
+            answer = await asked
+            assert answer.status_code == 200
+            unit = (await http.get(f"/v1/requests/{answer.json()['id']}")).json()["units"][0]
+            assert unit["instances"]["denoiser"] != victim
+            await back(cluster, victim, after_generation=child.generation)
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_kills_its_worker_twice_is_failed_and_the_pool_serves_on(
+    topology_file: Callable[..., Path], patient: dict[str, str]
+) -> None:
+    async def scenario() -> None:
+        path = topology_file(model=patient, roles={"encoder": 1, "denoiser": 2, "decoder": 1})
+        async with running(path) as (cluster, http):
+            asked = post(http, LONG)
+            for attempt in (1, 2):
+                request = await under_way(http)
+                unit = request["units"][0]
+                assert unit["attempts"] == attempt
+                os.kill((await cluster.children())[unit["instances"]["denoiser"]].pid, signal.SIGKILL)
+                if attempt == 1:
+                    await attempt_after(http, request["id"], 1)
+            answer = await asked
+            assert answer.status_code == 500
+            assert answer.json()["error"]["message"].count("its process ended") == 2
+            assert (await post(http, 4)).status_code == 200
+
+    asyncio.run(scenario())
+
+
+async def attempt_after(http: httpx.AsyncClient, request_id: str, attempt: int) -> None:
+    async with asyncio.timeout(BOUND_S):
+        while (await http.get(f"/v1/requests/{request_id}")).json()["units"][0]["attempts"] <= attempt:
+            pass
+
+
+def test_what_the_supervisor_took_down_with_it_is_resumed_by_the_next_up(
+    topology_file: Callable[..., Path], patient: dict[str, str]
+) -> None:
+    async def scenario() -> None:
+        path = topology_file(model=patient, api={"port": free_port()})
+        async with running_as_given(path) as (cluster, http):
+            asked = post(http, 200)
+            request = await under_way(http)
+            cluster.process.kill()
+            await cluster.process.wait()
+            with pytest.raises(httpx.TransportError):
+                await asked
+        async with running_as_given(path) as (_, http), asyncio.timeout(BOUND_S):
+            while (state := (await http.get(f"/v1/requests/{request['id']}")).json()["state"]) != "DONE":
+                assert state not in ("FAILED", "TIMED_OUT", "CANCELLED")
+
+    asyncio.run(scenario())
+
+
+@asynccontextmanager
+async def running_as_given(path: Path) -> AsyncIterator[tuple[Cluster, httpx.AsyncClient]]:
+    """Without overrides, so that both runs have the same topology, and with it the same state folder."""
+    async with launch(path) as cluster, httpx.AsyncClient(base_url=cluster.url, timeout=60) as http:
+        yield cluster, http
+
+
+def test_the_zygote_takes_no_role_with_it_and_is_made_anew(topology_file: Callable[..., Path]) -> None:
+    async def scenario() -> None:
+        async with running(topology_file()) as (cluster, http):
+            before = await cluster.children()
+            os.kill(child_called(cluster.process.pid, "triptych: zygote"), signal.SIGKILL)
+            assert (await post(http, 4)).status_code == 200
+            assert {n: c.pid for n, c in (await cluster.children()).items()} == {n: c.pid for n, c in before.items()}
+            os.kill(before["denoiser-0"].pid, signal.SIGKILL)
+            await back(cluster, "denoiser-0", after_generation=before["denoiser-0"].generation)
+            assert (await post(http, 4)).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def child_called(parent: int, title: str) -> int:
+    listed = subprocess.run(
+        ["ps", "--ppid", str(parent), "-o", "pid=,args="], capture_output=True, text=True, check=True
+    )
+    (pid,) = [int(line.split()[0]) for line in listed.stdout.splitlines() if title in line]
+    return pid
+
+
+def test_a_role_that_sleeps_through_its_fencing_finds_out_and_starts_anew(
+    topology_file: Callable[..., Path], patient: dict[str, str]
+) -> None:
+    """Its own supervisor sleeps as well, so nobody kills it: the head has to turn it away."""
+
+    path = topology_file(model=patient, api={"port": free_port()}, supervision={"heartbeat_timeout_s": 2})
+    names = [component.name for component in load_topology(path).components]
+    up = (sys.executable, "-m", "actors.command", "up", str(path), "--only")
+    others = subprocess.Popen([*up, ",".join(n for n in names if n != "denoiser-0")], cwd=ROOT)
+    sleeper = subprocess.Popen([*up, "denoiser-0"], cwd=ROOT)
+
+    async def scenario() -> None:
+        async with httpx.AsyncClient(base_url=load_topology(path).url, timeout=60) as http:
+            first = await generation_of(http, "denoiser-0", after=0)
+            role = child_called(sleeper.pid, "triptych: denoiser-0")
+            for pid in (sleeper.pid, role):
+                os.kill(pid, signal.SIGSTOP)
+            await gone_from_the_books(http)
+            for pid in (role, sleeper.pid):
+                os.kill(pid, signal.SIGCONT)
+            await generation_of(http, "denoiser-0", after=first)
+            assert (await post(http, 4)).status_code == 200
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        for process in (sleeper, others):
+            process.send_signal(signal.SIGINT)
+        assert [process.wait(30) for process in (sleeper, others)] == [0, 0]
+
+
+async def generation_of(http: httpx.AsyncClient, name: str, *, after: int) -> int:
+    """Of an instance in the head's books, once it is later than `after`."""
+    async with asyncio.timeout(90):
+        while True:
+            for instance in await instances(http):
+                if instance["name"] == name and instance["generation"] > after:
+                    return int(instance["generation"])
+
+
+async def gone_from_the_books(http: httpx.AsyncClient) -> None:
+    async with asyncio.timeout(BOUND_S):
+        while any(instance["name"] == "denoiser-0" for instance in await instances(http)):
+            pass
+
+
+async def instances(http: httpx.AsyncClient) -> list[dict[str, Any]]:
+    try:
+        head = (await http.get("/v1/cluster")).json()["head"]
+    except httpx.TransportError:  # the API is not up yet
+        return []
+    return list(head["instances"]) if head else []
+
+
+@pytest.mark.timeout(240)
+def test_a_short_storm_of_every_fault_breaks_no_promise(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    command = (sys.executable, "-m", "tools.chaos", "examples/chaos.toml", "--json", str(report))
+    storm = subprocess.run(
+        [*command, "--seed", "7", "--duration", "15", "--rate", "3", "--every", "1.5"], cwd=ROOT, check=False
+    )
+    found = json.loads(report.read_text())
+    assert {name: broken for name, broken in found["invariants"].items() if broken} == {}
+    assert storm.returncode == 0
+    assert found["accepted"] > 20
+    assert len(found["strikes"]) >= 5
+    assert (found["lost"], found["doubled"], found["leaked"], found["different"]) == (0, 0, 0, 0)

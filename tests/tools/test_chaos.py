@@ -1,0 +1,126 @@
+"""The chaos tool's own judgement: each check must be able to fail."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from roles.messages.pool import LeaseView
+from roles.messages.requests import ClusterView, InstanceView
+from roles.messages.work import LeaseRef, Work
+from tools.chaos import checks
+from tools.chaos.load import Outcome
+from tools.chaos.plan import FAULTS, PICTURES, Offer, Strike, draw
+from tools.chaos.report import percentile
+from tools.chaos.strikes import Blow, is_moment
+
+JOURNEY = (
+    "ENCODER_WAITING", "ENCODER_RUNNING", "ENCODER_DONE", "DENOISING_WAITING", "DENOISING_RUNNING",
+    "DENOISING_DONE", "DECODER_WAITING", "DECODER_RUNNING", "DONE",
+)  # fmt: skip
+VICTIMS = {fault: ["a", "b"] for fault in FAULTS if fault != "transfer"}
+
+
+def outcome(states: tuple[str, ...] = JOURNEY, *, status: int = 200, causes: tuple[str, ...] = ()) -> Outcome:
+    history = [{"state": state, "at": float(k), "reason": ""} for k, state in enumerate(states)]
+    unit: dict[str, Any] = {"state": states[-1], "history": history, "causes": list(causes)}
+    return Outcome(Offer(1, 0.0, PICTURES[0]), status=status, request_ids={"r"}, digest="d", story={"units": [unit]})
+
+
+def blow(victim: str = "a", *, recovery_s: float | None = 1.0) -> Blow:
+    return Blow("kill", victim, 0.0, lethal=True, recovery_s=recovery_s)
+
+
+def test_a_clean_run_breaks_nothing() -> None:
+    fine = [outcome()]
+    assert checks.each_accepted_request_ended_once(fine) == []
+    assert checks.each_client_saw_one_request(fine, {"r": "k"}) == []
+    assert checks.nothing_outdated_was_accepted(fine) == []
+    assert checks.same_seed_same_bytes(fine, {PICTURES[0]: "d"}) == []
+    assert checks.failed_only_when_at_fault(fine, 3) == []
+    assert checks.everyone_came_back([blow()], 2.0) == []
+    assert checks.only_victims_restarted({"a": 1, "b": 0}, [blow()], []) == []
+
+
+def test_a_lost_request_is_seen() -> None:
+    silent = Outcome(Offer(1, 0.0, PICTURES[0]))
+    forgotten = Outcome(Offer(1, 0.0, PICTURES[0]), status=200, request_ids={"r"})
+    unfinished = outcome(JOURNEY[:4])
+    for lost in (silent, forgotten, unfinished, outcome(status=500)):
+        assert len(checks.each_accepted_request_ended_once([lost])) == 1
+
+
+def test_a_doubled_request_is_seen() -> None:
+    twice = outcome()
+    twice.request_ids.add("s")
+    assert len(checks.each_client_saw_one_request([twice], {})) == 1
+    assert len(checks.each_client_saw_one_request([], {"r": "k", "s": "k"})) == 1
+
+
+def test_a_leak_is_seen() -> None:
+    pool = {"name": "pool", "capacity": 10, "free": 4, "leased": 6}
+    held = LeaseView(LeaseRef("pool", 1, 1, 0, 64), "sealed", "encoder-0", 1, Work("r/0", 1))
+    assert checks.every_slot_is_accounted_for([pool], []) == []
+    assert len(checks.every_slot_is_accounted_for([pool | {"free": 3}], [])) == 1
+    assert len(checks.every_slot_is_accounted_for([pool], [held])) == 1
+
+
+def test_an_illegal_history_is_seen() -> None:
+    assert len(checks.nothing_outdated_was_accepted([outcome((*JOURNEY[:2], "DONE"))])) == 1
+    backwards = outcome()
+    backwards.story["units"][0]["history"][0]["at"] = 99.0
+    assert len(checks.nothing_outdated_was_accepted([backwards])) == 1
+
+
+def test_other_bytes_are_seen() -> None:
+    assert len(checks.same_seed_same_bytes([outcome()], {PICTURES[0]: "e"})) == 1
+
+
+def test_who_does_not_come_back_or_restarts_unasked_is_seen() -> None:
+    assert len(checks.everyone_came_back([blow(recovery_s=None), blow(recovery_s=9.0)], 2.0)) == 2
+    assert len(checks.only_victims_restarted({"a": 2, "b": 1}, [blow()], [42])) == 3
+
+
+def test_an_innocent_failure_is_seen() -> None:
+    failed = (*JOURNEY[:2], "FAILED")
+    assert len(checks.failed_only_when_at_fault([outcome(failed, causes=("x: boom",))], 3)) == 1
+    poison = ("a: its process ended", "b: its process ended")
+    assert checks.failed_only_when_at_fault([outcome(failed, causes=poison)], 3) == []
+
+
+def test_a_mailbox_over_its_bound_is_seen() -> None:
+    assert len(checks.no_mailbox_overflowed({"head": (11, 10), "api": (10, 10)})) == 1
+
+
+@given(st.integers(0, 2**32), st.floats(5, 60), st.floats(0.5, 5))
+def test_a_seed_plans_one_run_and_every_fault_gets_its_turn(seed: int, duration_s: float, every_s: float) -> None:
+    faults = tuple(VICTIMS)
+    plan = draw(seed, duration_s, 4, every_s, faults, VICTIMS)
+    assert plan == draw(seed, duration_s, 4, every_s, faults, VICTIMS)
+    assert all(0 <= offer.at_s < duration_s for offer in plan.offers)
+    turns = [strike.fault for strike in plan.strikes]
+    for k in range(0, len(turns) - len(faults) + 1, len(faults)):
+        assert set(turns[k : k + len(faults)]) == set(faults)
+
+
+def test_the_moment_is_the_victims_own() -> None:
+    busy = InstanceView("denoiser-0", "denoiser", 1, 1, 2, ("r/0",))
+    idle = InstanceView("denoiser-1", "denoiser", 1, 2, 2, ())
+    view = ClusterView(True, (), (busy, idle), {"DENOISING_RUNNING": 1}, 0, 0.0)
+
+    def falls(victim: str, moment: str) -> bool:
+        return is_moment(Strike(0.0, "kill", victim, moment, False), view)
+
+    assert falls("denoiser-0", "running")
+    assert not falls("denoiser-1", "running")
+    assert falls("head", "running")
+    assert falls("pool", "staged")
+    assert not falls("head", "idle")
+
+
+def test_percentiles_are_of_the_nearest_rank() -> None:
+    assert percentile([3.0, 1.0, 2.0], 50) == 2.0
+    assert percentile(range(1, 101), 99) == 99
+    assert percentile([], 99) == 0.0

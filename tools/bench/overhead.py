@@ -1,0 +1,117 @@
+"""A picture through three processes, against the same model in one process behind the same API.
+
+The model is tiny, so that what is measured is the way and not the work. Both clusters run all the time and are asked in
+turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+
+from actors import launch
+from actors.cluster import Cluster
+from tools.bench.report import compare
+
+PICTURES = 50
+"""For each side, case and round."""
+CASES = {"one at a time": 1, "8 in flight": 8}
+PANELS = ("encoder", "denoiser", "decoder")
+PEER = "monolithic"
+SIDES = {"three": PANELS, PEER: (PEER,)}
+QUANTILES = {"p50": 0.50, "p99": 0.99}
+
+Latencies = dict[tuple[str, str], list[list[float]]]
+
+
+def run(rounds: int) -> Iterable[dict[str, object]]:
+    """Measure all cases, `rounds` times each, and yield a row for each quantile; times in ms, ratio = peer / ours."""
+    # One thread for each process: four with as many as there are cores would wait for each other in spin locks.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory(prefix="overhead-") as folder, _stdout_to_stderr():
+        latencies = asyncio.run(_measure(Path(folder), rounds))
+    return _rows(latencies)
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """What clusters print while they start and stop must not come between the rows."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+def quantile(values: list[float], q: float) -> float:
+    """Return the smallest value that is not below a share `q` of them (nearest rank)."""
+    return sorted(values)[max(0, math.ceil(q * len(values)) - 1)]
+
+
+def _rows(latencies: Latencies) -> Iterator[dict[str, object]]:
+    for case in CASES:
+        for label, q in QUANTILES.items():
+            ours, theirs = ([quantile(taken, q) for taken in latencies[side, case]] for side in SIDES)
+            yield compare(
+                "overhead",
+                f"{case}, {label}",
+                "ms",
+                ours=ours,
+                peer=PEER,
+                peer_values=theirs,
+                higher_is_better=False,
+            )
+
+
+async def _measure(folder: Path, rounds: int) -> Latencies:
+    model = folder / "model"
+    command = (sys.executable, "-m", "tools.make_model", str(model), "--family", "flux")
+    await asyncio.to_thread(subprocess.run, command, check=True, stdout=subprocess.DEVNULL)
+    latencies: Latencies = {(side, case): [] for side in SIDES for case in CASES}
+    async with AsyncExitStack() as stack:
+        clusters = {
+            side: await stack.enter_async_context(launch(_topology(folder / side, model, kinds), {"api": {"port": 0}}))
+            for side, kinds in SIDES.items()
+        }
+        for number in range(rounds + 1):
+            for case, in_flight in CASES.items():
+                for side, cluster in clusters.items():
+                    taken = await _pictures(cluster, in_flight)
+                    # The first round warms up.
+                    if number:
+                        latencies[side, case].append(taken)
+    return latencies
+
+
+def _topology(folder: Path, model: Path, kinds: tuple[str, ...]) -> Path:
+    folder.mkdir()
+    roles = "".join(f'[[roles]]\nkind = "{kind}"\nslots = 8\n' for kind in kinds)
+    file = folder / "topology.toml"
+    file.write_text(f'[model]\npath = "{model}"\ndtype = "float32"\n[state]\npath = "{folder}/state"\n{roles}')
+    return file
+
+
+async def _pictures(cluster: Cluster, in_flight: int) -> list[float]:
+    """Make `PICTURES`, `in_flight` at any time, and return how many ms each took."""
+    seeds = iter(range(PICTURES))
+    taken: list[float] = []
+
+    async def client() -> None:
+        for seed in seeds:
+            started = time.perf_counter()
+            await cluster.generate("a large red circle", seed=seed)
+            taken.append((time.perf_counter() - started) * 1e3)
+
+    await asyncio.gather(*(client() for _ in range(in_flight)))
+    return taken
