@@ -31,16 +31,19 @@ def load_components(pipeline: Any, split: Split, dtype: torch.dtype, device: tor
 def make_shadows(pipeline: Any, split: Split, dtype: torch.dtype, device: torch.device) -> None:
     """Give a pipeline stand-ins for the components that its blocks do not name but the rest of the model has.
 
+    Its settings, guiders and processors become those of the whole pipeline. A part alone would make them as its own
+    blocks declare them; where blocks disagree, the whole follows the first, which may be in another part.
+
     Not while another thread makes modules: those would have no weights either.
 
     Raises:
         ModelError: The configuration of one is missing or broken.
     """
     whole = split.pipeline(split.blocks)
+    pipeline.register_to_config(**{spec.name: whole.config[spec.name] for spec in split.blocks.expected_configs})
     for name in whole.config_component_names:
         # Guiders and image processors have no weights: the real ones are cheap, and some encoders read the guider.
-        if name not in pipeline.component_names:
-            setattr(pipeline, name, getattr(whole, name))
+        setattr(pipeline, name, getattr(whole, name))
     for name in whole.pretrained_component_names:
         if name in pipeline.component_names or _is_null(split, name):
             continue

@@ -65,12 +65,14 @@ def cases() -> tuple[Case, ...]:
 def _flux() -> list[Case]:
     image = {"image": picture()}
     text = {"max_sequence_length": 512}
-    kontext = {**_SMALL, "max_sequence_length": 32, "_auto_resize": False, "max_area": SIDE * SIDE}
+    kontext = {**_SMALL, "max_sequence_length": 32}
+    # It would make the picture as large as those that it was trained with.
+    own_size = {**image, "_auto_resize": False, "max_area": SIDE * SIDE}
     made = [
         Case("FluxModularPipeline", "text2image", Family.FLUX, {**_SMALL, "max_sequence_length": 32}),
         Case("FluxModularPipeline", "image2image", Family.FLUX_KL, {**_SQUARE, **image, "strength": 0.7}),
         Case("FluxKontextModularPipeline", "text2image", Family.FLUX_KONTEXT, kontext),
-        Case("FluxKontextModularPipeline", "image_conditioned", Family.FLUX_KONTEXT, {**kontext, **image}),
+        Case("FluxKontextModularPipeline", "image_conditioned", Family.FLUX_KONTEXT, {**kontext, **own_size}),
     ]
     for pipeline, family in (
         ("Flux2ModularPipeline", Family.FLUX2),
@@ -165,7 +167,7 @@ def _video() -> list[Case]:
         Case("LTXModularPipeline", "text2video", Family.LTX, {**frames, **text}),
         Case("LTXModularPipeline", "image2video", Family.LTX, {**frames, **text, **image}),
         Case("LTX2ModularPipeline", "text2video", Family.LTX2, {**frames, **text}),
-        Case("LTX2ModularPipeline", "image2video", Family.LTX2, {**frames, **text, **image}),
+        Case("LTX2ModularPipeline", "image2video", Family.LTX2, {**frames, **text, **image, "image_crf": 0}),
         Case("HunyuanVideo15ModularPipeline", "text2video", Family.HUNYUAN_VIDEO15, glyphs),
         Case("HunyuanVideo15ModularPipeline", "image2video", Family.HUNYUAN_VIDEO15, {**glyphs, **image}),
     ]

@@ -55,7 +55,7 @@ def compare(case: Case, folder: Path, processes: Apart) -> Outcome:
     inputs = {"prompt": PROMPT, **case.inputs}
     expected = whole(case.pipeline, folder, inputs)
     made, answers = processes.run(folder, inputs, SEED)
-    shapes = {name: list(np.concatenate([[0], shape(value)])[1:]) for name, value in made.items()}
+    shapes = {name: shape(value) for name, value in made.items()}
     found = [difference(value, expected.get(name)) for name, value in made.items()]
     worst = None if None in found else max((value for value in found if value is not None), default=None)
     same = bool(made) and all(identical(value, expected.get(name)) for name, value in made.items())

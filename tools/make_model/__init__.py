@@ -80,10 +80,10 @@ _RECIPES: Final[dict[Family, Callable[[], Recipe]]] = {
     Family.LTX: video.ltx,
     Family.LTX2: video.ltx2,
     Family.HUNYUAN_VIDEO15: video.hunyuan_video,
-    Family.HELIOS: lambda: wan.helios("HeliosPipeline", {"stages": 1, "stage_range": [0, 1]}),
-    Family.HELIOS_PYRAMID: lambda: wan.helios("HeliosPyramidModularPipeline", {}),
+    Family.HELIOS: lambda: wan.helios("HeliosPipeline", wan.helios_flat),
+    Family.HELIOS_PYRAMID: lambda: wan.helios("HeliosPyramidModularPipeline", wan.helios_pyramid),
     Family.HELIOS_PYRAMID_DISTILLED: lambda: wan.helios(
-        "HeliosPyramidDistilledModularPipeline", {"scheduler_type": "dmd"}
+        "HeliosPyramidDistilledModularPipeline", wan.helios_distilled
     ),
     Family.Z_IMAGE: pictures.z_image,
     Family.KREA2: lambda: pictures.krea2(turbo=False),

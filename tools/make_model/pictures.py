@@ -127,7 +127,7 @@ def ernie() -> Recipe:
             text_in_dim=WIDTH,
             rope_axes_dim=(4, 6, 6),
         ),
-        "scheduler": _scheduler,
+        "scheduler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
         "vae": vaes.flux2,
         "pe": None,
         "pe_tokenizer": None,

@@ -129,6 +129,8 @@ def _ltx2_vae() -> AutoencoderKLLTX2Video:
         decoder_block_out_channels=(8, 16, 32),
         layers_per_block=(1, 1, 1, 1, 1),
         decoder_layers_per_block=(1, 1, 1, 1),
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
     )
     _set_statistics(vae, 4)
     return vae
@@ -136,7 +138,7 @@ def _ltx2_vae() -> AutoencoderKLLTX2Video:
 
 def _ltx2_audio_vae() -> AutoencoderKLLTX2Audio:
     vae = AutoencoderKLLTX2Audio(
-        base_channels=4,
+        base_channels=8,  # As many as the audio transformer has channels.
         ch_mult=(1, 2, 4),
         num_res_blocks=1,
         in_channels=2,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers import (
+    HeliosDMDScheduler,
     HeliosScheduler,
     HeliosTransformer3DModel,
     UniPCMultistepScheduler,
@@ -48,7 +49,7 @@ def vace() -> Recipe:
     return Recipe("Wan22VaceModularPipeline", "", _with_text(components), _defaults(), _RANGES, settings)
 
 
-def helios(pipeline: str, scheduler: dict[str, Any]) -> Recipe:
+def helios(pipeline: str, scheduler: Component) -> Recipe:
     """Long video in chunks; `pipeline` is one of its three."""
     components = _with_text(
         {
@@ -63,12 +64,28 @@ def helios(pipeline: str, scheduler: dict[str, Any]) -> Recipe:
                 num_layers=2,
                 rope_dim=(4, 4, 4),
             ),
-            "scheduler": lambda: HeliosScheduler(**scheduler),
+            "scheduler": scheduler,
         }
     )
     components["vae"] = vaes.wan_full
     defaults = {**_defaults(), "num_frames": 33, "num_inference_steps": 2}
     return Recipe(pipeline, "text-to-video", components, defaults, {**sizes(16), "num_frames": [1, 132]})
+
+
+def helios_flat() -> HeliosScheduler:
+    """The scheduler of the Helios that works at one size."""
+    return HeliosScheduler(stages=1, stage_range=[0, 1])
+
+
+def helios_pyramid() -> HeliosScheduler:
+    """The scheduler of the Helios that works at three sizes, one after the other."""
+    # At the default, a third, the matrix that its noise is made with is singular, and some processors find it so.
+    return HeliosScheduler(gamma=0.3)
+
+
+def helios_distilled() -> HeliosDMDScheduler:
+    """The same, for the distilled one."""
+    return HeliosDMDScheduler(gamma=0.3)
 
 
 def _defaults() -> dict[str, float]:
