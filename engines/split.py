@@ -7,7 +7,7 @@ it is the decoder. The inputs that a part declares are all that it needs of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -60,7 +60,12 @@ def load_split(model: Path) -> Split:
     card = load_card(model)
     found = pipeline_class(index, model)
     whole = _blocks_class(found, index)()
-    blocks = prune(whole, card.task)
+    missing = {
+        spec.name
+        for spec in whole.expected_components
+        if spec.default_creation_method == "from_pretrained" and _lacks(index, spec.name)
+    }
+    blocks = prune(whole, card.task, card.defaults, missing)
     parts = cut(blocks)
     made = parts[Panel.DECODER].intermediate_output_names
     outputs = tuple(name for name in whole.output_names if name in made) or tuple(made)
@@ -89,13 +94,18 @@ def pipeline_class(index: Mapping[str, object], model: Path) -> Any:
     return found
 
 
-def prune(blocks: Any, task: str) -> Any:
+def prune(
+    blocks: Any, task: str, given: Mapping[str, object] | None = None, missing: Collection[str] = frozenset()
+) -> Any:
     """Keep the blocks that a task runs, so that no panel loads weights for another one.
 
     Args:
         blocks: All blocks of a pipeline.
         task: A workflow of the pipeline, such as "text-to-image"; "" is the first that needs just a prompt; "any"
             keeps all.
+        given: Inputs that each request has, and so can leave out the blocks that would compute them.
+        missing: Components that the model goes without. A block that needs one of those is left out where an input
+            that a request can give (the number of frames of a video) takes its place.
 
     Raises:
         ModelError: The pipeline has no such task.
@@ -110,7 +120,24 @@ def prune(blocks: Any, task: str) -> Any:
             raise ModelError(f'The task "{task}" is not one of this pipeline: choose of {", ".join(workflows)}, any.')
     else:
         name = next((name for name in workflows if workflows[name] == {"prompt": True}), next(iter(workflows)))
-    return blocks.get_workflow(name)
+    wanted_inputs = workflows[name]
+    # Some list several inputs that lead to the same blocks.
+    first = wanted_inputs[0] if isinstance(wanted_inputs, tuple) else wanted_inputs
+    inputs = {**(given or {}), **first}
+    return _without(blocks, inputs, blocks.get_execution_blocks(**inputs), missing)
+
+
+def _without(blocks: Any, inputs: Mapping[str, object], pruned: Any, missing: Collection[str]) -> Any:
+    needed = set(pruned.component_names)
+    if not needed & set(missing):
+        return pruned
+    for declared in blocks.inputs:
+        if declared.name and declared.name not in inputs:
+            other = blocks.get_execution_blocks(**inputs, **{declared.name: True})
+            # More of the same task would need more components, not less.
+            if set(other.component_names) < needed and not set(other.component_names) & set(missing):
+                return other
+    return pruned
 
 
 def cut(blocks: Any) -> dict[Panel, Any]:
@@ -155,6 +182,10 @@ def crossing(values: Mapping[str, object], groups: Mapping[str, list[str]], late
     # A block adds a name to its group each time it sets it; once is enough.
     mapping = {group: [name for name in dict.fromkeys(names) if name in kept] for group, names in groups.items()}
     return {**kept, KWARGS_MAPPING: mapping}
+
+
+def _lacks(index: Mapping[str, object], name: str) -> bool:
+    return index.get(name) in (None, [None, None])
 
 
 def _blocks_class(found: Any, index: Mapping[str, object]) -> Any:

@@ -24,12 +24,14 @@ class Case:
         task: A workflow of it; "" where it has just one.
         family: The tiny model.
         inputs: Of the request, besides the prompt.
+        needs: Python packages that diffusers or transformers imports for it.
     """
 
     pipeline: str
     task: str
     family: Family
     inputs: dict[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
 
 
 @cache
@@ -52,6 +54,7 @@ def film(frames: int) -> list[Image.Image]:
     return [picture(number) for number in range(frames)]
 
 
+_VISION: Final = ("torchvision",)
 _SMALL: Final = {"height": SIDE, "width": 48, "num_inference_steps": 3}
 _SQUARE: Final = {"height": SIDE, "width": SIDE, "num_inference_steps": 3}
 _VIDEO: Final = {**_SQUARE, "num_frames": 5}
@@ -94,8 +97,9 @@ def _wan() -> list[Case]:
         Case(
             "WanImage2VideoModularPipeline",
             "flf2v",
-            Family.WAN_I2V,
+            Family.WAN_FLF2V,
             {**_VIDEO, **text, **image, "last_image": picture(1)},
+            _VISION,
         ),
         Case("Wan22ModularPipeline", "", Family.WAN22, {**_VIDEO, **text}),
         Case("Wan22Image2VideoModularPipeline", "", Family.WAN22_I2V, {**_VIDEO, **text, **image}),
@@ -131,12 +135,12 @@ def _qwen() -> list[Case]:
         Case(pipeline, "controlnet_inpainting", family, {**base, **paint, **control}),
     ]
     pipeline, family = "QwenImageEditModularPipeline", Family.QWENIMAGE_EDIT
-    made.append(Case(pipeline, "image_conditioned", family, {**edit, **image}))
-    made.append(Case(pipeline, "image_conditioned_inpainting", family, {**edit, **paint}))
+    made.append(Case(pipeline, "image_conditioned", family, {**edit, **image}, _VISION))
+    made.append(Case(pipeline, "image_conditioned_inpainting", family, {**edit, **paint}, _VISION))
     plus = {**edit, "image": [picture(), picture(1)], "height": SIDE, "width": SIDE}
-    made.append(Case("QwenImageEditPlusModularPipeline", "", Family.QWENIMAGE_EDIT_PLUS, plus))
+    made.append(Case("QwenImageEditPlusModularPipeline", "", Family.QWENIMAGE_EDIT_PLUS, plus, _VISION))
     layers = {**edit, "image": picture().convert("RGBA"), "resolution": 640, "layers": 2}
-    made.append(Case("QwenImageLayeredModularPipeline", "", Family.QWENIMAGE_LAYERED, layers))
+    made.append(Case("QwenImageLayeredModularPipeline", "", Family.QWENIMAGE_LAYERED, layers, _VISION))
     return made
 
 
@@ -181,7 +185,7 @@ def _pictures() -> list[Case]:
         Case("ZImageModularPipeline", "image2image", Family.Z_IMAGE, {**_SQUARE, **text, **image}),
         Case("Krea2ModularPipeline", "text2image", Family.KREA2, {**_SMALL, "max_sequence_length": 512}),
         Case("Krea2TurboModularPipeline", "text2image", Family.KREA2_TURBO, {**_SMALL, "max_sequence_length": 512}),
-        Case("AnimaModularPipeline", "text2image", Family.ANIMA, {**_SMALL, **text, "negative_prompt": "grey"}),
-        Case("AnimaModularPipeline", "img2img", Family.ANIMA, {**_SQUARE, **text, **image}),
+        Case("AnimaModularPipeline", "text2image", Family.ANIMA, {**_SMALL, **text, "negative_prompt": "grey"}, _VISION),
+        Case("AnimaModularPipeline", "img2img", Family.ANIMA, {**_SQUARE, **text, **image}, _VISION),
         Case("ErnieImageModularPipeline", "text2image", Family.ERNIE_IMAGE, {**_SMALL, "negative_prompt": "grey"}),
     ]

@@ -37,6 +37,7 @@ class Family(StrEnum):
     FLUX2_KLEIN_BASE = "flux2-klein-base"
     WAN = "wan"
     WAN_I2V = "wan-i2v"
+    WAN_FLF2V = "wan-flf2v"
     WAN22 = "wan22"
     WAN22_I2V = "wan22-i2v"
     WAN22_VACE = "wan22-vace"
@@ -68,6 +69,7 @@ _RECIPES: Final[dict[Family, Callable[[], Recipe]]] = {
     Family.FLUX2_KLEIN_BASE: lambda: flux.klein(distilled=False),
     Family.WAN: wan.t2v,
     Family.WAN_I2V: wan.i2v,
+    Family.WAN_FLF2V: wan.flf2v,
     Family.WAN22: lambda: wan.t2v(experts=2),
     Family.WAN22_I2V: lambda: wan.i2v(experts=2),
     Family.WAN22_VACE: wan.vace,

@@ -17,6 +17,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
     Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
     Qwen3Config,
     Qwen3VLConfig,
     T5Config,
@@ -140,9 +141,18 @@ def clip_pictures() -> CLIPImageProcessorPil:
 
 
 def qwen2_vl_processor() -> Qwen2VLProcessor:
-    """A tokenizer and what makes pictures ready for `qwen2_5_vl`."""
+    """A tokenizer and what makes pictures ready for `qwen2_5_vl`.
+
+    Raises:
+        ImportError: There is no torchvision, which its part for videos needs even where there is none.
+    """
     pictures = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56})
-    return Qwen2VLProcessor(image_processor=pictures, tokenizer=chat_tokenizer(), chat_template=_CHAT)
+    return Qwen2VLProcessor(
+        image_processor=pictures,
+        tokenizer=chat_tokenizer(),
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=_CHAT,
+    )
 
 
 def qwen2_5_vl() -> Qwen2_5_VLForConditionalGeneration:

@@ -84,7 +84,7 @@ def ltx2() -> Recipe:
         "vae": _ltx2_vae,
         "audio_vae": _ltx2_audio_vae,
         "vocoder": lambda: LTX2Vocoder(
-            in_channels=16,
+            in_channels=2 * 16,  # Two channels of sound, 16 bins of pitch each.
             hidden_channels=16,
             out_channels=2,
             upsample_kernel_sizes=[4, 4],

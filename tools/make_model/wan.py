@@ -41,6 +41,20 @@ def i2v(*, experts: int = 1) -> Recipe:
     return Recipe(pipeline, task, {**_with_text(components), **eyes}, _defaults(), _RANGES, settings)
 
 
+def flf2v() -> Recipe:
+    """Video between two pictures."""
+    # Both pictures are read as one: four patches and the whole of each.
+    changes: dict[str, Any] = {
+        "in_channels": 4 + 2 + 4,
+        "image_dim": WIDTH,
+        "added_kv_proj_dim": 24,
+        "pos_embed_seq_len": 2 * 5,
+    }
+    made = i2v()
+    components = {**made.components, "transformer": lambda: WanTransformer3DModel(**_transformer(**changes))}
+    return Recipe(made.pipeline, "flf2v", components, made.defaults, made.ranges)
+
+
 def vace() -> Recipe:
     """Wan 2.2 that follows another video."""
     # Twice the latents of the video, and a mask of as many channels as a latent has pixels.
