@@ -39,8 +39,9 @@ def make_shadows(pipeline: Any, split: Split, dtype: torch.dtype, device: torch.
     Raises:
         ModelError: The configuration of one is missing or broken.
     """
-    whole = split.pipeline(split.blocks)
-    pipeline.register_to_config(**{spec.name: whole.config[spec.name] for spec in split.blocks.expected_configs})
+    # Not just of the task: geometry may come from a component that only the blocks of another task declare.
+    whole = split.pipeline(split.whole)
+    pipeline.register_to_config(**{spec.name: whole.config[spec.name] for spec in split.whole.expected_configs})
     for name in whole.config_component_names:
         # Guiders and image processors have no weights: the real ones are cheap, and some encoders read the guider.
         setattr(pipeline, name, getattr(whole, name))
@@ -48,6 +49,8 @@ def make_shadows(pipeline: Any, split: Split, dtype: torch.dtype, device: torch.
         if name in pipeline.component_names or _is_null(split, name):
             continue
         spec = whole.get_component_spec(name)
+        if name not in split.blocks.component_names and not _is_there(spec):
+            continue
         folder = _folder(split, name, spec)
         try:
             stand_in = shadow(name, spec.type_hint, folder, dtype, device)
@@ -110,6 +113,11 @@ def _folder(split: Split, name: str, spec: Any) -> Path:
     if not folder.is_dir():
         raise ModelError(f"The model {split.model} is incomplete: there is no folder {folder} for its {name}.")
     return folder
+
+
+def _is_there(spec: Any) -> bool:
+    source = spec.pretrained_model_name_or_path
+    return source is not None and (Path(source) / (spec.subfolder or "")).is_dir()
 
 
 def _is_null(split: Split, name: str) -> bool:

@@ -32,6 +32,7 @@ class Split:
         model: Its folder.
         pipeline_class: The class of its pipelines, a `diffusers.ModularPipeline`.
         index: What the pipelines are made with: `modular_config_dict` or `config_dict`, whichever the folder has.
+        whole: All blocks of the pipeline, for every task.
         blocks: All blocks of the task, `SequentialPipelineBlocks`.
         parts: The blocks of each panel, likewise.
         outputs: Names of the results of the decoder, such as "images".
@@ -40,6 +41,7 @@ class Split:
     model: Path
     pipeline_class: Any
     index: Mapping[str, dict[str, object]]
+    whole: Any
     blocks: Any
     parts: Mapping[Panel, Any]
     outputs: tuple[str, ...]
@@ -70,7 +72,7 @@ def load_split(model: Path) -> Split:
     made = parts[Panel.DECODER].intermediate_output_names
     outputs = tuple(name for name in whole.output_names if name in made) or tuple(made)
     kind = "modular_config_dict" if (model / INDEX_NAMES[0]).is_file() else "config_dict"
-    return Split(model, found, {kind: index}, blocks, parts, outputs)
+    return Split(model, found, {kind: index}, whole, blocks, parts, outputs)
 
 
 def pipeline_class(index: Mapping[str, object], model: Path) -> Any:

@@ -89,7 +89,7 @@ def _result(row: Row, processes: Apart) -> Result:
     with tempfile.TemporaryDirectory(prefix="triptych-family-") as folder:
         try:
             return Result(row, compare(row.case, Path(folder), processes))
-        except Exception as error:  # noqa: BLE001 (what a family raises is its row's reason, and the exit status 1)
+        except Exception as error:  # noqa: BLE001 - the reason of the row, and the exit status 1
             text = str(error).partition("\n")[0]
             return Result(replace(row, reason=f"{type(error).__name__}: {text}"), failed=True)
 

@@ -82,7 +82,7 @@ def apart() -> Iterator[Apart]:
         ours[panel] = (os.fdopen(requests_in, "wb"), os.fdopen(answers_out, "rb"))
         theirs += [requests_out, answers_in]
     command = [sys.executable, "-m", __spec__.name, *map(str, theirs)]
-    with subprocess.Popen(command, pass_fds=theirs) as process:
+    with subprocess.Popen(command, pass_fds=theirs) as process:  # noqa: S603 - our own interpreter and module
         for pipe in theirs:
             os.close(pipe)
         try:
@@ -143,7 +143,7 @@ def _serve(panel: Panel, requests: BinaryIO, answers: BinaryIO) -> None:
                 pipelines[key] = PanelPipeline.load(Path(key[0]), (panel,), dtype=key[1], device=CPU)
             state = _run(panel, pipelines[key], request)
             write_state(answers, {"state": state, "components": sorted(pipelines[key].components), "pid": os.getpid()})
-        except Exception as error:  # noqa: BLE001 (whatever a family raises is an answer: it goes into its row)
+        except Exception as error:  # noqa: BLE001 - an answer too: it goes into the row
             write_state(answers, {"error": f"{type(error).__name__}: {error}"})
 
 

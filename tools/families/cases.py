@@ -185,7 +185,9 @@ def _pictures() -> list[Case]:
         Case("ZImageModularPipeline", "image2image", Family.Z_IMAGE, {**_SQUARE, **text, **image}),
         Case("Krea2ModularPipeline", "text2image", Family.KREA2, {**_SMALL, "max_sequence_length": 512}),
         Case("Krea2TurboModularPipeline", "text2image", Family.KREA2_TURBO, {**_SMALL, "max_sequence_length": 512}),
-        Case("AnimaModularPipeline", "text2image", Family.ANIMA, {**_SMALL, **text, "negative_prompt": "grey"}, _VISION),
+        Case(
+            "AnimaModularPipeline", "text2image", Family.ANIMA, {**_SMALL, **text, "negative_prompt": "grey"}, _VISION
+        ),
         Case("AnimaModularPipeline", "img2img", Family.ANIMA, {**_SQUARE, **text, **image}, _VISION),
         Case("ErnieImageModularPipeline", "text2image", Family.ERNIE_IMAGE, {**_SMALL, "negative_prompt": "grey"}),
     ]

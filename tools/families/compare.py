@@ -67,10 +67,19 @@ def whole(pipeline: str, folder: Path, inputs: dict[str, Any]) -> dict[str, Any]
     """Run a request as diffusers alone does: one pipeline, its own blocks, its own way to load."""
     pipe = getattr(diffusers, pipeline)(pretrained_model_name_or_path=str(folder))
     pipe.load_components(dtype=torch.float32)
+    _hide_bars(pipe._blocks)
     if "generator" in pipe.blocks.input_names:
         inputs = {**inputs, "generator": torch.Generator("cpu").manual_seed(SEED)}
     values: dict[str, Any] = pipe(**inputs).values
     return values
+
+
+def _hide_bars(block: Any) -> None:
+    # The setting of a pipeline does not reach its inner loops.
+    if hasattr(block, "set_progress_bar_config"):
+        block.set_progress_bar_config(disable=True)
+    for inner in block.sub_blocks.values():
+        _hide_bars(inner)
 
 
 def arrays(value: Any) -> Iterator[np.ndarray[Any, Any]]:
@@ -86,10 +95,8 @@ def arrays(value: Any) -> Iterator[np.ndarray[Any, Any]]:
 
 def identical(left: Any, right: Any) -> bool:
     """Whether two values are the same, bit for bit."""
-    pairs = list(arrays(left)), list(arrays(right))
-    if len(pairs[0]) != len(pairs[1]) or not pairs[0]:
-        return False
-    return all(a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes() for a, b in zip(*pairs))
+    ours, theirs = ([(item.shape, item.dtype, item.tobytes()) for item in arrays(value)] for value in (left, right))
+    return bool(ours) and ours == theirs
 
 
 def difference(left: Any, right: Any) -> float | None:
@@ -97,7 +104,7 @@ def difference(left: Any, right: Any) -> float | None:
     pairs = list(arrays(left)), list(arrays(right))
     if [a.shape for a in pairs[0]] != [b.shape for b in pairs[1]]:
         return None
-    found = [np.abs(a.astype(np.float64) - b.astype(np.float64)).max(initial=0) for a, b in zip(*pairs)]
+    found = [np.abs(a.astype(np.float64) - b.astype(np.float64)).max(initial=0) for a, b in zip(*pairs, strict=True)]
     return float(max(found, default=0.0))
 
 

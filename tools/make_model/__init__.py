@@ -84,9 +84,7 @@ _RECIPES: Final[dict[Family, Callable[[], Recipe]]] = {
     Family.HUNYUAN_VIDEO15: video.hunyuan_video,
     Family.HELIOS: lambda: wan.helios("HeliosPipeline", wan.helios_flat),
     Family.HELIOS_PYRAMID: lambda: wan.helios("HeliosPyramidModularPipeline", wan.helios_pyramid),
-    Family.HELIOS_PYRAMID_DISTILLED: lambda: wan.helios(
-        "HeliosPyramidDistilledModularPipeline", wan.helios_distilled
-    ),
+    Family.HELIOS_PYRAMID_DISTILLED: lambda: wan.helios("HeliosPyramidDistilledModularPipeline", wan.helios_distilled),
     Family.Z_IMAGE: pictures.z_image,
     Family.KREA2: lambda: pictures.krea2(turbo=False),
     Family.KREA2_TURBO: lambda: pictures.krea2(turbo=True),

@@ -87,9 +87,7 @@ def _bytes(template: str, **options: Any) -> PreTrainedTokenizerFast:
     made = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    made.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[("<s>", START), ("</s>", END)]
-    )
+    made.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", START), ("</s>", END)])
     return PreTrainedTokenizerFast(tokenizer_object=made, **SPECIAL, **{"padding_side": "right", **options})
 
 
