@@ -30,18 +30,12 @@ RUN_IN_VAIN = {("StableDiffusionXLModularPipeline", Panel.DENOISER): {"vae"}}
 ROOTS = ("components", "pipeline")
 
 
-@cache
-def trees(block: type) -> tuple[ast.AST, ...]:
-    """The syntax of a block's class and of those it is derived from, as far as they are of a family."""
-    ours = [cls for cls in block.__mro__ if cls.__module__.startswith("diffusers.modular_pipelines.")]
-    own = [cls for cls in ours if not cls.__module__.endswith("modular_pipelines.modular_pipeline")]
-    return tuple(ast.parse(textwrap.dedent(inspect.getsource(cls))) for cls in own)
-
-
-def leaves(block: Any) -> Iterator[Any]:
-    yield block
-    for inner in block.sub_blocks.values():
-        yield from leaves(inner)
+def syntax(block: type) -> Iterator[ast.AST]:
+    """All nodes of a block's class and of those it is derived from, as far as they are of a family."""
+    for cls in block.__mro__:
+        module = cls.__module__
+        if module.startswith("diffusers.modular_pipelines.") and not module.endswith(".modular_pipeline"):
+            yield from ast.walk(ast.parse(textwrap.dedent(inspect.getsource(cls))))
 
 
 def read_of(node: ast.AST) -> str | None:
@@ -51,15 +45,32 @@ def read_of(node: ast.AST) -> str | None:
     return None
 
 
-def reads(part: Any) -> set[str]:
-    """Names of all attributes of a pipeline that the blocks of a part read."""
-    return {
-        name
-        for block in leaves(part)
-        for tree in trees(type(block))
-        for node in ast.walk(tree)
-        if (name := read_of(node)) is not None
-    }
+@cache
+def read_and_run(block: type) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of what a block reads of its pipeline, and of what it runs, such as `components.vae.decode()`."""
+    read, run = set(), set()
+    for node in syntax(block):
+        if name := read_of(node):
+            read.add(name)
+        if isinstance(node, ast.Call):
+            method = node.func
+            if isinstance(method, ast.Attribute) and method.attr in _COMPUTE:
+                method = method.value
+            if name := read_of(method):
+                run.add(name)
+    return frozenset(read), frozenset(run)
+
+
+def leaves(block: Any) -> Iterator[Any]:
+    yield block
+    for inner in block.sub_blocks.values():
+        yield from leaves(inner)
+
+
+def of_part(part: Any) -> tuple[set[str], set[str]]:
+    """The same of all blocks of a part."""
+    found = [read_and_run(type(block)) for block in leaves(part)]
+    return {name for read, _ in found for name in read}, {name for _, run in found for name in run}
 
 
 def read_by_properties(found: type) -> dict[str, set[str]]:
@@ -75,21 +86,6 @@ def read_by_properties(found: type) -> dict[str, set[str]]:
         for name, item in vars(cls).items()
         if isinstance(item, property) and item.fget
     }
-
-
-def computes(part: Any) -> set[str]:
-    """Names of the components that the blocks of a part run: `components.vae.decode(...)`, `components.unet(...)`."""
-    found = set()
-    for block in leaves(part):
-        for tree in trees(type(block)):
-            for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-                method = call.func
-                name = read_of(method)
-                if name is None and isinstance(method, ast.Attribute) and method.attr in _COMPUTE:
-                    name = read_of(method.value)
-                if name is not None:
-                    found.add(name)
-    return found
 
 
 def has_shadow(spec: Any) -> bool:
@@ -114,14 +110,14 @@ def test_no_part_reads_a_component_that_it_has_neither_loaded_nor_as_a_shadow(pi
         specs = {spec.name: spec for spec in blocks_of(pipeline).expected_components}
         shadows = {name for name, spec in specs.items() if has_shadow(spec)}
         for panel, part in parts.items():
-            read = reads(part)
+            read, run = of_part(part)
             seen += len(read)
             # `components.vae_scale_factor` is a property that reads the VAE.
             read |= {name for attribute in read for name in computed.get(attribute, ())}
             strangers = (read & declared) - set(part.component_names) - shadows
             assert not strangers, (task, panel)
             absent = set(specs) - set(part.component_names) - RUN_IN_VAIN.get((pipeline, panel), set())
-            others = computes(part) & absent
+            others = run & absent
             assert not others, (task, panel, "runs what it does not have")
     assert seen > 3
 
