@@ -17,7 +17,7 @@ from tools.make_model.__main__ import main
 
 Models = Callable[[str], Path]
 SOME = (Family.FLUX, Family.FLUX_KL, Family.WAN)
-NEEDS_VISION = {Family.QWENIMAGE_EDIT, Family.QWENIMAGE_EDIT_PLUS, Family.QWENIMAGE_LAYERED}
+NEEDS_VISION = {family for family in Family if family.startswith(("qwenimage-", "qwenimage21"))}
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -180,9 +180,12 @@ def _video() -> list[Case]:
 def _pictures() -> list[Case]:
     image = {"image": picture(), "strength": 0.7}
     text = {"max_sequence_length": 64}
+    ideogram = {**_SMALL, "max_sequence_length": 128, "guidance_schedule": [7.0, 7.0, 3.0]}
     return [
         Case("ZImageModularPipeline", "text2image", Family.Z_IMAGE, {**_SMALL, **text}),
         Case("ZImageModularPipeline", "image2image", Family.Z_IMAGE, {**_SQUARE, **text, **image}),
+        Case("Ideogram4ModularPipeline", "text2image", Family.IDEOGRAM4, ideogram),
+        *_qwen21(),
         Case("Krea2ModularPipeline", "text2image", Family.KREA2, {**_SMALL, "max_sequence_length": 512}),
         Case("Krea2TurboModularPipeline", "text2image", Family.KREA2_TURBO, {**_SMALL, "max_sequence_length": 512}),
         Case(
@@ -191,3 +194,15 @@ def _pictures() -> list[Case]:
         Case("AnimaModularPipeline", "img2img", Family.ANIMA, {**_SQUARE, **text, **image}, _VISION),
         Case("ErnieImageModularPipeline", "text2image", Family.ERNIE_IMAGE, {**_SMALL, "negative_prompt": "grey"}),
     ]
+
+
+def _qwen21() -> list[Case]:
+    made = []
+    for pipeline, family, more in (
+        ("QwenImage21ModularPipeline", Family.QWENIMAGE21, {"num_inference_steps": 2, "negative_prompt": "grey"}),
+        ("QwenImage21TurboModularPipeline", Family.QWENIMAGE21_TURBO, {}),
+    ):
+        size = {"height": SIDE, "width": SIDE, "output_resolution": SIDE, **more}
+        made.append(Case(pipeline, "text2image", family, {**size, "width": 48}, _VISION))
+        made.append(Case(pipeline, "image_conditioned", family, {**size, "image": [picture()]}, _VISION))
+    return made

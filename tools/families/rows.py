@@ -116,10 +116,8 @@ _NOT_RUN: Final = {
     "Cosmos3": "no tiny model of its transformer, which is a language model as well",
     "Echo": "no tiny model: made of the parts of LTX-2, which is run",
     "Flux3": "no tiny model of its two language models with eyes",
-    "Ideogram4": "no tiny model",
     "MiniMaxH3": "no tiny model of its VAEs",
     "MiniMaxMusic3": "no tiny model",
-    "QwenImage21": "no tiny model of its processor",
     "WanAnimate2": "no tiny model",
 }
 

@@ -19,7 +19,7 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerFast
 
 from engines.card import CARD_NAME
-from tools.make_model import flux, pictures, qwen, stable, vaes, video, wan
+from tools.make_model import flux, looking, pictures, qwen, stable, vaes, video, wan
 from tools.make_model.recipe import Recipe
 from tools.make_model.text import TEXT_LENGTH
 
@@ -54,6 +54,9 @@ class Family(StrEnum):
     HELIOS_PYRAMID = "helios-pyramid"
     HELIOS_PYRAMID_DISTILLED = "helios-pyramid-distilled"
     Z_IMAGE = "z_image"
+    IDEOGRAM4 = "ideogram4"
+    QWENIMAGE21 = "qwenimage21"
+    QWENIMAGE21_TURBO = "qwenimage21-turbo"
     KREA2 = "krea2"
     KREA2_TURBO = "krea2-turbo"
     ANIMA = "anima"
@@ -86,6 +89,9 @@ _RECIPES: Final[dict[Family, Callable[[], Recipe]]] = {
     Family.HELIOS_PYRAMID: lambda: wan.helios("HeliosPyramidModularPipeline", wan.helios_pyramid),
     Family.HELIOS_PYRAMID_DISTILLED: lambda: wan.helios("HeliosPyramidDistilledModularPipeline", wan.helios_distilled),
     Family.Z_IMAGE: pictures.z_image,
+    Family.IDEOGRAM4: looking.ideogram4,
+    Family.QWENIMAGE21: lambda: looking.qwenimage21(turbo=False),
+    Family.QWENIMAGE21_TURBO: lambda: looking.qwenimage21(turbo=True),
     Family.KREA2: lambda: pictures.krea2(turbo=False),
     Family.KREA2_TURBO: lambda: pictures.krea2(turbo=True),
     Family.ANIMA: pictures.anima,

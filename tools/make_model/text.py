@@ -20,6 +20,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
     Qwen3Config,
     Qwen3VLConfig,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
     T5Config,
     T5EncoderModel,
     UMT5Config,
@@ -149,6 +151,18 @@ def qwen2_vl_processor() -> Qwen2VLProcessor:
         image_processor=pictures,
         tokenizer=chat_tokenizer(),
         video_processor=Qwen2VLVideoProcessor(),
+        chat_template=_CHAT,
+    )
+
+
+def qwen3_vl_processor() -> Qwen3VLProcessor:
+    """A tokenizer and what makes pictures ready for `qwen3_vl`; raises as `qwen2_vl_processor` does."""
+    # Each of its tokens stands for a patch of the VAE's latents, so it sees pictures as large as that does.
+    pictures = Qwen2VLImageProcessorPil(size={"shortest_edge": 32 * 32, "longest_edge": 1024 * 1024}, patch_size=16)
+    return Qwen3VLProcessor(
+        image_processor=pictures,
+        tokenizer=chat_tokenizer(),
+        video_processor=Qwen3VLVideoProcessor(),
         chat_template=_CHAT,
     )
 
