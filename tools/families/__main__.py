@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json as json_text
-import logging
 import tempfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import diffusers
-import torch
-import transformers
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tools.families.apart import Apart, apart
+from tools.families.apart import Apart, apart, quiet
 from tools.families.compare import compare
 from tools.families.report import Result, markdown, table
 from tools.families.rows import Row, rows
@@ -69,7 +64,7 @@ def _wanted(row: Row, only: str) -> bool:
 
 
 def _shown(chosen: list[Row]) -> Iterator[Result]:
-    _quiet()
+    quiet()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # On standard error, so that JSON lines can go to a file.
     with apart() as processes, Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -92,16 +87,6 @@ def _result(row: Row, processes: Apart) -> Result:
         except Exception as error:  # noqa: BLE001 - the reason of the row, and the exit status 1
             text = str(error).partition("\n")[0]
             return Result(replace(row, reason=f"{type(error).__name__}: {text}"), failed=True)
-
-
-def _quiet() -> None:
-    """Leave standard error to the bar: the libraries tell of each model that it is tiny in some way."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    libraries: tuple[Any, ...] = (diffusers.utils.logging, transformers.utils.logging)
-    for library in libraries:
-        library.set_verbosity(logging.CRITICAL)
-        library.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -8,16 +8,20 @@ is loaded yet.
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+import diffusers
 import torch
+import transformers
 
 from engines.codec import pack, unpack
 from engines.panels import Panel
@@ -97,6 +101,16 @@ def apart() -> Iterator[Apart]:
         raise PanelError(f"a process ended with status {status}")
 
 
+def quiet() -> None:
+    """Leave standard error to what goes wrong: the libraries tell of each model that it is tiny in some way."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    libraries: tuple[Any, ...] = (diffusers.utils.logging, transformers.utils.logging)
+    for library in libraries:
+        library.set_verbosity(logging.CRITICAL)
+        library.disable_progress_bar()
+
+
 def write_state(pipe: BinaryIO, state: dict[str, object]) -> None:
     """Write a state as one frame.
 
@@ -148,7 +162,7 @@ def _serve(panel: Panel, requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 def _main() -> None:
-    torch.set_num_threads(1)
+    quiet()
     children = []
     pipes = [int(number) for number in sys.argv[1:]]
     for panel, mine in zip(Panel, (pipes[0:2], pipes[2:4], pipes[4:6]), strict=True):

@@ -149,6 +149,7 @@ def _stable() -> list[Case]:
     paint = {**image, "mask_image": mask()}
     control = {"control_image": picture(2)}
     base = {**_SQUARE, "negative_prompt": "grey"}
+    union = {"control_image": [picture(2)], "control_mode": [1]}
     pipeline, family = "StableDiffusionXLModularPipeline", Family.SDXL
     return [
         Case("StableDiffusion3ModularPipeline", "text2image", Family.SD3, {**base, "width": 48}),
@@ -159,6 +160,9 @@ def _stable() -> list[Case]:
         Case(pipeline, "controlnet_text2image", family, {**base, **control}),
         Case(pipeline, "controlnet_image2image", family, {**base, **image, **control}),
         Case(pipeline, "controlnet_inpainting", family, {**base, **paint, **control}),
+        Case(pipeline, "controlnet_union_text2image", Family.SDXL_UNION, {**base, **union}),
+        Case(pipeline, "controlnet_union_image2image", Family.SDXL_UNION, {**base, **image, **union}),
+        Case(pipeline, "controlnet_union_inpainting", Family.SDXL_UNION, {**base, **paint, **union}),
     ]
 
 
@@ -166,12 +170,14 @@ def _video() -> list[Case]:
     image = {"image": picture()}
     text = {"max_sequence_length": 64, "negative_prompt": "grey"}
     frames = {**_SQUARE, "num_frames": 9}
+    remembering = {"height": SIDE, "width": SIDE, "num_frames": 9, "sigmas": [1.0, 0.6, 0.3, 0.0], **image}
     glyphs = {**_VIDEO, "prompt": 'a red sign that says "open"', "negative_prompt": "grey"}
     return [
         Case("LTXModularPipeline", "text2video", Family.LTX, {**frames, **text}),
         Case("LTXModularPipeline", "image2video", Family.LTX, {**frames, **text, **image}),
         Case("LTX2ModularPipeline", "text2video", Family.LTX2, {**frames, **text}),
         Case("LTX2ModularPipeline", "image2video", Family.LTX2, {**frames, **text, **image, "image_crf": 0}),
+        Case("EchoModularPipeline", "", Family.ECHO, remembering),
         Case("HunyuanVideo15ModularPipeline", "text2video", Family.HUNYUAN_VIDEO15, glyphs),
         Case("HunyuanVideo15ModularPipeline", "image2video", Family.HUNYUAN_VIDEO15, {**glyphs, **image}),
     ]

@@ -58,7 +58,9 @@ class Result:
         """It as cells of a table."""
         to_denoiser, to_decoder = (_listed(kinds) for kinds in self._crossing())
         row = self.row
-        return (row.family, row.task or "-", row.route, to_denoiser, to_decoder, self._verdict(), row.reason)
+        needs = f"needs {' and '.join(row.case.needs)}" if row.case and row.case.needs else ""
+        reason = row.reason or needs
+        return (row.family, row.task or "-", row.route, to_denoiser, to_decoder, self._verdict(), reason)
 
     def _verdict(self) -> str:
         if self.failed:
@@ -103,6 +105,11 @@ def markdown(results: Sequence[Result], *, ran: bool) -> str:
         "output. `identical` is `yes` where all bytes are the same. What crosses is what was seen in that run; where",
         "there was none, what the blocks declare. `height`, `prompt` and other inputs of the request cross as well",
         "where later blocks take them.",
+        "",
+        "Running these rows has found three things that the rule now minds: a tensor keeps its layout in memory (a",
+        "convolution rounds otherwise for another layout), a panel's guiders and settings are those of the whole",
+        "pipeline (blocks of one family declare the same guider with different scales), and a block that a model has",
+        "no component for is left out where an input of the request takes its place.",
         "",
         f"{summary(results)}.",
         "",

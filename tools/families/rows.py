@@ -109,12 +109,10 @@ def _tasks(pipeline: str) -> list[str]:
 # Why some rows are cut but not run; the longest name that fits is used.
 _NOT_RUN: Final = {
     "StableDiffusionXL ip_adapter": "the weights of an IP adapter are loaded into the UNet, no folder has them inside",
-    "StableDiffusionXL controlnet_union": "no tiny model: its folder would have another class of control net",
     "LTX2 condition": "a request would carry a list of `LTX2VideoCondition`, which is no plain value",
     "LTX2 in_context": "a request would carry a list of `LTX2ReferenceCondition`, which is no plain value",
     "LTX25": "no tiny model of its diffusion decoder",
     "Cosmos3": "no tiny model of its transformer, which is a language model as well",
-    "Echo": "no tiny model: made of the parts of LTX-2, which is run",
     "Flux3": "no tiny model of its two language models with eyes",
     "MiniMaxH3": "no tiny model of its VAEs",
     "MiniMaxMusic3": "no tiny model",

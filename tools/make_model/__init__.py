@@ -47,8 +47,10 @@ class Family(StrEnum):
     QWENIMAGE_LAYERED = "qwenimage-layered"
     SD3 = "sd3"
     SDXL = "sdxl"
+    SDXL_UNION = "sdxl-union"
     LTX = "ltx"
     LTX2 = "ltx2"
+    ECHO = "echo"
     HUNYUAN_VIDEO15 = "hunyuan_video1_5"
     HELIOS = "helios"
     HELIOS_PYRAMID = "helios-pyramid"
@@ -82,8 +84,10 @@ _RECIPES: Final[dict[Family, Callable[[], Recipe]]] = {
     Family.QWENIMAGE_LAYERED: qwen.layered,
     Family.SD3: stable.sd3,
     Family.SDXL: stable.sdxl,
+    Family.SDXL_UNION: stable.sdxl_union,
     Family.LTX: video.ltx,
     Family.LTX2: video.ltx2,
+    Family.ECHO: video.echo,
     Family.HUNYUAN_VIDEO15: video.hunyuan_video,
     Family.HELIOS: lambda: wan.helios("HeliosPipeline", wan.helios_flat),
     Family.HELIOS_PYRAMID: lambda: wan.helios("HeliosPyramidModularPipeline", wan.helios_pyramid),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from diffusers import (
     ControlNetModel,
+    ControlNetUnionModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
@@ -42,6 +44,22 @@ def sdxl() -> Recipe:
     ranges = {name: limits for name, limits in sizes(8).items() if name in defaults}
     settings: dict[str, object] = {"force_zeros_for_empty_prompt": True}
     return Recipe("StableDiffusionXLPipeline", "text-to-image", components, defaults, ranges, settings)
+
+
+def sdxl_union() -> Recipe:
+    """The same with a control net that knows several kinds of control."""
+    made = sdxl()
+    components: dict[str, Component | None] = {
+        **made.components,
+        "controlnet": lambda: ControlNetUnionModel(
+            layers_per_block=1,
+            conditioning_embedding_out_channels=(8, 16, 16),
+            num_trans_channel=16,
+            num_trans_head=2,
+            **_unet(),
+        ),
+    }
+    return replace(made, components=components)
 
 
 def sd3() -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from diffusers import (
@@ -99,6 +100,12 @@ def ltx2() -> Recipe:
     }
     defaults = {**picture(text=TEXT_LENGTH), "num_frames": 9, "frame_rate": 25.0}
     return Recipe("LTX2Pipeline", "text-to-video", components, defaults, {**sizes(32), "num_frames": [1, 33]})
+
+
+def echo() -> Recipe:
+    """Echo: the parts of LTX-2, and what it has seen and said before."""
+    made = ltx2()
+    return replace(made, pipeline="EchoModularPipeline", task="")
 
 
 def _ltx2_transformer() -> dict[str, Any]:
