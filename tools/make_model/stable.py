@@ -56,6 +56,7 @@ def sdxl_union() -> Recipe:
             conditioning_embedding_out_channels=(8, 16, 16),
             num_trans_channel=16,
             num_trans_head=2,
+            num_proj_channel=16,
             **_unet(),
         ),
     }
