@@ -31,20 +31,26 @@ def load_components(pipeline: Any, split: Split, dtype: torch.dtype, device: tor
 def make_shadows(pipeline: Any, split: Split, dtype: torch.dtype, device: torch.device) -> None:
     """Give a pipeline stand-ins for the components that its blocks do not name but the rest of the model has.
 
+    Its settings, guiders and processors become those of the whole pipeline. A part alone would make them as its own
+    blocks declare them; where blocks disagree, the whole follows the first, which may be in another part.
+
     Not while another thread makes modules: those would have no weights either.
 
     Raises:
         ModelError: The configuration of one is missing or broken.
     """
-    whole = split.pipeline(split.blocks)
+    # Not just of the task: geometry may come from a component that only the blocks of another task declare.
+    whole = split.pipeline(split.whole)
+    pipeline.register_to_config(**{spec.name: whole.config[spec.name] for spec in split.whole.expected_configs})
     for name in whole.config_component_names:
         # Guiders and image processors have no weights: the real ones are cheap, and some encoders read the guider.
-        if name not in pipeline.component_names:
-            setattr(pipeline, name, getattr(whole, name))
+        setattr(pipeline, name, getattr(whole, name))
     for name in whole.pretrained_component_names:
         if name in pipeline.component_names or _is_null(split, name):
             continue
         spec = whole.get_component_spec(name)
+        if name not in split.blocks.component_names and not _is_there(spec):
+            continue
         stand_in = load_shadow(name, spec, _folder(split, name, spec), dtype, device)
         if stand_in is not None:
             setattr(pipeline, name, stand_in)
@@ -138,6 +144,11 @@ def _folder(split: Split, name: str, spec: Any) -> Path:
     if not folder.is_dir():
         raise ModelError(f"The model {split.model} is incomplete: there is no folder {folder} for its {name}.")
     return folder
+
+
+def _is_there(spec: Any) -> bool:
+    source = spec.pretrained_model_name_or_path
+    return source is not None and (Path(source) / (spec.subfolder or "")).is_dir()
 
 
 def _is_null(split: Split, name: str) -> bool:

@@ -22,6 +22,7 @@ Size = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 Dimension = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Shape = Annotated[tuple[Dimension, ...], msgspec.Meta(max_length=32)]
+Order = Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, lt=32)], ...], msgspec.Meta(max_length=32)]
 
 
 class CodecError(Exception):
@@ -42,7 +43,7 @@ class Span(Record, frozen=True):
 
 
 class Tensor(Record, frozen=True, tag="tensor"):
-    """A dense `torch.Tensor`, row-major in its span."""
+    """A dense `torch.Tensor`."""
 
     dtype: Name
     """The name in `torch`, such as "bfloat16"."""
@@ -50,6 +51,8 @@ class Tensor(Record, frozen=True, tag="tensor"):
     """Its dimensions; () for a scalar tensor."""
     span: Span
     """Where its elements are."""
+    order: Order = ()
+    """Its dimensions as they lie in the span, the outermost first; () is row-major."""
 
 
 class Array(Record, frozen=True, tag="array"):

@@ -92,8 +92,9 @@ class Packer:
         dense = value.detach().resolve_conj().resolve_neg()
         if dense.element_size() == 1:
             dense = dense.view(torch.uint8)  # Some one-byte dtypes cannot be copied as themselves.
-        flat = dense.contiguous().reshape(-1).view(torch.uint8)
-        return m.Tensor(name, tuple(value.shape), self._span(flat))
+        order = _memory_order(dense)
+        flat = dense.permute(order or tuple(range(dense.dim()))).contiguous().reshape(-1).view(torch.uint8)
+        return m.Tensor(name, tuple(value.shape), self._span(flat), order)
 
     def _array(self, value: np.ndarray[Any, Any] | np.generic, path: str) -> m.Node:
         scalar = isinstance(value, np.generic)
@@ -161,6 +162,17 @@ _PACKERS: Final[dict[type, Callable[[Packer, Any, str, int], m.Node]]] = {
     tuple: Packer._tuple,
     dict: Packer._mapping,
 }
+
+
+def _memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
+    """How the dimensions of a dense tensor lie in memory, the outermost first; () for row-major, and for the rest."""
+    # A tensor that arrives in another order ("channels last" from a VAE) has the same elements, but convolutions
+    # choose another kernel for it and round otherwise.
+    if tensor.is_contiguous():
+        return ()
+    strides = tensor.stride()
+    order = tuple(sorted(range(tensor.dim()), key=lambda dimension: -strides[dimension]))
+    return order if tensor.permute(order).is_contiguous() else ()
 
 
 def _check_depth(path: str, depth: int) -> None:

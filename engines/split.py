@@ -7,7 +7,7 @@ it is the decoder. The inputs that a part declares are all that it needs of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -32,6 +32,7 @@ class Split:
         model: Its folder.
         pipeline_class: The class of its pipelines, a `diffusers.ModularPipeline`.
         index: What the pipelines are made with: `modular_config_dict` or `config_dict`, whichever the folder has.
+        whole: All blocks of the pipeline, for every task.
         blocks: All blocks of the task, `SequentialPipelineBlocks`.
         parts: The blocks of each panel, likewise.
         outputs: Names of the results of the decoder, such as "images".
@@ -40,6 +41,7 @@ class Split:
     model: Path
     pipeline_class: Any
     index: Mapping[str, dict[str, object]]
+    whole: Any
     blocks: Any
     parts: Mapping[Panel, Any]
     outputs: tuple[str, ...]
@@ -60,12 +62,17 @@ def load_split(model: Path) -> Split:
     card = load_card(model)
     found = pipeline_class(index, model)
     whole = _blocks_class(found, index)()
-    blocks = prune(whole, card.task)
+    missing = {
+        spec.name
+        for spec in whole.expected_components
+        if spec.default_creation_method == "from_pretrained" and _lacks(index, spec.name)
+    }
+    blocks = prune(whole, card.task, card.defaults, missing)
     parts = cut(blocks)
     made = parts[Panel.DECODER].intermediate_output_names
     outputs = tuple(name for name in whole.output_names if name in made) or tuple(made)
     kind = "modular_config_dict" if (model / INDEX_NAMES[0]).is_file() else "config_dict"
-    return Split(model, found, {kind: index}, blocks, parts, outputs)
+    return Split(model, found, {kind: index}, whole, blocks, parts, outputs)
 
 
 def pipeline_class(index: Mapping[str, object], model: Path) -> Any:
@@ -95,13 +102,18 @@ def modular_class(index: Mapping[str, object]) -> Any | None:
     return found if found is not None and found.default_blocks_name else None
 
 
-def prune(blocks: Any, task: str) -> Any:
+def prune(
+    blocks: Any, task: str, given: Mapping[str, object] | None = None, missing: Collection[str] = frozenset()
+) -> Any:
     """Keep the blocks that a task runs, so that no panel loads weights for another one.
 
     Args:
         blocks: All blocks of a pipeline.
         task: A workflow of the pipeline, such as "text-to-image"; "" is the first that needs just a prompt; "any"
             keeps all.
+        given: Inputs that each request has, and so can leave out the blocks that would compute them.
+        missing: Components that the model goes without. A block that needs one of those is left out where an input
+            that a request can give (the number of frames of a video) takes its place.
 
     Raises:
         ModelError: The pipeline has no such task.
@@ -116,7 +128,24 @@ def prune(blocks: Any, task: str) -> Any:
             raise ModelError(f'The task "{task}" is not one of this pipeline: choose of {", ".join(workflows)}, any.')
     else:
         name = next((name for name in workflows if workflows[name] == {"prompt": True}), next(iter(workflows)))
-    return blocks.get_workflow(name)
+    wanted_inputs = workflows[name]
+    # Some list several inputs that lead to the same blocks.
+    first = wanted_inputs[0] if isinstance(wanted_inputs, tuple) else wanted_inputs
+    inputs = {**(given or {}), **first}
+    return _without(blocks, inputs, blocks.get_execution_blocks(**inputs), missing)
+
+
+def _without(blocks: Any, inputs: Mapping[str, object], pruned: Any, missing: Collection[str]) -> Any:
+    needed = set(pruned.component_names)
+    if not needed & set(missing):
+        return pruned
+    for declared in blocks.inputs:
+        if declared.name and declared.name not in inputs:
+            other = blocks.get_execution_blocks(**inputs, **{declared.name: True})
+            # More of the same task would need more components, not less.
+            if set(other.component_names) < needed and not set(other.component_names) & set(missing):
+                return other
+    return pruned
 
 
 def cut(blocks: Any) -> dict[Panel, Any]:
@@ -161,6 +190,10 @@ def crossing(values: Mapping[str, object], groups: Mapping[str, list[str]], late
     # A block adds a name to its group each time it sets it; once is enough.
     mapping = {group: [name for name in dict.fromkeys(names) if name in kept] for group, names in groups.items()}
     return {**kept, KWARGS_MAPPING: mapping}
+
+
+def _lacks(index: Mapping[str, object], name: str) -> bool:
+    return index.get(name) in (None, [None, None])
 
 
 def _blocks_class(found: Any, index: Mapping[str, object]) -> Any:

@@ -77,7 +77,14 @@ class Unpacker:
     def _tensor(self, node: m.Tensor, depth: int) -> torch.Tensor:
         dtype = _named(carriers.DTYPES, node.dtype)
         _check_size(node.shape, dtype.itemsize, node.span.nbytes)
-        return self._owned(self._span(node.span)).view(dtype).reshape(node.shape)
+        elements = self._owned(self._span(node.span)).view(dtype)
+        if not node.order:
+            return elements.reshape(node.shape)
+        dimensions = range(len(node.shape))
+        if sorted(node.order) != list(dimensions):
+            raise CodecError(f"{node.order} is no order of {len(node.shape)} dimensions.")
+        in_memory = elements.reshape([node.shape[dimension] for dimension in node.order])
+        return in_memory.permute([node.order.index(dimension) for dimension in dimensions])
 
     def _array(self, node: m.Array, depth: int) -> object:
         if node.dtype not in carriers.ARRAY_DTYPES or (node.scalar and node.shape):

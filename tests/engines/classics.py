@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,9 +15,8 @@ from engines.card import load_card
 from engines.panels import Panel
 from engines.pipeline import PanelPipeline
 from engines.stepping import Denoising
-
-sys.path.insert(0, str(Path(__file__).parent))
-from in_three import CPU, media, seeded
+from tests.engines.results import media, seeded
+from tools.families.apart import CPU
 
 FAMILIES = ("pixart", "sana", "chroma", "cogvideox")
 PANELS = [["text_encoder", "tokenizer"], ["scheduler", "transformer"], ["vae"]]

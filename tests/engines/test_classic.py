@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,15 +17,14 @@ from engines.panels import ModelError, Panel
 from engines.pipeline import InputError
 from engines.routes import Route
 from engines.shadows import ShadowError
-
-sys.path.insert(0, str(Path(__file__).parent))
-from classics import FAMILIES, PANELS, Models, edit, expected, finish, load, plain, request, whole
-from in_three import Processes, media, run_in_three, same, seeded, three_processes
+from tests.engines.classics import FAMILIES, PANELS, Models, edit, expected, finish, load, plain, request, whole
+from tests.engines.results import media, same, seeded
+from tools.families.apart import Apart, apart
 
 
 @pytest.fixture(scope="module")
-def processes() -> Iterator[Processes]:
-    with three_processes() as started:
+def processes() -> Iterator[Apart]:
+    with apart() as started:
         yield started
 
 
@@ -34,10 +32,10 @@ def processes() -> Iterator[Processes]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_three_processes_make_the_picture_of_one(family: str, classic_models: Models, processes: Processes) -> None:
+def test_three_processes_make_the_picture_of_one(family: str, classic_models: Models, processes: Apart) -> None:
     model = classic_models(family)
     inputs = request(model)
-    ours, answers = run_in_three(processes, model, inputs, seed=11)
+    ours, answers = processes.run(model, inputs, seed=11)
     assert [answer["components"] for answer in answers] == PANELS
     assert len({os.getpid(), *(answer["pid"] for answer in answers)}) == 4
     assert same(media(ours), expected(model, inputs, 11))
@@ -46,30 +44,30 @@ def test_three_processes_make_the_picture_of_one(family: str, classic_models: Mo
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_guidance_on_and_off(family: str, classic_models: Models, processes: Processes) -> None:
+def test_guidance_on_and_off(family: str, classic_models: Models, processes: Apart) -> None:
     model = classic_models(family)
     made = []
     for scale in (1.0, 2.5):
         inputs = request(model, guidance_scale=scale, negative_prompt="grey", num_inference_steps=2)
-        ours, _ = run_in_three(processes, model, inputs, seed=5)
+        ours, _ = processes.run(model, inputs, seed=5)
         assert same(media(ours), expected(model, inputs, 5)), scale
         made.append(media(ours))
     assert not same(*made)
 
 
 @pytest.mark.parametrize("family", ["chroma", "cogvideox"])
-def test_bfloat16_is_identical_too(family: str, classic_models: Models, processes: Processes) -> None:
+def test_bfloat16_is_identical_too(family: str, classic_models: Models, processes: Apart) -> None:
     model = classic_models(family)
     inputs = request(model, num_inference_steps=2)
-    ours, _ = run_in_three(processes, model, inputs, seed=3, dtype=torch.bfloat16)
+    ours, _ = processes.run(model, inputs, seed=3, dtype=torch.bfloat16)
     assert same(media(ours), expected(model, inputs, 3, torch.bfloat16))
 
 
-def test_what_a_pipeline_does_after_its_vae_is_its_own(classic_models: Models, processes: Processes) -> None:
+def test_what_a_pipeline_does_after_its_vae_is_its_own(classic_models: Models, processes: Apart) -> None:
     model = classic_models("pixart")
     # It paints at the nearest size it was trained for, and cuts that to the size asked for.
     inputs = request(model, use_resolution_binning=True, height=48, width=64, num_inference_steps=1)
-    ours, answers = run_in_three(processes, model, inputs, seed=4)
+    ours, answers = processes.run(model, inputs, seed=4)
     assert answers[1]["state"]["latents"].shape[2:] != (12, 16)
     assert media(ours).shape == (1, 48, 64, 3)
     assert same(media(ours), expected(model, inputs, 4))
@@ -88,9 +86,7 @@ def test_panels_may_share_a_process(panels: tuple[Panel, ...], classic_models: M
         assert same(media(decoder.decode(state)), expected(model, inputs, 8))
 
 
-def test_blocks_that_would_make_the_wrong_size_are_not_used(
-    models: Models, processes: Processes, tmp_path: Path
-) -> None:
+def test_blocks_that_would_make_the_wrong_size_are_not_used(models: Models, processes: Apart, tmp_path: Path) -> None:
     model = Path(shutil.copytree(models("wan"), tmp_path / "model"))
     # As the large VAE of Wan 2.2, which works on patches of pixels.
     torch.manual_seed(0)
@@ -113,7 +109,7 @@ def test_blocks_that_would_make_the_wrong_size_are_not_used(
     vae.save_pretrained(model / "vae")
     edit(model, expand_timesteps=True)
     inputs = request(model, num_inference_steps=2)
-    ours, answers = run_in_three(processes, model, inputs, seed=9)
+    ours, answers = processes.run(model, inputs, seed=9)
     assert [answer["components"] for answer in answers] == PANELS
     assert media(ours).shape == (1, 5, 64, 64, 3)
     assert same(media(ours), expected(model, inputs, 9))
@@ -124,14 +120,14 @@ def test_blocks_that_would_make_the_wrong_size_are_not_used(
     [("chroma", "ChromaImg2ImgPipeline", "image"), ("cogvideox", "CogVideoXVideoToVideoPipeline", "video")],
 )
 def test_a_denoiser_that_starts_from_a_picture_has_the_vae_too(
-    family: str, name: str, given: str, classic_models: Models, processes: Processes, tmp_path: Path
+    family: str, name: str, given: str, classic_models: Models, processes: Apart, tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(classic_models(family), tmp_path / "model"))
     edit(model, _class_name=name)
     inputs = {name: value for name, value in request(model, strength=0.6).items() if name != "num_frames"}
     frames = [Image.fromarray(np.full((32, 32, 3), 30 * n, np.uint8)) for n in range(5)]
     inputs |= {"height": 32, "width": 32, given: frames if given == "video" else frames[2]}
-    ours, answers = run_in_three(processes, model, inputs, seed=13)
+    ours, answers = processes.run(model, inputs, seed=13)
     assert [answer["components"] for answer in answers] == [PANELS[0], [*PANELS[1], "vae"], PANELS[2]]
     output_type = "np" if given == "video" else "pil"
     made = media(plain(model, torch.float32)(**inputs, generator=seeded(13), output_type=output_type))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import shutil
-import sys
 import weakref
 from pathlib import Path
 
@@ -15,9 +14,7 @@ from PIL import Image
 from engines.panels import Panel
 from engines.pipeline import PanelPipeline
 from engines.stepping import Denoising
-
-sys.path.insert(0, str(Path(__file__).parent))
-from classics import FAMILIES, Models, edit, finish, load, request, whole
+from tests.engines.classics import FAMILIES, Models, edit, finish, load, request, whole
 
 
 def begin(pipeline: PanelPipeline, model: Path, prompt: str, steps: int, seed: int, scale: float = 1.0) -> Denoising:

@@ -345,6 +345,8 @@ def lie(*items: m.Node, nbytes: int = 8192) -> bytes:
         (lie(m.Tensor("float32", (2,), m.Span(0, 12))), "does not take 12 bytes"),
         (lie(m.Tensor("float32", (2**40, 2**40, 0), m.Span(0, 0))), "does not take 0 bytes"),
         (lie(m.Tensor("qint8", (2,), m.Span(0, 2))), "'qint8' is not a dtype"),
+        (lie(m.Tensor("uint8", (2, 1), m.Span(0, 2), (0, 0))), "is no order of 2 dimensions"),
+        (lie(m.Tensor("uint8", (2, 1), m.Span(0, 2), (0, 1, 2))), "is no order of 2 dimensions"),
         (lie(m.Tensor("nn", (2,), m.Span(0, 2))), "'nn' is not a dtype"),
         (lie(m.Array("|O", (1,), False, m.Span(0, 8))), "cannot cross"),
         (lie(m.Picture("RGB", 2**20, 2**20, m.Span(0, 8))), "does not take 8 bytes"),
@@ -368,3 +370,51 @@ def test_each_lie_is_refused_for_its_reason(manifest: bytes, reason: str) -> Non
 def test_text_that_is_not_utf8_is_refused() -> None:
     with pytest.raises(CodecError, match="not UTF-8"):
         unpack(lie(m.Text(m.Span(0, 4))), torch.full((8192,), 0xFF, dtype=torch.uint8), CPU)
+
+
+def layouts() -> list[torch.Tensor]:
+    picture = torch.randn(2, 4, 3, 5)
+    return [
+        picture.to(memory_format=torch.channels_last),
+        torch.randn(1, 4, 2, 3, 5).to(memory_format=torch.channels_last_3d),
+        picture.permute(3, 0, 2, 1),
+        picture.to(torch.bfloat16).transpose(1, 2),
+        torch.randint(0, 9, (3, 4), dtype=torch.uint8).t(),
+    ]
+
+
+@pytest.mark.parametrize("tensor", layouts(), ids=lambda tensor: str(tuple(tensor.stride())))
+def test_a_dense_tensor_keeps_its_layout_in_memory(tensor: torch.Tensor) -> None:
+    assert not tensor.is_contiguous()
+    packed = pack({"latents": tensor})
+    assert packed.tensors[0].data_ptr() == tensor.data_ptr(), "it is not copied for it"
+    slot = torch.empty(packed.nbytes, dtype=torch.uint8)
+    packed.copy_to(slot)
+    there = unpack(packed.manifest, slot, torch.device("cpu"))["latents"]
+    assert isinstance(there, torch.Tensor)
+    assert torch.equal(there, tensor)
+    assert there.stride() == tensor.stride()
+
+
+def test_a_convolution_rounds_as_it_would_have_before_crossing() -> None:
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(4, 16, 3, padding=1)
+    latents = torch.randn(1, 4, 16, 16).to(memory_format=torch.channels_last)
+    packed = pack({"latents": latents})
+    slot = torch.empty(packed.nbytes, dtype=torch.uint8)
+    packed.copy_to(slot)
+    there = unpack(packed.manifest, slot, torch.device("cpu"))["latents"]
+    assert isinstance(there, torch.Tensor)
+    with torch.no_grad():
+        assert convolution(there).numpy().tobytes() == convolution(latents).numpy().tobytes()
+
+
+def test_a_tensor_with_gaps_or_repeats_crosses_row_by_row() -> None:
+    for tensor in (torch.arange(24.0).reshape(4, 6)[:, ::2].t(), torch.arange(3.0).expand(4, 3).t()):
+        packed = pack({"x": tensor})
+        slot = torch.empty(packed.nbytes, dtype=torch.uint8)
+        packed.copy_to(slot)
+        there = unpack(packed.manifest, slot, torch.device("cpu"))["x"]
+        assert isinstance(there, torch.Tensor)
+        assert torch.equal(there, tensor)
+        assert there.is_contiguous()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -15,9 +14,8 @@ from diffusers import DiffusionPipeline, ModularPipeline
 
 from engines.panels import Panel
 from engines.pipeline import PanelPipeline
-
-sys.path.insert(0, str(Path(__file__).parent))
-from in_three import CPU, Processes, media, run_in_three, same, seeded, three_processes
+from tests.engines.results import media, same, seeded
+from tools.families.apart import CPU, Apart, apart
 
 PROMPT = "a large red circle on the left of a blue background"
 INPUTS: dict[str, dict[str, Any]] = {
@@ -44,9 +42,9 @@ OWNED["flux-kl"] = OWNED["flux"]
 
 
 @pytest.fixture(scope="module")
-def processes() -> Iterator[Processes]:
-    with three_processes() as started:
-        yield started
+def processes() -> Iterator[Apart]:
+    with apart() as three:
+        yield three
 
 
 @cache
@@ -64,12 +62,10 @@ def modular(model: Path, dtype: torch.dtype) -> Any:
 
 
 @pytest.mark.parametrize("family", INPUTS)
-def test_three_processes_make_the_picture_of_one(
-    family: str, models: Callable[[str], Path], processes: Processes
-) -> None:
+def test_three_processes_make_the_picture_of_one(family: str, models: Callable[[str], Path], processes: Apart) -> None:
     model = models(family)
     inputs = {"prompt": PROMPT, **INPUTS[family]}
-    ours, answers = run_in_three(processes, model, inputs, seed=11)
+    ours, answers = processes.run(model, inputs, seed=11)
     assert [answer["components"] for answer in answers] == list(OWNED[family])
     assert len({os.getpid(), *(answer["pid"] for answer in answers)}) == 4
 
@@ -82,28 +78,28 @@ def test_three_processes_make_the_picture_of_one(
 
 
 @pytest.mark.parametrize("family", ["flux", "wan"])
-def test_bfloat16_is_identical_too(family: str, models: Callable[[str], Path], processes: Processes) -> None:
+def test_bfloat16_is_identical_too(family: str, models: Callable[[str], Path], processes: Apart) -> None:
     model = models(family)
     inputs = {"prompt": PROMPT, **INPUTS[family], "num_inference_steps": 2}
-    ours, _ = run_in_three(processes, model, inputs, seed=3, dtype=torch.bfloat16)
+    ours, _ = processes.run(model, inputs, seed=3, dtype=torch.bfloat16)
     whole = modular(model, torch.bfloat16)(generator=seeded(3), **inputs)
     assert same(media(ours), media(whole))
 
 
 def test_guidance_scale_reaches_the_guider_and_the_argument_alike(
-    models: Callable[[str], Path], processes: Processes
+    models: Callable[[str], Path], processes: Apart
 ) -> None:
     for family, scale in (("wan", 2.5), ("wan", 1.0), ("flux-kl", 1.5)):
         model = models(family)
         inputs = {"prompt": PROMPT, **INPUTS[family], "guidance_scale": scale}
-        ours, _ = run_in_three(processes, model, inputs, seed=5)
+        ours, _ = processes.run(model, inputs, seed=5)
         plain = classic(model, torch.float32)(generator=seeded(5), **inputs)
         assert same(media(ours), media(plain)), (family, scale)
-        default, _ = run_in_three(processes, model, {"prompt": PROMPT, **INPUTS[family]}, seed=5)
+        default, _ = processes.run(model, {"prompt": PROMPT, **INPUTS[family]}, seed=5)
         assert not same(media(ours), media(default)), (family, scale)
 
 
-def test_all_panels_in_one_process_make_it_as_well(models: Callable[[str], Path], processes: Processes) -> None:
+def test_all_panels_in_one_process_make_it_as_well(models: Callable[[str], Path], processes: Apart) -> None:
     model = models("wan")
     inputs = {"prompt": PROMPT, **INPUTS["wan"]}
     alone = PanelPipeline.load(model, tuple(Panel), dtype=torch.float32, device=CPU)
@@ -111,16 +107,16 @@ def test_all_panels_in_one_process_make_it_as_well(models: Callable[[str], Path]
     denoising = alone.denoise(alone.encode(inputs, 8))
     while denoising.advance():
         pass
-    ours, _ = run_in_three(processes, model, inputs, seed=8)
+    ours, _ = processes.run(model, inputs, seed=8)
     assert same(media(alone.decode(denoising.result())), media(ours))
 
 
 def test_a_folder_that_a_modular_pipeline_saved_is_served(
-    models: Callable[[str], Path], processes: Processes, tmp_path: Path
+    models: Callable[[str], Path], processes: Apart, tmp_path: Path
 ) -> None:
     modular(models("flux"), torch.float32).save_pretrained(str(tmp_path), overwrite_modular_index=True)
     assert (tmp_path / "modular_model_index.json").is_file()
     inputs = {"prompt": PROMPT, **INPUTS["flux"]}
-    saved, _ = run_in_three(processes, tmp_path, inputs, seed=2)
-    plain, _ = run_in_three(processes, models("flux"), inputs, seed=2)
+    saved, _ = processes.run(tmp_path, inputs, seed=2)
+    plain, _ = processes.run(models("flux"), inputs, seed=2)
     assert same(media(saved), media(plain))

@@ -17,6 +17,7 @@ from engines.panels import ModelError, Panel
 from engines.pipeline import InputError, PanelPipeline
 from engines.shadows import Shadow, ShadowError, shadow
 from engines.split import KWARGS_MAPPING, crossing, cut, load_split, pipeline_class, prune
+from tools.make_model import Family, make_model
 
 CPU = torch.device("cpu")
 FAMILIES = sorted(
@@ -65,6 +66,21 @@ def test_the_first_task_needs_only_a_prompt_and_another_can_be_named() -> None:
         assert "vae" in cut(prune(whole, task))[Panel.ENCODER].component_names
     with pytest.raises(ModelError, match='The task "text-to-music" is not one of this pipeline: choose of text2image'):
         prune(whole, "text-to-music")
+
+
+def test_what_each_request_gives_or_the_model_lacks_leaves_out_the_block_that_would_compute_it() -> None:
+    whole = diffusers.LTX2AutoBlocks()
+    predicts = prune(whole, "text-to-video")
+    assert "duration_head" in predicts.component_names
+    for blocks in (
+        prune(whole, "text-to-video", given={"num_frames": 9}),
+        prune(whole, "text-to-video", missing={"duration_head"}),
+    ):
+        assert "num_frames" in blocks.input_names
+        assert "duration_head" not in blocks.component_names
+        assert set(predicts.sub_blocks) - set(blocks.sub_blocks) == {"duration"}
+    # No input stands for a text encoder: it stays, and loading says that it is not there.
+    assert "text_encoder" in prune(whole, "text-to-video", missing={"text_encoder"}).component_names
 
 
 def test_blocks_without_one_denoise_are_not_cut() -> None:
@@ -332,3 +348,17 @@ def test_a_task_of_the_card_decides_what_is_loaded(copied: Path) -> None:
 def test_the_split_names_what_the_decoder_makes(models: Models) -> None:
     assert load_split(models("flux")).outputs == ("images",)
     assert load_split(models("wan")).outputs == ("videos",)
+
+
+def test_guiders_and_settings_are_those_of_the_whole_pipeline(tmp_path: Path) -> None:
+    make_model(tmp_path, Family.WAN22, progress=False)
+    index = tmp_path / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "boundary_ratio": 0.5}))
+    whole = diffusers.Wan22ModularPipeline(pretrained_model_name_or_path=str(tmp_path))
+    declared = cut(prune(diffusers.Wan22Blocks(), ""))[Panel.DENOISER].expected_components
+    assert {spec.name: spec for spec in declared}["guider"].config["guidance_scale"] != whole.guider.guidance_scale
+    for panel in Panel:
+        part = PanelPipeline.load(tmp_path, (panel,), dtype=torch.float32, device=torch.device("cpu"))._parts.pipeline
+        assert part.guider.guidance_scale == whole.guider.guidance_scale
+        assert part.guider_2.guidance_scale == whole.guider_2.guidance_scale
+        assert part.config.boundary_ratio == 0.5

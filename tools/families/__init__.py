@@ -1,0 +1,1 @@
+"""What is known of every family of Modular Diffusers: `python -m tools.families --help`."""

@@ -1,0 +1,183 @@
+"""The three panels in a process each: states come in and go out on pipes, as a manifest and a slot.
+
+`python -m tools.families.apart IN OUT IN OUT IN OUT` serves on the pipes of each panel. A frame is two lengths of 8
+bytes, then both bodies. Each request is a state {"model", "dtype", "inputs", "seed"} or {"model", "dtype", "state"};
+each answer {"state", "components", "pid"}, or {"error"}. The processes part when everything is imported and nothing
+is loaded yet.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import diffusers
+import torch
+import transformers
+
+from engines.codec import pack, unpack
+from engines.panels import Panel
+from engines.pipeline import PanelPipeline
+
+CPU: Final = torch.device("cpu")
+_STOP_S: Final = 30
+
+
+class PanelError(RuntimeError):
+    """A panel could not do its part; the text names the panel and says why."""
+
+
+class Apart:
+    """Three processes that serve one panel each.
+
+    Args:
+        pipes: Where each takes requests and gives answers.
+    """
+
+    def __init__(self, pipes: dict[Panel, tuple[BinaryIO, BinaryIO]]) -> None:
+        self._pipes = pipes
+
+    def ask(self, panel: Panel, request: dict[str, object]) -> dict[str, Any]:
+        """Have one panel do its part.
+
+        Raises:
+            PanelError: It could not, or its process has ended.
+        """
+        requests, answers = self._pipes[panel]
+        write_state(requests, request)
+        answer = read_state(answers)
+        if answer is None:
+            raise PanelError(f"{panel}: its process has ended")
+        if "error" in answer:
+            raise PanelError(f"{panel}: {answer['error']}")
+        return answer
+
+    def run(
+        self, model: Path, inputs: dict[str, Any], seed: int, dtype: torch.dtype = torch.float32
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Run a request through all three; returns the media by name, and the answer of each panel.
+
+        Raises:
+            PanelError: A panel could not do its part.
+        """
+        base = {"model": str(model), "dtype": dtype}
+        answers = [self.ask(Panel.ENCODER, {**base, "inputs": inputs, "seed": seed})]
+        for panel in (Panel.DENOISER, Panel.DECODER):
+            answers.append(self.ask(panel, {**base, "state": answers[-1]["state"]}))
+        return answers[-1]["state"], answers
+
+
+@contextmanager
+def apart() -> Iterator[Apart]:
+    """Start the three processes, and end them afterwards."""
+    ours: dict[Panel, tuple[BinaryIO, BinaryIO]] = {}
+    theirs: list[int] = []
+    for panel in Panel:
+        requests_out, requests_in = os.pipe()
+        answers_out, answers_in = os.pipe()
+        ours[panel] = (os.fdopen(requests_in, "wb"), os.fdopen(answers_out, "rb"))
+        theirs += [requests_out, answers_in]
+    command = [sys.executable, "-m", __spec__.name, *map(str, theirs)]
+    with subprocess.Popen(command, pass_fds=theirs) as process:  # noqa: S603 - our own interpreter and module
+        for pipe in theirs:
+            os.close(pipe)
+        try:
+            yield Apart(ours)
+        finally:
+            for requests, _ in ours.values():
+                requests.close()
+            status = process.wait(_STOP_S)
+            for _, answers in ours.values():
+                answers.close()
+    if status:
+        raise PanelError(f"a process ended with status {status}")
+
+
+def quiet() -> None:
+    """Leave standard error to what goes wrong: the libraries tell of each model that it is tiny in some way."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    libraries: tuple[Any, ...] = (diffusers.utils.logging, transformers.utils.logging)
+    for library in libraries:
+        library.set_verbosity(logging.CRITICAL)
+        library.disable_progress_bar()
+
+
+def write_state(pipe: BinaryIO, state: dict[str, object]) -> None:
+    """Write a state as one frame.
+
+    Raises:
+        CodecError: It has a value that cannot cross; nothing has been written then.
+    """
+    packed = pack(state)
+    slot = torch.empty(packed.nbytes, dtype=torch.uint8)
+    packed.copy_to(slot)
+    pipe.write(struct.pack("<QQ", len(packed.manifest), packed.nbytes))
+    pipe.write(packed.manifest)
+    pipe.write(slot.numpy().tobytes())
+    pipe.flush()
+
+
+def read_state(pipe: BinaryIO) -> dict[str, Any] | None:
+    """Read a frame; None at the end of the pipe."""
+    head = pipe.read(16)
+    if not head:
+        return None
+    lengths = struct.unpack("<QQ", head)
+    manifest, body = (pipe.read(length) for length in lengths)
+    slot = torch.frombuffer(bytearray(body), dtype=torch.uint8) if body else torch.empty(0, dtype=torch.uint8)
+    return unpack(manifest, slot, CPU)
+
+
+def _run(panel: Panel, pipeline: PanelPipeline, request: dict[str, Any]) -> dict[str, object]:
+    if panel is Panel.ENCODER:
+        return pipeline.encode(request["inputs"], request["seed"])
+    if panel is Panel.DECODER:
+        return pipeline.decode(request["state"])
+    denoising = pipeline.denoise(request["state"])
+    while denoising.advance():
+        pass
+    return denoising.result()
+
+
+def _serve(panel: Panel, requests: BinaryIO, answers: BinaryIO) -> None:
+    pipelines: dict[tuple[str, torch.dtype], PanelPipeline] = {}
+    while (request := read_state(requests)) is not None:
+        key = (request["model"], request["dtype"])
+        try:
+            if key not in pipelines:
+                pipelines[key] = PanelPipeline.load(Path(key[0]), (panel,), dtype=key[1], device=CPU)
+            state = _run(panel, pipelines[key], request)
+            write_state(answers, {"state": state, "components": sorted(pipelines[key].components), "pid": os.getpid()})
+        except Exception as error:  # noqa: BLE001 - an answer too: it goes into the row
+            write_state(answers, {"error": f"{type(error).__name__}: {error}"})
+
+
+def _main() -> None:
+    quiet()
+    children = []
+    pipes = [int(number) for number in sys.argv[1:]]
+    for panel, mine in zip(Panel, (pipes[0:2], pipes[2:4], pipes[4:6]), strict=True):
+        if child := os.fork():
+            children.append(child)
+            continue
+        for other in set(pipes) - set(mine):
+            os.close(other)
+        _serve(panel, os.fdopen(mine[0], "rb"), os.fdopen(mine[1], "wb"))
+        os._exit(0)
+    for pipe in pipes:
+        os.close(pipe)
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    os._exit(any(statuses))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,133 @@
+"""Run one request apart and whole, and compare what came out, bit by bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import diffusers
+import numpy as np
+import torch
+
+from engines.card import CARD_NAME
+from engines.split import KWARGS_MAPPING
+from tools.families.apart import Apart
+from tools.families.cases import PROMPT, Case
+from tools.make_model import make_model
+
+SEED: Final = 11
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a comparison found.
+
+    Attributes:
+        identical: Whether every output of the whole pipeline is the same, bit for bit.
+        max_abs_diff: The largest difference between two values; None where shapes differ.
+        outputs: The shapes of what was compared, by name.
+        crossed: Kinds of what crossed to the denoiser and to the decoder, by name.
+    """
+
+    identical: bool
+    max_abs_diff: float | None
+    outputs: dict[str, list[int]]
+    crossed: tuple[dict[str, str], dict[str, str]] = field(default=({}, {}))
+
+
+def compare(case: Case, folder: Path, processes: Apart) -> Outcome:
+    """Make the model of a case, run its request both ways, and compare.
+
+    Args:
+        case: The request.
+        folder: Where the model is made; an empty folder.
+        processes: The three processes.
+
+    Raises:
+        PanelError: A panel could not do its part.
+        Exception: Whatever the whole pipeline raises.
+    """
+    make_model(folder, case.family, progress=False)
+    _set_task(folder, case.task)
+    inputs = {"prompt": PROMPT, **case.inputs}
+    expected = whole(case.pipeline, folder, inputs)
+    made, answers = processes.run(folder, inputs, SEED)
+    shapes = {name: shape(value) for name, value in made.items()}
+    found = [difference(value, expected.get(name)) for name, value in made.items()]
+    worst = None if None in found else max((value for value in found if value is not None), default=None)
+    same = bool(made) and all(identical(value, expected.get(name)) for name, value in made.items())
+    crossed = (kinds(answers[0]["state"]), kinds(answers[1]["state"]))
+    return Outcome(same, worst, shapes, crossed)
+
+
+def whole(pipeline: str, folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Run a request as diffusers alone does: one pipeline, its own blocks, its own way to load."""
+    pipe = getattr(diffusers, pipeline)(pretrained_model_name_or_path=str(folder))
+    pipe.load_components(dtype=torch.float32)
+    _hide_bars(pipe._blocks)
+    if "generator" in pipe.blocks.input_names:
+        inputs = {**inputs, "generator": torch.Generator("cpu").manual_seed(SEED)}
+    values: dict[str, Any] = pipe(**inputs).values
+    return values
+
+
+def _hide_bars(block: Any) -> None:
+    # The setting of a pipeline does not reach its inner loops.
+    if hasattr(block, "set_progress_bar_config"):
+        block.set_progress_bar_config(disable=True)
+    for inner in block.sub_blocks.values():
+        _hide_bars(inner)
+
+
+def arrays(value: Any) -> Iterator[np.ndarray[Any, Any]]:
+    """All numbers in a value: pictures, arrays, tensors, and lists of them."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from arrays(item)
+    elif isinstance(value, torch.Tensor):
+        yield value.detach().float().numpy()
+    elif value is not None:
+        yield np.asarray(value)
+
+
+def identical(left: Any, right: Any) -> bool:
+    """Whether two values are the same, bit for bit."""
+    ours, theirs = ([(item.shape, item.dtype, item.tobytes()) for item in arrays(value)] for value in (left, right))
+    return bool(ours) and ours == theirs
+
+
+def difference(left: Any, right: Any) -> float | None:
+    """The largest difference between two values; None where their shapes differ."""
+    pairs = list(arrays(left)), list(arrays(right))
+    if [a.shape for a in pairs[0]] != [b.shape for b in pairs[1]]:
+        return None
+    found = [np.abs(a.astype(np.float64) - b.astype(np.float64)).max(initial=0) for a, b in zip(*pairs, strict=True)]
+    return float(max(found, default=0.0))
+
+
+def shape(value: Any) -> list[int]:
+    """The shape of a value, through the lists that it is in."""
+    if isinstance(value, (list, tuple)):
+        return [len(value), *(shape(value[0]) if value else [])]
+    return [int(size) for size in np.asarray(value).shape]
+
+
+def kinds(state: dict[str, Any]) -> dict[str, str]:
+    """The kind of each value of a state that is not None."""
+    return {name: kind(value) for name, value in sorted(state.items()) if value is not None and name != KWARGS_MAPPING}
+
+
+def kind(value: object) -> str:
+    """What a value is, in a word or two."""
+    if isinstance(value, (list, tuple)):
+        inner = sorted({kind(item) for item in value})
+        return f"{type(value).__name__} of {' or '.join(inner)}" if inner else type(value).__name__
+    return {"ndarray": "array", "Tensor": "tensor"}.get(type(value).__name__, type(value).__name__.lower())
+
+
+def _set_task(folder: Path, task: str) -> None:
+    path = folder / CARD_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), "task": task}))

@@ -1,0 +1,127 @@
+"""Print what is known of the families: a table, Markdown, or one record for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from rich.table import Table
+
+from tools.families.compare import Outcome
+from tools.families.rows import Row
+
+_COLUMNS = ("family", "task", "route", "encoder to denoiser", "denoiser to decoder", "identical", "reason")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row, and what running it found.
+
+    Attributes:
+        row: The row.
+        outcome: None where it was not run.
+        failed: Whether it was run and raised.
+    """
+
+    row: Row
+    outcome: Outcome | None = None
+    failed: bool = False
+
+    @property
+    def bad(self) -> bool:
+        """Whether it ran and is not identical."""
+        return self.failed or (self.outcome is not None and not self.outcome.identical)
+
+    def record(self) -> dict[str, Any]:
+        """It as one JSON object; what crosses is what was seen where it ran, else what the blocks declare."""
+        to_denoiser, to_decoder = self._crossing()
+        return {
+            "family": self.row.family,
+            "task": self.row.task,
+            "route": self.row.route,
+            "identical": self.outcome.identical if self.outcome else None,
+            "max_abs_diff": self.outcome.max_abs_diff if self.outcome else None,
+            "reason": self.row.reason,
+            "outputs": self.outcome.outputs if self.outcome else {},
+            "encoder_to_denoiser": to_denoiser,
+            "denoiser_to_decoder": to_decoder,
+        }
+
+    def _crossing(self) -> tuple[dict[str, str], dict[str, str]]:
+        return self.outcome.crossed if self.outcome else (self.row.to_denoiser, self.row.to_decoder)
+
+    def cells(self) -> tuple[str, ...]:
+        """It as cells of a table."""
+        to_denoiser, to_decoder = (_listed(kinds) for kinds in self._crossing())
+        row = self.row
+        needs = f"needs {' and '.join(row.case.needs)}" if row.case and row.case.needs else ""
+        reason = row.reason or needs
+        return (row.family, row.task or "-", row.route, to_denoiser, to_decoder, self._verdict(), reason)
+
+    def _verdict(self) -> str:
+        if self.failed:
+            return "failed"
+        if self.outcome is None:
+            return "-"
+        return "yes" if self.outcome.identical else f"no ({self.outcome.max_abs_diff})"
+
+
+def table(results: Sequence[Result]) -> Table:
+    """A table for a terminal, and a line that counts the rows."""
+    shown = Table(caption=summary(results), show_lines=True)
+    for column in _COLUMNS:
+        shown.add_column(column, overflow="fold")
+    for result in results:
+        shown.add_row(*result.cells(), style="red" if result.bad else None)
+    return shown
+
+
+def summary(results: Sequence[Result]) -> str:
+    """How many rows there are, how many ran, and how many of those are identical."""
+    ran = [result for result in results if result.outcome or result.failed]
+    identical = sum(1 for result in ran if not result.bad)
+    pipelines = len({result.row.family for result in results})
+    return f"{pipelines} pipelines, {len(results)} rows; {len(ran)} ran, {identical} of those identical"
+
+
+def markdown(results: Sequence[Result], *, ran: bool) -> str:
+    """The page `docs/families.md`."""
+    lines = [
+        "# Families",
+        "",
+        "Every pipeline of Modular Diffusers and every task of it, split by the one rule of `engines/split.py`: what",
+        "comes before the block named `denoise` is the encoder, the block is the denoiser, the rest is the decoder.",
+        "",
+        f"Made by `python -m tools.families{' --run' if ran else ''} --markdown docs/families.md` with diffusers"
+        f" {diffusers.__version__}, transformers {transformers.__version__} and torch {torch.__version__}.",
+        "",
+        "For each row that has a tiny model, the tool makes it with random weights, runs one request through three",
+        "processes that each load one panel (all that passes between them is the bytes of `engines/codec.py`), runs",
+        "the same request with the same seed through the whole pipeline as diffusers loads it, and compares every",
+        "output. `identical` is `yes` where all bytes are the same. What crosses is what was seen in that run; where",
+        "there was none, what the blocks declare. `height`, `prompt` and other inputs of the request cross as well",
+        "where later blocks take them.",
+        "",
+        "Running these rows has found three things that the rule now minds: a tensor keeps its layout in memory (a",
+        "convolution rounds otherwise for another layout), a panel's guiders and settings are those of the whole",
+        "pipeline (blocks of one family declare the same guider with different scales), and a block that a model has",
+        "no component for is left out where an input of the request takes its place.",
+        "",
+        f"{summary(results)}.",
+        "",
+        f"| {' | '.join(_COLUMNS)} |",
+        f"|{' --- |' * len(_COLUMNS)}",
+    ]
+    lines += [f"| {' | '.join(cell.replace('|', '/') for cell in result.cells())} |" for result in results]
+    return "\n".join(lines) + "\n"
+
+
+def _listed(kinds: dict[str, str]) -> str:
+    by_kind: dict[str, list[str]] = {}
+    for name, kind in kinds.items():
+        by_kind.setdefault(kind, []).append(name)
+    return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in by_kind.items())

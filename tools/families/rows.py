@@ -1,0 +1,126 @@
+"""A row for every family and task: how it is served, and what crosses between its panels."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final, get_args, get_origin
+
+import diffusers
+
+from engines.panels import ModelError, Panel
+from engines.split import cut, prune
+from tools.families.cases import Case, cases
+
+
+@dataclass(frozen=True)
+class Row:
+    """One family and task.
+
+    Attributes:
+        family: The name of its pipeline, without "ModularPipeline".
+        task: A workflow; "" where there is just one.
+        route: "modular", or "none".
+        reason: Why there is no route, or why it is not run here.
+        to_denoiser: Kinds of what the encoder makes for the later panels, by name.
+        to_decoder: Kinds of what the denoiser makes for the decoder, by name.
+        case: The request that shows it; None where there is none.
+    """
+
+    family: str
+    task: str
+    route: str
+    reason: str = ""
+    to_denoiser: dict[str, str] = field(default_factory=dict)
+    to_decoder: dict[str, str] = field(default_factory=dict)
+    case: Case | None = None
+
+
+def rows() -> tuple[Row, ...]:
+    """Every family and task of the installed diffusers."""
+    known = {(case.pipeline, case.task): case for case in cases()}
+    return tuple(_row(name, task, known) for name in pipelines() for task in _tasks(name))
+
+
+def pipelines() -> list[str]:
+    """Names of all modular pipelines that have blocks of their own."""
+    names = [name for name in dir(diffusers) if name.endswith("ModularPipeline")]
+    return [name for name in names if getattr(diffusers, name).default_blocks_name]
+
+
+def blocks_of(pipeline: str) -> Any:
+    """All blocks of a modular pipeline."""
+    return getattr(diffusers, getattr(diffusers, pipeline).default_blocks_name)()
+
+
+def boundary(before: Iterable[Any], later: Iterable[Any]) -> dict[str, str]:
+    """What parts make that later parts take, as the blocks declare it: kinds by name."""
+    made = {output.name: output for part in before for output in part.intermediate_outputs}
+    groups = {declared.kwargs_type for part in later for declared in part.inputs if not declared.name}
+    wanted = {declared.name: declared for part in later for declared in part.inputs if declared.name}
+    crossing: dict[str, str] = {}
+    for name, output in sorted(made.items()):
+        if name in wanted or (output.kwargs_type and output.kwargs_type in groups):
+            hint = output.type_hint or getattr(wanted.get(name), "type_hint", None)
+            crossing[name] = kind_of_hint(hint)
+    return crossing
+
+
+def kind_of_hint(hint: Any) -> str:
+    """A type hint in a word or two; "any" where there is none."""
+    if hint is None or hint is Any:
+        return "any"
+    if isinstance(hint, str):
+        return hint.lower()
+    arguments = [argument for argument in get_args(hint) if argument not in (type(None), Ellipsis)]
+    if isinstance(hint, types.UnionType) or (get_origin(hint) is not None and not isinstance(get_origin(hint), type)):
+        return " or ".join(dict.fromkeys(kind_of_hint(argument) for argument in arguments))
+    if get_origin(hint) is not None and arguments:
+        inner = " or ".join(dict.fromkeys(kind_of_hint(argument) for argument in arguments))
+        return f"{get_origin(hint).__name__} of {inner}"
+    return str(getattr(hint, "__name__", hint)).lower()
+
+
+def _row(pipeline: str, task: str, known: dict[tuple[str, str], Case]) -> Row:
+    family = pipeline.removesuffix("ModularPipeline")
+    blocks = blocks_of(pipeline)
+    try:
+        parts = cut(prune(blocks, task or "any"))
+    except ModelError as error:
+        return Row(family, task, "none", str(error))
+    case = known.get((pipeline, task))
+    later = [parts[Panel.DENOISER], parts[Panel.DECODER]]
+    return Row(
+        family,
+        task,
+        "modular",
+        "" if case else _not_run(family, task),
+        boundary([parts[Panel.ENCODER]], later),
+        boundary([parts[Panel.DENOISER]], [parts[Panel.DECODER]]),
+        case,
+    )
+
+
+def _tasks(pipeline: str) -> list[str]:
+    return list(blocks_of(pipeline)._workflow_map or [""])
+
+
+# Why some rows are cut but not run; the longest name that fits is used.
+_NOT_RUN: Final = {
+    "StableDiffusionXL ip_adapter": "the weights of an IP adapter are loaded into the UNet, no folder has them inside",
+    "LTX2 condition": "a request would carry a list of `LTX2VideoCondition`, which is no plain value",
+    "LTX2 in_context": "a request would carry a list of `LTX2ReferenceCondition`, which is no plain value",
+    "LTX25": "no tiny model of its diffusion decoder",
+    "Cosmos3": "no tiny model of its transformer, which is a language model as well",
+    "Flux3": "no tiny model of its two language models with eyes",
+    "MiniMaxH3": "no tiny model of its VAEs",
+    "MiniMaxMusic3": "no tiny model",
+    "WanAnimate2": "no tiny model",
+}
+
+
+def _not_run(family: str, task: str) -> str:
+    name = f"{family} {task}"
+    fitting = [start for start in _NOT_RUN if name.startswith(start)]
+    return f"not run: {_NOT_RUN[max(fitting, key=len)]}" if fitting else "not run: no request for it"

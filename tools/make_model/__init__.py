@@ -1,0 +1,156 @@
+"""Make a tiny model with random weights, for tests and demonstrations: `python -m tools.make_model OUT --family flux`.
+
+Everything is made here from a few numbers, nothing is downloaded. The folder has the layout of diffusers, with
+tokenizers that know every byte, and a card. The same seed makes the same files. Its pictures are coloured noise, but
+they depend on the prompt, the seed and each parameter as those of a real model do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+import torch
+import transformers
+from rich.progress import track
+from transformers import PreTrainedTokenizerFast
+
+from engines.card import CARD_NAME
+from tools.make_model import flux, looking, pictures, qwen, stable, vaes, video, wan
+from tools.make_model.recipe import Recipe
+from tools.make_model.text import TEXT_LENGTH
+
+__all__ = ["TEXT_LENGTH", "Family", "make_model"]
+
+
+class Family(StrEnum):
+    """Which pipeline the model is for."""
+
+    FLUX = "flux"
+    FLUX_KL = "flux-kl"
+    FLUX_KONTEXT = "flux-kontext"
+    FLUX2 = "flux2"
+    FLUX2_KLEIN = "flux2-klein"
+    FLUX2_KLEIN_BASE = "flux2-klein-base"
+    WAN = "wan"
+    WAN_I2V = "wan-i2v"
+    WAN_FLF2V = "wan-flf2v"
+    WAN22 = "wan22"
+    WAN22_I2V = "wan22-i2v"
+    WAN22_VACE = "wan22-vace"
+    QWENIMAGE = "qwenimage"
+    QWENIMAGE_EDIT = "qwenimage-edit"
+    QWENIMAGE_EDIT_PLUS = "qwenimage-edit-plus"
+    QWENIMAGE_LAYERED = "qwenimage-layered"
+    SD3 = "sd3"
+    SDXL = "sdxl"
+    SDXL_UNION = "sdxl-union"
+    LTX = "ltx"
+    LTX2 = "ltx2"
+    ECHO = "echo"
+    HUNYUAN_VIDEO15 = "hunyuan_video1_5"
+    HELIOS = "helios"
+    HELIOS_PYRAMID = "helios-pyramid"
+    HELIOS_PYRAMID_DISTILLED = "helios-pyramid-distilled"
+    Z_IMAGE = "z_image"
+    IDEOGRAM4 = "ideogram4"
+    QWENIMAGE21 = "qwenimage21"
+    QWENIMAGE21_TURBO = "qwenimage21-turbo"
+    KREA2 = "krea2"
+    KREA2_TURBO = "krea2-turbo"
+    ANIMA = "anima"
+    ERNIE_IMAGE = "ernie_image"
+
+
+_RECIPES: Final[dict[Family, Callable[[], Recipe]]] = {
+    Family.FLUX: lambda: flux.flux(vaes.tiny, guidance_embeds=False),
+    Family.FLUX_KL: lambda: flux.flux(vaes.kl, guidance_embeds=True),
+    Family.FLUX_KONTEXT: flux.kontext,
+    Family.FLUX2: flux.flux2,
+    Family.FLUX2_KLEIN: lambda: flux.klein(distilled=True),
+    Family.FLUX2_KLEIN_BASE: lambda: flux.klein(distilled=False),
+    Family.WAN: wan.t2v,
+    Family.WAN_I2V: wan.i2v,
+    Family.WAN_FLF2V: wan.flf2v,
+    Family.WAN22: lambda: wan.t2v(experts=2),
+    Family.WAN22_I2V: lambda: wan.i2v(experts=2),
+    Family.WAN22_VACE: wan.vace,
+    Family.QWENIMAGE: qwen.qwenimage,
+    Family.QWENIMAGE_EDIT: qwen.edit,
+    Family.QWENIMAGE_EDIT_PLUS: qwen.edit_plus,
+    Family.QWENIMAGE_LAYERED: qwen.layered,
+    Family.SD3: stable.sd3,
+    Family.SDXL: stable.sdxl,
+    Family.SDXL_UNION: stable.sdxl_union,
+    Family.LTX: video.ltx,
+    Family.LTX2: video.ltx2,
+    Family.ECHO: video.echo,
+    Family.HUNYUAN_VIDEO15: video.hunyuan_video,
+    Family.HELIOS: lambda: wan.helios("HeliosPipeline", wan.helios_flat),
+    Family.HELIOS_PYRAMID: lambda: wan.helios("HeliosPyramidModularPipeline", wan.helios_pyramid),
+    Family.HELIOS_PYRAMID_DISTILLED: lambda: wan.helios("HeliosPyramidDistilledModularPipeline", wan.helios_distilled),
+    Family.Z_IMAGE: pictures.z_image,
+    Family.IDEOGRAM4: looking.ideogram4,
+    Family.QWENIMAGE21: lambda: looking.qwenimage21(turbo=False),
+    Family.QWENIMAGE21_TURBO: lambda: looking.qwenimage21(turbo=True),
+    Family.KREA2: lambda: pictures.krea2(turbo=False),
+    Family.KREA2_TURBO: lambda: pictures.krea2(turbo=True),
+    Family.ANIMA: pictures.anima,
+    Family.ERNIE_IMAGE: pictures.ernie,
+}
+
+
+def make_model(out: Path, family: Family, seed: int = 0, *, progress: bool = True) -> None:
+    """Make a model.
+
+    Args:
+        out: Its folder, made if need be; files of the same names are replaced.
+        family: "flux" has a tiny VAE and no guidance embedding, "flux-kl" a KL VAE and guidance as the original has;
+            the others are as their originals.
+        seed: Of the weights.
+        progress: Whether a bar is shown.
+    """
+    recipe = _RECIPES[family]()
+    out.mkdir(parents=True, exist_ok=True)
+    transformers.utils.logging.disable_progress_bar()  # One bar is enough.
+    index: dict[str, object] = {"_class_name": recipe.pipeline, **recipe.settings}
+    parts = track(recipe.components.items(), "Making components", total=len(recipe.components), disable=not progress)
+    for number, (name, make) in enumerate(parts):
+        # Each component has its own seed, so that a change of one leaves the others as they are.
+        torch.manual_seed(seed * 1000 + number)
+        component = make() if make else None
+        if component is not None:
+            component.save_pretrained(out / name)
+        index[name] = _index_entry(component)
+    _write(out / "model_index.json", index)
+    _write(out / CARD_NAME, _card(family, recipe))
+
+
+def _card(family: Family, recipe: Recipe) -> dict[str, object]:
+    name = "flux" if family is Family.FLUX_KL else family.value
+    return {
+        "name": f"tiny-{name}",
+        "family": name,
+        "task": recipe.task,
+        "defaults": recipe.defaults,
+        "ranges": {**recipe.ranges, "num_inference_steps": [1, 50]},
+    }
+
+
+def _index_entry(component: object) -> list[str | None]:
+    if component is None:
+        return [None, None]
+    # Its class has another name in each major version of transformers; this one stays.
+    if isinstance(component, PreTrainedTokenizerFast):
+        return ["transformers", "PreTrainedTokenizerFast"]
+    module = type(component).__module__.split(".")
+    # Parts that belong to one pipeline are named by its package.
+    library = module[2] if module[:2] == ["diffusers", "pipelines"] else module[0]
+    return [library, type(component).__name__]
+
+
+def _write(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

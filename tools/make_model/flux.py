@@ -1,0 +1,107 @@
+"""Flux, Kontext and Flux 2."""
+
+from __future__ import annotations
+
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel, FluxTransformer2DModel
+from transformers import (
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen3ForCausalLM,
+)
+
+from tools.make_model import text, vaes
+from tools.make_model.recipe import Component, Recipe, picture, sizes
+from tools.make_model.text import TEXT_LENGTH, WIDTH
+
+
+def flux(vae: Component, *, guidance_embeds: bool, pipeline: str = "FluxPipeline") -> Recipe:
+    """Flux with a VAE, with guidance embedded as the larger original has it or without."""
+    components: dict[str, Component | None] = {
+        "tokenizer": lambda: text.tokenizer(start=True),
+        "text_encoder": text.clip_text,
+        "tokenizer_2": lambda: text.tokenizer(start=False),
+        "text_encoder_2": text.t5,
+        "transformer": lambda: FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            pooled_projection_dim=WIDTH,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        "scheduler": lambda: FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        "vae": vae,
+    }
+    defaults = picture(text=TEXT_LENGTH)
+    if guidance_embeds:
+        defaults["guidance_scale"] = 3.5
+    return Recipe(pipeline, "text-to-image", components, defaults, sizes(8))
+
+
+def kontext() -> Recipe:
+    """Flux that changes a picture."""
+    made = flux(vaes.kl, guidance_embeds=True, pipeline="FluxKontextPipeline")
+    return Recipe(made.pipeline, "image_conditioned", made.components, made.defaults, made.ranges)
+
+
+def flux2() -> Recipe:
+    """Flux 2, whose text encoder is Mistral 3."""
+    components = _flux2(text_encoder=_mistral, layers=3, guidance_embeds=True)
+    defaults = picture(text=512, guidance_scale=4.0)
+    return Recipe("Flux2Pipeline", "text-to-image", components, defaults, sizes(16, text=1024))
+
+
+def klein(*, distilled: bool) -> Recipe:
+    """Flux 2 Klein, whose text encoder is Qwen 3: the distilled one, or its base."""
+    # It reads the states of layers 9, 18 and 27.
+    components = _flux2(lambda: text.qwen3(Qwen3ForCausalLM, layers=28), layers=3, guidance_embeds=False)
+    defaults = picture(text=128)
+    settings: dict[str, object] = {"is_distilled": distilled}
+    return Recipe("Flux2KleinPipeline", "text-to-image", components, defaults, sizes(16), settings)
+
+
+def _flux2(text_encoder: Component, layers: int, *, guidance_embeds: bool) -> dict[str, Component | None]:
+    return {
+        "tokenizer": chat,
+        "text_encoder": text_encoder,
+        "transformer": lambda: Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=layers * WIDTH,
+            timestep_guidance_channels=WIDTH,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=guidance_embeds,
+        ),
+        "scheduler": lambda: FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        "vae": vaes.flux2,
+    }
+
+
+def chat() -> PreTrainedTokenizerFast:
+    """The tokenizer of a language model."""
+    return text.chat_tokenizer()
+
+
+def _mistral() -> Mistral3ForConditionalGeneration:
+    # It reads the states of layers 10, 20 and 30.
+    config = Mistral3Config(
+        text_config={"model_type": "mistral", **text.decoder_config(num_hidden_layers=31, head_dim=16)},
+        vision_config={
+            "model_type": "pixtral",
+            "hidden_size": WIDTH,
+            "intermediate_size": 2 * WIDTH,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "head_dim": 16,
+            "image_size": 64,
+            "patch_size": 16,
+        },
+    )
+    return Mistral3ForConditionalGeneration(config)

@@ -1,0 +1,41 @@
+"""What a tiny model is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+Component = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A tiny model that can be made.
+
+    Attributes:
+        pipeline: The class that its index names.
+        task: A workflow of the pipeline, such as "text-to-image"; "" where it has just one.
+        components: How each component is made, by its name in the index; None is one that the model goes without.
+        defaults: The parameters of its card.
+        ranges: Their limits.
+        settings: What else the index says.
+    """
+
+    pipeline: str
+    task: str
+    components: dict[str, Component | None]
+    defaults: dict[str, float]
+    ranges: dict[str, list[int]] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
+
+
+def picture(side: int = 64, steps: int = 4, text: int = 64, **more: float) -> dict[str, float]:
+    """Defaults of a model of pictures: a square of `side` pixels, `text` tokens."""
+    return {"height": side, "width": side, "num_inference_steps": steps, "max_sequence_length": text, **more}
+
+
+def sizes(multiple: int, *, most: int = 256, text: int = 256) -> dict[str, list[int]]:
+    """Ranges of a model whose sides are multiples of a number of pixels."""
+    low = max(16, multiple)
+    return {"height": [low, most, multiple], "width": [low, most, multiple], "max_sequence_length": [2, text]}

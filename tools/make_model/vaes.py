@@ -1,0 +1,91 @@
+"""Tiny VAEs, most of them with one level less than the originals: what pipelines assume about them does not hold."""
+
+from __future__ import annotations
+
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderKLWan, AutoencoderTiny
+
+_LATENTS_MEAN = [0.1, -0.2, 0.3, 0.0]
+_LATENTS_STD = [1.5, 1.2, 0.8, 1.1]
+
+
+def tiny() -> AutoencoderTiny:
+    """Three levels, not the usual four: its pictures are 4 times as large as latents, where pipelines assume 8."""
+    return AutoencoderTiny(
+        encoder_block_out_channels=(16, 16, 16),
+        decoder_block_out_channels=(16, 16, 16),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+        latent_channels=4,
+        scaling_factor=0.9,
+        shift_factor=0.1,
+    )
+
+
+def kl(*, quant: bool = False, shift: float | None = 0.11) -> AutoencoderKL:
+    """Three levels and 4 channels; `shift` is None for models that have none."""
+    return AutoencoderKL(
+        block_out_channels=(16, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=0.36,
+        shift_factor=shift,
+        use_quant_conv=quant,
+        use_post_quant_conv=quant,
+    )
+
+
+def flux2() -> AutoencoderKLFlux2:
+    """Four levels, as the image processor of the family assumes; latents of 4 channels, patched 2 x 2."""
+    return AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def wan() -> AutoencoderKLWan:
+    """Three levels: 4 times in space, 2 times in time."""
+    return AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        scale_factor_spatial=4,
+        scale_factor_temporal=2,
+        latents_mean=_LATENTS_MEAN,
+        latents_std=_LATENTS_STD,
+    )
+
+
+def wan_full() -> AutoencoderKLWan:
+    """Four levels: 8 times in space and 4 in time, for pipelines that count on them."""
+    return AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=_LATENTS_MEAN,
+        latents_std=_LATENTS_STD,
+    )
+
+
+def qwen(channels: int = 3) -> AutoencoderKLQwenImage:
+    """Four levels, for pictures of 3 channels or, with transparency, 4."""
+    return AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        input_channels=channels,
+        latents_mean=_LATENTS_MEAN,
+        latents_std=_LATENTS_STD,
+    )
