@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 from diffusers.configuration_utils import ConfigMixin
 from transformers import PreTrainedModel
@@ -20,7 +21,8 @@ from engines.shadows import COMPUTE
 from engines.split import cut, prune
 from tools.families.apart import Apart, PanelError, apart
 from tools.families.cases import Case, cases
-from tools.families.compare import compare
+from tools.families.compare import Outcome, compare, difference, identical
+from tools.families.report import Result, markdown, summary
 from tools.families.rows import blocks_of, pipelines, rows
 
 # One each of: two experts and guiders, editing with a channels-last VAE, sound, layout of several text encoders.
@@ -164,3 +166,22 @@ def test_a_panel_that_cannot_do_its_part_says_why_and_goes_on(
         models("flux"), {"prompt": "a ship", "num_inference_steps": 1, "height": 16, "width": 16}, 0
     )
     assert made.keys() == {"images"}
+
+
+def test_a_difference_is_measured_and_makes_the_row_bad() -> None:
+    ours, theirs = [np.zeros((2, 2), np.float32)], [np.full((2, 2), 0.25, np.float32)]
+    assert identical(ours, [np.zeros((2, 2), np.float32)])
+    assert not identical(ours, theirs)
+    assert difference(ours, theirs) == 0.25
+    assert difference(ours, [np.zeros((2, 3), np.float32)]) is None
+    assert not identical(ours, [np.zeros((2, 2), np.float64)]), "the same numbers in other bytes"
+    assert not identical([], []), "nothing is not the same as nothing"
+
+    row = next(row for row in rows() if row.case)
+    good, bad = Result(row, Outcome(True, 0.0, {})), Result(row, Outcome(False, 0.25, {}))
+    failed, not_run = Result(row, failed=True), Result(row)
+    assert [result.bad for result in (good, bad, failed, not_run)] == [False, True, True, False]
+    assert bad.record()["max_abs_diff"] == 0.25
+    assert not_run.record()["identical"] is None
+    assert summary([good, bad, failed, not_run]) == "1 pipelines, 4 rows; 3 ran, 1 of those identical"
+    assert "| no (0.25) |" in markdown([bad], ran=True)
