@@ -118,19 +118,17 @@ class Launcher:
             self._zygote = self._spawn_zygote()
 
 
+QUIET: Final = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
+"""The model libraries warn of optional packages at each import; their errors still come as exceptions."""
+
+
 def thread_environment(cpu_roles: int, environment: Mapping[str, str], cores: int) -> dict[str, str]:
     """Variables that share the cores out among the roles that compute on them. Pure.
 
-    What the user has set stays. OpenBLAS would start its threads when it is imported, before the fork. The model
-    libraries warn on standard error about optional packages at each start; their errors still come as exceptions.
-    With huge pages, torch gets large blocks of memory on the CPU in a fraction of the time.
+    What the user has set stays. OpenBLAS would start its threads when it is imported, before the fork. With
+    huge pages, torch gets large blocks of memory on the CPU in a fraction of the time.
     """
-    wanted = {
-        "OPENBLAS_NUM_THREADS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "DIFFUSERS_VERBOSITY": "error",
-        "THP_MEM_ALLOC_ENABLE": "1",
-    }
+    wanted = {**QUIET, "OPENBLAS_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1"}
     if cpu_roles and "OMP_NUM_THREADS" not in environment:
         share = str(max(1, cores // cpu_roles))
         wanted |= {"OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share}

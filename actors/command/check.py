@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from rich.markup import escape
 from actors.command.output import EXIT_BAD_TOPOLOGY, fail, rows_of, stdout, table
 from actors.components import load_describe
 from actors.errors import StartFailure, TopologyError
+from actors.launcher import QUIET
 from actors.preflight import preflight
 from actors.topology import Topology, load_topology
 
@@ -45,6 +47,7 @@ def show_model(topology: Topology) -> None:
     """Print how the model of a topology would be served; exits with 2 when it cannot be."""
     in_parts = all(role.kind != "monolithic" for role in topology.roles)
     try:
+        os.environ.update({name: level for name, level in QUIET.items() if name not in os.environ})
         sentence, problem = load_describe()(topology.model_path, in_parts=in_parts)
     except StartFailure as error:
         fail(str(error), EXIT_BAD_TOPOLOGY)
