@@ -28,6 +28,10 @@ class _OvertakenError(Exception):
     """The work that a slot was wanted for no longer counts."""
 
 
+class _SourceGoneError(Exception):
+    """The tensors that the work starts from were lost before it was sent."""
+
+
 class Errands:
     """Runs the ledger's effects as tasks of the head; what comes back goes into the ledger."""
 
@@ -44,7 +48,8 @@ class Errands:
         for effect in effects:
             match effect:
                 case Assign(instance, unit_id):
-                    self._head.spawn(self._assign(instance, self._ledger.units[unit_id]), name=f"assign {unit_id}")
+                    unit = self._ledger.units[unit_id]
+                    self._head.spawn(self._assign(instance, unit, unit.work), name=f"assign {unit.work}")
                 case Cancel(instance, work, reason):
                     self._cancel(instance, work, reason)
                 case Release(leases):
@@ -55,13 +60,14 @@ class Errands:
 
     # -- sending work
 
-    async def _assign(self, instance: str, unit: Unit) -> None:
-        work = unit.work
+    async def _assign(self, instance: str, unit: Unit, work: Work) -> None:
         try:
             message = await self._order(instance, unit, work)
             await self._head.reference(instance).ask(message, stages.StageTaken, timeout_s=ANSWER_S)
         except _OvertakenError:
             self._ledger.fleet.refund(instance)
+        except _SourceGoneError:
+            self._ledger.not_taken(instance, work, "cancelled", "its staged tensors are gone", time.time())
         except _NoRoomError as error:
             self._ledger.fleet.refund(instance)
             self._ledger.give_up(work, instance, str(error), time.time())
@@ -77,10 +83,20 @@ class Errands:
         self._settle()
 
     async def _order(self, instance: str, unit: Unit, work: Work) -> stages.StageAssign | stages.TransferPush:
+        """What to send.
+
+        Raises:
+            _SourceGoneError: the pool that held its tensors has died.
+            And what `_target` raises.
+        """
+        if unit.work != work or unit.instance != instance:
+            raise _OvertakenError
         request = self._ledger.requests[unit.request_id]
         panel = unit.panel
         if panel is None or panel is Panel.ENCODER:
             return stages.StageAssign(work, request.inputs, unit.seed, request.output_format, unit.deadline)
+        if UPSTREAM[panel] not in unit.staged:
+            raise _SourceGoneError
         source = unit.staged[UPSTREAM[panel]]
         target = await self._target(instance, source, unit, work)
         return stages.TransferPush(work, source, target, request.output_format, unit.deadline)
