@@ -35,10 +35,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     recovery_p99_s: float
     recovery_by_fault_s: dict[str, float]
     """Medians. A stopped process is first missed for the heartbeat's timeout."""
-    seen_p99_s: float
-    """From the blow to the head's knowing that the work has to be done again."""
-    redispatched_p99_s: float
-    """From that to the stage's running elsewhere."""
+    seen_p99_s: float | None
+    """From the blow to the head's knowing that the work has to be done again; None if no kill hit a running stage."""
+    redispatched_p99_s: float | None
+    """From that to the stage's running elsewhere; likewise."""
     restarts: int
     invariants: dict[str, list[str]]
     """What broke each, empty where it held."""
@@ -76,8 +76,8 @@ def summary(
         recovery_p50_s=percentile(recoveries, 50),
         recovery_p99_s=percentile(recoveries, 99),
         recovery_by_fault_s={fault: statistics.median(times) for fault, times in faults.items() if times},
-        seen_p99_s=percentile(seen, 99),
-        redispatched_p99_s=percentile(redispatched, 99),
+        seen_p99_s=percentile(seen, 99) if seen else None,
+        redispatched_p99_s=percentile(redispatched, 99) if redispatched else None,
         restarts=restarts,
         invariants=invariants,
     )
@@ -123,11 +123,16 @@ def show(report: Report, console: Console) -> None:
     for fault, n in report.strikes.items():
         faults.add_row(fault, str(n), f"{report.recovery_by_fault_s.get(fault, 0):.2f}")
     console.print(faults)
+    console.print(f"recovery p50 {report.recovery_p50_s:.2f} s, p99 {report.recovery_p99_s:.2f} s (stops apart)")
     console.print(
-        f"recovery p50 {report.recovery_p50_s:.2f} s, p99 {report.recovery_p99_s:.2f} s (stops apart); death seen p99 "
-        f"{report.seen_p99_s * 1000:.0f} ms; running elsewhere p99 {report.redispatched_p99_s * 1000:.0f} ms later"
+        f"a running stage's kill seen p99 {_ms(report.seen_p99_s)}, running elsewhere p99 "
+        f"{_ms(report.redispatched_p99_s)} later"
     )
     for name, broken in report.invariants.items():
         console.print(f"[green]held[/green]    {name}" if not broken else f"[red]BROKEN[/red]  {name}")
         for sentence in broken[:10]:
             console.print(f"        {sentence}")
+
+
+def _ms(seconds: float | None) -> str:
+    return "(none was hit)" if seconds is None else f"{seconds * 1000:.0f} ms"
