@@ -30,7 +30,8 @@ from roles.messages.requests import (
     RequestView,
     SubmitRequest,
 )
-from roles.messages.work import Scalar
+from roles.messages.work import Input as PipelineInput
+from roles.messages.work import Output
 
 MAX_TEXT = 32_768
 MAX_INPUTS = 64
@@ -76,7 +77,7 @@ class Image(msgspec.Struct, omit_defaults=True):
     url: str | None = None
 
 
-def parse(body: dict[str, object]) -> tuple[ImageRequest, dict[str, Scalar]]:
+def parse(body: dict[str, object]) -> tuple[ImageRequest, dict[str, PipelineInput]]:
     """Check types and shapes, gather the pipeline's inputs; raises ApiError 422 with the field at fault."""
     fields = ImageRequest.__struct_fields__
     given = {name: body[name] for name in fields if body.get(name) is not None}
@@ -84,7 +85,7 @@ def parse(body: dict[str, object]) -> tuple[ImageRequest, dict[str, Scalar]]:
         wanted = msgspec.convert(given, ImageRequest)
     except msgspec.ValidationError as error:
         raise from_validation(error) from None
-    inputs: dict[str, Scalar] = {name: value for name in _INPUTS if (value := getattr(wanted, name)) is not None}
+    inputs: dict[str, PipelineInput] = {name: value for name in _INPUTS if (value := getattr(wanted, name)) is not None}
     for name in body.keys() - set(fields):
         try:
             inputs[name] = msgspec.convert(body[name], Input)
@@ -97,7 +98,7 @@ def parse(body: dict[str, object]) -> tuple[ImageRequest, dict[str, Scalar]]:
     return wanted, inputs | parse_size(wanted.size, inputs)
 
 
-def parse_size(size: str, inputs: dict[str, Scalar]) -> dict[str, Scalar]:
+def parse_size(size: str, inputs: dict[str, PipelineInput]) -> dict[str, PipelineInput]:
     """Return height and width in pixels, nothing for auto."""
     if size == "auto":
         return {}
@@ -133,7 +134,7 @@ class Generations(HTTPEndpoint):
             inputs=inputs,
             seed=choose_seed(wanted.seed, key),
             n=wanted.n,
-            output_format=wanted.output_format,
+            output=Output(wanted.output_format),
             # Without one from the client, its own id is the key: a submission that the head's restart left
             # unanswered is sent again, and must not make a second request.
             idempotency_key=key or request.state.request_id,

@@ -18,8 +18,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from engines.guidance import GUIDANCE_SCALE, has_guider
 from engines.loading import load_component, load_shadow
 from engines.panels import ModelError
+from engines.parameters import Signature
 from engines.shadows import Shadow
 from engines.stepping import Denoising
+from engines.vocabulary import of_call
 
 GENERATOR: Final = "generator"
 _OURS: Final = frozenset({"self", "output_type", "return_dict", "callback", "callback_steps", "callback_on_step_end"})
@@ -34,6 +36,14 @@ def accepted(pipeline: Any) -> frozenset[str]:
     names = {parameter.name for parameter in parameters if parameter.kind not in kinds}
     names -= {*_OURS, "callback_on_step_end_tensor_inputs"}
     return frozenset(names | ({GUIDANCE_SCALE} if has_guider(pipeline) else set()))
+
+
+def signature(pipeline: Any) -> Signature:
+    """What a classic pipeline takes and makes; any input may change what its encoders make."""
+    taken = accepted(pipeline)
+    parameters = tuple(item for item in of_call(type(pipeline).__call__, also=taken) if item.name in taken)
+    medium = "video" if hasattr(pipeline, "video_processor") else "image"
+    return Signature(parameters, encodes=tuple(sorted(taken)), medium=medium)
 
 
 def call(pipeline: Any, inputs: Mapping[str, object], generator: torch.Generator) -> dict[str, object]:

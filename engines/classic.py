@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 
 from engines.anatomy import Anatomy, anatomy
-from engines.calling import GENERATOR, CallDenoising, Components, accepted, call, schedulers
+from engines.calling import GENERATOR, CallDenoising, Components, accepted, call, schedulers, signature
 from engines.card import load_index
 from engines.guidance import GUIDANCE_SCALE, private
 from engines.handoff import Elsewhere, Handoff, Recording, Resumption, first
@@ -44,6 +44,7 @@ class ClassicParts:
         self.pipeline = pipeline
         self.components = components
         self.inputs = accepted(pipeline)
+        self.signature = signature(pipeline)
         self._anatomy = build
         self._shadows = shadows
 

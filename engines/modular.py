@@ -12,8 +12,10 @@ from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from engines.guidance import GUIDANCE_SCALE, has_guider, private
 from engines.loading import geometry_problem, load_components, make_shadows
 from engines.panels import ModelError, Panel
+from engines.parameters import Signature
 from engines.split import KWARGS_MAPPING, Split, crossing, joined, load_split
 from engines.stepping import BlockDenoising, Denoising
+from engines.vocabulary import of_blocks
 
 GENERATOR: Final = "generator"
 
@@ -27,7 +29,13 @@ class ModularParts:
         self._split = split
         names = {declared.name for declared in split.blocks.inputs if declared.name}
         self._takes_generator = GENERATOR in names
-        self.inputs = frozenset(names | ({GUIDANCE_SCALE} if has_guider(pipeline) else set()))
+        guided = {GUIDANCE_SCALE} if has_guider(pipeline) else set()
+        self.inputs = frozenset(names | guided)
+        self.signature = Signature(
+            parameters=of_blocks(split.blocks, also=guided),
+            encodes=tuple(sorted({item.name for item in split.parts[Panel.ENCODER].inputs if item.name} | guided)),
+            medium="video" if "videos" in split.outputs else "image",
+        )
 
     def encode(self, inputs: Mapping[str, object], seed: int) -> dict[str, object]:
         """Run the blocks before `denoise`; returns what later blocks take as inputs, and `KWARGS_MAPPING`."""

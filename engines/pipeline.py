@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 import diffusers
+import msgspec
 import torch
 import transformers
 
 from engines.classic import load_classic
 from engines.modular import load_modular
 from engines.panels import ModelError, Panel
+from engines.parameters import Signature
 from engines.routes import Route, route_for
 from engines.stepping import Denoising
 from engines.whole import load_whole
@@ -36,6 +38,8 @@ class Parts(Protocol):
     """Names of what is loaded."""
     inputs: frozenset[str]
     """Names of all inputs that the whole pipeline takes."""
+    signature: Signature
+    """Of the whole pipeline, the public part."""
 
     def encode(self, inputs: Mapping[str, object], seed: int) -> dict[str, object]:
         """Run the encoder."""
@@ -63,6 +67,7 @@ class PanelPipeline:
         panels: Those that it has, in order.
         route: How the pipeline is cut.
         accepted: Names of the inputs that a request to the whole pipeline may give.
+        signature: What of them is public, and what the pipeline makes.
         components: Names of the components that are loaded here.
     """
 
@@ -71,6 +76,8 @@ class PanelPipeline:
         self.route = route
         self.components = parts.components
         self.accepted = parts.inputs - _NOT_ACCEPTED
+        public = tuple(item for item in parts.signature.parameters if item.name in self.accepted)
+        self.signature = msgspec.structs.replace(parts.signature, parameters=public)
         self._parts = parts
 
     @classmethod

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from engines.anatomy import anatomy
-from engines.calling import GENERATOR, CallDenoising, Components, accepted, call
+from engines.calling import GENERATOR, CallDenoising, Components, accepted, call, signature
 from engines.card import load_index
 from engines.guidance import GUIDANCE_SCALE, private
 from engines.panels import Panel
@@ -24,6 +24,7 @@ class WholeParts:
         self.pipeline = pipeline
         self.components = components
         self.inputs = accepted(pipeline)
+        self.signature = signature(pipeline)
 
     def encode(self, inputs: Mapping[str, object], seed: int) -> dict[str, object]:
         """Keep the request: "inputs" and a "generator"."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from engines.panels import Panel
+from engines.parameters import Signature
 from roles.dispatch import Candidate
 from roles.messages.requests import InstanceView
 from roles.messages.stages import InstanceHello
@@ -25,8 +26,8 @@ class Instance:
     """Credits that it has issued; only ever grows."""
     spent: int
     """Credits that the head has used."""
+    signature: Signature
     heard_at: float
-    accepted: tuple[str, ...] = ()
     in_hand: set[str] = field(default_factory=set)
     """Ids of the units assigned to it."""
     served: int = 0
@@ -72,7 +73,7 @@ class Fleet:
             issued=hello.issued,
             spent=hello.taken,
             heard_at=now,
-            accepted=hello.accepted,
+            signature=hello.signature,
             last_served=known.last_served if known else 0,
         )
         self.instances[hello.name] = instance

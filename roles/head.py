@@ -19,12 +19,13 @@ from actors import Actor, Component, Later, StartFailure, Topology
 from bus import Refused
 from engines.card import CardError, ModelCard, load_card
 from engines.panels import ModelError, Panel
+from engines.parameters import Signature, names
 from roles.dispatch import POLICIES
 from roles.errands import Errands
 from roles.journal import Journal, JournalError
 from roles.ledger import Ledger, Request
 from roles.messages import requests, stages
-from roles.messages.work import Scalar
+from roles.messages.work import Input
 from roles.request import IllegalTransitionError, Unit
 
 Report: TypeAlias = (
@@ -42,7 +43,7 @@ RECLAIM_S = 5.0
 KEEP_S = 3600.0
 """How long an ended request can be asked about."""
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-FORMATS = ("png", "jpeg", "webp")
+FORMATS = ("", "png", "jpeg", "webp")
 
 
 def build(component: Component, topology: Topology) -> list[Actor]:
@@ -150,7 +151,9 @@ class Head(Actor):
             created_at=self.created_at,
             defaults=dict(self.card.defaults),
             ranges={name: tuple(map(float, bounds)) for name, bounds in self.card.ranges.items()},
-            accepted=tuple(sorted(self._accepted())),
+            parameters=self._signature().parameters,
+            medium=self._signature().medium,
+            fps=self._signature().fps,
         )
 
     async def cluster(self, _: requests.ClusterQuery) -> requests.ClusterView:
@@ -296,22 +299,26 @@ class Head(Actor):
         """Raises CardError, naming the input at fault."""
         if not _ID.fullmatch(message.request_id) or message.request_id in self.ledger.requests:
             raise CardError("request_id", "must be new, and of at most 64 letters, digits, - and _")
-        if message.output_format not in FORMATS:
+        if message.output.format not in FORMATS:
             raise CardError("output_format", f"must be one of {', '.join(FORMATS)}")
         if not 1 <= message.n <= self.topology.head.max_pending:
             raise CardError("n", f"must be from 1 to {self.topology.head.max_pending}")
         # Before the first instance has come, the names that the pipeline takes are not known: then it checks them.
-        inputs = cast(dict[str, Scalar], self.card.apply(message.inputs, self._accepted() or None))
+        inputs = cast(dict[str, Input], self.card.apply(message.inputs, self._accepted() or None))
         now = time.time()
         deadline = now + self.topology.head.request_timeout_s
         seed = secrets.randbits(32) if message.seed is None else message.seed
         units = [Unit(f"{message.request_id}/{k}", message.request_id, k, seed + k, deadline) for k in range(message.n)]
         return Request(
-            message.request_id, inputs, message.output_format, now, deadline, units, message.idempotency_key, digest
+            message.request_id, inputs, message.output, now, deadline, units, message.idempotency_key, digest
         )
 
-    def _accepted(self) -> set[str]:
-        return {name for i in self.ledger.fleet.instances.values() for name in i.accepted}
+    def _accepted(self) -> frozenset[str]:
+        return names(self._signature().parameters)
+
+    def _signature(self) -> Signature:
+        """Of whichever instance has it: they have loaded the same model."""
+        return next((i.signature for i in self.ledger.fleet.instances.values()), Signature())
 
     def _find(self, request_id: str) -> Request:
         if request := self.ledger.requests.get(request_id):
@@ -351,5 +358,5 @@ class Head(Actor):
 
 
 def _digest(message: requests.SubmitRequest) -> str:
-    body = (sorted(message.inputs.items()), message.seed, message.n, message.output_format)
+    body = (sorted(message.inputs.items()), message.seed, message.n, message.output)
     return hashlib.sha256(msgspec.json.encode(body)).hexdigest()

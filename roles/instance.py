@@ -228,8 +228,8 @@ class Instance(Actor):
                 transfer.tell(device.LoadState(work, source, target, deadline))
             case do.Stage(work, deadline):
                 transfer.tell(device.StageState(work, deadline))
-            case do.Save(work, output_format):
-                transfer.tell(device.SaveArtifact(work, output_format))
+            case do.Save(work, output):
+                transfer.tell(device.SaveArtifact(work, output))
             case do.StopTransfer(work):
                 transfer.tell(device.CancelState(work))
 
@@ -353,7 +353,7 @@ class Instance(Actor):
             issued=load.issued,
             taken=load.taken,
             pool=self.component.pool,
-            accepted=self.premises.accepted,
+            signature=self.premises.signature,
             # What has ended, but not to the head's knowledge, counts as in hand: it need not be done again.
             running=tuple(dict.fromkeys((*load.in_hand, *self.reporter.works))),
         )

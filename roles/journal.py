@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from roles.ledger import Request
-from roles.messages.work import Scalar
+from roles.messages.work import Input, Output
 from roles.request import Unit
 
 SCHEMA_VERSION = 1
@@ -44,10 +44,11 @@ class JournalError(Exception):
 class _Body(msgspec.Struct, frozen=True, array_like=True):
     """The columns of a request that nobody searches by."""
 
-    inputs: dict[str, Scalar]
+    inputs: dict[str, Input]
     output_format: str
     deadline: float
     digest: str
+    fps: float = 0.0
 
 
 _body = msgspec.msgpack.Decoder(_Body)
@@ -140,7 +141,7 @@ class Journal:
         return Request(
             id=id_,
             inputs=held.inputs,
-            output_format=held.output_format,
+            output=Output(held.output_format, held.fps),
             created_at=created_at,
             deadline=held.deadline,
             units=units,
@@ -164,7 +165,7 @@ class Journal:
 
 
 def _request_row(request: Request) -> tuple[str, str | None, float, float, bytes]:
-    body = _Body(request.inputs, request.output_format, request.deadline, request.digest)
+    body = _Body(request.inputs, request.output.format, request.deadline, request.digest, request.output.fps)
     return (
         request.id,
         request.idempotency_key or None,

@@ -15,7 +15,7 @@ from roles.effects import Assign, Cancel, Effect, Release, Settle
 from roles.fleet import Fleet
 from roles.messages.requests import RequestView
 from roles.messages.stages import InstanceHello, StageFailed, StageFinished, TransferFailed, TransferStaged
-from roles.messages.work import LeaseRef, Scalar, Work
+from roles.messages.work import Input, LeaseRef, Output, Work
 from roles.request import DONE, JOURNEY, PANEL_OF, RUNNING, UPSTREAM, WAITING, State, Unit
 
 MAX_DEATHS = 2
@@ -37,8 +37,8 @@ class Request:
     """What a client asked for: one or more units."""
 
     id: str
-    inputs: dict[str, Scalar]
-    output_format: str
+    inputs: dict[str, Input]
+    output: Output
     created_at: float
     deadline: float
     units: list[Unit]
@@ -69,7 +69,7 @@ class Request:
             created_at=self.created_at,
             finished_at=self.finished_at,
             inputs=self.inputs,
-            output_format=self.output_format,
+            output=self.output,
             units=tuple(unit.view() for unit in self.units),
         )
 

@@ -86,7 +86,7 @@ class StreamWorker(Actor):
             self._pipeline = await self._stream.run(self._load, device)
         except ModelError as error:
             raise StartFailure(str(error)) from error
-        self.premises.model_loaded(self._pipeline.accepted)
+        self.premises.model_loaded(self._pipeline.signature)
         loaded = self._pipeline
         panels = [panel.value for panel in loaded.panels]
         self.log.info("model loaded", panels=panels, route=loaded.route.value, device=self.component.device)

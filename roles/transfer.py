@@ -270,8 +270,9 @@ class TransferActor(Actor):
             attempt += 1
 
     def _write(self, message: SaveArtifact, values: dict[str, object]) -> Artifact:
-        data = encode_pictures(pictures(values), message.output_format)
-        return self.store.save(message.work.unit_id, message.output_format, data)
+        output_format = message.output.format or "png"
+        data = encode_pictures(pictures(values), output_format)
+        return self.store.save(message.work.unit_id, output_format, data)
 
     async def _prune(self) -> None:
         while True:

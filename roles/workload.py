@@ -25,7 +25,7 @@ from roles.messages.stages import (
     TransferReady,
     TransferStaged,
 )
-from roles.messages.work import Artifact, LeaseRef, Staged, Work
+from roles.messages.work import Artifact, LeaseRef, Output, Staged, Work
 from roles.workload_effects import (
     Begin,
     Clear,
@@ -91,7 +91,7 @@ class Item:
     phase: Phase
     panels: tuple[Panel, ...]
     """Still to run, the current one first."""
-    output_format: str
+    output: Output
     deadline: float
     seconds: float = 0.0
     """That the last panel took."""
@@ -156,7 +156,7 @@ class Workload:
                 "wrong_kind",
                 f"{self.instance} is a {self.kind}: it starts from staged tensors, not from inputs",
             )
-        if not self._take(message.work, Phase.RUNNING, message.output_format, message.deadline):
+        if not self._take(message.work, Phase.RUNNING, message.output, message.deadline):
             return ()
         return (
             *self._fence_older(message.work),
@@ -176,7 +176,7 @@ class Workload:
                 "wrong_kind",
                 f"{self.instance} is a {self.kind}: it starts from inputs, not from staged tensors",
             )
-        if not self._take(message.work, Phase.LOADING, message.output_format, message.deadline):
+        if not self._take(message.work, Phase.LOADING, message.output, message.deadline):
             return ()
         reserved = self.reservations.pop(message.work, None)
         unused = (Release(reserved),) if reserved is not None and reserved != message.target else ()
@@ -232,7 +232,7 @@ class Workload:
             return (Run(work, left[0]),)
         if done is Panel.DECODER:
             item.phase = Phase.SAVING
-            return (Save(work, item.output_format),)
+            return (Save(work, item.output),)
         item.phase = Phase.STAGING
         return (Stage(work, item.deadline),)
 
@@ -293,7 +293,7 @@ class Workload:
 
     # -- inside
 
-    def _take(self, work: Work, phase: Phase, output_format: str, deadline: float) -> bool:
+    def _take(self, work: Work, phase: Phase, output: Output, deadline: float) -> bool:
         item = self.items.get(work)
         if work in self._cancelled:
             raise NotTaken("cancelled", f"{work} was cancelled")
@@ -302,7 +302,7 @@ class Workload:
         if len(self.items) >= self.slots:
             raise NotTaken("no_credit", f"{self.instance} has {len(self.items)} works in hand and {self.slots} slots")
         self.taken += 1
-        self.items[work] = Item(work, phase, PANELS[self.kind], output_format, deadline)
+        self.items[work] = Item(work, phase, PANELS[self.kind], output, deadline)
         return True
 
     def _fence_older(self, work: Work) -> tuple[Effect, ...]:

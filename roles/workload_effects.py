@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from bus import Message
 from engines.panels import Panel
-from roles.messages.work import LeaseRef, Scalar, Staged, Work
+from roles.messages.work import Input, LeaseRef, Output, Staged, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,7 @@ class Begin:
     """Open the work's place in the workspace."""
 
     work: Work
-    inputs: dict[str, Scalar]
+    inputs: dict[str, Input]
     seed: int
 
 
@@ -50,7 +50,7 @@ class Save:
     """Write the artifact."""
 
     work: Work
-    output_format: str
+    output: Output
 
 
 @dataclass(frozen=True, slots=True)

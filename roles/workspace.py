@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from engines.parameters import Signature
 from roles.messages.work import Work
 
 if TYPE_CHECKING:
@@ -79,14 +80,14 @@ class Premises:
 
     def __init__(self) -> None:
         self.workspace = Workspace()
-        self.accepted: tuple[str, ...] = ()
-        """Inputs that the loaded pipeline takes, sorted."""
+        self.signature = Signature()
+        """What the loaded pipeline takes and makes."""
         self._loaded = asyncio.Event()
         self._mapped = asyncio.Event()
 
-    def model_loaded(self, accepted: frozenset[str]) -> None:
+    def model_loaded(self, signature: Signature) -> None:
         """Say that the stream worker has its weights."""
-        self.accepted = tuple(sorted(accepted))
+        self.signature = signature
         self._loaded.set()
 
     def pool_mapped(self) -> None:

@@ -6,7 +6,7 @@ Tensors never ride in a message: these name the work, and the values lie in the 
 from __future__ import annotations
 
 from bus import Message
-from roles.messages.work import Artifact, LeaseRef, Staged, Work
+from roles.messages.work import Artifact, LeaseRef, Output, Staged, Work
 
 
 class RunPanel(Message):
@@ -121,7 +121,7 @@ class SaveArtifact(Message):
     """Instance to transfer: write the workspace's picture to the artifact store."""
 
     work: Work
-    output_format: str
+    output: Output
 
 
 class ArtifactSaved(Message):

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from bus import Message
-from roles.messages.work import Artifact, Scalar, Value
+from engines.parameters import Parameter
+from roles.messages.work import Artifact, Input, Output, Scalar, Value
 
 
 class SubmitRequest(Message):
     """Accept `n` pictures of one prompt. Asks for RequestAccepted or RequestRejected."""
 
     request_id: str
-    inputs: dict[str, Scalar]
+    inputs: dict[str, Input]
     """Pipeline inputs by diffusers' names (`prompt`, `height`, `num_inference_steps`, ...), without the seed."""
     seed: int | None = None
     """Picture k is made from `seed + k`; without a seed the head draws one."""
     n: int = 1
-    output_format: str = "png"
-    """png, jpeg or webp."""
+    output: Output = Output()
     idempotency_key: str = ""
     """With a key, submitting again gives the same request; another body under the key is a conflict."""
 
@@ -96,8 +96,8 @@ class RequestView(Message):
     created_at: float
     finished_at: float
     """Unix seconds; 0 while active."""
-    inputs: dict[str, Scalar]
-    output_format: str
+    inputs: dict[str, Input]
+    output: Output
     units: tuple[UnitView, ...]
 
 
@@ -116,8 +116,12 @@ class ModelDescription(Message):
     defaults: dict[str, Scalar]
     ranges: dict[str, tuple[float, ...]]
     """Input to (minimum, maximum) or (minimum, maximum, multiple of)."""
-    accepted: tuple[str, ...]
+    parameters: tuple[Parameter, ...]
     """Inputs that the pipeline takes; empty until an instance has loaded it."""
+    medium: str
+    """What it makes: image, video or audio."""
+    fps: float
+    """Frames per second of its videos where a request asks for no other; 0 where it makes none."""
 
 
 class ClusterQuery(Message):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bus import Message
-from roles.messages.work import Artifact, LeaseRef, Scalar, Staged, Work
+from engines.parameters import Signature
+from roles.messages.work import Artifact, Input, LeaseRef, Output, Renewal, Staged, Work
 
 
 class InstanceHello(Message):
@@ -21,8 +22,8 @@ class InstanceHello(Message):
     """Units of work taken by this incarnation so far."""
     pool: str
     """The buffer pool that it maps, empty for monolithic."""
-    accepted: tuple[str, ...]
-    """Inputs that the loaded pipeline takes."""
+    signature: Signature
+    """What the loaded pipeline takes and makes."""
     running: tuple[Work, ...]
     """Work in hand, so that a restarted head need not redo it."""
 
@@ -44,9 +45,9 @@ class StageAssign(Message):
     """Run the first panel of a unit (all panels, on a monolithic instance). Asks for StageTaken."""
 
     work: Work
-    inputs: dict[str, Scalar]
+    inputs: dict[str, Input]
     seed: int
-    output_format: str
+    output: Output
     deadline: float
     """Unix seconds after which the result is of no use."""
 
@@ -89,8 +90,10 @@ class TransferPush(Message):
     source: Staged
     target: LeaseRef | None
     """Where the bytes go; None when the source's pool is the receiver's own and is mapped."""
-    output_format: str
+    output: Output
     deadline: float
+    renewal: Renewal | None = None
+    """For tensors that were staged for another unit, of an equal prompt."""
 
 
 class StageTaken(Message):
@@ -154,6 +157,8 @@ class TransferStaged(Message):
     staged: Staged
     seconds: float
     issued: int
+    seedless: bool = False
+    """The outputs of an encoder are the same for every seed, but for the generator among them."""
 
 
 class StageFinished(Message):

@@ -14,6 +14,48 @@ class Value(msgspec.Struct, frozen=True, array_like=True, gc=False, forbid_unkno
     """A part of a message; like a message, but never sent on its own."""
 
 
+class Upload(Value):
+    """A file of the upload store: what a client sent, checked."""
+
+    name: str
+    """SHA-256 of the bytes in hex, and the ending of its format."""
+    nbytes: int
+
+
+class Pictures(Value, tag=True):
+    """An input that is one picture, or several in order."""
+
+    files: tuple[Upload, ...]
+
+
+class Numbers(Value, tag=True):
+    """An input that is a list of numbers."""
+
+    values: tuple[int | float, ...]
+
+
+Input: TypeAlias = Scalar | Pictures | Numbers
+"""An input of a request. Files ride as references."""
+
+
+class Output(Value):
+    """How the result of a unit is written down."""
+
+    format: str = ""
+    """An output format of the artifact store; "" for the one that suits what was made."""
+    fps: float = 0.0
+    """Frames per second of a video; 0 where none is made."""
+
+
+class Renewal(Value):
+    """What makes staged tensors of an equal prompt another request's."""
+
+    inputs: dict[str, Input]
+    """Of the other request, all of them."""
+    seed: int
+    """Of its unit."""
+
+
 class Work(Value):
     """One attempt at one picture. Every message about a picture carries it."""
 

@@ -23,6 +23,7 @@ from api.cluster import Cluster
 from api.head import Head
 from api.server import build
 from bus import DeadLetters, Delivery, Mailbox, Outbox
+from engines.parameters import Kind, Parameter
 from roles.artifacts import ArtifactStore
 from roles.messages import requests as wire
 
@@ -106,8 +107,8 @@ class SmallHead:
             for index in range(accepted.submit.n):
                 colour = (accepted.submit.seed + index) % 256
                 picture = io.BytesIO()
-                Image.new("RGB", (8, 8), (colour, 0, 0)).save(picture, accepted.submit.output_format)
-                self.store.save(f"{request_id}/{index}", accepted.submit.output_format, picture.getvalue())
+                Image.new("RGB", (8, 8), (colour, 0, 0)).save(picture, accepted.submit.output.format)
+                self.store.save(f"{request_id}/{index}", accepted.submit.output.format, picture.getvalue())
         accepted.ended.set()
 
     def _run(self, coroutine) -> None:
@@ -175,13 +176,13 @@ class SmallHead:
             created_at=accepted.created_at,
             finished_at=time.time() if terminal else 0.0,
             inputs=submit.inputs,
-            output_format=submit.output_format,
+            output=submit.output,
             units=units[::-1],
         )
 
     def _unit(self, accepted: Accepted, index: int) -> wire.UnitView:
         submit = accepted.submit
-        name = f"{submit.request_id}_{index}.{submit.output_format}"
+        name = f"{submit.request_id}_{index}.{submit.output.format}"
         done = accepted.state == "DONE"
         return wire.UnitView(
             index=index,
@@ -194,7 +195,7 @@ class SmallHead:
             instances={"denoiser": "denoiser-0"},
             stage_seconds={"denoiser": 0.25},
             causes=accepted.causes,
-            artifact=wire.Artifact(name, f"image/{submit.output_format}", 1) if done else None,
+            artifact=wire.Artifact(name, f"image/{submit.output.format}", 1) if done else None,
         )
 
 
@@ -206,7 +207,9 @@ DESCRIPTION = wire.ModelDescription(
     created_at=1_700_000_000.5,
     defaults={"height": 64, "num_inference_steps": 4},
     ranges={"height": (64.0, 64.0, 8.0)},
-    accepted=("prompt", "height"),
+    parameters=(Parameter("height", Kind.INTEGER), Parameter("prompt", Kind.TEXT, required=True)),
+    medium="image",
+    fps=0.0,
 )
 
 

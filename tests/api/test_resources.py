@@ -31,7 +31,7 @@ async def test_models_in_openais_shape(client, small_head):
     assert (model["id"], model["object"], model["created"]) == ("tiny/shapes", "model", 1_700_000_000)
     assert model["defaults"] == {"height": 64, "num_inference_steps": 4}
     assert model["ranges"] == {"height": [64, 64, 8]}
-    assert model["accepted"] == ["prompt", "height"]
+    assert [parameter["name"] for parameter in model["parameters"]] == ["height", "prompt"]
     assert (await client.get("/v1/models/tiny/shapes")).json() == model
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from engines.parameters import Signature
 from roles.dispatch import POLICIES
 from roles.effects import Effect
 from roles.ledger import Ledger, Request
 from roles.messages.stages import InstanceHello, StageFailed, StageFinished, TransferStaged
-from roles.messages.work import Artifact, LeaseRef, Staged, Work
+from roles.messages.work import Artifact, LeaseRef, Output, Staged, Work
 from roles.request import Unit
 
 KINDS = ("encoder", "denoiser", "decoder")
@@ -18,13 +19,22 @@ def ledger(**options: float) -> Ledger:
 
 def request(id_: str = "r", n: int = 1, *, deadline: float = 1e9, at: float = 0.0) -> Request:
     units = [Unit(f"{id_}/{k}", id_, k, k, deadline) for k in range(n)]
-    return Request(id_, {"prompt": "x"}, "png", at, deadline, units)
+    return Request(id_, {"prompt": "x"}, Output("png"), at, deadline, units)
 
 
 def hello(name: str, *, generation: int = 1, slots: int = 1, running: tuple[Work, ...] = ()) -> InstanceHello:
     kind = name.partition("-")[0]
     return InstanceHello(
-        name, kind, generation, 1, slots, issued=slots, taken=len(running), pool="pool", accepted=(), running=running
+        name,
+        kind,
+        generation,
+        1,
+        slots,
+        issued=slots,
+        taken=len(running),
+        pool="pool",
+        signature=Signature(),
+        running=running,
     )
 
 

@@ -9,7 +9,7 @@ from actors.system import Inspect, Inspection
 from roles.instance import build
 from roles.messages import stages
 from roles.messages.pool import LeaseQuery, LeaseReport, ReleaseSlots, SlotsReleased
-from roles.messages.work import LeaseRef, Staged, Work
+from roles.messages.work import LeaseRef, Output, Staged, Work
 
 FAR = 4e9
 INPUTS: dict[str, Any] = {
@@ -35,11 +35,11 @@ class Stage:
         return [await self.inbox.next(stages.InstanceHello) for _ in names]
 
     async def assign(self, instance: str, of: Work, seed: int = 5, **changes: Any) -> None:
-        message = stages.StageAssign(of, {**INPUTS, **changes}, seed, "png", FAR)
+        message = stages.StageAssign(of, {**INPUTS, **changes}, seed, Output("png"), FAR)
         assert (await self.ask(instance, message, stages.StageTaken)).work == of
 
     async def push(self, instance: str, of: Work, source: Staged, target: LeaseRef | None = None) -> None:
-        message = stages.TransferPush(of, source, target, "png", FAR)
+        message = stages.TransferPush(of, source, target, Output("png"), FAR)
         assert (await self.ask(instance, message, stages.StageTaken)).work == of
 
     async def ask(self, name: str, message: Any, *replies: Any) -> Any:

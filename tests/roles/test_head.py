@@ -13,12 +13,15 @@ import pytest
 from actors import Actor, AddressBook, Topology, load_topology
 from actors.runtime import Runtime
 from bus import Outbox, Reference, RemoteFailure
+from engines.parameters import Kind, Parameter, Signature
 from roles.head import Head
 from roles.messages import pool as pools
 from roles.messages import requests, stages
-from roles.messages.work import Artifact, LeaseRef, Staged, Work
+from roles.messages.work import Artifact, LeaseRef, Output, Staged, Work
 
 BOUND_S = 10.0
+
+SIGNATURE = Signature((Parameter("height", Kind.INTEGER), Parameter("prompt", Kind.TEXT, required=True)))
 
 
 class Pool(Actor):
@@ -82,7 +85,7 @@ class Stage:
         self.topology, self.head, self.workers = topology, head, workers
 
     async def submit(self, id_: str = "r", *, key: str = "", n: int = 1, **inputs: Any) -> Any:
-        message = requests.SubmitRequest(id_, {"prompt": "x", **inputs}, 7, n, "png", key)
+        message = requests.SubmitRequest(id_, {"prompt": "x", **inputs}, 7, n, Output("png"), key)
         return await self.head.ask(message, requests.RequestAccepted, requests.RequestRejected, timeout_s=BOUND_S)
 
     async def view(self, id_: str = "r") -> requests.RequestView:
@@ -90,7 +93,7 @@ class Stage:
 
     async def hello(self, name: str, *, generation: int = 1, running: tuple[Work, ...] = ()) -> stages.InstanceWelcome:
         hello = stages.InstanceHello(
-            name, name.partition("-")[0], generation, 1, 2, 2, len(running), "pool", ("prompt", "height"), running
+            name, name.partition("-")[0], generation, 1, 2, 2, len(running), "pool", SIGNATURE, running
         )
         return await self.head.ask(hello, stages.InstanceWelcome, timeout_s=BOUND_S)
 

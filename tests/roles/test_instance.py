@@ -28,7 +28,7 @@ def test_three_panels_make_the_picture_that_one_process_makes(
         assert {h.kind: (h.pool, h.slots, h.issued, h.taken, h.running) for h in hellos} == dict.fromkeys(
             ("encoder", "denoiser", "decoder"), ("pool", 2, 2, 0, ())
         )
-        assert all("num_inference_steps" in hello.accepted for hello in hellos)
+        assert all(hello.signature.parameter("num_inference_steps") for hello in hellos)
         first = await stage.encoded(work(0))
         assert await stage.inbox.next(stages.StageStarted) == stages.StageStarted(work(0), "encoder-0", "encoder")
         await stage.push("denoiser-0", work(0), first)

@@ -12,13 +12,15 @@ from engines.panels import Panel
 from roles.journal import SCHEMA_VERSION, Journal, JournalError
 from roles.ledger import Request
 from roles.messages.requests import Move
-from roles.messages.work import Artifact, LeaseRef, Staged
+from roles.messages.work import Artifact, LeaseRef, Output, Staged
 from roles.request import State, Unit
 
 
 def a_request(id_: str = "r1", *, key: str = "", created_at: float = 1.0) -> Request:
     units = [Unit(f"{id_}/{k}", id_, k, 2**62 + k, 99.0) for k in range(2)]
-    return Request(id_, {"prompt": "ä", "height": 64, "guidance_scale": 3.5}, "png", created_at, 99.0, units, key, "d")
+    return Request(
+        id_, {"prompt": "ä", "height": 64, "guidance_scale": 3.5}, Output("png"), created_at, 99.0, units, key, "d"
+    )
 
 
 def test_what_was_accepted_and_saved_comes_back_whole(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engines.panels import Panel
+from engines.parameters import Signature
 from roles.effects import Assign, Cancel, Release, Settle
 from roles.ledger import Ledger
 from roles.messages.stages import InstanceHello, TransferFailed, TransferStaged
@@ -239,7 +240,7 @@ def test_encoders_wait_when_enough_is_staged_for_the_denoisers() -> None:
 
 def test_a_monolithic_instance_passes_through_every_state() -> None:
     books = ledger()
-    books.hello(InstanceHello("mono-0", "monolithic", 1, 1, 1, 1, 0, pool="", accepted=(), running=()), 0.0)
+    books.hello(InstanceHello("mono-0", "monolithic", 1, 1, 1, 1, 0, pool="", signature=Signature(), running=()), 0.0)
     books.accept(request(), 0.0)
     assert after(books) == [Assign("mono-0", "r/0")]
     unit = books.units["r/0"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from engines.parameters import Signature
 from roles.fleet import Fleet
 from roles.messages import stages
 from roles.messages.stages import InstanceHello
@@ -54,7 +55,7 @@ def test_slots_of_an_earlier_pool_are_dropped() -> None:
 
 def test_the_head_takes_a_spare_that_fits_once_and_forgets_those_of_an_earlier_incarnation() -> None:
     fleet = Fleet()
-    hello = InstanceHello("denoiser-0", "denoiser", 5, 1, 2, 2, 0, "pool-denoiser", (), ())
+    hello = InstanceHello("denoiser-0", "denoiser", 5, 1, 2, 2, 0, "pool-denoiser", Signature(), ())
     fleet.welcome(hello, 0.0)
     fleet.offer("denoiser-0", 4, [slot(9)])
     assert fleet.take_spare("denoiser-0", 1) is None

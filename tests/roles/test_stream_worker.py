@@ -77,7 +77,7 @@ def bench(run: Any, place: Any, house: Any, inbox: Any, tiny_model: Path) -> Any
 def test_the_panels_make_a_picture_of_each_others_outputs(bench: Any) -> None:
     async def body(desk: Desk, worker: StreamWorker) -> None:
         workspace = worker.premises.workspace
-        assert "num_inference_steps" in worker.premises.accepted
+        assert worker.premises.signature.parameter("num_inference_steps")
         workspace.begin(work(1), INPUTS, seed=3)
         for panel in Panel:
             desk.run(1, panel)

@@ -25,7 +25,7 @@ from roles.messages.device import (
     StateStaged,
 )
 from roles.messages.pool import LeaseSlot
-from roles.messages.work import LeaseRef, Staged, Work
+from roles.messages.work import LeaseRef, Output, Staged, Work
 from roles.pictures import pictures
 from roles.pool import build
 from roles.pool_client import FAULTS
@@ -284,16 +284,16 @@ def test_a_picture_becomes_an_artifact(rooms: Any) -> None:
         decoder = await room("decoder-0")
         picture = Image.new("RGB", (8, 8), (200, 10, 10))
         decoder.begin(W, images=[picture])
-        decoder.desk.tell(SaveArtifact(W, "png"))
+        decoder.desk.tell(SaveArtifact(W, Output("png")))
         artifact = (await decoder.desk.inbox.next(ArtifactSaved)).artifact
         assert (artifact.name, artifact.content_type) == ("r_0.png", "image/png")
         path = h.topology.state_dir / "artifacts" / "r_0.png"
         assert path.stat().st_size == artifact.nbytes
         assert Image.open(path).tobytes() == picture.tobytes()
         decoder.begin(W, latents=torch.zeros(1))
-        assert not (await decoder.fails(SaveArtifact(W, "png"))).retryable
+        assert not (await decoder.fails(SaveArtifact(W, Output("png")))).retryable
         decoder.begin(W, images=[picture])
-        assert "gif" in (await decoder.fails(SaveArtifact(W, "gif"))).reason
+        assert "gif" in (await decoder.fails(SaveArtifact(W, Output("gif")))).reason
 
     rooms(body)
 
@@ -306,7 +306,7 @@ def test_a_full_disk_fails_the_picture_and_not_the_process(rooms: Any, monkeypat
         decoder = await room("decoder-0")
         decoder.begin(W, images=[Image.new("RGB", (8, 8))])
         monkeypatch.setattr(decoder.transfer.store, "save", full)
-        failed = await decoder.fails(SaveArtifact(W, "png"))
+        failed = await decoder.fails(SaveArtifact(W, Output("png")))
         assert "No space left" in failed.reason
         assert failed.retryable
 

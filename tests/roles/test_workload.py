@@ -19,7 +19,7 @@ from roles.messages.stages import (
     TransferReady,
     TransferStaged,
 )
-from roles.messages.work import Artifact, LeaseRef, Staged, Work
+from roles.messages.work import Artifact, LeaseRef, Output, Staged, Work
 from roles.workload import NotTaken, Phase, UnexpectedEvent, Workload
 
 ENDS = (TransferFailed, TransferStaged, StageFinished, StageFailed, StageCancelled)
@@ -36,11 +36,11 @@ def staged(number: int) -> Staged:
 
 
 def assign(work: Work) -> StageAssign:
-    return StageAssign(work, {"prompt": "a red circle"}, 5, "png", DEADLINE)
+    return StageAssign(work, {"prompt": "a red circle"}, 5, Output("png"), DEADLINE)
 
 
 def push(work: Work, target: LeaseRef | None = None) -> TransferPush:
-    return TransferPush(work, staged(1), target, "png", DEADLINE)
+    return TransferPush(work, staged(1), target, Output("png"), DEADLINE)
 
 
 def reports(effects: tuple[do.Effect, ...]) -> list[Message]:
@@ -74,7 +74,7 @@ def test_a_decoder_goes_from_a_staged_slot_to_a_file() -> None:
         do.Report(TransferReady(W, "decoder-0", 0.1)),
         do.Run(W, Panel.DECODER),
     )
-    assert load.panel_finished(W, 0.25) == (do.Save(W, "png"),)
+    assert load.panel_finished(W, 0.25) == (do.Save(W, Output("png")),)
     assert load.artifact_saved(W, ARTIFACT) == (
         do.Clear(W),
         do.Report(StageFinished(W, "decoder-0", "decoder", ARTIFACT, 0.25, 2)),
@@ -87,7 +87,7 @@ def test_a_monolithic_instance_runs_every_panel_on_the_same_values() -> None:
     assert load.panel_finished(W, 0.1) == (do.Run(W, Panel.DENOISER),)
     assert load.panel_started(W, Panel.DENOISER) == (do.Report(StageStarted(W, "monolithic-0", "denoiser")),)
     assert load.panel_finished(W, 0.2) == (do.Run(W, Panel.DECODER),)
-    assert load.panel_finished(W, 0.3) == (do.Save(W, "png"),)
+    assert load.panel_finished(W, 0.3) == (do.Save(W, Output("png")),)
     assert reports(load.artifact_saved(W, ARTIFACT)) == [StageFinished(W, "monolithic-0", "decoder", ARTIFACT, 0.3, 2)]
 
 
