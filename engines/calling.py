@@ -13,9 +13,15 @@ import numpy as np
 import torch
 import transformers
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
+from diffusers.pipelines.auto_pipeline import (
+    AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+    AUTO_INPAINT_PIPELINES_MAPPING,
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+)
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from engines.guidance import GUIDANCE_SCALE, has_guider
+from engines.aliases import public_names, with_aliases
+from engines.guidance import GUIDANCE_SCALE, guidance, has_guider
 from engines.loading import load_component, load_shadow
 from engines.panels import ModelError
 from engines.parameters import Signature
@@ -40,10 +46,24 @@ def accepted(pipeline: Any) -> frozenset[str]:
 
 def signature(pipeline: Any) -> Signature:
     """What a classic pipeline takes and makes; any input may change what its encoders make."""
-    taken = accepted(pipeline)
-    parameters = tuple(item for item in of_call(type(pipeline).__call__, also=taken) if item.name in taken)
     medium = "video" if hasattr(pipeline, "video_processor") else "image"
-    return Signature(parameters, encodes=tuple(sorted(taken)), medium=medium)
+    parameters = with_aliases(
+        of_call(type(pipeline).__call__, _required(type(pipeline))),
+        guided=has_guider(pipeline),
+        guidance=guidance(pipeline),
+        video=medium == "video",
+    )
+    return Signature(parameters, public_names(accepted(pipeline), parameters), medium)
+
+
+def _required(cls: type) -> frozenset[str]:
+    """Names of inputs that a pipeline needs although it declares them as optional: so do nearly all."""
+    names = inspect.signature(cls.__call__).parameters.keys()
+    if cls in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values():
+        return frozenset()
+    if cls in AUTO_INPAINT_PIPELINES_MAPPING.values():
+        return frozenset(names & {"image", "mask_image"})
+    return frozenset(names & {"image"}) if cls in AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values() else frozenset()
 
 
 def call(pipeline: Any, inputs: Mapping[str, object], generator: torch.Generator) -> dict[str, object]:

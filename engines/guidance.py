@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any, Final
+from collections.abc import Iterator
+from typing import Any
 
 from diffusers.guiders import BaseGuidance
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-GUIDANCE_SCALE: Final = "guidance_scale"
+from engines.aliases import GUIDANCE_SCALE
+
+__all__ = ["GUIDANCE_SCALE", "guidance", "has_guider", "private"]
 
 
 def private(pipeline: Any, guidance_scale: float | None = None, *, encodes: bool = False) -> Any:
@@ -49,10 +52,21 @@ def _changes(guider: Any, guidance_scale: float | None) -> dict[str, object]:
 
 def has_guider(pipeline: Any) -> bool:
     """Whether a pipeline has a guider with a scale."""
-    return any(
-        isinstance(component, BaseGuidance) and GUIDANCE_SCALE in component.config
-        for component in vars(pipeline).values()
-    )
+    return any(_guiders(pipeline))
+
+
+def guidance(pipeline: Any) -> float | None:
+    """The scale of a pipeline's guider where a request gives none; None where it has no guider, or one that is off."""
+    guider = next(_guiders(pipeline), None)
+    if guider is None or not guider.config.get("enabled", True):
+        return None
+    return float(guider.config[GUIDANCE_SCALE])
+
+
+def _guiders(pipeline: Any) -> Iterator[Any]:
+    for component in vars(pipeline).values():
+        if isinstance(component, BaseGuidance) and GUIDANCE_SCALE in component.config:
+            yield component
 
 
 class _OnlyOnce(logging.Filter):

@@ -9,7 +9,8 @@ from typing import Any, Final, cast
 import torch
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 
-from engines.guidance import GUIDANCE_SCALE, has_guider, private
+from engines.aliases import public_names, with_aliases
+from engines.guidance import GUIDANCE_SCALE, guidance, has_guider, private
 from engines.loading import geometry_problem, load_components, make_shadows
 from engines.panels import ModelError, Panel
 from engines.parameters import Signature
@@ -31,11 +32,15 @@ class ModularParts:
         self._takes_generator = GENERATOR in names
         guided = {GUIDANCE_SCALE} if has_guider(pipeline) else set()
         self.inputs = frozenset(names | guided)
-        self.signature = Signature(
-            parameters=of_blocks(split.blocks, also=guided),
-            encodes=tuple(sorted({item.name for item in split.parts[Panel.ENCODER].inputs if item.name} | guided)),
-            medium="video" if "videos" in split.outputs else "image",
+        medium = "video" if "videos" in split.outputs else "image"
+        parameters = with_aliases(
+            of_blocks(split.blocks, split.required),
+            guided=bool(guided),
+            guidance=guidance(pipeline),
+            video=medium == "video",
         )
+        encodes = {item.name for item in split.parts[Panel.ENCODER].inputs if item.name} | guided
+        self.signature = Signature(parameters, public_names(encodes, parameters), medium)
 
     def encode(self, inputs: Mapping[str, object], seed: int) -> dict[str, object]:
         """Run the blocks before `denoise`; returns what later blocks take as inputs, and `KWARGS_MAPPING`."""

@@ -8,7 +8,7 @@ from typing import Final, TypeAlias
 
 import msgspec
 
-Default: TypeAlias = bool | int | float | str | None
+Default: TypeAlias = bool | int | float | str | tuple[int | float, ...] | None
 
 
 class Kind(StrEnum):
@@ -20,13 +20,17 @@ class Kind(StrEnum):
     BOOLEAN = "boolean"
     NUMBERS = "numbers"
     """A list of numbers."""
+    PAIR = "pair"
+    """Two whole numbers, of a size or a place; pipelines get a tuple."""
     IMAGE = "image"
     """One picture."""
     IMAGES = "images"
     """One picture, or several in order: a video is its frames."""
+    IMAGE_LIST = "image_list"
+    """The same, but pipelines get a list even of one."""
 
 
-PICTURES: Final = frozenset({Kind.IMAGE, Kind.IMAGES})
+PICTURES: Final = frozenset({Kind.IMAGE, Kind.IMAGES, Kind.IMAGE_LIST})
 
 
 class Parameter(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -38,6 +42,10 @@ class Parameter(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     default: Default = None
     """What the pipeline uses where a request gives none; None where it works one out."""
     required: bool = False
+    alias_of: str = ""
+    """The parameter that this is another name of; "" where it is none."""
+    description: str = ""
+    """One sentence of the pipeline's own, where it has one."""
 
 
 class Signature(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 import diffusers
-import msgspec
 import torch
 import transformers
 
+from engines.aliases import conflict, in_words_of
 from engines.classic import load_classic
 from engines.modular import load_modular
 from engines.panels import ModelError, Panel
-from engines.parameters import Signature
+from engines.parameters import Signature, names
 from engines.routes import Route, route_for
 from engines.stepping import Denoising
 from engines.whole import load_whole
@@ -75,9 +75,8 @@ class PanelPipeline:
         self.panels = panels
         self.route = route
         self.components = parts.components
-        self.accepted = parts.inputs - _NOT_ACCEPTED
-        public = tuple(item for item in parts.signature.parameters if item.name in self.accepted)
-        self.signature = msgspec.structs.replace(parts.signature, parameters=public)
+        self.signature = parts.signature
+        self.accepted = (parts.inputs | names(parts.signature.parameters)) - _NOT_ACCEPTED
         self._parts = parts
 
     @classmethod
@@ -104,20 +103,24 @@ class PanelPipeline:
         """Run the encoder.
 
         Args:
-            inputs: Of the whole request, by name; all in `accepted`. Names left out get the pipeline's defaults.
+            inputs: Of the whole request, by name; all in `accepted`. Pictures are `PIL.Image.Image`, or lists of it.
+                Names left out get the pipeline's defaults.
             seed: Of the noise; the same seed makes the same picture.
 
         Returns:
             The values that the denoiser and the decoder take.
 
         Raises:
-            InputError: There is a name that the pipeline does not take.
+            InputError: There is a name that the pipeline does not take, or two for one thing that differ.
         """
         self._require(Panel.ENCODER)
         unknown = sorted(inputs.keys() - self.accepted)
         if unknown:
             raise InputError(f"The pipeline takes no {', '.join(unknown)}.")
-        return self._parts.encode(inputs, seed)
+        parameters = self.signature.parameters
+        if different := conflict(inputs, parameters):
+            raise InputError(f"{different[0]} and {different[1]} are the same to this pipeline, but differ.")
+        return self._parts.encode(in_words_of(self._parts.inputs, inputs, parameters), seed)
 
     def denoise(self, state: Mapping[str, object]) -> Denoising:
         """Prepare a run of the denoiser; it starts with its first `advance`.

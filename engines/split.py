@@ -36,6 +36,7 @@ class Split:
         blocks: All blocks of the task, `SequentialPipelineBlocks`.
         parts: The blocks of each panel, likewise.
         outputs: Names of the results of the decoder, such as "images".
+        required: Names of the inputs that make a request one of the task.
     """
 
     model: Path
@@ -45,6 +46,7 @@ class Split:
     blocks: Any
     parts: Mapping[Panel, Any]
     outputs: tuple[str, ...]
+    required: frozenset[str] = frozenset()
 
     def pipeline(self, blocks: Any) -> Any:
         """Make a pipeline of some of the blocks; its weights are not loaded yet."""
@@ -72,7 +74,7 @@ def load_split(model: Path) -> Split:
     made = parts[Panel.DECODER].intermediate_output_names
     outputs = tuple(name for name in whole.output_names if name in made) or tuple(made)
     kind = "modular_config_dict" if (model / INDEX_NAMES[0]).is_file() else "config_dict"
-    return Split(model, found, {kind: index}, whole, blocks, parts, outputs)
+    return Split(model, found, {kind: index}, whole, blocks, parts, outputs, required(whole, card.task))
 
 
 def pipeline_class(index: Mapping[str, object], model: Path) -> Any:
@@ -118,9 +120,33 @@ def prune(
     Raises:
         ModelError: The pipeline has no such task.
     """
+    triggers = _triggers(blocks, task)
+    if not triggers:
+        return blocks
+    inputs = {**(given or {}), **triggers[0]}
+    return _without(blocks, inputs, blocks.get_execution_blocks(**inputs), missing)
+
+
+def required(blocks: Any, task: str) -> frozenset[str]:
+    """Names of the inputs without which a request is for another task.
+
+    Args:
+        blocks: All blocks of a pipeline, which mostly declare these as optional, since other tasks do without.
+        task: As in `prune`.
+
+    Raises:
+        ModelError: The pipeline has no such task.
+    """
+    triggers = _triggers(blocks, task)
+    needed = [{name for name, value in inputs.items() if value is True} for inputs in triggers]
+    return frozenset(set.intersection(*needed)) if needed else frozenset()
+
+
+def _triggers(blocks: Any, task: str) -> list[dict[str, object]]:
+    """Inputs that lead to the blocks of a task: one or several sets of them, or none where all blocks are meant."""
     workflows: dict[str, Any] | None = getattr(blocks, "_workflow_map", None)
     if workflows is None or task == "any":
-        return blocks
+        return []
     if task:
         wanted = task.replace("-to-", "2")
         name = next((name for name in (task, wanted, *_SYNONYMS.get(wanted, ())) if name in workflows), None)
@@ -128,11 +154,8 @@ def prune(
             raise ModelError(f'The task "{task}" is not one of this pipeline: choose of {", ".join(workflows)}, any.')
     else:
         name = next((name for name in workflows if workflows[name] == {"prompt": True}), next(iter(workflows)))
-    wanted_inputs = workflows[name]
-    # Some list several inputs that lead to the same blocks.
-    first = wanted_inputs[0] if isinstance(wanted_inputs, tuple) else wanted_inputs
-    inputs = {**(given or {}), **first}
-    return _without(blocks, inputs, blocks.get_execution_blocks(**inputs), missing)
+    inputs = workflows[name]
+    return list(inputs) if isinstance(inputs, tuple) else [inputs]
 
 
 def _without(blocks: Any, inputs: Mapping[str, object], pruned: Any, missing: Collection[str]) -> Any:

@@ -1,64 +1,179 @@
 """From what a pipeline declares to the parameters that a request may give.
 
-Only what JSON and picture files can say is public: a tensor, a callback or a table of options is no parameter.
+Only what JSON and picture files can say is public: a tensor, a callback or a table of options is no parameter. What an
+input is follows from its declared type; where that says nothing, from its name; and then from its default.
+Imports no torch.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import types
-from collections.abc import Collection, Iterable, Iterator
-from typing import Any, Final, get_args, get_origin
+from collections import abc
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Union, get_args, get_origin
+
+from PIL import Image
 
 from engines.parameters import Default, Kind, Parameter
 
-_PLAIN: Final = {str: Kind.TEXT, bool: Kind.BOOLEAN, int: Kind.INTEGER, float: Kind.NUMBER}
-_KNOWN: Final = {
-    **dict.fromkeys(("prompt", "prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2"), Kind.TEXT),
-    **dict.fromkeys(("negative_prompt_3", "lyrics"), Kind.TEXT),
+KNOWN: Final[Mapping[str, Kind]] = {
+    **dict.fromkeys(("prompt", "prompt_2", "prompt_3", "prompt_4", "lyrics"), Kind.TEXT),
+    **dict.fromkeys(("negative_prompt", "negative_prompt_2", "negative_prompt_3", "negative_prompt_4"), Kind.TEXT),
     **dict.fromkeys(("height", "width", "num_frames", "num_inference_steps", "max_sequence_length"), Kind.INTEGER),
+    **dict.fromkeys(("clip_skip", "padding_mask_crop"), Kind.INTEGER),
     **dict.fromkeys(("guidance_scale", "true_cfg_scale", "strength", "frame_rate", "fps"), Kind.NUMBER),
-    **dict.fromkeys(("sigmas", "timesteps"), Kind.NUMBERS),
-    **dict.fromkeys(("image", "control_image", "video", "reference_images", "ip_adapter_image"), Kind.IMAGES),
+    **dict.fromkeys(("denoising_start", "denoising_end", "decode_noise_scale"), Kind.NUMBER),
+    **dict.fromkeys(("sigmas", "timesteps", "control_mode"), Kind.NUMBERS),
+    **dict.fromkeys(("original_size", "target_size", "negative_original_size", "negative_target_size"), Kind.PAIR),
+    **dict.fromkeys(("image", "control_image", "reference_images", "ip_adapter_image"), Kind.IMAGES),
     **dict.fromkeys(("mask_image", "last_image"), Kind.IMAGE),
+    **dict.fromkeys(("video", "memory_images"), Kind.IMAGE_LIST),
 }
-"""Many inputs are declared without a type, or with one that says too much."""
+"""Many inputs are declared without a type."""
+
+_PRECISELY: Final = {"mask_image": Kind.IMAGE, "last_image": Kind.IMAGE, "video": Kind.IMAGE_LIST}
+"""Often declared as any picture or pictures."""
+_DRAWN: Final = frozenset({"image", "mask_image", "last_image"})
+"""Declared as tensors by a few pipelines that take pictures all the same."""
+_PLAIN: Final = {str: Kind.TEXT, bool: Kind.BOOLEAN, int: Kind.INTEGER, float: Kind.NUMBER}
+_SEQUENCES: Final = (list, tuple, abc.Sequence, abc.Iterable)
+_SAYS_NOTHING: Final = (None, Any, object, list, tuple, inspect.Parameter.empty)
+_NUMERIC: Final = frozenset({Kind.INTEGER, Kind.NUMBER})
+# A request is one unit of work with a seed, and how its result is written down is no concern of the pipeline.
+_NEVER: Final = frozenset(
+    {
+        *("generator", "seed", "output_type", "return_dict", "return_index", "batch_size", "debug"),
+        *("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_designs_per_prompt"),
+        *("num_prompts_per_image", "callback", "callback_steps"),
+    }
+)
+_LONGEST: Final = 200
 
 
-def of_blocks(blocks: Any, also: Collection[str] = ()) -> tuple[Parameter, ...]:
-    """The public inputs of modular blocks, and others that are known by name."""
-    declared = {item.name: item for item in blocks.inputs if item.name}
-    rows = [(name, item.type_hint, item.default, bool(item.required)) for name, item in declared.items()]
-    return _public([*rows, *((name, None, None, False) for name in also if name not in declared)])
+@dataclass(frozen=True)
+class _Declared:
+    name: str
+    hint: Any
+    default: Any
+    required: bool
+    description: str = ""
 
 
-def of_call(function: Any, also: Collection[str] = ()) -> tuple[Parameter, ...]:
-    """The public inputs of the `__call__` of a classic pipeline, and others that are known by name."""
+def of_blocks(blocks: Any, required: Collection[str] = ()) -> tuple[Parameter, ...]:
+    """The public inputs of modular blocks, by name.
+
+    Args:
+        blocks: `ModularPipelineBlocks`, of one task.
+        required: Names of the inputs that the task is chosen by.
+
+    """
+    rows = {
+        item.name: _Declared(item.name, item.type_hint, item.default, bool(item.required), item.description or "")
+        for item in blocks.inputs
+        if item.name
+    }
+    return _public(rows.values(), required)
+
+
+def of_call(function: Any, required: Collection[str] = ()) -> tuple[Parameter, ...]:
+    """The public inputs of the `__call__` of a classic pipeline, by name.
+
+    Args:
+        function: With annotations.
+        required: Names of inputs that are needed although they have a default.
+
+    """
+    try:
+        declared = inspect.signature(function, eval_str=True).parameters
+    except (NameError, TypeError):
+        # An annotation that nobody ever evaluated; the others still say something.
+        declared = inspect.signature(function).parameters
     empty = inspect.Parameter.empty
-    declared = inspect.signature(function, eval_str=True).parameters
-    rows = [(item.name, item.annotation, item.default, item.default is empty) for item in declared.values()]
-    return _public([*rows, *((name, None, None, False) for name in also if name not in declared)])
+    fixed = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    rows = [
+        _Declared(item.name, item.annotation, None if item.default is empty else item.default, item.default is empty)
+        for item in declared.values()
+        if item.kind not in fixed and item.name != "self"
+    ]
+    return _public(rows, required)
 
 
-def _public(rows: Iterable[tuple[str, Any, Any, bool]]) -> tuple[Parameter, ...]:
+def _public(rows: Iterable[_Declared], required: Collection[str]) -> tuple[Parameter, ...]:
     found = []
-    for name, hint, default, required in rows:
-        kind = _KNOWN.get(name) or _kind(hint)
-        if kind is not None and not name.startswith("_"):
-            found.append(Parameter(name, kind, _plain(default), required))
+    for row in rows:
+        kind = None if _is_internal(row.name) else _kind(row)
+        if kind is None:
+            continue
+        default = _plain(row.default)
+        # Every request has a prompt, and what has a default need not be given.
+        needed = row.name == "prompt" or row.name in required or (row.required and default is None)
+        found.append(Parameter(row.name, kind, default, needed, description=_sentence(row.description)))
     return tuple(sorted(found, key=lambda parameter: parameter.name))
 
 
-def _kind(hint: Any) -> Kind | None:
-    options = set(_options(hint))
-    plain = {_PLAIN[option] for option in options if option in _PLAIN}
-    if len(plain) == 1:
-        return plain.pop()
-    return Kind.NUMBER if plain == {Kind.INTEGER, Kind.NUMBER} else None
+def _is_internal(name: str) -> bool:
+    return name in _NEVER or name.startswith("_") or name.endswith(("_embeds", "latents"))
+
+
+def _kind(row: _Declared) -> Kind | None:
+    declared = _choose(_kinds(row.hint))
+    if declared in (Kind.IMAGE, Kind.IMAGES, Kind.IMAGE_LIST):
+        return _PRECISELY.get(row.name, declared)
+    if declared is not None:
+        return declared
+    if isinstance(row.hint, str) or any(row.hint is vague for vague in _SAYS_NOTHING):
+        return KNOWN.get(row.name) or _kind_of_default(row.default)
+    return Kind.IMAGE if row.name in _DRAWN else None
+
+
+def _kinds(hint: Any) -> set[Kind]:
+    """All that a type allows, as far as it is public."""
+    found = set()
+    for option in _options(hint):
+        if option in _PLAIN:
+            found.add(_PLAIN[option])
+        elif option is Image.Image:
+            found.add(Kind.IMAGE)
+        elif get_origin(option) is Literal and all(isinstance(value, str) for value in get_args(option)):
+            found.add(Kind.TEXT)
+        elif get_origin(option) in _SEQUENCES:
+            found |= _kinds_of_sequence(option)
+    return found
+
+
+def _kinds_of_sequence(hint: Any) -> set[Kind]:
+    if get_args(hint) == (int, int):
+        return {Kind.PAIR}
+    inner: set[Kind] = set().union(*(_kinds(item) for item in get_args(hint) if item is not Ellipsis))
+    if Kind.IMAGE in inner:
+        return {Kind.IMAGE_LIST}
+    return {Kind.NUMBERS} if inner & _NUMERIC else set()
+
+
+def _choose(kinds: set[Kind]) -> Kind | None:
+    if {Kind.IMAGE, Kind.IMAGE_LIST} <= kinds:
+        return Kind.IMAGES
+    # Of one and many, one: a request is one unit of work.
+    for kind in (Kind.IMAGE, Kind.IMAGE_LIST, Kind.NUMBER, Kind.INTEGER, Kind.BOOLEAN, Kind.TEXT, Kind.PAIR):
+        if kind in kinds:
+            return kind
+    return Kind.NUMBERS if kinds else None
+
+
+def _kind_of_default(default: Any) -> Kind | None:
+    if type(default) in _PLAIN:
+        return _PLAIN[type(default)]
+    if not isinstance(default, (list, tuple)) or not default or not all(type(item) in (int, float) for item in default):
+        return None
+    is_pair = isinstance(default, tuple) and [type(item) for item in default] == [int, int]
+    return Kind.PAIR if is_pair else Kind.NUMBERS
 
 
 def _options(hint: Any) -> Iterator[Any]:
-    if isinstance(hint, types.UnionType) or str(get_origin(hint)) == "typing.Union":
+    if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
         for argument in get_args(hint):
             yield from _options(argument)
     elif hint is not type(None):
@@ -66,4 +181,16 @@ def _options(hint: Any) -> Iterator[Any]:
 
 
 def _plain(default: Any) -> Default:
+    if isinstance(default, (list, tuple)) and all(type(item) in (int, float) for item in default):
+        return tuple(default)
+    if isinstance(default, float) and not math.isfinite(default):
+        return None
     return default if isinstance(default, (bool, int, float, str)) else None
+
+
+def _sentence(description: str) -> str:
+    text = " ".join(description.split())
+    if text.startswith("TODO"):
+        return ""
+    first = text.partition(". ")[0].rstrip(".")
+    return f"{first}." if 0 < len(first) < _LONGEST else ""

@@ -1,0 +1,77 @@
+"""Other names of parameters, so that one name means the same for every family. Imports no torch.
+
+Classifier-free guidance is `guidance_scale` in most families, and `true_cfg_scale` where `guidance_scale` is a number
+that the model was distilled with; where a guider guides, both are its scale. The rate of frames is `fps` or
+`frame_rate`; a pipeline that asks for neither still makes a video, whose file has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Final
+
+from engines.parameters import Kind, Parameter, names
+
+GUIDANCE_SCALE: Final = "guidance_scale"
+TRUE_CFG_SCALE: Final = "true_cfg_scale"
+FPS: Final = "fps"
+
+
+def with_aliases(
+    parameters: Collection[Parameter], *, guided: bool = False, guidance: float | None = None, video: bool = False
+) -> tuple[Parameter, ...]:
+    """Add the names that a pipeline does not declare.
+
+    Args:
+        parameters: Those that it declares.
+        guided: Whether it has a guider with a scale.
+        guidance: The scale of that, where it is on.
+        video: Whether it makes videos.
+
+    """
+    public = {parameter.name: parameter for parameter in parameters}
+    if guided:
+        public.setdefault(GUIDANCE_SCALE, Parameter(GUIDANCE_SCALE, Kind.NUMBER, guidance))
+        public.setdefault(TRUE_CFG_SCALE, Parameter(TRUE_CFG_SCALE, Kind.NUMBER, alias_of=GUIDANCE_SCALE))
+    if rate := public.get("frame_rate"):
+        public.setdefault(FPS, Parameter(FPS, rate.kind, alias_of=rate.name))
+    elif video:
+        public.setdefault(FPS, Parameter(FPS, Kind.NUMBER))
+    return tuple(public[name] for name in sorted(public))
+
+
+def public_names(inputs: Collection[str], parameters: Collection[Parameter]) -> tuple[str, ...]:
+    """Which parameters lead to some inputs of the pipeline, by name."""
+    return tuple(parameter.name for parameter in parameters if (parameter.alias_of or parameter.name) in inputs)
+
+
+def conflict(inputs: Mapping[str, object], parameters: Collection[Parameter]) -> tuple[str, str] | None:
+    """Find two names of one parameter that say different things: the alias, and what it is an alias of."""
+    for parameter in parameters:
+        name, other = parameter.name, parameter.alias_of
+        if other and name in inputs and other in inputs and inputs[name] != inputs[other]:
+            return name, other
+    return None
+
+
+def in_words_of(
+    taken: Collection[str], inputs: Mapping[str, object], parameters: Collection[Parameter]
+) -> dict[str, object]:
+    """Give inputs the names that the pipeline has for them, and pairs the type.
+
+    Args:
+        taken: Names that it has.
+        inputs: By any name; without conflicts. What the pipeline does not take, though it is public, is left out:
+            it is about the file alone.
+        parameters: Those that are public.
+
+    """
+    aliases = {parameter.name: parameter.alias_of for parameter in parameters if parameter.alias_of}
+    public = names(parameters)
+    pairs = {parameter.name for parameter in parameters if parameter.kind is Kind.PAIR}
+    meant = {aliases.get(name, name): value for name, value in inputs.items()}
+    for name in pairs & meant.keys():
+        # JSON has lists only, and pipelines add these to tuples.
+        value = meant[name]
+        meant[name] = tuple(value) if isinstance(value, list) else value
+    return {name: value for name, value in meant.items() if name in taken or name not in public}
