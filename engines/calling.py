@@ -48,7 +48,7 @@ def signature(pipeline: Any) -> Signature:
     """What a classic pipeline takes and makes; any input may change what its encoders make."""
     medium = "video" if hasattr(pipeline, "video_processor") else "image"
     parameters = with_aliases(
-        of_call(type(pipeline).__call__, _required(type(pipeline))),
+        of_call(type(pipeline).__call__, required_by(type(pipeline))),
         guided=has_guider(pipeline),
         guidance=guidance(pipeline),
         video=medium == "video",
@@ -56,7 +56,7 @@ def signature(pipeline: Any) -> Signature:
     return Signature(parameters, public_names(accepted(pipeline), parameters), medium)
 
 
-def _required(cls: type) -> frozenset[str]:
+def required_by(cls: type) -> frozenset[str]:
     """Names of inputs that a pipeline needs although it declares them as optional: so do nearly all."""
     names = inspect.signature(cls.__call__).parameters.keys()
     if cls in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values():

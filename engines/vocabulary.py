@@ -40,7 +40,7 @@ _DRAWN: Final = frozenset({"image", "mask_image", "last_image"})
 """Declared as tensors by a few pipelines that take pictures all the same."""
 _PLAIN: Final = {str: Kind.TEXT, bool: Kind.BOOLEAN, int: Kind.INTEGER, float: Kind.NUMBER}
 _SEQUENCES: Final = (list, tuple, abc.Sequence, abc.Iterable)
-_SAYS_NOTHING: Final = (None, Any, object, list, tuple, inspect.Parameter.empty)
+_SAYS_NOTHING: Final = (None, type(None), Any, object, list, tuple, inspect.Parameter.empty)
 _NUMERIC: Final = frozenset({Kind.INTEGER, Kind.NUMBER})
 # A request is one unit of work with a seed, and how its result is written down is no concern of the pipeline.
 _NEVER: Final = frozenset(
@@ -124,7 +124,7 @@ def _kind(row: _Declared) -> Kind | None:
         return _PRECISELY.get(row.name, declared)
     if declared is not None:
         return declared
-    if isinstance(row.hint, str) or any(row.hint is vague for vague in _SAYS_NOTHING):
+    if all(isinstance(option, str) or option in _SAYS_NOTHING for option in _options(row.hint)):
         return KNOWN.get(row.name) or _kind_of_default(row.default)
     return Kind.IMAGE if row.name in _DRAWN else None
 

@@ -2,43 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import diffusers
 import msgspec
 import pytest
 import torch
+from diffusers.image_processor import PipelineImageInput
 from PIL import Image
 
-from engines.calling import signature
-from engines.parameters import PICTURES, Kind, Parameter, names
+from engines.calling import required_by
+from engines.parameters import PICTURES, Kind, Parameter
 from engines.split import prune, required
 from engines.vocabulary import KNOWN, of_blocks, of_call
 from tools.families.cases import cases
 from tools.families.rows import blocks_of, pipelines
 
-Picture = Image.Image
-TENSORS = {"latents", "generator", "dtype", "attention_kwargs", "conditions", "prompt_embeds", "image_latents"}
+NOT_PUBLIC = {
+    *("latents", "generator", "dtype", "batch_size", "output_type", "num_images_per_prompt", "num_videos_per_prompt"),
+    *("prompt_embeds", "image_latents", "conditions", "attention_kwargs", "joint_attention_kwargs"),
+}
 
 
 def tasks_of(pipeline: str) -> list[str]:
     return [*(blocks_of(pipeline)._workflow_map or ()), "any"]
 
 
-def public(pipeline: str, task: str) -> dict[str, Parameter]:
+def public(pipeline: str, task: str, given: Mapping[str, object] | None = None) -> dict[str, Parameter]:
     whole = blocks_of(pipeline)
-    found = of_blocks(prune(whole, task), required(whole, task))
+    found = of_blocks(prune(whole, task, given), required(whole, task))
     return {parameter.name: parameter for parameter in found}
 
 
 def kind(hint: Any, name: str = "x", default: Any = None) -> Kind | None:
-    def call(x: Any = default) -> None: ...
-
-    call.__annotations__ = {"x": hint}
-    call.__signature__ = None  # type: ignore[attr-defined]
-    del call.__signature__  # type: ignore[attr-defined]
-    found = of_call(call)
+    """What an input that is declared like this is."""
+    declared = SimpleNamespace(name=name, type_hint=hint, default=default, required=False, description="")
+    found = of_blocks(SimpleNamespace(inputs=[declared]))
     return found[0].kind if found else None
 
 
@@ -46,15 +47,155 @@ def kind(hint: Any, name: str = "x", default: Any = None) -> Kind | None:
 def test_what_is_public_can_be_said_in_json_and_files(pipeline: str) -> None:
     for task in tasks_of(pipeline):
         found = public(pipeline, task)
-        assert found["prompt"] == msgspec.structs.replace(found["prompt"], kind=Kind.TEXT, required=True)
-        assert not found.keys() & TENSORS
+        assert (found["prompt"].kind, found["prompt"].required) == (Kind.TEXT, True)
+        assert not found.keys() & NOT_PUBLIC
         for item in prune(blocks_of(pipeline), task).inputs:
-            typed = [item.type_hint, *getattr(item.type_hint, "__args__", ())]
             if item.name in found and found[item.name].kind not in PICTURES:
-                assert torch.Tensor not in typed or float in typed, item.name
-                assert dict not in typed, item.name
+                words = str(item.type_hint)
+                assert "dict" not in words, item.name
+                assert "Tensor" not in words or "float" in words, item.name
         for name in found.keys() & KNOWN.keys():
-            # The same name means the same everywhere; but how many pictures, and which numbers, a family says.
-            family = {found[name].kind, KNOWN[name]}
-            assert len(family) == 1 or family <= PICTURES or family <= {Kind.INTEGER, Kind.NUMBER}, name
-        msgspec.msgpack.decode(msgspec.msgpack.encode(tuple(found.values())), type=tuple[Parameter, ...])
+            # How many pictures, and whether a number is whole, a family says.
+            kinds = {found[name].kind, KNOWN[name]}
+            assert len(kinds) == 1 or kinds <= PICTURES or kinds == {Kind.INTEGER, Kind.NUMBER}, name
+        # They ride in the hello of an instance.
+        parameters = tuple(found.values())
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(parameters), type=tuple[Parameter, ...]) == parameters
+
+
+def test_every_input_of_a_known_request_is_public_and_of_its_kind() -> None:
+    for case in cases():
+        found = public(case.pipeline, case.task or "any", case.inputs)
+        for name, value in case.inputs.items():
+            if not name.startswith("_"):
+                assert name in found, (case.pipeline, case.task, name)
+                assert fits(found[name].kind, value), (case.pipeline, case.task, name, found[name].kind)
+        lacking = {name for name, item in found.items() if item.required} - case.inputs.keys() - {"prompt"}
+        assert not lacking, (case.pipeline, case.task)
+
+
+def fits(kind: Kind, value: object) -> bool:
+    match value:
+        case Image.Image():
+            return kind in (Kind.IMAGE, Kind.IMAGES)
+        case [Image.Image(), *_]:
+            return kind in (Kind.IMAGES, Kind.IMAGE_LIST)
+        case list():
+            return kind is Kind.NUMBERS
+        case str():
+            return kind is Kind.TEXT
+        case int():
+            return kind in (Kind.INTEGER, Kind.NUMBER)
+    return isinstance(value, float) and kind is Kind.NUMBER
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "task", "needed"),
+    [
+        ("FluxModularPipeline", "text-to-image", set()),
+        ("FluxModularPipeline", "image-to-image", {"image"}),
+        ("QwenImageModularPipeline", "inpainting", {"image", "mask_image"}),
+        ("StableDiffusionXLModularPipeline", "controlnet_union_text2image", {"control_image", "control_mode"}),
+        ("WanImage2VideoModularPipeline", "flf2v", {"image", "last_image"}),
+        ("HeliosModularPipeline", "video2video", {"video"}),
+        ("LTXModularPipeline", "image-to-video", {"image"}),
+        ("MiniMaxH3ModularPipeline", "fl2va", set()),
+    ],
+)
+def test_a_task_needs_the_inputs_that_it_is_chosen_by(pipeline: str, task: str, needed: set[str]) -> None:
+    assert {name for name, item in public(pipeline, task).items() if item.required} == needed | {"prompt"}
+
+
+def test_a_task_takes_only_what_its_own_blocks_take() -> None:
+    assert "image" not in public("FluxModularPipeline", "text2image")
+    assert "strength" not in public("StableDiffusionXLModularPipeline", "text2image")
+    assert "negative_prompt" not in public("FluxModularPipeline", "image2image")
+    assert "strength" in public("FluxModularPipeline", "image2image")
+
+
+@pytest.mark.parametrize(
+    ("hint", "expected"),
+    [
+        (str | list[str] | None, Kind.TEXT),
+        (Literal["first", "last"], Kind.TEXT),
+        (int | list[int], Kind.INTEGER),
+        (float | list[float] | torch.Tensor, Kind.NUMBER),
+        (int | float, Kind.NUMBER),
+        (bool | None, Kind.BOOLEAN),
+        (list[float], Kind.NUMBERS),
+        (tuple[int, ...] | list[int], Kind.NUMBERS),
+        (tuple[int, int] | None, Kind.PAIR),
+        (Image.Image | torch.Tensor, Kind.IMAGE),
+        (Image.Image | list[Image.Image], Kind.IMAGES),
+        (PipelineImageInput, Kind.IMAGES),
+        (list[Image.Image], Kind.IMAGE_LIST),
+        (list[PipelineImageInput], Kind.IMAGE_LIST),
+        (torch.Tensor | None, None),
+        (dict[str, Any], None),
+        (list[dict], None),
+        (list[list[float]], None),
+        (list[torch.Tensor], None),
+        (torch.dtype, None),
+        (None, None),
+    ],
+    ids=str,
+)
+def test_the_declared_type_says_what_an_input_is(hint: object, expected: Kind | None) -> None:
+    assert kind(hint) is expected
+
+
+def test_where_the_type_says_nothing_the_name_does_and_then_the_default() -> None:
+    assert kind(None, "image") is Kind.IMAGES
+    assert kind(Any, "strength", 1) is Kind.NUMBER
+    assert kind(list, "sigmas") is kind(list | tuple, "sigmas") is Kind.NUMBERS
+    assert kind(None, "aesthetic_score", 6.0) is Kind.NUMBER
+    assert kind(None, "guess_mode", False) is Kind.BOOLEAN
+    assert kind(list, "history_sizes", [16, 2, 1]) is Kind.NUMBERS
+    assert kind(None, "crops_coords_top_left", (0, 0)) is Kind.PAIR
+    assert kind(torch.Tensor, "timesteps") is None, "a type that says something is believed"
+
+
+def test_some_names_mean_the_same_however_they_are_declared() -> None:
+    assert kind(PipelineImageInput, "mask_image") is Kind.IMAGE
+    assert kind(torch.Tensor, "mask_image") is Kind.IMAGE
+    assert kind(PipelineImageInput, "video") is Kind.IMAGE_LIST
+    assert kind(torch.Tensor, "video") is None
+    assert kind(int, "num_images_per_prompt", 1) is None, "a request for n pictures is n units"
+    assert kind(int, "seed") is None
+    assert kind(bool, "_auto_resize", True) is None
+    assert kind(str | list[str], "negative_prompt_embeds") is None, "declared wrongly"
+
+
+def test_defaults_and_descriptions_come_along() -> None:
+    found = public("Ideogram4ModularPipeline", "text2image")
+    assert found["num_inference_steps"].default == 48
+    schedule = found["guidance_schedule"].default
+    assert isinstance(schedule, tuple)
+    assert set(schedule) == {7.0, 3.0}
+    assert found["height"].default is None
+    assert found["height"].description.startswith("The height in pixels")
+
+
+def classics() -> Iterator[Any]:
+    for name in ("FluxPipeline", "FluxFillPipeline", "StableDiffusionInpaintPipeline", "CogVideoXVideoToVideoPipeline"):
+        yield getattr(diffusers, name)
+
+
+def test_classic_pipelines_say_it_in_their_call() -> None:
+    flux, fill, inpaint, video = (
+        {item.name: item for item in of_call(cls.__call__, required_by(cls))} for cls in classics()
+    )
+    assert flux["true_cfg_scale"].kind is flux["guidance_scale"].kind is Kind.NUMBER
+    assert (flux["prompt"].required, flux["height"].required) == (True, False)
+    assert {"negative_prompt", "sigmas"} <= flux.keys()
+    assert not flux.keys() & {*NOT_PUBLIC, "self", "callback_on_step_end", "joint_attention_kwargs", "output_type"}
+    assert fill["image"].kind is fill["mask_image"].kind is Kind.IMAGE
+    assert {name for name, item in inpaint.items() if item.required} == {"prompt", "image", "mask_image"}
+    assert video["video"].kind is Kind.IMAGE_LIST
+
+
+def test_an_annotation_that_cannot_be_evaluated_spoils_only_itself() -> None:
+    def call(self: object, image: NoSuchName = None, height: int = 8) -> None: ...  # type: ignore[name-defined]  # noqa: F821
+
+    found = {item.name: item.kind for item in of_call(call)}
+    assert found == {"image": Kind.IMAGES, "height": Kind.INTEGER}
