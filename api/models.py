@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from starlette.requests import Request
 
 from api.encoding import JSONResponse, plain
 from api.errors import not_found
 from api.head import Head
-from roles.messages.requests import DescribeModel, ModelDescription
+from roles.messages.requests import DescribeModel, Kind, ModelDescription, Parameter
+
+_LIMITS: Final = ("minimum", "maximum", "multiple_of")
+_WORDS: Final = {Kind.IMAGE_LIST: Kind.IMAGES}
+"""Whether one picture makes a list does not matter to who sends it."""
 
 
 def model_object(description: ModelDescription) -> dict[str, object]:
-    """Make OpenAI's model object, with what the model takes and what it uses when that is not given."""
-    fields: dict[str, object] = plain(description)
-    created = int(description.created_at)
-    del fields["name"], fields["created_at"]
-    return {"id": description.name, "object": "model", "created": created, "owned_by": "triptych", **fields}
+    """Make OpenAI's model object, with what the model makes and what it takes."""
+    return {
+        "id": description.name,
+        "object": "model",
+        "created": int(description.created_at),
+        "owned_by": "triptych",
+        "family": description.family,
+        "task": description.task,
+        "dtype": description.dtype,
+        "medium": description.medium,
+        **({"fps": description.fps} if description.fps else {}),
+        "parameters": [
+            parameter_object(parameter, description.ranges.get(parameter.name, ()))
+            for parameter in description.parameters
+        ],
+    }
+
+
+def parameter_object(parameter: Parameter, limits: tuple[float, ...]) -> dict[str, object]:
+    """Say of a parameter what it is, whether it must be given, and between which limits."""
+    whole = parameter.kind in (Kind.INTEGER, Kind.PAIR)
+    bounds = [int(limit) if whole else limit for limit in limits]
+    words = {"alias_of": parameter.alias_of, "description": parameter.description}
+    return {
+        "name": parameter.name,
+        "kind": _WORDS.get(parameter.kind, parameter.kind),
+        "default": plain(parameter.default),
+        "required": parameter.required,
+        **dict(zip(_LIMITS, bounds, strict=False)),
+        **{name: text for name, text in words.items() if text},
+    }
 
 
 async def list_models(request: Request) -> JSONResponse:

@@ -57,7 +57,7 @@ def conflict(inputs: Mapping[str, object], parameters: Collection[Parameter]) ->
 def in_words_of(
     taken: Collection[str], inputs: Mapping[str, object], parameters: Collection[Parameter]
 ) -> dict[str, object]:
-    """Give inputs the names that the pipeline has for them, and pairs the type.
+    """Give inputs the names that the pipeline has for them.
 
     Args:
         taken: Names that it has.
@@ -68,10 +68,5 @@ def in_words_of(
     """
     aliases = {parameter.name: parameter.alias_of for parameter in parameters if parameter.alias_of}
     public = names(parameters)
-    pairs = {parameter.name for parameter in parameters if parameter.kind is Kind.PAIR}
     meant = {aliases.get(name, name): value for name, value in inputs.items()}
-    for name in pairs & meant.keys():
-        # JSON has lists only, and pipelines add these to tuples.
-        value = meant[name]
-        meant[name] = tuple(value) if isinstance(value, list) else value
     return {name: value for name, value in meant.items() if name in taken or name not in public}

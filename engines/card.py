@@ -11,64 +11,28 @@ A range is [lowest, highest] or [lowest, highest, step]; a value is a multiple o
 
 from __future__ import annotations
 
+import difflib
 import json
-import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from engines.aliases import conflict
+from engines.checks import CardError, Limits, checked, kind_of, limits_of
 from engines.panels import ModelError
+from engines.parameters import Default, Parameter
+from engines.vocabulary import KNOWN
+
+__all__ = ["CARD_NAME", "INDEX_NAMES", "CardError", "ModelCard", "load_card", "load_index"]
 
 CARD_NAME: Final = "triptych.json"
 INDEX_NAMES: Final = ("modular_model_index.json", "model_index.json")
-
-_TEXT: Final = ("prompt", "prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
-_TYPES: Final[dict[str, type]] = {
-    **dict.fromkeys(_TEXT, str),
-    "height": int,
-    "width": int,
-    "num_frames": int,
-    "num_inference_steps": int,
-    "max_sequence_length": int,
-    "guidance_scale": float,
-    "true_cfg_scale": float,
-    "frame_rate": float,
-    "strength": float,
-}
-# What no model goes beyond, so that a slip of the finger does not take a device for an hour.
-_RANGES: Final[dict[str, tuple[float, ...]]] = {
-    "height": (8, 8192),
-    "width": (8, 8192),
-    "num_frames": (1, 4096),
-    "num_inference_steps": (1, 1000),
-    "max_sequence_length": (1, 8192),
-    "guidance_scale": (0, 100),
-    "true_cfg_scale": (0, 100),
-    "frame_rate": (1, 240),
-    "strength": (0, 1),
-}
-_MAX_TEXT: Final = 32_768
-_MAX_NUMBER: Final = 2**53
-_WORDS: Final = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_ALIKE: Final = 0.75
+"""How alike two names are, from 0 to 1, of which one may be meant to be the other."""
 
 Value = bool | int | float | str
-
-
-class CardError(Exception):
-    """A parameter of a request that the model does not take.
-
-    Attributes:
-        param: Its name.
-        message: What is wrong with it, one sentence.
-
-    """
-
-    def __init__(self, param: str, message: str) -> None:
-        super().__init__(f"{param}: {message}")
-        self.param = param
-        self.message = message
 
 
 class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -85,31 +49,67 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ranges: dict[str, tuple[float, ...]] = msgspec.field(default_factory=dict)
     """The lowest and highest value of a number, and the step that it is a multiple of."""
 
-    def apply(self, inputs: Mapping[str, object], accepted: Collection[str] | None = None) -> dict[str, object]:
+    def apply(self, inputs: Mapping[str, object], parameters: Collection[Parameter] | None = None) -> dict[str, object]:
         """Fill in the defaults and check what a request asks for; `inputs` stays as it is.
 
         Args:
-            inputs: Parameters by name; None stands for left out.
-            accepted: Names that the pipeline takes (`PanelPipeline.accepted`), where they are known. Defaults
-                of other names are left out then.
+            inputs: Parameters by public name; None stands for left out. For what they may be see `checks.checked`.
+            parameters: What the pipeline takes (`Signature.parameters`). Where that is not known yet, any name will
+                do, nothing is required, and what is known by name is checked.
 
         Returns:
-            The parameters to run with.
+            The parameters to run with; without defaults of what the pipeline does not take.
 
         Raises:
-            CardError: A parameter is unknown, has the wrong type or is out of range.
-
+            CardError: A parameter is unknown or missing, of the wrong kind or out of range, or two names of one
+                parameter say different things.
         """
-        types = {**{name: type(value) for name, value in self.defaults.items()}, **_TYPES}
-        names = types.keys() if accepted is None else types.keys() & set(accepted)
         given = {name: value for name, value in inputs.items() if value is not None}
-        for name in sorted(given.keys() - names):
-            raise CardError(name, f"{self.name or 'This model'} has no such parameter.")
-        merged = {**{name: value for name, value in self.defaults.items() if name in names}, **given}
-        return {name: _checked(name, value, types[name], self._limits(name)) for name, value in merged.items()}
+        taken = {parameter.name: parameter for parameter in parameters or ()}
+        if parameters is None:
+            merged = {**self.defaults, **given}
+        else:
+            for name in sorted(given.keys() - taken.keys()):
+                raise CardError(name, self._unknown(name, taken))
+            merged = {**self._defaults(given, taken), **given}
+        applied = {name: self._checked(name, value, taken.get(name)) for name, value in merged.items()}
+        for parameter in taken.values():
+            if parameter.required and parameter.name not in applied:
+                raise CardError(parameter.name, "It is required.")
+        if different := conflict(applied, taken.values()):
+            raise CardError(different[0], f"It is another name of {different[1]}, which says something else.")
+        return applied
 
-    def _limits(self, name: str) -> tuple[float, ...]:
-        return self.ranges.get(name) or _RANGES.get(name, ())
+    def limits(self, parameter: Parameter) -> Limits:
+        """The lowest and highest value of a parameter, and the step where there is one; () where it is no number."""
+        own = self.ranges.get(parameter.name) or self.ranges.get(parameter.alias_of)
+        builtin = limits_of(parameter.alias_of or parameter.name, parameter.kind)
+        return (own or builtin) if builtin else ()
+
+    def default(self, parameter: Parameter) -> Default:
+        """What a parameter is where a request gives none."""
+        return self.defaults.get(parameter.name, parameter.default)
+
+    def _defaults(self, given: Mapping[str, object], taken: Mapping[str, Parameter]) -> dict[str, Value]:
+        """Of what is not given, under no name."""
+        meant = {taken[name].alias_of or name for name in given}
+        return {
+            name: value
+            for name, value in self.defaults.items()
+            if name in taken and (taken[name].alias_of or name) not in meant
+        }
+
+    def _checked(self, name: str, value: object, parameter: Parameter | None) -> object:
+        if parameter is None:
+            kind = KNOWN.get(name) or kind_of(value)
+            if kind is None:
+                raise CardError(name, "It must be text, true or false, a number or a list of them, or a picture.")
+            parameter = Parameter(name, kind)
+        return checked(name, value, parameter.kind, self.limits(parameter))
+
+    def _unknown(self, name: str, taken: Collection[str]) -> str:
+        close = difflib.get_close_matches(name, taken, n=1, cutoff=_ALIKE)
+        return f"{self.name or 'This model'} has no such parameter." + (f" Did you mean {close[0]}?" if close else "")
 
 
 def load_card(model: Path) -> ModelCard:
@@ -160,33 +160,3 @@ def load_index(model: Path) -> dict[str, object]:
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ModelError(f"The index {path} does not say which pipeline it is for (`_class_name`).")
     return index
-
-
-def _checked(name: str, value: object, expected: type, limits: tuple[float, ...]) -> object:
-    if expected is float and type(value) is int and abs(value) <= _MAX_NUMBER:
-        value = float(value)
-    if type(value) is not expected or (isinstance(value, float) and not math.isfinite(value)):
-        raise CardError(name, f"It must be {_WORDS[expected]}.")
-    if isinstance(value, str):
-        _check_text(name, value)
-    elif limits and isinstance(value, (int, float)):
-        _check_range(name, value, limits)
-    return value
-
-
-def _check_text(name: str, value: str) -> None:
-    if len(value) > _MAX_TEXT:
-        raise CardError(name, f"It must be at most {_MAX_TEXT} characters long.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise CardError(name, "It must be valid Unicode.") from error
-
-
-def _check_range(name: str, value: float, limits: tuple[float, ...]) -> None:
-    low, high = limits[:2]
-    if not low <= value <= high:
-        raise CardError(name, f"It must be {low:g}." if low == high else f"It must be {low:g} to {high:g}.")
-    step = limits[2] if len(limits) == 3 else 0
-    if step and not math.isclose(value / step, round(value / step), abs_tol=1e-9):
-        raise CardError(name, f"It must be a multiple of {step:g}.")

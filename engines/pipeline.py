@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from engines.aliases import conflict, in_words_of
+from engines.checks import CardError, check_scalars
 from engines.classic import load_classic
 from engines.modular import load_modular
 from engines.panels import ModelError, Panel
@@ -26,7 +27,7 @@ _NOT_ACCEPTED: Final = frozenset({"generator", "num_images_per_prompt", "num_vid
 
 
 class InputError(ValueError):
-    """A request names an input that the pipeline does not take."""
+    """A request names an input that the pipeline does not take, or gives one a value that it cannot have."""
 
 
 class Parts(Protocol):
@@ -111,16 +112,11 @@ class PanelPipeline:
             The values that the denoiser and the decoder take.
 
         Raises:
-            InputError: There is a name that the pipeline does not take, or two for one thing that differ.
+            InputError: There is a name that the pipeline does not take, two for one thing that differ, or a value of
+                the wrong kind.
         """
         self._require(Panel.ENCODER)
-        unknown = sorted(inputs.keys() - self.accepted)
-        if unknown:
-            raise InputError(f"The pipeline takes no {', '.join(unknown)}.")
-        parameters = self.signature.parameters
-        if different := conflict(inputs, parameters):
-            raise InputError(f"{different[0]} and {different[1]} are the same to this pipeline, but differ.")
-        return self._parts.encode(in_words_of(self._parts.inputs, inputs, parameters), seed)
+        return self._parts.encode(self._meant(inputs), seed)
 
     def denoise(self, state: Mapping[str, object]) -> Denoising:
         """Prepare a run of the denoiser; it starts with its first `advance`.
@@ -143,6 +139,20 @@ class PanelPipeline:
         """
         self._require(Panel.DECODER)
         return self._parts.decode(state)
+
+    def _meant(self, inputs: Mapping[str, object]) -> dict[str, object]:
+        """Check inputs, and give them the names that the pipeline has for them."""
+        unknown = sorted(inputs.keys() - self.accepted)
+        if unknown:
+            raise InputError(f"The pipeline takes no {', '.join(unknown)}.")
+        parameters = self.signature.parameters
+        if different := conflict(inputs, parameters):
+            raise InputError(f"{different[0]} and {different[1]} are the same to this pipeline, but differ.")
+        try:
+            check_scalars(inputs, parameters)
+        except CardError as error:
+            raise InputError(str(error)) from error
+        return in_words_of(self._parts.inputs, inputs, parameters)
 
     def _require(self, panel: Panel) -> None:
         if panel not in self.panels:

@@ -30,7 +30,7 @@ KNOWN: Final[Mapping[str, Kind]] = {
     **dict.fromkeys(("original_size", "target_size", "negative_original_size", "negative_target_size"), Kind.PAIR),
     **dict.fromkeys(("image", "control_image", "reference_images", "ip_adapter_image"), Kind.IMAGES),
     **dict.fromkeys(("mask_image", "last_image"), Kind.IMAGE),
-    **dict.fromkeys(("video", "memory_images"), Kind.IMAGE_LIST),
+    **dict.fromkeys(("video", "driving_video", "memory_images"), Kind.IMAGE_LIST),
 }
 """Many inputs are declared without a type."""
 

@@ -14,12 +14,13 @@ from collections.abc import Callable
 from typing import TypeAlias, cast
 
 import msgspec
+from msgspec.structs import replace
 
 from actors import Actor, Component, Later, StartFailure, Topology
 from bus import Refused
 from engines.card import CardError, ModelCard, load_card
 from engines.panels import ModelError, Panel
-from engines.parameters import Signature, names
+from engines.parameters import Parameter, Signature
 from roles.dispatch import POLICIES
 from roles.errands import Errands
 from roles.journal import Journal, JournalError
@@ -143,17 +144,19 @@ class Head(Actor):
 
     async def describe(self, _: requests.DescribeModel) -> requests.ModelDescription:
         """What is served."""
+        signature, card = self._signature(), self.card
+        parameters = [replace(item, default=card.default(item)) for item in signature.parameters]
         return requests.ModelDescription(
-            name=self.card.name,
-            family=self.card.family,
-            task=self.card.task,
+            name=card.name,
+            family=card.family,
+            task=card.task,
             dtype=self.topology.model.dtype,
             created_at=self.created_at,
-            defaults=dict(self.card.defaults),
-            ranges={name: tuple(map(float, bounds)) for name, bounds in self.card.ranges.items()},
-            parameters=self._signature().parameters,
-            medium=self._signature().medium,
-            fps=self._signature().fps,
+            defaults=dict(card.defaults),
+            ranges={item.name: limits for item in parameters if (limits := card.limits(item))},
+            parameters=tuple(parameters),
+            medium=signature.medium,
+            fps=signature.fps,
         )
 
     async def cluster(self, _: requests.ClusterQuery) -> requests.ClusterView:
@@ -304,7 +307,7 @@ class Head(Actor):
         if not 1 <= message.n <= self.topology.head.max_pending:
             raise CardError("n", f"must be from 1 to {self.topology.head.max_pending}")
         # Before the first instance has come, the names that the pipeline takes are not known: then it checks them.
-        inputs = cast(dict[str, Input], self.card.apply(message.inputs, self._accepted() or None))
+        inputs = cast(dict[str, Input], self.card.apply(message.inputs, self._parameters()))
         now = time.time()
         deadline = now + self.topology.head.request_timeout_s
         seed = secrets.randbits(32) if message.seed is None else message.seed
@@ -313,8 +316,9 @@ class Head(Actor):
             message.request_id, inputs, message.output, now, deadline, units, message.idempotency_key, digest
         )
 
-    def _accepted(self) -> frozenset[str]:
-        return names(self._signature().parameters)
+    def _parameters(self) -> tuple[Parameter, ...] | None:
+        """What the pipeline takes; None until an instance has loaded it."""
+        return self._signature().parameters or None
 
     def _signature(self) -> Signature:
         """Of whichever instance has it: they have loaded the same model."""

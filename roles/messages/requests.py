@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from bus import Message
-from engines.parameters import Parameter
+from engines.parameters import PICTURES as PICTURES
+from engines.parameters import Kind as Kind
+from engines.parameters import Parameter as Parameter
 from roles.messages.work import Artifact, Input, Output, Scalar, Value
 
 
@@ -114,10 +116,11 @@ class ModelDescription(Message):
     dtype: str
     created_at: float
     defaults: dict[str, Scalar]
+    """Of the card."""
     ranges: dict[str, tuple[float, ...]]
-    """Input to (minimum, maximum) or (minimum, maximum, multiple of)."""
+    """Number to (minimum, maximum) or (minimum, maximum, multiple of)."""
     parameters: tuple[Parameter, ...]
-    """Inputs that the pipeline takes; empty until an instance has loaded it."""
+    """Inputs that the pipeline takes, with the model's defaults; empty until an instance has loaded it."""
     medium: str
     """What it makes: image, video or audio."""
     fps: float

@@ -206,8 +206,14 @@ DESCRIPTION = wire.ModelDescription(
     dtype="float32",
     created_at=1_700_000_000.5,
     defaults={"height": 64, "num_inference_steps": 4},
-    ranges={"height": (64.0, 64.0, 8.0)},
-    parameters=(Parameter("height", Kind.INTEGER), Parameter("prompt", Kind.TEXT, required=True)),
+    ranges={"height": (64.0, 128.0, 8.0), "true_cfg_scale": (0.0, 100.0)},
+    parameters=(
+        Parameter("height", Kind.INTEGER, 64, description="In pixels."),
+        Parameter("prompt", Kind.TEXT, required=True),
+        Parameter("sigmas", Kind.NUMBERS, (1.0, 0.5)),
+        Parameter("true_cfg_scale", Kind.NUMBER, alias_of="guidance_scale"),
+        Parameter("video", Kind.IMAGE_LIST),
+    ),
     medium="image",
     fps=0.0,
 )

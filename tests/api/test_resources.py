@@ -29,9 +29,16 @@ async def test_models_in_openais_shape(client, small_head):
     assert listed["object"] == "list"
     (model,) = listed["data"]
     assert (model["id"], model["object"], model["created"]) == ("tiny/shapes", "model", 1_700_000_000)
-    assert model["defaults"] == {"height": 64, "num_inference_steps": 4}
-    assert model["ranges"] == {"height": [64, 64, 8]}
-    assert [parameter["name"] for parameter in model["parameters"]] == ["height", "prompt"]
+    assert (model["family"], model["medium"], model["dtype"]) == ("stable-diffusion-xl", "image", "float32")
+    assert "fps" not in model, "it makes no video"
+    height, prompt, sigmas, scale, video = model["parameters"]
+    limits = {"minimum": 64, "maximum": 128, "multiple_of": 8}
+    says = {"description": "In pixels."}
+    assert height == {"name": "height", "kind": "integer", "default": 64, "required": False, **limits, **says}
+    assert prompt == {"name": "prompt", "kind": "text", "default": None, "required": True}
+    assert sigmas["default"] == [1.0, 0.5]
+    assert (scale["maximum"], scale["alias_of"]) == (100.0, "guidance_scale")
+    assert video["kind"] == "images", "whether one makes a list is between us and the pipeline"
     assert (await client.get("/v1/models/tiny/shapes")).json() == model
 
 

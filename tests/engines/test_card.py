@@ -3,89 +3,208 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from engines.card import CardError, ModelCard, load_card
 from engines.panels import ModelError
+from engines.parameters import Kind, Parameter
 
+TAKES = (
+    Parameter("fps", Kind.INTEGER, alias_of="frame_rate"),
+    Parameter("frame_rate", Kind.INTEGER, 25),
+    Parameter("guidance_scale", Kind.NUMBER, 3.5),
+    Parameter("height", Kind.INTEGER),
+    Parameter("image", Kind.IMAGES),
+    Parameter("layers", Kind.INTEGER),
+    Parameter("mask_image", Kind.IMAGE),
+    Parameter("mu", Kind.NUMBER),
+    Parameter("num_inference_steps", Kind.INTEGER, 50),
+    Parameter("original_size", Kind.PAIR),
+    Parameter("prompt", Kind.TEXT, required=True),
+    Parameter("sigmas", Kind.NUMBERS),
+    Parameter("tiled", Kind.BOOLEAN),
+    Parameter("true_cfg_scale", Kind.NUMBER, alias_of="guidance_scale"),
+    Parameter("video", Kind.IMAGE_LIST),
+    Parameter("width", Kind.INTEGER),
+)
 CARD = ModelCard(
     name="shapes",
-    defaults={"height": 64, "num_inference_steps": 4, "guidance_scale": 5, "tiled": False},
-    ranges={"height": (64, 128, 8), "num_inference_steps": (1, 50)},
+    defaults={"height": 64, "num_inference_steps": 4, "guidance_scale": 5, "tiled": False, "strength": 0.5},
+    ranges={"height": (64, 128, 8), "num_inference_steps": (1, 50), "frame_rate": (1, 30), "sigmas": (0, 1)},
 )
+FILLED = {"prompt": "a cat", "height": 64, "num_inference_steps": 4, "guidance_scale": 5.0, "tiled": False}
+
+
+@dataclass(frozen=True)
+class Files:
+    """As `roles.messages.work.Pictures`, of which engines know nothing."""
+
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Values:
+    """As `roles.messages.work.Numbers`."""
+
+    values: tuple[float, ...]
 
 
 def test_defaults_fill_what_is_left_out_and_nothing_else() -> None:
     given_inputs = {"prompt": "a cat", "height": 72, "width": None}
-    assert CARD.apply(given_inputs) == {
-        "prompt": "a cat",
-        "height": 72,
-        "num_inference_steps": 4,
-        "guidance_scale": 5.0,
-        "tiled": False,
-    }
+    assert CARD.apply(given_inputs, TAKES) == {**FILLED, "height": 72}, "strength is nothing that the pipeline takes"
     assert given_inputs == {"prompt": "a cat", "height": 72, "width": None}
 
 
-def test_only_what_the_pipeline_accepts_is_filled_in_or_allowed() -> None:
-    assert CARD.apply({"prompt": "x"}, accepted={"prompt", "height"}) == {"prompt": "x", "height": 64}
-    with pytest.raises(CardError, match="no such parameter") as refusal:
-        CARD.apply({"num_frames": 5}, accepted={"prompt", "height"})
-    assert refusal.value.param == "num_frames"
+def test_every_kind_of_value_is_taken() -> None:
+    given_inputs: dict[str, object] = {
+        "image": Files(("a", "b")),
+        "mask_image": Files(("m",)),
+        "video": Files(("f",) * 5),
+        "sigmas": Values((1.0, 0.5)),
+        "original_size": Values((64, 64)),
+        "mu": -3,
+        "tiled": True,
+    }
+    applied = CARD.apply({"prompt": "a cat", **given_inputs}, TAKES)
+    assert applied == {**FILLED, **given_inputs}
+    assert type(applied["mu"]) is float
 
 
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
         ({"colour": "red"}, "shapes has no such parameter."),
-        ({"generator": 5}, "shapes has no such parameter."),
-        ({"latents": [1.0]}, "shapes has no such parameter."),
+        ({"hieght": 64}, "shapes has no such parameter. Did you mean height?"),
+        ({"num_inference_step": 4}, "shapes has no such parameter. Did you mean num_inference_steps?"),
+        ({"negative_prompt": "x"}, "shapes has no such parameter."),
+        ({"latents": Values((1.0,))}, "shapes has no such parameter."),
         ({"height": "64"}, "It must be a whole number."),
         ({"height": 64.0}, "It must be a whole number."),
         ({"height": True}, "It must be a whole number."),
+        ({"height": Files(("a",))}, "It must be a whole number."),
         ({"height": 56}, "It must be 64 to 128."),
         ({"height": 136}, "It must be 64 to 128."),
         ({"height": 70}, "It must be a multiple of 8."),
         ({"num_inference_steps": 0}, "It must be 1 to 50."),
         ({"num_inference_steps": 10**400}, "It must be 1 to 50."),
         ({"width": 1_000_000}, "It must be 8 to 8192."),
+        ({"layers": 10**6}, "It must be 1 to 64."),
+        ({"mu": 10**12}, "It must be -1e+09 to 1e+09."),
+        ({"fps": 31}, "It must be 1 to 30."),
         ({"guidance_scale": float("nan")}, "It must be a number."),
         ({"guidance_scale": float("inf")}, "It must be a number."),
         ({"guidance_scale": 10**400}, "It must be a number."),
         ({"guidance_scale": "high"}, "It must be a number."),
+        ({"guidance_scale": Values((1.0,))}, "It must be a number."),
+        ({"true_cfg_scale": -1}, "It must be 0 to 100."),
         ({"tiled": 1}, "It must be true or false."),
         ({"prompt": ["a", "b"]}, "It must be text."),
+        ({"prompt": Files(("a",))}, "It must be text."),
         ({"prompt": "x" * 32_769}, "It must be at most 32768 characters long."),
         ({"prompt": "\ud800"}, "It must be valid Unicode."),
+        ({"image": "ship.png"}, "It must be a picture, or several."),
+        ({"image": 5}, "It must be a picture, or several."),
+        ({"image": {"files": 1}}, "It must be a picture, or several."),
+        ({"image": Files(())}, "It must be a picture, or several."),
+        ({"image": Files(("f",) * 4097)}, "It must be at most 4096 pictures."),
+        ({"mask_image": "ship.png"}, "It must be a picture."),
+        ({"mask_image": Files(("a", "b"))}, "It must be one picture, not 2."),
+        ({"sigmas": 0.5}, "It must be a list of numbers."),
+        ({"sigmas": Values(())}, "It must be a list of numbers."),
+        ({"sigmas": ["a"]}, "It must be a list of numbers."),
+        ({"sigmas": {"values": [1.0]}}, "It must be a list of numbers."),
+        ({"sigmas": Values((0.5, float("nan")))}, "It must be a finite number."),
+        ({"sigmas": Values((0.5, 2.0))}, "It must be 0 to 1."),
+        ({"sigmas": Values((0.5,) * 4097)}, "It must be at most 4096 numbers."),
+        ({"original_size": Values((64,))}, "It must be two whole numbers."),
+        ({"original_size": Values((64, 64.5))}, "It must be two whole numbers."),
+        ({"original_size": Values((64, 10**6))}, "It must be -65536 to 65536."),
     ],
     ids=lambda value: "",
 )
 def test_what_is_not_allowed_is_refused_by_name(inputs: dict[str, object], message: str) -> None:
     with pytest.raises(CardError) as refusal:
-        CARD.apply({"prompt": "a cat", **inputs})
+        CARD.apply({"prompt": "a cat", **inputs}, TAKES)
     assert refusal.value.message == message
     assert [refusal.value.param] == list(inputs)
 
 
+def test_what_is_required_must_be_there() -> None:
+    takes = (*TAKES, Parameter("control_image", Kind.IMAGE, required=True))
+    for inputs, param in (({"prompt": "x"}, "control_image"), ({"control_image": Files(("a",))}, "prompt")):
+        with pytest.raises(CardError, match="It is required") as refusal:
+            CARD.apply(inputs, takes)
+        assert refusal.value.param == param
+    always = replace(CARD, defaults={"prompt": "a ship"})
+    assert always.apply({}, TAKES) == {"prompt": "a ship"}, "or have a default"
+
+
+def test_two_names_of_one_parameter_must_agree() -> None:
+    with pytest.raises(CardError, match="another name of guidance_scale") as refusal:
+        CARD.apply({"prompt": "x", "guidance_scale": 3, "true_cfg_scale": 4}, TAKES)
+    assert refusal.value.param == "true_cfg_scale"
+    both = CARD.apply({"prompt": "x", "guidance_scale": 3, "true_cfg_scale": 3.0}, TAKES)
+    assert (both["guidance_scale"], both["true_cfg_scale"]) == (3.0, 3.0)
+    # The default is of the parameter, not of one of its names.
+    assert "guidance_scale" not in CARD.apply({"prompt": "x", "true_cfg_scale": 3}, TAKES)
+    assert replace(CARD, defaults={"fps": 8}).apply({"prompt": "x", "frame_rate": 9}, TAKES)["frame_rate"] == 9
+
+
+def test_limits_and_defaults_of_a_parameter() -> None:
+    named = {parameter.name: parameter for parameter in TAKES}
+    limits = {name: CARD.limits(parameter) for name, parameter in named.items()}
+    assert limits["height"] == (64, 128, 8), "the card's"
+    assert limits["width"] == (8, 8192), "what no model goes beyond"
+    assert limits["fps"] == (1, 30), "those of what it is another name of"
+    assert limits["mu"] == (-1e9, 1e9)
+    assert limits["prompt"] == limits["image"] == limits["tiled"] == ()
+    assert [CARD.default(named[name]) for name in ("height", "frame_rate", "width")] == [64, 25, None]
+
+
+def test_before_the_pipeline_is_known_what_is_known_by_name_is_checked() -> None:
+    applied = CARD.apply({"colour": "red", "sigmas": Values((1.0,)), "image": Files(("a",)), "rank": 0.5})
+    assert applied.keys() == CARD.defaults.keys() | {"colour", "sigmas", "image", "rank"}
+    for inputs, message in (
+        ({"height": 56}, "64 to 128"),
+        ({"image": "ship.png"}, "a picture"),
+        ({"strength": 2}, "0 to 1"),
+        ({"colour": {}}, "a list of them, or a picture"),
+        ({"colour": float("nan")}, "a number"),
+        ({"colour": 10**400}, r"to 1e\+09"),
+    ):
+        with pytest.raises(CardError, match=message) as refusal:
+            CARD.apply(inputs)
+        assert [refusal.value.param] == list(inputs)
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text() | st.sampled_from(["values", "files"]), inner, max_size=3)
+        | st.builds(Files, st.lists(st.text(), max_size=3).map(tuple))
+        | st.builds(Values, st.lists(inner, max_size=3).map(tuple))
+    ),
 )
+known_names = st.sampled_from([parameter.name for parameter in TAKES])
 
 
 @settings(deadline=None)
-@given(st.dictionaries(st.sampled_from(["prompt", "height", "guidance_scale", "tiled", "strength", "x"]), json_values))
-def test_whatever_a_request_says_it_is_applied_or_refused(inputs: dict[str, object]) -> None:
+@given(st.dictionaries(known_names | st.text(), json_values), st.booleans())
+def test_whatever_a_request_says_it_is_applied_or_refused(inputs: dict[str, object], known: bool) -> None:
     try:
-        applied = CARD.apply(inputs)
+        applied = CARD.apply(inputs, TAKES if known else None)
     except CardError:
         return
     assert applied["height"] in range(64, 129, 8)
-    assert type(applied["guidance_scale"]) is float
+    assert "true_cfg_scale" in applied or type(applied["guidance_scale"]) is float
+    assert not known or applied.keys() <= {parameter.name for parameter in TAKES}
 
 
 def write(folder: Path, card: object | None, index: object = None) -> Path:
@@ -137,5 +256,5 @@ def test_what_is_not_a_model_folder_is_a_model_error(tmp_path: Path) -> None:
 
 
 def test_cards_and_manifests_need_no_torch() -> None:
-    program = "import sys, engines.card, engines.panels, engines.manifest; sys.exit('torch' in sys.modules)"
+    program = "import sys, engines.card, engines.vocabulary, engines.manifest; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -35,7 +35,7 @@ def test_the_card_makes_a_request_of_a_prompt(family: Classic, classic_models: M
     card = load_card(classic_models(family))
     model = classic_models(family)
     encoder = PanelPipeline.load(model, (Panel.ENCODER,), dtype=torch.float32, device=torch.device("cpu"))
-    inputs = card.apply({"prompt": "a red ship", "num_inference_steps": 1}, encoder.accepted)
+    inputs = card.apply({"prompt": "a red ship", "num_inference_steps": 1}, encoder.signature.parameters)
     assert inputs.keys() - {"prompt"} == card.defaults.keys()
 
 

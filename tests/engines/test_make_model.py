@@ -63,7 +63,7 @@ def test_the_command_shows_its_progress(tmp_path: Path, capfd: pytest.CaptureFix
 def test_the_card_makes_a_request_of_a_prompt(family: Family, models: Models) -> None:
     card = load_card(models(family))
     pipeline = PanelPipeline.load(models(family), tuple(Panel), dtype=torch.float32, device=torch.device("cpu"))
-    inputs = card.apply({"prompt": "a red ship", "num_inference_steps": 1}, pipeline.accepted)
+    inputs = card.apply({"prompt": "a red ship", "num_inference_steps": 1}, pipeline.signature.parameters)
     assert inputs.keys() - {"prompt"} == card.defaults.keys()
     made = []
     for prompt, seed in (("a red ship", 0), ("a red shop", 0), ("a red ship", 1)):

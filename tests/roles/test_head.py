@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from actors import Actor, AddressBook, Topology, load_topology
@@ -17,11 +18,19 @@ from engines.parameters import Kind, Parameter, Signature
 from roles.head import Head
 from roles.messages import pool as pools
 from roles.messages import requests, stages
-from roles.messages.work import Artifact, LeaseRef, Output, Staged, Work
+from roles.messages.work import Artifact, LeaseRef, Numbers, Output, Pictures, Staged, Upload, Work
 
 BOUND_S = 10.0
 
-SIGNATURE = Signature((Parameter("height", Kind.INTEGER), Parameter("prompt", Kind.TEXT, required=True)))
+SIGNATURE = Signature(
+    (
+        Parameter("height", Kind.INTEGER, 512),
+        Parameter("mask_image", Kind.IMAGE),
+        Parameter("prompt", Kind.TEXT, required=True),
+        Parameter("sigmas", Kind.NUMBERS),
+    )
+)
+PICTURE = Upload("a.png", 8)
 
 
 class Pool(Actor):
@@ -64,7 +73,9 @@ def topology(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
     model = tmp_path / "model"
     model.mkdir()
     (model / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    (model / "triptych.json").write_text('{"name": "tiny", "ranges": {"height": [64, 128, 8]}}')
+    (model / "triptych.json").write_text(
+        '{"name": "tiny", "defaults": {"height": 96}, "ranges": {"height": [64, 128, 8]}}'
+    )
 
     def make(head: str = "") -> Topology:
         roles = "\n".join(f'[[roles]]\nkind = "{kind}"' for kind in ("encoder", "denoiser", "decoder"))
@@ -91,9 +102,11 @@ class Stage:
     async def view(self, id_: str = "r") -> requests.RequestView:
         return await self.head.ask(requests.QueryRequest(id_), requests.RequestView, timeout_s=BOUND_S)
 
-    async def hello(self, name: str, *, generation: int = 1, running: tuple[Work, ...] = ()) -> stages.InstanceWelcome:
+    async def hello(
+        self, name: str, *, generation: int = 1, running: tuple[Work, ...] = (), signature: Signature = SIGNATURE
+    ) -> stages.InstanceWelcome:
         hello = stages.InstanceHello(
-            name, name.partition("-")[0], generation, 1, 2, 2, len(running), "pool", SIGNATURE, running
+            name, name.partition("-")[0], generation, 1, 2, 2, len(running), "pool", signature, running
         )
         return await self.head.ask(hello, stages.InstanceWelcome, timeout_s=BOUND_S)
 
@@ -175,6 +188,48 @@ def test_what_is_not_accepted_says_why(topology: Callable[..., Topology]) -> Non
             assert rejected.retry_after_s > 0
             with pytest.raises(RemoteFailure, match="there is no request c"):
                 await stage.view("c")
+
+    play(scenario())
+
+
+def test_inputs_are_checked_by_what_the_pipeline_takes(topology: Callable[..., Topology]) -> None:
+    async def scenario() -> None:
+        async with playing(topology()) as stage:
+            # Nobody knows yet whether there is such a parameter: the encoder will.
+            assert isinstance(await stage.submit("early", negative_prompt="grey"), requests.RequestAccepted)
+            assert (await stage.submit("early2", mask_image="ship.png")).param == "mask_image"
+            needs = msgspec.structs.replace(SIGNATURE.parameters[1], name="image", required=True)
+            await stage.hello("encoder-0", signature=Signature((*SIGNATURE.parameters, needs)))
+            for inputs, param in (
+                ({"negative_prompt": "grey"}, "negative_prompt"),
+                ({"mask_image": "ship.png"}, "mask_image"),
+                ({"mask_image": Pictures((PICTURE, PICTURE))}, "mask_image"),
+                ({"sigmas": 0.5}, "sigmas"),
+                ({"height": Pictures((PICTURE,))}, "height"),
+                ({}, "image"),
+            ):
+                rejected = await stage.submit("late", **({"image": Pictures((PICTURE,))} if inputs else {}), **inputs)
+                assert (rejected.code, rejected.param) == ("invalid", param)
+            inputs = {"image": Pictures((PICTURE,)), "sigmas": Numbers((1.0, 0.5))}
+            assert isinstance(await stage.submit("late", **inputs), requests.RequestAccepted)
+            assert (await stage.view("late")).inputs == {"prompt": "x", **inputs}
+
+    play(scenario())
+
+
+def test_the_model_says_what_it_takes(topology: Callable[..., Topology]) -> None:
+    async def scenario() -> None:
+        async with playing(topology()) as stage:
+
+            async def described() -> requests.ModelDescription:
+                return await stage.head.ask(requests.DescribeModel(), requests.ModelDescription, timeout_s=BOUND_S)
+
+            assert (await described()).parameters == ()
+            await stage.hello("encoder-0")
+            said = await described()
+            assert [item.name for item in said.parameters] == ["height", "mask_image", "prompt", "sigmas"]
+            assert said.parameters[0].default == 96, "the card's, before the pipeline's"
+            assert said.ranges == {"height": (64.0, 128.0, 8.0), "sigmas": (-1e9, 1e9)}
 
     play(scenario())
 

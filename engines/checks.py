@@ -1,0 +1,185 @@
+"""Check one value of a request by the kind of its parameter, and by the range that it may be in. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Final
+
+from engines.parameters import PICTURES, Kind, Parameter
+
+Limits = tuple[float, ...]
+"""(lowest, highest) or (lowest, highest, step); a value is a multiple of the step. () is no limit."""
+
+# What no model goes beyond, so that a slip of the finger does not take a device for an hour.
+RANGES: Final[Mapping[str, Limits]] = {
+    **dict.fromkeys(("height", "width", "resolution", "output_resolution", "processing_resolution"), (8, 8192)),
+    **dict.fromkeys(("num_frames", "frames", "video_length", "segment_frame_length"), (1, 4096)),
+    **dict.fromkeys(("num_inference_steps", "prior_num_inference_steps", "decoder_num_inference_steps"), (1, 1000)),
+    **dict.fromkeys(("max_sequence_length", "max_new_tokens"), (1, 8192)),
+    **dict.fromkeys(("guidance_scale", "true_cfg_scale", "guidance_scale_2", "prior_guidance_scale"), (0, 100)),
+    **dict.fromkeys(("audio_guidance_scale", "image_guidance_scale", "decoder_guidance_scale"), (0, 100)),
+    **dict.fromkeys(("fps", "frame_rate", "driving_video_fps"), (1, 240)),
+    **dict.fromkeys(("strength", "denoising_start", "denoising_end", "guidance_rescale", "eta"), (0, 1)),
+    **dict.fromkeys(("control_guidance_start", "control_guidance_end", "decode_timestep"), (0, 1)),
+    **dict.fromkeys(("audio_duration", "audio_duration_s", "audio_length_in_s", "max_seconds"), (0, 3600)),
+    "controlnet_conditioning_scale": (0, 10),
+    "layers": (1, 64),
+    "clip_skip": (0, 64),
+}
+_SCALARS: Final = frozenset({Kind.TEXT, Kind.INTEGER, Kind.NUMBER, Kind.BOOLEAN})
+_ANY: Final = (-1e9, 1e9)
+_PAIR: Final = (-65_536, 65_536)
+_MAX_TEXT: Final = 32_768
+_MAX_ITEMS: Final = 4096
+_WORDS: Final[Mapping[Kind, str]] = {
+    Kind.TEXT: "text",
+    Kind.INTEGER: "a whole number",
+    Kind.NUMBER: "a number",
+    Kind.BOOLEAN: "true or false",
+    Kind.NUMBERS: "a list of numbers",
+    Kind.PAIR: "two whole numbers",
+    Kind.IMAGE: "a picture",
+    Kind.IMAGES: "a picture, or several",
+    Kind.IMAGE_LIST: "a picture, or several",
+}
+
+
+class CardError(Exception):
+    """A parameter of a request that the model does not take.
+
+    Attributes:
+        param: Its name.
+        message: What is wrong with it, one sentence.
+    """
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(f"{param}: {message}")
+        self.param = param
+        self.message = message
+
+
+def limits_of(name: str, kind: Kind) -> Limits:
+    """The limits of a parameter for which a card gives none."""
+    if kind is Kind.PAIR:
+        return _PAIR
+    return RANGES.get(name, _ANY) if kind in (Kind.INTEGER, Kind.NUMBER, Kind.NUMBERS) else ()
+
+
+def kind_of(value: object) -> Kind | None:
+    """What a value looks like, for a parameter of which nothing is known; None where it is nothing that can be said."""
+    if isinstance(value, bool):
+        return Kind.BOOLEAN
+    if isinstance(value, str):
+        return Kind.TEXT
+    if isinstance(value, int):
+        return Kind.INTEGER
+    if isinstance(value, float):
+        return Kind.NUMBER
+    if _numbers(value) is not None:
+        return Kind.NUMBERS
+    return None if _files(value) is None else Kind.IMAGES
+
+
+def checked(name: str, value: object, kind: Kind, limits: Limits) -> object:
+    """Check a value.
+
+    Args:
+        name: Of its parameter.
+        value: A scalar; a list of numbers, or what has one as its `values`; what has pictures as its `files`.
+        kind: What it must be.
+        limits: Of a number, or of each number of a list.
+
+    Returns:
+        The value; a float where a whole number was given for a number.
+
+    Raises:
+        CardError: It is something else, or out of range.
+    """
+    if kind is Kind.NUMBER and type(value) is int and abs(value) <= 2**53:
+        value = float(value)
+    if not _is_a(kind, value):
+        raise CardError(name, f"It must be {_WORDS[kind]}.")
+    if isinstance(value, str):
+        _check_text(name, value)
+    elif isinstance(value, (int, float)):
+        _check_range(name, value, limits)
+    else:
+        _check_list(name, value, kind, limits)
+    return value
+
+
+def check_scalars(inputs: Mapping[str, object], parameters: Collection[Parameter]) -> None:
+    """Check the kinds of what a pipeline is about to get, where references are pictures and lists already.
+
+    Raises:
+        CardError: A parameter that is a scalar has no such value, or another one has one.
+    """
+    for parameter in parameters:
+        value = inputs.get(parameter.name)
+        if value is not None and (parameter.kind in _SCALARS or isinstance(value, (str, int, float))):
+            checked(parameter.name, value, parameter.kind, ())
+
+
+def _is_a(kind: Kind, value: object) -> bool:
+    match kind:
+        case Kind.TEXT:
+            return isinstance(value, str)
+        case Kind.BOOLEAN:
+            return isinstance(value, bool)
+        case Kind.INTEGER:
+            return type(value) is int
+        case Kind.NUMBER:
+            return isinstance(value, float) and math.isfinite(value)
+        case Kind.NUMBERS:
+            return bool(_numbers(value))
+        case Kind.PAIR:
+            numbers = _numbers(value) or ()
+            return len(numbers) == 2 and all(type(number) is int for number in numbers)
+    return bool(_files(value))
+
+
+def _numbers(value: object) -> tuple[int | float, ...] | None:
+    """The numbers of a list or of what holds one; None where there is something else in it."""
+    items = value if isinstance(value, (list, tuple)) else getattr(value, "values", None)
+    if not isinstance(items, (list, tuple)):
+        return None
+    return tuple(items) if all(type(item) in (int, float) for item in items) else None
+
+
+def _files(value: object) -> tuple[object, ...] | None:
+    files = getattr(value, "files", None)
+    return files if isinstance(files, tuple) else None
+
+
+def _check_list(name: str, value: object, kind: Kind, limits: Limits) -> None:
+    items = (_files(value) if kind in PICTURES else _numbers(value)) or ()
+    if kind is Kind.IMAGE and len(items) > 1:
+        raise CardError(name, f"It must be one picture, not {len(items)}.")
+    if len(items) > _MAX_ITEMS:
+        raise CardError(name, f"It must be at most {_MAX_ITEMS} {'pictures' if kind in PICTURES else 'numbers'}.")
+    for item in items:
+        if isinstance(item, (int, float)):
+            _check_range(name, item, limits)
+
+
+def _check_text(name: str, value: str) -> None:
+    if len(value) > _MAX_TEXT:
+        raise CardError(name, f"It must be at most {_MAX_TEXT} characters long.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise CardError(name, "It must be valid Unicode.") from error
+
+
+def _check_range(name: str, value: float, limits: Limits) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise CardError(name, "It must be a finite number.")
+    if isinstance(value, bool) or not limits:
+        return
+    low, high = limits[:2]
+    if not low <= value <= high:
+        raise CardError(name, f"It must be {low:g}." if low == high else f"It must be {low:g} to {high:g}.")
+    step = limits[2] if len(limits) == 3 else 0
+    if step and not math.isclose(value / step, round(value / step), abs_tol=1e-9):
+        raise CardError(name, f"It must be a multiple of {step:g}.")
