@@ -212,7 +212,7 @@ def test_inputs_are_checked_by_what_the_pipeline_takes(topology: Callable[..., T
                 assert (rejected.code, rejected.param) == ("invalid", param)
             inputs = {"image": Pictures((PICTURE,)), "sigmas": Numbers((1.0, 0.5))}
             assert isinstance(await stage.submit("late", **inputs), requests.RequestAccepted)
-            assert (await stage.view("late")).inputs == {"prompt": "x", **inputs}
+            assert (await stage.view("late")).inputs == {"prompt": "x", "height": 96, **inputs}
 
     play(scenario())
 
