@@ -38,6 +38,8 @@ _PRECISELY: Final = {"mask_image": Kind.IMAGE, "last_image": Kind.IMAGE, "video"
 """Often declared as any picture or pictures."""
 _DRAWN: Final = frozenset({"image", "mask_image", "last_image"})
 """Declared as tensors by a few pipelines that take pictures all the same."""
+_ONE_IMAGE: Final = frozenset({"strength", "mask_image", "num_frames", "frame_rate", "fps"})
+"""Beside one of these `image` is what is to be changed, or the first frame: several of it would be several requests."""
 _PLAIN: Final = {str: Kind.TEXT, bool: Kind.BOOLEAN, int: Kind.INTEGER, float: Kind.NUMBER}
 _SEQUENCES: Final = (list, tuple, abc.Sequence, abc.Iterable)
 _SAYS_NOTHING: Final = (None, type(None), Any, object, list, tuple, inspect.Parameter.empty)
@@ -103,10 +105,13 @@ def of_call(function: Any, required: Collection[str] = ()) -> tuple[Parameter, .
 
 def _public(rows: Iterable[_Declared], required: Collection[str]) -> tuple[Parameter, ...]:
     found = []
-    for row in rows:
+    declared = {row.name: row for row in rows}
+    for row in declared.values():
         kind = None if _is_internal(row.name) else _kind(row)
         if kind is None:
             continue
+        if kind is Kind.IMAGES and row.name == "image" and declared.keys() & _ONE_IMAGE:
+            kind = Kind.IMAGE
         default = _plain(row.default)
         # Every request has a prompt, and what has a default need not be given.
         needed = row.name == "prompt" or row.name in required or (row.required and default is None)

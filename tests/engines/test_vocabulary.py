@@ -166,6 +166,18 @@ def test_some_names_mean_the_same_however_they_are_declared() -> None:
     assert kind(str | list[str], "negative_prompt_embeds") is None, "declared wrongly"
 
 
+def test_a_picture_that_is_changed_or_becomes_a_video_is_one() -> None:
+    for pipeline, task, expected in (
+        ("Flux2ModularPipeline", "image_conditioned", Kind.IMAGES),
+        ("QwenImageEditPlusModularPipeline", "any", Kind.IMAGES),
+        ("QwenImageModularPipeline", "image2image", Kind.IMAGE),
+        ("StableDiffusionXLModularPipeline", "inpainting", Kind.IMAGE),
+        ("LTXModularPipeline", "image2video", Kind.IMAGE),
+        ("HeliosModularPipeline", "image2video", Kind.IMAGE),
+    ):
+        assert public(pipeline, task)["image"].kind is expected, (pipeline, task)
+
+
 def test_defaults_and_descriptions_come_along() -> None:
     found = public("Ideogram4ModularPipeline", "text2image")
     assert found["num_inference_steps"].default == 48
