@@ -28,7 +28,8 @@ RANGES: Final[Mapping[str, Limits]] = {
     "clip_skip": (0, 64),
 }
 _SCALARS: Final = frozenset({Kind.TEXT, Kind.INTEGER, Kind.NUMBER, Kind.BOOLEAN})
-_ANY: Final = (-1e9, 1e9)
+ANY: Final = (-1e9, 1e9)
+"""The limits of a number of which nothing is known: they say no more than that it is finite."""
 _PAIR: Final = (-65_536, 65_536)
 _MAX_TEXT: Final = 32_768
 _MAX_ITEMS: Final = 4096
@@ -63,7 +64,7 @@ def limits_of(name: str, kind: Kind) -> Limits:
     """The limits of a parameter for which a card gives none."""
     if kind is Kind.PAIR:
         return _PAIR
-    return RANGES.get(name, _ANY) if kind in (Kind.INTEGER, Kind.NUMBER, Kind.NUMBERS) else ()
+    return RANGES.get(name, ANY) if kind in (Kind.INTEGER, Kind.NUMBER, Kind.NUMBERS) else ()
 
 
 def kind_of(value: object) -> Kind | None:

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from actors import Actor, Component, Later, StartFailure, Topology
 from bus import Refused
 from engines.card import CardError, ModelCard, load_card
+from engines.checks import ANY
 from engines.panels import ModelError, Panel
 from engines.parameters import Parameter, Signature
 from roles.dispatch import POLICIES
@@ -153,7 +154,7 @@ class Head(Actor):
             dtype=self.topology.model.dtype,
             created_at=self.created_at,
             defaults=dict(card.defaults),
-            ranges={item.name: limits for item in parameters if (limits := card.limits(item))},
+            ranges={item.name: limits for item in parameters if (limits := card.limits(item)) not in ((), ANY)},
             parameters=tuple(parameters),
             medium=signature.medium,
             fps=signature.fps,

@@ -229,7 +229,7 @@ def test_the_model_says_what_it_takes(topology: Callable[..., Topology]) -> None
             said = await described()
             assert [item.name for item in said.parameters] == ["height", "mask_image", "prompt", "sigmas"]
             assert said.parameters[0].default == 96, "the card's, before the pipeline's"
-            assert said.ranges == {"height": (64.0, 128.0, 8.0), "sigmas": (-1e9, 1e9)}
+            assert said.ranges == {"height": (64.0, 128.0, 8.0)}, "and nothing of what may be any number"
 
     play(scenario())
 
