@@ -22,8 +22,6 @@ CONTENT_TYPES: Final[Mapping[str, str]] = {
     "wav": "audio/wav",
 }
 """Output formats, and what the web calls them."""
-FRAMES_PER_S: Final = 16.0
-"""Of a video where nobody says anything."""
 _HOLDS: Final[Mapping[str, tuple[str, ...]]] = {
     "image": ("png", "jpeg", "webp", "zip"),
     "video": ("mp4", "webp", "png", "zip"),

@@ -20,11 +20,11 @@ from bus import BusError, Message, RemoteFailure
 from engines.arena import Arena, ArenaError
 from engines.checksum import ChecksumMismatch
 from engines.codec import CodecError, Packed, pack
+from engines.media import FRAMES_PER_S
 from engines.streams import DeviceStream, Loaded
 from engines.transfer import Faults
 from roles.artifacts import ArtifactError, ArtifactStore
 from roles.devices import usable_device
-from roles.formats import FRAMES_PER_S
 from roles.media import MediaError, media_of
 from roles.messages.device import (
     ArtifactSaved,
