@@ -98,7 +98,11 @@ def test_a_video_is_a_file_that_plays_with_the_frames_that_diffusers_makes_alone
             _, archive = await client.make("frames", Output("zip"), num_frames=5)
             assert (await client.make("still", Output(), num_frames=1))[0].content_type == "image/png"
             assert (await client.make("still2", Output("jpeg"), num_frames=1))[0].content_type == "image/jpeg"
-            assert (await client.make("moving", Output("webp", 8.0), num_frames=5))[0].content_type == "image/webp"
+            assert (await client.make("moving", Output("webp"), num_frames=5))[0].content_type == "image/webp"
+            # Wan asks for no rate, but its files have one.
+            _, slow = await client.make("slow", Output(), num_frames=5, fps=8)
+            with av.open(io.BytesIO(slow)) as container:
+                assert container.streams.video[0].average_rate == 8
 
             assert await client.refused("a", Output("jpeg"), num_frames=5) == ("invalid", "output_format")
             assert await client.refused("b", Output("wav")) == ("invalid", "output_format")
