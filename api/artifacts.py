@@ -8,7 +8,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
 from api.errors import not_found
-from roles.artifacts import CONTENT_TYPES, ArtifactError, ArtifactStore
+from roles.artifacts import ArtifactError, ArtifactStore
+from roles.formats import CONTENT_TYPES
 
 
 def artifact_url(request: Request, name: str) -> str:

@@ -23,6 +23,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from engines.aliases import public_names, with_aliases
 from engines.guidance import GUIDANCE_SCALE, guidance, has_guider
 from engines.loading import load_component, load_shadow
+from engines.media import IMAGES, SOUNDS, VIDEOS, frames_per_s, medium_of, results_of, with_sampling_rate
 from engines.panels import ModelError
 from engines.parameters import Signature
 from engines.shadows import Shadow
@@ -32,7 +33,12 @@ from engines.vocabulary import of_call
 GENERATOR: Final = "generator"
 _OURS: Final = frozenset({"self", "output_type", "return_dict", "callback", "callback_steps", "callback_on_step_end"})
 _LIBRARIES: Final = {"diffusers": diffusers, "transformers": transformers}
-_MEDIA: Final = {"images": "images", "frames": "videos", "audios": "audio", "audio": "audio"}
+_MEDIA: Final = {
+    **dict.fromkeys(IMAGES, IMAGES[0]),
+    **dict.fromkeys(VIDEOS, VIDEOS[0]),
+    **dict.fromkeys(SOUNDS, SOUNDS[0]),
+}
+"""What the results of a pipeline are called by us."""
 
 
 def accepted(pipeline: Any) -> frozenset[str]:
@@ -46,14 +52,17 @@ def accepted(pipeline: Any) -> frozenset[str]:
 
 def signature(pipeline: Any) -> Signature:
     """What a classic pipeline takes and makes; any input may change what its encoders make."""
-    medium = "video" if hasattr(pipeline, "video_processor") else "image"
+    function = type(pipeline).__call__
+    medium = medium_of(results_of(function))
     parameters = with_aliases(
-        of_call(type(pipeline).__call__, required_by(type(pipeline))),
+        of_call(function, required_by(type(pipeline))),
         guided=has_guider(pipeline),
         guidance=guidance(pipeline),
         video=medium == "video",
     )
-    return Signature(parameters, public_names(accepted(pipeline), parameters), medium)
+    defaults = {name: declared.default for name, declared in inspect.signature(function).parameters.items()}
+    encodes = public_names(accepted(pipeline), parameters)
+    return Signature(parameters, encodes, medium, frames_per_s(medium, defaults, pipeline))
 
 
 def required_by(cls: type) -> frozenset[str]:
@@ -82,17 +91,17 @@ def call(pipeline: Any, inputs: Mapping[str, object], generator: torch.Generator
     if GENERATOR in names:
         given[GENERATOR] = generator
     if "output_type" in names:
-        # Frames as pictures would have to be made numbers again.
-        given["output_type"] = "np" if hasattr(pipeline, "video_processor") else "pil"
+        # Frames as pictures would have to be made numbers again, and sound is never a picture.
+        is_picture = medium_of(results_of(type(pipeline).__call__)) == "image"
+        given["output_type"] = "pil" if is_picture else "np"
     try:
-        made = vars(pipeline(**given))
+        made = {_MEDIA[name]: value for name, value in vars(pipeline(**given)).items() if name in _MEDIA}
+        made = {
+            name: np.asarray(value) if name in VIDEOS else value for name, value in made.items() if value is not None
+        }
+        return with_sampling_rate(made, pipeline)
     finally:
         _let_go(pipeline)
-    return {
-        _MEDIA[name]: np.asarray(value) if _MEDIA[name] == "videos" else value
-        for name, value in made.items()
-        if name in _MEDIA and value is not None
-    }
 
 
 def _let_go(pipeline: Any) -> None:

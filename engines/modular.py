@@ -10,8 +10,10 @@ import torch
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 
 from engines.aliases import public_names, with_aliases
+from engines.card import load_card
 from engines.guidance import GUIDANCE_SCALE, guidance, has_guider, private
 from engines.loading import geometry_problem, load_components, make_shadows
+from engines.media import frames_per_s, medium_of, with_sampling_rate
 from engines.panels import ModelError, Panel
 from engines.parameters import Signature
 from engines.split import KWARGS_MAPPING, Split, crossing, joined, load_split
@@ -32,7 +34,7 @@ class ModularParts:
         self._takes_generator = GENERATOR in names
         guided = {GUIDANCE_SCALE} if has_guider(pipeline) else set()
         self.inputs = frozenset(names | guided)
-        medium = "video" if "videos" in split.outputs else "image"
+        medium = medium_of(split.outputs, load_card(split.model).task)
         parameters = with_aliases(
             of_blocks(split.blocks, split.required),
             guided=bool(guided),
@@ -40,7 +42,9 @@ class ModularParts:
             video=medium == "video",
         )
         encodes = {item.name for item in split.parts[Panel.ENCODER].inputs if item.name} | guided
-        self.signature = Signature(parameters, public_names(encodes, parameters), medium)
+        defaults = {declared.name: declared.default for declared in split.blocks.inputs}
+        fps = frames_per_s(medium, defaults, pipeline)
+        self.signature = Signature(parameters, public_names(encodes, parameters), medium, fps)
 
     def encode(self, inputs: Mapping[str, object], seed: int) -> dict[str, object]:
         """Run the blocks before `denoise`; returns what later blocks take as inputs, and `KWARGS_MAPPING`."""
@@ -68,9 +72,10 @@ class ModularParts:
         )
 
     def decode(self, state: Mapping[str, object]) -> dict[str, object]:
-        """Run the blocks after `denoise`; returns what they make."""
+        """Run the blocks after `denoise`; returns what they make, and the "sampling_rate" of sound in Hz."""
         after = self._run(Panel.DECODER, private(self.pipeline), _restore(state))
-        return {name: after.get(name) for name in self._split.outputs if after.get(name) is not None}
+        made = {name: after.get(name) for name in self._split.outputs if after.get(name) is not None}
+        return with_sampling_rate(made, self.pipeline)
 
     def _run(self, panel: Panel, pipeline: Any, state: Any) -> Any:
         with torch.no_grad():

@@ -135,7 +135,8 @@ class PanelPipeline:
 
         Returns:
             "images": a list of `PIL.Image.Image`; or "videos": float32 arrays [video, frame, height, width, 3] in
-            0..1, and "audio" where the family makes it.
+            0..1, or pictures. Where the family makes sound, "audio", "audios" or "sound": [batch, channels, samples] in
+            -1..1, and "sampling_rate" in Hz.
         """
         self._require(Panel.DECODER)
         return self._parts.decode(state)

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from roles.formats import CONTENT_TYPES
 from roles.messages.work import Artifact
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-CONTENT_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-"""Output formats, and what the web calls them."""
-
-FRAMES_PER_S = 16
-"""Of a moving picture."""
-
-_ENCODERS: dict[str, dict[str, object]] = {
-    # Every knob is fixed, so that one picture always gives the same bytes.
-    "png": {"format": "PNG", "compress_level": 6, "optimize": False},
-    "jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0, "optimize": False},
-    "webp": {"format": "WEBP", "quality": 95, "method": 4, "exact": True},
-}
 _UNIT_ID = re.compile(r"[A-Za-z0-9_-]{1,100}/[0-9]{1,6}")
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}_[0-9]{1,6}\.(?:png|jpeg|webp)")
+_NAME = re.compile(rf"[A-Za-z0-9_-]{{1,100}}_[0-9]{{1,6}}\.(?:{'|'.join(CONTENT_TYPES)})")
 _TEMPORARY = re.compile(r"\..*\.tmp")
 _ABANDONED_S = 3600.0
 
@@ -57,31 +40,6 @@ def artifact_name(unit_id: str, output_format: str) -> str:
     if output_format not in CONTENT_TYPES:
         raise ArtifactError(f"output format {output_format!r} is none of {', '.join(CONTENT_TYPES)}")
     return f"{unit_id.replace('/', '_')}.{output_format}"
-
-
-def encode_pictures(pictures: Sequence[Image], output_format: str) -> bytes:
-    """Encode one PIL image, or several as a moving one of `FRAMES_PER_S`.
-
-    The same pixels always give the same bytes, with no time and no program's name in them.
-
-    Raises:
-        ArtifactError: when there is none, or the format is not one of `CONTENT_TYPES`, or it cannot move.
-    """
-    if output_format not in _ENCODERS:
-        raise ArtifactError(f"output format {output_format!r} is none of {', '.join(CONTENT_TYPES)}")
-    if not pictures:
-        raise ArtifactError("there is no picture")
-    options = dict(_ENCODERS[output_format])
-    if len(pictures) > 1:
-        if output_format == "jpeg":
-            raise ArtifactError("a video cannot be a jpeg: ask for webp or png")
-        options |= {"save_all": True, "append_images": pictures[1:], "duration": 1000 / FRAMES_PER_S, "loop": 0}
-    picture = pictures[0]
-    if output_format == "jpeg" and picture.mode not in ("RGB", "L"):
-        picture = picture.convert("RGB")
-    buffer = io.BytesIO()
-    picture.save(buffer, **options)  # type: ignore[arg-type]  # a table of keyword arguments
-    return buffer.getvalue()
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from engines.panels import ModelError, Panel
 from engines.parameters import Parameter, Signature
 from roles.dispatch import POLICIES
 from roles.errands import Errands
+from roles.formats import settle_output
 from roles.journal import Journal, JournalError
 from roles.ledger import Ledger, Request
 from roles.messages import requests, stages
@@ -45,7 +46,6 @@ RECLAIM_S = 5.0
 KEEP_S = 3600.0
 """How long an ended request can be asked about."""
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-FORMATS = ("", "png", "jpeg", "webp")
 
 
 def build(component: Component, topology: Topology) -> list[Actor]:
@@ -303,19 +303,16 @@ class Head(Actor):
         """Raises CardError, naming the input at fault."""
         if not _ID.fullmatch(message.request_id) or message.request_id in self.ledger.requests:
             raise CardError("request_id", "must be new, and of at most 64 letters, digits, - and _")
-        if message.output.format not in FORMATS:
-            raise CardError("output_format", f"must be one of {', '.join(FORMATS)}")
         if not 1 <= message.n <= self.topology.head.max_pending:
             raise CardError("n", f"must be from 1 to {self.topology.head.max_pending}")
         # Before the first instance has come, the names that the pipeline takes are not known: then it checks them.
         inputs = cast(dict[str, Input], self.card.apply(message.inputs, self._parameters()))
+        output = settle_output(message.output, self._signature(), message.inputs, inputs)
         now = time.time()
         deadline = now + self.topology.head.request_timeout_s
         seed = secrets.randbits(32) if message.seed is None else message.seed
         units = [Unit(f"{message.request_id}/{k}", message.request_id, k, seed + k, deadline) for k in range(message.n)]
-        return Request(
-            message.request_id, inputs, message.output, now, deadline, units, message.idempotency_key, digest
-        )
+        return Request(message.request_id, inputs, output, now, deadline, units, message.idempotency_key, digest)
 
     def _parameters(self) -> tuple[Parameter, ...] | None:
         """What the pipeline takes; None until an instance has loaded it."""

@@ -1,4 +1,4 @@
-"""The transfer actor: brings staged tensors in, puts outputs into slots, writes finished pictures.
+"""The transfer actor: brings staged tensors in, puts outputs into slots, writes finished media.
 
 It has a device stream of its own, so that the next work's tensors arrive behind the present work's compute. Each
 thing it is told to do is a task, answered to the instance with exactly one message.
@@ -20,10 +20,12 @@ from bus import BusError, Message, RemoteFailure
 from engines.arena import Arena, ArenaError
 from engines.checksum import ChecksumMismatch
 from engines.codec import CodecError, Packed, pack
+from engines.media import FRAMES_PER_S
 from engines.streams import DeviceStream, Loaded
 from engines.transfer import Faults
-from roles.artifacts import ArtifactError, ArtifactStore, encode_pictures
+from roles.artifacts import ArtifactError, ArtifactStore
 from roles.devices import usable_device
+from roles.media import MediaError, media_of
 from roles.messages.device import (
     ArtifactSaved,
     CancelState,
@@ -36,10 +38,10 @@ from roles.messages.device import (
 )
 from roles.messages.pool import PoolFull
 from roles.messages.work import Artifact, LeaseRef, Staged, Work
-from roles.pictures import pictures
 from roles.pool_client import FAULTS, LeaseGone, Mapping, PoolClient
 from roles.reporter import pause_s
 from roles.workspace import Premises
+from roles.writers import encode, suits
 
 PULL_S: Final = 60.0
 """Most seconds that the bytes of one hop may take."""
@@ -111,8 +113,8 @@ class TransferActor(Actor):
         self._begin(message.work, lambda stop: self._load(message, stop))
 
     async def save_artifact(self, message: SaveArtifact) -> None:
-        """Write the workspace's picture to the artifact store."""
-        self._begin(message.work, lambda _: self._save(message))
+        """Write the workspace's media to the artifact store."""
+        self._begin(message.work, lambda stop: self._save(message, stop))
 
     async def cancel_state(self, message: CancelState) -> None:
         """End what is being done for a work where it can be ended; it has ended already when it is not here."""
@@ -132,7 +134,8 @@ class TransferActor(Actor):
             self.log.warning("transfer failed", work=str(work), reason=str(problem))
             answer = StateFailed(work, str(problem), problem.source_gone, problem.retryable)
         finally:
-            del self._stops[work]
+            # Where this task was cancelled, its thread may still be writing.
+            self._stops.pop(work).set()
         self.reference(self.component.name).tell(answer)
 
     async def _stage(self, message: StageState, stop: asyncio.Event) -> StateStaged:
@@ -233,14 +236,14 @@ class TransferActor(Actor):
             except (BusError, ArenaError) as error:
                 await patience.wait(f"{self._client.pool}: {error}")
 
-    async def _save(self, message: SaveArtifact) -> ArtifactSaved:
+    async def _save(self, message: SaveArtifact, stop: asyncio.Event) -> ArtifactSaved:
         values = self.premises.workspace.get(message.work).values
         try:
-            artifact = await asyncio.to_thread(self._write, message, values)
-        except ArtifactError as error:
+            artifact = await asyncio.to_thread(self._write, message, values, stop)
+        except (ArtifactError, MediaError) as error:
             raise TransferProblem(str(error), retryable=False) from error
         except OSError as error:
-            raise TransferProblem(f"the picture cannot be written to {self.store.folder}: {error}") from error
+            raise TransferProblem(f"the result cannot be written to {self.store.folder}: {error}") from error
         return ArtifactSaved(message.work, artifact)
 
     # -- inside
@@ -269,9 +272,16 @@ class TransferActor(Actor):
             await asyncio.sleep(pause_s(attempt, random.random()))  # noqa: S311  jitter
             attempt += 1
 
-    def _write(self, message: SaveArtifact, values: dict[str, object]) -> Artifact:
-        output_format = message.output.format or "png"
-        data = encode_pictures(pictures(values), output_format)
+    def _write(self, message: SaveArtifact, values: dict[str, object], stop: asyncio.Event) -> Artifact:
+        def check() -> None:
+            _unless(stop)
+
+        media = media_of(values, check)
+        output_format = message.output.format or suits(media)
+        # A head that accepted the request before any instance had come did not know the pipeline's own rate.
+        fps = message.output.fps or self.premises.signature.fps or FRAMES_PER_S
+        data = encode(media, output_format, fps, check)
+        check()
         return self.store.save(message.work.unit_id, output_format, data)
 
     async def _prune(self) -> None:
@@ -299,8 +309,7 @@ class _Patience:
 
     def check(self) -> None:
         """Raise TransferProblem when the work is to be stopped."""
-        if self._stop.is_set():
-            raise TransferProblem("cancelled")
+        _unless(self._stop)
 
     async def wait(self, problem: str) -> None:
         """Pause before the next try. Raises TransferProblem, saying `problem`, when there is to be none."""
@@ -315,6 +324,11 @@ class _Patience:
         except TimeoutError:  # the pause is over
             return
         self.check()
+
+
+def _unless(stop: asyncio.Event) -> None:
+    if stop.is_set():
+        raise TransferProblem("cancelled")
 
 
 def _why_full(pool: str, answer: PoolFull) -> str:

@@ -44,7 +44,7 @@ class Output(Value):
     format: str = ""
     """An output format of the artifact store; "" for the one that suits what was made."""
     fps: float = 0.0
-    """Frames per second of a video; 0 where none is made."""
+    """Frames per second of a video; 0 for the pipeline's own, and where none is made."""
 
 
 class Renewal(Value):

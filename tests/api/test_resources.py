@@ -220,3 +220,16 @@ async def test_readiness_is_the_heads_word_unless_something_was_given_up():
     assert judge(wire.ClusterView(True, (), (), {}, 0, 0.0), [GAVE_UP]) == (False, [SENTENCE], [SENTENCE])
     assert not judge(wire.ClusterView(False, ("x",), (), {}, 0, 0.0), []).ready
     assert not judge(None, []).ready
+
+
+@pytest.mark.parametrize(
+    ("output_format", "content_type"), [("mp4", "video/mp4"), ("zip", "application/zip"), ("wav", "audio/wav")]
+)
+async def test_a_player_may_ask_for_a_part_of_a_file(client, small_head, store, output_format, content_type):
+    saved = store.save("req_1/0", output_format, bytes(range(100)))
+    whole = await client.get(f"/v1/images/{saved.name}")
+    assert (whole.status_code, whole.headers["content-type"]) == (200, content_type)
+    assert whole.headers["accept-ranges"] == "bytes"
+    part = await client.get(f"/v1/images/{saved.name}", headers={"Range": "bytes=90-"})
+    assert (part.status_code, part.content) == (206, bytes(range(90, 100)))
+    assert (await client.get(f"/v1/images/{saved.name}", headers={"Range": "bytes=100-"})).status_code == 416

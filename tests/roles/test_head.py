@@ -22,6 +22,7 @@ from roles.messages.work import Artifact, LeaseRef, Numbers, Output, Pictures, S
 
 BOUND_S = 10.0
 
+PNG = Output("png")
 SIGNATURE = Signature(
     (
         Parameter("height", Kind.INTEGER, 512),
@@ -95,8 +96,8 @@ class Stage:
     def __init__(self, topology: Topology, head: Reference, workers: dict[str, Worker]) -> None:
         self.topology, self.head, self.workers = topology, head, workers
 
-    async def submit(self, id_: str = "r", *, key: str = "", n: int = 1, **inputs: Any) -> Any:
-        message = requests.SubmitRequest(id_, {"prompt": "x", **inputs}, 7, n, Output("png"), key)
+    async def submit(self, id_: str = "r", *, key: str = "", n: int = 1, output: Output = PNG, **inputs: Any) -> Any:
+        message = requests.SubmitRequest(id_, {"prompt": "x", **inputs}, 7, n, output, key)
         return await self.head.ask(message, requests.RequestAccepted, requests.RequestRejected, timeout_s=BOUND_S)
 
     async def view(self, id_: str = "r") -> requests.RequestView:
@@ -230,6 +231,26 @@ def test_the_model_says_what_it_takes(topology: Callable[..., Topology]) -> None
             assert [item.name for item in said.parameters] == ["height", "mask_image", "prompt", "sigmas"]
             assert said.parameters[0].default == 96, "the card's, before the pipeline's"
             assert said.ranges == {"height": (64.0, 128.0, 8.0)}, "and nothing of what may be any number"
+
+    play(scenario())
+
+
+def test_the_result_is_settled_when_the_request_is_accepted(topology: Callable[..., Topology]) -> None:
+    video = Signature((Parameter("frame_rate", Kind.NUMBER), Parameter("prompt", Kind.TEXT)), medium="video", fps=24.0)
+
+    async def scenario() -> None:
+        async with playing(topology()) as stage:
+            await stage.submit("early", output=Output("mp4"))
+            assert (await stage.view("early")).output == Output("mp4"), "nobody knows yet what is made"
+            await stage.hello("encoder-0", signature=video)
+            rejected = await stage.submit("a", output=Output("wav"))
+            assert (rejected.code, rejected.param) == ("invalid", "output_format")
+            rejected = await stage.submit("a", frame_rate=500.0)
+            assert (rejected.code, rejected.param) == ("invalid", "frame_rate")
+            await stage.submit("a", output=Output("mp4"))
+            assert (await stage.view("a")).output == Output("mp4", 24.0)
+            await stage.submit("b", output=Output(), frame_rate=30)
+            assert (await stage.view("b")).output == Output("", 30.0)
 
     play(scenario())
 

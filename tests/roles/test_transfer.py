@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -12,21 +13,22 @@ from PIL import Image
 
 from actors.system import Inspect, Inspection
 from bus import BusError
+from engines.parameters import Signature
 from roles import pool as pool_module
 from roles import pool_client
-from roles.artifacts import ArtifactError
+from roles import transfer as transfer_module
 from roles.messages.device import (
     ArtifactSaved,
     CancelState,
     LoadState,
     SaveArtifact,
     StageState,
+    StateFailed,
     StateLoaded,
     StateStaged,
 )
 from roles.messages.pool import LeaseSlot
 from roles.messages.work import LeaseRef, Output, Staged, Work
-from roles.pictures import pictures
 from roles.pool import build
 from roles.pool_client import FAULTS
 from tests.roles.rooms import FAR, VALUES, Desk, W
@@ -294,6 +296,54 @@ def test_a_picture_becomes_an_artifact(rooms: Any) -> None:
         assert not (await decoder.fails(SaveArtifact(W, Output("png")))).retryable
         decoder.begin(W, images=[picture])
         assert "gif" in (await decoder.fails(SaveArtifact(W, Output("gif")))).reason
+        decoder.begin(W, images=[picture])
+        failed = await decoder.fails(SaveArtifact(W, Output("mp4")))
+        assert "one picture" in failed.reason
+        assert not failed.retryable
+
+    rooms(body)
+
+
+def test_a_video_plays_as_fast_as_the_request_or_else_the_pipeline_says(rooms: Any) -> None:
+    async def body(h: Any, room: Any) -> None:
+        decoder = await room("decoder-0")
+        decoder.premises.signature = Signature(medium="video", fps=12.0)
+        frames = np.zeros((1, 3, 16, 16, 3), np.float32)
+        for output, name, fps in ((Output(), "r_0.mp4", 12), (Output("mp4", 30.0), "r_0.mp4", 30)):
+            decoder.begin(W, videos=frames)
+            decoder.desk.tell(SaveArtifact(W, output))
+            artifact = (await decoder.desk.inbox.next(ArtifactSaved)).artifact
+            assert (artifact.name, artifact.content_type) == (name, "video/mp4")
+            with av.open(decoder.transfer.store.path(name)) as container:
+                assert container.streams.video[0].average_rate == fps
+
+    rooms(body)
+
+
+def test_a_long_video_is_not_written_to_its_end_when_nobody_wants_it(
+    rooms: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing, go_on = threading.Event(), threading.Event()
+
+    def encode(*arguments: Any) -> bytes:
+        writing.set()
+        assert go_on.wait(10)
+        return real(*arguments)
+
+    real = transfer_module.encode
+    monkeypatch.setattr(transfer_module, "encode", encode)
+
+    async def body(h: Any, room: Any) -> None:
+        decoder = await room("decoder-0")
+        decoder.begin(W, videos=np.zeros((1, 3, 16, 16, 3), np.uint8))
+        decoder.desk.tell(SaveArtifact(W, Output("mp4")))
+        await asyncio.to_thread(writing.wait, 10)
+        stop = decoder.transfer._stops[W]
+        decoder.desk.tell(CancelState(W))
+        await asyncio.wait_for(stop.wait(), 10)
+        go_on.set()
+        assert (await decoder.desk.inbox.next(StateFailed)).reason == "cancelled"
+        assert not decoder.transfer.store.folder.exists()
 
     rooms(body)
 
@@ -311,28 +361,3 @@ def test_a_full_disk_fails_the_picture_and_not_the_process(rooms: Any, monkeypat
         assert failed.retryable
 
     rooms(body)
-
-
-def test_a_video_is_its_frames(tmp_path: Path) -> None:
-    video = np.linspace(0, 1, 3 * 4 * 4 * 3, dtype=np.float32).reshape(1, 3, 4, 4, 3)
-    frames = pictures({"videos": video, "audio": None})
-    assert [frame.size for frame in frames] == [(4, 4)] * 3
-    assert frames[0].getpixel((0, 0)) == (0, 2, 4)
-    assert frames[2].getpixel((3, 3)) == (251, 253, 255)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {},
-        {"images": []},
-        {"images": [Image.new("RGB", (1, 1))] * 2},
-        {"images": torch.zeros(1)},
-        {"images": [Image.new("RGB", (1, 1))], "videos": np.zeros((1, 1, 1, 1, 3))},
-        {"videos": np.zeros((2, 1, 1, 1, 3))},
-        {"videos": np.zeros((1, 1, 1, 1, 3)), "audio": np.zeros(3)},
-    ],
-)
-def test_what_is_not_one_picture_or_one_video_is_refused(values: dict[str, object]) -> None:
-    with pytest.raises(ArtifactError):
-        pictures(values)

@@ -1,0 +1,99 @@
+"""Which files can hold what a pipeline makes, and how the head settles what a request asks for.
+
+Imports nothing that could write one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Final
+
+from engines.card import CardError
+from engines.parameters import Signature
+from roles.messages.work import Output
+
+CONTENT_TYPES: Final[Mapping[str, str]] = {
+    "png": "image/png",
+    "jpeg": "image/jpeg",
+    "webp": "image/webp",
+    "mp4": "video/mp4",
+    "zip": "application/zip",
+    "wav": "audio/wav",
+}
+"""Output formats, and what the web calls them."""
+_HOLDS: Final[Mapping[str, tuple[str, ...]]] = {
+    "image": ("png", "jpeg", "webp", "zip"),
+    "video": ("mp4", "webp", "png", "zip"),
+    "audio": ("wav",),
+}
+_FPS: Final = ("fps", "frame_rate")
+_SLOWEST: Final = 1.0
+_FASTEST: Final = 240.0
+
+
+def formats_for(medium: str, frames: object = None) -> tuple[str, ...]:
+    """Name the formats that can hold a medium, the one that suits it first.
+
+    Args:
+        medium: "image", "video" or "audio".
+        frames: Of a video, where they are known: one alone is a picture as well.
+    """
+    holds = _HOLDS[medium]
+    return (*holds, "jpeg") if medium == "video" and frames == 1 else holds
+
+
+def settle_output(
+    asked: Output, signature: Signature, given: Mapping[str, object], inputs: Mapping[str, object]
+) -> Output:
+    """Check the format that a request asks for, and say how fast its video plays.
+
+    Args:
+        asked: What the request says of its result.
+        signature: Of the pipeline; without parameters where no instance has loaded it yet.
+        given: Inputs that the request names.
+        inputs: The same, with the defaults of the model's card.
+
+    Returns:
+        The same format; and the frames per second that the request names, else the card, else the pipeline: 0 where
+        none of them does, or no video is made.
+
+    Raises:
+        CardError: The pipeline makes nothing that such a file could hold, or the rate is none.
+    """
+    known = bool(signature.parameters)
+    if known and asked.format:
+        holds = formats_for(signature.medium, inputs.get("num_frames"))
+        if asked.format not in holds:
+            raise CardError("output_format", f"{asked.format} cannot hold {_an(signature.medium)}: {_or(holds)} can.")
+    if asked.format and asked.format not in CONTENT_TYPES:
+        raise CardError("output_format", f"It must be {_or(tuple(CONTENT_TYPES))}.")
+    if known and signature.medium != "video":
+        return Output(asked.format)
+    return Output(asked.format, _fps(asked.fps, given, inputs) or signature.fps)
+
+
+def _fps(asked: float, *in_turn: Mapping[str, object]) -> float:
+    if asked:
+        return _checked("fps", asked)
+    for values in in_turn:
+        for name in _FPS:
+            if (value := values.get(name)) is not None:
+                return _checked(name, value)
+    return 0.0
+
+
+def _checked(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise CardError(name, "It must be a number.")
+    if not _SLOWEST <= value <= _FASTEST:
+        raise CardError(name, f"It must be {_SLOWEST:g} to {_FASTEST:g}.")
+    return float(value)
+
+
+def _an(medium: str) -> str:
+    return {"image": "a picture", "video": "a video", "audio": "sound"}[medium]
+
+
+def _or(formats: tuple[str, ...]) -> str:
+    return " or ".join(filter(None, (", ".join(formats[:-1]), formats[-1])))

@@ -1,0 +1,145 @@
+"""From media to the bytes of a file: the same media always give the same bytes, with no time and no program's name."""
+
+from __future__ import annotations
+
+import io
+import wave
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Final, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from roles.formats import CONTENT_TYPES
+from roles.media import Check, Media, MediaError, Sound, Stills, Video
+
+Write: TypeAlias = Callable[[Media, float, Check], bytes | None]
+"""Media, frames per second, check; None where the format cannot hold such media."""
+
+_PICTURES: Final[Mapping[str, Mapping[str, object]]] = {
+    # Every knob is fixed, so that one picture always gives the same bytes.
+    "png": {"format": "PNG", "compress_level": 6, "optimize": False},
+    "jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0, "optimize": False},
+    "webp": {"format": "WEBP", "quality": 95, "method": 4, "exact": True},
+}
+_PLAIN: Final = {"png": ("L", "LA", "RGB", "RGBA"), "jpeg": ("L", "RGB"), "webp": ("RGB", "RGBA")}
+_LONG_AGO: Final = (1980, 1, 1, 0, 0, 0)
+_UNIX: Final = 3
+_READABLE: Final = 0o644 << 16
+
+
+def encode(media: Media, output_format: str, fps: float, check: Check = lambda: None) -> bytes:
+    """Write media down.
+
+    Args:
+        media: Pictures, a video or sound.
+        output_format: One of `CONTENT_TYPES`. A "png" or "webp" of a video moves, and is silent. A "zip" has a PNG for
+            each picture or frame, in order by name, and `sound.wav` where there is sound.
+        fps: Frames per second of a video.
+        check: Called between two frames; what it raises ends the writing.
+
+    Raises:
+        MediaError: The format cannot hold such media, or is unknown.
+    """
+    if output_format not in CONTENT_TYPES:
+        raise MediaError(f"output format {output_format!r} is none of {', '.join(CONTENT_TYPES)}")
+    data = _WRITERS[output_format](media, fps, check)
+    if data is None:
+        raise MediaError(f"the decoder made {_what(media)}, which a file of the format {output_format} cannot hold")
+    return data
+
+
+def suits(media: Media) -> str:
+    """Choose the output format for media where the request names none; a single silent frame is a picture."""
+    if isinstance(media, Sound):
+        return "wav"
+    if isinstance(media, Video):
+        return "png" if len(media.frames) == 1 and media.sound is None else "mp4"
+    return "png" if len(media.pictures) == 1 else "zip"
+
+
+def _what(media: Media) -> str:
+    if isinstance(media, Sound):
+        return "sound"
+    if isinstance(media, Video):
+        return f"a video of {len(media.frames)} frames"
+    return "one picture" if len(media.pictures) == 1 else f"{len(media.pictures)} pictures"
+
+
+def _picture(output_format: str) -> Write:
+    def write(media: Media, fps: float, check: Check) -> bytes | None:
+        if isinstance(media, Sound):
+            return None
+        pictures = list(_each(media, check))
+        if len(pictures) > 1 and (isinstance(media, Stills) or output_format == "jpeg"):
+            return None
+        return _save(pictures, output_format, fps)
+
+    return write
+
+
+def _each(media: Stills | Video, check: Check) -> Iterator[Image.Image]:
+    for picture in media.pictures if isinstance(media, Stills) else map(Image.fromarray, media.frames):
+        check()
+        yield picture
+
+
+def _save(pictures: Sequence[Image.Image], output_format: str, fps: float) -> bytes:
+    options = dict(_PICTURES[output_format])
+    if len(pictures) > 1:
+        options |= {"save_all": True, "append_images": pictures[1:], "duration": 1000 / fps, "loop": 0}
+    picture = pictures[0]
+    if picture.mode not in _PLAIN[output_format]:
+        has_alpha = output_format != "jpeg" and picture.has_transparency_data
+        picture = picture.convert("RGBA" if has_alpha else "RGB")
+    buffer = io.BytesIO()
+    picture.save(buffer, **options)  # type: ignore[arg-type]  # a table of keyword arguments
+    return buffer.getvalue()
+
+
+def _zip(media: Media, fps: float, check: Check) -> bytes | None:
+    if isinstance(media, Sound):
+        return None
+    buffer = io.BytesIO()
+    # Stored, because a PNG does not get any smaller.
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for number, picture in enumerate(_each(media, check)):
+            archive.writestr(_entry(f"{number:05}.png"), _save([picture], "png", fps))
+        if isinstance(media, Video) and media.sound is not None:
+            archive.writestr(_entry("sound.wav"), wav(media.sound))
+    return buffer.getvalue()
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name, _LONG_AGO)
+    entry.create_system, entry.external_attr = _UNIX, _READABLE
+    return entry
+
+
+def _mp4(media: Media, fps: float, check: Check) -> bytes | None:
+    if not isinstance(media, Video):
+        return None
+    # Here, because FFmpeg is large, and most processes of a cluster write no video.
+    from roles.video import mp4
+
+    return mp4(media, fps, check)
+
+
+def wav(sound: Sound) -> bytes:
+    """Write sound as PCM of 16 bits."""
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(len(sound.samples))
+        file.setsampwidth(2)
+        file.setframerate(sound.rate)
+        file.writeframes(np.rint(sound.samples.T * 32767).astype("<i2").tobytes())
+    return buffer.getvalue()
+
+
+_WRITERS: Final[Mapping[str, Write]] = {
+    **{name: _picture(name) for name in _PICTURES},
+    "mp4": _mp4,
+    "zip": _zip,
+    "wav": lambda media, fps, check: wav(media) if isinstance(media, Sound) else None,
+}

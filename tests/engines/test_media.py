@@ -1,0 +1,179 @@
+"""What pipelines make, how fast it plays and how sound is sampled, as far as diffusers tells."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from engines.calling import signature
+from engines.media import frames_per_s, medium_of, results_of, with_sampling_rate
+from engines.modular import load_modular
+from engines.panels import Panel
+from engines.pipeline import PanelPipeline
+from engines.split import load_split
+from roles.media import Stills, Video, media_of
+from tools.families.rows import blocks_of, pipelines
+
+CPU = torch.device("cpu")
+VIDEOS = {
+    **dict.fromkeys(("Wan", "WanImage2Video", "Wan22", "Wan22Image2Video", "Wan22Vace"), 16.0),
+    **dict.fromkeys(("Helios", "HeliosPyramid", "HeliosPyramidDistilled", "HunyuanVideo15"), 16.0),
+    **dict.fromkeys(("LTX2", "LTX25", "Cosmos3Omni", "Cosmos3Distilled"), 24.0),
+    **dict.fromkeys(("WanAnimate2", "WanAnimate2Distilled", "MiniMaxH3"), 24.0),
+    **dict.fromkeys(("LTX", "Echo"), 25.0),
+}
+
+
+@pytest.mark.parametrize("pipeline", pipelines())
+def test_every_block_set_says_what_it_makes_and_how_fast(pipeline: str) -> None:
+    blocks = blocks_of(pipeline)
+    medium = medium_of(blocks.output_names)
+    family = pipeline.removesuffix("ModularPipeline")
+    assert medium == ("video" if family in VIDEOS else "audio" if family == "MiniMaxMusic3" else "image")
+    defaults = {declared.name: declared.default for declared in blocks.inputs}
+    made = getattr(diffusers, pipeline)(blocks=blocks)
+    assert frames_per_s(medium, defaults, made) == VIDEOS.get(family, 0.0)
+
+
+def test_a_task_that_makes_pictures_as_videos_of_one_frame_makes_pictures() -> None:
+    assert medium_of(["videos"], "text2image") == medium_of(["videos"], "text-to-image") == "image"
+    assert medium_of(["videos"], "image2video") == medium_of(["videos", "sound"], "any") == "video"
+
+
+def classic() -> Iterator[type]:
+    for name in dir(diffusers):
+        # One ends the process where OpenCV is absent.
+        if not name.endswith("Pipeline") or "ConsisID" in name or "Modular" in name:
+            continue
+        found = getattr(diffusers, name)
+        if isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline):
+            yield found
+
+
+def test_classic_pipelines_say_it_in_the_class_of_their_results() -> None:
+    found = {cls.__name__: results_of(cls.__call__) for cls in classic() if hasattr(cls.__call__, "__wrapped__")}
+    media = {name: medium_of(results) for name, results in found.items()}
+    assert len(media) > 200
+    for name, medium in media.items():
+        # TextToVideoZero makes frames, and calls them images.
+        if "Zero" not in name and any(word in name for word in ("ToVideo", "AnimateDiff", "LTX", "HunyuanVideo")):
+            assert medium == "video", name
+        if any(word in name for word in ("Audio", "StableAudio", "AceStep")):
+            assert medium == "audio", name
+        if any(word in name for word in ("Flux", "StableDiffusionXL", "Img2Img", "QwenImage", "PixArt")):
+            assert medium == "image", name
+    # It has a processor of videos, and makes pictures.
+    assert media["Cosmos2TextToImagePipeline"] == media["Kandinsky5T2IPipeline"] == "image"
+
+
+@pytest.mark.parametrize(
+    ("cls", "medium", "fps"),
+    [
+        (diffusers.WanPipeline, "video", 16.0),
+        (diffusers.LTXPipeline, "video", 25.0),
+        (diffusers.LTX2Pipeline, "video", 24.0),
+        (diffusers.StableVideoDiffusionPipeline, "video", 7.0),
+        (diffusers.SkyReelsV2DiffusionForcingPipeline, "video", 24.0),
+        (diffusers.StableAudioPipeline, "audio", 0.0),
+        (diffusers.PixArtSigmaPipeline, "image", 0.0),
+    ],
+)
+def test_the_signature_of_a_classic_pipeline_has_both(cls: Any, medium: str, fps: float) -> None:
+    found = signature(cls.__new__(cls))
+    assert (found.medium, found.fps) == (medium, fps)
+
+
+def config(**values: object) -> SimpleNamespace:
+    return SimpleNamespace(config=SimpleNamespace(**values))
+
+
+@pytest.mark.parametrize(
+    ("components", "rate"),
+    [
+        ({"audio_vae": config(sample_rate=16000), "vocoder": config(output_sampling_rate=24000)}, 24000),
+        (
+            {"condition_encoder": config(output_sampling_rate=1), "vocoder": config(sampling_rate=44100)},
+            44100,
+        ),
+        ({"unet": config(sample_rate=1), "vae": config(sampling_rate=48000)}, 48000),
+        ({"unet": config(sample_rate=16000), "scheduler": None}, 16000),
+        ({"vae": config(sampling_rate=None), "vocoder": config()}, None),
+    ],
+)
+def test_the_last_component_that_makes_sound_tells_its_rate(components: dict[str, object], rate: int | None) -> None:
+    pipeline = SimpleNamespace(**components)
+    made = with_sampling_rate({"audio": 1}, pipeline)
+    assert made == ({"audio": 1} if rate is None else {"audio": 1, "sampling_rate": rate})
+    assert with_sampling_rate({"videos": 1}, pipeline) == {"videos": 1}
+    assert with_sampling_rate({"sound": 1, "sampling_rate": 5}, pipeline)["sampling_rate"] == 5
+
+
+def run(pipeline: PanelPipeline, **inputs: object) -> dict[str, object]:
+    denoising = pipeline.denoise(pipeline.encode({"prompt": "a ship", **inputs}, 3))
+    while denoising.advance():
+        pass
+    return pipeline.decode(denoising.result())
+
+
+@pytest.fixture
+def resounding(models: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
+    """A model whose vocoder has another rate than the audio VAE, as the large ones have."""
+
+    def copied(family: str) -> Path:
+        folder = tmp_path / family
+        shutil.copytree(models(family), folder)
+        path = folder / "vocoder" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "output_sampling_rate": 24000}))
+        return folder
+
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("family", "inputs"),
+    [("ltx2", {"num_inference_steps": 1}), ("echo", {"sigmas": [1.0, 0.0], "image": None})],
+)
+def test_sound_comes_with_the_rate_of_the_vocoder(
+    family: str, inputs: dict[str, object], resounding: Callable[[str], Path]
+) -> None:
+    from tools.families.cases import picture
+
+    if "image" in inputs:
+        inputs = {**inputs, "image": picture()}
+    pipeline = PanelPipeline.load(resounding(family), tuple(Panel), dtype=torch.float32, device=CPU)
+    made = run(pipeline, height=64, width=64, num_frames=9, **inputs)
+    parts = pipeline._parts.pipeline
+    assert parts.audio_vae.config.sample_rate != 24000, "or this would tell nothing"
+    assert made["sampling_rate"] == 24000
+    video = media_of(made)
+    assert isinstance(video, Video)
+    assert video.frames.shape == (9, 64, 64, 3)
+    assert video.sound is not None
+    assert video.sound.rate == 24000
+    assert (pipeline.signature.medium, pipeline.signature.fps) == ("video", {"ltx2": 24.0, "echo": 25.0}[family])
+
+
+def test_a_decoder_alone_knows_the_rate_too(resounding: Callable[[str], Path]) -> None:
+    parts = load_modular(resounding("ltx2"), (Panel.DECODER,), torch.float32, CPU)
+    assert with_sampling_rate({"audio": 1}, parts.pipeline)["sampling_rate"] == 24000
+
+
+def test_layers_are_several_pictures(models: Callable[[str], Path]) -> None:
+    pytest.importorskip("torchvision")
+    from tools.families.cases import cases
+
+    case = next(case for case in cases() if case.family == "qwenimage-layered")
+    pipeline = PanelPipeline.load(models("qwenimage-layered"), tuple(Panel), dtype=torch.float32, device=CPU)
+    layers = media_of(run(pipeline, **case.inputs))
+    assert isinstance(layers, Stills)
+    assert len(layers.pictures) > 1
+    assert {picture.mode for picture in layers.pictures} == {"RGBA"}
+    assert load_split(models("qwenimage-layered")).outputs == ("images",)

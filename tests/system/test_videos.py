@@ -1,0 +1,147 @@
+"""Videos through three processes: files that play, with the frames that diffusers makes alone, and their sound."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import zipfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import av
+import httpx
+import numpy as np
+import torch
+from diffusers import WanPipeline
+from PIL import Image
+
+from actors import AddressBook, launch
+from bus import Outbox, Reference
+from engines.card import load_card
+from roles.messages import requests
+from roles.messages.work import Artifact, Output
+
+PROMPT = "a large red circle on the left of a blue background"
+SEED = 11
+BOUND_S = 60.0
+
+
+class Client:
+    """Submits to the head by the bus, and gets the files by HTTP."""
+
+    def __init__(self, head: Reference, http: httpx.AsyncClient) -> None:
+        self.head, self.http = head, http
+
+    async def submit(
+        self, id_: str, output: Output, **inputs: object
+    ) -> requests.RequestAccepted | requests.RequestRejected:
+        message = requests.SubmitRequest(id_, {"prompt": PROMPT, **inputs}, SEED, 1, output)
+        return await self.head.ask(message, requests.RequestAccepted, requests.RequestRejected, timeout_s=BOUND_S)
+
+    async def refused(self, id_: str, output: Output, **inputs: object) -> tuple[str, str]:
+        answer = await self.submit(id_, output, **inputs)
+        assert isinstance(answer, requests.RequestRejected)
+        return answer.code, answer.param
+
+    async def make(self, id_: str, output: Output, **inputs: object) -> tuple[Artifact, bytes]:
+        assert isinstance(await self.submit(id_, output, **inputs), requests.RequestAccepted)
+        waiting = requests.WaitRequest(id_, BOUND_S)
+        view = await self.head.ask(waiting, requests.RequestView, timeout_s=BOUND_S + 5)
+        (unit,) = view.units
+        assert (view.state, unit.causes) == ("DONE", ())
+        assert unit.artifact is not None
+        response = (await self.http.get(f"/v1/images/{unit.artifact.name}")).raise_for_status()
+        assert response.headers["content-type"] == unit.artifact.content_type
+        assert len(response.content) == unit.artifact.nbytes
+        return unit.artifact, response.content
+
+
+@asynccontextmanager
+async def serving(topology: Path) -> AsyncIterator[Client]:
+    async with launch(topology, {"api": {"port": 0}}) as cluster:
+        outbox = Outbox("test")
+        head = outbox.reference("head", AddressBook(cluster.topology).address("head"))
+        async with httpx.AsyncClient(base_url=cluster.url, timeout=BOUND_S) as http:
+            yield Client(head, http)
+        outbox.close()
+
+
+def decoded(data: bytes) -> np.ndarray:
+    with av.open(io.BytesIO(data)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def unpacked(data: bytes) -> np.ndarray:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return np.stack([np.asarray(Image.open(archive.open(name))) for name in archive.namelist()])
+
+
+def diffusers_alone(model: Path, frames: int) -> np.ndarray:
+    """The frames, uint8 [frames, height, width, 3], of the plain pipeline in one process."""
+    pipeline = WanPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    inputs = {**load_card(model).defaults, "num_frames": frames}
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    made = pipeline(PROMPT, generator=generator, output_type="pil", **inputs).frames[0]
+    return np.stack([np.asarray(frame) for frame in made])
+
+
+def test_a_video_is_a_file_that_plays_with_the_frames_that_diffusers_makes_alone(
+    topology_file: Callable[..., Path], models: Callable[[str], Path]
+) -> None:
+    async def scenario() -> tuple[bytes, bytes]:
+        async with serving(topology_file("wan")) as client:
+            artifact, film = await client.make("film", Output(), num_frames=5)
+            assert (artifact.name, artifact.content_type) == ("film_0.mp4", "video/mp4")
+            assert (await client.make("again", Output("mp4"), num_frames=5))[1] == film
+            _, archive = await client.make("frames", Output("zip"), num_frames=5)
+            assert (await client.make("still", Output(), num_frames=1))[0].content_type == "image/png"
+            assert (await client.make("still2", Output("jpeg"), num_frames=1))[0].content_type == "image/jpeg"
+            assert (await client.make("moving", Output("webp"), num_frames=5))[0].content_type == "image/webp"
+            # Wan asks for no rate, but its files have one.
+            _, slow = await client.make("slow", Output(), num_frames=5, fps=8)
+            with av.open(io.BytesIO(slow)) as container:
+                assert container.streams.video[0].average_rate == 8
+
+            assert await client.refused("a", Output("jpeg"), num_frames=5) == ("invalid", "output_format")
+            assert await client.refused("b", Output("wav")) == ("invalid", "output_format")
+            assert await client.refused("c", Output("gif")) == ("invalid", "output_format")
+            assert await client.refused("d", Output("mp4", 1000.0)) == ("invalid", "fps")
+
+            some = await client.http.get("/v1/images/film_0.mp4", headers={"Range": "bytes=10-19"})
+            assert (some.status_code, some.content) == (206, film[10:20])
+            assert some.headers["content-range"] == f"bytes 10-19/{len(film)}"
+            return film, archive
+
+    film, archive = asyncio.run(scenario())
+    expected = diffusers_alone(models("wan"), 5)
+    assert np.array_equal(unpacked(archive), expected)
+    with av.open(io.BytesIO(film)) as container:
+        video = container.streams.video[0]
+        assert (video.codec_context.name, video.frames, video.average_rate) == ("h264", 5, 16)
+        assert (video.height, video.width) == expected.shape[1:3]
+        assert not container.streams.audio
+    # Random pixels: chroma is halved, but the brightness of each frame is there.
+    ours, theirs = decoded(film).mean(axis=-1).ravel(), expected.mean(axis=-1).ravel()
+    assert np.corrcoef(ours, theirs)[0, 1] > 0.85
+
+
+def test_a_video_with_sound_has_both(topology_file: Callable[..., Path]) -> None:
+    async def scenario() -> tuple[bytes, bytes]:
+        async with serving(topology_file("ltx2")) as client:
+            _, film = await client.make("film", Output(), num_frames=9, frame_rate=30.0)
+            _, archive = await client.make("frames", Output("zip"), num_frames=9, frame_rate=30.0)
+            return film, archive
+
+    film, archive = asyncio.run(scenario())
+    with zipfile.ZipFile(io.BytesIO(archive)) as frames:
+        assert frames.namelist() == [*(f"{k:05}.png" for k in range(9)), "sound.wav"]
+        sound = frames.read("sound.wav")
+    with av.open(io.BytesIO(film)) as container, av.open(io.BytesIO(sound)) as alone:
+        (video,), (audio,), (pcm,) = container.streams.video, container.streams.audio, alone.streams.audio
+        assert (video.frames, video.average_rate) == (9, 30), "as the request asks"
+        assert (audio.codec_context.name, audio.rate, audio.channels) == ("aac", 16000, 2)
+        assert (pcm.rate, pcm.channels) == (16000, 2)
+        lengths = [stream.duration * stream.time_base for stream in (audio, pcm)]
+        assert abs(lengths[0] - lengths[1]) < 0.001
