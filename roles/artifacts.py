@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
+from roles.files import Entry, list_entries, write_whole
 from roles.formats import CONTENT_TYPES
 from roles.messages.work import Artifact
 
 _UNIT_ID = re.compile(r"[A-Za-z0-9_-]{1,100}/[0-9]{1,6}")
 _NAME = re.compile(rf"[A-Za-z0-9_-]{{1,100}}_[0-9]{{1,6}}\.(?:{'|'.join(CONTENT_TYPES)})")
-_TEMPORARY = re.compile(r"\..*\.tmp")
-_ABANDONED_S = 3600.0
 
 
 class ArtifactError(Exception):
@@ -42,15 +38,6 @@ def artifact_name(unit_id: str, output_format: str) -> str:
     return f"{unit_id.replace('/', '_')}.{output_format}"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A file of the store."""
-
-    name: str
-    modified_at: float
-    """Unix seconds."""
-
-
 def surplus(entries: list[Entry], *, now: float, max_age_s: float, max_count: int) -> list[str]:
     """Names to remove so that at most the newest `max_count` are left, none older than `max_age_s`."""
     newest_first = sorted(entries, key=lambda e: (e.modified_at, e.name), reverse=True)
@@ -64,7 +51,6 @@ class ArtifactStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._serial = itertools.count()
 
     def save(self, unit_id: str, output_format: str, data: bytes) -> Artifact:
         """Write a unit's artifact; on return it is complete and on disk. Writing it again replaces it.
@@ -75,14 +61,7 @@ class ArtifactStore:
 
         """
         name = artifact_name(unit_id, output_format)
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        temporary = self.folder / f".{name}.{os.getpid()}-{next(self._serial)}.tmp"
-        try:
-            _write_through(temporary, data)
-            temporary.replace(self.folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _sync_folder(self.folder)
+        write_whole(self.folder / name, data)
         return Artifact(name, CONTENT_TYPES[output_format], len(data))
 
     def path(self, name: str) -> Path:
@@ -111,36 +90,10 @@ class ArtifactStore:
 
     def prune(self, *, now: float, max_age_s: float, max_count: int) -> int:
         """Remove what `surplus` names, and half-written files that a dead process left; returns how many."""
-        if not self.folder.is_dir():
-            return 0
-        found = [_entry(path) for path in self.folder.iterdir()]
-        present = [entry for entry in found if entry is not None]
+        present = list_entries(self.folder)
         finished = [e for e in present if _NAME.fullmatch(e.name)]
         doomed = surplus(finished, now=now, max_age_s=max_age_s, max_count=max_count)
-        doomed += [e.name for e in present if _TEMPORARY.fullmatch(e.name) and now - e.modified_at > _ABANDONED_S]
+        doomed += [e.name for e in present if e.abandoned(now)]
         for name in doomed:
             (self.folder / name).unlink(missing_ok=True)
         return len(doomed)
-
-
-def _write_through(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _entry(path: Path) -> Entry | None:
-    try:
-        return Entry(path.name, path.stat().st_mtime)
-    except FileNotFoundError:  # another process pruned it first
-        return None
