@@ -34,7 +34,7 @@ class Parts(Protocol):
     """What a way to cut a pipeline makes of a model."""
 
     pipeline: Any
-    """Of diffusers; no run changes it."""
+    """Of diffusers, with shadows of what is not loaded; no run changes it."""
     components: frozenset[str]
     """Names of what is loaded."""
     inputs: frozenset[str]
@@ -154,6 +154,12 @@ class PanelPipeline:
         except CardError as error:
             raise InputError(str(error)) from error
         return in_words_of(self._parts.inputs, inputs, parameters)
+
+    @property
+    def alpha(self) -> bool:
+        """Whether its VAE takes pictures with an alpha channel: four channels in place of three."""
+        config = getattr(getattr(self._parts.pipeline, "vae", None), "config", {})
+        return 4 in (config.get("in_channels"), config.get("input_channels"))
 
     def _require(self, panel: Panel) -> None:
         if panel not in self.panels:

@@ -32,6 +32,8 @@ from roles.messages.device import (
     RunPanel,
 )
 from roles.messages.work import Work
+from roles.resolve import resolve
+from roles.uploads import UPLOADS, UploadStore
 from roles.workload import PANELS
 from roles.workspace import Premises
 
@@ -64,6 +66,7 @@ class StreamWorker(Actor):
         self.component = component
         self.topology = topology
         self.premises = premises
+        self.uploads = UploadStore(topology.state_dir / UPLOADS)
         self.panels_run = 0
         self._queue: deque[Job] = deque()
         self._wake = asyncio.Event()
@@ -166,7 +169,10 @@ class StreamWorker(Actor):
         if held.ready is not None:
             stream.wait(held.ready, held.values)
         if job.panel is Panel.ENCODER:
-            values = await self._call(stream, pipeline.encode, held.values, held.seed)
+            inputs = await asyncio.to_thread(
+                resolve, held.values, self.uploads, pipeline.signature, alpha=pipeline.alpha
+            )
+            values = await self._call(stream, pipeline.encode, inputs, held.seed)
         elif job.panel is Panel.DENOISER:
             values = await self._denoise(job, stream, pipeline, held.values)
         else:

@@ -1,0 +1,89 @@
+"""From the inputs of a message to what a pipeline takes: references become pictures, lists become lists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from engines.parameters import Kind, Signature
+from roles.messages.work import Numbers, Pictures
+from roles.uploads import UploadError, UploadStore
+
+MASKS: Final = frozenset({"mask", "mask_image"})
+"""Inputs that say where to paint, white for yes."""
+
+
+def resolve(
+    inputs: Mapping[str, object], store: UploadStore, signature: Signature, *, alpha: bool = False
+) -> dict[str, object]:
+    """Read what the inputs of a request refer to. Blocks on the disk: call it off the event loop.
+
+    Args:
+        inputs: By name, as `roles.messages.work.Input`.
+        store: Where the files are.
+        signature: Of the pipeline, which says whether an input is one picture or a list.
+        alpha: Whether the model takes pictures with an alpha channel.
+
+    Returns:
+        The inputs. Pictures are upright `PIL.Image.Image`, "L" for a mask, else "RGBA" with `alpha` or "RGB"; or
+        lists of them. Numbers are a list, or a tuple of whole numbers for a pair.
+
+    Raises:
+        UploadError: A picture is missing or damaged, or there are several where the pipeline takes one.
+        OSError: The disk cannot be read.
+    """
+    resolved: dict[str, object] = {}
+    for name, value in inputs.items():
+        parameter = signature.parameter(name)
+        kind = parameter.kind if parameter else Kind.IMAGES
+        match value:
+            case Pictures():
+                resolved[name] = _pictures(name, value, kind, store, alpha=alpha)
+            case Numbers(values):
+                resolved[name] = tuple(int(number) for number in values) if kind is Kind.PAIR else list(values)
+            case _:
+                resolved[name] = value
+    return resolved
+
+
+def _pictures(
+    name: str, value: Pictures, kind: Kind, store: UploadStore, *, alpha: bool
+) -> Image.Image | list[Image.Image]:
+    mask = name in MASKS
+    found = [as_mask(picture) if mask else as_picture(picture, alpha=alpha) for picture in map(store.open, value.files)]
+    if kind is Kind.IMAGE_LIST or len(found) > 1:
+        if kind is Kind.IMAGE:
+            raise UploadError(f"{name} is one picture, {len(found)} were given")
+        return found
+    if not found:
+        raise UploadError(f"{name} is empty")
+    return found[0]
+
+
+def as_picture(picture: Image.Image, *, alpha: bool = False) -> Image.Image:
+    """Turn a picture upright, by its EXIF orientation, and convert it to "RGB", or "RGBA" with `alpha`."""
+    return _eight_bits(ImageOps.exif_transpose(picture)).convert("RGBA" if alpha else "RGB")
+
+
+def as_mask(picture: Image.Image) -> Image.Image:
+    """Convert a picture to a mask, "L", white where to paint.
+
+    That is what diffusers takes. In OpenAI's API it is the transparent part of a mask that says where; so a mask with
+    something transparent is read that way.
+    """
+    upright = _eight_bits(ImageOps.exif_transpose(picture))
+    if upright.has_transparency_data:
+        opaque = upright.convert("RGBA").getchannel("A")
+        if opaque.getextrema()[0] != 255:
+            return ImageOps.invert(opaque)
+    return upright.convert("L")
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    # Pillow would cut off what is over 255 of the 16 bits that depth maps come with.
+    if not picture.mode.startswith("I"):
+        return picture
+    return Image.fromarray((np.asarray(picture).astype(np.uint32) // 257).astype(np.uint8))

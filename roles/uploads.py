@@ -1,0 +1,122 @@
+"""Pictures that come in: files that a client sent, kept under the digest of their bytes until no request needs them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from PIL import Image
+
+from roles.files import list_entries, write_whole
+from roles.messages.work import Upload
+
+UPLOADS: Final = "uploads"
+"""Folder of the upload store, under the state folder."""
+ENDINGS: Final[Mapping[str, str]] = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg", "WEBP": "webp"}
+"""What Pillow calls the formats that are taken, and how their files end. MPO is a JPEG with others behind it."""
+MAX_STORE_BYTES: Final = 16 << 30
+KEEP_S: Final = 3600.0
+"""How long an upload is kept beyond the time that a request may take."""
+
+_NAME: Final = re.compile(r"(?P<digest>[0-9a-f]{64})\.(?:png|jpeg|webp)")
+
+
+class UploadError(ValueError):
+    """An upload that is not there, is damaged, or is no picture: it would be the same anywhere."""
+
+
+class UploadsFull(Exception):  # noqa: N818  names what is the case
+    """What is kept for requests of the last hour leaves no room for more."""
+
+
+class UploadStore:
+    """A folder of uploads, written and pruned by one process, the API's, and read by all.
+
+    Every method blocks on the disk: call them off the event loop. They may be called from several threads.
+    """
+
+    def __init__(self, folder: Path, *, max_bytes: int = MAX_STORE_BYTES) -> None:
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self._held: int | None = None
+        self._lock = threading.Lock()
+
+    def save(self, data: bytes, ending: str) -> Upload:
+        """Keep a file; on return it is complete and on disk. One that is there already is young again.
+
+        Args:
+            data: Its bytes, a picture that has been checked.
+            ending: Of its format, of `ENDINGS`.
+
+        Raises:
+            UploadsFull: when there is no room.
+            OSError: when the disk is full or the folder cannot be written; nothing is left behind.
+        """
+        upload = Upload(f"{hashlib.sha256(data).hexdigest()}.{ending}", len(data))
+        path = self._path(upload)
+        # Held against `prune`, which must not remove what has just become young.
+        with self._lock:
+            if self._held is None:
+                self._held = sum(entry.nbytes for entry in list_entries(self.folder))
+            new = 0 if path.is_file() else len(data)
+            if self._held + new > self.max_bytes:
+                raise UploadsFull(f"{self._held} bytes of uploads are kept, {self.max_bytes} is the limit")
+            # Written even where it is there: should that one be damaged, it is whole again.
+            write_whole(path, data)
+            self._held += new
+        return upload
+
+    def read(self, upload: Upload) -> bytes:
+        """Read a whole upload, just as it was sent.
+
+        Raises:
+            UploadError: when it is not there or not as it was sent, or no upload could have that name.
+            OSError: when the disk cannot be read.
+        """
+        path = self._path(upload)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise UploadError(f"the upload {upload.name} is not there any more: send the picture again") from None
+        if len(data) != upload.nbytes or hashlib.sha256(data).hexdigest() != path.stem:
+            raise UploadError(f"the upload {upload.name} is damaged on the disk: send the picture again")
+        return data
+
+    def open(self, upload: Upload) -> Image.Image:
+        """Decode an upload.
+
+        Raises:
+            UploadError: as `read`; or it is no picture.
+            OSError: as `read`.
+        """
+        data = self.read(upload)
+        try:
+            picture = Image.open(io.BytesIO(data), formats=[name for name in ENDINGS if name != "MPO"])
+            picture.load()
+        except Exception as error:  # Pillow raises whatever its parsers run into
+            raise UploadError(f"the upload {upload.name} cannot be decoded ({error})") from error
+        return picture
+
+    def prune(self, *, now: float, max_age_s: float) -> int:
+        """Remove what is older than `max_age_s`, and half-written files; returns how many."""
+        with self._lock:
+            present = list_entries(self.folder)
+            doomed = [
+                entry
+                for entry in present
+                if (_NAME.fullmatch(entry.name) and now - entry.modified_at > max_age_s) or entry.abandoned(now)
+            ]
+            for entry in doomed:
+                (self.folder / entry.name).unlink(missing_ok=True)
+            self._held = sum(entry.nbytes for entry in present) - sum(entry.nbytes for entry in doomed)
+        return len(doomed)
+
+    def _path(self, upload: Upload) -> Path:
+        if not _NAME.fullmatch(upload.name):
+            raise UploadError(f"{upload.name!r} is no name of an upload")
+        return self.folder / upload.name
