@@ -19,13 +19,17 @@ def artifact_url(request: Request, name: str) -> str:
 
 async def artifact(request: Request) -> Response:
     """Answer with the file, which never changes under its name."""
+    return await send_file(request, request.path_params["name"])
+
+
+async def send_file(request: Request, name: str) -> Response:
+    """Make the response that is an artifact; raises ApiError 404."""
     store: ArtifactStore = request.app.state.artifacts
-    name = request.path_params["name"]
     try:
         path = store.path(name)
     except ArtifactError:
-        raise not_found(f"no such image: {name}") from None
+        raise not_found(f"no such file: {name}") from None
     if not await asyncio.to_thread(path.is_file):
-        raise not_found(f"no such image: {name}")
+        raise not_found(f"no such file: {name}")
     headers = {"Cache-Control": "private, max-age=31536000, immutable", "X-Content-Type-Options": "nosniff"}
     return FileResponse(path, media_type=CONTENT_TYPES[path.suffix[1:]], headers=headers)

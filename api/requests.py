@@ -9,19 +9,32 @@ from api.artifacts import artifact_url
 from api.encoding import JSONResponse, plain
 from api.head import Head
 from roles.messages.requests import CancelRequest, QueryRequest, RequestView
+from roles.messages.work import Input, Numbers, Pictures
 
 
 def request_object(request: Request, view: RequestView) -> dict[str, object]:
     """Show the view by field name, its artifacts with their URLs."""
     fields: dict[str, object] = plain(view)
     del fields["request_id"]
+    fields["inputs"] = {name: shown(value) for name, value in view.inputs.items()}
     units = []
     for unit in view.units:
-        shown = plain(unit)
+        row = plain(unit)
         if unit.artifact is not None:
-            shown["artifact"]["url"] = artifact_url(request, unit.artifact.name)
-        units.append(shown)
+            row["artifact"]["url"] = artifact_url(request, unit.artifact.name)
+        units.append(row)
     return {"id": view.request_id, "object": "request", **fields, "units": units}
+
+
+def shown(value: Input) -> object:
+    """Show an input: pictures by name and size, numbers as a list."""
+    match value:
+        case Pictures(files):
+            return [{"name": file.name, "bytes": file.nbytes} for file in files]
+        case Numbers(values):
+            return list(values)
+        case _:
+            return value
 
 
 class Requests(HTTPEndpoint):

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import socket
+import time
 from collections.abc import Iterator
 
 import uvicorn
@@ -16,9 +17,11 @@ from api.cluster import Cluster
 from api.head import RETRY_S, Head
 from bus import BusError
 from roles.messages.requests import ClusterQuery, ClusterView
+from roles.uploads import KEEP_S, UPLOADS, UploadStore
 
 HELLO_S = 2.0
 """One question to a head that may not be there yet."""
+PRUNE_EVERY_S = 600.0
 PATIENCE = 0.7
 LAST_WORDS = 0.2
 """Shares of `shutdown_s`: for requests to finish, and for telling the others that they did not."""
@@ -40,7 +43,8 @@ class ApiServer(Actor):
         await self._wait_for(head)
         listener = listen(self.topology.api.host, self.topology.api.port)
         observer = Cluster(self.topology, self.book, self.reference)
-        app = make_app(self.topology, head, observer, self._stopping)
+        uploads = UploadStore(self.topology.state_dir / UPLOADS)
+        app = make_app(self.topology, head, observer, uploads, self._stopping)
         self._server = Server(
             uvicorn.Config(
                 app,
@@ -54,6 +58,7 @@ class ApiServer(Actor):
             )
         )
         self._serving = self.spawn(self._server.serve(sockets=[listener]), name="http")
+        self.spawn(self._prune(uploads), name="prune")
         self.log.info("listening", url=self.topology.url)
 
     async def stopping(self) -> None:
@@ -72,6 +77,19 @@ class ApiServer(Actor):
         """Say where it listens, and how many HTTP requests it has in hand."""
         requests = len(self._server.server_state.tasks) if self._server else 0
         return {"url": self.topology.url, "requests": requests}
+
+    async def _prune(self, uploads: UploadStore) -> None:
+        """Remove uploads that no request can need any more, for ever."""
+        keep_s = KEEP_S + self.topology.head.request_timeout_s
+        while True:
+            try:
+                gone = await asyncio.to_thread(uploads.prune, now=time.time(), max_age_s=keep_s)
+            except OSError as error:  # what is left is tried again the next time
+                self.log.warning("uploads not pruned", error=str(error))
+            else:
+                if gone:
+                    self.log.info("uploads pruned", count=gone)
+            await asyncio.sleep(PRUNE_EVERY_S)
 
     async def _wait_for(self, head: Head) -> None:
         self.set_state("loading", "waiting for the head")

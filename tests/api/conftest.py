@@ -26,6 +26,7 @@ from bus import DeadLetters, Delivery, Mailbox, Outbox
 from engines.parameters import Kind, Parameter
 from roles.artifacts import ArtifactStore
 from roles.messages import requests as wire
+from roles.uploads import UPLOADS, UploadStore
 
 BOUND_S = 10.0
 MESSAGES = (
@@ -41,6 +42,11 @@ MESSAGES = (
 @pytest.fixture
 def anyio_backend():
     return "asyncio", {"use_uvloop": True}
+
+
+def written_as(submit: wire.SubmitRequest) -> str:
+    """The small head knows one medium, and what suits it."""
+    return submit.output.format or "png"
 
 
 @dataclass
@@ -66,6 +72,7 @@ class SmallHead:
         self.traces: list[str] = []
         self.rejection: wire.RequestRejected | None = None
         self.hold = False
+        self.description = DESCRIPTION
         self.deaf = False
         self.ready = True
         self.reasons: tuple[str, ...] = ()
@@ -107,8 +114,8 @@ class SmallHead:
             for index in range(accepted.submit.n):
                 colour = (accepted.submit.seed + index) % 256
                 picture = io.BytesIO()
-                Image.new("RGB", (8, 8), (colour, 0, 0)).save(picture, accepted.submit.output.format)
-                self.store.save(f"{request_id}/{index}", accepted.submit.output.format, picture.getvalue())
+                Image.new("RGB", (8, 8), (colour, 0, 0)).save(picture, written_as(accepted.submit))
+                self.store.save(f"{request_id}/{index}", written_as(accepted.submit), picture.getvalue())
         accepted.ended.set()
 
     def _run(self, coroutine) -> None:
@@ -131,7 +138,7 @@ class SmallHead:
             case wire.SubmitRequest() as message:
                 delivery.reply(self._submit(message))
             case wire.DescribeModel():
-                delivery.reply(DESCRIPTION)
+                delivery.reply(self.description)
             case wire.ClusterQuery():
                 delivery.reply(self._cluster())
             case message if message.request_id not in self.journal:
@@ -182,7 +189,7 @@ class SmallHead:
 
     def _unit(self, accepted: Accepted, index: int) -> wire.UnitView:
         submit = accepted.submit
-        name = f"{submit.request_id}_{index}.{submit.output.format}"
+        name = f"{submit.request_id}_{index}.{written_as(submit)}"
         done = accepted.state == "DONE"
         return wire.UnitView(
             index=index,
@@ -195,7 +202,7 @@ class SmallHead:
             instances={"denoiser": "denoiser-0"},
             stage_seconds={"denoiser": 0.25},
             causes=accepted.causes,
-            artifact=wire.Artifact(name, f"image/{submit.output.format}", 1) if done else None,
+            artifact=wire.Artifact(name, f"image/{written_as(submit)}", 1) if done else None,
         )
 
 
@@ -241,6 +248,11 @@ def store(topology) -> ArtifactStore:
 
 
 @pytest.fixture
+def uploads(topology) -> UploadStore:
+    return UploadStore(topology.state_dir / UPLOADS)
+
+
+@pytest.fixture
 async def small_head(topology, store):
     head = SmallHead(AddressBook(topology).address("head"), store)
     await head.start()
@@ -256,14 +268,14 @@ async def outbox():
 
 
 @pytest.fixture
-async def app(topology, outbox):
+async def app(topology, outbox, uploads):
     book = AddressBook(topology)
 
     def reference(name: str):
         return outbox.reference(name, book.address(name))
 
     head = Head(reference("head"), patience_s=1.0)
-    return make_app(topology, head, Cluster(topology, book, reference), asyncio.Event())
+    return make_app(topology, head, Cluster(topology, book, reference), uploads, asyncio.Event())
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ async def test_null_is_the_same_as_not_given(client, small_head):
     answer = await client.post(URL, json={"prompt": "x", **nothing})
     assert answer.status_code == 200, answer.text
     (submit,) = await small_head.received(wire.SubmitRequest)
-    assert (submit.inputs, submit.n, submit.output.format) == ({"prompt": "x"}, 1, "png")
+    assert (submit.inputs, submit.n, submit.output.format) == ({"prompt": "x"}, 1, "")
 
 
 async def test_pictures_by_url(client, small_head):

@@ -1,0 +1,193 @@
+"""The fields of a body, JSON or a form: pictures go to the upload store, and the text of a form becomes values."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+import msgspec
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
+from api.body import MAX_FORM_BYTES, MAX_JSON_BYTES, MAX_TEXT_BYTES, Intake, read_object
+from api.errors import ApiError, invalid
+from api.head import Head
+from api.uploads import MAX_FILES, MAX_FRAMES, Source, UploadDesk
+from roles.messages.requests import PICTURES, DescribeModel, Kind, ModelDescription
+from roles.messages.work import Numbers
+
+MAX_FIELDS: Final = 128
+MAX_NUMBERS: Final = 1000
+
+ALIASES: Final = {"mask": "mask_image", "input_reference": "image"}
+"""OpenAI's names of inputs, and diffusers'; for models that have none of the former."""
+_KNOWN: Final[Mapping[str, Kind]] = {
+    **dict.fromkeys(("image", "control_image", "reference_images", "ip_adapter_image"), Kind.IMAGES),
+    **dict.fromkeys(("mask_image", "last_image"), Kind.IMAGE),
+    **dict.fromkeys(("video", "driving_video"), Kind.IMAGE_LIST),
+    **dict.fromkeys(("height", "width", "num_frames", "max_sequence_length"), Kind.INTEGER),
+    **dict.fromkeys(("strength", "true_cfg_scale", "fps", "frame_rate"), Kind.NUMBER),
+    **dict.fromkeys(("sigmas", "timesteps"), Kind.NUMBERS),
+}
+"""For the time before an instance has loaded the model and told its parameters."""
+_TYPES: Final = {Kind.INTEGER: int, Kind.NUMBER: float, Kind.BOOLEAN: bool}
+
+
+@dataclass
+class Fields:
+    """What a body gives, by name."""
+
+    values: dict[str, object] = field(default_factory=dict)
+    """As in JSON; pictures and lists of numbers as `Pictures` and `Numbers`."""
+    texts: bool = False
+    """The values came as text, so that "4" may stand for 4."""
+
+
+async def read_fields(request: Request, own: frozenset[str]) -> Fields:
+    """Read the body of a request.
+
+    Args:
+        request: Its body is JSON or a multipart form.
+        own: Names of fields that are no inputs of the pipeline, or always the same ones.
+
+    Raises ApiError: 400 (malformed), 408 (too slow), 413 (too long), 415 (neither JSON nor a form, or no picture in a
+    format that is taken), 422 (a value at fault), 429 and 503 (no room).
+    """
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type not in ("application/json", "multipart/form-data"):
+        message = "send JSON, with Content-Type: application/json, or a form, with multipart/form-data"
+        raise ApiError(415, message, code="unsupported_media_type")
+    intake: Intake = request.app.state.intake
+    texts = content_type != "application/json"
+    async with AsyncExitStack() as stack:
+        chunks = await stack.enter_async_context(intake.receive(request, MAX_FORM_BYTES if texts else MAX_JSON_BYTES))
+        given = await _read_form(request.headers, chunks, stack) if texts else await read_object(chunks)
+        kinds = await _kinds(request, given, own)
+        desk: UploadDesk = request.app.state.uploads
+        return Fields(await _convert(_named(given, kinds), kinds, own, desk, texts=texts), texts)
+
+
+async def _read_form(headers: Headers, chunks: AsyncGenerator[bytes, None], stack: AsyncExitStack) -> dict[str, object]:
+    parser = _WholeForm(headers, chunks, max_files=2 * MAX_FRAMES, max_fields=MAX_FIELDS, max_part_size=MAX_TEXT_BYTES)
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise ApiError(400, f"the form cannot be read: {error.message}", code="invalid_form") from None
+    stack.push_async_callback(form.close)
+    if not parser.ended:
+        raise ApiError(400, "the form has no end", code="invalid_form")
+    given: dict[str, object] = {}
+    for name in form:
+        values = form.getlist(name)
+        files = [value for value in values if isinstance(value, UploadFile)]
+        if len(values) > 1 and not files:
+            raise invalid(name, f"{name} is given {len(values)} times")
+        given[name] = list(values) if files else values[0]
+    return given
+
+
+class _WholeForm(MultiPartParser):
+    """A form that can be told from one that was cut off."""
+
+    ended = False
+
+    def on_end(self) -> None:
+        """Take note of the last boundary."""
+        self.ended = True
+
+
+async def _kinds(request: Request, given: Mapping[str, object], own: frozenset[str]) -> Mapping[str, Kind]:
+    """Kinds of the model's inputs; not asked for where there is nothing that they could decide."""
+    if not {_plain(name) for name in given} - own:
+        return {}
+    head: Head = request.app.state.head
+    description = await head.ask(DescribeModel(), ModelDescription)
+    return {parameter.name: parameter.kind for parameter in description.parameters} or _KNOWN
+
+
+class _Given(NamedTuple):
+    """A field under the model's name for it."""
+
+    param: str
+    """The client's name."""
+    value: object
+
+
+def _named(given: Mapping[str, object], kinds: Mapping[str, Kind]) -> dict[str, _Given]:
+    """Give inputs the names that the model has for them."""
+    named: dict[str, _Given] = {}
+    for sent, value in given.items():
+        param = _plain(sent)
+        name = param if param in kinds else ALIASES.get(param, param)
+        if name in named:
+            raise invalid(param, f"{name} is given twice")
+        named[name] = _Given(param, value)
+    return named
+
+
+def _plain(name: str) -> str:
+    return name.removesuffix("[]")
+
+
+async def _convert(
+    given: Mapping[str, _Given], kinds: Mapping[str, Kind], own: frozenset[str], desk: UploadDesk, *, texts: bool
+) -> dict[str, object]:
+    values: dict[str, object] = {}
+    for name, (param, value) in given.items():
+        kind = None if name in own else kinds.get(name)
+        has_files = isinstance(value, list) and any(isinstance(item, UploadFile) for item in value)
+        if kind in PICTURES and value is not None:
+            values[name] = await desk.keep(param, _sources(param, value, kind))
+        elif has_files:
+            raise invalid(param, f"{param} takes no file{_takers(kinds)}")
+        elif texts and isinstance(value, str):
+            values[name] = _from_text(param, value, kind or _KNOWN.get(name))
+        else:
+            values[name] = value if name in own else _listed(param, value)
+    return values
+
+
+def _takers(kinds: Mapping[str, Kind]) -> str:
+    names = sorted(name for name, kind in kinds.items() if kind in PICTURES)
+    return f": this model takes them for {', '.join(names)}" if names else ": this model takes no pictures"
+
+
+def _sources(name: str, value: object, kind: Kind | None) -> list[Source]:
+    given = value if isinstance(value, list) else [value]
+    if not given:
+        raise invalid(name, f"{name} is an empty list")
+    sources: list[Source] = [source for source in given if isinstance(source, str | UploadFile)]
+    if len(sources) != len(given):
+        raise invalid(name, f"{name} is a picture: base64, or a list of that, or files of a form")
+    if kind is Kind.IMAGE and len(sources) > 1:
+        raise invalid(name, f"{name} is one picture, {len(sources)} were given")
+    most = MAX_FRAMES if kind is Kind.IMAGE_LIST else MAX_FILES
+    if len(sources) > most:
+        raise invalid(name, f"{name} is at most {most} pictures, {len(sources)} were given")
+    return sources
+
+
+def _from_text(name: str, text: str, kind: Kind | None) -> object:
+    try:
+        if kind in (Kind.NUMBERS, Kind.PAIR):
+            return _listed(name, msgspec.json.decode(text if text.lstrip().startswith("[") else f"[{text}]"))
+        if kind in _TYPES:
+            return msgspec.convert(text, _TYPES[kind], strict=False)
+    except msgspec.MsgspecError as error:
+        raise invalid(name, f"{error}: {name} is {kind.value if kind else 'text'}") from None
+    return text
+
+
+def _listed(name: str, value: object) -> object:
+    if not isinstance(value, list):
+        return value
+    if len(value) > MAX_NUMBERS:
+        raise invalid(name, f"{name} is at most {MAX_NUMBERS} numbers")
+    if not all(isinstance(item, int | float) and not isinstance(item, bool) for item in value):
+        raise invalid(name, f"{name}: a list is one of numbers")
+    if not all(isinstance(item, float) or -(2**63) <= item < 2**63 for item in value):
+        raise invalid(name, f"{name}: a number is out of range")
+    return Numbers(tuple(value))

@@ -1,0 +1,129 @@
+"""From a request that has been read to one that the head has accepted, and the wait for its end."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import secrets
+
+from starlette.requests import Request
+
+from api.errors import CLIENT_CLOSED_REQUEST, ApiError, from_rejection, not_found
+from api.head import Head
+from roles.messages.requests import (
+    CancelRequest,
+    ModelDescription,
+    RequestAccepted,
+    RequestRejected,
+    RequestView,
+    SubmitRequest,
+)
+from roles.messages.work import Input, Output
+
+MARGIN_S = 15.0
+"""The head times requests out by itself; this much later the wait for it ends too."""
+
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+
+
+async def submit(request: Request, inputs: dict[str, Input], *, seed: int | None, n: int, output: Output) -> str:
+    """Have the head accept a request; returns the id that it has there. Raises ApiError with the head's refusal."""
+    head: Head = request.app.state.head
+    key = idempotency_key(request)
+    message = SubmitRequest(
+        request_id=request.state.request_id,
+        inputs=inputs,
+        seed=choose_seed(seed, key),
+        n=n,
+        output=output,
+        # Without one from the client, its own id is the key: a submission that the head's restart left
+        # unanswered is sent again, and must not make a second request.
+        idempotency_key=key or request.state.request_id,
+    )
+    answer: RequestAccepted | RequestRejected = await head.ask(message, RequestAccepted, RequestRejected)
+    if isinstance(answer, RequestRejected):
+        raise from_rejection(answer)
+    return answer.request_id
+
+
+def choose_seed(wanted: int | None, idempotency_key: str) -> int:
+    """Return the seed asked for; else 32 random bits, the same ones each time that a key is sent."""
+    if wanted is not None:
+        return wanted
+    if idempotency_key:
+        return int.from_bytes(hashlib.blake2s(idempotency_key.encode(), digest_size=4).digest())
+    return secrets.randbits(32)
+
+
+def idempotency_key(request: Request) -> str:
+    """Return the Idempotency-Key header, empty if there is none."""
+    key = request.headers.get("idempotency-key", "")
+    if key and not _KEY.fullmatch(key):
+        raise ApiError(400, "Idempotency-Key takes 1 to 255 visible ASCII characters", code="invalid_header")
+    return key
+
+
+def check_model(model: str | None, description: ModelDescription) -> None:
+    """Raise ApiError 404 unless this is the model being served, or none was named."""
+    if model not in (None, description.name):
+        raise not_found(f"the model {model!r} is not served here, {description.name!r} is", code="model_not_found")
+
+
+async def wait(request: Request, request_id: str, *, cancels: bool) -> RequestView:
+    """Wait for the terminal view; raises ApiError 499 (client gone), 503 (server stops), 504 (time is up)."""
+    head: Head = request.app.state.head
+    within_s = request.app.state.topology.head.request_timeout_s + MARGIN_S
+    terminal = asyncio.ensure_future(head.wait(request_id, within_s))
+    hung_up = asyncio.ensure_future(until_hung_up(request))
+    stopping = asyncio.ensure_future(request.app.state.stopping.wait())
+    try:
+        await asyncio.wait({terminal, hung_up, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if terminal.done():
+            view = terminal.result()
+        elif hung_up.done():
+            if cancels:
+                await head.ask(CancelRequest(request_id, "the client hung up"), RequestView)
+            raise ApiError(CLIENT_CLOSED_REQUEST, "the client hung up", code="client_closed_request")
+        else:
+            message = f"the server is stopping; the request goes on: ask GET /v1/requests/{request_id}"
+            raise failed(request_id, ApiError(503, message, code="stopping", retry_after_s=1.0))
+    finally:
+        for task in (terminal, hung_up, stopping):
+            task.cancel()
+    if view is None:
+        message = f"no answer within {within_s:.0f} s; ask GET /v1/requests/{request_id}"
+        raise failed(request_id, ApiError(504, message, code="timed_out"))
+    return view
+
+
+async def until_hung_up(request: Request) -> None:
+    """Return when the client closes the connection; the body has been read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def failed(request_id: str, error: ApiError) -> ApiError:
+    """Put the error of a request that the head knows under the head's id for it."""
+    error.headers["X-Request-Id"] = request_id
+    return error
+
+
+def why(view: RequestView) -> str:
+    """Say why a request came to no good end, in one line; empty where nothing is known."""
+    causes = [cause for unit in view.units for cause in unit.causes]
+    # The last line of a cause names the error; should there be a traceback above it, that is for the log.
+    return "; ".join(dict.fromkeys(cause.strip().splitlines()[-1] for cause in causes if cause.strip()))
+
+
+def check_done(view: RequestView) -> None:
+    """Raise ApiError unless every picture is there: 409 cancelled, 500 failed, 504 timed out."""
+    text = why(view)
+    errors = {
+        "CANCELLED": (409, "cancelled", "the request was cancelled"),
+        "FAILED": (500, "failed", "the request failed"),
+        "TIMED_OUT": (504, "timed_out", "the request took too long"),
+    }
+    if view.state in errors:
+        status, code, message = errors[view.state]
+        raise failed(view.request_id, ApiError(status, f"{message}: {text}" if text else message, code=code))

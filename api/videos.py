@@ -1,0 +1,192 @@
+"""POST /v1/videos, and what became of them: OpenAI's videos API."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+from starlette.endpoints import HTTPEndpoint
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.artifacts import send_file
+from api.encoding import JSONResponse
+from api.errors import ApiError, invalid, not_found
+from api.fields import MediaRequest, own_fields, parse
+from api.forms import read_fields
+from api.head import Head
+from api.submission import check_model, failed, submit, why
+from roles.messages.requests import CancelRequest, DescribeModel, ModelDescription, QueryRequest, RequestView, UnitView
+from roles.messages.work import Input, Output
+
+MAX_SECONDS = 3600.0
+FORMAT = ""
+"""What suits a video."""
+
+Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+
+_QUEUED = ("PENDING", "ENCODER_WAITING")
+_ENDS: dict[str, Status] = {
+    "DONE": "completed",
+    "FAILED": "failed",
+    "TIMED_OUT": "failed",
+    "CANCELLED": "cancelled",
+}
+_AFTER_STEPS = ("DENOISING_DONE", "DECODER_WAITING", "DECODER_RUNNING")
+
+
+class VideoRequest(MediaRequest, frozen=True, kw_only=True):
+    """The body."""
+
+    seconds: Annotated[float, Meta(gt=0, le=MAX_SECONDS)] | None = None
+    """In place of `num_frames`."""
+
+
+class VideoError(msgspec.Struct):
+    """Why there is no video."""
+
+    code: str
+    message: str
+
+
+class Video(msgspec.Struct):
+    """OpenAI's video object: a job, and how far it is."""
+
+    id: str
+    status: Status
+    progress: int
+    """Percent of the denoising steps."""
+    created_at: int
+    """Unix seconds."""
+    completed_at: int | None
+    model: str
+    seconds: str | None
+    """As OpenAI has it, a number in a string; None where the number of frames does not tell."""
+    size: str | None
+    """WIDTHxHEIGHT in pixels; None where the model chooses."""
+    error: VideoError | None = None
+    object: Literal["video"] = "video"
+
+
+class Videos(HTTPEndpoint):
+    """Begin videos."""
+
+    async def post(self, request: Request) -> JSONResponse:
+        """Submit, and answer at once with the job."""
+        head: Head = request.app.state.head
+        fields = await read_fields(request, own_fields(VideoRequest))
+        fields.texts = True  # OpenAI's `seconds` is a string
+        wanted, inputs = parse(fields, VideoRequest)
+        description = await head.ask(DescribeModel(), ModelDescription)
+        check_model(wanted.model, description)
+        check_medium(description)
+        inputs |= frames(wanted.seconds, inputs, description)
+        request_id = await submit(request, inputs, seed=wanted.seed, n=1, output=Output(FORMAT))
+        view = await head.ask(QueryRequest(request_id), RequestView)
+        return answer(view, description)
+
+
+class OneVideo(HTTPEndpoint):
+    """One job."""
+
+    async def get(self, request: Request) -> JSONResponse:
+        """Answer with the job as it is now."""
+        return answer(*await find(request))
+
+    async def delete(self, request: Request) -> JSONResponse:
+        """Cancel it; one that has come to its end stays as it is."""
+        view, description = await find(request)
+        head: Head = request.app.state.head
+        return answer(await head.ask(CancelRequest(view.request_id), RequestView), description)
+
+
+async def video_content(request: Request) -> Response:
+    """Answer with the file; raises ApiError 409 while there is none, 404 once it is gone."""
+    view, description = await find(request)
+    variant = request.query_params.get("variant", "video")
+    if variant != "video":
+        raise invalid("variant", "there is the video alone: leave variant out")
+    artifact = view.units[0].artifact
+    if artifact is None:
+        job = video(view, description)
+        message = f"the video is {job.status.replace('_', ' ')}"
+        if job.error:
+            message += f": {job.error.message}"
+        raise failed(view.request_id, ApiError(409, message, code=job.status))
+    return await send_file(request, artifact.name)
+
+
+async def find(request: Request) -> tuple[RequestView, ModelDescription]:
+    """Find the job of the path; raises ApiError 404."""
+    head: Head = request.app.state.head
+    request_id = request.path_params["video_id"]
+    view, description = await asyncio.gather(
+        head.ask(QueryRequest(request_id), RequestView), head.ask(DescribeModel(), ModelDescription)
+    )
+    if description.parameters and description.medium != "video":
+        raise not_found(f"there is no video {request_id}")
+    return view, description
+
+
+def check_medium(description: ModelDescription) -> None:
+    """Raise ApiError 422 unless the model makes videos, 503 while nobody knows."""
+    if not description.parameters:
+        message = "no instance has loaded the model yet: try again"
+        raise ApiError(503, message, code="unavailable", retry_after_s=1.0)
+    if description.medium != "video":
+        message = f"{description.name} makes no videos but {description.medium}: ask POST /v1/images/generations"
+        raise invalid("model", message)
+
+
+def frames(seconds: float | None, inputs: dict[str, Input], description: ModelDescription) -> dict[str, Input]:
+    """Return the number of frames that last so many seconds; nothing where no length is asked for."""
+    if seconds is None:
+        return {}
+    if inputs.get("num_frames") is not None:
+        raise invalid("seconds", "give seconds or num_frames, not both")
+    fps = inputs.get("fps") or inputs.get("frame_rate") or description.fps
+    if not isinstance(fps, int | float) or not 0 < fps <= 1000:
+        raise invalid("seconds", "the frames per second are not known: give fps as well, or num_frames")
+    return {"num_frames": max(1, round(seconds * fps))}
+
+
+def answer(view: RequestView, description: ModelDescription) -> JSONResponse:
+    """Make the response."""
+    return JSONResponse(video(view, description), headers={"X-Request-Id": view.request_id})
+
+
+def video(view: RequestView, description: ModelDescription) -> Video:
+    """Say in OpenAI's words how a request stands."""
+    inputs: dict[str, Input] = {**description.defaults, **view.inputs}
+    height, width = inputs.get("height"), inputs.get("width")
+    count = inputs.get("num_frames")
+    fps = inputs.get("fps") or inputs.get("frame_rate") or view.output.fps or description.fps
+    lasts = count / fps if isinstance(count, int) and isinstance(fps, int | float) and fps > 0 else None
+    unit = view.units[0]
+    return Video(
+        id=view.request_id,
+        status=status(view),
+        progress=progress(unit),
+        created_at=int(view.created_at),
+        completed_at=int(view.finished_at) if unit.artifact else None,
+        model=description.name,
+        seconds=None if lasts is None else f"{lasts:.3g}",
+        size=f"{width}x{height}" if width and height else None,
+        error=VideoError(view.state.lower(), why(view) or "no reason is known") if status(view) == "failed" else None,
+    )
+
+
+def status(view: RequestView) -> Status:
+    """OpenAI's word for the state."""
+    return _ENDS.get(view.state) or ("queued" if view.state in _QUEUED else "in_progress")
+
+
+def progress(unit: UnitView) -> int:
+    """Percent: denoising is what takes the time; 100 is said of a video that is there."""
+    if unit.state == "DONE":
+        return 100
+    if unit.state in _AFTER_STEPS:
+        return 99
+    return min(99, 100 * unit.step // unit.total_steps) if unit.total_steps else 0
