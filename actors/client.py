@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Any, Final
 import httpx
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from PIL.Image import Image
 
 GENERATE_TIMEOUT_S: Final = 3600.0
+FORMATS: Final = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp", "mp4": "mp4", "zip": "zip"}
+"""Output formats by the ending of a file's name."""
 _CONNECT_TIMEOUT_S: Final = 5.0
 _READ_TIMEOUT_S: Final = 10.0
 
@@ -47,12 +51,29 @@ class Picture:
 
 
 def request_body(
-    prompt: str, *, size: str | None, steps: int | None, seed: int | None, extra: dict[str, object]
+    prompt: str, *, size: str | None, steps: int | None, seed: int | None, extra: Mapping[str, object]
 ) -> dict[str, object]:
-    """The JSON body of `POST /v1/images/generations`; what is None is left to the model's defaults."""
-    given = {"size": size, "num_inference_steps": steps, "seed": seed, **extra}
+    """The JSON body of `POST /v1/images/generations`; what is None is left to the model's defaults.
+
+    A path or bytes among `extra`, or a list of those, is a picture; raises OSError when it cannot be read.
+    """
+    pictures = {name: _encoded(value) for name, value in extra.items()}
+    given = {"size": size, "num_inference_steps": steps, "seed": seed, **pictures}
     body: dict[str, object] = {"prompt": prompt, "n": 1, "response_format": "b64_json"}
     return body | {key: value for key, value in given.items() if value is not None}
+
+
+def _encoded(value: object) -> object:
+    if isinstance(value, list | tuple):
+        return [_encoded(item) for item in value]
+    if isinstance(value, Path):
+        value = value.read_bytes()
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else value
+
+
+def format_of(path: Path) -> str | None:
+    """The output format that the ending of a file's name asks for; None where it tells nothing."""
+    return FORMATS.get(path.suffix.lower().removeprefix("."))
 
 
 def read_picture(response: httpx.Response) -> Picture:

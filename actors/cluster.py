@@ -64,9 +64,10 @@ class Cluster:
         """One picture for a prompt; raises `ApiError` with the server's sentence.
 
         `size` is "WIDTHxHEIGHT" in pixels, `steps` the number of denoising steps; what is None, and every other
-        input of the model that is not among `inputs`, takes the model's default. Waits `timeout_s` seconds.
+        input of the model that is not among `inputs`, takes the model's default. A picture among `inputs` is a `Path`
+        or the `bytes` of a PNG, JPEG or WebP file, or a list of those. Waits `timeout_s` seconds.
         """
-        body = request_body(prompt, size=size, steps=steps, seed=seed, extra=inputs)
+        body = await asyncio.to_thread(request_body, prompt, size=size, steps=steps, seed=seed, extra=inputs)
         try:
             answer = await self._http.post("/v1/images/generations", json=body, timeout=timeout(timeout_s))
         except httpx.HTTPError as error:

@@ -15,6 +15,7 @@ from actors.client import (
     GENERATE_TIMEOUT_S,
     ApiError,
     Picture,
+    format_of,
     read_picture,
     request_body,
     timeout,
@@ -30,6 +31,11 @@ Url = Annotated[
     typer.Option("--url", help="Base URL of the API.", envvar=URL_VARIABLE, show_default=DEFAULT_URL),
 ]
 
+Pictures = Annotated[
+    list[Path] | None,
+    typer.Option("--image", metavar="FILE", help="A picture to start from; may be repeated.", show_default=False),
+]
+
 
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to show.", show_default=False)],
@@ -43,21 +49,38 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(help="The same seed makes the same picture; random if left out.", show_default=False)
     ] = None,
+    image: Pictures = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What of the picture to paint anew: the white.", show_default=False),
+    ] = None,
+    last_image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The last frame of a video.", show_default=False)
+    ] = None,
     url: Url = "",
 ) -> None:
-    """Make one picture from a prompt, and write it to a file.
+    """Make one picture from a prompt, or of another picture, and write it to a file.
+
+    The ending of the file's name says in which format: .png, .jpg, .webp, .mp4 for a video, .zip for its frames.
 
     [bold]Examples[/]
 
     triptych generate "a red circle" -o circle.png
 
     triptych generate "a lighthouse in a storm" -o storm.png --size 1024x768 --steps 28 --seed 7
+
+    triptych generate "the same in snow" --image storm.png --mask sky.png -o snow.webp
     """
     if not out.parent.is_dir():
         fail(f"{out.parent} is not a folder: make it first, or write elsewhere with -o.", EXIT_FAILED)
     begun = time.monotonic()
+    extra = {"image": image or None, "mask": mask, "last_image": last_image, "output_format": format_of(out)}
     try:
-        picture = _ask(base_url(url), request_body(prompt, size=size or None, steps=steps, seed=seed, extra={}))
+        body = request_body(prompt, size=size or None, steps=steps, seed=seed, extra=extra)
+    except OSError as error:
+        fail(f"{error.filename} cannot be read: {error.strerror}.", EXIT_FAILED)
+    try:
+        picture = _ask(base_url(url), body)
         picture.save(out)
     except ApiError as error:
         fail(str(error), EXIT_FAILED)
