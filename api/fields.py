@@ -60,7 +60,7 @@ def parse(fields: Fields, kind: type[R]) -> tuple[R, dict[str, PipelineInput]]:
     except msgspec.ValidationError as error:
         raise from_validation(error) from None
     inputs: dict[str, PipelineInput] = {name: value for name in _INPUTS if (value := getattr(wanted, name)) is not None}
-    inputs |= {name: _extra(name, body[name]) for name in body.keys() - set(own)}
+    inputs |= {name: _extra(name, value) for name, value in body.items() if name not in own}
     if len(inputs) > MAX_INPUTS:
         raise invalid("prompt", f"more than {MAX_INPUTS} inputs")
     if inputs.get("mask_image") is not None and inputs.get("image") is None:

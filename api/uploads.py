@@ -32,6 +32,7 @@ Source: TypeAlias = str | UploadFile
 _DATA_URL: Final = re.compile(r"data:[^,]{0,255};base64,", re.IGNORECASE)
 _REMOTE: Final = re.compile(r"(?:https?|ftp|file|s3|gs):", re.IGNORECASE)
 _BASE64_CHUNK: Final = 1 << 20
+_MAGIC: Final = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
 _KEPT: Final = [name for name in ENDINGS if name != "MPO"]
 
 
@@ -115,7 +116,9 @@ def check(data: bytes, param: str) -> str:
         picture = Image.open(io.BytesIO(data), formats=_KEPT)
     except Image.DecompressionBombError:
         raise _too_many_pixels(param) from None
-    except UnidentifiedImageError:
+    except UnidentifiedImageError as error:
+        if data.startswith(_MAGIC):
+            raise _damaged(param, error) from error
         raise ApiError(415, "a picture is a PNG, JPEG or WebP", code="unsupported_media_type", param=param) from None
     except Exception as error:  # Pillow raises whatever its parsers run into
         raise _damaged(param, error) from error
@@ -140,7 +143,9 @@ def _check_opened(picture: Image.Image, param: str) -> str:
 
 
 def _damaged(param: str, error: Exception) -> ApiError:
-    return invalid(param, f"the picture is damaged or not complete ({error})")
+    # Pillow's error has no more to say of what it could not even open.
+    why = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+    return invalid(param, f"the picture is damaged or not complete{why}")
 
 
 def _too_large(param: str) -> ApiError:

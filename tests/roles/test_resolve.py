@@ -1,0 +1,130 @@
+"""What a pipeline gets for the files and numbers that a message names."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engines.parameters import Kind, Parameter, Signature
+from engines.split import prune
+from engines.vocabulary import of_blocks
+from roles.messages.work import Numbers, Pictures, Upload
+from roles.resolve import as_mask, as_picture, resolve
+from roles.uploads import UploadError, UploadStore
+from tools.families.cases import Case, cases
+from tools.families.rows import blocks_of
+
+ALPHA = ("QwenImageLayeredModularPipeline",)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> UploadStore:
+    return UploadStore(tmp_path / "uploads")
+
+
+def sent(store: UploadStore, *pictures: Image.Image, form: str = "PNG", **options: Any) -> Pictures:
+    files = []
+    for picture in pictures:
+        data = io.BytesIO()
+        picture.save(data, form, **options)
+        files.append(store.save(data.getvalue(), form.lower()))
+    return Pictures(tuple(files))
+
+
+def signature(**kinds: Kind) -> Signature:
+    return Signature(tuple(Parameter(name, kind) for name, kind in kinds.items()))
+
+
+def pixels(value: object) -> list[np.ndarray]:
+    return [np.asarray(picture) for picture in (value if isinstance(value, list) else [value])]
+
+
+RED = Image.new("RGB", (4, 2), (200, 10, 20))
+BLUE = Image.new("RGB", (4, 2), (0, 10, 200))
+
+
+def test_scalars_stay_and_numbers_become_lists(store: UploadStore) -> None:
+    inputs = {"prompt": "x", "seed": 1, "sigmas": Numbers((1.0, 0.5)), "original_size": Numbers((64, 48)), "n": None}
+    resolved = resolve(inputs, store, signature(sigmas=Kind.NUMBERS, original_size=Kind.PAIR))
+    assert resolved == {"prompt": "x", "seed": 1, "sigmas": [1.0, 0.5], "original_size": (64, 48), "n": None}
+    assert inputs["sigmas"] == Numbers((1.0, 0.5))
+
+
+def test_one_file_is_a_picture_and_several_are_a_list(store: UploadStore) -> None:
+    kinds = signature(image=Kind.IMAGES, last_image=Kind.IMAGE, video=Kind.IMAGE_LIST)
+    one, two = sent(store, RED), sent(store, RED, BLUE)
+    resolved = resolve({"image": one, "last_image": one, "video": one, "unknown": two}, store, kinds)
+    assert isinstance(resolved["image"], Image.Image)
+    assert isinstance(resolved["last_image"], Image.Image)
+    assert isinstance(resolved["video"], list)
+    assert [picture.getpixel((0, 0)) for picture in resolved["unknown"]] == [(200, 10, 20), (0, 10, 200)]  # type: ignore[attr-defined]
+    with pytest.raises(UploadError, match="last_image is one picture, 2 were given"):
+        resolve({"last_image": two}, store, kinds)
+    with pytest.raises(UploadError, match="image is empty"):
+        resolve({"image": Pictures(())}, store, kinds)
+
+
+def test_a_missing_file_is_the_requests_own_fault(store: UploadStore) -> None:
+    with pytest.raises(ValueError, match="send the picture again"):
+        resolve({"image": Pictures((Upload(f"{'a' * 64}.png", 3),))}, store, Signature())
+
+
+def test_pictures_are_upright_and_of_three_channels(store: UploadStore) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    lying = sent(store, RED, form="JPEG", exif=exif)
+    picture = resolve({"image": lying}, store, Signature())["image"]
+    assert (picture.mode, picture.size) == ("RGB", (2, 4))  # type: ignore[attr-defined]
+    for mode in ("L", "LA", "P", "RGBA", "1", "CMYK"):
+        assert as_picture(RED.convert(mode)).mode == "RGB"
+
+
+def test_alpha_is_kept_only_where_the_model_takes_it() -> None:
+    clear = Image.new("RGBA", (2, 2), (1, 2, 3, 4))
+    assert as_picture(clear).getpixel((0, 0)) == (1, 2, 3)
+    assert as_picture(clear, alpha=True).getpixel((0, 0)) == (1, 2, 3, 4)
+    assert as_picture(RED, alpha=True).getpixel((0, 0)) == (200, 10, 20, 255)
+
+
+def test_sixteen_bits_are_scaled_and_not_cut_off(store: UploadStore) -> None:
+    deep = Image.fromarray(np.array([[0, 257, 32896, 65535]], dtype=np.uint16))
+    picture = resolve({"control_image": sent(store, deep)}, store, Signature())["control_image"]
+    assert np.asarray(picture)[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_a_mask_is_white_where_to_paint_or_transparent_there() -> None:
+    white = Image.fromarray(np.array([[0, 255, 128]], dtype=np.uint8))
+    assert np.asarray(as_mask(white)).tolist() == [[0, 255, 128]]
+    assert np.asarray(as_mask(white.convert("RGBA"))).tolist() == [[0, 255, 128]]  # nothing is transparent
+    clear = Image.new("RGBA", (2, 1), (0, 0, 0, 255))
+    clear.putpixel((1, 0), (0, 0, 0, 0))
+    assert np.asarray(as_mask(clear)).tolist() == [[0, 255]]
+    assert as_mask(RED).mode == "L"
+
+
+def given(case: Case) -> dict[str, Any]:
+    def is_picture(value: Any) -> bool:
+        return isinstance(value, Image.Image) or (isinstance(value, list) and isinstance(value[0], Image.Image))
+
+    return {name: value for name, value in case.inputs.items() if is_picture(value)}
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if given(case)], ids=lambda c: f"{c.pipeline}:{c.task}")
+def test_every_family_gets_what_it_takes(case: Case, store: UploadStore) -> None:
+    """The pictures that the families run with come out of the store as they are given to diffusers."""
+    known = Signature(of_blocks(prune(blocks_of(case.pipeline), case.task or "any")))
+    inputs = given(case)
+    files = {name: sent(store, *(value if isinstance(value, list) else [value])) for name, value in inputs.items()}
+    resolved = resolve(files, store, known, alpha=case.pipeline in ALPHA)
+    for name, value in inputs.items():
+        parameter = known.parameter(name)
+        assert parameter is not None, f"{name} is not public"
+        if isinstance(value, list) and len(value) == 1 and parameter.kind is Kind.IMAGES:
+            value = value[0]  # these take one picture as well as a list of one
+        assert isinstance(resolved[name], list) == isinstance(value, list), name
+        assert all(np.array_equal(a, b) for a, b in zip(pixels(resolved[name]), pixels(value), strict=True)), name
