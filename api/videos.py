@@ -34,6 +34,7 @@ _ENDS: dict[str, Status] = {
     "TIMED_OUT": "failed",
     "CANCELLED": "cancelled",
 }
+_RATES = ("fps", "frame_rate")
 _AFTER_STEPS = ("DENOISING_DONE", "DECODER_WAITING", "DECODER_RUNNING")
 
 
@@ -146,7 +147,7 @@ def frames(seconds: float | None, inputs: dict[str, Input], description: ModelDe
         return {}
     if inputs.get("num_frames") is not None:
         raise invalid("seconds", "give seconds or num_frames, not both")
-    fps = inputs.get("fps") or inputs.get("frame_rate") or description.fps
+    fps = next((inputs[name] for name in _RATES if inputs.get(name) is not None), description.fps)
     if not isinstance(fps, int | float) or not 0 < fps <= 1000:
         raise invalid("seconds", "the frames per second are not known: give fps as well, or num_frames")
     return {"num_frames": max(1, round(seconds * fps))}
@@ -162,7 +163,8 @@ def video(view: RequestView, description: ModelDescription) -> Video:
     inputs: dict[str, Input] = {**description.defaults, **view.inputs}
     height, width = inputs.get("height"), inputs.get("width")
     count = inputs.get("num_frames")
-    fps = inputs.get("fps") or inputs.get("frame_rate") or view.output.fps or description.fps
+    asked = next((inputs[name] for name in _RATES if inputs.get(name) is not None), description.fps)
+    fps = view.output.fps or asked
     lasts = count / fps if isinstance(count, int) and isinstance(fps, int | float) and fps > 0 else None
     unit = view.units[0]
     return Video(

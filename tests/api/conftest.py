@@ -73,6 +73,7 @@ class SmallHead:
         self.rejection: wire.RequestRejected | None = None
         self.hold = False
         self.description = DESCRIPTION
+        self.steps = (2, 4)
         self.deaf = False
         self.ready = True
         self.reasons: tuple[str, ...] = ()
@@ -196,8 +197,8 @@ class SmallHead:
             seed=submit.seed + index,
             state=accepted.state,
             attempts=1 + len(accepted.causes),
-            step=2,
-            total_steps=4,
+            step=self.steps[0],
+            total_steps=self.steps[1],
             history=(wire.Move("PENDING", accepted.created_at), wire.Move(accepted.state, time.time())),
             instances={"denoiser": "denoiser-0"},
             stage_seconds={"denoiser": 0.25},

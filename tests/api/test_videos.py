@@ -1,0 +1,188 @@
+"""Videos are jobs: begun, asked about, fetched, cancelled."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import msgspec
+import pytest
+from PIL import Image
+
+from engines.parameters import Kind, Parameter
+from roles.messages import requests as wire
+
+pytestmark = pytest.mark.anyio
+URL = "/v1/videos"
+PARAMETERS = (
+    Parameter("fps", Kind.NUMBER),
+    Parameter("image", Kind.IMAGES),
+    Parameter("last_image", Kind.IMAGE),
+    Parameter("num_frames", Kind.INTEGER),
+    Parameter("prompt", Kind.TEXT, required=True),
+)
+
+
+def png() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def model_of_videos(small_head):
+    small_head.description = msgspec.structs.replace(
+        small_head.description, parameters=PARAMETERS, medium="video", fps=16.0, defaults={"height": 64, "width": 48}
+    )
+
+
+async def submitted(small_head) -> wire.SubmitRequest:
+    (submit,) = await small_head.received(wire.SubmitRequest)
+    return submit
+
+
+def refused(answer, status: int, param: str | None, *words: str) -> None:
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == param
+    for word in words:
+        assert word in error["message"]
+
+
+async def test_a_video_is_a_job_from_its_beginning_to_its_file(client, small_head):
+    small_head.hold = True
+    begun = await client.post(
+        URL, json={"prompt": "x", "seconds": "2", "size": "64x32", "seed": 7, "model": "tiny/shapes"}
+    )
+    assert begun.status_code == 200, begun.text
+    job = begun.json()
+    assert begun.headers["x-request-id"] == job["id"]
+    submit = await submitted(small_head)
+    assert (submit.seed, submit.n, submit.output.format) == (7, 1, "")
+    assert submit.inputs == {"prompt": "x", "num_frames": 32, "height": 32, "width": 64}
+    assert job == {
+        "id": submit.request_id, "object": "video", "status": "in_progress", "progress": 50, "model": "tiny/shapes",
+        "created_at": job["created_at"], "completed_at": None, "seconds": "2", "size": "64x32", "error": None,
+    }  # fmt: skip
+    refused(await client.get(f"{URL}/{job['id']}/content"), 409, None, "in progress")
+    small_head.finish(job["id"])
+    done = (await client.get(f"{URL}/{job['id']}")).json()
+    assert (done["status"], done["progress"]) == ("completed", 100)
+    assert done["completed_at"] >= done["created_at"]
+    content = await client.get(f"{URL}/{job['id']}/content")
+    assert content.headers["content-type"] == "image/png"  # what the small head writes
+    assert Image.open(io.BytesIO(content.content)).size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "progress"),
+    [("PENDING", "queued", 0), ("ENCODER_WAITING", "queued", 0), ("DECODER_RUNNING", "in_progress", 99)],
+)
+async def test_how_far_it_is(client, small_head, state, status, progress):
+    small_head.hold = True
+    job = (await client.post(URL, json={"prompt": "x"})).json()
+    accepted = small_head.journal[job["id"]]
+    accepted.state = state
+    if status == "queued":
+        small_head.steps = (0, 0)
+    shown = (await client.get(f"{URL}/{job['id']}")).json()
+    assert (shown["status"], shown["progress"]) == (status, progress)
+
+
+@pytest.mark.parametrize(("state", "word"), [("FAILED", "failed"), ("TIMED_OUT", "failed"), ("CANCELLED", "cancelled")])
+async def test_one_that_ends_without_a_file_says_why(client, small_head, state, word):
+    small_head.hold = True
+    job = (await client.post(URL, json={"prompt": "x"})).json()
+    small_head.finish(job["id"], state, ("encoder-0: a reason",))
+    shown = (await client.get(f"{URL}/{job['id']}")).json()
+    assert (shown["status"], shown["completed_at"]) == (word, None)
+    if word == "failed":
+        assert shown["error"] == {"code": state.lower(), "message": "encoder-0: a reason"}
+    refused(await client.get(f"{URL}/{job['id']}/content"), 409, None, word)
+
+
+async def test_delete_cancels(client, small_head):
+    small_head.hold = True
+    job = (await client.post(URL, json={"prompt": "x"})).json()
+    assert (await client.delete(f"{URL}/{job['id']}")).json()["status"] == "cancelled"
+    await small_head.received(wire.CancelRequest)
+
+
+async def test_a_form_with_a_first_and_a_last_frame(client, small_head, uploads):
+    files = {"input_reference": png(), "last_image": png()}
+    answer = await client.post(URL, data={"prompt": "x", "seconds": "0.5", "fps": "8", "seed": "3"}, files=files)
+    assert answer.status_code == 200, answer.text
+    submit = await submitted(small_head)
+    assert (submit.seed, submit.inputs["num_frames"], submit.inputs["fps"]) == (3, 4, 8.0)
+    assert submit.inputs["image"] == submit.inputs["last_image"]
+    assert uploads.read(submit.inputs["image"].files[0]) == png()
+
+
+async def test_a_first_frame_in_json(client, small_head):
+    picture = base64.b64encode(png()).decode()
+    await client.post(URL, json={"prompt": "x", "num_frames": 5, "input_reference": picture})
+    submit = await submitted(small_head)
+    assert submit.inputs["num_frames"] == 5
+    assert len(submit.inputs["image"].files) == 1
+
+
+async def test_a_key_sent_again_gives_the_same_job(client, small_head):
+    jobs = [(await client.post(URL, json={"prompt": "x"}, headers={"Idempotency-Key": "k"})).json() for _ in range(2)]
+    assert jobs[0]["id"] == jobs[1]["id"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"seconds": 0}, "seconds"),
+        ({"seconds": "long"}, "seconds"),
+        ({"seconds": 1e9}, "seconds"),
+        ({"seconds": 2, "num_frames": 5}, "seconds"),
+        ({"seconds": 2, "fps": "many"}, "seconds"),
+        ({"seconds": 2, "fps": -1}, "seconds"),
+        ({"seconds": 2, "fps": 0}, "seconds"),
+        ({"size": "large"}, "size"),
+        ({"last_image": "https://example.org/a.png"}, "last_image"),
+    ],
+)
+async def test_422_names_the_field(client, small_head, fields, param):
+    answer = await client.post(URL, json={"prompt": "x", **fields})
+    refused(answer, 422, param)
+    assert not small_head.journal
+
+
+async def test_seconds_need_frames_per_second(client, small_head):
+    small_head.description = msgspec.structs.replace(small_head.description, fps=0.0)
+    refused(await client.post(URL, json={"prompt": "x", "seconds": 2}), 422, "seconds", "give fps")
+    assert (await client.post(URL, json={"prompt": "x", "seconds": 2, "fps": 8})).status_code == 200
+
+
+async def test_a_model_of_pictures_makes_no_videos(client, small_head):
+    small_head.description = msgspec.structs.replace(small_head.description, medium="image")
+    refused(await client.post(URL, json={"prompt": "x"}), 422, "model", "/v1/images/generations")
+    made = (await client.post("/v1/images/generations", json={"prompt": "x"})).json()
+    refused(await client.get(f"{URL}/{made['id']}"), 404, None)
+
+
+async def test_503_before_the_model_is_known(client, small_head):
+    small_head.description = msgspec.structs.replace(small_head.description, parameters=(), medium="image")
+    answer = await client.post(URL, json={"prompt": "x"})
+    refused(answer, 503, None, "no instance")
+    assert answer.headers["retry-after"] == "1"
+
+
+async def test_what_is_not_there(client, small_head):
+    for method, path in (("GET", "nothing"), ("DELETE", "nothing"), ("GET", "nothing/content")):
+        refused(await client.request(method, f"{URL}/{path}"), 404, None)
+    refused(await client.post(URL, json={"prompt": "x", "model": "sora-2"}), 404, None, "sora-2")
+    made = (await client.post(URL, json={"prompt": "x"})).json()
+    refused(await client.get(f"{URL}/{made['id']}/content", params={"variant": "thumbnail"}), 422, "variant")
+    refused(await client.post(f"{URL}/{made['id']}"), 405, None)
+
+
+async def test_a_file_that_is_gone(client, small_head, store):
+    made = (await client.post(URL, json={"prompt": "x"})).json()
+    for file in store.folder.iterdir():
+        file.unlink()
+    refused(await client.get(f"{URL}/{made['id']}/content"), 404, None)

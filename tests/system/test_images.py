@@ -1,0 +1,156 @@
+"""Pictures that come in over HTTP make what the plain pipeline makes of them, pixel by pixel."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from actors import launch
+from engines.card import CARD_NAME, load_card
+from tools.families.cases import PROMPT, mask, picture
+from tools.families.compare import SEED, whole
+
+FREE_PORTS = {"api": {"port": 0}}
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def pixels(answer: httpx.Response) -> np.ndarray:
+    assert answer.status_code == 200, answer.text
+    data = base64.b64decode(answer.json()["data"][0]["b64_json"])
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def plain(pipeline: str, model: Path, **inputs: Any) -> dict[str, Any]:
+    """What diffusers alone makes of the same request."""
+    return whole(pipeline, model, {"prompt": PROMPT, **load_card(model).defaults, **inputs})
+
+
+@pytest.fixture
+def model_for(models: Callable[[str], Path]) -> Callable[[str, str], Path]:
+    """The tiny model of a family, for a task."""
+
+    def model(family: str, task: str) -> Path:
+        card = models(family) / CARD_NAME
+        card.write_text(json.dumps({**json.loads(card.read_text()), "task": task}))
+        return card.parent
+
+    return model
+
+
+def test_image_to_image_in_json_and_in_a_form(
+    model_for: Callable[[str, str], Path], topology_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = model_for("flux-kl", "image-to-image")
+    file = tmp_path / "start.png"
+    file.write_bytes(png(picture()))
+    text = base64.b64encode(png(picture())).decode()
+    body = {"prompt": PROMPT, "seed": SEED, "strength": 0.7}
+
+    async def through_processes() -> list[np.ndarray]:
+        async with (
+            launch(topology_of(model), FREE_PORTS) as cluster,
+            httpx.AsyncClient(base_url=cluster.url, timeout=60) as http,
+        ):
+            made = [
+                await http.post("/v1/images/generations", json={**body, "image": f"data:image/png;base64,{text}"}),
+                await http.post("/v1/images/edits", data=body, files={"image": png(picture())}),
+            ]
+            ours = await cluster.generate(PROMPT, seed=SEED, strength=0.7, image=file)
+            story = await cluster.request(ours.request_id)
+            assert [shown["bytes"] for shown in story["inputs"]["image"]] == [len(png(picture()))]
+            await a_picture_that_is_gone_fails_at_once(
+                http, cluster.topology.state_dir / "uploads", body | {"image": text}
+            )
+            return [*(pixels(answer) for answer in made), np.asarray(ours.image().convert("RGB"))]
+
+    made = asyncio.run(through_processes())
+    expected = plain("FluxModularPipeline", model, image=picture(), strength=0.7)["images"][0]
+    for ours in made:
+        assert np.array_equal(ours, np.asarray(expected))
+
+
+async def a_picture_that_is_gone_fails_at_once(http: httpx.AsyncClient, uploads: Path, body: dict[str, Any]) -> None:
+    """The request is in the head's hands when the disk loses the file: it fails once, in words, and is not retried."""
+    (kept,) = await asyncio.to_thread(lambda: list(uploads.iterdir()))
+    slow = {**body, "n": 10, "num_inference_steps": 50, "strength": 1.0}
+    waiting = asyncio.create_task(http.post("/v1/images/generations", json=slow))
+    while not (await http.get("/v1/cluster")).json()["head"]["states"]:
+        assert not waiting.done()
+    kept.unlink()
+    answer = await waiting
+    assert answer.status_code == 500
+    assert "send the picture again" in answer.json()["error"]["message"]
+    story = (await http.get(f"/v1/requests/{answer.headers['x-request-id']}")).json()
+    assert {unit["attempts"] for unit in story["units"] if unit["state"] == "FAILED"} == {1}
+
+
+def test_inpainting_with_a_mask_of_either_kind(
+    model_for: Callable[[str, str], Path], topology_of: Callable[..., Path]
+) -> None:
+    model = model_for("sdxl", "inpainting")
+    clear = Image.merge("RGBA", (*picture().split(), Image.eval(mask(), lambda value: 255 - value)))
+    body = {"prompt": PROMPT, "seed": str(SEED), "strength": "0.7"}
+
+    async def through_processes() -> list[np.ndarray]:
+        async with (
+            launch(topology_of(model), FREE_PORTS) as cluster,
+            httpx.AsyncClient(base_url=cluster.url, timeout=60) as http,
+        ):
+            files = {"image": png(picture())}
+            return [
+                pixels(await http.post("/v1/images/edits", data=body, files={**files, "mask": png(kind)}))
+                for kind in (mask(), clear)
+            ]
+
+    made = asyncio.run(through_processes())
+    inputs = {"image": picture(), "mask_image": mask(), "strength": 0.7}
+    expected = plain("StableDiffusionXLModularPipeline", model, **inputs)["images"][0]
+    for ours in made:
+        assert np.array_equal(ours, np.asarray(expected))
+
+
+def test_a_video_from_its_first_frame_is_a_job(
+    model_for: Callable[[str, str], Path], topology_of: Callable[..., Path]
+) -> None:
+    model = model_for("wan-i2v", "image-to-video")
+
+    async def through_processes() -> httpx.Response:
+        async with (
+            launch(topology_of(model), FREE_PORTS) as cluster,
+            httpx.AsyncClient(base_url=cluster.url, timeout=60) as http,
+        ):
+            form = {"prompt": PROMPT, "seed": str(SEED), "num_frames": "5"}
+            job = (await http.post("/v1/videos", data=form, files={"input_reference": png(picture())})).json()
+            assert (job["object"], job["error"]) == ("video", None)
+            async with asyncio.timeout(60):
+                while job["status"] in ("queued", "in_progress"):
+                    job = (await http.get(f"/v1/videos/{job['id']}")).json()
+            assert (job["status"], job["progress"]) == ("completed", 100)
+            return await http.get(f"/v1/videos/{job['id']}/content")
+
+    content = asyncio.run(through_processes())
+    assert content.status_code == 200
+    if content.headers["content-type"] == "image/png":
+        frames = plain("WanImage2VideoModularPipeline", model, image=picture(), num_frames=5)["videos"]
+        film = Image.open(io.BytesIO(content.content))
+        assert film.n_frames == len(frames[0]) == 5
+        first = np.rint(np.asarray(frames[0][0]) * 255).astype(np.uint8)
+        assert np.array_equal(np.asarray(film.convert("RGB")), first)
+    else:
+        assert content.headers["content-type"] == "video/mp4"
+        assert content.content[4:8] == b"ftyp"
