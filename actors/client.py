@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 GENERATE_TIMEOUT_S: Final = 3600.0
-FORMATS: Final = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp", "mp4": "mp4", "zip": "zip"}
+FORMATS: Final = {"jpg": "jpeg", **{name: name for name in ("png", "jpeg", "webp", "mp4", "zip", "wav")}}
 """Output formats by the ending of a file's name."""
 _CONNECT_TIMEOUT_S: Final = 5.0
 _READ_TIMEOUT_S: Final = 10.0

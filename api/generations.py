@@ -29,7 +29,7 @@ class ImageRequest(MediaRequest, frozen=True, kw_only=True):
 
     n: Annotated[int, Meta(ge=1, le=10)] = 1
     response_format: Literal["b64_json", "url"] = "b64_json"
-    output_format: Literal["png", "jpeg", "webp", "mp4", "zip"] | None = None
+    output_format: Literal["png", "jpeg", "webp", "mp4", "zip", "wav"] | None = None
     """What suits the medium where it is not given."""
 
 

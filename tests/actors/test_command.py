@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from actors import load_topology
-from actors.client import ApiError, Picture, read_picture, request_body
+from actors.client import ApiError, Picture, format_of, read_picture, request_body
 from actors.cluster import describe_children, is_hopeless
 from actors.command import app
 from actors.command.display import Display, LiveDisplay, line
@@ -117,6 +117,31 @@ def test_an_answer_becomes_a_picture_or_the_server_s_own_sentence(folder: Path) 
 def shown_on(width: int = 120, *, terminal: bool = False) -> tuple[Console, io.StringIO]:
     text = io.StringIO()
     return Console(file=text, width=width, force_terminal=terminal, highlight=False), text
+
+
+def test_files_and_bytes_are_pictures_of_a_body(folder: Path) -> None:
+    file = folder / "start.png"
+    file.write_bytes(b"the picture")
+    extra = {"image": file, "video": [file, b"another"], "mask": None, "strength": 0.5}
+    body = request_body("x", size=None, steps=None, seed=7, extra=extra)
+    first, second = (base64.b64encode(data).decode() for data in (b"the picture", b"another"))
+    assert body == {
+        "prompt": "x", "n": 1, "response_format": "b64_json", "seed": 7, "image": first, "video": [first, second],
+        "strength": 0.5,
+    }  # fmt: skip
+
+
+def test_the_ending_of_a_name_says_the_format() -> None:
+    endings = {"a.png": "png", "a.JPG": "jpeg", "a.jpeg": "jpeg", "a.mp4": "mp4", "a.zip": "zip", "a.wav": "wav"}
+    assert {name: format_of(Path(name)) for name in endings} == endings
+    assert [format_of(Path(name)) for name in ("a", "a.gif", ".png")] == [None, None, None]
+
+
+def test_generate_wants_pictures_that_are_there(folder: Path) -> None:
+    arguments = ["generate", "a cat", "-o", str(folder / "cat.png"), "--image", str(folder / "none.png")]
+    shown = runner.invoke(app, arguments)
+    assert shown.exit_code == 1
+    assert f"{folder / 'none.png'} cannot be read: No such file or directory." in shown.stderr
 
 
 def test_status_shows_every_actor_and_why_it_is_not_ready() -> None:

@@ -89,6 +89,16 @@ async def test_the_openapi_document_names_every_path(client, app):
     routed = {route.path.replace(":path", "") for route in ROUTES} - {"/openapi.json"}
     assert set(document["paths"]) == routed
     assert document["components"]["schemas"]["ImageRequest"]["required"] == ["prompt"]
+    assert document["components"]["schemas"]["VideoRequest"]["required"] == ["prompt"]
+    for path in ("/v1/images/generations", "/v1/images/edits", "/v1/videos"):
+        content = document["paths"][path]["post"]["requestBody"]["content"]
+        assert set(content) == {"application/json", "multipart/form-data"}
+    own, more = document["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"][
+        "schema"
+    ]["allOf"]
+    assert own == {"$ref": "#/components/schemas/ImageRequest"}
+    assert more["required"] == ["image"]
+    assert set(more["properties"]) == {"image", "mask"}
 
 
 class Process:
