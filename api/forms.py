@@ -141,8 +141,8 @@ async def _convert(
         has_files = isinstance(value, list) and any(isinstance(item, UploadFile) for item in value)
         if kind in PICTURES and value is not None:
             values[name] = await desk.keep(param, _sources(param, value, kind))
-        elif has_files:
-            raise invalid(param, f"{param} takes no file{_takers(kinds)}")
+        elif has_files or (value is not None and name not in own and _KNOWN.get(name) in PICTURES):
+            raise invalid(param, f"{param} takes no picture{_takers(kinds)}")
         elif texts and isinstance(value, str):
             values[name] = _from_text(param, value, kind or _KNOWN.get(name))
         else:

@@ -147,8 +147,8 @@ async def test_an_edit_needs_an_image(client, small_head, as_json):
         ({"clean_caption": "perhaps"}, {}, "clean_caption", "boolean"),
         ({"sigmas": "1, a"}, {}, "sigmas", "numbers"),
         ({"seed": ["1", "2"]}, {}, "seed", "2 times"),
-        ({}, {"prompt_2": PNG}, "prompt_2", "takes no file"),
-        ({}, {"seed": PNG}, "seed", "takes no file"),
+        ({}, {"prompt_2": PNG}, "prompt_2", "takes no picture"),
+        ({}, {"seed": PNG}, "seed", "takes no picture"),
         ({}, {"control_image": PNG}, "control_image", "image, last_image, mask_image, video"),
     ],
 )
@@ -162,6 +162,7 @@ async def test_a_model_without_pictures_says_so(client, small_head):
     only_text = (Parameter("prompt", Kind.TEXT, required=True),)
     small_head.description = msgspec.structs.replace(small_head.description, parameters=only_text)
     check(await client.post(EDITS, data={"prompt": "x"}, files={"image": PNG}), 422, "image", "takes no pictures")
+    check(await client.post(GENERATIONS, json={"prompt": "x", "mask": text(MASK)}), 422, "mask", "takes no pictures")
 
 
 FORM = "multipart/form-data; boundary=b"
