@@ -21,6 +21,8 @@ log = structlog.stdlib.get_logger("api")
 
 MAX_FILE_BYTES: Final = 32 << 20
 MAX_PIXELS: Final = 64_000_000
+MAX_PIXELS_TOGETHER: Final = 4 * MAX_PIXELS
+"""Of all pictures of one input."""
 MAX_FILES: Final = 16
 MAX_FRAMES: Final = 256
 """Of an input that is a video."""
@@ -49,9 +51,14 @@ class UploadDesk:
 
         Raises ApiError that names `param`: 413 (too large), 415 (another format), 422 (no picture), 503 (no room).
         """
-        return Pictures(tuple([await self._keep_one(param, source) for source in sources]))
+        files, left = [], MAX_PIXELS_TOGETHER
+        for source in sources:
+            file, pixels = await self._keep_one(param, source, left)
+            files.append(file)
+            left -= pixels
+        return Pictures(tuple(files))
 
-    async def _keep_one(self, param: str, source: Source) -> Upload:
+    async def _keep_one(self, param: str, source: Source, left: int) -> tuple[Upload, int]:
         if isinstance(source, str):
             data = await asyncio.to_thread(from_base64, source, param)
         elif source.size is not None and source.size > MAX_FILE_BYTES:
@@ -59,12 +66,12 @@ class UploadDesk:
         else:
             data = await source.read()
         async with self._decoding:
-            return await asyncio.to_thread(self._check_and_save, data, param)
+            return await asyncio.to_thread(self._check_and_save, data, param, left)
 
-    def _check_and_save(self, data: bytes, param: str) -> Upload:
-        ending = check(data, param)
+    def _check_and_save(self, data: bytes, param: str, left: int) -> tuple[Upload, int]:
+        ending, pixels = check(data, param, left)
         try:
-            return self.store.save(data, ending)
+            return self.store.save(data, ending), pixels
         except UploadsFull as error:
             log.warning("an upload was refused", reason=str(error))
             message = "there is no room for more pictures now"
@@ -101,10 +108,18 @@ def _decoded(encoded: bytes) -> Iterator[bytes]:
         yield binascii.a2b_base64(piece, strict_mode=True)
 
 
-def check(data: bytes, param: str) -> str:
-    """Decode a picture to see that it can be; returns the ending of its format.
+def check(data: bytes, param: str, left: int = MAX_PIXELS_TOGETHER) -> tuple[str, int]:
+    """Decode a picture to see that it can be.
 
     What it is shows in its bytes, whatever it is called. Its size is bounded before it is decoded.
+
+    Args:
+        data: Its bytes.
+        param: What a refusal names.
+        left: How many pixels the input may still have.
+
+    Returns:
+        The ending of its format, and how many pixels it has.
 
     Raises ApiError 413 (bytes or pixels), 415 (another format), 422 (damaged, or several pictures).
     """
@@ -123,7 +138,10 @@ def check(data: bytes, param: str) -> str:
     except Exception as error:  # Pillow raises whatever its parsers run into
         raise _damaged(param, error) from error
     with picture:
-        return _check_opened(picture, param)
+        pixels = picture.width * picture.height
+        if pixels > left:
+            raise _too_many_together(param)
+        return _check_opened(picture, param), pixels
 
 
 def _check_opened(picture: Image.Image, param: str) -> str:
@@ -150,6 +168,11 @@ def _damaged(param: str, error: Exception) -> ApiError:
 
 def _too_large(param: str) -> ApiError:
     return ApiError(413, f"a picture is at most {MAX_FILE_BYTES} bytes", code="too_long", param=param)
+
+
+def _too_many_together(param: str) -> ApiError:
+    message = f"the pictures have more than {MAX_PIXELS_TOGETHER} pixels together"
+    return ApiError(413, message, code="too_long", param=param)
 
 
 def _too_many_pixels(param: str) -> ApiError:

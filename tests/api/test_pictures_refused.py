@@ -110,6 +110,13 @@ async def test_413_for_a_file_that_is_too_long(client, small_head, monkeypatch, 
     check(answer, 413, "image")
 
 
+async def test_413_for_too_many_pixels_together(client, small_head, monkeypatch):
+    monkeypatch.setattr(edge, "MAX_PIXELS_TOGETHER", 3 * 5 * 4)
+    answer = await client.post(GENERATIONS, json={"prompt": "x", "image": [text(PNG)] * 4})
+    check(answer, 413, "image", "together")
+    assert (await client.post(GENERATIONS, json={"prompt": "x", "image": [text(PNG)] * 3})).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,7 +14,7 @@ from PIL import Image
 from engines.parameters import Kind, Parameter, Signature
 from engines.split import prune
 from engines.vocabulary import of_blocks
-from roles.messages.work import Numbers, Pictures, Upload
+from roles.messages.work import Input, Numbers, Pictures, Upload
 from roles.resolve import as_mask, as_picture, resolve
 from roles.uploads import UploadError, UploadStore
 from tools.families.cases import Case, cases
@@ -53,6 +54,11 @@ def test_scalars_stay_and_numbers_become_lists(store: UploadStore) -> None:
     resolved = resolve(inputs, store, signature(sigmas=Kind.NUMBERS, original_size=Kind.PAIR))
     assert resolved == {"prompt": "x", "seed": 1, "sigmas": [1.0, 0.5], "original_size": (64, 48), "n": None}
     assert inputs["sigmas"] == Numbers((1.0, 0.5))
+
+
+def test_inputs_are_the_same_after_the_wire_and_the_journal(store: UploadStore) -> None:
+    inputs: dict[str, Input] = {"image": sent(store, RED, BLUE), "sigmas": Numbers((1, 0.5)), "prompt": "x", "n": None}
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(inputs), type=dict[str, Input]) == inputs
 
 
 def test_one_file_is_a_picture_and_several_are_a_list(store: UploadStore) -> None:
