@@ -16,10 +16,15 @@ MASKS: Final = frozenset({"mask", "mask_image"})
 """Inputs that say where to paint, white for yes."""
 
 
+def has_files(inputs: Mapping[str, object]) -> bool:
+    """Whether there is anything to be read from the disk."""
+    return any(isinstance(value, Pictures) for value in inputs.values())
+
+
 def resolve(
     inputs: Mapping[str, object], store: UploadStore, signature: Signature, *, alpha: bool = False
 ) -> dict[str, object]:
-    """Read what the inputs of a request refer to. Blocks on the disk: call it off the event loop.
+    """Read what the inputs of a request refer to. With files it blocks on the disk: call it off the event loop then.
 
     Args:
         inputs: By name, as `roles.messages.work.Input`.

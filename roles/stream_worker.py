@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -32,7 +33,7 @@ from roles.messages.device import (
     RunPanel,
 )
 from roles.messages.work import Work
-from roles.resolve import resolve
+from roles.resolve import has_files, resolve
 from roles.uploads import UPLOADS, UploadStore
 from roles.workload import PANELS
 from roles.workspace import Premises
@@ -169,9 +170,7 @@ class StreamWorker(Actor):
         if held.ready is not None:
             stream.wait(held.ready, held.values)
         if job.panel is Panel.ENCODER:
-            inputs = await asyncio.to_thread(
-                resolve, held.values, self.uploads, pipeline.signature, alpha=pipeline.alpha
-            )
+            inputs = await self._inputs(held.values, pipeline)
             values = await self._call(stream, pipeline.encode, inputs, held.seed)
         elif job.panel is Panel.DENOISER:
             values = await self._denoise(job, stream, pipeline, held.values)
@@ -183,6 +182,11 @@ class StreamWorker(Actor):
         if job.cancelled:
             raise _Stopped
         self.premises.workspace.replace(job.work, values, end)
+
+    async def _inputs(self, given: dict[str, object], pipeline: PanelPipeline) -> dict[str, object]:
+        """Give the inputs of a request as the pipeline takes them; only files are worth another thread."""
+        read = partial(resolve, given, self.uploads, pipeline.signature, alpha=pipeline.alpha)
+        return await asyncio.to_thread(read) if has_files(given) else read()
 
     async def _denoise(
         self, job: Job, stream: DeviceStream, pipeline: PanelPipeline, values: dict[str, object]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import threading
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from roles.messages.device import (
     PanelStepped,
     RunPanel,
 )
-from roles.messages.work import Work
+from roles.messages.work import Pictures, Upload, Work
 from roles.stream_worker import StreamWorker
 from roles.workspace import Premises
 
@@ -192,6 +193,25 @@ def test_what_a_pipeline_raises_fails_the_request_and_nothing_else(bench: Any) -
         worker.premises.workspace.begin(work(3), INPUTS)
         desk.run(3, Panel.ENCODER)
         assert (await desk.inbox.next(PanelFinished)).work == work(3)
+
+    bench(body)
+
+
+def test_a_picture_that_is_gone_is_the_requests_fault_and_one_that_is_there_is_read(bench: Any) -> None:
+    async def body(desk: Desk, worker: StreamWorker) -> None:
+        gone = Pictures((Upload(f"{'a' * 64}.png", 3),))
+        worker.premises.workspace.begin(work(1), {**INPUTS, "image": gone})
+        desk.run(1, Panel.ENCODER)
+        failed = await desk.inbox.next(PanelFailed)
+        assert (failed.at_fault, failed.device_lost) == (True, False)
+        assert "send the picture again" in failed.error
+        file = io.BytesIO()
+        Image.new("RGB", (4, 4)).save(file, "PNG")
+        there = Pictures((worker.uploads.save(file.getvalue(), "png"),))
+        worker.premises.workspace.begin(work(2), {**INPUTS, "image": there})
+        desk.run(2, Panel.ENCODER)
+        failed = await desk.inbox.next(PanelFailed)
+        assert "takes no image" in failed.error  # this model makes pictures of text alone, but it has been read
 
     bench(body)
 
