@@ -22,8 +22,7 @@ from roles.messages.requests import CancelRequest, DescribeModel, ModelDescripti
 from roles.messages.work import Input, Output
 
 MAX_SECONDS = 3600.0
-FORMAT = ""
-"""What suits a video."""
+FORMAT = "mp4"
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 

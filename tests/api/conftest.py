@@ -45,8 +45,8 @@ def anyio_backend():
 
 
 def written_as(submit: wire.SubmitRequest) -> str:
-    """The small head knows one medium, and what suits it."""
-    return submit.output.format or "png"
+    """The small head knows pictures alone."""
+    return submit.output.format if submit.output.format in ("png", "jpeg", "webp") else "png"
 
 
 @dataclass

@@ -58,7 +58,7 @@ async def test_a_video_is_a_job_from_its_beginning_to_its_file(client, small_hea
     job = begun.json()
     assert begun.headers["x-request-id"] == job["id"]
     submit = await submitted(small_head)
-    assert (submit.seed, submit.n, submit.output.format) == (7, 1, "")
+    assert (submit.seed, submit.n, submit.output.format) == (7, 1, "mp4")
     assert submit.inputs == {"prompt": "x", "num_frames": 32, "height": 32, "width": 64}
     assert job == {
         "id": submit.request_id, "object": "video", "status": "in_progress", "progress": 50, "model": "tiny/shapes",
