@@ -101,7 +101,9 @@ def load_component(name: str, spec: Any, folder: Path, dtype: torch.dtype, devic
         raise ModelError(f"The {name} in {folder} cannot be loaded: its files lack some of the weights.")
     if not isinstance(component, torch.nn.Module):
         return component
-    return component.eval().requires_grad_(False).to(device)
+    # Gradients stay as wanted as they are: for weights that want none, `torch.matmul` goes another way for some layouts
+    # and rounds otherwise than the plain pipeline. None are computed in either case.
+    return component.eval().to(device)
 
 
 def load_shadow(name: str, spec: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> object | None:
