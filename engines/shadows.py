@@ -39,8 +39,8 @@ class Shadow:
     def __getattr__(self, attribute: str) -> Any:
         if attribute in COMPUTE:
             raise ShadowError(f"`{self._name}.{attribute}` was called where only its configuration is loaded.")
-        if attribute.startswith("_"):
-            # Also ends the recursion of a copy, which asks for attributes before there are any.
+        # Some geometry has private names. A copy asks for attributes before there are any.
+        if attribute.startswith("__") or "_component" not in vars(self):
             raise AttributeError(attribute)
         return getattr(self._component, attribute)
 
