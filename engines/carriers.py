@@ -41,7 +41,14 @@ BITS_PER_PIXEL: Final = {
 """Pillow modes that are fully described by their pixels (a palette image is not)."""
 
 _REFERENCES: Final = "diffusers.modular_pipelines.minimax_h3.references.MiniMaxH3"
-_KNOWN: Final = frozenset(f"{_REFERENCES}{kind}Reference" for kind in ("Image", "Video", "Audio"))
+_KNOWN: Final = frozenset(
+    (
+        *(f"{_REFERENCES}{kind}Reference" for kind in ("Image", "Video", "Audio")),
+        "diffusers.pipelines.cosmos.pipeline_cosmos3_omni.CosmosActionCondition",
+        "diffusers.pipelines.ltx2.pipeline_ltx2_condition.LTX2VideoCondition",
+        "diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora.LTX2ReferenceCondition",
+    )
+)
 _registered: dict[str, type] = {}
 _Class = TypeVar("_Class", bound=type)
 

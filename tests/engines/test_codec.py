@@ -163,7 +163,15 @@ def test_dataclasses_cross_if_they_are_on_the_list() -> None:
 
 def test_the_references_of_diffusers_are_on_the_list() -> None:
     from diffusers.modular_pipelines.minimax_h3.references import MiniMaxH3AudioReference
+    from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import CosmosActionCondition
+    from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
+    from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
 
+    action = CosmosActionCondition("policy", 4, "pusht", image=np.zeros((2, 2, 3), np.uint8))
+    for value in (LTX2VideoCondition([Image.new("RGB", (2, 2))], index=1), LTX2ReferenceCondition([]), action):
+        same = travel(value)
+        assert type(same) is type(value)
+        assert vars(same).keys() == vars(value).keys()
     arrived = travel(MiniMaxH3AudioReference(audio=torch.zeros(2, 8), sample_rate=16))
     assert type(arrived) is MiniMaxH3AudioReference
     assert (arrived.audio.shape, arrived.sample_rate) == ((2, 8), 16)
