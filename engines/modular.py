@@ -16,7 +16,7 @@ from engines.loading import geometry_problem, load_components, make_shadows
 from engines.media import frames_per_s, medium_of, with_sampling_rate
 from engines.panels import ModelError, Panel
 from engines.parameters import Signature
-from engines.split import KWARGS_MAPPING, Split, crossing, joined, load_split
+from engines.split import KWARGS_MAPPING, Split, crossing, joined, load_split, switches
 from engines.stepping import BlockDenoising, Denoising
 from engines.vocabulary import of_blocks
 
@@ -41,7 +41,7 @@ class ModularParts:
             guidance=guidance(pipeline),
             video=medium == "video",
         )
-        encodes = {item.name for item in split.parts[Panel.ENCODER].inputs if item.name} | guided
+        encodes = _read_by(split.parts[Panel.ENCODER]) & names | guided
         defaults = {declared.name: declared.default for declared in split.blocks.inputs}
         fps = frames_per_s(medium, defaults, pipeline)
         self.signature = Signature(parameters, public_names(encodes, parameters), medium, fps)
@@ -99,6 +99,10 @@ def load_modular(model: Path, panels: tuple[Panel, ...], dtype: torch.dtype, dev
     loaded = load_components(pipeline, split, dtype, device)
     make_shadows(pipeline, split, dtype, device)
     return ModularParts(split, pipeline, loaded)
+
+
+def _read_by(part: Any) -> set[str]:
+    return {item.name for item in part.inputs if item.name} | switches(part)
 
 
 def _restore(values: Mapping[str, object]) -> Any:

@@ -124,7 +124,7 @@ def prune(
     if not triggers:
         return blocks
     inputs = {**(given or {}), **triggers[0]}
-    return _without(blocks, inputs, blocks.get_execution_blocks(**inputs), missing)
+    return _reopened(blocks, inputs, _without(blocks, inputs, blocks.get_execution_blocks(**inputs), missing))
 
 
 def required(blocks: Any, task: str) -> frozenset[str]:
@@ -156,6 +156,21 @@ def _triggers(blocks: Any, task: str) -> list[dict[str, object]]:
         name = next((name for name in workflows if workflows[name] == {"prompt": True}), next(iter(workflows)))
     inputs = workflows[name]
     return list(inputs) if isinstance(inputs, tuple) else [inputs]
+
+
+def _reopened(blocks: Any, inputs: Mapping[str, object], pruned: Any) -> Any:
+    """Let a request still give what a block would make for it, such as the number of frames."""
+    kept = dict(pruned.sub_blocks)
+    made = set(pruned.intermediate_output_names) - set(pruned.input_names) - inputs.keys()
+    for name in made & set(blocks.input_names):
+        try:
+            others = blocks.get_execution_blocks(**inputs, **{name: True}).sub_blocks.keys()
+        except ValueError:  # So a family says that it does not take this beside the others.
+            continue
+        if others < kept.keys():
+            # The whole of them chooses anew for each request.
+            kept |= {gone: blocks.sub_blocks[gone] for gone in kept.keys() - others if gone in blocks.sub_blocks}
+    return SequentialPipelineBlocks.from_blocks_dict(kept)
 
 
 def _without(blocks: Any, inputs: Mapping[str, object], pruned: Any, missing: Collection[str]) -> Any:
@@ -192,6 +207,12 @@ def joined(parts: Iterable[Any]) -> Any:
     """Put parts together again, for a process that has more than one panel."""
     blocks = {name: block for part in parts for name, block in part.sub_blocks.items()}
     return SequentialPipelineBlocks.from_blocks_dict(blocks)
+
+
+def switches(part: Any) -> set[str]:
+    """Names that blocks of a part look at to choose what to run, though none of them may take it."""
+    inner = set().union(*(switches(block) for block in part.sub_blocks.values()))
+    return inner | {name for name in getattr(part, "block_trigger_inputs", ()) if name}
 
 
 def crossing(values: Mapping[str, object], groups: Mapping[str, list[str]], later: Iterable[Any]) -> dict[str, object]:
