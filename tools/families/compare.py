@@ -13,10 +13,12 @@ import numpy as np
 import torch
 
 from engines.card import CARD_NAME
+from engines.ip_adapters import FOLDER
 from engines.media import SAMPLING_RATE
 from engines.split import KWARGS_MAPPING
 from tools.families.apart import Apart
 from tools.families.cases import PROMPT, Case
+from tools.families.rows import blocks_of
 from tools.make_model import make_model
 
 SEED: Final = 11
@@ -54,7 +56,7 @@ def compare(case: Case, folder: Path, processes: Apart) -> Outcome:
     make_model(folder, case.family, progress=False)
     _set_task(folder, case.task)
     inputs = {"prompt": PROMPT, **case.inputs}
-    expected = whole(case.pipeline, folder, inputs)
+    expected = whole(case.pipeline, folder, {**_implied(case), **inputs})
     made, answers = processes.run(folder, inputs, SEED)
     made = {name: value for name, value in made.items() if name != SAMPLING_RATE or name in expected}
     shapes = {name: shape(value) for name, value in made.items()}
@@ -69,11 +71,21 @@ def whole(pipeline: str, folder: Path, inputs: dict[str, Any]) -> dict[str, Any]
     """Run a request as diffusers alone does: one pipeline, its own blocks, its own way to load."""
     pipe = getattr(diffusers, pipeline)(pretrained_model_name_or_path=str(folder))
     pipe.load_components(dtype=torch.float32)
+    if "ip_adapter_image" in inputs:
+        (adapter,) = (folder / FOLDER).iterdir()
+        pipe.load_ip_adapter(str(folder), subfolder=FOLDER, weight_name=adapter.name)
     _hide_bars(pipe._blocks)
     if "generator" in pipe.blocks.input_names:
         inputs = {**inputs, "generator": torch.Generator("cpu").manual_seed(SEED)}
     values: dict[str, Any] = pipe(**inputs).values
     return values
+
+
+def _implied(case: Case) -> dict[str, Any]:
+    # What a task of a card says already, such as that there is sound, must be said to the whole pipeline.
+    workflows = blocks_of(case.pipeline)._workflow_map or {}
+    implied = workflows.get(case.task, {})
+    return dict(implied[0] if isinstance(implied, tuple) else implied)
 
 
 def _hide_bars(block: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import diffusers
 
@@ -95,7 +95,7 @@ def _row(pipeline: str, task: str, known: dict[tuple[str, str], Case]) -> Row:
         family,
         task,
         "modular",
-        "" if case else _not_run(family, task),
+        "" if case else "not run: no request for it",
         boundary([parts[Panel.ENCODER]], later),
         boundary([parts[Panel.DENOISER]], [parts[Panel.DECODER]]),
         case,
@@ -104,23 +104,3 @@ def _row(pipeline: str, task: str, known: dict[tuple[str, str], Case]) -> Row:
 
 def _tasks(pipeline: str) -> list[str]:
     return list(blocks_of(pipeline)._workflow_map or [""])
-
-
-# Why some rows are cut but not run; the longest name that fits is used.
-_NOT_RUN: Final = {
-    "StableDiffusionXL ip_adapter": "the weights of an IP adapter are loaded into the UNet, no folder has them inside",
-    "LTX2 condition": "a request would carry a list of `LTX2VideoCondition`, which is no plain value",
-    "LTX2 in_context": "a request would carry a list of `LTX2ReferenceCondition`, which is no plain value",
-    "LTX25": "no tiny model of its diffusion decoder",
-    "Cosmos3": "no tiny model of its transformer, which is a language model as well",
-    "Flux3": "no tiny model of its two language models with eyes",
-    "MiniMaxH3": "no tiny model of its VAEs",
-    "MiniMaxMusic3": "no tiny model",
-    "WanAnimate2": "no tiny model",
-}
-
-
-def _not_run(family: str, task: str) -> str:
-    name = f"{family} {task}"
-    fitting = [start for start in _NOT_RUN if name.startswith(start)]
-    return f"not run: {_NOT_RUN[max(fitting, key=len)]}" if fitting else "not run: no request for it"

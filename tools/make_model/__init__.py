@@ -16,10 +16,11 @@ from typing import Final
 import torch
 import transformers
 from rich.progress import track
+from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
 from engines.card import CARD_NAME
-from tools.make_model import flux, looking, pictures, qwen, stable, vaes, video, wan
+from tools.make_model import cosmos, flux, looking, minimax, pictures, qwen, stable, vaes, video, wan
 from tools.make_model.recipe import Recipe
 from tools.make_model.text import TEXT_LENGTH
 
@@ -35,12 +36,16 @@ class Family(StrEnum):
     FLUX2 = "flux2"
     FLUX2_KLEIN = "flux2-klein"
     FLUX2_KLEIN_BASE = "flux2-klein-base"
+    FLUX3 = "flux3"
+    FLUX3_DISTILLED = "flux3-distilled"
     WAN = "wan"
     WAN_I2V = "wan-i2v"
     WAN_FLF2V = "wan-flf2v"
     WAN22 = "wan22"
     WAN22_I2V = "wan22-i2v"
     WAN22_VACE = "wan22-vace"
+    WAN_ANIMATE2 = "wan-animate-2"
+    WAN_ANIMATE2_DISTILLED = "wan-animate-2-distilled"
     QWENIMAGE = "qwenimage"
     QWENIMAGE_EDIT = "qwenimage-edit"
     QWENIMAGE_EDIT_PLUS = "qwenimage-edit-plus"
@@ -50,6 +55,7 @@ class Family(StrEnum):
     SDXL_UNION = "sdxl-union"
     LTX = "ltx"
     LTX2 = "ltx2"
+    LTX25 = "ltx25"
     ECHO = "echo"
     HUNYUAN_VIDEO15 = "hunyuan_video1_5"
     HELIOS = "helios"
@@ -63,6 +69,10 @@ class Family(StrEnum):
     KREA2_TURBO = "krea2-turbo"
     ANIMA = "anima"
     ERNIE_IMAGE = "ernie_image"
+    COSMOS3 = "cosmos3"
+    COSMOS3_DISTILLED = "cosmos3-distilled"
+    MINIMAX_H3 = "minimax-h3"
+    MINIMAX_MUSIC3 = "minimax-music3"
 
 
 _RECIPES: Final[dict[Family, Callable[[], Recipe]]] = {
@@ -72,12 +82,16 @@ _RECIPES: Final[dict[Family, Callable[[], Recipe]]] = {
     Family.FLUX2: flux.flux2,
     Family.FLUX2_KLEIN: lambda: flux.klein(distilled=True),
     Family.FLUX2_KLEIN_BASE: lambda: flux.klein(distilled=False),
+    Family.FLUX3: lambda: flux.flux3(distilled=False),
+    Family.FLUX3_DISTILLED: lambda: flux.flux3(distilled=True),
     Family.WAN: wan.t2v,
     Family.WAN_I2V: wan.i2v,
     Family.WAN_FLF2V: wan.flf2v,
     Family.WAN22: lambda: wan.t2v(experts=2),
     Family.WAN22_I2V: lambda: wan.i2v(experts=2),
     Family.WAN22_VACE: wan.vace,
+    Family.WAN_ANIMATE2: lambda: wan.animate2(distilled=False),
+    Family.WAN_ANIMATE2_DISTILLED: lambda: wan.animate2(distilled=True),
     Family.QWENIMAGE: qwen.qwenimage,
     Family.QWENIMAGE_EDIT: qwen.edit,
     Family.QWENIMAGE_EDIT_PLUS: qwen.edit_plus,
@@ -87,6 +101,7 @@ _RECIPES: Final[dict[Family, Callable[[], Recipe]]] = {
     Family.SDXL_UNION: stable.sdxl_union,
     Family.LTX: video.ltx,
     Family.LTX2: video.ltx2,
+    Family.LTX25: video.ltx25,
     Family.ECHO: video.echo,
     Family.HUNYUAN_VIDEO15: video.hunyuan_video,
     Family.HELIOS: lambda: wan.helios("HeliosPipeline", wan.helios_flat),
@@ -100,6 +115,10 @@ _RECIPES: Final[dict[Family, Callable[[], Recipe]]] = {
     Family.KREA2_TURBO: lambda: pictures.krea2(turbo=True),
     Family.ANIMA: pictures.anima,
     Family.ERNIE_IMAGE: pictures.ernie,
+    Family.COSMOS3: cosmos.omni,
+    Family.COSMOS3_DISTILLED: cosmos.distilled,
+    Family.MINIMAX_H3: minimax.h3,
+    Family.MINIMAX_MUSIC3: minimax.music3,
 }
 
 
@@ -125,6 +144,10 @@ def make_model(out: Path, family: Family, seed: int = 0, *, progress: bool = Tru
         if component is not None:
             component.save_pretrained(out / name)
         index[name] = _index_entry(component)
+    for name, tensors in recipe.files.items():
+        torch.manual_seed(seed)
+        (out / name).parent.mkdir(exist_ok=True)
+        save_file(tensors(), out / name)
     _write(out / "model_index.json", index)
     _write(out / CARD_NAME, _card(family, recipe))
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel, FluxTransformer2DModel
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
+    Flux3Transformer2DModel,
+    FluxTransformer2DModel,
+)
 from transformers import (
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen3ForCausalLM,
+    Qwen3VLForConditionalGeneration,
 )
 
 from tools.make_model import text, vaes
@@ -82,6 +88,32 @@ def _flux2(text_encoder: Component, layers: int, *, guidance_embeds: bool) -> di
         "scheduler": lambda: FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         "vae": vaes.flux2,
     }
+
+
+def flux3(*, distilled: bool) -> Recipe:
+    """Flux 3, whose text encoder is Qwen 3 VL, or the distilled one."""
+    components: dict[str, Component | None] = {
+        "prompt_upsampler": text.qwen3_5_vl,
+        "prompt_upsampler_processor": text.qwen3_vl_processor,
+        "tokenizer": text.qwen3_vl_processor,
+        # It reads the states of eight layers, the last of them the 32nd.
+        "text_encoder": lambda: text.qwen3_vl(Qwen3VLForConditionalGeneration, layers=32),
+        "transformer": lambda: Flux3Transformer2DModel(
+            in_channels=16,
+            cond_in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=8 * WIDTH,
+            timestep_channels=WIDTH,
+            axes_dims_rope=(4, 4, 4, 4),
+            flow_map=distilled,
+        ),
+        "vae": vaes.flux2,
+    }
+    name = "Flux3DistilledModularPipeline" if distilled else "Flux3ModularPipeline"
+    return Recipe(name, "text-to-image", components, picture(text=512), sizes(16, text=1024))
 
 
 def chat() -> PreTrainedTokenizerFast:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 Component = Callable[[], Any]
 
 
@@ -20,6 +22,7 @@ class Recipe:
         defaults: The parameters of its card.
         ranges: Their limits.
         settings: What else the index says.
+        files: How the tensors of each file beside the components are made, by its path in the folder.
     """
 
     pipeline: str
@@ -28,6 +31,7 @@ class Recipe:
     defaults: dict[str, float]
     ranges: dict[str, list[int]] = field(default_factory=dict)
     settings: dict[str, object] = field(default_factory=dict)
+    files: dict[str, Callable[[], dict[str, torch.Tensor]]] = field(default_factory=dict)
 
 
 def picture(side: int = 64, steps: int = 4, text: int = 64, **more: float) -> dict[str, float]:

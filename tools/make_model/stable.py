@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from diffusers import (
     ControlNetModel,
     ControlNetUnionModel,
@@ -23,12 +24,7 @@ def sdxl() -> Recipe:
     """A UNet with two text encoders, and a control net for the tasks that use one."""
     components: dict[str, Component | None] = {
         **_two_clips(first_projects=False),
-        "unet": lambda: UNet2DConditionModel(
-            sample_size=16,
-            layers_per_block=1,
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            **_unet(),
-        ),
+        "unet": _sdxl_unet,
         "controlnet": lambda: ControlNetModel(
             layers_per_block=1, conditioning_embedding_out_channels=(8, 16, 16), **_unet()
         ),
@@ -36,14 +32,14 @@ def sdxl() -> Recipe:
             beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="leading"
         ),
         "vae": lambda: vaes.kl(quant=True, shift=None),
-        "image_encoder": None,
-        "feature_extractor": None,
+        "image_encoder": lambda: text.clip_vision_projection(image_size=224, patch_size=56),
     }
     defaults = picture(guidance_scale=7.5)
     del defaults["max_sequence_length"]
     ranges = {name: limits for name, limits in sizes(8).items() if name in defaults}
     settings: dict[str, object] = {"force_zeros_for_empty_prompt": True}
-    return Recipe("StableDiffusionXLPipeline", "text-to-image", components, defaults, ranges, settings)
+    files = {"ip_adapter/tiny.safetensors": _ip_adapter}
+    return Recipe("StableDiffusionXLPipeline", "text-to-image", components, defaults, ranges, settings, files)
 
 
 def sdxl_union() -> Recipe:
@@ -97,6 +93,28 @@ def _two_clips(*, first_projects: bool) -> dict[str, Component | None]:
         "tokenizer_2": lambda: text.tokenizer(start=True),
         "text_encoder_2": lambda: text.clip_text(projection=True),
     }
+
+
+def _sdxl_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16, layers_per_block=1, up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **_unet()
+    )
+
+
+def _ip_adapter() -> dict[str, torch.Tensor]:
+    """An IP adapter as they are published: four tokens of a picture, and where each layer looks at them."""
+    wide = 2 * WIDTH
+    made = {
+        "image_proj.proj.weight": torch.randn(4 * wide, WIDTH),
+        "image_proj.proj.bias": torch.randn(4 * wide),
+        "image_proj.norm.weight": torch.ones(wide),
+        "image_proj.norm.bias": torch.zeros(wide),
+    }
+    for number, name in enumerate(_sdxl_unet().attn_processors):
+        if name.endswith("attn2.processor"):
+            for part in ("k", "v"):
+                made[f"ip_adapter.{number}.to_{part}_ip.weight"] = torch.randn(WIDTH, wide)
+    return made
 
 
 def _unet() -> dict[str, Any]:

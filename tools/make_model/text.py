@@ -12,12 +12,15 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModel,
+    CLIPVisionModelWithProjection,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3Config,
     Qwen3VLConfig,
     Qwen3VLProcessor,
@@ -51,6 +54,7 @@ T5: Final[dict[str, Any]] = {
 }
 # Those of vision models come after the bytes.
 _VISION: Final = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>")
+VISION_VOCABULARY_SIZE: Final = VOCABULARY_SIZE + len(_VISION)
 _VISION_IDS: Final = {token: VOCABULARY_SIZE + number for number, token in enumerate(_VISION)}
 _CHAT: Final = (
     "{% for message in messages %}<|im_start|>{{ message.role }} "
@@ -59,8 +63,17 @@ _CHAT: Final = (
     "{% endfor %}{% endif %}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
 )
+_CLIP_VISION: Final[dict[str, Any]] = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 2 * WIDTH,
+    "projection_dim": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+}
 _DECODER: Final[dict[str, Any]] = {
-    "vocab_size": VOCABULARY_SIZE + len(_VISION),
+    "vocab_size": VISION_VOCABULARY_SIZE,
     "hidden_size": WIDTH,
     "intermediate_size": 2 * WIDTH,
     "num_hidden_layers": 2,
@@ -120,19 +133,14 @@ def umt5() -> UMT5EncoderModel:
     return UMT5EncoderModel(UMT5Config(**T5))
 
 
-def clip_vision() -> CLIPVisionModel:
+def clip_vision(**changes: Any) -> CLIPVisionModel:
     """The picture encoder of CLIP, for pictures of 32 pixels."""
-    return CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=WIDTH,
-            intermediate_size=2 * WIDTH,
-            projection_dim=WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=32,
-            patch_size=16,
-        )
-    )
+    return CLIPVisionModel(CLIPVisionConfig(**{**_CLIP_VISION, **changes}))
+
+
+def clip_vision_projection(**changes: Any) -> CLIPVisionModelWithProjection:
+    """The same with its projection."""
+    return CLIPVisionModelWithProjection(CLIPVisionConfig(**{**_CLIP_VISION, **changes}))
 
 
 def clip_pictures() -> CLIPImageProcessorPil:
@@ -208,6 +216,30 @@ def qwen3_vl(cls: Any, layers: int = 2) -> Any:
         "num_position_embeddings": 64,
     }
     return cls(Qwen3VLConfig(text_config=text, vision_config=vision, **_token_ids()))
+
+
+def qwen3_5_vl() -> Qwen3_5ForConditionalGeneration:
+    """Qwen 3.5 with eyes: one layer of linear attention, one of the usual."""
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True, "rope_theta": 10000.0}
+    made = {
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "rope_parameters": {**rope, "partial_rotary_factor": 0.5},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_heads": 2,
+        "out_hidden_size": WIDTH,
+        "num_position_embeddings": 64,
+    }
+    config = Qwen3_5Config(text_config={**_DECODER, **made}, vision_config=vision, **_token_ids())
+    return Qwen3_5ForConditionalGeneration(config)
 
 
 def decoder_config(**changes: Any) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from diffusers import (
     AutoencoderKLLTXVideo,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideo15Transformer3DModel,
+    LTX2VideoDiffusionDecoderModel,
     LTX2VideoTransformer3DModel,
     LTXVideoTransformer3DModel,
 )
-from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
+from diffusers.pipelines.ltx2 import LTX2DurationHead, LTX2TextConnectors, LTX2Vocoder
 from transformers import (
     ByT5Tokenizer,
     Gemma3Config,
@@ -100,6 +101,40 @@ def ltx2() -> Recipe:
     }
     defaults = {**picture(text=TEXT_LENGTH), "num_frames": 9, "frame_rate": 25.0}
     return Recipe("LTX2Pipeline", "text-to-video", components, defaults, {**sizes(32), "num_frames": [1, 33]})
+
+
+def ltx25() -> Recipe:
+    """LTX-2.5: the parts of LTX-2, a decoder that denoises, and a head that says how long a shot is."""
+    made = ltx2()
+    components: dict[str, Component | None] = {
+        **made.components,
+        "duration_head": lambda: LTX2DurationHead(
+            video_cross_attention_dim=WIDTH,
+            audio_cross_attention_dim=WIDTH,
+            pooler_hidden_dim=16,
+            num_pooler_heads=2,
+            mlp_hidden_dim=16,
+        ),
+        "diffusion_decoder": _ltx25_decoder,
+    }
+    defaults = {**made.defaults, "max_seconds": 0.6, "min_seconds": 0.3}
+    del defaults["num_frames"]
+    return replace(made, pipeline="LTX25ModularPipeline", components=components, defaults=defaults)
+
+
+def _ltx25_decoder() -> LTX2VideoDiffusionDecoderModel:
+    decoder = LTX2VideoDiffusionDecoderModel(
+        latent_channels=4,
+        decoder_head_dim=8,
+        decoder_stage_channels=(64, 32, 16, 16, 8),
+        decoder_stage_depths=(1, 1, 1, 1, 1),
+        # No wider than the latents of the smallest picture are.
+        decoder_stage_kernels=((3, 1, 1), (3, 1, 1), (3, 3, 3), (3, 3, 3)),
+        decoder_stage5_kernel=(3, 3, 3),
+        decoder_t_emb_dim=16,
+    )
+    _set_statistics(decoder, 4)
+    return decoder
 
 
 def echo() -> Recipe:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers import (
+    DPMSolverMultistepScheduler,
     HeliosDMDScheduler,
     HeliosScheduler,
     HeliosTransformer3DModel,
     UniPCMultistepScheduler,
+    WanAnimate2Transformer3DModel,
     WanTransformer3DModel,
     WanVACETransformer3DModel,
 )
@@ -61,6 +63,33 @@ def vace() -> Recipe:
     changes = {"vace_layers": [0, 1], "vace_in_channels": 2 * 4 + 4 * 4}
     components, settings = _experts(lambda: WanVACETransformer3DModel(**_transformer(**changes)), experts=2)
     return Recipe("Wan22VaceModularPipeline", "", _with_text(components), _defaults(), _RANGES, settings)
+
+
+def animate2(*, distilled: bool) -> Recipe:
+    """Wan-Animate-2, which moves a character as another video does, or the distilled one."""
+    components: dict[str, Component | None] = {
+        "transformer": lambda: WanAnimate2Transformer3DModel(
+            text_len=TEXT_LENGTH,
+            in_dim=4 + 2 * 4,  # The latents, a mask of as many channels as a latent has frames, and the picture's.
+            dim=24,
+            ffn_dim=2 * WIDTH,
+            freq_dim=WIDTH,
+            text_dim=WIDTH,
+            out_dim=4,
+            num_heads=2,
+            num_layers=2,
+        ),
+        "scheduler": lambda: DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+        ),
+        # The transformer counts on the width, the pipeline on the size.
+        "image_encoder": lambda: text.clip_vision(
+            hidden_size=1280, num_hidden_layers=1, num_attention_heads=16, image_size=224, patch_size=56
+        ),
+    }
+    name = "WanAnimate2DistilledModularPipeline" if distilled else "WanAnimate2ModularPipeline"
+    defaults = {**picture(text=TEXT_LENGTH), "segment_frame_length": 5}
+    return Recipe(name, "", {**_with_text(components), "vae": vaes.wan_full}, defaults, sizes(16))
 
 
 def helios(pipeline: str, scheduler: Component) -> Recipe:
