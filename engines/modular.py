@@ -12,6 +12,7 @@ from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from engines.aliases import public_names, with_aliases
 from engines.card import load_card
 from engines.guidance import GUIDANCE_SCALE, guidance, has_guider, private
+from engines.ip_adapters import load_ip_adapters
 from engines.loading import geometry_problem, load_components, make_shadows
 from engines.media import frames_per_s, medium_of, with_sampling_rate
 from engines.panels import ModelError, Panel
@@ -97,6 +98,7 @@ def load_modular(model: Path, panels: tuple[Panel, ...], dtype: torch.dtype, dev
         raise ModelError(problem)
     pipeline = split.pipeline(joined(split.parts[panel] for panel in panels))
     loaded = load_components(pipeline, split, dtype, device)
+    load_ip_adapters(pipeline, split, loaded)
     make_shadows(pipeline, split, dtype, device)
     return ModularParts(split, pipeline, loaded)
 
