@@ -25,8 +25,18 @@ from tools.families.compare import Outcome, compare, difference, identical
 from tools.families.report import Result, markdown, summary
 from tools.families.rows import blocks_of, pipelines, rows
 
-# One each of: two experts and guiders, editing with a channels-last VAE, sound, layout of several text encoders.
-HANDFUL = ("wan22:", "sdxl:image2image", "ltx2:text2video", "hunyuan_video1_5:image2video", "flux2:image_conditioned")
+# One each of: two experts and guiders, editing with a channels-last VAE, sound, layout of several text encoders,
+# objects in the request, a private name of geometry, weights that a decoder multiplies in an odd layout.
+HANDFUL = (
+    "wan22:",
+    "sdxl:image2image",
+    "ltx2:text2video",
+    "hunyuan_video1_5:image2video",
+    "flux2:image_conditioned",
+    "ltx2:condition",
+    "cosmos3:text2video_with_sound",
+    "ltx25:image2video",
+)
 # It would encode a picture that has not been encoded, but the encoder always does that before.
 RUN_IN_VAIN = {("StableDiffusionXLModularPipeline", Panel.DENOISER): {"vae"}}
 ROOTS = ("components", "pipeline")
@@ -154,7 +164,7 @@ def test_three_processes_change_no_bit(name: str, processes: Apart, tmp_path: Pa
     assert outcome.identical, outcome
     assert outcome.max_abs_diff == 0.0
     assert "latents" in outcome.crossed[1]
-    assert set(outcome.outputs) == ({"videos", "audio"} if name.startswith("ltx2") else set(outcome.outputs))
+    assert set(outcome.outputs) >= ({"videos", "audio"} if name.startswith("ltx2") else set())
 
 
 def test_a_panel_that_cannot_do_its_part_says_why_and_goes_on(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -81,6 +82,19 @@ def test_what_each_request_gives_or_the_model_lacks_leaves_out_the_block_that_wo
         assert set(predicts.sub_blocks) - set(blocks.sub_blocks) == {"duration"}
     # No input stands for a text encoder: it stays, and loading says that it is not there.
     assert "text_encoder" in prune(whole, "text-to-video", missing={"text_encoder"}).component_names
+
+
+def test_a_request_may_still_give_what_a_block_would_make_for_it(models: Models) -> None:
+    blocks = prune(diffusers.LTX25AutoBlocks(), "text-to-video")
+    assert {"num_frames", "min_seconds"} <= set(blocks.input_names)
+    # It chooses anew for each request.
+    chosen = [blocks.sub_blocks["duration"].get_execution_blocks(num_frames=number) for number in (None, 9)]
+    assert [block is None for block in chosen] == [False, True]
+    encoder = load(models("ltx25"), Panel.ENCODER)
+    assert "num_frames" in encoder.signature.encodes, "what it encodes depends on whether there is one"
+    inputs = {"prompt": "a ship", "height": 32, "width": 32, "min_seconds": 0.3, "max_seconds": 0.8}
+    assert encoder.encode({**inputs, "num_frames": 9}, 1)["num_frames"] == 9
+    assert encoder.encode(inputs, 1)["num_frames"] == 17
 
 
 def test_blocks_without_one_denoise_are_not_cut() -> None:
@@ -182,7 +196,10 @@ def test_a_shadow_reads_but_does_not_compute(tmp_path: Path) -> None:
     assert (stand_in.dtype, stand_in.device) == (torch.bfloat16, CPU)
     assert stand_in.latent_magnitude == 3
     assert all(parameter.is_meta for parameter in stand_in.parameters())
+    assert stand_in._supports_gradient_checkpointing is True, "some geometry has private names"
     assert not hasattr(stand_in, "nothing")
+    assert not hasattr(stand_in, "_nothing")
+    assert copy.copy(stand_in).latent_magnitude == 3
     for name in ("encode", "decode", "forward"):
         with pytest.raises(ShadowError, match=rf"`vae\.{name}` was called"):
             getattr(stand_in, name)
@@ -289,6 +306,15 @@ def test_weights_that_are_incomplete_are_a_model_error(copied: Path, name: str, 
     save_file(weights, path, {"format": "pt"})
     with pytest.raises(ModelError, match=rf"The {name} in .* lack some of the weights"):
         load(copied, panel)
+
+
+def test_weights_want_gradients_as_those_of_the_plain_pipeline_do(models: Models) -> None:
+    # Where they do not, `torch.matmul` takes another way for some layouts, and rounds otherwise.
+    vae = load(models("flux"), Panel.DECODER)._parts.pipeline.vae
+    plain = AutoencoderTiny.from_pretrained(models("flux") / "vae")
+    assert [weight.requires_grad for weight in vae.parameters()] == [
+        weight.requires_grad for weight in plain.parameters()
+    ]
 
 
 def test_weights_as_pickles_are_not_read(copied: Path) -> None:
