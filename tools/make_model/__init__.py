@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 import transformers
@@ -24,7 +24,7 @@ from tools.make_model import cosmos, flux, looking, minimax, pictures, qwen, sta
 from tools.make_model.recipe import Recipe
 from tools.make_model.text import TEXT_LENGTH
 
-__all__ = ["TEXT_LENGTH", "Family", "make_model"]
+__all__ = ["TEXT_LENGTH", "Family", "make_model", "write_model"]
 
 
 class Family(StrEnum):
@@ -132,28 +132,50 @@ def make_model(out: Path, family: Family, seed: int = 0, *, progress: bool = Tru
         seed: Of the weights.
         progress: Whether a bar is shown.
     """
-    recipe = _RECIPES[family]()
+    name = "flux" if family is Family.FLUX_KL else family.value
+    write_model(out, name, _RECIPES[family](), seed, progress=progress)
+
+
+def write_model(
+    out: Path,
+    name: str,
+    recipe: Recipe,
+    seed: int,
+    *,
+    progress: bool,
+    finish: Callable[[Any], None] = lambda component: None,
+) -> None:
+    """Make a model of a recipe.
+
+    Args:
+        out: Its folder, made if need be; files of the same names are replaced.
+        name: Its family.
+        recipe: What it is made of.
+        seed: Of the weights.
+        progress: Whether a bar is shown.
+        finish: Called with each component before it is written.
+    """
     out.mkdir(parents=True, exist_ok=True)
     transformers.utils.logging.disable_progress_bar()  # One bar is enough.
     index: dict[str, object] = {"_class_name": recipe.pipeline, **recipe.settings}
     parts = track(recipe.components.items(), "Making components", total=len(recipe.components), disable=not progress)
-    for number, (name, make) in enumerate(parts):
+    for number, (part, make) in enumerate(parts):
         # Each component has its own seed, so that a change of one leaves the others as they are.
         torch.manual_seed(seed * 1000 + number)
         component = make() if make else None
         if component is not None:
-            component.save_pretrained(out / name)
-        index[name] = _index_entry(component)
-    for name, tensors in recipe.files.items():
+            finish(component)
+            component.save_pretrained(out / part)
+        index[part] = _index_entry(component)
+    for file, tensors in recipe.files.items():
         torch.manual_seed(seed)
-        (out / name).parent.mkdir(exist_ok=True)
-        save_file(tensors(), out / name)
+        (out / file).parent.mkdir(exist_ok=True)
+        save_file(tensors(), out / file)
     _write(out / "model_index.json", index)
-    _write(out / CARD_NAME, _card(family, recipe))
+    _write(out / CARD_NAME, _card(name, recipe))
 
 
-def _card(family: Family, recipe: Recipe) -> dict[str, object]:
-    name = "flux" if family is Family.FLUX_KL else family.value
+def _card(name: str, recipe: Recipe) -> dict[str, object]:
     return {
         "name": f"tiny-{name}",
         "family": name,

@@ -56,7 +56,7 @@ T5: Final[dict[str, Any]] = {
 _VISION: Final = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>")
 VISION_VOCABULARY_SIZE: Final = VOCABULARY_SIZE + len(_VISION)
 _VISION_IDS: Final = {token: VOCABULARY_SIZE + number for number, token in enumerate(_VISION)}
-_CHAT: Final = (
+CHAT: Final = (
     "{% for message in messages %}<|im_start|>{{ message.role }} "
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
     "{% if part.type == 'text' %}{{ part.text }}{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}"
@@ -94,7 +94,7 @@ def tokenizer(*, start: bool) -> PreTrainedTokenizerFast:
 
 def chat_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
     """One for language models, with a chat template and the tokens of pictures."""
-    return _bytes("$A", model_max_length=LONG, chat_template=_CHAT, additional_special_tokens=list(_VISION), **options)
+    return _bytes("$A", model_max_length=LONG, chat_template=CHAT, additional_special_tokens=list(_VISION), **options)
 
 
 def _bytes(template: str, **options: Any) -> PreTrainedTokenizerFast:
@@ -106,7 +106,7 @@ def _bytes(template: str, **options: Any) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, **SPECIAL, **{"padding_side": "right", **options})
 
 
-def clip_text(*, projection: bool = False) -> CLIPTextModel | CLIPTextModelWithProjection:
+def clip_text(*, projection: bool = False, length: int = TEXT_LENGTH) -> CLIPTextModel | CLIPTextModelWithProjection:
     """The text encoder of CLIP, with its projection or without."""
     config = CLIPTextConfig(
         vocab_size=VOCABULARY_SIZE,
@@ -115,7 +115,7 @@ def clip_text(*, projection: bool = False) -> CLIPTextModel | CLIPTextModelWithP
         projection_dim=WIDTH,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=TEXT_LENGTH,
+        max_position_embeddings=length,
         bos_token_id=START,
         eos_token_id=END,
         pad_token_id=PAD,
@@ -159,7 +159,7 @@ def qwen2_vl_processor() -> Qwen2VLProcessor:
         image_processor=pictures,
         tokenizer=chat_tokenizer(),
         video_processor=Qwen2VLVideoProcessor(),
-        chat_template=_CHAT,
+        chat_template=CHAT,
     )
 
 
@@ -171,7 +171,7 @@ def qwen3_vl_processor() -> Qwen3VLProcessor:
         image_processor=pictures,
         tokenizer=chat_tokenizer(),
         video_processor=Qwen3VLVideoProcessor(),
-        chat_template=_CHAT,
+        chat_template=CHAT,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderKLWan, AutoencoderTiny
 
 _LATENTS_MEAN = [0.1, -0.2, 0.3, 0.0]
@@ -21,12 +23,12 @@ def tiny() -> AutoencoderTiny:
     )
 
 
-def kl(*, quant: bool = False, shift: float | None = 0.11) -> AutoencoderKL:
-    """Three levels and 4 channels; `shift` is None for models that have none."""
+def kl(*, quant: bool = False, shift: float | None = 0.11, levels: int = 3, **more: Any) -> AutoencoderKL:
+    """Some levels and 4 channels; `shift` is None for models that have none."""
     return AutoencoderKL(
-        block_out_channels=(16, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
         norm_num_groups=4,
         latent_channels=4,
@@ -34,7 +36,13 @@ def kl(*, quant: bool = False, shift: float | None = 0.11) -> AutoencoderKL:
         shift_factor=shift,
         use_quant_conv=quant,
         use_post_quant_conv=quant,
+        **more,
     )
+
+
+def kl_full() -> AutoencoderKL:
+    """Four levels, and statistics of the latents in the place of one factor."""
+    return kl(levels=4, latents_mean=_LATENTS_MEAN, latents_std=_LATENTS_STD)
 
 
 def flux2() -> AutoencoderKLFlux2:

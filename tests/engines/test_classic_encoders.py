@@ -1,0 +1,53 @@
+"""Classic pipelines with several encoders: GLM-Image, whose language model writes first, and Kandinsky 5."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from engines.routes import Route, route_for
+from tests.engines.classics import Models, expected, request
+from tests.engines.results import media, same
+from tools.families.apart import Apart, apart
+
+PANELS = {
+    "glm_image": [
+        ["processor", "text_encoder", "tokenizer", "vision_language_encoder"],
+        # It may start from pictures, which it encodes itself.
+        ["scheduler", "transformer", "vae"],
+        ["vae"],
+    ],
+    "kandinsky5": [
+        ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"],
+        ["scheduler", "transformer"],
+        ["vae"],
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Apart]:
+    with apart() as started:
+        yield started
+
+
+@pytest.mark.parametrize("family", PANELS)
+def test_three_processes_make_the_picture_of_one(family: str, classic_models: Models, processes: Apart) -> None:
+    model = classic_models(family)
+    assert route_for(model) is Route.CLASSIC
+    inputs = request(model, num_inference_steps=2)
+    ours, answers = processes.run(model, inputs, seed=11)
+    assert [answer["components"] for answer in answers] == PANELS[family]
+    assert same(media(ours), expected(model, inputs, 11))
+    assert not same(media(ours), expected(model, inputs, 12))
+    assert not same(media(ours), expected(model, {**inputs, "prompt": "a blue ship"}, 11))
+
+
+@pytest.mark.parametrize("family", PANELS)
+def test_bfloat16_without_guidance_is_identical_too(family: str, classic_models: Models, processes: Apart) -> None:
+    model = classic_models(family)
+    inputs = request(model, num_inference_steps=1, guidance_scale=1.0)
+    ours, _ = processes.run(model, inputs, seed=3, dtype=torch.bfloat16)
+    assert same(media(ours), expected(model, inputs, 3, torch.bfloat16))
