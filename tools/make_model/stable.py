@@ -32,7 +32,7 @@ def sdxl() -> Recipe:
             beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="leading"
         ),
         "vae": lambda: vaes.kl(quant=True, shift=None),
-        "image_encoder": lambda: text.clip_vision_projection(image_size=224, patch_size=56),
+        "image_encoder": lambda: text.clip_vision_projection(image_size=224, patch_size=32),
     }
     defaults = picture(guidance_scale=7.5)
     del defaults["max_sequence_length"]

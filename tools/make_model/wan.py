@@ -84,7 +84,7 @@ def animate2(*, distilled: bool) -> Recipe:
         ),
         # The transformer counts on the width, the pipeline on the size.
         "image_encoder": lambda: text.clip_vision(
-            hidden_size=1280, num_hidden_layers=1, num_attention_heads=16, image_size=224, patch_size=56
+            hidden_size=1280, num_hidden_layers=1, num_attention_heads=16, image_size=224, patch_size=16
         ),
     }
     name = "WanAnimate2DistilledModularPipeline" if distilled else "WanAnimate2ModularPipeline"
