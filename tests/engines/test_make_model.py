@@ -17,9 +17,7 @@ from tools.make_model.__main__ import main
 
 Models = Callable[[str], Path]
 SOME = (Family.FLUX, Family.FLUX_KL, Family.WAN)
-NEEDS_VISION = {
-    family for family in Family if family.startswith(("qwenimage-", "qwenimage21", "flux3", "minimax-h3"))
-}
+NEEDS_VISION = {family for family in Family if family.startswith(("qwenimage-", "qwenimage21", "flux3", "minimax-h3"))}
 # What libraries fix: layers of 2048, a width of 1280, 168,059 numbers of codes.
 LARGE = {
     Family.HUNYUAN_VIDEO15: 20_000_000,

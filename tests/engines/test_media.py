@@ -144,7 +144,7 @@ def resounding(models: Callable[[str], Path], tmp_path: Path) -> Callable[[str],
 def test_sound_comes_with_the_rate_of_the_vocoder(
     family: str, inputs: dict[str, object], resounding: Callable[[str], Path]
 ) -> None:
-    from tools.families.cases import picture
+    from tools.families.case import picture
 
     if "image" in inputs:
         inputs = {**inputs, "image": picture()}

@@ -56,7 +56,7 @@ def _ltx2(pipeline: str, family: Family) -> list[Case]:
 
 def _animate2() -> list[Case]:
     # The frames are more than one segment has.
-    moved = {**SQUARE, "image": picture(), "driving_video": film(8), "segment_frame_length": 5, "output_type": "np"}
+    moved = {**SQUARE, "image": picture(), "driving_video": film(8), "segment_frame_length": 5}
     text = {"max_sequence_length": 64}
     return [
         Case("WanAnimate2ModularPipeline", "", Family.WAN_ANIMATE2, {**moved, **text, "negative_prompt": "grey"}),
