@@ -12,7 +12,7 @@ from actors.errors import TopologyError
 from actors.reading import did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 
 def write_with_overrides(file: Path, overrides: Mapping[str, Mapping[str, Any]], folder: Path) -> Path:
@@ -26,10 +26,8 @@ def write_with_overrides(file: Path, overrides: Mapping[str, Mapping[str, Any]],
     except (OSError, ValueError) as error:
         raise TopologyError(str(file), "", f"cannot be read ({error})", "give a topology file") from error
     changed = merge(str(file), tables, overrides)
-    for section in ("model", "state"):
-        path = changed.get(section, {}).get("path")
-        if isinstance(path, str) and path:
-            changed[section]["path"] = str((file.parent / Path(path).expanduser()).resolve())
+    _make_absolute(changed.get("model", {}), file.parent)
+    _make_absolute(changed.get("state", {}), file.parent)
     changed.setdefault("state", {}).setdefault("path", str(folder / "state"))
     if changed.get("api", {}).get("port") == 0:
         changed["api"]["port"] = free_port()
@@ -55,14 +53,34 @@ def merge(file: str, tables: dict[str, Any], overrides: Mapping[str, Mapping[str
 
 
 def to_toml(tables: Mapping[str, Any]) -> str:
-    """TOML of tables of scalars and of lists of such tables, which is all that a topology has."""
-    lines: list[str] = []
+    """TOML of tables of scalars, and of lists of such tables in tables, which is all that a topology has."""
+    return "\n".join(_lines(tables, "")).replace("\x7f", "\\u007f")
+
+
+def _lines(tables: Mapping[str, Any], prefix: str) -> Iterator[str]:
     for name, value in tables.items():
-        rows, header = (value, f"[[{name}]]") if isinstance(value, list) else ([value], f"[{name}]")
+        rows, header = (value, f"[[{prefix}{name}]]") if isinstance(value, list) else ([value], f"[{prefix}{name}]")
         for row in rows:
+            yield header
+            inner = {key: item for key, item in row.items() if isinstance(item, (dict, list))}
             # The scalars of JSON are scalars of TOML; only the escape for DEL differs.
-            lines += [header, *(f"{key} = {json.dumps(item, ensure_ascii=False)}" for key, item in row.items()), ""]
-    return "\n".join(lines).replace("\x7f", "\\u007f")
+            yield from (
+                f"{key} = {json.dumps(item, ensure_ascii=False)}" for key, item in row.items() if key not in inner
+            )
+            yield ""
+            yield from _lines(inner, f"{prefix}{name}.")
+
+
+def _make_absolute(table: dict[str, Any], base: Path) -> None:
+    """Resolve the paths of a table, and of those in it."""
+    for key, value in table.items():
+        if key in ("path", "path_2") and isinstance(value, str) and value:
+            table[key] = str((base / Path(value).expanduser()).resolve())
+        elif isinstance(value, list):
+            table[key] = [dict(row) if isinstance(row, dict) else row for row in value]
+            for row in table[key]:
+                if isinstance(row, dict):
+                    _make_absolute(row, base)
 
 
 def free_port() -> int:

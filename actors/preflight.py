@@ -26,7 +26,11 @@ def preflight(topology: Topology, components: Sequence[Component], *, file: str 
     kinds = {component.kind for component in components}
     if kinds - {"api"}:
         _check_model(topology, file)
-    if "pool" in kinds and topology.engine == "mooncake" and importlib.util.find_spec("mooncake") is None:
+        _check_loras(topology, file)
+    if any(component.quantization != "none" for component in components) and not _is_installed("torchao"):
+        fix = 'install it with pip install "triptych[quantization]", or use "none"'
+        raise TopologyError(file, "[[roles]] quantization", "needs torchao, which is missing", fix)
+    if "pool" in kinds and topology.engine == "mooncake" and not _is_installed("mooncake"):
         fix = 'install it with pip install "triptych[mooncake]", or use engine = "shm"'
         raise TopologyError(file, '[transfer] engine = "mooncake"', "needs the mooncake engine, which is missing", fix)
     for component in components:
@@ -48,3 +52,22 @@ def _check_model(topology: Topology, file: str) -> None:
     problem = "is a file" if folder.exists() else "does not exist"
     fix = "give the folder of a model, relative to the topology file or absolute"
     raise TopologyError(file, f'[model] path = "{topology.model.path}"', f"{problem} ({folder})", fix)
+
+
+def _check_loras(topology: Topology, file: str) -> None:
+    for lora in topology.model.lora:
+        for key, written in (("path", lora.path), ("path_2", lora.path_2)):
+            path = topology.lora_path(written)
+            where = f'[[model.lora]] {key} = "{written}"'
+            if (key, written) == ("path_2", ""):
+                continue
+            if not path.exists():
+                fix = "give a file or folder, relative to the topology file or absolute"
+                raise TopologyError(file, where, f"does not exist ({path})", fix)
+            if path.is_file() and path.suffix != ".safetensors":
+                fix = "convert it: no other format is read, since those can run code"
+                raise TopologyError(file, where, "is no .safetensors file", fix)
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

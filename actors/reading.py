@@ -31,16 +31,9 @@ def read_sections(file: Path) -> Sections:
             raise TopologyError(name, f"[{key}]", "is not a section of a topology", did_you_mean(key, fields))
     if "model" not in tables:
         raise TopologyError(name, "", "has no [model] section", 'add [model] with path = "the folder of a model"')
-    roles = tables.pop("roles", [])
-    if not isinstance(roles, list):
-        raise TopologyError(name, "[roles]", "is written as one table", "write [[roles]], once for each kind")
+    roles = _decode_all(name, "roles", tables.pop("roles", []), RoleSection, "kind")
     decoded = {key: _decode(name, f"[{key}]", table, fields[key]) for key, table in tables.items()}
-    return Sections(
-        roles=tuple(
-            _decode(name, f"[[roles]] no. {number}", role, RoleSection) for number, role in enumerate(roles, start=1)
-        ),
-        **decoded,
-    )
+    return Sections(roles=roles, **decoded)
 
 
 def did_you_mean(key: str, known: Iterable[str]) -> str:
@@ -63,6 +56,14 @@ def _parse(file: Path) -> dict[str, Any]:
         raise TopologyError(str(file), "", f"is not TOML ({error})", "correct it there") from error
 
 
+def _decode_all(file: str, where: str, tables: object, section: type[S], each: str) -> tuple[S, ...]:
+    if not isinstance(tables, list):
+        raise TopologyError(file, f"[{where}]", "is written as one table", f"write [[{where}]], once for each {each}")
+    return tuple(
+        _decode(file, f"[[{where}]] no. {number}", table, section) for number, table in enumerate(tables, start=1)
+    )
+
+
 def _decode(file: str, where: str, table: object, section: type[S]) -> S:
     if not isinstance(table, dict):
         raise TopologyError(file, where, "is not a table", f"write the line {where} and its keys below it")
@@ -72,11 +73,19 @@ def _decode(file: str, where: str, table: object, section: type[S]) -> S:
             raise TopologyError(file, where, f"has no key called {key}", did_you_mean(key, fields))
     values = {}
     for key, field in fields.items():
-        if key in table:
+        if key in table and (inner := _section_of(field.type)):
+            values[key] = _decode_all(file, f"{where.strip('[]')}.{key}", table[key], inner, "one")
+        elif key in table:
             values[key] = _value(file, f"{where} {key}", table[key], field.type)
         elif field.default is NODEFAULT:
             raise TopologyError(file, where, f"lacks the key {key}", f"add {key} = {_expected(field.type)}")
     return section(**values)
+
+
+def _section_of(kind: Any) -> type[Section] | None:
+    """What a key is a list of, where that is tables."""
+    inner = get_args(kind)[0] if get_origin(kind) is tuple else None
+    return inner if isinstance(inner, type) and issubclass(inner, Section) else None
 
 
 def _value(file: str, key: str, value: object, kind: Any) -> Any:

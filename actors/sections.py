@@ -27,6 +27,13 @@ RoleName = Annotated[
     ),
 ]
 
+LoraName = Annotated[
+    str,
+    Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="1 to 64 letters, digits, _, . and -"),
+]
+Scale = Annotated[float, Meta(ge=-4, le=4, description="a number from -4 to 4")]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
 _UNITS: Final = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _SIZE: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
@@ -35,13 +42,29 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """One table of the file; every key has a default unless the table makes no sense without it."""
 
 
+class LoraSection(Section, frozen=True):
+    """One `[[model.lora]]` entry: an adapter that requests may ask for by name, one at a time."""
+
+    name: LoraName
+    """What requests give as `lora`."""
+    path: str
+    """A `.safetensors` file, or a folder with exactly one, relative to the topology file."""
+    scale: Scale = 1.0
+    """How strong it is in requests that give no `lora_scale`."""
+    path_2: str = ""
+    """The same for `transformer_2`, where an adapter of a model with two transformers (Wan 2.2) comes as two files;
+    "" = there is no second file."""
+
+
 class ModelSection(Section, frozen=True):
     """`[model]`: what is served."""
 
     path: str
     """Folder of the model, relative to the topology file. `Topology.model_path` is the absolute one."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     """Type of the weights and of the computation."""
+    lora: tuple[LoraSection, ...] = ()
+    """Adapters, each loaded by every instance when it starts; see `LoraSection`."""
 
 
 class ApiSection(Section, frozen=True):
@@ -141,6 +164,16 @@ class RoleSection(Section, frozen=True):
     """Bus port of the first instance, counting up over `count`; 0 = by the rule at `[head] port`."""
     restart: Literal["permanent", "transient", "temporary"] = "permanent"
     """Restart always, only after an abnormal end, or never."""
+    dtype: Literal["", "float32", "float16", "bfloat16"] = ""
+    """Type of the weights and of the computation here; "" = that of `[model]`. What comes from a panel with another
+    one is converted."""
+    quantization: Literal["none", "int8", "float8"] = "none"
+    """What the weights of linear layers are held as, with `none` as `dtype`; the others need
+    `pip install "triptych[quantization]"`. Autoencoders and vocoders stay as they are. The picture is another one,
+    a little."""
+    offload: Literal["none", "model", "group"] = "none"
+    """What rests in the memory of the host and is on the device just to compute: nothing, each component as a whole
+    (one at a time), or each layer (least memory, slowest). The picture stays the same."""
 
 
 def parse_size(text: str) -> int:

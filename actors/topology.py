@@ -21,6 +21,7 @@ from actors.sections import (
     HeadSection,
     ModelSection,
     RoleSection,
+    Sections,
     StateSection,
     SupervisionSection,
     TransferSection,
@@ -51,6 +52,12 @@ class Component(msgspec.Struct, frozen=True, kw_only=True):
     """Name of the buffer pool that this instance uses, "" if none."""
     restart: Literal["permanent", "transient", "temporary"] = "permanent"
     """When the supervisor starts it again."""
+    dtype: str = ""
+    """Torch dtype of its weights and of its computation; "" for what is not a role."""
+    quantization: Literal["none", "int8", "float8"] = "none"
+    """What the weights of its linear layers are held as."""
+    offload: Literal["none", "model", "group"] = "none"
+    """What of its weights rests in the memory of the host."""
 
 
 class Topology(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +84,10 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
     def model_path(self) -> Path:
         """Absolute folder of the model."""
         return (self.path.parent / Path(self.model.path).expanduser()).resolve()
+
+    def lora_path(self, path: str) -> Path:
+        """Absolute place of an adapter's file or folder."""
+        return (self.path.parent / Path(path).expanduser()).resolve()
 
     @property
     def engine(self) -> Literal["shm", "mooncake"]:
@@ -109,7 +120,7 @@ def load_topology(path: Path | str) -> Topology:
     check_sections(str(file), sections)
     absolute = file.resolve()
     run_dir = places.run_dir(absolute)
-    components = _components(sections.bus, sections.head, sections.transfer, sections.roles, run_dir)
+    components = _components(sections, run_dir)
     check_components(str(file), sections, components)
     return Topology(
         model=sections.model,
@@ -127,13 +138,8 @@ def load_topology(path: Path | str) -> Topology:
     )
 
 
-def _components(
-    bus: BusSection,
-    head: HeadSection,
-    transfer: TransferSection,
-    roles: tuple[RoleSection, ...],
-    run_dir: Path,
-) -> tuple[Component, ...]:
+def _components(sections: Sections, run_dir: Path) -> tuple[Component, ...]:
+    bus, head, transfer, roles = sections.bus, sections.head, sections.transfer, sections.roles
     rows: list[Component] = []
 
     def add(name: str, kind: ComponentKind, port: int = 0, role: RoleSection | None = None, index: int = 0) -> None:
@@ -148,6 +154,9 @@ def _components(
                 slots=role.slots,
                 restart=role.restart,
                 pool=_pool_of(role, transfer),
+                dtype=role.dtype or sections.model.dtype,
+                quantization=role.quantization,
+                offload=role.offload,
             )
         rows.append(row)
 

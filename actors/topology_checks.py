@@ -20,6 +20,7 @@ def check_sections(file: str, sections: Sections) -> None:
     _check_size(file, sections)
     _check_kinds(file, sections)
     _check_names(file, sections)
+    _check_loras(file, sections)
 
 
 def check_components(file: str, sections: Sections, components: tuple[Component, ...]) -> None:
@@ -79,3 +80,10 @@ def _check_names(file: str, sections: Sections) -> None:
     if count > 1:
         problem = f"use the name {name} {count} times"
         raise TopologyError(file, "[[roles]]", problem, "give each a name of its own with name")
+
+
+def _check_loras(file: str, sections: Sections) -> None:
+    for name, count in Counter(lora.name for lora in sections.model.lora).items():
+        if count > 1:
+            problem = f'use the name "{name}" {count} times'
+            raise TopologyError(file, "[[model.lora]]", problem, "give each a name of its own")

@@ -98,13 +98,29 @@ scalars = st.one_of(
     st.floats(-9, 9),
 )
 keys = st.from_regex(r"[a-z_]{1,8}", fullmatch=True)
-tables = st.dictionaries(keys, scalars, max_size=3)
+rows = st.dictionaries(keys, scalars, max_size=3)
+tables = st.dictionaries(keys, st.one_of(scalars, st.lists(rows, min_size=1, max_size=2)), max_size=3)
 
 
 @given(st.dictionaries(keys, st.one_of(tables, st.lists(tables, min_size=1, max_size=2)), max_size=3))
 @settings(max_examples=50)
 def test_written_toml_reads_back_as_it_was(document: dict[str, object]) -> None:
     assert tomllib.loads(to_toml(document)) == document
+
+
+def test_adapters_of_a_topology_stay_where_they_are(folder: Path) -> None:
+    file = folder / "t.toml"
+    entry = '[[model.lora]]\nname = "{0}"\npath = "{0}.safetensors"\nscale = 0.5\n'
+    file.write_text(f'[model]\npath = "m"\n{entry.format("a")}{entry.format("b")}path_2 = "/x"\n{PANELS}')
+    (folder / "out").mkdir()
+    topology = load_topology(write_with_overrides(file, {"api": {"port": 9000}}, folder / "out"))
+    assert [(lora.name, lora.scale) for lora in topology.model.lora] == [("a", 0.5), ("b", 0.5)]
+    assert [topology.lora_path(lora.path) for lora in topology.model.lora] == [
+        folder / "a.safetensors",
+        folder / "b.safetensors",
+    ]
+    assert topology.model.lora[1].path_2 == "/x"
+    assert topology.model_path == folder / "m"
 
 
 def test_overrides_change_keys_and_roles_by_name(folder: Path) -> None:

@@ -17,6 +17,7 @@ from tests.actors.conftest import PANELS
 Write = Callable[..., Path]
 
 MODEL = '[model]\npath = "."\n'
+LORA = '[[model.lora]]\nname = "ink"\npath = "ink.safetensors"\n'
 TWICE = PANELS + '[[roles]]\nkind = "denoiser"\n'
 BROKEN = {
     "not TOML": (MODEL + "[api\n", "is not TOML", "line 3"),
@@ -71,6 +72,29 @@ BROKEN = {
         "another port",
     ),
     "ports run out": (MODEL + "[head]\nport = 65533\n" + PANELS, "leads to port 65536", "choose a lower one"),
+    "an adapter without a file": (
+        MODEL + LORA.replace("path", "pat"),
+        "[[model.lora]] no. 1 has no key called pat",
+        "path",
+    ),
+    "a nameless adapter": (
+        MODEL + '[[model.lora]]\npath = "a"\n',
+        "[[model.lora]] no. 1 lacks the key name",
+        "1 to 64",
+    ),
+    "a strange adapter": (MODEL + LORA.replace("ink", "i k"), 'name = "i k" does not fit', "1 to 64 letters"),
+    "a strong adapter": (MODEL + LORA + "scale = 4.5\n", "scale = 4.5 does not fit", "a number from -4 to 4"),
+    "adapters in one table": (
+        MODEL + LORA.replace("[[", "[").replace("]]", "]"),
+        "[model.lora] is written as",
+        "[[model.lora]], once",
+    ),
+    "two adapters of one name": (
+        MODEL + LORA + LORA + PANELS,
+        '[[model.lora]] use the name "ink" 2 times',
+        "give each a name",
+    ),
+    "four bits": (MODEL + PANELS + 'quantization = "int4"\n', '"int4" is not known', "did you mean int8"),
     "open host": (MODEL + '[api]\nhost = "0.0.0.0"\n' + PANELS, "there are no keys to keep others out", '"127.0.0.1"'),
     "open name": (MODEL + '[api]\nhost = "example.org"\n' + PANELS, "open to the network", "reverse proxy"),
 }
@@ -202,6 +226,40 @@ def test_preflight_wants_the_mooncake_wheel(write: Write, monkeypatch: pytest.Mo
     with pytest.raises(TopologyError, match=r"needs the mooncake engine.*pip install"):
         preflight(topology, topology.components)
     preflight(load_topology(write()), topology.components[3:4])
+
+
+def test_weights_are_held_as_the_role_says_or_the_model(write: Write) -> None:
+    roles = PANELS + 'dtype = "float32"\nquantization = "int8"\noffload = "group"\n'
+    topology = load_topology(write(model=MODEL + 'dtype = "float16"\n', roles=roles))
+    held = {c.name: (c.dtype, c.quantization, c.offload) for c in topology.components if c.slots}
+    last = held.pop("decoder-0")
+    assert last == ("float32", "int8", "group")
+    assert set(held.values()) == {("float16", "none", "none")}
+
+
+def test_preflight_wants_the_files_of_adapters(write: Write, folder: Path) -> None:
+    topology = load_topology(write(model=MODEL + LORA + 'path_2 = "low"\n'))
+    assert topology.model.lora[0].scale == 1.0
+    with pytest.raises(TopologyError, match=r'\[\[model.lora\]\] path = "ink.safetensors" does not exist'):
+        preflight(topology, topology.components)
+    (folder / "ink.safetensors").touch()
+    with pytest.raises(TopologyError, match=r'path_2 = "low" does not exist'):
+        preflight(topology, topology.components)
+    (folder / "low").mkdir()
+    preflight(topology, topology.components)
+    (folder / "ink.bin").touch()
+    pickled = load_topology(write(model=MODEL + LORA.replace("ink.safetensors", "ink.bin")))
+    with pytest.raises(TopologyError, match=r"is no \.safetensors file.*since those can run code"):
+        preflight(pickled, pickled.components)
+
+
+def test_preflight_wants_torchao(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    topology = load_topology(write(roles=PANELS + 'quantization = "float8"\n'))
+    preflight(topology, topology.components)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(TopologyError, match=r'needs torchao.*pip install "triptych\[quantization\]"'):
+        preflight(topology, topology.components)
+    preflight(topology, [topology.component("encoder-0")])
 
 
 @pytest.mark.skipif(has_accelerator(), reason="this machine has one")
