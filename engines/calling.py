@@ -26,6 +26,7 @@ from engines.loading import load_component, load_shadow
 from engines.media import IMAGES, SOUNDS, VIDEOS, frames_per_s, medium_of, results_of, with_sampling_rate
 from engines.panels import ModelError
 from engines.parameters import Signature
+from engines.placing import Placement
 from engines.shadows import Shadow
 from engines.stepping import Denoising
 from engines.vocabulary import of_call
@@ -172,9 +173,7 @@ class Components:
             for name, entry in entries.items()
         }
 
-    def pipeline(
-        self, wanted: Collection[str], dtype: torch.dtype, device: torch.device
-    ) -> tuple[Any, dict[str, Shadow]]:
+    def pipeline(self, wanted: Collection[str], placement: Placement) -> tuple[Any, dict[str, Shadow]]:
         """Make a pipeline of the components that are wanted, and shadows.
 
         Returns:
@@ -190,14 +189,15 @@ class Components:
                     f"The index of {self._model} has no {parameter.name}, which {self._cls.__name__} needs."
                 )
         stand_ins = {
-            name: load_shadow(name, spec, self._folder(name), dtype, device) for name, spec in self._specs.items()
+            name: load_shadow(name, spec, self._folder(name), placement.dtype, placement.device)
+            for name, spec in self._specs.items()
         }
         given: dict[str, Any] = {
             parameter.name: self._setting(parameter.name) for parameter in parameters if parameter.name in self._index
         }
         given.update(stand_ins)
         for name in wanted:
-            given[name] = load_component(name, self._specs[name], self._folder(name), dtype, device)
+            given[name] = load_component(name, self._specs[name], self._folder(name), placement)
         pipeline = self._cls(**given)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline, {name: made for name, made in stand_ins.items() if isinstance(made, Shadow)}

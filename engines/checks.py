@@ -25,6 +25,7 @@ RANGES: Final[Mapping[str, Limits]] = {
     **dict.fromkeys(("audio_duration", "audio_duration_s", "audio_length_in_s", "max_seconds"), (0, 3600)),
     "controlnet_conditioning_scale": (0, 10),
     "layers": (1, 64),
+    "lora_scale": (-4, 4),
     "clip_skip": (0, 64),
 }
 _SCALARS: Final = frozenset({Kind.TEXT, Kind.INTEGER, Kind.NUMBER, Kind.BOOLEAN})

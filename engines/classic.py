@@ -23,6 +23,7 @@ from engines.card import load_index
 from engines.guidance import GUIDANCE_SCALE, private
 from engines.handoff import Elsewhere, Handoff, Recording, Resumption, first
 from engines.panels import Panel
+from engines.placing import Placement
 from engines.routes import classic_class
 from engines.shadows import ShadowError
 from engines.stepping import Denoising
@@ -126,7 +127,7 @@ class ClassicParts:
             vars(pipeline)[name] = recording.play(name, getattr(pipeline, name))
 
 
-def load_classic(model: Path, panels: tuple[Panel, ...], dtype: torch.dtype, device: torch.device) -> ClassicParts:
+def load_classic(model: Path, panels: tuple[Panel, ...], placement: Placement) -> ClassicParts:
     """Load what some panels of a classic pipeline own, and shadows of the rest.
 
     Raises:
@@ -136,7 +137,7 @@ def load_classic(model: Path, panels: tuple[Panel, ...], dtype: torch.dtype, dev
     cls = classic_class(index)
     build = anatomy(cls, index)
     wanted = frozenset(name for panel in panels for name in build.needed(panel))
-    pipeline, shadows = Components(model, cls, index, build.components).pipeline(wanted, dtype, device)
+    pipeline, shadows = Components(model, cls, index, build.components).pipeline(wanted, placement)
     return ClassicParts(pipeline, build, wanted, {name: Elsewhere(shadow) for name, shadow in shadows.items()})
 
 

@@ -9,11 +9,12 @@ import torch
 from transformers import PreTrainedModel
 
 from engines.panels import ModelError
+from engines.placing import Placement
 from engines.shadows import shadow
 from engines.split import Split
 
 
-def load_components(pipeline: Any, split: Split, dtype: torch.dtype, device: torch.device) -> frozenset[str]:
+def load_components(pipeline: Any, split: Split, placement: Placement) -> frozenset[str]:
     """Load the weights and tokenizers that a pipeline's blocks name.
 
     Returns:
@@ -23,7 +24,7 @@ def load_components(pipeline: Any, split: Split, dtype: torch.dtype, device: tor
         ModelError: One is missing or broken. (The pipeline's own way to load would warn and go on without it.)
     """
     names = [name for name in pipeline.pretrained_component_names if not _is_null(split, name)]
-    loaded = {name: _load(pipeline, split, name, dtype, device) for name in names}
+    loaded = {name: _load(pipeline, split, name, placement) for name in names}
     pipeline.register_components(**loaded)
     return frozenset(loaded)
 
@@ -80,30 +81,27 @@ def geometry_problem(split: Split) -> str:
     )
 
 
-def load_component(name: str, spec: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+def load_component(name: str, spec: Any, folder: Path, placement: Placement) -> Any:
     """Load a component, for inference.
 
     Args:
         name: What the pipeline calls it.
         spec: Its `ComponentSpec`.
         folder: Where its files are.
-        dtype: What weights are converted to.
-        device: Where they are put.
+        placement: How its weights are held.
 
     Raises:
-        ModelError: It is broken, or lacks weights.
+        ModelError: It is broken, lacks weights, or cannot be held so.
     """
     try:
-        component, complete = _read(spec, folder, dtype)
+        component, complete = _read(spec, folder, placement.dtype)
     except Exception as error:  # Whatever a broken folder makes two libraries raise, the user gets one sentence.
         raise ModelError(f"The {name} in {folder} cannot be loaded: {error}") from error
     if not complete:
         raise ModelError(f"The {name} in {folder} cannot be loaded: its files lack some of the weights.")
     if not isinstance(component, torch.nn.Module):
         return component
-    # Gradients stay as wanted as they are: for weights that want none, `torch.matmul` goes another way for some layouts
-    # and rounds otherwise than the plain pipeline. None are computed in either case.
-    return component.eval().to(device)
+    return placement.settle(name, component)
 
 
 def load_shadow(name: str, spec: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> object | None:
@@ -133,9 +131,9 @@ def _read(spec: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, bool]:
     return component, not any(parameter.is_meta for parameter in component.parameters())
 
 
-def _load(pipeline: Any, split: Split, name: str, dtype: torch.dtype, device: torch.device) -> Any:
+def _load(pipeline: Any, split: Split, name: str, placement: Placement) -> Any:
     spec = pipeline.get_component_spec(name)
-    return load_component(name, spec, _folder(split, name, spec), dtype, device)
+    return load_component(name, spec, _folder(split, name, spec), placement)
 
 
 def _folder(split: Split, name: str, spec: Any) -> Path:

@@ -17,6 +17,7 @@ from engines.loading import geometry_problem, load_components, make_shadows
 from engines.media import frames_per_s, medium_of, with_sampling_rate
 from engines.panels import ModelError, Panel
 from engines.parameters import Signature
+from engines.placing import Placement
 from engines.split import KWARGS_MAPPING, Split, crossing, joined, load_split, switches
 from engines.stepping import BlockDenoising, Denoising
 from engines.vocabulary import of_blocks
@@ -87,7 +88,7 @@ class ModularParts:
         return crossing(state.values, state.kwargs_mapping, [self._split.parts[panel] for panel in later])
 
 
-def load_modular(model: Path, panels: tuple[Panel, ...], dtype: torch.dtype, device: torch.device) -> ModularParts:
+def load_modular(model: Path, panels: tuple[Panel, ...], placement: Placement) -> ModularParts:
     """Load the blocks of some panels.
 
     Raises:
@@ -97,9 +98,9 @@ def load_modular(model: Path, panels: tuple[Panel, ...], dtype: torch.dtype, dev
     if problem := geometry_problem(split):
         raise ModelError(problem)
     pipeline = split.pipeline(joined(split.parts[panel] for panel in panels))
-    loaded = load_components(pipeline, split, dtype, device)
+    loaded = load_components(pipeline, split, placement)
     load_ip_adapters(pipeline, split, loaded)
-    make_shadows(pipeline, split, dtype, device)
+    make_shadows(pipeline, split, placement.dtype, placement.device)
     return ModularParts(split, pipeline, loaded)
 
 

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 import diffusers
 import torch
 import transformers
+from msgspec.structs import replace
 
+from engines.adapters import Adapters
 from engines.aliases import conflict, in_words_of
 from engines.checks import CardError, check_scalars
 from engines.classic import load_classic
+from engines.conversion import DTYPE, converted
+from engines.lora import LORA, LORA_SCALE, PARAMETERS, Choice, LoraFile, check_lora, choose
 from engines.modular import load_modular
+from engines.offload import Offload, Resting
 from engines.panels import ModelError, Panel
 from engines.parameters import Signature, names
+from engines.placing import Placement
+from engines.quantization import Quantization
 from engines.routes import Route, route_for
 from engines.stepping import Denoising
 from engines.whole import load_whole
@@ -52,7 +59,7 @@ class Parts(Protocol):
         """Run the decoder."""
 
 
-_LOADERS: Final[Mapping[Route, Callable[[Path, tuple[Panel, ...], torch.dtype, torch.device], Parts]]] = {
+_LOADERS: Final[Mapping[Route, Callable[[Path, tuple[Panel, ...], Placement], Parts]]] = {
     Route.MODULAR: load_modular,
     Route.CLASSIC: load_classic,
     Route.MONOLITHIC: load_whole,
@@ -70,25 +77,51 @@ class PanelPipeline:
         accepted: Names of the inputs that a request to the whole pipeline may give.
         signature: What of them is public, and what the pipeline makes.
         components: Names of the components that are loaded here.
+        placement: How their weights are held, and how many bytes they take.
     """
 
-    def __init__(self, panels: tuple[Panel, ...], route: Route, parts: Parts) -> None:
+    def __init__(
+        self, panels: tuple[Panel, ...], route: Route, parts: Parts, placement: Placement, resting: Resting | None
+    ) -> None:
         self.panels = panels
         self.route = route
         self.components = parts.components
-        self.signature = parts.signature
-        self.accepted = (parts.inputs | names(parts.signature.parameters)) - _NOT_ACCEPTED
+        self.placement = placement
+        self._adapters = placement.adapters
+        self._resting = resting
+        more = PARAMETERS if self._adapters.files else ()
+        encodes = {*parts.signature.encodes, *(names(more) if self._adapters.encodes else ())}
+        self.signature = replace(
+            parts.signature,
+            parameters=tuple(sorted((*parts.signature.parameters, *more), key=lambda parameter: parameter.name)),
+            encodes=tuple(sorted(encodes)),
+        )
+        self.accepted = (parts.inputs | names(self.signature.parameters)) - _NOT_ACCEPTED
         self._parts = parts
 
     @classmethod
-    def load(cls, model: Path, panels: tuple[Panel, ...], *, dtype: torch.dtype, device: torch.device) -> PanelPipeline:
+    def load(
+        cls,
+        model: Path,
+        panels: tuple[Panel, ...],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: str = Quantization.NONE,
+        offload: str = Offload.NONE,
+        adapters: tuple[LoraFile, ...] = (),
+    ) -> PanelPipeline:
         """Load the panels of a model.
 
         Args:
             model: A folder in the diffusers layout (`model_index.json`); nothing is ever downloaded.
             panels: Which panels, any order, at least one.
             dtype: What weights are converted to.
-            device: Where they are put.
+            device: Where they compute.
+            quantization: What weights of linear layers are held as, a `Quantization`; autoencoders and vocoders as
+                they are.
+            offload: What rests in the memory of the host, an `Offload`.
+            adapters: LoRA files that requests may choose of, of distinct names.
 
         Raises:
             ModelError: The model cannot be served; the sentence says why.
@@ -98,25 +131,35 @@ class PanelPipeline:
         transformers.utils.logging.disable_progress_bar()
         panels = tuple(panel for panel in Panel if panel in panels)
         route = route_for(model)
-        return cls(panels, route, _LOADERS[route](model, panels, dtype, device))
+        read = Adapters.read(model, adapters)
+        placement = Placement(dtype, device, Quantization(quantization), Offload(offload), read)
+        parts = _LOADERS[route](model, panels, placement)
+        resting = placement.finish({name: getattr(parts.pipeline, name) for name in parts.components})
+        return cls(panels, route, parts, placement, resting)
 
     def encode(self, inputs: Mapping[str, object], seed: int) -> dict[str, object]:
         """Run the encoder.
 
         Args:
             inputs: Of the whole request, by name; all in `accepted`. Pictures are `PIL.Image.Image`, or lists of it.
-                Names left out get the pipeline's defaults.
+                Names left out get the pipeline's defaults. "lora" and "lora_scale" choose an adapter.
             seed: Of the noise; the same seed makes the same picture.
 
         Returns:
             The values that the denoiser and the decoder take.
 
         Raises:
-            InputError: There is a name that the pipeline does not take, two for one thing that differ, or a value of
-                the wrong kind.
+            InputError: There is a name that the pipeline does not take, two for one thing that differ, a value of the
+                wrong kind, or no such adapter.
         """
         self._require(Panel.ENCODER)
-        return self._parts.encode(self._meant(inputs), seed)
+        meant = self._meant(inputs)
+        choice = choose(inputs, self._adapters.files)
+        self._adapters.activate(choice)
+        try:
+            return {**self._parts.encode(meant, seed), **self._label(choice)}
+        finally:
+            self._rest()
 
     def denoise(self, state: Mapping[str, object]) -> Denoising:
         """Prepare a run of the denoiser; it starts with its first `advance`.
@@ -125,7 +168,10 @@ class PanelPipeline:
             state: From `encode`; it is not changed, so that it can be run again.
         """
         self._require(Panel.DENOISER)
-        return self._parts.denoise(state)
+        values, choice = self._open(state)
+        denoising = self._parts.denoise(values)
+        denoising.surround(lambda: self._adapters.activate(choice), self._rest, self._label(choice))
+        return denoising
 
     def decode(self, state: Mapping[str, object]) -> dict[str, object]:
         """Run the decoder.
@@ -139,7 +185,27 @@ class PanelPipeline:
             -1..1, and "sampling_rate" in Hz.
         """
         self._require(Panel.DECODER)
-        return self._parts.decode(state)
+        values, choice = self._open(state)
+        self._adapters.activate(choice)
+        try:
+            return self._parts.decode(values)
+        finally:
+            self._rest()
+
+    def _label(self, choice: Choice | None) -> dict[str, object]:
+        """What crosses beside the values of the pipeline."""
+        chosen = {} if choice is None else {LORA: choice.name, LORA_SCALE: choice.scale}
+        return {DTYPE: self.placement.dtype, **chosen}
+
+    def _open(self, state: Mapping[str, object]) -> tuple[dict[str, object], Choice | None]:
+        """Take a state apart again, in the dtype of this process."""
+        values = converted(state, self.placement.dtype)
+        name, scale = values.pop(LORA, None), values.pop(LORA_SCALE, None)
+        return values, None if name is None else Choice(cast(str, name), cast(float, scale))
+
+    def _rest(self) -> None:
+        if self._resting is not None:
+            self._resting.rest()
 
     def _meant(self, inputs: Mapping[str, object]) -> dict[str, object]:
         """Check inputs, and give them the names that the pipeline has for them."""
@@ -151,6 +217,7 @@ class PanelPipeline:
             raise InputError(f"{different[0]} and {different[1]} are the same to this pipeline, but differ.")
         try:
             check_scalars(inputs, parameters)
+            check_lora(inputs, [file.name for file in self._adapters.files])
         except CardError as error:
             raise InputError(str(error)) from error
         return in_words_of(self._parts.inputs, inputs, parameters)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import greenlet
@@ -40,10 +40,23 @@ class Denoising:
         self.total_steps: int | None = None
         self.step = 0
         self.cancelled = False
+        self._before: Callable[[], object] = _nothing
+        self._after: Callable[[], object] = _nothing
+        self._also: dict[str, object] = {}
         self._thread: int | None = None
         self._result: dict[str, object] | None = None
         self._over = False
         self._greenlet: Any = greenlet.greenlet(lambda: self._run(work))
+
+    def surround(self, before: Callable[[], object], after: Callable[[], object], also: Mapping[str, object]) -> None:
+        """Say what is due around this run, before it has begun.
+
+        Args:
+            before: Called before each step, when another run may have been at the same weights.
+            after: Called once, when the run is over, however it ended.
+            also: Values of the result beside those of the run.
+        """
+        self._before, self._after, self._also = before, after, dict(also)
 
     def advance(self) -> bool:
         """Run exactly one step; the first also prepares the loop, the last also ends the block.
@@ -63,6 +76,7 @@ class Denoising:
         torch.set_grad_enabled(False)
         self._greenlet.parent = greenlet.getcurrent()
         try:
+            self._before()
             self._greenlet.switch()
         except BaseException:
             self._release()
@@ -93,7 +107,7 @@ class Denoising:
         """
         if self._result is None:
             raise RuntimeError(f"There is no result: {self.step} of {self.total_steps} steps have been run.")
-        return self._result
+        return {**self._result, **self._also}
 
     def pause(self) -> None:
         """Go back to whoever called `advance`, from inside the run.
@@ -119,6 +133,12 @@ class Denoising:
         # One that never ran still holds the copy of the block, the private pipeline and the state.
         self._over = True
         self._greenlet = None
+        after, self._before, self._after = self._after, _nothing, _nothing
+        after()
+
+
+def _nothing() -> None:
+    """What is due around a run where nothing is."""
 
 
 class BlockDenoising(Denoising):

@@ -13,6 +13,7 @@ from engines.calling import GENERATOR, CallDenoising, Components, accepted, call
 from engines.card import load_index
 from engines.guidance import GUIDANCE_SCALE, private
 from engines.panels import Panel
+from engines.placing import Placement
 from engines.routes import Route, check_panels, classic_class
 from engines.stepping import Denoising
 
@@ -43,7 +44,7 @@ class WholeParts:
         return dict(state)
 
 
-def load_whole(model: Path, panels: tuple[Panel, ...], dtype: torch.dtype, device: torch.device) -> WholeParts:
+def load_whole(model: Path, panels: tuple[Panel, ...], placement: Placement) -> WholeParts:
     """Load a whole pipeline.
 
     Raises:
@@ -53,5 +54,5 @@ def load_whole(model: Path, panels: tuple[Panel, ...], dtype: torch.dtype, devic
     cls = classic_class(index)
     check_panels(Route.MONOLITHIC, index, model, panels)
     components = anatomy(cls, index).components
-    pipeline, _ = Components(model, cls, index, components).pipeline(list(components), dtype, device)
+    pipeline, _ = Components(model, cls, index, components).pipeline(list(components), placement)
     return WholeParts(pipeline, frozenset(components))

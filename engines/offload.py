@@ -1,0 +1,122 @@
+"""Let components rest in the memory of the host, and bring them to the device for as long as they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, Final
+
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.utils import send_to_device
+from diffusers.hooks import apply_group_offloading
+
+from engines.panels import ModelError
+
+HOST: Final = torch.device("cpu")
+
+
+class Offload(StrEnum):
+    """What rests in the memory of the host."""
+
+    NONE = "none"
+    """Nothing."""
+    MODEL = "model"
+    """Each component, as a whole; one at a time is on the device."""
+    GROUP = "group"
+    """Each layer; those that compute and those that come next are on the device."""
+
+
+class Resting:
+    """The components of a process, of which one at a time is on the device.
+
+    Attributes:
+        present: The name of that one, "" for none.
+    """
+
+    def __init__(self, modules: Mapping[str, torch.nn.Module], device: torch.device) -> None:
+        self.present = ""
+        self._modules = dict(modules)
+        self._device = device
+        for name, module in self._modules.items():
+            _Visit(self, name, device).install(module)
+
+    def bring(self, name: str) -> None:
+        """Put a component on the device, in the place of the one that is there."""
+        if self.present == name:
+            return
+        self.rest()
+        self._modules[name].to(self._device)
+        self.present = name
+
+    def rest(self) -> None:
+        """Put the component that is on the device back."""
+        if self.present:
+            # First, so that a failed move is not taken for a component that is there.
+            name, self.present = self.present, ""
+            self._modules[name].to(HOST)
+
+
+class _Visit(ModelHook):  # type: ignore[misc]
+    """Brings a component when something of it is called.
+
+    As a hook of accelerate it is what pipelines look for: they take its `execution_device` for their own, and the
+    methods of autoencoders call it. Other methods of a component, of a text encoder for one, come to its inner modules.
+    """
+
+    def __init__(self, resting: Resting, name: str, device: torch.device) -> None:
+        self.execution_device = device
+        self._resting = resting
+        self._name = name
+
+    def install(self, module: torch.nn.Module) -> None:
+        add_hook_to_module(module, self)
+        for inner in module.modules():
+            if inner is not module:
+                inner.register_forward_pre_hook(self._inner, with_kwargs=True)
+
+    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        self._resting.bring(self._name)
+        return send_to_device(args, self.execution_device), send_to_device(kwargs, self.execution_device)
+
+    def _inner(self, module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if self._resting.present == self._name:
+            return None
+        return self.pre_forward(module, *args, **kwargs)
+
+
+def offload(modules: Mapping[str, torch.nn.Module], how: Offload, device: torch.device) -> Resting | None:
+    """Let components rest on the host from here on.
+
+    Args:
+        modules: By name; they are there now.
+        how: As a whole, or in layers.
+        device: Where they compute.
+
+    Returns:
+        Where components come as a whole, what puts them back.
+
+    Raises:
+        ModelError: One cannot be offloaded in this way.
+    """
+    if how is Offload.MODEL:
+        return Resting(modules, device)
+    if how is Offload.GROUP:
+        for name, module in modules.items():
+            _in_layers(name, module, device)
+    return None
+
+
+def _in_layers(name: str, module: Any, device: torch.device) -> None:
+    if not getattr(module, "_supports_group_offloading", True):
+        kind = type(module).__name__
+        raise ModelError(f'The {name} is a {kind}, which has no offload = "group": use "model" or "none".')
+    streams = device.type == "cuda"
+    apply_group_offloading(
+        module,
+        onload_device=device,
+        offload_device=HOST,
+        offload_type="leaf_level",
+        use_stream=streams,
+        record_stream=streams,
+    )

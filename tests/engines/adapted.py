@@ -1,0 +1,78 @@
+"""Panels loaded one by one with some options, and what the plain pipeline makes with a LoRA of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ModularPipeline
+
+from engines.card import load_card
+from engines.codec import pack, unpack
+from engines.panels import Panel
+from engines.pipeline import PanelPipeline
+from tests.engines.results import media, seeded
+from tools.families.apart import CPU
+from tools.make_lora import make_lora
+
+Models = Callable[[str], Path]
+Pixels = np.ndarray[Any, Any]
+
+
+class Panels:
+    """Each panel of a model as a process of its own would have it: states between them go through the codec."""
+
+    def __init__(self, model: Path, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+        self.model = model
+        self.parts = {panel: PanelPipeline.load(model, (panel,), dtype=dtype, device=CPU, **options) for panel in Panel}
+
+    def encode(self, seed: int, **inputs: Any) -> dict[str, object]:
+        asked = {"prompt": "a red ship", **load_card(self.model).defaults, **inputs}
+        return carried(self.parts[Panel.ENCODER].encode(asked, seed))
+
+    def denoise(self, state: dict[str, object]) -> dict[str, object]:
+        denoising = self.parts[Panel.DENOISER].denoise(state)
+        while denoising.advance():
+            pass
+        return carried(denoising.result())
+
+    def decode(self, state: dict[str, object]) -> Pixels:
+        return media(self.parts[Panel.DECODER].decode(state))
+
+    def make(self, seed: int, **inputs: Any) -> Pixels:
+        return self.decode(self.denoise(self.encode(seed, **inputs)))
+
+
+def carried(state: dict[str, object]) -> dict[str, object]:
+    packed = pack(state)
+    slot = torch.zeros(max(packed.nbytes, 1), dtype=torch.uint8)
+    packed.copy_to(slot)
+    return unpack(packed.manifest, slot, CPU)
+
+
+def plain(model: Path, dtype: torch.dtype = torch.float32, *, blocks: bool = False) -> Any:
+    """The whole pipeline of a model, with or without blocks; in some cases the two differ in the last bits."""
+    if blocks:
+        whole = ModularPipeline.from_pretrained(str(model))
+        whole.load_components(dtype=dtype)
+        return whole
+    pipeline = DiffusionPipeline.from_pretrained(str(model), dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def expected(pipeline: Any, model: Path, seed: int, **inputs: Any) -> Pixels:
+    """What a plain pipeline makes, as it is."""
+    asked = {"prompt": "a red ship", **load_card(model).defaults, **inputs}
+    if not isinstance(pipeline, ModularPipeline):
+        asked["output_type"] = "np" if "num_frames" in asked else "pil"
+    return media(pipeline(**asked, generator=seeded(seed)))
+
+
+def lora(folder: Path, model: Path, name: str, *components: str, **options: Any) -> Path:
+    path = folder / f"{name}.safetensors"
+    make_lora(model, path, seed=sum(name.encode()), components=components, **options)
+    return path

@@ -1,0 +1,256 @@
+"""LoRA adapters: each request runs with its own or with none, and makes what plain diffusers makes with that."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engines.card import CardError
+from engines.lora import Choice, LoraFile, check_lora, choose
+from engines.panels import ModelError, Panel
+from engines.parameters import names
+from engines.pipeline import InputError, PanelPipeline
+from tests.engines.adapted import Models, Panels, expected, lora, plain
+from tests.engines.results import same
+from tools.families.apart import CPU
+
+STEPS = {"num_inference_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("loras")
+
+
+# Against plain diffusers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("flux", torch.float32),
+        ("flux", torch.bfloat16),
+        ("wan", torch.float32),
+        ("sdxl", torch.float32),
+        ("cogvideox", torch.float32),
+        ("sana", torch.bfloat16),
+    ],
+)
+def test_each_request_makes_what_diffusers_makes_with_its_adapter(
+    family: str, dtype: torch.dtype, models: Models, classic_models: Models, files: Path
+) -> None:
+    model = classic_models(family) if family in ("cogvideox", "sana") else models(family)
+    loras = {name: lora(files, model, f"{family}-{name}") for name in ("a", "b")}
+    adapters = tuple(LoraFile(name, path, 0.8) for name, path in loras.items())
+    panels = Panels(model, dtype, adapters=adapters)
+    asked = [{"lora": "a"}, {}, {"lora": "b", "lora_scale": 1.5}, {"lora": "a", "lora_scale": -0.5}, {"lora": ""}]
+    ours = [panels.make(3, **STEPS, **more) for more in asked]
+
+    without = plain(model, dtype, blocks=family not in ("cogvideox", "sana"))
+    bare = expected(without, model, 3, **STEPS)
+    assert same(ours[1], bare)
+    assert same(ours[4], bare)
+    for index, name, scale in ((0, "a", 0.8), (2, "b", 1.5), (3, "a", -0.5)):
+        without.load_lora_weights(str(loras[name]), adapter_name="only")
+        without.set_adapters("only", scale)
+        assert same(ours[index], expected(without, model, 3, **STEPS)), (name, scale)
+        without.unload_lora_weights()
+    assert not same(ours[0], ours[2])
+    assert not same(ours[0], ours[3])
+    assert not same(ours[0], bare)
+
+
+def test_a_process_with_adapters_computes_without_one_as_if_there_were_none(models: Models, files: Path) -> None:
+    model = models("sdxl")
+    adapters = (LoraFile("a", lora(files, model, "sdxl-a")),)
+    for panels in (Panels(model), Panels(model, adapters=adapters)):
+        state = panels.encode(1, **STEPS)
+        latents = panels.denoise(state)["latents"]
+        if not panels.parts[Panel.ENCODER].placement.adapters.files:
+            first = state, latents
+    assert torch.equal(first[0]["prompt_embeds"], state["prompt_embeds"])  # type: ignore[arg-type]
+    assert torch.equal(first[1], latents)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["flux", "cogvideox"])
+def test_requests_that_take_turns_step_by_step_are_identical_to_runs_alone(
+    family: str, models: Models, classic_models: Models, files: Path
+) -> None:
+    model = classic_models(family) if family == "cogvideox" else models(family)
+    adapters = tuple(LoraFile(name, lora(files, model, f"{family}-{name}")) for name in ("a", "b"))
+    panels = Panels(model, adapters=adapters)
+    asked = [{"lora": "a"}, {}, {"lora": "b"}, {"lora": "a", "lora_scale": 0.3}]
+    states = [panels.encode(5, num_inference_steps=3, **more) for more in asked]
+    alone = [panels.denoise(state)["latents"] for state in states]
+    turns = [panels.parts[Panel.DENOISER].denoise(state) for state in states]
+    running = list(turns)
+    while running:
+        running = [denoising for denoising in running if denoising.advance()]
+    for denoising, latents in zip(turns, alone, strict=True):
+        assert torch.equal(denoising.result()["latents"], latents)  # type: ignore[arg-type]
+    assert len({bytes(latents.numpy().tobytes()) for latents in alone}) == 4  # type: ignore[attr-defined]
+
+
+def test_the_two_transformers_of_wan_2_2_have_a_file_each(models: Models, files: Path) -> None:
+    model = models("wan22")
+    high = lora(files, model, "high", "transformer")
+    low = lora(files, model, "low", "transformer")
+    # Both are written as if for the only transformer.
+    assert {name.partition(".")[0] for name in load_file(low)} == {"transformer"}
+    panels = Panels(model, adapters=(LoraFile("both", high, path_2=low), LoraFile("one", high)))
+    ours = {name: panels.make(2, lora=name, num_inference_steps=4) for name in ("both", "one")}
+    pipeline = plain(model)
+    pipeline.load_lora_weights(str(high), adapter_name="x")
+    pipeline.set_adapters("x", 1.0)
+    assert same(ours["one"], expected(pipeline, model, 2, num_inference_steps=4))
+    pipeline.load_lora_weights(str(low), adapter_name="x", load_into_transformer_2=True)
+    pipeline.set_adapters("x", 1.0)
+    assert same(ours["both"], expected(pipeline, model, 2, num_inference_steps=4))
+    assert not same(ours["both"], ours["one"])
+
+
+# What is loaded where ---------------------------------------------------------------------------------------------
+
+
+def test_each_process_loads_what_it_owns_and_lets_the_rest_go(models: Models, files: Path) -> None:
+    model = models("sdxl")
+    panels = Panels(model, adapters=(LoraFile("a", lora(files, model, "sdxl-a")),))
+    loaded = {panel: sorted(part.placement.adapters._modules) for panel, part in panels.parts.items()}
+    assert loaded == {
+        Panel.ENCODER: ["text_encoder", "text_encoder_2"],
+        Panel.DENOISER: ["unet"],
+        Panel.DECODER: [],
+    }
+    assert all(not part.placement.adapters._weights for part in panels.parts.values())
+
+
+def test_the_signature_says_where_there_is_a_choice_and_whether_it_changes_the_text(
+    models: Models, files: Path
+) -> None:
+    model = models("flux")
+    both = LoraFile("a", lora(files, model, "flux-a"))
+    other = LoraFile("t", lora(files, model, "flux-t", "transformer"))
+
+    def load(*adapters: LoraFile) -> list[PanelPipeline]:
+        return list(Panels(model, adapters=adapters).parts.values())
+
+    for adapters, public, encodes in (((), False, False), ((other,), True, False), ((both, other), True, True)):
+        for part in load(*adapters):
+            for name in ("lora", "lora_scale"):
+                assert (name in part.accepted) is public
+                assert (name in names(part.signature.parameters)) is public
+                assert (name in part.signature.encodes) is encodes
+    with pytest.raises(InputError, match="takes no lora"):
+        load()[0].encode({"prompt": "x", "lora": "a"}, 1)
+    with pytest.raises(InputError, match="There is no adapter 'b': choose of t"):
+        load(other)[0].encode({"prompt": "x", "lora": "b"}, 1)
+
+
+def test_a_state_of_an_adapter_that_is_not_here_is_refused(models: Models, files: Path) -> None:
+    model = models("flux")
+    state = Panels(model, adapters=(LoraFile("a", lora(files, model, "flux-a")),)).encode(1, lora="a", **STEPS)
+    denoising = Panels(model).parts[Panel.DENOISER].denoise(state)
+    with pytest.raises(ValueError, match="There is no adapter 'a' here, only: none"):
+        denoising.advance()
+    assert not denoising.advance()
+
+
+# Files that cannot be served --------------------------------------------------------------------------------------
+
+
+def load_denoiser(model: Path, path: Path) -> PanelPipeline:
+    return PanelPipeline.load(
+        model, (Panel.DENOISER,), dtype=torch.float32, device=CPU, adapters=(LoraFile("a", path),)
+    )
+
+
+def changed(source: Path, out: Path, **renamed: str) -> Path:
+    """A copy of a LoRA with parts of names replaced, in the first pair of matrices alone."""
+    tensors = load_file(source)
+    first = sorted(tensors)[0].rpartition(".lora_")[0]
+    for old, new in renamed.items():
+        tensors = {
+            (name.replace(old, new, 1) if name.startswith(f"{first}.") else name): tensor
+            for name, tensor in tensors.items()
+        }
+    save_file(tensors, out)
+    return out
+
+
+def test_nothing_of_a_file_is_dropped_silently(models: Models, files: Path, tmp_path: Path) -> None:
+    model = models("flux")
+    good = lora(files, model, "flux-t", "transformer")
+    problems = {
+        "of another component": (changed(good, tmp_path / "1.safetensors", transformer="vision"), "vision, which"),
+        "of no layer": (changed(good, tmp_path / "2.safetensors", attn="attention"), "2.safetensors does not fit the"),
+        "of another format": (changed(good, tmp_path / "3.safetensors", lora_A="dora_scale"), "is a DoRA"),
+        "no LoRA": (changed(good, tmp_path / "4.safetensors", lora_A="norm_q"), "which is no weight of a LoRA"),
+        "of another model": (lora(files, models("wan"), "wan-a"), "does not fit the transformer"),
+    }
+    for path, sentence in problems.values():
+        with pytest.raises(ModelError, match=sentence) as failure:
+            load_denoiser(model, path)
+        assert str(path) in str(failure.value)
+        assert "\n" not in str(failure.value)
+
+
+def test_only_safetensors_are_read(models: Models, files: Path, tmp_path: Path) -> None:
+    model = models("flux")
+    good = lora(files, model, "flux-t", "transformer")
+    torch.save(load_file(good), tmp_path / "pickled.bin")
+    with pytest.raises(ModelError, match=r"is no \.safetensors file"):
+        load_denoiser(model, tmp_path / "pickled.bin")
+    with pytest.raises(ModelError, match=r"exactly one \.safetensors file, and has 0"):
+        load_denoiser(model, tmp_path)
+    with pytest.raises(ModelError, match="There is no LoRA file"):
+        load_denoiser(model, tmp_path / "none.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"not really")
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_denoiser(model, tmp_path / "broken.safetensors")
+    (tmp_path / "folder").mkdir()
+    shutil.copy(good, tmp_path / "folder")
+    assert load_denoiser(model, tmp_path / "folder").placement.adapters.files
+
+
+def test_a_pipeline_that_takes_no_adapters_says_so(classic_models: Models, models: Models, files: Path) -> None:
+    with pytest.raises(ModelError, match="diffusers loads no LoRA into a PixArtSigmaPipeline"):
+        load_denoiser(classic_models("pixart"), lora(files, models("flux"), "flux-t", "transformer"))
+
+
+# By name ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("inputs", "param", "sentence"),
+    [
+        ({"lora": "c"}, "lora", "There is no adapter 'c': choose of a, b."),
+        ({"lora": 3}, "lora", "It must be text."),
+        ({"lora": "a", "lora_scale": 4.1}, "lora_scale", "It must be -4 to 4."),
+        ({"lora_scale": float("nan")}, "lora_scale", "It must be a number."),
+        ({"lora_scale": True}, "lora_scale", "It must be a number."),
+    ],
+)
+def test_what_is_asked_for_must_be_there(inputs: dict[str, object], param: str, sentence: str) -> None:
+    with pytest.raises(CardError) as failure:
+        check_lora(inputs, {"a", "b"})
+    assert (failure.value.param, failure.value.message) == (param, sentence)
+
+
+def test_without_adapters_there_is_no_such_parameter() -> None:
+    for name, value in (("lora", "a"), ("lora", ""), ("lora_scale", 1)):
+        with pytest.raises(CardError, match="shapes has no such parameter"):
+            check_lora({name: value}, (), "shapes")
+    check_lora({"prompt": "x", "lora": None}, ())
+
+
+def test_a_choice_has_the_scale_of_the_request_or_of_its_entry() -> None:
+    files = (LoraFile("a", Path("a"), 0.5),)
+    check_lora({"lora": "a", "lora_scale": -4}, {"a"})
+    assert choose({"lora": "a", "lora_scale": -4}, files) == Choice("a", -4.0)
+    assert choose({"lora": "a"}, files) == Choice("a", 0.5)
+    assert choose({"lora": "", "lora_scale": 2.0}, files) is None
+    assert choose({}, files) is None

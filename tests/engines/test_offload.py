@@ -1,0 +1,181 @@
+"""Weights that rest on the host: what is computed is the same, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderOobleck
+
+from engines.lora import LoraFile
+from engines.offload import Offload, Resting, offload
+from engines.panels import ModelError, Panel
+from engines.pipeline import PanelPipeline
+from engines.stepping import Denoising
+from tests.engines.adapted import Models, Panels, lora
+from tests.engines.classics import request
+from tests.engines.results import media, same
+from tools.families.apart import CPU
+
+STEPS = {"num_inference_steps": 2}
+HOW = ["model", "group"]
+
+
+def finish(denoising: Denoising) -> dict[str, object]:
+    while denoising.advance():
+        pass
+    return denoising.result()
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("family", ["flux", "wan", "sdxl", "cogvideox", "sana"])
+def test_the_picture_stays_the_same(family: str, how: str, models: Models, classic_models: Models) -> None:
+    model = classic_models(family) if family in ("cogvideox", "sana") else models(family)
+    exact = Panels(model).make(7, **STEPS)
+    ours = Panels(model, offload=how)
+    for _ in range(2):
+        assert same(ours.make(7, **STEPS), exact)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_with_all_panels_in_one_process_and_requests_that_take_turns(how: str, models: Models) -> None:
+    model = models("wan")
+    loaded = [
+        PanelPipeline.load(model, tuple(Panel), dtype=torch.float32, device=CPU, offload=x) for x in ("none", how)
+    ]
+    made = []
+    for pipeline in loaded:
+        states = [pipeline.encode(request(model, num_inference_steps=2), seed) for seed in (1, 2)]
+        turns = [pipeline.denoise(state) for state in states]
+        running = list(turns)
+        while running:
+            running = [denoising for denoising in running if denoising.advance()]
+            # Between two steps of another one.
+            pipeline.encode(request(model), 3)
+        made.append([media(pipeline.decode(denoising.result())) for denoising in turns])
+    assert all(same(*pair) for pair in zip(*made, strict=True))
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_with_eight_bits_and_adapters(how: str, models: Models, tmp_path: Path) -> None:
+    model = models("flux")
+    options: dict[str, Any] = {"adapters": (LoraFile("a", lora(tmp_path, model, "a")),), "quantization": "int8"}
+    exact, ours = Panels(model, **options), Panels(model, offload=how, **options)
+    for asked in ({"lora": "a"}, {}, {"lora": "a", "lora_scale": -1.0}):
+        assert same(ours.make(7, **STEPS, **asked), exact.make(7, **STEPS, **asked))
+
+
+def test_a_model_without_layers_to_move_says_so() -> None:
+    with pytest.raises(ModelError, match=r'The vae is a AutoencoderOobleck, which has no offload = "group"'):
+        offload({"vae": AutoencoderOobleck(encoder_hidden_size=8, decoder_channels=8)}, Offload.GROUP, CPU)
+
+
+# One component at a time ------------------------------------------------------------------------------------------
+
+
+class Two(torch.nn.Module):
+    """With a method that only its inner modules hear of, as text encoders have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)  # type: ignore[no-any-return]
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+class Moves(Resting):
+    """Notes where components go."""
+
+    def __init__(self, *names: str) -> None:
+        self.modules = {name: Two() for name in names}
+        self.moves: list[str] = []
+        for name, module in self.modules.items():
+            module.to = lambda place, name=name: self.moves.append(f"{name} {place}")  # type: ignore[method-assign,assignment,misc]
+        super().__init__(self.modules, torch.device("meta"))
+
+
+def test_a_component_comes_when_something_of_it_is_called_and_goes_for_another() -> None:
+    moves = Moves("one", "two")
+    one, two = moves.modules.values()
+    x = torch.ones(1, 2, device="meta")
+    for module in (one, two):
+        for part in module.modules():
+            part._parameters.update(
+                {name: torch.nn.Parameter(w.to("meta")) for name, w in part._parameters.items() if w is not None}
+            )
+    one.features(x)
+    one(x)
+    one.inner(x)
+    assert moves.moves == ["one meta"]
+    two(x)
+    assert moves.moves == ["one meta", "one cpu", "two meta"]
+    one.inner(x)
+    assert moves.moves[3:] == ["two cpu", "one meta"]
+    moves.rest()
+    moves.rest()
+    assert moves.moves[5:] == ["one cpu"]
+    assert moves.present == ""
+
+
+def test_inputs_that_are_on_the_host_come_along() -> None:
+    modules = {"one": Two()}
+    Resting(modules, torch.device("meta"))
+    assert modules["one"](torch.ones(1, 2)).device.type == "meta"
+
+
+@pytest.mark.parametrize(("family", "panel"), [("flux", Panel.ENCODER), ("sana", Panel.DENOISER)])
+def test_the_pipeline_computes_on_the_device_it_was_given(
+    family: str, panel: Panel, models: Models, classic_models: Models
+) -> None:
+    model = classic_models(family) if family == "sana" else models(family)
+    for how in HOW:
+        part = PanelPipeline.load(model, (panel,), dtype=torch.float32, device=torch.device("cpu", 0), offload=how)
+        pipeline = part._parts.pipeline
+        assert pipeline._execution_device == torch.device("cpu", 0)
+        assert {name for name in part.components if hasattr(getattr(pipeline, name), "state_dict")}
+
+
+def test_nothing_is_left_on_the_device_however_a_panel_ends(models: Models) -> None:
+    model = models("flux")
+    part = PanelPipeline.load(model, tuple(Panel), dtype=torch.float32, device=CPU, offload="model")
+    resting = part._resting
+    assert resting is not None
+    state = part.encode(request(model), 1)
+    assert resting.present == ""
+    denoising = part.denoise(state)
+    denoising.advance()
+    assert resting.present == "transformer"
+    denoising.cancel()
+    assert resting.present == ""
+    denoising = part.denoise({**state, "prompt_embeds": torch.ones(1, 3)})
+    with pytest.raises(Exception):  # noqa: B017  whatever the transformer makes of that
+        denoising.advance()
+    assert resting.present == ""
+    part.decode(finish(part.denoise(state)))
+    assert resting.present == ""
+
+
+# With a device ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("family", ["flux", "wan", "sana"])
+def test_weights_rest_on_the_host(family: str, how: str, models: Models, classic_models: Models) -> None:
+    model = classic_models(family) if family == "sana" else models(family)
+    device = torch.device("cuda", 0)
+    made = []
+    for offload_as in ("none", how):
+        part = PanelPipeline.load(model, tuple(Panel), dtype=torch.float32, device=device, offload=offload_as)
+        result = part.decode(finish(part.denoise(part.encode(request(model, **STEPS), 1))))
+        made.append(media(result))
+        modules = [getattr(part._parts.pipeline, name) for name in part.components]
+        places = {weight.device.type for m in modules if isinstance(m, torch.nn.Module) for weight in m.parameters()}
+        assert places == {"cuda" if offload_as == "none" else "cpu"}
+    assert same(*made)
