@@ -20,6 +20,7 @@ from actors import Actor, Component, Later, StartFailure, Topology
 from bus import Refused
 from engines.card import CardError, ModelCard, load_card
 from engines.checks import ANY
+from engines.lora import check_lora
 from engines.panels import ModelError, Panel
 from engines.parameters import Parameter, Signature
 from roles.dispatch import POLICIES
@@ -308,6 +309,7 @@ class Head(Actor):
         # Before the first instance has come, the names that the pipeline takes are not known: then it checks them.
         inputs = cast(dict[str, Input], self.card.apply(message.inputs, self._parameters()))
         output = settle_output(message.output, self._signature(), message.inputs, inputs)
+        check_lora(inputs, [lora.name for lora in self.topology.model.lora], self.card.name)
         now = time.time()
         deadline = now + self.topology.head.request_timeout_s
         seed = secrets.randbits(32) if message.seed is None else message.seed

@@ -35,6 +35,7 @@ from roles.messages.device import (
 from roles.messages.work import Work
 from roles.resolve import has_files, resolve
 from roles.uploads import UPLOADS, UploadStore
+from roles.weights import lora_files, weights_facts
 from roles.workload import PANELS
 from roles.workspace import Premises
 
@@ -93,7 +94,8 @@ class StreamWorker(Actor):
         self.premises.model_loaded(self._pipeline.signature)
         loaded = self._pipeline
         panels = [panel.value for panel in loaded.panels]
-        self.log.info("model loaded", panels=panels, route=loaded.route.value, device=self.component.device)
+        facts = {"panels": panels, "route": loaded.route.value, "device": self.component.device}
+        self.log.info("model loaded", **facts, **weights_facts(loaded.placement))
         self.spawn(self._serve(self._stream, self._pipeline), name="panels")
 
     def facts(self) -> dict[str, int | float | str | bool]:
@@ -131,11 +133,15 @@ class StreamWorker(Actor):
                 return
 
     def _load(self, device: torch.device) -> PanelPipeline:
+        component, topology = self.component, self.topology
         return PanelPipeline.load(
-            self.topology.model_path,
-            PANELS[self.component.kind],
-            dtype=getattr(torch, self.topology.model.dtype),
+            topology.model_path,
+            PANELS[component.kind],
+            dtype=getattr(torch, component.dtype),
             device=device,
+            quantization=component.quantization,
+            offload=component.offload,
+            adapters=lora_files(topology),
         )
 
     async def _serve(self, stream: DeviceStream, pipeline: PanelPipeline) -> None:

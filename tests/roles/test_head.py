@@ -14,6 +14,7 @@ import pytest
 from actors import Actor, AddressBook, Topology, load_topology
 from actors.runtime import Runtime
 from bus import Outbox, Reference, RemoteFailure
+from engines.lora import PARAMETERS
 from engines.parameters import Kind, Parameter, Signature
 from roles.head import Head
 from roles.messages import pool as pools
@@ -78,11 +79,11 @@ def topology(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
         '{"name": "tiny", "defaults": {"height": 96}, "ranges": {"height": [64, 128, 8]}}'
     )
 
-    def make(head: str = "") -> Topology:
+    def make(head: str = "", lora: str = "") -> Topology:
         roles = "\n".join(f'[[roles]]\nkind = "{kind}"' for kind in ("encoder", "denoiser", "decoder"))
         path = tmp_path / "t.toml"
         path.write_text(
-            f'[model]\npath = "model"\n[state]\npath = "state"\n[head]\n{head}\n'
+            f'[model]\npath = "model"\n{lora}\n[state]\npath = "state"\n[head]\n{head}\n'
             f"[supervision]\nheartbeat_timeout_s = 1\n{roles}\n"
         )
         return load_topology(path)
@@ -335,3 +336,38 @@ def test_cancel_reaches_the_instance(topology: Callable[..., Topology]) -> None:
             assert await asyncio.wait_for(stage.workers["encoder-0"].cancelled.get(), BOUND_S) == work
 
     play(scenario())
+
+
+def test_an_adapter_that_is_not_there_is_refused_with_those_that_are(topology: Callable[..., Topology]) -> None:
+    async def scenario() -> None:
+        loras = "".join(f'[[model.lora]]\nname = "{name}"\npath = "x"\n' for name in ("ink", "clay"))
+        async with playing(topology(lora=loras)) as stage:
+            for known in (False, True):  # before an instance has said what it takes, and after
+                if known:
+                    signature = Signature(tuple(sorted((*SIGNATURE.parameters, *PARAMETERS), key=lambda p: p.name)))
+                    await stage.hello("encoder-0", signature=signature)
+                for inputs, param, sentence in (
+                    ({"lora": "chalk"}, "lora", "There is no adapter 'chalk': choose of clay, ink."),
+                    ({"lora": "ink", "lora_scale": 5}, "lora_scale", "It must be -4 to 4."),
+                    ({"lora": 1}, "lora", "It must be text."),
+                ):
+                    rejected = await stage.submit(f"bad{known}", **inputs)
+                    assert (rejected.code, rejected.param, rejected.message) == ("invalid", param, sentence)
+                accepted = await stage.submit(f"r{known:d}", lora="ink", lora_scale=1)
+                assert isinstance(accepted, requests.RequestAccepted)
+                assert (await stage.view(f"r{known:d}")).inputs["lora"] == "ink"
+
+    asyncio.run(scenario())
+
+
+def test_without_adapters_there_is_no_such_parameter(topology: Callable[..., Topology]) -> None:
+    async def scenario() -> None:
+        async with playing(topology()) as stage:
+            for known in (False, True):
+                if known:
+                    await stage.hello("encoder-0")
+                rejected = await stage.submit(f"r{known:d}", lora="ink")
+                assert (rejected.code, rejected.param) == ("invalid", "lora")
+                assert "tiny has no such parameter" in rejected.message
+
+    asyncio.run(scenario())

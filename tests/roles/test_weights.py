@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from actors import Component, StartFailure, Topology
+from actors.sections import LoraSection
+from engines.lora import LoraFile
+from engines.pipeline import PanelPipeline
+from roles.stream_worker import StreamWorker
+from roles.weights import lora_files, weights_facts
+from roles.workspace import Premises
+from tools.make_lora import make_lora
+
+
+def adapted(topology: Topology, *loras: LoraSection) -> Topology:
+    return msgspec.structs.replace(topology, model=msgspec.structs.replace(topology.model, lora=loras))
+
+
+def held(component: Component, **changes: str) -> Component:
+    return msgspec.structs.replace(component, **changes)
+
+
+def test_files_are_found_from_the_topology(place: Callable[..., Topology], tmp_path: Path) -> None:
+    topology = adapted(
+        place(), LoraSection(name="a", path="a.safetensors", scale=0.5), LoraSection(name="b", path="/b", path_2="c")
+    )
+    assert lora_files(topology) == (
+        LoraFile("a", tmp_path / "a.safetensors", 0.5),
+        LoraFile("b", Path("/b"), 1.0, tmp_path / "c"),
+    )
+
+
+def test_an_instance_holds_its_weights_as_its_role_says(
+    place: Callable[..., Topology], tiny_model: Path, tmp_path: Path
+) -> None:
+    make_lora(tiny_model, tmp_path / "a.safetensors")
+    topology = adapted(place(tiny_model, kind="monolithic"), LoraSection(name="a", path="a.safetensors"))
+    component = held(topology.component("monolithic-0"), dtype="bfloat16", quantization="int8", offload="model")
+    loaded: PanelPipeline = StreamWorker(component, topology, Premises())._load(torch.device("cpu"))
+    facts = weights_facts(loaded.placement)
+    assert facts["quantization"] == "int8"
+    assert facts["loras"] == ["a"]
+    assert 0 < int(str(facts["weights_bytes"])) < int(str(facts["bytes_before"]))
+    assert loaded._resting is not None
+    assert loaded.placement.dtype is torch.bfloat16
+    plain = StreamWorker(held(component, quantization="none"), place(tiny_model), Premises())._load(torch.device("cpu"))
+    assert weights_facts(plain.placement) == {"weights_bytes": facts["bytes_before"]}
+
+
+def test_an_adapter_that_does_not_fit_is_a_failed_start(
+    place: Callable[..., Topology],
+    house: Callable[..., object],
+    run: Callable[..., None],
+    tiny_model: Path,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"no")
+    topology = adapted(place(tiny_model, kind="monolithic"), LoraSection(name="a", path="a.safetensors"))
+
+    async def scenario() -> None:
+        worker = StreamWorker(topology.component("monolithic-0"), topology, Premises())
+        with pytest.raises(StartFailure, match=r"The LoRA .*a\.safetensors cannot be read"):
+            await worker.started()
+
+    run(scenario())
