@@ -37,6 +37,7 @@ PARTS: Final[Mapping[str, Part]] = {
 """The components of Triptych."""
 
 PRELOAD: Final = (
+    "engines",
     "torch",
     "diffusers",
     "transformers",
@@ -45,7 +46,10 @@ PRELOAD: Final = (
     "roles.stream_worker",
     "roles.transfer",
 )
-"""What the zygote imports for the parts that are forked; most of diffusers comes in only with what uses it."""
+"""What the zygote imports for the parts that are forked; most of diffusers comes in only with what uses it.
+
+`engines` is first, because it keeps the others quiet.
+"""
 
 
 DESCRIBE_MODEL: Final = "engines.routes:describe"

@@ -5,7 +5,6 @@ Source of the methods: torchao's weight-only quantization, symmetric, with one s
 
 from __future__ import annotations
 
-import logging
 from enum import StrEnum
 from typing import Any, Final
 
@@ -71,8 +70,7 @@ def _nbytes(tensor: torch.Tensor) -> int:
 
 
 def _torchao(quantization: Quantization) -> tuple[Any, Any]:
-    # Here, because to import it takes seconds and nobody else needs it; it warns of extensions for other machines.
-    logging.getLogger("torchao").setLevel(logging.ERROR)
+    # Here, because to import it takes a while, and most roles go without it.
     try:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
     except ImportError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel, ModularPipeline
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import T5Config, T5EncoderModel
 
+from actors.launcher import QUIET
 from engines.lora import LoraFile
 from engines.panels import ModelError, Panel
 from engines.pipeline import PanelPipeline
@@ -121,5 +123,13 @@ with torch.no_grad():
     assert layer(torch.ones(2, 64)).isfinite().all()
 os._exit(0 if nbytes(layer) < 64 * 64 * 2 else 3)
 """
-    ran = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=100)
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, **QUIET},
+    )
     assert ran.returncode == 0, ran.stderr
+    assert "torchao" not in ran.stderr
