@@ -20,7 +20,7 @@ import torch
 import xxhash
 from diffusers.configuration_utils import FrozenDict
 from diffusers.loaders.lora_base import LoraBaseMixin
-from diffusers.utils import set_adapter_layers, set_weights_and_activate_adapters
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
@@ -75,7 +75,8 @@ class Adapters:
         self.files = files
         self._weights = weights or {}
         self._mixin: Any = None
-        self._modules: dict[str, Any] = {}
+        # Looked for once, as a transformer has thousands of modules.
+        self._layers: dict[str, list[Any]] = {}
         self._holders: dict[str, set[str]] = {file.name: set() for file in files}
         # The libraries look for the name of an adapter anywhere in those of tensors, and it must have no dots.
         self._inner = {file.name: f"adapter_{number}_" for number, file in enumerate(files)}
@@ -119,10 +120,12 @@ class Adapters:
                 if tensors := weights.of(component):
                     _load(self._mixin, component, module, self._inner[name], weights, tensors)
                     self._holders[name].add(component)
-                    self._modules[component] = module
-        if component in self._modules:
-            module.requires_grad_(False)
-            set_adapter_layers(module, enabled=False)
+        layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+        if layers:
+            self._layers[component] = layers
+        for layer in layers:
+            layer.requires_grad_(False)
+            layer.enable_adapters(enabled=False)
 
     def release(self) -> None:
         """Let go of the files' tensors, when all components have theirs."""
@@ -140,12 +143,16 @@ class Adapters:
             raise ValueError(f"There is no adapter {choice.name!r} here, only: {', '.join(self._holders) or 'none'}.")
         # Where this fails half way, the next call must not take the adapter for active.
         self._active = None
-        for component, module in self._modules.items():
+        for component, layers in self._layers.items():
             if choice is None or component not in self._holders[choice.name]:
-                set_adapter_layers(module, enabled=False)
-            else:
-                set_weights_and_activate_adapters(module, [self._inner[choice.name]], [choice.scale])
-                set_adapter_layers(module, enabled=True)
+                for layer in layers:
+                    layer.enable_adapters(enabled=False)
+                continue
+            name = self._inner[choice.name]
+            for layer in layers:
+                layer.set_adapter([name])
+                layer.set_scale(name, choice.scale)
+                layer.enable_adapters(enabled=True)
         self._active = choice
 
     def _each(self) -> Iterator[Weights]:
