@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engines.card import CardError
+from engines.card import CardError, load_card
 from engines.lora import Choice, LoraFile, check_lora, choose
 from engines.panels import ModelError, Panel
 from engines.parameters import names
@@ -112,6 +112,24 @@ def test_the_two_transformers_of_wan_2_2_have_a_file_each(models: Models, files:
     pipeline.set_adapters("x", 1.0)
     assert same(ours["both"], expected(pipeline, model, 2, num_inference_steps=4))
     assert not same(ours["both"], ours["one"])
+
+
+@pytest.mark.skipif(not hasattr(PanelPipeline, "renew"), reason="no state is used twice yet")
+@pytest.mark.parametrize("family", ["flux", "cogvideox"])
+def test_a_state_that_is_used_again_runs_with_the_adapter_of_the_other_request(
+    family: str, models: Models, classic_models: Models, files: Path
+) -> None:
+    model = classic_models(family) if family == "cogvideox" else models(family)
+    paths = {name: lora(files, model, f"{family}-{name}-again", "transformer") for name in ("a", "b")}
+    panels = Panels(model, adapters=tuple(LoraFile(name, path) for name, path in paths.items()))
+    denoiser = panels.parts[Panel.DENOISER]
+    asked: list[dict[str, object]] = [{"lora": "a"}, {"lora": "b", "lora_scale": 0.5}, {}]
+    first = panels.encode(1, **STEPS, **asked[0])
+    for more in asked:
+        inputs = {"prompt": "a red ship", **load_card(model).defaults, **STEPS, **more}
+        renewed = denoiser.renew(first, inputs, 2)  # type: ignore[attr-defined]
+        expected_latents = panels.denoise(panels.encode(2, **STEPS, **more))["latents"]
+        assert torch.equal(panels.denoise(renewed)["latents"], expected_latents)  # type: ignore[arg-type]
 
 
 # What is loaded where ---------------------------------------------------------------------------------------------
