@@ -33,6 +33,7 @@ from engines.split import modular_class
 SUFFIX: Final = ".safetensors"
 _DOWN: Final = (".lora_A", ".lora_down", ".lora.down", "_lora.down", ".lora_linear_layer.down")
 _SECOND: Final = "transformer_2"
+_DENOISE: Final = ("transformer", "unet")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Adapters:
 
     Attributes:
         files: Those that are configured.
-        encodes: Whether some of them change a text encoder.
+        encodes: Whether some of them change what an encoder makes.
     """
 
     def __init__(self, files: tuple[LoraFile, ...] = (), weights: Mapping[str, tuple[Weights, ...]] | None = None):
@@ -81,7 +82,8 @@ class Adapters:
         # The libraries look for the name of an adapter anywhere in those of tensors, and it must have no dots.
         self._inner = {file.name: f"adapter_{number}_" for number, file in enumerate(files)}
         self._active: Choice | None = None
-        self.encodes = any("text_encoder" in name for each in self._each() for name in each.components)
+        # Text encoders, and in some families what connects them (LTX-2), run before the denoiser.
+        self.encodes = any(not name.startswith(_DENOISE) for each in self._each() for name in each.components)
 
     @classmethod
     def read(cls, model: Path, files: tuple[LoraFile, ...]) -> Adapters:

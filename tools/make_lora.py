@@ -69,7 +69,8 @@ def _entry(index: dict[str, object], name: str) -> tuple[str, ...]:
 
 
 def _empty(folder: Path, library: str, name: str) -> Any:
-    cls: Any = getattr(_LIBRARIES[library], name)
+    # Any other library that an index names is a folder of pipelines.
+    cls: Any = getattr(_LIBRARIES.get(library) or getattr(diffusers.pipelines, library), name)
     with init_empty_weights():
         if issubclass(cls, diffusers.ModelMixin):
             return cls.from_config(cls.load_config(str(folder)))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engines.adapters import Adapters
 from engines.card import CardError, load_card
 from engines.lora import Choice, LoraFile, check_lora, choose
 from engines.panels import ModelError, Panel
@@ -167,6 +168,23 @@ def test_the_signature_says_where_there_is_a_choice_and_whether_it_changes_the_t
         load()[0].encode({"prompt": "x", "lora": "a"}, 1)
     with pytest.raises(InputError, match="There is no adapter 'b': choose of t"):
         load(other)[0].encode({"prompt": "x", "lora": "b"}, 1)
+
+
+def test_what_connects_a_text_encoder_and_a_transformer_belongs_to_the_encoder(models: Models, files: Path) -> None:
+    model = models("ltx2")
+    for name, component, encodes in (("c", "connectors", True), ("t", "transformer", False)):
+        path = lora(files, model, f"ltx2-{name}", component)
+        adapters = Adapters.read(model, (LoraFile(name, path),))
+        assert adapters.encodes is encodes
+    panels = Panels(model, adapters=(LoraFile("c", files / "ltx2-c.safetensors"),))
+    states = [panels.encode(1, **STEPS, lora=name) for name in ("c", "")]
+    assert panels.parts[Panel.DECODER].signature.encodes == panels.parts[Panel.ENCODER].signature.encodes
+    assert "lora" in panels.parts[Panel.DECODER].signature.encodes
+    assert not all(
+        torch.equal(value, states[1][name])  # type: ignore[arg-type]
+        for name, value in states[0].items()
+        if isinstance(value, torch.Tensor)
+    )
 
 
 def test_a_state_of_an_adapter_that_is_not_here_is_refused(models: Models, files: Path) -> None:
