@@ -62,6 +62,30 @@ class Weights:
         return frozenset(name.partition(".")[0] for name in self.tensors)
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """A component with adapters in it.
+
+    Attributes:
+        layers: Those that have some; looked for once, as a transformer has thousands of modules.
+        weights: Of the model itself, that want gradients without adapters. `torch.matmul` asks that, even where none
+            are computed, and rounds by the answer for some layouts: with an adapter they want none in diffusers.
+    """
+
+    layers: tuple[Any, ...]
+    weights: tuple[torch.nn.Parameter, ...]
+
+    def switch(self, name: str, scale: float) -> None:
+        """Make an adapter the active one; "" for none."""
+        for weight in self.weights:
+            weight.requires_grad_(not name)
+        for layer in self.layers:
+            if name:
+                layer.set_adapter([name])
+                layer.set_scale(name, scale)
+            layer.enable_adapters(enabled=bool(name))
+
+
 class Adapters:
     """All adapters of a process.
 
@@ -76,12 +100,12 @@ class Adapters:
         self.files = files
         self._weights = weights or {}
         self._mixin: Any = None
-        # Looked for once, as a transformer has thousands of modules.
-        self._layers: dict[str, list[Any]] = {}
+        self._components: dict[str, Adapted] = {}
         self._holders: dict[str, set[str]] = {file.name: set() for file in files}
         # The libraries look for the name of an adapter anywhere in those of tensors, and it must have no dots.
         self._inner = {file.name: f"adapter_{number}_" for number, file in enumerate(files)}
         self._active: Choice | None = None
+        self._is_known = True
         # Text encoders, and in some families what connects them (LTX-2), run before the denoiser.
         self.encodes = any(not name.startswith(_DENOISE) for each in self._each() for name in each.components)
 
@@ -117,17 +141,15 @@ class Adapters:
         Raises:
             ModelError: Something in a file does not fit.
         """
+        wanted = tuple(weight for weight in module.parameters() if weight.requires_grad)
         for name, all_of_it in self._weights.items():
             for weights in all_of_it:
                 if tensors := weights.of(component):
                     _load(self._mixin, component, module, self._inner[name], weights, tensors)
                     self._holders[name].add(component)
-        layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
-        if layers:
-            self._layers[component] = layers
-        for layer in layers:
-            layer.requires_grad_(False)
-            layer.enable_adapters(enabled=False)
+        if layers := tuple(layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)):
+            self._components[component] = Adapted(layers, wanted)
+            self._components[component].switch("", 0.0)
 
     def release(self) -> None:
         """Let go of the files' tensors, when all components have theirs."""
@@ -139,23 +161,18 @@ class Adapters:
         Raises:
             ValueError: This process has no such adapter.
         """
-        if choice == self._active:
+        if self._is_known and choice == self._active:
             return
         if choice is not None and choice.name not in self._holders:
             raise ValueError(f"There is no adapter {choice.name!r} here, only: {', '.join(self._holders) or 'none'}.")
-        # Where this fails half way, the next call must not take the adapter for active.
-        self._active = None
-        for component, layers in self._layers.items():
+        # Where this fails half way, the next call must not take anything for active.
+        self._is_known = False
+        for component, adapted in self._components.items():
             if choice is None or component not in self._holders[choice.name]:
-                for layer in layers:
-                    layer.enable_adapters(enabled=False)
-                continue
-            name = self._inner[choice.name]
-            for layer in layers:
-                layer.set_adapter([name])
-                layer.set_scale(name, choice.scale)
-                layer.enable_adapters(enabled=True)
-        self._active = choice
+                adapted.switch("", 0.0)
+            else:
+                adapted.switch(self._inner[choice.name], choice.scale)
+        self._active, self._is_known = choice, True
 
     def _each(self) -> Iterator[Weights]:
         return (weights for all_of_it in self._weights.values() for weights in all_of_it)
