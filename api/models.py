@@ -46,6 +46,7 @@ def parameter_object(parameter: Parameter, limits: tuple[float, ...]) -> dict[st
         "default": plain(parameter.default),
         "required": parameter.required,
         **dict(zip(_LIMITS, bounds, strict=False)),
+        **({"one_more_than_multiple_of": parameter.every} if parameter.every else {}),
         **{name: text for name, text in words.items() if text},
     }
 

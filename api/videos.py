@@ -149,7 +149,13 @@ def frames(seconds: float | None, inputs: dict[str, Input], description: ModelDe
     fps = next((inputs[name] for name in _RATES if inputs.get(name) is not None), description.fps)
     if not isinstance(fps, int | float) or not 0 < fps <= 1000:
         raise invalid("seconds", "the frames per second are not known: give fps as well, or num_frames")
-    return {"num_frames": max(1, round(seconds * fps))}
+    return {"num_frames": nearest(seconds * fps, description)}
+
+
+def nearest(count: float, description: ModelDescription) -> int:
+    """Return the number of frames next to `count` that the model can make."""
+    every = next((parameter.every for parameter in description.parameters if parameter.name == "num_frames"), 0) or 1
+    return 1 + every * max(0, round((count - 1) / every))
 
 
 def answer(view: RequestView, description: ModelDescription) -> JSONResponse:

@@ -18,7 +18,7 @@ FPS: Final = "fps"
 
 
 def with_aliases(
-    parameters: Collection[Parameter], *, guided: bool = False, guidance: float | None = None, video: bool = False
+    parameters: Collection[Parameter], *, guided: bool = False, guidance: float | None = None, fps: float = 0.0
 ) -> tuple[Parameter, ...]:
     """Add the names that a pipeline does not declare.
 
@@ -26,7 +26,7 @@ def with_aliases(
         parameters: Those that it declares.
         guided: Whether it has a guider with a scale.
         guidance: The scale of that, where it is on.
-        video: Whether it makes videos.
+        fps: Frames per second of its videos; 0 where it makes none.
 
     """
     public = {parameter.name: parameter for parameter in parameters}
@@ -35,8 +35,8 @@ def with_aliases(
         public.setdefault(TRUE_CFG_SCALE, Parameter(TRUE_CFG_SCALE, Kind.NUMBER, alias_of=GUIDANCE_SCALE))
     if rate := public.get("frame_rate"):
         public.setdefault(FPS, Parameter(FPS, rate.kind, alias_of=rate.name))
-    elif video:
-        public.setdefault(FPS, Parameter(FPS, Kind.NUMBER))
+    elif fps:
+        public.setdefault(FPS, Parameter(FPS, Kind.NUMBER, fps))
     return tuple(public[name] for name in sorted(public))
 
 

@@ -23,7 +23,16 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from engines.aliases import public_names, with_aliases
 from engines.guidance import GUIDANCE_SCALE, guidance, has_guider
 from engines.loading import load_component, load_shadow
-from engines.media import IMAGES, SOUNDS, VIDEOS, frames_per_s, medium_of, results_of, with_sampling_rate
+from engines.media import (
+    IMAGES,
+    SOUNDS,
+    VIDEOS,
+    frames_per_s,
+    medium_of,
+    results_of,
+    with_frame_steps,
+    with_sampling_rate,
+)
 from engines.panels import ModelError
 from engines.parameters import Signature
 from engines.placing import Placement
@@ -55,15 +64,12 @@ def signature(pipeline: Any) -> Signature:
     """What a classic pipeline takes and makes; any input may change what its encoders make."""
     function = type(pipeline).__call__
     medium = medium_of(results_of(function))
-    parameters = with_aliases(
-        of_call(function, required_by(type(pipeline))),
-        guided=has_guider(pipeline),
-        guidance=guidance(pipeline),
-        video=medium == "video",
-    )
     defaults = {name: declared.default for name, declared in inspect.signature(function).parameters.items()}
+    fps = frames_per_s(medium, defaults, pipeline)
+    declared = with_frame_steps(of_call(function, required_by(type(pipeline))), pipeline)
+    parameters = with_aliases(declared, guided=has_guider(pipeline), guidance=guidance(pipeline), fps=fps)
     encodes = public_names(accepted(pipeline), parameters)
-    return Signature(parameters, encodes, medium, frames_per_s(medium, defaults, pipeline))
+    return Signature(parameters, encodes, medium, fps)
 
 
 def required_by(cls: type) -> frozenset[str]:

@@ -20,7 +20,7 @@ from typing import Final
 import msgspec
 
 from engines.aliases import conflict
-from engines.checks import CardError, Limits, checked, kind_of, limits_of
+from engines.checks import CardError, Limits, check_count, checked, kind_of, limits_of
 from engines.panels import ModelError
 from engines.parameters import Default, Parameter
 from engines.vocabulary import KNOWN
@@ -105,6 +105,7 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if kind is None:
                 raise CardError(name, "It must be text, true or false, a number or a list of them, or a picture.")
             parameter = Parameter(name, kind)
+        check_count(name, value, parameter.every)
         return checked(name, value, parameter.kind, self.limits(parameter))
 
     def _unknown(self, name: str, taken: Collection[str]) -> str:

@@ -111,6 +111,13 @@ def checked(name: str, value: object, kind: Kind, limits: Limits) -> object:
     return value
 
 
+def check_count(name: str, value: object, every: int) -> None:
+    """Raise CardError unless a whole number is 1, or more by a multiple of `every`."""
+    if every and type(value) is int and value > 0 and (value - 1) % every:
+        below = value - (value - 1) % every
+        raise CardError(name, f"It must be 1 more than a multiple of {every}, such as {below} or {below + every}.")
+
+
 def check_scalars(inputs: Mapping[str, object], parameters: Collection[Parameter]) -> None:
     """Check the kinds of what a pipeline is about to get, where references are pictures and lists already.
 

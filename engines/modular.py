@@ -14,7 +14,7 @@ from engines.card import load_card
 from engines.guidance import GUIDANCE_SCALE, guidance, has_guider, private
 from engines.ip_adapters import load_ip_adapters
 from engines.loading import geometry_problem, load_components, make_shadows
-from engines.media import frames_per_s, medium_of, with_sampling_rate
+from engines.media import frames_per_s, medium_of, with_frame_steps, with_sampling_rate
 from engines.panels import ModelError, Panel
 from engines.parameters import Signature
 from engines.placing import Placement
@@ -37,12 +37,10 @@ class ModularParts:
         guided = {GUIDANCE_SCALE} if has_guider(pipeline) else set()
         self.inputs = frozenset(names | guided)
         medium = medium_of(split.outputs, load_card(split.model).task)
-        parameters = with_aliases(
-            of_blocks(split.blocks, split.required),
-            guided=bool(guided),
-            guidance=guidance(pipeline),
-            video=medium == "video",
-        )
+        defaults = {declared.name: declared.default for declared in split.blocks.inputs}
+        fps = frames_per_s(medium, defaults, pipeline)
+        declared = with_frame_steps(of_blocks(split.blocks, split.required), pipeline)
+        parameters = with_aliases(declared, guided=bool(guided), guidance=guidance(pipeline), fps=fps)
         encodes = _read_by(split.parts[Panel.ENCODER]) & names | guided
         defaults = {declared.name: declared.default for declared in split.blocks.inputs}
         fps = frames_per_s(medium, defaults, pipeline)

@@ -18,7 +18,7 @@ PARAMETERS = (
     Parameter("fps", Kind.NUMBER),
     Parameter("image", Kind.IMAGES),
     Parameter("last_image", Kind.IMAGE),
-    Parameter("num_frames", Kind.INTEGER),
+    Parameter("num_frames", Kind.INTEGER, every=4),
     Parameter("prompt", Kind.TEXT, required=True),
 )
 
@@ -59,10 +59,10 @@ async def test_a_video_is_a_job_from_its_beginning_to_its_file(client, small_hea
     assert begun.headers["x-request-id"] == job["id"]
     submit = await submitted(small_head)
     assert (submit.seed, submit.n, submit.output.format) == (7, 1, "mp4")
-    assert submit.inputs == {"prompt": "x", "num_frames": 32, "height": 32, "width": 64}
+    assert submit.inputs == {"prompt": "x", "num_frames": 33, "height": 32, "width": 64}
     assert job == {
         "id": submit.request_id, "object": "video", "status": "in_progress", "progress": 50, "model": "tiny/shapes",
-        "created_at": job["created_at"], "completed_at": None, "seconds": "2", "size": "64x32", "error": None,
+        "created_at": job["created_at"], "completed_at": None, "seconds": "2.06", "size": "64x32", "error": None,
     }  # fmt: skip
     refused(await client.get(f"{URL}/{job['id']}/content"), 409, None, "in progress")
     small_head.finish(job["id"])
@@ -113,7 +113,7 @@ async def test_a_form_with_a_first_and_a_last_frame(client, small_head, uploads)
     answer = await client.post(URL, data={"prompt": "x", "seconds": "0.5", "fps": "8", "seed": "3"}, files=files)
     assert answer.status_code == 200, answer.text
     submit = await submitted(small_head)
-    assert (submit.seed, submit.inputs["num_frames"], submit.inputs["fps"]) == (3, 4, 8.0)
+    assert (submit.seed, submit.inputs["num_frames"], submit.inputs["fps"]) == (3, 5, 8.0)
     assert submit.inputs["image"] == submit.inputs["last_image"]
     assert uploads.read(submit.inputs["image"].files[0]) == png()
 

@@ -32,21 +32,21 @@ def test_a_guider_has_two_names() -> None:
 
 def test_a_pipeline_that_has_the_names_keeps_them() -> None:
     own = [SCALE, Parameter("true_cfg_scale", Kind.NUMBER, 1.0), RATE, Parameter("fps", Kind.NUMBER)]
-    assert set(with_aliases(own, guided=True, video=True)) == set(own)
+    assert set(with_aliases(own, guided=True, fps=16.0)) == set(own)
     assert names(with_aliases([SCALE])) == {"guidance_scale"}, "an argument is not a guider"
 
 
 def test_the_rate_of_frames() -> None:
     assert names(with_aliases([PROMPT])) == {"prompt"}
-    (alias, _, _) = with_aliases([PROMPT, RATE], video=True)
+    (alias, _, _) = with_aliases([PROMPT, RATE], fps=25.0)
     assert (alias.kind, alias.alias_of) == (Kind.INTEGER, "frame_rate")
-    own = with_aliases([PROMPT], video=True)
-    assert own[0] == Parameter("fps", Kind.NUMBER)
+    own = with_aliases([PROMPT], fps=16.0)
+    assert own[0] == Parameter("fps", Kind.NUMBER, 16.0)
     assert in_words_of({"prompt"}, {"prompt": "x", "fps": 8}, own) == {"prompt": "x"}, "of the file alone"
 
 
 def test_requests_in_the_words_of_the_pipeline() -> None:
-    parameters = with_aliases([RATE], guided=True, video=True)
+    parameters = with_aliases([RATE], guided=True, fps=16.0)
     taken = {"frame_rate", "guidance_scale", "latents"}
     given = {"fps": 8, "true_cfg_scale": 2.0, "latents": 0}
     assert in_words_of(taken, given, parameters) == {"frame_rate": 8, "guidance_scale": 2.0, "latents": 0}
@@ -96,7 +96,7 @@ def test_fps_is_the_frame_rate(models: Models) -> None:
 
 def test_a_video_has_a_rate_though_the_pipeline_asks_for_none(models: Models) -> None:
     pipeline = load(models("wan"))
-    assert pipeline.signature.parameter("fps") == Parameter("fps", Kind.NUMBER)
+    assert pipeline.signature.parameter("fps") == Parameter("fps", Kind.NUMBER, 16.0)
     assert "fps" not in pipeline.signature.encodes
     assert same(run(pipeline, num_frames=5, fps=8), run(pipeline, num_frames=5))
 

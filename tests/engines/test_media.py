@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from engines.calling import signature
-from engines.media import frames_per_s, medium_of, results_of, with_sampling_rate
+from engines.media import frames_per_s, medium_of, results_of, with_frame_steps, with_sampling_rate
 from engines.modular import load_modular
 from engines.panels import Panel
+from engines.parameters import Kind, Parameter
 from engines.pipeline import PanelPipeline
-from engines.split import load_split
-from roles.media import Stills, Video, media_of
+from engines.placing import Placement
+from roles.media import Video, media_of
 from tools.families.rows import blocks_of, pipelines
 
 CPU = torch.device("cpu")
@@ -41,6 +42,14 @@ def test_every_block_set_says_what_it_makes_and_how_fast(pipeline: str) -> None:
     defaults = {declared.name: declared.default for declared in blocks.inputs}
     made = getattr(diffusers, pipeline)(blocks=blocks)
     assert frames_per_s(medium, defaults, made) == VIDEOS.get(family, 0.0)
+
+
+@pytest.mark.parametrize(("default", "every"), [(None, 4), (81, 4), (132, 0)])
+def test_numbers_of_frames_follow_from_the_vae_unless_the_default_contradicts(default: int | None, every: int) -> None:
+    frames, prompt = Parameter("num_frames", Kind.INTEGER, default), Parameter("prompt", Kind.TEXT)
+    pipeline = SimpleNamespace(vae_scale_factor_temporal=4)
+    assert [item.every for item in with_frame_steps((frames, prompt), pipeline)] == [every, 0]
+    assert with_frame_steps((frames, prompt), SimpleNamespace()) == (frames, prompt)
 
 
 def test_a_task_that_makes_pictures_as_videos_of_one_frame_makes_pictures() -> None:
@@ -162,18 +171,5 @@ def test_sound_comes_with_the_rate_of_the_vocoder(
 
 
 def test_a_decoder_alone_knows_the_rate_too(resounding: Callable[[str], Path]) -> None:
-    parts = load_modular(resounding("ltx2"), (Panel.DECODER,), torch.float32, CPU)
+    parts = load_modular(resounding("ltx2"), (Panel.DECODER,), Placement(torch.float32, CPU))
     assert with_sampling_rate({"audio": 1}, parts.pipeline)["sampling_rate"] == 24000
-
-
-def test_layers_are_several_pictures(models: Callable[[str], Path]) -> None:
-    pytest.importorskip("torchvision")
-    from tools.families.cases import cases
-
-    case = next(case for case in cases() if case.family == "qwenimage-layered")
-    pipeline = PanelPipeline.load(models("qwenimage-layered"), tuple(Panel), dtype=torch.float32, device=CPU)
-    layers = media_of(run(pipeline, **case.inputs))
-    assert isinstance(layers, Stills)
-    assert len(layers.pictures) > 1
-    assert {picture.mode for picture in layers.pictures} == {"RGBA"}
-    assert load_split(models("qwenimage-layered")).outputs == ("images",)

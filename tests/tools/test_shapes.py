@@ -205,7 +205,8 @@ def test_score_says_when_there_is_no_server(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_offsets_follow_the_noise_evenly() -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     from tools.shapes import flow
 
     noise = torch.randn(4000, 16, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -215,7 +216,7 @@ def test_offsets_follow_the_noise_evenly() -> None:
 
 
 def test_packing_is_undone_and_is_the_pipelines() -> None:
-    torch = pytest.importorskip("torch")
+    import torch
     from diffusers import FluxPipeline
 
     from tools.shapes import model
@@ -227,7 +228,8 @@ def test_packing_is_undone_and_is_the_pipelines() -> None:
 
 
 def test_a_stopped_course_goes_on(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     from tools.shapes.course import Course, learning_rate
 
     def course(seconds: float) -> Course:
@@ -254,7 +256,7 @@ def test_a_stopped_course_goes_on(tmp_path: Path) -> None:
 
 
 def test_training_saves_a_folder_that_paints_the_same(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
     from diffusers import FluxPipeline
 
     from tools.shapes import autoencoder, flow, model
@@ -276,7 +278,8 @@ def test_training_saves_a_folder_that_paints_the_same(tmp_path: Path) -> None:
 
 
 def test_orthogonal_updates_have_singular_values_near_one() -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     from tools.shapes import optimizer
 
     matrices = torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(0))
@@ -286,7 +289,8 @@ def test_orthogonal_updates_have_singular_values_near_one() -> None:
 
 
 def test_muon_goes_downhill_on_matrices_biases_and_words() -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     from tools.shapes import optimizer
 
     torch.manual_seed(0)
@@ -320,7 +324,7 @@ def test_shipped_model_paints_scenes_it_never_saw(tmp_path: Path, capsys: pytest
 
 
 def test_shipped_model_takes_unknown_words_and_lets_the_seed_decide() -> None:
-    torch = pytest.importorskip("torch")
+    import torch
     from diffusers import FluxPipeline
 
     pipe = FluxPipeline.from_pretrained(MODEL)
