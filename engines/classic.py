@@ -25,6 +25,7 @@ from engines.handoff import Elsewhere, Handoff, Recording, Resumption, first
 from engines.panels import Panel
 from engines.placing import Placement
 from engines.routes import classic_class
+from engines.seeds import seeded
 from engines.shadows import ShadowError
 from engines.stepping import Denoising
 
@@ -55,8 +56,7 @@ class ClassicParts:
         Returns:
             "inputs", "calls" of encoding methods and the "generator" as it was before them.
         """
-        # On the CPU, because only there does a seed make the same noise on every device.
-        generator = torch.Generator("cpu").manual_seed(seed)
+        generator = seeded(seed)
         state: dict[str, object] = {"inputs": dict(inputs), GENERATOR: generator.clone_state()}
         pipeline = self._view(Panel.ENCODER, inputs)
         recording = Recording(generator)
@@ -67,6 +67,14 @@ class ClassicParts:
         except Handoff:
             return {**state, "calls": recording.calls}
         raise RuntimeError("The pipeline came to its end in the encoder.")
+
+    def seedless(self, state: Mapping[str, object]) -> bool:
+        """Whether nothing had been drawn from the generator when the last encoding method returned."""
+        return all(made["generator"] is None for made in cast("list[dict[str, Any]]", state["calls"]))
+
+    def renew(self, state: Mapping[str, object], inputs: Mapping[str, object], seed: int) -> dict[str, object]:
+        """Set the generator anew, which nothing has been drawn from in a state; the inputs are the same."""
+        return {**state, GENERATOR: seeded(seed)}
 
     def denoise(self, state: Mapping[str, object]) -> Denoising:
         """Prepare a run of the pipeline until it decodes."""

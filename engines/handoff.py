@@ -67,6 +67,8 @@ class Elsewhere(Shadow):
 class Recording:
     """What encoding methods returned, in the order of their calls, with the generator as each of them left it.
 
+    As long as nothing has been drawn from the generator, None is kept in its place.
+
     Args:
         generator: Of the request.
         calls: Of an earlier run, to be played back; they are not changed.
@@ -75,6 +77,7 @@ class Recording:
     def __init__(self, generator: torch.Generator, calls: Iterable[dict[str, Any]] = ()) -> None:
         self.calls: list[dict[str, Any]] = []
         self._generator = generator
+        self._fresh = generator.get_state()
         self._ahead = list(calls)
         self._inside = False
 
@@ -85,14 +88,14 @@ class Recording:
         def recorded(*args: Any, **kwargs: Any) -> Any:
             if self._inside:
                 return method(*args, **kwargs)
-            before = self._generator.get_state()
             self._inside = True
             try:
                 result = method(*args, **kwargs)
             finally:
                 self._inside = False
             after = self._generator.get_state()
-            state = None if torch.equal(before, after) else after
+            # What was drawn before the call counts as well: an argument may have been made of it.
+            state = None if torch.equal(self._fresh, after) else after
             self.calls.append({"method": name, "result": result, "generator": state})
             return result
 

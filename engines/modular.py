@@ -16,13 +16,16 @@ from engines.ip_adapters import load_ip_adapters
 from engines.loading import geometry_problem, load_components, make_shadows
 from engines.media import frames_per_s, medium_of, with_frame_steps, with_sampling_rate
 from engines.panels import ModelError, Panel
-from engines.parameters import Signature
+from engines.parameters import PICTURES, Signature
 from engines.placing import Placement
+from engines.seeds import is_fresh, seeded
 from engines.split import KWARGS_MAPPING, Split, crossing, joined, load_split, switches
 from engines.stepping import BlockDenoising, Denoising
 from engines.vocabulary import of_blocks
 
 GENERATOR: Final = "generator"
+_UNDECLARED: Final = frozenset({"batch_size"})
+"""Inputs that some encoder makes without a declaration (HunyuanVideo 1.5)."""
 
 
 class ModularParts:
@@ -37,13 +40,15 @@ class ModularParts:
         guided = {GUIDANCE_SCALE} if has_guider(pipeline) else set()
         self.inputs = frozenset(names | guided)
         medium = medium_of(split.outputs, load_card(split.model).task)
-        defaults = {declared.name: declared.default for declared in split.blocks.inputs}
+        defaults = {declared.name: declared.default for declared in split.blocks.inputs if declared.name}
         fps = frames_per_s(medium, defaults, pipeline)
         declared = with_frame_steps(of_blocks(split.blocks, split.required), pipeline)
         parameters = with_aliases(declared, guided=bool(guided), guidance=guidance(pipeline), fps=fps)
-        encodes = _read_by(split.parts[Panel.ENCODER]) & names | guided
-        defaults = {declared.name: declared.default for declared in split.blocks.inputs}
-        fps = frames_per_s(medium, defaults, pipeline)
+        self._draws = GENERATOR in encoded(split)
+        pictures = {parameter.alias_of or parameter.name for parameter in parameters if parameter.kind in PICTURES}
+        read = encoded(split) | guided | pictures | {GENERATOR}
+        self._passes = {name: default for name, default in defaults.items() if name not in read}
+        encodes = self.inputs - self._passes.keys()
         self.signature = Signature(parameters, public_names(encodes, parameters), medium, fps)
 
     def encode(self, inputs: Mapping[str, object], seed: int) -> dict[str, object]:
@@ -53,13 +58,26 @@ class ModularParts:
             if declared.name:
                 state.set(declared.name, inputs.get(declared.name, declared.default), declared.kwargs_type)
         if self._takes_generator:
-            # On the CPU, because only there does a seed make the same noise on every device.
-            state.set(GENERATOR, torch.Generator("cpu").manual_seed(seed))
+            state.set(GENERATOR, seeded(seed))
         scale = cast("float | None", inputs.get(GUIDANCE_SCALE))
         state = self._run(Panel.ENCODER, private(self.pipeline, scale, encodes=True), state)
         crosses = self._crossing(state, Panel.DENOISER, Panel.DECODER)
         # No block takes it as an input where a guider has it.
         return crosses if scale is None else {**crosses, GUIDANCE_SCALE: scale}
+
+    def seedless(self, state: Mapping[str, object]) -> bool:
+        """Whether the encoder drew nothing from the generator."""
+        generator = state.get(GENERATOR)
+        return is_fresh(generator) if isinstance(generator, torch.Generator) else not self._draws
+
+    def renew(self, state: Mapping[str, object], inputs: Mapping[str, object], seed: int) -> dict[str, object]:
+        """Set anew what only passes the encoder: other inputs, and a generator that it did not draw from."""
+        renewed = dict(state)
+        for name in self._passes.keys() & state.keys():
+            renewed[name] = inputs.get(name, self._passes[name])
+        if GENERATOR in state and self.seedless(state):
+            renewed[GENERATOR] = seeded(seed)
+        return renewed
 
     def denoise(self, state: Mapping[str, object]) -> Denoising:
         """Prepare a run of the block `denoise`."""
@@ -102,8 +120,13 @@ def load_modular(model: Path, panels: tuple[Panel, ...], placement: Placement) -
     return ModularParts(split, pipeline, loaded)
 
 
-def _read_by(part: Any) -> set[str]:
-    return {item.name for item in part.inputs if item.name} | switches(part)
+def encoded(split: Split) -> frozenset[str]:
+    """Names of all that the encoder's blocks may read or make, whichever of them a request runs."""
+    part = split.parts[Panel.ENCODER]
+    groups = {item.kwargs_type for item in part.inputs if not item.name}
+    grouped = {item.name for item in split.blocks.inputs if item.name and item.kwargs_type in groups}
+    named = {item.name for item in (*part.inputs, *part.intermediate_outputs) if item.name}
+    return frozenset(named | grouped | _UNDECLARED | switches(part))
 
 
 def _restore(values: Mapping[str, object]) -> Any:

@@ -52,6 +52,12 @@ class Parts(Protocol):
     def encode(self, inputs: Mapping[str, object], seed: int) -> dict[str, object]:
         """Run the encoder."""
 
+    def seedless(self, state: Mapping[str, object]) -> bool:
+        """Whether the encoder made the same for every seed, but for the generator."""
+
+    def renew(self, state: Mapping[str, object], inputs: Mapping[str, object], seed: int) -> dict[str, object]:
+        """Make the state of one request that of another, which the encoder makes the same of."""
+
     def denoise(self, state: Mapping[str, object]) -> Denoising:
         """Prepare a run of the denoiser."""
 
@@ -160,6 +166,21 @@ class PanelPipeline:
             return {**self._parts.encode(meant, seed), **self._label(choice)}
         finally:
             self._rest()
+
+    def seedless(self, state: Mapping[str, object]) -> bool:
+        """Whether a state from `encode` is the same for every seed, but for the generator in it."""
+        return self._parts.seedless(state)
+
+    def renew(self, state: Mapping[str, object], inputs: Mapping[str, object], seed: int) -> dict[str, object]:
+        """Make of one request's state that of another: what `encode` would return, without an encoder.
+
+        Args:
+            state: From `encode` of a request that has the same values for all `signature.encodes`, and for all
+                inputs that are pictures; where it is not `seedless`, also the same seed. It is not changed.
+            inputs: Of the other request, as for `encode`; pictures may be left out.
+            seed: Of the other request.
+        """
+        return self._parts.renew(state, self._meant(inputs), seed)
 
     def denoise(self, state: Mapping[str, object]) -> Denoising:
         """Prepare a run of the denoiser; it starts with its first `advance`.

@@ -15,6 +15,7 @@ from engines.guidance import GUIDANCE_SCALE, private
 from engines.panels import Panel
 from engines.placing import Placement
 from engines.routes import Route, check_panels, classic_class
+from engines.seeds import seeded
 from engines.stepping import Denoising
 
 
@@ -29,8 +30,15 @@ class WholeParts:
 
     def encode(self, inputs: Mapping[str, object], seed: int) -> dict[str, object]:
         """Keep the request: "inputs" and a "generator"."""
-        # On the CPU, because only there does a seed make the same noise on every device.
-        return {"inputs": dict(inputs), GENERATOR: torch.Generator("cpu").manual_seed(seed)}
+        return {"inputs": dict(inputs), GENERATOR: seeded(seed)}
+
+    def seedless(self, state: Mapping[str, object]) -> bool:
+        """Nothing was drawn: nothing was encoded."""
+        return True
+
+    def renew(self, state: Mapping[str, object], inputs: Mapping[str, object], seed: int) -> dict[str, object]:
+        """Keep another request."""
+        return self.encode(inputs, seed)
 
     def denoise(self, state: Mapping[str, object]) -> Denoising:
         """Prepare a run of the pipeline."""

@@ -1,0 +1,135 @@
+"""A state that was encoded for one request becomes another's, and is then what its own encoder would have made."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import shutil
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from engines.card import CARD_NAME
+from engines.codec import pack, unpack
+from engines.modular import encoded
+from engines.panels import Panel
+from engines.pipeline import PanelPipeline
+from engines.seeds import is_fresh, seeded
+from engines.split import Split, cut
+from tools.families.cases import PROMPT, picture
+from tools.families.rows import blocks_of, pipelines
+
+CPU = torch.device("cpu")
+INPUTS: dict[str, Any] = {"prompt": PROMPT, "height": 64, "width": 48, "num_inference_steps": 3}
+OTHER: dict[str, Any] = {
+    "num_inference_steps": 5,
+    "height": 32,
+    "width": 80,
+    "guidance_scale": 7.5,
+    "num_frames": 9,
+    "strength": 0.3,
+}
+FAMILIES = ("flux", "flux-kl", "wan", "qwenimage", "sdxl", "ltx2", "pixart")
+
+
+@pytest.fixture
+def encoder(models: Callable[[str], Path], classic_models: Callable[[str], Path]) -> Callable[[str], PanelPipeline]:
+    def load(family: str) -> PanelPipeline:
+        model = (classic_models if family == "pixart" else models)(family)
+        return PanelPipeline.load(model, (Panel.ENCODER,), dtype=torch.float32, device=CPU)
+
+    return load
+
+
+def laid_out(state: dict[str, object]) -> tuple[bytes, bytes]:
+    """All of a state, to the bit."""
+    packed = pack(state)
+    slot = torch.empty(packed.nbytes, dtype=torch.uint8)
+    packed.copy_to(slot)
+    return packed.manifest, slot.numpy().tobytes()
+
+
+def crossed(state: dict[str, object]) -> dict[str, object]:
+    manifest, slot = laid_out(state)
+    return unpack(manifest, torch.frombuffer(bytearray(slot), dtype=torch.uint8), CPU)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_renewed_state_is_that_of_the_other_request_to_the_bit(
+    family: str, encoder: Callable[[str], PanelPipeline]
+) -> None:
+    pipeline = encoder(family)
+    inputs = {name: value for name, value in INPUTS.items() if name in pipeline.accepted}
+    kept = crossed(pipeline.encode(inputs, 11))
+    assert pipeline.seedless(kept)
+    free = pipeline.accepted - set(pipeline.signature.encodes)
+    others = {name: value for name, value in OTHER.items() if name in free}
+    assert others or family == "pixart", "a classic encoder may read anything"
+    assert "prompt" not in free
+    # One at a time as well, so that no change hides another.
+    for changes in ({}, *({name: value} for name, value in others.items()), others):
+        expected = laid_out(pipeline.encode({**inputs, **changes}, 12))
+        assert laid_out(pipeline.renew(kept, {**inputs, **changes}, 12)) == expected, changes
+        assert expected != laid_out(kept), "the generator at least is another one"
+    left_out = {name: value for name, value in inputs.items() if name == "prompt" or name not in free}
+    assert laid_out(pipeline.renew(kept, left_out, 11)) == laid_out(pipeline.encode(left_out, 11))
+
+
+def test_what_an_encoder_drew_is_left_to_its_seed(models: Callable[[str], Path], tmp_path: Path) -> None:
+    model = shutil.copytree(models("flux-kl"), tmp_path / "model")
+    (model / CARD_NAME).write_text('{"task": "image-to-image"}')
+    pipeline = PanelPipeline.load(model, (Panel.ENCODER,), dtype=torch.float32, device=CPU)
+    inputs = {**INPUTS, "width": 64, "image": picture()}
+    kept = crossed(pipeline.encode(inputs, 11))
+    assert not pipeline.seedless(kept)
+    assert {"image", "height", "prompt"} <= set(pipeline.signature.encodes)
+    changed = {**inputs, "num_inference_steps": 9, "strength": 0.3}
+    del changed["image"]
+    again = pipeline.renew(kept, changed, 11)
+    assert laid_out(again) == laid_out(pipeline.encode({**changed, "image": picture()}, 11))
+
+
+def test_a_generator_that_crossed_still_tells_whether_it_was_drawn_from() -> None:
+    for seed in (0, 2**32 + 7, -3):
+        generator = seeded(seed)
+        assert is_fresh(generator.clone_state())
+        torch.rand(1, generator=generator)
+        assert not is_fresh(generator.clone_state())
+
+
+@pytest.mark.parametrize("name", pipelines())
+def test_no_encoder_reads_or_makes_what_it_does_not_declare(name: str) -> None:
+    whole = blocks_of(name)
+    parts = cut(whole)
+    split = Split(Path(), getattr(diffusers, name), {}, whole, whole, parts, ())
+    known = encoded(split)
+    for block in leaves(parts[Panel.ENCODER]):
+        strangers = {item for item in touched(type(block)) if item not in known}
+        assert not strangers, type(block).__name__
+
+
+def leaves(block: Any) -> Iterator[Any]:
+    yield block
+    for inner in block.sub_blocks.values():
+        yield from leaves(inner)
+
+
+def touched(block: type) -> Iterator[str]:
+    """The NAME of each `state.get("NAME")` and `state.set("NAME", ...)` of a block's own code."""
+    if block.__module__.endswith(".modular_pipeline"):
+        return
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(block)))):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in ("get", "set")
+            and isinstance(node.func.value, ast.Name)
+            and node.func.value.id == "state"
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            yield str(node.args[0].value)
