@@ -63,6 +63,9 @@ class ModelSection(Section, frozen=True):
     """Folder of the model, relative to the topology file. `Topology.model_path` is the absolute one."""
     dtype: Dtype = "bfloat16"
     """Type of the weights and of the computation."""
+    prompt_cache: str = ""
+    """Memory in the encoders' pool for what they made, kept for requests of the same prompt: "" = a quarter of
+    `[transfer] pool_size`, "0" = none, else a size of at most half of it. Without encoders there is none."""
     lora: tuple[LoraSection, ...] = ()
     """Adapters, each loaded by every instance when it starts; see `LoraSection`."""
 
@@ -185,6 +188,13 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise ValueError(f"{text!r} is not more than zero")
     return size
+
+
+def cache_size(text: str, pool_bytes: int) -> int:
+    """Bytes of a prompt cache; raises `ValueError` as `parse_size` does."""
+    if not text:
+        return pool_bytes // 4
+    return 0 if text.strip() == "0" else parse_size(text)
 
 
 class Sections(msgspec.Struct, frozen=True, kw_only=True):

@@ -25,6 +25,7 @@ from actors.sections import (
     StateSection,
     SupervisionSection,
     TransferSection,
+    cache_size,
 )
 from actors.topology_checks import check_components, check_sections
 
@@ -93,6 +94,13 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
     def engine(self) -> Literal["shm", "mooncake"]:
         """The transfer engine that "auto" stands for here."""
         return "mooncake" if self.transfer.engine == "mooncake" else "shm"
+
+    @property
+    def prompt_cache_bytes(self) -> int:
+        """What the prompt cache may take of the encoders' pool; 0 where it is off, or nothing is encoded apart."""
+        if all(role.kind != "encoder" for role in self.roles):
+            return 0
+        return cache_size(self.model.prompt_cache, self.transfer.pool_bytes)
 
     @property
     def url(self) -> str:

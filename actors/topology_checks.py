@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from actors.errors import TopologyError
-from actors.sections import PANELS, parse_size
+from actors.sections import PANELS, cache_size, parse_size
 
 if TYPE_CHECKING:
     from actors.sections import Sections
@@ -18,6 +18,7 @@ def check_sections(file: str, sections: Sections) -> None:
     """Raise `TopologyError` for the first thing that cannot work."""
     _check_host(file, sections)
     _check_size(file, sections)
+    _check_cache(file, sections)
     _check_kinds(file, sections)
     _check_names(file, sections)
     _check_loras(file, sections)
@@ -55,6 +56,20 @@ def _check_size(file: str, sections: Sections) -> None:
     except ValueError:
         problem = f'= "{size}" is not a size'
         raise TopologyError(file, "[transfer] pool_size", problem, 'write it as in "256MiB" or "1.5GiB"') from None
+
+
+def _check_cache(file: str, sections: Sections) -> None:
+    size, pool_size = sections.model.prompt_cache, sections.transfer.pool_size
+    try:
+        nbytes = cache_size(size, parse_size(pool_size))
+    except ValueError:
+        problem = f'= "{size}" is not a size'
+        fix = 'write it as in "64MiB", or "0" for no cache'
+        raise TopologyError(file, "[model] prompt_cache", problem, fix) from None
+    if nbytes > parse_size(pool_size) // 2:
+        problem = f'= "{size}" is more than half of [transfer] pool_size = "{pool_size}"'
+        fix = "make it smaller, or the pool larger"
+        raise TopologyError(file, "[model] prompt_cache", problem, fix)
 
 
 def _check_kinds(file: str, sections: Sections) -> None:

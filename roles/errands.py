@@ -13,7 +13,7 @@ from roles.effects import Assign, Cancel, Effect, Release, Settle
 from roles.ledger import Ledger
 from roles.messages import pool as pools
 from roles.messages import stages
-from roles.messages.work import LeaseRef, Staged, Work
+from roles.messages.work import LeaseRef, Renewal, Staged, Work
 from roles.request import UPSTREAM, Unit
 
 ANSWER_S = 5.0
@@ -99,7 +99,8 @@ class Errands:
             raise _SourceGoneError
         source = unit.staged[UPSTREAM[panel]]
         target = await self._target(instance, source, unit, work)
-        return stages.TransferPush(work, source, target, request.output, unit.deadline)
+        renewal = Renewal(request.inputs, unit.seed) if unit.borrows and panel is Panel.DENOISER else None
+        return stages.TransferPush(work, source, target, request.output, unit.deadline, renewal)
 
     async def _target(self, instance: str, source: Staged, unit: Unit, work: Work) -> LeaseRef | None:
         """A slot in the receiver's pool; none is needed where it maps the source's own.
@@ -162,12 +163,11 @@ class Errands:
                 await self._release(unneeded)
 
     def _unneeded(self, view: pools.LeaseView) -> bool:
-        if view.state != "sealed":
+        if view.state != "sealed" or self._ledger.staging.holds(view.lease):
             return False
+        # What the present attempt has sealed may be about to be reported.
         unit = self._ledger.units.get(view.work.unit_id)
-        if unit is None:
-            return True
-        return view.work.attempt < unit.attempt and view.lease not in {s.lease for s in unit.staged.values()}
+        return unit is None or view.work.attempt < unit.attempt
 
     # -- watching
 

@@ -27,10 +27,13 @@ from roles.dispatch import POLICIES
 from roles.errands import Errands
 from roles.formats import settle_output
 from roles.journal import Journal, JournalError
-from roles.ledger import Ledger, Request
+from roles.ledger import Ledger
+from roles.messages import pool as pools
 from roles.messages import requests, stages
 from roles.messages.work import Input
-from roles.request import IllegalTransitionError, Unit
+from roles.prompt_cache import PromptCache
+from roles.request import IllegalTransitionError, Request, Unit
+from roles.staging import Staging
 
 Report: TypeAlias = (
     stages.StageStarted
@@ -69,8 +72,8 @@ class Head(Actor):
             running_timeout_s=settings.running_timeout_s,
         )
         self.card = ModelCard()
-        pools = tuple(c.name for c in topology.components if c.kind == "pool")
-        self.errands = Errands(self, self.ledger, self.settle, pools)
+        pool_names = tuple(c.name for c in topology.components if c.kind == "pool")
+        self.errands = Errands(self, self.ledger, self.settle, pool_names)
         self.created_at = time.time()
         self._journal: Journal | None = None
         self._unwritten = ""
@@ -85,6 +88,8 @@ class Head(Actor):
         now = time.time()
         try:
             self.card = load_card(self.topology.model_path)
+            model = f"{self.card.name}, {self.topology.model.dtype}"
+            self.ledger.staging = Staging(PromptCache(self.topology.prompt_cache_bytes, model))
             self._journal = Journal(self.topology.state_dir / "journal.sqlite")
             for request in self._journal.load(now - KEEP_S):
                 self.ledger.accept(request, now)
@@ -171,7 +176,13 @@ class Head(Actor):
             states=self.ledger.counts(),
             completed=self.ledger.tally.completed,
             average_latency_s=self.ledger.tally.average_latency_s,
+            prompt_cache=self.ledger.staging.cache.view(),
         )
+
+    async def room_wanted(self, message: pools.RoomWanted) -> None:
+        """A pool is full."""
+        self.ledger.room_wanted(message.pool, message.nbytes)
+        self.settle()
 
     # -- the instances' conversation
 

@@ -159,7 +159,7 @@ class Instance(Actor):
 
     async def panel_finished(self, message: device.PanelFinished) -> None:
         """Go on with a panel's outputs."""
-        self._carry_out(self.workload.panel_finished(message.work, message.seconds))
+        self._carry_out(self.workload.panel_finished(message.work, message.seconds, seedless=message.seedless))
 
     async def panel_failed(self, message: device.PanelFailed) -> None:
         """End a piece of work; with a lost device, this process as well."""
@@ -204,8 +204,8 @@ class Instance(Actor):
 
     def _carry_out_one(self, effect: do.Effect) -> None:
         match effect:
-            case do.Begin(work, inputs, seed):
-                self.premises.workspace.begin(work, dict(inputs), seed)
+            case do.Begin(work, inputs, seed, renewal):
+                self.premises.workspace.begin(work, dict(inputs), seed, renewal)
             case do.Clear(work):
                 self.premises.workspace.clear(work)
             case do.Report(message):

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import msgspec
 
-from roles.ledger import Request
 from roles.messages.work import Input, Output
-from roles.request import Unit
+from roles.request import Request, Unit
 
 SCHEMA_VERSION = 1
 

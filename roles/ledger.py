@@ -13,10 +13,10 @@ from engines.panels import Panel
 from roles.dispatch import Policy
 from roles.effects import Assign, Cancel, Effect, Release, Settle
 from roles.fleet import Fleet
-from roles.messages.requests import RequestView
 from roles.messages.stages import InstanceHello, StageFailed, StageFinished, TransferFailed, TransferStaged
-from roles.messages.work import Input, LeaseRef, Output, Work
-from roles.request import DONE, JOURNEY, PANEL_OF, RUNNING, UPSTREAM, WAITING, State, Unit
+from roles.messages.work import LeaseRef, Work
+from roles.request import DONE, RUNNING, UPSTREAM, WAITING, Request, State, Unit
+from roles.staging import Staging, room_ahead
 
 MAX_DEATHS = 2
 """A unit that was being computed when its instance died, this often, is held to be the cause."""
@@ -24,54 +24,8 @@ MAX_DEATHS = 2
 MAX_TRANSFERS_LOST = 10
 """Lost transfers are nobody's fault in particular, but memory that damages everything must not keep a unit for ever."""
 
-AHEAD = 2
-"""Units that may be staged for a panel, as a multiple of the slots of its instances, before the panel upstream
-waits: a bound on the pool's memory, and what keeps a full pool from locking up."""
-
 DRAINING = ("draining", "stopping")
 """Codes with which an instance that is about to end refuses work."""
-
-
-@dataclass(slots=True)
-class Request:
-    """What a client asked for: one or more units."""
-
-    id: str
-    inputs: dict[str, Input]
-    output: Output
-    created_at: float
-    deadline: float
-    units: list[Unit]
-    idempotency_key: str = ""
-    digest: str = ""
-    """Of the body, to tell a retry from another request under the same key."""
-    finished_at: float = 0.0
-
-    @property
-    def terminal(self) -> bool:
-        """Whether every unit is."""
-        return all(unit.terminal for unit in self.units)
-
-    @property
-    def state(self) -> State:
-        """Of the unit furthest behind; once all are terminal, the worst outcome."""
-        if not self.terminal:
-            return min((u.state for u in self.units if not u.terminal), key=JOURNEY.index)
-        worst_first = (State.FAILED, State.TIMED_OUT, State.CANCELLED, State.DONE)
-        return min((u.state for u in self.units), key=worst_first.index)
-
-    def view(self) -> RequestView:
-        """What a client may know."""
-        return RequestView(
-            request_id=self.id,
-            state=self.state.value,
-            terminal=self.terminal,
-            created_at=self.created_at,
-            finished_at=self.finished_at,
-            inputs=self.inputs,
-            output=self.output,
-            units=tuple(unit.view() for unit in self.units),
-        )
 
 
 @dataclass(slots=True)
@@ -105,6 +59,7 @@ class Ledger:
     units: dict[str, Unit] = field(default_factory=dict)
     """The active ones."""
     fleet: Fleet = field(default_factory=Fleet)
+    staging: Staging = field(default_factory=Staging)
     tally: Tally = field(default_factory=Tally)
     dirty: set[str] = field(default_factory=set)
     """Ids of units changed since the journal was last written."""
@@ -123,6 +78,7 @@ class Ledger:
             self.by_key[request.idempotency_key] = request
         self.units.update({unit.id: unit for unit in request.units if not unit.terminal})
         for unit in request.units:
+            self.staging.adopt(unit)
             if unit.state is State.PENDING:
                 unit.attempt = 1
                 unit.advance(State.ENCODER_WAITING, now)
@@ -139,6 +95,8 @@ class Ledger:
     def hello(self, hello: InstanceHello, now: float) -> tuple[Work, ...]:
         """Enter an instance; returns the work that it has in hand and should drop."""
         self.fleet.welcome(hello, now)
+        if hello.kind == Panel.ENCODER and self.staging.cache.learn(hello.signature):
+            self.clear_cache()
         in_hand = set(hello.running)
         for unit in [u for u in self.units.values() if u.instance == hello.name]:
             if unit.work in in_hand:
@@ -156,14 +114,21 @@ class Ledger:
 
     def pool_down(self, pool: str, older_than: int, now: float) -> None:
         """The tensors staged in a pool's earlier generations are gone."""
-        for unit in list(self.units.values()):
-            lost = [p for p, s in unit.staged.items() if s.lease.pool == pool and s.lease.pool_generation < older_than]
-            for panel in lost:
-                del unit.staged[panel]
-                self.dirty.add(unit.id)
+        for unit in self.staging.lose(list(self.units.values()), pool, older_than):
+            self.dirty.add(unit.id)
             # An instance that has it in hand may have loaded it already; it says so if it has not.
-            if lost and not unit.instance:
+            if not unit.instance:
                 self._retry(unit, f"{pool}: its staged tensors are gone", now, counts=False)
+
+    def room_wanted(self, pool: str, nbytes: int) -> None:
+        """A pool has no room for a slot: what lies there without need makes some."""
+        self._give_back(self.staging.make_room(pool, nbytes))
+
+    def clear_cache(self) -> None:
+        """Start to cache anew."""
+        self._give_back(self.staging.clear())
+        for request in self.requests.values():
+            request.prompt_key = b""
 
     def orphans(self, now: float) -> None:
         """After a restart of the head: what nobody has claimed is done again."""
@@ -205,17 +170,16 @@ class Ledger:
         self.fleet.credit(report.instance, report.issued)
         unit = self._current(report.work, report.instance)
         if unit is None or unit.panel is not panel:
-            known = self.units.get(report.work.unit_id)
-            if known is None or report.staged not in known.staged.values():
-                self.effects.append(Release((report.staged.lease,)))
+            if not self.staging.holds(report.staged.lease):
+                self._give_back((report.staged.lease,))
             return False
         self._let_go(unit)
         unit.stage_seconds[panel.value] = report.seconds
         unit.advance(DONE[panel], now)
-        consumed = unit.drop_staged()
-        if consumed:
-            self.effects.append(Release(consumed))
-        unit.staged[panel] = report.staged
+        self._give_back(self.staging.put(unit, panel, report.staged))
+        if panel is Panel.ENCODER and self.staging.cache.capacity:
+            key = self._prompt_key(unit)
+            self._give_back(self.staging.offer(key, unit.seed, report.staged, seedless=report.seedless))
         unit.advance(next(WAITING[p] for p, upstream in UPSTREAM.items() if upstream is panel), now)
         self.dirty.add(unit.id)
         return True
@@ -252,7 +216,7 @@ class Ledger:
         if unit is None:
             return False
         if report.source_gone:
-            self._release(unit)
+            self._give_back(self.staging.drop(unit, spoilt=True))
         unit.transfers_lost += 1
         if unit.transfers_lost > MAX_TRANSFERS_LOST:
             self.give_up(report.work, report.instance, report.reason, now)
@@ -279,17 +243,55 @@ class Ledger:
                 self._stop(unit, State.TIMED_OUT, f"{unit.state} for more than {bound_s:g} s", now)
 
     def dispatch(self, now: float) -> None:
-        """Give waiting units, oldest first, to instances with credits."""
-        for panel in reversed(Panel):
+        """Give waiting units, oldest first, to instances with credits; what the cache has needs no encoder."""
+        for panel in Panel:
+            caches = panel is Panel.ENCODER and self.staging.cache.capacity > 0
+            room = room_ahead(panel, self.units.values(), self.fleet)
+            candidates = self.fleet.candidates(panel)
+            encoding = {self._prompt_key(u) for u in self.units.values() if caches and u.instance and u.panel is panel}
             for unit in [u for u in self.units.values() if u.state is WAITING[panel] and not u.instance]:
-                candidates = self.fleet.candidates(panel)
-                if not candidates or self._far_ahead(panel):
+                if room < 1 or not (candidates or caches):
                     break
-                unit.instance = self.policy(candidates).name
-                unit.instances[panel.value] = unit.instance
-                self.fleet.assign(unit.instance, unit.id)
-                self.dirty.add(unit.id)
-                self.effects.append(Assign(unit.instance, unit.id))
+                if caches and self._skip_encoder(unit, now):
+                    room -= 1
+                elif candidates and not (caches and self._same_is_made(unit, encoding)):
+                    self._assign(unit, panel, self.policy(candidates).name)
+                    candidates = self.fleet.candidates(panel)
+                    room -= 1
+
+    def _prompt_key(self, unit: Unit) -> bytes:
+        request = self.requests[unit.request_id]
+        request.prompt_key = request.prompt_key or self.staging.cache.key(request.inputs)
+        return request.prompt_key
+
+    def _same_is_made(self, unit: Unit, encoding: set[bytes]) -> bool:
+        """Whether what an encoder makes at present will do for this unit too; if not, it is the next to be encoded."""
+        key = self._prompt_key(unit)
+        waits = key in encoding and self.staging.cache.can_wait(key, self.requests[unit.request_id].inputs)
+        encoding.add(key)
+        return waits
+
+    def _assign(self, unit: Unit, panel: Panel, name: str) -> None:
+        unit.instance = unit.instances[panel.value] = name
+        self.staging.cache.misses += panel is Panel.ENCODER and self.staging.cache.capacity > 0
+        self.fleet.assign(name, unit.id)
+        self.dirty.add(unit.id)
+        self.effects.append(Assign(name, unit.id))
+
+    def _skip_encoder(self, unit: Unit, now: float) -> bool:
+        """Send a unit on to the denoisers when what an encoder would make for it is in the cache."""
+        found = self.staging.cache.find(self._prompt_key(unit), unit.seed)
+        if found is None:
+            return False
+        self.staging.cache.hits += 1
+        for kept in (unit.instances, unit.stage_seconds):
+            kept.pop(Panel.ENCODER.value, None)
+        self.staging.put(unit, Panel.ENCODER, found)
+        unit.borrows = True
+        unit.move(State.ENCODER_DONE, now, "prompt cache")
+        unit.advance(State.DENOISING_WAITING, now)
+        self.dirty.add(unit.id)
+        return True
 
     def take_effects(self) -> list[Effect]:
         """The effects queued since the last call."""
@@ -302,10 +304,6 @@ class Ledger:
         for unit in self.units.values():
             counts[unit.state.value] = counts.get(unit.state.value, 0) + 1
         return counts
-
-    def leases(self) -> set[LeaseRef]:
-        """Every slot that an active unit still needs."""
-        return {staged.lease for unit in self.units.values() for staged in unit.staged.values()}
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drop terminal requests from the books."""
@@ -325,24 +323,13 @@ class Ledger:
     def _holds(self, name: str, work: Work) -> bool:
         return self._current(work, name) is not None
 
-    def _far_ahead(self, panel: Panel) -> bool:
-        """Whether enough is staged, or on its way, for the panel that comes after `panel`."""
-        after = next((p for p, upstream in UPSTREAM.items() if upstream is panel), None)
-        if after is None or not self.fleet.slots(after):
-            return False
-        under_way = {WAITING[after], RUNNING[after], RUNNING[panel]}
-        ahead = sum(
-            u.state in under_way or (PANEL_OF.get(u.state) is panel and bool(u.instance)) for u in self.units.values()
-        )
-        return ahead >= (AHEAD + 1) * self.fleet.slots(after)
-
     def _let_go(self, unit: Unit) -> None:
         self.fleet.let_go(unit.instance, unit.id)
         unit.instance = ""
         unit.step = 0
 
-    def _release(self, unit: Unit) -> None:
-        if leases := unit.drop_staged():
+    def _give_back(self, leases: tuple[LeaseRef, ...]) -> None:
+        if leases:
             self.effects.append(Release(leases))
 
     def _retry(self, unit: Unit, cause: str, now: float, *, counts: bool = True) -> None:
@@ -372,7 +359,7 @@ class Ledger:
 
     def _end(self, unit: Unit, state: State, reason: str, now: float) -> None:
         self._let_go(unit)
-        self._release(unit)
+        self._give_back(self.staging.drop(unit))
         unit.move(state, now, reason)
         del self.units[unit.id]
         self.dirty.add(unit.id)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from actors import Actor, Component, Later, StartFailure, Topology
 from actors.system import Inspect, Inspection
-from bus import BusError, Reference, Refused, Unreachable
+from bus import BusError, MailboxFull, Reference, Refused, Unreachable
 from engines.arena import Arena, ArenaError
 from engines.leases import Lease, LeaseError, LeaseState, LeaseTable, Range
 from engines.transfer import (
@@ -34,6 +34,7 @@ from roles.messages.pool import (
     PoolQuery,
     PullSlot,
     ReleaseSlots,
+    RoomWanted,
     SealSlot,
     SlotLeased,
     SlotPulled,
@@ -171,6 +172,7 @@ class BufferPool(Actor):
         except LeaseError as error:
             raise Refused(error.code, error.detail) from error
         if lease is None:
+            self._want_room(message.nbytes)
             return PoolFull(message.nbytes, table.free, table.capacity)
         return SlotLeased(self._refer(lease))
 
@@ -256,6 +258,13 @@ class BufferPool(Actor):
         if self._opened is None:
             raise Refused("not_ready", f"{self.name} is not open yet")
         return self._opened
+
+    def _want_room(self, nbytes: int) -> None:
+        """Have the head take out of its prompt cache what lies here."""
+        try:
+            self.reference("head").tell(RoomWanted(self.name, nbytes))
+        except MailboxFull:  # whoever wants the slot asks again, and so does this
+            self.log.debug("the head was not told", wanted=nbytes)
 
     def _zone(self, message: LeaseSlot) -> str:
         kind = self._kinds.get(message.owner)

@@ -1,13 +1,18 @@
-"""The life of one unit of work (one picture): its states, the legal moves between them, and its history."""
+"""The life of one unit of work (one picture): its states, the legal moves between them, and its history.
+
+A request is one or more of them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 
 from engines.panels import Panel
-from roles.messages.requests import Move, UnitView
-from roles.messages.work import Artifact, LeaseRef, Staged, Work
+from roles.messages.requests import Move, RequestView, UnitView
+from roles.messages.work import Artifact, Input, LeaseRef, Output, Staged, Work
 
 
 class State(StrEnum):
@@ -64,6 +69,8 @@ UPSTREAM = {Panel.DENOISER: Panel.ENCODER, Panel.DECODER: Panel.DENOISER}
 """Whose staged output a panel starts from."""
 
 _ABORTS = frozenset({State.FAILED, State.TIMED_OUT, State.CANCELLED})
+# What the prompt cache has need not be encoded.
+_SHORTCUTS = {State.ENCODER_WAITING: {State.ENCODER_DONE}}
 _RETREATS = {
     # A running stage goes back to its own queue, or to an earlier one when the tensors it started from are gone;
     # a waiting one only moves back for the latter reason.
@@ -74,9 +81,9 @@ _RETREATS = {
     State.DECODER_RUNNING: {State.DECODER_WAITING, State.DENOISING_WAITING, State.ENCODER_WAITING},
 }
 LEGAL: dict[State, frozenset[State]] = {
-    state: frozenset() if state in TERMINAL else frozenset({following} | _ABORTS | _RETREATS.get(state, set()))
-    for state, following in zip(JOURNEY, (*JOURNEY[1:], State.DONE), strict=True)
-} | {state: frozenset() for state in _ABORTS}
+    state: frozenset({following} | _ABORTS | _SHORTCUTS.get(state, set()) | _RETREATS.get(state, set()))
+    for state, following in pairwise(JOURNEY)
+} | {state: frozenset() for state in TERMINAL}
 """Every legal move."""
 
 
@@ -119,6 +126,8 @@ class Unit:
     step: int = 0
     total_steps: int = 0
     artifact: Artifact | None = None
+    borrows: bool = False
+    """What it has of an encoder was made for another unit of an equal prompt, and has to be made its own."""
 
     @property
     def work(self) -> Work:
@@ -169,10 +178,16 @@ class Unit:
         return panel
 
     def drop_staged(self) -> tuple[LeaseRef, ...]:
-        """Forget every staged output; returns the leases that nobody needs any more."""
+        """Forget every staged output; returns their leases."""
         leases = tuple(staged.lease for staged in self.staged.values())
-        self.staged.clear()
+        self.forget_staged(tuple(self.staged))
         return leases
+
+    def forget_staged(self, panels: Iterable[Panel]) -> None:
+        """Forget the outputs of some panels."""
+        for panel in panels:
+            del self.staged[panel]
+        self.borrows = self.borrows and Panel.ENCODER in self.staged
 
     def view(self) -> UnitView:
         """What a client may know."""
@@ -188,4 +203,48 @@ class Unit:
             stage_seconds=dict(self.stage_seconds),
             causes=tuple(self.causes),
             artifact=self.artifact,
+        )
+
+
+@dataclass(slots=True)
+class Request:
+    """What a client asked for: one or more units."""
+
+    id: str
+    inputs: dict[str, Input]
+    output: Output
+    created_at: float
+    deadline: float
+    units: list[Unit]
+    idempotency_key: str = ""
+    digest: str = ""
+    """Of the body, to tell a retry from another request under the same key."""
+    finished_at: float = 0.0
+    prompt_key: bytes = b""
+    """Of the prompt cache; made when it is first asked for."""
+
+    @property
+    def terminal(self) -> bool:
+        """Whether every unit is."""
+        return all(unit.terminal for unit in self.units)
+
+    @property
+    def state(self) -> State:
+        """Of the unit furthest behind; once all are terminal, the worst outcome."""
+        if not self.terminal:
+            return min((u.state for u in self.units if not u.terminal), key=JOURNEY.index)
+        worst_first = (State.FAILED, State.TIMED_OUT, State.CANCELLED, State.DONE)
+        return min((u.state for u in self.units), key=worst_first.index)
+
+    def view(self) -> RequestView:
+        """What a client may know."""
+        return RequestView(
+            request_id=self.id,
+            state=self.state.value,
+            terminal=self.terminal,
+            created_at=self.created_at,
+            finished_at=self.finished_at,
+            inputs=self.inputs,
+            output=self.output,
+            units=tuple(unit.view() for unit in self.units),
         )

@@ -32,7 +32,7 @@ from roles.messages.device import (
     PanelStepped,
     RunPanel,
 )
-from roles.messages.work import Work
+from roles.messages.work import Pictures, Work
 from roles.resolve import has_files, resolve
 from roles.uploads import UPLOADS, UploadStore
 from roles.weights import lora_files, weights_facts
@@ -161,7 +161,7 @@ class StreamWorker(Actor):
         self._tell(PanelStarted(job.work, job.panel.value))
         began = time.monotonic()
         try:
-            await self._compute(job, stream, pipeline)
+            seedless = await self._compute(job, stream, pipeline)
         except _Stopped:
             return PanelCancelled(job.work)
         except Exception as error:
@@ -169,9 +169,10 @@ class StreamWorker(Actor):
             lost = is_device_lost(error)
             return PanelFailed(job.work, job.panel.value, describe(error), is_at_fault(error) and not lost, lost)
         self.panels_run += 1
-        return PanelFinished(job.work, job.panel.value, time.monotonic() - began)
+        return PanelFinished(job.work, job.panel.value, time.monotonic() - began, seedless)
 
-    async def _compute(self, job: Job, stream: DeviceStream, pipeline: PanelPipeline) -> None:
+    async def _compute(self, job: Job, stream: DeviceStream, pipeline: PanelPipeline) -> bool:
+        """Put the panel's outputs in the place of its inputs; returns whether they are the same for every seed."""
         held = self.premises.workspace.get(job.work)
         if held.ready is not None:
             stream.wait(held.ready, held.values)
@@ -179,6 +180,11 @@ class StreamWorker(Actor):
             inputs = await self._inputs(held.values, pipeline)
             values = await self._call(stream, pipeline.encode, inputs, held.seed)
         elif job.panel is Panel.DENOISER:
+            if held.renewal is not None:
+                # An encoder has seen to the pictures: they need not be read again.
+                plain = {name: v for name, v in held.renewal.inputs.items() if not isinstance(v, Pictures)}
+                inputs = await self._inputs(plain, pipeline)
+                held.values = await self._call(stream, pipeline.renew, held.values, inputs, held.renewal.seed)
             values = await self._denoise(job, stream, pipeline, held.values)
         else:
             values = await self._call(stream, pipeline.decode, held.values)
@@ -188,6 +194,7 @@ class StreamWorker(Actor):
         if job.cancelled:
             raise _Stopped
         self.premises.workspace.replace(job.work, values, end)
+        return job.panel is Panel.ENCODER and await self._call(stream, pipeline.seedless, values)
 
     async def _inputs(self, given: dict[str, object], pipeline: PanelPipeline) -> dict[str, object]:
         """Give the inputs of a request as the pipeline takes them; only files are worth another thread."""

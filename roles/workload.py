@@ -95,6 +95,8 @@ class Item:
     deadline: float
     seconds: float = 0.0
     """That the last panel took."""
+    seedless: bool = False
+    """What it made is the same for every seed."""
     cancelled: bool = False
 
 
@@ -183,7 +185,7 @@ class Workload:
         return (
             *unused,
             *self._fence_older(message.work),
-            Begin(message.work, {}, 0),
+            Begin(message.work, {}, 0, message.renewal),
             Load(message.work, message.source, message.target, message.deadline),
         )
 
@@ -220,12 +222,12 @@ class Workload:
         self._item(work, "a step ended", Phase.RUNNING)
         return (Mention(StageProgress(work, step, total_steps)),)
 
-    def panel_finished(self, work: Work, seconds: float) -> tuple[Effect, ...]:
+    def panel_finished(self, work: Work, seconds: float, *, seedless: bool = False) -> tuple[Effect, ...]:
         """Run the next panel on the outputs, or stage them, or save them."""
         item = self._item(work, "a panel finished", Phase.RUNNING)
         if item.cancelled:
             return self._end_cancelled(item)
-        item.seconds = seconds
+        item.seconds, item.seedless = seconds, seedless
         done, *left = item.panels
         if left:
             item.panels = tuple(left)
@@ -263,9 +265,9 @@ class Workload:
         item = self._item(work, "state was staged", Phase.STAGING)
         if item.cancelled:
             return (Release(staged.lease), *self._end_cancelled(item))
+        panel, seconds, seedless = item.panels[0].value, item.seconds, item.seedless
         return self._end(
-            item,
-            lambda issued: TransferStaged(work, self.instance, item.panels[0].value, staged, item.seconds, issued),
+            item, lambda issued: TransferStaged(work, self.instance, panel, staged, seconds, issued, seedless)
         )
 
     def artifact_saved(self, work: Work, artifact: Artifact) -> tuple[Effect, ...]:

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from bus import Message
 from engines.panels import Panel
-from roles.messages.work import Input, LeaseRef, Output, Staged, Work
+from roles.messages.work import Input, LeaseRef, Output, Renewal, Staged, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +17,7 @@ class Begin:
     work: Work
     inputs: dict[str, Input]
     seed: int
+    renewal: Renewal | None = None
 
 
 @dataclass(frozen=True, slots=True)

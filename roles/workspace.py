@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from engines.parameters import Signature
-from roles.messages.work import Work
+from roles.messages.work import Renewal, Work
 
 if TYPE_CHECKING:
     from engines.streams import StreamEvent
@@ -29,6 +29,8 @@ class Held:
     """Inputs of the next panel, by name: tensors on the device, and plain values."""
     seed: int = 0
     """Of the picture; the encoder panel makes its generator from it."""
+    renewal: Renewal | None = None
+    """What makes loaded values this work's own, where they were made for another."""
     ready: StreamEvent | None = None
     """End of the work that made `values`; who uses them on another stream waits for it first."""
 
@@ -39,9 +41,11 @@ class Workspace:
     def __init__(self) -> None:
         self._held: dict[Work, Held] = {}
 
-    def begin(self, work: Work, values: dict[str, object] | None = None, seed: int = 0) -> None:
+    def begin(
+        self, work: Work, values: dict[str, object] | None = None, seed: int = 0, renewal: Renewal | None = None
+    ) -> None:
         """Make room for a piece of work, in place of anything kept for it before."""
-        self._held[work] = Held(dict(values or {}), seed)
+        self._held[work] = Held(dict(values or {}), seed, renewal)
 
     def get(self, work: Work) -> Held:
         """Find what is kept for `work`.

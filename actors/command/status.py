@@ -95,6 +95,7 @@ def render(cluster: dict[str, Any]) -> RenderableType:
     reasons = "".join(f"\n  {escape(str(reason))}" for reason in cluster.get("reasons", ()))
     headline = "[green]ready[/]" if cluster.get("ready") else f"[red]not ready[/]{reasons}"
     pools = [_pool(pool) for pool in cluster.get("pools", ())]
+    pools += _prompt_cache((cluster.get("head") or {}).get("prompt_cache") or {})
     return Group(
         Text.from_markup(headline), rows_of(table(*_COLUMNS), rows), *(Text.from_markup(pool) for pool in pools)
     )
@@ -122,6 +123,14 @@ def _pool(pool: dict[str, Any]) -> str:
     return (
         f"{name}: {_size(pool.get('free'))} of {_size(pool.get('capacity'))} free, {escape(str(pool.get('transport')))}"
     )
+
+
+def _prompt_cache(cache: dict[str, Any]) -> list[str]:
+    if not cache.get("capacity"):
+        return []
+    entries, hits, misses = (cache.get(name, "?") for name in ("entries", "hits", "misses"))
+    used = f"{_size(cache.get('nbytes'))} of {_size(cache['capacity'])}"
+    return [f"prompt cache: {entries} prompts in {used}, {hits} hits, {misses} misses"]
 
 
 def _size(nbytes: object) -> str:

@@ -43,6 +43,8 @@ class PanelFinished(Message):
     work: Work
     panel: str
     seconds: float
+    seedless: bool = False
+    """The outputs of an encoder are the same for every seed, but for the generator among them."""
 
 
 class PanelFailed(Message):

@@ -60,6 +60,13 @@ class PoolFull(Message):
     capacity: int
 
 
+class RoomWanted(Message):
+    """Pool to head: a slot was asked for that would fit, and there was no room. Told each time, and asked for again."""
+
+    pool: str
+    nbytes: int
+
+
 class SealSlot(Message):
     """The slot is written: from now on it belongs to the request. Asks for SlotSealed."""
 

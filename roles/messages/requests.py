@@ -143,6 +143,21 @@ class InstanceView(Value):
     running: tuple[str, ...]
 
 
+class PromptCacheView(Value):
+    """What encoders made and is kept for requests of the same prompt."""
+
+    entries: int = 0
+    """Slots that it holds."""
+    nbytes: int = 0
+    """What they take in their pool."""
+    capacity: int = 0
+    """Most bytes that they may take; 0 when it is off."""
+    hits: int = 0
+    """Units that needed no encoder."""
+    misses: int = 0
+    """Units sent to one."""
+
+
 class ClusterView(Message):
     """The head's books."""
 
@@ -155,3 +170,4 @@ class ClusterView(Message):
     completed: int
     average_latency_s: float
     """Of completed units alone."""
+    prompt_cache: PromptCacheView = PromptCacheView()

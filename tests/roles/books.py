@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from engines.parameters import Signature
+from engines.parameters import Kind, Parameter, Signature
 from roles.dispatch import POLICIES
 from roles.effects import Effect
-from roles.ledger import Ledger, Request
+from roles.ledger import Ledger
 from roles.messages.stages import InstanceHello, StageFailed, StageFinished, TransferStaged
-from roles.messages.work import Artifact, LeaseRef, Output, Staged, Work
-from roles.request import Unit
+from roles.messages.work import Artifact, Input, LeaseRef, Output, Staged, Work
+from roles.prompt_cache import PromptCache
+from roles.request import Request, Unit
+from roles.staging import Staging
 
 KINDS = ("encoder", "denoiser", "decoder")
 
 
-def ledger(**options: float) -> Ledger:
-    return Ledger(POLICIES["round_robin"], **options)  # type: ignore[arg-type]
+SIGNATURE = Signature(
+    (Parameter("num_inference_steps", Kind.INTEGER), Parameter("prompt", Kind.TEXT)), encodes=("prompt",)
+)
 
 
-def request(id_: str = "r", n: int = 1, *, deadline: float = 1e9, at: float = 0.0) -> Request:
-    units = [Unit(f"{id_}/{k}", id_, k, k, deadline) for k in range(n)]
-    return Request(id_, {"prompt": "x"}, Output("png"), at, deadline, units)
+def ledger(*, cache: int = 0, **options: float) -> Ledger:
+    return Ledger(POLICIES["round_robin"], staging=Staging(PromptCache(cache, "tiny")), **options)  # type: ignore[arg-type]
+
+
+def request(
+    id_: str = "r", n: int = 1, *, deadline: float = 1e9, at: float = 0.0, seed: int = 0, **inputs: Input
+) -> Request:
+    units = [Unit(f"{id_}/{k}", id_, k, seed + k, deadline) for k in range(n)]
+    return Request(id_, {"prompt": "x", **inputs}, Output("png"), at, deadline, units)
 
 
 def hello(name: str, *, generation: int = 1, slots: int = 1, running: tuple[Work, ...] = ()) -> InstanceHello:
@@ -33,7 +42,7 @@ def hello(name: str, *, generation: int = 1, slots: int = 1, running: tuple[Work
         issued=slots,
         taken=len(running),
         pool="pool",
-        signature=Signature(),
+        signature=SIGNATURE,
         running=running,
     )
 
@@ -42,8 +51,8 @@ def a_slot(lease_id: int, pool_generation: int = 1) -> Staged:
     return Staged(LeaseRef("pool", pool_generation, lease_id, 0, 64), b"", 0, 64)
 
 
-def staged(work: Work, panel: str, lease_id: int, issued: int = 99) -> TransferStaged:
-    return TransferStaged(work, f"{panel}-0", panel, a_slot(lease_id), 0.5, issued)
+def staged(work: Work, panel: str, lease_id: int, issued: int = 99, *, seedless: bool = False) -> TransferStaged:
+    return TransferStaged(work, f"{panel}-0", panel, a_slot(lease_id), 0.5, issued, seedless)
 
 
 def finished(work: Work, name: str = "decoder-0") -> StageFinished:

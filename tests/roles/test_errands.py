@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 
 from actors import Actor
+from engines.buddy import PAGE
 from engines.panels import Panel
 from roles.errands import Errands
 from roles.ledger import Ledger
+from roles.messages.pool import LeaseView
+from roles.messages.stages import TransferPush
+from roles.messages.work import Renewal, Work
 from roles.request import State, Unit
-from tests.roles.books import after, hello, ledger, request, staged
+from tests.roles.books import a_slot, after, hello, ledger, request, staged
 
 
 def assigned_to_a_denoiser() -> tuple[Ledger, Unit]:
@@ -47,3 +51,38 @@ def test_work_that_is_cancelled_before_it_is_sent_is_not_sent() -> None:
     send(books, unit, work)
     assert unit.state is State.CANCELLED
     assert books.fleet.instances["denoiser-0"].credits == 2
+
+
+def test_tensors_of_another_unit_come_with_what_makes_them_this_units_own() -> None:
+    books = ledger(cache=PAGE)
+    for kind in ("encoder", "denoiser"):
+        books.hello(hello(f"{kind}-0", slots=2), 0.0)
+    books.accept(request(), 0.0)
+    books.accept(request("second", seed=7, num_inference_steps=9), 0.0)
+    after(books)
+    books.staged(staged(books.units["r/0"].work, "encoder", 1, seedless=True), 1.0)
+    after(books)
+    errands = Errands(Actor("head"), books, lambda: None, ())
+
+    def order(unit_id: str) -> TransferPush:
+        unit = books.units[unit_id]
+        message = asyncio.run(errands._order("denoiser-0", unit, unit.work))
+        assert isinstance(message, TransferPush)
+        return message
+
+    first, second = order("r/0"), order("second/0")
+    assert first.renewal is None
+    assert second.renewal == Renewal({"prompt": "x", "num_inference_steps": 9}, 7)
+    assert first.source == second.source
+
+    unneeded = {
+        number: errands._unneeded(LeaseView(a_slot(number).lease, "sealed", "encoder-0", 1, Work(unit_id, attempt)))
+        for number, unit_id, attempt in ((1, "r/0", 1), (2, "gone/0", 1), (3, "r/0", 0), (4, "r/0", 1))
+    }
+    assert unneeded == {1: False, 2: True, 3: True, 4: False}
+    books.cancel("r", "enough", 2.0)
+    books.cancel("second", "enough", 2.0)
+    view = LeaseView(a_slot(1).lease, "sealed", "encoder-0", 1, Work("r/0", 1))
+    assert not errands._unneeded(view), "the cache keeps it"
+    books.clear_cache()
+    assert errands._unneeded(view)

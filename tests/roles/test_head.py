@@ -30,7 +30,8 @@ SIGNATURE = Signature(
         Parameter("mask_image", Kind.IMAGE),
         Parameter("prompt", Kind.TEXT, required=True),
         Parameter("sigmas", Kind.NUMBERS),
-    )
+    ),
+    encodes=("prompt",),
 )
 PICTURE = Upload("a.png", 8)
 
@@ -277,8 +278,8 @@ def test_a_restarted_head_leaves_running_work_alone_and_redoes_the_rest(topology
     async def scenario() -> None:
         async with playing(topology()) as stage:
             await stage.hello("encoder-0")
-            await stage.submit("kept")
-            await stage.submit("lost")
+            await stage.submit("kept", prompt="a")
+            await stage.submit("lost", prompt="b")
             works = [await stage.next_work("encoder-0"), await stage.next_work("encoder-0")]
             kept = next(work for work in works if work.unit_id == "kept/0")
             await stage.report(stages.StageStarted(kept, "encoder-0", "encoder"))

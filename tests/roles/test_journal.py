@@ -6,14 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from engines.panels import Panel
 from roles.journal import SCHEMA_VERSION, Journal, JournalError
-from roles.ledger import Request
 from roles.messages.requests import Move
 from roles.messages.work import Artifact, LeaseRef, Output, Staged
-from roles.request import State, Unit
+from roles.request import Request, State, Unit
 
 
 def a_request(id_: str = "r1", *, key: str = "", created_at: float = 1.0) -> Request:
@@ -32,9 +32,16 @@ def test_what_was_accepted_and_saved_comes_back_whole(tmp_path: Path) -> None:
     unit.history.append(Move("DENOISING_RUNNING", 4.0, "again"))
     unit.staged[Panel.ENCODER] = Staged(LeaseRef("pool", 3, 4, 4096, 64), b"\x00manifest", 2**64 - 1, 64)
     unit.causes.append("denoiser-0: its process ended")
+    unit.borrows = True
     journal.save([request], [unit])
     journal.close()
     assert Journal(tmp_path / "j.sqlite").load(0.0) == [request]
+
+
+def test_a_unit_that_an_earlier_version_wrote_borrows_nothing() -> None:
+    fields = msgspec.to_builtins(a_request().units[0])
+    del fields["borrows"]
+    assert not msgspec.msgpack.decode(msgspec.msgpack.encode(fields), type=Unit).borrows
 
 
 def test_ended_requests_are_read_back_for_a_while_and_then_pruned(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from roles.messages.pool import (
     PoolQuery,
     PullSlot,
     ReleaseSlots,
+    RoomWanted,
     SealSlot,
     SlotLeased,
     SlotPulled,
@@ -35,6 +36,17 @@ CAPACITY = 4 << 20
 
 class Role(Actor):
     """An owner of slots, at the address of a role instance."""
+
+
+class Head(Actor):
+    """Hears what pools want."""
+
+    def __init__(self) -> None:
+        super().__init__("head")
+        self.told: asyncio.Queue[RoomWanted] = asyncio.Queue()
+
+    async def room_wanted(self, message: RoomWanted) -> None:
+        self.told.put_nowait(message)
 
 
 class Client(Actor):
@@ -119,6 +131,7 @@ def test_a_full_pool_says_whether_it_will_ever_do(run: Any, place: Any, house: A
         async with house(place()) as h:
             await h.component("pool", build)
             await h.start(client := Client())
+            await h.start(head := Head())
 
             async def full(**changes: Any) -> PoolFull:
                 fields = {"work": W, "owner": "denoiser-0", "owner_generation": 1, **changes}
@@ -131,6 +144,8 @@ def test_a_full_pool_says_whether_it_will_ever_do(run: Any, place: Any, house: A
             lease = await client.lease(owner="denoiser-0", nbytes=CAPACITY)
             not_now = await full(nbytes=SLOT, work=Work("r/1", 1))
             assert (not_now.free, not_now.needed, not_now.capacity) == (0, SLOT, CAPACITY)
+            told = await asyncio.wait_for(head.told.get(), 10)
+            assert told == RoomWanted("pool", SLOT), "and of what can never fit it was told nothing"
             await client.release(lease)
             assert (await client.describe()).free == CAPACITY
 

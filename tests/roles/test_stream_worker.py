@@ -24,7 +24,7 @@ from roles.messages.device import (
     PanelStepped,
     RunPanel,
 )
-from roles.messages.work import Pictures, Upload, Work
+from roles.messages.work import Pictures, Renewal, Upload, Work
 from roles.stream_worker import StreamWorker
 from roles.workspace import Premises
 
@@ -91,6 +91,32 @@ def test_the_panels_make_a_picture_of_each_others_outputs(bench: Any) -> None:
         assert isinstance(picture, Image.Image)
         assert worker.facts()["panels_run"] == 3
         assert worker.overdue() is None
+
+    bench(body)
+
+
+def test_what_was_encoded_for_another_makes_the_picture_of_its_own_seed_and_steps(bench: Any) -> None:
+    async def body(desk: Desk, worker: StreamWorker) -> None:
+        workspace = worker.premises.workspace
+
+        async def run(number: int, *panels: Panel) -> None:
+            for panel in panels:
+                desk.run(number, panel)
+                assert (await desk.inbox.next(PanelFinished)).seedless == (panel is Panel.ENCODER)
+
+        workspace.begin(work(1), INPUTS, seed=3)
+        await run(1, Panel.ENCODER)
+        own = {**INPUTS, "num_inference_steps": 4, "height": 48}
+        # A file that is not there: pictures are left as they were encoded.
+        renewal = Renewal({**own, "image": Pictures((Upload("gone.png", 1),))}, 8)  # type: ignore[dict-item]
+        workspace.begin(work(2), renewal=renewal)
+        workspace.replace(work(2), workspace.get(work(1)).values)
+        await run(2, Panel.DENOISER, Panel.DECODER)
+        workspace.begin(work(3), own, seed=8)
+        await run(3, *Panel)
+        pictures = [workspace.get(work(number)).values["images"][0] for number in (2, 3)]  # type: ignore[index]
+        assert pictures[0].size == (32, 48)
+        assert pictures[0].tobytes() == pictures[1].tobytes()
 
     bench(body)
 

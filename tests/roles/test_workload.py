@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from roles.messages.stages import (
     TransferReady,
     TransferStaged,
 )
-from roles.messages.work import Artifact, LeaseRef, Output, Staged, Work
+from roles.messages.work import Artifact, LeaseRef, Output, Renewal, Staged, Work
 from roles.workload import NotTaken, Phase, UnexpectedEvent, Workload
 
 ENDS = (TransferFailed, TransferStaged, StageFinished, StageFailed, StageCancelled)
@@ -64,6 +65,22 @@ def test_an_encoder_goes_from_inputs_to_a_sealed_slot() -> None:
         do.Report(TransferStaged(W, "encoder-0", "encoder", staged(3), 0.5, 3)),
     )
     assert load.in_hand == ()
+
+
+def test_what_is_the_same_for_every_seed_is_said_to_be() -> None:
+    load = Workload("encoder-0", "encoder", 1)
+    load.assign(assign(W))
+    load.panel_finished(W, 0.5, seedless=True)
+    assert reports(load.state_staged(W, staged(3))) == [
+        TransferStaged(W, "encoder-0", "encoder", staged(3), 0.5, 2, seedless=True)
+    ]
+
+
+def test_what_makes_tensors_of_another_unit_its_own_comes_along() -> None:
+    load = Workload("denoiser-0", "denoiser", 1)
+    renewal = Renewal({"prompt": "x"}, 7)
+    effects = load.push(msgspec.structs.replace(push(W), renewal=renewal))
+    assert effects[0] == do.Begin(W, {}, 0, renewal)
 
 
 def test_a_decoder_goes_from_a_staged_slot_to_a_file() -> None:
