@@ -64,7 +64,7 @@ def _check_cache(file: str, sections: Sections) -> None:
         nbytes = cache_size(size, parse_size(pool_size))
     except ValueError:
         problem = f'= "{size}" is not a size'
-        fix = 'write it as in "64MiB", or "0" for no cache'
+        fix = 'write it as in "64MiB", or "0" for none'
         raise TopologyError(file, "[model] prompt_cache", problem, fix) from None
     if nbytes > parse_size(pool_size) // 2:
         problem = f'= "{size}" is more than half of [transfer] pool_size = "{pool_size}"'

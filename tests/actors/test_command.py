@@ -173,6 +173,15 @@ def test_status_shows_every_actor_and_why_it_is_not_ready() -> None:
     assert lines[5:] == ["pool: 3.0 MiB of 8.0 MiB free, shared memory", "other: down"]
 
 
+def test_status_shows_a_prompt_cache_where_there_is_one() -> None:
+    console, text = shown_on()
+    cache = {"entries": 3, "nbytes": 3 << 19, "capacity": 1 << 22, "hits": 40, "misses": 7}
+    for head in ({"prompt_cache": cache}, {"prompt_cache": {**cache, "capacity": 0}}, {}, None):
+        console.print(render({"ready": True, "actors": [], "head": head}))
+    (line_of_it,) = [row for row in text.getvalue().splitlines() if "cache" in row]
+    assert line_of_it == "prompt cache: 3 prompts in 1.5 MiB of 4.0 MiB, 40 hits, 7 misses"
+
+
 def test_a_child_in_words() -> None:
     console, text = shown_on()
     for shown in (

@@ -37,6 +37,16 @@ BROKEN = {
     "roles is one table": (MODEL + '[roles]\nkind = "encoder"\n', "[roles] is written as one table", "write [[roles]]"),
     "bad size": (MODEL + '[transfer]\npool_size = "4 parsecs"\n' + PANELS, '"4 parsecs" is not a size', '"256MiB"'),
     "no size at all": (MODEL + '[transfer]\npool_size = "0MiB"\n' + PANELS, '"0MiB" is not a size', '"256MiB"'),
+    "bad cache": (
+        MODEL + 'prompt_cache = "some"\n' + PANELS,
+        'prompt_cache = "some" is not a size',
+        '"0" for no cache',
+    ),
+    "too much cache": (
+        MODEL + 'prompt_cache = "9MiB"\n[transfer]\npool_size = "16MiB"\n' + PANELS,
+        'prompt_cache = "9MiB" is more than half of [transfer] pool_size = "16MiB"',
+        "make it smaller",
+    ),
     "unknown dispatch": (MODEL + '[head]\ndispatch = "round_robbin"\n' + PANELS, "is not known", "mean round_robin"),
     "unknown kind": (MODEL + PANELS + '[[roles]]\nkind = "denoisr"\n', '"denoisr" is not known', "mean denoiser"),
     "count 0": (MODEL + PANELS + "count = 0\n", "[[roles]] no. 3 count = 0 does not fit", "at least 1"),
@@ -190,6 +200,14 @@ def test_two_files_share_neither_sockets_nor_state(write: Write, folder: Path) -
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(("cache", "expected"), [("", 64 << 20), ("0", 0), ("128MiB", 128 << 20), ("64KiB", 64 << 10)])
+def test_the_prompt_cache_is_a_quarter_of_the_pool_or_what_is_said(write: Write, cache: str, expected: int) -> None:
+    model = f'[model]\npath = "."\nprompt_cache = "{cache}"\n'
+    assert load_topology(write(model=model)).prompt_cache_bytes == expected
+    whole = '[[roles]]\nkind = "monolithic"\n'
+    assert load_topology(write(model=model, roles=whole)).prompt_cache_bytes == 0, "nothing is encoded apart"
 
 
 @pytest.fixture

@@ -50,13 +50,13 @@ def topology_of(tmp_path: Path) -> Callable[..., Path]:
 
 
 def write_topology(folder: Path, model: Path, roles: dict[str, int], sections: dict[str, dict[str, Any]]) -> Path:
-    sections = {
+    own = {
         "model": {"path": str(model), "dtype": "float32"},
         "state": {"path": str(folder / "state")},
         "transfer": {"pool_size": "16MiB"},
-    } | sections
+    }
     lines = []
-    for name, keys in sections.items():
+    for name, keys in {name: own.get(name, {}) | sections.get(name, {}) for name in own | sections}.items():
         lines.append(f"[{name}]")
         lines += [f"{key} = {_toml(value)}" for key, value in keys.items()]
     for kind, count in roles.items():

@@ -50,7 +50,8 @@ def test_a_killed_process_is_back_with_a_higher_generation_and_requests_succeed(
 
 def test_requests_under_way_survive_the_death_of_every_kind_of_process(topology_file: Callable[..., Path]) -> None:
     async def scenario() -> None:
-        path = topology_file(roles={"encoder": 1, "denoiser": 2, "decoder": 1})
+        # Without a cache, so that each request is encoded and an encoder has something to lose.
+        path = topology_file(roles={"encoder": 1, "denoiser": 2, "decoder": 1}, model={"prompt_cache": "0"})
         async with launch(path, FREE_PORTS) as cluster:
             expected = [(await cluster.generate("a red circle", seed=s, steps=20)).data for s in range(2)]
             for victim in ("denoiser-0", "encoder-0", "decoder-0", "pool", "head"):

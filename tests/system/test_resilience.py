@@ -63,12 +63,14 @@ async def under_way(http: httpx.AsyncClient, state: str = "DENOISING_RUNNING") -
 
 
 async def at_rest(http: httpx.AsyncClient) -> None:
-    """Until no work is in hand and every slot is free."""
+    """Until no work is in hand and every slot is free, or the prompt cache's."""
     async with asyncio.timeout(BOUND_S):
         while True:
             seen = (await http.get("/v1/cluster")).json()
             idle = all(i["credits"] == i["slots"] for i in seen["head"]["instances"])
-            if idle and all(pool["leased"] == 0 and pool["free"] == pool["capacity"] for pool in seen["pools"]):
+            (pool,) = seen["pools"]
+            kept = seen["head"]["prompt_cache"]["nbytes"]
+            if idle and pool["leased"] == kept and pool["free"] == pool["capacity"] - kept:
                 return
 
 

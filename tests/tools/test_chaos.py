@@ -62,9 +62,14 @@ def test_a_doubled_request_is_seen() -> None:
 def test_a_leak_is_seen() -> None:
     pool = {"name": "pool", "capacity": 10, "free": 4, "leased": 6}
     held = LeaseView(LeaseRef("pool", 1, 1, 0, 64), "sealed", "encoder-0", 1, Work("r/0", 1))
-    assert checks.every_slot_is_accounted_for([pool], []) == []
-    assert len(checks.every_slot_is_accounted_for([pool | {"free": 3}], [])) == 1
-    assert len(checks.every_slot_is_accounted_for([pool], [held])) == 1
+    spare = LeaseView(LeaseRef("pool", 1, 2, 64, 64), "writing", "denoiser-0", 1, Work("", 0))
+    writing = LeaseView(LeaseRef("pool", 1, 3, 128, 64), "writing", "encoder-0", 1, Work("r/1", 1))
+    assert checks.every_slot_is_accounted_for([pool], [spare], 0) == []
+    assert checks.every_slot_is_accounted_for([pool], [held, spare], 1) == []
+    assert len(checks.every_slot_is_accounted_for([pool | {"free": 3}], [], 0)) == 1
+    assert len(checks.every_slot_is_accounted_for([pool], [held], 0)) == 2
+    assert len(checks.every_slot_is_accounted_for([pool], [writing], 1)) == 2
+    assert len(checks.every_slot_is_accounted_for([pool], [], 1)) == 1, "it has something that is not there"
 
 
 def test_an_illegal_history_is_seen() -> None:

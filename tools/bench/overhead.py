@@ -98,7 +98,9 @@ def _topology(folder: Path, model: Path, kinds: tuple[str, ...]) -> Path:
     folder.mkdir()
     roles = "".join(f'[[roles]]\nkind = "{kind}"\nslots = 8\n' for kind in kinds)
     file = folder / "topology.toml"
-    file.write_text(f'[model]\npath = "{model}"\ndtype = "float32"\n[state]\npath = "{folder}/state"\n{roles}')
+    # Without a cache, or the way would be that of the first picture alone.
+    keys = f'path = "{model}"\ndtype = "float32"\nprompt_cache = "0"'
+    file.write_text(f'[model]\n{keys}\n[state]\npath = "{folder}/state"\n{roles}')
     return file
 
 

@@ -158,13 +158,13 @@ async def storm(
     await asyncio.gather(watching, return_exceptions=True)
     await cluster.wait_ready(bound_s)
     await clients.stories(outcomes)
-    pools, leases = await at_rest(cluster)
+    pools, leases, kept = await at_rest(cluster)
     children = await cluster.children()
     restarts = {name: child.restarts for name, child in children.items()}
     invariants = {
         "each accepted request ended once": checks.each_accepted_request_ended_once(outcomes),
         "each client saw one request": checks.each_client_saw_one_request(outcomes, journal_keys(cluster)),
-        "every slot is accounted for": checks.every_slot_is_accounted_for(pools, leases),
+        "every slot is accounted for": checks.every_slot_is_accounted_for(pools, leases, kept),
         "nothing outdated was accepted": checks.nothing_outdated_was_accepted(outcomes),
         "everyone came back in time": checks.everyone_came_back(striker.blows, bound_s),
         "only victims restarted, no zombie": checks.only_victims_restarted(restarts, striker.blows, watch.zombies()),

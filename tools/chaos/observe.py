@@ -49,8 +49,11 @@ class Watch:
         return [child for child in _children_of(self._cluster.process.pid) if _stat(child)[0] == "Z"]
 
 
-async def at_rest(cluster: Cluster) -> tuple[list[dict[str, Any]], list[LeaseView]]:
-    """The pools and their leases once nothing is held for a request, or as they are after REST_S seconds."""
+async def at_rest(cluster: Cluster) -> tuple[list[dict[str, Any]], list[LeaseView], int]:
+    """The pools, their leases, and how many of those the prompt cache has.
+
+    Seen once it has all that are held for a request, or as they are after REST_S seconds.
+    """
     names = [c.name for c in cluster.topology.components if c.kind == "pool"]
     book, outbox = AddressBook(cluster.topology), Outbox("chaos")
     began = time.monotonic()
@@ -60,8 +63,10 @@ async def at_rest(cluster: Cluster) -> tuple[list[dict[str, Any]], list[LeaseVie
             for name in names:
                 reference = outbox.reference(name, book.address(name))
                 leases += (await reference.ask(LeaseQuery(), LeaseReport, timeout_s=5.0)).leases
-            if not any(view.work.unit_id for view in leases) or time.monotonic() - began > REST_S:
-                return (await cluster.status())["pools"], leases
+            seen = await cluster.status()
+            kept = int(seen["head"]["prompt_cache"]["entries"]) if seen["head"] else 0
+            if sum(bool(view.work.unit_id) for view in leases) == kept or time.monotonic() - began > REST_S:
+                return seen["pools"], leases, kept
             await asyncio.sleep(WATCH_S)
     finally:
         outbox.close()
