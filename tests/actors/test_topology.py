@@ -40,7 +40,7 @@ BROKEN = {
     "bad cache": (
         MODEL + 'prompt_cache = "some"\n' + PANELS,
         'prompt_cache = "some" is not a size',
-        '"0" for no cache',
+        '"0" for none',
     ),
     "too much cache": (
         MODEL + 'prompt_cache = "9MiB"\n[transfer]\npool_size = "16MiB"\n' + PANELS,
