@@ -78,7 +78,8 @@ class Ledger:
             self.by_key[request.idempotency_key] = request
         self.units.update({unit.id: unit for unit in request.units if not unit.terminal})
         for unit in request.units:
-            self.staging.adopt(unit)
+            if not unit.terminal:
+                self.staging.adopt(unit)
             if unit.state is State.PENDING:
                 unit.attempt = 1
                 unit.advance(State.ENCODER_WAITING, now)

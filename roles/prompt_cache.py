@@ -91,7 +91,7 @@ class PromptCache:
 
     def find(self, key: bytes, seed: int) -> Staged | None:
         """What was kept for every seed, or for this one."""
-        for candidate in (key, _seeded(key, seed)):
+        for candidate in (key, _seeded(key, seed)) if key in self._unshared else (key,):
             if staged := self._entries.pop(candidate, None):
                 self._entries[candidate] = staged
                 return staged
