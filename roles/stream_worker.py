@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ParamSpec, TypeVar
@@ -32,7 +32,7 @@ from roles.messages.device import (
     PanelStepped,
     RunPanel,
 )
-from roles.messages.work import Pictures, Work
+from roles.messages.work import Pictures, Renewal, Work
 from roles.resolve import has_files, resolve
 from roles.uploads import UPLOADS, UploadStore
 from roles.weights import lora_files, weights_facts
@@ -181,10 +181,7 @@ class StreamWorker(Actor):
             values = await self._call(stream, pipeline.encode, inputs, held.seed)
         elif job.panel is Panel.DENOISER:
             if held.renewal is not None:
-                # An encoder has seen to the pictures: they need not be read again.
-                plain = {name: v for name, v in held.renewal.inputs.items() if not isinstance(v, Pictures)}
-                inputs = await self._inputs(plain, pipeline)
-                held.values = await self._call(stream, pipeline.renew, held.values, inputs, held.renewal.seed)
+                held.values = await self._renewed(held.values, held.renewal, stream, pipeline)
             values = await self._denoise(job, stream, pipeline, held.values)
         else:
             values = await self._call(stream, pipeline.decode, held.values)
@@ -196,7 +193,16 @@ class StreamWorker(Actor):
         self.premises.workspace.replace(job.work, values, end)
         return job.panel is Panel.ENCODER and await self._call(stream, pipeline.seedless, values)
 
-    async def _inputs(self, given: dict[str, object], pipeline: PanelPipeline) -> dict[str, object]:
+    async def _renewed(
+        self, values: dict[str, object], renewal: Renewal, stream: DeviceStream, pipeline: PanelPipeline
+    ) -> dict[str, object]:
+        """Make loaded values, which an encoder made for another request, those of this one."""
+        # The encoder has seen to the pictures: they need not be read again.
+        plain = {name: value for name, value in renewal.inputs.items() if not isinstance(value, Pictures)}
+        inputs = await self._inputs(plain, pipeline)
+        return await self._call(stream, pipeline.renew, values, inputs, renewal.seed)
+
+    async def _inputs(self, given: Mapping[str, object], pipeline: PanelPipeline) -> dict[str, object]:
         """Give the inputs of a request as the pipeline takes them; only files are worth another thread."""
         read = partial(resolve, given, self.uploads, pipeline.signature, alpha=pipeline.alpha)
         return await asyncio.to_thread(read) if has_files(given) else read()

@@ -75,6 +75,7 @@ def test_image_to_image_in_json_and_in_a_form(
             ours = await cluster.generate(PROMPT, seed=SEED, strength=0.7, image=file)
             story = await cluster.request(ours.request_id)
             assert [shown["bytes"] for shown in story["inputs"]["image"]] == [len(png(picture()))]
+            assert "encoder" not in story["units"][0]["instances"], "it was encoded once"
             await a_picture_that_is_gone_fails_at_once(
                 http, cluster.topology.state_dir / "uploads", body | {"image": text}
             )
