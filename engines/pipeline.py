@@ -24,6 +24,7 @@ from engines.parameters import Signature, names
 from engines.placing import Placement
 from engines.quantization import Quantization
 from engines.routes import Route, route_for
+from engines.seeds import Ambient
 from engines.stepping import Denoising
 from engines.whole import load_whole
 
@@ -53,7 +54,7 @@ class Parts(Protocol):
         """Run the encoder."""
 
     def seedless(self, state: Mapping[str, object]) -> bool:
-        """Whether the encoder made the same for every seed, but for the generator."""
+        """Whether a state from `encode` has nothing that was drawn from the generator."""
 
     def renew(self, state: Mapping[str, object], inputs: Mapping[str, object], seed: int) -> dict[str, object]:
         """Make the state of one request that of another, which the encoder makes the same of."""
@@ -84,6 +85,7 @@ class PanelPipeline:
         signature: What of them is public, and what the pipeline makes.
         components: Names of the components that are loaded here.
         placement: How their weights are held, and how many bytes they take.
+        seedless: Whether what `encode` made last would be the same for every seed, but for the generator in it.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class PanelPipeline:
         self.route = route
         self.components = parts.components
         self.placement = placement
+        self.seedless = False
         self._adapters = placement.adapters
         self._resting = resting
         more = PARAMETERS if self._adapters.files else ()
@@ -163,24 +166,25 @@ class PanelPipeline:
         choice = choose(inputs, self._adapters.files)
         self._adapters.activate(choice)
         try:
-            return {**self._parts.encode(meant, seed), **self._label(choice)}
+            with Ambient() as ambient:
+                state = self._parts.encode(meant, seed)
         finally:
             self._rest()
-
-    def seedless(self, state: Mapping[str, object]) -> bool:
-        """Whether a state from `encode` is the same for every seed, but for the generator in it."""
-        return self._parts.seedless(state)
+        self.seedless = self._parts.seedless(state) and not ambient.touched
+        return {**state, **self._label(choice)}
 
     def renew(self, state: Mapping[str, object], inputs: Mapping[str, object], seed: int) -> dict[str, object]:
         """Make of one request's state that of another: what `encode` would return, without an encoder.
 
         Args:
             state: From `encode` of a request that has the same values for all `signature.encodes`, and for all
-                inputs that are pictures; where it is not `seedless`, also the same seed. It is not changed.
+                inputs that are pictures; where that was not `seedless`, also the same seed. It is not changed.
             inputs: Of the other request, as for `encode`; pictures may be left out.
             seed: Of the other request.
         """
-        return self._parts.renew(state, self._meant(inputs), seed)
+        values = {name: value for name, value in state.items() if name not in (LORA, LORA_SCALE)}
+        chosen = _chosen(choose(inputs, self._adapters.files))
+        return {**self._parts.renew(values, self._meant(inputs), seed), **chosen}
 
     def denoise(self, state: Mapping[str, object]) -> Denoising:
         """Prepare a run of the denoiser; it starts with its first `advance`.
@@ -215,8 +219,7 @@ class PanelPipeline:
 
     def _label(self, choice: Choice | None) -> dict[str, object]:
         """What crosses beside the values of the pipeline."""
-        chosen = {} if choice is None else {LORA: choice.name, LORA_SCALE: choice.scale}
-        return {DTYPE: self.placement.dtype, **chosen}
+        return {DTYPE: self.placement.dtype, **_chosen(choice)}
 
     def _open(self, state: Mapping[str, object]) -> tuple[dict[str, object], Choice | None]:
         """Take a state apart again, in the dtype of this process."""
@@ -252,3 +255,7 @@ class PanelPipeline:
     def _require(self, panel: Panel) -> None:
         if panel not in self.panels:
             raise RuntimeError(f"The {panel} was not loaded here, only: {', '.join(self.panels)}.")
+
+
+def _chosen(choice: Choice | None) -> dict[str, object]:
+    return {} if choice is None else {LORA: choice.name, LORA_SCALE: choice.scale}

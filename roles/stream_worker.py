@@ -191,7 +191,7 @@ class StreamWorker(Actor):
         if job.cancelled:
             raise _Stopped
         self.premises.workspace.replace(job.work, values, end)
-        return job.panel is Panel.ENCODER and await self._call(stream, pipeline.seedless, values)
+        return job.panel is Panel.ENCODER and pipeline.seedless
 
     async def _renewed(
         self, values: dict[str, object], renewal: Renewal, stream: DeviceStream, pipeline: PanelPipeline

@@ -19,10 +19,11 @@ from engines.codec import pack, unpack
 from engines.modular import encoded
 from engines.panels import Panel
 from engines.pipeline import PanelPipeline
-from engines.seeds import is_fresh, seeded
+from engines.seeds import Ambient, is_fresh, seeded
 from engines.split import Split, cut
 from tools.families.cases import PROMPT, picture
 from tools.families.rows import blocks_of, pipelines
+from tools.make_classic import Classic
 
 CPU = torch.device("cpu")
 INPUTS: dict[str, Any] = {"prompt": PROMPT, "height": 64, "width": 48, "num_inference_steps": 3}
@@ -34,13 +35,15 @@ OTHER: dict[str, Any] = {
     "num_frames": 9,
     "strength": 0.3,
 }
-FAMILIES = ("flux", "flux-kl", "wan", "qwenimage", "sdxl", "ltx2", "pixart")
+MODULAR = ("flux", "flux-kl", "wan", "qwenimage", "sdxl", "ltx2")
+SAMPLED = "glm_image"
+"""Its encoder samples text, from torch's own generator, which it gives the seed of the request."""
 
 
 @pytest.fixture
 def encoder(models: Callable[[str], Path], classic_models: Callable[[str], Path]) -> Callable[[str], PanelPipeline]:
     def load(family: str) -> PanelPipeline:
-        model = (classic_models if family == "pixart" else models)(family)
+        model = (models if family in MODULAR else classic_models)(family)
         return PanelPipeline.load(model, (Panel.ENCODER,), dtype=torch.float32, device=CPU)
 
     return load
@@ -59,23 +62,24 @@ def crossed(state: dict[str, object]) -> dict[str, object]:
     return unpack(manifest, torch.frombuffer(bytearray(slot), dtype=torch.uint8), CPU)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*MODULAR, *Classic])
 def test_a_renewed_state_is_that_of_the_other_request_to_the_bit(
     family: str, encoder: Callable[[str], PanelPipeline]
 ) -> None:
     pipeline = encoder(family)
     inputs = {name: value for name, value in INPUTS.items() if name in pipeline.accepted}
     kept = crossed(pipeline.encode(inputs, 11))
-    assert pipeline.seedless(kept)
+    seed = 12 if pipeline.seedless else 11
+    assert pipeline.seedless == (family != SAMPLED)
     free = pipeline.accepted - set(pipeline.signature.encodes)
     others = {name: value for name, value in OTHER.items() if name in free}
-    assert others or family == "pixart", "a classic encoder may read anything"
+    assert others or family not in MODULAR, "a classic encoder may read anything"
     assert "prompt" not in free
     # One at a time as well, so that no change hides another.
     for changes in ({}, *({name: value} for name, value in others.items()), others):
-        expected = laid_out(pipeline.encode({**inputs, **changes}, 12))
-        assert laid_out(pipeline.renew(kept, {**inputs, **changes}, 12)) == expected, changes
-        assert expected != laid_out(kept), "the generator at least is another one"
+        expected = laid_out(pipeline.encode({**inputs, **changes}, seed))
+        assert laid_out(pipeline.renew(kept, {**inputs, **changes}, seed)) == expected, changes
+        assert (expected != laid_out(kept)) == pipeline.seedless, "the generator at least is another one"
     left_out = {name: value for name, value in inputs.items() if name == "prompt" or name not in free}
     assert laid_out(pipeline.renew(kept, left_out, 11)) == laid_out(pipeline.encode(left_out, 11))
 
@@ -86,7 +90,7 @@ def test_what_an_encoder_drew_is_left_to_its_seed(models: Callable[[str], Path],
     pipeline = PanelPipeline.load(model, (Panel.ENCODER,), dtype=torch.float32, device=CPU)
     inputs = {**INPUTS, "width": 64, "image": picture()}
     kept = crossed(pipeline.encode(inputs, 11))
-    assert not pipeline.seedless(kept)
+    assert not pipeline.seedless
     assert {"image", "height", "prompt"} <= set(pipeline.signature.encodes)
     changed = {**inputs, "num_inference_steps": 9, "strength": 0.3}
     del changed["image"]
@@ -100,6 +104,26 @@ def test_a_generator_that_crossed_still_tells_whether_it_was_drawn_from() -> Non
         assert is_fresh(generator.clone_state())
         torch.rand(1, generator=generator)
         assert not is_fresh(generator.clone_state())
+
+
+def test_who_draws_from_what_is_nobodys_is_seen_even_when_it_ends_where_it_began() -> None:
+    def sample(draws: int) -> None:
+        torch.manual_seed(11)
+        torch.rand(draws)
+
+    before = torch.get_rng_state()
+    with Ambient() as ambient:
+        torch.rand(3, generator=seeded(11))
+    assert not ambient.touched
+    assert torch.equal(torch.get_rng_state(), before)
+    sample(2)
+    for draws in (2, 2, 0, 3):
+        with Ambient() as ambient:
+            sample(draws)
+        assert ambient.touched
+    with Ambient() as ambient:
+        torch.rand(1)
+    assert ambient.touched
 
 
 @pytest.mark.parametrize("name", pipelines())
