@@ -124,7 +124,6 @@ def test_the_two_transformers_of_wan_2_2_have_a_file_each(models: Models, files:
     assert not same(ours["both"], ours["one"])
 
 
-@pytest.mark.skipif(not hasattr(PanelPipeline, "renew"), reason="no state is used twice yet")
 @pytest.mark.parametrize("family", ["flux", "cogvideox"])
 def test_a_state_that_is_used_again_runs_with_the_adapter_of_the_other_request(
     family: str, models: Models, classic_models: Models, files: Path
@@ -137,7 +136,7 @@ def test_a_state_that_is_used_again_runs_with_the_adapter_of_the_other_request(
     first = panels.encode(1, **STEPS, **asked[0])
     for more in asked:
         inputs = {"prompt": "a red ship", **load_card(model).defaults, **STEPS, **more}
-        renewed = denoiser.renew(first, inputs, 2)  # type: ignore[attr-defined]
+        renewed = denoiser.renew(first, inputs, 2)
         expected_latents = panels.denoise(panels.encode(2, **STEPS, **more))["latents"]
         assert torch.equal(panels.denoise(renewed)["latents"], expected_latents)  # type: ignore[arg-type]
 
