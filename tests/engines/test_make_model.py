@@ -12,7 +12,7 @@ from engines.card import load_card, load_index
 from engines.panels import Panel
 from engines.pipeline import PanelPipeline
 from engines.split import load_split
-from tools.make_model import Family, make_model
+from tools.make_model import Family, Size, SizeError, flux, make_model
 from tools.make_model.__main__ import main
 
 Models = Callable[[str], Path]
@@ -54,6 +54,28 @@ def test_every_family_makes_a_small_folder_that_can_be_cut(family: Family, tmp_p
     made_of_nothing = set(split.pipeline(split.blocks).config_component_names)
     gone_without = {name for name, entry in load_index(tmp_path).items() if entry == [None, None]}
     assert set(missing) <= made_of_nothing | gone_without
+
+
+def test_a_larger_size_is_made_of_the_same_parts() -> None:
+    tiny, mid = flux.flux(lambda: None, guidance_embeds=True), flux.mid()
+    assert mid.components.keys() == tiny.components.keys()
+    with torch.device("meta"):
+        models = {name: make() for name, make in mid.components.items() if make and "token" not in name}
+    weights = {
+        name: sum(p.numel() for p in model.parameters()) for name, model in models.items() if name != "scheduler"
+    }
+    assert {name: round(count / 1e6) for name, count in weights.items()} == {
+        "text_encoder": 85,
+        "text_encoder_2": 309,
+        "transformer": 639,
+        "vae": 84,
+    }
+
+
+def test_a_family_that_is_not_made_in_a_size_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SizeError, match="no wan of the size mid, only: flux-kl"):
+        make_model(tmp_path / "model", Family.WAN, size=Size.MID)
+    assert not (tmp_path / "model").exists()
 
 
 def test_the_command_shows_its_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

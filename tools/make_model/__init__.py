@@ -1,14 +1,16 @@
-"""Make a tiny model with random weights, for tests and demonstrations: `python -m tools.make_model OUT --family flux`.
+"""Make a model with random weights, for tests and demonstrations: `python -m tools.make_model OUT --family flux`.
 
 Everything is made here from a few numbers, nothing is downloaded. The folder has the layout of diffusers, with
 tokenizers that know every byte, and a card. The same seed makes the same files. Its pictures are coloured noise, but
-they depend on the prompt, the seed and each parameter as those of a real model do.
+they depend on the prompt, the seed and each parameter as those of a real model do. A model is tiny, unless another size
+is asked for.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
@@ -21,10 +23,10 @@ from transformers import PreTrainedTokenizerFast
 
 from engines.card import CARD_NAME
 from tools.make_model import cosmos, flux, looking, minimax, pictures, qwen, stable, vaes, video, wan
-from tools.make_model.recipe import Recipe
+from tools.make_model.recipe import Recipe, Size
 from tools.make_model.text import TEXT_LENGTH
 
-__all__ = ["TEXT_LENGTH", "Family", "make_model", "write_model"]
+__all__ = ["TEXT_LENGTH", "Family", "Size", "SizeError", "make_model", "write_model"]
 
 
 class Family(StrEnum):
@@ -122,7 +124,14 @@ _RECIPES: Final[dict[Family, Callable[[], Recipe]]] = {
 }
 
 
-def make_model(out: Path, family: Family, seed: int = 0, *, progress: bool = True) -> None:
+_LARGER: Final[dict[tuple[Family, Size], Callable[[], Recipe]]] = {(Family.FLUX_KL, Size.MID): flux.mid}
+
+
+class SizeError(ValueError):
+    """A family is not made in the size that was asked for."""
+
+
+def make_model(out: Path, family: Family, seed: int = 0, *, size: Size = Size.TINY, progress: bool = True) -> None:
     """Make a model.
 
     Args:
@@ -130,10 +139,14 @@ def make_model(out: Path, family: Family, seed: int = 0, *, progress: bool = Tru
         family: "flux" has a tiny VAE and no guidance embedding, "flux-kl" a KL VAE and guidance as the original has;
             the others are as their originals.
         seed: Of the weights.
+        size: Of the weights; only some families have another than the tiny one.
         progress: Whether a bar is shown.
+
+    Raises:
+        SizeError: There is no such family in that size.
     """
     name = "flux" if family is Family.FLUX_KL else family.value
-    write_model(out, name, _RECIPES[family](), seed, progress=progress)
+    write_model(out, name, _recipe(family, size), seed, progress=progress)
 
 
 def write_model(
@@ -162,7 +175,8 @@ def write_model(
     for number, (part, make) in enumerate(parts):
         # Each component has its own seed, so that a change of one leaves the others as they are.
         torch.manual_seed(seed * 1000 + number)
-        component = make() if make else None
+        with _weights_of(recipe.dtype):
+            component = make() if make else None
         if component is not None:
             finish(component)
             component.save_pretrained(out / part)
@@ -175,9 +189,28 @@ def write_model(
     _write(out / CARD_NAME, _card(name, recipe))
 
 
+@contextmanager
+def _weights_of(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _recipe(family: Family, size: Size) -> Recipe:
+    if size is Size.TINY:
+        return _RECIPES[family]()
+    if (family, size) not in _LARGER:
+        made = ", ".join(known for known, its_size in _LARGER if its_size is size)
+        raise SizeError(f"There is no {family} of the size {size}, only: {made}.")
+    return _LARGER[family, size]()
+
+
 def _card(name: str, recipe: Recipe) -> dict[str, object]:
     return {
-        "name": f"tiny-{name}",
+        "name": f"{recipe.size}-{name}",
         "family": name,
         "task": recipe.task,
         "defaults": recipe.defaults,

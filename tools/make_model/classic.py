@@ -223,7 +223,7 @@ def kandinsky5() -> Recipe:
         "text_encoder": text.qwen2_5_vl,
         # Its own is a processor, of which just the tokenizer is used, and which needs torchvision.
         "tokenizer": lambda: text.chat_tokenizer(),
-        "text_encoder_2": lambda: text.clip_text(length=77),
+        "text_encoder_2": lambda: text.clip_text(max_position_embeddings=77),
         "tokenizer_2": lambda: text.tokenizer(start=True),
         "scheduler": lambda: FlowMatchEulerDiscreteScheduler(shift=5.0),
     }

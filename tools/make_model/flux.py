@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
@@ -17,7 +20,7 @@ from transformers import (
 )
 
 from tools.make_model import text, vaes
-from tools.make_model.recipe import Component, Recipe, picture, sizes
+from tools.make_model.recipe import Component, Recipe, Size, picture, sizes
 from tools.make_model.text import TEXT_LENGTH, WIDTH
 
 
@@ -46,6 +49,37 @@ def flux(vae: Component, *, guidance_embeds: bool, pipeline: str = "FluxPipeline
     if guidance_embeds:
         defaults["guidance_scale"] = 3.5
     return Recipe(pipeline, "text-to-image", components, defaults, sizes(8))
+
+
+def mid() -> Recipe:
+    """Flux with its own VAE, the text encoders of CLIP L and T5 Large, and a transformer of 600 million weights."""
+    made = flux(vaes.flux, guidance_embeds=True)
+    components = {
+        **made.components,
+        "text_encoder": lambda: text.clip_text(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+        ),
+        "text_encoder_2": lambda: text.t5(d_model=1024, d_kv=64, d_ff=2816, num_layers=24, num_heads=16),
+        "transformer": lambda: FluxTransformer2DModel(
+            in_channels=64,
+            num_layers=4,
+            num_single_layers=8,
+            attention_head_dim=128,
+            num_attention_heads=12,
+            joint_attention_dim=1024,
+            pooled_projection_dim=768,
+            guidance_embeds=True,
+        ),
+    }
+    defaults = {**made.defaults, **picture(side=512, text=TEXT_LENGTH)}
+    return replace(
+        made,
+        components=components,
+        defaults=defaults,
+        ranges=sizes(16, most=1024),
+        dtype=torch.bfloat16,
+        size=Size.MID,
+    )
 
 
 def kontext() -> Recipe:

@@ -1,9 +1,10 @@
-"""What a tiny model is made of."""
+"""What a model is made of."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -11,9 +12,18 @@ import torch
 Component = Callable[[], Any]
 
 
+class Size(StrEnum):
+    """How large the weights are."""
+
+    TINY = "tiny"
+    """Some 100 KB, for tests."""
+    MID = "mid"
+    """Some 2 GB, where memory is measured: the weights outweigh the interpreter."""
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """A tiny model that can be made.
+    """A model that can be made.
 
     Attributes:
         pipeline: The class that its index names.
@@ -23,6 +33,8 @@ class Recipe:
         ranges: Their limits.
         settings: What else the index says.
         files: How the tensors of each file beside the components are made, by its path in the folder.
+        dtype: Of the weights.
+        size: Likewise.
     """
 
     pipeline: str
@@ -32,6 +44,8 @@ class Recipe:
     ranges: dict[str, list[int]] = field(default_factory=dict)
     settings: dict[str, object] = field(default_factory=dict)
     files: dict[str, Callable[[], dict[str, torch.Tensor]]] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    size: Size = Size.TINY
 
 
 def picture(side: int = 64, steps: int = 4, text: int = 64, **more: float) -> dict[str, float]:

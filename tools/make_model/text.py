@@ -52,6 +52,18 @@ T5: Final[dict[str, Any]] = {
     "pad_token_id": PAD,
     "eos_token_id": END,
 }
+_CLIP: Final[dict[str, Any]] = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": WIDTH,
+    "intermediate_size": 2 * WIDTH,
+    "projection_dim": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": TEXT_LENGTH,
+    "bos_token_id": START,
+    "eos_token_id": END,
+    "pad_token_id": PAD,
+}
 # Those of vision models come after the bytes.
 _VISION: Final = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>")
 VISION_VOCABULARY_SIZE: Final = VOCABULARY_SIZE + len(_VISION)
@@ -106,20 +118,9 @@ def _bytes(template: str, **options: Any) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, **SPECIAL, **{"padding_side": "right", **options})
 
 
-def clip_text(*, projection: bool = False, length: int = TEXT_LENGTH) -> CLIPTextModel | CLIPTextModelWithProjection:
+def clip_text(*, projection: bool = False, **changes: Any) -> CLIPTextModel | CLIPTextModelWithProjection:
     """The text encoder of CLIP, with its projection or without."""
-    config = CLIPTextConfig(
-        vocab_size=VOCABULARY_SIZE,
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        projection_dim=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=length,
-        bos_token_id=START,
-        eos_token_id=END,
-        pad_token_id=PAD,
-    )
+    config = CLIPTextConfig(**{**_CLIP, **changes})
     return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
 
 

@@ -1,4 +1,4 @@
-"""Tiny VAEs, most of them with one level less than the originals: what pipelines assume about them does not hold."""
+"""VAEs, tiny but for one, and most with one level less than the originals: what pipelines assume does not hold."""
 
 from __future__ import annotations
 
@@ -43,6 +43,22 @@ def kl(*, quant: bool = False, shift: float | None = 0.11, levels: int = 3, **mo
 def kl_full() -> AutoencoderKL:
     """Four levels, and statistics of the latents in the place of one factor."""
     return kl(levels=4, latents_mean=_LATENTS_MEAN, latents_std=_LATENTS_STD)
+
+
+def flux() -> AutoencoderKL:
+    """That of Flux, at its own size: four levels, 16 channels, 84 million weights."""
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=16,
+        sample_size=1024,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
 
 
 def flux2() -> AutoencoderKLFlux2:
