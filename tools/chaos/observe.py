@@ -18,6 +18,7 @@ from actors.client import ApiError
 from actors.cluster import Cluster
 from bus import Outbox
 from roles.messages.pool import LeaseQuery, LeaseReport, LeaseView
+from tools.processes import children_of, stat
 
 WATCH_S = 0.5
 REST_S = 20.0
@@ -46,7 +47,7 @@ class Watch:
 
     def zombies(self) -> list[int]:
         """Children of the supervisor that ended and were not reaped."""
-        return [child for child in _children_of(self._cluster.process.pid) if _stat(child)[0] == "Z"]
+        return [child for child in children_of(self._cluster.process.pid) if stat(child)[0] == "Z"]
 
 
 async def at_rest(cluster: Cluster) -> tuple[list[dict[str, Any]], list[LeaseView], int]:
@@ -107,16 +108,3 @@ async def _ready_names(cluster: Cluster, victim: str) -> list[str]:
 async def _gone(pid: int) -> None:
     while os.path.exists(f"/proc/{pid}"):  # noqa: PTH110, ASYNC110, ASYNC240  another's process sends us no event
         await asyncio.sleep(WATCH_S / 50)
-
-
-def _children_of(parent: int) -> list[int]:
-    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]  # noqa: PTH208
-    return [pid for pid in pids if _stat(pid)[1:2] == [str(parent)]]
-
-
-def _stat(pid: int) -> list[str]:
-    """State and parent of a process, and more; empty fields when it has ended meanwhile."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return ["", ""]

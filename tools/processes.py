@@ -1,0 +1,45 @@
+"""What the kernel says of other processes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Resident(NamedTuple):
+    """What a process has in memory, in MiB."""
+
+    rss: float
+    """All of its pages, those included that other processes have mapped as well."""
+    pss: float
+    """Its share: of a page that n processes have mapped, 1/n. The sum over processes counts each page once."""
+    peak_rss: float
+    """The most that `rss` has been since the process was started."""
+
+
+def resident(pid: int) -> Resident:
+    """Measure a process of this user; raises FileNotFoundError or ProcessLookupError when there is none."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return parse(rollup, Path(f"/proc/{pid}/status").read_text())
+
+
+def parse(rollup: str, status: str) -> Resident:
+    """Read `/proc/PID/smaps_rollup` and `/proc/PID/status`; pure. Raises KeyError for a kernel thread's."""
+    fields = [line.partition(":") for line in (rollup + "\n" + status).splitlines()]
+    sizes = {name: int(value.split()[0]) / 1024 for name, _, value in fields if value.endswith(" kB")}
+    return Resident(rss=sizes["Rss"], pss=sizes["Pss"], peak_rss=sizes["VmHWM"])
+
+
+def children_of(parent: int) -> list[int]:
+    """Processes whose parent it is, zombies included."""
+    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]  # noqa: PTH208
+    return [pid for pid in pids if stat(pid)[1:2] == [str(parent)]]
+
+
+def stat(pid: int) -> list[str]:
+    """State and parent of a process, and more; empty fields when it has ended meanwhile."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return ["", ""]
