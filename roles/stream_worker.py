@@ -99,12 +99,13 @@ class StreamWorker(Actor):
         self.spawn(self._serve(self._stream, self._pipeline), name="panels")
 
     def facts(self) -> dict[str, int | float | str | bool]:
-        """What it runs and what waits."""
+        """What it runs, what waits, and which components it has loaded."""
         return {
             "device": self.component.device,
             "running": str(self._current.work) if self._current else "",
             "queued": len(self._queue),
             "panels_run": self.panels_run,
+            "components": ", ".join(sorted(self._pipeline.components)) if self._pipeline else "",
         }
 
     def overdue(self) -> str | None:
