@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 # Three wheels bring the same mooncake/ folder: one for hosts without an NVIDIA driver, one each for CUDA 12 and 13.
 MOONCAKE := $(shell tools/mooncake_extra.sh)
 
-.PHONY: help install demo serve test test-gpu check format bench clean
+.PHONY: help install demo serve test test-gpu check format bench bench-memory clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,9 @@ bench: $(INSTALLED) ## The benchmarks, as JSON lines
 	$(BIN)/python -m tools.bench bus
 	$(BIN)/python -m tools.bench transfer
 	$(BIN)/python -m tools.bench overhead
+
+bench-memory: $(INSTALLED) ## What each process holds in memory, in docs/memory.md; some seven minutes and 10 GiB
+	$(BIN)/python -m tools.bench memory --markdown docs/memory.md
 
 clean: ## Remove the environment and what was made
 	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache

@@ -1,24 +1,29 @@
-"""`python -m tools.bench bus|transfer|overhead`: one JSON line for each case."""
+"""`python -m tools.bench bus|transfer|overhead|memory`: one JSON line for each case."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import json
+from pathlib import Path
 
 _BENCHES = {
     "bus": "asks between two processes, against raw ZMQ and against xoscar",
     "transfer": "tensor bytes between two processes, for each backend",
     "overhead": "a whole request, against the pipeline in one process",
+    "memory": "what each process holds in memory, against the pipeline in one process",
 }
+_ROUNDS = 5
 _EXAMPLES = """\
 examples:
   python -m tools.bench bus                 five interleaved rounds
   python -m tools.bench bus --rounds 1      a quick look
   python -m tools.bench transfer | tee out/transfer.jsonl
+  python -m tools.bench memory --markdown docs/memory.md
 
 Each line is {"bench", "case", "unit", "ours", "peer", "peer_value", "ratio"}: medians over the rounds, which
-take turns within one run; ratio > 1 where ours is better.
+take turns within one run; ratio > 1 where ours is better. Before those, memory has lines for its settings and for
+each process.
 """
 
 
@@ -35,14 +40,21 @@ def main() -> None:
         choices=sorted(_BENCHES),
         help="; ".join(f"{name}: {text}" for name, text in _BENCHES.items()),
     )
-    parser.add_argument("--rounds", type=int, default=5, help="rounds for each side (default: 5)")
+    parser.add_argument("--rounds", type=int, help="rounds for each side (default: 5; memory: 1)")
+    parser.add_argument("--markdown", type=Path, help="write the page here as well (memory)")
     arguments = parser.parse_args()
-    if arguments.rounds < 1:
+    if arguments.rounds is not None and arguments.rounds < 1:
         parser.error("--rounds must be at least 1")
     # Lazily: each benchmark needs libraries that the others do not.
     module = importlib.import_module(f"tools.bench.{arguments.bench}")
-    for case in module.run(arguments.rounds):
+    if arguments.markdown and not hasattr(module, "markdown"):
+        parser.error(f"{arguments.bench} has no page")
+    cases = []
+    for case in module.run(arguments.rounds or getattr(module, "ROUNDS", _ROUNDS)):
         print(json.dumps(case), flush=True)
+        cases.append(case)
+    if arguments.markdown:
+        arguments.markdown.write_text(module.markdown(cases))
 
 
 if __name__ == "__main__":

@@ -9,16 +9,15 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 from actors import launch
 from actors.cluster import Cluster
+from tools.bench.clusters import make_model, stdout_to_stderr, write_topology
 from tools.bench.report import compare
 
 PICTURES = 50
@@ -36,22 +35,9 @@ def run(rounds: int) -> Iterable[dict[str, object]]:
     """Measure all cases, `rounds` times each, and yield a row for each quantile; times in ms, ratio = peer / ours."""
     # One thread for each process: four with as many as there are cores would wait for each other in spin locks.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with tempfile.TemporaryDirectory(prefix="overhead-") as folder, _stdout_to_stderr():
+    with tempfile.TemporaryDirectory(prefix="overhead-") as folder, stdout_to_stderr():
         latencies = asyncio.run(_measure(Path(folder), rounds))
     return _rows(latencies)
-
-
-@contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """What clusters print while they start and stop must not come between the rows."""
-    sys.stdout.flush()
-    stdout = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        os.dup2(stdout, 1)
-        os.close(stdout)
 
 
 def quantile(values: list[float], q: float) -> float:
@@ -76,8 +62,7 @@ def _rows(latencies: Latencies) -> Iterator[dict[str, object]]:
 
 async def _measure(folder: Path, rounds: int) -> Latencies:
     model = folder / "model"
-    command = (sys.executable, "-m", "tools.make_model", str(model), "--family", "flux")
-    await asyncio.to_thread(subprocess.run, command, check=True, stdout=subprocess.DEVNULL)
+    await asyncio.to_thread(make_model, model, "--family", "flux")
     latencies: Latencies = {(side, case): [] for side in SIDES for case in CASES}
     async with AsyncExitStack() as stack:
         clusters = {
@@ -95,13 +80,8 @@ async def _measure(folder: Path, rounds: int) -> Latencies:
 
 
 def _topology(folder: Path, model: Path, kinds: tuple[str, ...]) -> Path:
-    folder.mkdir()
-    roles = "".join(f'[[roles]]\nkind = "{kind}"\nslots = 8\n' for kind in kinds)
-    file = folder / "topology.toml"
     # Without a cache, or the way would be that of the first picture alone.
-    keys = f'path = "{model}"\ndtype = "float32"\nprompt_cache = "0"'
-    file.write_text(f'[model]\n{keys}\n[state]\npath = "{folder}/state"\n{roles}')
-    return file
+    return write_topology(folder, model, "float32", dict.fromkeys(kinds, 1), slots=8, prompt_cache="0")
 
 
 async def _pictures(cluster: Cluster, in_flight: int) -> list[float]:

@@ -1,0 +1,106 @@
+"""The benchmark of memory: how it reads the kernel, reports, and measures a real cluster of a tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+
+from tools import processes
+from tools.bench import memory
+from tools.bench.memory_report import ALL, CONVERTED, MAPPED, MONOLITHIC, PANELS, Held, Run, case, rows
+from tools.make_model import Family, make_model
+from tools.processes import Resident
+
+ROLES = ("encoder-0", "denoiser-0", "decoder-0")
+SETTINGS = {
+    "bench": "memory", "case": "settings", "weights": {"vae": 160, "tokenizer": 0}, "size": "512x512",
+    "num_inference_steps": 2, "pictures": 2, "rounds": 1, "torch": "2", "diffusers": "0", "transformers": "5",
+}  # fmt: skip
+
+
+def held(mib: float) -> Held:
+    return Held(("vae",), mib, Resident(mib, mib, mib), Resident(2 * mib, mib, 3 * mib))
+
+
+def runs(rounds: int = 1) -> list[Run]:
+    """A denoiser holds 300 MiB of 600, and the n-th round has n - 1 more in each process."""
+    panels = {"encoder-0": 200.0, "denoiser-0": 300.0, "decoder-0": 100.0, "pool": 50.0}
+    sizes = {
+        memory.memory_report.PANELS: panels,
+        memory.memory_report.MORE_DENOISERS: {**panels, "denoiser-1": 300.0},
+        memory.memory_report.MONOLITHIC: {"monolithic-0": 600.0},
+        memory.memory_report.MORE_MONOLITHS: {"monolithic-0": 600.0, "monolithic-1": 600.0},
+    }
+    return [
+        Run(weights, side, {name: held(mib + more) for name, mib in found.items()})
+        for more in range(rounds)
+        for weights in (MAPPED, CONVERTED)
+        for side, found in sizes.items()
+    ]
+
+
+def test_a_row_for_each_process_their_sum_and_the_comparisons() -> None:
+    found = {row["case"]: row for row in rows(runs())}
+    denoiser = found[case(MAPPED, PANELS, "denoiser-0")]
+    assert (denoiser["weights"], denoiser["rss"], denoiser["peak_rss"]) == (300, 600, 900)
+    assert found[case(MAPPED, PANELS, ALL)]["pss"] == 650
+    assert found[case(CONVERTED, MONOLITHIC, ALL)]["pss"] == 600
+    largest = found[f"largest role, {MAPPED} weights: peak_rss"]
+    assert (largest["ours"], largest["peer_value"], largest["ratio"]) == (900, 1800, 2)
+    more = found[f"one more denoiser, {CONVERTED} weights: pss"]
+    assert (more["ours"], more["peer_value"], more["ratio"]) == (300, 600, 2)
+
+
+def test_the_values_are_medians_over_the_rounds() -> None:
+    found = {row["case"]: row for row in rows(runs(rounds=3))}
+    assert found[case(MAPPED, PANELS, "denoiser-0")]["pss"] == 301
+    assert found[case(MAPPED, PANELS, ALL)]["pss"] == 654
+
+
+def test_the_page_has_the_numbers_of_the_rows() -> None:
+    page = memory.markdown([SETTINGS, *rows(runs())])
+    assert "| denoiser-0 | vae | 300 | 300 | 300 | 600 | 900 |" in page
+    assert "| one more denoiser, converted weights: pss | 300 | 600 | 50 % |" in page
+    assert "in MiB: vae 160." in " ".join(page.split())
+    assert "1550 MiB" in page  # 650 for one of each, and three more denoisers
+    assert max(len(line) for line in page.splitlines() if not line.startswith("|")) <= 120
+
+
+def test_the_kernels_words_are_read() -> None:
+    rollup = "00400000-7fff rw-p 00000000 00:00 0 [rollup]\nRss:    2048 kB\nPss:    1024 kB\nPss_Anon:  512 kB\n"
+    assert processes.parse(rollup, "Name:\tpython\nVmHWM:\t    4096 kB\n") == Resident(2, 1, 4)
+
+
+def test_memory_that_is_touched_is_seen_and_its_peak_stays() -> None:
+    before = processes.resident(os.getpid())
+    with mmap.mmap(-1, 64 << 20) as block:
+        block.write(b"x" * len(block))
+        during = processes.resident(os.getpid())
+    after = processes.resident(os.getpid())
+    assert during.pss - before.pss > 60
+    assert after.rss < during.rss <= after.peak_rss
+
+
+def test_a_process_has_its_children() -> None:
+    assert os.getpid() in processes.children_of(os.getppid())
+    assert os.getppid() not in processes.children_of(os.getpid())
+
+
+def test_every_process_of_a_cluster_is_measured_after_its_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "SIZE", "64x64")
+    make_model(tmp_path / "model", Family.FLUX, progress=False)
+    place = memory._Place(tmp_path / "model", memory._weights(tmp_path / "model"))
+    run = asyncio.run(memory._run(tmp_path / "cluster", place, MAPPED, PANELS))
+    assert run.held.keys() == {*ROLES, "pool", "head", "api", "supervisor", "zygote"}
+    loaded = {name: held.components for name, held in run.held.items() if held.components}
+    assert loaded == {
+        "encoder-0": ("text_encoder", "text_encoder_2"),
+        "denoiser-0": ("transformer",),
+        "decoder-0": ("vae",),
+    }
+    assert all(held.weights > 0 for name, held in run.held.items() if name in ROLES)
+    assert all(0 < held.done.pss <= held.done.rss <= held.done.peak_rss for held in run.held.values())

@@ -1,0 +1,144 @@
+"""What each process holds in memory for a mid-size model, against the monolithic process that loads all of it.
+
+A model of some 2 GB with random weights is made and served by the real system, once in three roles and once in one, and
+each again with one instance more. A process is measured when it is ready and when it has made pictures; its peak is the
+kernel's. On the CPU a role maps weights from their files where they are saved in the dtype that is served: those pages
+are read with the first picture, and shared by all processes of a host. So there is a second case, in which weights are
+converted as they are loaded: then each process has its own, as it has on a GPU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import tempfile
+from collections.abc import Iterable
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from actors import launch
+from actors.cluster import Cluster
+from engines.arena import available_memory
+from tools.bench import memory_page, memory_report
+from tools.bench.clusters import make_model, stdout_to_stderr, write_topology
+from tools.bench.memory_report import CONVERTED, MAPPED, Held, Run
+from tools.processes import Resident, children_of, resident
+
+ROUNDS: Final = 1
+"""Where no other number is asked for: what a process holds hardly differs from one run to the next."""
+FAMILY: Final = "flux-kl"
+SIZE: Final = "512x512"
+STEPS: Final = 2
+PICTURES: Final = 2
+MOST_PICTURES: Final = 8
+"""Until each instance has had a part in one."""
+PICTURE_S: Final = 300.0
+READY_S: Final = 180.0
+SETTLE_S: Final = 1.0
+"""From the answer to the measurement, for what the role lets go of after it."""
+NEEDED_MIB: Final = 10_000
+
+DTYPES: Final = {MAPPED: "bfloat16", CONVERTED: "float16"}
+"""The files are in bfloat16."""
+PANELS: Final = {"encoder": 1, "denoiser": 1, "decoder": 1}
+SIDES: Final = {
+    memory_report.PANELS: PANELS,
+    memory_report.MORE_DENOISERS: {**PANELS, "denoiser": 2},
+    memory_report.MONOLITHIC: {"monolithic": 1},
+    memory_report.MORE_MONOLITHS: {"monolithic": 2},
+}
+
+markdown = memory_page.markdown
+
+
+class _Place(NamedTuple):
+    """A model, and the weights of its components in MiB."""
+
+    model: Path
+    weights: dict[str, float]
+
+
+def run(rounds: int) -> Iterable[dict[str, object]]:
+    """Start every side `rounds` times; yield the settings, a row for each process, and the comparisons, in MiB."""
+    if (available := available_memory() / 2**20) < NEEDED_MIB:
+        sys.exit(f"This takes {NEEDED_MIB} MiB of memory, and {available:.0f} are available.")
+    with tempfile.TemporaryDirectory(prefix="memory-") as folder, stdout_to_stderr():
+        model = Path(folder) / "model"
+        make_model(model, "--family", FAMILY, "--size", "mid")
+        place = _Place(model, _weights(model))
+        runs = [
+            asyncio.run(_run(Path(folder) / f"{number}-{weights}-{side}", place, weights, side))
+            for number in range(rounds)
+            for weights in DTYPES
+            for side in SIDES
+        ]
+    yield {"bench": "memory", "case": "settings", **_settings(rounds, place.weights)}
+    yield from memory_report.rows(runs)
+
+
+def _settings(rounds: int, weights: dict[str, float]) -> dict[str, object]:
+    libraries = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    return {
+        "model": f"{FAMILY}, mid",
+        "weights": {name: round(mib) for name, mib in weights.items()},
+        "dtypes": DTYPES,
+        "size": SIZE,
+        "num_inference_steps": STEPS,
+        "pictures": PICTURES,
+        "rounds": rounds,
+        **libraries,
+    }
+
+
+def _weights(model: Path) -> dict[str, float]:
+    folders = sorted(path for path in model.iterdir() if path.is_dir())
+    sizes = {folder.name: sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in folders}
+    return {name: nbytes / 2**20 for name, nbytes in sizes.items()}
+
+
+async def _run(folder: Path, place: _Place, weights: str, side: str) -> Run:
+    print(f"memory: {weights} weights, {side}", file=sys.stderr)
+    topology = write_topology(folder, place.model, DTYPES[weights], SIDES[side], slots=1)
+    async with launch(topology, {"api": {"port": 0}}, ready_timeout_s=READY_S) as cluster:
+        await asyncio.sleep(SETTLE_S)
+        ready = await _measure(cluster)
+        # Weights that are converted are there from the start: pictures would only cost time.
+        if weights == MAPPED:
+            await _work(cluster, set(ready))
+        done = await _measure(cluster)
+        loaded = await _components(cluster, place.weights)
+    parts = {name: loaded.get(name, ()) for name in done}
+    sizes = {name: sum(place.weights[part] for part in parts[name]) for name in done}
+    return Run(weights, side, {name: Held(parts[name], sizes[name], ready[name], done[name]) for name in done})
+
+
+async def _work(cluster: Cluster, names: set[str]) -> None:
+    """Make pictures of distinct prompts until each instance has had a part in one."""
+    idle = {component.name for component in cluster.topology.components if component.slots} & names
+    for number in count(1):
+        made = await cluster.generate(f"{number} red ships", size=SIZE, steps=STEPS, seed=number, timeout_s=PICTURE_S)
+        (unit,) = (await cluster.request(made.request_id))["units"]
+        idle -= set(unit["instances"].values())
+        if number >= PICTURES and not idle:
+            break
+        if number == MOST_PICTURES:
+            raise RuntimeError(f"{', '.join(sorted(idle))} had no part in {number} pictures")
+    await asyncio.sleep(SETTLE_S)
+
+
+async def _measure(cluster: Cluster) -> dict[str, Resident]:
+    """Every process of the cluster by its name."""
+    pids = {name: child.pid for name, child in (await cluster.children()).items()}
+    supervisor = cluster.process.pid
+    (zygote,) = set(children_of(supervisor)) - set(pids.values())
+    return {name: resident(pid) for name, pid in {**pids, "supervisor": supervisor, "zygote": zygote}.items()}
+
+
+async def _components(cluster: Cluster, weights: dict[str, float]) -> dict[str, tuple[str, ...]]:
+    """Those with weights that each role says it has loaded, by its name."""
+    actors = (await cluster.status())["actors"]
+    facts = {row["component"]: row["facts"] for row in actors if "panels_run" in row.get("facts", {})}
+    named = {name: said["components"].split(", ") for name, said in facts.items()}
+    return {name: tuple(part for part in parts if weights.get(part)) for name, parts in named.items()}

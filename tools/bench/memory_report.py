@@ -1,0 +1,112 @@
+"""The rows of the memory benchmark, of what was measured; pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from tools.bench.report import compare
+from tools.processes import Resident
+
+MAPPED: Final = "mapped"
+CONVERTED: Final = "converted"
+PANELS: Final = "three roles"
+MORE_DENOISERS: Final = "three roles, 2 denoisers"
+MONOLITHIC: Final = "monolithic"
+MORE_MONOLITHS: Final = "2 monolithic"
+ALL: Final = "all processes"
+ONE_MORE: Final = "one more denoiser"
+LARGEST: Final = "largest role"
+MEASURES: Final = {MAPPED: ("weights", "pss", "rss", "peak_rss"), CONVERTED: ("pss",)}
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one process was seen to hold, in MiB.
+
+    Attributes:
+        components: That it has loaded.
+        weights: Of those, in their files.
+        ready: When the cluster was ready.
+        done: At rest after the pictures, or again when there were none.
+    """
+
+    components: tuple[str, ...]
+    weights: float
+    ready: Resident
+    done: Resident
+
+    def measures(self) -> dict[str, float]:
+        """It as a row has it."""
+        done = self.done
+        return {
+            "weights": self.weights,
+            "pss_ready": self.ready.pss,
+            "pss": done.pss,
+            "rss": done.rss,
+            "peak_rss": done.peak_rss,
+        }
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cluster: how it came by its weights, which side it is, and its processes by name."""
+
+    weights: str
+    side: str
+    held: dict[str, Held]
+
+
+def rows(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    """Yield a row for each process and for their sum, the comparisons after them; medians over the rounds, in MiB."""
+    processes = [row for weights, side in _sides(runs) for row in _processes(runs, weights, side)]
+    yield from processes
+    found = {row["case"]: row for row in processes}
+    for weights in dict.fromkeys(run.weights for run in runs):
+        yield from _comparisons(found, weights)
+
+
+def case(weights: str, side: str, process: str) -> str:
+    """Name the case of a process."""
+    return f"{weights} weights, {side}: {process}"
+
+
+def _sides(runs: Iterable[Run]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((run.weights, run.side) for run in runs))
+
+
+def _processes(runs: Sequence[Run], weights: str, side: str) -> Iterator[dict[str, Any]]:
+    same = [run.held for run in runs if (run.weights, run.side) == (weights, side)]
+    for name, held in same[0].items():
+        yield {
+            "bench": "memory",
+            "case": case(weights, side, name),
+            "unit": "MiB",
+            "components": list(held.components),
+            **_medians([run[name].measures() for run in same]),
+        }
+    # Of `rss` a sum would count what processes share once for each of them.
+    totals = [{key: sum(h.measures()[key] for h in run.values()) for key in ("pss_ready", "pss")} for run in same]
+    yield {"bench": "memory", "case": case(weights, side, ALL), "unit": "MiB", **_medians(totals)}
+
+
+def _medians(samples: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: round(statistics.median(sample[key] for sample in samples), 1) for key in samples[0]}
+
+
+def _comparisons(found: dict[str, dict[str, Any]], weights: str) -> Iterator[dict[str, Any]]:
+    roles = [found[case(weights, PANELS, f"{kind}-0")] for kind in ("encoder", "denoiser", "decoder")]
+    whole = found[case(weights, MONOLITHIC, "monolithic-0")]
+    for measure in MEASURES[weights]:
+        largest = max(role[measure] for role in roles)
+        yield _compared(f"{LARGEST}, {weights} weights: {measure}", largest, "the monolithic process", whole[measure])
+    one, two, mono, monos = (
+        found[case(weights, side, ALL)]["pss"] for side in (PANELS, MORE_DENOISERS, MONOLITHIC, MORE_MONOLITHS)
+    )
+    yield _compared(f"{ONE_MORE}, {weights} weights: pss", two - one, "one more monolithic process", monos - mono)
+
+
+def _compared(name: str, ours: float, peer: str, theirs: float) -> dict[str, Any]:
+    return compare("memory", name, "MiB", ours=[ours], peer=peer, peer_values=[theirs], higher_is_better=False)
