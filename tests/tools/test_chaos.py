@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from roles.messages.pool import LeaseView
 from roles.messages.requests import ClusterView, InstanceView
@@ -13,20 +16,30 @@ from roles.messages.work import LeaseRef, Work
 from tools.chaos import checks
 from tools.chaos.load import Outcome
 from tools.chaos.plan import FAULTS, PICTURES, Offer, Strike, draw
-from tools.chaos.report import percentile
+from tools.chaos.report import Failure, failures, percentile, show, summary
 from tools.chaos.strikes import Blow, is_moment
 
 JOURNEY = (
     "ENCODER_WAITING", "ENCODER_RUNNING", "ENCODER_DONE", "DENOISING_WAITING", "DENOISING_RUNNING",
     "DENOISING_DONE", "DECODER_WAITING", "DECODER_RUNNING", "DONE",
 )  # fmt: skip
+INVARIANTS = (
+    "each accepted request ended once", "each client saw one request", "every slot is accounted for",
+    "same seed, same bytes",
+)  # fmt: skip
 VICTIMS = {fault: ["a", "b"] for fault in FAULTS if fault != "transfer"}
 
 
 def outcome(states: tuple[str, ...] = JOURNEY, *, status: int = 200, causes: tuple[str, ...] = ()) -> Outcome:
     history = [{"state": state, "at": float(k), "reason": ""} for k, state in enumerate(states)]
-    unit: dict[str, Any] = {"state": states[-1], "history": history, "causes": list(causes)}
-    return Outcome(Offer(1, 0.0, PICTURES[0]), status=status, request_ids={"r"}, digest="d", story={"units": [unit]})
+    unit: dict[str, Any] = {
+        "state": states[-1],
+        "history": history,
+        "causes": list(causes),
+        "attempts": 1 + len(causes),
+    }
+    story = {"id": "r", "units": [unit]}
+    return Outcome(Offer(1, 0.0, PICTURES[0]), status=status, request_ids={"r"}, digest="d", story=story)
 
 
 def blow(victim: str = "a", *, recovery_s: float | None = 1.0) -> Blow:
@@ -93,6 +106,32 @@ def test_an_innocent_failure_is_seen() -> None:
     assert len(checks.failed_only_when_at_fault([outcome(failed, causes=("x: boom",))], 3)) == 1
     poison = ("a: its process ended", "b: its process ended")
     assert checks.failed_only_when_at_fault([outcome(failed, causes=poison)], 3) == []
+
+
+def test_a_request_that_failed_or_timed_out_is_listed_with_its_causes() -> None:
+    causes = ("encoder-0: its process ended", "encoder-1: boom [/tmp]")
+    forgotten = Outcome(Offer(2, 0.0, PICTURES[0]), request_ids={"s"})
+    ended = [outcome((*JOURNEY[:2], end), status=500, causes=causes) for end in ("FAILED", "TIMED_OUT", "CANCELLED")]
+    found = failures([outcome(causes=causes), *ended, forgotten])
+    assert found == tuple(
+        Failure(request_id="r", state=state, attempts=3, causes=causes) for state in ("FAILED", "TIMED_OUT")
+    )
+
+
+def test_the_causes_of_failures_are_in_the_report_and_on_the_screen() -> None:
+    held: dict[str, list[str]] = {name: [] for name in INVARIANTS}
+    failed = outcome((*JOURNEY[:2], "FAILED"), status=500, causes=("encoder-0: boom [/tmp]",))
+    report = summary(7, 60.0, [outcome(), *[failed] * 12], [], 0, held)
+    assert (report.done, report.failed, len(report.failures)) == (1, 12, 12)
+    assert msgspec.json.decode(msgspec.json.encode(report))["failures"][0] == {
+        "request_id": "r", "state": "FAILED", "attempts": 2, "causes": ["encoder-0: boom [/tmp]"],
+    }  # fmt: skip
+    console = Console(file=io.StringIO(), width=200)
+    show(report, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown.count("FAILED after 2 attempts: r") == 10
+    assert "encoder-0: boom [/tmp]" in shown
+    assert "and 2 more" in shown
 
 
 def test_a_mailbox_over_its_bound_is_seen() -> None:

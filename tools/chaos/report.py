@@ -6,15 +6,29 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from roles.request import State
 from tools.chaos.checks import first_unit
 from tools.chaos.load import Outcome
 from tools.chaos.strikes import Blow
+
+MOST_SHOWN: Final = 10
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that came to no picture."""
+
+    request_id: str
+    state: str
+    """FAILED or TIMED_OUT."""
+    attempts: int
+    causes: tuple[str, ...]
+    """Why each attempt ended, oldest first."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,6 +45,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     different: int
     retries: int
     strikes: dict[str, int]
+    failures: tuple[Failure, ...]
     recovery_p50_s: float
     recovery_p99_s: float
     recovery_by_fault_s: dict[str, float]
@@ -73,6 +88,7 @@ def summary(
         different=len(invariants["same seed, same bytes"]),
         retries=sum(o.retries for o in outcomes),
         strikes=dict(Counter(b.fault for b in blows)),
+        failures=failures(outcomes),
         recovery_p50_s=percentile(recoveries, 50),
         recovery_p99_s=percentile(recoveries, 99),
         recovery_by_fault_s={fault: statistics.median(times) for fault, times in faults.items() if times},
@@ -80,6 +96,16 @@ def summary(
         redispatched_p99_s=percentile(redispatched, 99) if redispatched else None,
         restarts=restarts,
         invariants=invariants,
+    )
+
+
+def failures(outcomes: Iterable[Outcome]) -> tuple[Failure, ...]:
+    """List the requests that failed or timed out, by what the head says of them."""
+    units = [(outcome.story.get("id", ""), first_unit(outcome) or {}) for outcome in outcomes]
+    return tuple(
+        Failure(request_id=name, state=unit["state"], attempts=unit["attempts"], causes=tuple(unit["causes"]))
+        for name, unit in units
+        if unit.get("state") in (State.FAILED, State.TIMED_OUT)
     )
 
 
@@ -128,10 +154,16 @@ def show(report: Report, console: Console) -> None:
         f"a running stage's kill seen p99 {_ms(report.seen_p99_s)}, running elsewhere p99 "
         f"{_ms(report.redispatched_p99_s)} later"
     )
+    for failure in report.failures[:MOST_SHOWN]:
+        console.print(f"{failure.state} after {failure.attempts} attempts: {failure.request_id}", markup=False)
+        for cause in failure.causes:
+            console.print(f"        {cause}", markup=False)
+    if len(report.failures) > MOST_SHOWN:
+        console.print(f"and {len(report.failures) - MOST_SHOWN} more")
     for name, broken in report.invariants.items():
         console.print(f"[green]held[/green]    {name}" if not broken else f"[red]BROKEN[/red]  {name}")
-        for sentence in broken[:10]:
-            console.print(f"        {sentence}")
+        for sentence in broken[:MOST_SHOWN]:
+            console.print(f"        {sentence}", markup=False)
 
 
 def _ms(seconds: float | None) -> str:
