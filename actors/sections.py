@@ -111,6 +111,8 @@ class TransferSection(Section, frozen=True):
     """Address by which peers reach this host's mooncake engine."""
     ib_device: str = ""
     """RDMA device, "" for the engine's own choice."""
+    pull_timeout_s: Seconds = 60.0
+    """Most seconds that the bytes of one hop may take with mooncake."""
     preallocated_slots: Natural = 2
     """Slots that a receiver advertises ahead of time, to save the allocation's round trip."""
 

@@ -43,8 +43,6 @@ from roles.reporter import pause_s
 from roles.workspace import Premises
 from roles.writers import encode, suits
 
-PULL_S: Final = 60.0
-"""Most seconds that the bytes of one hop may take."""
 ARTIFACTS: Final = "artifacts"
 """Folder of the artifact store, under the state folder."""
 KEEP_ARTIFACTS_S: Final = 7 * 24 * 3600.0
@@ -74,6 +72,7 @@ class TransferActor(Actor):
         self._stream: DeviceStream | None = None
         self._mapping: Mapping | None = None
         self._faults = Faults.parse(os.environ.get(FAULTS, ""))
+        self._pull_s = topology.transfer.pull_timeout_s
         self._chance = random.Random(component.name)  # noqa: S311  for drills
 
     async def started(self) -> None:
@@ -220,7 +219,7 @@ class TransferActor(Actor):
         if target is None:
             raise TransferProblem(f"{self.component.name} does not map {source.lease.pool}, and has no slot for it")
         try:
-            await self._client.pull(source.lease, target, source.nbytes, min(PULL_S, patience.left_s))
+            await self._client.pull(source.lease, target, source.nbytes, min(self._pull_s, patience.left_s))
         except RemoteFailure as error:
             raise TransferProblem(error.detail, source_gone=error.code == "source_gone") from error
         except BusError as error:
