@@ -9,13 +9,16 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from typer.testing import CliRunner
 
+from engines.transfer import Faults
 from roles.messages.pool import LeaseView
 from roles.messages.requests import ClusterView, InstanceView
 from roles.messages.work import LeaseRef, Work
 from tools.chaos import checks
+from tools.chaos.__main__ import app
 from tools.chaos.load import Outcome
-from tools.chaos.plan import FAULTS, PICTURES, Offer, Strike, draw
+from tools.chaos.plan import FAULTS, PICTURES, PULL_TIMEOUT_S, TRANSFERS, Offer, Strike, damage, draw, possible
 from tools.chaos.report import Failure, failures, percentile, show, summary
 from tools.chaos.strikes import Blow, is_moment
 
@@ -27,7 +30,7 @@ INVARIANTS = (
     "each accepted request ended once", "each client saw one request", "every slot is accounted for",
     "same seed, same bytes",
 )  # fmt: skip
-VICTIMS = {fault: ["a", "b"] for fault in FAULTS if fault != "transfer"}
+VICTIMS = {fault: ["a", "b"] for fault in FAULTS if fault not in TRANSFERS}
 
 
 def outcome(states: tuple[str, ...] = JOURNEY, *, status: int = 200, causes: tuple[str, ...] = ()) -> Outcome:
@@ -147,6 +150,24 @@ def test_a_seed_plans_one_run_and_every_fault_gets_its_turn(seed: int, duration_
     turns = [strike.fault for strike in plan.strikes]
     for k in range(0, len(turns) - len(faults) + 1, len(faults)):
         assert set(turns[k : k + len(faults)]) == set(faults)
+
+
+def test_transfers_are_late_only_where_bytes_travel() -> None:
+    assert possible(FAULTS, "mooncake") == list(FAULTS)
+    assert set(FAULTS) - set(possible(FAULTS, "shm")) == {"late"}
+    assert damage(["kill", "pool"]) == ""
+    faults = Faults.parse(damage(FAULTS))
+    assert faults.flip > 0
+    assert faults.short > 0
+    assert faults.delay > 0
+    assert faults.delay_s > PULL_TIMEOUT_S, "what is late comes after its timeout"
+    assert Faults.parse(damage(["late"])) == Faults(delay=faults.delay, delay_s=faults.delay_s)
+
+
+def test_a_fault_that_the_topology_cannot_have_is_refused() -> None:
+    result = CliRunner().invoke(app, ["examples/chaos.toml", "--faults", "kill,late"])
+    assert result.exit_code == 2
+    assert "needs mooncake" in result.output
 
 
 def test_the_moment_is_the_victims_own() -> None:

@@ -20,14 +20,15 @@ from actors import launch
 from actors.client import ApiError
 from actors.cluster import Cluster
 from actors.errors import TopologyError
+from actors.topology import load_topology
+from roles.pool_client import FAULTS as DAMAGE
 from tools.chaos import checks
 from tools.chaos.load import Clients, Outcome
 from tools.chaos.observe import Watch, at_rest, escalation, journal_keys
-from tools.chaos.plan import FAULTS, PICTURES, Picture, Plan, draw
+from tools.chaos.plan import FAULTS, PICTURES, PULL_TIMEOUT_S, Picture, Plan, damage, draw, possible
 from tools.chaos.report import Report, show, summary
 from tools.chaos.strikes import Striker
 
-TRANSFER_FAULTS = "flip:0.02,short:0.02"
 SETTLE_S = 90.0
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 console = Console()
@@ -52,7 +53,11 @@ def main(
     if unknown := [fault for fault in chosen if fault not in FAULTS]:
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(FAULTS)}", param_hint="--faults")
     try:
-        report = asyncio.run(run(topology, seed, duration, rate, every, chosen, bound))
+        engine = load_topology(topology).engine
+        can = possible(chosen, engine)
+        if faults != "all" and can != chosen:
+            raise typer.BadParameter(f"'late' needs mooncake, and {topology} has {engine}", param_hint="--faults")
+        report = asyncio.run(run(topology, seed, duration, rate, every, can, bound))
     except (ApiError, TopologyError) as error:
         console.print(f"[red]{error}[/red]")
         raise typer.Exit(2) from error
@@ -85,14 +90,15 @@ async def strike_and_judge(
     undisturbed: dict[Picture, str],
 ) -> Report:
     """Run the storm, and then the drill for what comes after too many restarts."""
-    if "transfer" in faults:
-        os.environ["TRIPTYCH_TRANSFER_FAULTS"] = TRANSFER_FAULTS
+    if "late" in faults:
+        own = {**own, "transfer": {"pull_timeout_s": PULL_TIMEOUT_S}}
+    os.environ[DAMAGE] = damage(faults)
     try:
         async with launch(topology, own) as cluster:
             plan = draw(seed, duration_s, rate, every_s, faults, victims(cluster))
             report = await storm(cluster, plan, seed, duration_s, bound_s, undisturbed)
     finally:
-        os.environ.pop("TRIPTYCH_TRANSFER_FAULTS", None)
+        del os.environ[DAMAGE]
     if "kill" in faults:
         report.invariants["overflow of intensity is seen in /ready"].extend(await escalation(topology, own))
     return report

@@ -8,7 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-FAULTS = ("kill", "stop", "term", "head", "api", "pool", "transfer", "garbage")
+FAULTS = ("kill", "stop", "term", "head", "api", "pool", "transfer", "late", "garbage")
+TRANSFERS = {"transfer": "flip:0.02,short:0.02", "late": "delay:0.05:3"}
+"""What is done to transfers: bytes change or are missing; they come seconds after the receiver has given them up."""
+PULL_TIMEOUT_S = 2.0
+"""For a run with "late": a transfer that is held up holds up those behind it, so it is given up early."""
 MOMENTS = ("any", "running", "staged", "idle")
 """At once; while the victim has work in hand (any stage runs, where the victim is no role); while leases are held and
 tensors wait or travel; when nothing is under way."""
@@ -77,7 +81,7 @@ def draw(
         duration_s: seconds of load.
         rate: requests a second, on average, at random moments.
         every_s: seconds between two strikes, on average.
-        faults: some of FAULTS; "transfer" is not struck but set on the backends, and draws nothing here.
+        faults: some of FAULTS; "transfer" and "late" are not struck but set on the backends, and draw nothing here.
         victims: fault to the names of the components that it may strike.
     """
     rng = random.Random(seed)
@@ -93,6 +97,16 @@ def draw(
         for at_s, fault in zip(times, _in_turn(rng, struck, len(times)), strict=True)
     ]
     return Plan(offers, tuple(strikes))
+
+
+def possible(faults: Sequence[str], engine: str) -> list[str]:
+    """Those that a transfer engine can have: nothing is late where memory is shared."""
+    return [fault for fault in faults if fault != "late" or engine == "mooncake"]
+
+
+def damage(faults: Sequence[str]) -> str:
+    """What goes wrong with transfers, as `engines.transfer.Faults` reads it."""
+    return ",".join(TRANSFERS[fault] for fault in faults if fault in TRANSFERS)
 
 
 def _moments(rng: random.Random, duration_s: float, mean_s: float) -> list[float]:
