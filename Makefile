@@ -49,7 +49,7 @@ bench: $(INSTALLED) ## The benchmarks, as JSON lines
 	$(BIN)/python -m tools.bench transfer
 	$(BIN)/python -m tools.bench overhead
 
-bench-memory: $(INSTALLED) ## What each process holds in memory, in docs/memory.md; some seven minutes and 10 GiB
+bench-memory: $(INSTALLED) ## What each process holds in memory, in docs/memory.md; some five minutes and 10 GiB
 	$(BIN)/python -m tools.bench memory --markdown docs/memory.md
 
 clean: ## Remove the environment and what was made

@@ -14,6 +14,8 @@ class Resident(NamedTuple):
     """All of its pages, those included that other processes have mapped as well."""
     pss: float
     """Its share: of a page that n processes have mapped, 1/n. The sum over processes counts each page once."""
+    uss: float
+    """Of its pages those that no other process has mapped: what its end would free."""
     peak_rss: float
     """The most that `rss` has been since the process was started."""
 
@@ -28,7 +30,8 @@ def parse(rollup: str, status: str) -> Resident:
     """Read `/proc/PID/smaps_rollup` and `/proc/PID/status`; pure. Raises KeyError for a kernel thread's."""
     fields = [line.partition(":") for line in (rollup + "\n" + status).splitlines()]
     sizes = {name: int(value.split()[0]) / 1024 for name, _, value in fields if value.endswith(" kB")}
-    return Resident(rss=sizes["Rss"], pss=sizes["Pss"], peak_rss=sizes["VmHWM"])
+    own = sizes["Private_Clean"] + sizes["Private_Dirty"]
+    return Resident(rss=sizes["Rss"], pss=sizes["Pss"], uss=own, peak_rss=sizes["VmHWM"])
 
 
 def children_of(parent: int) -> list[int]:

@@ -23,7 +23,7 @@ SETTINGS = {
 
 
 def held(mib: float) -> Held:
-    return Held(("vae",), mib, Resident(mib, mib, mib), Resident(2 * mib, mib, 3 * mib))
+    return Held(("vae",), mib, Resident(mib, mib, mib, mib), Resident(2 * mib, mib, mib / 2, 3 * mib))
 
 
 def runs(rounds: int = 1) -> list[Run]:
@@ -51,8 +51,8 @@ def test_a_row_for_each_process_their_sum_and_the_comparisons() -> None:
     assert found[case(CONVERTED, MONOLITHIC, ALL)]["pss"] == 600
     largest = found[f"largest role, {MAPPED} weights: peak_rss"]
     assert (largest["ours"], largest["peer_value"], largest["ratio"]) == (900, 1800, 2)
-    more = found[f"one more denoiser, {CONVERTED} weights: pss"]
-    assert (more["ours"], more["peer_value"], more["ratio"]) == (300, 600, 2)
+    more = found[f"one more denoiser, {CONVERTED} weights: uss"]
+    assert (more["ours"], more["peer_value"], more["ratio"]) == (150, 300, 2)
 
 
 def test_the_values_are_medians_over_the_rounds() -> None:
@@ -64,15 +64,17 @@ def test_the_values_are_medians_over_the_rounds() -> None:
 def test_the_page_has_the_numbers_of_the_rows() -> None:
     page = memory.markdown([SETTINGS, *rows(runs())])
     assert "| denoiser-0 | vae | 300 | 300 | 300 | 600 | 900 |" in page
-    assert "| one more denoiser, converted weights: pss | 300 | 600 | 50 % |" in page
+    assert "| one more denoiser, converted weights: uss | 150 | 300 | 50 % |" in page
     assert "in MiB: vae 160." in " ".join(page.split())
-    assert "1550 MiB" in page  # 650 for one of each, and three more denoisers
+    assert "1100 MiB" in page  # 650 for one of each, and three more denoisers
     assert max(len(line) for line in page.splitlines() if not line.startswith("|")) <= 120
 
 
 def test_the_kernels_words_are_read() -> None:
-    rollup = "00400000-7fff rw-p 00000000 00:00 0 [rollup]\nRss:    2048 kB\nPss:    1024 kB\nPss_Anon:  512 kB\n"
-    assert processes.parse(rollup, "Name:\tpython\nVmHWM:\t    4096 kB\n") == Resident(2, 1, 4)
+    sizes = {"Rss": 2048, "Pss": 1024, "Pss_Anon": 512, "Private_Clean": 512, "Private_Dirty": 256}
+    lines = "".join(f"{name}:    {kib} kB\n" for name, kib in sizes.items())
+    rollup = f"00400000-7fff rw-p 00000000 00:00 0 [rollup]\n{lines}"
+    assert processes.parse(rollup, "Name:\tpython\nVmHWM:\t    4096 kB\n") == Resident(2, 1, 0.75, 4)
 
 
 def test_memory_that_is_touched_is_seen_and_its_peak_stays() -> None:
@@ -82,6 +84,7 @@ def test_memory_that_is_touched_is_seen_and_its_peak_stays() -> None:
         during = processes.resident(os.getpid())
     after = processes.resident(os.getpid())
     assert during.pss - before.pss > 60
+    assert during.uss - before.uss > 60
     assert after.rss < during.rss <= after.peak_rss
 
 

@@ -19,7 +19,8 @@ _COLUMNS: Final = {
 _LEGEND: Final = """
 In MiB, weights mapped. PSS when ready is before the first picture, when mapped weights have not been read yet; PSS and
 RSS are at rest after the pictures. PSS counts a page that n processes share as 1/n of it for each. RSS counts all of it
-for each: the imports that roles share with the zygote, and the 256 MiB of the pool, which every role maps.
+for each: the imports that roles share with the zygote, and the 256 MiB of the pool, which every role maps. USS counts
+only pages that no other process has: what one more of two equal processes takes.
 """
 
 Found = dict[str, dict[str, Any]]
@@ -38,7 +39,7 @@ def _introduction(settings: dict[str, Any]) -> str:
     libraries = ", ".join(f"{name} {settings[name]}" for name in ("torch", "diffusers", "transformers"))
     return f"""
     What each process of a served model holds in memory, against a monolithic process that holds the whole pipeline.
-    `make bench-memory` makes this page in some seven minutes, with 10 GiB of memory and 3 GB of disk. The model is a
+    `make bench-memory` makes this page in some five minutes, with 10 GiB of memory and 3 GB of disk. The model is a
     Flux with random weights in bfloat16, in MiB: {weights}. It is served on the CPU and makes {settings["pictures"]}
     pictures of {settings["size"]} in {settings["num_inference_steps"]} steps, more until each instance has worked.
     Rounds: {settings["rounds"]}. {libraries}.
@@ -47,7 +48,7 @@ def _introduction(settings: dict[str, Any]) -> str:
 
 def _findings(found: Found) -> Iterator[str]:
     largest, peak = (found[f"{LARGEST}, {MAPPED} weights: {measure}"] for measure in ("pss", "peak_rss"))
-    mapped, converted = (found[f"{ONE_MORE}, {weights} weights: pss"] for weights in (MAPPED, CONVERTED))
+    mapped, converted = (found[f"{ONE_MORE}, {weights} weights: uss"] for weights in (MAPPED, CONVERTED))
     panels, whole = (found[case(CONVERTED, side, ALL)]["pss"] for side in (PANELS, MONOLITHIC))
     yield f"""
     The largest role holds {_share(largest)} of what the monolithic process holds, and {_share(peak)} of its peak. One
@@ -64,7 +65,7 @@ def _findings(found: Found) -> Iterator[str]:
     yield f"""
     On the CPU, weights that are saved in the dtype that is served are mapped from their files, and all processes of a
     host share them. There one more denoiser takes {mapped["ours"]:.0f} MiB and one more monolithic process
-    {mapped["peer_value"]:.0f}: on one such host, it makes little difference to memory which of them is scaled.
+    {mapped["peer_value"]:.0f}, mostly what the allocator keeps of a computation, which differs from run to run.
     """
 
 

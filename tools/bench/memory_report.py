@@ -46,6 +46,7 @@ class Held:
             "pss_ready": self.ready.pss,
             "pss": done.pss,
             "rss": done.rss,
+            "uss": done.uss,
             "peak_rss": done.peak_rss,
         }
 
@@ -102,10 +103,12 @@ def _comparisons(found: dict[str, dict[str, Any]], weights: str) -> Iterator[dic
     for measure in MEASURES[weights]:
         largest = max(role[measure] for role in roles)
         yield _compared(f"{LARGEST}, {weights} weights: {measure}", largest, "the monolithic process", whole[measure])
-    one, two, mono, monos = (
-        found[case(weights, side, ALL)]["pss"] for side in (PANELS, MORE_DENOISERS, MONOLITHIC, MORE_MONOLITHS)
+    # What one more of two takes is what is freed with either of them.
+    ours, theirs = (
+        statistics.mean(found[case(weights, side, f"{kind}-{number}")]["uss"] for number in (0, 1))
+        for side, kind in ((MORE_DENOISERS, "denoiser"), (MORE_MONOLITHS, "monolithic"))
     )
-    yield _compared(f"{ONE_MORE}, {weights} weights: pss", two - one, "one more monolithic process", monos - mono)
+    yield _compared(f"{ONE_MORE}, {weights} weights: uss", ours, "one more monolithic process", theirs)
 
 
 def _compared(name: str, ours: float, peer: str, theirs: float) -> dict[str, Any]:
