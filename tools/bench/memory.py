@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from actors import launch
+from actors.actor import READY
 from actors.cluster import Cluster
 from engines.arena import available_memory
 from tools.bench import memory_page, memory_report
@@ -102,7 +103,7 @@ async def _run(folder: Path, place: _Place, weights: str, side: str) -> Run:
     print(f"memory: {weights} weights, {side}", file=sys.stderr)
     topology = write_topology(folder, place.model, DTYPES[weights], SIDES[side], slots=1)
     async with launch(topology, {"api": {"port": 0}}, ready_timeout_s=READY_S) as cluster:
-        await asyncio.sleep(SETTLE_S)
+        await _everyone(cluster)
         ready = await _measure(cluster)
         # Weights that are converted are there from the start: pictures would only cost time.
         if weights == MAPPED:
@@ -112,6 +113,14 @@ async def _run(folder: Path, place: _Place, weights: str, side: str) -> Run:
     parts = {name: loaded.get(name, ()) for name in done}
     sizes = {name: sum(place.weights[part] for part in parts[name]) for name in done}
     return Run(weights, side, {name: Held(parts[name], sizes[name], ready[name], done[name]) for name in done})
+
+
+async def _everyone(cluster: Cluster) -> None:
+    """Wait for the last instance: a cluster is ready with one of each kind."""
+    async with asyncio.timeout(READY_S):
+        while {child.state for child in (await cluster.children()).values()} != {READY}:  # noqa: ASYNC110  has to ask
+            await asyncio.sleep(SETTLE_S)
+    await asyncio.sleep(SETTLE_S)
 
 
 async def _work(cluster: Cluster, names: set[str]) -> None:
