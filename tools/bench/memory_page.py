@@ -42,7 +42,7 @@ def _introduction(settings: dict[str, Any]) -> str:
     `make bench-memory` makes this page in some five minutes, with 10 GiB of memory and 3 GB of disk. The model is a
     Flux with random weights in bfloat16, in MiB: {weights}. It is served on the CPU and makes {settings["pictures"]}
     pictures of {settings["size"]} in {settings["num_inference_steps"]} steps, more until each instance has worked.
-    Rounds: {settings["rounds"]}. {libraries}.
+    Rounds: {settings["rounds"]} (`--rounds`). {libraries}.
     """
 
 
