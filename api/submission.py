@@ -117,8 +117,11 @@ def why(view: RequestView) -> str:
 
 
 def check_done(view: RequestView) -> None:
-    """Raise ApiError unless every picture is there: 409 cancelled, 500 failed, 504 timed out."""
+    """Raise ApiError unless every picture is there: 409 cancelled, 422 or 500 failed, 504 timed out."""
     text = why(view)
+    if view.state == "FAILED" and all(unit.at_fault for unit in view.units if unit.state == "FAILED"):
+        message = f"the request cannot be served as it is: {text}"
+        raise failed(view.request_id, ApiError(422, message, code="invalid_value"))
     errors = {
         "CANCELLED": (409, "cancelled", "the request was cancelled"),
         "FAILED": (500, "failed", "the request failed"),

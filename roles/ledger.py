@@ -207,6 +207,7 @@ class Ledger:
         if report.retryable:
             self._retry(unit, f"{report.instance}: {report.error}", now)
         else:
+            unit.at_fault = report.at_fault
             self.give_up(report.work, report.instance, report.error, now)
         return True
 

@@ -128,6 +128,8 @@ class Unit:
     artifact: Artifact | None = None
     borrows: bool = False
     """What it has of an encoder was made for another unit of an equal prompt, and has to be made its own."""
+    at_fault: bool = False
+    """It failed because the pipeline cannot run with its inputs."""
 
     @property
     def work(self) -> Work:
@@ -203,6 +205,7 @@ class Unit:
             stage_seconds=dict(self.stage_seconds),
             causes=tuple(self.causes),
             artifact=self.artifact,
+            at_fault=self.at_fault,
         )
 
 

@@ -238,10 +238,12 @@ class Workload:
         item.phase = Phase.STAGING
         return (Stage(work, item.deadline),)
 
-    def panel_failed(self, work: Work, error: str, *, retryable: bool) -> tuple[Effect, ...]:
+    def panel_failed(self, work: Work, error: str, *, at_fault: bool) -> tuple[Effect, ...]:
         """End the work: the panel raised."""
         item = self._item(work, "a panel failed", Phase.RUNNING)
-        return self._end_cancelled(item) if item.cancelled else self._end_failed(item, error, retryable=retryable)
+        if item.cancelled:
+            return self._end_cancelled(item)
+        return self._end_failed(item, error, retryable=not at_fault, at_fault=at_fault)
 
     def panel_cancelled(self, work: Work) -> tuple[Effect, ...]:
         """End the work: the stream worker has stopped as told."""
@@ -326,6 +328,8 @@ class Workload:
     def _end_cancelled(self, item: Item) -> tuple[Effect, ...]:
         return self._end(item, lambda issued: StageCancelled(item.work, self.instance, issued))
 
-    def _end_failed(self, item: Item, error: str, *, retryable: bool) -> tuple[Effect, ...]:
+    def _end_failed(self, item: Item, error: str, *, retryable: bool, at_fault: bool = False) -> tuple[Effect, ...]:
         panel = item.panels[0].value
-        return self._end(item, lambda issued: StageFailed(item.work, self.instance, panel, error, retryable, issued))
+        return self._end(
+            item, lambda issued: StageFailed(item.work, self.instance, panel, error, retryable, issued, at_fault)
+        )

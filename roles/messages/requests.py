@@ -86,6 +86,8 @@ class UnitView(Value):
     causes: tuple[str, ...]
     """Why earlier attempts ended, oldest first."""
     artifact: Artifact | None = None
+    at_fault: bool = False
+    """It failed because the pipeline cannot run with its inputs."""
 
 
 class RequestView(Message):

@@ -180,8 +180,10 @@ class StageFailed(Message):
     panel: str
     error: str
     retryable: bool
-    """False when the request itself is at fault and would fail anywhere."""
+    """False when it would fail anywhere."""
     issued: int
+    at_fault: bool = False
+    """The request itself is why: one of its values is none that the pipeline can run with."""
 
 
 class StageCancelled(Message):

@@ -56,6 +56,7 @@ class Accepted:
     submit: wire.SubmitRequest
     state: str = "DENOISING_RUNNING"
     causes: tuple[str, ...] = ()
+    at_fault: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     created_at: float = field(default_factory=time.time)
 
@@ -108,9 +109,11 @@ class SmallHead:
             await self._news.wait_for(lambda: len(found()) >= count)
         return found()
 
-    def finish(self, request_id: str, state: str = "DONE", causes: tuple[str, ...] = ()) -> None:
+    def finish(
+        self, request_id: str, state: str = "DONE", causes: tuple[str, ...] = (), *, at_fault: bool = False
+    ) -> None:
         accepted = self.journal[request_id]
-        accepted.state, accepted.causes = state, causes
+        accepted.state, accepted.causes, accepted.at_fault = state, causes, at_fault
         if state == "DONE":
             for index in range(accepted.submit.n):
                 colour = (accepted.submit.seed + index) % 256
@@ -204,6 +207,7 @@ class SmallHead:
             stage_seconds={"denoiser": 0.25},
             causes=accepted.causes,
             artifact=wire.Artifact(name, f"image/{written_as(submit)}", 1) if done else None,
+            at_fault=accepted.at_fault,
         )
 
 

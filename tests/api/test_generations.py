@@ -111,6 +111,16 @@ async def test_without_a_key_nothing_is_shared(client, small_head):
     assert len(small_head.journal) == 2
 
 
+async def test_a_request_that_the_model_cannot_run_is_a_bad_request(client, small_head):
+    small_head.hold = True
+    waiting = asyncio.create_task(client.post(URL, json={"prompt": "x", "n": 2}))
+    (wait,) = await small_head.received(wire.WaitRequest)
+    small_head.finish(wait.request_id, "FAILED", ("encoder-0: ValueError: too blue",), at_fault=True)
+    answer = await waiting
+    assert answer.status_code == 422
+    assert "too blue" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("state", "status", "code"),
     [("FAILED", 500, "failed"), ("TIMED_OUT", 504, "timed_out"), ("CANCELLED", 409, "cancelled")],

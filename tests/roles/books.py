@@ -60,7 +60,7 @@ def finished(work: Work, name: str = "decoder-0") -> StageFinished:
 
 
 def failed(work: Work, error: str, *, retryable: bool) -> StageFailed:
-    return StageFailed(work, "denoiser-0", "denoiser", error, retryable, 99)
+    return StageFailed(work, "denoiser-0", "denoiser", error, retryable, 99, not retryable)
 
 
 def after(books: Ledger, now: float = 1.0) -> list[Effect]:

@@ -121,6 +121,7 @@ def test_damaged_transfers_cost_no_attempt_but_do_not_go_on_for_ever(books: Ledg
 def test_a_request_at_fault_fails_at_once_with_its_cause(books: Ledger) -> None:
     unit = to_denoiser(books)
     books.stage_failed(failed(unit.work, "ValueError: bad size", retryable=False), 4.0)
+    assert unit.view().at_fault
     assert unit.state is State.FAILED
     assert unit.history[-1].reason == "ValueError: bad size"
 

@@ -199,6 +199,15 @@ def test_a_failed_fetch_says_whether_the_source_is_gone() -> None:
     ]
 
 
+@pytest.mark.parametrize("at_fault", [True, False])
+def test_a_request_that_is_at_fault_is_not_tried_again(at_fault: bool) -> None:
+    load = Workload("encoder-0", "encoder", 1)
+    load.assign(assign(W))
+    assert reports(load.panel_failed(W, "no", at_fault=at_fault)) == [
+        StageFailed(W, "encoder-0", "encoder", "no", not at_fault, 2, at_fault)
+    ]
+
+
 def test_a_failed_staging_is_a_failed_stage() -> None:
     load = Workload("encoder-0", "encoder", 1)
     load.assign(assign(W))
@@ -311,7 +320,7 @@ class Life(RuleBasedStateMachine):
             case do.Run(), "cancelled" if work in self.told_to_stop:
                 self.carry_out(load.panel_cancelled(work))
             case do.Run(), _:
-                self.carry_out(load.panel_failed(work, "ValueError: no", retryable=False))
+                self.carry_out(load.panel_failed(work, "ValueError: no", at_fault=True))
             case do.Load(), "done":
                 self.carry_out(load.state_loaded(work, 0.1))
             case do.Stage(), "done":

@@ -96,7 +96,7 @@ async def a_picture_that_is_gone_fails_at_once(http: httpx.AsyncClient, uploads:
         assert not waiting.done()
     kept.unlink()
     answer = await waiting
-    assert answer.status_code == 500
+    assert answer.status_code == 422
     assert "send the picture again" in answer.json()["error"]["message"]
     story = (await http.get(f"/v1/requests/{answer.headers['x-request-id']}")).json()
     assert {unit["attempts"] for unit in story["units"] if unit["state"] == "FAILED"} == {1}
