@@ -3,13 +3,17 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from engines.panels import Panel
 from engines.parameters import Signature
 from engines.pipeline import PanelPipeline
+from engines.placing import Placement
 from engines.routes import Route
 from tools.make_model import flux, qwen, vaes
 from tools.make_model.recipe import Recipe
+
+HERE = Placement(torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -22,11 +26,11 @@ def test_the_vae_tells_whether_pictures_have_alpha(recipe: Recipe, alpha: bool) 
     parts = SimpleNamespace(
         pipeline=SimpleNamespace(vae=make()), components=frozenset(), inputs=frozenset(), signature=Signature()
     )
-    assert PanelPipeline((Panel.ENCODER,), Route.MODULAR, parts).alpha is alpha
+    assert PanelPipeline((Panel.ENCODER,), Route.MODULAR, parts, HERE, None).alpha is alpha
 
 
 def test_a_pipeline_without_a_vae_takes_no_alpha() -> None:
     parts = SimpleNamespace(
         pipeline=SimpleNamespace(), components=frozenset(), inputs=frozenset(), signature=Signature()
     )
-    assert not PanelPipeline((Panel.ENCODER,), Route.MODULAR, parts).alpha
+    assert not PanelPipeline((Panel.ENCODER,), Route.MODULAR, parts, HERE, None).alpha
