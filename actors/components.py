@@ -56,7 +56,7 @@ DESCRIBE_MODEL: Final = "engines.routes:describe"
 """Says how a model would be served; it imports the large libraries."""
 
 Describe = Callable[..., tuple[str, str]]
-"""`(folder of the model, in_parts=...)`: in processes of their own? Returns how, and a problem or ""."""
+"""`(folder of the model, task=..., in_parts=...)`: in processes of their own? Returns how, and a problem or ""."""
 
 
 def load_describe() -> Describe:

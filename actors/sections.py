@@ -63,6 +63,9 @@ class ModelSection(Section, frozen=True):
     """Folder of the model, relative to the topology file. `Topology.model_path` is the absolute one."""
     dtype: Dtype = "bfloat16"
     """Type of the weights and of the computation."""
+    task: str = ""
+    """Such as `text2image` or `image2image`, or `any`: all that the pipeline can do, with all the weights for that;
+    "" = that of the model's card, else the first that needs just a prompt."""
     prompt_cache: str = ""
     """Memory in the encoders' pool for what they made, kept for requests of the same prompt: "" = a quarter of
     `[transfer] pool_size`, "0" = none, else a size of at most half of it. Without encoders there is none."""

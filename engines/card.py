@@ -113,8 +113,12 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"{self.name or 'This model'} has no such parameter." + (f" Did you mean {close[0]}?" if close else "")
 
 
-def load_card(model: Path) -> ModelCard:
+def load_card(model: Path, task: str = "") -> ModelCard:
     """Read the card of a model; a folder without one gets a card made from its index.
+
+    Args:
+        model: The folder.
+        task: In place of the card's, "" for that.
 
     Raises:
         ModelError: There is no such folder, or its card cannot be understood.
@@ -126,7 +130,7 @@ def load_card(model: Path) -> ModelCard:
     try:
         card = msgspec.json.decode(path.read_bytes(), type=ModelCard)
     except FileNotFoundError:
-        return ModelCard(name=model.resolve().name, family=family)
+        return ModelCard(name=model.resolve().name, family=family, task=task)
     except (OSError, msgspec.DecodeError) as error:
         raise ModelError(f"The card {path} cannot be read: {error}.") from error
     for name, limits in card.ranges.items():
@@ -139,7 +143,8 @@ def load_card(model: Path) -> ModelCard:
         card.apply({})
     except CardError as error:
         raise ModelError(f"The card {path} forbids its own default of {error}") from error
-    return msgspec.structs.replace(card, name=card.name or model.resolve().name, family=card.family or family)
+    name = card.name or model.resolve().name
+    return msgspec.structs.replace(card, name=name, family=card.family or family, task=task or card.task)
 
 
 def load_index(model: Path) -> dict[str, object]:

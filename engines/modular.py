@@ -10,7 +10,6 @@ import torch
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 
 from engines.aliases import public_names, with_aliases
-from engines.card import load_card
 from engines.guidance import GUIDANCE_SCALE, guidance, has_guider, private
 from engines.ip_adapters import load_ip_adapters
 from engines.loading import geometry_problem, load_components, make_shadows
@@ -39,7 +38,7 @@ class ModularParts:
         self._takes_generator = GENERATOR in names
         guided = {GUIDANCE_SCALE} if has_guider(pipeline) else set()
         self.inputs = frozenset(names | guided)
-        medium = medium_of(split.outputs, load_card(split.model).task)
+        medium = medium_of(split.outputs, split.task)
         defaults = {declared.name: declared.default for declared in split.blocks.inputs if declared.name}
         fps = frames_per_s(medium, defaults, pipeline)
         declared = with_frame_steps(of_blocks(split.blocks, split.required), pipeline)
@@ -104,13 +103,13 @@ class ModularParts:
         return crossing(state.values, state.kwargs_mapping, [self._split.parts[panel] for panel in later])
 
 
-def load_modular(model: Path, panels: tuple[Panel, ...], placement: Placement) -> ModularParts:
-    """Load the blocks of some panels.
+def load_modular(model: Path, panels: tuple[Panel, ...], placement: Placement, task: str = "") -> ModularParts:
+    """Load the blocks of some panels, for a task; "" is that of the model's card.
 
     Raises:
         ModelError: The model cannot be served; the sentence says why.
     """
-    split = load_split(model)
+    split = load_split(model, task)
     if problem := geometry_problem(split):
         raise ModelError(problem)
     pipeline = split.pipeline(joined(split.parts[panel] for panel in panels))

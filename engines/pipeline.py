@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol, cast
 
@@ -66,13 +67,6 @@ class Parts(Protocol):
         """Run the decoder."""
 
 
-_LOADERS: Final[Mapping[Route, Callable[[Path, tuple[Panel, ...], Placement], Parts]]] = {
-    Route.MODULAR: load_modular,
-    Route.CLASSIC: load_classic,
-    Route.MONOLITHIC: load_whole,
-}
-
-
 class PanelPipeline:
     """One, two or all three panels of a pipeline, with the weights that those need.
 
@@ -119,6 +113,7 @@ class PanelPipeline:
         quantization: str = Quantization.NONE,
         offload: str = Offload.NONE,
         adapters: tuple[LoraFile, ...] = (),
+        task: str = "",
     ) -> PanelPipeline:
         """Load the panels of a model.
 
@@ -131,6 +126,7 @@ class PanelPipeline:
                 they are.
             offload: What rests in the memory of the host, an `Offload`.
             adapters: LoRA files that requests may choose of, of distinct names.
+            task: A workflow of the pipeline, or "any", in place of that of the model's card; "" for that.
 
         Raises:
             ModelError: The model cannot be served; the sentence says why.
@@ -139,10 +135,15 @@ class PanelPipeline:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         panels = tuple(panel for panel in Panel if panel in panels)
-        route = route_for(model)
+        route = route_for(model, task)
         read = Adapters.read(model, adapters)
         placement = Placement(dtype, device, Quantization(quantization), Offload(offload), read)
-        parts = _LOADERS[route](model, panels, placement)
+        loaders: dict[Route, Callable[[Path, tuple[Panel, ...], Placement], Parts]] = {
+            Route.MODULAR: partial(load_modular, task=task),
+            Route.CLASSIC: load_classic,
+            Route.MONOLITHIC: load_whole,
+        }
+        parts = loaders[route](model, panels, placement)
         resting = placement.finish({name: getattr(parts.pipeline, name) for name in parts.components})
         return cls(panels, route, parts, placement, resting)
 

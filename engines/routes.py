@@ -38,18 +38,26 @@ def route_of(index: Mapping[str, object]) -> Route:
     return _without_blocks(index)
 
 
-def route_for(model: Path) -> Route:
+def route_for(model: Path, task: str = "") -> Route:
     """Choose the route for a model.
 
+    Args:
+        model: Its folder.
+        task: That was chosen, "" for none.
+
     Raises:
-        ModelError: It is no model, or diffusers has no such pipeline.
+        ModelError: It is no model, or diffusers has no such pipeline, or one that has no tasks to choose of.
     """
     index = load_index(model)
     route = route_of(index)
     named = getattr(diffusers, str(index["_class_name"]), None)
     has_both = route is Route.MODULAR and issubclass(named or object, diffusers.DiffusionPipeline)
     # A few pipelines know a VAE that their blocks do not: without blocks they make the right size.
-    return _without_blocks(index) if has_both and geometry_problem(load_split(model)) else route
+    if has_both and geometry_problem(load_split(model, task)):
+        route = _without_blocks(index)
+    if task and route is not Route.MODULAR:
+        raise ModelError(f"{index['_class_name']} has no tasks to choose of: leave out [model] task.")
+    return route
 
 
 def check_panels(route: Route, index: Mapping[str, object], model: Path, panels: Collection[Panel]) -> None:
@@ -65,11 +73,12 @@ def check_panels(route: Route, index: Mapping[str, object], model: Path, panels:
         )
 
 
-def describe(model: Path, *, in_parts: bool) -> tuple[str, str]:
+def describe(model: Path, *, task: str, in_parts: bool) -> tuple[str, str]:
     """Say how a model would be served, without loading it.
 
     Args:
         model: Its folder.
+        task: In place of that of its card, "" for that.
         in_parts: Whether panels have processes of their own.
 
     Returns:
@@ -77,7 +86,9 @@ def describe(model: Path, *, in_parts: bool) -> tuple[str, str]:
     """
     try:
         index = load_index(model)
-        route = route_for(model)
+        route = route_for(model, task)
+        if route is Route.MODULAR:
+            load_split(model, task)
         check_panels(route, index, model, [Panel.ENCODER] if in_parts else list(Panel))
     except ModelError as error:
         return "", str(error)

@@ -37,6 +37,7 @@ class Split:
         parts: The blocks of each panel, likewise.
         outputs: Names of the results of the decoder, such as "images".
         required: Names of the inputs that make a request one of the task.
+        task: As it was chosen, by the topology or the card.
     """
 
     model: Path
@@ -47,6 +48,7 @@ class Split:
     parts: Mapping[Panel, Any]
     outputs: tuple[str, ...]
     required: frozenset[str] = frozenset()
+    task: str = ""
 
     def pipeline(self, blocks: Any) -> Any:
         """Make a pipeline of some of the blocks; its weights are not loaded yet."""
@@ -54,14 +56,18 @@ class Split:
         return self.pipeline_class(blocks=blocks, pretrained_model_name_or_path=str(self.model), **self.index)
 
 
-def load_split(model: Path) -> Split:
+def load_split(model: Path, task: str = "") -> Split:
     """Read what a model folder is, and cut its pipeline; loads no weights.
+
+    Args:
+        model: The folder.
+        task: In place of that of the model's card, "" for that.
 
     Raises:
         ModelError: It is no such folder, or its pipeline cannot be cut.
     """
     index = load_index(model)
-    card = load_card(model)
+    card = load_card(model, task)
     found = pipeline_class(index, model)
     whole = _blocks_class(found, index)()
     missing = {
@@ -74,7 +80,7 @@ def load_split(model: Path) -> Split:
     made = parts[Panel.DECODER].intermediate_output_names
     outputs = tuple(name for name in whole.output_names if name in made) or tuple(made)
     kind = "modular_config_dict" if (model / INDEX_NAMES[0]).is_file() else "config_dict"
-    return Split(model, found, {kind: index}, whole, blocks, parts, outputs, required(whole, card.task))
+    return Split(model, found, {kind: index}, whole, blocks, parts, outputs, required(whole, card.task), card.task)
 
 
 def pipeline_class(index: Mapping[str, object], model: Path) -> Any:

@@ -87,7 +87,7 @@ class Head(Actor):
         """
         now = time.time()
         try:
-            self.card = load_card(self.topology.model_path)
+            self.card = load_card(self.topology.model_path, self.topology.model.task)
             model = f"{self.card.name}, {self.topology.model.dtype}"
             self.ledger.staging = Staging(PromptCache(self.topology.prompt_cache_bytes, model))
             self._journal = Journal(self.topology.state_dir / "journal.sqlite")

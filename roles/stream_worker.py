@@ -143,6 +143,7 @@ class StreamWorker(Actor):
             quantization=component.quantization,
             offload=component.offload,
             adapters=lora_files(topology),
+            task=topology.model.task,
         )
 
     async def _serve(self, stream: DeviceStream, pipeline: PanelPipeline) -> None:

@@ -1,0 +1,63 @@
+"""The task that a topology chooses goes before that of the model's card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engines.card import load_card
+from engines.panels import ModelError, Panel
+from engines.pipeline import PanelPipeline
+from engines.routes import describe
+from tools.families.cases import picture
+from tools.make_classic import Classic, make_classic
+
+CPU = torch.device("cpu")
+SMALL = {"prompt": "a ship", "height": 64, "width": 64, "num_inference_steps": 3, "max_sequence_length": 32}
+
+
+def load(model: Path, task: str) -> PanelPipeline:
+    return PanelPipeline.load(model, tuple(Panel), dtype=torch.float32, device=CPU, task=task)
+
+
+def make(pipeline: PanelPipeline, **inputs: Any) -> Image.Image:
+    denoising = pipeline.denoise(pipeline.encode({**SMALL, **inputs}, 5))
+    while denoising.advance():
+        pass
+    (image,) = pipeline.decode(denoising.result())["images"]
+    return image
+
+
+def test_any_task_makes_what_each_task_alone_makes(models: Callable[[str], Path]) -> None:
+    model = models("flux-kl")
+    everything = load(model, "any")
+    start = {"image": picture(), "strength": 0.7}
+    for task, inputs in (("text2image", {}), ("image-to-image", start)):
+        assert np.array_equal(make(everything, **inputs), make(load(model, task), **inputs))
+
+
+def test_the_task_says_what_is_required(models: Callable[[str], Path]) -> None:
+    required = [
+        {item.name for item in load(models("flux-kl"), task).signature.parameters if item.required}
+        for task in ("", "image2image", "any")
+    ]
+    assert required == [{"prompt"}, {"prompt", "image"}, {"prompt"}]
+    assert load_card(models("flux-kl"), "any").task == "any"
+    assert load_card(models("flux-kl")).task == "text-to-image"
+
+
+def test_a_task_that_a_pipeline_has_not_is_an_error_that_lists_those_that_it_has(
+    models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="text2image, image2image"):
+        load(models("flux-kl"), "text2video")
+    assert "text2image, image2image" in describe(models("flux-kl"), task="text2video", in_parts=True)[1]
+    make_classic(tmp_path / "pixart", Classic.PIXART)
+    with pytest.raises(ModelError, match="no tasks to choose of"):
+        load(tmp_path / "pixart", "text2image")
