@@ -22,7 +22,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from engines.aliases import public_names, with_aliases
 from engines.guidance import GUIDANCE_SCALE, guidance, has_guider
-from engines.loading import load_component, load_shadow
+from engines.loading import incomplete, load_component, load_shadow
 from engines.media import (
     IMAGES,
     SOUNDS,
@@ -215,7 +215,7 @@ class Components:
     def _folder(self, name: str) -> Path:
         folder = self._model / name
         if not folder.is_dir():
-            raise ModelError(f"The model {self._model} is incomplete: there is no folder {folder} for its {name}.")
+            raise ModelError(incomplete(self._model, folder, name))
         return folder
 
 

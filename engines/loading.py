@@ -142,8 +142,16 @@ def _folder(split: Split, name: str, spec: Any) -> Path:
         raise ModelError(f"The index of {split.model} has no {name}, which {split.pipeline_class.__name__} needs.")
     folder = Path(source) / (spec.subfolder or "")
     if not folder.is_dir():
-        raise ModelError(f"The model {split.model} is incomplete: there is no folder {folder} for its {name}.")
+        raise ModelError(incomplete(split.model, folder, name))
     return folder
+
+
+def incomplete(model: Path, folder: Path, name: str) -> str:
+    """Say that a component has no folder."""
+    return (
+        f"The model {model} is incomplete: there is no folder {folder} for its {name}. Of what other roles load, the"
+        " configuration alone is enough."
+    )
 
 
 def _is_there(spec: Any) -> bool:
