@@ -21,6 +21,7 @@ from diffusers.pipelines.auto_pipeline import (
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from engines.aliases import public_names, with_aliases
+from engines.geometry import with_steps
 from engines.guidance import GUIDANCE_SCALE, guidance, has_guider
 from engines.loading import incomplete, load_component, load_shadow
 from engines.media import (
@@ -30,7 +31,6 @@ from engines.media import (
     frames_per_s,
     medium_of,
     results_of,
-    with_frame_steps,
     with_sampling_rate,
 )
 from engines.panels import ModelError
@@ -66,7 +66,7 @@ def signature(pipeline: Any) -> Signature:
     medium = medium_of(results_of(function))
     defaults = {name: declared.default for name, declared in inspect.signature(function).parameters.items()}
     fps = frames_per_s(medium, defaults, pipeline)
-    declared = with_frame_steps(of_call(function, required_by(type(pipeline))), pipeline)
+    declared = with_steps(of_call(function, required_by(type(pipeline))), pipeline)
     parameters = with_aliases(declared, guided=has_guider(pipeline), guidance=guidance(pipeline), fps=fps)
     encodes = public_names(accepted(pipeline), parameters)
     return Signature(parameters, encodes, medium, fps)

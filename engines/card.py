@@ -84,7 +84,8 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The lowest and highest value of a parameter, and the step where there is one; () where it is no number."""
         own = self.ranges.get(parameter.name) or self.ranges.get(parameter.alias_of)
         builtin = limits_of(parameter.alias_of or parameter.name, parameter.kind)
-        return (own or builtin) if builtin else ()
+        limits = (own or builtin) if builtin else ()
+        return (*limits, parameter.multiple_of) if len(limits) == 2 and parameter.multiple_of else limits
 
     def default(self, parameter: Parameter) -> Default:
         """What a parameter is where a request gives none."""

@@ -11,10 +11,6 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, TypeGuard
 
-import msgspec
-
-from engines.parameters import Parameter
-
 IMAGES: Final = ("images", "image")
 VIDEOS: Final = ("videos", "frames", "video")
 SOUNDS: Final = ("audio", "audios", "sound")
@@ -24,9 +20,7 @@ SAMPLING_RATE: Final = "sampling_rate"
 FRAMES_PER_S: Final = 16.0
 """Of Wan, and of whatever says nothing."""
 
-NUM_FRAMES: Final = "num_frames"
 _FPS: Final = ("fps", "frame_rate")
-_FRAME_FACTORS: Final = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
 _RATES: Final = ("output_sampling_rate", "sampling_rate", "sample_rate")
 
 
@@ -66,23 +60,6 @@ def frames_per_s(medium: str, defaults: Mapping[str, object], pipeline: object) 
         if _is_rate(value):
             return float(value)
     return FRAMES_PER_S
-
-
-def with_frame_steps(parameters: Collection[Parameter], pipeline: object) -> tuple[Parameter, ...]:
-    """Say which numbers of frames a pipeline can make: one, and then as many at a time as its VAE makes of a latent.
-
-    Asked for another number, some pipelines raise, and the others make less. One whose own default is such a number
-    counts in another way (Helios makes chunks), so nothing is said of it.
-    """
-    factor = next((getattr(pipeline, name) for name in _FRAME_FACTORS if hasattr(pipeline, name)), 0)
-    if not isinstance(factor, int) or factor < 2:
-        return tuple(parameters)
-    return tuple(
-        msgspec.structs.replace(item, every=factor)
-        if item.name == NUM_FRAMES and (not isinstance(item.default, int) or item.default % factor == 1)
-        else item
-        for item in parameters
-    )
 
 
 def with_sampling_rate(made: Mapping[str, object], pipeline: object) -> dict[str, object]:

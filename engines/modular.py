@@ -10,10 +10,11 @@ import torch
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 
 from engines.aliases import public_names, with_aliases
+from engines.geometry import with_steps
 from engines.guidance import GUIDANCE_SCALE, guidance, has_guider, private
 from engines.ip_adapters import load_ip_adapters
 from engines.loading import geometry_problem, load_components, make_shadows
-from engines.media import frames_per_s, medium_of, with_frame_steps, with_sampling_rate
+from engines.media import frames_per_s, medium_of, with_sampling_rate
 from engines.panels import ModelError, Panel
 from engines.parameters import PICTURES, Signature
 from engines.placing import Placement
@@ -41,7 +42,7 @@ class ModularParts:
         medium = medium_of(split.outputs, split.task)
         defaults = {declared.name: declared.default for declared in split.blocks.inputs if declared.name}
         fps = frames_per_s(medium, defaults, pipeline)
-        declared = with_frame_steps(of_blocks(split.blocks, split.required), pipeline)
+        declared = with_steps(of_blocks(split.blocks, split.required), pipeline)
         parameters = with_aliases(declared, guided=bool(guided), guidance=guidance(pipeline), fps=fps)
         self._draws = GENERATOR in encoded(split)
         pictures = {parameter.alias_of or parameter.name for parameter in parameters if parameter.kind in PICTURES}

@@ -46,6 +46,8 @@ class Parameter(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     """The parameter that this is another name of; "" where it is none."""
     description: str = ""
     """One sentence of the pipeline's own, where it has one."""
+    multiple_of: int = 0
+    """A whole number is a multiple of this; 0 where any will do."""
     every: int = 0
     """A whole number is 1, 1 + every, 1 + 2 * every and so on; 0 where any will do."""
 

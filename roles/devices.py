@@ -7,6 +7,13 @@ import torch
 from actors import StartFailure
 
 _DEVICE_ERRORS = ("CUDA error", "cuDNN error", "cuBLAS error", "CUBLAS_STATUS", "CUDNN_STATUS", "device-side assert")
+_SHAPE_ERRORS = (
+    "must match the size of tensor",
+    "Sizes of tensors must match",
+    "is invalid for input of size",
+    "cannot reshape tensor",
+)
+"""What torch says of shapes that do not fit; it has no class of error for that."""
 
 
 def is_device_lost(error: BaseException) -> bool:
@@ -20,8 +27,13 @@ def is_device_lost(error: BaseException) -> bool:
 
 
 def is_at_fault(error: BaseException) -> bool:
-    """Whether the request itself is wrong, and would fail anywhere."""
-    return isinstance(error, (ValueError, TypeError))
+    """Whether the request itself is wrong, and would fail anywhere.
+
+    Sizes that do not fit each other are: of a picture and the size asked for, for one.
+    """
+    if isinstance(error, (ValueError, TypeError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _SHAPE_ERRORS)
 
 
 def usable_device(name: str) -> torch.device:

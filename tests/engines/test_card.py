@@ -258,10 +258,3 @@ def test_what_is_not_a_model_folder_is_a_model_error(tmp_path: Path) -> None:
 def test_cards_and_manifests_need_no_torch() -> None:
     program = "import sys, engines.card, engines.vocabulary, engines.manifest; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
-
-
-def test_a_number_of_frames_that_cannot_be_made_is_refused_with_those_that_can() -> None:
-    frames = [Parameter("num_frames", Kind.INTEGER, every=4)]
-    assert ModelCard().apply({"num_frames": 81}, frames) == {"num_frames": 81}
-    with pytest.raises(CardError, match="1 more than a multiple of 4, such as 77 or 81"):
-        ModelCard().apply({"num_frames": 80}, frames)

@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from engines.calling import signature
-from engines.media import frames_per_s, medium_of, results_of, with_frame_steps, with_sampling_rate
+from engines.media import frames_per_s, medium_of, results_of, with_sampling_rate
 from engines.modular import load_modular
 from engines.panels import Panel
-from engines.parameters import Kind, Parameter
 from engines.pipeline import PanelPipeline
 from engines.placing import Placement
 from roles.media import Video, media_of
@@ -42,14 +41,6 @@ def test_every_block_set_says_what_it_makes_and_how_fast(pipeline: str) -> None:
     defaults = {declared.name: declared.default for declared in blocks.inputs}
     made = getattr(diffusers, pipeline)(blocks=blocks)
     assert frames_per_s(medium, defaults, made) == VIDEOS.get(family, 0.0)
-
-
-@pytest.mark.parametrize(("default", "every"), [(None, 4), (81, 4), (132, 0)])
-def test_numbers_of_frames_follow_from_the_vae_unless_the_default_contradicts(default: int | None, every: int) -> None:
-    frames, prompt = Parameter("num_frames", Kind.INTEGER, default), Parameter("prompt", Kind.TEXT)
-    pipeline = SimpleNamespace(vae_scale_factor_temporal=4)
-    assert [item.every for item in with_frame_steps((frames, prompt), pipeline)] == [every, 0]
-    assert with_frame_steps((frames, prompt), SimpleNamespace()) == (frames, prompt)
 
 
 def test_a_task_that_makes_pictures_as_videos_of_one_frame_makes_pictures() -> None:

@@ -303,6 +303,7 @@ def test_what_can_never_work_is_a_sentence(
         (RuntimeError("CUDA error: device-side assert triggered"), True, False),
         (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), True, False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False, False),
+        (RuntimeError("The size of tensor a (17) must match the size of tensor b (16)"), False, True),
         (ValueError("height has to be divisible by 16"), False, True),
         (TypeError("prompt has to be a string"), False, True),
         (MemoryError(), False, False),
