@@ -35,7 +35,7 @@ ROUTES = [
     Route("/v1/videos/{video_id}/content", video_content),
     Route("/v1/models", list_models),
     Route("/v1/models/{name:path}", get_model),
-    Route("/v1/requests/{request_id}", Requests),
+    Route("/v1/requests/{request_id}", Requests, name="request"),
     Route("/v1/cluster", cluster),
     Route("/live", live),
     Route("/ready", ready),

@@ -1,4 +1,4 @@
-"""POST /v1/images/generations."""
+"""POST /v1/images/generations: pictures, and with `Prefer: respond-async` the place where they will be."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from api.errors import invalid
 from api.fields import MAX_SEED, MediaRequest, own_fields, parse
 from api.forms import read_fields
 from api.head import Head
+from api.requests import request_object
 from api.submission import check_done, check_model, idempotency_key, submit, wait
 from roles.artifacts import ArtifactStore
-from roles.messages.requests import DescribeModel, ModelDescription, RequestView
+from roles.messages.requests import DescribeModel, ModelDescription, QueryRequest, RequestView
 from roles.messages.work import Input, Output
 
 
@@ -65,8 +66,25 @@ async def make(request: Request, wanted: ImageRequest, inputs: dict[str, Input])
         check_model(wanted.model, await head.ask(DescribeModel(), ModelDescription))
     output = Output(wanted.output_format or "")
     request_id = await submit(request, inputs, seed=wanted.seed, n=wanted.n, output=output)
+    if prefers_async(request):
+        return await accepted(request, request_id)
     view = await wait(request, request_id, cancels=not idempotency_key(request))
     return await respond(request, wanted, view)
+
+
+def prefers_async(request: Request) -> bool:
+    """Whether the client would rather be told where to look than wait: RFC 7240, section 4.1."""
+    preferences = ",".join(request.headers.getlist("prefer")).split(",")
+    return "respond-async" in (preference.partition(";")[0].strip().lower() for preference in preferences)
+
+
+async def accepted(request: Request, request_id: str) -> Response:
+    """Answer 202, with the request as it is now and the place where it can be followed."""
+    head: Head = request.app.state.head
+    view = await head.ask(QueryRequest(request_id), RequestView)
+    place = request.url_for("request", request_id=request_id).path
+    headers = {"Location": place, "Preference-Applied": "respond-async", "X-Request-Id": request_id}
+    return JSONResponse(request_object(request, view), status_code=202, headers=headers)
 
 
 async def respond(request: Request, wanted: ImageRequest, view: RequestView) -> Response:

@@ -12,7 +12,9 @@ from api.fields import MediaRequest
 from api.generations import ImageRequest
 from api.videos import Video, VideoRequest
 
-_MADE = (200, 400, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504)
+_MADE = (200, 202, 400, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504)
+
+_GOOD = {200: "OK", 202: "Accepted, where the client said Prefer: respond-async: follow it at its Location"}
 
 _PATHS: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
     "/v1/images/generations": {"post": ("Make pictures of a prompt, and of pictures, and wait for them", _MADE)},
@@ -57,7 +59,7 @@ def _operation(path: str, summary: str, statuses: tuple[int, ...]) -> dict[str, 
     operation: dict[str, Any] = {
         "summary": summary,
         "responses": {
-            str(status): {"description": "OK"} if status == 200 else {"description": "Error", **error}
+            str(status): {"description": _GOOD[status]} if status in _GOOD else {"description": "Error", **error}
             for status in statuses
         },
     }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -16,11 +18,12 @@ from actors.client import (
     ApiError,
     Picture,
     format_of,
-    read_picture,
+    read_json,
     request_body,
     timeout,
     unreachable,
 )
+from actors.command.following import finished
 from actors.command.output import EXIT_FAILED, EXIT_INTERRUPTED, fail, stdout
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
@@ -39,7 +42,10 @@ Pictures = Annotated[
 
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to show.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Where to write it.")] = Path("picture.png"),
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Where to write it.", show_default="picture.png, video.mp4"),
+    ] = None,
     size: Annotated[
         str, typer.Option(metavar="WIDTHxHEIGHT", help="In pixels; the model's own if left out.", show_default=False)
     ] = "",
@@ -57,9 +63,13 @@ def generate(
     last_image: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The last frame of a video.", show_default=False)
     ] = None,
+    more: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Another parameter of the model.", show_default=False),
+    ] = None,
     url: Url = "",
 ) -> None:
-    """Make one picture from a prompt, or of another picture, and write it to a file.
+    """Make one picture or video from a prompt, or of another picture, and write it to a file.
 
     The ending of the file's name says in which format: .png, .jpg, .webp, .mp4 for a video, .zip for its frames.
 
@@ -69,18 +79,20 @@ def generate(
 
     triptych generate "a lighthouse in a storm" -o storm.png --size 1024x768 --steps 28 --seed 7
 
-    triptych generate "the same in snow" --image storm.png --mask sky.png -o snow.webp
+    triptych generate "the same in snow" --image storm.png --mask sky.png -o snow.webp --set strength=0.6
     """
-    if not out.parent.is_dir():
+    if out is not None and not out.parent.is_dir():
         fail(f"{out.parent} is not a folder: make it first, or write elsewhere with -o.", EXIT_FAILED)
     begun = time.monotonic()
-    extra = {"image": image or None, "mask": mask, "last_image": last_image, "output_format": format_of(out)}
+    given = {"image": image or None, "mask": mask, "last_image": last_image}
+    extra = {**settings(more or []), **given, "output_format": format_of(out) if out else None}
     try:
         body = request_body(prompt, size=size or None, steps=steps, seed=seed, extra=extra)
     except OSError as error:
         fail(f"{error.filename} cannot be read: {error.strerror}.", EXIT_FAILED)
     try:
-        picture = _ask(base_url(url), body)
+        picture, name = _make(base_url(url), body)
+        out = out or Path(name)
         picture.save(out)
     except ApiError as error:
         fail(str(error), EXIT_FAILED)
@@ -97,9 +109,38 @@ def base_url(url: str) -> str:
     return (url or os.environ.get(URL_VARIABLE, "") or DEFAULT_URL).rstrip("/")
 
 
-def _ask(url: str, body: dict[str, object]) -> Picture:
-    with httpx.Client(timeout=timeout(GENERATE_TIMEOUT_S)) as http:
+def settings(pairs: Sequence[str]) -> dict[str, object]:
+    """Read NAME=VALUE: a number, true, false or a list as in JSON, else text."""
+    return dict(_setting(pair) for pair in pairs)
+
+
+def _setting(pair: str) -> tuple[str, object]:
+    name, equals, text = pair.partition("=")
+    if not name or not equals:
+        raise typer.BadParameter(f"{pair!r} is not NAME=VALUE", param_hint="--set")
+    try:
+        return name, json.loads(text)
+    except ValueError:
+        return name, text
+
+
+def _make(url: str, body: dict[str, object]) -> tuple[Picture, str]:
+    """Have it made; returns it, and a name for its file."""
+    with httpx.Client(base_url=url, timeout=timeout(GENERATE_TIMEOUT_S)) as http:
         try:
-            return read_picture(http.post(f"{url}/v1/images/generations", json=body))
+            answer = http.post("/v1/images/generations", json=body, headers={"Prefer": "respond-async"})
+            request = read_json(answer)
+            try:
+                request = finished(http, request)
+            except KeyboardInterrupt:
+                http.delete(f"/v1/requests/{request['id']}")
+                raise
+            artifact = request["units"][0]["artifact"]
+            file = http.get(f"/v1/images/{artifact['name']}")
         except httpx.HTTPError as error:
             raise unreachable(url, error) from error
+    if not file.is_success:
+        read_json(file)
+    kind = str(artifact["content_type"]).partition("/")[0]
+    stem = {"image": "picture", "video": "video", "audio": "sound"}.get(kind, "frames")
+    return Picture(file.content, str(request["id"])), f"{stem}{Path(artifact['name']).suffix}"

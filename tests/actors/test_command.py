@@ -18,6 +18,8 @@ from actors.client import ApiError, Picture, format_of, read_picture, request_bo
 from actors.cluster import describe_children, is_hopeless
 from actors.command import app
 from actors.command.display import Display, LiveDisplay, line
+from actors.command.following import PATIENCE_S, finished
+from actors.command.generate import settings
 from actors.command.status import render
 from actors.overrides import free_port
 from actors.system import ChildReport
@@ -135,6 +137,34 @@ def test_the_ending_of_a_name_says_the_format() -> None:
     endings = {"a.png": "png", "a.JPG": "jpeg", "a.jpeg": "jpeg", "a.mp4": "mp4", "a.zip": "zip", "a.wav": "wav"}
     assert {name: format_of(Path(name)) for name in endings} == endings
     assert [format_of(Path(name)) for name in ("a", "a.gif", ".png")] == [None, None, None]
+
+
+def test_settings_are_json_or_text() -> None:
+    pairs = ["strength=0.5", "lora=pixels", "sigmas=[1, 0.5]", "tiled=true", "negative_prompt=a=b", "seed="]
+    assert settings(pairs) == {
+        "strength": 0.5, "lora": "pixels", "sigmas": [1, 0.5], "tiled": True, "negative_prompt": "a=b", "seed": "",
+    }  # fmt: skip
+    shown = runner.invoke(app, ["generate", "a cat", "--set", "strength"])
+    assert shown.exit_code == 2
+    assert "is not NAME=VALUE" in shown.stderr
+
+
+def test_a_request_that_failed_says_why() -> None:
+    units = [{"causes": ["Traceback\nValueError: too blue", ""]}, {"causes": ["ValueError: too blue"]}]
+    request = {"id": "r", "state": "FAILED", "terminal": True, "units": units}
+    with (
+        httpx.Client(base_url="http://127.0.0.1:1") as http,
+        pytest.raises(ApiError, match=r"FAILED: ValueError: too blue$"),
+    ):
+        finished(http, request)
+
+
+def test_a_request_is_followed_for_a_while_though_nobody_answers() -> None:
+    pauses: list[float] = []
+    request = {"id": "r", "state": "PENDING", "terminal": False, "units": []}
+    with httpx.Client(base_url="http://127.0.0.1:1") as http, pytest.raises(ApiError, match="cannot be reached"):
+        finished(http, request, pauses.append)
+    assert sum(pauses) == pytest.approx(PATIENCE_S, abs=1)
 
 
 def test_generate_wants_pictures_that_are_there(folder: Path) -> None:

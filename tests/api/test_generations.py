@@ -61,6 +61,19 @@ async def test_null_is_the_same_as_not_given(client, small_head):
     assert (submit.inputs, submit.n, submit.output.format) == ({"prompt": "x"}, 1, "")
 
 
+async def test_who_prefers_not_to_wait_is_told_where_to_look(client, small_head):
+    small_head.hold = True
+    answer = await client.post(URL, json={"prompt": "x"}, headers={"Prefer": "wait=5, Respond-Async"})
+    assert answer.status_code == 202
+    assert answer.headers["preference-applied"] == "respond-async"
+    request = answer.json()
+    assert (request["terminal"], answer.headers["x-request-id"]) == (False, request["id"])
+    small_head.finish(request["id"])
+    later = (await client.get(answer.headers["location"])).json()
+    picture = await client.get(later["units"][0]["artifact"]["url"])
+    assert Image.open(io.BytesIO(picture.content)).size == (8, 8)
+
+
 async def test_pictures_by_url(client, small_head):
     answer = await client.post(
         URL, json={"prompt": "x", "n": 2, "seed": 1, "response_format": "url", "output_format": "webp"}

@@ -82,8 +82,12 @@ def test_components_started_one_by_one_in_any_order_find_each_other(
         out = path.parent / "picture.png"
         url = f"http://127.0.0.1:{load_topology(path).api.port}"
         wait_until_ready(url)
-        subprocess.run([*TRIPTYCH, "generate", "a red circle", "-o", str(out), "--url", url], cwd=ROOT, check=True)
+        generate = [*TRIPTYCH, "generate", "a red circle", "--url", url]
+        subprocess.run([*generate, "-o", str(out), "--set", "guidance_scale=2.5"], cwd=ROOT, check=True)
         assert out.read_bytes().startswith(b"\x89PNG")
+        refused = subprocess.run([*generate, "--set", "strength=0.5"], cwd=ROOT, capture_output=True, text=True)
+        assert refused.returncode == 1
+        assert "(param strength)" in refused.stderr
     finally:
         for process in running:
             process.send_signal(signal.SIGINT)

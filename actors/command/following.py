@@ -1,0 +1,73 @@
+"""Follow a request from a terminal: a bar of its steps, until its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import httpx
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from actors.client import ApiError, read_json, unreachable
+
+EVERY_S: Final = 0.2
+PATIENCE_S: Final = 30.0
+"""How long the API may be away, as it is when it is restarted."""
+
+
+def finished(
+    http: httpx.Client, request: dict[str, Any], pause: Callable[[float], None] = time.sleep
+) -> dict[str, Any]:
+    """Wait until a request has come to its end, and show how far it is.
+
+    Args:
+        http: With the base URL of the API.
+        request: As `GET /v1/requests/{id}` answers.
+        pause: Sleeps so many seconds.
+
+    Returns:
+        The request as it ended.
+
+    Raises:
+        ApiError: It came to no good end, or the API is gone.
+    """
+    columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # On standard error, and gone when it is done, so that what was asked for stands alone.
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task(stage(request), total=None)
+        while not request["terminal"]:
+            pause(EVERY_S)
+            request = _now(http, request["id"], pause)
+            unit = request["units"][0]
+            progress.update(bar, description=stage(request), completed=unit["step"], total=unit["total_steps"] or None)
+    if request["state"] != "DONE":
+        raise ApiError(f"the request is {request['state']}: {why(request)}")
+    return request
+
+
+def stage(request: dict[str, Any]) -> str:
+    """The state in small letters, such as "denoising running"."""
+    return str(request["state"]).lower().replace("_", " ")
+
+
+def why(request: dict[str, Any]) -> str:
+    """The causes of a request's failure, each one's last line."""
+    causes = [cause for unit in request["units"] for cause in unit["causes"] if cause.strip()]
+    return "; ".join(dict.fromkeys(cause.strip().splitlines()[-1] for cause in causes)) or "no reason is known"
+
+
+def _now(http: httpx.Client, request_id: str, pause: Callable[[float], None]) -> dict[str, Any]:
+    left_s = PATIENCE_S
+    while True:
+        try:
+            answer = http.get(f"/v1/requests/{request_id}")
+        except httpx.TransportError as error:
+            if left_s <= 0:
+                raise unreachable(str(http.base_url), error) from error
+        else:
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or left_s <= 0:
+                return read_json(answer)
+        pause(EVERY_S)
+        left_s -= EVERY_S
