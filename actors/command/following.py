@@ -41,7 +41,9 @@ def finished(
             pause(EVERY_S)
             request = _now(http, request["id"], pause)
             unit = request["units"][0]
-            progress.update(bar, description=stage(request), completed=unit["step"], total=unit["total_steps"] or None)
+            # A unit counts its steps while it denoises, and they are done when it does no more.
+            steps = max(unit["step"], progress.tasks[bar].completed)
+            progress.update(bar, description=stage(request), completed=steps, total=unit["total_steps"] or None)
     if request["state"] != "DONE":
         raise ApiError(f"the request is {request['state']}: {why(request)}")
     return request
