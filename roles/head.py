@@ -30,7 +30,7 @@ from roles.journal import Journal, JournalError
 from roles.ledger import Ledger
 from roles.messages import pool as pools
 from roles.messages import requests, stages
-from roles.messages.work import Input
+from roles.messages.work import Input, Output
 from roles.prompt_cache import PromptCache
 from roles.request import IllegalTransitionError, Request, Unit
 from roles.staging import Staging
@@ -163,7 +163,7 @@ class Head(Actor):
             ranges={item.name: limits for item in parameters if (limits := card.limits(item)) not in ((), ANY)},
             parameters=tuple(parameters),
             medium=signature.medium,
-            fps=signature.fps,
+            fps=settle_output(Output(), signature, {}, card.defaults).fps,
         )
 
     async def cluster(self, _: requests.ClusterQuery) -> requests.ClusterView:

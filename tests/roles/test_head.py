@@ -257,6 +257,21 @@ def test_the_result_is_settled_when_the_request_is_accepted(topology: Callable[.
     play(scenario())
 
 
+def test_videos_play_as_fast_as_the_card_says_before_the_pipeline(topology: Callable[..., Topology]) -> None:
+    video = Signature((Parameter("frame_rate", Kind.NUMBER), Parameter("prompt", Kind.TEXT)), medium="video", fps=24.0)
+    place = topology()
+    (place.model_path / "triptych.json").write_text('{"defaults": {"frame_rate": 30.0}}')
+
+    async def scenario() -> None:
+        async with playing(place) as stage:
+            await stage.hello("encoder-0", signature=video)
+            said = await stage.head.ask(requests.DescribeModel(), requests.ModelDescription, timeout_s=BOUND_S)
+            await stage.submit("a")
+            assert said.fps == (await stage.view("a")).output.fps == 30.0
+
+    play(scenario())
+
+
 def test_a_head_that_cannot_write_accepts_nothing_and_says_so(topology: Callable[..., Topology]) -> None:
     async def scenario() -> None:
         async with playing(topology()) as stage:
