@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import httpx
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from PIL.Image import Image
 
@@ -95,6 +95,11 @@ def read_json(response: httpx.Response) -> dict[str, Any]:
     if response.is_success and isinstance(answer, dict):
         return answer
     raise ApiError(_message(answer) or f"{response.url} answered {response.status_code}")
+
+
+def in_short(causes: Iterable[str]) -> str:
+    """Causes of a failure in one line, each one once: its last line, as above that there may be a traceback."""
+    return "; ".join(dict.fromkeys(cause.strip().splitlines()[-1] for cause in causes if cause.strip()))
 
 
 def timeout(read_s: float = _READ_TIMEOUT_S) -> httpx.Timeout:

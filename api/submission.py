@@ -9,6 +9,7 @@ import secrets
 
 from starlette.requests import Request
 
+from actors.client import in_short
 from api.errors import CLIENT_CLOSED_REQUEST, ApiError, from_rejection, not_found
 from api.head import Head
 from roles.messages.requests import (
@@ -111,9 +112,7 @@ def failed(request_id: str, error: ApiError) -> ApiError:
 
 def why(view: RequestView) -> str:
     """Say why a request came to no good end, in one line; empty where nothing is known."""
-    causes = [cause for unit in view.units for cause in unit.causes]
-    # The last line of a cause names the error; should there be a traceback above it, that is for the log.
-    return "; ".join(dict.fromkeys(cause.strip().splitlines()[-1] for cause in causes if cause.strip()))
+    return in_short(cause for unit in view.units for cause in unit.causes)
 
 
 def check_done(view: RequestView) -> None:

@@ -10,7 +10,7 @@ import httpx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from actors.client import ApiError, read_json, unreachable
+from actors.client import ApiError, in_short, read_json, unreachable
 
 EVERY_S: Final = 0.2
 PATIENCE_S: Final = 30.0
@@ -55,9 +55,8 @@ def stage(request: dict[str, Any]) -> str:
 
 
 def why(request: dict[str, Any]) -> str:
-    """The causes of a request's failure, each one's last line."""
-    causes = [cause for unit in request["units"] for cause in unit["causes"] if cause.strip()]
-    return "; ".join(dict.fromkeys(cause.strip().splitlines()[-1] for cause in causes)) or "no reason is known"
+    """Why a request came to no good end."""
+    return in_short(cause for unit in request["units"] for cause in unit["causes"]) or "no reason is known"
 
 
 def _now(http: httpx.Client, request_id: str, pause: Callable[[float], None]) -> dict[str, Any]:
