@@ -36,11 +36,11 @@ from engines.media import (
 from engines.panels import ModelError
 from engines.parameters import Signature
 from engines.placing import Placement
+from engines.seeds import GENERATOR
 from engines.shadows import Shadow
 from engines.stepping import Denoising
 from engines.vocabulary import of_call
 
-GENERATOR: Final = "generator"
 _OURS: Final = frozenset({"self", "output_type", "return_dict", "callback", "callback_steps", "callback_on_step_end"})
 _LIBRARIES: Final = {"diffusers": diffusers, "transformers": transformers}
 _MEDIA: Final = {

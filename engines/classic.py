@@ -18,14 +18,14 @@ from typing import Any, cast
 import torch
 
 from engines.anatomy import Anatomy, anatomy
-from engines.calling import GENERATOR, CallDenoising, Components, accepted, call, schedulers, signature
+from engines.calling import CallDenoising, Components, accepted, call, schedulers, signature
 from engines.card import load_index
 from engines.guidance import GUIDANCE_SCALE, private
 from engines.handoff import Elsewhere, Handoff, Recording, Resumption, first
 from engines.panels import Panel
 from engines.placing import Placement
 from engines.routes import classic_class
-from engines.seeds import seeded
+from engines.seeds import GENERATOR, seeded
 from engines.shadows import ShadowError
 from engines.stepping import Denoising
 

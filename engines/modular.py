@@ -18,12 +18,11 @@ from engines.media import frames_per_s, medium_of, with_sampling_rate
 from engines.panels import ModelError, Panel
 from engines.parameters import PICTURES, Signature
 from engines.placing import Placement
-from engines.seeds import is_fresh, seeded
+from engines.seeds import GENERATOR, is_fresh, seeded
 from engines.split import KWARGS_MAPPING, Split, crossing, joined, load_split, switches
 from engines.stepping import BlockDenoising, Denoising
 from engines.vocabulary import of_blocks
 
-GENERATOR: Final = "generator"
 _UNDECLARED: Final = frozenset({"batch_size"})
 """Inputs that some encoder makes without a declaration (HunyuanVideo 1.5)."""
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from typing import Self
+from typing import Final, Self
 
 import torch
+
+GENERATOR: Final = "generator"
+"""What pipelines and states call it."""
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -9,13 +9,13 @@ from typing import Any, cast
 import torch
 
 from engines.anatomy import anatomy
-from engines.calling import GENERATOR, CallDenoising, Components, accepted, call, signature
+from engines.calling import CallDenoising, Components, accepted, call, signature
 from engines.card import load_index
 from engines.guidance import GUIDANCE_SCALE, private
 from engines.panels import Panel
 from engines.placing import Placement
 from engines.routes import Route, check_panels, classic_class
-from engines.seeds import seeded
+from engines.seeds import GENERATOR, seeded
 from engines.stepping import Denoising
 
 
