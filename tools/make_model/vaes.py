@@ -75,27 +75,23 @@ def flux2() -> AutoencoderKLFlux2:
 
 def wan() -> AutoencoderKLWan:
     """Three levels: 4 times in space, 2 times in time."""
-    return AutoencoderKLWan(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True],
-        scale_factor_spatial=4,
-        scale_factor_temporal=2,
-        latents_mean=_LATENTS_MEAN,
-        latents_std=_LATENTS_STD,
-    )
+    return _wan([False, True], space=4, time=2)
 
 
 def wan_full() -> AutoencoderKLWan:
     """Four levels: 8 times in space and 4 in time, for pipelines that count on them."""
+    return _wan([False, True, True], space=8, time=4)
+
+
+def _wan(halves_time: list[bool], *, space: int, time: int) -> AutoencoderKLWan:
     return AutoencoderKLWan(
         base_dim=8,
         z_dim=4,
-        dim_mult=[1, 1, 1, 1],
+        dim_mult=[1] * (len(halves_time) + 1),
         num_res_blocks=1,
-        temperal_downsample=[False, True, True],
+        temperal_downsample=halves_time,
+        scale_factor_spatial=space,
+        scale_factor_temporal=time,
         latents_mean=_LATENTS_MEAN,
         latents_std=_LATENTS_STD,
     )
