@@ -16,7 +16,7 @@ from api.body import MAX_FORM_BYTES, MAX_JSON_BYTES, MAX_TEXT_BYTES, Intake, rea
 from api.errors import ApiError, invalid
 from api.head import Head
 from api.uploads import MAX_FILES, MAX_FRAMES, Source, UploadDesk
-from roles.messages.requests import PICTURES, DescribeModel, Kind, ModelDescription
+from roles.messages.requests import KNOWN, PICTURES, DescribeModel, Kind, ModelDescription
 from roles.messages.work import Numbers
 
 MAX_FIELDS: Final = 128
@@ -24,15 +24,6 @@ MAX_NUMBERS: Final = 1000
 
 ALIASES: Final = {"mask": "mask_image", "input_reference": "image"}
 """OpenAI's names of inputs, and diffusers'; for models that have none of the former."""
-_KNOWN: Final[Mapping[str, Kind]] = {
-    **dict.fromkeys(("image", "control_image", "reference_images", "ip_adapter_image"), Kind.IMAGES),
-    **dict.fromkeys(("mask_image", "last_image"), Kind.IMAGE),
-    **dict.fromkeys(("video", "driving_video"), Kind.IMAGE_LIST),
-    **dict.fromkeys(("height", "width", "num_frames", "max_sequence_length"), Kind.INTEGER),
-    **dict.fromkeys(("strength", "true_cfg_scale", "fps", "frame_rate"), Kind.NUMBER),
-    **dict.fromkeys(("sigmas", "timesteps"), Kind.NUMBERS),
-}
-"""For the time before an instance has loaded the model and told its parameters."""
 _TYPES: Final = {Kind.INTEGER: int, Kind.NUMBER: float, Kind.BOOLEAN: bool}
 
 
@@ -105,7 +96,7 @@ async def _kinds(request: Request, given: Mapping[str, object], own: frozenset[s
         return {}
     head: Head = request.app.state.head
     description = await head.ask(DescribeModel(), ModelDescription)
-    return {parameter.name: parameter.kind for parameter in description.parameters} or _KNOWN
+    return {parameter.name: parameter.kind for parameter in description.parameters} or KNOWN
 
 
 class _Given(NamedTuple):
@@ -141,10 +132,10 @@ async def _convert(
         has_files = isinstance(value, list) and any(isinstance(item, UploadFile) for item in value)
         if kind in PICTURES and value is not None:
             values[name] = await desk.keep(param, _sources(param, value, kind))
-        elif has_files or (value is not None and name not in own and _KNOWN.get(name) in PICTURES):
+        elif has_files or (value is not None and name not in own and KNOWN.get(name) in PICTURES):
             raise invalid(param, f"{param} takes no picture{_takers(kinds)}")
         elif texts and isinstance(value, str):
-            values[name] = _from_text(param, value, kind or _KNOWN.get(name))
+            values[name] = _from_text(param, value, kind or KNOWN.get(name))
         else:
             values[name] = value if name in own else _listed(param, value)
     return values

@@ -18,7 +18,15 @@ from api.fields import MediaRequest, own_fields, parse
 from api.forms import read_fields
 from api.head import Head
 from api.submission import check_model, failed, submit, why
-from roles.messages.requests import CancelRequest, DescribeModel, ModelDescription, QueryRequest, RequestView, UnitView
+from roles.messages.requests import (
+    RATES,
+    CancelRequest,
+    DescribeModel,
+    ModelDescription,
+    QueryRequest,
+    RequestView,
+    UnitView,
+)
 from roles.messages.work import Input, Output
 
 MAX_SECONDS = 3600.0
@@ -33,7 +41,6 @@ _ENDS: dict[str, Status] = {
     "TIMED_OUT": "failed",
     "CANCELLED": "cancelled",
 }
-_RATES = ("fps", "frame_rate")
 _AFTER_STEPS = ("DENOISING_DONE", "DECODER_WAITING", "DECODER_RUNNING")
 
 
@@ -146,7 +153,7 @@ def frames(seconds: float | None, inputs: dict[str, Input], description: ModelDe
         return {}
     if inputs.get("num_frames") is not None:
         raise invalid("seconds", "give seconds or num_frames, not both")
-    fps = next((inputs[name] for name in _RATES if inputs.get(name) is not None), description.fps)
+    fps = next((inputs[name] for name in RATES if inputs.get(name) is not None), description.fps)
     if not isinstance(fps, int | float) or not 0 < fps <= 1000:
         raise invalid("seconds", "the frames per second are not known: give fps as well, or num_frames")
     return {"num_frames": nearest(seconds * fps, description)}
@@ -168,9 +175,8 @@ def video(view: RequestView, description: ModelDescription) -> Video:
     inputs: dict[str, Input] = {**description.defaults, **view.inputs}
     height, width = inputs.get("height"), inputs.get("width")
     count = inputs.get("num_frames")
-    asked = next((inputs[name] for name in _RATES if inputs.get(name) is not None), description.fps)
-    fps = view.output.fps or asked
-    lasts = count / fps if isinstance(count, int) and isinstance(fps, int | float) and fps > 0 else None
+    fps = view.output.fps or description.fps
+    lasts = count / fps if isinstance(count, int) and fps else None
     unit = view.units[0]
     return Video(
         id=view.request_id,

@@ -22,8 +22,7 @@ import msgspec
 from engines.aliases import conflict
 from engines.checks import CardError, Limits, check_count, checked, kind_of, limits_of
 from engines.panels import ModelError
-from engines.parameters import Default, Parameter
-from engines.vocabulary import KNOWN
+from engines.parameters import KNOWN, Default, Parameter
 
 __all__ = ["CARD_NAME", "INDEX_NAMES", "CardError", "ModelCard", "load_card", "load_index"]
 

@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, TypeGuard
 
+from engines.parameters import RATES
+
 IMAGES: Final = ("images", "image")
 VIDEOS: Final = ("videos", "frames", "video")
 SOUNDS: Final = ("audio", "audios", "sound")
@@ -20,7 +22,6 @@ SAMPLING_RATE: Final = "sampling_rate"
 FRAMES_PER_S: Final = 16.0
 """Of Wan, and of whatever says nothing."""
 
-_FPS: Final = ("fps", "frame_rate")
 _RATES: Final = ("output_sampling_rate", "sampling_rate", "sample_rate")
 
 
@@ -56,7 +57,7 @@ def frames_per_s(medium: str, defaults: Mapping[str, object], pipeline: object) 
     """
     if medium != "video":
         return 0.0
-    for value in (*(defaults.get(name) for name in _FPS), getattr(pipeline, _FPS[0], None)):
+    for value in (*(defaults.get(name) for name in RATES), getattr(pipeline, RATES[0], None)):
         if _is_rate(value):
             return float(value)
     return FRAMES_PER_S

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 from typing import Final, TypeAlias
 
@@ -31,6 +31,22 @@ class Kind(StrEnum):
 
 
 PICTURES: Final = frozenset({Kind.IMAGE, Kind.IMAGES, Kind.IMAGE_LIST})
+RATES: Final = ("fps", "frame_rate")
+"""What the frames per second of a video are called."""
+KNOWN: Final[Mapping[str, Kind]] = {
+    **dict.fromkeys(("prompt", "prompt_2", "prompt_3", "prompt_4", "lyrics"), Kind.TEXT),
+    **dict.fromkeys(("negative_prompt", "negative_prompt_2", "negative_prompt_3", "negative_prompt_4"), Kind.TEXT),
+    **dict.fromkeys(("height", "width", "num_frames", "num_inference_steps", "max_sequence_length"), Kind.INTEGER),
+    **dict.fromkeys(("clip_skip", "padding_mask_crop"), Kind.INTEGER),
+    **dict.fromkeys(("guidance_scale", "true_cfg_scale", "strength", "frame_rate", "fps"), Kind.NUMBER),
+    **dict.fromkeys(("denoising_start", "denoising_end", "decode_noise_scale"), Kind.NUMBER),
+    **dict.fromkeys(("sigmas", "timesteps", "control_mode"), Kind.NUMBERS),
+    **dict.fromkeys(("original_size", "target_size", "negative_original_size", "negative_target_size"), Kind.PAIR),
+    **dict.fromkeys(("image", "control_image", "reference_images", "ip_adapter_image"), Kind.IMAGES),
+    **dict.fromkeys(("mask_image", "last_image"), Kind.IMAGE),
+    **dict.fromkeys(("video", "driving_video", "memory_images"), Kind.IMAGE_LIST),
+}
+"""Kinds of inputs by name: many are declared without a type, and until a model is loaded none are known."""
 
 
 class Parameter(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

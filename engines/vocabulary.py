@@ -11,28 +11,13 @@ import inspect
 import math
 import types
 from collections import abc
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Union, get_args, get_origin
 
 from PIL import Image
 
-from engines.parameters import Default, Kind, Parameter
-
-KNOWN: Final[Mapping[str, Kind]] = {
-    **dict.fromkeys(("prompt", "prompt_2", "prompt_3", "prompt_4", "lyrics"), Kind.TEXT),
-    **dict.fromkeys(("negative_prompt", "negative_prompt_2", "negative_prompt_3", "negative_prompt_4"), Kind.TEXT),
-    **dict.fromkeys(("height", "width", "num_frames", "num_inference_steps", "max_sequence_length"), Kind.INTEGER),
-    **dict.fromkeys(("clip_skip", "padding_mask_crop"), Kind.INTEGER),
-    **dict.fromkeys(("guidance_scale", "true_cfg_scale", "strength", "frame_rate", "fps"), Kind.NUMBER),
-    **dict.fromkeys(("denoising_start", "denoising_end", "decode_noise_scale"), Kind.NUMBER),
-    **dict.fromkeys(("sigmas", "timesteps", "control_mode"), Kind.NUMBERS),
-    **dict.fromkeys(("original_size", "target_size", "negative_original_size", "negative_target_size"), Kind.PAIR),
-    **dict.fromkeys(("image", "control_image", "reference_images", "ip_adapter_image"), Kind.IMAGES),
-    **dict.fromkeys(("mask_image", "last_image"), Kind.IMAGE),
-    **dict.fromkeys(("video", "driving_video", "memory_images"), Kind.IMAGE_LIST),
-}
-"""Many inputs are declared without a type."""
+from engines.parameters import KNOWN, Default, Kind, Parameter
 
 _PRECISELY: Final = {"mask_image": Kind.IMAGE, "last_image": Kind.IMAGE, "video": Kind.IMAGE_LIST}
 """Often declared as any picture or pictures."""

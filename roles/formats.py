@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from engines.card import CardError
-from engines.parameters import Signature
+from engines.parameters import RATES, Signature
 from roles.messages.work import Output
 
 CONTENT_TYPES: Final[Mapping[str, str]] = {
@@ -27,7 +27,6 @@ _HOLDS: Final[Mapping[str, tuple[str, ...]]] = {
     "video": ("mp4", "webp", "png", "zip"),
     "audio": ("wav",),
 }
-_FPS: Final = ("fps", "frame_rate")
 _SLOWEST: Final = 1.0
 _FASTEST: Final = 240.0
 
@@ -77,7 +76,7 @@ def _fps(asked: float, *in_turn: Mapping[str, object]) -> float:
     if asked:
         return _checked("fps", asked)
     for values in in_turn:
-        for name in _FPS:
+        for name in RATES:
             if (value := values.get(name)) is not None:
                 return _checked(name, value)
     return 0.0

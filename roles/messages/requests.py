@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from bus import Message
+from engines.parameters import KNOWN as KNOWN
 from engines.parameters import PICTURES as PICTURES
+from engines.parameters import RATES as RATES
 from engines.parameters import Kind as Kind
 from engines.parameters import Parameter as Parameter
 from roles.messages.work import Artifact, Input, Output, Scalar, Value
