@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -150,8 +149,7 @@ class Cell:
                 self._arrival.clear()
                 await self._arrival.wait()
             delivery, traceparent = self._waiting.popleft()
-            deadline = delivery.envelope.deadline
-            if deadline and deadline < time.time():
+            if delivery.expired:
                 self._refuse(delivery, FailureCode.DEADLINE_EXCEEDED, "the deadline passed while it waited")
                 continue
             current_traceparent.set(traceparent)

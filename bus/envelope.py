@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from enum import Enum, StrEnum
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from bus.message import Message
 
@@ -44,8 +46,11 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True, gc=False, forbid_un
     """Unique within one incarnation of the sender."""
     reply_to: int
     """`message_id` of the message that this one answers; 0 if it answers none."""
-    deadline: float
-    """Unix seconds after which the answer is of no use; 0.0 = none. An ask always has one."""
+    timeout_s: Annotated[float, Meta(ge=0)]
+    """Seconds from the sending of an ask in which its answer is of use; 0.0 in what is no ask.
+
+    A duration and not a point in time: the clocks of two processes may differ, and either may be set meanwhile.
+    """
     generation: int
     """Incarnation of the sender; 0 = an unfenced client."""
     traceparent: str

@@ -62,7 +62,8 @@ class Line:
         self._asks: dict[int, _Ask] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
-        self._established = False
+        self._unsent: dict[int, bytes] = {}  # frames by message number, until the connection stands
+        self._established = address.scheme == "inproc"  # ZMQ's monitor does not see those: nothing to wait for
         self._ended = asyncio.Event()
         self._hung_up = False
         self._key = next(_keys)
@@ -88,12 +89,20 @@ class Line:
         if len(self._asks) >= self._high_water_mark:
             raise MailboxFull(f"{len(self._asks)} asks to {self._peer} are outstanding")
 
-    def send(self, frame: bytes) -> None:
-        """Queue a frame towards the peer; raises `MailboxFull`."""
+    def send(self, number: int, frame: bytes) -> None:
+        """Queue the frame of message `number` towards the peer; raises `MailboxFull`.
+
+        It is handed to ZMQ when the connection stands: an ask that is given up before is never sent.
+        """
+        if not self._established:
+            if len(self._unsent) >= 2 * self._high_water_mark:
+                raise self._full()
+            self._unsent[number] = frame
+            return
         try:
             self._pump.send(frame)
         except zmq.Again:
-            raise MailboxFull(f"over {self._high_water_mark} messages to {self._peer} are queued") from None
+            raise self._full() from None
 
     async def answer(self, number: int, decoder: BodyDecoder, timeout_s: float) -> Message:
         """Wait for the answer to message `number`; raises as `Reference.ask` does."""
@@ -106,6 +115,7 @@ class Line:
             return await answer
         finally:
             self._asks.pop(number, None)
+            self._unsent.pop(number, None)
 
     async def down(self) -> None:
         """Return when the established connection is lost; raises `Unreachable` after `hang_up`."""
@@ -133,6 +143,9 @@ class Line:
         event, _ = _EVENT.unpack(frames[0])
         if event == _ESTABLISHED:
             self._established = True
+            for frame in self._unsent.values():
+                self._pump.send(frame)  # never full: ZMQ's queue has room for as many, and is empty
+            self._unsent.clear()
         elif event == _DISCONNECTED and self._established:
             self._down()
 
@@ -174,6 +187,9 @@ class Line:
         else:
             _fail(ask, self._failure(envelope, body))
 
+    def _full(self) -> MailboxFull:
+        return MailboxFull(f"over {self._high_water_mark} messages to {self._peer} are queued")
+
     def _unasked(self, envelope: Envelope, body: memoryview) -> None:
         if envelope.kind is Kind.FAILURE:
             failure = decode_failure(body)
@@ -203,7 +219,7 @@ class Line:
     def _expire(self) -> None:
         self._timer, self._timer_at = None, math.inf
         now = self._loop.time()
-        what = "no answer from" if self._established or self._inproc else "no connection to"
+        what = "no answer from" if self._established else "no connection to"
         for ask in self._asks.values():
             if ask.expires_at <= now:
                 _fail(ask, AskTimeout(f"{what} {self._peer} within {ask.timeout_s:g} s"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import time
 from collections import deque
 from typing import Final
@@ -37,7 +38,7 @@ _FENCED_SENDERS: Final = 4096  # names remembered; more than any deployment has 
 class Delivery:
     """A message that arrived, and the way back to who sent it."""
 
-    __slots__ = ("_mailbox", "_route", "answered", "envelope", "message")
+    __slots__ = ("_expires_at", "_mailbox", "_route", "answered", "envelope", "message")
 
     def __init__(self, mailbox: Mailbox, route: bytes, envelope: Envelope, message: Message) -> None:
         self.envelope = envelope
@@ -45,6 +46,12 @@ class Delivery:
         self.answered = False
         self._mailbox = mailbox
         self._route = route
+        self._expires_at = time.monotonic() + envelope.timeout_s if envelope.kind is Kind.ASK else math.inf
+
+    @property
+    def expired(self) -> bool:
+        """Whether the asker's time for the answer has passed since the ask arrived; never for a tell."""
+        return time.monotonic() >= self._expires_at
 
     def reply(self, message: Message) -> None:
         """Answer an ask; the answer to a tell is dropped, for nobody waits for it.
@@ -74,7 +81,7 @@ class Mailbox:
     """Receives the messages of one actor; one consumer awaits `receive`.
 
     What is not handled is answered with a typed `Failure` where an envelope could be read, and is a dead
-    letter in any case: unknown or invalid message, expired deadline, stale generation, full queue.
+    letter in any case: unknown or invalid message, stale generation, full queue.
 
     Args:
         name: the actor's name; messages for another name are refused.
@@ -215,8 +222,6 @@ class Mailbox:
         if envelope.generation and not self._current(envelope.sender, envelope.generation):
             newest = self._generations[envelope.sender]
             return FailureCode.STALE_GENERATION, f"generation {envelope.generation}, {newest} is known"
-        if envelope.deadline and envelope.deadline < time.time():
-            return FailureCode.DEADLINE_EXCEEDED, "the deadline had passed on arrival"
         if len(self._queue) >= self.capacity:
             return FailureCode.MAILBOX_FULL, f"{self.name} has {self.capacity} messages waiting"
         return None
@@ -241,7 +246,7 @@ class Mailbox:
             kind,
             next(self._numbers),
             asked.message_id,
-            asked.deadline,
+            0.0,
             self.generation,
             asked.traceparent,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar, cast
 
@@ -107,8 +106,7 @@ class Reference:
         line = self._connected()
         line.check_room()
         number = next(self._outbox.numbers)
-        deadline = time.time() + timeout_s
-        line.send(self._frame(Kind.ASK, number, deadline, message))
+        line.send(number, self._frame(Kind.ASK, number, max(timeout_s, 0.0), message))
         return cast(R, await line.answer(number, decoder, timeout_s))
 
     def tell(self, message: Message) -> None:
@@ -118,7 +116,8 @@ class Reference:
         process. What the peer refuses comes back as a dead letter of the outbox. Raises `MailboxFull` when
         the queue towards the peer is full, and `MessageTooLong`.
         """
-        self._connected().send(self._frame(Kind.TELL, next(self._outbox.numbers), 0.0, message))
+        number = next(self._outbox.numbers)
+        self._connected().send(number, self._frame(Kind.TELL, number, 0.0, message))
 
     def down(self) -> Coroutine[Any, Any, None]:
         """Await it to learn that the peer went down: its process died, or it closed the mailbox.
@@ -129,10 +128,10 @@ class Reference:
         """
         return self._connected().down()
 
-    def _frame(self, kind: Kind, number: int, deadline: float, message: Message) -> bytes:
+    def _frame(self, kind: Kind, number: int, timeout_s: float, message: Message) -> bytes:
         outbox = self._outbox
         envelope = Envelope(
-            self.name, outbox.name, kind, number, 0, deadline, outbox.generation, current_traceparent.get()
+            self.name, outbox.name, kind, number, 0, timeout_s, outbox.generation, current_traceparent.get()
         )
         return encode(envelope, message, outbox.max_message_bytes)
 

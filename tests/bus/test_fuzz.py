@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ class Counted(Message):
 
 
 def good(message_id: int) -> bytes:
-    envelope = Envelope("counter", "fuzz", Kind.ASK, message_id, 0, time.time() + 60, 0, "")
+    envelope = Envelope("counter", "fuzz", Kind.ASK, message_id, 0, 60.0, 0, "")
     return encode(envelope, Count(message_id, "label", (b"part",)), 1 << 20)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,43 @@ def test_each_ask_has_its_own_deadline(run: Run, folder: Path) -> None:
                 await asyncio.gather(*(wait(timeout_s) for timeout_s in (0.3, 0.1, 0.2, 0.0)))
                 assert ended == [0.0, 0.1, 0.2, 0.3]
                 assert await reference.ask(Echo("hi"), Echoed, timeout_s=20) == Echoed("hi")
+
+    run(scenario())
+
+
+def test_a_clock_that_is_set_meanwhile_changes_nothing(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        mailbox = Mailbox("echo", f"ipc://{folder}/echo", (Echo,))
+        await mailbox.start()
+        with sending() as outbox:
+            reference = outbox.reference("echo", mailbox.address)
+            asked = asyncio.ensure_future(reference.ask(Echo("hi"), Echoed, timeout_s=20))
+            await asyncio.sleep(0)  # it is on its way
+            monkeypatch.setattr(time, "time", lambda: time.clock_gettime(time.CLOCK_REALTIME) + 3600)
+            delivery = await mailbox.receive()
+            assert not delivery.expired
+            answer(delivery)
+            assert await asked == Echoed("hi")
+        mailbox.close()
+
+    run(scenario())
+
+
+def test_an_ask_that_is_given_up_before_the_peer_comes_never_reaches_it(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        with sending() as outbox:
+            reference = outbox.reference("echo", f"ipc://{folder}/echo")
+            with pytest.raises(AskTimeout, match="no connection"):
+                await reference.ask(Echo("early"), Echoed, timeout_s=0.05)
+            asked = asyncio.ensure_future(reference.ask(Echo("in time"), Echoed, timeout_s=20))
+            await asyncio.sleep(0)
+            mailbox = Mailbox("echo", f"ipc://{folder}/echo", (Echo,))
+            await mailbox.start()
+            delivery = await mailbox.receive()
+            assert delivery.message == Echo("in time")
+            answer(delivery)
+            assert await asked == Echoed("in time")
+        mailbox.close()
 
     run(scenario())
 

@@ -37,7 +37,7 @@ envelopes = st.builds(
     kind=st.sampled_from(Kind),
     message_id=st.integers(0, 2**63),
     reply_to=st.integers(0, 2**63),
-    deadline=st.floats(allow_nan=False),
+    timeout_s=st.floats(min_value=0),
     generation=st.integers(0, 2**63),
     traceparent=st.text(max_size=60),
 )
