@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Final
 
 from roles.files import Entry, list_entries, write_whole
 from roles.formats import CONTENT_TYPES
 from roles.messages.work import Artifact
+
+ARTIFACTS: Final = "artifacts"
+"""Folder of the artifact store, under the state folder."""
 
 _UNIT_ID = re.compile(r"[A-Za-z0-9_-]{1,100}/[0-9]{1,6}")
 _NAME = re.compile(rf"[A-Za-z0-9_-]{{1,100}}_[0-9]{{1,6}}\.(?:{'|'.join(CONTENT_TYPES)})")
@@ -87,6 +91,17 @@ class ArtifactStore:
             return self.path(name).read_bytes()
         except FileNotFoundError:
             raise ArtifactMissing(f"there is no artifact {name}") from None
+
+    def discard(self, unit_id: str) -> None:
+        """Remove a unit's artifact, of whatever format; nothing where there is none.
+
+        Raises:
+            ArtifactError: see `artifact_name`.
+            OSError: when the folder cannot be written.
+
+        """
+        for output_format in CONTENT_TYPES:
+            (self.folder / artifact_name(unit_id, output_format)).unlink(missing_ok=True)
 
     def prune(self, *, now: float, max_age_s: float, max_count: int) -> int:
         """Remove what `surplus` names, and half-written files that a dead process left; returns how many."""

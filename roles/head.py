@@ -23,6 +23,7 @@ from engines.checks import ANY
 from engines.lora import check_lora
 from engines.panels import ModelError, Panel
 from engines.parameters import Parameter, Signature
+from roles.artifacts import ARTIFACTS, ArtifactError, ArtifactStore
 from roles.dispatch import POLICIES
 from roles.errands import Errands
 from roles.formats import settle_output
@@ -30,10 +31,11 @@ from roles.journal import Journal, JournalError
 from roles.ledger import Ledger
 from roles.messages import pool as pools
 from roles.messages import requests, stages
-from roles.messages.work import Input, Output
+from roles.messages.work import Input, Output, Pictures, Upload, Work
 from roles.prompt_cache import PromptCache
 from roles.request import IllegalTransitionError, Request, Unit
 from roles.staging import Staging
+from roles.uploads import UPLOADS, UploadStore
 
 Report: TypeAlias = (
     stages.StageStarted
@@ -75,6 +77,8 @@ class Head(Actor):
         pool_names = tuple(c.name for c in topology.components if c.kind == "pool")
         self.errands = Errands(self, self.ledger, self.settle, pool_names)
         self.created_at = time.time()
+        self._artifacts = ArtifactStore(topology.state_dir / ARTIFACTS)
+        self._uploads = UploadStore(topology.state_dir / UPLOADS)
         self._journal: Journal | None = None
         self._unwritten = ""
         self._ended: dict[str, asyncio.Event] = {}
@@ -148,6 +152,10 @@ class Head(Actor):
         self.ledger.cancel(request.id, message.reason, time.time())
         self.settle()
         return request.view()
+
+    async def delete(self, message: requests.DeleteRequest) -> Later[requests.RequestDeleted]:
+        """Remove a request for good."""
+        return Later(self._delete(message.request_id))
 
     async def describe(self, _: requests.DescribeModel) -> requests.ModelDescription:
         """What is served."""
@@ -227,6 +235,7 @@ class Head(Actor):
 
     async def stage_finished(self, message: stages.StageFinished) -> stages.Acknowledged:
         """A picture is done."""
+        self.spawn(self._discard_late(message.work), name="discard")
         return self._enter(message, lambda now: self.ledger.finished(message, now))
 
     async def stage_failed(self, message: stages.StageFailed) -> stages.Acknowledged:
@@ -240,6 +249,7 @@ class Head(Actor):
     async def stage_cancelled(self, message: stages.StageCancelled) -> stages.Acknowledged:
         """Work was dropped as told."""
         self.ledger.fleet.credit(message.instance, message.issued)
+        self.spawn(self._discard_late(message.work), name="discard")
         return self._enter(message, lambda _: True)
 
     # -- carrying out
@@ -340,6 +350,42 @@ class Head(Actor):
             return request
         raise Refused("not_found", f"there is no request {request_id}")
 
+    async def _delete(self, request_id: str) -> requests.RequestDeleted:
+        request = self.ledger.requests.get(request_id)
+        if request is None:
+            return requests.RequestDeleted(existed=False)
+        self.ledger.cancel(request_id, "deleted by the client", time.time())
+        self.settle()
+        try:
+            # The files first: what is still in the journal after a crash can be deleted again.
+            await asyncio.to_thread(self._discard_files, request, self._uploads_in_use())
+            self._open_journal.delete(request_id)
+        except (JournalError, OSError) as error:
+            raise Refused("unavailable", f"{request_id} cannot be deleted: {error}") from error
+        if request_id in self.ledger.requests:
+            self.ledger.forget([request_id])
+        self.log.info("request deleted", request_id=request_id)
+        return requests.RequestDeleted(existed=True)
+
+    async def _discard_late(self, work: Work) -> None:
+        """Remove what an instance has written for a request that was deleted meanwhile."""
+        if work.unit_id.rpartition("/")[0] in self.ledger.requests:
+            return
+        try:
+            await asyncio.to_thread(self._artifacts.discard, work.unit_id)
+        except (ArtifactError, OSError) as error:  # it is pruned by its age
+            self.log.warning("artifact not removed", work=str(work), error=str(error))
+
+    def _uploads_in_use(self) -> set[Upload]:
+        active = {unit.request_id for unit in self.ledger.units.values()}
+        return {upload for id_ in active for upload in _uploads(self.ledger.requests[id_])}
+
+    def _discard_files(self, request: Request, needed: set[Upload]) -> None:
+        for unit in request.units:
+            self._artifacts.discard(unit.id)
+        for upload in _uploads(request) - needed:
+            self._uploads.discard(upload, saved_before=request.created_at)
+
     async def _wait(self, request: Request, timeout_s: float) -> requests.RequestView:
         if not request.terminal:
             event = self._ended.setdefault(request.id, asyncio.Event())
@@ -370,6 +416,11 @@ class Head(Actor):
             self.log.info("stale report", report=type(report).__name__, work=str(report.work))
         self.settle()
         return stages.Acknowledged()
+
+
+def _uploads(request: Request) -> set[Upload]:
+    pictures = (value for value in request.inputs.values() if isinstance(value, Pictures))
+    return {upload for value in pictures for upload in value.files}
 
 
 def _digest(message: requests.SubmitRequest) -> str:

@@ -158,6 +158,14 @@ class Journal:
         except sqlite3.Error as error:
             raise JournalError(f"the journal {self.path} cannot be pruned ({error})") from error
 
+    def delete(self, request_id: str) -> None:
+        """Remove a request and its units; when this returns a restart does not bring them back."""
+        try:
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("DELETE FROM requests WHERE id = ?", (request_id,))
+        except sqlite3.Error as error:
+            raise JournalError(f"the journal {self.path} cannot be written ({error})") from error
+
     def close(self) -> None:
         """Fold the write-ahead log into the file and let go of it."""
         self._db.close()

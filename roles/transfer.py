@@ -23,7 +23,7 @@ from engines.codec import CodecError, Packed, pack
 from engines.media import FRAMES_PER_S
 from engines.streams import DeviceStream, Loaded
 from engines.transfer import Faults
-from roles.artifacts import ArtifactError, ArtifactStore
+from roles.artifacts import ARTIFACTS, ArtifactError, ArtifactStore
 from roles.devices import usable_device
 from roles.media import MediaError, media_of
 from roles.messages.device import (
@@ -43,8 +43,6 @@ from roles.reporter import pause_s
 from roles.workspace import Premises
 from roles.writers import encode, suits
 
-ARTIFACTS: Final = "artifacts"
-"""Folder of the artifact store, under the state folder."""
 KEEP_ARTIFACTS_S: Final = 7 * 24 * 3600.0
 KEEP_ARTIFACTS: Final = 10_000
 PRUNE_EVERY_S: Final = 600.0

@@ -8,12 +8,13 @@ import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
-
-from PIL import Image
+from typing import TYPE_CHECKING, Final
 
 from roles.files import list_entries, write_whole
 from roles.messages.work import Upload
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 UPLOADS: Final = "uploads"
 """Folder of the upload store, under the state folder."""
@@ -94,6 +95,9 @@ class UploadStore:
             UploadError: as `read`; or it is no picture.
             OSError: as `read`.
         """
+        # Here, because the head only removes uploads.
+        from PIL import Image
+
         data = self.read(upload)
         try:
             picture = Image.open(io.BytesIO(data), formats=[name for name in ENDINGS if name != "MPO"])
@@ -101,6 +105,20 @@ class UploadStore:
         except Exception as error:  # Pillow raises whatever its parsers run into
             raise UploadError(f"the upload {upload.name} cannot be decoded ({error})") from error
         return picture
+
+    def discard(self, upload: Upload, *, saved_before: float) -> None:
+        """Remove an upload, unless somebody has sent it again at or after `saved_before` (unix seconds).
+
+        Raises:
+            UploadError: when no upload could have that name.
+            OSError: when the folder cannot be read or written.
+        """
+        path = self._path(upload)
+        try:
+            if path.stat().st_mtime < saved_before:
+                path.unlink()
+        except FileNotFoundError:  # pruned already
+            return
 
     def prune(self, *, now: float, max_age_s: float) -> int:
         """Remove what is older than `max_age_s`, and half-written files; returns how many."""

@@ -1,4 +1,4 @@
-"""Client to head: submit, wait, query, cancel."""
+"""Client to head: submit, wait, query, cancel, delete."""
 
 from __future__ import annotations
 
@@ -61,6 +61,23 @@ class CancelRequest(Message):
 
     request_id: str
     reason: str = "cancelled by the client"
+
+
+class DeleteRequest(Message):
+    """Remove a request for good: its rows, its prompt, its artifacts, the uploads that no other needs.
+
+    One that is active is cancelled first. Asks for RequestDeleted; refused with `unavailable` when the disk does not
+    let go of it, and then it can be asked for again.
+    """
+
+    request_id: str
+
+
+class RequestDeleted(Message):
+    """Nothing of the request is left."""
+
+    existed: bool
+    """Whether there was such a request."""
 
 
 class Move(Value):

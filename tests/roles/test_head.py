@@ -16,10 +16,12 @@ from actors.runtime import Runtime
 from bus import Outbox, Reference, RemoteFailure
 from engines.lora import PARAMETERS
 from engines.parameters import Kind, Parameter, Signature
+from roles.artifacts import ARTIFACTS, ArtifactStore
 from roles.head import Head
 from roles.messages import pool as pools
 from roles.messages import requests, stages
 from roles.messages.work import Artifact, LeaseRef, Numbers, Output, Pictures, Staged, Upload, Work
+from roles.uploads import UPLOADS, UploadStore
 
 BOUND_S = 10.0
 
@@ -350,6 +352,44 @@ def test_cancel_reaches_the_instance(topology: Callable[..., Topology]) -> None:
             view = await stage.head.ask(requests.CancelRequest("r"), requests.RequestView, timeout_s=BOUND_S)
             assert view.state == "CANCELLED"
             assert await asyncio.wait_for(stage.workers["encoder-0"].cancelled.get(), BOUND_S) == work
+
+    play(scenario())
+
+
+def test_a_deleted_request_leaves_nothing_behind(topology: Callable[..., Topology]) -> None:
+    async def scenario() -> None:
+        async with playing(topology()) as stage:
+            artifacts = ArtifactStore(stage.topology.state_dir / ARTIFACTS)
+            uploads = UploadStore(stage.topology.state_dir / UPLOADS)
+            own, shared = uploads.save(b"own", "png"), uploads.save(b"shared", "png")
+
+            async def delete(id_: str) -> bool:
+                answer = await stage.head.ask(requests.DeleteRequest(id_), requests.RequestDeleted, timeout_s=BOUND_S)
+                return answer.existed
+
+            images = Parameter("image", Kind.IMAGES)
+            await stage.hello("encoder-0", signature=Signature((images, *SIGNATURE.parameters)))
+            await stage.submit("r", key="k", image=Pictures((own, shared)))
+            await stage.submit("other", image=Pictures((shared,)))
+            work = await stage.next_work("encoder-0")
+            artifacts.save("r/0", "png", b"picture")
+            artifacts.save("other/0", "png", b"picture")
+            assert await delete("r"), "an active one is cancelled first"
+            assert await asyncio.wait_for(stage.workers["encoder-0"].cancelled.get(), BOUND_S) == work
+            artifacts.save("r/0", "png", b"picture")  # by an instance that was about to write it
+            await stage.report(stages.StageCancelled(work, "encoder-0", 3))
+            async with asyncio.timeout(BOUND_S):
+                while artifacts.path("r_0.png").exists():  # noqa: ASYNC110  a file tells nobody that it goes
+                    await asyncio.sleep(0)
+            assert sorted(path.name for path in artifacts.folder.iterdir()) == ["other_0.png"]
+            assert [path.name for path in uploads.folder.iterdir()] == [shared.name]
+            with pytest.raises(RemoteFailure, match="there is no request r"):
+                await stage.view("r")
+            assert not await delete("r")
+            assert (await stage.submit("again", key="k")).request_id == "again"
+        async with playing(topology(), generation=2) as stage:
+            with pytest.raises(RemoteFailure, match="there is no request r"):
+                await stage.view("r")
 
     play(scenario())
 
