@@ -22,6 +22,15 @@ _LAST_BACKOFF_S: Final = 60.0
 _log = structlog.stdlib.get_logger("actors")
 
 
+NO_CUDA: Final = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+"""Variables that keep a process from opening the driver of the cards.
+
+The model libraries ask for devices as they are imported. By itself that makes CUDA unusable in every fork of the
+process, and some of the questions take half a gigabyte of the card. Without the second, torch asks the driver how
+many of no devices there are.
+"""
+
+
 class LauncherClosed(Exception):  # noqa: N818  not an error of the one who asked: everything ends
     """No more processes are started."""
 
@@ -32,11 +41,15 @@ class Launcher:
     Args:
         preload: modules that the zygote imports; () = there is no zygote, every start is a fresh interpreter.
         environment: variables to add to this process' own, in every child.
+
+    A child that computes on a CUDA device is always a fresh interpreter, since CUDA does not survive a fork; no other
+    child sees such a device.
     """
 
     def __init__(self, *, preload: Sequence[str] = PRELOAD, environment: Mapping[str, str] | None = None) -> None:
         self._preload = tuple(preload)
-        self._environment = {**os.environ, **(environment or {})}
+        self._on_card = {**os.environ, **(environment or {})}
+        self._environment = {**self._on_card, **NO_CUDA}
         self._zygote: Zygote | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._in_flight = 0
@@ -60,13 +73,13 @@ class Launcher:
             self._zygote = self._spawn_zygote()
             self._keeper = asyncio.get_running_loop().create_task(self._keep(), name="zygote keeper")
 
-    async def start(self, arguments: Sequence[str], *, forked: bool) -> Process:
-        """A new process with this command line of `actors.process`.
+    async def start(self, arguments: Sequence[str], *, forked: bool, on_card: bool = False) -> Process:
+        """A new process with this command line of `actors.process`; `on_card`: it computes on a CUDA device.
 
         Without a zygote that can fork, a fresh interpreter does as well, only slower. Raises `LauncherClosed`, and
         `OSError` when the system has no room for a process.
         """
-        if forked and self._preload:
+        if forked and self._preload and not on_card:
             try:
                 return await self._fork(arguments)
             except ZygoteGone as gone:
@@ -75,7 +88,7 @@ class Launcher:
         if self._closed:
             raise LauncherClosed("the supervisor is stopping")
         command = (sys.executable, "-m", "actors.process", *arguments, "--parent", str(os.getpid()))
-        return Process(spawn(command, self._environment))
+        return Process(spawn(command, self._on_card if on_card else self._environment))
 
     async def close(self) -> None:
         """End the zygote; whoever waits for a fork gets it or `LauncherClosed` before this returns."""

@@ -34,7 +34,7 @@ def preflight(topology: Topology, components: Sequence[Component], *, file: str 
         fix = 'install it with pip install "triptych[mooncake]", or use engine = "shm"'
         raise TopologyError(file, '[transfer] engine = "mooncake"', "needs the mooncake engine, which is missing", fix)
     for component in components:
-        if component.device.startswith("cuda") and not has_accelerator():
+        if component.on_card and not has_accelerator():
             fix = 'use device = "cpu", or run it on a machine with an accelerator'
             problem = f'= "{component.device}" for {component.name}, but this machine shows no such device'
             raise TopologyError(file, "[[roles]] device", problem, fix)

@@ -97,7 +97,7 @@ class Supervision:
 
     async def _serve(self) -> int:
         generations = Generations(self.topology.state_dir / "generations")
-        launcher = self._launcher()
+        launcher = self._launcher(os.cpu_count() or 1)
         supervisors = self._supervisors(generations, launcher)
         runtime = Runtime(
             supervisors[::-1],  # the one that was started last drains first
@@ -122,10 +122,11 @@ class Supervision:
         await asyncio.gather(over, return_exceptions=True)  # a crash is raised by the runtime
         return EXIT_NOTHING_LEFT if nothing_left else 0
 
-    def _launcher(self) -> Launcher:
-        forks = any(self._parts[component.kind].forked for component in self.components)
-        on_cpu = sum(bool(c.slots) and c.device == "cpu" for c in self.topology.components)
-        threads = thread_environment(on_cpu, os.environ, os.cpu_count() or 1)
+    def _launcher(self, cores: int) -> Launcher:
+        forks = any(self._parts[c.kind].forked and not c.on_card for c in self.components)
+        roles = [component for component in self.topology.components if component.slots]
+        on_cpu = sum(not component.on_card for component in roles)
+        threads = thread_environment(on_cpu or len(roles), os.environ, cores)
         return Launcher(preload=self._preload if forks else (), environment=threads)
 
     def _supervisors(self, generations: Generations, launcher: Launcher) -> list[Supervisor]:

@@ -138,7 +138,8 @@ class Supervisor(Actor):
         try:
             child.begin(self._generations.next(child.name))
             self._changed(child)
-            process = await self._launcher.start(self._arguments(child), forked=child.part.forked)
+            forked, on_card = child.part.forked, child.component.on_card
+            process = await self._launcher.start(self._arguments(child), forked=forked, on_card=on_card)
         except LauncherClosed:
             self._leave(child, states.STOPPED, "")
         except OSError as error:

@@ -60,6 +60,11 @@ class Component(msgspec.Struct, frozen=True, kw_only=True):
     offload: Literal["none", "model", "group"] = "none"
     """What of its weights rests in the memory of the host."""
 
+    @property
+    def on_card(self) -> bool:
+        """Whether it computes on a CUDA device."""
+        return self.device.startswith("cuda")
+
 
 class Topology(msgspec.Struct, frozen=True, kw_only=True):
     """A checked topology; see `actors.sections` for the keys of each section."""

@@ -49,6 +49,11 @@ def usable_device(name: str) -> torch.device:
         raise StartFailure(f'[[roles]] device is "{name}", which is no device: write "cpu" or "cuda:0"') from error
     if device.type not in ("cpu", "cuda"):
         raise StartFailure(f'[[roles]] device is "{name}": roles run on "cpu" and on "cuda" devices')
+    if device.type == "cuda" and torch.cuda._is_in_bad_fork():
+        raise StartFailure(
+            f'[[roles]] device is "{name}", but this process was forked from one that had opened the CUDA driver:'
+            " run a role on a card as an interpreter of its own (python -m actors.process)"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise StartFailure(
             f'[[roles]] device is "{name}", but torch finds {torch.cuda.device_count()} CUDA devices on this host:'

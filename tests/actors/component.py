@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 from actors import Actor, Component, Later, StartFailure, Topology
@@ -22,6 +23,10 @@ class Pong(Message):
     restarts: int
     parent: int
     threads: str
+    program: str
+    """The module that was run; in a fork that of the zygote."""
+    cards: str
+    """CUDA devices that it may see."""
 
 
 class Crash(Message):
@@ -97,7 +102,9 @@ class Probe(Actor):
 
     async def ping(self, message: Ping) -> Pong:
         threads = os.environ.get("OMP_NUM_THREADS", "")
-        return Pong(os.getpid(), self.generation, self.restarts, os.getppid(), threads)
+        program = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
+        cards = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+        return Pong(os.getpid(), self.generation, self.restarts, os.getppid(), threads, program, cards)
 
     async def crash(self, message: Crash) -> Pong:
         raise ValueError(message.text)

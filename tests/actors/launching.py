@@ -20,11 +20,13 @@ class Way(NamedTuple):
     build: str = "tests.actors.component:build"
     question: Message = Ping()
     answer: type[Message] = Pong
+    on_card: tuple[str, ...] = ()
 
 
 WAYS = {
     "fresh": Way(()),
     "forked": Way(("json",)),
+    "cuda": Way(("json",), on_card=("encoder-0",)),
     "threaded": Way(("tests.actors.threaded",)),
     "missing": Way(("no_such_module",)),
     "torch": Way(("torch", "diffusers", "transformers"), "tests.actors.tensors:build", Multiply(512), Product),
@@ -39,7 +41,7 @@ async def main(file: str, way: Way) -> None:
     seen = []
     for name in ("encoder-0", "denoiser-0"):
         arguments = (f"--topology={file}", f"--name={name}", f"--build={way.build}")
-        process = await launcher.start(arguments, forked=True)
+        process = await launcher.start(arguments, forked=True, on_card=name in way.on_card)
         answer = await outbox.reference(name, book.address(name)).ask(way.question, way.answer, timeout_s=60)
         process.signal(signal.SIGTERM)
         seen.append({"pid": process.pid, "answer": msgspec.structs.asdict(answer), "ending": str(await process.wait())})

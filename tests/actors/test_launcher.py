@@ -12,7 +12,11 @@ from typing import Any
 
 import pytest
 
-from actors.launcher import thread_environment
+from actors.components import PRELOAD
+from actors.launcher import NO_CUDA, thread_environment
+from actors.supervise import Supervision
+from actors.topology import load_topology
+from tests.actors.conftest import PANELS
 from tests.actors.harness import ROOT
 
 Write = Callable[..., Path]
@@ -62,6 +66,65 @@ def test_a_process_forked_after_the_import_of_torch_computes_with_several_thread
     assert first["trace"] == second["trace"] == 512.0 * 512.0
     assert first["threads"] == 2
     assert first["seed"] != second["seed"]
+
+
+# A build of torch with CUDA on a machine with a card, as far as importing libraries ask about it. What opens the
+# driver, or needs it open, is noted: after any of it CUDA is of no use in a fork.
+IMPORTS = """
+import importlib, sys, torch
+touched = []
+def note(name, answer=None):
+    def ask(*arguments, **options):
+        touched.append(name)
+        return answer
+    return ask
+def as_with_cuda(function):
+    def ask():
+        touched.append("asked")
+        torch._C._cuda_getDeviceCount = note("cuInit", 0)  # that it is there makes the build one with CUDA
+        try:
+            return function()
+        finally:
+            del torch._C._cuda_getDeviceCount
+    return ask
+torch.cuda.is_available = as_with_cuda(torch.cuda.is_available)
+torch.accelerator.current_accelerator = lambda *a, **k: torch.device("cuda")
+for name in ("_lazy_init", "init", "get_device_properties", "current_device", "synchronize"):
+    setattr(torch.cuda, name, note(name))
+torch.cuda.get_device_capability = note("get_device_capability", (9, 0))
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+print(*touched)
+"""
+
+
+def test_what_the_zygote_imports_does_not_open_the_driver_of_the_cards() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS, *PRELOAD],
+        cwd=ROOT, env={**os.environ, **NO_CUDA}, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # They do ask, and without these variables they would have an answer of the driver.
+    assert set(done.stdout.split()) == {"asked"}
+
+
+@pytest.mark.parametrize(("encoder", "zygote", "share"), [("cpu", True, "8"), ("cuda", False, "2")])
+def test_without_a_role_on_the_cpu_there_is_no_zygote(
+    write: Write, encoder: str, zygote: bool, share: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    roles = PANELS.replace('"\n', '"\ndevice = "cuda"\n').replace('device = "cuda"', f'device = "{encoder}"', 1)
+    launcher = Supervision(load_topology(write(roles=roles)))._launcher(cores=8)
+    assert bool(launcher._preload) == zygote
+    assert launcher._on_card["OMP_NUM_THREADS"] == share
+
+
+def test_a_role_on_a_card_is_a_fresh_interpreter_that_sees_it_and_all_others_do_not(write: Write) -> None:
+    result, log = launch(write(), "cuda")
+    assert "starting a fresh interpreter" not in log
+    on_card, forked = (start["answer"] for start in result["seen"])
+    assert (on_card["program"], on_card["cards"]) == ("actors.process", "all")
+    assert (forked["program"], forked["cards"]) == ("actors.zygote", "")
 
 
 @pytest.mark.parametrize(

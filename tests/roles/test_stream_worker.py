@@ -14,7 +14,7 @@ from PIL import Image
 from actors import Actor, StartFailure
 from actors.system import Inspect, Inspection
 from engines.panels import Panel
-from roles.devices import is_at_fault, is_device_lost
+from roles.devices import is_at_fault, is_device_lost, usable_device
 from roles.messages.device import (
     CancelPanel,
     PanelCancelled,
@@ -311,3 +311,10 @@ def test_what_can_never_work_is_a_sentence(
 )
 def test_whose_fault_an_error_is(error: Exception, lost: bool, at_fault: bool) -> None:
     assert (is_device_lost(error), is_at_fault(error)) == (lost, at_fault)
+
+
+def test_a_fork_of_a_process_that_had_opened_the_driver_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    with pytest.raises(StartFailure, match='device is "cuda:0", but this process was forked'):
+        usable_device("cuda:0")
+    assert usable_device("cpu") == torch.device("cpu")
