@@ -93,8 +93,10 @@ class Packer:
         if dense.element_size() == 1:
             dense = dense.view(torch.uint8)  # Some one-byte dtypes cannot be copied as themselves.
         order = _memory_order(dense)
-        flat = dense.permute(order or tuple(range(dense.dim()))).contiguous().reshape(-1).view(torch.uint8)
-        return m.Tensor(name, tuple(value.shape), self._span(flat), order)
+        flat = dense.permute(order or tuple(range(dense.dim()))).contiguous().reshape(-1)
+        # A single element that was expanded counts as contiguous with a stride of 0, but cannot be viewed as bytes.
+        data = flat.as_strided(flat.shape, (1,)).view(torch.uint8)
+        return m.Tensor(name, tuple(value.shape), self._span(data), order)
 
     def _array(self, value: np.ndarray[Any, Any] | np.generic, path: str) -> m.Node:
         scalar = isinstance(value, np.generic)

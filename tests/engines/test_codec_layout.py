@@ -46,7 +46,9 @@ def test_a_convolution_rounds_as_it_would_have_before_crossing() -> None:
 
 
 def test_a_tensor_with_gaps_or_repeats_crosses_row_by_row() -> None:
-    for tensor in (torch.arange(24.0).reshape(4, 6)[:, ::2].t(), torch.arange(3.0).expand(4, 3).t()):
+    one = torch.tensor(3.0)
+    gaps, repeats = torch.arange(24.0).reshape(4, 6)[:, ::2].t(), torch.arange(3.0).expand(4, 3).t()
+    for tensor in (gaps, repeats, one.expand(1), one.expand(1, 1), one.expand(5)):
         packed = pack({"x": tensor})
         slot = torch.empty(packed.nbytes, dtype=torch.uint8)
         packed.copy_to(slot)
