@@ -25,7 +25,7 @@ from engines.parameters import Signature, names
 from engines.placing import Placement
 from engines.quantization import Quantization
 from engines.routes import Route, route_for
-from engines.seeds import Ambient
+from engines.seeds import SEED, GlobalRng
 from engines.stepping import Denoising
 from engines.whole import load_whole
 
@@ -167,12 +167,12 @@ class PanelPipeline:
         choice = choose(inputs, self._adapters.files)
         self._adapters.activate(choice)
         try:
-            with Ambient() as ambient:
+            with GlobalRng(seed, Panel.ENCODER) as rng:
                 state = self._parts.encode(meant, seed)
         finally:
             self._rest()
-        self.seedless = self._parts.seedless(state) and not ambient.touched
-        return {**state, **self._label(choice)}
+        self.seedless = self._parts.seedless(state) and not rng.touched
+        return {**state, **self._label(seed, choice)}
 
     def renew(self, state: Mapping[str, object], inputs: Mapping[str, object], seed: int) -> dict[str, object]:
         """Make of one request's state that of another: what `encode` would return, without an encoder.
@@ -185,7 +185,7 @@ class PanelPipeline:
         """
         values = {name: value for name, value in state.items() if name not in (LORA, LORA_SCALE)}
         chosen = _chosen(choose(inputs, self._adapters.files))
-        return {**self._parts.renew(values, self._meant(inputs), seed), **chosen}
+        return {**self._parts.renew(values, self._meant(inputs), seed), SEED: seed, **chosen}
 
     def denoise(self, state: Mapping[str, object]) -> Denoising:
         """Prepare a run of the denoiser; it starts with its first `advance`.
@@ -194,9 +194,10 @@ class PanelPipeline:
             state: From `encode`; it is not changed, so that it can be run again.
         """
         self._require(Panel.DENOISER)
-        values, choice = self._open(state)
+        values, seed, choice = self._open(state)
         denoising = self._parts.denoise(values)
-        denoising.surround(lambda: self._adapters.activate(choice), self._rest, self._label(choice))
+        rng = GlobalRng(seed, Panel.DENOISER)
+        denoising.surround(lambda: self._adapters.activate(choice), rng, self._rest, self._label(seed, choice))
         return denoising
 
     def decode(self, state: Mapping[str, object]) -> dict[str, object]:
@@ -211,22 +212,24 @@ class PanelPipeline:
             -1..1, and "sampling_rate" in Hz.
         """
         self._require(Panel.DECODER)
-        values, choice = self._open(state)
+        values, seed, choice = self._open(state)
         self._adapters.activate(choice)
         try:
-            return self._parts.decode(values)
+            with GlobalRng(seed, Panel.DECODER):
+                return self._parts.decode(values)
         finally:
             self._rest()
 
-    def _label(self, choice: Choice | None) -> dict[str, object]:
+    def _label(self, seed: int, choice: Choice | None) -> dict[str, object]:
         """What crosses beside the values of the pipeline."""
-        return {DTYPE: self.placement.dtype, **_chosen(choice)}
+        return {DTYPE: self.placement.dtype, SEED: seed, **_chosen(choice)}
 
-    def _open(self, state: Mapping[str, object]) -> tuple[dict[str, object], Choice | None]:
-        """Take a state apart again, in the dtype of this process."""
+    def _open(self, state: Mapping[str, object]) -> tuple[dict[str, object], int, Choice | None]:
+        """Take a state apart again, in the dtype of this process: its values, the seed and the adapter."""
         values = converted(state, self.placement.dtype)
-        name, scale = values.pop(LORA, None), values.pop(LORA_SCALE, None)
-        return values, None if name is None else Choice(cast(str, name), cast(float, scale))
+        seed, name, scale = (values.pop(key, None) for key in (SEED, LORA, LORA_SCALE))
+        choice = None if name is None else Choice(cast(str, name), cast(float, scale))
+        return values, cast(int, seed), choice
 
     def _rest(self) -> None:
         if self._resting is not None:

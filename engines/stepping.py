@@ -8,9 +8,11 @@ the result is that of an undisturbed run, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import greenlet
@@ -42,21 +44,29 @@ class Denoising:
         self.cancelled = False
         self._before: Callable[[], object] = _nothing
         self._after: Callable[[], object] = _nothing
+        self._during: AbstractContextManager[object] = contextlib.nullcontext()
         self._also: dict[str, object] = {}
         self._thread: int | None = None
         self._result: dict[str, object] | None = None
         self._over = False
         self._greenlet: Any = greenlet.greenlet(lambda: self._run(work))
 
-    def surround(self, before: Callable[[], object], after: Callable[[], object], also: Mapping[str, object]) -> None:
+    def surround(
+        self,
+        before: Callable[[], object],
+        during: AbstractContextManager[object],
+        after: Callable[[], object],
+        also: Mapping[str, object],
+    ) -> None:
         """Say what is due around this run, before it has begun.
 
         Args:
             before: Called before each step, when another run may have been at the same weights.
+            during: Entered for each step.
             after: Called once, when the run is over, however it ended.
             also: Values of the result beside those of the run.
         """
-        self._before, self._after, self._also = before, after, dict(also)
+        self._before, self._during, self._after, self._also = before, during, after, dict(also)
 
     def advance(self) -> bool:
         """Run exactly one step; the first also prepares the loop, the last also ends the block.
@@ -77,7 +87,8 @@ class Denoising:
         self._greenlet.parent = greenlet.getcurrent()
         try:
             self._before()
-            self._greenlet.switch()
+            with self._during:
+                self._greenlet.switch()
         except BaseException:
             self._release()
             raise
