@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -33,8 +33,12 @@ class Handoff(BaseException):
 class Elsewhere(Shadow):
     """A shadow that ends the run when something is to be computed with it.
 
-    A copy of it can be cast without a change of the original.
+    A copy of it can be cast without a change of the original. `isinstance` takes it for one of the class of its
+    component, since pipelines choose so between one ControlNet and several.
     """
+
+    _hf_hook: Final = None
+    """There, so that a pipeline that looks for the device of its hooks goes on to the next component."""
 
     def __init__(self, shadow: Shadow) -> None:
         super().__init__(shadow._name, shadow._component, shadow.dtype, shadow.device)
@@ -42,6 +46,11 @@ class Elsewhere(Shadow):
             # Some pipelines read the dtype off a weight.
             for parameter in self._component.parameters():
                 parameter.data = parameter.data.to(self.dtype)
+
+    @property  # type: ignore[misc]  # object's own may be written, which nobody does
+    def __class__(self) -> Any:
+        """That of the component."""
+        return type(vars(self).get("_component", self))
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
         """End the run."""

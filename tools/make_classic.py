@@ -26,6 +26,7 @@ class Classic(StrEnum):
     COGVIDEOX = "cogvideox"
     GLM_IMAGE = "glm_image"
     KANDINSKY5 = "kandinsky5"
+    SD_CONTROLNET = "sd_controlnet"
 
 
 _RECIPES: Final[dict[Classic, Callable[[], Recipe]]] = {
@@ -35,6 +36,7 @@ _RECIPES: Final[dict[Classic, Callable[[], Recipe]]] = {
     Classic.COGVIDEOX: classic.cogvideox,
     Classic.GLM_IMAGE: classic.glm_image,
     Classic.KANDINSKY5: classic.kandinsky5,
+    Classic.SD_CONTROLNET: classic.sd_controlnet,
 }
 
 
@@ -43,8 +45,8 @@ def make_classic(out: Path, family: Classic, seed: int = 0) -> None:
 
     Args:
         out: Its folder, made if need be; files of the same names are replaced.
-        family: PixArt-Sigma, Sana, Chroma or GLM-Image, which make pictures, or CogVideoX or Kandinsky 5, which make
-            videos.
+        family: PixArt-Sigma, Sana, Chroma, GLM-Image or Stable Diffusion 1.5 with a ControlNet, which make images, or
+            CogVideoX or Kandinsky 5, which make videos.
         seed: Of the weights.
     """
     write_model(out, family, _RECIPES[family](), seed, progress=False, finish=_enliven)

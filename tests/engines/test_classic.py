@@ -115,6 +115,17 @@ def test_blocks_that_would_make_the_wrong_size_are_not_used(models: Models, proc
     assert same(media(ours), expected(model, inputs, 9))
 
 
+def test_a_pipeline_that_asks_for_the_class_of_a_component_gets_it_from_a_stub(classic_models: Models) -> None:
+    model = classic_models("sd_controlnet")
+    lines = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    inputs = request(model, image=lines, num_inference_steps=2)
+    encoder, denoiser, decoder = (load(model, panel) for panel in Panel)
+    assert "controlnet" not in encoder.components | decoder.components
+    made = decoder.decode(finish(denoiser.denoise(encoder.encode(inputs, 11))))
+    assert same(media(made), expected(model, inputs, 11))
+    assert not same(media(made), expected(model, {**inputs, "image": Image.new("RGB", (64, 64))}, 11))
+
+
 @pytest.mark.parametrize(
     ("family", "name", "given"),
     [("chroma", "ChromaImg2ImgPipeline", "image"), ("cogvideox", "CogVideoXVideoToVideoPipeline", "video")],

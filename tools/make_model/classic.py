@@ -1,4 +1,7 @@
-"""PixArt-Sigma, Sana, Chroma, CogVideoX, GLM-Image and Kandinsky 5, which diffusers does not have in blocks."""
+"""PixArt-Sigma, Sana, Chroma, CogVideoX, GLM-Image, Kandinsky 5 and Stable Diffusion 1.5 with a ControlNet.
+
+Diffusers does not have them in blocks.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,15 @@ from diffusers import (
     ChromaTransformer2DModel,
     CogVideoXDPMScheduler,
     CogVideoXTransformer3DModel,
+    ControlNetModel,
+    DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     GlmImageTransformer2DModel,
     Kandinsky5Transformer3DModel,
     PixArtTransformer2DModel,
     SanaTransformer2DModel,
+    UNet2DConditionModel,
 )
 from transformers import (
     ByT5Tokenizer,
@@ -230,6 +236,33 @@ def kandinsky5() -> Recipe:
     # A text stands after instructions of which each byte is a token.
     defaults = {**picture(32, text=1024, guidance_scale=5.0), "num_frames": 5}
     return Recipe("Kandinsky5T2VPipeline", "text-to-video", components, defaults, sizes(16, text=1024))
+
+
+def sd_controlnet() -> Recipe:
+    """Stable Diffusion 1.5 that follows the lines of an image."""
+    net = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 2,
+        "cross_attention_dim": WIDTH,
+    }
+    components: dict[str, Component | None] = {
+        "vae": lambda: vaes.kl(quant=True, shift=None),
+        "text_encoder": lambda: text.clip_text(max_position_embeddings=77),
+        "tokenizer": lambda: text.tokenizer(start=True),
+        "unet": lambda: UNet2DConditionModel(sample_size=16, up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **net),
+        "controlnet": lambda: ControlNetModel(conditioning_embedding_out_channels=(8, 16, 16), **net),
+        "scheduler": lambda: DDIMScheduler(clip_sample=False, steps_offset=1),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+    defaults = picture(guidance_scale=7.5)
+    del defaults["max_sequence_length"]
+    ranges = {name: limits for name, limits in sizes(8).items() if name in defaults}
+    settings: dict[str, object] = {"requires_safety_checker": False}
+    return Recipe("StableDiffusionControlNetPipeline", "", components, defaults, ranges, settings)
 
 
 _CODES = 64
