@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 GENERATE_TIMEOUT_S: Final = 3600.0
 FORMATS: Final = {"jpg": "jpeg", **{name: name for name in ("png", "jpeg", "webp", "mp4", "zip", "wav")}}
 """Output formats by the ending of a file's name."""
+KEY_VARIABLE: Final = "TRIPTYCH_API_KEY"
 _CONNECT_TIMEOUT_S: Final = 5.0
 _READ_TIMEOUT_S: Final = 10.0
 
@@ -100,6 +101,11 @@ def read_json(response: httpx.Response) -> dict[str, Any]:
 def in_short(causes: Iterable[str]) -> str:
     """Causes of a failure in one line, each one once: its last line, as above that there may be a traceback."""
     return "; ".join(dict.fromkeys(cause.strip().splitlines()[-1] for cause in causes if cause.strip()))
+
+
+def authorization(key: str) -> dict[str, str]:
+    """The header of requests with an API key, none without a key."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def timeout(read_s: float = _READ_TIMEOUT_S) -> httpx.Timeout:

@@ -14,17 +14,21 @@ import httpx
 
 from actors.actor import READY
 from actors.addresses import SUPERVISOR, AddressBook
+from actors.api_keys import ApiKeysError, read_keys
 from actors.child import LEFT
 from actors.client import (
     GENERATE_TIMEOUT_S,
+    KEY_VARIABLE,
     ApiError,
     Picture,
+    authorization,
     read_json,
     read_picture,
     request_body,
     timeout,
     unreachable,
 )
+from actors.errors import TopologyError
 from actors.overrides import write_with_overrides
 from actors.system import ChildReport, SupervisorQuery, SupervisorReport
 from actors.topology import Topology, load_topology
@@ -42,13 +46,13 @@ _STOP_MARGIN_S: Final = 5.0
 class Cluster:
     """A cluster that runs as long as its `launch` block; every method may be called concurrently."""
 
-    def __init__(self, topology: Topology, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, topology: Topology, process: asyncio.subprocess.Process, api_key: str = "") -> None:
         self.topology = topology
         self.url = topology.url
         """Base URL of the API, such as http://127.0.0.1:8000."""
         self.process = process
         """The `triptych up` process."""
-        self._http = httpx.AsyncClient(base_url=self.url, timeout=timeout())
+        self._http = httpx.AsyncClient(base_url=self.url, timeout=timeout(), headers=authorization(api_key))
         self._outbox = Outbox("launch")
 
     async def generate(
@@ -162,18 +166,29 @@ def describe_children(children: Iterable[ChildReport]) -> str:
     return ", ".join(f"{c.name} is {c.state}{f' ({c.reason})' if c.reason else ''}" for c in children)
 
 
+def _first_key(topology: Topology) -> str:
+    if topology.keys_path is None:
+        return ""
+    try:
+        return next(iter(read_keys(topology.keys_path).keys))
+    except ApiKeysError as error:
+        raise TopologyError(str(topology.path), "[api] keys_file", error.problem, error.fix) from error
+
+
 @contextlib.asynccontextmanager
 async def launch(
     path: Path | str,
     overrides: Mapping[str, Mapping[str, object]] | None = None,
     *,
     ready_timeout_s: float = 300.0,
+    api_key: str = "",
 ) -> AsyncIterator[Cluster]:
     """Run a topology for the length of an `async with` block, and yield it once it is ready.
 
     `overrides` changes keys of the file, `{"api": {"port": 9000}, "roles": {"denoiser": {"count": 2}}}`: roles are
     named by their name or kind; `{"api": {"port": 0}}` takes a free port. The cluster is a `triptych up`
-    process of its own, which ends with this one however this one ends.
+    process of its own, which ends with this one however this one ends. `api_key` is what its methods send, where the
+    topology has `[api] keys_file`: by default the environment's TRIPTYCH_API_KEY, else the first key of that file.
 
     Raises:
         TopologyError: the file, with the overrides, cannot be run.
@@ -184,8 +199,9 @@ async def launch(
         if overrides:
             file = write_with_overrides(file, overrides, Path(folder))
         topology = load_topology(file)
+        key = api_key or os.environ.get(KEY_VARIABLE, "") or _first_key(topology)
         command = (sys.executable, "-m", "actors.command", "up", str(file), "--parent", str(os.getpid()))
-        cluster = Cluster(topology, await asyncio.create_subprocess_exec(*command))
+        cluster = Cluster(topology, await asyncio.create_subprocess_exec(*command), key)
         try:
             await cluster.wait_ready(ready_timeout_s)
             yield cluster

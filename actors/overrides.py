@@ -28,6 +28,7 @@ def write_with_overrides(file: Path, overrides: Mapping[str, Mapping[str, Any]],
     changed = merge(str(file), tables, overrides)
     _make_absolute(changed.get("model", {}), file.parent)
     _make_absolute(changed.get("state", {}), file.parent)
+    _make_absolute(changed.get("api", {}), file.parent)
     changed.setdefault("state", {}).setdefault("path", str(folder / "state"))
     if changed.get("api", {}).get("port") == 0:
         changed["api"]["port"] = free_port()
@@ -53,7 +54,7 @@ def merge(file: str, tables: dict[str, Any], overrides: Mapping[str, Mapping[str
 
 
 def to_toml(tables: Mapping[str, Any]) -> str:
-    """TOML of tables of scalars, and of lists of such tables in tables, which is all that a topology has."""
+    """TOML of tables of scalars, of lists of these, and of lists of such tables, which is all that a topology has."""
     return "\n".join(_lines(tables, "")).replace("\x7f", "\\u007f")
 
 
@@ -62,8 +63,8 @@ def _lines(tables: Mapping[str, Any], prefix: str) -> Iterator[str]:
         rows, header = (value, f"[[{prefix}{name}]]") if isinstance(value, list) else ([value], f"[{prefix}{name}]")
         for row in rows:
             yield header
-            inner = {key: item for key, item in row.items() if isinstance(item, (dict, list))}
-            # The scalars of JSON are scalars of TOML; only the escape for DEL differs.
+            inner = {key: item for key, item in row.items() if _is_table(item)}
+            # The scalars of JSON, and lists of them, are those of TOML; only the escape for DEL differs.
             yield from (
                 f"{key} = {json.dumps(item, ensure_ascii=False)}" for key, item in row.items() if key not in inner
             )
@@ -71,10 +72,14 @@ def _lines(tables: Mapping[str, Any], prefix: str) -> Iterator[str]:
             yield from _lines(inner, f"{prefix}{name}.")
 
 
+def _is_table(item: object) -> bool:
+    return isinstance(item, dict) or (isinstance(item, list) and any(isinstance(row, dict) for row in item))
+
+
 def _make_absolute(table: dict[str, Any], base: Path) -> None:
     """Resolve the paths of a table, and of those in it."""
     for key, value in table.items():
-        if key in ("path", "path_2") and isinstance(value, str) and value:
+        if key in ("path", "path_2", "keys_file") and isinstance(value, str) and value:
             table[key] = str((base / Path(value).expanduser()).resolve())
         elif isinstance(value, list):
             table[key] = [dict(row) if isinstance(row, dict) else row for row in value]

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from actors.api_keys import ApiKeysError, read_keys
 from actors.errors import TopologyError
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def preflight(topology: Topology, components: Sequence[Component], *, file: str 
     if kinds - {"api"}:
         _check_model(topology, file)
         _check_loras(topology, file)
+    if "api" in kinds:
+        _check_keys(topology, file)
     if any(component.quantization != "none" for component in components) and not _is_installed("torchao"):
         fix = 'install it with pip install "triptych[quantization]", or use "none"'
         raise TopologyError(file, "[[roles]] quantization", "needs torchao, which is missing", fix)
@@ -67,6 +70,15 @@ def _check_loras(topology: Topology, file: str) -> None:
             if path.is_file() and path.suffix != ".safetensors":
                 fix = "convert it: no other format is read, since those can run code"
                 raise TopologyError(file, where, "is no .safetensors file", fix)
+
+
+def _check_keys(topology: Topology, file: str) -> None:
+    if topology.keys_path is None:
+        return
+    try:
+        read_keys(topology.keys_path)
+    except ApiKeysError as error:
+        raise TopologyError(file, f'[api] keys_file = "{topology.api.keys_file}"', error.problem, error.fix) from error
 
 
 def _is_installed(module: str) -> bool:

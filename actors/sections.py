@@ -34,8 +34,12 @@ LoraName = Annotated[
 Scale = Annotated[float, Meta(ge=-4, le=4, description="a number from -4 to 4")]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
+Hosts = Annotated[tuple[str, ...], Meta(description='a list of host names, such as ["pictures.example.com"]')]
+
 _UNITS: Final = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _SIZE: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+_RATE: Final = re.compile(r"([1-9][0-9]{0,8})/(s|min|h|day)")
+_PERIODS: Final = {"s": 1.0, "min": 60.0, "h": 3600.0, "day": 86_400.0}
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -77,9 +81,23 @@ class ApiSection(Section, frozen=True):
     """`[api]`: the HTTP face."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; it has no login of its own, so only a loopback address is taken."""
+    """Address to listen on; without `keys_file` only a loopback address is taken."""
     port: Port = 8000
     """TCP port of HTTP."""
+    public_url: str = ""
+    """Where clients reach the API, such as "https://pictures.example.com" behind a proxy: what the URLs in answers
+    start with; "" = what the client asked for."""
+    allowed_hosts: Hosts = ()
+    """Names under which clients may reach the API, besides loopback, `host` and the one of `public_url`; also the
+    sites whose pages may call it."""
+    keys_file: str = ""
+    """File with a line `name:key` for each client, relative to the topology file, of mode 0600. Then each request
+    has to come with one of the keys, and sees what was made with a key of the same name; "" = no keys."""
+    rate_limit: str = ""
+    """Most requests that one key (without keys: all clients together) may begin, such as "60/min"; the units are s,
+    min, h and day; "" = no limit."""
+    max_connections: Count = 1024
+    """Connections that may be open at a time; any more are answered 503."""
 
 
 class HeadSection(Section, frozen=True):
@@ -193,6 +211,14 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise ValueError(f"{text!r} is not more than zero")
     return size
+
+
+def parse_rate(text: str) -> tuple[int, float]:
+    """Count and seconds of a rate such as "60/min"; raises `ValueError` for anything else."""
+    match = _RATE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is no rate")
+    return int(match[1]), _PERIODS[match[2]]
 
 
 def cache_size(text: str, pool_bytes: int) -> int:

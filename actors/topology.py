@@ -96,6 +96,11 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
         return (self.path.parent / Path(path).expanduser()).resolve()
 
     @property
+    def keys_path(self) -> Path | None:
+        """Absolute place of the file of API keys; None without keys."""
+        return (self.path.parent / Path(self.api.keys_file).expanduser()).resolve() if self.api.keys_file else None
+
+    @property
     def engine(self) -> Literal["shm", "mooncake"]:
         """The transfer engine that "auto" stands for here."""
         return "mooncake" if self.transfer.engine == "mooncake" else "shm"

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
 
 from actors.errors import TopologyError
-from actors.sections import PANELS, cache_size, parse_size
+from actors.sections import PANELS, cache_size, parse_rate, parse_size
 
 if TYPE_CHECKING:
     from actors.sections import Sections
     from actors.topology import Component
 
+_HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|[0-9a-fA-F:]+")
+
 
 def check_sections(file: str, sections: Sections) -> None:
     """Raise `TopologyError` for the first thing that cannot work."""
-    _check_host(file, sections)
+    _check_api(file, sections)
     _check_size(file, sections)
     _check_cache(file, sections)
     _check_kinds(file, sections)
@@ -37,16 +41,40 @@ def check_components(file: str, sections: Sections, components: tuple[Component,
             raise TopologyError(file, "port", problem, "give one of them another port")
 
 
-def _check_host(file: str, sections: Sections) -> None:
-    host = sections.api.host
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach that host."""
     try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
-        loopback = False
-    if not loopback:
-        problem = f'= "{host}" would be open to the network, and there are no keys to keep others out'
-        fix = 'use "127.0.0.1", with a reverse proxy that asks for keys in front'
-        raise TopologyError(file, "[api] host", problem, fix)
+        return False
+
+
+def _check_api(file: str, sections: Sections) -> None:
+    api = sections.api
+    if not is_loopback(api.host) and not api.keys_file:
+        problem = f'= "{api.host}" would be open to the network, and there are no keys to keep others out'
+        raise TopologyError(file, "[api] host", problem, 'use "127.0.0.1", or give clients keys with [api] keys_file')
+    if api.public_url and not _is_site(api.public_url):
+        problem, fix = f'= "{api.public_url}" is no URL of a site', 'write it as in "https://pictures.example.com"'
+        raise TopologyError(file, "[api] public_url", problem, fix)
+    for host in api.allowed_hosts:
+        if not _HOST.fullmatch(host):
+            fix = 'write a name alone, as in "pictures.example.com"'
+            raise TopologyError(file, "[api] allowed_hosts", f'have "{host}", which is no host name', fix)
+    if api.rate_limit:
+        try:
+            parse_rate(api.rate_limit)
+        except ValueError:
+            problem, fix = f'= "{api.rate_limit}" is no rate', 'write it as in "60/min", with s, min, h or day'
+            raise TopologyError(file, "[api] rate_limit", problem, fix) from None
+
+
+def _is_site(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        return url.scheme in ("http", "https") and bool(url.hostname) and not (url.query or url.fragment)
+    except ValueError:
+        return False
 
 
 def _check_size(file: str, sections: Sections) -> None:

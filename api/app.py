@@ -8,6 +8,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from actors.api_keys import ApiKeys
 from actors.topology import Topology
 from api.artifacts import artifact
 from api.body import Intake
@@ -16,6 +17,7 @@ from api.context import RequestContext
 from api.edits import Edits
 from api.errors import HANDLERS
 from api.generations import Generations
+from api.guard import Guard
 from api.head import Head
 from api.health import health, live, ready
 from api.models import get_model, list_models
@@ -29,13 +31,13 @@ from roles.uploads import UploadStore
 ROUTES = [
     Route("/v1/images/generations", Generations),
     Route("/v1/images/edits", Edits),
-    Route("/v1/images/{name}", artifact, name="artifact"),
+    Route("/v1/images/{name}", artifact),
     Route("/v1/videos", Videos),
     Route("/v1/videos/{video_id}", OneVideo),
     Route("/v1/videos/{video_id}/content", video_content),
     Route("/v1/models", list_models),
     Route("/v1/models/{name:path}", get_model),
-    Route("/v1/requests/{request_id}", Requests, name="request"),
+    Route("/v1/requests/{request_id}", Requests),
     Route("/v1/cluster", cluster),
     Route("/live", live),
     Route("/ready", ready),
@@ -45,7 +47,12 @@ ROUTES = [
 
 
 def make_app(
-    topology: Topology, head: Head, observer: Cluster, uploads: UploadStore, stopping: asyncio.Event
+    topology: Topology,
+    head: Head,
+    observer: Cluster,
+    uploads: UploadStore,
+    stopping: asyncio.Event,
+    keys: ApiKeys | None = None,
 ) -> ASGIApp:
     """Make the ASGI application. Once `stopping` is set, who still waits for pictures is answered 503."""
     app = Starlette(routes=ROUTES, exception_handlers=HANDLERS)
@@ -57,4 +64,4 @@ def make_app(
     app.state.uploads = UploadDesk(uploads)
     app.state.intake = Intake()
     app.state.stopping = stopping
-    return RequestContext(app)
+    return RequestContext(Guard(app, topology.api, keys))

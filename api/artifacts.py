@@ -8,18 +8,26 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
 from api.errors import not_found
+from api.head import Head
+from bus import RemoteFailure
 from roles.artifacts import ArtifactError, ArtifactStore
 from roles.formats import CONTENT_TYPES
-
-
-def artifact_url(request: Request, name: str) -> str:
-    """Tell where the client that made this request can get the artifact."""
-    return str(request.url_for("artifact", name=name))
+from roles.messages.requests import QueryRequest, RequestView
 
 
 async def artifact(request: Request) -> Response:
     """Answer with the file, which never changes under its name."""
-    return await send_file(request, request.path_params["name"])
+    name = request.path_params["name"]
+    if owner := request.state.owner:
+        # Whose it is, the head knows; an artifact without its request is nobody's.
+        head: Head = request.app.state.head
+        try:
+            await head.ask(QueryRequest(name.rpartition("_")[0], owner), RequestView)
+        except RemoteFailure as error:
+            if error.code != "not_found":
+                raise
+            raise not_found(f"no such file: {name}") from None
+    return await send_file(request, name)
 
 
 async def send_file(request: Request, name: str) -> Response:

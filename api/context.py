@@ -56,6 +56,7 @@ class RequestContext:
                     path=scope["path"],
                     status=status,
                     seconds=round(time.monotonic() - started, 4),
+                    **({"owner": owner} if (owner := scope["state"].get("owner")) else {}),
                     request_id=request_id,
                     traceparent=traceparent,
                 )

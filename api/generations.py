@@ -12,12 +12,12 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.artifacts import artifact_url
 from api.encoding import JSONResponse
 from api.errors import invalid
 from api.fields import MAX_SEED, MediaRequest, own_fields, parse
 from api.forms import read_fields
 from api.head import Head
+from api.links import artifact_url, request_url
 from api.requests import request_object
 from api.submission import check_done, check_model, idempotency_key, submit, wait
 from roles.artifacts import ArtifactStore
@@ -81,9 +81,12 @@ def prefers_async(request: Request) -> bool:
 async def accepted(request: Request, request_id: str) -> Response:
     """Answer 202, with the request as it is now and the place where it can be followed."""
     head: Head = request.app.state.head
-    view = await head.ask(QueryRequest(request_id), RequestView)
-    place = request.url_for("request", request_id=request_id).path
-    headers = {"Location": place, "Preference-Applied": "respond-async", "X-Request-Id": request_id}
+    view = await head.ask(QueryRequest(request_id, request.state.owner), RequestView)
+    headers = {
+        "Location": request_url(request, request_id),
+        "Preference-Applied": "respond-async",
+        "X-Request-Id": request_id,
+    }
     return JSONResponse(request_object(request, view), status_code=202, headers=headers)
 
 

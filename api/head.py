@@ -41,14 +41,14 @@ class Head:
                     raise
                 await asyncio.sleep(RETRY_S)
 
-    async def wait(self, request_id: str, within_s: float) -> RequestView | None:
+    async def wait(self, request_id: str, within_s: float, owner: str = "") -> RequestView | None:
         """Wait until the request is terminal, None if that takes longer; a restarted head is asked again."""
         deadline = time.monotonic() + within_s
         while (remaining := deadline - time.monotonic()) > 0:
             poll_s = min(POLL_S, remaining)
             try:
                 view = await self.reference.ask(
-                    WaitRequest(request_id, poll_s), RequestView, timeout_s=poll_s + GRACE_S
+                    WaitRequest(request_id, poll_s, owner), RequestView, timeout_s=poll_s + GRACE_S
                 )
             except (AskTimeout, MailboxFull, Unreachable):
                 await asyncio.sleep(RETRY_S)

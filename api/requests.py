@@ -5,9 +5,9 @@ from __future__ import annotations
 from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 
-from api.artifacts import artifact_url
 from api.encoding import JSONResponse, plain
 from api.head import Head
+from api.links import artifact_url
 from roles.messages.requests import CancelRequest, QueryRequest, RequestView
 from roles.messages.work import Input, Numbers, Pictures
 
@@ -43,11 +43,11 @@ class Requests(HTTPEndpoint):
     async def get(self, request: Request) -> JSONResponse:
         """Answer with the request as it is now."""
         head: Head = request.app.state.head
-        view = await head.ask(QueryRequest(request.path_params["request_id"]), RequestView)
+        view = await head.ask(QueryRequest(request.path_params["request_id"], request.state.owner), RequestView)
         return JSONResponse(request_object(request, view))
 
     async def delete(self, request: Request) -> JSONResponse:
         """Cancel it; one that is terminal stays as it is."""
         head: Head = request.app.state.head
-        view = await head.ask(CancelRequest(request.path_params["request_id"]), RequestView)
+        view = await head.ask(CancelRequest(request.path_params["request_id"], owner=request.state.owner), RequestView)
         return JSONResponse(request_object(request, view))

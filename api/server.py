@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import uvicorn
 
 from actors import Actor, Component, StartFailure, Topology
+from actors.api_keys import ApiKeys, ApiKeysError, read_keys
 from api.app import make_app
 from api.cluster import Cluster
 from api.head import RETRY_S, Head
@@ -38,13 +39,14 @@ class ApiServer(Actor):
         self._serving: asyncio.Task[None] | None = None
 
     async def started(self) -> None:
-        """Wait for the head, then listen. Raises StartFailure when the port is taken."""
+        """Wait for the head, then listen. Raises StartFailure when the port is taken, or the keys cannot be read."""
+        keys = read_api_keys(self.topology)
         head = Head(self.reference("head"))
         await self._wait_for(head)
         listener = listen(self.topology.api.host, self.topology.api.port)
         observer = Cluster(self.topology, self.book, self.reference)
         uploads = UploadStore(self.topology.state_dir / UPLOADS)
-        app = make_app(self.topology, head, observer, uploads, self._stopping)
+        app = make_app(self.topology, head, observer, uploads, self._stopping, keys)
         self._server = Server(
             uvicorn.Config(
                 app,
@@ -127,6 +129,16 @@ def listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host} port {port} ({error.strerror}): set [api] host and port to an "
             "address of this machine and a port that this user may open"
         ) from error
+
+
+def read_api_keys(topology: Topology) -> ApiKeys | None:
+    """Read the keys of clients, None where there are to be none; raises StartFailure."""
+    if topology.keys_path is None:
+        return None
+    try:
+        return read_keys(topology.keys_path)
+    except ApiKeysError as error:
+        raise StartFailure(f"[api] keys_file {topology.keys_path} {error}") from error
 
 
 def build(component: Component, topology: Topology) -> list[Actor]:

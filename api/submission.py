@@ -41,6 +41,7 @@ async def submit(request: Request, inputs: dict[str, Input], *, seed: int | None
         # Without one from the client, its own id is the key: a submission that the head's restart left
         # unanswered is sent again, and must not make a second request.
         idempotency_key=key or request.state.request_id,
+        owner=request.state.owner,
     )
     answer: RequestAccepted | RequestRejected = await head.ask(message, RequestAccepted, RequestRejected)
     if isinstance(answer, RequestRejected):
@@ -75,7 +76,7 @@ async def wait(request: Request, request_id: str, *, cancels: bool) -> RequestVi
     """Wait for the terminal view; raises ApiError 499 (client gone), 503 (server stops), 504 (time is up)."""
     head: Head = request.app.state.head
     within_s = request.app.state.topology.head.request_timeout_s + MARGIN_S
-    terminal = asyncio.ensure_future(head.wait(request_id, within_s))
+    terminal = asyncio.ensure_future(head.wait(request_id, within_s, request.state.owner))
     hung_up = asyncio.ensure_future(until_hung_up(request))
     stopping = asyncio.ensure_future(request.app.state.stopping.wait())
     try:
@@ -84,7 +85,7 @@ async def wait(request: Request, request_id: str, *, cancels: bool) -> RequestVi
             view = terminal.result()
         elif hung_up.done():
             if cancels:
-                await head.ask(CancelRequest(request_id, "the client hung up"), RequestView)
+                await head.ask(CancelRequest(request_id, "the client hung up", request.state.owner), RequestView)
             raise ApiError(CLIENT_CLOSED_REQUEST, "the client hung up", code="client_closed_request")
         else:
             message = f"the server is stopping; the request goes on: ask GET /v1/requests/{request_id}"

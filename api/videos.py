@@ -91,7 +91,7 @@ class Videos(HTTPEndpoint):
         check_medium(description)
         inputs |= frames(wanted.seconds, inputs, description)
         request_id = await submit(request, inputs, seed=wanted.seed, n=1, output=Output(FORMAT))
-        view = await head.ask(QueryRequest(request_id), RequestView)
+        view = await head.ask(QueryRequest(request_id, request.state.owner), RequestView)
         return answer(view, description)
 
 
@@ -106,7 +106,8 @@ class OneVideo(HTTPEndpoint):
         """Cancel it; one that has come to its end stays as it is."""
         view, description = await find(request)
         head: Head = request.app.state.head
-        return answer(await head.ask(CancelRequest(view.request_id), RequestView), description)
+        cancel = CancelRequest(view.request_id, owner=request.state.owner)
+        return answer(await head.ask(cancel, RequestView), description)
 
 
 async def video_content(request: Request) -> Response:
@@ -129,9 +130,8 @@ async def find(request: Request) -> tuple[RequestView, ModelDescription]:
     """Find the job of the path; raises ApiError 404."""
     head: Head = request.app.state.head
     request_id = request.path_params["video_id"]
-    view, description = await asyncio.gather(
-        head.ask(QueryRequest(request_id), RequestView), head.ask(DescribeModel(), ModelDescription)
-    )
+    query = QueryRequest(request_id, request.state.owner)
+    view, description = await asyncio.gather(head.ask(query, RequestView), head.ask(DescribeModel(), ModelDescription))
     if description.parameters and description.medium != "video":
         raise not_found(f"there is no video {request_id}")
     return view, description

@@ -46,6 +46,8 @@ Report: TypeAlias = (
     | stages.TransferFailed
     | stages.StageCancelled
 )
+About: TypeAlias = requests.QueryRequest | requests.WaitRequest | requests.CancelRequest | requests.DeleteRequest
+"""Messages about a request that is known already."""
 TICK_S = 0.25
 RECLAIM_S = 5.0
 """Between two looks for slots that no request needs, and what instances get to claim their work after a restart."""
@@ -115,7 +117,7 @@ class Head(Actor):
     async def submit(self, message: requests.SubmitRequest) -> requests.RequestAccepted | requests.RequestRejected:
         """Accept a request: check it, write it down, start it."""
         digest = _digest(message)
-        if known := self.ledger.by_key.get(message.idempotency_key):
+        if known := self.ledger.by_key.get(_key(message)):
             if known.digest == digest:
                 return requests.RequestAccepted(known.id)
             return requests.RequestRejected("conflict", "this Idempotency-Key came with another body before")
@@ -140,22 +142,22 @@ class Head(Actor):
 
     async def query(self, message: requests.QueryRequest) -> requests.RequestView:
         """How a request stands."""
-        return self._find(message.request_id).view()
+        return self._find(message).view()
 
     async def wait(self, message: requests.WaitRequest) -> Later[requests.RequestView]:
         """Answer when the request has ended, or at the timeout."""
-        return Later(self._wait(self._find(message.request_id), message.timeout_s))
+        return Later(self._wait(self._find(message), message.timeout_s))
 
     async def cancel(self, message: requests.CancelRequest) -> requests.RequestView:
         """Stop a request."""
-        request = self._find(message.request_id)
+        request = self._find(message)
         self.ledger.cancel(request.id, message.reason, time.time())
         self.settle()
         return request.view()
 
     async def delete(self, message: requests.DeleteRequest) -> Later[requests.RequestDeleted]:
         """Remove a request for good."""
-        return Later(self._delete(message.request_id))
+        return Later(self._delete(message))
 
     async def describe(self, _: requests.DescribeModel) -> requests.ModelDescription:
         """What is served."""
@@ -335,7 +337,9 @@ class Head(Actor):
         deadline = now + self.topology.head.request_timeout_s
         seed = secrets.randbits(32) if message.seed is None else message.seed
         units = [Unit(f"{message.request_id}/{k}", message.request_id, k, seed + k, deadline) for k in range(message.n)]
-        return Request(message.request_id, inputs, output, now, deadline, units, message.idempotency_key, digest)
+        return Request(
+            message.request_id, inputs, output, now, deadline, units, _key(message), digest, owner=message.owner
+        )
 
     def _parameters(self) -> tuple[Parameter, ...] | None:
         """What the pipeline takes; None until an instance has loaded it."""
@@ -345,13 +349,18 @@ class Head(Actor):
         """Of whichever instance has it: they have loaded the same model."""
         return next((i.signature for i in self.ledger.fleet.instances.values()), Signature())
 
-    def _find(self, request_id: str) -> Request:
-        if request := self.ledger.requests.get(request_id):
-            return request
-        raise Refused("not_found", f"there is no request {request_id}")
+    def _known(self, message: About) -> Request | None:
+        """The request that a message is about; None also where it is somebody else's."""
+        request = self.ledger.requests.get(message.request_id)
+        return request if request and message.owner in ("", request.owner) else None
 
-    async def _delete(self, request_id: str) -> requests.RequestDeleted:
-        request = self.ledger.requests.get(request_id)
+    def _find(self, message: About) -> Request:
+        if request := self._known(message):
+            return request
+        raise Refused("not_found", f"there is no request {message.request_id}")
+
+    async def _delete(self, message: requests.DeleteRequest) -> requests.RequestDeleted:
+        request, request_id = self._known(message), message.request_id
         if request is None:
             return requests.RequestDeleted(existed=False)
         self.ledger.cancel(request_id, "deleted by the client", time.time())
@@ -421,6 +430,12 @@ class Head(Actor):
 def _uploads(request: Request) -> set[Upload]:
     pictures = (value for value in request.inputs.values() if isinstance(value, Pictures))
     return {upload for value in pictures for upload in value.files}
+
+
+def _key(message: requests.SubmitRequest) -> str:
+    """Return the idempotency key, "" without one; keys of different owners differ, as names have no slash."""
+    key = message.idempotency_key
+    return f"{message.owner}/{key}" if key and message.owner else key
 
 
 def _digest(message: requests.SubmitRequest) -> str:

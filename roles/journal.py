@@ -48,6 +48,7 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
     deadline: float
     digest: str
     fps: float = 0.0
+    owner: str = ""
 
 
 _body = msgspec.msgpack.Decoder(_Body)
@@ -147,6 +148,7 @@ class Journal:
             idempotency_key=key or "",
             digest=held.digest,
             finished_at=finished_at,
+            owner=held.owner,
         )
 
     def prune(self, ended_before: float) -> int:
@@ -172,7 +174,9 @@ class Journal:
 
 
 def _request_row(request: Request) -> tuple[str, str | None, float, float, bytes]:
-    body = _Body(request.inputs, request.output.format, request.deadline, request.digest, request.output.fps)
+    body = _Body(
+        request.inputs, request.output.format, request.deadline, request.digest, request.output.fps, request.owner
+    )
     return (
         request.id,
         request.idempotency_key or None,

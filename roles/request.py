@@ -223,6 +223,8 @@ class Request:
     digest: str = ""
     """Of the body, to tell a retry from another request under the same key."""
     finished_at: float = 0.0
+    owner: str = ""
+    """Name of the API key that it came with; "" without keys."""
     prompt_key: bytes = b""
     """Of the prompt cache; made when it is first asked for."""
 

@@ -15,8 +15,10 @@ from rich.markup import escape
 
 from actors.client import (
     GENERATE_TIMEOUT_S,
+    KEY_VARIABLE,
     ApiError,
     Picture,
+    authorization,
     format_of,
     read_json,
     request_body,
@@ -32,6 +34,16 @@ URL_VARIABLE: Final = "TRIPTYCH_URL"
 Url = Annotated[
     str,
     typer.Option("--url", help="Base URL of the API.", envvar=URL_VARIABLE, show_default=DEFAULT_URL),
+]
+
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--key-file",
+        metavar="FILE",
+        help=f"A file with the API key alone; else the environment's {KEY_VARIABLE}.",
+        show_default=False,
+    ),
 ]
 
 Pictures = Annotated[
@@ -68,6 +80,7 @@ def generate(
         typer.Option("--set", metavar="NAME=VALUE", help="Another parameter of the model.", show_default=False),
     ] = None,
     url: Url = "",
+    key_file: KeyFile = None,
 ) -> None:
     """Make one picture or video from a prompt, or of another picture, and write it to a file.
 
@@ -91,7 +104,7 @@ def generate(
     except OSError as error:
         fail(f"{error.filename} cannot be read: {error.strerror}.", EXIT_FAILED)
     try:
-        picture, name = _make(base_url(url), body)
+        picture, name = _make(base_url(url), api_key(key_file), body)
         out = out or Path(name)
         picture.save(out)
     except ApiError as error:
@@ -109,6 +122,19 @@ def base_url(url: str) -> str:
     return (url or os.environ.get(URL_VARIABLE, "") or DEFAULT_URL).rstrip("/")
 
 
+def api_key(file: Path | None) -> str:
+    """The key that was given, "" for none; raises `ApiError` when its file cannot be read."""
+    if file is None:
+        return os.environ.get(KEY_VARIABLE, "").strip()
+    try:
+        key = file.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ApiError(f"the key file {file} cannot be read ({error})") from error
+    if not key or not key.isprintable() or " " in key:
+        raise ApiError(f"the key file {file} is to hold the key alone")
+    return key
+
+
 def settings(pairs: Sequence[str]) -> dict[str, object]:
     """Read NAME=VALUE: a number, true, false or a list as in JSON, else text."""
     return dict(_setting(pair) for pair in pairs)
@@ -124,9 +150,9 @@ def _setting(pair: str) -> tuple[str, object]:
         return name, text
 
 
-def _make(url: str, body: dict[str, object]) -> tuple[Picture, str]:
+def _make(url: str, key: str, body: dict[str, object]) -> tuple[Picture, str]:
     """Have it made; returns it, and a name for its file."""
-    with httpx.Client(base_url=url, timeout=timeout(GENERATE_TIMEOUT_S)) as http:
+    with httpx.Client(base_url=url, timeout=timeout(GENERATE_TIMEOUT_S), headers=authorization(key)) as http:
         try:
             answer = http.post("/v1/images/generations", json=body, headers={"Prefer": "respond-async"})
             request = read_json(answer)

@@ -14,8 +14,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from actors.client import ApiError, read_json, timeout, unreachable
-from actors.command.generate import Url, base_url
+from actors.client import ApiError, authorization, read_json, timeout, unreachable
+from actors.command.generate import KeyFile, Url, api_key, base_url
 from actors.command.output import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, rows_of, stdout, styled, table
 from actors.errors import TopologyError
 from actors.topology import load_topology
@@ -32,6 +32,7 @@ def status(
     url: Url = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print what the API answers.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Look again each second, until Ctrl-C.")] = False,
+    key_file: KeyFile = None,
 ) -> None:
     """Show every actor of a running cluster.
 
@@ -47,9 +48,12 @@ def status(
     """
     try:
         target = load_topology(file).url if file and not url else base_url(url)
+        key = api_key(key_file)
     except TopologyError as error:
         fail(str(error), EXIT_BAD_TOPOLOGY)
-    with httpx.Client(base_url=target, timeout=timeout()) as http:
+    except ApiError as error:
+        fail(str(error), EXIT_FAILED)
+    with httpx.Client(base_url=target, timeout=timeout(), headers=authorization(key)) as http:
         try:
             if watch:
                 _watch(http, target, as_json=as_json)

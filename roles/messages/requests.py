@@ -23,6 +23,8 @@ class SubmitRequest(Message):
     output: Output = Output()
     idempotency_key: str = ""
     """With a key, submitting again gives the same request; another body under the key is a conflict."""
+    owner: str = ""
+    """Name of the API key that it came with; "" without keys. Idempotency keys are each owner's own."""
 
 
 class RequestAccepted(Message):
@@ -47,6 +49,8 @@ class QueryRequest(Message):
     """Asks for the RequestView; refused with `not_found`."""
 
     request_id: str
+    owner: str = ""
+    """Only a request of this owner is found, with "" anybody's."""
 
 
 class WaitRequest(Message):
@@ -54,6 +58,8 @@ class WaitRequest(Message):
 
     request_id: str
     timeout_s: float
+    owner: str = ""
+    """As in QueryRequest."""
 
 
 class CancelRequest(Message):
@@ -61,6 +67,8 @@ class CancelRequest(Message):
 
     request_id: str
     reason: str = "cancelled by the client"
+    owner: str = ""
+    """As in QueryRequest."""
 
 
 class DeleteRequest(Message):
@@ -71,6 +79,8 @@ class DeleteRequest(Message):
     """
 
     request_id: str
+    owner: str = ""
+    """As in QueryRequest."""
 
 
 class RequestDeleted(Message):

@@ -106,7 +106,15 @@ BROKEN = {
     ),
     "four bits": (MODEL + PANELS + 'quantization = "int4"\n', '"int4" is not known', "did you mean int8"),
     "open host": (MODEL + '[api]\nhost = "0.0.0.0"\n' + PANELS, "there are no keys to keep others out", '"127.0.0.1"'),
-    "open name": (MODEL + '[api]\nhost = "example.org"\n' + PANELS, "open to the network", "reverse proxy"),
+    "open name": (MODEL + '[api]\nhost = "example.org"\n' + PANELS, "open to the network", "[api] keys_file"),
+    "no site": (MODEL + '[api]\npublic_url = "http://["\n' + PANELS, 'public_url = "http://[" is no URL', "https://"),
+    "no host": (
+        MODEL + '[api]\nallowed_hosts = ["http://a"]\n' + PANELS,
+        'allowed_hosts have "http://a"',
+        "write a name alone",
+    ),
+    "no list of hosts": (MODEL + '[api]\nallowed_hosts = "a"\n' + PANELS, "does not fit", "a list of host names"),
+    "no rate": (MODEL + '[api]\nrate_limit = "many"\n' + PANELS, 'rate_limit = "many" is no rate', '"60/min"'),
 }
 
 

@@ -145,7 +145,7 @@ class SmallHead:
                 delivery.reply(self.description)
             case wire.ClusterQuery():
                 delivery.reply(self._cluster())
-            case message if message.request_id not in self.journal:
+            case message if not self._finds(message):
                 delivery.fail("not_found", f"no such request: {message.request_id}")
             case wire.WaitRequest(request_id, timeout_s):
                 with contextlib.suppress(TimeoutError):
@@ -158,12 +158,16 @@ class SmallHead:
                     self.finish(request_id, "CANCELLED")
                 delivery.reply(self.view(request_id))
 
+    def _finds(self, message) -> bool:
+        accepted = self.journal.get(message.request_id)
+        return accepted is not None and message.owner in ("", accepted.submit.owner)
+
     def _submit(self, message: wire.SubmitRequest) -> wire.RequestAccepted | wire.RequestRejected:
         if self.rejection is not None:
             return self.rejection
         for request_id, accepted in self.journal.items():
             known = accepted.submit
-            if known.idempotency_key and known.idempotency_key == message.idempotency_key:
+            if (known.owner, known.idempotency_key) == (message.owner, message.idempotency_key):
                 if (known.inputs, known.seed, known.n) != (message.inputs, message.seed, message.n):
                     return wire.RequestRejected("conflict", "another body came under this key")
                 return wire.RequestAccepted(request_id)
@@ -287,7 +291,7 @@ async def app(topology, outbox, uploads):
 async def client(app):
     """In this process, without a socket; a crash is an answer here, as it is to a client."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://triptych", timeout=BOUND_S) as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=BOUND_S) as client:
         yield client
 
 

@@ -210,7 +210,7 @@ async def test_413_for_too_much_that_is_no_picture(client, small_head):
 
 
 async def test_429_while_too_much_is_being_sent_and_nothing_is_held_after_it(client, app, small_head, monkeypatch):
-    intake = app.app.state.intake
+    intake = app.app.app.state.intake
     intake.most = 1000
     answer = await client.post(GENERATIONS, json={"prompt": "x" * 2000})
     check(answer, 429, None, "at once")

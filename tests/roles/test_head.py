@@ -100,8 +100,10 @@ class Stage:
     def __init__(self, topology: Topology, head: Reference, workers: dict[str, Worker]) -> None:
         self.topology, self.head, self.workers = topology, head, workers
 
-    async def submit(self, id_: str = "r", *, key: str = "", n: int = 1, output: Output = PNG, **inputs: Any) -> Any:
-        message = requests.SubmitRequest(id_, {"prompt": "x", **inputs}, 7, n, output, key)
+    async def submit(
+        self, id_: str = "r", *, key: str = "", n: int = 1, output: Output = PNG, owner: str = "", **inputs: Any
+    ) -> Any:
+        message = requests.SubmitRequest(id_, {"prompt": "x", **inputs}, 7, n, output, key, owner)
         return await self.head.ask(message, requests.RequestAccepted, requests.RequestRejected, timeout_s=BOUND_S)
 
     async def view(self, id_: str = "r") -> requests.RequestView:
@@ -390,6 +392,29 @@ def test_a_deleted_request_leaves_nothing_behind(topology: Callable[..., Topolog
         async with playing(topology(), generation=2) as stage:
             with pytest.raises(RemoteFailure, match="there is no request r"):
                 await stage.view("r")
+
+
+def test_a_request_is_found_by_its_owner_alone_also_after_a_restart(topology: Callable[..., Topology]) -> None:
+    async def ask(stage: Stage, message: Any) -> Any:
+        return await stage.head.ask(message, requests.RequestView, timeout_s=BOUND_S)
+
+    async def scenario() -> None:
+        async with playing(topology()) as stage:
+            assert (await stage.submit("a", key="k", owner="alice")).request_id == "a"
+            assert (await stage.submit("b", key="k", owner="bob")).request_id == "b"
+        async with playing(topology(), generation=2) as stage:
+            assert (await stage.submit("c", key="k", owner="alice")).request_id == "a"
+            for kind in (requests.QueryRequest, requests.CancelRequest):
+                with pytest.raises(RemoteFailure, match="there is no request a"):
+                    await ask(stage, kind("a", owner="bob"))
+            with pytest.raises(RemoteFailure, match="there is no request a"):
+                await ask(stage, requests.WaitRequest("a", 0.0, "bob"))
+            assert (await ask(stage, requests.CancelRequest("a", owner="alice"))).state == "CANCELLED"
+            for owner, existed in (("bob", False), ("alice", True)):
+                message = requests.DeleteRequest("a", owner)
+                answer = await stage.head.ask(message, requests.RequestDeleted, timeout_s=BOUND_S)
+                assert answer.existed is existed
+            assert (await stage.view("b")).state == "ENCODER_WAITING", "who names no owner sees all"
 
     play(scenario())
 

@@ -25,6 +25,7 @@ def a_request(id_: str = "r1", *, key: str = "", created_at: float = 1.0) -> Req
 
 def test_what_was_accepted_and_saved_comes_back_whole(tmp_path: Path) -> None:
     request = a_request(key="k")
+    request.owner = "alice"
     journal = Journal(tmp_path / "j.sqlite")
     journal.accept(request)
     unit = request.units[1]
