@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -30,6 +29,7 @@ from actors.client import (
 )
 from actors.errors import TopologyError
 from actors.overrides import write_with_overrides
+from actors.processes import module_command
 from actors.system import ChildReport, SupervisorQuery, SupervisorReport
 from actors.topology import Topology, load_topology
 from bus import BusError, Outbox
@@ -200,7 +200,7 @@ async def launch(
             file = write_with_overrides(file, overrides, Path(folder))
         topology = load_topology(file)
         key = api_key or os.environ.get(KEY_VARIABLE, "") or _first_key(topology)
-        command = (sys.executable, "-m", "actors.command", "up", str(file), "--parent", str(os.getpid()))
+        command = (*module_command("actors.command"), "up", str(file), "--parent", str(os.getpid()))
         cluster = Cluster(topology, await asyncio.create_subprocess_exec(*command), key)
         try:
             await cluster.wait_ready(ready_timeout_s)

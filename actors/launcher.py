@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 from typing import TYPE_CHECKING, Final
 
 import structlog
 
 from actors.components import PRELOAD
 from actors.prctl import adopt_orphans
-from actors.processes import Process, spawn
+from actors.processes import Process, module_command, spawn
 from actors.zygote_client import Zygote, ZygoteGone
 
 if TYPE_CHECKING:
@@ -48,7 +47,8 @@ class Launcher:
 
     def __init__(self, *, preload: Sequence[str] = PRELOAD, environment: Mapping[str, str] | None = None) -> None:
         self._preload = tuple(preload)
-        self._on_card = {**os.environ, **(environment or {})}
+        # What a child starts in its turn, such as the workers of a compiler, is kept from the current folder as well.
+        self._on_card = {**os.environ, "PYTHONSAFEPATH": "1", **(environment or {})}
         self._environment = {**self._on_card, **NO_CUDA}
         self._zygote: Zygote | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -87,7 +87,7 @@ class Launcher:
                     _log.warning("starting a fresh interpreter, no fork", reason=str(gone))
         if self._closed:
             raise LauncherClosed("the supervisor is stopping")
-        command = (sys.executable, "-m", "actors.process", *arguments, "--parent", str(os.getpid()))
+        command = (*module_command("actors.process"), *arguments, "--parent", str(os.getpid()))
         return Process(spawn(command, self._on_card if on_card else self._environment))
 
     async def close(self) -> None:

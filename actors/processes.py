@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -81,6 +82,15 @@ class Process:
         ending = Ending(result.si_status) if exited else Ending(None, result.si_status)
         if not self._ending.cancelled():
             self._ending.set_result(ending)
+
+
+def module_command(module: str) -> tuple[str, ...]:
+    """Command line of a fresh interpreter that runs a module; arguments follow.
+
+    -P: the folder in which it is started is no place of code. It may be one that somebody else has filled, and one
+    with a folder called `api` in it would take the place of ours.
+    """
+    return (sys.executable, "-P", "-m", module)
 
 
 def spawn(command: Sequence[str], environment: Mapping[str, str]) -> int:

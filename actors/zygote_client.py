@@ -6,13 +6,12 @@ import asyncio
 import os
 import signal
 import socket
-import sys
 from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
 
-from actors.processes import Ending, Process, spawn
+from actors.processes import Ending, Process, module_command, spawn
 from actors.zygote_messages import MAX_MESSAGE_BYTES, Fork, Forked, Warm
 
 if TYPE_CHECKING:
@@ -40,9 +39,10 @@ class Zygote:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             theirs.set_inheritable(True)
-            module = (sys.executable, "-m", "actors.zygote")
             options = ("--channel", str(theirs.fileno()), "--parent", str(os.getpid()))
-            self._process = Process(spawn((*module, *options, "--preload", *preload), environment))
+            self._process = Process(
+                spawn((*module_command("actors.zygote"), *options, "--preload", *preload), environment)
+            )
         self._socket.setblocking(False)
         self._loop.add_reader(self._socket, self._readable)
 

@@ -14,6 +14,7 @@ import pytest
 
 from actors.components import PRELOAD
 from actors.launcher import NO_CUDA, thread_environment
+from actors.processes import module_command
 from actors.supervise import Supervision
 from actors.topology import load_topology
 from tests.actors.conftest import PANELS
@@ -22,10 +23,25 @@ from tests.actors.harness import ROOT
 Write = Callable[..., Path]
 
 
+def folder_of_strange_code(parent: Path) -> Path:
+    """A folder whose modules have the names of ours and of our libraries, and leave a file when one is imported."""
+    folder = parent / "strange"
+    folder.mkdir()
+    program = f"open({str(folder / 'RAN')!r}, 'w')\n"
+    for name in ("actors", "api", "bus", "engines", "roles"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(program)
+    for name in ("msgspec", "structlog", "torch", "xxhash", "json"):
+        (folder / f"{name}.py").write_text(program)
+    return folder
+
+
 def launch(file: Path, way: str) -> tuple[dict[str, Any], str]:
-    command = [sys.executable, "-m", "tests.actors.launching", str(file), way]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    strange = folder_of_strange_code(file.parent)
+    command = [*module_command("tests.actors.launching"), str(file), way]
+    done = subprocess.run(command, cwd=strange, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
+    assert not (strange / "RAN").exists()
     return json.loads(done.stdout), done.stderr
 
 

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -20,6 +19,7 @@ from typing import Any, Final
 
 import uvloop
 
+from actors.processes import module_command
 from tools.bench.bus_peers import CLIENTS, Ask
 from tools.bench.report import compare
 
@@ -96,7 +96,7 @@ def _servers(addresses: dict[str, str]) -> Iterator[None]:
 
 
 def _start(peer: str, address: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tools.bench.bus_peers", peer, address]
+    command = [*module_command("tools.bench.bus_peers"), peer, address]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603  our own command
 
 

@@ -19,6 +19,7 @@ from functools import partial
 from statistics import median
 from typing import Any, TextIO, cast
 
+from actors.processes import module_command
 from tools.bench.report import compare
 
 SIZES = {"4 KiB": 4 << 10, "1 MiB": 1 << 20, "64 MiB": 64 << 20}
@@ -166,7 +167,7 @@ class _Process:
 @contextmanager
 def _process(kind: str, settings: dict[str, str], *arguments: str) -> Iterator[_Process]:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("MC_")}
-    command = [sys.executable, "-m", "tools.bench.transfer", kind, *arguments]
+    command = [*module_command("tools.bench.transfer"), kind, *arguments]
     with subprocess.Popen(  # noqa: S603 - our own command
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ | settings
     ) as process:

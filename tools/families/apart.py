@@ -23,6 +23,7 @@ import diffusers
 import torch
 import transformers
 
+from actors.processes import module_command
 from engines.codec import pack, unpack
 from engines.panels import Panel
 from engines.pipeline import PanelPipeline
@@ -85,7 +86,7 @@ def apart() -> Iterator[Apart]:
         answers_out, answers_in = os.pipe()
         ours[panel] = (os.fdopen(requests_in, "wb"), os.fdopen(answers_out, "rb"))
         theirs += [requests_out, answers_in]
-    command = [sys.executable, "-m", __spec__.name, *map(str, theirs)]
+    command = [*module_command(__spec__.name), *map(str, theirs)]
     with subprocess.Popen(command, pass_fds=theirs) as process:  # noqa: S603 - our own interpreter and module
         for pipe in theirs:
             os.close(pipe)
