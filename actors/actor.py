@@ -52,6 +52,8 @@ class Actor:
     """The way to others. Set before `started`."""
     book: AddressBook
     """Where others are. Set before `started`."""
+    start_s: dict[str, float]
+    """Seconds that parts of `started` took, such as "weights"; for the log and the supervisor."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -62,6 +64,7 @@ class Actor:
         self.log = structlog.stdlib.get_logger("actor").bind(actor=name)
         self.state = LOADING
         self.detail = ""
+        self.start_s = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._on_state: Callable[[], None] = _nobody_watches
         self._on_crash: Callable[[BaseException], None] = _raise

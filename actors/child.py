@@ -18,7 +18,6 @@ BACKOFF: Final = "backoff"
 STOPPED: Final = "stopped"
 LEFT: Final = frozenset({STOPPED, "failed", "gave_up"})
 """States in which a child is not to run any more."""
-_FIRST_SIGN_S: Final = 60.0  # a fresh interpreter on a busy machine imports for a long time before it can speak
 
 
 class Child:
@@ -36,9 +35,11 @@ class Child:
         self.process: Process | None = None
         self.history: History = ()
         self.stopping = False
+        self.start_s: dict[str, float] = {}
         self._last_words = ""
         self._heard_at: float | None = None
         self._begun_at = 0.0
+        self._launch_s = 0.0
 
     @property
     def running(self) -> bool:
@@ -52,38 +53,57 @@ class Child:
         self.state = STARTING
         self.stopping = False
         self.started_at = time.time()
+        self.start_s = {}
         self._last_words = ""
         self._heard_at = None
         self._begun_at = time.monotonic()
 
-    def heard(self) -> None:
-        """It has given a sign of life."""
+    def launched(self, process: Process) -> None:
+        """There is a process; what it takes to start is counted from here."""
+        self.process = process
+        now = time.monotonic()
+        self._launch_s, self._begun_at = now - self._begun_at, now
+
+    def heard(self, start_s: dict[str, float] | None) -> bool:
+        """It lives; returns whether it has just told that it has started."""
+        if start_s is None:
+            return False
+        first = self._heard_at is None
         self._heard_at = time.monotonic()
+        if first:
+            self.start_s = {"launch": self._launch_s, **start_s}
+        return first
 
     def says(self, state: str, detail: str) -> None:
         """It has told its state; those that announce its end are kept as the reason of it."""
-        self.heard()
+        if self._heard_at is not None:
+            self._heard_at = time.monotonic()
         if state in ("failed", "crashed", "hung"):
             self._last_words = f"hung: {detail}" if state == "hung" else detail
             return
         self._last_words = ""
         self.state = state
 
-    def silent_for_too_long(self, timeout_s: float) -> bool:
-        """Whether a running child has to be taken for hung."""
+    def hung(self, heartbeat_timeout_s: float, start_timeout_s: float) -> str:
+        """Why a running child has to be taken for hung, "" if it does not have to be."""
+        now = time.monotonic()
         if self._heard_at is None:
-            return time.monotonic() - self._begun_at > max(timeout_s, _FIRST_SIGN_S)
-        return time.monotonic() - self._heard_at > timeout_s
+            # An import, weights that are read or a compiler may keep the loop from turning for minutes.
+            late = now - self._begun_at > start_timeout_s
+            return f"hung: not started within {start_timeout_s:g} s" if late else ""
+        late = now - self._heard_at > heartbeat_timeout_s
+        return f"hung: no heartbeat for {heartbeat_timeout_s:g} s" if late else ""
 
     def forgive_silence(self) -> None:
         """This process was itself not running: silence until now proves nothing."""
+        now = time.monotonic()
         if self._heard_at is not None:
-            self.heard()
-        self._begun_at = time.monotonic()
+            self._heard_at = now
+        self._begun_at = now
 
-    def presume_hung(self, timeout_s: float) -> None:
+    def presume_hung(self, reason: str) -> None:
         """It is about to be killed for its silence."""
-        self._last_words = self._last_words or f"hung: no heartbeat for {timeout_s:g} s"
+        self._last_words = self._last_words or reason
 
     def exit_of(self, ending: Ending) -> Exit:
         """Its end, for the restart decision."""
@@ -109,4 +129,5 @@ class Child:
             restarts=self.restarts,
             reason=self.reason,
             started_at=self.started_at,
+            start_s=self.start_s,
         )

@@ -38,6 +38,7 @@ class Heartbeat:
         self._supervisor = supervisor
         self._every_s = every_s
         self._on_crash = on_crash
+        self._start_s: dict[str, float] | None = None
         self._told = ("", "")
         self._timer: asyncio.TimerHandle | None = None
 
@@ -46,6 +47,12 @@ class Heartbeat:
         for actor in self._actors:
             actor._on_state = self._tell_state
         self._beat()
+
+    def started(self, seconds: dict[str, float]) -> None:
+        """Every actor has started, and its parts took so many seconds: from now on, silence counts as a hang."""
+        self._start_s = seconds
+        component = self._actors[0]
+        self._tell(ChildHeartbeat(component.name, component.generation, seconds))
 
     def stop(self) -> None:
         """End."""
@@ -60,7 +67,7 @@ class Heartbeat:
         try:
             self._tell_state()
             if self._told[0] != "hung":
-                self._tell(ChildHeartbeat(component.name, component.generation))
+                self._tell(ChildHeartbeat(component.name, component.generation, self._start_s))
         except Exception as error:  # noqa: BLE001  `overdue` is the actor's own code: its errors are crashes
             self._on_crash(component, error)
 

@@ -42,6 +42,7 @@ class Runtime:
         supervisor: name of the supervisor to report to, "" for none.
         shutdown_s: bound in seconds of the drain, None for no bound.
         heartbeat_s: seconds between two heartbeats.
+        import_s: seconds from the start of this process until the actors were made.
     """
 
     def __init__(
@@ -55,10 +56,12 @@ class Runtime:
         supervisor: str = "",
         shutdown_s: float | None = 10.0,
         heartbeat_s: float = 1.0,
+        import_s: float = 0.0,
     ) -> None:
         self.actors = tuple(actors)
         self.kind = kind
         self._shutdown_s = shutdown_s
+        self._import_s = import_s
         self._started_at = time.monotonic()
         self._over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._cells = [
@@ -133,6 +136,10 @@ class Runtime:
             starting.cancel()
             await asyncio.wait({starting})
         self._raise_crash()
+        if self.heartbeat is not None and not self._over.done():
+            parts = {part: seconds for actor in self.actors for part, seconds in actor.start_s.items()}
+            start_s = time.monotonic() - self._started_at
+            self.heartbeat.started({"import": self._import_s, "start": start_s, **parts})
 
     async def _drain(self) -> None:
         if not self._over.done():

@@ -155,7 +155,10 @@ class SupervisionSection(Section, frozen=True):
     shutdown_s: Seconds = 10.0
     """Seconds to drain after SIGTERM before SIGKILL."""
     heartbeat_timeout_s: Seconds = 15.0
-    """Silence after which a process counts as hung, and is killed and restarted."""
+    """Silence after which a process that has started counts as hung, and is killed and restarted."""
+    start_timeout_s: Seconds = 600.0
+    """Most seconds that a process may take to start: to import, to load weights, to compile. Its silence meanwhile
+    means nothing."""
 
 
 class BusSection(Section, frozen=True):

@@ -115,8 +115,9 @@ class Supervisor(Actor):
     async def child_heartbeat(self, message: ChildHeartbeat) -> None:
         """A child says that it lives."""
         child = self._incarnation(message.name, message.generation)
-        if child is not None:
-            child.heard()
+        if child is not None and child.heard(message.start_s):
+            self.log.info("child has started", child=child.name, **_rounded(child.start_s))
+            self._changed(child)
 
     async def report(self, message: SupervisorQuery) -> SupervisorReport:
         """How every child is."""
@@ -146,7 +147,7 @@ class Supervisor(Actor):
             reason = f"no process could be started: {error.strerror or error}"
             self._act_on(child, Exit(child.name, ExitKind.CRASH, time.monotonic(), reason))
         else:
-            child.process = process
+            child.launched(process)
             self.log.info("started", child=child.name, pid=process.pid, generation=child.generation)
             self._changed(child)
             self.spawn(self._watch(child, process), name=f"watch {child.name}")
@@ -228,7 +229,7 @@ class Supervisor(Actor):
 
     async def _watch_hearts(self) -> None:
         every = heartbeat_s(self._topology)
-        timeout = self._options.heartbeat_timeout_s
+        options = self._options
         due = time.monotonic() + every
         while True:
             await asyncio.sleep(max(0.0, due - time.monotonic()))
@@ -237,11 +238,17 @@ class Supervisor(Actor):
             for child in self.children.values():
                 if late > _ASLEEP_AFTER:  # this process, or the machine, was stopped
                     child.forgive_silence()
-                elif child.running and not child.stopping and child.silent_for_too_long(timeout):
-                    self._end_hung(child, timeout)
+                elif child.running and not child.stopping:
+                    reason = child.hung(options.heartbeat_timeout_s, options.start_timeout_s)
+                    if reason:
+                        self._end_hung(child, reason)
 
-    def _end_hung(self, child: Child, timeout_s: float) -> None:
-        self.log.error("no heartbeat, killing", child=child.name, timeout_s=timeout_s)
-        child.presume_hung(timeout_s)
+    def _end_hung(self, child: Child, reason: str) -> None:
+        self.log.error("killing", child=child.name, reason=reason)
+        child.presume_hung(reason)
         if child.process is not None:
             child.process.signal(signal.SIGKILL)
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {f"{part}_s": round(value, 2) for part, value in seconds.items()}

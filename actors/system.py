@@ -91,6 +91,8 @@ class ChildHeartbeat(Message):
     """The component."""
     generation: int
     """Its incarnation."""
+    start_s: dict[str, float] | None = None
+    """None until every actor has started; then the seconds that each part of the start took."""
 
 
 class Noted(Message):
@@ -121,6 +123,10 @@ class ChildReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Why it last ended, or cannot start; "" if it never did."""
     started_at: float
     """Unix seconds of the last start, 0.0 before the first."""
+    start_s: dict[str, float] = {}
+    """Where the time of the last start went, in seconds: "launch" until there was a process (the first forks wait for
+    the zygote's imports), "import" until its actors were made, "start" until they had started, and what of that the
+    actors tell, such as "weights". Empty until it has started."""
 
 
 class SupervisorReport(Message):

@@ -119,6 +119,8 @@ def rows(
     credit: dict[str, Any] = {}
     if instance is not None:
         credit = {"credits": instance.credits, "slots": instance.slots, "running": list(instance.running)}
+    if child is not None:
+        credit["start_s"] = child.start_s
     if inspection is None:
         return [{**down(component, child), **credit}]
     found: list[dict[str, Any]] = [{**plain(status), "component": component.name} for status in inspection.actors]

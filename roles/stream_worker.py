@@ -70,6 +70,8 @@ class StreamWorker(Actor):
         self.premises = premises
         self.uploads = UploadStore(topology.state_dir / UPLOADS)
         self.panels_run = 0
+        self.first_s: dict[str, float] = {}
+        """Seconds of the first run of each panel: compilers and kernels are warmed up in it."""
         self._queue: deque[Job] = deque()
         self._wake = asyncio.Event()
         self._current: Job | None = None
@@ -85,12 +87,15 @@ class StreamWorker(Actor):
             StartFailure: the model cannot be served, or the device is not there.
 
         """
+        began = time.monotonic()
         device = await asyncio.to_thread(usable_device, self.component.device)
         self._stream = DeviceStream(device, "compute")
+        self.start_s["device"] = time.monotonic() - began
         try:
             self._pipeline = await self._stream.run(self._load, device)
         except ModelError as error:
             raise StartFailure(str(error)) from error
+        self.start_s["weights"] = time.monotonic() - began - self.start_s["device"]
         self.premises.model_loaded(self._pipeline.signature)
         loaded = self._pipeline
         panels = [panel.value for panel in loaded.panels]
@@ -106,6 +111,7 @@ class StreamWorker(Actor):
             "queued": len(self._queue),
             "panels_run": self.panels_run,
             "components": ", ".join(sorted(self._pipeline.components)) if self._pipeline else "",
+            **{f"first_{panel}_s": seconds for panel, seconds in self.first_s.items()},
         }
 
     def overdue(self) -> str | None:
@@ -171,7 +177,11 @@ class StreamWorker(Actor):
             lost = is_device_lost(error)
             return PanelFailed(job.work, job.panel.value, describe(error), is_at_fault(error) and not lost, lost)
         self.panels_run += 1
-        return PanelFinished(job.work, job.panel.value, time.monotonic() - began, seedless)
+        seconds = time.monotonic() - began
+        if job.panel.value not in self.first_s:
+            self.first_s[job.panel.value] = seconds
+            self.log.info("first call", panel=job.panel.value, seconds=round(seconds, 2))
+        return PanelFinished(job.work, job.panel.value, seconds, seedless)
 
     async def _compute(self, job: Job, stream: DeviceStream, pipeline: PanelPipeline) -> bool:
         """Put the panel's outputs in the place of its inputs; returns whether they are the same for every seed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -95,7 +96,8 @@ def _shown(cluster: dict[str, Any], *, as_json: bool) -> RenderableType:
 
 def render(cluster: dict[str, Any]) -> RenderableType:
     """The answer of `GET /v1/cluster` as a table; leaves out what an API of another version does not say."""
-    rows = [_row(actor) for actor in cluster.get("actors", ())]
+    actors = cluster.get("actors", ())
+    rows = [_row(actor, _start(actor, actors)) for actor in actors]
     reasons = "".join(f"\n  {escape(str(reason))}" for reason in cluster.get("reasons", ()))
     headline = "[green]ready[/]" if cluster.get("ready") else f"[red]not ready[/]{reasons}"
     pools = [_pool(pool) for pool in cluster.get("pools", ())]
@@ -105,7 +107,22 @@ def render(cluster: dict[str, Any]) -> RenderableType:
     )
 
 
-def _row(actor: dict[str, Any]) -> tuple[str, ...]:
+def _start(actor: dict[str, Any], actors: Sequence[dict[str, Any]]) -> str:
+    """Where the time of a process's start went, and the first calls of its actors."""
+    if not (parts := actor.get("start_s")):
+        return ""
+    told = [f"{name} {seconds:.1f} s" for name, seconds in parts.items() if name != "start"]
+    rest = parts.get("start", 0.0) - sum(parts[name] for name in parts.keys() - {"launch", "import", "start"})
+    told += [f"other {rest:.1f} s"]
+    for other in actors:
+        if other.get("component") == actor.get("component"):
+            facts = other.get("facts") or {}
+            first = {name: value for name, value in facts.items() if name.startswith("first_") and name.endswith("_s")}
+            told += [f"{name[:-2].replace('_', ' ')} {value:.1f} s" for name, value in first.items()]
+    return ", ".join(told)
+
+
+def _row(actor: dict[str, Any], start: str) -> tuple[str, ...]:
     depth, capacity = actor.get("mailbox_depth"), actor.get("mailbox_capacity")
     slots, credits_ = actor.get("slots"), actor.get("credits")
     return (
@@ -116,7 +133,7 @@ def _row(actor: dict[str, Any]) -> tuple[str, ...]:
         _duration(actor.get("uptime_s")),
         "" if depth is None else f"{depth}/{capacity}",
         "" if slots is None else f"{credits_} of {slots} free",
-        escape(str(actor.get("detail", ""))),
+        escape(str(actor.get("detail", "")) or start),
     )
 
 

@@ -7,6 +7,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from actors import Actor, Component, Later, StartFailure, Topology
@@ -88,6 +89,9 @@ class Probe(Actor):
     async def started(self) -> None:
         if (self._state_dir / f"{self.name}.broken").exists():
             raise StartFailure(f"{self.name} has no model: give it one")
+        if (self._state_dir / f"{self.name}.slow").exists():
+            time.sleep(2.5)  # noqa: ASYNC251  as code does that reads weights or compiles and holds the interpreter
+            self.start_s["weights"] = 2.5
         if (self._state_dir / f"{self.name}.crashing").exists():
             raise RuntimeError("crashes whenever it starts")
 

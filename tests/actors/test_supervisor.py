@@ -99,6 +99,35 @@ def test_a_stopped_process_is_killed_for_its_silence_and_restarted(write: Write)
     run(scenario())
 
 
+def test_silence_while_it_starts_is_no_hang_and_the_time_is_told(write: Write) -> None:
+    async def scenario() -> None:
+        file = write(supervision(heartbeat_timeout_s=1))
+        state = load_topology(file).state_dir
+        state.mkdir(parents=True)
+        (state / "encoder-0.slow").touch()
+        async with supervised(file, "encoder-0") as seen:
+            assert (await seen.until("encoder-0", "ready")).restarts == 0
+            told = await seen.logged("child has started", child="encoder-0")
+            assert told["weights_s"] == 2.5
+            assert told["start_s"] >= 2.5
+            assert told["import_s"] > 0
+
+    run(scenario())
+
+
+def test_a_start_that_takes_longer_than_it_may_is_ended(write: Write) -> None:
+    async def scenario() -> None:
+        file = write(supervision(start_timeout_s=0.3, intensity=0))
+        state = load_topology(file).state_dir
+        state.mkdir(parents=True)
+        (state / "encoder-0.slow").touch()
+        async with supervised(file, "encoder-0", "head") as seen:
+            left = await seen.until("encoder-0", "gave_up")
+            assert left.reason.endswith("killed by SIGKILL: hung: not started within 0.3 s")
+
+    run(scenario())
+
+
 def test_overdue_work_counts_as_hung_with_its_reason(write: Write) -> None:
     async def scenario() -> None:
         async with supervised(write(supervision(heartbeat_timeout_s=1.5)), "encoder-0") as seen:
