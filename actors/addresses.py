@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 from actors.errors import UnknownName
+from actors.keys import read_keys
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from actors.topology import Topology
+    from bus import CurveKeys
 
 SUPERVISOR: Final = "supervisor"
 
@@ -22,6 +25,7 @@ class AddressBook:
     """
 
     def __init__(self, topology: Topology | None, extra: Mapping[str, str] | None = None) -> None:
+        self._topology = topology
         self._run_dir: Path | None = topology.run_dir if topology else None
         self._addresses = {c.name: c.address for c in topology.components} if topology else {}
         self._addresses.update(extra or {})
@@ -39,6 +43,14 @@ class AddressBook:
         if self._run_dir is not None and _is_supervisor(name):
             return f"ipc://{self._run_dir}/{name}"
         raise UnknownName(f"no actor is called {name!r}; known are {', '.join(sorted(self._addresses))}")
+
+    @cached_property
+    def keys(self) -> CurveKeys | None:
+        """Keys of the bus, for whoever opens a mailbox or an outbox; None where it runs without, over ipc.
+
+        Raises `StartFailure` when they cannot be read.
+        """
+        return read_keys(self._topology) if self._topology else None
 
     def supervisors(self) -> tuple[str, ...]:
         """Names of the supervisors with a socket in the run folder, running or left behind by a crash."""

@@ -65,9 +65,10 @@ class Cell:
             (*actor.handlers.messages, *SYSTEM_MESSAGES),
             generation=generation,
             capacity=max(_BURST, actor.mailbox_capacity),
+            curve=book.keys,
         )
         actor.generation, actor.restarts, actor.book = generation, restarts, book
-        actor.outbox = Outbox(actor.name, generation)
+        actor.outbox = Outbox(actor.name, generation, curve=book.keys)
         self._on_system = on_system
         self._crash: Callable[[BaseException], None] = lambda error: on_crash(actor, error)
         actor._on_crash = self._crash

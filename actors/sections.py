@@ -165,7 +165,8 @@ class BusSection(Section, frozen=True):
     """`[bus]`: how actors of different processes talk."""
 
     transport: Literal["ipc", "tcp"] = "ipc"
-    """Sockets in a private folder, or loopback TCP."""
+    """Sockets in a private folder, or loopback TCP with CURVE: `triptych up` makes a key in the state folder, and only
+    processes that can read it get in."""
 
 
 class StateSection(Section, frozen=True):

@@ -17,6 +17,7 @@ from actors import diagnostics, places
 from actors.addresses import SUPERVISOR, AddressBook, supervisor_of
 from actors.components import PARTS, PRELOAD
 from actors.generations import Generations
+from actors.keys import make_keys
 from actors.launcher import Launcher, thread_environment
 from actors.locks import exclusive
 from actors.prctl import adopt_orphans
@@ -71,10 +72,14 @@ class Supervision:
         self._asked = 0
 
     def run(self) -> int:
-        """Run on a loop of its own; returns the exit code. Raises `AlreadyRunning` and `PermissionError`."""
+        """Run on a loop of its own; returns the exit code.
+
+        Raises `AlreadyRunning`, `PermissionError`, and `StartFailure` when the key of the bus cannot be used.
+        """
         setproctitle(f"triptych: {SUPERVISOR} of {self.topology.path.name}")
         adopt_orphans()
         places.private_run_dir(self.topology.run_dir)
+        make_keys(self.topology)
         try:
             names = [component.name for component in self.components]
             with (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from typing import Final, Literal
 
@@ -23,16 +22,6 @@ class Address(msgspec.Struct, frozen=True):
     """The inproc name, the absolute ipc path, or the tcp host (IPv6 without brackets)."""
     port: int = 0
     """The tcp port; 0 for the others."""
-
-    @property
-    def loopback(self) -> bool:
-        """Whether nobody outside this host can reach it."""
-        if self.scheme != "tcp" or self.target == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.target).is_loopback
-        except ValueError:
-            return False  # a host name: whoever answers for it decides where it points
 
 
 def parse_address(text: str) -> Address:

@@ -10,7 +10,7 @@ class BusError(Exception):
 
 
 class AddressError(BusError):
-    """An address is malformed, taken, not to be bound, or not allowed without CURVE keys."""
+    """An address is malformed, taken, not to be bound, or tcp without CURVE keys."""
 
 
 class MailboxFull(BusError):
@@ -27,6 +27,10 @@ class AskTimeout(BusError):
 
 class Unreachable(BusError):
     """The connection to the peer was lost with the ask outstanding; it may or may not have been handled."""
+
+
+class HandshakeRefused(Unreachable):
+    """The peer, or whoever has its address now, does not have this side's CURVE keys; nothing was sent."""
 
 
 class _CodedError(BusError):

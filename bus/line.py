@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import math
 import struct
+from collections import deque
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
@@ -15,7 +17,7 @@ from bus import inproc
 from bus.address import Address
 from bus.dead_letters import DeadLetters
 from bus.envelope import Envelope, FailureCode, Kind
-from bus.errors import AskTimeout, BusError, MailboxFull, RemoteFailure, Unreachable
+from bus.errors import AskTimeout, BusError, HandshakeRefused, MailboxFull, RemoteFailure, Unreachable
 from bus.message import Message
 from bus.pump import Pump
 from bus.sockets import RECONNECT_FIRST_MS, RECONNECT_LAST_MS, CurveKeys, open_socket
@@ -24,6 +26,12 @@ from bus.wire import BadBodyError, BodyDecoder, UnreadableError, decode_envelope
 _EVENT: Final = struct.Struct("=Hi")
 _ESTABLISHED: Final = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
 _DISCONNECTED: Final = int(zmq.EVENT_DISCONNECTED)
+_REFUSED: Final = (int(zmq.EVENT_HANDSHAKE_FAILED_AUTH), int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL))
+_BROKEN_OFF: Final = int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
+# Who cannot read our greeting hangs up, and ZMQ tries again every 20 ms for ever. A peer that dies in the middle of
+# a handshake does the same, but not this often within this many seconds.
+_BREAKS: Final = 3
+_BREAKS_WITHIN_S: Final = 1.0
 _keys = itertools.count(1)
 
 
@@ -66,6 +74,7 @@ class Line:
         self._established = address.scheme == "inproc"  # ZMQ's monitor does not see those: nothing to wait for
         self._ended = asyncio.Event()
         self._hung_up = False
+        self._breaks: deque[float] = deque(maxlen=_BREAKS)
         self._key = next(_keys)
         context = context or zmq.Context.instance()
         socket = open_socket(
@@ -118,7 +127,7 @@ class Line:
             self._unsent.pop(number, None)
 
     async def down(self) -> None:
-        """Return when the established connection is lost; raises `Unreachable` after `hang_up`."""
+        """Return when the established connection is lost or refused; raises `Unreachable` after `hang_up`."""
         await self._ended.wait()
         if self._hung_up:
             raise Unreachable(f"this side closed its connection to {self._peer}")
@@ -126,21 +135,21 @@ class Line:
     def hang_up(self) -> None:
         """Close from this side."""
         self._hung_up = True
-        self._end(f"this side closed its connection to {self._peer}")
+        self._end(Unreachable(f"this side closed its connection to {self._peer}"))
 
     def _watch(self, context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes]) -> Pump | None:
         if self._inproc is not None:
             inproc.watch(self._inproc, self._key, self._down)
             return None
         endpoint = f"inproc://bus.monitor.{self._key}"
-        socket.monitor(endpoint, _ESTABLISHED | _DISCONNECTED)
+        socket.monitor(endpoint, _ESTABLISHED | _DISCONNECTED | _BROKEN_OFF | sum(_REFUSED))
         events = context.socket(zmq.PAIR)
         events.setsockopt(zmq.RCVHWM, 0)  # were it full, ZMQ's thread would block on it, and with it all sockets
         events.connect(endpoint)
         return Pump(events, self._monitored)
 
     def _monitored(self, frames: list[bytes]) -> None:
-        event, _ = _EVENT.unpack(frames[0])
+        event, value = _EVENT.unpack(frames[0])
         if event == _ESTABLISHED:
             self._established = True
             for frame in self._unsent.values():
@@ -148,14 +157,26 @@ class Line:
             self._unsent.clear()
         elif event == _DISCONNECTED and self._established:
             self._down()
+        elif event in _REFUSED or (event == _BROKEN_OFF and value != errno.EAGAIN and self._broken_often()):
+            self._refused()
+
+    def _broken_often(self) -> bool:
+        self._breaks.append(self._loop.time())
+        return len(self._breaks) == _BREAKS and self._breaks[-1] - self._breaks[0] < _BREAKS_WITHIN_S
+
+    def _refused(self) -> None:
+        if not self._ended.is_set():
+            why = f"{self._peer} refuses the handshake: it has other keys, or somebody else has its address"
+            self._end(HandshakeRefused(why))
+            self._lost()
 
     def _down(self) -> None:
         if not self._ended.is_set():
             self._pump.drain()  # answers that had arrived before the loss count
-            self._end(f"the connection to {self._peer} was lost")
+            self._end(Unreachable(f"the connection to {self._peer} was lost"))
             self._lost()
 
-    def _end(self, why: str) -> None:
+    def _end(self, why: Unreachable) -> None:
         if self._monitor is not None:
             # Before its reader goes: ZMQ's thread would block for ever on an event that nobody can take.
             self._socket.disable_monitor()
@@ -166,7 +187,7 @@ class Line:
         if self._timer is not None:
             self._timer.cancel()
         for ask in self._asks.values():
-            _fail(ask, Unreachable(why))
+            _fail(ask, type(why)(str(why)))
         self._asks.clear()
         self._ended.set()
 

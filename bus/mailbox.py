@@ -17,6 +17,7 @@ from bus.binding import Binding
 from bus.dead_letters import DeadLetters
 from bus.envelope import Envelope, Failure, FailureCode, Kind
 from bus.errors import BusError, MessageTooLong
+from bus.gate import Gate, open_gate
 from bus.message import Message
 from bus.pump import Pump
 from bus.sockets import CurveKeys, open_socket
@@ -93,10 +94,10 @@ class Mailbox:
             that the sender's connection is cut before the bytes are read.
         dead_letters: where to record them, by default a ring of its own.
         context: default `zmq.Context.instance()`.
-        curve: key pair, required for tcp outside loopback.
+        curve: key pair, required for tcp; only who has the same may connect.
 
     Raises:
-        AddressError: malformed address, or tcp to the outside without keys.
+        AddressError: malformed address.
 
     """
 
@@ -129,6 +130,7 @@ class Mailbox:
         self._consumer: asyncio.Future[None] | None = None
         self._pump: Pump | None = None
         self._binding: Binding | None = None
+        self._gate: Gate | None = None
 
     @property
     def depth(self) -> int:
@@ -136,12 +138,13 @@ class Mailbox:
         return len(self._queue)
 
     async def start(self) -> None:
-        """Bind and begin to receive; raises `AddressError` when the address cannot be bound.
+        """Bind and begin to receive; raises `AddressError` when the address cannot be bound, or is tcp without keys.
 
         An ipc file that a killed process left behind is replaced; one that is being served is not.
         """
+        context = self._context or zmq.Context.instance()
         socket = open_socket(
-            self._context or zmq.Context.instance(),
+            context,
             zmq.ROUTER,
             self._parsed,
             high_water_mark=max(self.capacity, _HIGH_WATER_MARK),
@@ -149,10 +152,13 @@ class Mailbox:
             curve=self._curve,
         )
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        if self._parsed.scheme == "tcp":
+            self._gate = open_gate(context)
         try:
             self._binding = Binding(socket, self._parsed, self.address)
         except BaseException:
             socket.close(linger=0)
+            self._close_gate()
             raise
         self._pump = Pump(socket, self._arrived)
 
@@ -188,9 +194,15 @@ class Mailbox:
         self._binding.release()
         self._pump.close(LINGER_MS)
         self._pump = None
+        self._close_gate()
         if self._parsed.scheme == "inproc":
             inproc.announce_closed(self._parsed.target)
         self._wake()
+
+    def _close_gate(self) -> None:
+        if self._gate is not None:
+            self._gate.close()
+            self._gate = None
 
     def _arrived(self, frames: list[bytes]) -> None:
         route, *rest = frames

@@ -32,7 +32,7 @@ class Outbox:
         max_message_bytes: longest message that may be sent.
         dead_letters: where to record refused tells and late answers, by default a ring of its own.
         context: default `zmq.Context.instance()`.
-        curve: key pair, required for tcp outside loopback.
+        curve: key pair, required for tcp.
 
     """
 
@@ -98,6 +98,7 @@ class Reference:
             AskTimeout: no answer within `timeout_s` seconds.
             MailboxFull: the peer's queue, or the queue towards it, is full.
             Unreachable: the connection was lost meanwhile; the peer may or may not have handled the message.
+            HandshakeRefused: the peer does not have the same keys; an `Unreachable`.
             RemoteFailure: the peer answered with a `Failure`, or with something else than `replies`.
             MessageTooLong: it was not sent.
 
@@ -123,8 +124,8 @@ class Reference:
         """Await it to learn that the peer went down: its process died, or it closed the mailbox.
 
         It watches the connection of the moment of the call, not of the first await, and connects if there is
-        none; a peer that is not there yet has to come before it can go. Raises `Unreachable` when this side
-        closes.
+        none; a peer that is not there yet has to come before it can go, or to refuse the handshake. Raises
+        `Unreachable` when this side closes.
         """
         return self._connected().down()
 

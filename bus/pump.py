@@ -18,11 +18,12 @@ _MORE: Final = int(zmq.SNDMORE | zmq.NOBLOCK)
 _EVENTS: Final = int(zmq.EVENTS)  # plain numbers: pyzmq looks an enum up on every call
 _POLLIN: Final = int(zmq.POLLIN)
 _RCVMORE: Final = int(zmq.RCVMORE)
+_FRAMES: Final = 16  # kept of one message: more than any that is in order has
 _BUDGET: Final = 256  # messages read in one go, so that a flood cannot starve the loop
 
 
 class Pump:
-    """Hands every message that arrives on `socket` to `arrived`, as a list of frames.
+    """Hands every message that arrives on `socket` to `arrived`, as a list of its first `_FRAMES` frames.
 
     Works on the running loop, stdlib or uvloop. Without traffic it uses no CPU.
     """
@@ -91,5 +92,7 @@ class Pump:
         except zmq.Again:
             return None
         while self._socket.getsockopt(_RCVMORE):
-            frames.append(receive(_NOBLOCK))
+            frame = receive(_NOBLOCK)
+            if len(frames) < _FRAMES:
+                frames.append(frame)
         return frames

@@ -1,4 +1,4 @@
-"""Run by path as `echo_process.py ADDRESS`: says who answered; answers nothing to `Hold`."""
+"""Run by path as `echo_process.py ADDRESS PUBLIC SECRET`: says who answered; answers nothing to `Hold`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import uvloop
 
-from bus import Mailbox, Message
+from bus import CurveKeys, Mailbox, Message
 
 
 class Who(Message):
@@ -30,8 +30,8 @@ class Numbers(Message):
     held: tuple[int, ...]
 
 
-async def main(address: str) -> None:
-    mailbox = Mailbox("peer", address, (Who, Hold, Held))
+async def main(address: str, keys: CurveKeys) -> None:
+    mailbox = Mailbox("peer", address, (Who, Hold, Held), curve=keys)
     await mailbox.start()
     print("ready", flush=True)
     held: list[int] = []
@@ -47,4 +47,4 @@ async def main(address: str) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(main(sys.argv[1]))
+    uvloop.run(main(sys.argv[1], CurveKeys(*(key.encode() for key in sys.argv[2:]))))

@@ -43,21 +43,3 @@ def test_parses(text: str, expected: Address) -> None:
 def test_refuses(text: str) -> None:
     with pytest.raises(AddressError):
         parse_address(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "loopback"),
-    [
-        ("inproc://a", True),
-        ("ipc:///a", True),
-        ("tcp://localhost:1", True),
-        ("tcp://127.1.2.3:1", True),
-        ("tcp://[::1]:1", True),
-        ("tcp://0.0.0.0:1", False),
-        ("tcp://*:1", False),
-        ("tcp://10.0.0.1:1", False),
-        ("tcp://gpu-7:1", False),
-    ],
-)
-def test_knows_loopback(text: str, loopback: bool) -> None:
-    assert parse_address(text).loopback is loopback

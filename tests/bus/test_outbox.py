@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import struct
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -18,6 +19,9 @@ from bus import (
     AskTimeout,
     CurveKeys,
     Delivery,
+    Envelope,
+    HandshakeRefused,
+    Kind,
     Mailbox,
     MailboxFull,
     Message,
@@ -27,8 +31,13 @@ from bus import (
     current_traceparent,
     new_traceparent,
 )
+from bus.wire import encode
 
 Run = Callable[..., Any]
+KEYS = CurveKeys(*zmq.curve_keypair())
+OTHERS = CurveKeys(*zmq.curve_keypair())
+AUTH, HUNG_UP = zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+PROTOCOL = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 
 
 class Echo(Message):
@@ -96,10 +105,10 @@ def test_every_transport_asks_tells_and_sees_the_peer_go(run: Run, folder: Path,
     }[transport]
 
     async def scenario() -> None:
-        with sending() as outbox:
+        with sending(curve=KEYS) as outbox:
             reference = outbox.reference("echo", address)
             early = asyncio.ensure_future(reference.ask(Echo("early"), Echoed, timeout_s=20))
-            async with serving(address) as mailbox:
+            async with serving(address, curve=KEYS) as mailbox:
                 assert await early == Echoed("early")
                 reference.tell(Echo("told"))
                 assert await reference.ask(Echo("hi"), Echoed, timeout_s=20) == Echoed("hi")
@@ -354,18 +363,63 @@ def test_the_trace_travels_along(run: Run, folder: Path) -> None:
     run(scenario())
 
 
-def test_curve_keeps_strangers_out(run: Run) -> None:
+@pytest.mark.parametrize("fault", ["other keys", "the public key alone", "no keys at all"])
+def test_over_tcp_only_who_has_the_keys_gets_in(run: Run, fault: str) -> None:
     address = f"tcp://127.0.0.1:{free_port()}"
-    keys = CurveKeys(*zmq.curve_keypair())
-    others = CurveKeys(*zmq.curve_keypair())
 
     async def scenario() -> None:
-        async with serving(address, curve=keys):
-            for curve in (None, others):
-                with sending("test", curve=curve) as outbox, pytest.raises(AskTimeout):
-                    await outbox.reference("echo", address).ask(Echo("hi"), Echoed, timeout_s=0.3)
-            with sending("test", curve=keys) as outbox:
+        async with serving(address, curve=KEYS) as mailbox:
+            if fault == "other keys":
+                with sending("test", curve=OTHERS) as outbox, pytest.raises(HandshakeRefused, match="other keys"):
+                    await outbox.reference("echo", address).ask(Echo("hi"), Echoed, timeout_s=20)
+            else:
+                await asyncio.to_thread(knock, address, KEYS.public if fault == "the public key alone" else None)
+            with sending("test", curve=KEYS) as outbox:
                 reference = outbox.reference("echo", address)
                 assert await reference.ask(Echo("hi"), Echoed, timeout_s=20) == Echoed("hi")
+            assert mailbox.dead_letters.count == 0
+
+    run(scenario())
+
+
+def knock(address: str, server_key: bytes | None) -> None:
+    """Send an ask from a bare socket, and return when ZMQ says that the connection came to nothing."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.linger = 0
+        if server_key:
+            socket.curve_serverkey, (socket.curve_publickey, socket.curve_secretkey) = server_key, zmq.curve_keypair()
+        refused = AUTH if server_key else HUNG_UP | PROTOCOL
+        events = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | refused)
+        events.rcvtimeo = 20_000
+        socket.connect(address)
+        socket.send(encode(Envelope("echo", "x", Kind.ASK, 1, 0, 60.0, 0, ""), Echo("hi"), 1 << 20))
+        event, _ = struct.unpack("=Hi", events.recv_multipart()[0])
+        assert event & refused
+        socket.disable_monitor()
+
+
+def test_a_connection_waits_for_keys_that_are_right_later(run: Run) -> None:
+    address = f"tcp://127.0.0.1:{free_port()}"
+
+    async def scenario() -> None:
+        with sending("test", curve=KEYS) as outbox:
+            reference = outbox.reference("echo", address)
+            async with serving(address, curve=OTHERS):
+                with pytest.raises(HandshakeRefused):
+                    await reference.ask(Echo("hi"), Echoed, timeout_s=20)
+            async with serving(address, curve=KEYS):
+                assert await reference.ask(Echo("hi"), Echoed, timeout_s=20) == Echoed("hi")
+
+    run(scenario())
+
+
+def test_without_its_gate_a_mailbox_lets_nobody_in(run: Run) -> None:
+    address = f"tcp://127.0.0.1:{free_port()}"
+
+    async def scenario() -> None:
+        async with serving(address, curve=KEYS) as mailbox:
+            mailbox._close_gate()
+            with sending("test", curve=KEYS) as outbox, pytest.raises(Unreachable):
+                await outbox.reference("echo", address).ask(Echo("hi"), Echoed, timeout_s=20)
 
     run(scenario())

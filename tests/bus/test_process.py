@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
-from bus import Message, Outbox, Reference, Unreachable
+from bus import CurveKeys, Message, Outbox, Reference, Unreachable
 
 PROGRAM = Path(__file__).with_name("echo_process.py")
+KEYS = CurveKeys(*zmq.curve_keypair())
 
 
 class Who(Message):
@@ -52,7 +54,11 @@ def start() -> Iterator[Callable[[str], subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
 
     def start_peer(address: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen([sys.executable, str(PROGRAM), address], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, str(PROGRAM), address, *(key.decode() for key in (KEYS.public, KEYS.secret))],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         started.append(process)
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -75,7 +81,7 @@ def test_a_killed_peer_is_seen_and_its_successor_reached(
 ) -> None:
     async def scenario() -> None:
         first = start(address)
-        outbox = Outbox("test")
+        outbox = Outbox("test", curve=KEYS)
         reference = outbox.reference("peer", address)
         assert await reference.ask(Who(), Me, timeout_s=20) == Me(first.pid)
         down = asyncio.ensure_future(reference.down())
@@ -104,7 +110,7 @@ def test_what_was_queued_for_a_stopped_peer_does_not_reach_its_successor(
 ) -> None:
     async def scenario() -> None:
         first = start(address)
-        outbox = Outbox("test")
+        outbox = Outbox("test", curve=KEYS)
         reference = outbox.reference("peer", address)
         assert await reference.ask(Who(), Me, timeout_s=20) == Me(first.pid)
         down = asyncio.ensure_future(reference.down())

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from actors import Actor, AddressBook, Topology, load_topology
+from actors.keys import make_keys
 from actors.runtime import Runtime
 from bus import Outbox, Reference, RemoteFailure
 from engines.lora import PARAMETERS
@@ -82,11 +83,11 @@ def topology(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
         '{"name": "tiny", "defaults": {"height": 96}, "ranges": {"height": [64, 128, 8]}}'
     )
 
-    def make(head: str = "", lora: str = "") -> Topology:
+    def make(head: str = "", lora: str = "", bus: str = "", state: str = "state") -> Topology:
         roles = "\n".join(f'[[roles]]\nkind = "{kind}"' for kind in ("encoder", "denoiser", "decoder"))
         path = tmp_path / "t.toml"
         path.write_text(
-            f'[model]\npath = "model"\n{lora}\n[state]\npath = "state"\n[head]\n{head}\n'
+            f'[model]\npath = "model"\n{lora}\n[state]\npath = "{state}"\n[head]\n{head}\n[bus]\n{bus}\n'
             f"[supervision]\nheartbeat_timeout_s = 1\n{roles}\n"
         )
         return load_topology(path)
@@ -129,7 +130,8 @@ async def playing(topology: Topology, *, generation: int = 1) -> AsyncIterator[S
     book = AddressBook(topology)
     names = [c.name for c in topology.components if c.kind in ("encoder", "denoiser", "decoder")]
     workers = {name: Worker(name) for name in names}
-    outbox = Outbox("test")
+    make_keys(topology)
+    outbox = Outbox("test", curve=book.keys)
     async with (
         Runtime([Pool("pool")], book=book, generation=generation),
         Runtime(list(workers.values()), book=book, generation=generation),

@@ -56,7 +56,8 @@ async def at_rest(cluster: Cluster) -> tuple[list[dict[str, Any]], list[LeaseVie
     Seen once it has all that are held for a request, or as they are after REST_S seconds.
     """
     names = [c.name for c in cluster.topology.components if c.kind == "pool"]
-    book, outbox = AddressBook(cluster.topology), Outbox("chaos")
+    book = AddressBook(cluster.topology)
+    outbox = Outbox("chaos", curve=book.keys)
     began = time.monotonic()
     try:
         while True:

@@ -53,8 +53,9 @@ class Striker:
     def __init__(self, cluster: Cluster, seed: int) -> None:
         self._cluster = cluster
         self._rng = random.Random(seed)
-        self._outbox = Outbox("chaos")
-        self._head = self._outbox.reference("head", AddressBook(cluster.topology).address("head"))
+        self._book = AddressBook(cluster.topology)
+        self._outbox = Outbox("chaos", curve=self._book.keys)
+        self._head = self._outbox.reference("head", self._book.address("head"))
         self._struck: dict[str, asyncio.Lock] = {}
         self.blows: list[Blow] = []
 
@@ -102,10 +103,15 @@ class Striker:
 
     def _throw_garbage(self, name: str) -> None:
         """Bytes that are no message, to the component's mailbox and to the HTTP port."""
-        address = AddressBook(self._cluster.topology).address(name)
         with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
             dealer.linger = 200
-            dealer.connect(address)
+            if keys := self._book.keys:  # from within: from without nothing reaches a mailbox over tcp
+                dealer.curve_publickey, dealer.curve_secretkey, dealer.curve_serverkey = (
+                    keys.public,
+                    keys.secret,
+                    keys.public,
+                )
+            dealer.connect(self._book.address(name))
             for _ in range(20):
                 dealer.send_multipart([self._rng.randbytes(self._rng.randrange(1, 200)) for _ in range(2)])
         api = self._cluster.topology.api
