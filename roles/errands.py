@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from actors import Actor
-from bus import BusError, MailboxFull, RemoteFailure
+from bus import AskTimeout, BusError, MailboxFull, Message, MessageTooLong, RemoteFailure, Unreachable
 from engines.panels import Panel
 from roles.effects import Assign, Cancel, Effect, Release, Settle
 from roles.ledger import Ledger
 from roles.messages import pool as pools
 from roles.messages import stages
 from roles.messages.work import LeaseRef, Renewal, Staged, Work
+from roles.reporter import pause_s
 from roles.request import UPSTREAM, Unit
 
+R = TypeVar("R", bound=Message)
+
 ANSWER_S = 5.0
-"""An actor that takes longer than this to say yes or no is taken for lost."""
+"""An actor that takes longer than this to say yes or no is asked again."""
 
 
 class _NoRoomError(Exception):
@@ -61,9 +66,10 @@ class Errands:
     # -- sending work
 
     async def _assign(self, instance: str, unit: Unit, work: Work) -> None:
+        sent_to = self._ledger.fleet.generation(instance)
         try:
             message = await self._order(instance, unit, work)
-            await self._head.reference(instance).ask(message, stages.StageTaken, timeout_s=ANSWER_S)
+            await self._ask(instance, unit, work, message, stages.StageTaken)
         except _OvertakenError:
             self._ledger.fleet.refund(instance)
         except _SourceGoneError:
@@ -71,16 +77,34 @@ class Errands:
         except _NoRoomError as error:
             self._ledger.fleet.refund(instance)
             self._ledger.give_up(work, instance, str(error), time.time())
+        except MessageTooLong as error:
+            self._ledger.fleet.refund(instance)
+            self._ledger.give_up(work, instance, f"it is too long to be sent: {error}", time.time())
+            self._cancel(instance, work, "it is too long to be sent")  # a slot may be reserved for it
         except RemoteFailure as error:
             self._ledger.not_taken(instance, work, error.code, error.detail, time.time())
-        except MailboxFull as error:
-            self._ledger.not_taken(instance, work, "mailbox_full", str(error), time.time())
-        except BusError as error:
-            # It may have taken the work or not: out of the books with it, until it says hello with what it has.
-            self._ledger.instance_down(instance, f"did not take {work}: {error}", time.time())
+        except Unreachable:
+            self._lost(instance, sent_to)
         else:
             return
         self._settle()
+
+    async def _ask(self, instance: str, unit: Unit, work: Work, message: Message, *replies: type[R]) -> R:
+        """Ask an instance about work until it answers: silence alone is no death, and work is taken once.
+
+        Raises:
+            _OvertakenError: the unit was cancelled or sent elsewhere meanwhile.
+            Unreachable, RemoteFailure, MessageTooLong: as `Reference.ask`.
+        """
+        attempt = 0
+        while unit.work == work and unit.instance == instance:
+            try:
+                return await self._head.reference(instance).ask(message, *replies, timeout_s=ANSWER_S)
+            except (AskTimeout, MailboxFull) as error:
+                self._head.log.info("asked again", instance=instance, work=str(work), error=str(error))
+            await asyncio.sleep(pause_s(attempt, random.random()))  # noqa: S311  jitter
+            attempt += 1
+        raise _OvertakenError
 
     async def _order(self, instance: str, unit: Unit, work: Work) -> stages.StageAssign | stages.TransferPush:
         """What to send.
@@ -107,30 +131,23 @@ class Errands:
 
         Raises:
             _NoRoomError: the tensors can never fit.
-            _OvertakenError: the unit was cancelled or sent elsewhere meanwhile.
-            BusError: the receiver does not answer.
+            And what `_ask` raises.
         """
         receiver = self._ledger.fleet.instances.get(instance)
         if receiver is None or receiver.pool == source.lease.pool:
             return None
         if spare := self._ledger.fleet.take_spare(instance, source.nbytes):
             return spare
-        pause_s = 0.02
+        attempt = 0
         while True:
-            answer = await self._head.reference(instance).ask(
-                stages.TransferAlloc(work, source.nbytes),
-                stages.TransferAllocated,
-                stages.TransferRejected,
-                timeout_s=ANSWER_S,
-            )
+            message = stages.TransferAlloc(work, source.nbytes)
+            answer = await self._ask(instance, unit, work, message, stages.TransferAllocated, stages.TransferRejected)
             if isinstance(answer, stages.TransferAllocated):
                 return answer.target
             if isinstance(answer, stages.TransferRejected) and not answer.retryable:
                 raise _NoRoomError(answer.reason)
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, 0.5)
-            if unit.work != work or unit.instance != instance:
-                raise _OvertakenError
+            await asyncio.sleep(pause_s(attempt, random.random()))  # noqa: S311  jitter
+            attempt += 1
 
     def _cancel(self, instance: str, work: Work, reason: str) -> None:
         try:
@@ -152,7 +169,7 @@ class Errands:
 
     async def reclaim(self) -> None:
         """Release sealed slots that no request needs: what was staged by an attempt that no longer counts."""
-        for pool in self._pools:
+        for pool in tuple(self._pools):
             try:
                 report = await self._head.reference(pool).ask(pools.LeaseQuery(), pools.LeaseReport, timeout_s=ANSWER_S)
             except BusError as error:
@@ -174,11 +191,14 @@ class Errands:
     async def watch_instance(self, name: str, generation: int) -> None:
         """Until its process ends; then its work goes to others."""
         await self._head.reference(name).down()
-        instance = self._ledger.fleet.instances.get(name)
-        if instance and instance.generation == generation:
+        self._lost(name, generation)
+        self._settle()
+
+    def _lost(self, name: str, generation: int) -> None:
+        """The connection to an instance's process was lost; of a later one, nothing is known."""
+        if generation and self._ledger.fleet.generation(name) == generation:
             self._head.log.warning("instance down", instance=name)
             self._ledger.instance_down(name, "its process ended", time.time())
-            self._settle()
 
     def watch_pools(self) -> None:
         """Start to watch every pool of the topology."""
@@ -188,14 +208,19 @@ class Errands:
     async def _watch_pool(self, name: str) -> None:
         """For ever: notices when a pool, and all that was staged in it, is gone."""
         reference = self._head.reference(name)
+        attempt = 0
         while True:
             # Watched before it is asked, so that a death right after the answer is not missed.
             lost = self._head.spawn(reference.down(), name=f"down {name}")
             try:
                 found = await reference.ask(pools.PoolQuery(), pools.PoolDescription, timeout_s=ANSWER_S)
-            except BusError:  # not there yet: ask again
+            except BusError as error:  # not there yet, or not open
                 lost.cancel()
+                self._head.log.info("pool does not answer", pool=name, error=str(error))
+                await asyncio.sleep(pause_s(attempt, random.random()))  # noqa: S311  jitter
+                attempt += 1
                 continue
+            attempt = 0
             self._pools[name] = found.generation
             self._ledger.pool_down(name, found.generation, time.time())
             self._settle()

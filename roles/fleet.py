@@ -79,6 +79,11 @@ class Fleet:
         self.instances[hello.name] = instance
         return instance
 
+    def generation(self, name: str) -> int:
+        """The incarnation of that name, 0 when there is none."""
+        instance = self.instances.get(name)
+        return instance.generation if instance else 0
+
     def fenced(self, name: str, generation: int) -> bool:
         """Whether this incarnation was given up, so that nothing it says counts."""
         return generation <= self._fenced.get(name, 0)

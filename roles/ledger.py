@@ -27,6 +27,9 @@ MAX_TRANSFERS_LOST = 10
 DRAINING = ("draining", "stopping")
 """Codes with which an instance that is about to end refuses work."""
 
+UNTRIED = (*DRAINING, "no_credit", "cancelled", "mailbox_full", "deadline_exceeded")
+"""Codes of refusals before anything was done for the work: they are not the work's fault."""
+
 
 @dataclass(slots=True)
 class Tally:
@@ -146,7 +149,7 @@ class Ledger:
         if code != "no_credit":
             self.fleet.refund(name)
         if unit := self._current(work, name):
-            self._retry(unit, f"{name}: {cause}", now, counts=code not in (*DRAINING, "no_credit", "cancelled"))
+            self._retry(unit, f"{name}: {cause}", now, counts=code not in UNTRIED)
 
     def started(self, work: Work, name: str, panel: Panel, now: float) -> bool:
         """The panel runs."""

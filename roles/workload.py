@@ -115,6 +115,7 @@ class Workload:
         self.reservations: dict[Work, LeaseRef] = {}
         """Slots of the own pool that wait for a push."""
         self._cancelled: dict[Work, None] = {}
+        self._ended: dict[Work, None] = {}
 
     @property
     def issued(self) -> int:
@@ -191,9 +192,7 @@ class Workload:
 
     def cancel(self, work: Work) -> tuple[Effect, ...]:
         """Stop `work` as soon as its phase allows; it will not be taken again."""
-        self._cancelled[work] = None
-        if len(self._cancelled) > _REMEMBERED:
-            del self._cancelled[next(iter(self._cancelled))]
+        _remember(self._cancelled, work)
         item = self.items.get(work)
         if item is None:
             target = self.reservations.pop(work, None)
@@ -301,7 +300,7 @@ class Workload:
         item = self.items.get(work)
         if work in self._cancelled:
             raise NotTaken("cancelled", f"{work} was cancelled")
-        if item is not None:
+        if item is not None or work in self._ended:  # asked again, because the answer was late
             return False
         if len(self.items) >= self.slots:
             raise NotTaken("no_credit", f"{self.instance} has {len(self.items)} works in hand and {self.slots} slots")
@@ -323,6 +322,7 @@ class Workload:
     def _end(self, item: Item, report: _MakeReport) -> tuple[Effect, ...]:
         del self.items[item.work]
         self.ended += 1
+        _remember(self._ended, item.work)
         return (Clear(item.work), Report(report(self.issued)))
 
     def _end_cancelled(self, item: Item) -> tuple[Effect, ...]:
@@ -333,3 +333,9 @@ class Workload:
         return self._end(
             item, lambda issued: StageFailed(item.work, self.instance, panel, error, retryable, issued, at_fault)
         )
+
+
+def _remember(memory: dict[Work, None], work: Work) -> None:
+    memory[work] = None
+    if len(memory) > _REMEMBERED:
+        del memory[next(iter(memory))]

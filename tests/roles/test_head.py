@@ -14,9 +14,10 @@ import pytest
 from actors import Actor, AddressBook, Topology, load_topology
 from actors.keys import make_keys
 from actors.runtime import Runtime
-from bus import Outbox, Reference, RemoteFailure
+from bus import Outbox, Reference, Refused, RemoteFailure
 from engines.lora import PARAMETERS
 from engines.parameters import Kind, Parameter, Signature
+from roles import errands
 from roles.artifacts import ARTIFACTS, ArtifactStore
 from roles.head import Head
 from roles.messages import pool as pools
@@ -42,10 +43,22 @@ PICTURE = Upload("a.png", 8)
 class Pool(Actor):
     """Answers for the pool: nothing is ever staged in it."""
 
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.refuses = 0
+        self.silent = False
+        self.asked_for_leases = asyncio.Event()
+
     async def describe(self, _: pools.PoolQuery) -> pools.PoolDescription:
+        if self.refuses:
+            self.refuses -= 1
+            raise Refused("not_ready", "it opens")
         return pools.PoolDescription(self.name, 1, 1, 0, 64, 64, 0, "", 0, "none")
 
     async def leases(self, _: pools.LeaseQuery) -> pools.LeaseReport:
+        self.asked_for_leases.set()
+        if self.silent:
+            await asyncio.Event().wait()
         return pools.LeaseReport(())
 
     async def release(self, message: pools.ReleaseSlots) -> pools.SlotsReleased:
@@ -59,8 +72,11 @@ class Worker(Actor):
         super().__init__(name)
         self.work: asyncio.Queue[Work] = asyncio.Queue()
         self.cancelled: asyncio.Queue[Work] = asyncio.Queue()
+        self.running = asyncio.Event()
+        self.running.set()
 
     async def assign(self, message: stages.StageAssign) -> stages.StageTaken:
+        await self.running.wait()
         self.work.put_nowait(message.work)
         return stages.StageTaken(message.work)
 
@@ -83,12 +99,18 @@ def topology(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
         '{"name": "tiny", "defaults": {"height": 96}, "ranges": {"height": [64, 128, 8]}}'
     )
 
-    def make(head: str = "", lora: str = "", bus: str = "", state: str = "state") -> Topology:
+    def make(
+        head: str = "",
+        lora: str = "",
+        bus: str = "",
+        state: str = "state",
+        supervision: str = "heartbeat_timeout_s = 1",
+    ) -> Topology:
         roles = "\n".join(f'[[roles]]\nkind = "{kind}"' for kind in ("encoder", "denoiser", "decoder"))
         path = tmp_path / "t.toml"
         path.write_text(
             f'[model]\npath = "model"\n{lora}\n[state]\npath = "{state}"\n[head]\n{head}\n[bus]\n{bus}\n'
-            f"[supervision]\nheartbeat_timeout_s = 1\n{roles}\n"
+            f"[supervision]\n{supervision}\n{roles}\n"
         )
         return load_topology(path)
 
@@ -98,8 +120,10 @@ def topology(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 class Stage:
     """A head under test and the other ends of its wires."""
 
-    def __init__(self, topology: Topology, head: Reference, workers: dict[str, Worker]) -> None:
-        self.topology, self.head, self.workers = topology, head, workers
+    def __init__(self, actor: Head, head: Reference, pool: Pool, workers: dict[str, Worker]) -> None:
+        self.actor, self.head, self.pool, self.workers = actor, head, pool, workers
+        self.topology = actor.topology
+        self.kill_pool: Callable[[], Coroutine[Any, Any, None]]
 
     async def submit(
         self, id_: str = "r", *, key: str = "", n: int = 1, output: Output = PNG, owner: str = "", **inputs: Any
@@ -126,18 +150,22 @@ class Stage:
 
 
 @asynccontextmanager
-async def playing(topology: Topology, *, generation: int = 1) -> AsyncIterator[Stage]:
+async def playing(topology: Topology, *, generation: int = 1, pool: Pool | None = None) -> AsyncIterator[Stage]:
     book = AddressBook(topology)
     names = [c.name for c in topology.components if c.kind in ("encoder", "denoiser", "decoder")]
     workers = {name: Worker(name) for name in names}
     make_keys(topology)
     outbox = Outbox("test", curve=book.keys)
+    pool = pool or Pool("pool")
+    head = Head(topology)
     async with (
-        Runtime([Pool("pool")], book=book, generation=generation),
+        Runtime([pool], book=book, generation=generation) as pools_process,
         Runtime(list(workers.values()), book=book, generation=generation),
-        Runtime([Head(topology)], book=book, generation=generation),
+        Runtime([head], book=book, generation=generation),
     ):
-        yield Stage(topology, outbox.reference("head", book.address("head")), workers)
+        stage = Stage(head, outbox.reference("head", book.address("head")), pool, workers)
+        stage.kill_pool = pools_process._close
+        yield stage
         outbox.close()
 
 
@@ -333,6 +361,92 @@ def test_an_instance_that_falls_silent_is_fenced(topology: Callable[..., Topolog
                 await stage.hello("encoder-0", generation=5)
             await stage.hello("encoder-0", generation=6)
             assert (await stage.next_work("encoder-0")).attempt == 2
+
+    play(scenario())
+
+
+def test_an_instance_that_stalls_is_asked_again_and_loses_nothing(
+    topology: Callable[..., Topology], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[int] = []
+    monkeypatch.setattr(errands, "ANSWER_S", 0.05)
+    monkeypatch.setattr(errands, "pause_s", lambda attempt, _: pauses.append(attempt) or 0.01)
+
+    async def scenario() -> None:
+        async with playing(topology("", supervision="heartbeat_timeout_s = 60")) as stage:
+            await stage.hello("encoder-0")
+            await stage.submit("runs")
+            runs = await stage.next_work("encoder-0")
+            await stage.report(stages.StageStarted(runs, "encoder-0", "encoder"))
+            worker = stage.workers["encoder-0"]
+            for stall in (1, 2):
+                worker.running.clear()
+                await stage.submit(f"comes{stall}", prompt=f"another {stall}")
+                pauses.clear()
+                async with asyncio.timeout(BOUND_S):
+                    while len(pauses) < 2:
+                        await stage.view("runs")
+                worker.running.set()
+                assert await stage.next_work("encoder-0") == Work(f"comes{stall}/0", 1)
+                await stage.report(staged(Work(f"comes{stall}/0", 1), "encoder", stall))
+            assert (await stage.view("runs")).units[0].attempts == 1
+            assert (await stage.view("runs")).state == "ENCODER_RUNNING"
+
+    play(scenario())
+
+
+def test_a_request_that_is_too_long_to_be_sent_fails_and_takes_no_instance_out(
+    topology: Callable[..., Topology],
+) -> None:
+    async def scenario() -> None:
+        async with playing(topology()) as stage:
+            await stage.hello("encoder-0")
+            await stage.submit()
+            await stage.next_work("encoder-0")
+            long = stage.actor._request(requests.SubmitRequest("long", {"prompt": "x"}, 7, 1, PNG, ""), "")
+            long.inputs["prompt"] = "x" * 2**20
+            stage.actor.ledger.accept(long, 0.0)
+            stage.actor.settle()
+            async with asyncio.timeout(BOUND_S):
+                while not long.terminal:
+                    await stage.view()
+            assert long.state == "FAILED"
+            assert "too long to be sent" in long.units[0].causes[0]
+            assert (await stage.view()).units[0].attempts == 1
+
+    play(scenario())
+
+
+def test_a_pool_that_refuses_is_asked_again_after_ever_longer_pauses(
+    topology: Callable[..., Topology], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[int] = []
+    monkeypatch.setattr(errands, "pause_s", lambda attempt, _: pauses.append(attempt) or 0.0)
+
+    async def scenario() -> None:
+        pool = Pool("pool")
+        pool.refuses = 3
+        async with playing(topology(), pool=pool) as stage, asyncio.timeout(BOUND_S):
+            while stage.actor.errands.pools_missing():
+                await stage.head.ask(requests.ClusterQuery(), requests.ClusterView, timeout_s=BOUND_S)
+        assert pauses == [0, 1, 2]
+
+    play(scenario())
+
+
+def test_pools_may_come_and_go_while_they_are_looked_through(
+    topology: Callable[..., Topology],
+) -> None:
+    async def scenario() -> None:
+        async with playing(topology()) as stage, asyncio.timeout(BOUND_S):
+            while stage.actor.errands.pools_missing():
+                await stage.head.ask(requests.ClusterQuery(), requests.ClusterView, timeout_s=BOUND_S)
+            stage.pool.silent = True
+            looking = asyncio.create_task(stage.actor.errands.reclaim())
+            await stage.pool.asked_for_leases.wait()
+            stage.actor.errands._pools["another"] = 1
+            await stage.kill_pool()
+            await looking
 
     play(scenario())
 

@@ -143,6 +143,15 @@ def test_an_instance_that_drains_gets_nothing_more_and_the_refusal_costs_no_atte
     assert after(books) == [Assign(assigned.instance, "r/0")]
 
 
+@pytest.mark.parametrize("code", ["mailbox_full", "deadline_exceeded", "draining", "stopping", "no_credit"])
+def test_a_refusal_before_anything_was_done_costs_no_attempt(books: Ledger, code: str) -> None:
+    books.accept(request(), 0.0)
+    after(books)
+    unit = books.units["r/0"]
+    books.not_taken("encoder-0", unit.work, code, "not now", 1.0)
+    assert (unit.state, unit.failures) == (State.ENCODER_WAITING, 0)
+
+
 def test_cancel_stops_the_work_and_returns_the_leases(books: Ledger) -> None:
     unit = to_denoiser(books)
     work = unit.work

@@ -124,6 +124,14 @@ def test_work_that_is_in_hand_already_is_taken_once() -> None:
     assert load.taken == 1
 
 
+def test_work_that_has_ended_is_not_taken_again_when_the_head_asks_again() -> None:
+    load = Workload("encoder-0", "encoder", 1)
+    load.assign(assign(W))
+    load.panel_failed(W, "no", at_fault=True)
+    assert load.assign(assign(W)) == ()
+    assert (load.taken, load.in_hand) == (1, ())
+
+
 @pytest.mark.parametrize("kind", ["encoder", "monolithic"])
 def test_a_kind_that_starts_from_inputs_takes_no_push(kind: str) -> None:
     with pytest.raises(NotTaken, match="starts from inputs"):
@@ -276,7 +284,7 @@ class Life(RuleBasedStateMachine):
     @rule(unit=st.integers(0, 3), attempt=st.integers(1, 3))
     def offer(self, unit: int, attempt: int) -> None:
         work = Work(f"r/{unit}", attempt)
-        fresh = work not in self.load.items
+        fresh = work not in self.taken
         try:
             inputs = self.load.kind in ("encoder", "monolithic")
             effects = self.load.assign(assign(work)) if inputs else self.load.push(push(work))
