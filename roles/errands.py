@@ -196,9 +196,8 @@ class Errands:
 
     def _lost(self, name: str, generation: int) -> None:
         """The connection to an instance's process was lost; of a later one, nothing is known."""
-        if generation and self._ledger.fleet.generation(name) == generation:
+        if self._ledger.connection_lost(name, generation, time.time()):
             self._head.log.warning("instance down", instance=name)
-            self._ledger.instance_down(name, "its process ended", time.time())
 
     def watch_pools(self) -> None:
         """Start to watch every pool of the topology."""

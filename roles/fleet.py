@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from engines.panels import Panel
 from engines.parameters import Signature
@@ -11,6 +12,17 @@ from roles.dispatch import Candidate
 from roles.messages.requests import InstanceView
 from roles.messages.stages import InstanceHello
 from roles.messages.work import LeaseRef
+
+
+class End(StrEnum):
+    """How an instance came to its end, as far as its work is concerned."""
+
+    CRASHED = "its process ended"
+    """By itself, or by a signal of somebody else's: what it computed may be why."""
+    STALLED = "its process was ended after a silence"
+    """It was not heard of any more, as when the machine, or the process, was stopped."""
+    LEFT = "it was asked to end"
+    """Its work is not why."""
 
 
 @dataclass(slots=True)
@@ -27,7 +39,6 @@ class Instance:
     spent: int
     """Credits that the head has used."""
     signature: Signature
-    heard_at: float
     in_hand: set[str] = field(default_factory=set)
     """Ids of the units assigned to it."""
     served: int = 0
@@ -36,11 +47,21 @@ class Instance:
     """Slots of its pool that it keeps ready for what is pushed to it."""
     draining: bool = False
     """It finishes what it has in hand and takes nothing more."""
+    leaving: bool = False
+    """It was asked to end, and has said so."""
+    silent_s: float = 0.0
+    """Seconds since its last sign of life, of those in which the head could have heard it."""
 
     @property
     def credits(self) -> int:
         """Units of work that it would still take."""
         return self.issued - self.spent
+
+    def end(self, stalled_after_s: float) -> End:
+        """What the loss of its connection means."""
+        if self.leaving:
+            return End.LEFT
+        return End.STALLED if self.silent_s >= stalled_after_s else End.CRASHED
 
     def serves(self, panel: Panel) -> bool:
         """Whether work for `panel` starts here. A monolithic instance takes a unit at its first panel, for all."""
@@ -61,7 +82,7 @@ class Fleet:
         self._fenced: dict[str, int] = {}
         self._turns = 0
 
-    def welcome(self, hello: InstanceHello, now: float) -> Instance:
+    def welcome(self, hello: InstanceHello) -> Instance:
         """Enter an incarnation, in place of any earlier one of that name."""
         known = self.instances.get(hello.name)
         instance = Instance(
@@ -72,17 +93,23 @@ class Fleet:
             pool=hello.pool,
             issued=hello.issued,
             spent=hello.taken,
-            heard_at=now,
             signature=hello.signature,
             last_served=known.last_served if known else 0,
+            draining=hello.leaving,
+            leaving=hello.leaving,
         )
         self.instances[hello.name] = instance
         return instance
 
     def generation(self, name: str) -> int:
-        """The incarnation of that name, 0 when there is none."""
+        """Number of the present incarnation of that name, 0 when there is none."""
         instance = self.instances.get(name)
         return instance.generation if instance else 0
+
+    def incarnation(self, name: str, generation: int) -> Instance | None:
+        """The instance of that name, unless it is another incarnation of it."""
+        instance = self.instances.get(name)
+        return instance if instance and instance.generation == generation else None
 
     def fenced(self, name: str, generation: int) -> bool:
         """Whether this incarnation was given up, so that nothing it says counts."""
@@ -125,8 +152,7 @@ class Fleet:
 
     def offer(self, name: str, generation: int, slots: Iterable[LeaseRef]) -> None:
         """Take note of the slots that an instance keeps ready."""
-        instance = self.instances.get(name)
-        if instance and instance.generation == generation:
+        if instance := self.incarnation(name, generation):
             instance.spares = list(slots)
 
     def take_spare(self, name: str, nbytes: int) -> LeaseRef | None:
@@ -142,6 +168,18 @@ class Fleet:
         if instance := self.instances.get(name):
             instance.draining = True
 
+    def leave(self, name: str, generation: int) -> None:
+        """An incarnation has been asked to end: send it nothing more, and do not take its end for a crash."""
+        if instance := self.incarnation(name, generation):
+            instance.draining = instance.leaving = True
+
+    def heard(self, name: str, generation: int) -> bool:
+        """Take note of a sign of life; False when that incarnation is not here."""
+        instance = self.incarnation(name, generation)
+        if instance:
+            instance.silent_s = 0.0
+        return instance is not None
+
     def let_go(self, name: str, unit_id: str) -> None:
         """The unit is no longer in the instance's hands."""
         if instance := self.instances.get(name):
@@ -151,9 +189,11 @@ class Fleet:
         """Units of work that the instances of `panel` can hold together."""
         return sum(i.slots for i in self.instances.values() if i.serves(panel))
 
-    def silent(self, before: float) -> Iterable[Instance]:
-        """Instances not heard of since `before` (unix seconds)."""
-        return [i for i in self.instances.values() if i.heard_at < before]
+    def silent(self, listened_s: float, timeout_s: float) -> list[Instance]:
+        """Instances that have been silent for longer than `timeout_s`, now that `listened_s` more have passed."""
+        for instance in self.instances.values():
+            instance.silent_s += listened_s
+        return [instance for instance in self.instances.values() if instance.silent_s > timeout_s]
 
     def missing_panels(self) -> list[str]:
         """Panels that nobody serves at present."""

@@ -44,13 +44,14 @@ Report: TypeAlias = (
     | stages.StageFinished
     | stages.StageFailed
     | stages.TransferFailed
+    | stages.StageReturned
     | stages.StageCancelled
 )
 About: TypeAlias = requests.QueryRequest | requests.WaitRequest | requests.CancelRequest | requests.DeleteRequest
 """Messages about a request that is known already."""
 TICK_S = 0.25
 RECLAIM_S = 5.0
-"""Between two looks for slots that no request needs, and what instances get to claim their work after a restart."""
+"""Between two looks for slots that no request needs."""
 KEEP_S = 3600.0
 """How long an ended request can be asked about."""
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -74,6 +75,7 @@ class Head(Actor):
             max_attempts=settings.max_attempts,
             waiting_timeout_s=settings.waiting_timeout_s,
             running_timeout_s=settings.running_timeout_s,
+            heartbeat_timeout_s=topology.supervision.heartbeat_timeout_s,
         )
         self.card = ModelCard()
         pool_names = tuple(c.name for c in topology.components if c.kind == "pool")
@@ -208,10 +210,13 @@ class Head(Actor):
     async def alive(self, message: stages.InstanceAlive) -> stages.Acknowledged:
         """An instance's heartbeat."""
         self._refuse_fenced(message.name, message.generation)
-        instance = self.ledger.fleet.instances.get(message.name)
-        if instance is None or instance.generation != message.generation:
+        if not self.ledger.fleet.heard(message.name, message.generation):
             raise Refused("unknown", f"{message.name} is not in the books: say hello again")
-        instance.heard_at = time.time()
+        return stages.Acknowledged()
+
+    async def leaving(self, message: stages.InstanceLeaving) -> stages.Acknowledged:
+        """An instance was asked to end."""
+        self.ledger.fleet.leave(message.name, message.generation)
         return stages.Acknowledged()
 
     async def slots_offered(self, message: stages.SlotsOffered) -> None:
@@ -248,6 +253,10 @@ class Head(Actor):
         """Staged tensors could not be fetched."""
         return self._enter(message, lambda now: self.ledger.transfer_failed(message, now))
 
+    async def stage_returned(self, message: stages.StageReturned) -> stages.Acknowledged:
+        """An instance that ends gives work back."""
+        return self._enter(message, lambda now: self.ledger.returned(message, now))
+
     async def stage_cancelled(self, message: stages.StageCancelled) -> stages.Acknowledged:
         """Work was dropped as told."""
         self.ledger.fleet.credit(message.instance, message.issued)
@@ -282,14 +291,20 @@ class Head(Actor):
         self.ledger.dirty.clear()
 
     async def _keep_time(self) -> None:
-        restarted_at = pruned_at = reclaimed_at = time.time()
+        pruned_at = reclaimed_at = time.time()
+        awake_at = time.monotonic()
+        listened_s = 0.0
         resumed = bool(self.ledger.units)
         while True:
             await asyncio.sleep(TICK_S)
+            asleep_at, awake_at = awake_at, time.monotonic()
+            heard_s = listening_s(awake_at - asleep_at)
+            listened_s += heard_s
             now = time.time()
             self.ledger.expire(now)
-            self._fence_silent(now)
-            if resumed and now - restarted_at > RECLAIM_S:
+            for name in self.ledger.listen(heard_s, now):
+                self.log.warning("instance fenced", instance=name, silent_s=self.ledger.heartbeat_timeout_s)
+            if resumed and listened_s > self.ledger.heartbeat_timeout_s:
                 self.ledger.orphans(now)
                 resumed = False
             if not resumed and now - reclaimed_at > RECLAIM_S:
@@ -299,13 +314,6 @@ class Head(Actor):
                 pruned_at = now
                 self._prune(now - KEEP_S)
             self.settle()
-
-    def _fence_silent(self, now: float) -> None:
-        timeout_s = self.topology.supervision.heartbeat_timeout_s
-        for instance in self.ledger.fleet.silent(now - timeout_s):
-            self.log.warning("instance fenced", instance=instance.name, silent_s=timeout_s)
-            self.ledger.fleet.fence(instance.name, instance.generation)
-            self.ledger.instance_down(instance.name, f"not heard of for {timeout_s:g} s", now)
 
     def _prune(self, ended_before: float) -> None:
         old = [r.id for r in self.ledger.requests.values() if r.terminal and r.finished_at < ended_before]
@@ -436,6 +444,15 @@ def _key(message: requests.SubmitRequest) -> str:
     """Return the idempotency key, "" without one; keys of different owners differ, as names have no slash."""
     key = message.idempotency_key
     return f"{message.owner}/{key}" if key and message.owner else key
+
+
+def listening_s(slept_s: float) -> float:
+    """Of the seconds between two ticks, those in which the head can be said to have listened.
+
+    A late tick counts as little more than one in time: while this process, or the machine, stood still nobody could
+    be heard, and what was said before may still wait to be read.
+    """
+    return min(slept_s, 2 * TICK_S)
 
 
 def _digest(message: requests.SubmitRequest) -> str:

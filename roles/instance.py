@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import time
 from typing import Final
 
 from actors import Actor, Component, Later, Topology
@@ -22,6 +23,7 @@ from roles.messages.stages import (
     Acknowledged,
     InstanceAlive,
     InstanceHello,
+    InstanceLeaving,
     InstanceWelcome,
     SlotsOffered,
     StageAssign,
@@ -43,6 +45,10 @@ ANSWER_S: Final = 5.0
 """A head that is there acknowledges well within this."""
 ALIVE_EVERY_S: Final = 1.0
 LAST_REPORTS_S: Final = 2.0
+CLEARLY: Final = 1.25
+"""Times `shutdown_s`: what will take longer is given back at once when this instance is asked to end."""
+LAST_CALL: Final = 0.7
+"""Of `shutdown_s`: what is not done by then is given back."""
 JOINING: Final = "joining"
 """The state of an instance that could work and is not in the head's books."""
 
@@ -73,6 +79,7 @@ class Instance(Actor):
         self.premises = premises
         self.workload = Workload(component.name, component.kind, component.slots)
         self.reporter = Reporter(self._deliver, self.log)
+        self._shutdown_s = topology.supervision.shutdown_s
         self._alive_every_s = min(ALIVE_EVERY_S, topology.supervision.heartbeat_timeout_s / 4)
         self._client = PoolClient(self, component.pool, component.name)
         self._spares = Spares(topology.transfer.preallocated_slots)
@@ -80,6 +87,7 @@ class Instance(Actor):
         self._stream = f"{component.name}.stream"
         self._transfer = f"{component.name}.transfer"
         self._draining = False
+        self._leaving = False
         self._idle = asyncio.Event()
         self._away = asyncio.Event()
         self._away.set()
@@ -92,11 +100,17 @@ class Instance(Actor):
         self.spawn(self._attend(), name="head")
 
     async def stopping(self) -> None:
-        """Take nothing more; finish what is in hand and have it acknowledged, if there is a head to do it."""
-        self._draining = True
+        """Take nothing more; finish what can be in time, give back the rest, if there is a head to take it."""
+        self._draining = self._leaving = True
+        self.reporter.add(InstanceLeaving(self.name, self.generation))
+        self._carry_out(self.workload.hand_back(CLEARLY * self._shutdown_s))
         ends = [asyncio.ensure_future(self._drained()), asyncio.ensure_future(self._away.wait())]
         try:
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            first = asyncio.FIRST_COMPLETED
+            ended, _ = await asyncio.wait(ends, timeout=LAST_CALL * self._shutdown_s, return_when=first)
+            if not ended:
+                self._carry_out(self.workload.hand_back(None))
+                await asyncio.wait(ends, return_when=first)
         finally:
             for end in ends:
                 end.cancel()
@@ -151,11 +165,12 @@ class Instance(Actor):
 
     async def panel_started(self, message: device.PanelStarted) -> None:
         """Pass on that a panel runs."""
-        self._carry_out(self.workload.panel_started(message.work, Panel(message.panel)))
+        self._carry_out(self.workload.panel_started(message.work, Panel(message.panel), time.monotonic()))
 
     async def panel_stepped(self, message: device.PanelStepped) -> None:
         """Pass on that a step is done."""
-        self._carry_out(self.workload.panel_stepped(message.work, message.step, message.total_steps))
+        now = time.monotonic()
+        self._carry_out(self.workload.panel_stepped(message.work, message.step, message.total_steps, now))
 
     async def panel_finished(self, message: device.PanelFinished) -> None:
         """Go on with a panel's outputs."""
@@ -356,6 +371,7 @@ class Instance(Actor):
             signature=self.premises.signature,
             # What has ended, but not to the head's knowledge, counts as in hand: it need not be done again.
             running=tuple(dict.fromkeys((*load.in_hand, *self.reporter.works))),
+            leaving=self._leaving,
         )
 
     async def _stay(self, head: Reference, lost: asyncio.Task[None]) -> None:

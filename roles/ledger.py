@@ -12,14 +12,27 @@ from dataclasses import dataclass, field
 from engines.panels import Panel
 from roles.dispatch import Policy
 from roles.effects import Assign, Cancel, Effect, Release, Settle
-from roles.fleet import Fleet
-from roles.messages.stages import InstanceHello, StageFailed, StageFinished, TransferFailed, TransferStaged
+from roles.fleet import End, Fleet
+from roles.messages.stages import (
+    InstanceHello,
+    StageFailed,
+    StageFinished,
+    StageReturned,
+    TransferFailed,
+    TransferStaged,
+)
 from roles.messages.work import LeaseRef, Work
 from roles.request import DONE, RUNNING, UPSTREAM, WAITING, Request, State, Unit
 from roles.staging import Staging, room_ahead
 
 MAX_DEATHS = 2
 """A unit that was being computed when its instance died, this often, is held to be the cause."""
+
+MAX_STALLS = 5
+"""Instances fall silent because their machine does, but a unit that silences each one must not go on for ever."""
+
+STALLED_AFTER = 0.5
+"""Heartbeat timeouts of silence before a lost connection is laid to that silence: nobody crashes so slowly."""
 
 MAX_TRANSFERS_LOST = 10
 """Lost transfers are nobody's fault in particular, but memory that damages everything must not keep a unit for ever."""
@@ -56,6 +69,8 @@ class Ledger:
     """Most seconds that a stage may wait, 0 for no bound."""
     running_timeout_s: float = 0.0
     """Most seconds that a stage may run, 0 for no bound."""
+    heartbeat_timeout_s: float = 15.0
+    """Most seconds that an instance may be silent."""
     requests: dict[str, Request] = field(default_factory=dict)
     by_key: dict[str, Request] = field(default_factory=dict)
     """Those that came with an idempotency key."""
@@ -98,7 +113,7 @@ class Ledger:
 
     def hello(self, hello: InstanceHello, now: float) -> tuple[Work, ...]:
         """Enter an instance; returns the work that it has in hand and should drop."""
-        self.fleet.welcome(hello, now)
+        self.fleet.welcome(hello)
         if hello.kind == Panel.ENCODER and self.staging.cache.learn(hello.signature):
             self.clear_cache()
         in_hand = set(hello.running)
@@ -109,12 +124,34 @@ class Ledger:
                 self._retry(unit, f"{hello.name} came back without it", now, counts=False)
         return tuple(w for w in hello.running if not self._holds(hello.name, w))
 
-    def instance_down(self, name: str, cause: str, now: float) -> None:
-        """An instance is gone; what it had in hand is done again, elsewhere if possible."""
+    def instance_down(self, name: str, cause: str, now: float, end: End = End.CRASHED) -> None:
+        """An instance is gone; what it had in hand is done again, elsewhere if possible.
+
+        Only an end that the work may have caused counts against it.
+        """
         self.fleet.remove(name)
         for unit in [u for u in self.units.values() if u.instance == name]:
-            unit.deaths += unit.running
-            self._retry(unit, f"{name}: {cause}", now)
+            unit.deaths += unit.running and end is End.CRASHED
+            unit.stalls += unit.running and end is End.STALLED
+            self._retry(unit, f"{name}: {cause}", now, counts=end is End.CRASHED)
+
+    def connection_lost(self, name: str, generation: int, now: float) -> bool:
+        """The process of an incarnation has ended; False when nothing is known of it any more."""
+        instance = self.fleet.incarnation(name, generation)
+        if instance is None:
+            return False
+        end = instance.end(STALLED_AFTER * self.heartbeat_timeout_s)
+        self.instance_down(name, end.value, now, end)
+        return True
+
+    def listen(self, seconds: float, now: float) -> list[str]:
+        """Let `seconds` pass in which instances could be heard; returns the names of those given up for silence."""
+        silent = self.fleet.silent(seconds, self.heartbeat_timeout_s)
+        for instance in silent:
+            self.fleet.fence(instance.name, instance.generation)
+            cause = f"not heard of for {self.heartbeat_timeout_s:g} s"
+            self.instance_down(instance.name, cause, now, End.STALLED)
+        return [instance.name for instance in silent]
 
     def pool_down(self, pool: str, older_than: int, now: float) -> None:
         """The tensors staged in a pool's earlier generations are gone."""
@@ -212,6 +249,15 @@ class Ledger:
         else:
             unit.at_fault = report.at_fault
             self.give_up(report.work, report.instance, report.error, now)
+        return True
+
+    def returned(self, report: StageReturned, now: float) -> bool:
+        """The instance ends before it can have done the work."""
+        self.fleet.credit(report.instance, report.issued)
+        unit = self._current(report.work, report.instance)
+        if unit is None:
+            return False
+        self._retry(unit, f"{report.instance}: {End.LEFT.value}", now, counts=False)
         return True
 
     def transfer_failed(self, report: TransferFailed, now: float) -> bool:
@@ -343,7 +389,7 @@ class Ledger:
         self._let_go(unit)
         unit.causes.append(cause)
         unit.failures += counts
-        if unit.failures >= self.max_attempts or unit.deaths >= MAX_DEATHS:
+        if unit.failures >= self.max_attempts or unit.deaths >= MAX_DEATHS or unit.stalls >= MAX_STALLS:
             self._end(unit, State.FAILED, self._why_given_up(unit), now)
             return
         unit.attempt += 1
@@ -355,6 +401,8 @@ class Ledger:
     def _why_given_up(self, unit: Unit) -> str:
         if unit.deaths >= MAX_DEATHS:
             return f"{unit.deaths} instances died while they computed it; last: {unit.causes[-1]}"
+        if unit.stalls >= MAX_STALLS:
+            return f"{unit.stalls} instances fell silent while they computed it; last: {unit.causes[-1]}"
         return f"given up after {unit.failures} failed attempts; last: {unit.causes[-1]}"
 
     def _stop(self, unit: Unit, state: State, reason: str, now: float) -> None:

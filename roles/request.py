@@ -122,7 +122,9 @@ class Unit:
     transfers_lost: int = 0
     """Times that its staged tensors could not be fetched, or were damaged."""
     deaths: int = 0
-    """Instances that died while they computed this unit."""
+    """Instances that ended by themselves while they computed this unit."""
+    stalls: int = 0
+    """Instances that fell silent while they computed this unit."""
     step: int = 0
     total_steps: int = 0
     artifact: Artifact | None = None

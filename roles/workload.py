@@ -6,6 +6,7 @@ credit back. Each event method changes the books and returns the effects that th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,6 +20,7 @@ from roles.messages.stages import (
     StageFailed,
     StageFinished,
     StageProgress,
+    StageReturned,
     StageStarted,
     TransferFailed,
     TransferPush,
@@ -98,6 +100,21 @@ class Item:
     seedless: bool = False
     """What it made is the same for every seed."""
     cancelled: bool = False
+    returned: bool = False
+    """It is stopped for others to do, not because nobody wants it."""
+    began_at: float | None = None
+    """When the current panel began to compute, in seconds of a monotonic clock."""
+    stepped_at: float = 0.0
+    step: int = 0
+    total_steps: int = 0
+
+    def left_s(self) -> float:
+        """Seconds that the work will still take, as far as its pace so far says; 0 when it says nothing."""
+        if self.phase is Phase.LOADING or (self.phase is Phase.RUNNING and self.began_at is None):
+            return math.inf  # it waits for others, and nothing is lost when it begins elsewhere
+        if self.phase is not Phase.RUNNING or self.began_at is None or not self.step:
+            return 0.0
+        return (self.stepped_at - self.began_at) / self.step * (self.total_steps - self.step)
 
 
 class Workload:
@@ -202,6 +219,16 @@ class Workload:
         item.cancelled = True
         return (StopPanel(work) if item.phase is Phase.RUNNING else StopTransfer(work),)
 
+    def hand_back(self, within_s: float | None) -> tuple[Effect, ...]:
+        """Stop what would take more than `within_s` seconds, for others to do; None: all that is not computed yet."""
+        effects: list[Effect] = []
+        for item in tuple(self.items.values()):
+            computed = item.phase in (Phase.STAGING, Phase.SAVING)
+            if not (item.cancelled or computed) and (within_s is None or item.left_s() > within_s):
+                item.returned = True
+                effects += self.cancel(item.work)
+        return tuple(effects)
+
     def forget_reservations(self) -> tuple[Effect, ...]:
         """Give up what a head asked for that is gone: it will ask again."""
         leases, self.reservations = tuple(self.reservations.values()), {}
@@ -209,16 +236,18 @@ class Workload:
 
     # -- from the stream worker
 
-    def panel_started(self, work: Work, panel: Panel) -> tuple[Effect, ...]:
+    def panel_started(self, work: Work, panel: Panel, now: float) -> tuple[Effect, ...]:
         """Report that the first kernel is about to run."""
         item = self._item(work, "a panel started", Phase.RUNNING)
+        item.began_at, item.step, item.total_steps = now, 0, 0
         if item.cancelled:
             return ()
         return (Report(StageStarted(work, self.instance, panel.value)),)
 
-    def panel_stepped(self, work: Work, step: int, total_steps: int) -> tuple[Effect, ...]:
+    def panel_stepped(self, work: Work, step: int, total_steps: int, now: float) -> tuple[Effect, ...]:
         """Mention that a denoising step is done."""
-        self._item(work, "a step ended", Phase.RUNNING)
+        item = self._item(work, "a step ended", Phase.RUNNING)
+        item.stepped_at, item.step, item.total_steps = now, step, total_steps
         return (Mention(StageProgress(work, step, total_steps)),)
 
     def panel_finished(self, work: Work, seconds: float, *, seedless: bool = False) -> tuple[Effect, ...]:
@@ -326,7 +355,8 @@ class Workload:
         return (Clear(item.work), Report(report(self.issued)))
 
     def _end_cancelled(self, item: Item) -> tuple[Effect, ...]:
-        return self._end(item, lambda issued: StageCancelled(item.work, self.instance, issued))
+        report = StageReturned if item.returned else StageCancelled
+        return self._end(item, lambda issued: report(item.work, self.instance, issued))
 
     def _end_failed(self, item: Item, error: str, *, retryable: bool, at_fault: bool = False) -> tuple[Effect, ...]:
         panel = item.panels[0].value

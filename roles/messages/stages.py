@@ -26,6 +26,8 @@ class InstanceHello(Message):
     """What the loaded pipeline takes and makes."""
     running: tuple[Work, ...]
     """Work in hand, so that a restarted head need not redo it."""
+    leaving: bool = False
+    """It has been asked to end, and takes nothing more."""
 
 
 class InstanceWelcome(Message):
@@ -36,6 +38,13 @@ class InstanceWelcome(Message):
 
 class InstanceAlive(Message):
     """Said each second. Asks for Acknowledged; refused with `fenced` once the head has given this incarnation up."""
+
+    name: str
+    generation: int
+
+
+class InstanceLeaving(Message):
+    """This incarnation has been asked to end: it takes nothing more. Asks for Acknowledged."""
 
     name: str
     generation: int
@@ -184,6 +193,14 @@ class StageFailed(Message):
     issued: int
     at_fault: bool = False
     """The request itself is why: one of its values is none that the pipeline can run with."""
+
+
+class StageReturned(Message):
+    """The instance ends before it can have done the work: it is for others."""
+
+    work: Work
+    instance: str
+    issued: int
 
 
 class StageCancelled(Message):

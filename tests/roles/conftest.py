@@ -37,7 +37,9 @@ Report = (
     | stages.TransferStaged
     | stages.StageFinished
     | stages.StageFailed
+    | stages.StageReturned
     | stages.StageCancelled
+    | stages.InstanceLeaving
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from engines.lora import PARAMETERS
 from engines.parameters import Kind, Parameter, Signature
 from roles import errands
 from roles.artifacts import ARTIFACTS, ArtifactStore
-from roles.head import Head
+from roles.head import TICK_S, Head
 from roles.messages import pool as pools
 from roles.messages import requests, stages
 from roles.messages.work import Artifact, LeaseRef, Numbers, Output, Pictures, Staged, Upload, Work
@@ -361,6 +362,23 @@ def test_an_instance_that_falls_silent_is_fenced(topology: Callable[..., Topolog
                 await stage.hello("encoder-0", generation=5)
             await stage.hello("encoder-0", generation=6)
             assert (await stage.next_work("encoder-0")).attempt == 2
+
+    play(scenario())
+
+
+def test_after_a_pause_of_the_machine_nobody_is_fenced_before_he_could_be_heard(
+    topology: Callable[..., Topology],
+) -> None:
+    async def scenario() -> None:
+        async with playing(topology()) as stage:
+            await stage.hello("encoder-0")
+            await stage.submit()
+            await stage.next_work("encoder-0")
+            for _ in range(2):
+                time.sleep(1.5)  # noqa: ASYNC251  nothing in this process runs, as when the machine is stopped
+                await asyncio.sleep(TICK_S)
+                await stage.report(stages.InstanceAlive("encoder-0", 1))
+            assert (await stage.view()).units[0].attempts == 1
 
     play(scenario())
 

@@ -345,6 +345,39 @@ def test_a_drain_ends_what_is_in_hand_and_takes_nothing_more(cluster: Any, gate:
     cluster(body)
 
 
+@pytest.mark.parametrize("bound", ["CLEARLY", "LAST_CALL"])
+def test_what_cannot_be_done_before_the_end_is_given_back(
+    cluster: Any, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    monkeypatch.setattr(instance_module, bound, 0.0)
+
+    async def body(stage: Stage) -> None:
+        await stage.join("encoder-0", "denoiser-0")
+        sources = [await stage.encoded(work(n), num_inference_steps=50) for n in range(2)]
+        for n in range(2):
+            await stage.push("denoiser-0", work(n), sources[n])
+        await stage.inbox.next(stages.StageProgress)
+        stopping = asyncio.ensure_future(stage.h.stop("denoiser-0"))
+        assert await stage.inbox.next(stages.InstanceLeaving) == stages.InstanceLeaving("denoiser-0", 1)
+        assert (await stage.inbox.next(stages.StageReturned)).work == work(1)
+        if bound == "CLEARLY":
+            gate.set()
+        else:
+            await stage.until(lambda: stops(stage))
+            gate.set()
+        assert await stage.inbox.next(stages.StageReturned) == stages.StageReturned(work(0), "denoiser-0", 4)
+        await stopping
+        assert not [r for r in stage.inbox.of(stages.TransferStaged) if r.panel == "denoiser"]
+
+    cluster(body)
+
+
+async def stops(stage: Stage) -> bool:
+    (item,) = stage.h.actors["denoiser-0"].workload.items.values()
+    await asyncio.sleep(0)
+    return bool(item.cancelled)
+
+
 async def drains(stage: Stage) -> bool:
     found = await stage.ask("denoiser-0", Inspect(), Inspection)
     return found.actors[0].state == "draining"

@@ -7,8 +7,8 @@ import pytest
 from engines.panels import Panel
 from engines.parameters import Signature
 from roles.effects import Assign, Cancel, Release, Settle
-from roles.ledger import Ledger
-from roles.messages.stages import InstanceHello, TransferFailed, TransferStaged
+from roles.ledger import MAX_STALLS, Ledger
+from roles.messages.stages import InstanceHello, StageReturned, TransferFailed, TransferStaged
 from roles.messages.work import Work
 from roles.request import State, Unit
 from tests.roles.books import KINDS, a_slot, after, failed, finished, hello, ledger, request, staged
@@ -96,6 +96,63 @@ def test_a_unit_that_kills_twice_fails_and_others_go_on(books: Ledger) -> None:
     assert len(unit.causes) == 2
     assert unit.instance == ""
     assert Settle("r") in after(books)
+
+
+def lose_denoiser(books: Ledger, unit: Unit, generation: int, now: float) -> None:
+    """Its connection is lost while it computes the unit; the next incarnation has the unit again."""
+    assert books.connection_lost("denoiser-0", generation, now)
+    books.hello(hello("denoiser-0", generation=generation + 1, slots=2), now)
+    after(books, now)
+    if not unit.terminal:
+        assert books.started(unit.work, "denoiser-0", Panel.DENOISER, now)
+
+
+def test_an_orderly_end_is_not_the_works_fault_however_often(books: Ledger) -> None:
+    unit = to_denoiser(books)
+    for generation in range(1, 6):
+        books.fleet.leave("denoiser-0", generation - 1)
+        assert not books.fleet.instances["denoiser-0"].draining, "an earlier incarnation said so"
+        books.fleet.leave("denoiser-0", generation)
+        assert not books.fleet.candidates(Panel.DENOISER)
+        if generation % 2:
+            assert books.returned(StageReturned(unit.work, "denoiser-0", 3), 4.0)
+            assert not unit.instance
+        lose_denoiser(books, unit, generation, 5.0)
+    assert unit.state is State.DENOISING_RUNNING
+    assert (unit.deaths, unit.failures, unit.stalls) == (0, 0, 0)
+    assert "asked to end" in unit.causes[0]
+
+
+def test_an_instance_that_was_silent_before_its_end_was_stopped_and_not_brought_down_by_its_work(books: Ledger) -> None:
+    unit = to_denoiser(books)
+    for generation in (1, 2):
+        assert books.listen(0.6 * books.heartbeat_timeout_s, 4.0) == []
+        for name in ("encoder-0", "decoder-0"):
+            assert books.fleet.heard(name, 1)
+        lose_denoiser(books, unit, generation, 5.0)
+    assert (unit.deaths, unit.failures, unit.stalls) == (0, 0, 2)
+    for generation in (3, 4):
+        books.listen(0.4 * books.heartbeat_timeout_s, 6.0)
+        for name in ("encoder-0", "decoder-0"):
+            assert books.fleet.heard(name, 1)
+        lose_denoiser(books, unit, generation, 7.0)
+    assert unit.state is State.FAILED, "it was heard, and then its process ended: twice"
+    assert unit.causes[-1] == "denoiser-0: its process ended"
+
+
+def test_silence_fences_and_costs_no_attempt_but_does_not_go_on_for_ever(books: Ledger) -> None:
+    unit = to_denoiser(books)
+    for generation in range(1, MAX_STALLS + 1):
+        assert not unit.terminal
+        assert not books.fleet.heard("denoiser-0", generation + 1)
+        assert "denoiser-0" in books.listen(books.heartbeat_timeout_s + 1, 4.0)
+        assert books.fleet.fenced("denoiser-0", generation)
+        books.hello(hello("denoiser-0", generation=generation + 1, slots=2), 5.0)
+        after(books)
+        books.started(unit.work, "denoiser-0", Panel.DENOISER, 5.0)
+    assert unit.state is State.FAILED
+    assert (unit.deaths, unit.failures) == (0, 0)
+    assert "fell silent" in unit.history[-1].reason
 
 
 def test_attempts_are_bounded_and_every_cause_is_kept(books: Ledger) -> None:

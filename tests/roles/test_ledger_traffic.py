@@ -11,6 +11,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from engines.buddy import PAGE
 from engines.panels import Panel
 from roles.effects import Assign, Cancel, Release, Settle
+from roles.fleet import End
 from roles.ledger import Ledger
 from roles.messages.stages import StageFailed, StageFinished, TransferFailed, TransferStaged
 from roles.messages.work import Artifact, LeaseRef, Work
@@ -121,12 +122,12 @@ class Traffic(RuleBasedStateMachine):
             seedless = prompt != PROMPTS[-1]
         self.books.staged(TransferStaged(work, name, kind, slot, 0.1, issued, seedless), self.now)
 
-    @rule(kind=st.sampled_from(KINDS), k=st.integers(0, 1), back=st.booleans())
-    def die(self, kind: str, k: int, back: bool) -> None:
+    @rule(kind=st.sampled_from(KINDS), k=st.integers(0, 1), back=st.booleans(), end=st.sampled_from(End))
+    def die(self, kind: str, k: int, back: bool, end: End = End.CRASHED) -> None:
         name = f"{kind}-{k}"
         if name in self.in_hand:
             del self.in_hand[name]
-            self.books.instance_down(name, "killed", self.now)
+            self.books.instance_down(name, "killed", self.now, end)
             self._carry_out()
         if back:
             self._join(name)

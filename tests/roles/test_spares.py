@@ -56,7 +56,7 @@ def test_slots_of_an_earlier_pool_are_dropped() -> None:
 def test_the_head_takes_a_spare_that_fits_once_and_forgets_those_of_an_earlier_incarnation() -> None:
     fleet = Fleet()
     hello = InstanceHello("denoiser-0", "denoiser", 5, 1, 2, 2, 0, "pool-denoiser", Signature(), ())
-    fleet.welcome(hello, 0.0)
+    fleet.welcome(hello)
     fleet.offer("denoiser-0", 4, [slot(9)])
     assert fleet.take_spare("denoiser-0", 1) is None
     fleet.offer("denoiser-0", 5, [slot(1, 64), slot(2, 128)])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import msgspec
 import pytest
 from hypothesis import settings
@@ -14,6 +16,7 @@ from roles.messages.stages import (
     StageCancelled,
     StageFailed,
     StageFinished,
+    StageReturned,
     StageStarted,
     TransferFailed,
     TransferPush,
@@ -23,7 +26,7 @@ from roles.messages.stages import (
 from roles.messages.work import Artifact, LeaseRef, Output, Renewal, Staged, Work
 from roles.workload import NotTaken, Phase, UnexpectedEvent, Workload
 
-ENDS = (TransferFailed, TransferStaged, StageFinished, StageFailed, StageCancelled)
+ENDS = (TransferFailed, TransferStaged, StageFinished, StageFailed, StageReturned, StageCancelled)
 DEADLINE = 2e9
 ARTIFACT = Artifact("r_0.png", "image/png", 3)
 
@@ -58,7 +61,7 @@ def test_an_encoder_goes_from_inputs_to_a_sealed_slot() -> None:
         do.Run(W, Panel.ENCODER),
     )
     assert (load.issued, load.taken) == (2, 1)
-    assert load.panel_started(W, Panel.ENCODER) == (do.Report(StageStarted(W, "encoder-0", "encoder")),)
+    assert load.panel_started(W, Panel.ENCODER, 1.0) == (do.Report(StageStarted(W, "encoder-0", "encoder")),)
     assert load.panel_finished(W, 0.5) == (do.Stage(W, DEADLINE),)
     assert load.state_staged(W, staged(3)) == (
         do.Clear(W),
@@ -102,7 +105,7 @@ def test_a_monolithic_instance_runs_every_panel_on_the_same_values() -> None:
     load = Workload("monolithic-0", "monolithic", 1)
     assert load.assign(assign(W))[-1] == do.Run(W, Panel.ENCODER)
     assert load.panel_finished(W, 0.1) == (do.Run(W, Panel.DENOISER),)
-    assert load.panel_started(W, Panel.DENOISER) == (do.Report(StageStarted(W, "monolithic-0", "denoiser")),)
+    assert load.panel_started(W, Panel.DENOISER, 1.0) == (do.Report(StageStarted(W, "monolithic-0", "denoiser")),)
     assert load.panel_finished(W, 0.2) == (do.Run(W, Panel.DECODER),)
     assert load.panel_finished(W, 0.3) == (do.Save(W, Output("png")),)
     assert reports(load.artifact_saved(W, ARTIFACT)) == [StageFinished(W, "monolithic-0", "decoder", ARTIFACT, 0.3, 2)]
@@ -244,6 +247,7 @@ class Life(RuleBasedStateMachine):
         self.load = Workload("x-0", kind, slots)
         self.jobs: dict[Work, do.Effect] = {}
         self.told_to_stop: set[Work] = set()
+        self.given_back: set[Work] = set()
         self.open: set[Work] = set()
         self.ended: list[Work] = []
         self.taken: list[Work] = []
@@ -269,7 +273,7 @@ class Life(RuleBasedStateMachine):
                     self.held.remove(slot.lease_id)
                 case do.Report(message) if isinstance(message, ENDS):
                     if message.work in self.told_to_stop:
-                        assert isinstance(message, StageCancelled)
+                        assert isinstance(message, StageReturned if message.work in self.given_back else StageCancelled)
                     self.ended.append(message.work)
                     if isinstance(message, TransferStaged):
                         self.held.remove(message.staged.lease.lease_id)  # the request's from here on
@@ -313,6 +317,14 @@ class Life(RuleBasedStateMachine):
     def cancel(self, data: st.DataObject) -> None:
         self.carry_out(self.load.cancel(data.draw(st.sampled_from(list(self.load.items)))))
 
+    @precondition(lambda self: self.load.items)
+    @rule(within_s=st.sampled_from([None, 0.0, 10.0]))
+    def hand_back(self, within_s: float | None) -> None:
+        stopped = {item.work for item in self.load.items.values() if item.cancelled}
+        effects = self.load.hand_back(within_s)
+        self.given_back |= {item.work for item in self.load.items.values() if item.cancelled} - stopped
+        self.carry_out(effects)
+
     @precondition(lambda self: self.jobs)
     @rule(data=st.data(), outcome=st.sampled_from(["done", "failed", "cancelled"]))
     def answer(self, data: st.DataObject, outcome: str) -> None:
@@ -322,8 +334,8 @@ class Life(RuleBasedStateMachine):
         load = self.load
         match self.jobs.pop(work), outcome:
             case do.Run(_, panel), "done":
-                self.carry_out(load.panel_started(work, panel))
-                self.carry_out(load.panel_stepped(work, 1, 1))
+                self.carry_out(load.panel_started(work, panel, 1.0))
+                self.carry_out(load.panel_stepped(work, 1, 1, 2.0))
                 self.carry_out(load.panel_finished(work, 0.1))
             case do.Run(), "cancelled" if work in self.told_to_stop:
                 self.carry_out(load.panel_cancelled(work))
@@ -364,6 +376,25 @@ class Life(RuleBasedStateMachine):
 
 Life.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestLife = Life.TestCase
+
+
+def test_who_has_to_end_gives_back_what_will_not_be_done_in_time() -> None:
+    load = Workload("denoiser-0", "denoiser", 4)
+    slow, quick, new, queued = (Work(f"r/{k}", 1) for k in range(4))
+    for work in (slow, quick, new, queued):
+        load.push(push(work))
+        load.state_loaded(work, 0.1)
+    for work, steps in ((slow, 60), (quick, 4)):
+        load.panel_started(work, Panel.DENOISER, 100.0)
+        load.panel_stepped(work, 2, steps, 102.0)
+    load.panel_started(new, Panel.DENOISER, 102.0)
+    assert [load.items[work].left_s() for work in (slow, quick, new, queued)] == [58.0, 2.0, 0.0, math.inf]
+    assert load.hand_back(10.0) == (do.StopPanel(slow), do.StopPanel(queued))
+    assert reports(load.panel_cancelled(slow)) == [StageReturned(slow, "denoiser-0", 5)]
+    load.panel_finished(quick, 2.0)
+    assert load.hand_back(None) == (do.StopPanel(new),), "what is computed is staged yet"
+    with pytest.raises(NotTaken):
+        load.push(push(slow))
 
 
 @pytest.mark.parametrize("phase", list(Phase))
