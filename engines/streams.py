@@ -93,18 +93,27 @@ class DeviceStream:
         """
         return await self.run(self._stage, packed, slot, after)
 
-    async def load(self, manifest: bytes, slot: torch.Tensor, checksum: int) -> Loaded:
+    async def load(self, manifest: bytes, slot: torch.Tensor, checksum: int, *, pulled: bool = False) -> Loaded:
         """Copy the state in a slot to the device and verify its bytes.
 
         `slot` is uint8, shape [the nbytes that were staged], on the CPU. Raises ChecksumMismatch, then
         nothing was loaded, and CodecError when bytes that are intact are not what the manifest says.
+
+        Out of pinned memory the device copies while the host hashes, each on its own: that is sound as long as
+        nobody writes to the slot, as with one that was sealed. One that was `pulled` is hashed when it has been
+        copied: a late write of the network that reached the device is then found.
         """
-        return await self.run(self._load, manifest, slot, checksum)
+        return await self.run(self._load, manifest, slot, checksum, pulled)
 
     def record(self) -> StreamEvent:
         """Mark the end of the work given to this stream so far. May be called on any thread."""
         stream = self._ready.result()
-        return StreamEvent(None if stream is None else stream.record_event())
+        if stream is None:
+            return StreamEvent()
+        # By default a thread that waits for an event keeps a core busy.
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(stream)
+        return StreamEvent(event)
 
     def wait(self, event: StreamEvent, *values: object) -> None:
         """Make later work of this stream wait for `event`, on the device. May be called on any thread.
@@ -185,9 +194,9 @@ class DeviceStream:
             self._bounce = (_pinned(PIECE), _pinned(PIECE))
         return self._bounce
 
-    def _load(self, manifest: bytes, slot: torch.Tensor, checksum: int) -> Loaded:
+    def _load(self, manifest: bytes, slot: torch.Tensor, checksum: int, pulled: bool) -> Loaded:
         if slot.is_pinned():
-            return self._load_from_pinned(manifest, slot, checksum)
+            return self._load_from_pinned(manifest, slot, checksum, pulled)
         # On CUDA the allocator of pinned memory takes it back only when the copies out of it have ended.
         memory = _pinned(slot.numel()) if self.device.type == "cuda" else self._memory.take(slot.numel())
         running = RunningChecksum()
@@ -195,16 +204,18 @@ class DeviceStream:
         running.expect(checksum)
         return Loaded(unpack(manifest, memory, self.device, owned=True), self.record())
 
-    def _load_from_pinned(self, manifest: bytes, slot: torch.Tensor, checksum: int) -> Loaded:
+    def _load_from_pinned(self, manifest: bytes, slot: torch.Tensor, checksum: int, pulled: bool) -> Loaded:
         try:
-            values = unpack(manifest, slot, self.device)
+            loaded = Loaded(unpack(manifest, slot, self.device), self.record())
         except CodecError:
             # Damaged bytes can look like a wrong manifest.
             verify(slot.numpy(), checksum)
             raise
-        # The hash runs while the device copies.
+        if pulled:
+            loaded.event.synchronize()
+        # Else the hash runs while the device copies.
         verify(slot.numpy(), checksum)
-        return Loaded(values, self.record())
+        return loaded
 
 
 def tensors_in(value: object) -> Iterator[torch.Tensor]:

@@ -114,6 +114,17 @@ def test_damage_that_also_breaks_the_values_is_told_as_damage(stream, arena):
         asyncio.run(hop(damaged=False))
 
 
+def test_a_late_write_of_the_network_during_the_copy_is_found(stream, arena, monkeypatch):
+    packed = pack({"latents": torch.zeros(64)})
+    slot = arena.tensor(0, packed.nbytes)
+    value = asyncio.run(stream.stage(packed, slot))
+    # The device is given what is there before the host has waited for it.
+    monkeypatch.setattr(StreamEvent, "synchronize", lambda _self: slot.fill_(1))
+    stream._load_from_pinned(packed.manifest, slot, value, False)
+    with pytest.raises(ChecksumMismatch):
+        stream._load_from_pinned(packed.manifest, slot, value, True)
+
+
 def test_a_slot_that_is_too_small_is_refused(stream, arena):
     with pytest.raises(ValueError, match="the slot has 3999"):
         asyncio.run(stream.stage(pack({"latents": torch.ones(1000)}), arena.tensor(0, 3999)))
