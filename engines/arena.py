@@ -6,6 +6,7 @@ The pool itself needs no torch; it is imported where a tensor or CUDA is asked f
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -165,6 +166,8 @@ class Arena:
         code = _cudart().cudaHostRegister(self.base, self.nbytes, 0)
         self.pinned = int(code) == 0
         self.pin_failure = "" if self.pinned else f"cudaHostRegister: {code}"
+        if not self.pinned:
+            _clear_last_error()
         return self.pinned
 
     def close(self) -> None:
@@ -200,6 +203,14 @@ def _cudart() -> Any:
     import torch
 
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _clear_last_error() -> None:
+    """Take the error of a call that torch does not check away, or the thread's next launch would raise it."""
+    import torch
+
+    with contextlib.suppress(torch.AcceleratorError):
+        torch.cuda._sleep(1)  # type: ignore[no-untyped-call]
 
 
 def _check_file(fd: int, address: ArenaAddress) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from engines import arena as arena_module
 from engines.arena import Arena, ArenaAddress, ArenaError, available_memory
 from tests.engines.peers import ROOT, peer
 
@@ -131,10 +132,32 @@ def test_pinning_is_told_truthfully_where_there_is_no_cuda(arena):
     import torch
 
     if torch.cuda.is_available():
-        pytest.skip("this host has CUDA; test_streams_gpu.py pins")
+        pytest.skip("this host has CUDA; tests/gpu/test_streams.py pins")
     assert arena.pin() is False
     assert (arena.pinned, arena.pin_failure) == (False, "no CUDA device")
     assert not arena.tensor(0, 1).is_pinned()
+
+
+def test_a_refused_pin_is_told_and_its_error_does_not_meet_the_next_launch(arena, monkeypatch):
+    import torch
+
+    last_error = []
+
+    class Cudart:
+        @staticmethod
+        def cudaHostRegister(_base, _nbytes, _flags):
+            last_error.append("operation not supported")
+            return 801
+
+    def launch(_cycles):
+        raise torch.AcceleratorError(f"CUDA error: {last_error.pop()}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_sleep", launch)
+    monkeypatch.setattr(arena_module, "_cudart", Cudart)
+    assert arena.pin() is False
+    assert (arena.pinned, arena.pin_failure) == (False, "cudaHostRegister: 801")
+    assert last_error == []
 
 
 @pytest.mark.parametrize("nbytes", [0, -1])
