@@ -9,7 +9,28 @@ import torch
 
 from engines.adapters import Adapters
 from engines.offload import HOST, Offload, Resting, offload
+from engines.panels import ModelError
 from engines.quantization import Quantization, nbytes, quantize
+
+_GIB = 1 << 30
+
+
+class NoRoomError(ModelError):
+    """The weights do not fit into what is free on the device.
+
+    Attributes:
+        needed: Bytes that the weights take, as far as they had been read.
+        total: Bytes that the device has.
+    """
+
+    def __init__(self, name: str, device: torch.device, needed: int) -> None:
+        free, self.total = torch.cuda.mem_get_info(device)
+        self.needed = needed
+        super().__init__(
+            f"The {name} does not fit on {device}: with it the weights take {needed / _GIB:.1f} GiB, of"
+            f" {self.total / _GIB:.1f} GiB there {free / _GIB:.1f} are free. Use another device, a quantization or an"
+            " offload."
+        )
 
 
 class Placement:
@@ -51,15 +72,24 @@ class Placement:
             module: As it was read, on the host.
 
         Raises:
+            NoRoomError: The device has no room for it.
             ModelError: It cannot be quantized, or an adapter does not fit.
         """
+        try:
+            return self._settle(name, module)
+        except torch.OutOfMemoryError as error:
+            raise NoRoomError(name, self.device, self.held_bytes) from error
+
+    def _settle(self, name: str, module: torch.nn.Module) -> torch.nn.Module:
         place = HOST if self.offload is not Offload.NONE else self.device
-        self.read_bytes += nbytes(module)
+        before = nbytes(module)
+        self.read_bytes += before
+        self.held_bytes += before
         # Gradients stay as wanted as they are: for weights that want none, `torch.matmul` goes another way for some
         # layouts and rounds otherwise than the plain pipeline. None are computed in either case.
         module.eval()
         quantize(name, module, self.quantization, place)
-        self.held_bytes += nbytes(module)
+        self.held_bytes += nbytes(module) - before
         self.adapters.attach(name, module)
         return module.to(place)
 

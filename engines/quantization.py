@@ -46,6 +46,8 @@ def quantize(name: str, module: Any, quantization: Quantization, device: torch.d
     try:
         with torch.no_grad():
             quantize_(module, config, device=device)
+    except torch.OutOfMemoryError:
+        raise
     # What torchao makes of a layout or a device that it has no kernel for: the user gets one sentence.
     except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
         raise ModelError(f'The {name} cannot be quantized to "{quantization}": {error}') from error
