@@ -153,7 +153,8 @@ class SupervisionSection(Section, frozen=True):
     period_s: Seconds = 30.0
     """The window of `intensity`."""
     shutdown_s: Seconds = 10.0
-    """Seconds to drain after SIGTERM before SIGKILL."""
+    """Seconds to drain after SIGTERM before SIGKILL. A denoise that takes longer is done again from its start: where
+    that costs minutes of a card, give the time of one denoise."""
     heartbeat_timeout_s: Seconds = 15.0
     """Silence after which a process that has started counts as hung, and is killed and restarted."""
     start_timeout_s: Seconds = 600.0
@@ -185,7 +186,7 @@ class RoleSection(Section, frozen=True):
     count: Count = 1
     """Number of instances."""
     device: Device = "cpu"
-    """Torch device of every instance: `cpu`, `cuda` or `cuda:N`."""
+    """Torch device of every instance: `cpu`, `cuda:N`, or `cuda`: then instance k has card k modulo the cards there."""
     slots: Count = 2
     """Requests that one instance takes at a time."""
     name: RoleName = ""

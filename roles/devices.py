@@ -1,27 +1,56 @@
-"""Which devices a role can run on, and what an error on one of them means."""
+"""Which devices a role can run on, how it is set up there, and what an error on one of them means."""
 
 from __future__ import annotations
 
+import gc
+import traceback
+from collections.abc import Sequence
+from typing import Final
+
 import torch
 
-from actors import StartFailure
+from actors import Component, StartFailure
+from engines.panels import Panel
 
-_DEVICE_ERRORS = ("CUDA error", "cuDNN error", "cuBLAS error", "CUBLAS_STATUS", "CUDNN_STATUS", "device-side assert")
-_SHAPE_ERRORS = (
+_MEMORY_ERRORS: Final = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "unable to find an engine to execute this computation",  # cuDNN, where no workspace fits
+)
+_DEVICE_ERRORS: Final = (
+    "CUDA error",
+    "CUDA driver error",
+    "Triton Error [CUDA]",
+    "cuDNN error",
+    "cuBLAS error",
+    "CUBLAS_STATUS",
+    "CUDNN_STATUS",
+    "device-side assert",
+)
+_SHAPE_ERRORS: Final = (
     "must match the size of tensor",
     "Sizes of tensors must match",
     "is invalid for input of size",
     "cannot reshape tensor",
 )
 """What torch says of shapes that do not fit; it has no class of error for that."""
+_LEAK: Final = 1 << 30
+"""Bytes of requests in hand; and a quarter of the weights, for what the libraries make once and keep."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device had no room for something. What was there before is whole."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MEMORY_ERRORS)
 
 
 def is_device_lost(error: BaseException) -> bool:
-    """Whether `error` leaves the device, or this process's context on it, in a state that nothing can be built on.
-
-    Memory that ran out counts: what fills it may be a leak of this very process, and only its end surely frees it.
-    """
-    if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+    """Whether `error` leaves the device, or this process's context on it, in a state that nothing can be built on."""
+    if is_out_of_memory(error):
+        return False
+    if isinstance(error, torch.AcceleratorError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _DEVICE_ERRORS)
 
@@ -36,27 +65,120 @@ def is_at_fault(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _SHAPE_ERRORS)
 
 
-def usable_device(name: str) -> torch.device:
-    """Find the device of that name, such as "cpu" or "cuda:1".
+def ends_the_process(*, in_a_row: int, allocated: int, after_loading: int) -> bool:
+    """Whether a device that ran out of memory is to be freed by the end of this process.
+
+    A request that was too large is over, and its memory with it. What is still there beside the weights is a leak,
+    or held by something that nobody knows; likewise when nothing succeeds any more.
+
+    Args:
+        in_a_row: Stages that ran out of memory since one has succeeded, this one included.
+        allocated: Bytes of tensors on the device, after everything was dropped.
+        after_loading: The same, when the weights had been loaded.
+    """
+    return in_a_row > 1 or allocated > after_loading + max(_LEAK, after_loading // 4)
+
+
+def gives_back(panel: Panel, component: Component, *, shared: bool) -> bool:
+    """Whether memory that a stage has used goes back to the card when it ends: others want it, and it was much."""
+    return shared and (panel is Panel.DECODER or component.offload == "model")
+
+
+def card_of(component: Component, cards: int) -> int:
+    """Number of the card for a component whose `device` is "cuda:N", or "cuda": instance k has card k mod `cards`."""
+    _, _, number = component.device.partition(":")
+    return int(number) if number else component.index % max(cards, 1)
+
+
+def shares_card(component: Component, components: Sequence[Component], cards: int) -> bool:
+    """Whether another component computes on the same card."""
+    others = (other for other in components if other.on_card and other.name != component.name)
+    return component.on_card and any(card_of(other, cards) == card_of(component, cards) for other in others)
+
+
+def usable_device(component: Component) -> torch.device:
+    """Find the device of a component; a CUDA device always with its number.
 
     Raises:
         StartFailure: there is none; the sentence says what to do.
 
     """
+    name = component.device
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise StartFailure(f'[[roles]] device is "{name}", which is no device: write "cpu" or "cuda:0"') from error
     if device.type not in ("cpu", "cuda"):
         raise StartFailure(f'[[roles]] device is "{name}": roles run on "cpu" and on "cuda" devices')
-    if device.type == "cuda" and torch.cuda._is_in_bad_fork():
+    return device if device.type == "cpu" else _usable_card(component)
+
+
+def _usable_card(component: Component) -> torch.device:
+    name = component.device
+    if torch.cuda._is_in_bad_fork():
         raise StartFailure(
             f'[[roles]] device is "{name}", but this process was forked from one that had opened the CUDA driver:'
             " run a role on a card as an interpreter of its own (python -m actors.process)"
         )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    # The count may be that of the management library alone; the driver can still find none of them usable.
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    number = card_of(component, cards)
+    if number >= cards:
         raise StartFailure(
-            f'[[roles]] device is "{name}", but torch finds {torch.cuda.device_count()} CUDA devices on this host:'
+            f'[[roles]] device is "{name}", but torch finds {cards} CUDA devices on this host:'
             ' write "cpu", or install a torch that knows this host\'s devices'
         )
-    return device
+    return torch.device("cuda", number)
+
+
+def use_exact_kernels() -> None:
+    """Choose kernels that give the same bits each time; cuBLAS is told in the environment of the process.
+
+    Whether TF32 is used is left as torch has it, so that the result is that of diffusers in one process.
+    """
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+def forget(error: BaseException) -> None:
+    """Drop what the calls that `error` went through hold: their tensors would outlive them with it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen = seen.__cause__ or seen.__context__
+
+
+def give_back(device: torch.device) -> None:
+    """Give memory that no tensor uses back to the card, where other processes can have it; takes milliseconds.
+
+    Called by the thread that computes there.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def free_memory(device: torch.device) -> int:
+    """Free what nothing refers to any more; returns the bytes that tensors of this process take on the card.
+
+    Called by the thread that computes there. Returns 0 on the CPU.
+    """
+    gc.collect()
+    give_back(device)
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of the card that no process uses."""
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def warm_up(device: torch.device, dtype: torch.dtype) -> None:
+    """Compute a little of each kind, so that the first request does not wait for libraries to be loaded and set up.
+
+    Called by the thread that computes there; takes a second or two on a card. Raises what a broken device raises.
+    """
+    square = torch.ones(1, 1, 64, 64, device=device, dtype=dtype)
+    torch.nn.functional.scaled_dot_product_attention(square, square, square)
+    torch.nn.functional.conv2d(square @ square, square[..., :3, :3])
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

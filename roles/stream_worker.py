@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ParamSpec, TypeVar
 
+import msgspec
 import torch
 
 from actors import Actor, Component, StartFailure, Topology
@@ -21,8 +22,9 @@ from actors.errors import describe
 from bus import MailboxFull, Message, current_traceparent
 from engines.panels import ModelError, Panel
 from engines.pipeline import PanelPipeline
-from engines.streams import DeviceStream
-from roles.devices import is_at_fault, is_device_lost, usable_device
+from engines.placing import NoRoomError
+from engines.streams import DeviceStream, StreamEvent
+from roles import devices
 from roles.messages.device import (
     CancelPanel,
     PanelCancelled,
@@ -44,6 +46,9 @@ T = TypeVar("T")
 
 OVERDUE_HEARTBEATS = 8.0
 """A call to the device that takes this many heartbeat timeouts is taken for hung."""
+ROOM_WAIT_S = 60.0
+"""How long weights wait for a card that others fill, before the role fails to start."""
+ROOM_EVERY_S = 1.0
 
 
 class _Stopped(Exception):  # noqa: N818  not an error
@@ -79,6 +84,9 @@ class StreamWorker(Actor):
         self._bound_s = OVERDUE_HEARTBEATS * topology.supervision.heartbeat_timeout_s
         self._stream: DeviceStream | None = None
         self._pipeline: PanelPipeline | None = None
+        self._shared = False
+        self._after_loading = 0
+        self._out_of_memory = 0
 
     async def started(self) -> None:
         """Load the model on the device thread, off the loop.
@@ -88,25 +96,23 @@ class StreamWorker(Actor):
 
         """
         began = time.monotonic()
-        device = await asyncio.to_thread(usable_device, self.component.device)
+        device = await asyncio.to_thread(devices.usable_device, self.component)
         self._stream = DeviceStream(device, "compute")
+        self._shared = devices.shares_card(self.component, self.topology.components, torch.cuda.device_count())
         self.start_s["device"] = time.monotonic() - began
-        try:
-            self._pipeline = await self._stream.run(self._load, device)
-        except ModelError as error:
-            raise StartFailure(str(error)) from error
+        self._pipeline = await self._loaded(self._stream)
         self.start_s["weights"] = time.monotonic() - began - self.start_s["device"]
         self.premises.model_loaded(self._pipeline.signature)
         loaded = self._pipeline
         panels = [panel.value for panel in loaded.panels]
-        facts = {"panels": panels, "route": loaded.route.value, "device": self.component.device}
+        facts = {"panels": panels, "route": loaded.route.value, "device": str(device)}
         self.log.info("model loaded", **facts, **weights_facts(loaded.placement))
         self.spawn(self._serve(self._stream, self._pipeline), name="panels")
 
     def facts(self) -> dict[str, int | float | str | bool]:
         """What it runs, what waits, and which components it has loaded."""
         return {
-            "device": self.component.device,
+            "device": str(self._stream.device) if self._stream else self.component.device,
             "running": str(self._current.work) if self._current else "",
             "queued": len(self._queue),
             "panels_run": self.panels_run,
@@ -139,18 +145,49 @@ class StreamWorker(Actor):
                 self._tell(PanelCancelled(job.work))
                 return
 
+    async def _loaded(self, stream: DeviceStream) -> PanelPipeline:
+        """Load the model; where others fill the card just now, wait for it a little. Raises StartFailure."""
+        give_up_at = time.monotonic() + ROOM_WAIT_S
+        while True:
+            try:
+                return await stream.run(self._load, stream.device)
+            except NoRoomError as error:
+                if error.needed > error.total or time.monotonic() > give_up_at:
+                    raise StartFailure(str(error)) from error
+                self.log.warning("no room for the weights yet", reason=str(error))
+                self.set_state("loading", str(error))
+                needed = error.needed
+                devices.forget(error)
+            except ModelError as error:
+                raise StartFailure(str(error)) from error
+            except RuntimeError as error:
+                if not devices.is_out_of_memory(error):
+                    raise
+                raise StartFailure(f"{stream.device} has no room beside the weights: {describe(error)}") from error
+            await stream.run(devices.free_memory, stream.device)
+            # No event tells of the memory of other processes.
+            while devices.free_bytes(stream.device) < needed and time.monotonic() < give_up_at:  # noqa: ASYNC110
+                await asyncio.sleep(ROOM_EVERY_S)
+
     def _load(self, device: torch.device) -> PanelPipeline:
         component, topology = self.component, self.topology
-        return PanelPipeline.load(
+        dtype = getattr(torch, component.dtype)
+        if device.type == "cuda":
+            devices.use_exact_kernels()
+        pipeline = PanelPipeline.load(
             topology.model_path,
             PANELS[component.kind],
-            dtype=getattr(torch, component.dtype),
+            dtype=dtype,
             device=device,
             quantization=component.quantization,
             offload=component.offload,
             adapters=lora_files(topology),
             task=topology.model.task,
         )
+        if device.type == "cuda":
+            devices.warm_up(device, dtype)
+        self._after_loading = devices.free_memory(device)
+        return pipeline
 
     async def _serve(self, stream: DeviceStream, pipeline: PanelPipeline) -> None:
         while True:
@@ -174,14 +211,26 @@ class StreamWorker(Actor):
             return PanelCancelled(job.work)
         except Exception as error:
             self.log.warning("panel failed", work=str(job.work), panel=job.panel.value, exc_info=error)
-            lost = is_device_lost(error)
-            return PanelFailed(job.work, job.panel.value, describe(error), is_at_fault(error) and not lost, lost)
+            lost, full = devices.is_device_lost(error), devices.is_out_of_memory(error)
+            at_fault = devices.is_at_fault(error) and not (lost or full)
+            failed = PanelFailed(job.work, job.panel.value, describe(error), at_fault, lost)
+            devices.forget(error)
+            return msgspec.structs.replace(failed, device_lost=await self._is_full(stream)) if full else failed
         self.panels_run += 1
+        self._out_of_memory = 0
         seconds = time.monotonic() - began
         if job.panel.value not in self.first_s:
             self.first_s[job.panel.value] = seconds
             self.log.info("first call", panel=job.panel.value, seconds=round(seconds, 2))
         return PanelFinished(job.work, job.panel.value, seconds, seedless)
+
+    async def _is_full(self, stream: DeviceStream) -> bool:
+        """Free what a stage has left that ran out of memory; returns whether only the end of the process frees more."""
+        self._out_of_memory += 1
+        allocated = await stream.run(devices.free_memory, stream.device)
+        facts = {"allocated": allocated, "after_loading": self._after_loading, "in_a_row": self._out_of_memory}
+        self.log.warning("out of memory on the device", **facts)
+        return devices.ends_the_process(**facts)
 
     async def _compute(self, job: Job, stream: DeviceStream, pipeline: PanelPipeline) -> bool:
         """Put the panel's outputs in the place of its inputs; returns whether they are the same for every seed."""
@@ -200,6 +249,8 @@ class StreamWorker(Actor):
         # The panel has ended when the device says so: its seconds are then true, and its inputs can be dropped.
         end = stream.record()
         await self._call(stream, end.synchronize)
+        if devices.gives_back(job.panel, self.component, shared=self._shared):
+            await self._call(stream, devices.give_back, stream.device)
         if job.cancelled:
             raise _Stopped
         self.premises.workspace.replace(job.work, values, end)
@@ -223,12 +274,20 @@ class StreamWorker(Actor):
         self, job: Job, stream: DeviceStream, pipeline: PanelPipeline, values: dict[str, object]
     ) -> dict[str, object]:
         denoising = await self._call(stream, pipeline.denoise, values)
-        while await self._call(stream, denoising.advance):
-            self._progress(job.work, denoising.step, denoising.total_steps)
-            if job.cancelled:
+        launched: deque[tuple[int, int | None, StreamEvent]] = deque()
+        more = True
+        while more:
+            more = await self._call(stream, denoising.advance)
+            launched.append((denoising.step, denoising.total_steps, stream.record()))
+            # One step is launched ahead, so that the device has work while the host waits for the step before.
+            ahead = 1 if more else 0
+            while launched and (len(launched) > ahead or launched[0][2].passed):
+                step, total_steps, end = launched.popleft()
+                await self._call(stream, end.synchronize)
+                self._progress(job.work, step, total_steps)
+            if more and job.cancelled:
                 await self._call(stream, denoising.cancel)
                 raise _Stopped
-        self._progress(job.work, denoising.step, denoising.total_steps)
         return denoising.result()
 
     async def _call(self, stream: DeviceStream, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

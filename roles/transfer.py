@@ -80,7 +80,7 @@ class TransferActor(Actor):
             StartFailure: the device is not there.
 
         """
-        device = await asyncio.to_thread(usable_device, self.component.device)
+        device = await asyncio.to_thread(usable_device, self.component)
         self._stream = stream = DeviceStream(device, "transfer")
 
         async def adopt(arena: Arena) -> None:

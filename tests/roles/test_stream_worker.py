@@ -14,7 +14,7 @@ from PIL import Image
 from actors import Actor, StartFailure
 from actors.system import Inspect, Inspection
 from engines.panels import Panel
-from roles.devices import is_at_fault, is_device_lost, usable_device
+from engines.placing import NoRoomError
 from roles.messages.device import (
     CancelPanel,
     PanelCancelled,
@@ -260,6 +260,65 @@ def test_after_a_lost_device_nothing_more_is_launched(bench: Any, monkeypatch: p
     bench(body)
 
 
+def out_of_memory(*_: Any) -> dict[str, object]:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+def test_out_of_memory_ends_the_attempt_and_the_second_in_a_row_the_process(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(desk: Desk, worker: StreamWorker) -> None:
+        assert worker._pipeline is not None
+        encode = worker._pipeline.encode
+        for number in range(5):
+            worker.premises.workspace.begin(work(number), INPUTS)
+        for number, too_large in enumerate((True, False, True, True)):
+            monkeypatch.setattr(worker._pipeline, "encode", out_of_memory if too_large else encode)
+            desk.run(number, Panel.ENCODER)
+            if not too_large:
+                assert (await desk.inbox.next(PanelFinished)).work == work(number)
+                continue
+            failed = await desk.inbox.next(PanelFailed)
+            assert (failed.work, failed.at_fault) == (work(number), False)
+            assert failed.device_lost == (number == 3)
+
+    bench(body)
+
+
+class LateEvent:
+    """The end of work that goes on until somebody waits for it."""
+
+    def __init__(self, log: list[str], number: int) -> None:
+        self.log, self.number, self.passed = log, number, False
+
+    def synchronize(self) -> None:
+        self.log.append(f"{self.number} ended")
+        self.passed = True
+
+
+def test_a_step_has_ended_when_it_is_told_and_the_next_is_launched_by_then(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(desk: Desk, worker: StreamWorker) -> None:
+        assert worker._stream is not None
+        await encoded(desk, worker, 1)
+        log: list[str] = []
+
+        def record() -> LateEvent:
+            log.append(f"{len([line for line in log if 'launched' in line]) + 1} launched")
+            return LateEvent(log, int(log[-1][0]))
+
+        monkeypatch.setattr(worker._stream, "record", record)
+        monkeypatch.setattr(worker, "_progress", lambda _work, step, _total: log.append(f"{step} told"))
+        desk.run(1, Panel.DENOISER)
+        await desk.inbox.next(PanelFinished)
+        assert log[:9] == [
+            "1 launched", "2 launched", "1 ended", "1 told", "3 launched", "2 ended", "2 told", "3 ended", "3 told",
+        ]  # fmt: skip
+
+    bench(body)
+
+
 def test_a_call_that_hangs_is_overdue(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(desk: Desk, worker: StreamWorker) -> None:
         pipeline = worker._pipeline
@@ -296,25 +355,35 @@ def test_what_can_never_work_is_a_sentence(
     run(body())
 
 
-@pytest.mark.parametrize(
-    ("error", "lost", "at_fault"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory"), True, False),
-        (RuntimeError("CUDA error: device-side assert triggered"), True, False),
-        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), True, False),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False, False),
-        (RuntimeError("The size of tensor a (17) must match the size of tensor b (16)"), False, True),
-        (ValueError("height has to be divisible by 16"), False, True),
-        (TypeError("prompt has to be a string"), False, True),
-        (MemoryError(), False, False),
-    ],
-)
-def test_whose_fault_an_error_is(error: Exception, lost: bool, at_fault: bool) -> None:
-    assert (is_device_lost(error), is_at_fault(error)) == (lost, at_fault)
+def test_weights_wait_for_a_card_that_others_fill_and_not_for_one_that_is_too_small(
+    run: Any, place: Any, house: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = {"free": 1, "total": 10 << 30}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (card["free"], card["total"]))
+    monkeypatch.setattr("roles.stream_worker.ROOM_EVERY_S", 0.01)
 
+    async def body() -> None:
+        async with house(place(tiny_model, kind="monolithic")) as h:
+            worker = StreamWorker(h.topology.component("monolithic-0"), h.topology, Premises())
+            load, tries = worker._load, []
 
-def test_a_fork_of_a_process_that_had_opened_the_driver_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
-    with pytest.raises(StartFailure, match='device is "cuda:0", but this process was forked'):
-        usable_device("cuda:0")
-    assert usable_device("cpu") == torch.device("cpu")
+            def no_room_at_first(device: torch.device) -> Any:
+                tries.append(worker.detail)
+                if len(tries) < 3:
+                    card["free"] = len(tries) * (9 << 30)
+                    raise NoRoomError("transformer", device, 9 << 30)
+                return load(device)
+
+            monkeypatch.setattr(worker, "_load", no_room_at_first)
+            await h.start(worker)
+            assert [bool(detail) for detail in tries] == [False, True, True]
+            assert "with it the weights take 9.0 GiB, of 10.0 GiB there 9.0 are free" in tries[1]
+            assert (worker.state, worker.detail) == ("ready", "")
+            card["total"] = 8 << 30
+            tries.clear()
+            another = StreamWorker(h.topology.component("monolithic-0"), h.topology, Premises())
+            monkeypatch.setattr(another, "_load", no_room_at_first)
+            with pytest.raises(StartFailure, match="The transformer does not fit on cpu"):
+                await another._loaded(worker._stream)  # type: ignore[arg-type]
+
+    run(body())

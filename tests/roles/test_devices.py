@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from actors import Component, StartFailure
+from engines.panels import Panel
+from roles import devices
+
+GIB = 1 << 30
+
+
+def role(name: str, device: str = "cuda", **options: object) -> Component:
+    index = int(name[-1])
+    return Component(name=name, kind="denoiser", address="", port=0, index=index, device=device, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("error", "meaning"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "full"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "full"),
+        (RuntimeError("CUDA driver error: out of memory"), "full"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), "full"),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), "full"),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "lost"),
+        (RuntimeError("CUDA error: device-side assert triggered"), "lost"),
+        (RuntimeError("CUDA driver error: invalid argument"), "lost"),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), "lost"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), "lost"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ""),
+        (RuntimeError("The size of tensor a (17) must match the size of tensor b (16)"), "at fault"),
+        (ValueError("height has to be divisible by 16"), "at fault"),
+        (TypeError("prompt has to be a string"), "at fault"),
+        (MemoryError(), ""),
+    ],
+)
+def test_what_an_error_means(error: Exception, meaning: str) -> None:
+    found = {
+        "full": devices.is_out_of_memory(error),
+        "lost": devices.is_device_lost(error),
+        "at fault": devices.is_at_fault(error),
+    }
+    assert [name for name, holds in found.items() if holds] == ([meaning] if meaning else [])
+
+
+@pytest.mark.parametrize(
+    ("in_a_row", "allocated", "after_loading", "ends"),
+    [
+        (1, 24 * GIB, 24 * GIB, False),
+        (1, 29 * GIB, 24 * GIB, False),
+        (1, 31 * GIB, 24 * GIB, True),
+        (1, GIB // 2, 0, False),
+        (1, 2 * GIB, 0, True),
+        (2, 24 * GIB, 24 * GIB, True),
+    ],
+)
+def test_out_of_memory_ends_the_process_where_memory_stays_or_nothing_succeeds(
+    in_a_row: int, allocated: int, after_loading: int, ends: bool
+) -> None:
+    assert ends == devices.ends_the_process(in_a_row=in_a_row, allocated=allocated, after_loading=after_loading)
+
+
+def test_what_calls_hold_goes_with_their_error() -> None:
+    held = []
+
+    def deep() -> None:
+        tensor = torch.ones(3)
+        held.append(weakref.ref(tensor))
+        raise RuntimeError("no room")
+
+    def fails() -> None:
+        other = torch.ones(3)
+        held.append(weakref.ref(other))
+        try:
+            deep()
+        except RuntimeError as error:
+            raise ValueError("translated") from error
+
+    try:
+        fails()
+    except ValueError as error:
+        devices.forget(error)
+        assert [reference() for reference in held] == [None, None]
+
+
+def test_instances_of_a_device_without_a_number_are_spread_over_the_cards() -> None:
+    three = [role(f"denoiser-{index}") for index in range(3)]
+    assert [devices.card_of(component, 2) for component in three] == [0, 1, 0]
+    assert [devices.card_of(component, 1) for component in three] == [0, 0, 0]
+    assert devices.card_of(role("denoiser-2", "cuda:1"), 8) == 1
+    everything = (*three, role("encoder-0", "cuda:1"), role("decoder-0", "cpu"))
+    assert [devices.shares_card(component, everything, 2) for component in everything] == [
+        True,
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert [devices.shares_card(component, everything, 3) for component in everything] == [
+        False, True, False, True, False,
+    ]  # fmt: skip
+
+
+def test_memory_goes_back_where_others_want_it_and_it_was_much() -> None:
+    plain, resting = role("denoiser-0"), role("denoiser-0", offload="model")
+    assert devices.gives_back(Panel.DECODER, plain, shared=True)
+    assert devices.gives_back(Panel.ENCODER, resting, shared=True)
+    assert not devices.gives_back(Panel.DENOISER, plain, shared=True)
+    assert not devices.gives_back(Panel.DECODER, resting, shared=False)
+
+
+def test_a_card_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert devices.usable_device(role("denoiser-0")) == torch.device("cuda", 0)
+    assert devices.usable_device(role("denoiser-3")) == torch.device("cuda", 1)
+    assert devices.usable_device(role("denoiser-0", "cpu")) == torch.device("cpu")
+    # The management library counts cards that the driver cannot use.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(StartFailure, match=r'device is "cuda", but torch finds 0 CUDA devices'):
+        devices.usable_device(role("denoiser-0"))
+
+
+def test_a_fork_of_a_process_that_had_opened_the_driver_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    with pytest.raises(StartFailure, match='device is "cuda:0", but this process was forked'):
+        devices.usable_device(role("denoiser-0", "cuda:0"))
+    assert devices.usable_device(role("denoiser-0", "cpu")) == torch.device("cpu")
+
+
+def test_a_warm_up_computes_in_every_dtype() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        devices.warm_up(torch.device("cpu"), dtype)
+    assert devices.free_memory(torch.device("cpu")) == 0
+    assert gc.isenabled()
