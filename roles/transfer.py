@@ -16,6 +16,7 @@ from typing import Final
 import torch
 
 from actors import Actor, Component, Topology
+from actors.errors import describe
 from bus import BusError, Message, RemoteFailure
 from engines.arena import Arena, ArenaError
 from engines.checksum import ChecksumMismatch
@@ -23,8 +24,8 @@ from engines.codec import CodecError, Packed, pack
 from engines.media import FRAMES_PER_S
 from engines.streams import DeviceStream, Loaded
 from engines.transfer import Faults
+from roles import devices
 from roles.artifacts import ARTIFACTS, ArtifactError, ArtifactStore
-from roles.devices import usable_device
 from roles.media import MediaError, media_of
 from roles.messages.device import (
     ArtifactSaved,
@@ -69,6 +70,8 @@ class TransferActor(Actor):
         self._stops: dict[Work, asyncio.Event] = {}
         self._stream: DeviceStream | None = None
         self._mapping: Mapping | None = None
+        self._pinned = False
+        self._pin_failure = ""
         self._faults = Faults.parse(os.environ.get(FAULTS, ""))
         self._pull_s = topology.transfer.pull_timeout_s
         self._chance = random.Random(component.name)  # noqa: S311  for drills
@@ -80,11 +83,15 @@ class TransferActor(Actor):
             StartFailure: the device is not there.
 
         """
-        device = await asyncio.to_thread(usable_device, self.component)
+        device = await asyncio.to_thread(devices.usable_device, self.component)
         self._stream = stream = DeviceStream(device, "transfer")
 
         async def adopt(arena: Arena) -> None:
             await stream.run(_adopt, arena, stream.device)
+            self._pinned = arena.pinned
+            self._pin_failure = arena.pin_failure
+            log = self.log.warning if arena.pin_failure else self.log.info
+            log("pool mapped", nbytes=arena.nbytes, **self._pin_facts())
 
         async def retire(arena: Arena) -> None:
             await stream.run(_retire, arena, stream)
@@ -98,8 +105,8 @@ class TransferActor(Actor):
             self.spawn(self._prune(), name="prune")
 
     def facts(self) -> dict[str, int | float | str | bool]:
-        """How many transfers are under way."""
-        return {"transfers": len(self._stops)}
+        """How many transfers are under way, and on a card whether they go without a copy in between."""
+        return {"transfers": len(self._stops), **self._pin_facts()}
 
     async def stage_state(self, message: StageState) -> None:
         """Put the workspace's values into a slot."""
@@ -130,6 +137,13 @@ class TransferActor(Actor):
         except TransferProblem as problem:
             self.log.warning("transfer failed", work=str(work), reason=str(problem))
             answer = StateFailed(work, str(problem), problem.source_gone, problem.retryable)
+        except RuntimeError as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            self.log.warning("no room on the device for a transfer", work=str(work), exc_info=error)
+            answer = StateFailed(work, f"{self._device.device} has no room for it: {describe(error)}")
+            devices.forget(error)
+            await self._device.run(devices.free_memory, self._device.device)
         finally:
             # Where this task was cancelled, its thread may still be writing.
             self._stops.pop(work).set()
@@ -138,6 +152,8 @@ class TransferActor(Actor):
     async def _stage(self, message: StageState, stop: asyncio.Event) -> StateStaged:
         began = time.monotonic()
         work, held = message.work, self.premises.workspace.get(message.work)
+        if held.ready is not None:  # to pack may copy on this stream
+            self._device.wait(held.ready, held.values)
         try:
             packed = await self._device.run(pack, held.values)
         except CodecError as error:
@@ -204,9 +220,10 @@ class TransferActor(Actor):
     async def _fetch(self, message: LoadState, patience: _Patience) -> Loaded:
         lease = await self._bring(message, patience)
         slot = await self._slot(lease, message.source.nbytes, patience)
-        if lease is message.source.lease:  # nothing was pulled, so nothing could be damaged on the way
+        pulled = lease is not message.source.lease
+        if not pulled:  # so nothing could be damaged on the way
             self._faults.damage(slot.numpy(), self._chance)
-        return await self._device.load(message.source.manifest, slot, message.source.checksum)
+        return await self._device.load(message.source.manifest, slot, message.source.checksum, pulled=pulled)
 
     async def _bring(self, message: LoadState, patience: _Patience) -> LeaseRef:
         """Have the bytes in the own pool; returns the slot that they are in."""
@@ -244,6 +261,11 @@ class TransferActor(Actor):
         return ArtifactSaved(message.work, artifact)
 
     # -- inside
+
+    def _pin_facts(self) -> dict[str, str | bool]:
+        if not self.component.on_card:
+            return {}
+        return {"pool_pinned": self._pinned} | ({"pin_failure": self._pin_failure} if self._pin_failure else {})
 
     @property
     def _device(self) -> DeviceStream:

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import av
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,9 @@ from PIL import Image
 
 from actors.system import Inspect, Inspection
 from bus import BusError
+from engines.codec import pack
 from engines.parameters import Signature
+from engines.streams import StreamEvent
 from roles import pool as pool_module
 from roles import pool_client
 from roles import transfer as transfer_module
@@ -279,6 +282,68 @@ def test_bytes_that_arrive_damaged_are_fetched_again_before_the_source_is_blamed
         await denoiser.desk.until("pool-denoiser", 0)
 
     rooms(body, **APART)
+
+
+def test_a_device_without_room_fails_the_transfer_and_not_the_process(
+    rooms: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: object) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    async def body(h: Any, room: Any) -> None:
+        encoder, denoiser = await room("encoder-0"), await room("denoiser-0")
+        encoder.begin()
+        staged = await encoder.stage()
+        denoiser.begin(W, untouched=True)
+        for module in (denoiser.transfer._device, encoder.transfer._device):
+            monkeypatch.setattr(module, "_load", no_room)
+            monkeypatch.setattr(module, "_stage", no_room)
+        failed = await denoiser.fails(LoadState(W, staged, None, FAR))
+        assert "cpu has no room for it: OutOfMemoryError: CUDA out of memory" in failed.reason
+        assert (failed.source_gone, failed.retryable) == (False, True)
+        assert denoiser.values() == {"untouched": True}
+        failed = await encoder.fails(StageState(W, FAR))
+        assert (failed.source_gone, failed.retryable) == (False, True)
+        monkeypatch.undo()
+        denoiser.desk.tell(LoadState(W, staged, None, FAR))
+        await denoiser.desk.inbox.next(StateLoaded)
+        assert same(denoiser.values(), VALUES)
+
+    rooms(body)
+
+
+def test_outputs_are_packed_after_the_work_that_makes_them(rooms: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = []
+
+    class Ready(StreamEvent):
+        def synchronize(self) -> None:
+            log.append("ready")
+
+    def packed(values: dict[str, object]) -> Any:
+        log.append("packed")
+        return pack(values)
+
+    monkeypatch.setattr(transfer_module, "pack", packed)
+
+    async def body(h: Any, room: Any) -> None:
+        encoder = await room("encoder-0")
+        encoder.begin()
+        encoder.premises.workspace.replace(W, VALUES, Ready())
+        await encoder.stage()
+        assert log[:2] == ["ready", "packed"]
+
+    rooms(body)
+
+
+def test_on_a_card_it_says_whether_the_pool_is_pinned_and_why_not(rooms: Any) -> None:
+    async def body(h: Any, room: Any) -> None:
+        transfer = (await room("encoder-0")).transfer
+        assert transfer.facts() == {"transfers": 0}
+        transfer.component = msgspec.structs.replace(transfer.component, device="cuda:0")
+        transfer._pin_failure = "cudaHostRegister: 801"
+        assert transfer.facts() == {"transfers": 0, "pool_pinned": False, "pin_failure": "cudaHostRegister: 801"}
+
+    rooms(body)
 
 
 def test_a_picture_becomes_an_artifact(rooms: Any) -> None:
