@@ -52,6 +52,15 @@ class AddressBook:
         """
         return read_keys(self._topology) if self._topology else None
 
+    def component_of(self, sender: str) -> str:
+        """Return the component or supervisor that an actor belongs to; "" for one that the topology does not know.
+
+        All actors of a process are of one generation.
+        """
+        component = sender.partition(".")[0]
+        known = component in self._addresses or component.removeprefix(f"{SUPERVISOR}-") in self._addresses
+        return component if known or component == SUPERVISOR else ""
+
     def supervisors(self) -> tuple[str, ...]:
         """Names of the supervisors with a socket in the run folder, running or left behind by a crash."""
         if self._run_dir is None or not self._run_dir.is_dir():

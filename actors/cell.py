@@ -65,6 +65,7 @@ class Cell:
             (*actor.handlers.messages, *SYSTEM_MESSAGES),
             generation=generation,
             capacity=max(_BURST, actor.mailbox_capacity),
+            component_of=book.component_of,
             curve=book.keys,
         )
         actor.generation, actor.restarts, actor.book = generation, restarts, book

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bus.envelope import Envelope
 
 KEPT: Final = 100
+_LONGEST_DETAIL: Final = 500  # characters; what a peer wrote may have a megabyte
 _LOG_EVERY_S: Final = 1.0
 _log = structlog.stdlib.get_logger("bus")
 
@@ -55,7 +56,7 @@ class DeadLetters:
         to, sender, generation = (
             ("", "", 0) if envelope is None else (envelope.to, envelope.sender, envelope.generation)
         )
-        letter = DeadLetter(time.time(), str(reason), to, sender, generation, detail)
+        letter = DeadLetter(time.time(), str(reason), to, sender, generation, detail[:_LONGEST_DETAIL])
         self.count += 1
         self._recent.append(letter)
         now = time.monotonic()

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from enum import Enum, StrEnum
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta
 
 from bus.message import Message
+
+MAX_GENERATION: Final = (1 << 53) - 1
+"""Larger than any, which are milliseconds since 1970."""
+MAX_NAME: Final = 128
+
+# Whatever a peer sends, these are what the decoder lets through.
+Generation = Annotated[int, Meta(ge=0, le=MAX_GENERATION)]
+Number = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Name = Annotated[str, Meta(max_length=MAX_NAME)]
 
 
 class Kind(Enum):
@@ -36,24 +45,24 @@ class FailureCode(StrEnum):
 class Envelope(msgspec.Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fields=True):
     """Who sends what to whom, and until when an answer is of use."""
 
-    to: str
+    to: Name
     """Name of the receiving actor."""
-    sender: str
+    sender: Name
     """Name of the sending actor."""
     kind: Kind
     """Tell, ask, reply or failure."""
-    message_id: int
+    message_id: Number
     """Unique within one incarnation of the sender."""
-    reply_to: int
+    reply_to: Number
     """`message_id` of the message that this one answers; 0 if it answers none."""
     timeout_s: Annotated[float, Meta(ge=0)]
     """Seconds from the sending of an ask in which its answer is of use; 0.0 in what is no ask.
 
     A duration and not a point in time: the clocks of two processes may differ, and either may be set meanwhile.
     """
-    generation: int
+    generation: Generation
     """Incarnation of the sender; 0 = an unfenced client."""
-    traceparent: str
+    traceparent: Name
     """W3C trace context of the sender's span; "" = not traced."""
 
 

@@ -7,6 +7,7 @@ import itertools
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 import zmq
@@ -16,7 +17,7 @@ from bus.address import parse_address
 from bus.binding import Binding
 from bus.dead_letters import DeadLetters
 from bus.envelope import Envelope, Failure, FailureCode, Kind
-from bus.errors import BusError, MessageTooLong
+from bus.errors import BusError, MessageTooLong, Refused
 from bus.gate import Gate, open_gate
 from bus.message import Message
 from bus.pump import Pump
@@ -33,7 +34,7 @@ from bus.wire import (
 
 LINGER_MS: Final = 250
 _HIGH_WATER_MARK: Final = 4096  # well above what one outbox has outstanding, so that answers find room
-_FENCED_SENDERS: Final = 4096  # names remembered; more than any deployment has actors
+_FENCED_SENDERS: Final = 4096  # generations remembered; more than any deployment has components
 
 
 class Delivery:
@@ -94,6 +95,8 @@ class Mailbox:
             that the sender's connection is cut before the bytes are read.
         dead_letters: where to record them, by default a ring of its own.
         context: default `zmq.Context.instance()`.
+        component_of: the component that a sender belongs to, whose generation is its own; "" for a sender that has
+            none that counts. By default every sender is a component.
         curve: key pair, required for tcp; only who has the same may connect.
 
     Raises:
@@ -112,6 +115,7 @@ class Mailbox:
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         dead_letters: DeadLetters | None = None,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        component_of: Callable[[str], str] = str,
         curve: CurveKeys | None = None,
     ) -> None:
         self.name = name
@@ -123,6 +127,7 @@ class Mailbox:
         self._decoder = BodyDecoder(messages)
         self._max_message_bytes = max_message_bytes
         self._context = context
+        self._component_of = component_of
         self._curve = curve
         self._numbers = itertools.count(1)
         self._generations: dict[str, int] = {}
@@ -211,40 +216,39 @@ class Mailbox:
         except UnreadableError as error:
             self.dead_letters.add("unreadable", str(error))
             return
-        refusal = self._refusal(envelope, len(rest[0]))
-        if refusal is not None:
-            self._refuse(route, envelope, *refusal)
-            return
         try:
-            message = self._decoder.decode(body)
-        except BadBodyError as error:
-            self._refuse(route, envelope, error.code, error.detail)
+            message = self._admit(envelope, body, len(rest[0]))
+        except Refused as refused:
+            self._refuse(route, envelope, FailureCode(refused.code), refused.detail)
             return
         self._queue.append(Delivery(self, route, envelope, message))
         self._wake()
 
-    def _refusal(self, envelope: Envelope, size: int) -> tuple[FailureCode, str] | None:
-        """Why this message is not taken in, decided on its envelope alone; None: it is."""
+    def _admit(self, envelope: Envelope, body: memoryview, size: int) -> Message:
+        """Return the message; raises `Refused` with why it is not taken in."""
         if envelope.kind is not Kind.ASK and envelope.kind is not Kind.TELL:
-            return FailureCode.INVALID_MESSAGE, "an answer was sent to a mailbox"
+            raise Refused(FailureCode.INVALID_MESSAGE, "an answer was sent to a mailbox")
         if size > self._max_message_bytes:
-            return FailureCode.INVALID_MESSAGE, f"{size} bytes, the limit is {self._max_message_bytes}"
+            raise Refused(FailureCode.INVALID_MESSAGE, f"{size} bytes, the limit is {self._max_message_bytes}")
         if envelope.to != self.name:
-            return FailureCode.REFUSED, f"for {envelope.to[:80]!r}, but this is {self.name!r}"
-        if envelope.generation and not self._current(envelope.sender, envelope.generation):
-            newest = self._generations[envelope.sender]
-            return FailureCode.STALE_GENERATION, f"generation {envelope.generation}, {newest} is known"
+            raise Refused(FailureCode.REFUSED, f"for {envelope.to!r}, but this is {self.name!r}")
+        try:
+            message = self._decoder.decode(body)
+        except BadBodyError as error:
+            raise Refused(error.code, error.detail) from error
+        if envelope.generation:
+            self._check_generation(self._component_of(envelope.sender), envelope.generation)
         if len(self._queue) >= self.capacity:
-            return FailureCode.MAILBOX_FULL, f"{self.name} has {self.capacity} messages waiting"
-        return None
+            raise Refused(FailureCode.MAILBOX_FULL, f"{self.name} has {self.capacity} messages waiting")
+        return message
 
-    def _current(self, sender: str, generation: int) -> bool:
-        newest = self._generations.get(sender, 0)
-        if generation > newest:
-            if len(self._generations) >= _FENCED_SENDERS:
-                del self._generations[next(iter(self._generations))]
-            self._generations[sender] = generation
-        return generation >= newest
+    def _check_generation(self, component: str, generation: int) -> None:
+        """Remember the newest generation of a component; raises `Refused` for an older one."""
+        newest = self._generations.get(component, 0)
+        if generation < newest:
+            raise Refused(FailureCode.STALE_GENERATION, f"generation {generation}, {newest} is known")
+        if component and (newest or len(self._generations) < _FENCED_SENDERS):
+            self._generations[component] = generation
 
     def _refuse(self, route: bytes, envelope: Envelope, code: FailureCode, detail: str) -> None:
         self.dead_letters.add(code, detail, envelope)

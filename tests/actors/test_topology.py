@@ -230,6 +230,10 @@ def test_the_address_book_knows_components_their_actors_and_supervisors(topology
     assert book.address("supervisor") == f"ipc://{topology.run_dir}/supervisor"
     assert book.address("supervisor-head") == f"ipc://{topology.run_dir}/supervisor-head"
     assert book.address("extra") == "inproc://extra"
+    for sender in ("head", "encoder-0.transfer", "supervisor", "supervisor-head", "extra"):
+        assert book.component_of(sender) == sender.partition(".")[0]
+    for sender in ("", "heads", "encoder-1", "supervisor-x", "head-supervisor", ".head", "test"):
+        assert book.component_of(sender) == ""
     with pytest.raises(UnknownName, match="no actor is called 'heads'; known are api"):
         book.address("heads")
     with pytest.raises(UnknownName, match="no component is called 'x'"):

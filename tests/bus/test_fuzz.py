@@ -46,8 +46,22 @@ scalars = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floa
 packed = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=9) | st.dictionaries(st.text(), inner, max_size=3)
 ).map(msgspec.msgpack.encode)
-headed = st.tuples(packed, packed).map(lambda parts: len(parts[0]).to_bytes(2, "big") + b"".join(parts))
-frames = st.lists(st.binary(max_size=200) | packed | headed | mangled(), min_size=1, max_size=3)
+
+
+def framed(parts: tuple[bytes, bytes]) -> bytes:
+    return len(parts[0]).to_bytes(2, "big") + b"".join(parts)
+
+
+headed = st.tuples(packed, packed).map(framed)
+integers = st.integers(0, 9) | st.integers(-9, 9) | st.integers(-(2**63), 2**64 - 1)
+envelopes = st.tuples(
+    *(st.just("counter"), st.sampled_from(("fuzz", "other")) | st.text(), st.sampled_from((0, 1, 1, 2, 3, 4))),
+    *(integers, integers, st.just(60.0) | st.floats(), integers, st.just("") | st.text()),
+).map(msgspec.msgpack.encode)
+addressed = st.tuples(envelopes, packed | st.just(msgspec.msgpack.encode(Count(1, "", ())))).map(framed)
+frames = st.lists(st.binary(max_size=200) | packed | headed | mangled(), min_size=1, max_size=3) | st.lists(
+    addressed, min_size=1, max_size=1
+)
 
 
 class Accounted:

@@ -183,6 +183,49 @@ def test_an_older_generation_is_fenced_off(run: Run, folder: Path) -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (lambda: frame(Add("one", 2), sender="worker", generation=200), "invalid_message"),  # type: ignore[arg-type]
+        (lambda: frame(Add(1, 2), to="else", sender="worker", generation=200), "refused"),
+        (lambda: frame(Add(1, 2), sender="worker", generation=-1), "unreadable"),
+    ],
+    ids=["no message", "not for it", "no generation"],
+)
+def test_a_message_that_is_not_in_order_fences_nobody(
+    run: Run, folder: Path, raw_peer: Any, sent: Callable[[], bytes], reason: str
+) -> None:
+    async def scenario() -> None:
+        async with serving(adder(folder)) as mailbox:
+            peer = raw_peer(mailbox.address)
+            peer.send(sent())
+            peer.send(frame(Add(1, 2), sender="worker", generation=100, message_id=7))
+            while (envelope := decode_envelope(await peer.answer())[0]).reply_to != 7:
+                pass
+            assert envelope.kind is Kind.REPLY
+            assert [letter.reason for letter in mailbox.dead_letters.recent] == [reason]
+            peer.close()
+
+    run(scenario())
+
+
+def test_the_generation_of_a_sender_that_is_no_component_counts_for_nothing(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        mailbox = adder(folder, component_of=lambda sender: sender.partition(".")[0] if "worker" in sender else "")
+        async with serving(mailbox):
+            for name, generation in (("stranger", 200), ("stranger", 100), ("worker.child", 100)):
+                outbox = Outbox(name, generation)
+                assert await outbox.reference("adder", mailbox.address).ask(Add(1, 1), Sum, timeout_s=20) == Sum(2)
+                outbox.close()
+            old = Outbox("worker", 99)
+            with pytest.raises(RemoteFailure, match="100 is known"):
+                await old.reference("adder", mailbox.address).ask(Add(1, 1), Sum, timeout_s=20)
+            old.close()
+            assert mailbox._generations == {"worker": 100}
+
+    run(scenario())
+
+
 def test_a_full_mailbox_tells_both_asker_and_teller(run: Run, folder: Path) -> None:
     async def scenario() -> None:
         mailbox = adder(folder, capacity=3)

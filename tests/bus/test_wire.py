@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bus import Envelope, Failure, Kind, Message, MessageTooLong
+from bus.envelope import MAX_GENERATION, MAX_NAME
 from bus.wire import (
     BadBodyError,
     BodyDecoder,
@@ -35,10 +38,10 @@ envelopes = st.builds(
     to=st.text(max_size=40),
     sender=st.text(max_size=40),
     kind=st.sampled_from(Kind),
-    message_id=st.integers(0, 2**63),
-    reply_to=st.integers(0, 2**63),
+    message_id=st.integers(0, 2**63 - 1),
+    reply_to=st.integers(0, 2**63 - 1),
     timeout_s=st.floats(min_value=0),
-    generation=st.integers(0, 2**63),
+    generation=st.integers(0, MAX_GENERATION),
     traceparent=st.text(max_size=60),
 )
 messages = st.builds(Point, x=st.integers(-(2**63), 2**63), label=st.text()) | st.builds(
@@ -93,6 +96,25 @@ def test_an_envelope_with_a_field_too_many_is_refused() -> None:
     head = msgspec.msgpack.encode(fields)
     with pytest.raises(UnreadableError):
         decode_envelope([len(head).to_bytes(2, "big") + head])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"generation": -1},
+        {"generation": MAX_GENERATION + 1},
+        {"message_id": -1},
+        {"reply_to": 2**63},
+        {"timeout_s": -1.0},
+        {"to": "x" * (MAX_NAME + 1)},
+        {"sender": "x" * (MAX_NAME + 1)},
+        {"traceparent": "x" * (MAX_NAME + 1)},
+    ],
+    ids=str,
+)
+def test_an_envelope_out_of_range_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(UnreadableError, match="no envelope"):
+        decode_envelope([encode(msgspec.structs.replace(ENVELOPE, **changes), Point(1), LIMIT)])
 
 
 @pytest.mark.parametrize("frames", [[], [b""], [b"\0"], [b"ab", b"cd"]])
