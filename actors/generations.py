@@ -21,16 +21,25 @@ class Generations:
 
     def __init__(self, folder: Path) -> None:
         self._folder = private_dir(folder)
+        self._last: dict[str, int] = {}
 
     def next(self, name: str) -> int:
-        """A generation above all earlier ones of `name`, written down before it is returned."""
-        with (self._folder / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            file = self._folder / name
-            generation = successor(self._stored(file), time.time_ns() // 1_000_000)
-            fresh = file.with_suffix(".new")
-            fresh.write_text(str(generation))  # not synced: what a power failure takes away, the clock makes up for
-            fresh.rename(file)
+        """A generation above all earlier ones of `name`, written down before it is returned.
+
+        Where it cannot be written, as on a full disk, the clock alone makes it unique.
+        """
+        generation = successor(self._last.get(name, 0), time.time_ns() // 1_000_000)
+        try:
+            with (self._folder / f"{name}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                file = self._folder / name
+                generation = max(generation, self._stored(file) + 1)
+                fresh = file.with_suffix(".new")
+                fresh.write_text(str(generation))  # not synced: what a power failure takes away, the clock makes up for
+                fresh.rename(file)
+        except OSError as error:
+            _log.warning("generation not written down, going by the clock", child=name, error=str(error))
+        self._last[name] = generation
         return generation
 
     def _stored(self, file: Path) -> int:

@@ -43,7 +43,15 @@ def test_generations_survive_a_clock_that_goes_back_and_a_broken_file(folder: Pa
     assert generations.next("head") == future + 1
     assert generations.next("api") < future
     (folder / "head").write_text("garbage")
-    assert 0 < generations.next("head") < future
+    assert 0 < Generations(folder).next("head") < future
+
+
+def test_a_full_disk_takes_no_generation_away(folder: Path) -> None:
+    generations = Generations(folder)
+    (folder / "head.new").symlink_to("/dev/full")
+    first = generations.next("head")
+    assert 0 < first < generations.next("head")
+    assert not (folder / "head").exists()
 
 
 def test_a_component_is_held_once_and_let_go(folder: Path) -> None:
