@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from actors.actor import Actor
 from actors.addresses import AddressBook
-from actors.errors import ActorCrashed, StartFailure, TopologyError
+from actors.errors import ActorCrashed, StartDelayed, StartFailure, TopologyError
 from actors.later import Later
 from actors.topology import Component, Topology, load_topology
 
@@ -20,6 +20,7 @@ __all__ = [
     "AddressBook",
     "Component",
     "Later",
+    "StartDelayed",
     "StartFailure",
     "Topology",
     "TopologyError",

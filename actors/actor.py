@@ -72,7 +72,8 @@ class Actor:
     async def started(self) -> None:
         """Load what the actor needs; it is ready when this returns, unless it has set a state of its own.
 
-        Messages wait meanwhile. Raises `StartFailure` with a sentence when it can never work.
+        Messages wait meanwhile. Raises `StartFailure` with a sentence when it can never work, and
+        `StartDelayed` when it cannot now.
         """
 
     async def stopping(self) -> None:

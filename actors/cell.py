@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import structlog
 
 from actors.actor import LOADING, READY
-from actors.errors import ActorCrashed, StartFailure, describe
+from actors.errors import OF_THE_MACHINE, ActorCrashed, StartDelayed, StartFailure, describe
 from actors.later import Later
 from actors.system import SYSTEM_MESSAGES, DeadLetterQuery, DeadLetterReport
-from bus import DeadLetter, Delivery, FailureCode, Kind, Mailbox, Outbox, Refused, current_traceparent
+from bus import AddressError, DeadLetter, Delivery, FailureCode, Kind, Mailbox, Outbox, Refused, current_traceparent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -84,18 +84,23 @@ class Cell:
         return len(self._waiting) + self.mailbox.depth
 
     async def open(self) -> None:
-        """Bind the mailbox and answer system messages; raises `bus.AddressError`."""
-        await self.mailbox.start()
+        """Bind the mailbox and answer system messages; raises `StartDelayed` for an address that is taken."""
+        try:
+            await self.mailbox.start()
+        except AddressError as error:
+            raise StartDelayed(str(error)) from error
         self._run(self._take_in(), "mailbox")
 
     async def start(self) -> None:
-        """Start the actor, then begin to handle messages; raises `StartFailure` and `ActorCrashed`."""
+        """Start the actor, then begin to handle messages; raises `StartFailure`, `StartDelayed` and `ActorCrashed`."""
         _bind_log(self.actor)
         try:
             await self.actor.started()
         except StartFailure:
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+                raise StartDelayed(describe(error)) from error
             raise ActorCrashed(self.actor.name, error) from error
         self.started = True
         if self.actor.state == LOADING:

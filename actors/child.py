@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-from actors.processes import EXIT_START_FAILURE, Ending, Process
+from actors.processes import EXIT_START_DELAYED, EXIT_START_FAILURE, Ending, Process
 from actors.restart import Exit, ExitKind, History
 from actors.system import ChildReport
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 STARTING: Final = "starting"
 BACKOFF: Final = "backoff"
+DELAYED: Final = "delayed"
 STOPPED: Final = "stopped"
 LEFT: Final = frozenset({STOPPED, "failed", "gave_up"})
 """States in which a child is not to run any more."""
@@ -34,11 +35,13 @@ class Child:
         self.started_at = 0.0
         self.process: Process | None = None
         self.history: History = ()
+        self.delays = 0
+        """Times in a row that it could not start for a reason that may pass."""
         self.stopping = False
         self.start_s: dict[str, float] = {}
         self._last_words = ""
-        self._heard_at: float | None = None
-        self._begun_at = 0.0
+        self._started = False
+        self._heard_at = 0.0
         self._launch_s = 0.0
 
     @property
@@ -55,29 +58,28 @@ class Child:
         self.started_at = time.time()
         self.start_s = {}
         self._last_words = ""
-        self._heard_at = None
-        self._begun_at = time.monotonic()
+        self._started = False
+        self._heard_at = time.monotonic()
 
     def launched(self, process: Process) -> None:
-        """There is a process; what it takes to start is counted from here."""
+        """There is a process; its silence is counted from here."""
         self.process = process
         now = time.monotonic()
-        self._launch_s, self._begun_at = now - self._begun_at, now
+        self._launch_s, self._heard_at = now - self._heard_at, now
 
     def heard(self, start_s: dict[str, float] | None) -> bool:
         """It lives; returns whether it has just told that it has started."""
-        if start_s is None:
-            return False
-        first = self._heard_at is None
         self._heard_at = time.monotonic()
-        if first:
-            self.start_s = {"launch": self._launch_s, **start_s}
-        return first
+        if start_s is None or self._started:
+            return False
+        self._started = True
+        self.delays = 0
+        self.start_s = {"launch": self._launch_s, **start_s}
+        return True
 
     def says(self, state: str, detail: str) -> None:
         """It has told its state; those that announce its end are kept as the reason of it."""
-        if self._heard_at is not None:
-            self._heard_at = time.monotonic()
+        self._heard_at = time.monotonic()
         if state in ("failed", "crashed", "hung"):
             self._last_words = f"hung: {detail}" if state == "hung" else detail
             return
@@ -86,20 +88,17 @@ class Child:
 
     def hung(self, heartbeat_timeout_s: float, start_timeout_s: float) -> str:
         """Why a running child has to be taken for hung, "" if it does not have to be."""
-        now = time.monotonic()
-        if self._heard_at is None:
-            # An import, weights that are read or a compiler may keep the loop from turning for minutes.
-            late = now - self._begun_at > start_timeout_s
-            return f"hung: not started within {start_timeout_s:g} s" if late else ""
-        late = now - self._heard_at > heartbeat_timeout_s
-        return f"hung: no heartbeat for {heartbeat_timeout_s:g} s" if late else ""
+        # An import, weights that are read or a compiler may keep the loop of a process that starts from turning for
+        # minutes. One that has said itself that its work is overdue is believed.
+        starting = not self._started and not self._last_words
+        timeout_s = start_timeout_s if starting else heartbeat_timeout_s
+        if time.monotonic() - self._heard_at <= timeout_s:
+            return ""
+        return f"hung: no heartbeat for {timeout_s:g} s{' while it started' * starting}"
 
     def forgive_silence(self) -> None:
         """This process was itself not running: silence until now proves nothing."""
-        now = time.monotonic()
-        if self._heard_at is not None:
-            self._heard_at = now
-        self._begun_at = now
+        self._heard_at = time.monotonic()
 
     def presume_hung(self, reason: str) -> None:
         """It is about to be killed for its silence."""
@@ -110,9 +109,11 @@ class Child:
         kind = ExitKind.CRASH
         if ending.code == EXIT_START_FAILURE:
             kind = ExitKind.START_FAILURE
+        elif ending.code == EXIT_START_DELAYED:
+            kind = ExitKind.START_DELAYED
         elif ending.code == 0:
             kind = ExitKind.CLEAN
-        if kind is ExitKind.START_FAILURE:
+        if kind in (ExitKind.START_FAILURE, ExitKind.START_DELAYED):
             reason = self._last_words or "it cannot start, its log says why"
         else:
             reason = f"{ending}: {self._last_words}" if self._last_words else str(ending)

@@ -14,7 +14,7 @@ import httpx
 from actors.actor import READY
 from actors.addresses import SUPERVISOR, AddressBook
 from actors.api_keys import ApiKeysError, read_keys
-from actors.child import LEFT
+from actors.child import DELAYED, LEFT
 from actors.client import (
     GENERATE_TIMEOUT_S,
     KEY_VARIABLE,
@@ -158,7 +158,8 @@ class Cluster:
 
 def is_hopeless(states: Sequence[str]) -> bool:
     """Whether waiting changes nothing: some children are not to run any more, and no other is under way. Pure."""
-    return any(state in LEFT for state in states) and all(state in LEFT or state == READY for state in states)
+    stuck = LEFT | {DELAYED}  # a port that is taken may come free: who wants a cluster now is told so now
+    return any(state in stuck for state in states) and all(state in stuck or state == READY for state in states)
 
 
 def describe_children(children: Iterable[ChildReport]) -> str:

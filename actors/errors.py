@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from typing import Final
+
 
 class StartFailure(Exception):  # noqa: N818  it is not a crash, and is never retried
     """This actor can never work as configured: a bad model path, a bad option, a device that is not there.
@@ -9,6 +12,20 @@ class StartFailure(Exception):  # noqa: N818  it is not a crash, and is never re
     Raise it from a builder or from `Actor.started` with one sentence that says what to do. It is reported
     once, to the log and to the supervisor, and the actor is not started again; its siblings go on.
     """
+
+
+class StartDelayed(StartFailure):
+    """This actor cannot start for a reason that may pass: a port that is taken, a full disk, a folder that is away.
+
+    It is reported as a `StartFailure` is, and the actor is started again, after longer and longer waits and without
+    end. Such starts do not count as restarts within `[supervision] intensity`.
+    """
+
+
+OF_THE_MACHINE: Final = frozenset({
+    errno.ENOSPC, errno.EDQUOT, errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE
+})  # fmt: skip
+"""Numbers of `OSError` that say that the machine has no room now: nothing is wrong with whoever asked."""
 
 
 class ActorCrashed(Exception):  # noqa: N818  the name of the event, as the supervisor reports it

@@ -128,7 +128,14 @@ class Launcher:
             else:
                 await asyncio.sleep(backoff)
                 backoff = min(backoff * 2, _LAST_BACKOFF_S)
-            self._zygote = self._spawn_zygote()
+            while True:
+                try:
+                    self._zygote = self._spawn_zygote()
+                    break
+                except OSError as error:  # until then, starts are fresh interpreters
+                    _log.warning("no zygote", error=str(error))
+                    await asyncio.sleep(backoff)
+                    backoff = min(backoff * 2, _LAST_BACKOFF_S)
 
 
 QUIET: Final = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}

@@ -1,7 +1,8 @@
 """`python -m actors.process`: the process of one component.
 
 The supervisor starts it as `--topology FILE --name NAME --build MODULE:FUNCTION --generation G --restarts N
---supervisor NAME --parent PID`. Exit codes: 0 drained, 70 crashed, 78 can never work as configured.
+--supervisor NAME --parent PID`. Exit codes: 0 drained, 70 crashed, 75 cannot start now, 78 can never work as
+configured.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from setproctitle import setproctitle
 from actors import diagnostics, logs
 from actors.addresses import AddressBook
 from actors.components import PARTS, load_builder
-from actors.errors import ActorCrashed, StartFailure, TopologyError, describe
+from actors.errors import ActorCrashed, StartDelayed, StartFailure, TopologyError, describe
 from actors.heartbeat import last_word
 from actors.prctl import die_with_parent
-from actors.processes import EXIT_CRASH, EXIT_START_FAILURE
+from actors.processes import EXIT_CRASH, EXIT_START_DELAYED, EXIT_START_FAILURE
 from actors.runtime import Runtime
 from actors.system import ChildState
 from actors.topology import Component, Topology, load_topology
@@ -79,6 +80,10 @@ async def _host(options: argparse.Namespace) -> int:
     book = AddressBook(topology)
     try:
         await _run(options, topology, component, book)
+    except StartDelayed as delay:
+        _log.warning("cannot start yet", reason=str(delay))
+        await _tell_supervisor(options, book, "failed", str(delay))
+        return EXIT_START_DELAYED
     except StartFailure as failure:
         _log.error("cannot start", reason=str(failure))
         await _tell_supervisor(options, book, "failed", str(failure))

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 EXIT_CRASH: Final = 70
 """Exit code of a process in which an actor crashed (EX_SOFTWARE of sysexits.h)."""
+EXIT_START_DELAYED: Final = 75
+"""Exit code of a process that cannot start now, for a reason that may pass (EX_TEMPFAIL of sysexits.h)."""
 EXIT_START_FAILURE: Final = 78
 """Exit code of a process that can never work as configured (EX_CONFIG of sysexits.h)."""
 

@@ -13,6 +13,8 @@ import msgspec
 
 FIRST_BACKOFF_S: Final = 0.25
 LAST_BACKOFF_S: Final = 10.0
+FIRST_DELAY_S: Final = 1.0
+LAST_DELAY_S: Final = 60.0
 
 
 class Strategy(StrEnum):
@@ -37,6 +39,7 @@ class ExitKind(StrEnum):
     CLEAN = "clean"
     CRASH = "crash"
     START_FAILURE = "start_failure"
+    START_DELAYED = "start_delayed"
 
 
 class Exit(msgspec.Struct, frozen=True):
@@ -115,7 +118,13 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 def decide(
-    spec: Spec, history: History, exit_: Exit, *, alive: frozenset[str] = frozenset(), jitter: float = 0.0
+    spec: Spec,
+    history: History,
+    exit_: Exit,
+    *,
+    alive: frozenset[str] = frozenset(),
+    jitter: float = 0.0,
+    delays: int = 0,
 ) -> Decision:
     """What to do about the end of a child.
 
@@ -126,14 +135,18 @@ def decide(
         alive: siblings that run or are to run; the others have been left for good and stay so.
         jitter: in [0, 1), drawn by the caller; shortens the wait by up to half, so that children which end
             together do not come back together.
+        delays: times in a row, before this one, that it could not start for a reason that may pass.
 
     The first restart after a quiet period is immediate. The next wait `FIRST_BACKOFF_S`, doubled each time up to
-    `LAST_BACKOFF_S` seconds, less the jitter.
+    `LAST_BACKOFF_S` seconds, less the jitter. What could not start for a reason that may pass is started again alone
+    and without end, after `FIRST_DELAY_S`, doubled each time up to `LAST_DELAY_S`, and that is not counted.
     """
     child = next(child for child in spec.children if child.name == exit_.name)
     recent = tuple(at for at in history if exit_.at - at < spec.period_s)
     if exit_.kind is ExitKind.START_FAILURE:
         return Decision((Leave(child.name, "failed", exit_.reason),), recent)
+    if exit_.kind is ExitKind.START_DELAYED:
+        return Decision((Wait(_doubled(FIRST_DELAY_S, LAST_DELAY_S, delays, jitter)), Start(child.name)), recent)
     if not _wanted_again(child.restart, exit_.kind):
         return Decision((Leave(child.name, "stopped", exit_.reason),), recent)
     if len(recent) >= spec.intensity:
@@ -154,8 +167,12 @@ def backoff_s(restarts: int, jitter: float) -> float:
     """Seconds to wait before a restart that follows `restarts` recent ones."""
     if restarts == 0:
         return 0.0
-    doublings = min(restarts - 1, 32)  # far past the cap: keeps the power small
-    return min(LAST_BACKOFF_S, FIRST_BACKOFF_S * (1 << doublings)) * (1 - jitter / 2)
+    return _doubled(FIRST_BACKOFF_S, LAST_BACKOFF_S, restarts - 1, jitter)
+
+
+def _doubled(first_s: float, last_s: float, doublings: int, jitter: float) -> float:
+    # 32 is far past any cap: it keeps the power small.
+    return min(last_s, first_s * (1 << min(doublings, 32))) * (1 - jitter / 2)
 
 
 def _wanted_again(restart: Restart, kind: ExitKind) -> bool:

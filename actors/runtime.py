@@ -83,8 +83,8 @@ class Runtime:
     async def run(self) -> None:
         """Start, serve until `stop` is called or a `Shutdown` comes, drain.
 
-        Raises `StartFailure` when an actor cannot start, `ActorCrashed` when one crashes, `bus.AddressError` when a
-        mailbox cannot be opened.
+        Raises `StartFailure` when an actor cannot start, `StartDelayed` when it cannot now, such as when the address of
+        its mailbox is taken, and `ActorCrashed` when one crashes.
         """
         async with self:
             await self.wait()

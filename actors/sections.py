@@ -158,8 +158,7 @@ class SupervisionSection(Section, frozen=True):
     heartbeat_timeout_s: Seconds = 15.0
     """Silence after which a process that has started counts as hung, and is killed and restarted."""
     start_timeout_s: Seconds = 600.0
-    """Most seconds that a process may take to start: to import, to load weights, to compile. Its silence meanwhile
-    means nothing."""
+    """The same while a process starts: importing, loading weights and compiling may keep it silent for minutes."""
 
 
 class BusSection(Section, frozen=True):

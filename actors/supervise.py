@@ -16,6 +16,7 @@ from setproctitle import setproctitle
 from actors import diagnostics, places
 from actors.addresses import SUPERVISOR, AddressBook, supervisor_of
 from actors.components import PARTS, PRELOAD
+from actors.errors import OF_THE_MACHINE
 from actors.generations import Generations
 from actors.keys import make_keys
 from actors.launcher import Launcher, thread_environment
@@ -113,6 +114,8 @@ class Supervision:
         )
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
+            if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # started under nohup: it is to outlive its terminal
             loop.add_signal_handler(number, self._asked_to_stop, number, runtime, supervisors)
         loop.add_signal_handler(signal.SIGUSR1, diagnostics.dump, runtime)
         async with runtime:
@@ -168,9 +171,15 @@ async def _all_done(supervisors: list[Supervisor]) -> None:
 async def _keep_strangers_out(supervisors: list[Supervisor], launcher: Launcher) -> None:
     while True:
         await asyncio.sleep(_STRANGERS_EVERY_S)
-        if not launcher.in_flight:
-            pids = [pid for supervisor in supervisors for pid in supervisor.pids]
+        if launcher.in_flight:
+            continue
+        pids = [pid for supervisor in supervisors for pid in supervisor.pids]
+        try:
             end_strangers(frozenset((*pids, launcher.zygote_pid)))
+        except OSError as error:
+            if error.errno not in OF_THE_MACHINE:
+                raise
+            _log.warning("orphans not looked for", error=str(error))
 
 
 async def _nothing() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from actors import child as states
 from actors.actor import Actor
 from actors.child import Child
+from actors.errors import OF_THE_MACHINE
 from actors.launcher import Launcher, LauncherClosed
 from actors.process import heartbeat_s
 from actors.processes import Process
@@ -145,7 +146,8 @@ class Supervisor(Actor):
             self._leave(child, states.STOPPED, "")
         except OSError as error:
             reason = f"no process could be started: {error.strerror or error}"
-            self._act_on(child, Exit(child.name, ExitKind.CRASH, time.monotonic(), reason))
+            kind = ExitKind.START_DELAYED if error.errno in OF_THE_MACHINE else ExitKind.CRASH
+            self._act_on(child, Exit(child.name, kind, time.monotonic(), reason))
         else:
             child.launched(process)
             self.log.info("started", child=child.name, pid=process.pid, generation=child.generation)
@@ -172,9 +174,12 @@ class Supervisor(Actor):
         child.reason = exit_.reason
         alive = frozenset(other.name for other in self.children.values() if other.state not in states.LEFT)
         jitter = random.random()  # noqa: S311  spreads restarts, keeps no secret
-        decision = decide(self._spec, child.history, exit_, alive=alive, jitter=jitter)
+        decision = decide(self._spec, child.history, exit_, alive=alive, jitter=jitter, delays=child.delays)
         child.history = decision.history
         child.state = states.BACKOFF
+        if exit_.kind is ExitKind.START_DELAYED:
+            child.delays += 1
+            child.state = states.DELAYED
         log = self.log.error if exit_.kind is ExitKind.START_FAILURE else self.log.warning
         actions = [type(action).__name__.lower() for action in decision.actions]
         log("child ended", child=child.name, reason=exit_.reason, kind=str(exit_.kind), actions=actions)

@@ -115,8 +115,9 @@ class ChildReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     generation: int
     """Of the running or of the last incarnation, 0 before the first."""
     state: str
-    """"starting", "loading", "ready", "draining" or a state of its own while it runs; "backoff", "failed" (could
-    not start), "gave_up" (restarted too often) or "stopped" while it does not."""
+    """"starting", "loading", "ready", "draining" or a state of its own while it runs; "backoff", "delayed" (could not
+    start for a reason that may pass, and is started again), "failed" (can never start), "gave_up" (restarted too
+    often) or "stopped" while it does not."""
     restarts: int
     """Times that it has been restarted."""
     reason: str

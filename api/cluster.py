@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 from starlette.requests import Request
@@ -102,10 +102,11 @@ class Cluster:
             return None
 
 
-def judge(head: ClusterView | None, children: Iterable[ChildReport]) -> Readiness:
+def judge(head: ClusterView | None, children: Collection[ChildReport]) -> Readiness:
     """Judge by the head's word and by what was given up: the rest serves on, but only a person brings that back."""
     gave_up = [f"{child.name}: {child.reason}" for child in children if child.state in ("gave_up", "failed")]
-    reasons = [*(head.reasons if head else ["the head does not answer"]), *gave_up]
+    delayed = [f"{child.name} cannot start yet: {child.reason}" for child in children if child.state == "delayed"]
+    reasons = [*(head.reasons if head else ["the head does not answer"]), *gave_up, *delayed]
     return Readiness(head is not None and head.ready and not gave_up, reasons, gave_up)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import uvicorn
 
-from actors import Actor, Component, StartFailure, Topology
+from actors import Actor, Component, StartDelayed, StartFailure, Topology
 from actors.api_keys import ApiKeys, ApiKeysError, read_keys
 from api.app import make_app
 from api.cluster import Cluster
@@ -39,7 +39,10 @@ class ApiServer(Actor):
         self._serving: asyncio.Task[None] | None = None
 
     async def started(self) -> None:
-        """Wait for the head, then listen. Raises StartFailure when the port is taken, or the keys cannot be read."""
+        """Wait for the head, then listen.
+
+        Raises StartDelayed when the port is taken, StartFailure when the keys cannot be read.
+        """
         keys = read_api_keys(self.topology)
         head = Head(self.reference("head"))
         await self._wait_for(head)
@@ -115,13 +118,13 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open a listening socket; raises StartFailure."""
+    """Open a listening socket; raises StartDelayed for a port that is taken, StartFailure for a wrong address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise StartFailure(
+            raise StartDelayed(
                 f"port {port} on {host} is in use: stop what listens there (`ss -ltnp 'sport = :{port}'`) "
                 "or set another [api] port"
             ) from None

@@ -16,7 +16,7 @@ from typing import TypeAlias, cast
 import msgspec
 from msgspec.structs import replace
 
-from actors import Actor, Component, Later, StartFailure, Topology
+from actors import Actor, Component, Later, StartDelayed, StartFailure, Topology
 from bus import Refused
 from engines.card import CardError, ModelCard, load_card
 from engines.checks import ANY
@@ -91,7 +91,8 @@ class Head(Actor):
         """Read the journal back and start to keep time.
 
         Raises:
-            StartFailure: the journal is corrupt, of a newer version, or cannot be written; or there is no model.
+            StartFailure: the journal is corrupt or of a newer version, or the model is broken.
+            StartDelayed: the journal is locked or the disk is full, or the folder of the model is away.
         """
         now = time.time()
         try:
@@ -101,8 +102,11 @@ class Head(Actor):
             self._journal = Journal(self.topology.state_dir / "journal.sqlite")
             for request in self._journal.load(now - KEEP_S):
                 self.ledger.accept(request, now)
-        except (JournalError, ModelError) as error:
-            raise StartFailure(str(error)) from error
+        except JournalError as error:
+            raise (StartDelayed if error.may_pass else StartFailure)(str(error)) from error
+        except ModelError as error:
+            kind = StartFailure if self.topology.model_path.is_dir() else StartDelayed
+            raise kind(str(error)) from error
         if self.ledger.units:
             self.log.info("resumed from the journal", requests=len(self.ledger.requests), units=len(self.ledger.units))
         self.spawn(self._keep_time(), name="clock")

@@ -39,6 +39,11 @@ CREATE INDEX by_end ON requests(finished_at);
 class JournalError(Exception):
     """The journal cannot be read or written; says which file and what to do."""
 
+    @property
+    def may_pass(self) -> bool:
+        """Whether nothing is wrong with the file: it is locked, or the disk is full or away."""
+        return isinstance(self.__cause__, (OSError, sqlite3.OperationalError))
+
 
 class _Body(msgspec.Struct, frozen=True, array_like=True):
     """The columns of a request that nobody searches by."""

@@ -17,7 +17,7 @@ from typing import ParamSpec, TypeVar
 import msgspec
 import torch
 
-from actors import Actor, Component, StartFailure, Topology
+from actors import Actor, Component, StartDelayed, StartFailure, Topology
 from actors.errors import describe
 from bus import MailboxFull, Message, current_traceparent
 from engines.panels import ModelError, Panel
@@ -81,6 +81,8 @@ class StreamWorker(Actor):
         self._wake = asyncio.Event()
         self._current: Job | None = None
         self._call_began: float | None = None
+        self._load_began: float | None = None
+        self._start_timeout_s = topology.supervision.start_timeout_s
         self._bound_s = OVERDUE_HEARTBEATS * topology.supervision.heartbeat_timeout_s
         self._stream: DeviceStream | None = None
         self._pipeline: PanelPipeline | None = None
@@ -93,6 +95,7 @@ class StreamWorker(Actor):
 
         Raises:
             StartFailure: the model cannot be served, or the device is not there.
+            StartDelayed: the folder of the model is away, or others fill the card.
 
         """
         began = time.monotonic()
@@ -100,8 +103,10 @@ class StreamWorker(Actor):
         self._stream = DeviceStream(device, "compute")
         self._shared = devices.shares_card(self.component, self.topology.components, torch.cuda.device_count())
         self.start_s["device"] = time.monotonic() - began
+        self._load_began = time.monotonic()
         self._pipeline = await self._loaded(self._stream)
-        self.start_s["weights"] = time.monotonic() - began - self.start_s["device"]
+        self.start_s["weights"] = time.monotonic() - self._load_began
+        self._load_began = None
         self.premises.model_loaded(self._pipeline.signature)
         loaded = self._pipeline
         panels = [panel.value for panel in loaded.panels]
@@ -121,11 +126,16 @@ class StreamWorker(Actor):
         }
 
     def overdue(self) -> str | None:
-        """Say so when one call to the device takes far longer than any should."""
+        """Say so when loading the model or one call to the device takes far longer than any should."""
+        if self._load_began is not None and time.monotonic() - self._load_began > self._start_timeout_s:
+            return f"loading the model takes more than {self._start_timeout_s:g} s"
         if self._call_began is None or self._current is None:
             return None
         seconds = time.monotonic() - self._call_began
-        if seconds < self._bound_s:
+        bound_s = self._bound_s
+        if self._current.panel.value not in self.first_s:  # it may compile
+            bound_s = max(bound_s, self._start_timeout_s)
+        if seconds < bound_s:
             return None
         return f"a step of {self._current.work} ({self._current.panel}) runs since {seconds:.0f} s"
 
@@ -146,20 +156,26 @@ class StreamWorker(Actor):
                 return
 
     async def _loaded(self, stream: DeviceStream) -> PanelPipeline:
-        """Load the model; where others fill the card just now, wait for it a little. Raises StartFailure."""
+        """Load the model; where others fill the card just now, wait for it a little.
+
+        Raises as `started` does.
+        """
         give_up_at = time.monotonic() + ROOM_WAIT_S
         while True:
             try:
                 return await stream.run(self._load, stream.device)
             except NoRoomError as error:
-                if error.needed > error.total or time.monotonic() > give_up_at:
+                if error.needed > error.total:
                     raise StartFailure(str(error)) from error
+                if time.monotonic() > give_up_at:
+                    raise StartDelayed(str(error)) from error
                 self.log.warning("no room for the weights yet", reason=str(error))
                 self.set_state("loading", str(error))
                 needed = error.needed
                 devices.forget(error)
             except ModelError as error:
-                raise StartFailure(str(error)) from error
+                kind = StartFailure if self.topology.model_path.is_dir() else StartDelayed
+                raise kind(str(error)) from error
             except RuntimeError as error:
                 if not devices.is_out_of_memory(error):
                     raise

@@ -124,6 +124,8 @@ def line(report: ChildReport) -> str:
     match report.state:
         case "failed":
             return f"{name} [bold red]cannot start:[/] {reason}"
+        case "delayed":
+            return f"{name} [bold yellow]cannot start yet:[/] {reason}; it is tried again"
         case "gave_up":
             return f"{name} [bold red]given up:[/] {reason}"
         case "backoff" if report.reason:

@@ -4,6 +4,7 @@ files in the state folder that are there when it starts."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import subprocess
 import sys
@@ -92,6 +93,8 @@ class Probe(Actor):
         if (self._state_dir / f"{self.name}.slow").exists():
             time.sleep(2.5)  # noqa: ASYNC251  as code does that reads weights or compiles and holds the interpreter
             self.start_s["weights"] = 2.5
+        if (self._state_dir / f"{self.name}.full").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if (self._state_dir / f"{self.name}.crashing").exists():
             raise RuntimeError("crashes whenever it starts")
 

@@ -123,9 +123,10 @@ class Supervised:
 
 
 @contextlib.asynccontextmanager
-async def supervised(file: Path, *names: str) -> AsyncIterator[Supervised]:
+async def supervised(file: Path, *names: str, nohup: bool = False) -> AsyncIterator[Supervised]:
     """Supervise the components of a topology, or only some; at the end nothing of it is left."""
     process = await asyncio.create_subprocess_exec(
+        *(("/usr/bin/nohup",) if nohup else ()),
         *(sys.executable, "-m", "tests.actors.supervise", str(file), *([",".join(names)] if names else [])),
         cwd=ROOT,
         env={**os.environ, "TRIPTYCH_LOG_LEVEL": "info"},

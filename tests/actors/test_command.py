@@ -277,6 +277,7 @@ def test_the_live_display_redraws_a_table_and_keeps_what_went_wrong(write: Write
     [
         (["ready", "failed", "ready"], True),
         (["ready", "gave_up"], True),
+        (["ready", "delayed"], True),
         (["ready", "ready"], False),
         (["loading", "failed"], False),
         (["backoff", "gave_up"], False),

@@ -5,7 +5,9 @@ from hypothesis import strategies as st
 
 from actors.restart import (
     FIRST_BACKOFF_S,
+    FIRST_DELAY_S,
     LAST_BACKOFF_S,
+    LAST_DELAY_S,
     ChildSpec,
     Decision,
     Exit,
@@ -106,6 +108,19 @@ def test_a_start_failure_is_never_retried_and_touches_nobody(
 ) -> None:
     decision = decide(spec(strategy), tuple(sorted(history)), exit_of(name, ExitKind.START_FAILURE), alive=alive)
     assert decision.actions == (Leave(name, "failed", "killed by SIGKILL"),)
+
+
+@given(strategies, names, st.lists(st.floats(70.5, 99.5), max_size=12), st.integers(0, 10_000), jitters)
+def test_a_delayed_start_is_waited_for_without_end_alone_and_without_counting(
+    strategy: Strategy, name: str, recent: list[float], delays: int, jitter: float
+) -> None:
+    history = tuple(sorted(recent))
+    ended = exit_of(name, ExitKind.START_DELAYED)
+    decision = decide(spec(strategy), history, ended, alive=ALL, jitter=jitter, delays=delays)
+    wait, start = decision.actions
+    assert isinstance(wait, Wait)
+    assert FIRST_DELAY_S / 2 < wait.seconds <= LAST_DELAY_S
+    assert (start, decision.history) == (Start(name), history)
 
 
 @given(strategies, names, unasked, st.sampled_from(Restart))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from actors import ActorCrashed, StartFailure
+from actors import ActorCrashed, StartDelayed, StartFailure
 from actors.diagnostics import dump
 from actors.heartbeat import state_of
 from actors.system import (
@@ -17,9 +17,6 @@ from actors.system import (
     Inspection,
     Shutdown,
     ShuttingDown,
-)
-from bus import (
-    AddressError,
 )
 from tests.actors.bench import (
     Bench,
@@ -74,7 +71,7 @@ def test_a_start_failure_comes_out_as_itself_and_any_other_error_as_a_crash(fold
 def test_two_processes_cannot_serve_one_address(folder: Path) -> None:
     async def scenario() -> None:
         async with Bench(folder, Worker("worker")).runtime:
-            with pytest.raises(AddressError, match="served by a live process"):
+            with pytest.raises(StartDelayed, match="served by a live process"):
                 await Bench(folder, Worker("worker")).runtime.run()
 
     run(scenario())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -115,7 +116,7 @@ def test_silence_while_it_starts_is_no_hang_and_the_time_is_told(write: Write) -
     run(scenario())
 
 
-def test_a_start_that_takes_longer_than_it_may_is_ended(write: Write) -> None:
+def test_a_start_that_is_silent_for_longer_than_it_may_is_ended(write: Write) -> None:
     async def scenario() -> None:
         file = write(supervision(start_timeout_s=0.3, intensity=0))
         state = load_topology(file).state_dir
@@ -123,7 +124,7 @@ def test_a_start_that_takes_longer_than_it_may_is_ended(write: Write) -> None:
         (state / "encoder-0.slow").touch()
         async with supervised(file, "encoder-0", "head") as seen:
             left = await seen.until("encoder-0", "gave_up")
-            assert left.reason.endswith("killed by SIGKILL: hung: not started within 0.3 s")
+            assert left.reason.endswith("killed by SIGKILL: hung: no heartbeat for 0.3 s while it started")
 
     run(scenario())
 
@@ -194,6 +195,41 @@ def test_a_start_failure_is_said_once_and_not_retried(write: Write) -> None:
             report = (await seen.report())["denoiser-0"]
             assert (report.state, report.restarts, report.pid) == ("failed", 0, 0)
             assert sum("child ended" in line for line in seen.lines) == 1
+
+    run(scenario())
+
+
+def test_a_start_that_a_full_disk_prevents_is_tried_again_and_does_not_count(write: Write) -> None:
+    async def scenario() -> None:
+        file = write(supervision(intensity=0))
+        state = load_topology(file).state_dir
+        state.mkdir(parents=True)
+        (state / "encoder-0.full").touch()
+        async with supervised(file, "encoder-0") as seen:
+            delayed = await seen.until("encoder-0", "delayed")
+            assert delayed.reason == "OSError: [Errno 28] No space left on device"
+            await seen.until("encoder-0", "delayed", after=delayed.generation)
+            (state / "encoder-0.full").unlink()
+            await seen.until("encoder-0", "ready")
+
+    run(scenario())
+
+
+def test_a_machine_without_room_for_a_process_is_waited_for_and_nohup_is_honoured(write: Write) -> None:
+    async def scenario() -> None:
+        async with supervised(write(supervision(intensity=1)), "encoder-0", nohup=True) as seen:
+            before = await seen.until("encoder-0", "ready")
+            limits = resource.prlimit(seen.process.pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(seen.process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+            os.kill(before.pid, signal.SIGKILL)
+            delayed = await seen.until("encoder-0", "delayed")
+            assert delayed.reason == "no process could be started: Too many open files"
+            resource.prlimit(seen.process.pid, resource.RLIMIT_NOFILE, limits)
+            after = await seen.until("encoder-0", "ready", after=delayed.generation)
+            seen.process.send_signal(signal.SIGHUP)
+            assert (await seen.ping("encoder-0")).pid == after.pid
+            assert await seen.stop() == 0
+            await seen.logged("stopping", reason="SIGTERM")
 
     run(scenario())
 

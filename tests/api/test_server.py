@@ -10,7 +10,7 @@ import time
 import httpx
 import pytest
 
-from actors import StartFailure
+from actors import StartDelayed, StartFailure
 from actors.system import Inspect, Inspection, Shutdown, ShuttingDown
 from api.server import listen
 from roles.messages import requests as wire
@@ -59,7 +59,7 @@ async def test_it_stops_while_it_waits_for_the_head(runtime, topology, outbox):
 async def test_a_port_in_use_is_said_in_words(runtime, small_head, topology):
     with (
         socket.create_server((HOST, topology.api.port)),
-        pytest.raises(StartFailure, match=rf"port {topology.api.port} .* in use: stop what listens there"),
+        pytest.raises(StartDelayed, match=rf"port {topology.api.port} .* in use: stop what listens there"),
     ):
         await runtime.run()
 

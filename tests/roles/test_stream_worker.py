@@ -329,11 +329,15 @@ def test_a_call_that_hangs_is_overdue(bench: Any, monkeypatch: pytest.MonkeyPatc
         desk.run(1, Panel.ENCODER)
         await desk.inbox.next(PanelStarted)
         assert worker.overdue() is None
-        worker._bound_s = 0.0
+        worker._bound_s = worker._start_timeout_s = 0.0
         assert "a step of r/1#1 (encoder) runs since" in (worker.overdue() or "")
         go_on.set()
         await desk.inbox.next(PanelFinished)
         assert worker.overdue() is None
+        assert worker.facts()["first_encoder_s"] == worker.first_s["encoder"] > 0
+        assert worker.start_s["weights"] > 0
+        worker._load_began = 0.0
+        assert worker.overdue() == "loading the model takes more than 0 s"
 
     bench(body)
 
