@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import msgspec
 from starlette.requests import Request
 
-from api.errors import ApiError, from_validation
+from api.errors import ApiError, refused
 
 MAX_TEXT_BYTES = 1 << 19
 """Of a body without its pictures. Half of what a mailbox takes, so that nothing here is too long for the bus."""
@@ -20,6 +21,10 @@ MAX_TOGETHER_BYTES = 1 << 29
 BODY_TIMEOUT_S = 30.0
 """And a second more for each `SLOWEST_BYTES_PER_S` that have come."""
 SLOWEST_BYTES_PER_S = 1 << 20
+_HALF_PAIR = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
+)
+"""In JSON: a character of Unicode's upper planes of which only one half is written."""
 
 
 class Intake:
@@ -47,8 +52,7 @@ class Intake:
                 if received > most:
                     raise ApiError(413, f"the body is over {most} bytes", code="too_long")
                 if self.held > self.most:
-                    message = "too much is being sent at once: try again"
-                    raise ApiError(429, message, code="full", retry_after_s=1.0)
+                    raise ApiError(429, "too much is being sent at once: try again", code="full")
                 timer.reschedule(began + BODY_TIMEOUT_S + received / SLOWEST_BYTES_PER_S)
                 yield chunk
             timer.reschedule(None)
@@ -74,16 +78,26 @@ async def read_object(chunks: AsyncGenerator[bytes, None]) -> dict[str, object]:
         # There are none of these in a picture, and each may be an object of a hundred bytes.
         raise ApiError(413, "the body has too many values", code="too_long")
     try:
-        return msgspec.json.decode(body, type=dict[str, object])
-    except msgspec.ValidationError as error:
-        raise from_validation(error) from None
+        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        return {name: _decode(name, value) for name, value in fields.items()}
+    except msgspec.ValidationError:
+        raise ApiError(422, "the body must be a JSON object", code="invalid_value") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+        why = "it has half of a surrogate pair" if _HALF_PAIR.search(body) else error
+        raise ApiError(400, f"the body is not valid JSON: {why}", code="invalid_json") from None
+
+
+def _decode(name: str, value: msgspec.Raw) -> object:
+    try:
+        return msgspec.json.decode(value)
+    except msgspec.ValidationError:
+        # Without a type there is nothing else that a value could not be.
+        raise refused(name, "has a number that is out of range") from None
 
 
 def check_length(fields: Mapping[str, object]) -> None:
     """Raise ApiError 413 when fields, their pictures apart, are too long for a message."""
     if len(msgspec.msgpack.encode(fields)) > MAX_TEXT_BYTES:
         longest = max(fields, key=lambda name: len(msgspec.msgpack.encode(fields[name])))
-        message = f"what is no picture in the body is over {MAX_TEXT_BYTES} bytes"
-        raise ApiError(413, message, code="too_long", param=longest)
+        predicate = f"is too long: all that is no picture in a request is at most {MAX_TEXT_BYTES} bytes"
+        raise refused(longest, predicate, status=413, code="too_long")

@@ -6,7 +6,6 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.errors import invalid
 from api.generations import make, read
 
 
@@ -15,7 +14,7 @@ class Edits(HTTPEndpoint):
 
     async def post(self, request: Request) -> Response:
         """Do as `Generations`, but not without a picture."""
-        wanted, inputs = await read(request)
+        wanted, inputs, names = await read(request)
         if inputs.get("image") is None:
-            raise invalid("image", "image is required")
-        return await make(request, wanted, inputs)
+            raise names.invalid("image", "is required")
+        return await make(request, wanted, inputs, names)

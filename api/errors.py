@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from http import HTTPStatus
 
-import msgspec
 import structlog
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -14,16 +12,17 @@ from starlette.types import ExceptionHandler
 
 from api.encoding import JSONResponse
 from bus import AskTimeout, BusError, MailboxFull, MessageTooLong, RemoteFailure, Unreachable
-from roles.messages.requests import RequestRejected
 
 log = structlog.stdlib.get_logger("api")
 
 CLIENT_CLOSED_REQUEST = 499
 """Nobody reads this answer; the access log does. nginx's number for it."""
 
-_REJECTIONS = {"invalid": 422, "full": 429, "conflict": 409, "unavailable": 503}
-_FIELD = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
-_MISSING = re.compile(r"missing required field `(?P<name>[^`]+)`")
+RETRY_S = 1.0
+"""After which a client may try again, where nothing better is known."""
+_RETRYABLE = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
+_LONGEST = 2000
+_LONGEST_PARAM = 200
 
 
 class ApiError(Exception):
@@ -41,62 +40,57 @@ class ApiError(Exception):
         self.headers: dict[str, str] = {}
 
 
-def invalid(param: str, message: str) -> ApiError:
-    """Make a 422 that names the field."""
-    return ApiError(422, message, code="invalid_value", param=param)
+def refused(
+    param: str, predicate: str, *, subject: str = "", status: int = 422, code: str = "invalid_value", retry_s: float = 0
+) -> ApiError:
+    """Make an error about a field.
+
+    Args:
+        param: The field as the client sent it.
+        predicate: What is wrong, a sentence without its subject: "must be 64".
+        subject: Of the sentence; "" for the field.
+        status: Of HTTP.
+        code: For programs.
+        retry_s: After how many seconds the client may try again; 0 where that helps nothing.
+    """
+    return ApiError(status, f"{subject or param} {predicate}", code=code, param=param, retry_after_s=retry_s)
 
 
-def not_found(message: str, code: str = "not_found") -> ApiError:
+def not_found(message: str, code: str = "not_found", param: str | None = None) -> ApiError:
     """Make a 404."""
-    return ApiError(404, message, code=code)
-
-
-def from_validation(error: msgspec.ValidationError) -> ApiError:
-    """Make a 422 whose `param` is the field that msgspec points at, None if it is the whole body."""
-    text = str(error)
-    missing = _MISSING.search(text)
-    if missing:
-        return invalid(missing["name"], f"{missing['name']} is required")
-    field = _FIELD.search(text)
-    path = field["path"] if field else ""
-    return ApiError(422, text, code="invalid_value", param=path or None)
-
-
-def from_rejection(rejected: RequestRejected) -> ApiError:
-    """Say in HTTP what the head's refusal means."""
-    return ApiError(
-        _REJECTIONS.get(rejected.code, 500),
-        rejected.message,
-        code="invalid_value" if rejected.code == "invalid" else rejected.code,
-        param=rejected.param or None,
-        retry_after_s=rejected.retry_after_s or (1.0 if rejected.code in ("full", "unavailable") else 0.0),
-    )
+    return ApiError(404, message, code=code, param=param)
 
 
 def from_bus(error: BusError) -> ApiError:
     """Say in HTTP what trouble on the way to the head means."""
     match error:
         case MailboxFull():
-            return ApiError(429, "the head has too much mail: try again", code="full", retry_after_s=1.0)
+            return ApiError(429, "the server is busy: try again", code="full")
         case MessageTooLong():
             return ApiError(413, "the request is too long for a message to the head", code="too_long")
         case AskTimeout() | Unreachable():
             message = "the head does not answer: it may be restarting, try again"
-            return ApiError(503, message, code="head_unreachable", retry_after_s=1.0)
+            return ApiError(503, message, code="head_unreachable")
         case RemoteFailure(code="not_found"):
             return not_found(error.detail)
         case RemoteFailure(code="stopping" | "deadline_exceeded" | "stale_generation"):
             message = f"the head did not take the message ({error.code}): try again"
-            return ApiError(503, message, code="unavailable", retry_after_s=1.0)
+            return ApiError(503, message, code="unavailable")
         case _:
             return ApiError(500, "the head failed on this request", code="internal_error")
 
 
-def from_http(error: HTTPException) -> ApiError:
+def from_http(error: HTTPException, method: str, path: str) -> ApiError:
     """Map Starlette's own errors: no such route, method not allowed."""
     phrase = HTTPStatus(error.status_code).phrase
-    mapped = ApiError(error.status_code, error.detail, code=phrase.lower().replace(" ", "_"))
-    mapped.headers.update(error.headers or {})
+    headers = dict(error.headers or {})
+    message = error.detail
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        message = f"there is nothing at {path}: GET /openapi.json lists what there is"
+    elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        message = f"{path} does not take {method}, but {headers.get('Allow', 'other methods')}"
+    mapped = ApiError(error.status_code, message, code=phrase.lower().replace(" ", "_"))
+    mapped.headers.update(headers)
     return mapped
 
 
@@ -108,28 +102,36 @@ def error_type(status: int) -> str:
 
 
 def respond(error: ApiError) -> JSONResponse:
-    """Make the response."""
+    """Make the response; it tells a client (OpenAI's do as told) whether to send the request again, and when."""
     headers = dict(error.headers)
-    if error.retry_after_s > 0:
-        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    if error.status not in _RETRYABLE:
+        headers["X-Should-Retry"] = "false"
+    elif error.status != HTTPStatus.REQUEST_TIMEOUT:
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s or RETRY_S))
     body = {
-        "message": error.message,
+        "message": _cut(error.message, _LONGEST),
         "type": error_type(error.status),
-        "param": error.param,
+        "param": None if error.param is None else _cut(error.param, _LONGEST_PARAM),
         "code": error.code,
     }
     return JSONResponse({"error": body}, status_code=error.status, headers=headers)
 
 
-async def _on_expected(_: Request, error: Exception) -> JSONResponse:
+def _cut(text: str, most: int) -> str:
+    # What a client sent comes back in errors, and it may have been long.
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"
+
+
+async def _on_expected(request: Request, error: Exception) -> JSONResponse:
     match error:
         case ApiError():
             return respond(error)
         case HTTPException():
-            return respond(from_http(error))
+            return respond(from_http(error, request.method, request.url.path))
         case BusError():
             mapped = from_bus(error)
-            log.warning("bus error", error=repr(error), status=mapped.status)
+            if mapped.status != HTTPStatus.NOT_FOUND:
+                log.warning("bus error", error=repr(error), status=mapped.status)
             return respond(mapped)
         case _:  # ClientDisconnect
             message = "the client hung up within the body"

@@ -13,16 +13,17 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from api.body import MAX_FORM_BYTES, MAX_JSON_BYTES, MAX_TEXT_BYTES, Intake, read_object
-from api.errors import ApiError, invalid
+from api.errors import ApiError, refused
 from api.head import Head
-from api.uploads import MAX_FILES, MAX_FRAMES, Source, UploadDesk
-from roles.messages.requests import KNOWN, PICTURES, DescribeModel, Kind, ModelDescription
+from api.names import Names
+from api.uploads import MAX_FILES, MAX_FRAMES, Size, Source, UploadDesk
+from roles.messages.requests import KNOWN, PICTURES, WORDS, DescribeModel, Kind, ModelDescription
 from roles.messages.work import Numbers
 
 MAX_FIELDS: Final = 128
 MAX_NUMBERS: Final = 1000
 
-ALIASES: Final = {"mask": "mask_image", "input_reference": "image"}
+ALIASES: Final = {"mask": "mask_image", "input_reference": "image", "images": "image"}
 """OpenAI's names of inputs, and diffusers'; for models that have none of the former."""
 _TYPES: Final = {Kind.INTEGER: int, Kind.NUMBER: float, Kind.BOOLEAN: bool}
 
@@ -35,14 +36,19 @@ class Fields:
     """As in JSON; pictures and lists of numbers as `Pictures` and `Numbers`."""
     texts: bool = False
     """The values came as text, so that "4" may stand for 4."""
+    names: Names = field(default_factory=Names)
+    """What the client calls them."""
+    taken: frozenset[str] = frozenset()
+    """Names of what the model takes, as far as that was asked for."""
 
 
-async def read_fields(request: Request, own: frozenset[str]) -> Fields:
+async def read_fields(request: Request, own: frozenset[str], names: Names | None = None) -> Fields:
     """Read the body of a request.
 
     Args:
         request: Its body is JSON or a multipart form.
         own: Names of fields that are no inputs of the pipeline, or always the same ones.
+        names: What clients of this resource call things, unless they say otherwise.
 
     Raises ApiError: 400 (malformed), 408 (too slow), 413 (too long), 415 (neither JSON nor a form, or no picture in a
     format that is taken), 422 (a value at fault), 429 and 503 (no room).
@@ -58,7 +64,9 @@ async def read_fields(request: Request, own: frozenset[str]) -> Fields:
         given = await _read_form(request.headers, chunks, stack) if texts else await read_object(chunks)
         kinds = await _kinds(request, given, own)
         desk: UploadDesk = request.app.state.uploads
-        return Fields(await _convert(_named(given, kinds), kinds, own, desk, texts=texts), texts)
+        names = names or Names()
+        values = await _convert(_named(given, kinds, names), kinds, own, desk, texts=texts)
+        return Fields(values, texts, names, frozenset(kinds))
 
 
 async def _read_form(headers: Headers, chunks: AsyncGenerator[bytes, None], stack: AsyncExitStack) -> dict[str, object]:
@@ -75,7 +83,7 @@ async def _read_form(headers: Headers, chunks: AsyncGenerator[bytes, None], stac
         values = form.getlist(name)
         files = [value for value in values if isinstance(value, UploadFile)]
         if len(values) > 1 and not files:
-            raise invalid(name, f"{name} is given {len(values)} times")
+            raise refused(name, f"is given {len(values)} times")
         given[name] = list(values) if files else values[0]
     return given
 
@@ -107,14 +115,15 @@ class _Given(NamedTuple):
     value: object
 
 
-def _named(given: Mapping[str, object], kinds: Mapping[str, Kind]) -> dict[str, _Given]:
+def _named(given: Mapping[str, object], kinds: Mapping[str, Kind], names: Names) -> dict[str, _Given]:
     """Give inputs the names that the model has for them."""
     named: dict[str, _Given] = {}
     for sent, value in given.items():
         param = _plain(sent)
         name = param if param in kinds else ALIASES.get(param, param)
         if name in named:
-            raise invalid(param, f"{name} is given twice")
+            raise refused(param, f"is given twice, also as {named[name].param}")
+        names.learn(name, param)
         named[name] = _Given(param, value)
     return named
 
@@ -127,17 +136,21 @@ async def _convert(
     given: Mapping[str, _Given], kinds: Mapping[str, Kind], own: frozenset[str], desk: UploadDesk, *, texts: bool
 ) -> dict[str, object]:
     values: dict[str, object] = {}
+    sizes: dict[str, Size] = {}
     for name, (param, value) in given.items():
         kind = None if name in own else kinds.get(name)
         has_files = isinstance(value, list) and any(isinstance(item, UploadFile) for item in value)
         if kind in PICTURES and value is not None:
-            values[name] = await desk.keep(param, _sources(param, value, kind))
+            values[name], sizes[name] = await desk.keep(param, _sources(param, value, kind))
         elif has_files or (value is not None and name not in own and KNOWN.get(name) in PICTURES):
-            raise invalid(param, f"{param} takes no picture{_takers(kinds)}")
+            raise refused(param, f"takes no picture{_takers(kinds)}")
         elif texts and isinstance(value, str):
             values[name] = _from_text(param, value, kind or KNOWN.get(name))
         else:
             values[name] = value if name in own else _listed(param, value)
+    if "mask_image" in sizes and sizes["mask_image"] != sizes.get("image", sizes["mask_image"]):
+        param = given["mask_image"].param
+        raise refused(param, f"must be as large as the picture, {sizes['image']}, not {sizes['mask_image']}")
     return values
 
 
@@ -149,16 +162,24 @@ def _takers(kinds: Mapping[str, Kind]) -> str:
 def _sources(name: str, value: object, kind: Kind | None) -> list[Source]:
     given = value if isinstance(value, list) else [value]
     if not given:
-        raise invalid(name, f"{name} is an empty list")
-    sources: list[Source] = [source for source in given if isinstance(source, str | UploadFile)]
-    if len(sources) != len(given):
-        raise invalid(name, f"{name} is a picture: base64, or a list of that, or files of a form")
+        raise refused(name, "is an empty list")
+    sources = [_source(name, item) for item in given]
     if kind is Kind.IMAGE and len(sources) > 1:
-        raise invalid(name, f"{name} is one picture, {len(sources)} were given")
+        raise refused(name, f"must be one picture, and {len(sources)} were given")
     most = MAX_FRAMES if kind is Kind.IMAGE_LIST else MAX_FILES
     if len(sources) > most:
-        raise invalid(name, f"{name} is at most {most} pictures, {len(sources)} were given")
+        raise refused(name, f"must be at most {most} pictures, and {len(sources)} were given")
     return sources
+
+
+def _source(name: str, item: object) -> Source:
+    if isinstance(item, dict):  # as OpenAI has it in JSON
+        if "file_id" in item:
+            raise refused(name, "has a file_id, and no files are kept here: send the picture itself as image_url")
+        item = item.get("image_url")
+    if not isinstance(item, str | UploadFile):
+        raise refused(name, "must be a picture: base64, a list of that, or files of a form")
+    return item
 
 
 def _from_text(name: str, text: str, kind: Kind | None) -> object:
@@ -167,8 +188,8 @@ def _from_text(name: str, text: str, kind: Kind | None) -> object:
             return _listed(name, msgspec.json.decode(text if text.lstrip().startswith("[") else f"[{text}]"))
         if kind in _TYPES:
             return msgspec.convert(text, _TYPES[kind], strict=False)
-    except msgspec.MsgspecError as error:
-        raise invalid(name, f"{error}: {name} is {kind.value if kind else 'text'}") from None
+    except msgspec.MsgspecError:
+        raise refused(name, f"must be {WORDS[kind or Kind.TEXT]}") from None
     return text
 
 
@@ -176,9 +197,9 @@ def _listed(name: str, value: object) -> object:
     if not isinstance(value, list):
         return value
     if len(value) > MAX_NUMBERS:
-        raise invalid(name, f"{name} is at most {MAX_NUMBERS} numbers")
+        raise refused(name, f"must be at most {MAX_NUMBERS} numbers")
     if not all(isinstance(item, int | float) and not isinstance(item, bool) for item in value):
-        raise invalid(name, f"{name}: a list is one of numbers")
+        raise refused(name, "must be a list of numbers alone, if it is a list")
     if not all(isinstance(item, float) or -(2**63) <= item < 2**63 for item in value):
-        raise invalid(name, f"{name}: a number is out of range")
+        raise refused(name, "has a number that is out of range")
     return Numbers(tuple(value))

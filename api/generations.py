@@ -13,11 +13,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.encoding import JSONResponse
-from api.errors import invalid
+from api.errors import refused
 from api.fields import MAX_SEED, MediaRequest, own_fields, parse
 from api.forms import read_fields
 from api.head import Head
 from api.links import artifact_url, request_url
+from api.names import Names
 from api.requests import request_object
 from api.submission import check_done, check_model, idempotency_key, submit, wait
 from roles.artifacts import ArtifactStore
@@ -32,6 +33,8 @@ class ImageRequest(MediaRequest, frozen=True, kw_only=True):
     response_format: Literal["b64_json", "url"] = "b64_json"
     output_format: Literal["png", "jpeg", "webp", "mp4", "zip", "wav"] | None = None
     """What suits the medium where it is not given."""
+    output_compression: Annotated[int, Meta(ge=0, le=100)] | None = None
+    """Of jpeg and webp: 100 is the best and largest."""
 
 
 class Image(msgspec.Struct, omit_defaults=True):
@@ -47,25 +50,28 @@ class Generations(HTTPEndpoint):
 
     async def post(self, request: Request) -> Response:
         """Submit, wait, answer; a client that hangs up cancels, unless it holds a key to ask again with."""
-        wanted, inputs = await read(request)
-        return await make(request, wanted, inputs)
+        return await make(request, *await read(request))
 
 
-async def read(request: Request) -> tuple[ImageRequest, dict[str, Input]]:
+async def read(request: Request) -> tuple[ImageRequest, dict[str, Input], Names]:
     """Read and check the body; raises ApiError."""
-    wanted, inputs = parse(await read_fields(request, own_fields(ImageRequest)), ImageRequest)
+    fields = await read_fields(request, own_fields(ImageRequest))
+    wanted, inputs = parse(fields, ImageRequest)
     if wanted.seed is not None and wanted.seed + wanted.n - 1 > MAX_SEED:
-        raise invalid("seed", f"the last picture's seed, seed + n - 1, is over {MAX_SEED}")
-    return wanted, inputs
+        raise refused("seed", f"is too large: that of the last picture, seed + n - 1, is over {MAX_SEED}")
+    if wanted.output_compression not in (None, 100) and wanted.output_format not in ("jpeg", "webp"):
+        raise refused("output_compression", "must be 100 or left out unless output_format is jpeg or webp")
+    return wanted, inputs, fields.names
 
 
-async def make(request: Request, wanted: ImageRequest, inputs: dict[str, Input]) -> Response:
+async def make(request: Request, wanted: ImageRequest, inputs: dict[str, Input], names: Names) -> Response:
     """Submit, wait, answer."""
     if wanted.model is not None:
         head: Head = request.app.state.head
         check_model(wanted.model, await head.ask(DescribeModel(), ModelDescription))
-    output = Output(wanted.output_format or "")
-    request_id = await submit(request, inputs, seed=wanted.seed, n=wanted.n, output=output)
+    quality = wanted.output_compression if wanted.output_format in ("jpeg", "webp") else None
+    output = Output(wanted.output_format or "", quality=0 if quality is None else max(1, quality))
+    request_id = await submit(request, inputs, names, seed=wanted.seed, n=wanted.n, output=output)
     if prefers_async(request):
         return await accepted(request, request_id)
     view = await wait(request, request_id, cancels=not idempotency_key(request))

@@ -64,5 +64,6 @@ async def get_model(request: Request) -> JSONResponse:
     name = request.path_params["name"]
     description = await head.ask(DescribeModel(), ModelDescription)
     if name != description.name:
-        raise not_found(f"the model {name!r} is not served here", code="model_not_found")
+        message = f"the model {name!r} is not served here, {description.name!r} is"
+        raise not_found(message, code="model_not_found", param="model")
     return JSONResponse(model_object(description))

@@ -10,8 +10,9 @@ import secrets
 from starlette.requests import Request
 
 from actors.client import in_short
-from api.errors import CLIENT_CLOSED_REQUEST, ApiError, from_rejection, not_found
+from api.errors import CLIENT_CLOSED_REQUEST, ApiError, not_found
 from api.head import Head
+from api.names import Names
 from roles.messages.requests import (
     CancelRequest,
     ModelDescription,
@@ -28,7 +29,9 @@ MARGIN_S = 15.0
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 
-async def submit(request: Request, inputs: dict[str, Input], *, seed: int | None, n: int, output: Output) -> str:
+async def submit(
+    request: Request, inputs: dict[str, Input], names: Names, *, seed: int | None, n: int, output: Output
+) -> str:
     """Have the head accept a request; returns the id that it has there. Raises ApiError with the head's refusal."""
     head: Head = request.app.state.head
     key = idempotency_key(request)
@@ -45,7 +48,7 @@ async def submit(request: Request, inputs: dict[str, Input], *, seed: int | None
     )
     answer: RequestAccepted | RequestRejected = await head.ask(message, RequestAccepted, RequestRejected)
     if isinstance(answer, RequestRejected):
-        raise from_rejection(answer)
+        raise names.rejected(answer)
     return answer.request_id
 
 
@@ -69,7 +72,8 @@ def idempotency_key(request: Request) -> str:
 def check_model(model: str | None, description: ModelDescription) -> None:
     """Raise ApiError 404 unless this is the model being served, or none was named."""
     if model not in (None, description.name):
-        raise not_found(f"the model {model!r} is not served here, {description.name!r} is", code="model_not_found")
+        message = f"the model {model!r} is not served here, {description.name!r} is"
+        raise not_found(message, code="model_not_found", param="model")
 
 
 async def wait(request: Request, request_id: str, *, cancels: bool) -> RequestView:
@@ -113,7 +117,11 @@ def failed(request_id: str, error: ApiError) -> ApiError:
 
 def why(view: RequestView) -> str:
     """Say why a request came to no good end, in one line; empty where nothing is known."""
-    return in_short(cause for unit in view.units for cause in unit.causes)
+    return in_short(
+        text
+        for unit in view.units
+        for text in (*unit.causes, *(move.reason for move in unit.history if move.state == "TIMED_OUT"))
+    )
 
 
 def check_done(view: RequestView) -> None:

@@ -7,13 +7,13 @@ import binascii
 import io
 import re
 from collections.abc import Iterator, Sequence
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import structlog
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from starlette.datastructures import UploadFile
 
-from api.errors import ApiError, invalid
+from api.errors import ApiError, refused
 from roles.messages.work import Pictures, Upload
 from roles.uploads import ENDINGS, UploadsFull, UploadStore
 
@@ -38,6 +38,16 @@ _MAGIC: Final = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
 _KEPT: Final = [name for name in ENDINGS if name != "MPO"]
 
 
+class Size(NamedTuple):
+    """Of a picture, in pixels."""
+
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
 class UploadDesk:
     """Takes pictures in."""
 
@@ -46,19 +56,20 @@ class UploadDesk:
         # A picture of the largest size is 256 MB when it is decoded.
         self._decoding = asyncio.Semaphore(MAX_DECODING)
 
-    async def keep(self, param: str, sources: Sequence[Source]) -> Pictures:
-        """Check pictures and keep them.
+    async def keep(self, param: str, sources: Sequence[Source]) -> tuple[Pictures, Size]:
+        """Check pictures and keep them; returns the size of the first as well.
 
         Raises ApiError that names `param`: 413 (too large), 415 (another format), 422 (no picture), 503 (no room).
         """
-        files, left = [], MAX_PIXELS_TOGETHER
+        files, sizes, left = [], [], MAX_PIXELS_TOGETHER
         for source in sources:
-            file, pixels = await self._keep_one(param, source, left)
+            file, size = await self._keep_one(param, source, left)
             files.append(file)
-            left -= pixels
-        return Pictures(tuple(files))
+            sizes.append(size)
+            left -= size.width * size.height
+        return Pictures(tuple(files)), sizes[0]
 
-    async def _keep_one(self, param: str, source: Source, left: int) -> tuple[Upload, int]:
+    async def _keep_one(self, param: str, source: Source, left: int) -> tuple[Upload, Size]:
         if isinstance(source, str):
             data = await asyncio.to_thread(from_base64, source, param)
         elif source.size is not None and source.size > MAX_FILE_BYTES:
@@ -68,35 +79,34 @@ class UploadDesk:
         async with self._decoding:
             return await asyncio.to_thread(self._check_and_save, data, param, left)
 
-    def _check_and_save(self, data: bytes, param: str, left: int) -> tuple[Upload, int]:
-        ending, pixels = check(data, param, left)
+    def _check_and_save(self, data: bytes, param: str, left: int) -> tuple[Upload, Size]:
+        ending, size = check(data, param, left)
         try:
-            return self.store.save(data, ending), pixels
+            return self.store.save(data, ending), size
         except UploadsFull as error:
             log.warning("an upload was refused", reason=str(error))
-            message = "there is no room for more pictures now"
-            raise ApiError(503, message, code="full", param=param, retry_after_s=60.0) from None
+            predicate = "cannot be kept: there is no room for more pictures now"
+            raise refused(param, predicate, status=503, code="full", retry_s=60.0) from None
         except OSError as error:
             log.warning("an upload cannot be kept", error=str(error))
-            message = "the picture cannot be kept on the server's disk"
-            raise ApiError(503, message, code="unavailable", param=param, retry_after_s=5.0) from None
+            predicate = "cannot be kept on the server's disk"
+            raise refused(param, predicate, status=503, code="unavailable", retry_s=5.0) from None
 
 
 def from_base64(text: str, param: str) -> bytes:
     """Decode base64, plain or of a data URL; raises ApiError 413 or 422."""
     if _REMOTE.match(text):
-        raise invalid(
-            param, "nothing is fetched from a URL: send the picture's bytes, in base64 or as a file of a form"
-        )
+        predicate = "is a URL, and nothing is fetched: send the picture's bytes, in base64 or as a file of a form"
+        raise refused(param, predicate)
     prefix = _DATA_URL.match(text)
     start = prefix.end() if prefix else 0
     if len(text) - start > MAX_FILE_BYTES * 4 // 3 + 4:
         raise _too_large(param)
     try:
-        return b"".join(_decoded(text[start:].encode("ascii")))
+        # MIME breaks base64 into lines.
+        return b"".join(_decoded(text[start:].encode("ascii").translate(None, b"\r\n\t ")))
     except (binascii.Error, UnicodeEncodeError) as error:
-        message = f"a picture is base64, plain or as data:image/png;base64,... ({error})"
-        raise invalid(param, message) from None
+        raise refused(param, f"must be base64, plain or as data:image/png;base64,... ({error})") from None
 
 
 def _decoded(encoded: bytes) -> Iterator[bytes]:
@@ -108,7 +118,7 @@ def _decoded(encoded: bytes) -> Iterator[bytes]:
         yield binascii.a2b_base64(piece, strict_mode=True)
 
 
-def check(data: bytes, param: str, left: int = MAX_PIXELS_TOGETHER) -> tuple[str, int]:
+def check(data: bytes, param: str, left: int = MAX_PIXELS_TOGETHER) -> tuple[str, Size]:
     """Decode a picture to see that it can be.
 
     What it is shows in its bytes, whatever it is called. Its size is bounded before it is decoded.
@@ -119,12 +129,12 @@ def check(data: bytes, param: str, left: int = MAX_PIXELS_TOGETHER) -> tuple[str
         left: How many pixels the input may still have.
 
     Returns:
-        The ending of its format, and how many pixels it has.
+        The ending of its format, and the size of the upright picture.
 
     Raises ApiError 413 (bytes or pixels), 415 (another format), 422 (damaged, or several pictures).
     """
     if not data:
-        raise invalid(param, "the picture is empty")
+        raise refused(param, "is empty")
     if len(data) > MAX_FILE_BYTES:
         raise _too_large(param)
     try:
@@ -134,17 +144,17 @@ def check(data: bytes, param: str, left: int = MAX_PIXELS_TOGETHER) -> tuple[str
     except UnidentifiedImageError as error:
         if data.startswith(_MAGIC):
             raise _damaged(param, error) from error
-        raise ApiError(415, "a picture is a PNG, JPEG or WebP", code="unsupported_media_type", param=param) from None
+        predicate = "must be a picture, a PNG, JPEG or WebP"
+        raise refused(param, predicate, status=415, code="unsupported_media_type") from None
     except Exception as error:  # Pillow raises whatever its parsers run into
         raise _damaged(param, error) from error
     with picture:
-        pixels = picture.width * picture.height
-        if pixels > left:
+        if picture.width * picture.height > left:
             raise _too_many_together(param)
-        return _check_opened(picture, param), pixels
+        return _check_opened(picture, param)
 
 
-def _check_opened(picture: Image.Image, param: str) -> str:
+def _check_opened(picture: Image.Image, param: str) -> tuple[str, Size]:
     if picture.width * picture.height > MAX_PIXELS:
         raise _too_many_pixels(param)
     ending = ENDINGS[str(picture.format)]
@@ -153,27 +163,33 @@ def _check_opened(picture: Image.Image, param: str) -> str:
         frames = 1 if ending == "jpeg" else getattr(picture, "n_frames", 1)
         if frames == 1:
             picture.load()
+        size = _upright(picture)
     except Exception as error:  # as above
         raise _damaged(param, error) from error
     if frames != 1:
-        raise invalid(param, f"the picture moves, it has {frames} frames: send one, or each on its own")
-    return ending
+        raise refused(param, f"must be a picture that stands still, not {frames} frames: send each on its own")
+    return ending, size
+
+
+def _upright(picture: Image.Image) -> Size:
+    turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return Size(picture.height, picture.width) if turned else Size(picture.width, picture.height)
 
 
 def _damaged(param: str, error: Exception) -> ApiError:
     # Pillow's error has no more to say of what it could not even open.
     why = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
-    return invalid(param, f"the picture is damaged or not complete{why}")
+    return refused(param, f"is damaged or not complete{why}")
 
 
 def _too_large(param: str) -> ApiError:
-    return ApiError(413, f"a picture is at most {MAX_FILE_BYTES} bytes", code="too_long", param=param)
+    return refused(param, f"must be at most {MAX_FILE_BYTES} bytes", status=413, code="too_long")
 
 
 def _too_many_together(param: str) -> ApiError:
-    message = f"the pictures have more than {MAX_PIXELS_TOGETHER} pixels together"
-    return ApiError(413, message, code="too_long", param=param)
+    predicate = f"must have at most {MAX_PIXELS_TOGETHER} pixels together"
+    return refused(param, predicate, status=413, code="too_long")
 
 
 def _too_many_pixels(param: str) -> ApiError:
-    return ApiError(413, f"a picture has at most {MAX_PIXELS} pixels", code="too_long", param=param)
+    return refused(param, f"must have at most {MAX_PIXELS} pixels", status=413, code="too_long")

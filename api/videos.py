@@ -13,10 +13,11 @@ from starlette.responses import Response
 
 from api.artifacts import send_file
 from api.encoding import JSONResponse
-from api.errors import ApiError, invalid, not_found
+from api.errors import ApiError, not_found, refused
 from api.fields import MediaRequest, own_fields, parse
 from api.forms import read_fields
 from api.head import Head
+from api.names import Names
 from api.submission import check_model, failed, submit, why
 from roles.messages.requests import (
     RATES,
@@ -83,14 +84,14 @@ class Videos(HTTPEndpoint):
     async def post(self, request: Request) -> JSONResponse:
         """Submit, and answer at once with the job."""
         head: Head = request.app.state.head
-        fields = await read_fields(request, own_fields(VideoRequest))
+        fields = await read_fields(request, own_fields(VideoRequest), Names({"image": "input_reference"}))
         fields.texts = True  # OpenAI's `seconds` is a string
         wanted, inputs = parse(fields, VideoRequest)
         description = await head.ask(DescribeModel(), ModelDescription)
         check_model(wanted.model, description)
         check_medium(description)
-        inputs |= frames(wanted.seconds, inputs, description)
-        request_id = await submit(request, inputs, seed=wanted.seed, n=1, output=Output(FORMAT))
+        inputs |= frames(wanted.seconds, inputs, description, fields.names)
+        request_id = await submit(request, inputs, fields.names, seed=wanted.seed, n=1, output=Output(FORMAT))
         view = await head.ask(QueryRequest(request_id, request.state.owner), RequestView)
         return answer(view, description)
 
@@ -115,7 +116,7 @@ async def video_content(request: Request) -> Response:
     view, description = await find(request)
     variant = request.query_params.get("variant", "video")
     if variant != "video":
-        raise invalid("variant", "there is the video alone: leave variant out")
+        raise refused("variant", "must be video or left out: there is nothing else of it")
     artifact = view.units[0].artifact
     if artifact is None:
         job = video(view, description)
@@ -141,22 +142,26 @@ def check_medium(description: ModelDescription) -> None:
     """Raise ApiError 422 unless the model makes videos, 503 while nobody knows."""
     if not description.parameters:
         message = "no instance has loaded the model yet: try again"
-        raise ApiError(503, message, code="unavailable", retry_after_s=1.0)
+        raise ApiError(503, message, code="unavailable")
     if description.medium != "video":
-        message = f"{description.name} makes no videos but {description.medium}: ask POST /v1/images/generations"
-        raise invalid("model", message)
+        predicate = f"{description.name} makes no videos but {description.medium}: ask POST /v1/images/generations"
+        raise refused("model", predicate)
 
 
-def frames(seconds: float | None, inputs: dict[str, Input], description: ModelDescription) -> dict[str, Input]:
+def frames(
+    seconds: float | None, inputs: dict[str, Input], description: ModelDescription, names: Names
+) -> dict[str, Input]:
     """Return the number of frames that last so many seconds; nothing where no length is asked for."""
     if seconds is None:
         return {}
     if inputs.get("num_frames") is not None:
-        raise invalid("seconds", "give seconds or num_frames, not both")
+        raise refused("seconds", "says the same as num_frames: give one of them")
     fps = next((inputs[name] for name in RATES if inputs.get(name) is not None), description.fps)
     if not isinstance(fps, int | float) or not 0 < fps <= 1000:
-        raise invalid("seconds", "the frames per second are not known: give fps as well, or num_frames")
-    return {"num_frames": nearest(seconds * fps, description)}
+        raise refused("seconds", "needs frames per second, which are not known: give fps as well, or num_frames")
+    count = nearest(seconds * fps, description)
+    names.learn("num_frames", "seconds", f"the number of frames in seconds, {count} at {fps:g} per second,")
+    return {"num_frames": count}
 
 
 def nearest(count: float, description: ModelDescription) -> int:

@@ -74,9 +74,9 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         applied = {name: self._checked(name, value, taken.get(name)) for name, value in merged.items()}
         for parameter in taken.values():
             if parameter.required and parameter.name not in applied:
-                raise CardError(parameter.name, "It is required.")
+                raise CardError(parameter.name, "is required.")
         if different := conflict(applied, taken.values()):
-            raise CardError(different[0], f"It is another name of {different[1]}, which says something else.")
+            raise CardError(different[0], f"is another name of {different[1]}, which says something else.")
         return applied
 
     def limits(self, parameter: Parameter) -> Limits:
@@ -103,14 +103,15 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if parameter is None:
             kind = KNOWN.get(name) or kind_of(value)
             if kind is None:
-                raise CardError(name, "It must be text, true or false, a number or a list of them, or a picture.")
+                raise CardError(name, "must be text, true or false, a number or a list of them, or a picture.")
             parameter = Parameter(name, kind)
         check_count(name, value, parameter.every)
         return checked(name, value, parameter.kind, self.limits(parameter))
 
     def _unknown(self, name: str, taken: Collection[str]) -> str:
         close = difflib.get_close_matches(name, taken, n=1, cutoff=_ALIKE)
-        return f"{self.name or 'This model'} has no such parameter." + (f" Did you mean {close[0]}?" if close else "")
+        hint = f"Did you mean {close[0]}?" if close else f"It takes {', '.join(sorted(taken))}."
+        return f"is not a parameter of {self.name or 'this model'}. {hint}"
 
 
 def load_card(model: Path, task: str = "") -> ModelCard:
@@ -142,7 +143,7 @@ def load_card(model: Path, task: str = "") -> ModelCard:
     try:
         card.apply({})
     except CardError as error:
-        raise ModelError(f"The card {path} forbids its own default of {error}") from error
+        raise ModelError(f"The card {path} forbids its own default: {error}") from error
     name = card.name or model.resolve().name
     return msgspec.structs.replace(card, name=name, family=card.family or family, task=task or card.task)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Final
 
-from engines.parameters import PICTURES, Kind, Parameter
+from engines.parameters import PICTURES, WORDS, Kind, Parameter
 
 Limits = tuple[float, ...]
 """(lowest, highest) or (lowest, highest, step); a value is a multiple of the step. () is no limit."""
@@ -34,17 +34,6 @@ ANY: Final = (-1e9, 1e9)
 _PAIR: Final = (-65_536, 65_536)
 _MAX_TEXT: Final = 32_768
 _MAX_ITEMS: Final = 4096
-_WORDS: Final[Mapping[Kind, str]] = {
-    Kind.TEXT: "text",
-    Kind.INTEGER: "a whole number",
-    Kind.NUMBER: "a number",
-    Kind.BOOLEAN: "true or false",
-    Kind.NUMBERS: "a list of numbers",
-    Kind.PAIR: "two whole numbers",
-    Kind.IMAGE: "a picture",
-    Kind.IMAGES: "a picture, or several",
-    Kind.IMAGE_LIST: "a picture, or several",
-}
 
 
 class CardError(Exception):
@@ -52,11 +41,11 @@ class CardError(Exception):
 
     Attributes:
         param: Its name.
-        message: What is wrong with it, one sentence.
+        message: What is wrong with it: a sentence of which the name is the subject, such as "must be 64."
     """
 
     def __init__(self, param: str, message: str) -> None:
-        super().__init__(f"{param}: {message}")
+        super().__init__(f"{param} {message}")
         self.param = param
         self.message = message
 
@@ -101,7 +90,7 @@ def checked(name: str, value: object, kind: Kind, limits: Limits) -> object:
     if kind is Kind.NUMBER and type(value) is int and abs(value) <= 2**53:
         value = float(value)
     if not _is_a(kind, value):
-        raise CardError(name, f"It must be {_WORDS[kind]}.")
+        raise CardError(name, f"must be {WORDS[kind]}.")
     if isinstance(value, str):
         _check_text(name, value)
     elif isinstance(value, (int, float)):
@@ -115,7 +104,7 @@ def check_count(name: str, value: object, every: int) -> None:
     """Raise CardError unless a whole number is 1, or more by a multiple of `every`."""
     if every and type(value) is int and value > 0 and (value - 1) % every:
         below = value - (value - 1) % every
-        raise CardError(name, f"It must be 1 more than a multiple of {every}, such as {below} or {below + every}.")
+        raise CardError(name, f"must be 1 more than a multiple of {every}, such as {below} or {below + every}.")
 
 
 def check_scalars(inputs: Mapping[str, object], parameters: Collection[Parameter]) -> None:
@@ -164,9 +153,9 @@ def _files(value: object) -> tuple[object, ...] | None:
 def _check_list(name: str, value: object, kind: Kind, limits: Limits) -> None:
     items = (_files(value) if kind in PICTURES else _numbers(value)) or ()
     if kind is Kind.IMAGE and len(items) > 1:
-        raise CardError(name, f"It must be one picture, not {len(items)}.")
+        raise CardError(name, f"must be one picture, not {len(items)}.")
     if len(items) > _MAX_ITEMS:
-        raise CardError(name, f"It must be at most {_MAX_ITEMS} {'pictures' if kind in PICTURES else 'numbers'}.")
+        raise CardError(name, f"must be at most {_MAX_ITEMS} {'pictures' if kind in PICTURES else 'numbers'}.")
     for item in items:
         if isinstance(item, (int, float)):
             _check_range(name, item, limits)
@@ -174,21 +163,21 @@ def _check_list(name: str, value: object, kind: Kind, limits: Limits) -> None:
 
 def _check_text(name: str, value: str) -> None:
     if len(value) > _MAX_TEXT:
-        raise CardError(name, f"It must be at most {_MAX_TEXT} characters long.")
+        raise CardError(name, f"must be at most {_MAX_TEXT} characters long.")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise CardError(name, "It must be valid Unicode.") from error
+        raise CardError(name, "must be valid Unicode.") from error
 
 
 def _check_range(name: str, value: float, limits: Limits) -> None:
     if isinstance(value, float) and not math.isfinite(value):
-        raise CardError(name, "It must be a finite number.")
+        raise CardError(name, "must be a finite number.")
     if isinstance(value, bool) or not limits:
         return
     low, high = limits[:2]
     if not low <= value <= high:
-        raise CardError(name, f"It must be {low:g}." if low == high else f"It must be {low:g} to {high:g}.")
+        raise CardError(name, f"must be {low:g}." if low == high else f"must be {low:g} to {high:g}.")
     step = limits[2] if len(limits) == 3 else 0
     if step and not math.isclose(value / step, round(value / step), abs_tol=1e-9):
-        raise CardError(name, f"It must be a multiple of {step:g}.")
+        raise CardError(name, f"must be a multiple of {step:g}.")

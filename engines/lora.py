@@ -53,12 +53,14 @@ def check_lora(inputs: Mapping[str, object], known: Collection[str], model: str 
         if inputs.get(parameter.name) is None:
             continue
         if not known:
-            raise CardError(parameter.name, f"{model or 'This model'} has no such parameter.")
+            raise CardError(parameter.name, f"is not a parameter of {model or 'this model'}: it has no adapters.")
         value = checked(
             parameter.name, inputs[parameter.name], parameter.kind, limits_of(parameter.name, parameter.kind)
         )
         if parameter.name == LORA and value and value not in known:
-            raise CardError(LORA, f"There is no adapter {str(value)[:64]!r}: choose of {', '.join(sorted(known))}.")
+            raise CardError(
+                LORA, f"must be one of {', '.join(sorted(known))}: there is no adapter {str(value)[:64]!r}."
+            )
 
 
 def choose(inputs: Mapping[str, object], files: Collection[LoraFile]) -> Choice | None:

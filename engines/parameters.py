@@ -30,6 +30,17 @@ class Kind(StrEnum):
     """The same, but pipelines get a list even of one."""
 
 
+WORDS: Final[Mapping[Kind, str]] = {
+    Kind.TEXT: "text",
+    Kind.INTEGER: "a whole number",
+    Kind.NUMBER: "a number",
+    Kind.BOOLEAN: "true or false",
+    Kind.NUMBERS: "a list of numbers",
+    Kind.PAIR: "two whole numbers",
+    Kind.IMAGE: "a picture",
+    Kind.IMAGES: "a picture, or several",
+    Kind.IMAGE_LIST: "a picture, or several",
+}
 PICTURES: Final = frozenset({Kind.IMAGE, Kind.IMAGES, Kind.IMAGE_LIST})
 RATES: Final = ("fps", "frame_rate")
 """What the frames per second of a video are called."""

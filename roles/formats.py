@@ -64,12 +64,14 @@ def settle_output(
     if known and asked.format:
         holds = formats_for(signature.medium, inputs.get("num_frames"))
         if asked.format not in holds:
-            raise CardError("output_format", f"{asked.format} cannot hold {_an(signature.medium)}: {_or(holds)} can.")
+            raise CardError(
+                "output_format", f"must be {_or(holds)}: {asked.format} cannot hold {_an(signature.medium)}."
+            )
     if asked.format and asked.format not in CONTENT_TYPES:
-        raise CardError("output_format", f"It must be {_or(tuple(CONTENT_TYPES))}.")
+        raise CardError("output_format", f"must be {_or(tuple(CONTENT_TYPES))}.")
     if known and signature.medium != "video":
-        return Output(asked.format)
-    return Output(asked.format, _fps(asked.fps, given, inputs) or signature.fps)
+        return Output(asked.format, quality=asked.quality)
+    return Output(asked.format, _fps(asked.fps, given, inputs) or signature.fps, asked.quality)
 
 
 def _fps(asked: float, *in_turn: Mapping[str, object]) -> float:
@@ -84,9 +86,9 @@ def _fps(asked: float, *in_turn: Mapping[str, object]) -> float:
 
 def _checked(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise CardError(name, "It must be a number.")
+        raise CardError(name, "must be a number.")
     if not _SLOWEST <= value <= _FASTEST:
-        raise CardError(name, f"It must be {_SLOWEST:g} to {_FASTEST:g}.")
+        raise CardError(name, f"must be {_SLOWEST:g} to {_FASTEST:g}.")
     return float(value)
 
 

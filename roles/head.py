@@ -132,7 +132,8 @@ class Head(Actor):
             if not self.ledger.room(message.n):
                 return requests.RequestRejected(
                     "full",
-                    f"{len(self.ledger.units)} pictures are under way, which is the limit",
+                    f"{len(self.ledger.units)} of at most {self.ledger.max_pending} pictures are under way, and "
+                    f"{message.n} more do not fit: try again",
                     retry_after_s=max(1.0, self.ledger.tally.average_latency_s),
                 )
             self._open_journal.accept(request)

@@ -54,6 +54,7 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
     digest: str
     fps: float = 0.0
     owner: str = ""
+    quality: int = 0
 
 
 _body = msgspec.msgpack.Decoder(_Body)
@@ -146,7 +147,7 @@ class Journal:
         return Request(
             id=id_,
             inputs=held.inputs,
-            output=Output(held.output_format, held.fps),
+            output=Output(held.output_format, held.fps, held.quality),
             created_at=created_at,
             deadline=held.deadline,
             units=units,
@@ -179,8 +180,9 @@ class Journal:
 
 
 def _request_row(request: Request) -> tuple[str, str | None, float, float, bytes]:
+    output = request.output
     body = _Body(
-        request.inputs, request.output.format, request.deadline, request.digest, request.output.fps, request.owner
+        request.inputs, output.format, request.deadline, request.digest, output.fps, request.owner, output.quality
     )
     return (
         request.id,

@@ -289,9 +289,13 @@ class Ledger:
             since = unit.history[-1].at if unit.history else now
             bound_s = self.running_timeout_s if unit.running else self.waiting_timeout_s
             if unit.deadline <= now:
-                self._stop(unit, State.TIMED_OUT, f"not done after {now - self._created(unit):g} s", now)
+                created = self._created(unit)
+                bound = f"[head] request_timeout_s = {unit.deadline - created:g}"
+                self._stop(unit, State.TIMED_OUT, f"still {unit.state} after {now - created:.3g} s ({bound})", now)
             elif bound_s and since + bound_s <= now:
-                self._stop(unit, State.TIMED_OUT, f"{unit.state} for more than {bound_s:g} s", now)
+                key = "running_timeout_s" if unit.running else "waiting_timeout_s"
+                reason = f"{unit.state} for {now - since:.3g} s ([head] {key} = {bound_s:g})"
+                self._stop(unit, State.TIMED_OUT, reason, now)
 
     def dispatch(self, now: float) -> None:
         """Give waiting units, oldest first, to instances with credits; what the cache has needs no encoder."""

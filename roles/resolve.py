@@ -69,8 +69,13 @@ def _pictures(
 
 
 def as_picture(picture: Image.Image, *, alpha: bool = False) -> Image.Image:
-    """Turn a picture upright, by its EXIF orientation, and convert it to "RGB", or "RGBA" with `alpha`."""
-    return _eight_bits(ImageOps.exif_transpose(picture)).convert("RGBA" if alpha else "RGB")
+    """Turn a picture upright by its EXIF orientation, and convert it to "RGBA" with `alpha`, else to "RGB" on white."""
+    upright = _eight_bits(ImageOps.exif_transpose(picture))
+    if alpha or not upright.has_transparency_data:
+        return upright.convert("RGBA" if alpha else "RGB")
+    # Below what is transparent lies whatever a program left there.
+    clear = upright.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
 
 
 def as_mask(picture: Image.Image) -> Image.Image:

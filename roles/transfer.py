@@ -299,7 +299,7 @@ class TransferActor(Actor):
         output_format = message.output.format or suits(media)
         # A head that accepted the request before any instance had come did not know the pipeline's own rate.
         fps = message.output.fps or self.premises.signature.fps or FRAMES_PER_S
-        data = encode(media, output_format, fps, check)
+        data = encode(media, output_format, fps, check, quality=message.output.quality)
         check()
         return self.store.save(message.work.unit_id, output_format, data)
 

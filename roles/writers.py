@@ -24,12 +24,13 @@ _PICTURES: Final[Mapping[str, Mapping[str, object]]] = {
     "webp": {"format": "WEBP", "quality": 95, "method": 4, "exact": True},
 }
 _PLAIN: Final = {"png": ("L", "LA", "RGB", "RGBA"), "jpeg": ("L", "RGB"), "webp": ("RGB", "RGBA")}
+_LOSSY: Final = ("jpeg", "webp")
 _LONG_AGO: Final = (1980, 1, 1, 0, 0, 0)
 _UNIX: Final = 3
 _READABLE: Final = 0o644 << 16
 
 
-def encode(media: Media, output_format: str, fps: float, check: Check = lambda: None) -> bytes:
+def encode(media: Media, output_format: str, fps: float, check: Check = lambda: None, *, quality: int = 0) -> bytes:
     """Write media down.
 
     Args:
@@ -38,13 +39,15 @@ def encode(media: Media, output_format: str, fps: float, check: Check = lambda: 
             each picture or frame, in order by name, and `sound.wav` where there is sound.
         fps: Frames per second of a video.
         check: Called between two frames; what it raises ends the writing.
+        quality: Of "jpeg" and "webp", 1 to 100; 0 for 95.
 
     Raises:
         MediaError: The format cannot hold such media, or is unknown.
     """
     if output_format not in CONTENT_TYPES:
         raise MediaError(f"output format {output_format!r} is none of {', '.join(CONTENT_TYPES)}")
-    data = _WRITERS[output_format](media, fps, check)
+    write = _picture(output_format, quality) if output_format in _LOSSY else _WRITERS[output_format]
+    data = write(media, fps, check)
     if data is None:
         raise MediaError(f"the decoder made {_what(media)}, which a file of the format {output_format} cannot hold")
     return data
@@ -67,14 +70,16 @@ def _what(media: Media) -> str:
     return "one picture" if len(media.pictures) == 1 else f"{len(media.pictures)} pictures"
 
 
-def _picture(output_format: str) -> Write:
+def _picture(output_format: str, quality: int = 0) -> Write:
+    options = {**_PICTURES[output_format], **({"quality": quality} if quality else {})}
+
     def write(media: Media, fps: float, check: Check) -> bytes | None:
         if isinstance(media, Sound):
             return None
         pictures = list(_each(media, check))
         if len(pictures) > 1 and (isinstance(media, Stills) or output_format == "jpeg"):
             return None
-        return _save(pictures, output_format, fps)
+        return _save(pictures, output_format, fps, options)
 
     return write
 
@@ -85,8 +90,10 @@ def _each(media: Stills | Video, check: Check) -> Iterator[Image.Image]:
         yield picture
 
 
-def _save(pictures: Sequence[Image.Image], output_format: str, fps: float) -> bytes:
-    options = dict(_PICTURES[output_format])
+def _save(
+    pictures: Sequence[Image.Image], output_format: str, fps: float, options: Mapping[str, object] | None = None
+) -> bytes:
+    options = dict(options or _PICTURES[output_format])
     if len(pictures) > 1:
         options |= {"save_all": True, "append_images": pictures[1:], "duration": 1000 / fps, "loop": 0}
     picture = pictures[0]

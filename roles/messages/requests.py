@@ -6,6 +6,7 @@ from bus import Message
 from engines.parameters import KNOWN as KNOWN
 from engines.parameters import PICTURES as PICTURES
 from engines.parameters import RATES as RATES
+from engines.parameters import WORDS as WORDS
 from engines.parameters import Kind as Kind
 from engines.parameters import Parameter as Parameter
 from roles.messages.work import Artifact, Input, Output, Scalar, Value
@@ -40,6 +41,7 @@ class RequestRejected(Message):
     code: str
     """invalid, full, conflict or unavailable."""
     message: str
+    """Why, a sentence; where there is a `param` it is the subject, as in "must be 64."."""
     param: str = ""
     """The input at fault, when there is one."""
     retry_after_s: float = 0.0

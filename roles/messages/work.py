@@ -45,6 +45,8 @@ class Output(Value):
     """An output format of the artifact store; "" for the one that suits what was made."""
     fps: float = 0.0
     """Frames per second of a video; 0 for the pipeline's own, and where none is made."""
+    quality: int = 0
+    """Of "jpeg" and "webp", 1 to 100; 0 for the store's own."""
 
 
 class Renewal(Value):

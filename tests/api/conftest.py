@@ -57,6 +57,7 @@ class Accepted:
     state: str = "DENOISING_RUNNING"
     causes: tuple[str, ...] = ()
     at_fault: bool = False
+    reason: str = ""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     created_at: float = field(default_factory=time.time)
 
@@ -206,7 +207,10 @@ class SmallHead:
             attempts=1 + len(accepted.causes),
             step=self.steps[0],
             total_steps=self.steps[1],
-            history=(wire.Move("PENDING", accepted.created_at), wire.Move(accepted.state, time.time())),
+            history=(
+                wire.Move("PENDING", accepted.created_at),
+                wire.Move(accepted.state, time.time(), accepted.reason),
+            ),
             instances={"denoiser": "denoiser-0"},
             stage_seconds={"denoiser": 0.25},
             causes=accepted.causes,

@@ -175,7 +175,7 @@ async def test_503_before_the_model_is_known(client, small_head):
 async def test_what_is_not_there(client, small_head):
     for method, path in (("GET", "nothing"), ("DELETE", "nothing"), ("GET", "nothing/content")):
         refused(await client.request(method, f"{URL}/{path}"), 404, None)
-    refused(await client.post(URL, json={"prompt": "x", "model": "sora-2"}), 404, None, "sora-2")
+    refused(await client.post(URL, json={"prompt": "x", "model": "sora-2"}), 404, "model", "sora-2")
     made = (await client.post(URL, json={"prompt": "x"})).json()
     refused(await client.get(f"{URL}/{made['id']}/content", params={"variant": "thumbnail"}), 422, "variant")
     refused(await client.post(f"{URL}/{made['id']}"), 405, None)

@@ -229,6 +229,7 @@ def test_a_deadline_times_out_wherever_the_unit_is(books: Ledger) -> None:
     assert not unit.terminal
     books.expire(10.0)
     assert unit.state is State.TIMED_OUT
+    assert unit.history[-1].reason == "still DENOISING_RUNNING after 10 s ([head] request_timeout_s = 10)"
 
 
 def test_a_stage_times_out_by_itself_where_it_has_a_bound() -> None:
@@ -243,7 +244,7 @@ def test_a_stage_times_out_by_itself_where_it_has_a_bound() -> None:
     assert not runs.terminal
     books.expire(51.0)
     assert runs.state is State.TIMED_OUT
-    assert runs.history[-1].reason == "ENCODER_RUNNING for more than 50 s"
+    assert runs.history[-1].reason == "ENCODER_RUNNING for 50 s ([head] running_timeout_s = 50)"
     assert Cancel("encoder-0", runs.work, runs.history[-1].reason) in after(books)
 
 

@@ -90,9 +90,10 @@ def test_pictures_are_upright_and_of_three_channels(store: UploadStore) -> None:
         assert as_picture(RED.convert(mode)).mode == "RGB"
 
 
-def test_alpha_is_kept_only_where_the_model_takes_it() -> None:
+def test_alpha_is_kept_only_where_the_model_takes_it_and_nothing_hidden_shows() -> None:
     clear = Image.new("RGBA", (2, 2), (1, 2, 3, 4))
-    assert as_picture(clear).getpixel((0, 0)) == (1, 2, 3)
+    assert as_picture(clear).getpixel((0, 0)) == (251, 251, 251), "it lies on white"
+    assert as_picture(Image.new("RGBA", (2, 2), (1, 2, 3, 255))).getpixel((0, 0)) == (1, 2, 3)
     assert as_picture(clear, alpha=True).getpixel((0, 0)) == (1, 2, 3, 4)
     assert as_picture(RED, alpha=True).getpixel((0, 0)) == (200, 10, 20, 255)
 

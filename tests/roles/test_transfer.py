@@ -390,7 +390,7 @@ def test_a_long_video_is_not_written_to_its_end_when_nobody_wants_it(
 ) -> None:
     writing, go_on = threading.Event(), threading.Event()
 
-    def encode(*arguments: Any) -> bytes:
+    def encode(*arguments: Any, **options: Any) -> bytes:
         writing.set()
         assert go_on.wait(10)
         return real(*arguments)

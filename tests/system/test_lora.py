@@ -83,8 +83,8 @@ def test_concurrent_requests_with_adapters_and_without(
 
 async def what_is_not_there_is_refused(http: httpx.AsyncClient) -> None:
     for more, param, sentence in (
-        ({"lora": "chalk"}, "lora", "There is no adapter 'chalk': choose of clay.v2, ink."),
-        ({"lora": "ink", "lora_scale": 40}, "lora_scale", "It must be -4 to 4."),
+        ({"lora": "chalk"}, "lora", "lora must be one of clay.v2, ink: there is no adapter 'chalk'."),
+        ({"lora": "ink", "lora_scale": 40}, "lora_scale", "lora_scale must be -4 to 4."),
     ):
         answer = await http.post("/v1/images/generations", json={"prompt": "x", **more})
         assert answer.status_code == 422
