@@ -137,4 +137,17 @@ class SupervisorReport(Message):
     """One for each component that it runs."""
 
 
+class ReloadModel(Message):
+    """Go over to the model's files as they are on disk now. Asks for Reloading; asked again, it tells what is left."""
+
+
+class Reloading(Message):
+    """Instances restart one by one, each when nothing that was begun with the earlier weights needs it."""
+
+    model: str
+    """Version of the weights to go over to, of `engines.model_version`."""
+    instances: tuple[str, ...]
+    """Those that still have other weights, or are restarting; empty when it is done."""
+
+
 SYSTEM_MESSAGES: tuple[type[Message], ...] = (Inspect, DeadLetterQuery, Shutdown)

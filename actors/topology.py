@@ -96,6 +96,12 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
         return (self.path.parent / Path(path).expanduser()).resolve()
 
     @property
+    def model_files(self) -> tuple[Path, ...]:
+        """Absolute places of what instances load: the model's folder, then adapters."""
+        loras = [path for lora in self.model.lora for path in (lora.path, lora.path_2) if path]
+        return (self.model_path, *(self.lora_path(path) for path in loras))
+
+    @property
     def keys_path(self) -> Path | None:
         """Absolute place of the file of API keys; None without keys."""
         return (self.path.parent / Path(self.api.keys_file).expanduser()).resolve() if self.api.keys_file else None

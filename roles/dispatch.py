@@ -20,6 +20,8 @@ class Candidate:
     """Units of work ever sent to it."""
     last_served: int
     """Serial number of the last dispatch to it, 0 for never."""
+    model: str = ""
+    """Version of its weights."""
 
 
 Policy = Callable[[Sequence[Candidate]], Candidate]

@@ -39,4 +39,11 @@ class Settle:
     request_id: str
 
 
-Effect: TypeAlias = Assign | Cancel | Release | Settle
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """Tell an idle instance to start anew, with the weights that are on disk now."""
+
+    instance: str
+
+
+Effect: TypeAlias = Assign | Cancel | Release | Settle | Restart

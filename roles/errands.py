@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from actors import Actor
+from actors.system import Shutdown, ShuttingDown
 from bus import AskTimeout, BusError, MailboxFull, Message, MessageTooLong, RemoteFailure, Unreachable
 from engines.panels import Panel
-from roles.effects import Assign, Cancel, Effect, Release, Settle
+from roles.effects import Assign, Cancel, Effect, Release, Restart, Settle
 from roles.ledger import Ledger
 from roles.messages import pool as pools
 from roles.messages import stages
@@ -61,6 +62,8 @@ class Errands:
                     self._head.spawn(self._release(leases), name="release")
                 case Settle(request_id):
                     ended.append(request_id)
+                case Restart(instance):
+                    self._head.spawn(self._restart(instance), name=f"restart {instance}")
         return ended
 
     # -- sending work
@@ -148,6 +151,16 @@ class Errands:
                 raise _NoRoomError(answer.reason)
             await asyncio.sleep(pause_s(attempt, random.random()))  # noqa: S311  jitter
             attempt += 1
+
+    async def _restart(self, instance: str) -> None:
+        """Have an instance end in order; its supervisor starts it anew."""
+        try:
+            await self._head.reference(instance).ask(
+                Shutdown("the model has changed"), ShuttingDown, timeout_s=ANSWER_S
+            )
+        except BusError as error:
+            # It has ended already, which is as good, or will be fenced for its silence.
+            self._head.log.warning("not told to restart", instance=instance, error=str(error))
 
     def _cancel(self, instance: str, work: Work, reason: str) -> None:
         try:

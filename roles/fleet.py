@@ -39,6 +39,8 @@ class Instance:
     spent: int
     """Credits that the head has used."""
     signature: Signature
+    model: str = ""
+    """Version of its weights."""
     in_hand: set[str] = field(default_factory=set)
     """Ids of the units assigned to it."""
     served: int = 0
@@ -94,6 +96,7 @@ class Fleet:
             issued=hello.issued,
             spent=hello.taken,
             signature=hello.signature,
+            model=hello.model,
             last_served=known.last_served if known else 0,
             draining=hello.leaving,
             leaving=hello.leaving,
@@ -131,7 +134,7 @@ class Fleet:
     def candidates(self, panel: Panel) -> list[Candidate]:
         """Who would take work for `panel` now."""
         return [
-            Candidate(i.name, i.credits, i.slots, len(i.in_hand), i.served, i.last_served)
+            Candidate(i.name, i.credits, i.slots, len(i.in_hand), i.served, i.last_served, i.model)
             for i in self.instances.values()
             if i.credits > 0 and not i.draining and i.serves(panel)
         ]

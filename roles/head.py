@@ -17,10 +17,12 @@ import msgspec
 from msgspec.structs import replace
 
 from actors import Actor, Component, Later, StartDelayed, StartFailure, Topology
+from actors.system import Reloading, ReloadModel
 from bus import Refused
 from engines.card import CardError, ModelCard, load_card
 from engines.checks import ANY
 from engines.lora import check_lora
+from engines.model_version import model_version
 from engines.panels import ModelError, Panel
 from engines.parameters import Parameter, Signature
 from roles.artifacts import ARTIFACTS, ArtifactError, ArtifactStore
@@ -196,6 +198,10 @@ class Head(Actor):
             prompt_cache=self.ledger.staging.cache.view(),
         )
 
+    async def reload_model(self, _: ReloadModel) -> Later[Reloading]:
+        """Go over to changed weights."""
+        return Later(self._reload())
+
     async def room_wanted(self, message: pools.RoomWanted) -> None:
         """A pool is full."""
         self.ledger.room_wanted(message.pool, message.nbytes)
@@ -206,6 +212,8 @@ class Head(Actor):
     async def hello(self, message: stages.InstanceHello) -> stages.InstanceWelcome:
         """An instance offers itself."""
         self._refuse_fenced(message.name, message.generation)
+        if not self.ledger.admit(message.name, message.model):
+            raise Refused("other_model", _other_weights(message.name))
         unknown = self.ledger.hello(message, time.time())
         self.log.info("instance joined", instance=message.name, kept=len(message.running) - len(unknown))
         self.spawn(self.errands.watch_instance(message.name, message.generation), name=f"watch {message.name}")
@@ -328,6 +336,21 @@ class Head(Actor):
         except JournalError as error:
             self._unwritten = str(error)
 
+    async def _reload(self) -> Reloading:
+        """Raises Refused where the files cannot be read, or an instance would not come back."""
+        once = [c.name for c in self.topology.components if c.slots and c.restart != "permanent"]
+        if once:
+            raise Refused("not_permanent", f'{", ".join(once)} would not restart: their `restart` is not "permanent"')
+        try:
+            card = await asyncio.to_thread(load_card, self.topology.model_path, self.topology.model.task)
+            model = await asyncio.to_thread(model_version, self.topology.model_files)
+        except (ModelError, OSError) as error:
+            raise Refused("model", str(error)) from error
+        self.card = card
+        stale = self.ledger.reload(model)
+        self.settle()
+        return Reloading(model, stale)
+
     # -- inside
 
     @property
@@ -421,6 +444,7 @@ class Head(Actor):
     def _reasons(self) -> tuple[str, ...]:
         missing = [f"no {panel} is ready" for panel in self.ledger.fleet.missing_panels()]
         missing += [f"{pool} is not ready" for pool in self.errands.pools_missing()]
+        missing += [_other_weights(name) for name in self.ledger.refused]
         return (*missing, *([self._unwritten] if self._unwritten else []))
 
     def _refuse_fenced(self, name: str, generation: int) -> None:
@@ -438,6 +462,12 @@ class Head(Actor):
             self.log.info("stale report", report=type(report).__name__, work=str(report.work))
         self.settle()
         return stages.Acknowledged()
+
+
+def _other_weights(name: str) -> str:
+    return (
+        f"{name} has other weights than the rest, because the model's files have changed: `triptych reload` takes them"
+    )
 
 
 def _uploads(request: Request) -> set[Upload]:

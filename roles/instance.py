@@ -372,6 +372,7 @@ class Instance(Actor):
             # What has ended, but not to the head's knowledge, counts as in hand: it need not be done again.
             running=tuple(dict.fromkeys((*load.in_hand, *self.reporter.works))),
             leaving=self._leaving,
+            model=self.premises.model,
         )
 
     async def _stay(self, head: Reference, lost: asyncio.Task[None]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from engines.panels import Panel
 from roles.dispatch import Policy
-from roles.effects import Assign, Cancel, Effect, Release, Settle
+from roles.effects import Assign, Cancel, Effect, Release, Restart, Settle
 from roles.fleet import End, Fleet
 from roles.messages.stages import (
     InstanceHello,
@@ -22,6 +22,7 @@ from roles.messages.stages import (
     TransferStaged,
 )
 from roles.messages.work import LeaseRef, Work
+from roles.reload import next_to_restart
 from roles.request import DONE, RUNNING, UPSTREAM, WAITING, Request, State, Unit
 from roles.staging import Staging, room_ahead
 
@@ -82,6 +83,14 @@ class Ledger:
     dirty: set[str] = field(default_factory=set)
     """Ids of units changed since the journal was last written."""
     effects: list[Effect] = field(default_factory=list)
+    model: str = ""
+    """Version of the weights that new work is made with; "" until an instance has come."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Instances that were turned away, by name, with the version of their weights."""
+    reloading: bool = False
+    """Whether instances with earlier weights finish what was begun with those, and restart."""
+    restarting: str = ""
+    """The instance that was told to restart and has not come back yet."""
 
     # -- clients
 
@@ -111,9 +120,31 @@ class Ledger:
 
     # -- instances
 
+    def admit(self, name: str, model: str) -> bool:
+        """Whether an instance has the weights that work is made with; the first after none was left decides which."""
+        others = {i.model for i in self.fleet.instances.values() if i.name != name}
+        if model == self.model or (self.reloading and model in others):
+            self.refused.pop(name, None)
+            return True
+        if self.model in others:
+            self.refused[name] = model
+            return False
+        self._go_over_to(model)
+        return True
+
+    def reload(self, model: str) -> tuple[str, ...]:
+        """Make new work with other weights; returns the names of the instances that restart for it, one by one."""
+        if model != self.model:
+            self._go_over_to(model)
+        stale = {i.name for i in self.fleet.instances.values() if i.model != model}
+        self.reloading = bool(stale)
+        return tuple(sorted(stale | ({self.restarting} if self.restarting else set())))
+
     def hello(self, hello: InstanceHello, now: float) -> tuple[Work, ...]:
         """Enter an instance; returns the work that it has in hand and should drop."""
         self.fleet.welcome(hello)
+        if hello.name == self.restarting and hello.model == self.model:
+            self.restarting = ""
         if hello.kind == Panel.ENCODER and self.staging.cache.learn(hello.signature):
             self.clear_cache()
         in_hand = set(hello.running)
@@ -218,7 +249,7 @@ class Ledger:
         unit.stage_seconds[panel.value] = report.seconds
         unit.advance(DONE[panel], now)
         self._give_back(self.staging.put(unit, panel, report.staged))
-        if panel is Panel.ENCODER and self.staging.cache.capacity:
+        if panel is Panel.ENCODER and self.staging.cache.capacity and unit.model == self.model:
             key = self._prompt_key(unit)
             self._give_back(self.staging.offer(key, unit.seed, report.staged, seedless=report.seedless))
         unit.advance(next(WAITING[p] for p, upstream in UPSTREAM.items() if upstream is panel), now)
@@ -299,6 +330,7 @@ class Ledger:
 
     def dispatch(self, now: float) -> None:
         """Give waiting units, oldest first, to instances with credits; what the cache has needs no encoder."""
+        self._reload_next(now)
         for panel in Panel:
             caches = panel is Panel.ENCODER and self.staging.cache.capacity > 0
             room = room_ahead(panel, self.units.values(), self.fleet)
@@ -307,10 +339,12 @@ class Ledger:
             for unit in [u for u in self.units.values() if u.state is WAITING[panel] and not u.instance]:
                 if room < 1 or not (candidates or caches):
                     break
+                model = unit.model if unit.made_of_old(self.model) else self.model
+                alike = [candidate for candidate in candidates if candidate.model == model]
                 if caches and self._skip_encoder(unit, now):
                     room -= 1
-                elif candidates and not (caches and self._same_is_made(unit, encoding)):
-                    self._assign(unit, panel, self.policy(candidates).name)
+                elif alike and not (caches and self._same_is_made(unit, encoding)):
+                    self._assign(unit, panel, self.policy(alike).name)
                     candidates = self.fleet.candidates(panel)
                     room -= 1
 
@@ -328,6 +362,7 @@ class Ledger:
 
     def _assign(self, unit: Unit, panel: Panel, name: str) -> None:
         unit.instance = unit.instances[panel.value] = name
+        unit.model = self.fleet.instances[name].model
         self.staging.cache.misses += panel is Panel.ENCODER and self.staging.cache.capacity > 0
         self.fleet.assign(name, unit.id)
         self.dirty.add(unit.id)
@@ -343,6 +378,7 @@ class Ledger:
             kept.pop(Panel.ENCODER.value, None)
         self.staging.put(unit, Panel.ENCODER, found)
         unit.borrows = True
+        unit.model = self.model
         unit.move(State.ENCODER_DONE, now, "prompt cache")
         unit.advance(State.DENOISING_WAITING, now)
         self.dirty.add(unit.id)
@@ -365,6 +401,30 @@ class Ledger:
         for request_id in request_ids:
             if self.requests[request_id].terminal:
                 self.by_key.pop(self.requests.pop(request_id).idempotency_key, None)
+
+    # -- changed weights
+
+    def _go_over_to(self, model: str) -> None:
+        self.model = model
+        self.refused.clear()
+        self.staging.cache.model = model
+        self.clear_cache()
+
+    def _reload_next(self, now: float) -> None:
+        """Start units anew that were begun with weights which nobody has any more; restart the next instance."""
+        if not self.model:
+            return
+        instances = self.fleet.instances.values()
+        for unit in [u for u in self.units.values() if u.made_of_old(self.model) and not u.instance]:
+            if not any(i.model == unit.model and unit.panel and i.serves(unit.panel) for i in instances):
+                self._give_back(self.staging.drop(unit))
+                self._retry(unit, "the model has changed", now, counts=False)
+        if self.reloading and not self.restarting:
+            self.reloading = any(i.model != self.model for i in instances)
+            if chosen := next_to_restart(instances, self.units.values(), self.model):
+                self.restarting = chosen.name
+                chosen.draining = True
+                self.effects.append(Restart(chosen.name))
 
     # -- inside
 

@@ -25,16 +25,18 @@ class PromptCache:
 
     Args:
         capacity: most bytes that the slots may take; 0 keeps nothing.
-        model: what is served, and in which dtype.
+        name: what is served, and in which dtype.
     """
 
-    def __init__(self, capacity: int = 0, model: str = "") -> None:
+    def __init__(self, capacity: int = 0, name: str = "") -> None:
         self.capacity = capacity
+        self.model = ""
+        """Version of the weights that encoders have; whoever changes it empties the cache."""
         self.nbytes = 0
         """What the slots take in their pool, rounding included."""
         self.hits = 0
         self.misses = 0
-        self._model = model
+        self._name = name
         self._signature = Signature()
         self._free: frozenset[str] = frozenset()
         self._entries: dict[bytes, Staged] = {}
@@ -78,7 +80,7 @@ class PromptCache:
             for name, value in sorted(inputs.items())
             if name not in self._free or isinstance(value, Pictures)
         ]
-        return blake2b(msgspec.msgpack.encode((self._model, read)), digest_size=32).digest()
+        return blake2b(msgspec.msgpack.encode((self._name, self.model, read)), digest_size=32).digest()
 
     def can_wait(self, key: bytes, inputs: Mapping[str, Input]) -> bool:
         """Whether what is being made for one request will do for another of the same key, as far as is known.

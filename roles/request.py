@@ -130,6 +130,8 @@ class Unit:
     artifact: Artifact | None = None
     borrows: bool = False
     """What it has of an encoder was made for another unit of an equal prompt, and has to be made its own."""
+    model: str = ""
+    """Version of the weights that its tensors at rest were made with; "" before an encoder has had it."""
     at_fault: bool = False
     """It failed because the pipeline cannot run with its inputs."""
 
@@ -137,6 +139,10 @@ class Unit:
     def work(self) -> Work:
         """The current attempt."""
         return Work(self.id, self.attempt)
+
+    def made_of_old(self, model: str) -> bool:
+        """Whether it has been begun with other weights than `model`."""
+        return bool(self.model and self.model != model and (self.staged or self.instance))
 
     @property
     def terminal(self) -> bool:

@@ -20,6 +20,7 @@ import torch
 from actors import Actor, Component, StartDelayed, StartFailure, Topology
 from actors.errors import describe
 from bus import MailboxFull, Message, current_traceparent
+from engines.model_version import model_version
 from engines.panels import ModelError, Panel
 from engines.pipeline import PanelPipeline
 from engines.placing import NoRoomError
@@ -103,14 +104,17 @@ class StreamWorker(Actor):
         self._stream = DeviceStream(device, "compute")
         self._shared = devices.shares_card(self.component, self.topology.components, torch.cuda.device_count())
         self.start_s["device"] = time.monotonic() - began
+        model = await asyncio.to_thread(model_version, self.topology.model_files)
         self._load_began = time.monotonic()
         self._pipeline = await self._loaded(self._stream)
         self.start_s["weights"] = time.monotonic() - self._load_began
         self._load_began = None
-        self.premises.model_loaded(self._pipeline.signature)
+        if model != await asyncio.to_thread(model_version, self.topology.model_files):
+            raise StartDelayed("the files of the model changed while they were read")
         loaded = self._pipeline
+        self.premises.model_loaded(loaded.signature, model)
         panels = [panel.value for panel in loaded.panels]
-        facts = {"panels": panels, "route": loaded.route.value, "device": str(device)}
+        facts = {"panels": panels, "route": loaded.route.value, "device": str(device), "model": model}
         self.log.info("model loaded", **facts, **weights_facts(loaded.placement))
         self.spawn(self._serve(self._stream, self._pipeline), name="panels")
 

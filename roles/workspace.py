@@ -86,12 +86,14 @@ class Premises:
         self.workspace = Workspace()
         self.signature = Signature()
         """What the loaded pipeline takes and makes."""
+        self.model = ""
+        """Version of the loaded weights, of `engines.model_version`."""
         self._loaded = asyncio.Event()
         self._mapped = asyncio.Event()
 
-    def model_loaded(self, signature: Signature) -> None:
-        """Say that the stream worker has its weights."""
-        self.signature = signature
+    def model_loaded(self, signature: Signature, model: str) -> None:
+        """Say that the stream worker has its weights, and of which version they are."""
+        self.signature, self.model = signature, model
         self._loaded.set()
 
     def pool_mapped(self) -> None:

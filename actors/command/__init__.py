@@ -6,6 +6,7 @@ import typer
 
 from actors.command.check import check
 from actors.command.generate import generate
+from actors.command.reload import reload
 from actors.command.status import status
 from actors.command.up import up
 
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (up, check, status, generate):
+for _command in (up, check, status, generate, reload):
     app.command(no_args_is_help=_command is not status)(_command)
 
 

@@ -28,6 +28,8 @@ class InstanceHello(Message):
     """Work in hand, so that a restarted head need not redo it."""
     leaving: bool = False
     """It has been asked to end, and takes nothing more."""
+    model: str = ""
+    """Version of the weights that it has loaded, of `engines.model_version`."""
 
 
 class InstanceWelcome(Message):
