@@ -8,6 +8,8 @@ import errno
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
+from typing import cast
 
 import uvicorn
 
@@ -15,6 +17,7 @@ from actors import Actor, Component, StartDelayed, StartFailure, Topology
 from actors.api_keys import ApiKeys, ApiKeysError, read_keys
 from api.app import make_app
 from api.cluster import Cluster
+from api.connections import Bounds, Connection, most_connections, raise_file_limit
 from api.head import RETRY_S, Head
 from bus import BusError
 from roles.messages.requests import ClusterQuery, ClusterView
@@ -36,6 +39,7 @@ class ApiServer(Actor):
         self.topology = topology
         self._stopping = asyncio.Event()
         self._server: Server | None = None
+        self._bounds = Bounds(topology.api.max_connections)
         self._serving: asyncio.Task[None] | None = None
 
     async def started(self) -> None:
@@ -46,6 +50,7 @@ class ApiServer(Actor):
         keys = read_api_keys(self.topology)
         head = Head(self.reference("head"))
         await self._wait_for(head)
+        self._bounds.most = self._most_connections()
         listener = listen(self.topology.api.host, self.topology.api.port)
         observer = Cluster(self.topology, self.book, self.reference)
         uploads = UploadStore(self.topology.state_dir / UPLOADS)
@@ -53,6 +58,7 @@ class ApiServer(Actor):
         self._server = Server(
             uvicorn.Config(
                 app,
+                http=cast(type[asyncio.Protocol], partial(Connection, bounds=self._bounds)),
                 lifespan="off",
                 ws="none",
                 log_config=None,
@@ -79,9 +85,21 @@ class ApiServer(Actor):
         self._server.force_exit = bool(unfinished)  # somebody does not read the answer
 
     def facts(self) -> dict[str, int | float | str | bool]:
-        """Say where it listens, and how many HTTP requests it has in hand."""
-        requests = len(self._server.server_state.tasks) if self._server else 0
-        return {"url": self.topology.url, "requests": requests}
+        """Say where it listens, and how many HTTP requests and connections it has in hand."""
+        state = self._server.server_state if self._server else None
+        return {
+            "url": self.topology.url,
+            "requests": len(state.tasks) if state else 0,
+            "connections": len(state.connections) if state else 0,
+            "refused_connections": self._bounds.refused,
+        }
+
+    def _most_connections(self) -> int:
+        files, wanted = raise_file_limit(), self.topology.api.max_connections
+        most = most_connections(wanted, files)
+        if most < wanted:
+            self.log.warning("fewer connections than max_connections", most=most, open_files=files)
+        return most
 
     async def _prune(self, uploads: UploadStore) -> None:
         """Remove uploads that no request can need any more, for ever."""

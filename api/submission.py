@@ -104,7 +104,10 @@ async def wait(request: Request, request_id: str, *, cancels: bool) -> RequestVi
 
 
 async def until_hung_up(request: Request) -> None:
-    """Return when the client closes the connection; the body has been read before."""
+    """Return when the client closes the connection, or just its sending side, which looks the same from here.
+
+    The body has been read before.
+    """
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

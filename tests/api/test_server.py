@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from actors import StartDelayed, StartFailure
 from actors.system import Inspect, Inspection, Shutdown, ShuttingDown
+from api.connections import RESERVED, Bounds, most_connections
 from api.server import listen
 from roles.messages import requests as wire
 
@@ -156,3 +158,56 @@ async def test_uploads_that_no_request_can_need_are_removed(runtime, small_head,
 def test_the_api_imports_no_torch():
     code = "import api.server, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+async def read_all(reader: asyncio.StreamReader) -> bytes:
+    async with asyncio.timeout(10):
+        return await reader.read()
+
+
+async def test_a_head_that_does_not_end_ends(runtime, small_head, topology, remote):
+    runtime.actors[0]._bounds.head_s = 0.3
+    async with runtime:
+        silent, _ = await asyncio.open_connection(HOST, topology.api.port)
+        assert await read_all(silent) == b""
+        slow, writer = await asyncio.open_connection(HOST, topology.api.port)
+        writer.write(b"GET /live HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /live HTTP/1.1\r\nX-A: ")
+        answers = await read_all(slow)
+        assert re.findall(rb"HTTP/1.1 (\d+)", answers) == [b"200", b"408"]
+        small_head.hold = True
+        waiting = asyncio.create_task(remote.post(URL, json={"prompt": "x"}))
+        (wait,) = await small_head.received(wire.WaitRequest)
+        await read_all((await asyncio.open_connection(HOST, topology.api.port))[0])  # for as long as a head may take
+        small_head.finish(wait.request_id)
+        assert (await waiting).status_code == 200, "an answer may take longer than a head"
+
+
+async def test_one_connection_too_many_is_told_so(runtime, small_head, topology, remote):
+    async with runtime:
+        bounds = runtime.actors[0]._bounds
+        bounds.most = 2
+        held = [await asyncio.open_connection(HOST, topology.api.port) for _ in range(2)]
+        answer = await remote.get("/live")
+        assert (answer.status_code, answer.json()["error"]["code"], answer.headers["retry-after"]) == (503, "full", "1")
+        assert bounds.refused == 1
+        for _, writer in held:
+            writer.close()
+            await writer.wait_closed()
+        async with asyncio.timeout(10):
+            while (await remote.get("/live")).status_code != 200:
+                pass
+
+
+def test_as_many_connections_as_there_are_descriptors_for():
+    assert most_connections(1024, 1 << 20) == 1024
+    assert most_connections(1024, 256) == 256 - RESERVED
+    assert most_connections(1024, 10) == 1
+
+
+def test_refusals_are_logged_once_a_second(monkeypatch):
+    lines = []
+    monkeypatch.setattr("api.connections.log.warning", lambda event, **facts: lines.append(facts["refused"]))
+    bounds = Bounds(2)
+    for now in (0.0, 0.1, 0.2, 1.0, 1.1, 2.5):
+        bounds.refuse(3, now)
+    assert lines == [1, 3, 2]
