@@ -50,9 +50,10 @@ def reload(file: TopologyFile) -> None:
 
 
 async def _reload(topology: Topology, console: Console) -> str:
-    outbox = Outbox("reload")
+    book = AddressBook(topology)
+    outbox = Outbox("reload", curve=book.keys)
     try:
-        head = outbox.reference("head", AddressBook(topology).address("head"))
+        head = outbox.reference("head", book.address("head"))
         with console.status("Asking the head") as shown:
             while True:
                 answer = await head.ask(ReloadModel(), Reloading, timeout_s=_ANSWER_S)
