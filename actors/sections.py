@@ -36,6 +36,8 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 
 Hosts = Annotated[tuple[str, ...], Meta(description='a list of host names, such as ["pictures.example.com"]')]
 
+LEAST_POOL_BYTES: Final = 8192
+"""Two pages: one for what a stage takes in, one for what it makes."""
 _UNITS: Final = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _SIZE: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 _RATE: Final = re.compile(r"([1-9][0-9]{0,8})/(s|min|h|day)")
@@ -127,7 +129,8 @@ class TransferSection(Section, frozen=True):
     protocol: Literal["tcp", "rdma"] = "tcp"
     """Transport of mooncake."""
     pool_size: str = "256MiB"
-    """Memory of each buffer pool, with a unit: B, KiB, MiB, GiB or TiB."""
+    """Memory of each buffer pool, with a unit: B, KiB, MiB, GiB or TiB. What one panel hands to the next may take up to
+    the largest power of two within half of it."""
     hostname: str = "127.0.0.1"
     """Address by which peers reach this host's mooncake engine."""
     ib_device: str = ""
@@ -141,6 +144,11 @@ class TransferSection(Section, frozen=True):
     def pool_bytes(self) -> int:
         """`pool_size` in bytes."""
         return parse_size(self.pool_size)
+
+    @property
+    def largest_payload(self) -> int:
+        """Most bytes that one panel may hand to the next: a block of a pool is a power of two, within half of it."""
+        return 1 << (self.pool_bytes // 2).bit_length() >> 1
 
 
 class SupervisionSection(Section, frozen=True):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from actors.errors import TopologyError
-from actors.sections import PANELS, cache_size, parse_rate, parse_size
+from actors.sections import LEAST_POOL_BYTES, PANELS, cache_size, parse_rate, parse_size
 
 if TYPE_CHECKING:
     from actors.sections import Sections
@@ -80,10 +80,13 @@ def _is_site(text: str) -> bool:
 def _check_size(file: str, sections: Sections) -> None:
     size = sections.transfer.pool_size
     try:
-        parse_size(size)
+        nbytes = parse_size(size)
     except ValueError:
         problem = f'= "{size}" is not a size'
         raise TopologyError(file, "[transfer] pool_size", problem, 'write it as in "256MiB" or "1.5GiB"') from None
+    if nbytes < LEAST_POOL_BYTES:
+        problem = f'= "{size}" is less than {LEAST_POOL_BYTES} bytes'
+        raise TopologyError(file, "[transfer] pool_size", problem, 'make it larger, as in "256MiB"')
 
 
 def _check_cache(file: str, sections: Sections) -> None:

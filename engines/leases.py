@@ -3,12 +3,18 @@
 A lease is `writing` (owned by one generation of one actor), then `sealed` with its checksum (owned by its
 request), then released. After a failed transfer it is `quarantined` until nothing can write to it any more.
 Nothing else owns memory of the pool, so `free + leased == capacity` holds after every call.
+
+Whoever is refused for want of room is served before those who ask later in the same zone, so that small leases never
+overtake a large one for ever.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -19,6 +25,11 @@ from engines.buddy import PAGE, BuddyAllocator
 IDS_PER_GENERATION = 1 << 20
 
 Range = tuple[int, int]  # offset, nbytes
+
+PLACE_S: Final = 2.0
+"""Seconds for which a refused asker keeps its place in the line; asking again renews it."""
+
+_Asker: TypeAlias = tuple[str, int, str, int, str]  # owner, owner_generation, request_id, attempt, zone
 
 
 class LeaseState(StrEnum):
@@ -62,13 +73,23 @@ class Lease(msgspec.Struct, frozen=True):
     quarantined_until: float = 0.0
 
 
+@dataclass(slots=True)
+class _Area:
+    """A stretch of the pool and who waits for a block of it."""
+
+    offset: int
+    buddy: BuddyAllocator
+    line: dict[_Asker, tuple[int, float]] = field(default_factory=dict)
+    """Askers that were refused, the first one first: bytes wanted, and when it last asked."""
+
+
 class LeaseTable:
     """Leases over `capacity` bytes.
 
-    `generation` is that of the pool's incarnation: it makes lease ids unique across restarts. `zones` maps
-    a zone's name to the most bytes its leases may take together, so that one stage cannot fill the pool and
-    starve the stage that would empty it; a zone not named there has no limit of its own. Raises ValueError
-    as BuddyAllocator does.
+    `generation` is that of the pool's incarnation: it makes lease ids unique across restarts. `zones` maps a zone's
+    name to the bytes, a multiple of `min_block`, that are set apart for its leases. They lie there and nowhere else,
+    and nothing else does, so that leases of one stage are never in the way of another's. The leases of all zones not
+    named there share the rest. Raises ValueError as BuddyAllocator does.
     """
 
     def __init__(
@@ -79,33 +100,28 @@ class LeaseTable:
         generation: int = 0,
         zones: Mapping[str, int] | None = None,
     ) -> None:
-        self._buddy = BuddyAllocator(capacity, min_block)
-        self._zones = dict(zones or {})
-        self._zone_used: dict[str, int] = {}
+        self.capacity = capacity
+        """Bytes of the pool."""
+        self._zones: dict[str, _Area] = {}
+        start = 0
+        for zone, nbytes in (zones or {}).items():
+            self._zones[zone] = _Area(start, BuddyAllocator(nbytes, min_block))
+            start += nbytes
+        self._rest = _Area(start, BuddyAllocator(capacity - start, min_block))
         self._next_id = generation * IDS_PER_GENERATION + 1
         self._leases: dict[int, Lease] = {}
         self._oldest_allowed: dict[str, int] = {}
         self._unwanted: set[int] = set()
 
     @property
-    def capacity(self) -> int:
-        """Bytes of the pool."""
-        return self._buddy.capacity
-
-    @property
     def free(self) -> int:
         """Bytes that no lease holds."""
-        return self._buddy.free_bytes
+        return sum(area.buddy.free_bytes for area in self._areas)
 
     @property
     def leased(self) -> int:
         """Bytes held by leases, quarantined ones included."""
         return sum(lease.capacity for lease in self._leases.values())
-
-    @property
-    def largest_free(self) -> int:
-        """Bytes of the largest lease that could be given now."""
-        return self._buddy.largest_free
 
     @property
     def leases(self) -> tuple[Lease, ...]:
@@ -123,32 +139,51 @@ class LeaseTable:
             raise LeaseError("unknown_lease", f"lease {lease_id} was never given, or has been released")
         return lease
 
-    def could_fit(self, nbytes: int, zone: str = "") -> bool:
-        """Whether `nbytes` would fit an empty pool: if not, asking again is in vain."""
-        rounded = self._buddy.rounded(nbytes)
-        return rounded <= min(self._buddy.largest_block, self._zones.get(zone, rounded))
+    def page(self, after: int, count: int) -> tuple[Lease, ...]:
+        """List the first `count` leases of an id above `after`, in the order of their ids."""
+        return tuple(islice((lease for lease in self._leases.values() if lease.id > after), count))
+
+    def largest_block(self, zone: str = "") -> int:
+        """Bytes of the largest lease that an empty pool could give in `zone`: asking for more is in vain."""
+        return self._area(zone).buddy.largest_block
+
+    def first_wanted(self, zone: str = "") -> int:
+        """Bytes that the first in the line for `zone` was refused; 0 when nobody waits."""
+        return next((nbytes for nbytes, _ in self._area(zone).line.values()), 0)
 
     def lease(
-        self, owner: str, owner_generation: int, request_id: str, attempt: int, nbytes: int, zone: str = ""
+        self,
+        owner: str,
+        owner_generation: int,
+        request_id: str,
+        attempt: int,
+        nbytes: int,
+        zone: str = "",
+        *,
+        now: float = 0.0,
     ) -> Lease | None:
-        """Give a new `writing` lease of at least `nbytes` bytes; None when pool or zone has no room.
+        """Give a new `writing` lease of at least `nbytes` bytes; None when there is no room, or others wait for it.
 
-        Raises LeaseError("stale_owner") for an owner older than a generation of it that was already
-        reclaimed, and ValueError for negative `nbytes`.
+        Who is refused at `now` (monotonic seconds) has a place in the line for PLACE_S seconds, but for a lease taken
+        in advance, of no request. Raises LeaseError("stale_owner") for an owner older than a generation of it that
+        was already reclaimed, and ValueError for negative `nbytes`.
         """
         if owner_generation < self._oldest_allowed.get(owner, 0):
             raise LeaseError("stale_owner", f"{owner} generation {owner_generation} has been succeeded by a newer one")
-        rounded = self._buddy.rounded(nbytes)
-        if self._zone_used.get(zone, 0) + rounded > self._zones.get(zone, self.capacity):
-            return None
-        offset = self._buddy.allocate(nbytes)
+        area, asker = self._area(zone), (owner, owner_generation, request_id, attempt, zone)
+        for gone in [other for other, (_, asked_at) in area.line.items() if asked_at + PLACE_S < now]:
+            del area.line[gone]
+        offset = area.buddy.allocate(nbytes) if next(iter(area.line), asker) == asker else None
         if offset is None:
+            if request_id:
+                area.line[asker] = (nbytes, now)
             return None
+        area.line.pop(asker, None)
         lease = Lease(
             id=self._next_id,
-            offset=offset,
+            offset=area.offset + offset,
             nbytes=nbytes,
-            capacity=rounded,
+            capacity=area.buddy.block_size(offset),
             state=LeaseState.WRITING,
             owner=owner,
             owner_generation=owner_generation,
@@ -157,7 +192,6 @@ class LeaseTable:
             zone=zone,
         )
         self._next_id += 1
-        self._zone_used[zone] = self._zone_used.get(zone, 0) + rounded
         self._leases[lease.id] = lease
         return lease
 
@@ -226,6 +260,9 @@ class LeaseTable:
         """
         fence = max(older_than_generation, self._oldest_allowed.get(owner, 0))
         self._oldest_allowed[owner] = fence
+        for area in self._areas:
+            for asker in [a for a in area.line if a[0] == owner and a[1] < fence]:
+                del area.line[asker]
         taken = [
             lease
             for lease in self.in_state(LeaseState.WRITING)
@@ -252,6 +289,13 @@ class LeaseTable:
         self._unwanted.update(lease.id for lease in theirs if lease.state is LeaseState.WRITING)
         return self._drop_all(lease for lease in theirs if lease.state is LeaseState.SEALED)
 
+    @property
+    def _areas(self) -> tuple[_Area, ...]:
+        return (*self._zones.values(), self._rest)
+
+    def _area(self, zone: str) -> _Area:
+        return self._zones.get(zone, self._rest)
+
     def _in_state(self, lease_id: int, state: LeaseState) -> Lease:
         lease = self.get(lease_id)
         if lease.state is not state:
@@ -266,8 +310,8 @@ class LeaseTable:
     def _drop(self, lease: Lease) -> None:
         del self._leases[lease.id]
         self._unwanted.discard(lease.id)
-        self._zone_used[lease.zone] -= lease.capacity
-        self._buddy.free(lease.offset)
+        area = self._area(lease.zone)
+        area.buddy.free(lease.offset - area.offset)
 
     def _drop_all(self, leases: Iterable[Lease]) -> list[Lease]:
         dropped = list(leases)

@@ -182,12 +182,18 @@ class Errands:
 
     async def reclaim(self) -> None:
         """Release sealed slots that no request needs: what was staged by an attempt that no longer counts."""
-        for pool in tuple(self._pools):
+        for pool in tuple(self._pools):  # one that ends meanwhile leaves them
             try:
-                report = await self._head.reference(pool).ask(pools.LeaseQuery(), pools.LeaseReport, timeout_s=ANSWER_S)
+                await self._reclaim_from(pool)
             except BusError as error:
                 self._head.log.info("reclaim put off", pool=pool, error=str(error))
-                continue
+
+    async def _reclaim_from(self, pool: str) -> None:
+        """Release what lies in a pool without need, page by page. Raises BusError."""
+        query: pools.LeaseQuery | None = pools.LeaseQuery()
+        while query:
+            report = await self._head.reference(pool).ask(query, pools.LeaseReport, timeout_s=ANSWER_S)
+            query = pools.LeaseQuery(report.leases[-1].lease.lease_id) if report.more else None
             if unneeded := tuple(v.lease for v in report.leases if self._unneeded(v)):
                 self._head.log.info("reclaimed", pool=pool, slots=len(unneeded))
                 await self._release(unneeded)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -47,6 +47,8 @@ class Instance:
     last_served: int = 0
     spares: list[LeaseRef] = field(default_factory=list)
     """Slots of its pool that it keeps ready for what is pushed to it."""
+    spares_taken: set[LeaseRef] = field(default_factory=set)
+    """Those that something was pushed into, until an offer lacks them: before, the push may not have been read."""
     draining: bool = False
     """It finishes what it has in hand and takes nothing more."""
     leaving: bool = False
@@ -79,7 +81,9 @@ class Instance:
 class Fleet:
     """The instances by name, and those that were given up."""
 
-    def __init__(self) -> None:
+    def __init__(self, configured: Mapping[Panel, int] | None = None) -> None:
+        self.configured = dict(configured or {})
+        """Units of work that all instances of the topology can hold together, by panel."""
         self.instances: dict[str, Instance] = {}
         self._fenced: dict[str, int] = {}
         self._turns = 0
@@ -156,7 +160,9 @@ class Fleet:
     def offer(self, name: str, generation: int, slots: Iterable[LeaseRef]) -> None:
         """Take note of the slots that an instance keeps ready."""
         if instance := self.incarnation(name, generation):
-            instance.spares = list(slots)
+            offered = tuple(slots)
+            instance.spares_taken.intersection_update(offered)
+            instance.spares = [slot for slot in offered if slot not in instance.spares_taken]
 
     def take_spare(self, name: str, nbytes: int) -> LeaseRef | None:
         """Use up a slot that an instance keeps ready, if one is large enough."""
@@ -164,6 +170,7 @@ class Fleet:
         fitting = next((slot for slot in instance.spares if slot.nbytes >= nbytes), None) if instance else None
         if instance and fitting:
             instance.spares.remove(fitting)
+            instance.spares_taken.add(fitting)
         return fitting
 
     def drain(self, name: str) -> None:

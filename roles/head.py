@@ -28,6 +28,7 @@ from engines.parameters import Parameter, Signature
 from roles.artifacts import ARTIFACTS, ArtifactError, ArtifactStore
 from roles.dispatch import POLICIES
 from roles.errands import Errands
+from roles.fleet import Fleet
 from roles.formats import settle_output
 from roles.journal import Journal, JournalError
 from roles.ledger import Ledger
@@ -78,6 +79,7 @@ class Head(Actor):
             waiting_timeout_s=settings.waiting_timeout_s,
             running_timeout_s=settings.running_timeout_s,
             heartbeat_timeout_s=topology.supervision.heartbeat_timeout_s,
+            fleet=Fleet({p: sum(c.slots for c in topology.components if c.kind == p.value) for p in Panel}),
         )
         self.card = ModelCard()
         pool_names = tuple(c.name for c in topology.components if c.kind == "pool")

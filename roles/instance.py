@@ -18,7 +18,7 @@ from bus import BusError, MailboxFull, Message, Reference, Refused, RemoteFailur
 from engines.panels import Panel
 from roles import workload_effects as do
 from roles.messages import device
-from roles.messages.pool import PoolFull
+from roles.messages.pool import PoolFull, SparesWanted
 from roles.messages.stages import (
     Acknowledged,
     InstanceAlive,
@@ -35,7 +35,7 @@ from roles.messages.stages import (
     TransferRejected,
 )
 from roles.messages.work import Work
-from roles.pool_client import PoolClient
+from roles.pool_client import PoolClient, why_full
 from roles.reporter import Fenced, Reporter, is_fence, pause_s
 from roles.spares import Spares
 from roles.workload import NotTaken, Workload
@@ -148,13 +148,26 @@ class Instance(Actor):
     async def push(self, message: TransferPush) -> StageTaken:
         """Take a unit that starts from staged tensors."""
         self._refuse_when_draining()
-        try:
-            self._carry_out(self.workload.push(message))
-        except NotTaken as reason:
-            raise Refused(reason.code, str(reason)) from reason
-        if self._spares.use(message.target):
+        spare = message.target if self._spares.use(message.target) else None
+        if spare:
             self.spawn(self._replenish(), name="replenish")
+        try:
+            self._carry_out(self.workload.push(message, spare=spare is not None))
+        except NotTaken as reason:
+            if spare:  # the head has crossed it off, and would never name it again
+                self._client.release(spare)
+            raise Refused(reason.code, str(reason)) from reason
         return StageTaken(message.work)
+
+    async def spares_wanted(self, _: SparesWanted) -> None:
+        """Give back the slots that are kept ready: some arrival has no room.
+
+        What the head has sent into one of them meanwhile is not taken, and is sent again.
+        """
+        spares = self._spares.clear()
+        self._offer()
+        for slot in spares:
+            self._client.release(slot)
 
     async def cancel(self, message: StageCancel) -> None:
         """Stop a piece of work within one step."""
@@ -273,8 +286,7 @@ class Instance(Actor):
         except BusError as error:
             return TransferRejected(work, f"{self.component.pool}: {error}", True)
         if isinstance(answer, PoolFull):
-            reason = f"{self.component.pool} has no slot of {answer.needed} bytes, {answer.free} are free"
-            return TransferRejected(work, reason, answer.needed <= answer.capacity)
+            return TransferRejected(work, why_full(self.component.pool, answer), answer.needed <= answer.largest)
         try:
             self._carry_out(self.workload.reserve(work, answer))
         except NotTaken as reason:

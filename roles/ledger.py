@@ -41,7 +41,7 @@ MAX_TRANSFERS_LOST = 10
 DRAINING = ("draining", "stopping")
 """Codes with which an instance that is about to end refuses work."""
 
-UNTRIED = (*DRAINING, "no_credit", "cancelled", "mailbox_full", "deadline_exceeded")
+UNTRIED = (*DRAINING, "no_credit", "slot_gone", "cancelled", "mailbox_full", "deadline_exceeded")
 """Codes of refusals before anything was done for the work: they are not the work's fault."""
 
 

@@ -40,6 +40,7 @@ from roles.messages.pool import (
     SlotPulled,
     SlotSealed,
     SlotsReleased,
+    SparesWanted,
 )
 from roles.messages.work import LeaseRef, Work
 from roles.pool_client import FAULTS
@@ -49,6 +50,8 @@ INCOMING = "incoming"
 PEER_ANSWER_S = 2.0
 """A process that is alive answers in this time. A pool that hangs must not be read from: it would hold a thread
 for a minute."""
+PAGE_OF_LEASES = 2000
+"""Leases in one LeaseReport: a message has at most 1 MiB."""
 SWEEP_S = 0.5
 """Between two looks at whether a failed transfer has let go of its slot."""
 
@@ -58,13 +61,15 @@ def build(component: Component, topology: Topology) -> list[Actor]:
     return [BufferPool(component, topology)]
 
 
-def zones(capacity: int, *, shared: bool) -> dict[str, int]:
-    """Bytes that a zone may take at most, so that what waits for a stage cannot starve the stage itself.
+def zones(capacity: int, *, pool: str) -> dict[str, int]:
+    """Return the bytes that are set apart for what a stage takes in, where what it makes lies in the same pool.
 
-    A denoiser needs room for its output while its input still rests here. What encoders staged, in a pool that
-    all kinds share, and what comes in, in a pool of one kind, leaves it half.
+    A denoiser's input is kept until its output is stored, so the one must never wait for the room of the other: in
+    the pool that all kinds share encoders have a half of their own, in the denoisers' pool what comes in has. Then
+    what was stored for the next stage is only ever in the way of its own kind, and goes as that stage goes on.
     """
-    return {("encoder" if shared else INCOMING): capacity // 2}
+    zone = {"pool": "encoder", "pool-denoiser": INCOMING}.get(pool)
+    return {zone: capacity // 2 // PAGE * PAGE} if zone else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +103,6 @@ class BufferPool(Actor):
 
         """
         size = self.topology.transfer.pool_size
-        if self.capacity < PAGE:
-            raise StartFailure(f"[transfer] pool_size is {size}: a pool needs at least {PAGE} bytes")
         try:
             self._opened = await asyncio.to_thread(self._open)
         except (ArenaError, TransferSetupError) as error:
@@ -148,9 +151,10 @@ class BufferPool(Actor):
             arena=str(store.arena.address),
         )
 
-    async def list_leases(self, _: LeaseQuery) -> LeaseReport:
-        """List every held slot."""
-        return LeaseReport(tuple(self._view(lease) for lease in self._store.table.leases))
+    async def list_leases(self, message: LeaseQuery) -> LeaseReport:
+        """List held slots, a page of them."""
+        page = self._store.table.page(message.after, PAGE_OF_LEASES + 1)
+        return LeaseReport(tuple(self._view(lease) for lease in page[:PAGE_OF_LEASES]), len(page) > PAGE_OF_LEASES)
 
     # -- slots
 
@@ -161,19 +165,26 @@ class BufferPool(Actor):
         held = self._given(message, zone)
         if held is not None and held.capacity >= message.nbytes:
             return SlotLeased(self._refer(held))
-        if not table.could_fit(message.nbytes, zone):
-            # Its zone, or the block that it would take, may be the limit where the pool's size is not.
-            return PoolFull(message.nbytes, table.free, min(table.capacity, message.nbytes - 1))
+        # Where one pool would give more than the next one on the way, what it gave could go no further.
+        largest = min(table.largest_block(zone), self.topology.transfer.largest_payload)
+        if message.nbytes > largest:
+            return PoolFull(message.nbytes, table.free, largest)
         work = message.work
         try:
             lease = table.lease(
-                message.owner, message.owner_generation, work.unit_id, work.attempt, message.nbytes, zone
+                message.owner,
+                message.owner_generation,
+                work.unit_id,
+                work.attempt,
+                message.nbytes,
+                zone,
+                now=time.monotonic(),
             )
         except LeaseError as error:
             raise Refused(error.code, error.detail) from error
         if lease is None:
-            self._want_room(message.nbytes)
-            return PoolFull(message.nbytes, table.free, table.capacity)
+            self._want_room(zone)
+            return PoolFull(message.nbytes, table.free, largest)
         return SlotLeased(self._refer(lease))
 
     async def seal(self, message: SealSlot) -> SlotSealed:
@@ -198,6 +209,11 @@ class BufferPool(Actor):
             raise Refused("wrong_state", f"lease {target.id} is {target.state}, of {target.capacity} bytes")
         if _span(target) in self._filling:
             raise Refused("wrong_state", f"lease {target.id} is being filled already")
+        work = message.work
+        if not target.request_id:
+            target = self._store.table.assign(target.id, work.unit_id, work.attempt)
+        elif (target.request_id, target.attempt) != (work.unit_id, work.attempt):  # who may be loading it now
+            raise Refused("wrong_state", f"lease {target.id} is for {target.request_id}#{target.attempt}, not {work}")
         return Later(self._pull(message, target))
 
     async def _pull(self, message: PullSlot, target: Lease) -> SlotPulled:
@@ -248,9 +264,7 @@ class BufferPool(Actor):
             ib_device=settings.ib_device,
             faults=os.environ.get(FAULTS, ""),
         )
-        table = LeaseTable(
-            self.capacity, generation=self.generation, zones=zones(self.capacity, shared=engine == "shm")
-        )
+        table = LeaseTable(self.capacity, generation=self.generation, zones=zones(self.capacity, pool=self.name))
         return _Store(arena, backend, table, Transfers(backend))
 
     @property
@@ -259,12 +273,18 @@ class BufferPool(Actor):
             raise Refused("not_ready", f"{self.name} is not open yet")
         return self._opened
 
-    def _want_room(self, nbytes: int) -> None:
-        """Have the head take out of its prompt cache what lies here."""
+    def _want_room(self, zone: str) -> None:
+        """Have room made for the first in the line, by those who keep slots without need."""
+        table = self._store.table
         try:
-            self.reference("head").tell(RoomWanted(self.name, nbytes))
+            if (wanted := table.first_wanted(zone)) and zone == "encoder":
+                self.reference("head").tell(RoomWanted(self.name, wanted))
+            elif wanted:
+                writing = table.in_state(LeaseState.WRITING)
+                for owner in {lease.owner for lease in writing if lease.zone == zone and not lease.request_id}:
+                    self.reference(owner).tell(SparesWanted(self.name))
         except MailboxFull:  # whoever wants the slot asks again, and so does this
-            self.log.debug("the head was not told", wanted=nbytes)
+            self.log.debug("room was not asked for", zone=zone)
 
     def _zone(self, message: LeaseSlot) -> str:
         kind = self._kinds.get(message.owner)

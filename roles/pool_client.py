@@ -37,6 +37,13 @@ FAULTS: Final = "TRIPTYCH_TRANSFER_FAULTS"
 """Environment variable with which a drill damages what is transferred, as `engines.transfer.Faults` reads it."""
 
 
+def why_full(pool: str, full: PoolFull) -> str:
+    """Say that a pool has no slot of that size now, or never will."""
+    if full.needed > full.largest:
+        return f"needs {full.needed} bytes, {pool} gives at most {full.largest}: raise [transfer] pool_size"
+    return f"{pool} has no slot of {full.needed} bytes, {full.free} are free"
+
+
 class LeaseGone(Exception):  # noqa: N818  names what is the case
     """The slot is of an earlier incarnation of the pool: its memory is gone."""
 
@@ -86,9 +93,9 @@ class PoolClient:
         """Close a slot for writing. Raises BusError."""
         await self._ask(SealSlot(lease, checksum, nbytes), SlotSealed)
 
-    async def pull(self, source: LeaseRef, target: LeaseRef, nbytes: int, timeout_s: float) -> float:
+    async def pull(self, work: Work, source: LeaseRef, target: LeaseRef, nbytes: int, timeout_s: float) -> float:
         """Have the pool read another pool's slot, and return the seconds that it took. Raises BusError."""
-        message = PullSlot(source, target, nbytes, timeout_s)
+        message = PullSlot(source, target, nbytes, timeout_s, work)
         return (await self._ask(message, SlotPulled, timeout_s=timeout_s + 4 * ANSWER_S)).seconds
 
     def release(self, lease: LeaseRef) -> None:

@@ -42,6 +42,11 @@ class Spares:
         self.slots = [kept for kept in self.slots if kept.pool_generation == slot.pool_generation]
         self.slots.append(slot)
 
+    def clear(self) -> tuple[LeaseRef, ...]:
+        """Keep none of them any more; returns them. The next arrival is a reason to lease others."""
+        slots, self.slots = tuple(self.slots), []
+        return slots
+
     def use(self, target: LeaseRef | None) -> bool:
         """An arrival takes this slot; False when it is none of these."""
         if target not in self.slots:

@@ -14,7 +14,7 @@ from roles.request import PANEL_OF, RUNNING, UPSTREAM, WAITING, Unit
 
 AHEAD: Final = 2
 """Units that may be staged for a panel, as a multiple of the slots of its instances, before the panel upstream
-waits: a bound on the pool's memory, and what keeps a full pool from locking up."""
+waits: a bound on what waits in the pool rather than at the head."""
 NO_BOUND: Final = 1 << 30
 
 
@@ -61,15 +61,19 @@ class Staging:
         return tuple(lease for lease in gone if not self.holds(lease))
 
     def make_room(self, pool: str, nbytes: int) -> tuple[LeaseRef, ...]:
-        """Take from the cache what no unit holds, the least recently used first, until that makes `nbytes` bytes."""
-        freed: list[LeaseRef] = []
-        for lease in self.cache.leases:
-            if sum(block(other.nbytes) for other in freed) >= nbytes:
+        """Take `nbytes` bytes from the cache, the least recently used first, what no unit holds before the rest.
+
+        The rest goes as well, and is given back when its last unit lets go of it: were it kept, new units could hold
+        it for ever.
+        """
+        here = (lease for lease in self.cache.leases if lease.pool == pool)
+        gone: list[LeaseRef] = []
+        for lease in sorted(here, key=lambda lease: lease in self._users):
+            if sum(block(other.nbytes) for other in gone) >= nbytes:
                 break
-            if lease.pool == pool and lease not in self._users:
-                freed.append(lease)
-        self.cache.drop(freed)
-        return tuple(freed)
+            gone.append(lease)
+        self.cache.drop(gone)
+        return tuple(lease for lease in gone if lease not in self._users)
 
     def clear(self) -> tuple[LeaseRef, ...]:
         """Empty the cache."""
@@ -104,8 +108,12 @@ class Staging:
 def room_ahead(panel: Panel, units: Collection[Unit], fleet: Fleet) -> int:
     """How many units more may be staged for the panel that comes after `panel`; may be negative."""
     after = next((p for p, upstream in UPSTREAM.items() if upstream is panel), None)
-    if after is None or not fleet.slots(after):
+    if after is None:
+        return NO_BOUND
+    # While no instance of it is there, those that are to come count: what is staged for them is bounded as well.
+    slots = fleet.slots(after) or fleet.configured.get(after, 0)
+    if not slots:
         return NO_BOUND
     under_way = {WAITING[after], RUNNING[after], RUNNING[panel]}
     ahead = sum(u.state in under_way or (PANEL_OF.get(u.state) is panel and bool(u.instance)) for u in units)
-    return (AHEAD + 1) * fleet.slots(after) - ahead
+    return (AHEAD + 1) * slots - ahead

@@ -37,16 +37,17 @@ from roles.messages.device import (
     StateLoaded,
     StateStaged,
 )
-from roles.messages.pool import PoolFull
 from roles.messages.work import Artifact, LeaseRef, Staged, Work
-from roles.pool_client import FAULTS, LeaseGone, Mapping, PoolClient
-from roles.reporter import pause_s
+from roles.pool_client import FAULTS, LeaseGone, Mapping, PoolClient, why_full
+from roles.reporter import LONGEST_PAUSE_S, pause_s
 from roles.workspace import Premises
 from roles.writers import encode, suits
 
 KEEP_ARTIFACTS_S: Final = 7 * 24 * 3600.0
 KEEP_ARTIFACTS: Final = 10_000
 PRUNE_EVERY_S: Final = 600.0
+FULL_PAUSE_S: Final = 0.1
+"""Longest pause before a full pool is asked again: well within the time for which it keeps the place in its line."""
 
 
 class TransferProblem(Exception):  # noqa: N818  becomes a StateFailed
@@ -179,13 +180,16 @@ class TransferActor(Actor):
             except RemoteFailure as error:
                 raise TransferProblem(f"{self._client.pool} gives no slot: {error.detail}") from error
             except BusError as error:
-                problem = f"{self._client.pool} does not answer: {error}"
+                problem, longest_s = f"{self._client.pool} does not answer: {error}", LONGEST_PAUSE_S
             else:
                 if isinstance(answer, LeaseRef):
                     return answer
-                problem = _why_full(self._client.pool, answer)
+                problem = why_full(self._client.pool, answer)
+                if answer.needed > answer.largest:
+                    raise TransferProblem(problem, retryable=False)
+                longest_s = FULL_PAUSE_S
             try:
-                await patience.wait(problem)
+                await patience.wait(problem, longest_s)
             except TransferProblem:
                 self._client.settle(work)
                 raise
@@ -234,7 +238,9 @@ class TransferActor(Actor):
         if target is None:
             raise TransferProblem(f"{self.component.name} does not map {source.lease.pool}, and has no slot for it")
         try:
-            await self._client.pull(source.lease, target, source.nbytes, min(self._pull_s, patience.left_s))
+            await self._client.pull(
+                message.work, source.lease, target, source.nbytes, min(self._pull_s, patience.left_s)
+            )
         except RemoteFailure as error:
             raise TransferProblem(error.detail, source_gone=error.code == "source_gone") from error
         except BusError as error:
@@ -330,12 +336,12 @@ class _Patience:
         """Raise TransferProblem when the work is to be stopped."""
         _unless(self._stop)
 
-    async def wait(self, problem: str) -> None:
+    async def wait(self, problem: str, longest_s: float = LONGEST_PAUSE_S) -> None:
         """Pause before the next try. Raises TransferProblem, saying `problem`, when there is to be none."""
         self.check()
         if not self.left_s:
             raise TransferProblem(problem)
-        pause = min(pause_s(self._waits, random.random()), self.left_s)  # noqa: S311  jitter
+        pause = min(pause_s(self._waits, random.random()), self.left_s, longest_s)  # noqa: S311  jitter
         self._waits += 1
         try:
             async with asyncio.timeout(pause):
@@ -348,17 +354,6 @@ class _Patience:
 def _unless(stop: asyncio.Event) -> None:
     if stop.is_set():
         raise TransferProblem("cancelled")
-
-
-def _why_full(pool: str, answer: PoolFull) -> str:
-    """Say that the pool has no room now. Raises TransferProblem when it never will have."""
-    if answer.needed > answer.capacity:
-        raise TransferProblem(
-            f"{answer.needed} bytes can never fit a slot of {pool}, which gives at most {answer.capacity}: raise"
-            " [transfer] pool_size",
-            retryable=False,
-        )
-    return f"{pool} has no slot of {answer.needed} bytes, {answer.free} are free"
 
 
 def _adopt(arena: Arena, device: torch.device) -> None:

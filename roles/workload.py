@@ -71,7 +71,7 @@ _REMEMBERED = 256
 
 
 class NotTaken(Exception):  # noqa: N818  an answer to the head, not a defect
-    """The work cannot be taken now; `code` is no_credit, wrong_kind or cancelled."""
+    """The work cannot be taken now; `code` is no_credit, wrong_kind, slot_gone or cancelled."""
 
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
@@ -184,17 +184,26 @@ class Workload:
             Run(message.work, self.items[message.work].panels[0]),
         )
 
-    def push(self, message: TransferPush) -> tuple[Effect, ...]:
+    def push(self, message: TransferPush, *, spare: bool = False) -> tuple[Effect, ...]:
         """Take a unit that starts from staged tensors; nothing more happens when it is in hand already.
 
+        Args:
+            message: from the head.
+            spare: its target was kept ready for any work.
+
         Raises:
-            NotTaken: when there is no slot, or this kind starts from inputs.
+            NotTaken: when there is no slot, this kind starts from inputs, or the target is kept for it no more.
 
         """
         if self.kind not in ("denoiser", "decoder"):
             raise NotTaken(
                 "wrong_kind",
                 f"{self.instance} is a {self.kind}: it starts from inputs, not from staged tensors",
+            )
+        kept = spare or message.target in (None, self.reservations.get(message.work))
+        if not kept and not any(message.work in known for known in (self.items, self._ended, self._cancelled)):
+            raise NotTaken(
+                "slot_gone", f"{self.instance} no longer keeps the slot that {message.work} was to come into"
             )
         if not self._take(message.work, Phase.LOADING, message.output, message.deadline):
             return ()

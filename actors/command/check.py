@@ -65,3 +65,6 @@ def show(topology: Topology) -> None:
     console = stdout()
     console.print(rows_of(table("name", "kind", "address", "device"), rows))
     console.print(f"HTTP on {topology.url}, model {escape(str(topology.model_path))}")
+    if any(component.kind == "pool" for component in topology.components):
+        size, largest = topology.transfer.pool_size, topology.transfer.largest_payload
+        console.print(f"A pool of {size} takes up to {largest:,} bytes from one stage for the next")

@@ -53,18 +53,25 @@ class SlotLeased(Message):
 
 
 class PoolFull(Message):
-    """No slot of that size now, or ever if `needed` exceeds `capacity`."""
+    """No slot of that size now, or ever if `needed` exceeds `largest`."""
 
     needed: int
     free: int
-    capacity: int
+    largest: int
+    """Bytes of the largest slot that an empty pool would give for this."""
 
 
 class RoomWanted(Message):
-    """Pool to head: a slot was asked for that would fit, and there was no room. Told each time, and asked for again."""
+    """Pool to head: an encoder's output would fit, and there was no room. Told each time that it is asked for again."""
 
     pool: str
     nbytes: int
+
+
+class SparesWanted(Message):
+    """Pool to instance: an arrival would fit, and there was no room. Give back the slots that you keep ready."""
+
+    pool: str
 
 
 class SealSlot(Message):
@@ -94,14 +101,17 @@ class SlotsReleased(Message):
 class PullSlot(Message):
     """Read another pool's sealed slot into one of yours. Asks for SlotPulled.
 
-    Refused with `source_gone` when the source pool has started anew since, with `transfer_failed` when the
-    bytes did not come; the target may then be in quarantine, and is to be released like any other.
+    A slot that was taken in advance is from then on `work`'s. Refused with `wrong_state` when it is another work's,
+    which may be loading it; with `source_gone` when the source pool has started anew since; with `transfer_failed`
+    when the bytes did not come: the target may then be in quarantine, and is to be released like any other.
     """
 
     source: LeaseRef
     target: LeaseRef
     nbytes: int
     timeout_s: float
+    work: Work
+    """What the bytes are for."""
 
 
 class SlotPulled(Message):
@@ -111,7 +121,10 @@ class SlotPulled(Message):
 
 
 class LeaseQuery(Message):
-    """Asks for the LeaseReport."""
+    """Asks for a LeaseReport."""
+
+    after: int = 0
+    """The last lease id of the page before."""
 
 
 class LeaseView(Value):
@@ -125,6 +138,8 @@ class LeaseView(Value):
 
 
 class LeaseReport(Message):
-    """Every held slot of the pool."""
+    """The held slots of the pool, a page of them in the order of their lease ids."""
 
     leases: tuple[LeaseView, ...]
+    more: bool = False
+    """There are others after these."""

@@ -48,7 +48,9 @@ def test_check_lists_the_components(write: Write) -> None:
     assert rows[0] == ["name", "kind", "address", "device"]
     address = load_topology(file).component("denoiser-0").address
     assert ["denoiser-0", "denoiser", address, "cpu"] in rows
-    assert [row[0] for row in rows[1:-1]] == ["pool", "encoder-0", "denoiser-0", "decoder-0", "head", "api"]
+    assert [row[0] for row in rows[1:-2]] == ["pool", "encoder-0", "denoiser-0", "decoder-0", "head", "api"]
+    assert rows[-1][:7] == ["A", "pool", "of", "256MiB", "takes", "up", "to"]
+    assert rows[-1][7] == "134,217,728"
 
 
 @pytest.mark.parametrize("command", ["check", "up", "status"])

@@ -11,7 +11,7 @@ from actors.addresses import supervisor_of
 from actors.errors import UnknownName
 from actors.places import MAX_SOCKET_PATH, private_dir, private_run_dir
 from actors.preflight import has_accelerator, preflight
-from actors.sections import parse_size
+from actors.sections import TransferSection, parse_size
 from tests.actors.conftest import PANELS
 
 Write = Callable[..., Path]
@@ -37,6 +37,7 @@ BROKEN = {
     "roles is one table": (MODEL + '[roles]\nkind = "encoder"\n', "[roles] is written as one table", "write [[roles]]"),
     "bad size": (MODEL + '[transfer]\npool_size = "4 parsecs"\n' + PANELS, '"4 parsecs" is not a size', '"256MiB"'),
     "no size at all": (MODEL + '[transfer]\npool_size = "0MiB"\n' + PANELS, '"0MiB" is not a size', '"256MiB"'),
+    "too small a pool": (MODEL + '[transfer]\npool_size = "8191B"\n' + PANELS, '"8191B" is less than 8192', "larger"),
     "bad cache": (
         MODEL + 'prompt_cache = "some"\n' + PANELS,
         'prompt_cache = "some" is not a size',
@@ -317,3 +318,11 @@ def test_a_link_in_place_of_a_run_folder_is_refused(folder: Path) -> None:
     (folder / "run").symlink_to(folder / "theirs")
     with pytest.raises(PermissionError, match="does not belong to user"):
         private_dir(folder / "run")
+
+
+@pytest.mark.parametrize(
+    ("pool_size", "largest"),
+    [("8KiB", 4 << 10), ("12287B", 4 << 10), ("16KiB", 8 << 10), ("256MiB", 128 << 20), ("1000MiB", 256 << 20)],
+)
+def test_a_payload_is_at_most_a_block_of_half_a_pool(pool_size: str, largest: int) -> None:
+    assert TransferSection(pool_size=pool_size).largest_payload == largest

@@ -31,6 +31,7 @@ class Traffic(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.table = LeaseTable(CAPACITY, zones={"small": 4 * PAGE})
+        self.now = 0.0
         self.fences: dict[str, int] = {}
 
     @rule(
@@ -46,7 +47,8 @@ class Traffic(RuleBasedStateMachine):
         if generation < self.fences.get(owner, 0):
             assert outcome(self.table.lease, *arguments) == "stale_owner"
         else:
-            lease = self.table.lease(*arguments)
+            self.now += 1.0
+            lease = self.table.lease(*arguments, now=self.now)
             assert lease is None or lease.capacity >= max(nbytes, 1)
 
     @precondition(lambda self: self.table.leases)
@@ -81,7 +83,7 @@ class Traffic(RuleBasedStateMachine):
         assert self.table.free + self.table.leased == CAPACITY
         spans = sorted((lease.offset, lease.offset + lease.capacity) for lease in self.table.leases)
         assert all(end <= start for (_, end), (start, _) in pairwise(spans))
-        assert sum(lease.capacity for lease in self.table.leases if lease.zone == "small") <= 4 * PAGE
+        assert all((lease.offset < 4 * PAGE) == (lease.zone == "small") for lease in self.table.leases)
 
     def teardown(self):
         for owner in ("denoiser-0", "encoder-0"):
@@ -91,7 +93,8 @@ class Traffic(RuleBasedStateMachine):
         self.table.expire(float("inf"))
         assert self.table.leases == ()
         assert self.table.free == CAPACITY
-        assert self.table.largest_free == 16 * PAGE
+        assert self.table.lease("encoder-1", 1, "x", 1, 4 * PAGE, "small", now=100.0)
+        assert self.table.lease("encoder-1", 1, "x", 1, 16 * PAGE, now=100.0)
 
 
 TestTraffic = Traffic.TestCase
@@ -137,21 +140,57 @@ def test_a_lease_is_sealed_once_and_within_its_size(table):
 
 
 def test_a_full_pool_gives_none_and_says_what_could_never_fit(table):
-    assert table.lease("denoiser-0", 1, "r", 1, 17 * PAGE) is None
-    assert not table.could_fit(17 * PAGE)
+    assert table.lease("denoiser-0", 1, "", 0, 17 * PAGE) is None
+    assert table.largest_block() == 16 * PAGE
     take(table, nbytes=16 * PAGE)
-    assert table.could_fit(16 * PAGE)
     assert table.lease("denoiser-0", 1, "r", 1, 16 * PAGE) is None
+    assert table.largest_block() == 16 * PAGE
 
 
-def test_a_zone_leaves_room_for_the_others():
+def test_zones_lie_apart():
     table = LeaseTable(CAPACITY, zones={"encoder": 8 * PAGE})
-    take(table, nbytes=8 * PAGE, zone="encoder")
+    mine = take(table, nbytes=8 * PAGE, zone="encoder")
     assert table.lease("encoder-0", 1, "r", 1, 1, "encoder") is None
-    assert table.could_fit(8 * PAGE, "encoder")
-    assert not table.could_fit(9 * PAGE, "encoder")
-    take(table, nbytes=16 * PAGE, zone="denoiser")
-    assert table.free == 0
+    assert (table.largest_block("encoder"), table.largest_block("denoiser")) == (8 * PAGE, 16 * PAGE)
+    others = take(table, nbytes=16 * PAGE, zone="denoiser")
+    assert (mine.offset, others.offset, table.free) == (0, 8 * PAGE, 0)
+    table.release(mine.id)
+    assert table.lease("denoiser-0", 1, "s", 1, 1, "decoder") is None, "it is not theirs, though it is free"
+
+
+def test_who_is_refused_is_served_before_who_comes_later(table):
+    small = sorted((take(table, request=f"s{k}", nbytes=8 * PAGE) for k in range(3)), key=lambda lease: lease.offset)
+    assert table.lease("denoiser-0", 1, "large", 1, 16 * PAGE, now=10.0) is None
+    assert table.first_wanted() == 16 * PAGE
+    table.release(small[0].id)
+    assert table.lease("denoiser-0", 1, "late", 1, 8 * PAGE, now=10.1) is None
+    assert table.lease("denoiser-0", 1, "", 7, 8 * PAGE, now=10.1) is None, "nor in advance"
+    assert table.lease("denoiser-0", 1, "large", 1, 16 * PAGE, now=11.9) is None, "half of it is there"
+    table.release(small[1].id)
+    assert table.lease("denoiser-0", 1, "large", 1, 16 * PAGE, now=12.0)
+    assert table.first_wanted() == 8 * PAGE
+    assert table.lease("denoiser-0", 1, "late", 1, 8 * PAGE, now=12.0) is None
+    table.release(small[2].id)
+    assert table.lease("denoiser-0", 1, "late", 1, 8 * PAGE, now=12.0)
+    assert table.first_wanted() == 0
+
+
+def test_a_place_in_the_line_ends_with_who_has_it(table):
+    held = take(table, request="s", nbytes=16 * PAGE)
+    assert table.lease("denoiser-1", 1, "dead", 1, 16 * PAGE, now=10.0) is None
+    table.reclaim_owner("denoiser-1", 2)
+    assert table.first_wanted() == 0
+    assert table.lease("denoiser-2", 1, "silent", 1, 16 * PAGE, now=10.0) is None
+    table.release(held.id)
+    assert table.lease("denoiser-0", 1, "r", 1, PAGE, now=11.0) is None
+    assert table.lease("denoiser-0", 1, "r", 1, PAGE, now=12.1)
+
+
+def test_leases_are_listed_in_pages(table):
+    ids = [take(table, request=f"s{k}").id for k in range(5)]
+    table.release(ids[1])
+    assert [lease.id for lease in table.page(0, 2)] == [ids[0], ids[2]]
+    assert [lease.id for lease in table.page(ids[2], 9)] == ids[3:]
 
 
 def test_a_slot_taken_in_advance_is_assigned_once(table):

@@ -24,6 +24,7 @@ from roles.messages.pool import (
     SlotPulled,
     SlotSealed,
     SlotsReleased,
+    SparesWanted,
 )
 from roles.messages.work import LeaseRef, Work
 from roles.pool import BufferPool, build, zones
@@ -78,8 +79,10 @@ class Client(Actor):
         assert found.free + found.leased == found.capacity
         return found
 
-    async def pull(self, source: LeaseRef, target: LeaseRef, nbytes: int = SLOT, timeout_s: float = 5) -> SlotPulled:
-        message = PullSlot(source, target, nbytes, timeout_s)
+    async def pull(
+        self, source: LeaseRef, target: LeaseRef, nbytes: int = SLOT, timeout_s: float = 5, work: Work = W
+    ) -> SlotPulled:
+        message = PullSlot(source, target, nbytes, timeout_s, work)
         return await self.reference(target.pool).ask(message, SlotPulled, timeout_s=timeout_s + 10)
 
     async def until(self, condition: Any, pool: str = "pool") -> LeaseReport:
@@ -137,16 +140,18 @@ def test_a_full_pool_says_whether_it_will_ever_do(run: Any, place: Any, house: A
                 fields = {"work": W, "owner": "denoiser-0", "owner_generation": 1, **changes}
                 return await client.reference("pool").ask(LeaseSlot(**fields), PoolFull, timeout_s=5)
 
-            never = await full(nbytes=CAPACITY + 1)
-            assert never.needed > never.capacity
-            beyond_its_zone = await full(nbytes=CAPACITY, owner="encoder-0")
-            assert beyond_its_zone.needed > beyond_its_zone.capacity
-            lease = await client.lease(owner="denoiser-0", nbytes=CAPACITY)
-            not_now = await full(nbytes=SLOT, work=Work("r/1", 1))
-            assert (not_now.free, not_now.needed, not_now.capacity) == (0, SLOT, CAPACITY)
+            half = CAPACITY // 2
+            for owner in ("encoder-0", "denoiser-0"):
+                never = await full(nbytes=half + 1, owner=owner)
+                assert (never.needed, never.largest) == (half + 1, half)
+            leases = [await client.lease(owner=owner, nbytes=half) for owner in ("encoder-0", "denoiser-0")]
+            for owner in ("denoiser-0", "encoder-0"):
+                not_now = await full(nbytes=SLOT, work=Work("r/1", 1), owner=owner)
+                assert (not_now.free, not_now.needed, not_now.largest) == (0, SLOT, half)
             told = await asyncio.wait_for(head.told.get(), 10)
-            assert told == RoomWanted("pool", SLOT), "and of what can never fit it was told nothing"
-            await client.release(lease)
+            assert told == RoomWanted("pool", SLOT), "and nothing of what can never fit, nor of what is no encoder's"
+            assert head.told.empty()
+            await client.release(*leases)
             assert (await client.describe()).free == CAPACITY
 
     run(body())
@@ -227,9 +232,31 @@ def test_a_pool_that_cannot_be_had_says_so(run: Any, place: Any, house: Any) -> 
     run(body())
 
 
-def test_half_of_a_pool_is_kept_for_who_empties_it() -> None:
-    assert zones(100, shared=True) == {"encoder": 50}
-    assert zones(100, shared=False) == {"incoming": 50}
+def test_what_a_stage_takes_in_and_what_it_makes_lie_apart() -> None:
+    page = 4096
+    assert zones(6 * page, pool="pool") == {"encoder": 3 * page}
+    assert zones(7 * page, pool="pool-denoiser") == {"incoming": 3 * page}
+    assert zones(6 * page, pool="pool-encoder") == zones(6 * page, pool="pool-decoder") == {}
+
+
+def test_leases_are_reported_in_pages(run: Any, place: Any, house: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "PAGE_OF_LEASES", 2)
+
+    async def body() -> None:
+        async with house(place()) as h:
+            await h.component("pool", build)
+            await h.start(client := Client())
+            leases = [await client.lease(work=Work(f"r/{k}", 1)) for k in range(5)]
+            found: list[LeaseRef] = []
+            query, more = LeaseQuery(), True
+            while more:
+                report = await client.reference("pool").ask(query, LeaseReport, timeout_s=5)
+                assert len(report.leases) <= 2
+                found += [view.lease for view in report.leases]
+                query, more = LeaseQuery(found[-1].lease_id), report.more
+            assert found == leases
+
+    run(body())
 
 
 class Two:
@@ -277,6 +304,47 @@ def test_bytes_travel_from_pool_to_pool(run: Any, apart: Any, house: Any) -> Non
                 await two.client.pull(source, target, nbytes=2 * SLOT)
             assert await two.client.release(target) == 1
             assert (await two.client.describe("pool-denoiser")).leased == 0
+
+    run(body())
+
+
+def test_a_slot_that_is_loaded_is_not_filled_for_another_work(run: Any, apart: Any, house: Any) -> None:
+    async def body() -> None:
+        async with house(apart) as h:
+            two = Two(h)
+            source = await two.start()
+            fields = {"owner": "denoiser-0", "incoming": True, "work": Work("", 1)}
+            ready = await two.client.lease("pool-denoiser", **fields)
+            await two.client.pull(source, ready)
+            with pytest.raises(RemoteFailure, match="is for r/0#1, not r/1#1"):
+                await two.client.pull(source, ready, work=Work("r/1", 1))
+            await two.client.pull(source, ready)  # whose bytes came damaged, and who loads nothing meanwhile
+
+    run(body())
+
+
+def test_slots_that_are_kept_ready_make_room_for_an_arrival(run: Any, apart: Any, house: Any) -> None:
+    class Owner(Actor):
+        told: asyncio.Queue[SparesWanted] = asyncio.Queue()
+
+        async def spares_wanted(self, message: SparesWanted) -> None:
+            self.told.put_nowait(message)
+
+    async def body() -> None:
+        async with house(apart) as h:
+            two = Two(h)
+            await two.start()
+            await h.start(owner := Owner("denoiser-0"))
+            fields = {"owner": "denoiser-0", "incoming": True, "nbytes": CAPACITY // 2}
+            ready = await two.client.lease("pool-denoiser", **fields, work=Work("", 1))
+            arrival = {**fields, "owner": "denoiser-1"}
+            with pytest.raises(AssertionError, match="PoolFull"):
+                await two.client.lease("pool-denoiser", **arrival)
+            assert await asyncio.wait_for(owner.told.get(), 10) == SparesWanted("pool-denoiser")
+            await two.client.release(ready)
+            with pytest.raises(AssertionError, match="PoolFull"):  # nothing is kept ready while somebody waits
+                await two.client.lease("pool-denoiser", **fields, work=Work("", 2))
+            await two.client.lease("pool-denoiser", **arrival)
 
     run(body())
 

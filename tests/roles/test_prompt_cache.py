@@ -149,16 +149,28 @@ def test_a_slot_is_given_back_when_neither_a_unit_nor_the_cache_needs_it(books: 
     slot = a_slot(1).lease
     books.staged(staged(first.work, "denoiser", 2), 2.0)
     assert after(books) == []
+    books.room_wanted("another pool", PAGE)
+    assert slot in books.staging.cache
     books.room_wanted("pool", PAGE)
     assert after(books) == [], "a unit starts from it"
+    assert slot not in books.staging.cache, "and no other will"
     books.staged(staged(second.work, "denoiser", 3), 3.0)
-    assert after(books) == []
-    assert slot in books.staging.leases
-    books.room_wanted("another pool", PAGE)
-    assert after(books) == []
-    books.room_wanted("pool", PAGE)
     assert after(books) == [Release((slot,))]
     assert slot not in books.staging.leases
+
+
+def test_what_no_unit_holds_goes_before_what_one_does(books: Ledger) -> None:
+    for number, prompt in enumerate(("held", "free"), start=1):
+        books.accept(request(prompt, prompt=prompt), 0.0)
+        after(books)
+        unit = books.units[f"{prompt}/0"]
+        books.staged(staged(unit.work, "encoder", number, seedless=True), 1.0)
+        after(books)
+    books.cancel("free", "enough", 2.0)
+    books.take_effects()
+    books.room_wanted("pool", PAGE)
+    assert after(books) == [Release((a_slot(2).lease,))]
+    assert books.staging.cache.leases == (a_slot(1).lease,)
 
 
 def test_other_prompts_and_a_cache_of_no_size_take_the_whole_way(books: Ledger) -> None:

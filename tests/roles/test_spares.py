@@ -2,9 +2,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
+from bus import RemoteFailure
 from engines.parameters import Signature
 from roles.fleet import Fleet
 from roles.messages import stages
+from roles.messages.pool import SparesWanted
 from roles.messages.stages import InstanceHello
 from roles.messages.work import LeaseRef
 from roles.spares import Spares
@@ -66,6 +70,18 @@ def test_the_head_takes_a_spare_that_fits_once_and_forgets_those_of_an_earlier_i
     assert fleet.take_spare("elsewhere", 1) is None
 
 
+def test_a_slot_that_was_pushed_into_is_not_taken_again_from_an_offer_that_crossed_the_push() -> None:
+    fleet = Fleet()
+    fleet.welcome(InstanceHello("denoiser-0", "denoiser", 5, 1, 2, 2, 0, "pool-denoiser", Signature(), ()), 0.0)
+    fleet.offer("denoiser-0", 5, [slot(1)])
+    assert fleet.take_spare("denoiser-0", 1) == slot(1)
+    fleet.offer("denoiser-0", 5, [slot(1), slot(2)])
+    assert fleet.take_spare("denoiser-0", 1) == slot(2)
+    assert fleet.take_spare("denoiser-0", 1) is None
+    fleet.offer("denoiser-0", 5, [slot(3)])
+    assert fleet.instances["denoiser-0"].spares_taken == set()
+
+
 def test_after_the_first_arrival_slots_are_offered_and_what_is_pushed_into_one_needs_no_other(cluster: Any) -> None:
     async def body(stage: Stage) -> None:
         await stage.join("encoder-0", "denoiser-0")
@@ -80,9 +96,22 @@ def test_after_the_first_arrival_slots_are_offered_and_what_is_pushed_into_one_n
             await stage.push("denoiser-0", work(number), source, target)
             report = await stage.inbox.next(stages.TransferStaged)
             assert report.work == work(number)
-        assert await offered(stage, 2) != target
+        spare = await offered(stage, 2)
+        assert spare != target
+        source = await stage.encoded(work(2))
+        stage.head.reference("denoiser-0").tell(SparesWanted("pool-denoiser"))
+        while (await stage.inbox.next(stages.SlotsOffered)).slots:
+            pass
+        with pytest.raises(RemoteFailure, match="slot_gone"):
+            await stage.push("denoiser-0", work(2), source, spare)
+        await stage.until(lambda: none_ready(stage))
 
     cluster(body, engine="mooncake", backend="shm")
+
+
+async def none_ready(stage: Stage) -> bool:
+    """Whether no slot of the denoisers' pool is for no unit."""
+    return all(view.work.unit_id for view in (await stage.leases("pool-denoiser")).leases)
 
 
 async def offered(stage: Stage, count: int) -> LeaseRef:

@@ -89,7 +89,9 @@ def test_what_makes_tensors_of_another_unit_its_own_comes_along() -> None:
 def test_a_decoder_goes_from_a_staged_slot_to_a_file() -> None:
     load = Workload("decoder-0", "decoder", 1)
     target = lease(9)
+    load.reserve(W, target)
     assert load.push(push(W, target)) == (do.Begin(W, {}, 0), do.Load(W, staged(1), target, DEADLINE))
+    assert load.push(push(W, target)) == (), "asked again"
     assert load.state_loaded(W, 0.1) == (
         do.Report(TransferReady(W, "decoder-0", 0.1)),
         do.Run(W, Panel.DECODER),
@@ -199,7 +201,18 @@ def test_reserving_again_releases_the_slot_reserved_before() -> None:
     load = Workload("denoiser-0", "denoiser", 1)
     assert load.reserve(W, lease(1)) == ()
     assert load.reserve(W, lease(2)) == (do.Release(lease(1)),)
-    assert do.Release(lease(2)) in load.push(push(W, lease(5)))
+    assert do.Release(lease(2)) in load.push(push(W, lease(5)), spare=True)
+    load.state_failed(W, "damaged", source_gone=False, retryable=True)
+    assert load.push(push(W, lease(5))) == (), "asked again, because the answer was late"
+
+
+def test_a_slot_that_is_kept_no_more_is_not_pushed_into() -> None:
+    load = Workload("denoiser-0", "denoiser", 1)
+    load.reserve(W, lease(1))
+    load.forget_reservations()
+    with pytest.raises(NotTaken) as refusal:
+        load.push(push(W, lease(1)))
+    assert (refusal.value.code, load.taken) == ("slot_gone", 0)
 
 
 def test_a_failed_fetch_says_whether_the_source_is_gone() -> None:

@@ -133,9 +133,9 @@ def test_a_pool_too_small_for_one_request_fails_it_with_a_sentence_that_names_th
     topology_file: Callable[..., Path],
 ) -> None:
     async def scenario() -> None:
-        path = topology_file(transfer={"pool_size": "4KiB"})
+        path = topology_file(transfer={"pool_size": "8KiB"})
         async with launch(path, {"api": {"port": 0}}) as cluster:
-            with pytest.raises(ApiError, match="pool_size"):
+            with pytest.raises(ApiError, match=r"pool gives at most 4096: raise \[transfer\] pool_size"):
                 await cluster.generate("a red circle", seed=1)
 
     asyncio.run(scenario())
