@@ -121,13 +121,13 @@ class Errands:
         request = self._ledger.requests[unit.request_id]
         panel = unit.panel
         if panel is None or panel is Panel.ENCODER:
-            return stages.StageAssign(work, request.inputs, unit.seed, request.output, unit.deadline)
+            return stages.StageAssign(work, request.inputs, unit.seed, request.output, unit.left_s)
         if UPSTREAM[panel] not in unit.staged:
             raise _SourceGoneError
         source = unit.staged[UPSTREAM[panel]]
         target = await self._target(instance, source, unit, work)
         renewal = Renewal(request.inputs, unit.seed) if unit.borrows and panel is Panel.DENOISER else None
-        return stages.TransferPush(work, source, target, request.output, unit.deadline, renewal)
+        return stages.TransferPush(work, source, target, request.output, unit.left_s, renewal)
 
     async def _target(self, instance: str, source: Staged, unit: Unit, work: Work) -> LeaseRef | None:
         """A slot in the receiver's pool; none is needed where it maps the source's own.

@@ -55,6 +55,8 @@ About: TypeAlias = requests.QueryRequest | requests.WaitRequest | requests.Cance
 TICK_S = 0.25
 RECLAIM_S = 5.0
 """Between two looks for slots that no request needs."""
+REMAINDERS_S = 10.0
+"""Between two times that the journal learns how much time requests have left, if nothing else happens to them."""
 KEEP_S = 3600.0
 """How long an ended request can be asked about."""
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -118,6 +120,7 @@ class Head(Actor):
 
     async def stopping(self) -> None:
         """Write what is unwritten; the instances go on with what they have in hand."""
+        self.ledger.dirty.update(self.ledger.units)
         self.settle()
         if self._journal:
             self._journal.close()
@@ -306,8 +309,8 @@ class Head(Actor):
         self.ledger.dirty.clear()
 
     async def _keep_time(self) -> None:
-        pruned_at = reclaimed_at = time.time()
-        awake_at = time.monotonic()
+        # Wall clock time is for people and for the journal: what is decided here is decided by elapsed time.
+        awake_at = pruned_at = reclaimed_at = written_at = time.monotonic()
         listened_s = 0.0
         resumed = bool(self.ledger.units)
         while True:
@@ -316,17 +319,20 @@ class Head(Actor):
             heard_s = listening_s(awake_at - asleep_at)
             listened_s += heard_s
             now = time.time()
-            self.ledger.expire(now)
+            self.ledger.elapse(awake_at - asleep_at, now)
             for name in self.ledger.listen(heard_s, now):
                 self.log.warning("instance fenced", instance=name, silent_s=self.ledger.heartbeat_timeout_s)
             if resumed and listened_s > self.ledger.heartbeat_timeout_s:
                 self.ledger.orphans(now)
                 resumed = False
-            if not resumed and now - reclaimed_at > RECLAIM_S:
-                reclaimed_at = now
+            if not resumed and awake_at - reclaimed_at > RECLAIM_S:
+                reclaimed_at = awake_at
                 self.spawn(self.errands.reclaim(), name="reclaim")
-            if now - pruned_at > KEEP_S / 60:
-                pruned_at = now
+            if awake_at - written_at > REMAINDERS_S:
+                written_at = awake_at
+                self.ledger.dirty.update(self.ledger.units)
+            if awake_at - pruned_at > KEEP_S / 60:
+                pruned_at = awake_at
                 self._prune(now - KEEP_S)
             self.settle()
 
@@ -372,12 +378,11 @@ class Head(Actor):
         output = settle_output(message.output, self._signature(), message.inputs, inputs)
         check_lora(inputs, [lora.name for lora in self.topology.model.lora], self.card.name)
         now = time.time()
-        deadline = now + self.topology.head.request_timeout_s
+        timeout_s = self.topology.head.request_timeout_s
         seed = secrets.randbits(32) if message.seed is None else message.seed
-        units = [Unit(f"{message.request_id}/{k}", message.request_id, k, seed + k, deadline) for k in range(message.n)]
-        return Request(
-            message.request_id, inputs, output, now, deadline, units, _key(message), digest, owner=message.owner
-        )
+        id_ = message.request_id
+        units = [Unit(f"{id_}/{k}", id_, k, seed + k, timeout_s) for k in range(message.n)]
+        return Request(id_, inputs, output, now, now + timeout_s, units, _key(message), digest, owner=message.owner)
 
     def _parameters(self) -> tuple[Parameter, ...] | None:
         """What the pipeline takes; None until an instance has loaded it."""

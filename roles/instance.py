@@ -135,7 +135,7 @@ class Instance(Actor):
         """Take a unit at its first panel."""
         self._refuse_when_draining()
         try:
-            self._carry_out(self.workload.assign(message))
+            self._carry_out(self.workload.assign(message, time.monotonic()))
         except NotTaken as reason:
             raise Refused(reason.code, str(reason)) from reason
         return StageTaken(message.work)
@@ -152,7 +152,7 @@ class Instance(Actor):
         if spare:
             self.spawn(self._replenish(), name="replenish")
         try:
-            self._carry_out(self.workload.push(message, spare=spare is not None))
+            self._carry_out(self.workload.push(message, time.monotonic(), spare=spare is not None))
         except NotTaken as reason:
             if spare:  # the head has crossed it off, and would never name it again
                 self._client.release(spare)

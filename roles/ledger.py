@@ -314,18 +314,21 @@ class Ledger:
 
     # -- time
 
-    def expire(self, now: float) -> None:
-        """End what is past the deadline of its request or of its stage."""
+    def elapse(self, seconds: float, now: float) -> None:
+        """Let `seconds` pass; ends what has used up the time of its request or of its stage."""
         for unit in list(self.units.values()):
-            since = unit.history[-1].at if unit.history else now
+            unit.left_s -= seconds
+            unit.stage_s += seconds
             bound_s = self.running_timeout_s if unit.running else self.waiting_timeout_s
-            if unit.deadline <= now:
-                created = self._created(unit)
-                bound = f"[head] request_timeout_s = {unit.deadline - created:g}"
-                self._stop(unit, State.TIMED_OUT, f"still {unit.state} after {now - created:.3g} s ({bound})", now)
-            elif bound_s and since + bound_s <= now:
+            if unit.left_s <= 0:
+                request = self.requests[unit.request_id]
+                given_s = request.deadline - request.created_at
+                bound = f"[head] request_timeout_s = {given_s:g}"
+                reason = f"still {unit.state} after {given_s - unit.left_s:.3g} s ({bound})"
+                self._stop(unit, State.TIMED_OUT, reason, now)
+            elif bound_s and unit.stage_s >= bound_s:
                 key = "running_timeout_s" if unit.running else "waiting_timeout_s"
-                reason = f"{unit.state} for {now - since:.3g} s ([head] {key} = {bound_s:g})"
+                reason = f"{unit.state} for {unit.stage_s:.3g} s ([head] {key} = {bound_s:g})"
                 self._stop(unit, State.TIMED_OUT, reason, now)
 
     def dispatch(self, now: float) -> None:
@@ -427,9 +430,6 @@ class Ledger:
                 self.effects.append(Restart(chosen.name))
 
     # -- inside
-
-    def _created(self, unit: Unit) -> float:
-        return self.requests[unit.request_id].created_at
 
     def _current(self, work: Work, name: str) -> Unit | None:
         unit = self.units.get(work.unit_id)

@@ -105,9 +105,12 @@ class Unit:
     request_id: str
     index: int
     seed: int
-    deadline: float
-    """Unix seconds after which it is TIMED_OUT."""
+    left_s: float = 600.0
+    """Seconds until it is TIMED_OUT; counted down, so that no step of a clock reaches it. An earlier version did not
+    write it: then it has this much."""
     state: State = State.PENDING
+    stage_s: float = 0.0
+    """Seconds in its present state."""
     attempt: int = 0
     history: list[Move] = field(default_factory=list)
     staged: dict[Panel, Staged] = field(default_factory=dict)
@@ -168,6 +171,7 @@ class Unit:
         if target not in LEGAL[self.state]:
             raise IllegalTransitionError(self.id, self.state, target)
         self.state = target
+        self.stage_s = 0.0
         self.history.append(Move(target.value, at, reason))
 
     def advance(self, target: State, at: float) -> None:
@@ -226,6 +230,7 @@ class Request:
     output: Output
     created_at: float
     deadline: float
+    """Unix seconds, as of its acceptance; what counts is what its units have left."""
     units: list[Unit]
     idempotency_key: str = ""
     digest: str = ""

@@ -330,7 +330,7 @@ class _Patience:
     @property
     def left_s(self) -> float:
         """Seconds to the deadline, never negative."""
-        return max(self._deadline - time.time(), 0.0)
+        return max(self._deadline - time.monotonic(), 0.0)
 
     def check(self) -> None:
         """Raise TransferProblem when the work is to be stopped."""

@@ -95,6 +95,7 @@ class Item:
     """Still to run, the current one first."""
     output: Output
     deadline: float
+    """In seconds of this host's monotonic clock."""
     seconds: float = 0.0
     """That the last panel took."""
     seedless: bool = False
@@ -164,7 +165,7 @@ class Workload:
         self.reservations[work] = target
         return (Release(before),) if before is not None and before != target else ()
 
-    def assign(self, message: StageAssign) -> tuple[Effect, ...]:
+    def assign(self, message: StageAssign, now: float) -> tuple[Effect, ...]:
         """Take a unit at its first panel; nothing more happens when it is in hand already.
 
         Raises:
@@ -176,7 +177,7 @@ class Workload:
                 "wrong_kind",
                 f"{self.instance} is a {self.kind}: it starts from staged tensors, not from inputs",
             )
-        if not self._take(message.work, Phase.RUNNING, message.output, message.deadline):
+        if not self._take(message.work, Phase.RUNNING, message.output, now + message.left_s):
             return ()
         return (
             *self._fence_older(message.work),
@@ -184,11 +185,12 @@ class Workload:
             Run(message.work, self.items[message.work].panels[0]),
         )
 
-    def push(self, message: TransferPush, *, spare: bool = False) -> tuple[Effect, ...]:
+    def push(self, message: TransferPush, now: float, *, spare: bool = False) -> tuple[Effect, ...]:
         """Take a unit that starts from staged tensors; nothing more happens when it is in hand already.
 
         Args:
             message: from the head.
+            now: seconds of this host's monotonic clock.
             spare: its target was kept ready for any work.
 
         Raises:
@@ -205,7 +207,7 @@ class Workload:
             raise NotTaken(
                 "slot_gone", f"{self.instance} no longer keeps the slot that {message.work} was to come into"
             )
-        if not self._take(message.work, Phase.LOADING, message.output, message.deadline):
+        if not self._take(message.work, Phase.LOADING, message.output, now + message.left_s):
             return ()
         reserved = self.reservations.pop(message.work, None)
         unused = (Release(reserved),) if reserved is not None and reserved != message.target else ()
@@ -213,7 +215,7 @@ class Workload:
             *unused,
             *self._fence_older(message.work),
             Begin(message.work, {}, 0, message.renewal),
-            Load(message.work, message.source, message.target, message.deadline),
+            Load(message.work, message.source, message.target, now + message.left_s),
         )
 
     def cancel(self, work: Work) -> tuple[Effect, ...]:

@@ -70,7 +70,7 @@ class StageState(Message):
 
     work: Work
     deadline: float
-    """Unix seconds until which a full pool is waited for."""
+    """Until when a full pool is waited for, in seconds of this host's monotonic clock."""
 
 
 class StateStaged(Message):
@@ -89,7 +89,7 @@ class LoadState(Message):
     target: LeaseRef | None
     """Where bytes of another pool go; the transfer actor gives it back in any case."""
     deadline: float
-    """Unix seconds until which a pool that is away is waited for."""
+    """Until when a pool that is away is waited for, in seconds of this host's monotonic clock."""
 
 
 class StateLoaded(Message):

@@ -59,8 +59,8 @@ class StageAssign(Message):
     inputs: dict[str, Input]
     seed: int
     output: Output
-    deadline: float
-    """Unix seconds after which the result is of no use."""
+    left_s: float
+    """Seconds after which the result is of no use."""
 
 
 class TransferAlloc(Message):
@@ -102,7 +102,8 @@ class TransferPush(Message):
     target: LeaseRef | None
     """Where the bytes go; None when the source's pool is the receiver's own and is mapped."""
     output: Output
-    deadline: float
+    left_s: float
+    """Seconds after which the result is of no use."""
     renewal: Renewal | None = None
     """For tensors that were staged for another unit, of an equal prompt."""
 

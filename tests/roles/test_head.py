@@ -73,12 +73,15 @@ class Worker(Actor):
         super().__init__(name)
         self.work: asyncio.Queue[Work] = asyncio.Queue()
         self.cancelled: asyncio.Queue[Work] = asyncio.Queue()
+        self.taken: set[Work] = set()
         self.running = asyncio.Event()
         self.running.set()
 
     async def assign(self, message: stages.StageAssign) -> stages.StageTaken:
         await self.running.wait()
-        self.work.put_nowait(message.work)
+        if message.work not in self.taken:  # as the real one does
+            self.taken.add(message.work)
+            self.work.put_nowait(message.work)
         return stages.StageTaken(message.work)
 
     async def push(self, message: stages.TransferPush) -> stages.StageTaken:
@@ -362,6 +365,35 @@ def test_an_instance_that_falls_silent_is_fenced(topology: Callable[..., Topolog
                 await stage.hello("encoder-0", generation=5)
             await stage.hello("encoder-0", generation=6)
             assert (await stage.next_work("encoder-0")).attempt == 2
+
+    play(scenario())
+
+
+@pytest.mark.parametrize("step_s", [3600.0, -3600.0])
+def test_a_step_of_the_clock_neither_ends_a_request_nor_keeps_it(
+    topology: Callable[..., Topology], monkeypatch: pytest.MonkeyPatch, step_s: float
+) -> None:
+    wall = time.time
+    made = topology("request_timeout_s = 500", supervision="heartbeat_timeout_s = 60")
+
+    async def scenario() -> None:
+        async with playing(made) as stage:
+            await stage.hello("encoder-0")
+            await stage.submit(prompt="a")
+            work = await stage.next_work("encoder-0")
+            await stage.report(stages.StageStarted(work, "encoder-0", "encoder"))
+            monkeypatch.setattr(time, "time", lambda: wall() + step_s)
+            await asyncio.sleep(2 * TICK_S)
+            assert (await stage.view()).state == "ENCODER_RUNNING"
+        async with playing(made, generation=2) as stage:
+            await stage.hello("encoder-0", running=(work,))
+            assert (await stage.view()).state == "ENCODER_RUNNING"
+            unit = stage.actor.ledger.units["r/0"]
+            assert unit.left_s <= 500 - TICK_S, "it has what it had left, and no more"
+            unit.left_s = 2 * TICK_S
+            view = await stage.head.ask(requests.WaitRequest("r", BOUND_S), requests.RequestView, timeout_s=2 * BOUND_S)
+            assert (view.state, view.units[0].attempts) == ("TIMED_OUT", 1)
+            assert view.units[0].history[-1].reason.endswith("([head] request_timeout_s = 500)")
 
     play(scenario())
 

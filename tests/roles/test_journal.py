@@ -39,10 +39,13 @@ def test_what_was_accepted_and_saved_comes_back_whole(tmp_path: Path) -> None:
     assert Journal(tmp_path / "j.sqlite").load(0.0) == [request]
 
 
-def test_a_unit_that_an_earlier_version_wrote_borrows_nothing() -> None:
+def test_a_unit_that_an_earlier_version_wrote_borrows_nothing_and_has_time() -> None:
     fields = msgspec.to_builtins(a_request().units[0])
-    del fields["borrows"]
-    assert not msgspec.msgpack.decode(msgspec.msgpack.encode(fields), type=Unit).borrows
+    del fields["borrows"], fields["left_s"]
+    fields["deadline"] = 1e9
+    unit = msgspec.msgpack.decode(msgspec.msgpack.encode(fields), type=Unit)
+    assert not unit.borrows
+    assert unit.left_s == 600.0
 
 
 def test_ended_requests_are_read_back_for_a_while_and_then_pruned(tmp_path: Path) -> None:

@@ -222,12 +222,12 @@ def test_cancel_stops_the_work_and_returns_the_leases(books: Ledger) -> None:
     assert books.requests["r"].state is State.CANCELLED
 
 
-def test_a_deadline_times_out_wherever_the_unit_is(books: Ledger) -> None:
+def test_a_request_times_out_by_elapsed_time_and_by_no_clock(books: Ledger) -> None:
     unit = to_denoiser(books)
-    unit.deadline = 10.0
-    books.expire(9.9)
+    books.requests["r"].deadline = unit.left_s = 10.0
+    books.elapse(9.9, now=1e12)
     assert not unit.terminal
-    books.expire(10.0)
+    books.elapse(0.1, now=-1e12)
     assert unit.state is State.TIMED_OUT
     assert unit.history[-1].reason == "still DENOISING_RUNNING after 10 s ([head] request_timeout_s = 10)"
 
@@ -239,10 +239,12 @@ def test_a_stage_times_out_by_itself_where_it_has_a_bound() -> None:
     runs = books.units["runs/0"]
     runs.instance = "encoder-0"
     assert books.started(runs.work, "encoder-0", Panel.ENCODER, 1.0)
-    books.expire(5.0)
+    books.elapse(4.0, 5.0)
+    assert runs.stage_s == 4.0
+    books.elapse(1.0, 5.0)
     assert books.requests["waits"].state is State.TIMED_OUT
     assert not runs.terminal
-    books.expire(51.0)
+    books.elapse(45.0, 51.0)
     assert runs.state is State.TIMED_OUT
     assert runs.history[-1].reason == "ENCODER_RUNNING for 50 s ([head] running_timeout_s = 50)"
     assert Cancel("encoder-0", runs.work, runs.history[-1].reason) in after(books)

@@ -12,7 +12,7 @@ ALL_MOVES = [(origin, target) for origin in State for target in State]
 
 
 def unit_in(state: State) -> Unit:
-    return Unit("r/0", "r", 0, 7, deadline=100.0, state=state)
+    return Unit("r/0", "r", 0, 7, left_s=100.0, state=state)
 
 
 def staged(n: int = 0) -> Staged:

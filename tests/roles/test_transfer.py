@@ -81,7 +81,7 @@ def test_waiting_for_room_ends_with_the_deadline_or_when_it_is_stopped(rooms: An
         encoder = await room("encoder-0")
         await encoder.desk.lease("pool", 1 << 20, work=Work("x/0", 1))
         encoder.begin()
-        late = await encoder.fails(StageState(W, time.time() + 0.1))
+        late = await encoder.fails(StageState(W, time.monotonic() + 0.1))
         assert "has no slot of" in late.reason
         assert (late.source_gone, late.retryable) == (False, True)
         encoder.desk.tell(StageState(W, FAR))

@@ -27,7 +27,9 @@ from roles.messages.work import Artifact, LeaseRef, Output, Renewal, Staged, Wor
 from roles.workload import NotTaken, Phase, UnexpectedEvent, Workload
 
 ENDS = (TransferFailed, TransferStaged, StageFinished, StageFailed, StageReturned, StageCancelled)
-DEADLINE = 2e9
+LEFT_S = 600.0
+NOW = 100.0
+DEADLINE = NOW + LEFT_S
 ARTIFACT = Artifact("r_0.png", "image/png", 3)
 
 
@@ -40,11 +42,11 @@ def staged(number: int) -> Staged:
 
 
 def assign(work: Work) -> StageAssign:
-    return StageAssign(work, {"prompt": "a red circle"}, 5, Output("png"), DEADLINE)
+    return StageAssign(work, {"prompt": "a red circle"}, 5, Output("png"), LEFT_S)
 
 
 def push(work: Work, target: LeaseRef | None = None) -> TransferPush:
-    return TransferPush(work, staged(1), target, Output("png"), DEADLINE)
+    return TransferPush(work, staged(1), target, Output("png"), LEFT_S)
 
 
 def reports(effects: tuple[do.Effect, ...]) -> list[Message]:
@@ -56,7 +58,7 @@ W = Work("r/0", 1)
 
 def test_an_encoder_goes_from_inputs_to_a_sealed_slot() -> None:
     load = Workload("encoder-0", "encoder", 2)
-    assert load.assign(assign(W)) == (
+    assert load.assign(assign(W), NOW) == (
         do.Begin(W, {"prompt": "a red circle"}, 5),
         do.Run(W, Panel.ENCODER),
     )
@@ -72,7 +74,7 @@ def test_an_encoder_goes_from_inputs_to_a_sealed_slot() -> None:
 
 def test_what_is_the_same_for_every_seed_is_said_to_be() -> None:
     load = Workload("encoder-0", "encoder", 1)
-    load.assign(assign(W))
+    load.assign(assign(W), NOW)
     load.panel_finished(W, 0.5, seedless=True)
     assert reports(load.state_staged(W, staged(3))) == [
         TransferStaged(W, "encoder-0", "encoder", staged(3), 0.5, 2, seedless=True)
@@ -82,7 +84,7 @@ def test_what_is_the_same_for_every_seed_is_said_to_be() -> None:
 def test_what_makes_tensors_of_another_unit_its_own_comes_along() -> None:
     load = Workload("denoiser-0", "denoiser", 1)
     renewal = Renewal({"prompt": "x"}, 7)
-    effects = load.push(msgspec.structs.replace(push(W), renewal=renewal))
+    effects = load.push(msgspec.structs.replace(push(W), renewal=renewal), NOW)
     assert effects[0] == do.Begin(W, {}, 0, renewal)
 
 
@@ -90,8 +92,8 @@ def test_a_decoder_goes_from_a_staged_slot_to_a_file() -> None:
     load = Workload("decoder-0", "decoder", 1)
     target = lease(9)
     load.reserve(W, target)
-    assert load.push(push(W, target)) == (do.Begin(W, {}, 0), do.Load(W, staged(1), target, DEADLINE))
-    assert load.push(push(W, target)) == (), "asked again"
+    assert load.push(push(W, target), NOW) == (do.Begin(W, {}, 0), do.Load(W, staged(1), target, DEADLINE))
+    assert load.push(push(W, target), NOW) == (), "asked again"
     assert load.state_loaded(W, 0.1) == (
         do.Report(TransferReady(W, "decoder-0", 0.1)),
         do.Run(W, Panel.DECODER),
@@ -105,7 +107,7 @@ def test_a_decoder_goes_from_a_staged_slot_to_a_file() -> None:
 
 def test_a_monolithic_instance_runs_every_panel_on_the_same_values() -> None:
     load = Workload("monolithic-0", "monolithic", 1)
-    assert load.assign(assign(W))[-1] == do.Run(W, Panel.ENCODER)
+    assert load.assign(assign(W), NOW)[-1] == do.Run(W, Panel.ENCODER)
     assert load.panel_finished(W, 0.1) == (do.Run(W, Panel.DENOISER),)
     assert load.panel_started(W, Panel.DENOISER, 1.0) == (do.Report(StageStarted(W, "monolithic-0", "denoiser")),)
     assert load.panel_finished(W, 0.2) == (do.Run(W, Panel.DECODER),)
@@ -115,44 +117,44 @@ def test_a_monolithic_instance_runs_every_panel_on_the_same_values() -> None:
 
 def test_work_beyond_the_slots_is_not_taken() -> None:
     load = Workload("encoder-0", "encoder", 1)
-    load.assign(assign(W))
+    load.assign(assign(W), NOW)
     with pytest.raises(NotTaken) as refusal:
-        load.assign(assign(Work("r/1", 1)))
+        load.assign(assign(Work("r/1", 1)), NOW)
     assert refusal.value.code == "no_credit"
     assert load.taken == 1
 
 
 def test_work_that_is_in_hand_already_is_taken_once() -> None:
     load = Workload("encoder-0", "encoder", 1)
-    load.assign(assign(W))
-    assert load.assign(assign(W)) == ()
+    load.assign(assign(W), NOW)
+    assert load.assign(assign(W), NOW) == ()
     assert load.taken == 1
 
 
 def test_work_that_has_ended_is_not_taken_again_when_the_head_asks_again() -> None:
     load = Workload("encoder-0", "encoder", 1)
-    load.assign(assign(W))
+    load.assign(assign(W), NOW)
     load.panel_failed(W, "no", at_fault=True)
-    assert load.assign(assign(W)) == ()
+    assert load.assign(assign(W), NOW) == ()
     assert (load.taken, load.in_hand) == (1, ())
 
 
 @pytest.mark.parametrize("kind", ["encoder", "monolithic"])
 def test_a_kind_that_starts_from_inputs_takes_no_push(kind: str) -> None:
     with pytest.raises(NotTaken, match="starts from inputs"):
-        Workload("x-0", kind, 1).push(push(W))
+        Workload("x-0", kind, 1).push(push(W), NOW)
 
 
 @pytest.mark.parametrize("kind", ["denoiser", "decoder"])
 def test_a_kind_that_starts_from_tensors_takes_no_inputs(kind: str) -> None:
     with pytest.raises(NotTaken, match="starts from staged tensors"):
-        Workload("x-0", kind, 1).assign(assign(W))
+        Workload("x-0", kind, 1).assign(assign(W), NOW)
 
 
 def test_a_newer_attempt_stops_the_older_one_of_its_unit() -> None:
     load = Workload("encoder-0", "encoder", 2)
-    load.assign(assign(W))
-    assert do.StopPanel(W) in load.assign(assign(Work("r/0", 2)))
+    load.assign(assign(W), NOW)
+    assert do.StopPanel(W) in load.assign(assign(Work("r/0", 2)), NOW)
     assert load.items[W].cancelled
 
 
@@ -160,13 +162,13 @@ def test_work_cancelled_before_it_came_is_not_taken() -> None:
     load = Workload("encoder-0", "encoder", 2)
     assert load.cancel(W) == ()
     with pytest.raises(NotTaken) as refusal:
-        load.assign(assign(W))
+        load.assign(assign(W), NOW)
     assert refusal.value.code == "cancelled"
 
 
 def test_what_was_staged_for_cancelled_work_is_released() -> None:
     load = Workload("encoder-0", "encoder", 1)
-    load.assign(assign(W))
+    load.assign(assign(W), NOW)
     load.panel_finished(W, 0.1)
     assert load.cancel(W) == (do.StopTransfer(W),)
     assert load.cancel(W) == ()
@@ -192,7 +194,7 @@ def test_a_reservation_belongs_to_a_credit() -> None:
     load.reserve(W, lease(1))
     assert load.can_reserve(W)
     assert not load.can_reserve(Work("r/1", 1))
-    load.push(push(W, lease(1)))
+    load.push(push(W, lease(1)), NOW)
     assert load.reservations == {}
     assert not load.can_reserve(Work("r/1", 1))
 
@@ -201,9 +203,9 @@ def test_reserving_again_releases_the_slot_reserved_before() -> None:
     load = Workload("denoiser-0", "denoiser", 1)
     assert load.reserve(W, lease(1)) == ()
     assert load.reserve(W, lease(2)) == (do.Release(lease(1)),)
-    assert do.Release(lease(2)) in load.push(push(W, lease(5)), spare=True)
+    assert do.Release(lease(2)) in load.push(push(W, lease(5)), NOW, spare=True)
     load.state_failed(W, "damaged", source_gone=False, retryable=True)
-    assert load.push(push(W, lease(5))) == (), "asked again, because the answer was late"
+    assert load.push(push(W, lease(5)), NOW) == (), "asked again, because the answer was late"
 
 
 def test_a_slot_that_is_kept_no_more_is_not_pushed_into() -> None:
@@ -211,13 +213,13 @@ def test_a_slot_that_is_kept_no_more_is_not_pushed_into() -> None:
     load.reserve(W, lease(1))
     load.forget_reservations()
     with pytest.raises(NotTaken) as refusal:
-        load.push(push(W, lease(1)))
+        load.push(push(W, lease(1)), NOW)
     assert (refusal.value.code, load.taken) == ("slot_gone", 0)
 
 
 def test_a_failed_fetch_says_whether_the_source_is_gone() -> None:
     load = Workload("denoiser-0", "denoiser", 1)
-    load.push(push(W))
+    load.push(push(W), NOW)
     assert reports(load.state_failed(W, "checksum", source_gone=True, retryable=True)) == [
         TransferFailed(W, "denoiser-0", "checksum", True, 2)
     ]
@@ -226,7 +228,7 @@ def test_a_failed_fetch_says_whether_the_source_is_gone() -> None:
 @pytest.mark.parametrize("at_fault", [True, False])
 def test_a_request_that_is_at_fault_is_not_tried_again(at_fault: bool) -> None:
     load = Workload("encoder-0", "encoder", 1)
-    load.assign(assign(W))
+    load.assign(assign(W), NOW)
     assert reports(load.panel_failed(W, "no", at_fault=at_fault)) == [
         StageFailed(W, "encoder-0", "encoder", "no", not at_fault, 2, at_fault)
     ]
@@ -234,7 +236,7 @@ def test_a_request_that_is_at_fault_is_not_tried_again(at_fault: bool) -> None:
 
 def test_a_failed_staging_is_a_failed_stage() -> None:
     load = Workload("encoder-0", "encoder", 1)
-    load.assign(assign(W))
+    load.assign(assign(W), NOW)
     load.panel_finished(W, 0.1)
     assert reports(load.state_failed(W, "too big", source_gone=False, retryable=False)) == [
         StageFailed(W, "encoder-0", "encoder", "too big", False, 2)
@@ -245,7 +247,7 @@ def test_an_event_that_cannot_be_is_a_defect_that_is_seen() -> None:
     load = Workload("encoder-0", "encoder", 1)
     with pytest.raises(UnexpectedEvent, match="not in hand"):
         load.panel_finished(W, 0.1)
-    load.assign(assign(W))
+    load.assign(assign(W), NOW)
     with pytest.raises(UnexpectedEvent, match="running"):
         load.state_staged(W, staged(1))
     with pytest.raises(UnexpectedEvent, match="not to be"):
@@ -304,7 +306,7 @@ class Life(RuleBasedStateMachine):
         fresh = work not in self.taken
         try:
             inputs = self.load.kind in ("encoder", "monolithic")
-            effects = self.load.assign(assign(work)) if inputs else self.load.push(push(work))
+            effects = self.load.assign(assign(work), NOW) if inputs else self.load.push(push(work), NOW)
         except NotTaken:
             return
         if fresh:
@@ -395,7 +397,7 @@ def test_who_has_to_end_gives_back_what_will_not_be_done_in_time() -> None:
     load = Workload("denoiser-0", "denoiser", 4)
     slow, quick, new, queued = (Work(f"r/{k}", 1) for k in range(4))
     for work in (slow, quick, new, queued):
-        load.push(push(work))
+        load.push(push(work), NOW)
         load.state_loaded(work, 0.1)
     for work, steps in ((slow, 60), (quick, 4)):
         load.panel_started(work, Panel.DENOISER, 100.0)
@@ -407,17 +409,17 @@ def test_who_has_to_end_gives_back_what_will_not_be_done_in_time() -> None:
     load.panel_finished(quick, 2.0)
     assert load.hand_back(None) == (do.StopPanel(new),), "what is computed is staged yet"
     with pytest.raises(NotTaken):
-        load.push(push(slow))
+        load.push(push(slow), NOW)
 
 
 @pytest.mark.parametrize("phase", list(Phase))
 def test_cancel_ends_in_stage_cancelled_in_any_phase(phase: Phase) -> None:
     load = Workload("x-0", "encoder" if phase is Phase.STAGING else "decoder", 1)
     if phase is Phase.STAGING:
-        load.assign(assign(W))
+        load.assign(assign(W), NOW)
         load.panel_finished(W, 0.1)
     else:
-        load.push(push(W))
+        load.push(push(W), NOW)
     if phase in (Phase.RUNNING, Phase.SAVING):
         load.state_loaded(W, 0.1)
     if phase is Phase.SAVING:
