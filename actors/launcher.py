@@ -48,8 +48,9 @@ class Launcher:
     def __init__(self, *, preload: Sequence[str] = PRELOAD, environment: Mapping[str, str] | None = None) -> None:
         self._preload = tuple(preload)
         # What a child starts in its turn, such as the workers of a compiler, is kept from the current folder as well.
-        self._on_card = {**os.environ, "PYTHONSAFEPATH": "1", **(environment or {})}
-        self._environment = {**self._on_card, **NO_CUDA}
+        own = {**os.environ, "PYTHONSAFEPATH": "1", **(environment or {})}
+        self._on_card = {**own, **card_environment(own)}
+        self._environment = {**own, **NO_CUDA}
         self._zygote: Zygote | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._in_flight = 0
@@ -136,6 +137,18 @@ class Launcher:
                     _log.warning("no zygote", error=str(error))
                     await asyncio.sleep(backoff)
                     backoff = min(backoff * 2, _LAST_BACKOFF_S)
+
+
+def card_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables for a process that computes on a card. Pure.
+
+    What the user has set stays. Segments that can grow keep the memory of roles that share a card from falling to
+    pieces. With workspaces of a fixed size cuBLAS gives the same bits each time.
+    """
+    wanted = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    if "PYTORCH_CUDA_ALLOC_CONF" not in environment:  # the same by its older name
+        wanted["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    return {key: value for key, value in wanted.items() if key not in environment}
 
 
 QUIET: Final = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from actors.components import PRELOAD
-from actors.launcher import NO_CUDA, thread_environment
+from actors.launcher import NO_CUDA, card_environment, thread_environment
 from actors.processes import module_command
 from actors.supervise import Supervision
 from actors.topology import load_topology
@@ -158,6 +158,14 @@ def test_cores_are_shared_out_unless_the_user_has(
 ) -> None:
     always = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "THP_MEM_ALLOC_ENABLE": "1"}
     assert thread_environment(roles, environment, cores) == added | always
+
+
+def test_a_process_on_a_card_has_settings_of_its_own_unless_the_user_has() -> None:
+    assert card_environment({}) == {
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True", "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }  # fmt: skip
+    assert card_environment({"CUBLAS_WORKSPACE_CONFIG": "", "PYTORCH_ALLOC_CONF": ""}) == {}
+    assert "PYTORCH_ALLOC_CONF" not in card_environment({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"})
 
 
 def host(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
