@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
@@ -30,6 +30,8 @@ class Offload(StrEnum):
 class Resting:
     """The components of a process, of which one at a time is on the device.
 
+    The host keeps the weights of that one as well, so that it can rest again without a copy.
+
     Attributes:
         present: The name of that one, "" for none.
     """
@@ -38,6 +40,7 @@ class Resting:
         self.present = ""
         self._modules = dict(modules)
         self._device = device
+        self._kept: dict[int, _Kept] = {}
         for name, module in self._modules.items():
             _Visit(self, name, device).install(module)
 
@@ -46,7 +49,11 @@ class Resting:
         if self.present == name:
             return
         self.rest()
-        self._modules[name].to(self._device)
+        module = self._modules[name]
+        # Of the same memory: what these are is not changed with the module.
+        on_host = {name: weight.detach() for name, weight in _weights(module)}
+        module.to(self._device)
+        self._kept = {id(there): _Kept(there, there._version, on_host[name]) for name, there in _weights(module)}
         self.present = name
 
     def rest(self) -> None:
@@ -54,7 +61,27 @@ class Resting:
         if self.present:
             # First, so that a failed move is not taken for a component that is there.
             name, self.present = self.present, ""
-            self._modules[name].to(HOST)
+            kept, self._kept = self._kept, {}
+            # As `to` does it, which knows of quantized, tied and flattened weights.
+            self._modules[name]._apply(lambda tensor: _on_host(tensor, kept))  # type: ignore[no-untyped-call]
+
+
+class _Kept(NamedTuple):
+    """A weight on the device, and the memory of the host that it came from."""
+
+    there: torch.Tensor
+    version: int
+    on_host: torch.Tensor
+
+
+def _weights(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    return module.named_parameters(remove_duplicate=False)
+
+
+def _on_host(tensor: torch.Tensor, kept: Mapping[int, _Kept]) -> torch.Tensor:
+    """What is to take the place of a tensor on the device; buffers and what was written to are copied."""
+    found = kept.get(id(tensor))
+    return tensor.to(HOST) if found is None or tensor._version != found.version else found.on_host
 
 
 class _Visit(ModelHook):  # type: ignore[misc]

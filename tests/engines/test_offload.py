@@ -13,6 +13,7 @@ from engines.lora import LoraFile
 from engines.offload import Offload, Resting, offload
 from engines.panels import ModelError, Panel
 from engines.pipeline import PanelPipeline
+from engines.quantization import Quantization, quantize
 from engines.stepping import Denoising
 from tests.engines.adapted import Models, Panels, lora
 from tests.engines.classics import request
@@ -21,6 +22,7 @@ from tools.families.apart import CPU
 
 STEPS = {"num_inference_steps": 2}
 HOW = ["model", "group"]
+META = torch.device("meta")
 
 
 def finish(denoising: Denoising) -> dict[str, object]:
@@ -89,43 +91,73 @@ class Two(torch.nn.Module):
         return self.inner(x)  # type: ignore[no-any-return]
 
 
-class Moves(Resting):
-    """Notes where components go."""
-
-    def __init__(self, *names: str) -> None:
-        self.modules = {name: Two() for name in names}
-        self.moves: list[str] = []
-        for name, module in self.modules.items():
-            module.to = lambda place, name=name: self.moves.append(f"{name} {place}")  # type: ignore[method-assign,assignment,misc]
-        super().__init__(self.modules, torch.device("meta"))
-
-
 def test_a_component_comes_when_something_of_it_is_called_and_goes_for_another() -> None:
-    moves = Moves("one", "two")
-    one, two = moves.modules.values()
-    x = torch.ones(1, 2, device="meta")
-    for module in (one, two):
-        for part in module.modules():
-            part._parameters.update(
-                {name: torch.nn.Parameter(w.to("meta")) for name, w in part._parameters.items() if w is not None}
-            )
-    one.features(x)
-    one(x)
-    one.inner(x)
-    assert moves.moves == ["one meta"]
+    modules = {"one": Two(), "two": Two()}
+    one, two = modules.values()
+    resting = Resting(modules, META)
+    x = torch.ones(1, 2, device=META)
+
+    def on_device() -> list[str]:
+        return [name for name, module in modules.items() if module.inner.weight.device == META]
+
+    assert on_device() == []
+    for call in (one.features, one, one.inner):
+        call(x)
+        assert on_device() == ["one"] == [resting.present]
     two(x)
-    assert moves.moves == ["one meta", "one cpu", "two meta"]
+    assert on_device() == ["two"] == [resting.present]
     one.inner(x)
-    assert moves.moves[3:] == ["two cpu", "one meta"]
-    moves.rest()
-    moves.rest()
-    assert moves.moves[5:] == ["one cpu"]
-    assert moves.present == ""
+    assert on_device() == ["one"] == [resting.present]
+    resting.rest()
+    resting.rest()
+    assert on_device() == []
+    assert resting.present == ""
+
+
+def test_weights_go_back_to_the_memory_they_came_from() -> None:
+    class Tied(Two):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again = torch.nn.Linear(2, 2)
+            self.again.weight = self.inner.weight
+            self.recurrent = torch.nn.LSTM(2, 2)
+
+    modules: dict[str, torch.nn.Module] = {
+        "tied": Tied(), "eight bits": torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False)),
+    }  # fmt: skip
+    quantize("transformer", modules["eight bits"], Quantization.INT8, CPU)
+    before = {name: state(module) for name, module in modules.items()}
+    resting = Resting(modules, META)
+    for name in modules:
+        resting.bring(name)
+        assert {weight.device for weight in modules[name].parameters()} == {META}
+    resting.rest()
+    # Of a device without memory nothing could be copied back.
+    assert {name: state(module) for name, module in modules.items()} == before
+    modules["tied"].recurrent(torch.ones(1, 1, 2))
+
+
+def state(module: torch.nn.Module) -> dict[str, tuple[int, list[float]]]:
+    """Where each weight is, and what it is."""
+    inner = {name: getattr(weight, "qdata", weight) for name, weight in module.named_parameters(remove_duplicate=False)}
+    return {name: (weight.data_ptr(), weight.flatten().tolist()) for name, weight in inner.items()}
+
+
+def test_what_was_written_on_the_device_comes_back() -> None:
+    module = Two()
+    resting = Resting({"one": module}, torch.device("cpu", 0))
+    resting.bring("one")
+    with torch.no_grad():
+        module.inner.weight.fill_(3)
+    module.register_buffer("made", torch.ones(2))
+    resting.rest()
+    assert module.inner.weight.eq(3).all()
+    assert module.made.eq(1).all()
 
 
 def test_inputs_that_are_on_the_host_come_along() -> None:
     modules = {"one": Two()}
-    Resting(modules, torch.device("meta"))
+    Resting(modules, META)
     assert modules["one"](torch.ones(1, 2)).device.type == "meta"
 
 
