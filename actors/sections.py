@@ -211,7 +211,7 @@ class RoleSection(Section, frozen=True):
     a little."""
     offload: Literal["none", "model", "group"] = "none"
     """What rests in the memory of the host and is on the device just to compute: nothing, each component as a whole
-    (one at a time), or each layer (least memory, slowest). The picture stays the same."""
+    (one at a time), or each block or layer (least memory, slowest). The picture stays the same."""
 
 
 def parse_size(text: str) -> int:

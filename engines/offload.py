@@ -10,8 +10,10 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import send_to_device
 from diffusers.hooks import apply_group_offloading
+from diffusers.models.autoencoders.vae import AutoencoderMixin
 
 from engines.panels import ModelError
+from engines.quantization import nbytes
 
 HOST: Final = torch.device("cpu")
 
@@ -24,7 +26,7 @@ class Offload(StrEnum):
     MODEL = "model"
     """Each component, as a whole; one at a time is on the device."""
     GROUP = "group"
-    """Each layer; those that compute and those that come next are on the device."""
+    """Each block of a transformer, else each layer; the one that computes and the next are on the device."""
 
 
 class Resting:
@@ -134,16 +136,35 @@ def offload(modules: Mapping[str, torch.nn.Module], how: Offload, device: torch.
     return None
 
 
+def goes_by_blocks(module: torch.nn.Module) -> bool:
+    """Whether a component comes to the device block by block, in place of layer by layer.
+
+    The host waits once for each, and a block has some twenty layers. What lies outside of blocks then stays on the
+    device for the whole of a call: most weights have to be inside. Autoencoders are not called as a whole.
+    """
+    if isinstance(module, AutoencoderMixin):
+        return False
+    named = set(getattr(module, "_group_offload_block_modules", None) or ())
+    lists = (torch.nn.ModuleList, torch.nn.Sequential)
+    inside = 0
+    for name, child in module.named_children():
+        for part in child.children() if name in named else (child,):
+            inside += nbytes(part) if isinstance(part, lists) else 0
+    return 2 * inside > nbytes(module)
+
+
 def _in_layers(name: str, module: Any, device: torch.device) -> None:
     if not getattr(module, "_supports_group_offloading", True):
         kind = type(module).__name__
         raise ModelError(f'The {name} is a {kind}, which has no offload = "group": use "model" or "none".')
     streams = device.type == "cuda"
+    blocks = goes_by_blocks(module)
     apply_group_offloading(
         module,
         onload_device=device,
         offload_device=HOST,
-        offload_type="leaf_level",
+        offload_type="block_level" if blocks else "leaf_level",
+        num_blocks_per_group=1 if blocks else None,
         use_stream=streams,
         record_stream=streams,
     )

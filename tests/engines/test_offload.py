@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderOobleck
+from diffusers import AutoencoderKL, AutoencoderOobleck, FluxTransformer2DModel, QwenImageTransformer2DModel
+from transformers import T5Config, T5EncoderModel
 
 from engines.lora import LoraFile
-from engines.offload import Offload, Resting, offload
+from engines.offload import Offload, Resting, goes_by_blocks, offload
 from engines.panels import ModelError, Panel
 from engines.pipeline import PanelPipeline
 from engines.quantization import Quantization, quantize
@@ -72,6 +73,13 @@ def test_with_eight_bits_and_adapters(how: str, models: Models, tmp_path: Path) 
 def test_a_model_without_layers_to_move_says_so() -> None:
     with pytest.raises(ModelError, match=r'The vae is a AutoencoderOobleck, which has no offload = "group"'):
         offload({"vae": AutoencoderOobleck(encoder_hidden_size=8, decoder_channels=8)}, Offload.GROUP, CPU)
+
+
+def test_transformers_go_block_by_block_and_others_layer_by_layer() -> None:
+    with META:
+        flux, qwen = FluxTransformer2DModel(), QwenImageTransformer2DModel(num_layers=8)
+        text, vae = T5EncoderModel(T5Config()), AutoencoderKL()
+    assert [goes_by_blocks(module) for module in (flux, qwen, text, vae)] == [True, True, False, False]
 
 
 # One component at a time ------------------------------------------------------------------------------------------
