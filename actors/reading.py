@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=Section)
 
-_WORDS: Final = {int: "a whole number", float: "a number", str: "a text in quotes"}
+_WORDS: Final = {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}
 
 
 def read_sections(file: Path) -> Sections:

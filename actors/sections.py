@@ -128,6 +128,10 @@ class TransferSection(Section, frozen=True):
     """`shm` shares the memory of one host, `mooncake` moves bytes, `auto` takes shm on one host."""
     protocol: Literal["tcp", "rdma"] = "tcp"
     """Transport of mooncake."""
+    trusted_network: bool = False
+    """Must be true with mooncake, which asks nobody who they are: whoever reaches its ports, on any interface of this
+    host, reads and writes the pools' memory. Say so only where a firewall or a network of its own keeps others away;
+    see `docs/security.md`."""
     pool_size: str = "256MiB"
     """Memory of each buffer pool, with a unit: B, KiB, MiB, GiB or TiB. What one panel hands to the next may take up to
     the largest power of two within half of it."""

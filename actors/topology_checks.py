@@ -21,6 +21,7 @@ _HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|[0-9a-
 def check_sections(file: str, sections: Sections) -> None:
     """Raise `TopologyError` for the first thing that cannot work."""
     _check_api(file, sections)
+    _check_network(file, sections)
     _check_size(file, sections)
     _check_cache(file, sections)
     _check_kinds(file, sections)
@@ -75,6 +76,16 @@ def _is_site(text: str) -> bool:
         return url.scheme in ("http", "https") and bool(url.hostname) and not (url.query or url.fragment)
     except ValueError:
         return False
+
+
+def _check_network(file: str, sections: Sections) -> None:
+    if sections.transfer.engine == "mooncake" and not sections.transfer.trusted_network:
+        problem = "would let everybody who reaches this host read and write the pools' memory, for it has no keys"
+        fix = (
+            "keep its ports behind a firewall and say trusted_network = true, as docs/security.md shows, "
+            'or use engine = "shm"'
+        )
+        raise TopologyError(file, '[transfer] engine = "mooncake"', problem, fix)
 
 
 def _check_size(file: str, sections: Sections) -> None:

@@ -26,6 +26,8 @@ from roles.messages.requests import ClusterQuery, ClusterView, InstanceView
 LOOK_S = 1.0
 """An actor that is well answers within milliseconds; one that does not is shown as down."""
 
+_PRIVATE = ("pid", "fd", "session", "base_address", "arena")
+
 R = TypeVar("R", bound=Message)
 
 
@@ -79,7 +81,7 @@ class Cluster:
             "gave_up": readiness.gave_up,
             "actors": actors,
             "pools": [
-                plain(found) if found else {"name": name, "transport": None, "state": "down"}
+                _shown(found) if found else {"name": name, "transport": None, "state": "down"}
                 for name, found in descriptions.items()
             ],
             "head": plain(head),
@@ -100,6 +102,11 @@ class Cluster:
             return await self.reference(name).ask(message, reply, timeout_s=LOOK_S)
         except BusError:  # that it does not answer is the answer: the caller shows it as down
             return None
+
+
+def _shown(pool: PoolDescription) -> dict[str, Any]:
+    """Describe a pool without what others would need to reach into its memory."""
+    return {key: value for key, value in plain(pool).items() if key not in _PRIVATE}
 
 
 def judge(head: ClusterView | None, children: Collection[ChildReport]) -> Readiness:

@@ -108,6 +108,8 @@ class BufferPool(Actor):
         except (ArenaError, TransferSetupError) as error:
             raise StartFailure(f"{error} ([transfer] pool_size is {size})") from error
         self.log.info("pool is open", nbytes=self.capacity, transport=self._opened.backend.describe())
+        if exposed := self._opened.backend.exposed():
+            self.log.warning(exposed)
 
     async def stopping(self) -> None:
         """Stop the transfer engine. Whoever has mapped the memory keeps it until it lets go."""

@@ -68,3 +68,8 @@ def show(topology: Topology) -> None:
     if any(component.kind == "pool" for component in topology.components):
         size, largest = topology.transfer.pool_size, topology.transfer.largest_payload
         console.print(f"A pool of {size} takes up to {largest:,} bytes from one stage for the next")
+    if topology.engine == "mooncake":
+        console.print(
+            "The pools' memory is open for reading and writing to whoever reaches mooncake's ports on this host, "
+            "which it opens on every interface: see docs/security.md"
+        )

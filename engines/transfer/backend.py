@@ -25,6 +25,9 @@ class TransferBackend(Protocol):
     def describe(self) -> str:
         """Say what transport really runs, in one line for the log and for operators."""
 
+    def exposed(self) -> str:
+        """Say what of this process others can reach without being asked who they are; "" for nothing."""
+
     def pull(self, session: str, address: int, offset: int, nbytes: int, timeout_s: float) -> None:
         """Copy `nbytes` bytes at `address` of the peer to `offset` in the local arena.
 

@@ -91,6 +91,10 @@ class FaultyBackend:
         """Say what transport really runs, and that it is being damaged."""
         return f"{self._backend.describe()}, WITH INJECTED FAULTS {self._faults}"
 
+    def exposed(self) -> str:
+        """Say what of this process others can reach."""
+        return self._backend.exposed()
+
     def pull(self, session: str, address: int, offset: int, nbytes: int, timeout_s: float) -> None:
         """Pull as the backend inside does, or worse."""
         pull = partial(self._backend.pull, session, address, offset, nbytes)

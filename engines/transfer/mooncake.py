@@ -1,7 +1,8 @@
 """Pulls between hosts over Mooncake's transfer engine, TCP or RDMA; over loopback the bytes travel too.
 
 Written against version 0.3.13; its hazards are listed in `engines.transfer`. Two of them bind whoever runs it.
-Hazard 9: the engine listens on all interfaces without authentication, so it belongs on a network of its own.
+Hazard 9: the engine listens on all interfaces without authentication, and no setting binds it to one, so it belongs
+behind a firewall or on a network of its own; a topology must say `trusted_network = true` to use it.
 Hazard 10: a process that has opened a backend must never fork.
 """
 
@@ -36,6 +37,7 @@ def open_mooncake(arena: Arena, *, hostname: str, protocol: str, ib_device: str)
     wheel = setup.check_wheels(setup.installed_wheels())
     setup.check_devices(protocol, ib_device, setup.infiniband_devices())
     module = setup.import_engine(setup.environment(protocol, os.environ))
+    before = setup.listening_ports()
     engine = module.TransferEngine()
     if engine.initialize(hostname, "P2PHANDSHAKE", protocol, ib_device):
         raise TransferSetupError(f'Mooncake cannot start on "{hostname}" over {protocol}: see its lines in the log')
@@ -43,7 +45,8 @@ def open_mooncake(arena: Arena, *, hostname: str, protocol: str, ib_device: str)
     # to 1 MiB.
     if engine.register_memory(arena.base, arena.nbytes):
         raise TransferSetupError(f"Mooncake cannot register {arena.nbytes} bytes over {protocol}: see ulimit -l")
-    return MooncakeBackend(engine, arena, f"{hostname}:{engine.get_rpc_port()}", f"{wheel} over {protocol}")
+    ports = sorted({*setup.listening_ports()} - {*before})
+    return MooncakeBackend(engine, arena, f"{hostname}:{engine.get_rpc_port()}", f"{wheel} over {protocol}", ports)
 
 
 class MooncakeBackend:
@@ -53,12 +56,13 @@ class MooncakeBackend:
     makes one.
     """
 
-    def __init__(self, engine: Any, arena: Arena, session: str, transport: str) -> None:
+    def __init__(self, engine: Any, arena: Arena, session: str, transport: str, ports: list[int]) -> None:
         self._engine = engine
         # A view keeps the mapping for as long as any thread is inside the engine, whoever closes the arena.
         self._memory = arena.array(0, arena.nbytes)
         self._session = session
         self._transport = transport
+        self._ports = ports
         self._rdma_requests_before = setup.rdma_requests()
         self._base = arena.base
         self._pid = os.getpid()
@@ -79,8 +83,15 @@ class MooncakeBackend:
     def describe(self) -> str:
         """Say what transport really runs, RDMA proved by the counters of the ports (hazard 2)."""
         rdma = setup.rdma_requests() - self._rdma_requests_before
-        served = f"{rdma} RDMA requests served by this host since it started"
-        return f"{self._transport}, {served}; {self._session}, open to its network without authentication"
+        return f"{self._transport}, {rdma} RDMA requests served by this host since it started"
+
+    def exposed(self) -> str:
+        """Say which ports anybody reads and writes the arena through (hazard 9)."""
+        ports = " and ".join(map(str, self._ports))
+        return (
+            f"whoever reaches TCP ports {ports} of this host, on any interface, reads and writes the pool's memory: "
+            "keep them behind a firewall"
+        )
 
     def pull(self, session: str, address: int, offset: int, nbytes: int, timeout_s: float) -> None:
         """Read from the engine at `session`; see TransferBackend.

@@ -24,6 +24,7 @@ INSTALL = (
 INFINIBAND = Path("/sys/class/infiniband")
 
 _FORCED = {"tcp": ("MC_FORCE_TCP", "MC_FORCE_HCA"), "rdma": ("MC_FORCE_HCA", "MC_FORCE_TCP")}
+_LISTEN = "0A"  # TCP_LISTEN, as the kernel writes it
 _PROGRESS = "MC_TCP_PROGRESS_TIMEOUT_SEC"
 _TRANSFER = "MC_TRANSFER_TIMEOUT"
 _DEFAULTS = {
@@ -93,6 +94,16 @@ def rdma_requests(root: Path = INFINIBAND) -> int:
     return sum(int(counter.read_text()) for counter in counters)
 
 
+def listening_ports(proc: Path = Path("/proc/self")) -> list[int]:
+    """List the TCP ports that this process listens on."""
+    held = {_target(link) for link in (proc / "fd").iterdir()}
+    tables = [table for table in (proc / "net" / "tcp", proc / "net" / "tcp6") if table.exists()]
+    rows = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
+    return sorted(
+        {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == _LISTEN and f"socket:[{row[9]}]" in held}
+    )
+
+
 def check_wheels(installed: Mapping[str, str]) -> str:
     """Name the one installed wheel with its version. `installed` maps distribution names to versions.
 
@@ -150,3 +161,10 @@ def _seconds(settings: Mapping[str, str], name: str) -> int:
     if not text.isdecimal():
         raise TransferSetupError(f"{name} must be a whole number of seconds, not {text!r}")
     return int(text)
+
+
+def _target(link: Path) -> str:
+    try:
+        return str(link.readlink())
+    except FileNotFoundError:  # closed since it was listed
+        return ""

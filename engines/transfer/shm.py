@@ -40,6 +40,10 @@ class ShmBackend:
         """Say what transport really runs."""
         return "shared memory of this host"
 
+    def exposed(self) -> str:
+        """Nothing: the memory is shared by descriptor, within one user."""
+        return ""
+
     def pull(self, session: str, address: int, offset: int, nbytes: int, timeout_s: float) -> None:
         """Copy from the arena named `session`; see TransferBackend.
 

@@ -29,6 +29,16 @@ BROKEN = {
         "[[roles]] no. 3 has no key called devise",
         "device",
     ),
+    "mooncake for all": (
+        MODEL + '[transfer]\nengine = "mooncake"\n' + PANELS,
+        '[transfer] engine = "mooncake" would let everybody who reaches this host read and write',
+        "trusted_network = true",
+    ),
+    "a word for a switch": (
+        MODEL + '[transfer]\ntrusted_network = "yes"\n' + PANELS,
+        '[transfer] trusted_network = "yes" does not fit',
+        "give it true or false",
+    ),
     "strange key": (MODEL + "[bus]\nzzz = 1\n" + PANELS, "[bus] has no key called zzz", "use one of transport"),
     "wrong type": (MODEL + '[api]\nport = "80"\n' + PANELS, '[api] port = "80" does not fit', "a port from 1 to 65535"),
     "bool for a number": (MODEL + "[head]\nmax_pending = true\n" + PANELS, "= true does not fit", "a whole number"),
@@ -161,8 +171,11 @@ def test_an_explicit_port_counts_up_over_the_instances(write: Write) -> None:
     assert topology.component("decoder-0").port == 5561
 
 
+MOONCAKE = '[transfer]\nengine = "mooncake"\ntrusted_network = true\n'
+
+
 def test_mooncake_has_a_pool_for_each_kind_and_monolithic_none(write: Write) -> None:
-    mooncake = load_topology(write('[transfer]\nengine = "mooncake"\n'))
+    mooncake = load_topology(write(MOONCAKE))
     assert [c.name for c in mooncake.components if c.kind == "pool"] == [
         "pool-encoder",
         "pool-denoiser",
@@ -253,7 +266,7 @@ def test_preflight_wants_the_model_folder(write: Write, folder: Path) -> None:
 
 def test_preflight_wants_the_mooncake_wheel(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    topology = load_topology(write('[transfer]\nengine = "mooncake"\n'))
+    topology = load_topology(write(MOONCAKE))
     with pytest.raises(TopologyError, match=r"needs the mooncake engine.*pip install"):
         preflight(topology, topology.components)
     preflight(load_topology(write()), topology.components[3:4])

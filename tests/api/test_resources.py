@@ -172,6 +172,7 @@ async def test_the_cluster_shows_who_answers_and_who_does_not(client, small_head
     (described,) = seen["pools"]
     assert (described["capacity"], described["free"], described["leased"]) == (1000, 900, 100)
     assert described["transport"] == "shared memory"
+    assert not described.keys() & {"session", "base_address", "arena", "fd", "pid"}, "nobody's business"
     assert seen["dead_letters"]["denoiser-0"]["recent"][0]["reason"] == "unknown_message"
     assert seen["head"]["states"] == {"DENOISING_RUNNING": 1}
 

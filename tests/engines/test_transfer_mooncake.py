@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import signal
 import socket
 import struct
@@ -60,8 +61,20 @@ def test_it_says_what_runs_and_that_it_is_open(puller):
     line = puller.ask("describe")
     assert "over tcp" in line
     assert "0 RDMA requests" in line
-    assert "without authentication" in line
     assert puller.session.startswith("127.0.0.1:")
+    # 9: that no setting binds it to one interface is why a topology must say that the network is trusted.
+    warning = puller.ask("exposed")
+    ports = [int(port) for port in re.findall(r"[0-9]{4,5}", warning)]
+    assert "reads and writes" in warning
+    assert len(ports) == 2
+    assert int(puller.session.rpartition(":")[2]) in ports
+    for port in ports:
+        assert listens_everywhere(port)
+
+
+def listens_everywhere(port: int) -> bool:
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+    return any(set(row[1].rpartition(":")[0]) == {"0"} for row in rows if row[1].endswith(f":{port:04X}"))
 
 
 def test_an_address_that_no_lease_has_is_rejected_and_the_next_pull_succeeds(puller, server):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
@@ -96,6 +97,13 @@ def test_settings_are_in_place_before_the_import():
     first, second = result.stdout.splitlines()
     assert first == "TransferSetupError Mooncake was imported before these were set: MC_FORCE_TCP"
     assert second == "mooncake.engine"
+
+
+def test_the_ports_of_a_process_are_those_that_it_listens_on():
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        found = setup.listening_ports()
+        assert server.getsockname()[1] in found
+        assert client.getsockname()[1] not in found
 
 
 def test_an_import_without_the_wheel_is_told_in_words():

@@ -44,6 +44,9 @@ class Peer:
     async def describe(self) -> str:
         return self.backend.describe()
 
+    async def exposed(self) -> str:
+        return self.backend.exposed()
+
     async def close(self) -> None:
         await asyncio.to_thread(self.backend.close)
 

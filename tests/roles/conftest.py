@@ -172,6 +172,7 @@ path = "{model}"
 dtype = "float32"
 [transfer]
 engine = "{engine}"
+trusted_network = true
 pool_size = "{pool_size}"
 [state]
 path = "state"

@@ -45,7 +45,7 @@ def test_a_picture_is_bit_identical_to_what_diffusers_makes_alone(
     async def through_processes() -> tuple[np.ndarray, dict[str, object]]:
         apart = engine == "mooncake"  # as on several hosts: nothing is shared, and the bus has its keys
         bus = {"bus": {"transport": "tcp"}, "head": {"port": free_ports(9)}} if apart else {}
-        path = topology_file(family, roles, transfer={"engine": engine, "pool_size": "16MiB"}, **bus)
+        path = topology_file(family, roles, transfer={"engine": engine, "trusted_network": apart}, **bus)
         async with launch(path, FREE_PORTS) as cluster:
             picture = await cluster.generate(PROMPT, seed=11, **extra)
             return pixels(picture), await cluster.status()

@@ -56,7 +56,7 @@ def test_the_second_request_of_a_prompt_visits_no_encoder_and_its_picture_is_ide
     engine: str, topology_file: Callable[..., Path], models: Callable[[str], Path]
 ) -> None:
     async def scenario() -> tuple[np.ndarray, np.ndarray]:
-        path = topology_file(transfer={"engine": engine})
+        path = topology_file(transfer={"engine": engine, "trusted_network": True})
         async with launch(path, FREE_PORTS) as cluster:
             first, unit = await made(cluster, 11)
             assert not skipped(unit)
