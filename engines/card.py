@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
@@ -20,14 +21,19 @@ from typing import Final
 import msgspec
 
 from engines.aliases import conflict
-from engines.checks import CardError, Limits, check_count, checked, kind_of, limits_of
+from engines.checks import MAX_STEPS, CardError, Limits, check_count, checked, count_of, kind_of, limits_of
 from engines.panels import ModelError
-from engines.parameters import KNOWN, Default, Parameter
+from engines.parameters import KNOWN, Default, Kind, Parameter
 
 __all__ = ["CARD_NAME", "INDEX_NAMES", "CardError", "ModelCard", "load_card", "load_index"]
 
 CARD_NAME: Final = "triptych.json"
 INDEX_NAMES: Final = ("modular_model_index.json", "model_index.json")
+STEPS: Final = "num_inference_steps"
+_LISTS_OF_STEPS: Final = ("sigmas", "timesteps")
+_TEXT_LENGTH: Final = "max_sequence_length"
+_UNKNOWN_LENGTH: Final = 1_000_000
+"""What tokenizers that know no limit say is above this."""
 _ALIKE: Final = 0.75
 """How alike two names are, from 0 to 1, of which one may be meant to be the other."""
 
@@ -47,6 +53,8 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The value of each parameter that a request leaves out."""
     ranges: dict[str, tuple[float, ...]] = msgspec.field(default_factory=dict)
     """The lowest and highest value of a number, and the step that it is a multiple of."""
+    max_tokens: int = 0
+    """Most tokens of a prompt where `ranges` says nothing of them; 0 for what the tokenizers say, if they do."""
 
     def apply(self, inputs: Mapping[str, object], parameters: Collection[Parameter] | None = None) -> dict[str, object]:
         """Fill in the defaults and check what a request asks for; `inputs` stays as it is.
@@ -77,12 +85,24 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise CardError(parameter.name, "is required.")
         if different := conflict(applied, taken.values()):
             raise CardError(different[0], f"is another name of {different[1]}, which says something else.")
+        applied |= self._steps(given, taken)
+        _check_strength(applied, taken)
         return applied
+
+    def check_total(self, inputs: Mapping[str, object], n: int) -> None:
+        """Raise CardError when the `n` pictures of a request take too many steps together."""
+        steps = inputs.get(STEPS)
+        most = max(MAX_STEPS, self.limits(Parameter(STEPS, Kind.INTEGER))[1])
+        if isinstance(steps, int) and n * steps > most:
+            raise CardError("n", f"times {STEPS} must be at most {most:g}, not {n * steps}.")
 
     def limits(self, parameter: Parameter) -> Limits:
         """The lowest and highest value of a parameter, and the step where there is one; () where it is no number."""
         own = self.ranges.get(parameter.name) or self.ranges.get(parameter.alias_of)
         builtin = limits_of(parameter.alias_of or parameter.name, parameter.kind)
+        if parameter.name == _TEXT_LENGTH and self.max_tokens and builtin:
+            default = parameter.default if isinstance(parameter.default, int) else 1
+            builtin = (1, max(min(self.max_tokens, builtin[1]), default))
         limits = (own or builtin) if builtin else ()
         return (*limits, parameter.multiple_of) if len(limits) == 2 and parameter.multiple_of else limits
 
@@ -99,6 +119,22 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if name in taken and (taken[name].alias_of or name) not in meant
         }
 
+    def _steps(self, given: Mapping[str, object], taken: Mapping[str, Parameter]) -> dict[str, object]:
+        """The number of steps, where a list has an entry for each."""
+        low, high = self.limits(taken.get(STEPS) or Parameter(STEPS, Kind.INTEGER))[:2]
+        counted: dict[str, object] = {}
+        for name in _LISTS_OF_STEPS:
+            count, asked = count_of(given.get(name)), given.get(STEPS)
+            if count is None:
+                continue
+            if not low <= count <= high:
+                raise CardError(name, f"must be {low:g} to {high:g} numbers, one for each step, not {count}.")
+            if asked not in (None, count):
+                raise CardError(name, f"must be {asked} numbers, as many as {STEPS}, not {count}.")
+            if not taken or STEPS in taken:
+                counted[STEPS] = count
+        return counted
+
     def _checked(self, name: str, value: object, parameter: Parameter | None) -> object:
         if parameter is None:
             kind = KNOWN.get(name) or kind_of(value)
@@ -112,6 +148,17 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         close = difflib.get_close_matches(name, taken, n=1, cutoff=_ALIKE)
         hint = f"Did you mean {close[0]}?" if close else f"It takes {', '.join(sorted(taken))}."
         return f"is not a parameter of {self.name or 'this model'}. {hint}"
+
+
+def _check_strength(applied: Mapping[str, object], taken: Mapping[str, Parameter]) -> None:
+    """Refuse a strength so small that no step is left of those that a request asks for."""
+    if "strength" not in taken or not applied.keys() & {"image", "video"}:
+        return
+    defaults = {name: parameter.default for name, parameter in taken.items()}
+    strength, steps = ({**defaults, **applied}.get(name) for name in ("strength", STEPS))
+    if isinstance(strength, (int, float)) and isinstance(steps, int) and int(steps * strength) < 1:
+        needed = f"at least {math.ceil(1 / strength)} steps, or a larger strength" if strength > 0 else "more strength"
+        raise CardError(STEPS, f"times strength must be at least 1, not {steps} times {strength:g}: give {needed}.")
 
 
 def load_card(model: Path, task: str = "") -> ModelCard:
@@ -131,7 +178,7 @@ def load_card(model: Path, task: str = "") -> ModelCard:
     try:
         card = msgspec.json.decode(path.read_bytes(), type=ModelCard)
     except FileNotFoundError:
-        return ModelCard(name=model.resolve().name, family=family, task=task)
+        return ModelCard(name=model.resolve().name, family=family, task=task, max_tokens=max_tokens(model))
     except (OSError, msgspec.DecodeError) as error:
         raise ModelError(f"The card {path} cannot be read: {error}.") from error
     for name, limits in card.ranges.items():
@@ -145,7 +192,34 @@ def load_card(model: Path, task: str = "") -> ModelCard:
     except CardError as error:
         raise ModelError(f"The card {path} forbids its own default: {error}") from error
     name = card.name or model.resolve().name
-    return msgspec.structs.replace(card, name=name, family=card.family or family, task=task or card.task)
+    return msgspec.structs.replace(
+        card,
+        name=name,
+        family=card.family or family,
+        task=task or card.task,
+        max_tokens=card.max_tokens or max_tokens(model),
+    )
+
+
+def max_tokens(model: Path) -> int:
+    """Most tokens that one of a model's tokenizers takes, as their files say; 0 where they do not.
+
+    Raises:
+        ModelError: Such a file cannot be read.
+    """
+    longest = 0
+    for path in model.glob("tokenizer*/tokenizer_config.json"):
+        try:
+            length = msgspec.json.decode(path.read_bytes(), type=_Tokenizer).model_max_length
+        except (OSError, msgspec.DecodeError) as error:
+            raise ModelError(f"{path} cannot be read: {error}.") from error
+        if length is not None and 0 < length < _UNKNOWN_LENGTH:
+            longest = max(longest, int(length))
+    return longest
+
+
+class _Tokenizer(msgspec.Struct):
+    model_max_length: float | None = None
 
 
 def load_index(model: Path) -> dict[str, object]:

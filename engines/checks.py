@@ -24,16 +24,27 @@ RANGES: Final[Mapping[str, Limits]] = {
     **dict.fromkeys(("control_guidance_start", "control_guidance_end", "decode_timestep"), (0, 1)),
     **dict.fromkeys(("audio_duration", "audio_duration_s", "audio_length_in_s", "max_seconds"), (0, 3600)),
     "controlnet_conditioning_scale": (0, 10),
+    "ensemble_size": (1, 32),
     "layers": (1, 64),
     "lora_scale": (-4, 4),
     "clip_skip": (0, 64),
 }
+_BY_WORD: Final[Mapping[str, Limits]] = {
+    **dict.fromkeys(("steps", "step", "sample", "reps", "tiles", "chunk"), (0, 1000)),
+    **dict.fromkeys(("frames", "window"), (0, 4096)),
+    **dict.fromkeys(("tokens", "length", "size", "resolution"), (0, 8192)),
+    **dict.fromkeys(("seconds", "duration", "s"), (0, 3600)),
+    "area": (64, 8192**2),
+}
+"""The same for parameters that few families have, by a word of their names: whatever costs time has a bound."""
 _SCALARS: Final = frozenset({Kind.TEXT, Kind.INTEGER, Kind.NUMBER, Kind.BOOLEAN})
 ANY: Final = (-1e9, 1e9)
 """The limits of a number of which nothing is known: they say no more than that it is finite."""
 _PAIR: Final = (-65_536, 65_536)
 _MAX_TEXT: Final = 32_768
 _MAX_ITEMS: Final = 4096
+MAX_STEPS: Final = RANGES["num_inference_steps"][1]
+"""Of all pictures of a request together, unless a card allows more for one."""
 
 
 class CardError(Exception):
@@ -54,7 +65,10 @@ def limits_of(name: str, kind: Kind) -> Limits:
     """The limits of a parameter for which a card gives none."""
     if kind is Kind.PAIR:
         return _PAIR
-    return RANGES.get(name, ANY) if kind in (Kind.INTEGER, Kind.NUMBER, Kind.NUMBERS) else ()
+    if kind not in (Kind.INTEGER, Kind.NUMBER, Kind.NUMBERS):
+        return ()
+    words = [_BY_WORD[word] for word in name.split("_") if word in _BY_WORD]
+    return RANGES.get(name) or (words[-1] if words else ANY)
 
 
 def kind_of(value: object) -> Kind | None:
@@ -98,6 +112,12 @@ def checked(name: str, value: object, kind: Kind, limits: Limits) -> object:
     else:
         _check_list(name, value, kind, limits)
     return value
+
+
+def count_of(value: object) -> int | None:
+    """How many numbers a list has; None where it is none."""
+    numbers = _numbers(value)
+    return None if numbers is None else len(numbers)
 
 
 def check_count(name: str, value: object, every: int) -> None:

@@ -375,6 +375,7 @@ class Head(Actor):
             raise CardError("n", f"must be from 1 to {self.topology.head.max_pending}")
         # Before the first instance has come, the names that the pipeline takes are not known: then it checks them.
         inputs = cast(dict[str, Input], self.card.apply(message.inputs, self._parameters()))
+        self.card.check_total(inputs, message.n)
         output = settle_output(message.output, self._signature(), message.inputs, inputs)
         check_lora(inputs, [lora.name for lora in self.topology.model.lora], self.card.name)
         now = time.time()

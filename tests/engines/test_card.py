@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from engines.card import CardError, ModelCard, load_card
+from engines.checks import limits_of
 from engines.panels import ModelError
 from engines.parameters import Kind, Parameter
 
@@ -73,7 +74,7 @@ def test_every_kind_of_value_is_taken() -> None:
         "tiled": True,
     }
     applied = CARD.apply({"prompt": "a cat", **given_inputs}, TAKES)
-    assert applied == {**FILLED, **given_inputs}
+    assert applied == {**FILLED, **given_inputs, "num_inference_steps": 2}, "there is a step for each sigma"
     assert type(applied["mu"]) is float
 
 
@@ -123,6 +124,7 @@ def test_every_kind_of_value_is_taken() -> None:
         ({"sigmas": Values((0.5, float("nan")))}, "must be a finite number."),
         ({"sigmas": Values((0.5, 2.0))}, "must be 0 to 1."),
         ({"sigmas": Values((0.5,) * 4097)}, "must be at most 4096 numbers."),
+        ({"sigmas": Values((0.5,) * 51)}, "must be 1 to 50 numbers, one for each step, not 51."),
         ({"original_size": Values((64,))}, "must be two whole numbers."),
         ({"original_size": Values((64, 64.5))}, "must be two whole numbers."),
         ({"original_size": Values((64, 10**6))}, "must be -65536 to 65536."),
@@ -155,6 +157,67 @@ def test_two_names_of_one_parameter_must_agree() -> None:
     # The default is of the parameter, not of one of its names.
     assert "guidance_scale" not in CARD.apply({"prompt": "x", "true_cfg_scale": 3}, TAKES)
     assert replace(CARD, defaults={"fps": 8}).apply({"prompt": "x", "frame_rate": 9}, TAKES)["frame_rate"] == 9
+
+
+def test_a_list_of_steps_says_how_many_there_are() -> None:
+    for name in ("sigmas", "timesteps"):
+        takes = (*TAKES, Parameter("timesteps", Kind.NUMBERS))
+        three = {"prompt": "x", name: Values((0.5,) * 3)}
+        assert CARD.apply(three, takes)["num_inference_steps"] == 3, "and not the default"
+        assert CARD.apply({**three, "num_inference_steps": 3}, takes)["num_inference_steps"] == 3
+        with pytest.raises(CardError, match=f"{name} must be 4 numbers, as many as num_inference_steps, not 3"):
+            CARD.apply({**three, "num_inference_steps": 4}, takes)
+    assert "num_inference_steps" not in ModelCard().apply(three, [p for p in takes if p.name != "num_inference_steps"])
+    assert CARD.apply(three)["num_inference_steps"] == 3, "also before the pipeline is known"
+
+
+def test_all_pictures_of_a_request_share_a_bound_of_steps() -> None:
+    CARD.check_total({"num_inference_steps": 50}, 10)
+    CARD.check_total({}, 10)
+    with pytest.raises(CardError, match="n times num_inference_steps must be at most 1000, not 1001"):
+        CARD.check_total({"num_inference_steps": 143}, 7)
+    replace(CARD, ranges={"num_inference_steps": (1, 2000)}).check_total({"num_inference_steps": 2000}, 1)
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "fix"),
+    [(1, 0.3, "at least 4 steps"), (4, 0.2, "at least 5 steps"), (None, 0.0, "more strength"), (3, None, "at least 4")],
+)
+def test_a_strength_that_leaves_no_step_is_said_in_words(steps: int | None, strength: float | None, fix: str) -> None:
+    takes = (*TAKES, Parameter("strength", Kind.NUMBER, 0.3))
+    card = replace(CARD, defaults={"num_inference_steps": 4})
+    sent = {"prompt": "x", "image": Files(("a",)), "num_inference_steps": steps, "strength": strength}
+    with pytest.raises(CardError, match=f"num_inference_steps times strength must be at least 1.*{fix}"):
+        card.apply(sent, takes)
+    card.apply({**sent, "image": None}, takes)  # there is nothing that it could be the strength of
+    card.apply({**sent, "num_inference_steps": 5, "strength": 0.2}, takes)
+
+
+def test_the_bound_of_a_prompt_is_that_of_the_tokenizers(tmp_path: Path) -> None:
+    model = write(tmp_path, None, {"_class_name": "FluxPipeline"})
+    length = Parameter("max_sequence_length", Kind.INTEGER, 256)
+    assert load_card(model).limits(length) == (1, 8192)
+    for folder, config in (("tokenizer", '{"model_max_length": 77}'), ("tokenizer_2", '{"model_max_length": 512}'),
+                           ("tokenizer_3", '{"model_max_length": 1000000000000000019884624838656}'),
+                           ("tokenizer_4", "{}")):  # fmt: skip
+        (model / folder).mkdir()
+        (model / folder / "tokenizer_config.json").write_text(config)
+    assert load_card(model).limits(length) == (1, 512)
+    assert load_card(model).limits(Parameter("max_sequence_length", Kind.INTEGER, 600)) == (1, 600), "its own default"
+    assert replace(load_card(model), ranges={"max_sequence_length": (1, 1024)}).limits(length) == (1, 1024)
+    (model / "tokenizer" / "tokenizer_config.json").write_text("[")
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json cannot be read"):
+        load_card(model)
+
+
+def test_what_costs_time_has_a_bound_by_its_name() -> None:
+    for name, most in (
+        ("ar_step", 1000), ("num_temporal_reasoning_steps", 1000), ("base_num_frames", 4096), ("gen_length", 8192),
+        ("prompt_max_new_tokens", 8192), ("max_area", 8192**2), ("duration", 3600), ("audio_end_in_s", 3600),
+        ("jump_n_sample", 1000),
+    ):  # fmt: skip
+        assert limits_of(name, Kind.INTEGER)[1] == most, name
+    assert limits_of("original_size", Kind.PAIR) == (-65_536, 65_536)
 
 
 def test_limits_and_defaults_of_a_parameter() -> None:

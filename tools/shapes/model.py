@@ -34,7 +34,12 @@ _CARD = {
         "max_sequence_length": SEQUENCE_LENGTH,
         "guidance_scale": 1.0,
     },
-    "ranges": {"num_inference_steps": [1, 50], "height": [EDGE, EDGE, 8], "width": [EDGE, EDGE, 8]},
+    "ranges": {
+        "num_inference_steps": [1, 50],
+        "max_sequence_length": [1, SEQUENCE_LENGTH],
+        "height": [EDGE, EDGE, 8],
+        "width": [EDGE, EDGE, 8],
+    },
 }
 
 
