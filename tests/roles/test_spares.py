@@ -72,7 +72,7 @@ def test_the_head_takes_a_spare_that_fits_once_and_forgets_those_of_an_earlier_i
 
 def test_a_slot_that_was_pushed_into_is_not_taken_again_from_an_offer_that_crossed_the_push() -> None:
     fleet = Fleet()
-    fleet.welcome(InstanceHello("denoiser-0", "denoiser", 5, 1, 2, 2, 0, "pool-denoiser", Signature(), ()), 0.0)
+    fleet.welcome(InstanceHello("denoiser-0", "denoiser", 5, 1, 2, 2, 0, "pool-denoiser", Signature(), ()))
     fleet.offer("denoiser-0", 5, [slot(1)])
     assert fleet.take_spare("denoiser-0", 1) == slot(1)
     fleet.offer("denoiser-0", 5, [slot(1), slot(2)])
