@@ -11,6 +11,8 @@ import torch
 
 from actors import Component, StartFailure
 from engines.panels import Panel
+from engines.pipeline import InputError
+from roles.uploads import UploadError
 
 _MEMORY_ERRORS: Final = (
     "out of memory",
@@ -58,11 +60,22 @@ def is_device_lost(error: BaseException) -> bool:
 def is_at_fault(error: BaseException) -> bool:
     """Whether the request itself is wrong, and would fail anywhere.
 
-    Sizes that do not fit each other are: of a picture and the size asked for, for one.
+    What this engine says of inputs is, what diffusers says by a ValueError of its own, and sizes that do not fit each
+    other: of a picture and the size asked for, for one. The same classes of error from elsewhere are defects.
     """
-    if isinstance(error, (ValueError, TypeError)):
+    if isinstance(error, (InputError, UploadError)):
         return True
+    if isinstance(error, ValueError):
+        return _raised_in(error).partition(".")[0] == "diffusers"
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _SHAPE_ERRORS)
+
+
+def _raised_in(error: BaseException) -> str:
+    """Return the name of the module whose code raised `error`."""
+    name = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        name = frame.f_globals.get("__name__", "")
+    return name
 
 
 def ends_the_process(*, in_a_row: int, allocated: int, after_loading: int) -> bool:

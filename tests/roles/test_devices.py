@@ -2,13 +2,18 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 
 from actors import Component, StartFailure
 from engines.panels import Panel
+from engines.pipeline import InputError
 from roles import devices
+from roles.uploads import UploadError
 
 GIB = 1 << 30
 
@@ -16,6 +21,15 @@ GIB = 1 << 30
 def role(name: str, device: str = "cuda", **options: object) -> Component:
     index = int(name[-1])
     return Component(name=name, kind="denoiser", address="", port=0, index=index, device=device, **options)  # type: ignore[arg-type]
+
+
+def raised(by: Callable[[], object]) -> Exception:
+    """The error that a call ends with, and where it came from."""
+    try:
+        by()
+    except Exception as error:  # noqa: BLE001  whichever it is
+        return error
+    raise AssertionError
 
 
 @pytest.mark.parametrize(
@@ -33,8 +47,12 @@ def role(name: str, device: str = "cuda", **options: object) -> Component:
         (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), "lost"),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ""),
         (RuntimeError("The size of tensor a (17) must match the size of tensor b (16)"), "at fault"),
-        (ValueError("height has to be divisible by 16"), "at fault"),
-        (TypeError("prompt has to be a string"), "at fault"),
+        (InputError("The pipeline takes no hieght."), "at fault"),
+        (UploadError("send the picture again"), "at fault"),
+        (raised(lambda: retrieve_timesteps(None, timesteps=[1], sigmas=[1.0])), "at fault"),
+        (raised(lambda: int("no number")), ""),
+        (raised(lambda: torch.zeros(2).view(torch.float32, 1, 2)), ""),
+        (raised(lambda: np.zeros(3).reshape(2)), ""),
         (MemoryError(), ""),
     ],
 )
