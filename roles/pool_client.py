@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import random
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -23,7 +26,7 @@ from roles.messages.pool import (
     SlotsReleased,
 )
 from roles.messages.work import LeaseRef, Work
-from roles.reporter import Fenced, is_fence
+from roles.reporter import Fenced, Verdict, is_fence, pause_s, verdict
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +35,8 @@ R = TypeVar("R", bound=Message)
 
 ANSWER_S: Final = 2.0
 """What a pool decides without waiting for anybody, it answers well within this."""
-ATTEMPTS: Final = 5
+BATCH: Final = 256
+"""Slots that are given back at once."""
 FAULTS: Final = "TRIPTYCH_TRANSFER_FAULTS"
 """Environment variable with which a drill damages what is transferred, as `engines.transfer.Faults` reads it."""
 
@@ -63,6 +67,7 @@ class PoolClient:
         self._actor = actor
         self._owner = owner
         self._in_doubt: dict[Work, LeaseSlot] = {}
+        self._unreleased: deque[LeaseRef] = deque()
 
     async def describe(self) -> PoolDescription:
         """Ask where the pool's memory is. Raises BusError."""
@@ -99,8 +104,10 @@ class PoolClient:
         return (await self._ask(message, SlotPulled, timeout_s=timeout_s + 4 * ANSWER_S)).seconds
 
     def release(self, lease: LeaseRef) -> None:
-        """Give a slot back, in the background: nobody has to wait for it."""
-        self._actor.spawn(self._release(lease), name=f"release {lease.lease_id}")
+        """Give a slot back, in the background and however long the pool takes: nobody has to wait for it."""
+        self._unreleased.append(lease)
+        if len(self._unreleased) == 1:
+            self._actor.spawn(self._release_all(), name="release")
 
     async def _lease(self, message: LeaseSlot) -> SlotLeased | PoolFull:
         return await self._ask(message, SlotLeased, PoolFull)
@@ -113,31 +120,35 @@ class PoolClient:
                 raise Fenced(f"{self.pool} has given this incarnation up ({error})") from error
             raise
 
-    async def _release(self, lease: LeaseRef) -> None:
-        for _ in range(ATTEMPTS):
-            try:
-                await self._ask(ReleaseSlots((lease,)), SlotsReleased)
-            except Unreachable:  # its process has ended, and all its slots with it
-                return
-            except BusError as error:
-                self._actor.log.warning("slot not given back yet", lease=lease.lease_id, error=str(error))
-            else:
-                return
-        self._actor.log.error("slot not given back", pool=self.pool, lease=lease.lease_id)
+    async def _release_all(self) -> None:
+        while self._unreleased:
+            batch = tuple(itertools.islice(self._unreleased, BATCH))
+            await self._insist(ReleaseSlots(batch), SlotsReleased)
+            for _ in batch:
+                self._unreleased.popleft()
 
     async def _undo(self, message: LeaseSlot) -> None:
         """Find out which slot it was: asked again, the pool gives the same."""
-        for _ in range(ATTEMPTS):
+        answer = await self._insist(message, SlotLeased, PoolFull)
+        if isinstance(answer, SlotLeased):
+            self.release(answer.lease)
+
+    async def _insist(self, message: Message, *replies: type[R]) -> R | None:
+        """Ask until the pool answers; None when there is nothing to give back any more, or no way to."""
+        attempt = failures = 0
+        while True:
             try:
-                answer = await self._lease(message)
-            except AskTimeout:
-                continue
-            except BusError as error:  # the pool has ended, and all slots with it, or knows us no more
-                self._actor.log.info("nothing to give back", work=str(message.work), error=str(error))
-                return
-            if isinstance(answer, SlotLeased):
-                await self._release(answer.lease)
-            return
+                return await self._ask(message, *replies)
+            except Unreachable:  # its process has ended, and all its slots with it
+                return None
+            except BusError as error:
+                failures += isinstance(error, RemoteFailure) and error.code == "handler_failed"
+                if verdict(error, failures) is not Verdict.RETRY:
+                    self._actor.log.exception("slot not given back", asked=type(message).__name__)
+                    return None
+                self._actor.log.warning("slot not given back yet", asked=type(message).__name__, error=str(error))
+            await asyncio.sleep(pause_s(attempt, random.random()))  # noqa: S311  jitter
+            attempt += 1
 
 
 class Mapping:

@@ -30,7 +30,7 @@ from roles.messages.device import (
     StateLoaded,
     StateStaged,
 )
-from roles.messages.pool import LeaseSlot
+from roles.messages.pool import LeaseSlot, ReleaseSlots
 from roles.messages.work import LeaseRef, Output, Staged, Work
 from roles.pool import build
 from roles.pool_client import FAULTS
@@ -217,6 +217,46 @@ def test_a_slot_whose_answer_was_lost_comes_back(rooms: Any, monkeypatch: pytest
         encoder.transfer._client.settle(W)
         await encoder.desk.until("pool", 0)
         encoder.transfer._client.settle(W)
+
+    rooms(body)
+
+
+def test_a_slot_is_given_back_however_long_the_pool_does_not_answer(
+    rooms: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(h: Any, room: Any) -> None:
+        encoder = await room("encoder-0")
+        encoder.begin()
+        leases = [(await encoder.stage()).lease]
+        leases.append(await encoder.desk.lease("pool", 4096, work=Work("r/1", 1)))
+        release = pool_module.BufferPool.release
+        tried, go_on = asyncio.Event(), asyncio.Event()
+        pauses: list[int] = []
+
+        async def stalled(self: Any, message: ReleaseSlots) -> Any:
+            await go_on.wait()
+            return await release(self, message)
+
+        def pause(attempt: int, _: float) -> float:
+            pauses.append(attempt)
+            if attempt == 8:
+                tried.set()
+            return 0.0
+
+        monkeypatch.setattr(pool_module.BufferPool, "release", stalled)
+        monkeypatch.setattr(pool_client, "ANSWER_S", 0.02)
+        monkeypatch.setattr(pool_client, "pause_s", pause)
+        for lease in leases:
+            encoder.transfer._client.release(lease)
+        await tried.wait()
+        go_on.set()
+        await encoder.desk.until("pool", 0)
+        assert pauses[:9] == list(range(9))
+        await h.kill("pool")  # a pool that has ended holds nothing: nobody goes on asking
+        encoder.transfer._client.release(leases[0])
+        await h.component("pool", build, generation=4)
+        while encoder.transfer._client._unreleased:
+            await encoder.desk.until("pool", 0)
 
     rooms(body)
 
