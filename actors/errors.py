@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 from typing import Final
 
+MAX_TEXT: Final = 1000
+"""Characters of an error that travel: a message has room for those of many attempts at many pictures."""
+
 
 class StartFailure(Exception):  # noqa: N818  it is not a crash, and is never retried
     """This actor can never work as configured: a bad model path, a bad option, a device that is not there.
@@ -67,6 +70,13 @@ class TopologyError(Exception):
 
 
 def describe(error: BaseException) -> str:
-    """`Type: text`, the form in which errors travel in failures and reports."""
+    """`Type: text`, the form in which errors travel in failures and reports; long texts are shortened."""
     text = str(error)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return shorten(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+
+def shorten(text: str) -> str:
+    """Leave out the middle of a text that is too long to travel: some errors print tensors."""
+    if len(text) <= MAX_TEXT:
+        return text
+    return f"{text[: MAX_TEXT * 3 // 4]} ... {text[-MAX_TEXT // 4 :]}"

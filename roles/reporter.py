@@ -9,7 +9,8 @@ from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from typing import Final, Protocol
 
-from bus import BusError, Message, RemoteFailure, current_traceparent
+from bus import BusError, Message, MessageTooLong, RemoteFailure, current_traceparent
+from roles.messages.stages import StageFailed, StageFinished, TransferFailed, TransferStaged
 from roles.messages.work import Work
 
 FIRST_PAUSE_S: Final = 0.05
@@ -40,8 +41,11 @@ class Log(Protocol):
 def verdict(error: BusError, failures: int) -> Verdict:
     """Decide on `error`, when the head has failed at this report `failures` times, this one included.
 
-    A head that is away, busy or stopping is asked again. One that cannot read the report never will.
+    A head that is away, busy or stopping is asked again. One that cannot read the report never will; what is too
+    long never gets there.
     """
+    if isinstance(error, MessageTooLong):
+        return Verdict.DROP
     if not isinstance(error, RemoteFailure):
         return Verdict.RETRY
     if is_fence(error):
@@ -56,6 +60,15 @@ def verdict(error: BusError, failures: int) -> Verdict:
 def is_fence(error: BusError) -> bool:
     """Whether the other side refuses everything from this incarnation: it was given up, or has a successor."""
     return isinstance(error, RemoteFailure) and error.code in ("fenced", "stale_generation", "stale_owner")
+
+
+def in_brief(report: Message, why: str) -> Message | None:
+    """Say in a few words that work has ended whose report cannot be sent: it would end like that anywhere."""
+    if not isinstance(report, (StageFailed, StageFinished, TransferFailed, TransferStaged)):
+        return None
+    panel = "" if isinstance(report, TransferFailed) else report.panel
+    error = f"its report cannot be sent: {why}"
+    return StageFailed(report.work, report.instance, panel, error, retryable=False, issued=report.issued)
 
 
 def pause_s(attempt: int, jitter: float) -> float:
@@ -143,7 +156,12 @@ class Reporter:
                 if decision is Verdict.DROP:
                     self.given_up += 1
                     self._log.error("report given up", report=type(report).__name__, error=str(error))
-                    break
+                    brief = in_brief(report, str(error)) if isinstance(error, MessageTooLong) else None
+                    if brief is None:
+                        break
+                    report = brief
+                    self._queue[0] = report, traceparent
+                    continue
             await asyncio.sleep(pause_s(attempt, random.random()))  # noqa: S311  jitter
             attempt += 1
         else:

@@ -16,7 +16,7 @@ from typing import Final
 import torch
 
 from actors import Actor, Component, Topology
-from actors.errors import describe
+from actors.errors import describe, shorten
 from bus import BusError, Message, RemoteFailure
 from engines.arena import Arena, ArenaError
 from engines.checksum import ChecksumMismatch
@@ -137,7 +137,7 @@ class TransferActor(Actor):
             answer = await task
         except TransferProblem as problem:
             self.log.warning("transfer failed", work=str(work), reason=str(problem))
-            answer = StateFailed(work, str(problem), problem.source_gone, problem.retryable)
+            answer = StateFailed(work, shorten(str(problem)), problem.source_gone, problem.retryable)
         except RuntimeError as error:
             if not devices.is_out_of_memory(error):
                 raise

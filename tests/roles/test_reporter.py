@@ -17,12 +17,13 @@ from bus import (
     Mailbox,
     MailboxFull,
     Message,
+    MessageTooLong,
     Outbox,
     RemoteFailure,
     Unreachable,
 )
-from roles.messages.stages import Acknowledged, StageStarted
-from roles.messages.work import Work
+from roles.messages.stages import Acknowledged, StageFailed, StageStarted, TransferStaged
+from roles.messages.work import LeaseRef, Staged, Work
 from roles.reporter import LONGEST_PAUSE_S, MAX_HEAD_FAILURES, Fenced, Reporter, Verdict, pause_s, verdict
 
 Answer = Callable[[Delivery], None]
@@ -41,7 +42,7 @@ class Head:
     """A head's mailbox that answers each report as the script says, then acknowledges all."""
 
     def __init__(self, address: str, *script: Answer) -> None:
-        self.mailbox = Mailbox("head", address, (StageStarted,))
+        self.mailbox = Mailbox("head", address, (StageStarted, StageFailed, TransferStaged))
         self.script = list(script)
         self.seen: asyncio.Queue[Message] = asyncio.Queue()
         self.task: asyncio.Task[None] | None = None
@@ -147,6 +148,22 @@ def test_a_report_that_is_not_acknowledged_is_sent_again_before_the_next(tmp_pat
     scenario(tmp_path, fails("handler_failed"), fails("stopping"))(body)
 
 
+def test_a_report_that_is_too_long_to_be_sent_says_at_least_that_the_work_has_ended(tmp_path: Path) -> None:
+    async def body(head: Head, reporter: Reporter) -> None:
+        reporter.resume()
+        slot = Staged(LeaseRef("pool", 1, 1, 0, 64), b"x" * 2**21, 0, 64)
+        reporter.add(TransferStaged(Work("r/0", 1), "denoiser-0", "denoiser", slot, 0.1, issued=7))
+        reporter.add(report(1))
+        await reporter.flushed()
+        failed, following = await head.saw(2)
+        assert isinstance(failed, StageFailed)
+        assert (failed.work, failed.panel, failed.retryable, failed.issued) == (Work("r/0", 1), "denoiser", False, 7)
+        assert "cannot be sent" in failed.error
+        assert following == report(1)
+
+    scenario(tmp_path)(body)
+
+
 def test_a_report_that_the_head_cannot_read_is_given_up_and_counted(tmp_path: Path) -> None:
     async def body(head: Head, reporter: Reporter) -> None:
         reporter.resume()
@@ -212,6 +229,7 @@ def test_no_report_is_lost_when_the_head_is_replaced(tmp_path: Path) -> None:
         (AskTimeout("x"), 0, Verdict.RETRY),
         (Unreachable("x"), 0, Verdict.RETRY),
         (MailboxFull("x"), 0, Verdict.RETRY),
+        (MessageTooLong("x"), 0, Verdict.DROP),
         (RemoteFailure("deadline_exceeded", "x"), 0, Verdict.RETRY),
         (RemoteFailure("handler_failed", "x"), 1, Verdict.RETRY),
         (RemoteFailure("handler_failed", "x"), MAX_HEAD_FAILURES, Verdict.DROP),
