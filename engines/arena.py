@@ -6,6 +6,7 @@ The pool itself needs no torch; it is imported where a tensor or CUDA is asked f
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import mmap
@@ -125,6 +126,21 @@ class Arena:
         """Whether the process that created the arena is gone: what it leased there means nothing any more."""
         started = _start_time(self.address.pid)
         return started == 0 or started != self.address.start_time
+
+    async def until_stale(self) -> None:
+        """Wait until the process that created the arena has ended."""
+        try:
+            process = os.pidfd_open(self.address.pid)
+        except ProcessLookupError:
+            return
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(process, ended.set)
+        try:
+            if not self.stale:  # else its number may be another process's by now
+                await ended.wait()
+        finally:
+            loop.remove_reader(process)
+            os.close(process)
 
     def array(self, offset: int, nbytes: int) -> Bytes:
         """View bytes as a numpy array, uint8, shape [nbytes].

@@ -11,7 +11,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from actors import Actor, Component, Later, StartFailure, Topology
+from actors import Actor, Component, Later, StartDelayed, StartFailure, Topology
 from actors.system import Inspect, Inspection
 from bus import BusError, MailboxFull, Reference, Refused, Unreachable
 from engines.arena import Arena, ArenaError
@@ -99,14 +99,17 @@ class BufferPool(Actor):
         """Take the memory and bring the transfer engine up.
 
         Raises:
-            StartFailure: the memory is not there, or the engine does not run here.
+            StartFailure: the engine does not run here.
+            StartDelayed: the memory is not there now; whoever maps that of an earlier pool is about to let go of it.
 
         """
         size = self.topology.transfer.pool_size
         try:
             self._opened = await asyncio.to_thread(self._open)
-        except (ArenaError, TransferSetupError) as error:
-            raise StartFailure(f"{error} ([transfer] pool_size is {size})") from error
+        except ArenaError as error:
+            raise StartDelayed(f"{error} ([transfer] pool_size is {size})") from error
+        except TransferSetupError as error:
+            raise StartFailure(str(error)) from error
         self.log.info("pool is open", nbytes=self.capacity, transport=self._opened.backend.describe())
         if exposed := self._opened.backend.exposed():
             self.log.warning(exposed)

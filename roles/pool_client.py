@@ -154,7 +154,11 @@ class PoolClient:
 class Mapping:
     """The memory of the pool as this process sees it; mapped anew for each incarnation of the pool.
 
+    It is let go of as soon as the pool's process has ended: as long as anybody maps it, its successor may find too
+    little memory to start.
+
     Args:
+        actor: whose tasks watch the pools.
         client: of the pool.
         adopt: makes a new mapping ready for the device.
         retire: lets go of one whose pool has ended.
@@ -163,10 +167,12 @@ class Mapping:
 
     def __init__(
         self,
+        actor: Actor,
         client: PoolClient,
         adopt: Callable[[Arena], Awaitable[None]],
         retire: Callable[[Arena], Awaitable[None]],
     ) -> None:
+        self._actor = actor
         self._client = client
         self._adopt = adopt
         self._retire = retire
@@ -204,9 +210,20 @@ class Mapping:
         found = await self._client.describe()
         if self._arena is not None and found.generation == self._generation and not self._arena.stale:
             return
-        old, self._arena = self._arena, None
-        if old is not None:
-            await self._retire(old)
+        await self._let_go()
         arena = await asyncio.to_thread(Arena.attach, ArenaAddress.parse(found.arena))
         await self._adopt(arena)
         self._arena, self._generation = arena, found.generation
+        self._actor.spawn(self._watch(arena), name=f"watch the memory of {self._client.pool}")
+
+    async def _watch(self, arena: Arena) -> None:
+        await arena.until_stale()
+        async with self._lock:
+            if self._arena is arena:
+                await self._let_go()
+
+    async def _let_go(self) -> None:
+        # What is computed from it meanwhile has views of its own, which keep it mapped until they are gone.
+        old, self._arena = self._arena, None
+        if old is not None:
+            await self._retire(old)

@@ -98,7 +98,7 @@ class TransferActor(Actor):
             await stream.run(_retire, arena, stream)
 
         if self.component.pool:
-            self._mapping = Mapping(self._client, adopt, retire)
+            self._mapping = Mapping(self, self._client, adopt, retire)
             self.set_state("loading", f"waiting for {self.component.pool}")
             await self._until_mapped(self._mapping)
         self.premises.pool_mapped()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from actors import Actor, StartFailure
+from actors import Actor, StartDelayed
 from bus import Refused, RemoteFailure
 from engines.checksum import checksum
 from roles import pool as pool_module
@@ -226,7 +226,7 @@ def test_a_newer_incarnation_takes_the_place_of_an_older_one(run: Any, place: An
 def test_a_pool_that_cannot_be_had_says_so(run: Any, place: Any, house: Any) -> None:
     async def body() -> None:
         async with house(place(pool_size="4000TiB")) as h:
-            with pytest.raises(StartFailure, match="4000TiB"):
+            with pytest.raises(StartDelayed, match="4000TiB"):
                 await h.component("pool", build)
 
     run(body())

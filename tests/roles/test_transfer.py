@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import av
@@ -177,6 +178,23 @@ def test_staging_outlives_the_pool(rooms: Any, monkeypatch: pytest.MonkeyPatch) 
         await encoder.desk.until("pool", 1)
 
     rooms(body)
+
+
+def arenas() -> int:
+    return Path("/proc/self/maps").read_text().count("triptych-arena")
+
+
+def test_the_memory_of_a_dead_pool_is_let_go_of_before_there_is_another(rooms: Any) -> None:
+    async def body(h: Any, room: Any) -> None:
+        before = arenas()
+        await h.process("pool")
+        await room("encoder-0")
+        assert arenas() == before + 1
+        await h.end("pool")
+        while await asyncio.to_thread(arenas) != before:  # the run's limit ends it
+            pass
+
+    rooms(body, pools=())
 
 
 def test_it_waits_for_a_pool_that_starts_later(rooms: Any, monkeypatch: pytest.MonkeyPatch) -> None:
