@@ -7,10 +7,12 @@ import pytest
 from engines.panels import Panel
 from engines.parameters import Signature
 from roles.effects import Assign, Cancel, Release, Settle
+from roles.fleet import Fleet
 from roles.ledger import MAX_STALLS, Ledger
 from roles.messages.stages import InstanceHello, StageReturned, TransferFailed, TransferStaged
 from roles.messages.work import Work
 from roles.request import State, Unit
+from roles.staging import AHEAD
 from tests.roles.books import KINDS, a_slot, after, failed, finished, hello, ledger, request, staged
 
 
@@ -318,3 +320,11 @@ def test_a_monolithic_instance_passes_through_every_state() -> None:
         assert books.started(unit.work, "mono-0", panel, 1.0)
     assert books.finished(finished(unit.work, "mono-0"), 2.0)
     assert [m.state for m in unit.history] == [s.value for s in State][1:10]
+
+
+def test_while_no_denoiser_is_there_no_more_is_encoded_than_for_those_of_the_topology() -> None:
+    books = ledger()
+    books.fleet = Fleet({Panel.DENOISER: 2})
+    books.hello(hello("encoder-0", slots=20), 0.0)
+    books.accept(request(n=20), 0.0)
+    assert len(after(books)) == 2 * (AHEAD + 1)

@@ -9,6 +9,7 @@ from actors import Actor, StartDelayed
 from bus import Refused, RemoteFailure
 from engines.checksum import checksum
 from roles import pool as pool_module
+from roles.errands import Errands
 from roles.messages.pool import (
     LeaseQuery,
     LeaseReport,
@@ -29,6 +30,7 @@ from roles.messages.pool import (
 from roles.messages.work import LeaseRef, Work
 from roles.pool import BufferPool, build, zones
 from roles.pool_client import FAULTS
+from tests.roles.books import ledger
 
 W = Work("r/0", 1)
 SLOT = 1 << 16
@@ -452,3 +454,23 @@ def test_refused_is_what_a_pool_says_before_it_is_open(place: Any) -> None:
     topology = place()
     with pytest.raises(Refused):
         _ = BufferPool(topology.component("pool"), topology)._store
+
+
+def test_the_head_looks_through_every_page_of_a_pool(
+    run: Any, place: Any, house: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "PAGE_OF_LEASES", 2)
+
+    async def body() -> None:
+        async with house(place()) as h:
+            await h.component("pool", build)
+            await h.start(client := Client())
+            await h.start(head := Actor("head"))
+            for k in range(5):
+                await client.seal(await client.lease(work=Work(f"gone/{k}", 1)))
+            errands = Errands(head, ledger(), lambda: None, ())
+            errands._pools["pool"] = 1
+            await errands.reclaim()
+            assert (await client.describe()).leased == 0
+
+    run(body())
