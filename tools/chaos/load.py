@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from tools.chaos.plan import Offer
+from tools.chaos.plan import Offer, Picture
 
 PAUSE_S = 0.1
 IN_FLIGHT = 64
@@ -31,9 +31,17 @@ class Outcome:
     """SHA-256 of the picture's bytes."""
     error: str = ""
     retries: int = 0
-    seconds: float = 0.0
+    began: float = 0.0
+    """Monotonic seconds, as `ended`."""
+    ended: float = 0.0
     story: dict[str, Any] = field(default_factory=dict)
     """`GET /v1/requests/{id}` at the end."""
+
+
+def body_of(picture: Picture) -> dict[str, object]:
+    """The JSON of a request for it."""
+    size = f"{picture.side}x{picture.side}"
+    return {"prompt": picture.prompt, "seed": picture.seed, "num_inference_steps": picture.steps, "size": size}
 
 
 class Clients:
@@ -53,15 +61,15 @@ class Clients:
         """Ask until there is a final answer, or patience ends."""
         outcome = Outcome(offer)
         async with self._room:
-            began = time.monotonic()
-            while time.monotonic() - began < self._patience_s:
+            outcome.began = time.monotonic()
+            while time.monotonic() - outcome.began < self._patience_s:
                 answer = await self._post(outcome)
                 if answer is not None:
                     _read(answer, outcome)
                     break
                 outcome.retries += 1
                 await asyncio.sleep(PAUSE_S)
-            outcome.seconds = time.monotonic() - began
+            outcome.ended = time.monotonic()
         return outcome
 
     async def stories(self, outcomes: list[Outcome]) -> None:
@@ -73,8 +81,7 @@ class Clients:
 
     async def _post(self, outcome: Outcome) -> httpx.Response | None:
         offer = outcome.offer
-        prompt, seed, steps = offer.picture
-        body = {"prompt": prompt, "seed": seed, "num_inference_steps": steps}
+        body = body_of(offer.picture)
         headers = {"Idempotency-Key": f"{self._key}-{offer.number}"}
         try:
             answer = await self._http.post("/v1/images/generations", json=body, headers=headers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import signal
 import sqlite3
@@ -18,11 +19,16 @@ from actors.client import ApiError
 from actors.cluster import Cluster
 from bus import Outbox
 from roles.messages.pool import LeaseQuery, LeaseReport, LeaseView
+from roles.request import TERMINAL
+from tools.chaos.load import body_of
+from tools.chaos.plan import Picture
 from tools.processes import children_of, stat
 
 WATCH_S = 0.5
 REST_S = 20.0
 ESCALATION_S = 60.0
+CHANGE_S = 60.0
+CHANGED_POOL = "1MiB"
 
 
 class Watch:
@@ -96,6 +102,49 @@ async def escalation(topology: Path, overrides: Mapping[str, Mapping[str, object
                 await _gone(child.pid)
             await asyncio.sleep(WATCH_S / 10)
     return [f"{victim} was not given up within {ESCALATION_S:g} s"]
+
+
+async def changed_topology(
+    topology: Path, overrides: Mapping[str, Mapping[str, object]], undisturbed: Mapping[Picture, str]
+) -> list[str]:
+    """Stop a cluster with requests under way, and start it with another engine and role names: all of them are done."""
+    asked = [picture for picture in undisturbed if picture.steps > 10]
+    async with (
+        launch(topology, overrides) as cluster,
+        httpx.AsyncClient(base_url=cluster.url, timeout=CHANGE_S) as http,
+    ):
+        answers = [
+            await http.post("/v1/images/generations", json=body_of(picture), headers={"Prefer": "respond-async"})
+            for picture in asked
+        ]
+    ids = [answer.raise_for_status().json()["id"] for answer in answers]
+    engine = "shm" if cluster.topology.engine == "mooncake" else "mooncake"
+    kind = next(c.kind for c in cluster.topology.components if c.kind in ("denoiser", "monolithic"))
+    transfer = {**overrides.get("transfer", {}), "engine": engine, "trusted_network": True, "pool_size": CHANGED_POOL}
+    changed: dict[str, Mapping[str, object]] = {**overrides, "transfer": transfer, "roles": {kind: {"name": "renamed"}}}
+    async with (
+        launch(topology, changed) as cluster,
+        httpx.AsyncClient(base_url=cluster.url, timeout=CHANGE_S) as http,
+    ):
+        return [
+            sentence
+            for picture, name in zip(asked, ids, strict=True)
+            if (sentence := await _not_made(http, name, undisturbed[picture]))
+        ]
+
+
+async def _not_made(http: httpx.AsyncClient, request_id: str, digest: str) -> str:
+    """Say what is wrong with how a request ended; "" where its image is the right one."""
+    began = time.monotonic()
+    while time.monotonic() - began < CHANGE_S:
+        view = (await http.get(f"/v1/requests/{request_id}")).raise_for_status().json()
+        if view["state"] == "DONE":
+            made = await http.get(view["units"][0]["artifact"]["url"])
+            return "" if hashlib.sha256(made.content).hexdigest() == digest else f"{request_id} has other bytes"
+        if view["state"] in TERMINAL:
+            return f"{request_id} ended {view['state']}: {view['units'][0]['causes'][-1:]}"
+        await asyncio.sleep(WATCH_S)
+    return f"{request_id} was not done within {CHANGE_S:g} s"
 
 
 async def _ready_names(cluster: Cluster, victim: str) -> list[str]:

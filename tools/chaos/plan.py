@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-FAULTS = ("kill", "stop", "term", "head", "api", "pool", "transfer", "late", "garbage")
 TRANSFERS = {"transfer": "flip:0.02,short:0.02", "late": "delay:0.05:3"}
 """What is done to transfers: bytes change or are missing; they come seconds after the receiver has given them up."""
 PULL_TIMEOUT_S = 2.0
 """For a run with "late": a transfer that is held up holds up those behind it, so it is given up early."""
-MOMENTS = ("any", "running", "staged", "idle")
-"""At once; while the victim has work in hand (any stage runs, where the victim is no role); while leases are held and
-tensors wait or travel; when nothing is under way."""
+MOMENTS = {"running": 5, "staged": 2, "any": 1, "idle": 1}
+"""How often a strike falls: while the victim has work in hand (any stage runs, where the victim is no role); while
+leases are held and tensors wait or travel; at once; when nothing is under way."""
 
 PROMPTS = (
     "a large red circle on the left of a blue background",
@@ -24,8 +23,13 @@ PROMPTS = (
     "a small blue circle on the right of a red background",
 )
 SEEDS = (1, 2)
-STEPS = (4, 30)
-"""Quick ones, and ones that run long enough to be struck while they do."""
+SHAPES = {(4, 64): 8, (30, 64): 3, (100, 64): 3, (4, 192): 1, (4, 320): 1}
+"""How often steps and pixels a side are asked for: quick ones, ones that run long enough to be struck while they do,
+and ones whose latents take up to all that the pool gives to one payload."""
+RANGES = {"num_inference_steps": [1, 1000], "height": [64, 512, 8], "width": [64, 512, 8]}
+"""What the model's card has to allow for that."""
+POOL_SIZE = "256KiB"
+"""So that payloads of several sizes meet in a pool that is nearly full: the largest takes half of it."""
 TWICE = 0.15
 """Share of strikes that come twice in a row: the second one as soon as the victim is back."""
 
@@ -36,9 +40,12 @@ class Picture(NamedTuple):
     prompt: str
     seed: int
     steps: int
+    side: int
+    """Height and width in pixels."""
 
 
-PICTURES = tuple(Picture(*choice) for choice in itertools.product(PROMPTS, SEEDS, STEPS))
+PICTURES = tuple(Picture(p, s, *shape) for p, s, shape in itertools.product(PROMPTS, SEEDS, SHAPES))
+_OFTEN = tuple(SHAPES[picture.steps, picture.side] for picture in PICTURES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +88,19 @@ def draw(
         duration_s: seconds of load.
         rate: requests a second, on average, at random moments.
         every_s: seconds between two strikes, on average.
-        faults: some of FAULTS; "transfer" and "late" are not struck but set on the backends, and draw nothing here.
+        faults: names; "transfer" and "late" are not struck but set on the backends, and draw nothing here.
         victims: fault to the names of the components that it may strike.
     """
     rng = random.Random(seed)
     offers = tuple(
-        Offer(number, at_s, rng.choice(PICTURES)) for number, at_s in enumerate(_moments(rng, duration_s, 1 / rate))
+        Offer(number, at_s, rng.choices(PICTURES, _OFTEN)[0])
+        for number, at_s in enumerate(_moments(rng, duration_s, 1 / rate))
     )
     struck = [fault for fault in faults if victims.get(fault)]
     # The last seconds are left for the last victims to come back under load.
     times = _moments(rng, duration_s - every_s, every_s) if struck else []
     strikes = [
-        Strike(at_s, fault, rng.choice(victims[fault]), rng.choice(MOMENTS), rng.random() < TWICE)
+        Strike(at_s, fault, rng.choice(victims[fault]), _moment(rng), rng.random() < TWICE)
         # Each fault comes in its turn, so that a short run has them all.
         for at_s, fault in zip(times, _in_turn(rng, struck, len(times)), strict=True)
     ]
@@ -107,6 +115,10 @@ def possible(faults: Sequence[str], engine: str) -> list[str]:
 def damage(faults: Sequence[str]) -> str:
     """What goes wrong with transfers, as `engines.transfer.Faults` reads it."""
     return ",".join(TRANSFERS[fault] for fault in faults if fault in TRANSFERS)
+
+
+def _moment(rng: random.Random) -> str:
+    return rng.choices(tuple(MOMENTS), tuple(MOMENTS.values()))[0]
 
 
 def _moments(rng: random.Random, duration_s: float, mean_s: float) -> list[float]:

@@ -1,0 +1,61 @@
+"""A wall clock of their own for the processes of a cluster, which can be set while they run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, Self
+
+_SOURCE: Final = Path(__file__).with_name("clock_step.c")
+_ENVIRONMENT: Final = "TRIPTYCH_CHAOS_CLOCK"
+
+
+class Clock:
+    """How far the wall clock of a cluster is ahead of that of this process.
+
+    A small library that is preloaded into the cluster's processes adds an offset to what `clock_gettime`,
+    `gettimeofday` and `time` say of the wall clock; monotonic clocks are left alone, as where somebody sets the clock
+    of a host.
+
+    Attributes:
+        offset_s: seconds ahead.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.offset_s = 0
+        self._library = folder / "clock_step.so"
+        self._file = folder / "clock_offset"
+        self.step(0)
+        command = ["cc", "-shared", "-fPIC", "-O2", "-o", str(self._library), str(_SOURCE), "-ldl"]
+        subprocess.run(command, check=True)  # noqa: S603 - our own command
+
+    @staticmethod
+    def impossible() -> str:
+        """Say why there can be none here, "" where it can."""
+        return "" if shutil.which("cc") else "there is no C compiler (install gcc)"
+
+    def step(self, seconds: int) -> None:
+        """Set the clock forward or back; seen at once."""
+        self.offset_s += seconds
+        with self._file.open("r+b" if self._file.exists() else "wb") as file:
+            file.write(struct.pack("=q", self.offset_s))
+
+    @contextmanager
+    def preloaded(self) -> Iterator[Self]:
+        """Have processes that are started in the block follow this clock."""
+        own = {"LD_PRELOAD": str(self._library), _ENVIRONMENT: str(self._file)}
+        before = {name: os.environ.get(name) for name in own}
+        os.environ.update(own)
+        try:
+            yield self
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value

@@ -1,0 +1,222 @@
+"""The faults, one entry each: whom it strikes, whether that ends processes, and how it is caused."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import zmq
+
+from actors import AddressBook, Topology
+from actors.cluster import Cluster
+from actors.system import ChildReport
+from tools.chaos.clock import Clock
+from tools.processes import children_of
+
+PAUSE_PAST_TIMEOUT_S: Final = 2.0
+"""By how much a pause of the whole system outlasts the timeout of heartbeats."""
+STALL_SHARE: Final = 0.5
+"""Length of a stall of one process, as a share of the timeout of heartbeats."""
+FULL_S: Final = 3.0
+BUSY_S: Final = 4.0
+BUSY_PROCESSES: Final = 4
+HOUR_S: Final = 3600
+SYSTEM: Final = "system"
+"""The victim of what strikes everything at once."""
+
+
+@dataclass(slots=True)
+class Scene:
+    """What a fault may work with."""
+
+    cluster: Cluster
+    book: AddressBook
+    rng: random.Random
+    clock: Clock | None
+    """None where the clock of the cluster cannot be set."""
+
+
+Inject = Callable[[Scene, ChildReport | None], Awaitable[None]]
+"""Causes a fault in a component, or in the whole system (None); returns when the cause is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A fault that can be caused at a moment of a run."""
+
+    victims: Callable[[Topology], list[str]]
+    """Names of the components that it may strike."""
+    inject: Inject
+    lethal: bool = False
+    """Whether the victim's process has to be replaced."""
+    impossible: Callable[[Path], str] = lambda _: ""
+    """Says why it cannot be caused on this machine with this state folder; "" where it can."""
+
+
+def _roles(topology: Topology) -> list[str]:
+    return [c.name for c in topology.components if c.kind not in ("pool", "head", "api")]
+
+
+def _kind(kind: str) -> Callable[[Topology], list[str]]:
+    return lambda topology: [c.name for c in topology.components if c.kind == kind]
+
+
+def _all(topology: Topology) -> list[str]:
+    return [c.name for c in topology.components]
+
+
+def _system(_: Topology) -> list[str]:
+    return [SYSTEM]
+
+
+def _send(number: signal.Signals) -> Inject:
+    async def inject(_: Scene, victim: ChildReport | None) -> None:
+        os.kill(_pid(victim), number)
+
+    return inject
+
+
+async def _stall(scene: Scene, victim: ChildReport | None) -> None:
+    """Stop a process for less than the timeout of heartbeats."""
+    with _stopped([_pid(victim)]):
+        await asyncio.sleep(STALL_SHARE * scene.cluster.topology.supervision.heartbeat_timeout_s)
+
+
+async def _pause(scene: Scene, _: ChildReport | None) -> None:
+    """Stop every process for longer than that, as a machine does that is suspended."""
+    supervisor = scene.cluster.process.pid
+    with _stopped([supervisor, *children_of(supervisor)]):
+        await asyncio.sleep(scene.cluster.topology.supervision.heartbeat_timeout_s + PAUSE_PAST_TIMEOUT_S)
+
+
+async def _step_clock(scene: Scene, _: ChildReport | None) -> None:
+    if scene.clock is not None:
+        scene.clock.step(scene.rng.choice((-HOUR_S, HOUR_S)))
+
+
+async def _fill(scene: Scene, _: ChildReport | None) -> None:
+    """Leave no space on the disk of the state folder for a while."""
+    ballast = scene.cluster.topology.state_dir / "ballast"
+    try:
+        await asyncio.to_thread(_take_space, ballast)
+        await asyncio.sleep(FULL_S)
+    finally:
+        ballast.unlink(missing_ok=True)
+
+
+async def _busy(_: Scene, __: ChildReport | None) -> None:
+    """Have other processes of the machine compute for a while."""
+    spin = f"import time\nend = time.monotonic() + {BUSY_S}\nwhile time.monotonic() < end: pass"
+    others = [await asyncio.create_subprocess_exec(sys.executable, "-c", spin) for _ in range(BUSY_PROCESSES)]
+    await asyncio.gather(*(other.wait() for other in others))
+
+
+async def _garbage(scene: Scene, victim: ChildReport | None) -> None:
+    """Send bytes that are no message to a mailbox and to the HTTP port."""
+    if victim is not None:
+        await asyncio.to_thread(_throw_garbage, scene, victim.name)
+
+
+FAULTS: Final[dict[str, Fault]] = {
+    "kill": Fault(_roles, _send(signal.SIGKILL), lethal=True),
+    "stop": Fault(_roles, _send(signal.SIGSTOP), lethal=True),
+    "term": Fault(_roles, _send(signal.SIGTERM), lethal=True),
+    "head": Fault(_kind("head"), _send(signal.SIGKILL), lethal=True),
+    "api": Fault(_kind("api"), _send(signal.SIGKILL), lethal=True),
+    "pool": Fault(_kind("pool"), _send(signal.SIGKILL), lethal=True),
+    "poolstop": Fault(_kind("pool"), _send(signal.SIGSTOP), lethal=True),
+    "stall": Fault(_all, _stall),
+    "pause": Fault(_system, _pause),
+    "clock": Fault(_system, _step_clock, impossible=lambda _: Clock.impossible()),
+    "full": Fault(_system, _fill, impossible=lambda state: _not_a_disk_of_its_own(state)),
+    "busy": Fault(_system, _busy),
+    "garbage": Fault(_all, _garbage),
+}
+"""By name. (What goes wrong with transfers is set on the backends, in `tools.chaos.plan`.)"""
+
+
+@contextmanager
+def small_disk(folder: Path, nbytes: int = 512 << 20) -> Iterator[None]:
+    """Put a file system of `nbytes` bytes at `folder` for the block, where this user may; else nothing."""
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", str(folder)]
+    mounted = os.geteuid() == 0 and _succeeds(mount)
+    try:
+        yield
+    finally:
+        if mounted:
+            _succeeds(["umount", "--lazy", str(folder)])
+
+
+def _succeeds(command: list[str]) -> bool:
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0  # noqa: S603 - our own command
+
+
+def _pid(victim: ChildReport | None) -> int:
+    if victim is None:
+        raise ValueError("this fault strikes one process")
+    return victim.pid
+
+
+@contextmanager
+def _stopped(pids: list[int]) -> Iterator[None]:
+    held = []
+    try:
+        for pid in pids:
+            held += [pid] if _signalled(pid, signal.SIGSTOP) else []
+        yield
+    finally:
+        for pid in held:
+            _signalled(pid, signal.SIGCONT)
+
+
+def _signalled(pid: int, number: signal.Signals) -> bool:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:  # another strike has ended it
+        return False
+    return True
+
+
+def _take_space(ballast: Path) -> None:
+    with ballast.open("wb", buffering=0) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(ballast.parent).free)
+            while file.write(bytes(4096)):
+                pass
+        except OSError:  # it is full, as it should be
+            return
+
+
+def _not_a_disk_of_its_own(state: Path) -> str:
+    return "" if state.is_mount() else "only root can put a small disk at the state folder"
+
+
+def _throw_garbage(scene: Scene, name: str) -> None:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.linger = 200
+        if keys := scene.book.keys:  # from within: from without nothing reaches a mailbox over tcp
+            dealer.curve_publickey, dealer.curve_secretkey, dealer.curve_serverkey = (
+                keys.public,
+                keys.secret,
+                keys.public,
+            )
+        dealer.connect(scene.book.address(name))
+        for _ in range(20):
+            dealer.send_multipart([scene.rng.randbytes(scene.rng.randrange(1, 200)) for _ in range(2)])
+    api = scene.cluster.topology.api
+    try:
+        with socket.create_connection((api.host, api.port), timeout=5) as raw:
+            raw.sendall(scene.rng.randbytes(300) + b"\r\n\r\n")
+    except OSError:  # the API may be down or stopped from another strike
+        return
