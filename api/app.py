@@ -23,6 +23,7 @@ from api.health import health, live, ready
 from api.models import get_model, list_models
 from api.openapi import openapi
 from api.requests import Requests
+from api.unsupported import INSTEAD, unsupported
 from api.uploads import UploadDesk
 from api.videos import OneVideo, Videos, video_content
 from roles.artifacts import ArtifactStore
@@ -31,6 +32,7 @@ from roles.uploads import UploadStore
 ROUTES = [
     Route("/v1/images/generations", Generations),
     Route("/v1/images/edits", Edits),
+    *(Route(path, unsupported(sentence), methods=["POST"]) for path, sentence in INSTEAD.items()),
     Route("/v1/images/{name}", artifact),
     Route("/v1/videos", Videos),
     Route("/v1/videos/{video_id}", OneVideo),

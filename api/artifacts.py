@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
+from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
-from api.errors import not_found
+from api.conditions import precondition, wanted_ranges
+from api.errors import ApiError, not_found
 from api.head import Head
 from bus import RemoteFailure
 from roles.artifacts import ArtifactError, ArtifactStore
@@ -26,18 +28,35 @@ async def artifact(request: Request) -> Response:
         except RemoteFailure as error:
             if error.code != "not_found":
                 raise
-            raise not_found(f"no such file: {name}") from None
+            raise not_found(f"there is no file {name}") from None
     return await send_file(request, name)
 
 
 async def send_file(request: Request, name: str) -> Response:
-    """Make the response that is an artifact; raises ApiError 404."""
+    """Make the response that is an artifact, a part of it, or 304; raises ApiError 404, 412, 416."""
     store: ArtifactStore = request.app.state.artifacts
     try:
         path = store.path(name)
-    except ArtifactError:
-        raise not_found(f"no such file: {name}") from None
-    if not await asyncio.to_thread(path.is_file):
-        raise not_found(f"no such file: {name}")
+        found = await asyncio.to_thread(path.stat)
+    except (ArtifactError, FileNotFoundError):
+        raise not_found(f"there is no file {name}") from None
     headers = {"Cache-Control": "private, max-age=31536000, immutable", "X-Content-Type-Options": "nosniff"}
-    return FileResponse(path, media_type=CONTENT_TYPES[path.suffix[1:]], headers=headers)
+    media_type = CONTENT_TYPES[path.suffix[1:]]
+    response = FileResponse(path, media_type=media_type, headers=headers, stat_result=found)
+    etag, modified = response.headers["etag"], response.headers["last-modified"]
+    match precondition(request.headers, etag, modified):
+        case 304:
+            return Response(status_code=304, headers={**headers, "ETag": etag, "Last-Modified": modified})
+        case 412:
+            raise ApiError(412, "the file is not the one of If-Match or If-Unmodified-Since", code="changed")
+    ranges = wanted_ranges(request.headers, etag, modified, found.st_size) if request.method == "GET" else ""
+    if ranges is None:
+        error = ApiError(416, f"the file has {found.st_size} bytes, and none of those asked for", code="no_such_range")
+        error.headers["Content-Range"] = f"bytes */{found.st_size}"
+        raise error
+    asked = MutableHeaders(scope=request.scope)  # which the response reads
+    if ranges:
+        asked["range"] = ranges
+    else:
+        del asked["range"]
+    return response

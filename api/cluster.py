@@ -28,6 +28,9 @@ LOOK_S = 1.0
 
 _PRIVATE = ("pid", "fd", "session", "base_address", "arena")
 
+GIVEN_UP = ("gave_up", "failed")
+"""States of a child that its supervisor does not start any more."""
+
 R = TypeVar("R", bound=Message)
 
 
@@ -51,6 +54,11 @@ class Cluster:
         """Ask for the head's word, and for the children that are not started any more."""
         head, children = await asyncio.gather(self._ask("head", ClusterQuery(), ClusterView), self._children())
         return judge(head, children.values())
+
+    async def given_up(self, name: str) -> str:
+        """Why a child is not started any more; "" while it is, or where that is not known."""
+        child = (await self._children()).get(name)
+        return child.reason or child.state if child and child.state in GIVEN_UP else ""
 
     async def observe(self) -> dict[str, Any]:
         """Look at everything, as plain data; takes at most about `LOOK_S`."""
@@ -111,7 +119,7 @@ def _shown(pool: PoolDescription) -> dict[str, Any]:
 
 def judge(head: ClusterView | None, children: Collection[ChildReport]) -> Readiness:
     """Judge by the head's word and by what was given up: the rest serves on, but only a person brings that back."""
-    gave_up = [f"{child.name}: {child.reason}" for child in children if child.state in ("gave_up", "failed")]
+    gave_up = [f"{child.name}: {child.reason}" for child in children if child.state in GIVEN_UP]
     delayed = [f"{child.name} cannot start yet: {child.reason}" for child in children if child.state == "delayed"]
     reasons = [*(head.reasons if head else ["the head does not answer"]), *gave_up, *delayed]
     return Readiness(head is not None and head.ready and not gave_up, reasons, gave_up)

@@ -18,6 +18,9 @@ log = structlog.stdlib.get_logger("api")
 CLIENT_CLOSED_REQUEST = 499
 """Nobody reads this answer; the access log does. nginx's number for it."""
 
+HEAD_UNREACHABLE = "head_unreachable"
+_LONG_S = 60.0
+"""To wait for a person."""
 RETRY_S = 1.0
 """After which a client may try again, where nothing better is known."""
 _RETRYABLE = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
@@ -70,9 +73,11 @@ def from_bus(error: BusError) -> ApiError:
             return ApiError(413, "the request is too long for a message to the head", code="too_long")
         case AskTimeout() | Unreachable():
             message = "the head does not answer: it may be restarting, try again"
-            return ApiError(503, message, code="head_unreachable")
+            return ApiError(503, message, code=HEAD_UNREACHABLE)
         case RemoteFailure(code="not_found"):
             return not_found(error.detail)
+        case RemoteFailure(code="unavailable"):
+            return ApiError(503, error.detail, code="unavailable")
         case RemoteFailure(code="stopping" | "deadline_exceeded" | "stale_generation"):
             message = f"the head did not take the message ({error.code}): try again"
             return ApiError(503, message, code="unavailable")
@@ -130,6 +135,9 @@ async def _on_expected(request: Request, error: Exception) -> JSONResponse:
             return respond(from_http(error, request.method, request.url.path))
         case BusError():
             mapped = from_bus(error)
+            if mapped.code == HEAD_UNREACHABLE and (reason := await request.app.state.cluster.given_up("head")):
+                message = f"the head is not started any more ({reason}): the server has to be restarted"
+                mapped = ApiError(503, message, code=HEAD_UNREACHABLE, retry_after_s=_LONG_S)
             if mapped.status != HTTPStatus.NOT_FOUND:
                 log.warning("bus error", error=repr(error), status=mapped.status)
             return respond(mapped)

@@ -81,7 +81,7 @@ def parse(fields: Fields, kind: type[R]) -> tuple[R, dict[str, PipelineInput]]:
     try:
         wanted = msgspec.convert(given, kind, strict=not fields.texts)
     except msgspec.ValidationError as error:
-        raise _misfit(error, kind) from None
+        raise misfit(error, kind) from None
     inputs: dict[str, PipelineInput] = {name: value for name in _INPUTS if (value := getattr(wanted, name)) is not None}
     for name, value in body.items():
         if name in NEUTRAL and name not in fields.taken:
@@ -97,8 +97,8 @@ def parse(fields: Fields, kind: type[R]) -> tuple[R, dict[str, PipelineInput]]:
     return wanted, inputs
 
 
-def _misfit(error: msgspec.ValidationError, kind: type[MediaRequest]) -> ApiError:
-    """Say what the field that msgspec points at should be."""
+def misfit(error: msgspec.ValidationError, kind: type[msgspec.Struct]) -> ApiError:
+    """Make a 422 that says what the field that msgspec points at should be."""
     if missing := _MISSING.search(str(error)):
         return refused(missing["name"], "is required")
     at = _FIELD.search(str(error))

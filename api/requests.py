@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import msgspec
 from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 
 from api.encoding import JSONResponse, plain
+from api.errors import not_found
 from api.head import Head
 from api.links import artifact_url
-from roles.messages.requests import CancelRequest, QueryRequest, RequestView
+from roles.messages.requests import CancelRequest, DeleteRequest, QueryRequest, RequestDeleted, RequestView
 from roles.messages.work import Input, Numbers, Pictures
 
 
@@ -37,6 +39,21 @@ def shown(value: Input) -> object:
             return value
 
 
+class Deleted(msgspec.Struct):
+    """What is left of a request or a video."""
+
+    id: str
+    object: str
+    """What it was, and `.deleted`."""
+    deleted: bool = True
+
+
+async def delete(request: Request, request_id: str) -> bool:
+    """Have the head remove a request with its prompt and its files; returns whether there was one."""
+    head: Head = request.app.state.head
+    return (await head.ask(DeleteRequest(request_id, request.state.owner), RequestDeleted)).existed
+
+
 class Requests(HTTPEndpoint):
     """One request: its state and its history."""
 
@@ -47,7 +64,13 @@ class Requests(HTTPEndpoint):
         return JSONResponse(request_object(request, view))
 
     async def delete(self, request: Request) -> JSONResponse:
-        """Cancel it; one that is terminal stays as it is."""
+        """Cancel one that is active; remove one that has ended, with its prompt and its files."""
         head: Head = request.app.state.head
-        view = await head.ask(CancelRequest(request.path_params["request_id"], owner=request.state.owner), RequestView)
-        return JSONResponse(request_object(request, view))
+        id_, owner = request.path_params["request_id"], request.state.owner
+        view = await head.ask(QueryRequest(id_, owner), RequestView)
+        if not view.terminal:
+            view = await head.ask(CancelRequest(id_, owner=owner), RequestView)
+            return JSONResponse(request_object(request, view))
+        if not await delete(request, id_):
+            raise not_found(f"there is no request {id_}")
+        return JSONResponse(Deleted(id_, "request.deleted"))

@@ -14,17 +14,20 @@ from starlette.responses import Response
 from api.artifacts import send_file
 from api.encoding import JSONResponse
 from api.errors import ApiError, not_found, refused
-from api.fields import MediaRequest, own_fields, parse
+from api.fields import MediaRequest, misfit, own_fields, parse
 from api.forms import read_fields
 from api.head import Head
 from api.names import Names
+from api.requests import Deleted, delete
 from api.submission import check_model, failed, submit, why
+from bus import RemoteFailure
 from roles.messages.requests import (
     RATES,
-    CancelRequest,
     DescribeModel,
+    ListRequests,
     ModelDescription,
     QueryRequest,
+    RequestList,
     RequestView,
     UnitView,
 )
@@ -33,14 +36,15 @@ from roles.messages.work import Input, Output
 MAX_SECONDS = 3600.0
 FORMAT = "mp4"
 
-Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+Status = Literal["queued", "in_progress", "completed", "failed"]
+"""OpenAI's words; one that was cancelled has failed, and its error says so."""
 
 _QUEUED = ("PENDING", "ENCODER_WAITING")
 _ENDS: dict[str, Status] = {
     "DONE": "completed",
     "FAILED": "failed",
     "TIMED_OUT": "failed",
-    "CANCELLED": "cancelled",
+    "CANCELLED": "failed",
 }
 _AFTER_STEPS = ("DENOISING_DONE", "DECODER_WAITING", "DECODER_RUNNING")
 
@@ -78,8 +82,58 @@ class Video(msgspec.Struct):
     object: Literal["video"] = "video"
 
 
+class VideoList(msgspec.Struct):
+    """OpenAI's list of videos."""
+
+    data: list[Video]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+    object: Literal["list"] = "list"
+
+
+class ListQuery(msgspec.Struct, frozen=True):
+    """What a list may be asked for."""
+
+    after: str = ""
+    limit: Annotated[int, Meta(ge=1, le=100)] = 20
+    order: Literal["asc", "desc"] = "desc"
+
+
 class Videos(HTTPEndpoint):
-    """Begin videos."""
+    """Begin videos, and list them."""
+
+    async def get(self, request: Request) -> JSONResponse:
+        """List what the head knows, the newest first unless asked otherwise."""
+        head: Head = request.app.state.head
+        try:
+            query = msgspec.convert(dict(request.query_params), ListQuery, strict=False)
+        except msgspec.ValidationError as error:
+            raise misfit(error, ListQuery) from None
+        owner, newest_first = request.state.owner, query.order == "desc"
+        description = await head.ask(DescribeModel(), ModelDescription)
+        try:
+            message = ListRequests(owner, query.after, query.limit, newest_first)
+            found = await head.ask(message, RequestList)
+        except RemoteFailure as error:
+            if error.code != "not_found":
+                raise
+            raise not_found(f"there is no video {query.after}", param="after") from None
+        views = (
+            []
+            if description.medium != "video"
+            else await asyncio.gather(
+                *(head.ask(QueryRequest(id_, owner), RequestView) for id_ in found.request_ids), return_exceptions=True
+            )
+        )
+        videos = []
+        for view in views:
+            if isinstance(view, RequestView):
+                videos.append(video(view, description))
+            elif not (isinstance(view, RemoteFailure) and view.code == "not_found"):  # deleted meanwhile
+                raise view
+        first_id, last_id = (videos[0].id, videos[-1].id) if videos else (None, None)
+        return JSONResponse(VideoList(videos, first_id, last_id, found.has_more and bool(videos)))
 
     async def post(self, request: Request) -> JSONResponse:
         """Submit, and answer at once with the job."""
@@ -104,11 +158,11 @@ class OneVideo(HTTPEndpoint):
         return answer(*await find(request))
 
     async def delete(self, request: Request) -> JSONResponse:
-        """Cancel it; one that has come to its end stays as it is."""
-        view, description = await find(request)
-        head: Head = request.app.state.head
-        cancel = CancelRequest(view.request_id, owner=request.state.owner)
-        return answer(await head.ask(cancel, RequestView), description)
+        """Remove it, with its prompt and its file; one that is active is cancelled first."""
+        view, _ = await find(request)
+        if not await delete(request, view.request_id):
+            raise not_found(f"there is no video {view.request_id}")
+        return JSONResponse(Deleted(view.request_id, "video.deleted"))
 
 
 async def video_content(request: Request) -> Response:

@@ -169,6 +169,16 @@ class Head(Actor):
         self.settle()
         return request.view()
 
+    async def list_requests(self, message: requests.ListRequests) -> requests.RequestList:
+        """Name the requests of an owner."""
+        mine = [r for r in self.ledger.requests.values() if message.owner in ("", r.owner)]
+        mine.sort(key=lambda request: (request.created_at, request.id), reverse=message.newest_first)
+        ids = [request.id for request in mine]
+        if message.after and message.after not in ids:
+            raise Refused("not_found", f"there is no request {message.after}")
+        rest = ids[ids.index(message.after) + 1 :] if message.after else ids
+        return requests.RequestList(tuple(rest[: message.limit]), len(rest) > message.limit)
+
     async def delete(self, message: requests.DeleteRequest) -> Later[requests.RequestDeleted]:
         """Remove a request for good."""
         return Later(self._delete(message))

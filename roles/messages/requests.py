@@ -73,6 +73,24 @@ class CancelRequest(Message):
     """As in QueryRequest."""
 
 
+class ListRequests(Message):
+    """Asks for the RequestList of those that the head knows; refused with `not_found` when `after` is none of them."""
+
+    owner: str = ""
+    """As in QueryRequest."""
+    after: str = ""
+    """The id that the list goes on after; "" from the start."""
+    limit: int = 20
+    newest_first: bool = True
+
+
+class RequestList(Message):
+    """Ids in the order that was asked for; each can be queried."""
+
+    request_ids: tuple[str, ...]
+    has_more: bool
+
+
 class DeleteRequest(Message):
     """Remove a request for good: its rows, its prompt, its artifacts, the uploads that no other needs.
 

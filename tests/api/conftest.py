@@ -34,6 +34,8 @@ MESSAGES = (
     wire.WaitRequest,
     wire.QueryRequest,
     wire.CancelRequest,
+    wire.DeleteRequest,
+    wire.ListRequests,
     wire.DescribeModel,
     wire.ClusterQuery,
 )
@@ -146,6 +148,15 @@ class SmallHead:
                 delivery.reply(self.description)
             case wire.ClusterQuery():
                 delivery.reply(self._cluster())
+            case wire.ListRequests() as message:
+                self._list(delivery, message)
+            case wire.DeleteRequest() as message:
+                self._delete(delivery, message)
+            case message:
+                await self._tell(delivery, message)
+
+    async def _tell(self, delivery: Delivery, message) -> None:
+        match message:
             case message if not self._finds(message):
                 delivery.fail("not_found", f"no such request: {message.request_id}")
             case wire.WaitRequest(request_id, timeout_s):
@@ -158,6 +169,21 @@ class SmallHead:
                 if not self.journal[request_id].ended.is_set():
                     self.finish(request_id, "CANCELLED")
                 delivery.reply(self.view(request_id))
+
+    def _delete(self, delivery: Delivery, message: wire.DeleteRequest) -> None:
+        existed = self._finds(message)
+        if existed:
+            del self.journal[message.request_id]
+        delivery.reply(wire.RequestDeleted(existed))
+
+    def _list(self, delivery: Delivery, message: wire.ListRequests) -> None:
+        ids = [id_ for id_, accepted in self.journal.items() if message.owner in ("", accepted.submit.owner)]
+        ids = ids[::-1] if message.newest_first else ids
+        if message.after and message.after not in ids:
+            delivery.fail("not_found", f"there is no request {message.after}")
+            return
+        rest = ids[ids.index(message.after) + 1 :] if message.after else ids
+        delivery.reply(wire.RequestList(tuple(rest[: message.limit]), len(rest) > message.limit))
 
     def _finds(self, message) -> bool:
         accepted = self.journal.get(message.request_id)

@@ -8,6 +8,7 @@ import httpx
 import msgspec
 import pytest
 
+from actors import AddressBook
 from actors.api_keys import ApiKeys
 from actors.sections import ApiSection
 from api.app import make_app
@@ -29,10 +30,15 @@ async def client_of(topology, outbox, uploads, small_head):
     clients = []
 
     def make(key: str = "", *, keys: dict[str, str] | None = None, **api: object) -> httpx.AsyncClient:
-        head = Head(outbox.reference("head", small_head.address), patience_s=1.0)
+        book = AddressBook(topology)
+
+        def reference(name: str):
+            return outbox.reference(name, book.address(name))
+
+        head = Head(reference("head"), patience_s=1.0)
         changed = msgspec.structs.replace(topology, api=msgspec.structs.replace(topology.api, **api))
         app = make_app(
-            changed, head, Cluster(changed, None, None), uploads, asyncio.Event(), ApiKeys(keys) if keys else None
+            changed, head, Cluster(changed, book, reference), uploads, asyncio.Event(), ApiKeys(keys) if keys else None
         )
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         client = httpx.AsyncClient(

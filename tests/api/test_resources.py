@@ -57,6 +57,28 @@ async def test_a_request_tells_its_life(client, small_head):
     assert "immutable" in picture.headers["cache-control"]
 
 
+async def test_delete_removes_what_has_ended(client, small_head):
+    made = (await client.post(URL, json={"prompt": "x"})).json()
+    gone = {"id": made["id"], "object": "request.deleted", "deleted": True}
+    assert (await client.delete(f"/v1/requests/{made['id']}")).json() == gone
+    assert (await client.delete(f"/v1/requests/{made['id']}")).status_code == 404
+
+
+async def test_a_head_that_was_given_up_is_called_that(client, topology):
+    gave_up = ChildReport("head", "head", 0, 9, "gave_up", 5, "5 restarts within 30 s", 1.0)
+    async with supervisor(topology, gave_up):
+        answer = await client.get("/v1/models")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "head_unreachable")
+    assert "not started any more (5 restarts within 30 s)" in answer.json()["error"]["message"]
+
+
+async def test_a_request_that_is_not_there_is_no_warning(client, small_head, monkeypatch):
+    lines = []
+    monkeypatch.setattr("api.errors.log.warning", lambda event, **_: lines.append(event))
+    assert (await client.get("/v1/requests/nothing")).status_code == 404
+    assert not lines
+
+
 async def test_delete_cancels(client, small_head):
     small_head.hold = True
     waiting = asyncio.create_task(client.post(URL, json={"prompt": "x"}))
@@ -85,8 +107,9 @@ async def test_a_picture_is_served_under_its_exact_name_alone(client, small_head
 async def test_the_openapi_document_names_every_path(client, app):
     document = (await client.get("/openapi.json")).json()
     from api.app import ROUTES
+    from api.unsupported import INSTEAD
 
-    routed = {route.path.replace(":path", "") for route in ROUTES} - {"/openapi.json"}
+    routed = {route.path.replace(":path", "") for route in ROUTES} - {"/openapi.json", *INSTEAD}
     assert set(document["paths"]) == routed
     assert document["components"]["schemas"]["ImageRequest"]["required"] == ["prompt"]
     assert document["components"]["schemas"]["VideoRequest"]["required"] == ["prompt"]
@@ -244,3 +267,59 @@ async def test_a_player_may_ask_for_a_part_of_a_file(client, small_head, store, 
     part = await client.get(f"/v1/images/{saved.name}", headers={"Range": "bytes=90-"})
     assert (part.status_code, part.content) == (206, bytes(range(90, 100)))
     assert (await client.get(f"/v1/images/{saved.name}", headers={"Range": "bytes=100-"})).status_code == 416
+
+
+async def test_a_file_is_sent_again_only_if_it_is_another(client, small_head, store):
+    saved = store.save("req_1/0", "png", bytes(range(100)))
+    url = f"/v1/images/{saved.name}"
+    whole = await client.get(url)
+    etag, modified = whole.headers["etag"], whole.headers["last-modified"]
+    for headers, status in (
+        ({"If-None-Match": etag}, 304),
+        ({"If-None-Match": f'"other", W/{etag}'}, 304),
+        ({"If-None-Match": '"other"', "If-Modified-Since": modified}, 200),
+        ({"If-Modified-Since": modified}, 304),
+        ({"If-Modified-Since": "Mon, 01 Jan 2001 00:00:00 GMT"}, 200),
+        ({"If-Modified-Since": "yesterday"}, 200),
+        ({"If-Match": '"other"'}, 412),
+        ({"If-Match": f"{etag}"}, 200),
+        ({"If-Match": "*"}, 200),
+        ({"If-Unmodified-Since": "Mon, 01 Jan 2001 00:00:00 GMT"}, 412),
+        ({"If-Unmodified-Since": modified}, 200),
+    ):
+        for method in ("GET", "HEAD"):
+            answer = await client.request(method, url, headers=headers)
+            assert answer.status_code == status, (method, headers)
+            assert status != 304 or (answer.content, answer.headers["etag"]) == (b"", etag)
+    assert (await client.get(url, headers={"If-Match": '"other"'})).json()["error"]["code"] == "changed"
+
+
+@pytest.mark.parametrize(
+    ("header", "status", "content"),
+    [
+        ("bytes=0-9", 206, bytes(range(10))),
+        ("Bytes = -5", 206, bytes(range(95, 100))),
+        ("bytes=90-1000", 206, bytes(range(90, 100))),
+        ("bytes=200-300, 7-7", 206, bytes([7])),
+        ("lines=0-1", 200, bytes(range(100))),
+        ("bytes=5-2", 200, bytes(range(100))),
+        ("bytes=a-b", 200, bytes(range(100))),
+        ("bytes=", 200, bytes(range(100))),
+        ("bytes=-", 200, bytes(range(100))),
+        ("bytes=100-", 416, None),
+        ("bytes=-0", 416, None),
+    ],
+)
+async def test_ranges_are_those_of_the_standard(client, small_head, store, header, status, content):
+    saved = store.save("req_1/0", "mp4", bytes(range(100)))
+    answer = await client.get(f"/v1/images/{saved.name}", headers={"Range": header})
+    assert answer.status_code == status
+    if status == 416:
+        assert answer.headers["content-range"] == "bytes */100"
+        assert answer.json()["error"]["code"] == "no_such_range"
+    else:
+        assert answer.content == content
+    head = await client.head(f"/v1/images/{saved.name}", headers={"Range": header})
+    assert head.status_code == 200, "a Range is one of GET"
+    other = await client.get(f"/v1/images/{saved.name}", headers={"Range": header, "If-Range": '"other"'})
+    assert (other.status_code, len(other.content)) == (200, 100)

@@ -89,7 +89,7 @@ async def test_how_far_it_is(client, small_head, state, status, progress):
     assert (shown["status"], shown["progress"]) == (status, progress)
 
 
-@pytest.mark.parametrize(("state", "word"), [("FAILED", "failed"), ("TIMED_OUT", "failed"), ("CANCELLED", "cancelled")])
+@pytest.mark.parametrize(("state", "word"), [("FAILED", "failed"), ("TIMED_OUT", "failed"), ("CANCELLED", "failed")])
 async def test_one_that_ends_without_a_file_says_why(client, small_head, state, word):
     small_head.hold = True
     job = (await client.post(URL, json={"prompt": "x"})).json()
@@ -101,11 +101,47 @@ async def test_one_that_ends_without_a_file_says_why(client, small_head, state, 
     refused(await client.get(f"{URL}/{job['id']}/content"), 409, None, word)
 
 
-async def test_delete_cancels(client, small_head):
-    small_head.hold = True
+@pytest.mark.parametrize("hold", [True, False])
+async def test_delete_removes_it_also_while_it_runs(client, small_head, hold):
+    small_head.hold = hold
     job = (await client.post(URL, json={"prompt": "x"})).json()
-    assert (await client.delete(f"{URL}/{job['id']}")).json()["status"] == "cancelled"
-    await small_head.received(wire.CancelRequest)
+    gone = {"id": job["id"], "object": "video.deleted", "deleted": True}
+    assert (await client.delete(f"{URL}/{job['id']}")).json() == gone
+    await small_head.received(wire.DeleteRequest)
+    for method, path in (("DELETE", ""), ("GET", ""), ("GET", "/content")):
+        refused(await client.request(method, f"{URL}/{job['id']}{path}"), 404, None)
+
+
+async def test_videos_are_listed_page_by_page(client, small_head):
+    ids = [(await client.post(URL, json={"prompt": f"{k}"})).json()["id"] for k in range(3)]
+    assert (await client.get(URL)).json()["has_more"] is False
+    page = (await client.get(URL, params={"limit": 2})).json()
+    assert [video["id"] for video in page["data"]] == ids[:0:-1]
+    assert (page["object"], page["first_id"], page["last_id"], page["has_more"]) == ("list", ids[2], ids[1], True)
+    last = (await client.get(URL, params={"limit": 2, "after": ids[1]})).json()
+    assert ([video["id"] for video in last["data"]], last["has_more"]) == ([ids[0]], False)
+    assert [video["id"] for video in (await client.get(URL, params={"order": "asc"})).json()["data"]] == ids
+    empty = (await client.get(URL, params={"after": ids[0]})).json()
+    assert (empty["data"], empty["first_id"], empty["last_id"]) == ([], None, None)
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "param", "words"),
+    [
+        ({"limit": 0}, 422, "limit", "limit must be a whole number from 1 to 100"),
+        ({"limit": "all"}, 422, "limit", "a whole number"),
+        ({"order": "up"}, 422, "order", "order must be one of asc, desc"),
+        ({"after": "nothing"}, 404, "after", "no video nothing"),
+    ],
+)
+async def test_a_list_names_what_is_wrong_with_its_query(client, small_head, query, status, param, words):
+    refused(await client.get(URL, params=query), status, param, words)
+
+
+async def test_what_openai_has_and_this_has_not_says_what_to_do(client, small_head):
+    job = (await client.post(URL, json={"prompt": "x"})).json()
+    refused(await client.post(f"{URL}/{job['id']}/remix", json={"prompt": "y"}), 404, None, "POST /v1/videos")
+    refused(await client.post("/v1/images/variations", json={}), 404, None, "POST /v1/images/edits")
 
 
 async def test_a_form_with_a_first_and_a_last_frame(client, small_head, uploads):

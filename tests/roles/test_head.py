@@ -585,6 +585,29 @@ def test_a_request_is_found_by_its_owner_alone_also_after_a_restart(topology: Ca
     play(scenario())
 
 
+def test_requests_are_listed_by_owner_and_page(topology: Callable[..., Topology]) -> None:
+    async def scenario() -> None:
+        async with playing(topology()) as stage:
+            for id_, owner in (("a", "alice"), ("b", "bob"), ("c", "alice"), ("d", "alice")):
+                await stage.submit(id_, owner=owner)
+
+            async def listed(owner: str = "alice", **query: Any) -> tuple[tuple[str, ...], bool]:
+                message = requests.ListRequests(owner, **query)
+                found = await stage.head.ask(message, requests.RequestList, timeout_s=BOUND_S)
+                return found.request_ids, found.has_more
+
+            assert await listed() == (("d", "c", "a"), False)
+            assert await listed("") == (("d", "c", "b", "a"), False)
+            assert await listed("carol") == ((), False)
+            assert await listed(limit=2) == (("d", "c"), True)
+            assert await listed(after="c") == (("a",), False)
+            assert await listed(after="a", newest_first=False) == (("c", "d"), False)
+            with pytest.raises(RemoteFailure, match="there is no request b"):
+                await listed(after="b")
+
+    play(scenario())
+
+
 def test_an_adapter_that_is_not_there_is_refused_with_those_that_are(topology: Callable[..., Topology]) -> None:
     async def scenario() -> None:
         loras = "".join(f'[[model.lora]]\nname = "{name}"\npath = "x"\n' for name in ("ink", "clay"))
