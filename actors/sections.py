@@ -187,6 +187,24 @@ class StateSection(Section, frozen=True):
     path: str = ""
     """Folder for the journal, the artifacts and the generations, relative to the topology file; "" = under
     `$XDG_STATE_HOME`. The environment's `TRIPTYCH_STATE_DIR` goes before it."""
+    keep_requests_s: Seconds = 86_400.0
+    """Seconds for which an ended request can be asked about, and its Idempotency-Key counts."""
+    max_requests: Count = 100_000
+    """Ended requests that are kept; the oldest go first."""
+    max_requests_size: str = "1GiB"
+    """Size of the journal beyond which the oldest ended requests go, with a unit."""
+    keep_artifacts_s: Seconds = 604_800.0
+    """Seconds for which pictures and videos are kept."""
+    max_artifacts: Count = 100_000
+    """Pictures and videos that are kept; the oldest go first, but none of a request that is still to be answered."""
+    max_artifacts_size: str = "32GiB"
+    """Bytes of pictures and videos that are kept, with a unit."""
+    keep_uploads_s: Seconds = 3600.0
+    """Seconds for which pictures that clients sent are kept beyond `[head] request_timeout_s`."""
+    max_uploads: Count = 100_000
+    """Pictures of clients that are kept. Where those that a request may still need are as many, more are refused."""
+    max_uploads_size: str = "16GiB"
+    """Bytes of pictures of clients that are kept, with a unit."""
 
 
 class RoleSection(Section, frozen=True):

@@ -24,6 +24,7 @@ def check_sections(file: str, sections: Sections) -> None:
     _check_network(file, sections)
     _check_size(file, sections)
     _check_cache(file, sections)
+    _check_state(file, sections)
     _check_kinds(file, sections)
     _check_names(file, sections)
     _check_loras(file, sections)
@@ -98,6 +99,16 @@ def _check_size(file: str, sections: Sections) -> None:
     if nbytes < LEAST_POOL_BYTES:
         problem = f'= "{size}" is less than {LEAST_POOL_BYTES} bytes'
         raise TopologyError(file, "[transfer] pool_size", problem, 'make it larger, as in "256MiB"')
+
+
+def _check_state(file: str, sections: Sections) -> None:
+    for key in ("max_requests_size", "max_artifacts_size", "max_uploads_size"):
+        size = getattr(sections.state, key)
+        try:
+            parse_size(size)
+        except ValueError:
+            fix = 'write it as in "512MiB" or "32GiB"'
+            raise TopologyError(file, f"[state] {key}", f'= "{size}" is not a size', fix) from None
 
 
 def _check_cache(file: str, sections: Sections) -> None:

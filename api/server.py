@@ -15,17 +15,21 @@ import uvicorn
 
 from actors import Actor, Component, StartDelayed, StartFailure, Topology
 from actors.api_keys import ApiKeys, ApiKeysError, read_keys
+from actors.sections import parse_size
 from api.app import make_app
 from api.cluster import Cluster
 from api.connections import Bounds, Connection, most_connections, raise_file_limit
 from api.head import RETRY_S, Head
 from bus import BusError
 from roles.messages.requests import ClusterQuery, ClusterView
-from roles.uploads import KEEP_S, UPLOADS, UploadStore
+from roles.retention import StoreBounds
+from roles.uploads import UPLOADS, UploadStore
 
 HELLO_S = 2.0
 """One question to a head that may not be there yet."""
 PRUNE_EVERY_S = 600.0
+SUBMITTED_S = 60.0
+"""From the keeping of a picture to the acceptance of its request."""
 PATIENCE = 0.7
 LAST_WORDS = 0.2
 """Shares of `shutdown_s`: for requests to finish, and for telling the others that they did not."""
@@ -53,7 +57,7 @@ class ApiServer(Actor):
         self._bounds.most = self._most_connections()
         listener = listen(self.topology.api.host, self.topology.api.port)
         observer = Cluster(self.topology, self.book, self.reference)
-        uploads = UploadStore(self.topology.state_dir / UPLOADS)
+        uploads = self._upload_store()
         app = make_app(self.topology, head, observer, uploads, self._stopping, keys)
         self._server = Server(
             uvicorn.Config(
@@ -101,12 +105,18 @@ class ApiServer(Actor):
             self.log.warning("fewer connections than max_connections", most=most, open_files=files)
         return most
 
+    def _upload_store(self) -> UploadStore:
+        state = self.topology.state
+        # A request comes right after its pictures, and is at its end when its time is over.
+        needed_s = self.topology.head.request_timeout_s + SUBMITTED_S
+        bounds = StoreBounds(needed_s + state.keep_uploads_s, state.max_uploads, parse_size(state.max_uploads_size))
+        return UploadStore(self.topology.state_dir / UPLOADS, bounds, needed_s=needed_s)
+
     async def _prune(self, uploads: UploadStore) -> None:
         """Remove uploads that no request can need any more, for ever."""
-        keep_s = KEEP_S + self.topology.head.request_timeout_s
         while True:
             try:
-                gone = await asyncio.to_thread(uploads.prune, now=time.time(), max_age_s=keep_s)
+                gone = await asyncio.to_thread(uploads.prune, now=time.time())
             except OSError as error:  # what is left is tried again the next time
                 self.log.warning("uploads not pruned", error=str(error))
             else:

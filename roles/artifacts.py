@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Final
 
 from roles.files import Entry, list_entries, write_whole
 from roles.formats import CONTENT_TYPES
 from roles.messages.work import Artifact
+from roles.retention import StoreBounds, surplus
 
 ARTIFACTS: Final = "artifacts"
 """Folder of the artifact store, under the state folder."""
@@ -40,14 +42,6 @@ def artifact_name(unit_id: str, output_format: str) -> str:
     if output_format not in CONTENT_TYPES:
         raise ArtifactError(f"output format {output_format!r} is none of {', '.join(CONTENT_TYPES)}")
     return f"{unit_id.replace('/', '_')}.{output_format}"
-
-
-def surplus(entries: list[Entry], *, now: float, max_age_s: float, max_count: int) -> list[str]:
-    """Names to remove so that at most the newest `max_count` are left, none older than `max_age_s`."""
-    newest_first = sorted(entries, key=lambda e: (e.modified_at, e.name), reverse=True)
-    kept = [e for e in newest_first if now - e.modified_at <= max_age_s][: max(max_count, 0)]
-    names = {e.name for e in kept}
-    return sorted(e.name for e in entries if e.name not in names)
 
 
 class ArtifactStore:
@@ -103,11 +97,28 @@ class ArtifactStore:
         for output_format in CONTENT_TYPES:
             (self.folder / artifact_name(unit_id, output_format)).unlink(missing_ok=True)
 
-    def prune(self, *, now: float, max_age_s: float, max_count: int) -> int:
-        """Remove what `surplus` names, and half-written files that a dead process left; returns how many."""
+    def prune(self, bounds: StoreBounds, *, now: float, needed: Container[str]) -> int:
+        """Remove what passes the bounds, and half-written files that a dead process left.
+
+        Args:
+            bounds: Of the store.
+            now: Unix seconds, from before `needed` was made.
+            needed: Ids of requests whose artifacts stay. Those written after `now` stay as well.
+
+        Returns:
+            How many files were removed.
+
+        Raises:
+            OSError: when the folder cannot be read or written.
+
+        """
+
+        def stays(entry: Entry) -> bool:
+            return entry.modified_at > now or entry.name.rpartition("_")[0] in needed
+
         present = list_entries(self.folder)
         finished = [e for e in present if _NAME.fullmatch(e.name)]
-        doomed = surplus(finished, now=now, max_age_s=max_age_s, max_count=max_count)
+        doomed = surplus(finished, bounds, now=now, needed=stays)
         doomed += [e.name for e in present if e.abandoned(now)]
         for name in doomed:
             (self.folder / name).unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from actors import Actor
+from actors.errors import UnknownName
 from actors.system import Shutdown, ShuttingDown
 from bus import AskTimeout, BusError, MailboxFull, Message, MessageTooLong, RemoteFailure, Unreachable
 from engines.panels import Panel
@@ -165,6 +166,8 @@ class Errands:
     def _cancel(self, instance: str, work: Work, reason: str) -> None:
         try:
             self._head.reference(instance).tell(stages.StageCancel(work, reason))
+        except UnknownName:  # an earlier topology's: its process has ended
+            self._head.log.info("nobody to cancel it", instance=instance, work=str(work))
         except MailboxFull:
             # Its result will be stale and changes nothing; only the instance's time is lost.
             self._head.log.warning("cancel not delivered", instance=instance, work=str(work))
@@ -176,8 +179,9 @@ class Errands:
             message = pools.ReleaseSlots(tuple(lease for lease in leases if lease.pool == pool))
             try:
                 await self._head.reference(pool).ask(message, pools.SlotsReleased, timeout_s=ANSWER_S)
-            except BusError as error:
-                # A pool that died has no leases any more; one that was slow is looked through again by `reclaim`.
+            except (BusError, UnknownName) as error:
+                # A pool that died, or is of an earlier topology, has no leases any more; one that was slow is looked
+                # through again by `reclaim`.
                 self._head.log.info("release put off", pool=pool, error=str(error))
 
     async def reclaim(self) -> None:

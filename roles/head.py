@@ -11,12 +11,14 @@ import re
 import secrets
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeAlias, cast
 
 import msgspec
 from msgspec.structs import replace
 
 from actors import Actor, Component, Later, StartDelayed, StartFailure, Topology
+from actors.sections import parse_size
 from actors.system import Reloading, ReloadModel
 from bus import Refused
 from engines.card import CardError, ModelCard, load_card
@@ -30,13 +32,14 @@ from roles.dispatch import POLICIES
 from roles.errands import Errands
 from roles.fleet import Fleet
 from roles.formats import settle_output
-from roles.journal import Journal, JournalError
+from roles.journal import Journal, JournalError, prune
 from roles.ledger import Ledger
 from roles.messages import pool as pools
 from roles.messages import requests, stages
 from roles.messages.work import Input, Output, Pictures, Upload, Work
 from roles.prompt_cache import PromptCache
 from roles.request import IllegalTransitionError, Request, Unit
+from roles.retention import StoreBounds
 from roles.staging import Staging
 from roles.uploads import UPLOADS, UploadStore
 
@@ -52,13 +55,15 @@ Report: TypeAlias = (
 )
 About: TypeAlias = requests.QueryRequest | requests.WaitRequest | requests.CancelRequest | requests.DeleteRequest
 """Messages about a request that is known already."""
+Answer: TypeAlias = requests.RequestAccepted | requests.RequestRejected
 TICK_S = 0.25
 RECLAIM_S = 5.0
 """Between two looks for slots that no request needs."""
 REMAINDERS_S = 10.0
 """Between two times that the journal learns how much time requests have left, if nothing else happens to them."""
-KEEP_S = 3600.0
-"""How long an ended request can be asked about."""
+PRUNE_EVERY_S = 60.0
+PROBE_S = 1.0
+"""Between two looks whether a journal that could not be written can be again."""
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -92,6 +97,11 @@ class Head(Actor):
         self._journal: Journal | None = None
         self._unwritten = ""
         self._ended: dict[str, asyncio.Event] = {}
+        self._untold: list[str] = []
+        """Ids of requests whose end is not known to be on the disk."""
+        self._writes = self._synced = 0
+        """Transactions of the journal, and those of them that are on the disk."""
+        self._syncing = asyncio.Lock()
 
     async def started(self) -> None:
         """Read the journal back and start to keep time.
@@ -105,9 +115,10 @@ class Head(Actor):
             self.card = load_card(self.topology.model_path, self.topology.model.task)
             model = f"{self.card.name}, {self.topology.model.dtype}"
             self.ledger.staging = Staging(PromptCache(self.topology.prompt_cache_bytes, model))
-            self._journal = Journal(self.topology.state_dir / "journal.sqlite")
-            for request in self._journal.load(now - KEEP_S):
-                self.ledger.accept(request, now)
+            # In a thread, because heartbeats have to go on, however large it is.
+            self._journal = await asyncio.to_thread(Journal, self._journal_path, self._complain)
+            for request in await asyncio.to_thread(self._journal.active):
+                self._resume(request, now)
         except JournalError as error:
             raise (StartDelayed if error.may_pass else StartFailure)(str(error)) from error
         except ModelError as error:
@@ -116,6 +127,7 @@ class Head(Actor):
         if self.ledger.units:
             self.log.info("resumed from the journal", requests=len(self.ledger.requests), units=len(self.ledger.units))
         self.spawn(self._keep_time(), name="clock")
+        self.spawn(self._keep_bounds(), name="prune")
         self.errands.watch_pools()
 
     async def stopping(self) -> None:
@@ -123,18 +135,29 @@ class Head(Actor):
         self.ledger.dirty.update(self.ledger.units)
         self.settle()
         if self._journal:
+            try:
+                await self._on_disk()
+            except JournalError as error:  # nobody was told of what it lacks
+                self._cannot_write(error)
             self._journal.close()
+
+    def facts(self) -> dict[str, int | float | str | bool]:
+        """What the journal could not give back."""
+        return {"journal_damaged": self._journal.damaged} if self._journal else {}
 
     # -- the client conversation
 
-    async def submit(self, message: requests.SubmitRequest) -> requests.RequestAccepted | requests.RequestRejected:
+    async def submit(self, message: requests.SubmitRequest) -> Later[Answer]:
         """Accept a request: check it, write it down, start it."""
+        return Later(self._accepted(message, self._submit(message)))
+
+    def _submit(self, message: requests.SubmitRequest) -> Answer:
         digest = _digest(message)
-        if known := self.ledger.by_key.get(_key(message)):
-            if known.digest == digest:
-                return requests.RequestAccepted(known.id)
-            return requests.RequestRejected("conflict", "this Idempotency-Key came with another body before")
         try:
+            if known := self._known_by_key(_key(message)):
+                if known.digest == digest:
+                    return requests.RequestAccepted(known.id)
+                return requests.RequestRejected("conflict", "this Idempotency-Key came with another body before")
             request = self._request(message, digest)
             if not self.ledger.room(message.n):
                 return requests.RequestRejected(
@@ -147,27 +170,42 @@ class Head(Actor):
         except CardError as error:
             return requests.RequestRejected("invalid", error.message, param=error.param)
         except JournalError as error:
-            self._unwritten = str(error)
-            self.log.warning("cannot accept", error=str(error))
-            return requests.RequestRejected("unavailable", str(error), retry_after_s=5.0)
+            return self._not_accepted(error)
+        self._writes += 1
         self.ledger.accept(request, time.time())
         self.settle()
         return requests.RequestAccepted(request.id)
 
-    async def query(self, message: requests.QueryRequest) -> requests.RequestView:
+    async def _accepted(self, message: requests.SubmitRequest, answer: Answer) -> Answer:
+        """Give an answer that promises something once that is on the disk."""
+        if isinstance(answer, requests.RequestAccepted):
+            try:
+                await self._on_disk()
+            except JournalError as error:
+                if answer.request_id == message.request_id:
+                    self.ledger.cancel(message.request_id, "it could not be put on the disk", time.time())
+                    self.settle()
+                return self._not_accepted(error)
+        return answer
+
+    def _not_accepted(self, error: JournalError) -> requests.RequestRejected:
+        self._cannot_write(error)
+        return requests.RequestRejected("unavailable", str(error), retry_after_s=5.0)
+
+    async def query(self, message: requests.QueryRequest) -> Later[requests.RequestView]:
         """How a request stands."""
-        return self._find(message).view()
+        return Later(self._view(self._find(message)))
 
     async def wait(self, message: requests.WaitRequest) -> Later[requests.RequestView]:
         """Answer when the request has ended, or at the timeout."""
         return Later(self._wait(self._find(message), message.timeout_s))
 
-    async def cancel(self, message: requests.CancelRequest) -> requests.RequestView:
+    async def cancel(self, message: requests.CancelRequest) -> Later[requests.RequestView]:
         """Stop a request."""
         request = self._find(message)
         self.ledger.cancel(request.id, message.reason, time.time())
         self.settle()
-        return request.view()
+        return Later(self._view(request))
 
     async def list_requests(self, message: requests.ListRequests) -> requests.RequestList:
         """Name the requests of an owner."""
@@ -227,6 +265,8 @@ class Head(Actor):
     async def hello(self, message: stages.InstanceHello) -> stages.InstanceWelcome:
         """An instance offers itself."""
         self._refuse_fenced(message.name, message.generation)
+        if all(component.name != message.name for component in self.topology.components):
+            raise Refused("unknown_instance", f"{message.name} is no component of this topology")
         if not self.ledger.admit(message.name, message.model):
             raise Refused("other_model", _other_weights(message.name))
         unknown = self.ledger.hello(message, time.time())
@@ -270,7 +310,7 @@ class Head(Actor):
 
     async def stage_finished(self, message: stages.StageFinished) -> stages.Acknowledged:
         """A picture is done."""
-        self.spawn(self._discard_late(message.work), name="discard")
+        self._discard_late(message.work)
         return self._enter(message, lambda now: self.ledger.finished(message, now))
 
     async def stage_failed(self, message: stages.StageFailed) -> stages.Acknowledged:
@@ -288,18 +328,56 @@ class Head(Actor):
     async def stage_cancelled(self, message: stages.StageCancelled) -> stages.Acknowledged:
         """Work was dropped as told."""
         self.ledger.fleet.credit(message.instance, message.issued)
-        self.spawn(self._discard_late(message.work), name="discard")
+        self._discard_late(message.work)
         return self._enter(message, lambda _: True)
 
     # -- carrying out
+
+    def _resume(self, request: Request, now: float) -> None:
+        """Enter a request that an earlier head has left; what the topology has no place for any more is forgotten."""
+        components = self.topology.components
+        pools = {component.name for component in components if component.kind == "pool"}
+        instances = {component.name for component in components if component.slots}
+        self.ledger.resume(request, pools, instances, now)
+        try:
+            check_lora(request.inputs, [lora.name for lora in self.topology.model.lora], self.card.name)
+        except CardError as error:
+            self.ledger.fail(request.id, f"since the topology has changed, {error.param} {error.message}", now)
 
     def settle(self) -> None:
         """After an event: hand out work, write down what changed, then let it take effect."""
         self.ledger.dispatch(time.time())
         self._write_down()
-        for request_id in self.errands.carry_out(self.ledger.take_effects()):
+        self._untold += self.errands.carry_out(self.ledger.take_effects())
+        if self._untold and not self.ledger.dirty:
+            ended, self._untold = self._untold, []
+            self.spawn(self._tell(ended), name="tell")
+
+    async def _tell(self, ended: list[str]) -> None:
+        """Wake who waits for the end of a request, once that is on the disk: then the journal answers for it."""
+        try:
+            await self._on_disk()
+        except JournalError as error:
+            self._cannot_write(error)
+            self._untold += ended
+            return
+        self.ledger.forget(ended)
+        for request_id in ended:
             if event := self._ended.pop(request_id, None):
                 event.set()
+
+    async def _on_disk(self) -> None:
+        """Return when all that has been written until now is on the disk; many wait for one `sync`.
+
+        Raises:
+            JournalError: the disk refuses.
+        """
+        wanted = self._writes
+        async with self._syncing:
+            if self._synced < wanted:
+                written = self._writes
+                await asyncio.to_thread(self._open_journal.sync)
+                self._synced = written
 
     def _write_down(self) -> None:
         if self._journal is None or not self.ledger.dirty:
@@ -311,16 +389,34 @@ class Head(Actor):
             self._journal.save(touched, units)
         except JournalError as error:
             # The work itself goes on: what could not be written is still dirty and is tried again at the next event.
-            if not self._unwritten:
-                self.log.warning("not journalled", error=str(error))
-            self._unwritten = str(error)
+            self._cannot_write(error)
             return
-        self._unwritten = ""
+        self._writes += 1
+        self._can_write()
         self.ledger.dirty.clear()
+
+    def _cannot_write(self, error: JournalError) -> None:
+        if not self._unwritten:
+            self.log.warning("the journal cannot be written", error=str(error))
+        self._unwritten = str(error)
+
+    def _can_write(self) -> None:
+        if self._unwritten:
+            self.log.info("the journal can be written again")
+        self._unwritten = ""
+
+    def _probe(self) -> None:
+        """See whether a journal that could not be written can be again, where nothing waits to be written."""
+        try:
+            self._open_journal.probe()
+        except JournalError as error:
+            self._cannot_write(error)
+        else:
+            self._can_write()
 
     async def _keep_time(self) -> None:
         # Wall clock time is for people and for the journal: what is decided here is decided by elapsed time.
-        awake_at = pruned_at = reclaimed_at = written_at = time.monotonic()
+        awake_at = probed_at = reclaimed_at = written_at = time.monotonic()
         listened_s = 0.0
         resumed = bool(self.ledger.units)
         while True:
@@ -341,18 +437,31 @@ class Head(Actor):
             if awake_at - written_at > REMAINDERS_S:
                 written_at = awake_at
                 self.ledger.dirty.update(self.ledger.units)
-            if awake_at - pruned_at > KEEP_S / 60:
-                pruned_at = awake_at
-                self._prune(now - KEEP_S)
+            if self._unwritten and awake_at - probed_at > PROBE_S:
+                probed_at = awake_at
+                self._probe()
             self.settle()
 
-    def _prune(self, ended_before: float) -> None:
-        old = [r.id for r in self.ledger.requests.values() if r.terminal and r.finished_at < ended_before]
-        self.ledger.forget(old)
-        try:
-            self._open_journal.prune(ended_before)
-        except JournalError as error:
-            self._unwritten = str(error)
+    async def _keep_bounds(self) -> None:
+        """Remove what is too old or too much, for ever."""
+        while True:
+            try:
+                gone = await asyncio.to_thread(self._prune, frozenset(self.ledger.requests), time.time())
+            except (JournalError, OSError) as error:  # what is left is tried again the next time
+                self.log.warning("not pruned", error=str(error))
+            else:
+                if any(gone.values()):
+                    self.log.info("pruned", **gone)
+            await asyncio.sleep(PRUNE_EVERY_S)
+
+    def _prune(self, active: frozenset[str], now: float) -> dict[str, int]:
+        """Remove requests, then artifacts, but for those that somebody is still to get."""
+        state = self.topology.state
+        bounds = StoreBounds(state.keep_requests_s, state.max_requests, parse_size(state.max_requests_size))
+        ended, awaited = prune(self._journal_path, bounds, now=now)
+        bounds = StoreBounds(state.keep_artifacts_s, state.max_artifacts, parse_size(state.max_artifacts_size))
+        artifacts = self._artifacts.prune(bounds, now=now, needed=awaited | active)
+        return {"requests": ended, "artifacts": artifacts}
 
     async def _reload(self) -> Reloading:
         """Raises Refused where the files cannot be read, or an instance would not come back."""
@@ -372,14 +481,22 @@ class Head(Actor):
     # -- inside
 
     @property
+    def _journal_path(self) -> Path:
+        return self.topology.state_dir / "journal.sqlite"
+
+    def _complain(self, damage: str) -> None:
+        self.log.error("a request was lost from the journal", damage=damage)
+
+    @property
     def _open_journal(self) -> Journal:
         if self._journal is None:
             raise JournalError("the journal is not open yet")
         return self._journal
 
     def _request(self, message: requests.SubmitRequest, digest: str) -> Request:
-        """Raises CardError, naming the input at fault."""
-        if not _ID.fullmatch(message.request_id) or message.request_id in self.ledger.requests:
+        """Raises CardError, naming the input at fault, and JournalError."""
+        taken = message.request_id in self.ledger.requests or self._open_journal.find(message.request_id)
+        if not _ID.fullmatch(message.request_id) or taken:
             raise CardError("request_id", "must be new, and of at most 64 letters, digits, - and _")
         if not 1 <= message.n <= self.topology.head.max_pending:
             raise CardError("n", f"must be from 1 to {self.topology.head.max_pending}")
@@ -405,13 +522,25 @@ class Head(Actor):
 
     def _known(self, message: About) -> Request | None:
         """The request that a message is about; None also where it is somebody else's."""
-        request = self.ledger.requests.get(message.request_id)
+        try:
+            request = self._known_by_id(message.request_id)
+        except JournalError as error:
+            raise Refused("unavailable", str(error)) from error
         return request if request and message.owner in ("", request.owner) else None
+
+    def _known_by_id(self, request_id: str) -> Request | None:
+        """A request that is active, or whose end may still be untold, else one of the journal. Raises JournalError."""
+        return self.ledger.requests.get(request_id) or self._open_journal.find(request_id)
+
+    def _known_by_key(self, key: str) -> Request | None:
+        return (self.ledger.by_key.get(key) or self._open_journal.find_key(key)) if key else None
 
     def _find(self, message: About) -> Request:
         if request := self._known(message):
             return request
-        raise Refused("not_found", f"there is no request {message.request_id}")
+        lost = self._journal is not None and self._journal.set_aside(message.request_id)
+        why = "what the journal had of it was damaged, and has been set aside" if lost else "it may have been forgotten"
+        raise Refused("not_found", f"there is no request {message.request_id}: {why}")
 
     async def _delete(self, message: requests.DeleteRequest) -> requests.RequestDeleted:
         request, request_id = self._known(message), message.request_id
@@ -419,21 +548,28 @@ class Head(Actor):
             return requests.RequestDeleted(existed=False)
         self.ledger.cancel(request_id, "deleted by the client", time.time())
         self.settle()
+        used = self._uploads_in_use()
         try:
             # The files first: what is still in the journal after a crash can be deleted again.
-            await asyncio.to_thread(self._discard_files, request, self._uploads_in_use())
+            await asyncio.to_thread(self._discard_files, request, used)
             self._open_journal.delete(request_id)
+            self._writes += 1
+            await self._on_disk()
         except (JournalError, OSError) as error:
             raise Refused("unavailable", f"{request_id} cannot be deleted: {error}") from error
-        if request_id in self.ledger.requests:
-            self.ledger.forget([request_id])
+        self.ledger.forget([request_id])
         self.log.info("request deleted", request_id=request_id)
         return requests.RequestDeleted(existed=True)
 
-    async def _discard_late(self, work: Work) -> None:
+    def _discard_late(self, work: Work) -> None:
         """Remove what an instance has written for a request that was deleted meanwhile."""
-        if work.unit_id.rpartition("/")[0] in self.ledger.requests:
-            return
+        try:
+            if self._known_by_id(work.unit_id.rpartition("/")[0]) is None:
+                self.spawn(self._discard(work), name="discard")
+        except JournalError as error:  # it is pruned by its age
+            self.log.warning("artifact not removed", work=str(work), error=str(error))
+
+    async def _discard(self, work: Work) -> None:
         try:
             await asyncio.to_thread(self._artifacts.discard, work.unit_id)
         except (ArtifactError, OSError) as error:  # it is pruned by its age
@@ -450,13 +586,29 @@ class Head(Actor):
             self._uploads.discard(upload, saved_before=request.created_at)
 
     async def _wait(self, request: Request, timeout_s: float) -> requests.RequestView:
-        if not request.terminal:
+        if request.id in self.ledger.requests:
             event = self._ended.setdefault(request.id, asyncio.Event())
             try:
                 async with asyncio.timeout(timeout_s):
                     await event.wait()
             except TimeoutError:  # the view then says that it is still under way
                 pass
+        return await self._view(request)
+
+    async def _view(self, request: Request) -> requests.RequestView:
+        """Tell how a request stands; of its end only what the next head will tell as well.
+
+        Raises:
+            Refused: `unavailable` while its end cannot be written down.
+        """
+        if request.terminal and request.id in self.ledger.requests:
+            not_yet = f"{request.id} has ended, but that is not on the disk"
+            if any(unit.id in self.ledger.dirty for unit in request.units):
+                raise Refused("unavailable", f"{not_yet}: {self._unwritten}")
+            try:
+                await self._on_disk()
+            except JournalError as error:
+                raise Refused("unavailable", f"{not_yet}: {error}") from error
         return request.view()
 
     def _reasons(self) -> tuple[str, ...]:

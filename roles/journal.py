@@ -1,22 +1,37 @@
-"""Accepted requests on disk, so that a restart of the head loses none.
+"""Accepted requests on disk, so that a restart of the head loses none, and what became of them.
 
-SQLite in WAL mode. An accept is one transaction with `synchronous=FULL`: it returns when the request is on the disk.
-Later moves are written with `synchronous=NORMAL`, which survives the death of the process, though not always that
-of the machine: losing one only means that a stage is run again.
+SQLite in WAL mode. A write returns when it outlives this process; `sync` returns when all that was written before
+outlives the machine as well. So a caller answers for many writes with one wait for the disk, and waits in a thread.
+docs/adr/0022 says what is kept for how long.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sqlite3
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
+from roles.files import sync_folder
 from roles.messages.work import Input, Output
 from roles.request import Request, Unit
+from roles.retention import StoreBounds
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 2
+BATCH: Final = 50
+"""Requests removed by one transaction: it holds a writer up for about a millisecond."""
+PAUSE_S: Final = 0.005
+"""Between two batches, for writers to come in."""
+CHECKPOINT_BYTES: Final = 4 << 20
+"""The size of the write-ahead log at which `sync` folds it into the file."""
+
+RECENT_S: Final = 60.0
+"""Who waited for a request has fetched its artifacts this long after its end."""
 
 _SCHEMA = """
 CREATE TABLE requests (
@@ -34,6 +49,22 @@ CREATE TABLE units (
 CREATE INDEX units_of_request ON units(request_id);
 CREATE INDEX by_end ON requests(finished_at);
 """
+# Rows that cannot be read, as they were found, for a person to look at.
+_DAMAGED = """
+CREATE TABLE damaged (
+    found_at REAL NOT NULL,
+    error TEXT NOT NULL,
+    request_id BLOB NOT NULL,
+    unit_id BLOB,
+    idempotency_key BLOB,
+    created_at,
+    finished_at,
+    body
+);
+CREATE INDEX damaged_requests ON damaged(request_id);
+"""
+_INCREMENTAL: Final = 2
+_COLUMNS = "id, idempotency_key, created_at, finished_at, body"
 
 
 class JournalError(Exception):
@@ -62,121 +93,324 @@ _unit = msgspec.msgpack.Decoder(Unit)
 
 
 class Journal:
-    """The head's memory.
+    """The head's memory. Its methods may be called from any thread, one at a time; `sync` beside the others.
+
+    Args:
+        path: The file; made where there is none.
+        complain: Called with a sentence for each request that cannot be read and is set aside.
 
     Raises:
-        JournalError: on opening, when the file is corrupt or written by a newer version; on every call, when the
-            disk refuses.
+        JournalError: on opening, when the file is damaged as a whole or written by a newer version; on every call,
+            when the disk refuses.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, complain: Callable[[str], None] = lambda _: None) -> None:
         self.path = path
+        self.damaged = 0
+        """Requests set aside, now and at any time before."""
+        self._complain = complain
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, isolation_level=None)
+            self._db = _connect(path)
             self._prepare()
-        except (sqlite3.Error, OSError) as error:
+            self.probe()
+            # Kept open, so that a wait for the disk needs no lock of the database.
+            self._log = os.open(f"{path}-wal", os.O_RDONLY)
+            self.sync()
+            sync_folder(path.parent)
+        except sqlite3.OperationalError as error:
             raise JournalError(
-                f"the journal {path} cannot be opened ({error}): free some space, or move the file away to start "
-                "without the requests that it holds"
+                f"the journal {path} cannot be opened ({error}): free some space, see that this user may write there, "
+                "or move the file away to start without the requests that it holds"
             ) from error
+        except sqlite3.DatabaseError as error:
+            raise JournalError(
+                f"the journal {path} is damaged ({error}): move it away, with the files beside it that begin with its "
+                "name, to start without the requests that it holds; `sqlite3 FILE .recover` may bring some of them back"
+            ) from error
+        except OSError as error:
+            raise JournalError(f"the journal {path} cannot be opened ({error}): make that folder usable") from error
 
     def _prepare(self) -> None:
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA foreign_keys=ON")
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA_VERSION:
             raise JournalError(
                 f"the journal {self.path} was written by a newer Triptych (its version is {version}, this one "
                 f"knows {SCHEMA_VERSION}): upgrade, or move the file away"
             )
-        if version == 0:
-            self._db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
         (verdict,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
-        if verdict != "ok":
-            raise sqlite3.DatabaseError(verdict)
+        if _text(verdict) != "ok":
+            raise sqlite3.DatabaseError(_text(verdict))
+        # What is deleted gives its space back in small steps: see `prune`. With tables, it needs a VACUUM for that.
+        self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")
+        if version < SCHEMA_VERSION:
+            made = f"{_SCHEMA if version == 0 else ''}{_DAMAGED}"
+            self._db.executescript(f"BEGIN;{made}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
+        if _pragma(self._db, "auto_vacuum") != _INCREMENTAL:
+            with contextlib.suppress(sqlite3.OperationalError):  # no room for the copy now: at the next start
+                self._db.execute("VACUUM")
+        self._db.execute("PRAGMA journal_mode=WAL")
+        (self.damaged,) = self._db.execute("SELECT COUNT(DISTINCT request_id) FROM damaged").fetchone()
+
+    # -- writing
 
     def accept(self, request: Request) -> None:
-        """Write a new request; when this returns it is on the disk."""
-        self._write([request], request.units, durable=True)
+        """Write a new request.
+
+        Raises:
+            JournalError: the disk refuses, or there is a request of that id or key.
+        """
+        with self._writing():
+            self._db.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?)", _request_row(request))
+            self._write_units(request.units)
 
     def save(self, requests: Iterable[Request], units: Iterable[Unit]) -> None:
         """Write what became of requests and units."""
-        self._write(requests, units, durable=False)
-
-    def _write(self, requests: Iterable[Request], units: Iterable[Unit], *, durable: bool) -> None:
-        try:
-            self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                self._db.executemany(
-                    "INSERT INTO requests VALUES (?, ?, ?, ?, ?) "
-                    "ON CONFLICT(id) DO UPDATE SET finished_at = excluded.finished_at",
-                    [_request_row(request) for request in requests],
-                )
-                self._db.executemany(
-                    "INSERT INTO units VALUES (?, ?, ?) ON CONFLICT(id) DO UPDATE SET body = excluded.body",
-                    [(unit.id, unit.request_id, msgspec.msgpack.encode(unit)) for unit in units],
-                )
-                self._db.execute("COMMIT")
-            except sqlite3.Error:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-        except sqlite3.Error as error:
-            raise JournalError(f"the journal {self.path} cannot be written ({error})") from error
-
-    def load(self, terminal_since: float) -> list[Request]:
-        """Every active request, and the ones that ended after `terminal_since` (unix seconds), oldest first."""
-        try:
-            rows = self._db.execute(
-                "SELECT id, idempotency_key, created_at, finished_at, body FROM requests "
-                "WHERE finished_at = 0 OR finished_at >= ? ORDER BY created_at, id",
-                (terminal_since,),
-            ).fetchall()
-            return [self._request(*row) for row in rows]
-        except (sqlite3.Error, msgspec.DecodeError) as error:
-            raise JournalError(
-                f"the journal {self.path} cannot be read ({error}): move it away to start without its requests"
-            ) from error
-
-    def _request(self, id_: str, key: str | None, created_at: float, finished_at: float, body: bytes) -> Request:
-        held = _body.decode(body)
-        rows = self._db.execute("SELECT body FROM units WHERE request_id = ?", (id_,))
-        units = sorted((_unit.decode(row[0]) for row in rows), key=lambda unit: unit.index)
-        return Request(
-            id=id_,
-            inputs=held.inputs,
-            output=Output(held.output_format, held.fps, held.quality),
-            created_at=created_at,
-            deadline=held.deadline,
-            units=units,
-            idempotency_key=key or "",
-            digest=held.digest,
-            finished_at=finished_at,
-            owner=held.owner,
-        )
-
-    def prune(self, ended_before: float) -> int:
-        """Delete requests that ended before a time (unix seconds); returns how many."""
-        try:
-            return self._db.execute(
-                "DELETE FROM requests WHERE finished_at > 0 AND finished_at < ?", (ended_before,)
-            ).rowcount
-        except sqlite3.Error as error:
-            raise JournalError(f"the journal {self.path} cannot be pruned ({error})") from error
+        with self._writing():
+            self._db.executemany(
+                "UPDATE requests SET finished_at = ? WHERE id = ?", [(r.finished_at, r.id) for r in requests]
+            )
+            self._write_units(units)
 
     def delete(self, request_id: str) -> None:
-        """Remove a request and its units; when this returns a restart does not bring them back."""
-        try:
-            self._db.execute("PRAGMA synchronous=FULL")
+        """Remove a request and its units."""
+        with self._writing():
             self._db.execute("DELETE FROM requests WHERE id = ?", (request_id,))
+            self._db.execute("DELETE FROM damaged WHERE request_id = CAST(? AS BLOB)", (request_id,))
+
+    def probe(self) -> None:
+        """Write and remove a request, to see whether that is possible."""
+        request = Request(" probe", {}, Output(), 0.0, 0.0, [Unit(" probe/0", " probe", 0, 0, 0.0)])
+        with self._writing():
+            self._db.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?)", _request_row(request))
+            self._write_units(request.units)
+            self._db.execute("DELETE FROM requests WHERE id = ?", (request.id,))
+
+    def sync(self) -> None:
+        """Return when all that has been written is on the disk. It blocks, and may run beside other calls.
+
+        Raises:
+            JournalError: the disk refuses.
+        """
+        try:
+            os.fdatasync(self._log)
+        except OSError as error:
+            raise JournalError(f"the journal {self.path} cannot be written ({error})") from error
+        if os.fstat(self._log).st_size > CHECKPOINT_BYTES:
+            with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(_connect(self.path)) as db:
+                _checkpoint(db, "PASSIVE")  # where it cannot be now, the next one makes up for it
+
+    def _write_units(self, units: Iterable[Unit]) -> None:
+        self._db.executemany(
+            "INSERT INTO units VALUES (?, ?, ?) ON CONFLICT(id) DO UPDATE SET body = excluded.body",
+            [(unit.id, unit.request_id, msgspec.msgpack.encode(unit)) for unit in units],
+        )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with _transaction(self._db):
+                yield
         except sqlite3.Error as error:
             raise JournalError(f"the journal {self.path} cannot be written ({error})") from error
+
+    # -- reading
+
+    def active(self) -> list[Request]:
+        """Every request that has not ended, oldest first."""
+        return self._read("WHERE finished_at = 0 ORDER BY created_at, id", ())
+
+    def find(self, request_id: str) -> Request | None:
+        """The request of that id."""
+        return next(iter(self._read("WHERE id = ?", (request_id,))), None)
+
+    def find_key(self, idempotency_key: str) -> Request | None:
+        """The request of that key."""
+        return next(iter(self._read("WHERE idempotency_key = ?", (idempotency_key,))), None)
+
+    def set_aside(self, request_id: str) -> bool:
+        """Whether there was a request of that id that could not be read."""
+        try:
+            found = self._db.execute(
+                "SELECT 1 FROM damaged WHERE request_id = CAST(? AS BLOB) LIMIT 1", (request_id,)
+            ).fetchone()
+        except sqlite3.Error as error:
+            raise self._unreadable(error) from error
+        return found is not None
+
+    def _read(self, where: str, values: tuple[str, ...]) -> list[Request]:
+        try:
+            rows = self._db.execute(f"SELECT {_COLUMNS} FROM requests {where}", values).fetchall()  # noqa: S608
+            read = [(row, self._decoded(row)) for row in rows]
+        except sqlite3.Error as error:
+            raise self._unreadable(error) from error
+        for row, request in read:
+            if isinstance(request, str):
+                self._set_aside(row[0], request)
+        return [request for _, request in read if isinstance(request, Request)]
+
+    def _decoded(self, row: tuple[bytes, bytes | None, float, float, bytes]) -> Request | str:
+        """Make a request of its row and those of its units; where that cannot be, say why."""
+        id_, key, created_at, finished_at, body = row
+        rows = self._db.execute("SELECT body FROM units WHERE request_id = CAST(? AS TEXT)", (id_,)).fetchall()
+        try:
+            held = _body.decode(body)
+            units = sorted((_unit.decode(unit[0]) for unit in rows), key=lambda unit: unit.index)
+            request = Request(
+                id=id_.decode(),
+                inputs=held.inputs,
+                output=Output(held.output_format, held.fps, held.quality),
+                created_at=float(created_at),
+                deadline=held.deadline,
+                units=units,
+                idempotency_key=(key or b"").decode(),
+                digest=held.digest,
+                finished_at=float(finished_at),
+                owner=held.owner,
+            )
+        except (ValueError, TypeError) as error:  # of what msgspec and the codecs raise, all are one of these
+            return str(error)
+        if [unit.id for unit in units] != [f"{request.id}/{k}" for k in range(len(units))] or not units:
+            return "the rows of its units are not those of the request"
+        return request
+
+    def _set_aside(self, id_: bytes, error: str) -> None:
+        name = id_.decode(errors="replace")
+        try:
+            self._move_aside(id_, error)
+        except JournalError as refusal:
+            self._complain(f"{name} cannot be read ({error}), nor set aside: {refusal}")
+        else:
+            self.damaged += 1
+            self._complain(f"{name} cannot be read ({error}): its rows are in the table `damaged` of {self.path} now")
+
+    def _move_aside(self, id_: bytes, error: str) -> None:
+        with self._writing():
+            self._db.execute(
+                "INSERT INTO damaged SELECT ?, ?, CAST(id AS BLOB), NULL, CAST(idempotency_key AS BLOB), created_at, "
+                "finished_at, body FROM requests WHERE id = CAST(? AS TEXT)",
+                (time.time(), error, id_),
+            )
+            self._db.execute(
+                "INSERT INTO damaged SELECT ?, ?, ?, CAST(id AS BLOB), NULL, NULL, NULL, body FROM units "
+                "WHERE request_id = CAST(? AS TEXT)",
+                (time.time(), error, id_, id_),
+            )
+            self._db.execute("DELETE FROM requests WHERE id = CAST(? AS TEXT)", (id_,))
+
+    def _unreadable(self, error: sqlite3.Error) -> JournalError:
+        return JournalError(f"the journal {self.path} cannot be read ({error}): move it away to start without it")
 
     def close(self) -> None:
         """Fold the write-ahead log into the file and let go of it."""
+        os.close(self._log)
+        self._log = -1
         self._db.close()
+
+
+def prune(path: Path, bounds: StoreBounds, *, now: float) -> tuple[int, set[str]]:
+    """Remove ended requests that are too old or too many, and give the space back. It blocks for seconds.
+
+    It works on a connection of its own, in small transactions, so that others write meanwhile.
+
+    Args:
+        path: An open journal.
+        bounds: `max_bytes` is of the part of the file that is in use.
+        now: Unix seconds.
+
+    Returns:
+        How many were removed, and the ids of those whose artifacts somebody waits for: the active ones, and those that
+        ended within the last minute.
+
+    Raises:
+        JournalError: when the disk refuses.
+    """
+    try:
+        with contextlib.closing(_connect(path)) as db:
+            gone, many = 0, _too_many(db, bounds, now)
+            while (batch := min(BATCH, many - gone)) > 0 or _used(db) > bounds.max_bytes:
+                removed = _remove_oldest(db, batch if batch > 0 else BATCH)
+                if not removed:
+                    break
+                gone += removed
+                _let_others(db, path)
+            while _pragma(db, "freelist_count") > max(BATCH, _pragma(db, "page_count") // 4):
+                db.executescript(f"PRAGMA incremental_vacuum({BATCH})")  # `execute` takes one step of it: one page
+                _let_others(db, path)
+            _checkpoint(db, "PASSIVE")
+            _checkpoint(db, "TRUNCATE")  # holds writers up, but has little left to do
+            recent = db.execute(
+                "SELECT id FROM requests WHERE finished_at = 0 OR finished_at > ?", (now - RECENT_S,)
+            ).fetchall()
+    except (sqlite3.Error, OSError) as error:
+        raise JournalError(f"the journal {path} cannot be pruned ({error})") from error
+    return gone, {_text(row[0]) for row in recent}
+
+
+def _too_many(db: sqlite3.Connection, bounds: StoreBounds, now: float) -> int:
+    """How many ended requests are too old or too many."""
+    (ended,) = db.execute("SELECT COUNT(*) FROM requests WHERE finished_at > 0").fetchone()
+    (old,) = db.execute(
+        "SELECT COUNT(*) FROM requests WHERE finished_at > 0 AND finished_at < ?", (now - bounds.max_age_s,)
+    ).fetchone()
+    return int(max(old, ended - bounds.max_count))
+
+
+def _let_others(db: sqlite3.Connection, path: Path) -> None:
+    """Between two batches: keep the write-ahead log short, and let writers in."""
+    if Path(f"{path}-wal").stat().st_size > CHECKPOINT_BYTES:
+        _checkpoint(db, "PASSIVE")
+    time.sleep(PAUSE_S)
+
+
+def _checkpoint(db: sqlite3.Connection, how: str) -> None:
+    """Fold the write-ahead log into the file: what can be at once (PASSIVE), or all of it (TRUNCATE)."""
+    db.execute(f"PRAGMA wal_checkpoint({how})").fetchall()
+
+
+def _used(db: sqlite3.Connection) -> int:
+    """Bytes of the file that are in use."""
+    return (_pragma(db, "page_count") - _pragma(db, "freelist_count")) * _pragma(db, "page_size")
+
+
+def _remove_oldest(db: sqlite3.Connection, many: int) -> int:
+    with _transaction(db):
+        return db.execute(
+            "DELETE FROM requests WHERE id IN "
+            "(SELECT id FROM requests WHERE finished_at > 0 ORDER BY finished_at LIMIT ?)",
+            (many,),
+        ).rowcount
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    db.text_factory = bytes  # a damaged text is one row's trouble, and not the query's
+    # What is deleted is overwritten: a prompt may be nobody's business any more.
+    db.executescript(
+        "PRAGMA synchronous=NORMAL;PRAGMA foreign_keys=ON;PRAGMA secure_delete=ON;PRAGMA wal_autocheckpoint=0;"
+        f"PRAGMA journal_size_limit={CHECKPOINT_BYTES // 4}"
+    )
+    return db
+
+
+@contextlib.contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[None]:
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+def _pragma(db: sqlite3.Connection, name: str) -> int:
+    return int(db.execute(f"PRAGMA {name}").fetchone()[0])
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def _request_row(request: Request) -> tuple[str, str | None, float, float, bytes]:

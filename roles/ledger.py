@@ -6,7 +6,7 @@ No clock, no socket, no disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from engines.panels import Panel
@@ -112,11 +112,35 @@ class Ledger:
                 unit.advance(State.ENCODER_WAITING, now)
                 self.dirty.add(unit.id)
 
+    def resume(self, request: Request, pools: Collection[str], instances: Collection[str], now: float) -> None:
+        """Enter a request that an earlier head has left.
+
+        What it had in pools, and with instances, that there are no more is forgotten: it is made again, from as far
+        back as that takes, with the same seed.
+        """
+        moved = []
+        for unit in request.units:
+            lost = [panel for panel, staged in unit.staged.items() if staged.lease.pool not in pools]
+            unit.forget_staged(lost)
+            if not unit.terminal and (lost or (unit.instance and unit.instance not in instances)):
+                moved.append(unit)
+        self.accept(request, now)
+        for unit in moved:
+            self._retry(unit, "the topology has changed", now, counts=False)
+
     def cancel(self, request_id: str, reason: str, now: float) -> None:
-        """Stop what is left of a request."""
-        for unit in self.requests[request_id].units:
+        """Stop what is left of a request; nothing where there is none."""
+        self._stop_all(request_id, State.CANCELLED, reason, now)
+
+    def fail(self, request_id: str, reason: str, now: float) -> None:
+        """Fail what is left of a request, which cannot be served any more."""
+        self._stop_all(request_id, State.FAILED, reason, now)
+
+    def _stop_all(self, request_id: str, state: State, reason: str, now: float) -> None:
+        request = self.requests.get(request_id)
+        for unit in request.units if request else ():
             if not unit.terminal:
-                self._stop(unit, State.CANCELLED, reason, now)
+                self._stop(unit, state, reason, now)
 
     # -- instances
 
@@ -402,8 +426,10 @@ class Ledger:
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drop terminal requests from the books."""
         for request_id in request_ids:
-            if self.requests[request_id].terminal:
-                self.by_key.pop(self.requests.pop(request_id).idempotency_key, None)
+            request = self.requests.get(request_id)
+            if request and request.terminal:
+                del self.requests[request_id]
+                self.by_key.pop(request.idempotency_key, None)
 
     # -- changed weights
 

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 
 from actors import Actor, Component, Later, StartDelayed, StartFailure, Topology
+from actors.errors import UnknownName
 from actors.system import Inspect, Inspection
 from bus import BusError, MailboxFull, Reference, Refused, Unreachable
 from engines.arena import Arena, ArenaError
@@ -244,7 +245,10 @@ class BufferPool(Actor):
 
     async def _describe(self, source: LeaseRef) -> PoolDescription:
         """Ask the source's pool where its bytes are, and thereby whether it lives."""
-        reference = self.reference(source.pool)
+        try:
+            reference = self.reference(source.pool)
+        except UnknownName as error:
+            raise Refused("source_gone", f"there is no {source.pool} any more: the topology has changed") from error
         try:
             try:
                 found = await reference.ask(PoolQuery(), PoolDescription, timeout_s=PEER_ANSWER_S)

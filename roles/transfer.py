@@ -43,9 +43,6 @@ from roles.reporter import LONGEST_PAUSE_S, pause_s
 from roles.workspace import Premises
 from roles.writers import encode, suits
 
-KEEP_ARTIFACTS_S: Final = 7 * 24 * 3600.0
-KEEP_ARTIFACTS: Final = 10_000
-PRUNE_EVERY_S: Final = 600.0
 FULL_PAUSE_S: Final = 0.1
 """Longest pause before a full pool is asked again: well within the time for which it keeps the place in its line."""
 
@@ -102,8 +99,6 @@ class TransferActor(Actor):
             self.set_state("loading", f"waiting for {self.component.pool}")
             await self._until_mapped(self._mapping)
         self.premises.pool_mapped()
-        if self.component.kind in ("decoder", "monolithic"):
-            self.spawn(self._prune(), name="prune")
 
     def facts(self) -> dict[str, int | float | str | bool]:
         """How many transfers are under way, and on a card whether they go without a copy in between."""
@@ -308,15 +303,6 @@ class TransferActor(Actor):
         data = encode(media, output_format, fps, check, quality=message.output.quality)
         check()
         return self.store.save(message.work.unit_id, output_format, data)
-
-    async def _prune(self) -> None:
-        while True:
-            gone = await asyncio.to_thread(
-                self.store.prune, now=time.time(), max_age_s=KEEP_ARTIFACTS_S, max_count=KEEP_ARTIFACTS
-            )
-            if gone:
-                self.log.info("artifacts pruned", count=gone)
-            await asyncio.sleep(PRUNE_EVERY_S)
 
 
 class _Patience:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import sys
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from roles.files import list_entries, write_whole
 from roles.messages.work import Upload
+from roles.retention import NO_BOUNDS, StoreBounds, surplus
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,9 +23,6 @@ UPLOADS: Final = "uploads"
 """Folder of the upload store, under the state folder."""
 ENDINGS: Final[Mapping[str, str]] = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg", "WEBP": "webp"}
 """What Pillow calls the formats that are taken, and how their files end. MPO is a JPEG with others behind it."""
-MAX_STORE_BYTES: Final = 16 << 30
-KEEP_S: Final = 3600.0
-"""How long an upload is kept beyond the time that a request may take."""
 
 _NAME: Final = re.compile(r"(?P<digest>[0-9a-f]{64})\.(?:png|jpeg|webp)")
 
@@ -32,7 +32,7 @@ class UploadError(ValueError):
 
 
 class UploadsFull(Exception):  # noqa: N818  names what is the case
-    """What is kept for requests of the last hour leaves no room for more."""
+    """What is kept for requests that may be under way leaves no room for more."""
 
 
 class UploadStore:
@@ -41,10 +41,12 @@ class UploadStore:
     Every method blocks on the disk: call them off the event loop. They may be called from several threads.
     """
 
-    def __init__(self, folder: Path, *, max_bytes: int = MAX_STORE_BYTES) -> None:
+    def __init__(self, folder: Path, bounds: StoreBounds = NO_BOUNDS, *, needed_s: float = 0.0) -> None:
         self.folder = folder
-        self.max_bytes = max_bytes
-        self._held: int | None = None
+        self.bounds = bounds
+        self.needed_s = needed_s
+        """An upload as young as this stays, whatever the bounds say."""
+        self._held: tuple[int, int] = (sys.maxsize, 0)  # the first `save` counts
         self._lock = threading.Lock()
 
     def save(self, data: bytes, ending: str) -> Upload:
@@ -62,14 +64,21 @@ class UploadStore:
         path = self._path(upload)
         # Held against `prune`, which must not remove what has just become young.
         with self._lock:
-            if self._held is None:
-                self._held = sum(entry.nbytes for entry in list_entries(self.folder))
-            new = 0 if path.is_file() else len(data)
-            if self._held + new > self.max_bytes:
-                raise UploadsFull(f"{self._held} bytes of uploads are kept, {self.max_bytes} is the limit")
+            known = path.is_file()
+            if not known and not self._fits(len(data)):
+                bounds = self.bounds
+                room = StoreBounds(bounds.max_age_s, bounds.max_count - 1, bounds.max_bytes - len(data))
+                self._prune(room, time.time())
+                if not self._fits(len(data)):
+                    count, nbytes = self._held
+                    raise UploadsFull(
+                        f"{count} uploads, of {nbytes} bytes, are kept for requests that may be under way; [state] "
+                        f"max_uploads is {bounds.max_count} and max_uploads_size {bounds.max_bytes} bytes"
+                    )
             # Written even where it is there: should that one be damaged, it is whole again.
             write_whole(path, data)
-            self._held += new
+            if not known:
+                self._held = (self._held[0] + 1, self._held[1] + len(data))
         return upload
 
     def read(self, upload: Upload) -> bytes:
@@ -120,19 +129,25 @@ class UploadStore:
         except FileNotFoundError:  # pruned already
             return
 
-    def prune(self, *, now: float, max_age_s: float) -> int:
-        """Remove what is older than `max_age_s`, and half-written files; returns how many."""
+    def prune(self, *, now: float) -> int:
+        """Remove what passes the bounds, and half-written files; returns how many."""
         with self._lock:
-            present = list_entries(self.folder)
-            doomed = [
-                entry
-                for entry in present
-                if (_NAME.fullmatch(entry.name) and now - entry.modified_at > max_age_s) or entry.abandoned(now)
-            ]
-            for entry in doomed:
-                (self.folder / entry.name).unlink(missing_ok=True)
-            self._held = sum(entry.nbytes for entry in present) - sum(entry.nbytes for entry in doomed)
+            return self._prune(self.bounds, now)
+
+    def _prune(self, bounds: StoreBounds, now: float) -> int:
+        present = list_entries(self.folder)
+        stored = [entry for entry in present if _NAME.fullmatch(entry.name)]
+        doomed = surplus(stored, bounds, now=now, needed=lambda entry: now - entry.modified_at <= self.needed_s)
+        doomed += [entry.name for entry in present if entry.abandoned(now)]
+        for name in doomed:
+            (self.folder / name).unlink(missing_ok=True)
+        kept = [entry.nbytes for entry in present if entry.name not in set(doomed)]
+        self._held = (len(kept), sum(kept))
         return len(doomed)
+
+    def _fits(self, new: int) -> bool:
+        count, nbytes = self._held
+        return count < self.bounds.max_count and nbytes + new <= self.bounds.max_bytes
 
     def _path(self, upload: Upload) -> Path:
         if not _NAME.fullmatch(upload.name):

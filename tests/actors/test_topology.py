@@ -47,6 +47,11 @@ BROKEN = {
     "roles is one table": (MODEL + '[roles]\nkind = "encoder"\n', "[roles] is written as one table", "write [[roles]]"),
     "bad size": (MODEL + '[transfer]\npool_size = "4 parsecs"\n' + PANELS, '"4 parsecs" is not a size', '"256MiB"'),
     "no size at all": (MODEL + '[transfer]\npool_size = "0MiB"\n' + PANELS, '"0MiB" is not a size', '"256MiB"'),
+    "no size of a store": (
+        MODEL + '[state]\nmax_artifacts_size = "much"\n' + PANELS,
+        '[state] max_artifacts_size = "much" is not a',
+        '"32GiB"',
+    ),
     "too small a pool": (MODEL + '[transfer]\npool_size = "8191B"\n' + PANELS, '"8191B" is less than 8192', "larger"),
     "bad cache": (
         MODEL + 'prompt_cache = "some"\n' + PANELS,

@@ -11,11 +11,11 @@ from roles.artifacts import (
     ArtifactError,
     ArtifactMissing,
     ArtifactStore,
-    Entry,
     artifact_name,
-    surplus,
 )
+from roles.files import Entry
 from roles.formats import CONTENT_TYPES
+from roles.retention import StoreBounds, surplus
 
 
 @pytest.mark.parametrize("output_format", CONTENT_TYPES)
@@ -88,22 +88,27 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
 
 
 entries = st.lists(
-    st.builds(Entry, st.text("abc", min_size=1, max_size=3), st.floats(0, 100)), unique_by=lambda e: e.name
+    st.builds(Entry, st.text("abc", min_size=1, max_size=3), st.floats(0, 100), st.integers(0, 9)),
+    unique_by=lambda e: e.name,
 )
+bounds = st.builds(StoreBounds, st.floats(0, 100), st.integers(0, 5), st.integers(0, 30))
 
 
-@given(entries, st.floats(0, 100), st.integers(0, 5))
-def test_surplus_keeps_the_newest(found: list[Entry], max_age_s: float, max_count: int) -> None:
-    gone = set(surplus(found, now=100.0, max_age_s=max_age_s, max_count=max_count))
+@given(entries, bounds, st.sets(st.text("abc", min_size=1, max_size=3), max_size=3))
+def test_surplus_keeps_what_is_needed_and_the_newest(found: list[Entry], bounds: StoreBounds, needed: set[str]) -> None:
+    gone = set(surplus(found, bounds, now=100.0, needed=lambda entry: entry.name in needed))
+    assert not gone & needed
     kept = [e for e in found if e.name not in gone]
-    assert len(kept) <= max_count
-    assert all(100.0 - e.modified_at <= max_age_s for e in kept)
-    young = [e for e in found if 100.0 - e.modified_at <= max_age_s]
-    if len(kept) < max_count:
-        assert len(kept) == len(young)
-    elif kept:
-        oldest_kept = min(e.modified_at for e in kept)
-        assert all(e.modified_at <= oldest_kept for e in young if e.name in gone)
+    if not needed:
+        assert len(kept) <= bounds.max_count
+        assert sum(e.nbytes for e in kept) <= bounds.max_bytes
+    free = [e for e in kept if e.name not in needed]
+    assert all(100.0 - e.modified_at <= bounds.max_age_s for e in free)
+    if len(kept) < bounds.max_count and sum(e.nbytes for e in found) <= bounds.max_bytes:
+        assert {e.name for e in found if 100.0 - e.modified_at <= bounds.max_age_s} <= {e.name for e in kept}
+    elif free and all(e.nbytes == 0 for e in found):
+        oldest = min(e.modified_at for e in free)
+        assert all(e.modified_at <= oldest for e in found if e.name in gone)
 
 
 def test_prune_removes_the_old_and_what_dead_writers_left(tmp_path: Path) -> None:
@@ -115,7 +120,7 @@ def test_prune_removes_the_old_and_what_dead_writers_left(tmp_path: Path) -> Non
         (tmp_path / name).write_bytes(b"half")
         os.utime(tmp_path / name, (at, at))
     (tmp_path / "notes.txt").write_text("somebody else's")
-    assert store.prune(now=4001.0, max_age_s=3000.0, max_count=2) == 3
+    assert store.prune(StoreBounds(3000.0, 2, 100), now=4001.0, needed=()) == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         ".r_9.png.2-0.tmp",
         "notes.txt",
@@ -125,4 +130,12 @@ def test_prune_removes_the_old_and_what_dead_writers_left(tmp_path: Path) -> Non
 
 
 def test_there_is_nothing_to_prune_before_the_first_artifact(tmp_path: Path) -> None:
-    assert ArtifactStore(tmp_path / "none").prune(now=0.0, max_age_s=1.0, max_count=1) == 0
+    assert ArtifactStore(tmp_path / "none").prune(StoreBounds(1.0, 1, 1), now=0.0, needed=()) == 0
+
+
+def test_what_somebody_is_still_to_get_is_not_pruned(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    for unit_id, at in (("a/0", 10.0), ("b_c/0", 20.0), ("b_c/1", 30.0), ("d/0", 40.0), ("new/0", 60.0)):
+        os.utime(store.path(store.save(unit_id, "png", b"xx").name), (at, at))
+    assert store.prune(StoreBounds(1000.0, 3, 100), now=50.0, needed={"b_c"}) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b_c_0.png", "b_c_1.png", "new_0.png"]

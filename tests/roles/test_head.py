@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -15,15 +17,18 @@ import pytest
 from actors import Actor, AddressBook, Topology, load_topology
 from actors.keys import make_keys
 from actors.runtime import Runtime
+from actors.system import Inspect, Inspection
 from bus import Outbox, Reference, Refused, RemoteFailure
 from engines.lora import PARAMETERS
 from engines.parameters import Kind, Parameter, Signature
 from roles import errands
 from roles.artifacts import ARTIFACTS, ArtifactStore
 from roles.head import TICK_S, Head
+from roles.journal import Journal
 from roles.messages import pool as pools
 from roles.messages import requests, stages
 from roles.messages.work import Artifact, LeaseRef, Numbers, Output, Pictures, Staged, Upload, Work
+from roles.request import Request, Unit
 from roles.uploads import UPLOADS, UploadStore
 
 BOUND_S = 10.0
@@ -310,19 +315,155 @@ def test_videos_play_as_fast_as_the_card_says_before_the_pipeline(topology: Call
     play(scenario())
 
 
-def test_a_head_that_cannot_write_accepts_nothing_and_says_so(topology: Callable[..., Topology]) -> None:
+def test_a_head_that_cannot_write_accepts_nothing_tells_of_no_end_and_recovers_by_itself(
+    topology: Callable[..., Topology],
+) -> None:
     async def scenario() -> None:
         async with playing(topology()) as stage:
             journal = stage.topology.state_dir / "journal.sqlite"
-            import sqlite3
 
-            with sqlite3.connect(journal) as other:
-                other.execute("DROP TABLE units")
-            rejected = await stage.submit()
-            assert rejected.code == "unavailable"
-            assert str(journal) in rejected.message
-            cluster = await stage.head.ask(requests.ClusterQuery(), requests.ClusterView, timeout_s=BOUND_S)
-            assert any(str(journal) in reason for reason in cluster.reasons)
+            async def unwritten() -> bool:
+                cluster = await stage.head.ask(requests.ClusterQuery(), requests.ClusterView, timeout_s=BOUND_S)
+                return any(str(journal) in reason for reason in cluster.reasons)
+
+            async def cancel() -> requests.RequestView:
+                return await stage.head.ask(requests.CancelRequest("r"), requests.RequestView, timeout_s=BOUND_S)
+
+            await stage.submit()
+            for idle in (True, False):
+                with sqlite3.connect(journal) as other:
+                    other.execute("ALTER TABLE units RENAME TO elsewhere")
+                if idle:
+                    rejected = await stage.submit("late")
+                    assert rejected.code == "unavailable"
+                    assert str(journal) in rejected.message
+                else:
+                    for ask in (cancel, stage.view):
+                        with pytest.raises(RemoteFailure, match="r has ended, but that is not on the disk") as refused:
+                            await ask()
+                        assert refused.value.code == "unavailable"
+                assert await unwritten()
+                with sqlite3.connect(journal) as other:
+                    other.execute("ALTER TABLE elsewhere RENAME TO units")
+                async with asyncio.timeout(BOUND_S):
+                    while await unwritten():
+                        pass
+            assert (await stage.view()).state == "CANCELLED"
+
+    play(scenario())
+
+
+def test_what_is_promised_is_on_the_disk_before_it_is_said(
+    topology: Callable[..., Topology], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    syncing, go_on, sync = threading.Event(), threading.Event(), Journal.sync
+
+    def held(journal: Journal) -> None:
+        syncing.set()
+        assert go_on.wait(BOUND_S)
+        sync(journal)
+
+    async def scenario() -> None:
+        async with playing(topology()) as stage:
+
+            def cancel() -> Coroutine[Any, Any, requests.RequestView]:
+                return stage.head.ask(requests.CancelRequest("r"), requests.RequestView, timeout_s=BOUND_S)
+
+            def wait() -> Coroutine[Any, Any, requests.RequestView]:
+                return stage.head.ask(requests.WaitRequest("r", BOUND_S), requests.RequestView, timeout_s=BOUND_S)
+
+            monkeypatch.setattr(Journal, "sync", held)
+            for promises in ([stage.submit], [wait, cancel, stage.view]):
+                syncing.clear()
+                go_on.clear()
+                asked = [asyncio.create_task(promise()) for promise in promises]
+                assert await asyncio.to_thread(syncing.wait, BOUND_S)
+                # The head goes on meanwhile.
+                await stage.head.ask(requests.DescribeModel(), requests.ModelDescription, timeout_s=BOUND_S)
+                assert not any(task.done() for task in asked)
+                go_on.set()
+                answers = await asyncio.gather(*asked)
+            assert {answer.state for answer in answers} == {"CANCELLED"}
+
+    play(scenario())
+
+
+def test_a_large_journal_is_read_while_the_head_lives_and_old_keys_count_at_once(
+    topology: Callable[..., Topology], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, go_on, active = threading.Event(), threading.Event(), Journal.active
+
+    def held(journal: Journal) -> list[Request]:
+        reading.set()
+        assert go_on.wait(BOUND_S)
+        return active(journal)
+
+    async def scenario() -> None:
+        async with playing(topology()) as stage:
+            await stage.submit(key="k")
+            await stage.head.ask(requests.CancelRequest("r"), requests.RequestView, timeout_s=BOUND_S)
+        with sqlite3.connect(stage.topology.state_dir / "journal.sqlite") as db:
+            db.execute("UPDATE requests SET finished_at = 1.0")  # so long ago that it is the first to be pruned
+        monkeypatch.setattr("roles.head.prune", lambda *_, **__: (0, set()))
+        monkeypatch.setattr(Journal, "active", held)
+        second = asyncio.create_task(after_the_start())
+        assert await asyncio.to_thread(reading.wait, BOUND_S)
+        outbox = Outbox("asker", curve=AddressBook(stage.topology).keys)
+        head = outbox.reference("head", AddressBook(stage.topology).address("head"))
+        assert (await head.ask(Inspect(), Inspection, timeout_s=BOUND_S)).actors[0].state == "loading"
+        outbox.close()
+        go_on.set()
+        await second
+
+    async def after_the_start() -> None:
+        async with playing(topology(), generation=2) as stage:
+            assert (await stage.submit("again", key="k")).request_id == "r"
+            assert (await stage.submit("again", key="k", height=64)).code == "conflict"
+
+    play(scenario())
+
+
+def test_after_a_change_of_the_topology_what_was_pending_is_made_again_or_fails_in_words(
+    topology: Callable[..., Topology],
+) -> None:
+    """Other pools, other names, an adapter less; one request is past its time, and held by nobody known any more."""
+    lora = '[[model.lora]]\nname = "ink"\npath = "x"\n'
+    inks = Signature(tuple(sorted((*SIGNATURE.parameters, *PARAMETERS), key=lambda parameter: parameter.name)))
+
+    async def scenario() -> None:
+        async with playing(topology(lora=lora)) as stage:
+            for name in stage.workers:
+                await stage.hello(name, signature=inks)
+            await stage.submit("kept")
+            work = await stage.next_work("encoder-0")
+            await stage.report(staged(work, "encoder", 1))
+            await stage.next_work("denoiser-0")
+            await stage.submit("inked", lora="ink")
+            await stage.submit("late")
+        path = stage.topology.path
+        text = path.read_text().replace(lora, "").replace('kind = "denoiser"', 'kind = "denoiser"\nname = "big"')
+        path.write_text(text + '[transfer]\nengine = "mooncake"\ntrusted_network = true\n')
+        with sqlite3.connect(stage.topology.state_dir / "journal.sqlite") as db:
+            (body,) = db.execute("SELECT body FROM units WHERE id = 'late/0'").fetchone()
+            unit = msgspec.msgpack.decode(body, type=Unit)
+            unit.left_s, unit.instance = 0.0, "gone-0"
+            db.execute("UPDATE units SET body = ? WHERE id = 'late/0'", (msgspec.msgpack.encode(unit),))
+        async with playing(load_topology(path), generation=2, pool=Pool("pool-encoder")) as stage:
+            view = await stage.view("inked")
+            assert view.state == "FAILED"
+            assert "it has no adapters" in view.units[0].history[-1].reason
+            kept = await stage.view("kept")
+            assert (kept.state, kept.units[0].causes) == ("ENCODER_WAITING", ("the topology has changed",))
+            waited = await stage.head.ask(
+                requests.WaitRequest("late", BOUND_S), requests.RequestView, timeout_s=BOUND_S
+            )
+            assert waited.state == "TIMED_OUT"
+            await stage.hello("encoder-0")
+            assert await stage.next_work("encoder-0") == Work("kept/0", 2)
+            await stage.report(staged(Work("kept/0", 2), "encoder", 7))  # in a pool that is not there
+            await stage.head.ask(requests.CancelRequest("kept"), requests.RequestView, timeout_s=BOUND_S)
+            with pytest.raises(RemoteFailure, match="denoiser-0 is no component of this topology"):
+                await stage.hello("denoiser-0")
 
     play(scenario())
 

@@ -10,10 +10,11 @@ import msgspec
 import pytest
 
 from engines.panels import Panel
-from roles.journal import SCHEMA_VERSION, Journal, JournalError
+from roles.journal import SCHEMA_VERSION, Journal, JournalError, prune
 from roles.messages.requests import Move
 from roles.messages.work import Artifact, LeaseRef, Output, Staged
 from roles.request import Request, State, Unit
+from roles.retention import StoreBounds
 
 
 def a_request(id_: str = "r1", *, key: str = "", created_at: float = 1.0) -> Request:
@@ -36,7 +37,7 @@ def test_what_was_accepted_and_saved_comes_back_whole(tmp_path: Path) -> None:
     unit.borrows = True
     journal.save([request], [unit])
     journal.close()
-    assert Journal(tmp_path / "j.sqlite").load(0.0) == [request]
+    assert Journal(tmp_path / "j.sqlite").active() == [request]
 
 
 def test_a_unit_that_an_earlier_version_wrote_borrows_nothing_and_has_time() -> None:
@@ -48,17 +49,98 @@ def test_a_unit_that_an_earlier_version_wrote_borrows_nothing_and_has_time() -> 
     assert unit.left_s == 600.0
 
 
-def test_ended_requests_are_read_back_for_a_while_and_then_pruned(tmp_path: Path) -> None:
+def ended(journal: Journal, id_: str, at: float, **fields: str) -> Request:
+    request = a_request(id_, **fields)  # type: ignore[arg-type]
+    journal.accept(request)
+    request.finished_at = at
+    request.units[0].artifact = Artifact(f"{id_}_0.png", "image/png", 3)
+    journal.save([request], request.units)
+    return request
+
+
+def test_ended_requests_are_found_by_id_and_key_and_not_among_the_active(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j.sqlite")
-    old, new, active = a_request("old"), a_request("new"), a_request("active")
-    for request in (old, new, active):
-        journal.accept(request)
-    old.finished_at, new.finished_at = 10.0, 20.0
-    new.units[0].artifact = Artifact("new-0.png", "image/png", 3)
-    journal.save([old, new], new.units)
-    assert {r.id for r in journal.load(15.0)} == {"new", "active"}
-    assert journal.prune(15.0) == 1
-    assert {r.id for r in journal.load(0.0)} == {"new", "active"}
+    done = ended(journal, "done", 10.0, key="k")
+    journal.accept(active := a_request("active"))
+    assert journal.active() == [active]
+    assert journal.find("done") == journal.find_key("k") == done
+    assert journal.find("active") == active
+    assert journal.find("none") is journal.find_key("none") is None
+
+
+@pytest.mark.parametrize(
+    ("bounds", "left"),
+    [
+        (StoreBounds(1000.0, 1000, 1 << 30), {f"r{k}" for k in range(20, 150)}),
+        (StoreBounds(1e9, 60, 1 << 30), {f"r{k}" for k in range(90, 150)}),
+        (StoreBounds(1e9, 1000, 1), set()),
+    ],
+    ids=["age", "count", "bytes"],
+)
+def test_the_oldest_go_in_small_batches_and_the_file_shrinks(
+    tmp_path: Path, bounds: StoreBounds, left: set[str]
+) -> None:
+    journal = Journal(path := tmp_path / "j.sqlite")
+    for k in range(150):
+        ended(journal, f"r{k}", 1000.0 + k * 10.0)
+    active = a_request("active")
+    active.inputs["prompt"] = "x" * 400_000
+    journal.accept(active)
+    journal.save([active], [])
+    journal.delete("active")
+    journal.accept(a_request("active"))
+    gone, awaited = prune(path, bounds, now=2200.0)
+    assert gone == 150 - len(left)
+    assert {f"r{k}" for k in range(150) if journal.find(f"r{k}")} == left
+    assert awaited == {"active", *(f"r{k}" for k in range(115, 150))} & ({"active"} | left)
+    assert [request.id for request in journal.active()] == ["active"]
+    assert path.stat().st_size < 400_000
+
+
+def test_a_damaged_request_is_set_aside_and_the_rest_is_served(tmp_path: Path) -> None:
+    path, complaints = tmp_path / "j.sqlite", list[str]()
+    journal = Journal(path)
+    for id_ in ("text", "short", "unitless", "fine"):
+        journal.accept(a_request(id_, key=f"key of {id_}"))
+    done = ended(journal, "done", 10.0, key="key of done")
+    journal.close()
+    with sqlite3.connect(path) as db:
+        (body,) = db.execute("SELECT body FROM units WHERE id = 'text/1'").fetchone()
+        db.execute("UPDATE units SET body = ? WHERE id = 'text/1'", (body.replace(b"PENDING", b"P\xffNDING"),))
+        db.execute("UPDATE requests SET body = X'93' WHERE id = 'short'")
+        db.execute("DELETE FROM units WHERE request_id = 'unitless'")
+        db.execute("UPDATE requests SET body = CAST(X'ff' AS TEXT) WHERE id = 'done'")
+    journal = Journal(path, complaints.append)
+    assert [request.id for request in journal.active()] == ["fine"]
+    assert journal.find("done") is None
+    assert journal.damaged == len(complaints) == 4
+    assert all("cannot be read" in complaint and "`damaged`" in complaint for complaint in complaints)
+    assert journal.set_aside("done")
+    assert not journal.set_aside("fine")
+    journal.accept(a_request("new", key=done.idempotency_key))
+    journal.close()
+    assert Journal(path).damaged == 4
+    with sqlite3.connect(path) as db:
+        kept = db.execute(
+            "SELECT unit_id, body FROM damaged WHERE request_id = X'74657874' ORDER BY unit_id"
+        ).fetchall()
+    assert [unit for unit, _ in kept] == [None, b"text/0", b"text/1"]
+    assert b"P\xffNDING" in kept[2][1]
+
+
+def test_a_journal_of_the_version_before_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    journal = Journal(path)
+    request = ended(journal, "r", 10.0, key="k")
+    journal.close()
+    with sqlite3.connect(path) as db:
+        db.executescript("DROP TABLE damaged; PRAGMA user_version=1; PRAGMA auto_vacuum=NONE;")
+        db.execute("VACUUM")
+    journal = Journal(path)
+    assert journal.find_key("k") == request
+    assert journal.damaged == 0
+    (mode,) = journal._db.execute("PRAGMA auto_vacuum").fetchone()
+    assert mode == 2
 
 
 def test_an_accept_is_on_the_disk_when_the_process_is_killed_right_after(tmp_path: Path) -> None:
@@ -70,7 +152,7 @@ def test_an_accept_is_on_the_disk_when_the_process_is_killed_right_after(tmp_pat
     root = Path(__file__).parents[2]
     ended = subprocess.run([sys.executable, "-c", program, str(tmp_path / "j.sqlite")], cwd=root, check=False)
     assert ended.returncode == -signal.SIGKILL
-    assert [r.id for r in Journal(tmp_path / "j.sqlite").load(0.0)] == ["r1"]
+    assert [r.id for r in Journal(tmp_path / "j.sqlite").active()] == ["r1"]
 
 
 def test_a_newer_journal_is_refused_in_words(tmp_path: Path) -> None:
@@ -87,7 +169,7 @@ def test_a_corrupt_journal_is_refused_in_words_and_an_empty_file_is_a_new_one(tm
     path = tmp_path / "j.sqlite"
     path.write_bytes(damage)
     if damage:
-        with pytest.raises(JournalError, match="move the file away"):
+        with pytest.raises(JournalError, match=r"is damaged .*move it away"):
             Journal(path)
     else:
         Journal(path).accept(a_request())
@@ -104,7 +186,7 @@ def test_a_full_disk_is_an_error_and_the_journal_goes_on_once_there_is_room(tmp_
         journal.accept(large)
     journal._db.execute("PRAGMA max_page_count=100000")
     journal.accept(a_request("second"))
-    assert {r.id for r in journal.load(0.0)} == {"first", "second"}
+    assert {r.id for r in journal.active()} == {"first", "second"}
 
 
 def test_the_same_key_cannot_be_accepted_twice(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 
 from actors import Actor, StartDelayed
@@ -357,6 +358,8 @@ def test_a_source_of_another_generation_is_gone(run: Any, apart: Any, house: Any
             two = Two(h)
             source = await two.start()
             target = await two.target()
+            with pytest.raises(RemoteFailure, match="source_gone: there is no elsewhere any more"):
+                await two.client.pull(msgspec.structs.replace(source, pool="elsewhere"), target)
             await h.kill("pool-encoder")
             await h.component("pool-encoder", build, generation=4)
             with pytest.raises(RemoteFailure) as refusal:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from roles.messages.work import Upload
+from roles.retention import StoreBounds
 from roles.uploads import UploadError, UploadsFull, UploadStore
 
 
@@ -81,6 +82,7 @@ def test_what_is_no_picture_is_not_decoded(store: UploadStore) -> None:
 
 
 def test_the_old_are_pruned_and_what_is_sent_again_is_young(store: UploadStore) -> None:
+    store.bounds = StoreBounds(50.0, 9, 9999)
     first, second, third = (store.save(png((k, k, k)), "png") for k in range(3))
     for upload in (first, second):
         age(store, upload, 100.0)
@@ -89,20 +91,21 @@ def test_the_old_are_pruned_and_what_is_sent_again_is_young(store: UploadStore) 
     os.utime(store.folder / f".{'b' * 64}.png.1-1.tmp", (0, 0))
     (store.folder / "notes.txt").write_text("of somebody else")
     os.utime(store.folder / "notes.txt", (0, 0))
-    assert store.prune(now=time.time(), max_age_s=50.0) == 2
+    assert store.prune(now=time.time()) == 2
     assert {path.name for path in store.folder.iterdir()} == {second.name, third.name, "notes.txt"}
 
 
 def test_nothing_is_pruned_where_there_is_nothing(store: UploadStore) -> None:
-    assert store.prune(now=time.time(), max_age_s=0.0) == 0
+    assert store.prune(now=time.time()) == 0
 
 
-def test_a_full_store_refuses_what_is_new_until_something_has_gone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bounds", [StoreBounds(1e9, 1, 9999), StoreBounds(1e9, 9, 2 * len(png()) - 1)])
+def test_a_full_store_lets_go_of_what_no_request_needs_else_it_refuses(tmp_path: Path, bounds: StoreBounds) -> None:
     UploadStore(tmp_path).save(png(), "png")
-    store = UploadStore(tmp_path, max_bytes=2 * len(png()) - 1)  # what is there already counts
-    with pytest.raises(UploadsFull):
+    store = UploadStore(tmp_path, bounds, needed_s=50.0)  # what is there already counts
+    with pytest.raises(UploadsFull, match="1 uploads"):
         store.save(png((9, 9, 9)), "png")
     known = store.save(png(), "png")
     age(store, known, 100.0)
-    store.prune(now=time.time(), max_age_s=50.0)
-    store.save(png((9, 9, 9)), "png")
+    new = store.save(png((9, 9, 9)), "png")
+    assert [path.name for path in tmp_path.iterdir()] == [new.name]
