@@ -180,11 +180,6 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def free_bytes(device: torch.device) -> int:
-    """Bytes of the card that no process uses."""
-    return torch.cuda.mem_get_info(device)[0]
-
-
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     """Compute a little of each kind, so that the first request does not wait for libraries to be loaded and set up.
 

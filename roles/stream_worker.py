@@ -47,9 +47,6 @@ T = TypeVar("T")
 
 OVERDUE_HEARTBEATS = 8.0
 """A call to the device that takes this many heartbeat timeouts is taken for hung."""
-ROOM_WAIT_S = 60.0
-"""How long weights wait for a card that others fill, before the role fails to start."""
-ROOM_EVERY_S = 1.0
 
 
 class _Stopped(Exception):  # noqa: N818  not an error
@@ -160,34 +157,18 @@ class StreamWorker(Actor):
                 return
 
     async def _loaded(self, stream: DeviceStream) -> PanelPipeline:
-        """Load the model; where others fill the card just now, wait for it a little.
-
-        Raises as `started` does.
-        """
-        give_up_at = time.monotonic() + ROOM_WAIT_S
-        while True:
-            try:
-                return await stream.run(self._load, stream.device)
-            except NoRoomError as error:
-                if error.needed > error.total:
-                    raise StartFailure(str(error)) from error
-                if time.monotonic() > give_up_at:
-                    raise StartDelayed(str(error)) from error
-                self.log.warning("no room for the weights yet", reason=str(error))
-                self.set_state("loading", str(error))
-                needed = error.needed
-                devices.forget(error)
-            except ModelError as error:
-                kind = StartFailure if self.topology.model_path.is_dir() else StartDelayed
-                raise kind(str(error)) from error
-            except RuntimeError as error:
-                if not devices.is_out_of_memory(error):
-                    raise
-                raise StartFailure(f"{stream.device} has no room beside the weights: {describe(error)}") from error
-            await stream.run(devices.free_memory, stream.device)
-            # No event tells of the memory of other processes.
-            while devices.free_bytes(stream.device) < needed and time.monotonic() < give_up_at:  # noqa: ASYNC110
-                await asyncio.sleep(ROOM_EVERY_S)
+        """Load the model. Raises StartFailure, and StartDelayed where others fill the card just now."""
+        try:
+            return await stream.run(self._load, stream.device)
+        except NoRoomError as error:
+            failure = StartFailure if error.needed > error.total else StartDelayed
+            raise failure(str(error)) from error
+        except ModelError as error:
+            raise StartFailure(str(error)) from error
+        except RuntimeError as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            raise StartDelayed(f"{stream.device} has no room beside the weights: {describe(error)}") from error
 
     def _load(self, device: torch.device) -> PanelPipeline:
         component, topology = self.component, self.topology

@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from actors import Actor, StartFailure
+from actors import Actor, StartDelayed, StartFailure
 from actors.system import Inspect, Inspection
 from engines.panels import Panel
 from engines.placing import NoRoomError
+from engines.streams import DeviceStream
 from roles.messages.device import (
     CancelPanel,
     PanelCancelled,
@@ -28,6 +29,7 @@ from roles.messages.work import Pictures, Renewal, Upload, Work
 from roles.stream_worker import StreamWorker
 from roles.workspace import Premises
 
+CPU = torch.device("cpu")
 INPUTS: dict[str, object] = {
     "prompt": "a red circle", "height": 32, "width": 32, "num_inference_steps": 3, "max_sequence_length": 16,
 }  # fmt: skip
@@ -359,35 +361,31 @@ def test_what_can_never_work_is_a_sentence(
     run(body())
 
 
+@pytest.mark.parametrize(
+    ("error", "failure"),
+    [
+        (lambda: NoRoomError("transformer", CPU, 17 << 30), StartFailure),
+        (lambda: NoRoomError("transformer", CPU, 9 << 30), StartDelayed),
+        (lambda: torch.OutOfMemoryError("CUDA out of memory."), StartDelayed),
+        (lambda: RuntimeError("something else"), RuntimeError),
+    ],
+)
 def test_weights_wait_for_a_card_that_others_fill_and_not_for_one_that_is_too_small(
-    run: Any, place: Any, house: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any, place: Any, house: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, error: Any, failure: Any
 ) -> None:
-    card = {"free": 1, "total": 10 << 30}
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (card["free"], card["total"]))
-    monkeypatch.setattr("roles.stream_worker.ROOM_EVERY_S", 0.01)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1 << 30, 16 << 30))
+
+    def no_room(_device: torch.device) -> Any:
+        raise error()
 
     async def body() -> None:
         async with house(place(tiny_model, kind="monolithic")) as h:
             worker = StreamWorker(h.topology.component("monolithic-0"), h.topology, Premises())
-            load, tries = worker._load, []
-
-            def no_room_at_first(device: torch.device) -> Any:
-                tries.append(worker.detail)
-                if len(tries) < 3:
-                    card["free"] = len(tries) * (9 << 30)
-                    raise NoRoomError("transformer", device, 9 << 30)
-                return load(device)
-
-            monkeypatch.setattr(worker, "_load", no_room_at_first)
-            await h.start(worker)
-            assert [bool(detail) for detail in tries] == [False, True, True]
-            assert "with it the weights take 9.0 GiB, of 10.0 GiB there 9.0 are free" in tries[1]
-            assert (worker.state, worker.detail) == ("ready", "")
-            card["total"] = 8 << 30
-            tries.clear()
-            another = StreamWorker(h.topology.component("monolithic-0"), h.topology, Premises())
-            monkeypatch.setattr(another, "_load", no_room_at_first)
-            with pytest.raises(StartFailure, match="The transformer does not fit on cpu"):
-                await another._loaded(worker._stream)  # type: ignore[arg-type]
+            monkeypatch.setattr(worker, "_load", no_room)
+            stream = DeviceStream(CPU, "test")
+            with pytest.raises(failure) as raised:
+                await worker._loaded(stream)
+            assert type(raised.value) is failure
+            stream.close()
 
     run(body())
