@@ -33,7 +33,7 @@ test: $(INSTALLED) ## All tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu"
 
 test-gpu: ## Tests that need a GPU; makes no environment: `make test-gpu PYTHON=python3` uses that one
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -m gpu tests/gpu
 
 check: $(INSTALLED) ## Lint, formatting, types
 	$(BIN)/ruff check .

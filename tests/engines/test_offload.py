@@ -199,23 +199,3 @@ def test_nothing_is_left_on_the_device_however_a_panel_ends(models: Models) -> N
     assert resting.present == ""
     part.decode(finish(part.denoise(state)))
     assert resting.present == ""
-
-
-# With a device ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("family", ["flux", "wan", "sana"])
-def test_weights_rest_on_the_host(family: str, how: str, models: Models, classic_models: Models) -> None:
-    model = classic_models(family) if family == "sana" else models(family)
-    device = torch.device("cuda", 0)
-    made = []
-    for offload_as in ("none", how):
-        part = PanelPipeline.load(model, tuple(Panel), dtype=torch.float32, device=device, offload=offload_as)
-        result = part.decode(finish(part.denoise(part.encode(request(model, **STEPS), 1))))
-        made.append(media(result))
-        modules = [getattr(part._parts.pipeline, name) for name in part.components]
-        places = {weight.device.type for m in modules if isinstance(m, torch.nn.Module) for weight in m.parameters()}
-        assert places == {"cuda" if offload_as == "none" else "cpu"}
-    assert same(*made)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+from tests.gpu.needed import require
+
+require()
 
 from engines.arena import Arena
 from engines.checksum import ChecksumMismatch, checksum
 from engines.codec import pack
 from engines.streams import PIECE, DeviceStream
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.usefixtures("card")
+ROOT = Path(__file__).parents[2]
 
 CUDA = torch.device("cuda:0")
 # About 0.1 s of a kernel that only waits; long beside anything else here.
@@ -185,3 +191,53 @@ def test_each_stream_has_a_stream_of_its_own_current_on_its_thread(transfer, com
 
     ours = {asyncio.run(current(stream)) for stream in (transfer, compute)}
     assert len(ours | {torch.cuda.default_stream(CUDA).cuda_stream}) == 3
+
+
+def test_a_thread_that_waits_leaves_its_core_to_others(compute):
+    async def waited() -> float:
+        await compute.run(torch.cuda._sleep, 10 * LONG)
+        end = compute.record()
+
+        def wait() -> float:
+            before = os.times()
+            end.synchronize()
+            after = os.times()
+            return (after.user + after.system - before.user - before.system) / (after.elapsed - before.elapsed)
+
+        return await compute.run(wait)
+
+    assert asyncio.run(waited()) < 0.5
+
+
+ATTACH = """
+import sys
+import torch
+from engines.arena import Arena, ArenaAddress
+arena = Arena.attach(ArenaAddress.parse(sys.argv[1]))
+assert arena.pin(), arena.pin_failure
+slot = arena.tensor(4096, 1 << 20)
+there = slot.to("cuda:0", non_blocking=True)
+slot.copy_((there + 1), non_blocking=True)
+torch.cuda.synchronize()
+arena.close()
+"""
+
+
+def test_two_processes_pin_the_same_memory(pinned):
+    pinned.tensor(4096, 1 << 20).fill_(5)
+    done = subprocess.run(
+        [sys.executable, "-c", ATTACH, str(pinned.address)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    there = pinned.tensor(4096, 1 << 20).to(CUDA, non_blocking=True)
+    assert there.eq(6).all()
+
+
+def test_a_refused_pin_does_not_meet_the_next_launch(pinned):
+    # What is registered already is refused.
+    again = Arena.attach(pinned.address)
+    again.base = pinned.base
+    assert again.pin() is False
+    assert "cudaHostRegister" in again.pin_failure
+    assert torch.ones(3, device=CUDA).sum() == 3
+    again.close()

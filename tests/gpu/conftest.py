@@ -1,0 +1,61 @@
+"""What only a card can show. `TRIPTYCH_GPU_TESTS_ON=cpu` runs what can be run without one, to try the tests themselves.
+
+A machine with a card may lack packages: what needs a missing one is skipped with its name, and nothing here is imported
+before its time.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Read when torch first uses the card, as in the processes of roles.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+
+from tests.engines.conftest import classic_models, gradients, models
+
+try:
+    from tests.roles.conftest import house, inbox, place, plain_tracebacks, run, tiny_model
+except ImportError:  # each file says which package it lacks
+    house = inbox = place = plain_tracebacks = run = tiny_model = None
+
+__all__ = [
+    "classic_models", "gradients", "house", "inbox", "models", "place", "plain_tracebacks", "run", "tiny_model",
+]  # fmt: skip
+
+HERE = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture
+def card() -> torch.device:
+    """A CUDA device, and nothing else."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device("cuda", 0)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """A CUDA device, or what stands in for it."""
+    if os.environ.get("TRIPTYCH_GPU_TESTS_ON") == "cpu":
+        return torch.device("cpu")
+    return request.getfixturevalue("card")
+
+
+@pytest.fixture(autouse=True)
+def exact() -> None:
+    """The settings of a role on a card."""
+    from roles.devices import use_exact_kernels
+
+    use_exact_kernels()

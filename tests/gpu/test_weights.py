@@ -1,0 +1,101 @@
+"""Weights on a card: in eight bits, and resting on the host. What is computed is the same, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.gpu.needed import require
+
+require()
+
+from engines.panels import Panel
+from engines.pipeline import PanelPipeline
+from engines.placing import NoRoomError
+from tests.engines.adapted import Models
+from tests.engines.classics import finish, request
+from tests.engines.results import media, same, seeded
+
+STEPS = {"num_inference_steps": 2}
+GIB = 1 << 30
+
+
+def load(model: Path, device: torch.device, **options: Any) -> PanelPipeline:
+    return PanelPipeline.load(model, tuple(Panel), dtype=torch.float32, device=device, **options)
+
+
+def make(part: PanelPipeline, model: Path, seed: int = 1) -> np.ndarray[Any, Any]:
+    return media(part.decode(finish(part.denoise(part.encode(request(model, **STEPS), seed)))))
+
+
+def weights(part: PanelPipeline) -> list[torch.Tensor]:
+    modules = (getattr(part._parts.pipeline, name) for name in part.components)
+    return [weight for module in modules if isinstance(module, torch.nn.Module) for weight in module.parameters()]
+
+
+def test_three_panels_make_the_picture_of_the_plain_pipeline(device: torch.device, models: Models) -> None:
+    from diffusers import FluxPipeline
+
+    model = models("flux")
+    plain = FluxPipeline.from_pretrained(str(model), dtype=torch.float32).to(device)
+    plain.set_progress_bar_config(disable=True)
+    expected = media(plain(**request(model, **STEPS), generator=seeded(1), output_type="pil"))
+    for _ in range(2):
+        assert same(make(load(model, device), model), expected)
+
+
+@pytest.mark.parametrize("how", ["model", "group"])
+@pytest.mark.parametrize("family", ["flux", "wan", "sdxl", "sana"])
+def test_weights_rest_on_the_host(
+    device: torch.device, family: str, how: str, models: Models, classic_models: Models
+) -> None:
+    model = classic_models(family) if family == "sana" else models(family)
+    exact, resting = load(model, device), load(model, device, offload=how)
+    assert {weight.device for weight in weights(exact)} == {device}
+    for seed in (1, 2):
+        assert same(make(resting, model, seed), make(exact, model, seed))
+        assert {weight.device.type for weight in weights(resting)} == {"cpu"}
+
+
+@pytest.mark.parametrize("how", ["none", "model", "group"])
+@pytest.mark.parametrize("quantization", ["int8", "float8"])
+def test_in_eight_bits(device: torch.device, quantization: str, how: str, models: Models) -> None:
+    pytest.importorskip("torchao")
+    if quantization == "float8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        pytest.skip("this card has no float8")
+    model = models("flux")
+    exact = make(load(model, device), model).astype(int)
+    part = load(model, device, quantization=quantization)
+    assert part.placement.held_bytes < part.placement.read_bytes
+    made = make(part, model)
+    assert np.abs(made.astype(int) - exact).mean() < 255 * 0.05
+    assert same(make(load(model, device, quantization=quantization, offload=how), model), made)
+
+
+def test_a_component_that_rests_leaves_the_card_to_others(card: torch.device, models: Models) -> None:
+    from roles.devices import free_memory
+
+    model = models("flux")
+    before = free_memory(card)
+    part = load(model, card, offload="model")
+    make(part, model)
+    assert free_memory(card) - before < 64 << 20  # workspaces of cuBLAS
+    assert torch.cuda.memory_reserved(card) - torch.cuda.memory_allocated(card) < 64 << 20
+
+
+def test_weights_that_do_not_fit_say_so(card: torch.device, models: Models) -> None:
+    model = models("flux")
+    from roles.devices import free_memory
+
+    free_memory(card)
+    torch.cuda.set_per_process_memory_fraction(1e-6, card)
+    try:
+        with pytest.raises(NoRoomError, match=r"does not fit on cuda:0: with it the weights take .* are free"):
+            load(model, card)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, card)
+    assert make(load(model, card), model).size
