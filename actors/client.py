@@ -123,6 +123,4 @@ def unreachable(url: str, error: httpx.HTTPError) -> ApiError:
 def _message(answer: object) -> str:
     if not isinstance(answer, dict) or not isinstance(answer.get("error"), dict):
         return ""
-    error = answer["error"]
-    text = str(error.get("message", ""))
-    return f"{text} (param {error['param']})" if text and error.get("param") else text
+    return str(answer["error"].get("message", ""))  # it names the field

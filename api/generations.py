@@ -45,6 +45,15 @@ class Image(msgspec.Struct, omit_defaults=True):
     url: str | None = None
 
 
+class ImagesResponse(msgspec.Struct):
+    """OpenAI's answer, with the id of the request."""
+
+    created: int
+    """Unix seconds."""
+    id: str
+    data: list[Image]
+
+
 class Generations(HTTPEndpoint):
     """Make pictures, and wait for them."""
 
@@ -108,5 +117,5 @@ async def respond(request: Request, wanted: ImageRequest, view: RequestView) -> 
             images.append(Image(unit.seed, url=artifact_url(request, unit.artifact.name)))
         else:
             images.append(Image(unit.seed, b64_json=await asyncio.to_thread(store.read, unit.artifact.name)))
-    content = {"created": int(view.finished_at or time.time()), "id": view.request_id, "data": images}
+    content = ImagesResponse(int(view.finished_at or time.time()), view.request_id, images)
     return JSONResponse(content, headers={"X-Request-Id": view.request_id})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from starlette.requests import Request
 
 from api.cluster import Cluster
@@ -10,23 +11,47 @@ from api.encoding import JSONResponse
 DOWN = {"down", "backoff", "failed", "gave_up", "stopped"}
 
 
+class Live(msgspec.Struct):
+    """The process answers."""
+
+    status: str = "live"
+
+
+class Ready(msgspec.Struct):
+    """Whether requests are taken, and why not."""
+
+    status: str
+    reasons: list[str]
+    gave_up: list[str]
+
+
+class Health(msgspec.Struct):
+    """The system in short."""
+
+    status: str
+    """ok, degraded or unavailable."""
+    reasons: list[str]
+    down: list[str]
+    """Names of actors."""
+    actors: int
+    units: dict[str, int]
+    """Pictures under way, by state."""
+    completed: int
+    average_latency_s: float
+
+
 async def live(_: Request) -> JSONResponse:
     """Answer at all; says nothing of the other processes."""
-    return JSONResponse({"status": "live"})
+    return JSONResponse(Live())
 
 
 async def ready(request: Request) -> JSONResponse:
     """Answer 200 when pictures can be made and nothing was given up, else 503 with the reasons."""
     observer: Cluster = request.app.state.cluster
     readiness = await observer.readiness()
-    return JSONResponse(
-        {
-            "status": "ready" if readiness.ready else "not ready",
-            "reasons": readiness.reasons,
-            "gave_up": readiness.gave_up,
-        },
-        status_code=200 if readiness.ready else 503,
-    )
+    status = "ready" if readiness.ready else "not ready"
+    content = Ready(status, readiness.reasons, readiness.gave_up)
+    return JSONResponse(content, status_code=200 if readiness.ready else 503)
 
 
 async def health(request: Request) -> JSONResponse:
@@ -36,15 +61,13 @@ async def health(request: Request) -> JSONResponse:
     down = sorted(actor["name"] for actor in seen["actors"] if actor["state"] in DOWN)
     status = "unavailable" if not seen["ready"] else "degraded" if down else "ok"
     head = seen["head"] or {}
-    return JSONResponse(
-        {
-            "status": status,
-            "reasons": seen["reasons"],
-            "down": down,
-            "actors": len(seen["actors"]),
-            "units": head.get("states", {}),
-            "completed": head.get("completed", 0),
-            "average_latency_s": head.get("average_latency_s", 0.0),
-        },
-        status_code=503 if status == "unavailable" else 200,
+    content = Health(
+        status,
+        seen["reasons"],
+        down,
+        len(seen["actors"]),
+        head.get("states", {}),
+        head.get("completed", 0),
+        head.get("average_latency_s", 0.0),
     )
+    return JSONResponse(content, status_code=503 if status == "unavailable" else 200)

@@ -1,131 +1,354 @@
-"""GET /openapi.json: the paths by hand, the request bodies from their structs."""
+"""GET /openapi.json: which paths there are by hand, what goes in and out from the structs."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, NamedTuple
 
 import msgspec
+from msgspec import inspect
 from starlette.requests import Request
 
 from api.encoding import JSONResponse
-from api.fields import MediaRequest
-from api.generations import ImageRequest
-from api.videos import Video, VideoRequest
+from api.fields import NEUTRAL, MediaRequest
+from api.generations import ImageRequest, ImagesResponse
+from api.health import Health, Live, Ready
+from api.models import ModelList, ModelObject
+from api.requests import Deleted
+from api.videos import ListQuery, Video, VideoList, VideoRequest
+from roles.formats import CONTENT_TYPES
+from roles.messages.requests import ClusterView, RequestView
 
-_MADE = (200, 202, 400, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504)
+_FILE: Final = "file"
+_ASKED: Final = (400, 403, 404, 408, 413, 415, 421, 422, 429, 503)
+_LOOKED: Final = (403, 421, 503)
 
-_GOOD = {200: "OK", 202: "Accepted, where the client said Prefer: respond-async: follow it at its Location"}
 
-_PATHS: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
-    "/v1/images/generations": {"post": ("Make pictures of a prompt, and of pictures, and wait for them", _MADE)},
-    "/v1/images/edits": {"post": ("Make pictures of a picture, within a mask or all over, and wait for them", _MADE)},
-    "/v1/images/{name}": {"get": ("A finished picture", (200, 404))},
-    "/v1/videos": {"post": ("Begin a video", (200, 400, 404, 408, 409, 413, 415, 422, 429, 503))},
+class Operation(NamedTuple):
+    """One method of one path."""
+
+    id: str
+    summary: str
+    answers: Mapping[int, str]
+    """Name of the schema of each answer that is no error; "file" for media, "" for no body."""
+    errors: tuple[int, ...] = _LOOKED
+    parameters: tuple[str, ...] = ()
+    """Names in `_PARAMETERS`; those of the path need not be named."""
+    body: str = ""
+    """Name in `_BODIES`."""
+    is_open: bool = False
+    """Needs no key."""
+
+
+_MADE: Final = (*_ASKED, 409, 500, 504)
+_ASYNC: Final = ("Prefer", "Idempotency-Key")
+_CONDITIONS: Final = ("If-None-Match", "If-Modified-Since", "If-Match", "If-Unmodified-Since", "Range", "If-Range")
+_FILES: Final = {200: _FILE, 206: _FILE, 304: ""}
+_OPERATIONS: Final[Mapping[str, Mapping[str, Operation]]] = {
+    "/v1/images/generations": {
+        "post": Operation(
+            "createImage",
+            "Make pictures of a prompt, and of pictures, and wait for them",
+            {200: "ImagesResponse", 202: "Request"}, _MADE, _ASYNC, "generations",
+        )
+    },
+    "/v1/images/edits": {
+        "post": Operation(
+            "createImageEdit",
+            "Make pictures of a picture, within a mask or all over, and wait for them",
+            {200: "ImagesResponse", 202: "Request"}, _MADE, _ASYNC, "edits",
+        )
+    },
+    "/v1/images/{name}": {
+        "get": Operation("getFile", "A finished file", _FILES, (*_LOOKED, 404, 412, 416), _CONDITIONS)
+    },
+    "/v1/videos": {
+        "get": Operation(
+            "listVideos", "Videos page by page", {200: "VideoList"}, (*_LOOKED, 404, 422), ("after", "limit", "order")
+        ),
+        "post": Operation("createVideo", "Begin a video", {200: "Video"}, (*_ASKED, 409), _ASYNC[1:], "videos"),
+    },
     "/v1/videos/{video_id}": {
-        "get": ("How far a video is", (200, 404, 503)),
-        "delete": ("Cancel a video", (200, 404, 503)),
+        "get": Operation("getVideo", "How far a video is", {200: "Video"}, (*_LOOKED, 404)),
+        "delete": Operation(
+            "deleteVideo", "Cancel a video and remove it, its prompt and its file", {200: "Deleted"}, (*_LOOKED, 404)
+        ),
     },
-    "/v1/videos/{video_id}/content": {"get": ("The finished file; 409 while there is none", (200, 404, 409, 503))},
-    "/v1/models": {"get": ("The model that is served", (200, 503))},
-    "/v1/models/{name}": {"get": ("One model: what it takes, and its defaults", (200, 404, 503))},
+    "/v1/videos/{video_id}/content": {
+        "get": Operation(
+            "getVideoContent",
+            "The finished file; 409 while there is none",
+            _FILES, (*_LOOKED, 404, 409, 412, 416, 422), ("variant", *_CONDITIONS),
+        )
+    },
+    "/v1/models": {"get": Operation("listModels", "The model that is served", {200: "ModelList"})},
+    "/v1/models/{name}": {
+        "get": Operation(
+            "getModel", "One model: what it takes, and its defaults", {200: "ModelObject"}, (*_LOOKED, 404)
+        )
+    },
     "/v1/requests/{request_id}": {
-        "get": ("A request: state, history, attempts, causes, artifacts", (200, 404, 503)),
-        "delete": ("Cancel a request", (200, 404, 503)),
+        "get": Operation(
+            "getRequest", "A request: state, history, attempts, causes, artifacts", {200: "Request"}, (*_LOOKED, 404)
+        ),
+        "delete": Operation(
+            "deleteRequest",
+            "Cancel a request; remove one that has ended, its prompt and its files",
+            {200: "RequestOrDeleted"}, (*_LOOKED, 404),
+        ),
     },
-    "/v1/cluster": {"get": ("Every actor, pool and dead letter", (200,))},
-    "/live": {"get": ("The API process answers", (200,))},
-    "/ready": {"get": ("Pictures can be made now", (200, 503))},
-    "/health": {"get": ("Summary of the system", (200, 503))},
+    "/v1/cluster": {
+        "get": Operation("getCluster", "Every actor, pool and dead letter", {200: "Cluster"}, _LOOKED[:2])
+    },
+    "/live": {"get": Operation("isLive", "The API process answers", {200: "Live"}, _LOOKED[:2], is_open=True)},
+    "/ready": {
+        "get": Operation(
+            "isReady", "Pictures can be made now", {200: "Ready", 503: "Ready"}, _LOOKED[:2], is_open=True
+        )
+    },
+    "/health": {
+        "get": Operation(
+            "getHealth", "Summary of the system", {200: "Health", 503: "Health"}, _LOOKED[:2], is_open=True
+        )
+    },
+}  # fmt: skip
+
+_REASONS: Final = {
+    200: "OK",
+    202: "Accepted, where the client said Prefer: respond-async: follow it at its Location",
+    206: "The part that was asked for",
+    304: "The client has it",
+    400: "The body or a header is malformed",
+    401: "No key, or none of the server's",
+    403: "From a page of another site",
+    404: "Not there, or somebody else's",
+    408: "The body came too slowly",
+    409: "Cancelled, not finished yet, or an Idempotency-Key that came with another body",
+    412: "The file is another one",
+    413: "Too long",
+    415: "Neither JSON nor a form, or no picture",
+    416: "The file has no such bytes",
+    421: "For a host that this is not",
+    422: "A field is not as it must be; param names it",
+    429: "Too much at a time: try again after Retry-After",
+    500: "Failed for good",
+    503: "Cannot be done now: try again after Retry-After",
+    504: "Not done in time",
+}
+_TEXT: Final[Mapping[str, Any]] = {"type": "string"}
+
+
+def _parameter(name: str, place: str, schema: Mapping[str, Any], text: str) -> dict[str, Any]:
+    return {"name": name, "in": place, "required": place == "path", "schema": schema, "description": text}
+
+
+_QUERY: Final = {"after": "The id that the list goes on after.", "limit": "Most of them.", "order": "By age."}
+_HEADERS: Final = {
+    "Prefer": "respond-async: answer 202 at once, with the place where the result will be.",
+    "Idempotency-Key": "1 to 255 visible ASCII characters: the same body under the same key is one request.",
+    "If-None-Match": "ETags that the client has: 304.",
+    "If-Modified-Since": "A date: 304.",
+    "If-Match": "ETags, or * for any: else 412.",
+    "If-Unmodified-Since": "A date: else 412.",
+    "Range": "bytes=0-99: 206.",
+    "If-Range": "The ETag that the Range is of.",
+}
+_VARIANT: Final = {"enum": ["video"], "default": "video"}
+
+
+@functools.cache
+def _parameters() -> dict[str, dict[str, Any]]:
+    """Everything but the parts of paths, by name."""
+    (query,), schemas = msgspec.json.schema_components([ListQuery], ref_template="{name}")
+    properties = schemas[query["$ref"]]["properties"]
+    return {
+        **{name: _parameter(name, "query", properties[name], text) for name, text in _QUERY.items()},
+        **{name: _parameter(name, "header", _TEXT, text) for name, text in _HEADERS.items()},
+        "variant": _parameter("variant", "query", _VARIANT, "Which file of the video."),
+    }
+
+
+_PICTURE: Final = "A picture, PNG, JPEG or WebP; or several of them."
+_WHERE: Final = "What of the image to paint anew: what is transparent, else what is white. As large as the image."
+_BODIES: Final[Mapping[str, tuple[type[MediaRequest], Mapping[str, str], tuple[str, ...]]]] = {
+    "generations": (ImageRequest, {"image": _PICTURE, "mask": _WHERE}, ()),
+    "edits": (ImageRequest, {"image": _PICTURE, "mask": _WHERE}, ("image",)),
+    "videos": (VideoRequest, {"input_reference": "The first frame.", "last_image": "The last frame."}, ()),
+}
+_MORE: Final = "Any other field is a parameter of the model, as GET /v1/models lists them."
+_BASE64: Final = {
+    "oneOf": [
+        {"type": "string", "contentEncoding": "base64", "description": "Base64, plain or a data URL."},
+        {"type": "object", "required": ["image_url"], "properties": {"image_url": _TEXT}},
+    ]
 }
 
-_ERROR = {
+
+def _body(kind: type[MediaRequest], pictures: Mapping[str, str], required: tuple[str, ...]) -> dict[str, Any]:
+    """Describe a body, in JSON (null is the same as left out) and as a form (there is no null)."""
+    _, schemas = msgspec.json.schema_components([kind], ref_template="{name}")
+    own = schemas[kind.__name__]
+    neutral = {name: {"enum": list(field.values), "description": field.advice} for name, field in NEUTRAL.items()}
+    fields = {name: _without_null(schema) for name, schema in own["properties"].items()}
+    needed = [*own["required"], *required]
+    whole = {
+        **fields,
+        **{name: {**schema, "enum": _with_plain(schema["enum"])} for name, schema in neutral.items()},
+        **{name: {"anyOf": [_BASE64, _list(_BASE64)], "description": text} for name, text in pictures.items()},
+    }
+    in_json = {
+        name: schema if name in needed else {"anyOf": [schema, {"type": "null"}]} for name, schema in whole.items()
+    }
+    files = _list({"type": "string", "format": "binary"})
+    in_form = {**fields, **neutral, **{name: {**files, "description": text} for name, text in pictures.items()}}
+    return {
+        "required": True,
+        "content": {
+            media: {"schema": {"type": "object", "description": _MORE, "properties": properties, "required": needed}}
+            for media, properties in (("application/json", in_json), ("multipart/form-data", in_form))
+        },
+    }
+
+
+def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    options = [option for option in schema.get("anyOf", ()) if option != {"type": "null"}]
+    if options:
+        rest = {key: value for key, value in schema.items() if key not in ("anyOf", "default")}
+        return {**rest, **(options[0] if len(options) == 1 else {"anyOf": options})}
+    if "enum" in schema:
+        return {**schema, "enum": [value for value in schema["enum"] if value is not None]}
+    return schema
+
+
+def _with_plain(values: Iterable[str]) -> list[object]:
+    """Add what stands for texts in JSON."""
+    plain: dict[str, object] = {"false": False, "0": 0}
+    return [*values, *(plain[value] for value in values if value in plain)]
+
+
+def _list(items: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
+def shape(kind: inspect.Type) -> dict[str, Any]:
+    """Describe a value as `api.encoding.plain` shows it: messages by field name, though on the wire they are arrays."""
+    match kind:
+        case inspect.StructType(fields=fields):
+            properties = {field.name: shape(field.type) for field in fields}
+            return {"type": "object", "properties": properties, "required": list(properties)}
+        case inspect.UnionType(types):
+            return {"anyOf": [shape(one) for one in types]}
+        case inspect.VarTupleType(item_type=item):
+            return {"type": "array", "items": shape(item)}
+        case inspect.DictType(value_type=value):
+            return {"type": "object", "additionalProperties": shape(value)}
+    return msgspec.json.schema(_SIMPLE[type(kind)])
+
+
+_SIMPLE: Final[Mapping[type[inspect.Type], Any]] = {
+    inspect.StrType: str,
+    inspect.IntType: int,
+    inspect.FloatType: float,
+    inspect.BoolType: bool,
+    inspect.NoneType: None,
+}
+
+
+def _request() -> dict[str, Any]:
+    """`api.requests.request_object`."""
+    made = shape(inspect.type_info(RequestView))
+    fields = made["properties"]
+    del fields["request_id"]
+    fields["inputs"] = {"type": "object", "description": "As they are run; pictures by name and size."}
+    artifact = next(one for one in fields["units"]["items"]["properties"]["artifact"]["anyOf"] if "properties" in one)
+    artifact["properties"]["url"] = _TEXT
+    fields = {"id": _TEXT, "object": {"const": "request"}, **fields}
+    return {"type": "object", "properties": fields, "required": list(fields)}
+
+
+def _cluster() -> dict[str, Any]:
+    """`api.cluster.Cluster.observe`."""
+    rows = {"type": "array", "items": {"type": "object"}}
+    texts = {"type": "array", "items": _TEXT}
+    head = {"anyOf": [shape(inspect.type_info(ClusterView)), {"type": "null"}]}
+    fields = {
+        "ready": {"type": "boolean"}, "reasons": texts, "gave_up": texts, "actors": rows, "pools": rows, "head": head,
+        "dead_letters": {"type": "object"},
+    }  # fmt: skip
+    return {"type": "object", "properties": fields, "required": list(fields)}
+
+
+_ERROR: Final = {
     "type": "object",
+    "required": ["error"],
     "properties": {
         "error": {
             "type": "object",
+            "required": ["message", "type", "param", "code"],
             "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": "string"},
+                "message": {**_TEXT, "description": "Names the field as it was sent, and says what to send."},
+                "type": _TEXT,
+                "param": {"type": ["string", "null"], "description": "The field at fault."},
+                "code": _TEXT,
             },
         }
     },
 }
 
 
-def _operation(path: str, summary: str, statuses: tuple[int, ...]) -> dict[str, Any]:
-    error = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
-    operation: dict[str, Any] = {
-        "summary": summary,
-        "responses": {
-            str(status): {"description": _GOOD[status]} if status in _GOOD else {"description": "Error", **error}
-            for status in statuses
-        },
-    }
+def _answer(status: int, schema: str) -> dict[str, Any]:
+    answer: dict[str, Any] = {"description": _REASONS[status], "headers": {"X-Request-Id": {"schema": _TEXT}}}
+    if status in (429, 503):
+        answer["headers"]["Retry-After"] = {"schema": {"type": "integer"}}
+    if schema == _FILE:
+        files = {"schema": {"type": "string", "format": "binary"}}
+        several = {"multipart/byteranges": files} if status == 206 else {}
+        answer["content"] = {**dict.fromkeys(CONTENT_TYPES.values(), files), **several}
+    elif schema:
+        answer["content"] = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+    return answer
+
+
+def _operation(path: str, operation: Operation, *, keyed: bool) -> dict[str, Any]:
+    needs_key = keyed and not operation.is_open
+    errors = {*operation.errors, *((401, 429) if needs_key else ())} - operation.answers.keys()
+    answers = {**operation.answers, **dict.fromkeys(errors, "Error")}
     names = [part[1:-1] for part in path.split("/") if part.startswith("{")]
-    if names:
-        operation["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
-        ]
-    return operation
-
-
-_PICTURE = "A picture, PNG, JPEG or WebP: base64 or a data URL in JSON, a file in a form; or several of them."
-
-
-def _inputs(**pictures: str) -> dict[str, Any]:
-    """Describe pictures in a form, by name."""
-    files = {"type": "array", "items": {"type": "string", "format": "binary"}}
-    return {"properties": {name: {**files, "description": text} for name, text in pictures.items()}}
-
-
-_BODIES: dict[str, tuple[type[MediaRequest], dict[str, Any], list[str]]] = {
-    "/v1/images/generations": (
-        ImageRequest,
-        _inputs(image=_PICTURE, mask_image="What of the image to paint anew, white for yes."),
-        [],
-    ),
-    "/v1/images/edits": (
-        ImageRequest,
-        _inputs(image=_PICTURE, mask="What of the image to paint anew: what is transparent, else what is white."),
-        ["image"],
-    ),
-    "/v1/videos": (VideoRequest, _inputs(input_reference="The first frame.", last_image="The last frame."), []),
-}
-
-
-def _body(request: type[MediaRequest], pictures: dict[str, Any], required: list[str]) -> dict[str, Any]:
-    own = {"$ref": f"#/components/schemas/{request.__name__}"}
-    text = {"properties": {name: {"type": ["string", "array"]} for name in pictures["properties"]}}
+    parameters = [_parameter(name, "path", _TEXT, "") for name in names]
+    parameters += [_parameters()[name] for name in operation.parameters]
     return {
-        "required": True,
-        "content": {
-            "application/json": {"schema": {"allOf": [own, {**text, "required": required}]}},
-            "multipart/form-data": {"schema": {"allOf": [own, {**pictures, "required": required}]}},
-        },
+        "operationId": operation.id,
+        "summary": operation.summary,
+        **({"parameters": parameters} if parameters else {}),
+        **({"requestBody": _body(*_BODIES[operation.body])} if operation.body else {}),
+        "responses": {str(status): _answer(status, answers[status]) for status in sorted(answers)},
+        "security": [{"key": []}] if needs_key else [],
     }
 
 
-def document() -> dict[str, Any]:
-    """Write the OpenAPI 3.1 document."""
+def document(*, keyed: bool = False) -> dict[str, Any]:
+    """Write the OpenAPI 3.1 document; `keyed` says whether requests need a key."""
     _, schemas = msgspec.json.schema_components(
-        [ImageRequest, VideoRequest, Video], ref_template="#/components/schemas/{name}"
+        [ImagesResponse, Video, VideoList, Deleted, ModelObject, ModelList, Live, Ready, Health],
+        ref_template="#/components/schemas/{name}",
     )
-    paths: dict[str, Any] = {
-        path: {method: _operation(path, *entry) for method, entry in methods.items()}
-        for path, methods in _PATHS.items()
-    }
-    for path, body in _BODIES.items():
-        paths[path]["post"]["requestBody"] = _body(*body)
+    either = [{"$ref": f"#/components/schemas/{name}"} for name in ("Request", "Deleted")]
+    own = {"Request": _request(), "Cluster": _cluster(), "RequestOrDeleted": {"anyOf": either}, "Error": _ERROR}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Triptych", "version": "1"},
-        "paths": paths,
-        "components": {"schemas": {**schemas, "Error": _ERROR}},
+        "paths": {
+            path: {method: _operation(path, operation, keyed=keyed) for method, operation in methods.items()}
+            for path, methods in _OPERATIONS.items()
+        },
+        "components": {
+            "schemas": {**schemas, **own},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
     }
 
 
-async def openapi(_: Request) -> JSONResponse:
+async def openapi(request: Request) -> JSONResponse:
     """Answer with the document."""
-    return JSONResponse(document())
+    return JSONResponse(document(keyed=request.app.state.topology.keys_path is not None))

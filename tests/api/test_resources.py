@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import re
 
 import pytest
 
@@ -111,17 +113,43 @@ async def test_the_openapi_document_names_every_path(client, app):
 
     routed = {route.path.replace(":path", "") for route in ROUTES} - {"/openapi.json", *INSTEAD}
     assert set(document["paths"]) == routed
-    assert document["components"]["schemas"]["ImageRequest"]["required"] == ["prompt"]
-    assert document["components"]["schemas"]["VideoRequest"]["required"] == ["prompt"]
     for path in ("/v1/images/generations", "/v1/images/edits", "/v1/videos"):
         content = document["paths"][path]["post"]["requestBody"]["content"]
         assert set(content) == {"application/json", "multipart/form-data"}
-    own, more = document["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"][
-        "schema"
-    ]["allOf"]
-    assert own == {"$ref": "#/components/schemas/ImageRequest"}
-    assert more["required"] == ["image"]
-    assert set(more["properties"]) == {"image", "mask"}
+        for media in content.values():
+            assert media["schema"]["required"] == ["prompt", *(["image"] if path.endswith("edits") else [])]
+    edit = document["paths"]["/v1/images/edits"]["post"]
+    form = edit["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
+    assert form["image"]["items"] == {"type": "string", "format": "binary"}
+    assert "null" not in json.dumps(form), "there is no null in a form"
+    assert {parameter["name"] for parameter in edit["parameters"]} == {"Prefer", "Idempotency-Key"}
+
+
+async def test_the_openapi_document_is_whole(client):
+    document = (await client.get("/openapi.json")).json()
+    operations = [operation for methods in document["paths"].values() for operation in methods.values()]
+    assert len({operation["operationId"] for operation in operations}) == len(operations)
+    schemas = document["components"]["schemas"]
+    for reference in re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)):
+        assert reference in schemas
+    for operation in operations:
+        for status, answer in operation["responses"].items():
+            assert answer["description"]
+            assert "content" in answer or status == "304"
+
+
+async def test_what_is_answered_is_what_the_openapi_document_says(client, small_head):
+    document = (await client.get("/openapi.json")).json()
+    made = (await client.post(URL, json={"prompt": "x"})).json()
+    for path, name in (
+        ("/v1/models", "ModelList"), ("/v1/models/tiny/shapes", "ModelObject"), ("/live", "Live"), ("/ready", "Ready"),
+        ("/health", "Health"), (f"/v1/requests/{made['id']}", "Request"), ("/v1/cluster", "Cluster"),
+        ("/v1/videos", "VideoList"),
+    ):  # fmt: skip
+        answer, schema = (await client.get(path)).json(), document["components"]["schemas"][name]
+        assert set(schema["required"]) <= set(answer) <= set(schema["properties"]), path
+    unit = document["components"]["schemas"]["Request"]["properties"]["units"]["items"]
+    assert set((await client.get(f"/v1/requests/{made['id']}")).json()["units"][0]) == set(unit["properties"])
 
 
 class Process:
