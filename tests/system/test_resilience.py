@@ -185,6 +185,43 @@ def test_a_request_that_kills_its_worker_twice_is_failed_and_the_pool_serves_on(
     asyncio.run(scenario())
 
 
+def test_pauses_of_the_machine_and_rolling_restarts_fail_no_request(
+    topology_file: Callable[..., Path], patient: dict[str, str]
+) -> None:
+    async def scenario() -> None:
+        path = topology_file(model=patient, supervision={"heartbeat_timeout_s": 2, "shutdown_s": 1})
+        async with running(path) as (cluster, http):
+            before = await cluster.children()
+            asked = post(http, 1500)
+            request = await under_way(http)
+            for _ in range(2):
+                await pause_for(4.0, cluster.process.pid, *[child.pid for child in before.values()])
+                view = (await http.get(f"/v1/requests/{request['id']}")).json()
+                assert [unit["attempts"] for unit in view["units"]] == [1]
+            after = await cluster.children()
+            assert {n: c.pid for n, c in after.items()} == {n: c.pid for n, c in before.items()}
+            for attempt in (1, 2):
+                denoiser = (await cluster.children())["denoiser-0"]
+                os.kill(denoiser.pid, signal.SIGTERM)
+                await attempt_after(http, request["id"], attempt)
+                await back(cluster, "denoiser-0", after_generation=denoiser.generation)
+                await under_way(http)
+            assert (await asked).status_code == 200
+            unit = (await http.get(f"/v1/requests/{request['id']}")).json()["units"][0]
+            assert unit["causes"] == ["denoiser-0: it was asked to end"] * 2
+
+    asyncio.run(scenario())
+
+
+async def pause_for(seconds: float, *pids: int) -> None:
+    """Stop processes as a pause of the machine does: none of them knows how long it was."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    await asyncio.sleep(seconds)
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+
+
 async def attempt_after(http: httpx.AsyncClient, request_id: str, attempt: int) -> None:
     async with asyncio.timeout(BOUND_S):
         while (await http.get(f"/v1/requests/{request_id}")).json()["units"][0]["attempts"] <= attempt:
