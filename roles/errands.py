@@ -185,7 +185,7 @@ class Errands:
                 self._head.log.info("release put off", pool=pool, error=str(error))
 
     async def reclaim(self) -> None:
-        """Release sealed slots that no request needs: what was staged by an attempt that no longer counts."""
+        """Release slots that no request needs: what was made for work that no longer counts, and what nobody claims."""
         for pool in tuple(self._pools):  # one that ends meanwhile leaves them
             try:
                 await self._reclaim_from(pool)
@@ -198,7 +198,9 @@ class Errands:
         while query:
             report = await self._head.reference(pool).ask(query, pools.LeaseReport, timeout_s=ANSWER_S)
             query = pools.LeaseQuery(report.leases[-1].lease.lease_id) if report.more else None
-            if unneeded := tuple(v.lease for v in report.leases if self._unneeded(v)):
+            unneeded = tuple(v.lease for v in report.leases if self._unneeded(v))
+            unneeded += await self._unclaimed(report.leases)
+            if unneeded:
                 self._head.log.info("reclaimed", pool=pool, slots=len(unneeded))
                 await self._release(unneeded)
 
@@ -206,8 +208,30 @@ class Errands:
         if view.state != "sealed" or self._ledger.staging.holds(view.lease):
             return False
         # What the present attempt has sealed may be about to be reported.
-        unit = self._ledger.units.get(view.work.unit_id)
-        return unit is None or view.work.attempt < unit.attempt
+        return self._overtaken(view.work)
+
+    def _overtaken(self, work: Work) -> bool:
+        unit = self._ledger.units.get(work.unit_id)
+        return unit is None or work.attempt < unit.attempt
+
+    async def _unclaimed(self, views: Iterable[pools.LeaseView]) -> tuple[LeaseRef, ...]:
+        """Slots being written for work that no longer counts, and of which their living owners know nothing."""
+        suspects: dict[str, list[pools.LeaseView]] = {}
+        for view in views:
+            known = self._ledger.fleet.incarnation(view.owner, view.owner_generation)
+            # What is kept ready is for no unit; what a dead owner was writing, the pool takes back itself.
+            if view.state == "writing" and view.work.unit_id and known and self._overtaken(view.work):
+                suspects.setdefault(view.owner, []).append(view)
+        unclaimed: list[LeaseRef] = []
+        for owner, asked_about in suspects.items():
+            query = stages.WorkQuery(tuple(view.work for view in asked_about))
+            try:
+                claimed = await self._head.reference(owner).ask(query, stages.WorkInHand, timeout_s=ANSWER_S)
+            except BusError as error:
+                self._head.log.info("reclaim put off", owner=owner, error=str(error))
+                continue
+            unclaimed += [view.lease for view in asked_about if view.work not in claimed.works]
+        return tuple(unclaimed)
 
     # -- watching
 

@@ -33,6 +33,8 @@ from roles.messages.stages import (
     TransferAllocated,
     TransferPush,
     TransferRejected,
+    WorkInHand,
+    WorkQuery,
 )
 from roles.messages.work import Work
 from roles.pool_client import PoolClient, why_full
@@ -168,6 +170,11 @@ class Instance(Actor):
         self._offer()
         for slot in spares:
             self._client.release(slot)
+
+    async def in_hand(self, message: WorkQuery) -> WorkInHand:
+        """Claim work, and with it what its slots are written for."""
+        load = self.workload
+        return WorkInHand(tuple(work for work in message.works if work in load.items or work in load.reservations))
 
     async def cancel(self, message: StageCancel) -> None:
         """Stop a piece of work within one step."""

@@ -108,6 +108,18 @@ class TransferPush(Message):
     """For tensors that were staged for another unit, of an equal prompt."""
 
 
+class WorkQuery(Message):
+    """Which of these works are in hand? Asks for WorkInHand."""
+
+    works: tuple[Work, ...]
+
+
+class WorkInHand(Message):
+    """Those of the works asked about that the instance has, or keeps a slot for."""
+
+    works: tuple[Work, ...]
+
+
 class StageTaken(Message):
     """The instance has the work in hand; one credit is spent."""
 

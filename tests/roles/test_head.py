@@ -54,6 +54,8 @@ class Pool(Actor):
         self.refuses = 0
         self.silent = False
         self.asked_for_leases = asyncio.Event()
+        self.held: tuple[pools.LeaseView, ...] = ()
+        self.released: asyncio.Queue[tuple[LeaseRef, ...]] = asyncio.Queue()
 
     async def describe(self, _: pools.PoolQuery) -> pools.PoolDescription:
         if self.refuses:
@@ -65,9 +67,10 @@ class Pool(Actor):
         self.asked_for_leases.set()
         if self.silent:
             await asyncio.Event().wait()
-        return pools.LeaseReport(())
+        return pools.LeaseReport(self.held)
 
     async def release(self, message: pools.ReleaseSlots) -> pools.SlotsReleased:
+        self.released.put_nowait(message.leases)
         return pools.SlotsReleased(len(message.leases))
 
 
@@ -95,6 +98,9 @@ class Worker(Actor):
 
     async def cancel(self, message: stages.StageCancel) -> None:
         self.cancelled.put_nowait(message.work)
+
+    async def in_hand(self, message: stages.WorkQuery) -> stages.WorkInHand:
+        return stages.WorkInHand(tuple(work for work in message.works if work in self.taken))
 
 
 @pytest.fixture
@@ -621,6 +627,29 @@ def test_a_pool_that_refuses_is_asked_again_after_ever_longer_pauses(
             while stage.actor.errands.pools_missing():
                 await stage.head.ask(requests.ClusterQuery(), requests.ClusterView, timeout_s=BOUND_S)
         assert pauses == [0, 1, 2]
+
+    play(scenario())
+
+
+def test_slots_that_their_owner_has_forgotten_are_taken_back(topology: Callable[..., Topology]) -> None:
+    async def scenario() -> None:
+        async with playing(topology()) as stage:
+            await stage.hello("encoder-0", generation=4)
+            await stage.submit()
+            present = await stage.next_work("encoder-0")
+            old, claimed, spare = Work("old/0", 1), Work("claimed/0", 1), Work("", 1)
+            stage.workers["encoder-0"].taken.add(claimed)
+            owners = [(old, 4), (claimed, 4), (present, 4), (spare, 4), (old, 3)]
+            stage.pool.held = tuple(
+                pools.LeaseView(LeaseRef("pool", 1, number, 0, 64), "writing", "encoder-0", generation, work)
+                for number, (work, generation) in enumerate(owners)
+            )
+            async with asyncio.timeout(BOUND_S):
+                while stage.actor.errands.pools_missing():
+                    await stage.head.ask(requests.ClusterQuery(), requests.ClusterView, timeout_s=BOUND_S)
+                await stage.actor.errands.reclaim()
+            assert [lease.lease_id for lease in stage.pool.released.get_nowait()] == [0]
+            assert stage.pool.released.empty()
 
     play(scenario())
 

@@ -80,6 +80,8 @@ def test_bytes_that_travel_are_given_a_slot_first(cluster: Any) -> None:
         assert isinstance(given, stages.TransferAllocated)
         assert given.target.pool == "pool-denoiser"
         assert (await stage.facts("denoiser-0"))["reserved"] == 1
+        asked = stages.WorkQuery((work(0), work(9)))
+        assert (await stage.ask("denoiser-0", asked, stages.WorkInHand)).works == (work(0),)
         assert await stage.ask("denoiser-0", alloc, *replies) == given
         await stage.push("denoiser-0", work(0), source, given.target)
         assert (await stage.inbox.next(stages.TransferStaged)).staged.lease.pool == "pool-denoiser"
