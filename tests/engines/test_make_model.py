@@ -14,6 +14,7 @@ from engines.pipeline import PanelPipeline
 from engines.split import load_split
 from tools.make_model import Family, Size, SizeError, flux, make_model
 from tools.make_model.__main__ import main
+from tools.make_model.recipe import Recipe
 
 Models = Callable[[str], Path]
 SOME = (Family.FLUX, Family.FLUX_KL, Family.WAN)
@@ -56,20 +57,20 @@ def test_every_family_makes_a_small_folder_that_can_be_cut(family: Family, tmp_p
     assert set(missing) <= made_of_nothing | gone_without
 
 
-def test_a_larger_size_is_made_of_the_same_parts() -> None:
-    tiny, mid = flux.flux(lambda: None, guidance_embeds=True), flux.mid()
-    assert mid.components.keys() == tiny.components.keys()
+@pytest.mark.parametrize(
+    ("larger", "millions"),
+    [
+        (flux.mid, {"text_encoder": 85, "text_encoder_2": 309, "transformer": 639, "vae": 84}),
+        (flux.full, {"text_encoder": 123, "text_encoder_2": 4762, "transformer": 11901, "vae": 84}),
+    ],
+)
+def test_a_larger_size_is_made_of_the_same_parts(larger: Callable[[], Recipe], millions: dict[str, int]) -> None:
+    recipe = larger()
+    assert recipe.components.keys() == flux.flux(lambda: None, guidance_embeds=True).components.keys()
     with torch.device("meta"):
-        models = {name: make() for name, make in mid.components.items() if make and "token" not in name}
-    weights = {
-        name: sum(p.numel() for p in model.parameters()) for name, model in models.items() if name != "scheduler"
-    }
-    assert {name: round(count / 1e6) for name, count in weights.items()} == {
-        "text_encoder": 85,
-        "text_encoder_2": 309,
-        "transformer": 639,
-        "vae": 84,
-    }
+        models = {name: make() for name, make in recipe.components.items() if make and name in millions}
+    weights = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    assert {name: round(count / 1e6) for name, count in weights.items()} == millions
 
 
 def test_a_family_that_is_not_made_in_a_size_is_refused(tmp_path: Path) -> None:

@@ -124,7 +124,10 @@ _RECIPES: Final[dict[Family, Callable[[], Recipe]]] = {
 }
 
 
-_LARGER: Final[dict[tuple[Family, Size], Callable[[], Recipe]]] = {(Family.FLUX_KL, Size.MID): flux.mid}
+_LARGER: Final[dict[tuple[Family, Size], Callable[[], Recipe]]] = {
+    (Family.FLUX_KL, Size.MID): flux.mid,
+    (Family.FLUX_KL, Size.FULL): flux.full,
+}
 
 
 class SizeError(ValueError):

@@ -14,7 +14,7 @@ def main(
     out: Annotated[Path, typer.Argument(help="The folder to make.")],
     family: Annotated[Family, typer.Option(help="The pipeline it is for.")] = Family.FLUX,
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
-    size: Annotated[Size, typer.Option(help="Of the weights; flux-kl has them of 2 GB as well.")] = Size.TINY,
+    size: Annotated[Size, typer.Option(help="Of the weights; flux-kl has them of 2 and of 34 GB as well.")] = Size.TINY,
 ) -> None:
     """Make a model with random weights."""
     try:

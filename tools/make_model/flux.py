@@ -82,6 +82,36 @@ def mid() -> Recipe:
     )
 
 
+def full() -> Recipe:
+    """Flux at the shapes of FLUX.1-dev: 34 GB in bfloat16, but for the vocabularies of the tokenizers."""
+    made = flux(vaes.flux, guidance_embeds=True)
+    components = {
+        **made.components,
+        "tokenizer": lambda: text.tokenizer(start=True, length=77),
+        "text_encoder": lambda: text.clip_text(
+            vocab_size=49408,
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            max_position_embeddings=77,
+        ),
+        "tokenizer_2": lambda: text.tokenizer(start=False, length=512),
+        "text_encoder_2": lambda: text.t5(
+            vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64
+        ),
+        "transformer": lambda: FluxTransformer2DModel(guidance_embeds=True),
+    }
+    return replace(
+        made,
+        components=components,
+        defaults={**made.defaults, **picture(side=1024, steps=28, text=512)},
+        ranges=sizes(16, most=2048, text=512),
+        dtype=torch.bfloat16,
+        size=Size.FULL,
+    )
+
+
 def kontext() -> Recipe:
     """Flux that changes a picture."""
     made = flux(vaes.kl, guidance_embeds=True, pipeline="FluxKontextPipeline")

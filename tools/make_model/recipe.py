@@ -19,6 +19,8 @@ class Size(StrEnum):
     """Some 100 KB, for tests."""
     MID = "mid"
     """Some 2 GB, where memory is measured: the weights outweigh the interpreter."""
+    FULL = "full"
+    """As large as the original's."""
 
 
 @dataclass(frozen=True)

@@ -98,10 +98,10 @@ _DECODER: Final[dict[str, Any]] = {
 }
 
 
-def tokenizer(*, start: bool) -> PreTrainedTokenizerFast:
-    """One for encoders of T5 and CLIP (`start`: it begins with a token of its own)."""
+def tokenizer(*, start: bool, length: int = TEXT_LENGTH) -> PreTrainedTokenizerFast:
+    """One for encoders of T5 and CLIP (`start`: it begins with a token of its own), for texts of `length` tokens."""
     template = "<s> $A </s>" if start else "$A </s>"
-    return _bytes(template, model_max_length=TEXT_LENGTH)
+    return _bytes(template, model_max_length=length)
 
 
 def chat_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
