@@ -180,6 +180,18 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
+def memory_facts(device: torch.device) -> dict[str, int | float | str | bool]:
+    """Bytes of the card that this process has now, and the most that it has had; none for the CPU."""
+    if device.type != "cuda":
+        return {}
+    return {
+        "device_allocated_bytes": torch.cuda.memory_allocated(device),
+        "device_reserved_bytes": torch.cuda.memory_reserved(device),
+        "device_peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
+        "device_peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
+    }
+
+
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     """Compute a little of each kind, so that the first request does not wait for libraries to be loaded and set up.
 

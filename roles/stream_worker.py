@@ -116,7 +116,7 @@ class StreamWorker(Actor):
         self.spawn(self._serve(self._stream, self._pipeline), name="panels")
 
     def facts(self) -> dict[str, int | float | str | bool]:
-        """What it runs, what waits, and which components it has loaded."""
+        """What it runs, what waits, which components it has loaded, and what it takes of a card."""
         return {
             "device": str(self._stream.device) if self._stream else self.component.device,
             "running": str(self._current.work) if self._current else "",
@@ -124,6 +124,7 @@ class StreamWorker(Actor):
             "panels_run": self.panels_run,
             "components": ", ".join(sorted(self._pipeline.components)) if self._pipeline else "",
             **{f"first_{panel}_s": seconds for panel, seconds in self.first_s.items()},
+            **(devices.memory_facts(self._stream.device) if self._pipeline and self._stream else {}),
         }
 
     def overdue(self) -> str | None:

@@ -155,3 +155,7 @@ def test_a_warm_up_computes_in_every_dtype() -> None:
         devices.warm_up(torch.device("cpu"), dtype)
     assert devices.free_memory(torch.device("cpu")) == 0
     assert gc.isenabled()
+
+
+def test_a_role_on_the_cpu_takes_nothing_of_a_card() -> None:
+    assert devices.memory_facts(torch.device("cpu")) == {}
