@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 TOPOLOGY ?= examples/demo.toml
+DEVICE ?= cuda
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 # Three wheels bring the same mooncake/ folder: one for hosts without an NVIDIA driver, one each for CUDA 12 and 13.
 MOONCAKE := $(shell tools/mooncake_extra.sh)
 
-.PHONY: help install demo serve test test-gpu check format bench bench-memory clean
+.PHONY: help install demo serve test test-gpu check format bench bench-memory gpu-report gpu-report-here clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -51,6 +52,14 @@ bench: $(INSTALLED) ## The benchmarks, as JSON lines
 
 bench-memory: $(INSTALLED) ## What each process holds in memory, in docs/memory.md; some five minutes and 10 GiB
 	$(BIN)/python -m tools.bench memory --markdown docs/memory.md
+
+REPORT = -m tools.gpu_report --device $(DEVICE) --budget 540 -o out/gpu.json --page docs/gpu.md
+
+gpu-report: $(INSTALLED) ## What a GPU gives, in docs/gpu.md; nine minutes, DEVICE=cpu shows the rows with tiny models
+	$(BIN)/python $(REPORT)
+
+gpu-report-here: ## The same without an environment of its own: `make gpu-report-here PYTHON=python3`
+	$(PYTHON) $(REPORT)
 
 clean: ## Remove the environment and what was made
 	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache

@@ -1,0 +1,98 @@
+"""Row `machine`: on what the others ran, what is missing there, and two figures that bound theirs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Final
+
+from engines.arena import available_memory
+from tools.gpu_report.bench import Bench
+
+LIBRARIES: Final = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
+WANTED: Final = {
+    "av": "video",
+    "mooncake": "transfer between hosts",
+    "torchao": "quantization",
+    "triton": "compile on a GPU",
+    "pytest": "the row of the tests",
+    "uvloop": "a faster event loop",
+    "flash_attn": "attention backend flash",
+    "flash_attn_interface": "attention backend _flash_3",
+    "sageattention": "attention backend sage",
+}
+"""What a machine may lack, and what goes without it."""
+_FIELDS: Final = ("name", "driver_version", "memory.total", "power.limit", "pcie.link.gen.max", "pcie.link.width.max")
+
+
+def machine(bench: Bench) -> None:
+    """Describe the machine, then multiply and copy."""
+    bench.value("processor", _processor(), note=f"{os.cpu_count()} cores")
+    bench.value("memory", available_memory() / 2**30, "GiB", "available")
+    bench.value("/dev/shm", shutil.disk_usage("/dev/shm").free / 2**30, "GiB", "free")  # noqa: S108 - a question
+    bench.value("kernel", platform.release())
+    bench.value("python", platform.python_version())
+    for name in LIBRARIES:
+        bench.value(name, _version(name))
+    absent = [f"{name} ({what})" for name, what in WANTED.items() if importlib.util.find_spec(name) is None]
+    bench.value("not installed", ", ".join(absent) or "nothing")
+    if bench.cuda:
+        _card(bench)
+    _ceilings(bench)
+
+
+def _card(bench: Bench) -> None:
+    import torch
+
+    properties = torch.cuda.get_device_properties(bench.device)
+    bench.value("card", properties.name, note=f"{properties.multi_processor_count} multiprocessors")
+    bench.value("card memory", properties.total_memory / 2**30, "GiB")
+    bench.value("CUDA of torch", str(torch.version.cuda))
+    found = nvidia_smi(f"--query-gpu={','.join(_FIELDS)}")
+    bench.value("nvidia-smi", found or "does not answer", note=", ".join(_FIELDS))
+
+
+def _ceilings(bench: Bench) -> None:
+    import torch
+
+    side = 8192 if bench.cuda else 256
+    left, right = (torch.randn(side, side, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = bench.median(lambda: left @ right, 10)
+    bench.value("bfloat16 matrix product", 2 * side**3 / seconds / 1e12, "TFLOP/s", f"{side} x {side}, random values")
+    source = torch.zeros((4 << 30) if bench.cuda else (16 << 20), dtype=torch.uint8, device=bench.device)
+    target = torch.empty_like(source)
+    seconds = bench.median(lambda: target.copy_(source), 5)
+    bench.value("copy on the device", 2 * source.numel() / seconds / 1e9, "GB/s", "bytes read and written")
+
+
+def nvidia_smi(query: str) -> str:
+    """Return what `nvidia-smi` answers to a query as one line for each row of it; "" where it does not."""
+    try:
+        answer = subprocess.run(  # noqa: S603 - our own command
+            ["nvidia-smi", query, "--format=csv,noheader,nounits"],  # noqa: S607 - where it is differs
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,285 @@
+"""Models with random weights, made on the device that they compute on, and what is asked of them.
+
+The seconds of a step do not depend on what the weights are, so random ones at the shapes of the original give its
+timings without a download. On the CPU the same code runs with tiny shapes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLWan, FluxTransformer2DModel, QwenImageTransformer2DModel, WanTransformer3DModel
+from transformers import PreTrainedModel
+
+from engines.arena import available_memory
+from tools.gpu_report.bench import Bench, RowSkippedError
+from tools.make_model import flux, vaes
+from tools.make_model.recipe import Recipe
+
+DTYPE: Final = torch.bfloat16
+SPREAD: Final = 0.02
+"""Standard deviation of random weights: a linear layer of 3,000 inputs then keeps the size of what goes through it."""
+
+
+def randomised(make: Callable[[], Any], device: torch.device, dtype: torch.dtype = DTYPE) -> Any:
+    """Make a component on a device without the initialisation of its class, which takes minutes for 12 billion weights.
+
+    Args:
+        make: Makes it; what is no module (a tokenizer, a scheduler) stays as it is made.
+        device: Where it is to compute.
+        dtype: Of its weights.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with init_empty_weights(include_buffers=False):
+            module = make()
+    finally:
+        torch.set_default_dtype(before)
+    if not isinstance(module, torch.nn.Module):
+        return module
+    for part in module.modules():
+        for name, weight in list(part.named_parameters(recurse=False)):
+            part.register_parameter(name, torch.nn.Parameter(_random(name, weight, device, dtype), requires_grad=False))
+    if isinstance(module, PreTrainedModel):
+        module.tie_weights()
+    return module.to(device).eval()
+
+
+def _random(name: str, weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    values = torch.empty(weight.shape, dtype=dtype, device=device)
+    # A weight of one dimension is the scale of a norm.
+    return values.fill_(1.0) if weight.ndim == 1 and name == "weight" else values.normal_(0.0, SPREAD)
+
+
+def prepare(transformer: Any, bench: Bench) -> None:
+    """Give a denoiser the attention backend and the compilation that the run asks for.
+
+    Raises:
+        ValueError, RuntimeError, ImportError: The backend is not known, or not usable here.
+    """
+    if bench.settings.attention:
+        transformer.set_attention_backend(bench.settings.attention)
+    if bench.settings.compile:
+        compile_blocks(transformer, bench)
+
+
+def compile_blocks(transformer: Any, bench: Bench) -> None:
+    """Compile the repeated blocks; on the CPU they are just traced, as a compiler there takes a minute."""
+    transformer.compile_repeated_blocks(fullgraph=True, **({} if bench.cuda else {"backend": "aot_eager"}))
+
+
+# -- Flux
+
+
+@dataclass(frozen=True)
+class FluxShapes:
+    """What is made of Flux.
+
+    Attributes:
+        recipe: Makes its components.
+        side: Of the pictures, in pixels.
+        steps: Of a picture.
+        long: Steps of a picture in whose middle a process can be killed.
+        nbytes: About what its files take.
+        card_gib: Memory of the card that one process needs.
+    """
+
+    recipe: Recipe
+    side: int
+    steps: int
+    long: int
+    nbytes: int
+    card_gib: float
+
+
+def flux_shapes(bench: Bench) -> FluxShapes:
+    """Those of FLUX.1-dev, or tiny ones."""
+    if bench.full:
+        return FluxShapes(flux.full(), 1024, 28, 28, 34 << 30, 42)
+    recipe = replace(flux.flux(vaes.kl, guidance_embeds=True), dtype=DTYPE)
+    return FluxShapes(recipe, 64, 4, 50, 4 << 20, 0)
+
+
+def flux_step(transformer: Any, bench: Bench) -> Callable[[], torch.Tensor]:
+    """Return what runs one step of the transformer at the shapes of a picture (guidance is an input, so one pass)."""
+    config = transformer.config
+    pixels, words = ((1024 // 16) ** 2, 512) if bench.full else ((64 // 8) ** 2, 64)
+    given: dict[str, Any] = {"device": bench.device, "dtype": DTYPE}
+    image_ids = torch.zeros(pixels, 3, **given)
+    image_ids[:, 1] = torch.arange(pixels, **given) // pixels**0.5
+    inputs = {
+        "hidden_states": torch.randn(1, pixels, config.in_channels, **given),
+        "encoder_hidden_states": torch.randn(1, words, config.joint_attention_dim, **given),
+        "pooled_projections": torch.randn(1, config.pooled_projection_dim, **given),
+        "timestep": torch.full((1,), 0.5, **given),
+        "guidance": torch.full((1,), 3.5, **given),
+        "img_ids": image_ids,
+        "txt_ids": torch.zeros(words, 3, **given),
+    }
+    return lambda: _tensor(transformer(**inputs, return_dict=False)[0])
+
+
+def flux_transformer(bench: Bench) -> FluxTransformer2DModel:
+    """The transformer of Flux alone."""
+    bench.needs(28 if bench.full else 0)
+    make = flux_shapes(bench).recipe.components["transformer"]
+    if make is None:
+        raise TypeError("a recipe of Flux has a transformer")
+    return randomised(make, bench.device)
+
+
+# -- Qwen-Image
+
+
+def qwen_transformer(bench: Bench) -> QwenImageTransformer2DModel:
+    """That of Qwen-Image, 20 billion weights, or a tiny one."""
+    bench.needs(46 if bench.full else 0)
+    tiny: dict[str, Any] = {
+        "in_channels": 16,
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    return randomised(lambda: QwenImageTransformer2DModel(**({} if bench.full else tiny)), bench.device)
+
+
+QWEN_SIDE: Final = 512
+QWEN_TEXT: Final = 64
+"""Tokens of a prompt of some 50 words."""
+
+
+def qwen_step(transformer: Any, bench: Bench, batch: int) -> Callable[[], None]:
+    """Return what runs one step for `batch` pictures of 512 x 512: a pass with the prompt and one without."""
+    side = QWEN_SIDE // 16 if bench.full else 4
+    given: dict[str, Any] = {"device": bench.device, "dtype": DTYPE}
+    inputs = {
+        "hidden_states": torch.randn(batch, side * side, transformer.config.in_channels, **given),
+        "timestep": torch.full((batch,), 0.5, **given),
+        "img_shapes": [[(1, side, side)]] * batch,
+    }
+    texts = [torch.randn(batch, QWEN_TEXT, transformer.config.joint_attention_dim, **given) for _ in range(2)]
+    mask = torch.ones(batch, QWEN_TEXT, dtype=torch.bool, device=bench.device)
+
+    def step() -> None:
+        for text in texts:
+            transformer(**inputs, encoder_hidden_states=text, encoder_hidden_states_mask=mask, return_dict=False)
+
+    return step
+
+
+# -- Wan 2.1
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video to be made.
+
+    Attributes:
+        name: For the report.
+        height: In pixels.
+        width: In pixels.
+        frames: How many.
+    """
+
+    name: str
+    height: int
+    width: int
+    frames: int
+
+    def latents(self, channels: int) -> tuple[int, ...]:
+        """Return the shape [1, channels, frames, height, width] of its latents."""
+        return (1, channels, (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8)
+
+
+def videos(bench: Bench) -> tuple[Video, ...]:
+    """Those that are measured."""
+    if bench.full:
+        return (Video("480p, 81 frames", 480, 832, 81), Video("1024 x 1024, 81 frames", 1024, 1024, 81))
+    return (Video("32 x 32, 5 frames", 32, 32, 5),)
+
+
+def wan_transformer(bench: Bench) -> WanTransformer3DModel:
+    """That of Wan2.1-1.3B, or a tiny one."""
+    bench.needs(40 if bench.full else 0)
+    full: dict[str, Any] = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
+    tiny: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 64, "num_layers": 2}
+    tiny |= {"text_dim": 32, "freq_dim": 32}
+    return randomised(lambda: WanTransformer3DModel(**(full if bench.full else tiny)), bench.device)
+
+
+def wan_vae(bench: Bench) -> AutoencoderKLWan:
+    """Its autoencoder, in float32 as its own pipeline has it."""
+    tiny: dict[str, Any] = {"base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    return randomised(lambda: AutoencoderKLWan(**({} if bench.full else tiny)), bench.device, torch.float32)
+
+
+def wan_step(transformer: Any, bench: Bench, video: Video) -> Callable[[], None]:
+    """Return what runs one step of a video: a pass with the prompt and one without."""
+    given: dict[str, Any] = {"device": bench.device, "dtype": DTYPE}
+    latents = torch.randn(video.latents(transformer.config.in_channels), **given)
+    texts = [torch.randn(1, 512, transformer.config.text_dim, **given) for _ in range(2)]
+    timestep = torch.full((1,), 500, device=bench.device)
+
+    def step() -> None:
+        for text in texts:
+            transformer(hidden_states=latents, timestep=timestep, encoder_hidden_states=text, return_dict=False)
+
+    return step
+
+
+# -- files
+
+
+def folder_with_room(bench: Bench, nbytes: int) -> Path:
+    """Return a folder of this run that can take so many bytes: one in memory where there is room, else on disk.
+
+    Raises:
+        RowSkippedError: There is none.
+    """
+    for folder in places(bench.scratch):
+        with suppress(OSError):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder.parent).free
+            if _in_memory(folder):
+                # The processes that read the files need as much again for a moment.
+                free = min(free, available_memory() // 2)
+            if free > nbytes * 1.05:
+                folder.mkdir(exist_ok=True)
+                return folder
+    wanted = " or ".join(str(folder.parent) for folder in places(bench.scratch))
+    raise RowSkippedError(f"Its weights take {nbytes / 2**30:.0f} GiB of files, and {wanted} has no room for them.")
+
+
+def places(scratch: Path) -> tuple[Path, ...]:
+    """Return the folders that large files of a run may be in; whoever started the run removes them."""
+    return (Path("/dev/shm") / scratch.name, scratch / "files")  # noqa: S108 - a name that is the run's own
+
+
+def _in_memory(folder: Path) -> bool:
+    return folder.is_relative_to("/dev/shm")  # noqa: S108
+
+
+def of_parts(recipe: Recipe, parts: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of a model whose components are there already."""
+    return replace(recipe, components={name: _given(part) for name, part in parts.items()})
+
+
+def _given(part: Any) -> Callable[[], Any]:
+    return lambda: part
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"a model made {type(value).__name__}, no tensor")
+    return value

@@ -1,0 +1,78 @@
+"""The rows of the report, in order of worth: what is lost when time runs out is at the end."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from tools.gpu_report.bench import Bench
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the report.
+
+    Attributes:
+        name: As `--only` takes it.
+        title: For the page.
+        function: Module of this package and the name of a function that takes a `Bench`.
+        cuda_s: Seconds that it is expected to take on a GPU; it is not begun with less.
+        cpu_s: The same on the CPU, with tiny shapes.
+        random: Whether its model has random weights.
+    """
+
+    name: str
+    title: str
+    function: str
+    cuda_s: float
+    cpu_s: float
+    random: bool = False
+
+    def titled(self, *, full: bool) -> str:
+        """Return the title, with what must be known of the model."""
+        return f"{self.title}, random weights, {'full' if full else 'tiny'} shapes" if self.random else self.title
+
+    def estimate_s(self, device: str) -> float:
+        """Seconds that it is expected to take on a device, "cuda:0" or "cpu"."""
+        return self.cpu_s if device == "cpu" else self.cuda_s
+
+    def limit_s(self, device: str) -> float:
+        """Seconds after which it is taken for hung."""
+        return 2.0 * self.estimate_s(device) + 30.0
+
+    def load(self) -> Callable[[Bench], None]:
+        """Import the function; not before it is to run, as libraries may be missing that other rows do without."""
+        module, _, name = self.function.partition(":")
+        function: Callable[[Bench], None] = getattr(importlib.import_module(f"{__package__}.{module}"), name)
+        return function
+
+
+ROWS: Final = (
+    Row("machine", "The machine", "machine:machine", 15, 10),
+    Row("picture", "A picture of the demo model through three processes", "served:picture", 45, 25),
+    Row("tests", "Tests that need a GPU", "suite:tests", 90, 20),
+    Row("hop", "Tensors from device to device through the pool", "moving:hop", 20, 8),
+    Row("overlap", "The next load behind compute", "moving:overlap", 15, 8),
+    Row("kill", "kill -9 of a denoiser in the middle of its steps", "served:kill", 40, 20),
+    Row("flux", "FLUX.1-dev in one process", "flux:one_process", 90, 12, random=True),
+    Row("roles", "FLUX.1-dev in three processes", "flux:three_processes", 100, 25, random=True),
+    Row("qwen", "Qwen-Image by batch", "steps:qwen", 35, 8, random=True),
+    Row("wan", "Wan2.1-1.3B video", "steps:wan", 60, 10, random=True),
+    Row("attention", "Attention backends, a step of FLUX.1-dev", "steps:attention", 30, 8, random=True),
+    Row("compile", "Regional compile, a step of FLUX.1-dev", "steps:compiled", 60, 10, random=True),
+)
+
+
+def chosen(names: str) -> tuple[Row, ...]:
+    """Return the rows of some names with commas between them, all for ""; raises ValueError for an unknown one."""
+    if not names:
+        return ROWS
+    known = {row.name: row for row in ROWS}
+    wanted = [name.strip() for name in names.split(",")]
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"there is no row {name!r}: choose of {', '.join(known)}")
+    return tuple(row for row in ROWS if row.name in wanted)
