@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import re
@@ -27,6 +28,11 @@ class Entry:
     def abandoned(self, now: float) -> bool:
         """Whether it is half-written, and nobody is left to finish it."""
         return bool(_TEMPORARY.fullmatch(self.name)) and now - self.modified_at > ABANDONED_S
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk, or what this user may have of it, is full, so that the same may go well later."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -53,6 +53,8 @@ class Instance:
     """It finishes what it has in hand and takes nothing more."""
     leaving: bool = False
     """It was asked to end, and has said so."""
+    trouble: str = ""
+    """What its work waits for that a person may have to mend; a sentence."""
     silent_s: float = 0.0
     """Seconds since its last sign of life, of those in which the head could have heard it."""
 
@@ -74,7 +76,13 @@ class Instance:
     def view(self) -> InstanceView:
         """What `/v1/cluster` shows."""
         return InstanceView(
-            self.name, self.kind, self.generation, self.credits, self.slots, tuple(sorted(self.in_hand))
+            self.name,
+            self.kind,
+            self.generation,
+            self.credits,
+            self.slots,
+            tuple(sorted(self.in_hand)),
+            self.trouble,
         )
 
 
@@ -183,11 +191,12 @@ class Fleet:
         if instance := self.incarnation(name, generation):
             instance.draining = instance.leaving = True
 
-    def heard(self, name: str, generation: int) -> bool:
+    def heard(self, name: str, generation: int, trouble: str = "") -> bool:
         """Take note of a sign of life; False when that incarnation is not here."""
         instance = self.incarnation(name, generation)
         if instance:
             instance.silent_s = 0.0
+            instance.trouble = trouble
         return instance is not None
 
     def let_go(self, name: str, unit_id: str) -> None:

@@ -278,7 +278,7 @@ class Head(Actor):
     async def alive(self, message: stages.InstanceAlive) -> stages.Acknowledged:
         """An instance's heartbeat."""
         self._refuse_fenced(message.name, message.generation)
-        if not self.ledger.fleet.heard(message.name, message.generation):
+        if not self.ledger.fleet.heard(message.name, message.generation, message.trouble):
             raise Refused("unknown", f"{message.name} is not in the books: say hello again")
         return stages.Acknowledged()
 
@@ -614,6 +614,7 @@ class Head(Actor):
     def _reasons(self) -> tuple[str, ...]:
         missing = [f"no {panel} is ready" for panel in self.ledger.fleet.missing_panels()]
         missing += [f"{pool} is not ready" for pool in self.errands.pools_missing()]
+        missing += [f"{i.name}: {i.trouble}" for i in self.ledger.fleet.instances.values() if i.trouble]
         missing += [_other_weights(name) for name in self.ledger.refused]
         return (*missing, *([self._unwritten] if self._unwritten else []))
 

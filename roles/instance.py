@@ -263,8 +263,8 @@ class Instance(Actor):
                 transfer.tell(device.LoadState(work, source, target, deadline))
             case do.Stage(work, deadline):
                 transfer.tell(device.StageState(work, deadline))
-            case do.Save(work, output):
-                transfer.tell(device.SaveArtifact(work, output))
+            case do.Save(work, output, deadline):
+                transfer.tell(device.SaveArtifact(work, output, deadline))
             case do.StopTransfer(work):
                 transfer.tell(device.CancelState(work))
 
@@ -401,7 +401,8 @@ class Instance(Actor):
             if lost.done():
                 return
             try:
-                await head.ask(InstanceAlive(self.name, self.generation), Acknowledged, timeout_s=ANSWER_S)
+                alive = InstanceAlive(self.name, self.generation, self.premises.trouble)
+                await head.ask(alive, Acknowledged, timeout_s=ANSWER_S)
             except RemoteFailure as error:
                 if is_fence(error):
                     raise Fenced(f"the head has given this incarnation up ({error})") from error

@@ -348,12 +348,17 @@ class Ledger:
                 request = self.requests[unit.request_id]
                 given_s = request.deadline - request.created_at
                 bound = f"[head] request_timeout_s = {given_s:g}"
-                reason = f"still {unit.state} after {given_s - unit.left_s:.3g} s ({bound})"
+                reason = f"still {unit.state} after {given_s - unit.left_s:.3g} s ({bound}){self._trouble(unit)}"
                 self._stop(unit, State.TIMED_OUT, reason, now)
             elif bound_s and unit.stage_s >= bound_s:
                 key = "running_timeout_s" if unit.running else "waiting_timeout_s"
-                reason = f"{unit.state} for {unit.stage_s:.3g} s ([head] {key} = {bound_s:g})"
+                reason = f"{unit.state} for {unit.stage_s:.3g} s ([head] {key} = {bound_s:g}){self._trouble(unit)}"
                 self._stop(unit, State.TIMED_OUT, reason, now)
+
+    def _trouble(self, unit: Unit) -> str:
+        """What the instance that has the unit waits for."""
+        instance = self.fleet.instances.get(unit.instance)
+        return f": {instance.trouble}" if instance and instance.trouble else ""
 
     def dispatch(self, now: float) -> None:
         """Give waiting units, oldest first, to instances with credits; what the cache has needs no encoder."""

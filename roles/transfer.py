@@ -26,6 +26,7 @@ from engines.streams import DeviceStream, Loaded
 from engines.transfer import Faults
 from roles import devices
 from roles.artifacts import ARTIFACTS, ArtifactError, ArtifactStore
+from roles.files import is_full
 from roles.media import MediaError, media_of
 from roles.messages.device import (
     ArtifactSaved,
@@ -66,6 +67,8 @@ class TransferActor(Actor):
         self.store = ArtifactStore(topology.state_dir / ARTIFACTS)
         self._client = PoolClient(self, component.pool, component.name)
         self._stops: dict[Work, asyncio.Event] = {}
+        self._unwritten: dict[Work, str] = {}
+        """What waits for the disk to have room, and why."""
         self._stream: DeviceStream | None = None
         self._mapping: Mapping | None = None
         self._pinned = False
@@ -102,7 +105,7 @@ class TransferActor(Actor):
 
     def facts(self) -> dict[str, int | float | str | bool]:
         """How many transfers are under way, and on a card whether they go without a copy in between."""
-        return {"transfers": len(self._stops), **self._pin_facts()}
+        return {"transfers": len(self._stops), "waiting_for_disk": len(self._unwritten), **self._pin_facts()}
 
     async def stage_state(self, message: StageState) -> None:
         """Put the workspace's values into a slot."""
@@ -254,12 +257,41 @@ class TransferActor(Actor):
     async def _save(self, message: SaveArtifact, stop: asyncio.Event) -> ArtifactSaved:
         values = self.premises.workspace.get(message.work).values
         try:
-            artifact = await asyncio.to_thread(self._write, message, values, stop)
+            output_format, data = await asyncio.to_thread(self._encode, message, values, stop)
+            artifact = await self._write(message, output_format, data, stop)
         except (ArtifactError, MediaError) as error:
             raise TransferProblem(str(error), retryable=False) from error
         except OSError as error:
             raise TransferProblem(f"the result cannot be written to {self.store.folder}: {error}") from error
+        finally:
+            self._wait_for_disk(message.work, "")
         return ArtifactSaved(message.work, artifact)
+
+    async def _write(self, message: SaveArtifact, output_format: str, data: bytes, stop: asyncio.Event) -> Artifact:
+        """Put the artifact on the disk, once that has room; what it is made of stays in its pool meanwhile."""
+        patience = _Patience(message.deadline, stop)
+        while True:
+            patience.check()
+            try:
+                return await asyncio.to_thread(self.store.save, message.work.unit_id, output_format, data)
+            except OSError as error:
+                if not is_full(error):
+                    raise
+                problem = f"results wait for room on the disk of {self.store.folder} ({error.strerror})"
+            self._wait_for_disk(message.work, problem)
+            await patience.wait(problem)
+
+    def _wait_for_disk(self, work: Work, problem: str) -> None:
+        """Say once that work waits for the disk, and once that none does any more."""
+        if problem:
+            self._unwritten[work] = problem
+        else:
+            self._unwritten.pop(work, None)
+        before, self.premises.trouble = self.premises.trouble, next(iter(self._unwritten.values()), "")
+        if self.premises.trouble and not before:
+            self.log.warning("disk is full", problem=problem)
+        elif before and not self.premises.trouble:
+            self.log.info("no result waits for the disk any more")
 
     # -- inside
 
@@ -292,7 +324,7 @@ class TransferActor(Actor):
             await asyncio.sleep(pause_s(attempt, random.random()))  # noqa: S311  jitter
             attempt += 1
 
-    def _write(self, message: SaveArtifact, values: dict[str, object], stop: asyncio.Event) -> Artifact:
+    def _encode(self, message: SaveArtifact, values: dict[str, object], stop: asyncio.Event) -> tuple[str, bytes]:
         def check() -> None:
             _unless(stop)
 
@@ -300,9 +332,7 @@ class TransferActor(Actor):
         output_format = message.output.format or suits(media)
         # A head that accepted the request before any instance had come did not know the pipeline's own rate.
         fps = message.output.fps or self.premises.signature.fps or FRAMES_PER_S
-        data = encode(media, output_format, fps, check, quality=message.output.quality)
-        check()
-        return self.store.save(message.work.unit_id, output_format, data)
+        return output_format, encode(media, output_format, fps, check, quality=message.output.quality)
 
 
 class _Patience:

@@ -273,7 +273,7 @@ class Workload:
             return (Run(work, left[0]),)
         if done is Panel.DECODER:
             item.phase = Phase.SAVING
-            return (Save(work, item.output),)
+            return (Save(work, item.output, item.deadline),)
         item.phase = Phase.STAGING
         return (Stage(work, item.deadline),)
 

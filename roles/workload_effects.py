@@ -52,6 +52,7 @@ class Save:
 
     work: Work
     output: Output
+    deadline: float
 
 
 @dataclass(frozen=True, slots=True)

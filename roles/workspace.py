@@ -88,6 +88,8 @@ class Premises:
         """What the loaded pipeline takes and makes."""
         self.model = ""
         """Version of the loaded weights, of `engines.model_version`."""
+        self.trouble = ""
+        """What work waits for that a person may have to mend; a sentence."""
         self._loaded = asyncio.Event()
         self._mapped = asyncio.Event()
 

@@ -124,6 +124,8 @@ class SaveArtifact(Message):
 
     work: Work
     output: Output
+    deadline: float
+    """Until when a full disk is waited for, in seconds of this host's monotonic clock."""
 
 
 class ArtifactSaved(Message):

@@ -192,6 +192,8 @@ class InstanceView(Value):
     """Units of work that the head may still send."""
     slots: int
     running: tuple[str, ...]
+    trouble: str = ""
+    """What its work waits for that a person may have to mend, such as a full disk; a sentence."""
 
 
 class PromptCacheView(Value):

@@ -43,6 +43,8 @@ class InstanceAlive(Message):
 
     name: str
     generation: int
+    trouble: str = ""
+    """What work waits for that a person may have to mend, such as a full disk; a sentence."""
 
 
 class InstanceLeaving(Message):

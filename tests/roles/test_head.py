@@ -437,7 +437,7 @@ def test_after_a_change_of_the_topology_what_was_pending_is_made_again_or_fails_
     inks = Signature(tuple(sorted((*SIGNATURE.parameters, *PARAMETERS), key=lambda parameter: parameter.name)))
 
     async def scenario() -> None:
-        async with playing(topology(lora=lora)) as stage:
+        async with playing(topology(lora=lora, supervision="")) as stage:
             for name in stage.workers:
                 await stage.hello(name, signature=inks)
             await stage.submit("kept")
@@ -667,6 +667,23 @@ def test_pools_may_come_and_go_while_they_are_looked_through(
             stage.actor.errands._pools["another"] = 1
             await stage.kill_pool()
             await looking
+
+    play(scenario())
+
+
+def test_what_an_instance_waits_for_is_why_the_head_is_not_ready(topology: Callable[..., Topology]) -> None:
+    async def scenario() -> None:
+        async with playing(topology(supervision="")) as stage:
+
+            async def reasons() -> str:
+                view = await stage.head.ask(requests.ClusterQuery(), requests.ClusterView, timeout_s=BOUND_S)
+                return " ".join(view.reasons)
+
+            await stage.hello("decoder-0")
+            await stage.report(stages.InstanceAlive("decoder-0", 1, "the disk is full"))
+            assert "decoder-0: the disk is full" in await reasons()
+            await stage.report(stages.InstanceAlive("decoder-0", 1))
+            assert "full" not in await reasons()
 
     play(scenario())
 

@@ -328,3 +328,17 @@ def test_while_no_denoiser_is_there_no_more_is_encoded_than_for_those_of_the_top
     books.hello(hello("encoder-0", slots=20), 0.0)
     books.accept(request(n=20), 0.0)
     assert len(after(books)) == 2 * (AHEAD + 1)
+
+
+def test_what_runs_out_of_time_says_what_its_instance_waited_for() -> None:
+    books = ledger()
+    books.hello(hello("encoder-0"), 0.0)
+    books.accept(request(), 0.0)
+    after(books)
+    books.started(books.units["r/0"].work, "encoder-0", Panel.ENCODER, 1.0)
+    assert books.fleet.heard("encoder-0", 1, "the disk is full")
+    assert books.fleet.instances["encoder-0"].view().trouble == "the disk is full"
+    books.elapse(1e10, 2.0)
+    last = books.requests["r"].units[0].history[-1]
+    assert last.state == "TIMED_OUT"
+    assert last.reason.endswith(": the disk is full")

@@ -329,7 +329,7 @@ class Cluster:
                     self.tasks.append(self.load(instance, work, source, target))
                 case do.Stage(work, _):
                     self.tasks.append(self.stage(instance, work))
-                case do.Save(work, _):
+                case do.Save(work):
                     self.tasks.append(self.save(instance, work))
                 case do.StopPanel(work) | do.StopTransfer(work):
                     instance.stopped.add(work)

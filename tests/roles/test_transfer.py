@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import threading
 import time
 from pathlib import Path
@@ -396,10 +398,15 @@ def test_outputs_are_packed_after_the_work_that_makes_them(rooms: Any, monkeypat
 def test_on_a_card_it_says_whether_the_pool_is_pinned_and_why_not(rooms: Any) -> None:
     async def body(h: Any, room: Any) -> None:
         transfer = (await room("encoder-0")).transfer
-        assert transfer.facts() == {"transfers": 0}
+        assert transfer.facts() == {"transfers": 0, "waiting_for_disk": 0}
         transfer.component = msgspec.structs.replace(transfer.component, device="cuda:0")
         transfer._pin_failure = "cudaHostRegister: 801"
-        assert transfer.facts() == {"transfers": 0, "pool_pinned": False, "pin_failure": "cudaHostRegister: 801"}
+        assert transfer.facts() == {
+            "transfers": 0,
+            "waiting_for_disk": 0,
+            "pool_pinned": False,
+            "pin_failure": "cudaHostRegister: 801",
+        }
 
     rooms(body)
 
@@ -409,18 +416,18 @@ def test_a_picture_becomes_an_artifact(rooms: Any) -> None:
         decoder = await room("decoder-0")
         picture = Image.new("RGB", (8, 8), (200, 10, 10))
         decoder.begin(W, images=[picture])
-        decoder.desk.tell(SaveArtifact(W, Output("png")))
+        decoder.desk.tell(SaveArtifact(W, Output("png"), FAR))
         artifact = (await decoder.desk.inbox.next(ArtifactSaved)).artifact
         assert (artifact.name, artifact.content_type) == ("r_0.png", "image/png")
         path = h.topology.state_dir / "artifacts" / "r_0.png"
         assert path.stat().st_size == artifact.nbytes
         assert Image.open(path).tobytes() == picture.tobytes()
         decoder.begin(W, latents=torch.zeros(1))
-        assert not (await decoder.fails(SaveArtifact(W, Output("png")))).retryable
+        assert not (await decoder.fails(SaveArtifact(W, Output("png"), FAR))).retryable
         decoder.begin(W, images=[picture])
-        assert "gif" in (await decoder.fails(SaveArtifact(W, Output("gif")))).reason
+        assert "gif" in (await decoder.fails(SaveArtifact(W, Output("gif"), FAR))).reason
         decoder.begin(W, images=[picture])
-        failed = await decoder.fails(SaveArtifact(W, Output("mp4")))
+        failed = await decoder.fails(SaveArtifact(W, Output("mp4"), FAR))
         assert "one picture" in failed.reason
         assert not failed.retryable
 
@@ -434,7 +441,7 @@ def test_a_video_plays_as_fast_as_the_request_or_else_the_pipeline_says(rooms: A
         frames = np.zeros((1, 3, 16, 16, 3), np.float32)
         for output, name, fps in ((Output(), "r_0.mp4", 12), (Output("mp4", 30.0), "r_0.mp4", 30)):
             decoder.begin(W, videos=frames)
-            decoder.desk.tell(SaveArtifact(W, output))
+            decoder.desk.tell(SaveArtifact(W, output, FAR))
             artifact = (await decoder.desk.inbox.next(ArtifactSaved)).artifact
             assert (artifact.name, artifact.content_type) == (name, "video/mp4")
             with av.open(decoder.transfer.store.path(name)) as container:
@@ -459,7 +466,7 @@ def test_a_long_video_is_not_written_to_its_end_when_nobody_wants_it(
     async def body(h: Any, room: Any) -> None:
         decoder = await room("decoder-0")
         decoder.begin(W, videos=np.zeros((1, 3, 16, 16, 3), np.uint8))
-        decoder.desk.tell(SaveArtifact(W, Output("mp4")))
+        decoder.desk.tell(SaveArtifact(W, Output("mp4"), FAR))
         await asyncio.to_thread(writing.wait, 10)
         stop = decoder.transfer._stops[W]
         decoder.desk.tell(CancelState(W))
@@ -471,16 +478,37 @@ def test_a_long_video_is_not_written_to_its_end_when_nobody_wants_it(
     rooms(body)
 
 
-def test_a_full_disk_fails_the_picture_and_not_the_process(rooms: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
+def test_a_full_disk_is_waited_for_and_said_and_another_trouble_is_not(
+    rooms: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def body(h: Any, room: Any) -> None:
+        trouble, fsync = [errno.ENOSPC], os.fsync
+
+        def unable(descriptor: int) -> None:
+            if trouble:
+                raise OSError(trouble[0], os.strerror(trouble[0]))
+            fsync(descriptor)
+
         decoder = await room("decoder-0")
-        decoder.begin(W, images=[Image.new("RGB", (8, 8))])
-        monkeypatch.setattr(decoder.transfer.store, "save", full)
-        failed = await decoder.fails(SaveArtifact(W, Output("png")))
-        assert "No space left" in failed.reason
+        monkeypatch.setattr(os, "fsync", unable)
+        premises, others = decoder.premises, [Work("r/1", 1), Work("r/2", 1)]
+        for work in (W, *others):
+            decoder.begin(work, images=[Image.new("RGB", (8, 8))])
+            decoder.desk.tell(SaveArtifact(work, Output("png"), time.monotonic() if work is others[1] else FAR))
+        assert "No space left" in (await decoder.desk.inbox.next(StateFailed)).reason, "its time is over"
+        while decoder.transfer.facts()["waiting_for_disk"] != 2:  # noqa: ASYNC110  facts are looked at, not sent
+            await asyncio.sleep(0)
+        assert "wait for room on the disk" in premises.trouble
+        decoder.desk.tell(CancelState(others[0]))
+        assert (await decoder.desk.inbox.next(StateFailed)).reason == "cancelled"
+        assert premises.trouble
+        trouble.clear()
+        assert (await decoder.desk.inbox.next(ArtifactSaved)).artifact.name == "r_0.png"
+        assert not premises.trouble
+        assert [path.name for path in decoder.transfer.store.folder.iterdir()] == ["r_0.png"]
+        trouble.append(errno.EIO)
+        failed = await decoder.fails(SaveArtifact(W, Output("png"), FAR))
+        assert "Input/output error" in failed.reason
         assert failed.retryable
 
     rooms(body)

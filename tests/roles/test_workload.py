@@ -98,7 +98,7 @@ def test_a_decoder_goes_from_a_staged_slot_to_a_file() -> None:
         do.Report(TransferReady(W, "decoder-0", 0.1)),
         do.Run(W, Panel.DECODER),
     )
-    assert load.panel_finished(W, 0.25) == (do.Save(W, Output("png")),)
+    assert load.panel_finished(W, 0.25) == (do.Save(W, Output("png"), DEADLINE),)
     assert load.artifact_saved(W, ARTIFACT) == (
         do.Clear(W),
         do.Report(StageFinished(W, "decoder-0", "decoder", ARTIFACT, 0.25, 2)),
@@ -111,7 +111,7 @@ def test_a_monolithic_instance_runs_every_panel_on_the_same_values() -> None:
     assert load.panel_finished(W, 0.1) == (do.Run(W, Panel.DENOISER),)
     assert load.panel_started(W, Panel.DENOISER, 1.0) == (do.Report(StageStarted(W, "monolithic-0", "denoiser")),)
     assert load.panel_finished(W, 0.2) == (do.Run(W, Panel.DECODER),)
-    assert load.panel_finished(W, 0.3) == (do.Save(W, Output("png")),)
+    assert load.panel_finished(W, 0.3) == (do.Save(W, Output("png"), DEADLINE),)
     assert reports(load.artifact_saved(W, ARTIFACT)) == [StageFinished(W, "monolithic-0", "decoder", ARTIFACT, 0.3, 2)]
 
 
