@@ -50,7 +50,11 @@ class UnknownName(KeyError):  # noqa: N818  the error of a look-up, like its bas
 
 
 class AlreadyRunning(Exception):  # noqa: N818  a state of the host, said in a sentence
-    """Another supervisor on this host already runs that component."""
+    """Another supervisor on this host already runs that component, or another system has that folder."""
+
+
+class StateBelongsToAnother(Exception):  # noqa: N818  likewise
+    """The state folder holds the requests and results of another system, which does not run now."""
 
 
 class TopologyError(Exception):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def exclusive(folder: Path, names: Sequence[str]) -> Iterator[None]:
-    """Hold the components `names` of the run folder `folder`; raises `AlreadyRunning`."""
+    """Hold the components `names` of the system whose state folder `folder` is; raises `AlreadyRunning`."""
     with contextlib.ExitStack() as held:
         for name in names:
             held.enter_context(_exclusive(folder / f"{name}.lock", name))
@@ -44,12 +44,13 @@ def _lock(file: Path, name: str) -> int:
             pid = os.read(descriptor, 32).decode() or "?"
             os.close(descriptor)
             raise AlreadyRunning(f"{name} is already running here, under process {pid}: stop that first") from None
-        if _same_file(descriptor, file):
+        if same_file(descriptor, file):
             return descriptor
         os.close(descriptor)  # its holder removed it just before letting go
 
 
-def _same_file(descriptor: int, file: Path) -> bool:
+def same_file(descriptor: int, file: Path) -> bool:
+    """Whether `file` is still what was opened."""
     try:
         return os.path.samestat(os.fstat(descriptor), file.stat())
     except FileNotFoundError:

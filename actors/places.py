@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -45,12 +46,29 @@ def private_run_dir(folder: Path) -> Path:
     return private_dir(folder)
 
 
-def private_dir(folder: Path) -> Path:
-    """Make a folder that only this user can enter; raises `PermissionError` if somebody else owns it."""
+def private_state_dir(folder: Path) -> Path:
+    """Make a state folder. In one of an earlier version others could read the journal: its files are closed to them.
+
+    Raises `PermissionError` for a folder that is somebody else's or everybody's, `OSError` where there can be none.
+    """
+    own = "give the state a folder of its own with [state] path or TRIPTYCH_STATE_DIR"
+    if folder.is_dir() and folder.stat().st_mode & stat.S_ISVTX:  # such as /tmp: it would be closed to all others
+        raise PermissionError(f"{folder} is a folder for all users: {own}")
+    private_dir(folder.resolve(), own)
+    for pattern in ("journal.sqlite*", "generations/*"):
+        for file in folder.glob(pattern):
+            with contextlib.suppress(FileNotFoundError):  # those of a running component come and go
+                if file.stat().st_mode & 0o077:
+                    file.chmod(0o600)
+    return folder
+
+
+def private_dir(folder: Path, fix: str = "remove it or set XDG_RUNTIME_DIR") -> Path:
+    """Make a folder that only this user can enter; raises `PermissionError`, with `fix`, if somebody else owns it."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise PermissionError(f"{folder} does not belong to user {os.getuid()}: remove it or set XDG_RUNTIME_DIR")
+        raise PermissionError(f"{folder} does not belong to user {os.getuid()}: {fix}")
     if stat.S_IMODE(found.st_mode) & 0o077:
         folder.chmod(0o700)
     return folder

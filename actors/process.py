@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         die_with_parent()
         if os.getppid() != options.parent:
             return EXIT_CRASH  # the supervisor ended before the kernel knew of our wish
+    os.umask(0o077)  # prompts and results are this user's alone
     setproctitle(f"triptych: {options.name}")
     logs.configure(options.name, options.generation)
     faulthandler.enable()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import signal
 from pathlib import Path
@@ -16,15 +17,17 @@ from setproctitle import setproctitle
 from actors import diagnostics, places
 from actors.addresses import SUPERVISOR, AddressBook, supervisor_of
 from actors.components import PARTS, PRELOAD
-from actors.errors import OF_THE_MACHINE
+from actors.errors import OF_THE_MACHINE, StartFailure
 from actors.generations import Generations
 from actors.keys import make_keys
 from actors.launcher import Launcher, thread_environment
 from actors.locks import exclusive
+from actors.ownership import Owner, identity_of, owned
 from actors.prctl import adopt_orphans
 from actors.runtime import Runtime
 from actors.strangers import end_strangers
 from actors.supervisor import Supervisor
+from bus import AddressError, remove_if_stale
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -75,31 +78,56 @@ class Supervision:
     def run(self) -> int:
         """Run on a loop of its own; returns the exit code.
 
-        Raises `AlreadyRunning`, `PermissionError`, and `StartFailure` when the key of the bus cannot be used.
+        Raises `AlreadyRunning` and `StateBelongsToAnother`, `PermissionError`, and `StartFailure` when a folder or the
+        key of the bus cannot be used.
         """
         setproctitle(f"triptych: {SUPERVISOR} of {self.topology.path.name}")
+        os.umask(0o077)  # the children's as well: prompts and results are this user's alone
         adopt_orphans()
-        places.private_run_dir(self.topology.run_dir)
-        make_keys(self.topology)
         try:
-            names = [component.name for component in self.components]
-            with (
-                exclusive(self.topology.run_dir, names),
-                asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
-            ):
-                try:
-                    return runner.run(self._serve())
-                finally:
-                    self._remove_sockets()
+            with contextlib.ExitStack() as held:
+                self._take_folders(held)
+                make_keys(self.topology)
+                with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                    try:
+                        return runner.run(self._serve())
+                    finally:
+                        self._remove_sockets()
         finally:
             with contextlib.suppress(OSError):  # another supervisor of the same topology still uses it
                 self.topology.run_dir.rmdir()
+
+    def _take_folders(self, held: contextlib.ExitStack) -> None:
+        """Make the folders of the system, and hold them until the end."""
+        topology = self.topology
+        try:
+            places.private_run_dir(topology.run_dir)
+            places.private_state_dir(topology.state_dir)
+            owner = Owner(
+                topology=str(topology.path),
+                state_dir=str(topology.state_dir.resolve()),
+                run_dir=str(topology.run_dir),
+                model=identity_of(topology.model_path),
+                pid=os.getpid(),
+            )
+            held.enter_context(owned(topology.state_dir, owner, keep=True))
+            held.enter_context(owned(topology.run_dir, owner, keep=False))
+            held.enter_context(exclusive(topology.state_dir, [component.name for component in self.components]))
+            # systemd-tmpfiles leaves a locked folder and what is in it alone, however old.
+            folder = os.open(topology.run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            held.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_SH)
+        except PermissionError:
+            raise
+        except OSError as error:
+            raise StartFailure(f"{error.filename} cannot be used: {error.strerror}") from error
 
     def _remove_sockets(self) -> None:
         """Those of processes that were killed; the others have removed their own."""
         for component in self.components:
             if component.address.startswith("ipc://"):
-                Path(component.address.removeprefix("ipc://")).unlink(missing_ok=True)
+                with contextlib.suppress(AddressError):  # served: by no child of ours, since those have ended
+                    remove_if_stale(Path(component.address.removeprefix("ipc://")))
 
     async def _serve(self) -> int:
         generations = Generations(self.topology.state_dir / "generations")

@@ -1,6 +1,7 @@
 """The typed message bus: mailboxes, references, dead letters. Knows no actor and no tensor."""
 
 from bus.address import Address, parse_address
+from bus.binding import remove_if_stale
 from bus.dead_letters import DeadLetter, DeadLetters
 from bus.envelope import Envelope, Failure, FailureCode, Kind
 from bus.errors import (
@@ -47,4 +48,5 @@ __all__ = [
     "current_traceparent",
     "new_traceparent",
     "parse_address",
+    "remove_if_stale",
 ]

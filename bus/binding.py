@@ -51,7 +51,7 @@ class Binding:
 
 def _listen(path: Path) -> int:
     _private_folder(path.parent)
-    _remove_if_stale(path)
+    remove_if_stale(path)
     listener = unix.socket(unix.AF_UNIX, unix.SOCK_STREAM | unix.SOCK_NONBLOCK)
     try:
         listener.bind(str(path))
@@ -73,7 +73,8 @@ def _private_folder(folder: Path) -> None:
         raise AddressError(f"the folder {folder} is open to other users: make it yours alone (chmod 700)")
 
 
-def _remove_if_stale(path: Path) -> None:
+def remove_if_stale(path: Path) -> None:
+    """Remove a socket that a killed process left behind; raises `AddressError` when it is served, or no socket."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise AddressError(f"{path} is in the way: it is no socket")

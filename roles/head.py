@@ -18,6 +18,7 @@ import msgspec
 from msgspec.structs import replace
 
 from actors import Actor, Component, Later, StartDelayed, StartFailure, Topology
+from actors.ownership import ModelIdentity, identity_of
 from actors.sections import parse_size
 from actors.system import Reloading, ReloadModel
 from bus import Refused
@@ -64,6 +65,7 @@ REMAINDERS_S = 10.0
 PRUNE_EVERY_S = 60.0
 PROBE_S = 1.0
 """Between two looks whether a journal that could not be written can be again."""
+OTHER_MODEL = "it was accepted for another model than the one that is served now: send it again"
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -95,6 +97,7 @@ class Head(Actor):
         self._artifacts = ArtifactStore(topology.state_dir / ARTIFACTS)
         self._uploads = UploadStore(topology.state_dir / UPLOADS)
         self._journal: Journal | None = None
+        self._served: ModelIdentity | None = None
         self._unwritten = ""
         self._ended: dict[str, asyncio.Event] = {}
         self._untold: list[str] = []
@@ -115,13 +118,14 @@ class Head(Actor):
             self.card = load_card(self.topology.model_path, self.topology.model.task)
             model = f"{self.card.name}, {self.topology.model.dtype}"
             self.ledger.staging = Staging(PromptCache(self.topology.prompt_cache_bytes, model))
+            self._served = await asyncio.to_thread(identity_of, self.topology.model_path)
             # In a thread, because heartbeats have to go on, however large it is.
             self._journal = await asyncio.to_thread(Journal, self._journal_path, self._complain)
             for request in await asyncio.to_thread(self._journal.active):
                 self._resume(request, now)
         except JournalError as error:
             raise (StartDelayed if error.may_pass else StartFailure)(str(error)) from error
-        except ModelError as error:
+        except (ModelError, OSError) as error:
             kind = StartFailure if self.topology.model_path.is_dir() else StartDelayed
             raise kind(str(error)) from error
         if self.ledger.units:
@@ -129,6 +133,7 @@ class Head(Actor):
         self.spawn(self._keep_time(), name="clock")
         self.spawn(self._keep_bounds(), name="prune")
         self.errands.watch_pools()
+        self.settle()  # what could not be resumed has ended: written down before anybody asks
 
     async def stopping(self) -> None:
         """Write what is unwritten; the instances go on with what they have in hand."""
@@ -339,6 +344,8 @@ class Head(Actor):
         pools = {component.name for component in components if component.kind == "pool"}
         instances = {component.name for component in components if component.slots}
         self.ledger.resume(request, pools, instances, now)
+        if request.served and self._served and not request.served.is_same(self._served):
+            self.ledger.fail(request.id, OTHER_MODEL, now)
         try:
             check_lora(request.inputs, [lora.name for lora in self.topology.model.lora], self.card.name)
         except CardError as error:
@@ -510,7 +517,8 @@ class Head(Actor):
         seed = secrets.randbits(32) if message.seed is None else message.seed
         id_ = message.request_id
         units = [Unit(f"{id_}/{k}", id_, k, seed + k, timeout_s) for k in range(message.n)]
-        return Request(id_, inputs, output, now, now + timeout_s, units, _key(message), digest, owner=message.owner)
+        deadline, key = now + timeout_s, _key(message)
+        return Request(id_, inputs, output, now, deadline, units, key, digest, owner=message.owner, served=self._served)
 
     def _parameters(self) -> tuple[Parameter, ...] | None:
         """What the pipeline takes; None until an instance has loaded it."""

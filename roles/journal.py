@@ -17,6 +17,7 @@ from typing import Final
 
 import msgspec
 
+from actors.ownership import ModelIdentity
 from roles.files import sync_folder
 from roles.messages.work import Input, Output
 from roles.request import Request, Unit
@@ -86,6 +87,7 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
     fps: float = 0.0
     owner: str = ""
     quality: int = 0
+    served: ModelIdentity | None = None
 
 
 _body = msgspec.msgpack.Decoder(_Body)
@@ -267,6 +269,7 @@ class Journal:
                 digest=held.digest,
                 finished_at=float(finished_at),
                 owner=held.owner,
+                served=held.served,
             )
         except (ValueError, TypeError) as error:  # of what msgspec and the codecs raise, all are one of these
             return str(error)
@@ -416,7 +419,14 @@ def _text(value: bytes | str) -> str:
 def _request_row(request: Request) -> tuple[str, str | None, float, float, bytes]:
     output = request.output
     body = _Body(
-        request.inputs, output.format, request.deadline, request.digest, output.fps, request.owner, output.quality
+        request.inputs,
+        output.format,
+        request.deadline,
+        request.digest,
+        output.fps,
+        request.owner,
+        output.quality,
+        request.served,
     )
     return (
         request.id,

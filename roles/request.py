@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
 
+from actors.ownership import ModelIdentity
 from engines.panels import Panel
 from roles.messages.requests import Move, RequestView, UnitView
 from roles.messages.work import Artifact, Input, LeaseRef, Output, Staged, Work
@@ -238,6 +239,8 @@ class Request:
     finished_at: float = 0.0
     owner: str = ""
     """Name of the API key that it came with; "" without keys."""
+    served: ModelIdentity | None = None
+    """The model that it was accepted for; None where an earlier version did not note it."""
     prompt_key: bytes = b""
     """Of the prompt cache; made when it is first asked for."""
 

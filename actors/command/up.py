@@ -13,7 +13,7 @@ from actors.addresses import SUPERVISOR
 from actors.command.check import TopologyFile
 from actors.command.display import make_display
 from actors.command.output import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, stdout
-from actors.errors import AlreadyRunning, StartFailure, TopologyError, UnknownName
+from actors.errors import AlreadyRunning, StartFailure, StateBelongsToAnother, TopologyError, UnknownName
 from actors.prctl import die_with_parent
 from actors.preflight import preflight
 from actors.supervise import Supervision
@@ -68,7 +68,7 @@ def up(
     try:
         with display.shown(supervision.components):
             code = supervision.run()
-    except (AlreadyRunning, PermissionError, StartFailure) as error:
+    except (AlreadyRunning, StateBelongsToAnother, PermissionError, StartFailure) as error:
         fail(str(error), EXIT_FAILED)
     raise typer.Exit(code)
 

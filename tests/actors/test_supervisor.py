@@ -6,6 +6,7 @@ import asyncio
 import os
 import resource
 import signal
+import stat
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -337,6 +338,38 @@ def test_components_run_on_their_own_find_each_other_and_each_runs_once(write: W
                 assert await second.ended() != 0
                 assert any("encoder-0 is already running here" in line for line in second.lines)
             assert (await one.ping("encoder-0")).pid == encoder.pid
+
+    run(scenario())
+
+
+def test_a_second_system_on_the_same_folders_is_refused(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refused(file: Path, sentence: str, **environment: str) -> None:
+        with monkeypatch.context() as patch:
+            for key, value in environment.items():
+                patch.setenv(key, value)
+            async with supervised(file, "decoder-0") as second:
+                assert await second.ended() != 0
+                assert any(sentence in line for line in second.lines)
+
+    async def scenario() -> None:
+        monkeypatch.setenv("TRIPTYCH_STATE_DIR", str(write().parent / "shared"))
+        file = write()
+        another = file.with_name("another.toml")
+        another.write_text(file.read_text())
+        async with supervised(file, "encoder-0") as first:
+            ready = await first.until("encoder-0", "ready")
+            (first.topology.run_dir / "owner.json").unlink()  # as a cleaner of /tmp does
+            elsewhere = file.parent / "else"
+            elsewhere.mkdir(mode=0o700)
+            await refused(another, "cluster.toml (process")
+            await refused(file, "set the same XDG_RUNTIME_DIR", XDG_RUNTIME_DIR=str(elsewhere))
+            async with supervised(file, "encoder-0") as second:
+                assert await second.ended() != 0
+                assert any("encoder-0 is already running here" in line for line in second.lines)
+            assert (await first.ping("encoder-0")).pid == ready.pid
+            state = first.topology.state_dir
+            assert stat.S_IMODE(state.stat().st_mode) == 0o700
+            assert all(not file.stat().st_mode & 0o077 for file in state.rglob("*"))
 
     run(scenario())
 

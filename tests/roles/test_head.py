@@ -747,6 +747,33 @@ def test_a_deleted_request_leaves_nothing_behind(topology: Callable[..., Topolog
                 await stage.view("r")
 
 
+def test_what_was_accepted_for_another_model_is_failed_in_words_and_what_has_ended_stays(
+    topology: Callable[..., Topology],
+) -> None:
+    async def scenario() -> None:
+        async with playing(topology()) as stage:
+            await stage.submit("done")
+            await stage.head.ask(requests.CancelRequest("done"), requests.RequestView, timeout_s=BOUND_S)
+            await stage.submit("waiting", n=2)
+        card = topology().model_path / "triptych.json"
+        card.write_text(card.read_text().replace('"height": 96', '"height": 128'))
+        async with playing(topology(), generation=2) as stage:
+            assert (await stage.view("waiting")).state == "ENCODER_WAITING", "other defaults are no other model"
+        (topology().model_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "vae": ["a", "b"]}')
+        for generation in (3, 4):
+            async with playing(topology(), generation=generation) as stage:
+                waiting = await stage.view("waiting")
+                assert waiting.state == "FAILED"
+                assert all("accepted for another model" in unit.history[-1].reason for unit in waiting.units)
+                assert (await stage.view("done")).state == "CANCELLED"
+                await stage.hello("encoder-0")
+                if generation == 3:
+                    await stage.submit("new")
+                assert (await stage.next_work("encoder-0")).unit_id == "new/0"
+
+    play(scenario())
+
+
 def test_a_request_is_found_by_its_owner_alone_also_after_a_restart(topology: Callable[..., Topology]) -> None:
     async def ask(stage: Stage, message: Any) -> Any:
         return await stage.head.ask(message, requests.RequestView, timeout_s=BOUND_S)
