@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple, TypeAlias
 
 import structlog
+from msgspec.structs import replace
 from PIL import ExifTags, Image, UnidentifiedImageError
 from starlette.datastructures import UploadFile
 
@@ -82,7 +83,7 @@ class UploadDesk:
     def _check_and_save(self, data: bytes, param: str, left: int) -> tuple[Upload, Size]:
         ending, size = check(data, param, left)
         try:
-            return self.store.save(data, ending), size
+            return replace(self.store.save(data, ending), pixels=size.width * size.height), size
         except UploadsFull as error:
             log.warning("an upload was refused", reason=str(error))
             predicate = "cannot be kept: there is no room for more pictures now"

@@ -68,8 +68,8 @@ def signature(pipeline: Any) -> Signature:
     fps = frames_per_s(medium, defaults, pipeline)
     declared = with_steps(of_call(function, required_by(type(pipeline))), pipeline)
     parameters = with_aliases(declared, guided=has_guider(pipeline), guidance=guidance(pipeline), fps=fps)
-    encodes = public_names(accepted(pipeline), parameters)
-    return Signature(parameters, encodes, medium, fps)
+    inputs = public_names(accepted(pipeline), parameters)
+    return Signature(parameters, inputs, medium, fps, inputs)
 
 
 def required_by(cls: type) -> frozenset[str]:

@@ -48,7 +48,11 @@ class ModularParts:
         read = encoded(split) | guided | pictures | {GENERATOR}
         self._passes = {name: default for name, default in defaults.items() if name not in read}
         encodes = self.inputs - self._passes.keys()
-        self.signature = Signature(parameters, public_names(encodes, parameters), medium, fps)
+        later = {item.name for panel in (Panel.DENOISER, Panel.DECODER) for item in split.parts[panel].inputs}
+        hands_on = self.inputs & later - set(split.parts[Panel.ENCODER].intermediate_output_names)
+        self.signature = Signature(
+            parameters, public_names(encodes, parameters), medium, fps, public_names(hands_on, parameters)
+        )
 
     def encode(self, inputs: Mapping[str, object], seed: int) -> dict[str, object]:
         """Run the blocks before `denoise`; returns what later blocks take as inputs, and `KWARGS_MAPPING`."""

@@ -42,6 +42,8 @@ WORDS: Final[Mapping[Kind, str]] = {
     Kind.IMAGE_LIST: "a picture, or several",
 }
 PICTURES: Final = frozenset({Kind.IMAGE, Kind.IMAGES, Kind.IMAGE_LIST})
+MASKS: Final = frozenset({"mask", "mask_image"})
+"""Inputs that are one image of where to paint, white for yes: 8 bits a pixel."""
 RATES: Final = ("fps", "frame_rate")
 """What the frames per second of a video are called."""
 KNOWN: Final[Mapping[str, Kind]] = {
@@ -90,6 +92,8 @@ class Signature(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     """What it makes: "image", "video" or "audio"."""
     fps: float = 0.0
     """Frames per second of its videos where a request asks for no other; 0 where it makes none."""
+    hands_on: tuple[str, ...] = ()
+    """Public names of the inputs that later stages get as they came, images with all their pixels."""
 
     def parameter(self, name: str) -> Parameter | None:
         """Find one by its public name."""

@@ -10,7 +10,7 @@ import hashlib
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias, cast
 
@@ -27,7 +27,7 @@ from engines.checks import ANY
 from engines.lora import check_lora
 from engines.model_version import model_version
 from engines.panels import ModelError, Panel
-from engines.parameters import Parameter, Signature
+from engines.parameters import MASKS, Parameter, Signature
 from roles.artifacts import ARTIFACTS, ArtifactError, ArtifactStore
 from roles.dispatch import POLICIES
 from roles.errands import Errands
@@ -510,6 +510,8 @@ class Head(Actor):
         # Before the first instance has come, the names that the pipeline takes are not known: then it checks them.
         inputs = cast(dict[str, Input], self.card.apply(message.inputs, self._parameters()))
         self.card.check_total(inputs, message.n)
+        if any(component.kind == "pool" for component in self.topology.components):
+            _check_payload(inputs, self._signature(), self.topology.transfer.largest_payload)
         output = settle_output(message.output, self._signature(), message.inputs, inputs)
         check_lora(inputs, [lora.name for lora in self.topology.model.lora], self.card.name)
         now = time.time()
@@ -667,6 +669,17 @@ def listening_s(slept_s: float) -> float:
     be heard, and what was said before may still wait to be read.
     """
     return min(slept_s, 2 * TICK_S)
+
+
+def _check_payload(inputs: Mapping[str, Input], signature: Signature, largest: int) -> None:
+    """Raise CardError for images that are handed from stage to stage and can never fit a pool's block."""
+    for name in signature.hands_on:
+        images = inputs.get(name)
+        pixel_bytes = 1 if name in MASKS else 3
+        if isinstance(images, Pictures) and sum(file.pixels for file in images.files) * pixel_bytes > largest:
+            together = " together" if len(images.files) > 1 else ""
+            limit = f"must have at most {largest // pixel_bytes} pixels{together}"
+            raise CardError(name, f"{limit}: one stage hands them to the next, in at most {largest} bytes of a pool")
 
 
 def _digest(message: requests.SubmitRequest) -> str:

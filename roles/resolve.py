@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from engines.parameters import Kind, Signature
+from engines.parameters import MASKS, Kind, Signature
 from roles.messages.work import Numbers, Pictures
 from roles.uploads import UploadError, UploadStore
-
-MASKS: Final = frozenset({"mask", "mask_image"})
-"""Inputs that say where to paint, white for yes."""
 
 
 def has_files(inputs: Mapping[str, object]) -> bool:

@@ -20,6 +20,8 @@ class Upload(Value):
     name: str
     """SHA-256 of the bytes in hex, and the ending of its format."""
     nbytes: int
+    pixels: int = 0
+    """Of the image, 0 where nobody has counted."""
 
 
 class Pictures(Value, tag=True):

@@ -120,7 +120,10 @@ async def test_a_picture_far_longer_than_a_message_fits(client, small_head):
     assert len(file.getvalue()) > 2 * body.MAX_TEXT_BYTES
     answer = await client.post(GENERATIONS, json={"prompt": "x", "image": text(file.getvalue())})
     assert answer.status_code == 200, answer.text
-    assert (await submitted(small_head)).inputs["image"].files[0].nbytes == len(file.getvalue())
+    kept = (await submitted(small_head)).inputs["image"].files[0]
+    assert kept.nbytes == len(file.getvalue())
+    with Image.open(file) as opened:
+        assert kept.pixels == opened.width * opened.height
 
 
 async def test_a_request_shows_its_pictures_by_name_and_size(client, small_head):

@@ -84,6 +84,15 @@ def test_a_renewed_state_is_that_of_the_other_request_to_the_bit(
     assert laid_out(pipeline.renew(kept, left_out, 11)) == laid_out(pipeline.encode(left_out, 11))
 
 
+def test_an_image_that_later_stages_take_is_said_to_be_handed_on(models: Callable[[str], Path], tmp_path: Path) -> None:
+    model = shutil.copytree(models("sdxl"), tmp_path / "model")
+    (model / CARD_NAME).write_text('{"task": "any"}')
+    pipeline = PanelPipeline.load(model, (Panel.ENCODER,), dtype=torch.float32, device=CPU)
+    kept = pipeline.encode({**INPUTS, "width": 64, "image": picture(), "strength": 0.9}, 11)
+    assert kept["image"].size == picture().size  # type: ignore[attr-defined]
+    assert {"image", "mask_image"} <= set(pipeline.signature.hands_on)
+
+
 def test_what_an_encoder_drew_is_left_to_its_seed(models: Callable[[str], Path], tmp_path: Path) -> None:
     model = shutil.copytree(models("flux-kl"), tmp_path / "model")
     (model / CARD_NAME).write_text('{"task": "image-to-image"}')
@@ -92,6 +101,7 @@ def test_what_an_encoder_drew_is_left_to_its_seed(models: Callable[[str], Path],
     kept = crossed(pipeline.encode(inputs, 11))
     assert not pipeline.seedless
     assert {"image", "height", "prompt"} <= set(pipeline.signature.encodes)
+    assert "image" not in {*kept, *pipeline.signature.hands_on}, "latents are made of it"
     changed = {**inputs, "num_inference_steps": 9, "strength": 0.3}
     del changed["image"]
     again = pipeline.renew(kept, changed, 11)

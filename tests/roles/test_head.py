@@ -269,6 +269,34 @@ def test_inputs_are_checked_by_what_the_pipeline_takes(topology: Callable[..., T
     play(scenario())
 
 
+def test_images_that_a_pool_cannot_take_whole_are_refused_where_stages_hand_them_on(
+    topology: Callable[..., Topology],
+) -> None:
+    async def scenario() -> None:
+        async with playing(topology()) as stage:
+            images = [Parameter(name, Kind.IMAGES) for name in ("control_image", "image", "mask_image")]
+            signature = Signature((*SIGNATURE.parameters, *images), hands_on=("image", "mask_image"))
+            await stage.hello("encoder-0", signature=signature)
+            largest = 128 << 20  # of the default of 256 MiB
+
+            def image(*pixels: int) -> Pictures:
+                return Pictures(tuple(Upload("a.png", 8, count) for count in pixels))
+
+            for name, value, most in (
+                ("image", image(largest // 3 + 1), "at most 44739242 pixels: "),
+                ("image", image(40_000_000, 5_000_000), "at most 44739242 pixels together: "),
+                ("mask_image", image(largest + 1), "at most 134217728 pixels: "),
+            ):
+                rejected = await stage.submit("large", **{name: value})
+                assert (rejected.code, rejected.param) == ("invalid", name)
+                assert most in rejected.message
+                assert "134217728 bytes of a pool" in rejected.message
+            for inputs in ({"control_image": image(64_000_000)}, {"image": image(largest // 3)}):
+                assert isinstance(await stage.submit(*inputs, **inputs), requests.RequestAccepted)
+
+    play(scenario())
+
+
 def test_the_model_says_what_it_takes(topology: Callable[..., Topology]) -> None:
     async def scenario() -> None:
         async with playing(topology()) as stage:
