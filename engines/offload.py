@@ -54,8 +54,12 @@ class Resting:
         module = self._modules[name]
         # Of the same memory: what these are is not changed with the module.
         on_host = {name: weight.detach() for name, weight in _weights(module)}
-        module.to(self._device)
-        self._kept = {id(there): _Kept(there, there._version, on_host[name]) for name, there in _weights(module)}
+        try:
+            module.to(self._device)
+        except BaseException:
+            _put_back(module, _kept(module, on_host))  # without room for all of it a part may have come
+            raise
+        self._kept = _kept(module, on_host)
         self.present = name
 
     def rest(self) -> None:
@@ -64,8 +68,7 @@ class Resting:
             # First, so that a failed move is not taken for a component that is there.
             name, self.present = self.present, ""
             kept, self._kept = self._kept, {}
-            # As `to` does it, which knows of quantized, tied and flattened weights.
-            self._modules[name]._apply(lambda tensor: _on_host(tensor, kept))  # type: ignore[no-untyped-call]
+            _put_back(self._modules[name], kept)
 
 
 class _Kept(NamedTuple):
@@ -78,6 +81,15 @@ class _Kept(NamedTuple):
 
 def _weights(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     return module.named_parameters(remove_duplicate=False)
+
+
+def _kept(module: torch.nn.Module, on_host: Mapping[str, torch.Tensor]) -> dict[int, _Kept]:
+    return {id(there): _Kept(there, there._version, on_host[name]) for name, there in _weights(module)}
+
+
+def _put_back(module: torch.nn.Module, kept: Mapping[int, _Kept]) -> None:
+    # As `to` does it, which knows of quantized, tied and flattened weights.
+    module._apply(lambda tensor: _on_host(tensor, kept))  # type: ignore[no-untyped-call]
 
 
 def _on_host(tensor: torch.Tensor, kept: Mapping[int, _Kept]) -> torch.Tensor:

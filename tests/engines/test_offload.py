@@ -151,6 +151,23 @@ def state(module: torch.nn.Module) -> dict[str, tuple[int, list[float]]]:
     return {name: (weight.data_ptr(), weight.flatten().tolist()) for name, weight in inner.items()}
 
 
+def test_a_component_for_which_there_is_no_room_leaves_nothing_on_the_device() -> None:
+    class Large(Two):
+        def to(self, device: Any) -> Any:  # type: ignore[override]
+            self.inner.weight = torch.nn.Parameter(self.inner.weight.to(device))
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    modules: dict[str, torch.nn.Module] = {"large": Large(), "small": Two()}
+    before = state(modules["large"])
+    resting = Resting(modules, META)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            resting.bring("large")
+        assert (resting.present, state(modules["large"])) == ("", before)
+    resting.bring("small")
+    assert resting.present == "small"
+
+
 def test_what_was_written_on_the_device_comes_back() -> None:
     module = Two()
     resting = Resting({"one": module}, torch.device("cpu", 0))
