@@ -18,7 +18,7 @@ from tools.chaos.faults import FAULTS, SYSTEM, Scene
 from tools.chaos.plan import Strike
 
 POLL_S = 0.02
-MOMENT_S = 3.0
+MOMENT_S = 5.0
 """Longest wait for the right moment; then the strike falls anyway."""
 GIVE_UP_S = 60.0
 
