@@ -143,7 +143,7 @@ def _extra(name: str, value: object) -> PipelineInput:
 def check_neutral(name: str, value: object, neutral: Neutral) -> None:
     """Raise ApiError 422 where a field of OpenAI's that has no effect here asks for one."""
     if value is not None and str(value).lower() not in neutral.values:
-        raise refused(name, f"must be left out, or {' or '.join(neutral.values)}: {neutral.advice}")
+        raise refused(name, f"must be {' or '.join(neutral.values)}, or left out: {neutral.advice}")
 
 
 def parse_size(size: str, inputs: dict[str, PipelineInput], names: Names) -> dict[str, PipelineInput]:

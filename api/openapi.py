@@ -16,6 +16,7 @@ from api.generations import ImageRequest, ImagesResponse
 from api.health import Health, Live, Ready
 from api.models import ModelList, ModelObject
 from api.requests import Deleted
+from api.submission import IDEMPOTENCY_KEY
 from api.videos import ListQuery, Video, VideoList, VideoRequest
 from roles.formats import CONTENT_TYPES
 from roles.messages.requests import ClusterView, RequestView
@@ -154,6 +155,7 @@ _HEADERS: Final = {
     "Range": "bytes=0-99: 206.",
     "If-Range": "The ETag that the Range is of.",
 }
+_KEY: Final = {"type": "string", "pattern": f"^{IDEMPOTENCY_KEY.pattern}$"}
 _VARIANT: Final = {"enum": ["video"], "default": "video"}
 
 
@@ -165,6 +167,7 @@ def _parameters() -> dict[str, dict[str, Any]]:
     return {
         **{name: _parameter(name, "query", properties[name], text) for name, text in _QUERY.items()},
         **{name: _parameter(name, "header", _TEXT, text) for name, text in _HEADERS.items()},
+        "Idempotency-Key": _parameter("Idempotency-Key", "header", _KEY, _HEADERS["Idempotency-Key"]),
         "variant": _parameter("variant", "query", _VARIANT, "Which file of the video."),
     }
 

@@ -26,7 +26,7 @@ from roles.messages.work import Input, Output
 MARGIN_S = 15.0
 """The head times requests out by itself; this much later the wait for it ends too."""
 
-_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 
 async def submit(
@@ -64,7 +64,7 @@ def choose_seed(wanted: int | None, idempotency_key: str) -> int:
 def idempotency_key(request: Request) -> str:
     """Return the Idempotency-Key header, empty if there is none."""
     key = request.headers.get("idempotency-key", "")
-    if key and not _KEY.fullmatch(key):
+    if key and not IDEMPOTENCY_KEY.fullmatch(key):
         raise ApiError(400, "Idempotency-Key takes 1 to 255 visible ASCII characters", code="invalid_header")
     return key
 

@@ -40,7 +40,7 @@ def model_with_pictures(small_head):
         ({"output_compression": 50}, "output_compression", "must be 100 or left out unless output_format is jpeg"),
         ({"stream": True}, "stream", "send Prefer: respond-async"),
         ({"partial_images": 2}, "partial_images", "nothing is streamed yet"),
-        ({"quality": "high"}, "quality", "quality must be left out, or auto or standard: num_inference_steps says"),
+        ({"quality": "high"}, "quality", "quality must be auto or standard, or left out: num_inference_steps says"),
         ({"background": "transparent"}, "background", "no transparent background"),
     ],
 )

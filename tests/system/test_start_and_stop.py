@@ -20,6 +20,7 @@ from tests.actors.test_launcher import folder_of_strange_code
 from tests.system.conftest import ROOT
 
 TRIPTYCH = module_command("actors.command")
+KEY = "0123456789abcdef"
 
 
 def shared_memory() -> set[Path]:
@@ -54,10 +55,10 @@ def test_the_end_leaves_no_process_no_socket_and_no_shared_memory(
     ending: signal.Signals, topology_file: Callable[..., Path]
 ) -> None:
     async def scenario() -> None:
-        path = topology_file()
+        path = with_keys(topology_file(api={"keys_file": "keys"}))
         before = shared_memory()
         async with launch(path, {"api": {"port": 0}}) as cluster:
-            await cluster.generate("a red circle", seed=1)
+            await cluster.generate("a red circle", seed=1)  # with the first key of the file
             family = descendants(cluster.process.pid)
             assert len(family) >= 7
             run_dir = cluster.topology.run_dir
@@ -76,7 +77,7 @@ def test_the_end_leaves_no_process_no_socket_and_no_shared_memory(
 def test_components_started_one_by_one_in_any_order_find_each_other(
     order: int, topology_file: Callable[..., Path]
 ) -> None:
-    path = topology_file(api={"port": free_port()})
+    path = with_keys(topology_file(api={"port": free_port(), "keys_file": "keys"}))
     names = [component.name for component in load_topology(path).components][::order]
     strange = folder_of_strange_code(path.parent)
     running = [subprocess.Popen([*TRIPTYCH, "up", str(path), "--only", name], cwd=strange) for name in names]
@@ -84,17 +85,31 @@ def test_components_started_one_by_one_in_any_order_find_each_other(
         out = path.parent / "picture.png"
         url = f"http://127.0.0.1:{load_topology(path).api.port}"
         wait_until_ready(url)
-        generate = [*TRIPTYCH, "generate", "a red circle", "--url", url]
+        without_key = [*TRIPTYCH, "generate", "a red circle", "--url", url]
+        (path.parent / "key").write_text(KEY)
+        generate = [*without_key, "--key-file", str(path.parent / "key")]
         subprocess.run([*generate, "-o", str(out), "--set", "guidance_scale=2.5"], cwd=ROOT, check=True)
         assert out.read_bytes().startswith(b"\x89PNG")
-        refused = subprocess.run([*generate, "--set", "strength=0.5"], cwd=ROOT, capture_output=True, text=True)
-        assert refused.returncode == 1
-        assert "(param strength)" in refused.stderr
+        for command, words in (
+            ([*generate, "--set", "strength=0.5"], "strength is not a parameter of"),
+            (without_key, "a key is needed"),
+        ):
+            refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            assert refused.returncode == 1
+            assert words in refused.stderr
         assert not (strange / "RAN").exists()
     finally:
         for process in running:
             process.send_signal(signal.SIGINT)
         assert [process.wait(30) for process in running] == [0] * len(running)
+
+
+def with_keys(topology: Path) -> Path:
+    """The topology, with its file of keys beside it."""
+    keys = topology.parent / "keys"
+    keys.write_text(f"somebody:{KEY}\n")
+    keys.chmod(0o600)
+    return topology
 
 
 def wait_until_ready(url: str) -> None:
