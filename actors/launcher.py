@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -153,6 +154,20 @@ def card_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 QUIET: Final = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
 """The model libraries warn of optional packages at each import; their errors still come as exceptions."""
+
+
+def usable_cores(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may use: those that it is bound to, no more than any cgroup around it has time for."""
+    cores = float(len(os.sched_getaffinity(0)))
+    for line in (proc / "self" / "cgroup").read_text().splitlines():
+        number, _, path = line.split(":", 2)
+        group = Path(path.lstrip("/"))
+        for folder in (group, *group.parents) if number == "0" else ():
+            limit = cgroups / folder / "cpu.max"
+            if limit.exists():  # "QUOTA PERIOD", in microseconds
+                quota, period = limit.read_text().split()
+                cores = cores if quota == "max" else min(cores, int(quota) / int(period))
+    return max(1, int(cores))
 
 
 def thread_environment(cpu_roles: int, environment: Mapping[str, str], cores: int) -> dict[str, str]:

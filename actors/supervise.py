@@ -20,7 +20,7 @@ from actors.components import PARTS, PRELOAD
 from actors.errors import OF_THE_MACHINE, StartFailure
 from actors.generations import Generations
 from actors.keys import make_keys
-from actors.launcher import Launcher, thread_environment
+from actors.launcher import Launcher, thread_environment, usable_cores
 from actors.locks import exclusive
 from actors.ownership import Owner, identity_of, owned
 from actors.prctl import adopt_orphans
@@ -131,7 +131,7 @@ class Supervision:
 
     async def _serve(self) -> int:
         generations = Generations(self.topology.state_dir / "generations")
-        launcher = self._launcher(os.cpu_count() or 1)
+        launcher = self._launcher(usable_cores())
         supervisors = self._supervisors(generations, launcher)
         runtime = Runtime(
             supervisors[::-1],  # the one that was started last drains first

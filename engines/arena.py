@@ -204,15 +204,30 @@ class Arena:
 
 
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Count the bytes that can be taken before anything is killed for them: of the host, of the cgroup."""
+    """Count the bytes that can be taken before anything is killed for them: of the host, of every cgroup around."""
     fields = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
     for line in (proc / "self" / "cgroup").read_text().splitlines():
         number, _, path = line.split(":", 2)
-        limit = cgroups / path.lstrip("/") / "memory.max"
-        if number == "0" and limit.exists() and (text := limit.read_text().strip()) != "max":
-            available = min(available, int(text))
-    return available
+        if number != "0":  # of version 1
+            continue
+        group = Path(path.lstrip("/"))
+        for folder in (group, *group.parents):
+            available = min(available, _left_in(cgroups / folder, available))
+    return max(0, available)
+
+
+def _left_in(cgroup: Path, unlimited: int) -> int:
+    """Bytes that a cgroup has left; what it has read of files and not used lately is given back on demand."""
+    limit, current = cgroup / "memory.max", cgroup / "memory.current"
+    try:
+        text = limit.read_text().strip()
+        if text == "max":
+            return unlimited
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        return int(text) - int(current.read_text()) + int(stat.get("inactive_file", 0))
+    except FileNotFoundError:  # the root has no limit, and a container may not see what is around it
+        return unlimited
 
 
 def _cudart() -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from actors.components import PRELOAD
-from actors.launcher import NO_CUDA, card_environment, thread_environment
+from actors.launcher import NO_CUDA, card_environment, thread_environment, usable_cores
 from actors.processes import module_command
 from actors.supervise import Supervision
 from actors.topology import load_topology
@@ -166,6 +166,21 @@ def test_a_process_on_a_card_has_settings_of_its_own_unless_the_user_has() -> No
     }  # fmt: skip
     assert card_environment({"CUBLAS_WORKSPACE_CONFIG": "", "PYTORCH_ALLOC_CONF": ""}) == {}
     assert "PYTORCH_ALLOC_CONF" not in card_environment({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"})
+
+
+def test_cores_are_counted_that_this_process_may_use(tmp_path: Path) -> None:
+    proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (cgroups / "pod" / "box").mkdir(parents=True)
+    (proc / "self" / "cgroup").write_text("4:cpu:/old\n0::/pod/box\n")
+    bound = len(os.sched_getaffinity(0))
+    assert usable_cores(proc, cgroups) == bound
+    (cgroups / "pod" / "box" / "cpu.max").write_text("max 100000\n")
+    assert usable_cores(proc, cgroups) == bound
+    (cgroups / "pod" / "cpu.max").write_text("150000 100000\n")
+    assert usable_cores(proc, cgroups) == 1
+    (cgroups / "pod" / "box" / "cpu.max").write_text("20000 100000\n")
+    assert usable_cores(proc, cgroups) == 1
 
 
 def host(file: Path, *options: str) -> subprocess.CompletedProcess[str]:

@@ -178,10 +178,23 @@ def test_the_limit_of_a_container_counts(tmp_path):
     (proc / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   8 kB\n")
     (proc / "self" / "cgroup").write_text("4:memory:/old\n0::/pod\n")
     assert available_memory(proc, cgroups) == 8192
-    (cgroups / "pod" / "memory.max").write_text("max\n")
+    inside = cgroups / "pod" / "box"
+    inside.mkdir()
+    (proc / "self" / "cgroup").write_text("4:memory:/old\n0::/pod/box\n")
+
+    def set_to(folder, limit: str, used: int, cached: int) -> None:
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 7\ninactive_file {cached}\nactive_file 9\n")
+
+    set_to(inside, "max", 5000, 0)
     assert available_memory(proc, cgroups) == 8192
-    (cgroups / "pod" / "memory.max").write_text("4096\n")
-    assert available_memory(proc, cgroups) == 4096
+    set_to(inside, "7000", 1000, 0)
+    assert available_memory(proc, cgroups) == 6000
+    set_to(inside.parent, "7000", 6000, 4500)
+    assert available_memory(proc, cgroups) == 5500
+    set_to(inside, "7000", 7100, 0)
+    assert available_memory(proc, cgroups) == 0
 
 
 @pytest.mark.parametrize(
