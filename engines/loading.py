@@ -71,6 +71,8 @@ def geometry_problem(split: Split) -> str:
     spec = whole.get_component_spec("vae")
     # The dtype and device of what is never computed with do not matter.
     whole.vae = load_shadow("vae", spec, _folder(split, "vae", spec), torch.float32, torch.device("cpu"))
+    if whole.vae is None:
+        raise ModelError(f"The index of {split.model} has something for the vae that is no model: {spec.type_hint}.")
     real = getattr(whole.vae.config, "scale_factor_spatial", None)
     reckoned = getattr(whole, "vae_scale_factor_spatial", None)
     if real is None or reckoned is None or real == reckoned:

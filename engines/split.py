@@ -51,9 +51,16 @@ class Split:
     task: str = ""
 
     def pipeline(self, blocks: Any) -> Any:
-        """Make a pipeline of some of the blocks; its weights are not loaded yet."""
-        # The class is that of the whole: it computes geometry, and blocks alone would lead to another one.
-        return self.pipeline_class(blocks=blocks, pretrained_model_name_or_path=str(self.model), **self.index)
+        """Make a pipeline of some of the blocks; its weights are not loaded yet.
+
+        Raises:
+            ModelError: The index names something that is no component.
+        """
+        try:
+            # The class is that of the whole: it computes geometry, and blocks alone would lead to another one.
+            return self.pipeline_class(blocks=blocks, pretrained_model_name_or_path=str(self.model), **self.index)
+        except Exception as error:  # Whatever names in an index make diffusers raise, the user gets one sentence.
+            raise ModelError(f"The index of {self.model} cannot be followed: {error}") from error
 
 
 def load_split(model: Path, task: str = "") -> Split:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -9,7 +11,7 @@ import pytest
 
 from engines.anatomy import anatomy
 from engines.panels import ModelError, Panel
-from engines.routes import Route, classic_class, route_of
+from engines.routes import Route, classic_class, describe, route_of
 
 TEXT = ["transformers", "T5EncoderModel"]
 TOKENIZER = ["transformers", "T5Tokenizer"]
@@ -120,3 +122,18 @@ def test_methods_are_found_by_what_they_work_with() -> None:
     found = index("GlmImage", vision_language_encoder=["transformers", "GlmImageForConditionalGeneration"])
     assert anatomy(classic_class(found), found).encodes == {"encode_prompt", "generate_prior_tokens"}
     assert anatomy(classic_class(found), found).decodes == frozenset()
+
+
+@pytest.mark.parametrize(
+    "named", [["torch.hub", "load"], ["nolib", "Thing"], ["diffusers", "NoSuch"], ["diffusers", 5]]
+)
+def test_an_index_that_names_no_component_is_a_sentence(tmp_path: Path, named: list[object]) -> None:
+    vae = tmp_path / "vae"
+    vae.mkdir()
+    (vae / "config.json").write_text("{}")
+    (tmp_path / "model_index.json").write_text(
+        json.dumps(index("Flux", vae=named, text_encoder_2=TEXT, tokenizer_2=TEXT))
+    )
+    sentence, problem = describe(tmp_path, task="", in_parts=True)
+    assert sentence == ""
+    assert str(tmp_path) in problem
