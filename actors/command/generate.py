@@ -30,6 +30,7 @@ from actors.command.output import EXIT_FAILED, EXIT_INTERRUPTED, fail, stdout
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 URL_VARIABLE: Final = "TRIPTYCH_URL"
+_FILES: Final = {"image": "--image", "mask": "--mask", "last_image": "--last-image"}
 
 Url = Annotated[
     str,
@@ -97,8 +98,7 @@ def generate(
     if out is not None and not out.parent.is_dir():
         fail(f"{out.parent} is not a folder: make it first, or write elsewhere with -o.", EXIT_FAILED)
     begun = time.monotonic()
-    given = {"image": image or None, "mask": mask, "last_image": last_image}
-    extra = {**settings(more or []), **given, "output_format": format_of(out) if out else None}
+    extra = {**settings(more or [], out), "image": image or None, "mask": mask, "last_image": last_image}
     try:
         body = request_body(prompt, size=size or None, steps=steps, seed=seed, extra=extra)
     except OSError as error:
@@ -135,15 +135,25 @@ def api_key(file: Path | None) -> str:
     return key
 
 
-def settings(pairs: Sequence[str]) -> dict[str, object]:
-    """Read NAME=VALUE: a number, true, false or a list as in JSON, else text."""
-    return dict(_setting(pair) for pair in pairs)
+def settings(pairs: Sequence[str], out: Path | None = None) -> dict[str, object]:
+    """Read NAME=VALUE: a number, true, false or a list as in JSON, else text. `out` says in which format, if it does.
+
+    Raises `typer.BadParameter` for what cannot be set so, or contradicts `out`.
+    """
+    read = dict(_setting(pair) for pair in pairs)
+    ending = format_of(out) if out else None
+    if ending is not None and read.setdefault("output_format", ending) != ending:
+        contradiction = f"output_format is {read['output_format']}, but {out} is to be written"
+        raise typer.BadParameter(contradiction, param_hint="--set")
+    return read
 
 
 def _setting(pair: str) -> tuple[str, object]:
     name, equals, text = pair.partition("=")
     if not name or not equals:
         raise typer.BadParameter(f"{pair!r} is not NAME=VALUE", param_hint="--set")
+    if name in _FILES:
+        raise typer.BadParameter(f"{name} is a file: give it with {_FILES[name]}", param_hint="--set")
     try:
         return name, json.loads(text)
     except ValueError:

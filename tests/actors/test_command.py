@@ -146,9 +146,15 @@ def test_settings_are_json_or_text() -> None:
     assert settings(pairs) == {
         "strength": 0.5, "lora": "pixels", "sigmas": [1, 0.5], "tiled": True, "negative_prompt": "a=b", "seed": "",
     }  # fmt: skip
-    shown = runner.invoke(app, ["generate", "a cat", "--set", "strength"])
-    assert shown.exit_code == 2
-    assert "is not NAME=VALUE" in shown.stderr
+    assert settings(["output_format=webp"]) == settings([], Path("a.webp")) == {"output_format": "webp"}
+    for wrong, says in (
+        ("strength", "is not NAME=VALUE"),
+        ("mask=sky.png", "mask is a file: give it with --mask"),
+        ("output_format=webp", "output_format is webp, but a.png"),
+    ):
+        shown = runner.invoke(app, ["generate", "a cat", "-o", "a.png", "--set", wrong])
+        assert shown.exit_code == 2
+        assert says in " ".join(shown.stderr.replace("│", " ").split())
 
 
 def test_a_request_that_failed_says_why() -> None:
