@@ -236,7 +236,7 @@ class BufferPool(Actor):
             )
         except TransferError as error:
             if error.quarantine:
-                self._store.table.quarantine(target.id, time.time() + QUARANTINE_S)
+                self._store.table.quarantine(target.id, time.monotonic() + QUARANTINE_S)
             raise Refused("transfer_failed", error.reason) from error
         finally:
             self._filling.discard(_span(target))
@@ -354,7 +354,7 @@ class BufferPool(Actor):
         """Free what is in quarantine and no longer written to, until nothing is."""
         table = self._store.table
         while True:
-            table.expire(time.time(), self._held())
+            table.expire(time.monotonic(), self._held())
             if not table.in_state(LeaseState.QUARANTINED):
                 break
             await asyncio.sleep(SWEEP_S)
