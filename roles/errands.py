@@ -75,14 +75,14 @@ class Errands:
             message = await self._order(instance, unit, work)
             await self._ask(instance, unit, work, message, stages.StageTaken)
         except _OvertakenError:
-            self._ledger.fleet.refund(instance)
+            self._refund(instance, sent_to)
         except _SourceGoneError:
             self._ledger.not_taken(instance, work, "cancelled", "its staged tensors are gone", time.time())
         except _NoRoomError as error:
-            self._ledger.fleet.refund(instance)
+            self._refund(instance, sent_to)
             self._ledger.give_up(work, instance, str(error), time.time())
         except MessageTooLong as error:
-            self._ledger.fleet.refund(instance)
+            self._refund(instance, sent_to)
             self._ledger.give_up(work, instance, f"it is too long to be sent: {error}", time.time())
             self._cancel(instance, work, "it is too long to be sent")  # a slot may be reserved for it
         except RemoteFailure as error:
@@ -92,6 +92,10 @@ class Errands:
         else:
             return
         self._settle()
+
+    def _refund(self, instance: str, sent_to: int) -> None:
+        if self._ledger.fleet.generation(instance) == sent_to:  # a later incarnation has not been charged
+            self._ledger.fleet.refund(instance)
 
     async def _ask(self, instance: str, unit: Unit, work: Work, message: Message, *replies: type[R]) -> R:
         """Ask an instance about work until it answers: silence alone is no death, and work is taken once.

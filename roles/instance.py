@@ -201,6 +201,7 @@ class Instance(Actor):
         self._carry_out(self.workload.panel_failed(message.work, message.error, at_fault=message.at_fault))
         if message.device_lost:
             self._draining = True
+            self._carry_out(self.workload.hand_back(None))
             self.spawn(self._end(message.error), name="end")
 
     async def panel_cancelled(self, message: device.PanelCancelled) -> None:
@@ -330,10 +331,10 @@ class Instance(Actor):
         await self.reporter.flushed()
 
     async def _end(self, error: str) -> None:
-        """End this process once the head knows why; what else is in hand is done again elsewhere."""
+        """End this process once the head knows why, and has back what else was in hand."""
         try:
             async with asyncio.timeout(LAST_REPORTS_S):
-                await self.reporter.flushed()
+                await self._drained()
         except TimeoutError:
             self.log.warning("the head was not told of the lost device", error=error)
         raise DeviceLost(f"{self.component.device} cannot be used by this process any more: {error}")

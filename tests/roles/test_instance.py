@@ -312,17 +312,25 @@ def test_tensors_that_are_damaged_are_not_computed_on(cluster: Any) -> None:
     cluster(body)
 
 
-def test_a_lost_device_is_reported_before_the_process_ends(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_device_is_reported_and_other_work_given_back_before_the_process_ends(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+
     def lost(*_: Any) -> bool:
+        gate.wait(30)
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     async def body(stage: Stage) -> None:
         await stage.join("encoder-0", "denoiser-0")
-        source = await stage.encoded(work(0))
+        sources = [await stage.encoded(work(n)) for n in range(2)]
         monkeypatch.setattr(Denoising, "advance", lost)
-        await stage.push("denoiser-0", work(0), source)
+        await stage.push("denoiser-0", work(0), sources[0])
+        await stage.push("denoiser-0", work(1), sources[1])
+        gate.set()
         failed = await stage.inbox.next(stages.StageFailed)
-        assert failed.retryable
+        assert (failed.work, failed.retryable) == (work(0), True)
+        assert (await stage.inbox.next(stages.StageReturned)).work == work(1)
         with pytest.raises(ActorCrashed, match="illegal memory access"):
             await stage.h.runtimes["denoiser-0"].wait()
 
