@@ -12,12 +12,11 @@ from api.body import check_length
 from api.errors import ApiError, refused
 from api.forms import Fields
 from api.names import Names
+from roles.messages.work import MAX_SEED, Numbers, Pictures, Scalar
 from roles.messages.work import Input as PipelineInput
-from roles.messages.work import Numbers, Pictures, Scalar
 
 MAX_TEXT = 32_768
 MAX_INPUTS = 64
-MAX_SEED = 2**63 - 1
 
 Text: TypeAlias = Annotated[str, Meta(max_length=MAX_TEXT)]
 Input: TypeAlias = Text | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | float | bool | None

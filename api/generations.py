@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from api.encoding import JSONResponse
 from api.errors import refused
-from api.fields import MAX_SEED, MediaRequest, own_fields, parse
+from api.fields import MediaRequest, own_fields, parse
 from api.forms import read_fields
 from api.head import Head
 from api.links import artifact_url, request_url
@@ -23,7 +23,7 @@ from api.requests import request_object
 from api.submission import check_done, check_model, idempotency_key, submit, wait
 from roles.artifacts import ArtifactStore
 from roles.messages.requests import DescribeModel, ModelDescription, QueryRequest, RequestView
-from roles.messages.work import Input, Output
+from roles.messages.work import MAX_SEED, Input, Output
 
 
 class ImageRequest(MediaRequest, frozen=True, kw_only=True):

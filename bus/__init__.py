@@ -3,7 +3,7 @@
 from bus.address import Address, parse_address
 from bus.binding import remove_if_stale
 from bus.dead_letters import DeadLetter, DeadLetters
-from bus.envelope import Envelope, Failure, FailureCode, Kind
+from bus.envelope import Envelope, Failure, FailureCode, Generation, Kind
 from bus.errors import (
     AddressError,
     AskTimeout,
@@ -33,6 +33,7 @@ __all__ = [
     "Envelope",
     "Failure",
     "FailureCode",
+    "Generation",
     "HandshakeRefused",
     "Kind",
     "Mailbox",

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, TypeGuard
 
-from engines.parameters import RATES
+from engines.parameters import RATES, Medium
 
 IMAGES: Final = ("images", "image")
 VIDEOS: Final = ("videos", "frames", "video")
@@ -25,8 +25,8 @@ FRAMES_PER_S: Final = 16.0
 _RATES: Final = ("output_sampling_rate", "sampling_rate", "sample_rate")
 
 
-def medium_of(results: Collection[str], task: str = "") -> str:
-    """Say which medium a pipeline makes: "image", "video" or "audio".
+def medium_of(results: Collection[str], task: str = "") -> Medium:
+    """Say which medium a pipeline makes.
 
     Args:
         results: Names of what it returns.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from enum import StrEnum
-from typing import Final, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import msgspec
 
 Default: TypeAlias = bool | int | float | str | tuple[int | float, ...] | None
+Medium: TypeAlias = Literal["image", "video", "audio"]
 
 
 class Kind(StrEnum):
@@ -88,8 +89,8 @@ class Signature(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     """By name."""
     encodes: tuple[str, ...] = ()
     """Public names of the inputs that change what the encoder makes."""
-    medium: str = "image"
-    """What it makes: "image", "video" or "audio"."""
+    medium: Medium = "image"
+    """What it makes."""
     fps: float = 0.0
     """Frames per second of its videos where a request asks for no other; 0 where it makes none."""
     hands_on: tuple[str, ...] = ()

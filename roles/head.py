@@ -37,7 +37,7 @@ from roles.journal import Journal, JournalError, prune
 from roles.ledger import Ledger
 from roles.messages import pool as pools
 from roles.messages import requests, stages
-from roles.messages.work import Input, Output, Pictures, Upload, Work
+from roles.messages.work import MAX_SEED, Input, Output, Pictures, Upload, Work
 from roles.prompt_cache import PromptCache
 from roles.request import IllegalTransitionError, Request, Unit
 from roles.retention import StoreBounds
@@ -298,8 +298,7 @@ class Head(Actor):
 
     async def stage_started(self, message: stages.StageStarted) -> stages.Acknowledged:
         """A panel runs."""
-        panel = Panel(message.panel)
-        return self._enter(message, lambda now: self.ledger.started(message.work, message.instance, panel, now))
+        return self._enter(message, lambda now: self.ledger.started(message.work, message.instance, message.panel, now))
 
     async def stage_progress(self, message: stages.StageProgress) -> None:
         """A denoising step is done."""
@@ -311,6 +310,8 @@ class Head(Actor):
 
     async def transfer_staged(self, message: stages.TransferStaged) -> stages.Acknowledged:
         """A panel's outputs are at rest."""
+        if message.panel is Panel.DECODER:
+            raise Refused("invalid", "what a decoder makes is written, and rests in no pool")
         return self._enter(message, lambda now: self.ledger.staged(message, now))
 
     async def stage_finished(self, message: stages.StageFinished) -> stages.Acknowledged:
@@ -517,6 +518,8 @@ class Head(Actor):
         now = time.time()
         timeout_s = self.topology.head.request_timeout_s
         seed = secrets.randbits(32) if message.seed is None else message.seed
+        if seed + message.n - 1 > MAX_SEED:
+            raise CardError("seed", f"must be at most {MAX_SEED} for the last picture, whose seed is seed + n - 1.")
         id_ = message.request_id
         units = [Unit(f"{id_}/{k}", id_, k, seed + k, timeout_s) for k in range(message.n)]
         deadline, key = now + timeout_s, _key(message)

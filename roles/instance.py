@@ -15,7 +15,6 @@ from typing import Final
 from actors import Actor, Component, Later, Topology
 from actors.actor import READY
 from bus import BusError, MailboxFull, Message, Reference, Refused, RemoteFailure
-from engines.panels import Panel
 from roles import workload_effects as do
 from roles.messages import device
 from roles.messages.pool import PoolFull, SparesWanted
@@ -185,7 +184,7 @@ class Instance(Actor):
 
     async def panel_started(self, message: device.PanelStarted) -> None:
         """Pass on that a panel runs."""
-        self._carry_out(self.workload.panel_started(message.work, Panel(message.panel), time.monotonic()))
+        self._carry_out(self.workload.panel_started(message.work, message.panel, time.monotonic()))
 
     async def panel_stepped(self, message: device.PanelStepped) -> None:
         """Pass on that a step is done."""
@@ -257,7 +256,7 @@ class Instance(Actor):
         stream, transfer = self.reference(self._stream), self.reference(self._transfer)
         match effect:
             case do.Run(work, panel):
-                stream.tell(device.RunPanel(work, panel.value))
+                stream.tell(device.RunPanel(work, panel))
             case do.StopPanel(work):
                 stream.tell(device.CancelPanel(work))
             case do.Load(work, source, target, deadline):

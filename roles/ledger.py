@@ -262,7 +262,7 @@ class Ledger:
 
     def staged(self, report: TransferStaged, now: float) -> bool:
         """A panel's outputs are at rest; the unit goes on to wait for the next one."""
-        panel = Panel(report.panel)
+        panel = report.panel
         self.fleet.credit(report.instance, report.issued)
         unit = self._current(report.work, report.instance)
         if unit is None or unit.panel is not panel:
@@ -286,7 +286,7 @@ class Ledger:
         unit = self._current(report.work, report.instance)
         if unit is None:
             return False
-        unit.stage_seconds[report.panel] = report.seconds
+        unit.stage_seconds[report.panel.value] = report.seconds
         unit.artifact = report.artifact
         if unit.state is not State.DECODER_RUNNING:
             unit.advance(State.DECODER_RUNNING, now)

@@ -66,7 +66,7 @@ def in_brief(report: Message, why: str) -> Message | None:
     """Say in a few words that work has ended whose report cannot be sent: it would end like that anywhere."""
     if not isinstance(report, (StageFailed, StageFinished, TransferFailed, TransferStaged)):
         return None
-    panel = "" if isinstance(report, TransferFailed) else report.panel
+    panel = None if isinstance(report, TransferFailed) else report.panel
     error = f"its report cannot be sent: {why}"
     return StageFailed(report.work, report.instance, panel, error, retryable=False, issued=report.issued)
 

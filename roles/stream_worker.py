@@ -143,7 +143,7 @@ class StreamWorker(Actor):
 
     async def run_panel(self, message: RunPanel) -> None:
         """Queue a panel."""
-        self._queue.append(Job(message.work, Panel(message.panel), current_traceparent.get()))
+        self._queue.append(Job(message.work, message.panel, current_traceparent.get()))
         self._wake.set()
 
     async def cancel_panel(self, message: CancelPanel) -> None:
@@ -205,7 +205,7 @@ class StreamWorker(Actor):
                     return  # nothing more is launched; the instance reports it and ends the process
 
     async def _run(self, job: Job, stream: DeviceStream, pipeline: PanelPipeline) -> Message:
-        self._tell(PanelStarted(job.work, job.panel.value))
+        self._tell(PanelStarted(job.work, job.panel))
         began = time.monotonic()
         try:
             seedless = await self._compute(job, stream, pipeline)
@@ -215,7 +215,7 @@ class StreamWorker(Actor):
             self.log.warning("panel failed", work=str(job.work), panel=job.panel.value, exc_info=error)
             lost, full = devices.is_device_lost(error), devices.is_out_of_memory(error)
             at_fault = devices.is_at_fault(error) and not (lost or full)
-            failed = PanelFailed(job.work, job.panel.value, describe(error), at_fault, lost)
+            failed = PanelFailed(job.work, job.panel, describe(error), at_fault, lost)
             devices.forget(error)
             return msgspec.structs.replace(failed, device_lost=await self._is_full(stream)) if full else failed
         self.panels_run += 1
@@ -224,7 +224,7 @@ class StreamWorker(Actor):
         if job.panel.value not in self.first_s:
             self.first_s[job.panel.value] = seconds
             self.log.info("first call", panel=job.panel.value, seconds=round(seconds, 2))
-        return PanelFinished(job.work, job.panel.value, seconds, seedless)
+        return PanelFinished(job.work, job.panel, seconds, seedless)
 
     async def _is_full(self, stream: DeviceStream) -> bool:
         """Free what a stage has left that ran out of memory; returns whether only the end of the process frees more."""

@@ -253,7 +253,7 @@ class Workload:
         item.began_at, item.step, item.total_steps = now, 0, 0
         if item.cancelled:
             return ()
-        return (Report(StageStarted(work, self.instance, panel.value)),)
+        return (Report(StageStarted(work, self.instance, panel)),)
 
     def panel_stepped(self, work: Work, step: int, total_steps: int, now: float) -> tuple[Effect, ...]:
         """Mention that a denoising step is done."""
@@ -306,7 +306,7 @@ class Workload:
         item = self._item(work, "state was staged", Phase.STAGING)
         if item.cancelled:
             return (Release(staged.lease), *self._end_cancelled(item))
-        panel, seconds, seedless = item.panels[0].value, item.seconds, item.seedless
+        panel, seconds, seedless = item.panels[0], item.seconds, item.seedless
         return self._end(
             item, lambda issued: TransferStaged(work, self.instance, panel, staged, seconds, issued, seedless)
         )
@@ -322,7 +322,7 @@ class Workload:
             return self._end_cancelled(item)
         return self._end(
             item,
-            lambda issued: StageFinished(work, self.instance, item.panels[0].value, artifact, item.seconds, issued),
+            lambda issued: StageFinished(work, self.instance, item.panels[0], artifact, item.seconds, issued),
         )
 
     def state_failed(self, work: Work, reason: str, *, source_gone: bool, retryable: bool) -> tuple[Effect, ...]:
@@ -370,7 +370,7 @@ class Workload:
         return self._end(item, lambda issued: report(item.work, self.instance, issued))
 
     def _end_failed(self, item: Item, error: str, *, retryable: bool, at_fault: bool = False) -> tuple[Effect, ...]:
-        panel = item.panels[0].value
+        panel = item.panels[0]
         return self._end(
             item, lambda issued: StageFailed(item.work, self.instance, panel, error, retryable, issued, at_fault)
         )

@@ -6,14 +6,15 @@ Tensors never ride in a message: these name the work, and the values lie in the 
 from __future__ import annotations
 
 from bus import Message
-from roles.messages.work import Artifact, LeaseRef, Output, Staged, Work
+from engines.panels import Panel
+from roles.messages.work import Artifact, LeaseRef, Natural, Output, Seconds, Staged, Work
 
 
 class RunPanel(Message):
     """Instance to stream worker: run this panel on the workspace's values."""
 
     work: Work
-    panel: str
+    panel: Panel
 
 
 class CancelPanel(Message):
@@ -26,23 +27,23 @@ class PanelStarted(Message):
     """Stream worker to instance."""
 
     work: Work
-    panel: str
+    panel: Panel
 
 
 class PanelStepped(Message):
     """Stream worker to instance: a denoising step is done."""
 
     work: Work
-    step: int
-    total_steps: int
+    step: Natural
+    total_steps: Natural
 
 
 class PanelFinished(Message):
     """Stream worker to instance: the outputs are in the workspace."""
 
     work: Work
-    panel: str
-    seconds: float
+    panel: Panel
+    seconds: Seconds
     seedless: bool = False
     """The outputs of an encoder are the same for every seed, but for the generator among them."""
 
@@ -51,7 +52,7 @@ class PanelFailed(Message):
     """Stream worker to instance: the panel raised."""
 
     work: Work
-    panel: str
+    panel: Panel
     error: str
     at_fault: bool
     """The request is at fault (a bad value), not the machine."""
@@ -78,7 +79,7 @@ class StateStaged(Message):
 
     work: Work
     staged: Staged
-    seconds: float
+    seconds: Seconds
 
 
 class LoadState(Message):
@@ -96,7 +97,7 @@ class StateLoaded(Message):
     """Transfer to instance: the values are in the workspace."""
 
     work: Work
-    seconds: float
+    seconds: Seconds
 
 
 class StateFailed(Message):

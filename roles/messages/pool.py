@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bus import Message
-from roles.messages.work import LeaseRef, Value, Work
+from bus import Generation, Message
+from roles.messages.work import LeaseRef, Name, Natural, Seconds, Value, Word, Work
 
 
 class PoolQuery(Message):
@@ -13,17 +13,17 @@ class PoolQuery(Message):
 class PoolDescription(Message):
     """Where the arena is and how full."""
 
-    name: str
-    generation: int
-    pid: int
-    fd: int
+    name: Name
+    generation: Generation
+    pid: Natural
+    fd: Natural
     """The memfd's number in the pool's process; mapped through /proc/PID/fd/FD."""
-    capacity: int
-    free: int
-    leased: int
+    capacity: Natural
+    free: Natural
+    leased: Natural
     session: str
     """How the transfer engine of another pool addresses this one; empty for shm."""
-    base_address: int
+    base_address: Word
     """Of the arena in the pool's process, for one-sided reads."""
     transport: str
     """What really carries the bytes, in words."""
@@ -38,10 +38,10 @@ class LeaseSlot(Message):
     """
 
     work: Work
-    owner: str
+    owner: Name
     """Component name. The slot is taken back when this generation of it is gone."""
-    owner_generation: int
-    nbytes: int
+    owner_generation: Generation
+    nbytes: Natural
     incoming: bool = False
     """For tensors to come from another pool, not for what the owner makes itself."""
 
@@ -55,31 +55,31 @@ class SlotLeased(Message):
 class PoolFull(Message):
     """No slot of that size now, or ever if `needed` exceeds `largest`."""
 
-    needed: int
-    free: int
-    largest: int
+    needed: Natural
+    free: Natural
+    largest: Natural
     """Bytes of the largest slot that an empty pool would give for this."""
 
 
 class RoomWanted(Message):
     """Pool to head: an encoder's output would fit, and there was no room. Told each time that it is asked for again."""
 
-    pool: str
-    nbytes: int
+    pool: Name
+    nbytes: Natural
 
 
 class SparesWanted(Message):
     """Pool to instance: an arrival would fit, and there was no room. Give back the slots that you keep ready."""
 
-    pool: str
+    pool: Name
 
 
 class SealSlot(Message):
     """The slot is written: from now on it belongs to the request. Asks for SlotSealed."""
 
     lease: LeaseRef
-    checksum: int
-    nbytes: int
+    checksum: Word
+    nbytes: Natural
 
 
 class SlotSealed(Message):
@@ -95,7 +95,7 @@ class ReleaseSlots(Message):
 class SlotsReleased(Message):
     """How many of them were still held."""
 
-    count: int
+    count: Natural
 
 
 class PullSlot(Message):
@@ -108,8 +108,8 @@ class PullSlot(Message):
 
     source: LeaseRef
     target: LeaseRef
-    nbytes: int
-    timeout_s: float
+    nbytes: Natural
+    timeout_s: Seconds
     work: Work
     """What the bytes are for."""
 
@@ -117,13 +117,13 @@ class PullSlot(Message):
 class SlotPulled(Message):
     """The bytes have been written; whether they are right, the checksum tells."""
 
-    seconds: float
+    seconds: Seconds
 
 
 class LeaseQuery(Message):
     """Asks for a LeaseReport."""
 
-    after: int = 0
+    after: Word = 0
     """The last lease id of the page before."""
 
 
@@ -131,9 +131,9 @@ class LeaseView(Value):
     """A held slot."""
 
     lease: LeaseRef
-    state: str
-    owner: str
-    owner_generation: int
+    state: Name
+    owner: Name
+    owner_generation: Generation
     work: Work
 
 

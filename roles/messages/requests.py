@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from msgspec import Meta
+
 from bus import Message
 from engines.parameters import KNOWN as KNOWN
 from engines.parameters import PICTURES as PICTURES
@@ -9,29 +13,32 @@ from engines.parameters import RATES as RATES
 from engines.parameters import WORDS as WORDS
 from engines.parameters import Kind as Kind
 from engines.parameters import Parameter as Parameter
-from roles.messages.work import Artifact, Input, Output, Scalar, Value
+from roles.messages.work import Artifact, Input, Name, Natural, Output, Scalar, Seconds, Seed, Value
+
+Key = Annotated[str, Meta(max_length=1024)]
+Reason = Annotated[str, Meta(max_length=1024)]
 
 
 class SubmitRequest(Message):
     """Accept `n` pictures of one prompt. Asks for RequestAccepted or RequestRejected."""
 
-    request_id: str
+    request_id: Name
     inputs: dict[str, Input]
     """Pipeline inputs by diffusers' names (`prompt`, `height`, `num_inference_steps`, ...), without the seed."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Picture k is made from `seed + k`; without a seed the head draws one."""
-    n: int = 1
+    n: Natural = 1
     output: Output = Output()
-    idempotency_key: str = ""
+    idempotency_key: Key = ""
     """With a key, submitting again gives the same request; another body under the key is a conflict."""
-    owner: str = ""
+    owner: Name = ""
     """Name of the API key that it came with; "" without keys. Idempotency keys are each owner's own."""
 
 
 class RequestAccepted(Message):
     """The request is on disk: it will reach exactly one terminal state."""
 
-    request_id: str
+    request_id: Name
     """Not the submitted id when the idempotency key was already known."""
 
 
@@ -50,26 +57,26 @@ class RequestRejected(Message):
 class QueryRequest(Message):
     """Asks for the RequestView; refused with `not_found`."""
 
-    request_id: str
-    owner: str = ""
+    request_id: Name
+    owner: Name = ""
     """Only a request of this owner is found, with "" anybody's."""
 
 
 class WaitRequest(Message):
     """Asks for the RequestView once the request is terminal, or as it is after `timeout_s`."""
 
-    request_id: str
-    timeout_s: float
-    owner: str = ""
+    request_id: Name
+    timeout_s: Seconds
+    owner: Name = ""
     """As in QueryRequest."""
 
 
 class CancelRequest(Message):
     """Stop the request within one denoising step. Asks for the RequestView."""
 
-    request_id: str
-    reason: str = "cancelled by the client"
-    owner: str = ""
+    request_id: Name
+    reason: Reason = "cancelled by the client"
+    owner: Name = ""
     """As in QueryRequest."""
 
 
@@ -80,7 +87,7 @@ class ListRequests(Message):
     """As in QueryRequest."""
     after: str = ""
     """The id that the list goes on after; "" from the start."""
-    limit: int = 20
+    limit: Natural = 20
     newest_first: bool = True
 
 
@@ -98,8 +105,8 @@ class DeleteRequest(Message):
     let go of it, and then it can be asked for again.
     """
 
-    request_id: str
-    owner: str = ""
+    request_id: Name
+    owner: Name = ""
     """As in QueryRequest."""
 
 
@@ -142,7 +149,7 @@ class UnitView(Value):
 class RequestView(Message):
     """A request as the head sees it."""
 
-    request_id: str
+    request_id: Name
     state: str
     """The state of the unit that is furthest behind; a failed unit fails the request once all are terminal."""
     terminal: bool

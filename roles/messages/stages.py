@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from bus import Message
+from bus import Generation, Message
+from engines.panels import Panel
 from engines.parameters import Signature
-from roles.messages.work import Artifact, Input, LeaseRef, Output, Renewal, Staged, Work
+from roles.messages.work import (
+    Artifact,
+    Input,
+    LeaseRef,
+    Name,
+    Natural,
+    Output,
+    Renewal,
+    Seconds,
+    Seed,
+    Staged,
+    Work,
+)
 
 
 class InstanceHello(Message):
     """An instance offers itself; said again whenever the head was away. Asks for InstanceWelcome."""
 
-    name: str
-    kind: str
+    name: Name
+    kind: Name
     """encoder, denoiser, decoder or monolithic."""
-    generation: int
-    pid: int
-    slots: int
-    issued: int
+    generation: Generation
+    pid: Natural
+    slots: Natural
+    issued: Natural
     """Credits issued by this incarnation so far; only ever grows."""
-    taken: int
+    taken: Natural
     """Units of work taken by this incarnation so far."""
-    pool: str
+    pool: Name
     """The buffer pool that it maps, empty for monolithic."""
     signature: Signature
     """What the loaded pipeline takes and makes."""
@@ -28,7 +41,7 @@ class InstanceHello(Message):
     """Work in hand, so that a restarted head need not redo it."""
     leaving: bool = False
     """It has been asked to end, and takes nothing more."""
-    model: str = ""
+    model: Name = ""
     """Version of the weights that it has loaded, of `engines.model_version`."""
 
 
@@ -41,8 +54,8 @@ class InstanceWelcome(Message):
 class InstanceAlive(Message):
     """Said each second. Asks for Acknowledged; refused with `fenced` once the head has given this incarnation up."""
 
-    name: str
-    generation: int
+    name: Name
+    generation: Generation
     trouble: str = ""
     """What work waits for that a person may have to mend, such as a full disk; a sentence."""
 
@@ -50,8 +63,8 @@ class InstanceAlive(Message):
 class InstanceLeaving(Message):
     """This incarnation has been asked to end: it takes nothing more. Asks for Acknowledged."""
 
-    name: str
-    generation: int
+    name: Name
+    generation: Generation
 
 
 class StageAssign(Message):
@@ -59,9 +72,9 @@ class StageAssign(Message):
 
     work: Work
     inputs: dict[str, Input]
-    seed: int
+    seed: Seed
     output: Output
-    left_s: float
+    left_s: Seconds
     """Seconds after which the result is of no use."""
 
 
@@ -69,7 +82,7 @@ class TransferAlloc(Message):
     """Reserve a slot in the receiver's own pool. Asks for TransferAllocated or TransferRejected."""
 
     work: Work
-    nbytes: int
+    nbytes: Natural
 
 
 class TransferAllocated(Message):
@@ -90,8 +103,8 @@ class TransferRejected(Message):
 class SlotsOffered(Message):
     """Slots of its own pool that a receiver keeps ready, so that TransferAlloc can be skipped. Told at each change."""
 
-    instance: str
-    generation: int
+    instance: Name
+    generation: Generation
     slots: tuple[LeaseRef, ...]
     """All of them; in place of those offered before."""
 
@@ -104,7 +117,7 @@ class TransferPush(Message):
     target: LeaseRef | None
     """Where the bytes go; None when the source's pool is the receiver's own and is mapped."""
     output: Output
-    left_s: float
+    left_s: Seconds
     """Seconds after which the result is of no use."""
     renewal: Renewal | None = None
     """For tensors that were staged for another unit, of an equal prompt."""
@@ -143,46 +156,46 @@ class TransferReady(Message):
     """The staged tensors have arrived, match their checksum and are loaded."""
 
     work: Work
-    instance: str
-    seconds: float
+    instance: Name
+    seconds: Seconds
 
 
 class TransferFailed(Message):
     """The staged tensors could not be fetched; nothing was computed on them."""
 
     work: Work
-    instance: str
+    instance: Name
     reason: str
     source_gone: bool
     """The source itself is lost or damaged, so that another receiver would fail as well."""
-    issued: int
+    issued: Natural
 
 
 class StageStarted(Message):
     """The panel's first kernel is about to run."""
 
     work: Work
-    instance: str
-    panel: str
+    instance: Name
+    panel: Panel
 
 
 class StageProgress(Message):
     """A denoising step has finished. Told, not asked: the next one makes up for a lost one."""
 
     work: Work
-    step: int
-    total_steps: int
+    step: Natural
+    total_steps: Natural
 
 
 class TransferStaged(Message):
     """The panel is done and its outputs are sealed in a slot."""
 
     work: Work
-    instance: str
-    panel: str
+    instance: Name
+    panel: Panel
     staged: Staged
-    seconds: float
-    issued: int
+    seconds: Seconds
+    issued: Natural
     seedless: bool = False
     """The outputs of an encoder are the same for every seed, but for the generator among them."""
 
@@ -191,23 +204,24 @@ class StageFinished(Message):
     """The last panel is done and the artifact is on disk."""
 
     work: Work
-    instance: str
-    panel: str
+    instance: Name
+    panel: Panel
     artifact: Artifact
-    seconds: float
-    issued: int
+    seconds: Seconds
+    issued: Natural
 
 
 class StageFailed(Message):
     """The panel raised."""
 
     work: Work
-    instance: str
-    panel: str
+    instance: Name
+    panel: Panel | None
+    """None where it had not begun."""
     error: str
     retryable: bool
     """False when it would fail anywhere."""
-    issued: int
+    issued: Natural
     at_fault: bool = False
     """The request itself is why: one of its values is none that the pipeline can run with."""
 
@@ -216,13 +230,13 @@ class StageReturned(Message):
     """The instance ends before it can have done the work: it is for others."""
 
     work: Work
-    instance: str
-    issued: int
+    instance: Name
+    issued: Natural
 
 
 class StageCancelled(Message):
     """The work was dropped because it was told to be."""
 
     work: Work
-    instance: str
-    issued: int
+    instance: Name
+    issued: Natural

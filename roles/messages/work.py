@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias, dataclass_transform
+from typing import Annotated, Final, TypeAlias, dataclass_transform
 
 import msgspec
+from msgspec import Meta
+
+from bus import Generation
+
+MAX_SEED: Final = (1 << 63) - 1
+
+# What the decoder lets through: a value out of these ranges is refused with its message, and no handler meets it.
+Name = Annotated[str, Meta(max_length=128)]
+"""Of a component, a request, a unit, a file, a state."""
+Natural = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+"""Bytes, offsets, steps, credits and whatever else is counted."""
+Word = Annotated[int, Meta(ge=0)]
+"""64 bits."""
+Seconds = Annotated[float, Meta(ge=0)]
+"""A duration; never NaN, which would put a clock out of order."""
+Seed = Annotated[int, Meta(ge=0, le=MAX_SEED)]
 
 Scalar: TypeAlias = str | int | float | bool | None
 
@@ -17,10 +33,10 @@ class Value(msgspec.Struct, frozen=True, array_like=True, gc=False, forbid_unkno
 class Upload(Value):
     """A file of the upload store: what a client sent, checked."""
 
-    name: str
+    name: Name
     """SHA-256 of the bytes in hex, and the ending of its format."""
-    nbytes: int
-    pixels: int = 0
+    nbytes: Natural
+    pixels: Natural = 0
     """Of the image, 0 where nobody has counted."""
 
 
@@ -43,11 +59,11 @@ Input: TypeAlias = Scalar | Pictures | Numbers
 class Output(Value):
     """How the result of a unit is written down."""
 
-    format: str = ""
+    format: Name = ""
     """An output format of the artifact store; "" for the one that suits what was made."""
-    fps: float = 0.0
+    fps: Annotated[float, Meta(ge=0)] = 0.0
     """Frames per second of a video; 0 for the pipeline's own, and where none is made."""
-    quality: int = 0
+    quality: Annotated[int, Meta(ge=0, le=100)] = 0
     """Of "jpeg" and "webp", 1 to 100; 0 for the store's own."""
 
 
@@ -56,16 +72,16 @@ class Renewal(Value):
 
     inputs: dict[str, Input]
     """Of the other request, all of them."""
-    seed: int
+    seed: Seed
     """Of its unit."""
 
 
 class Work(Value):
     """One attempt at one picture. Every message about a picture carries it."""
 
-    unit_id: str
+    unit_id: Name
     """`REQUEST_ID/INDEX`: a request for n pictures is n units."""
-    attempt: int
+    attempt: Natural
     """Counts dispatches from 1. What names an older attempt is fenced off."""
 
     def __str__(self) -> str:
@@ -75,12 +91,12 @@ class Work(Value):
 class LeaseRef(Value):
     """A slot of a buffer pool, named so that a restarted pool can never be mistaken for its predecessor."""
 
-    pool: str
-    pool_generation: int
-    lease_id: int
-    offset: int
+    pool: Name
+    pool_generation: Generation
+    lease_id: Word
+    offset: Natural
     """Bytes from the start of the pool's arena."""
-    nbytes: int
+    nbytes: Natural
 
 
 class Staged(Value):
@@ -89,14 +105,14 @@ class Staged(Value):
     lease: LeaseRef
     manifest: bytes
     """msgpack, as `engines.codec.pack` made it: names, shapes, dtypes and plain values."""
-    checksum: int
+    checksum: Word
     """xxh3-64 of the slot's first `nbytes` bytes."""
-    nbytes: int
+    nbytes: Natural
 
 
 class Artifact(Value):
     """A finished media file in the artifact store."""
 
-    name: str
-    content_type: str
-    nbytes: int
+    name: Name
+    content_type: Name
+    nbytes: Natural

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engines.panels import Panel
 from engines.parameters import Kind, Parameter, Signature
 from roles.dispatch import POLICIES
 from roles.effects import Effect
@@ -52,15 +53,15 @@ def a_slot(lease_id: int, pool_generation: int = 1) -> Staged:
 
 
 def staged(work: Work, panel: str, lease_id: int, issued: int = 99, *, seedless: bool = False) -> TransferStaged:
-    return TransferStaged(work, f"{panel}-0", panel, a_slot(lease_id), 0.5, issued, seedless)
+    return TransferStaged(work, f"{panel}-0", Panel(panel), a_slot(lease_id), 0.5, issued, seedless)
 
 
 def finished(work: Work, name: str = "decoder-0") -> StageFinished:
-    return StageFinished(work, name, "decoder", Artifact("r-0.png", "image/png", 10), 0.1, 99)
+    return StageFinished(work, name, Panel.DECODER, Artifact("r-0.png", "image/png", 10), 0.1, 99)
 
 
 def failed(work: Work, error: str, *, retryable: bool) -> StageFailed:
-    return StageFailed(work, "denoiser-0", "denoiser", error, retryable, 99, not retryable)
+    return StageFailed(work, "denoiser-0", Panel.DENOISER, error, retryable, 99, not retryable)
 
 
 def after(books: Ledger, now: float = 1.0) -> list[Effect]:

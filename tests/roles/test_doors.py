@@ -4,26 +4,142 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
+import itertools
 import json
 import os
 import sys
 import tempfile
 from asyncio.subprocess import PIPE
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+import uvloop
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
-from actors import Topology
+from actors import Actor, AddressBook, Topology
+from actors.runtime import Runtime
 from actors.system import Inspect, Shutdown
-from bus import Envelope, Kind
+from bus import Envelope, Kind, Message, Outbox, Reference, RemoteFailure
 from bus.wire import encode
-from roles.messages import requests, stages
+from engines.parameters import Signature
+from roles.head import Head
+from roles.instance import Instance
+from roles.messages import device, requests, stages
+from roles.messages import pool as pools
+from roles.messages.stages import Acknowledged
+from roles.messages.work import Work
+from roles.pool import BufferPool
+from roles.pool import build as build_pool
+from roles.workspace import Premises
+from tests.messages import bodies_of
 from tests.ports import free_ports
 from tests.roles.test_head import finished, play, playing, topology
 
 __all__ = ["topology"]  # the fixture
+
+WORDS = ("r", "r/0", "r/1", "encoder-0", "denoiser-0", "decoder-0", "encoder", "denoiser", "pool", "prompt", "png", "")
+"""What names a thing in the tests below, so that not every message is about nothing."""
+SETTINGS = settings(
+    max_examples=150,
+    deadline=None,
+    phases=[Phase.generate],  # an actor that has ended cannot be asked for a smaller example
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+CANCEL = stages.StageCancel(Work("", 0), "")
+_numbers = itertools.count(1 << 32)
+
+
+class Stream(Actor):
+    """Takes what an instance tells its stream worker, and does nothing."""
+
+    async def take(self, message: device.RunPanel | device.CancelPanel) -> None:
+        pass
+
+
+class Transfer(Actor):
+    """Takes what an instance tells its transfer actor, and does nothing."""
+
+    async def take(self, message: device.StageState | device.LoadState | device.CancelState) -> None:
+        pass
+
+
+@pytest.fixture
+def actors(topology: Callable[..., Topology]) -> Callable[[str], AbstractAsyncContextManager[Any]]:
+    """Run the real head, pool or encoder-0 of a topology, the first with a request under way."""
+
+    @asynccontextmanager
+    async def head() -> AsyncIterator[Any]:
+        async with playing(topology()) as stage:
+            for name in stage.workers:
+                await stage.hello(name)
+            await stage.submit(n=2)
+            yield stage.head
+
+    @asynccontextmanager
+    async def other(name: str) -> AsyncIterator[Any]:
+        place = topology()
+        book, outbox, premises = AddressBook(place), Outbox("test"), Premises()
+        component = place.component(name)
+        if name == "pool":
+            inside: list[Actor] = build_pool(component, place)
+        else:
+            inside = [Instance(component, place, premises), Stream(f"{name}.stream"), Transfer(f"{name}.transfer")]
+            premises.model_loaded(Signature(), "model")
+            premises.pool_mapped()
+        async with Runtime(inside, book=book, generation=1):
+            yield outbox.reference(name, book.address(name))
+            outbox.close()
+
+    return lambda name: head() if name == "head" else other(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "last"),
+    [
+        ("head", tuple(Head.handlers), stages.StageProgress(Work("", 0), 0, 0)),
+        ("pool", tuple(BufferPool.handlers), pools.PoolQuery()),
+        # What its own process tells it is not told by others: there, a surprise is a defect, and ends it.
+        ("encoder-0", tuple(m for m in Instance.handlers if m.__module__ != device.__name__), CANCEL),
+    ],
+)
+def test_no_message_that_can_be_decoded_ends_an_actor(
+    actors: Callable[[str], AbstractAsyncContextManager[Any]],
+    name: str,
+    messages: tuple[type[Message], ...],
+    last: Message,
+) -> None:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        actor = actors(name)
+        reference = runner.run(actor.__aenter__())
+
+        async def survives(bodies: list[bytes]) -> None:
+            for body in bodies:
+                send(reference, body)
+            with contextlib.suppress(RemoteFailure):  # that it is told, and never asked: the actor's own answer
+                await reference.ask(last, Acknowledged, pools.PoolDescription, timeout_s=20)
+
+        @SETTINGS
+        @given(st.lists(bodies_of(messages, WORDS), max_size=5))
+        def check(bodies: list[bytes]) -> None:
+            runner.run(survives(bodies))
+
+        check()
+        runner.run(actor.__aexit__(None, None, None))  # raises what an actor crashed with
+
+
+def send(reference: Reference, body: bytes) -> None:
+    """Ask for nothing that is waited for: the answer is a dead letter of the outbox."""
+    envelope = Envelope(reference.name, "test", Kind.ASK, next(_numbers), 0, 60.0, 0, "")
+    head = msgspec.msgpack.encode(envelope)
+    reference._connected().send(envelope.message_id, len(head).to_bytes(2, "big") + head + body)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")

@@ -60,7 +60,7 @@ def test_nothing_is_sent_without_a_credit() -> None:
     assert after(books) == [Assign("encoder-0", "a/0")]
     assert after(books) == []
     work = books.units["a/0"].work
-    books.staged(TransferStaged(work, "encoder-0", "encoder", a_slot(1), 0.1, issued=2), 1.0)
+    books.staged(TransferStaged(work, "encoder-0", Panel.ENCODER, a_slot(1), 0.1, issued=2), 1.0)
     assert after(books) == [Assign("encoder-0", "b/0")]
 
 

@@ -103,10 +103,10 @@ class Traffic(RuleBasedStateMachine):
             self.books.transfer_failed(TransferFailed(work, name, "checksum", True, issued), self.now)
             assert not [lease for lease in spoilt if lease in self.books.staging.cache]
         elif outcome != "done":
-            self.books.stage_failed(StageFailed(work, name, kind, "boom", outcome == "failed", issued), self.now)
+            self.books.stage_failed(StageFailed(work, name, Panel(kind), "boom", outcome == "failed", issued), self.now)
         elif kind == "decoder":
             artifact = Artifact("x.png", "image/png", 1)
-            self.books.finished(StageFinished(work, name, kind, artifact, 0.1, issued), self.now)
+            self.books.finished(StageFinished(work, name, Panel(kind), artifact, 0.1, issued), self.now)
         else:
             self._stage(name, kind, work, issued)
         self._carry_out()
@@ -120,7 +120,7 @@ class Traffic(RuleBasedStateMachine):
             prompt = self._prompt(unit)
             self.made_for[slot.lease] = (prompt, unit.seed)
             seedless = prompt != PROMPTS[-1]
-        self.books.staged(TransferStaged(work, name, kind, slot, 0.1, issued, seedless), self.now)
+        self.books.staged(TransferStaged(work, name, Panel(kind), slot, 0.1, issued, seedless), self.now)
 
     @rule(kind=st.sampled_from(KINDS), k=st.integers(0, 1), back=st.booleans(), end=st.sampled_from(End))
     def die(self, kind: str, k: int, back: bool, end: End = End.CRASHED) -> None:
