@@ -194,7 +194,7 @@ class Cluster:
         if panel is Panel.ENCODER:
             yield
             message = StageAssign(work, {}, unit.seed, Output("png"), FAR)
-            self.carry_out(instance, instance.workload.assign, message)
+            self.carry_out(instance, instance.workload.assign, message, self.now)
             return
         assert panel is not None
         if UPSTREAM[panel] not in unit.staged:
@@ -212,7 +212,7 @@ class Cluster:
         spare = instance.spares.use(target)
         self.tasks.append(self.replenish(instance))
         try:
-            self.carry_out(instance, instance.workload.push, push, spare=spare)
+            self.carry_out(instance, instance.workload.push, push, self.now, spare=spare)
         except NotTaken:
             if spare and target:
                 self.tasks.append(self.release((target,)))
