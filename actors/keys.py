@@ -22,18 +22,17 @@ _FILE: Final = "bus.key"
 def make_keys(topology: Topology) -> None:
     """Write the key that the topology's bus needs into the state folder, unless it is there; whole or not at all.
 
-    Raises `StartFailure` when the one that is there cannot be used, `PermissionError` as `private_dir` does.
+    Raises `StartFailure` when it cannot be written or the one that is there cannot be used, `PermissionError` as
+    `private_dir` does.
     """
     if topology.bus.transport != "tcp":
         return
-    file = private_dir(topology.state_dir) / _FILE
-    if not file.exists():
-        descriptor, fresh = tempfile.mkstemp(prefix=f"{_FILE}.", dir=file.parent)  # 0600
-        with os.fdopen(descriptor, "w") as written:
-            written.write(CurveKeys.new().secret.decode())
-        with contextlib.suppress(FileExistsError):  # another `up --only` was first: its key is the one
-            os.link(fresh, file)
-        Path(fresh).unlink()
+    file = private_dir(topology.state_dir.resolve()) / _FILE
+    try:
+        if not file.exists():
+            _write_new(file)
+    except OSError as error:
+        raise StartFailure(f"{file} cannot be written: {error.strerror}") from error
     read_keys(topology)
 
 
@@ -56,3 +55,14 @@ def read_keys(topology: Topology) -> CurveKeys | None:
         return CurveKeys.of(text.strip())
     except ValueError:
         raise StartFailure(f"{file} holds no key: remove it, so that `triptych up` makes another") from None
+
+
+def _write_new(file: Path) -> None:
+    descriptor, fresh = tempfile.mkstemp(prefix=f"{_FILE}.", dir=file.parent)  # 0600
+    try:
+        with os.fdopen(descriptor, "w") as written:
+            written.write(CurveKeys.new().secret.decode())
+        with contextlib.suppress(FileExistsError):  # another `up --only` was first: its key is the one
+            os.link(fresh, file)
+    finally:
+        Path(fresh).unlink()

@@ -55,3 +55,12 @@ def test_a_key_that_cannot_be_used_is_refused_with_what_to_do(topology: Topology
         file.write_text(text)
         with pytest.raises(StartFailure, match="holds no key"):
             make_keys(topology)
+
+
+def test_a_state_folder_may_be_elsewhere_by_a_link(topology: Topology, tmp_path: Path) -> None:
+    topology.state_dir.parent.mkdir(parents=True)
+    topology.state_dir.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    make_keys(topology)
+    assert read_keys(topology)
+    assert (tmp_path / "elsewhere" / "bus.key").exists()

@@ -26,7 +26,7 @@ from actors import Actor, AddressBook, Topology
 from actors.runtime import Runtime
 from actors.system import Inspect, Shutdown
 from bus import Envelope, Kind, Message, Outbox, Reference, RemoteFailure
-from bus.wire import encode
+from bus.wire import BadBodyError, BodyDecoder, encode
 from engines.parameters import Signature
 from roles.head import Head
 from roles.instance import Instance
@@ -133,6 +133,29 @@ def test_no_message_that_can_be_decoded_ends_an_actor(
 
         check()
         runner.run(actor.__aexit__(None, None, None))  # raises what an actor crashed with
+
+
+LEASE = ("pool", 1, 1, 0, 64)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ("StageStarted", ("r/0", 1), "denoiser-0", "bogus"),
+        ("TransferStaged", ("r/0", 1), "denoiser-0", "bogus", (LEASE, b"", 0, 64), 0.1, 3),
+        ("TransferStaged", ("r/0", 1), "denoiser-0", "denoiser", (("pool", 1, 1, -1, 64), b"", 0, 64), 0.1, 3),
+        ("StageFinished", ("r/0", 1), "decoder-0", "decoder", ("r_0.png", "image/png", -1), 0.1, 3),
+        ("StageProgress", ("r/0", 1), -1, 3),
+        ("SubmitRequest", "r", {"prompt": "x"}, 2**64 - 1, 2),
+        ("WaitRequest", "r", float("nan")),
+        ("CancelRequest", "x" * 129),
+        ("InstanceAlive", "encoder-0", 2**62),
+    ],
+    ids=str,
+)
+def test_a_value_out_of_range_is_refused_by_the_decoder(fields: tuple[object, ...]) -> None:
+    with pytest.raises(BadBodyError, match="invalid_message"):
+        BodyDecoder(tuple(Head.handlers)).decode(memoryview(msgspec.msgpack.encode(fields)))
 
 
 def send(reference: Reference, body: bytes) -> None:

@@ -27,7 +27,7 @@ from roles.head import TICK_S, Head
 from roles.journal import Journal
 from roles.messages import pool as pools
 from roles.messages import requests, stages
-from roles.messages.work import Artifact, LeaseRef, Numbers, Output, Pictures, Staged, Upload, Work
+from roles.messages.work import MAX_SEED, Artifact, LeaseRef, Numbers, Output, Pictures, Staged, Upload, Work
 from roles.request import Request, Unit
 from roles.uploads import UPLOADS, UploadStore
 
@@ -235,6 +235,9 @@ def test_what_is_not_accepted_says_why(topology: Callable[..., Topology]) -> Non
             assert (await stage.submit("a", key="k")).request_id == "a"
             assert (await stage.submit("b", key="k")).request_id == "a"
             assert (await stage.submit("b", key="k", height=64)).code == "conflict"
+            last_seed = requests.SubmitRequest("c", {"prompt": "x"}, MAX_SEED, 2)
+            rejected = await stage.head.ask(last_seed, requests.RequestRejected, timeout_s=BOUND_S)
+            assert (rejected.code, rejected.param) == ("invalid", "seed")
             rejected = await stage.submit("c", n=2)
             assert rejected.code == "full"
             assert rejected.retry_after_s > 0
