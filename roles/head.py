@@ -214,13 +214,16 @@ class Head(Actor):
 
     async def list_requests(self, message: requests.ListRequests) -> requests.RequestList:
         """Name the requests of an owner."""
-        mine = [r for r in self.ledger.requests.values() if message.owner in ("", r.owner)]
-        mine.sort(key=lambda request: (request.created_at, request.id), reverse=message.newest_first)
-        ids = [request.id for request in mine]
-        if message.after and message.after not in ids:
-            raise Refused("not_found", f"there is no request {message.after}")
-        rest = ids[ids.index(message.after) + 1 :] if message.after else ids
-        return requests.RequestList(tuple(rest[: message.limit]), len(rest) > message.limit)
+        try:
+            after = self._known_by_id(message.after) if message.after else None
+            if message.after and (after is None or message.owner not in ("", after.owner)):
+                raise Refused("not_found", f"there is no request {message.after}")
+            ids = self._open_journal.ids(
+                message.owner, after=after, limit=message.limit + 1, newest_first=message.newest_first
+            )
+        except JournalError as error:
+            raise Refused("unavailable", str(error)) from error
+        return requests.RequestList(tuple(ids[: message.limit]), len(ids) > message.limit)
 
     async def delete(self, message: requests.DeleteRequest) -> Later[requests.RequestDeleted]:
         """Remove a request for good."""

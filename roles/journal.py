@@ -23,7 +23,6 @@ from roles.messages.work import Input, Output
 from roles.request import Request, Unit
 from roles.retention import StoreBounds
 
-SCHEMA_VERSION: Final = 2
 BATCH: Final = 50
 """Requests removed by one transaction: it holds a writer up for about a millisecond."""
 PAUSE_S: Final = 0.005
@@ -64,8 +63,16 @@ CREATE TABLE damaged (
 );
 CREATE INDEX damaged_requests ON damaged(request_id);
 """
+_OWNERS = """
+ALTER TABLE requests ADD COLUMN owner TEXT NOT NULL DEFAULT '';
+CREATE INDEX by_owner ON requests(owner, created_at, id);
+CREATE INDEX by_age ON requests(created_at, id);
+"""
+_STEPS: Final = (_SCHEMA, _DAMAGED, _OWNERS)
+"""From each version to the next."""
+SCHEMA_VERSION: Final = len(_STEPS)
 _INCREMENTAL: Final = 2
-_COLUMNS = "id, idempotency_key, created_at, finished_at, body"
+_COLUMNS = "id, idempotency_key, created_at, finished_at, body, owner"
 
 
 class JournalError(Exception):
@@ -85,7 +92,6 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
     deadline: float
     digest: str
     fps: float = 0.0
-    owner: str = ""
     quality: int = 0
     served: ModelIdentity | None = None
 
@@ -146,8 +152,7 @@ class Journal:
         # What is deleted gives its space back in small steps: see `prune`. With tables, it needs a VACUUM for that.
         self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")
         if version < SCHEMA_VERSION:
-            made = f"{_SCHEMA if version == 0 else ''}{_DAMAGED}"
-            self._db.executescript(f"BEGIN;{made}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
+            self._db.executescript(f"BEGIN;{''.join(_STEPS[version:])}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
         if _pragma(self._db, "auto_vacuum") != _INCREMENTAL:
             with contextlib.suppress(sqlite3.OperationalError):  # no room for the copy now: at the next start
                 self._db.execute("VACUUM")
@@ -163,7 +168,7 @@ class Journal:
             JournalError: the disk refuses, or there is a request of that id or key.
         """
         with self._writing():
-            self._db.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?)", _request_row(request))
+            self._db.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?)", _request_row(request))
             self._write_units(request.units)
 
     def save(self, requests: Iterable[Request], units: Iterable[Unit]) -> None:
@@ -184,7 +189,7 @@ class Journal:
         """Write and remove a request, to see whether that is possible."""
         request = Request(" probe", {}, Output(), 0.0, 0.0, [Unit(" probe/0", " probe", 0, 0, 0.0)])
         with self._writing():
-            self._db.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?)", _request_row(request))
+            self._db.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?)", _request_row(request))
             self._write_units(request.units)
             self._db.execute("DELETE FROM requests WHERE id = ?", (request.id,))
 
@@ -230,6 +235,24 @@ class Journal:
         """The request of that key."""
         return next(iter(self._read("WHERE idempotency_key = ?", (idempotency_key,))), None)
 
+    def ids(self, owner: str, *, after: Request | None, limit: int, newest_first: bool) -> list[str]:
+        """At most `limit` ids of an owner's requests ("" for everybody's) by age, after one of them."""
+        order, beyond = ("DESC", "<") if newest_first else ("ASC", ">")
+        conditions, values = ["TRUE"], list[str | float]()
+        if owner:
+            conditions.append("owner = ?")
+            values.append(owner)
+        if after:
+            conditions.append(f"(created_at, id) {beyond} (?, ?)")
+            values += [after.created_at, after.id]
+        # Of the query, all but the values is written here.
+        where = f"{' AND '.join(conditions)} ORDER BY created_at {order}, id {order}"
+        query = f"SELECT id FROM requests WHERE {where} LIMIT ?"  # noqa: S608
+        try:
+            return [_text(row[0]) for row in self._db.execute(query, (*values, limit)).fetchall()]
+        except sqlite3.Error as error:
+            raise self._unreadable(error) from error
+
     def set_aside(self, request_id: str) -> bool:
         """Whether there was a request of that id that could not be read."""
         try:
@@ -251,9 +274,9 @@ class Journal:
                 self._set_aside(row[0], request)
         return [request for _, request in read if isinstance(request, Request)]
 
-    def _decoded(self, row: tuple[bytes, bytes | None, float, float, bytes]) -> Request | str:
+    def _decoded(self, row: tuple[bytes, bytes | None, float, float, bytes, bytes]) -> Request | str:
         """Make a request of its row and those of its units; where that cannot be, say why."""
-        id_, key, created_at, finished_at, body = row
+        id_, key, created_at, finished_at, body, owner = row
         rows = self._db.execute("SELECT body FROM units WHERE request_id = CAST(? AS TEXT)", (id_,)).fetchall()
         try:
             held = _body.decode(body)
@@ -268,7 +291,7 @@ class Journal:
                 idempotency_key=(key or b"").decode(),
                 digest=held.digest,
                 finished_at=float(finished_at),
-                owner=held.owner,
+                owner=owner.decode(),
                 served=held.served,
             )
         except (ValueError, TypeError) as error:  # of what msgspec and the codecs raise, all are one of these
@@ -416,7 +439,7 @@ def _text(value: bytes | str) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
-def _request_row(request: Request) -> tuple[str, str | None, float, float, bytes]:
+def _request_row(request: Request) -> tuple[str, str | None, float, float, bytes, str]:
     output = request.output
     body = _Body(
         request.inputs,
@@ -424,7 +447,6 @@ def _request_row(request: Request) -> tuple[str, str | None, float, float, bytes
         request.deadline,
         request.digest,
         output.fps,
-        request.owner,
         output.quality,
         request.served,
     )
@@ -434,4 +456,5 @@ def _request_row(request: Request) -> tuple[str, str | None, float, float, bytes
         request.created_at,
         request.finished_at,
         msgspec.msgpack.encode(body),
+        request.owner,
     )

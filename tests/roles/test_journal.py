@@ -40,6 +40,28 @@ def test_what_was_accepted_and_saved_comes_back_whole(tmp_path: Path) -> None:
     assert Journal(tmp_path / "j.sqlite").active() == [request]
 
 
+def test_requests_are_named_by_owner_and_age_whether_they_have_ended_or_not(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j.sqlite")
+    for k, owner in enumerate(("alice", "bob", "alice", "alice")):
+        request = a_request(f"r{k}", created_at=float(k // 2))
+        request.owner = owner
+        journal.accept(request)
+    request.finished_at = 5.0
+    journal.save([request], [])
+
+    def ids(owner: str = "alice", after: str = "", limit: int = 9, *, newest_first: bool = True) -> list[str]:
+        found = journal.find(after) if after else None
+        return journal.ids(owner, after=found, limit=limit, newest_first=newest_first)
+
+    assert ids() == ["r3", "r2", "r0"]
+    assert ids("") == ["r3", "r2", "r1", "r0"]
+    assert ids("carol") == []
+    assert ids(limit=2) == ["r3", "r2"]
+    assert ids(after="r3") == ["r2", "r0"]
+    assert ids(after="r0", newest_first=False) == ["r2", "r3"]
+    journal.close()
+
+
 def test_a_unit_that_an_earlier_version_wrote_borrows_nothing_and_has_time() -> None:
     fields = msgspec.to_builtins(a_request().units[0])
     del fields["borrows"], fields["left_s"]
@@ -134,7 +156,10 @@ def test_a_journal_of_the_version_before_is_taken_over(tmp_path: Path) -> None:
     request = ended(journal, "r", 10.0, key="k")
     journal.close()
     with sqlite3.connect(path) as db:
-        db.executescript("DROP TABLE damaged; PRAGMA user_version=1; PRAGMA auto_vacuum=NONE;")
+        db.executescript(
+            "DROP TABLE damaged; DROP INDEX by_owner; DROP INDEX by_age; ALTER TABLE requests DROP COLUMN owner; "
+            "PRAGMA user_version=1; PRAGMA auto_vacuum=NONE;"
+        )
         db.execute("VACUUM")
     journal = Journal(path)
     assert journal.find_key("k") == request
