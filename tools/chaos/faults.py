@@ -151,7 +151,7 @@ FAULTS: Final[dict[str, Fault]] = {
 @contextmanager
 def small_disk(folder: Path, nbytes: int = 512 << 20) -> Iterator[None]:
     """Put a file system of `nbytes` bytes at `folder` for the block, where this user may; else nothing."""
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={nbytes},mode=0700", "tmpfs", str(folder)]
     mounted = os.geteuid() == 0 and _succeeds(mount)
     try:
         yield
