@@ -113,6 +113,8 @@ def test_other_bytes_are_seen() -> None:
 def test_who_does_not_come_back_or_restarts_unasked_is_seen() -> None:
     assert len(checks.everyone_came_back([blow(recovery_s=None), blow(recovery_s=9.0)], 2.0)) == 2
     assert len(checks.only_victims_restarted({"a": 2, "b": 1}, [blow()], [42])) == 3
+    full = Blow("full", "system", 0.0, lethal=False)
+    assert len(checks.only_victims_restarted({"a": 2, "b": 1}, [blow(), full], [])) == 1, "b was not struck"
 
 
 def test_an_innocent_failure_is_seen() -> None:
