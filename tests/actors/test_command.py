@@ -183,8 +183,8 @@ def test_generate_wants_pictures_that_are_there(folder: Path) -> None:
 
 
 def test_status_shows_every_actor_and_why_it_is_not_ready() -> None:
-    console, text = shown_on()
-    actors = [
+    console, text = shown_on(200)
+    actors: list[dict[str, object]] = [
         {
             "name": "denoiser-0",
             "state": "ready",
@@ -199,16 +199,20 @@ def test_status_shows_every_actor_and_why_it_is_not_ready() -> None:
         },
         {"name": "decoder-0", "state": "down", "pid": 0, "restarts": 0, "detail": "[gone]"},
     ]
+    actors[0] |= {"component": "denoiser-0", "start_s": {"launch": 0.04, "import": 1.2, "start": 9.5, "weights": 9.25}}
+    stream = {"name": "denoiser-0.stream", "component": "denoiser-0", "facts": {"first_denoiser_s": 2.04}}
     pools = [
         {"name": "pool", "free": 3 << 20, "capacity": 1 << 23, "transport": "shared memory"},
         {"name": "other", "state": "down"},
     ]
-    console.print(render({"ready": False, "reasons": ["no decoder"], "actors": actors, "pools": pools}))
+    console.print(render({"ready": False, "reasons": ["no decoder"], "actors": [*actors, stream], "pools": pools}))
     lines = text.getvalue().splitlines()
     assert lines[:2] == ["not ready", "  no decoder"]
-    assert lines[3].split() == ["denoiser-0", "ready", "12", "1", "1h", "02m", "2/1024", "1", "of", "2", "free"]
+    row = ["denoiser-0", "ready", "12", "1", "1h", "02m", "2/1024", "1", "of", "2", "free"]
+    start = "launch 0.0 s, import 1.2 s, weights 9.2 s, other 0.2 s, first denoiser 2.0 s"
+    assert lines[3].split() == [*row, *start.split()]
     assert lines[4].split() == ["decoder-0", "down", "0", "[gone]"]
-    assert lines[5:] == ["pool: 3.0 MiB of 8.0 MiB free, shared memory", "other: down"]
+    assert lines[6:] == ["pool: 3.0 MiB of 8.0 MiB free, shared memory", "other: down"]
 
 
 def test_status_shows_a_prompt_cache_where_there_is_one() -> None:
