@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Final
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
@@ -12,9 +13,11 @@ from api.conditions import precondition, wanted_ranges
 from api.errors import ApiError, not_found
 from api.head import Head
 from bus import RemoteFailure
-from roles.artifacts import ArtifactError, ArtifactStore
+from roles.artifacts import ArtifactError, ArtifactMissing, ArtifactStore
 from roles.formats import CONTENT_TYPES
 from roles.messages.requests import QueryRequest, RequestView
+
+GONE: Final = 410
 
 
 async def artifact(request: Request) -> Response:
@@ -29,17 +32,51 @@ async def artifact(request: Request) -> Response:
             if error.code != "not_found":
                 raise
             raise not_found(f"there is no file {name}") from None
-    return await send_file(request, name)
+    try:
+        return await send_file(request, name)
+    except ApiError as error:
+        if error.status == GONE and not await _was_made(request, name):
+            raise not_found(f"there is no file {name}") from None
+        raise
+
+
+async def _was_made(request: Request, name: str) -> bool:
+    """Whether a request that the head knows has made an artifact of that name."""
+    head: Head = request.app.state.head
+    try:
+        view = await head.ask(QueryRequest(name.rpartition("_")[0], request.state.owner), RequestView)
+    except RemoteFailure as error:
+        if error.code != "not_found":
+            raise
+        return False
+    return any(unit.artifact is not None and unit.artifact.name == name for unit in view.units)
+
+
+def expired(name: str) -> ApiError:
+    """Make a 410."""
+    message = f"the file {name} is not kept any more: send the request again, under another Idempotency-Key if any"
+    return ApiError(GONE, message, code="artifact_expired")
+
+
+async def read_file(request: Request, name: str) -> bytes:
+    """Read an artifact that was made; raises ApiError 410 once it is not kept any more."""
+    store: ArtifactStore = request.app.state.artifacts
+    try:
+        return await asyncio.to_thread(store.read, name)
+    except ArtifactMissing:
+        raise expired(name) from None
 
 
 async def send_file(request: Request, name: str) -> Response:
-    """Make the response that is an artifact, a part of it, or 304; raises ApiError 404, 412, 416."""
+    """Make the response that is an artifact, a part of it, or 304; raises ApiError 404, 410, 412, 416."""
     store: ArtifactStore = request.app.state.artifacts
     try:
         path = store.path(name)
         found = await asyncio.to_thread(path.stat)
-    except (ArtifactError, FileNotFoundError):
+    except ArtifactError:
         raise not_found(f"there is no file {name}") from None
+    except FileNotFoundError:
+        raise expired(name) from None
     headers = {"Cache-Control": "private, max-age=31536000, immutable", "X-Content-Type-Options": "nosniff"}
     media_type = CONTENT_TYPES[path.suffix[1:]]
     response = FileResponse(path, media_type=media_type, headers=headers, stat_result=found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import Annotated, Literal
 
@@ -12,6 +11,7 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.artifacts import read_file
 from api.encoding import JSONResponse
 from api.errors import refused
 from api.fields import MediaRequest, own_fields, parse
@@ -21,7 +21,6 @@ from api.links import artifact_url, request_url
 from api.names import Names
 from api.requests import request_object
 from api.submission import check_done, check_model, idempotency_key, submit, wait
-from roles.artifacts import ArtifactStore
 from roles.messages.requests import DescribeModel, ModelDescription, QueryRequest, RequestView
 from roles.messages.work import MAX_SEED, Input, Output
 
@@ -108,7 +107,6 @@ async def accepted(request: Request, request_id: str) -> Response:
 async def respond(request: Request, wanted: ImageRequest, view: RequestView) -> Response:
     """Make OpenAI's answer, with the seed of each picture beside it."""
     check_done(view)
-    store: ArtifactStore = request.app.state.artifacts
     images = []
     for unit in sorted(view.units, key=lambda unit: unit.index):
         if unit.artifact is None:
@@ -116,6 +114,6 @@ async def respond(request: Request, wanted: ImageRequest, view: RequestView) -> 
         if wanted.response_format == "url":
             images.append(Image(unit.seed, url=artifact_url(request, unit.artifact.name)))
         else:
-            images.append(Image(unit.seed, b64_json=await asyncio.to_thread(store.read, unit.artifact.name)))
+            images.append(Image(unit.seed, b64_json=await read_file(request, unit.artifact.name)))
     content = ImagesResponse(int(view.finished_at or time.time()), view.request_id, images)
     return JSONResponse(content, headers={"X-Request-Id": view.request_id})

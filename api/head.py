@@ -6,10 +6,13 @@ import asyncio
 import time
 from typing import TypeVar
 
-from bus import AskTimeout, MailboxFull, Message, Reference, RemoteFailure, Unreachable
-from roles.messages.requests import RequestView, WaitRequest
+import structlog
+
+from bus import AskTimeout, BusError, MailboxFull, Message, Reference, RemoteFailure, Unreachable
+from roles.messages.requests import CancelRequest, RequestView, WaitRequest
 
 R = TypeVar("R", bound=Message)
+log = structlog.stdlib.get_logger("api")
 
 ASK_S = 5.0
 """How long a client waits for an answer that costs the head nothing."""
@@ -41,6 +44,13 @@ class Head:
                     raise
                 await asyncio.sleep(RETRY_S)
 
+    def cancel(self, request_id: str, reason: str) -> None:
+        """Have the head cancel a request when it can be reached, should there be such a request."""
+        try:
+            self.reference.tell(CancelRequest(request_id, reason))
+        except BusError as error:
+            log.warning("a request may run on for nobody", request_id=request_id, error=str(error))
+
     async def wait(self, request_id: str, within_s: float, owner: str = "") -> RequestView | None:
         """Wait until the request is terminal, None if that takes longer; a restarted head is asked again."""
         deadline = time.monotonic() + within_s
@@ -53,7 +63,7 @@ class Head:
             except (AskTimeout, MailboxFull, Unreachable):
                 await asyncio.sleep(RETRY_S)
             except RemoteFailure as failure:
-                if failure.code not in ("stopping", "deadline_exceeded"):
+                if failure.code not in ("stopping", "deadline_exceeded", "unavailable"):
                     raise
                 await asyncio.sleep(RETRY_S)
             else:

@@ -42,7 +42,7 @@ class Operation(NamedTuple):
     """Needs no key."""
 
 
-_MADE: Final = (*_ASKED, 409, 500, 504)
+_MADE: Final = (*_ASKED, 409, 410, 500, 504)
 _ASYNC: Final = ("Prefer", "Idempotency-Key")
 _CONDITIONS: Final = ("If-None-Match", "If-Modified-Since", "If-Match", "If-Unmodified-Since", "Range", "If-Range")
 _FILES: Final = {200: _FILE, 206: _FILE, 304: ""}
@@ -62,7 +62,7 @@ _OPERATIONS: Final[Mapping[str, Mapping[str, Operation]]] = {
         )
     },
     "/v1/images/{name}": {
-        "get": Operation("getFile", "A finished file", _FILES, (*_LOOKED, 404, 412, 416), _CONDITIONS)
+        "get": Operation("getFile", "A finished file", _FILES, (*_LOOKED, 404, 410, 412, 416), _CONDITIONS)
     },
     "/v1/videos": {
         "get": Operation(
@@ -80,7 +80,7 @@ _OPERATIONS: Final[Mapping[str, Mapping[str, Operation]]] = {
         "get": Operation(
             "getVideoContent",
             "The finished file; 409 while there is none",
-            _FILES, (*_LOOKED, 404, 409, 412, 416, 422), ("variant", *_CONDITIONS),
+            _FILES, (*_LOOKED, 404, 409, 410, 412, 416, 422), ("variant", *_CONDITIONS),
         )
     },
     "/v1/models": {"get": Operation("listModels", "The model that is served", {200: "ModelList"})},
@@ -126,6 +126,7 @@ _REASONS: Final = {
     404: "Not there, or somebody else's",
     408: "The body came too slowly",
     409: "Cancelled, not finished yet, or an Idempotency-Key that came with another body",
+    410: "The file was made and is not kept any more",
     412: "The file is another one",
     413: "Too long",
     415: "Neither JSON nor a form, or no picture",
@@ -147,7 +148,10 @@ def _parameter(name: str, place: str, schema: Mapping[str, Any], text: str) -> d
 _QUERY: Final = {"after": "The id that the list goes on after.", "limit": "Most of them.", "order": "By age."}
 _HEADERS: Final = {
     "Prefer": "respond-async: answer 202 at once, with the place where the result will be.",
-    "Idempotency-Key": "1 to 255 visible ASCII characters: the same body under the same key is one request.",
+    "Idempotency-Key": (
+        "1 to 255 visible ASCII characters: the same body under the same key is one request, until a day after its "
+        "end ([state] keep_requests_s) or until max_requests others have ended since."
+    ),
     "If-None-Match": "ETags that the client has: 304.",
     "If-Modified-Since": "A date: 304.",
     "If-Match": "ETags, or * for any: else 412.",

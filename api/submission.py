@@ -13,6 +13,7 @@ from actors.client import in_short
 from api.errors import CLIENT_CLOSED_REQUEST, ApiError, not_found
 from api.head import Head
 from api.names import Names
+from bus import AskTimeout, Unreachable
 from roles.messages.requests import (
     CancelRequest,
     ModelDescription,
@@ -46,7 +47,12 @@ async def submit(
         idempotency_key=key or request.state.request_id,
         owner=request.state.owner,
     )
-    answer: RequestAccepted | RequestRejected = await head.ask(message, RequestAccepted, RequestRejected)
+    try:
+        answer: RequestAccepted | RequestRejected = await head.ask(message, RequestAccepted, RequestRejected)
+    except (AskTimeout, Unreachable):
+        if not key:  # the head may have it all the same, and nobody can ask for it any more
+            head.cancel(message.request_id, "the client was told that it was not accepted")
+        raise
     if isinstance(answer, RequestRejected):
         raise names.rejected(answer)
     return answer.request_id

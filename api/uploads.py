@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from starlette.datastructures import UploadFile
 
 from api.errors import ApiError, refused
+from roles.files import is_full
 from roles.messages.work import Pictures, Upload
 from roles.uploads import ENDINGS, UploadsFull, UploadStore
 
@@ -90,8 +91,11 @@ class UploadDesk:
             raise refused(param, predicate, status=503, code="full", retry_s=60.0) from None
         except OSError as error:
             log.warning("an upload cannot be kept", error=str(error))
-            predicate = "cannot be kept on the server's disk"
-            raise refused(param, predicate, status=503, code="unavailable", retry_s=5.0) from None
+            if is_full(error):
+                predicate, code, retry_s = "cannot be kept: the server's disk is full", "disk_full", 60.0
+            else:
+                predicate, code, retry_s = "cannot be kept on the server's disk", "unavailable", 5.0
+            raise refused(param, predicate, status=503, code=code, retry_s=retry_s) from None
 
 
 def from_base64(text: str, param: str) -> bytes:

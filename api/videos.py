@@ -166,7 +166,7 @@ class OneVideo(HTTPEndpoint):
 
 
 async def video_content(request: Request) -> Response:
-    """Answer with the file; raises ApiError 409 while there is none, 404 once it is gone."""
+    """Answer with the file; raises ApiError 409 while there is none, 410 once it is gone."""
     view, description = await find(request)
     variant = request.query_params.get("variant", "video")
     if variant != "video":

@@ -182,6 +182,17 @@ async def test_a_head_that_dies_with_the_submission_gets_it_again_and_makes_one_
     assert list(small_head.journal) == [answer.json()["id"]]
 
 
+@pytest.mark.parametrize("key", [{}, {"Idempotency-Key": "k"}])
+async def test_what_nobody_can_ask_for_again_is_cancelled(client, small_head, key):
+    small_head.deaf = True
+    assert (await client.post(URL, json={"prompt": "x"}, headers=key)).status_code == 503
+    (submit,) = await small_head.received(wire.SubmitRequest)
+    await client.get("/v1/requests/later")  # who holds a key may still ask: what would have been sent came before this
+    await small_head.received(wire.QueryRequest)
+    cancelled = [m.request_id for m in small_head.seen if isinstance(m, wire.CancelRequest)]
+    assert cancelled == ([] if key else [submit.request_id])
+
+
 async def test_a_trace_goes_in_and_out(client, small_head):
     trace, span = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
     answer = await client.post(URL, json={"prompt": "x"}, headers={"traceparent": f"00-{trace}-{span}-01"})

@@ -222,7 +222,10 @@ async def test_429_while_too_much_is_being_sent_and_nothing_is_held_after_it(cli
     assert intake.held == 0
 
 
-@pytest.mark.parametrize(("error", "code"), [(UploadsFull("full"), "full"), (OSError(28, "no space"), "unavailable")])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(UploadsFull("full"), "full"), (OSError(28, "no space"), "disk_full"), (OSError(5, "broken"), "unavailable")],
+)
 async def test_503_where_there_is_no_room(client, small_head, uploads, monkeypatch, error, code):
     def refuse(*_):
         raise error

@@ -106,6 +106,21 @@ async def test_a_picture_is_served_under_its_exact_name_alone(client, small_head
     assert (await client.get("/v1/images/..%2Fsecret_0.png")).status_code == 404
 
 
+async def test_what_was_made_and_is_not_kept_any_more_is_gone(client, small_head, store):
+    key = {"Idempotency-Key": "k"}
+    body = {"prompt": "x", "seed": 3, "n": 2}
+    made = (await client.post(URL, json=body, headers=key)).json()
+    store.discard(f"{made['id']}/0")
+    again = await client.post(URL, json=body, headers=key)
+    one = await client.get(f"/v1/images/{made['id']}_0.png")
+    for answer in (again, one):
+        assert answer.status_code == 410
+        assert answer.json()["error"]["code"] == "artifact_expired"
+        assert answer.headers["x-should-retry"] == "false"
+    assert (await client.get(f"/v1/images/{made['id']}_1.png")).status_code == 200
+    assert (await client.get(f"/v1/images/{made['id']}_2.png")).status_code == 404, "which never was"
+
+
 async def test_the_openapi_document_names_every_path(client, app):
     document = (await client.get("/openapi.json")).json()
     from api.app import ROUTES

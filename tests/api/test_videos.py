@@ -221,4 +221,4 @@ async def test_a_file_that_is_gone(client, small_head, store):
     made = (await client.post(URL, json={"prompt": "x"})).json()
     for file in store.folder.iterdir():
         file.unlink()
-    refused(await client.get(f"{URL}/{made['id']}/content"), 404, None)
+    refused(await client.get(f"{URL}/{made['id']}/content"), 410, None)

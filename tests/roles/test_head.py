@@ -835,6 +835,8 @@ def test_requests_are_listed_by_owner_and_page(topology: Callable[..., Topology]
         async with playing(topology()) as stage:
             for id_, owner in (("a", "alice"), ("b", "bob"), ("c", "alice"), ("d", "alice")):
                 await stage.submit(id_, owner=owner)
+            # An ended one is listed with the others.
+            await stage.head.ask(requests.CancelRequest("c"), requests.RequestView, timeout_s=BOUND_S)
 
             async def listed(owner: str = "alice", **query: Any) -> tuple[tuple[str, ...], bool]:
                 message = requests.ListRequests(owner, **query)
