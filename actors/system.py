@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from bus import DeadLetter, Message
@@ -128,6 +130,10 @@ class ChildReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Where the time of the last start went, in seconds: "launch" until there was a process (the first forks wait for
     the zygote's imports), "import" until its actors were made, "start" until they had started, and what of that the
     actors tell, such as "weights". Empty until it has started."""
+
+
+GIVEN_UP: Final = ("gave_up", "failed")
+"""States of a child that only a person brings back."""
 
 
 class SupervisorReport(Message):

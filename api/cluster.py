@@ -10,6 +10,7 @@ from starlette.requests import Request
 
 from actors import AddressBook, Component, Topology
 from actors.system import (
+    GIVEN_UP,
     ChildReport,
     DeadLetterQuery,
     DeadLetterReport,
@@ -28,7 +29,6 @@ LOOK_S = 1.0
 
 _PRIVATE = ("pid", "fd", "session", "base_address", "arena")
 
-GIVEN_UP = ("gave_up", "failed")
 """States of a child that its supervisor does not start any more."""
 
 R = TypeVar("R", bound=Message)

@@ -20,8 +20,8 @@ from msgspec.structs import replace
 from actors import Actor, Component, Later, StartDelayed, StartFailure, Topology
 from actors.ownership import ModelIdentity, identity_of
 from actors.sections import parse_size
-from actors.system import Reloading, ReloadModel
-from bus import Refused
+from actors.system import ChildReport, Reloading, ReloadModel, SupervisorQuery, SupervisorReport
+from bus import BusError, Refused
 from engines.card import CardError, ModelCard, load_card
 from engines.checks import ANY
 from engines.lora import check_lora
@@ -33,6 +33,7 @@ from roles.dispatch import POLICIES
 from roles.errands import Errands
 from roles.fleet import Fleet
 from roles.formats import settle_output
+from roles.given_up import given_up
 from roles.journal import Journal, JournalError, prune
 from roles.ledger import Ledger
 from roles.messages import pool as pools
@@ -63,6 +64,10 @@ RECLAIM_S = 5.0
 REMAINDERS_S = 10.0
 """Between two times that the journal learns how much time requests have left, if nothing else happens to them."""
 PRUNE_EVERY_S = 60.0
+LOOK_S = 1.0
+"""Between two looks at the supervisors, while something is missing."""
+RESTARTED_S = 60.0
+"""After which a client may try again where a person has to step in."""
 PROBE_S = 1.0
 """Between two looks whether a journal that could not be written can be again."""
 OTHER_MODEL = "it was accepted for another model than the one that is served now: send it again"
@@ -100,6 +105,8 @@ class Head(Actor):
         self._served: ModelIdentity | None = None
         self._unwritten = ""
         self._ended: dict[str, asyncio.Event] = {}
+        self._given_up = ""
+        """Why no request can come to its end."""
         self._untold: list[str] = []
         """Ids of requests whose end is not known to be on the disk."""
         self._writes = self._synced = 0
@@ -132,6 +139,7 @@ class Head(Actor):
             self.log.info("resumed from the journal", requests=len(self.ledger.requests), units=len(self.ledger.units))
         self.spawn(self._keep_time(), name="clock")
         self.spawn(self._keep_bounds(), name="prune")
+        self.spawn(self._watch_supervisors(), name="supervisors")
         self.errands.watch_pools()
         self.settle()  # what could not be resumed has ended: written down before anybody asks
 
@@ -163,6 +171,9 @@ class Head(Actor):
                 if known.digest == digest:
                     return requests.RequestAccepted(known.id)
                 return requests.RequestRejected("conflict", "this Idempotency-Key came with another body before")
+            if self._given_up:
+                sentence = f"{self._given_up}: the server has to be restarted"
+                return requests.RequestRejected("unavailable", sentence, retry_after_s=RESTARTED_S)
             request = self._request(message, digest)
             if not self.ledger.room(message.n):
                 return requests.RequestRejected(
@@ -452,6 +463,24 @@ class Head(Actor):
                 probed_at = awake_at
                 self._probe()
             self.settle()
+
+    async def _watch_supervisors(self) -> None:
+        """Know, for ever, whether what is missing may still come."""
+        while True:
+            missing = self.ledger.fleet.missing_panels() or self.errands.pools_missing()
+            self._given_up = given_up(self.topology.components, await self._children()) if missing else ""
+            await asyncio.sleep(LOOK_S)
+
+    async def _children(self) -> list[ChildReport]:
+        children: list[ChildReport] = []
+        for name in self.book.supervisors():
+            try:
+                report = await self.reference(name).ask(SupervisorQuery(), SupervisorReport, timeout_s=LOOK_S)
+            except BusError as error:  # a socket that a crash has left
+                self.log.debug("no word of a supervisor", supervisor=name, error=str(error))
+            else:
+                children += report.children
+        return children
 
     async def _keep_bounds(self) -> None:
         """Remove what is too old or too much, for ever."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
@@ -17,7 +17,7 @@ import pytest
 from actors import Actor, AddressBook, Topology, load_topology
 from actors.keys import make_keys
 from actors.runtime import Runtime
-from actors.system import Inspect, Inspection
+from actors.system import ChildReport, Inspect, Inspection, SupervisorQuery, SupervisorReport
 from bus import Outbox, Reference, Refused, RemoteFailure
 from engines.lora import PARAMETERS
 from engines.parameters import Kind, Parameter, Signature
@@ -421,6 +421,37 @@ def test_what_is_promised_is_on_the_disk_before_it_is_said(
                 go_on.set()
                 answers = await asyncio.gather(*asked)
             assert {answer.state for answer in answers} == {"CANCELLED"}
+
+    play(scenario())
+
+
+def test_where_nothing_can_be_served_any_more_nothing_is_accepted(topology: Callable[..., Topology]) -> None:
+    class Supervisor(Actor):
+        states: ClassVar[dict[str, str]] = {"denoiser-0": "gave_up"}
+
+        async def report(self, _: SupervisorQuery) -> SupervisorReport:
+            rows = self.states.items()
+            return SupervisorReport(tuple(ChildReport(n, "", 0, 1, state, 5, "it died", 0.0) for n, state in rows))
+
+    async def scenario() -> None:
+        place = topology(supervision="")
+        make_keys(place)
+        async with (
+            Runtime([Supervisor("supervisor")], book=AddressBook(place), generation=1),
+            playing(place) as stage,
+            asyncio.timeout(BOUND_S),
+        ):
+            rejected, number = await stage.submit("0"), 0
+            while isinstance(rejected, requests.RequestAccepted):  # until the head has looked
+                number += 1
+                rejected = await stage.submit(str(number))
+            assert rejected.code == "unavailable"
+            assert "no denoiser is started any more (denoiser-0: it died)" in rejected.message
+            assert rejected.retry_after_s > 0
+            for name in stage.workers:
+                await stage.hello(name)
+            while not isinstance(await stage.submit("back"), requests.RequestAccepted):
+                pass
 
     play(scenario())
 
