@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from tools.gpu_report import suite
 from tools.gpu_report.bench import Bench, RowFailedError, Settings
 from tools.gpu_report.child import Ended, run
 from tools.gpu_report.figures import FIGURES
+from tools.gpu_report.models import places
 from tools.gpu_report.page import page
 from tools.gpu_report.report import Measured, Report, RowResult, Status, read, write
 from tools.gpu_report.rows import ROWS, chosen
@@ -39,8 +42,11 @@ def gradients() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("scratch")
+def scratch() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="triptych-gpu-test-"))
+    yield folder
+    for place in (folder, *places(folder)):
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def process_of(program: str, tmp_path: Path, limit_s: float = BOUND_S) -> RowResult:
@@ -212,13 +218,14 @@ SHOWN = {
 }
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_a_row_measures(row: object, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (one,) = [known for known in ROWS if known is row]
     monkeypatch.setattr(suite, "FOLDERS", ("tests/engines/test_streams_gpu.py",))
     monkeypatch.setenv("TRIPTYCH_LOG_LEVEL", "warning")
     values: list[Measured] = []
-    ended = run(one, Settings("cpu", False, str(scratch), 100.0), values.append)
+    ended = run(one, Settings("cpu", False, str(scratch), 400.0), values.append)
     assert ended == Ended(Status.DONE)
     shown = {measured.what: measured.value for measured in values}
     assert shown.keys() >= SHOWN[one.name]

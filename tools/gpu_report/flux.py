@@ -28,6 +28,7 @@ from tools.gpu_report.models import (
     places,
     prepare,
     randomised,
+    save,
 )
 from tools.gpu_report.served import PANELS, PROMPT, SEED, digest, pixels, report_kill, report_memory, serving
 from tools.make_model import write_model
@@ -261,7 +262,7 @@ def _find(bench: Bench) -> Path | None:
 def _write(bench: Bench, shapes: FluxShapes, parts: dict[str, Any]) -> Path:
     folder = folder_with_room(bench, shapes.nbytes) / "flux"
     begun = time.perf_counter()
-    write_model(folder, "flux", of_parts(shapes.recipe, parts), 0, progress=False)
+    write_model(folder, "flux", of_parts(shapes.recipe, parts), 0, progress=False, save=save)
     nbytes = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     bench.value("weights written", time.perf_counter() - begun, "s", f"{nbytes / 1e9:.3g} GB in {folder.parent}")
     return folder

@@ -64,7 +64,8 @@ def _ceilings(bench: Bench) -> None:
     left, right = (torch.randn(side, side, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
     seconds = bench.median(lambda: left @ right, 10)
     bench.value("bfloat16 matrix product", 2 * side**3 / seconds / 1e12, "TFLOP/s", f"{side} x {side}, random values")
-    source = torch.zeros((4 << 30) if bench.cuda else (16 << 20), dtype=torch.uint8, device=bench.device)
+    nbytes = min(4 << 30, torch.cuda.mem_get_info(bench.device)[0] // 8) if bench.cuda else 16 << 20
+    source = torch.zeros(nbytes, dtype=torch.uint8, device=bench.device)
     target = torch.empty_like(source)
     seconds = bench.median(lambda: target.copy_(source), 5)
     bench.value("copy on the device", 2 * source.numel() / seconds / 1e9, "GB/s", "bytes read and written")

@@ -47,7 +47,9 @@ class Rig:
 
     def values(self, nbytes: int) -> dict[str, object]:
         """Make a state of some bytes on the device."""
-        return {"latents": torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device=self.bench.device)}
+        values = torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device=self.bench.device)
+        self.bench.synchronize()  # They were made on another stream than the sender's.
+        return {"latents": values}
 
     async def store(self, values: dict[str, object]) -> Staged:
         """Copy a state into the pool, hashing on the way."""

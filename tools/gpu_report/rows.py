@@ -53,7 +53,7 @@ class Row:
 ROWS: Final = (
     Row("machine", "The machine", "machine:machine", 15, 10),
     Row("picture", "A picture of the demo model through three processes", "served:picture", 45, 25),
-    Row("tests", "Tests that need a GPU", "suite:tests", 90, 20),
+    Row("tests", "Tests that need a GPU", "suite:tests", 60, 20),
     Row("hop", "Tensors from device to device through the pool", "moving:hop", 20, 8),
     Row("overlap", "The next load behind compute", "moving:overlap", 15, 8),
     Row("kill", "kill -9 of a denoiser in the middle of its steps", "served:kill", 40, 20),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +14,8 @@ from tools.gpu_report.bench import Bench, RowFailedError
 from tools.gpu_report.runner import ROOT
 
 FOLDERS: Final = ("tests/gpu", "tests/engines")
-MARGIN_S: Final = 5.0
+MARGIN_S: Final = 10.0
+"""Of the row's time, for what pytest writes when it has been told to stop."""
 
 
 def tests(bench: Bench) -> None:
@@ -29,6 +31,8 @@ def tests(bench: Bench) -> None:
         counted = sum("::" in line for line in found.stdout.splitlines())
         bench.value("tests that need a GPU", counted, note="counted, not run: this is the CPU")
         return
+    if _stops_in_time():
+        command.append(f"--session-timeout={max(10.0, bench.left_s - 2 * MARGIN_S):.0f}")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tests.xml"
         try:
@@ -42,6 +46,15 @@ def tests(bench: Bench) -> None:
         if not file.is_file():
             raise RowFailedError("pytest could not run; the log says why.")
         report(bench, file.read_text())
+
+
+def _stops_in_time() -> bool:
+    """Say whether pytest can end between two tests when a time is over, with a report of those before."""
+    try:
+        major, minor = version("pytest-timeout").split(".")[:2]
+    except PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= (2, 3)
 
 
 def report(bench: Bench, xml: str) -> None:

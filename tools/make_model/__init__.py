@@ -160,6 +160,7 @@ def write_model(
     *,
     progress: bool,
     finish: Callable[[Any], None] = lambda component: None,
+    save: Callable[[Any, Path], None] = lambda component, folder: component.save_pretrained(folder),
 ) -> None:
     """Make a model of a recipe.
 
@@ -170,6 +171,7 @@ def write_model(
         seed: Of the weights.
         progress: Whether a bar is shown.
         finish: Called with each component before it is written.
+        save: Writes a component to its folder.
     """
     out.mkdir(parents=True, exist_ok=True)
     transformers.utils.logging.disable_progress_bar()  # One bar is enough.
@@ -182,7 +184,7 @@ def write_model(
             component = make() if make else None
         if component is not None:
             finish(component)
-            component.save_pretrained(out / part)
+            save(component, out / part)
         index[part] = _index_entry(component)
     for file, tensors in recipe.files.items():
         torch.manual_seed(seed)
