@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from actors import StartDelayed, StartFailure
 from actors.system import Inspect, Inspection, Shutdown, ShuttingDown
-from api.connections import RESERVED, Bounds, most_connections
+from api.connections import RESERVED, Bounds, most_connections, raise_file_limit
 from api.server import listen
 from roles.messages import requests as wire
 
@@ -202,6 +203,17 @@ def test_as_many_connections_as_there_are_descriptors_for():
     assert most_connections(1024, 1 << 20) == 1024
     assert most_connections(1024, 256) == 256 - RESERVED
     assert most_connections(1024, 10) == 1
+
+
+def test_as_many_files_may_be_open_as_the_system_allows():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[0], 512), before[1]))
+        files = raise_file_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == before[1]
+        assert files == before[1] or before[1] == resource.RLIM_INFINITY
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_refusals_are_logged_once_a_second(monkeypatch):
