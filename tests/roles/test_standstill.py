@@ -82,6 +82,7 @@ class Cluster:
         self.books: Ledger = ledger(cache=cache, max_attempts=1000, max_pending=1000)
         self.books.fleet = Fleet(dict.fromkeys(Panel, count * slots))
         self.tables: dict[str, LeaseTable] = {}
+        self.generations: dict[str, int] = {}
         self.instances: dict[str, Incarnation] = {}
         self.settled: list[str] = []
         for kind in KINDS:
@@ -266,7 +267,7 @@ class Cluster:
     def open_pool(self, pool: str) -> None:
         self.generation += 1
         table = LeaseTable(self.capacity, generation=self.generation, zones=zones(self.capacity, pool=pool))
-        self.tables[pool] = table
+        self.tables[pool], self.generations[pool] = table, self.generation
 
     def lease(self, owner: Incarnation, work: Work, nbytes: int, zone: str) -> LeaseRef | None:
         """As `BufferPool.lease` does."""
@@ -397,6 +398,9 @@ class Cluster:
         """As `BufferPool.pull` does."""
         lease = self.find(target)
         if lease is None or lease.state is not LeaseState.WRITING:
+            assert (lease and lease.state is LeaseState.QUARANTINED) or self.generations[
+                target.pool
+            ] != target.pool_generation
             return "the target is gone"
         if not lease.request_id:
             self.tables[target.pool].assign(lease.id, work.unit_id, work.attempt)

@@ -70,7 +70,11 @@ async def at_rest(cluster: Cluster) -> tuple[list[dict[str, Any]], list[LeaseVie
             leases: list[LeaseView] = []
             for name in names:
                 reference = outbox.reference(name, book.address(name))
-                leases += (await reference.ask(LeaseQuery(), LeaseReport, timeout_s=5.0)).leases
+                query: LeaseQuery | None = LeaseQuery()
+                while query:
+                    report = await reference.ask(query, LeaseReport, timeout_s=5.0)
+                    leases += report.leases
+                    query = LeaseQuery(report.leases[-1].lease.lease_id) if report.more else None
             seen = await cluster.status()
             kept = int(seen["head"]["prompt_cache"]["entries"]) if seen["head"] else 0
             if sum(bool(view.work.unit_id) for view in leases) == kept or time.monotonic() - began > REST_S:
