@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
+from actors.actor import READY
 from actors.processes import EXIT_START_DELAYED, EXIT_START_FAILURE, Ending, Process
 from actors.restart import Exit, ExitKind, History
 from actors.system import ChildReport
@@ -68,12 +69,11 @@ class Child:
         self._launch_s, self._heard_at = now - self._heard_at, now
 
     def heard(self, start_s: dict[str, float] | None) -> bool:
-        """It lives; returns whether it has just told that it has started."""
+        """It lives; returns whether it has just told what its start took."""
         self._heard_at = time.monotonic()
-        if start_s is None or self._started:
+        if start_s is None or self.start_s:
             return False
-        self._started = True
-        self.delays = 0
+        self._has_started()
         self.start_s = {"launch": self._launch_s, **start_s}
         return True
 
@@ -85,6 +85,12 @@ class Child:
             return
         self._last_words = ""
         self.state = state
+        if state == READY:
+            self._has_started()
+
+    def _has_started(self) -> None:
+        self._started = True
+        self.delays = 0
 
     def hung(self, heartbeat_timeout_s: float, start_timeout_s: float) -> str:
         """Why a running child has to be taken for hung, "" if it does not have to be."""

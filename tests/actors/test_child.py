@@ -1,0 +1,42 @@
+"""When silence counts."""
+
+from __future__ import annotations
+
+import pytest
+
+from actors.child import Child
+from actors.components import Part
+from actors.topology import Component
+
+
+@pytest.fixture
+def child() -> Child:
+    made = Child(Component(name="a", kind="head", address="ipc:///a", port=1), Part("a:b"))
+    made.begin(1)
+    return made
+
+
+def test_the_silence_of_a_start_has_a_bound_of_its_own(child: Child) -> None:
+    assert child.hung(-1.0, 600.0) == ""
+    child.says("loading", "")
+    child.heard(None)
+    assert child.hung(-1.0, 600.0) == ""
+    assert child.hung(15.0, -1.0) == "hung: no heartbeat for -1 s while it started"
+
+
+@pytest.mark.parametrize("told", ["ready", "start"])
+def test_who_is_ready_or_has_started_is_bound_by_heartbeats(child: Child, told: str) -> None:
+    if told == "ready":
+        child.says("ready", "")
+    else:  # an instance that has started, and is not in the books of a head yet
+        child.says("joining", "waiting for the head")
+        assert child.heard({"import": 1.0})
+    assert child.hung(-1.0, 600.0) == "hung: no heartbeat for -1 s"
+    assert child.heard({"import": 1.0}) == (told == "ready")
+    assert not child.heard({"import": 1.0})
+    assert child.start_s["import"] == 1.0
+
+
+def test_work_that_is_overdue_while_it_starts_is_believed(child: Child) -> None:
+    child.says("hung", "loading the model takes more than 600 s")
+    assert child.hung(-1.0, 600.0) == "hung: no heartbeat for -1 s"
