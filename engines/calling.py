@@ -36,6 +36,7 @@ from engines.media import (
 from engines.panels import ModelError
 from engines.parameters import Signature
 from engines.placing import Placement
+from engines.read_ahead import read_ahead
 from engines.seeds import GENERATOR
 from engines.shadows import Shadow
 from engines.stepping import Denoising
@@ -202,6 +203,7 @@ class Components:
             parameter.name: self._setting(parameter.name) for parameter in parameters if parameter.name in self._index
         }
         given.update(stand_ins)
+        read_ahead(self._folder(name) for name in wanted)
         for name in wanted:
             given[name] = load_component(name, self._specs[name], self._folder(name), placement)
         pipeline = self._cls(**given)

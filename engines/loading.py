@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from engines.panels import ModelError
 from engines.placing import Placement
+from engines.read_ahead import read_ahead
 from engines.shadows import shadow
 from engines.split import Split
 
@@ -24,7 +25,10 @@ def load_components(pipeline: Any, split: Split, placement: Placement) -> frozen
         ModelError: One is missing or broken. (The pipeline's own way to load would warn and go on without it.)
     """
     names = [name for name in pipeline.pretrained_component_names if not _is_null(split, name)]
-    loaded = {name: _load(pipeline, split, name, placement) for name in names}
+    specs = {name: pipeline.get_component_spec(name) for name in names}
+    folders = {name: _folder(split, name, spec) for name, spec in specs.items()}
+    read_ahead(folders.values())
+    loaded = {name: load_component(name, specs[name], folders[name], placement) for name in names}
     pipeline.register_components(**loaded)
     return frozenset(loaded)
 
@@ -131,11 +135,6 @@ def _read(spec: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, bool]:
         return spec.load(local_files_only=True), True
     component = spec.load(**options)
     return component, not any(parameter.is_meta for parameter in component.parameters())
-
-
-def _load(pipeline: Any, split: Split, name: str, placement: Placement) -> Any:
-    spec = pipeline.get_component_spec(name)
-    return load_component(name, spec, _folder(split, name, spec), placement)
 
 
 def _folder(split: Split, name: str, spec: Any) -> Path:
