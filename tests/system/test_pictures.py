@@ -30,7 +30,6 @@ def pixels(picture: object) -> np.ndarray:
         ("flux", "mooncake", None),
         ("flux", "auto", {"monolithic": 1}),
         ("wan", "shm", None),
-        ("wan", "mooncake", None),
     ],
 )
 def test_a_picture_is_bit_identical_to_what_diffusers_makes_alone(
