@@ -31,7 +31,7 @@ from tools.chaos.clock import Clock
 from tools.chaos.faults import FAULTS, PAUSE_PAST_TIMEOUT_S, small_disk
 from tools.chaos.load import Clients, Outcome
 from tools.chaos.observe import Watch, at_rest, changed_topology, escalation, journal_keys
-from tools.chaos.plan import PICTURES, POOL_SIZE, PULL_TIMEOUT_S, RANGES, TRANSFERS, Picture, Plan, damage, draw
+from tools.chaos.plan import CHANGED, POOL_SIZE, PULL_TIMEOUT_S, RANGES, TRANSFERS, Picture, Plan, damage, draw
 from tools.chaos.report import Report, show, summary
 from tools.chaos.strikes import Striker
 
@@ -111,13 +111,15 @@ async def run(
         "model": {"path": str(_roomy_model(topology, folder / "model"))},
         "transfer": {"pool_size": POOL_SIZE, **({"pull_timeout_s": PULL_TIMEOUT_S} if "late" in faults else {})},
     }
+    parsed = load_topology(topology)
+    victims = {fault: FAULTS[fault].victims(parsed) for fault in faults if fault in FAULTS}
+    plan = draw(seed, duration_s, rate, every_s, faults, victims)
+    asked = {offer.picture for offer in plan.offers} | set(CHANGED)
     async with launch(topology, own) as calm:
-        undisturbed = await pictures(calm)
+        undisturbed = {picture: await digest(calm, picture) for picture in sorted(asked)}
     os.environ[DAMAGE] = damage(faults)
     try:
         async with launch(topology, own) as cluster:
-            victims = {fault: FAULTS[fault].victims(cluster.topology) for fault in faults if fault in FAULTS}
-            plan = draw(seed, duration_s, rate, every_s, faults, victims)
             report = await storm(cluster, plan, seed, duration_s, bound_s, undisturbed, clock)
     finally:
         del os.environ[DAMAGE]
@@ -134,11 +136,6 @@ def _roomy_model(topology: Path, folder: Path) -> Path:
     settings = jsons.loads(card.read_text())
     card.write_text(jsons.dumps({**settings, "ranges": {**settings.get("ranges", {}), **RANGES}}))
     return folder
-
-
-async def pictures(cluster: Cluster) -> dict[Picture, str]:
-    """SHA-256 of every picture that the load may ask for, made in peace."""
-    return {picture: await digest(cluster, picture) for picture in PICTURES}
 
 
 async def digest(cluster: Cluster, picture: Picture) -> str:

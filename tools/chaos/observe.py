@@ -21,7 +21,7 @@ from bus import Outbox
 from roles.messages.pool import LeaseQuery, LeaseReport, LeaseView
 from roles.request import TERMINAL
 from tools.chaos.load import body_of
-from tools.chaos.plan import Picture
+from tools.chaos.plan import CHANGED, Picture
 from tools.processes import children_of, stat
 
 WATCH_S = 0.5
@@ -112,14 +112,13 @@ async def changed_topology(
     topology: Path, overrides: Mapping[str, Mapping[str, object]], undisturbed: Mapping[Picture, str]
 ) -> list[str]:
     """Stop a cluster with requests under way, and start it with another engine and role names: all of them are done."""
-    asked = [picture for picture in undisturbed if picture.steps > 10]
     async with (
         launch(topology, overrides) as cluster,
         httpx.AsyncClient(base_url=cluster.url, timeout=CHANGE_S) as http,
     ):
         answers = [
             await http.post("/v1/images/generations", json=body_of(picture), headers={"Prefer": "respond-async"})
-            for picture in asked
+            for picture in CHANGED
         ]
     ids = [answer.raise_for_status().json()["id"] for answer in answers]
     engine = "shm" if cluster.topology.engine == "mooncake" else "mooncake"
@@ -132,7 +131,7 @@ async def changed_topology(
     ):
         return [
             sentence
-            for picture, name in zip(asked, ids, strict=True)
+            for picture, name in zip(CHANGED, ids, strict=True)
             if (sentence := await _not_made(http, name, undisturbed[picture]))
         ]
 

@@ -49,6 +49,8 @@ PICTURES = tuple(
     Picture(prompt, SEEDS[k % len(SEEDS)], *shape)
     for k, (prompt, shape) in enumerate(itertools.product(PROMPTS, SHAPES))
 )
+CHANGED = tuple(picture for picture in PICTURES if picture.steps == 30)
+"""What is under way when a cluster is stopped, to be started with another topology."""
 _OFTEN = tuple(SHAPES[picture.steps, picture.side] for picture in PICTURES)
 
 
