@@ -592,8 +592,8 @@ def test_a_step_of_the_clock_neither_ends_a_request_nor_keeps_it(
             work = await stage.next_work("encoder-0")
             await stage.report(stages.StageStarted(work, "encoder-0", "encoder"))
             monkeypatch.setattr(time, "time", lambda: wall() + step_s)
-            await asyncio.sleep(2 * TICK_S)
-            assert (await stage.view()).state == "ENCODER_RUNNING"
+            while stage.actor.ledger.units["r/0"].left_s > 500 - TICK_S:
+                assert (await stage.view()).state == "ENCODER_RUNNING"
         async with playing(made, generation=2) as stage:
             await stage.hello("encoder-0", running=(work,))
             assert (await stage.view()).state == "ENCODER_RUNNING"
@@ -646,8 +646,10 @@ def test_an_instance_that_stalls_is_asked_again_and_loses_nothing(
                     while len(pauses) < 2:
                         await stage.view("runs")
                 worker.running.set()
-                assert await stage.next_work("encoder-0") == Work(f"comes{stall}/0", 1)
-                await stage.report(staged(Work(f"comes{stall}/0", 1), "encoder", stall))
+                comes = Work(f"comes{stall}/0", 1)
+                while await stage.next_work("encoder-0") != comes:  # what was asked again may come again
+                    pass
+                await stage.report(staged(comes, "encoder", stall))
             assert (await stage.view("runs")).units[0].attempts == 1
             assert (await stage.view("runs")).state == "ENCODER_RUNNING"
 
