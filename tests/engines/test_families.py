@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from engines.panels import Panel
 from engines.shadows import COMPUTE
 from engines.split import cut, prune
+from tests.engines.every import every
 from tools.families.apart import Apart, PanelError, apart
 from tools.families.cases import Case, cases
 from tools.families.compare import Outcome, compare, difference, identical
@@ -112,7 +113,7 @@ def parts_of(pipeline: str) -> Iterator[tuple[str, dict[Panel, Any]]]:
         yield task, cut(prune(whole, task))
 
 
-@pytest.mark.parametrize("pipeline", pipelines())
+@pytest.mark.parametrize("pipeline", every(pipelines()))
 def test_no_part_reads_a_component_that_it_has_neither_loaded_nor_as_a_shadow(pipeline: str) -> None:
     # What no block of the family declares is not there in the whole pipeline either.
     declared = set(blocks_of(pipeline).component_names)
@@ -158,7 +159,7 @@ def case_of(name: str) -> Case:
     return next(case for case in cases() if case.family == family and case.task == task)
 
 
-@pytest.mark.parametrize("name", HANDFUL)
+@pytest.mark.parametrize("name", every(HANDFUL, HANDFUL[:4]))
 def test_three_processes_change_no_bit(name: str, processes: Apart, tmp_path: Path) -> None:
     outcome = compare(case_of(name), tmp_path, processes)
     assert outcome.identical, outcome

@@ -20,6 +20,7 @@ from engines.panels import Panel
 from engines.pipeline import PanelPipeline
 from engines.placing import Placement
 from roles.media import Video, media_of
+from tests.engines.every import every
 from tools.families.rows import blocks_of, pipelines
 
 CPU = torch.device("cpu")
@@ -32,7 +33,7 @@ VIDEOS = {
 }
 
 
-@pytest.mark.parametrize("pipeline", pipelines())
+@pytest.mark.parametrize("pipeline", every(pipelines()))
 def test_every_block_set_says_what_it_makes_and_how_fast(pipeline: str) -> None:
     blocks = blocks_of(pipeline)
     medium = medium_of(blocks.output_names)

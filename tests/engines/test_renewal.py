@@ -21,6 +21,7 @@ from engines.panels import Panel
 from engines.pipeline import PanelPipeline
 from engines.seeds import is_fresh, seeded
 from engines.split import Split, cut
+from tests.engines.every import every
 from tools.families.cases import PROMPT, picture
 from tools.families.rows import blocks_of, pipelines
 from tools.make_classic import Classic
@@ -116,7 +117,7 @@ def test_a_generator_that_crossed_still_tells_whether_it_was_drawn_from() -> Non
         assert not is_fresh(generator.clone_state())
 
 
-@pytest.mark.parametrize("name", pipelines())
+@pytest.mark.parametrize("name", every(pipelines()))
 def test_no_encoder_reads_or_makes_what_it_does_not_declare(name: str) -> None:
     whole = blocks_of(name)
     parts = cut(whole)

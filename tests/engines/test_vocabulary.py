@@ -17,6 +17,7 @@ from engines.calling import required_by
 from engines.parameters import PICTURES, Kind, Parameter
 from engines.split import prune, required
 from engines.vocabulary import KNOWN, of_blocks, of_call
+from tests.engines.every import every
 from tools.families.cases import cases
 from tools.families.rows import blocks_of, pipelines
 
@@ -45,7 +46,7 @@ def kind(hint: Any, name: str = "x", default: Any = None) -> Kind | None:
     return found[0].kind if found else None
 
 
-@pytest.mark.parametrize("pipeline", pipelines())
+@pytest.mark.parametrize("pipeline", every(pipelines()))
 def test_what_is_public_can_be_said_in_json_and_files(pipeline: str) -> None:
     for task in tasks_of(pipeline):
         found = public(pipeline, task)
