@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from actors.generations import Generations
     from actors.topology import Component, Topology
 
-_ASLEEP_AFTER: Final = 3.0  # seconds by which a tick may be late before silence is forgiven
+_ASLEEP_AFTER: Final = 0.5  # of a heartbeat's timeout: a tick that is later than that forgives silence
 
 
 class Supervisor(Actor):
@@ -241,7 +241,7 @@ class Supervisor(Actor):
             late = time.monotonic() - due
             due = time.monotonic() + every
             for child in self.children.values():
-                if late > _ASLEEP_AFTER:  # this process, or the machine, was stopped
+                if late > _ASLEEP_AFTER * options.heartbeat_timeout_s:  # this process, or the machine, was stopped
                     child.forgive_silence()
                 elif child.running and not child.stopping:
                     reason = child.hung(options.heartbeat_timeout_s, options.start_timeout_s)

@@ -195,7 +195,7 @@ def test_pauses_of_the_machine_and_rolling_restarts_fail_no_request(
             asked = post(http, 1500)
             request = await under_way(http)
             for _ in range(2):
-                await pause_for(4.0, cluster.process.pid, *[child.pid for child in before.values()])
+                await pause_for(2.5, cluster.process.pid, *[child.pid for child in before.values()])
                 view = (await http.get(f"/v1/requests/{request['id']}")).json()
                 assert [unit["attempts"] for unit in view["units"]] == [1]
             after = await cluster.children()
