@@ -1,15 +1,10 @@
+"""Processes that are started import nothing from the current folder: they are told where the actors of tests are."""
+
 from __future__ import annotations
 
-import pytest
+import os
+from pathlib import Path
 
+_ROOT = str(Path(__file__).parents[1])
 
-def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
-    """Without pytest-timeout its settings mean nothing, and tests run all the same."""
-    if not pluginmanager.hasplugin("timeout"):
-        for name in ("timeout", "timeout_method"):
-            parser.addini(name, "of pytest-timeout, which is not installed")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if not config.pluginmanager.hasplugin("timeout"):
-        config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout, which is not installed")
+os.environ["PYTHONPATH"] = os.pathsep.join(path for path in (_ROOT, os.environ.get("PYTHONPATH", "")) if path)
