@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 # Three wheels bring the same mooncake/ folder: one for hosts without an NVIDIA driver, one each for CUDA 12 and 13.
 MOONCAKE := $(shell tools/mooncake_extra.sh)
 
-.PHONY: help install demo serve test test-families test-gpu check format bench bench-memory gpu-report gpu-report-here clean
+.PHONY: help install demo serve test test-long test-families test-gpu check format bench bench-memory gpu-report gpu-report-here clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -31,7 +31,10 @@ serve: $(INSTALLED) ## Start the system of TOPOLOGY=examples/demo.toml and keep 
 	$(BIN)/triptych up $(TOPOLOGY)
 
 test: $(INSTALLED) ## All tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu and not families"
+	$(BIN)/python -m pytest -m "not gpu and not families and not long"
+
+test-long: $(INSTALLED) ## Storms, pauses and the report for GPUs with tiny shapes: minutes
+	$(BIN)/python -m pytest -m "long and not gpu"
 
 test-families: $(INSTALLED) ## The same tests for every pipeline of diffusers, for when its version moves
 	$(BIN)/python -m pytest -m "families and not gpu" tests/engines

@@ -185,6 +185,7 @@ def test_a_request_that_kills_its_worker_twice_is_failed_and_the_pool_serves_on(
     asyncio.run(scenario())
 
 
+@pytest.mark.long
 def test_pauses_of_the_machine_and_rolling_restarts_fail_no_request(
     topology_file: Callable[..., Path], patient: dict[str, str]
 ) -> None:
@@ -330,6 +331,7 @@ async def instances(http: httpx.AsyncClient) -> list[dict[str, Any]]:
     return list(head["instances"]) if head else []
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_a_short_storm_of_every_fault_breaks_no_promise(tmp_path: Path) -> None:
     report = tmp_path / "report.json"

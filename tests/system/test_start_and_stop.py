@@ -73,6 +73,7 @@ def test_the_end_leaves_no_process_no_socket_and_no_shared_memory(
     asyncio.run(scenario())
 
 
+@pytest.mark.long
 def test_components_started_one_by_one_and_last_first_find_each_other(topology_file: Callable[..., Path]) -> None:
     path = with_keys(topology_file(api={"port": free_port(), "keys_file": "keys"}))
     names = [component.name for component in load_topology(path).components][::-1]

@@ -93,6 +93,7 @@ def test_a_process_has_its_children() -> None:
     assert os.getppid() not in processes.children_of(os.getpid())
 
 
+@pytest.mark.long
 def test_every_process_of_a_cluster_is_measured_after_its_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "SIZE", "64x64")
     make_model(tmp_path / "model", Family.FLUX, progress=False)

@@ -218,6 +218,7 @@ SHOWN = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_a_row_measures(row: object, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
