@@ -52,11 +52,11 @@ PRELOAD: Final = (
 """
 
 
-DESCRIBE_MODEL: Final = "engines.routes:describe"
+DESCRIBE_MODEL: Final = "roles.weights:describe_model"
 """Says how a model would be served; it imports the large libraries."""
 
-Describe = Callable[..., tuple[str, str]]
-"""`(folder of the model, task=..., in_parts=...)`: in processes of their own? Returns how, and a problem or ""."""
+Describe = Callable[["Topology"], tuple[str, str]]
+"""Returns how the model of a topology would be served, and a problem or ""."""
 
 
 def load_describe() -> Describe:

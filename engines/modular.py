@@ -107,13 +107,13 @@ class ModularParts:
         return crossing(state.values, state.kwargs_mapping, [self._split.parts[panel] for panel in later])
 
 
-def load_modular(model: Path, panels: tuple[Panel, ...], placement: Placement, task: str = "") -> ModularParts:
-    """Load the blocks of some panels, for a task; "" is that of the model's card.
+def load_modular(model: Path, panels: tuple[Panel, ...], placement: Placement) -> ModularParts:
+    """Load the blocks of some panels.
 
     Raises:
         ModelError: The model cannot be served; the sentence says why.
     """
-    split = load_split(model, task)
+    split = load_split(model, placement.options)
     if problem := geometry_problem(split):
         raise ModelError(problem)
     pipeline = split.pipeline(joined(split.parts[panel] for panel in panels))

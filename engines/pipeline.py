@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol, cast
 
@@ -20,6 +19,7 @@ from engines.conversion import DTYPE, converted
 from engines.lora import LORA, LORA_SCALE, PARAMETERS, Choice, LoraFile, check_lora, choose
 from engines.modular import load_modular
 from engines.offload import Offload, Resting
+from engines.options import DEFAULTS, ModelOptions
 from engines.panels import ModelError, Panel
 from engines.parameters import Signature, names
 from engines.placing import Placement
@@ -113,7 +113,7 @@ class PanelPipeline:
         quantization: str = Quantization.NONE,
         offload: str = Offload.NONE,
         adapters: tuple[LoraFile, ...] = (),
-        task: str = "",
+        options: ModelOptions = DEFAULTS,
     ) -> PanelPipeline:
         """Load the panels of a model.
 
@@ -126,7 +126,7 @@ class PanelPipeline:
                 they are.
             offload: What rests in the memory of the host, an `Offload`.
             adapters: LoRA files that requests may choose of, of distinct names.
-            task: A workflow of the pipeline, or "any", in place of that of the model's card; "" for that.
+            options: How it is read and cut.
 
         Raises:
             ModelError: The model cannot be served; the sentence says why.
@@ -135,11 +135,11 @@ class PanelPipeline:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         panels = tuple(panel for panel in Panel if panel in panels)
-        route = route_for(model, task)
+        route = route_for(model, options)
         read = Adapters.read(model, adapters)
-        placement = Placement(dtype, device, Quantization(quantization), Offload(offload), read)
+        placement = Placement(dtype, device, Quantization(quantization), Offload(offload), read, options)
         loaders: dict[Route, Callable[[Path, tuple[Panel, ...], Placement], Parts]] = {
-            Route.MODULAR: partial(load_modular, task=task),
+            Route.MODULAR: load_modular,
             Route.CLASSIC: load_classic,
             Route.MONOLITHIC: load_whole,
         }

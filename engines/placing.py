@@ -9,6 +9,7 @@ import torch
 
 from engines.adapters import Adapters
 from engines.offload import HOST, Offload, Resting, offload
+from engines.options import DEFAULTS, ModelOptions
 from engines.panels import ModelError
 from engines.quantization import Quantization, nbytes, quantize
 
@@ -42,6 +43,7 @@ class Placement:
         quantization: What those of linear layers are held as.
         offload: Where they rest.
         adapters: To be loaded into them.
+        options: How the model is read and cut.
 
     Attributes:
         read_bytes: What the weights took as they were read, adapters not counted.
@@ -55,12 +57,14 @@ class Placement:
         quantization: Quantization = Quantization.NONE,
         offload: Offload = Offload.NONE,
         adapters: Adapters | None = None,
+        options: ModelOptions = DEFAULTS,
     ) -> None:
         self.dtype = dtype
         self.device = device
         self.quantization = quantization
         self.offload = offload
         self.adapters = adapters or Adapters()
+        self.options = options
         self.read_bytes = 0
         self.held_bytes = 0
 

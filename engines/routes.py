@@ -12,6 +12,7 @@ import diffusers
 from engines.anatomy import anatomy
 from engines.card import load_index
 from engines.loading import geometry_problem
+from engines.options import DEFAULTS, ModelOptions
 from engines.panels import ModelError, Panel
 from engines.split import load_split, modular_class
 
@@ -38,12 +39,12 @@ def route_of(index: Mapping[str, object]) -> Route:
     return _without_blocks(index)
 
 
-def route_for(model: Path, task: str = "") -> Route:
+def route_for(model: Path, options: ModelOptions = DEFAULTS) -> Route:
     """Choose the route for a model.
 
     Args:
         model: Its folder.
-        task: That was chosen, "" for none.
+        options: How it is cut.
 
     Raises:
         ModelError: It is no model, or diffusers has no such pipeline, or one that has no tasks to choose of.
@@ -53,9 +54,9 @@ def route_for(model: Path, task: str = "") -> Route:
     named = getattr(diffusers, str(index["_class_name"]), None)
     has_both = route is Route.MODULAR and issubclass(named or object, diffusers.DiffusionPipeline)
     # A few pipelines know a VAE that their blocks do not: without blocks they make the right size.
-    if has_both and geometry_problem(load_split(model, task)):
+    if has_both and geometry_problem(load_split(model, options)):
         route = _without_blocks(index)
-    if task and route is not Route.MODULAR:
+    if options.task and route is not Route.MODULAR:
         raise ModelError(f"{index['_class_name']} has no tasks to choose of: leave out [model] task.")
     return route
 
@@ -73,12 +74,12 @@ def check_panels(route: Route, index: Mapping[str, object], model: Path, panels:
         )
 
 
-def describe(model: Path, *, task: str, in_parts: bool) -> tuple[str, str]:
+def describe(model: Path, options: ModelOptions, *, in_parts: bool) -> tuple[str, str]:
     """Say how a model would be served, without loading it.
 
     Args:
         model: Its folder.
-        task: In place of that of its card, "" for that.
+        options: How it is cut.
         in_parts: Whether panels have processes of their own.
 
     Returns:
@@ -86,9 +87,9 @@ def describe(model: Path, *, task: str, in_parts: bool) -> tuple[str, str]:
     """
     try:
         index = load_index(model)
-        route = route_for(model, task)
+        route = route_for(model, options)
         if route is Route.MODULAR:
-            load_split(model, task)
+            load_split(model, options)
         check_panels(route, index, model, [Panel.ENCODER] if in_parts else list(Panel))
     except ModelError as error:
         return "", str(error)

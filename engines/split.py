@@ -17,6 +17,7 @@ from diffusers.modular_pipelines.modular_pipeline import MODULAR_PIPELINE_MAPPIN
 from diffusers.pipelines.auto_pipeline import _get_model
 
 from engines.card import INDEX_NAMES, load_card, load_index
+from engines.options import DEFAULTS, ModelOptions
 from engines.panels import ModelError, Panel
 
 KWARGS_MAPPING: Final = "kwargs_mapping"
@@ -63,18 +64,18 @@ class Split:
             raise ModelError(f"The index of {self.model} cannot be followed: {error}") from error
 
 
-def load_split(model: Path, task: str = "") -> Split:
+def load_split(model: Path, options: ModelOptions = DEFAULTS) -> Split:
     """Read what a model folder is, and cut its pipeline; loads no weights.
 
     Args:
         model: The folder.
-        task: In place of that of the model's card, "" for that.
+        options: How it is cut.
 
     Raises:
         ModelError: It is no such folder, or its pipeline cannot be cut.
     """
     index = load_index(model)
-    card = load_card(model, task)
+    card = load_card(model, options.task)
     found = pipeline_class(index, model)
     whole = _blocks_class(found, index)()
     missing = {

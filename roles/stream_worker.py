@@ -38,7 +38,7 @@ from roles.messages.device import (
 from roles.messages.work import Pictures, Renewal, Work
 from roles.resolve import has_files, resolve
 from roles.uploads import UPLOADS, UploadStore
-from roles.weights import lora_files, weights_facts
+from roles.weights import lora_files, model_options, weights_facts
 from roles.workload import PANELS
 from roles.workspace import Premises
 
@@ -184,7 +184,7 @@ class StreamWorker(Actor):
             quantization=component.quantization,
             offload=component.offload,
             adapters=lora_files(topology),
-            task=topology.model.task,
+            options=model_options(topology),
         )
         if device.type == "cuda":
             devices.warm_up(device, dtype)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from actors import Topology
 from engines.lora import LoraFile
+from engines.options import ModelOptions
 from engines.placing import Placement
 from engines.quantization import Quantization
+from engines.routes import describe
 
 
 def lora_files(topology: Topology) -> tuple[LoraFile, ...]:
@@ -19,6 +21,17 @@ def lora_files(topology: Topology) -> tuple[LoraFile, ...]:
         )
         for lora in topology.model.lora
     )
+
+
+def model_options(topology: Topology) -> ModelOptions:
+    """How the topology wants its model read and cut."""
+    return ModelOptions(task=topology.model.task)
+
+
+def describe_model(topology: Topology) -> tuple[str, str]:
+    """Say how the model of a topology would be served, and a problem or ""; see `engines.routes.describe`."""
+    in_parts = all(role.kind != "monolithic" for role in topology.roles)
+    return describe(topology.model_path, model_options(topology), in_parts=in_parts)
 
 
 def weights_facts(placement: Placement) -> dict[str, object]:

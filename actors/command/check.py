@@ -45,10 +45,9 @@ def check(
 
 def show_model(topology: Topology) -> None:
     """Print how the model of a topology would be served; exits with 2 when it cannot be."""
-    in_parts = all(role.kind != "monolithic" for role in topology.roles)
     try:
         os.environ.update({name: level for name, level in QUIET.items() if name not in os.environ})
-        sentence, problem = load_describe()(topology.model_path, task=topology.model.task, in_parts=in_parts)
+        sentence, problem = load_describe()(topology)
     except StartFailure as error:
         fail(str(error), EXIT_BAD_TOPOLOGY)
     if problem:

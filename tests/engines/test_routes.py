@@ -10,6 +10,7 @@ import diffusers
 import pytest
 
 from engines.anatomy import anatomy
+from engines.options import DEFAULTS
 from engines.panels import ModelError, Panel
 from engines.routes import Route, classic_class, describe, route_of
 
@@ -134,6 +135,6 @@ def test_an_index_that_names_no_component_is_a_sentence(tmp_path: Path, named: l
     (tmp_path / "model_index.json").write_text(
         json.dumps(index("Flux", vae=named, text_encoder_2=TEXT, tokenizer_2=TEXT))
     )
-    sentence, problem = describe(tmp_path, task="", in_parts=True)
+    sentence, problem = describe(tmp_path, DEFAULTS, in_parts=True)
     assert sentence == ""
     assert str(tmp_path) in problem

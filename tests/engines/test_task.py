@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from engines.card import load_card
+from engines.options import ModelOptions
 from engines.panels import ModelError, Panel
 from engines.pipeline import PanelPipeline
 from engines.routes import describe
@@ -23,7 +24,7 @@ SMALL = {"prompt": "a ship", "height": 64, "width": 64, "num_inference_steps": 3
 
 
 def load(model: Path, task: str) -> PanelPipeline:
-    return PanelPipeline.load(model, tuple(Panel), dtype=torch.float32, device=CPU, task=task)
+    return PanelPipeline.load(model, tuple(Panel), dtype=torch.float32, device=CPU, options=ModelOptions(task=task))
 
 
 def make(pipeline: PanelPipeline, **inputs: Any) -> Image.Image:
@@ -57,7 +58,7 @@ def test_a_task_that_a_pipeline_has_not_is_an_error_that_lists_those_that_it_has
 ) -> None:
     with pytest.raises(ModelError, match="text2image, image2image"):
         load(models("flux-kl"), "text2video")
-    assert "text2image, image2image" in describe(models("flux-kl"), task="text2video", in_parts=True)[1]
+    assert "text2image, image2image" in describe(models("flux-kl"), ModelOptions(task="text2video"), in_parts=True)[1]
     make_classic(tmp_path / "pixart", Classic.PIXART)
     with pytest.raises(ModelError, match="no tasks to choose of"):
         load(tmp_path / "pixart", "text2image")

@@ -1,0 +1,17 @@
+"""How a model is read and cut: what a topology may say of it beside its folder. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+
+class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The same for every process that serves a model; the defaults serve it as its files say."""
+
+    task: str = ""
+    """A workflow of the pipeline, or "any", in place of that of the model's card; "" for that."""
+
+
+DEFAULTS: Final = ModelOptions()
