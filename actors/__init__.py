@@ -9,7 +9,7 @@ from actors.actor import Actor
 from actors.addresses import AddressBook
 from actors.errors import ActorCrashed, StartDelayed, StartFailure, TopologyError
 from actors.later import Later
-from actors.topology import Component, Topology, load_topology
+from actors.topology import Component, Model, Topology, load_topology
 
 if TYPE_CHECKING:
     from actors.cluster import launch
@@ -20,6 +20,7 @@ __all__ = [
     "AddressBook",
     "Component",
     "Later",
+    "Model",
     "StartDelayed",
     "StartFailure",
     "Topology",

@@ -10,7 +10,7 @@ from actors.errors import StartFailure
 
 if TYPE_CHECKING:
     from actors.actor import Actor
-    from actors.topology import Component, Topology
+    from actors.topology import Component, Model, Topology
 
 Builder = Callable[["Component", "Topology"], "list[Actor]"]
 """Makes the actors of a component. The first is the component itself, the others are called NAME.something."""
@@ -55,8 +55,8 @@ PRELOAD: Final = (
 DESCRIBE_MODEL: Final = "roles.weights:describe_model"
 """Says how a model would be served; it imports the large libraries."""
 
-Describe = Callable[["Topology"], tuple[str, str]]
-"""Returns how the model of a topology would be served, and a problem or ""."""
+Describe = Callable[["Model"], tuple[str, str]]
+"""Returns how a model would be served, and a problem or ""."""
 
 
 def load_describe() -> Describe:

@@ -26,7 +26,8 @@ def write_with_overrides(file: Path, overrides: Mapping[str, Mapping[str, Any]],
     except (OSError, ValueError) as error:
         raise TopologyError(str(file), "", f"cannot be read ({error})", "give a topology file") from error
     changed = merge(str(file), tables, overrides)
-    _make_absolute(changed.get("model", {}), file.parent)
+    for model in (changed.get("model", {}), *changed.get("models", [])):
+        _make_absolute(model, file.parent)
     _make_absolute(changed.get("state", {}), file.parent)
     _make_absolute(changed.get("api", {}), file.parent)
     changed.setdefault("state", {}).setdefault("path", str(folder / "state"))
@@ -38,19 +39,31 @@ def write_with_overrides(file: Path, overrides: Mapping[str, Mapping[str, Any]],
 
 
 def merge(file: str, tables: dict[str, Any], overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The tables with the keys of `overrides` put over theirs; roles are found by name or kind. Pure."""
-    merged = {key: dict(table) for key, table in tables.items() if key != "roles"}
-    roles = {role.get("name") or role.get("kind"): dict(role) for role in tables.get("roles", [])}
+    """The tables with the keys of `overrides` put over theirs. Pure.
+
+    Models are found by name, roles by name or kind.
+    """
+    merged = {key: dict(table) for key, table in tables.items() if not isinstance(table, list)}
+    lists = {key: rows for key, rows in tables.items() if isinstance(rows, list)}
     for section, keys in overrides.items():
-        if section != "roles":
+        if section in ("roles", "models"):
+            lists[section] = _merge_rows(file, section, lists.get(section, []), keys)
+        else:
             merged.setdefault(section, {}).update(keys)
-            continue
-        for name, changes in keys.items():
-            if name not in roles:
-                problem = f"of the overrides name {name}, which is not there"
-                raise TopologyError(file, "[[roles]]", problem, did_you_mean(name, map(str, roles)))
-            roles[name].update(changes)
-    return merged | ({"roles": list(roles.values())} if roles else {})
+    return merged | lists
+
+
+def _merge_rows(file: str, key: str, rows: list[Any], overrides: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+    named = {row.get("name") or row.get("kind"): dict(row) for row in rows}
+    for name, changes in overrides.items():
+        if name not in named:
+            problem = f"of the overrides name {name}, which is not there"
+            raise TopologyError(file, f"[[{key}]]", problem, did_you_mean(name, map(str, named)))
+        row, plain = named[name], dict(changes)
+        if key == "models" and "roles" in plain:
+            row["roles"] = _merge_rows(file, "models.roles", row.get("roles", []), plain.pop("roles"))
+        row.update(plain)
+    return list(named.values())
 
 
 def to_toml(tables: Mapping[str, Any]) -> str:

@@ -56,10 +56,17 @@ class Owner(msgspec.Struct, frozen=True, kw_only=True):
     """Its folder of state."""
     run_dir: str
     """Its folder of sockets."""
-    model: ModelIdentity | None
-    """What it serves; None where the folder of the model is not there."""
     pid: int
     """The supervisor that wrote this down."""
+    models: tuple[ModelIdentity, ...] = ()
+    """What it serves, without those whose folders are not there."""
+    model: ModelIdentity | None = None
+    """The same of an earlier version, which served one."""
+
+    @property
+    def known(self) -> tuple[ModelIdentity, ...]:
+        """All that it is known to serve."""
+        return self.models or tuple(filter(None, (self.model,)))
 
 
 def identity_of(model: Path) -> ModelIdentity | None:
@@ -94,16 +101,17 @@ def identity_of(model: Path) -> ModelIdentity | None:
 def refused_heir(before: Owner | None, now: Owner) -> str:
     """Why `now` may not take over the state that `before` has left, "" if it may. Pure.
 
-    Another file with the same model is a copy, or the same one moved. The same file with another model goes on: what
-    it had accepted for the other model is failed by the head, in words.
+    Another file with the same model, or with one of the same, is a copy, or the same one moved. The same file with
+    another model goes on: what it had accepted for the other model is failed by the head, in words.
     """
-    if before is None or before.topology == now.topology:
+    if before is None or before.topology == now.topology or not before.known or not now.known:
         return ""
-    if before.model is None or now.model is None or before.model.is_same(now.model):
+    if any(model.is_same(other) for model in before.known for other in now.known):
         return ""
+    paths = " and ".join(model.path for model in before.known)
     return (
         f"the state folder {now.state_dir} holds the requests and results of {before.topology}, of the model "
-        f"{before.model.path}: give {now.topology} a folder of its own with [state] path or TRIPTYCH_STATE_DIR, or "
+        f"{paths}: give {now.topology} a folder of its own with [state] path or TRIPTYCH_STATE_DIR, or "
         "move that folder away"
     )
 
@@ -168,8 +176,8 @@ def _take(descriptor: int, owner: Owner) -> None:
         before = _read(descriptor)
         if reason := refused_heir(before, owner):
             raise StateBelongsToAnother(reason)
-        if before is not None and owner.model is None:  # the api alone, without the model
-            owner = msgspec.structs.replace(owner, model=before.model)
+        if before is not None and not owner.known:  # the api alone, without the model
+            owner = msgspec.structs.replace(owner, models=before.known)
         data = msgspec.json.encode(owner)
         os.pwrite(descriptor, data, 0)
         os.ftruncate(descriptor, len(data))

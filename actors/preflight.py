@@ -12,7 +12,7 @@ from actors.errors import TopologyError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from actors.topology import Component, Topology
+    from actors.topology import Component, Model, Topology
 
 _DEVICES: Final = ("nvidia[0-9]*", "nvidiactl", "kfd", "dxg")  # NVIDIA, AMD, and either of them under Windows
 
@@ -26,8 +26,9 @@ def preflight(topology: Topology, components: Sequence[Component], *, file: str 
     file = file or str(topology.path)
     kinds = {component.kind for component in components}
     if kinds - {"api"}:
-        _check_model(topology, file)
-        _check_loras(topology, file)
+        for model in topology.models:
+            _check_model(topology, model, file)
+            _check_loras(topology, model, file)
     if "api" in kinds:
         _check_keys(topology, file)
     if any(component.quantization != "none" for component in components) and not _is_installed("torchao"):
@@ -48,20 +49,22 @@ def has_accelerator(devices: Path = Path("/dev")) -> bool:
     return any(True for pattern in _DEVICES for _ in devices.glob(pattern))
 
 
-def _check_model(topology: Topology, file: str) -> None:
-    folder = topology.model_path
+def _check_model(topology: Topology, model: Model, file: str) -> None:
+    folder = model.path
     if folder.is_dir():
         return
     problem = "is a file" if folder.exists() else "does not exist"
     fix = "give the folder of a model, relative to the topology file or absolute"
-    raise TopologyError(file, f'[model] path = "{topology.model.path}"', f"{problem} ({folder})", fix)
+    where = "[model]" if len(topology.models) == 1 else f'[[models]] "{model.name}"'
+    raise TopologyError(file, f'{where} path = "{model.section.path}"', f"{problem} ({folder})", fix)
 
 
-def _check_loras(topology: Topology, file: str) -> None:
-    for lora in topology.model.lora:
+def _check_loras(topology: Topology, model: Model, file: str) -> None:
+    for lora in model.section.lora:
         for key, written in (("path", lora.path), ("path_2", lora.path_2)):
-            path = topology.lora_path(written)
-            where = f'[[model.lora]] {key} = "{written}"'
+            path = model.absolute(written)
+            table = "[[model.lora]]" if len(topology.models) == 1 else f'[[models.lora]] of "{model.name}"'
+            where = f'{table} {key} = "{written}"'
             if (key, written) == ("path_2", ""):
                 continue
             if not path.exists():

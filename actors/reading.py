@@ -10,7 +10,7 @@ import msgspec
 from msgspec import NODEFAULT
 
 from actors.errors import TopologyError
-from actors.sections import RoleSection, Section, Sections
+from actors.sections import ModelSection, RoleSection, Section, Sections
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -27,13 +27,29 @@ def read_sections(file: Path) -> Sections:
     name = str(file)
     fields = {field.name: field.type for field in msgspec.structs.fields(Sections)}
     for key in tables:
-        if key not in fields:
-            raise TopologyError(name, f"[{key}]", "is not a section of a topology", did_you_mean(key, fields))
-    if "model" not in tables:
-        raise TopologyError(name, "", "has no [model] section", 'add [model] with path = "the folder of a model"')
-    roles = _decode_all(name, "roles", tables.pop("roles", []), RoleSection, "kind")
+        if key not in (known := ("model", "roles", *fields)):
+            raise TopologyError(name, f"[{key}]", "is not a section of a topology", did_you_mean(key, known))
+    models = _models(name, tables)
     decoded = {key: _decode(name, f"[{key}]", table, fields[key]) for key, table in tables.items()}
-    return Sections(roles=roles, **decoded)
+    return Sections(models=models, **decoded)
+
+
+def _models(file: str, tables: dict[str, Any]) -> tuple[ModelSection, ...]:
+    """Take the models, with their roles, out of the tables."""
+    if "models" in tables:
+        for key in ("model", "roles"):
+            if key in tables:
+                written = "[model]" if key == "model" else "[[roles]]"
+                fix = "write each model as a [[models]] with [[models.roles]] below it"
+                raise TopologyError(file, written, "stands beside [[models]]", fix)
+        models = _decode_all(file, "models", tables.pop("models"), ModelSection, "model")
+        if models:
+            return models
+    if "model" not in tables:
+        raise TopologyError(file, "", "has no [model] section", 'add [model] with path = "the folder of a model"')
+    model = _decode(file, "[model]", tables.pop("model"), ModelSection)
+    roles = _decode_all(file, "roles", tables.pop("roles", []), RoleSection, "kind")
+    return (msgspec.structs.replace(model, roles=(*model.roles, *roles)),)
 
 
 def did_you_mean(key: str, known: Iterable[str]) -> str:
@@ -56,11 +72,11 @@ def _parse(file: Path) -> dict[str, Any]:
         raise TopologyError(str(file), "", f"is not TOML ({error})", "correct it there") from error
 
 
-def _decode_all(file: str, where: str, tables: object, section: type[S], each: str) -> tuple[S, ...]:
+def _decode_all(file: str, key: str, tables: object, section: type[S], each: str, within: str = "") -> tuple[S, ...]:
     if not isinstance(tables, list):
-        raise TopologyError(file, f"[{where}]", "is written as one table", f"write [[{where}]], once for each {each}")
+        raise TopologyError(file, f"[{key}]", "is written as one table", f"write [[{key}]], once for each {each}")
     return tuple(
-        _decode(file, f"[[{where}]] no. {number}", table, section) for number, table in enumerate(tables, start=1)
+        _decode(file, f"[[{key}]] no. {number}{within}", table, section) for number, table in enumerate(tables, start=1)
     )
 
 
@@ -74,7 +90,9 @@ def _decode(file: str, where: str, table: object, section: type[S]) -> S:
     values = {}
     for key, field in fields.items():
         if key in table and (inner := _section_of(field.type)):
-            values[key] = _decode_all(file, f"{where.strip('[]')}.{key}", table[key], inner, "one")
+            outer = where.partition("]")[0].strip("[")
+            within = f" of {where}" if where.startswith("[[") else ""
+            values[key] = _decode_all(file, f"{outer}.{key}", table[key], inner, "one", within)
         elif key in table:
             values[key] = _value(file, f"{where} {key}", table[key], field.type)
         elif field.default is NODEFAULT:

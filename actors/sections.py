@@ -27,6 +27,13 @@ RoleName = Annotated[
     ),
 ]
 
+ModelName = Annotated[
+    str,
+    Meta(
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]{0,63})?$",
+        description="at most 64 letters, digits, _, . and -, starting with a letter or digit",
+    ),
+]
 LoraName = Annotated[
     str,
     Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="1 to 64 letters, digits, _, . and -"),
@@ -63,10 +70,13 @@ class LoraSection(Section, frozen=True):
 
 
 class ModelSection(Section, frozen=True):
-    """`[model]`: what is served."""
+    """`[model]`: what is served; or one `[[models]]` entry, where it is more than one model."""
 
     path: str
-    """Folder of the model, relative to the topology file. `Topology.model_path` is the absolute one."""
+    """Folder of the model, relative to the topology file. `Model.path` is the absolute one."""
+    name: ModelName = ""
+    """What requests give as `model`, which each `[[models]]` entry has to say; "" = the name in the model's card, else
+    that of its folder."""
     dtype: Dtype = "bfloat16"
     """Type of the weights and of the computation."""
     task: str = ""
@@ -74,9 +84,12 @@ class ModelSection(Section, frozen=True):
     "" = that of the model's card, else the first that needs just a prompt."""
     prompt_cache: str = ""
     """Memory in the encoders' pool for what they made, kept for requests of the same prompt: "" = a quarter of
-    `[transfer] pool_size`, "0" = none, else a size of at most half of it. Without encoders there is none."""
+    `[transfer] pool_size`, shared out among the models, "0" = none, else a size; together they take at most half of it.
+    Without encoders there is none."""
     lora: tuple[LoraSection, ...] = ()
     """Adapters, each loaded by every instance when it starts; see `LoraSection`."""
+    roles: tuple[RoleSection, ...] = ()
+    """The processes that serve it; see `RoleSection`. Those of `[model]` are written `[[roles]]`."""
 
 
 class ApiSection(Section, frozen=True):
@@ -208,7 +221,7 @@ class StateSection(Section, frozen=True):
 
 
 class RoleSection(Section, frozen=True):
-    """One `[[roles]]` entry: `count` equal instances of a panel."""
+    """One `[[roles]]` entry, with several models a `[[models.roles]]` entry: `count` equal instances of a panel."""
 
     kind: RoleKind
     """The panel, or `monolithic` for the whole pipeline in one process."""
@@ -219,7 +232,7 @@ class RoleSection(Section, frozen=True):
     slots: Count = 2
     """Requests that one instance takes at a time."""
     name: RoleName = ""
-    """Instances are called NAME-0, NAME-1, ...; "" = the kind."""
+    """Instances are called NAME-0, NAME-1, ...; "" = the kind, with several models MODEL-KIND."""
     port: PortOrRule = 0
     """Bus port of the first instance, counting up over `count`; 0 = by the rule at `[head] port`."""
     restart: Literal["permanent", "transient", "temporary"] = "permanent"
@@ -255,18 +268,18 @@ def parse_rate(text: str) -> tuple[int, float]:
     return int(match[1]), _PERIODS[match[2]]
 
 
-def cache_size(text: str, pool_bytes: int) -> int:
-    """Bytes of a prompt cache; raises `ValueError` as `parse_size` does."""
+def cache_size(text: str, pool_bytes: int, models: int = 1) -> int:
+    """Bytes of the prompt cache of one of `models` models; raises `ValueError` as `parse_size` does."""
     if not text:
-        return pool_bytes // 4
+        return pool_bytes // 4 // models
     return 0 if text.strip() == "0" else parse_size(text)
 
 
 class Sections(msgspec.Struct, frozen=True, kw_only=True):
     """The whole file, decoded but not yet checked against itself."""
 
-    model: ModelSection
-    roles: tuple[RoleSection, ...]
+    models: tuple[ModelSection, ...]
+    """Of `[model]` and `[[roles]]`, or of `[[models]]`."""
     api: ApiSection = ApiSection()
     head: HeadSection = HeadSection()
     transfer: TransferSection = TransferSection()

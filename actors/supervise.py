@@ -107,7 +107,7 @@ class Supervision:
                 topology=str(topology.path),
                 state_dir=str(topology.state_dir.resolve()),
                 run_dir=str(topology.run_dir),
-                model=identity_of(topology.model_path),
+                models=tuple(filter(None, (identity_of(model.path) for model in topology.models))),
                 pid=os.getpid(),
             )
             held.enter_context(owned(topology.state_dir, owner, keep=True))

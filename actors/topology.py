@@ -27,7 +27,7 @@ from actors.sections import (
     TransferSection,
     cache_size,
 )
-from actors.topology_checks import check_components, check_sections
+from actors.topology_checks import check_components, check_sections, role_name
 
 ComponentKind = Literal["pool", "encoder", "denoiser", "decoder", "monolithic", "head", "api"]
 
@@ -39,6 +39,8 @@ class Component(msgspec.Struct, frozen=True, kw_only=True):
     """"head", "api", "denoiser-0", "pool", or with mooncake "pool-encoder", "pool-denoiser", "pool-decoder"."""
     kind: ComponentKind
     """What it is; see `actors.components`."""
+    model: str = ""
+    """Name of the model that it serves, as `Model.name`; "" for a pool, the head and the API, which serve all."""
     address: str
     """Where its first actor's mailbox is: `ipc:///path` or `tcp://host:port`."""
     port: int
@@ -66,17 +68,48 @@ class Component(msgspec.Struct, frozen=True, kw_only=True):
         return self.device.startswith("cuda")
 
 
+class Model(msgspec.Struct, frozen=True, kw_only=True):
+    """One model of a system, and where its files are."""
+
+    section: ModelSection
+    """What the file says of it."""
+    folder: Path
+    """That of the topology file, which its paths are relative to."""
+    prompt_cache_bytes: int = 0
+    """What its prompt cache may take of the encoders' pool; 0 where it is off, or nothing is encoded apart."""
+
+    @property
+    def name(self) -> str:
+        """What requests give as `model`; "" where the topology does not say, and it is the only model then."""
+        return self.section.name
+
+    @property
+    def path(self) -> Path:
+        """Absolute folder of the model."""
+        return self.absolute(self.section.path)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Absolute places of what instances load: the model's folder, then adapters."""
+        loras = [path for lora in self.section.lora for path in (lora.path, lora.path_2) if path]
+        return (self.path, *(self.absolute(path) for path in loras))
+
+    def absolute(self, path: str) -> Path:
+        """Absolute place of a file or folder that the topology names."""
+        return (self.folder / Path(path).expanduser()).resolve()
+
+
 class Topology(msgspec.Struct, frozen=True, kw_only=True):
     """A checked topology; see `actors.sections` for the keys of each section."""
 
-    model: ModelSection
+    models: tuple[Model, ...]
+    """At least one; the first is that of requests that name none."""
     api: ApiSection
     head: HeadSection
     transfer: TransferSection
     supervision: SupervisionSection
     bus: BusSection
     state: StateSection
-    roles: tuple[RoleSection, ...]
     components: tuple[Component, ...]
     """In start order: pools, role instances, head, api."""
     path: Path
@@ -87,21 +120,6 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
     """Folder of everything that outlives the processes."""
 
     @property
-    def model_path(self) -> Path:
-        """Absolute folder of the model."""
-        return (self.path.parent / Path(self.model.path).expanduser()).resolve()
-
-    def lora_path(self, path: str) -> Path:
-        """Absolute place of an adapter's file or folder."""
-        return (self.path.parent / Path(path).expanduser()).resolve()
-
-    @property
-    def model_files(self) -> tuple[Path, ...]:
-        """Absolute places of what instances load: the model's folder, then adapters."""
-        loras = [path for lora in self.model.lora for path in (lora.path, lora.path_2) if path]
-        return (self.model_path, *(self.lora_path(path) for path in loras))
-
-    @property
     def keys_path(self) -> Path | None:
         """Absolute place of the file of API keys; None without keys."""
         return (self.path.parent / Path(self.api.keys_file).expanduser()).resolve() if self.api.keys_file else None
@@ -110,13 +128,6 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
     def engine(self) -> Literal["shm", "mooncake"]:
         """The transfer engine that "auto" stands for here."""
         return "mooncake" if self.transfer.engine == "mooncake" else "shm"
-
-    @property
-    def prompt_cache_bytes(self) -> int:
-        """What the prompt cache may take of the encoders' pool; 0 where it is off, or nothing is encoded apart."""
-        if all(role.kind != "encoder" for role in self.roles):
-            return 0
-        return cache_size(self.model.prompt_cache, self.transfer.pool_bytes)
 
     @property
     def url(self) -> str:
@@ -131,6 +142,10 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
                 return component
         known = ", ".join(component.name for component in self.components)
         raise UnknownName(f"no component is called {name!r} in {self.path}; there are {known}")
+
+    def model_of(self, component: Component) -> Model:
+        """The model that a role serves."""
+        return next(model for model in self.models if model.name == component.model)
 
 
 def load_topology(path: Path | str) -> Topology:
@@ -147,14 +162,13 @@ def load_topology(path: Path | str) -> Topology:
     components = _components(sections, run_dir)
     check_components(str(file), sections, components)
     return Topology(
-        model=sections.model,
+        models=_models(sections, absolute.parent),
         api=sections.api,
         head=sections.head,
         transfer=sections.transfer,
         supervision=sections.supervision,
         bus=sections.bus,
         state=sections.state,
-        roles=sections.roles,
         components=components,
         path=absolute,
         run_dir=run_dir,
@@ -162,34 +176,44 @@ def load_topology(path: Path | str) -> Topology:
     )
 
 
+def _models(sections: Sections, folder: Path) -> tuple[Model, ...]:
+    models = []
+    for section in sections.models:
+        encodes_apart = any(role.kind == "encoder" for role in section.roles)
+        nbytes = cache_size(section.prompt_cache, sections.transfer.pool_bytes, len(sections.models))
+        models.append(Model(section=section, folder=folder, prompt_cache_bytes=nbytes if encodes_apart else 0))
+    return tuple(models)
+
+
 def _components(sections: Sections, run_dir: Path) -> tuple[Component, ...]:
-    bus, head, transfer, roles = sections.bus, sections.head, sections.transfer, sections.roles
+    bus, head, transfer = sections.bus, sections.head, sections.transfer
+    roles = [(model, role) for model in sections.models for role in model.roles]
     rows: list[Component] = []
 
-    def add(name: str, kind: ComponentKind, port: int = 0, role: RoleSection | None = None, index: int = 0) -> None:
+    def add(name: str, kind: ComponentKind, port: int = 0, index: int = 0) -> Component:
         others = sum(row.kind != "head" for row in rows)
         bound = port or (head.port if kind == "head" else head.port + 1 + others)
         address = f"ipc://{run_dir}/{name}" if bus.transport == "ipc" else f"tcp://127.0.0.1:{bound}"
-        row = Component(name=name, kind=kind, address=address, port=bound, index=index)
-        if role is not None:
-            row = msgspec.structs.replace(
-                row,
+        rows.append(Component(name=name, kind=kind, address=address, port=bound, index=index))
+        return rows[-1]
+
+    for pool in dict.fromkeys(_pool_of(role, transfer) for _, role in roles):
+        if pool:
+            add(pool, "pool")
+    for model, role in roles:
+        for index in range(role.count):
+            name = f"{role_name(sections, model, role)}-{index}"
+            rows[-1] = msgspec.structs.replace(
+                add(name, role.kind, role.port and role.port + index, index),
+                model=model.name,
                 device=role.device,
                 slots=role.slots,
                 restart=role.restart,
                 pool=_pool_of(role, transfer),
-                dtype=role.dtype or sections.model.dtype,
+                dtype=role.dtype or model.dtype,
                 quantization=role.quantization,
                 offload=role.offload,
             )
-        rows.append(row)
-
-    for pool in dict.fromkeys(_pool_of(role, transfer) for role in roles):
-        if pool:
-            add(pool, "pool")
-    for role in roles:
-        for index in range(role.count):
-            add(f"{role.name or role.kind}-{index}", role.kind, role.port and role.port + index, role, index)
     add("head", "head")
     add("api", "api")
     return tuple(rows)

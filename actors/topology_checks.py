@@ -12,9 +12,13 @@ from actors.errors import TopologyError
 from actors.sections import LEAST_POOL_BYTES, PANELS, cache_size, parse_rate, parse_size
 
 if TYPE_CHECKING:
-    from actors.sections import Sections
+    from actors.sections import ModelSection, RoleSection, Sections
     from actors.topology import Component
 
+_UNSAFE: Final = re.compile(r"[^a-z0-9_-]")
+"""What the name of a component cannot have: a point in it would be taken for an actor within a process."""
+_LONGEST: Final = 32
+"""Letters that the name of a role can have, for the path of its socket to be short enough."""
 _HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|[0-9a-fA-F:]+")
 
 
@@ -25,9 +29,11 @@ def check_sections(file: str, sections: Sections) -> None:
     _check_size(file, sections)
     _check_cache(file, sections)
     _check_state(file, sections)
-    _check_kinds(file, sections)
+    _check_models(file, sections)
+    for model in sections.models:
+        _check_kinds(file, sections, model)
+        _check_loras(file, sections, model)
     _check_names(file, sections)
-    _check_loras(file, sections)
 
 
 def check_components(file: str, sections: Sections, components: tuple[Component, ...]) -> None:
@@ -41,6 +47,24 @@ def check_components(file: str, sections: Sections, components: tuple[Component,
         if other != component.name:
             problem = f"{component.port} is used twice, by {other} and by {component.name}"
             raise TopologyError(file, "port", problem, "give one of them another port")
+
+
+def role_name(sections: Sections, model: ModelSection, role: RoleSection) -> str:
+    """What the instances of a role are called, but for their numbers."""
+    if role.name or len(sections.models) == 1:
+        return role.name or role.kind
+    return f"{_UNSAFE.sub('-', model.name.lower())}-{role.kind}"
+
+
+def place_of(sections: Sections, model: ModelSection, key: str = "") -> str:
+    """How an error calls a key of a model, or the model itself."""
+    table = "[model]" if len(sections.models) == 1 else f'[[models]] "{model.name}"'
+    return f"{table} {key}".strip()
+
+
+def roles_of(sections: Sections, model: ModelSection) -> str:
+    """How an error calls the roles of a model."""
+    return "[[roles]]" if len(sections.models) == 1 else f'[[models.roles]] of "{model.name}"'
 
 
 def is_loopback(host: str) -> bool:
@@ -112,46 +136,66 @@ def _check_state(file: str, sections: Sections) -> None:
 
 
 def _check_cache(file: str, sections: Sections) -> None:
-    size, pool_size = sections.model.prompt_cache, sections.transfer.pool_size
-    try:
-        nbytes = cache_size(size, parse_size(pool_size))
-    except ValueError:
-        problem = f'= "{size}" is not a size'
-        fix = 'write it as in "64MiB", or "0" for none'
-        raise TopologyError(file, "[model] prompt_cache", problem, fix) from None
-    if nbytes > parse_size(pool_size) // 2:
-        problem = f'= "{size}" is more than half of [transfer] pool_size = "{pool_size}"'
-        fix = "make it smaller, or the pool larger"
-        raise TopologyError(file, "[model] prompt_cache", problem, fix)
+    pool_size, together = sections.transfer.pool_size, 0
+    for model in sections.models:
+        size, where = model.prompt_cache, place_of(sections, model, "prompt_cache")
+        try:
+            together += cache_size(size, parse_size(pool_size), len(sections.models))
+        except ValueError:
+            problem = f'= "{size}" is not a size'
+            fix = 'write it as in "64MiB", or "0" for none'
+            raise TopologyError(file, where, problem, fix) from None
+        if together > parse_size(pool_size) // 2:
+            besides = " with those before it" if len(sections.models) > 1 else ""
+            problem = f'= "{size}" is{besides} more than half of [transfer] pool_size = "{pool_size}"'
+            raise TopologyError(file, where, problem, "make it smaller, or the pool larger")
 
 
-def _check_kinds(file: str, sections: Sections) -> None:
-    kinds = {role.kind for role in sections.roles}
+def _check_models(file: str, sections: Sections) -> None:
+    if len(sections.models) == 1:
+        return
+    for number, model in enumerate(sections.models, start=1):
+        if not model.name:
+            fix = 'add name = "what requests are to give as model"'
+            raise TopologyError(file, f"[[models]] no. {number}", "lacks the key name", fix)
+    name, count = Counter(model.name for model in sections.models).most_common(1)[0]
+    if count > 1:
+        raise TopologyError(file, "[[models]]", f'use the name "{name}" {count} times', "give each a name of its own")
+
+
+def _check_kinds(file: str, sections: Sections, model: ModelSection) -> None:
+    kinds, where = {role.kind for role in model.roles}, roles_of(sections, model)
     if not kinds:
         fix = "add one for each of encoder, denoiser and decoder, or one monolithic"
-        raise TopologyError(file, "[[roles]]", "are missing", fix)
+        raise TopologyError(file, where, "are missing", fix)
     if "monolithic" in kinds:
         if kinds != {"monolithic"}:
             others = ", ".join(sorted(kinds - {"monolithic"}))
             fix = "keep either the panels or monolithic"
-            raise TopologyError(file, "[[roles]]", f"mix monolithic with {others}", fix)
+            raise TopologyError(file, where, f"mix monolithic with {others}", fix)
         return
     missing = [panel for panel in PANELS if panel not in kinds]
     if missing:
-        fix = f'add a [[roles]] with kind = "{missing[0]}"'
-        raise TopologyError(file, "[[roles]]", f"have no {' and no '.join(missing)}", fix)
+        header = "[[roles]]" if len(sections.models) == 1 else "[[models.roles]]"
+        fix = f'add a {header} with kind = "{missing[0]}"'
+        raise TopologyError(file, where, f"have no {' and no '.join(missing)}", fix)
 
 
 def _check_names(file: str, sections: Sections) -> None:
-    counts = Counter(role.name or role.kind for role in sections.roles)
-    name, count = counts.most_common(1)[0]
+    header = "[[roles]]" if len(sections.models) == 1 else "[[models.roles]]"
+    names = [role_name(sections, model, role) for model in sections.models for role in model.roles]
+    name, count = Counter(names).most_common(1)[0]
     if count > 1:
-        problem = f"use the name {name} {count} times"
-        raise TopologyError(file, "[[roles]]", problem, "give each a name of its own with name")
+        raise TopologyError(file, header, f"use the name {name} {count} times", "give each a name of its own with name")
+    for name in names:
+        if len(name) > _LONGEST or not name[0].isalpha():
+            problem = f"would be called {name}, which is no name of at most {_LONGEST} letters, digits, - and _"
+            raise TopologyError(file, header, problem, "give it a name of its own with name")
 
 
-def _check_loras(file: str, sections: Sections) -> None:
-    for name, count in Counter(lora.name for lora in sections.model.lora).items():
+def _check_loras(file: str, sections: Sections, model: ModelSection) -> None:
+    for name, count in Counter(lora.name for lora in model.lora).items():
         if count > 1:
+            where = "[[model.lora]]" if len(sections.models) == 1 else f'[[models.lora]] of "{model.name}"'
             problem = f'use the name "{name}" {count} times'
-            raise TopologyError(file, "[[model.lora]]", problem, "give each a name of its own")
+            raise TopologyError(file, where, problem, "give each a name of its own")

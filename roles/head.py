@@ -85,6 +85,7 @@ class Head(Actor):
     def __init__(self, topology: Topology) -> None:
         super().__init__("head")
         self.topology = topology
+        self.model = topology.models[0]
         settings = topology.head
         self.ledger = Ledger(
             POLICIES[settings.dispatch],
@@ -122,10 +123,10 @@ class Head(Actor):
         """
         now = time.time()
         try:
-            self.card = load_card(self.topology.model_path, self.topology.model.task)
-            model = f"{self.card.name}, {self.topology.model.dtype}"
-            self.ledger.staging = Staging(PromptCache(self.topology.prompt_cache_bytes, model))
-            self._served = await asyncio.to_thread(identity_of, self.topology.model_path)
+            self.card = load_card(self.model.path, self.model.section.task)
+            model = f"{self.card.name}, {self.model.section.dtype}"
+            self.ledger.staging = Staging(PromptCache(self.model.prompt_cache_bytes, model))
+            self._served = await asyncio.to_thread(identity_of, self.model.path)
             # In a thread, because heartbeats have to go on, however large it is.
             self._journal = await asyncio.to_thread(Journal, self._journal_path, self._complain)
             for request in await asyncio.to_thread(self._journal.active):
@@ -133,7 +134,7 @@ class Head(Actor):
         except JournalError as error:
             raise (StartDelayed if error.may_pass else StartFailure)(str(error)) from error
         except (ModelError, OSError) as error:
-            kind = StartFailure if self.topology.model_path.is_dir() else StartDelayed
+            kind = StartFailure if self.model.path.is_dir() else StartDelayed
             raise kind(str(error)) from error
         if self.ledger.units:
             self.log.info("resumed from the journal", requests=len(self.ledger.requests), units=len(self.ledger.units))
@@ -248,7 +249,7 @@ class Head(Actor):
             name=card.name,
             family=card.family,
             task=card.task,
-            dtype=self.topology.model.dtype,
+            dtype=self.model.section.dtype,
             created_at=self.created_at,
             defaults=dict(card.defaults),
             ranges={item.name: limits for item in parameters if (limits := card.limits(item)) not in ((), ANY)},
@@ -362,7 +363,7 @@ class Head(Actor):
         if request.served and self._served and not request.served.is_same(self._served):
             self.ledger.fail(request.id, OTHER_MODEL, now)
         try:
-            check_lora(request.inputs, [lora.name for lora in self.topology.model.lora], self.card.name)
+            check_lora(request.inputs, [lora.name for lora in self.model.section.lora], self.card.name)
         except CardError as error:
             self.ledger.fail(request.id, f"since the topology has changed, {error.param} {error.message}", now)
 
@@ -509,8 +510,8 @@ class Head(Actor):
         if once:
             raise Refused("not_permanent", f'{", ".join(once)} would not restart: their `restart` is not "permanent"')
         try:
-            card = await asyncio.to_thread(load_card, self.topology.model_path, self.topology.model.task)
-            model = await asyncio.to_thread(model_version, self.topology.model_files)
+            card = await asyncio.to_thread(load_card, self.model.path, self.model.section.task)
+            model = await asyncio.to_thread(model_version, self.model.files)
         except (ModelError, OSError) as error:
             raise Refused("model", str(error)) from error
         self.card = card
@@ -546,7 +547,7 @@ class Head(Actor):
         if any(component.kind == "pool" for component in self.topology.components):
             _check_payload(inputs, self._signature(), self.topology.transfer.largest_payload)
         output = settle_output(message.output, self._signature(), message.inputs, inputs)
-        check_lora(inputs, [lora.name for lora in self.topology.model.lora], self.card.name)
+        check_lora(inputs, [lora.name for lora in self.model.section.lora], self.card.name)
         now = time.time()
         timeout_s = self.topology.head.request_timeout_s
         seed = secrets.randbits(32) if message.seed is None else message.seed

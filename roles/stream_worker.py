@@ -70,6 +70,7 @@ class StreamWorker(Actor):
         super().__init__(f"{component.name}.stream")
         self.component = component
         self.topology = topology
+        self.model = topology.model_of(component)
         self.premises = premises
         self.uploads = UploadStore(topology.state_dir / UPLOADS)
         self.panels_run = 0
@@ -101,12 +102,12 @@ class StreamWorker(Actor):
         self._stream = DeviceStream(device, "compute")
         self._shared = devices.shares_card(self.component, self.topology.components, torch.cuda.device_count())
         self.start_s["device"] = time.monotonic() - began
-        model = await asyncio.to_thread(model_version, self.topology.model_files)
+        model = await asyncio.to_thread(model_version, self.model.files)
         self._load_began = time.monotonic()
         self._pipeline = await self._loaded(self._stream)
         self.start_s["weights"] = time.monotonic() - self._load_began
         self._load_began = None
-        if model != await asyncio.to_thread(model_version, self.topology.model_files):
+        if model != await asyncio.to_thread(model_version, self.model.files):
             raise StartDelayed("the files of the model changed while they were read")
         loaded = self._pipeline
         self.premises.model_loaded(loaded.signature, model)
@@ -172,19 +173,19 @@ class StreamWorker(Actor):
             raise StartDelayed(f"{stream.device} has no room beside the weights: {describe(error)}") from error
 
     def _load(self, device: torch.device) -> PanelPipeline:
-        component, topology = self.component, self.topology
+        component, model = self.component, self.model
         dtype = getattr(torch, component.dtype)
         if device.type == "cuda":
             devices.use_exact_kernels()
         pipeline = PanelPipeline.load(
-            topology.model_path,
+            model.path,
             PANELS[component.kind],
             dtype=dtype,
             device=device,
             quantization=component.quantization,
             offload=component.offload,
-            adapters=lora_files(topology),
-            options=model_options(topology),
+            adapters=lora_files(model),
+            options=model_options(model),
         )
         if device.type == "cuda":
             devices.warm_up(device, dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actors import Topology
+from actors import Model
 from engines.lora import LoraFile
 from engines.options import ModelOptions
 from engines.placing import Placement
@@ -10,28 +10,28 @@ from engines.quantization import Quantization
 from engines.routes import describe
 
 
-def lora_files(topology: Topology) -> tuple[LoraFile, ...]:
-    """The adapters of a topology."""
+def lora_files(model: Model) -> tuple[LoraFile, ...]:
+    """The adapters of a model."""
     return tuple(
         LoraFile(
             name=lora.name,
-            path=topology.lora_path(lora.path),
+            path=model.absolute(lora.path),
             scale=lora.scale,
-            path_2=topology.lora_path(lora.path_2) if lora.path_2 else None,
+            path_2=model.absolute(lora.path_2) if lora.path_2 else None,
         )
-        for lora in topology.model.lora
+        for lora in model.section.lora
     )
 
 
-def model_options(topology: Topology) -> ModelOptions:
-    """How the topology wants its model read and cut."""
-    return ModelOptions(task=topology.model.task)
+def model_options(model: Model) -> ModelOptions:
+    """How the topology wants a model read and cut."""
+    return ModelOptions(task=model.section.task)
 
 
-def describe_model(topology: Topology) -> tuple[str, str]:
-    """Say how the model of a topology would be served, and a problem or ""; see `engines.routes.describe`."""
-    in_parts = all(role.kind != "monolithic" for role in topology.roles)
-    return describe(topology.model_path, model_options(topology), in_parts=in_parts)
+def describe_model(model: Model) -> tuple[str, str]:
+    """Say how a model would be served, and a problem or ""; see `engines.routes.describe`."""
+    in_parts = all(role.kind != "monolithic" for role in model.section.roles)
+    return describe(model.path, model_options(model), in_parts=in_parts)
 
 
 def weights_facts(placement: Placement) -> dict[str, object]:

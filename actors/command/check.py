@@ -44,15 +44,17 @@ def check(
 
 
 def show_model(topology: Topology) -> None:
-    """Print how the model of a topology would be served; exits with 2 when it cannot be."""
+    """Print how each model of a topology would be served; exits with 2 when one cannot be."""
     try:
         os.environ.update({name: level for name, level in QUIET.items() if name not in os.environ})
-        sentence, problem = load_describe()(topology)
+        told = [(model.name, *load_describe()(model)) for model in topology.models]
     except StartFailure as error:
         fail(str(error), EXIT_BAD_TOPOLOGY)
-    if problem:
-        fail(problem, EXIT_BAD_TOPOLOGY)
-    stdout().print(escape(sentence))
+    for name, sentence, problem in told:
+        of = f"{name}: " if len(told) > 1 else ""
+        if problem:
+            fail(f"{of}{problem}", EXIT_BAD_TOPOLOGY)
+        stdout().print(escape(f"{of}{sentence}"))
 
 
 def show(topology: Topology) -> None:
@@ -63,7 +65,8 @@ def show(topology: Topology) -> None:
     ]
     console = stdout()
     console.print(rows_of(table("name", "kind", "address", "device"), rows))
-    console.print(f"HTTP on {topology.url}, model {escape(str(topology.model_path))}")
+    paths = ", ".join(str(model.path) for model in topology.models)
+    console.print(f"HTTP on {topology.url}, model {escape(paths)}")
     if any(component.kind == "pool" for component in topology.components):
         size, largest = topology.transfer.pool_size, topology.transfer.largest_payload
         console.print(f"A pool of {size} takes up to {largest:,} bytes from one stage for the next")

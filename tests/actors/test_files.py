@@ -122,13 +122,14 @@ def test_adapters_of_a_topology_stay_where_they_are(folder: Path) -> None:
     file.write_text(f'[model]\npath = "m"\n{entry.format("a")}{entry.format("b")}path_2 = "/x"\n{PANELS}')
     (folder / "out").mkdir()
     topology = load_topology(write_with_overrides(file, {"api": {"port": 9000}}, folder / "out"))
-    assert [(lora.name, lora.scale) for lora in topology.model.lora] == [("a", 0.5), ("b", 0.5)]
-    assert [topology.lora_path(lora.path) for lora in topology.model.lora] == [
+    (model,) = topology.models
+    assert [(lora.name, lora.scale) for lora in model.section.lora] == [("a", 0.5), ("b", 0.5)]
+    assert [model.absolute(lora.path) for lora in model.section.lora] == [
         folder / "a.safetensors",
         folder / "b.safetensors",
     ]
-    assert topology.model.lora[1].path_2 == "/x"
-    assert topology.model_path == folder / "m"
+    assert model.section.lora[1].path_2 == "/x"
+    assert model.path == folder / "m"
 
 
 def test_overrides_change_keys_and_roles_by_name(folder: Path) -> None:
@@ -137,12 +138,28 @@ def test_overrides_change_keys_and_roles_by_name(folder: Path) -> None:
     changes = {"api": {"port": 0}, "head": {"max_pending": 2}, "roles": {"denoiser": {"count": 3}}}
     (folder / "out").mkdir()
     topology = load_topology(write_with_overrides(file, changes, folder / "out"))
-    assert topology.model_path == folder.resolve() / "models" / "x"
+    assert topology.models[0].path == folder.resolve() / "models" / "x"
     assert topology.head.max_pending == 2
     assert topology.api.port not in (0, 8001)
-    assert [role.count for role in topology.roles] == [1, 3, 1]
+    assert [role.count for role in topology.models[0].section.roles] == [1, 3, 1]
     assert topology.state_dir == (folder / "out" / "state").resolve()
     assert file.read_text().count("count") == 0
+
+
+def test_overrides_change_models_by_name_and_their_roles(folder: Path) -> None:
+    file = folder / "two.toml"
+    roles = PANELS.replace("[[roles]]", "[[models.roles]]")
+    file.write_text("".join(f'[[models]]\nname = "{name}"\npath = "{name}"\n{roles}' for name in "ab"))
+    changes = {"models": {"b": {"dtype": "float32", "roles": {"denoiser": {"count": 2}}}}}
+    (folder / "out").mkdir()
+    topology = load_topology(write_with_overrides(file, changes, folder / "out"))
+    first, second = topology.models
+    assert (first.path, second.path) == (folder.resolve() / "a", folder.resolve() / "b")
+    assert (first.section.dtype, second.section.dtype) == ("bfloat16", "float32")
+    assert [role.count for role in first.section.roles] == [1, 1, 1]
+    assert [role.count for role in second.section.roles] == [1, 2, 1]
+    with pytest.raises(TopologyError, match=r"\[\[models\]\] of the overrides name c, which is not there"):
+        merge("two.toml", tomllib.loads(file.read_text()), {"models": {"c": {}}})
 
 
 def test_an_override_for_a_role_that_is_not_there(folder: Path) -> None:

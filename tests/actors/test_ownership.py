@@ -17,7 +17,9 @@ COPY = ModelIdentity("/copy", "index", "content")
 LATER = ModelIdentity("/m", "index", "trained on")
 REPLACED = ModelIdentity("/m", "another index", "another")
 TUNED = ModelIdentity("/tuned", "index", "tuned")
-ONE = Owner(topology="/a/one.toml", state_dir="/s", run_dir="/r", model=MODEL, pid=7)
+ONE = Owner(topology="/a/one.toml", state_dir="/s", run_dir="/r", models=(MODEL,), pid=7)
+
+EARLIER = msgspec.structs.replace(ONE, models=(), model=MODEL)
 
 
 def other(**changes: object) -> Owner:
@@ -29,13 +31,16 @@ def other(**changes: object) -> Owner:
     [
         (None, ONE, ""),
         (ONE, other(), ""),
-        (ONE, other(model=TUNED), ""),
+        (ONE, other(models=(TUNED,)), ""),
         (ONE, other(topology="/b/two.toml"), ""),
-        (ONE, other(topology="/b/two.toml", model=None), ""),
-        (ONE, other(topology="/b/two.toml", model=COPY), ""),
-        (ONE, other(topology="/b/two.toml", model=LATER), ""),
-        (ONE, other(topology="/b/two.toml", model=TUNED), "give /b/two.toml a folder of its own with [state] path"),
-        (ONE, other(topology="/b/two.toml", model=REPLACED), "of the model /m: give /b/two.toml"),
+        (ONE, other(topology="/b/two.toml", models=()), ""),
+        (ONE, other(topology="/b/two.toml", models=(COPY,)), ""),
+        (ONE, other(topology="/b/two.toml", models=(LATER,)), ""),
+        (ONE, other(topology="/b/two.toml", models=(TUNED, COPY)), ""),
+        (EARLIER, other(topology="/b/two.toml", models=(COPY,)), ""),
+        (EARLIER, other(topology="/b/two.toml", models=(TUNED,)), "of the model /m: give /b/two.toml"),
+        (ONE, other(topology="/b/two.toml", models=(TUNED,)), "give /b/two.toml a folder of its own with [state] path"),
+        (ONE, other(topology="/b/two.toml", models=(REPLACED,)), "of the model /m: give /b/two.toml"),
     ],
 )
 def test_state_is_taken_over_by_the_same_topology_or_the_same_model(
@@ -50,7 +55,7 @@ def test_state_is_taken_over_by_the_same_topology_or_the_same_model(
     ("now", "says"),
     [
         (other(), ""),
-        (other(model=LATER), ""),
+        (other(models=(LATER,)), ""),
         (other(topology="/b/two.toml"), "in use by /a/one.toml (process 7): give /b/two.toml a folder of its own"),
         (other(run_dir="/x"), "with its sockets in /r (process 7) and not in /x: set the same XDG_RUNTIME_DIR"),
         (other(state_dir="/x"), "with its state in /s (process 7) and not in /x: set the same TRIPTYCH_STATE_DIR"),
@@ -63,7 +68,7 @@ def test_who_runs_side_by_side_is_one_system(now: Owner, says: str) -> None:
 
 
 def test_a_folder_is_held_together_by_one_system_alone(tmp_path: Path) -> None:
-    two = other(topology="/b/two.toml", model=TUNED)
+    two = other(topology="/b/two.toml", models=(TUNED,))
     with owned(tmp_path, ONE, keep=True):
         with owned(tmp_path, other(), keep=True), pytest.raises(AlreadyRunning), owned(tmp_path, two, keep=True):
             pass

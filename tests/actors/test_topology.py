@@ -17,12 +17,44 @@ from tests.actors.conftest import PANELS
 Write = Callable[..., Path]
 
 MODEL = '[model]\npath = "."\n'
+WHOLE = '[[models]]\nname = "{0}"\npath = "{0}"\n[[models.roles]]\nkind = "monolithic"\n'
+TWO = WHOLE.format("a") + WHOLE.format("B.1")
 LORA = '[[model.lora]]\nname = "ink"\npath = "ink.safetensors"\n'
 TWICE = PANELS + '[[roles]]\nkind = "denoiser"\n'
 BROKEN = {
     "not TOML": (MODEL + "[api\n", "is not TOML", "line 3"),
     "no model": (PANELS, "has no [model] section", 'path = "the folder of a model"'),
     "unknown section": (MODEL + "[supervison]\n" + PANELS, "[supervison] is not a section", "did you mean supervision"),
+    "both ways": (MODEL + PANELS + TWO, "[model] stands beside [[models]]", "with [[models.roles]] below it"),
+    "roles of none": (PANELS + TWO, "[[roles]] stands beside [[models]]", "with [[models.roles]] below it"),
+    "no models": ("models = []\n", "has no [model] section", 'path = "the folder of a model"'),
+    "a model without a name": (
+        TWO.replace('name = "B.1"\n', ""),
+        "[[models]] no. 2 lacks the key name",
+        "what requests are to give as model",
+    ),
+    "two models of a name": (TWO.replace("B.1", "a"), '[[models]] use the name "a" 2 times', "a name of its own"),
+    "two models of a role name": (TWO.replace("B.1", "A"), "use the name a-monolithic 2 times", "with name"),
+    "a model of a long name": (
+        TWO.replace("B.1", "m" * 22),
+        f"would be called {'m' * 22}-monolithic, which is no name",
+        "give it a name of its own with name",
+    ),
+    "unknown key of a role of a model": (
+        TWO + 'devise = "cpu"\n',
+        "[[models.roles]] no. 1 of [[models]] no. 2 has no key called devise",
+        "device",
+    ),
+    "a model without roles": (
+        WHOLE.format("a") + '[[models]]\nname = "b"\npath = "b"\n',
+        '[[models.roles]] of "b" are missing',
+        "add one for each",
+    ),
+    "caches of more than half of the pool together": (
+        TWO.replace('path = "a"', 'path = "a"\nprompt_cache = "100MiB"'),
+        '[[models]] "B.1" prompt_cache = "" is with those before it more than half of',
+        "make it smaller",
+    ),
     "unknown key": (MODEL + "[api]\nprot = 1\n" + PANELS, "[api] has no key called prot", "did you mean port"),
     "unknown key of a role": (
         MODEL + PANELS + 'devise = "cpu"\n',
@@ -192,9 +224,31 @@ def test_mooncake_has_a_pool_for_each_kind_and_monolithic_none(write: Write) -> 
     assert alone.component("whole-0").pool == ""
 
 
+def test_several_models_have_roles_of_their_own(write: Write, folder: Path) -> None:
+    named = '[[models]]\nname = "b"\npath = "b"\ndtype = "float32"\n[[models.roles]]\nkind = "monolithic"\nname = "b"\n'
+    roles = PANELS.replace("[[roles]]", "[[models.roles]]")
+    topology = load_topology(write(model=f'[[models]]\nname = "SD.1"\npath = "a"\n{roles}{named}', roles=""))
+    assert [(c.name, c.model, c.pool, c.dtype) for c in topology.components] == [
+        ("pool", "", "", ""),
+        *((f"sd-1-{kind}-0", "SD.1", "pool", "bfloat16") for kind in ("encoder", "denoiser", "decoder")),
+        ("b-0", "b", "", "float32"),
+        ("head", "", "", ""),
+        ("api", "", "", ""),
+    ]
+    first, second = topology.models
+    assert (first.path, second.path) == (folder.resolve() / "a", folder.resolve() / "b")
+    assert topology.model_of(topology.component("b-0")) == second
+    assert first.prompt_cache_bytes == topology.transfer.pool_bytes // 8, "half of the quarter"
+    assert second.prompt_cache_bytes == 0, "nothing is encoded apart"
+    with pytest.raises(TopologyError, match=r'\[\[models\]\] "SD.1" path = "a" does not exist'):
+        preflight(topology, topology.components)
+    alone = load_topology(write(model=WHOLE.format("a"), roles=""))
+    assert [c.name for c in alone.components] == ["monolithic-0", "head", "api"], "as with [model]"
+
+
 def test_paths_are_relative_to_the_file_and_ipc_paths_fit(write: Write, folder: Path) -> None:
     topology = load_topology(write('[state]\npath = "kept"\n', model='[model]\npath = "models/x"\n'))
-    assert topology.model_path == folder.resolve() / "models" / "x"
+    assert topology.models[0].path == folder.resolve() / "models" / "x"
     assert topology.state_dir == folder.resolve() / "kept"
     assert topology.component("head").address == f"ipc://{topology.run_dir}/head"
 
@@ -232,9 +286,9 @@ def test_sizes(text: str, size: int) -> None:
 @pytest.mark.parametrize(("cache", "expected"), [("", 64 << 20), ("0", 0), ("128MiB", 128 << 20), ("64KiB", 64 << 10)])
 def test_the_prompt_cache_is_a_quarter_of_the_pool_or_what_is_said(write: Write, cache: str, expected: int) -> None:
     model = f'[model]\npath = "."\nprompt_cache = "{cache}"\n'
-    assert load_topology(write(model=model)).prompt_cache_bytes == expected
+    assert load_topology(write(model=model)).models[0].prompt_cache_bytes == expected
     whole = '[[roles]]\nkind = "monolithic"\n'
-    assert load_topology(write(model=model, roles=whole)).prompt_cache_bytes == 0, "nothing is encoded apart"
+    assert load_topology(write(model=model, roles=whole)).models[0].prompt_cache_bytes == 0, "nothing is encoded apart"
 
 
 @pytest.fixture
@@ -288,7 +342,7 @@ def test_weights_are_held_as_the_role_says_or_the_model(write: Write) -> None:
 
 def test_preflight_wants_the_files_of_adapters(write: Write, folder: Path) -> None:
     topology = load_topology(write(model=MODEL + LORA + 'path_2 = "low"\n'))
-    assert topology.model.lora[0].scale == 1.0
+    assert topology.models[0].section.lora[0].scale == 1.0
     with pytest.raises(TopologyError, match=r'\[\[model.lora\]\] path = "ink.safetensors" does not exist'):
         preflight(topology, topology.components)
     (folder / "ink.safetensors").touch()

@@ -340,7 +340,7 @@ def test_the_result_is_settled_when_the_request_is_accepted(topology: Callable[.
 def test_videos_play_as_fast_as_the_card_says_before_the_pipeline(topology: Callable[..., Topology]) -> None:
     video = Signature((Parameter("frame_rate", Kind.NUMBER), Parameter("prompt", Kind.TEXT)), medium="video", fps=24.0)
     place = topology()
-    (place.model_path / "triptych.json").write_text('{"defaults": {"frame_rate": 30.0}}')
+    (place.models[0].path / "triptych.json").write_text('{"defaults": {"frame_rate": 30.0}}')
 
     async def scenario() -> None:
         async with playing(place) as stage:
@@ -819,11 +819,13 @@ def test_what_was_accepted_for_another_model_is_failed_in_words_and_what_has_end
             await stage.submit("done")
             await stage.head.ask(requests.CancelRequest("done"), requests.RequestView, timeout_s=BOUND_S)
             await stage.submit("waiting", n=2)
-        card = topology().model_path / "triptych.json"
+        card = topology().models[0].path / "triptych.json"
         card.write_text(card.read_text().replace('"height": 96', '"height": 128'))
         async with playing(topology(), generation=2) as stage:
             assert (await stage.view("waiting")).state == "ENCODER_WAITING", "other defaults are no other model"
-        (topology().model_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "vae": ["a", "b"]}')
+        (topology().models[0].path / "model_index.json").write_text(
+            '{"_class_name": "FluxPipeline", "vae": ["a", "b"]}'
+        )
         for generation in (3, 4):
             async with playing(topology(), generation=generation) as stage:
                 waiting = await stage.view("waiting")

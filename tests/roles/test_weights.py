@@ -18,7 +18,9 @@ from tools.make_lora import make_lora
 
 
 def adapted(topology: Topology, *loras: LoraSection) -> Topology:
-    return msgspec.structs.replace(topology, model=msgspec.structs.replace(topology.model, lora=loras))
+    (model,) = topology.models
+    section = msgspec.structs.replace(model.section, lora=loras)
+    return msgspec.structs.replace(topology, models=(msgspec.structs.replace(model, section=section),))
 
 
 def held(component: Component, **changes: str) -> Component:
@@ -29,7 +31,7 @@ def test_files_are_found_from_the_topology(place: Callable[..., Topology], tmp_p
     topology = adapted(
         place(), LoraSection(name="a", path="a.safetensors", scale=0.5), LoraSection(name="b", path="/b", path_2="c")
     )
-    assert lora_files(topology) == (
+    assert lora_files(topology.models[0]) == (
         LoraFile("a", tmp_path / "a.safetensors", 0.5),
         LoraFile("b", Path("/b"), 1.0, tmp_path / "c"),
     )

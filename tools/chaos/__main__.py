@@ -131,7 +131,7 @@ async def run(
 
 def _roomy_model(topology: Path, folder: Path) -> Path:
     """Copy the model of a topology, with a card that allows what the load asks for."""
-    shutil.copytree(load_topology(topology).model_path, folder)
+    shutil.copytree(load_topology(topology).models[0].path, folder)
     card = folder / CARD_NAME
     settings = jsons.loads(card.read_text())
     card.write_text(jsons.dumps({**settings, "ranges": {**settings.get("ranges", {}), **RANGES}}))
