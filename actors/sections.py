@@ -82,6 +82,9 @@ class ModelSection(Section, frozen=True):
     task: str = ""
     """Such as `text2image` or `image2image`, or `any`: all that the pipeline can do, with all the weights for that;
     "" = that of the model's card, else the first that needs just a prompt."""
+    route: Literal["", "modular", "classic"] = ""
+    """`modular` runs the blocks that diffusers has of a pipeline, `classic` the class that the model's index names;
+    "" = the blocks where they can do what the class does, else the class. See docs/models.md."""
     prompt_cache: str = ""
     """Memory in the encoders' pool for what they made, kept for requests of the same prompt: "" = a quarter of
     `[transfer] pool_size`, shared out among the models, "0" = none, else a size; together they take at most half of it.

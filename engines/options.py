@@ -12,6 +12,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     task: str = ""
     """A workflow of the pipeline, or "any", in place of that of the model's card; "" for that."""
+    route: str = ""
+    """"modular" or "classic", see `engines.routes.Route`; "" for the best that the model has."""
 
 
 DEFAULTS: Final = ModelOptions()

@@ -14,7 +14,7 @@ from engines.card import load_index
 from engines.loading import geometry_problem
 from engines.options import DEFAULTS, ModelOptions
 from engines.panels import ModelError, Panel
-from engines.split import load_split, modular_class
+from engines.split import load_split, modular_class, pipeline_class
 
 
 class Route(StrEnum):
@@ -50,11 +50,13 @@ def route_for(model: Path, options: ModelOptions = DEFAULTS) -> Route:
         ModelError: It is no model, or diffusers has no such pipeline, or one that has no tasks to choose of.
     """
     index = load_index(model)
-    route = route_of(index)
+    if options.route == Route.MODULAR:
+        pipeline_class(index, model)
+    route = _without_blocks(index) if options.route == Route.CLASSIC else route_of(index)
     named = getattr(diffusers, str(index["_class_name"]), None)
     has_both = route is Route.MODULAR and issubclass(named or object, diffusers.DiffusionPipeline)
     # A few pipelines know a VAE that their blocks do not: without blocks they make the right size.
-    if has_both and geometry_problem(load_split(model, options)):
+    if has_both and not options.route and geometry_problem(load_split(model, options)):
         route = _without_blocks(index)
     if options.task and route is not Route.MODULAR:
         raise ModelError(f"{index['_class_name']} has no tasks to choose of: leave out [model] task.")

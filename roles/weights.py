@@ -25,7 +25,7 @@ def lora_files(model: Model) -> tuple[LoraFile, ...]:
 
 def model_options(model: Model) -> ModelOptions:
     """How the topology wants a model read and cut."""
-    return ModelOptions(task=model.section.task)
+    return ModelOptions(task=model.section.task, route=model.section.route)
 
 
 def describe_model(model: Model) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import diffusers
 import pytest
 
 from engines.anatomy import anatomy
-from engines.options import DEFAULTS
+from engines.options import DEFAULTS, ModelOptions
 from engines.panels import ModelError, Panel
-from engines.routes import Route, classic_class, describe, route_of
+from engines.routes import Route, classic_class, describe, route_for, route_of
 
 TEXT = ["transformers", "T5EncoderModel"]
 TOKENIZER = ["transformers", "T5Tokenizer"]
@@ -138,3 +139,14 @@ def test_an_index_that_names_no_component_is_a_sentence(tmp_path: Path, named: l
     sentence, problem = describe(tmp_path, DEFAULTS, in_parts=True)
     assert sentence == ""
     assert str(tmp_path) in problem
+
+
+def test_a_topology_chooses_between_the_blocks_and_the_class(models: Callable[[str], Path], tmp_path: Path) -> None:
+    for route in ("modular", "classic"):
+        assert route_for(models("flux"), ModelOptions(route=route)) is Route(route)
+    (tmp_path / "model_index.json").write_text(json.dumps(index("PixArtSigma")))
+    with pytest.raises(ModelError, match=r"is for PixArtSigmaPipeline, which diffusers .* cannot run in parts"):
+        route_for(tmp_path, ModelOptions(route="modular"))
+    (tmp_path / "model_index.json").write_text(json.dumps(index("FluxModular")))
+    with pytest.raises(ModelError, match="is for FluxModularPipeline, which is not one of"):
+        route_for(tmp_path, ModelOptions(route="classic"))
