@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-from actors.actor import READY
+from actors.actor import DRAINING, READY
 from actors.processes import EXIT_START_DELAYED, EXIT_START_FAILURE, Ending, Process
 from actors.restart import Exit, ExitKind, History
-from actors.system import ChildReport
+from actors.system import GIVEN_UP, ChildReport
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from actors.components import Part
     from actors.topology import Component
 
@@ -18,7 +20,8 @@ STARTING: Final = "starting"
 BACKOFF: Final = "backoff"
 DELAYED: Final = "delayed"
 STOPPED: Final = "stopped"
-LEFT: Final = frozenset({STOPPED, "failed", "gave_up"})
+FAILED: Final = "failed"
+LEFT: Final = frozenset({STOPPED, *GIVEN_UP})
 """States in which a child is not to run any more."""
 
 
@@ -77,13 +80,19 @@ class Child:
         self.start_s = {"launch": self._launch_s, **start_s}
         return True
 
-    def says(self, state: str, detail: str) -> None:
-        """It has told its state; those that announce its end are kept as the reason of it."""
+    def says(self, state: str, detail: str, *, closing: bool = False) -> None:
+        """It has told its state; those that announce its end are kept as the reason of it.
+
+        While the system stops (`closing`), the only other news is that it drains: an instance whose head has stopped
+        before it would be shown as joining one.
+        """
         self._heard_at = time.monotonic()
         if state in ("failed", "crashed", "hung"):
             self._last_words = f"hung: {detail}" if state == "hung" else detail
             return
         self._last_words = ""
+        if closing and state != DRAINING:
+            return
         self.state = state
         if state == READY:
             self._has_started()
@@ -138,3 +147,23 @@ class Child:
             started_at=self.started_at,
             start_s=self.start_s,
         )
+
+
+def unservable(children: Iterable[ChildReport]) -> str:
+    """Say why a system can never serve as it is configured; "" while it may. Pure.
+
+    It cannot when no instance of some kind is started any more and at least one of them cannot start: its model, its
+    device or its options are wrong, which waiting does not mend. A kind that has merely crashed too often may have
+    served before, and the rest goes on without it.
+
+    Args:
+        children: All components of the system.
+    """
+    kinds: dict[str, list[ChildReport]] = {}
+    for child in children:
+        kinds.setdefault(child.kind, []).append(child)
+    for of_kind in kinds.values():
+        failed = [child for child in of_kind if child.state == FAILED]
+        if failed and all(child.state in GIVEN_UP for child in of_kind):
+            return f"{failed[0].name} cannot start: {failed[0].reason}"
+    return ""

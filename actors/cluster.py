@@ -46,8 +46,16 @@ _STOP_MARGIN_S: Final = 5.0
 class Cluster:
     """A cluster that runs as long as its `launch` block; every method may be called concurrently."""
 
-    def __init__(self, topology: Topology, process: asyncio.subprocess.Process, api_key: str = "") -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        process: asyncio.subprocess.Process,
+        api_key: str = "",
+        *,
+        reason_file: Path | None = None,
+    ) -> None:
         self.topology = topology
+        self._reason_file = reason_file
         self.url = topology.url
         """Base URL of the API, such as http://127.0.0.1:8000."""
         self.process = process
@@ -118,7 +126,7 @@ class Cluster:
                 while not await self.ready():
                     await asyncio.wait({ended}, timeout=_READY_EVERY_S)
                     if ended.done():
-                        raise ApiError(f"the cluster ended with exit code {ended.result()} before it was ready")
+                        raise ApiError(self._why_ended(ended.result()))
                     looks += 1
                     if looks % _LOOKS_PER_REPORT == 0:
                         await self._check_hope()
@@ -148,6 +156,10 @@ class Cluster:
             return  # the supervisor itself is still starting
         if is_hopeless([child.state for child in children]) and not await self.ready():
             raise ApiError(f"the cluster cannot become ready: {describe_children(children)}")
+
+    def _why_ended(self, code: int) -> str:
+        reason = self._reason_file.read_text() if self._reason_file and self._reason_file.exists() else ""
+        return f"the cluster ended with exit code {code} before it was ready{reason and ': '}{reason}"
 
     async def _why(self) -> str:
         try:
@@ -201,8 +213,10 @@ async def launch(
             file = write_with_overrides(file, overrides, Path(folder))
         topology = load_topology(file)
         key = api_key or os.environ.get(KEY_VARIABLE, "") or _first_key(topology)
-        command = (*module_command("actors.command"), "up", str(file), "--parent", str(os.getpid()))
-        cluster = Cluster(topology, await asyncio.create_subprocess_exec(*command), key)
+        reason_file = Path(folder) / "reason"
+        options = ("--parent", str(os.getpid()), "--reason-file", str(reason_file))
+        command = (*module_command("actors.command"), "up", str(file), *options)
+        cluster = Cluster(topology, await asyncio.create_subprocess_exec(*command), key, reason_file=reason_file)
         try:
             await cluster.wait_ready(ready_timeout_s)
             yield cluster

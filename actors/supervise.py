@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from actors.topology import Component, Topology
 
 EXIT_NOTHING_LEFT: Final = 1
+EXIT_CANNOT_SERVE: Final = 2
 _STRANGERS_EVERY_S: Final = 1.0
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _log = structlog.stdlib.get_logger("actors")
@@ -74,9 +75,14 @@ class Supervision:
         self._on_change = on_change
         self._beside = beside or _nothing
         self._asked = 0
+        self.problem = ""
+        """Why `run` has ended with `EXIT_CANNOT_SERVE`, as a sentence for the person who runs it."""
 
     def run(self) -> int:
         """Run on a loop of its own; returns the exit code.
+
+        That is 0 when it was told to stop, `EXIT_CANNOT_SERVE` when the components can never work as they are
+        configured, and `EXIT_NOTHING_LEFT` when none is left to run for another reason.
 
         Raises `AlreadyRunning` and `StateBelongsToAnother`, `PermissionError`, and `StartFailure` when a folder or the
         key of the bus cannot be used.
@@ -156,6 +162,9 @@ class Supervision:
             for task in (over, all_done):
                 task.cancel()
         await asyncio.gather(over, return_exceptions=True)  # a crash is raised by the runtime
+        self.problem = next((supervisor.problem for supervisor in supervisors if supervisor.problem), "")
+        if self.problem:
+            return EXIT_CANNOT_SERVE
         return EXIT_NOTHING_LEFT if nothing_left else 0
 
     def _launcher(self, cores: int) -> Launcher:

@@ -69,7 +69,9 @@ class Supervisor(Actor):
         super().__init__(name)
         self.children = {component.name: Child(component, parts[component.kind]) for component in components}
         self.done = asyncio.Event()
-        """Set when no child is to run any more."""
+        """Set when no child is to run any more, or when the system can never serve."""
+        self.problem = ""
+        """Why the system can never serve, "" while it may; see `actors.child.unservable`."""
         self._topology = topology
         self._generations = generations
         self._launcher = launcher
@@ -109,7 +111,7 @@ class Supervisor(Actor):
         """A child says where it is."""
         child = self._incarnation(message.name, message.generation)
         if child is not None:
-            child.says(message.state, message.detail)
+            child.says(message.state, message.detail, closing=self._closing)
             self._changed(child)
         return Noted()
 
@@ -176,13 +178,17 @@ class Supervisor(Actor):
         jitter = random.random()  # noqa: S311  spreads restarts, keeps no secret
         decision = decide(self._spec, child.history, exit_, alive=alive, jitter=jitter, delays=child.delays)
         child.history = decision.history
+        log = self.log.error if exit_.kind is ExitKind.START_FAILURE else self.log.warning
+        actions = [type(action).__name__.lower() for action in decision.actions]
+        log("child ended", child=child.name, reason=exit_.reason, kind=str(exit_.kind), actions=actions)
+        match decision.actions:
+            case (Leave(_, state, reason),):  # it is not started again, so it is never shown as if it were
+                self._leave(child, state, reason)
+                return
         child.state = states.BACKOFF
         if exit_.kind is ExitKind.START_DELAYED:
             child.delays += 1
             child.state = states.DELAYED
-        log = self.log.error if exit_.kind is ExitKind.START_FAILURE else self.log.warning
-        actions = [type(action).__name__.lower() for action in decision.actions]
-        log("child ended", child=child.name, reason=exit_.reason, kind=str(exit_.kind), actions=actions)
         for action in decision.actions:
             if isinstance(action, Stop):  # from now on its end is part of this plan, and no event of its own
                 self.children[action.name].stopping = True
@@ -225,7 +231,8 @@ class Supervisor(Actor):
     def _leave(self, child: Child, state: str, reason: str) -> None:
         child.state, child.reason = state, reason
         self._changed(child)
-        if all(other.state in states.LEFT for other in self.children.values()):
+        self.problem = self.problem or states.unservable(other.report() for other in self.children.values())
+        if self.problem or all(other.state in states.LEFT for other in self.children.values()):
             self.done.set()
 
     def _changed(self, child: Child) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -36,11 +37,13 @@ def up(
         typer.Option(help="Default: warning on a terminal, else info; or TRIPTYCH_LOG_LEVEL.", show_default=False),
     ] = None,
     parent: Annotated[int, typer.Option(hidden=True, help="Stop when this process ends.")] = 0,
+    reason_file: Annotated[Path | None, typer.Option(hidden=True, help="Where to say why it could not run.")] = None,
 ) -> None:
     """Start every process of a topology, and keep them up until Ctrl-C.
 
-    Ctrl-C drains and stops everything in order; a second one kills. Exits with 0 after that, with 2 when the topology
-    cannot be run, and with 1 when nothing is left to run.
+    Ctrl-C drains and stops everything in order; a second one kills. Exits with 0 after that. Exits with 2 and one
+    sentence when the topology cannot be run, or when the head, the API, a pool or all instances of a role cannot start;
+    with 1 when nothing is left to run for another reason.
 
     [bold]Examples[/]
 
@@ -64,13 +67,21 @@ def up(
         )
         preflight(topology, supervision.components, file=str(file))
     except (TopologyError, UnknownName) as error:
-        fail(str(error), EXIT_BAD_TOPOLOGY)
+        _fail(str(error), EXIT_BAD_TOPOLOGY, reason_file)
     try:
         with display.shown(supervision.components):
             code = supervision.run()
     except (AlreadyRunning, StateBelongsToAnother, PermissionError, StartFailure) as error:
-        fail(str(error), EXIT_FAILED)
+        _fail(str(error), EXIT_FAILED, reason_file)
+    if supervision.problem:
+        _fail(supervision.problem, code, reason_file)
     raise typer.Exit(code)
+
+
+def _fail(sentence: str, code: int, reason_file: Path | None) -> NoReturn:
+    if reason_file is not None:
+        reason_file.write_text(sentence)
+    fail(sentence, code)
 
 
 def _names(only: str) -> tuple[str, ...]:

@@ -28,4 +28,7 @@ if __name__ == "__main__":
     supervision = Supervision(
         load_topology(sys.argv[1]), only=only, parts=PROBES, preload=("tests.actors.component",), on_change=tell
     )
-    sys.exit(supervision.run())
+    code = supervision.run()
+    if supervision.problem:
+        print(supervision.problem, file=sys.stderr)
+    sys.exit(code)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from actors.child import Child
+from actors.child import Child, unservable
 from actors.components import Part
+from actors.system import ChildReport
 from actors.topology import Component
 
 
@@ -40,3 +41,32 @@ def test_who_is_ready_or_has_started_is_bound_by_heartbeats(child: Child, told: 
 def test_work_that_is_overdue_while_it_starts_is_believed(child: Child) -> None:
     child.says("hung", "loading the model takes more than 600 s")
     assert child.hung(-1.0, 600.0) == "hung: no heartbeat for -1 s"
+
+
+def reported(name: str, state: str, reason: str = "") -> ChildReport:
+    return ChildReport(name, name.partition("-")[0], 0, 1, state, 0, reason, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({}, ""),
+        ({"denoiser-0": "failed"}, ""),
+        ({"denoiser-0": "failed", "denoiser-1": "delayed"}, ""),
+        ({"denoiser-0": "gave_up", "denoiser-1": "gave_up"}, ""),
+        ({"denoiser-0": "gave_up", "denoiser-1": "failed"}, "denoiser-1 cannot start: why"),
+        ({"head": "failed", "encoder-0": "failed"}, "encoder-0 cannot start: why"),
+        ({"api": "failed"}, "api cannot start: why"),
+    ],
+)
+def test_a_system_can_never_serve_when_no_instance_of_a_kind_can_start(changed: dict[str, str], problem: str) -> None:
+    names = ("pool", "encoder-0", "denoiser-0", "denoiser-1", "decoder-0", "head", "api")
+    assert unservable(reported(name, changed.get(name, "ready"), "why") for name in names) == problem
+
+
+def test_while_the_system_stops_an_instance_is_not_joining(child: Child) -> None:
+    child.says("ready", "")
+    child.says("joining", "waiting for the head", closing=True)
+    assert child.state == "ready"
+    child.says("draining", "", closing=True)
+    assert child.state == "draining"

@@ -17,6 +17,7 @@ from actors import load_topology
 from actors.system import Inspect, Inspection, Shutdown, ShuttingDown
 from bus import BusError
 from tests.actors.component import Crash, CrashInTask, Hang, LeaveOrphan, OrphanLeft, Pong
+from tests.actors.conftest import PANELS
 from tests.actors.harness import Supervised, gone, supervised
 
 Write = Callable[..., Path]
@@ -183,19 +184,29 @@ def test_a_killed_supervisor_leaves_no_orphan_and_its_successor_takes_over(write
     run(scenario())
 
 
-def test_a_start_failure_is_said_once_and_not_retried(write: Write) -> None:
+def test_one_of_several_that_cannot_start_is_said_once_and_the_last_of_a_kind_ends_the_system(write: Write) -> None:
     async def scenario() -> None:
-        file = write()
+        file = write(roles=PANELS.replace('"denoiser"', '"denoiser"\ncount = 2'))
         state = load_topology(file).state_dir
         state.mkdir(parents=True)
         (state / "denoiser-0.broken").touch()
         async with supervised(file) as seen:
             failed = await seen.until("denoiser-0", "failed")
             assert failed.reason == "denoiser-0 has no model: give it one"
-            await seen.all_ready("encoder-0", "decoder-0", "head", "api")
+            ready = await seen.all_ready("encoder-0", "denoiser-1", "decoder-0", "head", "api")
             report = (await seen.report())["denoiser-0"]
             assert (report.state, report.restarts, report.pid) == ("failed", 0, 0)
             assert sum("child ended" in line for line in seen.lines) == 1
+            (state / "denoiser-1.broken").touch()
+            os.kill(ready["denoiser-1"].pid, signal.SIGKILL)
+            assert await seen.ended() == 2
+            assert [line for line in seen.lines if not line.startswith("{")] == [
+                "denoiser-0 cannot start: denoiser-0 has no model: give it one\n"
+            ]
+            states = [report.state for report in seen.reports if report.name == "denoiser-0"]
+            assert "backoff" not in states  # which is shown as "ended, starting it again"
+            after = {r.name: r.state for r in seen.reports if r.name.startswith(("encoder", "decoder", "head", "api"))}
+            assert set(after.values()) == {"stopped"}  # in order, as after Ctrl-C
 
     run(scenario())
 
@@ -242,7 +253,7 @@ def test_a_supervisor_with_nothing_left_to_run_ends(write: Write) -> None:
         state.mkdir(parents=True)
         (state / "encoder-0.broken").touch()
         async with supervised(file, "encoder-0") as seen:
-            assert await seen.ended() == 1
+            assert await seen.ended() == 2
             assert seen.reports[-1].state == "failed"
 
     run(scenario())

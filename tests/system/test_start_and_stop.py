@@ -135,8 +135,8 @@ def test_a_model_that_cannot_load_is_said_in_words_and_not_retried(
 
     async def scenario() -> None:
         path = topology_file(model={"path": str(broken), "dtype": "float32"})
-        with pytest.raises(ApiError, match=r"denoiser-0 is failed .*transformer"):
-            async with launch(path, {"api": {"port": 0}}, ready_timeout_s=40):
+        with pytest.raises(ApiError, match=r"exit code 2 .*denoiser-0 cannot start: .*transformer"):
+            async with launch(path, {"api": {"port": 0}}, ready_timeout_s=90):
                 pass
 
     asyncio.run(scenario())
