@@ -38,6 +38,7 @@ LoraName = Annotated[
     str,
     Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="1 to 64 letters, digits, _, . and -"),
 ]
+Variant = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{0,32}$", description='the name of a variant, such as "fp16"')]
 Scale = Annotated[float, Meta(ge=-4, le=4, description="a number from -4 to 4")]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
@@ -85,6 +86,9 @@ class ModelSection(Section, frozen=True):
     route: Literal["", "modular", "classic"] = ""
     """`modular` runs the blocks that diffusers has of a pipeline, `classic` the class that the model's index names;
     "" = the blocks where they can do what the class does, else the class. See docs/models.md."""
+    variant: Variant = ""
+    """Which of the weight files of a component are read where there are several, such as "fp16"; "" = the plain ones,
+    else the only variant that there is. A component that has only plain files is read from those."""
     prompt_cache: str = ""
     """Memory in the encoders' pool for what they made, kept for requests of the same prompt: "" = a quarter of
     `[transfer] pool_size`, shared out among the models, "0" = none, else a size; together they take at most half of it.

@@ -41,6 +41,7 @@ from engines.seeds import GENERATOR
 from engines.shadows import Shadow
 from engines.stepping import Denoising
 from engines.vocabulary import of_call
+from engines.weight_files import component_files
 
 _OURS: Final = frozenset({"self", "output_type", "return_dict", "callback", "callback_steps", "callback_on_step_end"})
 _LIBRARIES: Final = {"diffusers": diffusers, "transformers": transformers}
@@ -196,14 +197,16 @@ class Components:
                     f"The index of {self._model} has no {parameter.name}, which {self._cls.__name__} needs."
                 )
         stand_ins = {
-            name: load_shadow(name, spec, self._folder(name), placement.dtype, placement.device)
+            name: load_shadow(name, spec, self._folder(name), placement.dtype, placement.device, placement.options)
             for name, spec in self._specs.items()
         }
         given: dict[str, Any] = {
             parameter.name: self._setting(parameter.name) for parameter in parameters if parameter.name in self._index
         }
         given.update(stand_ins)
-        read_ahead(self._folder(name) for name in wanted)
+        read_ahead(
+            file for name in wanted for file in component_files(name, self._folder(name), placement.options).files
+        )
         for name in wanted:
             given[name] = load_component(name, self._specs[name], self._folder(name), placement)
         pipeline = self._cls(**given)

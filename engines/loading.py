@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from engines.options import DEFAULTS, ModelOptions
 from engines.panels import ModelError
 from engines.placing import Placement
 from engines.read_ahead import read_ahead
 from engines.shadows import shadow
 from engines.split import Split
+from engines.weight_files import WeightFiles, component_files
 
 
 def load_components(pipeline: Any, split: Split, placement: Placement) -> frozenset[str]:
@@ -27,13 +29,13 @@ def load_components(pipeline: Any, split: Split, placement: Placement) -> frozen
     names = [name for name in pipeline.pretrained_component_names if not _is_null(split, name)]
     specs = {name: pipeline.get_component_spec(name) for name in names}
     folders = {name: _folder(split, name, spec) for name, spec in specs.items()}
-    read_ahead(folders.values())
+    read_ahead(file for name in names for file in component_files(name, folders[name], placement.options).files)
     loaded = {name: load_component(name, specs[name], folders[name], placement) for name in names}
     pipeline.register_components(**loaded)
     return frozenset(loaded)
 
 
-def make_shadows(pipeline: Any, split: Split, dtype: torch.dtype, device: torch.device) -> None:
+def make_shadows(pipeline: Any, split: Split, placement: Placement) -> None:
     """Give a pipeline stand-ins for the components that its blocks do not name but the rest of the model has.
 
     Its settings, guiders and processors become those of the whole pipeline. A part alone would make them as its own
@@ -56,7 +58,8 @@ def make_shadows(pipeline: Any, split: Split, dtype: torch.dtype, device: torch.
         spec = whole.get_component_spec(name)
         if name not in split.blocks.component_names and not _is_there(spec):
             continue
-        stand_in = load_shadow(name, spec, _folder(split, name, spec), dtype, device)
+        folder = _folder(split, name, spec)
+        stand_in = load_shadow(name, spec, folder, placement.dtype, placement.device, placement.options)
         if stand_in is not None:
             setattr(pipeline, name, stand_in)
 
@@ -99,8 +102,13 @@ def load_component(name: str, spec: Any, folder: Path, placement: Placement) -> 
     Raises:
         ModelError: It is broken, lacks weights, or cannot be held so.
     """
+    files = component_files(name, folder, placement.options) if _has_weights(spec.type_hint) else WeightFiles()
+    if files.problem:
+        raise ModelError(f"The {name} in {folder} {files.problem}.")
+    if files.note:
+        placement.notes[name] = files.note
     try:
-        component, complete = _read(spec, folder, placement.dtype)
+        component, complete = _read(spec, folder, files, placement.dtype)
     except Exception as error:  # Whatever a broken folder makes two libraries raise, the user gets one sentence.
         raise ModelError(f"The {name} in {folder} cannot be loaded: {error}") from error
     if not complete:
@@ -110,28 +118,45 @@ def load_component(name: str, spec: Any, folder: Path, placement: Placement) -> 
     return placement.settle(name, component)
 
 
-def load_shadow(name: str, spec: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> object | None:
+def load_shadow(
+    name: str,
+    spec: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    options: ModelOptions = DEFAULTS,
+) -> object | None:
     """Make the stand-in of a component; see `engines.shadows.shadow`.
 
     Raises:
         ModelError: Its configuration is broken.
     """
     try:
-        return shadow(name, spec.type_hint, folder, dtype, device)
+        return shadow(name, spec.type_hint, folder, dtype, device, options)
     except Exception as error:  # Likewise.
         raise ModelError(f"The configuration of {name} in {folder} cannot be read: {error}") from error
 
 
-def _read(spec: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, bool]:
+def _has_weights(kind: object) -> bool:
+    # A component without a type is one that diffusers makes by the name in its configuration.
+    return kind is None or (isinstance(kind, type) and issubclass(kind, torch.nn.Module))
+
+
+def _read(spec: Any, folder: Path, files: WeightFiles, dtype: torch.dtype) -> tuple[Any, bool]:
     """Read a component, and say whether its files held all of its weights (both libraries go on without some)."""
     kind = spec.type_hint
     # Weights in the older format are pickles, which run code when they are read.
-    options = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
+    options = {
+        "dtype": dtype,
+        "use_safetensors": True,
+        "local_files_only": True,
+        "variant": files.variant or None,
+    }
     if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
         loader: Any = kind
         component, report = loader.from_pretrained(str(folder), output_loading_info=True, **options)
         return component, not report["missing_keys"]
-    if kind is not None and not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
+    if not _has_weights(kind):
         return spec.load(local_files_only=True), True
     component = spec.load(**options)
     return component, not any(parameter.is_meta for parameter in component.parameters())

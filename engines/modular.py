@@ -119,7 +119,7 @@ def load_modular(model: Path, panels: tuple[Panel, ...], placement: Placement) -
     pipeline = split.pipeline(joined(split.parts[panel] for panel in panels))
     loaded = load_components(pipeline, split, placement)
     load_ip_adapters(pipeline, split, loaded)
-    make_shadows(pipeline, split, placement.dtype, placement.device)
+    make_shadows(pipeline, split, placement)
     return ModularParts(split, pipeline, loaded)
 
 

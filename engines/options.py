@@ -14,6 +14,9 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     """A workflow of the pipeline, or "any", in place of that of the model's card; "" for that."""
     route: str = ""
     """"modular" or "classic", see `engines.routes.Route`; "" for the best that the model has."""
+    variant: str = ""
+    """Which variant of weight files is read, such as "fp16", of the components that have it; see
+    `engines.weight_files.choose_variant`."""
 
 
 DEFAULTS: Final = ModelOptions()

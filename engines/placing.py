@@ -48,6 +48,7 @@ class Placement:
     Attributes:
         read_bytes: What the weights took as they were read, adapters not counted.
         held_bytes: What they take now.
+        notes: What is worth saying of where the weights of a component came from, by its name.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Placement:
         self.options = options
         self.read_bytes = 0
         self.held_bytes = 0
+        self.notes: dict[str, str] = {}
 
     def settle(self, name: str, module: torch.nn.Module) -> torch.nn.Module:
         """Make a component ready for inference, where it computes or where it rests.

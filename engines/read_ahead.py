@@ -12,20 +12,20 @@ _THREADS: Final = 8
 _CHUNK: Final = 64 << 20
 
 
-def read_ahead(folders: Iterable[Path]) -> None:
+def read_ahead(files: Iterable[Path]) -> None:
     """Have the kernel bring weights files into its page cache, and return while it does.
 
     Loaders map the files and read them a page fault after the other, which leaves a fast disk idle most of the time.
     They cannot be run side by side, because they set torch's default dtype for the whole process.
 
     Args:
-        folders: Of components. Those without weights files are left alone.
+        files: Of components; those that are not there are for their loaders to complain of.
     """
-    files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
-    if not files:
+    there = [file for file in dict.fromkeys(files) if file.is_file()]
+    if not there:
         return
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="read ahead")
-    for file in files:
+    for file in there:
         for offset in range(0, file.stat().st_size, _CHUNK):
             pool.submit(_advise, file, offset)
     pool.shutdown(wait=False)

@@ -7,6 +7,7 @@ picture is wrong without an error. So each panel gets a shadow of every componen
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +16,9 @@ from accelerate import init_empty_weights
 from diffusers.configuration_utils import ConfigMixin
 from safetensors import safe_open
 from transformers import PreTrainedModel
+
+from engines.options import DEFAULTS, ModelOptions
+from engines.weight_files import component_files
 
 COMPUTE: Final = frozenset({"forward", "encode", "decode", "tiled_decode", "tiled_encode", "generate", "step"})
 
@@ -52,7 +56,9 @@ class _ConfigOnly:
         self.config = config
 
 
-def shadow(name: str, cls: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> object | None:
+def shadow(
+    name: str, cls: Any, folder: Path, dtype: torch.dtype, device: torch.device, options: ModelOptions = DEFAULTS
+) -> object | None:
     """Make the shadow of a component.
 
     Args:
@@ -61,6 +67,7 @@ def shadow(name: str, cls: Any, folder: Path, dtype: torch.dtype, device: torch.
         folder: Where its files are.
         dtype: What it is served with.
         device: Where it would be on this panel.
+        options: How the model is read.
 
     Returns:
         A `Shadow` for a model; the thing itself for what has no weights (schedulers, guiders); None for the rest
@@ -77,20 +84,21 @@ def shadow(name: str, cls: Any, folder: Path, dtype: torch.dtype, device: torch.
         # Not `torch.device("meta")`: tables computed when a model is made (rotary embeddings) must be real.
         with init_empty_weights():
             module = known.from_config(config)
-        _read_buffers(module, folder, dtype, device)
+        _read_buffers(module, component_files(name, folder, options).files, dtype, device)
         return Shadow(name, module, dtype, device)
     if issubclass(cls, PreTrainedModel):
         return Shadow(name, _ConfigOnly(known.config_class.from_pretrained(str(folder))), dtype, device)
     return None
 
 
-def _read_buffers(module: torch.nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+def _read_buffers(module: torch.nn.Module, files: Iterable[Path], dtype: torch.dtype, device: torch.device) -> None:
     # Statistics of latents can be buffers, whose values are in the weights file alone.
     missing = set(module.state_dict()) - {name for name, _ in module.named_parameters()}
-    # "model.safetensors" before variants of it, such as "model.fp16.safetensors".
-    for path in sorted(folder.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name)):
+    for path in files:
         if not missing:
             return
+        if not path.is_file():  # a panel that does not compute with it may go without its weights
+            continue
         with safe_open(path, framework="pt") as file:
             for name in missing & set(file.keys()):
                 value = file.get_tensor(name).to(device)

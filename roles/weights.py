@@ -25,7 +25,7 @@ def lora_files(model: Model) -> tuple[LoraFile, ...]:
 
 def model_options(model: Model) -> ModelOptions:
     """How the topology wants a model read and cut."""
-    return ModelOptions(task=model.section.task, route=model.section.route)
+    return ModelOptions(task=model.section.task, route=model.section.route, variant=model.section.variant)
 
 
 def describe_model(model: Model) -> tuple[str, str]:
@@ -39,6 +39,8 @@ def weights_facts(placement: Placement) -> dict[str, object]:
     facts: dict[str, object] = {"weights_bytes": placement.held_bytes}
     if placement.quantization is not Quantization.NONE:
         facts |= {"quantization": placement.quantization.value, "bytes_before": placement.read_bytes}
+    if placement.notes:
+        facts["weights_from"] = ", ".join(f"{name}: {note}" for name, note in sorted(placement.notes.items()))
     if placement.adapters.files:
         facts["loras"] = [file.name for file in placement.adapters.files]
     return facts

@@ -38,7 +38,7 @@ def test_weights_of_all_components_come_into_memory(tmp_path: Path) -> None:
     other = cold(tmp_path / "one" / "model.bin")
     if resident(other) == 1.0:
         pytest.skip("files of this folder are always in memory, as on tmpfs")
-    read_ahead([tmp_path / "one", tmp_path / "two", tmp_path / "none"])
+    read_ahead([*files, tmp_path / "none" / "model.safetensors"])
     while not all(resident(file) == 1.0 for file in files):
         pass
     assert resident(other) < 1.0
