@@ -1,4 +1,4 @@
-"""`python -m tools.families`: every family and task, how it is served, and whether splitting it changes a bit."""
+"""`python -m tools.families`: every pipeline of diffusers, how it is served, and whether serving it changes a bit."""
 
 from __future__ import annotations
 
@@ -10,28 +10,72 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tools.families import page, survey
 from tools.families.apart import Apart, apart, quiet
 from tools.families.compare import compare
 from tools.families.report import Result, markdown, table
 from tools.families.rows import Row, rows
 
-app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False, no_args_is_help=True)
 console = Console()
+Json = Annotated[bool, typer.Option("--json", help="One JSON line for each row, no table.")]
+Page = Annotated[Path | None, typer.Option("--markdown", help="Put the table into its part of this page.")]
 
 
 @app.command(
-    epilog="Examples: python -m tools.families --only flux,wan  ·  python -m tools.families --run --json"
-    "  ·  python -m tools.families --run --markdown docs/families.md"
+    epilog="Examples: python -m tools.families classes --only StableDiffusionPipeline,IFPipeline --run  ·  python -m"
+    " tools.families classes --run --results out/classes.jsonl --for-s 560  ·  python -m tools.families classes"
+    " --results out/classes.jsonl --markdown docs/families.md"
 )
-def main(
+def classes(
+    run: Annotated[bool, typer.Option("--run", help="Run rows that the results do not have yet.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="With --run: those too that are not identical.")] = False,
+    only: Annotated[str, typer.Option(help="Names of classes, or parts of them as *PAG*; by commas.")] = "",
+    results: Annotated[Path | None, typer.Option(help="Rows that have run, in JSON lines; more are added.")] = None,
+    row_s: Annotated[float, typer.Option(help="Seconds that one row may take.")] = 120.0,
+    for_s: Annotated[float, typer.Option(help="Seconds after which no further row is begun.")] = 1e9,
+    json: Json = False,
+    into: Page = None,
+) -> None:
+    """Show every pipeline class, and with --run whether it is served in three processes and in one as it is.
+
+    The exit status is 1 where a row that ran is served in no way with the same bits.
+    """
+    chosen = [name for name in survey.classes() if survey.wanted(name, only)]
+    if not chosen:
+        raise typer.BadParameter(f"no class is named like {only!r}", param_hint="--only")
+    known = survey.read(results) if results else {}
+    if run:
+        quiet()
+        for record in survey.run(chosen, known, again=again, row_s=row_s, total_s=for_s):
+            known[record.pipeline] = record
+            if results:
+                results.parent.mkdir(parents=True, exist_ok=True)
+                with results.open("a") as file:
+                    file.write(json_text.dumps(msgspec.to_builtins(record)) + "\n")
+            print(json_text.dumps(msgspec.to_builtins(record)) if json else page.line(record), flush=True)
+    shown = [known[name] for name in chosen if name in known]
+    if into:
+        page.write(into, page.CLASSES, page.classes(shown))
+    if not json:
+        console.print(page.summary(shown))
+    raise typer.Exit(1 if any(record.bad for record in shown) else 0)
+
+
+@app.command(
+    epilog="Examples: python -m tools.families blocks --only flux,wan  ·  python -m tools.families blocks --run --json"
+    "  ·  python -m tools.families blocks --run --markdown docs/families.md"
+)
+def blocks(
     run: Annotated[bool, typer.Option("--run", help="Make tiny models and run them, apart and whole.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="One JSON line for each row, no table.")] = False,
+    json: Json = False,
     only: Annotated[str, typer.Option(help="Parts of the names of families, or FAMILY:TASK; by commas.")] = "",
-    into: Annotated[Path | None, typer.Option("--markdown", help="Write the table here, as Markdown.")] = None,
+    into: Page = None,
 ) -> None:
     """Show every family and task of Modular Diffusers, and with --run that three processes change nothing.
 
@@ -44,7 +88,7 @@ def main(
     if run:
         results = list(_shown(chosen))
     if into:
-        into.write_text(markdown(results, ran=run))
+        page.write(into, page.BLOCKS, markdown(results))
     if json:
         for result in results:
             print(json_text.dumps(result.record()))

@@ -79,13 +79,7 @@ class Apart:
 @contextmanager
 def apart() -> Iterator[Apart]:
     """Start the three processes, and end them afterwards."""
-    ours: dict[Panel, tuple[BinaryIO, BinaryIO]] = {}
-    theirs: list[int] = []
-    for panel in Panel:
-        requests_out, requests_in = os.pipe()
-        answers_out, answers_in = os.pipe()
-        ours[panel] = (os.fdopen(requests_in, "wb"), os.fdopen(answers_out, "rb"))
-        theirs += [requests_out, answers_in]
+    ours, theirs = _pipes()
     command = [*module_command(__spec__.name), *map(str, theirs)]
     with subprocess.Popen(command, pass_fds=theirs) as process:  # noqa: S603 - our own interpreter and module
         for pipe in theirs:
@@ -100,6 +94,21 @@ def apart() -> Iterator[Apart]:
                 answers.close()
     if status:
         raise PanelError(f"a process ended with status {status}")
+
+
+@contextmanager
+def forked() -> Iterator[Apart]:
+    """The same, forked off this process, which has only one thread and has computed nothing yet."""
+    ours, theirs = _pipes()
+    children = _fork(theirs, [stream.fileno() for pair in ours.values() for stream in pair])
+    try:
+        yield Apart(ours)
+    finally:
+        for requests, answers in ours.values():
+            requests.close()
+            answers.close()
+        for child in children:
+            os.waitpid(child, 0)
 
 
 def quiet() -> None:
@@ -162,20 +171,40 @@ def _serve(panel: Panel, requests: BinaryIO, answers: BinaryIO) -> None:
             write_state(answers, {"error": f"{type(error).__name__}: {error}"})
 
 
-def _main() -> None:
-    quiet()
+def _pipes() -> tuple[dict[Panel, tuple[BinaryIO, BinaryIO]], list[int]]:
+    """Open the pipes of all panels: our ends, and the numbers of theirs."""
+    ours: dict[Panel, tuple[BinaryIO, BinaryIO]] = {}
+    theirs: list[int] = []
+    for panel in Panel:
+        requests_out, requests_in = os.pipe()
+        answers_out, answers_in = os.pipe()
+        ours[panel] = (os.fdopen(requests_in, "wb"), os.fdopen(answers_out, "rb"))
+        theirs += [requests_out, answers_in]
+    return ours, theirs
+
+
+def _fork(pipes: list[int], others: list[int]) -> list[int]:
+    """Fork a process for each panel; `pipes` are closed here and `others` there. Return their numbers."""
     children = []
-    pipes = [int(number) for number in sys.argv[1:]]
     for panel, mine in zip(Panel, (pipes[0:2], pipes[2:4], pipes[4:6]), strict=True):
         if child := os.fork():
             children.append(child)
             continue
-        for other in set(pipes) - set(mine):
+        for other in {*pipes, *others} - set(mine):
             os.close(other)
-        _serve(panel, os.fdopen(mine[0], "rb"), os.fdopen(mine[1], "wb"))
-        os._exit(0)
+        try:
+            _serve(panel, os.fdopen(mine[0], "rb"), os.fdopen(mine[1], "wb"))
+        finally:
+            # Whatever happened, what comes next is the code of the parent.
+            os._exit(0)
     for pipe in pipes:
         os.close(pipe)
+    return children
+
+
+def _main() -> None:
+    quiet()
+    children = _fork([int(number) for number in sys.argv[1:]], [])
     statuses = [os.waitpid(child, 0)[1] for child in children]
     os._exit(any(statuses))
 

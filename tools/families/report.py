@@ -88,15 +88,13 @@ def summary(results: Sequence[Result]) -> str:
     return f"{pipelines} pipelines, {len(results)} rows; {len(ran)} ran, {identical} of those identical"
 
 
-def markdown(results: Sequence[Result], *, ran: bool) -> str:
-    """The page `docs/families.md`."""
+def markdown(results: Sequence[Result]) -> str:
+    """The part of `docs/families.md` with a row for every task of Modular Diffusers."""
     lines = [
-        "# Families",
-        "",
         "Every pipeline of Modular Diffusers and every task of it, split by the one rule of `engines/split.py`: what",
         "comes before the block named `denoise` is the encoder, the block is the denoiser, the rest is the decoder.",
         "",
-        f"Made by `python -m tools.families{' --run' if ran else ''} --markdown docs/families.md` with diffusers"
+        f"Made by `python -m tools.families blocks --run --markdown docs/families.md` with diffusers"
         f" {diffusers.__version__}, transformers {transformers.__version__} and torch {torch.__version__}.",
         "",
         "For each row that has a tiny model, the tool makes it with random weights, runs one request through three",

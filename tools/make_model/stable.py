@@ -24,7 +24,7 @@ def sdxl() -> Recipe:
     """A UNet with two text encoders, and a control net for the tasks that use one."""
     components: dict[str, Component | None] = {
         **_two_clips(first_projects=False),
-        "unet": _sdxl_unet,
+        "unet": sdxl_unet,
         "controlnet": lambda: ControlNetModel(
             layers_per_block=1, conditioning_embedding_out_channels=(8, 16, 16), **_unet()
         ),
@@ -59,8 +59,8 @@ def sdxl_union() -> Recipe:
     return replace(made, components=components)
 
 
-def sd3() -> Recipe:
-    """A transformer with three text encoders."""
+def sd3(channels: int = 4) -> Recipe:
+    """A transformer with three text encoders; `channels` are of the latents."""
     # The states of both CLIPs side by side are padded to the width of T5.
     components: dict[str, Component | None] = {
         **_two_clips(first_projects=True),
@@ -69,8 +69,8 @@ def sd3() -> Recipe:
         "transformer": lambda: SD3Transformer2DModel(
             sample_size=32,
             patch_size=2,
-            in_channels=4,
-            out_channels=4,
+            in_channels=channels,
+            out_channels=channels,
             num_layers=2,
             attention_head_dim=16,
             num_attention_heads=2,
@@ -80,7 +80,7 @@ def sd3() -> Recipe:
             pos_embed_max_size=32,
         ),
         "scheduler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
-        "vae": lambda: vaes.kl(),
+        "vae": lambda: vaes.kl(latent_channels=channels),
     }
     defaults = picture(text=TEXT_LENGTH, guidance_scale=7.0)
     return Recipe("StableDiffusion3Pipeline", "text-to-image", components, defaults, sizes(8))
@@ -95,10 +95,15 @@ def _two_clips(*, first_projects: bool) -> dict[str, Component | None]:
     }
 
 
-def _sdxl_unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=16, layers_per_block=1, up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **_unet()
-    )
+def sdxl_unet(**changes: Any) -> UNet2DConditionModel:
+    """The UNet of SDXL, with two levels."""
+    made: dict[str, Any] = {
+        "sample_size": 16,
+        "layers_per_block": 1,
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        **_unet(),
+    }
+    return UNet2DConditionModel(**{**made, **changes})
 
 
 def _ip_adapter() -> dict[str, torch.Tensor]:
@@ -110,7 +115,7 @@ def _ip_adapter() -> dict[str, torch.Tensor]:
         "image_proj.norm.weight": torch.ones(wide),
         "image_proj.norm.bias": torch.zeros(wide),
     }
-    for number, name in enumerate(_sdxl_unet().attn_processors):
+    for number, name in enumerate(sdxl_unet().attn_processors):
         if name.endswith("attn2.processor"):
             for part in ("k", "v"):
                 made[f"ip_adapter.{number}.to_{part}_ip.weight"] = torch.randn(WIDTH, wide)

@@ -23,15 +23,17 @@ def tiny() -> AutoencoderTiny:
     )
 
 
-def kl(*, quant: bool = False, shift: float | None = 0.11, levels: int = 3, **more: Any) -> AutoencoderKL:
-    """Some levels and 4 channels; `shift` is None for models that have none."""
+def kl(
+    *, quant: bool = False, shift: float | None = 0.11, levels: int = 3, latent_channels: int = 4, **more: Any
+) -> AutoencoderKL:
+    """Some levels; `shift` is None for models that have none."""
     return AutoencoderKL(
         block_out_channels=(16,) * levels,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
         norm_num_groups=4,
-        latent_channels=4,
+        latent_channels=latent_channels,
         scaling_factor=0.36,
         shift_factor=shift,
         use_quant_conv=quant,

@@ -1,0 +1,105 @@
+"""The page `docs/families.md`: a part for classes, a part for blocks, each written by the run that knows it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import diffusers
+import torch
+import transformers
+
+from tools.families.survey import Record, Trial
+
+CLASSES: Final = "classes"
+BLOCKS: Final = "blocks"
+_COLUMNS: Final = ("class", "task", "route", "three processes", "one process", "why not")
+
+
+def write(path: Path, part: str, text: str) -> None:
+    """Replace a part of the page, which stands between two comments that name it.
+
+    Raises:
+        ValueError: The page has no such part.
+    """
+    found = re.compile(rf"(<!-- {part} -->\n).*(<!-- end of {part} -->)", re.DOTALL)
+    page = path.read_text()
+    if not found.search(page):
+        raise ValueError(f"{path} has no part between `<!-- {part} -->` and `<!-- end of {part} -->`.")
+    path.write_text(found.sub(lambda match: f"{match[1]}\n{text}\n{match[2]}", page))
+
+
+def line(record: Record) -> str:
+    """A row for a terminal."""
+    if record.unbuilt:
+        return f"{record.pipeline}: not built: {record.unbuilt} ({record.seconds} s)"
+    ways = f"three processes {_verdict(record.cut)}, one process {_verdict(record.whole)}"
+    why = _why(record)
+    return f"{record.pipeline}: {record.task}; {record.route}; {ways}{f'; {why}' if why else ''} ({record.seconds} s)"
+
+
+def summary(records: Sequence[Record]) -> str:
+    """The totals, in sentences."""
+    built = [record for record in records if not record.unbuilt]
+    served = [record for record in built if record.cut.served or record.whole.served]
+    same = [record for record in served if record.cut.identical or record.whole.identical]
+    apart = [record.cut for record in built]
+    one = [record.whole for record in built]
+    return (
+        f"{len(records)} classes; {len(built)} of them can be built tiny. Of those"
+        f" {_share(len(served), len(built))} are served and {_share(len(same), len(built))} with the bits of the class:"
+        f" {sum(trial.served for trial in apart)} by three processes ({sum(trial.identical for trial in apart)} of them"
+        f" identical), {sum(trial.served for trial in one)} by one ({sum(trial.identical for trial in one)} identical)."
+    )
+
+
+def classes(records: Sequence[Record]) -> str:
+    """The part of the page with a row for every class."""
+    built = [record for record in records if not record.unbuilt]
+    unbuilt = [record for record in records if record.unbuilt]
+    lines = [
+        f"Made with diffusers {diffusers.__version__}, transformers {transformers.__version__} and torch"
+        f" {torch.__version__}.",
+        "",
+        summary(records),
+        "",
+        f"| {' | '.join(_COLUMNS)} |",
+        f"|{' --- |' * len(_COLUMNS)}",
+        *(f"| {' | '.join(cell.replace('|', '/') for cell in _cells(record))} |" for record in built),
+    ]
+    if unbuilt:
+        lines += ["", "Not built:", "", "| class | why not |", "| --- | --- |"]
+        lines += [f"| {_short(record)} | {record.unbuilt.replace('|', '/')} |" for record in unbuilt]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(record: Record) -> tuple[str, ...]:
+    return (
+        _short(record),
+        record.task,
+        record.route,
+        _verdict(record.cut),
+        _verdict(record.whole),
+        _why(record),
+    )
+
+
+def _short(record: Record) -> str:
+    return record.pipeline.removesuffix("Pipeline")
+
+
+def _verdict(trial: Trial) -> str:
+    if trial.identical:
+        return "identical"
+    return "differs" if trial.served else "no"
+
+
+def _why(record: Record) -> str:
+    reasons = dict.fromkeys(trial.why for trial in (record.cut, record.whole) if trial.why)
+    return "; ".join(reasons)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} ({part / whole:.1%})" if whole else str(part)

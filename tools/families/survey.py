@@ -1,0 +1,310 @@
+"""The survey of pipeline classes: make a tiny model of each, run it as the class does and as Triptych does, compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import importlib.util
+import inspect
+import os
+import select
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import diffusers
+import msgspec
+import numpy as np
+import torch
+from PIL import Image
+
+from engines.media import SAMPLING_RATE, medium_of, results_of
+from engines.panels import Panel
+from engines.pipeline import PanelPipeline
+from engines.routes import route_for
+from engines.seeds import GlobalRng, seeded
+from tools.families.apart import CPU, Apart, forked
+from tools.families.classes import Sample, by_class, tiny
+from tools.families.compare import SEED, arrays, difference, identical
+
+_ENDS: Final = ("ConsisIDPipeline",)
+"""Classes whose import ends the process where a package is missing."""
+_ABSTRACT: Final = ("DiffusionPipeline",)
+
+
+class Trial(msgspec.Struct, frozen=True, kw_only=True):
+    """What one way to serve a class gave.
+
+    Attributes:
+        served: Whether a request was answered.
+        identical: Whether with the bits that the class makes.
+        why: Why not, in a line; "" where it was.
+    """
+
+    served: bool = False
+    identical: bool = False
+    why: str = ""
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """A row of the survey.
+
+    Attributes:
+        pipeline: Name of the class.
+        task: What its request gives and what it makes, such as "text, image → image".
+        route: By which it is served; "" where no model was made.
+        unbuilt: Why there is no model, or the class itself makes nothing of it; "" where there is one.
+        cut: Served by three processes.
+        whole: Served by one.
+        seconds: That the row took.
+    """
+
+    pipeline: str
+    task: str = ""
+    route: str = ""
+    unbuilt: str = ""
+    cut: Trial = Trial()
+    whole: Trial = Trial()
+    seconds: float = 0.0
+
+    @property
+    def bad(self) -> bool:
+        """Whether it could be built and is not served with the same bits in any way."""
+        return not self.unbuilt and not (self.cut.identical or self.whole.identical)
+
+
+@cache
+def classes() -> dict[str, str]:
+    """Names of all pipeline classes of the installed diffusers, and what each cannot be imported without or ""."""
+    found = {}
+    for name in sorted(dir(diffusers)):
+        if name in _ENDS:
+            found[name] = _imported(name)
+            continue
+        cls = getattr(diffusers, name, None) if "Pipeline" in name else None
+        if backends := _missing(cls):
+            found[name] = f"needs {' and '.join(backends)}"
+        elif isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline) and name not in _ABSTRACT:
+            found[name] = ""
+    return found
+
+
+def _imported(name: str) -> str:
+    try:
+        getattr(diffusers, name)
+    except (ImportError, RuntimeError, SystemExit):
+        return "needs opencv-python"
+    return ""
+
+
+def _missing(cls: Any) -> list[str]:
+    """The packages that a stand-in of diffusers for a class asks for."""
+    if not getattr(cls, "__module__", "").startswith("diffusers.utils.dummy"):
+        return []
+    return [name for name in cls._backends if importlib.util.find_spec(name) is None]
+
+
+def survey(name: str, limit_s: float) -> Record:
+    """Run the row of a class in a process of its own, so that neither a crash nor an endless loop ends more than it.
+
+    Args:
+        name: Of the class.
+        limit_s: Seconds until it is ended.
+    """
+    begun = time.monotonic()
+    sample = by_class().get(name)
+    if sample is None:
+        return Record(pipeline=name, unbuilt=classes().get(name) or "no tiny model has been made of it yet")
+    if sample.unbuilt:
+        return Record(pipeline=name, unbuilt=sample.unbuilt)
+    if lacking := [package for package in sample.needs if importlib.util.find_spec(package) is None]:
+        return Record(pipeline=name, unbuilt=f"needs {' and '.join(lacking)}")
+    answer = _bounded(lambda: msgspec.json.encode(_row(sample)), limit_s)
+    if answer is None:
+        answer = msgspec.json.encode(Record(pipeline=name, unbuilt=f"the run ended, or took more than {limit_s:.0f} s"))
+    record = msgspec.json.decode(answer, type=Record)
+    return msgspec.structs.replace(record, seconds=round(time.monotonic() - begun, 1))
+
+
+def _bounded(work: Callable[[], bytes], limit_s: float) -> bytes | None:
+    """What a function returns in a process that is forked for it; None where that ended before or took too long."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.setsid()
+        try:
+            os.close(reading)
+            os.write(writing, work() + b"\n")
+        finally:
+            os._exit(0)
+    os.close(writing)
+    try:
+        return _line(reading, time.monotonic() + limit_s)
+    finally:
+        os.close(reading)
+        # With the panels that it may have left.
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _line(pipe: int, deadline: float) -> bytes | None:
+    read = b""
+    while not read.endswith(b"\n"):
+        ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
+        part = os.read(pipe, 65536) if ready else b""
+        if not part:
+            return None
+        read += part
+    return read
+
+
+def _row(sample: Sample) -> Record:
+    with forked() as processes, tempfile.TemporaryDirectory(prefix="triptych-class-") as folder:
+        return row(sample, Path(folder), processes)
+
+
+def row(sample: Sample, folder: Path, processes: Apart) -> Record:
+    """Make the model of a sample, run its request as the class does and in both ways, and compare."""
+    try:
+        tiny.make(sample, folder)
+    except Exception as error:  # noqa: BLE001 - the reason of the row
+        return Record(pipeline=sample.pipeline, unbuilt=f"no model: {sentence(error)}")
+    try:
+        expected = plain(sample, folder)
+    except Exception as error:  # noqa: BLE001 - the reason of the row
+        return Record(pipeline=sample.pipeline, unbuilt=f"the class itself fails: {sentence(error)}")
+    if flat := [name for name, value in expected.items() if not _varied(value)]:
+        return Record(pipeline=sample.pipeline, unbuilt=f"the tiny model makes flat {' and '.join(flat)}")
+    task = f"{_given(sample.inputs)} → {_made(expected)}"
+    try:
+        route = str(route_for(folder))
+    except Exception as error:  # noqa: BLE001 - the reason of the row
+        route, reason = "none", sentence(error)
+        return Record(pipeline=sample.pipeline, task=task, route=route, cut=Trial(why=reason), whole=Trial(why=reason))
+    if route == "monolithic":
+        cut = Trial(why="cannot be cut")
+    else:
+        cut = _trial(expected, lambda: processes.run(folder, dict(sample.inputs), SEED)[0])
+    whole = _trial(expected, lambda: _whole(folder, sample.inputs))
+    return Record(pipeline=sample.pipeline, task=task, route=route, cut=cut, whole=whole)
+
+
+def plain(sample: Sample, folder: Path) -> dict[str, Any]:
+    """Run a request as diffusers alone does; returns what came out, by name, but for flags.
+
+    Where the class draws from the global generator, a denoiser of ours does from one of the same seed.
+    """
+    cls = getattr(diffusers, sample.pipeline)
+    pipeline = cls.from_pretrained(str(folder))
+    pipeline.set_progress_bar_config(disable=True)
+    taken = inspect.signature(cls.__call__).parameters
+    given = dict(sample.inputs)
+    if "generator" in taken:
+        given["generator"] = seeded(SEED)
+    if "output_type" in taken and medium_of(results_of(cls.__call__)) != "image":
+        given["output_type"] = "np"
+    with GlobalRng(SEED, Panel.DENOISER):
+        made = pipeline(**given)
+    values = vars(made) if dataclasses.is_dataclass(made) else {"results": made}
+    return {name: value for name, value in values.items() if value is not None and "nsfw" not in name}
+
+
+def _whole(folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    pipeline = PanelPipeline.load(folder, tuple(Panel), dtype=torch.float32, device=CPU)
+    denoising = pipeline.denoise(pipeline.encode(inputs, SEED))
+    while denoising.advance():
+        pass
+    return pipeline.decode(denoising.result())
+
+
+def _trial(expected: Mapping[str, Any], run: Callable[[], dict[str, Any]]) -> Trial:
+    try:
+        made = {name: value for name, value in run().items() if name != SAMPLING_RATE}
+    except Exception as error:  # noqa: BLE001 - the reason of the row
+        return Trial(why=sentence(error))
+    if not made:
+        return Trial(why=f"nothing that is served comes out, only {', '.join(expected)}")
+    differing = {}
+    for name, value in made.items():
+        if not any(identical(value, other) for other in expected.values()):
+            found = [difference(value, other) for other in expected.values()]
+            differing[name] = min((worst for worst in found if worst is not None), default=None)
+    if differing:
+        why = ", ".join(f"{name} differ by {_number(worst)}" for name, worst in differing.items())
+        return Trial(served=True, why=why)
+    return Trial(served=True, identical=True)
+
+
+def _number(worst: float | None) -> str:
+    return "their shape" if worst is None else f"up to {worst:.3g}"
+
+
+def sentence(error: BaseException) -> str:
+    """The kind of an error and the first line of its text, short enough for a table."""
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}"[:200]
+
+
+def _varied(value: Any) -> bool:
+    numbers = [array for array in arrays(value) if array.dtype.kind in "fiub" and array.size > 1]
+    return all(np.isfinite(array).all() and array.min() != array.max() for array in numbers)
+
+
+def _given(inputs: Mapping[str, Any]) -> str:
+    kinds = [_kind(name, value) for name, value in inputs.items()]
+    return ", ".join(dict.fromkeys(kind for kind in kinds if kind)) or "nothing"
+
+
+def _kind(name: str, value: Any) -> str:
+    first = value[0] if isinstance(value, (list, tuple)) and value else value
+    if "prompt" in name and isinstance(first, str):
+        return "text"
+    if isinstance(first, torch.Tensor):
+        return "tensors"
+    if "mask" in name and isinstance(first, (Image.Image, np.ndarray)):
+        return "mask"
+    if isinstance(first, Image.Image):
+        return "video" if "video" in name or "frames" in name else "image"
+    return "array" if isinstance(first, np.ndarray) else ""
+
+
+def _made(values: Mapping[str, Any]) -> str:
+    names = {"images": "image", "image": "image", "frames": "video", "videos": "video", "audios": "sound"}
+    return ", ".join(names.get(name, name.replace("_", " ")) for name in values)
+
+
+def read(path: Path) -> dict[str, Record]:
+    """Read the rows that earlier runs have left in a file, by class; the last one of a class counts."""
+    if not path.exists():
+        return {}
+    records = [msgspec.json.decode(line, type=Record) for line in path.read_text().splitlines() if line]
+    return {record.pipeline: record for record in records}
+
+
+def wanted(name: str, only: str) -> bool:
+    """Whether a class is one of those that a user names, by commas; `*` stands for anything."""
+    return not only or any(fnmatch.fnmatchcase(name, pattern.strip()) for pattern in only.split(","))
+
+
+def run(
+    names: Sequence[str], known: Mapping[str, Record], *, again: bool, row_s: float, total_s: float
+) -> Iterator[Record]:
+    """Run rows one by one.
+
+    Args:
+        names: Of the classes.
+        known: Rows that have run before, by class; they are left out.
+        again: Whether those of them that are not identical run again.
+        row_s: Seconds that a row may take.
+        total_s: Seconds after which no further row is begun.
+    """
+    begun = time.monotonic()
+    for name in names:
+        record = known.get(name)
+        done = record is not None and not (again and (record.bad or record.unbuilt))
+        if not done and time.monotonic() - begun < total_s:
+            yield survey(name, row_s)
