@@ -52,15 +52,15 @@ class Picture:
 
 
 def request_body(
-    prompt: str, *, size: str | None, steps: int | None, seed: int | None, extra: Mapping[str, object]
+    prompt: str | None, *, size: str | None, steps: int | None, seed: int | None, extra: Mapping[str, object]
 ) -> dict[str, object]:
     """The JSON body of `POST /v1/images/generations`; what is None is left to the model's defaults.
 
     A path or bytes among `extra`, or a list of those, is a picture; raises OSError when it cannot be read.
     """
     pictures = {name: _encoded(value) for name, value in extra.items()}
-    given = {"size": size, "num_inference_steps": steps, "seed": seed, **pictures}
-    body: dict[str, object] = {"prompt": prompt, "n": 1, "response_format": "b64_json"}
+    given = {"prompt": prompt, "size": size, "num_inference_steps": steps, "seed": seed, **pictures}
+    body: dict[str, object] = {"n": 1, "response_format": "b64_json"}
     return body | {key: value for key, value in given.items() if value is not None}
 
 

@@ -65,7 +65,7 @@ class Cluster:
 
     async def generate(
         self,
-        prompt: str,
+        prompt: str | None = None,
         *,
         size: str | None = None,
         steps: int | None = None,
@@ -73,7 +73,7 @@ class Cluster:
         timeout_s: float = GENERATE_TIMEOUT_S,
         **inputs: object,
     ) -> Picture:
-        """One picture for a prompt; raises `ApiError` with the server's sentence.
+        """One picture, for a prompt where the model takes one; raises `ApiError` with the server's sentence.
 
         `size` is "WIDTHxHEIGHT" in pixels, `steps` the number of denoising steps; what is None, and every other
         input of the model that is not among `inputs`, takes the model's default. A picture among `inputs` is a `Path`

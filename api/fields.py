@@ -51,7 +51,8 @@ class MediaRequest(msgspec.Struct, frozen=True, kw_only=True):
     Any other field is taken for an input of the pipeline; the head refuses it if the pipeline has none of that name.
     """
 
-    prompt: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT)]
+    prompt: Text | None = None
+    """Left out where a model takes none; the head knows."""
     size: str = "auto"
     """WIDTHxHEIGHT in pixels, or auto: the model's default."""
     model: str | None = None

@@ -198,7 +198,7 @@ def _body(kind: type[MediaRequest], pictures: Mapping[str, str], required: tuple
     own = schemas[kind.__name__]
     neutral = {name: {"enum": list(field.values), "description": field.advice} for name, field in NEUTRAL.items()}
     fields = {name: _without_null(schema) for name, schema in own["properties"].items()}
-    needed = [*own["required"], *required]
+    needed = [*own.get("required", ()), *required]
     whole = {
         **fields,
         **{name: {**schema, "enum": _with_plain(schema["enum"])} for name, schema in neutral.items()},

@@ -98,8 +98,9 @@ def _public(rows: Iterable[_Declared], required: Collection[str]) -> tuple[Param
         if kind is Kind.IMAGES and row.name == "image" and declared.keys() & _ONE_IMAGE:
             kind = Kind.IMAGE
         default = _plain(row.default)
-        # Every request has a prompt, and what has a default need not be given.
-        needed = row.name == "prompt" or row.name in required or (row.required and default is None)
+        # Nearly all declare the prompt as optional, and do not run without. What has a default need not be given.
+        is_prompt = row.name == "prompt" and default is None
+        needed = is_prompt or row.name in required or (row.required and default is None)
         found.append(Parameter(row.name, kind, default, needed, description=_sentence(row.description)))
     return tuple(sorted(found, key=lambda parameter: parameter.name))
 

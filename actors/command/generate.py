@@ -54,7 +54,10 @@ Pictures = Annotated[
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to show.", show_default=False)],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(metavar="PROMPT", help="What to show; left out where the model takes none.", show_default=False),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="Where to write it.", show_default="picture.png, video.mp4"),

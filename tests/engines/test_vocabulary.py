@@ -66,6 +66,17 @@ def test_what_is_public_can_be_said_in_json_and_files(pipeline: str) -> None:
         assert msgspec.msgpack.decode(msgspec.msgpack.encode(parameters), type=tuple[Parameter, ...]) == parameters
 
 
+@pytest.mark.parametrize("name", ["StableVideoDiffusionPipeline", "DDPMPipeline", "MarigoldDepthPipeline"])
+def test_a_pipeline_without_a_prompt_asks_for_none(name: str) -> None:
+    assert "prompt" not in {parameter.name for parameter in of_call(getattr(diffusers, name).__call__)}
+
+
+def test_a_prompt_with_a_default_need_not_be_given() -> None:
+    def call(prompt: str = "a cat", negative_prompt: str | None = None) -> None: ...
+
+    assert not any(parameter.required for parameter in of_call(call))
+
+
 def test_every_input_of_a_known_request_is_public_and_of_its_kind() -> None:
     for case in cases():
         found = public(case.pipeline, case.task or "any", case.inputs)
