@@ -1,7 +1,8 @@
 """Read off the code of a classic pipeline which of its methods encode and decode, and so which panel owns what.
 
 A classic pipeline is one class whose `__call__` does everything. Its compiled code names each attribute that it
-reads, so the components that a method works with are known without running it.
+reads, so the components that a method works with are known without running it. What becomes of them is read off its
+source (`engines.source`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Final
 import diffusers
 
 from engines.panels import Panel
+from engines.source import computes, ends_without_steps
 
 _WEIGHTLESS: Final = ("Tokenizer", "Processor", "FeatureExtractor")
 _AFTER: Final = frozenset({"vocoder", "safety_checker", "watermark", "watermarker"})
@@ -31,7 +33,10 @@ class Anatomy:
         encodes: Methods of `__call__` that work with text encoders and their like.
         decodes: Methods of `__call__` that run the VAE's decoder; there need not be any.
         conditions: Whether something else than these methods runs the VAE's encoder, as where an image is repainted.
-        can_be_cut: Whether there is something to encode, and one VAE that decodes.
+        computes: Names of encoders that something else than the encoding methods runs as well.
+        decodes_apart: Whether the decoder has a panel of its own: there is one VAE, which decodes once, and a run comes
+            to it without a step of the loop. Else the denoiser runs to the end.
+        can_be_cut: Whether there is something to encode.
     """
 
     components: Mapping[str, tuple[str, str]]
@@ -40,13 +45,17 @@ class Anatomy:
     encodes: frozenset[str]
     decodes: frozenset[str]
     conditions: bool
+    computes: frozenset[str]
+    decodes_apart: bool
     can_be_cut: bool
 
     def needed(self, panel: Panel) -> frozenset[str]:
         """Names of the components that a panel loads."""
         mine = {name for name in self.components if self.owners[name] is panel}
-        if panel is Panel.ENCODER:
+        if panel is Panel.ENCODER or not mine:
             return frozenset(mine)
+        # Each of the others runs what comes before the loop.
+        mine |= self.computes
         if panel is Panel.DENOISER and self.conditions:
             mine.add("vae")
         # Cheap, and other panels have no other way to read them.
@@ -75,14 +84,21 @@ def anatomy(cls: Any, index: Mapping[str, object]) -> Anatomy:
     read = set().union(*others.values())
     encoding = {name for method in encodes for name in _reach(cls, method)}
     vaes = [name for name in components if name.endswith("vae")]
+    owners = {name: _owner(name, models, encoding, read, components) for name in components}
+    loops = frozenset(name for name, owner in owners.items() if owner is Panel.DENOISER)
+    apart = vaes == ["vae"] and {"vae", "decode"} <= read and ends_without_steps(cls, loops)
+    if not apart:
+        owners = {name: Panel.DENOISER if owner is Panel.DECODER else owner for name, owner in owners.items()}
     return Anatomy(
         components,
-        {name: _owner(name, models, encoding, read, components) for name in components},
+        owners,
         frozenset(read & components.keys()),
         frozenset(encodes),
         frozenset(decodes),
         "vae" in components and any({"vae", "encode"} <= names for names in others.values()),
-        bool(encodes) and vaes == ["vae"] and {"vae", "decode"} <= read,
+        frozenset(name for name in models if any(computes(cls, method, name) for method in others)),
+        apart,
+        bool(encodes),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from diffusers import DiffusionPipeline
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 from diffusers.pipelines.auto_pipeline import (
     AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
@@ -44,6 +45,8 @@ from engines.vocabulary import of_call
 from engines.weight_files import component_files
 
 _OURS: Final = frozenset({"self", "output_type", "return_dict", "callback", "callback_steps", "callback_on_step_end"})
+STEPS: Final = ("step", "step_pred")
+"""Methods that a loop calls of a scheduler, once for each timestep."""
 _LIBRARIES: Final = {"diffusers": diffusers, "transformers": transformers}
 _MEDIA: Final = {
     **dict.fromkeys(IMAGES, IMAGES[0]),
@@ -118,12 +121,21 @@ def _let_go(pipeline: Any) -> None:
     for scheduler in schedulers(pipeline):
         vars(scheduler).clear()
     vars(vars(pipeline).get("vae", pipeline)).pop("decode", None)
+    for component in list(vars(pipeline).values()):
+        if isinstance(component, DiffusionPipeline):
+            _let_go(component)
     vars(pipeline).clear()
 
 
-def schedulers(pipeline: Any) -> Iterator[Any]:
-    """The schedulers of a pipeline."""
-    return (component for component in vars(pipeline).values() if isinstance(component, SchedulerMixin))
+def schedulers(pipeline: Any) -> tuple[Any, ...]:
+    """The schedulers of a pipeline and of those inside of it, each once."""
+    found: dict[int, Any] = {}
+    for component in vars(pipeline).values():
+        if isinstance(component, SchedulerMixin):
+            found[id(component)] = component
+        elif isinstance(component, DiffusionPipeline):
+            found |= {id(inner): inner for inner in schedulers(component)}
+    return tuple(found.values())
 
 
 class CallDenoising(Denoising):
@@ -136,25 +148,81 @@ class CallDenoising(Denoising):
 
     def __init__(self, work: Callable[[], dict[str, object]], pipeline: Any) -> None:
         super().__init__(work)
+        self._position: object = None
         for scheduler in schedulers(pipeline):
-            if hasattr(scheduler, "step"):
-                scheduler.step = self._stepping(pipeline, scheduler, scheduler.step)
+            for name in STEPS:
+                if hasattr(scheduler, name):
+                    intercept(scheduler, name, functools.partial(self._stepping, pipeline))
 
-    def _stepping(self, pipeline: Any, scheduler: Any, step: Callable[..., Any]) -> Callable[..., Any]:
-        # Pipelines look at the signature, to see what they can pass.
-        @functools.wraps(step)
-        def paused_step(*args: Any, **kwargs: Any) -> Any:
-            result = step(*args, **kwargs)
-            if self.total_steps is None:
-                # A run that starts from a picture leaves some out; most pipelines say so.
-                self.total_steps = vars(pipeline).get("_num_timesteps") or len(scheduler.timesteps)
-            self.step += 1
-            # Not after the last, so that it also ends the run.
-            if self.step < self.total_steps:
-                self.pause()
+    def _stepping(self, pipeline: Any, scheduler: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        # A scheduler may be asked once for each part of the latents, and a copy of it for the sound beside a video.
+        position = getattr(scheduler, "step_index", None)
+        if position is None:
+            position = args[1] if len(args) > 1 else kwargs.get("timestep")
+        if self._is_at(position):
             return result
+        self._position = position
+        if self.step == 0:
+            # A run that starts from a picture leaves some out; most pipelines say so.
+            self.total_steps = vars(pipeline).get("_num_timesteps") or len(scheduler.timesteps)
+        self.step += 1
+        if self.total_steps is not None and self.step > self.total_steps:
+            # There was another loop.
+            self.total_steps = None
+        # Not after the last, so that it also ends the run.
+        if self.step != self.total_steps:
+            self.pause()
+        return result
 
-        return paused_step
+    def _is_at(self, position: object) -> bool:
+        # Timesteps are tensors, which would have to be read back from the device to be compared.
+        if isinstance(position, int) and isinstance(self._position, int):
+            return position == self._position
+        return position is not None and position is self._position
+
+
+class _Around:
+    """What is called in the place of a method of a scheduler, and of all of its copies."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+
+    def __deepcopy__(self, memo: object) -> _Around:
+        return self
+
+
+def intercept(scheduler: Any, name: str, around: Callable[..., Any]) -> None:
+    """Have something else called in the place of a method of a scheduler and of the copies that are made of it.
+
+    Args:
+        scheduler: Of diffusers, private to a request.
+        name: Of the method.
+        around: Called with the scheduler or the copy of it, its method and the arguments.
+    """
+    # Not an attribute with the bound method: that of a copy would still be the method of the original.
+    cls: type = type(scheduler)
+    scheduler.__class__ = _intercepted(cls, name)
+    vars(scheduler)[_around(name)] = _Around(around)
+
+
+@functools.cache
+def _intercepted(cls: type, name: str) -> type:
+    method = getattr(cls, name)
+
+    # Pipelines look at the signature, to see what they can pass.
+    @functools.wraps(method)
+    def intercepted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = functools.partial(method, self)
+        around = vars(self).get(_around(name))
+        return bound(*args, **kwargs) if around is None else around.call(self, bound, *args, **kwargs)
+
+    # Some of them also look at its name.
+    return type(cls.__name__, (cls,), {name: intercepted, "__module__": cls.__module__})
+
+
+def _around(name: str) -> str:
+    return f"_around_{name}"
 
 
 class Components:

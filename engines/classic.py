@@ -5,6 +5,9 @@ what encoding methods return, and is done when the run comes to a shadow. In the
 they returned there, and the run ends at the VAE. In the decoder the loop has no steps, so the run comes to the VAE at
 once, with latents of the right shape, in whose place those of the denoiser are decoded; what the pipeline does with
 the picture then is its own code.
+
+Some pipelines cannot be run without a step: they read what only their loop makes, decode in each round, or have no
+VAE that is one component. Of those the denoiser runs all that is not encoding, and the decoder passes on what it made.
 """
 
 from __future__ import annotations
@@ -13,12 +16,12 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 
 from engines.anatomy import Anatomy, anatomy
-from engines.calling import CallDenoising, Components, accepted, call, schedulers, signature
+from engines.calling import CallDenoising, Components, accepted, call, intercept, schedulers, signature
 from engines.card import load_index
 from engines.guidance import GUIDANCE_SCALE, private
 from engines.handoff import Elsewhere, Handoff, Recording, Resumption, first
@@ -29,12 +32,18 @@ from engines.seeds import GENERATOR, seeded
 from engines.shadows import ShadowError
 from engines.stepping import Denoising
 
+MADE: Final = "made"
+"""The name in a state of what the pipeline has made, where the denoiser ran it to its end."""
+
 
 class Unstepped(torch.Tensor):
     """Timesteps that can be counted and read, since some pipelines do, but a loop over them has no steps."""
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter(())
+
+    def __deepcopy__(self, memo: object) -> Unstepped:
+        return self.clone().as_subclass(Unstepped)
 
 
 class ClassicParts:
@@ -81,6 +90,8 @@ class ClassicParts:
         inputs, generator = _request(state)
         pipeline = self._view(Panel.DENOISER, inputs)
         self._play(pipeline, state, generator)
+        if not self._anatomy.decodes_apart:
+            return CallDenoising(lambda: {MADE: self._to_its_end(pipeline, inputs, generator)}, pipeline)
         for name in self._anatomy.decodes:
             vars(pipeline)[name] = _leaving("", name, getattr(pipeline, name))
         if self._anatomy.conditions:
@@ -100,12 +111,14 @@ class ClassicParts:
 
     def decode(self, state: Mapping[str, object]) -> dict[str, object]:
         """Run the pipeline without a step, and decode the "latents" of a state in the place of its own."""
+        if not self._anatomy.decodes_apart:
+            return cast("dict[str, object]", state[MADE])
         inputs, generator = _request(state)
         after = generator.get_state()
         pipeline = self._view(Panel.DECODER, inputs)
         self._play(pipeline, state, generator)
         for scheduler in schedulers(pipeline):
-            scheduler.set_timesteps = _without_steps(scheduler, scheduler.set_timesteps)
+            intercept(scheduler, "set_timesteps", _without_steps)
         resumption = Resumption(state["latents"], lambda: generator.set_state(after))
         for name in self._anatomy.decodes:
             vars(pipeline)[name] = resumption.resume(getattr(pipeline, name))
@@ -118,6 +131,12 @@ class ClassicParts:
         if not resumption.used:
             raise RuntimeError("The pipeline came to its end and decoded nothing.")
         return media
+
+    def _to_its_end(self, pipeline: Any, inputs: Mapping[str, object], generator: torch.Generator) -> dict[str, object]:
+        try:
+            return call(pipeline, inputs, generator)
+        except Handoff as handoff:
+            raise _misplaced(handoff, Panel.DENOISER) from None
 
     def _view(self, panel: Panel, inputs: Mapping[str, object]) -> Any:
         """Copy the pipeline for a run: what a panel does not own, it does not see, even where it is loaded."""
@@ -168,14 +187,9 @@ def _leaving(owner: str, name: str, method: Callable[..., Any]) -> Callable[...,
     return left
 
 
-def _without_steps(scheduler: Any, set_timesteps: Callable[..., Any]) -> Callable[..., Any]:
-    # Pipelines look at the signature, to see what they can pass.
-    @functools.wraps(set_timesteps)
-    def none_set(*args: Any, **kwargs: Any) -> None:
-        set_timesteps(*args, **kwargs)
-        scheduler.timesteps = scheduler.timesteps.as_subclass(Unstepped)
-
-    return none_set
+def _without_steps(scheduler: Any, set_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    set_timesteps(*args, **kwargs)
+    scheduler.timesteps = scheduler.timesteps.as_subclass(Unstepped)
 
 
 def _misplaced(handoff: Handoff, panel: Panel) -> ShadowError:

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from diffusers.guiders import BaseGuidance
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
@@ -20,8 +21,16 @@ from engines.aliases import GUIDANCE_SCALE
 __all__ = ["GUIDANCE_SCALE", "guidance", "has_guider", "private"]
 
 
-def private(pipeline: Any, guidance_scale: float | None = None, *, encodes: bool = False) -> Any:
+def private(
+    pipeline: Any,
+    guidance_scale: float | None = None,
+    *,
+    encodes: bool = False,
+    _made: dict[int, Any] | None = None,
+) -> Any:
     """Copy a pipeline for one request: it shares all weights, and nothing that changes during a run.
+
+    Pipelines inside of it are copied as well; a scheduler that several of them have is still one.
 
     Args:
         pipeline: A `diffusers.ModularPipeline`.
@@ -30,6 +39,7 @@ def private(pipeline: Any, guidance_scale: float | None = None, *, encodes: bool
             encoders fail without guidance, others make no negative embeddings.
     """
     mine = copy.copy(pipeline)
+    made = {} if _made is None else _made
     for name, component in vars(pipeline).items():
         if isinstance(component, BaseGuidance):
             guider = component.new(**_changes(component, guidance_scale))
@@ -37,7 +47,11 @@ def private(pipeline: Any, guidance_scale: float | None = None, *, encodes: bool
                 guider = component.new()
             setattr(mine, name, guider)
         elif isinstance(component, SchedulerMixin):
-            setattr(mine, name, type(component).from_config(component.config))
+            if id(component) not in made:
+                made[id(component)] = type(component).from_config(component.config)
+            setattr(mine, name, made[id(component)])
+        elif isinstance(component, DiffusionPipeline):
+            setattr(mine, name, private(component, guidance_scale, encodes=encodes, _made=made))
     return mine
 
 

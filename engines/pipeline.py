@@ -24,7 +24,7 @@ from engines.panels import ModelError, Panel
 from engines.parameters import Signature, names
 from engines.placing import Placement
 from engines.quantization import Quantization
-from engines.routes import Route, route_for
+from engines.routes import Route, route_for, where
 from engines.seeds import SEED, GlobalRng
 from engines.stepping import Denoising
 from engines.whole import load_whole
@@ -135,7 +135,7 @@ class PanelPipeline:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         panels = tuple(panel for panel in Panel if panel in panels)
-        route = route_for(model, options)
+        route = where(route_for(model, options), panels)
         read = Adapters.read(model, adapters)
         placement = Placement(dtype, device, Quantization(quantization), Offload(offload), read, options)
         loaders: dict[Route, Callable[[Path, tuple[Panel, ...], Placement], Parts]] = {

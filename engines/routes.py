@@ -63,6 +63,11 @@ def route_for(model: Path, options: ModelOptions = DEFAULTS) -> Route:
     return route
 
 
+def where(route: Route, panels: Collection[Panel]) -> Route:
+    """Choose the route in a process that has some panels: with all of them there is no need to cut a function."""
+    return Route.MONOLITHIC if route is Route.CLASSIC and set(panels) == set(Panel) else route
+
+
 def check_panels(route: Route, index: Mapping[str, object], model: Path, panels: Collection[Panel]) -> None:
     """Refuse to run a pipeline in parts that it does not have.
 
@@ -89,10 +94,11 @@ def describe(model: Path, options: ModelOptions, *, in_parts: bool) -> tuple[str
     """
     try:
         index = load_index(model)
-        route = route_for(model, options)
+        panels = [Panel.ENCODER] if in_parts else list(Panel)
+        route = where(route_for(model, options), panels)
         if route is Route.MODULAR:
             load_split(model, options)
-        check_panels(route, index, model, [Panel.ENCODER] if in_parts else list(Panel))
+        check_panels(route, index, model, panels)
     except ModelError as error:
         return "", str(error)
     return f"{index['_class_name']}, by the {route} route", ""

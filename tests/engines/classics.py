@@ -31,8 +31,8 @@ def plain(model: Path, dtype: torch.dtype) -> Any:
 
 
 @cache
-def whole(model: Path, *panels: Panel) -> PanelPipeline:
-    return PanelPipeline.load(model, panels or tuple(Panel), dtype=torch.float32, device=CPU)
+def part(model: Path, *panels: Panel) -> PanelPipeline:
+    return load(model, *(panels or (Panel.ENCODER, Panel.DENOISER)))
 
 
 def request(model: Path, **more: Any) -> dict[str, Any]:

@@ -10,16 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, LCMScheduler, UNet2DConditionModel
 from PIL import Image
 
 from engines.panels import ModelError, Panel
 from engines.pipeline import InputError
 from engines.routes import Route
 from engines.shadows import ShadowError
-from tests.engines.classics import FAMILIES, PANELS, Models, edit, expected, finish, load, plain, request, whole
+from tests.engines.classics import FAMILIES, PANELS, Models, edit, expected, finish, load, part, plain, request
 from tests.engines.results import media, same, seeded
 from tools.families.apart import Apart, apart
+
+NULL = [None, None]
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +75,29 @@ def test_what_a_pipeline_does_after_its_vae_is_its_own(classic_models: Models, p
     assert same(media(ours), expected(model, inputs, 4))
 
 
-@pytest.mark.parametrize("panels", [tuple(Panel), (Panel.ENCODER, Panel.DENOISER)])
+@pytest.mark.parametrize("panels", [(Panel.ENCODER, Panel.DENOISER), (Panel.DENOISER, Panel.DECODER)])
 def test_panels_may_share_a_process(panels: tuple[Panel, ...], classic_models: Models) -> None:
     model = classic_models("sana")
-    pipeline = whole(model, *panels)
+    pipeline = part(model, *panels)
     assert pipeline.route is Route.CLASSIC
-    assert sorted(pipeline.components) == sorted(name for part in PANELS[: len(panels)] for name in part)
+    owned = dict(zip(Panel, PANELS, strict=True))
+    assert sorted(pipeline.components) == sorted(name for panel in panels for name in owned[panel])
+    (rest,) = set(Panel) - set(panels)
+    by = dict.fromkeys(panels, pipeline) | {rest: part(model, rest)}
     inputs = request(model, num_inference_steps=3)
-    state = finish(pipeline.denoise(pipeline.encode(inputs, 8)))
-    decoder = pipeline if Panel.DECODER in panels else whole(model, Panel.DECODER)
+    state = finish(by[Panel.DENOISER].denoise(by[Panel.ENCODER].encode(inputs, 8)))
     for _ in range(2):
-        assert same(media(decoder.decode(state)), expected(model, inputs, 8))
+        assert same(media(by[Panel.DECODER].decode(state)), expected(model, inputs, 8))
+
+
+def test_with_all_panels_in_one_process_the_pipeline_is_not_cut(classic_models: Models) -> None:
+    model = classic_models("sana")
+    pipeline = load(model, *Panel)
+    assert pipeline.route is Route.MONOLITHIC
+    inputs = request(model, num_inference_steps=3)
+    assert same(
+        media(pipeline.decode(finish(pipeline.denoise(pipeline.encode(inputs, 8))))), expected(model, inputs, 8)
+    )
 
 
 def test_blocks_that_would_make_the_wrong_size_are_not_used(models: Models, processes: Apart, tmp_path: Path) -> None:
@@ -126,6 +140,40 @@ def test_a_pipeline_that_asks_for_the_class_of_a_component_gets_it_from_a_stub(c
     assert not same(media(made), expected(model, {**inputs, "image": Image.new("RGB", (64, 64))}, 11))
 
 
+@pytest.fixture
+def sd(classic_models: Models, tmp_path: Path) -> Path:
+    """A tiny Stable Diffusion 1.5 that the test may change into one of its relatives."""
+    model = Path(shutil.copytree(classic_models("sd_controlnet"), tmp_path / "model"))
+    edit(model, _class_name="StableDiffusionPipeline", controlnet=None)
+    return model
+
+
+def test_what_reads_what_only_its_loop_makes_is_decoded_where_the_loop_is(sd: Path) -> None:
+    edit(sd, _class_name="LatentConsistencyModelPipeline", scheduler=["diffusers", "LCMScheduler"], image_encoder=NULL)
+    LCMScheduler().save_pretrained(sd / "scheduler")
+    torch.manual_seed(0)
+    config = UNet2DConditionModel.load_config(sd / "unet")
+    UNet2DConditionModel.from_config(config, time_cond_proj_dim=8).save_pretrained(sd / "unet")
+    encoder, denoiser, decoder = (load(sd, panel) for panel in Panel)
+    assert (sorted(denoiser.components), decoder.components) == (["scheduler", "unet", "vae"], frozenset())
+    inputs = request(sd, num_inference_steps=2)
+    denoising = denoiser.denoise(encoder.encode(inputs, 11))
+    assert denoising.advance()
+    assert (denoising.step, denoising.total_steps) == (1, 2)
+    assert same(media(decoder.decode(finish(denoising))), expected(sd, inputs, 11))
+
+
+def test_a_scheduler_that_is_copied_for_each_view_makes_the_picture_of_the_plain_pipeline(sd: Path) -> None:
+    edit(sd, _class_name="StableDiffusionPanoramaPipeline", image_encoder=NULL)
+    encoder, denoiser, decoder = (load(sd, panel) for panel in Panel)
+    assert decoder.components == {"vae"}
+    inputs = request(sd, width=128, height=64, num_inference_steps=3)
+    denoising = denoiser.denoise(encoder.encode(inputs, 11))
+    made = decoder.decode(finish(denoising))
+    assert (denoising.step, denoising.total_steps) == (3, 3)
+    assert same(media(made), expected(sd, inputs, 11))
+
+
 @pytest.mark.parametrize(
     ("family", "name", "given"),
     [("chroma", "ChromaImg2ImgPipeline", "image"), ("cogvideox", "CogVideoXVideoToVideoPipeline", "video")],
@@ -149,7 +197,7 @@ def test_a_denoiser_that_starts_from_a_picture_has_the_vae_too(
 
 
 def test_what_the_pipeline_accepts(classic_models: Models) -> None:
-    pipeline = whole(classic_models("pixart"), Panel.ENCODER)
+    pipeline = part(classic_models("pixart"), Panel.ENCODER)
     assert {"prompt", "negative_prompt", "height", "guidance_scale", "max_sequence_length"} <= pipeline.accepted
     assert (
         not {"self", "generator", "output_type", "return_dict", "kwargs", "num_images_per_prompt"} & pipeline.accepted
@@ -204,7 +252,7 @@ def test_a_pipeline_that_cannot_be_cut_is_not_served_in_parts(copied: Path) -> N
             load(copied, *panels)
 
 
-def test_a_pipeline_that_cannot_be_cut_runs_as_a_whole(copied: Path) -> None:
+def test_a_pipeline_that_cannot_be_cut_runs_as_a_part(copied: Path) -> None:
     edit(copied, text_encoder=[None, None], tokenizer=[None, None])
     pipeline = load(copied, *Panel)
     assert pipeline.route is Route.MONOLITHIC
@@ -230,11 +278,12 @@ def test_a_pipeline_that_cannot_be_cut_runs_as_a_whole(copied: Path) -> None:
 
 def test_a_panel_that_needs_what_another_has_says_so(classic_models: Models) -> None:
     model = classic_models("chroma")
-    pipeline = whole(model)
+    # With tokenizers, so that it comes to the text encoder.
+    pipeline, decoder = part(model), part(model, Panel.ENCODER, Panel.DECODER)
     state = pipeline.encode(request(model), 1)
     denoising = pipeline.denoise({**state, "calls": []})
     with pytest.raises(ShadowError, match=r"The denoiser of this pipeline needs `text_encoder\.forward`, which is not"):
         denoising.advance()
     latents = finish(pipeline.denoise(state))
     with pytest.raises(ShadowError, match=r"The decoder of this pipeline needs `text_encoder\.forward`, which is not"):
-        pipeline.decode({**latents, "calls": []})
+        decoder.decode({**latents, "calls": []})

@@ -14,7 +14,7 @@ from PIL import Image
 from engines.panels import Panel
 from engines.pipeline import PanelPipeline
 from engines.stepping import Denoising
-from tests.engines.classics import FAMILIES, Models, edit, finish, load, request, whole
+from tests.engines.classics import FAMILIES, Models, edit, finish, load, part, request
 
 
 def begin(pipeline: PanelPipeline, model: Path, prompt: str, steps: int, seed: int, scale: float = 1.0) -> Denoising:
@@ -25,7 +25,7 @@ def begin(pipeline: PanelPipeline, model: Path, prompt: str, steps: int, seed: i
 @pytest.mark.parametrize("family", ["pixart", "cogvideox"])
 def test_each_advance_is_one_step(family: str, classic_models: Models) -> None:
     model = classic_models(family)
-    pipeline = whole(model)
+    pipeline = part(model)
     calls = 0
 
     def count(*_: object) -> None:
@@ -47,7 +47,7 @@ def test_each_advance_is_one_step(family: str, classic_models: Models) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_requests_that_take_turns_are_identical_to_runs_alone(family: str, classic_models: Models) -> None:
     model = classic_models(family)
-    pipeline = whole(model)
+    pipeline = part(model)
     asked = [("a cat", 4, 1, 2.0), ("a ship at night", 6, 2, 1.0), ("a cat", 3, 1, 6.0)]
     alone = [finish(begin(pipeline, model, *one))["latents"] for one in asked]
     turns = [begin(pipeline, model, *one) for one in asked]
@@ -61,7 +61,7 @@ def test_requests_that_take_turns_are_identical_to_runs_alone(family: str, class
 
 def test_a_state_can_be_run_again(classic_models: Models) -> None:
     model = classic_models("cogvideox")
-    pipeline = whole(model)
+    pipeline = part(model)
     state = pipeline.encode(request(model, num_inference_steps=2), 4)
     first, second = (finish(pipeline.denoise(state))["latents"] for _ in range(2))
     assert torch.equal(first, second)  # type: ignore[arg-type]
@@ -70,7 +70,7 @@ def test_a_state_can_be_run_again(classic_models: Models) -> None:
 def test_a_run_that_leaves_steps_out_counts_those_it_makes(classic_models: Models, tmp_path: Path) -> None:
     model = Path(shutil.copytree(classic_models("chroma"), tmp_path / "model"))
     edit(model, _class_name="ChromaImg2ImgPipeline")
-    pipeline = load(model, *Panel)
+    pipeline = load(model, Panel.ENCODER, Panel.DENOISER)
     inputs = request(model, strength=0.5, image=Image.new("RGB", (64, 64), "red"))
     denoising = pipeline.denoise(pipeline.encode(inputs, 1))
     assert denoising.advance()
@@ -81,7 +81,7 @@ def test_a_run_that_leaves_steps_out_counts_those_it_makes(classic_models: Model
 
 def test_a_request_lets_go_of_its_tensors_by_itself(classic_models: Models) -> None:
     model = classic_models("sana")
-    pipeline = whole(model)
+    pipeline = part(model)
     held: list[weakref.ref[torch.Tensor]] = []
     hook = pipeline._parts.pipeline.transformer.register_forward_pre_hook(
         lambda _module, args, kwargs: held.extend(map(weakref.ref, (args[0], kwargs["encoder_hidden_states"]))),
@@ -95,7 +95,7 @@ def test_a_request_lets_go_of_its_tensors_by_itself(classic_models: Models) -> N
         denoising = pipeline.denoise(state)
         state = finish(denoising)
         held.append(weakref.ref(state["latents"]))  # type: ignore[arg-type]
-        pipeline.decode(state)
+        part(model, Panel.DECODER).decode(state)
         del call, denoising, state
         assert len(held) == 10
         assert [ref() for ref in held] == [None] * 10
@@ -106,7 +106,7 @@ def test_a_request_lets_go_of_its_tensors_by_itself(classic_models: Models) -> N
 
 def test_cancel_in_mid_loop_frees_everything_and_disturbs_nobody(classic_models: Models) -> None:
     model = classic_models("pixart")
-    pipeline = whole(model)
+    pipeline = part(model)
     latents = finish(begin(pipeline, model, "a dog", 4, seed=2))["latents"]
     doomed = begin(pipeline, model, "a cat", 5, seed=1)
     other = begin(pipeline, model, "a dog", 4, seed=2)

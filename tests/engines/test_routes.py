@@ -47,11 +47,12 @@ def index(name: str, **more: Any) -> dict[str, Any]:
         ("GlmImage", {"vision_language_encoder": ["transformers", "GlmImageForConditionalGeneration"]}, "classic"),
         ("Kandinsky5T2V", {}, "classic"),
         ("StableDiffusion", {"unet": ["diffusers", "UNet2DConditionModel"]}, "classic"),
-        # Nothing to decode, nothing to encode, a decoder that is no VAE, and two things to decode.
-        ("IF", {}, "monolithic"),
+        # Nothing to decode, and two things to decode: the denoiser runs to the end.
+        ("IF", {}, "classic"),
+        ("Kandinsky6TI2VA", {"audio_vae": VAE}, "classic"),
+        # Nothing to encode.
         ("DiT", {"text_encoder": [None, None]}, "monolithic"),
         ("KandinskyV22", {"movq": ["diffusers", "VQModel"]}, "monolithic"),
-        ("Kandinsky6TI2VA", {"audio_vae": VAE}, "monolithic"),
         # A model that leaves its text encoder out has nothing to encode with.
         ("PixArtSigma", {"text_encoder": [None, None]}, "monolithic"),
     ],
@@ -105,6 +106,19 @@ def test_a_safety_checker_is_the_decoders_and_a_processor_goes_where_it_is_read(
         "denoiser": {"unet", "scheduler", "feature_extractor"},
         "decoder": {"vae", "safety_checker", "feature_extractor"},
     }
+
+
+def test_what_cannot_be_run_without_a_step_has_its_vae_where_its_loop_is() -> None:
+    assert owned("LatentConsistencyModel", unet=["diffusers", "UNet2DConditionModel"]) == {
+        "encoder": {"tokenizer", "text_encoder"},
+        "denoiser": {"unet", "scheduler", "vae"},
+        "decoder": set(),
+    }
+
+
+def test_an_encoder_that_is_run_beside_the_encoding_methods_is_where_that_is_run_too() -> None:
+    parts = owned("StableDiffusionGLIGEN", unet=["diffusers", "UNet2DConditionModel"])
+    assert all({"text_encoder", "tokenizer"} <= names for names in parts.values())
 
 
 def test_what_only_encoding_methods_read_is_the_encoders() -> None:
