@@ -67,8 +67,9 @@ def _run(options: argparse.Namespace, rows: Sequence[Row]) -> int:
     modes += ["compiled denoisers"] if options.compile else []
     began = datetime.now(UTC).isoformat(timespec="seconds")
     report = Report(device, "full" if full else "tiny", began, options.budget, modes)
-    # `timeout` and a shell that closes end it like Ctrl-C: what was measured is written.
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    # `timeout` and a shell that closes end it like Ctrl-C, which a shell lets its background jobs ignore: what was
+    # measured is written.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     log = options.output.with_suffix(".log")
