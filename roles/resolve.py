@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 from PIL import Image, ImageOps
 
 from engines.parameters import MASKS, Kind, Signature
@@ -66,7 +65,7 @@ def _pictures(
 
 def as_picture(picture: Image.Image, *, alpha: bool = False) -> Image.Image:
     """Turn a picture upright by its EXIF orientation, and convert it to "RGBA" with `alpha`, else to "RGB" on white."""
-    upright = _eight_bits(ImageOps.exif_transpose(picture))
+    upright = ImageOps.exif_transpose(picture)
     if alpha or not upright.has_transparency_data:
         return upright.convert("RGBA" if alpha else "RGB")
     # Below what is transparent lies whatever a program left there.
@@ -80,16 +79,9 @@ def as_mask(picture: Image.Image) -> Image.Image:
     That is what diffusers takes. In OpenAI's API it is the transparent part of a mask that says where; so a mask with
     something transparent is read that way.
     """
-    upright = _eight_bits(ImageOps.exif_transpose(picture))
+    upright = ImageOps.exif_transpose(picture)
     if upright.has_transparency_data:
         opaque = upright.convert("RGBA").getchannel("A")
         if opaque.getextrema()[0] != 255:
             return ImageOps.invert(opaque)
     return upright.convert("L")
-
-
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    # Pillow would cut off what is over 255 of the 16 bits that depth maps come with.
-    if not picture.mode.startswith("I"):
-        return picture
-    return Image.fromarray((np.asarray(picture).astype(np.uint32) // 257).astype(np.uint8))
