@@ -30,7 +30,7 @@ class ImageRequest(MediaRequest, frozen=True, kw_only=True):
 
     n: Annotated[int, Meta(ge=1, le=10)] = 1
     response_format: Literal["b64_json", "url"] = "b64_json"
-    output_format: Literal["png", "jpeg", "webp", "mp4", "zip", "wav"] | None = None
+    output_format: Literal["png", "jpeg", "webp", "gif", "mp4", "zip", "wav"] | None = None
     """What suits the medium where it is not given."""
     output_compression: Annotated[int, Meta(ge=0, le=100)] | None = None
     """Of jpeg and webp: 100 is the best and largest."""
@@ -42,6 +42,8 @@ class Image(msgspec.Struct, omit_defaults=True):
     seed: int
     b64_json: bytes | None = None
     url: str | None = None
+    nsfw_content_detected: bool | None = None
+    """True: the safety checker of the model has made the image black; left out where the model has none."""
 
 
 class ImagesResponse(msgspec.Struct):
@@ -111,9 +113,11 @@ async def respond(request: Request, wanted: ImageRequest, view: RequestView) -> 
     for unit in sorted(view.units, key=lambda unit: unit.index):
         if unit.artifact is None:
             raise RuntimeError(f"{view.request_id} is {view.state}, but picture {unit.index} has no artifact")
+        image = Image(unit.seed, nsfw_content_detected=unit.artifact.nsfw_content_detected)
         if wanted.response_format == "url":
-            images.append(Image(unit.seed, url=artifact_url(request, unit.artifact.name)))
+            image.url = artifact_url(request, unit.artifact.name)
         else:
-            images.append(Image(unit.seed, b64_json=await read_file(request, unit.artifact.name)))
+            image.b64_json = await read_file(request, unit.artifact.name)
+        images.append(image)
     content = ImagesResponse(int(view.finished_at or time.time()), view.request_id, images)
     return JSONResponse(content, headers={"X-Request-Id": view.request_id})

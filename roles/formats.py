@@ -17,14 +17,15 @@ CONTENT_TYPES: Final[Mapping[str, str]] = {
     "png": "image/png",
     "jpeg": "image/jpeg",
     "webp": "image/webp",
+    "gif": "image/gif",
     "mp4": "video/mp4",
     "zip": "application/zip",
     "wav": "audio/wav",
 }
 """Output formats, and what the web calls them."""
 _HOLDS: Final[Mapping[str, tuple[str, ...]]] = {
-    "image": ("png", "jpeg", "webp", "zip"),
-    "video": ("mp4", "webp", "png", "zip"),
+    "image": ("png", "jpeg", "webp", "gif", "zip"),
+    "video": ("mp4", "webp", "gif", "png", "zip"),
     "audio": ("wav",),
 }
 _SLOWEST: Final = 1.0

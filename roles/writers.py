@@ -6,6 +6,7 @@ import io
 import wave
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -22,8 +23,14 @@ _PICTURES: Final[Mapping[str, Mapping[str, object]]] = {
     "png": {"format": "PNG", "compress_level": 6, "optimize": False},
     "jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0, "optimize": False},
     "webp": {"format": "WEBP", "quality": 95, "method": 4, "exact": True},
+    "gif": {"format": "GIF", "optimize": False},
 }
-_PLAIN: Final = {"png": ("L", "LA", "RGB", "RGBA"), "jpeg": ("L", "RGB"), "webp": ("RGB", "RGBA")}
+_PLAIN: Final = {
+    "png": ("L", "LA", "RGB", "RGBA"),
+    "jpeg": ("L", "RGB"),
+    "webp": ("RGB", "RGBA"),
+    "gif": ("L", "RGB", "RGBA"),
+}
 _LOSSY: Final = ("jpeg", "webp")
 _LONG_AGO: Final = (1980, 1, 1, 0, 0, 0)
 _UNIX: Final = 3
@@ -35,8 +42,9 @@ def encode(media: Media, output_format: str, fps: float, check: Check = lambda: 
 
     Args:
         media: Pictures, a video or sound.
-        output_format: One of `CONTENT_TYPES`. A "png" or "webp" of a video moves, and is silent. A "zip" has a PNG for
-            each picture or frame, in order by name, and `sound.wav` where there is sound.
+        output_format: One of `CONTENT_TYPES`. A "png", "webp" or "gif" of a video moves, and is silent; a "gif" has
+            256 colours in each frame. A "zip" has a PNG for each picture or frame, in order by name, and `sound.wav`
+            where there is sound.
         fps: Frames per second of a video.
         check: Called between two frames; what it raises ends the writing.
         quality: Of "jpeg" and "webp", 1 to 100; 0 for 95.
@@ -95,7 +103,8 @@ def _save(
 ) -> bytes:
     options = dict(options or _PICTURES[output_format])
     if len(pictures) > 1:
-        options |= {"save_all": True, "append_images": pictures[1:], "duration": 1000 / fps, "loop": 0}
+        duration = _hundredths(len(pictures), fps) if output_format == "gif" else 1000 / fps
+        options |= {"save_all": True, "append_images": pictures[1:], "duration": duration, "loop": 0}
     picture = pictures[0]
     if picture.mode not in _PLAIN[output_format]:
         has_alpha = output_format != "jpeg" and picture.has_transparency_data
@@ -103,6 +112,12 @@ def _save(
     buffer = io.BytesIO()
     picture.save(buffer, **options)  # type: ignore[arg-type]  # a table of keyword arguments
     return buffer.getvalue()
+
+
+def _hundredths(frames: int, fps: float) -> list[int]:
+    """Milliseconds of each frame in the steps that GIF has, so that the whole is as long as it should be."""
+    ends = [round(100 * number / fps) * 10 for number in range(frames + 1)]
+    return [end - start for start, end in pairwise(ends)]
 
 
 def _zip(media: Media, fps: float, check: Check) -> bytes | None:

@@ -33,7 +33,7 @@ def model_with_pictures(small_head):
         ({"size": 64}, "size", "size must be text"),
         ({"size": "big"}, "size", "size must be WIDTHxHEIGHT in pixels, as in 1024x1024, or auto"),
         ({"response_format": "bytes"}, "response_format", "response_format must be one of b64_json, url"),
-        ({"output_format": "gif"}, "output_format", "output_format must be one of jpeg, mp4, png, wav, webp, zip"),
+        ({"output_format": "bmp"}, "output_format", "output_format must be one of gif, jpeg, mp4, png, wav, webp, zip"),
         ({"guidance_scale": "high"}, "guidance_scale", "guidance_scale must be a number"),
         ({"colour": {}}, "colour", "colour must be text, a number, true, false, null, a picture or a list of numbers"),
         ({"colour": 10**30}, "colour", "colour is out of range: at most 64 bits"),

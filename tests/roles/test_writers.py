@@ -31,6 +31,7 @@ FITTING: dict[str, tuple[Media, ...]] = {
     "png": (Stills([picture()]), film(), film(1)),
     "jpeg": (Stills([picture()]), film(1)),
     "webp": (Stills([picture()]), film(), film(1)),
+    "gif": (Stills([picture()]), film(), film(1)),
     "mp4": (film(), film(1), Video(film().frames, SOUND)),
     "zip": (Stills([picture()]), LAYERS, film(), film(1), Video(film().frames, SOUND)),
     "wav": (SOUND,),
@@ -39,6 +40,7 @@ UNFIT: dict[str, tuple[Media, ...]] = {
     "png": (LAYERS, SOUND),
     "jpeg": (LAYERS, film(), SOUND),
     "webp": (LAYERS, SOUND),
+    "gif": (LAYERS, SOUND),
     "mp4": (Stills([picture()]), LAYERS, SOUND),
     "zip": (SOUND,),
     "wav": (Stills([picture()]), film(), Video(film().frames, SOUND)),
@@ -59,8 +61,8 @@ def test_what_a_format_cannot_hold_is_refused_in_words(output_format: str) -> No
 
 
 def test_an_unknown_format_is_named() -> None:
-    with pytest.raises(MediaError, match="'gif' is none of png, jpeg"):
-        encode(Stills([picture()]), "gif", 16.0)
+    with pytest.raises(MediaError, match="'bmp' is none of png, jpeg"):
+        encode(Stills([picture()]), "bmp", 16.0)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_nothing_of_where_a_picture_came_from_is_written() -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
-@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp", "zip"])
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp", "gif", "zip"])
 def test_pictures_of_every_mode_are_written(mode: str, output_format: str) -> None:
     data = encode(Stills([picture("L").convert(mode)]), output_format, 16.0)
     if output_format != "zip":
@@ -115,6 +117,15 @@ def test_a_moving_picture_has_every_frame_and_keeps_its_pace(output_format: str)
         if output_format == "png":
             assert np.array_equal(np.asarray(moving.convert("RGB")), frame)
     assert durations == [125] * 4
+
+
+def test_a_gif_lasts_as_long_as_the_video() -> None:
+    moving = Image.open(io.BytesIO(encode(film(8), "gif", 16.0)))
+    durations = []
+    for number in range(8):
+        moving.seek(number)
+        durations.append(moving.info["duration"])
+    assert sum(durations) == 500, "frames of a sixteenth of a second, in hundredths"
 
 
 def test_a_zip_has_the_frames_in_order_bit_for_bit_and_the_sound() -> None:
