@@ -27,6 +27,7 @@ from engines.guidance import GUIDANCE_SCALE, guidance, has_guider
 from engines.loading import incomplete, load_component, load_shadow
 from engines.media import (
     IMAGES,
+    NSFW,
     SOUNDS,
     VIDEOS,
     frames_per_s,
@@ -107,10 +108,11 @@ def call(pipeline: Any, inputs: Mapping[str, object], generator: torch.Generator
         is_picture = medium_of(results_of(type(pipeline).__call__)) == "image"
         given["output_type"] = "pil" if is_picture else "np"
     try:
-        made = {_MEDIA[name]: value for name, value in vars(pipeline(**given)).items() if name in _MEDIA}
-        made = {
-            name: np.asarray(value) if name in VIDEOS else value for name, value in made.items() if value is not None
-        }
+        results = vars(pipeline(**given))
+        made = {_MEDIA[name]: value for name, value in results.items() if name in _MEDIA and value is not None}
+        made = {name: np.asarray(value) if name in VIDEOS else value for name, value in made.items()}
+        if (found := results.get(NSFW)) is not None:
+            made[NSFW] = [bool(one) for one in found]
         return with_sampling_rate(made, pipeline)
     finally:
         _let_go(pipeline)

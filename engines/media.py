@@ -17,6 +17,8 @@ IMAGES: Final = ("images", "image")
 VIDEOS: Final = ("videos", "frames", "video")
 SOUNDS: Final = ("audio", "audios", "sound")
 """Names of results; some families make sound beside a video."""
+NSFW: Final = "nsfw_content_detected"
+"""The name of what a safety checker says: a list of bool, one for each image, which it has made black then."""
 SAMPLING_RATE: Final = "sampling_rate"
 """The name of the samples per second of sound, an int."""
 FRAMES_PER_S: Final = 16.0

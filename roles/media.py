@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from engines.media import IMAGES, SAMPLING_RATE, SOUNDS, VIDEOS
+from engines.media import IMAGES, NSFW, SAMPLING_RATE, SOUNDS, VIDEOS
 
 Check: TypeAlias = Callable[[], None]
 """Called between two frames; raises to end what takes long."""
@@ -67,6 +67,7 @@ def media_of(values: Mapping[str, object], check: Check = lambda: None) -> Media
     """
     made = {name: value for name, value in values.items() if value is not None}
     rate = made.pop(SAMPLING_RATE, None)
+    made.pop(NSFW, None)
     match sorted((_kind(name), name) for name in made):
         case [("image", name)]:
             return Stills(_pictures(made[name]))
@@ -79,6 +80,12 @@ def media_of(values: Mapping[str, object], check: Check = lambda: None) -> Media
     raise MediaError(
         f"the decoder made {' and '.join(sorted(made)) or 'nothing'}: one picture, video or sound is expected"
     )
+
+
+def nsfw_of(values: Mapping[str, object]) -> bool | None:
+    """Say whether the safety checker of a pipeline has found something; None where there is no checker."""
+    found = values.get(NSFW)
+    return any(found) if isinstance(found, (list, tuple)) else None
 
 
 def _kind(name: str) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 import torch
+from msgspec.structs import replace
 
 from actors import Actor, Component, Topology
 from actors.errors import describe, shorten
@@ -27,7 +28,7 @@ from engines.transfer import Faults
 from roles import devices
 from roles.artifacts import ARTIFACTS, ArtifactError, ArtifactStore
 from roles.files import is_full
-from roles.media import MediaError, media_of
+from roles.media import MediaError, media_of, nsfw_of
 from roles.messages.device import (
     ArtifactSaved,
     CancelState,
@@ -259,6 +260,7 @@ class TransferActor(Actor):
         try:
             output_format, data = await asyncio.to_thread(self._encode, message, values, stop)
             artifact = await self._write(message, output_format, data, stop)
+            artifact = replace(artifact, nsfw_content_detected=nsfw_of(values))
         except (ArtifactError, MediaError) as error:
             raise TransferProblem(str(error), retryable=False) from error
         except OSError as error:

@@ -116,3 +116,5 @@ class Artifact(Value):
     name: Name
     content_type: Name
     nbytes: Natural
+    nsfw_content_detected: bool | None = None
+    """What the safety checker of the pipeline says, which has made the image black then; None without a checker."""
