@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from actors import Model
 from engines.lora import LoraFile
+from engines.offload import Offload
 from engines.options import ModelOptions
 from engines.placing import Placement
 from engines.quantization import Quantization
@@ -41,6 +42,8 @@ def weights_facts(placement: Placement) -> dict[str, object]:
         facts |= {"quantization": placement.quantization.value, "bytes_before": placement.read_bytes}
     if placement.notes:
         facts["weights_from"] = ", ".join(f"{name}: {note}" for name, note in sorted(placement.notes.items()))
+    if placement.offload is not Offload.NONE and placement.device.type == "cpu":
+        facts["offload"] = f"{placement.offload.value}, which does nothing on the CPU"
     if placement.adapters.files:
         facts["loras"] = [file.name for file in placement.adapters.files]
     return facts

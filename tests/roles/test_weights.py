@@ -51,7 +51,8 @@ def test_an_instance_holds_its_weights_as_its_role_says(
     assert loaded._resting is not None
     assert loaded.placement.dtype is torch.bfloat16
     plain = StreamWorker(held(component, quantization="none"), place(tiny_model), Premises())._load(torch.device("cpu"))
-    assert weights_facts(plain.placement) == {"weights_bytes": facts["bytes_before"]}
+    offload = "model, which does nothing on the CPU"
+    assert weights_facts(plain.placement) == {"weights_bytes": facts["bytes_before"], "offload": offload}
 
 
 def test_an_adapter_that_does_not_fit_is_a_failed_start(
