@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 GENERATE_TIMEOUT_S: Final = 3600.0
-FORMATS: Final = {"jpg": "jpeg", **{name: name for name in ("png", "jpeg", "webp", "mp4", "zip", "wav")}}
+FORMATS: Final = {"jpg": "jpeg", **{name: name for name in ("png", "jpeg", "webp", "gif", "mp4", "zip", "wav")}}
 """Output formats by the ending of a file's name."""
 KEY_VARIABLE: Final = "TRIPTYCH_API_KEY"
 _CONNECT_TIMEOUT_S: Final = 5.0
@@ -27,7 +27,11 @@ class ApiError(Exception):
     """The API is not there, or it answered with an error; `str()` is a sentence."""
 
 
-@dataclass(frozen=True)
+_MAGIC: Final = {"PNG": b"\x89PNG", "JPEG": b"\xff\xd8\xff"}
+"""First bytes of what a notebook shows by itself."""
+
+
+@dataclass(frozen=True, repr=False)
 class Picture:
     """What came back for one prompt."""
 
@@ -35,6 +39,17 @@ class Picture:
     """The encoded file, a PNG unless the model makes something else."""
     request_id: str
     """Id of the request, as the logs of every process name it."""
+    nsfw_content_detected: bool | None = None
+    """True: the safety checker of the model has made it black; None where the model has none."""
+
+    def __repr__(self) -> str:
+        return f"<Picture of {len(self.data)} bytes, request {self.request_id}>"
+
+    def _repr_png_(self) -> bytes | None:
+        return self.data if self.data.startswith(_MAGIC["PNG"]) else None
+
+    def _repr_jpeg_(self) -> bytes | None:
+        return self.data if self.data.startswith(_MAGIC["JPEG"]) else None
 
     def save(self, path: Path | str) -> Path:
         """Write the file as it came."""
@@ -52,7 +67,13 @@ class Picture:
 
 
 def request_body(
-    prompt: str | None, *, size: str | None, steps: int | None, seed: int | None, extra: Mapping[str, object]
+    prompt: str | None,
+    *,
+    size: str | None,
+    steps: int | None,
+    seed: int | None,
+    extra: Mapping[str, object],
+    n: int = 1,
 ) -> dict[str, object]:
     """The JSON body of `POST /v1/images/generations`; what is None is left to the model's defaults.
 
@@ -60,7 +81,7 @@ def request_body(
     """
     pictures = {name: _encoded(value) for name, value in extra.items()}
     given = {"prompt": prompt, "size": size, "num_inference_steps": steps, "seed": seed, **pictures}
-    body: dict[str, object] = {"n": 1, "response_format": "b64_json"}
+    body: dict[str, object] = {"n": n, "response_format": "b64_json"}
     return body | {key: value for key, value in given.items() if value is not None}
 
 
@@ -77,14 +98,16 @@ def format_of(path: Path) -> str | None:
     return FORMATS.get(path.suffix.lower().removeprefix("."))
 
 
-def read_picture(response: httpx.Response) -> Picture:
-    """The picture of an answer to `POST /v1/images/generations`; raises `ApiError`."""
+def read_pictures(response: httpx.Response, n: int) -> list[Picture]:
+    """The `n` pictures of an answer to `POST /v1/images/generations`; raises `ApiError`."""
     answer = read_json(response)
+    request_id = str(answer.get("id", ""))
     try:
-        data = base64.b64decode(answer["data"][0]["b64_json"], validate=True)
+        rows = [answer["data"][index] for index in range(n)]
+        data = [base64.b64decode(row["b64_json"], validate=True) for row in rows]
     except (KeyError, IndexError, TypeError, binascii.Error) as error:
         raise ApiError(f"{response.url} answered without a picture ({error!r})") from error
-    return Picture(data, str(answer.get("id", "")))
+    return [Picture(one, request_id, row.get("nsfw_content_detected")) for one, row in zip(data, rows, strict=True)]
 
 
 def read_json(response: httpx.Response) -> dict[str, Any]:

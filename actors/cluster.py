@@ -7,7 +7,7 @@ import contextlib
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, overload
 
 import httpx
 
@@ -22,7 +22,7 @@ from actors.client import (
     Picture,
     authorization,
     read_json,
-    read_picture,
+    read_pictures,
     request_body,
     timeout,
     unreachable,
@@ -63,6 +63,7 @@ class Cluster:
         self._http = httpx.AsyncClient(base_url=self.url, timeout=timeout(), headers=authorization(api_key))
         self._outbox = Outbox("launch")
 
+    @overload
     async def generate(
         self,
         prompt: str | None = None,
@@ -70,21 +71,50 @@ class Cluster:
         size: str | None = None,
         steps: int | None = None,
         seed: int | None = None,
+        n: None = None,
         timeout_s: float = GENERATE_TIMEOUT_S,
         **inputs: object,
-    ) -> Picture:
-        """One picture, for a prompt where the model takes one; raises `ApiError` with the server's sentence.
+    ) -> Picture: ...
+
+    @overload
+    async def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        size: str | None = None,
+        steps: int | None = None,
+        seed: int | None = None,
+        n: int,
+        timeout_s: float = GENERATE_TIMEOUT_S,
+        **inputs: object,
+    ) -> list[Picture]: ...
+
+    async def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        size: str | None = None,
+        steps: int | None = None,
+        seed: int | None = None,
+        n: int | None = None,
+        timeout_s: float = GENERATE_TIMEOUT_S,
+        **inputs: object,
+    ) -> Picture | list[Picture]:
+        """One picture, for a prompt where the model takes one, or a list of `n` of them.
+
+        Raises `ApiError` with the server's sentence.
 
         `size` is "WIDTHxHEIGHT" in pixels, `steps` the number of denoising steps; what is None, and every other
         input of the model that is not among `inputs`, takes the model's default. A picture among `inputs` is a `Path`
         or the `bytes` of a PNG, JPEG or WebP file, or a list of those. Waits `timeout_s` seconds.
         """
-        body = await asyncio.to_thread(request_body, prompt, size=size, steps=steps, seed=seed, extra=inputs)
+        body = await asyncio.to_thread(request_body, prompt, size=size, steps=steps, seed=seed, extra=inputs, n=n or 1)
         try:
             answer = await self._http.post("/v1/images/generations", json=body, timeout=timeout(timeout_s))
         except httpx.HTTPError as error:
             raise unreachable(self.url, error) from error
-        return read_picture(answer)
+        pictures = read_pictures(answer, n or 1)
+        return pictures[0] if n is None else pictures
 
     async def status(self) -> dict[str, Any]:
         """What `GET /v1/cluster` answers; raises `ApiError`."""
@@ -195,6 +225,7 @@ async def launch(
     *,
     ready_timeout_s: float = 300.0,
     api_key: str = "",
+    verbose: bool = False,
 ) -> AsyncIterator[Cluster]:
     """Run a topology for the length of an `async with` block, and yield it once it is ready.
 
@@ -202,6 +233,7 @@ async def launch(
     named by their name or kind; `{"api": {"port": 0}}` takes a free port. The cluster is a `triptych up`
     process of its own, which ends with this one however this one ends. `api_key` is what its methods send, where the
     topology has `[api] keys_file`: by default the environment's TRIPTYCH_API_KEY, else the first key of that file.
+    Nothing is printed, unless `verbose` lets the cluster's lines and logs through.
 
     Raises:
         TopologyError: the file, with the overrides, cannot be run.
@@ -216,7 +248,9 @@ async def launch(
         reason_file = Path(folder) / "reason"
         options = ("--parent", str(os.getpid()), "--reason-file", str(reason_file))
         command = (*module_command("actors.command"), "up", str(file), *options)
-        cluster = Cluster(topology, await asyncio.create_subprocess_exec(*command), key, reason_file=reason_file)
+        output = None if verbose else asyncio.subprocess.DEVNULL
+        process = await asyncio.create_subprocess_exec(*command, stdout=output, stderr=output)
+        cluster = Cluster(topology, process, key, reason_file=reason_file)
         try:
             await cluster.wait_ready(ready_timeout_s)
             yield cluster

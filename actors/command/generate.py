@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import httpx
 import typer
 from rich.markup import escape
 
 from actors.client import (
+    FORMATS,
     GENERATE_TIMEOUT_S,
     KEY_VARIABLE,
     ApiError,
@@ -26,7 +27,9 @@ from actors.client import (
     unreachable,
 )
 from actors.command.following import finished
-from actors.command.output import EXIT_FAILED, EXIT_INTERRUPTED, fail, stdout
+from actors.command.output import EXIT_BAD_TOPOLOGY, EXIT_FAILED, EXIT_INTERRUPTED, fail, stdout
+from actors.errors import TopologyError
+from actors.topology import load_topology
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 URL_VARIABLE: Final = "TRIPTYCH_URL"
@@ -71,6 +74,14 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(help="The same seed makes the same picture; random if left out.", show_default=False)
     ] = None,
+    negative: Annotated[
+        str | None, typer.Option("--negative", metavar="TEXT", help="What not to show.", show_default=False)
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="How closely to follow the prompt; the model's own if left out.", show_default=False),
+    ] = None,
+    count: Annotated[int, typer.Option("-n", min=1, max=10, help="How many, of seeds that follow each other.")] = 1,
     image: Pictures = None,
     mask: Annotated[
         Path | None,
@@ -83,12 +94,20 @@ def generate(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Another parameter of the model.", show_default=False),
     ] = None,
+    topology: Annotated[
+        Path | None,
+        typer.Option(
+            "--topology", metavar="FILE", help="The topology, for its URL; see also --url.", show_default=False
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the request as the API shows it.")] = False,
     url: Url = "",
     key_file: KeyFile = None,
 ) -> None:
-    """Make one picture or video from a prompt, or of another picture, and write it to a file.
+    """Make pictures or videos from a prompt, or of another picture, and write each to a file.
 
-    The ending of the file's name says in which format: .png, .jpg, .webp, .mp4 for a video, .zip for its frames.
+    The ending of the file's name says in which format: .png, .jpg, .webp, .gif, .mp4 for a video, .zip for its frames.
+    With -n, the files of NAME.png are NAME-0.png, NAME-1.png and so on.
 
     [bold]Examples[/]
 
@@ -96,28 +115,52 @@ def generate(
 
     triptych generate "a lighthouse in a storm" -o storm.png --size 1024x768 --steps 28 --seed 7
 
+    triptych generate "a red circle" -n 4 --negative "blue" --guidance 4.5 --json | jq '.units[].seed'
+
     triptych generate "the same in snow" --image storm.png --mask sky.png -o snow.webp --set strength=0.6
     """
     if out is not None and not out.parent.is_dir():
         fail(f"{out.parent} is not a folder: make it first, or write elsewhere with -o.", EXIT_FAILED)
     begun = time.monotonic()
-    extra = {**settings(more or [], out), "image": image or None, "mask": mask, "last_image": last_image}
+    options = {"negative_prompt": negative, "guidance_scale": guidance, "mask": mask, "last_image": last_image}
+    said = {"prompt": prompt, "size": size or None, "num_inference_steps": steps, "seed": seed, "n": count, **options}
+    extra = {**settings(more or [], out, said), **options, "image": image or None}
     try:
-        body = request_body(prompt, size=size or None, steps=steps, seed=seed, extra=extra)
+        body = request_body(prompt, size=size or None, steps=steps, seed=seed, extra=extra, n=count)
     except OSError as error:
         fail(f"{error.filename} cannot be read: {error.strerror}.", EXIT_FAILED)
     try:
-        picture, name = _make(base_url(url), api_key(key_file), body)
-        out = out or Path(name)
-        picture.save(out)
+        target = load_topology(topology).url if topology and not url else base_url(url)
+        request, files = _make(target, api_key(key_file), body)
+        written = [picture.save(path) for picture, path in zip(files, names_for(request, out), strict=True)]
+    except TopologyError as error:
+        fail(str(error), EXIT_BAD_TOPOLOGY)
     except ApiError as error:
         fail(str(error), EXIT_FAILED)
     except OSError as error:
-        fail(f"{out} cannot be written: {error.strerror}.", EXIT_FAILED)
+        fail(f"{error.filename} cannot be written: {error.strerror}.", EXIT_FAILED)
     except KeyboardInterrupt:
         fail("interrupted", EXIT_INTERRUPTED)
-    about = f"{len(picture.data) / 1024:.0f} KiB, {time.monotonic() - begun:.1f} s"
-    stdout().print(f"[green]saved[/] {escape(str(out))} ({about}, request {escape(picture.request_id)})")
+    if as_json:
+        print(json.dumps({**request, "files": [str(path) for path in written]}))
+        return
+    for picture, path in zip(files, written, strict=True):
+        about = f"{len(picture.data) / 1024:.0f} KiB, {time.monotonic() - begun:.1f} s"
+        stdout().print(f"[green]saved[/] {escape(str(path))} ({about}, request {escape(picture.request_id)})")
+        if picture.nsfw_content_detected:
+            stdout().print("[yellow]The safety checker of the model has made it black: try another seed or prompt.[/]")
+
+
+def names_for(request: Mapping[str, Any], out: Path | None) -> list[Path]:
+    """Name the file of each picture of a request that is done; `out` is what the user wants it called. Pure."""
+    artifacts = [unit["artifact"] for unit in request["units"]]
+    if out is None:
+        kind = str(artifacts[0]["content_type"]).partition("/")[0]
+        stem = {"image": "picture", "video": "video", "audio": "sound"}.get(kind, "frames")
+        out = Path(f"{stem}{Path(artifacts[0]['name']).suffix}")
+    if len(artifacts) == 1:
+        return [out]
+    return [out.with_stem(f"{out.stem}-{index}") for index in range(len(artifacts))]
 
 
 def base_url(url: str) -> str:
@@ -138,13 +181,21 @@ def api_key(file: Path | None) -> str:
     return key
 
 
-def settings(pairs: Sequence[str], out: Path | None = None) -> dict[str, object]:
+def settings(
+    pairs: Sequence[str], out: Path | None = None, said: Mapping[str, object] | None = None
+) -> dict[str, object]:
     """Read NAME=VALUE: a number, true, false or a list as in JSON, else text. `out` says in which format, if it does.
 
-    Raises `typer.BadParameter` for what cannot be set so, or contradicts `out`.
+    Raises `typer.BadParameter` for what cannot be set so, is `said` already, or contradicts `out`.
     """
     read = dict(_setting(pair) for pair in pairs)
+    for name in read:
+        if (said or {}).get(name) is not None:
+            raise typer.BadParameter(f"{name} is given already, with an option of its own", param_hint="--set")
     ending = format_of(out) if out else None
+    if out is not None and out.suffix and ending is None:
+        endings = ", ".join(f".{name}" for name in FORMATS)
+        raise typer.BadParameter(f"{out.suffix} is not the ending of a format: use {endings}", param_hint="--out")
     if ending is not None and read.setdefault("output_format", ending) != ending:
         contradiction = f"output_format is {read['output_format']}, but {out} is to be written"
         raise typer.BadParameter(contradiction, param_hint="--set")
@@ -163,8 +214,8 @@ def _setting(pair: str) -> tuple[str, object]:
         return name, text
 
 
-def _make(url: str, key: str, body: dict[str, object]) -> tuple[Picture, str]:
-    """Have it made; returns it, and a name for its file."""
+def _make(url: str, key: str, body: dict[str, object]) -> tuple[dict[str, Any], list[Picture]]:
+    """Have it made; returns the request as it ended, and the file of each of its pictures."""
     with httpx.Client(base_url=url, timeout=timeout(GENERATE_TIMEOUT_S), headers=authorization(key)) as http:
         try:
             answer = http.post("/v1/images/generations", json=body, headers={"Prefer": "respond-async"})
@@ -174,12 +225,11 @@ def _make(url: str, key: str, body: dict[str, object]) -> tuple[Picture, str]:
             except KeyboardInterrupt:
                 http.delete(f"/v1/requests/{request['id']}")
                 raise
-            artifact = request["units"][0]["artifact"]
-            file = http.get(f"/v1/images/{artifact['name']}")
+            files = [http.get(f"/v1/images/{unit['artifact']['name']}") for unit in request["units"]]
         except httpx.HTTPError as error:
             raise unreachable(url, error) from error
-    if not file.is_success:
-        read_json(file)
-    kind = str(artifact["content_type"]).partition("/")[0]
-    stem = {"image": "picture", "video": "video", "audio": "sound"}.get(kind, "frames")
-    return Picture(file.content, str(request["id"])), f"{stem}{Path(artifact['name']).suffix}"
+    for file in files:
+        if not file.is_success:
+            read_json(file)
+    flags = [unit["artifact"].get("nsfw_content_detected") for unit in request["units"]]
+    return request, [Picture(file.content, str(request["id"]), flag) for file, flag in zip(files, flags, strict=True)]

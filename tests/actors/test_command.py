@@ -14,12 +14,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from actors import load_topology
-from actors.client import ApiError, Picture, format_of, read_picture, request_body
+from actors.client import ApiError, Picture, format_of, read_pictures, request_body
 from actors.cluster import describe_children, is_hopeless
 from actors.command import app
 from actors.command.display import Display, LiveDisplay, line
 from actors.command.following import PATIENCE_S, finished
-from actors.command.generate import settings
+from actors.command.generate import names_for, settings
 from actors.command.status import render
 from actors.overrides import free_port
 from actors.system import ChildReport
@@ -105,17 +105,17 @@ def answer(status: int, **content: object) -> httpx.Response:
 
 def test_an_answer_becomes_a_picture_or_the_server_s_own_sentence(folder: Path) -> None:
     data = base64.b64encode(b"png").decode()
-    picture = read_picture(answer(200, created=1, id="r1", data=[{"b64_json": data}]))
+    (picture,) = read_pictures(answer(200, created=1, id="r1", data=[{"b64_json": data}]), 1)
     assert picture == Picture(b"png", "r1")
     assert picture.save(folder / "p.png").read_bytes() == b"png"
     with pytest.raises(ApiError, match=r"^size is too large$"):
-        read_picture(answer(400, error={"message": "size is too large", "param": "size", "type": "x", "code": "y"}))
+        read_pictures(answer(400, error={"message": "size is too large", "param": "size", "type": "x", "code": "y"}), 1)
     with pytest.raises(ApiError, match="answered without a picture"):
-        read_picture(answer(200, data=[]))
+        read_pictures(answer(200, data=[{"b64_json": data}]), 2)
     with pytest.raises(ApiError, match="answered 502"):
-        read_picture(answer(502))
+        read_pictures(answer(502), 1)
     with pytest.raises(ApiError, match="no JSON: is it Triptych"):
-        read_picture(httpx.Response(200, text="<html>", request=httpx.Request("GET", "http://127.0.0.1")))
+        read_pictures(httpx.Response(200, text="<html>", request=httpx.Request("GET", "http://127.0.0.1")), 1)
 
 
 def shown_on(width: int = 120, *, terminal: bool = False) -> tuple[Console, io.StringIO]:
@@ -136,9 +136,9 @@ def test_files_and_bytes_are_pictures_of_a_body(folder: Path) -> None:
 
 
 def test_the_ending_of_a_name_says_the_format() -> None:
-    endings = {"a.png": "png", "a.JPG": "jpeg", "a.jpeg": "jpeg", "a.mp4": "mp4", "a.zip": "zip", "a.wav": "wav"}
+    endings = {"a.png": "png", "a.JPG": "jpeg", "a.jpeg": "jpeg", "a.mp4": "mp4", "a.zip": "zip", "a.gif": "gif"}
     assert {name: format_of(Path(name)) for name in endings} == endings
-    assert [format_of(Path(name)) for name in ("a", "a.gif", ".png")] == [None, None, None]
+    assert [format_of(Path(name)) for name in ("a", "a.bmp", ".png")] == [None, None, None]
 
 
 def test_settings_are_json_or_text() -> None:
@@ -151,10 +151,31 @@ def test_settings_are_json_or_text() -> None:
         ("strength", "is not NAME=VALUE"),
         ("mask=sky.png", "mask is a file: give it with --mask"),
         ("output_format=webp", "output_format is webp, but a.png"),
+        ("prompt=a dog", "prompt is given already"),
+        ("num_inference_steps=3", "num_inference_steps is given already"),
     ):
-        shown = runner.invoke(app, ["generate", "a cat", "-o", "a.png", "--set", wrong])
+        shown = runner.invoke(app, ["generate", "a cat", "-o", "a.png", "--steps", "4", "--set", wrong])
         assert shown.exit_code == 2
         assert says in " ".join(shown.stderr.replace("│", " ").split())
+
+
+def test_an_ending_that_is_no_format_is_refused_before_anything_is_made() -> None:
+    shown = runner.invoke(app, ["generate", "a cat", "-o", "a.bmp"])
+    assert shown.exit_code == 2
+    assert ".bmp is not the ending of a format: use .jpg" in " ".join(shown.stderr.replace("│", " ").split())
+
+
+def test_several_pictures_have_names_of_their_own() -> None:
+    one = {"artifact": {"content_type": "image/webp", "name": "req_0.webp"}}
+    assert names_for({"units": [one]}, None) == [Path("picture.webp")]
+    assert names_for({"units": [one]}, Path("a.png")) == [Path("a.png")]
+    assert names_for({"units": [one, one]}, Path("a.png")) == [Path("a-0.png"), Path("a-1.png")]
+
+
+def test_a_notebook_shows_a_picture_and_not_its_bytes() -> None:
+    picture = Picture(b"\x89PNG...", "r1")
+    assert (picture._repr_png_(), picture._repr_jpeg_()) == (picture.data, None)
+    assert repr(picture) == "<Picture of 7 bytes, request r1>"
 
 
 def test_a_request_that_failed_says_why() -> None:
