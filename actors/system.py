@@ -144,7 +144,10 @@ class SupervisorReport(Message):
 
 
 class ReloadModel(Message):
-    """Go over to the model's files as they are on disk now. Asks for Reloading; asked again, it tells what is left."""
+    """Go over to a model's files as they are on disk now. Asks for Reloading; asked again, it tells what is left."""
+
+    model: str = ""
+    """Name of the model; "" for all."""
 
 
 class Reloading(Message):

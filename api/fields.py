@@ -55,7 +55,8 @@ class MediaRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Left out where a model takes none; the head knows."""
     size: str = "auto"
     """WIDTHxHEIGHT in pixels, or auto: the model's default."""
-    model: str | None = None
+    model: Annotated[str, Meta(max_length=128)] | None = None
+    """The first where none is named."""
     user: str | None = None
     """Taken for compatibility, and not kept."""
     seed: Annotated[int, Meta(ge=0, le=MAX_SEED)] | None = None

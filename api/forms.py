@@ -15,9 +15,10 @@ from starlette.requests import Request
 from api.body import MAX_FORM_BYTES, MAX_JSON_BYTES, MAX_TEXT_BYTES, Intake, read_object
 from api.errors import ApiError, refused
 from api.head import Head
+from api.models import describe
 from api.names import Names
 from api.uploads import MAX_FILES, MAX_FRAMES, Size, Source, UploadDesk
-from roles.messages.requests import KNOWN, PICTURES, WORDS, DescribeModel, Kind, ModelDescription
+from roles.messages.requests import KNOWN, PICTURES, WORDS, Kind
 from roles.messages.work import Numbers
 
 MAX_FIELDS: Final = 128
@@ -103,7 +104,8 @@ async def _kinds(request: Request, given: Mapping[str, object], own: frozenset[s
     if not {_plain(name) for name in given} - own:
         return {}
     head: Head = request.app.state.head
-    description = await head.ask(DescribeModel(), ModelDescription)
+    model = given.get("model")
+    description = await describe(head, model if isinstance(model, str) else None)
     return {parameter.name: parameter.kind for parameter in description.parameters} or KNOWN
 
 

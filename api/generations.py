@@ -20,8 +20,8 @@ from api.head import Head
 from api.links import artifact_url, request_url
 from api.names import Names
 from api.requests import request_object
-from api.submission import check_done, check_model, idempotency_key, submit, wait
-from roles.messages.requests import DescribeModel, ModelDescription, QueryRequest, RequestView
+from api.submission import check_done, idempotency_key, submit, wait
+from roles.messages.requests import QueryRequest, RequestView
 from roles.messages.work import MAX_SEED, Input, Output
 
 
@@ -76,12 +76,9 @@ async def read(request: Request) -> tuple[ImageRequest, dict[str, Input], Names]
 
 async def make(request: Request, wanted: ImageRequest, inputs: dict[str, Input], names: Names) -> Response:
     """Submit, wait, answer."""
-    if wanted.model is not None:
-        head: Head = request.app.state.head
-        check_model(wanted.model, await head.ask(DescribeModel(), ModelDescription))
     quality = wanted.output_compression if wanted.output_format in ("jpeg", "webp") else None
     output = Output(wanted.output_format or "", quality=0 if quality is None else max(1, quality))
-    request_id = await submit(request, inputs, names, seed=wanted.seed, n=wanted.n, output=output)
+    request_id = await submit(request, inputs, names, model=wanted.model, seed=wanted.seed, n=wanted.n, output=output)
     if prefers_async(request):
         return await accepted(request, request_id)
     view = await wait(request, request_id, cancels=not idempotency_key(request))

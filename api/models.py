@@ -11,7 +11,9 @@ from starlette.requests import Request
 from api.encoding import JSONResponse
 from api.errors import not_found
 from api.head import Head
-from roles.messages.requests import DescribeModel, Kind, ModelDescription, Parameter
+from bus import RemoteFailure
+from roles.messages.requests import DescribeModel, Kind, ListModels, ModelDescription, Parameter
+from roles.messages.requests import ModelList as Descriptions
 
 _LIMITS: Final = ("minimum", "maximum", "multiple_of")
 _WORDS: Final = {Kind.IMAGE_LIST: Kind.IMAGES}
@@ -92,18 +94,25 @@ def parameter_object(parameter: Parameter, limits: tuple[float, ...]) -> Paramet
 
 
 async def list_models(request: Request) -> JSONResponse:
-    """List the one model that is served."""
+    """List what is served."""
     head: Head = request.app.state.head
-    description = await head.ask(DescribeModel(), ModelDescription)
-    return JSONResponse(ModelList([model_object(description)]))
+    found = await head.ask(ListModels(), Descriptions)
+    return JSONResponse(ModelList([model_object(description) for description in found.models]))
 
 
 async def get_model(request: Request) -> JSONResponse:
-    """Answer with that model, by its name."""
-    head: Head = request.app.state.head
+    """Answer with one model, by its name."""
     name = request.path_params["name"]
-    description = await head.ask(DescribeModel(), ModelDescription)
-    if name != description.name:
-        message = f"the model {name!r} is not served here, {description.name!r} is"
-        raise not_found(message, code="model_not_found", param="model")
-    return JSONResponse(model_object(description))
+    if not name:
+        raise not_found("there is no model without a name", code="model_not_found", param="model")
+    return JSONResponse(model_object(await describe(request.app.state.head, name)))
+
+
+async def describe(head: Head, name: str | None) -> ModelDescription:
+    """Ask what a model takes, the first where none is named; raises ApiError 404 where there is none of that name."""
+    try:
+        return await head.ask(DescribeModel(name or ""), ModelDescription)
+    except RemoteFailure as error:
+        if error.code != "model_not_found":
+            raise
+        raise not_found(error.detail, code=error.code, param="model") from None

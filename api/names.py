@@ -8,7 +8,7 @@ from typing import Final
 from api.errors import ApiError, refused
 from roles.messages.requests import RequestRejected
 
-_STATUS: Final = {"invalid": 422, "full": 429, "conflict": 409, "unavailable": 503}
+_STATUS: Final = {"invalid": 422, "full": 429, "conflict": 409, "unavailable": 503, "model_not_found": 404}
 
 
 class Names:

@@ -83,7 +83,7 @@ _OPERATIONS: Final[Mapping[str, Mapping[str, Operation]]] = {
             _FILES, (*_LOOKED, 404, 409, 410, 412, 416, 422), ("variant", *_CONDITIONS),
         )
     },
-    "/v1/models": {"get": Operation("listModels", "The model that is served", {200: "ModelList"})},
+    "/v1/models": {"get": Operation("listModels", "The models that are served", {200: "ModelList"})},
     "/v1/models/{name}": {
         "get": Operation(
             "getModel", "One model: what it takes, and its defaults", {200: "ModelObject"}, (*_LOOKED, 404)

@@ -10,13 +10,12 @@ import secrets
 from starlette.requests import Request
 
 from actors.client import in_short
-from api.errors import CLIENT_CLOSED_REQUEST, ApiError, not_found
+from api.errors import CLIENT_CLOSED_REQUEST, ApiError
 from api.head import Head
 from api.names import Names
 from bus import AskTimeout, Unreachable
 from roles.messages.requests import (
     CancelRequest,
-    ModelDescription,
     RequestAccepted,
     RequestRejected,
     RequestView,
@@ -31,7 +30,14 @@ IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 
 async def submit(
-    request: Request, inputs: dict[str, Input], names: Names, *, seed: int | None, n: int, output: Output
+    request: Request,
+    inputs: dict[str, Input],
+    names: Names,
+    *,
+    model: str | None,
+    seed: int | None,
+    n: int,
+    output: Output,
 ) -> str:
     """Have the head accept a request; returns the id that it has there. Raises ApiError with the head's refusal."""
     head: Head = request.app.state.head
@@ -46,6 +52,7 @@ async def submit(
         # unanswered is sent again, and must not make a second request.
         idempotency_key=key or request.state.request_id,
         owner=request.state.owner,
+        model=model or "",
     )
     try:
         answer: RequestAccepted | RequestRejected = await head.ask(message, RequestAccepted, RequestRejected)
@@ -73,13 +80,6 @@ def idempotency_key(request: Request) -> str:
     if key and not IDEMPOTENCY_KEY.fullmatch(key):
         raise ApiError(400, "Idempotency-Key takes 1 to 255 visible ASCII characters", code="invalid_header")
     return key
-
-
-def check_model(model: str | None, description: ModelDescription) -> None:
-    """Raise ApiError 404 unless this is the model being served, or none was named."""
-    if model not in (None, description.name):
-        message = f"the model {model!r} is not served here, {description.name!r} is"
-        raise not_found(message, code="model_not_found", param="model")
 
 
 async def wait(request: Request, request_id: str, *, cancels: bool) -> RequestView:

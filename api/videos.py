@@ -17,15 +17,17 @@ from api.errors import ApiError, not_found, refused
 from api.fields import MediaRequest, misfit, own_fields, parse
 from api.forms import read_fields
 from api.head import Head
+from api.models import describe
 from api.names import Names
 from api.requests import Deleted, delete
-from api.submission import check_model, failed, submit, why
+from api.submission import failed, submit, why
 from bus import RemoteFailure
 from roles.messages.requests import (
     RATES,
-    DescribeModel,
+    ListModels,
     ListRequests,
     ModelDescription,
+    ModelList,
     QueryRequest,
     RequestList,
     RequestView,
@@ -111,7 +113,7 @@ class Videos(HTTPEndpoint):
         except msgspec.ValidationError as error:
             raise misfit(error, ListQuery) from None
         owner, newest_first = request.state.owner, query.order == "desc"
-        description = await head.ask(DescribeModel(), ModelDescription)
+        described = {one.name: one for one in (await head.ask(ListModels(), ModelList)).models}
         try:
             message = ListRequests(owner, query.after, query.limit, newest_first)
             found = await head.ask(message, RequestList)
@@ -121,7 +123,7 @@ class Videos(HTTPEndpoint):
             raise not_found(f"there is no video {query.after}", param="after") from None
         views = (
             []
-            if description.medium != "video"
+            if all(description.medium != "video" for description in described.values())
             else await asyncio.gather(
                 *(head.ask(QueryRequest(id_, owner), RequestView) for id_ in found.request_ids), return_exceptions=True
             )
@@ -129,7 +131,8 @@ class Videos(HTTPEndpoint):
         videos = []
         for view in views:
             if isinstance(view, RequestView):
-                videos.append(video(view, description))
+                if (description := described.get(view.model)) and description.medium == "video":
+                    videos.append(video(view, description))
             elif not (isinstance(view, RemoteFailure) and view.code == "not_found"):  # deleted meanwhile
                 raise view
         first_id, last_id = (videos[0].id, videos[-1].id) if videos else (None, None)
@@ -141,11 +144,13 @@ class Videos(HTTPEndpoint):
         fields = await read_fields(request, own_fields(VideoRequest), Names({"image": "input_reference"}))
         fields.texts = True  # OpenAI's `seconds` is a string
         wanted, inputs = parse(fields, VideoRequest)
-        description = await head.ask(DescribeModel(), ModelDescription)
-        check_model(wanted.model, description)
+        description = await describe(head, wanted.model)
         check_medium(description)
         inputs |= frames(wanted.seconds, inputs, description, fields.names)
-        request_id = await submit(request, inputs, fields.names, seed=wanted.seed, n=1, output=Output(FORMAT))
+        output = Output(FORMAT)
+        request_id = await submit(
+            request, inputs, fields.names, model=wanted.model, seed=wanted.seed, n=1, output=output
+        )
         view = await head.ask(QueryRequest(request_id, request.state.owner), RequestView)
         return answer(view, description)
 
@@ -185,8 +190,11 @@ async def find(request: Request) -> tuple[RequestView, ModelDescription]:
     """Find the job of the path; raises ApiError 404."""
     head: Head = request.app.state.head
     request_id = request.path_params["video_id"]
-    query = QueryRequest(request_id, request.state.owner)
-    view, description = await asyncio.gather(head.ask(query, RequestView), head.ask(DescribeModel(), ModelDescription))
+    view = await head.ask(QueryRequest(request_id, request.state.owner), RequestView)
+    try:
+        description = await describe(head, view.model)
+    except ApiError:  # its model is served no more
+        raise not_found(f"there is no video {request_id}") from None
     if description.parameters and description.medium != "video":
         raise not_found(f"there is no video {request_id}")
     return view, description

@@ -14,10 +14,10 @@ from actors.system import Shutdown, ShuttingDown
 from bus import AskTimeout, BusError, MailboxFull, Message, MessageTooLong, RemoteFailure, Unreachable
 from engines.panels import Panel
 from roles.effects import Assign, Cancel, Effect, Release, Restart, Settle
-from roles.ledger import Ledger
 from roles.messages import pool as pools
 from roles.messages import stages
 from roles.messages.work import LeaseRef, Renewal, Staged, Work
+from roles.models import Models
 from roles.reporter import pause_s
 from roles.request import UPSTREAM, Unit
 
@@ -40,11 +40,11 @@ class _SourceGoneError(Exception):
 
 
 class Errands:
-    """Runs the ledger's effects as tasks of the head; what comes back goes into the ledger."""
+    """Runs the ledgers' effects as tasks of the head; what comes back goes into the ledger of the instance."""
 
-    def __init__(self, head: Actor, ledger: Ledger, settle: Callable[[], None], pools: tuple[str, ...]) -> None:
+    def __init__(self, head: Actor, models: Models, settle: Callable[[], None], pools: tuple[str, ...]) -> None:
         self._head = head
-        self._ledger = ledger
+        self._models = models
         self._settle = settle
         self._expected_pools = pools
         self._pools: dict[str, int] = {}
@@ -55,7 +55,7 @@ class Errands:
         for effect in effects:
             match effect:
                 case Assign(instance, unit_id):
-                    unit = self._ledger.units[unit_id]
+                    unit = self._models.books_of(instance).units[unit_id]
                     self._head.spawn(self._assign(instance, unit, unit.work), name=f"assign {unit.work}")
                 case Cancel(instance, work, reason):
                     self._cancel(instance, work, reason)
@@ -70,23 +70,24 @@ class Errands:
     # -- sending work
 
     async def _assign(self, instance: str, unit: Unit, work: Work) -> None:
-        sent_to = self._ledger.fleet.generation(instance)
+        ledger = self._models.books_of(instance)
+        sent_to = ledger.fleet.generation(instance)
         try:
             message = await self._order(instance, unit, work)
             await self._ask(instance, unit, work, message, stages.StageTaken)
         except _OvertakenError:
             self._refund(instance, sent_to)
         except _SourceGoneError:
-            self._ledger.not_taken(instance, work, "cancelled", "its staged tensors are gone", time.time())
+            ledger.not_taken(instance, work, "cancelled", "its staged tensors are gone", time.time())
         except _NoRoomError as error:
             self._refund(instance, sent_to)
-            self._ledger.give_up(work, instance, str(error), time.time())
+            ledger.give_up(work, instance, str(error), time.time())
         except MessageTooLong as error:
             self._refund(instance, sent_to)
-            self._ledger.give_up(work, instance, f"it is too long to be sent: {error}", time.time())
+            ledger.give_up(work, instance, f"it is too long to be sent: {error}", time.time())
             self._cancel(instance, work, "it is too long to be sent")  # a slot may be reserved for it
         except RemoteFailure as error:
-            self._ledger.not_taken(instance, work, error.code, error.detail, time.time())
+            ledger.not_taken(instance, work, error.code, error.detail, time.time())
         except Unreachable:
             self._lost(instance, sent_to)
         else:
@@ -94,8 +95,9 @@ class Errands:
         self._settle()
 
     def _refund(self, instance: str, sent_to: int) -> None:
-        if self._ledger.fleet.generation(instance) == sent_to:  # a later incarnation has not been charged
-            self._ledger.fleet.refund(instance)
+        fleet = self._models.books_of(instance).fleet
+        if fleet.generation(instance) == sent_to:  # a later incarnation has not been charged
+            fleet.refund(instance)
 
     async def _ask(self, instance: str, unit: Unit, work: Work, message: Message, *replies: type[R]) -> R:
         """Ask an instance about work until it answers: silence alone is no death, and work is taken once.
@@ -123,7 +125,7 @@ class Errands:
         """
         if unit.work != work or unit.instance != instance:
             raise _OvertakenError
-        request = self._ledger.requests[unit.request_id]
+        request = self._models.books_of(instance).requests[unit.request_id]
         panel = unit.panel
         if panel is None or panel is Panel.ENCODER:
             return stages.StageAssign(work, request.inputs, unit.seed, request.output, unit.left_s)
@@ -141,10 +143,11 @@ class Errands:
             _NoRoomError: the tensors can never fit.
             And what `_ask` raises.
         """
-        receiver = self._ledger.fleet.instances.get(instance)
+        fleet = self._models.books_of(instance).fleet
+        receiver = fleet.instances.get(instance)
         if receiver is None or receiver.pool == source.lease.pool:
             return None
-        if spare := self._ledger.fleet.take_spare(instance, source.nbytes):
+        if spare := fleet.take_spare(instance, source.nbytes):
             return spare
         attempt = 0
         while True:
@@ -209,20 +212,22 @@ class Errands:
                 await self._release(unneeded)
 
     def _unneeded(self, view: pools.LeaseView) -> bool:
-        if view.state != "sealed" or self._ledger.staging.holds(view.lease):
+        if view.state != "sealed" or any(ledger.staging.holds(view.lease) for ledger in self._models.ledgers):
             return False
         # What the present attempt has sealed may be about to be reported.
         return self._overtaken(view.work)
 
     def _overtaken(self, work: Work) -> bool:
-        unit = self._ledger.units.get(work.unit_id)
+        found = (ledger.units.get(work.unit_id) for ledger in self._models.ledgers)
+        unit = next((unit for unit in found if unit), None)
         return unit is None or work.attempt < unit.attempt
 
     async def _unclaimed(self, views: Iterable[pools.LeaseView]) -> tuple[LeaseRef, ...]:
         """Slots being written for work that no longer counts, and of which their living owners know nothing."""
         suspects: dict[str, list[pools.LeaseView]] = {}
         for view in views:
-            known = self._ledger.fleet.incarnation(view.owner, view.owner_generation)
+            served = self._models.of(view.owner)
+            known = served and served.ledger.fleet.incarnation(view.owner, view.owner_generation)
             # What is kept ready is for no unit; what a dead owner was writing, the pool takes back itself.
             if view.state == "writing" and view.work.unit_id and known and self._overtaken(view.work):
                 suspects.setdefault(view.owner, []).append(view)
@@ -247,7 +252,7 @@ class Errands:
 
     def _lost(self, name: str, generation: int) -> None:
         """The connection to an instance's process was lost; of a later one, nothing is known."""
-        if self._ledger.connection_lost(name, generation, time.time()):
+        if self._models.books_of(name).connection_lost(name, generation, time.time()):
             self._head.log.warning("instance down", instance=name)
 
     def watch_pools(self) -> None:
@@ -272,13 +277,17 @@ class Errands:
                 continue
             attempt = 0
             self._pools[name] = found.generation
-            self._ledger.pool_down(name, found.generation, time.time())
+            self._pool_down(name, found.generation)
             self._settle()
             await lost
             del self._pools[name]
             self._head.log.warning("pool down", pool=name)
-            self._ledger.pool_down(name, found.generation + 1, time.time())
+            self._pool_down(name, found.generation + 1)
             self._settle()
+
+    def _pool_down(self, name: str, older_than: int) -> None:
+        for ledger in self._models.ledgers:
+            ledger.pool_down(name, older_than, time.time())
 
     def pools_missing(self) -> list[str]:
         """Pools that have not answered."""

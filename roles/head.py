@@ -15,30 +15,27 @@ from pathlib import Path
 from typing import TypeAlias, cast
 
 import msgspec
-from msgspec.structs import replace
 
 from actors import Actor, Component, Later, StartDelayed, StartFailure, Topology
-from actors.ownership import ModelIdentity, identity_of
+from actors.ownership import identity_of
 from actors.sections import parse_size
 from actors.system import ChildReport, Reloading, ReloadModel, SupervisorQuery, SupervisorReport
 from bus import BusError, Refused
-from engines.card import CardError, ModelCard, load_card
-from engines.checks import ANY
+from engines.card import CardError, load_card
 from engines.lora import check_lora
 from engines.model_version import model_version
 from engines.panels import ModelError, Panel
-from engines.parameters import MASKS, Parameter, Signature
+from engines.parameters import MASKS, Signature
 from roles.artifacts import ARTIFACTS, ArtifactError, ArtifactStore
-from roles.dispatch import POLICIES
 from roles.errands import Errands
-from roles.fleet import Fleet
 from roles.formats import settle_output
 from roles.given_up import given_up
 from roles.journal import Journal, JournalError, prune
 from roles.ledger import Ledger
 from roles.messages import pool as pools
 from roles.messages import requests, stages
-from roles.messages.work import MAX_SEED, Input, Output, Pictures, Upload, Work
+from roles.messages.work import MAX_SEED, Input, Pictures, Upload, Work
+from roles.models import Served, models_of
 from roles.prompt_cache import PromptCache
 from roles.request import IllegalTransitionError, Request, Unit
 from roles.retention import StoreBounds
@@ -85,29 +82,15 @@ class Head(Actor):
     def __init__(self, topology: Topology) -> None:
         super().__init__("head")
         self.topology = topology
-        self.model = topology.models[0]
-        settings = topology.head
-        self.ledger = Ledger(
-            POLICIES[settings.dispatch],
-            max_pending=settings.max_pending,
-            max_attempts=settings.max_attempts,
-            waiting_timeout_s=settings.waiting_timeout_s,
-            running_timeout_s=settings.running_timeout_s,
-            heartbeat_timeout_s=topology.supervision.heartbeat_timeout_s,
-            fleet=Fleet({p: sum(c.slots for c in topology.components if c.kind == p.value) for p in Panel}),
-        )
-        self.card = ModelCard()
+        self.models = models_of(topology)
         pool_names = tuple(c.name for c in topology.components if c.kind == "pool")
-        self.errands = Errands(self, self.ledger, self.settle, pool_names)
+        self.errands = Errands(self, self.models, self.settle, pool_names)
         self.created_at = time.time()
         self._artifacts = ArtifactStore(topology.state_dir / ARTIFACTS)
         self._uploads = UploadStore(topology.state_dir / UPLOADS)
         self._journal: Journal | None = None
-        self._served: ModelIdentity | None = None
         self._unwritten = ""
         self._ended: dict[str, asyncio.Event] = {}
-        self._given_up = ""
-        """Why no request can come to its end."""
         self._untold: list[str] = []
         """Ids of requests whose end is not known to be on the disk."""
         self._writes = self._synced = 0
@@ -122,22 +105,17 @@ class Head(Actor):
             StartDelayed: the journal is locked or the disk is full, or the folder of the model is away.
         """
         now = time.time()
+        for served in self.models.all:
+            await self._read_model(served)
         try:
-            self.card = load_card(self.model.path, self.model.section.task)
-            model = f"{self.card.name}, {self.model.section.dtype}"
-            self.ledger.staging = Staging(PromptCache(self.model.prompt_cache_bytes, model))
-            self._served = await asyncio.to_thread(identity_of, self.model.path)
             # In a thread, because heartbeats have to go on, however large it is.
             self._journal = await asyncio.to_thread(Journal, self._journal_path, self._complain)
             for request in await asyncio.to_thread(self._journal.active):
                 self._resume(request, now)
         except JournalError as error:
             raise (StartDelayed if error.may_pass else StartFailure)(str(error)) from error
-        except (ModelError, OSError) as error:
-            kind = StartFailure if self.model.path.is_dir() else StartDelayed
-            raise kind(str(error)) from error
-        if self.ledger.units:
-            self.log.info("resumed from the journal", requests=len(self.ledger.requests), units=len(self.ledger.units))
+        if self.models.units_count:
+            self.log.info("resumed from the journal", units=self.models.units_count)
         self.spawn(self._keep_time(), name="clock")
         self.spawn(self._keep_bounds(), name="prune")
         self.spawn(self._watch_supervisors(), name="supervisors")
@@ -146,7 +124,7 @@ class Head(Actor):
 
     async def stopping(self) -> None:
         """Write what is unwritten; the instances go on with what they have in hand."""
-        self.ledger.dirty.update(self.ledger.units)
+        self._all_dirty()
         self.settle()
         if self._journal:
             try:
@@ -172,16 +150,21 @@ class Head(Actor):
                 if known.digest == digest:
                     return requests.RequestAccepted(known.id)
                 return requests.RequestRejected("conflict", "this Idempotency-Key came with another body before")
-            if self._given_up:
-                sentence = f"{self._given_up}: the server has to be restarted"
+            served = self.models.find(message.model)
+            if served is None:
+                sentence = self.models.unknown(message.model)
+                return requests.RequestRejected("model_not_found", sentence, param="model")
+            if served.given_up:
+                sentence = f"{served.given_up}: the server has to be restarted"
                 return requests.RequestRejected("unavailable", sentence, retry_after_s=RESTARTED_S)
-            request = self._request(message, digest)
-            if not self.ledger.room(message.n):
+            request = self._request(served, message, digest)
+            pending = self.models.units_count
+            if pending + message.n > self.topology.head.max_pending:
                 return requests.RequestRejected(
                     "full",
-                    f"{len(self.ledger.units)} of at most {self.ledger.max_pending} pictures are under way, and "
+                    f"{pending} of at most {self.topology.head.max_pending} pictures are under way, and "
                     f"{message.n} more do not fit: try again",
-                    retry_after_s=max(1.0, self.ledger.tally.average_latency_s),
+                    retry_after_s=max(1.0, served.ledger.tally.average_latency_s),
                 )
             self._open_journal.accept(request)
         except CardError as error:
@@ -189,7 +172,7 @@ class Head(Actor):
         except JournalError as error:
             return self._not_accepted(error)
         self._writes += 1
-        self.ledger.accept(request, time.time())
+        served.ledger.accept(request, time.time())
         self.settle()
         return requests.RequestAccepted(request.id)
 
@@ -200,7 +183,7 @@ class Head(Actor):
                 await self._on_disk()
             except JournalError as error:
                 if answer.request_id == message.request_id:
-                    self.ledger.cancel(message.request_id, "it could not be put on the disk", time.time())
+                    self._cancel(message.request_id, "it could not be put on the disk")
                     self.settle()
                 return self._not_accepted(error)
         return answer
@@ -220,7 +203,7 @@ class Head(Actor):
     async def cancel(self, message: requests.CancelRequest) -> Later[requests.RequestView]:
         """Stop a request."""
         request = self._find(message)
-        self.ledger.cancel(request.id, message.reason, time.time())
+        self._cancel(request.id, message.reason)
         self.settle()
         return Later(self._view(request))
 
@@ -241,22 +224,16 @@ class Head(Actor):
         """Remove a request for good."""
         return Later(self._delete(message))
 
-    async def describe(self, _: requests.DescribeModel) -> requests.ModelDescription:
+    async def describe(self, message: requests.DescribeModel) -> requests.ModelDescription:
+        """What a model takes."""
+        served = self.models.find(message.model)
+        if served is None:
+            raise Refused("model_not_found", self.models.unknown(message.model))
+        return served.describe(self.created_at)
+
+    async def list_models(self, _: requests.ListModels) -> requests.ModelList:
         """What is served."""
-        signature, card = self._signature(), self.card
-        parameters = [replace(item, default=card.default(item)) for item in signature.parameters]
-        return requests.ModelDescription(
-            name=card.name,
-            family=card.family,
-            task=card.task,
-            dtype=self.model.section.dtype,
-            created_at=self.created_at,
-            defaults=dict(card.defaults),
-            ranges={item.name: limits for item in parameters if (limits := card.limits(item)) not in ((), ANY)},
-            parameters=tuple(parameters),
-            medium=signature.medium,
-            fps=settle_output(Output(), signature, {}, card.defaults).fps,
-        )
+        return requests.ModelList(tuple(served.describe(self.created_at) for served in self.models.all))
 
     async def cluster(self, _: requests.ClusterQuery) -> requests.ClusterView:
         """The books."""
@@ -264,20 +241,23 @@ class Head(Actor):
         return requests.ClusterView(
             ready=not reasons,
             reasons=reasons,
-            instances=tuple(i.view() for i in self.ledger.fleet.instances.values()),
-            states=self.ledger.counts(),
-            completed=self.ledger.tally.completed,
-            average_latency_s=self.ledger.tally.average_latency_s,
-            prompt_cache=self.ledger.staging.cache.view(),
+            instances=tuple(i.view() for ledger in self.models.ledgers for i in ledger.fleet.instances.values()),
+            states=self.models.counts(),
+            completed=self.models.completed,
+            average_latency_s=self.models.average_latency_s,
+            prompt_cache=self.models.prompt_cache(),
         )
 
-    async def reload_model(self, _: ReloadModel) -> Later[Reloading]:
+    async def reload_model(self, message: ReloadModel) -> Later[Reloading]:
         """Go over to changed weights."""
-        return Later(self._reload())
+        return Later(self._reload(message.model))
 
     async def room_wanted(self, message: pools.RoomWanted) -> None:
         """A pool is full."""
-        self.ledger.room_wanted(message.pool, message.nbytes)
+        wanted = message.nbytes
+        for ledger in self.models.ledgers:
+            if wanted > 0:
+                wanted -= ledger.room_wanted(message.pool, wanted)
         self.settle()
 
     # -- the instances' conversation
@@ -285,11 +265,10 @@ class Head(Actor):
     async def hello(self, message: stages.InstanceHello) -> stages.InstanceWelcome:
         """An instance offers itself."""
         self._refuse_fenced(message.name, message.generation)
-        if all(component.name != message.name for component in self.topology.components):
-            raise Refused("unknown_instance", f"{message.name} is no component of this topology")
-        if not self.ledger.admit(message.name, message.model):
+        ledger = self._books_of(message.name)
+        if not ledger.admit(message.name, message.model):
             raise Refused("other_model", _other_weights(message.name))
-        unknown = self.ledger.hello(message, time.time())
+        unknown = ledger.hello(message, time.time())
         self.log.info("instance joined", instance=message.name, kept=len(message.running) - len(unknown))
         self.spawn(self.errands.watch_instance(message.name, message.generation), name=f"watch {message.name}")
         self.settle()
@@ -298,81 +277,101 @@ class Head(Actor):
     async def alive(self, message: stages.InstanceAlive) -> stages.Acknowledged:
         """An instance's heartbeat."""
         self._refuse_fenced(message.name, message.generation)
-        if not self.ledger.fleet.heard(message.name, message.generation, message.trouble):
+        if not self._books_of(message.name).fleet.heard(message.name, message.generation, message.trouble):
             raise Refused("unknown", f"{message.name} is not in the books: say hello again")
         return stages.Acknowledged()
 
     async def leaving(self, message: stages.InstanceLeaving) -> stages.Acknowledged:
         """An instance was asked to end."""
-        self.ledger.fleet.leave(message.name, message.generation)
+        self._books_of(message.name).fleet.leave(message.name, message.generation)
         return stages.Acknowledged()
 
     async def slots_offered(self, message: stages.SlotsOffered) -> None:
         """An instance keeps slots ready for what is pushed to it."""
-        self.ledger.fleet.offer(message.instance, message.generation, message.slots)
+        self._books_of(message.instance).fleet.offer(message.instance, message.generation, message.slots)
 
     async def stage_started(self, message: stages.StageStarted) -> stages.Acknowledged:
         """A panel runs."""
-        return self._enter(message, lambda now: self.ledger.started(message.work, message.instance, message.panel, now))
+        return self._enter(
+            message, lambda ledger, now: ledger.started(message.work, message.instance, message.panel, now)
+        )
 
     async def stage_progress(self, message: stages.StageProgress) -> None:
         """A denoising step is done."""
-        self.ledger.progress(message.work, message.step, message.total_steps)
+        for ledger in self.models.ledgers:
+            ledger.progress(message.work, message.step, message.total_steps)
 
     async def transfer_ready(self, message: stages.TransferReady) -> stages.Acknowledged:
         """Staged tensors are loaded; the panel runs next."""
-        return self._enter(message, lambda _: True)
+        return self._enter(message, lambda _ledger, _now: True)
 
     async def transfer_staged(self, message: stages.TransferStaged) -> stages.Acknowledged:
         """A panel's outputs are at rest."""
         if message.panel is Panel.DECODER:
             raise Refused("invalid", "what a decoder makes is written, and rests in no pool")
-        return self._enter(message, lambda now: self.ledger.staged(message, now))
+        return self._enter(message, lambda ledger, now: ledger.staged(message, now))
 
     async def stage_finished(self, message: stages.StageFinished) -> stages.Acknowledged:
         """A picture is done."""
         self._discard_late(message.work)
-        return self._enter(message, lambda now: self.ledger.finished(message, now))
+        return self._enter(message, lambda ledger, now: ledger.finished(message, now))
 
     async def stage_failed(self, message: stages.StageFailed) -> stages.Acknowledged:
         """A panel raised."""
-        return self._enter(message, lambda now: self.ledger.stage_failed(message, now))
+        return self._enter(message, lambda ledger, now: ledger.stage_failed(message, now))
 
     async def transfer_failed(self, message: stages.TransferFailed) -> stages.Acknowledged:
         """Staged tensors could not be fetched."""
-        return self._enter(message, lambda now: self.ledger.transfer_failed(message, now))
+        return self._enter(message, lambda ledger, now: ledger.transfer_failed(message, now))
 
     async def stage_returned(self, message: stages.StageReturned) -> stages.Acknowledged:
         """An instance that ends gives work back."""
-        return self._enter(message, lambda now: self.ledger.returned(message, now))
+        return self._enter(message, lambda ledger, now: ledger.returned(message, now))
 
     async def stage_cancelled(self, message: stages.StageCancelled) -> stages.Acknowledged:
         """Work was dropped as told."""
-        self.ledger.fleet.credit(message.instance, message.issued)
+        self._books_of(message.instance).fleet.credit(message.instance, message.issued)
         self._discard_late(message.work)
-        return self._enter(message, lambda _: True)
+        return self._enter(message, lambda _ledger, _now: True)
 
     # -- carrying out
+
+    async def _read_model(self, served: Served) -> None:
+        """Read a model's card. Raises StartFailure where it is broken, StartDelayed where its folder is away."""
+        model = served.model
+        try:
+            served.card = load_card(model.path, model.section.task)
+            served.identity = await asyncio.to_thread(identity_of, model.path)
+        except (ModelError, OSError) as error:
+            kind = StartFailure if model.path.is_dir() else StartDelayed
+            raise kind(str(error)) from error
+        cached = f"{served.name}, {model.section.dtype}"
+        served.ledger.staging = Staging(PromptCache(model.prompt_cache_bytes, cached))
 
     def _resume(self, request: Request, now: float) -> None:
         """Enter a request that an earlier head has left; what the topology has no place for any more is forgotten."""
         components = self.topology.components
         pools = {component.name for component in components if component.kind == "pool"}
-        instances = {component.name for component in components if component.slots}
-        self.ledger.resume(request, pools, instances, now)
-        if request.served and self._served and not request.served.is_same(self._served):
-            self.ledger.fail(request.id, OTHER_MODEL, now)
+        served, same = self.models.heir(request)
+        instances = {c.name for c in components if c.slots and c.model == served.key}
+        request.model, ledger = served.key, served.ledger
+        ledger.resume(request, pools, instances, now)
+        if not same:
+            ledger.fail(request.id, OTHER_MODEL, now)
         try:
-            check_lora(request.inputs, [lora.name for lora in self.model.section.lora], self.card.name)
+            check_lora(request.inputs, served.lora_names, served.name)
         except CardError as error:
-            self.ledger.fail(request.id, f"since the topology has changed, {error.param} {error.message}", now)
+            ledger.fail(request.id, f"since the topology has changed, {error.param} {error.message}", now)
 
     def settle(self) -> None:
         """After an event: hand out work, write down what changed, then let it take effect."""
-        self.ledger.dispatch(time.time())
+        now = time.time()
+        for ledger in self.models.ledgers:
+            ledger.dispatch(now)
         self._write_down()
-        self._untold += self.errands.carry_out(self.ledger.take_effects())
-        if self._untold and not self.ledger.dirty:
+        for ledger in self.models.ledgers:
+            self._untold += self.errands.carry_out(ledger.take_effects())
+        if self._untold and not any(ledger.dirty for ledger in self.models.ledgers):
             ended, self._untold = self._untold, []
             self.spawn(self._tell(ended), name="tell")
 
@@ -384,7 +383,8 @@ class Head(Actor):
             self._cannot_write(error)
             self._untold += ended
             return
-        self.ledger.forget(ended)
+        for ledger in self.models.ledgers:
+            ledger.forget(ended)
         for request_id in ended:
             if event := self._ended.pop(request_id, None):
                 event.set()
@@ -403,11 +403,15 @@ class Head(Actor):
                 self._synced = written
 
     def _write_down(self) -> None:
-        if self._journal is None or not self.ledger.dirty:
+        changed = [ledger for ledger in self.models.ledgers if ledger.dirty]
+        if self._journal is None or not changed:
             return
-        ids = {unit_id.rpartition("/")[0] for unit_id in self.ledger.dirty}
-        touched = [self.ledger.requests[i] for i in ids if i in self.ledger.requests]
-        units = [u for request in touched for u in request.units if u.id in self.ledger.dirty]
+        touched, units = [], []
+        for ledger in changed:
+            ids = {unit_id.rpartition("/")[0] for unit_id in ledger.dirty}
+            of_it = [ledger.requests[i] for i in ids if i in ledger.requests]
+            touched += of_it
+            units += [u for request in of_it for u in request.units if u.id in ledger.dirty]
         try:
             self._journal.save(touched, units)
         except JournalError as error:
@@ -416,7 +420,12 @@ class Head(Actor):
             return
         self._writes += 1
         self._can_write()
-        self.ledger.dirty.clear()
+        for ledger in changed:
+            ledger.dirty.clear()
+
+    def _all_dirty(self) -> None:
+        for ledger in self.models.ledgers:
+            ledger.dirty.update(ledger.units)
 
     def _cannot_write(self, error: JournalError) -> None:
         if not self._unwritten:
@@ -441,25 +450,27 @@ class Head(Actor):
         # Wall clock time is for people and for the journal: what is decided here is decided by elapsed time.
         awake_at = probed_at = reclaimed_at = written_at = time.monotonic()
         listened_s = 0.0
-        resumed = bool(self.ledger.units)
+        resumed = self.models.units_count > 0
         while True:
             await asyncio.sleep(TICK_S)
             asleep_at, awake_at = awake_at, time.monotonic()
             heard_s = listening_s(awake_at - asleep_at)
             listened_s += heard_s
             now = time.time()
-            self.ledger.elapse(awake_at - asleep_at, now)
-            for name in self.ledger.listen(heard_s, now):
-                self.log.warning("instance fenced", instance=name, silent_s=self.ledger.heartbeat_timeout_s)
-            if resumed and listened_s > self.ledger.heartbeat_timeout_s:
-                self.ledger.orphans(now)
+            for ledger in self.models.ledgers:
+                ledger.elapse(awake_at - asleep_at, now)
+                for name in ledger.listen(heard_s, now):
+                    self.log.warning("instance fenced", instance=name, silent_s=ledger.heartbeat_timeout_s)
+            if resumed and listened_s > self.topology.supervision.heartbeat_timeout_s:
+                for ledger in self.models.ledgers:
+                    ledger.orphans(now)
                 resumed = False
             if not resumed and awake_at - reclaimed_at > RECLAIM_S:
                 reclaimed_at = awake_at
                 self.spawn(self.errands.reclaim(), name="reclaim")
             if awake_at - written_at > REMAINDERS_S:
                 written_at = awake_at
-                self.ledger.dirty.update(self.ledger.units)
+                self._all_dirty()
             if self._unwritten and awake_at - probed_at > PROBE_S:
                 probed_at = awake_at
                 self._probe()
@@ -468,9 +479,16 @@ class Head(Actor):
     async def _watch_supervisors(self) -> None:
         """Know, for ever, whether what is missing may still come."""
         while True:
-            missing = self.ledger.fleet.missing_panels() or self.errands.pools_missing()
-            self._given_up = given_up(self.topology.components, await self._children()) if missing else ""
+            pools = self.errands.pools_missing()
+            missing = [served for served in self.models.all if pools or served.ledger.fleet.missing_panels()]
+            children = await self._children() if missing else []
+            for served in self.models.all:
+                served.given_up = given_up(self._parts_of(served), children) if served in missing else ""
             await asyncio.sleep(LOOK_S)
+
+    def _parts_of(self, served: Served) -> list[Component]:
+        """The instances of a model, and the pools."""
+        return [c for c in self.topology.components if c.kind == "pool" or (c.slots and c.model == served.key)]
 
     async def _children(self) -> list[ChildReport]:
         children: list[ChildReport] = []
@@ -487,7 +505,7 @@ class Head(Actor):
         """Remove what is too old or too much, for ever."""
         while True:
             try:
-                gone = await asyncio.to_thread(self._prune, frozenset(self.ledger.requests), time.time())
+                gone = await asyncio.to_thread(self._prune, frozenset(self.models.requests), time.time())
             except (JournalError, OSError) as error:  # what is left is tried again the next time
                 self.log.warning("not pruned", error=str(error))
             else:
@@ -504,20 +522,28 @@ class Head(Actor):
         artifacts = self._artifacts.prune(bounds, now=now, needed=awaited | active)
         return {"requests": ended, "artifacts": artifacts}
 
-    async def _reload(self) -> Reloading:
-        """Raises Refused where the files cannot be read, or an instance would not come back."""
-        once = [c.name for c in self.topology.components if c.slots and c.restart != "permanent"]
+    async def _reload(self, name: str) -> Reloading:
+        """Raises Refused where there is no such model, the files cannot be read, or an instance would not come back."""
+        chosen = [served for served in self.models.all if name in ("", served.name)]
+        if not chosen:
+            raise Refused("model_not_found", self.models.unknown(name))
+        keys = {served.key for served in chosen}
+        once = [c.name for c in self.topology.components if c.slots and c.model in keys and c.restart != "permanent"]
         if once:
             raise Refused("not_permanent", f'{", ".join(once)} would not restart: their `restart` is not "permanent"')
-        try:
-            card = await asyncio.to_thread(load_card, self.model.path, self.model.section.task)
-            model = await asyncio.to_thread(model_version, self.model.files)
-        except (ModelError, OSError) as error:
-            raise Refused("model", str(error)) from error
-        self.card = card
-        stale = self.ledger.reload(model)
+        versions, stale = list[str](), list[str]()
+        for served in chosen:
+            model = served.model
+            try:
+                card = await asyncio.to_thread(load_card, model.path, model.section.task)
+                version = await asyncio.to_thread(model_version, model.files)
+            except (ModelError, OSError) as error:
+                raise Refused("model", str(error)) from error
+            served.card = card
+            versions.append(version)
+            stale += served.ledger.reload(version)
         self.settle()
-        return Reloading(model, stale)
+        return Reloading(", ".join(versions), tuple(stale))
 
     # -- inside
 
@@ -534,20 +560,20 @@ class Head(Actor):
             raise JournalError("the journal is not open yet")
         return self._journal
 
-    def _request(self, message: requests.SubmitRequest, digest: str) -> Request:
+    def _request(self, served: Served, message: requests.SubmitRequest, digest: str) -> Request:
         """Raises CardError, naming the input at fault, and JournalError."""
-        taken = message.request_id in self.ledger.requests or self._open_journal.find(message.request_id)
+        taken = self.models.holder(message.request_id) or self._open_journal.find(message.request_id)
         if not _ID.fullmatch(message.request_id) or taken:
             raise CardError("request_id", "must be new, and of at most 64 letters, digits, - and _")
         if not 1 <= message.n <= self.topology.head.max_pending:
             raise CardError("n", f"must be from 1 to {self.topology.head.max_pending}")
         # Before the first instance has come, the names that the pipeline takes are not known: then it checks them.
-        inputs = cast(dict[str, Input], self.card.apply(message.inputs, self._parameters()))
-        self.card.check_total(inputs, message.n)
+        inputs = cast(dict[str, Input], served.card.apply(message.inputs, served.parameters))
+        served.card.check_total(inputs, message.n)
         if any(component.kind == "pool" for component in self.topology.components):
-            _check_payload(inputs, self._signature(), self.topology.transfer.largest_payload)
-        output = settle_output(message.output, self._signature(), message.inputs, inputs)
-        check_lora(inputs, [lora.name for lora in self.model.section.lora], self.card.name)
+            _check_payload(inputs, served.signature, self.topology.transfer.largest_payload)
+        output = settle_output(message.output, served.signature, message.inputs, inputs)
+        check_lora(inputs, served.lora_names, served.name)
         now = time.time()
         timeout_s = self.topology.head.request_timeout_s
         seed = secrets.randbits(32) if message.seed is None else message.seed
@@ -556,15 +582,19 @@ class Head(Actor):
         id_ = message.request_id
         units = [Unit(f"{id_}/{k}", id_, k, seed + k, timeout_s) for k in range(message.n)]
         deadline, key = now + timeout_s, _key(message)
-        return Request(id_, inputs, output, now, deadline, units, key, digest, owner=message.owner, served=self._served)
-
-    def _parameters(self) -> tuple[Parameter, ...] | None:
-        """What the pipeline takes; None until an instance has loaded it."""
-        return self._signature().parameters or None
-
-    def _signature(self) -> Signature:
-        """Of whichever instance has it: they have loaded the same model."""
-        return next((i.signature for i in self.ledger.fleet.instances.values()), Signature())
+        return Request(
+            id_,
+            inputs,
+            output,
+            now,
+            deadline,
+            units,
+            key,
+            digest,
+            owner=message.owner,
+            served=served.identity,
+            model=served.key,
+        )
 
     def _known(self, message: About) -> Request | None:
         """The request that a message is about; None also where it is somebody else's."""
@@ -576,10 +606,15 @@ class Head(Actor):
 
     def _known_by_id(self, request_id: str) -> Request | None:
         """A request that is active, or whose end may still be untold, else one of the journal. Raises JournalError."""
-        return self.ledger.requests.get(request_id) or self._open_journal.find(request_id)
+        return self.models.request(request_id) or self._open_journal.find(request_id)
 
     def _known_by_key(self, key: str) -> Request | None:
-        return (self.ledger.by_key.get(key) or self._open_journal.find_key(key)) if key else None
+        return (self.models.request_of_key(key) or self._open_journal.find_key(key)) if key else None
+
+    def _cancel(self, request_id: str, reason: str) -> None:
+        """Stop what is left of a request; nothing where there is none."""
+        if ledger := self.models.holder(request_id):
+            ledger.cancel(request_id, reason, time.time())
 
     def _find(self, message: About) -> Request:
         if request := self._known(message):
@@ -592,7 +627,7 @@ class Head(Actor):
         request, request_id = self._known(message), message.request_id
         if request is None:
             return requests.RequestDeleted(existed=False)
-        self.ledger.cancel(request_id, "deleted by the client", time.time())
+        self._cancel(request_id, "deleted by the client")
         self.settle()
         used = self._uploads_in_use()
         try:
@@ -603,7 +638,8 @@ class Head(Actor):
             await self._on_disk()
         except (JournalError, OSError) as error:
             raise Refused("unavailable", f"{request_id} cannot be deleted: {error}") from error
-        self.ledger.forget([request_id])
+        for ledger in self.models.ledgers:
+            ledger.forget([request_id])
         self.log.info("request deleted", request_id=request_id)
         return requests.RequestDeleted(existed=True)
 
@@ -622,8 +658,8 @@ class Head(Actor):
             self.log.warning("artifact not removed", work=str(work), error=str(error))
 
     def _uploads_in_use(self) -> set[Upload]:
-        active = {unit.request_id for unit in self.ledger.units.values()}
-        return {upload for id_ in active for upload in _uploads(self.ledger.requests[id_])}
+        active = [request for ledger in self.models.ledgers for request in ledger.requests.values()]
+        return {upload for request in active if not request.terminal for upload in _uploads(request)}
 
     def _discard_files(self, request: Request, needed: set[Upload]) -> None:
         for unit in request.units:
@@ -632,7 +668,7 @@ class Head(Actor):
             self._uploads.discard(upload, saved_before=request.created_at)
 
     async def _wait(self, request: Request, timeout_s: float) -> requests.RequestView:
-        if request.id in self.ledger.requests:
+        if self.models.holder(request.id):
             event = self._ended.setdefault(request.id, asyncio.Event())
             try:
                 async with asyncio.timeout(timeout_s):
@@ -647,31 +683,42 @@ class Head(Actor):
         Raises:
             Refused: `unavailable` while its end cannot be written down.
         """
-        if request.terminal and request.id in self.ledger.requests:
+        if request.terminal and (ledger := self.models.holder(request.id)):
             not_yet = f"{request.id} has ended, but that is not on the disk"
-            if any(unit.id in self.ledger.dirty for unit in request.units):
+            if any(unit.id in ledger.dirty for unit in request.units):
                 raise Refused("unavailable", f"{not_yet}: {self._unwritten}")
             try:
                 await self._on_disk()
             except JournalError as error:
                 raise Refused("unavailable", f"{not_yet}: {error}") from error
-        return request.view()
+        served = self.models.by_key(request.model)
+        return request.view(served.name if served else request.model)
 
     def _reasons(self) -> tuple[str, ...]:
-        missing = [f"no {panel} is ready" for panel in self.ledger.fleet.missing_panels()]
+        missing = []
+        for served in self.models.all:
+            of = f" of {served.name}" if len(self.models.all) > 1 else ""
+            fleet, refused = served.ledger.fleet, served.ledger.refused
+            missing += [f"no {panel}{of} is ready" for panel in fleet.missing_panels()]
+            missing += [f"{i.name}: {i.trouble}" for i in fleet.instances.values() if i.trouble]
+            missing += [_other_weights(name) for name in refused]
         missing += [f"{pool} is not ready" for pool in self.errands.pools_missing()]
-        missing += [f"{i.name}: {i.trouble}" for i in self.ledger.fleet.instances.values() if i.trouble]
-        missing += [_other_weights(name) for name in self.ledger.refused]
         return (*missing, *([self._unwritten] if self._unwritten else []))
 
     def _refuse_fenced(self, name: str, generation: int) -> None:
-        if self.ledger.fleet.fenced(name, generation):
+        if self._books_of(name).fleet.fenced(name, generation):
             raise Refused("fenced", f"{name} was given up: its work has gone to others")
 
-    def _enter(self, report: Report, enter: Callable[[float], bool]) -> stages.Acknowledged:
+    def _books_of(self, instance: str) -> Ledger:
+        """Return the ledger of an instance; raises Refused for what is none of the topology."""
+        if served := self.models.of(instance):
+            return served.ledger
+        raise Refused("unknown_instance", f"{instance} is no component of this topology")
+
+    def _enter(self, report: Report, enter: Callable[[Ledger, float], bool]) -> stages.Acknowledged:
         """Enter a report in the books; once this has been answered, the instance may forget it."""
         try:
-            current = enter(time.time())
+            current = enter(self._books_of(report.instance), time.time())
         except IllegalTransitionError as error:
             self.log.exception("illegal transition", report=type(report).__name__, work=str(report.work))
             raise Refused("illegal_transition", str(error)) from error
@@ -719,5 +766,7 @@ def _check_payload(inputs: Mapping[str, Input], signature: Signature, largest: i
 
 
 def _digest(message: requests.SubmitRequest) -> str:
-    body = (sorted(message.inputs.items()), message.seed, message.n, message.output)
+    body: tuple[object, ...] = (sorted(message.inputs.items()), message.seed, message.n, message.output)
+    if message.model:
+        body += (message.model,)
     return hashlib.sha256(msgspec.json.encode(body)).hexdigest()

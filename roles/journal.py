@@ -94,6 +94,7 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
     fps: float = 0.0
     quality: int = 0
     served: ModelIdentity | None = None
+    model: str = ""
 
 
 _body = msgspec.msgpack.Decoder(_Body)
@@ -293,6 +294,7 @@ class Journal:
                 finished_at=float(finished_at),
                 owner=owner.decode(),
                 served=held.served,
+                model=held.model,
             )
         except (ValueError, TypeError) as error:  # of what msgspec and the codecs raise, all are one of these
             return str(error)
@@ -449,6 +451,7 @@ def _request_row(request: Request) -> tuple[str, str | None, float, float, bytes
         output.fps,
         output.quality,
         request.served,
+        request.model,
     )
     return (
         request.id,

@@ -22,6 +22,7 @@ from roles.messages.stages import (
     TransferStaged,
 )
 from roles.messages.work import LeaseRef, Work
+from roles.prompt_cache import block
 from roles.reload import next_to_restart
 from roles.request import DONE, RUNNING, UPSTREAM, WAITING, Request, State, Unit
 from roles.staging import Staging, room_ahead
@@ -216,9 +217,11 @@ class Ledger:
             if not unit.instance:
                 self._retry(unit, f"{pool}: its staged tensors are gone", now, counts=False)
 
-    def room_wanted(self, pool: str, nbytes: int) -> None:
-        """A pool has no room for a slot: what lies there without need makes some."""
-        self._give_back(self.staging.make_room(pool, nbytes))
+    def room_wanted(self, pool: str, nbytes: int) -> int:
+        """A pool has no room for a slot: what lies there without need makes some; returns the bytes of it."""
+        leases = self.staging.make_room(pool, nbytes)
+        self._give_back(leases)
+        return sum(block(lease.nbytes) for lease in leases)
 
     def clear_cache(self) -> None:
         """Start to cache anew."""

@@ -241,6 +241,8 @@ class Request:
     """Name of the API key that it came with; "" without keys."""
     served: ModelIdentity | None = None
     """The model that it was accepted for; None where an earlier version did not note it."""
+    model: str = ""
+    """The model that serves it, by its name in the topology; "" for one that has none there."""
     prompt_key: bytes = b""
     """Of the prompt cache; made when it is first asked for."""
 
@@ -257,10 +259,11 @@ class Request:
         worst_first = (State.FAILED, State.TIMED_OUT, State.CANCELLED, State.DONE)
         return min((u.state for u in self.units), key=worst_first.index)
 
-    def view(self) -> RequestView:
-        """What a client may know."""
+    def view(self, model: str = "") -> RequestView:
+        """What a client may know, who calls its model `model`."""
         return RequestView(
             request_id=self.id,
+            model=model,
             state=self.state.value,
             terminal=self.terminal,
             created_at=self.created_at,

@@ -33,6 +33,8 @@ class SubmitRequest(Message):
     """With a key, submitting again gives the same request; another body under the key is a conflict."""
     owner: Name = ""
     """Name of the API key that it came with; "" without keys. Idempotency keys are each owner's own."""
+    model: Name = ""
+    """Name of the model; "" for the first."""
 
 
 class RequestAccepted(Message):
@@ -46,7 +48,7 @@ class RequestRejected(Message):
     """The request was not taken; nothing of it is kept."""
 
     code: str
-    """invalid, full, conflict or unavailable."""
+    """invalid, full, conflict, unavailable or model_not_found."""
     message: str
     """Why, a sentence; where there is a `param` it is the subject, as in "must be 64."."""
     param: str = ""
@@ -159,14 +161,23 @@ class RequestView(Message):
     inputs: dict[str, Input]
     output: Output
     units: tuple[UnitView, ...]
+    model: str = ""
+    """Name of its model."""
 
 
 class DescribeModel(Message):
-    """Asks for the ModelDescription."""
+    """Asks for the ModelDescription; refused with `model_not_found`."""
+
+    model: str = ""
+    """Name of the model; "" for the first."""
+
+
+class ListModels(Message):
+    """Asks for the ModelList."""
 
 
 class ModelDescription(Message):
-    """The served model: what it takes, and the values that it uses when they are not given."""
+    """A served model: what it takes, and the values that it uses when they are not given."""
 
     name: str
     family: str
@@ -183,6 +194,12 @@ class ModelDescription(Message):
     """What it makes: image, video or audio."""
     fps: float
     """Frames per second of its videos where a request asks for no other; 0 where it makes none."""
+
+
+class ModelList(Message):
+    """All models, in the order of the topology."""
+
+    models: tuple[ModelDescription, ...]
 
 
 class ClusterQuery(Message):

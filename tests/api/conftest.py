@@ -37,6 +37,7 @@ MESSAGES = (
     wire.DeleteRequest,
     wire.ListRequests,
     wire.DescribeModel,
+    wire.ListModels,
     wire.ClusterQuery,
 )
 
@@ -144,8 +145,12 @@ class SmallHead:
         match delivery.message:
             case wire.SubmitRequest() as message:
                 delivery.reply(self._submit(message))
+            case wire.DescribeModel(model) if model not in ("", self.description.name):
+                delivery.fail("model_not_found", f"the model {model!r} is not served here")
             case wire.DescribeModel():
                 delivery.reply(self.description)
+            case wire.ListModels():
+                delivery.reply(wire.ModelList((self.description,)))
             case wire.ClusterQuery():
                 delivery.reply(self._cluster())
             case wire.ListRequests() as message:
@@ -192,6 +197,10 @@ class SmallHead:
     def _submit(self, message: wire.SubmitRequest) -> wire.RequestAccepted | wire.RequestRejected:
         if self.rejection is not None:
             return self.rejection
+        if message.model not in ("", self.description.name):
+            return wire.RequestRejected(
+                "model_not_found", f"the model {message.model!r} is not served here", param="model"
+            )
         for request_id, accepted in self.journal.items():
             known = accepted.submit
             if (known.owner, known.idempotency_key) == (message.owner, message.idempotency_key):
@@ -220,6 +229,7 @@ class SmallHead:
             inputs=submit.inputs,
             output=submit.output,
             units=units[::-1],
+            model=self.description.name,
         )
 
     def _unit(self, accepted: Accepted, index: int) -> wire.UnitView:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from actors import Model
+from actors.sections import ModelSection, RoleSection
 from engines.panels import Panel
 from engines.parameters import Kind, Parameter, Signature
 from roles.dispatch import POLICIES
@@ -9,6 +13,7 @@ from roles.effects import Effect
 from roles.ledger import Ledger
 from roles.messages.stages import InstanceHello, StageFailed, StageFinished, TransferStaged
 from roles.messages.work import Artifact, Input, LeaseRef, Output, Staged, Work
+from roles.models import Models, Served
 from roles.prompt_cache import PromptCache
 from roles.request import Request, Unit
 from roles.staging import Staging
@@ -23,6 +28,13 @@ SIGNATURE = Signature(
 
 def ledger(*, cache: int = 0, **options: float) -> Ledger:
     return Ledger(POLICIES["round_robin"], staging=Staging(PromptCache(cache, "tiny")), **options)  # type: ignore[arg-type]
+
+
+def one_model(books: Ledger) -> Models:
+    """A system with the one model that these books are of."""
+    section = ModelSection(path="m", roles=tuple(RoleSection(kind=kind) for kind in KINDS))  # type: ignore[arg-type]
+    served = Served(Model(section=section, folder=Path("/")), books)
+    return Models((served,), {f"{kind}-{k}": served for kind in KINDS for k in range(9)})
 
 
 def request(

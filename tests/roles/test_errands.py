@@ -13,7 +13,7 @@ from roles.messages.pool import LeaseView
 from roles.messages.stages import TransferPush
 from roles.messages.work import Renewal, Work
 from roles.request import State, Unit
-from tests.roles.books import a_slot, after, hello, ledger, request, staged
+from tests.roles.books import a_slot, after, hello, ledger, one_model, request, staged
 
 
 def assigned_to_a_denoiser() -> tuple[Ledger, Unit]:
@@ -31,7 +31,7 @@ def assigned_to_a_denoiser() -> tuple[Ledger, Unit]:
 
 
 def send(books: Ledger, unit: Unit, work: object = None) -> None:
-    errands = Errands(Actor("head"), books, lambda: None, ())
+    errands = Errands(Actor("head"), one_model(books), lambda: None, ())
     asyncio.run(errands._assign("denoiser-0", unit, work or unit.work))  # type: ignore[arg-type]
 
 
@@ -62,7 +62,7 @@ def test_tensors_of_another_unit_come_with_what_makes_them_this_units_own() -> N
     after(books)
     books.staged(staged(books.units["r/0"].work, "encoder", 1, seedless=True), 1.0)
     after(books)
-    errands = Errands(Actor("head"), books, lambda: None, ())
+    errands = Errands(Actor("head"), one_model(books), lambda: None, ())
 
     def order(unit_id: str) -> TransferPush:
         unit = books.units[unit_id]

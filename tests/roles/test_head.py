@@ -592,12 +592,12 @@ def test_a_step_of_the_clock_neither_ends_a_request_nor_keeps_it(
             work = await stage.next_work("encoder-0")
             await stage.report(stages.StageStarted(work, "encoder-0", "encoder"))
             monkeypatch.setattr(time, "time", lambda: wall() + step_s)
-            while stage.actor.ledger.units["r/0"].left_s > 500 - TICK_S:
+            while stage.actor.models.all[0].ledger.units["r/0"].left_s > 500 - TICK_S:
                 assert (await stage.view()).state == "ENCODER_RUNNING"
         async with playing(made, generation=2) as stage:
             await stage.hello("encoder-0", running=(work,))
             assert (await stage.view()).state == "ENCODER_RUNNING"
-            unit = stage.actor.ledger.units["r/0"]
+            unit = stage.actor.models.all[0].ledger.units["r/0"]
             assert unit.left_s <= 500 - TICK_S, "it has what it had left, and no more"
             unit.left_s = 2 * TICK_S
             view = await stage.head.ask(requests.WaitRequest("r", BOUND_S), requests.RequestView, timeout_s=2 * BOUND_S)
@@ -664,9 +664,10 @@ def test_a_request_that_is_too_long_to_be_sent_fails_and_takes_no_instance_out(
             await stage.hello("encoder-0")
             await stage.submit()
             await stage.next_work("encoder-0")
-            long = stage.actor._request(requests.SubmitRequest("long", {"prompt": "x"}, 7, 1, PNG, ""), "")
+            served = stage.actor.models.all[0]
+            long = stage.actor._request(served, requests.SubmitRequest("long", {"prompt": "x"}, 7, 1, PNG, ""), "")
             long.inputs["prompt"] = "x" * 2**20
-            stage.actor.ledger.accept(long, 0.0)
+            served.ledger.accept(long, 0.0)
             stage.actor.settle()
             async with asyncio.timeout(BOUND_S):
                 while not long.terminal:

@@ -31,7 +31,7 @@ from roles.messages.pool import (
 from roles.messages.work import LeaseRef, Work
 from roles.pool import BufferPool, build, zones
 from roles.pool_client import FAULTS
-from tests.roles.books import ledger
+from tests.roles.books import ledger, one_model
 
 W = Work("r/0", 1)
 SLOT = 1 << 16
@@ -471,7 +471,7 @@ def test_the_head_looks_through_every_page_of_a_pool(
             await h.start(head := Actor("head"))
             for k in range(5):
                 await client.seal(await client.lease(work=Work(f"gone/{k}", 1)))
-            errands = Errands(head, ledger(), lambda: None, ())
+            errands = Errands(head, one_model(ledger()), lambda: None, ())
             errands._pools["pool"] = 1
             await errands.reclaim()
             assert (await client.describe()).leased == 0

@@ -1,0 +1,123 @@
+"""Several models in one system: one head, a ledger for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors import Topology, load_topology
+from actors.system import Reloading, ReloadModel
+from bus import RemoteFailure
+from roles.head import OTHER_MODEL
+from roles.messages import requests, stages
+from tests.roles.test_head import BOUND_S, PNG, SIGNATURE, Stage, play, playing
+
+Two = Callable[..., Topology]
+
+
+@pytest.fixture
+def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Two:
+    """Make a topology of the models called; each is in a folder of that name, unless another is given."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    tmp_path.chmod(0o700)
+    for name, kind in (("a", "FluxPipeline"), ("b", "StableDiffusion3Pipeline")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "model_index.json").write_text(f'{{"_class_name": "{kind}"}}')
+        (folder / "triptych.json").write_text('{"name": "card"}')
+
+    def make(**models: str) -> Topology:
+        entries = []
+        for name, folder in models.items():
+            roles = "".join(f'[[models.roles]]\nkind = "{kind}"\n' for kind in ("encoder", "denoiser", "decoder"))
+            entries.append(f'[[models]]\nname = "{name}"\npath = "{folder}"\n{roles}')
+        path = tmp_path / "two.toml"
+        path.write_text("".join(entries) + '[state]\npath = "state"\n[head]\nmax_pending = 3\n')
+        return load_topology(path)
+
+    return make
+
+
+async def submit(stage: Stage, id_: str, model: str, **more: Any) -> Any:
+    message = requests.SubmitRequest(id_, {"prompt": "x"}, 7, 1, PNG, model=model, **more)
+    return await stage.head.ask(message, requests.RequestAccepted, requests.RequestRejected, timeout_s=BOUND_S)
+
+
+async def hello(stage: Stage, name: str, version: str = "") -> None:
+    kind = name.split("-")[-2]
+    message = stages.InstanceHello(name, kind, 1, 1, 2, 2, 0, "pool", SIGNATURE, (), model=version)
+    await stage.head.ask(message, stages.InstanceWelcome, timeout_s=BOUND_S)
+
+
+def test_a_request_goes_to_the_instances_of_the_model_that_it_names(two: Two) -> None:
+    async def scenario() -> None:
+        async with playing(two(a="a", b="b")) as stage:
+            await hello(stage, "b-encoder-0", "version of b")
+            await hello(stage, "a-encoder-0", "version of a")
+            for id_, model in (("first", ""), ("second", "b")):
+                assert isinstance(await submit(stage, id_, model), requests.RequestAccepted)
+            assert (await stage.next_work("a-encoder-0")).unit_id == "first/0"
+            assert (await stage.next_work("b-encoder-0")).unit_id == "second/0"
+            assert [(await stage.view(id_)).model for id_ in ("first", "second")] == ["a", "b"]
+            rejected = await submit(stage, "third", "c")
+            assert (rejected.code, rejected.param) == ("model_not_found", "model")
+            assert "'a' and 'b' are" in rejected.message
+            with pytest.raises(RemoteFailure, match="'c' is not served here"):
+                await stage.head.ask(requests.DescribeModel("c"), requests.ModelDescription, timeout_s=BOUND_S)
+            listed = await stage.head.ask(requests.ListModels(), requests.ModelList, timeout_s=BOUND_S)
+            assert [model.name for model in listed.models] == ["a", "b"]
+            assert isinstance(await submit(stage, "third", "a"), requests.RequestAccepted)
+            assert (await submit(stage, "fourth", "b")).code == "full", "max_pending is that of the system"
+            view = await stage.head.ask(requests.ClusterQuery(), requests.ClusterView, timeout_s=BOUND_S)
+            assert "no decoder of b is ready" in view.reasons
+            assert view.states == {"ENCODER_WAITING": 3}
+
+    play(scenario())
+
+
+def test_a_key_counts_for_one_model_alone(two: Two) -> None:
+    async def scenario() -> None:
+        async with playing(two(a="a", b="b")) as stage:
+            assert (await submit(stage, "r", "a", idempotency_key="k")).request_id == "r"
+            assert (await submit(stage, "s", "a", idempotency_key="k")).request_id == "r"
+            assert (await submit(stage, "s", "b", idempotency_key="k")).code == "conflict"
+
+    play(scenario())
+
+
+def test_after_a_restart_a_request_goes_on_with_the_model_that_it_was_accepted_for(two: Two) -> None:
+    async def scenario() -> None:
+        async with playing(two(a="a", b="b")) as stage:
+            for name in "ab":
+                await submit(stage, f"of {name}".replace(" ", "-"), name)
+        async with playing(two(b="b", renamed="a"), generation=2) as stage:
+            assert [(await stage.view(id_)).model for id_ in ("of-a", "of-b")] == ["renamed", "b"]
+            for name in ("renamed", "b"):
+                await hello(stage, f"{name}-encoder-0")
+            assert (await stage.next_work("renamed-encoder-0")).unit_id == "of-a/0"
+            assert (await stage.next_work("b-encoder-0")).unit_id == "of-b/0"
+        async with playing(two(b="b"), generation=3) as stage:
+            gone, there = [await stage.view(id_) for id_ in ("of-a", "of-b")]
+            assert (gone.state, gone.units[0].history[-1].reason) == ("FAILED", OTHER_MODEL)
+            assert there.state == "ENCODER_WAITING"
+
+    play(scenario())
+
+
+def test_a_model_is_reloaded_by_its_name(two: Two) -> None:
+    async def scenario() -> None:
+        async with playing(two(a="a", b="b")) as stage:
+            for name in "ab":
+                await hello(stage, f"{name}-encoder-0", "earlier")
+            reloading = await stage.head.ask(ReloadModel("b"), Reloading, timeout_s=BOUND_S)
+            assert reloading.instances == ("b-encoder-0",)
+            assert stage.actor.models.all[0].ledger.model == "earlier"
+            with pytest.raises(RemoteFailure, match="'c' is not served here"):
+                await stage.head.ask(ReloadModel("c"), Reloading, timeout_s=BOUND_S)
+            everything = await stage.head.ask(ReloadModel(), Reloading, timeout_s=BOUND_S)
+            assert everything.instances == ("a-encoder-0", "b-encoder-0")
+
+    play(scenario())
