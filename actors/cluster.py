@@ -68,6 +68,7 @@ class Cluster:
         self,
         prompt: str | None = None,
         *,
+        model: str | None = None,
         size: str | None = None,
         steps: int | None = None,
         seed: int | None = None,
@@ -81,6 +82,7 @@ class Cluster:
         self,
         prompt: str | None = None,
         *,
+        model: str | None = None,
         size: str | None = None,
         steps: int | None = None,
         seed: int | None = None,
@@ -93,6 +95,7 @@ class Cluster:
         self,
         prompt: str | None = None,
         *,
+        model: str | None = None,
         size: str | None = None,
         steps: int | None = None,
         seed: int | None = None,
@@ -104,11 +107,13 @@ class Cluster:
 
         Raises `ApiError` with the server's sentence.
 
-        `size` is "WIDTHxHEIGHT" in pixels, `steps` the number of denoising steps; what is None, and every other
-        input of the model that is not among `inputs`, takes the model's default. A picture among `inputs` is a `Path`
-        or the `bytes` of a PNG, JPEG or WebP file, or a list of those. Waits `timeout_s` seconds.
+        `model` is the name of one, by default the first; `size` is "WIDTHxHEIGHT" in pixels, `steps` the number of
+        denoising steps; what is None, and every other input of the model that is not among `inputs`, takes the
+        model's default. A picture among `inputs` is a `Path` or the `bytes` of a PNG, JPEG or WebP file, or a list of
+        those. Waits `timeout_s` seconds.
         """
-        body = await asyncio.to_thread(request_body, prompt, size=size, steps=steps, seed=seed, extra=inputs, n=n or 1)
+        extra = {**inputs, "model": model}
+        body = await asyncio.to_thread(request_body, prompt, size=size, steps=steps, seed=seed, extra=extra, n=n or 1)
         try:
             answer = await self._http.post("/v1/images/generations", json=body, timeout=timeout(timeout_s))
         except httpx.HTTPError as error:

@@ -74,6 +74,9 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(help="The same seed makes the same picture; random if left out.", show_default=False)
     ] = None,
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="Which model; the first if left out.", show_default=False)
+    ] = "",
     negative: Annotated[
         str | None, typer.Option("--negative", metavar="TEXT", help="What not to show.", show_default=False)
     ] = None,
@@ -123,6 +126,7 @@ def generate(
         fail(f"{out.parent} is not a folder: make it first, or write elsewhere with -o.", EXIT_FAILED)
     begun = time.monotonic()
     options = {"negative_prompt": negative, "guidance_scale": guidance, "mask": mask, "last_image": last_image}
+    options |= {"model": model} if model else {}
     said = {"prompt": prompt, "size": size or None, "num_inference_steps": steps, "seed": seed, "n": count, **options}
     extra = {**settings(more or [], out, said), **options, "image": image or None}
     try:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
+import typer
 from rich.console import Console
 
 from actors.addresses import AddressBook
@@ -22,7 +23,10 @@ _LOOK_EVERY_S: Final = 0.5
 _ANSWER_S: Final = 30.0
 
 
-def reload(file: TopologyFile) -> None:
+def reload(
+    file: TopologyFile,
+    name: Annotated[str, typer.Argument(metavar="[MODEL]", help="One model; else all.", show_default=False)] = "",
+) -> None:
     """Restart the instances of a running cluster with the model's files as they are on disk now.
 
     One instance after the other, each when it is idle: what was begun with the earlier weights is finished with them.
@@ -39,7 +43,7 @@ def reload(file: TopologyFile) -> None:
         fail(str(error), EXIT_BAD_TOPOLOGY)
     console = Console(stderr=True, highlight=False)
     try:
-        model = asyncio.run(_reload(topology, console))
+        model = asyncio.run(_reload(topology, name, console))
     except RemoteFailure as error:
         fail(error.detail, EXIT_FAILED)
     except BusError as error:
@@ -49,14 +53,14 @@ def reload(file: TopologyFile) -> None:
     console.print(f"All instances have the weights that are on disk ({model}).")
 
 
-async def _reload(topology: Topology, console: Console) -> str:
+async def _reload(topology: Topology, name: str, console: Console) -> str:
     book = AddressBook(topology)
     outbox = Outbox("reload", curve=book.keys)
     try:
         head = outbox.reference("head", book.address("head"))
         with console.status("Asking the head") as shown:
             while True:
-                answer = await head.ask(ReloadModel(), Reloading, timeout_s=_ANSWER_S)
+                answer = await head.ask(ReloadModel(name), Reloading, timeout_s=_ANSWER_S)
                 if not answer.instances:
                     return answer.model
                 shown.update(f"Restarting {', '.join(answer.instances)}")
