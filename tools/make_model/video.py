@@ -81,7 +81,7 @@ def ltx2() -> Recipe:
             connector_rope_base_seq_len=32,
             rope_type="split",
         ),
-        "transformer": lambda: LTX2VideoTransformer3DModel(**_ltx2_transformer()),
+        "transformer": lambda: LTX2VideoTransformer3DModel(**ltx2_transformer()),
         "scheduler": lambda: FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         "vae": _ltx2_vae,
         "audio_vae": _ltx2_audio_vae,
@@ -143,7 +143,8 @@ def echo() -> Recipe:
     return replace(made, pipeline="EchoModularPipeline", task="")
 
 
-def _ltx2_transformer() -> dict[str, Any]:
+def ltx2_transformer() -> dict[str, Any]:
+    """What the transformer of `ltx2` is made with."""
     return {
         "in_channels": 4,
         "out_channels": 4,
