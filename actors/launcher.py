@@ -170,14 +170,17 @@ def usable_cores(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgrou
     return max(1, int(cores))
 
 
-def thread_environment(cpu_roles: int, environment: Mapping[str, str], cores: int) -> dict[str, str]:
-    """Variables that share the cores out among the roles that compute on them. Pure.
+def thread_environment(environment: Mapping[str, str], cores: int) -> dict[str, str]:
+    """Variables that give the computation of each process all cores, however many processes there are. Pure.
+
+    How many threads share a sum decides how it is rounded, so the bits are those of a plain pipeline on this machine,
+    and a role that computes alone has the cores that others leave idle. Threads that wait sleep: where they spin, as
+    they do by themselves, processes that compute at the same time keep the cores from each other.
 
     What the user has set stays. OpenBLAS would start its threads when it is imported, before the fork. With
     huge pages, torch gets large blocks of memory on the CPU in a fraction of the time.
     """
-    wanted = {**QUIET, "OPENBLAS_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1"}
-    if cpu_roles and "OMP_NUM_THREADS" not in environment:
-        share = str(max(1, cores // cpu_roles))
-        wanted |= {"OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share}
+    wanted = {**QUIET, "OPENBLAS_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    if "OMP_NUM_THREADS" not in environment:
+        wanted |= {"OMP_NUM_THREADS": str(cores), "MKL_NUM_THREADS": str(cores)}
     return {key: value for key, value in wanted.items() if key not in environment}

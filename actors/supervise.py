@@ -169,9 +169,7 @@ class Supervision:
 
     def _launcher(self, cores: int) -> Launcher:
         forks = any(self._parts[c.kind].forked and not c.on_card for c in self.components)
-        roles = [component for component in self.topology.components if component.slots]
-        on_cpu = sum(not component.on_card for component in roles)
-        threads = thread_environment(on_cpu or len(roles), os.environ, cores)
+        threads = thread_environment(os.environ, cores)
         return Launcher(preload=self._preload if forks else (), environment=threads)
 
     def _supervisors(self, generations: Generations, launcher: Launcher) -> list[Supervisor]:

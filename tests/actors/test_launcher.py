@@ -124,15 +124,15 @@ def test_what_the_zygote_imports_does_not_open_the_driver_of_the_cards() -> None
     assert set(done.stdout.split()) == {"asked"}
 
 
-@pytest.mark.parametrize(("encoder", "zygote", "share"), [("cpu", True, "8"), ("cuda", False, "2")])
+@pytest.mark.parametrize(("encoder", "zygote"), [("cpu", True), ("cuda", False)])
 def test_without_a_role_on_the_cpu_there_is_no_zygote(
-    write: Write, encoder: str, zygote: bool, share: str, monkeypatch: pytest.MonkeyPatch
+    write: Write, encoder: str, zygote: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     roles = PANELS.replace('"\n', '"\ndevice = "cuda"\n').replace('device = "cuda"', f'device = "{encoder}"', 1)
     launcher = Supervision(load_topology(write(roles=roles)))._launcher(cores=8)
     assert bool(launcher._preload) == zygote
-    assert launcher._on_card["OMP_NUM_THREADS"] == share
+    assert launcher._on_card["OMP_NUM_THREADS"] == "8"
 
 
 def test_a_role_on_a_card_is_a_fresh_interpreter_that_sees_it_and_all_others_do_not(write: Write) -> None:
@@ -144,20 +144,21 @@ def test_a_role_on_a_card_is_a_fresh_interpreter_that_sees_it_and_all_others_do_
 
 
 @pytest.mark.parametrize(
-    ("roles", "environment", "cores", "added"),
+    ("environment", "cores", "added"),
     [
-        (3, {}, 16, {"OMP_NUM_THREADS": "5", "MKL_NUM_THREADS": "5", "OPENBLAS_NUM_THREADS": "1"}),
-        (3, {}, 2, {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}),
-        (0, {}, 16, {"OPENBLAS_NUM_THREADS": "1"}),
-        (3, {"OMP_NUM_THREADS": "7"}, 16, {"OPENBLAS_NUM_THREADS": "1"}),
-        (1, {"MKL_NUM_THREADS": "7", "OPENBLAS_NUM_THREADS": "2"}, 8, {"OMP_NUM_THREADS": "8"}),
+        ({}, 16, {"OMP_NUM_THREADS": "16", "MKL_NUM_THREADS": "16", "OPENBLAS_NUM_THREADS": "1"}),
+        ({"OMP_NUM_THREADS": "7"}, 16, {"OPENBLAS_NUM_THREADS": "1"}),
+        ({"MKL_NUM_THREADS": "7", "OPENBLAS_NUM_THREADS": "2"}, 8, {"OMP_NUM_THREADS": "8"}),
     ],
 )
-def test_cores_are_shared_out_unless_the_user_has(
-    roles: int, environment: dict[str, str], cores: int, added: dict[str, str]
+def test_each_process_may_use_all_cores_unless_the_user_says_otherwise(
+    environment: dict[str, str], cores: int, added: dict[str, str]
 ) -> None:
-    always = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "THP_MEM_ALLOC_ENABLE": "1"}
-    assert thread_environment(roles, environment, cores) == added | always
+    always = {
+        "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "THP_MEM_ALLOC_ENABLE": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }  # fmt: skip
+    assert thread_environment(environment, cores) == added | always
 
 
 def test_a_process_on_a_card_has_settings_of_its_own_unless_the_user_has() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-# Sums are rounded by how many threads share them: plain pipelines have as many as each of three roles on two cores.
+# For tiny tensors a second thread costs more than it computes; the plain pipelines that are compared have one as well.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parents[2]
