@@ -89,7 +89,7 @@ def _consisid(name: str) -> Sample:
             LFE_num_heads=2,
             LFE_num_id_token=1,
             LFE_num_querie=1,
-            LFE_output_dim=16,
+            LFE_output_dim=2 * 2 * 16 // 3,  # Two thirds of the width of the transformer.
             LFE_ff_mult=1,
             LFE_num_scale=1,
         ),

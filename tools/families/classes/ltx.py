@@ -23,7 +23,6 @@ from tools.make_model.recipe import Component
 
 _TEXT: dict[str, Any] = {"prompt": PROMPT, "max_sequence_length": 64, "num_inference_steps": 2}
 _VIDEO: dict[str, Any] = {**_TEXT, "height": SIDE, "width": SIDE, "num_frames": 9, "negative_prompt": "grey"}
-_VIDEO2: dict[str, Any] = {**_VIDEO, "spatio_temporal_guidance_blocks": [1]}
 _FRAMES: dict[str, Any] = {"height": SIDE, "width": SIDE, "video": film(9)}
 
 
@@ -58,12 +57,12 @@ def samples() -> list[Sample]:
             },
             _FRAMES,
         ),
-        _ltx2("LTX2Pipeline", _VIDEO2),
-        _ltx2("LTX2ImageToVideoPipeline", {**_VIDEO2, "image": picture(), "image_crf": 0}),
-        _ltx2("LTX2ConditionPipeline", {**_VIDEO2, "conditions": conditions}, audio_scheduler=None),
+        _ltx2("LTX2Pipeline", _VIDEO),
+        _ltx2("LTX2ImageToVideoPipeline", {**_VIDEO, "image": picture(), "image_crf": 0}),
+        _ltx2("LTX2ConditionPipeline", {**_VIDEO, "conditions": conditions}, audio_scheduler=None),
         _ltx2(
             "LTX2InContextPipeline",
-            {**_VIDEO2, "reference_conditions": [LTX2ReferenceCondition(film(9), strength=0.8)]},
+            {**_VIDEO, "reference_conditions": [LTX2ReferenceCondition(film(9), strength=0.8)]},
             without=("duration_head",),
             audio_scheduler=None,
         ),

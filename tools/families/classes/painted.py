@@ -82,7 +82,7 @@ def samples() -> list[Sample]:
         ),
         Sample("NucleusMoEImagePipeline", _nucleus(), {**_GUIDED, "return_index": -1}, needs=VISION),
         Sample("GlmImagePipeline", classic.glm_image().components, {**_SMALL, "guidance_scale": 1.5}),
-        Sample("ErnieImagePipeline", pictures.ernie().components, {**_GUIDED, "use_pe": False}),
+        Sample("ErnieImagePipeline", pictures.ernie().components, {**_GUIDED}),
         Sample("DreamLitePipeline", _dreamlite(), _GUIDED, needs=VISION),
         Sample("DreamLiteMobilePipeline", _dreamlite(), _SMALL, needs=VISION),
         Sample("BriaFibo2Pipeline", _fibo2(), {**_GUIDED, "prompt": '{"text": "a red ship"}'}, needs=VISION),

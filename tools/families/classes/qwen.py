@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import QwenImageControlNetModel
+from diffusers import AutoencoderKLQwenImage, QwenImageControlNetModel, QwenImageTransformer2DModel
 
 from tools.families.case import PROMPT, SMALL, SQUARE, VISION, mask, picture
 from tools.families.classes import Sample
@@ -45,7 +45,7 @@ def samples() -> list[Sample]:
         ),
         _editing(
             "QwenImageLayeredPipeline",
-            qwen.layered().components,
+            {**qwen.layered().components, "transformer": _layered, "vae": _transparent},
             {**_EDIT, "image": picture().convert("RGBA"), "layers": 2},
         ),
         _editing("QwenImage21Pipeline", looking.qwenimage21(turbo=False).components, {"prompt": PROMPT, **SMALL}),
@@ -63,13 +63,34 @@ def _editing(name: str, components: dict[str, Component | None], inputs: dict[st
 
 
 def _net(**more: Any) -> QwenImageControlNetModel:
-    return QwenImageControlNetModel(
-        in_channels=16,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=WIDTH,
-        axes_dims_rope=(4, 6, 6),
-        **more,
+    return QwenImageControlNetModel(**_transformer(channels=4), **more)
+
+
+def _layered() -> QwenImageTransformer2DModel:
+    return QwenImageTransformer2DModel(**_transformer(channels=8), use_layer3d_rope=True, use_additional_t_cond=True)
+
+
+def _transformer(channels: int) -> dict[str, Any]:
+    return {
+        "in_channels": 4 * channels,
+        "out_channels": channels,
+        "num_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": WIDTH,
+        "axes_dims_rope": (4, 6, 6),
+    }
+
+
+def _transparent() -> AutoencoderKLQwenImage:
+    # Not with as many channels as a transparent image has: that would be taken for latents.
+    return AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=8,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        input_channels=4,
+        latents_mean=[0.1] * 8,
+        latents_std=[1.2] * 8,
     )
