@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers import (
     AdaptiveProjectedGuidance,
     AutoencoderKLMagvit,
@@ -90,15 +91,11 @@ def samples() -> list[Sample]:
     ]
 
 
-def _frames(count: int) -> Any:
-    import torch
-
+def _frames(count: int) -> torch.Tensor:
     return torch.linspace(0, 1, 3 * count * 32 * 32).reshape(1, 3, count, 32, 32)
 
 
-def _masks(count: int) -> Any:
-    import torch
-
+def _masks(count: int) -> torch.Tensor:
     return (torch.linspace(0, 255, count * 32 * 32).reshape(1, 1, count, 32, 32) > 100) * 255.0
 
 
