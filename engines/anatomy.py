@@ -16,9 +16,10 @@ from typing import Any, Final
 import diffusers
 
 from engines.panels import Panel
-from engines.source import computes, ends_without_steps
+from engines.source import computes, ends_without_steps, runs, runs_before
 
 _WEIGHTLESS: Final = ("Tokenizer", "Processor", "FeatureExtractor")
+_ENCODED: Final = {"vae", "encode"}
 _AFTER: Final = frozenset({"vocoder", "safety_checker", "watermark", "watermarker"})
 
 
@@ -33,7 +34,8 @@ class Anatomy:
         encodes: Methods of `__call__` that work with text encoders and their like.
         decodes: Methods of `__call__` that run the VAE's decoder; there need not be any.
         conditions: Whether something else than these methods runs the VAE's encoder, as where an image is repainted.
-        computes: Names of encoders that something else than the encoding methods runs as well.
+        before: Names of components that are run before the last of the encoding methods returns.
+        computes: Names of components that are run beside the encoding methods and outside of the loop.
         decodes_apart: Whether the decoder has a panel of its own: there is one VAE, which decodes once, and a run comes
             to it without a step of the loop. Else the denoiser runs to the end.
         can_be_cut: Whether there is something to encode.
@@ -45,6 +47,7 @@ class Anatomy:
     encodes: frozenset[str]
     decodes: frozenset[str]
     conditions: bool
+    before: frozenset[str]
     computes: frozenset[str]
     decodes_apart: bool
     can_be_cut: bool
@@ -52,8 +55,10 @@ class Anatomy:
     def needed(self, panel: Panel) -> frozenset[str]:
         """Names of the components that a panel loads."""
         mine = {name for name in self.components if self.owners[name] is panel}
-        if panel is Panel.ENCODER or not mine:
-            return frozenset(mine)
+        if panel is Panel.ENCODER:
+            return frozenset(mine | self.before)
+        if not mine:
+            return frozenset()
         # Each of the others runs what comes before the loop.
         mine |= self.computes
         if panel is Panel.DENOISER and self.conditions:
@@ -75,10 +80,11 @@ def anatomy(cls: Any, index: Mapping[str, object]) -> Anatomy:
     encodes: set[str] = set()
     decodes: set[str] = set()
     for method in called:
-        names = _reach(cls, method)
+        reached = _reached(cls, method)
+        names = set().union(*reached.values())
         if {"vae", "decode"} <= names:
             decodes.add(method)
-        elif names & models:
+        elif any(computes(cls, inner, name) for name in names & models for inner in reached):
             encodes.add(method)
     others = _reached(cls, "__call__", without=frozenset(encodes))
     read = set().union(*others.values())
@@ -86,7 +92,7 @@ def anatomy(cls: Any, index: Mapping[str, object]) -> Anatomy:
     vaes = [name for name in components if name.endswith("vae")]
     owners = {name: _owner(name, models, encoding, read, components) for name in components}
     loops = frozenset(name for name, owner in owners.items() if owner is Panel.DENOISER)
-    apart = vaes == ["vae"] and {"vae", "decode"} <= read and ends_without_steps(cls, loops)
+    apart = vaes == ["vae"] and {"vae", "decode"} <= read and ends_without_steps(cls, loops, encodes)
     if not apart:
         owners = {name: Panel.DENOISER if owner is Panel.DECODER else owner for name, owner in owners.items()}
     return Anatomy(
@@ -95,8 +101,10 @@ def anatomy(cls: Any, index: Mapping[str, object]) -> Anatomy:
         frozenset(read & components.keys()),
         frozenset(encodes),
         frozenset(decodes),
-        "vae" in components and any({"vae", "encode"} <= names for names in others.values()),
-        frozenset(name for name in models if any(computes(cls, method, name) for method in others)),
+        "vae" in components and any(names >= _ENCODED for names in others.values()),
+        runs_before(cls, components, encodes),
+        runs(cls, loops, encodes, in_loops=False)
+        | {name for name in models if any(computes(cls, method, name) for method in others)},
         apart,
         bool(encodes),
     )

@@ -20,6 +20,7 @@ from diffusers.pipelines.auto_pipeline import (
     AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from PIL import Image
 
 from engines.aliases import public_names, with_aliases
 from engines.geometry import with_steps
@@ -27,6 +28,8 @@ from engines.guidance import GUIDANCE_SCALE, guidance, has_guider
 from engines.loading import incomplete, load_component, load_shadow
 from engines.media import (
     IMAGES,
+    LAYERS,
+    MAPS,
     NSFW,
     SOUNDS,
     VIDEOS,
@@ -105,17 +108,43 @@ def call(pipeline: Any, inputs: Mapping[str, object], generator: torch.Generator
         given[GENERATOR] = generator
     if "output_type" in names:
         # Frames as pictures would have to be made numbers again, and sound is never a picture.
-        is_picture = medium_of(results_of(type(pipeline).__call__)) == "image"
+        results = results_of(type(pipeline).__call__)
+        is_picture = medium_of(results) == "image" and set(MAPS).isdisjoint(results)
         given["output_type"] = "pil" if is_picture else "np"
     try:
-        results = vars(pipeline(**given))
-        made = {_MEDIA[name]: value for name, value in results.items() if name in _MEDIA and value is not None}
-        made = {name: np.asarray(value) if name in VIDEOS else value for name, value in made.items()}
-        if (found := results.get(NSFW)) is not None:
-            made[NSFW] = [bool(one) for one in found]
-        return with_sampling_rate(made, pipeline)
+        return media_in(pipeline(**given), pipeline)
     finally:
         _let_go(pipeline)
+
+
+def media_in(results: Any, pipeline: Any) -> dict[str, object]:
+    """Find the media in what a pipeline returned; as `PanelPipeline.decode`."""
+    found = {name: value for name, value in vars(results).items() if value is not None}
+    made = {
+        _MEDIA[name]: np.asarray(value) if name in VIDEOS else value for name, value in found.items() if name in _MEDIA
+    }
+    for name in found.keys() & set(MAPS):
+        made[IMAGES[0]] = _drawn(found[name], type(results).__name__, pipeline)
+    if layers := [image for name in LAYERS for image in found.get(name, ())]:
+        made[IMAGES[0]] = layers
+    if NSFW in found:
+        made[NSFW] = [bool(one) for one in found[NSFW]]
+    return with_sampling_rate(made, pipeline)
+
+
+def _drawn(prediction: Any, results: str, pipeline: Any) -> list[Any]:
+    """Draw images of arrays [image, height, width, channel]: of one channel, in 0..1, with 16 bits, which keep it.
+
+    Three channels are drawn by the image processor of the pipeline, which knows what they are.
+    """
+    if prediction.shape[-1] == 1:
+        return [Image.fromarray((values[..., 0] * (2**16 - 1)).astype(np.uint16)) for values in prediction]
+    processor = pipeline.image_processor
+    draws = (name for name in dir(processor) if name.startswith("visualize_"))
+    draw = getattr(processor, next(name for name in draws if name.partition("_")[2] in results.lower()))
+    more = {name: getattr(pipeline, name) for name in inspect.signature(draw).parameters if hasattr(pipeline, name)}
+    drawn = draw(prediction, **more)
+    return [image for item in drawn for image in (item.values() if isinstance(item, dict) else [item])]
 
 
 def _let_go(pipeline: Any) -> None:
@@ -202,25 +231,26 @@ def intercept(scheduler: Any, name: str, around: Callable[..., Any]) -> None:
         name: Of the method.
         around: Called with the scheduler or the copy of it, its method and the arguments.
     """
-    # Not an attribute with the bound method: that of a copy would still be the method of the original.
-    cls: type = type(scheduler)
-    scheduler.__class__ = _intercepted(cls, name)
+    # Not an attribute with the bound method: that of a copy would still be the method of the original. Nor a class of
+    # our own: some pipelines ask for the very class.
+    owner: type = next(cls for cls in type(scheduler).__mro__ if name in vars(cls))
+    _make_interceptable(owner, name)
     vars(scheduler)[_around(name)] = _Around(around)
 
 
 @functools.cache
-def _intercepted(cls: type, name: str) -> type:
+def _make_interceptable(cls: type, name: str) -> None:
+    """Change a class of diffusers, once, so that those of its schedulers that have something to call call it."""
     method = getattr(cls, name)
 
     # Pipelines look at the signature, to see what they can pass.
     @functools.wraps(method)
-    def intercepted(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def interceptable(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = functools.partial(method, self)
         around = vars(self).get(_around(name))
         return bound(*args, **kwargs) if around is None else around.call(self, bound, *args, **kwargs)
 
-    # Some of them also look at its name.
-    return type(cls.__name__, (cls,), {name: intercepted, "__module__": cls.__module__})
+    setattr(cls, name, interceptable)
 
 
 def _around(name: str) -> str:

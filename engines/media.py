@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final, TypeGuard
 
 from engines.parameters import RATES, Medium
@@ -19,6 +19,10 @@ SOUNDS: Final = ("audio", "audios", "sound")
 """Names of results; some families make sound beside a video."""
 NSFW: Final = "nsfw_content_detected"
 """The name of what a safety checker says: a list of bool, one for each image, which it has made black then."""
+LAYERS: Final = ("rgb", "depth")
+"""Results that are one image each, of the same place."""
+MAPS: Final = ("prediction",)
+"""Results that are arrays, of which a pipeline's image processor draws images: depth, normals, albedo."""
 SAMPLING_RATE: Final = "sampling_rate"
 """The name of the samples per second of sound, an int."""
 FRAMES_PER_S: Final = 16.0
@@ -37,6 +41,13 @@ def medium_of(results: Collection[str], task: str = "") -> Medium:
     if not set(VIDEOS).isdisjoint(results):
         return "image" if task.replace("-to-", "2").endswith("2image") else "video"
     return "image" if set(SOUNDS).isdisjoint(results) or not set(IMAGES).isdisjoint(results) else "audio"
+
+
+def foreign(results: Sequence[str]) -> str:
+    """Say what a pipeline makes that is none of these; "" where one of its results is, or nothing is known of them."""
+    if not results or not {*IMAGES, *VIDEOS, *SOUNDS, *LAYERS, *MAPS}.isdisjoint(results):
+        return ""
+    return f"{', '.join(results[:-1])} and {results[-1]}" if len(results) > 1 else results[0]
 
 
 def results_of(function: Callable[..., Any]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import diffusers
 from engines.anatomy import anatomy
 from engines.card import load_index
 from engines.loading import geometry_problem
+from engines.media import foreign, results_of
 from engines.options import DEFAULTS, ModelOptions
 from engines.panels import ModelError, Panel
 from engines.split import load_split, modular_class, pipeline_class
@@ -124,4 +125,9 @@ def classic_class(index: Mapping[str, object]) -> Any:
 
 
 def _without_blocks(index: Mapping[str, object]) -> Route:
-    return Route.CLASSIC if anatomy(classic_class(index), index).can_be_cut else Route.MONOLITHIC
+    cls = classic_class(index)
+    if made := foreign(results_of(cls.__call__)):
+        raise ModelError(
+            f"{cls.__name__} makes {made}, which are no image, video or sound: it cannot be served by itself."
+        )
+    return Route.CLASSIC if anatomy(cls, index).can_be_cut else Route.MONOLITHIC

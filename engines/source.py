@@ -12,15 +12,20 @@ import textwrap
 from collections.abc import Collection, Iterator
 from typing import Any, Final
 
+from diffusers import DiffusionPipeline
+
+from engines.shadows import COMPUTE
+
 _STEPS: Final = frozenset({"step", "step_pred"})
 """What a loop over timesteps calls of a scheduler."""
 _LOOKS: Final = frozenset({"dtype", "config", "device", "training", "parameters", "named_parameters", "modules", "to"})
 """What may be asked of a model that is not loaded."""
 _ASKS: Final = frozenset({"isinstance", "hasattr", "getattr", "type"})
+_TESTS: Final = (ast.Compare, ast.BoolOp, ast.UnaryOp)
 _COMPREHENSIONS: Final = (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)
 
 
-def ends_without_steps(cls: Any, steps_with: Collection[str] = ()) -> bool:
+def ends_without_steps(cls: Any, steps_with: Collection[str] = (), without: Collection[str] = ()) -> bool:
     """Whether the `__call__` of a pipeline decodes, once, what a loop over no timesteps has left.
 
     It does not where the loop is over something else, where what follows reads what only the loop has made, where
@@ -29,22 +34,53 @@ def ends_without_steps(cls: Any, steps_with: Collection[str] = ()) -> bool:
     Args:
         cls: Of the pipeline.
         steps_with: Names of the components that the loop runs.
+        without: Names of methods that are not run.
     """
     function = _function(cls, "__call__")
     if function is None:
         return False
     loops = [node for node in ast.walk(function) if isinstance(node, (ast.For, ast.While))]
-    skipped = [loop for loop in loops if isinstance(loop, ast.For) and _is_over_timesteps(loop.iter)]
+    skipped = _skipped(function)
     inside = {id(node) for loop in skipped for node in ast.walk(loop)}
-    steps = [node for node in ast.walk(function) if isinstance(node, ast.Call) and _called(node) in _STEPS]
+    steps = [node for node in _calls(function) if _called(node) in _STEPS]
     if not steps or not all(id(node) in inside for node in steps):
         return False
     if any(_decodes(node) for loop in loops for node in ast.walk(loop)):
         return False
-    calls = (node for node in ast.walk(function) if isinstance(node, ast.Call) and id(node) not in inside)
-    if any(_is_own(call.func, name) for call in calls for name in steps_with):
-        return False
-    return not any(_made_by(function, loop) for loop in skipped)
+    again = runs(cls, steps_with, without, in_loops=True) & runs(cls, steps_with, without, in_loops=False)
+    return not again and not any(_made_by(function, loop) for loop in skipped)
+
+
+def runs(cls: Any, components: Collection[str], without: Collection[str], *, in_loops: bool) -> frozenset[str]:
+    """Which components the `__call__` of a pipeline runs, in its loops over timesteps or elsewhere.
+
+    Args:
+        cls: Of the pipeline.
+        components: Names of those in question.
+        without: Names of methods that are not run.
+        in_loops: Where.
+    """
+    function = _function(cls, "__call__")
+    if function is None:
+        return frozenset()
+    inside = {id(node) for loop in _skipped(function) for node in ast.walk(loop)}
+    called = {_own(node.func) for node in _calls(function) if (id(node) in inside) is in_loops} - set(without)
+    return frozenset((called | _called_by(cls, called, without)) & set(components))
+
+
+def runs_before(cls: Any, components: Collection[str], methods: Collection[str]) -> frozenset[str]:
+    """Which components the `__call__` of a pipeline runs before the last call of some methods, or in one of those.
+
+    Calls after its last loop do not count.
+    """
+    function = _function(cls, "__call__")
+    if function is None:
+        return frozenset()
+    begin = max((loop.lineno for loop in _skipped(function)), default=function.end_lineno or 0)
+    lines = [(node.lineno, _own(node.func)) for node in _calls(function) if node.lineno < begin]
+    last = max((line for line, name in lines if name in methods), default=0)
+    called = {name for line, name in lines if line <= last}
+    return frozenset((called | _called_by(cls, called, ())) & set(components))
 
 
 def computes(cls: Any, method: str, component: str) -> bool:
@@ -58,6 +94,8 @@ def computes(cls: Any, method: str, component: str) -> bool:
 
 @functools.cache
 def _function(cls: Any, method: str) -> ast.FunctionDef | None:
+    if method != "__call__" and hasattr(DiffusionPipeline, method):
+        return None
     function = inspect.getattr_static(cls, method, None)
     function = inspect.unwrap(getattr(function, "__func__", function)) if callable(function) else None
     try:
@@ -66,6 +104,34 @@ def _function(cls: Any, method: str) -> ast.FunctionDef | None:
         return None
     first = tree.body[0] if tree is not None else None
     return first if isinstance(first, ast.FunctionDef) else None
+
+
+def _skipped(function: ast.FunctionDef) -> list[ast.For]:
+    """The loops that have no rounds where there are no timesteps."""
+    return [node for node in ast.walk(function) if isinstance(node, ast.For) and _is_over_timesteps(node.iter)]
+
+
+def _calls(function: ast.AST) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(function) if isinstance(node, ast.Call))
+
+
+def _called_by(cls: Any, methods: Collection[str], without: Collection[str]) -> set[str]:
+    """What some methods call of the pipeline, themselves and through others."""
+    found: set[str] = set()
+    ahead = list(methods)
+    while ahead:
+        function = _function(cls, ahead.pop())
+        more = {_own(node.func) for node in _calls(function)} - found - set(without) if function is not None else set()
+        found |= more
+        ahead.extend(more)
+    return found
+
+
+def _own(node: ast.AST) -> str:
+    """The name of what is called of the pipeline, a method or a component; "" for anything else."""
+    if isinstance(node, ast.Attribute) and node.attr in COMPUTE and isinstance(node.value, ast.Attribute):
+        node = node.value
+    return node.attr if isinstance(node, ast.Attribute) and _is_own(node, node.attr) else ""
 
 
 def _is_own(node: ast.AST, component: str) -> bool:
@@ -82,7 +148,10 @@ def _is_run(node: ast.AST, parent: ast.AST | None) -> bool:
         return parent.attr not in _LOOKS
     if isinstance(parent, ast.Call):
         return parent.func is node or not (isinstance(parent.func, ast.Name) and parent.func.id in _ASKS)
-    return False
+    if isinstance(parent, (ast.If, ast.IfExp)):
+        return parent.test is not node
+    # Under another name, it is run for all that can be told.
+    return not isinstance(parent, _TESTS)
 
 
 def _is_over_timesteps(iterated: ast.expr) -> bool:

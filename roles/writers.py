@@ -26,7 +26,7 @@ _PICTURES: Final[Mapping[str, Mapping[str, object]]] = {
     "gif": {"format": "GIF", "optimize": False},
 }
 _PLAIN: Final = {
-    "png": ("L", "LA", "RGB", "RGBA"),
+    "png": ("L", "LA", "RGB", "RGBA", "I;16"),
     "jpeg": ("L", "RGB"),
     "webp": ("RGB", "RGBA"),
     "gif": ("L", "RGB", "RGBA"),
@@ -106,6 +106,9 @@ def _save(
         duration = _hundredths(len(pictures), fps) if output_format == "gif" else 1000 / fps
         options |= {"save_all": True, "append_images": pictures[1:], "duration": duration, "loop": 0}
     picture = pictures[0]
+    if picture.mode == "I;16" and output_format != "png":
+        # Pillow would clip, not scale, what has 16 bits.
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.mode not in _PLAIN[output_format]:
         has_alpha = output_format != "jpeg" and picture.has_transparency_data
         picture = picture.convert("RGBA" if has_alpha else "RGB")

@@ -15,9 +15,9 @@ from tools.families.apart import Apart, apart
 PANELS = {
     "glm_image": [
         ["processor", "text_encoder", "tokenizer", "vision_language_encoder"],
-        # It may start from pictures, which it encodes itself.
+        # It may start from pictures, with which it runs its transformer before the loop: no decoder could do that.
         ["scheduler", "transformer", "vae"],
-        ["vae"],
+        [],
     ],
     "kandinsky5": [
         ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"],

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from engines.calling import signature
+from engines.calling import media_in, signature
 from engines.media import frames_per_s, medium_of, results_of, with_sampling_rate
 from engines.modular import load_modular
 from engines.panels import Panel
@@ -165,3 +167,24 @@ def test_sound_comes_with_the_rate_of_the_vocoder(
 def test_a_decoder_alone_knows_the_rate_too(resounding: Callable[[str], Path]) -> None:
     parts = load_modular(resounding("ltx2"), (Panel.DECODER,), Placement(torch.float32, CPU))
     assert with_sampling_rate({"audio": 1}, parts.pipeline)["sampling_rate"] == 24000
+
+
+def test_maps_are_drawn_as_the_image_processor_of_the_pipeline_does_it() -> None:
+    from diffusers.pipelines.marigold import MarigoldDepthOutput, MarigoldNormalsOutput
+    from diffusers.pipelines.marigold.marigold_image_processing import MarigoldImageProcessor
+
+    pipeline = SimpleNamespace(image_processor=MarigoldImageProcessor())
+    depth = np.linspace(0, 1, 12, dtype=np.float32).reshape(1, 3, 4, 1)
+    (drawn,) = media_in(MarigoldDepthOutput(depth, None, None), pipeline)["images"]
+    assert drawn.mode == "I;16"
+    assert np.array_equal(np.asarray(drawn), (depth[0, ..., 0] * 65535).astype(np.uint16))
+    normals = np.zeros((1, 3, 4, 3), np.float32)
+    (drawn,) = media_in(MarigoldNormalsOutput(normals, None, None), pipeline)["images"]
+    assert (drawn.mode, drawn.size, drawn.getpixel((0, 0))) == ("RGB", (4, 3), (127, 127, 127))
+
+
+def test_images_of_one_place_are_layers() -> None:
+    results = SimpleNamespace(
+        rgb=[Image.new("RGB", (2, 2))], depth=[Image.new("I;16", (2, 2))], nsfw_content_detected=None
+    )
+    assert [image.mode for image in media_in(results, SimpleNamespace())["images"]] == ["RGB", "I;16"]

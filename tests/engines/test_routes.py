@@ -67,6 +67,19 @@ def test_what_is_no_pipeline_is_a_model_error(name: str) -> None:
         route_of(index(name))
 
 
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("FluxPriorRedux", "prompt_embeds and pooled_prompt_embeds"),
+        ("WuerstchenPrior", "image_embeddings"),
+        ("LLaDA2", "sequences and texts"),
+    ],
+)
+def test_what_makes_no_medium_is_a_model_error(name: str, made: str) -> None:
+    with pytest.raises(ModelError, match=f"{name}Pipeline makes {made}, which are no image, video or sound"):
+        route_of(index(name))
+
+
 def test_what_a_pipeline_needs_is_said() -> None:
     missing = [
         name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import diffusers
 import pytest
 
-from engines.source import computes, ends_without_steps
+from engines.source import computes, ends_without_steps, runs, runs_before
 
 
 @pytest.mark.parametrize(
@@ -40,9 +40,17 @@ def test_some_pipelines_do_not(name: str) -> None:
 
 
 def test_a_pipeline_that_runs_what_its_loop_runs_elsewhere_does_not() -> None:
-    assert ends_without_steps(diffusers.SkyReelsV2Pipeline, {"transformer"})
-    assert ends_without_steps(diffusers.StableDiffusionPipeline, {"unet"})
-    assert not ends_without_steps(diffusers.StableDiffusionPipeline, {"progress_bar"})
+    assert ends_without_steps(diffusers.StableDiffusionAdapterPipeline, {"unet", "adapter"})
+    assert runs(diffusers.StableDiffusionAdapterPipeline, {"unet", "adapter"}, (), in_loops=False) == {"adapter"}
+    assert not ends_without_steps(diffusers.AnyFlowFARPipeline, {"transformer"})
+
+
+def test_what_comes_before_the_last_encoding_is_known() -> None:
+    # The embeddings of one are noised before the other loop; pictures are encoded before the prompt; and not.
+    components = {"prior", "vae", "unet", "transformer"}
+    assert runs_before(diffusers.StableUnCLIPPipeline, components, {"encode_prompt"}) == {"prior"}
+    assert runs_before(diffusers.HunyuanVideoImageToVideoPipeline, components, {"encode_prompt"}) == {"vae"}
+    assert runs_before(diffusers.StableDiffusionImg2ImgPipeline, components, {"encode_prompt"}) == frozenset()
 
 
 def test_to_compute_with_a_component_is_not_to_look_at_it() -> None:

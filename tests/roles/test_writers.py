@@ -168,3 +168,12 @@ def test_writing_a_long_video_can_be_ended_between_two_frames(output_format: str
 def test_ffmpeg_is_not_loaded_before_a_video_is_written(module: str) -> None:
     program = f"import sys, {module}; sys.exit('av' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_picture_of_16_bits_keeps_them_in_a_png_and_is_scaled_elsewhere() -> None:
+    depth = Image.fromarray(np.linspace(0, 65535, 128).astype(np.uint16).reshape(8, 16))
+    kept = Image.open(io.BytesIO(encode(Stills([depth]), "png", 1.0)))
+    assert kept.mode == "I;16"
+    assert np.array_equal(np.asarray(kept), np.asarray(depth))
+    scaled = np.asarray(Image.open(io.BytesIO(encode(Stills([depth]), "webp", 1.0))).convert("L"), np.int32)
+    assert abs(scaled - (np.asarray(depth) >> 8)).max() < 16
