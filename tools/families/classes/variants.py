@@ -35,7 +35,7 @@ _SAYS: Final = {"prompt": PROMPT, "num_inference_steps": 3}
 
 def samples() -> list[Sample]:
     """Those of this module."""
-    return [*_conditioned(), *_adapted(), *_guided(), *_unclip(), *_edited()]
+    return [*_conditioned(), *_adapted(), *_guided(), *_unclip(), *_edited(), *_marigold()]
 
 
 def _conditioned() -> list[Sample]:
@@ -181,6 +181,19 @@ def _edited() -> list[Sample]:
             },
             {**TEXT, "source_embeds": _embeds(1), "target_embeds": _embeds(2)},
         ),
+    ]
+
+
+def _marigold() -> list[Sample]:
+    small = {"default_denoising_steps": 2, "default_processing_resolution": 64, "scheduler": DDIMScheduler}
+    names = {"target_names": ["albedo", "material"], "albedo": {"prediction_space": "srgb"}}
+    names["material"] = {"prediction_space": "stack", "sub_target_names": ["roughness", "metallicity"]}
+    parts = {**sd(in_channels=8), **small}
+    two = {**sd(in_channels=12, out_channels=8), **small, "target_properties": names}
+    return [
+        Sample("MarigoldDepthPipeline", {**parts, "prediction_type": "depth"}, {"image": picture()}),
+        Sample("MarigoldNormalsPipeline", {**parts, "prediction_type": "normals"}, {"image": picture()}),
+        Sample("MarigoldIntrinsicsPipeline", {**two, "prediction_type": "intrinsics"}, {"image": picture()}),
     ]
 
 
