@@ -95,7 +95,7 @@ def _decode(file: str, where: str, table: object, section: type[S]) -> S:
             values[key] = _decode_all(file, f"{outer}.{key}", table[key], inner, "one", within)
         elif key in table:
             values[key] = _value(file, f"{where} {key}", table[key], field.type)
-        elif field.default is NODEFAULT:
+        elif field.default is NODEFAULT and field.default_factory is NODEFAULT:
             raise TopologyError(file, where, f"lacks the key {key}", f"add {key} = {_expected(field.type)}")
     return section(**values)
 
