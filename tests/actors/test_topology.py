@@ -339,8 +339,8 @@ def test_preflight_wants_the_mooncake_wheel(write: Write, monkeypatch: pytest.Mo
 def test_the_scheduler_of_a_model_is_a_table_of_options(write: Write) -> None:
     table = '[model.scheduler]\nclass = "euler"\nuse_karras_sigmas = true\nsigmas = [1, 0.5]\n'
     topology = load_topology(write(model=MODEL + "vae_tiling = true\n" + table))
-    assert topology.model.scheduler == {"class": "euler", "use_karras_sigmas": True, "sigmas": (1, 0.5)}
-    assert (topology.model.vae_tiling, topology.model.guider) == (True, {})
+    assert topology.models[0].section.scheduler == {"class": "euler", "use_karras_sigmas": True, "sigmas": (1, 0.5)}
+    assert (topology.models[0].section.vae_tiling, topology.models[0].section.guider) == (True, {})
 
 
 def test_weights_are_held_as_the_role_says_or_the_model(write: Write) -> None:
