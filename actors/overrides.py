@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actors.errors import TopologyError
+from actors.model_source import absolute, is_repository
 from actors.reading import did_you_mean
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def write_with_overrides(file: Path, overrides: Mapping[str, Mapping[str, Any]],
         raise TopologyError(str(file), "", f"cannot be read ({error})", "give a topology file") from error
     changed = merge(str(file), tables, overrides)
     for model in (changed.get("model", {}), *changed.get("models", [])):
-        _make_absolute(model, file.parent)
+        _make_model_absolute(model, file.parent)
     _make_absolute(changed.get("state", {}), file.parent)
     _make_absolute(changed.get("api", {}), file.parent)
     changed.setdefault("state", {}).setdefault("path", str(folder / "state"))
@@ -89,11 +90,24 @@ def _is_table(item: object) -> bool:
     return isinstance(item, dict) or (isinstance(item, list) and any(isinstance(row, dict) for row in item))
 
 
+def _make_model_absolute(model: dict[str, Any], base: Path) -> None:
+    # The id of a repository looks as a path does, and stays one.
+    ids = {
+        key: model[key]
+        for key in ("path", "config")
+        if is_repository(str(model.get(key))) and not (base / model[key]).exists()
+    }
+    _make_absolute(model, base)
+    if isinstance(components := model.get("components"), dict):
+        model["components"] = {name: str(absolute(base, path)) for name, path in components.items()}
+    model |= ids
+
+
 def _make_absolute(table: dict[str, Any], base: Path) -> None:
     """Resolve the paths of a table, and of those in it."""
     for key, value in table.items():
-        if key in ("path", "path_2", "keys_file") and isinstance(value, str) and value:
-            table[key] = str((base / Path(value).expanduser()).resolve())
+        if key in ("path", "path_2", "keys_file", "config") and isinstance(value, str) and value:
+            table[key] = str(absolute(base, value))
         elif isinstance(value, list):
             table[key] = [dict(row) if isinstance(row, dict) else row for row in value]
             for row in table[key]:

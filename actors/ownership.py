@@ -19,7 +19,7 @@ from actors.errors import AlreadyRunning, StateBelongsToAnother
 from actors.locks import same_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 RECORD: Final = "owner.json"
@@ -69,20 +69,34 @@ class Owner(msgspec.Struct, frozen=True, kw_only=True):
         return self.models or tuple(filter(None, (self.model,)))
 
 
-def identity_of(model: Path) -> ModelIdentity | None:
-    """Identify the model in a folder, None where there is none; blocks on the disk.
+def identity_of(model: Path, checkpoint: Path | None = None, others: Sequence[Path] = ()) -> ModelIdentity | None:
+    """Identify a model, None where there is none; blocks on the disk.
+
+    Args:
+        model: Its folder.
+        checkpoint: The file that has the weights, where it is not the folder: the model is called by it then.
+        others: Files and folders of single components, in the place of the folder's own.
 
     Raises `OSError` for a file that cannot be read.
     """
     if not model.is_dir():
         return None
     index = hashlib.sha256()
-    files = (file for pattern in ("*", "*/*") for file in model.glob(pattern))
-    chosen = sorted(
-        file for file in files if file.suffix in _CONTENT and file.name not in _NOT_OF_IT and file.is_file()
-    )
     content = hashlib.sha256()
-    for file in chosen:
+    for path in filter(None, (checkpoint, *others)):
+        index.update(f"{path}\n".encode())
+        _digest(path, [path] if path.is_file() else _content(path), content, index)
+    _digest(model, _content(model), content, index)
+    return ModelIdentity(str(checkpoint or model), index.hexdigest()[:32], content.hexdigest()[:32])
+
+
+def _content(model: Path) -> list[Path]:
+    files = (file for pattern in ("*", "*/*") for file in model.glob(pattern))
+    return sorted(file for file in files if file.suffix in _CONTENT and file.name not in _NOT_OF_IT and file.is_file())
+
+
+def _digest(model: Path, files: Sequence[Path], content: hashlib._Hash, index: hashlib._Hash) -> None:
+    for file in files:
         size = file.stat().st_size
         content.update(f"{file.relative_to(model)} {size}\n".encode())
         with file.open("rb", buffering=0) as opened:
@@ -95,7 +109,6 @@ def identity_of(model: Path) -> ModelIdentity | None:
             for k in range(_SAMPLES):
                 opened.seek((size - _SAMPLE_BYTES) * k // (_SAMPLES - 1))
                 content.update(opened.read(_SAMPLE_BYTES))
-    return ModelIdentity(str(model), index.hexdigest()[:32], content.hexdigest()[:32])
 
 
 def refused_heir(before: Owner | None, now: Owner) -> str:

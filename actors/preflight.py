@@ -50,13 +50,14 @@ def has_accelerator(devices: Path = Path("/dev")) -> bool:
 
 
 def _check_model(topology: Topology, model: Model, file: str) -> None:
-    folder = model.path
-    if folder.is_dir():
-        return
-    problem = "is a file" if folder.exists() else "does not exist"
-    fix = "give the folder of a model, relative to the topology file or absolute"
-    where = "[model]" if len(topology.models) == 1 else f'[[models]] "{model.name}"'
-    raise TopologyError(file, f'{where} path = "{model.section.path}"', f"{problem} ({folder})", fix)
+    source, where = model.source, "[model]" if len(topology.models) == 1 else f'[[models]] "{model.name}"'
+    if source.problem:
+        written = getattr(model.section, source.key)
+        key = f'{source.key} = "{written}"' if written and isinstance(written, str) else source.key
+        raise TopologyError(file, f"{where} {key}", source.problem, source.fix)
+    if any(path.suffix == ".gguf" for path in source.files) and not _is_installed("gguf"):
+        fix = 'install it with pip install "triptych[gguf]"'
+        raise TopologyError(file, f"{where} path", "needs the package gguf, which is missing", fix)
 
 
 def _check_loras(topology: Topology, model: Model, file: str) -> None:

@@ -39,12 +39,10 @@ LoraName = Annotated[
     Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="1 to 64 letters, digits, _, . and -"),
 ]
 Variant = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{0,32}$", description='the name of a variant, such as "fp16"')]
-Scale = Annotated[float, Meta(ge=-4, le=4, description="a number from -4 to 4")]
-OptionValue = bool | int | float | str | tuple[int | float, ...]
-Options = Annotated[
-    dict[str, OptionValue],
-    Meta(description="a table whose values are texts, numbers, true or false, or lists of numbers"),
+Components = Annotated[
+    dict[str, str], Meta(description='a table of files or folders, as in transformer = "flux.safetensors"')
 ]
+Scale = Annotated[float, Meta(ge=-4, le=4, description="a number from -4 to 4")]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 Hosts = Annotated[tuple[str, ...], Meta(description='a list of host names, such as ["pictures.example.com"]')]
@@ -79,7 +77,17 @@ class ModelSection(Section, frozen=True):
     """`[model]`: what is served; or one `[[models]]` entry, where it is more than one model."""
 
     path: str
-    """Folder of the model, relative to the topology file. `Model.path` is the absolute one."""
+    """What is served, relative to the topology file: the folder of a model in the layout of diffusers; a checkpoint in
+    one file (`.safetensors` or `.gguf`), with `config`; or the id of a repository, such as "stabilityai/sdxl-turbo",
+    that is in the local cache of the hub. Nothing is ever fetched. `Model.path` is the absolute folder."""
+    revision: str = ""
+    """Branch, tag or commit of that repository; "" = its main branch."""
+    config: str = ""
+    """With a checkpoint: the folder, or the id of a repository, with the configurations and tokenizers of a model of
+    the same kind. It needs no weights but of components that the checkpoint has not."""
+    components: Components = {}
+    """`[model.components]`: in place of the model's own, by the name of a component, a `.safetensors` or `.gguf` file
+    with its weights, or a folder with its weights and its configuration."""
     name: ModelName = ""
     """What requests give as `model`, which each `[[models]]` entry has to say; "" = the name in the model's card, else
     that of its folder."""
@@ -98,19 +106,6 @@ class ModelSection(Section, frozen=True):
     """Memory in the encoders' pool for what they made, kept for requests of the same prompt: "" = a quarter of
     `[transfer] pool_size`, shared out among the models, "0" = none, else a size; together they take at most half of it.
     Without encoders there is none."""
-    scheduler: Options = {}
-    """Table `[model.scheduler]`: the scheduler of requests that choose none. `class` is the name of its class, such as
-    `DPMSolverMultistepScheduler`; the other keys are what it has otherwise than the model's own, such as
-    `use_karras_sigmas = true`. `/v1/models` lists the classes that a model can use, and what they take."""
-    guider: Options = {}
-    """Table `[model.guider]`: likewise the guider, of a model that has one, such as
-    `class = "AdaptiveProjectedGuidance"`."""
-    vae_tiling: bool = False
-    """Whether the VAE computes in tiles, which takes less memory; the picture is another one, a little."""
-    vae_tiling_options: Options = {}
-    """Sizes of the tiles, where the VAE can be told of some, such as `tile_sample_min_height = 256`."""
-    vae_slicing: bool = False
-    """Whether the VAE computes one picture of a batch at a time."""
     lora: tuple[LoraSection, ...] = ()
     """Adapters, each loaded by every instance when it starts; see `LoraSection`."""
     roles: tuple[RoleSection, ...] = ()

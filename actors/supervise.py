@@ -22,7 +22,7 @@ from actors.generations import Generations
 from actors.keys import make_keys
 from actors.launcher import Launcher, thread_environment, usable_cores
 from actors.locks import exclusive
-from actors.ownership import Owner, identity_of, owned
+from actors.ownership import Owner, owned
 from actors.prctl import adopt_orphans
 from actors.runtime import Runtime
 from actors.strangers import end_strangers
@@ -113,7 +113,7 @@ class Supervision:
                 topology=str(topology.path),
                 state_dir=str(topology.state_dir.resolve()),
                 run_dir=str(topology.run_dir),
-                models=tuple(filter(None, (identity_of(model.path) for model in topology.models))),
+                models=tuple(filter(None, (model.identity for model in topology.models))),
                 pid=os.getpid(),
             )
             held.enter_context(owned(topology.state_dir, owner, keep=True))

@@ -13,6 +13,8 @@ import msgspec
 
 from actors import places
 from actors.errors import UnknownName
+from actors.model_source import ModelSource, absolute, find_source
+from actors.ownership import ModelIdentity, identity_of
 from actors.reading import read_sections
 from actors.sections import (
     PANELS,
@@ -85,18 +87,37 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def path(self) -> Path:
-        """Absolute folder of the model."""
-        return self.absolute(self.section.path)
+        """Absolute folder of the model: its index, its configurations, and its weights if they are nowhere else."""
+        return self.source.folder
+
+    @property
+    def source(self) -> ModelSource:
+        """Where its files are; looks at the disk each time."""
+        return find_source(self.section, self.folder)
+
+    @property
+    def title(self) -> str:
+        """Its name after its file or repository, if neither the topology nor its card has one; "" after its folder."""
+        source = self.source
+        if source.checkpoint:
+            return source.checkpoint.stem
+        return "" if source.folder == self.absolute(self.section.path) else self.section.path
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Absolute places of what instances load: the model's folder, then adapters."""
+        """Absolute places of what instances load: the model's folder, other weights, adapters."""
         loras = [path for lora in self.section.lora for path in (lora.path, lora.path_2) if path]
-        return (self.path, *(self.absolute(path) for path in loras))
+        return (*self.source.files, *(self.absolute(path) for path in loras))
+
+    @property
+    def identity(self) -> ModelIdentity | None:
+        """What tells it from other models, None where it is not there; blocks on the disk, raises `OSError`."""
+        source = self.source
+        return identity_of(source.folder, source.checkpoint, [*source.components.values()])
 
     def absolute(self, path: str) -> Path:
         """Absolute place of a file or folder that the topology names."""
-        return (self.folder / Path(path).expanduser()).resolve()
+        return absolute(self.folder, path)
 
 
 class Topology(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,12 +178,12 @@ def load_topology(path: Path | str) -> Topology:
     file = Path(path)
     sections = read_sections(file)
     check_sections(str(file), sections)
-    absolute = file.resolve()
-    run_dir = places.run_dir(absolute)
+    place = file.resolve()
+    run_dir = places.run_dir(place)
     components = _components(sections, run_dir)
     check_components(str(file), sections, components)
     return Topology(
-        models=_models(sections, absolute.parent),
+        models=_models(sections, place.parent),
         api=sections.api,
         head=sections.head,
         transfer=sections.transfer,
@@ -170,9 +191,9 @@ def load_topology(path: Path | str) -> Topology:
         bus=sections.bus,
         state=sections.state,
         components=components,
-        path=absolute,
+        path=place,
         run_dir=run_dir,
-        state_dir=places.state_dir(absolute, sections.state.path),
+        state_dir=places.state_dir(place, sections.state.path),
     )
 
 

@@ -21,7 +21,6 @@ from typing import Final
 import msgspec
 
 from engines.aliases import conflict
-from engines.alternatives import with_classes
 from engines.checks import MAX_STEPS, CardError, Limits, check_count, checked, count_of, kind_of, limits_of
 from engines.panels import ModelError
 from engines.parameters import KNOWN, Default, Kind, Parameter
@@ -87,7 +86,6 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if different := conflict(applied, taken.values()):
             raise CardError(different[0], f"is another name of {different[1]}, which says something else.")
         applied |= self._steps(given, taken)
-        applied = with_classes(applied, taken.values())
         _check_strength(applied, taken)
         return applied
 
@@ -163,12 +161,13 @@ def _check_strength(applied: Mapping[str, object], taken: Mapping[str, Parameter
         raise CardError(STEPS, f"times strength must be at least 1, not {steps} times {strength:g}: give {needed}.")
 
 
-def load_card(model: Path, task: str = "") -> ModelCard:
+def load_card(model: Path, task: str = "", title: str = "") -> ModelCard:
     """Read the card of a model; a folder without one gets a card made from its index.
 
     Args:
         model: The folder.
         task: In place of the card's, "" for that.
+        title: Its name where the card has none, "" for that of its folder.
 
     Raises:
         ModelError: There is no such folder, or its card cannot be understood.
@@ -180,7 +179,7 @@ def load_card(model: Path, task: str = "") -> ModelCard:
     try:
         card = msgspec.json.decode(path.read_bytes(), type=ModelCard)
     except FileNotFoundError:
-        return ModelCard(name=model.resolve().name, family=family, task=task, max_tokens=max_tokens(model))
+        return ModelCard(name=title or model.resolve().name, family=family, task=task, max_tokens=max_tokens(model))
     except (OSError, msgspec.DecodeError) as error:
         raise ModelError(f"The card {path} cannot be read: {error}.") from error
     for name, limits in card.ranges.items():
@@ -193,7 +192,7 @@ def load_card(model: Path, task: str = "") -> ModelCard:
         card.apply({})
     except CardError as error:
         raise ModelError(f"The card {path} forbids its own default: {error}") from error
-    name = card.name or model.resolve().name
+    name = card.name or title or model.resolve().name
     return msgspec.structs.replace(
         card,
         name=name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from transformers import PreTrainedModel
 from engines.options import DEFAULTS, ModelOptions
 from engines.panels import ModelError
 from engines.placing import Placement
+from engines.quantization import problem_with, quantized_as
 from engines.read_ahead import read_ahead
 from engines.shadows import shadow
+from engines.single_files import read_single_file
 from engines.split import Split
-from engines.weight_files import WeightFiles, component_files
+from engines.weight_files import Form, WeightFiles, component_files, component_folder
 
 
 def load_components(pipeline: Any, split: Split, placement: Placement) -> frozenset[str]:
@@ -103,19 +106,33 @@ def load_component(name: str, spec: Any, folder: Path, placement: Placement) -> 
         ModelError: It is broken, lacks weights, or cannot be held so.
     """
     files = component_files(name, folder, placement.options) if _has_weights(spec.type_hint) else WeightFiles()
+    folder = component_folder(name, folder, placement.options)
+    place = folder if files.form is Form.FOLDER else files.files[0]
     if files.problem:
-        raise ModelError(f"The {name} in {folder} {files.problem}.")
+        raise ModelError(f"The {name} in {place} {files.problem}.")
+    if files.form is Form.FOLDER and files.files and (problem := _quantization_problem(folder, placement)):
+        raise ModelError(f"The {name} in {place} {problem}.")
     if files.note:
         placement.notes[name] = files.note
     try:
-        component, complete = _read(spec, folder, files, placement.dtype)
-    except Exception as error:  # Whatever a broken folder makes two libraries raise, the user gets one sentence.
-        raise ModelError(f"The {name} in {folder} cannot be loaded: {error}") from error
+        component, complete = _read(name, spec, folder, files, placement.dtype)
+    except ModelError:
+        raise
+    except Exception as error:  # Whatever broken files make two libraries raise, the user gets one sentence.
+        raise ModelError(f"The {name} in {place} cannot be loaded: {error}") from error
     if not complete:
-        raise ModelError(f"The {name} in {folder} cannot be loaded: its files lack some of the weights.")
+        raise ModelError(f"The {name} in {place} cannot be loaded: its files lack some of the weights.")
     if not isinstance(component, torch.nn.Module):
         return component
     return placement.settle(name, component)
+
+
+def _quantization_problem(folder: Path, placement: Placement) -> str:
+    try:
+        method = quantized_as(folder)
+    except (OSError, ValueError):  # said by who reads the configuration
+        return ""
+    return problem_with(method, placement.device.type, installed=lambda name: find_spec(name) is not None)
 
 
 def load_shadow(
@@ -132,7 +149,7 @@ def load_shadow(
         ModelError: Its configuration is broken.
     """
     try:
-        return shadow(name, spec.type_hint, folder, dtype, device, options)
+        return shadow(name, spec.type_hint, component_folder(name, folder, options), dtype, device, options)
     except Exception as error:  # Likewise.
         raise ModelError(f"The configuration of {name} in {folder} cannot be read: {error}") from error
 
@@ -142,9 +159,12 @@ def _has_weights(kind: object) -> bool:
     return kind is None or (isinstance(kind, type) and issubclass(kind, torch.nn.Module))
 
 
-def _read(spec: Any, folder: Path, files: WeightFiles, dtype: torch.dtype) -> tuple[Any, bool]:
+def _read(name: str, spec: Any, folder: Path, files: WeightFiles, dtype: torch.dtype) -> tuple[Any, bool]:
     """Read a component, and say whether its files held all of its weights (both libraries go on without some)."""
     kind = spec.type_hint
+    if files.form is not Form.FOLDER:
+        component = read_single_file(name, kind, files.files[0], folder, dtype)
+        return component, not any(parameter.is_meta for parameter in component.parameters())
     # Weights in the older format are pickles, which run code when they are read.
     options = {
         "dtype": dtype,
@@ -156,9 +176,10 @@ def _read(spec: Any, folder: Path, files: WeightFiles, dtype: torch.dtype) -> tu
         loader: Any = kind
         component, report = loader.from_pretrained(str(folder), output_loading_info=True, **options)
         return component, not report["missing_keys"]
+    place = {"pretrained_model_name_or_path": str(folder), "subfolder": ""}
     if not _has_weights(kind):
-        return spec.load(local_files_only=True), True
-    component = spec.load(**options)
+        return spec.load(**place, local_files_only=True), True
+    component = spec.load(**place, **options)
     return component, not any(parameter.is_meta for parameter in component.parameters())
 
 

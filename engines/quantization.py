@@ -5,7 +5,10 @@ Source of the methods: torchao's weight-only quantization, symmetric, with one s
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -24,6 +27,14 @@ class Quantization(StrEnum):
     """`torch.float8_e4m3fn`."""
 
 
+_PACKAGES: Final = {
+    "bitsandbytes": ("bitsandbytes", "pip install bitsandbytes"),
+    "bitsandbytes_4bit": ("bitsandbytes", "pip install bitsandbytes"),
+    "bitsandbytes_8bit": ("bitsandbytes", "pip install bitsandbytes"),
+    "torchao": ("torchao", 'pip install "triptych[quantization]"'),
+    "quanto": ("optimum", "pip install optimum-quanto"),
+}
+"""Package, and how to install it, by the method that a configuration names."""
 # They are small, have few linear layers, and errors of theirs are seen as such.
 _LEFT_ALONE: Final = ("vae", "vocoder", "movq", "safety_checker", "watermark")
 
@@ -54,8 +65,41 @@ def quantize(name: str, module: Any, quantization: Quantization, device: torch.d
 
 
 def can_be_quantized(name: str, module: object) -> bool:
-    """Whether a component is one that `quantize` changes."""
+    """Whether a component is one that `quantize` changes: no autoencoder, and none that was read in fewer bits."""
+    if getattr(module, "hf_quantizer", None) is not None:
+        return False
     return not isinstance(module, AutoencoderMixin) and not any(word in name for word in _LEFT_ALONE)
+
+
+def quantized_as(folder: Path) -> str:
+    """What the weights in the folder of a component were quantized with, as its configuration says; "" for nothing.
+
+    Raises:
+        OSError: There is no such configuration.
+        ValueError: It cannot be read.
+    """
+    config = json.loads((folder / "config.json").read_bytes())
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    return str(found.get("quant_method") or "bitsandbytes") if isinstance(found, dict) else ""
+
+
+def problem_with(method: str, device_type: str, *, installed: Callable[[str], bool]) -> str:
+    """Say why weights that were quantized cannot be used here, as the rest of a sentence; "" if they can. Pure.
+
+    Args:
+        method: From `quantized_as`.
+        device_type: Of the device that computes with them, "cpu" or "cuda".
+        installed: Whether there is a package of that name.
+    """
+    package = _PACKAGES.get(method)
+    if package is None:
+        return "" if method in ("", "gguf", "fp8") else f'was quantized with "{method}", which is not supported'
+    module, command = package
+    if method.startswith("bitsandbytes") and device_type != "cuda":
+        return f"was quantized with bitsandbytes, which computes on a CUDA device and not on {device_type}"
+    if not installed(module):
+        return f"was quantized with {method}, which is not installed: {command}"
+    return ""
 
 
 def nbytes(module: torch.nn.Module) -> int:

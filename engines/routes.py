@@ -16,6 +16,7 @@ from engines.media import foreign, results_of
 from engines.options import DEFAULTS, ModelOptions
 from engines.panels import ModelError, Panel
 from engines.split import load_split, modular_class, pipeline_class
+from engines.weight_files import check_components
 
 
 class Route(StrEnum):
@@ -51,6 +52,7 @@ def route_for(model: Path, options: ModelOptions = DEFAULTS) -> Route:
         ModelError: It is no model, or diffusers has no such pipeline, or one that has no tasks to choose of.
     """
     index = load_index(model)
+    check_components(index, options)
     if options.route == Route.MODULAR:
         pipeline_class(index, model)
     route = _without_blocks(index) if options.route == Route.CLASSIC else route_of(index)

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from engines.options import DEFAULTS, ModelOptions
-from engines.weight_files import component_files
+from engines.single_files import read_single_file
+from engines.weight_files import Form, component_files
 
 COMPUTE: Final = frozenset({"forward", "encode", "decode", "tiled_decode", "tiled_encode", "generate", "step"})
 
@@ -84,16 +85,36 @@ def shadow(
         # Not `torch.device("meta")`: tables computed when a model is made (rotary embeddings) must be real.
         with init_empty_weights():
             module = known.from_config(config)
-        _read_buffers(module, component_files(name, folder, options).files, dtype, device)
+        files = component_files(name, folder, options)
+        if files.form is Form.FOLDER:
+            _read_buffers(module, files.files, dtype, device)
+        elif _missing_buffers(module):
+            _copy_buffers(module, read_single_file(name, cls, files.files[0], folder, torch.float32), dtype, device)
         return Shadow(name, module, dtype, device)
     if issubclass(cls, PreTrainedModel):
         return Shadow(name, _ConfigOnly(known.config_class.from_pretrained(str(folder))), dtype, device)
     return None
 
 
+def _missing_buffers(module: torch.nn.Module) -> set[str]:
+    """Names of the buffers whose values are in the weights file alone."""
+    return set(module.state_dict()) - {name for name, _ in module.named_parameters()}
+
+
+def _copy_buffers(module: torch.nn.Module, read: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    there = dict(read.named_buffers())
+    for name in _missing_buffers(module) & there.keys():
+        _set_buffer(module, name, there[name].to(device), dtype)
+
+
+def _set_buffer(module: torch.nn.Module, name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
+    parent, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(parent)
+    owner.register_buffer(leaf, value.to(dtype) if value.is_floating_point() else value)
+
+
 def _read_buffers(module: torch.nn.Module, files: Iterable[Path], dtype: torch.dtype, device: torch.device) -> None:
-    # Statistics of latents can be buffers, whose values are in the weights file alone.
-    missing = set(module.state_dict()) - {name for name, _ in module.named_parameters()}
+    missing = _missing_buffers(module)  # statistics of latents can be buffers
     for path in files:
         if not missing:
             return
@@ -101,8 +122,5 @@ def _read_buffers(module: torch.nn.Module, files: Iterable[Path], dtype: torch.d
             continue
         with safe_open(path, framework="pt") as file:
             for name in missing & set(file.keys()):
-                value = file.get_tensor(name).to(device)
-                parent, _, leaf = name.rpartition(".")
-                owner = module.get_submodule(parent)
-                owner.register_buffer(leaf, value.to(dtype) if value.is_floating_point() else value)
+                _set_buffer(module, name, file.get_tensor(name).to(device), dtype)
                 missing = missing - {name}

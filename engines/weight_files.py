@@ -5,15 +5,19 @@ Only safetensors and GGUF are read. Every other form is a pickle, or may be one,
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
+from safetensors import SafetensorError, safe_open
+
 from engines.options import DEFAULTS, ModelOptions
+from engines.panels import ModelError
 
 _STEMS: Final = ("diffusion_pytorch_model", "model")
 """What diffusers and transformers call the weights of a component."""
@@ -30,6 +34,23 @@ _INDEX: Final = re.compile(
 )
 _UNSAFE: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _OTHER: Final = frozenset({".msgpack", ".h5", ".onnx", ".flashpack"})
+
+
+_DENOISERS: Final = ("unet", "transformer")
+_VAES: Final = ("first_stage_model.", "vae.", "audio_vae.")
+_TEXT: Final = {
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.transformer.", "text_encoders.clip_l."),
+    "text_encoder_2": (
+        "conditioner.embedders.1.",
+        "conditioner.embedders.0.model.",
+        "text_encoders.clip_g.",
+        "text_encoders.t5xxl.",
+    ),
+    "text_encoder_3": ("text_encoders.t5xxl.",),
+}
+"""What the names of tensors start with in files of several components, of Stable Diffusion 1 to 3, Flux and LTX."""
+_OTHERS: Final = (*_VAES, "cond_stage_model.", "conditioner.", "text_encoders.", "model_ema.", "vocoder.")
+"""The same of all that is no denoiser."""
 
 
 class Form(StrEnum):
@@ -66,6 +87,8 @@ class WeightFiles:
     @property
     def note(self) -> str:
         """What is worth saying of where they come from; "" for plain files of the folder."""
+        if self.form is not Form.FOLDER:
+            return self.files[0].name
         return f'variant "{self.variant}"' if self.variant else ""
 
 
@@ -83,7 +106,59 @@ def component_files(name: str, folder: Path, options: ModelOptions = DEFAULTS) -
     Raises:
         ModelError: The header of a checkpoint cannot be read.
     """
-    return weight_files(folder, options.variant)
+    given = options.components.get(name)
+    if given is not None and not given.is_dir():
+        return _single(given)
+    if given is None and options.checkpoint is not None and in_checkpoint(name, _names_in(options.checkpoint)):
+        return _single(options.checkpoint)
+    return weight_files(given or folder, options.variant)
+
+
+def component_folder(name: str, folder: Path, options: ModelOptions) -> Path:
+    """The folder with the configuration of a component: the model's own, unless the topology gives another one."""
+    given = options.components.get(name)
+    return given if given is not None and given.is_dir() else folder
+
+
+def check_components(index: Mapping[str, object], options: ModelOptions) -> None:
+    """Check that the model has the components that the topology gives files for.
+
+    Raises:
+        ModelError: It does not have one.
+    """
+    names = [name for name, entry in index.items() if isinstance(entry, list) and entry[:2] != [None, None]]
+    for name in options.components:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}."
+            raise ModelError(f"[model.components] has {name}, which is no component of {index['_class_name']}: {hint}")
+
+
+def in_checkpoint(name: str, keys: Collection[str]) -> bool:
+    """Whether a file with the weights of several components has those of one of them. Pure.
+
+    Args:
+        name: What the pipeline calls the component.
+        keys: Names of the tensors in the file; () for a GGUF file, which has a denoiser and nothing else.
+    """
+    if name in _DENOISERS:
+        return not keys or any(not key.startswith(_OTHERS) for key in keys)
+    prefixes = _TEXT.get(name) or (_VAES if name.endswith("vae") else ())
+    return any(key.startswith(prefixes) for key in keys)
+
+
+def _single(file: Path) -> WeightFiles:
+    return WeightFiles(form=Form.GGUF if file.suffix == ".gguf" else Form.SINGLE_FILE, files=(file,))
+
+
+def _names_in(checkpoint: Path) -> Collection[str]:
+    if checkpoint.suffix == ".gguf":
+        return ()
+    try:
+        with safe_open(checkpoint, framework="numpy") as file:
+            return frozenset(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"The checkpoint {checkpoint} cannot be read: {error}.") from error
 
 
 def weight_files(folder: Path, variant: str = "") -> WeightFiles:

@@ -17,7 +17,6 @@ from typing import TypeAlias, cast
 import msgspec
 
 from actors import Actor, Component, Later, StartDelayed, StartFailure, Topology
-from actors.ownership import identity_of
 from actors.sections import parse_size
 from actors.system import ChildReport, Reloading, ReloadModel, SupervisorQuery, SupervisorReport
 from bus import BusError, Refused
@@ -340,8 +339,8 @@ class Head(Actor):
         """Read a model's card. Raises StartFailure where it is broken, StartDelayed where its folder is away."""
         model = served.model
         try:
-            served.card = load_card(model.path, model.section.task)
-            served.identity = await asyncio.to_thread(identity_of, model.path)
+            served.card = load_card(model.path, model.section.task, model.title)
+            served.identity = await asyncio.to_thread(lambda: model.identity)
         except (ModelError, OSError) as error:
             kind = StartFailure if model.path.is_dir() else StartDelayed
             raise kind(str(error)) from error
@@ -535,7 +534,7 @@ class Head(Actor):
         for served in chosen:
             model = served.model
             try:
-                card = await asyncio.to_thread(load_card, model.path, model.section.task)
+                card = await asyncio.to_thread(load_card, model.path, model.section.task, model.title)
                 version = await asyncio.to_thread(model_version, model.files)
             except (ModelError, OSError) as error:
                 raise Refused("model", str(error)) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from actors import Model
 from engines.lora import LoraFile
 from engines.offload import Offload
-from engines.options import ComponentOptions, ModelOptions
+from engines.options import ModelOptions
 from engines.placing import Placement
 from engines.quantization import Quantization
 from engines.routes import describe
@@ -26,16 +26,13 @@ def lora_files(model: Model) -> tuple[LoraFile, ...]:
 
 def model_options(model: Model) -> ModelOptions:
     """How the topology wants a model read and cut."""
-    section = model.section
+    section, source = model.section, model.source
     return ModelOptions(
         task=section.task,
         route=section.route,
         variant=section.variant,
-        scheduler=ComponentOptions.of(section.scheduler),
-        guider=ComponentOptions.of(section.guider),
-        vae_tiling=section.vae_tiling,
-        vae_tiling_options=tuple(sorted(section.vae_tiling_options.items())),
-        vae_slicing=section.vae_slicing,
+        checkpoint=source.checkpoint,
+        components=source.components,
     )
 
 

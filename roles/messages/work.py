@@ -52,13 +52,7 @@ class Numbers(Value, tag=True):
     values: tuple[int | float, ...]
 
 
-class Options(Value, tag=True):
-    """An input that is an object of options by name."""
-
-    values: dict[str, Scalar | tuple[int | float, ...]]
-
-
-Input: TypeAlias = Scalar | Pictures | Numbers | Options
+Input: TypeAlias = Scalar | Pictures | Numbers
 """An input of a request. Files ride as references."""
 
 

@@ -137,6 +137,7 @@ def test_overrides_change_keys_and_roles_by_name(folder: Path) -> None:
     file.write_text(f'[model]\npath = "models/x"\n[api]\nport = 8001\n{PANELS}')
     changes = {"api": {"port": 0}, "head": {"max_pending": 2}, "roles": {"denoiser": {"count": 3}}}
     (folder / "out").mkdir()
+    (folder / "models" / "x").mkdir(parents=True)  # what is not there could be the id of a repository
     topology = load_topology(write_with_overrides(file, changes, folder / "out"))
     assert topology.models[0].path == folder.resolve() / "models" / "x"
     assert topology.head.max_pending == 2

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import (
+    DiffusionPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    GGUFQuantizationConfig,
+    StableDiffusionXLPipeline,
+    TorchAoConfig,
+    UNet2DConditionModel,
+)
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+from torchao.quantization import Int8WeightOnlyConfig
 
 from engines.options import DEFAULTS, ModelOptions
-from engines.panels import Panel
+from engines.panels import ModelError, Panel
 from engines.pipeline import PanelPipeline
 from tests.engines.conftest import Models
+from tests.engines.original import narrow_flux, save, save_flux, save_gguf, save_sdxl, weights_of
 from tests.engines.results import media, same, seeded
+from tools.make_model import stable, text, write_model
 
 CPU = torch.device("cpu")
 FLUX: dict[str, Any] = {
@@ -91,3 +105,148 @@ def test_shards_are_served_of_every_component(variant: str | None, models: Model
     assert list(model.glob("text_encoder/*-of-*"))
     theirs = DiffusionPipeline.from_pretrained(str(model), variant=variant)
     assert same(served(model, FLUX), plain(theirs, FLUX))
+
+
+# One file ---------------------------------------------------------------------------------------------------------
+
+
+SDXL: dict[str, Any] = {"prompt": "a red boat", "height": 32, "width": 32, "num_inference_steps": 2}
+
+
+def without_weights(model: Path, folder: Path) -> Path:
+    """The configurations and tokenizers of a model."""
+    return Path(shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors")))
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text encoders of two widths, by which diffusers tells them apart, and with the layers by which it knows them."""
+    folder, recipe = tmp_path_factory.mktemp("sdxl"), stable.sdxl()
+    made = recipe.components | {
+        "text_encoder": lambda: text.clip_text(hidden_size=16, intermediate_size=32),
+        "text_encoder_2": lambda: text.clip_text(projection=True, num_hidden_layers=10),
+        "unet": lambda: UNet2DConditionModel(
+            **stable._unet() | {"cross_attention_dim": 16 + text.WIDTH},
+            sample_size=16,
+            layers_per_block=1,
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        ),
+    }
+    components = {name: make for name, make in made.items() if name not in ("controlnet", "image_encoder")}
+    write_model(folder, "sdxl", replace(recipe, components=components, files={}), 0, progress=False)
+    return folder
+
+
+def test_a_checkpoint_of_stable_diffusion_xl_is_served(sdxl: Path, tmp_path: Path) -> None:
+    file, config = tmp_path / "tiny.safetensors", without_weights(sdxl, tmp_path / "config")
+    save_sdxl(sdxl, file)
+    options = ModelOptions(checkpoint=file, route="classic")
+    theirs = StableDiffusionXLPipeline.from_single_file(str(file), config=str(config), local_files_only=True)
+    ours = served(config, SDXL, options)
+    assert same(ours, plain(theirs, SDXL))
+    assert same(ours, served(sdxl, SDXL, ModelOptions(route="classic"))), "as the folder that it was made of"
+    assert same(served(config, SDXL, ModelOptions(checkpoint=file)), served(sdxl, SDXL)), "in blocks too"
+    assert load(config, Panel.DENOISER, options).placement.notes == {"unet": "tiny.safetensors"}
+
+
+def test_a_checkpoint_of_flux_is_served(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        SINGLE_FILE_LOADABLE_CLASSES["FluxTransformer2DModel"], "checkpoint_mapping_fn", narrow_flux(32)
+    )
+    model = models("flux-kl")
+    file, config = tmp_path / "tiny.safetensors", without_weights(model, tmp_path / "config")
+    save_flux(model, file)
+    theirs = FluxPipeline.from_single_file(str(file), config=str(config), local_files_only=True)
+    theirs.text_encoder_2.eval()  # which diffusers leaves in training, and so with dropout
+    ours = served(config, FLUX, ModelOptions(checkpoint=file))
+    assert same(ours, plain(theirs, FLUX))
+    assert same(ours, served(model, FLUX))
+
+
+def test_what_a_checkpoint_lacks_comes_from_the_folder_of_configurations(models: Models, tmp_path: Path) -> None:
+    model = copied(models("flux-kl"), tmp_path)
+    file = tmp_path / "transformer.safetensors"
+    weights = weights_of(model / "transformer")
+    save(file, {name: -value if name == "proj_out.weight" else value for name, value in weights.items()})
+    ours = served(model, FLUX, ModelOptions(checkpoint=file))
+    other = FluxTransformer2DModel.from_single_file(str(file), config=str(model), subfolder="transformer")
+    assert same(ours, plain(FluxPipeline.from_pretrained(model, transformer=other), FLUX))
+    assert not same(ours, served(model, FLUX))
+    shutil.rmtree(model / "vae")
+    with pytest.raises(ModelError, match=r"there is no folder .*/vae for its vae"):
+        load(model, Panel.DECODER, ModelOptions(checkpoint=file))
+
+
+def test_components_come_from_files_of_their_own(models: Models, tmp_path: Path) -> None:
+    model = models("flux-kl")
+    config = without_weights(model, tmp_path / "config")
+    files = {}
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        files[name] = tmp_path / f"{name}.safetensors"
+        save(files[name], weights_of(model / name))
+    files["vae"] = model / "vae"
+    assert same(served(config, FLUX, ModelOptions(components=files)), served(model, FLUX))
+    with pytest.raises(ModelError, match=r"transfromer, which is no component of FluxPipeline: did you mean transform"):
+        load(config, Panel.DENOISER, ModelOptions(components={"transfromer": files["transformer"]}))
+    with pytest.raises(ModelError, match=r"The transformer in .* cannot be loaded: "):
+        load(config, Panel.DENOISER, ModelOptions(components={"transformer": files["text_encoder"]}))
+
+
+def test_scaled_weights_are_refused(models: Models, tmp_path: Path) -> None:
+    file = tmp_path / "scaled.safetensors"
+    save(file, weights_of(models("flux") / "transformer"), {"proj_out.scale_weight": torch.ones(1)})
+    with pytest.raises(ModelError, match=r"its weights are scaled \(proj_out.scale_weight\)"):
+        load(models("flux"), Panel.DENOISER, ModelOptions(components={"transformer": file}))
+
+
+def test_a_gguf_file_is_served_and_stays_in_its_blocks(models: Models, tmp_path: Path) -> None:
+    model, file = models("flux"), tmp_path / "transformer.gguf"
+    save_gguf(weights_of(model / "transformer"), file)
+    theirs = DiffusionPipeline.from_pretrained(
+        str(model),
+        transformer=FluxTransformer2DModel.from_single_file(
+            str(file),
+            config=str(model),
+            subfolder="transformer",
+            quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
+        ),
+    )
+    options = ModelOptions(components={"transformer": file})
+    ours = served(model, FLUX, options)
+    assert same(ours, plain(theirs, FLUX))
+    assert not same(ours, served(model, FLUX)), "a little other than before it was quantized"
+    held = load(model, Panel.DENOISER, options).placement.held_bytes
+    assert held < 0.5 * load(model, Panel.DENOISER).placement.held_bytes
+    assert same(served(model, FLUX, ModelOptions(checkpoint=file)), ours), "as the file of the model as well"
+
+
+# Quantized --------------------------------------------------------------------------------------------------------
+
+
+def test_a_component_that_torchao_quantized_is_served_as_it_is(models: Models, tmp_path: Path) -> None:
+    model = copied(models("flux"), tmp_path)
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    FluxTransformer2DModel.from_pretrained(
+        str(model), subfolder="transformer", quantization_config=config, dtype=torch.bfloat16
+    ).save_pretrained(str(tmp_path / "int8"))
+    shutil.rmtree(model / "transformer")
+    shutil.move(tmp_path / "int8", model / "transformer")
+    assert [path.suffix for path in (model / "transformer").glob("*model*")] == [".safetensors"]
+    theirs = DiffusionPipeline.from_pretrained(str(model), dtype=torch.bfloat16)
+    ours = served(model, FLUX, dtype=torch.bfloat16)
+    assert same(ours, plain(theirs, FLUX))
+    assert not same(ours, served(models("flux"), FLUX, dtype=torch.bfloat16))
+    denoiser = PanelPipeline.load(
+        model, (Panel.DENOISER,), dtype=torch.bfloat16, device=CPU, quantization="float8"
+    ).placement
+    assert denoiser.held_bytes == denoiser.read_bytes, "what is quantized already stays as it is"
+
+
+def test_a_component_of_bitsandbytes_is_refused_on_the_cpu(models: Models, tmp_path: Path) -> None:
+    model = copied(models("flux"), tmp_path)
+    file = model / "transformer" / "config.json"
+    config = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    file.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"The transformer in .* computes on a CUDA device and not on cpu"):
+        load(model, Panel.DENOISER)
+    load(model, Panel.DECODER)

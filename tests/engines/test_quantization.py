@@ -19,7 +19,7 @@ from engines.lora import LoraFile
 from engines.panels import ModelError, Panel
 from engines.pipeline import PanelPipeline
 from engines.placing import Placement
-from engines.quantization import Quantization, can_be_quantized, nbytes
+from engines.quantization import Quantization, can_be_quantized, nbytes, problem_with
 from tests.engines.adapted import Models, Panels, Pixels, expected, lora, plain
 from tests.engines.results import same
 from tools.families.apart import CPU
@@ -132,3 +132,23 @@ os._exit(0 if nbytes(layer) < 64 * 64 * 2 else 3)
     )
     assert ran.returncode == 0, ran.stderr
     assert "torchao" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("method", "device", "there", "words"),
+    [
+        ("", "cpu", False, ""),
+        ("torchao", "cpu", True, ""),
+        ("torchao", "cpu", False, 'torchao, which is not installed: pip install "triptych[quantization]"'),
+        ("bitsandbytes", "cpu", True, "computes on a CUDA device and not on cpu"),
+        ("bitsandbytes", "cuda", False, "pip install bitsandbytes"),
+        ("bitsandbytes", "cuda", True, ""),
+        ("awq", "cuda", True, 'was quantized with "awq", which is not supported'),
+    ],
+)
+def test_weights_that_were_quantized_need_their_package_and_device(
+    method: str, device: str, there: bool, words: str
+) -> None:
+    said = problem_with(method, device, installed=lambda _: there)
+    assert words in said
+    assert bool(words) is bool(said)
