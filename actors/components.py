@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Final, NamedTuple, cast
 from actors.errors import StartFailure
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from actors.actor import Actor
+    from actors.adding import ModelFacts
+    from actors.sections import ModelSection
     from actors.topology import Component, Model, Topology
 
 Builder = Callable[["Component", "Topology"], "list[Actor]"]
@@ -62,6 +66,15 @@ Describe = Callable[["Model"], tuple[str, str]]
 def load_describe() -> Describe:
     """`DESCRIBE_MODEL`; raises `StartFailure` when it cannot be imported."""
     return cast(Describe, load_builder(DESCRIBE_MODEL))
+
+
+MODEL_FACTS: Final = "roles.model_facts:model_facts"
+"""Looks at a model for `triptych add`; it imports the large libraries."""
+
+
+def load_model_facts() -> Callable[[ModelSection, Path], tuple[ModelFacts, str]]:
+    """`MODEL_FACTS`; raises `StartFailure` when it cannot be imported."""
+    return cast("Callable[[ModelSection, Path], tuple[ModelFacts, str]]", load_builder(MODEL_FACTS))
 
 
 def load_builder(name: str) -> Builder:

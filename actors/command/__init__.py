@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from actors.command.add import add
 from actors.command.check import check
 from actors.command.generate import generate
 from actors.command.reload import reload
@@ -20,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (up, check, status, generate, reload):
+for _command in (up, check, add, status, generate, reload):
     app.command(no_args_is_help=_command is not status)(_command)
 
 

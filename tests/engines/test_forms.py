@@ -22,10 +22,15 @@ from diffusers import (
 )
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from torchao.quantization import Int8WeightOnlyConfig
+from typer.testing import CliRunner
 
+from actors import load_topology
+from actors.command import app
+from actors.preflight import preflight
 from engines.options import DEFAULTS, ModelOptions
 from engines.panels import ModelError, Panel
 from engines.pipeline import PanelPipeline
+from roles.weights import model_options
 from tests.engines.conftest import Models
 from tests.engines.original import narrow_flux, save, save_flux, save_gguf, save_sdxl, weights_of
 from tests.engines.results import media, same, seeded
@@ -250,3 +255,41 @@ def test_a_component_of_bitsandbytes_is_refused_on_the_cpu(models: Models, tmp_p
     with pytest.raises(ModelError, match=r"The transformer in .* computes on a CUDA device and not on cpu"):
         load(model, Panel.DENOISER)
     load(model, Panel.DECODER)
+
+
+# triptych add -----------------------------------------------------------------------------------------------------
+
+
+def test_add_writes_a_topology_that_check_takes(models: Models, tmp_path: Path) -> None:
+    file = tmp_path / "made.toml"
+    shown = CliRunner().invoke(app, ["add", str(models("wan")), "-o", str(file)])
+    assert shown.exit_code == 0, shown.stderr
+    assert f"triptych up {file}" in shown.stdout
+    topology = load_topology(file)
+    preflight(topology, topology.components)
+    assert topology.models[0].path == models("wan")
+    assert [role.kind for role in topology.models[0].section.roles] == list(Panel)
+    assert "# WanPipeline, by the modular route" in file.read_text()
+
+
+def test_add_says_which_configurations_a_checkpoint_needs(
+    sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    model, out = tmp_path / "tiny.safetensors", tmp_path / "made.toml"
+    save_sdxl(sdxl, model)
+    shown = CliRunner().invoke(app, ["add", str(model), "-o", str(out)])
+    assert shown.exit_code == 2
+    assert 'hf download stabilityai/stable-diffusion-xl-base-1.0 --include "*.json"' in shown.stderr
+    repository = tmp_path / "hub" / "models--stabilityai--stable-diffusion-xl-base-1.0"
+    without_weights(sdxl, repository / "snapshots" / "0123abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abc")
+    assert CliRunner().invoke(app, ["add", str(model), "-o", str(out)]).exit_code == 0
+    (found,) = load_topology(out).models
+    assert (found.section.path, found.section.config) == (
+        "tiny.safetensors",
+        "stabilityai/stable-diffusion-xl-base-1.0",
+    )
+    assert (found.source.problem, found.title) == ("", "tiny")
+    assert same(served(found.path, SDXL, model_options(found)), served(sdxl, SDXL))

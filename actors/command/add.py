@@ -1,0 +1,79 @@
+"""`triptych add`: write a topology for a model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from actors.adding import file_name, topology_of, written_path
+from actors.command.output import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, stdout
+from actors.components import load_model_facts
+from actors.errors import StartFailure
+from actors.launcher import QUIET
+from actors.sections import ModelSection
+
+
+def add(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder in the layout of diffusers, a checkpoint (.safetensors, .gguf), or the id of a repository"
+            " that is in the local cache of the hub.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The topology; default: after the model."),
+    ] = None,
+    config: Annotated[
+        str,
+        typer.Option(help="With a checkpoint: the folder or repository with configurations of a model of its kind."),
+    ] = "",
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit of a repository.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+) -> None:
+    """Write a topology for a model, with roles for the devices of this machine.
+
+    Nothing is fetched: what is missing is said, with the command that fetches it. Exits with 2 when the model cannot be
+    served, and with 1 when the topology cannot be written.
+
+    [bold]Examples[/]
+
+    triptych add /models/FLUX.1-dev -o flux.toml
+
+    triptych add stabilityai/sdxl-turbo
+
+    triptych add juggernautXL.safetensors --config stabilityai/stable-diffusion-xl-base-1.0
+    """
+    file = output or Path(file_name(model))
+    if file.exists() and not force:
+        fail(f"{file} is there already: give another -o FILE, or --force to write over it.", EXIT_FAILED)
+    folder = file.resolve().parent
+    section = ModelSection(
+        path=written_path(model, folder), config=config and written_path(config, folder), revision=revision
+    )
+    try:
+        os.environ.update({name: level for name, level in QUIET.items() if name not in os.environ})
+        facts, problem = load_model_facts()(section, folder)
+    except StartFailure as error:
+        fail(str(error), EXIT_BAD_TOPOLOGY)
+    if problem:
+        fail(problem, EXIT_BAD_TOPOLOGY)
+    text = topology_of(section, facts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        fail(f"{file} cannot be written: {error.strerror or error}.", EXIT_FAILED)
+    console = stdout()
+    console.print(f"Wrote {escape(str(file))}:\n")
+    console.print(escape(text))
+    console.print("Next:")
+    for command in (f"triptych check {file} --model", f"triptych up {file}", 'triptych generate "a red boat"'):
+        console.print(f"  {escape(command)}")
