@@ -43,6 +43,11 @@ Components = Annotated[
     dict[str, str], Meta(description='a table of files or folders, as in transformer = "flux.safetensors"')
 ]
 Scale = Annotated[float, Meta(ge=-4, le=4, description="a number from -4 to 4")]
+OptionValue = bool | int | float | str | tuple[int | float, ...]
+Options = Annotated[
+    dict[str, OptionValue],
+    Meta(description="a table whose values are texts, numbers, true or false, or lists of numbers"),
+]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 Hosts = Annotated[tuple[str, ...], Meta(description='a list of host names, such as ["pictures.example.com"]')]
@@ -106,6 +111,19 @@ class ModelSection(Section, frozen=True):
     """Memory in the encoders' pool for what they made, kept for requests of the same prompt: "" = a quarter of
     `[transfer] pool_size`, shared out among the models, "0" = none, else a size; together they take at most half of it.
     Without encoders there is none."""
+    scheduler: Options = {}
+    """Table `[model.scheduler]`: the scheduler of requests that choose none. `class` is the name of its class, such as
+    `DPMSolverMultistepScheduler`; the other keys are what it has otherwise than the model's own, such as
+    `use_karras_sigmas = true`. `/v1/models` lists the classes that a model can use, and what they take."""
+    guider: Options = {}
+    """Table `[model.guider]`: likewise the guider, of a model that has one, such as
+    `class = "AdaptiveProjectedGuidance"`."""
+    vae_tiling: bool = False
+    """Whether the VAE computes in tiles, which takes less memory; the picture is another one, a little."""
+    vae_tiling_options: Options = {}
+    """Sizes of the tiles, where the VAE can be told of some, such as `tile_sample_min_height = 256`."""
+    vae_slicing: bool = False
+    """Whether the VAE computes one picture of a batch at a time."""
     lora: tuple[LoraSection, ...] = ()
     """Adapters, each loaded by every instance when it starts; see `LoraSection`."""
     roles: tuple[RoleSection, ...] = ()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple, TypeAlias
 
 import msgspec
+from msgspec import Meta
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
@@ -19,13 +20,17 @@ from api.models import describe
 from api.names import Names
 from api.uploads import MAX_FILES, MAX_FRAMES, Size, Source, UploadDesk
 from roles.messages.requests import KNOWN, PICTURES, WORDS, Kind
-from roles.messages.work import Numbers
+from roles.messages.work import Numbers, Options, Scalar
 
 MAX_FIELDS: Final = 128
 MAX_NUMBERS: Final = 1000
+MAX_OPTIONS: Final = 64
 
 ALIASES: Final = {"mask": "mask_image", "input_reference": "image", "images": "image"}
 """OpenAI's names of inputs, and diffusers'; for models that have none of the former."""
+Option: TypeAlias = (
+    Annotated[str, Meta(max_length=1024)] | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | float | bool | None
+)
 _TYPES: Final = {Kind.INTEGER: int, Kind.NUMBER: float, Kind.BOOLEAN: bool}
 
 
@@ -149,7 +154,7 @@ async def _convert(
         elif texts and isinstance(value, str):
             values[name] = _from_text(param, value, kind or KNOWN.get(name))
         else:
-            values[name] = value if name in own else _listed(param, value)
+            values[name] = value if name in own else _gathered(param, value, kind)
     if "mask_image" in sizes and sizes["mask_image"] != sizes.get("image", sizes["mask_image"]):
         param = given["mask_image"].param
         raise refused(param, f"must be as large as the picture, {sizes['image']}, not {sizes['mask_image']}")
@@ -188,6 +193,8 @@ def _from_text(name: str, text: str, kind: Kind | None) -> object:
     try:
         if kind in (Kind.NUMBERS, Kind.PAIR):
             return _listed(name, msgspec.json.decode(text if text.lstrip().startswith("[") else f"[{text}]"))
+        if kind is Kind.OPTIONS:
+            return _gathered(name, msgspec.json.decode(text, type=dict[str, object]), kind)
         if kind in _TYPES:
             return msgspec.convert(text, _TYPES[kind], strict=False)
     except msgspec.MsgspecError:
@@ -195,9 +202,29 @@ def _from_text(name: str, text: str, kind: Kind | None) -> object:
     return text
 
 
-def _listed(name: str, value: object) -> object:
-    if not isinstance(value, list):
+def _gathered(name: str, value: object, kind: Kind | None) -> object:
+    """Take lists for numbers, and objects for options where some are taken; everything else is left as it is."""
+    if isinstance(value, list):
+        return _listed(name, value)
+    if not isinstance(value, dict) or kind is not Kind.OPTIONS:
         return value
+    if len(value) > MAX_OPTIONS:
+        raise refused(name, f"must have at most {MAX_OPTIONS} options")
+    return Options({str(key): _option(name, str(key), item) for key, item in value.items()})
+
+
+def _option(name: str, key: str, value: object) -> Scalar | tuple[int | float, ...]:
+    if isinstance(value, list):
+        return _listed(name, value).values
+    try:
+        converted: Scalar = msgspec.convert(value, Option)
+    except msgspec.ValidationError:
+        words = "a text, a number, true, false, null or a list of numbers"
+        raise refused(name, f"has {key[:64]!r}, which must be {words}") from None
+    return converted
+
+
+def _listed(name: str, value: list[Any]) -> Numbers:
     if len(value) > MAX_NUMBERS:
         raise refused(name, f"must be at most {MAX_NUMBERS} numbers")
     if not all(isinstance(item, int | float) and not isinstance(item, bool) for item in value):

@@ -12,7 +12,7 @@ from api.encoding import JSONResponse
 from api.errors import not_found
 from api.head import Head
 from bus import RemoteFailure
-from roles.messages.requests import DescribeModel, Kind, ListModels, ModelDescription, Parameter
+from roles.messages.requests import DescribeModel, Kind, ListModels, ModelDescription, Option, Parameter
 from roles.messages.requests import ModelList as Descriptions
 
 _LIMITS: Final = ("minimum", "maximum", "multiple_of")
@@ -31,6 +31,10 @@ class ParameterObject(msgspec.Struct):
     maximum: int | float | UnsetType = UNSET
     multiple_of: int | float | UnsetType = UNSET
     one_more_than_multiple_of: int | UnsetType = UNSET
+    choices: tuple[str, ...] | UnsetType = UNSET
+    """Of a text: the names of classes that it may be."""
+    options: dict[str, dict[str, str | list[str]]] | UnsetType = UNSET
+    """Of options: for each class their names, with what each is: a kind, or its choices."""
     alias_of: str | UnsetType = UNSET
     description: str | UnsetType = UNSET
 
@@ -88,9 +92,18 @@ def parameter_object(parameter: Parameter, limits: tuple[float, ...]) -> Paramet
         parameter.required,
         **dict(zip(_LIMITS, bounds, strict=False)),
         one_more_than_multiple_of=parameter.every or UNSET,
+        choices=parameter.choices or UNSET,
+        options={each.name: {o.name: described(o) for o in each.options} for each in parameter.alternatives} or UNSET,
         alias_of=parameter.alias_of or UNSET,
         description=parameter.description or UNSET,
     )
+
+
+def described(option: Option) -> str | list[str]:
+    """Say what an option is: the texts that it may be, or its kinds in one text."""
+    if option.choices:
+        return list(option.choices)
+    return " or ".join([*(kind.value for kind in option.kinds), *(["null"] if option.nullable else [])])
 
 
 async def list_models(request: Request) -> JSONResponse:

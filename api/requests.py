@@ -11,7 +11,7 @@ from api.errors import not_found
 from api.head import Head
 from api.links import artifact_url
 from roles.messages.requests import CancelRequest, DeleteRequest, QueryRequest, RequestDeleted, RequestView
-from roles.messages.work import Input, Numbers, Pictures
+from roles.messages.work import Input, Numbers, Options, Pictures
 
 
 def request_object(request: Request, view: RequestView) -> dict[str, object]:
@@ -35,6 +35,8 @@ def shown(value: Input) -> object:
             return [{"name": file.name, "bytes": file.nbytes} for file in files]
         case Numbers(values):
             return list(values)
+        case Options(options):
+            return options
         case _:
             return value
 

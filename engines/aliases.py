@@ -18,18 +18,24 @@ FPS: Final = "fps"
 
 
 def with_aliases(
-    parameters: Collection[Parameter], *, guided: bool = False, guidance: float | None = None, fps: float = 0.0
+    parameters: Collection[Parameter],
+    settings: Collection[Parameter] = (),
+    *,
+    guided: bool = False,
+    guidance: float | None = None,
+    fps: float = 0.0,
 ) -> tuple[Parameter, ...]:
     """Add the names that a pipeline does not declare.
 
     Args:
         parameters: Those that it declares.
+        settings: Those that set its parts; what it declares itself goes before them.
         guided: Whether it has a guider with a scale.
         guidance: The scale of that, where it is on.
         fps: Frames per second of its videos; 0 where it makes none.
 
     """
-    public = {parameter.name: parameter for parameter in parameters}
+    public = {parameter.name: parameter for parameter in (*settings, *parameters)}
     if guided:
         public.setdefault(GUIDANCE_SCALE, Parameter(GUIDANCE_SCALE, Kind.NUMBER, guidance))
         public.setdefault(TRUE_CFG_SCALE, Parameter(TRUE_CFG_SCALE, Kind.NUMBER, alias_of=GUIDANCE_SCALE))

@@ -43,6 +43,7 @@ from engines.parameters import Signature
 from engines.placing import Placement
 from engines.read_ahead import read_ahead
 from engines.seeds import GENERATOR
+from engines.settings import configure, setting_parameters
 from engines.shadows import Shadow
 from engines.stepping import Denoising
 from engines.vocabulary import of_call
@@ -66,7 +67,8 @@ def accepted(pipeline: Any) -> frozenset[str]:
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     names = {parameter.name for parameter in parameters if parameter.kind not in kinds}
     names -= {*_OURS, "callback_on_step_end_tensor_inputs"}
-    return frozenset(names | ({GUIDANCE_SCALE} if has_guider(pipeline) else set()))
+    settings = {parameter.name for parameter in setting_parameters(pipeline)}
+    return frozenset(names | settings | ({GUIDANCE_SCALE} if has_guider(pipeline) else set()))
 
 
 def signature(pipeline: Any) -> Signature:
@@ -76,7 +78,8 @@ def signature(pipeline: Any) -> Signature:
     defaults = {name: declared.default for name, declared in inspect.signature(function).parameters.items()}
     fps = frames_per_s(medium, defaults, pipeline)
     declared = with_steps(of_call(function, required_by(type(pipeline))), pipeline)
-    parameters = with_aliases(declared, guided=has_guider(pipeline), guidance=guidance(pipeline), fps=fps)
+    settings = setting_parameters(pipeline)
+    parameters = with_aliases(declared, settings, guided=has_guider(pipeline), guidance=guidance(pipeline), fps=fps)
     inputs = public_names(accepted(pipeline), parameters)
     return Signature(parameters, inputs, medium, fps, inputs)
 
@@ -311,6 +314,7 @@ class Components:
             given[name] = load_component(name, self._specs[name], self._folder(name), placement)
         pipeline = self._cls(**given)
         pipeline.set_progress_bar_config(disable=True)
+        configure(pipeline, placement.options)
         return pipeline, {name: made for name, made in stand_ins.items() if isinstance(made, Shadow)}
 
     def _setting(self, name: str) -> object:

@@ -21,6 +21,7 @@ from typing import Final
 import msgspec
 
 from engines.aliases import conflict
+from engines.alternatives import with_classes
 from engines.checks import MAX_STEPS, CardError, Limits, check_count, checked, count_of, kind_of, limits_of
 from engines.panels import ModelError
 from engines.parameters import KNOWN, Default, Kind, Parameter
@@ -86,6 +87,7 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if different := conflict(applied, taken.values()):
             raise CardError(different[0], f"is another name of {different[1]}, which says something else.")
         applied |= self._steps(given, taken)
+        applied = with_classes(applied, taken.values())
         _check_strength(applied, taken)
         return applied
 

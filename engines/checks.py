@@ -28,6 +28,11 @@ RANGES: Final[Mapping[str, Limits]] = {
     "layers": (1, 64),
     "lora_scale": (-4, 4),
     "clip_skip": (0, 64),
+    **dict.fromkeys(("tile_sample_min_height", "tile_sample_min_width", "tile_sample_min_size"), (32, 8192)),
+    **dict.fromkeys(("tile_sample_stride_height", "tile_sample_stride_width"), (16, 8192)),
+    **dict.fromkeys(("tile_overlap_factor", "tile_overlap_factor_height", "tile_overlap_factor_width"), (0, 0.9)),
+    "num_train_timesteps": (1, 10_000),
+    "solver_order": (1, 4),
 }
 _BY_WORD: Final[Mapping[str, Limits]] = {
     **dict.fromkeys(("steps", "step", "sample", "reps", "tiles", "chunk"), (0, 1000)),
@@ -83,6 +88,8 @@ def kind_of(value: object) -> Kind | None:
         return Kind.NUMBER
     if _numbers(value) is not None:
         return Kind.NUMBERS
+    if options_in(value):
+        return Kind.OPTIONS
     return None if _files(value) is None else Kind.IMAGES
 
 
@@ -109,7 +116,7 @@ def checked(name: str, value: object, kind: Kind, limits: Limits) -> object:
         _check_text(name, value)
     elif isinstance(value, (int, float)):
         _check_range(name, value, limits)
-    else:
+    elif kind is not Kind.OPTIONS:  # those are checked by the class that takes them: `engines.alternatives`
         _check_list(name, value, kind, limits)
     return value
 
@@ -154,6 +161,8 @@ def _is_a(kind: Kind, value: object) -> bool:
         case Kind.PAIR:
             numbers = _numbers(value) or ()
             return len(numbers) == 2 and all(type(number) is int for number in numbers)
+        case Kind.OPTIONS:
+            return options_in(value) is not None
     return bool(_files(value))
 
 
@@ -163,6 +172,12 @@ def _numbers(value: object) -> tuple[int | float, ...] | None:
     if not isinstance(items, (list, tuple)):
         return None
     return tuple(items) if all(type(item) in (int, float) for item in items) else None
+
+
+def options_in(value: object) -> Mapping[str, object] | None:
+    """Options by name, of a mapping or of what holds one as its `values`; None where it is neither."""
+    found = value if isinstance(value, Mapping) else getattr(value, "values", None)
+    return found if isinstance(found, Mapping) else None
 
 
 def _files(value: object) -> tuple[object, ...] | None:

@@ -23,7 +23,7 @@ import torch
 from engines.anatomy import Anatomy, anatomy
 from engines.calling import CallDenoising, Components, accepted, call, intercept, schedulers, signature
 from engines.card import load_index
-from engines.guidance import GUIDANCE_SCALE, private
+from engines.guidance import private
 from engines.handoff import Elsewhere, Handoff, Recording, Resumption, first
 from engines.panels import Panel
 from engines.placing import Placement
@@ -140,8 +140,7 @@ class ClassicParts:
 
     def _view(self, panel: Panel, inputs: Mapping[str, object]) -> Any:
         """Copy the pipeline for a run: what a panel does not own, it does not see, even where it is loaded."""
-        scale = cast("float | None", inputs.get(GUIDANCE_SCALE))
-        pipeline = private(self.pipeline, scale)
+        pipeline = private(self.pipeline, inputs)
         needed = self._anatomy.needed(panel)
         for name, shadow in self._shadows.items():
             if name not in needed:

@@ -9,21 +9,32 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, cast
 
 from diffusers import DiffusionPipeline
-from diffusers.guiders import BaseGuidance
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from engines.aliases import GUIDANCE_SCALE
+from engines.settings import (
+    GUIDANCE_SCALE_2,
+    OF_SCHEDULER,
+    SCHEDULER,
+    SECOND_GUIDER,
+    VAE,
+    guiders_of,
+    own_guider,
+    own_scheduler,
+    own_vae,
+)
 
 __all__ = ["GUIDANCE_SCALE", "guidance", "has_guider", "private"]
 
 
 def private(
     pipeline: Any,
-    guidance_scale: float | None = None,
+    inputs: Mapping[str, object] = MappingProxyType({}),
     *,
     encodes: bool = False,
     _made: dict[int, Any] | None = None,
@@ -33,26 +44,41 @@ def private(
     Pipelines inside of it are copied as well; a scheduler that several of them have is still one.
 
     Args:
-        pipeline: A `diffusers.ModularPipeline`.
-        guidance_scale: For its guiders, where it has some; None keeps what they have.
+        pipeline: A `diffusers.ModularPipeline`, or a classic one.
+        inputs: Of the request, by name; what of them sets a part of the pipeline is described in `engines.settings`.
+            "guidance_scale" is for its guiders, where it has some; None keeps what they have.
         encodes: Whether the copy is for an encoder, which then never guides less than it would by itself: some
             encoders fail without guidance, others make no negative embeddings.
+
+    Raises:
+        InputError: A part cannot be set so.
     """
     mine = copy.copy(pipeline)
     made = {} if _made is None else _made
     for name, component in vars(pipeline).items():
-        if isinstance(component, BaseGuidance):
-            guider = component.new(**_changes(component, guidance_scale))
-            if encodes and guider.num_conditions < component.num_conditions:
-                guider = component.new()
-            setattr(mine, name, guider)
-        elif isinstance(component, SchedulerMixin):
+        if isinstance(component, SchedulerMixin):
             if id(component) not in made:
-                made[id(component)] = type(component).from_config(component.config)
+                made[id(component)] = own_scheduler(component, inputs if name == SCHEDULER else {})
             setattr(mine, name, made[id(component)])
-        elif isinstance(component, DiffusionPipeline):
-            setattr(mine, name, private(component, guidance_scale, encodes=encodes, _made=made))
+    # Those inside of it come last: which scheduler of a request is whose is known by the names that the outer one has.
+    inner = {name: value for name, value in inputs.items() if name not in OF_SCHEDULER}
+    for name, component in vars(pipeline).items():
+        if isinstance(component, DiffusionPipeline):
+            setattr(mine, name, private(component, inner, encodes=encodes, _made=made))
+    for name, component in guiders_of(pipeline):
+        guider = own_guider(component, inputs)
+        guider = guider.new(**_changes(guider, _scale(inputs, name)))
+        if encodes and guider.num_conditions < component.num_conditions:
+            guider = component.new()
+        setattr(mine, name, guider)
+    if VAE in vars(pipeline):
+        vars(mine)[VAE] = own_vae(vars(pipeline)[VAE], inputs)
     return mine
+
+
+def _scale(inputs: Mapping[str, object], guider: str) -> float | None:
+    second = inputs.get(GUIDANCE_SCALE_2) if guider == SECOND_GUIDER else None
+    return cast("float | None", inputs.get(GUIDANCE_SCALE) if second is None else second)
 
 
 def _changes(guider: Any, guidance_scale: float | None) -> dict[str, object]:
@@ -78,9 +104,7 @@ def guidance(pipeline: Any) -> float | None:
 
 
 def _guiders(pipeline: Any) -> Iterator[Any]:
-    for component in vars(pipeline).values():
-        if isinstance(component, BaseGuidance) and GUIDANCE_SCALE in component.config:
-            yield component
+    return (guider for _, guider in guiders_of(pipeline) if GUIDANCE_SCALE in guider.config)
 
 
 class _OnlyOnce(logging.Filter):

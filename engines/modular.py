@@ -19,6 +19,7 @@ from engines.panels import ModelError, Panel
 from engines.parameters import PICTURES, Signature
 from engines.placing import Placement
 from engines.seeds import GENERATOR, is_fresh, seeded
+from engines.settings import OF_GUIDERS, OF_SCHEDULER, OF_VAE, SCHEDULER, VAE, configure, setting_parameters
 from engines.split import KWARGS_MAPPING, Split, crossing, joined, load_split, switches
 from engines.stepping import BlockDenoising, Denoising
 from engines.vocabulary import of_blocks
@@ -37,17 +38,20 @@ class ModularParts:
         names = {declared.name for declared in split.blocks.inputs if declared.name}
         self._takes_generator = GENERATOR in names
         guided = {GUIDANCE_SCALE} if has_guider(pipeline) else set()
-        self.inputs = frozenset(names | guided)
+        settings = setting_parameters(pipeline)
+        self._settings = (guided | {setting.name for setting in settings}) - (names - guided)
+        self.inputs = frozenset(names | self._settings)
         medium = medium_of(split.outputs, split.task)
         defaults = {declared.name: declared.default for declared in split.blocks.inputs if declared.name}
         fps = frames_per_s(medium, defaults, pipeline)
         declared = with_steps(of_blocks(split.blocks, split.required), pipeline)
-        parameters = with_aliases(declared, guided=bool(guided), guidance=guidance(pipeline), fps=fps)
+        parameters = with_aliases(declared, settings, guided=bool(guided), guidance=guidance(pipeline), fps=fps)
         self._draws = GENERATOR in encoded(split)
         pictures = {parameter.alias_of or parameter.name for parameter in parameters if parameter.kind in PICTURES}
         read = encoded(split) | guided | pictures | {GENERATOR}
+        free = self._settings - _read_by_encoder(split)
         self._passes = {name: default for name, default in defaults.items() if name not in read}
-        encodes = self.inputs - self._passes.keys()
+        encodes = self.inputs - self._passes.keys() - free
         later = {item.name for panel in (Panel.DENOISER, Panel.DECODER) for item in split.parts[panel].inputs}
         hands_on = self.inputs & later - set(split.parts[Panel.ENCODER].intermediate_output_names)
         self.signature = Signature(
@@ -62,11 +66,8 @@ class ModularParts:
                 state.set(declared.name, inputs.get(declared.name, declared.default), declared.kwargs_type)
         if self._takes_generator:
             state.set(GENERATOR, seeded(seed))
-        scale = cast("float | None", inputs.get(GUIDANCE_SCALE))
-        state = self._run(Panel.ENCODER, private(self.pipeline, scale, encodes=True), state)
-        crosses = self._crossing(state, Panel.DENOISER, Panel.DECODER)
-        # No block takes it as an input where a guider has it.
-        return crosses if scale is None else {**crosses, GUIDANCE_SCALE: scale}
+        state = self._run(Panel.ENCODER, private(self.pipeline, inputs, encodes=True), state)
+        return {**self._crossing(state, Panel.DENOISER, Panel.DECODER), **self._set(inputs)}
 
     def seedless(self, state: Mapping[str, object]) -> bool:
         """Whether the encoder drew nothing from the generator."""
@@ -75,7 +76,7 @@ class ModularParts:
 
     def renew(self, state: Mapping[str, object], inputs: Mapping[str, object], seed: int) -> dict[str, object]:
         """Set anew what only passes the encoder: other inputs, and a generator that it did not draw from."""
-        renewed = dict(state)
+        renewed = {name: value for name, value in state.items() if name not in self._settings} | self._set(inputs)
         for name in self._passes.keys() & state.keys():
             renewed[name] = inputs.get(name, self._passes[name])
         if GENERATOR in state and self.seedless(state):
@@ -84,19 +85,24 @@ class ModularParts:
 
     def denoise(self, state: Mapping[str, object]) -> Denoising:
         """Prepare a run of the block `denoise`."""
-        pipeline = private(self.pipeline, cast("float | None", state.get(GUIDANCE_SCALE)))
+        pipeline = private(self.pipeline, state)
+        settings = self._set(state)
         return BlockDenoising(
             self._split.parts[Panel.DENOISER],
             pipeline,
             _restore(state),
-            lambda after: self._crossing(after, Panel.DECODER),
+            lambda after: {**self._crossing(after, Panel.DECODER), **settings},
         )
 
     def decode(self, state: Mapping[str, object]) -> dict[str, object]:
         """Run the blocks after `denoise`; returns what they make, and the "sampling_rate" of sound in Hz."""
-        after = self._run(Panel.DECODER, private(self.pipeline), _restore(state))
+        after = self._run(Panel.DECODER, private(self.pipeline, state), _restore(state))
         made = {name: after.get(name) for name in self._split.outputs if after.get(name) is not None}
         return with_sampling_rate(made, self.pipeline)
+
+    def _set(self, values: Mapping[str, object]) -> dict[str, object]:
+        """Of a request or a state, what sets parts of the pipeline: no block takes it as an input."""
+        return {name: values[name] for name in self._settings if values.get(name) is not None}
 
     def _run(self, panel: Panel, pipeline: Any, state: Any) -> Any:
         with torch.no_grad():
@@ -120,6 +126,7 @@ def load_modular(model: Path, panels: tuple[Panel, ...], placement: Placement) -
     loaded = load_components(pipeline, split, placement)
     load_ip_adapters(pipeline, split, loaded)
     make_shadows(pipeline, split, placement)
+    configure(pipeline, placement.options)
     return ModularParts(split, pipeline, loaded)
 
 
@@ -130,6 +137,14 @@ def encoded(split: Split) -> frozenset[str]:
     grouped = {item.name for item in split.blocks.inputs if item.name and item.kwargs_type in groups}
     named = {item.name for item in (*part.inputs, *part.intermediate_outputs) if item.name}
     return frozenset(named | grouped | _UNDECLARED | switches(part))
+
+
+def _read_by_encoder(split: Split) -> frozenset[str]:
+    """Names of settings that may change what the encoder makes: those of the components that it has."""
+    components = set(split.parts[Panel.ENCODER].component_names)
+    scheduler = OF_SCHEDULER if SCHEDULER in components else frozenset()
+    # Some encoders read the guider although they do not declare it.
+    return OF_GUIDERS | scheduler | (OF_VAE if VAE in components else frozenset())
 
 
 def _restore(values: Mapping[str, object]) -> Any:

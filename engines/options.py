@@ -4,9 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 import msgspec
+
+OptionValue: TypeAlias = bool | int | float | str | tuple[int | float, ...] | None
+
+
+class ComponentOptions(msgspec.Struct, frozen=True):
+    """What takes the place of a component of a model."""
+
+    class_name: str = ""
+    """Its class, "" for that of the model."""
+    options: tuple[tuple[str, OptionValue], ...] = ()
+    """What is otherwise than in the configuration of the model, by name."""
+
+    @classmethod
+    def of(cls, table: Mapping[str, OptionValue]) -> ComponentOptions:
+        """Make it of a table of a topology, where `class` is the name of the class."""
+        return cls(str(table.get("class", "")), tuple((name, table[name]) for name in sorted(table) if name != "class"))
 
 
 class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,6 +35,16 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     variant: str = ""
     """Which variant of weight files is read, such as "fp16", of the components that have it; see
     `engines.weight_files.choose_variant`."""
+    scheduler: ComponentOptions = ComponentOptions()
+    """Of all requests that choose none."""
+    guider: ComponentOptions = ComponentOptions()
+    """Likewise, of all guiders."""
+    vae_tiling: bool = False
+    """The VAE computes in tiles."""
+    vae_tiling_options: tuple[tuple[str, OptionValue], ...] = ()
+    """Sizes of the tiles and of their overlap, as the VAE calls them."""
+    vae_slicing: bool = False
+    """The VAE computes one image of a batch at a time."""
     checkpoint: Path | None = None
     """A file with the weights of several components, which go before those in the folder of the model."""
     components: Mapping[str, Path] = {}

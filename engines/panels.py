@@ -15,3 +15,7 @@ class Panel(StrEnum):
 
 class ModelError(Exception):
     """A model folder that cannot be served; `str()` is one sentence that says what to do about it."""
+
+
+class InputError(ValueError):
+    """A request names an input that the pipeline does not take, or gives one a value that it cannot have."""

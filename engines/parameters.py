@@ -29,6 +29,8 @@ class Kind(StrEnum):
     """One picture, or several in order: a video is its frames."""
     IMAGE_LIST = "image_list"
     """The same, but pipelines get a list even of one."""
+    OPTIONS = "options"
+    """An object: options by name, each a scalar, null or a list of numbers."""
 
 
 WORDS: Final[Mapping[Kind, str]] = {
@@ -41,6 +43,7 @@ WORDS: Final[Mapping[Kind, str]] = {
     Kind.IMAGE: "a picture",
     Kind.IMAGES: "a picture, or several",
     Kind.IMAGE_LIST: "a picture, or several",
+    Kind.OPTIONS: "an object of options by name",
 }
 PICTURES: Final = frozenset({Kind.IMAGE, Kind.IMAGES, Kind.IMAGE_LIST})
 MASKS: Final = frozenset({"mask", "mask_image"})
@@ -59,8 +62,32 @@ KNOWN: Final[Mapping[str, Kind]] = {
     **dict.fromkeys(("image", "control_image", "reference_images", "ip_adapter_image"), Kind.IMAGES),
     **dict.fromkeys(("mask_image", "last_image"), Kind.IMAGE),
     **dict.fromkeys(("video", "driving_video", "memory_images"), Kind.IMAGE_LIST),
+    **dict.fromkeys(("scheduler", "guider"), Kind.TEXT),
+    **dict.fromkeys(("scheduler_options", "guider_options", "vae_tiling_options"), Kind.OPTIONS),
+    **dict.fromkeys(("vae_tiling", "vae_slicing"), Kind.BOOLEAN),
+    **dict.fromkeys(("guidance_rescale", "guidance_scale_2"), Kind.NUMBER),
 }
 """Kinds of inputs by name: many are declared without a type, and until a model is loaded none are known."""
+
+
+class Option(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """An option that a class takes when it is made."""
+
+    name: str
+    kinds: tuple[Kind, ...]
+    """A value is of one of these."""
+    choices: tuple[str, ...] = ()
+    """The only texts that it may be; () where any will do."""
+    nullable: bool = False
+    """Whether it may be null."""
+
+
+class Alternative(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A class that can take the place of a component, such as another scheduler."""
+
+    name: str
+    """Of the class."""
+    options: tuple[Option, ...] = ()
 
 
 class Parameter(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -80,6 +107,12 @@ class Parameter(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     """A whole number is a multiple of this; 0 where any will do."""
     every: int = 0
     """A whole number is 1, 1 + every, 1 + 2 * every and so on; 0 where any will do."""
+    choices: tuple[str, ...] = ()
+    """Names of classes, of which a text is one; () where it is no name of a class."""
+    chosen_by: str = ""
+    """Of options: the parameter that names the class which takes them, or "" where there is just one class."""
+    alternatives: tuple[Alternative, ...] = ()
+    """Of options: the classes that take some."""
 
 
 class Signature(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

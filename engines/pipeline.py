@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from engines.adapters import Adapters
 from engines.aliases import conflict, in_words_of
+from engines.alternatives import with_classes
 from engines.checks import CardError, check_scalars
 from engines.classic import load_classic
 from engines.conversion import DTYPE, converted
@@ -20,7 +21,7 @@ from engines.lora import LORA, LORA_SCALE, PARAMETERS, Choice, LoraFile, check_l
 from engines.modular import load_modular
 from engines.offload import Offload, Resting
 from engines.options import DEFAULTS, ModelOptions
-from engines.panels import ModelError, Panel
+from engines.panels import InputError, ModelError, Panel
 from engines.parameters import Signature, names
 from engines.placing import Placement
 from engines.quantization import Quantization
@@ -33,10 +34,6 @@ __all__ = ["InputError", "ModelError", "PanelPipeline"]
 
 # The seed makes the generator; n pictures are n requests.
 _NOT_ACCEPTED: Final = frozenset({"generator", "num_images_per_prompt", "num_videos_per_prompt"})
-
-
-class InputError(ValueError):
-    """A request names an input that the pipeline does not take, or gives one a value that it cannot have."""
 
 
 class Parts(Protocol):
@@ -245,6 +242,7 @@ class PanelPipeline:
             raise InputError(f"{different[0]} and {different[1]} are the same to this pipeline, but differ.")
         try:
             check_scalars(inputs, parameters)
+            inputs = with_classes(inputs, parameters)
             check_lora(inputs, [file.name for file in self._adapters.files])
         except CardError as error:
             raise InputError(str(error)) from error

@@ -18,6 +18,8 @@ from typing import Any
 import greenlet
 import torch
 
+from engines.settings import clean_up
+
 
 class Cancelled(BaseException):
     """Thrown into a denoise block to unwind it.
@@ -172,6 +174,10 @@ class BlockDenoising(Denoising):
         def work() -> dict[str, object]:
             try:
                 return finish(block(components, state)[1])
+            except Exception:
+                # What a guider puts on a model for one forward must not stay there for other requests.
+                clean_up(components)
+                raise
             finally:
                 # Each holds its loop and this, with the result: not to wait for the collector.
                 for loop in _loops(block):

@@ -110,7 +110,7 @@ def _is_internal(name: str) -> bool:
 
 
 def _kind(row: _Declared) -> Kind | None:
-    declared = _choose(_kinds(row.hint))
+    declared = _choose(kinds_of_type(row.hint))
     if declared in (Kind.IMAGE, Kind.IMAGES, Kind.IMAGE_LIST):
         return _PRECISELY.get(row.name, declared)
     if declared is not None:
@@ -120,8 +120,8 @@ def _kind(row: _Declared) -> Kind | None:
     return Kind.IMAGE if row.name in _DRAWN else None
 
 
-def _kinds(hint: Any) -> set[Kind]:
-    """All that a type allows, as far as it is public."""
+def kinds_of_type(hint: Any) -> set[Kind]:
+    """Return the kinds that a type allows, as far as they are public."""
     found = set()
     for option in _options(hint):
         if option in _PLAIN:
@@ -138,7 +138,7 @@ def _kinds(hint: Any) -> set[Kind]:
 def _kinds_of_sequence(hint: Any) -> set[Kind]:
     if get_args(hint) == (int, int):
         return {Kind.PAIR}
-    inner: set[Kind] = set().union(*(_kinds(item) for item in get_args(hint) if item is not Ellipsis))
+    inner: set[Kind] = set().union(*(kinds_of_type(item) for item in get_args(hint) if item is not Ellipsis))
     if Kind.IMAGE in inner:
         return {Kind.IMAGE_LIST}
     return {Kind.NUMBERS} if inner & _NUMERIC else set()

@@ -11,7 +11,7 @@ import torch
 from engines.anatomy import anatomy
 from engines.calling import CallDenoising, Components, accepted, call, signature
 from engines.card import load_index
-from engines.guidance import GUIDANCE_SCALE, private
+from engines.guidance import private
 from engines.panels import Panel
 from engines.placing import Placement
 from engines.routes import Route, check_panels, classic_class
@@ -44,7 +44,7 @@ class WholeParts:
         """Prepare a run of the pipeline."""
         inputs = cast("dict[str, object]", state["inputs"])
         generator = cast(torch.Generator, state[GENERATOR]).clone_state()
-        pipeline = private(self.pipeline, cast("float | None", inputs.get(GUIDANCE_SCALE)))
+        pipeline = private(self.pipeline, inputs)
         return CallDenoising(lambda: call(pipeline, inputs, generator), pipeline)
 
     def decode(self, state: Mapping[str, object]) -> dict[str, object]:

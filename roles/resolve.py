@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from PIL import Image, ImageOps
 
 from engines.parameters import MASKS, Kind, Signature
-from roles.messages.work import Numbers, Pictures
+from roles.messages.work import Numbers, Options, Pictures
 from roles.uploads import UploadError, UploadStore
 
 
@@ -29,7 +29,7 @@ def resolve(
 
     Returns:
         The inputs. Pictures are upright `PIL.Image.Image`, "L" for a mask, else "RGBA" with `alpha` or "RGB"; or
-        lists of them. Numbers are a list, or a tuple of whole numbers for a pair.
+        lists of them. Numbers are a list, or a tuple of whole numbers for a pair. Options are a dict.
 
     Raises:
         UploadError: A picture is missing or damaged, or there are several where the pipeline takes one.
@@ -44,6 +44,8 @@ def resolve(
                 resolved[name] = _pictures(name, value, kind, store, alpha=alpha)
             case Numbers(values):
                 resolved[name] = tuple(int(number) for number in values) if kind is Kind.PAIR else list(values)
+            case Options(options):
+                resolved[name] = dict(options)
             case _:
                 resolved[name] = value
     return resolved

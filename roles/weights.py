@@ -5,7 +5,7 @@ from __future__ import annotations
 from actors import Model
 from engines.lora import LoraFile
 from engines.offload import Offload
-from engines.options import ModelOptions
+from engines.options import ComponentOptions, ModelOptions
 from engines.placing import Placement
 from engines.quantization import Quantization
 from engines.routes import describe
@@ -31,6 +31,11 @@ def model_options(model: Model) -> ModelOptions:
         task=section.task,
         route=section.route,
         variant=section.variant,
+        scheduler=ComponentOptions.of(section.scheduler),
+        guider=ComponentOptions.of(section.guider),
+        vae_tiling=section.vae_tiling,
+        vae_tiling_options=tuple(sorted(section.vae_tiling_options.items())),
+        vae_slicing=section.vae_slicing,
         checkpoint=source.checkpoint,
         components=source.components,
     )

@@ -12,6 +12,7 @@ from engines.parameters import PICTURES as PICTURES
 from engines.parameters import RATES as RATES
 from engines.parameters import WORDS as WORDS
 from engines.parameters import Kind as Kind
+from engines.parameters import Option as Option
 from engines.parameters import Parameter as Parameter
 from roles.messages.work import Artifact, Input, Name, Natural, Output, Scalar, Seconds, Seed, Value
 

@@ -52,7 +52,13 @@ class Numbers(Value, tag=True):
     values: tuple[int | float, ...]
 
 
-Input: TypeAlias = Scalar | Pictures | Numbers
+class Options(Value, tag=True):
+    """An input that is an object of options by name."""
+
+    values: dict[str, Scalar | tuple[int | float, ...]]
+
+
+Input: TypeAlias = Scalar | Pictures | Numbers | Options
 """An input of a request. Files ride as references."""
 
 

@@ -130,6 +130,11 @@ BROKEN = {
         "another port",
     ),
     "ports run out": (MODEL + "[head]\nport = 65533\n" + PANELS, "leads to port 65536", "choose a lower one"),
+    "a scheduler that is no table": (
+        MODEL + 'scheduler = "euler"\n' + PANELS,
+        '[model] scheduler = "euler" does not fit',
+        "a table whose values are",
+    ),
     "an adapter without a file": (
         MODEL + LORA.replace("path", "pat"),
         "[[model.lora]] no. 1 has no key called pat",
@@ -329,6 +334,13 @@ def test_preflight_wants_the_mooncake_wheel(write: Write, monkeypatch: pytest.Mo
     with pytest.raises(TopologyError, match=r"needs the mooncake engine.*pip install"):
         preflight(topology, topology.components)
     preflight(load_topology(write()), topology.components[3:4])
+
+
+def test_the_scheduler_of_a_model_is_a_table_of_options(write: Write) -> None:
+    table = '[model.scheduler]\nclass = "euler"\nuse_karras_sigmas = true\nsigmas = [1, 0.5]\n'
+    topology = load_topology(write(model=MODEL + "vae_tiling = true\n" + table))
+    assert topology.models[0].section.scheduler == {"class": "euler", "use_karras_sigmas": True, "sigmas": (1, 0.5)}
+    assert (topology.models[0].section.vae_tiling, topology.models[0].section.guider) == (True, {})
 
 
 def test_weights_are_held_as_the_role_says_or_the_model(write: Write) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import msgspec
 import numpy as np
@@ -11,7 +12,8 @@ from PIL import Image
 
 from api import body
 from engines.parameters import Kind, Parameter
-from roles.messages.work import Numbers, Pictures
+from roles.messages import requests as wire
+from roles.messages.work import Numbers, Options, Pictures
 from tests.api.pictures import EDITS, GENERATIONS, MASK, PARAMETERS, PNG, encoded, submitted, text
 
 pytestmark = pytest.mark.anyio
@@ -91,6 +93,32 @@ async def test_names_are_known_before_an_instance_has_come(client, small_head):
     inputs = (await submitted(small_head)).inputs
     assert inputs["strength"] == 0.5
     assert {name for name, value in inputs.items() if isinstance(value, Pictures)} == {"image", "mask_image"}
+
+
+async def test_options_are_one_input_in_json_and_in_a_form(client, small_head):
+    given = {"use_karras_sigmas": True, "sigma_max": None, "solver_order": 3, "disable_corrector": [0, 1]}
+    options = Parameter("scheduler_options", Kind.OPTIONS, chosen_by="scheduler")
+    small_head.description = msgspec.structs.replace(small_head.description, parameters=(*PARAMETERS, options))
+    await client.post(GENERATIONS, json={"prompt": "x", "scheduler_options": given})
+    form = {"prompt": "x", "scheduler_options": json.dumps(given)}
+    await client.post(EDITS, data=form, files={"image": PNG})
+    expected = Options({**given, "disable_corrector": (0, 1)})
+    first, second = await small_head.received(wire.SubmitRequest, 2)
+    assert first.inputs["scheduler_options"] == second.inputs["scheduler_options"] == expected
+    shown = (await client.get(f"/v1/requests/{first.request_id}")).json()["inputs"]
+    assert shown["scheduler_options"] == given
+    for wrong, words in (
+        ({"a": {"b": 1}}, "has 'a', which must be"),
+        ("x", "must be an object"),
+        ({"a": ["b"]}, "list"),
+    ):
+        answer = await client.post(GENERATIONS, json={"prompt": "x", "scheduler_options": wrong})
+        if isinstance(wrong, str):
+            answer = await client.post(EDITS, data={**form, "scheduler_options": wrong}, files={"image": PNG})
+        assert answer.status_code == 422
+        error = answer.json()["error"]
+        assert error["param"] == "scheduler_options"
+        assert words in error["message"]
 
 
 async def test_a_list_of_numbers_is_one_input(client, small_head):

@@ -257,7 +257,7 @@ def test_guidance_that_is_switched_off_is_on_for_who_asks(models: Models) -> Non
     pipeline = load(models("wan"), Panel.DENOISER)._parts.pipeline
     pipeline.guider = pipeline.guider.new(enabled=False)
     scales = (None, 1.0, 2.0)
-    assert [private(pipeline, scale).guider.num_conditions for scale in scales] == [1, 1, 2]
+    assert [private(pipeline, {"guidance_scale": scale}).guider.num_conditions for scale in scales] == [1, 1, 2]
     assert private(pipeline).guider is not pipeline.guider
     assert private(pipeline).scheduler is not pipeline.scheduler
     assert private(pipeline).transformer is pipeline.transformer

@@ -55,10 +55,8 @@ def classes(
         for record in survey.run(chosen, known, again=again, row_s=row_s, total_s=for_s):
             known[record.pipeline] = record
             if results:
-                results.parent.mkdir(parents=True, exist_ok=True)
-                with results.open("a") as file:
-                    file.write(json_text.dumps(msgspec.to_builtins(record)) + "\n")
-            print(json_text.dumps(msgspec.to_builtins(record)) if json else page.line(record), flush=True)
+                survey.keep(results, record)
+            print(msgspec.json.encode(record).decode() if json else page.line(record), flush=True)
     shown = [known[name] for name in chosen if name in known]
     if into:
         page.write(into, page.CLASSES, page.classes(shown))

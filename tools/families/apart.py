@@ -1,9 +1,9 @@
 """The three panels in a process each: states come in and go out on pipes, as a manifest and a slot.
 
 `python -m tools.families.apart IN OUT IN OUT IN OUT` serves on the pipes of each panel. A frame is two lengths of 8
-bytes, then both bodies. Each request is a state {"model", "dtype", "inputs", "seed"} or {"model", "dtype", "state"};
-each answer {"state", "components", "pid"}, or {"error"}. The processes part when everything is imported and nothing
-is loaded yet.
+bytes, then both bodies. Each request is a state {"model", "dtype", "route", "inputs", "seed"}, or one with "state" in
+the place of the last two; each answer {"state", "components", "pid"}, or {"error"}. The processes part when everything
+is imported and nothing is loaded yet.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import transformers
 
 from actors.processes import module_command
 from engines.codec import pack, unpack
+from engines.options import ModelOptions
 from engines.panels import Panel
 from engines.pipeline import PanelPipeline
 
@@ -62,14 +63,21 @@ class Apart:
         return answer
 
     def run(
-        self, model: Path, inputs: dict[str, Any], seed: int, dtype: torch.dtype = torch.float32
+        self, model: Path, inputs: dict[str, Any], seed: int, dtype: torch.dtype = torch.float32, route: str = ""
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Run a request through all three; returns the media by name, and the answer of each panel.
+
+        Args:
+            model: Its folder.
+            inputs: Of the request.
+            seed: Of the request.
+            dtype: Of the weights.
+            route: How the pipeline is cut; "" for the best that the model has.
 
         Raises:
             PanelError: A panel could not do its part.
         """
-        base = {"model": str(model), "dtype": dtype}
+        base = {"model": str(model), "dtype": dtype, "route": route}
         answers = [self.ask(Panel.ENCODER, {**base, "inputs": inputs, "seed": seed})]
         for panel in (Panel.DENOISER, Panel.DECODER):
             answers.append(self.ask(panel, {**base, "state": answers[-1]["state"]}))
@@ -159,12 +167,14 @@ def _run(panel: Panel, pipeline: PanelPipeline, request: dict[str, Any]) -> dict
 
 
 def _serve(panel: Panel, requests: BinaryIO, answers: BinaryIO) -> None:
-    pipelines: dict[tuple[str, torch.dtype], PanelPipeline] = {}
+    pipelines: dict[tuple[str, torch.dtype, str], PanelPipeline] = {}
     while (request := read_state(requests)) is not None:
-        key = (request["model"], request["dtype"])
+        key = (request["model"], request["dtype"], request["route"])
         try:
             if key not in pipelines:
-                pipelines[key] = PanelPipeline.load(Path(key[0]), (panel,), dtype=key[1], device=CPU)
+                pipelines[key] = PanelPipeline.load(
+                    Path(key[0]), (panel,), dtype=key[1], device=CPU, options=ModelOptions(route=key[2])
+                )
             state = _run(panel, pipelines[key], request)
             write_state(answers, {"state": state, "components": sorted(pipelines[key].components), "pid": os.getpid()})
         except Exception as error:  # noqa: BLE001 - an answer too: it goes into the row

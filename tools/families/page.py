@@ -43,9 +43,9 @@ def line(record: Record) -> str:
 def summary(records: Sequence[Record]) -> str:
     """The totals, in sentences."""
     built = [record for record in records if not record.unbuilt]
-    served = [record for record in built if record.cut.served or record.whole.served]
-    same = [record for record in served if record.cut.identical or record.whole.identical]
-    apart = [record.cut for record in built]
+    served = [record for record in built if any(trial.served for trial in record.trials)]
+    same = [record for record in built if not record.bad]
+    apart = [max(record.cut, record.classic or record.cut, key=_rank) for record in built]
     one = [record.whole for record in built]
     return (
         f"{len(records)} classes; {len(built)} of them can be built tiny. Of those"
@@ -90,6 +90,10 @@ def _short(record: Record) -> str:
     return record.pipeline.removesuffix("Pipeline")
 
 
+def _rank(trial: Trial) -> int:
+    return trial.served + trial.identical
+
+
 def _verdict(trial: Trial) -> str:
     if trial.identical:
         return "identical"
@@ -98,6 +102,10 @@ def _verdict(trial: Trial) -> str:
 
 def _why(record: Record) -> str:
     reasons = dict.fromkeys(trial.why for trial in (record.cut, record.whole) if trial.why)
+    if record.classic:
+        reasons[f'with route = "classic" {_verdict(record.classic)}'] = None
+        if record.classic.why:
+            reasons[record.classic.why] = None
     return "; ".join(reasons)
 
 

@@ -7,6 +7,7 @@ import fnmatch
 import importlib.util
 import inspect
 import os
+import re
 import select
 import signal
 import tempfile
@@ -60,6 +61,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         unbuilt: Why there is no model, or the class itself makes nothing of it; "" where there is one.
         cut: Served by three processes.
         whole: Served by one.
+        classic: Served by three processes by the classic route; None where that is the route anyway, or where blocks
+            make the bits of the class.
         seconds: That the row took.
     """
 
@@ -69,12 +72,18 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     unbuilt: str = ""
     cut: Trial = Trial()
     whole: Trial = Trial()
+    classic: Trial | None = None
     seconds: float = 0.0
 
     @property
     def bad(self) -> bool:
         """Whether it could be built and is not served with the same bits in any way."""
-        return not self.unbuilt and not (self.cut.identical or self.whole.identical)
+        return not self.unbuilt and not any(trial.identical for trial in self.trials)
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """All ways to serve it that were tried."""
+        return (self.cut, self.whole, *((self.classic,) if self.classic else ()))
 
 
 @cache
@@ -123,14 +132,14 @@ def survey(name: str, limit_s: float) -> Record:
         return Record(pipeline=name, unbuilt=sample.unbuilt)
     if lacking := [package for package in sample.needs if importlib.util.find_spec(package) is None]:
         return Record(pipeline=name, unbuilt=f"needs {' and '.join(lacking)}")
-    answer = _bounded(lambda: msgspec.json.encode(_row(sample)), limit_s)
+    answer = bounded(lambda: msgspec.json.encode(_row(sample)), limit_s)
     if answer is None:
         answer = msgspec.json.encode(Record(pipeline=name, unbuilt=f"the run ended, or took more than {limit_s:.0f} s"))
     record = msgspec.json.decode(answer, type=Record)
     return msgspec.structs.replace(record, seconds=round(time.monotonic() - begun, 1))
 
 
-def _bounded(work: Callable[[], bytes], limit_s: float) -> bytes | None:
+def bounded(work: Callable[[], bytes], limit_s: float) -> bytes | None:
     """What a function returns in a process that is forked for it; None where that ended before or took too long."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -176,7 +185,7 @@ def row(sample: Sample, folder: Path, processes: Apart) -> Record:
     try:
         expected = plain(sample, folder)
     except Exception as error:  # noqa: BLE001 - the reason of the row
-        return Record(pipeline=sample.pipeline, unbuilt=f"the class itself fails: {sentence(error)}")
+        return Record(pipeline=sample.pipeline, unbuilt=_of_the_class(error))
     if flat := [name for name, value in expected.items() if not _varied(value)]:
         return Record(pipeline=sample.pipeline, unbuilt=f"the tiny model makes flat {' and '.join(flat)}")
     task = f"{_given(sample.inputs)} → {_made(expected)}"
@@ -190,7 +199,10 @@ def row(sample: Sample, folder: Path, processes: Apart) -> Record:
     else:
         cut = _trial(expected, lambda: processes.run(folder, dict(sample.inputs), SEED)[0])
     whole = _trial(expected, lambda: _whole(folder, sample.inputs))
-    return Record(pipeline=sample.pipeline, task=task, route=route, cut=cut, whole=whole)
+    classic = None
+    if route == "modular" and not cut.identical:
+        classic = _trial(expected, lambda: processes.run(folder, dict(sample.inputs), SEED, route="classic")[0])
+    return Record(pipeline=sample.pipeline, task=task, route=route, cut=cut, whole=whole, classic=classic)
 
 
 def plain(sample: Sample, folder: Path) -> dict[str, Any]:
@@ -243,6 +255,12 @@ def _number(worst: float | None) -> str:
     return "their shape" if worst is None else f"up to {worst:.3g}"
 
 
+def _of_the_class(error: Exception) -> str:
+    if found := re.search(r"`diffusers` has no class `(\w+)`|pipelines.deprecated has no attribute (\w+)", str(error)):
+        return f"diffusers cannot load its own {found[1] or found[2]} from a folder"
+    return f"the class itself fails: {sentence(error)}"
+
+
 def sentence(error: BaseException) -> str:
     """The kind of an error and the first line of its text, short enough for a table."""
     text = str(error).strip().partition("\n")[0]
@@ -283,6 +301,13 @@ def read(path: Path) -> dict[str, Record]:
         return {}
     records = [msgspec.json.decode(line, type=Record) for line in path.read_text().splitlines() if line]
     return {record.pipeline: record for record in records}
+
+
+def keep(path: Path, record: Record) -> None:
+    """Add a row to the file that `read` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.write(msgspec.json.encode(record) + b"\n")
 
 
 def wanted(name: str, only: str) -> bool:

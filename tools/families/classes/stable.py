@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, Final
 
 from diffusers import ControlNetModel, UNet2DConditionModel
+from transformers import CLIPConfig
 
 from tools.families.case import PROMPT, mask, picture
 from tools.families.classes import Sample
-from tools.make_model import stable
+from tools.make_model import stable, text
 from tools.make_model.text import WIDTH
 
 TEXT: Final[dict[str, Any]] = {
@@ -25,7 +26,11 @@ FROM_IMAGE: Final[dict[str, Any]] = {
     "strength": 0.7,
 }
 EDIT: Final[dict[str, Any]] = {"prompt": PROMPT, "negative_prompt": "grey", "num_inference_steps": 3}
-CHECKED: Final[dict[str, Any]] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+_UNCHECKED: Final[dict[str, Any]] = {
+    "safety_checker": None,
+    "feature_extractor": None,
+    "requires_safety_checker": False,
+}
 _NET: Final[dict[str, Any]] = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "block_out_channels": (8, 16),
@@ -50,7 +55,7 @@ def controlnet(**changes: Any) -> ControlNetModel:
 
 def sd(**changes: Any) -> dict[str, Any]:
     """Stable Diffusion 1.5; changes are of its UNet."""
-    return {**CHECKED, "unet": lambda: unet(**changes), "controlnet": controlnet}
+    return {**_UNCHECKED, "unet": lambda: unet(**changes), "controlnet": controlnet}
 
 
 def xl(**changes: Any) -> dict[str, Any]:
@@ -59,6 +64,22 @@ def xl(**changes: Any) -> dict[str, Any]:
     del known["image_encoder"]
     known["unet"] = lambda: stable.sdxl_unet(**changes)
     return {**known, "add_watermarker": False}
+
+
+def checked() -> dict[str, Any]:
+    """A safety checker that finds nothing, for classes that cannot be without one."""
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+
+    config = CLIPConfig(
+        vision_config=text.clip_vision().config.to_dict(),
+        text_config=text.clip_text().config.to_dict(),
+        projection_dim=WIDTH,
+    )
+    return {
+        "safety_checker": lambda: StableDiffusionSafetyChecker(config),
+        "feature_extractor": text.clip_pictures,
+        "requires_safety_checker": True,
+    }
 
 
 def samples() -> list[Sample]:

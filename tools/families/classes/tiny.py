@@ -33,6 +33,7 @@ BY_CLASS: Final[dict[str, Callable[[], Any]]] = {
     "Qwen2_5_VLForConditionalGeneration": text.qwen2_5_vl,
     "Qwen2Tokenizer": text.chat_tokenizer,
     "Qwen2TokenizerFast": text.chat_tokenizer,
+    "SchedulerMixin": lambda: diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
     "T5EncoderModel": text.t5,
     "T5Tokenizer": lambda: text.tokenizer(start=False),
     "T5TokenizerFast": lambda: text.tokenizer(start=False),

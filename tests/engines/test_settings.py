@@ -1,0 +1,250 @@
+"""What a request sets of the parts of a pipeline gives the picture that the same settings give in plain diffusers."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import ModularPipeline, guiders
+from diffusers.hooks import LayerSkipConfig
+
+from engines.codec import pack, unpack
+from engines.options import DEFAULTS, ComponentOptions, ModelOptions
+from engines.panels import InputError, ModelError, Panel
+from engines.pipeline import PanelPipeline
+from tests.engines.classics import Models, expected, finish, plain, request
+from tests.engines.results import media, same, seeded
+from tools.families.apart import CPU
+
+SDXL = {"prompt": "a red ship", "height": 64, "width": 64, "num_inference_steps": 4, "negative_prompt": "grey"}
+WAN = {"prompt": "a cat", "height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 4, "negative_prompt": "x"}
+
+
+@cache
+def panel(model: Path, which: Panel, options: ModelOptions = DEFAULTS) -> PanelPipeline:
+    return PanelPipeline.load(model, (which,), dtype=torch.float32, device=CPU, options=options)
+
+
+def crossed(state: dict[str, object]) -> dict[str, object]:
+    packed = pack(state)
+    memory = torch.zeros(max(packed.nbytes, 1), dtype=torch.uint8)
+    packed.copy_to(memory)
+    return unpack(packed.manifest, memory, CPU)
+
+
+def served(model: Path, inputs: dict[str, Any], seed: int, options: ModelOptions = DEFAULTS) -> Any:
+    """The picture of three parts of a pipeline, one with each panel."""
+    state = crossed(panel(model, Panel.ENCODER, options).encode(inputs, seed))
+    state = crossed(finish(panel(model, Panel.DENOISER, options).denoise(state)))
+    return media(panel(model, Panel.DECODER, options).decode(state))
+
+
+@cache
+def blocks(model: Path) -> Any:
+    pipeline = ModularPipeline.from_pretrained(str(model))
+    pipeline.load_components(dtype=torch.float32)
+    return pipeline
+
+
+def modular(model: Path, inputs: dict[str, Any], seed: int, **components: Any) -> Any:
+    """What plain diffusers makes with some components in the place of its own."""
+    pipeline = blocks(model)
+    before = {name: getattr(pipeline, name) for name in components}
+    pipeline.update_components(**components)
+    try:
+        return media(pipeline(generator=seeded(seed), **inputs))
+    finally:
+        pipeline.update_components(**before)
+
+
+def test_a_scheduler_of_a_request_is_that_of_diffusers(models: Models) -> None:
+    model = models("sdxl")
+    wanted = {
+        "scheduler": "dpm++",
+        "scheduler_options": {"use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++"},
+    }
+    config = blocks(model).scheduler.config
+    own = diffusers.DPMSolverMultistepScheduler.from_config(config, **wanted["scheduler_options"])
+    ours = served(model, {**SDXL, **wanted}, 3)
+    assert same(ours, modular(model, SDXL, 3, scheduler=own))
+    assert not same(ours, served(model, SDXL, 3))
+    # The one that all share is as it was.
+    assert same(served(model, SDXL, 3), modular(model, SDXL, 3))
+
+
+def test_options_alone_change_the_scheduler_of_the_model(models: Models) -> None:
+    model = models("flux-kl")
+    inputs = {"prompt": "a ship", "height": 64, "width": 64, "num_inference_steps": 3, "max_sequence_length": 16}
+    scheduler = blocks(model).scheduler
+    own = type(scheduler).from_config(scheduler.config, use_dynamic_shifting=False, shift=5.0)
+    ours = served(model, {**inputs, "scheduler_options": {"use_dynamic_shifting": False, "shift": 5.0}}, 3)
+    assert same(ours, modular(model, inputs, 3, scheduler=own))
+    assert not same(ours, served(model, inputs, 3))
+
+
+def test_a_scheduler_reaches_all_panels_of_a_classic_pipeline(classic_models: Models) -> None:
+    model = classic_models("pixart")
+    inputs = request(model, num_inference_steps=4, guidance_scale=2.0)
+    pipeline = plain(model, torch.float32)
+    own = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    ours = served(model, {**inputs, "scheduler": "euler", "scheduler_options": {"timestep_spacing": "trailing"}}, 3)
+    before, pipeline.scheduler = pipeline.scheduler, own
+    try:
+        assert same(ours, expected(model, inputs, 3))
+    finally:
+        pipeline.scheduler = before
+    assert not same(ours, expected(model, inputs, 3))
+
+
+def test_a_topology_sets_them_for_all_requests(models: Models) -> None:
+    model = models("sdxl")
+    options = ModelOptions(
+        scheduler=ComponentOptions.of({"class": "UniPCMultistepScheduler", "use_karras_sigmas": True}),
+        guider=ComponentOptions.of({"class": "apg", "guidance_scale": 4.0, "eta": 0.5}),
+    )
+    pipeline = blocks(model)
+    scheduler = diffusers.UniPCMultistepScheduler.from_config(pipeline.scheduler.config, use_karras_sigmas=True)
+    guider = guiders.AdaptiveProjectedGuidance.from_config(pipeline.guider.config, guidance_scale=4.0, eta=0.5)
+    theirs = modular(model, SDXL, 3, scheduler=scheduler, guider=guider)
+    assert same(served(model, SDXL, 3, options), theirs)
+    parameters = {each.name: each for each in panel(model, Panel.ENCODER, options).signature.parameters}
+    assert parameters["scheduler"].default == "UniPCMultistepScheduler"
+    assert parameters["guider"].default == "AdaptiveProjectedGuidance"
+    assert parameters["guidance_scale"].default == 4.0
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"guider": "AdaptiveProjectedGuidance", "guider_options": {"adaptive_projected_guidance_momentum": -0.5}},
+        {"guider": "slg", "guider_options": {"skip_layer_guidance_layers": (0,), "skip_layer_guidance_stop": 0.9}},
+        {"guider": "AutoGuidance", "guider_options": {"auto_guidance_layers": 0, "dropout": 1.0}},
+        {"guider": "ClassifierFreeZeroStarGuidance"},
+        {"guider_options": {"start": 0.3, "stop": 0.8}},
+    ],
+)
+def test_a_guider_of_a_request_is_that_of_diffusers(wanted: dict[str, Any], models: Models) -> None:
+    model = models("wan")
+    pipeline = blocks(model)
+    names = {"slg": "SkipLayerGuidance"}
+    name = wanted.get("guider", "ClassifierFreeGuidance")
+    options = dict(wanted.get("guider_options", {}))
+    if options.pop("skip_layer_guidance_layers", None):
+        options["skip_layer_config"] = LayerSkipConfig([0])
+    if "auto_guidance_layers" in options:
+        options = {"auto_guidance_config": LayerSkipConfig([0], dropout=options["dropout"])}
+    guider = getattr(guiders, names.get(name, name)).from_config(pipeline.guider.config, **options)
+    ours = served(model, {**WAN, **wanted}, 3)
+    assert same(ours, modular(model, WAN, 3, guider=guider))
+    assert not same(ours, served(model, WAN, 3))
+    assert same(served(model, WAN, 3), modular(model, WAN, 3))
+
+
+def test_guidance_can_be_rescaled(models: Models) -> None:
+    model = models("sdxl")
+    guider = blocks(model).guider.new(guidance_rescale=0.7, guidance_scale=6.0)
+    ours = served(model, {**SDXL, "guidance_rescale": 0.7, "guidance_scale": 6.0}, 3)
+    assert same(ours, modular(model, SDXL, 3, guider=guider))
+    assert not same(ours, served(model, {**SDXL, "guidance_scale": 6.0}, 3))
+
+
+def test_the_second_guider_has_a_scale_of_its_own(models: Models) -> None:
+    model = models("wan22")
+    pipeline = blocks(model)
+    first, second = pipeline.guider.new(guidance_scale=4.0), pipeline.guider_2.new(guidance_scale=2.0)
+    ours = served(model, {**WAN, "guidance_scale": 4.0, "guidance_scale_2": 2.0}, 3)
+    assert same(ours, modular(model, WAN, 3, guider=first, guider_2=second))
+    one = served(model, {**WAN, "guidance_scale": 4.0}, 3)
+    assert same(one, modular(model, WAN, 3, guider=first, guider_2=pipeline.guider_2.new(guidance_scale=4.0)))
+    assert not same(ours, one)
+
+
+def test_a_guider_leaves_nothing_on_a_model_whose_forward_failed(models: Models, monkeypatch: Any) -> None:
+    model = models("wan")
+    pipeline = panel(model, Panel.DENOISER)
+    wanted = {"guider": "slg", "guider_options": {"skip_layer_guidance_layers": (0,), "skip_layer_guidance_stop": 0.9}}
+    state = panel(model, Panel.ENCODER).encode({**WAN, **wanted}, 3)
+    transformer = pipeline._parts.pipeline.transformer
+    calls = 0
+    forward = transformer.forward
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if any(block._diffusers_hook.hooks for block in transformer.blocks if hasattr(block, "_diffusers_hook")):
+            raise RuntimeError("no more memory")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(transformer, "forward", fail)
+    with pytest.raises(RuntimeError, match="no more memory"):
+        finish(pipeline.denoise(state))
+    monkeypatch.undo()
+    assert calls > 1
+    assert same(served(model, WAN, 3), modular(model, WAN, 3))
+
+
+@pytest.mark.parametrize("family", ["flux-kl", "wan"])
+def test_a_vae_in_tiles_is_that_of_diffusers_and_the_shared_one_stays(family: str, models: Models) -> None:
+    model = models(family)
+    large = {**WAN, "height": 64, "width": 64}
+    if family == "wan":
+        sizes = {"tile_sample_min_height": 32, "tile_sample_min_width": 32}
+        sizes |= {"tile_sample_stride_height": 24, "tile_sample_stride_width": 24}
+        wanted: dict[str, Any] = {"vae_tiling": True, "vae_tiling_options": sizes}
+    else:
+        large = {"prompt": "a ship", "height": 256, "width": 256, "num_inference_steps": 1, "max_sequence_length": 16}
+        sizes, wanted = {}, {"vae_tiling": True, "vae_slicing": True}
+    ours = served(model, {**large, **wanted}, 3)
+    vae = copy.copy(blocks(model).vae)
+    vae.enable_tiling(**sizes)
+    assert same(ours, modular(model, large, 3, vae=vae))
+    assert not same(ours, served(model, large, 3))
+    tiled = ModelOptions(vae_tiling=True, vae_tiling_options=tuple(sorted(sizes.items())))
+    assert same(ours, served(model, large, 3, tiled))
+    assert same(served(model, {**large, "vae_tiling": False}, 3, tiled), served(model, large, 3))
+
+
+def test_what_an_encoder_may_read_is_told_from_what_it_cannot(models: Models) -> None:
+    encodes = panel(models("sdxl"), Panel.ENCODER).signature.encodes
+    assert {"guider", "guider_options"} <= set(encodes)
+    assert not {"scheduler", "scheduler_options", "vae_tiling"} & set(encodes)
+
+
+def test_what_an_encoder_made_does_for_another_scheduler(models: Models) -> None:
+    model = models("sdxl")
+    first, second = {**SDXL, "scheduler": "ddim"}, {**SDXL, "vae_tiling": True}
+    state = panel(model, Panel.ENCODER).encode(first, 3)
+    renewed = panel(model, Panel.ENCODER).renew(state, second, 3)
+    made = media(panel(model, Panel.DECODER).decode(finish(panel(model, Panel.DENOISER).denoise(renewed))))
+    assert same(made, served(model, second, 3))
+
+
+def test_what_cannot_be_set_is_refused_in_words(models: Models) -> None:
+    model = models("sdxl")
+    encoder = panel(model, Panel.ENCODER)
+    for wanted, sentence in (
+        ({"scheduler": "Fast"}, "scheduler must be one of"),
+        ({"scheduler_options": {"use_karass_sigmas": True}}, "did you mean use_karras_sigmas"),
+        ({"scheduler_options": {"use_karras_sigmas": "yes"}}, "use_karras_sigmas, which must be true or false"),
+        ({"scheduler_options": {"timestep_spacing": "wide"}}, "must be one of linspace, leading, trailing"),
+        ({"scheduler_options": {"num_train_timesteps": 10**9}}, "num_train_timesteps, which must be 1 to 10000"),
+        ({"scheduler_options": {"use_karras_sigmas": True, "use_beta_sigmas": True}}, "Only one of"),
+        ({"guider": "slg"}, "skip_layer_guidance_layers"),
+        ({"guider_options": {"stop": 2.0}}, "ClassifierFreeGuidance cannot be made of these options"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            encoder.encode({**SDXL, **wanted}, 1)
+    for options, sentence in (
+        (ModelOptions(scheduler=ComponentOptions.of({"class": "Fast"})), "scheduler must be one of"),
+        (ModelOptions(guider=ComponentOptions.of({"strength": 1.0})), "strength, which is no option of"),
+    ):
+        with pytest.raises(ModelError, match=sentence):
+            PanelPipeline.load(model, (Panel.ENCODER,), dtype=torch.float32, device=CPU, options=options)
+    options = ModelOptions(vae_tiling_options=(("tile_sample_min_height", 8),), vae_tiling=True)
+    with pytest.raises(ModelError, match="the VAE of this model takes no options"):
+        PanelPipeline.load(models("flux"), (Panel.ENCODER,), dtype=torch.float32, device=CPU, options=options)
