@@ -28,6 +28,7 @@ from engines.panels import Panel
 from engines.pipeline import PanelPipeline
 from engines.routes import route_for
 from engines.seeds import GlobalRng, seeded
+from engines.settings import VAE_TILING
 from tools.families.apart import CPU, Apart, forked
 from tools.families.classes import Sample, by_class, tiny
 from tools.families.compare import SEED, arrays, difference, identical
@@ -215,6 +216,8 @@ def plain(sample: Sample, folder: Path) -> dict[str, Any]:
     pipeline.set_progress_bar_config(disable=True)
     taken = inspect.signature(cls.__call__).parameters
     given = dict(sample.inputs)
+    if given.pop(VAE_TILING, False):
+        pipeline.vae.enable_tiling()
     if "generator" in taken:
         given["generator"] = seeded(SEED)
     if "output_type" in taken and medium_of(results_of(cls.__call__)) != "image":
