@@ -98,9 +98,10 @@ class ModelSection(Section, frozen=True):
     that of its folder."""
     dtype: Dtype = "bfloat16"
     """Type of the weights and of the computation."""
-    task: str = ""
-    """Such as `text2image` or `image2image`, or `any`: all that the pipeline can do, with all the weights for that;
-    "" = that of the model's card, else the first that needs just a prompt."""
+    task: str | tuple[str, ...] = ""
+    """Such as `text2image`; or a list of tasks, or `any` for all that the folder can do: then the inputs of a request
+    tell which it is for, and all the weights for that are loaded; "" = that of the model's card, else what the class
+    that its index names does. See docs/models.md."""
     route: Literal["", "modular", "classic"] = ""
     """`modular` runs the blocks that diffusers has of a pipeline, `classic` the class that the model's index names;
     "" = the blocks where they can do what the class does, else the class. See docs/models.md."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, NamedTuple, TypeAlias
@@ -19,7 +19,7 @@ from api.head import Head
 from api.models import describe
 from api.names import Names
 from api.uploads import MAX_FILES, MAX_FRAMES, Size, Source, UploadDesk
-from roles.messages.requests import KNOWN, PICTURES, WORDS, Kind
+from roles.messages.requests import KNOWN, PICTURES, WORDS, Kind, Task
 from roles.messages.work import Numbers, Options, Scalar
 
 MAX_FIELDS: Final = 128
@@ -68,10 +68,10 @@ async def read_fields(request: Request, own: frozenset[str], names: Names | None
     async with AsyncExitStack() as stack:
         chunks = await stack.enter_async_context(intake.receive(request, MAX_FORM_BYTES if texts else MAX_JSON_BYTES))
         given = await _read_form(request.headers, chunks, stack) if texts else await read_object(chunks)
-        kinds = await _kinds(request, given, own)
+        kinds, tasks = await _taken(request, given, own)
         desk: UploadDesk = request.app.state.uploads
         names = names or Names()
-        values = await _convert(_named(given, kinds, names), kinds, own, desk, texts=texts)
+        values = await _convert(_named(given, kinds, names), kinds, tasks, own, desk, texts=texts)
         return Fields(values, texts, names, frozenset(kinds))
 
 
@@ -104,14 +104,16 @@ class _WholeForm(MultiPartParser):
         self.ended = True
 
 
-async def _kinds(request: Request, given: Mapping[str, object], own: frozenset[str]) -> Mapping[str, Kind]:
-    """Kinds of the model's inputs; not asked for where there is nothing that they could decide."""
+async def _taken(
+    request: Request, given: Mapping[str, object], own: frozenset[str]
+) -> tuple[Mapping[str, Kind], tuple[Task, ...]]:
+    """Kinds of the model's inputs, and its tasks; not asked for where there is nothing that they could decide."""
     if not {_plain(name) for name in given} - own:
-        return {}
+        return {}, ()
     head: Head = request.app.state.head
     model = given.get("model")
     description = await describe(head, model if isinstance(model, str) else None)
-    return {parameter.name: parameter.kind for parameter in description.parameters} or KNOWN
+    return {parameter.name: parameter.kind for parameter in description.parameters} or KNOWN, description.tasks
 
 
 class _Given(NamedTuple):
@@ -140,7 +142,13 @@ def _plain(name: str) -> str:
 
 
 async def _convert(
-    given: Mapping[str, _Given], kinds: Mapping[str, Kind], own: frozenset[str], desk: UploadDesk, *, texts: bool
+    given: Mapping[str, _Given],
+    kinds: Mapping[str, Kind],
+    tasks: Sequence[Task],
+    own: frozenset[str],
+    desk: UploadDesk,
+    *,
+    texts: bool,
 ) -> dict[str, object]:
     values: dict[str, object] = {}
     sizes: dict[str, Size] = {}
@@ -150,7 +158,7 @@ async def _convert(
         if kind in PICTURES and value is not None:
             values[name], sizes[name] = await desk.keep(param, _sources(param, value, kind))
         elif has_files or (value is not None and name not in own and KNOWN.get(name) in PICTURES):
-            raise refused(param, f"takes no picture{_takers(kinds)}")
+            raise refused(param, f"takes no picture{_takers(kinds, tasks)}")
         elif texts and isinstance(value, str):
             values[name] = _from_text(param, value, kind or KNOWN.get(name))
         else:
@@ -161,9 +169,14 @@ async def _convert(
     return values
 
 
-def _takers(kinds: Mapping[str, Kind]) -> str:
+def _takers(kinds: Mapping[str, Kind], tasks: Sequence[Task]) -> str:
     names = sorted(name for name, kind in kinds.items() if kind in PICTURES)
-    return f": this model takes them for {', '.join(names)}" if names else ": this model takes no pictures"
+    if names:
+        return f": this model takes them for {', '.join(names)}"
+    if not tasks:
+        return ": this model takes no pictures"
+    served = " and ".join(task.name for task in tasks)
+    return f": this model takes no pictures, since it is served for {served} ([model] task of the topology)"
 
 
 def _sources(name: str, value: object, kind: Kind | None) -> list[Source]:

@@ -39,6 +39,13 @@ class ParameterObject(msgspec.Struct):
     description: str | UnsetType = UNSET
 
 
+class TaskObject(msgspec.Struct):
+    """A task, and the parameters that a request for it gives."""
+
+    name: str
+    requires: tuple[str, ...]
+
+
 class ModelObject(msgspec.Struct):
     """OpenAI's model object, with what the model makes and what it takes."""
 
@@ -46,11 +53,14 @@ class ModelObject(msgspec.Struct):
     created: int
     """Unix seconds."""
     family: str
-    task: str
+    task: str | UnsetType
+    """The one that it serves, or "any" of several; absent until that is known."""
     dtype: str
     medium: str
     """image, video or audio."""
     parameters: list[ParameterObject]
+    tasks: list[TaskObject] | UnsetType = UNSET
+    """What requests may be for; which one, their inputs tell. Absent until the model is loaded."""
     fps: float | UnsetType = UNSET
     """Of videos, where a request asks for no other."""
     object: Literal["model"] = "model"
@@ -70,13 +80,14 @@ def model_object(description: ModelDescription) -> ModelObject:
         id=description.name,
         created=int(description.created_at),
         family=description.family,
-        task=description.task,
+        task=description.task or UNSET,
         dtype=description.dtype,
         medium=description.medium,
         parameters=[
             parameter_object(parameter, description.ranges.get(parameter.name, ()))
             for parameter in description.parameters
         ],
+        tasks=[TaskObject(task.name, task.requires) for task in description.tasks] or UNSET,
         fps=description.fps or UNSET,
     )
 

@@ -14,11 +14,6 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
-from diffusers.pipelines.auto_pipeline import (
-    AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
-    AUTO_INPAINT_PIPELINES_MAPPING,
-    AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
-)
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 
@@ -46,6 +41,7 @@ from engines.seeds import GENERATOR
 from engines.settings import configure, setting_parameters
 from engines.shadows import Shadow
 from engines.stepping import Denoising
+from engines.tasks import class_tasks, required_by
 from engines.vocabulary import of_call
 from engines.weight_files import component_files
 
@@ -81,17 +77,7 @@ def signature(pipeline: Any) -> Signature:
     settings = setting_parameters(pipeline)
     parameters = with_aliases(declared, settings, guided=has_guider(pipeline), guidance=guidance(pipeline), fps=fps)
     inputs = public_names(accepted(pipeline), parameters)
-    return Signature(parameters, inputs, medium, fps, inputs)
-
-
-def required_by(cls: type) -> frozenset[str]:
-    """Names of inputs that a pipeline needs although it declares them as optional: so do nearly all."""
-    names = inspect.signature(cls.__call__).parameters.keys()
-    if cls in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values():
-        return frozenset()
-    if cls in AUTO_INPAINT_PIPELINES_MAPPING.values():
-        return frozenset(names & {"image", "mask_image"})
-    return frozenset(names & {"image"}) if cls in AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.values() else frozenset()
+    return Signature(parameters, inputs, medium, fps, inputs, class_tasks(type(pipeline), medium))
 
 
 def call(pipeline: Any, inputs: Mapping[str, object], generator: torch.Generator) -> dict[str, object]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -22,9 +22,9 @@ import msgspec
 
 from engines.aliases import conflict
 from engines.alternatives import with_classes
-from engines.checks import MAX_STEPS, CardError, Limits, check_count, checked, count_of, kind_of, limits_of
+from engines.checks import MAX_STEPS, CardError, Limits, check_count, check_task, checked, count_of, kind_of, limits_of
 from engines.panels import ModelError
-from engines.parameters import KNOWN, Default, Kind, Parameter
+from engines.parameters import KNOWN, Default, Kind, Parameter, Task
 
 __all__ = ["CARD_NAME", "INDEX_NAMES", "CardError", "ModelCard", "load_card", "load_index"]
 
@@ -48,8 +48,8 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How people call it."""
     family: str = ""
     """Such as "flux" or "wan"."""
-    task: str = ""
-    """Such as "text-to-image"; "" is the family's first task, "any" is all that the folder can do."""
+    task: str | tuple[str, ...] = ""
+    """Such as "text-to-image", or several; "" is what the class of the index does, "any" all that the folder can do."""
     defaults: dict[str, Value] = msgspec.field(default_factory=dict)
     """The value of each parameter that a request leaves out."""
     ranges: dict[str, tuple[float, ...]] = msgspec.field(default_factory=dict)
@@ -57,20 +57,26 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_tokens: int = 0
     """Most tokens of a prompt where `ranges` says nothing of them; 0 for what the tokenizers say, if they do."""
 
-    def apply(self, inputs: Mapping[str, object], parameters: Collection[Parameter] | None = None) -> dict[str, object]:
+    def apply(
+        self,
+        inputs: Mapping[str, object],
+        parameters: Collection[Parameter] | None = None,
+        tasks: Sequence[Task] = (),
+    ) -> dict[str, object]:
         """Fill in the defaults and check what a request asks for; `inputs` stays as it is.
 
         Args:
             inputs: Parameters by public name; None stands for left out. For what they may be see `checks.checked`.
             parameters: What the pipeline takes (`Signature.parameters`). Where that is not known yet, any name will
                 do, nothing is required, and what is known by name is checked.
+            tasks: What requests may be for (`Signature.tasks`).
 
         Returns:
             The parameters to run with; without defaults of what the pipeline does not take.
 
         Raises:
-            CardError: A parameter is unknown or missing, of the wrong kind or out of range, or two names of one
-                parameter say different things.
+            CardError: A parameter is unknown or missing, of the wrong kind or out of range, two names of one
+                parameter say different things, or the request is for none of the tasks.
         """
         given = {name: value for name, value in inputs.items() if value is not None}
         taken = {parameter.name: parameter for parameter in parameters or ()}
@@ -84,6 +90,7 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for parameter in taken.values():
             if parameter.required and parameter.name not in applied:
                 raise CardError(parameter.name, "is required.")
+        check_task(applied, tasks)
         if different := conflict(applied, taken.values()):
             raise CardError(different[0], f"is another name of {different[1]}, which says something else.")
         applied |= self._steps(given, taken)
@@ -163,12 +170,12 @@ def _check_strength(applied: Mapping[str, object], taken: Mapping[str, Parameter
         raise CardError(STEPS, f"times strength must be at least 1, not {steps} times {strength:g}: give {needed}.")
 
 
-def load_card(model: Path, task: str = "", title: str = "") -> ModelCard:
+def load_card(model: Path, task: str | tuple[str, ...] = "", title: str = "") -> ModelCard:
     """Read the card of a model; a folder without one gets a card made from its index.
 
     Args:
         model: The folder.
-        task: In place of the card's, "" for that.
+        task: In place of the card's, "" or none for that.
         title: Its name where the card has none, "" for that of its folder.
 
     Raises:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
-from engines.parameters import PICTURES, WORDS, Kind, Parameter
+from engines.parameters import PICTURES, WORDS, Kind, Parameter, Task
 
 Limits = tuple[float, ...]
 """(lowest, highest) or (lowest, highest, step); a value is a multiple of the step. () is no limit."""
@@ -64,6 +64,31 @@ class CardError(Exception):
         super().__init__(f"{param} {message}")
         self.param = param
         self.message = message
+
+
+def check_task(inputs: Mapping[str, object], tasks: Sequence[Task]) -> None:
+    """Refuse a request that is for none of the tasks that a model serves.
+
+    Args:
+        inputs: By name; None and False stand for left out.
+        tasks: Of a model. Where there is just one, what it requires is checked elsewhere.
+
+    Raises:
+        CardError: It gives an input of one task beside one of another, or lacks one; the sentence lists the tasks.
+    """
+    if len(tasks) < 2:
+        return
+    given = {name for name, value in inputs.items() if value is not None and value is not False}
+    telling = given & {name for task in tasks for name in task.takes}
+    wrong = [(telling - set(task.takes), set(task.requires) - given) for task in tasks]
+    extra, lacking = min(wrong, key=lambda names: (len(names[0]) + len(names[1]), len(names[0])))
+    if not extra and not lacking:
+        return
+    listed = ", ".join(f"{task.name} ({', '.join(task.requires)})" for task in tasks)
+    others = ", ".join(sorted(telling - extra)) or "nothing else"
+    verb = "is required" if lacking else "cannot be given"
+    name = min(lacking or extra)
+    raise CardError(name, f"{verb} beside {others}: the tasks of this model are {listed}.")
 
 
 def limits_of(name: str, kind: Kind) -> Limits:

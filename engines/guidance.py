@@ -29,7 +29,7 @@ from engines.settings import (
     own_vae,
 )
 
-__all__ = ["GUIDANCE_SCALE", "guidance", "has_guider", "private"]
+__all__ = ["GUIDANCE_SCALE", "guidance", "has_guider", "private", "set_guidance"]
 
 
 def private(
@@ -79,6 +79,14 @@ def private(
 def _scale(inputs: Mapping[str, object], guider: str) -> float | None:
     second = inputs.get(GUIDANCE_SCALE_2) if guider == SECOND_GUIDER else None
     return cast("float | None", inputs.get(GUIDANCE_SCALE) if second is None else second)
+
+
+def set_guidance(pipeline: Any, guidance_scale: float | None) -> None:
+    """Set the scale of guidance of requests that give none; None, or the scale that it has, changes nothing."""
+    if guidance_scale is None or guidance(pipeline) in (None, guidance_scale):
+        return
+    for name, component in list(guiders_of(pipeline)):
+        setattr(pipeline, name, component.new(**_changes(component, guidance_scale)))
 
 
 def _changes(guider: Any, guidance_scale: float | None) -> dict[str, object]:

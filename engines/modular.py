@@ -8,10 +8,11 @@ from typing import Any, Final, cast
 
 import torch
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
+from msgspec.structs import replace
 
 from engines.aliases import public_names, with_aliases
 from engines.geometry import with_steps
-from engines.guidance import GUIDANCE_SCALE, guidance, has_guider, private
+from engines.guidance import GUIDANCE_SCALE, guidance, has_guider, private, set_guidance
 from engines.ip_adapters import load_ip_adapters
 from engines.loading import geometry_problem, load_components, make_shadows
 from engines.media import frames_per_s, medium_of, with_sampling_rate
@@ -20,7 +21,7 @@ from engines.parameters import PICTURES, Signature
 from engines.placing import Placement
 from engines.seeds import GENERATOR, is_fresh, seeded
 from engines.settings import OF_GUIDERS, OF_SCHEDULER, OF_VAE, SCHEDULER, VAE, configure, setting_parameters
-from engines.split import KWARGS_MAPPING, Split, crossing, joined, load_split, switches
+from engines.split import KWARGS_MAPPING, Split, crossing, ignored, joined, load_split, switches
 from engines.stepping import BlockDenoising, Denoising
 from engines.vocabulary import of_blocks
 
@@ -35,7 +36,9 @@ class ModularParts:
         self.pipeline = pipeline
         self.components = components
         self._split = split
-        names = {declared.name for declared in split.blocks.inputs if declared.name}
+        declared = of_blocks(split.blocks, split.required)
+        unread = ignored(split.blocks) & {item.name for item in declared}
+        names = {declared.name for declared in split.blocks.inputs if declared.name} - unread
         self._takes_generator = GENERATOR in names
         guided = {GUIDANCE_SCALE} if has_guider(pipeline) else set()
         settings = setting_parameters(pipeline)
@@ -43,9 +46,17 @@ class ModularParts:
         self.inputs = frozenset(names | self._settings)
         medium = medium_of(split.outputs, split.task)
         defaults = {declared.name: declared.default for declared in split.blocks.inputs if declared.name}
+        defaults |= {name: value for name, value in split.defaults.items() if name in defaults}
+        self._defaults = defaults
         fps = frames_per_s(medium, defaults, pipeline)
-        declared = with_steps(of_blocks(split.blocks, split.required), pipeline)
-        parameters = with_aliases(declared, settings, guided=bool(guided), guidance=guidance(pipeline), fps=fps)
+        public = [
+            replace(item, default=defaults[item.name]) if item.name in split.defaults else item
+            for item in declared
+            if item.name not in unread
+        ]
+        parameters = with_aliases(
+            with_steps(public, pipeline), settings, guided=bool(guided), guidance=guidance(pipeline), fps=fps
+        )
         self._draws = GENERATOR in encoded(split)
         pictures = {parameter.alias_of or parameter.name for parameter in parameters if parameter.kind in PICTURES}
         read = encoded(split) | guided | pictures | {GENERATOR}
@@ -55,7 +66,7 @@ class ModularParts:
         later = {item.name for panel in (Panel.DENOISER, Panel.DECODER) for item in split.parts[panel].inputs}
         hands_on = self.inputs & later - set(split.parts[Panel.ENCODER].intermediate_output_names)
         self.signature = Signature(
-            parameters, public_names(encodes, parameters), medium, fps, public_names(hands_on, parameters)
+            parameters, public_names(encodes, parameters), medium, fps, public_names(hands_on, parameters), split.tasks
         )
 
     def encode(self, inputs: Mapping[str, object], seed: int) -> dict[str, object]:
@@ -63,7 +74,7 @@ class ModularParts:
         state = PipelineState()
         for declared in self._split.blocks.inputs:
             if declared.name:
-                state.set(declared.name, inputs.get(declared.name, declared.default), declared.kwargs_type)
+                state.set(declared.name, inputs.get(declared.name, self._defaults[declared.name]), declared.kwargs_type)
         if self._takes_generator:
             state.set(GENERATOR, seeded(seed))
         state = self._run(Panel.ENCODER, private(self.pipeline, inputs, encodes=True), state)
@@ -126,6 +137,7 @@ def load_modular(model: Path, panels: tuple[Panel, ...], placement: Placement) -
     loaded = load_components(pipeline, split, placement)
     load_ip_adapters(pipeline, split, loaded)
     make_shadows(pipeline, split, placement)
+    set_guidance(pipeline, cast("float | None", split.defaults.get(GUIDANCE_SCALE)))
     configure(pipeline, placement.options)
     return ModularParts(split, pipeline, loaded)
 

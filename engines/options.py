@@ -28,8 +28,8 @@ class ComponentOptions(msgspec.Struct, frozen=True):
 class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The same for every process that serves a model; the defaults serve it as its files say."""
 
-    task: str = ""
-    """A workflow of the pipeline, or "any", in place of that of the model's card; "" for that."""
+    task: str | tuple[str, ...] = ""
+    """A task, several, or "any", in place of those of the model's card; "" or none for those."""
     route: str = ""
     """"modular" or "classic", see `engines.routes.Route`; "" for the best that the model has."""
     variant: str = ""

@@ -115,6 +115,17 @@ class Parameter(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     """Of options: the classes that take some."""
 
 
+class Task(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One thing that a model can be asked for; the inputs of a request tell which."""
+
+    name: str
+    """Such as "text2image"."""
+    requires: tuple[str, ...] = ()
+    """Names of the inputs that a request for it gives."""
+    takes: tuple[str, ...] = ()
+    """Those, and others that no request for another task gives."""
+
+
 class Signature(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What a loaded pipeline takes and makes."""
 
@@ -128,6 +139,8 @@ class Signature(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     """Frames per second of its videos where a request asks for no other; 0 where it makes none."""
     hands_on: tuple[str, ...] = ()
     """Public names of the inputs that later stages get as they came, images with all their pixels."""
+    tasks: tuple[Task, ...] = ()
+    """What requests may be for: one, or several among which their inputs decide."""
 
     def parameter(self, name: str) -> Parameter | None:
         """Find one by its public name."""

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from engines.adapters import Adapters
 from engines.aliases import conflict, in_words_of
 from engines.alternatives import with_classes
-from engines.checks import CardError, check_scalars
+from engines.checks import CardError, check_scalars, check_task
 from engines.classic import load_classic
 from engines.conversion import DTYPE, converted
 from engines.lora import LORA, LORA_SCALE, PARAMETERS, Choice, LoraFile, check_lora, choose
@@ -157,7 +157,7 @@ class PanelPipeline:
 
         Raises:
             InputError: There is a name that the pipeline does not take, two for one thing that differ, a value of the
-                wrong kind, or no such adapter.
+                wrong kind, no such adapter, or inputs that are for none of its tasks.
         """
         self._require(Panel.ENCODER)
         meant = self._meant(inputs)
@@ -242,6 +242,7 @@ class PanelPipeline:
             raise InputError(f"{different[0]} and {different[1]} are the same to this pipeline, but differ.")
         try:
             check_scalars(inputs, parameters)
+            check_task(inputs, self.signature.tasks)
             inputs = with_classes(inputs, parameters)
             check_lora(inputs, [file.name for file in self._adapters.files])
         except CardError as error:

@@ -10,13 +10,17 @@ from typing import Any
 import diffusers
 
 from engines.anatomy import anatomy
-from engines.card import load_index
+from engines.card import load_card, load_index
 from engines.loading import geometry_problem
-from engines.media import foreign, results_of
+from engines.media import foreign, medium_of, results_of
 from engines.options import DEFAULTS, ModelOptions
 from engines.panels import ModelError, Panel
-from engines.split import load_split, modular_class, pipeline_class
+from engines.parameters import Medium, Task
+from engines.split import NoWorkflowError, load_split, modular_class, pipeline_class
+from engines.tasks import asked, class_task_problem, class_tasks, classic_class
 from engines.weight_files import check_components
+
+__all__ = ["Route", "check_panels", "classic_class", "describe", "route_for", "route_of", "tasks_of"]
 
 
 class Route(StrEnum):
@@ -49,21 +53,41 @@ def route_for(model: Path, options: ModelOptions = DEFAULTS) -> Route:
         options: How it is cut.
 
     Raises:
-        ModelError: It is no model, or diffusers has no such pipeline, or one that has no tasks to choose of.
+        ModelError: It is no model, or diffusers has no such pipeline, or none for the route or the task.
     """
     index = load_index(model)
     check_components(index, options)
     if options.route == Route.MODULAR:
         pipeline_class(index, model)
-    route = _without_blocks(index) if options.route == Route.CLASSIC else route_of(index)
-    named = getattr(diffusers, str(index["_class_name"]), None)
-    has_both = route is Route.MODULAR and issubclass(named or object, diffusers.DiffusionPipeline)
-    # A few pipelines know a VAE that their blocks do not: without blocks they make the right size.
-    if has_both and not options.route and geometry_problem(load_split(model, options)):
-        route = _without_blocks(index)
-    if options.task and route is not Route.MODULAR:
-        raise ModelError(f"{index['_class_name']} has no tasks to choose of: leave out [model] task.")
-    return route
+        return Route.MODULAR
+    if options.route != Route.CLASSIC and modular_class(index) is not None:
+        named = getattr(diffusers, str(index["_class_name"]), None)
+        has_class = isinstance(named, type) and issubclass(named, diffusers.DiffusionPipeline)
+        try:
+            # A few pipelines know a VAE that their blocks do not: without blocks they make the right size.
+            if not has_class or not geometry_problem(load_split(model, options)):
+                return Route.MODULAR
+        except NoWorkflowError as error:
+            # What the blocks do not do, the class may: they have no inpainting for most families.
+            if not has_class or not _does(classic_class(index), asked(load_card(model, options.task).task)):
+                raise ModelError(str(error)) from error
+    cls = classic_class(index)
+    # A card is of the folder; that of another class of the same family may say anything else.
+    if problem := class_task_problem(cls, asked(options.task), _medium(cls)):
+        raise ModelError(problem)
+    return _without_blocks(index)
+
+
+def tasks_of(model: Path, options: ModelOptions = DEFAULTS) -> tuple[Task, ...]:
+    """Say what requests to a model may be for.
+
+    Raises:
+        ModelError: As `route_for`, or its pipeline cannot be cut.
+    """
+    if route_for(model, options) is Route.MODULAR:
+        return load_split(model, options).tasks
+    cls = classic_class(load_index(model))
+    return class_tasks(cls, _medium(cls))
 
 
 def where(route: Route, panels: Collection[Panel]) -> Route:
@@ -99,31 +123,19 @@ def describe(model: Path, options: ModelOptions, *, in_parts: bool) -> tuple[str
         index = load_index(model)
         panels = [Panel.ENCODER] if in_parts else list(Panel)
         route = where(route_for(model, options), panels)
-        if route is Route.MODULAR:
-            load_split(model, options)
+        tasks = " or ".join(f"{task.name} ({', '.join(task.requires)})" for task in tasks_of(model, options))
         check_panels(route, index, model, panels)
     except ModelError as error:
         return "", str(error)
-    return f"{index['_class_name']}, by the {route} route", ""
+    return f"{index['_class_name']}, by the {route} route: {tasks}", ""
 
 
-def classic_class(index: Mapping[str, object]) -> Any:
-    """Find the pipeline that an index names.
+def _does(cls: Any, named: tuple[str, ...]) -> bool:
+    return not class_task_problem(cls, named, _medium(cls))
 
-    Raises:
-        ModelError: There is none, or it needs a package that is not installed.
-    """
-    name = str(index["_class_name"])
-    try:
-        # One of them ends the process where a package that it needs is absent.
-        found = getattr(diffusers, name, None)
-    except (ImportError, RuntimeError, SystemExit) as error:
-        raise ModelError(f"The pipeline {name} cannot be imported: {error}") from error
-    if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
-        needs = ", ".join(getattr(found, "_backends", ()))
-        missing = f"needs {needs}" if needs else f"is not one of diffusers {diffusers.__version__}"
-        raise ModelError(f"The model is for {name}, which {missing}.")
-    return found
+
+def _medium(cls: Any) -> Medium:
+    return medium_of(results_of(cls.__call__))
 
 
 def _without_blocks(index: Mapping[str, object]) -> Route:

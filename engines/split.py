@@ -7,22 +7,50 @@ it is the decoder. The inputs that a part declares are all that it needs of the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+import copy
+import functools
+import inspect
+import itertools
+import re
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import CodeType
 from typing import Any, Final
 
 import diffusers
-from diffusers.modular_pipelines.modular_pipeline import MODULAR_PIPELINE_MAPPING, SequentialPipelineBlocks
+from diffusers.modular_pipelines.modular_pipeline import (
+    MODULAR_PIPELINE_MAPPING,
+    ConditionalPipelineBlocks,
+    LoopSequentialPipelineBlocks,
+    SequentialPipelineBlocks,
+)
+from diffusers.modular_pipelines.modular_pipeline_utils import InsertableDict
 from diffusers.pipelines.auto_pipeline import _get_model
 
+from engines.aliases import GUIDANCE_SCALE, TRUE_CFG_SCALE
 from engines.card import INDEX_NAMES, load_card, load_index
+from engines.media import medium_of
 from engines.options import DEFAULTS, ModelOptions
 from engines.panels import ModelError, Panel
+from engines.parameters import Task
+from engines.tasks import ANY, Needs, asked, classic_class, is_same, needs_of, task_name
+from engines.vocabulary import is_internal, of_blocks
 
 KWARGS_MAPPING: Final = "kwargs_mapping"
 """The name in a state of the grouping of other names that some blocks ask for as a group."""
-_SYNONYMS: Final = {"image2image": ("img2img", "image_conditioned"), "inpainting": ("image_conditioned_inpainting",)}
+_IP_ADAPTER: Final = "ip_adapter_image"
+_CONTROL_WORDS: Final = re.compile("ControlNet|Union|Img2Img|Inpaint")
+_DECLARATIONS: Final = frozenset(
+    {"inputs", "loop_inputs", "outputs", "intermediate_outputs", "expected_components", "expected_configs"}
+    | {"description", "required_inputs", "doc"}
+)
+"""Members of a block that name its inputs without reading them."""
+
+
+class NoWorkflowError(ModelError):
+    """The blocks of a pipeline have no workflow for a task, or for what the class of the index does."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +62,12 @@ class Split:
         pipeline_class: The class of its pipelines, a `diffusers.ModularPipeline`.
         index: What the pipelines are made with: `modular_config_dict` or `config_dict`, whichever the folder has.
         whole: All blocks of the pipeline, for every task.
-        blocks: All blocks of the task, `SequentialPipelineBlocks`.
+        blocks: All blocks of the tasks, `SequentialPipelineBlocks`.
         parts: The blocks of each panel, likewise.
         outputs: Names of the results of the decoder, such as "images".
-        required: Names of the inputs that make a request one of the task.
-        task: As it was chosen, by the topology or the card.
+        tasks: What requests may be for. A request is for the one whose inputs it gives.
+        defaults: Of inputs, where those of the class that the index names go before those of the blocks; also the
+            scale of its guiders.
     """
 
     model: Path
@@ -48,8 +77,18 @@ class Split:
     blocks: Any
     parts: Mapping[Panel, Any]
     outputs: tuple[str, ...]
-    required: frozenset[str] = frozenset()
-    task: str = ""
+    tasks: tuple[Task, ...] = ()
+    defaults: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def required(self) -> frozenset[str]:
+        """Names of the inputs that each task requires."""
+        return _required(self.tasks)
+
+    @property
+    def task(self) -> str:
+        """The one task; "any" where there are several."""
+        return self.tasks[0].name if len(self.tasks) == 1 else ANY
 
     def pipeline(self, blocks: Any) -> Any:
         """Make a pipeline of some of the blocks; its weights are not loaded yet.
@@ -72,6 +111,7 @@ def load_split(model: Path, options: ModelOptions = DEFAULTS) -> Split:
         options: How it is cut.
 
     Raises:
+        NoWorkflowError: Its blocks do not do what is asked of them.
         ModelError: It is no such folder, or its pipeline cannot be cut.
     """
     index = load_index(model)
@@ -83,12 +123,20 @@ def load_split(model: Path, options: ModelOptions = DEFAULTS) -> Split:
         for spec in whole.expected_components
         if spec.default_creation_method == "from_pretrained" and _lacks(index, spec.name)
     }
-    blocks = prune(whole, card.task, card.defaults, missing)
+    own = _own_needs(index)
+    names = choose_tasks(whole, asked(card.task), own, missing)
+    blocks = prune(whole, names or ANY, card.defaults, missing)
     parts = cut(blocks)
     made = parts[Panel.DECODER].intermediate_output_names
     outputs = tuple(name for name in whole.output_names if name in made) or tuple(made)
+    tasks = tuple(_task(whole, name) for name in names) or (_only_task(blocks, outputs, asked(card.task), own),)
+    defaults: dict[str, object] = {}
+    # Whoever asks for the blocks gets theirs; blocks that were chosen by a setting know the variant of the model.
+    if own and options.route != "modular" and found is modular_class({"_class_name": index["_class_name"]}):
+        does = set(_own_tasks(whole, own, missing))
+        defaults = _class_defaults(blocks, own) if does.issuperset(names) else {}
     kind = "modular_config_dict" if (model / INDEX_NAMES[0]).is_file() else "config_dict"
-    return Split(model, found, {kind: index}, whole, blocks, parts, outputs, required(whole, card.task), card.task)
+    return Split(model, found, {kind: index}, whole, blocks, parts, outputs, tasks, defaults)
 
 
 def pipeline_class(index: Mapping[str, object], model: Path) -> Any:
@@ -115,30 +163,77 @@ def modular_class(index: Mapping[str, object]) -> Any | None:
     stems = (stem, stem.replace("ImageToVideo", "Image2Video"), stem.replace("ImageToVideo", ""))
     names = [choose(index)] if choose else [f"{stem}ModularPipeline" for stem in stems]
     found = next((getattr(diffusers, name) for name in names if hasattr(diffusers, name)), None)
+    if found is None and "ControlNet" in stem:
+        # A family has one pipeline in blocks, with and without a ControlNet.
+        return modular_class({**index, "_class_name": f"{_CONTROL_WORDS.sub('', stem)}Pipeline"})
     return found if found is not None and found.default_blocks_name else None
 
 
 def prune(
-    blocks: Any, task: str, given: Mapping[str, object] | None = None, missing: Collection[str] = frozenset()
+    blocks: Any,
+    task: str | Sequence[str],
+    given: Mapping[str, object] | None = None,
+    missing: Collection[str] = frozenset(),
 ) -> Any:
-    """Keep the blocks that a task runs, so that no panel loads weights for another one.
+    """Keep the blocks that tasks run, so that no panel loads weights for another one.
+
+    A block that an optional input of these tasks leads to is kept as well, and the choice is made for each request.
 
     Args:
         blocks: All blocks of a pipeline.
-        task: A workflow of the pipeline, such as "text-to-image"; "" is the first that needs just a prompt; "any"
-            keeps all.
+        task: Workflows of the pipeline, such as "text-to-image"; "" is the first that needs just a prompt; "any"
+            all that a request can ask for.
         given: Inputs that each request has, and so can leave out the blocks that would compute them.
-        missing: Components that the model goes without. A block that needs one of those is left out where an input
-            that a request can give (the number of frames of a video) takes its place.
+        missing: Components that the model goes without. A block that needs one of those is left out where another
+            takes its place, or none: then a request has to give what it would have made.
 
     Raises:
-        ModelError: The pipeline has no such task.
+        NoWorkflowError: The pipeline has no such task.
     """
-    triggers = _triggers(blocks, task)
-    if not triggers:
+    flows = _workflows(blocks)
+    if not flows:
         return blocks
-    inputs = {**(given or {}), **triggers[0]}
-    return _reopened(blocks, inputs, _without(blocks, inputs, blocks.get_execution_blocks(**inputs), missing))
+    names = choose_tasks(blocks, asked(task) if isinstance(task, str) else tuple(task), None, missing)
+    ways = [_way(blocks, inputs, given or {}, missing) for name in names for inputs in flows[name]]
+    return SequentialPipelineBlocks.from_blocks_dict(_kept(blocks, ways, missing))
+
+
+def choose_tasks(
+    blocks: Any, named: Sequence[str], own: Needs | None = None, missing: Collection[str] = frozenset()
+) -> tuple[str, ...]:
+    """Choose the workflows to serve.
+
+    Args:
+        blocks: All blocks of a pipeline.
+        named: Tasks that the topology or the card names; none, or "any" for all that a request can ask for and the
+            model has the components for.
+        own: Of the class that the index names; None where it names a modular one.
+        missing: Components that the model goes without.
+
+    Returns:
+        Names of workflows; none where the pipeline has just one, which has no name.
+
+    Raises:
+        NoWorkflowError: There is no such workflow, or none that does what the class does.
+    """
+    flows = _workflows(blocks)
+    if not flows:
+        if own and not own.required <= set(blocks.input_names):
+            raise NoWorkflowError(f"The blocks of this pipeline take no {', '.join(sorted(own.required))}.")
+        return ()
+    if ANY in named:
+        return tuple(name for name in flows if _can_be_asked(blocks, name) and _has_components(blocks, name, missing))
+    if named:
+        chosen = tuple(dict.fromkeys(_find(name, flows) for name in named))
+        adapted = [name for name in chosen if any(_IP_ADAPTER in inputs for inputs in flows[name])]
+        if adapted and len(chosen) > 1:
+            raise ModelError(f'The task "{adapted[0]}" cannot be served beside others: each request shows it an image.')
+        return chosen
+    if own:
+        if not (found := _own_tasks(blocks, own, missing)):
+            raise NoWorkflowError(f"The blocks have no task for what the class needs: they do {', '.join(flows)}.")
+        return found
+    return (next((name for name in flows if flows[name] == [{"prompt": True}]), next(iter(flows))),)
 
 
 def required(blocks: Any, task: str) -> frozenset[str]:
@@ -149,55 +244,257 @@ def required(blocks: Any, task: str) -> frozenset[str]:
         task: As in `prune`.
 
     Raises:
-        ModelError: The pipeline has no such task.
+        NoWorkflowError: The pipeline has no such task.
     """
-    triggers = _triggers(blocks, task)
-    needed = [{name for name, value in inputs.items() if value is True} for inputs in triggers]
-    return frozenset(set.intersection(*needed)) if needed else frozenset()
+    return _required([_task(blocks, name) for name in choose_tasks(blocks, asked(task))])
 
 
-def _triggers(blocks: Any, task: str) -> list[dict[str, object]]:
-    """Inputs that lead to the blocks of a task: one or several sets of them, or none where all blocks are meant."""
-    workflows: dict[str, Any] | None = getattr(blocks, "_workflow_map", None)
-    if workflows is None or task == "any":
-        return []
-    if task:
-        wanted = task.replace("-to-", "2")
-        name = next((name for name in (task, wanted, *_SYNONYMS.get(wanted, ())) if name in workflows), None)
-        if name is None:
-            raise ModelError(f'The task "{task}" is not one of this pipeline: choose of {", ".join(workflows)}, any.')
-    else:
-        name = next((name for name in workflows if workflows[name] == {"prompt": True}), next(iter(workflows)))
-    inputs = workflows[name]
-    return list(inputs) if isinstance(inputs, tuple) else [inputs]
+def _required(tasks: Sequence[Task]) -> frozenset[str]:
+    return frozenset.intersection(*(frozenset(task.requires) for task in tasks)) if tasks else frozenset()
 
 
-def _reopened(blocks: Any, inputs: Mapping[str, object], pruned: Any) -> Any:
-    """Let a request still give what a block would make for it, such as the number of frames."""
-    kept = dict(pruned.sub_blocks)
-    made = set(pruned.intermediate_output_names) - set(pruned.input_names) - inputs.keys()
-    for name in made & set(blocks.input_names):
-        try:
-            others = blocks.get_execution_blocks(**inputs, **{name: True}).sub_blocks.keys()
-        except ValueError:  # So a family says that it does not take this beside the others.
+def _workflows(blocks: Any) -> dict[str, list[dict[str, object]]]:
+    """Inputs that lead to each workflow of a pipeline, one or several sets of them; none where it has just one."""
+    workflows: dict[str, Any] = getattr(blocks, "_workflow_map", None) or {}
+    return {name: list(inputs) if isinstance(inputs, tuple) else [inputs] for name, inputs in workflows.items()}
+
+
+def _find(task: str, flows: Mapping[str, object]) -> str:
+    name = next((name for name in flows if is_same(name, task)), None)
+    if name is None:
+        raise NoWorkflowError(f'The task "{task}" is not one of this pipeline: choose of {", ".join(flows)}, any.')
+    return name
+
+
+def _own_needs(index: Mapping[str, object]) -> Needs | None:
+    name = str(index["_class_name"])
+    named = getattr(diffusers, name, None)
+    if not isinstance(named, type) or not issubclass(named, diffusers.DiffusionPipeline):
+        return None
+    return needs_of(classic_class(index))
+
+
+def _own_tasks(blocks: Any, own: Needs, missing: Collection[str]) -> tuple[str, ...]:
+    """Name the workflows that a class does as well: all that it needs leads to them, and nothing that it lacks."""
+    flows = _workflows(blocks)
+    found = []
+    for name, (inputs, *_) in flows.items():
+        triggers = {trigger for trigger, value in inputs.items() if value is True}
+        does = own.required <= triggers <= own.taken and triggers == inputs.keys()
+        if does and _can_be_asked(blocks, name) and _has_components(blocks, name, missing):
+            found.append(name)
+    return tuple(found)
+
+
+def _can_be_asked(blocks: Any, name: str) -> bool:
+    """Whether a request can give what leads to a workflow."""
+    public = {parameter.name for parameter in of_blocks(blocks)}
+    # Once an adapter is loaded, each request has to show it an image: such a task is served alone.
+    return any(inputs.keys() <= public - {_IP_ADAPTER} for inputs in _workflows(blocks)[name])
+
+
+def _has_components(blocks: Any, name: str, missing: Collection[str]) -> bool:
+    """Whether a model has what a workflow needs more than every other one needs."""
+    if not missing:
+        return True
+    lacking = [
+        set(prune(blocks, [flow], missing=missing).component_names) & set(missing) for flow in _workflows(blocks)
+    ]
+    own = set(prune(blocks, [name], missing=missing).component_names) & set(missing)
+    return own <= set.intersection(*lacking)
+
+
+def _task(blocks: Any, name: str) -> Task:
+    flows = _workflows(blocks)[name]
+    needed = [{trigger for trigger, value in inputs.items() if value is True} for inputs in flows]
+    taken = set().union(*(inputs.keys() for inputs in flows))
+    return Task(name, tuple(sorted(set.intersection(*needed))), tuple(sorted(taken)))
+
+
+def _only_task(blocks: Any, outputs: Collection[str], named: Sequence[str], own: Needs | None) -> Task:
+    """Name the task of a pipeline that has just one.
+
+    Raises:
+        NoWorkflowError: Another one is asked for.
+    """
+    medium = medium_of(outputs)
+    needed = {item.name for item in of_blocks(blocks) if item.required} | (own.required if own else set())
+    name = task_name(needed, medium, prompt="prompt" in blocks.input_names)
+    for other in named:
+        if other != ANY and not is_same(other, name):
+            raise NoWorkflowError(f'The task "{other}" is not one of this pipeline, which does {name} alone.')
+    return Task(name, tuple(sorted(needed)), tuple(sorted(needed)))
+
+
+def _class_defaults(blocks: Any, own: Needs) -> dict[str, object]:
+    public = {parameter.name: parameter for parameter in of_blocks(blocks)}
+    declared = {item.name: item.default for item in blocks.inputs if item.name}
+    found: dict[str, object] = {
+        name: value
+        for name, value in own.defaults.items()
+        if name in public and isinstance(value, (bool, int, float, str)) and value != declared[name]
+    }
+    scale = own.defaults.get(GUIDANCE_SCALE, own.defaults.get(TRUE_CFG_SCALE))
+    return found if GUIDANCE_SCALE in declared or scale is None else {**found, GUIDANCE_SCALE: scale}
+
+
+# Which blocks a request may run ------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Way:
+    """What is known of requests of one kind, at some place of a pipeline.
+
+    Attributes:
+        given: Values that are there, by name; True where the value is not known.
+        maybe: Names of values that may be there.
+    """
+
+    given: dict[str, object]
+    maybe: set[str]
+
+    def inputs(self, names: Sequence[str]) -> Iterator[dict[str, object]]:
+        """Every combination of values that a block may see under some names."""
+        known = {name: self.given.get(name) for name in names}
+        open_names = [name for name in names if name in self.maybe and name not in self.given]
+        for values in itertools.product((None, True), repeat=len(open_names)):
+            yield {**known, **dict(zip(open_names, values, strict=True))}
+
+
+def _way(blocks: Any, inputs: Mapping[str, object], given: Mapping[str, object], missing: Collection[str]) -> _Way:
+    """Say what requests of a workflow give, and what they may give.
+
+    They may give what its blocks take or would make for them, as long as that does not make the request one of another
+    workflow. Each such input may lead to more blocks, which take more.
+    """
+    known = {**given, **inputs}
+    others = [
+        set(other) for several in _workflows(blocks).values() for other in several if not other.items() <= known.items()
+    ]
+    public = {name for name in blocks.input_names if name and not is_internal(name)}
+    switching = switches(blocks) & public
+    maybe: set[str] = set()
+    while True:
+        kept = _kept(blocks, [_Way(dict(known), set(maybe))], missing).values()
+        seen = {item.name for block in kept for item in (*block.inputs, *block.intermediate_outputs)}
+        more = {
+            name
+            for name in (seen & switching) - known.keys() - maybe
+            if not any(other <= {*inputs, name} for other in others)
+        }
+        if not more:
+            return _Way(known, maybe)
+        maybe |= more
+
+
+def _kept(blocks: Any, ways: list[_Way], missing: Collection[str]) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name, block in blocks.sub_blocks.items():
+        kept |= _reached(name, block, ways, missing)
+    return kept
+
+
+def _reached(name: str, block: Any, ways: list[_Way], missing: Collection[str]) -> dict[str, Any]:
+    """Keep of a block what is reached on any of the ways, and note in these what it makes.
+
+    Sequences are flattened, as `get_execution_blocks` does it. A block that chooses stays where there is a choice.
+    """
+    if isinstance(block, ConditionalPipelineBlocks):
+        return _chosen(name, block, ways, missing)
+    if block.sub_blocks and not isinstance(block, LoopSequentialPipelineBlocks):
+        return {f"{name}.{inner}": kept for inner, kept in _kept(block, ways, missing).items()}
+    for way in ways:
+        way.given.update({output.name: True for output in block.intermediate_outputs})
+    return {name: block}
+
+
+def _chosen(name: str, block: Any, ways: list[_Way], missing: Collection[str]) -> dict[str, Any]:
+    options = [_options(block, way) for way in ways]
+    every = set().union(*options)
+    possible = {option for option in every if option is None or not _needs(block.sub_blocks[option], missing)} or every
+    options = [(found & possible) or found for found in options]
+    every = set().union(*options)
+    if every == {None}:
+        return {}
+    if len(every) == 1:
+        return _reached(name, block.sub_blocks[next(iter(every))], ways, missing)
+    kept = copy.copy(block)
+    kept.sub_blocks = InsertableDict()
+    made: list[list[_Way]] = [[] for _ in ways]
+    for option, inner in block.sub_blocks.items():
+        if option not in every:
             continue
-        if others < kept.keys():
-            # The whole of them chooses anew for each request.
-            kept |= {gone: blocks.sub_blocks[gone] for gone in kept.keys() - others if gone in blocks.sub_blocks}
-    return SequentialPipelineBlocks.from_blocks_dict(kept)
+        forks = {at: _Way(dict(way.given), set(way.maybe)) for at, way in enumerate(ways) if option in options[at]}
+        rows = _reached(option, inner, list(forks.values()), missing)
+        single = len(rows) == 1 and option in rows
+        kept.sub_blocks[option] = rows[option] if single else SequentialPipelineBlocks.from_blocks_dict(rows)
+        for at, fork in forks.items():
+            made[at].append(fork)
+    for way, found, forked in zip(ways, options, made, strict=True):
+        sure = set.intersection(*(set(fork.given) for fork in forked)) if forked and None not in found else set()
+        way.maybe |= set().union(*(fork.given.keys() | fork.maybe for fork in forked)) - way.given.keys() - sure
+        way.given |= dict.fromkeys(sure - way.given.keys(), True)
+    return {name: kept}
 
 
-def _without(blocks: Any, inputs: Mapping[str, object], pruned: Any, missing: Collection[str]) -> Any:
-    needed = set(pruned.component_names)
-    if not needed & set(missing):
-        return pruned
-    for declared in blocks.inputs:
-        if declared.name and declared.name not in inputs:
-            other = blocks.get_execution_blocks(**inputs, **{declared.name: True})
-            # More of the same task would need more components, not less.
-            if set(other.component_names) < needed and not set(other.component_names) & set(missing):
-                return other
-    return pruned
+def _options(block: Any, way: _Way) -> set[str | None]:
+    """Names of the blocks that one may choose, and None where it may choose none."""
+    found: set[str | None] = set()
+    for inputs in way.inputs([name for name in block.block_trigger_inputs if name]):
+        try:
+            found.add(block.select_block(**inputs) or block.default_block_name)
+        except ValueError:  # So a family says that it does not take these together.
+            continue
+    return found or {block.default_block_name}
+
+
+def _needs(block: Any, missing: Collection[str]) -> bool:
+    return not set(missing).isdisjoint(block.component_names)
+
+
+def ignored(blocks: Any) -> frozenset[str]:
+    """Names of inputs that blocks declare and never read, but to check their type."""
+    declared: set[str] = set()
+    read: set[str] = set()
+    for block in _blocks_in(blocks):
+        names = {item.name for item in block.inputs if item.name}
+        declared |= names
+        cls: type = type(block)
+        read |= names & _names_read(cls) | {name for name in getattr(block, "block_trigger_inputs", ()) if name}
+    return frozenset(declared - read)
+
+
+def _blocks_in(block: Any) -> Iterator[Any]:
+    for inner in block.sub_blocks.values():
+        yield inner
+        yield from _blocks_in(inner)
+
+
+@functools.cache
+def _names_read(cls: type) -> frozenset[str]:
+    """All names in the code of a block's class, and in the functions beside it."""
+    found: set[str] = set()
+    for base in cls.__mro__:
+        if base.__module__.startswith("diffusers.modular_pipelines.") and not base.__module__.endswith(
+            ".modular_pipeline"
+        ):
+            beside = (member for member in vars(sys.modules[base.__module__]).values() if inspect.isfunction(member))
+            own = (member for name, member in vars(base).items() if name not in _DECLARATIONS | {"check_inputs"})
+            for member in (*beside, *own):
+                function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+                found |= _names(getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None))
+    return frozenset(found)
+
+
+def _names(code: CodeType | None) -> set[str]:
+    if code is None:
+        return set()
+    texts = {constant for constant in code.co_consts if isinstance(constant, str) and constant.isidentifier()}
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(texts, *(_names(constant) for constant in inner))
+
+
+# Where they are cut ------------------------------------------------------------------------------------------------
 
 
 def cut(blocks: Any) -> dict[Panel, Any]:
@@ -242,6 +539,8 @@ def crossing(values: Mapping[str, object], groups: Mapping[str, list[str]], late
     """
     wanted: set[str] = set()
     for part in later:
+        # What it chooses its blocks by, it need not take.
+        wanted |= switches(part)
         for declared in part.inputs:
             wanted.update([declared.name] if declared.name else groups.get(declared.kwargs_type, ()))
     kept = {name: value for name, value in values.items() if name in wanted}

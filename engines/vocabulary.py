@@ -92,7 +92,7 @@ def _public(rows: Iterable[_Declared], required: Collection[str]) -> tuple[Param
     found = []
     declared = {row.name: row for row in rows}
     for row in declared.values():
-        kind = None if _is_internal(row.name) else _kind(row)
+        kind = None if is_internal(row.name) else _kind(row)
         if kind is None:
             continue
         if kind is Kind.IMAGES and row.name == "image" and declared.keys() & _ONE_IMAGE:
@@ -105,7 +105,8 @@ def _public(rows: Iterable[_Declared], required: Collection[str]) -> tuple[Param
     return tuple(sorted(found, key=lambda parameter: parameter.name))
 
 
-def _is_internal(name: str) -> bool:
+def is_internal(name: str) -> bool:
+    """Whether an input is no parameter of a request, whatever its type."""
     return name in _NEVER or name.startswith("_") or name.endswith(("_embeds", "latents"))
 
 

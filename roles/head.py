@@ -567,7 +567,7 @@ class Head(Actor):
         if not 1 <= message.n <= self.topology.head.max_pending:
             raise CardError("n", f"must be from 1 to {self.topology.head.max_pending}")
         # Before the first instance has come, the names that the pipeline takes are not known: then it checks them.
-        inputs = cast(dict[str, Input], served.card.apply(message.inputs, served.parameters))
+        inputs = cast(dict[str, Input], served.card.apply(message.inputs, served.parameters, served.signature.tasks))
         served.card.check_total(inputs, message.n)
         if any(component.kind == "pool" for component in self.topology.components):
             _check_payload(inputs, served.signature, self.topology.transfer.largest_payload)

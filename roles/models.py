@@ -70,7 +70,7 @@ class Served:
         return ModelDescription(
             name=self.name,
             family=card.family,
-            task=card.task,
+            task=self._task(),
             dtype=self.model.section.dtype,
             created_at=created_at,
             defaults=dict(card.defaults),
@@ -78,7 +78,14 @@ class Served:
             parameters=tuple(parameters),
             medium=signature.medium,
             fps=settle_output(Output(), signature, {}, card.defaults).fps,
+            tasks=signature.tasks,
         )
+
+    def _task(self) -> str:
+        tasks, named = self.signature.tasks, self.card.task
+        if tasks:
+            return tasks[0].name if len(tasks) == 1 else "any"
+        return named if isinstance(named, str) else "any"
 
 
 class Models:

@@ -14,6 +14,7 @@ from engines.parameters import WORDS as WORDS
 from engines.parameters import Kind as Kind
 from engines.parameters import Option as Option
 from engines.parameters import Parameter as Parameter
+from engines.parameters import Task as Task
 from roles.messages.work import Artifact, Input, Name, Natural, Output, Scalar, Seconds, Seed, Value
 
 Key = Annotated[str, Meta(max_length=1024)]
@@ -183,6 +184,7 @@ class ModelDescription(Message):
     name: str
     family: str
     task: str
+    """The one that it serves, or "any" of several; "" where that is not known until an instance has loaded it."""
     dtype: str
     created_at: float
     defaults: dict[str, Scalar]
@@ -195,6 +197,8 @@ class ModelDescription(Message):
     """What it makes: image, video or audio."""
     fps: float
     """Frames per second of its videos where a request asks for no other; 0 where it makes none."""
+    tasks: tuple[Task, ...] = ()
+    """What requests may be for; empty until an instance has loaded it."""
 
 
 class ModelList(Message):

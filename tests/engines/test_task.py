@@ -14,8 +14,9 @@ from PIL import Image
 from engines.card import load_card
 from engines.options import ModelOptions
 from engines.panels import ModelError, Panel
+from engines.parameters import Task
 from engines.pipeline import PanelPipeline
-from engines.routes import describe
+from engines.routes import Route, describe, route_for
 from tools.families.cases import picture
 from tools.make_classic import Classic, make_classic
 
@@ -49,6 +50,9 @@ def test_the_task_says_what_is_required(models: Callable[[str], Path]) -> None:
         for task in ("", "image2image", "any")
     ]
     assert required == [{"prompt"}, {"prompt", "image"}, {"prompt"}]
+    tasks = {task: load(models("flux-kl"), task).signature.tasks for task in ("", "any")}
+    assert tasks[""] == (Task("text2image", ("prompt",), ("prompt",)),)
+    assert [task.name for task in tasks["any"]] == ["text2image", "image2image"]
     assert load_card(models("flux-kl"), "any").task == "any"
     assert load_card(models("flux-kl")).task == "text-to-image"
 
@@ -60,5 +64,6 @@ def test_a_task_that_a_pipeline_has_not_is_an_error_that_lists_those_that_it_has
         load(models("flux-kl"), "text2video")
     assert "text2image, image2image" in describe(models("flux-kl"), ModelOptions(task="text2video"), in_parts=True)[1]
     make_classic(tmp_path / "pixart", Classic.PIXART)
-    with pytest.raises(ModelError, match="no tasks to choose of"):
-        load(tmp_path / "pixart", "text2image")
+    assert route_for(tmp_path / "pixart", ModelOptions(task="text-to-image")) is Route.CLASSIC
+    with pytest.raises(ModelError, match='PixArtSigmaPipeline does text2image, not "image2image"'):
+        load(tmp_path / "pixart", "image2image")

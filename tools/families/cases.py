@@ -112,7 +112,12 @@ def _stable() -> list[Case]:
         Case("StableDiffusion3ModularPipeline", "text2image", Family.SD3, {**base, "width": 48}),
         Case("StableDiffusion3ModularPipeline", "image2image", Family.SD3, {**base, **image}),
     ]
-    tasks: dict[str, dict[str, Any]] = {"text2image": {}, "image2image": image, "inpainting": paint}
+    # The class that the index names would guide less where nothing is said.
+    tasks: dict[str, dict[str, Any]] = {
+        "text2image": {"guidance_scale": 7.5},
+        "image2image": image,
+        "inpainting": paint,
+    }
     controls: dict[str, tuple[Family, dict[str, Any]]] = {
         "": (Family.SDXL, {}),
         "controlnet_": (Family.SDXL, control),
