@@ -11,10 +11,11 @@ import copy
 import functools
 import inspect
 import itertools
+import json
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import CodeType
 from typing import Any, Final
@@ -41,6 +42,8 @@ from engines.vocabulary import is_internal, of_blocks
 KWARGS_MAPPING: Final = "kwargs_mapping"
 """The name in a state of the grouping of other names that some blocks ask for as a group."""
 _IP_ADAPTER: Final = "ip_adapter_image"
+_OF_INPAINTING: Final = 9
+"""Channels that a UNet sees that was trained to inpaint: latents, the mask, and latents of the masked image."""
 _CONTROL_WORDS: Final = re.compile("ControlNet|Union|Img2Img|Inpaint")
 _DECLARATIONS: Final = frozenset(
     {"inputs", "loop_inputs", "outputs", "intermediate_outputs", "expected_components", "expected_configs"}
@@ -123,7 +126,7 @@ def load_split(model: Path, options: ModelOptions = DEFAULTS) -> Split:
         for spec in whole.expected_components
         if spec.default_creation_method == "from_pretrained" and _lacks(index, spec.name)
     }
-    own = _own_needs(index)
+    own = _own_needs(index, model)
     names = choose_tasks(whole, asked(card.task), own, missing)
     blocks = prune(whole, names or ANY, card.defaults, missing)
     parts = cut(blocks)
@@ -266,12 +269,31 @@ def _find(task: str, flows: Mapping[str, object]) -> str:
     return name
 
 
-def _own_needs(index: Mapping[str, object]) -> Needs | None:
+def _own_needs(index: Mapping[str, object], model: Path) -> Needs | None:
+    """Say what the class of an index needs of a request; None where it names a modular one.
+
+    Raises:
+        NoWorkflowError: It needs several ControlNets.
+    """
     name = str(index["_class_name"])
     named = getattr(diffusers, name, None)
     if not isinstance(named, type) or not issubclass(named, diffusers.DiffusionPipeline):
         return None
-    return needs_of(classic_class(index))
+    entry = index.get("controlnet")
+    if isinstance(entry, list) and str(entry[-1]).startswith("Multi"):
+        raise NoWorkflowError("The blocks of this pipeline take one ControlNet, not several.")
+    own = needs_of(classic_class(index))
+    if _channels(model / "unet") != _OF_INPAINTING:
+        return own
+    painted = {"image", "mask_image"}
+    return replace(own, required=own.required | painted, taken=own.taken | painted)
+
+
+def _channels(folder: Path) -> object:
+    try:
+        return json.loads((folder / "config.json").read_bytes())["in_channels"]
+    except (OSError, ValueError, LookupError, TypeError):  # Whoever loads it says what is wrong.
+        return None
 
 
 def _own_tasks(blocks: Any, own: Needs, missing: Collection[str]) -> tuple[str, ...]:
