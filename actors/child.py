@@ -34,6 +34,8 @@ class Child:
         self.name = component.name
         self.state = STARTING
         self.reason = ""
+        self.detail = ""
+        """More about the state, as the process has told it."""
         self.generation = 0
         self.restarts = 0
         self.started_at = 0.0
@@ -58,6 +60,7 @@ class Child:
         self.restarts += self.generation != 0
         self.generation = generation
         self.state = STARTING
+        self.detail = ""
         self.stopping = False
         self.started_at = time.time()
         self.start_s = {}
@@ -93,7 +96,7 @@ class Child:
         self._last_words = ""
         if closing and state != DRAINING:
             return
-        self.state = state
+        self.state, self.detail = state, detail
         if state == READY:
             self._has_started()
 
@@ -146,6 +149,7 @@ class Child:
             reason=self.reason,
             started_at=self.started_at,
             start_s=self.start_s,
+            detail=self.detail if self.running else "",
         )
 
 

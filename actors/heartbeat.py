@@ -96,11 +96,14 @@ def state_of(actors: Sequence[Actor]) -> tuple[str, str]:
         reason = actor.overdue()
         if reason is not None:
             return "hung", f"{actor.name}: {reason}"
-    for number, actor in enumerate(actors):
-        if actor.state != READY:
-            about = f"{actor.name}: " if number and actor.detail else ""
-            return actor.state, about + actor.detail
-    return READY, actors[0].detail
+    waiting = [actor for actor in actors if actor.state != READY]
+    if not waiting:
+        return READY, actors[0].detail
+    # While a process starts, its first actor mostly waits for another one, which has more to say.
+    first, *others = waiting
+    telling = first if first.detail else next((actor for actor in others if actor.detail), first)
+    about = f"{telling.name}: " if telling is not actors[0] and telling.detail else ""
+    return first.state, about + telling.detail
 
 
 def _nothing() -> None:

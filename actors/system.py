@@ -130,6 +130,8 @@ class ChildReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Where the time of the last start went, in seconds: "launch" until there was a process (the first forks wait for
     the zygote's imports), "import" until its actors were made, "start" until they had started, and what of that the
     actors tell, such as "weights". Empty until it has started."""
+    detail: str = ""
+    """More about the state of the process, such as "denoiser-0.stream: 3.1 of 24.0 GB" while it loads."""
 
 
 GIVEN_UP: Final = ("gave_up", "failed")

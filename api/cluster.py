@@ -142,6 +142,8 @@ def rows(
     found: list[dict[str, Any]] = [{**plain(status), "component": component.name} for status in inspection.actors]
     for row in found[:1]:
         row.update(credit)
+        if child is not None and row["state"] == child.state:  # its supervisor hears of all actors of the process
+            row["detail"] = row["detail"] or child.detail
     return found
 
 
@@ -158,7 +160,8 @@ def down(component: Component, child: ChildReport | None) -> dict[str, Any]:
         "restarts": 0,
     }
     if child is not None:
-        row.update(pid=child.pid, generation=child.generation, restarts=child.restarts, detail=child.reason)
+        row.update(pid=child.pid, generation=child.generation, restarts=child.restarts)
+        row["detail"] = child.detail or child.reason
         if child.state != "ready":
             row["state"] = child.state
     return row

@@ -293,9 +293,8 @@ class Components:
             parameter.name: self._setting(parameter.name) for parameter in parameters if parameter.name in self._index
         }
         given.update(stand_ins)
-        read_ahead(
-            file for name in wanted for file in component_files(name, self._folder(name), placement.options).files
-        )
+        files = (file for name in wanted for file in component_files(name, self._folder(name), placement.options).files)
+        read_ahead(files, placement.progress)
         for name in wanted:
             given[name] = load_component(name, self._specs[name], self._folder(name), placement)
         pipeline = self._cls(**given)

@@ -32,7 +32,8 @@ def load_components(pipeline: Any, split: Split, placement: Placement) -> frozen
     names = [name for name in pipeline.pretrained_component_names if not _is_null(split, name)]
     specs = {name: pipeline.get_component_spec(name) for name in names}
     folders = {name: _folder(split, name, spec) for name, spec in specs.items()}
-    read_ahead(file for name in names for file in component_files(name, folders[name], placement.options).files)
+    files = (file for name in names for file in component_files(name, folders[name], placement.options).files)
+    read_ahead(files, placement.progress)
     loaded = {name: load_component(name, specs[name], folders[name], placement) for name in names}
     pipeline.register_components(**loaded)
     return frozenset(loaded)
@@ -122,6 +123,7 @@ def load_component(name: str, spec: Any, folder: Path, placement: Placement) -> 
         raise ModelError(f"The {name} in {place} cannot be loaded: {error}") from error
     if not complete:
         raise ModelError(f"The {name} in {place} cannot be loaded: its files lack some of the weights.")
+    placement.progress.complete(files.files)
     if not isinstance(component, torch.nn.Module):
         return component
     return placement.settle(name, component)

@@ -25,6 +25,7 @@ from engines.panels import InputError, ModelError, Panel
 from engines.parameters import Signature, names
 from engines.placing import Placement
 from engines.quantization import Quantization
+from engines.read_progress import ReadProgress
 from engines.routes import Route, route_for, where
 from engines.seeds import SEED, GlobalRng
 from engines.stepping import Denoising
@@ -111,6 +112,7 @@ class PanelPipeline:
         offload: str = Offload.NONE,
         adapters: tuple[LoraFile, ...] = (),
         options: ModelOptions = DEFAULTS,
+        progress: ReadProgress | None = None,
     ) -> PanelPipeline:
         """Load the panels of a model.
 
@@ -124,6 +126,7 @@ class PanelPipeline:
             offload: What rests in the memory of the host, an `Offload`.
             adapters: LoRA files that requests may choose of, of distinct names.
             options: How it is read and cut.
+            progress: Told what is read; any thread may look at it.
 
         Raises:
             ModelError: The model cannot be served; the sentence says why.
@@ -134,7 +137,7 @@ class PanelPipeline:
         panels = tuple(panel for panel in Panel if panel in panels)
         route = where(route_for(model, options), panels)
         read = Adapters.read(model, adapters)
-        placement = Placement(dtype, device, Quantization(quantization), Offload(offload), read, options)
+        placement = Placement(dtype, device, Quantization(quantization), Offload(offload), read, options, progress)
         loaders: dict[Route, Callable[[Path, tuple[Panel, ...], Placement], Parts]] = {
             Route.MODULAR: load_modular,
             Route.CLASSIC: load_classic,

@@ -12,6 +12,7 @@ from engines.offload import HOST, Offload, Resting, offload
 from engines.options import DEFAULTS, ModelOptions
 from engines.panels import ModelError
 from engines.quantization import Quantization, nbytes, quantize
+from engines.read_progress import ReadProgress
 
 _GIB = 1 << 30
 
@@ -44,6 +45,7 @@ class Placement:
         offload: Where they rest.
         adapters: To be loaded into them.
         options: How the model is read and cut.
+        progress: Told what is read.
 
     Attributes:
         read_bytes: What the weights took as they were read, adapters not counted.
@@ -59,7 +61,9 @@ class Placement:
         offload: Offload = Offload.NONE,
         adapters: Adapters | None = None,
         options: ModelOptions = DEFAULTS,
+        progress: ReadProgress | None = None,
     ) -> None:
+        self.progress = progress or ReadProgress()
         self.dtype = dtype
         self.device = device
         self.quantization = quantization

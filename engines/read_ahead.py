@@ -8,11 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
+from engines.read_progress import ReadProgress
+
 _THREADS: Final = 8
 _CHUNK: Final = 64 << 20
 
 
-def read_ahead(files: Iterable[Path]) -> None:
+def read_ahead(files: Iterable[Path], progress: ReadProgress) -> None:
     """Have the kernel bring weights files into its page cache, and return while it does.
 
     Loaders map the files and read them a page fault after the other, which leaves a fast disk idle most of the time.
@@ -20,20 +22,24 @@ def read_ahead(files: Iterable[Path]) -> None:
 
     Args:
         files: Of components; those that are not there are for their loaders to complain of.
+        progress: Told how much there is, and how far this has come.
     """
     there = [file for file in dict.fromkeys(files) if file.is_file()]
     if not there:
         return
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="read ahead")
     for file in there:
-        for offset in range(0, file.stat().st_size, _CHUNK):
-            pool.submit(_advise, file, offset)
+        size = file.stat().st_size
+        progress.expect(size)
+        for offset in range(0, size, _CHUNK):
+            pool.submit(_advise, file, offset, min(_CHUNK, size - offset), progress)
     pool.shutdown(wait=False)
 
 
-def _advise(file: Path, offset: int) -> None:
+def _advise(file: Path, offset: int, nbytes: int, progress: ReadProgress) -> None:
     descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.posix_fadvise(descriptor, offset, _CHUNK, os.POSIX_FADV_WILLNEED)
+        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
     finally:
         os.close(descriptor)
+    progress.ahead(nbytes)

@@ -18,12 +18,14 @@ import msgspec
 import torch
 
 from actors import Actor, Component, StartDelayed, StartFailure, Topology
+from actors.actor import LOADING
 from actors.errors import describe
 from bus import MailboxFull, Message, current_traceparent
 from engines.model_version import model_version
 from engines.panels import ModelError, Panel
 from engines.pipeline import PanelPipeline
 from engines.placing import NoRoomError
+from engines.read_progress import ReadProgress
 from engines.streams import DeviceStream, StreamEvent
 from roles import devices
 from roles.messages.device import (
@@ -38,8 +40,7 @@ from roles.messages.device import (
 from roles.messages.work import Pictures, Renewal, Work
 from roles.resolve import has_files, resolve
 from roles.uploads import UPLOADS, UploadStore
-from roles.weights import lora_files, model_options, weights_facts
-from roles.workload import PANELS
+from roles.weights import load_panels, weights_facts
 from roles.workspace import Premises
 
 P = ParamSpec("P")
@@ -47,6 +48,8 @@ T = TypeVar("T")
 
 OVERDUE_HEARTBEATS = 8.0
 """A call to the device that takes this many heartbeat timeouts is taken for hung."""
+PROGRESS_EVERY_S = 1.0
+PROGRESS_LOG_EVERY_S = 10.0
 
 
 class _Stopped(Exception):  # noqa: N818  not an error
@@ -81,6 +84,7 @@ class StreamWorker(Actor):
         self._current: Job | None = None
         self._call_began: float | None = None
         self._load_began: float | None = None
+        self._reading = ReadProgress()
         self._start_timeout_s = topology.supervision.start_timeout_s
         self._bound_s = OVERDUE_HEARTBEATS * topology.supervision.heartbeat_timeout_s
         self._stream: DeviceStream | None = None
@@ -104,7 +108,9 @@ class StreamWorker(Actor):
         self.start_s["device"] = time.monotonic() - began
         model = await asyncio.to_thread(model_version, self.model.files)
         self._load_began = time.monotonic()
+        telling = self.spawn(self._tell_progress(), name="progress")
         self._pipeline = await self._loaded(self._stream)
+        telling.cancel()
         self.start_s["weights"] = time.monotonic() - self._load_began
         self._load_began = None
         if model != await asyncio.to_thread(model_version, self.model.files):
@@ -112,7 +118,13 @@ class StreamWorker(Actor):
         loaded = self._pipeline
         self.premises.model_loaded(loaded.signature, model)
         panels = [panel.value for panel in loaded.panels]
-        facts = {"panels": panels, "route": loaded.route.value, "device": str(device), "model": model}
+        facts: dict[str, object] = {
+            "panels": panels,
+            "route": loaded.route.value,
+            "device": str(device),
+            "model": model,
+        }
+        facts |= {"read_bytes": self._reading.total, "seconds": round(self.start_s["weights"], 1)}
         self.log.info("model loaded", **facts, **weights_facts(loaded.placement))
         self.spawn(self._serve(self._stream, self._pipeline), name="panels")
 
@@ -124,6 +136,8 @@ class StreamWorker(Actor):
             "queued": len(self._queue),
             "panels_run": self.panels_run,
             "components": ", ".join(sorted(self._pipeline.components)) if self._pipeline else "",
+            "weights_read_bytes": self._reading.read,
+            "weights_total_bytes": self._reading.total,
             **{f"first_{panel}_s": seconds for panel, seconds in self.first_s.items()},
             **(devices.memory_facts(self._stream.device) if self._pipeline and self._stream else {}),
         }
@@ -158,6 +172,20 @@ class StreamWorker(Actor):
                 self._tell(PanelCancelled(job.work))
                 return
 
+    async def _tell_progress(self) -> None:
+        """Say how much of the weights has been read: each second as the state, and to the log once in a while."""
+        began = time.monotonic()
+        logged: float | None = None
+        while True:
+            await asyncio.sleep(PROGRESS_EVERY_S)
+            read, total, now = self._reading.read, self._reading.total, time.monotonic()
+            if not total:
+                continue
+            self.set_state(LOADING, f"{self._reading}")
+            if logged is None or now - logged >= PROGRESS_LOG_EVERY_S:
+                logged = now
+                self.log.info("loading", read_bytes=read, total_bytes=total, seconds=round(now - began, 1))
+
     async def _loaded(self, stream: DeviceStream) -> PanelPipeline:
         """Load the model. Raises StartFailure, and StartDelayed where others fill the card just now."""
         try:
@@ -177,16 +205,7 @@ class StreamWorker(Actor):
         dtype = getattr(torch, component.dtype)
         if device.type == "cuda":
             devices.use_exact_kernels()
-        pipeline = PanelPipeline.load(
-            model.path,
-            PANELS[component.kind],
-            dtype=dtype,
-            device=device,
-            quantization=component.quantization,
-            offload=component.offload,
-            adapters=lora_files(model),
-            options=model_options(model),
-        )
+        pipeline = load_panels(component, model, device, self._reading)
         if device.type == "cuda":
             devices.warm_up(device, dtype)
         self._after_loading = devices.free_memory(device)

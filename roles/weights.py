@@ -1,14 +1,22 @@
-"""How an instance holds its weights: what the topology says, for the engines, and what came of it, for the log."""
+"""How an instance holds its weights: what the topology says, for the engines, and what came of it, for the log.
+
+Importing this module imports no torch; most of its functions do.
+"""
 
 from __future__ import annotations
 
-from actors import Model
+from typing import TYPE_CHECKING
+
+from actors import Component, Model
 from engines.lora import LoraFile
-from engines.offload import Offload
 from engines.options import ComponentOptions, ModelOptions
-from engines.placing import Placement
-from engines.quantization import Quantization
-from engines.routes import describe
+
+if TYPE_CHECKING:
+    import torch
+
+    from engines.pipeline import PanelPipeline
+    from engines.placing import Placement
+    from engines.read_progress import ReadProgress
 
 
 def lora_files(model: Model) -> tuple[LoraFile, ...]:
@@ -43,12 +51,43 @@ def model_options(model: Model) -> ModelOptions:
 
 def describe_model(model: Model) -> tuple[str, str]:
     """Say how a model would be served, and a problem or ""; see `engines.routes.describe`."""
+    from engines.routes import describe
+
     in_parts = all(role.kind != "monolithic" for role in model.section.roles)
     return describe(model.path, model_options(model), in_parts=in_parts)
 
 
+def load_panels(
+    component: Component, model: Model, device: torch.device, progress: ReadProgress | None = None
+) -> PanelPipeline:
+    """Load what an instance of a component runs, as the topology says, and tell how far that is.
+
+    Raises:
+        ModelError: The model cannot be served.
+    """
+    import torch
+
+    from engines.pipeline import PanelPipeline
+    from roles.workload import PANELS
+
+    return PanelPipeline.load(
+        model.path,
+        PANELS[component.kind],
+        dtype=getattr(torch, component.dtype),
+        device=device,
+        quantization=component.quantization,
+        offload=component.offload,
+        adapters=lora_files(model),
+        options=model_options(model),
+        progress=progress,
+    )
+
+
 def weights_facts(placement: Placement) -> dict[str, object]:
     """What the log says of weights: their bytes, those before they were quantized, and adapters."""
+    from engines.offload import Offload
+    from engines.quantization import Quantization
+
     facts: dict[str, object] = {"weights_bytes": placement.held_bytes}
     if placement.quantization is not Quantization.NONE:
         facts |= {"quantization": placement.quantization.value, "bytes_before": placement.read_bytes}

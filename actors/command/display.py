@@ -48,6 +48,7 @@ class Display:
     def changed(self, report: ChildReport) -> None:
         """One child has a new state."""
         if report.state == self._states.get(report.name):
+            self.progressed(report)
             return
         self._states[report.name] = report.state
         self.show(report)
@@ -55,6 +56,9 @@ class Display:
             self._api_ready.set()
         if all(state == "ready" for state in self._states.values()):
             self._all_ready.set()
+
+    def progressed(self, report: ChildReport) -> None:
+        """One child says more about the state that it has: the log has it, at longer intervals."""
 
     def show(self, report: ChildReport) -> None:
         """Print the change."""
@@ -100,6 +104,12 @@ class LiveDisplay(Display):
             self.console.print(line(report))  # above the table, and it stays
         self._live.update(self._table(), refresh=True)
 
+    def progressed(self, report: ChildReport) -> None:
+        """Redraw the table."""
+        self._reports[report.name] = report
+        if self._starting:
+            self._live.update(self._table(), refresh=True)
+
     def ready(self, sentence: str) -> None:
         """Leave the table as it is, and go on with lines."""
         self._starting = False
@@ -109,13 +119,21 @@ class LiveDisplay(Display):
 
     def _table(self) -> Table:
         reports = [self._reports[name] for name in self._states if name in self._reports]
-        rows = [(report.name, styled(report.state), str(report.pid or "")) for report in reports]
-        return rows_of(table("name", "state", "pid"), rows)
+        rows = [
+            (report.name, styled(report.state), str(report.pid or ""), escape(own_detail(report))) for report in reports
+        ]
+        return rows_of(table("name", "state", "pid", ""), rows)
 
 
 def make_display(console: Console, topology: Topology) -> Display:
     """The display that suits the console."""
     return LiveDisplay(console, topology) if console.is_terminal else Display(console, topology)
+
+
+def own_detail(report: ChildReport) -> str:
+    """The detail of a child without the name of the actor that told it, where that is one of its own."""
+    name, _, rest = report.detail.partition(": ")
+    return rest if name.startswith(f"{report.name}.") else report.detail
 
 
 def line(report: ChildReport) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -295,6 +296,9 @@ def test_the_live_display_redraws_a_table_and_keeps_what_went_wrong(write: Write
     display = LiveDisplay(console, topology)
     with display.shown(topology.components):
         display.changed(report("encoder-0", "loading"))
+        detail = "encoder-0.stream: 3.1 of 24.0 GB"
+        display.changed(msgspec.structs.replace(report("encoder-0", "loading"), detail=detail))
+        assert " 3.1 of 24.0 GB" in text.getvalue()
         display.changed(report("decoder-0", "failed", "no model here"))
         display.ready("all is well")
         display.changed(report("encoder-0", "backoff", "killed by SIGKILL"))

@@ -81,6 +81,7 @@ def test_a_process_is_ready_when_every_actor_of_it_is() -> None:
     async def scenario() -> None:
         first, second = Worker("role"), Worker("role.stream")
         second.state, second.detail = "loading", "weights"
+        assert state_of((first, second)) == ("loading", "role.stream: weights")
         first.state = "ready"
         assert state_of((first, second)) == ("loading", "role.stream: weights")
         second.state = "ready"

@@ -5,6 +5,7 @@ import json
 import os
 import re
 
+import msgspec
 import pytest
 
 from actors.system import (
@@ -284,6 +285,11 @@ async def test_a_child_that_still_loads_is_not_down(topology):
     child = ChildReport("decoder-0", "decoder", 42, 3, "loading", 0, "", 1.0)
     (row,) = rows(topology.component("decoder-0"), None, child, None)
     assert (row["state"], row["pid"], row["generation"]) == ("loading", 42, 3)
+    child = msgspec.structs.replace(child, detail="decoder-0.stream: 3.1 of 24.0 GB")
+    status = ActorStatus("decoder-0", "decoder", 42, 3, "loading", "", 0, 1.0, 0, 8, 0, {})
+    for answer in (None, Inspection((status,))):
+        (row,) = rows(topology.component("decoder-0"), answer, child, None)
+        assert row["detail"] == "decoder-0.stream: 3.1 of 24.0 GB"
 
 
 async def test_a_child_that_its_supervisor_holds_for_ready_but_does_not_answer_is_down(topology):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from engines.read_ahead import read_ahead
+from engines.read_progress import ReadProgress
 
 SIZE = 8 << 20
 
@@ -38,7 +39,7 @@ def test_weights_of_all_components_come_into_memory(tmp_path: Path) -> None:
     other = cold(tmp_path / "one" / "model.bin")
     if resident(other) == 1.0:
         pytest.skip("files of this folder are always in memory, as on tmpfs")
-    read_ahead([*files, tmp_path / "none" / "model.safetensors"])
+    read_ahead([*files, tmp_path / "none" / "model.safetensors"], ReadProgress())
     while not all(resident(file) == 1.0 for file in files):
         pass
     assert resident(other) < 1.0

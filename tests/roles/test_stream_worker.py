@@ -344,6 +344,28 @@ def test_a_call_that_hangs_is_overdue(bench: Any, monkeypatch: pytest.MonkeyPatc
     bench(body)
 
 
+def test_while_it_loads_it_says_how_much_of_the_weights_has_been_read(
+    run: Any, place: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("roles.stream_worker.PROGRESS_EVERY_S", 0)
+    topology = place(tiny_model, kind="monolithic")
+    worker = StreamWorker(topology.component("monolithic-0"), topology, Premises())
+
+    async def body() -> None:
+        said = asyncio.Event()
+        worker._on_state = said.set
+        telling = worker.spawn(worker._tell_progress(), name="progress")
+        worker._load(CPU)
+        async with asyncio.timeout(30):
+            await said.wait()
+        telling.cancel()
+
+    run(body())
+    total = sum(file.stat().st_size for file in tiny_model.rglob("*.safetensors"))
+    assert (worker._reading.read, worker._reading.total) == (total, total)
+    assert (worker.state, worker.detail) == ("loading", str(worker._reading))
+
+
 @pytest.mark.parametrize(
     ("device", "says"), [("cuda:97", "cuda:97"), ("abacus", "abacus"), ("mps", "mps"), ("cpu", "nowhere")]
 )
