@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Final, NamedTuple, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, cast
+
+import msgspec
 
 from actors.errors import StartFailure
 
@@ -56,16 +58,55 @@ PRELOAD: Final = (
 """
 
 
-DESCRIBE_MODEL: Final = "roles.weights:describe_model"
-"""Says how a model would be served; it imports the large libraries."""
-
-Describe = Callable[["Model"], tuple[str, str]]
-"""Returns how a model would be served, and a problem or ""."""
+CHECK_MODEL: Final = "roles.checking:check_model"
+"""Finds what is wrong with a model; it imports the large libraries."""
 
 
-def load_describe() -> Describe:
-    """`DESCRIBE_MODEL`; raises `StartFailure` when it cannot be imported."""
-    return cast(Describe, load_builder(DESCRIBE_MODEL))
+class ModelProblem(msgspec.Struct, frozen=True):
+    """Something that a person should know of a model before it is served."""
+
+    where: str
+    """A component, a LoRA, "index", "card" or "dry run"."""
+    problem: str
+    """One sentence, with what to do about it."""
+    fatal: bool
+    """Whether the model cannot be served."""
+
+
+class ModelReport(msgspec.Struct, frozen=True):
+    """What is known of a model before it is served."""
+
+    name: str
+    """As `Model.name`."""
+    path: str
+    """Its folder."""
+    sentence: str
+    """How it would be served, "" where that cannot be told."""
+    problems: tuple[ModelProblem, ...]
+    """Everything that was found, in the order of the model's index."""
+    dry_run: str
+    """What came of a tiny request, or why there was none; "" where something fatal was found."""
+    seconds: dict[str, float]
+    """What each part of the check took."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found that prevents serving."""
+        return not any(problem.fatal for problem in self.problems)
+
+
+class CheckModel(Protocol):
+    """Finds what is wrong with a model."""
+
+    def __call__(
+        self, model: Model, components: Sequence[Component], *, dry_run: bool, say: Callable[[str], None]
+    ) -> ModelReport:
+        """Look at a model that these components serve, and tell what is being done."""
+
+
+def load_check() -> CheckModel:
+    """`CHECK_MODEL`; raises `StartFailure` when it cannot be imported."""
+    return cast(CheckModel, load_builder(CHECK_MODEL))
 
 
 MODEL_FACTS: Final = "roles.model_facts:model_facts"

@@ -135,6 +135,17 @@ class Adapters:
         made._mixin = mixin
         return made
 
+    def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """The shapes of what the files have for each component, under the names that its modules have there."""
+        return {
+            component: {
+                name.removeprefix(f"{component}."): tuple(tensor.shape)
+                for weights in self._each()
+                for name, tensor in weights.of(component).items()
+            }
+            for component in {name for weights in self._each() for name in weights.components}
+        }
+
     def attach(self, component: str, module: Any) -> None:
         """Load into a component what the files have for it; none of it is active then.
 

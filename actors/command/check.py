@@ -2,59 +2,111 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
+from rich.console import Console
 from rich.markup import escape
 
 from actors.command.output import EXIT_BAD_TOPOLOGY, fail, rows_of, stdout, table
-from actors.components import load_describe
+from actors.components import ModelReport, load_check
 from actors.errors import StartFailure, TopologyError
 from actors.launcher import QUIET
 from actors.preflight import preflight
-from actors.topology import Topology, load_topology
+from actors.topology import Component, Model, Topology, load_topology
 
 TopologyFile = Annotated[Path, typer.Argument(metavar="FILE", help="The topology, a TOML file.", show_default=False)]
 
 
 def check(
     file: TopologyFile,
-    model: Annotated[bool, typer.Option("--model", help="Also look at the model, which takes some seconds.")] = False,
+    model: Annotated[
+        bool,
+        typer.Option(
+            "--model", help="Also look at the model: its files, classes, and one tiny request. Takes seconds."
+        ),
+    ] = False,
+    no_dry_run: Annotated[
+        bool, typer.Option("--no-dry-run", help="With --model: do not load it for a request.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
     """Check a topology file, and list the processes that it leads to.
 
-    Prints one sentence and exits with 2 when the file cannot be run on this machine.
+    Exits with 0 when nothing is wrong, and with 2 when the file cannot be run on this machine or a model cannot be
+    served, after one sentence for each thing that is wrong.
 
-    [bold]Example[/]
+    With --model it reads the configuration of all components and the headers of all weights, holds them against the
+    classes of this machine's libraries, and then, where the weights fit into free memory, loads them and makes one
+    request of the smallest size and number of steps that the model takes.
+
+    [bold]Examples[/]
 
     triptych check examples/demo.toml
 
     triptych check examples/demo.toml --model
+
+    triptych check examples/demo.toml --model --no-dry-run --json | jq '.models[].problems'
     """
     try:
         topology = load_topology(file)
         preflight(topology, topology.components, file=str(file))
     except TopologyError as error:
+        if as_json:
+            _print_json(file, False, str(error), [])
+            raise typer.Exit(EXIT_BAD_TOPOLOGY) from error
         fail(str(error), EXIT_BAD_TOPOLOGY)
-    show(topology)
-    if model:
-        show_model(topology)
+    if not as_json:
+        show(topology)
+    reports = _look_at_models(topology, dry_run=not no_dry_run) if model else []
+    ok = all(report.ok for report in reports)
+    if as_json:
+        _print_json(file, ok, "", reports)
+    else:
+        for report in reports:
+            show_report(report, several=len(reports) > 1)
+    raise typer.Exit(0 if ok else EXIT_BAD_TOPOLOGY)
 
 
-def show_model(topology: Topology) -> None:
-    """Print how each model of a topology would be served; exits with 2 when one cannot be."""
+def _look_at_models(topology: Topology, *, dry_run: bool) -> list[ModelReport]:
+    os.environ.update({name: level for name, level in QUIET.items() if name not in os.environ})
+    console = Console(stderr=True, highlight=False)
     try:
-        os.environ.update({name: level for name, level in QUIET.items() if name not in os.environ})
-        told = [(model.name, *load_describe()(model)) for model in topology.models]
+        check_model = load_check()
+        with console.status("") as status:
+
+            def say(what: str) -> None:
+                status.update(escape(what))
+
+            return [
+                check_model(model, _served_by(topology, model), dry_run=dry_run, say=say) for model in topology.models
+            ]
     except StartFailure as error:
         fail(str(error), EXIT_BAD_TOPOLOGY)
-    for name, sentence, problem in told:
-        of = f"{name}: " if len(told) > 1 else ""
-        if problem:
-            fail(f"{of}{problem}", EXIT_BAD_TOPOLOGY)
-        stdout().print(escape(f"{of}{sentence}"))
+
+
+def _served_by(topology: Topology, model: Model) -> list[Component]:
+    return [component for component in topology.components if component.slots and component.model == model.name]
+
+
+def show_report(report: ModelReport, *, several: bool = False) -> None:
+    """Print what was found of a model: problems to stderr, what is well to stdout."""
+    of = f"{report.name}: " if several else ""
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    for problem in report.problems:
+        errors.print(f"{of}{problem.problem}", style="red" if problem.fatal else "yellow", markup=False)
+    for sentence in (report.sentence, report.dry_run):
+        if sentence:
+            stdout().print(escape(f"{of}{sentence}"), soft_wrap=True)
+
+
+def _print_json(file: Path, ok: bool, problem: str, reports: list[ModelReport]) -> None:
+    found = {"file": str(file), "ok": ok, "problem": problem, "models": [msgspec.to_builtins(each) for each in reports]}
+    print(json.dumps(found, indent=2))
 
 
 def show(topology: Topology) -> None:

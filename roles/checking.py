@@ -1,0 +1,171 @@
+"""What `triptych check FILE --model` finds: files, classes, and one tiny request in this process.
+
+Importing this module imports no torch, so that what files alone tell is known at once.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from actors import Component, Model, StartFailure
+from actors.components import ModelProblem, ModelReport
+from actors.errors import describe
+from engines.inspection import Finding, inspect_files
+from engines.panels import ModelError, Panel
+from engines.read_progress import size_text
+from roles.weights import describe_model, lora_files, model_options
+
+if TYPE_CHECKING:
+    from engines.fitting import Fit
+    from engines.pipeline import PanelPipeline
+
+_BYTES: Final = {"float32": 4}
+_DEFAULT_BYTES: Final = 2
+_SHARE: Final = 0.8
+"""Of the memory that is free: the rest is for what a request computes, and for whoever else is here."""
+_TRIES: Final = (64, 256)
+"""Pixels of a side of a dry request: some models cannot make anything as small as the first."""
+
+
+def check_model(
+    model: Model, components: Sequence[Component], *, dry_run: bool = True, say: Callable[[str], None] = print
+) -> ModelReport:
+    """Find everything that can be known of a model before it is served.
+
+    Args:
+        model: Of a topology.
+        components: The instances that serve it.
+        dry_run: Whether to load it and make one tiny request, where nothing was found that prevents it.
+        say: Called with what is being done.
+    """
+    began = time.monotonic()
+    seconds: dict[str, float] = {}
+
+    def lap(part: str) -> None:
+        seconds[part] = time.monotonic() - began - sum(seconds.values())
+
+    options, loras = model_options(model), lora_files(model)
+    say("reading configuration and headers of weights")
+    found = inspect_files(model.path, options, loras)
+    lap("files")
+    say("importing torch and diffusers")
+    from engines.fitting import fit
+
+    lap("import")
+    broken = frozenset(finding.where for finding in found if finding.fatal)
+    fitted = fit(model.path, options, loras, broken=broken, say=lambda name: say(f"holding {name} against its class"))
+    found = _that_matter([*found, *fitted.findings], fitted)
+    lap("classes")
+    sentence, problem = describe_model(model)
+    if problem and not any(finding.fatal for finding in found):
+        found.append(Finding("index", problem))
+    lap("pipeline")
+    told = ""
+    if not any(finding.fatal for finding in found):
+        told, failed = _dry_run(model, components, fitted, say) if dry_run else ("No dry request was made.", None)
+        found += [failed] if failed else []
+        lap("dry run")
+    problems = tuple(ModelProblem(finding.where, finding.problem, finding.fatal) for finding in found)
+    return ModelReport(model.name, str(model.path), "" if problem else sentence, problems, told, seconds)
+
+
+def _that_matter(found: Sequence[Finding], fitted: Fit) -> list[Finding]:
+    """Without what is said twice; of components that are not loaded, nothing prevents serving."""
+    import msgspec
+
+    matter = []
+    for finding in dict.fromkeys(found):
+        is_ours = finding.where in fitted.needed or finding.where in ("index", "card") or "LoRA" in finding.where
+        matter.append(finding if is_ours or not fitted.needed else msgspec.structs.replace(finding, fatal=False))
+    return matter
+
+
+def _dry_run(
+    model: Model, components: Sequence[Component], fitted: Fit, say: Callable[[str], None]
+) -> tuple[str, Finding | None]:
+    """Load the model as its roles do, and make one tiny request; returns what came of it, and what prevents it."""
+    instances = {component.kind: component for component in reversed(components)}
+    needed = sum(
+        count * max(_BYTES.get(each.dtype, _DEFAULT_BYTES) for each in instances.values())
+        for count in fitted.elements.values()
+    )
+    free = _free_bytes(instances.values())
+    if needed > _SHARE * free:
+        return f"No dry request was made: the weights take {size_text(needed)}, {size_text(free)} are free.", None
+    began = time.monotonic()
+    try:
+        panels = _load(model, instances.values(), say)
+    except (ModelError, StartFailure) as error:
+        return "", Finding("dry run", str(error))
+    loaded_s = time.monotonic() - began
+    for side in _TRIES:
+        began = time.monotonic()
+        at, failed = _request(model, panels, side, say)
+        if failed is None:
+            seconds = time.monotonic() - began
+            loading = f"loading the {size_text(needed)} took {loaded_s:.1f} s"
+            return f"A dry request ({at}) took {seconds:.1f} s; {loading}.", None
+    return "", failed
+
+
+def _load(model: Model, instances: Iterable[Component], say: Callable[[str], None]) -> dict[Panel, PanelPipeline]:
+    from roles import devices
+    from roles.weights import load_panels
+
+    panels: dict[Panel, PanelPipeline] = {}
+    for component in instances:
+        say(f"loading the {component.kind}")
+        pipeline = load_panels(component, model, devices.usable_device(component))
+        panels |= dict.fromkeys(pipeline.panels, pipeline)
+    return panels
+
+
+def _request(
+    model: Model, panels: dict[Panel, PanelPipeline], side: int, say: Callable[[str], None]
+) -> tuple[str, Finding | None]:
+    """Make a request; returns its numbers, and what went wrong."""
+    from engines.card import load_card
+    from engines.dry_run import run, tiny_inputs
+    from roles import devices
+
+    at = ""
+
+    def seen(panel: str) -> None:
+        nonlocal at
+        at = panel
+        say(f"a dry request: {panel}")
+
+    encoder = panels[Panel.ENCODER]
+    card = load_card(model.path, model_options(model).task)
+    inputs = tiny_inputs(encoder.signature, card, side, alpha=encoder.alpha)
+    told = ", ".join(f"{name}={value}" for name, value in sorted(inputs.items()) if isinstance(value, int))
+    try:
+        run(panels, inputs, seen)
+    except Exception as error:  # noqa: BLE001  whatever it raises is what was to be found out
+        sentence = f"A dry request ({told}) failed in the {at}: {describe(error)}"
+        return told, Finding("dry run", sentence, fatal=not devices.is_at_fault(error))
+    return told, None
+
+
+def _free_bytes(instances: Iterable[Component]) -> int:
+    """Memory that is free where the instances compute."""
+    devices = {component.device for component in instances}
+    if devices == {"cpu"}:
+        return _free_on_host()
+    import torch
+
+    cards = {torch.device(name).index or 0 for name in devices if name != "cpu"}
+    return sum(torch.cuda.mem_get_info(card)[0] for card in cards) if torch.cuda.is_available() else 0
+
+
+def _free_on_host(proc: Path = Path("/proc/meminfo")) -> int:
+    """Bytes that processes may still take, no more than physical memory."""
+    for line in proc.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) << 10
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
