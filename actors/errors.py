@@ -66,7 +66,7 @@ class TopologyError(Exception):
 
     def __init__(self, file: str, key: str, problem: str, fix: str) -> None:
         where = f"{file}: {key} " if key else f"{file} "
-        super().__init__(f"{where}{problem}: {fix}.")
+        super().__init__(f"{where}{problem}: {fix}{'' if fix.endswith('?') else '.'}")
         self.file = file
         self.key = key
         self.problem = problem

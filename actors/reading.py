@@ -55,8 +55,13 @@ def _models(file: str, tables: dict[str, Any]) -> tuple[ModelSection, ...]:
 def did_you_mean(key: str, known: Iterable[str]) -> str:
     """The fix for a misspelt word: the nearest known one, else all of them."""
     names = list(known)
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    return f"did you mean {near[0]}" if near else f"use one of {', '.join(names)}"
+    alike = [name for name in names if _digits(name) == _digits(key)]  # another number is another thing, and no slip
+    near = difflib.get_close_matches(key, alike, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else f"use one of {', '.join(names)}"
+
+
+def _digits(word: str) -> str:
+    return "".join(filter(str.isdigit, word))
 
 
 def _parse(file: Path) -> dict[str, Any]:

@@ -37,6 +37,17 @@ _SHAPE_ERRORS: Final = (
     "cannot reshape tensor",
 )
 """What torch says of shapes that do not fit; it has no class of error for that."""
+_MISFITS: Final = (
+    "incorrect config",
+    "Incorrect config",
+    "unet.config",
+    "transformer.config",
+    "vae.config",
+    " channels, but got ",
+)
+"""How diffusers says that the parts of a model do not fit each other, and how torch says it of a first layer."""
+_CERTAIN: Final = (TypeError, AttributeError, NameError, LookupError, AssertionError, NotImplementedError, ValueError)
+_LIBRARIES: Final = frozenset({"diffusers", "transformers", "engines"})
 _LEAK: Final = 1 << 30
 """Bytes of requests in hand; and a quarter of the weights, for what the libraries make once and keep."""
 
@@ -57,14 +68,31 @@ def is_device_lost(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _DEVICE_ERRORS)
 
 
+def is_misfit(error: BaseException) -> bool:
+    """Whether parts of the model do not fit each other, as diffusers says it; no request can mend that."""
+    text = str(error)
+    return isinstance(error, (ValueError, RuntimeError)) and any(words in text for words in _MISFITS)
+
+
+def is_certain(error: BaseException) -> bool:
+    """Whether the same request would fail in the same way again: code of the libraries or of the engine cannot do it.
+
+    What depends on the machine (memory, the device, files) comes as other classes of errors.
+    """
+    return isinstance(error, _CERTAIN) and _raised_in(error).partition(".")[0] in _LIBRARIES
+
+
 def is_at_fault(error: BaseException) -> bool:
     """Whether the request itself is wrong, and would fail anywhere.
 
     What this engine says of inputs is, what diffusers says by a ValueError of its own, and sizes that do not fit each
-    other: of a picture and the size asked for, for one. The same classes of error from elsewhere are defects.
+    other: of a picture and the size asked for, for one. The same classes of error from elsewhere are defects, and what
+    is said of the model's configuration is about the model.
     """
     if isinstance(error, (InputError, UploadError)):
         return True
+    if is_misfit(error):
+        return False
     if isinstance(error, ValueError):
         return _raised_in(error).partition(".")[0] == "diffusers"
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _SHAPE_ERRORS)

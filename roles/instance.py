@@ -197,7 +197,9 @@ class Instance(Actor):
 
     async def panel_failed(self, message: device.PanelFailed) -> None:
         """End a piece of work; with a lost device, this process as well."""
-        self._carry_out(self.workload.panel_failed(message.work, message.error, at_fault=message.at_fault))
+        self._carry_out(
+            self.workload.panel_failed(message.work, message.error, at_fault=message.at_fault, certain=message.certain)
+        )
         if message.device_lost:
             self._draining = True
             self._carry_out(self.workload.hand_back(None))

@@ -235,7 +235,13 @@ class StreamWorker(Actor):
             self.log.warning("panel failed", work=str(job.work), panel=job.panel.value, exc_info=error)
             lost, full = devices.is_device_lost(error), devices.is_out_of_memory(error)
             at_fault = devices.is_at_fault(error) and not (lost or full)
-            failed = PanelFailed(job.work, job.panel, describe(error), at_fault, lost)
+            certain = devices.is_certain(error) or devices.is_misfit(error)
+            why = (
+                f"parts of the model {self.model.name or self.model.path.name} do not fit each other: {describe(error)}"
+                if devices.is_misfit(error)
+                else describe(error)
+            )
+            failed = PanelFailed(job.work, job.panel, why, at_fault, lost, certain and not (lost or full))
             devices.forget(error)
             return msgspec.structs.replace(failed, device_lost=await self._is_full(stream)) if full else failed
         self.panels_run += 1

@@ -277,12 +277,12 @@ class Workload:
         item.phase = Phase.STAGING
         return (Stage(work, item.deadline),)
 
-    def panel_failed(self, work: Work, error: str, *, at_fault: bool) -> tuple[Effect, ...]:
-        """End the work: the panel raised."""
+    def panel_failed(self, work: Work, error: str, *, at_fault: bool, certain: bool = False) -> tuple[Effect, ...]:
+        """End the work: the panel raised; it is not tried again where the request is at fault or nothing changes."""
         item = self._item(work, "a panel failed", Phase.RUNNING)
         if item.cancelled:
             return self._end_cancelled(item)
-        return self._end_failed(item, error, retryable=not at_fault, at_fault=at_fault)
+        return self._end_failed(item, error, retryable=not (at_fault or certain), at_fault=at_fault)
 
     def panel_cancelled(self, work: Work) -> tuple[Effect, ...]:
         """End the work: the stream worker has stopped as told."""

@@ -58,6 +58,8 @@ class PanelFailed(Message):
     """The request is at fault (a bad value), not the machine."""
     device_lost: bool = False
     """Nothing can be computed on this device any more: the process has to start anew."""
+    certain: bool = False
+    """It would fail in the same way again, through no fault of the request."""
 
 
 class PanelCancelled(Message):

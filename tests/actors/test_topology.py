@@ -24,7 +24,11 @@ TWICE = PANELS + '[[roles]]\nkind = "denoiser"\n'
 BROKEN = {
     "not TOML": (MODEL + "[api\n", "is not TOML", "line 3"),
     "no model": (PANELS, "has no [model] section", 'path = "the folder of a model"'),
-    "unknown section": (MODEL + "[supervison]\n" + PANELS, "[supervison] is not a section", "did you mean supervision"),
+    "unknown section": (
+        MODEL + "[supervison]\n" + PANELS,
+        "[supervison] is not a section",
+        "did you mean supervision?",
+    ),
     "both ways": (MODEL + PANELS + TWO, "[model] stands beside [[models]]", "with [[models.roles]] below it"),
     "roles of none": (PANELS + TWO, "[[roles]] stands beside [[models]]", "with [[models.roles]] below it"),
     "no models": ("models = []\n", "has no [model] section", 'path = "the folder of a model"'),
@@ -55,7 +59,7 @@ BROKEN = {
         '[[models]] "B.1" prompt_cache = "" is with those before it more than half of',
         "make it smaller",
     ),
-    "unknown key": (MODEL + "[api]\nprot = 1\n" + PANELS, "[api] has no key called prot", "did you mean port"),
+    "unknown key": (MODEL + "[api]\nprot = 1\n" + PANELS, "[api] has no key called prot", "did you mean port?"),
     "unknown key of a role": (
         MODEL + PANELS + 'devise = "cpu"\n',
         "[[roles]] no. 3 has no key called devise",
@@ -157,7 +161,13 @@ BROKEN = {
         '[[model.lora]] use the name "ink" 2 times',
         "give each a name",
     ),
-    "four bits": (MODEL + PANELS + 'quantization = "int4"\n', '"int4" is not known', "did you mean int8"),
+    "four bits": (MODEL + PANELS + 'quantization = "int4"\n', '"int4" is not known', "use one of none, int8, float8."),
+    "half the bits": (MODEL + 'dtype = "bf16"\n' + PANELS, '"bf16" is not known', "did you mean bfloat16?"),
+    "twice the bits": (
+        MODEL + 'dtype = "float64"\n' + PANELS,
+        '"float64" is not known',
+        "use one of float32, float16, bfloat16.",
+    ),
     "open host": (MODEL + '[api]\nhost = "0.0.0.0"\n' + PANELS, "there are no keys to keep others out", '"127.0.0.1"'),
     "open name": (MODEL + '[api]\nhost = "example.org"\n' + PANELS, "open to the network", "[api] keys_file"),
     "no site": (MODEL + '[api]\npublic_url = "http://["\n' + PANELS, 'public_url = "http://[" is no URL', "https://"),
@@ -182,7 +192,7 @@ def test_a_broken_topology_is_one_sentence_with_file_key_and_fix(case: str, fold
     assert sentence.startswith(f"{file}")
     assert problem in sentence
     assert fix in sentence
-    assert sentence.endswith(".")
+    assert sentence.endswith((".", "?"))
     assert "\n" not in sentence
 
 

@@ -65,6 +65,37 @@ def test_what_an_error_means(error: Exception, meaning: str) -> None:
     assert [name for name, holds in found.items() if holds] == ([meaning] if meaning else [])
 
 
+def from_library(name: str, raises: str) -> Exception:
+    """An error raised by code of a module of that name."""
+    scope: dict[str, object] = {"__name__": name}
+    exec(f"def fail():\n    {raises}", scope)
+    return raised(scope["fail"])
+
+
+@pytest.mark.parametrize(
+    ("error", "certain", "misfit"),
+    [
+        (from_library("diffusers.pipelines.x", "raise UnboundLocalError('denoised')"), True, False),
+        (from_library("transformers.models.x", "assert False"), True, False),
+        (from_library("engines.handoff", "None.config"), True, False),
+        (from_library("somebody.elses", "raise KeyError('x')"), False, False),
+        (from_library("diffusers.models.x", "raise RuntimeError('out of memory')"), False, False),
+        (from_library("engines.x", "raise OSError('disk')"), False, False),
+        (
+            from_library(
+                "diffusers.pipelines.x", "raise ValueError('The model has an incorrect config. Please check')"
+            ),
+            True,
+            True,
+        ),
+        (raised(lambda: torch.nn.Conv2d(9, 4, 1)(torch.zeros(1, 4, 2, 2))), False, True),
+    ],
+)
+def test_what_would_fail_again_and_what_no_request_can_mend(error: Exception, certain: bool, misfit: bool) -> None:
+    assert (devices.is_certain(error), devices.is_misfit(error)) == (certain, misfit)
+    assert not (misfit and devices.is_at_fault(error))
+
+
 @pytest.mark.parametrize(
     ("in_a_row", "allocated", "after_loading", "ends"),
     [

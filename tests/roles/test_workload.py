@@ -225,12 +225,12 @@ def test_a_failed_fetch_says_whether_the_source_is_gone() -> None:
     ]
 
 
-@pytest.mark.parametrize("at_fault", [True, False])
-def test_a_request_that_is_at_fault_is_not_tried_again(at_fault: bool) -> None:
+@pytest.mark.parametrize(("at_fault", "certain", "again"), [(1, 0, 0), (0, 1, 0), (0, 0, 1)])
+def test_what_is_at_fault_or_certain_to_fail_is_not_tried_again(at_fault: int, certain: int, again: int) -> None:
     load = Workload("encoder-0", "encoder", 1)
     load.assign(assign(W), NOW)
-    assert reports(load.panel_failed(W, "no", at_fault=at_fault)) == [
-        StageFailed(W, "encoder-0", "encoder", "no", not at_fault, 2, at_fault)
+    assert reports(load.panel_failed(W, "no", at_fault=bool(at_fault), certain=bool(certain))) == [
+        StageFailed(W, "encoder-0", "encoder", "no", bool(again), 2, bool(at_fault))
     ]
 
 
