@@ -108,6 +108,9 @@ class ModelSection(Section, frozen=True):
     variant: Variant = ""
     """Which of the weight files of a component are read where there are several, such as "fp16"; "" = the plain ones,
     else the only variant that there is. A component that has only plain files is read from those."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model, where its pipeline or a component is of its own: with all that the
+    user of these processes may do. Read it first; see docs/security.md."""
     prompt_cache: str = ""
     """Memory in the encoders' pool for what they made, kept for requests of the same prompt: "" = a quarter of
     `[transfer] pool_size`, shared out among the models, "0" = none, else a size; together they take at most half of it.

@@ -18,6 +18,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 
 from engines.aliases import public_names, with_aliases
+from engines.custom_code import custom_class, custom_file
 from engines.geometry import with_steps
 from engines.guidance import GUIDANCE_SCALE, guidance, has_guider
 from engines.loading import incomplete, load_component, load_shadow
@@ -33,6 +34,7 @@ from engines.media import (
     results_of,
     with_sampling_rate,
 )
+from engines.options import DEFAULTS, ModelOptions
 from engines.panels import ModelError
 from engines.parameters import Signature
 from engines.placing import Placement
@@ -254,16 +256,24 @@ class Components:
         cls: The class of its pipeline.
         index: Of the model.
         entries: Library and class of each component, by name.
+        options: How the model is read.
     """
 
-    def __init__(self, model: Path, cls: Any, index: Mapping[str, object], entries: Mapping[str, tuple[str, str]]):
+    def __init__(
+        self,
+        model: Path,
+        cls: Any,
+        index: Mapping[str, object],
+        entries: Mapping[str, tuple[str, str]],
+        options: ModelOptions = DEFAULTS,
+    ) -> None:
         self._model = model
         self._cls = cls
         self._index = index
         self._specs = {
             name: ComponentSpec(
                 name=name,
-                type_hint=_component_class(name, *entry),
+                type_hint=_component_class(model / name, *entry, options),
                 pretrained_model_name_or_path=str(model),
                 subfolder=name,
             )
@@ -313,10 +323,12 @@ class Components:
         return folder
 
 
-def _component_class(name: str, library: str, class_name: str) -> type:
+def _component_class(folder: Path, library: str, class_name: str, options: ModelOptions) -> type:
+    if file := custom_file(folder, library):
+        return custom_class(file, class_name, options)
     # Any other library that an index names is a folder of pipelines; nothing else is imported on its word.
     module = _LIBRARIES.get(library) or getattr(diffusers.pipelines, library, None)
     found = getattr(module, class_name, None)
     if not isinstance(found, type):
-        raise ModelError(f"The {name} is a {class_name} of {library}, which is not installed.")
+        raise ModelError(f"The {folder.name} is a {class_name} of {library}, which is not installed.")
     return found

@@ -248,6 +248,14 @@ def load_index(model: Path) -> dict[str, object]:
         index = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(f"The index {path} cannot be read: {error}.") from error
+    if isinstance(index, dict) and _is_custom(index.get("_class_name")):
+        module, name = index["_class_name"]
+        index |= {"_class_name": name, "_module": str(model / f"{module}.py")}
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ModelError(f"The index {path} does not say which pipeline it is for (`_class_name`).")
     return index
+
+
+def _is_custom(name: object) -> bool:
+    """Whether the class of a pipeline comes with its model: then it is a module beside the index, and the class."""
+    return isinstance(name, list) and len(name) == 2 and all(str(part).isidentifier() for part in name)

@@ -160,10 +160,10 @@ def load_classic(model: Path, panels: tuple[Panel, ...], placement: Placement) -
         ModelError: The model cannot be served; the sentence says why.
     """
     index = load_index(model)
-    cls = classic_class(index)
+    cls = classic_class(index, placement.options)
     build = anatomy(cls, index)
     wanted = frozenset(name for panel in panels for name in build.needed(panel))
-    pipeline, shadows = Components(model, cls, index, build.components).pipeline(wanted, placement)
+    pipeline, shadows = Components(model, cls, index, build.components, placement.options).pipeline(wanted, placement)
     return ClassicParts(pipeline, build, wanted, {name: Elsewhere(shadow) for name, shadow in shadows.items()})
 
 

@@ -7,7 +7,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Final
 
-_READ: Final = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja"})
+_READ: Final = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja", ".py"})
 """Endings of the files that pipelines are loaded from."""
 
 

@@ -50,6 +50,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     components: Mapping[str, Path] = {}
     """By name, a file with the weights of a component, or a folder with its weights and its configuration, in place of
     the model's own."""
+    trust_remote_code: bool = False
+    """Code that comes with the model is run."""
 
 
 DEFAULTS: Final = ModelOptions()

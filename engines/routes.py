@@ -11,6 +11,7 @@ import diffusers
 
 from engines.anatomy import anatomy
 from engines.card import load_card, load_index
+from engines.custom_code import has_custom_code
 from engines.loading import geometry_problem
 from engines.media import foreign, medium_of, results_of
 from engines.options import DEFAULTS, ModelOptions
@@ -60,7 +61,8 @@ def route_for(model: Path, options: ModelOptions = DEFAULTS) -> Route:
     if options.route == Route.MODULAR:
         pipeline_class(index, model)
         return Route.MODULAR
-    if options.route != Route.CLASSIC and modular_class(index) is not None:
+    uncut = options.route == Route.CLASSIC or has_custom_code(index, model)
+    if not uncut and modular_class(index) is not None:
         named = getattr(diffusers, str(index["_class_name"]), None)
         has_class = isinstance(named, type) and issubclass(named, diffusers.DiffusionPipeline)
         try:
@@ -71,11 +73,11 @@ def route_for(model: Path, options: ModelOptions = DEFAULTS) -> Route:
             # What the blocks do not do, the class may: they have no inpainting for most families.
             if not has_class or not _does(classic_class(index), asked(load_card(model, options.task).task)):
                 raise ModelError(str(error)) from error
-    cls = classic_class(index)
+    cls = classic_class(index, options)
     # A card is of the folder; that of another class of the same family may say anything else.
     if problem := class_task_problem(cls, asked(options.task), _medium(cls)):
         raise ModelError(problem)
-    return _without_blocks(index)
+    return _without_blocks(index, options)
 
 
 def tasks_of(model: Path, options: ModelOptions = DEFAULTS) -> tuple[Task, ...]:
@@ -86,7 +88,7 @@ def tasks_of(model: Path, options: ModelOptions = DEFAULTS) -> tuple[Task, ...]:
     """
     if route_for(model, options) is Route.MODULAR:
         return load_split(model, options).tasks
-    cls = classic_class(load_index(model))
+    cls = classic_class(load_index(model), options)
     return class_tasks(cls, _medium(cls))
 
 
@@ -138,8 +140,8 @@ def _medium(cls: Any) -> Medium:
     return medium_of(results_of(cls.__call__))
 
 
-def _without_blocks(index: Mapping[str, object]) -> Route:
-    cls = classic_class(index)
+def _without_blocks(index: Mapping[str, object], options: ModelOptions = DEFAULTS) -> Route:
+    cls = classic_class(index, options)
     if made := foreign(results_of(cls.__call__)):
         raise ModelError(
             f"{cls.__name__} makes {made}, which are no image, video or sound: it cannot be served by itself."

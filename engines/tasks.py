@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import diffusers
@@ -16,6 +17,8 @@ from diffusers.pipelines.auto_pipeline import (
     AUTO_VIDEO2VIDEO_PIPELINES_MAPPING,
 )
 
+from engines.custom_code import MODULE, custom_class
+from engines.options import DEFAULTS, ModelOptions
 from engines.panels import ModelError
 from engines.parameters import Medium, Task
 
@@ -55,13 +58,19 @@ class Needs:
     defaults: Mapping[str, object]
 
 
-def classic_class(index: Mapping[str, object]) -> Any:
+def classic_class(index: Mapping[str, object], options: ModelOptions = DEFAULTS) -> Any:
     """Find the pipeline that an index names.
 
+    Args:
+        index: Of the model.
+        options: How it is read; they say whether code that comes with it may be run.
+
     Raises:
-        ModelError: There is none, or it needs a package that is not installed.
+        ModelError: There is none, or it needs a package that is not installed, or it is code that may not be run.
     """
     name = str(index["_class_name"])
+    if MODULE in index:
+        return custom_class(Path(str(index[MODULE])), name, options)
     try:
         # One of them ends the process where a package that it needs is absent.
         found = getattr(diffusers, name, None)

@@ -59,8 +59,8 @@ def load_whole(model: Path, panels: tuple[Panel, ...], placement: Placement) -> 
         ModelError: Not all panels are asked for, or the model cannot be served.
     """
     index = load_index(model)
-    cls = classic_class(index)
+    cls = classic_class(index, placement.options)
     check_panels(Route.MONOLITHIC, index, model, panels)
     components = anatomy(cls, index).components
-    pipeline, _ = Components(model, cls, index, components).pipeline(list(components), placement)
+    pipeline, _ = Components(model, cls, index, components, placement.options).pipeline(list(components), placement)
     return WholeParts(pipeline, frozenset(components))

@@ -46,6 +46,7 @@ def model_options(model: Model) -> ModelOptions:
         vae_slicing=section.vae_slicing,
         checkpoint=source.checkpoint,
         components=source.components,
+        trust_remote_code=section.trust_remote_code,
     )
 
 

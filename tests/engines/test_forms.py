@@ -293,3 +293,52 @@ def test_add_says_which_configurations_a_checkpoint_needs(
     )
     assert (found.source.problem, found.title) == ("", "tiny")
     assert same(served(found.path, SDXL, model_options(found)), served(sdxl, SDXL))
+
+
+# Code that comes with a model -------------------------------------------------------------------------------------
+
+
+def with_code(model: Path, folder: Path) -> Path:
+    """A model with a pipeline and a transformer of its own, which say that they were used."""
+    made = copied(model, folder)
+    (made / "helpers.py").write_text("NAME = 'mine'\n")
+    (made / "pipeline.py").write_text(
+        "from diffusers import PixArtSigmaPipeline\n"
+        "from .helpers import NAME\n"
+        "class Mine(PixArtSigmaPipeline):\n"
+        "    name = NAME\n"
+    )
+    (made / "transformer" / "mine.py").write_text(
+        "from diffusers import PixArtTransformer2DModel\nclass Other(PixArtTransformer2DModel):\n    pass\n"
+    )
+    index = json.loads((made / "model_index.json").read_text())
+    index |= {"_class_name": ["pipeline", "Mine"], "transformer": ["mine", "Other"]}
+    (made / "model_index.json").write_text(json.dumps(index))
+    return made
+
+
+def test_code_that_comes_with_a_model_is_run_only_where_the_topology_says_so(
+    classic_models: Models, tmp_path: Path
+) -> None:
+    plain_model = classic_models("pixart")
+    model = with_code(plain_model, tmp_path)
+    words = r"Mine is code that comes with the model .*/pipeline.py\). It is not run unless .* trust_remote_code = true"
+    with pytest.raises(ModelError, match=words):
+        load(model, Panel.ENCODER)
+    trusted = ModelOptions(trust_remote_code=True)
+    inputs = {name: value for name, value in FLUX.items() if name != "max_sequence_length"}
+    assert same(served(model, inputs, trusted), served(plain_model, inputs))
+    pipeline = load(model, Panel.DENOISER, trusted)._parts.pipeline
+    assert (pipeline.name, type(pipeline.transformer).__name__) == ("mine", "Other")
+    index = json.loads((model / "model_index.json").read_text()) | {"_class_name": ["missing", "Mine"]}
+    (model / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="cannot be imported: No module named"):
+        load(model, Panel.ENCODER, trusted)
+
+
+def test_code_of_a_component_alone_is_refused_as_well(classic_models: Models, tmp_path: Path) -> None:
+    model = with_code(classic_models("pixart"), tmp_path)
+    index = json.loads((model / "model_index.json").read_text()) | {"_class_name": "PixArtSigmaPipeline"}
+    (model / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="Other is code that comes with the model"):
+        load(model, Panel.DENOISER)
