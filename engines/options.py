@@ -47,11 +47,15 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The VAE computes one image of a batch at a time."""
     checkpoint: Path | None = None
     """A file with the weights of several components, which go before those in the folder of the model."""
-    components: Mapping[str, Path] = {}
+    components: tuple[tuple[str, Path], ...] = ()
     """By name, a file with the weights of a component, or a folder with its weights and its configuration, in place of
     the model's own."""
     trust_remote_code: bool = False
     """Code that comes with the model is run."""
+
+    def given(self, component: str) -> Path | None:
+        """The file or folder that is given for a component, None for none."""
+        return dict(self.components).get(component)
 
 
 DEFAULTS: Final = ModelOptions()

@@ -106,7 +106,7 @@ def component_files(name: str, folder: Path, options: ModelOptions = DEFAULTS) -
     Raises:
         ModelError: The header of a checkpoint cannot be read.
     """
-    given = options.components.get(name)
+    given = options.given(name)
     if given is not None and not given.is_dir():
         return _single(given)
     if given is None and options.checkpoint is not None and in_checkpoint(name, _names_in(options.checkpoint)):
@@ -116,7 +116,7 @@ def component_files(name: str, folder: Path, options: ModelOptions = DEFAULTS) -
 
 def component_folder(name: str, folder: Path, options: ModelOptions) -> Path:
     """The folder with the configuration of a component: the model's own, unless the topology gives another one."""
-    given = options.components.get(name)
+    given = options.given(name)
     return given if given is not None and given.is_dir() else folder
 
 
@@ -127,7 +127,7 @@ def check_components(index: Mapping[str, object], options: ModelOptions) -> None
         ModelError: It does not have one.
     """
     names = [name for name, entry in index.items() if isinstance(entry, list) and entry[:2] != [None, None]]
-    for name in options.components:
+    for name, _ in options.components:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}."

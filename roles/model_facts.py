@@ -40,7 +40,7 @@ def model_facts(section: ModelSection, base: Path) -> tuple[ModelFacts, str]:
         if source.problem:
             written = getattr(section, source.key)
             return nothing, f"{source.key} {written} {source.problem}: {source.fix}."
-        options = ModelOptions(checkpoint=source.checkpoint, components=source.components)
+        options = ModelOptions(checkpoint=source.checkpoint, components=tuple(source.components.items()))
         index = load_index(source.folder)
         in_parts = route_for(source.folder, options) is not Route.MONOLITHIC
         sentence, problem = describe(source.folder, options, in_parts=in_parts)

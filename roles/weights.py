@@ -45,7 +45,7 @@ def model_options(model: Model) -> ModelOptions:
         vae_tiling_options=tuple(sorted(section.vae_tiling_options.items())),
         vae_slicing=section.vae_slicing,
         checkpoint=source.checkpoint,
-        components=source.components,
+        components=tuple(sorted(source.components.items())),
         trust_remote_code=section.trust_remote_code,
     )
 

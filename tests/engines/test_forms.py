@@ -190,18 +190,18 @@ def test_components_come_from_files_of_their_own(models: Models, tmp_path: Path)
         files[name] = tmp_path / f"{name}.safetensors"
         save(files[name], weights_of(model / name))
     files["vae"] = model / "vae"
-    assert same(served(config, FLUX, ModelOptions(components=files)), served(model, FLUX))
+    assert same(served(config, FLUX, ModelOptions(components=tuple(files.items()))), served(model, FLUX))
     with pytest.raises(ModelError, match=r"transfromer, which is no component of FluxPipeline: did you mean transform"):
-        load(config, Panel.DENOISER, ModelOptions(components={"transfromer": files["transformer"]}))
+        load(config, Panel.DENOISER, ModelOptions(components=(("transfromer", files["transformer"]),)))
     with pytest.raises(ModelError, match=r"The transformer in .* cannot be loaded: "):
-        load(config, Panel.DENOISER, ModelOptions(components={"transformer": files["text_encoder"]}))
+        load(config, Panel.DENOISER, ModelOptions(components=(("transformer", files["text_encoder"]),)))
 
 
 def test_scaled_weights_are_refused(models: Models, tmp_path: Path) -> None:
     file = tmp_path / "scaled.safetensors"
     save(file, weights_of(models("flux") / "transformer"), {"proj_out.scale_weight": torch.ones(1)})
     with pytest.raises(ModelError, match=r"its weights are scaled \(proj_out.scale_weight\)"):
-        load(models("flux"), Panel.DENOISER, ModelOptions(components={"transformer": file}))
+        load(models("flux"), Panel.DENOISER, ModelOptions(components=(("transformer", file),)))
 
 
 def test_a_gguf_file_is_served_and_stays_in_its_blocks(models: Models, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_gguf_file_is_served_and_stays_in_its_blocks(models: Models, tmp_path:
             quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
         ),
     )
-    options = ModelOptions(components={"transformer": file})
+    options = ModelOptions(components=(("transformer", file),))
     ours = served(model, FLUX, options)
     assert same(ours, plain(theirs, FLUX))
     assert not same(ours, served(model, FLUX)), "a little other than before it was quantized"
