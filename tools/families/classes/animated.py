@@ -117,7 +117,7 @@ def _spatial() -> UNet3DConditionModel:
 
 
 def _from_image() -> I2VGenXLUNet:
-    return I2VGenXLUNet(**_BLOCKS, num_attention_heads=2)
+    return I2VGenXLUNet(**_BLOCKS, attention_head_dim=4, num_attention_heads=None)
 
 
 def _stable_video() -> UNetSpatioTemporalConditionModel:

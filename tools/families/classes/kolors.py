@@ -6,6 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tools.families.case import picture
 from tools.families.classes import Sample
 from tools.families.classes.stable import FROM_IMAGE, TEXT, xl
@@ -40,25 +42,28 @@ def _pieces() -> Any:
     from diffusers.pipelines.kolors import ChatGLMTokenizer
     from sentencepiece import SentencePieceTrainer
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tokenizer"
-        SentencePieceTrainer.train(
-            sentence_iterator=iter(_SENTENCES),
-            model_prefix=str(path),
-            model_type="bpe",
-            vocab_size=300,
-            byte_fallback=True,
-            hard_vocab_limit=False,
-            minloglevel=2,
-        )
-        return ChatGLMTokenizer(str(path.with_suffix(".model")))
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "tokenizer"
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(_SENTENCES),
+        model_prefix=str(path),
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    made = ChatGLMTokenizer(str(path.with_suffix(".model")))
+    # It copies the file when it is saved, so the folder is to live as long.
+    made.folder = folder
+    return made
 
 
 def _chatglm() -> Any:
     from diffusers.pipelines.kolors import ChatGLMModel
     from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
 
-    return ChatGLMModel(
+    made = ChatGLMModel(
         ChatGLMConfig(
             num_layers=2,
             padded_vocab_size=512,
@@ -73,3 +78,7 @@ def _chatglm() -> Any:
             original_rope=True,
         )
     )
+    # Its layers begin as whatever is in memory.
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.1)
+    return made

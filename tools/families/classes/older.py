@@ -141,7 +141,7 @@ def _example() -> Any:
 # DeepFloyd IF -----------------------------------------------------------------------------------------------------
 
 _IF: Final[dict[str, Any]] = {
-    "sample_size": 16,
+    "sample_size": 32,
     "layers_per_block": 1,
     "block_out_channels": (16, 32),
     "norm_num_groups": 8,
@@ -157,19 +157,19 @@ _IF: Final[dict[str, Any]] = {
 
 
 def _deep_floyd() -> list[Sample]:
-    small = {"image": picture().resize((16, 16))}
-    size = {"height": 16, "width": 16}
+    small = {"image": picture().resize((32, 32))}
+    size = {"height": 32, "width": 32}
     first = _floyd(in_channels=3)
     second = _floyd(in_channels=6, class_embed_type="timestep", time_embedding_dim=WIDTH)
     says = {"prompt": PROMPT, "negative_prompt": "grey", "num_inference_steps": 3}
     start = {"strength": 0.7}
-    paint = {"mask_image": mask().resize((16, 16))}
+    paint = {"mask_image": mask().resize((32, 32))}
     larger = {"mask_image": mask(), "original_image": picture()}
     return [
         Sample("IFPipeline", first, {**says, **size}),
         Sample("IFImg2ImgPipeline", first, {**says, **small, **start}),
         Sample("IFInpaintingPipeline", first, {**says, **small, **start, **paint}),
-        Sample("IFSuperResolutionPipeline", second, {**says, **small, "height": 32, "width": 32}),
+        Sample("IFSuperResolutionPipeline", second, {**says, **small, "height": 64, "width": 64}),
         Sample(
             "IFImg2ImgSuperResolutionPipeline",
             second,
