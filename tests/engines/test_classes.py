@@ -38,9 +38,9 @@ def processes() -> Iterator[Apart]:
 def test_a_class_is_served_as_it_is(name: str, processes: Apart, tmp_path: Path) -> None:
     record = survey.row(by_class()[name], tmp_path, processes)
     assert not record.unbuilt
-    assert record.whole.identical or name == "StableDiffusionXLPipeline"
-    assert (record.cut.identical or (record.classic or record.cut).identical) == (name in IN_PARTS), record
-    assert not record.bad
+    assert record.by_one.identical, record
+    assert record.by_three.identical == (name in IN_PARTS), record
+    assert record.done
 
 
 @pytest.mark.families
@@ -73,7 +73,7 @@ def test_rows_are_chosen_by_patterns_and_kept_in_a_file(tmp_path: Path) -> None:
 def test_the_totals_count_what_is_served_and_what_is_identical(tmp_path: Path) -> None:
     records = [
         Record(pipeline="APipeline", task="text → image", route="classic", cut=SAME, whole=SAME),
-        Record(pipeline="BPipeline", task="text → image", route="modular", cut=OTHER, whole=OTHER, classic=SAME),
+        Record(pipeline="BPipeline", task="text → image", route="modular", cut=OTHER, whole=OTHER, classic_cut=SAME),
         Record(pipeline="CPipeline", task="image → image", route="monolithic", cut=REFUSED, whole=SAME),
         Record(pipeline="DPipeline", task="text → image", route="classic", cut=REFUSED, whole=OTHER),
         Record(pipeline="EPipeline", unbuilt="needs onnx"),
@@ -91,7 +91,9 @@ def test_the_totals_count_what_is_served_and_what_is_identical(tmp_path: Path) -
     assert written.endswith("<!-- end of classes -->\nafter\n")
     assert "old" not in written
     assert "| A | text → image | classic | identical | identical |  |" in written
-    assert '| differs | differs | images differ by up to 3; with route = "classic" identical |' in written
+    assert (
+        "| B | text → image | modular; classic | identical | differs | by blocks: images differ by up to 3" in written
+    )
     assert "| E | needs onnx |" in written
     with pytest.raises(ValueError, match="no part between `<!-- blocks -->`"):
         page.write(path, page.BLOCKS, "")

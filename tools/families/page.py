@@ -35,7 +35,7 @@ def line(record: Record) -> str:
     """A row for a terminal."""
     if record.unbuilt:
         return f"{record.pipeline}: not built: {record.unbuilt} ({record.seconds} s)"
-    ways = f"three processes {_verdict(record.cut)}, one process {_verdict(record.whole)}"
+    ways = f"three processes {_verdict(record.by_three)}, one process {_verdict(record.by_one)}"
     why = _why(record)
     return f"{record.pipeline}: {record.task}; {record.route}; {ways}{f'; {why}' if why else ''} ({record.seconds} s)"
 
@@ -43,10 +43,10 @@ def line(record: Record) -> str:
 def summary(records: Sequence[Record]) -> str:
     """The totals, in sentences."""
     built = [record for record in records if not record.unbuilt]
-    served = [record for record in built if any(trial.served for trial in record.trials)]
+    served = [record for record in built if record.by_three.served or record.by_one.served]
     same = [record for record in built if not record.bad]
-    apart = [max(record.cut, record.classic or record.cut, key=_rank) for record in built]
-    one = [record.whole for record in built]
+    apart = [record.by_three for record in built]
+    one = [record.by_one for record in built]
     return (
         f"{len(records)} classes; {len(built)} of them can be built tiny. Of those"
         f" {_share(len(served), len(built))} are served and {_share(len(same), len(built))} with the bits of the class:"
@@ -79,19 +79,15 @@ def _cells(record: Record) -> tuple[str, ...]:
     return (
         _short(record),
         record.task,
-        record.route,
-        _verdict(record.cut),
-        _verdict(record.whole),
+        record.route if record.classic_cut is None else f"{record.route}; classic",
+        _verdict(record.by_three),
+        _verdict(record.by_one),
         _why(record),
     )
 
 
 def _short(record: Record) -> str:
     return record.pipeline.removesuffix("Pipeline")
-
-
-def _rank(trial: Trial) -> int:
-    return trial.served + trial.identical
 
 
 def _verdict(trial: Trial) -> str:
@@ -101,11 +97,10 @@ def _verdict(trial: Trial) -> str:
 
 
 def _why(record: Record) -> str:
-    reasons = dict.fromkeys(trial.why for trial in (record.cut, record.whole) if trial.why)
-    if record.classic:
-        reasons[f'with route = "classic" {_verdict(record.classic)}'] = None
-        if record.classic.why:
-            reasons[record.classic.why] = None
+    reasons = dict.fromkeys(trial.why for trial in (record.by_three, record.by_one) if trial.why)
+    if record.classic_cut:
+        blocks = dict.fromkeys(trial.why for trial in (record.cut, record.whole) if trial.why)
+        return "; ".join([f"by blocks: {', '.join(blocks)}", *reasons])
     return "; ".join(reasons)
 
 

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 
 from engines.media import SAMPLING_RATE, medium_of, results_of
+from engines.options import ModelOptions
 from engines.panels import Panel
 from engines.pipeline import PanelPipeline
 from engines.routes import route_for
@@ -62,8 +63,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         unbuilt: Why there is no model, or the class itself makes nothing of it; "" where there is one.
         cut: Served by three processes.
         whole: Served by one.
-        classic: Served by three processes by the classic route; None where that is the route anyway, or where blocks
-            make the bits of the class.
+        classic_cut: Served by three processes with `route = "classic"`, where blocks do not make the bits of the class.
+        classic_whole: Likewise by one process.
         seconds: That the row took.
     """
 
@@ -73,18 +74,29 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     unbuilt: str = ""
     cut: Trial = Trial()
     whole: Trial = Trial()
-    classic: Trial | None = None
+    classic_cut: Trial | None = None
+    classic_whole: Trial | None = None
     seconds: float = 0.0
 
     @property
     def bad(self) -> bool:
         """Whether it could be built and is not served with the same bits in any way."""
-        return not self.unbuilt and not any(trial.identical for trial in self.trials)
+        return not self.unbuilt and not (self.by_three.identical or self.by_one.identical)
 
     @property
-    def trials(self) -> tuple[Trial, ...]:
-        """All ways to serve it that were tried."""
-        return (self.cut, self.whole, *((self.classic,) if self.classic else ()))
+    def done(self) -> bool:
+        """Whether nothing is left to mend in it."""
+        return not self.unbuilt and (self.by_three.identical or self.route == "monolithic") and self.by_one.identical
+
+    @property
+    def by_three(self) -> Trial:
+        """The best that three processes do, by whichever route."""
+        return self.cut if self.classic_cut is None else self.classic_cut
+
+    @property
+    def by_one(self) -> Trial:
+        """The best that one process does, by whichever route."""
+        return self.whole if self.classic_whole is None else self.classic_whole
 
 
 @cache
@@ -200,10 +212,14 @@ def row(sample: Sample, folder: Path, processes: Apart) -> Record:
     else:
         cut = _trial(expected, lambda: processes.run(folder, dict(sample.inputs), SEED)[0])
     whole = _trial(expected, lambda: _whole(folder, sample.inputs))
-    classic = None
-    if route == "modular" and not cut.identical:
-        classic = _trial(expected, lambda: processes.run(folder, dict(sample.inputs), SEED, route="classic")[0])
-    return Record(pipeline=sample.pipeline, task=task, route=route, cut=cut, whole=whole, classic=classic)
+    record = Record(pipeline=sample.pipeline, task=task, route=route, cut=cut, whole=whole)
+    if route != "modular" or (cut.identical and whole.identical):
+        return record
+    return msgspec.structs.replace(
+        record,
+        classic_cut=_trial(expected, lambda: processes.run(folder, dict(sample.inputs), SEED, route="classic")[0]),
+        classic_whole=_trial(expected, lambda: _whole(folder, sample.inputs, route="classic")),
+    )
 
 
 def plain(sample: Sample, folder: Path) -> dict[str, Any]:
@@ -228,8 +244,9 @@ def plain(sample: Sample, folder: Path) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None and "nsfw" not in name}
 
 
-def _whole(folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    pipeline = PanelPipeline.load(folder, tuple(Panel), dtype=torch.float32, device=CPU)
+def _whole(folder: Path, inputs: Mapping[str, Any], route: str = "") -> dict[str, Any]:
+    options = ModelOptions(route=route)
+    pipeline = PanelPipeline.load(folder, tuple(Panel), dtype=torch.float32, device=CPU, options=options)
     denoising = pipeline.denoise(pipeline.encode(inputs, SEED))
     while denoising.advance():
         pass
@@ -326,13 +343,13 @@ def run(
     Args:
         names: Of the classes.
         known: Rows that have run before, by class; they are left out.
-        again: Whether those of them that are not identical run again.
+        again: Whether those of them that are not all that they could be run again.
         row_s: Seconds that a row may take.
         total_s: Seconds after which no further row is begun.
     """
     begun = time.monotonic()
     for name in names:
         record = known.get(name)
-        done = record is not None and not (again and (record.bad or record.unbuilt))
-        if not done and time.monotonic() - begun < total_s:
+        wanted = record is None or (again and not record.done)
+        if wanted and time.monotonic() - begun < total_s:
             yield survey(name, row_s)
