@@ -30,12 +30,13 @@ from engines.pipeline import PanelPipeline
 from engines.routes import route_for
 from engines.seeds import GlobalRng, seeded
 from engines.settings import VAE_TILING
-from tools.families.apart import CPU, Apart, forked
+from tools.families.apart import CPU, Apart, PanelError, forked
 from tools.families.classes import Sample, by_class, tiny
 from tools.families.compare import SEED, arrays, difference, identical
 
 _ENDS: Final = ("ConsisIDPipeline",)
 """Classes whose import ends the process where a package is missing."""
+_FOLDER: Final = "triptych-class-"
 _ABSTRACT: Final = ("DiffusionPipeline",)
 
 
@@ -185,7 +186,7 @@ def _line(pipe: int, deadline: float) -> bytes | None:
 
 
 def _row(sample: Sample) -> Record:
-    with forked() as processes, tempfile.TemporaryDirectory(prefix="triptych-class-") as folder:
+    with forked() as processes, tempfile.TemporaryDirectory(prefix=_FOLDER) as folder:
         return row(sample, Path(folder), processes)
 
 
@@ -283,8 +284,9 @@ def _of_the_class(error: Exception) -> str:
 
 def sentence(error: BaseException) -> str:
     """The kind of an error and the first line of its text, short enough for a table."""
-    text = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {text}"[:200]
+    text = re.sub(rf"\S*{_FOLDER}\w+", "MODEL", str(error)).strip().partition("\n")[0]
+    kind = "" if isinstance(error, PanelError) else f"{type(error).__name__}: "
+    return f"{kind}{text}"[:200]
 
 
 def _varied(value: Any) -> bool:
