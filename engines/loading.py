@@ -14,7 +14,7 @@ from engines.panels import ModelError
 from engines.placing import Placement
 from engines.quantization import problem_with, quantized_as
 from engines.read_ahead import read_ahead
-from engines.shadows import shadow
+from engines.shadows import is_several, shadow
 from engines.single_files import read_single_file
 from engines.split import Split
 from engines.weight_files import Form, WeightFiles, component_files, component_folder
@@ -181,7 +181,8 @@ def _read(name: str, spec: Any, folder: Path, files: WeightFiles, dtype: torch.d
     place = {"pretrained_model_name_or_path": str(folder), "subfolder": ""}
     if not _has_weights(kind):
         return spec.load(**place, local_files_only=True), True
-    component = spec.load(**place, **options)
+    several = is_several(kind)
+    component = kind.from_pretrained(str(folder), **options) if several else spec.load(**place, **options)
     return component, not any(parameter.is_meta for parameter in component.parameters())
 
 

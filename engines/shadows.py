@@ -7,13 +7,16 @@ picture is wrong without an error. So each panel gets a shadow of every componen
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
@@ -91,6 +94,10 @@ def shadow(
         elif _missing_buffers(module):
             _copy_buffers(module, read_single_file(name, cls, files.files[0], folder, torch.float32), dtype, device)
         return Shadow(name, module, dtype, device)
+    if is_several(cls):
+        with init_empty_weights():
+            several = known([_configured(each) for each in folders(folder)])
+        return Shadow(name, several, dtype, device)
     if issubclass(cls, PreTrainedModel):
         return Shadow(name, _ConfigOnly(known.config_class.from_pretrained(str(folder))), dtype, device)
     return None
@@ -111,6 +118,23 @@ def _set_buffer(module: torch.nn.Module, name: str, value: torch.Tensor, dtype: 
     parent, _, leaf = name.rpartition(".")
     owner = module.get_submodule(parent)
     owner.register_buffer(leaf, value.to(dtype) if value.is_floating_point() else value)
+
+
+def is_several(cls: object) -> bool:
+    """Whether the component of a class is several models, each in a folder of its own, as several ControlNets are."""
+    return isinstance(cls, type) and issubclass(cls, ModelMixin) and not issubclass(cls, ConfigMixin)
+
+
+def folders(folder: Path) -> Iterator[Path]:
+    """Those of the models of such a component: its own, then the same name with _1, _2 and so on."""
+    names = itertools.chain([folder], (folder.with_name(f"{folder.name}_{number}") for number in itertools.count(1)))
+    return itertools.takewhile(Path.is_dir, names)
+
+
+def _configured(folder: Path) -> Any:
+    config = ConfigMixin.load_config(str(folder))
+    cls = getattr(diffusers, str(config["_class_name"]))
+    return cls.from_config(cls.load_config(str(folder)))
 
 
 def _read_buffers(module: torch.nn.Module, files: Iterable[Path], dtype: torch.dtype, device: torch.device) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, LCMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKLWan, ControlNetModel, LCMScheduler, MultiControlNetModel, UNet2DConditionModel
 from PIL import Image
 
 from engines.panels import ModelError, Panel
@@ -172,6 +172,29 @@ def test_a_scheduler_that_is_copied_for_each_view_makes_the_picture_of_the_plain
     made = decoder.decode(finish(denoising))
     assert (denoising.step, denoising.total_steps) == (3, 3)
     assert same(media(made), expected(sd, inputs, 11))
+
+
+def test_several_controlnets_are_one_component(classic_models: Models, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(classic_models("sd_controlnet"), tmp_path / "model"))
+    nets = []
+    for number in range(2):
+        torch.manual_seed(number)
+        nets.append(ControlNetModel.from_config(ControlNetModel.load_config(model / "controlnet")))
+        for parameter in nets[-1].parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    shutil.rmtree(model / "controlnet")
+    MultiControlNetModel(nets).save_pretrained(str(model / "controlnet"))
+    edit(model, controlnet=["diffusers", "MultiControlNetModel"])
+    lines = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    scales = [0.5, 1.5]
+    both = {"image": [lines, lines.rotate(90)], "controlnet_conditioning_scale": scales}
+    inputs = request(model, num_inference_steps=2, **both)
+    encoder, denoiser, decoder = (load(model, panel) for panel in Panel)
+    assert "controlnet" in denoiser.components
+    made = decoder.decode(finish(denoiser.denoise(encoder.encode(inputs, 11))))
+    assert same(media(made), expected(model, inputs, 11))
+    other = {**inputs, "controlnet_conditioning_scale": scales[::-1]}
+    assert not same(media(made), expected(model, other, 11))
 
 
 @pytest.mark.parametrize(
