@@ -20,11 +20,15 @@ from api.models import describe
 from api.names import Names
 from api.uploads import MAX_FILES, MAX_FRAMES, Size, Source, UploadDesk
 from roles.messages.requests import KNOWN, PICTURES, WORDS, Kind, Task
-from roles.messages.work import Numbers, Options, Scalar
+from roles.messages.work import Json, Numbers, Options, Scalar
 
 MAX_FIELDS: Final = 128
 MAX_NUMBERS: Final = 1000
 MAX_OPTIONS: Final = 64
+MAX_DOCUMENT: Final = 32_768
+"""Characters of an input that is JSON."""
+MAX_DEPTH: Final = 8
+_JSON: Final = frozenset({Kind.TEXTS, Kind.JSON})
 
 ALIASES: Final = {"mask": "mask_image", "input_reference": "image", "images": "image"}
 """OpenAI's names of inputs, and diffusers'; for models that have none of the former."""
@@ -208,6 +212,8 @@ def _from_text(name: str, text: str, kind: Kind | None) -> object:
             return _listed(name, msgspec.json.decode(text if text.lstrip().startswith("[") else f"[{text}]"))
         if kind is Kind.OPTIONS:
             return _gathered(name, msgspec.json.decode(text, type=dict[str, object]), kind)
+        if kind in _JSON and text.lstrip().startswith(("[", "{")):
+            return _gathered(name, msgspec.json.decode(text), kind)
         if kind in _TYPES:
             return msgspec.convert(text, _TYPES[kind], strict=False)
     except msgspec.MsgspecError:
@@ -217,6 +223,8 @@ def _from_text(name: str, text: str, kind: Kind | None) -> object:
 
 def _gathered(name: str, value: object, kind: Kind | None) -> object:
     """Take lists for numbers, and objects for options where some are taken; everything else is left as it is."""
+    if kind in _JSON and isinstance(value, list | dict):
+        return _document(name, value, kind)
     if isinstance(value, list):
         return _listed(name, value)
     if not isinstance(value, dict) or kind is not Kind.OPTIONS:
@@ -224,6 +232,23 @@ def _gathered(name: str, value: object, kind: Kind | None) -> object:
     if len(value) > MAX_OPTIONS:
         raise refused(name, f"must have at most {MAX_OPTIONS} options")
     return Options({str(key): _option(name, str(key), item) for key, item in value.items()})
+
+
+def _document(name: str, value: object, kind: Kind | None) -> Json:
+    if kind is Kind.TEXTS and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        raise refused(name, f"must be {WORDS[Kind.TEXTS]}")
+    if _depth(value) > MAX_DEPTH:
+        raise refused(name, f"must have at most {MAX_DEPTH} lists or objects in each other")
+    text = msgspec.json.encode(value).decode()
+    if len(text) > MAX_DOCUMENT:
+        raise refused(name, f"must be at most {MAX_DOCUMENT} characters of JSON")
+    return Json(text)
+
+
+def _depth(value: object) -> int:
+    """Count how many lists and objects lie in each other; JSON that is read cannot have more than a few hundred."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
 
 
 def _option(name: str, key: str, value: object) -> Scalar | tuple[int | float, ...]:

@@ -31,6 +31,8 @@ class ParameterObject(msgspec.Struct):
     maximum: int | float | UnsetType = UNSET
     multiple_of: int | float | UnsetType = UNSET
     one_more_than_multiple_of: int | UnsetType = UNSET
+    many: bool | UnsetType = UNSET
+    """Whether a list of such numbers will do as well."""
     choices: tuple[str, ...] | UnsetType = UNSET
     """Of a text: the names of classes that it may be."""
     options: dict[str, dict[str, str | list[str]]] | UnsetType = UNSET
@@ -103,6 +105,7 @@ def parameter_object(parameter: Parameter, limits: tuple[float, ...]) -> Paramet
         parameter.required,
         **dict(zip(_LIMITS, bounds, strict=False)),
         one_more_than_multiple_of=parameter.every or UNSET,
+        many=parameter.many or UNSET,
         choices=parameter.choices or UNSET,
         options={each.name: {o.name: described(o) for o in each.options} for each in parameter.alternatives} or UNSET,
         alias_of=parameter.alias_of or UNSET,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import msgspec
 from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
@@ -11,7 +13,7 @@ from api.errors import not_found
 from api.head import Head
 from api.links import artifact_url
 from roles.messages.requests import CancelRequest, DeleteRequest, QueryRequest, RequestDeleted, RequestView
-from roles.messages.work import Input, Numbers, Options, Pictures
+from roles.messages.work import Input, Json, Numbers, Options, Pictures
 
 
 def request_object(request: Request, view: RequestView) -> dict[str, object]:
@@ -37,6 +39,8 @@ def shown(value: Input) -> object:
             return list(values)
         case Options(options):
             return options
+        case Json(text):
+            return json.loads(text)
         case _:
             return value
 

@@ -151,7 +151,7 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise CardError(name, "must be text, true or false, a number or a list of them, or a picture.")
             parameter = Parameter(name, kind)
         check_count(name, value, parameter.every)
-        return checked(name, value, parameter.kind, self.limits(parameter))
+        return checked(name, value, parameter.kind, self.limits(parameter), many=parameter.many)
 
     def _unknown(self, name: str, taken: Collection[str]) -> str:
         close = difflib.get_close_matches(name, taken, n=1, cutoff=_ALIKE)

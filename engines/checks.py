@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final
@@ -43,6 +44,7 @@ _BY_WORD: Final[Mapping[str, Limits]] = {
 }
 """The same for parameters that few families have, by a word of their names: whatever costs time has a bound."""
 _SCALARS: Final = frozenset({Kind.TEXT, Kind.INTEGER, Kind.NUMBER, Kind.BOOLEAN})
+_STRUCTURED: Final = frozenset({Kind.OPTIONS, Kind.TEXTS, Kind.JSON})
 ANY: Final = (-1e9, 1e9)
 """The limits of a number of which nothing is known: they say no more than that it is finite."""
 _PAIR: Final = (-65_536, 65_536)
@@ -115,10 +117,12 @@ def kind_of(value: object) -> Kind | None:
         return Kind.NUMBERS
     if options_in(value):
         return Kind.OPTIONS
+    if said(value) is not value:
+        return Kind.JSON
     return None if _files(value) is None else Kind.IMAGES
 
 
-def checked(name: str, value: object, kind: Kind, limits: Limits) -> object:
+def checked(name: str, value: object, kind: Kind, limits: Limits, *, many: bool = False) -> object:
     """Check a value.
 
     Args:
@@ -126,6 +130,7 @@ def checked(name: str, value: object, kind: Kind, limits: Limits) -> object:
         value: A scalar; a list of numbers, or what has one as its `values`; what has pictures as its `files`.
         kind: What it must be.
         limits: Of a number, or of each number of a list.
+        many: Whether a list of numbers will do in place of one.
 
     Returns:
         The value; a float where a whole number was given for a number.
@@ -135,13 +140,15 @@ def checked(name: str, value: object, kind: Kind, limits: Limits) -> object:
     """
     if kind is Kind.NUMBER and type(value) is int and abs(value) <= 2**53:
         value = float(value)
+    if many and _numbers(value):
+        kind = Kind.NUMBERS
     if not _is_a(kind, value):
         raise CardError(name, f"must be {WORDS[kind]}.")
     if isinstance(value, str):
         _check_text(name, value)
     elif isinstance(value, (int, float)):
         _check_range(name, value, limits)
-    elif kind is not Kind.OPTIONS:  # those are checked by the class that takes them: `engines.alternatives`
+    elif kind not in _STRUCTURED:  # those are checked by the class that takes them: `engines.alternatives`
         _check_list(name, value, kind, limits)
     return value
 
@@ -168,7 +175,7 @@ def check_scalars(inputs: Mapping[str, object], parameters: Collection[Parameter
     for parameter in parameters:
         value = inputs.get(parameter.name)
         if value is not None and (parameter.kind in _SCALARS or isinstance(value, (str, int, float))):
-            checked(parameter.name, value, parameter.kind, ())
+            checked(parameter.name, value, parameter.kind, (), many=parameter.many)
 
 
 def _is_a(kind: Kind, value: object) -> bool:
@@ -188,6 +195,13 @@ def _is_a(kind: Kind, value: object) -> bool:
             return len(numbers) == 2 and all(type(number) is int for number in numbers)
         case Kind.OPTIONS:
             return options_in(value) is not None
+        case Kind.TEXTS:
+            texts = said(value)
+            return isinstance(texts, str) or (
+                isinstance(texts, list) and bool(texts) and all(isinstance(text, str) for text in texts)
+            )
+        case Kind.JSON:
+            return isinstance(said(value), (list, dict, str))
     return bool(_files(value))
 
 
@@ -197,6 +211,12 @@ def _numbers(value: object) -> tuple[int | float, ...] | None:
     if not isinstance(items, (list, tuple)):
         return None
     return tuple(items) if all(type(item) in (int, float) for item in items) else None
+
+
+def said(value: object) -> object:
+    """What a value says that holds JSON; any other value itself."""
+    text = getattr(value, "json", None)
+    return json.loads(text) if isinstance(text, str) else value
 
 
 def options_in(value: object) -> Mapping[str, object] | None:

@@ -29,6 +29,10 @@ class Kind(StrEnum):
     """One picture, or several in order: a video is its frames."""
     IMAGE_LIST = "image_list"
     """The same, but pipelines get a list even of one."""
+    TEXTS = "texts"
+    """A text, or several in a list."""
+    JSON = "json"
+    """Whatever JSON can say, such as lists in a list, or an object."""
     OPTIONS = "options"
     """An object: options by name, each a scalar, null or a list of numbers."""
 
@@ -43,6 +47,8 @@ WORDS: Final[Mapping[Kind, str]] = {
     Kind.IMAGE: "a picture",
     Kind.IMAGES: "a picture, or several",
     Kind.IMAGE_LIST: "a picture, or several",
+    Kind.TEXTS: "a text, or a list of texts",
+    Kind.JSON: "a list or an object",
     Kind.OPTIONS: "an object of options by name",
 }
 PICTURES: Final = frozenset({Kind.IMAGE, Kind.IMAGES, Kind.IMAGE_LIST})
@@ -107,6 +113,8 @@ class Parameter(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     """A whole number is a multiple of this; 0 where any will do."""
     every: int = 0
     """A whole number is 1, 1 + every, 1 + 2 * every and so on; 0 where any will do."""
+    many: bool = False
+    """Whether a list of such numbers will do as well, one for each of several images, ControlNets or the like."""
     choices: tuple[str, ...] = ()
     """Names of classes, of which a text is one; () where it is no name of a class."""
     chosen_by: str = ""

@@ -8,6 +8,7 @@ picture is wrong without an error. So each panel gets a shadow of every componen
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -132,8 +133,8 @@ def folders(folder: Path) -> Iterator[Path]:
 
 
 def _configured(folder: Path) -> Any:
-    config = ConfigMixin.load_config(str(folder))
-    cls = getattr(diffusers, str(config["_class_name"]))
+    name = json.loads((folder / "config.json").read_bytes())["_class_name"]
+    cls = getattr(diffusers, name)
     return cls.from_config(cls.load_config(str(folder)))
 
 

@@ -47,6 +47,8 @@ class _Declared:
     default: Any
     required: bool
     description: str = ""
+    structured: bool = False
+    """Whether it may be public as a list of texts, or as JSON."""
 
 
 def of_blocks(blocks: Any, required: Collection[str] = ()) -> tuple[Parameter, ...]:
@@ -81,7 +83,13 @@ def of_call(function: Any, required: Collection[str] = ()) -> tuple[Parameter, .
     empty = inspect.Parameter.empty
     fixed = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     rows = [
-        _Declared(item.name, item.annotation, None if item.default is empty else item.default, item.default is empty)
+        _Declared(
+            item.name,
+            item.annotation,
+            None if item.default is empty else item.default,
+            item.default is empty,
+            structured=True,
+        )
         for item in declared.values()
         if item.kind not in fixed and item.name != "self"
     ]
@@ -101,24 +109,43 @@ def _public(rows: Iterable[_Declared], required: Collection[str]) -> tuple[Param
         # Nearly all declare the prompt as optional, and do not run without. What has a default need not be given.
         is_prompt = row.name == "prompt" and default is None
         needed = is_prompt or row.name in required or (row.required and default is None)
-        found.append(Parameter(row.name, kind, default, needed, description=_sentence(row.description)))
+        many = row.structured and kind in _NUMERIC and Kind.NUMBERS in kinds_of_type(row.hint)
+        found.append(Parameter(row.name, kind, default, needed, description=_sentence(row.description), many=many))
     return tuple(sorted(found, key=lambda parameter: parameter.name))
 
 
 def is_internal(name: str) -> bool:
     """Whether an input is no parameter of a request, whatever its type."""
-    return name in _NEVER or name.startswith("_") or name.endswith(("_embeds", "latents"))
+    return name in _NEVER or name.startswith("_") or name.endswith(("_embeds", "latents")) or "callback" in name
 
 
 def _kind(row: _Declared) -> Kind | None:
     declared = _choose(kinds_of_type(row.hint))
+    structured = _structured(row) if row.structured else None
     if declared in (Kind.IMAGE, Kind.IMAGES, Kind.IMAGE_LIST):
         return _PRECISELY.get(row.name, declared)
-    if declared is not None:
+    if declared is not None and structured is not Kind.TEXTS:
         return declared
+    if structured is not None:
+        return structured
     if all(isinstance(option, str) or option in _SAYS_NOTHING for option in _options(row.hint)):
         return KNOWN.get(row.name) or _kind_of_default(row.default)
     return Kind.IMAGE if row.name in _DRAWN else None
+
+
+def _structured(row: _Declared) -> Kind | None:
+    """The kind of an input that is declared as texts, as lists in a list or as a dictionary; None for any other."""
+    options = list(_options(row.hint))
+    items = [item for option in options if get_origin(option) in _SEQUENCES for item in get_args(option)]
+    if any(option is dict or get_origin(option) is dict for option in (*options, *items)):
+        return Kind.JSON
+    if any(get_origin(item) in _SEQUENCES for item in items):
+        found = set().union(*(kinds_of_type(item) for item in items))
+        return Kind.IMAGE_LIST if found & {Kind.IMAGE, Kind.IMAGE_LIST} else Kind.JSON if found else None
+    if str in items:
+        # Several prompts would be several requests.
+        return KNOWN.get(row.name, Kind.TEXTS)
+    return None
 
 
 def kinds_of_type(hint: Any) -> set[Kind]:

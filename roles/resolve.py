@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 from PIL import Image, ImageOps
 
 from engines.parameters import MASKS, Kind, Signature
-from roles.messages.work import Numbers, Options, Pictures
+from roles.messages.work import Json, Numbers, Options, Pictures
 from roles.uploads import UploadError, UploadStore
 
 
@@ -29,7 +30,8 @@ def resolve(
 
     Returns:
         The inputs. Pictures are upright `PIL.Image.Image`, "L" for a mask, else "RGBA" with `alpha` or "RGB"; or
-        lists of them. Numbers are a list, or a tuple of whole numbers for a pair. Options are a dict.
+        lists of them. Numbers are a list, or a tuple of whole numbers for a pair. Options are a dict, and JSON is what
+        it says.
 
     Raises:
         UploadError: A picture is missing or damaged, or there are several where the pipeline takes one.
@@ -46,6 +48,8 @@ def resolve(
                 resolved[name] = tuple(int(number) for number in values) if kind is Kind.PAIR else list(values)
             case Options(options):
                 resolved[name] = dict(options)
+            case Json(text):
+                resolved[name] = json.loads(text)
             case _:
                 resolved[name] = value
     return resolved

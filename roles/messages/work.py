@@ -58,7 +58,14 @@ class Options(Value, tag=True):
     values: dict[str, Scalar | tuple[int | float, ...]]
 
 
-Input: TypeAlias = Scalar | Pictures | Numbers | Options
+class Json(Value, tag=True):
+    """An input that is texts in a list, lists in a list or an object."""
+
+    json: Annotated[str, Meta(max_length=1 << 18)]
+    """A document."""
+
+
+Input: TypeAlias = Scalar | Pictures | Numbers | Options | Json
 """An input of a request. Files ride as references."""
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from api import body
 from engines.parameters import Kind, Parameter
 from roles.messages import requests as wire
-from roles.messages.work import Numbers, Options, Pictures
+from roles.messages.work import Json, Numbers, Options, Pictures
 from tests.api.pictures import EDITS, GENERATIONS, MASK, PARAMETERS, PNG, encoded, submitted, text
 
 pytestmark = pytest.mark.anyio
@@ -159,3 +159,35 @@ async def test_a_request_shows_its_pictures_by_name_and_size(client, small_head)
     inputs = (await client.get(f"/v1/requests/{made.json()['id']}")).json()["inputs"]
     (shown,) = inputs["image"]
     assert (shown["bytes"], len(shown["name"]), inputs["sigmas"]) == (len(PNG), 68, [1, 2])
+
+
+async def test_texts_and_json_are_one_input_in_json_and_in_a_form(client, small_head):
+    taken = (Parameter("phrases", Kind.TEXTS), Parameter("boxes", Kind.JSON))
+    small_head.description = msgspec.structs.replace(small_head.description, parameters=(*PARAMETERS, *taken))
+    given = {"phrases": ["a cat", "a dog"], "boxes": [[0.1, 0.2], {"a": None}]}
+    await client.post(GENERATIONS, json={"prompt": "x", **given})
+    form = {"prompt": "x", **{name: json.dumps(value) for name, value in given.items()}}
+    await client.post(EDITS, data=form, files={"image": PNG})
+    first, second = await small_head.received(wire.SubmitRequest, 2)
+    for name, value in given.items():
+        expected = Json(json.dumps(value, separators=(",", ":")))
+        assert first.inputs[name] == second.inputs[name] == expected
+    shown = (await client.get(f"/v1/requests/{first.request_id}")).json()["inputs"]
+    assert shown == {"prompt": "x", **given}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"phrases": ["a", 1]}, "phrases must be a text, or a list of texts"),
+        ({"phrases": {"a": 1}}, "phrases must be a text, or a list of texts"),
+        ({"boxes": [[[[[[[[[0]]]]]]]]]}, "boxes must have at most 8 lists or objects in each other"),
+        ({"boxes": ["x" * 40_000]}, "boxes must be at most 32768 characters of JSON"),
+        ({"prompt_2": ["a"]}, "prompt_2 must be a list of numbers alone, if it is a list"),
+    ],
+)
+async def test_json_that_is_not_taken_is_refused(client, small_head, wrong, message):
+    taken = (Parameter("phrases", Kind.TEXTS), Parameter("boxes", Kind.JSON))
+    small_head.description = msgspec.structs.replace(small_head.description, parameters=(*PARAMETERS, *taken))
+    answer = await client.post(GENERATIONS, json={"prompt": "x", **wrong})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (422, message)

@@ -57,6 +57,13 @@ class Values:
     values: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Json:
+    """As `roles.messages.work.Json`."""
+
+    json: str
+
+
 def test_defaults_fill_what_is_left_out_and_nothing_else() -> None:
     given_inputs = {"prompt": "a cat", "height": 72, "width": None}
     assert CARD.apply(given_inputs, TAKES) == {**FILLED, "height": 72}, "strength is nothing that the pipeline takes"
@@ -325,3 +332,40 @@ def test_what_is_not_a_model_folder_is_a_model_error(tmp_path: Path) -> None:
 def test_cards_and_manifests_need_no_torch() -> None:
     program = "import sys, engines.card, engines.vocabulary, engines.manifest; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+TAKEN = (
+    Parameter("phrases", Kind.TEXTS),
+    Parameter("boxes", Kind.JSON),
+    Parameter("scale", Kind.NUMBER, many=True),
+    Parameter("steps", Kind.INTEGER),
+)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"phrases": "a cat"},
+        {"phrases": Json('["a cat", "a dog"]'), "boxes": Json("[[0, 0.5, 1, 1]]")},
+        {"boxes": Json('{"a": null}'), "scale": 1.5},
+        {"scale": Values((0.5, 1.5))},
+    ],
+)
+def test_texts_json_and_several_numbers_are_taken_where_the_pipeline_takes_them(inputs: dict[str, object]) -> None:
+    assert ModelCard().apply(inputs, TAKEN) == inputs
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"phrases": Json('["a cat", 3]')}, "phrases must be a text, or a list of texts."),
+        ({"phrases": Json("[]")}, "phrases must be a text, or a list of texts."),
+        ({"boxes": 4}, "boxes must be a list or an object."),
+        ({"scale": Json('["a"]')}, "scale must be a number."),
+        ({"steps": Values((1, 2))}, "steps must be a whole number."),
+    ],
+)
+def test_what_is_none_of_them_is_refused(inputs: dict[str, object], message: str) -> None:
+    with pytest.raises(CardError) as raised:
+        ModelCard().apply(inputs, TAKEN)
+    assert str(raised.value) == message

@@ -216,10 +216,32 @@ def test_classic_pipelines_say_it_in_their_call() -> None:
     assert flux["true_cfg_scale"].kind is flux["guidance_scale"].kind is Kind.NUMBER
     assert (flux["prompt"].required, flux["height"].required) == (True, False)
     assert {"negative_prompt", "sigmas"} <= flux.keys()
-    assert not flux.keys() & {*NOT_PUBLIC, "self", "callback_on_step_end", "joint_attention_kwargs", "output_type"}
+    options = {"attention_kwargs", "joint_attention_kwargs"}
+    hidden = {"self", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "output_type"}
+    assert not flux.keys() & (NOT_PUBLIC - options | hidden)
+    assert flux["joint_attention_kwargs"].kind is Kind.JSON
     assert fill["image"].kind is fill["mask_image"].kind is Kind.IMAGE
     assert {name for name, item in inpaint.items() if item.required} == {"prompt", "image", "mask_image"}
     assert video["video"].kind is Kind.IMAGE_LIST
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "name", "kind", "many"),
+    [
+        ("StableDiffusionGLIGEN", "gligen_phrases", Kind.TEXTS, False),
+        ("StableDiffusionGLIGEN", "gligen_boxes", Kind.JSON, False),
+        ("StableDiffusionGLIGEN", "negative_prompt", Kind.TEXT, False),
+        ("BlipDiffusion", "prompt", Kind.TEXT, False),
+        ("HunyuanVideo", "prompt_template", Kind.JSON, False),
+        ("StableDiffusionXLControlNetUnion", "control_mode", Kind.INTEGER, True),
+        ("StableDiffusionControlNet", "controlnet_conditioning_scale", Kind.NUMBER, True),
+        ("StableDiffusionControlNet", "guidance_scale", Kind.NUMBER, False),
+        ("AnimateDiffVideoToVideo", "video", Kind.IMAGE_LIST, False),
+    ],
+)
+def test_classic_pipelines_take_what_json_can_say(pipeline: str, name: str, kind: Kind, many: bool) -> None:
+    found = {item.name: item for item in of_call(getattr(diffusers, f"{pipeline}Pipeline").__call__)}
+    assert (found[name].kind, found[name].many) == (kind, many)
 
 
 def test_an_annotation_that_cannot_be_evaluated_spoils_only_itself() -> None:
