@@ -123,6 +123,24 @@ def fit(
     return Fit(tuple(found), needed, elements)
 
 
+def unknown_class(model: Path, options: ModelOptions, error: str) -> str:
+    """Say what it would take to load a component whose class is not there; "" where that is not what an error is about.
+
+    Args:
+        model: Its folder.
+        options: How it is read.
+        error: What loading it has ended with.
+
+    Raises:
+        ModelError: The folder is no model.
+    """
+    for entry in entries(model, load_index(model), options):
+        problem = _class_of(entry)[1]
+        if problem and (entry.class_name in error or (entry.library not in _LIBRARIES and entry.library in error)):
+            return problem
+    return ""
+
+
 def difference(wanted: Shapes, optional: frozenset[str], there: Shapes) -> list[tuple[str, bool]]:
     """Say how the tensors of files differ from those of a model. Pure.
 

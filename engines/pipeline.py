@@ -17,6 +17,7 @@ from engines.alternatives import with_classes
 from engines.checks import CardError, check_scalars, check_task
 from engines.classic import load_classic
 from engines.conversion import DTYPE, converted
+from engines.fitting import unknown_class
 from engines.lora import LORA, LORA_SCALE, PARAMETERS, Choice, LoraFile, check_lora, choose
 from engines.modular import load_modular
 from engines.offload import Offload, Resting
@@ -135,9 +136,21 @@ class PanelPipeline:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         panels = tuple(panel for panel in Panel if panel in panels)
-        route = where(route_for(model, options), panels)
-        read = Adapters.read(model, adapters)
-        placement = Placement(dtype, device, Quantization(quantization), Offload(offload), read, options, progress)
+        try:
+            read = Adapters.read(model, adapters)
+            placement = Placement(dtype, device, Quantization(quantization), Offload(offload), read, options, progress)
+            return cls._loaded(model, panels, placement)
+        except (ModelError, AttributeError, ImportError) as error:
+            # Of a class that a library does not have, that library says less than the index and the configuration.
+            if unknown := unknown_class(model, options, str(error)):
+                raise ModelError(unknown) from error
+            if isinstance(error, ModelError):
+                raise
+            raise ModelError(f"The model {model} cannot be loaded: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def _loaded(cls, model: Path, panels: tuple[Panel, ...], placement: Placement) -> PanelPipeline:
+        route = where(route_for(model, placement.options), panels)
         loaders: dict[Route, Callable[[Path, tuple[Panel, ...], Placement], Parts]] = {
             Route.MODULAR: load_modular,
             Route.CLASSIC: load_classic,

@@ -52,6 +52,8 @@ def check_model(
     say("reading configuration and headers of weights")
     found = inspect_files(model.path, options, loras)
     lap("files")
+    if any(finding.fatal and finding.where == "index" for finding in found):  # nothing else can be known
+        return ModelReport(model.name, str(model.path), "", _told(found), "", seconds)
     say("importing torch and diffusers")
     from engines.fitting import fit
 
@@ -69,8 +71,11 @@ def check_model(
         told, failed = _dry_run(model, components, fitted, say) if dry_run else ("No dry request was made.", None)
         found += [failed] if failed else []
         lap("dry run")
-    problems = tuple(ModelProblem(finding.where, finding.problem, finding.fatal) for finding in found)
-    return ModelReport(model.name, str(model.path), "" if problem else sentence, problems, told, seconds)
+    return ModelReport(model.name, str(model.path), "" if problem else sentence, _told(found), told, seconds)
+
+
+def _told(found: Sequence[Finding]) -> tuple[ModelProblem, ...]:
+    return tuple(ModelProblem(finding.where, finding.problem, finding.fatal) for finding in found)
 
 
 def _that_matter(found: Sequence[Finding], fitted: Fit) -> list[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +53,22 @@ def test_check_lists_the_components(write: Write) -> None:
     assert [row[0] for row in rows[1:-2]] == ["pool", "encoder-0", "denoiser-0", "decoder-0", "head", "api"]
     assert rows[-1][:7] == ["A", "pool", "of", "256MiB", "takes", "up", "to"]
     assert rows[-1][7] == "134,217,728"
+
+
+def test_check_says_what_is_wrong_for_people_and_for_programs_with_one_exit_code(write: Write) -> None:
+    file = write()
+    shown = runner.invoke(app, ["check", str(file), "--model"])
+    assert shown.exit_code == 2
+    assert "is not a diffusers model: it has no model_index.json" in shown.stderr
+    assert "denoiser-0" in shown.stdout
+    shown = runner.invoke(app, ["check", str(file), "--model", "--json"])
+    told = json.loads(shown.stdout)
+    assert (shown.exit_code, told["ok"]) == (2, False)
+    assert [(problem["where"], problem["fatal"]) for problem in told["models"][0]["problems"]] == [("index", True)]
+    shown = runner.invoke(app, ["check", str(write("[head]\ndispatch = 'robin'\n")), "--json"])
+    told = json.loads(shown.stdout)
+    assert (shown.exit_code, told["ok"], told["models"]) == (2, False, [])
+    assert 'dispatch = "robin" is not known' in told["problem"]
 
 
 @pytest.mark.parametrize("command", ["check", "up", "status"])

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -378,6 +380,23 @@ def test_what_can_never_work_is_a_sentence(
             component = msgspec.structs.replace(h.topology.component("monolithic-0"), device=device)
             worker = StreamWorker(component, h.topology, Premises())
             with pytest.raises(StartFailure, match=says):
+                await h.start(worker)
+
+    run(body())
+
+
+def test_a_class_that_the_libraries_do_not_have_is_a_failed_start_in_words(
+    run: Any, place: Any, house: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "newer"))
+    index = json.loads((model / "model_index.json").read_text())
+    index["text_encoder_2"] = ["transformers", "T7EncoderModel"]
+    (model / "model_index.json").write_text(json.dumps(index))
+
+    async def body() -> None:
+        async with house(place(model, kind="monolithic")) as h:
+            worker = StreamWorker(h.topology.component("monolithic-0"), h.topology, Premises())
+            with pytest.raises(StartFailure, match=r"a T7EncoderModel of transformers, and .* has no such class"):
                 await h.start(worker)
 
     run(body())
