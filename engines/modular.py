@@ -25,6 +25,8 @@ from engines.split import KWARGS_MAPPING, Split, crossing, ignored, joined, load
 from engines.stepping import BlockDenoising, Denoising
 from engines.vocabulary import of_blocks
 
+NEGATIVE_PROMPT: Final = "negative_prompt"
+_NEGATIVE: Final = "negative_prompt_embeds"
 _UNDECLARED: Final = frozenset({"batch_size"})
 """Inputs that some encoder makes without a declaration (HunyuanVideo 1.5)."""
 
@@ -48,6 +50,9 @@ class ModularParts:
         defaults = {declared.name: declared.default for declared in split.blocks.inputs if declared.name}
         defaults |= {name: value for name, value in split.defaults.items() if name in defaults}
         self._defaults = defaults
+        # Classes that guide encode an empty negative prompt; a guider without one does not guide, and says nothing.
+        made = split.parts[Panel.ENCODER].intermediate_output_names
+        self._negates = split.as_class and bool(guided) and NEGATIVE_PROMPT in names and _NEGATIVE in made
         fps = frames_per_s(medium, defaults, pipeline)
         public = [
             replace(item, default=defaults[item.name]) if item.name in split.defaults else item
@@ -71,14 +76,20 @@ class ModularParts:
 
     def encode(self, inputs: Mapping[str, object], seed: int) -> dict[str, object]:
         """Run the blocks before `denoise`; returns what later blocks take as inputs, and `KWARGS_MAPPING`."""
+        state = self._encoded(inputs, seed)
+        if self._negates and state.get(_NEGATIVE) is None:
+            self._defaults[NEGATIVE_PROMPT] = ""
+            state = self._encoded(inputs, seed)
+        return {**self._crossing(state, Panel.DENOISER, Panel.DECODER), **self._set(inputs)}
+
+    def _encoded(self, inputs: Mapping[str, object], seed: int) -> Any:
         state = PipelineState()
         for declared in self._split.blocks.inputs:
             if declared.name:
                 state.set(declared.name, inputs.get(declared.name, self._defaults[declared.name]), declared.kwargs_type)
         if self._takes_generator:
             state.set(GENERATOR, seeded(seed))
-        state = self._run(Panel.ENCODER, private(self.pipeline, inputs, encodes=True), state)
-        return {**self._crossing(state, Panel.DENOISER, Panel.DECODER), **self._set(inputs)}
+        return self._run(Panel.ENCODER, private(self.pipeline, inputs, encodes=True), state)
 
     def seedless(self, state: Mapping[str, object]) -> bool:
         """Whether the encoder drew nothing from the generator."""

@@ -69,8 +69,8 @@ class Split:
         parts: The blocks of each panel, likewise.
         outputs: Names of the results of the decoder, such as "images".
         tasks: What requests may be for. A request is for the one whose inputs it gives.
-        defaults: Of inputs, where those of the class that the index names go before those of the blocks; also the
-            scale of its guiders.
+        as_class: Whether what a request leaves out is as in the class that the index names.
+        defaults: Of inputs, where those of that class go before those of the blocks; also the scale of its guiders.
     """
 
     model: Path
@@ -81,6 +81,7 @@ class Split:
     parts: Mapping[Panel, Any]
     outputs: tuple[str, ...]
     tasks: tuple[Task, ...] = ()
+    as_class: bool = False
     defaults: Mapping[str, object] = field(default_factory=dict)
 
     @property
@@ -133,13 +134,12 @@ def load_split(model: Path, options: ModelOptions = DEFAULTS) -> Split:
     made = parts[Panel.DECODER].intermediate_output_names
     outputs = tuple(name for name in whole.output_names if name in made) or tuple(made)
     tasks = tuple(_task(whole, name) for name in names) or (_only_task(blocks, outputs, asked(card.task), own),)
-    defaults: dict[str, object] = {}
     # Whoever asks for the blocks gets theirs; blocks that were chosen by a setting know the variant of the model.
-    if own and options.route != "modular" and found is modular_class({"_class_name": index["_class_name"]}):
-        does = set(_own_tasks(whole, own, missing))
-        defaults = _class_defaults(blocks, own) if does.issuperset(names) else {}
+    is_plain = options.route != "modular" and found is modular_class({"_class_name": index["_class_name"]})
+    as_class = own is not None and is_plain and set(_own_tasks(whole, own, missing)).issuperset(names)
+    defaults = _class_defaults(blocks, own) if own and as_class else {}
     kind = "modular_config_dict" if (model / INDEX_NAMES[0]).is_file() else "config_dict"
-    return Split(model, found, {kind: index}, whole, blocks, parts, outputs, tasks, defaults)
+    return Split(model, found, {kind: index}, whole, blocks, parts, outputs, tasks, as_class, defaults)
 
 
 def pipeline_class(index: Mapping[str, object], model: Path) -> Any:

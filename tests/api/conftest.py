@@ -23,7 +23,7 @@ from api.cluster import Cluster
 from api.head import Head
 from api.server import build
 from bus import DeadLetters, Delivery, Mailbox, Outbox
-from engines.parameters import Kind, Parameter
+from engines.parameters import Kind, Parameter, Task
 from roles.artifacts import ArtifactStore
 from roles.messages import requests as wire
 from roles.uploads import UPLOADS, UploadStore
@@ -258,7 +258,11 @@ class SmallHead:
 DESCRIPTION = wire.ModelDescription(
     name="tiny/shapes",
     family="stable-diffusion-xl",
-    task="text-to-image",
+    task="any",
+    tasks=(
+        Task("text2image", ("prompt",), ("prompt",)),
+        Task("video2image", ("prompt", "video"), ("prompt", "video")),
+    ),
     dtype="float32",
     created_at=1_700_000_000.5,
     defaults={"height": 64, "num_inference_steps": 4},

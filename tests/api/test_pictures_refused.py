@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from api import body
 from api import uploads as edge
-from engines.parameters import Kind, Parameter
+from engines.parameters import Kind, Parameter, Task
 from roles.messages.work import Upload
 from roles.uploads import UploadsFull
 from tests.api.pictures import (
@@ -169,8 +169,15 @@ async def test_422_names_the_field_of_a_form(client, small_head, data, files, pa
 
 async def test_a_model_without_pictures_says_so(client, small_head):
     only_text = (Parameter("prompt", Kind.TEXT, required=True),)
-    small_head.description = msgspec.structs.replace(small_head.description, parameters=only_text)
-    check(await client.post(EDITS, data={"prompt": "x"}, files={"image": PNG}), 422, "image", "takes no pictures")
+    tasks = (Task("text2image", ("prompt",), ("prompt",)),)
+    small_head.description = msgspec.structs.replace(small_head.description, parameters=only_text, tasks=tasks)
+    check(
+        await client.post(EDITS, data={"prompt": "x"}, files={"image": PNG}),
+        422,
+        "image",
+        "takes no pictures",
+        "text2image",
+    )
     check(await client.post(GENERATIONS, json={"prompt": "x", "mask": text(MASK)}), 422, "mask", "takes no pictures")
 
 

@@ -34,6 +34,8 @@ async def test_models_in_openais_shape(client, small_head):
     assert (model["id"], model["object"], model["created"]) == ("tiny/shapes", "model", 1_700_000_000)
     assert (model["family"], model["medium"], model["dtype"]) == ("stable-diffusion-xl", "image", "float32")
     assert "fps" not in model, "it makes no video"
+    tasks = [{"name": "text2image", "requires": ["prompt"]}, {"name": "video2image", "requires": ["prompt", "video"]}]
+    assert (model["task"], model["tasks"]) == ("any", tasks)
     height, prompt, sigmas, scale, video = model["parameters"]
     limits = {"minimum": 64, "maximum": 128, "multiple_of": 8}
     says = {"description": "In pixels."}

@@ -297,6 +297,20 @@ def test_defaults_are_those_of_the_class_where_that_was_named(folder: Callable[.
     assert "strength" not in load_split(model, ModelOptions(task="inpainting")).defaults, "not what the class does"
 
 
+def test_a_guider_has_something_to_guide_away_from_as_the_class_has(folder: Callable[..., Path]) -> None:
+    model = folder("sd3", "StableDiffusion3")
+    theirs = [
+        whole("StableDiffusion3ModularPipeline", model, {**SMALL, **more}) for more in ({}, {"negative_prompt": ""})
+    ]
+    assert not same(*map(media, theirs))
+    assert same(made(model, SMALL), media(theirs[1])), "the class encodes an empty text"
+    assert same(made(model, SMALL, route="modular"), media(theirs[0]))
+    unguided = {**SMALL, "guidance_scale": 1.0}
+    plain = diffusers.StableDiffusion3Pipeline.from_pretrained(str(model))
+    plain.set_progress_bar_config(disable=True)
+    assert same(made(model, unguided), media(plain(**unguided, generator=seeded(SEED))))
+
+
 def test_what_is_served_is_said(folder: Callable[..., Path]) -> None:
     model = folder("flux-kontext", "FluxKontext")
     assert describe(model, ModelOptions(), in_parts=True) == (

@@ -7,12 +7,12 @@ import msgspec
 import pytest
 import torch
 
-from actors import Component, StartFailure, Topology
+from actors import Component, StartFailure, Topology, load_topology
 from actors.sections import LoraSection
 from engines.lora import LoraFile
 from engines.pipeline import PanelPipeline
 from roles.stream_worker import StreamWorker
-from roles.weights import lora_files, weights_facts
+from roles.weights import lora_files, model_options, weights_facts
 from roles.workspace import Premises
 from tools.make_lora import make_lora
 
@@ -35,6 +35,16 @@ def test_files_are_found_from_the_topology(place: Callable[..., Topology], tmp_p
         LoraFile("a", tmp_path / "a.safetensors", 0.5),
         LoraFile("b", Path("/b"), 1.0, tmp_path / "c"),
     )
+
+
+@pytest.mark.parametrize(
+    ("written", "task"), [('"any"', "any"), ('["text2image", "inpainting"]', ("text2image", "inpainting"))]
+)
+def test_tasks_and_the_route_come_from_the_topology(written: str, task: str | tuple[str, ...], tmp_path: Path) -> None:
+    path = tmp_path / "one.toml"
+    path.write_text(f'[model]\npath = "m"\ntask = {written}\nroute = "classic"\n[[roles]]\nkind = "monolithic"\n')
+    options = model_options(load_topology(path).models[0])
+    assert (options.task, options.route) == (task, "classic")
 
 
 def test_an_instance_holds_its_weights_as_its_role_says(
