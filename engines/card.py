@@ -87,10 +87,11 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise CardError(name, self._unknown(name, taken))
             merged = {**self._defaults(given, taken), **given}
         applied = {name: self._checked(name, value, taken.get(name)) for name, value in merged.items()}
+        meant = {(taken[name].alias_of or name) if name in taken else name: value for name, value in applied.items()}
         for parameter in taken.values():
-            if parameter.required and parameter.name not in applied:
+            if parameter.required and parameter.name not in meant:
                 raise CardError(parameter.name, "is required.")
-        check_task(applied, tasks)
+        check_task(meant, tasks)
         if different := conflict(applied, taken.values()):
             raise CardError(different[0], f"is another name of {different[1]}, which says something else.")
         applied |= self._steps(given, taken)

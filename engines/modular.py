@@ -59,6 +59,12 @@ class ModularParts:
             for item in declared
             if item.name not in unread
         ]
+        public += [
+            replace(item, name=name, default=None, required=False, alias_of=item.name)
+            for name, other in split.aliases.items()
+            for item in public
+            if item.name == other
+        ]
         parameters = with_aliases(
             with_steps(public, pipeline), settings, guided=bool(guided), guidance=guidance(pipeline), fps=fps
         )

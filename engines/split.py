@@ -70,6 +70,7 @@ class Split:
         outputs: Names of the results of the decoder, such as "images".
         tasks: What requests may be for. A request is for the one whose inputs it gives.
         as_class: Whether what a request leaves out is as in the class that the index names.
+        aliases: Names that the class has for inputs, and those that the blocks have.
         defaults: Of inputs, where those of that class go before those of the blocks; also the scale of its guiders.
     """
 
@@ -83,6 +84,7 @@ class Split:
     tasks: tuple[Task, ...] = ()
     as_class: bool = False
     defaults: Mapping[str, object] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def required(self) -> frozenset[str]:
@@ -138,8 +140,12 @@ def load_split(model: Path, options: ModelOptions = DEFAULTS) -> Split:
     is_plain = options.route != "modular" and found is modular_class({"_class_name": index["_class_name"]})
     as_class = own is not None and is_plain and set(_own_tasks(whole, own, missing)).issuperset(names)
     defaults = _class_defaults(blocks, own) if own and as_class else {}
+    taken = {item.name for item in blocks.inputs}
+    aliases = {
+        name: other for name, other in (own.aliases if own else {}).items() if name not in taken and other in taken
+    }
     kind = "modular_config_dict" if (model / INDEX_NAMES[0]).is_file() else "config_dict"
-    return Split(model, found, {kind: index}, whole, blocks, parts, outputs, tasks, as_class, defaults)
+    return Split(model, found, {kind: index}, whole, blocks, parts, outputs, tasks, as_class, defaults, aliases)
 
 
 def pipeline_class(index: Mapping[str, object], model: Path) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,11 +51,13 @@ class Needs:
         required: Names of the pictures without which it does not run, though it may declare them as optional.
         taken: Names of all its inputs.
         defaults: Their defaults, by name; None is left out.
+        aliases: Names of the class for what blocks call otherwise.
     """
 
     required: frozenset[str]
     taken: frozenset[str]
     defaults: Mapping[str, object]
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 def classic_class(index: Mapping[str, object], options: ModelOptions = DEFAULTS) -> Any:
@@ -104,14 +106,16 @@ def needs_of(cls: Any) -> Needs:
     empty = inspect.Parameter.empty
     required |= {name for name, item in parameters.items() if item.default is empty and name in ("image", "video")}
     taken = set(parameters)
+    aliases = {}
     if "ControlNet" in cls.__name__:
         if "control_image" not in taken:
             # Its only picture is that of the ControlNet; blocks have `image` for what is to be changed.
+            aliases = {"image": "control_image"}
             taken = (taken - {"image"}) | {"control_image"}
             required = (required - {"image"}) | {"control_image"}
         required |= {"control_mode"} & taken if "Union" in cls.__name__ else set()
     defaults = {name: item.default for name, item in parameters.items() if item.default not in (empty, None)}
-    return Needs(frozenset(required), frozenset(taken), defaults)
+    return Needs(frozenset(required), frozenset(taken), defaults, aliases)
 
 
 def class_tasks(cls: Any, medium: Medium) -> tuple[Task, ...]:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -239,7 +240,6 @@ def test_inpainting_crops_to_the_mask_and_puts_the_picture_back(folder: Callable
         ("flux-kl", "FluxImg2Img", START),
         ("sd3", "StableDiffusion3Img2Img", START),
         ("qwenimage", "QwenImageImg2Img", {**START, "negative_prompt": "grey"}),
-        ("sdxl", "StableDiffusionXLControlNet", {"control_image": picture(2)}),
     ],
 )
 def test_a_class_with_blocks_makes_what_its_blocks_make(
@@ -250,6 +250,18 @@ def test_a_class_with_blocks_makes_what_its_blocks_make(
     found = modular_class({"_class_name": f"{name}Pipeline"})
     assert found is not None
     assert same(made(model, given, route="modular"), media(whole(found.__name__, model, given)))
+
+
+@pytest.mark.families
+def test_the_picture_of_a_control_net_may_be_called_as_the_class_calls_it(folder: Callable[..., Path]) -> None:
+    model = folder("sdxl", "StableDiffusionXLControlNet")
+    theirs = media(whole("StableDiffusionXLModularPipeline", model, {**SMALL, "control_image": picture(2)}))
+    for name in ("control_image", "image"):
+        assert same(made(model, {**SMALL, name: picture(2)}, route="modular"), theirs)
+    taken = load(model, Panel.ENCODER).signature.parameters
+    assert ModelCard().apply({"prompt": "x", "image": SimpleNamespace(files=("a",))}, taken).keys() >= {"image"}
+    with pytest.raises(CardError, match="control_image is required"):
+        ModelCard().apply({"prompt": "x"}, taken)
 
 
 @pytest.mark.families
