@@ -70,9 +70,10 @@ def test_a_scheduler_of_a_request_is_that_of_diffusers(models: Models) -> None:
     }
     config = blocks(model).scheduler.config
     own = diffusers.DPMSolverMultistepScheduler.from_config(config, **wanted["scheduler_options"])
-    ours = served(model, {**SDXL, **wanted}, 3)
+    as_blocks = ModelOptions(route="modular")  # with their defaults, not those of the class that the index names
+    ours = served(model, {**SDXL, **wanted}, 3, as_blocks)
     assert same(ours, modular(model, SDXL, 3, scheduler=own))
-    assert not same(ours, served(model, SDXL, 3))
+    assert not same(ours, served(model, SDXL, 3, as_blocks))
     # The one that all share is as it was.
     assert same(served(model, SDXL, 3), modular(model, SDXL, 3))
 
