@@ -155,10 +155,12 @@ def _allegro(name: str) -> Sample:
             layers_per_block=1,
             norm_num_groups=2,
             temporal_compression_ratio=4,
+            sample_size=128,
         ),
     }
-    # It decodes only in tiles.
-    return Sample(name, components, {**_SHORT, "num_frames": 8, "clean_caption": False, "vae_tiling": True})
+    # It decodes only in tiles, and nothing that is smaller than one.
+    large = {"height": 128, "width": 128, "num_frames": 24, "vae_tiling": True}
+    return Sample(name, components, {**_SHORT, **large, "clean_caption": False})
 
 
 def _latte(name: str) -> Sample:
