@@ -173,7 +173,11 @@ def _memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
     if tensor.is_contiguous():
         return ()
     strides = tensor.stride()
-    order = tuple(sorted(range(tensor.dim()), key=lambda dimension: -strides[dimension]))
+    # Of equal strides that of a single element is the inner one, so that it is the same again on the other side: by it
+    # too "channels last" is told from other orders.
+    order = tuple(
+        sorted(range(tensor.dim()), key=lambda dimension: (-strides[dimension], tensor.shape[dimension] == 1))
+    )
     return order if tensor.permute(order).is_contiguous() else ()
 
 

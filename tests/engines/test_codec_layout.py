@@ -16,6 +16,7 @@ def layouts() -> list[torch.Tensor]:
         picture.permute(3, 0, 2, 1),
         picture.to(torch.bfloat16).transpose(1, 2),
         torch.randint(0, 9, (3, 4), dtype=torch.uint8).t(),
+        torch.randn(3, 5, 4).permute(2, 0, 1)[None],  # Not "channels last", but for the stride of its single picture.
     ]
 
 
