@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 LOADING: Final = "loading"
 READY: Final = "ready"
+ASLEEP: Final = "asleep"
+"""The state of an actor that can work as soon as its weights are in memory again."""
 DRAINING: Final = "draining"
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, overload
 
 import httpx
 
-from actors.actor import READY
+from actors.actor import ASLEEP, READY
 from actors.addresses import SUPERVISOR, AddressBook
 from actors.api_keys import ApiKeysError, read_keys
 from actors.child import DELAYED, LEFT
@@ -206,7 +206,9 @@ class Cluster:
 def is_hopeless(states: Sequence[str]) -> bool:
     """Whether waiting changes nothing: some children are not to run any more, and no other is under way. Pure."""
     stuck = LEFT | {DELAYED}  # a port that is taken may come free: who wants a cluster now is told so now
-    return any(state in stuck for state in states) and all(state in stuck or state == READY for state in states)
+    return any(state in stuck for state in states) and all(
+        state in stuck or state in (READY, ASLEEP) for state in states
+    )
 
 
 def describe_children(children: Iterable[ChildReport]) -> str:

@@ -128,6 +128,8 @@ class ModelSection(Section, frozen=True):
     """Sizes of the tiles, where the VAE can be told of some, such as `tile_sample_min_height = 256`."""
     vae_slicing: bool = False
     """Whether the VAE computes one picture of a batch at a time."""
+    sleep: Literal["auto", "never"] = "auto"
+    """Whether its weights may leave the memory while others need the room; see `MemorySection`."""
     lora: tuple[LoraSection, ...] = ()
     """Adapters, each loaded by every instance when it starts; see `LoraSection`."""
     roles: tuple[RoleSection, ...] = ()
@@ -208,6 +210,33 @@ class TransferSection(Section, frozen=True):
     def largest_payload(self) -> int:
         """Most bytes that one panel may hand to the next: a block of a pool is a power of two, within half of it."""
         return 1 << (self.pool_bytes // 2).bit_length() >> 1
+
+
+class MemorySection(Section, frozen=True):
+    """`[memory]`: how much the weights of all models may take together.
+
+    With a bound, each model is loaded once at the start, in turn, and then the least recently used ones sleep where
+    there is no room for all: on the CPU their weights are dropped and read again, from a card they go to the memory of
+    the host. A request wakes its model.
+    """
+
+    host: str = ""
+    """Most bytes of weights of roles on the CPU, with a unit; "" = no bound."""
+    card: str = ""
+    """The same of roles on each card; leave room for what requests need besides."""
+    turn_s: Seconds = 30.0
+    """Seconds for which a model that has been woken goes on to begin requests while another model waits for its room.
+    What it has begun is always finished."""
+
+    @property
+    def host_bytes(self) -> int:
+        """`host` in bytes, 0 for no bound."""
+        return parse_size(self.host) if self.host else 0
+
+    @property
+    def card_bytes(self) -> int:
+        """`card` in bytes, 0 for no bound."""
+        return parse_size(self.card) if self.card else 0
 
 
 class SupervisionSection(Section, frozen=True):
@@ -325,6 +354,7 @@ class Sections(msgspec.Struct, frozen=True, kw_only=True):
     api: ApiSection = ApiSection()
     head: HeadSection = HeadSection()
     transfer: TransferSection = TransferSection()
+    memory: MemorySection = MemorySection()
     supervision: SupervisionSection = SupervisionSection()
     bus: BusSection = BusSection()
     state: StateSection = StateSection()

@@ -21,6 +21,7 @@ from actors.sections import (
     ApiSection,
     BusSection,
     HeadSection,
+    MemorySection,
     ModelSection,
     RoleSection,
     Sections,
@@ -128,6 +129,7 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
     api: ApiSection
     head: HeadSection
     transfer: TransferSection
+    memory: MemorySection
     supervision: SupervisionSection
     bus: BusSection
     state: StateSection
@@ -164,6 +166,11 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
         known = ", ".join(component.name for component in self.components)
         raise UnknownName(f"no component is called {name!r} in {self.path}; there are {known}")
 
+    def starts_asleep(self, component: Component) -> bool:
+        """Whether a role waits for the head before it loads its weights: there may not be room for those of all."""
+        bounded = self.memory.host or self.memory.card
+        return bool(bounded) and self.model_of(component).section.sleep != "never"
+
     def model_of(self, component: Component) -> Model:
         """The model that a role serves."""
         return next(model for model in self.models if model.name == component.model)
@@ -187,6 +194,7 @@ def load_topology(path: Path | str) -> Topology:
         api=sections.api,
         head=sections.head,
         transfer=sections.transfer,
+        memory=sections.memory,
         supervision=sections.supervision,
         bus=sections.bus,
         state=sections.state,

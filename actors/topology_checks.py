@@ -29,6 +29,7 @@ def check_sections(file: str, sections: Sections) -> None:
     _check_size(file, sections)
     _check_cache(file, sections)
     _check_state(file, sections)
+    _check_memory(file, sections)
     _check_models(file, sections)
     for model in sections.models:
         _check_kinds(file, sections, model)
@@ -133,6 +134,16 @@ def _check_state(file: str, sections: Sections) -> None:
         except ValueError:
             fix = 'write it as in "512MiB" or "32GiB"'
             raise TopologyError(file, f"[state] {key}", f'= "{size}" is not a size', fix) from None
+
+
+def _check_memory(file: str, sections: Sections) -> None:
+    for key in ("host", "card"):
+        size = getattr(sections.memory, key)
+        try:
+            parse_size(size or "1B")
+        except ValueError:
+            problem, fix = f'= "{size}" is not a size', 'write it as in "24GiB", or leave it out'
+            raise TopologyError(file, f"[memory] {key}", problem, fix) from None
 
 
 def _check_cache(file: str, sections: Sections) -> None:

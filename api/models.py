@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Any, Final, Literal, cast
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -60,6 +60,8 @@ class ModelObject(msgspec.Struct):
     dtype: str
     medium: str
     """image, video or audio."""
+    state: Literal["starting", "loaded", "asleep", "waking"]
+    """A request for one that is asleep wakes it."""
     parameters: list[ParameterObject]
     tasks: list[TaskObject] | UnsetType = UNSET
     """What requests may be for; which one, their inputs tell. Absent until the model is loaded."""
@@ -85,6 +87,7 @@ def model_object(description: ModelDescription) -> ModelObject:
         task=description.task or UNSET,
         dtype=description.dtype,
         medium=description.medium,
+        state=cast(Any, description.state),
         parameters=[
             parameter_object(parameter, description.ranges.get(parameter.name, ()))
             for parameter in description.parameters

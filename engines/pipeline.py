@@ -233,6 +233,20 @@ class PanelPipeline:
         finally:
             self._rest()
 
+    def to_host(self) -> None:
+        """Move the weights from the device to pinned memory of the host, where they are of no use until `to_device`."""
+        self._move(lambda tensor: tensor.to("cpu").pin_memory() if tensor.is_cuda else tensor)
+
+    def to_device(self) -> None:
+        """Bring the weights back; raises what torch raises where there is no room."""
+        self._move(lambda tensor: tensor.to(self.placement.device))
+
+    def _move(self, moved: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for name in sorted(self.components):
+            module = getattr(self._parts.pipeline, name)
+            if isinstance(module, torch.nn.Module):
+                module._apply(moved)  # type: ignore[no-untyped-call]
+
     def _label(self, seed: int, choice: Choice | None) -> dict[str, object]:
         """What crosses beside the values of the pipeline."""
         return {DTYPE: self.placement.dtype, SEED: seed, **_chosen(choice)}

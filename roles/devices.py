@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import traceback
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from engines.panels import Panel
 from engines.pipeline import InputError
 from roles.uploads import UploadError
 
+_libc: Final = ctypes.CDLL(None)
 _MEMORY_ERRORS: Final = (
     "out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -206,6 +208,12 @@ def free_memory(device: torch.device) -> int:
     gc.collect()
     give_back(device)
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def trim_host() -> None:
+    """Give memory that the allocator of this process keeps free back to the system."""
+    if hasattr(_libc, "malloc_trim"):  # of glibc; other libraries keep little
+        _libc.malloc_trim(0)
 
 
 def memory_facts(device: torch.device) -> dict[str, int | float | str | bool]:

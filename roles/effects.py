@@ -46,4 +46,12 @@ class Restart:
     instance: str
 
 
-Effect: TypeAlias = Assign | Cancel | Release | Settle | Restart
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Tell an idle instance to bring its weights into memory, or to let go of them."""
+
+    instance: str
+    awake: bool
+
+
+Effect: TypeAlias = Assign | Cancel | Release | Settle | Restart | Turn

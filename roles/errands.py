@@ -13,7 +13,7 @@ from actors.errors import UnknownName
 from actors.system import Shutdown, ShuttingDown
 from bus import AskTimeout, BusError, MailboxFull, Message, MessageTooLong, RemoteFailure, Unreachable
 from engines.panels import Panel
-from roles.effects import Assign, Cancel, Effect, Release, Restart, Settle
+from roles.effects import Assign, Cancel, Effect, Release, Restart, Settle, Turn
 from roles.messages import pool as pools
 from roles.messages import stages
 from roles.messages.work import LeaseRef, Renewal, Staged, Work
@@ -65,6 +65,8 @@ class Errands:
                     ended.append(request_id)
                 case Restart(instance):
                     self._head.spawn(self._restart(instance), name=f"restart {instance}")
+                case Turn(instance, awake):
+                    self._head.spawn(self._turn(instance, awake=awake), name=f"turn {instance}")
         return ended
 
     # -- sending work
@@ -169,6 +171,17 @@ class Errands:
         except BusError as error:
             # It has ended already, which is as good, or will be fenced for its silence.
             self._head.log.warning("not told to restart", instance=instance, error=str(error))
+
+    async def _turn(self, instance: str, *, awake: bool) -> None:
+        """Have an instance sleep or wake; where it was not told, or would not, that is decided anew."""
+        ledger = self._models.books_of(instance)
+        generation = ledger.fleet.generation(instance)
+        message = stages.Wake() if awake else stages.Sleep()
+        try:
+            await self._head.reference(instance).ask(message, stages.Acknowledged, timeout_s=ANSWER_S)
+        except BusError as error:
+            self._head.log.info("not turned", instance=instance, awake=awake, error=str(error))
+            ledger.not_turned(instance, generation)
 
     def _cancel(self, instance: str, work: Work, reason: str) -> None:
         try:

@@ -55,6 +55,15 @@ class Instance:
     """It was asked to end, and has said so."""
     trouble: str = ""
     """What its work waits for that a person may have to mend; a sentence."""
+    awake: bool = True
+    """Its weights are in memory."""
+    told: str = ""
+    """"sleep" or "wake" while it is on its way to that."""
+    device: str = "cpu"
+    weights: int = 0
+    """Bytes of its weights, 0 where it has never loaded them."""
+    not_woken: str = ""
+    """Why it could not be woken when it was last told to; a sentence."""
     silent_s: float = 0.0
     """Seconds since its last sign of life, of those in which the head could have heard it."""
 
@@ -62,6 +71,16 @@ class Instance:
     def credits(self) -> int:
         """Units of work that it would still take."""
         return self.issued - self.spent
+
+    @property
+    def problem(self) -> str:
+        """What a person may have to mend for it to work."""
+        return self.trouble or self.not_woken
+
+    @property
+    def holds(self) -> bool:
+        """Whether its device has its weights, or is about to."""
+        return self.awake or self.told == "wake"
 
     def end(self, stalled_after_s: float) -> End:
         """What the loss of its connection means."""
@@ -82,7 +101,9 @@ class Instance:
             self.credits,
             self.slots,
             tuple(sorted(self.in_hand)),
-            self.trouble,
+            self.problem,
+            self.awake,
+            self.weights,
         )
 
 
@@ -112,6 +133,9 @@ class Fleet:
             last_served=known.last_served if known else 0,
             draining=hello.leaving,
             leaving=hello.leaving,
+            awake=hello.awake,
+            device=hello.device,
+            weights=hello.weights,
         )
         self.instances[hello.name] = instance
         return instance
@@ -148,7 +172,7 @@ class Fleet:
         return [
             Candidate(i.name, i.credits, i.slots, len(i.in_hand), i.served, i.last_served, i.model)
             for i in self.instances.values()
-            if i.credits > 0 and not i.draining and i.serves(panel)
+            if i.credits > 0 and not i.draining and i.awake and not i.told and i.serves(panel)
         ]
 
     def assign(self, name: str, unit_id: str) -> None:

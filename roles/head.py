@@ -18,7 +18,16 @@ import msgspec
 
 from actors import Actor, Component, Later, StartDelayed, StartFailure, Topology
 from actors.sections import parse_size
-from actors.system import ChildReport, Reloading, ReloadModel, SupervisorQuery, SupervisorReport
+from actors.system import (
+    ChildReport,
+    ModelStanding,
+    Reloading,
+    ReloadModel,
+    SleepModel,
+    SupervisorQuery,
+    SupervisorReport,
+    WakeModel,
+)
 from bus import BusError, Refused
 from engines.card import CardError, load_card
 from engines.lora import check_lora
@@ -34,9 +43,10 @@ from roles.ledger import Ledger
 from roles.messages import pool as pools
 from roles.messages import requests, stages
 from roles.messages.work import MAX_SEED, Input, Pictures, Upload, Work
-from roles.models import Served, models_of
+from roles.models import Served, file_bytes, models_of
 from roles.prompt_cache import PromptCache
 from roles.request import IllegalTransitionError, Request, Unit
+from roles.residency import Residency
 from roles.retention import StoreBounds
 from roles.staging import Staging
 from roles.uploads import UPLOADS, UploadStore
@@ -84,6 +94,7 @@ class Head(Actor):
         self.models = models_of(topology)
         pool_names = tuple(c.name for c in topology.components if c.kind == "pool")
         self.errands = Errands(self, self.models, self.settle, pool_names)
+        self.residency = Residency(topology, self.models)
         self.created_at = time.time()
         self._artifacts = ArtifactStore(topology.state_dir / ARTIFACTS)
         self._uploads = UploadStore(topology.state_dir / UPLOADS)
@@ -225,14 +236,43 @@ class Head(Actor):
 
     async def describe(self, message: requests.DescribeModel) -> requests.ModelDescription:
         """What a model takes."""
-        served = self.models.find(message.model)
-        if served is None:
-            raise Refused("model_not_found", self.models.unknown(message.model))
-        return served.describe(self.created_at)
+        return self._describe(self._named(message.model))
 
     async def list_models(self, _: requests.ListModels) -> requests.ModelList:
         """What is served."""
-        return requests.ModelList(tuple(served.describe(self.created_at) for served in self.models.all))
+        return requests.ModelList(tuple(self._describe(served) for served in self.models.all))
+
+    def _describe(self, served: Served) -> requests.ModelDescription:
+        return served.describe(self.created_at, self.residency.standing(served).value)
+
+    async def sleep_model(self, message: SleepModel) -> ModelStanding:
+        """Let a model sleep as soon as it has nothing to do."""
+        served = self._named(message.model)
+        if served.model.section.sleep == "never":
+            raise Refused("never", f'{served.name} never sleeps: its `sleep` is "never"')
+        if message.begins:
+            self.residency.dismiss(served)
+            self.settle()
+        return self._standing(served)
+
+    async def wake_model(self, message: WakeModel) -> ModelStanding:
+        """Wake a model."""
+        served = self._named(message.model)
+        self.residency.call(served)
+        self.settle()
+        return self._standing(served)
+
+    def _named(self, name: str) -> Served:
+        """Return the model of that name; raises Refused where there is none."""
+        if served := self.models.find(name):
+            return served
+        raise Refused("model_not_found", self.models.unknown(name))
+
+    def _standing(self, served: Served) -> ModelStanding:
+        instances = served.ledger.fleet.instances.values()
+        troubles = "; ".join(f"{i.name}: {i.problem}" for i in instances if i.problem)
+        weights = sum(i.weights for i in instances if i.awake)
+        return ModelStanding(served.name, self.residency.standing(served).value, weights, troubles)
 
     async def cluster(self, _: requests.ClusterQuery) -> requests.ClusterView:
         """The books."""
@@ -245,6 +285,7 @@ class Head(Actor):
             completed=self.models.completed,
             average_latency_s=self.models.average_latency_s,
             prompt_cache=self.models.prompt_cache(),
+            models={served.name: self.residency.standing(served).value for served in self.models.all},
         )
 
     async def reload_model(self, message: ReloadModel) -> Later[Reloading]:
@@ -257,6 +298,9 @@ class Head(Actor):
         for ledger in self.models.ledgers:
             if wanted > 0:
                 wanted -= ledger.room_wanted(message.pool, wanted)
+        for ledger in self.models.ledgers:
+            if wanted > 0:
+                ledger.give_way(message.pool, time.time())
         self.settle()
 
     # -- the instances' conversation
@@ -278,6 +322,15 @@ class Head(Actor):
         self._refuse_fenced(message.name, message.generation)
         if not self._books_of(message.name).fleet.heard(message.name, message.generation, message.trouble):
             raise Refused("unknown", f"{message.name} is not in the books: say hello again")
+        return stages.Acknowledged()
+
+    async def turned(self, message: stages.InstanceAwake) -> stages.Acknowledged:
+        """An instance has woken, or has gone to sleep, or could not."""
+        self._refuse_fenced(message.name, message.generation)
+        if self._books_of(message.name).turned(message):
+            how = "awake" if message.awake else "asleep"
+            self.log.info(f"instance {how}", instance=message.name, seconds=round(message.seconds, 3))
+        self.settle()
         return stages.Acknowledged()
 
     async def leaving(self, message: stages.InstanceLeaving) -> stages.Acknowledged:
@@ -341,6 +394,7 @@ class Head(Actor):
         try:
             served.card = load_card(model.path, model.section.task, model.title)
             served.identity = await asyncio.to_thread(lambda: model.identity)
+            served.file_bytes = await asyncio.to_thread(file_bytes, model.files)
         except (ModelError, OSError) as error:
             kind = StartFailure if model.path.is_dir() else StartDelayed
             raise kind(str(error)) from error
@@ -365,6 +419,7 @@ class Head(Actor):
     def settle(self) -> None:
         """After an event: hand out work, write down what changed, then let it take effect."""
         now = time.time()
+        self.residency.arrange(time.monotonic())
         for ledger in self.models.ledgers:
             ledger.dispatch(now)
         self._write_down()
@@ -699,7 +754,9 @@ class Head(Actor):
             of = f" of {served.name}" if len(self.models.all) > 1 else ""
             fleet, refused = served.ledger.fleet, served.ledger.refused
             missing += [f"no {panel}{of} is ready" for panel in fleet.missing_panels()]
-            missing += [f"{i.name}: {i.trouble}" for i in fleet.instances.values() if i.trouble]
+            if not (fleet.missing_panels() or served.has_been_loaded):
+                missing.append(f"the weights{of} have not been loaded yet")
+            missing += [f"{i.name}: {i.problem}" for i in fleet.instances.values() if i.problem]
             missing += [_other_weights(name) for name in refused]
         missing += [f"{pool} is not ready" for pool in self.errands.pools_missing()]
         return (*missing, *([self._unwritten] if self._unwritten else []))

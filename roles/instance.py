@@ -13,10 +13,10 @@ import time
 from typing import Final
 
 from actors import Actor, Component, Later, Topology
-from actors.actor import READY
+from actors.actor import ASLEEP, READY
 from bus import BusError, MailboxFull, Message, Reference, Refused, RemoteFailure
 from roles import workload_effects as do
-from roles.messages import device
+from roles.messages import device, stages
 from roles.messages.pool import PoolFull, SparesWanted
 from roles.messages.stages import (
     Acknowledged,
@@ -35,7 +35,7 @@ from roles.messages.stages import (
     WorkInHand,
     WorkQuery,
 )
-from roles.messages.work import Work
+from roles.messages.work import LeaseRef, Work
 from roles.pool_client import PoolClient, why_full
 from roles.reporter import Fenced, Reporter, is_fence, pause_s
 from roles.spares import Spares
@@ -50,6 +50,8 @@ CLEARLY: Final = 1.25
 """Times `shutdown_s`: what will take longer is given back at once when this instance is asked to end."""
 LAST_CALL: Final = 0.7
 """Of `shutdown_s`: what is not done by then is given back."""
+WAKING: Final = "waking"
+"""The state of an instance that brings its weights into memory."""
 JOINING: Final = "joining"
 """The state of an instance that could work and is not in the head's books."""
 
@@ -89,6 +91,8 @@ class Instance(Actor):
         self._transfer = f"{component.name}.transfer"
         self._draining = False
         self._leaving = False
+        self._turning: bool | None = None
+        """Whether it is on its way to be awake, or to be asleep."""
         self._idle = asyncio.Event()
         self._away = asyncio.Event()
         self._away.set()
@@ -160,15 +164,30 @@ class Instance(Actor):
             raise Refused(reason.code, str(reason)) from reason
         return StageTaken(message.work)
 
+    async def sleep(self, _: stages.Sleep) -> Acknowledged:
+        """Let go of the weights."""
+        if self.workload.items or self.workload.reservations:
+            raise Refused("busy", f"{self.name} has work in hand")
+        self._turn(awake=False)
+        return Acknowledged()
+
+    async def wake(self, _: stages.Wake) -> Acknowledged:
+        """Bring the weights back."""
+        self._turn(awake=True)
+        return Acknowledged()
+
     async def spares_wanted(self, _: SparesWanted) -> None:
         """Give back the slots that are kept ready: some arrival has no room.
 
         What the head has sent into one of them meanwhile is not taken, and is sent again.
         """
-        spares = self._spares.clear()
-        self._offer()
-        for slot in spares:
+        for slot in self._give_up_spares():
             self._client.release(slot)
+
+    def _give_up_spares(self) -> tuple[LeaseRef, ...]:
+        spares = tuple(self._spares.clear())
+        self._offer()
+        return spares
 
     async def in_hand(self, message: WorkQuery) -> WorkInHand:
         """Claim work, and with it what its slots are written for."""
@@ -208,6 +227,24 @@ class Instance(Actor):
     async def panel_cancelled(self, message: device.PanelCancelled) -> None:
         """End a piece of work that was stopped."""
         self._carry_out(self.workload.panel_cancelled(message.work))
+
+    async def weights_turned(self, message: device.WeightsTurned) -> None:
+        """Tell the head that the weights are there, or are not any more."""
+        here = self.premises
+        self._turning = None
+        self.reporter.add(
+            stages.InstanceAwake(
+                self.name,
+                self.generation,
+                message.awake,
+                here.signature,
+                here.weights,
+                message.seconds,
+                message.trouble,
+            )
+        )
+        if not self._away.is_set():
+            self._show_weights()
 
     # -- from the transfer actor
 
@@ -285,6 +322,19 @@ class Instance(Actor):
     def _refuse_when_draining(self) -> None:
         if self._draining:
             raise Refused("draining", f"{self.name} takes no more work")
+        if self._turning is not None or not self.premises.awake:
+            raise Refused("asleep", f"{self.name} has no weights in memory")
+
+    def _turn(self, *, awake: bool) -> None:
+        """Have the stream worker bring the weights, or let go of them; nothing where it does already."""
+        if awake == (self.premises.awake if self._turning is None else self._turning):
+            return
+        self._turning = awake
+        if not awake:
+            for slot in self._give_up_spares():
+                self._client.release(slot)
+        self.set_state(WAKING if awake else ASLEEP)
+        self.reference(self._stream).tell(device.TurnWeights(awake))
 
     async def _allocate(self, message: TransferAlloc) -> TransferAllocated | TransferRejected:
         work = message.work
@@ -357,7 +407,7 @@ class Instance(Actor):
             self.reporter.resume()
             self._away.clear()
             self._offer()
-            self._show(READY)
+            self._show_weights()
             self.log.info("joined", unknown=len(welcome.unknown))
             await self._stay(head, lost)
             self._away.set()
@@ -394,6 +444,9 @@ class Instance(Actor):
             running=tuple(dict.fromkeys((*load.in_hand, *self.reporter.works))),
             leaving=self._leaving,
             model=self.premises.model,
+            awake=self.premises.awake and self._turning is None,
+            device=self.premises.device,
+            weights=self.premises.weights,
         )
 
     async def _stay(self, head: Reference, lost: asyncio.Task[None]) -> None:
@@ -414,6 +467,10 @@ class Instance(Actor):
                 self.log.warning("heartbeat not taken", error=str(error))
             except BusError as error:
                 self.log.info("heartbeat not answered", error=str(error))
+
+    def _show_weights(self) -> None:
+        turning = None if self._turning is None else WAKING if self._turning else ASLEEP
+        self._show(turning or (READY if self.premises.awake else ASLEEP))
 
     def _show(self, state: str, detail: str = "") -> None:
         if not self._draining:

@@ -10,10 +10,12 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from engines.panels import Panel
+from engines.parameters import Signature
 from roles.dispatch import Policy
-from roles.effects import Assign, Cancel, Effect, Release, Restart, Settle
+from roles.effects import Assign, Cancel, Effect, Release, Restart, Settle, Turn
 from roles.fleet import End, Fleet
 from roles.messages.stages import (
+    InstanceAwake,
     InstanceHello,
     StageFailed,
     StageFinished,
@@ -42,8 +44,12 @@ MAX_TRANSFERS_LOST = 10
 DRAINING = ("draining", "stopping")
 """Codes with which an instance that is about to end refuses work."""
 
-UNTRIED = (*DRAINING, "no_credit", "slot_gone", "cancelled", "mailbox_full", "deadline_exceeded")
+UNTRIED = (*DRAINING, "asleep", "no_credit", "slot_gone", "cancelled", "mailbox_full", "deadline_exceeded")
 """Codes of refusals before anything was done for the work: they are not the work's fault."""
+
+
+def _is_begun(unit: Unit) -> bool:
+    return bool(unit.instance or unit.staged) or unit.state not in (State.PENDING, State.ENCODER_WAITING)
 
 
 @dataclass(slots=True)
@@ -92,6 +98,8 @@ class Ledger:
     """Whether instances with earlier weights finish what was begun with those, and restart."""
     restarting: str = ""
     """The instance that was told to restart and has not come back yet."""
+    paused: bool = False
+    """Whether nothing is begun: the model sleeps, or is to sleep. What has been begun goes on."""
 
     # -- clients
 
@@ -170,8 +178,8 @@ class Ledger:
         self.fleet.welcome(hello)
         if hello.name == self.restarting and hello.model == self.model:
             self.restarting = ""
-        if hello.kind == Panel.ENCODER and self.staging.cache.learn(hello.signature):
-            self.clear_cache()
+        if hello.awake or hello.weights:
+            self._learn(hello.kind, hello.signature)
         in_hand = set(hello.running)
         for unit in [u for u in self.units.values() if u.instance == hello.name]:
             if unit.work in in_hand:
@@ -179,6 +187,47 @@ class Ledger:
             else:
                 self._retry(unit, f"{hello.name} came back without it", now, counts=False)
         return tuple(w for w in hello.running if not self._holds(hello.name, w))
+
+    def _learn(self, kind: str, signature: Signature) -> None:
+        """Take note of what encoders read; one that has never loaded its weights does not know it."""
+        if kind == Panel.ENCODER and self.staging.cache.learn(signature):
+            self.clear_cache()
+
+    def turn(self, names: Iterable[str], *, awake: bool) -> None:
+        """Have instances sleep or wake that are not on their way to it."""
+        for name in names:
+            instance = self.fleet.instances[name]
+            if instance.awake != awake and not instance.told:
+                instance.told = "wake" if awake else "sleep"
+                self.effects.append(Turn(name, awake))
+
+    def turned(self, report: InstanceAwake) -> bool:
+        """An instance has gone to sleep, or has woken, or could not."""
+        instance = self.fleet.incarnation(report.name, report.generation)
+        if instance is None:
+            return False
+        instance.told = ""
+        instance.awake = report.awake
+        instance.not_woken = report.trouble
+        if report.awake:
+            instance.signature, instance.weights = report.signature, report.weights
+            self._learn(instance.kind, report.signature)
+        return True
+
+    def not_turned(self, name: str, generation: int) -> None:
+        """An instance was not told to sleep or to wake, or would not."""
+        if instance := self.fleet.incarnation(name, generation):
+            instance.told = ""
+
+    @property
+    def begun(self) -> bool:
+        """Whether a unit is under way, in an instance's hands or between two stages."""
+        return any(_is_begun(unit) for unit in self.units.values())
+
+    @property
+    def waits_s(self) -> float | None:
+        """Seconds that the oldest unit which is not in an instance's hands has waited; None where there is none."""
+        return max((unit.stage_s for unit in self.units.values() if not unit.instance), default=None)
 
     def instance_down(self, name: str, cause: str, now: float, end: End = End.CRASHED) -> None:
         """An instance is gone; what it had in hand is done again, elsewhere if possible.
@@ -222,6 +271,19 @@ class Ledger:
         leases = self.staging.make_room(pool, nbytes)
         self._give_back(leases)
         return sum(block(lease.nbytes) for lease in leases)
+
+    def give_way(self, pool: str, now: float) -> None:
+        """Begin units anew that wait, with tensors in a pool, for instances that are asleep: others need its room.
+
+        Those may have to end before there is memory for the weights of this model.
+        """
+        instances = self.fleet.instances.values()
+        if not instances or any(instance.awake for instance in instances):
+            return
+        for unit in list(self.units.values()):
+            if not unit.instance and any(staged.lease.pool == pool for staged in unit.staged.values()):
+                self._give_back(self.staging.drop(unit))
+                self._retry(unit, f"{pool} was full, and its model is asleep", now, counts=False)
 
     def clear_cache(self) -> None:
         """Start to cache anew."""
@@ -367,6 +429,8 @@ class Ledger:
         """Give waiting units, oldest first, to instances with credits; what the cache has needs no encoder."""
         self._reload_next(now)
         for panel in Panel:
+            if panel is Panel.ENCODER and self.paused:
+                continue
             caches = panel is Panel.ENCODER and self.staging.cache.capacity > 0
             room = room_ahead(panel, self.units.values(), self.fleet)
             candidates = self.fleet.candidates(panel)

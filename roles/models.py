@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Final
 
 from msgspec.structs import replace
 
@@ -18,7 +20,9 @@ from roles.formats import settle_output
 from roles.ledger import Ledger
 from roles.messages.requests import ModelDescription, PromptCacheView
 from roles.messages.work import Output
-from roles.request import Request, Unit
+from roles.request import Request
+
+WEIGHTS: Final = frozenset({".safetensors", ".gguf"})
 
 
 class Served:
@@ -37,6 +41,9 @@ class Served:
         """None where its folder is not there, or was not looked at yet."""
         self.given_up = ""
         """Why no request can come to its end."""
+        self.file_bytes = 0
+        """Size of its files of weights."""
+        self._known = Signature()
 
     @property
     def key(self) -> str:
@@ -50,8 +57,16 @@ class Served:
 
     @property
     def signature(self) -> Signature:
-        """Of whichever instance has it: they have loaded the same model."""
-        return next((i.signature for i in self.ledger.fleet.instances.values()), Signature())
+        """Of whichever instance has loaded it, or was the last to have: they load the same model."""
+        found = (i.signature for i in self.ledger.fleet.instances.values() if i.signature.parameters)
+        self._known = next(found, self._known)
+        return self._known
+
+    @property
+    def has_been_loaded(self) -> bool:
+        """Whether for every stage there is an instance that has loaded its weights, be they in memory now or not."""
+        loaded = [i for i in self.ledger.fleet.instances.values() if i.awake or i.weights]
+        return any(i.kind == "monolithic" for i in loaded) or all(any(i.serves(p) for i in loaded) for p in Panel)
 
     @property
     def parameters(self) -> tuple[Parameter, ...] | None:
@@ -63,7 +78,7 @@ class Served:
         """Adapters that a request may ask for."""
         return [lora.name for lora in self.model.section.lora]
 
-    def describe(self, created_at: float) -> ModelDescription:
+    def describe(self, created_at: float, state: str) -> ModelDescription:
         """Say what it is and what it takes."""
         signature, card = self.signature, self.card
         parameters = [replace(item, default=card.default(item)) for item in signature.parameters]
@@ -79,6 +94,7 @@ class Served:
             medium=signature.medium,
             fps=settle_output(Output(), signature, {}, card.defaults).fps,
             tasks=signature.tasks,
+            state=state,
         )
 
     def _task(self) -> str:
@@ -143,11 +159,6 @@ class Models:
     # -- of all their books
 
     @property
-    def units(self) -> dict[str, Unit]:
-        """The active ones of all."""
-        return {id_: unit for ledger in self.ledgers for id_, unit in ledger.units.items()}
-
-    @property
     def units_count(self) -> int:
         """How many are active."""
         return sum(len(ledger.units) for ledger in self.ledgers)
@@ -194,6 +205,12 @@ class Models:
         return PromptCacheView(
             *(sum(getattr(view, name) for view in views) for name in PromptCacheView.__struct_fields__)
         )
+
+
+def file_bytes(places: Iterable[Path]) -> int:
+    """Size of the weights in files and folders; raises OSError."""
+    files = {file for place in places for file in (place.rglob("*") if place.is_dir() else (place,))}
+    return sum(file.stat().st_size for file in files if file.suffix in WEIGHTS)
 
 
 def models_of(topology: Topology) -> Models:

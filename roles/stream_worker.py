@@ -18,7 +18,7 @@ import msgspec
 import torch
 
 from actors import Actor, Component, StartDelayed, StartFailure, Topology
-from actors.actor import LOADING
+from actors.actor import LOADING, READY
 from actors.errors import describe
 from bus import MailboxFull, Message, current_traceparent
 from engines.model_version import model_version
@@ -36,6 +36,8 @@ from roles.messages.device import (
     PanelStarted,
     PanelStepped,
     RunPanel,
+    TurnWeights,
+    WeightsTurned,
 )
 from roles.messages.work import Pictures, Renewal, Work
 from roles.resolve import has_files, resolve
@@ -50,6 +52,10 @@ OVERDUE_HEARTBEATS = 8.0
 """A call to the device that takes this many heartbeat timeouts is taken for hung."""
 PROGRESS_EVERY_S = 1.0
 PROGRESS_LOG_EVERY_S = 10.0
+
+
+class FilesChanged(StartDelayed):
+    """What was loaded is not of the version that was told to the head: this process has to start anew."""
 
 
 class _Stopped(Exception):  # noqa: N818  not an error
@@ -79,7 +85,7 @@ class StreamWorker(Actor):
         self.panels_run = 0
         self.first_s: dict[str, float] = {}
         """Seconds of the first run of each panel: compilers and kernels are warmed up in it."""
-        self._queue: deque[Job] = deque()
+        self._queue: deque[Job | TurnWeights] = deque()
         self._wake = asyncio.Event()
         self._current: Job | None = None
         self._call_began: float | None = None
@@ -106,27 +112,82 @@ class StreamWorker(Actor):
         self._stream = DeviceStream(device, "compute")
         self._shared = devices.shares_card(self.component, self.topology.components, torch.cuda.device_count())
         self.start_s["device"] = time.monotonic() - began
-        model = await asyncio.to_thread(model_version, self.model.files)
+        version = await asyncio.to_thread(model_version, self.model.files)
+        if not self.topology.starts_asleep(self.component):
+            self.start_s["weights"] = await self._bring(self._stream, version)
+        self.premises.model_found(version, str(device))
+        self.spawn(self._serve(self._stream), name="panels")
+
+    async def _bring(self, stream: DeviceStream, version: str) -> float:
+        """Load the weights, which are to be of that version, or bring them back; returns the seconds of it.
+
+        Raises:
+            StartFailure, StartDelayed: as `started`.
+
+        """
         self._load_began = time.monotonic()
-        telling = self.spawn(self._tell_progress(), name="progress")
-        self._pipeline = await self._loaded(self._stream)
-        telling.cancel()
-        self.start_s["weights"] = time.monotonic() - self._load_began
-        self._load_began = None
-        if model != await asyncio.to_thread(model_version, self.model.files):
-            raise StartDelayed("the files of the model changed while they were read")
-        loaded = self._pipeline
-        self.premises.model_loaded(loaded.signature, model)
+        if self._pipeline is None:
+            self._reading = ReadProgress()
+            telling = self.spawn(self._tell_progress(), name="progress")
+            try:
+                loaded = self._pipeline = await self._loaded(stream)
+            finally:
+                telling.cancel()
+        else:
+            loaded = self._pipeline
+            await stream.run(self._from_host, loaded)
+        seconds, self._load_began = time.monotonic() - self._load_began, None
+        if version != await asyncio.to_thread(model_version, self.model.files):
+            raise FilesChanged("the files of the model changed while they were read, or while it slept")
+        self.premises.model_loaded(loaded.signature, loaded.placement.held_bytes)
         panels = [panel.value for panel in loaded.panels]
         facts: dict[str, object] = {
             "panels": panels,
             "route": loaded.route.value,
-            "device": str(device),
-            "model": model,
+            "device": str(stream.device),
+            "model": version,
         }
-        facts |= {"read_bytes": self._reading.total, "seconds": round(self.start_s["weights"], 1)}
+        facts |= {"read_bytes": self._reading.total, "seconds": round(seconds, 3)}
         self.log.info("model loaded", **facts, **weights_facts(loaded.placement))
-        self.spawn(self._serve(self._stream, self._pipeline), name="panels")
+        return seconds
+
+    def _from_host(self, pipeline: PanelPipeline) -> None:
+        """Bring weights back to the card. Raises StartDelayed where others fill it just now."""
+        try:
+            pipeline.to_device()
+        except RuntimeError as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            pipeline.to_host()
+            raise StartDelayed(f"{self.component.device} has no room for the weights: {describe(error)}") from error
+
+    async def _turn(self, message: TurnWeights, stream: DeviceStream) -> None:
+        """Bring the weights, or let go of them. Raises StartFailure and FilesChanged, which end the process."""
+        began, trouble = time.monotonic(), ""
+        if message.awake and not self.premises.awake:
+            try:
+                await self._bring(stream, self.premises.model)
+            except FilesChanged:
+                raise
+            except StartDelayed as delay:
+                self._load_began, trouble = None, str(delay)
+                self.log.warning("not woken", reason=trouble)
+        elif self.premises.awake and not message.awake:
+            self.premises.awake = False
+            await stream.run(self._let_go, stream.device)
+            self.log.info("weights let go", seconds=round(time.monotonic() - began, 3))
+        self.set_state(READY)
+        self._tell(WeightsTurned(self.premises.awake, time.monotonic() - began, trouble))
+
+    def _let_go(self, device: torch.device) -> None:
+        """Free the memory of the weights: from a card plain ones go to the host, all others are read again."""
+        plain = self.component.offload == "none" and self.component.quantization == "none"
+        if self._pipeline is not None and device.type == "cuda" and plain:
+            self._pipeline.to_host()
+        else:
+            self._pipeline = None
+        devices.free_memory(device)
+        devices.trim_host()
 
     def facts(self) -> dict[str, int | float | str | bool]:
         """What it runs, what waits, which components it has loaded, and what it takes of a card."""
@@ -138,6 +199,7 @@ class StreamWorker(Actor):
             "components": ", ".join(sorted(self._pipeline.components)) if self._pipeline else "",
             "weights_read_bytes": self._reading.read,
             "weights_total_bytes": self._reading.total,
+            "awake": self.premises.awake,
             **{f"first_{panel}_s": seconds for panel, seconds in self.first_s.items()},
             **(devices.memory_facts(self._stream.device) if self._pipeline and self._stream else {}),
         }
@@ -161,13 +223,18 @@ class StreamWorker(Actor):
         self._queue.append(Job(message.work, message.panel, current_traceparent.get()))
         self._wake.set()
 
+    async def turn_weights(self, message: TurnWeights) -> None:
+        """Bring the weights, or let go of them, when what was told before has been done."""
+        self._queue.append(message)
+        self._wake.set()
+
     async def cancel_panel(self, message: CancelPanel) -> None:
         """Stop a panel before its next step, or take it out of the queue; one that is not here has ended already."""
         if self._current and self._current.work == message.work:
             self._current.cancelled = True
             return
         for job in self._queue:
-            if job.work == message.work:
+            if isinstance(job, Job) and job.work == message.work:
                 self._queue.remove(job)
                 self._tell(PanelCancelled(job.work))
                 return
@@ -211,14 +278,20 @@ class StreamWorker(Actor):
         self._after_loading = devices.free_memory(device)
         return pipeline
 
-    async def _serve(self, stream: DeviceStream, pipeline: PanelPipeline) -> None:
+    async def _serve(self, stream: DeviceStream) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()
             while self._queue:
-                self._current = self._queue.popleft()
-                current_traceparent.set(self._current.traceparent)
-                outcome = await self._run(self._current, stream, pipeline)
+                job = self._queue.popleft()
+                if isinstance(job, TurnWeights):
+                    await self._turn(job, stream)
+                    continue
+                if self._pipeline is None or not self.premises.awake:
+                    raise RuntimeError(f"{job.work} is to be run without weights")
+                self._current = job
+                current_traceparent.set(job.traceparent)
+                outcome = await self._run(job, stream, self._pipeline)
                 self._current = None
                 self._tell(outcome)
                 if isinstance(outcome, PanelFailed) and outcome.device_lost:

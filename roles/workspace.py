@@ -88,15 +88,25 @@ class Premises:
         """What the loaded pipeline takes and makes."""
         self.model = ""
         """Version of the loaded weights, of `engines.model_version`."""
+        self.awake = False
+        """Whether the weights are in memory."""
+        self.weights = 0
+        """Bytes of the weights, as they were last loaded."""
+        self.device = "cpu"
+        """Torch device, a card with its number."""
         self.trouble = ""
         """What work waits for that a person may have to mend; a sentence."""
         self._loaded = asyncio.Event()
         self._mapped = asyncio.Event()
 
-    def model_loaded(self, signature: Signature, model: str) -> None:
-        """Say that the stream worker has its weights, and of which version they are."""
-        self.signature, self.model = signature, model
+    def model_found(self, model: str, device: str) -> None:
+        """Say that the stream worker can load its weights, of which version, and where to."""
+        self.model, self.device = model, device
         self._loaded.set()
+
+    def model_loaded(self, signature: Signature, weights: int) -> None:
+        """Say that the stream worker has its weights."""
+        self.signature, self.weights, self.awake = signature, weights, True
 
     def pool_mapped(self) -> None:
         """Say that the transfer actor sees the pool's memory, or needs none."""

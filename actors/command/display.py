@@ -54,7 +54,7 @@ class Display:
         self.show(report)
         if report.kind == "api" and report.state == "ready":
             self._api_ready.set()
-        if all(state == "ready" for state in self._states.values()):
+        if all(state in ("ready", "asleep") for state in self._states.values()):
             self._all_ready.set()
 
     def progressed(self, report: ChildReport) -> None:

@@ -19,6 +19,8 @@ _PIPE_WIDTH: Final = 200  # what reads a pipe wants whole lines
 STYLES: Final = {
     "ready": "green",
     "loading": "yellow",
+    "waking": "yellow",
+    "asleep": "blue",
     "starting": "yellow",
     "backoff": "yellow",
     "draining": "cyan",

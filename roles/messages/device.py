@@ -23,6 +23,22 @@ class CancelPanel(Message):
     work: Work
 
 
+class TurnWeights(Message):
+    """Instance to stream worker: bring the weights into memory, or let go of them."""
+
+    awake: bool
+
+
+class WeightsTurned(Message):
+    """Stream worker to instance: that is done, or could not be."""
+
+    awake: bool
+    """Whether the weights are in memory now."""
+    seconds: Seconds
+    trouble: str = ""
+    """Why they are not, where they should be."""
+
+
 class PanelStarted(Message):
     """Stream worker to instance."""
 

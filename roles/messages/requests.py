@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import msgspec
 from msgspec import Meta
 
 from bus import Message
@@ -199,6 +200,8 @@ class ModelDescription(Message):
     """Frames per second of its videos where a request asks for no other; 0 where it makes none."""
     tasks: tuple[Task, ...] = ()
     """What requests may be for; empty until an instance has loaded it."""
+    state: str = "loaded"
+    """starting, loaded, asleep or waking. A request for one that sleeps wakes it."""
 
 
 class ModelList(Message):
@@ -223,6 +226,10 @@ class InstanceView(Value):
     running: tuple[str, ...]
     trouble: str = ""
     """What its work waits for that a person may have to mend, such as a full disk; a sentence."""
+    awake: bool = True
+    """Whether its weights are in memory."""
+    weights: int = 0
+    """Bytes of its weights; 0 where it has never loaded them."""
 
 
 class PromptCacheView(Value):
@@ -253,3 +260,5 @@ class ClusterView(Message):
     average_latency_s: float
     """Of completed units alone."""
     prompt_cache: PromptCacheView = PromptCacheView()
+    models: dict[str, str] = msgspec.field(default_factory=dict)
+    """What each model does, by name: starting, loaded, asleep or waking."""

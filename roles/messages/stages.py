@@ -42,7 +42,35 @@ class InstanceHello(Message):
     leaving: bool = False
     """It has been asked to end, and takes nothing more."""
     model: Name = ""
-    """Version of the weights that it has loaded, of `engines.model_version`."""
+    """Version of the weights that it has loaded, or would load, of `engines.model_version`."""
+    awake: bool = True
+    """Whether its weights are in memory."""
+    device: Name = "cpu"
+    """Torch device, a card with its number."""
+    weights: Natural = 0
+    """Bytes of its weights there; 0 where it has not loaded them yet."""
+
+
+class InstanceAwake(Message):
+    """An instance has woken, or has gone to sleep, or could not. Asks for Acknowledged."""
+
+    name: Name
+    generation: Generation
+    awake: bool
+    signature: Signature
+    weights: Natural
+    seconds: Seconds
+    """That it took."""
+    trouble: str = ""
+    """Why it could not be woken; a sentence."""
+
+
+class Sleep(Message):
+    """Let go of the weights. Asks for Acknowledged; refused with `busy` while there is work in hand."""
+
+
+class Wake(Message):
+    """Bring the weights back. Asks for Acknowledged; the end of it is told by InstanceAwake."""
 
 
 class InstanceWelcome(Message):

@@ -99,3 +99,14 @@ def test_weights_that_do_not_fit_say_so(card: torch.device, models: Models) -> N
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, card)
     assert make(load(model, card), model).size
+
+
+def test_weights_that_slept_on_the_host_compute_the_same(device: torch.device, models: Models) -> None:
+    model = models("flux")
+    part = load(model, device)
+    expected, held = make(part, model), torch.cuda.memory_allocated(device)
+    part.to_host()
+    assert all(weight.is_pinned() for weight in weights(part))
+    assert torch.cuda.memory_allocated(device) < held // 4
+    part.to_device()
+    assert same(make(part, model), expected)

@@ -40,6 +40,7 @@ Report = (
     | stages.StageReturned
     | stages.StageCancelled
     | stages.InstanceLeaving
+    | stages.InstanceAwake
 )
 
 

@@ -60,7 +60,7 @@ _numbers = itertools.count(1 << 32)
 class Stream(Actor):
     """Takes what an instance tells its stream worker, and does nothing."""
 
-    async def take(self, message: device.RunPanel | device.CancelPanel) -> None:
+    async def take(self, message: device.RunPanel | device.CancelPanel | device.TurnWeights) -> None:
         pass
 
 
@@ -92,7 +92,8 @@ def actors(topology: Callable[..., Topology]) -> Callable[[str], AbstractAsyncCo
             inside: list[Actor] = build_pool(component, place)
         else:
             inside = [Instance(component, place, premises), Stream(f"{name}.stream"), Transfer(f"{name}.transfer")]
-            premises.model_loaded(Signature(), "model")
+            premises.model_loaded(Signature(), 1)
+            premises.model_found("model", "cpu")
             premises.pool_mapped()
         async with Runtime(inside, book=book, generation=1):
             yield outbox.reference(name, book.address(name))

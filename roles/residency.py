@@ -1,0 +1,299 @@
+"""Which models have their weights in memory: the least recently used sleep where there is no room for all.
+
+A model that sleeps keeps its processes, its requests and its place in the head's books; a request for it wakes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from actors import Component, Topology
+from engines.panels import Panel
+from roles.fleet import Instance
+from roles.models import Models, Served
+
+RETRY_S = 5.0
+"""Between two tries to wake an instance that found no room."""
+Needs = Mapping[str, int]
+"""Bytes of weights by device."""
+
+
+class Standing(StrEnum):
+    """What a model does at present."""
+
+    STARTING = "starting"
+    """Instances of it are missing, or it has not been loaded once yet."""
+    LOADED = "loaded"
+    ASLEEP = "asleep"
+    WAKING = "waking"
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """A model, as far as its memory goes."""
+
+    name: str
+    needs: Needs
+    """What it takes when it is awake."""
+    awake: bool
+    """Whether it is to have its weights in memory, as was last decided."""
+    begun: bool = False
+    """Whether something is under way that has to be finished first."""
+    waits_s: float | None = None
+    """Seconds that its oldest request which is not under way has waited; None where there is none."""
+    awake_s: float = 0.0
+    """Seconds since it has been awake as a whole."""
+    used: float = 0.0
+    """When it last had a request, by any clock."""
+    stays: bool = False
+    """It never sleeps."""
+    dismissed: bool = False
+    """It is to sleep as soon as it has nothing to do."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is a request for it."""
+        return self.begun or self.waits_s is not None
+
+
+@dataclass(slots=True)
+class Plan:
+    """What is to become of the models, by name."""
+
+    awake: set[str] = field(default_factory=set)
+    """Those that are to have their weights in memory."""
+    drained: set[str] = field(default_factory=set)
+    """Of them, those that begin nothing more, for others to have a turn."""
+
+
+def plan(residents: Collection[Resident], budgets: Needs, turn_s: float) -> Plan:
+    """Decide who is awake. Pure.
+
+    Whoever waits longest is woken first. Where that takes more than there is, models without a request sleep, the
+    least recently used first; then those that have been awake for `turn_s`, once they have finished what is under way.
+    A model that fits nowhere is woken alone. Where those that are awake turn out to take more than there is, models
+    without a request sleep as well.
+
+    Args:
+        residents: All models with instances.
+        budgets: Most bytes of weights by device; without bound where it says nothing.
+        turn_s: Seconds.
+    """
+    made = Plan()
+    there = [r for r in residents if r.awake and not (r.dismissed and not r.has_work)]
+    for resident in sorted((r for r in there if not (r.has_work or r.stays)), key=lambda r: r.used):
+        others = [r for r in there if r is not resident]
+        crowded = short_of(resident.needs, [r.needs for r in others], budgets)
+        if any(device in other.needs for device in crowded for other in others):
+            there = others
+    absent = [r for r in residents if not r.awake and r.waits_s is not None]
+    for waiting in sorted(absent, key=lambda r: -(r.waits_s or 0.0)):
+        gone, drained, fits = _make_room(waiting, there, budgets, turn_s)
+        there = [r for r in there if r not in gone]
+        made.drained |= {r.name for r in drained}
+        if not fits:
+            break  # nobody who came later goes first
+        there.append(waiting)
+    made.awake = {r.name for r in there}
+    return made
+
+
+def short_of(needs: Needs, held: Iterable[Needs], budgets: Needs) -> set[str]:
+    """Return the devices that have no room for `needs` beside what they hold. Pure."""
+    held = tuple(held)
+    return {
+        device
+        for device, nbytes in needs.items()
+        if device in budgets and nbytes + sum(other.get(device, 0) for other in held) > budgets[device]
+    }
+
+
+def _make_room(
+    waiting: Resident, there: list[Resident], budgets: Needs, turn_s: float
+) -> tuple[list[Resident], list[Resident], bool]:
+    """Return who sleeps for `waiting` now, who is to finish first, and whether it can be woken then."""
+
+    def short(without: list[Resident]) -> set[str]:
+        return short_of(waiting.needs, [r.needs for r in there if r not in without], budgets)
+
+    idle = sorted((r for r in there if not (r.has_work or r.stays)), key=lambda r: r.used)
+    busy = sorted((r for r in there if r.has_work and not r.stays), key=lambda r: -r.awake_s)
+    gone: list[Resident] = []
+    drained: list[Resident] = []
+    for resident in (*idle, *busy):
+        wanted = short([*gone, *drained])
+        if not wanted & resident.needs.keys():
+            continue
+        if resident.has_work and resident.awake_s < turn_s:
+            return gone, drained, False
+        (drained if resident.begun else gone).append(resident)
+    # What is short now is so because of those that never sleep, or of itself.
+    return gone, drained, not drained
+
+
+class Residency:
+    """Carries the plan out: tells the books of each model whether to begin work, and instances to sleep and to wake.
+
+    Args:
+        topology: Says what there is room for.
+        models: All of them.
+    """
+
+    def __init__(self, topology: Topology, models: Models) -> None:
+        self._models = models
+        self._budgets = {"cpu": topology.memory.host_bytes, "cuda": topology.memory.card_bytes}
+        self._turn_s = topology.memory.turn_s
+        self._roles = {served.key: _roles(topology.components, served) for served in models.all}
+        self._decided: dict[str, bool] = {}
+        self._awake_since: dict[str, float] = {}
+        self._used: dict[str, float] = {}
+        self._dismissed: set[str] = set()
+        self._called: set[str] = set()
+        self._tried: dict[str, float] = {}
+        """When an instance was last told to wake."""
+        self._weights: dict[str, int] = {}
+        """Bytes by instance, as it last told."""
+
+    def standing(self, served: Served) -> Standing:
+        """Say what a model does at present."""
+        instances = served.ledger.fleet.instances.values()
+        if served.ledger.fleet.missing_panels():
+            return Standing.STARTING
+        if _panels_of(instances, awake=True):
+            return Standing.LOADED
+        if not served.has_been_loaded:
+            return Standing.STARTING
+        return Standing.WAKING if self._is_awake(served) else Standing.ASLEEP
+
+    def dismiss(self, served: Served) -> None:
+        """Let a model sleep as soon as it has nothing to do."""
+        self._called.discard(served.key)
+        self._dismissed.add(served.key)
+
+    def call(self, served: Served) -> None:
+        """Wake a model, as a request for it would."""
+        self._dismissed.discard(served.key)
+        self._called.add(served.key)
+
+    def arrange(self, now: float) -> None:
+        """Decide, and have it done; `now` is in seconds of a monotonic clock."""
+        present = [served for served in self._models.all if served.ledger.fleet.instances]
+        residents = [self._resident(served, now) for served in present]
+        made = plan(residents, self._bounds([resident.needs for resident in residents]), self._turn_s)
+        for served in present:
+            awake = served.key in made.awake
+            self._decided[served.key] = awake
+            if not awake:
+                self._dismissed.discard(served.key)
+            served.ledger.paused = not awake or served.key in made.drained
+            if not awake and not served.ledger.begun:
+                served.ledger.turn([i.name for i in _may_sleep(served)], awake=False)
+        for served in present:
+            if self._decided[served.key]:
+                self._wake(served, now)
+
+    def _resident(self, served: Served, now: float) -> Resident:
+        ledger, key = served.ledger, served.key
+        for instance in ledger.fleet.instances.values():
+            if instance.weights:
+                self._weights[instance.name] = instance.weights
+        if _panels_of(ledger.fleet.instances.values(), awake=True):
+            self._awake_since.setdefault(key, now)
+            self._called.discard(key)
+        else:
+            self._awake_since.pop(key, None)
+        waits_s = ledger.waits_s
+        if waits_s is None and (key in self._called or not served.has_been_loaded):
+            waits_s = 0.0
+        if ledger.units:
+            self._used[key] = now
+        return Resident(
+            name=key,
+            needs=_sum(self._needs(served)),
+            awake=self._is_awake(served),
+            begun=ledger.begun,
+            waits_s=waits_s,
+            awake_s=now - self._awake_since.get(key, now),
+            used=self._used.get(key, 0.0),
+            stays=served.model.section.sleep == "never",
+            dismissed=key in self._dismissed,
+        )
+
+    def _is_awake(self, served: Served) -> bool:
+        """What was last decided; of a head that has just come, what it finds."""
+        found = any(instance.awake for instance in served.ledger.fleet.instances.values())
+        return self._decided.get(served.key, found)
+
+    def _needs(self, served: Served) -> list[Needs]:
+        """Of each instance of the topology, by the device that it is on, or would be."""
+        there = served.ledger.fleet.instances
+        return [
+            {(there[c.name].device if c.name in there else "") or c.device: self._need(served, c.name)}
+            for c in self._roles[served.key]
+        ]
+
+    def _need(self, served: Served, name: str) -> int:
+        """Bytes that an instance takes; before it has been loaded once, its share of the model's files.
+
+        One that found no room takes all that there is.
+        """
+        instance = served.ledger.fleet.instances.get(name)
+        if instance and instance.not_woken and not instance.awake:
+            return self._budgets.get(instance.device.partition(":")[0], 0)
+        kinds = {component.kind for component in self._roles[served.key]}
+        return self._weights.get(name) or served.file_bytes // len(kinds)
+
+    def _bounds(self, needs: Iterable[Needs]) -> Needs:
+        """Budgets of the devices that there are."""
+        devices = {device for each in needs for device in each}
+        bounds = {device: self._budgets.get(device.partition(":")[0], 0) for device in devices}
+        return {device: nbytes for device, nbytes in bounds.items() if nbytes}
+
+    def _wake(self, served: Served, now: float) -> None:
+        """Wake the instances of a model, each once there is room for it or nobody is about to make some."""
+        for instance in list(served.ledger.fleet.instances.values()):
+            if instance.awake or instance.told or instance.draining:
+                continue
+            if instance.not_woken and now - self._tried.get(instance.name, -RETRY_S) < RETRY_S:
+                continue
+            held, leaving = self._beside(instance)
+            need = {instance.device: self._need(served, instance.name)}
+            if leaving and short_of(need, held, self._bounds([need])):
+                continue
+            self._tried[instance.name] = now
+            served.ledger.turn([instance.name], awake=True)
+
+    def _beside(self, instance: Instance) -> tuple[list[Needs], bool]:
+        """Return what other instances hold, and whether one is about to leave the same device."""
+        others = [(s, i) for s in self._models.all for i in s.ledger.fleet.instances.values() if i is not instance]
+        held: list[Needs] = [{i.device: self._need(served, i.name)} for served, i in others if i.holds]
+        leaving = any(
+            i.awake and i.device == instance.device and not (i.draining or self._decided.get(served.key, True))
+            for served, i in others
+        )
+        return held, leaving
+
+
+def _roles(components: Iterable[Component], served: Served) -> tuple[Component, ...]:
+    return tuple(c for c in components if c.slots and c.model == served.key)
+
+
+def _sum(needs: Iterable[Needs]) -> Needs:
+    together: dict[str, int] = {}
+    for each in needs:
+        for device, nbytes in each.items():
+            together[device] = together.get(device, 0) + nbytes
+    return together
+
+
+def _may_sleep(served: Served) -> list[Instance]:
+    return [i for i in served.ledger.fleet.instances.values() if i.awake and not (i.in_hand or i.draining)]
+
+
+def _panels_of(instances: Collection[Instance], *, awake: bool) -> bool:
+    """Whether there is an instance for every stage that is awake, or just there."""
+    if any(i.kind == "monolithic" for i in instances if i.awake or not awake):
+        return True
+    return all(any(i.serves(panel) for i in instances if i.awake or not awake) for panel in Panel)

@@ -1,0 +1,90 @@
+"""Two models in one system, with room for one of them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from actors import launch
+from actors.client import Picture
+from actors.cluster import Cluster
+from engines.card import load_card
+from tests.system.conftest import PANELS
+from tests.system.reference import monolithic
+from tests.system.test_recovery import FREE_PORTS, back
+from tests.system.test_reload import change
+
+BOUND_S = 60.0
+
+
+def write_two(folder: Path, first: Path, second: Path) -> Path:
+    """A topology of two models, the first of three roles, the second of one."""
+    apart = "".join(f'[[models.roles]]\nkind = "{kind}"\n' for kind in PANELS)
+    whole = '[[models.roles]]\nkind = "monolithic"\n'
+    entries = [
+        f'[[models]]\nname = "{name}"\npath = "{path}"\ndtype = "float32"\nprompt_cache = "0"\n{roles}'
+        for name, path, roles in (("first", first, apart), ("second", second, whole))
+    ]
+    memory = '[memory]\nhost = "1KiB"\nturn_s = 1\n'  # one at a time, however small
+    file = folder / "two.toml"
+    file.write_text("".join(entries) + memory + f'[state]\npath = "{folder / "state"}"\n')
+    return file
+
+
+async def until(cluster: Cluster, name: str, state: str) -> None:
+    """Until a model stands so."""
+    async with asyncio.timeout(BOUND_S):
+        while True:
+            head = (await cluster.status())["head"]
+            if head and head["models"][name] == state:
+                return
+            await asyncio.sleep(0.02)
+
+
+def pixels(picture: Picture) -> np.ndarray:
+    return np.asarray(picture.image().convert("RGB"))
+
+
+def test_each_request_gets_the_picture_of_its_model_and_whoever_sleeps_is_woken(
+    models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    paths = {"first": models("flux"), "second": tmp_path / "model"}
+    shutil.copytree(paths["first"], paths["second"])
+    change(paths["second"])
+    defaults = load_card(paths["first"]).defaults
+    expected = {name: monolithic("flux", path, "a red circle", 3, **defaults) for name, path in paths.items()}
+    assert not np.array_equal(*expected.values())
+
+    async def as_expected(asked: list[tuple[str, asyncio.Task[Picture]]]) -> None:
+        for name, picture in asked:
+            assert np.array_equal(pixels(await picture), expected[name]), name
+
+    async def scenario() -> None:
+        async with launch(write_two(tmp_path, paths["first"], paths["second"]), FREE_PORTS) as cluster:
+
+            def ask(*names: str) -> list[tuple[str, asyncio.Task[Picture]]]:
+                return [(n, asyncio.create_task(cluster.generate("a red circle", model=n, seed=3))) for n in names]
+
+            states = (await cluster.status())["head"]["models"]
+            assert sorted(states.values()) == ["asleep", "loaded"], "each was loaded once, and there is room for one"
+            await as_expected(ask(*("first", "second") * 3))
+
+            # The process of an instance that sleeps is stopped, so that it is killed while its model wakes.
+            await as_expected(ask("second"))
+            await until(cluster, "first", "asleep")
+            children = await cluster.children()
+            os.kill(children["first-denoiser-0"].pid, signal.SIGSTOP)
+            asked = ask("first", "second", "first")
+            await until(cluster, "first", "waking")
+            os.kill(children["head"].pid, signal.SIGKILL)
+            await back(cluster, "head", after_generation=children["head"].generation)
+            os.kill(children["first-denoiser-0"].pid, signal.SIGKILL)
+            await as_expected(asked)
+
+    asyncio.run(scenario())
