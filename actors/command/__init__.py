@@ -8,6 +8,7 @@ from actors.command.add import add
 from actors.command.check import check
 from actors.command.generate import generate
 from actors.command.reload import reload
+from actors.command.sleeping import sleep, wake
 from actors.command.status import status
 from actors.command.up import up
 
@@ -21,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (up, check, add, status, generate, reload):
+for _command in (up, check, add, status, generate, reload, sleep, wake):
     app.command(no_args_is_help=_command is not status)(_command)
 
 

@@ -101,6 +101,7 @@ def render(cluster: dict[str, Any]) -> RenderableType:
     reasons = "".join(f"\n  {escape(str(reason))}" for reason in cluster.get("reasons", ()))
     headline = "[green]ready[/]" if cluster.get("ready") else f"[red]not ready[/]{reasons}"
     pools = [_pool(pool) for pool in cluster.get("pools", ())]
+    pools += _models((cluster.get("head") or {}).get("models") or {})
     pools += _prompt_cache((cluster.get("head") or {}).get("prompt_cache") or {})
     return Group(
         Text.from_markup(headline), rows_of(table(*_COLUMNS), rows), *(Text.from_markup(pool) for pool in pools)
@@ -144,6 +145,13 @@ def _pool(pool: dict[str, Any]) -> str:
     return (
         f"{name}: {_size(pool.get('free'))} of {_size(pool.get('capacity'))} free, {escape(str(pool.get('transport')))}"
     )
+
+
+def _models(models: dict[str, Any]) -> list[str]:
+    """What each model does, where there are several."""
+    if len(models) < 2:
+        return []
+    return [f"models: {', '.join(f'{escape(str(name))} is {state}' for name, state in models.items())}"]
 
 
 def _prompt_cache(cache: dict[str, Any]) -> list[str]:
