@@ -88,6 +88,11 @@ BROKEN = {
         '[state] max_artifacts_size = "much" is not a',
         '"32GiB"',
     ),
+    "no size of the memory": (
+        MODEL + '[memory]\ncard = "much"\n' + PANELS,
+        '[memory] card = "much" is not a',
+        '"24GiB"',
+    ),
     "too small a pool": (MODEL + '[transfer]\npool_size = "8191B"\n' + PANELS, '"8191B" is less than 8192', "larger"),
     "bad cache": (
         MODEL + 'prompt_cache = "some"\n' + PANELS,
