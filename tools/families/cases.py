@@ -104,7 +104,7 @@ def _qwen() -> list[Case]:
 
 def _stable() -> list[Case]:
     image = {"image": picture(), "strength": 0.7}
-    paint = {**image, "mask_image": mask()}
+    paint = {**image, "mask_image": mask(), "padding_mask_crop": 8}
     control = {"control_image": picture(2)}
     base = {**SQUARE, "negative_prompt": "grey"}
     union = {"control_image": [picture(2)], "control_mode": [1]}
