@@ -44,7 +44,7 @@ class Resident:
     waits_s: float | None = None
     """Seconds that its oldest request which is not under way has waited; None where there is none."""
     awake_s: float = 0.0
-    """Seconds since it has been awake as a whole."""
+    """Seconds of its turn so far: since it has been awake as a whole."""
     used: float = 0.0
     """When it last had a request, by any clock."""
     stays: bool = False
@@ -147,6 +147,7 @@ class Residency:
         self._turn_s = topology.memory.turn_s
         self._roles = {served.key: _roles(topology.components, served) for served in models.all}
         self._decided: dict[str, bool] = {}
+        self._to_wake_since: dict[str, float] = {}
         self._awake_since: dict[str, float] = {}
         self._used: dict[str, float] = {}
         self._dismissed: set[str] = set()
@@ -185,7 +186,10 @@ class Residency:
         for served in present:
             awake = served.key in made.awake
             self._decided[served.key] = awake
-            if not awake:
+            if awake:
+                self._to_wake_since.setdefault(served.key, now)
+            else:
+                self._to_wake_since.pop(served.key, None)
                 self._dismissed.discard(served.key)
             served.ledger.paused = not awake or served.key in made.drained
             if not awake and not served.ledger.begun:
@@ -207,6 +211,8 @@ class Residency:
         waits_s = ledger.waits_s
         if waits_s is None and (key in self._called or not served.has_been_loaded):
             waits_s = 0.0
+        if ledger.fleet.missing_panels():  # nothing could be made with its weights
+            waits_s = None
         if ledger.units:
             self._used[key] = now
         return Resident(
@@ -215,11 +221,17 @@ class Residency:
             awake=self._is_awake(served),
             begun=ledger.begun,
             waits_s=waits_s,
-            awake_s=now - self._awake_since.get(key, now),
+            awake_s=self._awake_s(served, now),
             used=self._used.get(key, 0.0),
             stays=served.model.section.sleep == "never",
             dismissed=key in self._dismissed,
         )
+
+    def _awake_s(self, served: Served, now: float) -> float:
+        """Seconds of its turn so far. It begins when all is awake; of a model that cannot be, when it was to wake."""
+        fleet, key = served.ledger.fleet, served.key
+        hindered = fleet.missing_panels() or any(instance.not_woken for instance in fleet.instances.values())
+        return now - self._awake_since.get(key, self._to_wake_since.get(key, now) if hindered else now)
 
     def _is_awake(self, served: Served) -> bool:
         """What was last decided; of a head that has just come, what it finds."""

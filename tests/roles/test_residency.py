@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from roles.residency import Plan, Resident, plan
+import pytest
+from msgspec.structs import replace
+
+from actors import load_topology
+from roles.effects import Turn
+from roles.messages.stages import InstanceAwake
+from roles.models import models_of
+from roles.residency import RETRY_S, Plan, Residency, Resident, Standing, plan
+from tests.roles.books import KINDS, SIGNATURE, hello, request
 
 BUDGET = {"cpu": 10}
 
@@ -71,3 +79,61 @@ AWAKE = model("a", awake=True, used=2.0, awake_s=99.0)
 )
 def test_who_is_awake(residents: list[Resident], awake: set[str], drained: set[str]) -> None:
     assert plan(residents, BUDGET, turn_s=10.0) == Plan(awake, drained)
+
+
+TWO = """
+[memory]
+host = "1KiB"
+turn_s = 10
+[[models]]
+name = "a"
+path = "a"
+[[models.roles]]
+kind = "encoder"
+[[models.roles]]
+kind = "denoiser"
+[[models.roles]]
+kind = "decoder"
+[[models]]
+name = "b"
+path = "b"
+[[models.roles]]
+kind = "monolithic"
+"""
+
+
+def test_a_model_that_cannot_be_woken_does_not_keep_others_from_being(tmp_path: Path) -> None:
+    file = tmp_path / "two.toml"
+    file.write_text(TWO)
+    models = models_of(load_topology(file))
+    residency = Residency(load_topology(file), models)
+    for served in models.all:
+        served.file_bytes = 1 << 20
+
+    def joins(name: str) -> None:
+        message = replace(hello(name), kind=name.split("-")[1], awake=False)
+        models.books_of(name).hello(message, 0.0)
+
+    def told(at: float, trouble: str = "") -> set[tuple[str, bool]]:
+        residency.arrange(at)
+        effects = [effect for ledger in models.ledgers for effect in ledger.take_effects()]
+        turned = {(effect.instance, effect.awake) for effect in effects if isinstance(effect, Turn)}
+        for name, awake in turned:
+            report = InstanceAwake(name, 1, awake and not trouble, SIGNATURE, 1 << 20, 0.1, trouble)
+            models.books_of(name).turned(report)
+        return turned
+
+    a, b = models.all
+    for name in ("a-encoder-0", "a-denoiser-0", "b-monolithic-0"):
+        joins(name)
+    assert told(0.0) == {("b-monolithic-0", True)}, "the decoder of the other is not there"
+    assert (residency.standing(a), residency.standing(b)) == (Standing.STARTING, Standing.LOADED)
+    joins("a-decoder-0")
+    assert told(1.0) == {("b-monolithic-0", False)}
+    others = {(f"a-{kind}-0", True) for kind in KINDS}
+    assert told(1.1, "no room") == others
+    assert told(2.0, "no room") == set(), "it is tried again after a while"
+    assert told(1.1 + RETRY_S, "no room") == others
+    b.ledger.accept(request(), 8.0)
+    assert told(10.9) == set()
+    assert told(11.2) == {("b-monolithic-0", True)}, "it has had its turn"
