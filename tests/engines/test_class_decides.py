@@ -306,6 +306,31 @@ def test_defaults_are_those_of_the_class_where_that_was_named(folder: Callable[.
     assert "strength" not in load_split(model, ModelOptions(task="inpainting")).defaults, "not what the class does"
 
 
+@pytest.mark.families
+@pytest.mark.parametrize(
+    ("family", "name", "inputs"),
+    [
+        ("flux-kl", "FluxImg2Img", {"image": picture()}),
+        ("sd3", "StableDiffusion3", {}),
+        ("sd3", "StableDiffusion3Img2Img", {"image": picture()}),
+        ("sdxl", "StableDiffusionXL", {}),
+        ("sdxl", "StableDiffusionXLImg2Img", {"image": picture()}),
+    ],
+)
+def test_what_a_request_leaves_out_is_as_in_the_class(
+    family: str, name: str, inputs: dict[str, Any], folder: Callable[..., Path]
+) -> None:
+    model = folder(family, name)
+    assert route_for(model) is Route.MODULAR
+    # A refiner takes its size from the image.
+    given = {"prompt": "a red ship", "height": 64, "width": 64, "num_inference_steps": 5, **inputs}
+    if name == "StableDiffusionXLImg2Img":
+        del given["height"], given["width"]
+    plain = getattr(diffusers, f"{name}Pipeline").from_pretrained(str(model))
+    plain.set_progress_bar_config(disable=True)
+    assert same(made(model, given), media(plain(**given, generator=seeded(SEED))))
+
+
 def test_a_guider_has_something_to_guide_away_from_as_the_class_has(folder: Callable[..., Path]) -> None:
     model = folder("sd3", "StableDiffusion3")
     theirs = [
