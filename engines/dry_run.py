@@ -27,14 +27,16 @@ _FRAMES_IN: Final = 9
 
 
 def tiny_inputs(
-    signature: Signature, card: ModelCard, side: int = SMALLEST, *, alpha: bool = False
+    signature: Signature, card: ModelCard, side: int = SMALLEST, *, alpha: bool = False, hurried: bool = True
 ) -> dict[str, object]:
     """Make the inputs of the smallest request that a model says it takes. Pure.
 
     Args:
         signature: Of its pipeline.
         card: Of the model; its defaults are kept where nothing smaller is known, its ranges are kept to.
-        side: Pixels of a side of what is made, where the model takes so few.
+        side: Pixels of a side of what is made, where the model takes so few; a video has one latent frame more for each
+            `SMALLEST` of them.
+        hurried: Whether it has as few steps as can be, or as many as a request that does not say.
         alpha: Whether it takes pictures with an alpha channel.
 
     Returns:
@@ -47,8 +49,8 @@ def tiny_inputs(
     size = (sides.get("width", side), sides.get("height", side))
     for name, parameter in taken.items():
         if name in _FRAMES:
-            inputs[name] = 1 + (parameter.every or 0)
-        elif name == _STEPS:
+            inputs[name] = 1 + max(side // SMALLEST, 1) * (parameter.every or 1)
+        elif name == _STEPS and hurried:
             inputs[name] = _least(parameter, card, FEWEST)
         elif parameter.required and parameter.kind in PICTURES:
             inputs[name] = _picture(parameter, size, alpha=alpha)

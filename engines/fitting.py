@@ -103,9 +103,10 @@ def fit(
         needed, lacking = _needed(model, index, route, options)
         found += lacking
         found += _card_findings(model, index, route, options)
-    except ModelError as error:
+    except Exception as error:  # noqa: BLE001  whatever an index makes two libraries raise is one finding
         # A class that is not there makes whatever comes after it fail as well.
-        found += [] if unknown else [Finding("index", str(error))]
+        why = f"The index of {model} cannot be followed: {type(error).__name__}: {_line(error)}"
+        found += [] if unknown else [Finding("index", str(error) if isinstance(error, ModelError) else why)]
         needed = frozenset(classes)
     for entry in all_entries:
         if entry.name not in needed or entry.name in broken or not entry.folder.is_dir():

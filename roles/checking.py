@@ -5,7 +5,6 @@ Importing this module imports no torch, so that what files alone tell is known a
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -27,8 +26,8 @@ _BYTES: Final = {"float32": 4}
 _DEFAULT_BYTES: Final = 2
 _SHARE: Final = 0.8
 """Of the memory that is free: the rest is for what a request computes, and for whoever else is here."""
-_TRIES: Final = (64, 256)
-"""Pixels of a side of a dry request: some models cannot make anything as small as the first."""
+_TRIES: Final = ((64, True), (256, True), (256, False))
+"""Pixels of a side of a dry request, and whether it has as few steps as can be: some models take no less."""
 
 
 def check_model(
@@ -62,16 +61,17 @@ def check_model(
     fitted = fit(model.path, options, loras, broken=broken, say=lambda name: say(f"holding {name} against its class"))
     found = _that_matter([*found, *fitted.findings], fitted)
     lap("classes")
-    sentence, problem = describe_model(model)
-    if problem and not any(finding.fatal for finding in found):
-        found.append(Finding("index", problem))
+    sentence = ""
+    if not any(finding.fatal for finding in found):
+        sentence, problem = describe_model(model)
+        found += [Finding("index", problem)] if problem else []
     lap("pipeline")
     told = ""
     if not any(finding.fatal for finding in found):
         told, failed = _dry_run(model, components, fitted, say) if dry_run else ("No dry request was made.", None)
         found += [failed] if failed else []
         lap("dry run")
-    return ModelReport(model.name, str(model.path), "" if problem else sentence, _told(found), told, seconds)
+    return ModelReport(model.name, str(model.path), sentence, _told(found), told, seconds)
 
 
 def _told(found: Sequence[Finding]) -> tuple[ModelProblem, ...]:
@@ -104,16 +104,19 @@ def _dry_run(
     began = time.monotonic()
     try:
         panels = _load(model, instances.values(), say)
-    except (ModelError, StartFailure) as error:
-        return "", Finding("dry run", str(error))
+    except Exception as error:  # noqa: BLE001  whatever it raises is what was to be found out
+        in_words = isinstance(error, (ModelError, StartFailure))
+        return "", Finding("dry run", str(error) if in_words else f"The model cannot be loaded: {describe(error)}")
     loaded_s = time.monotonic() - began
-    for side in _TRIES:
+    for side, hurried in _TRIES:
         began = time.monotonic()
-        at, failed = _request(model, panels, side, say)
+        at, failed = _request(model, panels, side, say, hurried=hurried)
         if failed is None:
             seconds = time.monotonic() - began
             loading = f"loading the {size_text(needed)} took {loaded_s:.1f} s"
             return f"A dry request ({at}) took {seconds:.1f} s; {loading}.", None
+        if failed.fatal and side == _TRIES[-1][0]:
+            break
     return "", failed
 
 
@@ -130,7 +133,7 @@ def _load(model: Model, instances: Iterable[Component], say: Callable[[str], Non
 
 
 def _request(
-    model: Model, panels: dict[Panel, PanelPipeline], side: int, say: Callable[[str], None]
+    model: Model, panels: dict[Panel, PanelPipeline], side: int, say: Callable[[str], None], *, hurried: bool
 ) -> tuple[str, Finding | None]:
     """Make a request; returns its numbers, and what went wrong."""
     from engines.card import load_card
@@ -146,7 +149,7 @@ def _request(
 
     encoder = panels[Panel.ENCODER]
     card = load_card(model.path, model_options(model).task)
-    inputs = tiny_inputs(encoder.signature, card, side, alpha=encoder.alpha)
+    inputs = tiny_inputs(encoder.signature, card, side, alpha=encoder.alpha, hurried=hurried)
     told = ", ".join(f"{name}={value}" for name, value in sorted(inputs.items()) if isinstance(value, int))
     try:
         run(panels, inputs, seen)
@@ -167,10 +170,15 @@ def _free_bytes(instances: Iterable[Component]) -> int:
     return sum(torch.cuda.mem_get_info(card)[0] for card in cards) if torch.cuda.is_available() else 0
 
 
-def _free_on_host(proc: Path = Path("/proc/meminfo")) -> int:
-    """Bytes that processes may still take, no more than physical memory."""
-    for line in proc.read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(value.split()[0]) << 10
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _free_on_host(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that processes here may still take: of physical memory, and of what every cgroup around this one has."""
+    lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) << 10
+    for line in (proc / "self" / "cgroup").read_text().splitlines():
+        number, _, path = line.split(":", 2)
+        group = Path(path.lstrip("/"))
+        for folder in (group, *group.parents) if number == "0" else ():
+            limit, used = cgroups / folder / "memory.max", cgroups / folder / "memory.current"
+            if limit.exists() and (most := limit.read_text().strip()) != "max":
+                free = min(free, int(most) - int(used.read_text()))
+    return max(free, 0)

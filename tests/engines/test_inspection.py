@@ -135,6 +135,19 @@ def test_each_thing_that_is_wrong_is_a_sentence(model: Path, harm: Break, where:
         raise AssertionError("\n".join(finding.problem for finding in found))
 
 
+def test_what_the_libraries_write_and_take_is_no_finding(model: Path) -> None:
+    (model / "scheduler" / "scheduler_config.json").write_text('{"lambda_min_clipped": -Infinity}')
+    index = json.loads((model / "model_index.json").read_text())
+    index |= {"guider": ["diffusers", "ClassifierFreeGuidance"], "sound_tokenizer": ["diffusers", "AudioTokenizer"]}
+    (model / "model_index.json").write_text(json.dumps(index))
+    for name in ("guider", "sound_tokenizer"):
+        (model / name).mkdir()
+    (model / "guider" / "guider_config.json").write_text("{}")
+    (model / "sound_tokenizer" / "config.json").write_text("{}")
+    safetensors(model / "sound_tokenizer" / "diffusion_pytorch_model.safetensors", weight=(2, 2))
+    assert inspect_files(model) == []
+
+
 def test_everything_that_is_wrong_is_said_and_not_just_the_first(model: Path) -> None:
     for harm in (remove("vae"), write(UNET, POINTER), remove("scheduler/scheduler_config.json")):
         harm(model)

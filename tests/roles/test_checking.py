@@ -68,3 +68,16 @@ def test_a_request_that_fails_is_a_finding(place: Place, tiny_model: Path, monke
     (problem,) = report.problems
     assert (problem.where, problem.fatal) == ("dry run", True)
     assert problem.problem.endswith("TypeError: no such thing")
+
+
+def test_free_memory_is_that_of_the_machine_and_of_the_groups_around_this_process(tmp_path: Path) -> None:
+    (tmp_path / "self").mkdir()
+    (tmp_path / "meminfo").write_text("MemTotal: 2048 kB\nMemAvailable:    1024 kB\n")
+    (tmp_path / "self" / "cgroup").write_text("0::/service/unit\n")
+    groups = tmp_path / "cgroup"
+    (groups / "service" / "unit").mkdir(parents=True)
+    assert checking._free_on_host(tmp_path, groups) == 1 << 20
+    (groups / "service" / "unit" / "memory.max").write_text("max\n")
+    (groups / "service" / "memory.max").write_text("1000\n")
+    (groups / "service" / "memory.current").write_text("400\n")
+    assert checking._free_on_host(tmp_path, groups) == 600
