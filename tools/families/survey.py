@@ -246,7 +246,19 @@ def plain(sample: Sample, folder: Path) -> dict[str, Any]:
     with GlobalRng(SEED, Panel.DENOISER):
         made = pipeline(**given)
     values = vars(made) if dataclasses.is_dataclass(made) else {"results": made}
-    return {name: value for name, value in values.items() if value is not None and name not in _BESIDE}
+    found = {name: value for name, value in values.items() if value is not None and name not in _BESIDE}
+    return {**found, "images": _drawn(pipeline, found["prediction"])} if "prediction" in found else found
+
+
+def _drawn(pipeline: Any, prediction: np.ndarray[Any, Any]) -> list[Any]:
+    """Images of what Marigold predicts: of depth with 16 bits, of the rest as its documentation draws them."""
+    kind = pipeline.config["prediction_type"]
+    if kind == "depth":
+        return [(values[..., 0] * 65535).astype(np.uint16) for values in prediction]
+    if kind == "normals":
+        return list(pipeline.image_processor.visualize_normals(prediction))
+    drawn = pipeline.image_processor.visualize_intrinsics(prediction, pipeline.target_properties)
+    return [image for layers in drawn for image in layers.values()]
 
 
 def _whole(folder: Path, inputs: Mapping[str, Any], route: str = "") -> dict[str, Any]:

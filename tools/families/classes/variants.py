@@ -186,8 +186,9 @@ def _edited() -> list[Sample]:
 
 def _marigold() -> list[Sample]:
     small = {"default_denoising_steps": 2, "default_processing_resolution": 64, "scheduler": DDIMScheduler}
-    names = {"target_names": ["albedo", "material"], "albedo": {"prediction_space": "srgb"}}
-    names["material"] = {"prediction_space": "stack", "sub_target_names": ["roughness", "metallicity"]}
+    names: dict[str, Any] = {"target_names": ["albedo", "material"], "albedo": {"prediction_space": "srgb"}}
+    names["material"] = {"prediction_space": "stack", "sub_target_names": ["roughness", "metallicity", None]}
+    names |= {name: {"prediction_space": "linear"} for name in ("roughness", "metallicity")}
     parts = {**sd(in_channels=8), **small}
     two = {**sd(in_channels=12, out_channels=8), **small, "target_properties": names}
     return [
