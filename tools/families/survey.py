@@ -241,8 +241,9 @@ def plain(sample: Sample, folder: Path) -> dict[str, Any]:
         pipeline.vae.enable_tiling()
     if "generator" in taken:
         given["generator"] = seeded(SEED)
-    if "output_type" in taken and medium_of(results_of(cls.__call__)) != "image":
-        given["output_type"] = "np"
+    if "output_type" in taken:
+        results = results_of(cls.__call__)
+        given["output_type"] = "pil" if medium_of(results) == "image" and "prediction" not in results else "np"
     with GlobalRng(SEED, Panel.DENOISER):
         made = pipeline(**given)
     values = vars(made) if dataclasses.is_dataclass(made) else {"results": made}
