@@ -51,7 +51,8 @@ def summary(records: Sequence[Record]) -> str:
         f"{len(records)} classes; {len(built)} of them can be built tiny. Of those"
         f" {_share(len(served), len(built))} are served and {_share(len(same), len(built))} with the bits of the class:"
         f" {sum(trial.served for trial in apart)} by three processes ({sum(trial.identical for trial in apart)} of them"
-        f" identical), {sum(trial.served for trial in one)} by one ({sum(trial.identical for trial in one)} identical)."
+        f" identical), {sum(trial.served for trial in one)} by one ({sum(trial.identical for trial in one)} identical);"
+        f" {sum(record.route == 'monolithic' for record in built)} cannot be cut."
     )
 
 
