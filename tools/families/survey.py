@@ -243,7 +243,10 @@ def plain(sample: Sample, folder: Path) -> dict[str, Any]:
         given["generator"] = seeded(SEED)
     if "output_type" in taken:
         results = results_of(cls.__call__)
-        given["output_type"] = "pil" if medium_of(results) == "image" and "prediction" not in results else "np"
+        if medium_of(results) != "image":
+            given["output_type"] = "np"
+        elif "images" in results:
+            given["output_type"] = "pil"
     with GlobalRng(SEED, Panel.DENOISER):
         made = pipeline(**given)
     values = vars(made) if dataclasses.is_dataclass(made) else {"results": made}
