@@ -18,7 +18,7 @@ from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceConditio
 
 from tools.families.case import PROMPT, SIDE, film, picture
 from tools.families.classes import Sample
-from tools.make_model import video
+from tools.make_model import text, video
 from tools.make_model.recipe import Component
 
 _TEXT: dict[str, Any] = {"prompt": PROMPT, "max_sequence_length": 64, "num_inference_steps": 2}
@@ -126,6 +126,8 @@ def _plain() -> FlowMatchEulerDiscreteScheduler:
 
 def _ltx2(name: str, inputs: dict[str, Any], without: tuple[str, ...] = (), **more: Component | None) -> Sample:
     components = {part: made for part, made in video.ltx2().components.items() if part not in without}
+    # As that of the original: the class sets it where it reads a prompt, and asks for it later.
+    components["tokenizer"] = lambda: text.chat_tokenizer(padding_side="left")
     return Sample(name, {**components, **more}, inputs)
 
 
