@@ -45,7 +45,7 @@ from engines.shadows import Shadow
 from engines.stepping import Denoising
 from engines.tasks import class_tasks, required_by
 from engines.vocabulary import of_call
-from engines.weight_files import component_files
+from engines.weight_files import files_ahead
 
 _OURS: Final = frozenset({"self", "output_type", "return_dict", "callback", "callback_steps", "callback_on_step_end"})
 STEPS: Final = ("step", "step_pred")
@@ -303,7 +303,7 @@ class Components:
             parameter.name: self._setting(parameter.name) for parameter in parameters if parameter.name in self._index
         }
         given.update(stand_ins)
-        files = (file for name in wanted for file in component_files(name, self._folder(name), placement.options).files)
+        files = (file for name in wanted for file in files_ahead(name, self._folder(name), placement.options))
         read_ahead(files, placement.progress)
         for name in wanted:
             given[name] = load_component(name, self._specs[name], self._folder(name), placement)

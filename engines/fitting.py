@@ -22,6 +22,7 @@ from engines.adapters import Adapters
 from engines.aliases import FPS, GUIDANCE_SCALE, TRUE_CFG_SCALE
 from engines.card import CARD_NAME, load_card, load_index
 from engines.complaints import complaints
+from engines.custom_code import custom_class, custom_file
 from engines.inspection import (
     Entry,
     Finding,
@@ -96,7 +97,7 @@ def fit(
     elements: dict[str, int] = {}
     shapes: dict[str, Shapes] = {}
     all_entries = entries(model, index, options)
-    classes = {entry.name: _class_of(entry) for entry in all_entries}
+    classes = {entry.name: _class_of(entry, options) for entry in all_entries}
     unknown = {name: problem for name, (_, problem) in classes.items() if problem}
     try:
         route = route_for(model, options)
@@ -188,8 +189,13 @@ def _has_place(name: str, shape: tuple[int, ...], module: Shapes) -> bool:
     return shape[1] == base[1] if name.endswith(_DOWN) else shape[0] == base[0]
 
 
-def _class_of(entry: Entry) -> tuple[Any, str]:
+def _class_of(entry: Entry, options: ModelOptions) -> tuple[Any, str]:
     """Find the class of a component; returns it and "", or None and why there is none."""
+    if file := custom_file(entry.folder, entry.library):
+        try:
+            return custom_class(file, entry.class_name, options), ""
+        except ModelError as error:
+            return None, str(error)
     module = _LIBRARIES.get(entry.library) or getattr(diffusers.pipelines, entry.library, None)
     version = getattr(_LIBRARIES.get(entry.library, diffusers), "__version__", "")
     has = frozenset(name for name in dir(module) if name[:1].isupper()) if module is not None else frozenset[str]()
@@ -217,7 +223,7 @@ def _needed(
 ) -> tuple[frozenset[str], list[Finding]]:
     """Names of the components that serving loads, and a finding for each that the index lacks."""
     if route is not Route.MODULAR:
-        cls = classic_class(index)
+        cls = classic_class(index, options)
         parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
         wanted = {parameter.name for parameter in parameters}
         lacking = [each.name for each in parameters if each.default is each.empty and each.name not in index]
@@ -244,7 +250,7 @@ def _card_findings(model: Path, index: Mapping[str, object], route: Route, optio
     if route is Route.MODULAR:
         taken = {item.name for item in load_split(model, options).whole.inputs if item.name}
     else:
-        taken = set(inspect.signature(classic_class(index).__call__).parameters)
+        taken = set(inspect.signature(classic_class(index, options).__call__).parameters)
     known = frozenset({*taken, *KNOWN, FPS, GUIDANCE_SCALE, TRUE_CFG_SCALE})
     card = load_card(model)
     for section, names in (("defaults", card.defaults), ("ranges", card.ranges)):

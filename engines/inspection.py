@@ -24,6 +24,7 @@ from engines.weight_files import WeightFiles, component_files, component_folder
 
 __all__ = ["Entry", "Finding", "HeaderError", "Tensor", "entries", "inspect_files", "read_header", "read_headers"]
 
+UNTRUSTED: Final = "such code is not run without [model] trust_remote_code = true"
 _POINTER: Final = b"version https://git-lfs"
 _LENGTH: Final = 8
 """Bytes that a safetensors file begins with: the length of its header."""
@@ -205,7 +206,7 @@ def inspect_files(model: Path, options: ModelOptions = DEFAULTS, loras: tuple[Lo
     Returns:
         Everything that was found, in the order of the index.
     """
-    if custom := _custom_pipeline(model):
+    if not options.trust_remote_code and (custom := _custom_pipeline(model)):
         return [custom]
     try:
         index = load_index(model)
@@ -228,7 +229,7 @@ def _custom_pipeline(model: Path) -> Finding | None:
     if not isinstance(named, list):
         return None
     what = ".".join(str(part) for part in named)
-    return Finding("index", f"The pipeline is code that came with the model ({what}): such code is never run.")
+    return Finding("index", f"The pipeline is code that came with the model ({what}): {UNTRUSTED}.")
 
 
 def _card_findings(model: Path) -> Iterator[Finding]:
@@ -375,7 +376,7 @@ def class_problem(entry: Entry, has: frozenset[str], version: str, made_with: st
     """
     what = f"The {entry.name} is a {entry.class_name} of {entry.library}"
     if not has:
-        return f"{what}, which is code that came with the model: such code is never run."
+        return f"{what}, which is code that came with the model: {UNTRUSTED}."
     needs = f" The model was made with {entry.library} {made_with}." if _is_newer(made_with, version) else ""
     close = difflib.get_close_matches(entry.class_name, sorted(has), n=1, cutoff=0.8)
     hint = f" Did you mean {close[0]}?" if close and not needs else ""

@@ -17,7 +17,7 @@ from engines.read_ahead import read_ahead
 from engines.shadows import is_several, shadow
 from engines.single_files import read_single_file
 from engines.split import Split
-from engines.weight_files import Form, WeightFiles, component_files, component_folder
+from engines.weight_files import Form, WeightFiles, component_files, component_folder, files_ahead
 
 
 def load_components(pipeline: Any, split: Split, placement: Placement) -> frozenset[str]:
@@ -32,7 +32,7 @@ def load_components(pipeline: Any, split: Split, placement: Placement) -> frozen
     names = [name for name in pipeline.pretrained_component_names if not _is_null(split, name)]
     specs = {name: pipeline.get_component_spec(name) for name in names}
     folders = {name: _folder(split, name, spec) for name, spec in specs.items()}
-    files = (file for name in names for file in component_files(name, folders[name], placement.options).files)
+    files = (file for name in names for file in files_ahead(name, folders[name], placement.options))
     read_ahead(files, placement.progress)
     loaded = {name: load_component(name, specs[name], folders[name], placement) for name in names}
     pipeline.register_components(**loaded)

@@ -114,6 +114,12 @@ def component_files(name: str, folder: Path, options: ModelOptions = DEFAULTS) -
     return weight_files(given or folder, options.variant)
 
 
+def files_ahead(name: str, folder: Path, options: ModelOptions) -> tuple[Path, ...]:
+    """The files of a component that are worth reading ahead: of a checkpoint most is the denoiser."""
+    files = component_files(name, folder, options).files
+    return files if name in _DENOISERS or files != (options.checkpoint,) else ()
+
+
 def component_folder(name: str, folder: Path, options: ModelOptions) -> Path:
     """The folder with the configuration of a component: the model's own, unless the topology gives another one."""
     given = options.given(name)

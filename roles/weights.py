@@ -5,11 +5,15 @@ Importing this module imports no torch; most of its functions do.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors import Component, Model
+from engines.card import load_index
+from engines.inspection import entries
 from engines.lora import LoraFile
 from engines.options import ComponentOptions, ModelOptions
+from engines.weight_files import component_files
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +59,19 @@ def describe_model(model: Model) -> tuple[str, str]:
     from engines.routes import describe
 
     in_parts = all(role.kind != "monolithic" for role in model.section.roles)
-    return describe(model.path, model_options(model), in_parts=in_parts)
+    options = model_options(model)
+    sentence, problem = describe(model.path, options, in_parts=in_parts)
+    return (sentence if problem else f"{sentence}{_notes(model.path, options)}"), problem
+
+
+def _notes(model: Path, options: ModelOptions) -> str:
+    """Say which components come from elsewhere than plain files of the model's folder; "" for none."""
+    found = [
+        f"{entry.name} from {note}"
+        for entry in entries(model, load_index(model), options)
+        if entry.has_weights and (note := component_files(entry.name, entry.folder, options).note)
+    ]
+    return f"; weights of {', '.join(found)}" if found else ""
 
 
 def load_panels(

@@ -30,7 +30,7 @@ from actors.preflight import preflight
 from engines.options import DEFAULTS, ModelOptions
 from engines.panels import ModelError, Panel
 from engines.pipeline import PanelPipeline
-from roles.weights import model_options
+from roles.weights import describe_model, model_options
 from tests.engines.conftest import Models
 from tests.engines.original import narrow_flux, save, save_flux, save_gguf, save_sdxl, weights_of
 from tests.engines.results import media, same, seeded
@@ -292,6 +292,9 @@ def test_add_says_which_configurations_a_checkpoint_needs(
         "stabilityai/stable-diffusion-xl-base-1.0",
     )
     assert (found.source.problem, found.title) == ("", "tiny")
+    sentence, problem = describe_model(found)
+    assert "unet from tiny.safetensors" in sentence
+    assert not problem
     assert same(served(found.path, SDXL, model_options(found)), served(sdxl, SDXL))
 
 

@@ -201,7 +201,8 @@ def test_a_class_that_is_not_there_is_said_with_the_version_that_it_takes() -> N
     )
     assert class_problem(entry, has, "5.23.0", "5.9.1").endswith("Did you mean T5EncoderModel?")
     own = class_problem(Entry("unet", "my_unet", "Mine", Path("/none")), frozenset(), "")
-    assert own == "The unet is a Mine of my_unet, which is code that came with the model: such code is never run."
+    words = "such code is not run without [model] trust_remote_code = true"
+    assert own == f"The unet is a Mine of my_unet, which is code that came with the model: {words}."
 
 
 def test_a_name_that_is_nearly_a_known_one_is_taken_for_misspelt() -> None:

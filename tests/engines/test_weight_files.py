@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from engines.weight_files import choose_variant, weight_files
+from engines.options import ModelOptions
+from engines.weight_files import choose_variant, files_ahead, in_checkpoint, weight_files
 
 SHARDS = ("-00001-of-00002", "-00002-of-00002")
 
@@ -96,3 +99,30 @@ def test_a_variant_is_chosen_where_there_is_a_choice() -> None:
     assert choose_variant(["fp16"], "") == "fp16"
     assert choose_variant(["fp16"], "ema") is None
     assert choose_variant(["fp16", "ema"], "") is None
+
+
+SDXL = ("model.diffusion_model.x", "first_stage_model.x", "conditioner.embedders.0.transformer.x")
+
+
+@pytest.mark.parametrize(
+    ("keys", "names"),
+    [
+        (SDXL, {"unet", "transformer", "vae", "text_encoder"}),
+        (("double_blocks.0.x",), {"unet", "transformer"}),
+        (("vae.x", "text_encoders.t5xxl.x"), {"vae", "audio_vae", "text_encoder_2", "text_encoder_3"}),
+        ((), {"unet", "transformer"}),
+    ],
+)
+def test_what_a_checkpoint_has_is_told_by_how_names_begin(keys: tuple[str, ...], names: set[str]) -> None:
+    known = {"unet", "transformer", "transformer_2", "vae", "audio_vae", "controlnet", "tokenizer"}
+    known |= {"text_encoder", "text_encoder_2", "text_encoder_3"}
+    assert {name for name in known if in_checkpoint(name, keys)} == names
+
+
+def test_a_checkpoint_is_read_ahead_by_who_needs_most_of_it(tmp_path: Path) -> None:
+    checkpoint, own = tmp_path / "x.safetensors", tmp_path / "vae.safetensors"
+    save_file({key: np.zeros(1) for key in SDXL}, checkpoint)
+    options = ModelOptions(checkpoint=checkpoint)
+    assert files_ahead("unet", tmp_path / "unet", options) == (checkpoint,)
+    assert files_ahead("vae", tmp_path / "vae", options) == ()
+    assert files_ahead("vae", tmp_path / "vae", ModelOptions(components=(("vae", own),))) == (own,)
