@@ -114,7 +114,11 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     def identity(self) -> ModelIdentity | None:
         """What tells it from other models, None where it is not there; blocks on the disk, raises `OSError`."""
         source = self.source
-        return identity_of(source.folder, source.checkpoint, [*source.components.values()])
+        found = identity_of(source.folder, source.checkpoint, [*source.components.values()])
+        if found is None or source.checkpoint or source.folder == self.absolute(self.section.path):
+            return found
+        # A newer snapshot of a repository, in a folder of its own, is another version of the same model.
+        return msgspec.structs.replace(found, path=self.section.path)
 
     def absolute(self, path: str) -> Path:
         """Absolute place of a file or folder that the topology names."""

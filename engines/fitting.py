@@ -137,7 +137,7 @@ def unknown_class(model: Path, options: ModelOptions, error: str) -> str:
         ModelError: The folder is no model.
     """
     for entry in entries(model, load_index(model), options):
-        problem = _class_of(entry)[1]
+        problem = _class_of(entry, options)[1]
         if problem and (entry.class_name in error or (entry.library not in _LIBRARIES and entry.library in error)):
             return problem
     return ""

@@ -37,8 +37,9 @@ _OTHER: Final = frozenset({".msgpack", ".h5", ".onnx", ".flashpack"})
 
 
 _DENOISERS: Final = ("unet", "transformer")
-_VAES: Final = ("first_stage_model.", "vae.", "audio_vae.")
-_TEXT: Final = {
+_PREFIXES: Final = {
+    "vae": ("first_stage_model.", "vae."),
+    "audio_vae": ("audio_vae.",),
     "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.transformer.", "text_encoders.clip_l."),
     "text_encoder_2": (
         "conditioner.embedders.1.",
@@ -49,7 +50,15 @@ _TEXT: Final = {
     "text_encoder_3": ("text_encoders.t5xxl.",),
 }
 """What the names of tensors start with in files of several components, of Stable Diffusion 1 to 3, Flux and LTX."""
-_OTHERS: Final = (*_VAES, "cond_stage_model.", "conditioner.", "text_encoders.", "model_ema.", "vocoder.")
+_OTHERS: Final = (
+    *_PREFIXES["vae"],
+    *_PREFIXES["audio_vae"],
+    "cond_stage_model.",
+    "conditioner.",
+    "text_encoders.",
+    "model_ema.",
+    "vocoder.",
+)
 """The same of all that is no denoiser."""
 
 
@@ -149,8 +158,7 @@ def in_checkpoint(name: str, keys: Collection[str]) -> bool:
     """
     if name in _DENOISERS:
         return not keys or any(not key.startswith(_OTHERS) for key in keys)
-    prefixes = _TEXT.get(name) or (_VAES if name.endswith("vae") else ())
-    return any(key.startswith(prefixes) for key in keys)
+    return any(key.startswith(_PREFIXES.get(name, ())) for key in keys)
 
 
 def _single(file: Path) -> WeightFiles:

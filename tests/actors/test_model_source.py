@@ -143,6 +143,20 @@ def test_the_version_and_the_identity_are_those_of_all_files(write: Write, folde
         version = changed
 
 
+def test_a_newer_snapshot_of_a_repository_is_the_same_model(cache: Path, write: Write) -> None:
+    (old,) = load_topology(write(model='[model]\npath = "people/tiny"\n')).models
+    before = old.identity
+    assert (before and before.path, old.title) == ("people/tiny", "people/tiny")
+    newer = model(cache.with_name(COMMIT[::-1]))
+    (newer / "config.json").write_text("{}")
+    (cache.parents[1] / "refs" / "main").write_text(COMMIT[::-1])
+    after = old.identity
+    assert after
+    assert before
+    assert after.content != before.content
+    assert after.is_same(before)
+
+
 def test_overrides_leave_ids_and_move_paths(write: Write, folder: Path) -> None:
     model(folder / "base")
     text = '[model]\npath = "people/tiny"\nconfig = "base"\n[model.components]\nvae = "v.gguf"\n'

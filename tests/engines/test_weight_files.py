@@ -109,7 +109,7 @@ SDXL = ("model.diffusion_model.x", "first_stage_model.x", "conditioner.embedders
     [
         (SDXL, {"unet", "transformer", "vae", "text_encoder"}),
         (("double_blocks.0.x",), {"unet", "transformer"}),
-        (("vae.x", "text_encoders.t5xxl.x"), {"vae", "audio_vae", "text_encoder_2", "text_encoder_3"}),
+        (("vae.x", "text_encoders.t5xxl.x"), {"vae", "text_encoder_2", "text_encoder_3"}),
         ((), {"unet", "transformer"}),
     ],
 )
