@@ -14,6 +14,7 @@ from types import CodeType
 from typing import Any, Final
 
 import diffusers
+from transformers import PreTrainedModel
 
 from engines.panels import Panel
 from engines.source import computes, ends_without_steps, runs, runs_before
@@ -112,7 +113,7 @@ def anatomy(cls: Any, index: Mapping[str, object]) -> Anatomy:
 
 def is_weightless(library: str, name: str) -> bool:
     """Whether a class of a component is that of a tokenizer or processor."""
-    return library == "transformers" and any(word in name for word in _WEIGHTLESS)
+    return library != "diffusers" and any(word in name for word in _WEIGHTLESS)
 
 
 def _components(cls: Any, index: Mapping[str, object]) -> Iterator[tuple[str, tuple[str, str]]]:
@@ -130,8 +131,12 @@ def _components(cls: Any, index: Mapping[str, object]) -> Iterator[tuple[str, tu
 def _encodes(name: str, library: str, class_name: str) -> bool:
     if name in _AFTER or is_weightless(library, class_name):
         return False
-    # A few families bring a text encoder of their own.
-    return library == "transformers" or name.startswith("text_encoder")
+    if library == "transformers" or name.startswith("text_encoder"):
+        return True
+    # A few families bring an encoder of their own, and an index may name a folder of pipelines that has a class of
+    # transformers by the same name.
+    found = getattr(getattr(diffusers.pipelines, library, None), class_name, None)
+    return isinstance(found, type) and issubclass(found, PreTrainedModel)
 
 
 def _owner(

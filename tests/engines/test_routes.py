@@ -129,6 +129,18 @@ def test_what_cannot_be_run_without_a_step_has_its_vae_where_its_loop_is() -> No
     }
 
 
+def test_an_index_may_name_a_folder_of_pipelines_for_what_encodes() -> None:
+    parts = owned(
+        "GlmImage",
+        processor=["glm_image", "GlmImageProcessor"],
+        vision_language_encoder=["glm_image", "GlmImageForConditionalGeneration"],
+    )
+    assert parts["encoder"] == {"tokenizer", "text_encoder", "processor", "vision_language_encoder"}
+    assert (
+        "image_encoder"
+    )
+
+
 def test_an_encoder_that_is_run_beside_the_encoding_methods_is_where_that_is_run_too() -> None:
     parts = owned("StableDiffusionGLIGEN", unet=["diffusers", "UNet2DConditionModel"])
     assert all({"text_encoder", "tokenizer"} <= names for names in parts.values())
