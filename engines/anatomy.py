@@ -17,7 +17,7 @@ import diffusers
 from transformers import PreTrainedModel
 
 from engines.panels import Panel
-from engines.source import computes, ends_without_steps, runs, runs_before
+from engines.source import calls_in_rounds, computes, ends_without_steps, runs, runs_before
 
 _WEIGHTLESS: Final = ("Tokenizer", "Processor", "FeatureExtractor")
 _ENCODED: Final = {"vae", "encode"}
@@ -104,7 +104,8 @@ def anatomy(cls: Any, index: Mapping[str, object]) -> Anatomy:
         frozenset(decodes),
         "vae" in components and any(names >= _ENCODED for names in others.values()),
         runs_before(cls, components, encodes),
-        runs(cls, loops, encodes, in_loops=False)
+        frozenset(encoding & components.keys() if calls_in_rounds(cls, encodes) else ())
+        | runs(cls, loops, encodes, in_loops=False)
         | {name for name in models if any(computes(cls, method, name) for method in others)},
         apart,
         bool(encodes),

@@ -83,6 +83,15 @@ def runs_before(cls: Any, components: Collection[str], methods: Collection[str])
     return frozenset((called | _called_by(cls, called, ())) & set(components))
 
 
+def calls_in_rounds(cls: Any, methods: Collection[str]) -> bool:
+    """Whether the `__call__` of a pipeline calls one of some methods in each round of a loop."""
+    function = _function(cls, "__call__")
+    if function is None:
+        return False
+    loops = (node for node in ast.walk(function) if isinstance(node, (ast.For, ast.While)))
+    return any(_own(node.func) in methods for loop in loops for node in _calls(loop))
+
+
 def computes(cls: Any, method: str, component: str) -> bool:
     """Whether a method itself runs a component, and does not just look at it."""
     function = _function(cls, method)

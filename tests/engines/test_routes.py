@@ -136,9 +136,11 @@ def test_an_index_may_name_a_folder_of_pipelines_for_what_encodes() -> None:
         vision_language_encoder=["glm_image", "GlmImageForConditionalGeneration"],
     )
     assert parts["encoder"] == {"tokenizer", "text_encoder", "processor", "vision_language_encoder"}
-    assert (
-        "image_encoder"
-    )
+    assert "image_encoder"
+
+
+def test_what_encodes_in_each_round_is_where_the_rounds_are() -> None:
+    assert {"text_encoder", "tokenizer", "transformer"} <= owned("LTXI2VLongMultiPrompt")["denoiser"]
 
 
 def test_an_encoder_that_is_run_beside_the_encoding_methods_is_where_that_is_run_too() -> None:
