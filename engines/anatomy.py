@@ -17,7 +17,7 @@ import diffusers
 from transformers import PreTrainedModel
 
 from engines.panels import Panel
-from engines.source import calls_in_rounds, computes, ends_without_steps, runs, runs_before
+from engines.source import calls_in_rounds, computes, ends_without_steps, runs, runs_before, set_by
 
 _WEIGHTLESS: Final = ("Tokenizer", "Processor", "FeatureExtractor")
 _ENCODED: Final = {"vae", "encode"}
@@ -89,6 +89,7 @@ def anatomy(cls: Any, index: Mapping[str, object]) -> Anatomy:
             encodes.add(method)
     others = _reached(cls, "__call__", without=frozenset(encodes))
     read = set().union(*others.values())
+    read |= {name for name, entry in components.items() if is_weightless(*entry) and set_by(cls, name) & read}
     encoding = {name for method in encodes for name in _reach(cls, method)}
     vaes = [name for name in components if name.endswith("vae")]
     owners = {name: _owner(name, models, encoding, read, components) for name in components}

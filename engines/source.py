@@ -92,6 +92,20 @@ def calls_in_rounds(cls: Any, methods: Collection[str]) -> bool:
     return any(_own(node.func) in methods for loop in loops for node in _calls(loop))
 
 
+def set_by(cls: Any, component: str) -> set[str]:
+    """Which attributes a pipeline sets, when it is made, to what it reads off a component."""
+    function = _function(cls, "__init__")
+    attributes: set[str] = set()
+    variables: set[str] = set()
+    assignments = [node for node in ast.walk(function) if isinstance(node, ast.Assign)] if function is not None else []
+    for assignment in sorted(assignments, key=lambda node: node.lineno):
+        inner = list(ast.walk(assignment.value))
+        if any(_is_own(node, component) or getattr(node, "id", "") in variables for node in inner):
+            variables |= {target.id for target in assignment.targets if isinstance(target, ast.Name)}
+            attributes |= {target.attr for target in assignment.targets if isinstance(target, ast.Attribute)}
+    return attributes
+
+
 def computes(cls: Any, method: str, component: str) -> bool:
     """Whether a method itself runs a component, and does not just look at it."""
     function = _function(cls, method)
@@ -103,7 +117,7 @@ def computes(cls: Any, method: str, component: str) -> bool:
 
 @functools.cache
 def _function(cls: Any, method: str) -> ast.FunctionDef | None:
-    if method != "__call__" and hasattr(DiffusionPipeline, method):
+    if method not in ("__call__", "__init__") and hasattr(DiffusionPipeline, method):
         return None
     function = inspect.getattr_static(cls, method, None)
     function = inspect.unwrap(getattr(function, "__func__", function)) if callable(function) else None

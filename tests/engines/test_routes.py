@@ -139,6 +139,12 @@ def test_an_index_may_name_a_folder_of_pipelines_for_what_encodes() -> None:
     assert "image_encoder"
 
 
+def test_a_tokenizer_is_also_where_what_a_pipeline_keeps_of_it_is_read() -> None:
+    # On which side it pads decides how embeddings are read; without a tokenizer the pipeline would take the other side.
+    assert "tokenizer" in owned("LTX2Condition", connectors=["ltx2", "LTX2TextConnectors"])["denoiser"]
+    assert "tokenizer" not in owned("Chroma")["denoiser"]
+
+
 def test_what_encodes_in_each_round_is_where_the_rounds_are() -> None:
     assert {"text_encoder", "tokenizer", "transformer"} <= owned("LTXI2VLongMultiPrompt")["denoiser"]
 
