@@ -45,7 +45,7 @@ def check(answer, status, code=None, param=None):
         ({"size": "64x64", "height": 64}, "size"),
         ({"model": 1}, "model"),
         ({"response_format": "bytes"}, "response_format"),
-        ({"output_format": "gif"}, "output_format"),
+        ({"output_format": "bmp"}, "output_format"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**63}, "seed"),
         ({"seed": 2**63 - 1, "n": 2}, "seed"),

@@ -170,7 +170,7 @@ async def test_a_key_sent_again_gives_the_same_job(client, small_head):
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"prompt": ""}, "prompt"),
+        ({"prompt": 3}, "prompt"),
         ({"seconds": 0}, "seconds"),
         ({"seconds": "long"}, "seconds"),
         ({"seconds": 1e9}, "seconds"),
