@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import httpx
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from PIL.Image import Image
 
@@ -71,17 +71,24 @@ def request_body(
     *,
     size: str | None,
     steps: int | None,
-    seed: int | None,
+    seed: int | Sequence[int] | None,
     extra: Mapping[str, object],
-    n: int = 1,
+    n: int | None = None,
 ) -> dict[str, object]:
     """The JSON body of `POST /v1/images/generations`; what is None is left to the model's defaults.
 
     A path or bytes among `extra`, or a list of those, is a picture; raises OSError when it cannot be read.
     """
+    several = None if seed is None or isinstance(seed, int) else list(seed)
     pictures = {name: _encoded(value) for name, value in extra.items()}
-    given = {"prompt": prompt, "size": size, "num_inference_steps": steps, "seed": seed, **pictures}
-    body: dict[str, object] = {"n": n, "response_format": "b64_json"}
+    given = {
+        "prompt": prompt,
+        "size": size,
+        "num_inference_steps": steps,
+        "seed": seed if several is None else several,
+        **pictures,
+    }
+    body: dict[str, object] = {"n": n or len(several or (0,)), "response_format": "b64_json"}
     return body | {key: value for key, value in given.items() if value is not None}
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, overload
 
@@ -35,7 +36,7 @@ from actors.topology import Topology, load_topology
 from bus import BusError, Outbox
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Iterable, Mapping
 
 _READY_EVERY_S: Final = 0.1
 _LOOKS_PER_REPORT: Final = 20
@@ -85,8 +86,22 @@ class Cluster:
         model: str | None = None,
         size: str | None = None,
         steps: int | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         n: int,
+        timeout_s: float = GENERATE_TIMEOUT_S,
+        **inputs: object,
+    ) -> list[Picture]: ...
+
+    @overload
+    async def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        model: str | None = None,
+        size: str | None = None,
+        steps: int | None = None,
+        seed: Sequence[int],
+        n: int | None = None,
         timeout_s: float = GENERATE_TIMEOUT_S,
         **inputs: object,
     ) -> list[Picture]: ...
@@ -98,12 +113,12 @@ class Cluster:
         model: str | None = None,
         size: str | None = None,
         steps: int | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         n: int | None = None,
         timeout_s: float = GENERATE_TIMEOUT_S,
         **inputs: object,
     ) -> Picture | list[Picture]:
-        """One picture, for a prompt where the model takes one, or a list of `n` of them.
+        """One picture, for a prompt where the model takes one, or a list of `n` of them, or of one for each seed.
 
         Raises `ApiError` with the server's sentence.
 
@@ -113,7 +128,9 @@ class Cluster:
         those. Waits `timeout_s` seconds.
         """
         extra = {**inputs, "model": model}
-        body = await asyncio.to_thread(request_body, prompt, size=size, steps=steps, seed=seed, extra=extra, n=n or 1)
+        if n is None and isinstance(seed, Sequence):
+            n = len(seed)
+        body = await asyncio.to_thread(request_body, prompt, size=size, steps=steps, seed=seed, extra=extra, n=n)
         try:
             answer = await self._http.post("/v1/images/generations", json=body, timeout=timeout(timeout_s))
         except httpx.HTTPError as error:

@@ -28,7 +28,7 @@ def preflight(topology: Topology, components: Sequence[Component], *, file: str 
     if kinds - {"api"}:
         for model in topology.models:
             _check_model(topology, model, file)
-            _check_loras(topology, model, file)
+            _check_adapters(topology, model, file)
     if "api" in kinds:
         _check_keys(topology, file)
     if any(component.quantization != "none" for component in components) and not _is_installed("torchao"):
@@ -60,20 +60,21 @@ def _check_model(topology: Topology, model: Model, file: str) -> None:
         raise TopologyError(file, f"{where} path", "needs the package gguf, which is missing", fix)
 
 
-def _check_loras(topology: Topology, model: Model, file: str) -> None:
-    for lora in model.section.lora:
-        for key, written in (("path", lora.path), ("path_2", lora.path_2)):
-            path = model.absolute(written)
-            table = "[[model.lora]]" if len(topology.models) == 1 else f'[[models.lora]] of "{model.name}"'
-            where = f'{table} {key} = "{written}"'
-            if (key, written) == ("path_2", ""):
-                continue
-            if not path.exists():
-                fix = "give a file or folder, relative to the topology file or absolute"
-                raise TopologyError(file, where, f"does not exist ({path})", fix)
-            if path.is_file() and path.suffix != ".safetensors":
-                fix = "convert it: no other format is read, since those can run code"
-                raise TopologyError(file, where, "is no .safetensors file", fix)
+def _check_adapters(topology: Topology, model: Model, file: str) -> None:
+    loras = [("lora", key, getattr(lora, key)) for lora in model.section.lora for key in ("path", "path_2")]
+    embeddings = [("embeddings", "path", embedding.path) for embedding in model.section.embeddings]
+    for section, key, written in (*loras, *embeddings):
+        path = model.absolute(written)
+        table = f"[[model.{section}]]" if len(topology.models) == 1 else f'[[models.{section}]] of "{model.name}"'
+        where = f'{table} {key} = "{written}"'
+        if (key, written) == ("path_2", ""):
+            continue
+        if not path.exists():
+            fix = "give a file or folder, relative to the topology file or absolute"
+            raise TopologyError(file, where, f"does not exist ({path})", fix)
+        if path.is_file() and path.suffix != ".safetensors":
+            fix = "convert it: no other format is read, since those can run code"
+            raise TopologyError(file, where, "is no .safetensors file", fix)
 
 
 def _check_keys(topology: Topology, file: str) -> None:

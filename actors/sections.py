@@ -38,6 +38,7 @@ LoraName = Annotated[
     str,
     Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="1 to 64 letters, digits, _, . and -"),
 ]
+Token = Annotated[str, Meta(pattern=r"^\S{1,64}$", description="a word of at most 64 characters, without blanks")]
 Variant = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{0,32}$", description='the name of a variant, such as "fp16"')]
 Components = Annotated[
     dict[str, str], Meta(description='a table of files or folders, as in transformer = "flux.safetensors"')
@@ -76,6 +77,15 @@ class LoraSection(Section, frozen=True):
     path_2: str = ""
     """The same for `transformer_2`, where an adapter of a model with two transformers (Wan 2.2) comes as two files;
     "" = there is no second file."""
+
+
+class EmbeddingSection(Section, frozen=True):
+    """One `[[model.embeddings]]` entry: a word that the model is taught (textual inversion)."""
+
+    token: Token
+    """The word, as prompts have it."""
+    path: str
+    """A `.safetensors` file with its vectors, relative to the topology file."""
 
 
 class ModelSection(Section, frozen=True):
@@ -132,6 +142,8 @@ class ModelSection(Section, frozen=True):
     """Whether its weights may leave the memory while others need the room; see `MemorySection`."""
     lora: tuple[LoraSection, ...] = ()
     """Adapters, each loaded by every instance when it starts; see `LoraSection`."""
+    embeddings: tuple[EmbeddingSection, ...] = ()
+    """Words that the model is taught; see `EmbeddingSection`."""
     roles: tuple[RoleSection, ...] = ()
     """The processes that serve it; see `RoleSection`. Those of `[model]` are written `[[roles]]`."""
 

@@ -106,9 +106,10 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Absolute places of what instances load: the model's folder, other weights, adapters."""
+        """Absolute places of what instances load: the model's folder, other weights, adapters, embeddings."""
         loras = [path for lora in self.section.lora for path in (lora.path, lora.path_2) if path]
-        return (*self.source.files, *(self.absolute(path) for path in loras))
+        more = [*loras, *(each.path for each in self.section.embeddings)]
+        return (*self.source.files, *map(self.absolute, more))
 
     @property
     def identity(self) -> ModelIdentity | None:

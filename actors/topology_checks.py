@@ -205,8 +205,10 @@ def _check_names(file: str, sections: Sections) -> None:
 
 
 def _check_loras(file: str, sections: Sections, model: ModelSection) -> None:
-    for name, count in Counter(lora.name for lora in model.lora).items():
+    loras = Counter(("lora", "name", lora.name) for lora in model.lora)
+    words = Counter(("embeddings", "token", embedding.token) for embedding in model.embeddings)
+    for (section, key, name), count in (loras + words).items():
         if count > 1:
-            where = "[[model.lora]]" if len(sections.models) == 1 else f'[[models.lora]] of "{model.name}"'
-            problem = f'use the name "{name}" {count} times'
-            raise TopologyError(file, where, problem, "give each a name of its own")
+            where = f"[[model.{section}]]" if len(sections.models) == 1 else f'[[models.{section}]] of "{model.name}"'
+            problem = f'use the {key} "{name}" {count} times'
+            raise TopologyError(file, where, problem, f"give each a {key} of its own")

@@ -17,9 +17,12 @@ from roles.messages.work import Input as PipelineInput
 
 MAX_TEXT = 32_768
 MAX_INPUTS = 64
+MAX_SEEDS = 10
 
 Text: TypeAlias = Annotated[str, Meta(max_length=MAX_TEXT)]
 Input: TypeAlias = Text | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | float | bool | None
+Seed: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_SEED)]
+Seeds: TypeAlias = Annotated[tuple[Seed, ...], Meta(min_length=1, max_length=MAX_SEEDS)]
 _SIZE = re.compile(r"(?P<width>[1-9][0-9]{0,4})x(?P<height>[1-9][0-9]{0,4})")
 _FIELD = re.compile(r" - at `\$\.(?P<name>\w+)")
 _MISSING = re.compile(r"missing required field `(?P<name>[^`]+)`")
@@ -59,7 +62,8 @@ class MediaRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The first where none is named."""
     user: str | None = None
     """Taken for compatibility, and not kept."""
-    seed: Annotated[int, Meta(ge=0, le=MAX_SEED)] | None = None
+    seed: Seed | Seeds | None = None
+    """Of the first picture, the next has the next; or a list with one for each."""
     num_inference_steps: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
     guidance_scale: float | None = None
     negative_prompt: Text | None = None
@@ -79,6 +83,8 @@ def parse(fields: Fields, kind: type[R]) -> tuple[R, dict[str, PipelineInput]]:
     """Check types and shapes, gather the pipeline's inputs; raises ApiError 413, 422 with the field at fault."""
     body, own, names = fields.values, kind.__struct_fields__, fields.names
     given = {name: body[name] for name in own if body.get(name) is not None}
+    if fields.texts and isinstance(seeds := given.get("seed"), str) and "," in seeds:
+        given["seed"] = [seed.strip() for seed in seeds.strip("[] ").split(",")]
     try:
         wanted = msgspec.convert(given, kind, strict=not fields.texts)
     except msgspec.ValidationError as error:
@@ -119,6 +125,8 @@ def in_words(kind: inspect.Type) -> str:
         case inspect.StrType(least, most):
             bounds = f" of {least or 0} to {most} characters" if most else ""
             return f"text{bounds}"
+        case inspect.VarTupleType(min_length=least, max_length=most):
+            return f"a list of {least or 0} to {most} of them"
         case inspect.IntType(ge=least, le=most):
             return f"a whole number from {least} to {most}"
         case inspect.FloatType(gt=above, le=most):

@@ -231,7 +231,7 @@ def _gathered(name: str, value: object, kind: Kind | None) -> object:
         return value
     if len(value) > MAX_OPTIONS:
         raise refused(name, f"must have at most {MAX_OPTIONS} options")
-    return Options({str(key): _option(name, str(key), item) for key, item in value.items()})
+    return Options({str(key): _option(name, str(key), item) for key, item in sorted(value.items())})
 
 
 def _document(name: str, value: object, kind: Kind | None) -> Json:

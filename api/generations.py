@@ -67,7 +67,12 @@ async def read(request: Request) -> tuple[ImageRequest, dict[str, Input], Names]
     """Read and check the body; raises ApiError."""
     fields = await read_fields(request, own_fields(ImageRequest))
     wanted, inputs = parse(fields, ImageRequest)
-    if wanted.seed is not None and wanted.seed + wanted.n - 1 > MAX_SEED:
+    if isinstance(wanted.seed, tuple):
+        n = len(wanted.seed) if fields.values.get("n") is None else wanted.n
+        if n != len(wanted.seed):
+            raise refused("seed", f"must be as many as n, {n}, where it is a list, and has {len(wanted.seed)}")
+        wanted = msgspec.structs.replace(wanted, n=n)
+    elif wanted.seed is not None and wanted.seed + wanted.n - 1 > MAX_SEED:
         raise refused("seed", f"is too large: that of the last picture, seed + n - 1, is over {MAX_SEED}")
     if wanted.output_compression not in (None, 100) and wanted.output_format not in ("jpeg", "webp"):
         raise refused("output_compression", "must be 100 or left out unless output_format is jpeg or webp")

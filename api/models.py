@@ -25,7 +25,7 @@ class ParameterObject(msgspec.Struct):
 
     name: str
     kind: str
-    default: bool | int | float | str | tuple[int | float, ...] | None
+    default: bool | int | float | str | tuple[int | float | str, ...] | None
     required: bool
     minimum: int | float | UnsetType = UNSET
     maximum: int | float | UnsetType = UNSET
@@ -34,7 +34,9 @@ class ParameterObject(msgspec.Struct):
     many: bool | UnsetType = UNSET
     """Whether a list of such numbers will do as well."""
     choices: tuple[str, ...] | UnsetType = UNSET
-    """Of a text: the names of classes that it may be."""
+    """Of a text: the names that it may be."""
+    nullable: bool | UnsetType = UNSET
+    """True: null means none of it, not the default."""
     options: dict[str, dict[str, str | list[str]]] | UnsetType = UNSET
     """Of options: for each class their names, with what each is: a kind, or its choices."""
     alias_of: str | UnsetType = UNSET
@@ -110,6 +112,7 @@ def parameter_object(parameter: Parameter, limits: tuple[float, ...]) -> Paramet
         one_more_than_multiple_of=parameter.every or UNSET,
         many=parameter.many or UNSET,
         choices=parameter.choices or UNSET,
+        nullable=parameter.nullable or UNSET,
         options={each.name: {o.name: described(o) for o in each.options} for each in parameter.alternatives} or UNSET,
         alias_of=parameter.alias_of or UNSET,
         description=parameter.description or UNSET,

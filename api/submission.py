@@ -35,7 +35,7 @@ async def submit(
     names: Names,
     *,
     model: str | None,
-    seed: int | None,
+    seed: int | tuple[int, ...] | None,
     n: int,
     output: Output,
 ) -> str:
@@ -65,8 +65,8 @@ async def submit(
     return answer.request_id
 
 
-def choose_seed(wanted: int | None, idempotency_key: str) -> int:
-    """Return the seed asked for; else 32 random bits, the same ones each time that a key is sent."""
+def choose_seed(wanted: int | tuple[int, ...] | None, idempotency_key: str) -> int | tuple[int, ...]:
+    """Return the seed or seeds asked for; else 32 random bits, the same ones each time that a key is sent."""
     if wanted is not None:
         return wanted
     if idempotency_key:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from api.artifacts import send_file
 from api.encoding import JSONResponse
 from api.errors import ApiError, not_found, refused
-from api.fields import MediaRequest, misfit, own_fields, parse
+from api.fields import MediaRequest, Seed, misfit, own_fields, parse
 from api.forms import read_fields
 from api.head import Head
 from api.models import describe
@@ -54,6 +54,7 @@ _AFTER_STEPS = ("DENOISING_DONE", "DECODER_WAITING", "DECODER_RUNNING")
 class VideoRequest(MediaRequest, frozen=True, kw_only=True):
     """The body."""
 
+    seed: Seed | None = None
     seconds: Annotated[float, Meta(gt=0, le=MAX_SECONDS)] | None = None
     """In place of `num_frames`."""
 

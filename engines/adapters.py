@@ -1,7 +1,7 @@
-"""LoRA adapters in the components of a process, of which one or none is active in any forward.
+"""LoRA adapters in the components of a process, of which those of one request are active in any forward.
 
 An adapter is loaded into a component that all requests share, so it must be switched between two requests: before
-each call that computes for one, its adapter is made the active one. A layer without an active adapter computes what
+each call that computes for one, its adapters are made the active ones. A layer without an active adapter computes what
 it would without any, bit for bit.
 """
 
@@ -75,15 +75,16 @@ class Adapted:
     layers: tuple[Any, ...]
     weights: tuple[torch.nn.Parameter, ...]
 
-    def switch(self, name: str, scale: float) -> None:
-        """Make an adapter the active one; "" for none."""
+    def switch(self, scales: Mapping[str, float]) -> None:
+        """Make adapters the active ones, in this order, each with its scale."""
         for weight in self.weights:
-            weight.requires_grad_(not name)
+            weight.requires_grad_(not scales)
         for layer in self.layers:
-            if name:
-                layer.set_adapter([name])
+            if scales:
+                layer.set_adapter(list(scales))
+            for name, scale in scales.items():
                 layer.set_scale(name, scale)
-            layer.enable_adapters(enabled=bool(name))
+            layer.enable_adapters(enabled=bool(scales))
 
 
 class Adapters:
@@ -104,7 +105,7 @@ class Adapters:
         self._holders: dict[str, set[str]] = {file.name: set() for file in files}
         # The libraries look for the name of an adapter anywhere in those of tensors, and it must have no dots.
         self._inner = {file.name: f"adapter_{number}_" for number, file in enumerate(files)}
-        self._active: Choice | None = None
+        self._active: tuple[Choice, ...] = ()
         self._is_known = True
         # Text encoders, and in some families what connects them (LTX-2), run before the denoiser.
         self.encodes = any(not name.startswith(_DENOISE) for each in self._each() for name in each.components)
@@ -160,30 +161,30 @@ class Adapters:
                     self._holders[name].add(component)
         if layers := tuple(layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)):
             self._components[component] = Adapted(layers, wanted)
-            self._components[component].switch("", 0.0)
+            self._components[component].switch({})
 
     def release(self) -> None:
         """Let go of the files' tensors, when all components have theirs."""
         self._weights = {}
 
-    def activate(self, choice: Choice | None) -> None:
-        """Make an adapter the active one of all components; None for none.
+    def activate(self, choices: tuple[Choice, ...]) -> None:
+        """Make adapters the active ones of all components; () for none.
 
         Raises:
             ValueError: This process has no such adapter.
         """
-        if self._is_known and choice == self._active:
+        if self._is_known and choices == self._active:
             return
-        if choice is not None and choice.name not in self._holders:
-            raise ValueError(f"There is no adapter {choice.name!r} here, only: {', '.join(self._holders) or 'none'}.")
+        for choice in choices:
+            if choice.name not in self._holders:
+                here = ", ".join(self._holders) or "none"
+                raise ValueError(f"There is no adapter {choice.name!r} here, only: {here}.")
         # Where this fails half way, the next call must not take anything for active.
         self._is_known = False
         for component, adapted in self._components.items():
-            if choice is None or component not in self._holders[choice.name]:
-                adapted.switch("", 0.0)
-            else:
-                adapted.switch(self._inner[choice.name], choice.scale)
-        self._active, self._is_known = choice, True
+            held = [choice for choice in choices if component in self._holders[choice.name]]
+            adapted.switch({self._inner[choice.name]: choice.scale for choice in held})
+        self._active, self._is_known = choices, True
 
     def _each(self) -> Iterator[Weights]:
         return (weights for all_of_it in self._weights.values() for weights in all_of_it)

@@ -57,17 +57,17 @@ def with_classes(inputs: Mapping[str, object], parameters: Iterable[Parameter]) 
     """
     known = {parameter.name: parameter for parameter in parameters}
     made = dict(inputs)
-    for parameter in known.values():
-        value = made.get(parameter.name)
-        if parameter.choices and isinstance(value, str):
-            made[parameter.name] = _chosen(parameter, value)
+    for name in sorted({parameter.chosen_by for parameter in known.values()} & known.keys()):
+        wanted = made.get(name)
+        if isinstance(wanted, str):
+            made[name] = _chosen(known[name], wanted)
     for parameter in known.values():
         options = options_in(made.get(parameter.name))
         if options is None or parameter.kind is not Kind.OPTIONS:
             continue
         chooser = known.get(parameter.chosen_by)
-        name = made.get(parameter.chosen_by) or (chooser.default if chooser else None)
-        check_options(parameter, None if name is None else str(name), options)
+        cls = made.get(parameter.chosen_by) or (chooser.default if chooser else None)
+        check_options(parameter, None if cls is None else str(cls), options)
     return made
 
 

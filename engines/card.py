@@ -22,7 +22,17 @@ import msgspec
 
 from engines.aliases import conflict
 from engines.alternatives import with_classes
-from engines.checks import MAX_STEPS, CardError, Limits, check_count, check_task, checked, count_of, kind_of, limits_of
+from engines.checks import (
+    MAX_STEPS,
+    CardError,
+    Limits,
+    check_count,
+    check_task,
+    checked,
+    count_of,
+    kind_of,
+    limits_of,
+)
 from engines.panels import ModelError
 from engines.parameters import KNOWN, Default, Kind, Parameter, Task
 
@@ -66,7 +76,8 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Fill in the defaults and check what a request asks for; `inputs` stays as it is.
 
         Args:
-            inputs: Parameters by public name; None stands for left out. For what they may be see `checks.checked`.
+            inputs: Parameters by public name; None stands for left out, but for parameters that are `nullable`. For
+                what they may be see `checks.checked`.
             parameters: What the pipeline takes (`Signature.parameters`). Where that is not known yet, any name will
                 do, nothing is required, and what is known by name is checked.
             tasks: What requests may be for (`Signature.tasks`).
@@ -80,13 +91,21 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """
         given = {name: value for name, value in inputs.items() if value is not None}
         taken = {parameter.name: parameter for parameter in parameters or ()}
+        # Before the pipeline is known, what null means is not known either: that is seen to where it is, but for what
+        # the card has a default of.
+        nulls = inputs.keys() - given.keys() - {name for name, known in taken.items() if not known.nullable}
         if parameters is None:
+            nulls -= self.defaults.keys()
             merged = {**self.defaults, **given}
         else:
             for name in sorted(given.keys() - taken.keys()):
                 raise CardError(name, self._unknown(name, taken))
+            nulls &= taken.keys()
             merged = {**self._defaults(given, taken), **given}
-        applied = {name: self._checked(name, value, taken.get(name)) for name, value in merged.items()}
+        applied = {
+            name: self._checked(name, value, taken.get(name)) for name, value in merged.items() if name not in nulls
+        }
+        applied |= dict.fromkeys(sorted(nulls))
         meant = {(taken[name].alias_of or name) if name in taken else name: value for name, value in applied.items()}
         for parameter in taken.values():
             if parameter.required and parameter.name not in meant:

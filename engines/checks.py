@@ -153,6 +153,12 @@ def checked(name: str, value: object, kind: Kind, limits: Limits, *, many: bool 
     return value
 
 
+def several_in(value: object) -> tuple[object, ...] | None:
+    """The values of a list of texts or of numbers; None where it is neither, as one text or number alone is not."""
+    found = said(value)
+    return tuple(found) if isinstance(found, list) else _numbers(found)
+
+
 def count_of(value: object) -> int | None:
     """How many numbers a list has; None where it is none."""
     numbers = _numbers(value)

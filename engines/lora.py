@@ -8,17 +8,32 @@ from typing import Final
 
 import msgspec
 
-from engines.checks import CardError, checked, limits_of
+from engines.checks import CardError, checked, limits_of, several_in
 from engines.parameters import Kind, Parameter
 
 LORA: Final = "lora"
 LORA_SCALE: Final = "lora_scale"
 
 PARAMETERS: Final = (
-    Parameter(LORA, Kind.TEXT, description="Name of the adapter to run with; none where it is empty or left out."),
-    Parameter(LORA_SCALE, Kind.NUMBER, description="How strong the adapter is; 1 is as it was trained."),
+    Parameter(
+        LORA,
+        Kind.TEXTS,
+        description="Name of the adapter to run with, or several; none where it is empty or left out.",
+    ),
+    Parameter(
+        LORA_SCALE,
+        Kind.NUMBER,
+        description="How strong the adapter is, or each of several; 1 is as it was trained.",
+        many=True,
+    ),
 )
 """What a request may give where adapters are configured."""
+
+
+def lora_parameters(known: Collection[str]) -> tuple[Parameter, ...]:
+    """What a request may give where adapters of these names are configured, if any are."""
+    lora, scale = PARAMETERS
+    return (msgspec.structs.replace(lora, choices=tuple(sorted(known))), scale) if known else ()
 
 
 class LoraFile(msgspec.Struct, frozen=True):
@@ -35,7 +50,7 @@ class LoraFile(msgspec.Struct, frozen=True):
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """The one adapter that a request runs with."""
+    """An adapter that a request runs with."""
 
     name: str
     scale: float
@@ -54,19 +69,35 @@ def check_lora(inputs: Mapping[str, object], known: Collection[str], model: str 
             continue
         if not known:
             raise CardError(parameter.name, f"is not a parameter of {model or 'this model'}: it has no adapters.")
-        value = checked(
-            parameter.name, inputs[parameter.name], parameter.kind, limits_of(parameter.name, parameter.kind)
-        )
-        if parameter.name == LORA and value and value not in known:
-            raise CardError(
-                LORA, f"must be one of {', '.join(sorted(known))}: there is no adapter {str(value)[:64]!r}."
-            )
+        limits = limits_of(parameter.name, parameter.kind)
+        checked(parameter.name, inputs[parameter.name], parameter.kind, limits, many=parameter.many)
+    names = _names(inputs)
+    for name in names:
+        if name not in known:
+            raise CardError(LORA, f"must be one of {', '.join(sorted(known))}: there is no adapter {name[:64]!r}.")
+    if len(set(names)) < len(names):
+        raise CardError(LORA, "must not name an adapter twice.")
+    scales = several_in(inputs.get(LORA_SCALE))
+    if scales is not None and names and len(scales) != len(names):
+        raise CardError(LORA_SCALE, f"must be one number, or {len(names)}, one for each adapter, not {len(scales)}.")
 
 
-def choose(inputs: Mapping[str, object], files: Collection[LoraFile]) -> Choice | None:
-    """The adapter that checked inputs ask for, with its scale; None for none."""
-    name, scale = inputs.get(LORA), inputs.get(LORA_SCALE)
-    found = next((file for file in files if file.name == name), None)
-    if found is None:
-        return None
-    return Choice(found.name, float(scale) if isinstance(scale, (int, float)) else found.scale)
+def choose(inputs: Mapping[str, object], files: Collection[LoraFile]) -> tuple[Choice, ...]:
+    """The adapters that checked inputs ask for, each with its scale, in the order that they are asked for."""
+    known = {file.name: file for file in files}
+    names = [name for name in _names(inputs) if name in known]
+    scale = inputs.get(LORA_SCALE)
+    scales = (several_in(scale) if names else None) or (scale,) * len(names)
+    return tuple(
+        Choice(name, float(wanted) if isinstance(wanted, (int, float)) else known[name].scale)
+        for name, wanted in zip(names, scales, strict=True)
+    )
+
+
+def _names(inputs: Mapping[str, object]) -> list[str]:
+    return [str(name) for name in _each(inputs.get(LORA)) if name]
+
+
+def _each(value: object) -> tuple[object, ...]:
+    found = several_in(value)
+    return (value,) if found is None else found

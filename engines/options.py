@@ -25,6 +25,15 @@ class ComponentOptions(msgspec.Struct, frozen=True):
         return cls(str(table.get("class", "")), tuple((name, table[name]) for name in sorted(table) if name != "class"))
 
 
+class EmbeddingFile(msgspec.Struct, frozen=True):
+    """A word that the text encoders of a model are taught when it is loaded."""
+
+    token: str
+    """The word, as prompts have it."""
+    path: Path
+    """A `.safetensors` file with its vectors."""
+
+
 class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The same for every process that serves a model; the defaults serve it as its files say."""
 
@@ -52,6 +61,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     the model's own."""
     trust_remote_code: bool = False
     """Code that comes with the model is run."""
+    embeddings: tuple[EmbeddingFile, ...] = ()
+    """Words that the text encoders are taught, of distinct tokens."""
 
     def given(self, component: str) -> Path | None:
         """The file or folder that is given for a component, None for none."""

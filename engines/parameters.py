@@ -8,7 +8,7 @@ from typing import Final, Literal, TypeAlias
 
 import msgspec
 
-Default: TypeAlias = bool | int | float | str | tuple[int | float, ...] | None
+Default: TypeAlias = bool | int | float | str | tuple[int | float | str, ...] | None
 Medium: TypeAlias = Literal["image", "video", "audio"]
 
 
@@ -69,6 +69,7 @@ KNOWN: Final[Mapping[str, Kind]] = {
     **dict.fromkeys(("mask_image", "last_image"), Kind.IMAGE),
     **dict.fromkeys(("video", "driving_video", "memory_images"), Kind.IMAGE_LIST),
     **dict.fromkeys(("scheduler", "guider"), Kind.TEXT),
+    **dict.fromkeys(("lora", "complex_human_instruction"), Kind.TEXTS),
     **dict.fromkeys(("scheduler_options", "guider_options", "vae_tiling_options"), Kind.OPTIONS),
     **dict.fromkeys(("vae_tiling", "vae_slicing"), Kind.BOOLEAN),
     **dict.fromkeys(("guidance_rescale", "guidance_scale_2"), Kind.NUMBER),
@@ -116,11 +117,13 @@ class Parameter(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     many: bool = False
     """Whether a list of such numbers will do as well, one for each of several images, ControlNets or the like."""
     choices: tuple[str, ...] = ()
-    """Names of classes, of which a text is one; () where it is no name of a class."""
+    """The names, of classes for one, of which a text is one; () where it is no name."""
     chosen_by: str = ""
     """Of options: the parameter that names the class which takes them, or "" where there is just one class."""
     alternatives: tuple[Alternative, ...] = ()
     """Of options: the classes that take some."""
+    nullable: bool = False
+    """Null means none of it, not the default: its default is something, and the pipeline can do without."""
 
 
 class Task(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

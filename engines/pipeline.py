@@ -18,7 +18,7 @@ from engines.checks import CardError, check_scalars, check_task
 from engines.classic import load_classic
 from engines.conversion import DTYPE, converted
 from engines.fitting import unknown_class
-from engines.lora import LORA, LORA_SCALE, PARAMETERS, Choice, LoraFile, check_lora, choose
+from engines.lora import LORA, LORA_SCALE, Choice, LoraFile, check_lora, choose, lora_parameters
 from engines.modular import load_modular
 from engines.offload import Offload, Resting
 from engines.options import DEFAULTS, ModelOptions
@@ -91,7 +91,7 @@ class PanelPipeline:
         self.seedless = False
         self._adapters = placement.adapters
         self._resting = resting
-        more = PARAMETERS if self._adapters.files else ()
+        more = lora_parameters([file.name for file in self._adapters.files])
         encodes = {*parts.signature.encodes, *(names(more) if self._adapters.encodes else ())}
         self.signature = replace(
             parts.signature,
@@ -247,15 +247,16 @@ class PanelPipeline:
             if isinstance(module, torch.nn.Module):
                 module._apply(moved)  # type: ignore[no-untyped-call]
 
-    def _label(self, seed: int, choice: Choice | None) -> dict[str, object]:
+    def _label(self, seed: int, choice: tuple[Choice, ...]) -> dict[str, object]:
         """What crosses beside the values of the pipeline."""
         return {DTYPE: self.placement.dtype, SEED: seed, **_chosen(choice)}
 
-    def _open(self, state: Mapping[str, object]) -> tuple[dict[str, object], int, Choice | None]:
+    def _open(self, state: Mapping[str, object]) -> tuple[dict[str, object], int, tuple[Choice, ...]]:
         """Take a state apart again, in the dtype of this process: its values, the seed and the adapter."""
         values = converted(state, self.placement.dtype)
-        seed, name, scale = (values.pop(key, None) for key in (SEED, LORA, LORA_SCALE))
-        choice = None if name is None else Choice(cast(str, name), cast(float, scale))
+        seed, names, scales = (values.pop(key, None) for key in (SEED, LORA, LORA_SCALE))
+        paired = zip(cast("list[str]", names or []), cast("list[float]", scales or []), strict=True)
+        choice = tuple(Choice(name, scale) for name, scale in paired)
         return values, cast(int, seed), choice
 
     def _rest(self) -> None:
@@ -268,6 +269,8 @@ class PanelPipeline:
         if unknown:
             raise InputError(f"The pipeline takes no {', '.join(unknown)}.")
         parameters = self.signature.parameters
+        left_out = {each.name for each in parameters if inputs.get(each.name) is None and not each.nullable}
+        inputs = {name: value for name, value in inputs.items() if name not in left_out}
         if different := conflict(inputs, parameters):
             raise InputError(f"{different[0]} and {different[1]} are the same to this pipeline, but differ.")
         try:
@@ -290,5 +293,7 @@ class PanelPipeline:
             raise RuntimeError(f"The {panel} was not loaded here, only: {', '.join(self.panels)}.")
 
 
-def _chosen(choice: Choice | None) -> dict[str, object]:
-    return {} if choice is None else {LORA: choice.name, LORA_SCALE: choice.scale}
+def _chosen(choices: tuple[Choice, ...]) -> dict[str, object]:
+    if not choices:
+        return {}
+    return {LORA: [choice.name for choice in choices], LORA_SCALE: [choice.scale for choice in choices]}

@@ -20,6 +20,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from engines.aliases import GUIDANCE_SCALE
 from engines.alternatives import check_options, class_named
 from engines.checks import CardError
+from engines.embeddings import load_embeddings
 from engines.options import ComponentOptions, ModelOptions
 from engines.panels import InputError, ModelError
 from engines.parameters import Alternative, Kind, Option, Parameter
@@ -63,6 +64,7 @@ def configure(pipeline: Any, options: ModelOptions) -> None:
     Raises:
         ModelError: It has no such part, or the part cannot be set so.
     """
+    load_embeddings(pipeline, options.embeddings)
     try:
         if options.scheduler != ComponentOptions():
             _require(isinstance(getattr(pipeline, SCHEDULER, None), SchedulerMixin), SCHEDULER, pipeline)

@@ -34,7 +34,7 @@ _NEVER: Final = frozenset(
     {
         *("generator", "seed", "output_type", "return_dict", "return_index", "batch_size", "debug"),
         *("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_designs_per_prompt"),
-        *("num_prompts_per_image", "callback", "callback_steps"),
+        *("num_prompts_per_image", "callback", "callback_steps", "callback_on_step_end_tensor_inputs"),
     }
 )
 _LONGEST: Final = 200
@@ -106,11 +106,13 @@ def _public(rows: Iterable[_Declared], required: Collection[str]) -> tuple[Param
         if kind is Kind.IMAGES and row.name == "image" and declared.keys() & _ONE_IMAGE:
             kind = Kind.IMAGE
         default = _plain(row.default)
+        nullable = row.default is not None and (kind is Kind.TEXTS or _allows_none(row.hint))
         # Nearly all declare the prompt as optional, and do not run without. What has a default need not be given.
         is_prompt = row.name == "prompt" and default is None
         needed = is_prompt or row.name in required or (row.required and default is None)
         many = row.structured and kind in _NUMERIC and Kind.NUMBERS in kinds_of_type(row.hint)
-        found.append(Parameter(row.name, kind, default, needed, description=_sentence(row.description), many=many))
+        text = _sentence(row.description)
+        found.append(Parameter(row.name, kind, default, needed, description=text, many=many, nullable=nullable))
     return tuple(sorted(found, key=lambda parameter: parameter.name))
 
 
@@ -169,14 +171,25 @@ def _kinds_of_sequence(hint: Any) -> set[Kind]:
     inner: set[Kind] = set().union(*(kinds_of_type(item) for item in get_args(hint) if item is not Ellipsis))
     if Kind.IMAGE in inner:
         return {Kind.IMAGE_LIST}
-    return {Kind.NUMBERS} if inner & _NUMERIC else set()
+    if inner & _NUMERIC:
+        return {Kind.NUMBERS}
+    return {Kind.TEXTS} if inner == {Kind.TEXT} else set()
 
 
 def _choose(kinds: set[Kind]) -> Kind | None:
     if {Kind.IMAGE, Kind.IMAGE_LIST} <= kinds:
         return Kind.IMAGES
     # Of one and many, one: a request is one unit of work.
-    for kind in (Kind.IMAGE, Kind.IMAGE_LIST, Kind.NUMBER, Kind.INTEGER, Kind.BOOLEAN, Kind.TEXT, Kind.PAIR):
+    for kind in (
+        Kind.IMAGE,
+        Kind.IMAGE_LIST,
+        Kind.NUMBER,
+        Kind.INTEGER,
+        Kind.BOOLEAN,
+        Kind.TEXT,
+        Kind.TEXTS,
+        Kind.PAIR,
+    ):
         if kind in kinds:
             return kind
     return Kind.NUMBERS if kinds else None
@@ -199,8 +212,16 @@ def _options(hint: Any) -> Iterator[Any]:
         yield hint
 
 
+def _allows_none(hint: Any) -> bool:
+    if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
+        return any(map(_allows_none, get_args(hint)))
+    return hint is type(None)
+
+
 def _plain(default: Any) -> Default:
-    if isinstance(default, (list, tuple)) and all(type(item) in (int, float) for item in default):
+    if isinstance(default, (list, tuple)) and (
+        all(type(item) in (int, float) for item in default) or all(isinstance(item, str) for item in default)
+    ):
         return tuple(default)
     if isinstance(default, float) and not math.isfinite(default):
         return None

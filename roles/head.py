@@ -630,11 +630,9 @@ class Head(Actor):
         check_lora(inputs, served.lora_names, served.name)
         now = time.time()
         timeout_s = self.topology.head.request_timeout_s
-        seed = secrets.randbits(32) if message.seed is None else message.seed
-        if seed + message.n - 1 > MAX_SEED:
-            raise CardError("seed", f"must be at most {MAX_SEED} for the last picture, whose seed is seed + n - 1.")
+        seeds = seeds_of(secrets.randbits(32) if message.seed is None else message.seed, message.n)
         id_ = message.request_id
-        units = [Unit(f"{id_}/{k}", id_, k, seed + k, timeout_s) for k in range(message.n)]
+        units = [Unit(f"{id_}/{k}", id_, k, seed, timeout_s) for k, seed in enumerate(seeds)]
         deadline, key = now + timeout_s, _key(message)
         return Request(
             id_,
@@ -793,6 +791,17 @@ def _other_weights(name: str) -> str:
 def _uploads(request: Request) -> set[Upload]:
     pictures = (value for value in request.inputs.values() if isinstance(value, Pictures))
     return {upload for value in pictures for upload in value.files}
+
+
+def seeds_of(seed: int | tuple[int, ...], n: int) -> list[int]:
+    """Return the seed of each of `n` pictures; raises CardError."""
+    if isinstance(seed, tuple):
+        if len(seed) != n:
+            raise CardError("seed", f"must be {n} seeds, one for each of n, not {len(seed)}.")
+        return list(seed)
+    if seed + n - 1 > MAX_SEED:
+        raise CardError("seed", f"must be at most {MAX_SEED} for the last picture, whose seed is seed + n - 1.")
+    return [seed + k for k in range(n)]
 
 
 def _key(message: requests.SubmitRequest) -> str:

@@ -12,7 +12,7 @@ from actors import Component, Model
 from engines.card import load_index
 from engines.inspection import entries
 from engines.lora import LoraFile
-from engines.options import ComponentOptions, ModelOptions
+from engines.options import ComponentOptions, EmbeddingFile, ModelOptions
 from engines.weight_files import component_files
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def model_options(model: Model) -> ModelOptions:
         checkpoint=source.checkpoint,
         components=tuple(sorted(source.components.items())),
         trust_remote_code=section.trust_remote_code,
+        embeddings=tuple(EmbeddingFile(each.token, model.absolute(each.path)) for each in section.embeddings),
     )
 
 

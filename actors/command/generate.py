@@ -72,8 +72,13 @@ def generate(
         int | None, typer.Option(min=1, help="Denoising steps; the model's own if left out.", show_default=False)
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="The same seed makes the same picture; random if left out.", show_default=False)
-    ] = None,
+        str,
+        typer.Option(
+            metavar="SEED[,SEED...]",
+            help="The same seed makes the same picture; random if left out. Of several, each makes one.",
+            show_default=False,
+        ),
+    ] = "",
     model: Annotated[
         str, typer.Option(metavar="NAME", help="Which model; the first if left out.", show_default=False)
     ] = "",
@@ -84,7 +89,10 @@ def generate(
         float | None,
         typer.Option(help="How closely to follow the prompt; the model's own if left out.", show_default=False),
     ] = None,
-    count: Annotated[int, typer.Option("-n", min=1, max=10, help="How many, of seeds that follow each other.")] = 1,
+    count: Annotated[
+        int | None,
+        typer.Option("-n", min=1, max=10, help="How many, of seeds that follow each other.", show_default="1"),
+    ] = None,
     image: Pictures = None,
     mask: Annotated[
         Path | None,
@@ -127,10 +135,11 @@ def generate(
     begun = time.monotonic()
     options = {"negative_prompt": negative, "guidance_scale": guidance, "mask": mask, "last_image": last_image}
     options |= {"model": model} if model else {}
-    said = {"prompt": prompt, "size": size or None, "num_inference_steps": steps, "seed": seed, "n": count, **options}
+    seeds = read_seeds(seed)
+    said = {"prompt": prompt, "size": size or None, "num_inference_steps": steps, "seed": seeds, "n": count, **options}
     extra = {**settings(more or [], out, said), **options, "image": image or None}
     try:
-        body = request_body(prompt, size=size or None, steps=steps, seed=seed, extra=extra, n=count)
+        body = request_body(prompt, size=size or None, steps=steps, seed=seeds, extra=extra, n=count)
     except OSError as error:
         fail(f"{error.filename} cannot be read: {error.strerror}.", EXIT_FAILED)
     try:
@@ -165,6 +174,17 @@ def names_for(request: Mapping[str, Any], out: Path | None) -> list[Path]:
     if len(artifacts) == 1:
         return [out]
     return [out.with_stem(f"{out.stem}-{index}") for index in range(len(artifacts))]
+
+
+def read_seeds(text: str) -> int | list[int] | None:
+    """Read one seed, or several between commas; None for no text. Raises `typer.BadParameter`. Pure."""
+    try:
+        seeds = [int(seed) for seed in text.split(",")] if text else []
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is no whole number, nor a list such as 1,2,3", param_hint="--seed"
+        ) from None
+    return seeds if len(seeds) > 1 else next(iter(seeds), None)
 
 
 def base_url(url: str) -> str:

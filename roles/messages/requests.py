@@ -28,8 +28,8 @@ class SubmitRequest(Message):
     request_id: Name
     inputs: dict[str, Input]
     """Pipeline inputs by diffusers' names (`prompt`, `height`, `num_inference_steps`, ...), without the seed."""
-    seed: Seed | None = None
-    """Picture k is made from `seed + k`; without a seed the head draws one."""
+    seed: Seed | Annotated[tuple[Seed, ...], Meta(max_length=1024)] | None = None
+    """Picture k is made from `seed + k`, or from entry k of a list; without a seed the head draws one."""
     n: Natural = 1
     output: Output = Output()
     idempotency_key: Key = ""

@@ -173,6 +173,16 @@ BROKEN = {
         '"float64" is not known',
         "use one of float32, float16, bfloat16.",
     ),
+    "a word that is two": (
+        MODEL + '[[model.embeddings]]\ntoken = "a b"\npath = "a"\n' + PANELS,
+        'token = "a b" does not fit',
+        "a word of at most 64 characters",
+    ),
+    "a word that is taught twice": (
+        MODEL + '[[model.embeddings]]\ntoken = "ink"\npath = "a"\n' * 2 + PANELS,
+        '[[model.embeddings]] use the token "ink" 2 times',
+        "a token of its own",
+    ),
     "open host": (MODEL + '[api]\nhost = "0.0.0.0"\n' + PANELS, "there are no keys to keep others out", '"127.0.0.1"'),
     "open name": (MODEL + '[api]\nhost = "example.org"\n' + PANELS, "open to the network", "[api] keys_file"),
     "no site": (MODEL + '[api]\npublic_url = "http://["\n' + PANELS, 'public_url = "http://[" is no URL', "https://"),

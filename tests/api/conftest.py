@@ -25,6 +25,7 @@ from api.server import build
 from bus import DeadLetters, Delivery, Mailbox, Outbox
 from engines.parameters import Kind, Parameter, Task
 from roles.artifacts import ArtifactStore
+from roles.head import seeds_of
 from roles.messages import requests as wire
 from roles.uploads import UPLOADS, UploadStore
 
@@ -120,7 +121,7 @@ class SmallHead:
         accepted.state, accepted.causes, accepted.at_fault = state, causes, at_fault
         if state == "DONE":
             for index in range(accepted.submit.n):
-                colour = (accepted.submit.seed + index) % 256
+                colour = seeds_of(accepted.submit.seed, accepted.submit.n)[index] % 256
                 picture = io.BytesIO()
                 Image.new("RGB", (8, 8), (colour, 0, 0)).save(picture, written_as(accepted.submit))
                 self.store.save(f"{request_id}/{index}", written_as(accepted.submit), picture.getvalue())
@@ -238,7 +239,7 @@ class SmallHead:
         done = accepted.state == "DONE"
         return wire.UnitView(
             index=index,
-            seed=submit.seed + index,
+            seed=seeds_of(submit.seed, submit.n)[index],
             state=accepted.state,
             attempts=1 + len(accepted.causes),
             step=self.steps[0],

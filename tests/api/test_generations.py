@@ -61,6 +61,22 @@ async def test_null_is_the_same_as_not_given(client, small_head):
     assert (submit.inputs, submit.n, submit.output.format) == ({"prompt": "x"}, 1, "")
 
 
+async def test_each_picture_has_a_seed_of_its_own(client, small_head):
+    answer = await client.post(URL, json={"prompt": "x", "seed": [5, 3, 9]})
+    assert answer.status_code == 200, answer.text
+    await client.post(URL, files={"prompt": (None, "x"), "seed": (None, "5, 3"), "n": (None, "2")})
+    first, second = await small_head.received(wire.SubmitRequest, 2)
+    assert [(submit.seed, submit.n) for submit in (first, second)] == [((5, 3, 9), 3), ((5, 3), 2)]
+    for body, words in (
+        ({"seed": [1, 2], "n": 3}, "seed must be as many as n, 3"),
+        ({"seed": [1, -2]}, "seed must be a whole number from 0"),
+        ({"seed": []}, "or a list of 1 to 10 of them"),
+    ):
+        error = (await client.post(URL, json={"prompt": "x", **body})).json()["error"]
+        assert error["param"] == "seed"
+        assert words in error["message"]
+
+
 async def test_who_prefers_not_to_wait_is_told_where_to_look(client, small_head):
     small_head.hold = True
     answer = await client.post(URL, json={"prompt": "x"}, headers={"Prefer": "wait=5, Respond-Async"})

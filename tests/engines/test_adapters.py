@@ -48,7 +48,8 @@ def test_each_request_makes_what_diffusers_makes_with_its_adapter(
     loras = {name: lora(files, model, f"{family}-{name}") for name in ("a", "b")}
     adapters = tuple(LoraFile(name, path, 0.8) for name, path in loras.items())
     panels = Panels(model, dtype, adapters=adapters)
-    asked = [{"lora": "a"}, {}, {"lora": "b", "lora_scale": 1.5}, {"lora": "a", "lora_scale": -0.5}, {"lora": ""}]
+    both = {"lora": ["b", "a"], "lora_scale": [0.5, -0.7]}
+    asked = [{"lora": "a"}, {}, {"lora": "b", "lora_scale": 1.5}, {"lora": "a", "lora_scale": -0.5}, {"lora": ""}, both]
     ours = [panels.make(3, **STEPS, **more) for more in asked]
 
     without = plain(model, dtype, blocks=family not in ("cogvideox", "sana"))
@@ -60,6 +61,12 @@ def test_each_request_makes_what_diffusers_makes_with_its_adapter(
         without.set_adapters("only", scale)
         assert same(ours[index], expected(without, model, 3, **STEPS)), (name, scale)
         without.unload_lora_weights()
+    for name, path in loras.items():
+        without.load_lora_weights(str(path), adapter_name=name)
+    without.set_adapters(["b", "a"], [0.5, -0.7])
+    assert same(ours[5], expected(without, model, 3, **STEPS))
+    without.unload_lora_weights()
+    assert not same(ours[5], bare)
     assert not same(ours[0], ours[2])
     assert not same(ours[0], ours[3])
     assert not same(ours[0], bare)
@@ -273,10 +280,18 @@ def test_a_pipeline_that_takes_no_adapters_says_so(classic_models: Models, model
     ("inputs", "param", "sentence"),
     [
         ({"lora": "c"}, "lora", "must be one of a, b: there is no adapter 'c'."),
-        ({"lora": 3}, "lora", "must be text."),
+        ({"lora": 3}, "lora", "must be a text, or a list of texts."),
         ({"lora": "a", "lora_scale": 4.1}, "lora_scale", "must be -4 to 4."),
         ({"lora_scale": float("nan")}, "lora_scale", "must be a number."),
         ({"lora_scale": True}, "lora_scale", "must be a number."),
+        ({"lora": ["a", "c"]}, "lora", "must be one of a, b: there is no adapter 'c'."),
+        ({"lora": ["a", "a"]}, "lora", "must not name an adapter twice."),
+        (
+            {"lora": ["a", "b"], "lora_scale": [1.0]},
+            "lora_scale",
+            "must be one number, or 2, one for each adapter, not 1.",
+        ),
+        ({"lora": ["a", "b"], "lora_scale": [1.0, 9]}, "lora_scale", "must be -4 to 4."),
     ],
 )
 def test_what_is_asked_for_must_be_there(inputs: dict[str, object], param: str, sentence: str) -> None:
@@ -295,7 +310,11 @@ def test_without_adapters_there_is_no_such_parameter() -> None:
 def test_a_choice_has_the_scale_of_the_request_or_of_its_entry() -> None:
     files = (LoraFile("a", Path("a"), 0.5),)
     check_lora({"lora": "a", "lora_scale": -4}, {"a"})
-    assert choose({"lora": "a", "lora_scale": -4}, files) == Choice("a", -4.0)
-    assert choose({"lora": "a"}, files) == Choice("a", 0.5)
-    assert choose({"lora": "", "lora_scale": 2.0}, files) is None
-    assert choose({}, files) is None
+    assert choose({"lora": "a", "lora_scale": -4}, files) == (Choice("a", -4.0),)
+    assert choose({"lora": "a"}, files) == (Choice("a", 0.5),)
+    assert choose({"lora": "", "lora_scale": 2.0}, files) == ()
+    assert choose({}, files) == choose({"lora_scale": [1.0, 2.0]}, files) == ()
+    files += (LoraFile("b", Path("b")),)
+    assert choose({"lora": ["b", "a"]}, files) == (Choice("b", 1.0), Choice("a", 0.5))
+    assert choose({"lora": ["b", "a"], "lora_scale": [2, 0.1]}, files) == (Choice("b", 2.0), Choice("a", 0.1))
+    assert choose({"lora": ["b", "a"], "lora_scale": 2.0}, files) == (Choice("b", 2.0), Choice("a", 2.0))

@@ -369,3 +369,17 @@ def test_what_is_none_of_them_is_refused(inputs: dict[str, object], message: str
     with pytest.raises(CardError) as raised:
         ModelCard().apply(inputs, TAKEN)
     assert str(raised.value) == message
+
+
+def test_null_is_left_out_but_for_what_can_be_none() -> None:
+    card = ModelCard(name="x", defaults={"rules": "old"})
+    parameters = (
+        Parameter("prompt", Kind.TEXT, required=True),
+        Parameter("rules", Kind.TEXTS, ("be", "good"), nullable=True),
+        Parameter("strength", Kind.NUMBER, 0.5),
+    )
+    given = {"prompt": "x", "rules": None, "strength": None}
+    assert card.apply(given, parameters) == {"prompt": "x", "rules": None}
+    assert card.apply({"prompt": "x"}, parameters) == {"prompt": "x", "rules": "old"}
+    # Before the pipeline is known it is not known either which of them can be.
+    assert card.apply(given) == {"prompt": "x", "rules": "old", "strength": None}

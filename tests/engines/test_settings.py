@@ -12,9 +12,11 @@ import pytest
 import torch
 from diffusers import ModularPipeline, guiders
 from diffusers.hooks import LayerSkipConfig
+from msgspec.structs import replace
+from safetensors.torch import save_file
 
 from engines.codec import pack, unpack
-from engines.options import DEFAULTS, ComponentOptions, ModelOptions
+from engines.options import DEFAULTS, ComponentOptions, EmbeddingFile, ModelOptions
 from engines.panels import InputError, ModelError, Panel
 from engines.pipeline import PanelPipeline
 from tests.engines.classics import Models, expected, finish, plain, request
@@ -25,9 +27,14 @@ SDXL = {"prompt": "a red ship", "height": 64, "width": 64, "num_inference_steps"
 WAN = {"prompt": "a cat", "height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 4, "negative_prompt": "x"}
 
 
-@cache
+LOADED: dict[tuple[Path, Panel, str], PanelPipeline] = {}
+
+
 def panel(model: Path, which: Panel, options: ModelOptions = DEFAULTS) -> PanelPipeline:
-    return PanelPipeline.load(model, (which,), dtype=torch.float32, device=CPU, options=options)
+    key = (model, which, str(options))
+    if key not in LOADED:
+        LOADED[key] = PanelPipeline.load(model, (which,), dtype=torch.float32, device=CPU, options=options)
+    return LOADED[key]
 
 
 def crossed(state: dict[str, object]) -> dict[str, object]:
@@ -208,6 +215,47 @@ def test_a_vae_in_tiles_is_that_of_diffusers_and_the_shared_one_stays(family: st
     tiled = ModelOptions(vae_tiling=True, vae_tiling_options=tuple(sorted(sizes.items())))
     assert same(ours, served(model, large, 3, tiled))
     assert same(served(model, {**large, "vae_tiling": False}, 3, tiled), served(model, large, 3))
+
+
+def test_null_is_none_where_a_pipeline_can_do_without_its_default(classic_models: Models) -> None:
+    model = classic_models("sana")
+    inputs = request(model, num_inference_steps=2)
+    ours = served(model, {**inputs, "complex_human_instruction": None}, 3)
+    assert same(ours, expected(model, {**inputs, "complex_human_instruction": None}, 3))
+    assert not same(ours, served(model, inputs, 3))
+    words = ["Say it in", "other words:"]
+    theirs = expected(model, {**inputs, "complex_human_instruction": words}, 3)
+    assert same(served(model, {**inputs, "complex_human_instruction": words}, 3), theirs)
+    # Of others, null is what it always was: left out.
+    assert same(served(model, {**inputs, "eta": None}, 3), served(model, inputs, 3))
+
+
+def test_a_word_that_a_model_is_taught_is_that_of_diffusers(models: Models, tmp_path: Path) -> None:
+    model = models("sdxl")
+    whole = ModularPipeline.from_pretrained(str(model))
+    whole.load_components(dtype=torch.float32)
+    widths = {"clip_l": whole.text_encoder.config.hidden_size, "clip_g": whole.text_encoder_2.config.hidden_size}
+    vectors = {name: torch.randn(2, width, generator=seeded(4)) for name, width in widths.items()}
+    save_file(vectors, tmp_path / "ink.safetensors")
+    for name, end in (("clip_l", ""), ("clip_g", "_2")):
+        parts = {part: getattr(whole, f"{part}{end}") for part in ("text_encoder", "tokenizer")}
+        whole.load_textual_inversion(vectors[name], token="<ink>", **parts)
+    inputs = {**SDXL, "prompt": "a ship in <ink>"}
+    as_blocks = ModelOptions(route="modular")  # with their defaults, not those of the class that the index names
+    options = replace(as_blocks, embeddings=(EmbeddingFile("<ink>", tmp_path / "ink.safetensors"),))
+    ours = served(model, inputs, 3, options)
+    assert same(ours, media(whole(generator=seeded(3), **inputs)))
+    assert not same(ours, served(model, inputs, 3, as_blocks))
+    save_file({"emb_params": torch.zeros(2, 5)}, tmp_path / "other.safetensors")
+    for name, family, sentence in (
+        ("other.safetensors", "sdxl", "vectors of 5 numbers"),
+        ("other.bin", "sdxl", "no other is read"),
+        ("none.safetensors", "sdxl", "cannot be read"),
+        ("ink.safetensors", "wan", "loads no embeddings into"),
+    ):
+        options = ModelOptions(embeddings=(EmbeddingFile("<ink>", tmp_path / name),))
+        with pytest.raises(ModelError, match=sentence):
+            PanelPipeline.load(models(family), (Panel.ENCODER,), dtype=torch.float32, device=CPU, options=options)
 
 
 def test_what_an_encoder_may_read_is_told_from_what_it_cannot(models: Models) -> None:

@@ -19,11 +19,12 @@ from actors.keys import make_keys
 from actors.runtime import Runtime
 from actors.system import ChildReport, Inspect, Inspection, SupervisorQuery, SupervisorReport
 from bus import Outbox, Reference, Refused, RemoteFailure
+from engines.checks import CardError
 from engines.lora import PARAMETERS
 from engines.parameters import Kind, Parameter, Signature
 from roles import errands
 from roles.artifacts import ARTIFACTS, ArtifactStore
-from roles.head import TICK_S, Head
+from roles.head import TICK_S, Head, seeds_of
 from roles.journal import Journal
 from roles.messages import pool as pools
 from roles.messages import requests, stages
@@ -902,7 +903,7 @@ def test_an_adapter_that_is_not_there_is_refused_with_those_that_are(topology: C
                 for inputs, param, sentence in (
                     ({"lora": "chalk"}, "lora", "must be one of clay, ink: there is no adapter 'chalk'."),
                     ({"lora": "ink", "lora_scale": 5}, "lora_scale", "must be -4 to 4."),
-                    ({"lora": 1}, "lora", "must be text."),
+                    ({"lora": 1}, "lora", "must be a text, or a list of texts."),
                 ):
                     rejected = await stage.submit(f"bad{known}", **inputs)
                     assert (rejected.code, rejected.param, rejected.message) == ("invalid", param, sentence)
@@ -924,3 +925,11 @@ def test_without_adapters_there_is_no_such_parameter(topology: Callable[..., Top
                 assert "is not a parameter of tiny" in rejected.message
 
     asyncio.run(scenario())
+
+
+def test_seeds_follow_each_other_or_are_given_for_each() -> None:
+    assert seeds_of(5, 3) == [5, 6, 7]
+    assert seeds_of((5, 3), 2) == [5, 3]
+    for seed, n in (((5, 3), 3), (MAX_SEED, 2)):
+        with pytest.raises(CardError, match="seed must be"):
+            seeds_of(seed, n)
