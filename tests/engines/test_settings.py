@@ -82,7 +82,7 @@ def test_a_scheduler_of_a_request_is_that_of_diffusers(models: Models) -> None:
     assert same(ours, modular(model, SDXL, 3, scheduler=own))
     assert not same(ours, served(model, SDXL, 3, as_blocks))
     # The one that all share is as it was.
-    assert same(served(model, SDXL, 3), modular(model, SDXL, 3))
+    assert same(served(model, SDXL, 3, as_blocks), modular(model, SDXL, 3))
 
 
 def test_options_alone_change_the_scheduler_of_the_model(models: Models) -> None:
