@@ -1,6 +1,6 @@
 """Pack the values that cross between panels into one slot of bytes and a manifest, and back, without pickle.
 
-What crosses is a dict of tensors, numbers, text, bytes, images, arrays, generators and containers of those.
+What crosses is a dict of tensors, numbers, text, bytes, slices, images, arrays, generators and containers of those.
 Anything else is refused by name and type: a value that stayed behind would make a wrong picture and no error.
 Of an image only the pixels cross, of a tensor neither its gradient nor its aliases.
 """

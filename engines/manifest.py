@@ -16,9 +16,10 @@ ALIGNMENT: Final = 64
 MAX_MANIFEST_BYTES: Final = 512 * 1024
 """A manifest rides on the bus, whose messages are at most 1 MiB."""
 MAX_DEPTH: Final = 32
-VERSION: Final = 1
+VERSION: Final = 2
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+Bound = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)] | None
 Dimension = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Shape = Annotated[tuple[Dimension, ...], msgspec.Meta(max_length=32)]
@@ -118,6 +119,17 @@ class DType(Record, frozen=True, tag="dtype"):
     """The name in `torch`."""
 
 
+class Slice(Record, frozen=True, tag="slice"):
+    """A `slice` of integers."""
+
+    start: Bound
+    """Where it starts, or None."""
+    stop: Bound
+    """Where it ends, or None."""
+    step: Bound
+    """How far apart its items are, or None."""
+
+
 class List(Record, frozen=True, tag="list"):
     """A `list`."""
 
@@ -163,6 +175,7 @@ Node = (
     | Generator
     | BigInteger
     | DType
+    | Slice
     | List
     | Tuple
     | Dict

@@ -81,6 +81,12 @@ class Packer:
     def _dtype(self, value: torch.dtype, path: str, depth: int) -> m.Node:
         return m.DType(str(value).removeprefix("torch."))
 
+    def _slice(self, value: slice, path: str, depth: int) -> m.Node:
+        bounds = (value.start, value.stop, value.step)
+        if not all(bound is None or (type(bound) is int and abs(bound) <= 2**62) for bound in bounds):
+            raise CodecError(f"{path} is {value!r}, and only a slice of integers can cross.")
+        return m.Slice(*bounds)
+
     def _generator(self, value: torch.Generator, path: str, depth: int) -> m.Node:
         return m.Generator(value.device.type, self._span(value.get_state()))
 
@@ -158,6 +164,7 @@ _PACKERS: Final[dict[type, Callable[[Packer, Any, str, int], m.Node]]] = {
     str: Packer._text,
     bytes: Packer._bytes,
     torch.dtype: Packer._dtype,
+    slice: Packer._slice,
     torch.Generator: Packer._generator,
     torch.Tensor: Packer._tensor,
     list: Packer._list,

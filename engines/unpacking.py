@@ -65,6 +65,9 @@ class Unpacker:
     def _dtype(self, node: m.DType, depth: int) -> torch.dtype:
         return _named(carriers.ALL_DTYPES, node.name)
 
+    def _slice(self, node: m.Slice, depth: int) -> slice:
+        return slice(node.start, node.stop, node.step)
+
     def _generator(self, node: m.Generator, depth: int) -> torch.Generator:
         if node.device not in ("cpu", self.device.type):
             raise CodecError(f'A generator of a "{node.device}" device cannot be used on {self.device}.')
@@ -146,6 +149,7 @@ _UNPACKERS: Final[dict[type, Callable[[Unpacker, Any, int], object]]] = {
     m.Text: Unpacker._text,
     m.Bytes: Unpacker._bytes,
     m.DType: Unpacker._dtype,
+    m.Slice: Unpacker._slice,
     m.Generator: Unpacker._generator,
     m.Tensor: Unpacker._tensor,
     m.Array: Unpacker._array,
