@@ -11,8 +11,9 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from engines.media import NSFW
+from engines.panels import Panel
 from roles.media import nsfw_of
-from tests.engines.classics import Models, expected, finish, request, whole
+from tests.engines.classics import Models, expected, finish, part, request
 from tests.engines.results import media, same
 
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -48,8 +49,8 @@ def test_what_the_safety_checker_finds_is_beside_the_black_image(
     # Nothing is farther from a concept than one: above its weight nothing is found, below it everything.
     model = with_checker(classic_models("sd_controlnet"), tmp_path / "checked", -2.0 if found else 2.0)
     inputs = request(model, num_inference_steps=1)
-    pipeline = whole(model)
-    made = pipeline.decode(finish(pipeline.denoise(pipeline.encode(inputs, 3))))
+    encoder, denoiser, decoder = (part(model, panel) for panel in Panel)
+    made = decoder.decode(finish(denoiser.denoise(encoder.encode(inputs, 3))))
     assert made[NSFW] == [found]
     assert nsfw_of(made) is found
     assert same(media(made), expected(model, inputs, 3))

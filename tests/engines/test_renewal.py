@@ -63,7 +63,7 @@ def crossed(state: dict[str, object]) -> dict[str, object]:
     return unpack(manifest, torch.frombuffer(bytearray(slot), dtype=torch.uint8), CPU)
 
 
-@pytest.mark.parametrize("family", [*MODULAR, *(set(Classic) - {Classic.SD_CONTROLNET})])
+@pytest.mark.parametrize("family", [*MODULAR, *(family for family in Classic if family is not Classic.SD_CONTROLNET)])
 def test_a_renewed_state_is_that_of_the_other_request_to_the_bit(
     family: str, encoder: Callable[[str], PanelPipeline]
 ) -> None:
