@@ -17,7 +17,7 @@ import diffusers
 from transformers import PreTrainedModel
 
 from engines.panels import Panel
-from engines.source import calls_in_rounds, computes, ends_without_steps, runs, runs_before, set_by
+from engines.source import calls_in_rounds, computes, ends_without_steps, made_of, runs, runs_before, set_by
 
 _WEIGHTLESS: Final = ("Tokenizer", "Processor", "FeatureExtractor")
 _ENCODED: Final = {"vae", "encode"}
@@ -89,7 +89,11 @@ def anatomy(cls: Any, index: Mapping[str, object]) -> Anatomy:
             encodes.add(method)
     others = _reached(cls, "__call__", without=frozenset(encodes))
     read = set().union(*others.values())
-    read |= {name for name, entry in components.items() if is_weightless(*entry) and set_by(cls, name) & read}
+    read |= {
+        name
+        for name, entry in components.items()
+        if is_weightless(*entry) and (set_by(cls, name) & read or made_of(cls, name))
+    }
     encoding = {name for method in encodes for name in _reach(cls, method)}
     vaes = [name for name in components if name.endswith("vae")]
     owners = {name: _owner(name, models, encoding, read, components) for name in components}
@@ -103,7 +107,7 @@ def anatomy(cls: Any, index: Mapping[str, object]) -> Anatomy:
         frozenset(read & components.keys()),
         frozenset(encodes),
         frozenset(decodes),
-        "vae" in components and any(names >= _ENCODED for names in others.values()),
+        "vae" in components and any(_runs_encoder(cls, *other) for other in others.items()),
         runs_before(cls, components, encodes),
         frozenset(encoding & components.keys() if calls_in_rounds(cls, encodes) else ())
         | runs(cls, loops, encodes, in_loops=False)
@@ -118,11 +122,24 @@ def is_weightless(library: str, name: str) -> bool:
     return library != "diffusers" and any(word in name for word in _WEIGHTLESS)
 
 
+def loaded_by(cls: Any) -> frozenset[str]:
+    """Names of the components that diffusers loads for a pipeline, where its index names them.
+
+    Anything else has a default; diffusers never opens a folder for it, and `save_pretrained` writes none.
+    """
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    return frozenset(
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty or parameter.name in cls._optional_components
+    )
+
+
 def _components(cls: Any, index: Mapping[str, object]) -> Iterator[tuple[str, tuple[str, str]]]:
-    taken = inspect.signature(cls.__init__).parameters
+    expected = loaded_by(cls)
     for name, entry in index.items():
         if (
-            name in taken
+            name in expected
             and isinstance(entry, list)
             and len(entry) == 2
             and all(isinstance(part, str) for part in entry)
@@ -169,6 +186,12 @@ def _names(code: CodeType | None) -> set[str]:
         if isinstance(constant, CodeType):
             names |= _names(constant)
     return names
+
+
+def _runs_encoder(cls: Any, method: str, names: set[str]) -> bool:
+    """Whether a method runs the VAE's encoder; the VAE may be an argument of it."""
+    code = _code(cls, method)
+    return names | set(code.co_varnames if code is not None else ()) >= _ENCODED
 
 
 def _reach(cls: Any, method: str) -> set[str]:

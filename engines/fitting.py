@@ -20,6 +20,7 @@ from accelerate import init_empty_weights
 
 from engines.adapters import Adapters
 from engines.aliases import FPS, GUIDANCE_SCALE, TRUE_CFG_SCALE
+from engines.anatomy import loaded_by
 from engines.card import CARD_NAME, load_card, load_index
 from engines.complaints import complaints
 from engines.custom_code import custom_class, custom_file
@@ -225,7 +226,7 @@ def _needed(
     if route is not Route.MODULAR:
         cls = classic_class(index, options)
         parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-        wanted = {parameter.name for parameter in parameters}
+        wanted = set(loaded_by(cls))
         lacking = [each.name for each in parameters if each.default is each.empty and each.name not in index]
         named = cls.__name__
     else:

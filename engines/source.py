@@ -106,6 +106,16 @@ def set_by(cls: Any, component: str) -> set[str]:
     return attributes
 
 
+def made_of(cls: Any, component: str) -> bool:
+    """Whether a pipeline cannot be made without a component, since it reads attributes of what it is given."""
+    function = _function(cls, "__init__")
+    nodes = ast.walk(function) if function is not None else ()
+    return any(
+        isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == component
+        for node in nodes
+    )
+
+
 def computes(cls: Any, method: str, component: str) -> bool:
     """Whether a method itself runs a component, and does not just look at it."""
     function = _function(cls, method)

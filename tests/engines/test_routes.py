@@ -164,6 +164,26 @@ def test_an_entry_that_the_pipeline_does_not_take_is_left_out() -> None:
     assert owned("PixArtSigma", tokenizer_2=TOKENIZER, requires_safety_checker=True) == owned("PixArtSigma")
 
 
+def test_what_diffusers_loads_from_no_folder_is_no_component() -> None:
+    # The class makes a scheduler of its own; `save_pretrained` writes none.
+    assert owned("LongCatAudioDiT") == {
+        "encoder": {"tokenizer", "text_encoder"},
+        "denoiser": {"transformer"},
+        "decoder": {"vae"},
+    }
+
+
+def test_a_processor_that_a_pipeline_reads_when_it_is_made_is_everywhere() -> None:
+    parts = owned("LongCatImageEdit", text_processor=["transformers", "Qwen2VLProcessor"])
+    assert all("text_processor" in names for names in parts.values())
+    assert "tokenizer" not in parts["denoiser"]
+
+
+def test_the_encoder_of_a_vae_may_be_run_by_a_method_that_gets_the_vae_as_an_argument() -> None:
+    assert "vae" in owned("HunyuanVideo15ImageToVideo")["denoiser"]
+    assert "vae" not in owned("HunyuanVideo15")["denoiser"]
+
+
 def test_methods_are_found_by_what_they_work_with() -> None:
     found = index("CogVideoX")
     assert anatomy(classic_class(found), found).encodes == {"encode_prompt"}
