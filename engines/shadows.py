@@ -2,7 +2,8 @@
 
 Most pipelines compute geometry from components that the running block does not declare: the size of latents from
 the VAE, their channels from the transformer. Where such a component is absent they fall back to constants, and the
-picture is wrong without an error. So each panel gets a shadow of every component that it does not load.
+picture is wrong without an error. So each panel gets a shadow of every component that it does not load. Statistics
+to normalize with are part of it: they are buffers, or parameters of the component itself, and small.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def shadow(
             module = known.from_config(config)
         files = component_files(name, folder, options)
         if files.form is Form.FOLDER:
-            _read_buffers(module, files.files, dtype, device)
+            _read_values(module, files.files, dtype, device)
         elif _missing_buffers(module):
             _copy_buffers(module, read_single_file(name, cls, files.files[0], folder, torch.float32), dtype, device)
         return Shadow(name, module, dtype, device)
@@ -109,16 +110,25 @@ def _missing_buffers(module: torch.nn.Module) -> set[str]:
     return set(module.state_dict()) - {name for name, _ in module.named_parameters()}
 
 
+def _own_parameters(module: torch.nn.Module) -> set[str]:
+    """Names of the parameters that are in none of its layers; among them are statistics to normalize with."""
+    return {name for name, _ in module.named_parameters(recurse=False)}
+
+
 def _copy_buffers(module: torch.nn.Module, read: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     there = dict(read.named_buffers())
     for name in _missing_buffers(module) & there.keys():
-        _set_buffer(module, name, there[name].to(device), dtype)
+        _set_value(module, name, there[name].to(device), dtype)
 
 
-def _set_buffer(module: torch.nn.Module, name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
+def _set_value(module: torch.nn.Module, name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
     parent, _, leaf = name.rpartition(".")
     owner = module.get_submodule(parent)
-    owner.register_buffer(leaf, value.to(dtype) if value.is_floating_point() else value)
+    value = value.to(dtype) if value.is_floating_point() else value
+    if leaf in dict(owner.named_parameters(recurse=False)):
+        owner.register_parameter(leaf, torch.nn.Parameter(value, requires_grad=False))
+    else:
+        owner.register_buffer(leaf, value)
 
 
 def is_several(cls: object) -> bool:
@@ -138,8 +148,8 @@ def _configured(folder: Path) -> Any:
     return cls.from_config(cls.load_config(str(folder)))
 
 
-def _read_buffers(module: torch.nn.Module, files: Iterable[Path], dtype: torch.dtype, device: torch.device) -> None:
-    missing = _missing_buffers(module)  # statistics of latents can be buffers
+def _read_values(module: torch.nn.Module, files: Iterable[Path], dtype: torch.dtype, device: torch.device) -> None:
+    missing = _missing_buffers(module) | _own_parameters(module)  # statistics of latents can be either
     for path in files:
         if not missing:
             return
@@ -147,5 +157,5 @@ def _read_buffers(module: torch.nn.Module, files: Iterable[Path], dtype: torch.d
             continue
         with safe_open(path, framework="pt") as file:
             for name in missing & set(file.keys()):
-                _set_buffer(module, name, file.get_tensor(name).to(device), dtype)
+                _set_value(module, name, file.get_tensor(name).to(device), dtype)
                 missing = missing - {name}

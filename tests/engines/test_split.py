@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import AutoencoderKLFlux2, AutoencoderTiny, WanBlocks
+from diffusers import AutoencoderKLFlux2, AutoencoderTiny, PriorTransformer, WanBlocks
 from safetensors.torch import load_file, save_file
 
 from engines.guidance import private
@@ -220,6 +220,16 @@ def test_a_shadow_has_the_statistics_that_are_in_the_weights_file(tmp_path: Path
     assert torch.equal(stand_in.bn.running_mean, torch.arange(16.0).bfloat16())
     assert stand_in.bn.num_batches_tracked.dtype is torch.int64
     assert stand_in.encoder.conv_in.weight.is_meta
+
+
+def test_a_shadow_has_the_parameters_that_are_in_no_layer(tmp_path: Path) -> None:
+    prior = PriorTransformer(num_attention_heads=1, attention_head_dim=4, num_layers=1, embedding_dim=4)
+    prior.clip_mean.data.copy_(torch.arange(4.0))
+    prior.save_pretrained(tmp_path)
+    stand_in: Any = shadow("prior", PriorTransformer, tmp_path, torch.float32, CPU)
+    latents = torch.ones(1, 4)
+    assert torch.equal(stand_in.post_process_latents(latents), prior.post_process_latents(latents))
+    assert stand_in.proj_in.weight.is_meta
 
 
 # Requests ---------------------------------------------------------------------------------------------------------
