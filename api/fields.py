@@ -12,7 +12,7 @@ from api.body import check_length
 from api.errors import ApiError, refused
 from api.forms import Fields
 from api.names import Names
-from roles.messages.work import MAX_SEED, Json, Numbers, Options, Pictures, Scalar
+from roles.messages.work import MAX_SEED, Json, Numbers, Options, Pictures, Scalar, Tensors
 from roles.messages.work import Input as PipelineInput
 
 MAX_TEXT = 32_768
@@ -135,7 +135,7 @@ def in_words(kind: inspect.Type) -> str:
 
 
 def _extra(name: str, value: object) -> PipelineInput:
-    if isinstance(value, Pictures | Numbers | Options | Json):
+    if isinstance(value, Pictures | Numbers | Options | Json | Tensors):
         return value
     try:
         converted: Scalar = msgspec.convert(value, Input)

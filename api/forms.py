@@ -161,6 +161,8 @@ async def _convert(
         has_files = isinstance(value, list) and any(isinstance(item, UploadFile) for item in value)
         if kind in PICTURES and value is not None:
             values[name], sizes[name] = await desk.keep(param, _sources(param, value, kind))
+        elif kind is Kind.TENSORS and value is not None:
+            values[name] = await desk.keep_tensors(param, _file(param, value))
         elif has_files or (value is not None and name not in own and KNOWN.get(name) in PICTURES):
             raise refused(param, f"takes no picture{_takers(kinds, tasks)}")
         elif texts and isinstance(value, str):
@@ -194,6 +196,13 @@ def _sources(name: str, value: object, kind: Kind | None) -> list[Source]:
     if len(sources) > most:
         raise refused(name, f"must be at most {most} pictures, and {len(sources)} were given")
     return sources
+
+
+def _file(name: str, value: object) -> Source:
+    sources = value if isinstance(value, list) else [value]
+    if len(sources) != 1 or not isinstance(sources[0], str | UploadFile):
+        raise refused(name, "must be one safetensors file: base64, or a file of a form")
+    return sources[0]
 
 
 def _source(name: str, item: object) -> Source:

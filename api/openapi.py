@@ -19,7 +19,7 @@ from api.requests import Deleted
 from api.submission import IDEMPOTENCY_KEY
 from api.videos import ListQuery, Video, VideoList, VideoRequest
 from roles.formats import CONTENT_TYPES
-from roles.messages.requests import ClusterView, RequestView
+from roles.messages.requests import TENSORS, ClusterView, RequestView
 
 _FILE: Final = "file"
 _ASKED: Final = (400, 403, 404, 408, 413, 415, 421, 422, 429, 503)
@@ -183,6 +183,9 @@ _BODIES: Final[Mapping[str, tuple[type[MediaRequest], Mapping[str, str], tuple[s
     "edits": (ImageRequest, {"image": _PICTURE, "mask": _WHERE}, ("image",)),
     "videos": (VideoRequest, {"input_reference": "The first frame.", "last_image": "The last frame."}, ()),
 }
+_TENSORS: Final = (
+    "Tensors for inputs of the pipeline, by their names, where GET /v1/models lists some: a safetensors file."
+)
 _MORE: Final = "Any other field is a parameter of the model, as GET /v1/models lists them."
 _BASE64: Final = {
     "oneOf": [
@@ -203,12 +206,14 @@ def _body(kind: type[MediaRequest], pictures: Mapping[str, str], required: tuple
         **fields,
         **{name: {**schema, "enum": _with_plain(schema["enum"])} for name, schema in neutral.items()},
         **{name: {"anyOf": [_BASE64, _list(_BASE64)], "description": text} for name, text in pictures.items()},
+        TENSORS: {"type": "string", "contentEncoding": "base64", "description": _TENSORS},
     }
     in_json = {
         name: schema if name in needed else {"anyOf": [schema, {"type": "null"}]} for name, schema in whole.items()
     }
     files = _list({"type": "string", "format": "binary"})
     in_form = {**fields, **neutral, **{name: {**files, "description": text} for name, text in pictures.items()}}
+    in_form[TENSORS] = {"type": "string", "format": "binary", "description": _TENSORS}
     return {
         "required": True,
         "content": {
@@ -267,7 +272,7 @@ def _request() -> dict[str, Any]:
     made = shape(inspect.type_info(RequestView))
     fields = made["properties"]
     del fields["request_id"]
-    fields["inputs"] = {"type": "object", "description": "As they are run; pictures by name and size."}
+    fields["inputs"] = {"type": "object", "description": "As they are run; files by name and size."}
     artifact = next(one for one in fields["units"]["items"]["properties"]["artifact"]["anyOf"] if "properties" in one)
     artifact["properties"]["url"] = _TEXT
     fields = {"id": _TEXT, "object": {"const": "request"}, **fields}

@@ -13,7 +13,7 @@ from api.errors import not_found
 from api.head import Head
 from api.links import artifact_url
 from roles.messages.requests import CancelRequest, DeleteRequest, QueryRequest, RequestDeleted, RequestView
-from roles.messages.work import Input, Json, Numbers, Options, Pictures
+from roles.messages.work import Input, Json, Numbers, Options, Pictures, Tensors
 
 
 def request_object(request: Request, view: RequestView) -> dict[str, object]:
@@ -35,6 +35,8 @@ def shown(value: Input) -> object:
     match value:
         case Pictures(files):
             return [{"name": file.name, "bytes": file.nbytes} for file in files]
+        case Tensors(file, names):
+            return {"name": file.name, "bytes": file.nbytes, "tensors": list(names)}
         case Numbers(values):
             return list(values)
         case Options(options):

@@ -1,4 +1,4 @@
-"""Pictures at the edge: taken out of a body, checked by their content, put into the upload store."""
+"""Pictures and tensors at the edge: taken out of a body, checked by their content, put into the upload store."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from starlette.datastructures import UploadFile
 
 from api.errors import ApiError, refused
+from api.tensors import tensors_in
 from roles.files import is_full
-from roles.messages.work import Pictures, Upload
-from roles.uploads import ENDINGS, UploadsFull, UploadStore
+from roles.messages.work import Pictures, Tensors, Upload
+from roles.uploads import ENDINGS, TENSORS_ENDING, UploadsFull, UploadStore
 
 log = structlog.stdlib.get_logger("api")
 
@@ -72,22 +73,32 @@ class UploadDesk:
         return Pictures(tuple(files)), sizes[0]
 
     async def _keep_one(self, param: str, source: Source, left: int) -> tuple[Upload, Size]:
-        if isinstance(source, str):
-            data = await asyncio.to_thread(from_base64, source, param)
-        elif source.size is not None and source.size > MAX_FILE_BYTES:
-            raise _too_large(param)
-        else:
-            data = await source.read()
+        data = await _read(param, source)
         async with self._decoding:
             return await asyncio.to_thread(self._check_and_save, data, param, left)
 
+    async def keep_tensors(self, param: str, source: Source) -> Tensors:
+        """Check a safetensors file and keep it.
+
+        Raises ApiError that names `param`: 413 (too large), 422 (no such file), 503 (no room).
+        """
+        data = await _read(param, source)
+        if len(data) > MAX_FILE_BYTES:
+            raise _too_large(param)
+        async with self._decoding:
+            names = await asyncio.to_thread(tensors_in, data, param)
+            return Tensors(await asyncio.to_thread(self._save, data, param, TENSORS_ENDING), names)
+
     def _check_and_save(self, data: bytes, param: str, left: int) -> tuple[Upload, Size]:
         ending, size = check(data, param, left)
+        return replace(self._save(data, param, ending), pixels=size.width * size.height), size
+
+    def _save(self, data: bytes, param: str, ending: str) -> Upload:
         try:
-            return replace(self.store.save(data, ending), pixels=size.width * size.height), size
+            return self.store.save(data, ending)
         except UploadsFull as error:
             log.warning("an upload was refused", reason=str(error))
-            predicate = "cannot be kept: there is no room for more pictures now"
+            predicate = "cannot be kept: there is no room for more files now"
             raise refused(param, predicate, status=503, code="full", retry_s=60.0) from None
         except OSError as error:
             log.warning("an upload cannot be kept", error=str(error))
@@ -96,6 +107,14 @@ class UploadDesk:
             else:
                 predicate, code, retry_s = "cannot be kept on the server's disk", "unavailable", 5.0
             raise refused(param, predicate, status=503, code=code, retry_s=retry_s) from None
+
+
+async def _read(param: str, source: Source) -> bytes:
+    if isinstance(source, str):
+        return await asyncio.to_thread(from_base64, source, param)
+    if source.size is not None and source.size > MAX_FILE_BYTES:
+        raise _too_large(param)
+    return await source.read()
 
 
 def from_base64(text: str, param: str) -> bytes:

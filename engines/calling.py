@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping
@@ -36,7 +37,7 @@ from engines.media import (
 )
 from engines.options import DEFAULTS, ModelOptions
 from engines.panels import ModelError
-from engines.parameters import Signature
+from engines.parameters import IN_PLACE_OF, Signature
 from engines.placing import Placement
 from engines.read_ahead import read_ahead
 from engines.seeds import GENERATOR
@@ -44,7 +45,7 @@ from engines.settings import configure, setting_parameters
 from engines.shadows import Shadow
 from engines.stepping import Denoising
 from engines.tasks import class_tasks, required_by
-from engines.vocabulary import of_call
+from engines.vocabulary import of_call, tensors_of_call, tensors_parameter
 from engines.weight_files import files_ahead
 
 _OURS: Final = frozenset({"self", "output_type", "return_dict", "callback", "callback_steps", "callback_on_step_end"})
@@ -76,6 +77,7 @@ def signature(pipeline: Any) -> Signature:
     defaults = {name: declared.default for name, declared in inspect.signature(function).parameters.items()}
     fps = frames_per_s(medium, defaults, pipeline)
     declared = with_steps(of_call(function, required_by(type(pipeline))), pipeline)
+    declared = (*declared, *tensors_parameter(tensors_of_call(function)))
     settings = setting_parameters(pipeline)
     parameters = with_aliases(declared, settings, guided=has_guider(pipeline), guidance=guidance(pipeline), fps=fps)
     inputs = public_names(accepted(pipeline), parameters)
@@ -94,7 +96,12 @@ def call(pipeline: Any, inputs: Mapping[str, object], generator: torch.Generator
         As `PanelPipeline.decode`.
     """
     names = inspect.signature(type(pipeline).__call__).parameters.keys()
-    given = {name: value for name, value in inputs.items() if name in names}
+    # Some pipelines write into the latents that they get, and a state is not to be changed.
+    given = {name: copy.deepcopy(value) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    given = {name: value for name, value in given.items() if name in names}
+    for tensor, replaced in IN_PLACE_OF.items():
+        if given.get(tensor) is not None and replaced in names:
+            given.setdefault(replaced, None)
     if GENERATOR in names:
         given[GENERATOR] = generator
     if "output_type" in names:

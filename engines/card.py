@@ -28,13 +28,14 @@ from engines.checks import (
     Limits,
     check_count,
     check_task,
+    check_tensors,
     checked,
     count_of,
     kind_of,
     limits_of,
 )
 from engines.panels import ModelError
-from engines.parameters import KNOWN, Default, Kind, Parameter, Task
+from engines.parameters import KNOWN, TENSORS, Default, Kind, Parameter, Task
 
 __all__ = ["CARD_NAME", "INDEX_NAMES", "CardError", "ModelCard", "load_card", "load_index"]
 
@@ -106,7 +107,10 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             name: self._checked(name, value, taken.get(name)) for name, value in merged.items() if name not in nulls
         }
         applied |= dict.fromkeys(sorted(nulls))
+        replaced = check_tensors(applied, given, taken.get(TENSORS))
+        applied = {name: value for name, value in applied.items() if name not in replaced}
         meant = {(taken[name].alias_of or name) if name in taken else name: value for name, value in applied.items()}
+        meant |= replaced
         for parameter in taken.values():
             if parameter.required and parameter.name not in meant:
                 raise CardError(parameter.name, "is required.")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
-from engines.parameters import PICTURES, WORDS, Kind, Parameter, Task
+from engines.parameters import IN_PLACE_OF, PICTURES, TENSORS, WORDS, Kind, Parameter, Task
 
 Limits = tuple[float, ...]
 """(lowest, highest) or (lowest, highest, step); a value is a multiple of the step. () is no limit."""
@@ -44,7 +44,7 @@ _BY_WORD: Final[Mapping[str, Limits]] = {
 }
 """The same for parameters that few families have, by a word of their names: whatever costs time has a bound."""
 _SCALARS: Final = frozenset({Kind.TEXT, Kind.INTEGER, Kind.NUMBER, Kind.BOOLEAN})
-_STRUCTURED: Final = frozenset({Kind.OPTIONS, Kind.TEXTS, Kind.JSON})
+_STRUCTURED: Final = frozenset({Kind.OPTIONS, Kind.TEXTS, Kind.JSON, Kind.TENSORS})
 ANY: Final = (-1e9, 1e9)
 """The limits of a number of which nothing is known: they say no more than that it is finite."""
 _PAIR: Final = (-65_536, 65_536)
@@ -117,6 +117,8 @@ def kind_of(value: object) -> Kind | None:
         return Kind.NUMBERS
     if options_in(value):
         return Kind.OPTIONS
+    if tensors_in(value) is not None:
+        return Kind.TENSORS
     if said(value) is not value:
         return Kind.JSON
     return None if _files(value) is None else Kind.IMAGES
@@ -165,6 +167,36 @@ def count_of(value: object) -> int | None:
     return None if numbers is None else len(numbers)
 
 
+def tensors_in(value: object) -> tuple[str, ...] | None:
+    """Names of the tensors of a value that has a file of some, as its `tensors`; None where it has none."""
+    found = getattr(value, "tensors", None)
+    return found if isinstance(found, tuple) else None
+
+
+def check_tensors(inputs: Mapping[str, object], given: Collection[str], parameter: Parameter | None) -> dict[str, str]:
+    """Check which tensors a request gives.
+
+    Args:
+        inputs: By name.
+        given: Names of those that the request itself names.
+        parameter: That takes tensors; None where it is not known.
+
+    Returns:
+        The parameters in whose place there are tensors, and which ones.
+
+    Raises:
+        CardError: The pipeline does not take such a tensor, or what it stands for is given as well.
+    """
+    found = tensors_in(inputs.get(TENSORS)) or ()
+    for name in found:
+        if parameter is not None and name not in parameter.choices:
+            message = f"has {name[:64]}, which the pipeline does not take; it takes {', '.join(parameter.choices)}."
+            raise CardError(TENSORS, message)
+        if (other := IN_PLACE_OF.get(name)) and other in given:
+            raise CardError(TENSORS, f"has {name}, which takes the place of {other}: give the one or the other.")
+    return {IN_PLACE_OF[name]: name for name in found if name in IN_PLACE_OF}
+
+
 def check_count(name: str, value: object, every: int) -> None:
     """Raise CardError unless a whole number is 1, or more by a multiple of `every`."""
     if every and type(value) is int and value > 0 and (value - 1) % every:
@@ -185,6 +217,8 @@ def check_scalars(inputs: Mapping[str, object], parameters: Collection[Parameter
 
 
 def _is_a(kind: Kind, value: object) -> bool:
+    if kind in _HOLDERS:
+        return _HOLDERS[kind](value) is not None
     match kind:
         case Kind.TEXT:
             return isinstance(value, str)
@@ -199,8 +233,6 @@ def _is_a(kind: Kind, value: object) -> bool:
         case Kind.PAIR:
             numbers = _numbers(value) or ()
             return len(numbers) == 2 and all(type(number) is int for number in numbers)
-        case Kind.OPTIONS:
-            return options_in(value) is not None
         case Kind.TEXTS:
             texts = said(value)
             return isinstance(texts, str) or (
@@ -229,6 +261,9 @@ def options_in(value: object) -> Mapping[str, object] | None:
     """Options by name, of a mapping or of what holds one as its `values`; None where it is neither."""
     found = value if isinstance(value, Mapping) else getattr(value, "values", None)
     return found if isinstance(found, Mapping) else None
+
+
+_HOLDERS: Final = {Kind.OPTIONS: options_in, Kind.TENSORS: tensors_in}
 
 
 def _files(value: object) -> tuple[object, ...] | None:

@@ -16,17 +16,18 @@ from engines.guidance import GUIDANCE_SCALE, guidance, has_guider, private, set_
 from engines.ip_adapters import load_ip_adapters
 from engines.loading import geometry_problem, load_components, make_shadows
 from engines.media import frames_per_s, medium_of, with_sampling_rate
-from engines.panels import ModelError, Panel
-from engines.parameters import PICTURES, Signature
+from engines.panels import InputError, ModelError, Panel
+from engines.parameters import IN_PLACE_OF, PICTURES, Signature
 from engines.placing import Placement
 from engines.seeds import GENERATOR, is_fresh, seeded
 from engines.settings import OF_GUIDERS, OF_SCHEDULER, OF_VAE, SCHEDULER, VAE, configure, setting_parameters
 from engines.split import KWARGS_MAPPING, Split, crossing, ignored, joined, load_split, switches
 from engines.stepping import BlockDenoising, Denoising
-from engines.vocabulary import of_blocks
+from engines.vocabulary import is_internal, of_blocks, tensors_of_blocks, tensors_parameter
 
 NEGATIVE_PROMPT: Final = "negative_prompt"
 _NEGATIVE: Final = "negative_prompt_embeds"
+_PROMPT_EMBEDS: Final = "prompt_embeds"
 _UNDECLARED: Final = frozenset({"batch_size"})
 """Inputs that some encoder makes without a declaration (HunyuanVideo 1.5)."""
 
@@ -45,7 +46,10 @@ class ModularParts:
         guided = {GUIDANCE_SCALE} if has_guider(pipeline) else set()
         settings = setting_parameters(pipeline)
         self._settings = (guided | {setting.name for setting in settings}) - (names - guided)
-        self.inputs = frozenset(names | self._settings)
+        self._made = embeddings(split.parts[Panel.ENCODER])
+        replaceable = {name for made in self._made.values() for name in made}
+        tensors = (set(tensors_of_blocks(split.blocks)) - unread) | replaceable
+        self.inputs = frozenset(names | self._settings | replaceable)
         medium = medium_of(split.outputs, split.task)
         defaults = {declared.name: declared.default for declared in split.blocks.inputs if declared.name}
         defaults |= {name: value for name, value in split.defaults.items() if name in defaults}
@@ -66,11 +70,16 @@ class ModularParts:
             if item.name == other
         ]
         parameters = with_aliases(
-            with_steps(public, pipeline), settings, guided=bool(guided), guidance=guidance(pipeline), fps=fps
+            (*with_steps(public, pipeline), *tensors_parameter(tensors)),
+            settings,
+            guided=bool(guided),
+            guidance=guidance(pipeline),
+            fps=fps,
         )
         self._draws = GENERATOR in encoded(split)
         pictures = {parameter.alias_of or parameter.name for parameter in parameters if parameter.kind in PICTURES}
         read = encoded(split) | guided | pictures | {GENERATOR}
+        read |= tensors
         free = self._settings - _read_by_encoder(split)
         self._passes = {name: default for name, default in defaults.items() if name not in read}
         encodes = self.inputs - self._passes.keys() - free
@@ -90,12 +99,18 @@ class ModularParts:
 
     def _encoded(self, inputs: Mapping[str, object], seed: int) -> Any:
         state = PipelineState()
+        inputs = {**{IN_PLACE_OF[name]: "" for name in IN_PLACE_OF.keys() & self.inputs & inputs.keys()}, **inputs}
         for declared in self._split.blocks.inputs:
             if declared.name:
                 state.set(declared.name, inputs.get(declared.name, self._defaults[declared.name]), declared.kwargs_type)
         if self._takes_generator:
             state.set(GENERATOR, seeded(seed))
-        return self._run(Panel.ENCODER, private(self.pipeline, inputs, encodes=True), state)
+        pipeline = private(self.pipeline, inputs, encodes=True)
+        for name, block in self._split.parts[Panel.ENCODER].sub_blocks.items():
+            with torch.no_grad():
+                pipeline, state = block(pipeline, state)
+            _replace(state, self._made.get(name, {}), inputs)
+        return state
 
     def seedless(self, state: Mapping[str, object]) -> bool:
         """Whether the encoder drew nothing from the generator."""
@@ -166,6 +181,39 @@ def encoded(split: Split) -> frozenset[str]:
     grouped = {item.name for item in split.blocks.inputs if item.name and item.kwargs_type in groups}
     named = {item.name for item in (*part.inputs, *part.intermediate_outputs) if item.name}
     return frozenset(named | grouped | _UNDECLARED | switches(part))
+
+
+def embeddings(encoder: Any) -> dict[str, dict[str, str | None]]:
+    """What blocks of an encoder make of prompts, which a request may give in its place.
+
+    Returns:
+        By name of the block, the names of its tensors and the group that each belongs to, if any.
+    """
+    found: dict[str, dict[str, str | None]] = {}
+    for block_name, block in encoder.sub_blocks.items():
+        taken = {item.name for item in block.inputs}
+        outputs = {item.name: item.kwargs_type for item in block.intermediate_outputs if item.name}
+        made = {name: group for name, group in outputs.items() if _PROMPT_EMBEDS in name and name not in taken}
+        if any(is_internal(name) for name in made):
+            found[block_name] = made
+    return found
+
+
+def _replace(state: Any, made: Mapping[str, str | None], inputs: Mapping[str, object]) -> None:
+    """Put what a request gives in the place of what a block has made of an empty prompt.
+
+    Raises:
+        InputError: A request gives some of what is made of one prompt, but not all.
+    """
+    for negative in (False, True):
+        of_prompt = [name for name in made if name.startswith("negative") is negative]
+        given = [name for name in of_prompt if inputs.get(name) is not None]
+        lacking = [name for name in of_prompt if name not in given and state.get(name) is not None]
+        if given and lacking:
+            raise InputError(f"tensors must have {', '.join(lacking)} beside {', '.join(given)}.")
+    for name, group in made.items():
+        if inputs.get(name) is not None:
+            state.set(name, inputs[name], group)
 
 
 def _read_by_encoder(split: Split) -> frozenset[str]:

@@ -35,6 +35,8 @@ class Kind(StrEnum):
     """Whatever JSON can say, such as lists in a list, or an object."""
     OPTIONS = "options"
     """An object: options by name, each a scalar, null or a list of numbers."""
+    TENSORS = "tensors"
+    """A safetensors file. Pipelines get each tensor in it as an input, by its name."""
 
 
 WORDS: Final[Mapping[Kind, str]] = {
@@ -50,7 +52,12 @@ WORDS: Final[Mapping[Kind, str]] = {
     Kind.TEXTS: "a text, or a list of texts",
     Kind.JSON: "a list or an object",
     Kind.OPTIONS: "an object of options by name",
+    Kind.TENSORS: "a safetensors file",
 }
+TENSORS: Final = "tensors"
+"""The parameter that is a safetensors file."""
+IN_PLACE_OF: Final = {"prompt_embeds": "prompt", "negative_prompt_embeds": "negative_prompt"}
+"""Tensors, and the parameters that they make needless."""
 PICTURES: Final = frozenset({Kind.IMAGE, Kind.IMAGES, Kind.IMAGE_LIST})
 MASKS: Final = frozenset({"mask", "mask_image"})
 """Inputs that are one image of where to paint, white for yes: 8 bits a pixel."""
@@ -73,6 +80,7 @@ KNOWN: Final[Mapping[str, Kind]] = {
     **dict.fromkeys(("scheduler_options", "guider_options", "vae_tiling_options"), Kind.OPTIONS),
     **dict.fromkeys(("vae_tiling", "vae_slicing"), Kind.BOOLEAN),
     **dict.fromkeys(("guidance_rescale", "guidance_scale_2"), Kind.NUMBER),
+    TENSORS: Kind.TENSORS,
 }
 """Kinds of inputs by name: many are declared without a type, and until a model is loaded none are known."""
 
@@ -117,7 +125,7 @@ class Parameter(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     many: bool = False
     """Whether a list of such numbers will do as well, one for each of several images, ControlNets or the like."""
     choices: tuple[str, ...] = ()
-    """The names, of classes for one, of which a text is one; () where it is no name."""
+    """The names, of classes for one, of which a text is one; () where it is no name. Of tensors: those taken."""
     chosen_by: str = ""
     """Of options: the parameter that names the class which takes them, or "" where there is just one class."""
     alternatives: tuple[Alternative, ...] = ()

@@ -23,7 +23,7 @@ from engines.modular import load_modular
 from engines.offload import Offload, Resting
 from engines.options import DEFAULTS, ModelOptions
 from engines.panels import InputError, ModelError, Panel
-from engines.parameters import Signature, names
+from engines.parameters import IN_PLACE_OF, Signature, names
 from engines.placing import Placement
 from engines.quantization import Quantization
 from engines.read_progress import ReadProgress
@@ -164,7 +164,9 @@ class PanelPipeline:
         """Run the encoder.
 
         Args:
-            inputs: Of the whole request, by name; all in `accepted`. Pictures are `PIL.Image.Image`, or lists of it.
+            inputs: Of the whole request, by name; all in `accepted`. Pictures are `PIL.Image.Image`, or lists of it;
+                what `signature` lists as `tensors` are tensors, each an input by its name, of any shape and dtype that
+                the pipeline takes.
                 Names left out get the pipeline's defaults. "lora" and "lora_scale" choose an adapter.
             seed: Of the noise; the same seed makes the same picture.
 
@@ -176,7 +178,7 @@ class PanelPipeline:
                 wrong kind, no such adapter, or inputs that are for none of its tasks.
         """
         self._require(Panel.ENCODER)
-        meant = self._meant(inputs)
+        meant = self._placed(self._meant(inputs))
         choice = choose(inputs, self._adapters.files)
         self._adapters.activate(choice)
         try:
@@ -263,6 +265,11 @@ class PanelPipeline:
         if self._resting is not None:
             self._resting.rest()
 
+    def _placed(self, inputs: Mapping[str, object]) -> dict[str, object]:
+        """Bring tensors among inputs to the device that computes."""
+        device = self.placement.device
+        return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
     def _meant(self, inputs: Mapping[str, object]) -> dict[str, object]:
         """Check inputs, and give them the names that the pipeline has for them."""
         unknown = sorted(inputs.keys() - self.accepted)
@@ -275,7 +282,8 @@ class PanelPipeline:
             raise InputError(f"{different[0]} and {different[1]} are the same to this pipeline, but differ.")
         try:
             check_scalars(inputs, parameters)
-            check_task(inputs, self.signature.tasks)
+            replaced = {IN_PLACE_OF[name]: "" for name in IN_PLACE_OF.keys() & inputs.keys()}
+            check_task({**inputs, **replaced}, self.signature.tasks)
             inputs = with_classes(inputs, parameters)
             check_lora(inputs, [file.name for file in self._adapters.files])
         except CardError as error:

@@ -1,8 +1,8 @@
 """From what a pipeline declares to the parameters that a request may give.
 
-Only what JSON and picture files can say is public: a tensor, a callback or a table of options is no parameter. What an
-input is follows from its declared type; where that says nothing, from its name; and then from its default.
-Imports no torch.
+Only what JSON and picture files can say is public: a callback or a table of options is no parameter. Tensors come
+together, in the file that is one parameter. What an input is follows from its declared type; where that says nothing,
+from its name; and then from its default. Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, Union, get_args, get_origin
 
 from PIL import Image
 
-from engines.parameters import KNOWN, Default, Kind, Parameter
+from engines.parameters import KNOWN, TENSORS, Default, Kind, Parameter
 
 _PRECISELY: Final = {"mask_image": Kind.IMAGE, "last_image": Kind.IMAGE, "video": Kind.IMAGE_LIST}
 """Often declared as any picture or pictures."""
@@ -37,6 +37,7 @@ _NEVER: Final = frozenset(
         *("num_prompts_per_image", "callback", "callback_steps", "callback_on_step_end_tensor_inputs"),
     }
 )
+_TENSORS: Final = frozenset({"Tensor", "FloatTensor", "LongTensor"})
 _LONGEST: Final = 200
 
 
@@ -94,6 +95,42 @@ def of_call(function: Any, required: Collection[str] = ()) -> tuple[Parameter, .
         if item.kind not in fixed and item.name != "self"
     ]
     return _public(rows, required)
+
+
+def tensors_of_blocks(blocks: Any) -> tuple[str, ...]:
+    """Names of the inputs of modular blocks that are one tensor each."""
+    declared = {item.name: item.type_hint for item in blocks.inputs if item.name}
+    public = {parameter.name for parameter in of_blocks(blocks)}
+    return tuple(sorted(name for name, hint in declared.items() if name not in public and is_tensor(name, hint)))
+
+
+def tensors_of_call(function: Any) -> tuple[str, ...]:
+    """Names of the inputs of a `__call__` that are one tensor each."""
+    try:
+        declared = inspect.signature(function, eval_str=True).parameters
+    except (NameError, TypeError):
+        declared = inspect.signature(function).parameters
+    public = {parameter.name for parameter in of_call(function)}
+    found = {name for name, item in declared.items() if is_tensor(name, item.annotation)}
+    return tuple(sorted(found - public))
+
+
+def tensors_parameter(names: Iterable[str]) -> tuple[Parameter, ...]:
+    """The parameter for tensors of some names; none where there are no names."""
+    choices = tuple(sorted(names))
+    text = "A safetensors file with tensors for inputs of the pipeline, by their names."
+    return (Parameter(TENSORS, Kind.TENSORS, description=text, choices=choices),) if choices else ()
+
+
+def is_tensor(name: str, hint: Any) -> bool:
+    """Whether an input is one tensor, by its declared type, or by its name where that says nothing."""
+    if name in _NEVER or name.startswith("_") or "callback" in name:
+        return False
+    options = list(_options(hint))
+    if any(getattr(option, "__name__", "") in _TENSORS for option in options):
+        return True
+    says_nothing = all(isinstance(option, str) or option in _SAYS_NOTHING for option in options)
+    return says_nothing and is_internal(name)
 
 
 def _public(rows: Iterable[_Declared], required: Collection[str]) -> tuple[Parameter, ...]:

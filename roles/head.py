@@ -42,7 +42,7 @@ from roles.journal import Journal, JournalError, prune
 from roles.ledger import Ledger
 from roles.messages import pool as pools
 from roles.messages import requests, stages
-from roles.messages.work import MAX_SEED, Input, Pictures, Upload, Work
+from roles.messages.work import MAX_SEED, Input, Pictures, Tensors, Upload, Work
 from roles.models import Served, file_bytes, models_of
 from roles.prompt_cache import PromptCache
 from roles.request import IllegalTransitionError, Request, Unit
@@ -789,8 +789,9 @@ def _other_weights(name: str) -> str:
 
 
 def _uploads(request: Request) -> set[Upload]:
-    pictures = (value for value in request.inputs.values() if isinstance(value, Pictures))
-    return {upload for value in pictures for upload in value.files}
+    values = request.inputs.values()
+    pictures = {upload for value in values if isinstance(value, Pictures) for upload in value.files}
+    return pictures | {value.file for value in values if isinstance(value, Tensors)}
 
 
 def seeds_of(seed: int | tuple[int, ...], n: int) -> list[int]:
@@ -828,6 +829,9 @@ def _check_payload(inputs: Mapping[str, Input], signature: Signature, largest: i
             together = " together" if len(images.files) > 1 else ""
             limit = f"must have at most {largest // pixel_bytes} pixels{together}"
             raise CardError(name, f"{limit}: one stage hands them to the next, in at most {largest} bytes of a pool")
+    for name, value in inputs.items():
+        if isinstance(value, Tensors) and value.file.nbytes > largest:
+            raise CardError(name, f"must be at most {largest} bytes: one stage hands them to the next in a pool")
 
 
 def _digest(message: requests.SubmitRequest) -> str:

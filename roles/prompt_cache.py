@@ -14,7 +14,7 @@ import msgspec
 from engines.buddy import PAGE
 from engines.parameters import Signature, names
 from roles.messages.requests import PromptCacheView
-from roles.messages.work import Input, LeaseRef, Pictures, Staged
+from roles.messages.work import Input, LeaseRef, Pictures, Staged, Tensors
 
 UNSHARED: Final = 1024
 """Keys that are remembered because what they stand for was not kept for every seed."""
@@ -72,13 +72,13 @@ class PromptCache:
     def key(self, inputs: Mapping[str, Input]) -> bytes:
         """Of all that an encoder reads of a request, but for the seed.
 
-        Pictures are part of it wherever they are read, because only an encoder can load them. An input that the
-        signature does not know may be read as well.
+        Pictures and tensors are part of it wherever they are read, because only an encoder can load them. An input that
+        the signature does not know may be read as well.
         """
         read = [
             (name, value)
             for name, value in sorted(inputs.items())
-            if name not in self._free or isinstance(value, Pictures)
+            if name not in self._free or isinstance(value, Pictures | Tensors)
         ]
         return blake2b(msgspec.msgpack.encode((self._name, self.model, read)), digest_size=32).digest()
 

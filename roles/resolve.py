@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from PIL import Image, ImageOps
 
 from engines.parameters import MASKS, Kind, Signature
-from roles.messages.work import Json, Numbers, Options, Pictures
+from roles.messages.work import Json, Numbers, Options, Pictures, Tensors, Upload
 from roles.uploads import UploadError, UploadStore
 
 
 def has_files(inputs: Mapping[str, object]) -> bool:
     """Whether there is anything to be read from the disk."""
-    return any(isinstance(value, Pictures) for value in inputs.values())
+    return any(isinstance(value, Pictures | Tensors) for value in inputs.values())
 
 
 def resolve(
@@ -31,10 +31,10 @@ def resolve(
     Returns:
         The inputs. Pictures are upright `PIL.Image.Image`, "L" for a mask, else "RGBA" with `alpha` or "RGB"; or
         lists of them. Numbers are a list, or a tuple of whole numbers for a pair. Options are a dict, and JSON is what
-        it says.
+        it says. Each tensor of a file of tensors is an input of its own, on the CPU, as it was sent.
 
     Raises:
-        UploadError: A picture is missing or damaged, or there are several where the pipeline takes one.
+        UploadError: A file is missing or damaged, or there are several pictures where the pipeline takes one.
         OSError: The disk cannot be read.
     """
     resolved: dict[str, object] = {}
@@ -48,6 +48,8 @@ def resolve(
                 resolved[name] = tuple(int(number) for number in values) if kind is Kind.PAIR else list(values)
             case Options(options):
                 resolved[name] = dict(options)
+            case Tensors(file):
+                resolved |= _tensors(file, store)
             case Json(text):
                 resolved[name] = json.loads(text)
             case _:
@@ -67,6 +69,17 @@ def _pictures(
     if not found:
         raise UploadError(f"{name} is empty")
     return found[0]
+
+
+def _tensors(file: Upload, store: UploadStore) -> dict[str, object]:
+    # Here, because most requests have none.
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return dict(load(store.read(file)))
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise UploadError(f"the upload {file.name} cannot be read ({error})") from error
 
 
 def as_picture(picture: Image.Image, *, alpha: bool = False) -> Image.Image:

@@ -39,7 +39,7 @@ from roles.messages.device import (
     TurnWeights,
     WeightsTurned,
 )
-from roles.messages.work import Pictures, Renewal, Work
+from roles.messages.work import Pictures, Renewal, Tensors, Work
 from roles.resolve import has_files, resolve
 from roles.uploads import UPLOADS, UploadStore
 from roles.weights import load_panels, weights_facts
@@ -361,8 +361,8 @@ class StreamWorker(Actor):
         self, values: dict[str, object], renewal: Renewal, stream: DeviceStream, pipeline: PanelPipeline
     ) -> dict[str, object]:
         """Make loaded values, which an encoder made for another request, those of this one."""
-        # The encoder has seen to the pictures: they need not be read again.
-        plain = {name: value for name, value in renewal.inputs.items() if not isinstance(value, Pictures)}
+        # The encoder has seen to the files: they need not be read again.
+        plain = {name: value for name, value in renewal.inputs.items() if not isinstance(value, Pictures | Tensors)}
         inputs = await self._inputs(plain, pipeline)
         return await self._call(stream, pipeline.renew, values, inputs, renewal.seed)
 

@@ -1,4 +1,4 @@
-"""Pictures that come in: files that a client sent, kept under the digest of their bytes until no request needs them."""
+"""Pictures and tensors that clients sent, kept as files under the digest of their bytes until no request needs them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ UPLOADS: Final = "uploads"
 ENDINGS: Final[Mapping[str, str]] = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg", "WEBP": "webp"}
 """What Pillow calls the formats that are taken, and how their files end. MPO is a JPEG with others behind it."""
 
-_NAME: Final = re.compile(r"(?P<digest>[0-9a-f]{64})\.(?:png|jpeg|webp)")
+TENSORS_ENDING: Final = "safetensors"
+
+_NAME: Final = re.compile(r"(?P<digest>[0-9a-f]{64})\.(?:png|jpeg|webp|safetensors)")
 
 
 class UploadError(ValueError):
@@ -53,8 +55,8 @@ class UploadStore:
         """Keep a file; on return it is complete and on disk. One that is there already is young again.
 
         Args:
-            data: Its bytes, a picture that has been checked.
-            ending: Of its format, of `ENDINGS`.
+            data: Its bytes, which have been checked.
+            ending: Of its format, of `ENDINGS` or `TENSORS_ENDING`.
 
         Raises:
             UploadsFull: when there is no room.
@@ -92,9 +94,9 @@ class UploadStore:
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            raise UploadError(f"the upload {upload.name} is not there any more: send the picture again") from None
+            raise UploadError(f"the upload {upload.name} is not there any more: send the {_what(path)} again") from None
         if len(data) != upload.nbytes or hashlib.sha256(data).hexdigest() != path.stem:
-            raise UploadError(f"the upload {upload.name} is damaged on the disk: send the picture again")
+            raise UploadError(f"the upload {upload.name} is damaged on the disk: send the {_what(path)} again")
         return data
 
     def open(self, upload: Upload) -> Image.Image:
@@ -153,3 +155,7 @@ class UploadStore:
         if not _NAME.fullmatch(upload.name):
             raise UploadError(f"{upload.name!r} is no name of an upload")
         return self.folder / upload.name
+
+
+def _what(path: Path) -> str:
+    return "file of tensors" if path.suffix == f".{TENSORS_ENDING}" else "picture"

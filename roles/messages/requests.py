@@ -11,6 +11,7 @@ from bus import Message
 from engines.parameters import KNOWN as KNOWN
 from engines.parameters import PICTURES as PICTURES
 from engines.parameters import RATES as RATES
+from engines.parameters import TENSORS as TENSORS
 from engines.parameters import WORDS as WORDS
 from engines.parameters import Kind as Kind
 from engines.parameters import Option as Option

@@ -65,7 +65,15 @@ class Json(Value, tag=True):
     """A document."""
 
 
-Input: TypeAlias = Scalar | Pictures | Numbers | Options | Json
+class Tensors(Value, tag=True):
+    """Several inputs, the tensors of a safetensors file."""
+
+    file: Upload
+    tensors: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=64)]
+    """Their names."""
+
+
+Input: TypeAlias = Scalar | Pictures | Numbers | Options | Json | Tensors
 """An input of a request. Files ride as references."""
 
 
