@@ -25,6 +25,7 @@ from engines.guidance import GUIDANCE_SCALE, guidance, has_guider
 from engines.loading import incomplete, load_component, load_shadow
 from engines.media import (
     IMAGES,
+    LATENTS,
     LAYERS,
     MAPS,
     NSFW,
@@ -36,8 +37,8 @@ from engines.media import (
     with_sampling_rate,
 )
 from engines.options import DEFAULTS, ModelOptions
-from engines.panels import ModelError
-from engines.parameters import IN_PLACE_OF, Signature
+from engines.panels import InputError, ModelError
+from engines.parameters import IN_PLACE_OF, LATENT, OUTPUT_TYPE, Signature
 from engines.placing import Placement
 from engines.read_ahead import read_ahead
 from engines.seeds import GENERATOR
@@ -45,7 +46,7 @@ from engines.settings import configure, setting_parameters
 from engines.shadows import Shadow
 from engines.stepping import Denoising
 from engines.tasks import class_tasks, required_by
-from engines.vocabulary import of_call, tensors_of_call, tensors_parameter
+from engines.vocabulary import latent_parameter, of_call, returns_latents, tensors_of_call, tensors_parameter
 from engines.weight_files import files_ahead
 
 _OURS: Final = frozenset({"self", "output_type", "return_dict", "callback", "callback_steps", "callback_on_step_end"})
@@ -67,7 +68,8 @@ def accepted(pipeline: Any) -> frozenset[str]:
     names = {parameter.name for parameter in parameters if parameter.kind not in kinds}
     names -= {*_OURS, "callback_on_step_end_tensor_inputs"}
     settings = {parameter.name for parameter in setting_parameters(pipeline)}
-    return frozenset(names | settings | ({GUIDANCE_SCALE} if has_guider(pipeline) else set()))
+    latent = {OUTPUT_TYPE} if returns_latents(type(pipeline).__call__) else set()
+    return frozenset(names | latent | settings | ({GUIDANCE_SCALE} if has_guider(pipeline) else set()))
 
 
 def signature(pipeline: Any) -> Signature:
@@ -78,6 +80,8 @@ def signature(pipeline: Any) -> Signature:
     fps = frames_per_s(medium, defaults, pipeline)
     declared = with_steps(of_call(function, required_by(type(pipeline))), pipeline)
     declared = (*declared, *tensors_parameter(tensors_of_call(function)))
+    if returns_latents(function):
+        declared = (*declared, latent_parameter())
     settings = setting_parameters(pipeline)
     parameters = with_aliases(declared, settings, guided=has_guider(pipeline), guidance=guidance(pipeline), fps=fps)
     inputs = public_names(accepted(pipeline), parameters)
@@ -94,6 +98,9 @@ def call(pipeline: Any, inputs: Mapping[str, object], generator: torch.Generator
 
     Returns:
         As `PanelPipeline.decode`.
+
+    Raises:
+        InputError: It is asked for latents, and returns something else.
     """
     names = inspect.signature(type(pipeline).__call__).parameters.keys()
     # Some pipelines write into the latents that they get, and a state is not to be changed.
@@ -104,15 +111,36 @@ def call(pipeline: Any, inputs: Mapping[str, object], generator: torch.Generator
             given.setdefault(replaced, None)
     if GENERATOR in names:
         given[GENERATOR] = generator
-    if "output_type" in names:
+    latent = asks_for_latents(inputs)
+    if OUTPUT_TYPE in names and not latent:
         # Frames as pictures would have to be made numbers again, and sound is never a picture.
         results = results_of(type(pipeline).__call__)
         is_picture = medium_of(results) == "image" and set(MAPS).isdisjoint(results)
-        given["output_type"] = "pil" if is_picture else "np"
+        given[OUTPUT_TYPE] = "pil" if is_picture else "np"
     try:
-        return media_in(pipeline(**given), pipeline)
+        results = pipeline(**given)
+        return latents_in(results) if latent else media_in(results, pipeline)
     finally:
         _let_go(pipeline)
+
+
+def asks_for_latents(values: Mapping[str, object]) -> bool:
+    """Whether a request, by its inputs or by a state that has them, is for latents in place of media."""
+    return values.get(OUTPUT_TYPE) == LATENT
+
+
+def latents_in(results: Any) -> dict[str, object]:
+    """Find the latents in what a pipeline returned that was asked for them.
+
+    Raises:
+        InputError: There are none.
+    """
+    found = {name: value for name, value in vars(results).items() if isinstance(value, torch.Tensor)}
+    seen = [value for name, value in found.items() if name in (*IMAGES, *VIDEOS)]
+    heard = [value for name, value in found.items() if name in SOUNDS]
+    if not seen and not heard:
+        raise InputError("output_type cannot be latent: this pipeline does not return its latents.")
+    return dict(zip(LATENTS if seen else LATENTS[:1], (*seen[:1], *heard[:1]), strict=False))
 
 
 def media_in(results: Any, pipeline: Any) -> dict[str, object]:

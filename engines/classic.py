@@ -21,7 +21,16 @@ from typing import Any, Final, cast
 import torch
 
 from engines.anatomy import Anatomy, anatomy
-from engines.calling import CallDenoising, Components, accepted, call, intercept, schedulers, signature
+from engines.calling import (
+    CallDenoising,
+    Components,
+    accepted,
+    asks_for_latents,
+    call,
+    intercept,
+    schedulers,
+    signature,
+)
 from engines.card import load_index
 from engines.guidance import private
 from engines.handoff import Elsewhere, Handoff, Recording, Resumption, first
@@ -90,7 +99,8 @@ class ClassicParts:
         inputs, generator = _request(state)
         pipeline = self._view(Panel.DENOISER, inputs)
         self._play(pipeline, state, generator)
-        if not self._anatomy.decodes_apart:
+        # Asked for latents, a pipeline comes to its end before it decodes.
+        if not self._anatomy.decodes_apart or asks_for_latents(inputs):
             return CallDenoising(lambda: {MADE: self._to_its_end(pipeline, inputs, generator)}, pipeline)
         for name in self._anatomy.decodes:
             vars(pipeline)[name] = _leaving("", name, getattr(pipeline, name))
@@ -111,7 +121,7 @@ class ClassicParts:
 
     def decode(self, state: Mapping[str, object]) -> dict[str, object]:
         """Run the pipeline without a step, and decode the "latents" of a state in the place of its own."""
-        if not self._anatomy.decodes_apart:
+        if MADE in state:
             return cast("dict[str, object]", state[MADE])
         inputs, generator = _request(state)
         after = generator.get_state()

@@ -17,6 +17,8 @@ IMAGES: Final = ("images", "image")
 VIDEOS: Final = ("videos", "frames", "video")
 SOUNDS: Final = ("audio", "audios", "sound")
 """Names of results; some families make sound beside a video."""
+LATENTS: Final = ("latents", "audio_latents")
+"""Names of results that are not decoded."""
 NSFW: Final = "nsfw_content_detected"
 """The name of what a safety checker says: a list of bool, one for each image, which it has made black then."""
 LAYERS: Final = ("rgb", "depth")

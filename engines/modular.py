@@ -11,19 +11,20 @@ from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from msgspec.structs import replace
 
 from engines.aliases import public_names, with_aliases
+from engines.calling import asks_for_latents
 from engines.geometry import with_steps
 from engines.guidance import GUIDANCE_SCALE, guidance, has_guider, private, set_guidance
 from engines.ip_adapters import load_ip_adapters
 from engines.loading import geometry_problem, load_components, make_shadows
-from engines.media import frames_per_s, medium_of, with_sampling_rate
+from engines.media import LATENTS, frames_per_s, medium_of, with_sampling_rate
 from engines.panels import InputError, ModelError, Panel
-from engines.parameters import IN_PLACE_OF, PICTURES, Signature
+from engines.parameters import IN_PLACE_OF, OUTPUT_TYPE, PICTURES, Signature
 from engines.placing import Placement
 from engines.seeds import GENERATOR, is_fresh, seeded
 from engines.settings import OF_GUIDERS, OF_SCHEDULER, OF_VAE, SCHEDULER, VAE, configure, setting_parameters
 from engines.split import KWARGS_MAPPING, Split, crossing, ignored, joined, load_split, switches
 from engines.stepping import BlockDenoising, Denoising
-from engines.vocabulary import is_internal, of_blocks, tensors_of_blocks, tensors_parameter
+from engines.vocabulary import is_internal, latent_parameter, of_blocks, tensors_of_blocks, tensors_parameter
 
 NEGATIVE_PROMPT: Final = "negative_prompt"
 _NEGATIVE: Final = "negative_prompt_embeds"
@@ -49,6 +50,9 @@ class ModularParts:
         self._made = embeddings(split.parts[Panel.ENCODER])
         replaceable = {name for made in self._made.values() for name in made}
         tensors = (set(tensors_of_blocks(split.blocks)) - unread) | replaceable
+        self._latents = [item.name for item in split.parts[Panel.DECODER].inputs if item.name in LATENTS]
+        if self._latents and OUTPUT_TYPE not in names:
+            self._settings |= {OUTPUT_TYPE}
         self.inputs = frozenset(names | self._settings | replaceable)
         medium = medium_of(split.outputs, split.task)
         defaults = {declared.name: declared.default for declared in split.blocks.inputs if declared.name}
@@ -69,8 +73,9 @@ class ModularParts:
             for item in public
             if item.name == other
         ]
+        more = [*tensors_parameter(tensors), *([latent_parameter()] if self._latents else [])]
         parameters = with_aliases(
-            (*with_steps(public, pipeline), *tensors_parameter(tensors)),
+            (*with_steps(public, pipeline), *more),
             settings,
             guided=bool(guided),
             guidance=guidance(pipeline),
@@ -138,7 +143,12 @@ class ModularParts:
         )
 
     def decode(self, state: Mapping[str, object]) -> dict[str, object]:
-        """Run the blocks after `denoise`; returns what they make, and the "sampling_rate" of sound in Hz."""
+        """Run the blocks after `denoise`; returns what they make, and the "sampling_rate" of sound in Hz.
+
+        Asked for latents, it returns those that the blocks would get.
+        """
+        if asks_for_latents(state):
+            return {name: state[name] for name in self._latents if state.get(name) is not None}
         after = self._run(Panel.DECODER, private(self.pipeline, state), _restore(state))
         made = {name: after.get(name) for name in self._split.outputs if after.get(name) is not None}
         return with_sampling_rate(made, self.pipeline)

@@ -58,6 +58,10 @@ TENSORS: Final = "tensors"
 """The parameter that is a safetensors file."""
 IN_PLACE_OF: Final = {"prompt_embeds": "prompt", "negative_prompt_embeds": "negative_prompt"}
 """Tensors, and the parameters that they make needless."""
+OUTPUT_TYPE: Final = "output_type"
+"""The parameter that asks for latents in place of media, as in diffusers."""
+LATENT: Final = "latent"
+"""Its one value."""
 PICTURES: Final = frozenset({Kind.IMAGE, Kind.IMAGES, Kind.IMAGE_LIST})
 MASKS: Final = frozenset({"mask", "mask_image"})
 """Inputs that are one image of where to paint, white for yes: 8 bits a pixel."""

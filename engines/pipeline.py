@@ -224,7 +224,8 @@ class PanelPipeline:
         Returns:
             "images": a list of `PIL.Image.Image`; or "videos": float32 arrays [video, frame, height, width, 3] in
             0..1, or pictures. Where the family makes sound, "audio", "audios" or "sound": [batch, channels, samples] in
-            -1..1, and "sampling_rate" in Hz.
+            -1..1, and "sampling_rate" in Hz. Of a request with `output_type="latent"`, "latents" alone, and
+            "audio_latents" where the family has some, which are tensors: as diffusers returns them.
         """
         self._require(Panel.DECODER)
         values, seed, choice = self._open(state)

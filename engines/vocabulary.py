@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, Union, get_args, get_origin
 
 from PIL import Image
 
-from engines.parameters import KNOWN, TENSORS, Default, Kind, Parameter
+from engines.parameters import KNOWN, LATENT, OUTPUT_TYPE, TENSORS, Default, Kind, Parameter
 
 _PRECISELY: Final = {"mask_image": Kind.IMAGE, "last_image": Kind.IMAGE, "video": Kind.IMAGE_LIST}
 """Often declared as any picture or pictures."""
@@ -120,6 +120,18 @@ def tensors_parameter(names: Iterable[str]) -> tuple[Parameter, ...]:
     choices = tuple(sorted(names))
     text = "A safetensors file with tensors for inputs of the pipeline, by their names."
     return (Parameter(TENSORS, Kind.TENSORS, description=text, choices=choices),) if choices else ()
+
+
+def latent_parameter() -> Parameter:
+    """The parameter that asks for latents."""
+    text = "latent: the result is a safetensors file of the latents, which are not decoded."
+    return Parameter(OUTPUT_TYPE, Kind.TEXT, description=text, choices=(LATENT,))
+
+
+def returns_latents(function: Any) -> bool:
+    """Whether the `__call__` of a classic pipeline knows `output_type="latent"`."""
+    function = inspect.unwrap(function)
+    return OUTPUT_TYPE in inspect.signature(function).parameters and LATENT in function.__code__.co_consts
 
 
 def is_tensor(name: str, hint: Any) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from engines.card import CardError
-from engines.parameters import RATES, Signature
+from engines.parameters import LATENT, OUTPUT_TYPE, RATES, Signature
 from roles.messages.work import Output
 
 CONTENT_TYPES: Final[Mapping[str, str]] = {
@@ -21,8 +21,11 @@ CONTENT_TYPES: Final[Mapping[str, str]] = {
     "mp4": "video/mp4",
     "zip": "application/zip",
     "wav": "audio/wav",
+    "safetensors": "application/octet-stream",
 }
 """Output formats, and what the web calls them."""
+LATENTS_FORMAT: Final = "safetensors"
+"""The one that holds latents, and nothing else."""
 _HOLDS: Final[Mapping[str, tuple[str, ...]]] = {
     "image": ("png", "jpeg", "webp", "gif", "zip"),
     "video": ("mp4", "webp", "gif", "png", "zip"),
@@ -56,11 +59,17 @@ def settle_output(
 
     Returns:
         The same format; and the frames per second that the request names, else the card, else the pipeline: 0 where
-        none of them does, or no video is made.
+        none of them does, or no video is made. Of latents, "safetensors".
 
     Raises:
-        CardError: The pipeline makes nothing that such a file could hold, or the rate is none.
+        CardError: The pipeline makes nothing that such a file could hold, or the rate is none, or `output_type`.
     """
+    if (output_type := inputs.get(OUTPUT_TYPE)) is not None:
+        if output_type != LATENT:
+            raise CardError(OUTPUT_TYPE, f"must be {LATENT}, or left out.")
+        if asked.format not in ("", LATENTS_FORMAT):
+            raise CardError(OUTPUT_TYPE, f"cannot be {LATENT} beside a file of the format {asked.format}.")
+        return Output(LATENTS_FORMAT)
     known = bool(signature.parameters)
     if known and asked.format:
         holds = formats_for(signature.medium, inputs.get("num_frames"))

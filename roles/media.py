@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from engines.media import IMAGES, NSFW, SAMPLING_RATE, SOUNDS, VIDEOS
+from engines.media import IMAGES, LATENTS, NSFW, SAMPLING_RATE, SOUNDS, VIDEOS
 
 Check: TypeAlias = Callable[[], None]
 """Called between two frames; raises to end what takes long."""
@@ -48,7 +48,15 @@ class Video:
     sound: Sound | None = None
 
 
-Media: TypeAlias = Stills | Video | Sound
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """What was not decoded."""
+
+    tensors: Mapping[str, torch.Tensor]
+    """By name, on the CPU, of any shape and dtype."""
+
+
+Media: TypeAlias = Stills | Video | Sound | Latents
 
 
 def media_of(values: Mapping[str, object], check: Check = lambda: None) -> Media:
@@ -59,6 +67,7 @@ def media_of(values: Mapping[str, object], check: Check = lambda: None) -> Media
             as pictures, or as an array [frames, height, width, 3] of uint8 or of floats in 0..1, with or without a
             batch of one around it; of "audio" one, floats in -1..1, [channels, samples] or [samples] likewise, with
             its "sampling_rate". Floats that are out of these ranges are clipped.
+            Tensors that are latents stay as they are.
         check: Called before each frame.
 
     Raises:
@@ -68,6 +77,9 @@ def media_of(values: Mapping[str, object], check: Check = lambda: None) -> Media
     made = {name: value for name, value in values.items() if value is not None}
     rate = made.pop(SAMPLING_RATE, None)
     made.pop(NSFW, None)
+    latents = {name: value for name, value in made.items() if isinstance(value, torch.Tensor) and name in LATENTS}
+    if latents and len(latents) == len(made):
+        return Latents({name: value.detach().cpu().contiguous() for name, value in latents.items()})
     match sorted((_kind(name), name) for name in made):
         case [("image", name)]:
             return Stills(_pictures(made[name]))

@@ -11,9 +11,10 @@ from typing import Final, TypeAlias
 
 import numpy as np
 from PIL import Image
+from safetensors.torch import save
 
-from roles.formats import CONTENT_TYPES
-from roles.media import Check, Media, MediaError, Sound, Stills, Video
+from roles.formats import CONTENT_TYPES, LATENTS_FORMAT
+from roles.media import Check, Latents, Media, MediaError, Sound, Stills, Video
 
 Write: TypeAlias = Callable[[Media, float, Check], bytes | None]
 """Media, frames per second, check; None where the format cannot hold such media."""
@@ -41,7 +42,7 @@ def encode(media: Media, output_format: str, fps: float, check: Check = lambda: 
     """Write media down.
 
     Args:
-        media: Pictures, a video or sound.
+        media: Pictures, a video, sound or latents.
         output_format: One of `CONTENT_TYPES`. A "png", "webp" or "gif" of a video moves, and is silent; a "gif" has
             256 colours in each frame. A "zip" has a PNG for each picture or frame, in order by name, and `sound.wav`
             where there is sound.
@@ -63,6 +64,8 @@ def encode(media: Media, output_format: str, fps: float, check: Check = lambda: 
 
 def suits(media: Media) -> str:
     """Choose the output format for media where the request names none; a single silent frame is a picture."""
+    if isinstance(media, Latents):
+        return LATENTS_FORMAT
     if isinstance(media, Sound):
         return "wav"
     if isinstance(media, Video):
@@ -71,6 +74,8 @@ def suits(media: Media) -> str:
 
 
 def _what(media: Media) -> str:
+    if isinstance(media, Latents):
+        return "latents"
     if isinstance(media, Sound):
         return "sound"
     if isinstance(media, Video):
@@ -82,7 +87,7 @@ def _picture(output_format: str, quality: int = 0) -> Write:
     options = {**_PICTURES[output_format], **({"quality": quality} if quality else {})}
 
     def write(media: Media, fps: float, check: Check) -> bytes | None:
-        if isinstance(media, Sound):
+        if isinstance(media, Sound | Latents):
             return None
         pictures = list(_each(media, check))
         if len(pictures) > 1 and (isinstance(media, Stills) or output_format == "jpeg"):
@@ -124,7 +129,7 @@ def _hundredths(frames: int, fps: float) -> list[int]:
 
 
 def _zip(media: Media, fps: float, check: Check) -> bytes | None:
-    if isinstance(media, Sound):
+    if isinstance(media, Sound | Latents):
         return None
     buffer = io.BytesIO()
     # Stored, because a PNG does not get any smaller.
@@ -162,9 +167,14 @@ def wav(sound: Sound) -> bytes:
     return buffer.getvalue()
 
 
+def _latents(media: Media, fps: float, check: Check) -> bytes | None:
+    return save(dict(media.tensors)) if isinstance(media, Latents) else None
+
+
 _WRITERS: Final[Mapping[str, Write]] = {
     **{name: _picture(name) for name in _PICTURES},
     "mp4": _mp4,
     "zip": _zip,
+    LATENTS_FORMAT: _latents,
     "wav": lambda media, fps, check: wav(media) if isinstance(media, Sound) else None,
 }

@@ -6,16 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load
 
 from engines.card import ModelCard
 from engines.checks import CardError, check_tensors
 from engines.panels import InputError, Panel
-from engines.parameters import Kind, Parameter
+from engines.parameters import Kind, Parameter, Signature
 from engines.vocabulary import tensors_of_call
-from roles.messages.work import Tensors, Upload
-from tests.engines.classics import Models, plain, request
+from roles.formats import settle_output
+from roles.media import MediaError, media_of
+from roles.messages.work import Output, Tensors, Upload
+from roles.writers import encode, suits
+from tests.engines.classics import Models, finish, plain, request
 from tests.engines.results import media, same, seeded
-from tests.engines.test_settings import panel, served
+from tests.engines.test_settings import blocks, crossed, modular, panel, served
 
 SIZE = {"height": 64, "width": 64, "num_inference_steps": 2}
 FLUX = {**SIZE, "max_sequence_length": 16}
@@ -104,6 +108,58 @@ def test_a_classic_pipeline(classic_models: Models) -> None:
     assert same(ours, theirs(model, {"negative_prompt": None, **given}, 4))
     assert not same(ours, theirs(model, {"negative_prompt": None, **inputs, **made}, 4))
     assert torch.equal(given["latents"], before)
+
+
+def latents_of(model: Any, inputs: dict[str, Any], seed: int) -> torch.Tensor:
+    state = crossed(panel(model, Panel.ENCODER).encode({**inputs, "output_type": "latent"}, seed))
+    state = crossed(finish(panel(model, Panel.DENOISER).denoise(state)))
+    made = panel(model, Panel.DECODER).decode(state)
+    file = encode(media_of(made), "safetensors", 0.0)
+    assert suits(media_of(made)) == "safetensors"
+    (latents,) = load(file).values()
+    return latents
+
+
+def test_latents_of_blocks_are_those_of_diffusers(models: Models) -> None:
+    model = models("flux-kl")
+    inputs = {**FLUX, "prompt": "a ship"}
+    with torch.no_grad():
+        theirs = blocks(model)(**inputs, generator=seeded(3), output="latents")
+        assert torch.equal(theirs, blocks(model)(**inputs, generator=seeded(3), output_type="latent", output="images"))
+    assert torch.equal(latents_of(model, inputs, 3), theirs)
+
+
+def test_latents_of_one_request_begin_another(models: Models) -> None:
+    model = models("sdxl")
+    inputs = {**SIZE, "prompt": "a ship"}
+    guided = {"guidance_scale": blocks(model).guider.config.guidance_scale}
+    with torch.no_grad():
+        first = blocks(model)(**inputs, generator=seeded(3), output="latents")
+    ours = latents_of(model, {**inputs, **guided}, 3)
+    assert torch.equal(ours, first)
+    again = {**inputs, "prompt": "a cat"}
+    assert same(served(model, {**again, **guided, "latents": ours}, 5), modular(model, {**again, "latents": first}, 5))
+
+
+def test_latents_of_a_classic_pipeline_are_those_of_diffusers(classic_models: Models) -> None:
+    model = classic_models("pixart")
+    inputs = request(model, num_inference_steps=2)
+    first = plain(model, torch.float32)(**inputs, generator=seeded(3), output_type="latent").images
+    ours = latents_of(model, inputs, 3)
+    assert torch.equal(ours, first)
+    again = {**inputs, "prompt": "a cat"}
+    assert same(served(model, {**again, "latents": ours}, 5), theirs(model, {**again, "latents": first}, 5))
+
+
+def test_latents_are_put_into_a_file_that_can_hold_them() -> None:
+    latent = {"output_type": "latent"}
+    assert settle_output(Output(), Signature(), {}, latent) == Output("safetensors")
+    with pytest.raises(CardError, match="output_type cannot be latent beside a file of the format mp4"):
+        settle_output(Output("mp4"), Signature(), {}, latent)
+    with pytest.raises(CardError, match="output_type must be latent, or left out"):
+        settle_output(Output(), Signature(), {}, {"output_type": "pt"})
+    with pytest.raises(MediaError, match="latents, which a file of the format png cannot hold"):
+        encode(media_of({"latents": noise(1, 2)}), "png", 0.0)
 
 
 def test_which_inputs_are_tensors() -> None:

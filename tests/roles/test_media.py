@@ -97,7 +97,7 @@ def test_sound_is_clipped_and_half_precision_is_taken() -> None:
     [
         ({}, "nothing"),
         ({"images": None}, "nothing"),
-        ({"latents": torch.zeros(1)}, "made latents"),
+        ({"latents": torch.zeros(1), "images": FILM}, "made images and latents"),
         ({"images": FILM, "videos": RAMP}, "images and videos"),
         ({"images": FILM, "audio": WAVE, **RATE}, "audio and images"),
         ({"videos": RAMP, "action": [torch.zeros(2)]}, "action and videos"),

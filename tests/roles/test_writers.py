@@ -10,10 +10,11 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from roles.formats import CONTENT_TYPES, formats_for
-from roles.media import Media, MediaError, Sound, Stills, Video
+from roles.media import Latents, Media, MediaError, Sound, Stills, Video
 from roles.writers import encode, suits
 
 
@@ -27,6 +28,7 @@ def film(frames: int = 3) -> Video:
 
 SOUND = Sound(np.sin(np.arange(200, dtype=np.float32) / 5).reshape(2, 100), 8000)
 LAYERS = Stills([picture("RGBA"), picture("LA")])
+LATENTS = Latents({"latents": torch.ones(1, 4, 2, 2, dtype=torch.bfloat16)})
 FITTING: dict[str, tuple[Media, ...]] = {
     "png": (Stills([picture()]), film(), film(1)),
     "jpeg": (Stills([picture()]), film(1)),
@@ -35,6 +37,7 @@ FITTING: dict[str, tuple[Media, ...]] = {
     "mp4": (film(), film(1), Video(film().frames, SOUND)),
     "zip": (Stills([picture()]), LAYERS, film(), film(1), Video(film().frames, SOUND)),
     "wav": (SOUND,),
+    "safetensors": (LATENTS,),
 }
 UNFIT: dict[str, tuple[Media, ...]] = {
     "png": (LAYERS, SOUND),
@@ -43,7 +46,8 @@ UNFIT: dict[str, tuple[Media, ...]] = {
     "gif": (LAYERS, SOUND),
     "mp4": (Stills([picture()]), LAYERS, SOUND),
     "zip": (SOUND,),
-    "wav": (Stills([picture()]), film(), Video(film().frames, SOUND)),
+    "wav": (Stills([picture()]), film(), Video(film().frames, SOUND), LATENTS),
+    "safetensors": (Stills([picture()]), film(), SOUND),
 }
 
 
