@@ -103,5 +103,5 @@ def test_a_role_needs_the_weights_of_its_own_components_alone(
             pass
         made.append(denoising.result()["latents"])
     assert torch.equal(*made)
-    with pytest.raises(ModelError, match=r"text_encoder .*cannot be loaded"):
+    with pytest.raises(ModelError, match=r"text_encoder .*fetch the weights of this component"):
         PanelPipeline.load(part, (Panel.ENCODER,), dtype=torch.float32, device=CPU)
