@@ -5,6 +5,8 @@ TOPOLOGY ?= examples/demo.toml
 DEVICE ?= cuda
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Two workers take half the time of one on two cores; each holds some 1.5 GB.
+PARALLEL ?= -n auto --maxprocesses 4 --dist worksteal
 
 # Three wheels bring the same mooncake/ folder: one for hosts without an NVIDIA driver, one each for CUDA 12 and 13.
 MOONCAKE := $(shell tools/mooncake_extra.sh)
@@ -31,7 +33,7 @@ serve: $(INSTALLED) ## Start the system of TOPOLOGY=examples/demo.toml and keep 
 	$(BIN)/triptych up $(TOPOLOGY)
 
 test: $(INSTALLED) ## All tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu and not families and not long"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not families and not long"
 
 test-long: $(INSTALLED) ## Storms, pauses and the report for GPUs with tiny shapes: minutes
 	$(BIN)/python -m pytest -m "long and not gpu"

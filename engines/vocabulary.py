@@ -172,6 +172,8 @@ def is_internal(name: str) -> bool:
 
 def _kind(row: _Declared) -> Kind | None:
     declared = _choose(kinds_of_type(row.hint))
+    if declared is Kind.TEXTS:
+        declared = KNOWN.get(row.name, declared)
     structured = _structured(row) if row.structured else None
     if declared in (Kind.IMAGE, Kind.IMAGES, Kind.IMAGE_LIST):
         return _PRECISELY.get(row.name, declared)

@@ -420,6 +420,8 @@ async def taken(address: str) -> bool:
         _, writer = await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2]))
     except ConnectionRefusedError:
         return False
+    except ConnectionResetError:  # taken by what is just being closed
+        return True
     writer.close()
     return True
 
