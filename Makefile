@@ -39,7 +39,7 @@ test-long: $(INSTALLED) ## Storms, pauses and the report for GPUs with tiny shap
 	$(BIN)/python -m pytest -m "long and not gpu"
 
 test-families: $(INSTALLED) ## The same tests for every pipeline of diffusers, for when its version moves
-	$(BIN)/python -m pytest -m "families and not gpu" tests/engines
+	$(BIN)/python -m pytest $(PARALLEL) -m "families and not gpu"
 
 test-gpu: ## Tests that need a GPU; makes no environment: `make test-gpu PYTHON=python3` uses that one
 	$(PYTHON) -m pytest -m gpu tests/gpu

@@ -37,7 +37,7 @@ def test_each_format_is_of_some_medium_and_each_medium_has_one_that_suits_it() -
 def test_before_an_instance_has_come_only_unknown_formats_are_refused() -> None:
     for output_format in ("", *CONTENT_TYPES):
         assert settle_output(Output(output_format), Signature(), {}, {}).format == output_format
-    with pytest.raises(CardError, match="must be png, jpeg, webp, mp4, zip or wav"):
+    with pytest.raises(CardError, match="must be png, jpeg, webp, gif, mp4, zip, wav or safetensors"):
         settle_output(Output("bmp"), Signature(), {}, {})
 
 

@@ -303,7 +303,7 @@ def test_what_lies_in_another_pool_is_pulled_into_the_own_one(rooms: Any) -> Non
 
 
 def test_a_target_is_given_back_whatever_happens(rooms: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "PEER_ANSWER_S", 0.1)
+    monkeypatch.setattr(pool_module, "PEER_ANSWER_S", 1.0)
 
     async def body(h: Any, room: Any) -> None:
         encoder, denoiser = await room("encoder-0"), await room("denoiser-0")
