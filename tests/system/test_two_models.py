@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from actors import launch
 from actors.client import Picture
@@ -51,6 +52,8 @@ def pixels(picture: Picture) -> np.ndarray:
     return np.asarray(picture.image().convert("RGB"))
 
 
+@pytest.mark.alone
+@pytest.mark.timeout(300)
 def test_each_request_gets_the_picture_of_its_model_and_whoever_sleeps_is_woken(
     models: Callable[[str], Path], tmp_path: Path
 ) -> None:
