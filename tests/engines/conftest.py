@@ -16,11 +16,8 @@ Models = Callable[[str], Path]
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """The folder of a tiny model by its family, made when first asked for. Not to be changed by a test."""
-    import torch
-
     from tools.make_model import Family, make_model
 
-    torch.set_num_threads(1)
     made: dict[str, Path] = {}
 
     def model(family: str) -> Path:
@@ -35,11 +32,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 @pytest.fixture(scope="session")
 def classic_models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """Likewise, of pipelines without blocks."""
-    import torch
-
     from tools.make_classic import Classic, make_classic
 
-    torch.set_num_threads(1)
     made: dict[str, Path] = {}
 
     def model(family: str) -> Path:
@@ -49,6 +43,14 @@ def classic_models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         return made[family]
 
     return model
+
+
+@pytest.fixture(autouse=True, scope="session")
+def threads() -> None:
+    """What is compared is computed on as many threads: one, as in the processes of `tools.families.apart`."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
