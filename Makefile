@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml constraints.txt tools/system_packages.sh tools/moon
 install: $(INSTALLED) ## Make the environment in .venv
 
 demo: $(INSTALLED) ## A picture through the running system, in out/demo.png
-	$(BIN)/python -m tools.demo $(TOPOLOGY) -o out/demo.png
+	$(BIN)/python -m triptych.tools.demo $(TOPOLOGY) -o out/demo.png
 
 serve: $(INSTALLED) ## Start the system of TOPOLOGY=examples/demo.toml and keep it running
 	$(BIN)/triptych up $(TOPOLOGY)
@@ -55,14 +55,14 @@ format: $(INSTALLED) ## Format, and fix what can be fixed
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED) ## The benchmarks, as JSON lines
-	$(BIN)/python -m tools.bench bus
-	$(BIN)/python -m tools.bench transfer
-	$(BIN)/python -m tools.bench overhead
+	$(BIN)/python -m triptych.tools.bench bus
+	$(BIN)/python -m triptych.tools.bench transfer
+	$(BIN)/python -m triptych.tools.bench overhead
 
 bench-memory: $(INSTALLED) ## What each process holds in memory, in docs/memory.md; some five minutes and 10 GiB
-	$(BIN)/python -m tools.bench memory --markdown docs/memory.md
+	$(BIN)/python -m triptych.tools.bench memory --markdown docs/memory.md
 
-REPORT = -m tools.gpu_report --device $(DEVICE) --budget 540 -o out/gpu.json --page docs/gpu.md
+REPORT = -m triptych.tools.gpu_report --device $(DEVICE) --budget 540 -o out/gpu.json --page docs/gpu.md
 
 gpu-report: $(INSTALLED) ## What a GPU gives, in docs/gpu.md; nine minutes, DEVICE=cpu shows the rows with tiny models
 	$(BIN)/python $(REPORT)

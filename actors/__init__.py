@@ -5,14 +5,14 @@
 
 from typing import TYPE_CHECKING
 
-from actors.actor import Actor
-from actors.addresses import AddressBook
-from actors.errors import ActorCrashed, StartDelayed, StartFailure, TopologyError
-from actors.later import Later
-from actors.topology import Component, Model, Topology, load_topology
+from triptych.actors.actor import Actor
+from triptych.actors.addresses import AddressBook
+from triptych.actors.errors import ActorCrashed, StartDelayed, StartFailure, TopologyError
+from triptych.actors.later import Later
+from triptych.actors.topology import Component, Model, Topology, load_topology
 
 if TYPE_CHECKING:
-    from actors.cluster import launch
+    from triptych.actors.cluster import launch
 
 __all__ = [
     "Actor",
@@ -32,7 +32,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name == "launch":  # it needs an HTTP client, which no actor does
-        from actors import cluster
+        from triptych.actors import cluster
 
         return cluster.launch
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

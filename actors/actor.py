@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import structlog
 
-from actors.handlers import Handlers, read_handlers
+from triptych.actors.handlers import Handlers, read_handlers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from actors.addresses import AddressBook
-    from bus import Outbox, Reference
+    from triptych.actors.addresses import AddressBook
+    from triptych.bus import Outbox, Reference
 
 LOADING: Final = "loading"
 READY: Final = "ready"

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from actors.model_source import is_repository
-from actors.overrides import to_toml
+from triptych.actors.model_source import is_repository
+from triptych.actors.overrides import to_toml
 
 if TYPE_CHECKING:
-    from actors.sections import ModelSection
+    from triptych.actors.sections import ModelSection
 
 _MIB: Final = 1 << 20
 _LEAST_POOL: Final = 256 * _MIB

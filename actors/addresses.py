@@ -5,15 +5,15 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
-from actors.errors import UnknownName
-from actors.keys import read_keys
+from triptych.actors.errors import UnknownName
+from triptych.actors.keys import read_keys
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from actors.topology import Topology
-    from bus import CurveKeys
+    from triptych.actors.topology import Topology
+    from triptych.bus import CurveKeys
 
 SUPERVISOR: Final = "supervisor"
 

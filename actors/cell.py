@@ -8,18 +8,28 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import structlog
 
-from actors.actor import LOADING, READY
-from actors.errors import OF_THE_MACHINE, ActorCrashed, StartDelayed, StartFailure, describe
-from actors.later import Later
-from actors.system import SYSTEM_MESSAGES, DeadLetterQuery, DeadLetterReport
-from bus import AddressError, DeadLetter, Delivery, FailureCode, Kind, Mailbox, Outbox, Refused, current_traceparent
+from triptych.actors.actor import LOADING, READY
+from triptych.actors.errors import OF_THE_MACHINE, ActorCrashed, StartDelayed, StartFailure, describe
+from triptych.actors.later import Later
+from triptych.actors.system import SYSTEM_MESSAGES, DeadLetterQuery, DeadLetterReport
+from triptych.bus import (
+    AddressError,
+    DeadLetter,
+    Delivery,
+    FailureCode,
+    Kind,
+    Mailbox,
+    Outbox,
+    Refused,
+    current_traceparent,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from actors.actor import Actor
-    from actors.addresses import AddressBook
-    from actors.handlers import Handler
+    from triptych.actors.actor import Actor
+    from triptych.actors.addresses import AddressBook
+    from triptych.actors.handlers import Handler
 
 _RECENT: Final = 100
 _BURST: Final = 1024  # messages that the mailbox may read at once, before they are counted here

@@ -5,16 +5,16 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-from actors.actor import DRAINING, READY
-from actors.processes import EXIT_START_DELAYED, EXIT_START_FAILURE, Ending, Process
-from actors.restart import Exit, ExitKind, History
-from actors.system import GIVEN_UP, ChildReport
+from triptych.actors.actor import DRAINING, READY
+from triptych.actors.processes import EXIT_START_DELAYED, EXIT_START_FAILURE, Ending, Process
+from triptych.actors.restart import Exit, ExitKind, History
+from triptych.actors.system import GIVEN_UP, ChildReport
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from actors.components import Part
-    from actors.topology import Component
+    from triptych.actors.components import Part
+    from triptych.actors.topology import Component
 
 STARTING: Final = "starting"
 BACKOFF: Final = "backoff"

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Final, overload
 
 import httpx
 
-from actors.actor import ASLEEP, READY
-from actors.addresses import SUPERVISOR, AddressBook
-from actors.api_keys import ApiKeysError, read_keys
-from actors.child import DELAYED, LEFT
-from actors.client import (
+from triptych.actors.actor import ASLEEP, READY
+from triptych.actors.addresses import SUPERVISOR, AddressBook
+from triptych.actors.api_keys import ApiKeysError, read_keys
+from triptych.actors.child import DELAYED, LEFT
+from triptych.actors.client import (
     GENERATE_TIMEOUT_S,
     KEY_VARIABLE,
     ApiError,
@@ -28,12 +28,12 @@ from actors.client import (
     timeout,
     unreachable,
 )
-from actors.errors import TopologyError
-from actors.overrides import write_with_overrides
-from actors.processes import module_command
-from actors.system import ChildReport, SupervisorQuery, SupervisorReport
-from actors.topology import Topology, load_topology
-from bus import BusError, Outbox
+from triptych.actors.errors import TopologyError
+from triptych.actors.overrides import write_with_overrides
+from triptych.actors.processes import module_command
+from triptych.actors.system import ChildReport, SupervisorQuery, SupervisorReport
+from triptych.actors.topology import Topology, load_topology
+from triptych.bus import BusError, Outbox
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Mapping
@@ -271,7 +271,7 @@ async def launch(
         key = api_key or os.environ.get(KEY_VARIABLE, "") or _first_key(topology)
         reason_file = Path(folder) / "reason"
         options = ("--parent", str(os.getpid()), "--reason-file", str(reason_file))
-        command = (*module_command("actors.command"), "up", str(file), *options)
+        command = (*module_command("triptych.actors.command"), "up", str(file), *options)
         output = None if verbose else asyncio.subprocess.DEVNULL
         process = await asyncio.create_subprocess_exec(*command, stdout=output, stderr=output)
         cluster = Cluster(topology, process, key, reason_file=reason_file)

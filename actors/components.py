@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, cast
 
 import msgspec
 
-from actors.errors import StartFailure
+from triptych.actors.errors import StartFailure
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from actors.actor import Actor
-    from actors.adding import ModelFacts
-    from actors.sections import ModelSection
-    from actors.topology import Component, Model, Topology
+    from triptych.actors.actor import Actor
+    from triptych.actors.adding import ModelFacts
+    from triptych.actors.sections import ModelSection
+    from triptych.actors.topology import Component, Model, Topology
 
 Builder = Callable[["Component", "Topology"], "list[Actor]"]
 """Makes the actors of a component. The first is the component itself, the others are called NAME.something."""
@@ -32,25 +32,25 @@ class Part(NamedTuple):
 
 
 PARTS: Final[Mapping[str, Part]] = {
-    "pool": Part("roles.pool:build"),
-    "encoder": Part("roles.instance:build", forked=True),
-    "denoiser": Part("roles.instance:build", forked=True),
-    "decoder": Part("roles.instance:build", forked=True),
-    "monolithic": Part("roles.instance:build", forked=True),
-    "head": Part("roles.head:build"),
-    "api": Part("api.server:build"),
+    "pool": Part("triptych.roles.pool:build"),
+    "encoder": Part("triptych.roles.instance:build", forked=True),
+    "denoiser": Part("triptych.roles.instance:build", forked=True),
+    "decoder": Part("triptych.roles.instance:build", forked=True),
+    "monolithic": Part("triptych.roles.instance:build", forked=True),
+    "head": Part("triptych.roles.head:build"),
+    "api": Part("triptych.api.server:build"),
 }
 """The components of Triptych."""
 
 PRELOAD: Final = (
-    "engines",
+    "triptych.engines",
     "torch",
     "diffusers",
     "transformers",
-    "engines.pipeline",
-    "roles.instance",
-    "roles.stream_worker",
-    "roles.transfer",
+    "triptych.engines.pipeline",
+    "triptych.roles.instance",
+    "triptych.roles.stream_worker",
+    "triptych.roles.transfer",
 )
 """What the zygote imports for the parts that are forked; most of diffusers comes in only with what uses it.
 
@@ -58,7 +58,7 @@ PRELOAD: Final = (
 """
 
 
-CHECK_MODEL: Final = "roles.checking:check_model"
+CHECK_MODEL: Final = "triptych.roles.checking:check_model"
 """Finds what is wrong with a model; it imports the large libraries."""
 
 
@@ -109,7 +109,7 @@ def load_check() -> CheckModel:
     return cast(CheckModel, load_builder(CHECK_MODEL))
 
 
-MODEL_FACTS: Final = "roles.model_facts:model_facts"
+MODEL_FACTS: Final = "triptych.roles.model_facts:model_facts"
 """Looks at a model for `triptych add`; it imports the large libraries."""
 
 

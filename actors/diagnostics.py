@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
 
-    from actors.runtime import Runtime
+    from triptych.actors.runtime import Runtime
 
 
 def dump(runtime: Runtime, stream: TextIO | None = None) -> None:

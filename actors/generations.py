@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from actors.places import private_dir
+from triptych.actors.places import private_dir
 
 if TYPE_CHECKING:
     from pathlib import Path

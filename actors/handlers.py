@@ -8,8 +8,8 @@ import typing
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple, Union, get_args, get_origin
 
-from actors.later import Later
-from bus import Message
+from triptych.actors.later import Later
+from triptych.bus import Message
 
 _POSITIONAL: Final = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 

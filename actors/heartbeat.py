@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from actors.actor import READY
-from actors.system import ChildHeartbeat, ChildState, Noted
-from bus import BusError, MailboxFull, Message, Outbox
+from triptych.actors.actor import READY
+from triptych.actors.system import ChildHeartbeat, ChildState, Noted
+from triptych.bus import BusError, MailboxFull, Message, Outbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from actors.actor import Actor
+    from triptych.actors.actor import Actor
 
 _LAST_WORD_S: Final = 2.0
 _log = structlog.stdlib.get_logger("actors")

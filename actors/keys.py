@@ -9,12 +9,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from actors.errors import StartFailure
-from actors.places import private_dir
-from bus import CurveKeys
+from triptych.actors.errors import StartFailure
+from triptych.actors.places import private_dir
+from triptych.bus import CurveKeys
 
 if TYPE_CHECKING:
-    from actors.topology import Topology
+    from triptych.actors.topology import Topology
 
 _FILE: Final = "bus.key"
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from actors.components import PRELOAD
-from actors.prctl import adopt_orphans
-from actors.processes import Process, module_command, spawn
-from actors.zygote_client import Zygote, ZygoteGone
+from triptych.actors.components import PRELOAD
+from triptych.actors.prctl import adopt_orphans
+from triptych.actors.processes import Process, module_command, spawn
+from triptych.actors.zygote_client import Zygote, ZygoteGone
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ class LauncherClosed(Exception):  # noqa: N818  not an error of the one who aske
 
 
 class Launcher:
-    """Starts processes that run `python -m actors.process`, as children of this process.
+    """Starts processes that run `python -m triptych.actors.process`, as children of this process.
 
     Args:
         preload: modules that the zygote imports; () = there is no zygote, every start is a fresh interpreter.
@@ -89,7 +89,7 @@ class Launcher:
                     _log.warning("starting a fresh interpreter, no fork", reason=str(gone))
         if self._closed:
             raise LauncherClosed("the supervisor is stopping")
-        command = (*module_command("actors.process"), *arguments, "--parent", str(os.getpid()))
+        command = (*module_command("triptych.actors.process"), *arguments, "--parent", str(os.getpid()))
         return Process(spawn(command, self._on_card if on_card else self._environment))
 
     async def close(self) -> None:

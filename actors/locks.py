@@ -7,7 +7,7 @@ import fcntl
 import os
 from typing import TYPE_CHECKING
 
-from actors.errors import AlreadyRunning
+from triptych.actors.errors import AlreadyRunning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

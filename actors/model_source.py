@@ -15,7 +15,7 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from actors.sections import ModelSection
+    from triptych.actors.sections import ModelSection
 
 INDEXES: Final = ("model_index.json", "modular_model_index.json")
 READ: Final = (".safetensors", ".gguf")

@@ -8,9 +8,9 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.errors import TopologyError
-from actors.model_source import absolute, is_repository
-from actors.reading import did_you_mean
+from triptych.actors.errors import TopologyError
+from triptych.actors.model_source import absolute, is_repository
+from triptych.actors.reading import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from actors.errors import AlreadyRunning, StateBelongsToAnother
-from actors.locks import same_file
+from triptych.actors.errors import AlreadyRunning, StateBelongsToAnother
+from triptych.actors.locks import same_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -6,13 +6,13 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from actors.api_keys import ApiKeysError, read_keys
-from actors.errors import TopologyError
+from triptych.actors.api_keys import ApiKeysError, read_keys
+from triptych.actors.errors import TopologyError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from actors.topology import Component, Model, Topology
+    from triptych.actors.topology import Component, Model, Topology
 
 _DEVICES: Final = ("nvidia[0-9]*", "nvidiactl", "kfd", "dxg")  # NVIDIA, AMD, and either of them under Windows
 

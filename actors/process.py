@@ -1,4 +1,4 @@
-"""`python -m actors.process`: the process of one component.
+"""`python -m triptych.actors.process`: the process of one component.
 
 The supervisor starts it as `--topology FILE --name NAME --build MODULE:FUNCTION --generation G --restarts N
 --supervisor NAME --parent PID`. Exit codes: 0 drained, 70 crashed, 75 cannot start now, 78 can never work as
@@ -21,22 +21,22 @@ import structlog
 import uvloop
 from setproctitle import setproctitle
 
-from actors import diagnostics, logs
-from actors.addresses import AddressBook
-from actors.components import PARTS, load_builder
-from actors.errors import ActorCrashed, StartDelayed, StartFailure, TopologyError, describe
-from actors.heartbeat import last_word
-from actors.prctl import die_with_parent
-from actors.processes import EXIT_CRASH, EXIT_START_DELAYED, EXIT_START_FAILURE
-from actors.runtime import Runtime
-from actors.system import ChildState
-from actors.topology import Component, Topology, load_topology
-from bus import Outbox
+from triptych.actors import diagnostics, logs
+from triptych.actors.addresses import AddressBook
+from triptych.actors.components import PARTS, load_builder
+from triptych.actors.errors import ActorCrashed, StartDelayed, StartFailure, TopologyError, describe
+from triptych.actors.heartbeat import last_word
+from triptych.actors.prctl import die_with_parent
+from triptych.actors.processes import EXIT_CRASH, EXIT_START_DELAYED, EXIT_START_FAILURE
+from triptych.actors.runtime import Runtime
+from triptych.actors.system import ChildState
+from triptych.actors.topology import Component, Topology, load_topology
+from triptych.bus import Outbox
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from actors.actor import Actor
+    from triptych.actors.actor import Actor
 
 HEARTBEAT_S: Final = 1.0
 _BEATS_PER_TIMEOUT: Final = 4
@@ -140,7 +140,7 @@ async def _tell_supervisor(options: argparse.Namespace, book: AddressBook, state
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m actors.process", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m triptych.actors.process", description=__doc__)
     parser.add_argument("--topology", required=True, help="the TOML file")
     parser.add_argument("--name", required=True, help="the component to run")
     parser.add_argument("--build", default="", help='its builder, "module:function"; default by its kind')

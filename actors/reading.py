@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NoReturn, Type
 import msgspec
 from msgspec import NODEFAULT
 
-from actors.errors import TopologyError
-from actors.sections import ModelSection, RoleSection, Section, Sections
+from triptych.actors.errors import TopologyError
+from triptych.actors.sections import ModelSection, RoleSection, Section, Sections
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

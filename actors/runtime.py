@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any, Self
 
 import structlog
 
-from actors.actor import DRAINING
-from actors.cell import Cell
-from actors.errors import ActorCrashed
-from actors.heartbeat import Heartbeat
-from actors.system import ActorStatus, Inspect, Inspection, Shutdown, ShuttingDown
+from triptych.actors.actor import DRAINING
+from triptych.actors.cell import Cell
+from triptych.actors.errors import ActorCrashed
+from triptych.actors.heartbeat import Heartbeat
+from triptych.actors.system import ActorStatus, Inspect, Inspection, Shutdown, ShuttingDown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
-    from actors.actor import Actor
-    from actors.addresses import AddressBook
-    from bus import Delivery
+    from triptych.actors.actor import Actor
+    from triptych.actors.addresses import AddressBook
+    from triptych.bus import Delivery
 
 _log = structlog.stdlib.get_logger("actors")
 

@@ -14,27 +14,27 @@ import structlog
 import uvloop
 from setproctitle import setproctitle
 
-from actors import diagnostics, places
-from actors.addresses import SUPERVISOR, AddressBook, supervisor_of
-from actors.components import PARTS, PRELOAD
-from actors.errors import OF_THE_MACHINE, StartFailure
-from actors.generations import Generations
-from actors.keys import make_keys
-from actors.launcher import Launcher, thread_environment, usable_cores
-from actors.locks import exclusive
-from actors.ownership import Owner, owned
-from actors.prctl import adopt_orphans
-from actors.runtime import Runtime
-from actors.strangers import end_strangers
-from actors.supervisor import Supervisor
-from bus import AddressError, remove_if_stale
+from triptych.actors import diagnostics, places
+from triptych.actors.addresses import SUPERVISOR, AddressBook, supervisor_of
+from triptych.actors.components import PARTS, PRELOAD
+from triptych.actors.errors import OF_THE_MACHINE, StartFailure
+from triptych.actors.generations import Generations
+from triptych.actors.keys import make_keys
+from triptych.actors.launcher import Launcher, thread_environment, usable_cores
+from triptych.actors.locks import exclusive
+from triptych.actors.ownership import Owner, owned
+from triptych.actors.prctl import adopt_orphans
+from triptych.actors.runtime import Runtime
+from triptych.actors.strangers import end_strangers
+from triptych.actors.supervisor import Supervisor
+from triptych.bus import AddressError, remove_if_stale
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
-    from actors.components import Part
-    from actors.system import ChildReport
-    from actors.topology import Component, Topology
+    from triptych.actors.components import Part
+    from triptych.actors.system import ChildReport
+    from triptych.actors.topology import Component, Topology
 
 EXIT_NOTHING_LEFT: Final = 1
 EXIT_CANNOT_SERVE: Final = 2

@@ -9,14 +9,14 @@ import signal
 import time
 from typing import TYPE_CHECKING, Final
 
-from actors import child as states
-from actors.actor import Actor
-from actors.child import Child
-from actors.errors import OF_THE_MACHINE
-from actors.launcher import Launcher, LauncherClosed
-from actors.process import heartbeat_s
-from actors.processes import Process
-from actors.restart import (
+from triptych.actors import child as states
+from triptych.actors.actor import Actor
+from triptych.actors.child import Child
+from triptych.actors.errors import OF_THE_MACHINE
+from triptych.actors.launcher import Launcher, LauncherClosed
+from triptych.actors.process import heartbeat_s
+from triptych.actors.processes import Process
+from triptych.actors.restart import (
     Action,
     ChildSpec,
     Exit,
@@ -30,14 +30,14 @@ from actors.restart import (
     Wait,
     decide,
 )
-from actors.system import ChildHeartbeat, ChildReport, ChildState, Noted, SupervisorQuery, SupervisorReport
+from triptych.actors.system import ChildHeartbeat, ChildReport, ChildState, Noted, SupervisorQuery, SupervisorReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from actors.components import Part
-    from actors.generations import Generations
-    from actors.topology import Component, Topology
+    from triptych.actors.components import Part
+    from triptych.actors.generations import Generations
+    from triptych.actors.topology import Component, Topology
 
 _ASLEEP_AFTER: Final = 0.5  # of a heartbeat's timeout: a tick that is later than that forgives silence
 

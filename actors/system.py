@@ -6,7 +6,7 @@ from typing import Final
 
 import msgspec
 
-from bus import DeadLetter, Message
+from triptych.bus import DeadLetter, Message
 
 
 class Inspect(Message):

@@ -11,12 +11,12 @@ from typing import Literal
 
 import msgspec
 
-from actors import places
-from actors.errors import UnknownName
-from actors.model_source import ModelSource, absolute, find_source
-from actors.ownership import ModelIdentity, identity_of
-from actors.reading import read_sections
-from actors.sections import (
+from triptych.actors import places
+from triptych.actors.errors import UnknownName
+from triptych.actors.model_source import ModelSource, absolute, find_source
+from triptych.actors.ownership import ModelIdentity, identity_of
+from triptych.actors.reading import read_sections
+from triptych.actors.sections import (
     PANELS,
     ApiSection,
     BusSection,
@@ -30,7 +30,7 @@ from actors.sections import (
     TransferSection,
     cache_size,
 )
-from actors.topology_checks import check_components, check_sections, role_name
+from triptych.actors.topology_checks import check_components, check_sections, role_name
 
 ComponentKind = Literal["pool", "encoder", "denoiser", "decoder", "monolithic", "head", "api"]
 

@@ -8,12 +8,12 @@ from collections import Counter
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
-from actors.errors import TopologyError
-from actors.sections import LEAST_POOL_BYTES, PANELS, cache_size, parse_rate, parse_size
+from triptych.actors.errors import TopologyError
+from triptych.actors.sections import LEAST_POOL_BYTES, PANELS, cache_size, parse_rate, parse_size
 
 if TYPE_CHECKING:
-    from actors.sections import ModelSection, RoleSection, Sections
-    from actors.topology import Component
+    from triptych.actors.sections import ModelSection, RoleSection, Sections
+    from triptych.actors.topology import Component
 
 _UNSAFE: Final = re.compile(r"[^a-z0-9_-]")
 """What the name of a component cannot have: a point in it would be taken for an actor within a process."""

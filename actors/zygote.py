@@ -30,10 +30,10 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 from setproctitle import setproctitle
 
-from actors import process
-from actors.errors import describe
-from actors.prctl import die_with_parent
-from actors.zygote_messages import MAX_MESSAGE_BYTES, Fork, Forked, Warm
+from triptych.actors import process
+from triptych.actors.errors import describe
+from triptych.actors.prctl import die_with_parent
+from triptych.actors.zygote_messages import MAX_MESSAGE_BYTES, Fork, Forked, Warm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -166,7 +166,7 @@ def _wait_for_parent(supervisor: int) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m actors.zygote", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m triptych.actors.zygote", description=__doc__)
     parser.add_argument("--channel", type=int, required=True, help="descriptor of the socketpair")
     parser.add_argument("--parent", type=int, required=True, help="pid of the supervisor")
     parser.add_argument("--preload", nargs="*", default=[], help="modules to import")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from actors.processes import Ending, Process, module_command, spawn
-from actors.zygote_messages import MAX_MESSAGE_BYTES, Fork, Forked, Warm
+from triptych.actors.processes import Ending, Process, module_command, spawn
+from triptych.actors.zygote_messages import MAX_MESSAGE_BYTES, Fork, Forked, Warm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ class Zygote:
             theirs.set_inheritable(True)
             options = ("--channel", str(theirs.fileno()), "--parent", str(os.getpid()))
             self._process = Process(
-                spawn((*module_command("actors.zygote"), *options, "--preload", *preload), environment)
+                spawn((*module_command("triptych.actors.zygote"), *options, "--preload", *preload), environment)
             )
         self._socket.setblocking(False)
         self._loop.add_reader(self._socket, self._readable)

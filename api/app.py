@@ -8,26 +8,26 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from actors.api_keys import ApiKeys
-from actors.topology import Topology
-from api.artifacts import artifact
-from api.body import Intake
-from api.cluster import Cluster, cluster
-from api.context import RequestContext
-from api.edits import Edits
-from api.errors import HANDLERS
-from api.generations import Generations
-from api.guard import Guard
-from api.head import Head
-from api.health import health, live, ready
-from api.models import get_model, list_models
-from api.openapi import openapi
-from api.requests import Requests
-from api.unsupported import INSTEAD, unsupported
-from api.uploads import UploadDesk
-from api.videos import OneVideo, Videos, video_content
-from roles.artifacts import ArtifactStore
-from roles.uploads import UploadStore
+from triptych.actors.api_keys import ApiKeys
+from triptych.actors.topology import Topology
+from triptych.api.artifacts import artifact
+from triptych.api.body import Intake
+from triptych.api.cluster import Cluster, cluster
+from triptych.api.context import RequestContext
+from triptych.api.edits import Edits
+from triptych.api.errors import HANDLERS
+from triptych.api.generations import Generations
+from triptych.api.guard import Guard
+from triptych.api.head import Head
+from triptych.api.health import health, live, ready
+from triptych.api.models import get_model, list_models
+from triptych.api.openapi import openapi
+from triptych.api.requests import Requests
+from triptych.api.unsupported import INSTEAD, unsupported
+from triptych.api.uploads import UploadDesk
+from triptych.api.videos import OneVideo, Videos, video_content
+from triptych.roles.artifacts import ArtifactStore
+from triptych.roles.uploads import UploadStore
 
 ROUTES = [
     Route("/v1/images/generations", Generations),

@@ -9,13 +9,13 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
-from api.conditions import precondition, wanted_ranges
-from api.errors import ApiError, not_found
-from api.head import Head
-from bus import RemoteFailure
-from roles.artifacts import ArtifactError, ArtifactMissing, ArtifactStore
-from roles.formats import CONTENT_TYPES
-from roles.messages.requests import QueryRequest, RequestView
+from triptych.api.conditions import precondition, wanted_ranges
+from triptych.api.errors import ApiError, not_found
+from triptych.api.head import Head
+from triptych.bus import RemoteFailure
+from triptych.roles.artifacts import ArtifactError, ArtifactMissing, ArtifactStore
+from triptych.roles.formats import CONTENT_TYPES
+from triptych.roles.messages.requests import QueryRequest, RequestView
 
 GONE: Final = 410
 

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import msgspec
 from starlette.requests import Request
 
-from api.errors import ApiError, refused
+from triptych.api.errors import ApiError, refused
 
 MAX_TEXT_BYTES = 1 << 19
 """Of a body without its pictures. Half of what a mailbox takes, so that nothing here is too long for the bus."""

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from starlette.requests import Request
 
-from actors import AddressBook, Component, Topology
-from actors.system import (
+from triptych.actors import AddressBook, Component, Topology
+from triptych.actors.system import (
     GIVEN_UP,
     ChildReport,
     DeadLetterQuery,
@@ -19,10 +19,10 @@ from actors.system import (
     SupervisorQuery,
     SupervisorReport,
 )
-from api.encoding import JSONResponse, plain
-from bus import BusError, Message, Reference
-from roles.messages.pool import PoolDescription, PoolQuery
-from roles.messages.requests import ClusterQuery, ClusterView, InstanceView
+from triptych.api.encoding import JSONResponse, plain
+from triptych.bus import BusError, Message, Reference
+from triptych.roles.messages.pool import PoolDescription, PoolQuery
+from triptych.roles.messages.requests import ClusterQuery, ClusterView, InstanceView
 
 LOOK_S = 1.0
 """An actor that is well answers within milliseconds; one that does not is shown as down."""

@@ -9,7 +9,7 @@ from typing import Any, Final
 import structlog
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from api.errors import ApiError, respond
+from triptych.api.errors import ApiError, respond
 
 log = structlog.stdlib.get_logger("api")
 

@@ -9,7 +9,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bus import child_of, current_traceparent
+from triptych.bus import child_of, current_traceparent
 
 log = structlog.stdlib.get_logger("api")
 

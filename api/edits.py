@@ -6,7 +6,7 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.generations import make, read
+from triptych.api.generations import make, read
 
 
 class Edits(HTTPEndpoint):

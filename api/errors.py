@@ -10,8 +10,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ExceptionHandler
 
-from api.encoding import JSONResponse
-from bus import AskTimeout, BusError, MailboxFull, MessageTooLong, RemoteFailure, Unreachable
+from triptych.api.encoding import JSONResponse
+from triptych.bus import AskTimeout, BusError, MailboxFull, MessageTooLong, RemoteFailure, Unreachable
 
 log = structlog.stdlib.get_logger("api")
 

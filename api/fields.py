@@ -8,12 +8,12 @@ from typing import Annotated, Final, NamedTuple, TypeAlias, TypeVar
 import msgspec
 from msgspec import Meta, inspect
 
-from api.body import check_length
-from api.errors import ApiError, refused
-from api.forms import Fields
-from api.names import Names
-from roles.messages.work import MAX_SEED, Json, Numbers, Options, Pictures, Scalar, Tensors
-from roles.messages.work import Input as PipelineInput
+from triptych.api.body import check_length
+from triptych.api.errors import ApiError, refused
+from triptych.api.forms import Fields
+from triptych.api.names import Names
+from triptych.roles.messages.work import MAX_SEED, Json, Numbers, Options, Pictures, Scalar, Tensors
+from triptych.roles.messages.work import Input as PipelineInput
 
 MAX_TEXT = 32_768
 MAX_INPUTS = 64

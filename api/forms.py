@@ -13,14 +13,14 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from api.body import MAX_FORM_BYTES, MAX_JSON_BYTES, MAX_TEXT_BYTES, Intake, read_object
-from api.errors import ApiError, refused
-from api.head import Head
-from api.models import describe
-from api.names import Names
-from api.uploads import MAX_FILES, MAX_FRAMES, Size, Source, UploadDesk
-from roles.messages.requests import KNOWN, PICTURES, WORDS, Kind, Task
-from roles.messages.work import Json, Numbers, Options, Scalar
+from triptych.api.body import MAX_FORM_BYTES, MAX_JSON_BYTES, MAX_TEXT_BYTES, Intake, read_object
+from triptych.api.errors import ApiError, refused
+from triptych.api.head import Head
+from triptych.api.models import describe
+from triptych.api.names import Names
+from triptych.api.uploads import MAX_FILES, MAX_FRAMES, Size, Source, UploadDesk
+from triptych.roles.messages.requests import KNOWN, PICTURES, WORDS, Kind, Task
+from triptych.roles.messages.work import Json, Numbers, Options, Scalar
 
 MAX_FIELDS: Final = 128
 MAX_NUMBERS: Final = 1000

@@ -11,18 +11,18 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.artifacts import read_file
-from api.encoding import JSONResponse
-from api.errors import refused
-from api.fields import MediaRequest, own_fields, parse
-from api.forms import read_fields
-from api.head import Head
-from api.links import artifact_url, request_url
-from api.names import Names
-from api.requests import request_object
-from api.submission import check_done, idempotency_key, submit, wait
-from roles.messages.requests import QueryRequest, RequestView
-from roles.messages.work import MAX_SEED, Input, Output
+from triptych.api.artifacts import read_file
+from triptych.api.encoding import JSONResponse
+from triptych.api.errors import refused
+from triptych.api.fields import MediaRequest, own_fields, parse
+from triptych.api.forms import read_fields
+from triptych.api.head import Head
+from triptych.api.links import artifact_url, request_url
+from triptych.api.names import Names
+from triptych.api.requests import request_object
+from triptych.api.submission import check_done, idempotency_key, submit, wait
+from triptych.roles.messages.requests import QueryRequest, RequestView
+from triptych.roles.messages.work import MAX_SEED, Input, Output
 
 
 class ImageRequest(MediaRequest, frozen=True, kw_only=True):

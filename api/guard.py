@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from actors.api_keys import ApiKeys
-from actors.sections import ApiSection, parse_rate
-from actors.topology_checks import is_loopback
-from api.errors import ApiError, respond
+from triptych.actors.api_keys import ApiKeys
+from triptych.actors.sections import ApiSection, parse_rate
+from triptych.actors.topology_checks import is_loopback
+from triptych.api.errors import ApiError, respond
 
 OPEN_PATHS: Final = frozenset({"/live", "/ready", "/health"})
 """What probes ask without a key."""

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import structlog
 
-from bus import AskTimeout, BusError, MailboxFull, Message, Reference, RemoteFailure, Unreachable
-from roles.messages.requests import CancelRequest, RequestView, WaitRequest
+from triptych.bus import AskTimeout, BusError, MailboxFull, Message, Reference, RemoteFailure, Unreachable
+from triptych.roles.messages.requests import CancelRequest, RequestView, WaitRequest
 
 R = TypeVar("R", bound=Message)
 log = structlog.stdlib.get_logger("api")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 from starlette.requests import Request
 
-from api.cluster import Cluster
-from api.encoding import JSONResponse
+from triptych.api.cluster import Cluster
+from triptych.api.encoding import JSONResponse
 
 DOWN = {"down", "backoff", "failed", "gave_up", "stopped"}
 

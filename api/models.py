@@ -8,12 +8,12 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 
-from api.encoding import JSONResponse
-from api.errors import not_found
-from api.head import Head
-from bus import RemoteFailure
-from roles.messages.requests import DescribeModel, Kind, ListModels, ModelDescription, Option, Parameter
-from roles.messages.requests import ModelList as Descriptions
+from triptych.api.encoding import JSONResponse
+from triptych.api.errors import not_found
+from triptych.api.head import Head
+from triptych.bus import RemoteFailure
+from triptych.roles.messages.requests import DescribeModel, Kind, ListModels, ModelDescription, Option, Parameter
+from triptych.roles.messages.requests import ModelList as Descriptions
 
 _LIMITS: Final = ("minimum", "maximum", "multiple_of")
 _WORDS: Final = {Kind.IMAGE_LIST: Kind.IMAGES}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from api.errors import ApiError, refused
-from roles.messages.requests import RequestRejected
+from triptych.api.errors import ApiError, refused
+from triptych.roles.messages.requests import RequestRejected
 
 _STATUS: Final = {"invalid": 422, "full": 429, "conflict": 409, "unavailable": 503, "model_not_found": 404}
 

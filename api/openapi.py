@@ -10,16 +10,16 @@ import msgspec
 from msgspec import inspect
 from starlette.requests import Request
 
-from api.encoding import JSONResponse
-from api.fields import NEUTRAL, MediaRequest
-from api.generations import ImageRequest, ImagesResponse
-from api.health import Health, Live, Ready
-from api.models import ModelList, ModelObject
-from api.requests import Deleted
-from api.submission import IDEMPOTENCY_KEY
-from api.videos import ListQuery, Video, VideoList, VideoRequest
-from roles.formats import CONTENT_TYPES
-from roles.messages.requests import TENSORS, ClusterView, RequestView
+from triptych.api.encoding import JSONResponse
+from triptych.api.fields import NEUTRAL, MediaRequest
+from triptych.api.generations import ImageRequest, ImagesResponse
+from triptych.api.health import Health, Live, Ready
+from triptych.api.models import ModelList, ModelObject
+from triptych.api.requests import Deleted
+from triptych.api.submission import IDEMPOTENCY_KEY
+from triptych.api.videos import ListQuery, Video, VideoList, VideoRequest
+from triptych.roles.formats import CONTENT_TYPES
+from triptych.roles.messages.requests import TENSORS, ClusterView, RequestView
 
 _FILE: Final = "file"
 _ASKED: Final = (400, 403, 404, 408, 413, 415, 421, 422, 429, 503)

@@ -8,12 +8,12 @@ import msgspec
 from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 
-from api.encoding import JSONResponse, plain
-from api.errors import not_found
-from api.head import Head
-from api.links import artifact_url
-from roles.messages.requests import CancelRequest, DeleteRequest, QueryRequest, RequestDeleted, RequestView
-from roles.messages.work import Input, Json, Numbers, Options, Pictures, Tensors
+from triptych.api.encoding import JSONResponse, plain
+from triptych.api.errors import not_found
+from triptych.api.head import Head
+from triptych.api.links import artifact_url
+from triptych.roles.messages.requests import CancelRequest, DeleteRequest, QueryRequest, RequestDeleted, RequestView
+from triptych.roles.messages.work import Input, Json, Numbers, Options, Pictures, Tensors
 
 
 def request_object(request: Request, view: RequestView) -> dict[str, object]:

@@ -13,17 +13,17 @@ from typing import cast
 
 import uvicorn
 
-from actors import Actor, Component, StartDelayed, StartFailure, Topology
-from actors.api_keys import ApiKeys, ApiKeysError, read_keys
-from actors.sections import parse_size
-from api.app import make_app
-from api.cluster import Cluster
-from api.connections import Bounds, Connection, most_connections, raise_file_limit
-from api.head import RETRY_S, Head
-from bus import BusError
-from roles.messages.requests import ClusterQuery, ClusterView
-from roles.retention import StoreBounds
-from roles.uploads import UPLOADS, UploadStore
+from triptych.actors import Actor, Component, StartDelayed, StartFailure, Topology
+from triptych.actors.api_keys import ApiKeys, ApiKeysError, read_keys
+from triptych.actors.sections import parse_size
+from triptych.api.app import make_app
+from triptych.api.cluster import Cluster
+from triptych.api.connections import Bounds, Connection, most_connections, raise_file_limit
+from triptych.api.head import RETRY_S, Head
+from triptych.bus import BusError
+from triptych.roles.messages.requests import ClusterQuery, ClusterView
+from triptych.roles.retention import StoreBounds
+from triptych.roles.uploads import UPLOADS, UploadStore
 
 HELLO_S = 2.0
 """One question to a head that may not be there yet."""

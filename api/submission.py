@@ -9,19 +9,19 @@ import secrets
 
 from starlette.requests import Request
 
-from actors.client import in_short
-from api.errors import CLIENT_CLOSED_REQUEST, ApiError
-from api.head import Head
-from api.names import Names
-from bus import AskTimeout, Unreachable
-from roles.messages.requests import (
+from triptych.actors.client import in_short
+from triptych.api.errors import CLIENT_CLOSED_REQUEST, ApiError
+from triptych.api.head import Head
+from triptych.api.names import Names
+from triptych.bus import AskTimeout, Unreachable
+from triptych.roles.messages.requests import (
     CancelRequest,
     RequestAccepted,
     RequestRejected,
     RequestView,
     SubmitRequest,
 )
-from roles.messages.work import Input, Output
+from triptych.roles.messages.work import Input, Output
 
 MARGIN_S = 15.0
 """The head times requests out by itself; this much later the wait for it ends too."""

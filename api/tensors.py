@@ -7,7 +7,7 @@ from typing import Final
 import safetensors
 from safetensors import SafetensorError
 
-from api.errors import refused
+from triptych.api.errors import refused
 
 MAX_HEADER_BYTES: Final = 1 << 16
 MAX_TENSORS: Final = 32

@@ -8,7 +8,7 @@ from typing import Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.errors import not_found
+from triptych.api.errors import not_found
 
 INSTEAD: Final = {
     "/v1/images/variations": "there are no variations: send the picture to POST /v1/images/edits, with a strength",

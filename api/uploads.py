@@ -14,11 +14,11 @@ from msgspec.structs import replace
 from PIL import ExifTags, Image, UnidentifiedImageError
 from starlette.datastructures import UploadFile
 
-from api.errors import ApiError, refused
-from api.tensors import tensors_in
-from roles.files import is_full
-from roles.messages.work import Pictures, Tensors, Upload
-from roles.uploads import ENDINGS, TENSORS_ENDING, UploadsFull, UploadStore
+from triptych.api.errors import ApiError, refused
+from triptych.api.tensors import tensors_in
+from triptych.roles.files import is_full
+from triptych.roles.messages.work import Pictures, Tensors, Upload
+from triptych.roles.uploads import ENDINGS, TENSORS_ENDING, UploadsFull, UploadStore
 
 log = structlog.stdlib.get_logger("api")
 

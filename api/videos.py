@@ -11,18 +11,18 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.artifacts import send_file
-from api.encoding import JSONResponse
-from api.errors import ApiError, not_found, refused
-from api.fields import MediaRequest, Seed, misfit, own_fields, parse
-from api.forms import read_fields
-from api.head import Head
-from api.models import describe
-from api.names import Names
-from api.requests import Deleted, delete
-from api.submission import failed, submit, why
-from bus import RemoteFailure
-from roles.messages.requests import (
+from triptych.api.artifacts import send_file
+from triptych.api.encoding import JSONResponse
+from triptych.api.errors import ApiError, not_found, refused
+from triptych.api.fields import MediaRequest, Seed, misfit, own_fields, parse
+from triptych.api.forms import read_fields
+from triptych.api.head import Head
+from triptych.api.models import describe
+from triptych.api.names import Names
+from triptych.api.requests import Deleted, delete
+from triptych.api.submission import failed, submit, why
+from triptych.bus import RemoteFailure
+from triptych.roles.messages.requests import (
     RATES,
     ListModels,
     ListRequests,
@@ -33,7 +33,7 @@ from roles.messages.requests import (
     RequestView,
     UnitView,
 )
-from roles.messages.work import Input, Output
+from triptych.roles.messages.work import Input, Output
 
 MAX_SECONDS = 3600.0
 FORMAT = "mp4"

@@ -1,10 +1,10 @@
 """The typed message bus: mailboxes, references, dead letters. Knows no actor and no tensor."""
 
-from bus.address import Address, parse_address
-from bus.binding import remove_if_stale
-from bus.dead_letters import DeadLetter, DeadLetters
-from bus.envelope import Envelope, Failure, FailureCode, Generation, Kind
-from bus.errors import (
+from triptych.bus.address import Address, parse_address
+from triptych.bus.binding import remove_if_stale
+from triptych.bus.dead_letters import DeadLetter, DeadLetters
+from triptych.bus.envelope import Envelope, Failure, FailureCode, Generation, Kind
+from triptych.bus.errors import (
     AddressError,
     AskTimeout,
     BusError,
@@ -15,11 +15,11 @@ from bus.errors import (
     RemoteFailure,
     Unreachable,
 )
-from bus.mailbox import Delivery, Mailbox
-from bus.message import Message
-from bus.outbox import Outbox, Reference
-from bus.sockets import CurveKeys
-from bus.trace import child_of, current_traceparent, new_traceparent
+from triptych.bus.mailbox import Delivery, Mailbox
+from triptych.bus.message import Message
+from triptych.bus.outbox import Outbox, Reference
+from triptych.bus.sockets import CurveKeys
+from triptych.bus.trace import child_of, current_traceparent, new_traceparent
 
 __all__ = [
     "Address",

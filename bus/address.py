@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from bus.errors import AddressError
+from triptych.bus.errors import AddressError
 
 MAX_IPC_PATH_BYTES: Final = 107
 _TCP = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9*._-]+):(?P<port>[0-9]{1,5})")

@@ -11,8 +11,8 @@ from typing import Final
 
 import zmq
 
-from bus.address import Address
-from bus.errors import AddressError
+from triptych.bus.address import Address
+from triptych.bus.errors import AddressError
 
 _BACKLOG: Final = 128
 

@@ -10,7 +10,7 @@ import msgspec
 import structlog
 
 if TYPE_CHECKING:
-    from bus.envelope import Envelope
+    from triptych.bus.envelope import Envelope
 
 KEPT: Final = 100
 _LONGEST_DETAIL: Final = 500  # characters; what a peer wrote may have a megabyte

@@ -8,7 +8,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-from bus.message import Message
+from triptych.bus.message import Message
 
 MAX_GENERATION: Final = (1 << 53) - 1
 """Larger than any, which are milliseconds since 1970."""

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import zmq
 from zmq.utils import z85
 
-from bus.pump import Pump
+from triptych.bus.pump import Pump
 
 _ADDRESS: Final = "inproc://zeromq.zap.01"
 _QUESTION_FRAMES: Final = 9  # route, empty, version, request, domain, address, identity, mechanism, CURVE key

@@ -13,15 +13,15 @@ from typing import Final, NamedTuple
 
 import zmq
 
-from bus import inproc
-from bus.address import Address
-from bus.dead_letters import DeadLetters
-from bus.envelope import Envelope, FailureCode, Kind
-from bus.errors import AskTimeout, BusError, HandshakeRefused, MailboxFull, RemoteFailure, Unreachable
-from bus.message import Message
-from bus.pump import Pump
-from bus.sockets import RECONNECT_FIRST_MS, RECONNECT_LAST_MS, CurveKeys, open_socket
-from bus.wire import BadBodyError, BodyDecoder, UnreadableError, decode_envelope, decode_failure
+from triptych.bus import inproc
+from triptych.bus.address import Address
+from triptych.bus.dead_letters import DeadLetters
+from triptych.bus.envelope import Envelope, FailureCode, Kind
+from triptych.bus.errors import AskTimeout, BusError, HandshakeRefused, MailboxFull, RemoteFailure, Unreachable
+from triptych.bus.message import Message
+from triptych.bus.pump import Pump
+from triptych.bus.sockets import RECONNECT_FIRST_MS, RECONNECT_LAST_MS, CurveKeys, open_socket
+from triptych.bus.wire import BadBodyError, BodyDecoder, UnreadableError, decode_envelope, decode_failure
 
 _EVENT: Final = struct.Struct("=Hi")
 _ESTABLISHED: Final = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)

@@ -12,18 +12,18 @@ from typing import Final
 
 import zmq
 
-from bus import inproc
-from bus.address import parse_address
-from bus.binding import Binding
-from bus.dead_letters import DeadLetters
-from bus.envelope import Envelope, Failure, FailureCode, Kind
-from bus.errors import BusError, MessageTooLong, Refused
-from bus.gate import Gate, open_gate
-from bus.message import Message
-from bus.pump import Pump
-from bus.sockets import CurveKeys, open_socket
-from bus.trace import child_of, current_traceparent
-from bus.wire import (
+from triptych.bus import inproc
+from triptych.bus.address import parse_address
+from triptych.bus.binding import Binding
+from triptych.bus.dead_letters import DeadLetters
+from triptych.bus.envelope import Envelope, Failure, FailureCode, Kind
+from triptych.bus.errors import BusError, MessageTooLong, Refused
+from triptych.bus.gate import Gate, open_gate
+from triptych.bus.message import Message
+from triptych.bus.pump import Pump
+from triptych.bus.sockets import CurveKeys, open_socket
+from triptych.bus.trace import child_of, current_traceparent
+from triptych.bus.wire import (
     DEFAULT_MAX_MESSAGE_BYTES,
     BadBodyError,
     BodyDecoder,

@@ -8,15 +8,15 @@ from typing import Any, TypeVar, cast
 
 import zmq
 
-from bus.address import Address, parse_address
-from bus.dead_letters import DeadLetters
-from bus.envelope import Envelope, Kind
-from bus.errors import Unreachable
-from bus.line import Line
-from bus.message import Message
-from bus.sockets import CurveKeys
-from bus.trace import current_traceparent
-from bus.wire import DEFAULT_MAX_MESSAGE_BYTES, decoder_of, encode
+from triptych.bus.address import Address, parse_address
+from triptych.bus.dead_letters import DeadLetters
+from triptych.bus.envelope import Envelope, Kind
+from triptych.bus.errors import Unreachable
+from triptych.bus.line import Line
+from triptych.bus.message import Message
+from triptych.bus.sockets import CurveKeys
+from triptych.bus.trace import current_traceparent
+from triptych.bus.wire import DEFAULT_MAX_MESSAGE_BYTES, decoder_of, encode
 
 R = TypeVar("R", bound=Message)
 

@@ -7,8 +7,8 @@ from typing import Final
 import msgspec
 import zmq
 
-from bus.address import Address
-from bus.errors import AddressError
+from triptych.bus.address import Address
+from triptych.bus.errors import AddressError
 
 RECONNECT_FIRST_MS: Final = 20
 RECONNECT_LAST_MS: Final = 250

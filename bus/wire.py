@@ -11,9 +11,9 @@ from typing import Any, Final
 
 import msgspec
 
-from bus.envelope import Envelope, Failure, FailureCode
-from bus.errors import MessageTooLong
-from bus.message import Message
+from triptych.bus.envelope import Envelope, Failure, FailureCode
+from triptych.bus.errors import MessageTooLong
+from triptych.bus.message import Message
 
 DEFAULT_MAX_MESSAGE_BYTES: Final = 1 << 20
 _LENGTH_BYTES: Final = 2

@@ -24,11 +24,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
-from engines.card import load_index
-from engines.complaints import complaints
-from engines.lora import Choice, LoraFile
-from engines.panels import ModelError
-from engines.split import modular_class
+from triptych.engines.card import load_index
+from triptych.engines.complaints import complaints
+from triptych.engines.lora import Choice, LoraFile
+from triptych.engines.panels import ModelError
+from triptych.engines.split import modular_class
 
 SUFFIX: Final = ".safetensors"
 _DOWN: Final = (".lora_A", ".lora_down", ".lora.down", "_lora.down", ".lora_linear_layer.down")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Final
 
-from engines.parameters import Kind, Parameter, names
+from triptych.engines.parameters import Kind, Parameter, names
 
 GUIDANCE_SCALE: Final = "guidance_scale"
 TRUE_CFG_SCALE: Final = "true_cfg_scale"

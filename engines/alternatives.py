@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Final
 
-from engines.checks import CardError, checked, limits_of, options_in
-from engines.parameters import WORDS, Kind, Option, Parameter
+from triptych.engines.checks import CardError, checked, limits_of, options_in
+from triptych.engines.parameters import WORDS, Kind, Option, Parameter
 
 SHORT_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "euler": ("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"),

@@ -16,8 +16,8 @@ from typing import Any, Final
 import diffusers
 from transformers import PreTrainedModel
 
-from engines.panels import Panel
-from engines.source import calls_in_rounds, computes, ends_without_steps, made_of, runs, runs_before, set_by
+from triptych.engines.panels import Panel
+from triptych.engines.source import calls_in_rounds, computes, ends_without_steps, made_of, runs, runs_before, set_by
 
 _WEIGHTLESS: Final = ("Tokenizer", "Processor", "FeatureExtractor")
 _ENCODED: Final = {"vae", "encode"}

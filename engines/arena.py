@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from engines.checksum import Bytes
+from triptych.engines.checksum import Bytes
 
 if TYPE_CHECKING:
     import torch

@@ -18,12 +18,12 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 
-from engines.aliases import public_names, with_aliases
-from engines.custom_code import custom_class, custom_file
-from engines.geometry import with_steps
-from engines.guidance import GUIDANCE_SCALE, guidance, has_guider
-from engines.loading import incomplete, load_component, load_shadow
-from engines.media import (
+from triptych.engines.aliases import public_names, with_aliases
+from triptych.engines.custom_code import custom_class, custom_file
+from triptych.engines.geometry import with_steps
+from triptych.engines.guidance import GUIDANCE_SCALE, guidance, has_guider
+from triptych.engines.loading import incomplete, load_component, load_shadow
+from triptych.engines.media import (
     IMAGES,
     LATENTS,
     LAYERS,
@@ -36,18 +36,18 @@ from engines.media import (
     results_of,
     with_sampling_rate,
 )
-from engines.options import DEFAULTS, ModelOptions
-from engines.panels import InputError, ModelError
-from engines.parameters import IN_PLACE_OF, LATENT, OUTPUT_TYPE, Signature
-from engines.placing import Placement
-from engines.read_ahead import read_ahead
-from engines.seeds import GENERATOR
-from engines.settings import configure, setting_parameters
-from engines.shadows import Shadow
-from engines.stepping import Denoising
-from engines.tasks import class_tasks, required_by
-from engines.vocabulary import latent_parameter, of_call, returns_latents, tensors_of_call, tensors_parameter
-from engines.weight_files import files_ahead
+from triptych.engines.options import DEFAULTS, ModelOptions
+from triptych.engines.panels import InputError, ModelError
+from triptych.engines.parameters import IN_PLACE_OF, LATENT, OUTPUT_TYPE, Signature
+from triptych.engines.placing import Placement
+from triptych.engines.read_ahead import read_ahead
+from triptych.engines.seeds import GENERATOR
+from triptych.engines.settings import configure, setting_parameters
+from triptych.engines.shadows import Shadow
+from triptych.engines.stepping import Denoising
+from triptych.engines.tasks import class_tasks, required_by
+from triptych.engines.vocabulary import latent_parameter, of_call, returns_latents, tensors_of_call, tensors_parameter
+from triptych.engines.weight_files import files_ahead
 
 _OURS: Final = frozenset({"self", "output_type", "return_dict", "callback", "callback_steps", "callback_on_step_end"})
 STEPS: Final = ("step", "step_pred")

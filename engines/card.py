@@ -20,9 +20,9 @@ from typing import Final
 
 import msgspec
 
-from engines.aliases import conflict
-from engines.alternatives import with_classes
-from engines.checks import (
+from triptych.engines.aliases import conflict
+from triptych.engines.alternatives import with_classes
+from triptych.engines.checks import (
     MAX_STEPS,
     CardError,
     Limits,
@@ -34,8 +34,8 @@ from engines.checks import (
     kind_of,
     limits_of,
 )
-from engines.panels import ModelError
-from engines.parameters import KNOWN, TENSORS, Default, Kind, Parameter, Task
+from triptych.engines.panels import ModelError
+from triptych.engines.parameters import KNOWN, TENSORS, Default, Kind, Parameter, Task
 
 __all__ = ["CARD_NAME", "INDEX_NAMES", "CardError", "ModelCard", "load_card", "load_index"]
 

@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 
 import torch
 
-from engines.manifest import CodecError
+from triptych.engines.manifest import CodecError
 
 _TENSOR_DTYPES: Final = (
     *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),

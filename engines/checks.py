@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
-from engines.parameters import IN_PLACE_OF, PICTURES, TENSORS, WORDS, Kind, Parameter, Task
+from triptych.engines.parameters import IN_PLACE_OF, PICTURES, TENSORS, WORDS, Kind, Parameter, Task
 
 Limits = tuple[float, ...]
 """(lowest, highest) or (lowest, highest, step); a value is a multiple of the step. () is no limit."""

@@ -20,8 +20,8 @@ from typing import Any, Final, cast
 
 import torch
 
-from engines.anatomy import Anatomy, anatomy
-from engines.calling import (
+from triptych.engines.anatomy import Anatomy, anatomy
+from triptych.engines.calling import (
     CallDenoising,
     Components,
     accepted,
@@ -31,15 +31,15 @@ from engines.calling import (
     schedulers,
     signature,
 )
-from engines.card import load_index
-from engines.guidance import private
-from engines.handoff import Elsewhere, Handoff, Recording, Resumption, first
-from engines.panels import Panel
-from engines.placing import Placement
-from engines.routes import classic_class
-from engines.seeds import GENERATOR, seeded
-from engines.shadows import ShadowError
-from engines.stepping import Denoising
+from triptych.engines.card import load_index
+from triptych.engines.guidance import private
+from triptych.engines.handoff import Elsewhere, Handoff, Recording, Resumption, first
+from triptych.engines.panels import Panel
+from triptych.engines.placing import Placement
+from triptych.engines.routes import classic_class
+from triptych.engines.seeds import GENERATOR, seeded
+from triptych.engines.shadows import ShadowError
+from triptych.engines.stepping import Denoising
 
 MADE: Final = "made"
 """The name in a state of what the pipeline has made, where the denoiser ran it to its end."""

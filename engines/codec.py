@@ -11,11 +11,11 @@ import dataclasses
 
 import torch
 
-from engines import manifest as m
-from engines.carriers import register_dataclass
-from engines.manifest import ALIGNMENT, CodecError
-from engines.packing import Packer
-from engines.unpacking import Unpacker
+from triptych.engines import manifest as m
+from triptych.engines.carriers import register_dataclass
+from triptych.engines.manifest import ALIGNMENT, CodecError
+from triptych.engines.packing import Packer
+from triptych.engines.unpacking import Unpacker
 
 __all__ = ["ALIGNMENT", "CodecError", "Packed", "pack", "register_dataclass", "unpack"]
 

@@ -12,8 +12,8 @@ from typing import Final
 
 import diffusers
 
-from engines.options import ModelOptions
-from engines.panels import ModelError
+from triptych.engines.options import ModelOptions
+from triptych.engines.panels import ModelError
 
 MODULE: Final = "_module"
 """The key of an index with the file of its pipeline, where that comes with the model."""

@@ -7,12 +7,12 @@ from typing import Final
 
 from PIL import Image
 
-from engines.card import ModelCard
-from engines.codec import pack
-from engines.geometry import SIDES
-from engines.panels import Panel
-from engines.parameters import MASKS, PICTURES, Kind, Parameter, Signature
-from engines.pipeline import PanelPipeline
+from triptych.engines.card import ModelCard
+from triptych.engines.codec import pack
+from triptych.engines.geometry import SIDES
+from triptych.engines.panels import Panel
+from triptych.engines.parameters import MASKS, PICTURES, Kind, Parameter, Signature
+from triptych.engines.pipeline import PanelPipeline
 
 SMALLEST: Final = 64
 """Pixels of a side, where the model takes so few."""

@@ -10,9 +10,9 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from engines.options import EmbeddingFile
-from engines.panels import ModelError
-from engines.shadows import Shadow
+from triptych.engines.options import EmbeddingFile
+from triptych.engines.panels import ModelError
+from triptych.engines.shadows import Shadow
 
 SUFFIX: Final = ".safetensors"
 _OF_TWO_ENCODERS: Final = {"clip_l": "", "clip_g": "_2"}

@@ -18,13 +18,13 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 
-from engines.adapters import Adapters
-from engines.aliases import FPS, GUIDANCE_SCALE, TRUE_CFG_SCALE
-from engines.anatomy import loaded_by
-from engines.card import CARD_NAME, load_card, load_index
-from engines.complaints import complaints
-from engines.custom_code import custom_class, custom_file
-from engines.inspection import (
+from triptych.engines.adapters import Adapters
+from triptych.engines.aliases import FPS, GUIDANCE_SCALE, TRUE_CFG_SCALE
+from triptych.engines.anatomy import loaded_by
+from triptych.engines.card import CARD_NAME, load_card, load_index
+from triptych.engines.complaints import complaints
+from triptych.engines.custom_code import custom_class, custom_file
+from triptych.engines.inspection import (
     Entry,
     Finding,
     Tensor,
@@ -36,13 +36,13 @@ from engines.inspection import (
     read_headers,
     some,
 )
-from engines.lora import LoraFile
-from engines.options import DEFAULTS, ModelOptions
-from engines.panels import ModelError
-from engines.parameters import KNOWN
-from engines.routes import Route, classic_class, route_for
-from engines.split import load_split
-from engines.weight_files import Form, component_files
+from triptych.engines.lora import LoraFile
+from triptych.engines.options import DEFAULTS, ModelOptions
+from triptych.engines.panels import ModelError
+from triptych.engines.parameters import KNOWN
+from triptych.engines.routes import Route, classic_class, route_for
+from triptych.engines.split import load_split
+from triptych.engines.weight_files import Form, component_files
 
 _LIBRARIES: Final[Mapping[str, Any]] = {"diffusers": diffusers, "transformers": transformers}
 _DOWN: Final = ".lora_A.weight"

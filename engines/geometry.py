@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
-from engines.parameters import Parameter
+from triptych.engines.parameters import Parameter
 
 NUM_FRAMES: Final = "num_frames"
 SIDES: Final = ("height", "width")

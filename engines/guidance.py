@@ -16,8 +16,8 @@ from typing import Any, cast
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from engines.aliases import GUIDANCE_SCALE
-from engines.settings import (
+from triptych.engines.aliases import GUIDANCE_SCALE
+from triptych.engines.settings import (
     GUIDANCE_SCALE_2,
     OF_SCHEDULER,
     SCHEDULER,

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import torch
 
-from engines.shadows import COMPUTE, Shadow
+from triptych.engines.shadows import COMPUTE, Shadow
 
 
 class Handoff(BaseException):

@@ -16,11 +16,11 @@ from typing import Final
 
 import msgspec
 
-from engines.card import CARD_NAME, INDEX_NAMES, load_card, load_index
-from engines.lora import LoraFile
-from engines.options import DEFAULTS, ModelOptions
-from engines.panels import ModelError
-from engines.weight_files import WeightFiles, component_files, component_folder
+from triptych.engines.card import CARD_NAME, INDEX_NAMES, load_card, load_index
+from triptych.engines.lora import LoraFile
+from triptych.engines.options import DEFAULTS, ModelOptions
+from triptych.engines.panels import ModelError
+from triptych.engines.weight_files import WeightFiles, component_files, component_folder
 
 __all__ = ["Entry", "Finding", "HeaderError", "Tensor", "entries", "inspect_files", "read_header", "read_headers"]
 

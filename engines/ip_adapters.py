@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, Final
 
-from engines.panels import ModelError
-from engines.split import Split
+from triptych.engines.panels import ModelError
+from triptych.engines.split import Split
 
 FOLDER: Final = "ip_adapter"
 _PICTURE: Final = "ip_adapter_image"

@@ -18,7 +18,7 @@ from typing import Final, TypeAlias
 
 import msgspec
 
-from engines.buddy import PAGE, BuddyAllocator
+from triptych.engines.buddy import PAGE, BuddyAllocator
 
 # Pool generations are milliseconds, so ids of two incarnations could only meet after a million leases in
 # each of them.

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from engines.options import DEFAULTS, ModelOptions
-from engines.panels import ModelError
-from engines.placing import Placement
-from engines.quantization import problem_with, quantized_as
-from engines.read_ahead import read_ahead
-from engines.shadows import is_several, shadow
-from engines.single_files import read_single_file
-from engines.split import Split
-from engines.weight_files import Form, WeightFiles, component_files, component_folder, files_ahead
+from triptych.engines.options import DEFAULTS, ModelOptions
+from triptych.engines.panels import ModelError
+from triptych.engines.placing import Placement
+from triptych.engines.quantization import problem_with, quantized_as
+from triptych.engines.read_ahead import read_ahead
+from triptych.engines.shadows import is_several, shadow
+from triptych.engines.single_files import read_single_file
+from triptych.engines.split import Split
+from triptych.engines.weight_files import Form, WeightFiles, component_files, component_folder, files_ahead
 
 
 def load_components(pipeline: Any, split: Split, placement: Placement) -> frozenset[str]:

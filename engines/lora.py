@@ -8,8 +8,8 @@ from typing import Final
 
 import msgspec
 
-from engines.checks import CardError, checked, limits_of, several_in
-from engines.parameters import Kind, Parameter
+from triptych.engines.checks import CardError, checked, limits_of, several_in
+from triptych.engines.parameters import Kind, Parameter
 
 LORA: Final = "lora"
 LORA_SCALE: Final = "lora_scale"

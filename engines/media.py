@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final, TypeGuard
 
-from engines.parameters import RATES, Medium
+from triptych.engines.parameters import RATES, Medium
 
 IMAGES: Final = ("images", "image")
 VIDEOS: Final = ("videos", "frames", "video")

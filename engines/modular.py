@@ -10,21 +10,21 @@ import torch
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from msgspec.structs import replace
 
-from engines.aliases import public_names, with_aliases
-from engines.calling import asks_for_latents
-from engines.geometry import with_steps
-from engines.guidance import GUIDANCE_SCALE, guidance, has_guider, private, set_guidance
-from engines.ip_adapters import load_ip_adapters
-from engines.loading import geometry_problem, load_components, make_shadows
-from engines.media import LATENTS, frames_per_s, medium_of, with_sampling_rate
-from engines.panels import InputError, ModelError, Panel
-from engines.parameters import IN_PLACE_OF, OUTPUT_TYPE, PICTURES, Signature
-from engines.placing import Placement
-from engines.seeds import GENERATOR, is_fresh, seeded
-from engines.settings import OF_GUIDERS, OF_SCHEDULER, OF_VAE, SCHEDULER, VAE, configure, setting_parameters
-from engines.split import KWARGS_MAPPING, Split, crossing, ignored, joined, load_split, switches
-from engines.stepping import BlockDenoising, Denoising
-from engines.vocabulary import is_internal, latent_parameter, of_blocks, tensors_of_blocks, tensors_parameter
+from triptych.engines.aliases import public_names, with_aliases
+from triptych.engines.calling import asks_for_latents
+from triptych.engines.geometry import with_steps
+from triptych.engines.guidance import GUIDANCE_SCALE, guidance, has_guider, private, set_guidance
+from triptych.engines.ip_adapters import load_ip_adapters
+from triptych.engines.loading import geometry_problem, load_components, make_shadows
+from triptych.engines.media import LATENTS, frames_per_s, medium_of, with_sampling_rate
+from triptych.engines.panels import InputError, ModelError, Panel
+from triptych.engines.parameters import IN_PLACE_OF, OUTPUT_TYPE, PICTURES, Signature
+from triptych.engines.placing import Placement
+from triptych.engines.seeds import GENERATOR, is_fresh, seeded
+from triptych.engines.settings import OF_GUIDERS, OF_SCHEDULER, OF_VAE, SCHEDULER, VAE, configure, setting_parameters
+from triptych.engines.split import KWARGS_MAPPING, Split, crossing, ignored, joined, load_split, switches
+from triptych.engines.stepping import BlockDenoising, Denoising
+from triptych.engines.vocabulary import is_internal, latent_parameter, of_blocks, tensors_of_blocks, tensors_parameter
 
 NEGATIVE_PROMPT: Final = "negative_prompt"
 _NEGATIVE: Final = "negative_prompt_embeds"

@@ -12,8 +12,8 @@ from accelerate.utils import send_to_device
 from diffusers.hooks import apply_group_offloading
 from diffusers.models.autoencoders.vae import AutoencoderMixin
 
-from engines.panels import ModelError
-from engines.quantization import nbytes
+from triptych.engines.panels import ModelError
+from triptych.engines.quantization import nbytes
 
 HOST: Final = torch.device("cpu")
 

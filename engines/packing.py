@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from engines import carriers
-from engines import manifest as m
-from engines.carriers import qualified
-from engines.manifest import ALIGNMENT, MAX_DEPTH, CodecError
+from triptych.engines import carriers
+from triptych.engines import manifest as m
+from triptych.engines.carriers import qualified
+from triptych.engines.manifest import ALIGNMENT, MAX_DEPTH, CodecError
 
 _LONG_TEXT: Final = 4096
 _MAX_DIGITS: Final = 4096

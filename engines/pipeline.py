@@ -11,26 +11,26 @@ import torch
 import transformers
 from msgspec.structs import replace
 
-from engines.adapters import Adapters
-from engines.aliases import conflict, in_words_of
-from engines.alternatives import with_classes
-from engines.checks import CardError, check_scalars, check_task
-from engines.classic import load_classic
-from engines.conversion import DTYPE, converted
-from engines.fitting import unknown_class
-from engines.lora import LORA, LORA_SCALE, Choice, LoraFile, check_lora, choose, lora_parameters
-from engines.modular import load_modular
-from engines.offload import Offload, Resting
-from engines.options import DEFAULTS, ModelOptions
-from engines.panels import InputError, ModelError, Panel
-from engines.parameters import IN_PLACE_OF, Signature, names
-from engines.placing import Placement
-from engines.quantization import Quantization
-from engines.read_progress import ReadProgress
-from engines.routes import Route, route_for, where
-from engines.seeds import SEED, GlobalRng
-from engines.stepping import Denoising
-from engines.whole import load_whole
+from triptych.engines.adapters import Adapters
+from triptych.engines.aliases import conflict, in_words_of
+from triptych.engines.alternatives import with_classes
+from triptych.engines.checks import CardError, check_scalars, check_task
+from triptych.engines.classic import load_classic
+from triptych.engines.conversion import DTYPE, converted
+from triptych.engines.fitting import unknown_class
+from triptych.engines.lora import LORA, LORA_SCALE, Choice, LoraFile, check_lora, choose, lora_parameters
+from triptych.engines.modular import load_modular
+from triptych.engines.offload import Offload, Resting
+from triptych.engines.options import DEFAULTS, ModelOptions
+from triptych.engines.panels import InputError, ModelError, Panel
+from triptych.engines.parameters import IN_PLACE_OF, Signature, names
+from triptych.engines.placing import Placement
+from triptych.engines.quantization import Quantization
+from triptych.engines.read_progress import ReadProgress
+from triptych.engines.routes import Route, route_for, where
+from triptych.engines.seeds import SEED, GlobalRng
+from triptych.engines.stepping import Denoising
+from triptych.engines.whole import load_whole
 
 __all__ = ["InputError", "ModelError", "PanelPipeline"]
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from engines.adapters import Adapters
-from engines.offload import HOST, Offload, Resting, offload
-from engines.options import DEFAULTS, ModelOptions
-from engines.panels import ModelError
-from engines.quantization import Quantization, nbytes, quantize
-from engines.read_progress import ReadProgress
+from triptych.engines.adapters import Adapters
+from triptych.engines.offload import HOST, Offload, Resting, offload
+from triptych.engines.options import DEFAULTS, ModelOptions
+from triptych.engines.panels import ModelError
+from triptych.engines.quantization import Quantization, nbytes, quantize
+from triptych.engines.read_progress import ReadProgress
 
 _GIB = 1 << 30
 

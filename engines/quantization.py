@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from diffusers.models.autoencoders.vae import AutoencoderMixin
 
-from engines.panels import ModelError
+from triptych.engines.panels import ModelError
 
 
 class Quantization(StrEnum):

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-from engines.read_progress import ReadProgress
+from triptych.engines.read_progress import ReadProgress
 
 _THREADS: Final = 8
 _CHUNK: Final = 64 << 20

@@ -9,17 +9,17 @@ from typing import Any
 
 import diffusers
 
-from engines.anatomy import anatomy
-from engines.card import load_card, load_index
-from engines.custom_code import has_custom_code
-from engines.loading import geometry_problem
-from engines.media import foreign, medium_of, results_of
-from engines.options import DEFAULTS, ModelOptions
-from engines.panels import ModelError, Panel
-from engines.parameters import Medium, Task
-from engines.split import NoWorkflowError, load_split, modular_class, pipeline_class
-from engines.tasks import asked, class_task_problem, class_tasks, classic_class
-from engines.weight_files import check_components
+from triptych.engines.anatomy import anatomy
+from triptych.engines.card import load_card, load_index
+from triptych.engines.custom_code import has_custom_code
+from triptych.engines.loading import geometry_problem
+from triptych.engines.media import foreign, medium_of, results_of
+from triptych.engines.options import DEFAULTS, ModelOptions
+from triptych.engines.panels import ModelError, Panel
+from triptych.engines.parameters import Medium, Task
+from triptych.engines.split import NoWorkflowError, load_split, modular_class, pipeline_class
+from triptych.engines.tasks import asked, class_task_problem, class_tasks, classic_class
+from triptych.engines.weight_files import check_components
 
 __all__ = ["Route", "check_panels", "classic_class", "describe", "route_for", "route_of", "tasks_of"]
 

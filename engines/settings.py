@@ -17,15 +17,15 @@ from diffusers import guiders
 from diffusers.guiders import BaseGuidance
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from engines.aliases import GUIDANCE_SCALE
-from engines.alternatives import check_options, class_named
-from engines.checks import CardError
-from engines.embeddings import load_embeddings
-from engines.options import ComponentOptions, ModelOptions
-from engines.panels import InputError, ModelError
-from engines.parameters import Alternative, Kind, Option, Parameter
-from engines.shadows import Shadow
-from engines.vocabulary import kinds_of_type
+from triptych.engines.aliases import GUIDANCE_SCALE
+from triptych.engines.alternatives import check_options, class_named
+from triptych.engines.checks import CardError
+from triptych.engines.embeddings import load_embeddings
+from triptych.engines.options import ComponentOptions, ModelOptions
+from triptych.engines.panels import InputError, ModelError
+from triptych.engines.parameters import Alternative, Kind, Option, Parameter
+from triptych.engines.shadows import Shadow
+from triptych.engines.vocabulary import kinds_of_type
 
 SCHEDULER: Final = "scheduler"
 SCHEDULER_OPTIONS: Final = "scheduler_options"

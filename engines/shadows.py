@@ -22,9 +22,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from engines.options import DEFAULTS, ModelOptions
-from engines.single_files import read_single_file
-from engines.weight_files import Form, component_files
+from triptych.engines.options import DEFAULTS, ModelOptions
+from triptych.engines.single_files import read_single_file
+from triptych.engines.weight_files import Form, component_files
 
 COMPUTE: Final = frozenset({"forward", "encode", "decode", "tiled_decode", "tiled_encode", "generate", "step"})
 

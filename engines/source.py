@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from diffusers import DiffusionPipeline
 
-from engines.shadows import COMPUTE
+from triptych.engines.shadows import COMPUTE
 
 _STEPS: Final = frozenset({"step", "step_pred"})
 """What a loop over timesteps calls of a scheduler."""

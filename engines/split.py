@@ -30,14 +30,14 @@ from diffusers.modular_pipelines.modular_pipeline import (
 from diffusers.modular_pipelines.modular_pipeline_utils import InsertableDict
 from diffusers.pipelines.auto_pipeline import _get_model
 
-from engines.aliases import GUIDANCE_SCALE, TRUE_CFG_SCALE
-from engines.card import INDEX_NAMES, load_card, load_index
-from engines.media import medium_of
-from engines.options import DEFAULTS, ModelOptions
-from engines.panels import ModelError, Panel
-from engines.parameters import Task
-from engines.tasks import ANY, Needs, asked, classic_class, is_same, needs_of, task_name
-from engines.vocabulary import is_internal, of_blocks
+from triptych.engines.aliases import GUIDANCE_SCALE, TRUE_CFG_SCALE
+from triptych.engines.card import INDEX_NAMES, load_card, load_index
+from triptych.engines.media import medium_of
+from triptych.engines.options import DEFAULTS, ModelOptions
+from triptych.engines.panels import ModelError, Panel
+from triptych.engines.parameters import Task
+from triptych.engines.tasks import ANY, Needs, asked, classic_class, is_same, needs_of, task_name
+from triptych.engines.vocabulary import is_internal, of_blocks
 
 KWARGS_MAPPING: Final = "kwargs_mapping"
 """The name in a state of the grouping of other names that some blocks ask for as a group."""

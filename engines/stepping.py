@@ -18,7 +18,7 @@ from typing import Any
 import greenlet
 import torch
 
-from engines.settings import clean_up
+from triptych.engines.settings import clean_up
 
 
 class Cancelled(BaseException):

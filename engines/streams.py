@@ -18,9 +18,9 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from engines.checksum import RunningChecksum, verify
-from engines.codec import CodecError, Packed, unpack
-from engines.recycling import HostMemory
+from triptych.engines.checksum import RunningChecksum, verify
+from triptych.engines.codec import CodecError, Packed, unpack
+from triptych.engines.recycling import HostMemory
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -17,10 +17,10 @@ from diffusers.pipelines.auto_pipeline import (
     AUTO_VIDEO2VIDEO_PIPELINES_MAPPING,
 )
 
-from engines.custom_code import MODULE, custom_class
-from engines.options import DEFAULTS, ModelOptions
-from engines.panels import ModelError
-from engines.parameters import Medium, Task
+from triptych.engines.custom_code import MODULE, custom_class
+from triptych.engines.options import DEFAULTS, ModelOptions
+from triptych.engines.panels import ModelError
+from triptych.engines.parameters import Medium, Task
 
 ANY: Final = "any"
 """The task of a model that serves all that its folder can do."""

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from engines import carriers
-from engines import manifest as m
-from engines.manifest import ALIGNMENT, MAX_DEPTH, CodecError
+from triptych.engines import carriers
+from triptych.engines import manifest as m
+from triptych.engines.manifest import ALIGNMENT, MAX_DEPTH, CodecError
 
 
 class Unpacker:

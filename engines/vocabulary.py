@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, Union, get_args, get_origin
 
 from PIL import Image
 
-from engines.parameters import KNOWN, LATENT, OUTPUT_TYPE, TENSORS, Default, Kind, Parameter
+from triptych.engines.parameters import KNOWN, LATENT, OUTPUT_TYPE, TENSORS, Default, Kind, Parameter
 
 _PRECISELY: Final = {"mask_image": Kind.IMAGE, "last_image": Kind.IMAGE, "video": Kind.IMAGE_LIST}
 """Often declared as any picture or pictures."""

@@ -16,8 +16,8 @@ from typing import Final
 
 from safetensors import SafetensorError, safe_open
 
-from engines.options import DEFAULTS, ModelOptions
-from engines.panels import ModelError
+from triptych.engines.options import DEFAULTS, ModelOptions
+from triptych.engines.panels import ModelError
 
 _STEMS: Final = ("diffusion_pytorch_model", "model")
 """What diffusers and transformers call the weights of a component."""

@@ -8,15 +8,15 @@ from typing import Any, cast
 
 import torch
 
-from engines.anatomy import anatomy
-from engines.calling import CallDenoising, Components, accepted, call, signature
-from engines.card import load_index
-from engines.guidance import private
-from engines.panels import Panel
-from engines.placing import Placement
-from engines.routes import Route, check_panels, classic_class
-from engines.seeds import GENERATOR, seeded
-from engines.stepping import Denoising
+from triptych.engines.anatomy import anatomy
+from triptych.engines.calling import CallDenoising, Components, accepted, call, signature
+from triptych.engines.card import load_index
+from triptych.engines.guidance import private
+from triptych.engines.panels import Panel
+from triptych.engines.placing import Placement
+from triptych.engines.routes import Route, check_panels, classic_class
+from triptych.engines.seeds import GENERATOR, seeded
+from triptych.engines.stepping import Denoising
 
 
 class WholeParts:

@@ -7,10 +7,10 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Final
 
-from roles.files import Entry, list_entries, write_whole
-from roles.formats import CONTENT_TYPES
-from roles.messages.work import Artifact
-from roles.retention import StoreBounds, surplus
+from triptych.roles.files import Entry, list_entries, write_whole
+from triptych.roles.formats import CONTENT_TYPES
+from triptych.roles.messages.work import Artifact
+from triptych.roles.retention import StoreBounds, surplus
 
 ARTIFACTS: Final = "artifacts"
 """Folder of the artifact store, under the state folder."""

@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from actors import Component, Model, StartFailure
-from actors.components import ModelProblem, ModelReport
-from actors.errors import describe
-from engines.inspection import Finding, inspect_files
-from engines.panels import ModelError, Panel
-from engines.read_progress import size_text
-from roles.weights import describe_model, lora_files, model_options
+from triptych.actors import Component, Model, StartFailure
+from triptych.actors.components import ModelProblem, ModelReport
+from triptych.actors.errors import describe
+from triptych.engines.inspection import Finding, inspect_files
+from triptych.engines.panels import ModelError, Panel
+from triptych.engines.read_progress import size_text
+from triptych.roles.weights import describe_model, lora_files, model_options
 
 if TYPE_CHECKING:
-    from engines.fitting import Fit
-    from engines.pipeline import PanelPipeline
+    from triptych.engines.fitting import Fit
+    from triptych.engines.pipeline import PanelPipeline
 
 _BYTES: Final = {"float32": 4}
 _DEFAULT_BYTES: Final = 2
@@ -54,7 +54,7 @@ def check_model(
     if any(finding.fatal and finding.where == "index" for finding in found):  # nothing else can be known
         return ModelReport(model.name, str(model.path), "", _told(found), "", seconds)
     say("importing torch and diffusers")
-    from engines.fitting import fit
+    from triptych.engines.fitting import fit
 
     lap("import")
     broken = frozenset(finding.where for finding in found if finding.fatal)
@@ -121,8 +121,8 @@ def _dry_run(
 
 
 def _load(model: Model, instances: Iterable[Component], say: Callable[[str], None]) -> dict[Panel, PanelPipeline]:
-    from roles import devices
-    from roles.weights import load_panels
+    from triptych.roles import devices
+    from triptych.roles.weights import load_panels
 
     panels: dict[Panel, PanelPipeline] = {}
     for component in instances:
@@ -136,9 +136,9 @@ def _request(
     model: Model, panels: dict[Panel, PanelPipeline], side: int, say: Callable[[str], None], *, hurried: bool
 ) -> tuple[str, Finding | None]:
     """Make a request; returns its numbers, and what went wrong."""
-    from engines.card import load_card
-    from engines.dry_run import run, tiny_inputs
-    from roles import devices
+    from triptych.engines.card import load_card
+    from triptych.engines.dry_run import run, tiny_inputs
+    from triptych.roles import devices
 
     at = ""
 

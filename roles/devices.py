@@ -10,10 +10,10 @@ from typing import Final
 
 import torch
 
-from actors import Component, StartFailure
-from engines.panels import Panel
-from engines.pipeline import InputError
-from roles.uploads import UploadError
+from triptych.actors import Component, StartFailure
+from triptych.engines.panels import Panel
+from triptych.engines.pipeline import InputError
+from triptych.roles.uploads import UploadError
 
 _libc: Final = ctypes.CDLL(None)
 _MEMORY_ERRORS: Final = (
@@ -49,7 +49,7 @@ _MISFITS: Final = (
 )
 """How diffusers says that the parts of a model do not fit each other, and how torch says it of a first layer."""
 _CERTAIN: Final = (TypeError, AttributeError, NameError, LookupError, AssertionError, NotImplementedError, ValueError)
-_LIBRARIES: Final = frozenset({"diffusers", "transformers", "engines"})
+_LIBRARIES: Final = ("diffusers.", "transformers.", "triptych.engines.")
 _LEAK: Final = 1 << 30
 """Bytes of requests in hand; and a quarter of the weights, for what the libraries make once and keep."""
 
@@ -81,7 +81,7 @@ def is_certain(error: BaseException) -> bool:
 
     What depends on the machine (memory, the device, files) comes as other classes of errors.
     """
-    return isinstance(error, _CERTAIN) and _raised_in(error).partition(".")[0] in _LIBRARIES
+    return isinstance(error, _CERTAIN) and _raised_in(error).startswith(_LIBRARIES)
 
 
 def is_at_fault(error: BaseException) -> bool:
@@ -161,7 +161,7 @@ def _usable_card(component: Component) -> torch.device:
     if torch.cuda._is_in_bad_fork():
         raise StartFailure(
             f'[[roles]] device is "{name}", but this process was forked from one that had opened the CUDA driver:'
-            " run a role on a card as an interpreter of its own (python -m actors.process)"
+            " run a role on a card as an interpreter of its own (python -m triptych.actors.process)"
         )
     # The count may be that of the management library alone; the driver can still find none of them usable.
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0

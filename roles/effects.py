@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from roles.messages.work import LeaseRef, Work
+from triptych.roles.messages.work import LeaseRef, Work
 
 
 @dataclass(frozen=True, slots=True)

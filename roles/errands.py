@@ -8,18 +8,18 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from actors import Actor
-from actors.errors import UnknownName
-from actors.system import Shutdown, ShuttingDown
-from bus import AskTimeout, BusError, MailboxFull, Message, MessageTooLong, RemoteFailure, Unreachable
-from engines.panels import Panel
-from roles.effects import Assign, Cancel, Effect, Release, Restart, Settle, Turn
-from roles.messages import pool as pools
-from roles.messages import stages
-from roles.messages.work import LeaseRef, Renewal, Staged, Work
-from roles.models import Models
-from roles.reporter import pause_s
-from roles.request import UPSTREAM, Unit
+from triptych.actors import Actor
+from triptych.actors.errors import UnknownName
+from triptych.actors.system import Shutdown, ShuttingDown
+from triptych.bus import AskTimeout, BusError, MailboxFull, Message, MessageTooLong, RemoteFailure, Unreachable
+from triptych.engines.panels import Panel
+from triptych.roles.effects import Assign, Cancel, Effect, Release, Restart, Settle, Turn
+from triptych.roles.messages import pool as pools
+from triptych.roles.messages import stages
+from triptych.roles.messages.work import LeaseRef, Renewal, Staged, Work
+from triptych.roles.models import Models
+from triptych.roles.reporter import pause_s
+from triptych.roles.request import UPSTREAM, Unit
 
 R = TypeVar("R", bound=Message)
 

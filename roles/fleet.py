@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from engines.panels import Panel
-from engines.parameters import Signature
-from roles.dispatch import Candidate
-from roles.messages.requests import InstanceView
-from roles.messages.stages import InstanceHello
-from roles.messages.work import LeaseRef
+from triptych.engines.panels import Panel
+from triptych.engines.parameters import Signature
+from triptych.roles.dispatch import Candidate
+from triptych.roles.messages.requests import InstanceView
+from triptych.roles.messages.stages import InstanceHello
+from triptych.roles.messages.work import LeaseRef
 
 
 class End(StrEnum):

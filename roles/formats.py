@@ -9,9 +9,9 @@ import math
 from collections.abc import Mapping
 from typing import Final
 
-from engines.card import CardError
-from engines.parameters import LATENT, OUTPUT_TYPE, RATES, Signature
-from roles.messages.work import Output
+from triptych.engines.card import CardError
+from triptych.engines.parameters import LATENT, OUTPUT_TYPE, RATES, Signature
+from triptych.roles.messages.work import Output
 
 CONTENT_TYPES: Final[Mapping[str, str]] = {
     "png": "image/png",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from actors import Component
-from actors.system import GIVEN_UP, ChildReport
+from triptych.actors import Component
+from triptych.actors.system import GIVEN_UP, ChildReport
 
 
 def given_up(components: Iterable[Component], children: Iterable[ChildReport]) -> str:

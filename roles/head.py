@@ -16,9 +16,9 @@ from typing import TypeAlias, cast
 
 import msgspec
 
-from actors import Actor, Component, Later, StartDelayed, StartFailure, Topology
-from actors.sections import parse_size
-from actors.system import (
+from triptych.actors import Actor, Component, Later, StartDelayed, StartFailure, Topology
+from triptych.actors.sections import parse_size
+from triptych.actors.system import (
     ChildReport,
     ModelStanding,
     Reloading,
@@ -28,28 +28,28 @@ from actors.system import (
     SupervisorReport,
     WakeModel,
 )
-from bus import BusError, Refused
-from engines.card import CardError, load_card
-from engines.lora import check_lora
-from engines.model_version import model_version
-from engines.panels import ModelError, Panel
-from engines.parameters import MASKS, Signature
-from roles.artifacts import ARTIFACTS, ArtifactError, ArtifactStore
-from roles.errands import Errands
-from roles.formats import settle_output
-from roles.given_up import given_up
-from roles.journal import Journal, JournalError, prune
-from roles.ledger import Ledger
-from roles.messages import pool as pools
-from roles.messages import requests, stages
-from roles.messages.work import MAX_SEED, Input, Pictures, Tensors, Upload, Work
-from roles.models import Served, file_bytes, models_of
-from roles.prompt_cache import PromptCache
-from roles.request import IllegalTransitionError, Request, Unit
-from roles.residency import Residency
-from roles.retention import StoreBounds
-from roles.staging import Staging
-from roles.uploads import UPLOADS, UploadStore
+from triptych.bus import BusError, Refused
+from triptych.engines.card import CardError, load_card
+from triptych.engines.lora import check_lora
+from triptych.engines.model_version import model_version
+from triptych.engines.panels import ModelError, Panel
+from triptych.engines.parameters import MASKS, Signature
+from triptych.roles.artifacts import ARTIFACTS, ArtifactError, ArtifactStore
+from triptych.roles.errands import Errands
+from triptych.roles.formats import settle_output
+from triptych.roles.given_up import given_up
+from triptych.roles.journal import Journal, JournalError, prune
+from triptych.roles.ledger import Ledger
+from triptych.roles.messages import pool as pools
+from triptych.roles.messages import requests, stages
+from triptych.roles.messages.work import MAX_SEED, Input, Pictures, Tensors, Upload, Work
+from triptych.roles.models import Served, file_bytes, models_of
+from triptych.roles.prompt_cache import PromptCache
+from triptych.roles.request import IllegalTransitionError, Request, Unit
+from triptych.roles.residency import Residency
+from triptych.roles.retention import StoreBounds
+from triptych.roles.staging import Staging
+from triptych.roles.uploads import UPLOADS, UploadStore
 
 Report: TypeAlias = (
     stages.StageStarted

@@ -12,13 +12,13 @@ import random
 import time
 from typing import Final
 
-from actors import Actor, Component, Later, Topology
-from actors.actor import ASLEEP, READY
-from bus import BusError, MailboxFull, Message, Reference, Refused, RemoteFailure
-from roles import workload_effects as do
-from roles.messages import device, stages
-from roles.messages.pool import PoolFull, SparesWanted
-from roles.messages.stages import (
+from triptych.actors import Actor, Component, Later, Topology
+from triptych.actors.actor import ASLEEP, READY
+from triptych.bus import BusError, MailboxFull, Message, Reference, Refused, RemoteFailure
+from triptych.roles import workload_effects as do
+from triptych.roles.messages import device, stages
+from triptych.roles.messages.pool import PoolFull, SparesWanted
+from triptych.roles.messages.stages import (
     Acknowledged,
     InstanceAlive,
     InstanceHello,
@@ -35,12 +35,12 @@ from roles.messages.stages import (
     WorkInHand,
     WorkQuery,
 )
-from roles.messages.work import LeaseRef, Work
-from roles.pool_client import PoolClient, why_full
-from roles.reporter import Fenced, Reporter, is_fence, pause_s
-from roles.spares import Spares
-from roles.workload import NotTaken, Workload
-from roles.workspace import Premises
+from triptych.roles.messages.work import LeaseRef, Work
+from triptych.roles.pool_client import PoolClient, why_full
+from triptych.roles.reporter import Fenced, Reporter, is_fence, pause_s
+from triptych.roles.spares import Spares
+from triptych.roles.workload import NotTaken, Workload
+from triptych.roles.workspace import Premises
 
 ANSWER_S: Final = 5.0
 """A head that is there acknowledges well within this."""
@@ -62,8 +62,8 @@ class DeviceLost(Exception):  # noqa: N818  names what happened
 
 def build(component: Component, topology: Topology) -> list[Actor]:
     """Make the three actors of a role process."""
-    from roles.stream_worker import StreamWorker
-    from roles.transfer import TransferActor
+    from triptych.roles.stream_worker import StreamWorker
+    from triptych.roles.transfer import TransferActor
 
     premises = Premises()
     return [

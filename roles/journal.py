@@ -17,11 +17,11 @@ from typing import Final
 
 import msgspec
 
-from actors.ownership import ModelIdentity
-from roles.files import sync_folder
-from roles.messages.work import Input, Output
-from roles.request import Request, Unit
-from roles.retention import StoreBounds
+from triptych.actors.ownership import ModelIdentity
+from triptych.roles.files import sync_folder
+from triptych.roles.messages.work import Input, Output
+from triptych.roles.request import Request, Unit
+from triptych.roles.retention import StoreBounds
 
 BATCH: Final = 50
 """Requests removed by one transaction: it holds a writer up for about a millisecond."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from engines.panels import Panel
-from engines.parameters import Signature
-from roles.dispatch import Policy
-from roles.effects import Assign, Cancel, Effect, Release, Restart, Settle, Turn
-from roles.fleet import End, Fleet
-from roles.messages.stages import (
+from triptych.engines.panels import Panel
+from triptych.engines.parameters import Signature
+from triptych.roles.dispatch import Policy
+from triptych.roles.effects import Assign, Cancel, Effect, Release, Restart, Settle, Turn
+from triptych.roles.fleet import End, Fleet
+from triptych.roles.messages.stages import (
     InstanceAwake,
     InstanceHello,
     StageFailed,
@@ -23,11 +23,11 @@ from roles.messages.stages import (
     TransferFailed,
     TransferStaged,
 )
-from roles.messages.work import LeaseRef, Work
-from roles.prompt_cache import block
-from roles.reload import next_to_restart
-from roles.request import DONE, RUNNING, UPSTREAM, WAITING, Request, State, Unit
-from roles.staging import Staging, room_ahead
+from triptych.roles.messages.work import LeaseRef, Work
+from triptych.roles.prompt_cache import block
+from triptych.roles.reload import next_to_restart
+from triptych.roles.request import DONE, RUNNING, UPSTREAM, WAITING, Request, State, Unit
+from triptych.roles.staging import Staging, room_ahead
 
 MAX_DEATHS = 2
 """A unit that was being computed when its instance died, this often, is held to be the cause."""

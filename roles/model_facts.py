@@ -9,15 +9,15 @@ from typing import Any
 import msgspec
 import torch
 
-from actors.adding import ModelFacts
-from actors.model_source import INDEXES, ModelSource, find_source, snapshot
-from actors.sections import ModelSection
-from engines.card import load_card, load_index
-from engines.options import ModelOptions
-from engines.panels import ModelError
-from engines.routes import Route, classic_class, describe, route_for
-from engines.single_files import configuration_of
-from engines.weight_files import component_files
+from triptych.actors.adding import ModelFacts
+from triptych.actors.model_source import INDEXES, ModelSource, find_source, snapshot
+from triptych.actors.sections import ModelSection
+from triptych.engines.card import load_card, load_index
+from triptych.engines.options import ModelOptions
+from triptych.engines.panels import ModelError
+from triptych.engines.routes import Route, classic_class, describe, route_for
+from triptych.engines.single_files import configuration_of
+from triptych.engines.weight_files import component_files
 
 _CONFIGURATION = '--include "*.json" --include "*.txt" --include "*.model"'
 _SIZES = ("width", "height", "num_frames")

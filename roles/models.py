@@ -8,19 +8,19 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from actors import Component, Model, Topology
-from actors.ownership import ModelIdentity
-from engines.card import ModelCard
-from engines.checks import ANY
-from engines.panels import Panel
-from engines.parameters import Parameter, Signature
-from roles.dispatch import POLICIES
-from roles.fleet import Fleet
-from roles.formats import settle_output
-from roles.ledger import Ledger
-from roles.messages.requests import ModelDescription, PromptCacheView
-from roles.messages.work import Output
-from roles.request import Request
+from triptych.actors import Component, Model, Topology
+from triptych.actors.ownership import ModelIdentity
+from triptych.engines.card import ModelCard
+from triptych.engines.checks import ANY
+from triptych.engines.panels import Panel
+from triptych.engines.parameters import Parameter, Signature
+from triptych.roles.dispatch import POLICIES
+from triptych.roles.fleet import Fleet
+from triptych.roles.formats import settle_output
+from triptych.roles.ledger import Ledger
+from triptych.roles.messages.requests import ModelDescription, PromptCacheView
+from triptych.roles.messages.work import Output
+from triptych.roles.request import Request
 
 WEIGHTS: Final = frozenset({".safetensors", ".gguf"})
 

@@ -11,13 +11,13 @@ import os
 import time
 from dataclasses import dataclass
 
-from actors import Actor, Component, Later, StartDelayed, StartFailure, Topology
-from actors.errors import UnknownName
-from actors.system import Inspect, Inspection
-from bus import BusError, MailboxFull, Reference, Refused, Unreachable
-from engines.arena import Arena, ArenaError
-from engines.leases import Lease, LeaseError, LeaseState, LeaseTable, Range
-from engines.transfer import (
+from triptych.actors import Actor, Component, Later, StartDelayed, StartFailure, Topology
+from triptych.actors.errors import UnknownName
+from triptych.actors.system import Inspect, Inspection
+from triptych.bus import BusError, MailboxFull, Reference, Refused, Unreachable
+from triptych.engines.arena import Arena, ArenaError
+from triptych.engines.leases import Lease, LeaseError, LeaseState, LeaseTable, Range
+from triptych.engines.transfer import (
     QUARANTINE_S,
     TransferBackend,
     TransferError,
@@ -25,7 +25,7 @@ from engines.transfer import (
     TransferSetupError,
     open_backend,
 )
-from roles.messages.pool import (
+from triptych.roles.messages.pool import (
     LeaseQuery,
     LeaseReport,
     LeaseSlot,
@@ -43,8 +43,8 @@ from roles.messages.pool import (
     SlotsReleased,
     SparesWanted,
 )
-from roles.messages.work import LeaseRef, Work
-from roles.pool_client import FAULTS
+from triptych.roles.messages.work import LeaseRef, Work
+from triptych.roles.pool_client import FAULTS
 
 PAGE = 4096
 INCOMING = "incoming"

@@ -9,10 +9,10 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from actors import Actor
-from bus import AskTimeout, BusError, Message, RemoteFailure, Unreachable
-from engines.arena import Arena, ArenaAddress, ArenaError
-from roles.messages.pool import (
+from triptych.actors import Actor
+from triptych.bus import AskTimeout, BusError, Message, RemoteFailure, Unreachable
+from triptych.engines.arena import Arena, ArenaAddress, ArenaError
+from triptych.roles.messages.pool import (
     LeaseSlot,
     PoolDescription,
     PoolFull,
@@ -25,8 +25,8 @@ from roles.messages.pool import (
     SlotSealed,
     SlotsReleased,
 )
-from roles.messages.work import LeaseRef, Work
-from roles.reporter import Fenced, Verdict, is_fence, pause_s, verdict
+from triptych.roles.messages.work import LeaseRef, Work
+from triptych.roles.reporter import Fenced, Verdict, is_fence, pause_s, verdict
 
 if TYPE_CHECKING:
     import torch

@@ -11,10 +11,10 @@ from typing import Final
 
 import msgspec
 
-from engines.buddy import PAGE
-from engines.parameters import Signature, names
-from roles.messages.requests import PromptCacheView
-from roles.messages.work import Input, LeaseRef, Pictures, Staged, Tensors
+from triptych.engines.buddy import PAGE
+from triptych.engines.parameters import Signature, names
+from triptych.roles.messages.requests import PromptCacheView
+from triptych.roles.messages.work import Input, LeaseRef, Pictures, Staged, Tensors
 
 UNSHARED: Final = 1024
 """Keys that are remembered because what they stand for was not kept for every seed."""

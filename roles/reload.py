@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from engines.panels import Panel
-from roles.fleet import Instance
-from roles.request import Unit
+from triptych.engines.panels import Panel
+from triptych.roles.fleet import Instance
+from triptych.roles.request import Unit
 
 _ORDER = [panel.value for panel in Panel]
 

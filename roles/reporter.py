@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from typing import Final, Protocol
 
-from bus import BusError, Message, MessageTooLong, RemoteFailure, current_traceparent
-from roles.messages.stages import StageFailed, StageFinished, TransferFailed, TransferStaged
-from roles.messages.work import Work
+from triptych.bus import BusError, Message, MessageTooLong, RemoteFailure, current_traceparent
+from triptych.roles.messages.stages import StageFailed, StageFinished, TransferFailed, TransferStaged
+from triptych.roles.messages.work import Work
 
 FIRST_PAUSE_S: Final = 0.05
 LONGEST_PAUSE_S: Final = 1.0

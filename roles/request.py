@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
 
-from actors.ownership import ModelIdentity
-from engines.panels import Panel
-from roles.messages.requests import Move, RequestView, UnitView
-from roles.messages.work import Artifact, Input, LeaseRef, Output, Staged, Work
+from triptych.actors.ownership import ModelIdentity
+from triptych.engines.panels import Panel
+from triptych.roles.messages.requests import Move, RequestView, UnitView
+from triptych.roles.messages.work import Artifact, Input, LeaseRef, Output, Staged, Work
 
 
 class State(StrEnum):

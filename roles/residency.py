@@ -9,10 +9,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from actors import Component, Topology
-from engines.panels import Panel
-from roles.fleet import Instance
-from roles.models import Models, Served
+from triptych.actors import Component, Topology
+from triptych.engines.panels import Panel
+from triptych.roles.fleet import Instance
+from triptych.roles.models import Models, Served
 
 RETRY_S = 5.0
 """Between two tries to wake an instance that found no room."""

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from PIL import Image, ImageOps
 
-from engines.parameters import MASKS, Kind, Signature
-from roles.messages.work import Json, Numbers, Options, Pictures, Tensors, Upload
-from roles.uploads import UploadError, UploadStore
+from triptych.engines.parameters import MASKS, Kind, Signature
+from triptych.roles.messages.work import Json, Numbers, Options, Pictures, Tensors, Upload
+from triptych.roles.uploads import UploadError, UploadStore
 
 
 def has_files(inputs: Mapping[str, object]) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from roles.files import Entry
+from triptych.roles.files import Entry
 
 
 @dataclass(frozen=True, slots=True)

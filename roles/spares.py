@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from roles.messages.work import LeaseRef, Work
+from triptych.roles.messages.work import LeaseRef, Work
 
 
 class Spares:

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Final
 
-from engines.panels import Panel
-from roles.fleet import Fleet
-from roles.messages.work import LeaseRef, Staged
-from roles.prompt_cache import PromptCache, block
-from roles.request import PANEL_OF, RUNNING, UPSTREAM, WAITING, Unit
+from triptych.engines.panels import Panel
+from triptych.roles.fleet import Fleet
+from triptych.roles.messages.work import LeaseRef, Staged
+from triptych.roles.prompt_cache import PromptCache, block
+from triptych.roles.request import PANEL_OF, RUNNING, UPSTREAM, WAITING, Unit
 
 AHEAD: Final = 2
 """Units that may be staged for a panel, as a multiple of the slots of its instances, before the panel upstream

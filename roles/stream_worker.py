@@ -17,18 +17,18 @@ from typing import ParamSpec, TypeVar
 import msgspec
 import torch
 
-from actors import Actor, Component, StartDelayed, StartFailure, Topology
-from actors.actor import LOADING, READY
-from actors.errors import describe
-from bus import MailboxFull, Message, current_traceparent
-from engines.model_version import model_version
-from engines.panels import ModelError, Panel
-from engines.pipeline import PanelPipeline
-from engines.placing import NoRoomError
-from engines.read_progress import ReadProgress
-from engines.streams import DeviceStream, StreamEvent
-from roles import devices
-from roles.messages.device import (
+from triptych.actors import Actor, Component, StartDelayed, StartFailure, Topology
+from triptych.actors.actor import LOADING, READY
+from triptych.actors.errors import describe
+from triptych.bus import MailboxFull, Message, current_traceparent
+from triptych.engines.model_version import model_version
+from triptych.engines.panels import ModelError, Panel
+from triptych.engines.pipeline import PanelPipeline
+from triptych.engines.placing import NoRoomError
+from triptych.engines.read_progress import ReadProgress
+from triptych.engines.streams import DeviceStream, StreamEvent
+from triptych.roles import devices
+from triptych.roles.messages.device import (
     CancelPanel,
     PanelCancelled,
     PanelFailed,
@@ -39,11 +39,11 @@ from roles.messages.device import (
     TurnWeights,
     WeightsTurned,
 )
-from roles.messages.work import Pictures, Renewal, Tensors, Work
-from roles.resolve import has_files, resolve
-from roles.uploads import UPLOADS, UploadStore
-from roles.weights import load_panels, weights_facts
-from roles.workspace import Premises
+from triptych.roles.messages.work import Pictures, Renewal, Tensors, Work
+from triptych.roles.resolve import has_files, resolve
+from triptych.roles.uploads import UPLOADS, UploadStore
+from triptych.roles.weights import load_panels, weights_facts
+from triptych.roles.workspace import Premises
 
 P = ParamSpec("P")
 T = TypeVar("T")

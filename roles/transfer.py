@@ -16,20 +16,20 @@ from typing import Final
 import torch
 from msgspec.structs import replace
 
-from actors import Actor, Component, Topology
-from actors.errors import describe, shorten
-from bus import BusError, Message, RemoteFailure
-from engines.arena import Arena, ArenaError
-from engines.checksum import ChecksumMismatch
-from engines.codec import CodecError, Packed, pack
-from engines.media import FRAMES_PER_S
-from engines.streams import DeviceStream, Loaded
-from engines.transfer import Faults
-from roles import devices
-from roles.artifacts import ARTIFACTS, ArtifactError, ArtifactStore
-from roles.files import is_full
-from roles.media import MediaError, media_of, nsfw_of
-from roles.messages.device import (
+from triptych.actors import Actor, Component, Topology
+from triptych.actors.errors import describe, shorten
+from triptych.bus import BusError, Message, RemoteFailure
+from triptych.engines.arena import Arena, ArenaError
+from triptych.engines.checksum import ChecksumMismatch
+from triptych.engines.codec import CodecError, Packed, pack
+from triptych.engines.media import FRAMES_PER_S
+from triptych.engines.streams import DeviceStream, Loaded
+from triptych.engines.transfer import Faults
+from triptych.roles import devices
+from triptych.roles.artifacts import ARTIFACTS, ArtifactError, ArtifactStore
+from triptych.roles.files import is_full
+from triptych.roles.media import MediaError, media_of, nsfw_of
+from triptych.roles.messages.device import (
     ArtifactSaved,
     CancelState,
     LoadState,
@@ -39,11 +39,11 @@ from roles.messages.device import (
     StateLoaded,
     StateStaged,
 )
-from roles.messages.work import Artifact, LeaseRef, Staged, Work
-from roles.pool_client import FAULTS, LeaseGone, Mapping, PoolClient, why_full
-from roles.reporter import LONGEST_PAUSE_S, pause_s
-from roles.workspace import Premises
-from roles.writers import encode, suits
+from triptych.roles.messages.work import Artifact, LeaseRef, Staged, Work
+from triptych.roles.pool_client import FAULTS, LeaseGone, Mapping, PoolClient, why_full
+from triptych.roles.reporter import LONGEST_PAUSE_S, pause_s
+from triptych.roles.workspace import Premises
+from triptych.roles.writers import encode, suits
 
 FULL_PAUSE_S: Final = 0.1
 """Longest pause before a full pool is asked again: well within the time for which it keeps the place in its line."""

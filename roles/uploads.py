@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from roles.files import list_entries, write_whole
-from roles.messages.work import Upload
-from roles.retention import NO_BOUNDS, StoreBounds, surplus
+from triptych.roles.files import list_entries, write_whole
+from triptych.roles.messages.work import Upload
+from triptych.roles.retention import NO_BOUNDS, StoreBounds, surplus
 
 if TYPE_CHECKING:
     from PIL import Image

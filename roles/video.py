@@ -22,7 +22,7 @@ from av.packet import Packet
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from roles.media import Check, Sound, Video
+from triptych.roles.media import Check, Sound, Video
 
 _Packet: TypeAlias = "Packet[VideoStream] | Packet[AudioStream]"
 

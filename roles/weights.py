@@ -8,19 +8,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from actors import Component, Model
-from engines.card import load_index
-from engines.inspection import entries
-from engines.lora import LoraFile
-from engines.options import ComponentOptions, EmbeddingFile, ModelOptions
-from engines.weight_files import component_files
+from triptych.actors import Component, Model
+from triptych.engines.card import load_index
+from triptych.engines.inspection import entries
+from triptych.engines.lora import LoraFile
+from triptych.engines.options import ComponentOptions, EmbeddingFile, ModelOptions
+from triptych.engines.weight_files import component_files
 
 if TYPE_CHECKING:
     import torch
 
-    from engines.pipeline import PanelPipeline
-    from engines.placing import Placement
-    from engines.read_progress import ReadProgress
+    from triptych.engines.pipeline import PanelPipeline
+    from triptych.engines.placing import Placement
+    from triptych.engines.read_progress import ReadProgress
 
 
 def lora_files(model: Model) -> tuple[LoraFile, ...]:
@@ -57,7 +57,7 @@ def model_options(model: Model) -> ModelOptions:
 
 def describe_model(model: Model) -> tuple[str, str]:
     """Say how a model would be served, and a problem or ""; see `engines.routes.describe`."""
-    from engines.routes import describe
+    from triptych.engines.routes import describe
 
     in_parts = all(role.kind != "monolithic" for role in model.section.roles)
     options = model_options(model)
@@ -85,8 +85,8 @@ def load_panels(
     """
     import torch
 
-    from engines.pipeline import PanelPipeline
-    from roles.workload import PANELS
+    from triptych.engines.pipeline import PanelPipeline
+    from triptych.roles.workload import PANELS
 
     return PanelPipeline.load(
         model.path,
@@ -103,8 +103,8 @@ def load_panels(
 
 def weights_facts(placement: Placement) -> dict[str, object]:
     """What the log says of weights: their bytes, those before they were quantized, and adapters."""
-    from engines.offload import Offload
-    from engines.quantization import Quantization
+    from triptych.engines.offload import Offload
+    from triptych.engines.quantization import Quantization
 
     facts: dict[str, object] = {"weights_bytes": placement.held_bytes}
     if placement.quantization is not Quantization.NONE:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
-from bus import Message
-from engines.panels import Panel
-from roles.messages.stages import (
+from triptych.bus import Message
+from triptych.engines.panels import Panel
+from triptych.roles.messages.stages import (
     StageAssign,
     StageCancelled,
     StageFailed,
@@ -27,8 +27,8 @@ from roles.messages.stages import (
     TransferReady,
     TransferStaged,
 )
-from roles.messages.work import Artifact, LeaseRef, Output, Staged, Work
-from roles.workload_effects import (
+from triptych.roles.messages.work import Artifact, LeaseRef, Output, Staged, Work
+from triptych.roles.workload_effects import (
     Begin,
     Clear,
     Effect,

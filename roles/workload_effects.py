@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from bus import Message
-from engines.panels import Panel
-from roles.messages.work import Input, LeaseRef, Output, Renewal, Staged, Work
+from triptych.bus import Message
+from triptych.engines.panels import Panel
+from triptych.roles.messages.work import Input, LeaseRef, Output, Renewal, Staged, Work
 
 
 @dataclass(frozen=True, slots=True)

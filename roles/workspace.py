@@ -6,11 +6,11 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from engines.parameters import Signature
-from roles.messages.work import Renewal, Work
+from triptych.engines.parameters import Signature
+from triptych.roles.messages.work import Renewal, Work
 
 if TYPE_CHECKING:
-    from engines.streams import StreamEvent
+    from triptych.engines.streams import StreamEvent
 
 
 class NotInWorkspace(LookupError):  # noqa: N818  names what is the case

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 from safetensors.torch import save
 
-from roles.formats import CONTENT_TYPES, LATENTS_FORMAT
-from roles.media import Check, Latents, Media, MediaError, Sound, Stills, Video
+from triptych.roles.formats import CONTENT_TYPES, LATENTS_FORMAT
+from triptych.roles.media import Check, Latents, Media, MediaError, Sound, Stills, Video
 
 Write: TypeAlias = Callable[[Media, float, Check], bytes | None]
 """Media, frames per second, check; None where the format cannot hold such media."""
@@ -151,7 +151,7 @@ def _mp4(media: Media, fps: float, check: Check) -> bytes | None:
     if not isinstance(media, Video):
         return None
     # Here, because FFmpeg is large, and most processes of a cluster write no video.
-    from roles.video import mp4
+    from triptych.roles.video import mp4
 
     return mp4(media, fps, check)
 

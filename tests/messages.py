@@ -9,7 +9,7 @@ import msgspec
 from hypothesis import strategies as st
 from msgspec import inspect
 
-from bus import Message
+from triptych.bus import Message
 
 Values = st.SearchStrategy[Any]
 _INT64 = 2**63

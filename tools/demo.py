@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,21 +13,22 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from actors.client import ApiError
-from actors.cluster import launch
-from actors.errors import TopologyError
-from actors.logs import LEVEL_VARIABLE
+from triptych.actors.client import ApiError
+from triptych.actors.cluster import launch
+from triptych.actors.errors import TopologyError
+from triptych.actors.logs import LEVEL_VARIABLE
 
+TOPOLOGY = Path(str(files("triptych"))) / "examples" / "demo.toml"
 PROMPT = "a large red circle on the left of a blue background"
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 console = Console()
 
 
 @app.command(
-    epilog='Example: python -m tools.demo examples/demo.toml -o out/demo.png --prompt "a small green square ..."'
+    epilog='Example: python -m triptych.tools.demo examples/demo.toml -o out/demo.png --prompt "a small green ..."'
 )
 def main(
-    topology: Annotated[Path, typer.Argument(help="What to start.")] = Path("examples/demo.toml"),
+    topology: Annotated[Path, typer.Argument(help="What to start.")] = TOPOLOGY,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the picture goes.")] = Path("out/demo.png"),
     prompt: Annotated[str, typer.Option(help="What to draw.")] = PROMPT,
     seed: Annotated[int, typer.Option(help="The same seed gives the same picture.")] = 7,

@@ -1,4 +1,4 @@
-"""Make a tiny model of a pipeline without blocks: `python -m tools.make_classic OUT --family pixart`.
+"""Make a tiny model of a pipeline without blocks: `python -m triptych.tools.make_classic OUT --family pixart`.
 
 As `tools.make_model` does it, with random weights and a card. The same seed makes the same files.
 """
@@ -13,8 +13,8 @@ from typing import Annotated, Any, Final
 import torch
 import typer
 
-from tools.make_model import classic, write_model
-from tools.make_model.recipe import Recipe
+from triptych.tools.make_model import classic, write_model
+from triptych.tools.make_model.recipe import Recipe
 
 
 class Classic(StrEnum):

@@ -1,4 +1,4 @@
-"""Make a LoRA of random weights for a model, to try adapters out: `python -m tools.make_lora MODEL OUT`.
+"""Make a LoRA of random weights for a model, to try adapters out: `python -m triptych.tools.make_lora MODEL OUT`.
 
 The file has the format of diffusers, as `save_lora_weights` of its pipelines writes it. The same seed makes the same
 file.
@@ -16,8 +16,8 @@ import typer
 from accelerate import init_empty_weights
 from safetensors.torch import save_file
 
-from engines.adapters import lora_class
-from engines.card import load_index
+from triptych.engines.adapters import lora_class
+from triptych.engines.card import load_index
 
 _LAYERS: Final = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 """The linear layers of attention, as transformers and UNets of diffusers and text encoders call them."""

@@ -20,15 +20,15 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from tools.shapes.scenes import Picture, Scene, all_scenes, caption, held_out_scenes, held_out_triples
-from tools.shapes.scoring import Score, score
-from tools.shapes.sheet import write_sheet
+from triptych.tools.shapes.scenes import Picture, Scene, all_scenes, caption, held_out_scenes, held_out_triples
+from triptych.tools.shapes.scoring import Score, score
+from triptych.tools.shapes.sheet import write_sheet
 
 EXAMPLES = """examples:
-  python -m tools.score_shapes                                  200 prompts through 127.0.0.1:8000
-  python -m tools.score_shapes --prompts 50 --seed 7 --url http://127.0.0.1:9000
-  python -m tools.score_shapes --model examples/shapes          without a server
-  python -m tools.score_shapes --among all --sheet out/all.png  trained captions as well
+  python -m triptych.tools.score_shapes                                  200 prompts through 127.0.0.1:8000
+  python -m triptych.tools.score_shapes --prompts 50 --seed 7 --url http://127.0.0.1:9000
+  python -m triptych.tools.score_shapes --model examples/shapes          without a server
+  python -m triptych.tools.score_shapes --among all --sheet out/all.png  trained captions as well
 """
 CONCURRENCY = 4
 ATTEMPT_TIMEOUT_S = 300.0
@@ -128,7 +128,7 @@ def _by_model(folder: Path, rows: Sequence[tuple[Scene, int]]) -> Generator[Pict
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.score_shapes",
+        prog="python -m triptych.tools.score_shapes",
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import torch
 
-from tools.shapes.autoencoder import peak_signal_to_noise, train_autoencoder
-from tools.shapes.flow import make_lessons, score_painter, train_painter
-from tools.shapes.model import save_model
-from tools.shapes.scenes import held_out_scenes, training_scenes
+from triptych.tools.shapes.autoencoder import peak_signal_to_noise, train_autoencoder
+from triptych.tools.shapes.flow import make_lessons, score_painter, train_painter
+from triptych.tools.shapes.model import save_model
+from triptych.tools.shapes.scenes import held_out_scenes, training_scenes
 
 EXAMPLES = """examples:
-  python -m tools.train_shapes                              30 minutes, into examples/shapes
-  python -m tools.train_shapes --minutes 10 --out /tmp/quick
-  python -m tools.train_shapes --work /tmp/shapes-work      stop it and start it again: it goes on
-  python -m tools.train_shapes --threads 1                  faster than 2 where others use the CPU too
+  python -m triptych.tools.train_shapes                              30 minutes, into examples/shapes
+  python -m triptych.tools.train_shapes --minutes 10 --out /tmp/quick
+  python -m triptych.tools.train_shapes --work /tmp/shapes-work      stop it and start it again: it goes on
+  python -m triptych.tools.train_shapes --threads 1                  faster than 2 where others use the CPU too
 """
 AUTOENCODER_SHARE = 0.35
 DEFAULT_WORK = Path.home() / ".cache" / "triptych" / "shapes"
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.train_shapes",
+        prog="python -m triptych.tools.train_shapes",
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import typer
 
-from actors.command.add import add
-from actors.command.check import check
-from actors.command.generate import generate
-from actors.command.reload import reload
-from actors.command.sleeping import sleep, wake
-from actors.command.status import status
-from actors.command.up import up
+from triptych.actors.command.add import add
+from triptych.actors.command.check import check
+from triptych.actors.command.generate import generate
+from triptych.actors.command.reload import reload
+from triptych.actors.command.sleeping import sleep, wake
+from triptych.actors.command.status import status
+from triptych.actors.command.up import up
 
 app = typer.Typer(
     name="triptych",

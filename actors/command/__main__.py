@@ -1,5 +1,5 @@
-"""`python -m actors.command`."""
+"""`python -m triptych.actors.command`."""
 
-from actors.command import main
+from triptych.actors.command import main
 
 main()

@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from actors.adding import file_name, topology_of, written_path
-from actors.command.output import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, stdout
-from actors.components import load_model_facts
-from actors.errors import StartFailure
-from actors.launcher import QUIET
-from actors.sections import ModelSection
+from triptych.actors.adding import file_name, topology_of, written_path
+from triptych.actors.command.output import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, stdout
+from triptych.actors.components import load_model_facts
+from triptych.actors.errors import StartFailure
+from triptych.actors.launcher import QUIET
+from triptych.actors.sections import ModelSection
 
 
 def add(

@@ -12,12 +12,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from actors.command.output import EXIT_BAD_TOPOLOGY, fail, rows_of, stdout, table
-from actors.components import ModelReport, load_check
-from actors.errors import StartFailure, TopologyError
-from actors.launcher import QUIET
-from actors.preflight import preflight
-from actors.topology import Component, Model, Topology, load_topology
+from triptych.actors.command.output import EXIT_BAD_TOPOLOGY, fail, rows_of, stdout, table
+from triptych.actors.components import ModelReport, load_check
+from triptych.actors.errors import StartFailure, TopologyError
+from triptych.actors.launcher import QUIET
+from triptych.actors.preflight import preflight
+from triptych.actors.topology import Component, Model, Topology, load_topology
 
 TopologyFile = Annotated[Path, typer.Argument(metavar="FILE", help="The topology, a TOML file.", show_default=False)]
 

@@ -11,7 +11,7 @@ import httpx
 from rich.live import Live
 from rich.markup import escape
 
-from actors.command.output import rows_of, styled, table
+from triptych.actors.command.output import rows_of, styled, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from actors.system import ChildReport
-    from actors.topology import Component, Topology
+    from triptych.actors.system import ChildReport
+    from triptych.actors.topology import Component, Topology
 
 _READY_EVERY_S: Final = 0.1
 _READY_TIMEOUT_S: Final = 5.0

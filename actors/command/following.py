@@ -10,7 +10,7 @@ import httpx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from actors.client import ApiError, in_short, read_json, unreachable
+from triptych.actors.client import ApiError, in_short, read_json, unreachable
 
 EVERY_S: Final = 0.2
 PATIENCE_S: Final = 30.0

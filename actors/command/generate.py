@@ -13,7 +13,7 @@ import httpx
 import typer
 from rich.markup import escape
 
-from actors.client import (
+from triptych.actors.client import (
     FORMATS,
     GENERATE_TIMEOUT_S,
     KEY_VARIABLE,
@@ -26,10 +26,10 @@ from actors.client import (
     timeout,
     unreachable,
 )
-from actors.command.following import finished
-from actors.command.output import EXIT_BAD_TOPOLOGY, EXIT_FAILED, EXIT_INTERRUPTED, fail, stdout
-from actors.errors import TopologyError
-from actors.topology import load_topology
+from triptych.actors.command.following import finished
+from triptych.actors.command.output import EXIT_BAD_TOPOLOGY, EXIT_FAILED, EXIT_INTERRUPTED, fail, stdout
+from triptych.actors.errors import TopologyError
+from triptych.actors.topology import load_topology
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 URL_VARIABLE: Final = "TRIPTYCH_URL"

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 from rich.console import Console
 
-from actors.addresses import AddressBook
-from actors.command.check import TopologyFile
-from actors.command.output import EXIT_BAD_TOPOLOGY, EXIT_FAILED, EXIT_INTERRUPTED, fail
-from actors.errors import TopologyError
-from actors.system import Reloading, ReloadModel
-from actors.topology import load_topology
-from bus import BusError, Outbox, RemoteFailure
+from triptych.actors.addresses import AddressBook
+from triptych.actors.command.check import TopologyFile
+from triptych.actors.command.output import EXIT_BAD_TOPOLOGY, EXIT_FAILED, EXIT_INTERRUPTED, fail
+from triptych.actors.errors import TopologyError
+from triptych.actors.system import Reloading, ReloadModel
+from triptych.actors.topology import load_topology
+from triptych.bus import BusError, Outbox, RemoteFailure
 
 if TYPE_CHECKING:
-    from actors.topology import Topology
+    from triptych.actors.topology import Topology
 
 _LOOK_EVERY_S: Final = 0.5
 _ANSWER_S: Final = 30.0

@@ -15,11 +15,11 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from actors.client import ApiError, authorization, read_json, timeout, unreachable
-from actors.command.generate import KeyFile, Url, api_key, base_url
-from actors.command.output import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, rows_of, stdout, styled, table
-from actors.errors import TopologyError
-from actors.topology import load_topology
+from triptych.actors.client import ApiError, authorization, read_json, timeout, unreachable
+from triptych.actors.command.generate import KeyFile, Url, api_key, base_url
+from triptych.actors.command.output import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, rows_of, stdout, styled, table
+from triptych.actors.errors import TopologyError
+from triptych.actors.topology import load_topology
 
 _WATCH_EVERY_S: Final = 1.0
 _COLUMNS: Final = ("name", "state", "pid", "restarts", "uptime", "mailbox", "slots", "detail")

@@ -9,16 +9,16 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from actors import logs
-from actors.addresses import SUPERVISOR
-from actors.command.check import TopologyFile
-from actors.command.display import make_display
-from actors.command.output import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, stdout
-from actors.errors import AlreadyRunning, StartFailure, StateBelongsToAnother, TopologyError, UnknownName
-from actors.prctl import die_with_parent
-from actors.preflight import preflight
-from actors.supervise import Supervision
-from actors.topology import load_topology
+from triptych.actors import logs
+from triptych.actors.addresses import SUPERVISOR
+from triptych.actors.command.check import TopologyFile
+from triptych.actors.command.display import make_display
+from triptych.actors.command.output import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, stdout
+from triptych.actors.errors import AlreadyRunning, StartFailure, StateBelongsToAnother, TopologyError, UnknownName
+from triptych.actors.prctl import die_with_parent
+from triptych.actors.preflight import preflight
+from triptych.actors.supervise import Supervision
+from triptych.actors.topology import load_topology
 
 
 def up(

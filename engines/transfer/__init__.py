@@ -15,12 +15,12 @@ after a rejected one may fail.
 
 from __future__ import annotations
 
-from engines.arena import Arena
-from engines.transfer.backend import TransferBackend
-from engines.transfer.errors import TransferError, TransferSetupError
-from engines.transfer.faults import Faults, FaultyBackend
-from engines.transfer.shm import ShmBackend
-from engines.transfer.transfers import Transfers
+from triptych.engines.arena import Arena
+from triptych.engines.transfer.backend import TransferBackend
+from triptych.engines.transfer.errors import TransferError, TransferSetupError
+from triptych.engines.transfer.faults import Faults, FaultyBackend
+from triptych.engines.transfer.shm import ShmBackend
+from triptych.engines.transfer.transfers import Transfers
 
 __all__ = [
     "QUARANTINE_S",
@@ -62,7 +62,7 @@ def _open(engine: str, arena: Arena, hostname: str, protocol: str, ib_device: st
         return ShmBackend(arena)
     if engine == "mooncake":
         # Only here, so that importing this package never imports Mooncake into a process that may fork.
-        from engines.transfer.mooncake import open_mooncake
+        from triptych.engines.transfer.mooncake import open_mooncake
 
         return open_mooncake(arena, hostname=hostname, protocol=protocol, ib_device=ib_device)
     raise TransferSetupError(f'transfer.engine must be "auto", "shm" or "mooncake", not "{engine}"')

@@ -14,10 +14,10 @@ from functools import partial
 import msgspec
 import numpy as np
 
-from engines.arena import Arena
-from engines.checksum import Bytes
-from engines.transfer.backend import Range, TransferBackend
-from engines.transfer.errors import TransferError, TransferSetupError
+from triptych.engines.arena import Arena
+from triptych.engines.checksum import Bytes
+from triptych.engines.transfer.backend import Range, TransferBackend
+from triptych.engines.transfer.errors import TransferError, TransferSetupError
 
 LATE_TIMEOUT_S = 5.0
 

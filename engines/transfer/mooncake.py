@@ -13,10 +13,10 @@ import threading
 import time
 from typing import Any
 
-from engines.arena import Arena
-from engines.transfer import mooncake_setup as setup
-from engines.transfer.backend import Range
-from engines.transfer.errors import TransferError, TransferSetupError
+from triptych.engines.arena import Arena
+from triptych.engines.transfer import mooncake_setup as setup
+from triptych.engines.transfer.backend import Range
+from triptych.engines.transfer.errors import TransferError, TransferSetupError
 
 # After the deadline nothing more is submitted, so this much at most can land late.
 PIECE = 64 << 20

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from engines.transfer.errors import TransferSetupError
+from triptych.engines.transfer.errors import TransferSetupError
 
 WHEELS = {
     "mooncake-transfer-engine-non-cuda": "triptych[mooncake]",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 import time
 
-from engines.arena import Arena, ArenaAddress, ArenaError
-from engines.checksum import Bytes
-from engines.transfer.backend import Range
-from engines.transfer.errors import TransferError
+from triptych.engines.arena import Arena, ArenaAddress, ArenaError
+from triptych.engines.checksum import Bytes
+from triptych.engines.transfer.backend import Range
+from triptych.engines.transfer.errors import TransferError
 
 # The clock is looked at between pieces, so a pull overruns its timeout by the copy of one piece at most.
 PIECE = 16 << 20

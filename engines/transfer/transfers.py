@@ -12,8 +12,8 @@ from contextlib import suppress
 from queue import SimpleQueue
 from weakref import WeakValueDictionary
 
-from engines.transfer.backend import Range, TransferBackend
-from engines.transfer.errors import TransferError
+from triptych.engines.transfer.backend import Range, TransferBackend
+from triptych.engines.transfer.errors import TransferError
 
 ATTEMPTS = 4
 FIRST_PAUSE_S = 0.02

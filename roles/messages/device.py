@@ -5,9 +5,9 @@ Tensors never ride in a message: these name the work, and the values lie in the 
 
 from __future__ import annotations
 
-from bus import Message
-from engines.panels import Panel
-from roles.messages.work import Artifact, LeaseRef, Natural, Output, Seconds, Staged, Work
+from triptych.bus import Message
+from triptych.engines.panels import Panel
+from triptych.roles.messages.work import Artifact, LeaseRef, Natural, Output, Seconds, Staged, Work
 
 
 class RunPanel(Message):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bus import Generation, Message
-from roles.messages.work import LeaseRef, Name, Natural, Seconds, Value, Word, Work
+from triptych.bus import Generation, Message
+from triptych.roles.messages.work import LeaseRef, Name, Natural, Seconds, Value, Word, Work
 
 
 class PoolQuery(Message):

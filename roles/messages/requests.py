@@ -7,17 +7,17 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from bus import Message
-from engines.parameters import KNOWN as KNOWN
-from engines.parameters import PICTURES as PICTURES
-from engines.parameters import RATES as RATES
-from engines.parameters import TENSORS as TENSORS
-from engines.parameters import WORDS as WORDS
-from engines.parameters import Kind as Kind
-from engines.parameters import Option as Option
-from engines.parameters import Parameter as Parameter
-from engines.parameters import Task as Task
-from roles.messages.work import Artifact, Input, Name, Natural, Output, Scalar, Seconds, Seed, Value
+from triptych.bus import Message
+from triptych.engines.parameters import KNOWN as KNOWN
+from triptych.engines.parameters import PICTURES as PICTURES
+from triptych.engines.parameters import RATES as RATES
+from triptych.engines.parameters import TENSORS as TENSORS
+from triptych.engines.parameters import WORDS as WORDS
+from triptych.engines.parameters import Kind as Kind
+from triptych.engines.parameters import Option as Option
+from triptych.engines.parameters import Parameter as Parameter
+from triptych.engines.parameters import Task as Task
+from triptych.roles.messages.work import Artifact, Input, Name, Natural, Output, Scalar, Seconds, Seed, Value
 
 Key = Annotated[str, Meta(max_length=1024)]
 Reason = Annotated[str, Meta(max_length=1024)]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from bus import Generation, Message
-from engines.panels import Panel
-from engines.parameters import Signature
-from roles.messages.work import (
+from triptych.bus import Generation, Message
+from triptych.engines.panels import Panel
+from triptych.engines.parameters import Signature
+from triptych.roles.messages.work import (
     Artifact,
     Input,
     LeaseRef,

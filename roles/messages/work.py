@@ -7,7 +7,7 @@ from typing import Annotated, Final, TypeAlias, dataclass_transform
 import msgspec
 from msgspec import Meta
 
-from bus import Generation
+from triptych.bus import Generation
 
 MAX_SEED: Final = (1 << 63) - 1
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import structlog
 
-from actors import Actor, ActorCrashed, AddressBook, Later
-from actors.runtime import Runtime
-from bus import (
+from triptych.actors import Actor, ActorCrashed, AddressBook, Later
+from triptych.actors.runtime import Runtime
+from triptych.bus import (
     Message,
     Outbox,
     Reference,

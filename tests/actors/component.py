@@ -11,8 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from actors import Actor, Component, Later, StartFailure, Topology
-from bus import Message, Refused
+from triptych.actors import Actor, Component, Later, StartFailure, Topology
+from triptych.bus import Message, Refused
 
 
 class Ping(Message):

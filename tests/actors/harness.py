@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from actors import AddressBook, load_topology
-from actors.system import ChildReport, SupervisorQuery, SupervisorReport
-from bus import Message, Outbox
 from tests.actors.component import Ping, Pong
+from triptych.actors import AddressBook, load_topology
+from triptych.actors.system import ChildReport, SupervisorQuery, SupervisorReport
+from triptych.bus import Message, Outbox
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 30.0

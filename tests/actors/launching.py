@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from actors import AddressBook, load_topology, logs
-from actors.launcher import Launcher
-from bus import Message, Outbox
 from tests.actors.component import Multiply, Ping, Pong, Product
+from triptych.actors import AddressBook, load_topology, logs
+from triptych.actors.launcher import Launcher
+from triptych.bus import Message, Outbox
 
 
 class Way(NamedTuple):

@@ -9,11 +9,11 @@ import sys
 
 import msgspec
 
-from actors import logs
-from actors.components import PARTS, Part
-from actors.supervise import Supervision
-from actors.system import ChildReport
-from actors.topology import load_topology
+from triptych.actors import logs
+from triptych.actors.components import PARTS, Part
+from triptych.actors.supervise import Supervision
+from triptych.actors.system import ChildReport
+from triptych.actors.topology import load_topology
 
 PROBES = dict.fromkeys(PARTS, Part("tests.actors.component:build", forked=True))
 

@@ -6,8 +6,8 @@ import os
 
 import torch
 
-from actors import Actor, Component, Topology
 from tests.actors.component import Multiply, Product
+from triptych.actors import Actor, Component, Topology
 
 
 class Multiplier(Actor):

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from actors import load_topology
-from actors.adding import ModelFacts, file_name, pool_bytes, topology_of, written_path
-from actors.command import app
-from actors.sections import ModelSection, RoleSection
+from triptych.actors import load_topology
+from triptych.actors.adding import ModelFacts, file_name, pool_bytes, topology_of, written_path
+from triptych.actors.command import app
+from triptych.actors.sections import ModelSection, RoleSection
 
 MIB = 1 << 20
 FLUX = ModelFacts(pipeline="FluxPipeline", in_parts=True, sentence="FluxPipeline, by the modular route")

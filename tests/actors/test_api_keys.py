@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from actors import TopologyError, load_topology
-from actors.api_keys import ApiKeysError, read_keys
-from actors.client import authorization
-from actors.command import app
-from actors.command.generate import api_key
-from actors.overrides import write_with_overrides
-from actors.preflight import preflight
 from tests.actors.conftest import PANELS
+from triptych.actors import TopologyError, load_topology
+from triptych.actors.api_keys import ApiKeysError, read_keys
+from triptych.actors.client import authorization
+from triptych.actors.command import app
+from triptych.actors.command.generate import api_key
+from triptych.actors.overrides import write_with_overrides
+from triptych.actors.preflight import preflight
 
 ALICE, BOB, NEXT = "a" * 16, "b" * 43, "c" * 16
 

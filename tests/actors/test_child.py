@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from actors.child import Child, unservable
-from actors.components import Part
-from actors.system import ChildReport
-from actors.topology import Component
+from triptych.actors.child import Child, unservable
+from triptych.actors.components import Part
+from triptych.actors.system import ChildReport
+from triptych.actors.topology import Component
 
 
 @pytest.fixture

@@ -15,16 +15,16 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from actors import load_topology
-from actors.client import ApiError, Picture, format_of, read_pictures, request_body
-from actors.cluster import describe_children, is_hopeless
-from actors.command import app
-from actors.command.display import Display, LiveDisplay, line
-from actors.command.following import PATIENCE_S, finished
-from actors.command.generate import names_for, settings
-from actors.command.status import render
-from actors.overrides import free_port
-from actors.system import ChildReport
+from triptych.actors import load_topology
+from triptych.actors.client import ApiError, Picture, format_of, read_pictures, request_body
+from triptych.actors.cluster import describe_children, is_hopeless
+from triptych.actors.command import app
+from triptych.actors.command.display import Display, LiveDisplay, line
+from triptych.actors.command.following import PATIENCE_S, finished
+from triptych.actors.command.generate import names_for, settings
+from triptych.actors.command.status import render
+from triptych.actors.overrides import free_port
+from triptych.actors.system import ChildReport
 
 Write = Callable[..., Path]
 runner = CliRunner()

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors import TopologyError, load_topology
-from actors.errors import AlreadyRunning
-from actors.generations import Generations, successor
-from actors.locks import exclusive
-from actors.overrides import merge, to_toml, write_with_overrides
 from tests.actors.conftest import PANELS
 from tests.actors.harness import ROOT
+from triptych.actors import TopologyError, load_topology
+from triptych.actors.errors import AlreadyRunning
+from triptych.actors.generations import Generations, successor
+from triptych.actors.locks import exclusive
+from triptych.actors.overrides import merge, to_toml, write_with_overrides
 
 
 @given(st.integers(0, 1 << 53), st.integers(0, 1 << 53))
@@ -68,7 +68,7 @@ def test_a_component_is_held_once_and_let_go(folder: Path) -> None:
 
 LOGGING = """
 import logging, structlog
-from actors import logs
+from triptych.actors import logs
 logs.configure("head", 7)
 log = structlog.stdlib.get_logger("actor").bind(actor="head")
 with structlog.contextvars.bound_contextvars(request_id="r1"):

@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from actors import Actor, Later
-from actors.handlers import Handler
-from bus import Message
+from triptych.actors import Actor, Later
+from triptych.actors.handlers import Handler
+from triptych.bus import Message
 
 if TYPE_CHECKING:
     from collections import OrderedDict  # a name that only the type checker knows

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from actors import AddressBook, StartFailure, Topology, load_topology
-from actors.keys import make_keys, read_keys
+from triptych.actors import AddressBook, StartFailure, Topology, load_topology
+from triptych.actors.keys import make_keys, read_keys
 
 Write = Callable[..., Path]
 

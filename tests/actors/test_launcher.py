@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from actors.components import PRELOAD
-from actors.launcher import NO_CUDA, card_environment, thread_environment, usable_cores
-from actors.processes import module_command
-from actors.supervise import Supervision
-from actors.topology import load_topology
 from tests.actors.conftest import PANELS
 from tests.actors.harness import ROOT
+from triptych.actors.components import PRELOAD
+from triptych.actors.launcher import NO_CUDA, card_environment, thread_environment, usable_cores
+from triptych.actors.processes import module_command
+from triptych.actors.supervise import Supervision
+from triptych.actors.topology import load_topology
 
 Write = Callable[..., Path]
 
@@ -139,8 +139,8 @@ def test_a_role_on_a_card_is_a_fresh_interpreter_that_sees_it_and_all_others_do_
     result, log = launch(write(), "cuda")
     assert "starting a fresh interpreter" not in log
     on_card, forked = (start["answer"] for start in result["seen"])
-    assert (on_card["program"], on_card["cards"]) == ("actors.process", "all")
-    assert (forked["program"], forked["cards"]) == ("actors.zygote", "")
+    assert (on_card["program"], on_card["cards"]) == ("triptych.actors.process", "all")
+    assert (forked["program"], forked["cards"]) == ("triptych.actors.zygote", "")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_cores_are_counted_that_this_process_may_use(tmp_path: Path) -> None:
 
 
 def host(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "actors.process", f"--topology={file}", "--name=encoder-0", *options]
+    command = [sys.executable, "-m", "triptych.actors.process", f"--topology={file}", "--name=encoder-0", *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -206,7 +206,7 @@ def test_a_builder_of_other_actors_than_the_component_is_a_crash(write: Write) -
 
 
 def build_other(component: object, topology: object) -> list[object]:
-    from actors import Actor
+    from triptych.actors import Actor
 
     return [Actor("another")]
 

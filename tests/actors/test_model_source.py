@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from actors import TopologyError, load_topology
-from actors.model_source import find_source
-from actors.overrides import write_with_overrides
-from actors.preflight import preflight
-from actors.sections import ModelSection
 from tests.actors.test_command import Write
+from triptych.actors import TopologyError, load_topology
+from triptych.actors.model_source import find_source
+from triptych.actors.overrides import write_with_overrides
+from triptych.actors.preflight import preflight
+from triptych.actors.sections import ModelSection
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -118,7 +118,7 @@ def test_preflight_says_what_is_wrong_with_which_key(write: Write, folder: Path)
 
 
 def test_the_version_and_the_identity_are_those_of_all_files(write: Write, folder: Path) -> None:
-    from engines.model_version import model_version
+    from triptych.engines.model_version import model_version
 
     model(folder / "base")
     for name in ("x.safetensors", "y.safetensors", "z.gguf"):

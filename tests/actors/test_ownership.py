@@ -8,9 +8,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from actors.errors import AlreadyRunning, StateBelongsToAnother
-from actors.ownership import ModelIdentity, Owner, identity_of, owned, refused_heir, refused_peer
-from actors.places import private_state_dir
+from triptych.actors.errors import AlreadyRunning, StateBelongsToAnother
+from triptych.actors.ownership import ModelIdentity, Owner, identity_of, owned, refused_heir, refused_peer
+from triptych.actors.places import private_state_dir
 
 MODEL = ModelIdentity("/m", "index", "content")
 COPY = ModelIdentity("/copy", "index", "content")

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.restart import (
+from triptych.actors.restart import (
     FIRST_BACKOFF_S,
     FIRST_DELAY_S,
     LAST_BACKOFF_S,

@@ -7,20 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from actors.system import (
-    DeadLetterQuery,
-    DeadLetterReport,
-    Inspect,
-    Inspection,
-)
-from bus import (
-    AskTimeout,
-    MailboxFull,
-    Reference,
-    RemoteFailure,
-    current_traceparent,
-    new_traceparent,
-)
 from tests.actors.bench import (
     Bench,
     Done,
@@ -34,6 +20,20 @@ from tests.actors.bench import (
     crash_of,
     failure_of,
     run,
+)
+from triptych.actors.system import (
+    DeadLetterQuery,
+    DeadLetterReport,
+    Inspect,
+    Inspection,
+)
+from triptych.bus import (
+    AskTimeout,
+    MailboxFull,
+    Reference,
+    RemoteFailure,
+    current_traceparent,
+    new_traceparent,
 )
 
 

@@ -8,22 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from actors import ActorCrashed, StartDelayed, StartFailure
-from actors.diagnostics import dump
-from actors.heartbeat import state_of
-from actors.system import (
-    ActorStatus,
-    Inspect,
-    Inspection,
-    Shutdown,
-    ShuttingDown,
-)
 from tests.actors.bench import (
     Bench,
     Starting,
     Worker,
     ask,
     run,
+)
+from triptych.actors import ActorCrashed, StartDelayed, StartFailure
+from triptych.actors.diagnostics import dump
+from triptych.actors.heartbeat import state_of
+from triptych.actors.system import (
+    ActorStatus,
+    Inspect,
+    Inspection,
+    Shutdown,
+    ShuttingDown,
 )
 
 

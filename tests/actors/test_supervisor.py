@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from actors import load_topology
-from actors.system import Inspect, Inspection, Shutdown, ShuttingDown
-from bus import BusError, Unreachable
 from tests.actors.component import Crash, CrashInTask, Hang, LeaveOrphan, OrphanLeft, Pong
 from tests.actors.conftest import PANELS
 from tests.actors.harness import Supervised, gone, supervised
+from triptych.actors import load_topology
+from triptych.actors.system import Inspect, Inspection, Shutdown, ShuttingDown
+from triptych.bus import BusError, Unreachable
 
 Write = Callable[..., Path]
 ROLES = ("encoder-0", "denoiser-0", "decoder-0")

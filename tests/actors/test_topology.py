@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from actors import AddressBook, Topology, TopologyError, load_topology
-from actors.addresses import supervisor_of
-from actors.errors import UnknownName
-from actors.places import MAX_SOCKET_PATH, private_dir, private_run_dir
-from actors.preflight import has_accelerator, preflight
-from actors.sections import TransferSection, parse_size
 from tests.actors.conftest import PANELS
+from triptych.actors import AddressBook, Topology, TopologyError, load_topology
+from triptych.actors.addresses import supervisor_of
+from triptych.actors.errors import UnknownName
+from triptych.actors.places import MAX_SOCKET_PATH, private_dir, private_run_dir
+from triptych.actors.preflight import has_accelerator, preflight
+from triptych.actors.sections import TransferSection, parse_size
 
 Write = Callable[..., Path]
 

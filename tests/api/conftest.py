@@ -16,18 +16,18 @@ import httpx
 import pytest
 from PIL import Image
 
-from actors import AddressBook, load_topology
-from actors.runtime import Runtime
-from api.app import make_app
-from api.cluster import Cluster
-from api.head import Head
-from api.server import build
-from bus import DeadLetters, Delivery, Mailbox, Outbox
-from engines.parameters import Kind, Parameter, Task
-from roles.artifacts import ArtifactStore
-from roles.head import seeds_of
-from roles.messages import requests as wire
-from roles.uploads import UPLOADS, UploadStore
+from triptych.actors import AddressBook, load_topology
+from triptych.actors.runtime import Runtime
+from triptych.api.app import make_app
+from triptych.api.cluster import Cluster
+from triptych.api.head import Head
+from triptych.api.server import build
+from triptych.bus import DeadLetters, Delivery, Mailbox, Outbox
+from triptych.engines.parameters import Kind, Parameter, Task
+from triptych.roles.artifacts import ArtifactStore
+from triptych.roles.head import seeds_of
+from triptych.roles.messages import requests as wire
+from triptych.roles.uploads import UPLOADS, UploadStore
 
 BOUND_S = 10.0
 MESSAGES = (

@@ -9,8 +9,8 @@ import zlib
 
 from PIL import Image
 
-from engines.parameters import Kind, Parameter
-from roles.messages import requests as wire
+from triptych.engines.parameters import Kind, Parameter
+from triptych.roles.messages import requests as wire
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 

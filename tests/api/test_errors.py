@@ -6,10 +6,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from api import body
-from api.errors import error_type, from_bus, respond
-from bus import AskTimeout, BusError, MailboxFull, MessageTooLong, RemoteFailure, Unreachable
-from roles.messages import requests as wire
+from triptych.api import body
+from triptych.api.errors import error_type, from_bus, respond
+from triptych.bus import AskTimeout, BusError, MailboxFull, MessageTooLong, RemoteFailure, Unreachable
+from triptych.roles.messages import requests as wire
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/images/generations"

@@ -7,7 +7,7 @@ import io
 import pytest
 from PIL import Image
 
-from roles.messages import requests as wire
+from triptych.roles.messages import requests as wire
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/images/generations"

@@ -8,16 +8,16 @@ import httpx
 import msgspec
 import pytest
 
-from actors import AddressBook
-from actors.api_keys import ApiKeys
-from actors.sections import ApiSection
-from api.app import make_app
-from api.cluster import Cluster
-from api.errors import ApiError
-from api.guard import TokenBucket, check_host, check_origin, host_name, sites
-from api.head import Head
-from roles.messages import requests as wire
 from tests.api.conftest import BOUND_S
+from triptych.actors import AddressBook
+from triptych.actors.api_keys import ApiKeys
+from triptych.actors.sections import ApiSection
+from triptych.api.app import make_app
+from triptych.api.cluster import Cluster
+from triptych.api.errors import ApiError
+from triptych.api.guard import TokenBucket, check_host, check_origin, host_name, sites
+from triptych.api.head import Head
+from triptych.roles.messages import requests as wire
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/images/generations"

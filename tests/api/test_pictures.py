@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from api import body
-from engines.parameters import Kind, Parameter
-from roles.messages import requests as wire
-from roles.messages.work import Json, Numbers, Options, Pictures
 from tests.api.pictures import EDITS, GENERATIONS, MASK, PARAMETERS, PNG, encoded, submitted, text
+from triptych.api import body
+from triptych.engines.parameters import Kind, Parameter
+from triptych.roles.messages import requests as wire
+from triptych.roles.messages.work import Json, Numbers, Options, Pictures
 
 pytestmark = pytest.mark.anyio
 

@@ -9,11 +9,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from api import body
-from api import uploads as edge
-from engines.parameters import Kind, Parameter, Task
-from roles.messages.work import Upload
-from roles.uploads import UploadsFull
 from tests.api.pictures import (
     EDITS,
     GENERATIONS,
@@ -26,6 +21,11 @@ from tests.api.pictures import (
     moving,
     text,
 )
+from triptych.api import body
+from triptych.api import uploads as edge
+from triptych.engines.parameters import Kind, Parameter, Task
+from triptych.roles.messages.work import Upload
+from triptych.roles.uploads import UploadsFull
 
 pytestmark = pytest.mark.anyio
 
@@ -205,7 +205,7 @@ async def test_400_for_what_is_no_form(client, small_head, content_type, content
 
 async def test_413_for_a_form_without_reading_on(client, small_head, monkeypatch):
     monkeypatch.setattr(body, "MAX_FORM_BYTES", 100_000)
-    monkeypatch.setattr("api.forms.MAX_FORM_BYTES", 100_000)
+    monkeypatch.setattr("triptych.api.forms.MAX_FORM_BYTES", 100_000)
     check(await client.post(EDITS, data={"prompt": "x"}, files={"image": b"\0" * 200_000}), 413, None)
 
 

@@ -8,7 +8,7 @@ import re
 import msgspec
 import pytest
 
-from actors.system import (
+from triptych.actors.system import (
     ActorStatus,
     ChildReport,
     DeadLetterQuery,
@@ -18,10 +18,10 @@ from actors.system import (
     SupervisorQuery,
     SupervisorReport,
 )
-from api.cluster import judge, rows
-from bus import DeadLetter, Mailbox
-from roles.messages import requests as wire
-from roles.messages.pool import PoolDescription, PoolQuery
+from triptych.api.cluster import judge, rows
+from triptych.bus import DeadLetter, Mailbox
+from triptych.roles.messages import requests as wire
+from triptych.roles.messages.pool import PoolDescription, PoolQuery
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/images/generations"
@@ -79,7 +79,7 @@ async def test_a_head_that_was_given_up_is_called_that(client, topology):
 
 async def test_a_request_that_is_not_there_is_no_warning(client, small_head, monkeypatch):
     lines = []
-    monkeypatch.setattr("api.errors.log.warning", lambda event, **_: lines.append(event))
+    monkeypatch.setattr("triptych.api.errors.log.warning", lambda event, **_: lines.append(event))
     assert (await client.get("/v1/requests/nothing")).status_code == 404
     assert not lines
 
@@ -126,8 +126,8 @@ async def test_what_was_made_and_is_not_kept_any_more_is_gone(client, small_head
 
 async def test_the_openapi_document_names_every_path(client, app):
     document = (await client.get("/openapi.json")).json()
-    from api.app import ROUTES
-    from api.unsupported import INSTEAD
+    from triptych.api.app import ROUTES
+    from triptych.api.unsupported import INSTEAD
 
     routed = {route.path.replace(":path", "") for route in ROUTES} - {"/openapi.json", *INSTEAD}
     assert set(document["paths"]) == routed

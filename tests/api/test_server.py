@@ -12,11 +12,11 @@ import time
 import httpx
 import pytest
 
-from actors import StartDelayed, StartFailure
-from actors.system import Inspect, Inspection, Shutdown, ShuttingDown
-from api.connections import RESERVED, Bounds, most_connections, raise_file_limit
-from api.server import listen
-from roles.messages import requests as wire
+from triptych.actors import StartDelayed, StartFailure
+from triptych.actors.system import Inspect, Inspection, Shutdown, ShuttingDown
+from triptych.api.connections import RESERVED, Bounds, most_connections, raise_file_limit
+from triptych.api.server import listen
+from triptych.roles.messages import requests as wire
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/images/generations"
@@ -218,7 +218,7 @@ def test_as_many_files_may_be_open_as_the_system_allows():
 
 def test_refusals_are_logged_once_a_second(monkeypatch):
     lines = []
-    monkeypatch.setattr("api.connections.log.warning", lambda event, **facts: lines.append(facts["refused"]))
+    monkeypatch.setattr("triptych.api.connections.log.warning", lambda event, **facts: lines.append(facts["refused"]))
     bounds = Bounds(2)
     for now in (0.0, 0.1, 0.2, 1.0, 1.1, 2.5):
         bounds.refuse(3, now)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from engines.parameters import Kind, Parameter, Signature
-from roles.messages.work import Tensors
-from roles.prompt_cache import PromptCache
-from roles.resolve import has_files, resolve
 from tests.api.pictures import GENERATIONS, PNG, check, submitted, text
+from triptych.engines.parameters import Kind, Parameter, Signature
+from triptych.roles.messages.work import Tensors
+from triptych.roles.prompt_cache import PromptCache
+from triptych.roles.resolve import has_files, resolve
 
 pytestmark = pytest.mark.anyio
 

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 from PIL import Image
 
-from engines.parameters import Kind, Parameter
-from roles.messages import requests as wire
+from triptych.engines.parameters import Kind, Parameter
+from triptych.roles.messages import requests as wire
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/videos"

@@ -8,10 +8,10 @@ import msgspec
 import pytest
 from PIL import Image
 
-from api.errors import ApiError, respond
-from engines.parameters import Kind, Parameter
-from roles.messages import requests as wire
 from tests.api.pictures import EDITS, GENERATIONS, MASK, PARAMETERS, PNG, encoded, text
+from triptych.api.errors import ApiError, respond
+from triptych.engines.parameters import Kind, Parameter
+from triptych.roles.messages import requests as wire
 
 pytestmark = pytest.mark.anyio
 VIDEOS = "/v1/videos"

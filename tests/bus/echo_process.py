@@ -7,7 +7,7 @@ import sys
 
 import uvloop
 
-from bus import CurveKeys, Mailbox, Message
+from triptych.bus import CurveKeys, Mailbox, Message
 
 
 class Who(Message):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from bus import Address, AddressError, parse_address
+from triptych.bus import Address, AddressError, parse_address
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tools.bench import bus, report
+from triptych.tools.bench import bus, report
 
 
 def test_the_ratio_is_above_one_where_ours_is_better() -> None:
@@ -28,6 +28,6 @@ def test_each_pair_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_help_shows_examples() -> None:
-    command = [sys.executable, "-m", "tools.bench", "--help"]
+    command = [sys.executable, "-m", "triptych.tools.bench", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "python -m tools.bench bus --rounds 1" in shown
+    assert "python -m triptych.tools.bench bus --rounds 1" in shown

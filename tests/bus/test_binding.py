@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import zmq
 
-from bus import AddressError, CurveKeys, Mailbox, Message, Outbox
+from triptych.bus import AddressError, CurveKeys, Mailbox, Message, Outbox
 
 
 class Ping(Message):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bus import Mailbox, Message, Outbox
+from triptych.bus import Mailbox, Message, Outbox
 
 Run = Callable[..., Any]
 

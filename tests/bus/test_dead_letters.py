@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from structlog.testing import capture_logs
 
-from bus import DeadLetters, Envelope, Kind
+from triptych.bus import DeadLetters, Envelope, Kind
 
 
 def test_all_are_counted_and_the_last_hundred_kept() -> None:

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bus import Envelope, Kind, Mailbox, Message, Outbox
-from bus.wire import decode_envelope, encode
+from triptych.bus import Envelope, Kind, Mailbox, Message, Outbox
+from triptych.bus.wire import decode_envelope, encode
 
 
 class Count(Message):

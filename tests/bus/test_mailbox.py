@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bus import (
+from triptych.bus import (
     BusError,
     DeadLetters,
     Delivery,
@@ -25,7 +25,7 @@ from bus import (
     RemoteFailure,
     Unreachable,
 )
-from bus.wire import decode_envelope, decode_failure, encode
+from triptych.bus.wire import decode_envelope, decode_failure, encode
 
 Run = Callable[..., Any]
 LIMIT = 1 << 20

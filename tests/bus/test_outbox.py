@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import zmq
 
-from bus import (
+from triptych.bus import (
     AddressError,
     AskTimeout,
     CurveKeys,
@@ -31,7 +31,7 @@ from bus import (
     current_traceparent,
     new_traceparent,
 )
-from bus.wire import encode
+from triptych.bus.wire import encode
 
 Run = Callable[..., Any]
 KEYS = CurveKeys(*zmq.curve_keypair())

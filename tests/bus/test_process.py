@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import zmq
 
-from bus import CurveKeys, Message, Outbox, Reference, Unreachable
+from triptych.bus import CurveKeys, Message, Outbox, Reference, Unreachable
 
 PROGRAM = Path(__file__).with_name("echo_process.py")
 KEYS = CurveKeys(*zmq.curve_keypair())

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from bus import child_of, new_traceparent
+from triptych.bus import child_of, new_traceparent
 
 
 def test_a_new_trace_has_the_standard_form() -> None:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bus import Envelope, Failure, Kind, Message, MessageTooLong
-from bus.envelope import MAX_GENERATION, MAX_NAME
-from bus.wire import (
+from triptych.bus import Envelope, Failure, Kind, Message, MessageTooLong
+from triptych.bus.envelope import MAX_GENERATION, MAX_NAME
+from triptych.bus.wire import (
     BadBodyError,
     BodyDecoder,
     UnreadableError,

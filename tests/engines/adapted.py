@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModularPipeline
 
-from engines.card import load_card
-from engines.codec import pack, unpack
-from engines.panels import Panel
-from engines.pipeline import PanelPipeline
 from tests.engines.results import media, seeded
-from tools.families.apart import CPU
-from tools.make_lora import make_lora
+from triptych.engines.card import load_card
+from triptych.engines.codec import pack, unpack
+from triptych.engines.panels import Panel
+from triptych.engines.pipeline import PanelPipeline
+from triptych.tools.families.apart import CPU
+from triptych.tools.make_lora import make_lora
 
 Models = Callable[[str], Path]
 Pixels = np.ndarray[Any, Any]

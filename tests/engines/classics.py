@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from engines.card import load_card
-from engines.panels import Panel
-from engines.pipeline import PanelPipeline
-from engines.stepping import Denoising
 from tests.engines.results import media, seeded
-from tools.families.apart import CPU
+from triptych.engines.card import load_card
+from triptych.engines.panels import Panel
+from triptych.engines.pipeline import PanelPipeline
+from triptych.engines.stepping import Denoising
+from triptych.tools.families.apart import CPU
 
 FAMILIES = ("pixart", "sana", "chroma", "cogvideox")
 PANELS = [["text_encoder", "tokenizer"], ["scheduler", "transformer"], ["vae"]]

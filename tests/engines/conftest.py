@@ -16,7 +16,7 @@ Models = Callable[[str], Path]
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """The folder of a tiny model by its family, made when first asked for. Not to be changed by a test."""
-    from tools.make_model import Family, make_model
+    from triptych.tools.make_model import Family, make_model
 
     made: dict[str, Path] = {}
 
@@ -32,7 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 @pytest.fixture(scope="session")
 def classic_models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """Likewise, of pipelines without blocks."""
-    from tools.make_classic import Classic, make_classic
+    from triptych.tools.make_classic import Classic, make_classic
 
     made: dict[str, Path] = {}
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engines.adapters import Adapters
-from engines.card import CardError, load_card
-from engines.lora import Choice, LoraFile, check_lora, choose
-from engines.panels import ModelError, Panel
-from engines.parameters import names
-from engines.pipeline import InputError, PanelPipeline
 from tests.engines.adapted import Models, Panels, expected, lora, plain
 from tests.engines.results import same
-from tools.families.apart import CPU
+from triptych.engines.adapters import Adapters
+from triptych.engines.card import CardError, load_card
+from triptych.engines.lora import Choice, LoraFile, check_lora, choose
+from triptych.engines.panels import ModelError, Panel
+from triptych.engines.parameters import names
+from triptych.engines.pipeline import InputError, PanelPipeline
+from triptych.tools.families.apart import CPU
 
 STEPS = {"num_inference_steps": 2}
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from engines.aliases import conflict, in_words_of, public_names, with_aliases
-from engines.panels import Panel
-from engines.parameters import Kind, Parameter, names
-from engines.pipeline import InputError, PanelPipeline
 from tests.engines.results import media, same
+from triptych.engines.aliases import conflict, in_words_of, public_names, with_aliases
+from triptych.engines.panels import Panel
+from triptych.engines.parameters import Kind, Parameter, names
+from triptych.engines.pipeline import InputError, PanelPipeline
 
 Models = Callable[[str], Path]
 PROMPT = Parameter("prompt", Kind.TEXT, required=True)

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engines.panels import Panel
-from engines.parameters import Signature
-from engines.pipeline import PanelPipeline
-from engines.placing import Placement
-from engines.routes import Route
-from tools.make_model import flux, qwen, vaes
-from tools.make_model.recipe import Recipe
+from triptych.engines.panels import Panel
+from triptych.engines.parameters import Signature
+from triptych.engines.pipeline import PanelPipeline
+from triptych.engines.placing import Placement
+from triptych.engines.routes import Route
+from triptych.tools.make_model import flux, qwen, vaes
+from triptych.tools.make_model.recipe import Recipe
 
 HERE = Placement(torch.float32, torch.device("cpu"))
 

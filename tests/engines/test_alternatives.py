@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from engines.alternatives import class_named, with_classes
-from engines.checks import CardError
-from engines.parameters import Alternative, Kind, Option, Parameter
+from triptych.engines.alternatives import class_named, with_classes
+from triptych.engines.checks import CardError
+from triptych.engines.parameters import Alternative, Kind, Option, Parameter
 
 EULER = Alternative("EulerDiscreteScheduler", (Option("spacing", (Kind.TEXT,), ("leading", "trailing")),))
 FLOW = Alternative(

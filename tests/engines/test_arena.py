@@ -9,9 +9,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from engines import arena as arena_module
-from engines.arena import Arena, ArenaAddress, ArenaError, available_memory
 from tests.engines.peers import ROOT, peer
+from triptych.engines import arena as arena_module
+from triptych.engines.arena import Arena, ArenaAddress, ArenaError, available_memory
 
 NBYTES = 1 << 20
 
@@ -213,7 +213,7 @@ def test_an_address_survives_text_and_the_wire(arena):
 def test_a_pool_needs_no_torch_and_no_mooncake():
     code = (
         "import sys; from engines.arena import Arena; from engines.leases import LeaseTable; import engines.transfer;"
-        "engines.transfer.open_backend('shm', arena=Arena.create(4096));"
+        "triptych.engines.transfer.open_backend('shm', arena=Arena.create(4096));"
         "print(sorted({'torch', 'mooncake'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

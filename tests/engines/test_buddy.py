@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.buddy import PAGE, BuddyAllocator
+from triptych.engines.buddy import PAGE, BuddyAllocator
 
 capacities = st.integers(1, 96).map(lambda pages: pages * PAGE)
 # A number below 0 frees one of the blocks in use, any other allocates that many bytes.

@@ -10,8 +10,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from engines.calling import CallDenoising, intercept
-from engines.classic import Unstepped
+from triptych.engines.calling import CallDenoising, intercept
+from triptych.engines.classic import Unstepped
 
 STEPS = 3
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from engines.card import CardError, ModelCard, load_card
-from engines.checks import limits_of
-from engines.panels import ModelError
-from engines.parameters import Kind, Parameter
+from triptych.engines.card import CardError, ModelCard, load_card
+from triptych.engines.checks import limits_of
+from triptych.engines.panels import ModelError
+from triptych.engines.parameters import Kind, Parameter
 
 TAKES = (
     Parameter("fps", Kind.INTEGER, alias_of="frame_rate"),

@@ -6,7 +6,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.checksum import CHUNK, ChecksumMismatch, RunningChecksum, checksum, verify
+from triptych.engines.checksum import CHUNK, ChecksumMismatch, RunningChecksum, checksum, verify
 
 
 def some_bytes(nbytes: int) -> np.ndarray:

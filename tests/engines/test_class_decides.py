@@ -14,23 +14,23 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from engines.card import CARD_NAME, ModelCard
-from engines.checks import CardError, check_task
-from engines.media import medium_of, results_of
-from engines.options import ModelOptions
-from engines.panels import ModelError, Panel
-from engines.parameters import Task
-from engines.pipeline import InputError, PanelPipeline
-from engines.routes import Route, describe, route_for, tasks_of
-from engines.split import NoWorkflowError, choose_tasks, ignored, load_split, modular_class, prune, switches
-from engines.tasks import class_tasks, classic_class, needs_of
-from engines.vocabulary import of_blocks
 from tests.engines.classics import finish
 from tests.engines.every import every
 from tests.engines.results import media, same, seeded
-from tools.families.cases import mask, picture
-from tools.families.compare import SEED, whole
-from tools.families.rows import blocks_of, pipelines
+from triptych.engines.card import CARD_NAME, ModelCard
+from triptych.engines.checks import CardError, check_task
+from triptych.engines.media import medium_of, results_of
+from triptych.engines.options import ModelOptions
+from triptych.engines.panels import ModelError, Panel
+from triptych.engines.parameters import Task
+from triptych.engines.pipeline import InputError, PanelPipeline
+from triptych.engines.routes import Route, describe, route_for, tasks_of
+from triptych.engines.split import NoWorkflowError, choose_tasks, ignored, load_split, modular_class, prune, switches
+from triptych.engines.tasks import class_tasks, classic_class, needs_of
+from triptych.engines.vocabulary import of_blocks
+from triptych.tools.families.cases import mask, picture
+from triptych.tools.families.compare import SEED, whole
+from triptych.tools.families.rows import blocks_of, pipelines
 
 CPU = torch.device("cpu")
 SMALL = {"prompt": "a red ship", "height": 64, "width": 64, "num_inference_steps": 3}

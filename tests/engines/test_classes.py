@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tools.families import page, survey
-from tools.families.apart import Apart, apart
-from tools.families.classes import by_class
-from tools.families.survey import Record, Trial
+from triptych.tools.families import page, survey
+from triptych.tools.families.apart import Apart, apart
+from triptych.tools.families.classes import by_class
+from triptych.tools.families.survey import Record, Trial
 
 SAME, OTHER = Trial(served=True, identical=True), Trial(served=True, why="images differ by up to 3")
 REFUSED = Trial(why="cannot be cut")

@@ -13,13 +13,13 @@ import torch
 from diffusers import AutoencoderKLWan, ControlNetModel, LCMScheduler, MultiControlNetModel, UNet2DConditionModel
 from PIL import Image
 
-from engines.panels import ModelError, Panel
-from engines.pipeline import InputError
-from engines.routes import Route
-from engines.shadows import ShadowError
 from tests.engines.classics import FAMILIES, PANELS, Models, edit, expected, finish, load, part, plain, request
 from tests.engines.results import media, same, seeded
-from tools.families.apart import Apart, apart
+from triptych.engines.panels import ModelError, Panel
+from triptych.engines.pipeline import InputError
+from triptych.engines.routes import Route
+from triptych.engines.shadows import ShadowError
+from triptych.tools.families.apart import Apart, apart
 
 NULL = [None, None]
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from engines.routes import Route, route_for
 from tests.engines.classics import Models, expected, request
 from tests.engines.results import media, same
-from tools.families.apart import Apart, apart
+from triptych.engines.routes import Route, route_for
+from triptych.tools.families.apart import Apart, apart
 
 PANELS = {
     "glm_image": [

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from engines.panels import Panel
-from engines.pipeline import PanelPipeline
-from engines.stepping import Denoising
 from tests.engines.classics import FAMILIES, Models, edit, finish, load, part, request
+from triptych.engines.panels import Panel
+from triptych.engines.pipeline import PanelPipeline
+from triptych.engines.stepping import Denoising
 
 
 def begin(pipeline: PanelPipeline, model: Path, prompt: str, steps: int, seed: int, scale: float = 1.0) -> Denoising:

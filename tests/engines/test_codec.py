@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from engines import carriers
-from engines import manifest as m
-from engines.codec import ALIGNMENT, CodecError, pack, register_dataclass, unpack
+from triptych.engines import carriers
+from triptych.engines import manifest as m
+from triptych.engines.codec import ALIGNMENT, CodecError, pack, register_dataclass, unpack
 
 CPU = torch.device("cpu")
 quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engines.codec import pack, unpack
+from triptych.engines.codec import pack, unpack
 
 
 def layouts() -> list[torch.Tensor]:

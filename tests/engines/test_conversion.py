@@ -10,12 +10,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from engines.conversion import DTYPE, converted
-from engines.panels import ModelError, Panel
-from engines.pipeline import PanelPipeline
 from tests.engines.adapted import Models, Panels, carried, expected, plain
 from tests.engines.results import same
-from tools.families.apart import CPU
+from triptych.engines.conversion import DTYPE, converted
+from triptych.engines.panels import ModelError, Panel
+from triptych.engines.pipeline import PanelPipeline
+from triptych.tools.families.apart import CPU
 
 STEPS = {"num_inference_steps": 2}
 HALF = torch.bfloat16

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from PIL import Image
 
-from engines.card import ModelCard
-from engines.dry_run import tiny_inputs
-from engines.parameters import Kind, Parameter, Signature
+from triptych.engines.card import ModelCard
+from triptych.engines.dry_run import tiny_inputs
+from triptych.engines.parameters import Kind, Parameter, Signature
 
 VIDEO = Signature((
     Parameter("prompt", Kind.TEXT),

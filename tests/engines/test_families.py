@@ -16,15 +16,15 @@ import pytest
 from diffusers.configuration_utils import ConfigMixin
 from transformers import PreTrainedModel
 
-from engines.panels import Panel
-from engines.shadows import COMPUTE
-from engines.split import cut, prune
 from tests.engines.every import every
-from tools.families.apart import Apart, PanelError, apart
-from tools.families.cases import Case, cases
-from tools.families.compare import Outcome, compare, difference, identical
-from tools.families.report import Result, markdown, summary
-from tools.families.rows import blocks_of, pipelines, rows
+from triptych.engines.panels import Panel
+from triptych.engines.shadows import COMPUTE
+from triptych.engines.split import cut, prune
+from triptych.tools.families.apart import Apart, PanelError, apart
+from triptych.tools.families.cases import Case, cases
+from triptych.tools.families.compare import Outcome, compare, difference, identical
+from triptych.tools.families.report import Result, markdown, summary
+from triptych.tools.families.rows import blocks_of, pipelines, rows
 
 # One each of: two experts and guiders, editing with a channels-last VAE, sound, layout of several text encoders,
 # objects in the request, a private name of geometry, weights that a decoder multiplies in an odd layout.

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engines.fitting import difference, fit, lora_difference
-from engines.inspection import Finding
-from engines.lora import LoraFile
-from engines.options import ModelOptions
-from tools.make_lora import make_lora
+from triptych.engines.fitting import difference, fit, lora_difference
+from triptych.engines.inspection import Finding
+from triptych.engines.lora import LoraFile
+from triptych.engines.options import ModelOptions
+from triptych.tools.make_lora import make_lora
 
 Models = Callable[[str], Path]
 

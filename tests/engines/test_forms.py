@@ -24,17 +24,17 @@ from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from torchao.quantization import Int8WeightOnlyConfig
 from typer.testing import CliRunner
 
-from actors import load_topology
-from actors.command import app
-from actors.preflight import preflight
-from engines.options import DEFAULTS, ModelOptions
-from engines.panels import ModelError, Panel
-from engines.pipeline import PanelPipeline
-from roles.weights import describe_model, model_options
 from tests.engines.conftest import Models
 from tests.engines.original import narrow_flux, save, save_flux, save_gguf, save_sdxl, weights_of
 from tests.engines.results import media, same, seeded
-from tools.make_model import stable, text, write_model
+from triptych.actors import load_topology
+from triptych.actors.command import app
+from triptych.actors.preflight import preflight
+from triptych.engines.options import DEFAULTS, ModelOptions
+from triptych.engines.panels import ModelError, Panel
+from triptych.engines.pipeline import PanelPipeline
+from triptych.roles.weights import describe_model, model_options
+from triptych.tools.make_model import stable, text, write_model
 
 CPU = torch.device("cpu")
 FLUX: dict[str, Any] = {

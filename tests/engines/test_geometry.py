@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engines.card import CardError, ModelCard
-from engines.geometry import side_step, with_steps
-from engines.panels import Panel
-from engines.parameters import Kind, Parameter
-from engines.pipeline import PanelPipeline
 from tests.engines.results import media
+from triptych.engines.card import CardError, ModelCard
+from triptych.engines.geometry import side_step, with_steps
+from triptych.engines.panels import Panel
+from triptych.engines.parameters import Kind, Parameter
+from triptych.engines.pipeline import PanelPipeline
 
 CPU = torch.device("cpu")
 FAMILIES = ("flux", "flux2", "wan", "qwenimage", "sd3", "sdxl", "ltx", "z_image", "ernie_image")

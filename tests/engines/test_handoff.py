@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 
-from engines.handoff import Elsewhere, Handoff, Recording, Resumption
-from engines.shadows import Shadow, shadow
+from triptych.engines.handoff import Elsewhere, Handoff, Recording, Resumption
+from triptych.engines.shadows import Shadow, shadow
 
 
 def test_a_recording_has_the_outermost_calls_and_the_generator_as_they_left_it() -> None:

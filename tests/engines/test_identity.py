@@ -12,10 +12,10 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, ModularPipeline
 
-from engines.panels import Panel
-from engines.pipeline import PanelPipeline
 from tests.engines.results import media, same, seeded
-from tools.families.apart import CPU, Apart, apart
+from triptych.engines.panels import Panel
+from triptych.engines.pipeline import PanelPipeline
+from triptych.tools.families.apart import CPU, Apart, apart
 
 PROMPT = "a large red circle on the left of a blue background"
 INPUTS: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.inspection import (
+from triptych.engines.inspection import (
     Entry,
     HeaderError,
     Tensor,
@@ -20,7 +20,7 @@ from engines.inspection import (
     misspelt,
     read_header,
 )
-from engines.lora import LoraFile
+from triptych.engines.lora import LoraFile
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2147483648\n"
 Break = Callable[[Path], None]

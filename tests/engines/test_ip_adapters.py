@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engines.ip_adapters import FOLDER
-from engines.panels import ModelError, Panel
-from engines.pipeline import PanelPipeline
 from tests.engines.results import media, same
-from tools.families.case import picture
-from tools.families.compare import whole
+from triptych.engines.ip_adapters import FOLDER
+from triptych.engines.panels import ModelError, Panel
+from triptych.engines.pipeline import PanelPipeline
+from triptych.tools.families.case import picture
+from triptych.tools.families.compare import whole
 
 Models = Callable[[str], Path]
 INPUTS: dict[str, Any] = {"prompt": "a red ship", "height": 32, "width": 32, "num_inference_steps": 1}

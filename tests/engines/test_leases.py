@@ -8,8 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engines.buddy import PAGE
-from engines.leases import IDS_PER_GENERATION, Lease, LeaseError, LeaseState, LeaseTable
+from triptych.engines.buddy import PAGE
+from triptych.engines.leases import IDS_PER_GENERATION, Lease, LeaseError, LeaseState, LeaseTable
 
 CAPACITY = 24 * PAGE
 OWNERS = st.sampled_from(["denoiser-0", "encoder-0"])

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from engines.card import CardError, load_card
-from engines.panels import Panel
-from engines.pipeline import PanelPipeline
-from tools.make_classic import Classic, main, make_classic
+from triptych.engines.card import CardError, load_card
+from triptych.engines.panels import Panel
+from triptych.engines.pipeline import PanelPipeline
+from triptych.tools.make_classic import Classic, main, make_classic
 
 Models = Callable[[str], Path]
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from tests.engines.adapted import Models
-from tools.make_lora import main, make_lora
+from triptych.tools.make_lora import main, make_lora
 
 
 def test_the_same_seed_makes_the_same_file(models: Models, tmp_path: Path) -> None:

@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from engines.card import load_card, load_index
-from engines.panels import Panel
-from engines.pipeline import PanelPipeline
-from engines.split import load_split
 from tests.engines.every import every
-from tools.make_model import Family, Size, SizeError, flux, make_model
-from tools.make_model.__main__ import main
-from tools.make_model.recipe import Recipe
+from triptych.engines.card import load_card, load_index
+from triptych.engines.panels import Panel
+from triptych.engines.pipeline import PanelPipeline
+from triptych.engines.split import load_split
+from triptych.tools.make_model import Family, Size, SizeError, flux, make_model
+from triptych.tools.make_model.__main__ import main
+from triptych.tools.make_model.recipe import Recipe
 
 Models = Callable[[str], Path]
 SOME = (Family.FLUX, Family.FLUX_KL, Family.WAN)

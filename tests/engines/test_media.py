@@ -15,15 +15,15 @@ import pytest
 import torch
 from PIL import Image
 
-from engines.calling import media_in, signature
-from engines.media import frames_per_s, medium_of, results_of, with_sampling_rate
-from engines.modular import load_modular
-from engines.panels import Panel
-from engines.pipeline import PanelPipeline
-from engines.placing import Placement
-from roles.media import Video, media_of
 from tests.engines.every import every
-from tools.families.rows import blocks_of, pipelines
+from triptych.engines.calling import media_in, signature
+from triptych.engines.media import frames_per_s, medium_of, results_of, with_sampling_rate
+from triptych.engines.modular import load_modular
+from triptych.engines.panels import Panel
+from triptych.engines.pipeline import PanelPipeline
+from triptych.engines.placing import Placement
+from triptych.roles.media import Video, media_of
+from triptych.tools.families.rows import blocks_of, pipelines
 
 CPU = torch.device("cpu")
 VIDEOS = {
@@ -147,7 +147,7 @@ def resounding(models: Callable[[str], Path], tmp_path: Path) -> Callable[[str],
 def test_sound_comes_with_the_rate_of_the_vocoder(
     family: str, inputs: dict[str, object], resounding: Callable[[str], Path]
 ) -> None:
-    from tools.families.case import picture
+    from triptych.tools.families.case import picture
 
     if "image" in inputs:
         inputs = {**inputs, "image": picture()}

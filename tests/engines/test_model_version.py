@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.model_version import model_version
+from triptych.engines.model_version import model_version
 
 
 def written(folder: Path) -> Path:

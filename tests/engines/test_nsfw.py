@@ -10,11 +10,11 @@ import pytest
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from engines.media import NSFW
-from engines.panels import Panel
-from roles.media import nsfw_of
 from tests.engines.classics import Models, expected, finish, part, request
 from tests.engines.results import media, same
+from triptych.engines.media import NSFW
+from triptych.engines.panels import Panel
+from triptych.roles.media import nsfw_of
 
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 

@@ -10,16 +10,16 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderOobleck, FluxTransformer2DModel, QwenImageTransformer2DModel
 from transformers import T5Config, T5EncoderModel
 
-from engines.lora import LoraFile
-from engines.offload import Offload, Resting, goes_by_blocks, offload
-from engines.panels import ModelError, Panel
-from engines.pipeline import PanelPipeline
-from engines.quantization import Quantization, quantize
-from engines.stepping import Denoising
 from tests.engines.adapted import Models, Panels, lora
 from tests.engines.classics import request
 from tests.engines.results import media, same
-from tools.families.apart import CPU
+from triptych.engines.lora import LoraFile
+from triptych.engines.offload import Offload, Resting, goes_by_blocks, offload
+from triptych.engines.panels import ModelError, Panel
+from triptych.engines.pipeline import PanelPipeline
+from triptych.engines.quantization import Quantization, quantize
+from triptych.engines.stepping import Denoising
+from triptych.tools.families.apart import CPU
 
 STEPS = {"num_inference_steps": 2}
 HOW = ["model", "group"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engines.placing import NoRoomError, Placement
-from engines.quantization import Quantization
+from triptych.engines.placing import NoRoomError, Placement
+from triptych.engines.quantization import Quantization
 
 GIB = 1 << 30
 

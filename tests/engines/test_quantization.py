@@ -14,15 +14,15 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel, ModularPipeline
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import T5Config, T5EncoderModel
 
-from actors.launcher import QUIET
-from engines.lora import LoraFile
-from engines.panels import ModelError, Panel
-from engines.pipeline import PanelPipeline
-from engines.placing import Placement
-from engines.quantization import Quantization, can_be_quantized, nbytes, problem_with
 from tests.engines.adapted import Models, Panels, Pixels, expected, lora, plain
 from tests.engines.results import same
-from tools.families.apart import CPU
+from triptych.actors.launcher import QUIET
+from triptych.engines.lora import LoraFile
+from triptych.engines.panels import ModelError, Panel
+from triptych.engines.pipeline import PanelPipeline
+from triptych.engines.placing import Placement
+from triptych.engines.quantization import Quantization, can_be_quantized, nbytes, problem_with
+from triptych.tools.families.apart import CPU
 
 STEPS = {"num_inference_steps": 2}
 KINDS = ["int8", "float8"]
@@ -107,15 +107,15 @@ def test_it_works_in_a_fork_and_the_zygote_stays_fit_to_fork() -> None:
     # What the zygote imports, with torchao installed; the child quantizes and computes.
     program = """
 import importlib, os, sys
-from actors.components import PRELOAD
+from triptych.actors.components import PRELOAD
 for module in PRELOAD:
     importlib.import_module(module)
-from actors.zygote import reason_not_to_fork
+from triptych.actors.zygote import reason_not_to_fork
 assert reason_not_to_fork() == "", reason_not_to_fork()
 if child := os.fork():
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 import torch
-from engines.quantization import Quantization, nbytes, quantize
+from triptych.engines.quantization import Quantization, nbytes, quantize
 layer = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False))
 quantize("transformer", layer, Quantization.INT8, torch.device("cpu"))
 with torch.no_grad():

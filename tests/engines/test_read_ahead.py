@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.read_ahead import read_ahead
-from engines.read_progress import ReadProgress
+from triptych.engines.read_ahead import read_ahead
+from triptych.engines.read_progress import ReadProgress
 
 SIZE = 8 << 20
 

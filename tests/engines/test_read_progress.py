@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from engines.read_ahead import read_ahead
-from engines.read_progress import ReadProgress, size_text
+from triptych.engines.read_ahead import read_ahead
+from triptych.engines.read_progress import ReadProgress, size_text
 
 
 def test_what_is_read_is_what_came_ahead_or_what_is_complete_and_never_more_than_there_is(tmp_path: Path) -> None:

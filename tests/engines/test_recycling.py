@@ -4,7 +4,7 @@ import gc
 
 import torch
 
-from engines.recycling import SMALL, HostMemory
+from triptych.engines.recycling import SMALL, HostMemory
 
 
 def test_a_block_comes_back_only_with_the_last_tensor_over_it():

@@ -14,17 +14,17 @@ import diffusers
 import pytest
 import torch
 
-from engines.card import CARD_NAME
-from engines.codec import pack, unpack
-from engines.modular import encoded
-from engines.panels import Panel
-from engines.pipeline import PanelPipeline
-from engines.seeds import is_fresh, seeded
-from engines.split import Split, cut
 from tests.engines.every import every
-from tools.families.cases import PROMPT, picture
-from tools.families.rows import blocks_of, pipelines
-from tools.make_classic import Classic
+from triptych.engines.card import CARD_NAME
+from triptych.engines.codec import pack, unpack
+from triptych.engines.modular import encoded
+from triptych.engines.panels import Panel
+from triptych.engines.pipeline import PanelPipeline
+from triptych.engines.seeds import is_fresh, seeded
+from triptych.engines.split import Split, cut
+from triptych.tools.families.cases import PROMPT, picture
+from triptych.tools.families.rows import blocks_of, pipelines
+from triptych.tools.make_classic import Classic
 
 CPU = torch.device("cpu")
 INPUTS: dict[str, Any] = {"prompt": PROMPT, "height": 64, "width": 48, "num_inference_steps": 3}

@@ -10,10 +10,10 @@ from typing import Any
 import diffusers
 import pytest
 
-from engines.anatomy import anatomy
-from engines.options import DEFAULTS, ModelOptions
-from engines.panels import ModelError, Panel
-from engines.routes import Route, classic_class, describe, route_for, route_of
+from triptych.engines.anatomy import anatomy
+from triptych.engines.options import DEFAULTS, ModelOptions
+from triptych.engines.panels import ModelError, Panel
+from triptych.engines.routes import Route, classic_class, describe, route_for, route_of
 
 TEXT = ["transformers", "T5EncoderModel"]
 TOKENIZER = ["transformers", "T5Tokenizer"]

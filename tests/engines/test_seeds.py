@@ -9,10 +9,10 @@ from typing import cast
 
 import torch
 
-from engines.panels import Panel
-from engines.seeds import GlobalRng, seeded
-from engines.stepping import Denoising
 from tests.engines.classics import Models, finish, load, request
+from triptych.engines.panels import Panel
+from triptych.engines.seeds import GlobalRng, seeded
+from triptych.engines.stepping import Denoising
 
 
 def drawn(rng: GlobalRng, count: int) -> list[float]:

@@ -15,13 +15,13 @@ from diffusers.hooks import LayerSkipConfig
 from msgspec.structs import replace
 from safetensors.torch import save_file
 
-from engines.codec import pack, unpack
-from engines.options import DEFAULTS, ComponentOptions, EmbeddingFile, ModelOptions
-from engines.panels import InputError, ModelError, Panel
-from engines.pipeline import PanelPipeline
 from tests.engines.classics import Models, expected, finish, plain, request
 from tests.engines.results import media, same, seeded
-from tools.families.apart import CPU
+from triptych.engines.codec import pack, unpack
+from triptych.engines.options import DEFAULTS, ComponentOptions, EmbeddingFile, ModelOptions
+from triptych.engines.panels import InputError, ModelError, Panel
+from triptych.engines.pipeline import PanelPipeline
+from triptych.tools.families.apart import CPU
 
 SDXL = {"prompt": "a red ship", "height": 64, "width": 64, "num_inference_steps": 4, "negative_prompt": "grey"}
 WAN = {"prompt": "a cat", "height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 4, "negative_prompt": "x"}

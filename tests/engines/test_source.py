@@ -5,7 +5,7 @@ from __future__ import annotations
 import diffusers
 import pytest
 
-from engines.source import computes, ends_without_steps, runs, runs_before
+from triptych.engines.source import computes, ends_without_steps, runs, runs_before
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ import torch
 from diffusers import AutoencoderKLFlux2, AutoencoderTiny, PriorTransformer, WanBlocks
 from safetensors.torch import load_file, save_file
 
-from engines.guidance import private
-from engines.panels import ModelError, Panel
-from engines.pipeline import InputError, PanelPipeline
-from engines.shadows import Shadow, ShadowError, shadow
-from engines.split import KWARGS_MAPPING, crossing, cut, load_split, pipeline_class, prune
-from tools.make_model import Family, make_model
+from triptych.engines.guidance import private
+from triptych.engines.panels import ModelError, Panel
+from triptych.engines.pipeline import InputError, PanelPipeline
+from triptych.engines.shadows import Shadow, ShadowError, shadow
+from triptych.engines.split import KWARGS_MAPPING, crossing, cut, load_split, pipeline_class, prune
+from triptych.tools.make_model import Family, make_model
 
 CPU = torch.device("cpu")
 FAMILIES = sorted(

@@ -18,9 +18,9 @@ from diffusers.modular_pipelines.modular_pipeline import (
 )
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
 
-from engines.panels import Panel
-from engines.pipeline import PanelPipeline
-from engines.stepping import BlockDenoising, Denoising
+from triptych.engines.panels import Panel
+from triptych.engines.pipeline import PanelPipeline
+from triptych.engines.stepping import BlockDenoising, Denoising
 
 INPUTS: dict[str, dict[str, Any]] = {
     "flux-kl": {"height": 32, "width": 32, "max_sequence_length": 16},

@@ -8,10 +8,10 @@ import threading
 import pytest
 import torch
 
-from engines.arena import Arena
-from engines.checksum import ChecksumMismatch, checksum
-from engines.codec import CodecError, pack
-from engines.streams import DeviceStream, StreamEvent, tensors_in
+from triptych.engines.arena import Arena
+from triptych.engines.checksum import ChecksumMismatch, checksum
+from triptych.engines.codec import CodecError, pack
+from triptych.engines.streams import DeviceStream, StreamEvent, tensors_in
 
 CPU = torch.device("cpu")
 WAIT_S = 20

@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from engines.card import load_card
-from engines.options import ModelOptions
-from engines.panels import ModelError, Panel
-from engines.parameters import Task
-from engines.pipeline import PanelPipeline
-from engines.routes import Route, describe, route_for
-from tools.families.cases import picture
-from tools.make_classic import Classic, make_classic
+from triptych.engines.card import load_card
+from triptych.engines.options import ModelOptions
+from triptych.engines.panels import ModelError, Panel
+from triptych.engines.parameters import Task
+from triptych.engines.pipeline import PanelPipeline
+from triptych.engines.routes import Route, describe, route_for
+from triptych.tools.families.cases import picture
+from triptych.tools.make_classic import Classic, make_classic
 
 CPU = torch.device("cpu")
 SMALL = {"prompt": "a ship", "height": 64, "width": 64, "num_inference_steps": 3, "max_sequence_length": 32}

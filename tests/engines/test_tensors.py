@@ -8,18 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from engines.card import ModelCard
-from engines.checks import CardError, check_tensors
-from engines.panels import InputError, Panel
-from engines.parameters import Kind, Parameter, Signature
-from engines.vocabulary import tensors_of_call
-from roles.formats import settle_output
-from roles.media import MediaError, media_of
-from roles.messages.work import Output, Tensors, Upload
-from roles.writers import encode, suits
 from tests.engines.classics import Models, finish, plain, request
 from tests.engines.results import media, same, seeded
 from tests.engines.test_settings import blocks, crossed, modular, panel, served
+from triptych.engines.card import ModelCard
+from triptych.engines.checks import CardError, check_tensors
+from triptych.engines.panels import InputError, Panel
+from triptych.engines.parameters import Kind, Parameter, Signature
+from triptych.engines.vocabulary import tensors_of_call
+from triptych.roles.formats import settle_output
+from triptych.roles.media import MediaError, media_of
+from triptych.roles.messages.work import Output, Tensors, Upload
+from triptych.roles.writers import encode, suits
 
 SIZE = {"height": 64, "width": 64, "num_inference_steps": 2}
 FLUX = {**SIZE, "max_sequence_length": 16}

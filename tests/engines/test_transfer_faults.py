@@ -5,10 +5,10 @@ import random
 import numpy as np
 import pytest
 
-from engines.arena import Arena
-from engines.checksum import ChecksumMismatch, checksum, verify
-from engines.transfer import Faults, TransferError, TransferSetupError, open_backend
 from tests.engines.peers import until
+from triptych.engines.arena import Arena
+from triptych.engines.checksum import ChecksumMismatch, checksum, verify
+from triptych.engines.transfer import Faults, TransferError, TransferSetupError, open_backend
 
 NBYTES = 1 << 16
 

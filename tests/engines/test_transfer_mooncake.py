@@ -240,8 +240,8 @@ def python(code: str, **environ: str) -> str:
 def test_an_engine_that_cannot_start_is_never_called():
     # 1: there is no backend object before `initialize` has succeeded. A range of one port is too few for it.
     code = """
-from engines.arena import Arena
-from engines.transfer import TransferSetupError, open_backend
+from triptych.engines.arena import Arena
+from triptych.engines.transfer import TransferSetupError, open_backend
 try:
     open_backend("mooncake", arena=Arena.create(4096))
 except TransferSetupError as error:
@@ -255,8 +255,8 @@ def test_a_forked_process_does_not_touch_the_engine():
     # 10: its threads exist in the parent only.
     code = """
 import os
-from engines.arena import Arena
-from engines.transfer import TransferError, open_backend
+from triptych.engines.arena import Arena
+from triptych.engines.transfer import TransferError, open_backend
 backend = open_backend("mooncake", arena=Arena.create(4096))
 if os.fork() == 0:
     try:
@@ -274,16 +274,16 @@ def test_rdma_without_a_device_is_refused_before_anything_is_imported():
     code = """
 import sys
 import threading
-from engines.arena import Arena
-from engines.transfer import TransferSetupError, open_backend
-from engines.transfer.mooncake_setup import infiniband_devices
+from triptych.engines.arena import Arena
+from triptych.engines.transfer import TransferSetupError, open_backend
+from triptych.engines.transfer.mooncake_setup import infiniband_devices
 assert not infiniband_devices()
 try:
     open_backend("mooncake", arena=Arena.create(4096), protocol="rdma")
 except TransferSetupError as error:
     print(error, "mooncake" in sys.modules)
 """
-    from engines.transfer.mooncake_setup import infiniband_devices
+    from triptych.engines.transfer.mooncake_setup import infiniband_devices
 
     if infiniband_devices():
         pytest.skip("this host has RDMA devices")

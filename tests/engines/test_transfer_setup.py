@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from engines.transfer import TransferSetupError
-from engines.transfer import mooncake_setup as setup
 from tests.engines.peers import ROOT
+from triptych.engines.transfer import TransferSetupError
+from triptych.engines.transfer import mooncake_setup as setup
 
 
 def refusal(call, *arguments) -> str:

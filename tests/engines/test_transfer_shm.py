@@ -4,10 +4,10 @@ import os
 
 import pytest
 
-from engines.arena import Arena
-from engines.checksum import checksum
-from engines.transfer import TransferError, TransferSetupError, open_backend
 from tests.engines.peers import peer
+from triptych.engines.arena import Arena
+from triptych.engines.checksum import checksum
+from triptych.engines.transfer import TransferError, TransferSetupError, open_backend
 
 NBYTES = 1 << 20
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.arena import Arena
-from engines.transfer import TransferError, Transfers, open_backend
-from engines.transfer.transfers import FIRST_PAUSE_S, LONGEST_PAUSE_S, backoff
 from tests.engines.peers import until
+from triptych.engines.arena import Arena
+from triptych.engines.transfer import TransferError, Transfers, open_backend
+from triptych.engines.transfer.transfers import FIRST_PAUSE_S, LONGEST_PAUSE_S, backoff
 
 NBYTES = 1 << 16
 WAIT_S = 20
@@ -170,7 +170,7 @@ def test_a_thread_that_never_comes_back_is_overdue(arenas, backend, monkeypatch)
         with pytest.raises(TransferError):
             await transfers.pull(session, 0, 0, 100, SOON_S)
         assert transfers.overdue() is None
-        monkeypatch.setattr("engines.transfer.transfers.OVERDUE_S", 0.0)
+        monkeypatch.setattr("triptych.engines.transfer.transfers.OVERDUE_S", 0.0)
         assert "100 bytes" in transfers.overdue()
         gate.set()
         await transfers.pull(session, 0, 0, 100, WAIT_S)

@@ -13,13 +13,13 @@ import torch
 from diffusers.image_processor import PipelineImageInput
 from PIL import Image
 
-from engines.calling import required_by
-from engines.parameters import PICTURES, Kind, Parameter
-from engines.split import prune, required
-from engines.vocabulary import KNOWN, of_blocks, of_call
 from tests.engines.every import every
-from tools.families.cases import cases
-from tools.families.rows import blocks_of, pipelines
+from triptych.engines.calling import required_by
+from triptych.engines.parameters import PICTURES, Kind, Parameter
+from triptych.engines.split import prune, required
+from triptych.engines.vocabulary import KNOWN, of_blocks, of_call
+from triptych.tools.families.cases import cases
+from triptych.tools.families.rows import blocks_of, pipelines
 
 NOT_PUBLIC = {
     *("latents", "generator", "dtype", "batch_size", "output_type", "num_images_per_prompt", "num_videos_per_prompt"),

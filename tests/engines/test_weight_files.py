@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from engines.options import ModelOptions
-from engines.weight_files import choose_variant, files_ahead, in_checkpoint, weight_files
+from triptych.engines.options import ModelOptions
+from triptych.engines.weight_files import choose_variant, files_ahead, in_checkpoint, weight_files
 
 SHARDS = ("-00001-of-00002", "-00002-of-00002")
 

@@ -12,9 +12,9 @@ import sys
 import threading
 from typing import Any
 
-from engines.arena import Arena
-from engines.checksum import checksum
-from engines.transfer import TransferError, Transfers, open_backend
+from triptych.engines.arena import Arena
+from triptych.engines.checksum import checksum
+from triptych.engines.transfer import TransferError, Transfers, open_backend
 
 
 class Peer:

@@ -56,6 +56,6 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(autouse=True)
 def exact() -> None:
     """The settings of a role on a card."""
-    from roles.devices import use_exact_kernels
+    from triptych.roles.devices import use_exact_kernels
 
     use_exact_kernels()

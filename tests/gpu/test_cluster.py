@@ -18,13 +18,13 @@ from tests.gpu.needed import BY_PROCESSES, require
 
 require(*BY_PROCESSES)
 
-from actors import launch
-from actors.cluster import Cluster
-from actors.components import PRELOAD
-from actors.launcher import NO_CUDA
 from tests.engines.classics import request
 from tests.engines.conftest import Models
 from tests.engines.results import media, seeded
+from triptych.actors import launch
+from triptych.actors.cluster import Cluster
+from triptych.actors.components import PRELOAD
+from triptych.actors.launcher import NO_CUDA
 
 ROOT = Path(__file__).parents[2]
 BOUND_S = 240.0  # torch and diffusers are imported anew by each process on a card
@@ -54,15 +54,15 @@ import importlib, os, sys
 from pathlib import Path
 for module in sys.argv[1:]:
     importlib.import_module(module)
-from actors.zygote import reason_not_to_fork
+from triptych.actors.zygote import reason_not_to_fork
 assert reason_not_to_fork() == "", reason_not_to_fork()
 opened = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink() and "nvidia" in os.readlink(link)]
 assert not opened, opened
 if child := os.fork():
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 import torch
-from actors import Component, StartFailure
-from roles.devices import usable_device
+from triptych.actors import Component, StartFailure
+from triptych.roles.devices import usable_device
 role = Component(name="encoder-0", kind="encoder", address="", port=0)
 assert usable_device(role) == torch.device("cpu")
 assert torch.ones(3).sum() == 3
@@ -83,8 +83,8 @@ import os, sys, torch
 assert torch.cuda.is_available()
 if child := os.fork():
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-from actors import Component, StartFailure
-from roles.devices import usable_device
+from triptych.actors import Component, StartFailure
+from triptych.roles.devices import usable_device
 try:
     usable_device(Component(name="encoder-0", kind="encoder", address="", port=0, device="cuda:0"))
 except StartFailure as failure:

@@ -15,10 +15,10 @@ from tests.gpu.needed import require
 
 require()
 
-from engines.arena import Arena
-from engines.checksum import ChecksumMismatch, checksum
-from engines.codec import pack
-from engines.streams import PIECE, DeviceStream
+from triptych.engines.arena import Arena
+from triptych.engines.checksum import ChecksumMismatch, checksum
+from triptych.engines.codec import pack
+from triptych.engines.streams import PIECE, DeviceStream
 
 pytestmark = pytest.mark.usefixtures("card")
 ROOT = Path(__file__).parents[2]
@@ -212,7 +212,7 @@ def test_a_thread_that_waits_leaves_its_core_to_others(compute):
 ATTACH = """
 import sys
 import torch
-from engines.arena import Arena, ArenaAddress
+from triptych.engines.arena import Arena, ArenaAddress
 arena = Arena.attach(ArenaAddress.parse(sys.argv[1]))
 assert arena.pin(), arena.pin_failure
 slot = arena.tensor(4096, 1 << 20)

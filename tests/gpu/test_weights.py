@@ -13,12 +13,12 @@ from tests.gpu.needed import require
 
 require()
 
-from engines.panels import Panel
-from engines.pipeline import PanelPipeline
-from engines.placing import NoRoomError
 from tests.engines.adapted import Models
 from tests.engines.classics import finish, request
 from tests.engines.results import media, same, seeded
+from triptych.engines.panels import Panel
+from triptych.engines.pipeline import PanelPipeline
+from triptych.engines.placing import NoRoomError
 
 STEPS = {"num_inference_steps": 2}
 GIB = 1 << 30
@@ -77,7 +77,7 @@ def test_in_eight_bits(device: torch.device, quantization: str, how: str, models
 
 
 def test_a_component_that_rests_leaves_the_card_to_others(card: torch.device, models: Models) -> None:
-    from roles.devices import free_memory
+    from triptych.roles.devices import free_memory
 
     model = models("flux")
     before = free_memory(card)
@@ -89,7 +89,7 @@ def test_a_component_that_rests_leaves_the_card_to_others(card: torch.device, mo
 
 def test_weights_that_do_not_fit_say_so(card: torch.device, models: Models) -> None:
     model = models("flux")
-    from roles.devices import free_memory
+    from triptych.roles.devices import free_memory
 
     free_memory(card)
     torch.cuda.set_per_process_memory_fraction(1e-6, card)

@@ -13,13 +13,13 @@ require()
 
 import msgspec
 
-from engines.panels import Panel
-from engines.streams import StreamEvent
-from roles import devices
-from roles.messages.device import PanelFailed, PanelFinished
-from roles.stream_worker import StreamWorker
-from roles.workspace import Premises
 from tests.roles.test_stream_worker import INPUTS, Desk, work
+from triptych.engines.panels import Panel
+from triptych.engines.streams import StreamEvent
+from triptych.roles import devices
+from triptych.roles.messages.device import PanelFailed, PanelFinished
+from triptych.roles.stream_worker import StreamWorker
+from triptych.roles.workspace import Premises
 
 STEPS = 20
 

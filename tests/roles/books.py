@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from actors import Model
-from actors.sections import ModelSection, RoleSection
-from engines.panels import Panel
-from engines.parameters import Kind, Parameter, Signature
-from roles.dispatch import POLICIES
-from roles.effects import Effect
-from roles.ledger import Ledger
-from roles.messages.stages import InstanceHello, StageFailed, StageFinished, TransferStaged
-from roles.messages.work import Artifact, Input, LeaseRef, Output, Staged, Work
-from roles.models import Models, Served
-from roles.prompt_cache import PromptCache
-from roles.request import Request, Unit
-from roles.staging import Staging
+from triptych.actors import Model
+from triptych.actors.sections import ModelSection, RoleSection
+from triptych.engines.panels import Panel
+from triptych.engines.parameters import Kind, Parameter, Signature
+from triptych.roles.dispatch import POLICIES
+from triptych.roles.effects import Effect
+from triptych.roles.ledger import Ledger
+from triptych.roles.messages.stages import InstanceHello, StageFailed, StageFinished, TransferStaged
+from triptych.roles.messages.work import Artifact, Input, LeaseRef, Output, Staged, Work
+from triptych.roles.models import Models, Served
+from triptych.roles.prompt_cache import PromptCache
+from triptych.roles.request import Request, Unit
+from triptych.roles.staging import Staging
 
 KINDS = ("encoder", "denoiser", "decoder")
 

@@ -19,11 +19,11 @@ import pytest
 import structlog
 import uvloop
 
-from actors import Actor, AddressBook, Topology, load_topology
-from actors.runtime import Runtime
-from bus import Message, Refused
-from roles.messages import stages
-from roles.messages.work import Work
+from triptych.actors import Actor, AddressBook, Topology, load_topology
+from triptych.actors.runtime import Runtime
+from triptych.bus import Message, Refused
+from triptych.roles.messages import stages
+from triptych.roles.messages.work import Work
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Message)
@@ -141,7 +141,7 @@ class House:
         """Start a component in a process of its own, as its supervisor does; it is killed with the house."""
         arguments = ("--topology", str(self.topology.path), "--name", name, "--generation", str(generation))
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "actors.process", *arguments, "--parent", str(os.getpid()), cwd=ROOT
+            sys.executable, "-m", "triptych.actors.process", *arguments, "--parent", str(os.getpid()), cwd=ROOT
         )
         self.processes[name] = process
         return process
@@ -198,7 +198,7 @@ def run() -> Iterator[Callable[[Coroutine[Any, Any, T]], T]]:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Flux model of random weights that makes 64 x 64 pictures."""
-    from tools.make_model import Family, make_model
+    from triptych.tools.make_model import Family, make_model
 
     folder = tmp_path_factory.mktemp("model")
     make_model(folder, Family.FLUX)
@@ -268,8 +268,8 @@ def inbox() -> type[Inbox]:
 def cluster(run: Any, place: Any, house: Any, scripted_head: Any, tiny_model: Path) -> Any:
     """Run a test with a head and a pool; the test starts the instances."""
 
-    from roles import pool
     from tests.roles.stage import Stage
+    from triptych.roles import pool
 
     def start(body: Any, **options: Any) -> None:
         async def all_of_it() -> None:
@@ -288,7 +288,7 @@ def cluster(run: Any, place: Any, house: Any, scripted_head: Any, tiny_model: Pa
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Holds every denoise after its first step until it is opened."""
-    from engines.stepping import Denoising
+    from triptych.engines.stepping import Denoising
 
     opened, advance = threading.Event(), Denoising.advance
 
@@ -306,8 +306,8 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Any:
 def rooms(run: Any, place: Any, house: Any, inbox: Any) -> Any:
     """Run a test with a pool, and transfer actors by name on demand: `room("encoder-0")`."""
 
-    from roles.pool import build
     from tests.roles.rooms import Room
+    from triptych.roles.pool import build
 
     def start(body: Any, pools: tuple[str, ...] = ("pool",), **options: Any) -> None:
         async def all_of_it() -> None:

@@ -6,19 +6,19 @@ from typing import Any
 
 import torch
 
-from actors import Actor
-from actors.system import Inspect, Inspection
-from roles.messages.device import (
+from triptych.actors import Actor
+from triptych.actors.system import Inspect, Inspection
+from triptych.roles.messages.device import (
     ArtifactSaved,
     StageState,
     StateFailed,
     StateLoaded,
     StateStaged,
 )
-from roles.messages.pool import LeaseQuery, LeaseReport, LeaseSlot, ReleaseSlots, SlotLeased, SlotsReleased
-from roles.messages.work import LeaseRef, Staged, Work
-from roles.transfer import TransferActor
-from roles.workspace import Premises
+from triptych.roles.messages.pool import LeaseQuery, LeaseReport, LeaseSlot, ReleaseSlots, SlotLeased, SlotsReleased
+from triptych.roles.messages.work import LeaseRef, Staged, Work
+from triptych.roles.transfer import TransferActor
+from triptych.roles.workspace import Premises
 
 W = Work("r/0", 1)
 FAR = 4e9

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from actors.system import Inspect, Inspection
-from roles.instance import build
-from roles.messages import stages
-from roles.messages.pool import LeaseQuery, LeaseReport, ReleaseSlots, SlotsReleased
-from roles.messages.work import LeaseRef, Output, Staged, Work
+from triptych.actors.system import Inspect, Inspection
+from triptych.roles.instance import build
+from triptych.roles.messages import stages
+from triptych.roles.messages.pool import LeaseQuery, LeaseReport, ReleaseSlots, SlotsReleased
+from triptych.roles.messages.work import LeaseRef, Output, Staged, Work
 
 FAR = 4e9
 INPUTS: dict[str, Any] = {

@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roles.artifacts import (
+from triptych.roles.artifacts import (
     ArtifactError,
     ArtifactMissing,
     ArtifactStore,
     artifact_name,
 )
-from roles.files import Entry
-from roles.formats import CONTENT_TYPES
-from roles.retention import StoreBounds, surplus
+from triptych.roles.files import Entry
+from triptych.roles.formats import CONTENT_TYPES
+from triptych.roles.retention import StoreBounds, surplus
 
 
 @pytest.mark.parametrize("output_format", CONTENT_TYPES)

@@ -9,10 +9,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from actors import Topology
-from actors.components import ModelReport
-from roles import checking
-from roles.checking import check_model
+from triptych.actors import Topology
+from triptych.actors.components import ModelReport
+from triptych.roles import checking
+from triptych.roles.checking import check_model
 
 Place = Callable[..., Topology]
 
@@ -63,7 +63,7 @@ def test_a_request_that_fails_is_a_finding(place: Place, tiny_model: Path, monke
     def fail(*_: object) -> None:
         raise TypeError("no such thing")
 
-    monkeypatch.setattr("engines.dry_run.run", fail)
+    monkeypatch.setattr("triptych.engines.dry_run.run", fail)
     report, _ = checked(place(tiny_model))
     (problem,) = report.problems
     assert (problem.where, problem.fatal) == ("dry run", True)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 
-from actors import Component, StartFailure
-from engines.panels import Panel
-from engines.pipeline import InputError
-from roles import devices
-from roles.uploads import UploadError
+from triptych.actors import Component, StartFailure
+from triptych.engines.panels import Panel
+from triptych.engines.pipeline import InputError
+from triptych.roles import devices
+from triptych.roles.uploads import UploadError
 
 GIB = 1 << 30
 
@@ -77,10 +77,10 @@ def from_library(name: str, raises: str) -> Exception:
     [
         (from_library("diffusers.pipelines.x", "raise UnboundLocalError('denoised')"), True, False),
         (from_library("transformers.models.x", "assert False"), True, False),
-        (from_library("engines.handoff", "None.config"), True, False),
+        (from_library("triptych.engines.handoff", "None.config"), True, False),
         (from_library("somebody.elses", "raise KeyError('x')"), False, False),
         (from_library("diffusers.models.x", "raise RuntimeError('out of memory')"), False, False),
-        (from_library("engines.x", "raise OSError('disk')"), False, False),
+        (from_library("triptych.engines.x", "raise OSError('disk')"), False, False),
         (
             from_library(
                 "diffusers.pipelines.x", "raise ValueError('The model has an incorrect config. Please check')"

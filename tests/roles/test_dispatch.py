@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roles.dispatch import POLICIES, Candidate, least_loaded, max_free_slots, round_robin
+from triptych.roles.dispatch import POLICIES, Candidate, least_loaded, max_free_slots, round_robin
 
 candidates = st.lists(
     st.builds(

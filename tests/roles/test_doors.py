@@ -22,24 +22,24 @@ import uvloop
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from actors import Actor, AddressBook, Topology
-from actors.runtime import Runtime
-from actors.system import Inspect, Shutdown
-from bus import Envelope, Kind, Message, Outbox, Reference, RemoteFailure
-from bus.wire import BadBodyError, BodyDecoder, encode
-from engines.parameters import Signature
-from roles.head import Head
-from roles.instance import Instance
-from roles.messages import device, requests, stages
-from roles.messages import pool as pools
-from roles.messages.stages import Acknowledged
-from roles.messages.work import Work
-from roles.pool import BufferPool
-from roles.pool import build as build_pool
-from roles.workspace import Premises
 from tests.messages import bodies_of
 from tests.ports import free_ports
 from tests.roles.test_head import finished, play, playing, topology
+from triptych.actors import Actor, AddressBook, Topology
+from triptych.actors.runtime import Runtime
+from triptych.actors.system import Inspect, Shutdown
+from triptych.bus import Envelope, Kind, Message, Outbox, Reference, RemoteFailure
+from triptych.bus.wire import BadBodyError, BodyDecoder, encode
+from triptych.engines.parameters import Signature
+from triptych.roles.head import Head
+from triptych.roles.instance import Instance
+from triptych.roles.messages import device, requests, stages
+from triptych.roles.messages import pool as pools
+from triptych.roles.messages.stages import Acknowledged
+from triptych.roles.messages.work import Work
+from triptych.roles.pool import BufferPool
+from triptych.roles.pool import build as build_pool
+from triptych.roles.workspace import Premises
 
 __all__ = ["topology"]  # the fixture
 

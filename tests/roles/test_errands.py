@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 
-from actors import Actor
-from engines.buddy import PAGE
-from engines.panels import Panel
-from roles.errands import Errands
-from roles.ledger import Ledger
-from roles.messages.pool import LeaseView
-from roles.messages.stages import TransferPush
-from roles.messages.work import Renewal, Work
-from roles.request import State, Unit
 from tests.roles.books import a_slot, after, hello, ledger, one_model, request, staged
+from triptych.actors import Actor
+from triptych.engines.buddy import PAGE
+from triptych.engines.panels import Panel
+from triptych.roles.errands import Errands
+from triptych.roles.ledger import Ledger
+from triptych.roles.messages.pool import LeaseView
+from triptych.roles.messages.stages import TransferPush
+from triptych.roles.messages.work import Renewal, Work
+from triptych.roles.request import State, Unit
 
 
 def assigned_to_a_denoiser() -> tuple[Ledger, Unit]:

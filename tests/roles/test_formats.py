@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from engines.card import CardError
-from engines.parameters import Kind, Parameter, Signature
-from roles.formats import CONTENT_TYPES, formats_for, settle_output
-from roles.messages.work import Output
+from triptych.engines.card import CardError
+from triptych.engines.parameters import Kind, Parameter, Signature
+from triptych.roles.formats import CONTENT_TYPES, formats_for, settle_output
+from triptych.roles.messages.work import Output
 
 PROMPT = (Parameter("prompt", Kind.TEXT),)
 PICTURES = Signature(PROMPT, medium="image")

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from actors import Component
-from actors.system import ChildReport
-from roles.given_up import given_up
+from triptych.actors import Component
+from triptych.actors.system import ChildReport
+from triptych.roles.given_up import given_up
 
 
 def component(name: str, kind: str) -> Component:

@@ -14,23 +14,23 @@ from typing import Any, ClassVar
 import msgspec
 import pytest
 
-from actors import Actor, AddressBook, Topology, load_topology
-from actors.keys import make_keys
-from actors.runtime import Runtime
-from actors.system import ChildReport, Inspect, Inspection, SupervisorQuery, SupervisorReport
-from bus import Outbox, Reference, Refused, RemoteFailure
-from engines.checks import CardError
-from engines.lora import PARAMETERS
-from engines.parameters import Kind, Parameter, Signature
-from roles import errands
-from roles.artifacts import ARTIFACTS, ArtifactStore
-from roles.head import TICK_S, Head, seeds_of
-from roles.journal import Journal
-from roles.messages import pool as pools
-from roles.messages import requests, stages
-from roles.messages.work import MAX_SEED, Artifact, LeaseRef, Numbers, Output, Pictures, Staged, Upload, Work
-from roles.request import Request, Unit
-from roles.uploads import UPLOADS, UploadStore
+from triptych.actors import Actor, AddressBook, Topology, load_topology
+from triptych.actors.keys import make_keys
+from triptych.actors.runtime import Runtime
+from triptych.actors.system import ChildReport, Inspect, Inspection, SupervisorQuery, SupervisorReport
+from triptych.bus import Outbox, Reference, Refused, RemoteFailure
+from triptych.engines.checks import CardError
+from triptych.engines.lora import PARAMETERS
+from triptych.engines.parameters import Kind, Parameter, Signature
+from triptych.roles import errands
+from triptych.roles.artifacts import ARTIFACTS, ArtifactStore
+from triptych.roles.head import TICK_S, Head, seeds_of
+from triptych.roles.journal import Journal
+from triptych.roles.messages import pool as pools
+from triptych.roles.messages import requests, stages
+from triptych.roles.messages.work import MAX_SEED, Artifact, LeaseRef, Numbers, Output, Pictures, Staged, Upload, Work
+from triptych.roles.request import Request, Unit
+from triptych.roles.uploads import UPLOADS, UploadStore
 
 BOUND_S = 10.0
 
@@ -473,7 +473,7 @@ def test_a_large_journal_is_read_while_the_head_lives_and_old_keys_count_at_once
             await stage.head.ask(requests.CancelRequest("r"), requests.RequestView, timeout_s=BOUND_S)
         with sqlite3.connect(stage.topology.state_dir / "journal.sqlite") as db:
             db.execute("UPDATE requests SET finished_at = 1.0")  # so long ago that it is the first to be pruned
-        monkeypatch.setattr("roles.head.prune", lambda *_, **__: (0, set()))
+        monkeypatch.setattr("triptych.roles.head.prune", lambda *_, **__: (0, set()))
         monkeypatch.setattr(Journal, "active", held)
         second = asyncio.create_task(after_the_start())
         assert await asyncio.to_thread(reading.wait, BOUND_S)

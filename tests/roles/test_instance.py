@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from actors import ActorCrashed
-from actors.system import Inspect, Inspection
-from bus import RemoteFailure
-from engines.stepping import Denoising
-from roles import instance as instance_module
-from roles.instance import build
-from roles.messages import stages
-from roles.messages.pool import PoolDescription, PoolQuery
 from tests.roles.stage import Stage, work
+from triptych.actors import ActorCrashed
+from triptych.actors.system import Inspect, Inspection
+from triptych.bus import RemoteFailure
+from triptych.engines.stepping import Denoising
+from triptych.roles import instance as instance_module
+from triptych.roles.instance import build
+from triptych.roles.messages import stages
+from triptych.roles.messages.pool import PoolDescription, PoolQuery
 
 
 def test_three_panels_make_the_picture_that_one_process_makes(

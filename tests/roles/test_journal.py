@@ -9,12 +9,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from engines.panels import Panel
-from roles.journal import SCHEMA_VERSION, Journal, JournalError, prune
-from roles.messages.requests import Move
-from roles.messages.work import Artifact, LeaseRef, Output, Staged
-from roles.request import Request, State, Unit
-from roles.retention import StoreBounds
+from triptych.engines.panels import Panel
+from triptych.roles.journal import SCHEMA_VERSION, Journal, JournalError, prune
+from triptych.roles.messages.requests import Move
+from triptych.roles.messages.work import Artifact, LeaseRef, Output, Staged
+from triptych.roles.request import Request, State, Unit
+from triptych.roles.retention import StoreBounds
 
 
 def a_request(id_: str = "r1", *, key: str = "", created_at: float = 1.0) -> Request:

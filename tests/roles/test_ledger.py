@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from engines.panels import Panel
-from engines.parameters import Signature
-from roles.effects import Assign, Cancel, Release, Settle
-from roles.fleet import Fleet
-from roles.ledger import MAX_STALLS, Ledger
-from roles.messages.stages import InstanceHello, StageReturned, TransferFailed, TransferStaged
-from roles.messages.work import Work
-from roles.request import State, Unit
-from roles.staging import AHEAD
 from tests.roles.books import KINDS, a_slot, after, failed, finished, hello, ledger, request, staged
+from triptych.engines.panels import Panel
+from triptych.engines.parameters import Signature
+from triptych.roles.effects import Assign, Cancel, Release, Settle
+from triptych.roles.fleet import Fleet
+from triptych.roles.ledger import MAX_STALLS, Ledger
+from triptych.roles.messages.stages import InstanceHello, StageReturned, TransferFailed, TransferStaged
+from triptych.roles.messages.work import Work
+from triptych.roles.request import State, Unit
+from triptych.roles.staging import AHEAD
 
 
 @pytest.fixture

@@ -8,15 +8,15 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from engines.buddy import PAGE
-from engines.panels import Panel
-from roles.effects import Assign, Cancel, Release, Settle
-from roles.fleet import End
-from roles.ledger import Ledger
-from roles.messages.stages import StageFailed, StageFinished, TransferFailed, TransferStaged
-from roles.messages.work import Artifact, LeaseRef, Work
-from roles.request import State, Unit
 from tests.roles.books import KINDS, a_slot, hello, ledger, request
+from triptych.engines.buddy import PAGE
+from triptych.engines.panels import Panel
+from triptych.roles.effects import Assign, Cancel, Release, Settle
+from triptych.roles.fleet import End
+from triptych.roles.ledger import Ledger
+from triptych.roles.messages.stages import StageFailed, StageFinished, TransferFailed, TransferStaged
+from triptych.roles.messages.work import Artifact, LeaseRef, Work
+from triptych.roles.request import State, Unit
 
 PROMPTS = ("p", "q", "drawn from the seed")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from roles.media import MediaError, Sound, Stills, Video, media_of
+from triptych.roles.media import MediaError, Sound, Stills, Video, media_of
 
 RAMP = np.linspace(0, 1, 3 * 4 * 5 * 3, dtype=np.float32).reshape(1, 3, 4, 5, 3)
 BYTES = np.rint(RAMP * 255).astype(np.uint8)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from actors import Topology, load_topology
-from actors.system import Reloading, ReloadModel
-from bus import RemoteFailure
-from roles.head import OTHER_MODEL
-from roles.messages import requests, stages
 from tests.roles.test_head import BOUND_S, PNG, SIGNATURE, Stage, play, playing
+from triptych.actors import Topology, load_topology
+from triptych.actors.system import Reloading, ReloadModel
+from triptych.bus import RemoteFailure
+from triptych.roles.head import OTHER_MODEL
+from triptych.roles.messages import requests, stages
 
 Two = Callable[..., Topology]
 

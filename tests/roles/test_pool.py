@@ -6,12 +6,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from actors import Actor, StartDelayed
-from bus import Refused, RemoteFailure
-from engines.checksum import checksum
-from roles import pool as pool_module
-from roles.errands import Errands
-from roles.messages.pool import (
+from tests.roles.books import ledger, one_model
+from triptych.actors import Actor, StartDelayed
+from triptych.bus import Refused, RemoteFailure
+from triptych.engines.checksum import checksum
+from triptych.roles import pool as pool_module
+from triptych.roles.errands import Errands
+from triptych.roles.messages.pool import (
     LeaseQuery,
     LeaseReport,
     LeaseSlot,
@@ -28,10 +29,9 @@ from roles.messages.pool import (
     SlotsReleased,
     SparesWanted,
 )
-from roles.messages.work import LeaseRef, Work
-from roles.pool import BufferPool, build, zones
-from roles.pool_client import FAULTS
-from tests.roles.books import ledger, one_model
+from triptych.roles.messages.work import LeaseRef, Work
+from triptych.roles.pool import BufferPool, build, zones
+from triptych.roles.pool_client import FAULTS
 
 W = Work("r/0", 1)
 SLOT = 1 << 16

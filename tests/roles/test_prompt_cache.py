@@ -5,15 +5,15 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from engines.buddy import PAGE, BuddyAllocator
-from engines.parameters import Kind, Parameter, Signature
-from roles.effects import Assign, Release
-from roles.ledger import Ledger
-from roles.messages.stages import TransferFailed
-from roles.messages.work import LeaseRef, Numbers, Pictures, Staged, Upload
-from roles.prompt_cache import UNSHARED, PromptCache, block
-from roles.request import State, Unit
 from tests.roles.books import SIGNATURE, a_slot, after, finished, hello, ledger, request, staged
+from triptych.engines.buddy import PAGE, BuddyAllocator
+from triptych.engines.parameters import Kind, Parameter, Signature
+from triptych.roles.effects import Assign, Release
+from triptych.roles.ledger import Ledger
+from triptych.roles.messages.stages import TransferFailed
+from triptych.roles.messages.work import LeaseRef, Numbers, Pictures, Staged, Upload
+from triptych.roles.prompt_cache import UNSHARED, PromptCache, block
+from triptych.roles.request import State, Unit
 
 PICTURE = Pictures((Upload("ab.png", 9),))
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from engines.panels import Panel
-from roles.effects import Assign, Release, Restart
-from roles.ledger import Ledger
-from roles.messages.stages import InstanceHello
-from roles.request import State, Unit
 from tests.roles.books import KINDS, a_slot, after, finished, hello, ledger, request, staged
+from triptych.engines.panels import Panel
+from triptych.roles.effects import Assign, Release, Restart
+from triptych.roles.ledger import Ledger
+from triptych.roles.messages.stages import InstanceHello
+from triptych.roles.request import State, Unit
 
 OLD, NEW = "old", "new"
 

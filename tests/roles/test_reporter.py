@@ -10,7 +10,7 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bus import (
+from triptych.bus import (
     AskTimeout,
     BusError,
     Delivery,
@@ -22,9 +22,9 @@ from bus import (
     RemoteFailure,
     Unreachable,
 )
-from roles.messages.stages import Acknowledged, StageFailed, StageStarted, TransferStaged
-from roles.messages.work import LeaseRef, Staged, Work
-from roles.reporter import LONGEST_PAUSE_S, MAX_HEAD_FAILURES, Fenced, Reporter, Verdict, pause_s, verdict
+from triptych.roles.messages.stages import Acknowledged, StageFailed, StageStarted, TransferStaged
+from triptych.roles.messages.work import LeaseRef, Staged, Work
+from triptych.roles.reporter import LONGEST_PAUSE_S, MAX_HEAD_FAILURES, Fenced, Reporter, Verdict, pause_s, verdict
 
 Answer = Callable[[Delivery], None]
 Body = Callable[["Head", Reporter], Awaitable[None]]

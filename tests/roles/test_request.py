@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.panels import Panel
-from roles.messages.work import LeaseRef, Staged
-from roles.request import JOURNEY, LEGAL, TERMINAL, IllegalTransitionError, State, Unit
+from triptych.engines.panels import Panel
+from triptych.roles.messages.work import LeaseRef, Staged
+from triptych.roles.request import JOURNEY, LEGAL, TERMINAL, IllegalTransitionError, State, Unit
 
 ALL_MOVES = [(origin, target) for origin in State for target in State]
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from actors import load_topology
-from roles.effects import Turn
-from roles.messages.stages import InstanceAwake
-from roles.models import models_of
-from roles.residency import RETRY_S, Plan, Residency, Resident, Standing, plan
 from tests.roles.books import KINDS, SIGNATURE, hello, request
+from triptych.actors import load_topology
+from triptych.roles.effects import Turn
+from triptych.roles.messages.stages import InstanceAwake
+from triptych.roles.models import models_of
+from triptych.roles.residency import RETRY_S, Plan, Residency, Resident, Standing, plan
 
 BUDGET = {"cpu": 10}
 

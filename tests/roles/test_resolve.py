@@ -12,14 +12,14 @@ import pytest
 from diffusers.utils import load_image
 from PIL import Image
 
-from engines.parameters import Kind, Parameter, Signature
-from engines.split import prune
-from engines.vocabulary import of_blocks
-from roles.messages.work import Input, Numbers, Pictures, Upload
-from roles.resolve import as_mask, as_picture, resolve
-from roles.uploads import UploadError, UploadStore
-from tools.families.cases import Case, cases
-from tools.families.rows import blocks_of
+from triptych.engines.parameters import Kind, Parameter, Signature
+from triptych.engines.split import prune
+from triptych.engines.vocabulary import of_blocks
+from triptych.roles.messages.work import Input, Numbers, Pictures, Upload
+from triptych.roles.resolve import as_mask, as_picture, resolve
+from triptych.roles.uploads import UploadError, UploadStore
+from triptych.tools.families.cases import Case, cases
+from triptych.tools.families.rows import blocks_of
 
 ALPHA = ("QwenImageLayeredModularPipeline",)
 

@@ -8,17 +8,17 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from bus import RemoteFailure
-from engines.panels import Panel
-from engines.pipeline import PanelPipeline
-from roles.effects import Assign, Release, Turn
-from roles.ledger import UNTRIED, Ledger
-from roles.messages import stages
-from roles.messages.stages import InstanceAwake
-from roles.request import State, Unit
-from roles.stream_worker import FilesChanged
 from tests.roles.books import KINDS, SIGNATURE, a_slot, after, hello, ledger, request, staged
 from tests.roles.stage import Stage, work
+from triptych.bus import RemoteFailure
+from triptych.engines.panels import Panel
+from triptych.engines.pipeline import PanelPipeline
+from triptych.roles.effects import Assign, Release, Turn
+from triptych.roles.ledger import UNTRIED, Ledger
+from triptych.roles.messages import stages
+from triptych.roles.messages.stages import InstanceAwake
+from triptych.roles.request import State, Unit
+from triptych.roles.stream_worker import FilesChanged
 
 
 def joined(*, awake: bool = True, cache: int = 0) -> Ledger:
@@ -126,7 +126,7 @@ def test_an_instance_that_was_woken_makes_what_it_made_before(cluster: Any, monk
 
         await stage.ask("monolithic-0", stages.Sleep(), stages.Acknowledged)
         await stage.inbox.next(stages.InstanceAwake)
-        monkeypatch.setattr("roles.stream_worker.model_version", lambda files: "another")
+        monkeypatch.setattr("triptych.roles.stream_worker.model_version", lambda files: "another")
         with pytest.raises(FilesChanged, match="while it slept"):
             await worker._bring(worker._stream, worker.premises.model)
 

@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 
-from bus import RemoteFailure
-from engines.parameters import Signature
-from roles.fleet import Fleet
-from roles.messages import stages
-from roles.messages.pool import SparesWanted
-from roles.messages.stages import InstanceHello
-from roles.messages.work import LeaseRef
-from roles.spares import Spares
 from tests.roles.stage import Stage, work
+from triptych.bus import RemoteFailure
+from triptych.engines.parameters import Signature
+from triptych.roles.fleet import Fleet
+from triptych.roles.messages import stages
+from triptych.roles.messages.pool import SparesWanted
+from triptych.roles.messages.stages import InstanceHello
+from triptych.roles.messages.work import LeaseRef
+from triptych.roles.spares import Spares
 
 
 def slot(number: int, nbytes: int = 64, generation: int = 1) -> LeaseRef:

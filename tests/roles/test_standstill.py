@@ -15,21 +15,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.buddy import PAGE
-from engines.leases import Lease, LeaseError, LeaseState, LeaseTable
-from engines.panels import Panel
-from roles import workload_effects as do
-from roles.effects import Assign, Cancel, Release, Settle
-from roles.fleet import Fleet
-from roles.ledger import Ledger
-from roles.messages import stages
-from roles.messages.stages import InstanceHello, StageAssign, TransferPush
-from roles.messages.work import Artifact, LeaseRef, Output, Staged, Work
-from roles.pool import INCOMING, zones
-from roles.request import UPSTREAM, State, Unit
-from roles.spares import Spares
-from roles.workload import NotTaken, Workload
 from tests.roles.books import KINDS, SIGNATURE, ledger, request
+from triptych.engines.buddy import PAGE
+from triptych.engines.leases import Lease, LeaseError, LeaseState, LeaseTable
+from triptych.engines.panels import Panel
+from triptych.roles import workload_effects as do
+from triptych.roles.effects import Assign, Cancel, Release, Settle
+from triptych.roles.fleet import Fleet
+from triptych.roles.ledger import Ledger
+from triptych.roles.messages import stages
+from triptych.roles.messages.stages import InstanceHello, StageAssign, TransferPush
+from triptych.roles.messages.work import Artifact, LeaseRef, Output, Staged, Work
+from triptych.roles.pool import INCOMING, zones
+from triptych.roles.request import UPSTREAM, State, Unit
+from triptych.roles.spares import Spares
+from triptych.roles.workload import NotTaken, Workload
 
 Steps = Iterator[None]
 ROUNDS = 600

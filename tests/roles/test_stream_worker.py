@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from actors import Actor, StartDelayed, StartFailure
-from actors.system import Inspect, Inspection
-from engines.panels import Panel
-from engines.placing import NoRoomError
-from engines.streams import DeviceStream
-from roles.messages.device import (
+from triptych.actors import Actor, StartDelayed, StartFailure
+from triptych.actors.system import Inspect, Inspection
+from triptych.engines.panels import Panel
+from triptych.engines.placing import NoRoomError
+from triptych.engines.streams import DeviceStream
+from triptych.roles.messages.device import (
     CancelPanel,
     PanelCancelled,
     PanelFailed,
@@ -27,9 +27,9 @@ from roles.messages.device import (
     PanelStepped,
     RunPanel,
 )
-from roles.messages.work import Pictures, Renewal, Upload, Work
-from roles.stream_worker import StreamWorker
-from roles.workspace import Premises
+from triptych.roles.messages.work import Pictures, Renewal, Upload, Work
+from triptych.roles.stream_worker import StreamWorker
+from triptych.roles.workspace import Premises
 
 CPU = torch.device("cpu")
 INPUTS: dict[str, object] = {
@@ -349,7 +349,7 @@ def test_a_call_that_hangs_is_overdue(bench: Any, monkeypatch: pytest.MonkeyPatc
 def test_while_it_loads_it_says_how_much_of_the_weights_has_been_read(
     run: Any, place: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("roles.stream_worker.PROGRESS_EVERY_S", 0)
+    monkeypatch.setattr("triptych.roles.stream_worker.PROGRESS_EVERY_S", 0)
     topology = place(tiny_model, kind="monolithic")
     worker = StreamWorker(topology.component("monolithic-0"), topology, Premises())
 

@@ -15,15 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
-from actors.system import Inspect, Inspection
-from bus import BusError
-from engines.codec import pack
-from engines.parameters import Signature
-from engines.streams import StreamEvent
-from roles import pool as pool_module
-from roles import pool_client
-from roles import transfer as transfer_module
-from roles.messages.device import (
+from tests.roles.rooms import FAR, VALUES, Desk, W
+from triptych.actors.system import Inspect, Inspection
+from triptych.bus import BusError
+from triptych.engines.codec import pack
+from triptych.engines.parameters import Signature
+from triptych.engines.streams import StreamEvent
+from triptych.roles import pool as pool_module
+from triptych.roles import pool_client
+from triptych.roles import transfer as transfer_module
+from triptych.roles.messages.device import (
     ArtifactSaved,
     CancelState,
     LoadState,
@@ -33,11 +34,10 @@ from roles.messages.device import (
     StateLoaded,
     StateStaged,
 )
-from roles.messages.pool import LeaseSlot, ReleaseSlots
-from roles.messages.work import LeaseRef, Output, Staged, Work
-from roles.pool import build
-from roles.pool_client import FAULTS
-from tests.roles.rooms import FAR, VALUES, Desk, W
+from triptych.roles.messages.pool import LeaseSlot, ReleaseSlots
+from triptych.roles.messages.work import LeaseRef, Output, Staged, Work
+from triptych.roles.pool import build
+from triptych.roles.pool_client import FAULTS
 
 
 def same(one: dict[str, object], other: dict[str, object]) -> bool:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from roles.messages.work import Upload
-from roles.retention import StoreBounds
-from roles.uploads import UploadError, UploadsFull, UploadStore
+from triptych.roles.messages.work import Upload
+from triptych.roles.retention import StoreBounds
+from triptych.roles.uploads import UploadError, UploadsFull, UploadStore
 
 
 def png(colour: tuple[int, int, int] = (1, 2, 3)) -> bytes:

@@ -11,9 +11,9 @@ import av
 import numpy as np
 import pytest
 
-from roles.media import Sound, Video
-from roles.video import exact_rate
-from roles.writers import encode
+from triptych.roles.media import Sound, Video
+from triptych.roles.video import exact_rate
+from triptych.roles.writers import encode
 
 
 def smooth(frames: int, height: int, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -7,14 +7,14 @@ import msgspec
 import pytest
 import torch
 
-from actors import Component, StartFailure, Topology, load_topology
-from actors.sections import LoraSection
-from engines.lora import LoraFile
-from engines.pipeline import PanelPipeline
-from roles.stream_worker import StreamWorker
-from roles.weights import lora_files, model_options, weights_facts
-from roles.workspace import Premises
-from tools.make_lora import make_lora
+from triptych.actors import Component, StartFailure, Topology, load_topology
+from triptych.actors.sections import LoraSection
+from triptych.engines.lora import LoraFile
+from triptych.engines.pipeline import PanelPipeline
+from triptych.roles.stream_worker import StreamWorker
+from triptych.roles.weights import lora_files, model_options, weights_facts
+from triptych.roles.workspace import Premises
+from triptych.tools.make_lora import make_lora
 
 
 def adapted(topology: Topology, *loras: LoraSection) -> Topology:

@@ -8,10 +8,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from bus import Message
-from engines.panels import Panel
-from roles import workload_effects as do
-from roles.messages.stages import (
+from triptych.bus import Message
+from triptych.engines.panels import Panel
+from triptych.roles import workload_effects as do
+from triptych.roles.messages.stages import (
     StageAssign,
     StageCancelled,
     StageFailed,
@@ -23,8 +23,8 @@ from roles.messages.stages import (
     TransferReady,
     TransferStaged,
 )
-from roles.messages.work import Artifact, LeaseRef, Output, Renewal, Staged, Work
-from roles.workload import NotTaken, Phase, UnexpectedEvent, Workload
+from triptych.roles.messages.work import Artifact, LeaseRef, Output, Renewal, Staged, Work
+from triptych.roles.workload import NotTaken, Phase, UnexpectedEvent, Workload
 
 ENDS = (TransferFailed, TransferStaged, StageFinished, StageFailed, StageReturned, StageCancelled)
 LEFT_S = 600.0

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from roles.formats import CONTENT_TYPES, formats_for
-from roles.media import Latents, Media, MediaError, Sound, Stills, Video
-from roles.writers import encode, suits
+from triptych.roles.formats import CONTENT_TYPES, formats_for
+from triptych.roles.media import Latents, Media, MediaError, Sound, Stills, Video
+from triptych.roles.writers import encode, suits
 
 
 def picture(mode: str = "RGB") -> Image.Image:
@@ -168,7 +168,9 @@ def test_writing_a_long_video_can_be_ended_between_two_frames(output_format: str
     assert len(seen) == 2
 
 
-@pytest.mark.parametrize("module", ["roles.head", "roles.artifacts", "api.server", "roles.transfer"])
+@pytest.mark.parametrize(
+    "module", ["triptych.roles.head", "triptych.roles.artifacts", "triptych.api.server", "triptych.roles.transfer"]
+)
 def test_ffmpeg_is_not_loaded_before_a_video_is_written(module: str) -> None:
     program = f"import sys, {module}; sys.exit('av' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

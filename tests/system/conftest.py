@@ -26,7 +26,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def model(family: str) -> Path:
         path = folder / family
         if not path.exists():
-            command = [sys.executable, "-m", "tools.make_model", str(path), "--family", family]
+            command = [sys.executable, "-m", "triptych.tools.make_model", str(path), "--family", family]
             subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         return path
 

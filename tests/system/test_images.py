@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from actors import launch
-from engines.card import CARD_NAME, load_card
-from tools.families.cases import PROMPT, mask, picture
-from tools.families.compare import SEED, whole
+from triptych.actors import launch
+from triptych.engines.card import CARD_NAME, load_card
+from triptych.tools.families.cases import PROMPT, mask, picture
+from triptych.tools.families.compare import SEED, whole
 
 FREE_PORTS = {"api": {"port": 0}}
 

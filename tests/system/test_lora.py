@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from actors import launch
-from engines.card import load_card
 from tests.engines.adapted import expected, plain
 from tests.engines.results import same
 from tests.system.conftest import PANELS
-from tools.make_lora import make_lora
+from triptych.actors import launch
+from triptych.engines.card import load_card
+from triptych.tools.make_lora import make_lora
 
 FREE_PORTS = {"api": {"port": 0}}
 ASKED: list[dict[str, Any]] = [

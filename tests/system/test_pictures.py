@@ -10,10 +10,10 @@ import httpx
 import numpy as np
 import pytest
 
-from actors import launch
-from engines.card import load_card
 from tests.ports import free_ports
 from tests.system.reference import monolithic
+from triptych.actors import launch
+from triptych.engines.card import load_card
 
 PROMPT = "a large red circle on the left of a blue background"
 FREE_PORTS = {"api": {"port": 0}}

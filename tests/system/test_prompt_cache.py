@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
 
-from actors import launch
-from actors.cluster import Cluster
-from engines.card import load_card
 from tests.engines.results import seeded
 from tests.system.reference import monolithic
 from tests.system.test_pictures import FREE_PORTS, pixels
 from tests.system.test_recovery import BOUND_S, back
-from tools.make_classic import Classic, make_classic
+from triptych.actors import launch
+from triptych.actors.cluster import Cluster
+from triptych.engines.card import load_card
+from triptych.tools.make_classic import Classic, make_classic
 
 PROMPT = "a large red circle on the left of a blue background"
 NO_ENCODER = ["ENCODER_WAITING", "ENCODER_DONE", "DENOISING_WAITING", "DENOISING_RUNNING"]

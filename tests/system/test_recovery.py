@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from actors import launch
-from actors.cluster import Cluster
+from triptych.actors import launch
+from triptych.actors.cluster import Cluster
 
 FREE_PORTS = {"api": {"port": 0}}
 BOUND_S = 30.0

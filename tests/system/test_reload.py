@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import load_file, save_file
 
-from actors import launch
-from actors.cluster import Cluster
-from engines.card import load_card
 from tests.system.conftest import PANELS
 from tests.system.reference import monolithic
+from triptych.actors import launch
+from triptych.actors.cluster import Cluster
+from triptych.engines.card import load_card
 
 FREE_PORTS = {"api": {"port": 0}}
 BOUND_S = 60.0
@@ -25,7 +25,8 @@ BOUND_S = 60.0
 
 async def reload(cluster: Cluster) -> None:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "actors.command", "reload", str(cluster.topology.path)), stderr=asyncio.subprocess.PIPE
+        *(sys.executable, "-m", "triptych.actors.command", "reload", str(cluster.topology.path)),
+        stderr=asyncio.subprocess.PIPE,
     )
     async with asyncio.timeout(BOUND_S):
         _, said = await process.communicate()

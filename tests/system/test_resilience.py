@@ -17,11 +17,11 @@ from typing import Any
 import httpx
 import pytest
 
-from actors import launch, load_topology
-from actors.cluster import Cluster
-from actors.overrides import free_port
 from tests.system.conftest import ROOT
 from tests.system.test_recovery import BOUND_S, FREE_PORTS, back
+from triptych.actors import launch, load_topology
+from triptych.actors.cluster import Cluster
+from triptych.actors.overrides import free_port
 
 PROMPT = "a red circle"
 LONG = 100_000
@@ -284,7 +284,7 @@ def test_a_role_that_sleeps_through_its_fencing_finds_out_and_starts_anew(
 
     path = topology_file(model=patient, api={"port": free_port()}, supervision={"heartbeat_timeout_s": 2})
     names = [component.name for component in load_topology(path).components]
-    up = (sys.executable, "-m", "actors.command", "up", str(path), "--only")
+    up = (sys.executable, "-m", "triptych.actors.command", "up", str(path), "--only")
     others = subprocess.Popen([*up, ",".join(n for n in names if n != "denoiser-0")], cwd=ROOT)
     sleeper = subprocess.Popen([*up, "denoiser-0"], cwd=ROOT)
 
@@ -335,7 +335,7 @@ async def instances(http: httpx.AsyncClient) -> list[dict[str, Any]]:
 @pytest.mark.timeout(240)
 def test_a_short_storm_of_every_fault_breaks_no_promise(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    command = (sys.executable, "-m", "tools.chaos", "examples/chaos.toml", "--json", str(report))
+    command = (sys.executable, "-m", "triptych.tools.chaos", "examples/chaos.toml", "--json", str(report))
     storm = subprocess.run(
         [*command, "--seed", "7", "--duration", "15", "--rate", "3", "--every", "1.5"], cwd=ROOT, check=False
     )

@@ -13,10 +13,10 @@ import torch
 from diffusers import DiffusionPipeline
 from typer.testing import CliRunner
 
-from actors import launch
-from actors.command import app
-from engines.card import load_card
-from tools.make_classic import Classic, make_classic
+from triptych.actors import launch
+from triptych.actors.command import app
+from triptych.engines.card import load_card
+from triptych.tools.make_classic import Classic, make_classic
 
 FREE_PORTS = {"api": {"port": 0}}
 PROMPT = "a red ship"

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from actors import launch, load_topology
-from actors.client import ApiError
-from actors.overrides import free_port
-from actors.processes import module_command
 from tests.actors.test_launcher import folder_of_strange_code
 from tests.system.conftest import ROOT
+from triptych.actors import launch, load_topology
+from triptych.actors.client import ApiError
+from triptych.actors.overrides import free_port
+from triptych.actors.processes import module_command
 
-TRIPTYCH = module_command("actors.command")
+TRIPTYCH = module_command("triptych.actors.command")
 KEY = "0123456789abcdef"
 
 

@@ -14,9 +14,9 @@ import torch
 from diffusers import PixArtAlphaPipeline
 from safetensors.torch import load, save
 
-from actors import launch
 from tests.system.test_images import FREE_PORTS, pixels
-from tools.make_classic import Classic, make_classic
+from triptych.actors import launch
+from triptych.tools.make_classic import Classic, make_classic
 
 GENERATIONS = "/v1/images/generations"
 

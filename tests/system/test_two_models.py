@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors import launch
-from actors.client import Picture
-from actors.cluster import Cluster
-from engines.card import load_card
 from tests.system.conftest import PANELS
 from tests.system.reference import monolithic
 from tests.system.test_recovery import FREE_PORTS, back
 from tests.system.test_reload import change
+from triptych.actors import launch
+from triptych.actors.client import Picture
+from triptych.actors.cluster import Cluster
+from triptych.engines.card import load_card
 
 BOUND_S = 60.0
 

@@ -16,11 +16,11 @@ import torch
 from diffusers import WanPipeline
 from PIL import Image
 
-from actors import AddressBook, launch
-from bus import Outbox, Reference
-from engines.card import load_card
-from roles.messages import requests
-from roles.messages.work import Artifact, Output
+from triptych.actors import AddressBook, launch
+from triptych.bus import Outbox, Reference
+from triptych.engines.card import load_card
+from triptych.roles.messages import requests
+from triptych.roles.messages.work import Artifact, Output
 
 PROMPT = "a large red circle on the left of a blue background"
 SEED = 11

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tools import processes
-from tools.bench import memory
-from tools.bench.memory_report import ALL, CONVERTED, MAPPED, MONOLITHIC, PANELS, Held, Run, case, rows
-from tools.make_model import Family, make_model
-from tools.processes import Resident
+from triptych.tools import processes
+from triptych.tools.bench import memory
+from triptych.tools.bench.memory_report import ALL, CONVERTED, MAPPED, MONOLITHIC, PANELS, Held, Run, case, rows
+from triptych.tools.make_model import Family, make_model
+from triptych.tools.processes import Resident
 
 ROLES = ("encoder-0", "denoiser-0", "decoder-0")
 SETTINGS = {

@@ -16,18 +16,18 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
-from engines.transfer import Faults
-from roles.messages.pool import LeaseView
-from roles.messages.requests import ClusterView, InstanceView
-from roles.messages.work import LeaseRef, Work
-from tools.chaos import checks
-from tools.chaos.__main__ import NAMES, app, impossible
-from tools.chaos.clock import Clock
-from tools.chaos.faults import FAULTS
-from tools.chaos.load import Outcome
-from tools.chaos.plan import PICTURES, PULL_TIMEOUT_S, Offer, Strike, damage, draw
-from tools.chaos.report import Failure, failures, percentile, show, summary
-from tools.chaos.strikes import Blow, is_moment
+from triptych.engines.transfer import Faults
+from triptych.roles.messages.pool import LeaseView
+from triptych.roles.messages.requests import ClusterView, InstanceView
+from triptych.roles.messages.work import LeaseRef, Work
+from triptych.tools.chaos import checks
+from triptych.tools.chaos.__main__ import NAMES, app, impossible
+from triptych.tools.chaos.clock import Clock
+from triptych.tools.chaos.faults import FAULTS
+from triptych.tools.chaos.load import Outcome
+from triptych.tools.chaos.plan import PICTURES, PULL_TIMEOUT_S, Offer, Strike, damage, draw
+from triptych.tools.chaos.report import Failure, failures, percentile, show, summary
+from triptych.tools.chaos.strikes import Blow, is_moment
 
 JOURNEY = (
     "ENCODER_WAITING", "ENCODER_RUNNING", "ENCODER_DONE", "DENOISING_WAITING", "DENOISING_RUNNING",

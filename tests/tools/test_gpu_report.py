@@ -16,16 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.gpu_report import __main__ as command
-from tools.gpu_report import suite
-from tools.gpu_report.bench import Bench, RowFailedError, Settings
-from tools.gpu_report.child import Ended, run
-from tools.gpu_report.figures import FIGURES
-from tools.gpu_report.models import places
-from tools.gpu_report.page import page
-from tools.gpu_report.report import Measured, Report, RowResult, Status, read, write
-from tools.gpu_report.rows import ROWS, chosen
-from tools.gpu_report.runner import ROOT, Run, environment, run_process
+from triptych.tools.gpu_report import __main__ as command
+from triptych.tools.gpu_report import suite
+from triptych.tools.gpu_report.bench import Bench, RowFailedError, Settings
+from triptych.tools.gpu_report.child import Ended, run
+from triptych.tools.gpu_report.figures import FIGURES
+from triptych.tools.gpu_report.models import places
+from triptych.tools.gpu_report.page import page
+from triptych.tools.gpu_report.report import Measured, Report, RowResult, Status, read, write
+from triptych.tools.gpu_report.rows import ROWS, chosen
+from triptych.tools.gpu_report.runner import ROOT, Run, environment, run_process
 
 BOUND_S = 60.0
 ROW = ROWS[0]
@@ -164,7 +164,7 @@ def test_a_row_that_fails_gives_the_command_another_exit_status(tmp_path: Path) 
     if torch.cuda.is_available():
         pytest.skip("this is about a machine without a GPU")
     arguments = ["--only", "machine", "-o", tmp_path / "gpu.json", "--page", tmp_path / "p"]
-    program = [sys.executable, "-m", "tools.gpu_report", *arguments]
+    program = [sys.executable, "-m", "triptych.tools.gpu_report", *arguments]
     found = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 1
     assert "finds no cuda:0 here" in found.stdout
@@ -174,7 +174,7 @@ def test_a_row_that_fails_gives_the_command_another_exit_status(tmp_path: Path) 
 def test_an_interrupt_leaves_a_report_and_no_process(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
     process = subprocess.Popen(
-        [sys.executable, "-m", "tools.gpu_report", "--device", "cpu", "--only", "kill,wan", "-o", output],
+        [sys.executable, "-m", "triptych.tools.gpu_report", "--device", "cpu", "--only", "kill,wan", "-o", output],
         cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)},
     )  # fmt: skip
     until = time.monotonic() + BOUND_S

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from tools import score_shapes
-from tools.shapes import scenes, scoring, sheet
-from tools.shapes.scenes import Scene
+from triptych.tools import score_shapes
+from triptych.tools.shapes import scenes, scoring, sheet
+from triptych.tools.shapes.scenes import Scene
 
 MODEL = Path(__file__).parents[2] / "examples" / "shapes"
 SCENES = scenes.all_scenes()
@@ -207,7 +207,7 @@ def test_score_says_when_there_is_no_server(tmp_path: Path, capsys: pytest.Captu
 def test_offsets_follow_the_noise_evenly() -> None:
     import torch
 
-    from tools.shapes import flow
+    from triptych.tools.shapes import flow
 
     noise = torch.randn(4000, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     counts = torch.bincount(flow.offsets_of(noise)[:, 0], minlength=flow.OFFSETS)
@@ -219,7 +219,7 @@ def test_packing_is_undone_and_is_the_pipelines() -> None:
     import torch
     from diffusers import FluxPipeline
 
-    from tools.shapes import model
+    from triptych.tools.shapes import model
 
     latents = torch.randn(2, 16, 8, 8)
     packed = model.pack_latents(latents)
@@ -230,7 +230,7 @@ def test_packing_is_undone_and_is_the_pipelines() -> None:
 def test_a_stopped_course_goes_on(tmp_path: Path) -> None:
     import torch
 
-    from tools.shapes.course import Course, learning_rate
+    from triptych.tools.shapes.course import Course, learning_rate
 
     def course(seconds: float) -> Course:
         torch.manual_seed(0)
@@ -259,7 +259,7 @@ def test_training_saves_a_folder_that_paints_the_same(tmp_path: Path) -> None:
     import torch
     from diffusers import FluxPipeline
 
-    from tools.shapes import autoencoder, flow, model
+    from triptych.tools.shapes import autoencoder, flow, model
 
     cpu = torch.device("cpu")
     vae = autoencoder.train_autoencoder(0.2, cpu, 0)
@@ -280,7 +280,7 @@ def test_training_saves_a_folder_that_paints_the_same(tmp_path: Path) -> None:
 def test_orthogonal_updates_have_singular_values_near_one() -> None:
     import torch
 
-    from tools.shapes import optimizer
+    from triptych.tools.shapes import optimizer
 
     matrices = torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(0))
     for turned in (matrices, matrices.mT):
@@ -291,7 +291,7 @@ def test_orthogonal_updates_have_singular_values_near_one() -> None:
 def test_muon_goes_downhill_on_matrices_biases_and_words() -> None:
     import torch
 
-    from tools.shapes import optimizer
+    from triptych.tools.shapes import optimizer
 
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Embedding(4, 8), torch.nn.Linear(8, 1))

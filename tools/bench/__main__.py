@@ -1,4 +1,4 @@
-"""`python -m tools.bench bus|transfer|overhead|memory`: one JSON line for each case."""
+"""`python -m triptych.tools.bench bus|transfer|overhead|memory`: one JSON line for each case."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _BENCHES = {
 _ROUNDS = 5
 _EXAMPLES = """\
 examples:
-  python -m tools.bench bus                 five interleaved rounds
-  python -m tools.bench bus --rounds 1      a quick look
-  python -m tools.bench transfer | tee out/transfer.jsonl
-  python -m tools.bench memory --markdown docs/memory.md
+  python -m triptych.tools.bench bus                 five interleaved rounds
+  python -m triptych.tools.bench bus --rounds 1      a quick look
+  python -m triptych.tools.bench transfer | tee out/transfer.jsonl
+  python -m triptych.tools.bench memory --markdown docs/memory.md
 
 Each line is {"bench", "case", "unit", "ours", "peer", "peer_value", "ratio"}: medians over the rounds, which
 take turns within one run; ratio > 1 where ours is better. Before those, memory has lines for its settings and for
@@ -30,7 +30,7 @@ each process.
 def main() -> None:
     """Run one benchmark and print its cases."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.bench",
+        prog="python -m triptych.tools.bench",
         description="Measure a part of Triptych against its peers.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -46,7 +46,7 @@ def main() -> None:
     if arguments.rounds is not None and arguments.rounds < 1:
         parser.error("--rounds must be at least 1")
     # Lazily: each benchmark needs libraries that the others do not.
-    module = importlib.import_module(f"tools.bench.{arguments.bench}")
+    module = importlib.import_module(f"triptych.tools.bench.{arguments.bench}")
     if arguments.markdown and not hasattr(module, "markdown"):
         parser.error(f"{arguments.bench} has no page")
     cases = []

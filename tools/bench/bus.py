@@ -19,9 +19,9 @@ from typing import Any, Final
 
 import uvloop
 
-from actors.processes import module_command
-from tools.bench.bus_peers import CLIENTS, Ask
-from tools.bench.report import compare
+from triptych.actors.processes import module_command
+from triptych.tools.bench.bus_peers import CLIENTS, Ask
+from triptych.tools.bench.report import compare
 
 _IN_FLIGHT: Final = (1, 64)
 _SECONDS: Final = 0.5
@@ -96,7 +96,7 @@ def _servers(addresses: dict[str, str]) -> Iterator[None]:
 
 
 def _start(peer: str, address: str) -> subprocess.Popen[str]:
-    command = [*module_command("tools.bench.bus_peers"), peer, address]
+    command = [*module_command("triptych.tools.bench.bus_peers"), peer, address]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603  our own command
 
 

@@ -1,6 +1,6 @@
 """The same echo three times: on our bus, on bare ZMQ, on xoscar. Both ends of each.
 
-`python -m tools.bench.bus_peers PEER ADDRESS` serves one until it is terminated.
+`python -m triptych.tools.bench.bus_peers PEER ADDRESS` serves one until it is terminated.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final
 import uvloop
 import zmq
 
-from bus import Mailbox, Message, Outbox
+from triptych.bus import Mailbox, Message, Outbox
 
 NAME: Final = "echo"
 Ask = Callable[[], Awaitable[object]]

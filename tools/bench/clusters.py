@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from actors.processes import module_command
+from triptych.actors.processes import module_command
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def stdout_to_stderr() -> Iterator[None]:
 
 def make_model(folder: Path, *options: str) -> None:
     """Run `tools.make_model`, in a process of its own: its memory and its libraries are not the benchmark's."""
-    command = (*module_command("tools.make_model"), str(folder), *options)
+    command = (*module_command("triptych.tools.make_model"), str(folder), *options)
     subprocess.run(command, check=True)  # noqa: S603 - our own command
 
 

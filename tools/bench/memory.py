@@ -18,14 +18,14 @@ from itertools import count
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from actors import launch
-from actors.actor import READY
-from actors.cluster import Cluster
-from engines.arena import available_memory
-from tools.bench import memory_page, memory_report
-from tools.bench.clusters import make_model, stdout_to_stderr, write_topology
-from tools.bench.memory_report import CONVERTED, MAPPED, Held, Run
-from tools.processes import Resident, children_of, resident
+from triptych.actors import launch
+from triptych.actors.actor import READY
+from triptych.actors.cluster import Cluster
+from triptych.engines.arena import available_memory
+from triptych.tools.bench import memory_page, memory_report
+from triptych.tools.bench.clusters import make_model, stdout_to_stderr, write_topology
+from triptych.tools.bench.memory_report import CONVERTED, MAPPED, Held, Run
+from triptych.tools.processes import Resident, children_of, resident
 
 ROUNDS: Final = 1
 """Where no other number is asked for: every round starts eight clusters."""

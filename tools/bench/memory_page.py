@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
-from tools.bench.memory_report import ALL, CONVERTED, LARGEST, MAPPED, MONOLITHIC, ONE_MORE, PANELS, case
+from triptych.tools.bench.memory_report import ALL, CONVERTED, LARGEST, MAPPED, MONOLITHIC, ONE_MORE, PANELS, case
 
 _WIDTH: Final = 120
 _COLUMNS: Final = {

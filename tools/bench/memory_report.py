@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from tools.bench.report import compare
-from tools.processes import Resident
+from triptych.tools.bench.report import compare
+from triptych.tools.processes import Resident
 
 MAPPED: Final = "mapped"
 CONVERTED: Final = "converted"

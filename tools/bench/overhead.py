@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from actors import launch
-from actors.cluster import Cluster
-from tools.bench.clusters import make_model, stdout_to_stderr, write_topology
-from tools.bench.report import compare
+from triptych.actors import launch
+from triptych.actors.cluster import Cluster
+from triptych.tools.bench.clusters import make_model, stdout_to_stderr, write_topology
+from triptych.tools.bench.report import compare
 
 PICTURES = 50
 """For each side, case and round."""

@@ -19,8 +19,8 @@ from functools import partial
 from statistics import median
 from typing import Any, TextIO, cast
 
-from actors.processes import module_command
-from tools.bench.report import compare
+from triptych.actors.processes import module_command
+from triptych.tools.bench.report import compare
 
 SIZES = {"4 KiB": 4 << 10, "1 MiB": 1 << 20, "64 MiB": 64 << 20}
 ARENA = 128 << 20
@@ -74,8 +74,8 @@ class _ShmHop:
     def __init__(self, nbytes: int, runner: asyncio.Runner) -> None:
         import torch
 
-        from engines.arena import Arena
-        from engines.streams import DeviceStream
+        from triptych.engines.arena import Arena
+        from triptych.engines.streams import DeviceStream
 
         self.nbytes = nbytes
         self.runner = runner
@@ -90,7 +90,7 @@ class _ShmHop:
         return self.runner.run(self._hop())
 
     async def _hop(self) -> float:
-        from engines.codec import pack
+        from triptych.engines.codec import pack
 
         start = time.perf_counter()
         packed = pack({"latents": self.source})
@@ -122,7 +122,7 @@ class _ShmHop:
 
 
 def _mooncake(rounds: int) -> Iterator[dict[str, object]]:
-    from engines.transfer.mooncake_setup import environment
+    from triptych.engines.transfer.mooncake_setup import environment
 
     settings = environment("tcp", {})
     plain = {"MC_FORCE_TCP": "1", "MC_LOG_LEVEL": "ERROR"}
@@ -167,7 +167,7 @@ class _Process:
 @contextmanager
 def _process(kind: str, settings: dict[str, str], *arguments: str) -> Iterator[_Process]:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("MC_")}
-    command = [*module_command("tools.bench.transfer"), kind, *arguments]
+    command = [*module_command("triptych.tools.bench.transfer"), kind, *arguments]
     with subprocess.Popen(  # noqa: S603 - our own command
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ | settings
     ) as process:
@@ -178,8 +178,8 @@ def _process(kind: str, settings: dict[str, str], *arguments: str) -> Iterator[_
 
 
 def _ours(arguments: argparse.Namespace) -> None:
-    from engines.arena import Arena
-    from engines.transfer import Transfers, open_backend
+    from triptych.engines.arena import Arena
+    from triptych.engines.transfer import Transfers, open_backend
 
     arena = Arena.create(ARENA)
     backend = open_backend("mooncake", arena=arena)
@@ -201,7 +201,7 @@ def _ours(arguments: argparse.Namespace) -> None:
 def _raw(arguments: argparse.Namespace) -> None:
     from mooncake.engine import TransferEngine
 
-    from engines.arena import Arena
+    from triptych.engines.arena import Arena
 
     arena = Arena.create(ARENA)
     engine: Any = TransferEngine()

@@ -1,4 +1,4 @@
-"""`python -m tools.chaos`: strike a cluster under load, and say whether it kept its promises."""
+"""`python -m triptych.tools.chaos`: strike a cluster under load, and say whether it kept its promises."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from actors import launch
-from actors.client import ApiError
-from actors.cluster import Cluster
-from actors.errors import TopologyError
-from actors.topology import load_topology
-from engines.card import CARD_NAME
-from roles.pool_client import FAULTS as DAMAGE
-from tools.chaos import checks
-from tools.chaos.clock import Clock
-from tools.chaos.faults import FAULTS, PAUSE_PAST_TIMEOUT_S, small_disk
-from tools.chaos.load import Clients, Outcome
-from tools.chaos.observe import Watch, at_rest, changed_topology, escalation, journal_keys
-from tools.chaos.plan import CHANGED, POOL_SIZE, PULL_TIMEOUT_S, RANGES, TRANSFERS, Picture, Plan, damage, draw
-from tools.chaos.report import Report, show, summary
-from tools.chaos.strikes import Striker
+from triptych.actors import launch
+from triptych.actors.client import ApiError
+from triptych.actors.cluster import Cluster
+from triptych.actors.errors import TopologyError
+from triptych.actors.topology import load_topology
+from triptych.engines.card import CARD_NAME
+from triptych.roles.pool_client import FAULTS as DAMAGE
+from triptych.tools.chaos import checks
+from triptych.tools.chaos.clock import Clock
+from triptych.tools.chaos.faults import FAULTS, PAUSE_PAST_TIMEOUT_S, small_disk
+from triptych.tools.chaos.load import Clients, Outcome
+from triptych.tools.chaos.observe import Watch, at_rest, changed_topology, escalation, journal_keys
+from triptych.tools.chaos.plan import CHANGED, POOL_SIZE, PULL_TIMEOUT_S, RANGES, TRANSFERS, Picture, Plan, damage, draw
+from triptych.tools.chaos.report import Report, show, summary
+from triptych.tools.chaos.strikes import Striker
 
 NAMES = (*FAULTS, *TRANSFERS)
 SETTLE_S = 90.0
@@ -42,8 +42,8 @@ console = Console()
 
 
 @app.command(
-    epilog="Examples: python -m tools.chaos examples/chaos.toml --seed 7 --duration 60 --rate 4 --faults all"
-    " --json report.json  ·  python -m tools.chaos examples/chaos.toml --faults kill,head"
+    epilog="Examples: python -m triptych.tools.chaos examples/chaos.toml --seed 7 --duration 60 --rate 4 --faults all"
+    " --json report.json  ·  python -m triptych.tools.chaos examples/chaos.toml --faults kill,head"
 )
 def main(
     topology: Annotated[Path, typer.Argument(help="What to start and strike.")] = Path("examples/chaos.toml"),

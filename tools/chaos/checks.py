@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
-from roles.messages.pool import LeaseView
-from roles.request import LEGAL, TERMINAL, State
-from tools.chaos.load import Outcome
-from tools.chaos.plan import Picture
-from tools.chaos.strikes import Blow
+from triptych.roles.messages.pool import LeaseView
+from triptych.roles.request import LEGAL, TERMINAL, State
+from triptych.tools.chaos.load import Outcome
+from triptych.tools.chaos.plan import Picture
+from triptych.tools.chaos.strikes import Blow
 
 
 def each_accepted_request_ended_once(outcomes: Iterable[Outcome]) -> list[str]:

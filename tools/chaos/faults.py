@@ -18,11 +18,11 @@ from typing import Final
 
 import zmq
 
-from actors import AddressBook, Topology
-from actors.cluster import Cluster
-from actors.system import ChildReport
-from tools.chaos.clock import Clock
-from tools.processes import children_of
+from triptych.actors import AddressBook, Topology
+from triptych.actors.cluster import Cluster
+from triptych.actors.system import ChildReport
+from triptych.tools.chaos.clock import Clock
+from triptych.tools.processes import children_of
 
 PAUSE_PAST_TIMEOUT_S: Final = 2.0
 """By how much a pause of the whole system outlasts the timeout of heartbeats."""

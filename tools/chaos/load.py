@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from tools.chaos.plan import Offer, Picture
+from triptych.tools.chaos.plan import Offer, Picture
 
 PAUSE_S = 0.1
 IN_FLIGHT = 64

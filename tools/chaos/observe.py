@@ -14,15 +14,15 @@ from typing import Any
 
 import httpx
 
-from actors import AddressBook, launch
-from actors.client import ApiError
-from actors.cluster import Cluster
-from bus import Outbox
-from roles.messages.pool import LeaseQuery, LeaseReport, LeaseView
-from roles.request import TERMINAL
-from tools.chaos.load import body_of
-from tools.chaos.plan import CHANGED, Picture
-from tools.processes import children_of, stat
+from triptych.actors import AddressBook, launch
+from triptych.actors.client import ApiError
+from triptych.actors.cluster import Cluster
+from triptych.bus import Outbox
+from triptych.roles.messages.pool import LeaseQuery, LeaseReport, LeaseView
+from triptych.roles.request import TERMINAL
+from triptych.tools.chaos.load import body_of
+from triptych.tools.chaos.plan import CHANGED, Picture
+from triptych.tools.processes import children_of, stat
 
 WATCH_S = 0.5
 REST_S = 20.0

@@ -12,10 +12,10 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from roles.request import State
-from tools.chaos.checks import first_unit
-from tools.chaos.load import Outcome
-from tools.chaos.strikes import Blow
+from triptych.roles.request import State
+from triptych.tools.chaos.checks import first_unit
+from triptych.tools.chaos.load import Outcome
+from triptych.tools.chaos.strikes import Blow
 
 MOST_SHOWN: Final = 10
 MOST_S: Final = 60.0

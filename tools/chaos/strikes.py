@@ -8,14 +8,14 @@ import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
-from actors import AddressBook
-from actors.cluster import Cluster
-from actors.system import ChildReport
-from bus import BusError, Outbox
-from roles.messages.requests import ClusterQuery, ClusterView
-from tools.chaos.clock import Clock
-from tools.chaos.faults import FAULTS, SYSTEM, Scene
-from tools.chaos.plan import Strike
+from triptych.actors import AddressBook
+from triptych.actors.cluster import Cluster
+from triptych.actors.system import ChildReport
+from triptych.bus import BusError, Outbox
+from triptych.roles.messages.requests import ClusterQuery, ClusterView
+from triptych.tools.chaos.clock import Clock
+from triptych.tools.chaos.faults import FAULTS, SYSTEM, Scene
+from triptych.tools.chaos.plan import Strike
 
 POLL_S = 0.02
 MOMENT_S = 5.0

@@ -1,1 +1,1 @@
-"""What is known of every family of Modular Diffusers: `python -m tools.families --help`."""
+"""What is known of every family of Modular Diffusers: `python -m triptych.tools.families --help`."""

@@ -1,4 +1,4 @@
-"""`python -m tools.families`: every pipeline of diffusers, how it is served, and whether serving it changes a bit."""
+"""`python -m triptych.tools.families`: every pipeline of diffusers, how it is served, whether that changes a bit."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tools.families import page, survey
-from tools.families.apart import Apart, apart, quiet
-from tools.families.compare import compare
-from tools.families.report import Result, markdown, table
-from tools.families.rows import Row, rows
+from triptych.tools.families import page, survey
+from triptych.tools.families.apart import Apart, apart, quiet
+from triptych.tools.families.compare import compare
+from triptych.tools.families.report import Result, markdown, table
+from triptych.tools.families.rows import Row, rows
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False, no_args_is_help=True)
 console = Console()
@@ -28,9 +28,9 @@ Page = Annotated[Path | None, typer.Option("--markdown", help="Put the table int
 
 
 @app.command(
-    epilog="Examples: python -m tools.families classes --only StableDiffusionPipeline,IFPipeline --run  ·  python -m"
-    " tools.families classes --run --results out/classes.jsonl --for-s 560  ·  python -m tools.families classes"
-    " --results out/classes.jsonl --markdown docs/families.md"
+    epilog="Examples: python -m triptych.tools.families classes --only StableDiffusionPipeline,IFPipeline --run"
+    "  ·  python -m triptych.tools.families classes --run --results out/classes.jsonl --for-s 560"
+    "  ·  python -m triptych.tools.families classes --results out/classes.jsonl --markdown docs/families.md"
 )
 def classes(
     run: Annotated[bool, typer.Option("--run", help="Run rows that the results do not have yet.")] = False,
@@ -66,8 +66,9 @@ def classes(
 
 
 @app.command(
-    epilog="Examples: python -m tools.families blocks --only flux,wan  ·  python -m tools.families blocks --run --json"
-    "  ·  python -m tools.families blocks --run --markdown docs/families.md"
+    epilog="Examples: python -m triptych.tools.families blocks --only flux,wan"
+    "  ·  python -m triptych.tools.families blocks --run --json"
+    "  ·  python -m triptych.tools.families blocks --run --markdown docs/families.md"
 )
 def blocks(
     run: Annotated[bool, typer.Option("--run", help="Make tiny models and run them, apart and whole.")] = False,

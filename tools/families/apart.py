@@ -1,9 +1,9 @@
 """The three panels in a process each: states come in and go out on pipes, as a manifest and a slot.
 
-`python -m tools.families.apart IN OUT IN OUT IN OUT` serves on the pipes of each panel. A frame is two lengths of 8
-bytes, then both bodies. Each request is a state {"model", "dtype", "route", "inputs", "seed"}, or one with "state" in
-the place of the last two; each answer {"state", "components", "pid"}, or {"error"}. The processes part when everything
-is imported and nothing is loaded yet.
+`python -m triptych.tools.families.apart IN OUT IN OUT IN OUT` serves on the pipes of each panel. A frame is two
+lengths of 8 bytes, then both bodies. Each request is a state {"model", "dtype", "route", "inputs", "seed"}, or one
+with "state" in the place of the last two; each answer {"state", "components", "pid"}, or {"error"}. The processes part
+when everything is imported and nothing is loaded yet.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import diffusers
 import torch
 import transformers
 
-from actors.processes import module_command
-from engines.codec import pack, unpack
-from engines.options import ModelOptions
-from engines.panels import Panel
-from engines.pipeline import PanelPipeline
+from triptych.actors.processes import module_command
+from triptych.engines.codec import pack, unpack
+from triptych.engines.options import ModelOptions
+from triptych.engines.panels import Panel
+from triptych.engines.pipeline import PanelPipeline
 
 CPU: Final = torch.device("cpu")
 _STOP_S: Final = 30

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image
 
-from tools.make_model import Family
+from triptych.tools.make_model import Family
 
 PROMPT: Final = "a large red circle on the left of a blue background"
 SIDE: Final = 64

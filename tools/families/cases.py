@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tools.families.case import PROMPT, SIDE, SMALL, SQUARE, VIDEO, VISION, Case, film, mask, picture
-from tools.families.moving import moving_cases
-from tools.make_model import Family
+from triptych.tools.families.case import PROMPT, SIDE, SMALL, SQUARE, VIDEO, VISION, Case, film, mask, picture
+from triptych.tools.families.moving import moving_cases
+from triptych.tools.make_model import Family
 
 __all__ = ["PROMPT", "Case", "cases"]
 

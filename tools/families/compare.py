@@ -12,14 +12,14 @@ import diffusers
 import numpy as np
 import torch
 
-from engines.card import CARD_NAME
-from engines.ip_adapters import FOLDER
-from engines.media import SAMPLING_RATE
-from engines.split import KWARGS_MAPPING
-from tools.families.apart import Apart
-from tools.families.cases import PROMPT, Case
-from tools.families.rows import blocks_of
-from tools.make_model import make_model
+from triptych.engines.card import CARD_NAME
+from triptych.engines.ip_adapters import FOLDER
+from triptych.engines.media import SAMPLING_RATE
+from triptych.engines.split import KWARGS_MAPPING
+from triptych.tools.families.apart import Apart
+from triptych.tools.families.cases import PROMPT, Case
+from triptych.tools.families.rows import blocks_of
+from triptych.tools.make_model import make_model
 
 SEED: Final = 11
 

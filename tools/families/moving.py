@@ -14,8 +14,8 @@ from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import CosmosActionConditi
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
 
-from tools.families.case import SIDE, SQUARE, VIDEO, VISION, Case, film, picture
-from tools.make_model import Family
+from triptych.tools.families.case import SIDE, SQUARE, VIDEO, VISION, Case, film, picture
+from triptych.tools.make_model import Family
 
 
 def moving_cases() -> list[Case]:

@@ -11,7 +11,7 @@ import diffusers
 import torch
 import transformers
 
-from tools.families.survey import Record, Trial
+from triptych.tools.families.survey import Record, Trial
 
 CLASSES: Final = "classes"
 BLOCKS: Final = "blocks"

@@ -11,8 +11,8 @@ import torch
 import transformers
 from rich.table import Table
 
-from tools.families.compare import Outcome
-from tools.families.rows import Row
+from triptych.tools.families.compare import Outcome
+from triptych.tools.families.rows import Row
 
 _COLUMNS = ("family", "task", "route", "encoder to denoiser", "denoiser to decoder", "identical", "reason")
 
@@ -94,7 +94,7 @@ def markdown(results: Sequence[Result]) -> str:
         "Every pipeline of Modular Diffusers and every task of it, split by the one rule of `engines/split.py`: what",
         "comes before the block named `denoise` is the encoder, the block is the denoiser, the rest is the decoder.",
         "",
-        f"Made by `python -m tools.families blocks --run --markdown docs/families.md` with diffusers"
+        f"Made by `python -m triptych.tools.families blocks --run --markdown docs/families.md` with diffusers"
         f" {diffusers.__version__}, transformers {transformers.__version__} and torch {torch.__version__}.",
         "",
         "For each row that has a tiny model, the tool makes it with random weights, runs one request through three",

@@ -9,9 +9,9 @@ from typing import Any, get_args, get_origin
 
 import diffusers
 
-from engines.panels import ModelError, Panel
-from engines.split import cut, prune
-from tools.families.cases import Case, cases
+from triptych.engines.panels import ModelError, Panel
+from triptych.engines.split import cut, prune
+from triptych.tools.families.cases import Case, cases
 
 
 @dataclass(frozen=True)

@@ -23,16 +23,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from engines.media import SAMPLING_RATE, medium_of, results_of
-from engines.options import ModelOptions
-from engines.panels import Panel
-from engines.pipeline import PanelPipeline
-from engines.routes import route_for
-from engines.seeds import GlobalRng, seeded
-from engines.settings import VAE_TILING
-from tools.families.apart import CPU, Apart, PanelError, forked
-from tools.families.classes import Sample, by_class, tiny
-from tools.families.compare import SEED, arrays, difference, identical
+from triptych.engines.media import SAMPLING_RATE, medium_of, results_of
+from triptych.engines.options import ModelOptions
+from triptych.engines.panels import Panel
+from triptych.engines.pipeline import PanelPipeline
+from triptych.engines.routes import route_for
+from triptych.engines.seeds import GlobalRng, seeded
+from triptych.engines.settings import VAE_TILING
+from triptych.tools.families.apart import CPU, Apart, PanelError, forked
+from triptych.tools.families.classes import Sample, by_class, tiny
+from triptych.tools.families.compare import SEED, arrays, difference, identical
 
 _ENDS: Final = ("ConsisIDPipeline",)
 """Classes whose import ends the process where a package is missing."""

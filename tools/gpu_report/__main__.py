@@ -1,4 +1,4 @@
-"""`python -m tools.gpu_report --device cuda --budget 540 -o out/gpu.json --page docs/gpu.md`."""
+"""`python -m triptych.tools.gpu_report --device cuda --budget 540 -o out/gpu.json --page docs/gpu.md`."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ import msgspec
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from tools.gpu_report.bench import Settings
-from tools.gpu_report.page import page, shown
-from tools.gpu_report.report import Measured, Report, RowResult, Status, read, replace, write
-from tools.gpu_report.rows import ROWS, Row, chosen
-from tools.gpu_report.runner import INTERRUPTION, Interrupted, Run
+from triptych.tools.gpu_report.bench import Settings
+from triptych.tools.gpu_report.page import page, shown
+from triptych.tools.gpu_report.report import Measured, Report, RowResult, Status, read, replace, write
+from triptych.tools.gpu_report.rows import ROWS, Row, chosen
+from triptych.tools.gpu_report.runner import INTERRUPTION, Interrupted, Run
 
 BUDGET_S: Final = 540.0
 INTERRUPTED: Final = 130
 _STYLES: Final = {Status.DONE: "green", Status.SKIPPED: "yellow", Status.FAILED: "red"}
 _EXAMPLES: Final = """\
 examples:
-  python -m tools.gpu_report                                  all rows on the GPU, in under nine minutes
-  python -m tools.gpu_report --shapes tiny --budget 240       the same with tiny models: does every row run here?
-  python -m tools.gpu_report --only flux,compile --compile    some rows, denoisers compiled
-  python -m tools.gpu_report --device cpu --page docs/gpu.md  what there is to see without a GPU
-  python -m tools.gpu_report --from gpu.json --page docs/gpu.md   the page of a run on another machine
+  python -m triptych.tools.gpu_report                                  all rows on the GPU, in under nine minutes
+  python -m triptych.tools.gpu_report --shapes tiny --budget 240       the same with tiny models: does every row run?
+  python -m triptych.tools.gpu_report --only flux,compile --compile    some rows, denoisers compiled
+  python -m triptych.tools.gpu_report --device cpu --page docs/gpu.md  what there is to see without a GPU
+  python -m triptych.tools.gpu_report --from gpu.json --page docs/gpu.md   the page of a run on another machine
 
 rows, in the order in which they run:
 """
@@ -156,7 +156,7 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
 def _parser() -> argparse.ArgumentParser:
     rows = "\n".join(f"  {row.name:10} {row.title} (about {row.cuda_s:.0f} s)" for row in ROWS)
     parser = argparse.ArgumentParser(
-        prog="python -m tools.gpu_report",
+        prog="python -m triptych.tools.gpu_report",
         description="Measure what Triptych gives on a GPU. Needs no network and no weights of a model.",
         epilog=_EXAMPLES + rows,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from tools.gpu_report.report import Measured
+from triptych.tools.gpu_report.report import Measured
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,4 @@
-"""The process of one row: `python -m tools.gpu_report.child ROW DESCRIPTOR SETTINGS`.
+"""The process of one row: `python -m triptych.tools.gpu_report.child ROW DESCRIPTOR SETTINGS`.
 
 It writes a JSON line for each result to a descriptor of its parent's, and a last one that says how the row ended. Both
 come at once, so that a crash leaves what was measured before it.
@@ -14,10 +14,10 @@ from typing import Final
 
 import msgspec
 
-from actors.prctl import die_with_parent
-from tools.gpu_report.bench import Bench, RowFailedError, RowSkippedError, Settings
-from tools.gpu_report.report import Measured, Status
-from tools.gpu_report.rows import Row, chosen
+from triptych.actors.prctl import die_with_parent
+from triptych.tools.gpu_report.bench import Bench, RowFailedError, RowSkippedError, Settings
+from triptych.tools.gpu_report.report import Measured, Status
+from triptych.tools.gpu_report.rows import Row, chosen
 
 OUR_PACKAGES: Final = frozenset({"bus", "actors", "engines", "roles", "api", "tools"})
 

@@ -14,12 +14,12 @@ from typing import Any, Final
 import torch
 from diffusers import FluxPipeline, ModularPipeline
 
-from engines.panels import Panel
-from engines.pipeline import PanelPipeline
-from roles.devices import use_exact_kernels
-from tools.bench.clusters import write_topology
-from tools.gpu_report.bench import Bench, RowFailedError
-from tools.gpu_report.models import (
+from triptych.engines.panels import Panel
+from triptych.engines.pipeline import PanelPipeline
+from triptych.roles.devices import use_exact_kernels
+from triptych.tools.bench.clusters import write_topology
+from triptych.tools.gpu_report.bench import Bench, RowFailedError
+from triptych.tools.gpu_report.models import (
     DTYPE,
     FluxShapes,
     flux_shapes,
@@ -30,8 +30,8 @@ from tools.gpu_report.models import (
     randomised,
     save,
 )
-from tools.gpu_report.served import PANELS, PROMPT, SEED, digest, pixels, report_kill, report_memory, serving
-from tools.make_model import write_model
+from triptych.tools.gpu_report.served import PANELS, PROMPT, SEED, digest, pixels, report_kill, report_memory, serving
+from triptych.tools.make_model import write_model
 
 GUIDANCE: Final = 3.5
 WARM_UP: Final = 2

@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
-from engines.arena import available_memory
-from tools.gpu_report.bench import Bench
+from triptych.engines.arena import available_memory
+from triptych.tools.gpu_report.bench import Bench
 
 LIBRARIES: Final = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 WANTED: Final = {

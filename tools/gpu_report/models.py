@@ -22,10 +22,10 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, FluxTransformer2DModel, QwenImageTransformer2DModel, WanTransformer3DModel
 from transformers import PreTrainedModel
 
-from engines.arena import available_memory
-from tools.gpu_report.bench import Bench, RowSkippedError
-from tools.make_model import flux, vaes
-from tools.make_model.recipe import Recipe
+from triptych.engines.arena import available_memory
+from triptych.tools.gpu_report.bench import Bench, RowSkippedError
+from triptych.tools.make_model import flux, vaes
+from triptych.tools.make_model.recipe import Recipe
 
 DTYPE: Final = torch.bfloat16
 WRITERS: Final = 8

@@ -11,10 +11,10 @@ from typing import Final, NamedTuple
 
 import torch
 
-from engines.arena import Arena
-from engines.codec import pack
-from engines.streams import DeviceStream, Loaded
-from tools.gpu_report.bench import Bench, RowFailedError
+from triptych.engines.arena import Arena
+from triptych.engines.codec import pack
+from triptych.engines.streams import DeviceStream, Loaded
+from triptych.tools.gpu_report.bench import Bench, RowFailedError
 
 SIZES: Final = {"4 MiB": 4 << 20, "64 MiB": 64 << 20, "512 MiB": 512 << 20}
 TINY_SIZES: Final = {"4 MiB": 4 << 20, "16 MiB": 16 << 20}

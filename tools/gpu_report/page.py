@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Iterator
 from typing import Final
 
-from tools.gpu_report.figures import FIGURES
-from tools.gpu_report.report import Measured, Report, RowResult, Status
+from triptych.tools.gpu_report.figures import FIGURES
+from triptych.tools.gpu_report.report import Measured, Report, RowResult, Status
 
 _WIDTH: Final = 120
 _COMMAND: Final = "make gpu-report"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from tools.gpu_report.bench import Bench
+    from triptych.tools.gpu_report.bench import Bench
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from typing import Final
 
 import msgspec
 
-from tools.gpu_report.bench import Settings
-from tools.gpu_report.child import Ended, Line
-from tools.gpu_report.report import Measured, RowResult, Status
-from tools.gpu_report.rows import Row
+from triptych.tools.gpu_report.bench import Settings
+from triptych.tools.gpu_report.child import Ended, Line
+from triptych.tools.gpu_report.report import Measured, RowResult, Status
+from triptych.tools.gpu_report.rows import Row
 
-ROOT: Final = Path(__file__).parents[2]
+ROOT: Final = Path(__file__).parents[3]
 RESERVE_S: Final = 8.0
 """Of the budget, for ending the last row and writing the page."""
 TERMINATE_S: Final = 5.0
@@ -73,7 +73,7 @@ class Run:
             late = Ended(Status.SKIPPED, f"The time was up after {limit:.0f} s of it.")
         settings = msgspec.structs.replace(self.settings, seconds=limit)
         text = msgspec.json.encode(settings).decode()
-        command = [sys.executable, "-m", "tools.gpu_report.child", row.name]
+        command = [sys.executable, "-m", "triptych.tools.gpu_report.child", row.name]
         return run_process(
             RowResult(row.name, title, Status.FAILED),
             lambda descriptor: [*command, str(descriptor), text],

@@ -18,18 +18,18 @@ from typing import Any, Final, NamedTuple
 import httpx
 import torch
 
-from actors import launch
-from actors.actor import READY
-from actors.client import Picture
-from actors.cluster import Cluster
-from actors.logs import LEVEL_VARIABLE
-from actors.system import ChildReport
-from roles.devices import use_exact_kernels
-from tools.bench.clusters import write_topology
-from tools.gpu_report.bench import Bench, RowFailedError
-from tools.gpu_report.machine import nvidia_smi
-from tools.gpu_report.runner import ROOT
-from tools.processes import resident
+from triptych.actors import launch
+from triptych.actors.actor import READY
+from triptych.actors.client import Picture
+from triptych.actors.cluster import Cluster
+from triptych.actors.logs import LEVEL_VARIABLE
+from triptych.actors.system import ChildReport
+from triptych.roles.devices import use_exact_kernels
+from triptych.tools.bench.clusters import write_topology
+from triptych.tools.gpu_report.bench import Bench, RowFailedError
+from triptych.tools.gpu_report.machine import nvidia_smi
+from triptych.tools.gpu_report.runner import ROOT
+from triptych.tools.processes import resident
 
 PANELS: Final = ("encoder", "denoiser", "decoder")
 MODEL: Final = ROOT / "examples" / "shapes"

@@ -6,9 +6,9 @@ from typing import Final
 
 import torch
 
-from tools.gpu_report import models
-from tools.gpu_report.bench import Bench
-from tools.gpu_report.child import in_a_line
+from triptych.tools.gpu_report import models
+from triptych.tools.gpu_report.bench import Bench
+from triptych.tools.gpu_report.child import in_a_line
 
 BATCHES: Final = (1, 2, 4, 8, 16)
 BACKENDS: Final = ("native", "_native_cudnn", "_native_flash", "_native_efficient", "flash", "_flash_3", "sage")

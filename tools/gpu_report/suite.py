@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
-from tools.gpu_report.bench import Bench, RowFailedError
-from tools.gpu_report.runner import ROOT
+from triptych.tools.gpu_report.bench import Bench, RowFailedError
+from triptych.tools.gpu_report.runner import ROOT
 
 FOLDERS: Final = ("tests/gpu", "tests/engines")
 MARGIN_S: Final = 10.0

@@ -1,4 +1,4 @@
-"""Make a model with random weights, for tests and demonstrations: `python -m tools.make_model OUT --family flux`.
+"""Make a tiny model with random weights: `python -m triptych.tools.make_model OUT --family flux`.
 
 Everything is made here from a few numbers, nothing is downloaded. The folder has the layout of diffusers, with
 tokenizers that know every byte, and a card. The same seed makes the same files. Its pictures are coloured noise, but
@@ -21,10 +21,10 @@ from rich.progress import track
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
-from engines.card import CARD_NAME
-from tools.make_model import cosmos, flux, looking, minimax, pictures, qwen, stable, vaes, video, wan
-from tools.make_model.recipe import Recipe, Size
-from tools.make_model.text import TEXT_LENGTH
+from triptych.engines.card import CARD_NAME
+from triptych.tools.make_model import cosmos, flux, looking, minimax, pictures, qwen, stable, vaes, video, wan
+from triptych.tools.make_model.recipe import Recipe, Size
+from triptych.tools.make_model.text import TEXT_LENGTH
 
 __all__ = ["TEXT_LENGTH", "Family", "Size", "SizeError", "make_model", "write_model"]
 

@@ -1,4 +1,4 @@
-"""`python -m tools.make_model OUT --family flux`."""
+"""`python -m triptych.tools.make_model OUT --family flux`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tools.make_model import Family, Size, SizeError, make_model
+from triptych.tools.make_model import Family, Size, SizeError, make_model
 
 
 def main(

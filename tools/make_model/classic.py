@@ -35,9 +35,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tools.make_model import text, vaes
-from tools.make_model.recipe import Component, Recipe, picture, sizes
-from tools.make_model.text import TEXT_LENGTH, VOCABULARY_SIZE, WIDTH
+from triptych.tools.make_model import text, vaes
+from triptych.tools.make_model.recipe import Component, Recipe, picture, sizes
+from triptych.tools.make_model.text import TEXT_LENGTH, VOCABULARY_SIZE, WIDTH
 
 
 def pixart() -> Recipe:

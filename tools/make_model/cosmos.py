@@ -9,9 +9,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from tools.make_model import text, vaes
-from tools.make_model.recipe import Component, Recipe
-from tools.make_model.text import VISION_VOCABULARY_SIZE, WIDTH
+from triptych.tools.make_model import text, vaes
+from triptych.tools.make_model.recipe import Component, Recipe
+from triptych.tools.make_model.text import VISION_VOCABULARY_SIZE, WIDTH
 
 _SOUND = 4
 _RANGES = {"height": [16, 512, 16], "width": [16, 512, 16], "num_frames": [1, 33]}

@@ -19,9 +19,9 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from tools.make_model import text, vaes
-from tools.make_model.recipe import Component, Recipe, Size, picture, sizes
-from tools.make_model.text import TEXT_LENGTH, WIDTH
+from triptych.tools.make_model import text, vaes
+from triptych.tools.make_model.recipe import Component, Recipe, Size, picture, sizes
+from triptych.tools.make_model.text import TEXT_LENGTH, WIDTH
 
 
 def flux(vae: Component, *, guidance_embeds: bool, pipeline: str = "FluxPipeline") -> Recipe:

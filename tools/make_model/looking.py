@@ -10,9 +10,9 @@ from diffusers import (
 )
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLModel
 
-from tools.make_model import text, vaes
-from tools.make_model.recipe import Component, Recipe, picture, sizes
-from tools.make_model.text import WIDTH
+from triptych.tools.make_model import text, vaes
+from triptych.tools.make_model.recipe import Component, Recipe, picture, sizes
+from triptych.tools.make_model.text import WIDTH
 
 
 def ideogram4() -> Recipe:

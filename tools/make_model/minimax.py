@@ -15,9 +15,9 @@ from diffusers import (
 )
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
 
-from tools.make_model import text
-from tools.make_model.recipe import Component, Recipe
-from tools.make_model.text import WIDTH
+from triptych.tools.make_model import text
+from triptych.tools.make_model.recipe import Component, Recipe
+from triptych.tools.make_model.text import WIDTH
 
 _CODEBOOKS = 3
 _LATENTS = 8

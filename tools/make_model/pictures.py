@@ -12,9 +12,9 @@ from diffusers import (
 )
 from transformers import Mistral3Config, Mistral3Model, Qwen3Model, Qwen3VLModel
 
-from tools.make_model import text, vaes
-from tools.make_model.recipe import Component, Recipe, picture, sizes
-from tools.make_model.text import TEXT_LENGTH, VOCABULARY_SIZE, WIDTH
+from triptych.tools.make_model import text, vaes
+from triptych.tools.make_model.recipe import Component, Recipe, picture, sizes
+from triptych.tools.make_model.text import TEXT_LENGTH, VOCABULARY_SIZE, WIDTH
 
 
 def z_image() -> Recipe:

@@ -6,9 +6,9 @@ from typing import Any
 
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageControlNetModel, QwenImageTransformer2DModel
 
-from tools.make_model import text, vaes
-from tools.make_model.recipe import Component, Recipe, picture, sizes
-from tools.make_model.text import WIDTH
+from triptych.tools.make_model import text, vaes
+from triptych.tools.make_model.recipe import Component, Recipe, picture, sizes
+from triptych.tools.make_model.text import WIDTH
 
 
 def qwenimage() -> Recipe:

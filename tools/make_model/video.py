@@ -28,9 +28,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from tools.make_model import text
-from tools.make_model.recipe import Component, Recipe, picture, sizes
-from tools.make_model.text import TEXT_LENGTH, WIDTH
+from triptych.tools.make_model import text
+from triptych.tools.make_model.recipe import Component, Recipe, picture, sizes
+from triptych.tools.make_model.text import TEXT_LENGTH, WIDTH
 
 
 def ltx() -> Recipe:

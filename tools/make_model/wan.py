@@ -15,9 +15,9 @@ from diffusers import (
     WanVACETransformer3DModel,
 )
 
-from tools.make_model import text, vaes
-from tools.make_model.recipe import Component, Recipe, picture, sizes
-from tools.make_model.text import TEXT_LENGTH, WIDTH
+from triptych.tools.make_model import text, vaes
+from triptych.tools.make_model.recipe import Component, Recipe, picture, sizes
+from triptych.tools.make_model.text import TEXT_LENGTH, WIDTH
 
 _RANGES = {**sizes(8), "num_frames": [1, 33]}
 

@@ -12,10 +12,10 @@ from diffusers import AutoencoderTiny
 from torch import nn
 from torch.nn import functional
 
-from tools.shapes.course import Course
-from tools.shapes.model import make_autoencoder
-from tools.shapes.optimizer import Muon
-from tools.shapes.scenes import EDGE, JITTER, PALETTE, RADIUS, outline, scene_coverage, training_scenes
+from triptych.tools.shapes.course import Course
+from triptych.tools.shapes.model import make_autoencoder
+from triptych.tools.shapes.optimizer import Muon
+from triptych.tools.shapes.scenes import EDGE, JITTER, PALETTE, RADIUS, outline, scene_coverage, training_scenes
 
 BATCH = 32
 PEAK_RATE = 3e-3

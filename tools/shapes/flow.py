@@ -13,9 +13,9 @@ import torch
 from diffusers import AutoencoderTiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tools.shapes.autoencoder import normalized_latents
-from tools.shapes.course import Course
-from tools.shapes.model import (
+from triptych.tools.shapes.autoencoder import normalized_latents
+from triptych.tools.shapes.course import Course
+from triptych.tools.shapes.model import (
     LATENT_CHANNELS,
     LATENT_EDGE,
     SEQUENCE_LENGTH,
@@ -25,9 +25,9 @@ from tools.shapes.model import (
     pack_latents,
     unpack_latents,
 )
-from tools.shapes.optimizer import Muon
-from tools.shapes.scenes import JITTER, Picture, Scene, caption, draw, varied_caption
-from tools.shapes.scoring import Score, score
+from triptych.tools.shapes.optimizer import Muon
+from triptych.tools.shapes.scenes import JITTER, Picture, Scene, caption, draw, varied_caption
+from triptych.tools.shapes.scoring import Score, score
 
 BATCH = 64
 PEAK_RATE = 5e-3

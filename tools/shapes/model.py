@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from tools.shapes.scenes import EDGE, vocabulary
+from triptych.tools.shapes.scenes import EDGE, vocabulary
 
 SEQUENCE_LENGTH = 16
 LATENT_CHANNELS = 16

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.shapes.scenes import EDGE, PALETTE, PLACES, RADIUS, SHAPES, Picture, Scene, outline
+from triptych.tools.shapes.scenes import EDGE, PALETTE, PLACES, RADIUS, SHAPES, Picture, Scene, outline
 
 BAND = 8
 """Rows at the top and at the bottom that no shape reaches: they show the background."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from tools.shapes.scenes import EDGE, Picture
+from triptych.tools.shapes.scenes import EDGE, Picture
 
 MARGIN = 4
 PAPER = (200, 200, 200)

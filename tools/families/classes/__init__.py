@@ -13,7 +13,7 @@ tokenizers), else None where the hint allows it. A class that cannot be made her
 a package that may not be installed by `needs`.
 
 `inputs` are arguments of `__call__` without `generator` and `output_type`. Keep them small: 64 pixels or less, two or
-three steps, five frames. `python -m tools.families classes --run --only NAME,NAME` shows how a class fares.
+three steps, five frames. `python -m triptych.tools.families classes --run --only NAME,NAME` shows how a class fares.
 """
 
 from __future__ import annotations

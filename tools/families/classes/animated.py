@@ -14,11 +14,11 @@ from diffusers import (
     UNetSpatioTemporalConditionModel,
 )
 
-from tools.families.case import PROMPT, film, picture
-from tools.families.classes import Sample
-from tools.families.classes.stable import checked, sd, xl
-from tools.make_model import text
-from tools.make_model.text import WIDTH
+from triptych.tools.families.case import PROMPT, film, picture
+from triptych.tools.families.classes import Sample
+from triptych.tools.families.classes.stable import checked, sd, xl
+from triptych.tools.make_model import text
+from triptych.tools.make_model.text import WIDTH
 
 _SIZE: Final[dict[str, Any]] = {"height": 32, "width": 32, "num_inference_steps": 2}
 _SAID: Final[dict[str, Any]] = {"prompt": PROMPT, "negative_prompt": "grey", "num_inference_steps": 2}

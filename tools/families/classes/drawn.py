@@ -20,11 +20,11 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from tools.families.case import PROMPT, SIDE, SMALL, SQUARE, mask, picture
-from tools.families.classes import Sample
-from tools.make_model import classic, pictures, text, vaes
-from tools.make_model.recipe import Component
-from tools.make_model.text import TEXT_LENGTH, WIDTH
+from triptych.tools.families.case import PROMPT, SIDE, SMALL, SQUARE, mask, picture
+from triptych.tools.families.classes import Sample
+from triptych.tools.make_model import classic, pictures, text, vaes
+from triptych.tools.make_model.recipe import Component
+from triptych.tools.make_model.text import TEXT_LENGTH, WIDTH
 
 _TEXT: dict[str, Any] = {"prompt": PROMPT, "negative_prompt": "grey", "max_sequence_length": 128, **SMALL}
 _IMAGE: dict[str, Any] = {**_TEXT, **SQUARE, "image": picture(), "strength": 0.7}

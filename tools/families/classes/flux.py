@@ -8,11 +8,11 @@ from diffusers import FluxControlNetModel, FluxTransformer2DModel
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
-from tools.families.case import PROMPT, SIDE, SMALL, SQUARE, mask, picture
-from tools.families.classes import Sample
-from tools.make_model import flux, vaes
-from tools.make_model.recipe import Component
-from tools.make_model.text import WIDTH
+from triptych.tools.families.case import PROMPT, SIDE, SMALL, SQUARE, mask, picture
+from triptych.tools.families.classes import Sample
+from triptych.tools.make_model import flux, vaes
+from triptych.tools.make_model.recipe import Component
+from triptych.tools.make_model.text import WIDTH
 
 _TEXT: dict[str, Any] = {"prompt": PROMPT, "max_sequence_length": 32}
 _IMAGE: dict[str, Any] = {**_TEXT, **SQUARE, "image": picture(), "strength": 0.7}

@@ -33,11 +33,11 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from tools.families.case import PROMPT, SIDE, picture
-from tools.families.classes import Sample
-from tools.make_model import text, vaes, video
-from tools.make_model.recipe import Component
-from tools.make_model.text import VISION_VOCABULARY_SIZE, VOCABULARY_SIZE, WIDTH
+from triptych.tools.families.case import PROMPT, SIDE, picture
+from triptych.tools.families.classes import Sample
+from triptych.tools.make_model import text, vaes, video
+from triptych.tools.make_model.recipe import Component
+from triptych.tools.make_model.text import VISION_VOCABULARY_SIZE, VOCABULARY_SIZE, WIDTH
 
 _DIT: dict[str, Any] = {
     "prompt": PROMPT,

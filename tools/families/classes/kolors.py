@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from tools.families.case import picture
-from tools.families.classes import Sample
-from tools.families.classes.stable import FROM_IMAGE, TEXT, xl
-from tools.make_model.text import WIDTH
+from triptych.tools.families.case import picture
+from triptych.tools.families.classes import Sample
+from triptych.tools.families.classes.stable import FROM_IMAGE, TEXT, xl
+from triptych.tools.make_model.text import WIDTH
 
 _SENTENCES = (
     "a large red circle on the left of a blue background",

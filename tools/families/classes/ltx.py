@@ -16,10 +16,10 @@ from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from diffusers.pipelines.ltx2.pipeline_ltx2_hdr_lora import LTX2HDRReferenceCondition
 from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
 
-from tools.families.case import PROMPT, SIDE, film, picture
-from tools.families.classes import Sample
-from tools.make_model import text, video
-from tools.make_model.recipe import Component
+from triptych.tools.families.case import PROMPT, SIDE, film, picture
+from triptych.tools.families.classes import Sample
+from triptych.tools.make_model import text, video
+from triptych.tools.make_model.recipe import Component
 
 _TEXT: dict[str, Any] = {"prompt": PROMPT, "max_sequence_length": 64, "num_inference_steps": 2}
 _VIDEO: dict[str, Any] = {**_TEXT, "height": SIDE, "width": SIDE, "num_frames": 9, "negative_prompt": "grey"}

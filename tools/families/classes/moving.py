@@ -29,11 +29,11 @@ from transformers import (
 )
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2Encoder
 
-from tools.families.case import PROMPT, SIDE, picture
-from tools.families.classes import Sample
-from tools.make_model import classic, cosmos, text, vaes
-from tools.make_model.recipe import Component
-from tools.make_model.text import TEXT_LENGTH, VOCABULARY_SIZE, WIDTH
+from triptych.tools.families.case import PROMPT, SIDE, picture
+from triptych.tools.families.classes import Sample
+from triptych.tools.make_model import classic, cosmos, text, vaes
+from triptych.tools.make_model.recipe import Component
+from triptych.tools.make_model.text import TEXT_LENGTH, VOCABULARY_SIZE, WIDTH
 
 _TEXT: dict[str, Any] = {"prompt": PROMPT, "negative_prompt": "grey", "num_inference_steps": 2}
 _VIDEO: dict[str, Any] = {**_TEXT, "height": 32, "width": 32, "num_frames": 5}

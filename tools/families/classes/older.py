@@ -20,12 +20,12 @@ from diffusers import (
 )
 from diffusers.pipelines.deepfloyd_if import IFWatermarker
 
-from tools.families.case import PROMPT, mask, picture
-from tools.families.classes import Sample
-from tools.families.classes.stable import FROM_IMAGE, checked, sd
-from tools.families.classes.variants import prior
-from tools.make_model import text, vaes
-from tools.make_model.text import WIDTH
+from triptych.tools.families.case import PROMPT, mask, picture
+from triptych.tools.families.classes import Sample
+from triptych.tools.families.classes.stable import FROM_IMAGE, checked, sd
+from triptych.tools.families.classes.variants import prior
+from triptych.tools.make_model import text, vaes
+from triptych.tools.make_model.text import WIDTH
 
 _THREE: Final = {"num_inference_steps": 3}
 _SQUARE: Final = {"height": 64, "width": 64}

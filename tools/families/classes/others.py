@@ -23,10 +23,10 @@ from diffusers.pipelines.deprecated.unidiffuser.modeling_uvit import UniDiffuser
 from diffusers.pipelines.shap_e.renderer import ShapERenderer
 from transformers import Gemma2Config, Gemma2Model
 
-from tools.families.case import PROMPT, SIDE, film, picture
-from tools.families.classes import Sample
-from tools.make_model import text, vaes, video
-from tools.make_model.text import VOCABULARY_SIZE, WIDTH
+from triptych.tools.families.case import PROMPT, SIDE, film, picture
+from triptych.tools.families.classes import Sample
+from triptych.tools.make_model import text, vaes, video
+from triptych.tools.make_model.text import VOCABULARY_SIZE, WIDTH
 
 
 def samples() -> list[Sample]:

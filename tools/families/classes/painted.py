@@ -32,11 +32,11 @@ from transformers import (
 )
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
-from tools.families.case import PROMPT, SIDE, VISION, picture
-from tools.families.classes import Sample
-from tools.make_model import classic, looking, pictures, text, vaes
-from tools.make_model.recipe import Component
-from tools.make_model.text import VISION_VOCABULARY_SIZE, VOCABULARY_SIZE, WIDTH
+from triptych.tools.families.case import PROMPT, SIDE, VISION, picture
+from triptych.tools.families.classes import Sample
+from triptych.tools.make_model import classic, looking, pictures, text, vaes
+from triptych.tools.make_model.recipe import Component
+from triptych.tools.make_model.text import VISION_VOCABULARY_SIZE, VOCABULARY_SIZE, WIDTH
 
 _SMALL: dict[str, Any] = {"prompt": PROMPT, "height": SIDE, "width": SIDE, "num_inference_steps": 2}
 _GUIDED: dict[str, Any] = {**_SMALL, "negative_prompt": "grey"}

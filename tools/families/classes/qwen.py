@@ -6,11 +6,11 @@ from typing import Any
 
 from diffusers import AutoencoderKLQwenImage, QwenImageControlNetModel, QwenImageTransformer2DModel
 
-from tools.families.case import PROMPT, SMALL, SQUARE, VISION, mask, picture
-from tools.families.classes import Sample
-from tools.make_model import looking, qwen
-from tools.make_model.recipe import Component
-from tools.make_model.text import WIDTH
+from triptych.tools.families.case import PROMPT, SMALL, SQUARE, VISION, mask, picture
+from triptych.tools.families.classes import Sample
+from triptych.tools.make_model import looking, qwen
+from triptych.tools.make_model.recipe import Component
+from triptych.tools.make_model.text import WIDTH
 
 _TEXT: dict[str, Any] = {"prompt": PROMPT, "negative_prompt": "grey", "max_sequence_length": 32, **SMALL}
 _IMAGE: dict[str, Any] = {**_TEXT, **SQUARE, "image": picture(), "strength": 0.7}

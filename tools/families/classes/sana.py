@@ -17,11 +17,11 @@ from diffusers import (
 )
 from transformers import Gemma2Config, Gemma2Model, GemmaConfig, GemmaModel
 
-from tools.families.case import PROMPT, SIDE, picture
-from tools.families.classes import Sample
-from tools.make_model import classic, text, vaes
-from tools.make_model.recipe import Component
-from tools.make_model.text import TEXT_LENGTH, WIDTH
+from triptych.tools.families.case import PROMPT, SIDE, picture
+from triptych.tools.families.classes import Sample
+from triptych.tools.make_model import classic, text, vaes
+from triptych.tools.make_model.recipe import Component
+from triptych.tools.make_model.text import TEXT_LENGTH, WIDTH
 
 _TEXT: dict[str, Any] = {
     "prompt": PROMPT,

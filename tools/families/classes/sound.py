@@ -42,12 +42,12 @@ from transformers import (
     T5Tokenizer,
 )
 
-from tools.families.case import PROMPT
-from tools.families.classes import Sample
-from tools.families.classes.painted import t5_gemma
-from tools.make_model import text, vaes
-from tools.make_model.recipe import Component
-from tools.make_model.text import VOCABULARY_SIZE, WIDTH
+from triptych.tools.families.case import PROMPT
+from triptych.tools.families.classes import Sample
+from triptych.tools.families.classes.painted import t5_gemma
+from triptych.tools.make_model import text, vaes
+from triptych.tools.make_model.recipe import Component
+from triptych.tools.make_model.text import VOCABULARY_SIZE, WIDTH
 
 _MELS = 8
 _SAID: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 2}

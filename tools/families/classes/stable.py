@@ -7,10 +7,10 @@ from typing import Any, Final
 from diffusers import ControlNetModel, UNet2DConditionModel
 from transformers import CLIPConfig
 
-from tools.families.case import PROMPT, mask, picture
-from tools.families.classes import Sample
-from tools.make_model import stable, text
-from tools.make_model.text import WIDTH
+from triptych.tools.families.case import PROMPT, mask, picture
+from triptych.tools.families.classes import Sample
+from triptych.tools.make_model import stable, text
+from triptych.tools.make_model.text import WIDTH
 
 TEXT: Final[dict[str, Any]] = {
     "prompt": PROMPT,

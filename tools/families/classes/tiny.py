@@ -13,8 +13,8 @@ import diffusers
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from tools.families.classes import Sample
-from tools.make_model import text, vaes
+from triptych.tools.families.classes import Sample
+from triptych.tools.make_model import text, vaes
 
 BY_CLASS: Final[dict[str, Callable[[], Any]]] = {
     "AutoencoderKL": lambda: vaes.kl(quant=True, shift=None),

@@ -19,11 +19,11 @@ from diffusers import (
 )
 from transformers import CLIPProcessor, DPTConfig, DPTForDepthEstimation, DPTImageProcessorPil
 
-from tools.families.case import PROMPT, mask, picture
-from tools.families.classes import Sample
-from tools.families.classes.stable import EDIT, FROM_IMAGE, TEXT, checked, sd, unet, xl
-from tools.make_model import stable, text, vaes
-from tools.make_model.text import WIDTH
+from triptych.tools.families.case import PROMPT, mask, picture
+from triptych.tools.families.classes import Sample
+from triptych.tools.families.classes.stable import EDIT, FROM_IMAGE, TEXT, checked, sd, unet, xl
+from triptych.tools.make_model import stable, text, vaes
+from triptych.tools.make_model.text import WIDTH
 
 _SWAPPED: Final = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),

@@ -17,11 +17,11 @@ from diffusers import (
     WanVACETransformer3DModel,
 )
 
-from tools.families.case import PROMPT, VIDEO, film, mask, picture
-from tools.families.classes import Sample
-from tools.make_model import text, vaes, wan
-from tools.make_model.recipe import Component
-from tools.make_model.text import WIDTH
+from triptych.tools.families.case import PROMPT, VIDEO, film, mask, picture
+from triptych.tools.families.classes import Sample
+from triptych.tools.make_model import text, vaes, wan
+from triptych.tools.make_model.recipe import Component
+from triptych.tools.make_model.text import WIDTH
 
 _TEXT: dict[str, Any] = {"prompt": PROMPT, "negative_prompt": "grey", "max_sequence_length": 32}
 _SMALL: dict[str, Any] = {**_TEXT, "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2}
