@@ -36,7 +36,7 @@ test: $(INSTALLED) ## All tests that need no GPU
 	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not families and not long and not alone"
 	$(BIN)/python -m pytest -m "alone and not gpu and not families and not long"
 
-test-long: $(INSTALLED) ## Storms, pauses and the report for GPUs with tiny shapes: minutes
+test-long: $(INSTALLED) ## chaos runs, pauses and the report for GPUs with tiny shapes: minutes
 	$(BIN)/python -m pytest -m "long and not gpu"
 
 test-families: $(INSTALLED) ## The same tests for every pipeline of diffusers, for when its version moves

@@ -6,10 +6,10 @@ import errno
 from typing import Final
 
 MAX_TEXT: Final = 1000
-"""Characters of an error that travel: a message has room for those of many attempts at many pictures."""
+"""Characters of an error that travel: a message has room for those of many attempts at many images."""
 
 
-class StartFailure(Exception):  # noqa: N818  it is not a crash, and is never retried
+class StartError(Exception):
     """This actor can never work as configured: a bad model path, a bad option, a device that is not there.
 
     Raise it from a builder or from `Actor.started` with one sentence that says what to do. It is reported
@@ -17,10 +17,10 @@ class StartFailure(Exception):  # noqa: N818  it is not a crash, and is never re
     """
 
 
-class StartDelayed(StartFailure):
+class StartDelayedError(StartError):
     """This actor cannot start for a reason that may pass: a port that is taken, a full disk, a folder that is away.
 
-    It is reported as a `StartFailure` is, and the actor is started again, after longer and longer waits and without
+    It is reported as a `StartError` is, and the actor is started again, after longer and longer waits and without
     end. Such starts do not count as restarts within `[supervision] intensity`.
     """
 
@@ -31,7 +31,7 @@ OF_THE_MACHINE: Final = frozenset({
 """Numbers of `OSError` that say that the machine has no room now: nothing is wrong with whoever asked."""
 
 
-class ActorCrashed(Exception):  # noqa: N818  the name of the event, as the supervisor reports it
+class ActorCrashedError(Exception):
     """An actor of this process raised something it did not expect; the process has to end.
 
     `actor` is its name, `__cause__` what it raised.
@@ -42,18 +42,18 @@ class ActorCrashed(Exception):  # noqa: N818  the name of the event, as the supe
         self.actor = actor
 
 
-class UnknownName(KeyError):  # noqa: N818  the error of a look-up, like its base
+class UnknownNameError(KeyError):
     """No component, no actor is called that; `str()` is a sentence, other than that of a bare `KeyError`."""
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
-class AlreadyRunning(Exception):  # noqa: N818  a state of the host, said in a sentence
+class AlreadyRunningError(Exception):
     """Another supervisor on this host already runs that component, or another system has that folder."""
 
 
-class StateBelongsToAnother(Exception):  # noqa: N818  likewise
+class ForeignStateError(Exception):
     """The state folder holds the requests and results of another system, which does not run now."""
 
 

@@ -9,50 +9,50 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
-from triptych.api.conditions import precondition, wanted_ranges
+from triptych.api.conditional_requests import precondition, wanted_ranges
 from triptych.api.errors import ApiError, not_found
-from triptych.api.head import Head
-from triptych.bus import RemoteFailure
-from triptych.roles.artifacts import ArtifactError, ArtifactMissing, ArtifactStore
-from triptych.roles.formats import CONTENT_TYPES
+from triptych.api.head_client import HeadClient
+from triptych.bus import RemoteError
+from triptych.roles.media.artifacts import ArtifactError, ArtifactMissingError, ArtifactStore
+from triptych.roles.media.formats import CONTENT_TYPES
 from triptych.roles.messages.requests import QueryRequest, RequestView
 
 GONE: Final = 410
 
 
-async def artifact(request: Request) -> Response:
+async def get_artifact(request: Request) -> Response:
     """Answer with the file, which never changes under its name."""
     name = request.path_params["name"]
     if owner := request.state.owner:
         # Whose it is, the head knows; an artifact without its request is nobody's.
-        head: Head = request.app.state.head
+        head: HeadClient = request.app.state.head
         try:
             await head.ask(QueryRequest(name.rpartition("_")[0], owner), RequestView)
-        except RemoteFailure as error:
+        except RemoteError as error:
             if error.code != "not_found":
                 raise
             raise not_found(f"there is no file {name}") from None
     try:
         return await send_file(request, name)
     except ApiError as error:
-        if error.status == GONE and not await _was_made(request, name):
+        if error.status == GONE and not await _head_has_artifact(request, name):
             raise not_found(f"there is no file {name}") from None
         raise
 
 
-async def _was_made(request: Request, name: str) -> bool:
+async def _head_has_artifact(request: Request, name: str) -> bool:
     """Whether a request that the head knows has made an artifact of that name."""
-    head: Head = request.app.state.head
+    head: HeadClient = request.app.state.head
     try:
         view = await head.ask(QueryRequest(name.rpartition("_")[0], request.state.owner), RequestView)
-    except RemoteFailure as error:
+    except RemoteError as error:
         if error.code != "not_found":
             raise
         return False
-    return any(unit.artifact is not None and unit.artifact.name == name for unit in view.units)
+    return any(job.artifact is not None and job.artifact.name == name for job in view.units)
 
 
-def expired(name: str) -> ApiError:
+def artifact_expired(name: str) -> ApiError:
     """Make a 410."""
     message = f"the file {name} is not kept any more: send the request again, under another Idempotency-Key if any"
     return ApiError(GONE, message, code="artifact_expired")
@@ -63,8 +63,8 @@ async def read_file(request: Request, name: str) -> bytes:
     store: ArtifactStore = request.app.state.artifacts
     try:
         return await asyncio.to_thread(store.read, name)
-    except ArtifactMissing:
-        raise expired(name) from None
+    except ArtifactMissingError:
+        raise artifact_expired(name) from None
 
 
 async def send_file(request: Request, name: str) -> Response:
@@ -76,7 +76,7 @@ async def send_file(request: Request, name: str) -> Response:
     except ArtifactError:
         raise not_found(f"there is no file {name}") from None
     except FileNotFoundError:
-        raise expired(name) from None
+        raise artifact_expired(name) from None
     headers = {"Cache-Control": "private, max-age=31536000, immutable", "X-Content-Type-Options": "nosniff"}
     media_type = CONTENT_TYPES[path.suffix[1:]]
     response = FileResponse(path, media_type=media_type, headers=headers, stat_result=found)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 from starlette.requests import Request
 
 from triptych.actors import AddressBook, Component, Topology
-from triptych.actors.system import (
-    GIVEN_UP,
+from triptych.actors.runtime.system_messages import (
+    GIVEN_UP_STATES,
     ChildReport,
     DeadLetterQuery,
     DeadLetterReport,
@@ -19,17 +19,16 @@ from triptych.actors.system import (
     SupervisorQuery,
     SupervisorReport,
 )
-from triptych.api.encoding import JSONResponse, plain
+from triptych.api.responses import JSONResponse, to_builtins
 from triptych.bus import BusError, Message, Reference
 from triptych.roles.messages.pool import PoolDescription, PoolQuery
 from triptych.roles.messages.requests import ClusterQuery, ClusterView, InstanceView
 
-LOOK_S = 1.0
+PROBE_TIMEOUT_S = 1.0
 """An actor that is well answers within milliseconds; one that does not is shown as down."""
 
 _PRIVATE = ("pid", "fd", "session", "base_address", "arena")
 
-"""States of a child that its supervisor does not start any more."""
 
 R = TypeVar("R", bound=Message)
 
@@ -42,26 +41,26 @@ class Readiness(NamedTuple):
     gave_up: list[str]
 
 
-class Cluster:
+class ClusterObserver:
     """Looks at all actors of a topology at once."""
 
-    def __init__(self, topology: Topology, book: AddressBook, reference: Callable[[str], Reference]) -> None:
+    def __init__(self, topology: Topology, address_book: AddressBook, reference: Callable[[str], Reference]) -> None:
         self.topology = topology
-        self.book = book
+        self.address_book = address_book
         self.reference = reference
 
     async def readiness(self) -> Readiness:
         """Ask for the head's word, and for the children that are not started any more."""
         head, children = await asyncio.gather(self._ask("head", ClusterQuery(), ClusterView), self._children())
-        return judge(head, children.values())
+        return assess_readiness(head, children.values())
 
-    async def given_up(self, name: str) -> str:
+    async def give_up_reason(self, name: str) -> str:
         """Why a child is not started any more; "" while it is, or where that is not known."""
         child = (await self._children()).get(name)
-        return child.reason or child.state if child and child.state in GIVEN_UP else ""
+        return child.reason or child.state if child and child.state in GIVEN_UP_STATES else ""
 
-    async def observe(self) -> dict[str, Any]:
-        """Look at everything, as plain data; takes at most about `LOOK_S`."""
+    async def snapshot(self) -> dict[str, Any]:
+        """Look at everything, as plain data; takes at most about `PROBE_TIMEOUT_S`."""
         components = self.topology.components
         pools = [component.name for component in components if component.kind == "pool"]
         head, children, inspections, letters, descriptions = await asyncio.gather(
@@ -71,12 +70,12 @@ class Cluster:
             self._ask_all([component.name for component in components], DeadLetterQuery(), DeadLetterReport),
             self._ask_all(pools, PoolQuery(), PoolDescription),
         )
-        readiness = judge(head, children.values())
+        readiness = assess_readiness(head, children.values())
         instances = {instance.name: instance for instance in head.instances} if head else {}
         actors = [
             row
             for component in components
-            for row in rows(
+            for row in actor_rows(
                 component,
                 inspections[component.name],
                 children.get(component.name),
@@ -89,15 +88,15 @@ class Cluster:
             "gave_up": readiness.gave_up,
             "actors": actors,
             "pools": [
-                _shown(found) if found else {"name": name, "transport": None, "state": "down"}
+                _public_view(found) if found else {"name": name, "transport": None, "state": "down"}
                 for name, found in descriptions.items()
             ],
-            "head": plain(head),
-            "dead_letters": {name: plain(report) for name, report in letters.items() if report},
+            "head": to_builtins(head),
+            "dead_letters": {name: to_builtins(report) for name, report in letters.items() if report},
         }
 
     async def _children(self) -> dict[str, ChildReport]:
-        reports = await self._ask_all(self.book.supervisors(), SupervisorQuery(), SupervisorReport)
+        reports = await self._ask_all(self.address_book.supervisors(), SupervisorQuery(), SupervisorReport)
         return {child.name: child for report in reports.values() if report for child in report.children}
 
     async def _ask_all(self, names: Iterable[str], message: Message, reply: type[R]) -> dict[str, R | None]:
@@ -107,25 +106,25 @@ class Cluster:
 
     async def _ask(self, name: str, message: Message, reply: type[R]) -> R | None:
         try:
-            return await self.reference(name).ask(message, reply, timeout_s=LOOK_S)
+            return await self.reference(name).ask(message, reply, timeout_s=PROBE_TIMEOUT_S)
         except BusError:  # that it does not answer is the answer: the caller shows it as down
             return None
 
 
-def _shown(pool: PoolDescription) -> dict[str, Any]:
+def _public_view(pool: PoolDescription) -> dict[str, Any]:
     """Describe a pool without what others would need to reach into its memory."""
-    return {key: value for key, value in plain(pool).items() if key not in _PRIVATE}
+    return {key: value for key, value in to_builtins(pool).items() if key not in _PRIVATE}
 
 
-def judge(head: ClusterView | None, children: Collection[ChildReport]) -> Readiness:
+def assess_readiness(head: ClusterView | None, children: Collection[ChildReport]) -> Readiness:
     """Judge by the head's word and by what was given up: the rest serves on, but only a person brings that back."""
-    gave_up = [f"{child.name}: {child.reason}" for child in children if child.state in GIVEN_UP]
+    gave_up = [f"{child.name}: {child.reason}" for child in children if child.state in GIVEN_UP_STATES]
     delayed = [f"{child.name} cannot start yet: {child.reason}" for child in children if child.state == "delayed"]
     reasons = [*(head.reasons if head else ["the head does not answer"]), *gave_up, *delayed]
     return Readiness(head is not None and head.ready and not gave_up, reasons, gave_up)
 
 
-def rows(
+def actor_rows(
     component: Component,
     inspection: Inspection | None,
     child: ChildReport | None,
@@ -138,8 +137,8 @@ def rows(
     if child is not None:
         credit["start_s"] = child.start_s
     if inspection is None:
-        return [{**down(component, child), **credit}]
-    found: list[dict[str, Any]] = [{**plain(status), "component": component.name} for status in inspection.actors]
+        return [{**unreachable_row(component, child), **credit}]
+    found: list[dict[str, Any]] = [{**to_builtins(status), "component": component.name} for status in inspection.actors]
     for row in found[:1]:
         row.update(credit)
         if child is not None and row["state"] == child.state:  # its supervisor hears of all actors of the process
@@ -147,7 +146,7 @@ def rows(
     return found
 
 
-def down(component: Component, child: ChildReport | None) -> dict[str, Any]:
+def unreachable_row(component: Component, child: ChildReport | None) -> dict[str, Any]:
     """Describe a process that does not answer, by its supervisor's word where that knows more."""
     row: dict[str, Any] = {
         "name": component.name,
@@ -167,7 +166,7 @@ def down(component: Component, child: ChildReport | None) -> dict[str, Any]:
     return row
 
 
-async def cluster(request: Request) -> JSONResponse:
-    """Answer with all of it."""
-    observer: Cluster = request.app.state.cluster
-    return JSONResponse(await observer.observe())
+async def get_cluster(request: Request) -> JSONResponse:
+    """Return the full cluster status."""
+    probe: ClusterObserver = request.app.state.cluster
+    return JSONResponse(await probe.snapshot())

@@ -6,15 +6,15 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
 
-from triptych.api.generations import make, read
+from triptych.api.images import generate_images, read_image_request
 
 
-class Edits(HTTPEndpoint):
-    """Make pictures of a picture, and wait for them."""
+class ImageEdits(HTTPEndpoint):
+    """Make images of an image, and wait for them."""
 
     async def post(self, request: Request) -> Response:
-        """Do as `Generations`, but not without a picture."""
-        wanted, inputs, names = await read(request)
+        """Do as `ImageGenerations`, but not without an image."""
+        wanted, inputs, names = await read_image_request(request)
         if inputs.get("image") is None:
             raise names.invalid("image", "is required")
-        return await make(request, wanted, inputs, names)
+        return await generate_images(request, wanted, inputs, names)

@@ -10,8 +10,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ExceptionHandler
 
-from triptych.api.encoding import JSONResponse
-from triptych.bus import AskTimeout, BusError, MailboxFull, MessageTooLong, RemoteFailure, Unreachable
+from triptych.api.responses import JSONResponse
+from triptych.bus import AskTimeoutError, BusError, MailboxFullError, MessageTooLongError, RemoteError, UnreachableError
 
 log = structlog.stdlib.get_logger("api")
 
@@ -19,13 +19,13 @@ CLIENT_CLOSED_REQUEST = 499
 """Nobody reads this answer; the access log does. nginx's number for it."""
 
 HEAD_UNREACHABLE = "head_unreachable"
-_LONG_S = 60.0
+_OPERATOR_RETRY_S = 60.0
 """To wait for a person."""
 RETRY_S = 1.0
 """After which a client may try again, where nothing better is known."""
 _RETRYABLE = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
-_LONGEST = 2000
-_LONGEST_PARAM = 200
+_MAX_MESSAGE = 2000
+_MAX_PARAM = 200
 
 
 class ApiError(Exception):
@@ -43,7 +43,7 @@ class ApiError(Exception):
         self.headers: dict[str, str] = {}
 
 
-def refused(
+def field_error(
     param: str, predicate: str, *, subject: str = "", status: int = 422, code: str = "invalid_value", retry_s: float = 0
 ) -> ApiError:
     """Make an error about a field.
@@ -67,18 +67,18 @@ def not_found(message: str, code: str = "not_found", param: str | None = None) -
 def from_bus(error: BusError) -> ApiError:
     """Say in HTTP what trouble on the way to the head means."""
     match error:
-        case MailboxFull():
+        case MailboxFullError():
             return ApiError(429, "the server is busy: try again", code="full")
-        case MessageTooLong():
+        case MessageTooLongError():
             return ApiError(413, "the request is too long for a message to the head", code="too_long")
-        case AskTimeout() | Unreachable():
+        case AskTimeoutError() | UnreachableError():
             message = "the head does not answer: it may be restarting, try again"
             return ApiError(503, message, code=HEAD_UNREACHABLE)
-        case RemoteFailure(code="not_found"):
+        case RemoteError(code="not_found"):
             return not_found(error.detail)
-        case RemoteFailure(code="unavailable"):
+        case RemoteError(code="unavailable"):
             return ApiError(503, error.detail, code="unavailable")
-        case RemoteFailure(code="stopping" | "deadline_exceeded" | "stale_generation"):
+        case RemoteError(code="stopping" | "deadline_exceeded" | "stale_generation"):
             message = f"the head did not take the message ({error.code}): try again"
             return ApiError(503, message, code="unavailable")
         case _:
@@ -106,7 +106,7 @@ def error_type(status: int) -> str:
     return "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
 
 
-def respond(error: ApiError) -> JSONResponse:
+def error_response(error: ApiError) -> JSONResponse:
     """Make the response; it tells a client (OpenAI's do as told) whether to send the request again, and when."""
     headers = dict(error.headers)
     if error.status not in _RETRYABLE:
@@ -114,15 +114,15 @@ def respond(error: ApiError) -> JSONResponse:
     elif error.status != HTTPStatus.REQUEST_TIMEOUT:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s or RETRY_S))
     body = {
-        "message": _cut(error.message, _LONGEST),
+        "message": _truncate(error.message, _MAX_MESSAGE),
         "type": error_type(error.status),
-        "param": None if error.param is None else _cut(error.param, _LONGEST_PARAM),
+        "param": None if error.param is None else _truncate(error.param, _MAX_PARAM),
         "code": error.code,
     }
     return JSONResponse({"error": body}, status_code=error.status, headers=headers)
 
 
-def _cut(text: str, most: int) -> str:
+def _truncate(text: str, most: int) -> str:
     # What a client sent comes back in errors, and it may have been long.
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"
 
@@ -130,25 +130,25 @@ def _cut(text: str, most: int) -> str:
 async def _on_expected(request: Request, error: Exception) -> JSONResponse:
     match error:
         case ApiError():
-            return respond(error)
+            return error_response(error)
         case HTTPException():
-            return respond(from_http(error, request.method, request.url.path))
+            return error_response(from_http(error, request.method, request.url.path))
         case BusError():
             mapped = from_bus(error)
-            if mapped.code == HEAD_UNREACHABLE and (reason := await request.app.state.cluster.given_up("head")):
+            if mapped.code == HEAD_UNREACHABLE and (reason := await request.app.state.cluster.give_up_reason("head")):
                 message = f"the head is not started any more ({reason}): the server has to be restarted"
-                mapped = ApiError(503, message, code=HEAD_UNREACHABLE, retry_after_s=_LONG_S)
+                mapped = ApiError(503, message, code=HEAD_UNREACHABLE, retry_after_s=_OPERATOR_RETRY_S)
             if mapped.status != HTTPStatus.NOT_FOUND:
                 log.warning("bus error", error=repr(error), status=mapped.status)
-            return respond(mapped)
+            return error_response(mapped)
         case _:  # ClientDisconnect
             message = "the client hung up within the body"
-            return respond(ApiError(CLIENT_CLOSED_REQUEST, message, code="client_closed_request"))
+            return error_response(ApiError(CLIENT_CLOSED_REQUEST, message, code="client_closed_request"))
 
 
 async def _on_crash(_: Request, _error: Exception) -> JSONResponse:
     # Starlette raises it again after this answer, and uvicorn logs it with its traceback.
-    return respond(ApiError(500, "internal error: the log has the details", code="internal_error"))
+    return error_response(ApiError(500, "internal error: the log has the details", code="internal_error"))
 
 
 HANDLERS: dict[type[Exception], ExceptionHandler] = {

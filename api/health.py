@@ -1,12 +1,12 @@
-"""GET /live, /ready and /health: what probes and people ask first."""
+"""GET /live, /ready and /health: for probes."""
 
 from __future__ import annotations
 
 import msgspec
 from starlette.requests import Request
 
-from triptych.api.cluster import Cluster
-from triptych.api.encoding import JSONResponse
+from triptych.api.cluster import ClusterObserver
+from triptych.api.responses import JSONResponse
 
 DOWN = {"down", "backoff", "failed", "gave_up", "stopped"}
 
@@ -46,18 +46,18 @@ async def live(_: Request) -> JSONResponse:
 
 
 async def ready(request: Request) -> JSONResponse:
-    """Answer 200 when pictures can be made and nothing was given up, else 503 with the reasons."""
-    observer: Cluster = request.app.state.cluster
-    readiness = await observer.readiness()
+    """Answer 200 when images can be made and nothing was given up, else 503 with the reasons."""
+    probe: ClusterObserver = request.app.state.cluster
+    readiness = await probe.readiness()
     status = "ready" if readiness.ready else "not ready"
     content = Ready(status, readiness.reasons, readiness.gave_up)
     return JSONResponse(content, status_code=200 if readiness.ready else 503)
 
 
 async def health(request: Request) -> JSONResponse:
-    """Sum up: `ok`, `degraded` when pictures are made but an actor is down, `unavailable` with 503."""
-    observer: Cluster = request.app.state.cluster
-    seen = await observer.observe()
+    """Sum up: `ok`, `degraded` when images are made but an actor is down, `unavailable` with 503."""
+    probe: ClusterObserver = request.app.state.cluster
+    seen = await probe.snapshot()
     down = sorted(actor["name"] for actor in seen["actors"] if actor["state"] in DOWN)
     status = "unavailable" if not seen["ready"] else "degraded" if down else "ok"
     head = seen["head"] or {}

@@ -8,16 +8,23 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 
-from triptych.api.encoding import JSONResponse
 from triptych.api.errors import not_found
-from triptych.api.head import Head
-from triptych.bus import RemoteFailure
-from triptych.roles.messages.requests import DescribeModel, Kind, ListModels, ModelDescription, Option, Parameter
+from triptych.api.head_client import HeadClient
+from triptych.api.responses import JSONResponse
+from triptych.bus import RemoteError
+from triptych.roles.messages.requests import (
+    DescribeModel,
+    ListModels,
+    ModelDescription,
+    Option,
+    Parameter,
+    ParameterKind,
+)
 from triptych.roles.messages.requests import ModelList as Descriptions
 
 _LIMITS: Final = ("minimum", "maximum", "multiple_of")
-_WORDS: Final = {Kind.IMAGE_LIST: Kind.IMAGES}
-"""Whether one picture makes a list does not matter to who sends it."""
+_KIND_NAMES: Final = {ParameterKind.IMAGE_LIST: ParameterKind.IMAGES}
+"""Whether one image makes a list does not matter to who sends it."""
 
 
 class ParameterObject(msgspec.Struct):
@@ -101,11 +108,11 @@ def model_object(description: ModelDescription) -> ModelObject:
 
 def parameter_object(parameter: Parameter, limits: tuple[float, ...]) -> ParameterObject:
     """Describe a parameter."""
-    whole = parameter.kind in (Kind.INTEGER, Kind.PAIR)
+    whole = parameter.kind in (ParameterKind.INTEGER, ParameterKind.PAIR)
     bounds = [int(limit) if whole else limit for limit in limits]
     return ParameterObject(
         parameter.name,
-        _WORDS.get(parameter.kind, parameter.kind).value,
+        _KIND_NAMES.get(parameter.kind, parameter.kind).value,
         parameter.default,
         parameter.required,
         **dict(zip(_LIMITS, bounds, strict=False)),
@@ -113,13 +120,14 @@ def parameter_object(parameter: Parameter, limits: tuple[float, ...]) -> Paramet
         many=parameter.many or UNSET,
         choices=parameter.choices or UNSET,
         nullable=parameter.nullable or UNSET,
-        options={each.name: {o.name: described(o) for o in each.options} for each in parameter.alternatives} or UNSET,
+        options={each.name: {o.name: describe_option(o) for o in each.options} for each in parameter.alternatives}
+        or UNSET,
         alias_of=parameter.alias_of or UNSET,
         description=parameter.description or UNSET,
     )
 
 
-def described(option: Option) -> str | list[str]:
+def describe_option(option: Option) -> str | list[str]:
     """Say what an option is: the texts that it may be, or its kinds in one text."""
     if option.choices:
         return list(option.choices)
@@ -128,7 +136,7 @@ def described(option: Option) -> str | list[str]:
 
 async def list_models(request: Request) -> JSONResponse:
     """List what is served."""
-    head: Head = request.app.state.head
+    head: HeadClient = request.app.state.head
     found = await head.ask(ListModels(), Descriptions)
     return JSONResponse(ModelList([model_object(description) for description in found.models]))
 
@@ -138,14 +146,14 @@ async def get_model(request: Request) -> JSONResponse:
     name = request.path_params["name"]
     if not name:
         raise not_found("there is no model without a name", code="model_not_found", param="model")
-    return JSONResponse(model_object(await describe(request.app.state.head, name)))
+    return JSONResponse(model_object(await describe_model(request.app.state.head, name)))
 
 
-async def describe(head: Head, name: str | None) -> ModelDescription:
+async def describe_model(head: HeadClient, name: str | None) -> ModelDescription:
     """Ask what a model takes, the first where none is named; raises ApiError 404 where there is none of that name."""
     try:
         return await head.ask(DescribeModel(name or ""), ModelDescription)
-    except RemoteFailure as error:
+    except RemoteError as error:
         if error.code != "model_not_found":
             raise
         raise not_found(error.detail, code=error.code, param="model") from None

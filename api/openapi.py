@@ -10,20 +10,20 @@ import msgspec
 from msgspec import inspect
 from starlette.requests import Request
 
-from triptych.api.encoding import JSONResponse
-from triptych.api.fields import NEUTRAL, MediaRequest
-from triptych.api.generations import ImageRequest, ImagesResponse
 from triptych.api.health import Health, Live, Ready
+from triptych.api.images import ImageRequest, ImagesResponse
+from triptych.api.media_request import NO_EFFECT_FIELDS, MediaRequest
 from triptych.api.models import ModelList, ModelObject
 from triptych.api.requests import Deleted
+from triptych.api.responses import JSONResponse
 from triptych.api.submission import IDEMPOTENCY_KEY
 from triptych.api.videos import ListQuery, Video, VideoList, VideoRequest
-from triptych.roles.formats import CONTENT_TYPES
+from triptych.roles.media.formats import CONTENT_TYPES
 from triptych.roles.messages.requests import TENSORS, ClusterView, RequestView
 
 _FILE: Final = "file"
-_ASKED: Final = (400, 403, 404, 408, 413, 415, 421, 422, 429, 503)
-_LOOKED: Final = (403, 421, 503)
+_POST_ERRORS: Final = (400, 403, 404, 408, 413, 415, 421, 422, 429, 503)
+_GET_ERRORS: Final = (403, 421, 503)
 
 
 class Operation(NamedTuple):
@@ -33,84 +33,90 @@ class Operation(NamedTuple):
     summary: str
     answers: Mapping[int, str]
     """Name of the schema of each answer that is no error; "file" for media, "" for no body."""
-    errors: tuple[int, ...] = _LOOKED
+    errors: tuple[int, ...] = _GET_ERRORS
     parameters: tuple[str, ...] = ()
     """Names in `_PARAMETERS`; those of the path need not be named."""
     body: str = ""
     """Name in `_BODIES`."""
-    is_open: bool = False
+    is_public: bool = False
     """Needs no key."""
 
 
-_MADE: Final = (*_ASKED, 409, 410, 500, 504)
-_ASYNC: Final = ("Prefer", "Idempotency-Key")
+_IMAGE_ERRORS: Final = (*_POST_ERRORS, 409, 410, 500, 504)
+_ASYNC_HEADERS: Final = ("Prefer", "Idempotency-Key")
 _CONDITIONS: Final = ("If-None-Match", "If-Modified-Since", "If-Match", "If-Unmodified-Since", "Range", "If-Range")
-_FILES: Final = {200: _FILE, 206: _FILE, 304: ""}
+_FILE_ANSWERS: Final = {200: _FILE, 206: _FILE, 304: ""}
 _OPERATIONS: Final[Mapping[str, Mapping[str, Operation]]] = {
     "/v1/images/generations": {
         "post": Operation(
             "createImage",
-            "Make pictures of a prompt, and of pictures, and wait for them",
-            {200: "ImagesResponse", 202: "Request"}, _MADE, _ASYNC, "generations",
+            "Make images of a prompt, and of images, and wait for them",
+            {200: "ImagesResponse", 202: "Request"}, _IMAGE_ERRORS, _ASYNC_HEADERS, "generations",
         )
     },
     "/v1/images/edits": {
         "post": Operation(
             "createImageEdit",
-            "Make pictures of a picture, within a mask or all over, and wait for them",
-            {200: "ImagesResponse", 202: "Request"}, _MADE, _ASYNC, "edits",
+            "Make images of an image, within a mask or all over, and wait for them",
+            {200: "ImagesResponse", 202: "Request"}, _IMAGE_ERRORS, _ASYNC_HEADERS, "edits",
         )
     },
     "/v1/images/{name}": {
-        "get": Operation("getFile", "A finished file", _FILES, (*_LOOKED, 404, 410, 412, 416), _CONDITIONS)
+        "get": Operation("getFile", "A finished file", _FILE_ANSWERS, (*_GET_ERRORS, 404, 410, 412, 416), _CONDITIONS)
     },
     "/v1/videos": {
         "get": Operation(
-            "listVideos", "Videos page by page", {200: "VideoList"}, (*_LOOKED, 404, 422), ("after", "limit", "order")
+            "listVideos", "Videos page by page",
+            {200: "VideoList"}, (*_GET_ERRORS, 404, 422), ("after", "limit", "order"),
         ),
-        "post": Operation("createVideo", "Begin a video", {200: "Video"}, (*_ASKED, 409), _ASYNC[1:], "videos"),
+        "post": Operation(
+            "createVideo", "Begin a video",
+            {200: "Video"}, (*_POST_ERRORS, 409), _ASYNC_HEADERS[1:], "videos",
+        ),
     },
     "/v1/videos/{video_id}": {
-        "get": Operation("getVideo", "How far a video is", {200: "Video"}, (*_LOOKED, 404)),
+        "get": Operation("getVideo", "How far a video is", {200: "Video"}, (*_GET_ERRORS, 404)),
         "delete": Operation(
-            "deleteVideo", "Cancel a video and remove it, its prompt and its file", {200: "Deleted"}, (*_LOOKED, 404)
+            "deleteVideo", "Cancel a video and remove it, its prompt and its file",
+            {200: "Deleted"}, (*_GET_ERRORS, 404),
         ),
     },
     "/v1/videos/{video_id}/content": {
         "get": Operation(
             "getVideoContent",
             "The finished file; 409 while there is none",
-            _FILES, (*_LOOKED, 404, 409, 410, 412, 416, 422), ("variant", *_CONDITIONS),
+            _FILE_ANSWERS, (*_GET_ERRORS, 404, 409, 410, 412, 416, 422), ("variant", *_CONDITIONS),
         )
     },
     "/v1/models": {"get": Operation("listModels", "The models that are served", {200: "ModelList"})},
     "/v1/models/{name}": {
         "get": Operation(
-            "getModel", "One model: what it takes, and its defaults", {200: "ModelObject"}, (*_LOOKED, 404)
+            "getModel", "One model: what it takes, and its defaults", {200: "ModelObject"}, (*_GET_ERRORS, 404)
         )
     },
     "/v1/requests/{request_id}": {
         "get": Operation(
-            "getRequest", "A request: state, history, attempts, causes, artifacts", {200: "Request"}, (*_LOOKED, 404)
+            "getRequest", "A request: state, history, attempts, causes, artifacts",
+            {200: "Request"}, (*_GET_ERRORS, 404),
         ),
         "delete": Operation(
             "deleteRequest",
             "Cancel a request; remove one that has ended, its prompt and its files",
-            {200: "RequestOrDeleted"}, (*_LOOKED, 404),
+            {200: "RequestOrDeleted"}, (*_GET_ERRORS, 404),
         ),
     },
     "/v1/cluster": {
-        "get": Operation("getCluster", "Every actor, pool and dead letter", {200: "Cluster"}, _LOOKED[:2])
+        "get": Operation("getCluster", "Every actor, pool and dead letter", {200: "Cluster"}, _GET_ERRORS[:2])
     },
-    "/live": {"get": Operation("isLive", "The API process answers", {200: "Live"}, _LOOKED[:2], is_open=True)},
+    "/live": {"get": Operation("isLive", "The API process answers", {200: "Live"}, _GET_ERRORS[:2], is_public=True)},
     "/ready": {
         "get": Operation(
-            "isReady", "Pictures can be made now", {200: "Ready", 503: "Ready"}, _LOOKED[:2], is_open=True
+            "isReady", "Pictures can be made now", {200: "Ready", 503: "Ready"}, _GET_ERRORS[:2], is_public=True
         )
     },
     "/health": {
         "get": Operation(
-            "getHealth", "Summary of the system", {200: "Health", 503: "Health"}, _LOOKED[:2], is_open=True
+            "getHealth", "Summary of the system", {200: "Health", 503: "Health"}, _GET_ERRORS[:2], is_public=True
         )
     },
 }  # fmt: skip
@@ -129,7 +135,7 @@ _REASONS: Final = {
     410: "The file was made and is not kept any more",
     412: "The file is another one",
     413: "Too long",
-    415: "Neither JSON nor a form, or no picture",
+    415: "Neither JSON nor a form, or no image",
     416: "The file has no such bytes",
     421: "For a host that this is not",
     422: "A field is not as it must be; param names it",
@@ -176,17 +182,17 @@ def _parameters() -> dict[str, dict[str, Any]]:
     }
 
 
-_PICTURE: Final = "A picture, PNG, JPEG or WebP; or several of them."
-_WHERE: Final = "What of the image to paint anew: what is transparent, else what is white. As large as the image."
+_IMAGE: Final = "An image, PNG, JPEG or WebP; or several of them."
+_MASK_TEXT: Final = "What of the image to paint anew: what is transparent, else what is white. As large as the image."
 _BODIES: Final[Mapping[str, tuple[type[MediaRequest], Mapping[str, str], tuple[str, ...]]]] = {
-    "generations": (ImageRequest, {"image": _PICTURE, "mask": _WHERE}, ()),
-    "edits": (ImageRequest, {"image": _PICTURE, "mask": _WHERE}, ("image",)),
+    "generations": (ImageRequest, {"image": _IMAGE, "mask": _MASK_TEXT}, ()),
+    "edits": (ImageRequest, {"image": _IMAGE, "mask": _MASK_TEXT}, ("image",)),
     "videos": (VideoRequest, {"input_reference": "The first frame.", "last_image": "The last frame."}, ()),
 }
 _TENSORS: Final = (
     "Tensors for inputs of the pipeline, by their names, where GET /v1/models lists some: a safetensors file."
 )
-_MORE: Final = "Any other field is a parameter of the model, as GET /v1/models lists them."
+_EXTRA_FIELDS_TEXT: Final = "Any other field is a parameter of the model, as GET /v1/models lists them."
 _BASE64: Final = {
     "oneOf": [
         {"type": "string", "contentEncoding": "base64", "description": "Base64, plain or a data URL."},
@@ -195,29 +201,38 @@ _BASE64: Final = {
 }
 
 
-def _body(kind: type[MediaRequest], pictures: Mapping[str, str], required: tuple[str, ...]) -> dict[str, Any]:
+def _body(kind: type[MediaRequest], images: Mapping[str, str], required: tuple[str, ...]) -> dict[str, Any]:
     """Describe a body, in JSON (null is the same as left out) and as a form (there is no null)."""
     _, schemas = msgspec.json.schema_components([kind], ref_template="{name}")
     own = schemas[kind.__name__]
-    neutral = {name: {"enum": list(field.values), "description": field.advice} for name, field in NEUTRAL.items()}
+    no_effect = {
+        name: {"enum": list(field.values), "description": field.advice} for name, field in NO_EFFECT_FIELDS.items()
+    }
     fields = {name: _without_null(schema) for name, schema in own["properties"].items()}
     needed = [*own.get("required", ()), *required]
     whole = {
         **fields,
-        **{name: {**schema, "enum": _with_plain(schema["enum"])} for name, schema in neutral.items()},
-        **{name: {"anyOf": [_BASE64, _list(_BASE64)], "description": text} for name, text in pictures.items()},
+        **{name: {**schema, "enum": _with_plain(schema["enum"])} for name, schema in no_effect.items()},
+        **{name: {"anyOf": [_BASE64, _list(_BASE64)], "description": text} for name, text in images.items()},
         TENSORS: {"type": "string", "contentEncoding": "base64", "description": _TENSORS},
     }
     in_json = {
         name: schema if name in needed else {"anyOf": [schema, {"type": "null"}]} for name, schema in whole.items()
     }
     files = _list({"type": "string", "format": "binary"})
-    in_form = {**fields, **neutral, **{name: {**files, "description": text} for name, text in pictures.items()}}
+    in_form = {**fields, **no_effect, **{name: {**files, "description": text} for name, text in images.items()}}
     in_form[TENSORS] = {"type": "string", "format": "binary", "description": _TENSORS}
     return {
         "required": True,
         "content": {
-            media: {"schema": {"type": "object", "description": _MORE, "properties": properties, "required": needed}}
+            media: {
+                "schema": {
+                    "type": "object",
+                    "description": _EXTRA_FIELDS_TEXT,
+                    "properties": properties,
+                    "required": needed,
+                }
+            }
             for media, properties in (("application/json", in_json), ("multipart/form-data", in_form))
         },
     }
@@ -244,7 +259,7 @@ def _list(items: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shape(kind: inspect.Type) -> dict[str, Any]:
-    """Describe a value as `api.encoding.plain` shows it: messages by field name, though on the wire they are arrays."""
+    """Describe a value as `api.responses.to_builtins` shows it: messages by field name, not as arrays."""
     match kind:
         case inspect.StructType(fields=fields):
             properties = {field.name: shape(field.type) for field in fields}
@@ -280,7 +295,7 @@ def _request() -> dict[str, Any]:
 
 
 def _cluster() -> dict[str, Any]:
-    """`api.cluster.Cluster.observe`."""
+    """`api.cluster.ClusterObserver.snapshot`."""
     rows = {"type": "array", "items": {"type": "object"}}
     texts = {"type": "array", "items": _TEXT}
     head = {"anyOf": [shape(inspect.type_info(ClusterView)), {"type": "null"}]}
@@ -323,7 +338,7 @@ def _answer(status: int, schema: str) -> dict[str, Any]:
 
 
 def _operation(path: str, operation: Operation, *, keyed: bool) -> dict[str, Any]:
-    needs_key = keyed and not operation.is_open
+    needs_key = keyed and not operation.is_public
     errors = {*operation.errors, *((401, 429) if needs_key else ())} - operation.answers.keys()
     answers = {**operation.answers, **dict.fromkeys(errors, "Error")}
     names = [part[1:-1] for part in path.split("/") if part.startswith("{")]

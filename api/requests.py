@@ -8,32 +8,32 @@ import msgspec
 from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request
 
-from triptych.api.encoding import JSONResponse, plain
 from triptych.api.errors import not_found
-from triptych.api.head import Head
-from triptych.api.links import artifact_url
+from triptych.api.head_client import HeadClient
+from triptych.api.responses import JSONResponse, to_builtins
+from triptych.api.urls import artifact_url
+from triptych.roles.messages.common import Images, Input, Json, Numbers, Options, Tensors
 from triptych.roles.messages.requests import CancelRequest, DeleteRequest, QueryRequest, RequestDeleted, RequestView
-from triptych.roles.messages.work import Input, Json, Numbers, Options, Pictures, Tensors
 
 
 def request_object(request: Request, view: RequestView) -> dict[str, object]:
     """Show the view by field name, its artifacts with their URLs."""
-    fields: dict[str, object] = plain(view)
+    fields: dict[str, object] = to_builtins(view)
     del fields["request_id"]
-    fields["inputs"] = {name: shown(value) for name, value in view.inputs.items()}
+    fields["inputs"] = {name: input_view(value) for name, value in view.inputs.items()}
     units = []
-    for unit in view.units:
-        row = plain(unit)
-        if unit.artifact is not None:
-            row["artifact"]["url"] = artifact_url(request, unit.artifact.name)
+    for job in view.units:
+        row = to_builtins(job)
+        if job.artifact is not None:
+            row["artifact"]["url"] = artifact_url(request, job.artifact.name)
         units.append(row)
     return {"id": view.request_id, "object": "request", **fields, "units": units}
 
 
-def shown(value: Input) -> object:
-    """Show an input: pictures by name and size, numbers as a list."""
+def input_view(value: Input) -> object:
+    """Show an input: images by name and size, numbers as a list."""
     match value:
-        case Pictures(files):
+        case Images(files):
             return [{"name": file.name, "bytes": file.nbytes} for file in files]
         case Tensors(file, names):
             return {"name": file.name, "bytes": file.nbytes, "tensors": list(names)}
@@ -58,22 +58,22 @@ class Deleted(msgspec.Struct):
 
 async def delete(request: Request, request_id: str) -> bool:
     """Have the head remove a request with its prompt and its files; returns whether there was one."""
-    head: Head = request.app.state.head
+    head: HeadClient = request.app.state.head
     return (await head.ask(DeleteRequest(request_id, request.state.owner), RequestDeleted)).existed
 
 
-class Requests(HTTPEndpoint):
+class RequestResource(HTTPEndpoint):
     """One request: its state and its history."""
 
     async def get(self, request: Request) -> JSONResponse:
         """Answer with the request as it is now."""
-        head: Head = request.app.state.head
+        head: HeadClient = request.app.state.head
         view = await head.ask(QueryRequest(request.path_params["request_id"], request.state.owner), RequestView)
         return JSONResponse(request_object(request, view))
 
     async def delete(self, request: Request) -> JSONResponse:
         """Cancel one that is active; remove one that has ended, with its prompt and its files."""
-        head: Head = request.app.state.head
+        head: HeadClient = request.app.state.head
         id_, owner = request.path_params["request_id"], request.state.owner
         view = await head.ask(QueryRequest(id_, owner), RequestView)
         if not view.terminal:

@@ -13,25 +13,25 @@ from typing import cast
 
 import uvicorn
 
-from triptych.actors import Actor, Component, StartDelayed, StartFailure, Topology
-from triptych.actors.api_keys import ApiKeys, ApiKeysError, read_keys
-from triptych.actors.sections import parse_size
+from triptych.actors import Actor, Component, StartDelayedError, StartError, Topology
+from triptych.actors.topology.sections import parse_size
 from triptych.api.app import make_app
-from triptych.api.cluster import Cluster
-from triptych.api.connections import Bounds, Connection, most_connections, raise_file_limit
-from triptych.api.head import RETRY_S, Head
+from triptych.api.cluster import ClusterObserver
+from triptych.api.connections import ConnectionLimits, LimitedH11Protocol, connection_limit, raise_file_limit
+from triptych.api.head_client import RETRY_S, HeadClient
+from triptych.api.keys import ApiKeys, ApiKeysError, load_api_keys
 from triptych.bus import BusError
+from triptych.roles.media.retention import StoreBounds
+from triptych.roles.media.uploads import UPLOADS, UploadStore
 from triptych.roles.messages.requests import ClusterQuery, ClusterView
-from triptych.roles.retention import StoreBounds
-from triptych.roles.uploads import UPLOADS, UploadStore
 
-HELLO_S = 2.0
+HEAD_PING_TIMEOUT_S = 2.0
 """One question to a head that may not be there yet."""
 PRUNE_EVERY_S = 600.0
-SUBMITTED_S = 60.0
-"""From the keeping of a picture to the acceptance of its request."""
-PATIENCE = 0.7
-LAST_WORDS = 0.2
+UPLOAD_TO_SUBMIT_S = 60.0
+"""From the keeping of an image to the acceptance of its request."""
+DRAIN_SHARE = 0.7
+ABORT_SHARE = 0.2
 """Shares of `shutdown_s`: for requests to finish, and for telling the others that they did not."""
 
 
@@ -43,26 +43,26 @@ class ApiServer(Actor):
         self.topology = topology
         self._stopping = asyncio.Event()
         self._server: Server | None = None
-        self._bounds = Bounds(topology.api.max_connections)
+        self._limits = ConnectionLimits(topology.api.max_connections)
         self._serving: asyncio.Task[None] | None = None
 
     async def started(self) -> None:
         """Wait for the head, then listen.
 
-        Raises StartDelayed when the port is taken, StartFailure when the keys cannot be read.
+        Raises StartDelayedError when the port is taken, StartError when the keys cannot be read.
         """
         keys = read_api_keys(self.topology)
-        head = Head(self.reference("head"))
+        head = HeadClient(self.reference("head"))
         await self._wait_for(head)
-        self._bounds.most = self._most_connections()
+        self._limits.limit = self._connection_limit()
         listener = listen(self.topology.api.host, self.topology.api.port)
-        observer = Cluster(self.topology, self.book, self.reference)
+        probe = ClusterObserver(self.topology, self.address_book, self.reference)
         uploads = self._upload_store()
-        app = make_app(self.topology, head, observer, uploads, self._stopping, keys)
+        app = make_app(self.topology, head, probe, uploads, self._stopping, keys)
         self._server = Server(
             uvicorn.Config(
                 app,
-                http=cast(type[asyncio.Protocol], partial(Connection, bounds=self._bounds)),
+                http=cast(type[asyncio.Protocol], partial(LimitedH11Protocol, limits=self._limits)),
                 lifespan="off",
                 ws="none",
                 log_config=None,
@@ -82,35 +82,35 @@ class ApiServer(Actor):
             return
         self._server.should_exit = True
         shutdown_s = self.topology.supervision.shutdown_s
-        _, unfinished = await asyncio.wait({self._serving}, timeout=shutdown_s * PATIENCE)
+        _, unfinished = await asyncio.wait({self._serving}, timeout=shutdown_s * DRAIN_SHARE)
         self._stopping.set()
         if unfinished:
-            _, unfinished = await asyncio.wait({self._serving}, timeout=shutdown_s * LAST_WORDS)
+            _, unfinished = await asyncio.wait({self._serving}, timeout=shutdown_s * ABORT_SHARE)
         self._server.force_exit = bool(unfinished)  # somebody does not read the answer
 
-    def facts(self) -> dict[str, int | float | str | bool]:
+    def stats(self) -> dict[str, int | float | str | bool]:
         """Say where it listens, and how many HTTP requests and connections it has in hand."""
         state = self._server.server_state if self._server else None
         return {
             "url": self.topology.url,
             "requests": len(state.tasks) if state else 0,
             "connections": len(state.connections) if state else 0,
-            "refused_connections": self._bounds.refused,
+            "refused_connections": self._limits.refused,
         }
 
-    def _most_connections(self) -> int:
+    def _connection_limit(self) -> int:
         files, wanted = raise_file_limit(), self.topology.api.max_connections
-        most = most_connections(wanted, files)
+        most = connection_limit(wanted, files)
         if most < wanted:
             self.log.warning("fewer connections than max_connections", most=most, open_files=files)
         return most
 
     def _upload_store(self) -> UploadStore:
         state = self.topology.state
-        # A request comes right after its pictures, and is at its end when its time is over.
-        needed_s = self.topology.head.request_timeout_s + SUBMITTED_S
-        bounds = StoreBounds(needed_s + state.keep_uploads_s, state.max_uploads, parse_size(state.max_uploads_size))
-        return UploadStore(self.topology.state_dir / UPLOADS, bounds, needed_s=needed_s)
+        # A request comes right after its images, and is at its end when its time is over.
+        needed_s = self.topology.head.request_timeout_s + UPLOAD_TO_SUBMIT_S
+        limits = StoreBounds(needed_s + state.keep_uploads_s, state.max_uploads, parse_size(state.max_uploads_size))
+        return UploadStore(self.topology.state_dir / UPLOADS, limits, needed_s=needed_s)
 
     async def _prune(self, uploads: UploadStore) -> None:
         """Remove uploads that no request can need any more, for ever."""
@@ -124,11 +124,11 @@ class ApiServer(Actor):
                     self.log.info("uploads pruned", count=gone)
             await asyncio.sleep(PRUNE_EVERY_S)
 
-    async def _wait_for(self, head: Head) -> None:
+    async def _wait_for(self, head: HeadClient) -> None:
         self.set_state("loading", "waiting for the head")
         while True:
             try:
-                await head.reference.ask(ClusterQuery(), ClusterView, timeout_s=HELLO_S)
+                await head.reference.ask(ClusterQuery(), ClusterView, timeout_s=HEAD_PING_TIMEOUT_S)
             except BusError as error:
                 self.log.info("waiting for the head", reason=str(error))
                 await asyncio.sleep(RETRY_S)
@@ -146,30 +146,30 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open a listening socket; raises StartDelayed for a port that is taken, StartFailure for a wrong address."""
+    """Open a listening socket; raises StartDelayedError for a port that is taken, StartError for a wrong address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise StartDelayed(
+            raise StartDelayedError(
                 f"port {port} on {host} is in use: stop what listens there (`ss -ltnp 'sport = :{port}'`) "
                 "or set another [api] port"
             ) from None
-        raise StartFailure(
+        raise StartError(
             f"cannot listen on {host} port {port} ({error.strerror}): set [api] host and port to an "
             "address of this machine and a port that this user may open"
         ) from error
 
 
 def read_api_keys(topology: Topology) -> ApiKeys | None:
-    """Read the keys of clients, None where there are to be none; raises StartFailure."""
+    """Read the keys of clients, None where there are to be none; raises StartError."""
     if topology.keys_path is None:
         return None
     try:
-        return read_keys(topology.keys_path)
+        return load_api_keys(topology.keys_path)
     except ApiKeysError as error:
-        raise StartFailure(f"[api] keys_file {topology.keys_path} {error}") from error
+        raise StartError(f"[api] keys_file {topology.keys_path} {error}") from error
 
 
 def build(component: Component, topology: Topology) -> list[Actor]:

@@ -9,11 +9,12 @@ import secrets
 
 from starlette.requests import Request
 
-from triptych.actors.client import in_short
+from triptych.api.client import summarize_causes
 from triptych.api.errors import CLIENT_CLOSED_REQUEST, ApiError
-from triptych.api.head import Head
-from triptych.api.names import Names
-from triptych.bus import AskTimeout, Unreachable
+from triptych.api.field_names import FieldNames
+from triptych.api.head_client import HeadClient
+from triptych.bus import AskTimeoutError, UnreachableError
+from triptych.roles.messages.common import Input, Output
 from triptych.roles.messages.requests import (
     CancelRequest,
     RequestAccepted,
@@ -21,9 +22,8 @@ from triptych.roles.messages.requests import (
     RequestView,
     SubmitRequest,
 )
-from triptych.roles.messages.work import Input, Output
 
-MARGIN_S = 15.0
+WAIT_MARGIN_S = 15.0
 """The head times requests out by itself; this much later the wait for it ends too."""
 
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -32,7 +32,7 @@ IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 async def submit(
     request: Request,
     inputs: dict[str, Input],
-    names: Names,
+    names: FieldNames,
     *,
     model: str | None,
     seed: int | tuple[int, ...] | None,
@@ -40,7 +40,7 @@ async def submit(
     output: Output,
 ) -> str:
     """Have the head accept a request; returns the id that it has there. Raises ApiError with the head's refusal."""
-    head: Head = request.app.state.head
+    head: HeadClient = request.app.state.head
     key = idempotency_key(request)
     message = SubmitRequest(
         request_id=request.state.request_id,
@@ -56,7 +56,7 @@ async def submit(
     )
     try:
         answer: RequestAccepted | RequestRejected = await head.ask(message, RequestAccepted, RequestRejected)
-    except (AskTimeout, Unreachable):
+    except (AskTimeoutError, UnreachableError):
         if not key:  # the head may have it all the same, and nobody can ask for it any more
             head.cancel(message.request_id, "the client was told that it was not accepted")
         raise
@@ -84,32 +84,32 @@ def idempotency_key(request: Request) -> str:
 
 async def wait(request: Request, request_id: str, *, cancels: bool) -> RequestView:
     """Wait for the terminal view; raises ApiError 499 (client gone), 503 (server stops), 504 (time is up)."""
-    head: Head = request.app.state.head
-    within_s = request.app.state.topology.head.request_timeout_s + MARGIN_S
+    head: HeadClient = request.app.state.head
+    within_s = request.app.state.topology.head.request_timeout_s + WAIT_MARGIN_S
     terminal = asyncio.ensure_future(head.wait(request_id, within_s, request.state.owner))
-    hung_up = asyncio.ensure_future(until_hung_up(request))
+    disconnected = asyncio.ensure_future(wait_for_disconnect(request))
     stopping = asyncio.ensure_future(request.app.state.stopping.wait())
     try:
-        await asyncio.wait({terminal, hung_up, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({terminal, disconnected, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if terminal.done():
             view = terminal.result()
-        elif hung_up.done():
+        elif disconnected.done():
             if cancels:
                 await head.ask(CancelRequest(request_id, "the client hung up", request.state.owner), RequestView)
             raise ApiError(CLIENT_CLOSED_REQUEST, "the client hung up", code="client_closed_request")
         else:
             message = f"the server is stopping; the request goes on: ask GET /v1/requests/{request_id}"
-            raise failed(request_id, ApiError(503, message, code="stopping", retry_after_s=1.0))
+            raise with_request_id(request_id, ApiError(503, message, code="stopping", retry_after_s=1.0))
     finally:
-        for task in (terminal, hung_up, stopping):
+        for task in (terminal, disconnected, stopping):
             task.cancel()
     if view is None:
         message = f"no answer within {within_s:.0f} s; ask GET /v1/requests/{request_id}"
-        raise failed(request_id, ApiError(504, message, code="timed_out"))
+        raise with_request_id(request_id, ApiError(504, message, code="timed_out"))
     return view
 
 
-async def until_hung_up(request: Request) -> None:
+async def wait_for_disconnect(request: Request) -> None:
     """Return when the client closes the connection, or just its sending side, which looks the same from here.
 
     The body has been read before.
@@ -118,27 +118,27 @@ async def until_hung_up(request: Request) -> None:
         pass
 
 
-def failed(request_id: str, error: ApiError) -> ApiError:
+def with_request_id(request_id: str, error: ApiError) -> ApiError:
     """Put the error of a request that the head knows under the head's id for it."""
     error.headers["X-Request-Id"] = request_id
     return error
 
 
-def why(view: RequestView) -> str:
+def failure_reason(view: RequestView) -> str:
     """Say why a request came to no good end, in one line; empty where nothing is known."""
-    return in_short(
+    return summarize_causes(
         text
-        for unit in view.units
-        for text in (*unit.causes, *(move.reason for move in unit.history if move.state == "TIMED_OUT"))
+        for job in view.units
+        for text in (*job.causes, *(move.reason for move in job.history if move.state == "TIMED_OUT"))
     )
 
 
-def check_done(view: RequestView) -> None:
-    """Raise ApiError unless every picture is there: 409 cancelled, 422 or 500 failed, 504 timed out."""
-    text = why(view)
-    if view.state == "FAILED" and all(unit.at_fault for unit in view.units if unit.state == "FAILED"):
+def raise_unless_done(view: RequestView) -> None:
+    """Raise ApiError unless every image is there: 409 cancelled, 422 or 500 with_request_id, 504 timed out."""
+    text = failure_reason(view)
+    if view.state == "FAILED" and all(job.at_fault for job in view.units if job.state == "FAILED"):
         message = f"the request cannot be served as it is: {text}"
-        raise failed(view.request_id, ApiError(422, message, code="invalid_value"))
+        raise with_request_id(view.request_id, ApiError(422, message, code="invalid_value"))
     errors = {
         "CANCELLED": (409, "cancelled", "the request was cancelled"),
         "FAILED": (500, "failed", "the request failed"),
@@ -146,4 +146,4 @@ def check_done(view: RequestView) -> None:
     }
     if view.state in errors:
         status, code, message = errors[view.state]
-        raise failed(view.request_id, ApiError(status, f"{message}: {text}" if text else message, code=code))
+        raise with_request_id(view.request_id, ApiError(status, f"{message}: {text}" if text else message, code=code))

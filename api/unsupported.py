@@ -11,7 +11,7 @@ from starlette.responses import Response
 from triptych.api.errors import not_found
 
 INSTEAD: Final = {
-    "/v1/images/variations": "there are no variations: send the picture to POST /v1/images/edits, with a strength",
+    "/v1/images/variations": "there are no variations: send the image to POST /v1/images/edits, with a strength",
     "/v1/videos/{video_id}/remix": "there is no remix: send the prompt anew to POST /v1/videos, with another seed",
 }
 

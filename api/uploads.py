@@ -14,35 +14,35 @@ from msgspec.structs import replace
 from PIL import ExifTags, Image, UnidentifiedImageError
 from starlette.datastructures import UploadFile
 
-from triptych.api.errors import ApiError, refused
-from triptych.api.tensors import tensors_in
-from triptych.roles.files import is_full
-from triptych.roles.messages.work import Pictures, Tensors, Upload
-from triptych.roles.uploads import ENDINGS, TENSORS_ENDING, UploadsFull, UploadStore
+from triptych.api.errors import ApiError, field_error
+from triptych.api.tensors import check_safetensors
+from triptych.roles.media.files import is_disk_full
+from triptych.roles.media.uploads import ENDINGS, TENSORS_ENDING, UploadsFullError, UploadStore
+from triptych.roles.messages.common import Images, Tensors, Upload
 
 log = structlog.stdlib.get_logger("api")
 
 MAX_FILE_BYTES: Final = 32 << 20
 MAX_PIXELS: Final = 64_000_000
-MAX_PIXELS_TOGETHER: Final = 4 * MAX_PIXELS
-"""Of all pictures of one input."""
+MAX_TOTAL_PIXELS: Final = 4 * MAX_PIXELS
+"""Of all images of one input."""
 MAX_FILES: Final = 16
 MAX_FRAMES: Final = 256
 """Of an input that is a video."""
-MAX_DECODING: Final = 4
+MAX_CONCURRENT_DECODES: Final = 4
 
 Source: TypeAlias = str | UploadFile
-"""A picture as it came: base64, plain or a data URL, or a file of a form."""
+"""An image as it came: base64, plain or a data URL, or a file of a form."""
 
 _DATA_URL: Final = re.compile(r"data:[^,]{0,255};base64,", re.IGNORECASE)
-_REMOTE: Final = re.compile(r"(?:https?|ftp|file|s3|gs):", re.IGNORECASE)
+_REMOTE_URL: Final = re.compile(r"(?:https?|ftp|file|s3|gs):", re.IGNORECASE)
 _BASE64_CHUNK: Final = 1 << 20
 _MAGIC: Final = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
-_KEPT: Final = [name for name in ENDINGS if name != "MPO"]
+_FORMATS: Final = [name for name in ENDINGS if name != "MPO"]
 
 
 class Size(NamedTuple):
-    """Of a picture, in pixels."""
+    """Of an image, in pixels."""
 
     width: int
     height: int
@@ -51,33 +51,33 @@ class Size(NamedTuple):
         return f"{self.width}x{self.height}"
 
 
-class UploadDesk:
-    """Takes pictures in."""
+class UploadService:
+    """Takes images in."""
 
     def __init__(self, store: UploadStore) -> None:
         self.store = store
-        # A picture of the largest size is 256 MB when it is decoded.
-        self._decoding = asyncio.Semaphore(MAX_DECODING)
+        # An image of the largest size is 256 MB when it is decoded.
+        self._decoding = asyncio.Semaphore(MAX_CONCURRENT_DECODES)
 
-    async def keep(self, param: str, sources: Sequence[Source]) -> tuple[Pictures, Size]:
-        """Check pictures and keep them; returns the size of the first as well.
+    async def save(self, param: str, sources: Sequence[Source]) -> tuple[Images, Size]:
+        """Check images and keep them; returns the size of the first as well.
 
-        Raises ApiError that names `param`: 413 (too large), 415 (another format), 422 (no picture), 503 (no room).
+        Raises ApiError that names `param`: 413 (too large), 415 (another format), 422 (no image), 503 (no room).
         """
-        files, sizes, left = [], [], MAX_PIXELS_TOGETHER
+        files, sizes, left = [], [], MAX_TOTAL_PIXELS
         for source in sources:
-            file, size = await self._keep_one(param, source, left)
+            file, size = await self._save_one(param, source, left)
             files.append(file)
             sizes.append(size)
             left -= size.width * size.height
-        return Pictures(tuple(files)), sizes[0]
+        return Images(tuple(files)), sizes[0]
 
-    async def _keep_one(self, param: str, source: Source, left: int) -> tuple[Upload, Size]:
+    async def _save_one(self, param: str, source: Source, left: int) -> tuple[Upload, Size]:
         data = await _read(param, source)
         async with self._decoding:
             return await asyncio.to_thread(self._check_and_save, data, param, left)
 
-    async def keep_tensors(self, param: str, source: Source) -> Tensors:
+    async def save_tensors(self, param: str, source: Source) -> Tensors:
         """Check a safetensors file and keep it.
 
         Raises ApiError that names `param`: 413 (too large), 422 (no such file), 503 (no room).
@@ -86,54 +86,54 @@ class UploadDesk:
         if len(data) > MAX_FILE_BYTES:
             raise _too_large(param)
         async with self._decoding:
-            names = await asyncio.to_thread(tensors_in, data, param)
+            names = await asyncio.to_thread(check_safetensors, data, param)
             return Tensors(await asyncio.to_thread(self._save, data, param, TENSORS_ENDING), names)
 
     def _check_and_save(self, data: bytes, param: str, left: int) -> tuple[Upload, Size]:
-        ending, size = check(data, param, left)
+        ending, size = check_image(data, param, left)
         return replace(self._save(data, param, ending), pixels=size.width * size.height), size
 
     def _save(self, data: bytes, param: str, ending: str) -> Upload:
         try:
             return self.store.save(data, ending)
-        except UploadsFull as error:
+        except UploadsFullError as error:
             log.warning("an upload was refused", reason=str(error))
             predicate = "cannot be kept: there is no room for more files now"
-            raise refused(param, predicate, status=503, code="full", retry_s=60.0) from None
+            raise field_error(param, predicate, status=503, code="full", retry_s=60.0) from None
         except OSError as error:
             log.warning("an upload cannot be kept", error=str(error))
-            if is_full(error):
+            if is_disk_full(error):
                 predicate, code, retry_s = "cannot be kept: the server's disk is full", "disk_full", 60.0
             else:
                 predicate, code, retry_s = "cannot be kept on the server's disk", "unavailable", 5.0
-            raise refused(param, predicate, status=503, code=code, retry_s=retry_s) from None
+            raise field_error(param, predicate, status=503, code=code, retry_s=retry_s) from None
 
 
 async def _read(param: str, source: Source) -> bytes:
     if isinstance(source, str):
-        return await asyncio.to_thread(from_base64, source, param)
+        return await asyncio.to_thread(decode_base64, source, param)
     if source.size is not None and source.size > MAX_FILE_BYTES:
         raise _too_large(param)
     return await source.read()
 
 
-def from_base64(text: str, param: str) -> bytes:
+def decode_base64(text: str, param: str) -> bytes:
     """Decode base64, plain or of a data URL; raises ApiError 413 or 422."""
-    if _REMOTE.match(text):
-        predicate = "is a URL, and nothing is fetched: send the picture's bytes, in base64 or as a file of a form"
-        raise refused(param, predicate)
+    if _REMOTE_URL.match(text):
+        predicate = "is a URL, and nothing is fetched: send the image's bytes, in base64 or as a file of a form"
+        raise field_error(param, predicate)
     prefix = _DATA_URL.match(text)
     start = prefix.end() if prefix else 0
     if len(text) - start > MAX_FILE_BYTES * 4 // 3 + 4:
         raise _too_large(param)
     try:
         # MIME breaks base64 into lines.
-        return b"".join(_decoded(text[start:].encode("ascii").translate(None, b"\r\n\t ")))
+        return b"".join(_decode_chunks(text[start:].encode("ascii").translate(None, b"\r\n\t ")))
     except (binascii.Error, UnicodeEncodeError) as error:
-        raise refused(param, f"must be base64, plain or as data:image/png;base64,... ({error})") from None
+        raise field_error(param, f"must be base64, plain or as data:image/png;base64,... ({error})") from None
 
 
-def _decoded(encoded: bytes) -> Iterator[bytes]:
+def _decode_chunks(encoded: bytes) -> Iterator[bytes]:
     # In pieces, because one call holds the interpreter, and with it the event loop.
     for at in range(0, len(encoded), _BASE64_CHUNK):
         piece = encoded[at : at + _BASE64_CHUNK]
@@ -142,8 +142,8 @@ def _decoded(encoded: bytes) -> Iterator[bytes]:
         yield binascii.a2b_base64(piece, strict_mode=True)
 
 
-def check(data: bytes, param: str, left: int = MAX_PIXELS_TOGETHER) -> tuple[str, Size]:
-    """Decode a picture to see that it can be.
+def check_image(data: bytes, param: str, left: int = MAX_TOTAL_PIXELS) -> tuple[str, Size]:
+    """Decode an image to see that it can be.
 
     What it is shows in its bytes, whatever it is called. Its size is bounded before it is decoded.
 
@@ -153,67 +153,67 @@ def check(data: bytes, param: str, left: int = MAX_PIXELS_TOGETHER) -> tuple[str
         left: How many pixels the input may still have.
 
     Returns:
-        The ending of its format, and the size of the upright picture.
+        The ending of its format, and the size of the upright image.
 
-    Raises ApiError 413 (bytes or pixels), 415 (another format), 422 (damaged, or several pictures).
+    Raises ApiError 413 (bytes or pixels), 415 (another format), 422 (damaged, or several images).
     """
     if not data:
-        raise refused(param, "is empty")
+        raise field_error(param, "is empty")
     if len(data) > MAX_FILE_BYTES:
         raise _too_large(param)
     try:
-        picture = Image.open(io.BytesIO(data), formats=_KEPT)
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError:
         raise _too_many_pixels(param) from None
     except UnidentifiedImageError as error:
         if data.startswith(_MAGIC):
             raise _damaged(param, error) from error
-        predicate = "must be a picture, a PNG, JPEG or WebP"
-        raise refused(param, predicate, status=415, code="unsupported_media_type") from None
+        predicate = "must be an image, a PNG, JPEG or WebP"
+        raise field_error(param, predicate, status=415, code="unsupported_media_type") from None
     except Exception as error:  # Pillow raises whatever its parsers run into
         raise _damaged(param, error) from error
-    with picture:
-        if picture.width * picture.height > left:
-            raise _too_many_together(param)
-        return _check_opened(picture, param)
+    with image:
+        if image.width * image.height > left:
+            raise _too_many_total_pixels(param)
+        return _check_open_image(image, param)
 
 
-def _check_opened(picture: Image.Image, param: str) -> tuple[str, Size]:
-    if picture.width * picture.height > MAX_PIXELS:
+def _check_open_image(image: Image.Image, param: str) -> tuple[str, Size]:
+    if image.width * image.height > MAX_PIXELS:
         raise _too_many_pixels(param)
-    ending = ENDINGS[str(picture.format)]
+    ending = ENDINGS[str(image.format)]
     try:
-        # Cameras put a small copy, or a map of brightness, behind a JPEG; that is no second picture.
-        frames = 1 if ending == "jpeg" else getattr(picture, "n_frames", 1)
+        # Cameras put a small copy, or a map of brightness, behind a JPEG; that is no second image.
+        frames = 1 if ending == "jpeg" else getattr(image, "n_frames", 1)
         if frames == 1:
-            picture.load()
-        size = _upright(picture)
+            image.load()
+        size = _upright_size(image)
     except Exception as error:  # as above
         raise _damaged(param, error) from error
     if frames != 1:
-        raise refused(param, f"must be a picture that stands still, not {frames} frames: send each on its own")
+        raise field_error(param, f"must be an image that stands still, not {frames} frames: send each on its own")
     return ending, size
 
 
-def _upright(picture: Image.Image) -> Size:
-    turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    return Size(picture.height, picture.width) if turned else Size(picture.width, picture.height)
+def _upright_size(image: Image.Image) -> Size:
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return Size(image.height, image.width) if turned else Size(image.width, image.height)
 
 
 def _damaged(param: str, error: Exception) -> ApiError:
     # Pillow's error has no more to say of what it could not even open.
     why = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
-    return refused(param, f"is damaged or not complete{why}")
+    return field_error(param, f"is damaged or not complete{why}")
 
 
 def _too_large(param: str) -> ApiError:
-    return refused(param, f"must be at most {MAX_FILE_BYTES} bytes", status=413, code="too_long")
+    return field_error(param, f"must be at most {MAX_FILE_BYTES} bytes", status=413, code="too_long")
 
 
-def _too_many_together(param: str) -> ApiError:
-    predicate = f"must have at most {MAX_PIXELS_TOGETHER} pixels together"
-    return refused(param, predicate, status=413, code="too_long")
+def _too_many_total_pixels(param: str) -> ApiError:
+    predicate = f"must have at most {MAX_TOTAL_PIXELS} pixels together"
+    return field_error(param, predicate, status=413, code="too_long")
 
 
 def _too_many_pixels(param: str) -> ApiError:
-    return refused(param, f"must have at most {MAX_PIXELS} pixels", status=413, code="too_long")
+    return field_error(param, f"must have at most {MAX_PIXELS} pixels", status=413, code="too_long")

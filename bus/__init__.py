@@ -1,51 +1,51 @@
 """The typed message bus: mailboxes, references, dead letters. Knows no actor and no tensor."""
 
-from triptych.bus.address import Address, parse_address
-from triptych.bus.binding import remove_if_stale
-from triptych.bus.dead_letters import DeadLetter, DeadLetters
-from triptych.bus.envelope import Envelope, Failure, FailureCode, Generation, Kind
-from triptych.bus.errors import (
+from triptych.bus._address import Address, parse_address
+from triptych.bus._binding import remove_if_stale
+from triptych.bus._dead_letters import DeadLetter, DeadLetters
+from triptych.bus._envelope import Envelope, EnvelopeKind, Failure, FailureCode, Generation
+from triptych.bus._errors import (
     AddressError,
-    AskTimeout,
+    AskTimeoutError,
     BusError,
-    HandshakeRefused,
-    MailboxFull,
-    MessageTooLong,
-    Refused,
-    RemoteFailure,
-    Unreachable,
+    HandshakeRefusedError,
+    MailboxFullError,
+    MessageTooLongError,
+    RefusedError,
+    RemoteError,
+    UnreachableError,
 )
-from triptych.bus.mailbox import Delivery, Mailbox
-from triptych.bus.message import Message
-from triptych.bus.outbox import Outbox, Reference
-from triptych.bus.sockets import CurveKeys
-from triptych.bus.trace import child_of, current_traceparent, new_traceparent
+from triptych.bus._mailbox import Delivery, Mailbox
+from triptych.bus._message import Message
+from triptych.bus._outbox import Outbox, Reference
+from triptych.bus._sockets import CurveKeys
+from triptych.bus._trace import child_traceparent, current_traceparent, new_traceparent
 
 __all__ = [
     "Address",
     "AddressError",
-    "AskTimeout",
+    "AskTimeoutError",
     "BusError",
     "CurveKeys",
     "DeadLetter",
     "DeadLetters",
     "Delivery",
     "Envelope",
+    "EnvelopeKind",
     "Failure",
     "FailureCode",
     "Generation",
-    "HandshakeRefused",
-    "Kind",
+    "HandshakeRefusedError",
     "Mailbox",
-    "MailboxFull",
+    "MailboxFullError",
     "Message",
-    "MessageTooLong",
+    "MessageTooLongError",
     "Outbox",
     "Reference",
-    "Refused",
-    "RemoteFailure",
-    "Unreachable",
-    "child_of",
+    "RefusedError",
+    "RemoteError",
+    "UnreachableError",
+    "child_traceparent",
     "current_traceparent",
     "new_traceparent",
     "parse_address",

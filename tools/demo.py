@@ -13,10 +13,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from triptych.actors.client import ApiError
-from triptych.actors.cluster import launch
 from triptych.actors.errors import TopologyError
-from triptych.actors.logs import LEVEL_VARIABLE
+from triptych.actors.runtime.logs import LEVEL_VARIABLE
+from triptych.api.client import ClientError
+from triptych.api.launch import launch
 
 TOPOLOGY = Path(str(files("triptych"))) / "examples" / "demo.toml"
 PROMPT = "a large red circle on the left of a blue background"
@@ -36,13 +36,13 @@ def main(
     """Start TOPOLOGY on a free port, draw PROMPT, and leave nothing running."""
     try:
         asyncio.run(demo(topology, output, prompt, seed))
-    except (ApiError, TopologyError) as error:
+    except (ClientError, TopologyError) as error:
         console.print(f"[red]{error}[/red]")
         raise typer.Exit(1) from error
 
 
 async def demo(topology: Path, output: Path, prompt: str, seed: int) -> None:
-    """Raises `ApiError` or `TopologyError` with a sentence."""
+    """Raises `ClientError` or `TopologyError` with a sentence."""
     os.environ.setdefault(LEVEL_VARIABLE, "warning")  # the picture is the news here
     started = time.perf_counter()
     async with launch(topology, {"api": {"port": 0}}) as cluster:
@@ -60,8 +60,8 @@ def stage_table(request: dict[str, Any], elapsed_s: float) -> Table:
     """Where the request spent its time, by stage and instance."""
     table = Table("stage", "instance", "milliseconds", title=f"request {request['id']}")
     unit = request["units"][0]
-    for panel, seconds in unit["stage_seconds"].items():
-        table.add_row(panel, unit["instances"].get(panel, ""), f"{seconds * 1000:.1f}")
+    for stage, seconds in unit["stage_seconds"].items():
+        table.add_row(stage, unit["instances"].get(stage, ""), f"{seconds * 1000:.1f}")
     table.add_row("whole request", "over HTTP", f"{elapsed_s * 1000:.1f}", end_section=True)
     return table
 

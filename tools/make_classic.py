@@ -1,6 +1,6 @@
 """Make a tiny model of a pipeline without blocks: `python -m triptych.tools.make_classic OUT --family pixart`.
 
-As `tools.make_model` does it, with random weights and a card. The same seed makes the same files.
+As `tools.make_model` does it, with random weights and a serving config. The same seed makes the same files.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Annotated, Any, Final
 import torch
 import typer
 
-from triptych.tools.make_model import classic, write_model
+from triptych.tools.make_model import classic_pipelines, write_model
 from triptych.tools.make_model.recipe import Recipe
 
 
-class Classic(StrEnum):
+class ClassicFamily(StrEnum):
     """Which pipeline the model is for."""
 
     PIXART = "pixart"
@@ -29,18 +29,18 @@ class Classic(StrEnum):
     SD_CONTROLNET = "sd_controlnet"
 
 
-_RECIPES: Final[dict[Classic, Callable[[], Recipe]]] = {
-    Classic.PIXART: classic.pixart,
-    Classic.SANA: classic.sana,
-    Classic.CHROMA: classic.chroma,
-    Classic.COGVIDEOX: classic.cogvideox,
-    Classic.GLM_IMAGE: classic.glm_image,
-    Classic.KANDINSKY5: classic.kandinsky5,
-    Classic.SD_CONTROLNET: classic.sd_controlnet,
+_RECIPES: Final[dict[ClassicFamily, Callable[[], Recipe]]] = {
+    ClassicFamily.PIXART: classic_pipelines.pixart,
+    ClassicFamily.SANA: classic_pipelines.sana,
+    ClassicFamily.CHROMA: classic_pipelines.chroma,
+    ClassicFamily.COGVIDEOX: classic_pipelines.cogvideox,
+    ClassicFamily.GLM_IMAGE: classic_pipelines.glm_image,
+    ClassicFamily.KANDINSKY5: classic_pipelines.kandinsky5,
+    ClassicFamily.SD_CONTROLNET: classic_pipelines.sd_controlnet,
 }
 
 
-def make_classic(out: Path, family: Classic, seed: int = 0) -> None:
+def make_classic(out: Path, family: ClassicFamily, seed: int = 0) -> None:
     """Make a model.
 
     Args:
@@ -49,10 +49,10 @@ def make_classic(out: Path, family: Classic, seed: int = 0) -> None:
             CogVideoX or Kandinsky 5, which make videos.
         seed: Of the weights.
     """
-    write_model(out, family, _RECIPES[family](), seed, progress=False, finish=_enliven)
+    write_model(out, family, _RECIPES[family](), seed, progress=False, finish=_randomise_zero_layers)
 
 
-def _enliven(component: Any) -> None:
+def _randomise_zero_layers(component: Any) -> None:
     if not isinstance(component, torch.nn.Module):
         return
     # Some layers begin as zeros, so that neither prompt nor step would change the picture.
@@ -63,7 +63,7 @@ def _enliven(component: Any) -> None:
 
 def main(
     out: Annotated[Path, typer.Argument(help="The folder to make.")],
-    family: Annotated[Classic, typer.Option(help="The pipeline it is for.")] = Classic.PIXART,
+    family: Annotated[ClassicFamily, typer.Option(help="The pipeline it is for.")] = ClassicFamily.PIXART,
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
 ) -> None:
     """Make a tiny model with random weights."""

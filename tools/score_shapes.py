@@ -20,9 +20,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from triptych.tools.shapes.scenes import Picture, Scene, all_scenes, caption, held_out_scenes, held_out_triples
+from triptych.tools.shapes.contact_sheet import write_sheet
+from triptych.tools.shapes.scenes import Pixels, Scene, all_scenes, caption, held_out_scenes, held_out_triples
 from triptych.tools.shapes.scoring import Score, score
-from triptych.tools.shapes.sheet import write_sheet
 
 EXAMPLES = """examples:
   python -m triptych.tools.score_shapes                                  200 prompts through 127.0.0.1:8000
@@ -81,7 +81,7 @@ def summary(scores: Sequence[Score], scenes: Sequence[Scene]) -> dict[str, float
     return {**shares, "prompts": len(scores), "held_out": held_out}
 
 
-def _by_server(url: str, rows: Sequence[tuple[Scene, int]]) -> Generator[Picture, None, None]:
+def _by_server(url: str, rows: Sequence[tuple[Scene, int]]) -> Generator[Pixels, None, None]:
     """Render over HTTP, at most CONCURRENCY requests at a time; pictures come in the order of the rows."""
     with (
         httpx.Client(base_url=url, timeout=ATTEMPT_TIMEOUT_S) as client,
@@ -95,7 +95,7 @@ def _by_server(url: str, rows: Sequence[tuple[Scene, int]]) -> Generator[Picture
             workers.shutdown(wait=False, cancel_futures=True)
 
 
-def _request(client: httpx.Client, prompt: str, seed: int) -> Picture:
+def _request(client: httpx.Client, prompt: str, seed: int) -> Pixels:
     wish = {"prompt": prompt, "seed": seed, "response_format": "b64_json"}
     try:
         answer = client.post("/v1/images/generations", json=wish)
@@ -112,17 +112,17 @@ def _request(client: httpx.Client, prompt: str, seed: int) -> Picture:
         raise RenderError(f"{client.base_url} answered {prompt!r} with something that is no picture") from error
 
 
-def _by_model(folder: Path, rows: Sequence[tuple[Scene, int]]) -> Generator[Picture, None, None]:
+def _by_model(folder: Path, rows: Sequence[tuple[Scene, int]]) -> Generator[Pixels, None, None]:
     """Render in this process, one at a time, with the model's own defaults."""
     import torch
     from diffusers import FluxPipeline
 
-    card = json.loads((folder / "triptych.json").read_text())
+    serving_config = json.loads((folder / "triptych.json").read_text())
     pipe = FluxPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     for scene, seed in rows:
         generator = torch.Generator("cpu").manual_seed(seed)
-        image = pipe(caption(scene), generator=generator, **card["defaults"]).images[0]
+        image = pipe(caption(scene), generator=generator, **serving_config["defaults"]).images[0]
         yield np.asarray(image.convert("RGB"))
 
 

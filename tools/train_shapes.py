@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from triptych.tools.shapes.autoencoder import peak_signal_to_noise, train_autoencoder
-from triptych.tools.shapes.flow import make_lessons, score_painter, train_painter
+from triptych.tools.shapes.flow import make_training_set, score_denoiser, train_denoiser
 from triptych.tools.shapes.model import save_model
 from triptych.tools.shapes.scenes import held_out_scenes, training_scenes
 
@@ -36,9 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     autoencoder = train_autoencoder(seconds * AUTOENCODER_SHARE, device, options.seed, work)
     clearness = peak_signal_to_noise(autoencoder, device)
     _say(f"autoencoder: PSNR {clearness:.1f} dB; encoding the pictures")
-    lessons = make_lessons(autoencoder, device, options.seed, training_scenes())
-    painter = train_painter(lessons, seconds * (1.0 - AUTOENCODER_SHARE), device, options.seed, work)
-    scores = score_painter(painter, autoencoder, list(held_out_scenes()), device)
+    training_set = make_training_set(autoencoder, device, options.seed, training_scenes())
+    painter = train_denoiser(training_set, seconds * (1.0 - AUTOENCODER_SHARE), device, options.seed, work)
+    scores = score_denoiser(painter, autoencoder, list(held_out_scenes()), device)
     save_model(options.out, autoencoder, painter)
     for name in ("autoencoder", "painter"):
         (work / f"{name}.safetensors").unlink()

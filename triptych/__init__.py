@@ -4,17 +4,26 @@ In a checkout the packages in here are links to the folders at the top level. `i
 nor an HTTP client; a name is imported when it is first used.
 """
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from triptych.actors import Topology, TopologyError, launch, load_topology
+    from triptych.actors.errors import TopologyError
+    from triptych.actors.topology.topology import Topology, load_topology
+    from triptych.api.client import ClientError
+    from triptych.api.launch import launch
 
-__all__ = ["Topology", "TopologyError", "launch", "load_topology"]
+_MODULES: Final = {
+    "ClientError": "api.client",
+    "Topology": "actors.topology.topology",
+    "TopologyError": "actors.errors",
+    "launch": "api.launch",
+    "load_topology": "actors.topology.topology",
+}
+__all__ = ["ClientError", "Topology", "TopologyError", "launch", "load_topology"]
 
 
 def __getattr__(name: str) -> object:
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from triptych import actors
-
-    return getattr(actors, name)
+    return getattr(importlib.import_module(f"triptych.{_MODULES[name]}"), name)

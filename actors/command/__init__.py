@@ -8,7 +8,7 @@ from triptych.actors.command.add import add
 from triptych.actors.command.check import check
 from triptych.actors.command.generate import generate
 from triptych.actors.command.reload import reload
-from triptych.actors.command.sleeping import sleep, wake
+from triptych.actors.command.sleep_wake import sleep, wake
 from triptych.actors.command.status import status
 from triptych.actors.command.up import up
 

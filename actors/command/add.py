@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from triptych.actors.adding import file_name, topology_of, written_path
-from triptych.actors.command.output import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, stdout
-from triptych.actors.components import load_model_facts
-from triptych.actors.errors import StartFailure
-from triptych.actors.launcher import QUIET
-from triptych.actors.sections import ModelSection
+from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, stdout
+from triptych.actors.errors import StartError
+from triptych.actors.supervision.component_specs import load_model_summary
+from triptych.actors.supervision.launcher import QUIET
+from triptych.actors.topology.generator import generate_topology, relative_model_path, topology_file_name
+from triptych.actors.topology.sections import ModelSection
 
 
 def add(
@@ -51,21 +51,23 @@ def add(
 
     triptych add juggernautXL.safetensors --config stabilityai/stable-diffusion-xl-base-1.0
     """
-    file = output or Path(file_name(model))
+    file = output or Path(topology_file_name(model))
     if file.exists() and not force:
         fail(f"{file} is there already: give another -o FILE, or --force to write over it.", EXIT_FAILED)
     folder = file.resolve().parent
     section = ModelSection(
-        path=written_path(model, folder), config=config and written_path(config, folder), revision=revision
+        path=relative_model_path(model, folder),
+        config=config and relative_model_path(config, folder),
+        revision=revision,
     )
     try:
         os.environ.update({name: level for name, level in QUIET.items() if name not in os.environ})
-        facts, problem = load_model_facts()(section, folder)
-    except StartFailure as error:
+        facts, problem = load_model_summary()(section, folder)
+    except StartError as error:
         fail(str(error), EXIT_BAD_TOPOLOGY)
     if problem:
         fail(problem, EXIT_BAD_TOPOLOGY)
-    text = topology_of(section, facts)
+    text = generate_topology(section, facts)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")

@@ -12,12 +12,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from triptych.actors.command.output import EXIT_BAD_TOPOLOGY, fail, rows_of, stdout, table
-from triptych.actors.components import ModelReport, load_check
-from triptych.actors.errors import StartFailure, TopologyError
-from triptych.actors.launcher import QUIET
-from triptych.actors.preflight import preflight
-from triptych.actors.topology import Component, Model, Topology, load_topology
+from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, fail, rows_of, stdout, table
+from triptych.actors.command.preflight import preflight
+from triptych.actors.errors import StartError, TopologyError
+from triptych.actors.supervision.component_specs import ModelReport, load_check
+from triptych.actors.supervision.launcher import QUIET
+from triptych.actors.topology.topology import Component, Model, Topology, load_topology
 
 TopologyFile = Annotated[Path, typer.Argument(metavar="FILE", help="The topology, a TOML file.", show_default=False)]
 
@@ -85,7 +85,7 @@ def _look_at_models(topology: Topology, *, dry_run: bool) -> list[ModelReport]:
             return [
                 check_model(model, _served_by(topology, model), dry_run=dry_run, say=say) for model in topology.models
             ]
-    except StartFailure as error:
+    except StartError as error:
         fail(str(error), EXIT_BAD_TOPOLOGY)
 
 

@@ -1,4 +1,4 @@
-"""`triptych generate`: one picture from a prompt."""
+"""`triptych generate`: one image from a prompt."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ import httpx
 import typer
 from rich.markup import escape
 
-from triptych.actors.client import (
+from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, EXIT_FAILED, EXIT_INTERRUPTED, fail, stdout
+from triptych.actors.command._progress import wait_until_finished
+from triptych.actors.errors import TopologyError
+from triptych.actors.topology.topology import load_topology
+from triptych.api.client import (
     FORMATS,
     GENERATE_TIMEOUT_S,
     KEY_VARIABLE,
-    ApiError,
-    Picture,
+    ClientError,
+    GeneratedImage,
     authorization,
     format_of,
     read_json,
@@ -26,10 +30,6 @@ from triptych.actors.client import (
     timeout,
     unreachable,
 )
-from triptych.actors.command.following import finished
-from triptych.actors.command.output import EXIT_BAD_TOPOLOGY, EXIT_FAILED, EXIT_INTERRUPTED, fail, stdout
-from triptych.actors.errors import TopologyError
-from triptych.actors.topology import load_topology
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 URL_VARIABLE: Final = "TRIPTYCH_URL"
@@ -50,9 +50,9 @@ KeyFile = Annotated[
     ),
 ]
 
-Pictures = Annotated[
+Images = Annotated[
     list[Path] | None,
-    typer.Option("--image", metavar="FILE", help="A picture to start from; may be repeated.", show_default=False),
+    typer.Option("--image", metavar="FILE", help="An image to start from; may be repeated.", show_default=False),
 ]
 
 
@@ -75,7 +75,7 @@ def generate(
         str,
         typer.Option(
             metavar="SEED[,SEED...]",
-            help="The same seed makes the same picture; random if left out. Of several, each makes one.",
+            help="The same seed makes the same image; random if left out. Of several, each makes one.",
             show_default=False,
         ),
     ] = "",
@@ -93,10 +93,10 @@ def generate(
         int | None,
         typer.Option("-n", min=1, max=10, help="How many, of seeds that follow each other.", show_default="1"),
     ] = None,
-    image: Pictures = None,
+    image: Images = None,
     mask: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="What of the picture to paint anew: the white.", show_default=False),
+        typer.Option(metavar="FILE", help="What of the image to paint anew: the white.", show_default=False),
     ] = None,
     last_image: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The last frame of a video.", show_default=False)
@@ -115,7 +115,7 @@ def generate(
     url: Url = "",
     key_file: KeyFile = None,
 ) -> None:
-    """Make pictures or videos from a prompt, or of another picture, and write each to a file.
+    """Make images or videos from a prompt, or of another image, and write each to a file.
 
     The ending of the file's name says in which format: .png, .jpg, .webp, .gif, .mp4 for a video, .zip for its frames.
     With -n, the files of NAME.png are NAME-0.png, NAME-1.png and so on.
@@ -137,7 +137,7 @@ def generate(
     options |= {"model": model} if model else {}
     seeds = read_seeds(seed)
     said = {"prompt": prompt, "size": size or None, "num_inference_steps": steps, "seed": seeds, "n": count, **options}
-    extra = {**settings(more or [], out, said), **options, "image": image or None}
+    extra = {**parse_settings(more or [], out, said), **options, "image": image or None}
     try:
         body = request_body(prompt, size=size or None, steps=steps, seed=seeds, extra=extra, n=count)
     except OSError as error:
@@ -145,10 +145,10 @@ def generate(
     try:
         target = load_topology(topology).url if topology and not url else base_url(url)
         request, files = _make(target, api_key(key_file), body)
-        written = [picture.save(path) for picture, path in zip(files, names_for(request, out), strict=True)]
+        written = [result.save(path) for result, path in zip(files, output_paths(request, out), strict=True)]
     except TopologyError as error:
         fail(str(error), EXIT_BAD_TOPOLOGY)
-    except ApiError as error:
+    except ClientError as error:
         fail(str(error), EXIT_FAILED)
     except OSError as error:
         fail(f"{error.filename} cannot be written: {error.strerror}.", EXIT_FAILED)
@@ -157,15 +157,15 @@ def generate(
     if as_json:
         print(json.dumps({**request, "files": [str(path) for path in written]}))
         return
-    for picture, path in zip(files, written, strict=True):
-        about = f"{len(picture.data) / 1024:.0f} KiB, {time.monotonic() - begun:.1f} s"
-        stdout().print(f"[green]saved[/] {escape(str(path))} ({about}, request {escape(picture.request_id)})")
-        if picture.nsfw_content_detected:
+    for result, path in zip(files, written, strict=True):
+        about = f"{len(result.data) / 1024:.0f} KiB, {time.monotonic() - begun:.1f} s"
+        stdout().print(f"[green]saved[/] {escape(str(path))} ({about}, request {escape(result.request_id)})")
+        if result.nsfw_content_detected:
             stdout().print("[yellow]The safety checker of the model has made it black: try another seed or prompt.[/]")
 
 
-def names_for(request: Mapping[str, Any], out: Path | None) -> list[Path]:
-    """Name the file of each picture of a request that is done; `out` is what the user wants it called. Pure."""
+def output_paths(request: Mapping[str, Any], out: Path | None) -> list[Path]:
+    """Name the file of each image of a request that is done; `out` is what the user wants it called. Pure."""
     artifacts = [unit["artifact"] for unit in request["units"]]
     if out is None:
         kind = str(artifacts[0]["content_type"]).partition("/")[0]
@@ -193,26 +193,26 @@ def base_url(url: str) -> str:
 
 
 def api_key(file: Path | None) -> str:
-    """The key that was given, "" for none; raises `ApiError` when its file cannot be read."""
+    """The key that was given, "" for none; raises `ClientError` when its file cannot be read."""
     if file is None:
         return os.environ.get(KEY_VARIABLE, "").strip()
     try:
         key = file.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ApiError(f"the key file {file} cannot be read ({error})") from error
+        raise ClientError(f"the key file {file} cannot be read ({error})") from error
     if not key or not key.isprintable() or " " in key:
-        raise ApiError(f"the key file {file} is to hold the key alone")
+        raise ClientError(f"the key file {file} is to hold the key alone")
     return key
 
 
-def settings(
+def parse_settings(
     pairs: Sequence[str], out: Path | None = None, said: Mapping[str, object] | None = None
 ) -> dict[str, object]:
     """Read NAME=VALUE: a number, true, false or a list as in JSON, else text. `out` says in which format, if it does.
 
     Raises `typer.BadParameter` for what cannot be set so, is `said` already, or contradicts `out`.
     """
-    read = dict(_setting(pair) for pair in pairs)
+    read = dict(_parse_setting(pair) for pair in pairs)
     for name in read:
         if (said or {}).get(name) is not None:
             raise typer.BadParameter(f"{name} is given already, with an option of its own", param_hint="--set")
@@ -226,7 +226,7 @@ def settings(
     return read
 
 
-def _setting(pair: str) -> tuple[str, object]:
+def _parse_setting(pair: str) -> tuple[str, object]:
     name, equals, text = pair.partition("=")
     if not name or not equals:
         raise typer.BadParameter(f"{pair!r} is not NAME=VALUE", param_hint="--set")
@@ -238,14 +238,14 @@ def _setting(pair: str) -> tuple[str, object]:
         return name, text
 
 
-def _make(url: str, key: str, body: dict[str, object]) -> tuple[dict[str, Any], list[Picture]]:
-    """Have it made; returns the request as it ended, and the file of each of its pictures."""
+def _make(url: str, key: str, body: dict[str, object]) -> tuple[dict[str, Any], list[GeneratedImage]]:
+    """Have it made; returns the request as it ended, and the file of each of its images."""
     with httpx.Client(base_url=url, timeout=timeout(GENERATE_TIMEOUT_S), headers=authorization(key)) as http:
         try:
             answer = http.post("/v1/images/generations", json=body, headers={"Prefer": "respond-async"})
             request = read_json(answer)
             try:
-                request = finished(http, request)
+                request = wait_until_finished(http, request)
             except KeyboardInterrupt:
                 http.delete(f"/v1/requests/{request['id']}")
                 raise
@@ -256,4 +256,6 @@ def _make(url: str, key: str, body: dict[str, object]) -> tuple[dict[str, Any], 
         if not file.is_success:
             read_json(file)
     flags = [unit["artifact"].get("nsfw_content_detected") for unit in request["units"]]
-    return request, [Picture(file.content, str(request["id"]), flag) for file, flag in zip(files, flags, strict=True)]
+    return request, [
+        GeneratedImage(file.content, str(request["id"]), flag) for file, flag in zip(files, flags, strict=True)
+    ]

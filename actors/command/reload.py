@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 from rich.console import Console
 
-from triptych.actors.addresses import AddressBook
+from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, EXIT_FAILED, EXIT_INTERRUPTED, fail
 from triptych.actors.command.check import TopologyFile
-from triptych.actors.command.output import EXIT_BAD_TOPOLOGY, EXIT_FAILED, EXIT_INTERRUPTED, fail
 from triptych.actors.errors import TopologyError
-from triptych.actors.system import Reloading, ReloadModel
-from triptych.actors.topology import load_topology
-from triptych.bus import BusError, Outbox, RemoteFailure
+from triptych.actors.runtime.address_book import AddressBook
+from triptych.actors.runtime.system_messages import Reloading, ReloadModel
+from triptych.actors.topology.topology import load_topology
+from triptych.bus import BusError, Outbox, RemoteError
 
 if TYPE_CHECKING:
-    from triptych.actors.topology import Topology
+    from triptych.actors.topology.topology import Topology
 
 _LOOK_EVERY_S: Final = 0.5
 _ANSWER_S: Final = 30.0
@@ -44,7 +44,7 @@ def reload(
     console = Console(stderr=True, highlight=False)
     try:
         model = asyncio.run(_reload(topology, name, console))
-    except RemoteFailure as error:
+    except RemoteError as error:
         fail(error.detail, EXIT_FAILED)
     except BusError as error:
         fail(f"The head of {file} cannot be reached: {error}", EXIT_FAILED)
@@ -54,10 +54,10 @@ def reload(
 
 
 async def _reload(topology: Topology, name: str, console: Console) -> str:
-    book = AddressBook(topology)
-    outbox = Outbox("reload", curve=book.keys)
+    address_book = AddressBook(topology)
+    outbox = Outbox("reload", curve=address_book.keys)
     try:
-        head = outbox.reference("head", book.address("head"))
+        head = outbox.reference("head", address_book.address("head"))
         with console.status("Asking the head") as shown:
             while True:
                 answer = await head.ask(ReloadModel(name), Reloading, timeout_s=_ANSWER_S)

@@ -15,11 +15,11 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from triptych.actors.client import ApiError, authorization, read_json, timeout, unreachable
+from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, rows_of, stdout, styled, table
 from triptych.actors.command.generate import KeyFile, Url, api_key, base_url
-from triptych.actors.command.output import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, rows_of, stdout, styled, table
 from triptych.actors.errors import TopologyError
-from triptych.actors.topology import load_topology
+from triptych.actors.topology.topology import load_topology
+from triptych.api.client import ClientError, authorization, read_json, timeout, unreachable
 
 _WATCH_EVERY_S: Final = 1.0
 _COLUMNS: Final = ("name", "state", "pid", "restarts", "uptime", "mailbox", "slots", "detail")
@@ -52,7 +52,7 @@ def status(
         key = api_key(key_file)
     except TopologyError as error:
         fail(str(error), EXIT_BAD_TOPOLOGY)
-    except ApiError as error:
+    except ClientError as error:
         fail(str(error), EXIT_FAILED)
     with httpx.Client(base_url=target, timeout=timeout(), headers=authorization(key)) as http:
         try:
@@ -60,7 +60,7 @@ def status(
                 _watch(http, target, as_json=as_json)
             else:
                 stdout().print(_shown(_look(http, target), as_json=as_json), soft_wrap=as_json)
-        except ApiError as error:
+        except ClientError as error:
             fail(str(error), EXIT_FAILED)
         except KeyboardInterrupt:
             return  # the way to end --watch
@@ -76,7 +76,7 @@ def _watch(http: httpx.Client, url: str, *, as_json: bool) -> None:
         while True:
             try:
                 live.update(_shown(_look(http, url), as_json=as_json), refresh=True)
-            except ApiError as error:  # it may come back: that is what one watches for
+            except ClientError as error:  # it may come back: that is what one watches for
                 live.update(Text(str(error), style="red"), refresh=True)
             time.sleep(_WATCH_EVERY_S)
 

@@ -9,16 +9,16 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from triptych.actors import logs
-from triptych.actors.addresses import SUPERVISOR
+from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, stdout
+from triptych.actors.command._display import make_display
 from triptych.actors.command.check import TopologyFile
-from triptych.actors.command.display import make_display
-from triptych.actors.command.output import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, stdout
-from triptych.actors.errors import AlreadyRunning, StartFailure, StateBelongsToAnother, TopologyError, UnknownName
-from triptych.actors.prctl import die_with_parent
-from triptych.actors.preflight import preflight
-from triptych.actors.supervise import Supervision
-from triptych.actors.topology import load_topology
+from triptych.actors.command.preflight import preflight
+from triptych.actors.errors import AlreadyRunningError, ForeignStateError, StartError, TopologyError, UnknownNameError
+from triptych.actors.runtime import logs
+from triptych.actors.runtime.address_book import SUPERVISOR
+from triptych.actors.supervision.prctl import die_with_parent
+from triptych.actors.supervision.supervisor_process import SupervisorProcess
+from triptych.actors.topology.topology import load_topology
 
 
 def up(
@@ -62,16 +62,16 @@ def up(
     try:
         topology = load_topology(file)
         display = make_display(console, topology)
-        supervision = Supervision(
-            topology, only=_names(only), on_change=display.changed, beside=display.announce_readiness
+        supervision = SupervisorProcess(
+            topology, only=_names(only), on_change=display.changed, side_task=display.announce_readiness
         )
         preflight(topology, supervision.components, file=str(file))
-    except (TopologyError, UnknownName) as error:
+    except (TopologyError, UnknownNameError) as error:
         _fail(str(error), EXIT_BAD_TOPOLOGY, reason_file)
     try:
-        with display.shown(supervision.components):
+        with display.showing(supervision.components):
             code = supervision.run()
-    except (AlreadyRunning, StateBelongsToAnother, PermissionError, StartFailure) as error:
+    except (AlreadyRunningError, ForeignStateError, PermissionError, StartError) as error:
         _fail(str(error), EXIT_FAILED, reason_file)
     if supervision.problem:
         _fail(supervision.problem, code, reason_file)

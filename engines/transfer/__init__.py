@@ -15,24 +15,24 @@ after a rejected one may fail.
 
 from __future__ import annotations
 
-from triptych.engines.arena import Arena
+from triptych.engines.memory.arena import Arena
 from triptych.engines.transfer.backend import TransferBackend
 from triptych.engines.transfer.errors import TransferError, TransferSetupError
-from triptych.engines.transfer.faults import Faults, FaultyBackend
+from triptych.engines.transfer.fault_injection import FaultRates, FaultyBackend
+from triptych.engines.transfer.pull_executor import PullExecutor
 from triptych.engines.transfer.shm import ShmBackend
-from triptych.engines.transfer.transfers import Transfers
 
 __all__ = [
     "QUARANTINE_S",
-    "Faults",
+    "FaultRates",
+    "PullExecutor",
     "TransferBackend",
     "TransferError",
     "TransferSetupError",
-    "Transfers",
     "open_backend",
 ]
 
-# How long a slot stays out of use after a failed pull, `held` ranges apart: twice the time after which
+# How long a block stays out of use after a failed pull, `held` ranges apart: twice the time after which
 # Mooncake gives a silent connection up.
 QUARANTINE_S = 10.0
 
@@ -50,9 +50,9 @@ def open_backend(
     """Open the backend named by `engine`: "shm" (also "auto") or "mooncake".
 
     Blocks: call it off the event loop. `hostname` is what peers reach this host by; `faults` is a setting as
-    `Faults.parse` reads it, "" in production. Raises TransferSetupError with what to install or to set.
+    `FaultRates.parse` reads it, "" in production. Raises TransferSetupError with what to install or to set.
     """
-    chosen = Faults.parse(faults)
+    chosen = FaultRates.parse(faults)
     backend = _open(engine, arena, hostname, protocol, ib_device)
     return FaultyBackend(backend, arena, chosen, seed) if faults else backend
 

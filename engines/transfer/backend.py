@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-Range = tuple[int, int]  # offset in the local arena, nbytes
+ByteRange = tuple[int, int]  # offset in the local arena, nbytes
 
 
 class TransferBackend(Protocol):
@@ -35,7 +35,7 @@ class TransferBackend(Protocol):
         ValueError for a local range outside the arena.
         """
 
-    def late(self) -> tuple[Range, ...]:
+    def late(self) -> tuple[ByteRange, ...]:
         """List the local ranges that a pull which has failed may still write to."""
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ class TransferError(Exception):
     """Bytes that did not arrive.
 
     Attributes: reason: A sentence for the log and for the head. retryable: Whether the same pull can
-    succeed later. quarantine: Whether something may still write to the local slot: it must not be leased
+    succeed later. quarantine: Whether something may still write to the local block: it must not be leased
     again before that ends.
 
     """

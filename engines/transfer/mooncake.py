@@ -13,9 +13,9 @@ import threading
 import time
 from typing import Any
 
-from triptych.engines.arena import Arena
+from triptych.engines.memory.arena import Arena
 from triptych.engines.transfer import mooncake_setup as setup
-from triptych.engines.transfer.backend import Range
+from triptych.engines.transfer.backend import ByteRange
 from triptych.engines.transfer.errors import TransferError, TransferSetupError
 
 # After the deadline nothing more is submitted, so this much at most can land late.
@@ -67,7 +67,7 @@ class MooncakeBackend:
         self._base = arena.base
         self._pid = os.getpid()
         self._met: set[str] = set()
-        self._late: dict[int, Range] = {}
+        self._late: dict[int, ByteRange] = {}
         self._lock = threading.Lock()
 
     @property
@@ -97,21 +97,21 @@ class MooncakeBackend:
         """Read from the engine at `session`; see TransferBackend.
 
         Hazard 5: a peer that accepts connections but does not answer holds the calling thread for 60 s,
-        whatever the timeout. `Transfers` gives each peer a thread, and whether a peer lives is known from
+        whatever the timeout. `PullExecutor` gives each peer a thread, and whether a peer lives is known from
         the bus.
         """
         if offset < 0 or nbytes < 0 or offset + nbytes > len(self._memory):
             raise ValueError(f"bytes {offset} to {offset + nbytes} are outside an arena of {len(self._memory)} bytes")
         engine = self._running_engine()
         deadline = time.monotonic() + timeout_s
-        self._meet(engine, session)
+        self._open_segment(engine, session)
         for start in range(0, nbytes, PIECE):
             size = min(PIECE, nbytes - start)
             if time.monotonic() >= deadline:
                 raise TransferError(f"{session} took longer than {timeout_s:g} s", retryable=True)
             self._pull_piece(engine, session, address + start, (offset + start, size), deadline)
 
-    def late(self) -> tuple[Range, ...]:
+    def late(self) -> tuple[ByteRange, ...]:
         """List the local ranges that a pull given up at its deadline may still write to (hazard 3)."""
         with self._lock:
             if self._engine is not None:
@@ -139,7 +139,7 @@ class MooncakeBackend:
                 raise TransferError("the backend is closed", retryable=False)
             return self._engine
 
-    def _meet(self, engine: Any, session: str) -> None:
+    def _open_segment(self, engine: Any, session: str) -> None:
         # Hazard 5: the engine meets a peer under a lock that all its transfers take, so one that hangs there would
         # stop all of them. The probe takes no lock: one that hangs there holds this thread only.
         if session not in self._met:
@@ -147,7 +147,7 @@ class MooncakeBackend:
                 raise TransferError(f"{session} cannot be reached", retryable=True)
             self._met.add(session)
 
-    def _pull_piece(self, engine: Any, session: str, address: int, local: Range, deadline: float) -> None:
+    def _pull_piece(self, engine: Any, session: str, address: int, local: ByteRange, deadline: float) -> None:
         offset, nbytes = local
         # Hazard 8: the status of a batch is that of its first entry, so a batch has one entry.
         batch = engine.batch_transfer_async_read(session, [self._base + offset], [address], [nbytes])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import time
 
-from triptych.engines.arena import Arena, ArenaAddress, ArenaError
-from triptych.engines.checksum import Bytes
-from triptych.engines.transfer.backend import Range
+from triptych.engines.codec.checksum import Bytes
+from triptych.engines.memory.arena import Arena, ArenaAddress, ArenaError
+from triptych.engines.transfer.backend import ByteRange
 from triptych.engines.transfer.errors import TransferError
 
 # The clock is looked at between pieces, so a pull overruns its timeout by the copy of one piece at most.
@@ -61,7 +61,7 @@ class ShmBackend:
                 raise TransferError(f"copying {nbytes} bytes took longer than {timeout_s:g} s", retryable=True)
             target[start : start + PIECE] = source[start : start + PIECE]
 
-    def late(self) -> tuple[Range, ...]:
+    def late(self) -> tuple[ByteRange, ...]:
         """Nothing: a copy ends before its pull does."""
         return ()
 

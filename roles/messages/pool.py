@@ -1,9 +1,9 @@
-"""Anyone to a buffer pool: leases on slots, and moving bytes between pools."""
+"""Anyone to a buffer pool: leases on blocks, and moving bytes between pools."""
 
 from __future__ import annotations
 
 from triptych.bus import Generation, Message
-from triptych.roles.messages.work import LeaseRef, Name, Natural, Seconds, Value, Word, Work
+from triptych.roles.messages.common import Attempt, LeaseRef, Name, Natural, Seconds, Value, Word
 
 
 class PoolQuery(Message):
@@ -31,90 +31,91 @@ class PoolDescription(Message):
     """`engines.arena.ArenaAddress` as text: what a process of the same host needs to map the arena."""
 
 
-class LeaseSlot(Message):
-    """Lease a slot for writing. Asks for SlotLeased or PoolFull.
+class LeaseBlock(Message):
+    """Lease a block for writing. Asks for SlotLeased or PoolFull.
 
-    Asking again before it is sealed gives the same slot, so that an answer that was lost loses no memory.
+    Asking again before it is sealed gives the same block, so that an answer that was lost loses no memory.
     """
 
-    work: Work
+    attempt: Attempt
     owner: Name
-    """Component name. The slot is taken back when this generation of it is gone."""
+    """Component name. The block is taken back when this generation of it is gone."""
     owner_generation: Generation
     nbytes: Natural
     incoming: bool = False
     """For tensors to come from another pool, not for what the owner makes itself."""
 
 
-class SlotLeased(Message):
-    """A slot in state `writing`."""
+class BlockLeased(Message):
+    """A block in state `writing`."""
 
     lease: LeaseRef
 
 
 class PoolFull(Message):
-    """No slot of that size now, or ever if `needed` exceeds `largest`."""
+    """No block of that size now, or ever if `needed` exceeds `largest`."""
 
     needed: Natural
     free: Natural
     largest: Natural
-    """Bytes of the largest slot that an empty pool would give for this."""
+    """Bytes of the largest block that an empty pool would give for this."""
 
 
-class RoomWanted(Message):
+class MemoryPressure(Message):
     """Pool to head: an encoder's output would fit, and there was no room. Told each time that it is asked for again."""
 
     pool: Name
     nbytes: Natural
 
 
-class SparesWanted(Message):
-    """Pool to instance: an arrival would fit, and there was no room. Give back the slots that you keep ready."""
+class ReleasePreallocated(Message):
+    """Pool to instance: an arrival would fit, and there was no room. Give back the blocks that you keep ready."""
 
     pool: Name
 
 
-class SealSlot(Message):
-    """The slot is written: from now on it belongs to the request. Asks for SlotSealed."""
+class SealBlock(Message):
+    """The block is written: from now on it belongs to the request. Asks for SlotSealed."""
 
     lease: LeaseRef
     checksum: Word
     nbytes: Natural
 
 
-class SlotSealed(Message):
-    """The slot will not change until it is released."""
+class BlockSealed(Message):
+    """The block will not change until it is released."""
 
 
-class ReleaseSlots(Message):
-    """Give slots back; one that is already free, or of an older pool, is no error. Asks for SlotsReleased."""
+class ReleaseBlocks(Message):
+    """Give blocks back; one that is already free, or of an older pool, is no error. Asks for SlotsReleased."""
 
     leases: tuple[LeaseRef, ...]
 
 
-class SlotsReleased(Message):
+class BlocksReleased(Message):
     """How many of them were still held."""
 
     count: Natural
 
 
-class PullSlot(Message):
-    """Read another pool's sealed slot into one of yours. Asks for SlotPulled.
+class PullBlock(Message):
+    """Read another pool's sealed block into one of yours. Asks for SlotPulled.
 
-    A slot that was taken in advance is from then on `work`'s. Refused with `wrong_state` when it is another work's,
-    which may be loading it; with `source_gone` when the source pool has started anew since; with `transfer_failed`
-    when the bytes did not come: the target may then be in quarantine, and is to be released like any other.
+    A block that was taken in advance is from then on `attempt`'s. Refused with `wrong_state` when it is another
+    attempt's, which may be loading it; with `source_gone` when the source pool has started anew since; with
+    `transfer_failed` when the bytes did not come: the target may then be in quarantine, and is to be released like any
+    other.
     """
 
     source: LeaseRef
     target: LeaseRef
     nbytes: Natural
     timeout_s: Seconds
-    work: Work
+    attempt: Attempt
     """What the bytes are for."""
 
 
-class SlotPulled(Message):
+class BlockPulled(Message):
     """The bytes have been written; whether they are right, the checksum tells."""
 
     seconds: Seconds
@@ -128,17 +129,17 @@ class LeaseQuery(Message):
 
 
 class LeaseView(Value):
-    """A held slot."""
+    """A held block."""
 
     lease: LeaseRef
     state: Name
     owner: Name
     owner_generation: Generation
-    work: Work
+    attempt: Attempt
 
 
 class LeaseReport(Message):
-    """The held slots of the pool, a page of them in the order of their lease ids."""
+    """The held blocks of the pool, a page of them in the order of their lease ids."""
 
     leases: tuple[LeaseView, ...]
     more: bool = False

@@ -8,29 +8,29 @@ import msgspec
 from msgspec import Meta
 
 from triptych.bus import Message
-from triptych.engines.parameters import KNOWN as KNOWN
-from triptych.engines.parameters import PICTURES as PICTURES
-from triptych.engines.parameters import RATES as RATES
-from triptych.engines.parameters import TENSORS as TENSORS
-from triptych.engines.parameters import WORDS as WORDS
-from triptych.engines.parameters import Kind as Kind
-from triptych.engines.parameters import Option as Option
-from triptych.engines.parameters import Parameter as Parameter
-from triptych.engines.parameters import Task as Task
-from triptych.roles.messages.work import Artifact, Input, Name, Natural, Output, Scalar, Seconds, Seed, Value
+from triptych.engines.parameters.schema import FRAME_RATE_NAMES as FRAME_RATE_NAMES
+from triptych.engines.parameters.schema import IMAGE_KINDS as IMAGE_KINDS
+from triptych.engines.parameters.schema import KIND_DESCRIPTIONS as KIND_DESCRIPTIONS
+from triptych.engines.parameters.schema import KNOWN_KINDS as KNOWN_KINDS
+from triptych.engines.parameters.schema import TENSORS as TENSORS
+from triptych.engines.parameters.schema import Option as Option
+from triptych.engines.parameters.schema import Parameter as Parameter
+from triptych.engines.parameters.schema import ParameterKind as ParameterKind
+from triptych.engines.parameters.schema import Task as Task
+from triptych.roles.messages.common import Artifact, Input, Name, Natural, Output, Scalar, Seconds, Seed, Value
 
 Key = Annotated[str, Meta(max_length=1024)]
 Reason = Annotated[str, Meta(max_length=1024)]
 
 
 class SubmitRequest(Message):
-    """Accept `n` pictures of one prompt. Asks for RequestAccepted or RequestRejected."""
+    """Accept `n` images of one prompt. Asks for RequestAccepted or RequestRejected."""
 
     request_id: Name
     inputs: dict[str, Input]
     """Pipeline inputs by diffusers' names (`prompt`, `height`, `num_inference_steps`, ...), without the seed."""
     seed: Seed | Annotated[tuple[Seed, ...], Meta(max_length=1024)] | None = None
-    """Picture k is made from `seed + k`, or from entry k of a list; without a seed the head draws one."""
+    """Image k is made from `seed + k`, or from entry k of a list; without a seed the head draws one."""
     n: Natural = 1
     output: Output = Output()
     idempotency_key: Key = ""
@@ -123,7 +123,7 @@ class RequestDeleted(Message):
     """Whether there was such a request."""
 
 
-class Move(Value):
+class Transition(Value):
     """One transition of the state machine."""
 
     state: str
@@ -132,8 +132,8 @@ class Move(Value):
     reason: str = ""
 
 
-class UnitView(Value):
-    """One picture of a request."""
+class JobView(Value):
+    """One image of a request."""
 
     index: int
     seed: int
@@ -141,9 +141,9 @@ class UnitView(Value):
     attempts: int
     step: int
     total_steps: int
-    history: tuple[Move, ...]
+    history: tuple[Transition, ...]
     instances: dict[str, str]
-    """Panel to the name of the instance that ran it last."""
+    """Stage to the name of the instance that ran it last."""
     stage_seconds: dict[str, float]
     causes: tuple[str, ...]
     """Why earlier attempts ended, oldest first."""
@@ -157,14 +157,14 @@ class RequestView(Message):
 
     request_id: Name
     state: str
-    """The state of the unit that is furthest behind; a failed unit fails the request once all are terminal."""
+    """The state of the job that is furthest behind; a failed job fails the request once all are terminal."""
     terminal: bool
     created_at: float
     finished_at: float
     """Unix seconds; 0 while active."""
     inputs: dict[str, Input]
     output: Output
-    units: tuple[UnitView, ...]
+    units: tuple[JobView, ...]
     model: str = ""
     """Name of its model."""
 
@@ -190,7 +190,7 @@ class ModelDescription(Message):
     dtype: str
     created_at: float
     defaults: dict[str, Scalar]
-    """Of the card."""
+    """Of the serving config."""
     ranges: dict[str, tuple[float, ...]]
     """Number to (minimum, maximum) or (minimum, maximum, multiple of)."""
     parameters: tuple[Parameter, ...]
@@ -222,7 +222,7 @@ class InstanceView(Value):
     kind: str
     generation: int
     credits: int
-    """Units of work that the head may still send."""
+    """jobs that the head may still send."""
     slots: int
     running: tuple[str, ...]
     trouble: str = ""
@@ -237,7 +237,7 @@ class PromptCacheView(Value):
     """What encoders made and is kept for requests of the same prompt."""
 
     entries: int = 0
-    """Slots that it holds."""
+    """Blocks that it holds."""
     nbytes: int = 0
     """What they take in their pool."""
     capacity: int = 0
@@ -249,7 +249,7 @@ class PromptCacheView(Value):
 
 
 class ClusterView(Message):
-    """The head's books."""
+    """Jobs, instances and the prompt cache as the head knows them."""
 
     ready: bool
     reasons: tuple[str, ...]
@@ -259,7 +259,7 @@ class ClusterView(Message):
     """Units by state."""
     completed: int
     average_latency_s: float
-    """Of completed units alone."""
+    """Of completed jobs alone."""
     prompt_cache: PromptCacheView = PromptCacheView()
     models: dict[str, str] = msgspec.field(default_factory=dict)
     """What each model does, by name: starting, loaded, asleep or waking."""

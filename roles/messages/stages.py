@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from triptych.bus import Generation, Message
-from triptych.engines.panels import Panel
-from triptych.engines.parameters import Signature
-from triptych.roles.messages.work import (
+from triptych.engines.parameters.schema import Signature
+from triptych.engines.partition.stages import Stage
+from triptych.roles.messages.common import (
     Artifact,
+    Attempt,
     Input,
     LeaseRef,
     Name,
     Natural,
     Output,
-    Renewal,
+    Rebind,
     Seconds,
     Seed,
-    Staged,
-    Work,
+    StoredPayload,
 )
 
 
-class InstanceHello(Message):
-    """An instance offers itself; said again whenever the head was away. Asks for InstanceWelcome."""
+class RegisterInstance(Message):
+    """An instance offers itself; sent again whenever the head was away. Asks for InstanceWelcome."""
 
     name: Name
     kind: Name
@@ -32,13 +32,13 @@ class InstanceHello(Message):
     issued: Natural
     """Credits issued by this incarnation so far; only ever grows."""
     taken: Natural
-    """Units of work taken by this incarnation so far."""
+    """jobs taken by this incarnation so far."""
     pool: Name
     """The buffer pool that it maps, empty for monolithic."""
     signature: Signature
     """What the loaded pipeline takes and makes."""
-    running: tuple[Work, ...]
-    """Work in hand, so that a restarted head need not redo it."""
+    running: tuple[Attempt, ...]
+    """Attempts assigned, so that a restarted head need not redo it."""
     leaving: bool = False
     """It has been asked to end, and takes nothing more."""
     model: Name = ""
@@ -46,12 +46,12 @@ class InstanceHello(Message):
     awake: bool = True
     """Whether its weights are in memory."""
     device: Name = "cpu"
-    """Torch device, a card with its number."""
+    """Torch device, a GPU with its number."""
     weights: Natural = 0
     """Bytes of its weights there; 0 where it has not loaded them yet."""
 
 
-class InstanceAwake(Message):
+class InstanceWakeChanged(Message):
     """An instance has woken, or has gone to sleep, or could not. Asks for Acknowledged."""
 
     name: Name
@@ -66,20 +66,20 @@ class InstanceAwake(Message):
 
 
 class Sleep(Message):
-    """Let go of the weights. Asks for Acknowledged; refused with `busy` while there is work in hand."""
+    """Let go of the weights. Asks for Acknowledged; refused with `busy` while attempts are assigned."""
 
 
 class Wake(Message):
     """Bring the weights back. Asks for Acknowledged; the end of it is told by InstanceAwake."""
 
 
-class InstanceWelcome(Message):
-    """The head has the instance in its books. Work it does not know of must be dropped."""
+class InstanceRegistered(Message):
+    """The head has registered the instance. Work it does not know of must be dropped."""
 
-    unknown: tuple[Work, ...] = ()
+    unknown: tuple[Attempt, ...] = ()
 
 
-class InstanceAlive(Message):
+class InstanceHeartbeat(Message):
     """Said each second. Asks for Acknowledged; refused with `fenced` once the head has given this incarnation up."""
 
     name: Name
@@ -88,7 +88,7 @@ class InstanceAlive(Message):
     """What work waits for that a person may have to mend, such as a full disk; a sentence."""
 
 
-class InstanceLeaving(Message):
+class InstanceStopping(Message):
     """This incarnation has been asked to end: it takes nothing more. Asks for Acknowledged."""
 
     name: Name
@@ -96,9 +96,9 @@ class InstanceLeaving(Message):
 
 
 class StageAssign(Message):
-    """Run the first panel of a unit (all panels, on a monolithic instance). Asks for StageTaken."""
+    """Run the first stage of a job (all stages, on a monolithic instance). Asks for StageTaken."""
 
-    work: Work
+    attempt: Attempt
     inputs: dict[str, Input]
     seed: Seed
     output: Output
@@ -107,72 +107,72 @@ class StageAssign(Message):
 
 
 class TransferAlloc(Message):
-    """Reserve a slot in the receiver's own pool. Asks for TransferAllocated or TransferRejected."""
+    """Reserve a block in the receiver's own pool. Asks for TransferAllocated or TransferRejected."""
 
-    work: Work
+    attempt: Attempt
     nbytes: Natural
 
 
 class TransferAllocated(Message):
-    """The slot is reserved for this work."""
+    """The block is reserved for this attempt."""
 
-    work: Work
+    attempt: Attempt
     target: LeaseRef
 
 
 class TransferRejected(Message):
-    """No slot."""
+    """No block."""
 
-    work: Work
+    attempt: Attempt
     reason: str
     retryable: bool
 
 
-class SlotsOffered(Message):
+class BlocksOffered(Message):
     """Slots of its own pool that a receiver keeps ready, so that TransferAlloc can be skipped. Told at each change."""
 
     instance: Name
     generation: Generation
-    slots: tuple[LeaseRef, ...]
+    blocks: tuple[LeaseRef, ...]
     """All of them; in place of those offered before."""
 
 
 class TransferPush(Message):
-    """Fetch a unit's staged tensors and run your panel on them. Asks for StageTaken."""
+    """Fetch a job's stored tensors and run your stage on them. Asks for StageTaken."""
 
-    work: Work
-    source: Staged
+    attempt: Attempt
+    source: StoredPayload
     target: LeaseRef | None
     """Where the bytes go; None when the source's pool is the receiver's own and is mapped."""
     output: Output
     left_s: Seconds
     """Seconds after which the result is of no use."""
-    renewal: Renewal | None = None
-    """For tensors that were staged for another unit, of an equal prompt."""
+    rebind: Rebind | None = None
+    """For tensors that were stored for another job, of an equal prompt."""
 
 
-class WorkQuery(Message):
+class AttemptQuery(Message):
     """Which of these works are in hand? Asks for WorkInHand."""
 
-    works: tuple[Work, ...]
+    attempts: tuple[Attempt, ...]
 
 
-class WorkInHand(Message):
-    """Those of the works asked about that the instance has, or keeps a slot for."""
+class AttemptsAssigned(Message):
+    """Those of the works asked about that the instance has, or keeps a block for."""
 
-    works: tuple[Work, ...]
+    attempts: tuple[Attempt, ...]
 
 
 class StageTaken(Message):
-    """The instance has the work in hand; one credit is spent."""
+    """The instance has the attempt in hand; one credit is spent."""
 
-    work: Work
+    attempt: Attempt
 
 
 class StageCancel(Message):
-    """Stop this work within one step, if it is still in hand."""
+    """Stop this attempt within one step, if it is still in hand."""
 
-    work: Work
+    attempt: Attempt
     reason: str
 
 
@@ -181,17 +181,17 @@ class Acknowledged(Message):
 
 
 class TransferReady(Message):
-    """The staged tensors have arrived, match their checksum and are loaded."""
+    """The stored tensors have arrived, match their checksum and are loaded."""
 
-    work: Work
+    attempt: Attempt
     instance: Name
     seconds: Seconds
 
 
 class TransferFailed(Message):
-    """The staged tensors could not be fetched; nothing was computed on them."""
+    """The stored tensors could not be fetched; nothing was computed on them."""
 
-    work: Work
+    attempt: Attempt
     instance: Name
     reason: str
     source_gone: bool
@@ -200,71 +200,71 @@ class TransferFailed(Message):
 
 
 class StageStarted(Message):
-    """The panel's first kernel is about to run."""
+    """The stage's first kernel is about to run."""
 
-    work: Work
+    attempt: Attempt
     instance: Name
-    panel: Panel
+    stage: Stage
 
 
 class StageProgress(Message):
     """A denoising step has finished. Told, not asked: the next one makes up for a lost one."""
 
-    work: Work
+    attempt: Attempt
     step: Natural
     total_steps: Natural
 
 
-class TransferStaged(Message):
-    """The panel is done and its outputs are sealed in a slot."""
+class StageOutputsStored(Message):
+    """The stage is done and its outputs are sealed in a block."""
 
-    work: Work
+    attempt: Attempt
     instance: Name
-    panel: Panel
-    staged: Staged
+    stage: Stage
+    stored: StoredPayload
     seconds: Seconds
     issued: Natural
-    seedless: bool = False
+    seed_independent: bool = False
     """The outputs of an encoder are the same for every seed, but for the generator among them."""
 
 
 class StageFinished(Message):
-    """The last panel is done and the artifact is on disk."""
+    """The last stage is done and the artifact is on disk."""
 
-    work: Work
+    attempt: Attempt
     instance: Name
-    panel: Panel
+    stage: Stage
     artifact: Artifact
     seconds: Seconds
     issued: Natural
 
 
 class StageFailed(Message):
-    """The panel raised."""
+    """The stage raised."""
 
-    work: Work
+    attempt: Attempt
     instance: Name
-    panel: Panel | None
+    stage: Stage | None
     """None where it had not begun."""
     error: str
     retryable: bool
     """False when it would fail anywhere."""
     issued: Natural
-    at_fault: bool = False
+    invalid_request: bool = False
     """The request itself is why: one of its values is none that the pipeline can run with."""
 
 
 class StageReturned(Message):
-    """The instance ends before it can have done the work: it is for others."""
+    """The instance ends before it can have done the attempt: it is for others."""
 
-    work: Work
+    attempt: Attempt
     instance: Name
     issued: Natural
 
 
 class StageCancelled(Message):
-    """The work was dropped because it was told to be."""
+    """The attempt was dropped because it was told to be."""
 
-    work: Work
+    attempt: Attempt
     instance: Name
     issued: Natural

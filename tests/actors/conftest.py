@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-PANELS = """
+THREE_ROLES = """
 [[roles]]
 kind = "encoder"
 [[roles]]
@@ -34,7 +34,7 @@ def write(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     monkeypatch.delenv("TRIPTYCH_STATE_DIR", raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(folder / "home"))
 
-    def write(text: str = "", roles: str = PANELS, model: str = '[model]\npath = "."\n') -> Path:
+    def write(text: str = "", roles: str = THREE_ROLES, model: str = '[model]\npath = "."\n') -> Path:
         file = folder / "cluster.toml"
         file.write_text(f"{model}{text}\n{roles}")
         return file

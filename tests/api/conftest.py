@@ -17,17 +17,17 @@ import pytest
 from PIL import Image
 
 from triptych.actors import AddressBook, load_topology
-from triptych.actors.runtime import Runtime
+from triptych.actors.runtime.runtime import Runtime
 from triptych.api.app import make_app
-from triptych.api.cluster import Cluster
-from triptych.api.head import Head
+from triptych.api.cluster import ClusterObserver
+from triptych.api.head_client import HeadClient
 from triptych.api.server import build
 from triptych.bus import DeadLetters, Delivery, Mailbox, Outbox
-from triptych.engines.parameters import Kind, Parameter, Task
-from triptych.roles.artifacts import ArtifactStore
-from triptych.roles.head import seeds_of
+from triptych.engines.parameters.schema import Parameter, ParameterKind, Task
+from triptych.roles.head.head import seeds_of
+from triptych.roles.media.artifacts import ArtifactStore
+from triptych.roles.media.uploads import UPLOADS, UploadStore
 from triptych.roles.messages import requests as wire
-from triptych.roles.uploads import UPLOADS, UploadStore
 
 BOUND_S = 10.0
 MESSAGES = (
@@ -48,14 +48,14 @@ def anyio_backend():
     return "asyncio", {"use_uvloop": True}
 
 
-def written_as(submit: wire.SubmitRequest) -> str:
-    """The small head knows pictures alone."""
+def stored_format(submit: wire.SubmitRequest) -> str:
+    """the fake head knows images alone."""
     return submit.output.format if submit.output.format in ("png", "jpeg", "webp") else "png"
 
 
 @dataclass
-class Accepted:
-    """What the small head keeps of a request."""
+class StoredRequest:
+    """What the fake head keeps of a request."""
 
     submit: wire.SubmitRequest
     state: str = "DENOISING_RUNNING"
@@ -66,21 +66,21 @@ class Accepted:
     created_at: float = field(default_factory=time.time)
 
 
-class SmallHead:
+class FakeHead:
     """Speaks the client conversation; the test decides when and how a request ends."""
 
     def __init__(self, address: str, store: ArtifactStore) -> None:
         self.address = address
         self.store = store
         self.generation = 0
-        self.journal: dict[str, Accepted] = {}
+        self.journal: dict[str, StoredRequest] = {}
         self.seen: list[object] = []
         self.traces: list[str] = []
         self.rejection: wire.RequestRejected | None = None
         self.hold = False
         self.description = DESCRIPTION
         self.steps = (2, 4)
-        self.deaf = False
+        self.unresponsive = False
         self.ready = True
         self.reasons: tuple[str, ...] = ()
         self._news = asyncio.Condition()
@@ -122,9 +122,9 @@ class SmallHead:
         if state == "DONE":
             for index in range(accepted.submit.n):
                 colour = seeds_of(accepted.submit.seed, accepted.submit.n)[index] % 256
-                picture = io.BytesIO()
-                Image.new("RGB", (8, 8), (colour, 0, 0)).save(picture, written_as(accepted.submit))
-                self.store.save(f"{request_id}/{index}", written_as(accepted.submit), picture.getvalue())
+                image = io.BytesIO()
+                Image.new("RGB", (8, 8), (colour, 0, 0)).save(image, stored_format(accepted.submit))
+                self.store.save(f"{request_id}/{index}", stored_format(accepted.submit), image.getvalue())
         accepted.ended.set()
 
     def _run(self, coroutine) -> None:
@@ -139,7 +139,7 @@ class SmallHead:
             self.seen.append(delivery.message)
             async with self._news:
                 self._news.notify_all()
-            if not self.deaf:
+            if not self.unresponsive:
                 self._run(self._answer(delivery))
 
     async def _answer(self, delivery: Delivery) -> None:
@@ -208,7 +208,7 @@ class SmallHead:
                 if (known.inputs, known.seed, known.n) != (message.inputs, message.seed, message.n):
                     return wire.RequestRejected("conflict", "another body came under this key")
                 return wire.RequestAccepted(request_id)
-        self.journal[message.request_id] = Accepted(message)
+        self.journal[message.request_id] = StoredRequest(message)
         if not self.hold:
             self.finish(message.request_id)
         return wire.RequestAccepted(message.request_id)
@@ -220,7 +220,7 @@ class SmallHead:
     def view(self, request_id: str) -> wire.RequestView:
         accepted = self.journal[request_id]
         submit, terminal = accepted.submit, accepted.ended.is_set()
-        units = tuple(self._unit(accepted, index) for index in range(submit.n))
+        units = tuple(self._job(accepted, index) for index in range(submit.n))
         return wire.RequestView(
             request_id=request_id,
             state=accepted.state,
@@ -233,11 +233,11 @@ class SmallHead:
             model=self.description.name,
         )
 
-    def _unit(self, accepted: Accepted, index: int) -> wire.UnitView:
+    def _job(self, accepted: StoredRequest, index: int) -> wire.JobView:
         submit = accepted.submit
-        name = f"{submit.request_id}_{index}.{written_as(submit)}"
+        name = f"{submit.request_id}_{index}.{stored_format(submit)}"
         done = accepted.state == "DONE"
-        return wire.UnitView(
+        return wire.JobView(
             index=index,
             seed=seeds_of(submit.seed, submit.n)[index],
             state=accepted.state,
@@ -245,13 +245,13 @@ class SmallHead:
             step=self.steps[0],
             total_steps=self.steps[1],
             history=(
-                wire.Move("PENDING", accepted.created_at),
-                wire.Move(accepted.state, time.time(), accepted.reason),
+                wire.Transition("PENDING", accepted.created_at),
+                wire.Transition(accepted.state, time.time(), accepted.reason),
             ),
             instances={"denoiser": "denoiser-0"},
             stage_seconds={"denoiser": 0.25},
             causes=accepted.causes,
-            artifact=wire.Artifact(name, f"image/{written_as(submit)}", 1) if done else None,
+            artifact=wire.Artifact(name, f"image/{stored_format(submit)}", 1) if done else None,
             at_fault=accepted.at_fault,
         )
 
@@ -269,11 +269,11 @@ DESCRIPTION = wire.ModelDescription(
     defaults={"height": 64, "num_inference_steps": 4},
     ranges={"height": (64.0, 128.0, 8.0), "true_cfg_scale": (0.0, 100.0)},
     parameters=(
-        Parameter("height", Kind.INTEGER, 64, description="In pixels."),
-        Parameter("prompt", Kind.TEXT, required=True),
-        Parameter("sigmas", Kind.NUMBERS, (1.0, 0.5)),
-        Parameter("true_cfg_scale", Kind.NUMBER, alias_of="guidance_scale"),
-        Parameter("video", Kind.IMAGE_LIST),
+        Parameter("height", ParameterKind.INTEGER, 64, description="In pixels."),
+        Parameter("prompt", ParameterKind.TEXT, required=True),
+        Parameter("sigmas", ParameterKind.NUMBERS, (1.0, 0.5)),
+        Parameter("true_cfg_scale", ParameterKind.NUMBER, alias_of="guidance_scale"),
+        Parameter("video", ParameterKind.IMAGE_LIST),
     ),
     medium="image",
     fps=0.0,
@@ -307,8 +307,8 @@ def uploads(topology) -> UploadStore:
 
 
 @pytest.fixture
-async def small_head(topology, store):
-    head = SmallHead(AddressBook(topology).address("head"), store)
+async def fake_head(topology, store):
+    head = FakeHead(AddressBook(topology).address("head"), store)
     await head.start()
     yield head
     await head.stop()
@@ -323,13 +323,13 @@ async def outbox():
 
 @pytest.fixture
 async def app(topology, outbox, uploads):
-    book = AddressBook(topology)
+    address_book = AddressBook(topology)
 
     def reference(name: str):
-        return outbox.reference(name, book.address(name))
+        return outbox.reference(name, address_book.address(name))
 
-    head = Head(reference("head"), patience_s=1.0)
-    return make_app(topology, head, Cluster(topology, book, reference), uploads, asyncio.Event())
+    head = HeadClient(reference("head"), patience_s=1.0)
+    return make_app(topology, head, ClusterObserver(topology, address_book, reference), uploads, asyncio.Event())
 
 
 @pytest.fixture
@@ -346,7 +346,7 @@ async def runtime(topology):
     component = topology.component("api")
     shutdown_s = topology.supervision.shutdown_s
     return Runtime(
-        build(component, topology), book=AddressBook(topology), generation=1, kind="api", shutdown_s=shutdown_s
+        build(component, topology), address_book=AddressBook(topology), generation=1, kind="api", shutdown_s=shutdown_s
     )
 
 

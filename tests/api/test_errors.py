@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from triptych.api import body
-from triptych.api.errors import error_type, from_bus, respond
-from triptych.bus import AskTimeout, BusError, MailboxFull, MessageTooLong, RemoteFailure, Unreachable
+from triptych.api.errors import error_response, error_type, from_bus
+from triptych.bus import AskTimeoutError, BusError, MailboxFullError, MessageTooLongError, RemoteError, UnreachableError
 from triptych.roles.messages import requests as wire
 
 pytestmark = pytest.mark.anyio
@@ -58,20 +58,20 @@ def check(answer, status, code=None, param=None):
         ({f"a{k}": k for k in range(70)}, None),
     ],
 )
-async def test_422_names_the_field(client, small_head, fields, param):
+async def test_422_names_the_field(client, fake_head, fields, param):
     check(await client.post(URL, json={"prompt": "x", **fields}), 422, "invalid_value", param)
-    assert not small_head.journal
+    assert not fake_head.journal
 
 
 @pytest.mark.parametrize("fields", [{"prompt": ""}, {"prompt": None}, {}])
-async def test_whether_a_prompt_is_needed_is_for_the_model_to_say(client, small_head, fields):
+async def test_whether_a_prompt_is_needed_is_for_the_model_to_say(client, fake_head, fields):
     answer = await client.post(URL, json={"seed": 1, **fields})
     assert answer.status_code == 200, answer.text
-    (submit,) = await small_head.received(wire.SubmitRequest)
+    (submit,) = await fake_head.received(wire.SubmitRequest)
     assert submit.inputs == {name: value for name, value in fields.items() if value is not None}
 
 
-async def test_422_for_json_that_is_no_object(client, small_head):
+async def test_422_for_json_that_is_no_object(client, fake_head):
     check(await client.post(URL, json=[1]), 422, "invalid_value")
 
 
@@ -90,35 +90,35 @@ JSON = {"content-type": "application/json"}
         b'{"prompt": "x", "a": ' + b"[" * 100_000,
     ],
 )
-async def test_400_for_what_is_no_json(client, small_head, content):
+async def test_400_for_what_is_no_json(client, fake_head, content):
     check(await client.post(URL, content=content, headers=JSON), 400, "invalid_json")
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1e999", "1" * 5000])
-async def test_numbers_out_of_range_are_refused(client, small_head, number):
+async def test_numbers_out_of_range_are_refused(client, fake_head, number):
     content = f'{{"prompt": "x", "guidance_scale": {number}}}'.encode()
     answer = await client.post(URL, content=content, headers=JSON)
     assert answer.status_code in (400, 422), answer.text
-    assert not small_head.journal
+    assert not fake_head.journal
 
 
-async def test_400_for_a_key_that_is_no_header_value(client, small_head):
+async def test_400_for_a_key_that_is_no_header_value(client, fake_head):
     answer = await client.post(URL, json={"prompt": "x"}, headers={"Idempotency-Key": "k" * 256})
     check(answer, 400, "invalid_header")
 
 
 @pytest.mark.parametrize("content_type", ["", "text/plain", "application/x-www-form-urlencoded"])
-async def test_415_for_another_content_type(client, small_head, content_type):
+async def test_415_for_another_content_type(client, fake_head, content_type):
     answer = await client.post(URL, content=b'{"prompt": "x"}', headers={"content-type": content_type})
     check(answer, 415, "unsupported_media_type")
 
 
-async def test_a_charset_beside_the_content_type_is_fine(client, small_head):
+async def test_a_charset_beside_the_content_type_is_fine(client, fake_head):
     headers = {"content-type": "application/json; charset=utf-8"}
     assert (await client.post(URL, content=b'{"prompt": "x"}', headers=headers)).status_code == 200
 
 
-async def test_413_without_reading_on(client, small_head):
+async def test_413_without_reading_on(client, fake_head):
     sent = 0
 
     async def endless():
@@ -131,7 +131,7 @@ async def test_413_without_reading_on(client, small_head):
     assert sent * 65_536 <= 2 * body.MAX_JSON_BYTES
 
 
-async def test_408_for_a_body_that_does_not_end(client, small_head, monkeypatch):
+async def test_408_for_a_body_that_does_not_end(client, fake_head, monkeypatch):
     monkeypatch.setattr(body, "BODY_TIMEOUT_S", 0.05)
 
     async def stuck():
@@ -141,12 +141,12 @@ async def test_408_for_a_body_that_does_not_end(client, small_head, monkeypatch)
     check(await client.post(URL, content=stuck(), headers=JSON), 408, "timeout")
 
 
-async def test_the_longest_prompt_fits_on_the_bus(client, small_head):
+async def test_the_longest_prompt_fits_on_the_bus(client, fake_head):
     answer = await client.post(URL, json={"prompt": "\N{GRINNING FACE}" * 32_768})
     assert answer.status_code == 200, answer.text
 
 
-async def test_404_for_another_model(client, small_head):
+async def test_404_for_another_model(client, fake_head):
     check(await client.post(URL, json={"prompt": "x", "model": "gpt-image-1"}), 404, "model_not_found", "model")
 
 
@@ -157,7 +157,7 @@ async def test_404_for_another_model(client, small_head):
         ("/v1/models/", "model"), ("/v1/models/nothing", "model"),
     ],
 )  # fmt: skip
-async def test_404_for_what_is_not_there(client, small_head, path, param):
+async def test_404_for_what_is_not_there(client, fake_head, path, param):
     check(await client.get(path), 404, param=param)
 
 
@@ -169,7 +169,7 @@ async def test_404_for_what_is_not_there(client, small_head, path, param):
         ("PUT", "/v1/requests/r", "GET, HEAD, DELETE"),
     ],
 )
-async def test_405_says_what_is_allowed(client, small_head, method, path, allow):
+async def test_405_says_what_is_allowed(client, fake_head, method, path, allow):
     answer = await client.request(method, path)
     check(answer, 405, "method_not_allowed")
     assert set(allow.split(", ")) - {"HEAD"} <= set(answer.headers["allow"].split(", "))
@@ -185,8 +185,8 @@ async def test_405_says_what_is_allowed(client, small_head, method, path, allow)
         (wire.RequestRejected("unavailable", "no denoiser"), 503, "unavailable", "1"),
     ],
 )
-async def test_what_the_head_refuses(client, small_head, rejection, status, code, retry_after):
-    small_head.rejection = rejection
+async def test_what_the_head_refuses(client, fake_head, rejection, status, code, retry_after):
+    fake_head.rejection = rejection
     answer = await client.post(URL, json={"prompt": "x"})
     check(answer, status, code, rejection.param or None)
     assert answer.headers.get("retry-after") == retry_after
@@ -198,11 +198,11 @@ async def test_503_without_a_head(client):
     assert answer.headers["retry-after"] == "1"
 
 
-async def test_500_without_a_traceback(client, small_head, store):
-    small_head.hold = True
+async def test_500_without_a_traceback(client, fake_head, store):
+    fake_head.hold = True
     waiting = asyncio.create_task(client.post(URL, json={"prompt": "x"}))
-    (wait,) = await small_head.received(wire.WaitRequest)
-    small_head.finish(wait.request_id)
+    (wait,) = await fake_head.received(wire.WaitRequest)
+    fake_head.finish(wait.request_id)
     for file in list(store.folder.iterdir()):
         file.unlink()
         file.mkdir()  # nothing that the API expects
@@ -215,13 +215,13 @@ async def test_500_without_a_traceback(client, small_head, store):
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        (MailboxFull("full"), 429),
-        (MessageTooLong("long"), 413),
-        (AskTimeout("late"), 503),
-        (Unreachable("gone"), 503),
-        (RemoteFailure("not_found", "no such request"), 404),
-        (RemoteFailure("stopping", "bye"), 503),
-        (RemoteFailure("handler_failed", "KeyError: 'secret'"), 500),
+        (MailboxFullError("full"), 429),
+        (MessageTooLongError("long"), 413),
+        (AskTimeoutError("late"), 503),
+        (UnreachableError("gone"), 503),
+        (RemoteError("not_found", "no such request"), 404),
+        (RemoteError("stopping", "bye"), 503),
+        (RemoteError("handler_failed", "KeyError: 'secret'"), 500),
         (BusError("other"), 500),
     ],
 )
@@ -229,7 +229,7 @@ async def test_what_goes_wrong_on_the_bus(error, status):
     mapped = from_bus(error)
     assert mapped.status == status
     assert "secret" not in mapped.message
-    headers, retryable = respond(mapped).headers, status in (429, 503)
+    headers, retryable = error_response(mapped).headers, status in (429, 503)
     assert ("retry-after" in headers, "x-should-retry" in headers) == (retryable, not retryable)
 
 
@@ -244,7 +244,7 @@ FIELDS = st.sampled_from(
 
 @FUZZ
 @given(content=st.binary(max_size=200))
-async def test_any_bytes_are_answered_with_a_client_error(client, small_head, content):
+async def test_any_bytes_are_answered_with_a_client_error(client, fake_head, content):
     answer = await client.post(URL, content=content, headers=JSON)
     assert 400 <= answer.status_code < 500
     assert "Traceback" not in answer.text
@@ -252,7 +252,7 @@ async def test_any_bytes_are_answered_with_a_client_error(client, small_head, co
 
 @FUZZ
 @given(fields=st.dictionaries(FIELDS | st.text(max_size=8), VALUE, max_size=6), prompt=st.text(max_size=20))
-async def test_any_json_is_a_picture_or_a_client_error(client, small_head, fields, prompt):
+async def test_any_json_is_an_image_or_a_client_error(client, fake_head, fields, prompt):
     import json
 
     content = json.dumps({"prompt": prompt, **fields}).encode("utf-8", "surrogatepass")
@@ -263,7 +263,7 @@ async def test_any_json_is_a_picture_or_a_client_error(client, small_head, field
 
 @FUZZ
 @given(name=st.text(min_size=1, max_size=30))
-async def test_any_name_of_a_picture_is_answered_with_404(client, small_head, name):
+async def test_any_name_of_an_image_is_answered_with_404(client, fake_head, name):
     from urllib.parse import quote
 
     answer = await client.get(f"/v1/images/{quote(name, safe='', errors='replace')}")

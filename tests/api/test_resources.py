@@ -8,7 +8,7 @@ import re
 import msgspec
 import pytest
 
-from triptych.actors.system import (
+from triptych.actors.runtime.system_messages import (
     ActorStatus,
     ChildReport,
     DeadLetterQuery,
@@ -18,7 +18,7 @@ from triptych.actors.system import (
     SupervisorQuery,
     SupervisorReport,
 )
-from triptych.api.cluster import judge, rows
+from triptych.api.cluster import actor_rows, assess_readiness
 from triptych.bus import DeadLetter, Mailbox
 from triptych.roles.messages import requests as wire
 from triptych.roles.messages.pool import PoolDescription, PoolQuery
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.anyio
 URL = "/v1/images/generations"
 
 
-async def test_models_in_openais_shape(client, small_head):
+async def test_models_in_openais_shape(client, fake_head):
     listed = (await client.get("/v1/models")).json()
     assert listed["object"] == "list"
     (model,) = listed["data"]
@@ -47,7 +47,7 @@ async def test_models_in_openais_shape(client, small_head):
     assert (await client.get("/v1/models/tiny/shapes")).json() == model
 
 
-async def test_a_request_tells_its_life(client, small_head):
+async def test_a_request_tells_its_life(client, fake_head):
     made = (await client.post(URL, json={"prompt": "x", "n": 2, "seed": 5})).json()
     shown = (await client.get(f"/v1/requests/{made['id']}")).json()
     assert (shown["id"], shown["state"], shown["terminal"]) == (made["id"], "DONE", True)
@@ -57,12 +57,12 @@ async def test_a_request_tells_its_life(client, small_head):
     assert unit["instances"] == {"denoiser": "denoiser-0"}
     assert unit["stage_seconds"] == {"denoiser": 0.25}
     assert [move["state"] for move in unit["history"]] == ["PENDING", "DONE"]
-    picture = await client.get(unit["artifact"]["url"])
-    assert picture.status_code == 200
-    assert "immutable" in picture.headers["cache-control"]
+    image = await client.get(unit["artifact"]["url"])
+    assert image.status_code == 200
+    assert "immutable" in image.headers["cache-control"]
 
 
-async def test_delete_removes_what_has_ended(client, small_head):
+async def test_delete_removes_what_has_ended(client, fake_head):
     made = (await client.post(URL, json={"prompt": "x"})).json()
     gone = {"id": made["id"], "object": "request.deleted", "deleted": True}
     assert (await client.delete(f"/v1/requests/{made['id']}")).json() == gone
@@ -77,17 +77,17 @@ async def test_a_head_that_was_given_up_is_called_that(client, topology):
     assert "not started any more (5 restarts within 30 s)" in answer.json()["error"]["message"]
 
 
-async def test_a_request_that_is_not_there_is_no_warning(client, small_head, monkeypatch):
+async def test_a_request_that_is_not_there_is_no_warning(client, fake_head, monkeypatch):
     lines = []
     monkeypatch.setattr("triptych.api.errors.log.warning", lambda event, **_: lines.append(event))
     assert (await client.get("/v1/requests/nothing")).status_code == 404
     assert not lines
 
 
-async def test_delete_cancels(client, small_head):
-    small_head.hold = True
+async def test_delete_cancels(client, fake_head):
+    fake_head.hold = True
     waiting = asyncio.create_task(client.post(URL, json={"prompt": "x"}))
-    (wait,) = await small_head.received(wire.WaitRequest)
+    (wait,) = await fake_head.received(wire.WaitRequest)
     shown = (await client.delete(f"/v1/requests/{wait.request_id}")).json()
     assert (shown["state"], shown["terminal"]) == ("CANCELLED", True)
     assert (await waiting).status_code == 409
@@ -97,11 +97,11 @@ async def test_delete_cancels(client, small_head):
     "name",
     ["..%2f..%2fjournal.sqlite", "%2e%2e", ".req_1_0.png.tmp", "req_1_0.png%00", "req_1_0.png", "a_0.exe"],
 )
-async def test_names_that_are_no_pictures(client, small_head, name):
+async def test_names_that_are_no_images(client, fake_head, name):
     assert (await client.get(f"/v1/images/{name}")).status_code == 404
 
 
-async def test_a_picture_is_served_under_its_exact_name_alone(client, small_head, store):
+async def test_an_image_is_served_under_its_exact_name_alone(client, fake_head, store):
     saved = store.save("req_1/0", "png", b"the bytes")
     (store.folder.parent / "secret_0.png").write_bytes(b"not this")
     answer = await client.get(f"/v1/images/{saved.name}")
@@ -109,7 +109,7 @@ async def test_a_picture_is_served_under_its_exact_name_alone(client, small_head
     assert (await client.get("/v1/images/..%2Fsecret_0.png")).status_code == 404
 
 
-async def test_what_was_made_and_is_not_kept_any_more_is_gone(client, small_head, store):
+async def test_what_was_made_and_is_not_kept_any_more_is_gone(client, fake_head, store):
     key = {"Idempotency-Key": "k"}
     body = {"prompt": "x", "seed": 3, "n": 2}
     made = (await client.post(URL, json=body, headers=key)).json()
@@ -156,7 +156,7 @@ async def test_the_openapi_document_is_whole(client):
             assert "content" in answer or status == "304"
 
 
-async def test_what_is_answered_is_what_the_openapi_document_says(client, small_head):
+async def test_what_is_answered_is_what_the_openapi_document_says(client, fake_head):
     document = (await client.get("/openapi.json")).json()
     made = (await client.post(URL, json={"prompt": "x"})).json()
     for path, name in (
@@ -170,14 +170,14 @@ async def test_what_is_answered_is_what_the_openapi_document_says(client, small_
     assert set((await client.get(f"/v1/requests/{made['id']}")).json()["units"][0]) == set(unit["properties"])
 
 
-class Process:
+class FakeProcess:
     """Another process's mailbox, with fixed answers."""
 
     def __init__(self, name: str, address: str, answers: dict[type, object]) -> None:
         self.mailbox = Mailbox(name, address, tuple(answers), generation=1)
         self.answers = answers
 
-    async def __aenter__(self) -> Process:
+    async def __aenter__(self) -> FakeProcess:
         await self.mailbox.start()
         self.task = asyncio.get_running_loop().create_task(self._serve())
         return self
@@ -196,16 +196,16 @@ def status_of(name: str, kind: str) -> ActorStatus:
     return ActorStatus(name, kind, os.getpid(), 7, "ready", "", 1, 2.5, 3, 1024, 0, {"slots": 2})
 
 
-def supervisor(topology, *children: ChildReport) -> Process:
+def supervisor(topology, *children: ChildReport) -> FakeProcess:
     report = {SupervisorQuery: SupervisorReport(children)}
-    return Process("supervisor", f"ipc://{topology.run_dir}/supervisor", report)
+    return FakeProcess("supervisor", f"ipc://{topology.run_dir}/supervisor", report)
 
 
 GAVE_UP = ChildReport("encoder-0", "encoder", 0, 9, "gave_up", 5, "no such model", 1.0)
 SENTENCE = "encoder-0: no such model"
 
 
-async def test_the_cluster_shows_who_answers_and_who_does_not(client, small_head, topology):
+async def test_the_cluster_shows_who_answers_and_who_does_not(client, fake_head, topology):
     denoiser = {
         Inspect: Inspection((status_of("denoiser-0", "denoiser"), status_of("denoiser-0.stream", "stream"))),
         DeadLetterQuery: DeadLetterReport(1, (DeadLetter(1.0, "unknown_message", "a", "b", 1, "c"),)),
@@ -216,8 +216,8 @@ async def test_the_cluster_shows_who_answers_and_who_does_not(client, small_head
         PoolQuery: PoolDescription("pool", 4, 1, 5, 1000, 900, 100, "", 0, "shared memory"),
     }
     async with (
-        Process("denoiser-0", topology.component("denoiser-0").address, denoiser),
-        Process("pool", topology.component("pool").address, pool),
+        FakeProcess("denoiser-0", topology.component("denoiser-0").address, denoiser),
+        FakeProcess("pool", topology.component("pool").address, pool),
         supervisor(topology, GAVE_UP),
     ):
         seen = (await client.get("/v1/cluster")).json()
@@ -250,20 +250,20 @@ async def test_live_needs_nobody(client):
     assert (await client.get("/live")).status_code == 200
 
 
-async def test_ready_when_the_head_says_so(client, small_head):
-    small_head.ready, small_head.reasons = False, ("no denoiser is ready",)
+async def test_ready_when_the_head_says_so(client, fake_head):
+    fake_head.ready, fake_head.reasons = False, ("no denoiser is ready",)
     answer = await client.get("/ready")
     assert (answer.status_code, answer.json()["reasons"]) == (503, ["no denoiser is ready"])
-    small_head.ready, small_head.reasons = True, ()
+    fake_head.ready, fake_head.reasons = True, ()
     answer = await client.get("/ready")
     assert (answer.status_code, answer.json()["reasons"]) == (200, [])
 
 
-async def test_ready_names_whom_the_supervisor_gave_up_on(client, small_head, topology):
+async def test_ready_names_whom_the_supervisor_gave_up_on(client, fake_head, topology):
     async with supervisor(topology, GAVE_UP):
         answer = await client.get("/ready")
         assert (answer.status_code, answer.json()["gave_up"]) == (503, [SENTENCE])
-        small_head.ready, small_head.reasons = False, ("no encoder is ready",)
+        fake_head.ready, fake_head.reasons = False, ("no encoder is ready",)
         answer = await client.get("/ready")
         assert (answer.status_code, answer.json()["reasons"]) == (
             503, ["no encoder is ready", "encoder-0: no such model"],
@@ -276,7 +276,7 @@ async def test_nothing_is_ready_without_a_head(client):
         assert (answer.status_code, answer.json()["reasons"]) == (503, ["the head does not answer"])
 
 
-async def test_health_is_degraded_while_somebody_is_down(client, small_head):
+async def test_health_is_degraded_while_somebody_is_down(client, fake_head):
     answer = await client.get("/health")
     assert answer.status_code == 200
     assert (answer.json()["status"], answer.json()["completed"]) == ("degraded", 3)
@@ -285,32 +285,32 @@ async def test_health_is_degraded_while_somebody_is_down(client, small_head):
 
 async def test_a_child_that_still_loads_is_not_down(topology):
     child = ChildReport("decoder-0", "decoder", 42, 3, "loading", 0, "", 1.0)
-    (row,) = rows(topology.component("decoder-0"), None, child, None)
+    (row,) = actor_rows(topology.component("decoder-0"), None, child, None)
     assert (row["state"], row["pid"], row["generation"]) == ("loading", 42, 3)
     child = msgspec.structs.replace(child, detail="decoder-0.stream: 3.1 of 24.0 GB")
     status = ActorStatus("decoder-0", "decoder", 42, 3, "loading", "", 0, 1.0, 0, 8, 0, {})
     for answer in (None, Inspection((status,))):
-        (row,) = rows(topology.component("decoder-0"), answer, child, None)
+        (row,) = actor_rows(topology.component("decoder-0"), answer, child, None)
         assert row["detail"] == "decoder-0.stream: 3.1 of 24.0 GB"
 
 
 async def test_a_child_that_its_supervisor_holds_for_ready_but_does_not_answer_is_down(topology):
     child = ChildReport("decoder-0", "decoder", 42, 3, "ready", 0, "", 1.0)
-    (row,) = rows(topology.component("decoder-0"), None, child, None)
+    (row,) = actor_rows(topology.component("decoder-0"), None, child, None)
     assert row["state"] == "down"
 
 
 async def test_readiness_is_the_heads_word_unless_something_was_given_up():
-    assert judge(wire.ClusterView(True, (), (), {}, 0, 0.0), []).ready
-    assert judge(wire.ClusterView(True, (), (), {}, 0, 0.0), [GAVE_UP]) == (False, [SENTENCE], [SENTENCE])
-    assert not judge(wire.ClusterView(False, ("x",), (), {}, 0, 0.0), []).ready
-    assert not judge(None, []).ready
+    assert assess_readiness(wire.ClusterView(True, (), (), {}, 0, 0.0), []).ready
+    assert assess_readiness(wire.ClusterView(True, (), (), {}, 0, 0.0), [GAVE_UP]) == (False, [SENTENCE], [SENTENCE])
+    assert not assess_readiness(wire.ClusterView(False, ("x",), (), {}, 0, 0.0), []).ready
+    assert not assess_readiness(None, []).ready
 
 
 @pytest.mark.parametrize(
     ("output_format", "content_type"), [("mp4", "video/mp4"), ("zip", "application/zip"), ("wav", "audio/wav")]
 )
-async def test_a_player_may_ask_for_a_part_of_a_file(client, small_head, store, output_format, content_type):
+async def test_a_player_may_ask_for_a_part_of_a_file(client, fake_head, store, output_format, content_type):
     saved = store.save("req_1/0", output_format, bytes(range(100)))
     whole = await client.get(f"/v1/images/{saved.name}")
     assert (whole.status_code, whole.headers["content-type"]) == (200, content_type)
@@ -320,7 +320,7 @@ async def test_a_player_may_ask_for_a_part_of_a_file(client, small_head, store, 
     assert (await client.get(f"/v1/images/{saved.name}", headers={"Range": "bytes=100-"})).status_code == 416
 
 
-async def test_a_file_is_sent_again_only_if_it_is_another(client, small_head, store):
+async def test_a_file_is_sent_again_only_if_it_is_another(client, fake_head, store):
     saved = store.save("req_1/0", "png", bytes(range(100)))
     url = f"/v1/images/{saved.name}"
     whole = await client.get(url)
@@ -361,7 +361,7 @@ async def test_a_file_is_sent_again_only_if_it_is_another(client, small_head, st
         ("bytes=-0", 416, None),
     ],
 )
-async def test_ranges_are_those_of_the_standard(client, small_head, store, header, status, content):
+async def test_ranges_are_those_of_the_standard(client, fake_head, store, header, status, content):
     saved = store.save("req_1/0", "mp4", bytes(range(100)))
     answer = await client.get(f"/v1/images/{saved.name}", headers={"Range": header})
     assert answer.status_code == status

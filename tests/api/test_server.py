@@ -12,9 +12,9 @@ import time
 import httpx
 import pytest
 
-from triptych.actors import StartDelayed, StartFailure
-from triptych.actors.system import Inspect, Inspection, Shutdown, ShuttingDown
-from triptych.api.connections import RESERVED, Bounds, most_connections, raise_file_limit
+from triptych.actors import StartDelayedError, StartError
+from triptych.actors.runtime.system_messages import Inspect, Inspection, Shutdown, ShuttingDown
+from triptych.api.connections import RESERVED_DESCRIPTORS, ConnectionLimits, connection_limit, raise_file_limit
 from triptych.api.server import listen
 from triptych.roles.messages import requests as wire
 
@@ -23,7 +23,7 @@ URL = "/v1/images/generations"
 HOST = "127.0.0.1"
 
 
-async def test_it_serves_over_a_socket(runtime, small_head, remote):
+async def test_it_serves_over_a_socket(runtime, fake_head, remote):
     async with runtime:
         answer = await remote.post(URL, json={"prompt": "x", "seed": 2, "response_format": "url"})
         assert answer.status_code == 200
@@ -33,8 +33,8 @@ async def test_it_serves_over_a_socket(runtime, small_head, remote):
         assert "server" not in answer.headers
 
 
-async def test_it_waits_for_the_head_before_it_listens(runtime, small_head, topology, outbox):
-    await small_head.stop()
+async def test_it_waits_for_the_head_before_it_listens(runtime, fake_head, topology, outbox):
+    await fake_head.stop()
     starting = asyncio.create_task(runtime.__aenter__())
     api = outbox.reference("api", topology.component("api").address)
     inspection = await api.ask(Inspect(), Inspection, timeout_s=10)
@@ -42,7 +42,7 @@ async def test_it_waits_for_the_head_before_it_listens(runtime, small_head, topo
     assert (status.state, status.detail) == ("loading", "waiting for the head")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((HOST, topology.api.port)).close()
-    await small_head.start()
+    await fake_head.start()
     async with asyncio.timeout(10):
         await starting
     socket.create_connection((HOST, topology.api.port)).close()
@@ -59,70 +59,70 @@ async def test_it_stops_while_it_waits_for_the_head(runtime, topology, outbox):
         await starting
 
 
-async def test_a_port_in_use_is_said_in_words(runtime, small_head, topology):
+async def test_a_port_in_use_is_said_in_words(runtime, fake_head, topology):
     with (
         socket.create_server((HOST, topology.api.port)),
-        pytest.raises(StartDelayed, match=rf"port {topology.api.port} .* in use: stop what listens there"),
+        pytest.raises(StartDelayedError, match=rf"port {topology.api.port} .* in use: stop what listens there"),
     ):
         await runtime.run()
 
 
 def test_an_address_of_another_machine_is_said_in_words():
-    with pytest.raises(StartFailure, match=r"cannot listen on 192\.0\.2\.1 port 8000"):
+    with pytest.raises(StartError, match=r"cannot listen on 192\.0\.2\.1 port 8000"):
         listen("192.0.2.1", 8000)
 
 
-async def test_a_client_that_hangs_up_cancels(runtime, small_head, topology):
-    small_head.hold = True
+async def test_a_client_that_hangs_up_cancels(runtime, fake_head, topology):
+    fake_head.hold = True
     async with runtime:
-        wait = await hang_up(small_head, topology.url)
-        (cancel,) = await small_head.received(wire.CancelRequest)
+        wait = await hang_up(fake_head, topology.url)
+        (cancel,) = await fake_head.received(wire.CancelRequest)
     assert cancel.request_id == wait.request_id
 
 
-async def test_a_client_with_a_key_may_hang_up_and_ask_again(runtime, small_head, topology, remote):
-    small_head.hold = True
+async def test_a_client_with_a_key_may_hang_up_and_ask_again(runtime, fake_head, topology, remote):
+    fake_head.hold = True
     headers = {"Idempotency-Key": "mine"}
     async with runtime:
-        wait = await hang_up(small_head, topology.url, headers)
+        wait = await hang_up(fake_head, topology.url, headers)
         again = asyncio.create_task(remote.post(URL, json={"prompt": "x"}, headers=headers))
-        await small_head.received(wire.WaitRequest, 2)
-        small_head.finish(wait.request_id)
+        await fake_head.received(wire.WaitRequest, 2)
+        fake_head.finish(wait.request_id)
         answer = await again
     assert (answer.status_code, answer.json()["id"]) == (200, wait.request_id)
-    assert not [message for message in small_head.seen if isinstance(message, wire.CancelRequest)]
+    assert not [message for message in fake_head.seen if isinstance(message, wire.CancelRequest)]
 
 
-async def test_stopping_finishes_what_runs(runtime, small_head, remote, topology):
-    small_head.hold = True
+async def test_stopping_finishes_what_runs(runtime, fake_head, remote, topology):
+    fake_head.hold = True
     serving = asyncio.create_task(runtime.run())
     await listening(topology.api.port)
     asking = asyncio.create_task(remote.post(URL, json={"prompt": "x"}))
-    (wait,) = await small_head.received(wire.WaitRequest)
+    (wait,) = await fake_head.received(wire.WaitRequest)
     runtime.stop("the test says so")
     await listening(topology.api.port, yes=False)
-    small_head.finish(wait.request_id)
+    fake_head.finish(wait.request_id)
     assert (await asking).status_code == 200
     async with asyncio.timeout(10):
         await serving
 
 
-async def test_what_cannot_finish_in_time_is_told_where_to_ask(runtime, small_head, remote):
-    small_head.hold = True
+async def test_what_cannot_finish_in_time_is_told_where_to_ask(runtime, fake_head, remote):
+    fake_head.hold = True
     async with runtime:
         asking = asyncio.create_task(remote.post(URL, json={"prompt": "x"}))
-        (wait,) = await small_head.received(wire.WaitRequest)
+        (wait,) = await fake_head.received(wire.WaitRequest)
     answer = await asking
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "stopping")
     assert f"/v1/requests/{wait.request_id}" in answer.json()["error"]["message"]
-    assert not [message for message in small_head.seen if isinstance(message, wire.CancelRequest)]
+    assert not [message for message in fake_head.seen if isinstance(message, wire.CancelRequest)]
 
 
-async def hang_up(small_head, url: str, headers: dict[str, str] | None = None) -> wire.WaitRequest:
-    """Ask for a picture, and close the connection once the head is asked for it."""
+async def hang_up(fake_head, url: str, headers: dict[str, str] | None = None) -> wire.WaitRequest:
+    """Ask for an image, and close the connection once the head is asked for it."""
     async with httpx.AsyncClient(base_url=url) as client:
         asking = asyncio.create_task(client.post(URL, json={"prompt": "x"}, headers=headers))
-        (wait,) = await small_head.received(wire.WaitRequest)
+        (wait,) = await fake_head.received(wire.WaitRequest)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
     return wait
@@ -145,7 +145,7 @@ async def listening(port: int, *, yes: bool = True) -> None:
                 return
 
 
-async def test_uploads_that_no_request_can_need_are_removed(runtime, small_head, topology, uploads, remote):
+async def test_uploads_that_no_request_can_need_are_removed(runtime, fake_head, topology, uploads, remote):
     names = [uploads.save(data, "png").name for data in (b"old", b"needed", b"new")]
     keep_s = topology.head.request_timeout_s + 3600.0
     for name, age_s in zip(names, (keep_s + 60, keep_s - 60, 0), strict=True):
@@ -166,8 +166,8 @@ async def read_all(reader: asyncio.StreamReader) -> bytes:
         return await reader.read()
 
 
-async def test_a_head_that_does_not_end_ends(runtime, small_head, topology, remote):
-    runtime.actors[0]._bounds.head_s = 0.3
+async def test_a_head_that_does_not_end_ends(runtime, fake_head, topology, remote):
+    runtime.actors[0]._limits.header_timeout_s = 0.3
     async with runtime:
         silent, _ = await asyncio.open_connection(HOST, topology.api.port)
         assert await read_all(silent) == b""
@@ -175,22 +175,22 @@ async def test_a_head_that_does_not_end_ends(runtime, small_head, topology, remo
         writer.write(b"GET /live HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /live HTTP/1.1\r\nX-A: ")
         answers = await read_all(slow)
         assert re.findall(rb"HTTP/1.1 (\d+)", answers) == [b"200", b"408"]
-        small_head.hold = True
+        fake_head.hold = True
         waiting = asyncio.create_task(remote.post(URL, json={"prompt": "x"}))
-        (wait,) = await small_head.received(wire.WaitRequest)
+        (wait,) = await fake_head.received(wire.WaitRequest)
         await read_all((await asyncio.open_connection(HOST, topology.api.port))[0])  # for as long as a head may take
-        small_head.finish(wait.request_id)
+        fake_head.finish(wait.request_id)
         assert (await waiting).status_code == 200, "an answer may take longer than a head"
 
 
-async def test_one_connection_too_many_is_told_so(runtime, small_head, topology, remote):
+async def test_one_connection_too_many_is_told_so(runtime, fake_head, topology, remote):
     async with runtime:
-        bounds = runtime.actors[0]._bounds
-        bounds.most = 2
+        limits = runtime.actors[0]._limits
+        limits.limit = 2
         held = [await asyncio.open_connection(HOST, topology.api.port) for _ in range(2)]
         answer = await remote.get("/live")
         assert (answer.status_code, answer.json()["error"]["code"], answer.headers["retry-after"]) == (503, "full", "1")
-        assert bounds.refused == 1
+        assert limits.refused == 1
         for _, writer in held:
             writer.close()
             await writer.wait_closed()
@@ -200,9 +200,9 @@ async def test_one_connection_too_many_is_told_so(runtime, small_head, topology,
 
 
 def test_as_many_connections_as_there_are_descriptors_for():
-    assert most_connections(1024, 1 << 20) == 1024
-    assert most_connections(1024, 256) == 256 - RESERVED
-    assert most_connections(1024, 10) == 1
+    assert connection_limit(1024, 1 << 20) == 1024
+    assert connection_limit(1024, 256) == 256 - RESERVED_DESCRIPTORS
+    assert connection_limit(1024, 10) == 1
 
 
 def test_as_many_files_may_be_open_as_the_system_allows():
@@ -219,7 +219,7 @@ def test_as_many_files_may_be_open_as_the_system_allows():
 def test_refusals_are_logged_once_a_second(monkeypatch):
     lines = []
     monkeypatch.setattr("triptych.api.connections.log.warning", lambda event, **facts: lines.append(facts["refused"]))
-    bounds = Bounds(2)
+    limits = ConnectionLimits(2)
     for now in (0.0, 0.1, 0.2, 1.0, 1.1, 2.5):
-        bounds.refuse(3, now)
+        limits.refuse(3, now)
     assert lines == [1, 3, 2]

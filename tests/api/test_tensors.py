@@ -10,25 +10,25 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from tests.api.pictures import GENERATIONS, PNG, check, submitted, text
-from triptych.engines.parameters import Kind, Parameter, Signature
-from triptych.roles.messages.work import Tensors
-from triptych.roles.prompt_cache import PromptCache
-from triptych.roles.resolve import has_files, resolve
+from tests.api.image_inputs import GENERATIONS, PNG, check, submitted, text
+from triptych.engines.parameters.schema import Parameter, ParameterKind, Signature
+from triptych.roles.head.prompt_cache import PromptCache
+from triptych.roles.messages.common import Tensors
+from triptych.roles.worker.inputs import has_files, resolve_inputs
 
 pytestmark = pytest.mark.anyio
 
 LATENTS = torch.arange(8.0, dtype=torch.bfloat16).reshape(1, 2, 2, 2)
 FILE = save({"latents": LATENTS, "prompt_embeds": torch.ones(1, 3, 4)})
 PARAMETERS = (
-    Parameter("prompt", Kind.TEXT, required=True),
-    Parameter("tensors", Kind.TENSORS, choices=("latents", "prompt_embeds")),
+    Parameter("prompt", ParameterKind.TEXT, required=True),
+    Parameter("tensors", ParameterKind.TENSORS, choices=("latents", "prompt_embeds")),
 )
 
 
 @pytest.fixture(autouse=True)
-def model_with_tensors(small_head):
-    small_head.description = msgspec.structs.replace(small_head.description, parameters=PARAMETERS)
+def model_with_tensors(fake_head):
+    fake_head.description = msgspec.structs.replace(fake_head.description, parameters=PARAMETERS)
 
 
 def forged(header: dict[str, object], data: bytes = b"") -> bytes:
@@ -37,7 +37,7 @@ def forged(header: dict[str, object], data: bytes = b"") -> bytes:
 
 
 @pytest.mark.parametrize("form", [False, True])
-async def test_tensors_become_a_file_and_a_reference_and_then_inputs(client, small_head, uploads, form):
+async def test_tensors_become_a_file_and_a_reference_and_then_inputs(client, fake_head, uploads, form):
     sent = (
         {"data": {"seed": "1"}, "files": {"tensors": ("x.safetensors", FILE)}}
         if form
@@ -45,18 +45,18 @@ async def test_tensors_become_a_file_and_a_reference_and_then_inputs(client, sma
     )
     answer = await client.post(GENERATIONS, **sent)
     assert answer.status_code == 200, answer.text
-    inputs = (await submitted(small_head)).inputs
+    inputs = (await submitted(fake_head)).inputs
     (tensors,) = inputs.values()
     assert isinstance(tensors, Tensors)
     assert tensors.tensors == ("latents", "prompt_embeds")
     assert uploads.read(tensors.file) == FILE
     assert has_files(inputs)
-    resolved = resolve(inputs, uploads, Signature(PARAMETERS))
+    resolved = resolve_inputs(inputs, uploads, Signature(PARAMETERS))
     assert resolved.keys() == {"latents", "prompt_embeds"}
     assert resolved["latents"].dtype == torch.bfloat16
     assert torch.equal(resolved["latents"], LATENTS)
     cache = PromptCache()
-    cache.learn(Signature(PARAMETERS, encodes=("prompt",)))
+    cache.update_signature(Signature(PARAMETERS, encodes=("prompt",)))
     assert cache.key(inputs) != cache.key({})
 
 

@@ -9,17 +9,17 @@ import msgspec
 import pytest
 from PIL import Image
 
-from triptych.engines.parameters import Kind, Parameter
+from triptych.engines.parameters.schema import Parameter, ParameterKind
 from triptych.roles.messages import requests as wire
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/videos"
 PARAMETERS = (
-    Parameter("fps", Kind.NUMBER),
-    Parameter("image", Kind.IMAGES),
-    Parameter("last_image", Kind.IMAGE),
-    Parameter("num_frames", Kind.INTEGER, every=4),
-    Parameter("prompt", Kind.TEXT, required=True),
+    Parameter("fps", ParameterKind.NUMBER),
+    Parameter("image", ParameterKind.IMAGES),
+    Parameter("last_image", ParameterKind.IMAGE),
+    Parameter("num_frames", ParameterKind.INTEGER, every=4),
+    Parameter("prompt", ParameterKind.TEXT, required=True),
 )
 
 
@@ -30,14 +30,14 @@ def png() -> bytes:
 
 
 @pytest.fixture(autouse=True)
-def model_of_videos(small_head):
-    small_head.description = msgspec.structs.replace(
-        small_head.description, parameters=PARAMETERS, medium="video", fps=16.0, defaults={"height": 64, "width": 48}
+def model_of_videos(fake_head):
+    fake_head.description = msgspec.structs.replace(
+        fake_head.description, parameters=PARAMETERS, medium="video", fps=16.0, defaults={"height": 64, "width": 48}
     )
 
 
-async def submitted(small_head) -> wire.SubmitRequest:
-    (submit,) = await small_head.received(wire.SubmitRequest)
+async def submitted(fake_head) -> wire.SubmitRequest:
+    (submit,) = await fake_head.received(wire.SubmitRequest)
     return submit
 
 
@@ -49,15 +49,15 @@ def refused(answer, status: int, param: str | None, *words: str) -> None:
         assert word in error["message"]
 
 
-async def test_a_video_is_a_job_from_its_beginning_to_its_file(client, small_head):
-    small_head.hold = True
+async def test_a_video_is_a_job_from_its_beginning_to_its_file(client, fake_head):
+    fake_head.hold = True
     begun = await client.post(
         URL, json={"prompt": "x", "seconds": "2", "size": "64x32", "seed": 7, "model": "tiny/shapes"}
     )
     assert begun.status_code == 200, begun.text
     job = begun.json()
     assert begun.headers["x-request-id"] == job["id"]
-    submit = await submitted(small_head)
+    submit = await submitted(fake_head)
     assert (submit.seed, submit.n, submit.output.format) == (7, 1, "mp4")
     assert submit.inputs == {"prompt": "x", "num_frames": 33, "height": 32, "width": 64}
     assert job == {
@@ -65,12 +65,12 @@ async def test_a_video_is_a_job_from_its_beginning_to_its_file(client, small_hea
         "created_at": job["created_at"], "completed_at": None, "seconds": "2.06", "size": "64x32", "error": None,
     }  # fmt: skip
     refused(await client.get(f"{URL}/{job['id']}/content"), 409, None, "in progress")
-    small_head.finish(job["id"])
+    fake_head.finish(job["id"])
     done = (await client.get(f"{URL}/{job['id']}")).json()
     assert (done["status"], done["progress"]) == ("completed", 100)
     assert done["completed_at"] >= done["created_at"]
     content = await client.get(f"{URL}/{job['id']}/content")
-    assert content.headers["content-type"] == "image/png"  # what the small head writes
+    assert content.headers["content-type"] == "image/png"  # what the fake head writes
     assert Image.open(io.BytesIO(content.content)).size == (8, 8)
 
 
@@ -78,22 +78,22 @@ async def test_a_video_is_a_job_from_its_beginning_to_its_file(client, small_hea
     ("state", "status", "progress"),
     [("PENDING", "queued", 0), ("ENCODER_WAITING", "queued", 0), ("DECODER_RUNNING", "in_progress", 99)],
 )
-async def test_how_far_it_is(client, small_head, state, status, progress):
-    small_head.hold = True
+async def test_how_far_it_is(client, fake_head, state, status, progress):
+    fake_head.hold = True
     job = (await client.post(URL, json={"prompt": "x"})).json()
-    accepted = small_head.journal[job["id"]]
+    accepted = fake_head.journal[job["id"]]
     accepted.state = state
     if status == "queued":
-        small_head.steps = (0, 0)
+        fake_head.steps = (0, 0)
     shown = (await client.get(f"{URL}/{job['id']}")).json()
     assert (shown["status"], shown["progress"]) == (status, progress)
 
 
 @pytest.mark.parametrize(("state", "word"), [("FAILED", "failed"), ("TIMED_OUT", "failed"), ("CANCELLED", "failed")])
-async def test_one_that_ends_without_a_file_says_why(client, small_head, state, word):
-    small_head.hold = True
+async def test_one_that_ends_without_a_file_says_why(client, fake_head, state, word):
+    fake_head.hold = True
     job = (await client.post(URL, json={"prompt": "x"})).json()
-    small_head.finish(job["id"], state, ("encoder-0: a reason",))
+    fake_head.finish(job["id"], state, ("encoder-0: a reason",))
     shown = (await client.get(f"{URL}/{job['id']}")).json()
     assert (shown["status"], shown["completed_at"]) == (word, None)
     if word == "failed":
@@ -102,17 +102,17 @@ async def test_one_that_ends_without_a_file_says_why(client, small_head, state, 
 
 
 @pytest.mark.parametrize("hold", [True, False])
-async def test_delete_removes_it_also_while_it_runs(client, small_head, hold):
-    small_head.hold = hold
+async def test_delete_removes_it_also_while_it_runs(client, fake_head, hold):
+    fake_head.hold = hold
     job = (await client.post(URL, json={"prompt": "x"})).json()
     gone = {"id": job["id"], "object": "video.deleted", "deleted": True}
     assert (await client.delete(f"{URL}/{job['id']}")).json() == gone
-    await small_head.received(wire.DeleteRequest)
+    await fake_head.received(wire.DeleteRequest)
     for method, path in (("DELETE", ""), ("GET", ""), ("GET", "/content")):
         refused(await client.request(method, f"{URL}/{job['id']}{path}"), 404, None)
 
 
-async def test_videos_are_listed_page_by_page(client, small_head):
+async def test_videos_are_listed_page_by_page(client, fake_head):
     ids = [(await client.post(URL, json={"prompt": f"{k}"})).json()["id"] for k in range(3)]
     assert (await client.get(URL)).json()["has_more"] is False
     page = (await client.get(URL, params={"limit": 2})).json()
@@ -134,35 +134,35 @@ async def test_videos_are_listed_page_by_page(client, small_head):
         ({"after": "nothing"}, 404, "after", "no video nothing"),
     ],
 )
-async def test_a_list_names_what_is_wrong_with_its_query(client, small_head, query, status, param, words):
+async def test_a_list_names_what_is_wrong_with_its_query(client, fake_head, query, status, param, words):
     refused(await client.get(URL, params=query), status, param, words)
 
 
-async def test_what_openai_has_and_this_has_not_says_what_to_do(client, small_head):
+async def test_what_openai_has_and_this_has_not_says_what_to_do(client, fake_head):
     job = (await client.post(URL, json={"prompt": "x"})).json()
     refused(await client.post(f"{URL}/{job['id']}/remix", json={"prompt": "y"}), 404, None, "POST /v1/videos")
     refused(await client.post("/v1/images/variations", json={}), 404, None, "POST /v1/images/edits")
 
 
-async def test_a_form_with_a_first_and_a_last_frame(client, small_head, uploads):
+async def test_a_form_with_a_first_and_a_last_frame(client, fake_head, uploads):
     files = {"input_reference": png(), "last_image": png()}
     answer = await client.post(URL, data={"prompt": "x", "seconds": "0.5", "fps": "8", "seed": "3"}, files=files)
     assert answer.status_code == 200, answer.text
-    submit = await submitted(small_head)
+    submit = await submitted(fake_head)
     assert (submit.seed, submit.inputs["num_frames"], submit.inputs["fps"]) == (3, 5, 8.0)
     assert submit.inputs["image"] == submit.inputs["last_image"]
     assert uploads.read(submit.inputs["image"].files[0]) == png()
 
 
-async def test_a_first_frame_in_json(client, small_head):
-    picture = base64.b64encode(png()).decode()
-    await client.post(URL, json={"prompt": "x", "num_frames": 5, "input_reference": picture})
-    submit = await submitted(small_head)
+async def test_a_first_frame_in_json(client, fake_head):
+    image = base64.b64encode(png()).decode()
+    await client.post(URL, json={"prompt": "x", "num_frames": 5, "input_reference": image})
+    submit = await submitted(fake_head)
     assert submit.inputs["num_frames"] == 5
     assert len(submit.inputs["image"].files) == 1
 
 
-async def test_a_key_sent_again_gives_the_same_job(client, small_head):
+async def test_a_key_sent_again_gives_the_same_job(client, fake_head):
     jobs = [(await client.post(URL, json={"prompt": "x"}, headers={"Idempotency-Key": "k"})).json() for _ in range(2)]
     assert jobs[0]["id"] == jobs[1]["id"]
 
@@ -182,33 +182,33 @@ async def test_a_key_sent_again_gives_the_same_job(client, small_head):
         ({"last_image": "https://example.org/a.png"}, "last_image"),
     ],
 )
-async def test_422_names_the_field(client, small_head, fields, param):
+async def test_422_names_the_field(client, fake_head, fields, param):
     answer = await client.post(URL, json={"prompt": "x", **fields})
     refused(answer, 422, param)
-    assert not small_head.journal
+    assert not fake_head.journal
 
 
-async def test_seconds_need_frames_per_second(client, small_head):
-    small_head.description = msgspec.structs.replace(small_head.description, fps=0.0)
+async def test_seconds_need_frames_per_second(client, fake_head):
+    fake_head.description = msgspec.structs.replace(fake_head.description, fps=0.0)
     refused(await client.post(URL, json={"prompt": "x", "seconds": 2}), 422, "seconds", "give fps")
     assert (await client.post(URL, json={"prompt": "x", "seconds": 2, "fps": 8})).status_code == 200
 
 
-async def test_a_model_of_pictures_makes_no_videos(client, small_head):
-    small_head.description = msgspec.structs.replace(small_head.description, medium="image")
+async def test_a_model_of_images_makes_no_videos(client, fake_head):
+    fake_head.description = msgspec.structs.replace(fake_head.description, medium="image")
     refused(await client.post(URL, json={"prompt": "x"}), 422, "model", "/v1/images/generations")
     made = (await client.post("/v1/images/generations", json={"prompt": "x"})).json()
     refused(await client.get(f"{URL}/{made['id']}"), 404, None)
 
 
-async def test_503_before_the_model_is_known(client, small_head):
-    small_head.description = msgspec.structs.replace(small_head.description, parameters=(), medium="image")
+async def test_503_before_the_model_is_known(client, fake_head):
+    fake_head.description = msgspec.structs.replace(fake_head.description, parameters=(), medium="image")
     answer = await client.post(URL, json={"prompt": "x"})
     refused(answer, 503, None, "no instance")
     assert answer.headers["retry-after"] == "1"
 
 
-async def test_what_is_not_there(client, small_head):
+async def test_what_is_not_there(client, fake_head):
     for method, path in (("GET", "nothing"), ("DELETE", "nothing"), ("GET", "nothing/content")):
         refused(await client.request(method, f"{URL}/{path}"), 404, None)
     refused(await client.post(URL, json={"prompt": "x", "model": "sora-2"}), 404, "model", "sora-2")
@@ -217,7 +217,7 @@ async def test_what_is_not_there(client, small_head):
     refused(await client.post(f"{URL}/{made['id']}"), 405, None)
 
 
-async def test_a_file_that_is_gone(client, small_head, store):
+async def test_a_file_that_is_gone(client, fake_head, store):
     made = (await client.post(URL, json={"prompt": "x"})).json()
     for file in store.folder.iterdir():
         file.unlink()

@@ -12,7 +12,7 @@ import pytest
 import uvloop
 import zmq
 
-from triptych.bus.pump import Pump
+from triptych.bus._pump import Pump
 
 T = TypeVar("T")
 Run = Callable[[Coroutine[Any, Any, T]], T]

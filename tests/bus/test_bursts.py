@@ -100,14 +100,14 @@ def test_a_failing_receiver_does_not_stall_the_messages_behind(
         mailbox = Mailbox("a", f"ipc://{folder}/a", (Number,))
         reported: list[BaseException] = []
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context["exception"]))
-        wake = mailbox._wake
+        wake = mailbox._wake_consumer
 
         def wake_or_break() -> None:
             if mailbox.depth == 3:
                 raise RuntimeError("broken")
             wake()
 
-        monkeypatch.setattr(mailbox, "_wake", wake_or_break)
+        monkeypatch.setattr(mailbox, "_wake_consumer", wake_or_break)
         await mailbox.start()
         outbox = Outbox("test")
         reference = outbox.reference("a", mailbox.address)

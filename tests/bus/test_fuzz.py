@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from triptych.bus import Envelope, Kind, Mailbox, Message, Outbox
-from triptych.bus.wire import decode_envelope, encode
+from triptych.bus import Envelope, EnvelopeKind, Mailbox, Message, Outbox
+from triptych.bus._wire import decode_envelope, encode
 
 
 class Count(Message):
@@ -28,7 +28,7 @@ class Counted(Message):
 
 
 def good(message_id: int) -> bytes:
-    envelope = Envelope("counter", "fuzz", Kind.ASK, message_id, 0, 60.0, 0, "")
+    envelope = Envelope("counter", "fuzz", EnvelopeKind.ASK, message_id, 0, 60.0, 0, "")
     return encode(envelope, Count(message_id, "label", (b"part",)), 1 << 20)
 
 
@@ -102,7 +102,7 @@ class Accounted:
                 envelope, _ = decode_envelope(await self._peer.answer())
                 if envelope.reply_to == last:
                     break
-        assert envelope.kind is Kind.REPLY
+        assert envelope.kind is EnvelopeKind.REPLY
         assert self.mailbox.dead_letters.count + self._delivered == self._sent
 
 

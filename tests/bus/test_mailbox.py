@@ -15,17 +15,17 @@ from triptych.bus import (
     DeadLetters,
     Delivery,
     Envelope,
+    EnvelopeKind,
     Failure,
-    Kind,
     Mailbox,
-    MailboxFull,
+    MailboxFullError,
     Message,
-    MessageTooLong,
+    MessageTooLongError,
     Outbox,
-    RemoteFailure,
-    Unreachable,
+    RemoteError,
+    UnreachableError,
 )
-from triptych.bus.wire import decode_envelope, decode_failure, encode
+from triptych.bus._wire import decode_envelope, decode_failure, encode
 
 Run = Callable[..., Any]
 LIMIT = 1 << 20
@@ -91,7 +91,7 @@ def frame(message: Message, **changes: Any) -> bytes:
     fields: dict[str, Any] = {
         "to": "adder",
         "sender": "raw",
-        "kind": Kind.ASK,
+        "kind": EnvelopeKind.ASK,
         "message_id": 5,
         "reply_to": 0,
         "timeout_s": 60.0,
@@ -118,7 +118,7 @@ def test_a_typed_refusal(run: Run, folder: Path, raw_peer: Any, sent: Callable[[
             peer = raw_peer(mailbox.address)
             peer.send(sent())
             envelope, body = decode_envelope(await peer.answer())
-            assert (envelope.kind, envelope.reply_to) == (Kind.FAILURE, 5)
+            assert (envelope.kind, envelope.reply_to) == (EnvelopeKind.FAILURE, 5)
             assert (envelope.to, envelope.sender, envelope.generation) == ("raw", "adder", 9)
             assert decode_failure(body).code == code
             assert [letter.reason for letter in mailbox.dead_letters.recent] == [code]
@@ -141,15 +141,15 @@ def test_what_has_no_envelope_is_a_dead_letter(
             peer.send(*frames)
             peer.send(frame(Add(2, 3)))  # on the same connection: it arrives after the garbage
             envelope, _ = decode_envelope(await peer.answer())
-            assert envelope.kind is Kind.REPLY
+            assert envelope.kind is EnvelopeKind.REPLY
             assert [letter.reason for letter in mailbox.dead_letters.recent] == ["unreadable"]
             peer.close()
 
     run(scenario())
 
 
-@pytest.mark.parametrize("kind", [Kind.REPLY, Kind.FAILURE])
-def test_an_answer_sent_to_a_mailbox_is_not_answered(run: Run, folder: Path, raw_peer: Any, kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [EnvelopeKind.REPLY, EnvelopeKind.FAILURE])
+def test_an_answer_sent_to_a_mailbox_is_not_answered(run: Run, folder: Path, raw_peer: Any, kind: EnvelopeKind) -> None:
     async def scenario() -> None:
         async with serving(adder(folder)) as mailbox:
             peer = raw_peer(mailbox.address)
@@ -170,7 +170,7 @@ def test_an_older_generation_is_fenced_off(run: Run, folder: Path) -> None:
             references = [outbox.reference("adder", mailbox.address) for outbox in (old, new, other)]
             for reference in references:
                 assert await reference.ask(Add(1, 1), Sum, timeout_s=20) == Sum(2)
-            with pytest.raises(RemoteFailure) as caught:
+            with pytest.raises(RemoteError) as caught:
                 await references[0].ask(Add(1, 1), Sum, timeout_s=20)
             assert caught.value.code == "stale_generation"
             (letter,) = mailbox.dead_letters.recent
@@ -202,7 +202,7 @@ def test_a_message_that_is_not_in_order_fences_nobody(
             peer.send(frame(Add(1, 2), sender="worker", generation=100, message_id=7))
             while (envelope := decode_envelope(await peer.answer())[0]).reply_to != 7:
                 pass
-            assert envelope.kind is Kind.REPLY
+            assert envelope.kind is EnvelopeKind.REPLY
             assert [letter.reason for letter in mailbox.dead_letters.recent] == [reason]
             peer.close()
 
@@ -218,7 +218,7 @@ def test_the_generation_of_a_sender_that_is_no_component_counts_for_nothing(run:
                 assert await outbox.reference("adder", mailbox.address).ask(Add(1, 1), Sum, timeout_s=20) == Sum(2)
                 outbox.close()
             old = Outbox("worker", 99)
-            with pytest.raises(RemoteFailure, match="100 is known"):
+            with pytest.raises(RemoteError, match="100 is known"):
                 await old.reference("adder", mailbox.address).ask(Add(1, 1), Sum, timeout_s=20)
             old.close()
             assert mailbox._generations == {"worker": 100}
@@ -234,10 +234,10 @@ def test_a_full_mailbox_tells_both_asker_and_teller(run: Run, folder: Path) -> N
         reference = outbox.reference("adder", mailbox.address)
         asks = [asyncio.ensure_future(reference.ask(Add(n, n), Sum, timeout_s=20)) for n in range(5)]
         refused, _ = await asyncio.wait(asks[3:])
-        assert all(isinstance(ask.exception(), MailboxFull) for ask in refused)
+        assert all(isinstance(ask.exception(), MailboxFullError) for ask in refused)
         assert mailbox.depth == mailbox.capacity == 3
         reference.tell(Add(0, 0))
-        with pytest.raises(MailboxFull):  # behind the tell, on the same connection
+        with pytest.raises(MailboxFullError):  # behind the tell, on the same connection
             await reference.ask(Add(0, 0), Sum, timeout_s=20)
         assert [letter.reason for letter in outbox.dead_letters.recent] == ["mailbox_full"]
         for _ in range(3):
@@ -255,10 +255,10 @@ def test_too_long_is_refused_here_and_there(run: Run, folder: Path) -> None:
     async def scenario() -> None:
         async with serving(adder(folder, max_message_bytes=10_000)) as mailbox:
             careful = Outbox("careful", max_message_bytes=10_000)
-            with pytest.raises(MessageTooLong):
+            with pytest.raises(MessageTooLongError):
                 careful.reference("adder", mailbox.address).tell(Blob(bytes(11_000)))
             bold = Outbox("bold")
-            with pytest.raises(RemoteFailure, match="limit is 10000") as caught:
+            with pytest.raises(RemoteError, match="limit is 10000") as caught:
                 await bold.reference("adder", mailbox.address).ask(Blob(bytes(15_000)), Sum, timeout_s=20)
             assert caught.value.code == "invalid_message"
             await still_adds(mailbox)
@@ -289,7 +289,7 @@ def test_an_answer_that_is_too_long_reaches_the_asker_as_a_failure(run: Run, fol
         async with serving(adder(folder, max_message_bytes=10_000)) as mailbox:
             outbox = Outbox("test")
             reference = outbox.reference("adder", mailbox.address)
-            with pytest.raises(RemoteFailure, match="Blob has") as caught:
+            with pytest.raises(RemoteError, match="Blob has") as caught:
                 await reference.ask(Grow(20_000), Blob, timeout_s=20)
             assert caught.value.code == "invalid_message"
             assert mailbox.dead_letters.count == 1
@@ -307,7 +307,7 @@ def test_a_handler_may_fail_an_ask_with_a_code_of_its_own(run: Run, folder: Path
         ask = asyncio.ensure_future(outbox.reference("adder", mailbox.address).ask(Add(1, 1), Sum, timeout_s=20))
         delivery = await mailbox.receive()
         delivery.fail("no_credit", "come back later")
-        with pytest.raises(RemoteFailure) as caught:
+        with pytest.raises(RemoteError) as caught:
             await ask
         assert (caught.value.code, caught.value.detail) == ("no_credit", "come back later")
         with pytest.raises(BusError, match="already answered"):
@@ -343,13 +343,13 @@ def test_closing_answers_those_who_wait(run: Run, folder: Path) -> None:
         delivery = await mailbox.receive()
         waiting = asyncio.ensure_future(reference.ask(Add(1, 0), Sum, timeout_s=20))
         await asyncio.sleep(0)
-        with pytest.raises(MailboxFull):  # so the one before it is in the queue
+        with pytest.raises(MailboxFullError):  # so the one before it is in the queue
             await reference.ask(Add(2, 0), Sum, timeout_s=20)
         mailbox.close()
-        with pytest.raises(RemoteFailure) as caught:
+        with pytest.raises(RemoteError) as caught:
             await waiting
         assert caught.value.code == "stopping"
-        with pytest.raises(Unreachable):
+        with pytest.raises(UnreachableError):
             await handled
         delivery.reply(Sum(0))
         assert mailbox.dead_letters.recent[-1].reason == "mailbox_closed"
@@ -363,7 +363,7 @@ def test_closing_answers_those_who_wait(run: Run, folder: Path) -> None:
 def test_an_answer_to_an_asker_that_has_gone_is_a_dead_letter(run: Run, folder: Path) -> None:
     async def scenario() -> None:
         async with serving(adder(folder)) as mailbox:
-            asked = Envelope("adder", "ghost", Kind.ASK, 1, 0, 60.0, 0, "")
+            asked = Envelope("adder", "ghost", EnvelopeKind.ASK, 1, 0, 60.0, 0, "")
             Delivery(mailbox, b"no such route", asked, Add(1, 1)).reply(Sum(2))
             assert [letter.reason for letter in mailbox.dead_letters.recent] == ["peer_gone"]
             await still_adds(mailbox)

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import zmq
 
-from triptych.bus import CurveKeys, Message, Outbox, Reference, Unreachable
+from triptych.bus import CurveKeys, Message, Outbox, Reference, UnreachableError
 
-PROGRAM = Path(__file__).with_name("echo_process.py")
+PROGRAM = Path(__file__).with_name("echo_server.py")
 KEYS = CurveKeys(*zmq.curve_keypair())
 
 
@@ -91,7 +91,7 @@ def test_a_killed_peer_is_seen_and_its_successor_reached(
         first.kill()
         await down
         for hold in holds:
-            with pytest.raises(Unreachable, match="lost"):
+            with pytest.raises(UnreachableError, match="lost"):
                 await hold
 
         reference.tell(Hold(3))  # to whoever comes next
@@ -120,7 +120,7 @@ def test_what_was_queued_for_a_stopped_peer_does_not_reach_its_successor(
         await asyncio.sleep(0)
         first.kill()
         await down
-        with pytest.raises(Unreachable):
+        with pytest.raises(UnreachableError):
             await asked
         second = await asyncio.to_thread(start, address)
         assert await reference.ask(Who(), Me, timeout_s=20) == Me(second.pid)

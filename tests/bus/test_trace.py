@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from triptych.bus import child_of, new_traceparent
+from triptych.bus import child_traceparent, new_traceparent
 
 
 def test_a_new_trace_has_the_standard_form() -> None:
@@ -13,7 +13,7 @@ def test_a_new_trace_has_the_standard_form() -> None:
 
 def test_a_child_keeps_trace_and_flags_but_has_its_own_span() -> None:
     parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00"
-    child = child_of(parent)
+    child = child_traceparent(parent)
     assert child[:36] == parent[:36]
     assert child[-2:] == "00"
     assert child[36:52] != parent[36:52]
@@ -30,4 +30,4 @@ def test_a_child_keeps_trace_and_flags_but_has_its_own_span() -> None:
     ],
 )
 def test_what_cannot_be_read_starts_a_new_trace(unreadable: str) -> None:
-    assert re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-01", child_of(unreadable))
+    assert re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-01", child_traceparent(unreadable))

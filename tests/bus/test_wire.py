@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from triptych.bus import Envelope, Failure, Kind, Message, MessageTooLong
-from triptych.bus.envelope import MAX_GENERATION, MAX_NAME
-from triptych.bus.wire import (
+from triptych.bus import Envelope, EnvelopeKind, Failure, Message, MessageTooLongError
+from triptych.bus._envelope import MAX_GENERATION, MAX_NAME
+from triptych.bus._wire import (
     BadBodyError,
     BodyDecoder,
     UnreadableError,
@@ -29,7 +29,7 @@ class Line(Message):
     ends: tuple[int, int]
 
 
-ENVELOPE = Envelope("head", "api", Kind.ASK, 3, 0, 1.5, 7, "")
+ENVELOPE = Envelope("head", "api", EnvelopeKind.ASK, 3, 0, 1.5, 7, "")
 LIMIT = 1 << 20
 DECODER = BodyDecoder((Point, Line))
 
@@ -37,7 +37,7 @@ envelopes = st.builds(
     Envelope,
     to=st.text(max_size=40),
     sender=st.text(max_size=40),
-    kind=st.sampled_from(Kind),
+    kind=st.sampled_from(EnvelopeKind),
     message_id=st.integers(0, 2**63 - 1),
     reply_to=st.integers(0, 2**63 - 1),
     timeout_s=st.floats(min_value=0),
@@ -126,7 +126,7 @@ def test_not_one_whole_frame(frames: list[bytes]) -> None:
 def test_the_limit_is_exact() -> None:
     size = len(encode(ENVELOPE, Point(1, "x" * 1000), LIMIT))
     assert encode(ENVELOPE, Point(1, "x" * 1000), size)
-    with pytest.raises(MessageTooLong, match="Point"):
+    with pytest.raises(MessageTooLongError, match="Point"):
         encode(ENVELOPE, Point(1, "x" * 1000), size - 1)
 
 

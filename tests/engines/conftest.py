@@ -32,14 +32,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 @pytest.fixture(scope="session")
 def classic_models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """Likewise, of pipelines without blocks."""
-    from triptych.tools.make_classic import Classic, make_classic
+    from triptych.tools.make_classic import ClassicFamily, make_classic
 
     made: dict[str, Path] = {}
 
     def model(family: str) -> Path:
         if family not in made:
             made[family] = tmp_path_factory.mktemp(family)
-            make_classic(made[family], Classic(family))
+            make_classic(made[family], ClassicFamily(family))
         return made[family]
 
     return model

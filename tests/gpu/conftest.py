@@ -19,12 +19,20 @@ import torch
 from tests.engines.conftest import classic_models, gradients, models
 
 try:
-    from tests.roles.conftest import house, inbox, place, plain_tracebacks, run, tiny_model
+    from tests.roles.conftest import inbox, local_cluster, make_topology, plain_tracebacks, run, tiny_model
 except ImportError:  # each file says which package it lacks
-    house = inbox = place = plain_tracebacks = run = tiny_model = None
+    local_cluster = inbox = make_topology = plain_tracebacks = run = tiny_model = None
 
 __all__ = [
-    "classic_models", "gradients", "house", "inbox", "models", "place", "plain_tracebacks", "run", "tiny_model",
+    "classic_models",
+    "gradients",
+    "inbox",
+    "local_cluster",
+    "make_topology",
+    "models",
+    "plain_tracebacks",
+    "run",
+    "tiny_model",
 ]  # fmt: skip
 
 HERE = Path(__file__).parent
@@ -55,7 +63,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def exact() -> None:
-    """The settings of a role on a card."""
-    from triptych.roles.devices import use_exact_kernels
+    """The settings of a role on a GPU."""
+    from triptych.roles.worker.devices import use_exact_kernels
 
     use_exact_kernels()

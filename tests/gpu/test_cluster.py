@@ -1,4 +1,4 @@
-"""Processes on a card: an encoder, two denoisers and a decoder against diffusers in one process."""
+"""Processes on a GPU: an encoder, two denoisers and a decoder against diffusers in one process."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ import numpy as np
 import pytest
 import torch
 
-from tests.gpu.needed import BY_PROCESSES, require
+from tests.gpu.requirements import BY_PROCESSES, require
 
 require(*BY_PROCESSES)
 
-from tests.engines.classics import request
+from tests.engines.classic_models import request
 from tests.engines.conftest import Models
-from tests.engines.results import media, seeded
-from triptych.actors import launch
-from triptych.actors.cluster import Cluster
-from triptych.actors.components import PRELOAD
-from triptych.actors.launcher import NO_CUDA
+from tests.engines.results import media, seeded_generator
+from triptych.actors.supervision.component_specs import PRELOAD
+from triptych.actors.supervision.launcher import NO_CUDA
+from triptych.api.launch import Cluster, launch
 
 ROOT = Path(__file__).parents[2]
-BOUND_S = 240.0  # torch and diffusers are imported anew by each process on a card
+BOUND_S = 240.0  # torch and diffusers are imported anew by each process on a GPU
 TOML = """
 [model]
 path = "{model}"
@@ -54,15 +53,15 @@ import importlib, os, sys
 from pathlib import Path
 for module in sys.argv[1:]:
     importlib.import_module(module)
-from triptych.actors.zygote import reason_not_to_fork
+from triptych.actors.supervision.zygote import reason_not_to_fork
 assert reason_not_to_fork() == "", reason_not_to_fork()
 opened = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink() and "nvidia" in os.readlink(link)]
 assert not opened, opened
 if child := os.fork():
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 import torch
-from triptych.actors import Component, StartFailure
-from triptych.roles.devices import usable_device
+from triptych.actors import Component, StartError
+from triptych.roles.worker.devices import usable_device
 role = Component(name="encoder-0", kind="encoder", address="", port=0)
 assert usable_device(role) == torch.device("cpu")
 assert torch.ones(3).sum() == 3
@@ -83,11 +82,11 @@ import os, sys, torch
 assert torch.cuda.is_available()
 if child := os.fork():
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-from triptych.actors import Component, StartFailure
-from triptych.roles.devices import usable_device
+from triptych.actors import Component, StartError
+from triptych.roles.worker.devices import usable_device
 try:
     usable_device(Component(name="encoder-0", kind="encoder", address="", port=0, device="cuda:0"))
-except StartFailure as failure:
+except StartError as failure:
     os._exit(0 if "was forked" in str(failure) else 1)
 os._exit(2)
 """
@@ -116,14 +115,14 @@ def test_processes_on_a_card_make_the_picture_of_one_process_and_survive_a_kill(
             first = await cluster.generate("a red ship", seed=7, steps=2)
             assert np.array_equal(pixels(first.data), expected)
             actors = {actor["name"]: actor for actor in (await cluster.status())["actors"]}
-            cards = max(torch.cuda.device_count(), 1)
+            gpus = max(torch.cuda.device_count(), 1)
             for index in (0, 1):
-                wanted = "cpu" if device.type == "cpu" else f"cuda:{index % cards}"
+                wanted = "cpu" if device.type == "cpu" else f"cuda:{index % gpus}"
                 assert actors[f"denoiser-{index}.stream"]["facts"]["device"] == wanted
             if device.type == "cuda":
                 pins = {name: actor["facts"].get("pin_failure", "") for name, actor in actors.items()}
                 assert set(pins.values()) == {""}, pins
-                await only_roles_have_the_card(cluster)
+                await only_roles_have_the_gpu(cluster)
             await killed_under_way(cluster, expected)
 
     asyncio.run(scenario())
@@ -135,7 +134,7 @@ def plain(model: Path, device: torch.device, seed: int) -> Any:
     pipeline = FluxPipeline.from_pretrained(str(model), dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
     asked = request(model, num_inference_steps=2)
-    return media(pipeline(**asked, generator=seeded(seed), output_type="pil"))[0]
+    return media(pipeline(**asked, generator=seeded_generator(seed), output_type="pil"))[0]
 
 
 def pixels(data: bytes) -> Any:
@@ -146,11 +145,11 @@ def pixels(data: bytes) -> Any:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-async def only_roles_have_the_card(cluster: Cluster) -> None:
-    def has_card(pid: int) -> bool:
+async def only_roles_have_the_gpu(cluster: Cluster) -> None:
+    def has_gpu(pid: int) -> bool:
         return any("nvidia" in str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink())
 
-    seen = {name: has_card(child.pid) for name, child in (await cluster.children()).items()}
+    seen = {name: has_gpu(child.pid) for name, child in (await cluster.children()).items()}
     assert {name for name, has in seen.items() if has} == {"encoder-0", "denoiser-0", "denoiser-1", "decoder-0"}
 
 

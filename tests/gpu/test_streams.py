@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.gpu.needed import require
+from tests.gpu.requirements import require
 
 require()
 
-from triptych.engines.arena import Arena
-from triptych.engines.checksum import ChecksumMismatch, checksum
-from triptych.engines.codec import pack
-from triptych.engines.streams import PIECE, DeviceStream
+from triptych.engines.codec.checksum import ChecksumMismatchError, checksum
+from triptych.engines.codec.codec import pack
+from triptych.engines.memory.arena import Arena
+from triptych.engines.memory.streams import PIECE, DeviceStream
 
 pytestmark = pytest.mark.usefixtures("card")
 ROOT = Path(__file__).parents[2]
@@ -69,12 +69,12 @@ def state(nbytes: int, value: int) -> dict[str, object]:
     }
 
 
-async def stage_once(transfer: DeviceStream, arena: Arena, offset: int, nbytes: int, value: int):
-    """A state in a slot: its manifest, the slot and its checksum."""
+async def store_once(transfer: DeviceStream, arena: Arena, offset: int, nbytes: int, value: int):
+    """A state in a block: its manifest, the block and its checksum."""
     packed = pack(state(nbytes, value))
-    slot = arena.tensor(offset, packed.nbytes)
+    block = arena.tensor(offset, packed.nbytes)
     torch.cuda.synchronize()
-    return packed.manifest, slot, await transfer.stage(packed, slot)
+    return packed.manifest, block, await transfer.store(packed, block)
 
 
 def test_pinning_is_told_truthfully(pinned):
@@ -88,9 +88,9 @@ def test_pinning_is_told_truthfully(pinned):
 @pytest.mark.parametrize("nbytes", [1, PIECE - 1, PIECE, 3 * PIECE + 17])
 def test_a_state_goes_from_device_to_device_whole(arena, transfer, nbytes):
     async def hop():
-        manifest, slot, value = await stage_once(transfer, arena, 4096, nbytes, 200)
-        assert value == checksum(slot.numpy())
-        return transfer.adopt(await transfer.load(manifest, slot, value))
+        manifest, block, value = await store_once(transfer, arena, 4096, nbytes, 200)
+        assert value == checksum(block.numpy())
+        return transfer.adopt(await transfer.load(manifest, block, value))
 
     values = asyncio.run(hop())
     torch.cuda.synchronize()
@@ -102,25 +102,25 @@ def test_a_state_goes_from_device_to_device_whole(arena, transfer, nbytes):
 
 def test_damaged_bytes_are_never_loaded(arena, transfer):
     async def hop():
-        manifest, slot, value = await stage_once(transfer, arena, 0, 2 * PIECE + 5, 1)
-        slot[PIECE + 3] ^= 4
-        await transfer.load(manifest, slot, value)
+        manifest, block, value = await store_once(transfer, arena, 0, 2 * PIECE + 5, 1)
+        block[PIECE + 3] ^= 4
+        await transfer.load(manifest, block, value)
 
-    with pytest.raises(ChecksumMismatch):
+    with pytest.raises(ChecksumMismatchError):
         asyncio.run(hop())
 
 
 def test_a_load_ends_behind_compute_that_is_still_running(arena, transfer, compute):
     async def calls():
-        staged = await stage_once(transfer, arena, 0, 4 * PIECE, 3)
+        stored = await store_once(transfer, arena, 0, 4 * PIECE, 3)
         # The first load takes memory from the driver, which may wait for the whole device.
-        await transfer.load(*staged)
+        await transfer.load(*stored)
         await compute.run(torch.cuda._sleep, 1000)
         torch.cuda.synchronize()
 
         await compute.run(torch.cuda._sleep, 5 * LONG)
         computed = compute.record()
-        loaded = await transfer.load(*staged)
+        loaded = await transfer.load(*stored)
         loaded.event.synchronize()
         overlapped = not computed.passed
         total = await compute.run(lambda: compute.adopt(loaded)["latents"].sum())
@@ -133,12 +133,12 @@ def test_a_load_ends_behind_compute_that_is_still_running(arena, transfer, compu
 
 def test_compute_waits_on_the_device_for_a_load_that_is_under_way(pinned, transfer, compute):
     async def calls():
-        staged = await stage_once(transfer, pinned, 0, PIECE, 3)
-        await transfer.load(*staged)
+        stored = await store_once(transfer, pinned, 0, PIECE, 3)
+        await transfer.load(*stored)
         torch.cuda.synchronize()
 
         await transfer.run(torch.cuda._sleep, LONG)
-        loaded = await transfer.load(*staged)
+        loaded = await transfer.load(*stored)
         under_way = not loaded.event.passed
         total = await compute.run(lambda: compute.adopt(loaded)["latents"].sum())
         return under_way, total.item()
@@ -150,8 +150,8 @@ def test_compute_waits_on_the_device_for_a_load_that_is_under_way(pinned, transf
 
 def test_memory_of_loaded_values_is_not_handed_out_while_compute_reads_it(pinned, transfer, compute):
     async def calls():
-        first = await stage_once(transfer, pinned, 0, PIECE, 3)
-        second = await stage_once(transfer, pinned, 48 << 20, PIECE, 9)
+        first = await store_once(transfer, pinned, 0, PIECE, 3)
+        second = await store_once(transfer, pinned, 48 << 20, PIECE, 9)
 
         def late_sum(loaded) -> torch.Tensor:
             values = compute.adopt(loaded)
@@ -167,19 +167,19 @@ def test_memory_of_loaded_values_is_not_handed_out_while_compute_reads_it(pinned
     assert asyncio.run(calls()) == 3 * PIECE
 
 
-def test_staging_waits_for_the_work_that_makes_the_state(arena, transfer, compute):
+def test_storing_waits_for_the_work_that_makes_the_state(arena, transfer, compute):
     latents = torch.zeros(2 * PIECE, dtype=torch.uint8, device=CUDA)
     packed = pack({"latents": latents})
-    slot = arena.tensor(0, packed.nbytes)
+    block = arena.tensor(0, packed.nbytes)
     torch.cuda.synchronize()
 
-    def work() -> None:
+    def attempt() -> None:
         torch.cuda._sleep(LONG)
         latents.fill_(7)
 
     async def calls():
-        await compute.run(work)
-        return await transfer.stage(packed, slot, after=compute.record())
+        await compute.run(attempt)
+        return await transfer.store(packed, block, after=compute.record())
 
     value = asyncio.run(calls())
     assert value == checksum(bytes([7]) * (2 * PIECE))
@@ -212,12 +212,12 @@ def test_a_thread_that_waits_leaves_its_core_to_others(compute):
 ATTACH = """
 import sys
 import torch
-from triptych.engines.arena import Arena, ArenaAddress
+from triptych.engines.memory.arena import Arena, ArenaAddress
 arena = Arena.attach(ArenaAddress.parse(sys.argv[1]))
 assert arena.pin(), arena.pin_failure
-slot = arena.tensor(4096, 1 << 20)
-there = slot.to("cuda:0", non_blocking=True)
-slot.copy_((there + 1), non_blocking=True)
+block = arena.tensor(4096, 1 << 20)
+there = block.to("cuda:0", non_blocking=True)
+block.copy_((there + 1), non_blocking=True)
 torch.cuda.synchronize()
 arena.close()
 """

@@ -1,4 +1,4 @@
-"""Weights on a card: in eight bits, and resting on the host. What is computed is the same, bit for bit."""
+"""Weights on a GPU: in eight bits, and resting on the host. What is computed is the same, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ import numpy as np
 import pytest
 import torch
 
-from tests.gpu.needed import require
+from tests.gpu.requirements import require
 
 require()
 
-from tests.engines.adapted import Models
-from tests.engines.classics import finish, request
-from tests.engines.results import media, same, seeded
-from triptych.engines.panels import Panel
-from triptych.engines.pipeline import PanelPipeline
-from triptych.engines.placing import NoRoomError
+from tests.engines.classic_models import finish, request
+from tests.engines.results import media, same, seeded_generator
+from tests.engines.stage_pipelines import Models
+from triptych.engines.partition.stages import Stage
+from triptych.engines.pipelines.pipeline import StagePipeline
+from triptych.engines.weights.placement import OutOfDeviceMemoryError
 
 STEPS = {"num_inference_steps": 2}
 GIB = 1 << 30
 
 
-def load(model: Path, device: torch.device, **options: Any) -> PanelPipeline:
-    return PanelPipeline.load(model, tuple(Panel), dtype=torch.float32, device=device, **options)
+def load(model: Path, device: torch.device, **options: Any) -> StagePipeline:
+    return StagePipeline.load(model, tuple(Stage), dtype=torch.float32, device=device, **options)
 
 
-def make(part: PanelPipeline, model: Path, seed: int = 1) -> np.ndarray[Any, Any]:
+def make(part: StagePipeline, model: Path, seed: int = 1) -> np.ndarray[Any, Any]:
     return media(part.decode(finish(part.denoise(part.encode(request(model, **STEPS), seed)))))
 
 
-def weights(part: PanelPipeline) -> list[torch.Tensor]:
-    modules = (getattr(part._parts.pipeline, name) for name in part.components)
+def weights(part: StagePipeline) -> list[torch.Tensor]:
+    modules = (getattr(part._runner.pipeline, name) for name in part.components)
     return [weight for module in modules if isinstance(module, torch.nn.Module) for weight in module.parameters()]
 
 
-def test_three_panels_make_the_picture_of_the_plain_pipeline(device: torch.device, models: Models) -> None:
+def test_three_stages_make_the_picture_of_the_plain_pipeline(device: torch.device, models: Models) -> None:
     from diffusers import FluxPipeline
 
     model = models("flux")
     plain = FluxPipeline.from_pretrained(str(model), dtype=torch.float32).to(device)
     plain.set_progress_bar_config(disable=True)
-    expected = media(plain(**request(model, **STEPS), generator=seeded(1), output_type="pil"))
+    expected = media(plain(**request(model, **STEPS), generator=seeded_generator(1), output_type="pil"))
     for _ in range(2):
         assert same(make(load(model, device), model), expected)
 
@@ -66,7 +66,7 @@ def test_weights_rest_on_the_host(
 def test_in_eight_bits(device: torch.device, quantization: str, how: str, models: Models) -> None:
     pytest.importorskip("torchao")
     if quantization == "float8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        pytest.skip("this card has no float8")
+        pytest.skip("this GPU has no float8")
     model = models("flux")
     exact = make(load(model, device), model).astype(int)
     part = load(model, device, quantization=quantization)
@@ -77,7 +77,7 @@ def test_in_eight_bits(device: torch.device, quantization: str, how: str, models
 
 
 def test_a_component_that_rests_leaves_the_card_to_others(card: torch.device, models: Models) -> None:
-    from triptych.roles.devices import free_memory
+    from triptych.roles.worker.devices import free_memory
 
     model = models("flux")
     before = free_memory(card)
@@ -89,12 +89,14 @@ def test_a_component_that_rests_leaves_the_card_to_others(card: torch.device, mo
 
 def test_weights_that_do_not_fit_say_so(card: torch.device, models: Models) -> None:
     model = models("flux")
-    from triptych.roles.devices import free_memory
+    from triptych.roles.worker.devices import free_memory
 
     free_memory(card)
     torch.cuda.set_per_process_memory_fraction(1e-6, card)
     try:
-        with pytest.raises(NoRoomError, match=r"does not fit on cuda:0: with it the weights take .* are free"):
+        with pytest.raises(
+            OutOfDeviceMemoryError, match=r"does not fit on cuda:0: with it the weights take .* are free"
+        ):
             load(model, card)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, card)

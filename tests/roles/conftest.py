@@ -20,10 +20,10 @@ import structlog
 import uvloop
 
 from triptych.actors import Actor, AddressBook, Topology, load_topology
-from triptych.actors.runtime import Runtime
-from triptych.bus import Message, Refused
+from triptych.actors.runtime.runtime import Runtime
+from triptych.bus import Message, RefusedError
 from triptych.roles.messages import stages
-from triptych.roles.messages.work import Work
+from triptych.roles.messages.common import Attempt
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Message)
@@ -34,13 +34,13 @@ Report = (
     stages.TransferReady
     | stages.TransferFailed
     | stages.StageStarted
-    | stages.TransferStaged
+    | stages.StageOutputsStored
     | stages.StageFinished
     | stages.StageFailed
     | stages.StageReturned
     | stages.StageCancelled
-    | stages.InstanceLeaving
-    | stages.InstanceAwake
+    | stages.InstanceStopping
+    | stages.InstanceWakeChanged
 )
 
 
@@ -76,20 +76,20 @@ class ScriptedHead(Actor):
     def __init__(self) -> None:
         super().__init__("head")
         self.inbox = Inbox()
-        self.unknown: set[Work] = set()
+        self.unknown: set[Attempt] = set()
         self.fenced = False
         self.forgets = False
         self.silent_on: type[Message] | None = None
 
-    async def hello(self, message: stages.InstanceHello) -> stages.InstanceWelcome:
+    async def register(self, message: stages.RegisterInstance) -> stages.InstanceRegistered:
         self._check()
         await self.inbox.put(message)
-        return stages.InstanceWelcome(tuple(w for w in message.running if w in self.unknown))
+        return stages.InstanceRegistered(tuple(w for w in message.running if w in self.unknown))
 
-    async def alive(self, message: stages.InstanceAlive) -> stages.Acknowledged:
+    async def heartbeat(self, message: stages.InstanceHeartbeat) -> stages.Acknowledged:
         self._check()
         if self.forgets:
-            raise Refused("unknown", "forgotten by the test")
+            raise RefusedError("unknown", "forgotten by the test")
         await self.inbox.put(message)
         return stages.Acknowledged()
 
@@ -100,26 +100,26 @@ class ScriptedHead(Actor):
             await asyncio.Event().wait()
         return stages.Acknowledged()
 
-    async def progress(self, message: stages.StageProgress | stages.SlotsOffered) -> None:
+    async def progress(self, message: stages.StageProgress | stages.BlocksOffered) -> None:
         await self.inbox.put(message)
 
     def _check(self) -> None:
         if self.fenced:
-            raise Refused("fenced", "given up by the test")
+            raise RefusedError("fenced", "given up by the test")
 
 
-class House:
+class LocalCluster:
     """The components of a topology as actors of this process; each can be started, stopped and killed."""
 
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
-        self.book = AddressBook(topology, {"test": f"ipc://{topology.run_dir}/test"})
+        self.address_book = AddressBook(topology, {"test": f"ipc://{topology.run_dir}/test"})
         self.runtimes: dict[str, Runtime] = {}
         self.actors: dict[str, Actor] = {}
         self.processes: dict[str, asyncio.subprocess.Process] = {}
 
     async def start(self, *actors: Actor, generation: int = 1, kind: str = "") -> Runtime:
-        runtime = Runtime(actors, book=self.book, generation=generation, kind=kind, shutdown_s=5.0)
+        runtime = Runtime(actors, address_book=self.address_book, generation=generation, kind=kind, shutdown_s=5.0)
         await runtime.__aenter__()
         self.runtimes[actors[0].name] = runtime
         self.actors.update({actor.name: actor for actor in actors})
@@ -138,10 +138,16 @@ class House:
         await self.runtimes.pop(name).__aexit__(None, None, None)
 
     async def process(self, name: str, generation: int = 1) -> asyncio.subprocess.Process:
-        """Start a component in a process of its own, as its supervisor does; it is killed with the house."""
+        """Start a component in a process of its own, as its supervisor does; it is killed with the cluster."""
         arguments = ("--topology", str(self.topology.path), "--name", name, "--generation", str(generation))
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "triptych.actors.process", *arguments, "--parent", str(os.getpid()), cwd=ROOT
+            sys.executable,
+            "-m",
+            "triptych.actors.supervision.component_process",
+            *arguments,
+            "--parent",
+            str(os.getpid()),
+            cwd=ROOT,
         )
         self.processes[name] = process
         return process
@@ -197,7 +203,7 @@ def run() -> Iterator[Callable[[Coroutine[Any, Any, T]], T]]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Flux model of random weights that makes 64 x 64 pictures."""
+    """A Flux model of random weights that makes 64 x 64 images."""
     from triptych.tools.make_model import Family, make_model
 
     folder = tmp_path_factory.mktemp("model")
@@ -205,11 +211,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-Place = Callable[..., Topology]
+MakeTopology = Callable[..., Topology]
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
+def make_topology(tmp_path: Path) -> Iterator[MakeTopology]:
     """Make a topology with two instances of each kind, or of the one named."""
     made: list[Topology] = []
 
@@ -224,7 +230,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
     ) -> Topology:
         kinds = [kind] if kind else ["encoder", "denoiser", "decoder"]
         roles = "\n".join(f'[[roles]]\nkind = "{kind}"\nslots = {slots}\ncount = 2' for kind in kinds)
-        file = tmp_path / "house.toml"
+        file = tmp_path / "cluster.toml"
         file.write_text(TOML.format(model=model, engine=engine, pool_size=pool_size, roles=roles))
         topology = load_topology(file)
         if backend:  # the pools of one engine with the transport of another
@@ -240,18 +246,18 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 
 @pytest.fixture
-def house() -> Callable[[Topology], Any]:
-    """`async with house(topology) as h:` closes everything that was started in it."""
+def local_cluster() -> Callable[[Topology], Any]:
+    """`async with local_cluster(topology) as h:` closes everything that was started in it."""
 
     @asynccontextmanager
-    async def open_house(topology: Topology) -> AsyncIterator[House]:
-        house = House(topology)
+    async def open_cluster(topology: Topology) -> AsyncIterator[LocalCluster]:
+        local_cluster = LocalCluster(topology)
         try:
-            yield house
+            yield local_cluster
         finally:
-            await house.close()
+            await local_cluster.close()
 
-    return open_house
+    return open_cluster
 
 
 @pytest.fixture
@@ -265,20 +271,20 @@ def inbox() -> type[Inbox]:
 
 
 @pytest.fixture
-def cluster(run: Any, place: Any, house: Any, scripted_head: Any, tiny_model: Path) -> Any:
+def cluster(run: Any, make_topology: Any, local_cluster: Any, scripted_head: Any, tiny_model: Path) -> Any:
     """Run a test with a head and a pool; the test starts the instances."""
 
-    from tests.roles.stage import Stage
-    from triptych.roles import pool
+    from tests.roles.cluster_harness import ClusterDriver
+    from triptych.roles.pool import pool
 
     def start(body: Any, **options: Any) -> None:
         async def all_of_it() -> None:
-            async with house(place(tiny_model, **options)) as h:
+            async with local_cluster(make_topology(tiny_model, **options)) as h:
                 for component in h.topology.components:
                     if component.kind == "pool":
                         await h.component(component.name, pool.build)
                 await h.start(head := scripted_head())
-                await body(Stage(h, head))
+                await body(ClusterDriver(h, head))
 
         run(all_of_it())
 
@@ -286,9 +292,9 @@ def cluster(run: Any, place: Any, house: Any, scripted_head: Any, tiny_model: Pa
 
 
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Any:
+def denoise_gate(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Holds every denoise after its first step until it is opened."""
-    from triptych.engines.stepping import Denoising
+    from triptych.engines.pipelines.stepping import Denoising
 
     opened, advance = threading.Event(), Denoising.advance
 
@@ -303,22 +309,22 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def rooms(run: Any, place: Any, house: Any, inbox: Any) -> Any:
-    """Run a test with a pool, and transfer actors by name on demand: `room("encoder-0")`."""
+def run_transfers(run: Any, make_topology: Any, local_cluster: Any, inbox: Any) -> Any:
+    """Run a test with a pool, and transfer actors by name on demand: `open_transfer("encoder-0")`."""
 
-    from tests.roles.rooms import Room
-    from triptych.roles.pool import build
+    from tests.roles.transfer_harness import TransferHarness
+    from triptych.roles.pool.pool import build
 
     def start(body: Any, pools: tuple[str, ...] = ("pool",), **options: Any) -> None:
         async def all_of_it() -> None:
-            async with house(place(**options)) as h:
+            async with local_cluster(make_topology(**options)) as h:
                 for pool in pools:
                     await h.component(pool, build, generation=3)
 
-                async def room(name: str) -> Any:
-                    return await Room(h, name, inbox).start()
+                async def open_transfer(name: str) -> Any:
+                    return await TransferHarness(h, name, inbox).start()
 
-                await body(h, room)
+                await body(h, open_transfer)
 
         run(all_of_it())
 

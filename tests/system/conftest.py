@@ -15,7 +15,7 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parents[2]
-PANELS = ("encoder", "denoiser", "decoder")
+STAGES = ("encoder", "denoiser", "decoder")
 
 
 @pytest.fixture(scope="session")
@@ -38,17 +38,17 @@ def topology_file(tmp_path: Path, models: Callable[[str], Path]) -> Callable[...
     """Writes a topology: sections as keyword arguments, `roles` as kind to number of instances."""
 
     def write(family: str = "flux", roles: dict[str, int] | None = None, **sections: dict[str, Any]) -> Path:
-        return write_topology(tmp_path, models(family), roles or dict.fromkeys(PANELS, 1), sections)
+        return write_topology(tmp_path, models(family), roles or dict.fromkeys(STAGES, 1), sections)
 
     return write
 
 
 @pytest.fixture
 def topology_of(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a topology for a model's folder, of one instance of each panel or of `roles`."""
+    """Writes a topology for a model's folder, of one instance of each stage or of `roles`."""
 
     def write(model: Path, roles: dict[str, int] | None = None) -> Path:
-        return write_topology(tmp_path, model, roles or dict.fromkeys(PANELS, 1), {})
+        return write_topology(tmp_path, model, roles or dict.fromkeys(STAGES, 1), {})
 
     return write
 

@@ -1,4 +1,4 @@
-"""What diffusers alone makes of a request: the pictures that Triptych's must equal, bit for bit."""
+"""What diffusers alone makes of a request: the images that Triptych's must equal, bit for bit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffusers import FluxPipeline, WanPipeline
 PIPELINES = {"flux": FluxPipeline, "wan": WanPipeline}
 
 
-def monolithic(family: str, model: Path, prompt: str, seed: int, **inputs: object) -> np.ndarray:
+def diffusers_reference(family: str, model: Path, prompt: str, seed: int, **inputs: object) -> np.ndarray:
     """uint8 [height, width, 3] of the first image or frame, from the plain pipeline in one process."""
     pipeline = PIPELINES[family].from_pretrained(model, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)

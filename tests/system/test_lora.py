@@ -1,4 +1,4 @@
-"""Requests with different adapters at the same time, through real processes: each picture is that of its adapter."""
+"""Requests with different adapters at the same time, through real processes: each image is that of its adapter."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.engines.adapted import expected, plain
 from tests.engines.results import same
-from tests.system.conftest import PANELS
-from triptych.actors import launch
-from triptych.engines.card import load_card
+from tests.engines.stage_pipelines import expected, plain
+from tests.system.conftest import STAGES
+from triptych.api.launch import launch
+from triptych.engines.parameters.serving_config import load_serving_config
 from triptych.tools.make_lora import make_lora
 
 FREE_PORTS = {"api": {"port": 0}}
@@ -45,8 +45,8 @@ def write(folder: Path, model: Path, roles: str, **loras: float) -> Path:
     return path
 
 
-def panels(more: str = "") -> str:
-    return "\n".join(f'[[roles]]\nkind = "{kind}"\nslots = 4\n{more}' for kind in PANELS)
+def stages(more: str = "") -> str:
+    return "\n".join(f'[[roles]]\nkind = "{kind}"\nslots = 4\n{more}' for kind in STAGES)
 
 
 def pixels(answer: httpx.Response) -> np.ndarray[Any, Any]:
@@ -54,13 +54,13 @@ def pixels(answer: httpx.Response) -> np.ndarray[Any, Any]:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))[None]
 
 
-@pytest.mark.parametrize("roles", ["panels", "monolithic"])
+@pytest.mark.parametrize("roles", ["stages", "monolithic"])
 def test_concurrent_requests_with_adapters_and_without(
     roles: str, tmp_path: Path, models: Callable[[str], Path]
 ) -> None:
     model = models("flux")
     offloaded = '[[roles]]\nkind = "monolithic"\nslots = 4\noffload = "model"'
-    path = write(tmp_path, model, panels() if roles == "panels" else offloaded, ink=0.6, clay_v2=1.0)
+    path = write(tmp_path, model, stages() if roles == "stages" else offloaded, ink=0.6, clay_v2=1.0)
 
     async def through_processes() -> list[np.ndarray[Any, Any]]:
         async with launch(path, FREE_PORTS) as cluster, httpx.AsyncClient(base_url=cluster.url, timeout=90) as http:
@@ -94,7 +94,7 @@ async def what_is_not_there_is_refused(http: httpx.AsyncClient) -> None:
 
 def test_eight_bits_take_less_and_make_nearly_the_same(tmp_path: Path, models: Callable[[str], Path]) -> None:
     model = models("flux")
-    path = write(tmp_path, model, panels('quantization = "int8"'))
+    path = write(tmp_path, model, stages('quantization = "int8"'))
 
     async def through_processes() -> np.ndarray[Any, Any]:
         async with launch(path, FREE_PORTS) as cluster, httpx.AsyncClient(base_url=cluster.url, timeout=90) as http:
@@ -104,4 +104,4 @@ def test_eight_bits_take_less_and_make_nearly_the_same(tmp_path: Path, models: C
     exact = expected(plain(model), model, 1)
     difference = np.abs(ours.astype(float) - exact.astype(float)).mean() / 255
     assert 0 < difference < 0.02
-    assert load_card(model).defaults["height"] == ours.shape[1]
+    assert load_serving_config(model).defaults["height"] == ours.shape[1]

@@ -1,4 +1,4 @@
-"""The second request of a prompt visits no encoder, and its picture is the one that it would have been."""
+"""The second request of a prompt visits no encoder, and its image is the one that it would have been."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
 
-from tests.engines.results import seeded
-from tests.system.reference import monolithic
-from tests.system.test_pictures import FREE_PORTS, pixels
+from tests.engines.results import seeded_generator
+from tests.system.reference import diffusers_reference
+from tests.system.test_image_inputs import FREE_PORTS, pixels
 from tests.system.test_recovery import BOUND_S, back
-from triptych.actors import launch
-from triptych.actors.cluster import Cluster
-from triptych.engines.card import load_card
-from triptych.tools.make_classic import Classic, make_classic
+from triptych.api.launch import Cluster, launch
+from triptych.engines.parameters.serving_config import load_serving_config
+from triptych.tools.make_classic import ClassicFamily, make_classic
 
 PROMPT = "a large red circle on the left of a blue background"
 NO_ENCODER = ["ENCODER_WAITING", "ENCODER_DONE", "DENOISING_WAITING", "DENOISING_RUNNING"]
 
 
 async def made(cluster: Cluster, seed: int, prompt: str = PROMPT, **inputs: Any) -> tuple[np.ndarray, dict[str, Any]]:
-    """A picture, and how it came about."""
-    picture = await cluster.generate(prompt, seed=seed, **inputs)
-    (unit,) = (await cluster.request(picture.request_id))["units"]
-    return pixels(picture), unit
+    """An image, and how it came about."""
+    image = await cluster.generate(prompt, seed=seed, **inputs)
+    (unit,) = (await cluster.request(image.request_id))["units"]
+    return pixels(image), unit
 
 
 def skipped(unit: dict[str, Any]) -> bool:
@@ -52,7 +51,7 @@ async def cache(cluster: Cluster) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("engine", ["shm", "mooncake"])
-def test_the_second_request_of_a_prompt_visits_no_encoder_and_its_picture_is_identical(
+def test_the_second_request_of_a_prompt_visits_no_encoder_and_its_image_is_identical(
     engine: str, topology_file: Callable[..., Path], models: Callable[[str], Path]
 ) -> None:
     async def scenario() -> tuple[np.ndarray, np.ndarray]:
@@ -75,25 +74,27 @@ def test_the_second_request_of_a_prompt_visits_no_encoder_and_its_picture_is_ide
 
     first, second = asyncio.run(scenario())
     model = models("flux")
-    defaults = load_card(model).defaults
+    defaults = load_serving_config(model).defaults
     changed = defaults | {"num_inference_steps": 3, "height": 32, "width": 48}
-    assert np.array_equal(first, monolithic("flux", model, PROMPT, 11, **defaults))
-    assert np.array_equal(second, monolithic("flux", model, PROMPT, 12, **changed))
+    assert np.array_equal(first, diffusers_reference("flux", model, PROMPT, 11, **defaults))
+    assert np.array_equal(second, diffusers_reference("flux", model, PROMPT, 12, **changed))
 
 
 def test_a_classic_pipeline_is_encoded_once_for_all_seeds(tmp_path: Path, topology_of: Callable[..., Path]) -> None:
     model = tmp_path / "model"
-    make_classic(model, Classic.PIXART)
+    make_classic(model, ClassicFamily.PIXART)
 
     async def scenario() -> np.ndarray:
         async with launch(topology_of(model), FREE_PORTS) as cluster:
             assert not skipped((await made(cluster, 11))[1])
-            picture, unit = await made(cluster, 12)
+            image, unit = await made(cluster, 12)
             assert skipped(unit)
-            return picture
+            return image
 
     ours = asyncio.run(scenario())
-    plain = DiffusionPipeline.from_pretrained(model)(PROMPT, generator=seeded(12), **load_card(model).defaults)
+    plain = DiffusionPipeline.from_pretrained(model)(
+        PROMPT, generator=seeded_generator(12), **load_serving_config(model).defaults
+    )
     assert np.array_equal(ours, np.asarray(plain.images[0]))
 
 
@@ -108,15 +109,15 @@ def test_what_is_asked_for_at_once_is_encoded_once(topology_file: Callable[..., 
             answer = (await http.post("/v1/images/generations", json=body)).raise_for_status().json()
             units = (await cluster.request(answer["id"]))["units"]
             assert [skipped(unit) for unit in units] == [False, True, True, True]
-            assert await panels_run(cluster, "encoder") == 1
+            assert await stages_run(cluster, "encoder") == 1
             several = await asyncio.gather(*(made(cluster, seed, "another prompt") for seed in range(6)))
             assert [skipped(unit) for _, unit in several].count(False) == 1
-            assert await panels_run(cluster, "encoder") == 2
+            assert await stages_run(cluster, "encoder") == 2
 
     asyncio.run(scenario())
 
 
-async def panels_run(cluster: Cluster, kind: str) -> int:
+async def stages_run(cluster: Cluster, kind: str) -> int:
     actors = {actor["name"]: actor for actor in (await cluster.status())["actors"]}
     workers = [c.name for c in cluster.topology.components if c.kind == kind]
     return sum(actors[f"{name}.stream"]["facts"]["panels_run"] for name in workers)
@@ -156,7 +157,7 @@ def test_what_died_with_its_pool_is_encoded_anew_and_no_encoder_is_missed_for_th
             await back(cluster, "head", after_generation=head.generation)
             await cluster.wait_ready(BOUND_S)
             await made(cluster, 3)
-            await only_the_cache_holds_slots(cluster)
+            await only_the_cache_holds_blocks(cluster)
 
             encoder = (await cluster.children())["encoder-0"]
             os.kill(encoder.pid, signal.SIGSTOP)
@@ -170,7 +171,7 @@ def test_what_died_with_its_pool_is_encoded_anew_and_no_encoder_is_missed_for_th
     asyncio.run(scenario())
 
 
-async def only_the_cache_holds_slots(cluster: Cluster) -> None:
+async def only_the_cache_holds_blocks(cluster: Cluster) -> None:
     async with asyncio.timeout(BOUND_S):
         while True:
             seen = await cluster.status()

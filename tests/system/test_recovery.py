@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from triptych.actors import launch
-from triptych.actors.cluster import Cluster
+from triptych.api.launch import Cluster, launch
 
 FREE_PORTS = {"api": {"port": 0}}
 BOUND_S = 30.0

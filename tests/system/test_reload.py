@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import load_file, save_file
 
-from tests.system.conftest import PANELS
-from tests.system.reference import monolithic
-from triptych.actors import launch
-from triptych.actors.cluster import Cluster
-from triptych.engines.card import load_card
+from tests.system.conftest import STAGES
+from tests.system.reference import diffusers_reference
+from triptych.api.launch import Cluster, launch
+from triptych.engines.parameters.serving_config import load_serving_config
 
 FREE_PORTS = {"api": {"port": 0}}
 BOUND_S = 60.0
@@ -61,10 +60,10 @@ def test_a_changed_model_is_not_mixed_with_the_old_one_and_a_reload_takes_it(
         return np.asarray((await cluster.generate("a red circle", seed=3)).image())
 
     def expected() -> np.ndarray:
-        return monolithic("flux", model, "a red circle", 3, **load_card(model).defaults)
+        return diffusers_reference("flux", model, "a red circle", 3, **load_serving_config(model).defaults)
 
     async def scenario() -> None:
-        path = topology_of(model, roles={**dict.fromkeys(PANELS, 1), "denoiser": 2})
+        path = topology_of(model, roles={**dict.fromkeys(STAGES, 1), "denoiser": 2})
         async with launch(path, FREE_PORTS) as cluster:
             old = await made(cluster)
             assert np.array_equal(old, expected())
@@ -79,6 +78,6 @@ def test_a_changed_model_is_not_mixed_with_the_old_one_and_a_reload_takes_it(
             assert not np.array_equal(new, old)
             assert np.array_equal(new, expected())
             children = await cluster.children()
-            assert {name: children[f"{name}-0"].restarts for name in PANELS} == dict.fromkeys(PANELS, 1)
+            assert {name: children[f"{name}-0"].restarts for name in STAGES} == dict.fromkeys(STAGES, 1)
 
     asyncio.run(scenario())

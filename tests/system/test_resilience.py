@@ -19,9 +19,9 @@ import pytest
 
 from tests.system.conftest import ROOT
 from tests.system.test_recovery import BOUND_S, FREE_PORTS, back
-from triptych.actors import launch, load_topology
-from triptych.actors.cluster import Cluster
-from triptych.actors.overrides import free_port
+from triptych.actors import load_topology
+from triptych.actors.topology.overrides import free_port
+from triptych.api.launch import Cluster, launch
 
 PROMPT = "a red circle"
 LONG = 100_000
@@ -62,8 +62,8 @@ async def under_way(http: httpx.AsyncClient, state: str = "DENOISING_RUNNING") -
                         return dict(request)
 
 
-async def at_rest(http: httpx.AsyncClient) -> None:
-    """Until no work is in hand and every slot is free, or the prompt cache's."""
+async def wait_until_idle(http: httpx.AsyncClient) -> None:
+    """Until no work is in hand and every block is free, or the prompt cache's."""
     async with asyncio.timeout(BOUND_S):
         while True:
             seen = (await http.get("/v1/cluster")).json()
@@ -83,18 +83,18 @@ def test_cancel_hang_up_and_timeout_stop_the_work_and_return_every_lease(
             request = await under_way(http)
             assert (await http.delete(f"/v1/requests/{request['id']}")).json()["state"] == "CANCELLED"
             assert (await asked).status_code == 409
-            await at_rest(http)
+            await wait_until_idle(http)
 
             asked = post(http, LONG)
             request = await under_way(http)
             asked.cancel()
-            await at_rest(http)
+            await wait_until_idle(http)
             assert (await http.get(f"/v1/requests/{request['id']}")).json()["state"] == "CANCELLED"
 
             answer = await post(http, LONG)
             assert answer.status_code == 504
             assert answer.json()["error"]["message"]
-            await at_rest(http)
+            await wait_until_idle(http)
 
     asyncio.run(scenario())
 
@@ -294,7 +294,7 @@ def test_a_role_that_sleeps_through_its_fencing_finds_out_and_starts_anew(
             role = child_called(sleeper.pid, "triptych: denoiser-0")
             for pid in (sleeper.pid, role):
                 os.kill(pid, signal.SIGSTOP)
-            await gone_from_the_books(http)
+            await gone_from_the_registry(http)
             for pid in (role, sleeper.pid):
                 os.kill(pid, signal.SIGCONT)
             await generation_of(http, "denoiser-0", after=first)
@@ -309,7 +309,7 @@ def test_a_role_that_sleeps_through_its_fencing_finds_out_and_starts_anew(
 
 
 async def generation_of(http: httpx.AsyncClient, name: str, *, after: int) -> int:
-    """Of an instance in the head's books, once it is later than `after`."""
+    """Of an instance registered with the head, once it is later than `after`."""
     async with asyncio.timeout(90):
         while True:
             for instance in await instances(http):
@@ -317,7 +317,7 @@ async def generation_of(http: httpx.AsyncClient, name: str, *, after: int) -> in
                     return int(instance["generation"])
 
 
-async def gone_from_the_books(http: httpx.AsyncClient) -> None:
+async def gone_from_the_registry(http: httpx.AsyncClient) -> None:
     async with asyncio.timeout(BOUND_S):
         while any(instance["name"] == "denoiser-0" for instance in await instances(http)):
             pass

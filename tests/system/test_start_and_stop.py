@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.actors.test_launcher import folder_of_strange_code
+from tests.actors.supervision.test_launcher import folder_of_strange_code
 from tests.system.conftest import ROOT
-from triptych.actors import launch, load_topology
-from triptych.actors.client import ApiError
-from triptych.actors.overrides import free_port
-from triptych.actors.processes import module_command
+from triptych.actors import load_topology
+from triptych.actors.supervision.child_process import module_command
+from triptych.actors.topology.overrides import free_port
+from triptych.api.client import ClientError
+from triptych.api.launch import launch
 
 TRIPTYCH = module_command("triptych.actors.command")
 KEY = "0123456789abcdef"
@@ -135,7 +136,7 @@ def test_a_model_that_cannot_load_is_said_in_words_and_not_retried(
 
     async def scenario() -> None:
         path = topology_file(model={"path": str(broken), "dtype": "float32"})
-        with pytest.raises(ApiError, match=r"exit code 2 .*denoiser-0 cannot start: .*transformer"):
+        with pytest.raises(ClientError, match=r"exit code 2 .*denoiser-0 cannot start: .*transformer"):
             async with launch(path, {"api": {"port": 0}}, ready_timeout_s=90):
                 pass
 
@@ -148,7 +149,7 @@ def test_a_pool_too_small_for_one_request_fails_it_with_a_sentence_that_names_th
     async def scenario() -> None:
         path = topology_file(transfer={"pool_size": "8KiB"})
         async with launch(path, {"api": {"port": 0}}) as cluster:
-            with pytest.raises(ApiError, match=r"pool gives at most 4096: raise \[transfer\] pool_size"):
+            with pytest.raises(ClientError, match=r"pool gives at most 4096: raise \[transfer\] pool_size"):
                 await cluster.generate("a red circle", seed=1)
 
     asyncio.run(scenario())
@@ -158,7 +159,7 @@ def test_a_pool_with_room_for_few_requests_serves_many_by_waiting(topology_file:
     async def scenario() -> None:
         path = topology_file(transfer={"pool_size": "64KiB"})
         async with launch(path, {"api": {"port": 0}}) as cluster:
-            pictures = await asyncio.gather(*(cluster.generate("a red circle", seed=k % 3) for k in range(12)))
-            assert len({p.data for p in pictures}) == 3
+            images = await asyncio.gather(*(cluster.generate("a red circle", seed=k % 3) for k in range(12)))
+            assert len({p.data for p in images}) == 3
 
     asyncio.run(scenario())

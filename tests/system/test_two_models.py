@@ -12,21 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.system.conftest import PANELS
-from tests.system.reference import monolithic
+from tests.system.conftest import STAGES
+from tests.system.reference import diffusers_reference
 from tests.system.test_recovery import FREE_PORTS, back
 from tests.system.test_reload import change
-from triptych.actors import launch
-from triptych.actors.client import Picture
-from triptych.actors.cluster import Cluster
-from triptych.engines.card import load_card
+from triptych.api.client import GeneratedImage
+from triptych.api.launch import Cluster, launch
+from triptych.engines.parameters.serving_config import load_serving_config
 
 BOUND_S = 60.0
 
 
 def write_two(folder: Path, first: Path, second: Path) -> Path:
     """A topology of two models, the first of three roles, the second of one."""
-    apart = "".join(f'[[models.roles]]\nkind = "{kind}"\n' for kind in PANELS)
+    apart = "".join(f'[[models.roles]]\nkind = "{kind}"\n' for kind in STAGES)
     whole = '[[models.roles]]\nkind = "monolithic"\n'
     entries = [
         f'[[models]]\nname = "{name}"\npath = "{path}"\ndtype = "float32"\nprompt_cache = "0"\n{roles}'
@@ -48,30 +47,30 @@ async def until(cluster: Cluster, name: str, state: str) -> None:
             await asyncio.sleep(0.02)
 
 
-def pixels(picture: Picture) -> np.ndarray:
-    return np.asarray(picture.image().convert("RGB"))
+def pixels(image: GeneratedImage) -> np.ndarray:
+    return np.asarray(image.image().convert("RGB"))
 
 
 @pytest.mark.alone
 @pytest.mark.timeout(300)
-def test_each_request_gets_the_picture_of_its_model_and_whoever_sleeps_is_woken(
+def test_each_request_gets_the_image_of_its_model_and_whoever_sleeps_is_woken(
     models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     paths = {"first": models("flux"), "second": tmp_path / "model"}
     shutil.copytree(paths["first"], paths["second"])
     change(paths["second"])
-    defaults = load_card(paths["first"]).defaults
-    expected = {name: monolithic("flux", path, "a red circle", 3, **defaults) for name, path in paths.items()}
+    defaults = load_serving_config(paths["first"]).defaults
+    expected = {name: diffusers_reference("flux", path, "a red circle", 3, **defaults) for name, path in paths.items()}
     assert not np.array_equal(*expected.values())
 
-    async def as_expected(asked: list[tuple[str, asyncio.Task[Picture]]]) -> None:
-        for name, picture in asked:
-            assert np.array_equal(pixels(await picture), expected[name]), name
+    async def as_expected(asked: list[tuple[str, asyncio.Task[GeneratedImage]]]) -> None:
+        for name, image in asked:
+            assert np.array_equal(pixels(await image), expected[name]), name
 
     async def scenario() -> None:
         async with launch(write_two(tmp_path, paths["first"], paths["second"]), FREE_PORTS) as cluster:
 
-            def ask(*names: str) -> list[tuple[str, asyncio.Task[Picture]]]:
+            def ask(*names: str) -> list[tuple[str, asyncio.Task[GeneratedImage]]]:
                 return [(n, asyncio.create_task(cluster.generate("a red circle", model=n, seed=3))) for n in names]
 
             states = (await cluster.status())["head"]["models"]

@@ -16,11 +16,12 @@ import torch
 from diffusers import WanPipeline
 from PIL import Image
 
-from triptych.actors import AddressBook, launch
+from triptych.actors import AddressBook
+from triptych.api.launch import launch
 from triptych.bus import Outbox, Reference
-from triptych.engines.card import load_card
+from triptych.engines.parameters.serving_config import load_serving_config
 from triptych.roles.messages import requests
-from triptych.roles.messages.work import Artifact, Output
+from triptych.roles.messages.common import Artifact, Output
 
 PROMPT = "a large red circle on the left of a blue background"
 SEED = 11
@@ -81,7 +82,7 @@ def diffusers_alone(model: Path, frames: int) -> np.ndarray:
     """The frames, uint8 [frames, height, width, 3], of the plain pipeline in one process."""
     pipeline = WanPipeline.from_pretrained(model, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    inputs = {**load_card(model).defaults, "num_frames": frames}
+    inputs = {**load_serving_config(model).defaults, "num_frames": frames}
     generator = torch.Generator("cpu").manual_seed(SEED)
     made = pipeline(PROMPT, generator=generator, output_type="pil", **inputs).frames[0]
     return np.stack([np.asarray(frame) for frame in made])

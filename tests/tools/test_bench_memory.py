@@ -9,11 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from triptych.tools import processes
+from triptych.tools import procfs
 from triptych.tools.bench import memory
-from triptych.tools.bench.memory_report import ALL, CONVERTED, MAPPED, MONOLITHIC, PANELS, Held, Run, case, rows
+from triptych.tools.bench.memory_report import (
+    ALL,
+    CONVERTED,
+    DISAGGREGATED,
+    MAPPED,
+    MONOLITHIC,
+    ProcessSample,
+    Run,
+    case,
+    rows,
+)
 from triptych.tools.make_model import Family, make_model
-from triptych.tools.processes import Resident
+from triptych.tools.procfs import ProcessMemory
 
 ROLES = ("encoder-0", "denoiser-0", "decoder-0")
 SETTINGS = {
@@ -22,18 +32,20 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def held(mib: float) -> Held:
-    return Held(("vae",), mib, Resident(mib, mib, mib, mib), Resident(2 * mib, mib, mib / 2, 3 * mib))
+def held(mib: float) -> ProcessSample:
+    return ProcessSample(
+        ("vae",), mib, ProcessMemory(mib, mib, mib, mib), ProcessMemory(2 * mib, mib, mib / 2, 3 * mib)
+    )
 
 
 def runs(rounds: int = 1) -> list[Run]:
     """A denoiser holds 300 MiB of 600, and the n-th round has n - 1 more in each process."""
-    panels = {"encoder-0": 200.0, "denoiser-0": 300.0, "decoder-0": 100.0, "pool": 50.0}
+    stages = {"encoder-0": 200.0, "denoiser-0": 300.0, "decoder-0": 100.0, "pool": 50.0}
     sizes = {
-        memory.memory_report.PANELS: panels,
-        memory.memory_report.MORE_DENOISERS: {**panels, "denoiser-1": 300.0},
+        memory.memory_report.DISAGGREGATED: stages,
+        memory.memory_report.MORE_DENOISERS: {**stages, "denoiser-1": 300.0},
         memory.memory_report.MONOLITHIC: {"monolithic-0": 600.0},
-        memory.memory_report.MORE_MONOLITHS: {"monolithic-0": 600.0, "monolithic-1": 600.0},
+        memory.memory_report.MORE_MONOLITHIC: {"monolithic-0": 600.0, "monolithic-1": 600.0},
     }
     return [
         Run(weights, side, {name: held(mib + more) for name, mib in found.items()})
@@ -45,9 +57,9 @@ def runs(rounds: int = 1) -> list[Run]:
 
 def test_a_row_for_each_process_their_sum_and_the_comparisons() -> None:
     found = {row["case"]: row for row in rows(runs())}
-    denoiser = found[case(MAPPED, PANELS, "denoiser-0")]
+    denoiser = found[case(MAPPED, DISAGGREGATED, "denoiser-0")]
     assert (denoiser["weights"], denoiser["rss"], denoiser["peak_rss"]) == (300, 600, 900)
-    assert found[case(MAPPED, PANELS, ALL)]["pss"] == 650
+    assert found[case(MAPPED, DISAGGREGATED, ALL)]["pss"] == 650
     assert found[case(CONVERTED, MONOLITHIC, ALL)]["pss"] == 600
     largest = found[f"largest role, {MAPPED} weights: peak_rss"]
     assert (largest["ours"], largest["peer_value"], largest["ratio"]) == (900, 1800, 2)
@@ -57,8 +69,8 @@ def test_a_row_for_each_process_their_sum_and_the_comparisons() -> None:
 
 def test_the_values_are_medians_over_the_rounds() -> None:
     found = {row["case"]: row for row in rows(runs(rounds=3))}
-    assert found[case(MAPPED, PANELS, "denoiser-0")]["pss"] == 301
-    assert found[case(MAPPED, PANELS, ALL)]["pss"] == 654
+    assert found[case(MAPPED, DISAGGREGATED, "denoiser-0")]["pss"] == 301
+    assert found[case(MAPPED, DISAGGREGATED, ALL)]["pss"] == 654
 
 
 def test_the_page_has_the_numbers_of_the_rows() -> None:
@@ -74,31 +86,31 @@ def test_the_kernels_words_are_read() -> None:
     sizes = {"Rss": 2048, "Pss": 1024, "Pss_Anon": 512, "Private_Clean": 512, "Private_Dirty": 256}
     lines = "".join(f"{name}:    {kib} kB\n" for name, kib in sizes.items())
     rollup = f"00400000-7fff rw-p 00000000 00:00 0 [rollup]\n{lines}"
-    assert processes.parse(rollup, "Name:\tpython\nVmHWM:\t    4096 kB\n") == Resident(2, 1, 0.75, 4)
+    assert procfs.parse(rollup, "Name:\tpython\nVmHWM:\t    4096 kB\n") == ProcessMemory(2, 1, 0.75, 4)
 
 
 def test_memory_that_is_touched_is_seen_and_its_peak_stays() -> None:
-    before = processes.resident(os.getpid())
+    before = procfs.process_memory(os.getpid())
     with mmap.mmap(-1, 64 << 20) as block:
         block.write(b"x" * len(block))
-        during = processes.resident(os.getpid())
-    after = processes.resident(os.getpid())
+        during = procfs.process_memory(os.getpid())
+    after = procfs.process_memory(os.getpid())
     assert during.pss - before.pss > 60
     assert during.uss - before.uss > 60
     assert after.rss < during.rss <= after.peak_rss
 
 
 def test_a_process_has_its_children() -> None:
-    assert os.getpid() in processes.children_of(os.getppid())
-    assert os.getppid() not in processes.children_of(os.getpid())
+    assert os.getpid() in procfs.children_of(os.getppid())
+    assert os.getppid() not in procfs.children_of(os.getpid())
 
 
 @pytest.mark.long
 def test_every_process_of_a_cluster_is_measured_after_its_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "SIZE", "64x64")
     make_model(tmp_path / "model", Family.FLUX, progress=False)
-    place = memory._Place(tmp_path / "model", memory._weights(tmp_path / "model"))
-    run = asyncio.run(memory._run(tmp_path / "cluster", place, MAPPED, PANELS))
+    place = memory._Model(tmp_path / "model", memory._weights(tmp_path / "model"))
+    run = asyncio.run(memory._run(tmp_path / "cluster", place, MAPPED, DISAGGREGATED))
     assert run.held.keys() == {*ROLES, "pool", "head", "api", "supervisor", "zygote"}
     loaded = {name: held.components for name, held in run.held.items() if held.components}
     assert loaded == {

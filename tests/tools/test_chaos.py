@@ -16,31 +16,31 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
-from triptych.engines.transfer import Faults
+from triptych.engines.transfer import FaultRates
+from triptych.roles.messages.common import Attempt, LeaseRef
 from triptych.roles.messages.pool import LeaseView
 from triptych.roles.messages.requests import ClusterView, InstanceView
-from triptych.roles.messages.work import LeaseRef, Work
-from triptych.tools.chaos import checks
-from triptych.tools.chaos.__main__ import NAMES, app, impossible
+from triptych.tools.chaos import invariants
+from triptych.tools.chaos.__main__ import NAMES, app, why_unsupported
 from triptych.tools.chaos.clock import Clock
 from triptych.tools.chaos.faults import FAULTS
+from triptych.tools.chaos.injector import InjectedFault, trigger_is_met
 from triptych.tools.chaos.load import Outcome
-from triptych.tools.chaos.plan import PICTURES, PULL_TIMEOUT_S, Offer, Strike, damage, draw
+from triptych.tools.chaos.plan import PICTURES, PULL_TIMEOUT_S, PlannedFault, PlannedRequest, make_plan, transfer_faults
 from triptych.tools.chaos.report import Failure, failures, percentile, show, summary
-from triptych.tools.chaos.strikes import Blow, is_moment
 
-JOURNEY = (
+HAPPY_PATH = (
     "ENCODER_WAITING", "ENCODER_RUNNING", "ENCODER_DONE", "DENOISING_WAITING", "DENOISING_RUNNING",
     "DENOISING_DONE", "DECODER_WAITING", "DECODER_RUNNING", "DONE",
 )  # fmt: skip
 INVARIANTS = (
-    "each accepted request ended once", "each client saw one request", "every slot is accounted for",
+    "each accepted request ended once", "each client saw one request", "every block is accounted for",
     "same seed, same bytes",
 )  # fmt: skip
 VICTIMS = {fault: ["a", "b"] for fault in FAULTS}
 
 
-def outcome(states: tuple[str, ...] = JOURNEY, *, status: int = 200, causes: tuple[str, ...] = ()) -> Outcome:
+def outcome(states: tuple[str, ...] = HAPPY_PATH, *, status: int = 200, causes: tuple[str, ...] = ()) -> Outcome:
     history = [{"state": state, "at": float(k), "reason": ""} for k, state in enumerate(states)]
     unit: dict[str, Any] = {
         "state": states[-1],
@@ -48,86 +48,88 @@ def outcome(states: tuple[str, ...] = JOURNEY, *, status: int = 200, causes: tup
         "causes": list(causes),
         "attempts": 1 + len(causes),
     }
-    story = {"id": "r", "units": [unit]}
-    return Outcome(Offer(1, 0.0, PICTURES[0]), status=status, request_ids={"r"}, digest="d", story=story)
+    final_view = {"id": "r", "units": [unit]}
+    return Outcome(
+        PlannedRequest(1, 0.0, PICTURES[0]), status=status, request_ids={"r"}, digest="d", final_view=final_view
+    )
 
 
 def answered(began: float, ended: float) -> Outcome:
-    return Outcome(Offer(1, 0.0, PICTURES[0]), began=began, ended=ended)
+    return Outcome(PlannedRequest(1, 0.0, PICTURES[0]), began=began, ended=ended)
 
 
-def blow(victim: str = "a", *, recovery_s: float | None = 1.0) -> Blow:
-    return Blow("kill", victim, 0.0, lethal=True, recovery_s=recovery_s)
+def injection(victim: str = "a", *, recovery_s: float | None = 1.0) -> InjectedFault:
+    return InjectedFault("kill", victim, 0.0, lethal=True, recovery_s=recovery_s)
 
 
 def test_a_clean_run_breaks_nothing() -> None:
     fine = [outcome()]
-    assert checks.each_accepted_request_ended_once(fine) == []
-    assert checks.each_client_saw_one_request(fine, {"r": "k"}) == []
-    assert checks.nothing_outdated_was_accepted(fine) == []
-    assert checks.same_seed_same_bytes(fine, {PICTURES[0]: "d"}) == []
-    assert checks.failed_only_when_at_fault(fine) == []
-    assert checks.everyone_came_back([blow()], 2.0) == []
-    assert checks.only_victims_restarted({"a": 1, "b": 0}, [blow()], []) == []
+    assert invariants.each_accepted_request_ended_once(fine) == []
+    assert invariants.each_client_saw_one_request(fine, {"r": "k"}) == []
+    assert invariants.no_stale_report_was_accepted(fine) == []
+    assert invariants.same_seed_same_bytes(fine, {PICTURES[0]: "d"}) == []
+    assert invariants.failed_only_when_at_fault(fine) == []
+    assert invariants.every_victim_recovered([injection()], 2.0) == []
+    assert invariants.only_victims_restarted({"a": 1, "b": 0}, [injection()], []) == []
 
 
 def test_a_lost_request_is_seen() -> None:
-    silent = Outcome(Offer(1, 0.0, PICTURES[0]))
-    forgotten = Outcome(Offer(1, 0.0, PICTURES[0]), status=200, request_ids={"r"})
-    unfinished = outcome(JOURNEY[:4])
+    silent = Outcome(PlannedRequest(1, 0.0, PICTURES[0]))
+    forgotten = Outcome(PlannedRequest(1, 0.0, PICTURES[0]), status=200, request_ids={"r"})
+    unfinished = outcome(HAPPY_PATH[:4])
     for lost in (silent, forgotten, unfinished, outcome(status=500)):
-        assert len(checks.each_accepted_request_ended_once([lost])) == 1
+        assert len(invariants.each_accepted_request_ended_once([lost])) == 1
 
 
 def test_a_doubled_request_is_seen() -> None:
     twice = outcome()
     twice.request_ids.add("s")
-    assert len(checks.each_client_saw_one_request([twice], {})) == 1
-    assert len(checks.each_client_saw_one_request([], {"r": "k", "s": "k"})) == 1
+    assert len(invariants.each_client_saw_one_request([twice], {})) == 1
+    assert len(invariants.each_client_saw_one_request([], {"r": "k", "s": "k"})) == 1
 
 
 def test_a_leak_is_seen() -> None:
     pool = {"name": "pool", "capacity": 10, "free": 4, "leased": 6}
-    held = LeaseView(LeaseRef("pool", 1, 1, 0, 64), "sealed", "encoder-0", 1, Work("r/0", 1))
-    spare = LeaseView(LeaseRef("pool", 1, 2, 64, 64), "writing", "denoiser-0", 1, Work("", 0))
-    writing = LeaseView(LeaseRef("pool", 1, 3, 128, 64), "writing", "encoder-0", 1, Work("r/1", 1))
-    assert checks.every_slot_is_accounted_for([pool], [spare], 0) == []
-    assert checks.every_slot_is_accounted_for([pool], [held, spare], 1) == []
-    assert len(checks.every_slot_is_accounted_for([pool | {"free": 3}], [], 0)) == 1
-    assert len(checks.every_slot_is_accounted_for([pool], [held], 0)) == 2
-    assert len(checks.every_slot_is_accounted_for([pool], [writing], 1)) == 2
-    assert len(checks.every_slot_is_accounted_for([pool], [], 1)) == 1, "it has something that is not there"
+    held = LeaseView(LeaseRef("pool", 1, 1, 0, 64), "sealed", "encoder-0", 1, Attempt("r/0", 1))
+    spare = LeaseView(LeaseRef("pool", 1, 2, 64, 64), "writing", "denoiser-0", 1, Attempt("", 0))
+    writing = LeaseView(LeaseRef("pool", 1, 3, 128, 64), "writing", "encoder-0", 1, Attempt("r/1", 1))
+    assert invariants.every_block_is_accounted_for([pool], [spare], 0) == []
+    assert invariants.every_block_is_accounted_for([pool], [held, spare], 1) == []
+    assert len(invariants.every_block_is_accounted_for([pool | {"free": 3}], [], 0)) == 1
+    assert len(invariants.every_block_is_accounted_for([pool], [held], 0)) == 2
+    assert len(invariants.every_block_is_accounted_for([pool], [writing], 1)) == 2
+    assert len(invariants.every_block_is_accounted_for([pool], [], 1)) == 1, "it has something that is not there"
 
 
 def test_an_illegal_history_is_seen() -> None:
-    assert len(checks.nothing_outdated_was_accepted([outcome((*JOURNEY[:2], "DONE"))])) == 1
+    assert len(invariants.no_stale_report_was_accepted([outcome((*HAPPY_PATH[:2], "DONE"))])) == 1
     backwards = outcome()
-    backwards.story["units"][0]["history"][0]["at"] = 99.0
-    assert len(checks.nothing_outdated_was_accepted([backwards])) == 1
+    backwards.final_view["units"][0]["history"][0]["at"] = 99.0
+    assert len(invariants.no_stale_report_was_accepted([backwards])) == 1
 
 
 def test_other_bytes_are_seen() -> None:
-    assert len(checks.same_seed_same_bytes([outcome()], {PICTURES[0]: "e"})) == 1
+    assert len(invariants.same_seed_same_bytes([outcome()], {PICTURES[0]: "e"})) == 1
 
 
 def test_who_does_not_come_back_or_restarts_unasked_is_seen() -> None:
-    assert len(checks.everyone_came_back([blow(recovery_s=None), blow(recovery_s=9.0)], 2.0)) == 2
-    assert len(checks.only_victims_restarted({"a": 2, "b": 1}, [blow()], [42])) == 3
-    full = Blow("full", "system", 0.0, lethal=False)
-    assert len(checks.only_victims_restarted({"a": 2, "b": 1}, [blow(), full], [])) == 1, "b was not struck"
+    assert len(invariants.every_victim_recovered([injection(recovery_s=None), injection(recovery_s=9.0)], 2.0)) == 2
+    assert len(invariants.only_victims_restarted({"a": 2, "b": 1}, [injection()], [42])) == 3
+    full = InjectedFault("full", "system", 0.0, lethal=False)
+    assert len(invariants.only_victims_restarted({"a": 2, "b": 1}, [injection(), full], [])) == 1, "b was not struck"
 
 
 def test_an_innocent_failure_is_seen() -> None:
-    failed = (*JOURNEY[:2], "FAILED")
-    assert len(checks.failed_only_when_at_fault([outcome(failed, causes=("x: boom",) * 3)])) == 1
+    failed = (*HAPPY_PATH[:2], "FAILED")
+    assert len(invariants.failed_only_when_at_fault([outcome(failed, causes=("x: boom",) * 3)])) == 1
     poison = ("a: its process ended", "b: its process ended")
-    assert checks.failed_only_when_at_fault([outcome(failed, causes=poison)]) == []
+    assert invariants.failed_only_when_at_fault([outcome(failed, causes=poison)]) == []
 
 
 def test_a_request_that_failed_or_timed_out_is_listed_with_its_causes() -> None:
     causes = ("encoder-0: its process ended", "encoder-1: boom [/tmp]")
-    forgotten = Outcome(Offer(2, 0.0, PICTURES[0]), request_ids={"s"})
-    ended = [outcome((*JOURNEY[:2], end), status=500, causes=causes) for end in ("FAILED", "TIMED_OUT", "CANCELLED")]
+    forgotten = Outcome(PlannedRequest(2, 0.0, PICTURES[0]), request_ids={"s"})
+    ended = [outcome((*HAPPY_PATH[:2], end), status=500, causes=causes) for end in ("FAILED", "TIMED_OUT", "CANCELLED")]
     found = failures([outcome(causes=causes), *ended, forgotten])
     assert found == tuple(
         Failure(request_id="r", state=state, attempts=3, causes=causes) for state in ("FAILED", "TIMED_OUT")
@@ -136,7 +138,7 @@ def test_a_request_that_failed_or_timed_out_is_listed_with_its_causes() -> None:
 
 def test_the_causes_of_failures_are_in_the_report_and_on_the_screen() -> None:
     held: dict[str, list[str]] = {name: [] for name in INVARIANTS}
-    failed = outcome((*JOURNEY[:2], "FAILED"), status=500, causes=("encoder-0: boom [/tmp]",))
+    failed = outcome((*HAPPY_PATH[:2], "FAILED"), status=500, causes=("encoder-0: boom [/tmp]",))
     report = summary(7, 60.0, [outcome(), *[failed] * 12], [], 0, held)
     assert (report.done, report.failed, len(report.failures)) == (1, 12, 12)
     assert msgspec.json.decode(msgspec.json.encode(report))["failures"][0] == {
@@ -151,30 +153,30 @@ def test_the_causes_of_failures_are_in_the_report_and_on_the_screen() -> None:
 
 
 def test_a_mailbox_over_its_bound_is_seen() -> None:
-    assert len(checks.no_mailbox_overflowed({"head": (11, 10), "api": (10, 10)})) == 1
+    assert len(invariants.no_mailbox_overflowed({"head": (11, 10), "api": (10, 10)})) == 1
 
 
 @given(st.integers(0, 2**32), st.floats(5, 60), st.floats(0.5, 5))
 def test_a_seed_plans_one_run_and_every_fault_gets_its_turn(seed: int, duration_s: float, every_s: float) -> None:
     faults = tuple(VICTIMS)
-    plan = draw(seed, duration_s, 4, every_s, faults, VICTIMS)
-    assert plan == draw(seed, duration_s, 4, every_s, faults, VICTIMS)
-    assert all(0 <= offer.at_s < duration_s for offer in plan.offers)
-    turns = [strike.fault for strike in plan.strikes]
+    plan = make_plan(seed, duration_s, 4, every_s, faults, VICTIMS)
+    assert plan == make_plan(seed, duration_s, 4, every_s, faults, VICTIMS)
+    assert all(0 <= planned.at_s < duration_s for planned in plan.requests)
+    turns = [planned.fault for planned in plan.faults]
     for k in range(0, len(turns) - len(faults) + 1, len(faults)):
         assert set(turns[k : k + len(faults)]) == set(faults)
 
 
 def test_transfers_are_late_only_where_bytes_travel(tmp_path: Path) -> None:
-    assert "late" not in impossible(list(NAMES), "mooncake", tmp_path)
-    assert "late" in impossible(list(NAMES), "shm", tmp_path)
-    assert damage(["kill", "pool"]) == ""
-    faults = Faults.parse(damage(NAMES))
+    assert "late" not in why_unsupported(list(NAMES), "mooncake", tmp_path)
+    assert "late" in why_unsupported(list(NAMES), "shm", tmp_path)
+    assert transfer_faults(["kill", "pool"]) == ""
+    faults = FaultRates.parse(transfer_faults(NAMES))
     assert faults.flip > 0
     assert faults.short > 0
     assert faults.delay > 0
     assert faults.delay_s > PULL_TIMEOUT_S, "what is late comes after its timeout"
-    assert Faults.parse(damage(["late"])) == Faults(delay=faults.delay, delay_s=faults.delay_s)
+    assert FaultRates.parse(transfer_faults(["late"])) == FaultRates(delay=faults.delay, delay_s=faults.delay_s)
 
 
 @pytest.mark.parametrize(("fault", "sentence"), [("late", "nothing is late"), ("typo", "is none of")])
@@ -185,10 +187,10 @@ def test_a_fault_that_cannot_be_caused_is_refused(fault: str, sentence: str) -> 
 
 
 def test_a_disk_is_filled_only_where_it_is_one_of_its_own(tmp_path: Path) -> None:
-    assert impossible(["full", "kill"], "shm", tmp_path).keys() == {"full"}
+    assert why_unsupported(["full", "kill"], "shm", tmp_path).keys() == {"full"}
 
 
-@pytest.mark.skipif(bool(Clock.impossible()), reason=Clock.impossible())
+@pytest.mark.skipif(bool(Clock.why_unsupported()), reason=Clock.why_unsupported())
 def test_processes_under_a_clock_follow_it_and_no_others_do(tmp_path: Path) -> None:
     clock = Clock(tmp_path)
     program = "import time; input(); print(time.time()); input(); print(time.time())"
@@ -209,9 +211,9 @@ def test_processes_under_a_clock_follow_it_and_no_others_do(tmp_path: Path) -> N
 
 
 def test_a_standstill_is_seen_and_idle_time_is_none() -> None:
-    assert checks.no_standstill([answered(0, 1), answered(50, 52), answered(51, 55)], 5.0) == []
-    assert len(checks.no_standstill([answered(0, 1), answered(0, 9)], 5.0)) == 1
-    assert len(checks.no_standstill([answered(0, 9), answered(8, 10)], 5.0)) == 1
+    assert invariants.no_request_stalled([answered(0, 1), answered(50, 52), answered(51, 55)], 5.0) == []
+    assert len(invariants.no_request_stalled([answered(0, 1), answered(0, 9)], 5.0)) == 1
+    assert len(invariants.no_request_stalled([answered(0, 9), answered(8, 10)], 5.0)) == 1
 
 
 def test_the_moment_is_the_victims_own() -> None:
@@ -220,12 +222,12 @@ def test_the_moment_is_the_victims_own() -> None:
     view = ClusterView(True, (), (busy, idle), {"DENOISING_RUNNING": 1}, 0, 0.0)
 
     def falls(victim: str, moment: str) -> bool:
-        return is_moment(Strike(0.0, "kill", victim, moment, False), view)
+        return trigger_is_met(PlannedFault(0.0, "kill", victim, moment, False), view)
 
     assert falls("denoiser-0", "running")
     assert not falls("denoiser-1", "running")
     assert falls("head", "running")
-    assert falls("pool", "staged")
+    assert falls("pool", "stored")
     assert not falls("head", "idle")
 
 

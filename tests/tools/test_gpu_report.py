@@ -17,19 +17,19 @@ import pytest
 import torch
 
 from triptych.tools.gpu_report import __main__ as command
-from triptych.tools.gpu_report import suite
-from triptych.tools.gpu_report.bench import Bench, RowFailedError, Settings
-from triptych.tools.gpu_report.child import Ended, run
-from triptych.tools.gpu_report.figures import FIGURES
-from triptych.tools.gpu_report.models import places
+from triptych.tools.gpu_report import gpu_tests
+from triptych.tools.gpu_report.models import scratch_folders
 from triptych.tools.gpu_report.page import page
+from triptych.tools.gpu_report.published_figures import FIGURES
 from triptych.tools.gpu_report.report import Measured, Report, RowResult, Status, read, write
+from triptych.tools.gpu_report.row_context import RowContext, RowFailedError, Settings
+from triptych.tools.gpu_report.row_process import RowEnd, run
 from triptych.tools.gpu_report.rows import ROWS, chosen
 from triptych.tools.gpu_report.runner import ROOT, Run, environment, run_process
 
 BOUND_S = 60.0
 ROW = ROWS[0]
-LATE = Ended(Status.FAILED, "late")
+LATE = RowEnd(Status.FAILED, "late")
 TELL = 'import os, sys, time; tell = lambda line: os.write(int(sys.argv[1]), line.encode() + b"\\n"); '
 VALUE = '{"measured": {"what": "speed", "value": 3.0}}'
 
@@ -45,7 +45,7 @@ def gradients() -> Iterator[None]:
 def scratch() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="triptych-gpu-test-"))
     yield folder
-    for place in (folder, *places(folder)):
+    for place in (folder, *scratch_folders(folder)):
         shutil.rmtree(place, ignore_errors=True)
 
 
@@ -115,7 +115,7 @@ def test_what_a_row_raises_becomes_a_sentence(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this is about a machine without a GPU")
     ended = run(ROW, Settings("cuda:0", True, str(tmp_path), 1.0), lambda measured: None)
-    assert ended == Ended(Status.FAILED, f"torch {torch.__version__} finds no cuda:0 here.")
+    assert ended == RowEnd(Status.FAILED, f"torch {torch.__version__} finds no cuda:0 here.")
 
 
 # The page -----------------------------------------------------------------------------------------------------------
@@ -223,11 +223,11 @@ SHOWN = {
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_a_row_measures(row: object, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (one,) = [known for known in ROWS if known is row]
-    monkeypatch.setattr(suite, "FOLDERS", ("tests/engines/test_streams_gpu.py",))
+    monkeypatch.setattr(gpu_tests, "FOLDERS", ("tests/engines/test_streams_gpu.py",))
     monkeypatch.setenv("TRIPTYCH_LOG_LEVEL", "warning")
     values: list[Measured] = []
     ended = run(one, Settings("cpu", False, str(scratch), 400.0), values.append)
-    assert ended == Ended(Status.DONE)
+    assert ended == RowEnd(Status.DONE)
     shown = {measured.what: measured.value for measured in values}
     assert shown.keys() >= SHOWN[one.name]
     assert not [what for what, value in shown.items() if value == "no"]
@@ -236,7 +236,7 @@ def test_a_row_measures(row: object, scratch: Path, monkeypatch: pytest.MonkeyPa
 def test_the_options_change_the_denoisers(scratch: Path) -> None:
     values: list[Measured] = []
     settings = Settings("cpu", False, str(scratch), 100.0, attention="_native_math")
-    assert run(chosen("flux")[0], settings, values.append) == Ended(Status.DONE)
+    assert run(chosen("flux")[0], settings, values.append) == RowEnd(Status.DONE)
     (note,) = [measured.note for measured in values if measured.what == "a picture, our engine"]
     assert "attention _native_math" in note
 
@@ -249,5 +249,5 @@ def test_failures_of_tests_are_named() -> None:
     </testsuite></testsuites>"""
     values: list[Measured] = []
     with pytest.raises(RowFailedError, match="Failed: two"):
-        suite.report(Bench(Settings("cuda:0", True, "", 1.0), values.append), xml)
+        gpu_tests.report(RowContext(Settings("cuda:0", True, "", 1.0), values.append), xml)
     assert [measured.value for measured in values] == [1.0, 1.0, 1.0]

@@ -19,8 +19,8 @@ from typing import Any, Final
 
 import uvloop
 
-from triptych.actors.processes import module_command
-from triptych.tools.bench.bus_peers import CLIENTS, Ask
+from triptych.actors.supervision.child_process import module_command
+from triptych.tools.bench.echo_servers import CLIENTS, Ask
 from triptych.tools.bench.report import compare
 
 _IN_FLIGHT: Final = (1, 64)
@@ -96,7 +96,7 @@ def _servers(addresses: dict[str, str]) -> Iterator[None]:
 
 
 def _start(peer: str, address: str) -> subprocess.Popen[str]:
-    command = [*module_command("triptych.tools.bench.bus_peers"), peer, address]
+    command = [*module_command("triptych.tools.bench.echo_servers"), peer, address]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603  our own command
 
 

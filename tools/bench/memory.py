@@ -18,14 +18,13 @@ from itertools import count
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from triptych.actors import launch
-from triptych.actors.actor import READY
-from triptych.actors.cluster import Cluster
-from triptych.engines.arena import available_memory
+from triptych.actors.runtime.actor import READY
+from triptych.api.launch import Cluster, launch
+from triptych.engines.memory.arena import available_memory
 from triptych.tools.bench import memory_page, memory_report
 from triptych.tools.bench.clusters import make_model, stdout_to_stderr, write_topology
-from triptych.tools.bench.memory_report import CONVERTED, MAPPED, Held, Run
-from triptych.tools.processes import Resident, children_of, resident
+from triptych.tools.bench.memory_report import CONVERTED, MAPPED, ProcessSample, Run
+from triptych.tools.procfs import ProcessMemory, children_of, process_memory
 
 ROUNDS: Final = 1
 """Where no other number is asked for: every round starts eight clusters."""
@@ -43,18 +42,18 @@ NEEDED_MIB: Final = 10_000
 
 DTYPES: Final = {MAPPED: "bfloat16", CONVERTED: "float16"}
 """The files are in bfloat16."""
-PANELS: Final = {"encoder": 1, "denoiser": 1, "decoder": 1}
+STAGES: Final = {"encoder": 1, "denoiser": 1, "decoder": 1}
 SIDES: Final = {
-    memory_report.PANELS: PANELS,
-    memory_report.MORE_DENOISERS: {**PANELS, "denoiser": 2},
+    memory_report.DISAGGREGATED: STAGES,
+    memory_report.MORE_DENOISERS: {**STAGES, "denoiser": 2},
     memory_report.MONOLITHIC: {"monolithic": 1},
-    memory_report.MORE_MONOLITHS: {"monolithic": 2},
+    memory_report.MORE_MONOLITHIC: {"monolithic": 2},
 }
 
 markdown = memory_page.markdown
 
 
-class _Place(NamedTuple):
+class _Model(NamedTuple):
     """A model, and the weights of its components in MiB."""
 
     model: Path
@@ -68,7 +67,7 @@ def run(rounds: int) -> Iterable[dict[str, object]]:
     with tempfile.TemporaryDirectory(prefix="memory-") as folder, stdout_to_stderr():
         model = Path(folder) / "model"
         make_model(model, "--family", FAMILY, "--size", "mid")
-        place = _Place(model, _weights(model))
+        place = _Model(model, _weights(model))
         runs = [
             asyncio.run(_run(Path(folder) / f"{number}-{weights}-{side}", place, weights, side))
             for number in range(rounds)
@@ -99,23 +98,23 @@ def _weights(model: Path) -> dict[str, float]:
     return {name: nbytes / 2**20 for name, nbytes in sizes.items()}
 
 
-async def _run(folder: Path, place: _Place, weights: str, side: str) -> Run:
+async def _run(folder: Path, place: _Model, weights: str, side: str) -> Run:
     print(f"memory: {weights} weights, {side}", file=sys.stderr)
     topology = write_topology(folder, place.model, DTYPES[weights], SIDES[side], slots=1)
     async with launch(topology, {"api": {"port": 0}}, ready_timeout_s=READY_S) as cluster:
-        await _everyone(cluster)
+        await _wait_for_all_ready(cluster)
         ready = await _measure(cluster)
         # Weights that are converted are there from the start: pictures would only cost time.
         if weights == MAPPED:
-            await _work(cluster, set(ready))
+            await _warm_up(cluster, set(ready))
         done = await _measure(cluster)
         loaded = await _components(cluster, place.weights)
     parts = {name: loaded.get(name, ()) for name in done}
     sizes = {name: sum(place.weights[part] for part in parts[name]) for name in done}
-    return Run(weights, side, {name: Held(parts[name], sizes[name], ready[name], done[name]) for name in done})
+    return Run(weights, side, {name: ProcessSample(parts[name], sizes[name], ready[name], done[name]) for name in done})
 
 
-async def _everyone(cluster: Cluster) -> None:
+async def _wait_for_all_ready(cluster: Cluster) -> None:
     """Wait for the last instance: a cluster is ready with one of each kind."""
     async with asyncio.timeout(READY_S):
         while {child.state for child in (await cluster.children()).values()} != {READY}:  # noqa: ASYNC110  has to ask
@@ -123,7 +122,7 @@ async def _everyone(cluster: Cluster) -> None:
     await asyncio.sleep(SETTLE_S)
 
 
-async def _work(cluster: Cluster, names: set[str]) -> None:
+async def _warm_up(cluster: Cluster, names: set[str]) -> None:
     """Make pictures of distinct prompts until each instance has had a part in one."""
     idle = {component.name for component in cluster.topology.components if component.slots} & names
     for number in count(1):
@@ -137,12 +136,12 @@ async def _work(cluster: Cluster, names: set[str]) -> None:
     await asyncio.sleep(SETTLE_S)
 
 
-async def _measure(cluster: Cluster) -> dict[str, Resident]:
+async def _measure(cluster: Cluster) -> dict[str, ProcessMemory]:
     """Every process of the cluster by its name."""
     pids = {name: child.pid for name, child in (await cluster.children()).items()}
     supervisor = cluster.process.pid
     (zygote,) = set(children_of(supervisor)) - set(pids.values())
-    return {name: resident(pid) for name, pid in {**pids, "supervisor": supervisor, "zygote": zygote}.items()}
+    return {name: process_memory(pid) for name, pid in {**pids, "supervisor": supervisor, "zygote": zygote}.items()}
 
 
 async def _components(cluster: Cluster, weights: dict[str, float]) -> dict[str, tuple[str, ...]]:

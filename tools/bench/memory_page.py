@@ -6,7 +6,16 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
-from triptych.tools.bench.memory_report import ALL, CONVERTED, LARGEST, MAPPED, MONOLITHIC, ONE_MORE, PANELS, case
+from triptych.tools.bench.memory_report import (
+    ALL,
+    CONVERTED,
+    DISAGGREGATED,
+    LARGEST,
+    MAPPED,
+    MONOLITHIC,
+    ONE_MORE,
+    case,
+)
 
 _WIDTH: Final = 120
 _COLUMNS: Final = {
@@ -49,16 +58,16 @@ def _introduction(settings: dict[str, Any]) -> str:
 def _findings(found: Found) -> Iterator[str]:
     largest, peak = (found[f"{LARGEST}, {MAPPED} weights: {measure}"] for measure in ("pss", "peak_rss"))
     mapped, converted = (found[f"{ONE_MORE}, {weights} weights: uss"] for weights in (MAPPED, CONVERTED))
-    panels, whole = (found[case(CONVERTED, side, ALL)]["pss"] for side in (PANELS, MONOLITHIC))
+    stages, whole = (found[case(CONVERTED, side, ALL)]["pss"] for side in (DISAGGREGATED, MONOLITHIC))
     yield f"""
     The largest role holds {_share(largest)} of what the monolithic process holds, and {_share(peak)} of its peak. One
     of each role takes more than one monolithic process, for the pool and for what each process has besides weights:
-    {panels:.0f} MiB against {whole:.0f}, all processes counted and weights not shared.
+    {stages:.0f} MiB against {whole:.0f}, all processes counted and weights not shared.
     """
     yield f"""
     Where each process has weights of its own, here because they are converted as they are loaded, one more denoiser
     takes {converted["ours"]:.0f} MiB and one more monolithic process {converted["peer_value"]:.0f}. So four denoisers
-    beside one encoder and one decoder come to {panels + 3 * converted["ours"]:.0f} MiB, four monolithic processes to
+    beside one encoder and one decoder come to {stages + 3 * converted["ours"]:.0f} MiB, four monolithic processes to
     {whole + 3 * converted["peer_value"]:.0f}. On a GPU processes have weights of their own, too; that is not measured
     here.
     """
@@ -71,7 +80,7 @@ def _findings(found: Found) -> Iterator[str]:
 
 def _processes(found: Found) -> str:
     heading = f"| process | components | {' | '.join(_COLUMNS.values())} |\n| --- | --- |{' ---: |' * len(_COLUMNS)}"
-    return "\n".join([heading, *_side(found, PANELS), *_side(found, MONOLITHIC)])
+    return "\n".join([heading, *_side(found, DISAGGREGATED), *_side(found, MONOLITHIC)])
 
 
 def _side(found: Found, side: str) -> Iterator[str]:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from triptych.tools.bench.report import compare
-from triptych.tools.processes import Resident
+from triptych.tools.procfs import ProcessMemory
 
 MAPPED: Final = "mapped"
 CONVERTED: Final = "converted"
-PANELS: Final = "three roles"
+DISAGGREGATED: Final = "three roles"
 MORE_DENOISERS: Final = "three roles, 2 denoisers"
 MONOLITHIC: Final = "monolithic"
-MORE_MONOLITHS: Final = "2 monolithic"
+MORE_MONOLITHIC: Final = "2 monolithic"
 ALL: Final = "all processes"
 ONE_MORE: Final = "one more denoiser"
 LARGEST: Final = "largest role"
@@ -23,7 +23,7 @@ MEASURES: Final = {MAPPED: ("weights", "pss", "rss", "peak_rss"), CONVERTED: ("p
 
 
 @dataclass(frozen=True)
-class Held:
+class ProcessSample:
     """What one process was seen to hold, in MiB.
 
     Attributes:
@@ -35,8 +35,8 @@ class Held:
 
     components: tuple[str, ...]
     weights: float
-    ready: Resident
-    done: Resident
+    ready: ProcessMemory
+    done: ProcessMemory
 
     def measures(self) -> dict[str, float]:
         """It as a row has it."""
@@ -57,7 +57,7 @@ class Run:
 
     weights: str
     side: str
-    held: dict[str, Held]
+    held: dict[str, ProcessSample]
 
 
 def rows(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
@@ -98,7 +98,7 @@ def _medians(samples: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def _comparisons(found: dict[str, dict[str, Any]], weights: str) -> Iterator[dict[str, Any]]:
-    roles = [found[case(weights, PANELS, f"{kind}-0")] for kind in ("encoder", "denoiser", "decoder")]
+    roles = [found[case(weights, DISAGGREGATED, f"{kind}-0")] for kind in ("encoder", "denoiser", "decoder")]
     whole = found[case(weights, MONOLITHIC, "monolithic-0")]
     for measure in MEASURES[weights]:
         largest = max(role[measure] for role in roles)
@@ -106,7 +106,7 @@ def _comparisons(found: dict[str, dict[str, Any]], weights: str) -> Iterator[dic
     # What one more of two takes is what is freed with either of them.
     ours, theirs = (
         statistics.mean(found[case(weights, side, f"{kind}-{number}")]["uss"] for number in (0, 1))
-        for side, kind in ((MORE_DENOISERS, "denoiser"), (MORE_MONOLITHS, "monolithic"))
+        for side, kind in ((MORE_DENOISERS, "denoiser"), (MORE_MONOLITHIC, "monolithic"))
     )
     yield _compared(f"{ONE_MORE}, {weights} weights: uss", ours, "one more monolithic process", theirs)
 

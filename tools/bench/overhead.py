@@ -15,17 +15,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from triptych.actors import launch
-from triptych.actors.cluster import Cluster
+from triptych.api.launch import Cluster, launch
 from triptych.tools.bench.clusters import make_model, stdout_to_stderr, write_topology
 from triptych.tools.bench.report import compare
 
 PICTURES = 50
 """For each side, case and round."""
 CASES = {"one at a time": 1, "8 in flight": 8}
-PANELS = ("encoder", "denoiser", "decoder")
+STAGES = ("encoder", "denoiser", "decoder")
 PEER = "monolithic"
-SIDES = {"three": PANELS, PEER: (PEER,)}
+SIDES = {"three": STAGES, PEER: (PEER,)}
 QUANTILES = {"p50": 0.50, "p99": 0.99}
 
 Latencies = dict[tuple[str, str], list[list[float]]]

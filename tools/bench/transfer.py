@@ -19,7 +19,7 @@ from functools import partial
 from statistics import median
 from typing import Any, TextIO, cast
 
-from triptych.actors.processes import module_command
+from triptych.actors.supervision.child_process import module_command
 from triptych.tools.bench.report import compare
 
 SIZES = {"4 KiB": 4 << 10, "1 MiB": 1 << 20, "64 MiB": 64 << 20}
@@ -69,13 +69,13 @@ def _shm(rounds: int) -> Iterator[dict[str, object]]:
 
 
 class _ShmHop:
-    """Stage on one stream, map, verify and load on another; the slot is mapped twice, as it is by two roles."""
+    """Store on one stream, map, verify and load on another; the block is mapped twice, as it is by two roles."""
 
     def __init__(self, nbytes: int, runner: asyncio.Runner) -> None:
         import torch
 
-        from triptych.engines.arena import Arena
-        from triptych.engines.streams import DeviceStream
+        from triptych.engines.memory.arena import Arena
+        from triptych.engines.memory.streams import DeviceStream
 
         self.nbytes = nbytes
         self.runner = runner
@@ -90,11 +90,11 @@ class _ShmHop:
         return self.runner.run(self._hop())
 
     async def _hop(self) -> float:
-        from triptych.engines.codec import pack
+        from triptych.engines.codec.codec import pack
 
         start = time.perf_counter()
         packed = pack({"latents": self.source})
-        checksum = await self.sender.stage(packed, self.arena.tensor(0, packed.nbytes))
+        checksum = await self.sender.store(packed, self.arena.tensor(0, packed.nbytes))
         loaded = await self.receiver.load(packed.manifest, self.mapped.tensor(0, packed.nbytes), checksum)
         self.receiver.adopt(loaded)
         return time.perf_counter() - start
@@ -178,15 +178,15 @@ def _process(kind: str, settings: dict[str, str], *arguments: str) -> Iterator[_
 
 
 def _ours(arguments: argparse.Namespace) -> None:
-    from triptych.engines.arena import Arena
-    from triptych.engines.transfer import Transfers, open_backend
+    from triptych.engines.memory.arena import Arena
+    from triptych.engines.transfer import PullExecutor, open_backend
 
     arena = Arena.create(ARENA)
     backend = open_backend("mooncake", arena=arena)
     if arguments.mode == "serve":
         _serve(backend.session, backend.base)
         return
-    transfers = Transfers(backend)
+    transfers = PullExecutor(backend)
 
     async def pull(nbytes: int) -> float:
         start = time.perf_counter()
@@ -201,7 +201,7 @@ def _ours(arguments: argparse.Namespace) -> None:
 def _raw(arguments: argparse.Namespace) -> None:
     from mooncake.engine import TransferEngine
 
-    from triptych.engines.arena import Arena
+    from triptych.engines.memory.arena import Arena
 
     arena = Arena.create(ARENA)
     engine: Any = TransferEngine()

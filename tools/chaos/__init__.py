@@ -1,1 +1,1 @@
-"""Kills, stops and confuses the actors of a running cluster under load, and checks that nothing accepted is lost."""
+"""Chaos test: inject faults into a cluster under load, and check its invariants."""

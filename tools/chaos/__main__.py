@@ -1,4 +1,4 @@
-"""`python -m triptych.tools.chaos`: strike a cluster under load, and say whether it kept its promises."""
+"""`python -m triptych.tools.chaos`: inject faults into a cluster under load, and check its invariants."""
 
 from __future__ import annotations
 
@@ -19,24 +19,39 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from triptych.actors import launch
-from triptych.actors.client import ApiError
-from triptych.actors.cluster import Cluster
 from triptych.actors.errors import TopologyError
-from triptych.actors.topology import load_topology
-from triptych.engines.card import CARD_NAME
-from triptych.roles.pool_client import FAULTS as DAMAGE
-from triptych.tools.chaos import checks
+from triptych.actors.topology.topology import load_topology
+from triptych.api.client import ClientError
+from triptych.api.launch import Cluster, launch
+from triptych.engines.parameters.serving_config import SERVING_CONFIG_NAME
+from triptych.roles.pool.client import FAULTS as FAULTS_VARIABLE
+from triptych.tools.chaos import invariants
 from triptych.tools.chaos.clock import Clock
 from triptych.tools.chaos.faults import FAULTS, PAUSE_PAST_TIMEOUT_S, small_disk
-from triptych.tools.chaos.load import Clients, Outcome
-from triptych.tools.chaos.observe import Watch, at_rest, changed_topology, escalation, journal_keys
-from triptych.tools.chaos.plan import CHANGED, POOL_SIZE, PULL_TIMEOUT_S, RANGES, TRANSFERS, Picture, Plan, damage, draw
+from triptych.tools.chaos.injector import FaultInjector
+from triptych.tools.chaos.load import LoadGenerator, Outcome
+from triptych.tools.chaos.monitor import (
+    MailboxMonitor,
+    check_changed_topology,
+    check_restart_intensity,
+    journal_keys,
+    wait_until_idle,
+)
+from triptych.tools.chaos.plan import (
+    CHANGED,
+    POOL_SIZE,
+    PULL_TIMEOUT_S,
+    RANGES,
+    TRANSFER_FAULTS,
+    ImageCase,
+    Plan,
+    make_plan,
+    transfer_faults,
+)
 from triptych.tools.chaos.report import Report, show, summary
-from triptych.tools.chaos.strikes import Striker
 
-NAMES = (*FAULTS, *TRANSFERS)
-SETTLE_S = 90.0
+NAMES = (*FAULTS, *TRANSFER_FAULTS)
+CLIENT_PATIENCE_S = 90.0
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 console = Console()
 
@@ -46,16 +61,18 @@ console = Console()
     " --json report.json  ·  python -m triptych.tools.chaos examples/chaos.toml --faults kill,head"
 )
 def main(
-    topology: Annotated[Path, typer.Argument(help="What to start and strike.")] = Path("examples/chaos.toml"),
-    seed: Annotated[int, typer.Option(help="The same seed plans the same load and the same strikes.")] = 7,
+    topology: Annotated[Path, typer.Argument(help="What to start and inject faults into.")] = Path(
+        "examples/chaos.toml"
+    ),
+    seed: Annotated[int, typer.Option(help="The same seed plans the same load and the same faults.")] = 7,
     duration: Annotated[float, typer.Option(help="Seconds of load.", min=5, max=3600)] = 60.0,
     rate: Annotated[float, typer.Option(help="Requests a second.", min=0.1, max=50)] = 4.0,
-    every: Annotated[float, typer.Option(help="Seconds between two strikes, on average.", min=0.2)] = 2.5,
+    every: Annotated[float, typer.Option(help="Seconds between two faults, on average.", min=0.2)] = 2.5,
     faults: Annotated[str, typer.Option(help=f"Some of {','.join(NAMES)}, or all that are possible here.")] = "all",
     bound: Annotated[float, typer.Option(help="Most seconds for a victim to be back.")] = 20.0,
     json: Annotated[Path | None, typer.Option("--json", help="Write the report here as well.")] = None,
 ) -> None:
-    """Start TOPOLOGY, offer a seeded load, strike its actors, and check that nothing accepted was lost."""
+    """Start TOPOLOGY, offer a seeded load, inject faults, and check that nothing accepted was lost."""
     chosen = list(NAMES) if faults == "all" else faults.split(",")
     if unknown := [fault for fault in chosen if fault not in NAMES]:
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(NAMES)}", param_hint="--faults")
@@ -64,7 +81,7 @@ def main(
             folder = Path(name)
             (folder / "state").mkdir(mode=0o700)
             stack.enter_context(small_disk(folder / "state"))
-            problems = impossible(chosen, load_topology(topology).engine, folder / "state")
+            problems = why_unsupported(chosen, load_topology(topology).engine, folder / "state")
             for fault, problem in problems.items():
                 if faults != "all":
                     raise typer.BadParameter(f"{fault!r} is not possible: {problem}", param_hint="--faults")
@@ -72,7 +89,7 @@ def main(
             can = [fault for fault in chosen if fault not in problems]
             clock = stack.enter_context(Clock(folder).preloaded()) if "clock" in can else None
             report = asyncio.run(run(topology, folder, clock, seed, duration, rate, every, can, bound))
-    except (ApiError, TopologyError) as error:
+    except (ClientError, TopologyError) as error:
         console.print(f"[red]{error}[/red]")
         raise typer.Exit(2) from error
     show(report, console)
@@ -81,9 +98,9 @@ def main(
     raise typer.Exit(0 if report.held else 1)
 
 
-def impossible(faults: list[str], engine: str, state: Path) -> dict[str, str]:
+def why_unsupported(faults: list[str], engine: str, state: Path) -> dict[str, str]:
     """Why faults cannot be caused here, by name."""
-    problems = {fault: FAULTS[fault].impossible(state) for fault in faults if fault in FAULTS}
+    problems = {fault: FAULTS[fault].why_unsupported(state) for fault in faults if fault in FAULTS}
     if "late" in faults and engine != "mooncake":
         problems["late"] = f"nothing is late where memory is shared, and the topology has engine {engine}"
     return {fault: problem for fault, problem in problems.items() if problem}
@@ -103,42 +120,46 @@ async def run(
     """Run the storm, then the drills for too many restarts and for another topology.
 
     The model goes to `folder`, whose "state" is there. The cluster has the clock of the machine where `clock` is None.
-    Raises `ApiError` and `TopologyError`.
+    Raises `ClientError` and `TopologyError`.
     """
     own: dict[str, dict[str, object]] = {
         "api": {"port": 0},
         "state": {"path": str(folder / "state")},
-        "model": {"path": str(_roomy_model(topology, folder / "model"))},
+        "model": {"path": str(_copy_model_with_wide_ranges(topology, folder / "model"))},
         "transfer": {"pool_size": POOL_SIZE, **({"pull_timeout_s": PULL_TIMEOUT_S} if "late" in faults else {})},
     }
     parsed = load_topology(topology)
     victims = {fault: FAULTS[fault].victims(parsed) for fault in faults if fault in FAULTS}
-    plan = draw(seed, duration_s, rate, every_s, faults, victims)
-    asked = {offer.picture for offer in plan.offers} | set(CHANGED)
-    async with launch(topology, own) as calm:
-        undisturbed = {picture: await digest(calm, picture) for picture in sorted(asked)}
-    os.environ[DAMAGE] = damage(faults)
+    plan = make_plan(seed, duration_s, rate, every_s, faults, victims)
+    asked = {planned.picture for planned in plan.requests} | set(CHANGED)
+    async with launch(topology, own) as baseline_cluster:
+        baseline = {picture: await digest(baseline_cluster, picture) for picture in sorted(asked)}
+    os.environ[FAULTS_VARIABLE] = transfer_faults(faults)
     try:
         async with launch(topology, own) as cluster:
-            report = await storm(cluster, plan, seed, duration_s, bound_s, undisturbed, clock)
+            report = await run_load(cluster, plan, seed, duration_s, bound_s, baseline, clock)
     finally:
-        del os.environ[DAMAGE]
+        del os.environ[FAULTS_VARIABLE]
     if "kill" in faults:
-        report.invariants["overflow of intensity is seen in /ready"].extend(await escalation(topology, own))
-        report.invariants["a changed topology loses nothing"].extend(await changed_topology(topology, own, undisturbed))
+        report.invariants["overflow of intensity is seen in /ready"].extend(
+            await check_restart_intensity(topology, own)
+        )
+        report.invariants["a changed topology loses nothing"].extend(
+            await check_changed_topology(topology, own, baseline)
+        )
     return report
 
 
-def _roomy_model(topology: Path, folder: Path) -> Path:
-    """Copy the model of a topology, with a card that allows what the load asks for."""
+def _copy_model_with_wide_ranges(topology: Path, folder: Path) -> Path:
+    """Copy the model of a topology, with a serving config that allows what the load asks for."""
     shutil.copytree(load_topology(topology).models[0].path, folder)
-    card = folder / CARD_NAME
-    settings = jsons.loads(card.read_text())
-    card.write_text(jsons.dumps({**settings, "ranges": {**settings.get("ranges", {}), **RANGES}}))
+    serving_config = folder / SERVING_CONFIG_NAME
+    settings = jsons.loads(serving_config.read_text())
+    serving_config.write_text(jsons.dumps({**settings, "ranges": {**settings.get("ranges", {}), **RANGES}}))
     return folder
 
 
-async def digest(cluster: Cluster, picture: Picture) -> str:
+async def digest(cluster: Cluster, picture: ImageCase) -> str:
     """SHA-256 of one picture's file."""
     made = await cluster.generate(
         picture.prompt, seed=picture.seed, steps=picture.steps, size=f"{picture.side}x{picture.side}"
@@ -146,61 +167,63 @@ async def digest(cluster: Cluster, picture: Picture) -> str:
     return hashlib.sha256(made.data).hexdigest()
 
 
-async def storm(
+async def run_load(
     cluster: Cluster,
     plan: Plan,
     seed: int,
     duration_s: float,
     bound_s: float,
-    undisturbed: dict[Picture, str],
+    baseline: dict[ImageCase, str],
     clock: Clock | None,
 ) -> Report:
-    """Load and strikes together, then rest, then the checks."""
-    clients = Clients(cluster.url, f"chaos-{seed}-{os.getpid()}", patience_s=SETTLE_S)
-    striker, watch = Striker(cluster, seed, clock), Watch(cluster)
+    """Load and strikes together, then rest, then the invariants."""
+    clients = LoadGenerator(cluster.url, f"chaos-{seed}-{os.getpid()}", patience_s=CLIENT_PATIENCE_S)
+    injector, watch = FaultInjector(cluster, seed, clock), MailboxMonitor(cluster)
     began = time.monotonic()
     watching = asyncio.create_task(watch.run())
     with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task(f"{len(plan.offers)} requests, {len(plan.strikes)} strikes", total=len(plan.offers))
+        bar = progress.add_task(f"{len(plan.requests)} requests, {len(plan.faults)} faults", total=len(plan.requests))
 
         async def ask(k: int) -> Outcome:
-            await _at(began, plan.offers[k].at_s)
-            outcome = await clients.ask(plan.offers[k])
+            await _at(began, plan.requests[k].at_s)
+            outcome = await clients.ask(plan.requests[k])
             progress.advance(bar)
             return outcome
 
-        async def strike(k: int) -> None:
-            await _at(began, plan.strikes[k].at_s)
-            await striker.strike(plan.strikes[k])
+        async def inject(k: int) -> None:
+            await _at(began, plan.faults[k].at_s)
+            await injector.inject(plan.faults[k])
 
-        asked = [ask(k) for k in range(len(plan.offers))]
-        struck: list[Coroutine[Any, Any, Any]] = [strike(k) for k in range(len(plan.strikes))]
-        outcomes = (await asyncio.gather(asyncio.gather(*asked), asyncio.gather(*struck)))[0]
+        asked = [ask(k) for k in range(len(plan.requests))]
+        injections: list[Coroutine[Any, Any, Any]] = [inject(k) for k in range(len(plan.faults))]
+        outcomes = (await asyncio.gather(asyncio.gather(*asked), asyncio.gather(*injections)))[0]
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
     await cluster.wait_ready(bound_s)
-    await clients.stories(outcomes)
-    pools, leases, kept = await at_rest(cluster)
+    await clients.fetch_final_views(outcomes)
+    pools, leases, kept = await wait_until_idle(cluster)
     children = await cluster.children()
     silence_s = cluster.topology.supervision.heartbeat_timeout_s + PAUSE_PAST_TIMEOUT_S
     restarts = {name: child.restarts for name, child in children.items()}
-    invariants = {
-        "each accepted request ended once": checks.each_accepted_request_ended_once(outcomes),
-        "each client saw one request": checks.each_client_saw_one_request(outcomes, journal_keys(cluster)),
-        "every slot is accounted for": checks.every_slot_is_accounted_for(pools, leases, kept),
-        "nothing outdated was accepted": checks.nothing_outdated_was_accepted(outcomes, clock_set=clock is not None),
-        "everyone came back in time": checks.everyone_came_back(striker.blows, bound_s),
-        "only victims restarted, no zombie": checks.only_victims_restarted(restarts, striker.blows, watch.zombies()),
-        "same seed, same bytes": checks.same_seed_same_bytes(outcomes, undisturbed),
-        "no mailbox over its bound": checks.no_mailbox_overflowed(watch.depths),
-        "failed only when at fault": checks.failed_only_when_at_fault(outcomes),
-        "no standstill": checks.no_standstill(outcomes, bound_s + silence_s),
+    found = {
+        "each accepted request ended once": invariants.each_accepted_request_ended_once(outcomes),
+        "each client saw one request": invariants.each_client_saw_one_request(outcomes, journal_keys(cluster)),
+        "every block is accounted for": invariants.every_block_is_accounted_for(pools, leases, kept),
+        "nothing outdated was accepted": invariants.no_stale_report_was_accepted(outcomes, clock_set=clock is not None),
+        "everyone came back in time": invariants.every_victim_recovered(injector.injected, bound_s),
+        "only victims restarted, no zombie": invariants.only_victims_restarted(
+            restarts, injector.injected, watch.zombies()
+        ),
+        "same seed, same bytes": invariants.same_seed_same_bytes(outcomes, baseline),
+        "no mailbox over its bound": invariants.no_mailbox_overflowed(watch.depths),
+        "failed only when at fault": invariants.failed_only_when_at_fault(outcomes),
+        "no standstill": invariants.no_request_stalled(outcomes, bound_s + silence_s),
         "overflow of intensity is seen in /ready": [],
         "a changed topology loses nothing": [],
     }
-    striker.close()
+    injector.close()
     await clients.close()
-    return summary(seed, duration_s, outcomes, striker.blows, sum(restarts.values()), invariants)
+    return summary(seed, duration_s, outcomes, injector.injected, sum(restarts.values()), found)
 
 
 async def _at(began: float, at_s: float) -> None:

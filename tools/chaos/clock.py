@@ -35,7 +35,7 @@ class Clock:
         subprocess.run(command, check=True)  # noqa: S603 - our own command
 
     @staticmethod
-    def impossible() -> str:
+    def why_unsupported() -> str:
         """Say why there can be none here, "" where it can."""
         return "" if shutil.which("cc") else "there is no C compiler (install gcc)"
 

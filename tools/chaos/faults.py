@@ -19,10 +19,10 @@ from typing import Final
 import zmq
 
 from triptych.actors import AddressBook, Topology
-from triptych.actors.cluster import Cluster
-from triptych.actors.system import ChildReport
+from triptych.actors.runtime.system_messages import ChildReport
+from triptych.api.launch import Cluster
 from triptych.tools.chaos.clock import Clock
-from triptych.tools.processes import children_of
+from triptych.tools.procfs import children_of
 
 PAUSE_PAST_TIMEOUT_S: Final = 2.0
 """By how much a pause of the whole system outlasts the timeout of heartbeats."""
@@ -37,17 +37,17 @@ SYSTEM: Final = "system"
 
 
 @dataclass(slots=True)
-class Scene:
+class FaultContext:
     """What a fault may work with."""
 
     cluster: Cluster
-    book: AddressBook
+    address_book: AddressBook
     rng: random.Random
     clock: Clock | None
     """None where the clock of the cluster cannot be set."""
 
 
-Inject = Callable[[Scene, ChildReport | None], Awaitable[None]]
+Inject = Callable[[FaultContext, ChildReport | None], Awaitable[None]]
 """Causes a fault in a component, or in the whole system (None); returns when the cause is over."""
 
 
@@ -60,7 +60,7 @@ class Fault:
     inject: Inject
     lethal: bool = False
     """Whether the victim's process has to be replaced."""
-    impossible: Callable[[Path], str] = lambda _: ""
+    why_unsupported: Callable[[Path], str] = lambda _: ""
     """Says why it cannot be caused on this machine with this state folder; "" where it can."""
 
 
@@ -83,33 +83,33 @@ def _system(_: Topology) -> list[str]:
 
 
 def _send(number: signal.Signals) -> Inject:
-    async def inject(_: Scene, victim: ChildReport | None) -> None:
+    async def inject(_: FaultContext, victim: ChildReport | None) -> None:
         os.kill(_pid(victim), number)
 
     return inject
 
 
-async def _stall(scene: Scene, victim: ChildReport | None) -> None:
+async def _stall(context: FaultContext, victim: ChildReport | None) -> None:
     """Stop a process for less than the timeout of heartbeats."""
-    with _stopped([_pid(victim)]):
-        await asyncio.sleep(STALL_SHARE * scene.cluster.topology.supervision.heartbeat_timeout_s)
+    with _suspended([_pid(victim)]):
+        await asyncio.sleep(STALL_SHARE * context.cluster.topology.supervision.heartbeat_timeout_s)
 
 
-async def _pause(scene: Scene, _: ChildReport | None) -> None:
+async def _pause(context: FaultContext, _: ChildReport | None) -> None:
     """Stop every process for longer than that, as a machine does that is suspended."""
-    supervisor = scene.cluster.process.pid
-    with _stopped([supervisor, *children_of(supervisor)]):
-        await asyncio.sleep(scene.cluster.topology.supervision.heartbeat_timeout_s + PAUSE_PAST_TIMEOUT_S)
+    supervisor = context.cluster.process.pid
+    with _suspended([supervisor, *children_of(supervisor)]):
+        await asyncio.sleep(context.cluster.topology.supervision.heartbeat_timeout_s + PAUSE_PAST_TIMEOUT_S)
 
 
-async def _step_clock(scene: Scene, _: ChildReport | None) -> None:
-    if scene.clock is not None:
-        scene.clock.step(scene.rng.choice((-HOUR_S, HOUR_S)))
+async def _step_clock(context: FaultContext, _: ChildReport | None) -> None:
+    if context.clock is not None:
+        context.clock.step(context.rng.choice((-HOUR_S, HOUR_S)))
 
 
-async def _fill(scene: Scene, _: ChildReport | None) -> None:
+async def _fill_disk(context: FaultContext, _: ChildReport | None) -> None:
     """Leave no space on the disk of the state folder for a while."""
-    ballast = scene.cluster.topology.state_dir / "ballast"
+    ballast = context.cluster.topology.state_dir / "ballast"
     try:
         await asyncio.to_thread(_take_space, ballast)
         await asyncio.sleep(FULL_S)
@@ -117,17 +117,17 @@ async def _fill(scene: Scene, _: ChildReport | None) -> None:
         ballast.unlink(missing_ok=True)
 
 
-async def _busy(_: Scene, __: ChildReport | None) -> None:
+async def _load_cpu(_: FaultContext, __: ChildReport | None) -> None:
     """Have other processes of the machine compute for a while."""
     spin = f"import time\nend = time.monotonic() + {BUSY_S}\nwhile time.monotonic() < end: pass"
     others = [await asyncio.create_subprocess_exec(sys.executable, "-c", spin) for _ in range(BUSY_PROCESSES)]
     await asyncio.gather(*(other.wait() for other in others))
 
 
-async def _garbage(scene: Scene, victim: ChildReport | None) -> None:
+async def _send_garbage_to(context: FaultContext, victim: ChildReport | None) -> None:
     """Send bytes that are no message to a mailbox and to the HTTP port."""
     if victim is not None:
-        await asyncio.to_thread(_throw_garbage, scene, victim.name)
+        await asyncio.to_thread(_send_garbage, context, victim.name)
 
 
 FAULTS: Final[dict[str, Fault]] = {
@@ -140,10 +140,10 @@ FAULTS: Final[dict[str, Fault]] = {
     "poolstop": Fault(_kind("pool"), _send(signal.SIGSTOP), lethal=True),
     "stall": Fault(_all, _stall),
     "pause": Fault(_system, _pause),
-    "clock": Fault(_system, _step_clock, impossible=lambda _: Clock.impossible()),
-    "full": Fault(_system, _fill, impossible=lambda state: _not_a_disk_of_its_own(state)),
-    "busy": Fault(_system, _busy),
-    "garbage": Fault(_all, _garbage),
+    "clock": Fault(_system, _step_clock, why_unsupported=lambda _: Clock.why_unsupported()),
+    "full": Fault(_system, _fill_disk, why_unsupported=lambda state: _why_no_small_disk(state)),
+    "busy": Fault(_system, _load_cpu),
+    "garbage": Fault(_all, _send_garbage_to),
 }
 """By name. (What goes wrong with transfers is set on the backends, in `tools.chaos.plan`.)"""
 
@@ -171,18 +171,18 @@ def _pid(victim: ChildReport | None) -> int:
 
 
 @contextmanager
-def _stopped(pids: list[int]) -> Iterator[None]:
+def _suspended(pids: list[int]) -> Iterator[None]:
     held = []
     try:
         for pid in pids:
-            held += [pid] if _signalled(pid, signal.SIGSTOP) else []
+            held += [pid] if _send_signal(pid, signal.SIGSTOP) else []
         yield
     finally:
         for pid in held:
-            _signalled(pid, signal.SIGCONT)
+            _send_signal(pid, signal.SIGCONT)
 
 
-def _signalled(pid: int, number: signal.Signals) -> bool:
+def _send_signal(pid: int, number: signal.Signals) -> bool:
     try:
         os.kill(pid, number)
     except ProcessLookupError:  # another strike has ended it
@@ -200,25 +200,25 @@ def _take_space(ballast: Path) -> None:
             return
 
 
-def _not_a_disk_of_its_own(state: Path) -> str:
+def _why_no_small_disk(state: Path) -> str:
     return "" if state.is_mount() else "only root can put a small disk at the state folder"
 
 
-def _throw_garbage(scene: Scene, name: str) -> None:
-    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+def _send_garbage(context: FaultContext, name: str) -> None:
+    with zmq.Context() as sockets, sockets.socket(zmq.DEALER) as dealer:
         dealer.linger = 200
-        if keys := scene.book.keys:  # from within: from without nothing reaches a mailbox over tcp
+        if keys := context.address_book.keys:  # from within: from without nothing reaches a mailbox over tcp
             dealer.curve_publickey, dealer.curve_secretkey, dealer.curve_serverkey = (
                 keys.public,
                 keys.secret,
                 keys.public,
             )
-        dealer.connect(scene.book.address(name))
+        dealer.connect(context.address_book.address(name))
         for _ in range(20):
-            dealer.send_multipart([scene.rng.randbytes(scene.rng.randrange(1, 200)) for _ in range(2)])
-    api = scene.cluster.topology.api
+            dealer.send_multipart([context.rng.randbytes(context.rng.randrange(1, 200)) for _ in range(2)])
+    api = context.cluster.topology.api
     try:
         with socket.create_connection((api.host, api.port), timeout=5) as raw:
-            raw.sendall(scene.rng.randbytes(300) + b"\r\n\r\n")
+            raw.sendall(context.rng.randbytes(300) + b"\r\n\r\n")
     except OSError:  # the API may be down or stopped from another strike
         return

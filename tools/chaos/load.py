@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from triptych.tools.chaos.plan import Offer, Picture
+from triptych.tools.chaos.plan import ImageCase, PlannedRequest
 
 PAUSE_S = 0.1
 IN_FLIGHT = 64
@@ -22,7 +22,7 @@ IN_FLIGHT = 64
 class Outcome:
     """What one client saw."""
 
-    offer: Offer
+    planned: PlannedRequest
     status: int = 0
     """HTTP status of the final answer, 0 if there was none."""
     request_ids: set[str] = field(default_factory=set)
@@ -34,33 +34,33 @@ class Outcome:
     began: float = 0.0
     """Monotonic seconds, as `ended`."""
     ended: float = 0.0
-    story: dict[str, Any] = field(default_factory=dict)
+    final_view: dict[str, Any] = field(default_factory=dict)
     """`GET /v1/requests/{id}` at the end."""
 
 
-def body_of(picture: Picture) -> dict[str, object]:
+def request_body(picture: ImageCase) -> dict[str, object]:
     """The JSON of a request for it."""
     size = f"{picture.side}x{picture.side}"
     return {"prompt": picture.prompt, "seed": picture.seed, "num_inference_steps": picture.steps, "size": size}
 
 
-class Clients:
+class LoadGenerator:
     """Offers requests to a cluster."""
 
     def __init__(self, url: str, key: str, patience_s: float) -> None:
         self._key = key
         self._patience_s = patience_s
-        self._room = asyncio.Semaphore(IN_FLIGHT)
+        self._in_flight = asyncio.Semaphore(IN_FLIGHT)
         self._http = httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(patience_s, connect=5.0))
 
     async def close(self) -> None:
         """Let go of the connections."""
         await self._http.aclose()
 
-    async def ask(self, offer: Offer) -> Outcome:
+    async def ask(self, planned: PlannedRequest) -> Outcome:
         """Ask until there is a final answer, or patience ends."""
-        outcome = Outcome(offer)
-        async with self._room:
+        outcome = Outcome(planned)
+        async with self._in_flight:
             outcome.began = time.monotonic()
             while time.monotonic() - outcome.began < self._patience_s:
                 answer = await self._post(outcome)
@@ -72,17 +72,17 @@ class Clients:
             outcome.ended = time.monotonic()
         return outcome
 
-    async def stories(self, outcomes: list[Outcome]) -> None:
+    async def fetch_final_views(self, outcomes: list[Outcome]) -> None:
         """Ask how each accepted request ended."""
         for outcome in outcomes:
             for request_id in outcome.request_ids:
                 answer = await self._http.get(f"/v1/requests/{request_id}")
-                outcome.story = answer.json() if answer.is_success else {}
+                outcome.final_view = answer.json() if answer.is_success else {}
 
     async def _post(self, outcome: Outcome) -> httpx.Response | None:
-        offer = outcome.offer
-        body = body_of(offer.picture)
-        headers = {"Idempotency-Key": f"{self._key}-{offer.number}"}
+        planned = outcome.planned
+        body = request_body(planned.picture)
+        headers = {"Idempotency-Key": f"{self._key}-{planned.number}"}
         try:
             answer = await self._http.post("/v1/images/generations", json=body, headers=headers)
         except httpx.TransportError as error:  # the API may just have been killed: ask again

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-TRANSFERS = {"transfer": "flip:0.02,short:0.02", "late": "delay:0.05:3"}
+TRANSFER_FAULTS = {"transfer": "flip:0.02,short:0.02", "late": "delay:0.05:3"}
 """What is done to transfers: bytes change or are missing; they come seconds after the receiver has given them up."""
 PULL_TIMEOUT_S = 2.0
 """For a run with "late": a transfer that is held up holds up those behind it, so it is given up early."""
-MOMENTS = {"running": 5, "staged": 2, "any": 1, "idle": 1}
+TRIGGERS = {"running": 5, "stored": 2, "any": 1, "idle": 1}
 """How often a strike falls: while the victim has work in hand (any stage runs, where the victim is no role); while
 leases are held and tensors wait or travel; at once; when nothing is under way."""
 
@@ -27,14 +27,14 @@ SHAPES = {(4, 64): 8, (30, 64): 3, (100, 64): 3, (4, 192): 1, (4, 320): 1}
 """How often steps and pixels a side are asked for: quick ones, ones that run long enough to be struck while they do,
 and ones whose latents take up to all that the pool gives to one payload."""
 RANGES = {"num_inference_steps": [1, 1000], "height": [64, 512, 8], "width": [64, 512, 8]}
-"""What the model's card has to allow for that."""
+"""What the model's serving config has to allow for that."""
 POOL_SIZE = "256KiB"
 """So that payloads of several sizes meet in a pool that is nearly full: the largest takes half of it."""
-TWICE = 0.15
+REPEAT_SHARE = 0.15
 """Share of strikes that come twice in a row: the second one as soon as the victim is back."""
 
 
-class Picture(NamedTuple):
+class ImageCase(NamedTuple):
     """What is asked for: the same one always has the same bytes."""
 
     prompt: str
@@ -46,7 +46,7 @@ class Picture(NamedTuple):
 
 # Each prompt comes with both seeds, but not with both in each shape: all are made once in peace before the storm.
 PICTURES = tuple(
-    Picture(prompt, SEEDS[k % len(SEEDS)], *shape)
+    ImageCase(prompt, SEEDS[k % len(SEEDS)], *shape)
     for k, (prompt, shape) in enumerate(itertools.product(PROMPTS, SHAPES))
 )
 CHANGED = tuple(picture for picture in PICTURES if picture.steps == 30)
@@ -55,24 +55,24 @@ _OFTEN = tuple(SHAPES[picture.steps, picture.side] for picture in PICTURES)
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
+class PlannedRequest:
     """A request that a client will make."""
 
     number: int
     at_s: float
     """Seconds after the start of the load."""
-    picture: Picture
+    picture: ImageCase
 
 
 @dataclass(frozen=True, slots=True)
-class Strike:
+class PlannedFault:
     """A fault that will be caused."""
 
     at_s: float
     fault: str
     victim: str
     """Name of a component."""
-    moment: str
+    trigger: str
     twice: bool
 
 
@@ -80,11 +80,11 @@ class Strike:
 class Plan:
     """A whole run."""
 
-    offers: tuple[Offer, ...]
-    strikes: tuple[Strike, ...]
+    requests: tuple[PlannedRequest, ...]
+    faults: tuple[PlannedFault, ...]
 
 
-def draw(
+def make_plan(
     seed: int, duration_s: float, rate: float, every_s: float, faults: Sequence[str], victims: dict[str, list[str]]
 ) -> Plan:
     """A plan; the same arguments give the same plan.
@@ -98,19 +98,19 @@ def draw(
         victims: fault to the names of the components that it may strike.
     """
     rng = random.Random(seed)
-    offers = tuple(
-        Offer(number, at_s, rng.choices(PICTURES, _OFTEN)[0])
-        for number, at_s in enumerate(_moments(rng, duration_s, 1 / rate))
+    requests = tuple(
+        PlannedRequest(number, at_s, rng.choices(PICTURES, _OFTEN)[0])
+        for number, at_s in enumerate(_arrival_times(rng, duration_s, 1 / rate))
     )
     struck = [fault for fault in faults if victims.get(fault)]
     # The last seconds are left for the last victims to come back under load.
-    times = _moments(rng, duration_s - every_s, every_s) if struck else []
-    strikes = [
-        Strike(at_s, fault, rng.choice(victims[fault]), _moment(rng), rng.random() < TWICE)
+    times = _arrival_times(rng, duration_s - every_s, every_s) if struck else []
+    planned = [
+        PlannedFault(at_s, fault, rng.choice(victims[fault]), _choose_trigger(rng), rng.random() < REPEAT_SHARE)
         # Each fault comes in its turn, so that a short run has them all.
         for at_s, fault in zip(times, _in_turn(rng, struck, len(times)), strict=True)
     ]
-    return Plan(offers, tuple(strikes))
+    return Plan(requests, tuple(planned))
 
 
 def possible(faults: Sequence[str], engine: str) -> list[str]:
@@ -118,16 +118,16 @@ def possible(faults: Sequence[str], engine: str) -> list[str]:
     return [fault for fault in faults if fault != "late" or engine == "mooncake"]
 
 
-def damage(faults: Sequence[str]) -> str:
-    """What goes wrong with transfers, as `engines.transfer.Faults` reads it."""
-    return ",".join(TRANSFERS[fault] for fault in faults if fault in TRANSFERS)
+def transfer_faults(faults: Sequence[str]) -> str:
+    """What goes wrong with transfers, as `engines.transfer.FaultRates` reads it."""
+    return ",".join(TRANSFER_FAULTS[fault] for fault in faults if fault in TRANSFER_FAULTS)
 
 
-def _moment(rng: random.Random) -> str:
-    return rng.choices(tuple(MOMENTS), tuple(MOMENTS.values()))[0]
+def _choose_trigger(rng: random.Random) -> str:
+    return rng.choices(tuple(TRIGGERS), tuple(TRIGGERS.values()))[0]
 
 
-def _moments(rng: random.Random, duration_s: float, mean_s: float) -> list[float]:
+def _arrival_times(rng: random.Random, duration_s: float, mean_s: float) -> list[float]:
     moments, at_s = [], rng.expovariate(1 / mean_s)
     while at_s < duration_s:
         moments.append(at_s)

@@ -12,13 +12,13 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from triptych.roles.request import State
-from triptych.tools.chaos.checks import first_unit
+from triptych.roles.head.job import State
+from triptych.tools.chaos.injector import InjectedFault
+from triptych.tools.chaos.invariants import first_job
 from triptych.tools.chaos.load import Outcome
-from triptych.tools.chaos.strikes import Blow
 
-MOST_SHOWN: Final = 10
-MOST_S: Final = 60.0
+MAX_SHOWN: Final = 10
+MAX_DELAY_S: Final = 60.0
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,29 +71,31 @@ def summary(
     seed: int,
     duration_s: float,
     outcomes: Sequence[Outcome],
-    blows: Sequence[Blow],
+    injected: Sequence[InjectedFault],
     restarts: int,
     invariants: dict[str, list[str]],
 ) -> Report:
     """Count and measure; pure."""
-    kills = [b for b in blows if b.fault == "kill"]
+    kills = [b for b in injected if b.fault == "kill"]
     recoveries = [
-        b.recovery_s for b in blows if b.recovery_s is not None and b.lethal and b.fault not in ("stop", "poolstop")
+        b.recovery_s for b in injected if b.recovery_s is not None and b.lethal and b.fault not in ("stop", "poolstop")
     ]
-    seen, redispatched = _delays(outcomes, blows)
-    faults = {fault: [b.recovery_s for b in blows if b.fault == fault and b.recovery_s] for fault in _faults(blows)}
+    seen, redispatched = _delays(outcomes, injected)
+    faults = {
+        fault: [b.recovery_s for b in injected if b.fault == fault and b.recovery_s] for fault in _faults(injected)
+    }
     return Report(
         seed=seed,
         duration_s=duration_s,
         accepted=sum(bool(o.request_ids) for o in outcomes),
         done=sum(o.status == 200 for o in outcomes),
-        failed=sum((first_unit(o) or {}).get("state") == "FAILED" for o in outcomes),
+        failed=sum((first_job(o) or {}).get("state") == "FAILED" for o in outcomes),
         lost=len(invariants["each accepted request ended once"]),
         doubled=len(invariants["each client saw one request"]),
-        leaked=len(invariants["every slot is accounted for"]),
+        leaked=len(invariants["every block is accounted for"]),
         different=len(invariants["same seed, same bytes"]),
         retries=sum(o.retries for o in outcomes),
-        strikes=dict(Counter(b.fault for b in blows)),
+        strikes=dict(Counter(b.fault for b in injected)),
         failures=failures(outcomes),
         recovery_p50_s=percentile(recoveries, 50),
         recovery_p99_s=percentile(recoveries, 99),
@@ -108,7 +110,7 @@ def summary(
 
 def failures(outcomes: Iterable[Outcome]) -> tuple[Failure, ...]:
     """List the requests that failed or timed out, by what the head says of them."""
-    units = [(outcome.story.get("id", ""), first_unit(outcome) or {}) for outcome in outcomes]
+    units = [(outcome.final_view.get("id", ""), first_job(outcome) or {}) for outcome in outcomes]
     return tuple(
         Failure(request_id=name, state=unit["state"], attempts=unit["attempts"], causes=tuple(unit["causes"]))
         for name, unit in units
@@ -122,22 +124,24 @@ def percentile(values: Iterable[float], percent: int) -> float:
     return ranked[max(0, -(-len(ranked) * percent // 100) - 1)] if ranked else 0.0
 
 
-def _faults(blows: Iterable[Blow]) -> list[str]:
-    return list(dict.fromkeys(blow.fault for blow in blows))
+def _faults(injected: Iterable[InjectedFault]) -> list[str]:
+    return list(dict.fromkeys(injection.fault for injection in injected))
 
 
-def _delays(outcomes: Iterable[Outcome], blows: Sequence[Blow]) -> tuple[list[float], list[float]]:
+def _delays(outcomes: Iterable[Outcome], injected: Sequence[InjectedFault]) -> tuple[list[float], list[float]]:
     """Of stages that were running when their instance was killed."""
     seen, redispatched = [], []
-    blows = sorted(blows, key=lambda blow: blow.at)
+    injected = sorted(injected, key=lambda injection: injection.at)
     for outcome in outcomes:
-        moves: list[dict[str, Any]] = (first_unit(outcome) or {"history": []})["history"]
+        moves: list[dict[str, Any]] = (first_job(outcome) or {"history": []})["history"]
         for k, (running, waiting) in enumerate(pairwise(moves)):
             if not (running["state"].endswith("RUNNING") and "process ended" in waiting["reason"]):
                 continue
             victim = waiting["reason"].partition(":")[0]
             # Where the clock was set in between, the difference means nothing.
-            struck = [b for b in blows if b.victim == victim and b.lethal and 0 <= waiting["at"] - b.at < MOST_S]
+            struck = [
+                b for b in injected if b.victim == victim and b.lethal and 0 <= waiting["at"] - b.at < MAX_DELAY_S
+            ]
             # Only a kill ends a process at once: one that is stopped or asked to end takes its time.
             if struck and struck[-1].fault == "kill":
                 seen.append(waiting["at"] - struck[-1].at)
@@ -163,15 +167,15 @@ def show(report: Report, console: Console) -> None:
         f"a running stage's kill seen p99 {_ms(report.seen_p99_s)}, running elsewhere p99 "
         f"{_ms(report.redispatched_p99_s)} later"
     )
-    for failure in report.failures[:MOST_SHOWN]:
+    for failure in report.failures[:MAX_SHOWN]:
         console.print(f"{failure.state} after {failure.attempts} attempts: {failure.request_id}", markup=False)
         for cause in failure.causes:
             console.print(f"        {cause}", markup=False)
-    if len(report.failures) > MOST_SHOWN:
-        console.print(f"and {len(report.failures) - MOST_SHOWN} more")
+    if len(report.failures) > MAX_SHOWN:
+        console.print(f"and {len(report.failures) - MAX_SHOWN} more")
     for name, broken in report.invariants.items():
         console.print(f"[green]held[/green]    {name}" if not broken else f"[red]BROKEN[/red]  {name}")
-        for sentence in broken[:MOST_SHOWN]:
+        for sentence in broken[:MAX_SHOWN]:
             console.print(f"        {sentence}", markup=False)
 
 

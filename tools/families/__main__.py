@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from triptych.tools.families import page, survey
-from triptych.tools.families.apart import Apart, apart, quiet
 from triptych.tools.families.compare import compare
 from triptych.tools.families.report import Result, markdown, table
 from triptych.tools.families.rows import Row, rows
+from triptych.tools.families.stage_processes import StageProcesses, silence_libraries, start_stage_processes
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False, no_args_is_help=True)
 console = Console()
@@ -46,16 +46,16 @@ def classes(
 
     The exit status is 1 where a row that ran is served in no way with the same bits.
     """
-    chosen = [name for name in survey.classes() if survey.wanted(name, only)]
+    chosen = [name for name in survey.classes() if survey.is_selected(name, only)]
     if not chosen:
         raise typer.BadParameter(f"no class is named like {only!r}", param_hint="--only")
-    known = survey.read(results) if results else {}
+    known = survey.read_records(results) if results else {}
     if run:
-        quiet()
+        silence_libraries()
         for record in survey.run(chosen, known, again=again, row_s=row_s, total_s=for_s):
             known[record.pipeline] = record
             if results:
-                survey.keep(results, record)
+                survey.append_record(results, record)
             print(msgspec.json.encode(record).decode() if json else page.line(record), flush=True)
     shown = [known[name] for name in chosen if name in known]
     if into:
@@ -107,10 +107,13 @@ def _wanted(row: Row, only: str) -> bool:
 
 
 def _shown(chosen: list[Row]) -> Iterator[Result]:
-    quiet()
+    silence_libraries()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # On standard error, so that JSON lines can go to a file.
-    with apart() as processes, Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with (
+        start_stage_processes() as processes,
+        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+    ):
         bar = progress.add_task("", total=len(chosen))
         for row in chosen:
             progress.update(bar, description=f"{row.family} {row.task}")
@@ -118,7 +121,7 @@ def _shown(chosen: list[Row]) -> Iterator[Result]:
             progress.advance(bar)
 
 
-def _result(row: Row, processes: Apart) -> Result:
+def _result(row: Row, processes: StageProcesses) -> Result:
     if row.case is None:
         return Result(row)
     if lacking := [name for name in row.case.needs if importlib.util.find_spec(name) is None]:

@@ -35,7 +35,7 @@ class Case:
 
 
 @cache
-def picture(seed: int = 0) -> Image.Image:
+def input_image(seed: int = 0) -> Image.Image:
     """A picture of coloured squares, [64, 64] pixels."""
     squares = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(squares).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
@@ -49,9 +49,9 @@ def mask() -> Image.Image:
     return Image.fromarray(half)
 
 
-def film(frames: int) -> list[Image.Image]:
+def video_frames(frames: int) -> list[Image.Image]:
     """A video: a list of pictures."""
-    return [picture(number) for number in range(frames)]
+    return [input_image(number) for number in range(frames)]
 
 
 VISION: Final = ("torchvision",)

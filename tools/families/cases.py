@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from triptych.tools.families.case import PROMPT, SIDE, SMALL, SQUARE, VIDEO, VISION, Case, film, mask, picture
-from triptych.tools.families.moving import moving_cases
+from triptych.tools.families.case import (
+    PROMPT,
+    SIDE,
+    SMALL,
+    SQUARE,
+    VIDEO,
+    VISION,
+    Case,
+    input_image,
+    mask,
+    video_frames,
+)
+from triptych.tools.families.video_cases import video_cases
 from triptych.tools.make_model import Family
 
 __all__ = ["PROMPT", "Case", "cases"]
@@ -13,11 +24,11 @@ __all__ = ["PROMPT", "Case", "cases"]
 
 def cases() -> tuple[Case, ...]:
     """All requests, by pipeline and task."""
-    return (*_flux(), *_wan(), *_qwen(), *_stable(), *moving_cases(), *_pictures())
+    return (*_flux(), *_wan(), *_qwen(), *_stable(), *video_cases(), *_pictures())
 
 
 def _flux() -> list[Case]:
-    image = {"image": picture()}
+    image = {"image": input_image()}
     text = {"max_sequence_length": 512}
     kontext = {**SMALL, "max_sequence_length": 32}
     # It would make the picture as large as those that it was trained with.
@@ -47,8 +58,8 @@ def _flux() -> list[Case]:
 
 def _wan() -> list[Case]:
     text = {"max_sequence_length": 32, "negative_prompt": "grey"}
-    image = {"image": picture()}
-    follow = {"video": film(5), "mask": [mask()] * 5, "reference_images": [picture(9)]}
+    image = {"image": input_image()}
+    follow = {"video": video_frames(5), "mask": [mask()] * 5, "reference_images": [input_image(9)]}
     made = [
         Case("WanModularPipeline", "", Family.WAN, {**VIDEO, **text}),
         Case("WanImage2VideoModularPipeline", "image2video", Family.WAN_I2V, {**VIDEO, **text, **image}),
@@ -56,7 +67,7 @@ def _wan() -> list[Case]:
             "WanImage2VideoModularPipeline",
             "flf2v",
             Family.WAN_FLF2V,
-            {**VIDEO, **text, **image, "last_image": picture(1)},
+            {**VIDEO, **text, **image, "last_image": input_image(1)},
             VISION,
         ),
         Case("Wan22ModularPipeline", "", Family.WAN22, {**VIDEO, **text}),
@@ -73,14 +84,14 @@ def _wan() -> list[Case]:
     ):
         made.append(Case(pipeline, "text2video", family, inputs))
         made.append(Case(pipeline, "image2video", family, {**inputs, **image}))
-        made.append(Case(pipeline, "video2video", family, {**inputs, "video": film(33)}))
+        made.append(Case(pipeline, "video2video", family, {**inputs, "video": video_frames(33)}))
     return made
 
 
 def _qwen() -> list[Case]:
-    image = {"image": picture()}
+    image = {"image": input_image()}
     paint = {**image, "mask_image": mask()}
-    control = {"control_image": picture(2)}
+    control = {"control_image": input_image(2)}
     base = {**SQUARE, "max_sequence_length": 512, "negative_prompt": "grey"}
     pipeline, family = "QwenImageModularPipeline", Family.QWENIMAGE
     edit = {"num_inference_steps": 1, "negative_prompt": "grey"}
@@ -95,19 +106,19 @@ def _qwen() -> list[Case]:
     pipeline, family = "QwenImageEditModularPipeline", Family.QWENIMAGE_EDIT
     made.append(Case(pipeline, "image_conditioned", family, {**edit, **image}, VISION))
     made.append(Case(pipeline, "image_conditioned_inpainting", family, {**edit, **paint}, VISION))
-    plus = {**edit, "image": [picture(), picture(1)], "height": SIDE, "width": SIDE}
+    plus = {**edit, "image": [input_image(), input_image(1)], "height": SIDE, "width": SIDE}
     made.append(Case("QwenImageEditPlusModularPipeline", "", Family.QWENIMAGE_EDIT_PLUS, plus, VISION))
-    layers = {**edit, "image": picture().convert("RGBA"), "resolution": 640, "layers": 2}
+    layers = {**edit, "image": input_image().convert("RGBA"), "resolution": 640, "layers": 2}
     made.append(Case("QwenImageLayeredModularPipeline", "", Family.QWENIMAGE_LAYERED, layers, VISION))
     return made
 
 
 def _stable() -> list[Case]:
-    image = {"image": picture(), "strength": 0.7}
+    image = {"image": input_image(), "strength": 0.7}
     paint = {**image, "mask_image": mask(), "padding_mask_crop": 8}
-    control = {"control_image": picture(2)}
+    control = {"control_image": input_image(2)}
     base = {**SQUARE, "negative_prompt": "grey"}
-    union = {"control_image": [picture(2)], "control_mode": [1]}
+    union = {"control_image": [input_image(2)], "control_mode": [1]}
     made = [
         Case("StableDiffusion3ModularPipeline", "text2image", Family.SD3, {**base, "width": 48}),
         Case("StableDiffusion3ModularPipeline", "image2image", Family.SD3, {**base, **image}),
@@ -123,7 +134,7 @@ def _stable() -> list[Case]:
         "controlnet_": (Family.SDXL, control),
         "controlnet_union_": (Family.SDXL_UNION, union),
     }
-    adapters: dict[str, dict[str, Any]] = {"": {}, "ip_adapter_": {"ip_adapter_image": picture(3)}}
+    adapters: dict[str, dict[str, Any]] = {"": {}, "ip_adapter_": {"ip_adapter_image": input_image(3)}}
     for adapter, shown in adapters.items():
         for kind, (family, control) in controls.items():
             for task, given in tasks.items():
@@ -133,7 +144,7 @@ def _stable() -> list[Case]:
 
 
 def _pictures() -> list[Case]:
-    image = {"image": picture(), "strength": 0.7}
+    image = {"image": input_image(), "strength": 0.7}
     text = {"max_sequence_length": 64}
     ideogram = {**SMALL, "max_sequence_length": 128, "guidance_schedule": [7.0, 7.0, 3.0]}
     return [
@@ -157,5 +168,5 @@ def _qwen21() -> list[Case]:
     ):
         size = {"height": SIDE, "width": SIDE, "output_resolution": SIDE, **more}
         made.append(Case(pipeline, "text2image", family, {**size, "width": 48}, VISION))
-        made.append(Case(pipeline, "image_conditioned", family, {**size, "image": [picture()]}, VISION))
+        made.append(Case(pipeline, "image_conditioned", family, {**size, "image": [input_image()]}, VISION))
     return made

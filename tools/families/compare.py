@@ -12,20 +12,20 @@ import diffusers
 import numpy as np
 import torch
 
-from triptych.engines.card import CARD_NAME
-from triptych.engines.ip_adapters import FOLDER
-from triptych.engines.media import SAMPLING_RATE
-from triptych.engines.split import KWARGS_MAPPING
-from triptych.tools.families.apart import Apart
+from triptych.engines.parameters.serving_config import SERVING_CONFIG_NAME
+from triptych.engines.partition.blocks import KWARGS_MAPPING
+from triptych.engines.pipelines.media import SAMPLING_RATE
+from triptych.engines.weights.ip_adapters import FOLDER
 from triptych.tools.families.cases import PROMPT, Case
 from triptych.tools.families.rows import blocks_of
+from triptych.tools.families.stage_processes import StageProcesses
 from triptych.tools.make_model import make_model
 
 SEED: Final = 11
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Comparison:
     """What a comparison found.
 
     Attributes:
@@ -41,7 +41,7 @@ class Outcome:
     crossed: tuple[dict[str, str], dict[str, str]] = field(default=({}, {}))
 
 
-def compare(case: Case, folder: Path, processes: Apart) -> Outcome:
+def compare(case: Case, folder: Path, processes: StageProcesses) -> Comparison:
     """Make the model of a case, run its request both ways, and compare.
 
     Args:
@@ -50,13 +50,13 @@ def compare(case: Case, folder: Path, processes: Apart) -> Outcome:
         processes: The three processes.
 
     Raises:
-        PanelError: A panel could not do its part.
+        StageError: A stage failed.
         Exception: Whatever the whole pipeline raises.
     """
     make_model(folder, case.family, progress=False)
     _set_task(folder, case.task)
     inputs = {"prompt": PROMPT, **case.inputs}
-    expected = whole(case.pipeline, folder, {**_implied(case), **inputs})
+    expected = run_reference(case.pipeline, folder, {**_implied(case), **inputs})
     made, answers = processes.run(folder, inputs, SEED)
     made = {name: value for name, value in made.items() if name != SAMPLING_RATE or name in expected}
     shapes = {name: shape(value) for name, value in made.items()}
@@ -64,10 +64,10 @@ def compare(case: Case, folder: Path, processes: Apart) -> Outcome:
     worst = None if None in found else max((value for value in found if value is not None), default=None)
     same = bool(made) and all(identical(value, expected.get(name)) for name, value in made.items())
     crossed = (kinds(answers[0]["state"]), kinds(answers[1]["state"]))
-    return Outcome(same, worst, shapes, crossed)
+    return Comparison(same, worst, shapes, crossed)
 
 
-def whole(pipeline: str, folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+def run_reference(pipeline: str, folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
     """Run a request as diffusers alone does: one pipeline, its own blocks, its own way to load."""
     pipe = getattr(diffusers, pipeline)(pretrained_model_name_or_path=str(folder))
     pipe.load_components(dtype=torch.float32)
@@ -143,5 +143,5 @@ def kind(value: object) -> str:
 
 
 def _set_task(folder: Path, task: str) -> None:
-    path = folder / CARD_NAME
+    path = folder / SERVING_CONFIG_NAME
     path.write_text(json.dumps({**json.loads(path.read_text()), "task": task}))

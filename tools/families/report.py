@@ -11,7 +11,7 @@ import torch
 import transformers
 from rich.table import Table
 
-from triptych.tools.families.compare import Outcome
+from triptych.tools.families.compare import Comparison
 from triptych.tools.families.rows import Row
 
 _COLUMNS = ("family", "task", "route", "encoder to denoiser", "denoiser to decoder", "identical", "reason")
@@ -28,7 +28,7 @@ class Result:
     """
 
     row: Row
-    outcome: Outcome | None = None
+    outcome: Comparison | None = None
     failed: bool = False
 
     @property
@@ -91,15 +91,16 @@ def summary(results: Sequence[Result]) -> str:
 def markdown(results: Sequence[Result]) -> str:
     """The part of `docs/families.md` with a row for every task of Modular Diffusers."""
     lines = [
-        "Every pipeline of Modular Diffusers and every task of it, split by the one rule of `engines/split.py`: what",
-        "comes before the block named `denoise` is the encoder, the block is the denoiser, the rest is the decoder.",
+        "Every pipeline of Modular Diffusers and every task of it, split by the one rule of",
+        "`engines/partition/blocks.py`: what comes before the block named `denoise` is the",
+        "encoder, the block is the denoiser, the rest is the decoder.",
         "",
         f"Made by `python -m triptych.tools.families blocks --run --markdown docs/families.md` with diffusers"
         f" {diffusers.__version__}, transformers {transformers.__version__} and torch {torch.__version__}.",
         "",
         "For each row that has a tiny model, the tool makes it with random weights, runs one request through three",
-        "processes that each load one panel (all that passes between them is the bytes of `engines/codec.py`), runs",
-        "the same request with the same seed through the whole pipeline as diffusers loads it, and compares every",
+        "processes that each load one stage (all that passes between them is the bytes of `engines/codec/codec.py`),",
+        "runs the same request with the same seed through the whole pipeline as diffusers loads it, and compares every",
         "output. `identical` is `yes` where all bytes are the same. What crosses is what was seen in that run; where",
         "there was none, what the blocks declare. `height`, `prompt` and other inputs of the request cross as well",
         "where later blocks take them.",
@@ -109,7 +110,7 @@ def markdown(results: Sequence[Result]) -> str:
         "- A tensor keeps its layout in memory: a convolution rounds otherwise for another layout.",
         "- Weights want gradients as those of the plain pipeline do: where they do not, a product of matrices of",
         "  some layouts takes another way and rounds otherwise. (None are computed in either case.)",
-        "- A panel's guiders and settings are those of the whole pipeline: blocks of one family declare the same",
+        "- A stage's guiders and settings are those of the whole pipeline: blocks of one family declare the same",
         "  guider with different scales.",
         "- A block that a model has no component for is left out where an input of the request takes its place.",
         "  Where the model has it, each request chooses: LTX-2.5 guesses the number of frames if it is not told.",
@@ -121,7 +122,7 @@ def markdown(results: Sequence[Result]) -> str:
         "is loaded by hand from a package of its own: here each request fails unless the index says",
         '`"enable_safety_checker": false`, as that of the tiny model does. Wan-Animate-2 compiles a mask when it',
         "first runs, and needs a C++ compiler for that. Requests for LTX-2 `condition` and `in_context`, for the",
-        "actions of Cosmos 3 and for MiniMax H3 `ref2va` carry objects of diffusers: the panels take them, but",
+        "actions of Cosmos 3 and for MiniMax H3 `ref2va` carry objects of diffusers: the stages take them, but",
         "the HTTP API has no words for them.",
         "",
         f"{summary(results)}.",

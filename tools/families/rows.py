@@ -1,4 +1,4 @@
-"""A row for every family and task: how it is served, and what crosses between its panels."""
+"""A row for every family and task: how it is served, and what crosses between its stages."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, get_args, get_origin
 
 import diffusers
 
-from triptych.engines.panels import ModelError, Panel
-from triptych.engines.split import cut, prune
+from triptych.engines.partition.blocks import cut_blocks, prune
+from triptych.engines.partition.stages import ModelError, Stage
 from triptych.tools.families.cases import Case, cases
 
 
@@ -23,7 +23,7 @@ class Row:
         task: A workflow; "" where there is just one.
         route: "modular", or "none".
         reason: Why there is no route, or why it is not run here.
-        to_denoiser: Kinds of what the encoder makes for the later panels, by name.
+        to_denoiser: Kinds of what the encoder makes for the later stages, by name.
         to_decoder: Kinds of what the denoiser makes for the decoder, by name.
         case: The request that shows it; None where there is none.
     """
@@ -86,18 +86,18 @@ def _row(pipeline: str, task: str, known: dict[tuple[str, str], Case]) -> Row:
     family = pipeline.removesuffix("ModularPipeline")
     blocks = blocks_of(pipeline)
     try:
-        parts = cut(prune(blocks, task or "any"))
+        parts = cut_blocks(prune(blocks, task or "any"))
     except ModelError as error:
         return Row(family, task, "none", str(error))
     case = known.get((pipeline, task))
-    later = [parts[Panel.DENOISER], parts[Panel.DECODER]]
+    later = [parts[Stage.DENOISER], parts[Stage.DECODER]]
     return Row(
         family,
         task,
         "modular",
         "" if case else "not run: no request for it",
-        boundary([parts[Panel.ENCODER]], later),
-        boundary([parts[Panel.DENOISER]], [parts[Panel.DECODER]]),
+        boundary([parts[Stage.ENCODER]], later),
+        boundary([parts[Stage.DENOISER]], [parts[Stage.DECODER]]),
         case,
     )
 

@@ -23,20 +23,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from triptych.engines.media import SAMPLING_RATE, medium_of, results_of
-from triptych.engines.options import ModelOptions
-from triptych.engines.panels import Panel
-from triptych.engines.pipeline import PanelPipeline
-from triptych.engines.routes import route_for
-from triptych.engines.seeds import GlobalRng, seeded
-from triptych.engines.settings import VAE_TILING
-from triptych.tools.families.apart import CPU, Apart, PanelError, forked
-from triptych.tools.families.classes import Sample, by_class, tiny
+from triptych.engines.partition.options import ModelOptions
+from triptych.engines.partition.stages import Stage
+from triptych.engines.partition.strategy import strategy_for
+from triptych.engines.pipelines.component_settings import VAE_TILING
+from triptych.engines.pipelines.media import SAMPLING_RATE, medium_of, results_of
+from triptych.engines.pipelines.pipeline import StagePipeline
+from triptych.engines.pipelines.random_state import GlobalRngGuard, seeded_generator
+from triptych.tools.families.classes import Sample, by_class, tiny_components
 from triptych.tools.families.compare import SEED, arrays, difference, identical
+from triptych.tools.families.stage_processes import CPU, StageError, StageProcesses, fork_stage_processes
 
-_ENDS: Final = ("ConsisIDPipeline",)
+_EXITS_ON_IMPORT: Final = ("ConsisIDPipeline",)
 """Classes whose import ends the process where a package is missing."""
-_BESIDE: Final = (SAMPLING_RATE, "nsfw_content_detected", "nsfw_detected", "watermark_detected")
+_FLAG_OUTPUTS: Final = (SAMPLING_RATE, "nsfw_content_detected", "nsfw_detected", "watermark_detected")
 """Results that are no media."""
 _FOLDER: Final = "triptych-class-"
 _ABSTRACT: Final = ("DiffusionPipeline",)
@@ -107,7 +107,7 @@ def classes() -> dict[str, str]:
     """Names of all pipeline classes of the installed diffusers, and what each cannot be imported without or ""."""
     found = {}
     for name in sorted(dir(diffusers)):
-        if name in _ENDS:
+        if name in _EXITS_ON_IMPORT:
             found[name] = _imported(name)
             continue
         cls = getattr(diffusers, name, None) if "Pipeline" in name else None
@@ -171,7 +171,7 @@ def bounded(work: Callable[[], bytes], limit_s: float) -> bytes | None:
         return _line(reading, time.monotonic() + limit_s)
     finally:
         os.close(reading)
-        # With the panels that it may have left.
+        # With the stages that it may have left.
         os.killpg(child, signal.SIGKILL)
         os.waitpid(child, 0)
 
@@ -188,27 +188,29 @@ def _line(pipe: int, deadline: float) -> bytes | None:
 
 
 def _row(sample: Sample) -> Record:
-    with forked() as processes, tempfile.TemporaryDirectory(prefix=_FOLDER) as folder:
+    with fork_stage_processes() as processes, tempfile.TemporaryDirectory(prefix=_FOLDER) as folder:
         return row(sample, Path(folder), processes)
 
 
-def row(sample: Sample, folder: Path, processes: Apart) -> Record:
+def row(sample: Sample, folder: Path, processes: StageProcesses) -> Record:
     """Make the model of a sample, run its request as the class does and in both ways, and compare."""
     try:
-        tiny.make(sample, folder)
+        tiny_components.make(sample, folder)
     except Exception as error:  # noqa: BLE001 - the reason of the row
         return Record(pipeline=sample.pipeline, unbuilt=f"no model: {sentence(error)}")
     try:
-        expected = plain(sample, folder)
+        expected = run_reference(sample, folder)
     except Exception as error:  # noqa: BLE001 - the reason of the row
-        return Record(pipeline=sample.pipeline, unbuilt=_of_the_class(error))
+        return Record(pipeline=sample.pipeline, unbuilt=_class_failure(error))
     if all("embed" in name for name in expected):
-        return Record(pipeline=sample.pipeline, unbuilt=f"no media: it makes {_made(expected)} for another pipeline")
-    if flat := [name for name, value in expected.items() if not _varied(value)]:
+        return Record(
+            pipeline=sample.pipeline, unbuilt=f"no media: it makes {_output_kinds(expected)} for another pipeline"
+        )
+    if flat := [name for name, value in expected.items() if not _is_not_flat(value)]:
         return Record(pipeline=sample.pipeline, unbuilt=f"the tiny model makes flat {' and '.join(flat)}")
-    task = f"{_given(sample.inputs)} → {_made(expected)}"
+    task = f"{_input_kinds(sample.inputs)} → {_output_kinds(expected)}"
     try:
-        route = str(route_for(folder))
+        route = str(strategy_for(folder))
     except Exception as error:  # noqa: BLE001 - the reason of the row
         route, reason = "none", sentence(error)
         return Record(pipeline=sample.pipeline, task=task, route=route, cut=Trial(why=reason), whole=Trial(why=reason))
@@ -216,18 +218,18 @@ def row(sample: Sample, folder: Path, processes: Apart) -> Record:
         cut = Trial(why="cannot be cut")
     else:
         cut = _trial(expected, lambda: processes.run(folder, dict(sample.inputs), SEED)[0])
-    whole = _trial(expected, lambda: _whole(folder, sample.inputs))
+    whole = _trial(expected, lambda: _run_monolithic(folder, sample.inputs))
     record = Record(pipeline=sample.pipeline, task=task, route=route, cut=cut, whole=whole)
     if route != "modular" or (cut.identical and whole.identical):
         return record
     return msgspec.structs.replace(
         record,
         classic_cut=_trial(expected, lambda: processes.run(folder, dict(sample.inputs), SEED, route="classic")[0]),
-        classic_whole=_trial(expected, lambda: _whole(folder, sample.inputs, route="classic")),
+        classic_whole=_trial(expected, lambda: _run_monolithic(folder, sample.inputs, route="classic")),
     )
 
 
-def plain(sample: Sample, folder: Path) -> dict[str, Any]:
+def run_reference(sample: Sample, folder: Path) -> dict[str, Any]:
     """Run a request as diffusers alone does; returns what came out, by name, but for flags.
 
     Where the class draws from the global generator, a denoiser of ours does from one of the same seed.
@@ -240,21 +242,21 @@ def plain(sample: Sample, folder: Path) -> dict[str, Any]:
     if given.pop(VAE_TILING, False):
         pipeline.vae.enable_tiling()
     if "generator" in taken:
-        given["generator"] = seeded(SEED)
+        given["generator"] = seeded_generator(SEED)
     if "output_type" in taken:
         results = results_of(cls.__call__)
         if medium_of(results) != "image":
             given["output_type"] = "np"
         elif "images" in results:
             given["output_type"] = "pil"
-    with GlobalRng(SEED, Panel.DENOISER):
+    with GlobalRngGuard(SEED, Stage.DENOISER):
         made = pipeline(**given)
     values = vars(made) if dataclasses.is_dataclass(made) else {"results": made}
-    found = {name: value for name, value in values.items() if value is not None and name not in _BESIDE}
-    return {**found, "images": _drawn(pipeline, found["prediction"])} if "prediction" in found else found
+    found = {name: value for name, value in values.items() if value is not None and name not in _FLAG_OUTPUTS}
+    return {**found, "images": _marigold_images(pipeline, found["prediction"])} if "prediction" in found else found
 
 
-def _drawn(pipeline: Any, prediction: np.ndarray[Any, Any]) -> list[Any]:
+def _marigold_images(pipeline: Any, prediction: np.ndarray[Any, Any]) -> list[Any]:
     """Images of what Marigold predicts: of depth with 16 bits, of the rest as its documentation draws them."""
     kind = pipeline.config["prediction_type"]
     if kind == "depth":
@@ -265,9 +267,9 @@ def _drawn(pipeline: Any, prediction: np.ndarray[Any, Any]) -> list[Any]:
     return [image for layers in drawn for image in layers.values()]
 
 
-def _whole(folder: Path, inputs: Mapping[str, Any], route: str = "") -> dict[str, Any]:
+def _run_monolithic(folder: Path, inputs: Mapping[str, Any], route: str = "") -> dict[str, Any]:
     options = ModelOptions(route=route)
-    pipeline = PanelPipeline.load(folder, tuple(Panel), dtype=torch.float32, device=CPU, options=options)
+    pipeline = StagePipeline.load(folder, tuple(Stage), dtype=torch.float32, device=CPU, options=options)
     denoising = pipeline.denoise(pipeline.encode(inputs, SEED))
     while denoising.advance():
         pass
@@ -276,7 +278,7 @@ def _whole(folder: Path, inputs: Mapping[str, Any], route: str = "") -> dict[str
 
 def _trial(expected: Mapping[str, Any], run: Callable[[], dict[str, Any]]) -> Trial:
     try:
-        made = {name: value for name, value in run().items() if name not in _BESIDE}
+        made = {name: value for name, value in run().items() if name not in _FLAG_OUTPUTS}
     except Exception as error:  # noqa: BLE001 - the reason of the row
         return Trial(why=sentence(error))
     if not made:
@@ -305,7 +307,7 @@ def _number(worst: float | None) -> str:
     return "their shape" if worst is None else f"up to {worst:.3g}"
 
 
-def _of_the_class(error: Exception) -> str:
+def _class_failure(error: Exception) -> str:
     if found := re.search(r"`diffusers` has no class `(\w+)`|pipelines.deprecated has no attribute (\w+)", str(error)):
         return f"diffusers cannot load its own {found[1] or found[2]} from a folder"
     return f"the class itself fails: {sentence(error)}"
@@ -314,16 +316,16 @@ def _of_the_class(error: Exception) -> str:
 def sentence(error: BaseException) -> str:
     """The kind of an error and the first line of its text, short enough for a table."""
     text = re.sub(rf"\S*{_FOLDER}\w+", "MODEL", str(error)).strip().partition("\n")[0]
-    kind = "" if isinstance(error, PanelError) else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, StageError) else f"{type(error).__name__}: "
     return f"{kind}{text}"[:200]
 
 
-def _varied(value: Any) -> bool:
+def _is_not_flat(value: Any) -> bool:
     numbers = [array for array in arrays(value) if array.dtype.kind in "fiub" and array.size > 1]
     return all(np.isfinite(array).all() and array.min() != array.max() for array in numbers)
 
 
-def _given(inputs: Mapping[str, Any]) -> str:
+def _input_kinds(inputs: Mapping[str, Any]) -> str:
     kinds = [_kind(name, value) for name, value in inputs.items()]
     return ", ".join(dict.fromkeys(kind for kind in kinds if kind)) or "nothing"
 
@@ -341,12 +343,12 @@ def _kind(name: str, value: Any) -> str:
     return "array" if isinstance(first, np.ndarray) else ""
 
 
-def _made(values: Mapping[str, Any]) -> str:
+def _output_kinds(values: Mapping[str, Any]) -> str:
     names = {"images": "image", "image": "image", "frames": "video", "videos": "video", "audios": "sound"}
     return ", ".join(names.get(name, name.replace("_", " ")) for name in values)
 
 
-def read(path: Path) -> dict[str, Record]:
+def read_records(path: Path) -> dict[str, Record]:
     """Read the rows that earlier runs have left in a file, by class; the last one of a class counts."""
     if not path.exists():
         return {}
@@ -354,14 +356,14 @@ def read(path: Path) -> dict[str, Record]:
     return {record.pipeline: record for record in records}
 
 
-def keep(path: Path, record: Record) -> None:
-    """Add a row to the file that `read` reads."""
+def append_record(path: Path, record: Record) -> None:
+    """Add a row to the file that `read_records` reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         file.write(msgspec.json.encode(record) + b"\n")
 
 
-def wanted(name: str, only: str) -> bool:
+def is_selected(name: str, only: str) -> bool:
     """Whether a class is one of those that a user names, by commas; `*` stands for anything."""
     return not only or any(fnmatch.fnmatchcase(name, pattern.strip()) for pattern in only.split(","))
 

@@ -19,9 +19,9 @@ import msgspec
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from triptych.tools.gpu_report.bench import Settings
 from triptych.tools.gpu_report.page import page, shown
 from triptych.tools.gpu_report.report import Measured, Report, RowResult, Status, read, replace, write
+from triptych.tools.gpu_report.row_context import Settings
 from triptych.tools.gpu_report.rows import ROWS, Row, chosen
 from triptych.tools.gpu_report.runner import INTERRUPTION, Interrupted, Run
 
@@ -87,7 +87,7 @@ def _run(options: argparse.Namespace, rows: Sequence[Row]) -> int:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-class _Shown:
+class _Progress:
     """Keeps the report's file up to date, and the terminal."""
 
     def __init__(self, report: Report, output: Path) -> None:
@@ -122,7 +122,7 @@ class _Shown:
 
 
 def _rows(report: Report, rows: Sequence[Row], settings: Settings, options: argparse.Namespace, log: Path) -> int:
-    seen = _Shown(report, options.output)
+    seen = _Progress(report, options.output)
     run = Run(settings, options.budget, log, seen.add)
     interrupted = False
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())

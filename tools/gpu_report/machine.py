@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
-from triptych.engines.arena import available_memory
-from triptych.tools.gpu_report.bench import Bench
+from triptych.engines.memory.arena import available_memory
+from triptych.tools.gpu_report.row_context import RowContext
 
 LIBRARIES: Final = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 WANTED: Final = {
@@ -30,45 +30,45 @@ WANTED: Final = {
 _FIELDS: Final = ("name", "driver_version", "memory.total", "power.limit", "pcie.link.gen.max", "pcie.link.width.max")
 
 
-def machine(bench: Bench) -> None:
+def machine(context: RowContext) -> None:
     """Describe the machine, then multiply and copy."""
-    bench.value("processor", _processor(), note=f"{os.cpu_count()} cores")
-    bench.value("memory", available_memory() / 2**30, "GiB", "available")
-    bench.value("/dev/shm", shutil.disk_usage("/dev/shm").free / 2**30, "GiB", "free")  # noqa: S108 - a question
-    bench.value("kernel", platform.release())
-    bench.value("python", platform.python_version())
+    context.value("processor", _processor(), note=f"{os.cpu_count()} cores")
+    context.value("memory", available_memory() / 2**30, "GiB", "available")
+    context.value("/dev/shm", shutil.disk_usage("/dev/shm").free / 2**30, "GiB", "free")  # noqa: S108 - a question
+    context.value("kernel", platform.release())
+    context.value("python", platform.python_version())
     for name in LIBRARIES:
-        bench.value(name, _version(name))
+        context.value(name, _version(name))
     absent = [f"{name} ({what})" for name, what in WANTED.items() if importlib.util.find_spec(name) is None]
-    bench.value("not installed", ", ".join(absent) or "nothing")
-    if bench.cuda:
-        _card(bench)
-    _ceilings(bench)
+    context.value("not installed", ", ".join(absent) or "nothing")
+    if context.cuda:
+        _card(context)
+    _ceilings(context)
 
 
-def _card(bench: Bench) -> None:
+def _card(context: RowContext) -> None:
     import torch
 
-    properties = torch.cuda.get_device_properties(bench.device)
-    bench.value("card", properties.name, note=f"{properties.multi_processor_count} multiprocessors")
-    bench.value("card memory", properties.total_memory / 2**30, "GiB")
-    bench.value("CUDA of torch", str(torch.version.cuda))
+    properties = torch.cuda.get_device_properties(context.device)
+    context.value("card", properties.name, note=f"{properties.multi_processor_count} multiprocessors")
+    context.value("card memory", properties.total_memory / 2**30, "GiB")
+    context.value("CUDA of torch", str(torch.version.cuda))
     found = nvidia_smi(f"--query-gpu={','.join(_FIELDS)}")
-    bench.value("nvidia-smi", found or "does not answer", note=", ".join(_FIELDS))
+    context.value("nvidia-smi", found or "does not answer", note=", ".join(_FIELDS))
 
 
-def _ceilings(bench: Bench) -> None:
+def _ceilings(context: RowContext) -> None:
     import torch
 
-    side = 8192 if bench.cuda else 256
-    left, right = (torch.randn(side, side, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
-    seconds = bench.median(lambda: left @ right, 10)
-    bench.value("bfloat16 matrix product", 2 * side**3 / seconds / 1e12, "TFLOP/s", f"{side} x {side}, random values")
-    nbytes = min(4 << 30, torch.cuda.mem_get_info(bench.device)[0] // 8) if bench.cuda else 16 << 20
-    source = torch.zeros(nbytes, dtype=torch.uint8, device=bench.device)
+    side = 8192 if context.cuda else 256
+    left, right = (torch.randn(side, side, device=context.device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = context.median(lambda: left @ right, 10)
+    context.value("bfloat16 matrix product", 2 * side**3 / seconds / 1e12, "TFLOP/s", f"{side} x {side}, random values")
+    nbytes = min(4 << 30, torch.cuda.mem_get_info(context.device)[0] // 8) if context.cuda else 16 << 20
+    source = torch.zeros(nbytes, dtype=torch.uint8, device=context.device)
     target = torch.empty_like(source)
-    seconds = bench.median(lambda: target.copy_(source), 5)
-    bench.value("copy on the device", 2 * source.numel() / seconds / 1e9, "GB/s", "bytes read and written")
+    seconds = context.median(lambda: target.copy_(source), 5)
+    context.value("copy on the device", 2 * source.numel() / seconds / 1e9, "GB/s", "bytes read and written")
 
 
 def nvidia_smi(query: str) -> str:

@@ -22,21 +22,21 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, FluxTransformer2DModel, QwenImageTransformer2DModel, WanTransformer3DModel
 from transformers import PreTrainedModel
 
-from triptych.engines.arena import available_memory
-from triptych.tools.gpu_report.bench import Bench, RowSkippedError
+from triptych.engines.memory.arena import available_memory
+from triptych.tools.gpu_report.row_context import RowContext, RowSkippedError
 from triptych.tools.make_model import flux, vaes
 from triptych.tools.make_model.recipe import Recipe
 
 DTYPE: Final = torch.bfloat16
 WRITERS: Final = 8
 """Threads that write weights."""
-PIECE: Final = 64 << 20
+WRITE_CHUNK: Final = 64 << 20
 _SAFETENSORS: Final = {torch.bfloat16: "BF16", torch.float32: "F32"}
 SPREAD: Final = 0.02
 """Standard deviation of random weights: a linear layer of 3,000 inputs then keeps the size of what goes through it."""
 
 
-def randomised(make: Callable[[], Any], device: torch.device, dtype: torch.dtype = DTYPE) -> Any:
+def with_random_weights(make: Callable[[], Any], device: torch.device, dtype: torch.dtype = DTYPE) -> Any:
     """Make a component on a device without the initialisation of its class, which takes minutes for 12 billion weights.
 
     Args:
@@ -67,21 +67,21 @@ def _random(name: str, weight: torch.Tensor, device: torch.device, dtype: torch.
     return values.fill_(1.0) if weight.ndim == 1 and name == "weight" else values.normal_(0.0, SPREAD)
 
 
-def prepare(transformer: Any, bench: Bench) -> None:
+def prepare(transformer: Any, context: RowContext) -> None:
     """Give a denoiser the attention backend and the compilation that the run asks for.
 
     Raises:
         ValueError, RuntimeError, ImportError: The backend is not known, or not usable here.
     """
-    if bench.settings.attention:
-        transformer.set_attention_backend(bench.settings.attention)
-    if bench.settings.compile:
-        compile_blocks(transformer, bench)
+    if context.settings.attention:
+        transformer.set_attention_backend(context.settings.attention)
+    if context.settings.compile:
+        compile_blocks(transformer, context)
 
 
-def compile_blocks(transformer: Any, bench: Bench) -> None:
+def compile_blocks(transformer: Any, context: RowContext) -> None:
     """Compile the repeated blocks; on the CPU they are just traced, as a compiler there takes a minute."""
-    transformer.compile_repeated_blocks(fullgraph=True, **({} if bench.cuda else {"backend": "aot_eager"}))
+    transformer.compile_repeated_blocks(fullgraph=True, **({} if context.cuda else {"backend": "aot_eager"}))
 
 
 # -- Flux
@@ -97,7 +97,7 @@ class FluxShapes:
         steps: Of a picture.
         long: Steps of a picture in whose middle a process can be killed.
         nbytes: About what its files take.
-        card_gib: Memory of the card that one process needs.
+        card_gib: Memory of the GPU that one process needs.
     """
 
     recipe: Recipe
@@ -105,22 +105,22 @@ class FluxShapes:
     steps: int
     long: int
     nbytes: int
-    card_gib: float
+    gpu_gib: float
 
 
-def flux_shapes(bench: Bench) -> FluxShapes:
+def flux_shapes(context: RowContext) -> FluxShapes:
     """Those of FLUX.1-dev, or tiny ones."""
-    if bench.full:
+    if context.full:
         return FluxShapes(flux.full(), 1024, 28, 28, 34 << 30, 42)
     recipe = replace(flux.flux(vaes.kl, guidance_embeds=True), dtype=DTYPE)
     return FluxShapes(recipe, 64, 4, 50, 4 << 20, 0)
 
 
-def flux_step(transformer: Any, bench: Bench) -> Callable[[], torch.Tensor]:
+def flux_step(transformer: Any, context: RowContext) -> Callable[[], torch.Tensor]:
     """Return what runs one step of the transformer at the shapes of a picture (guidance is an input, so one pass)."""
     config = transformer.config
-    pixels, words = ((1024 // 16) ** 2, 512) if bench.full else ((64 // 8) ** 2, 64)
-    given: dict[str, Any] = {"device": bench.device, "dtype": DTYPE}
+    pixels, words = ((1024 // 16) ** 2, 512) if context.full else ((64 // 8) ** 2, 64)
+    given: dict[str, Any] = {"device": context.device, "dtype": DTYPE}
     image_ids = torch.zeros(pixels, 3, **given)
     image_ids[:, 1] = torch.arange(pixels, **given) // pixels**0.5
     inputs = {
@@ -135,21 +135,21 @@ def flux_step(transformer: Any, bench: Bench) -> Callable[[], torch.Tensor]:
     return lambda: _tensor(transformer(**inputs, return_dict=False)[0])
 
 
-def flux_transformer(bench: Bench) -> FluxTransformer2DModel:
+def flux_transformer(context: RowContext) -> FluxTransformer2DModel:
     """The transformer of Flux alone."""
-    bench.needs(28 if bench.full else 0)
-    make = flux_shapes(bench).recipe.components["transformer"]
+    context.needs(28 if context.full else 0)
+    make = flux_shapes(context).recipe.components["transformer"]
     if make is None:
         raise TypeError("a recipe of Flux has a transformer")
-    return randomised(make, bench.device)
+    return with_random_weights(make, context.device)
 
 
 # -- Qwen-Image
 
 
-def qwen_transformer(bench: Bench) -> QwenImageTransformer2DModel:
+def qwen_transformer(context: RowContext) -> QwenImageTransformer2DModel:
     """That of Qwen-Image, 20 billion weights, or a tiny one."""
-    bench.needs(46 if bench.full else 0)
+    context.needs(46 if context.full else 0)
     tiny: dict[str, Any] = {
         "in_channels": 16,
         "out_channels": 4,
@@ -159,7 +159,7 @@ def qwen_transformer(bench: Bench) -> QwenImageTransformer2DModel:
         "joint_attention_dim": 32,
         "axes_dims_rope": (4, 6, 6),
     }
-    return randomised(lambda: QwenImageTransformer2DModel(**({} if bench.full else tiny)), bench.device)
+    return with_random_weights(lambda: QwenImageTransformer2DModel(**({} if context.full else tiny)), context.device)
 
 
 QWEN_SIDE: Final = 512
@@ -167,17 +167,17 @@ QWEN_TEXT: Final = 64
 """Tokens of a prompt of some 50 words."""
 
 
-def qwen_step(transformer: Any, bench: Bench, batch: int) -> Callable[[], None]:
+def qwen_step(transformer: Any, context: RowContext, batch: int) -> Callable[[], None]:
     """Return what runs one step for `batch` pictures of 512 x 512: a pass with the prompt and one without."""
-    side = QWEN_SIDE // 16 if bench.full else 4
-    given: dict[str, Any] = {"device": bench.device, "dtype": DTYPE}
+    side = QWEN_SIDE // 16 if context.full else 4
+    given: dict[str, Any] = {"device": context.device, "dtype": DTYPE}
     inputs = {
         "hidden_states": torch.randn(batch, side * side, transformer.config.in_channels, **given),
         "timestep": torch.full((batch,), 0.5, **given),
         "img_shapes": [[(1, side, side)]] * batch,
     }
     texts = [torch.randn(batch, QWEN_TEXT, transformer.config.joint_attention_dim, **given) for _ in range(2)]
-    mask = torch.ones(batch, QWEN_TEXT, dtype=torch.bool, device=bench.device)
+    mask = torch.ones(batch, QWEN_TEXT, dtype=torch.bool, device=context.device)
 
     def step() -> None:
         for text in texts:
@@ -190,7 +190,7 @@ def qwen_step(transformer: Any, bench: Bench, batch: int) -> Callable[[], None]:
 
 
 @dataclass(frozen=True)
-class Video:
+class VideoShape:
     """A video to be made.
 
     Attributes:
@@ -210,34 +210,36 @@ class Video:
         return (1, channels, (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8)
 
 
-def videos(bench: Bench) -> tuple[Video, ...]:
+def videos(context: RowContext) -> tuple[VideoShape, ...]:
     """Those that are measured."""
-    if bench.full:
-        return (Video("480p, 81 frames", 480, 832, 81), Video("1024 x 1024, 81 frames", 1024, 1024, 81))
-    return (Video("32 x 32, 5 frames", 32, 32, 5),)
+    if context.full:
+        return (VideoShape("480p, 81 frames", 480, 832, 81), VideoShape("1024 x 1024, 81 frames", 1024, 1024, 81))
+    return (VideoShape("32 x 32, 5 frames", 32, 32, 5),)
 
 
-def wan_transformer(bench: Bench) -> WanTransformer3DModel:
+def wan_transformer(context: RowContext) -> WanTransformer3DModel:
     """That of Wan2.1-1.3B, or a tiny one."""
-    bench.needs(40 if bench.full else 0)
+    context.needs(40 if context.full else 0)
     full: dict[str, Any] = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
     tiny: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 64, "num_layers": 2}
     tiny |= {"text_dim": 32, "freq_dim": 32}
-    return randomised(lambda: WanTransformer3DModel(**(full if bench.full else tiny)), bench.device)
+    return with_random_weights(lambda: WanTransformer3DModel(**(full if context.full else tiny)), context.device)
 
 
-def wan_vae(bench: Bench) -> AutoencoderKLWan:
+def wan_vae(context: RowContext) -> AutoencoderKLWan:
     """Its autoencoder, in float32 as its own pipeline has it."""
     tiny: dict[str, Any] = {"base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
-    return randomised(lambda: AutoencoderKLWan(**({} if bench.full else tiny)), bench.device, torch.float32)
+    return with_random_weights(
+        lambda: AutoencoderKLWan(**({} if context.full else tiny)), context.device, torch.float32
+    )
 
 
-def wan_step(transformer: Any, bench: Bench, video: Video) -> Callable[[], None]:
+def wan_step(transformer: Any, context: RowContext, video: VideoShape) -> Callable[[], None]:
     """Return what runs one step of a video: a pass with the prompt and one without."""
-    given: dict[str, Any] = {"device": bench.device, "dtype": DTYPE}
+    given: dict[str, Any] = {"device": context.device, "dtype": DTYPE}
     latents = torch.randn(video.latents(transformer.config.in_channels), **given)
     texts = [torch.randn(1, 512, transformer.config.text_dim, **given) for _ in range(2)]
-    timestep = torch.full((1,), 500, device=bench.device)
+    timestep = torch.full((1,), 500, device=context.device)
 
     def step() -> None:
         for text in texts:
@@ -249,13 +251,13 @@ def wan_step(transformer: Any, bench: Bench, video: Video) -> Callable[[], None]
 # -- files
 
 
-def folder_with_room(bench: Bench, nbytes: int) -> Path:
+def folder_with_space(context: RowContext, nbytes: int) -> Path:
     """Return a folder of this run that can take so many bytes: one in memory where there is room, else on disk.
 
     Raises:
         RowSkippedError: There is none.
     """
-    for folder in places(bench.scratch):
+    for folder in scratch_folders(context.scratch):
         with suppress(OSError):
             folder.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(folder.parent).free
@@ -265,11 +267,11 @@ def folder_with_room(bench: Bench, nbytes: int) -> Path:
             if free > nbytes * 1.05:
                 folder.mkdir(exist_ok=True)
                 return folder
-    wanted = " or ".join(str(folder.parent) for folder in places(bench.scratch))
+    wanted = " or ".join(str(folder.parent) for folder in scratch_folders(context.scratch))
     raise RowSkippedError(f"Its weights take {nbytes / 2**30:.0f} GiB of files, and {wanted} has no room for them.")
 
 
-def places(scratch: Path) -> tuple[Path, ...]:
+def scratch_folders(scratch: Path) -> tuple[Path, ...]:
     """Return the folders that large files of a run may be in; whoever started the run removes them."""
     return (Path("/dev/shm") / scratch.name, scratch / "files")  # noqa: S108 - a name that is the run's own
 
@@ -314,12 +316,12 @@ def _write_weights(module: torch.nn.Module, file: Path) -> None:
     try:
         os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
         with ThreadPoolExecutor(WRITERS) as writers:
-            jobs = [
+            futures = [
                 writers.submit(_write_tensor, descriptor, weight, begin + end - weight.nbytes)
                 for weight, end in zip(named.values(), ends, strict=True)
             ]
-            for job in jobs:
-                job.result()
+            for future in futures:
+                future.result()
     finally:
         os.close(descriptor)
 
@@ -328,11 +330,11 @@ def _write_tensor(descriptor: int, weight: torch.Tensor, offset: int) -> None:
     values: Any = weight.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy()
     rest = memoryview(values)
     while rest:
-        written = os.pwrite(descriptor, rest[:PIECE], offset)
+        written = os.pwrite(descriptor, rest[:WRITE_CHUNK], offset)
         rest, offset = rest[written:], offset + written
 
 
-def of_parts(recipe: Recipe, parts: Mapping[str, Any]) -> Recipe:
+def recipe_of_components(recipe: Recipe, parts: Mapping[str, Any]) -> Recipe:
     """Return the recipe of a model whose components are there already."""
     return replace(recipe, components={name: _given(part) for name, part in parts.items()})
 

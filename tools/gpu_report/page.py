@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Final
 
-from triptych.tools.gpu_report.figures import FIGURES
+from triptych.tools.gpu_report.published_figures import FIGURES
 from triptych.tools.gpu_report.report import Measured, Report, RowResult, Status
 
 _WIDTH: Final = 120
@@ -17,13 +17,13 @@ _NOTHING_YET: Final = """
 and what it will say. None of its seconds tells anything of a GPU, so no figures of others stand beside them.
 """
 _TINY: Final = """
-**The models had tiny shapes.** This run shows that every row works on this card; none of its seconds is that of a real
+**The models had tiny shapes.** This run shows that every row works on this GPU; none of its seconds is that of a real
 model, so no figures of others stand beside them.
 """
 _RANDOM: Final = """
 Models have random weights at the shapes of their originals: the seconds of a step do not depend on what the weights are
-([why](adr/0019-random-weights-at-full-shapes.md)). Figures of others are their owners' own, on the card that is named;
-nobody here has measured them again.
+([why](adr/0019-gpu-benchmarks-with-random-weights.md)). Figures of others are their owners' own, on the GPU that is
+named; nobody here has measured them again.
 """
 
 

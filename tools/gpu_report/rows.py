@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from triptych.tools.gpu_report.bench import Bench
+    from triptych.tools.gpu_report.row_context import RowContext
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Row:
     Attributes:
         name: As `--only` takes it.
         title: For the page.
-        function: Module of this package and the name of a function that takes a `Bench`.
+        function: Module of this package and the name of a function that takes a `RowContext`.
         cuda_s: Seconds that it is expected to take on a GPU; it is not begun with less.
         cpu_s: The same on the CPU, with tiny shapes.
         random: Whether its model has random weights.
@@ -43,10 +43,10 @@ class Row:
         """Seconds after which it is taken for hung."""
         return 2.0 * self.estimate_s(device) + 30.0
 
-    def load(self) -> Callable[[Bench], None]:
+    def load(self) -> Callable[[RowContext], None]:
         """Import the function; not before it is to run, as libraries may be missing that other rows do without."""
         module, _, name = self.function.partition(":")
-        function: Callable[[Bench], None] = getattr(importlib.import_module(f"{__package__}.{module}"), name)
+        function: Callable[[RowContext], None] = getattr(importlib.import_module(f"{__package__}.{module}"), name)
         return function
 
 

@@ -16,9 +16,9 @@ from typing import Final
 
 import msgspec
 
-from triptych.tools.gpu_report.bench import Settings
-from triptych.tools.gpu_report.child import Ended, Line
 from triptych.tools.gpu_report.report import Measured, RowResult, Status
+from triptych.tools.gpu_report.row_context import Settings
+from triptych.tools.gpu_report.row_process import Line, RowEnd
 from triptych.tools.gpu_report.rows import Row
 
 ROOT: Final = Path(__file__).parents[3]
@@ -35,7 +35,7 @@ _VARIABLES: Final = {
     "PYTHONUNBUFFERED": "1",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
-"""For rows: no network, no output that is lost with a process, and the workspace that roles on a card have, as results
+"""For rows: no network, no output that is lost with a process, and the workspace that roles on a GPU have, as results
 are compared with theirs byte by byte."""
 
 
@@ -68,12 +68,12 @@ class Run:
             reason = f"Of the time {max(left_s, 0):.0f} s were left, and it takes about {row.estimate_s(device):.0f}."
             return RowResult(row.name, title, Status.SKIPPED, reason)
         limit = min(row.limit_s(device), left_s)
-        late = Ended(Status.FAILED, f"It was still running after {limit:.0f} s.")
+        late = RowEnd(Status.FAILED, f"It was still running after {limit:.0f} s.")
         if limit < row.limit_s(device):
-            late = Ended(Status.SKIPPED, f"The time was up after {limit:.0f} s of it.")
+            late = RowEnd(Status.SKIPPED, f"The time was up after {limit:.0f} s of it.")
         settings = msgspec.structs.replace(self.settings, seconds=limit)
         text = msgspec.json.encode(settings).decode()
-        command = [sys.executable, "-m", "triptych.tools.gpu_report.child", row.name]
+        command = [sys.executable, "-m", "triptych.tools.gpu_report.row_process", row.name]
         return run_process(
             RowResult(row.name, title, Status.FAILED),
             lambda descriptor: [*command, str(descriptor), text],
@@ -88,7 +88,7 @@ def run_process(
     result: RowResult,
     command: Callable[[int], list[str]],
     limit_s: float,
-    late: Ended,
+    late: RowEnd,
     log: Path,
     on_result: Callable[[Measured], None] = lambda measured: None,
 ) -> RowResult:
@@ -104,7 +104,7 @@ def run_process(
     """
     began = time.monotonic()
     readable, writable = os.pipe()
-    ended: Ended | None = None
+    ended: RowEnd | None = None
     with log.open("ab") as output:
         output.write(f"\n===== {result.name}\n".encode())
         output.flush()
@@ -130,9 +130,9 @@ def run_process(
             else:
                 ended = line.ended
         if ended is None:
-            ended = Ended(Status.FAILED, how_it_died(_wait(process), _tail(log, mark)))
+            ended = RowEnd(Status.FAILED, describe_exit(_wait(process), _tail(log, mark)))
     except KeyboardInterrupt:
-        ended = Ended(Status.SKIPPED, INTERRUPTION)
+        ended = RowEnd(Status.SKIPPED, INTERRUPTION)
         raise Interrupted(result) from None
     finally:
         os.close(readable)
@@ -160,7 +160,7 @@ class Interrupted(KeyboardInterrupt):
         self.result = result
 
 
-def how_it_died(code: int, tail: str) -> str:
+def describe_exit(code: int, tail: str) -> str:
     """Say how a process ended that said nothing of it; pure."""
     if code == -signal.SIGKILL:
         how = "Its process was killed, perhaps because the memory of the host ran out"

@@ -1,9 +1,9 @@
 """Make a tiny model with random weights: `python -m triptych.tools.make_model OUT --family flux`.
 
 Everything is made here from a few numbers, nothing is downloaded. The folder has the layout of diffusers, with
-tokenizers that know every byte, and a card. The same seed makes the same files. Its pictures are coloured noise, but
-they depend on the prompt, the seed and each parameter as those of a real model do. A model is tiny, unless another size
-is asked for.
+tokenizers that know every byte, and a serving config. The same seed makes the same files. Its pictures are coloured
+noise, but they depend on the prompt, the seed and each parameter as those of a real model do. A model is tiny, unless
+another size is asked for.
 """
 
 from __future__ import annotations
@@ -21,8 +21,19 @@ from rich.progress import track
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
-from triptych.engines.card import CARD_NAME
-from triptych.tools.make_model import cosmos, flux, looking, minimax, pictures, qwen, stable, vaes, video, wan
+from triptych.engines.parameters.serving_config import SERVING_CONFIG_NAME
+from triptych.tools.make_model import (
+    cosmos,
+    flux,
+    ideogram,
+    image_models,
+    ltx_hunyuan,
+    minimax,
+    qwen,
+    stable_diffusion,
+    vaes,
+    wan,
+)
 from triptych.tools.make_model.recipe import Recipe, Size
 from triptych.tools.make_model.text import TEXT_LENGTH
 
@@ -98,25 +109,25 @@ _RECIPES: Final[dict[Family, Callable[[], Recipe]]] = {
     Family.QWENIMAGE_EDIT: qwen.edit,
     Family.QWENIMAGE_EDIT_PLUS: qwen.edit_plus,
     Family.QWENIMAGE_LAYERED: qwen.layered,
-    Family.SD3: stable.sd3,
-    Family.SDXL: stable.sdxl,
-    Family.SDXL_UNION: stable.sdxl_union,
-    Family.LTX: video.ltx,
-    Family.LTX2: video.ltx2,
-    Family.LTX25: video.ltx25,
-    Family.ECHO: video.echo,
-    Family.HUNYUAN_VIDEO15: video.hunyuan_video,
+    Family.SD3: stable_diffusion.sd3,
+    Family.SDXL: stable_diffusion.sdxl,
+    Family.SDXL_UNION: stable_diffusion.sdxl_union,
+    Family.LTX: ltx_hunyuan.ltx,
+    Family.LTX2: ltx_hunyuan.ltx2,
+    Family.LTX25: ltx_hunyuan.ltx25,
+    Family.ECHO: ltx_hunyuan.echo,
+    Family.HUNYUAN_VIDEO15: ltx_hunyuan.hunyuan_video,
     Family.HELIOS: lambda: wan.helios("HeliosPipeline", wan.helios_flat),
     Family.HELIOS_PYRAMID: lambda: wan.helios("HeliosPyramidModularPipeline", wan.helios_pyramid),
     Family.HELIOS_PYRAMID_DISTILLED: lambda: wan.helios("HeliosPyramidDistilledModularPipeline", wan.helios_distilled),
-    Family.Z_IMAGE: pictures.z_image,
-    Family.IDEOGRAM4: looking.ideogram4,
-    Family.QWENIMAGE21: lambda: looking.qwenimage21(turbo=False),
-    Family.QWENIMAGE21_TURBO: lambda: looking.qwenimage21(turbo=True),
-    Family.KREA2: lambda: pictures.krea2(turbo=False),
-    Family.KREA2_TURBO: lambda: pictures.krea2(turbo=True),
-    Family.ANIMA: pictures.anima,
-    Family.ERNIE_IMAGE: pictures.ernie,
+    Family.Z_IMAGE: image_models.z_image,
+    Family.IDEOGRAM4: ideogram.ideogram4,
+    Family.QWENIMAGE21: lambda: ideogram.qwenimage21(turbo=False),
+    Family.QWENIMAGE21_TURBO: lambda: ideogram.qwenimage21(turbo=True),
+    Family.KREA2: lambda: image_models.krea2(turbo=False),
+    Family.KREA2_TURBO: lambda: image_models.krea2(turbo=True),
+    Family.ANIMA: image_models.anima,
+    Family.ERNIE_IMAGE: image_models.ernie,
     Family.COSMOS3: cosmos.omni,
     Family.COSMOS3_DISTILLED: cosmos.distilled,
     Family.MINIMAX_H3: minimax.h3,
@@ -191,7 +202,7 @@ def write_model(
         (out / file).parent.mkdir(exist_ok=True)
         save_file(tensors(), out / file)
     _write(out / "model_index.json", index)
-    _write(out / CARD_NAME, _card(name, recipe))
+    _write(out / SERVING_CONFIG_NAME, _serving_config(name, recipe))
 
 
 @contextmanager
@@ -213,7 +224,7 @@ def _recipe(family: Family, size: Size) -> Recipe:
     return _LARGER[family, size]()
 
 
-def _card(name: str, recipe: Recipe) -> dict[str, object]:
+def _serving_config(name: str, recipe: Recipe) -> dict[str, object]:
     return {
         "name": f"{recipe.size}-{name}",
         "family": name,

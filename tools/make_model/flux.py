@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from triptych.tools.make_model import text, vaes
-from triptych.tools.make_model.recipe import Component, Recipe, Size, picture, sizes
+from triptych.tools.make_model.recipe import Component, Recipe, Size, image_defaults, size_ranges
 from triptych.tools.make_model.text import TEXT_LENGTH, WIDTH
 
 
@@ -45,10 +45,10 @@ def flux(vae: Component, *, guidance_embeds: bool, pipeline: str = "FluxPipeline
         "scheduler": lambda: FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         "vae": vae,
     }
-    defaults = picture(text=TEXT_LENGTH)
+    defaults = image_defaults(text=TEXT_LENGTH)
     if guidance_embeds:
         defaults["guidance_scale"] = 3.5
-    return Recipe(pipeline, "text-to-image", components, defaults, sizes(8))
+    return Recipe(pipeline, "text-to-image", components, defaults, size_ranges(8))
 
 
 def mid() -> Recipe:
@@ -71,12 +71,12 @@ def mid() -> Recipe:
             guidance_embeds=True,
         ),
     }
-    defaults = {**made.defaults, **picture(side=512, text=TEXT_LENGTH)}
+    defaults = {**made.defaults, **image_defaults(side=512, text=TEXT_LENGTH)}
     return replace(
         made,
         components=components,
         defaults=defaults,
-        ranges=sizes(16, most=1024),
+        ranges=size_ranges(16, most=1024),
         dtype=torch.bfloat16,
         size=Size.MID,
     )
@@ -105,8 +105,8 @@ def full() -> Recipe:
     return replace(
         made,
         components=components,
-        defaults={**made.defaults, **picture(side=1024, steps=28, text=512)},
-        ranges=sizes(16, most=2048, text=512),
+        defaults={**made.defaults, **image_defaults(side=1024, steps=28, text=512)},
+        ranges=size_ranges(16, most=2048, text=512),
         dtype=torch.bfloat16,
         size=Size.FULL,
     )
@@ -121,17 +121,17 @@ def kontext() -> Recipe:
 def flux2() -> Recipe:
     """Flux 2, whose text encoder is Mistral 3."""
     components = _flux2(text_encoder=_mistral, layers=3, guidance_embeds=True)
-    defaults = picture(text=512, guidance_scale=4.0)
-    return Recipe("Flux2Pipeline", "text-to-image", components, defaults, sizes(16, text=1024))
+    defaults = image_defaults(text=512, guidance_scale=4.0)
+    return Recipe("Flux2Pipeline", "text-to-image", components, defaults, size_ranges(16, text=1024))
 
 
 def klein(*, distilled: bool) -> Recipe:
     """Flux 2 Klein, whose text encoder is Qwen 3: the distilled one, or its base."""
     # It reads the states of layers 9, 18 and 27.
     components = _flux2(lambda: text.qwen3(Qwen3ForCausalLM, layers=28), layers=3, guidance_embeds=False)
-    defaults = picture(text=128)
+    defaults = image_defaults(text=128)
     settings: dict[str, object] = {"is_distilled": distilled}
-    return Recipe("Flux2KleinPipeline", "text-to-image", components, defaults, sizes(16), settings)
+    return Recipe("Flux2KleinPipeline", "text-to-image", components, defaults, size_ranges(16), settings)
 
 
 def _flux2(text_encoder: Component, layers: int, *, guidance_embeds: bool) -> dict[str, Component | None]:
@@ -177,7 +177,7 @@ def flux3(*, distilled: bool) -> Recipe:
         "vae": vaes.flux2,
     }
     name = "Flux3DistilledModularPipeline" if distilled else "Flux3ModularPipeline"
-    return Recipe(name, "text-to-image", components, picture(text=512), sizes(16, text=1024))
+    return Recipe(name, "text-to-image", components, image_defaults(text=512), size_ranges(16, text=1024))
 
 
 def chat() -> PreTrainedTokenizerFast:

@@ -7,26 +7,26 @@ from typing import Any
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageControlNetModel, QwenImageTransformer2DModel
 
 from triptych.tools.make_model import text, vaes
-from triptych.tools.make_model.recipe import Component, Recipe, picture, sizes
+from triptych.tools.make_model.recipe import Component, Recipe, image_defaults, size_ranges
 from triptych.tools.make_model.text import WIDTH
 
 
 def qwenimage() -> Recipe:
     """Pictures of text, with a control net for the tasks that use one."""
     components = {**_components(), "tokenizer": text.chat_tokenizer, "controlnet": _controlnet}
-    return Recipe("QwenImagePipeline", "text-to-image", components, _defaults(), sizes(16, text=1024))
+    return Recipe("QwenImagePipeline", "text-to-image", components, _defaults(), size_ranges(16, text=1024))
 
 
 def edit() -> Recipe:
     """Changes a picture."""
     components = {**_components(), "processor": text.qwen2_vl_processor, "tokenizer": text.chat_tokenizer}
-    return Recipe("QwenImageEditPipeline", "image_conditioned", components, _defaults(), sizes(16, text=1024))
+    return Recipe("QwenImageEditPipeline", "image_conditioned", components, _defaults(), size_ranges(16, text=1024))
 
 
 def edit_plus() -> Recipe:
     """Changes several pictures into one."""
     components = {**_components(), "processor": text.qwen2_vl_processor, "tokenizer": text.chat_tokenizer}
-    return Recipe("QwenImageEditPlusPipeline", "", components, _defaults(), sizes(16, text=1024))
+    return Recipe("QwenImageEditPlusPipeline", "", components, _defaults(), size_ranges(16, text=1024))
 
 
 def layered() -> Recipe:
@@ -37,11 +37,11 @@ def layered() -> Recipe:
         "processor": text.qwen2_vl_processor,
         "tokenizer": text.chat_tokenizer,
     }
-    return Recipe("QwenImageLayeredPipeline", "", components, _defaults(), sizes(16, text=1024))
+    return Recipe("QwenImageLayeredPipeline", "", components, _defaults(), size_ranges(16, text=1024))
 
 
 def _defaults() -> dict[str, float]:
-    return picture(text=512, guidance_scale=4.0)
+    return image_defaults(text=512, guidance_scale=4.0)
 
 
 def _components(changes: dict[str, Any] | None = None, channels: int = 3) -> dict[str, Component | None]:

@@ -31,7 +31,7 @@ class Recipe:
         pipeline: The class that its index names.
         task: A workflow of the pipeline, such as "text-to-image"; "" where it has just one.
         components: How each component is made, by its name in the index; None is one that the model goes without.
-        defaults: The parameters of its card.
+        defaults: The parameters of its serving config.
         ranges: Their limits.
         settings: What else the index says.
         files: How the tensors of each file beside the components are made, by its path in the folder.
@@ -50,12 +50,12 @@ class Recipe:
     size: Size = Size.TINY
 
 
-def picture(side: int = 64, steps: int = 4, text: int = 64, **more: float) -> dict[str, float]:
+def image_defaults(side: int = 64, steps: int = 4, text: int = 64, **more: float) -> dict[str, float]:
     """Defaults of a model of pictures: a square of `side` pixels, `text` tokens."""
     return {"height": side, "width": side, "num_inference_steps": steps, "max_sequence_length": text, **more}
 
 
-def sizes(multiple: int, *, most: int = 256, text: int = 256) -> dict[str, list[int]]:
+def size_ranges(multiple: int, *, most: int = 256, text: int = 256) -> dict[str, list[int]]:
     """Ranges of a model whose sides are multiples of a number of pixels."""
     low = max(16, multiple)
     return {"height": [low, most, multiple], "width": [low, most, multiple], "max_sequence_length": [2, text]}

@@ -16,10 +16,10 @@ from diffusers import (
 )
 
 from triptych.tools.make_model import text, vaes
-from triptych.tools.make_model.recipe import Component, Recipe, picture, sizes
+from triptych.tools.make_model.recipe import Component, Recipe, image_defaults, size_ranges
 from triptych.tools.make_model.text import TEXT_LENGTH, WIDTH
 
-_RANGES = {**sizes(8), "num_frames": [1, 33]}
+_RANGES = {**size_ranges(8), "num_frames": [1, 33]}
 
 
 def t2v(*, experts: int = 1) -> Recipe:
@@ -88,8 +88,8 @@ def animate2(*, distilled: bool) -> Recipe:
         ),
     }
     name = "WanAnimate2DistilledModularPipeline" if distilled else "WanAnimate2ModularPipeline"
-    defaults = {**picture(text=TEXT_LENGTH), "segment_frame_length": 5}
-    return Recipe(name, "", {**_with_text(components), "vae": vaes.wan_full}, defaults, sizes(16))
+    defaults = {**image_defaults(text=TEXT_LENGTH), "segment_frame_length": 5}
+    return Recipe(name, "", {**_with_text(components), "vae": vaes.wan_full}, defaults, size_ranges(16))
 
 
 def helios(pipeline: str, scheduler: Component) -> Recipe:
@@ -112,7 +112,7 @@ def helios(pipeline: str, scheduler: Component) -> Recipe:
     )
     components["vae"] = vaes.wan_full
     defaults = {**_defaults(), "num_frames": 33, "num_inference_steps": 2}
-    return Recipe(pipeline, "text-to-video", components, defaults, {**sizes(16), "num_frames": [1, 132]})
+    return Recipe(pipeline, "text-to-video", components, defaults, {**size_ranges(16), "num_frames": [1, 132]})
 
 
 def helios_flat() -> HeliosScheduler:
@@ -132,7 +132,7 @@ def helios_distilled() -> HeliosDMDScheduler:
 
 
 def _defaults() -> dict[str, float]:
-    return {**picture(text=TEXT_LENGTH), "num_frames": 5, "guidance_scale": 5.0}
+    return {**image_defaults(text=TEXT_LENGTH), "num_frames": 5, "guidance_scale": 5.0}
 
 
 def _experts(transformer: Component, experts: int) -> tuple[dict[str, Component | None], dict[str, object]]:

@@ -12,10 +12,10 @@ from diffusers import AutoencoderTiny
 from torch import nn
 from torch.nn import functional
 
-from triptych.tools.shapes.course import Course
 from triptych.tools.shapes.model import make_autoencoder
 from triptych.tools.shapes.optimizer import Muon
 from triptych.tools.shapes.scenes import EDGE, JITTER, PALETTE, RADIUS, outline, scene_coverage, training_scenes
+from triptych.tools.shapes.training import TrainingRun
 
 BATCH = 32
 PEAK_RATE = 3e-3
@@ -26,7 +26,7 @@ LATENT_NOISE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Drawings:
+class ImageBatch:
     """Pictures, (batch, 3, edge, edge) in [-1, 1], and the covers, (batch, 1, edge, edge), that made them."""
 
     pictures: torch.Tensor
@@ -40,7 +40,7 @@ def train_autoencoder(
     torch.manual_seed(seed)
     model = make_autoencoder().to(device=device, memory_format=torch.channels_last)
     optimizer = Muon(model, PEAK_RATE)
-    course = Course("autoencoder", checkpoints, seconds, model, optimizer)
+    course = TrainingRun("autoencoder", checkpoints, seconds, model, optimizer)
     chooser = random.Random(seed * 1_000_003 + course.steps)
     for share in course:
         batch = draw_batch(BATCH, chooser, device, EDGE // 2 if share < CUT_OUTS_UNTIL else EDGE)
@@ -50,7 +50,7 @@ def train_autoencoder(
     return average
 
 
-def draw_batch(count: int, chooser: random.Random, device: torch.device, edge: int = EDGE) -> Drawings:
+def draw_batch(count: int, chooser: random.Random, device: torch.device, edge: int = EDGE) -> ImageBatch:
     """Half training scenes, half shapes of any colour, radius and place, so that the decoder knows all edges.
 
     With an edge below EDGE the pictures are cut-outs, with the scenes' shapes anywhere in them.
@@ -73,14 +73,14 @@ def draw_batch(count: int, chooser: random.Random, device: torch.device, edge: i
     colour = torch.tensor(colours, dtype=torch.float32, device=device)[..., None, None]
     ground = torch.tensor(grounds, dtype=torch.float32, device=device)[..., None, None]
     pictures = (ground + (colour - ground) * cover) / 127.5 - 1.0
-    return Drawings(pictures.contiguous(memory_format=torch.channels_last), cover)
+    return ImageBatch(pictures.contiguous(memory_format=torch.channels_last), cover)
 
 
 def _any_colour(chooser: random.Random) -> tuple[int, int, int]:
     return chooser.randint(0, 255), chooser.randint(0, 255), chooser.randint(0, 255)
 
 
-def _loss(model: AutoencoderTiny, batch: Drawings, device: torch.device) -> torch.Tensor:
+def _loss(model: AutoencoderTiny, batch: ImageBatch, device: torch.device) -> torch.Tensor:
     with torch.autocast(device.type, torch.bfloat16):
         latents = model.encoder(batch.pictures)
         decoded = model.decoder(latents + LATENT_NOISE * torch.randn_like(latents))

@@ -74,7 +74,7 @@ def make_autoencoder() -> AutoencoderTiny:
     )
 
 
-class Painter(nn.Module):
+class TextToLatents(nn.Module):
     """The two text encoders and the transformer: they are trained together."""
 
     def __init__(self) -> None:
@@ -169,7 +169,7 @@ def unpack_latents(patches: torch.Tensor) -> torch.Tensor:
     return latents.reshape(-1, LATENT_CHANNELS, LATENT_EDGE, LATENT_EDGE)
 
 
-def save_model(folder: Path, autoencoder: AutoencoderTiny, painter: Painter) -> None:
+def save_model(folder: Path, autoencoder: AutoencoderTiny, painter: TextToLatents) -> None:
     """Write a Flux folder of float16 weights that loads as float32, and its card of defaults.
 
     The models themselves are left as they are.

@@ -49,7 +49,7 @@ _TRIANGLE_NORMALS = ((0.0, 1.0), (0.75**0.5, -0.5), (-(0.75**0.5), -0.5))
 
 Triple = tuple[str, str, str]
 Coverage = NDArray[np.float32]
-Picture = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,7 @@ def scene_coverage(size: str, shape: str, place: str, dx: int = 0, dy: int = 0) 
     return outline(shape, PLACES[place] + dx, EDGE / 2 + dy, RADIUS[size])
 
 
-def draw(scene: Scene, dx: int = 0, dy: int = 0) -> Picture:
+def draw(scene: Scene, dx: int = 0, dy: int = 0) -> Pixels:
     """Draw the picture of a scene, its shape moved by (dx, dy) pixels; uint8 (EDGE, EDGE, 3)."""
     cover = scene_coverage(scene.size, scene.shape, scene.place, dx, dy)[..., None]
     colour = np.array(PALETTE[scene.colour], np.float32)

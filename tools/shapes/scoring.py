@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from triptych.tools.shapes.scenes import EDGE, PALETTE, PLACES, RADIUS, SHAPES, Picture, Scene, outline
+from triptych.tools.shapes.scenes import EDGE, PALETTE, PLACES, RADIUS, SHAPES, Pixels, Scene, outline
 
 BAND = 8
 """Rows at the top and at the bottom that no shape reaches: they show the background."""
@@ -23,7 +23,7 @@ Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class DetectedScene:
     """What the pixels show, in the words of the captions; an empty word where nothing fits."""
 
     background: str = ""
@@ -49,9 +49,9 @@ class Score:
         return all(asdict(self).values())
 
 
-def score(picture: Picture, scene: Scene) -> Score:
+def score(picture: Pixels, scene: Scene) -> Score:
     """Compare a picture, uint8 (EDGE, EDGE, 3), with the scene that it should show."""
-    seen = look(picture)
+    seen = detect(picture)
     return Score(
         background=seen.background == scene.background,
         colour=seen.colour == scene.colour,
@@ -61,7 +61,7 @@ def score(picture: Picture, scene: Scene) -> Score:
     )
 
 
-def look(picture: Picture) -> Seen:
+def detect(picture: Pixels) -> DetectedScene:
     """Read the five properties from a picture, uint8 (EDGE, EDGE, 3).
 
     Raises:
@@ -76,13 +76,13 @@ def look(picture: Picture) -> Seen:
     cover, colour = _object(pixels, ground)
     area = float(cover.sum())
     if area < SMALLEST_AREA:
-        return Seen(background=background)
+        return DetectedScene(background=background)
     rows, columns = np.mgrid[0:EDGE, 0:EDGE].astype(np.float32) + 0.5
     x = float((columns * cover).sum()) / area
     y = float((rows * cover).sum()) / area
     agreements = {shape: _agreement(cover, shape, x, y, area) for shape in SHAPES}
     best = max(agreements, key=agreements.__getitem__)
-    return Seen(
+    return DetectedScene(
         background=background,
         colour=_name(colour),
         place=_nearest(x, PLACES, within=6.0),

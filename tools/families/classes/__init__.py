@@ -8,9 +8,9 @@ has to be registered. A sample is a few lines:
 `parts` says how each parameter of the class's `__init__` is made: a function makes a component, anything else is a
 setting. Names that the class does not take are left out, so one set of parts serves many classes; the recipes of
 `tools.make_model` are such sets (`flux.flux(vaes.kl, guidance_embeds=True).components`). What `parts` lacks is left to
-its default, else made by the class that the type hint names, as `tiny.py` knows it (any scheduler, CLIP, T5, the
-tokenizers), else None where the hint allows it. A class that cannot be made here says so by `unbuilt`, one that needs
-a package that may not be installed by `needs`.
+its default, else made by the class that the type hint names, as `tiny_components.py` knows it (any scheduler, CLIP, T5,
+the tokenizers), else None where the hint allows it. A class that cannot be made here says so by `unbuilt`, one that
+needs a package that may not be installed by `needs`.
 
 `inputs` are arguments of `__call__` without `generator` and `output_type`. Keep them small: 64 pixels or less, two or
 three steps, five frames. `python -m triptych.tools.families classes --run --only NAME,NAME` shows how a class fares.

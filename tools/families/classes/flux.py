@@ -8,17 +8,17 @@ from diffusers import FluxControlNetModel, FluxTransformer2DModel
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
-from triptych.tools.families.case import PROMPT, SIDE, SMALL, SQUARE, mask, picture
+from triptych.tools.families.case import PROMPT, SIDE, SMALL, SQUARE, input_image, mask
 from triptych.tools.families.classes import Sample
 from triptych.tools.make_model import flux, vaes
 from triptych.tools.make_model.recipe import Component
 from triptych.tools.make_model.text import WIDTH
 
 _TEXT: dict[str, Any] = {"prompt": PROMPT, "max_sequence_length": 32}
-_IMAGE: dict[str, Any] = {**_TEXT, **SQUARE, "image": picture(), "strength": 0.7}
+_IMAGE: dict[str, Any] = {**_TEXT, **SQUARE, "image": input_image(), "strength": 0.7}
 _MASKED: dict[str, Any] = {**_IMAGE, "mask_image": mask()}
-_CONTROL: dict[str, Any] = {"control_image": picture(1)}
-_CHANGE: dict[str, Any] = {"image": picture(), "_auto_resize": False, "max_area": SIDE * SIDE}
+_CONTROL: dict[str, Any] = {"control_image": input_image(1)}
+_CHANGE: dict[str, Any] = {"image": input_image(), "_auto_resize": False, "max_area": SIDE * SIDE}
 _NET: dict[str, Any] = {"controlnet_conditioning_scale": 0.7}
 # The states of three layers, the last of them the 27th.
 _TEXT2: dict[str, Any] = {"prompt": PROMPT, "max_sequence_length": 64, "num_inference_steps": 2}
@@ -38,7 +38,7 @@ def samples() -> list[Sample]:
         _net("FluxControlNetImg2ImgPipeline", {**_IMAGE, **_CONTROL, **_NET}),
         _net("FluxControlNetInpaintPipeline", {**_MASKED, **_CONTROL, **_NET}),
         _flux("FluxKontextPipeline", {**_TEXT, **SMALL, **_CHANGE}),
-        _flux("FluxKontextInpaintPipeline", {**_MASKED, **_CHANGE, "image_reference": picture(1)}),
+        _flux("FluxKontextInpaintPipeline", {**_MASKED, **_CHANGE, "image_reference": input_image(1)}),
         _redux("FluxPriorReduxPipeline"),
         _cloze("VisualClozeGenerationPipeline", {}),
         _cloze("VisualClozePipeline", {"upsampling_height": SIDE, "upsampling_width": SIDE}),
@@ -46,9 +46,11 @@ def samples() -> list[Sample]:
         _klein("Flux2KleinPipeline", {**_TEXT2, "height": SIDE, "width": 48}),
         _klein(
             "Flux2KleinInpaintPipeline",
-            {**_TEXT2, "height": SIDE, "width": SIDE, "image": picture(), "mask_image": mask()},
+            {**_TEXT2, "height": SIDE, "width": SIDE, "image": input_image(), "mask_image": mask()},
         ),
-        _klein("Flux2KleinKVPipeline", {**_TEXT2, "height": SIDE, "width": SIDE, "image": picture()}, distilled=True),
+        _klein(
+            "Flux2KleinKVPipeline", {**_TEXT2, "height": SIDE, "width": SIDE, "image": input_image()}, distilled=True
+        ),
     ]
 
 
@@ -91,7 +93,7 @@ def _cloze(name: str, inputs: dict[str, Any]) -> Sample:
         "task_prompt": "Each row is a picture and its lines.",
         "content_prompt": PROMPT,
         # Rows of a question and its answer; the last answer is to be made.
-        "image": [[picture(), picture(1)], [picture(2), None]],
+        "image": [[input_image(), input_image(1)], [input_image(2), None]],
         "max_sequence_length": 32,
         "num_inference_steps": 2,
         **inputs,
@@ -116,7 +118,7 @@ def _redux(name: str) -> Sample:
     }
     # Without text encoders it has states of the width of the original's.
     read = {part: made for part, made in _parts().items() if part.startswith(("text", "token"))}
-    return Sample(name, {**components, **read}, {"image": picture(), "prompt": PROMPT})
+    return Sample(name, {**components, **read}, {"image": input_image(), "prompt": PROMPT})
 
 
 def _flux2(name: str, inputs: dict[str, Any]) -> Sample:

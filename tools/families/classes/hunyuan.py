@@ -33,9 +33,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from triptych.tools.families.case import PROMPT, SIDE, picture
+from triptych.tools.families.case import PROMPT, SIDE, input_image
 from triptych.tools.families.classes import Sample
-from triptych.tools.make_model import text, vaes, video
+from triptych.tools.make_model import ltx_hunyuan, text, vaes
 from triptych.tools.make_model.recipe import Component
 from triptych.tools.make_model.text import VISION_VOCABULARY_SIZE, VOCABULARY_SIZE, WIDTH
 
@@ -62,11 +62,11 @@ _VIDEO15: dict[str, Any] = {"prompt": PROMPT, "negative_prompt": "grey", "num_fr
 
 def samples() -> list[Sample]:
     """Those of all generations."""
-    seen = {"image": picture()}
+    seen = {"image": input_image()}
     return [
         _dit("HunyuanDiTPipeline", _DIT),
         _dit("HunyuanDiTPAGPipeline", {**_DIT, "pag_scale": 2.0}),
-        _dit("HunyuanDiTControlNetPipeline", {**_DIT, "control_image": picture()}, controlnet=_dit_net),
+        _dit("HunyuanDiTControlNetPipeline", {**_DIT, "control_image": input_image()}, controlnet=_dit_net),
         Sample(
             "HunyuanImagePipeline",
             {
@@ -92,7 +92,7 @@ def samples() -> list[Sample]:
         Sample("HunyuanVideo15Pipeline", _video15(), {**_VIDEO15, "height": 32, "width": 32}),
         Sample(
             "HunyuanVideo15ImageToVideoPipeline",
-            {**video.hunyuan_video().components, "guider": lambda: ClassifierFreeGuidance(guidance_scale=4.0)},
+            {**ltx_hunyuan.hunyuan_video().components, "guider": lambda: ClassifierFreeGuidance(guidance_scale=4.0)},
             {**_VIDEO15, **seen},
         ),
     ]
@@ -269,7 +269,7 @@ def _video_of_picture(name: str) -> Sample:
         "image_emb_len": 4,
     }
     return Sample(
-        name, components, {**_VIDEO, "max_sequence_length": 160, "image": picture(), "prompt_template": template}
+        name, components, {**_VIDEO, "max_sequence_length": 160, "image": input_image(), "prompt_template": template}
     )
 
 
@@ -314,13 +314,13 @@ def _framepack(name: str) -> Sample:
         ),
         feature_extractor=lambda: SiglipImageProcessorPil(size={"height": 32, "width": 32}),
     )
-    return Sample(name, components, {**_VIDEO, "num_frames": 9, "latent_window_size": 3, "image": picture()})
+    return Sample(name, components, {**_VIDEO, "num_frames": 9, "latent_window_size": 3, "image": input_image()})
 
 
 def _video15() -> dict[str, Component | None]:
     made = {
         name: value
-        for name, value in video.hunyuan_video().components.items()
+        for name, value in ltx_hunyuan.hunyuan_video().components.items()
         if name not in ("image_encoder", "feature_extractor")
     }
     return {**made, "guider": lambda: ClassifierFreeGuidance(guidance_scale=4.0)}

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from triptych.tools.families.case import picture
+from triptych.tools.families.case import input_image
 from triptych.tools.families.classes import Sample
-from triptych.tools.families.classes.stable import FROM_IMAGE, TEXT, xl
+from triptych.tools.families.classes.stable_diffusion import FROM_IMAGE, TEXT, xl
 from triptych.tools.make_model.text import WIDTH
 
 _SENTENCES = (
@@ -34,7 +34,9 @@ def samples() -> list[Sample]:
     return [
         Sample("KolorsPipeline", parts, text, needs),
         Sample("KolorsPAGPipeline", parts, text, needs),
-        Sample("KolorsImg2ImgPipeline", parts, {**FROM_IMAGE, "image": picture(), "max_sequence_length": 32}, needs),
+        Sample(
+            "KolorsImg2ImgPipeline", parts, {**FROM_IMAGE, "image": input_image(), "max_sequence_length": 32}, needs
+        ),
     ]
 
 

@@ -16,30 +16,30 @@ from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from diffusers.pipelines.ltx2.pipeline_ltx2_hdr_lora import LTX2HDRReferenceCondition
 from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
 
-from triptych.tools.families.case import PROMPT, SIDE, film, picture
+from triptych.tools.families.case import PROMPT, SIDE, input_image, video_frames
 from triptych.tools.families.classes import Sample
-from triptych.tools.make_model import text, video
+from triptych.tools.make_model import ltx_hunyuan, text
 from triptych.tools.make_model.recipe import Component
 
 _TEXT: dict[str, Any] = {"prompt": PROMPT, "max_sequence_length": 64, "num_inference_steps": 2}
 _VIDEO: dict[str, Any] = {**_TEXT, "height": SIDE, "width": SIDE, "num_frames": 9, "negative_prompt": "grey"}
-_FRAMES: dict[str, Any] = {"height": SIDE, "width": SIDE, "video": film(9)}
+_FRAMES: dict[str, Any] = {"height": SIDE, "width": SIDE, "video": video_frames(9)}
 
 
 def samples() -> list[Sample]:
     """Those of both."""
-    conditions = [LTX2VideoCondition(picture())]
+    conditions = [LTX2VideoCondition(input_image())]
     return [
         _ltx("LTXPipeline", _VIDEO),
-        _ltx("LTXImageToVideoPipeline", {**_VIDEO, "image": picture()}),
-        _ltx("LTXConditionPipeline", {**_VIDEO, "image": picture()}, scheduler=_plain),
+        _ltx("LTXImageToVideoPipeline", {**_VIDEO, "image": input_image()}),
+        _ltx("LTXConditionPipeline", {**_VIDEO, "image": input_image()}, scheduler=_plain),
         _ltx(
             "LTXI2VLongMultiPromptPipeline",
             {
                 **_VIDEO,
                 "prompt": f"{PROMPT} | the same in snow",
                 "num_frames": 25,
-                "cond_image": picture(),
+                "cond_image": input_image(),
                 "temporal_tile_size": 16,
                 "temporal_overlap": 8,
                 "decode_horizontal_tiles": 1,
@@ -50,7 +50,7 @@ def samples() -> list[Sample]:
         Sample(
             "LTXLatentUpsamplePipeline",
             {
-                "vae": video.ltx().components["vae"],
+                "vae": ltx_hunyuan.ltx().components["vae"],
                 "latent_upsampler": lambda: LTXLatentUpsamplerModel(
                     in_channels=8, mid_channels=32, num_blocks_per_stage=1
                 ),
@@ -58,31 +58,31 @@ def samples() -> list[Sample]:
             _FRAMES,
         ),
         _ltx2("LTX2Pipeline", _VIDEO),
-        _ltx2("LTX2ImageToVideoPipeline", {**_VIDEO, "image": picture(), "image_crf": 0}),
+        _ltx2("LTX2ImageToVideoPipeline", {**_VIDEO, "image": input_image(), "image_crf": 0}),
         _ltx2("LTX2ConditionPipeline", {**_VIDEO, "conditions": conditions}, audio_scheduler=None),
         _ltx2(
             "LTX2InContextPipeline",
-            {**_VIDEO, "reference_conditions": [LTX2ReferenceCondition(film(9), strength=0.8)]},
+            {**_VIDEO, "reference_conditions": [LTX2ReferenceCondition(video_frames(9), strength=0.8)]},
             without=("duration_head",),
             audio_scheduler=None,
         ),
         _ltx2(
             "LTX2HDRPipeline",
-            {**_VIDEO, "reference_conditions": [LTX2HDRReferenceCondition(film(9))]},
+            {**_VIDEO, "reference_conditions": [LTX2HDRReferenceCondition(video_frames(9))]},
             without=("duration_head", "processor", "prompt_enhancer"),
             audio_scheduler=None,
         ),
         Sample(
             "LTX2LatentUpsamplePipeline",
-            {"vae": video.ltx2().components["vae"], "latent_upsampler": _upsampler},
+            {"vae": ltx_hunyuan.ltx2().components["vae"], "latent_upsampler": _upsampler},
             {**_FRAMES, "num_frames": 9},
         ),
         Sample(
             "LTX2VideoDiffusionDecodePipeline",
             {
-                "diffusion_decoder": video.ltx25().components["diffusion_decoder"],
+                "diffusion_decoder": ltx_hunyuan.ltx25().components["diffusion_decoder"],
                 "scheduler": FlowMatchEulerDiscreteScheduler,
-                "vae": video.ltx2().components["vae"],
+                "vae": ltx_hunyuan.ltx2().components["vae"],
             },
             {"latents": _latents(2)},
         ),
@@ -117,7 +117,7 @@ _ROUND: dict[str, Any] = {"sigmas": [1.0, 0.6], "max_sequence_length": 64}
 
 
 def _ltx(name: str, inputs: dict[str, Any], **more: Component | None) -> Sample:
-    return Sample(name, {**video.ltx().components, **more}, inputs)
+    return Sample(name, {**ltx_hunyuan.ltx().components, **more}, inputs)
 
 
 def _plain() -> FlowMatchEulerDiscreteScheduler:
@@ -125,14 +125,14 @@ def _plain() -> FlowMatchEulerDiscreteScheduler:
 
 
 def _ltx2(name: str, inputs: dict[str, Any], without: tuple[str, ...] = (), **more: Component | None) -> Sample:
-    components = {part: made for part, made in video.ltx2().components.items() if part not in without}
+    components = {part: made for part, made in ltx_hunyuan.ltx2().components.items() if part not in without}
     # As that of the original: the class sets it where it reads a prompt, and asks for it later.
     components["tokenizer"] = lambda: text.chat_tokenizer(padding_side="left")
     return Sample(name, {**components, **more}, inputs)
 
 
 def _keyframed() -> LTX2VideoTransformer3DModel:
-    return LTX2VideoTransformer3DModel(**video.ltx2_transformer(), use_keyframes_abs_pos_embedding=True)
+    return LTX2VideoTransformer3DModel(**ltx_hunyuan.ltx2_transformer(), use_keyframes_abs_pos_embedding=True)
 
 
 def _upsampler(**changes: Any) -> LTX2LatentUpsamplerModel:

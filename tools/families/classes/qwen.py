@@ -6,16 +6,16 @@ from typing import Any
 
 from diffusers import AutoencoderKLQwenImage, QwenImageControlNetModel, QwenImageTransformer2DModel
 
-from triptych.tools.families.case import PROMPT, SMALL, SQUARE, VISION, mask, picture
+from triptych.tools.families.case import PROMPT, SMALL, SQUARE, VISION, input_image, mask
 from triptych.tools.families.classes import Sample
-from triptych.tools.make_model import looking, qwen
+from triptych.tools.make_model import ideogram, qwen
 from triptych.tools.make_model.recipe import Component
 from triptych.tools.make_model.text import WIDTH
 
 _TEXT: dict[str, Any] = {"prompt": PROMPT, "negative_prompt": "grey", "max_sequence_length": 32, **SMALL}
-_IMAGE: dict[str, Any] = {**_TEXT, **SQUARE, "image": picture(), "strength": 0.7}
+_IMAGE: dict[str, Any] = {**_TEXT, **SQUARE, "image": input_image(), "strength": 0.7}
 _MASKED: dict[str, Any] = {**_IMAGE, "mask_image": mask()}
-_EDIT: dict[str, Any] = {"prompt": PROMPT, "negative_prompt": "grey", "num_inference_steps": 2, "image": picture()}
+_EDIT: dict[str, Any] = {"prompt": PROMPT, "negative_prompt": "grey", "num_inference_steps": 2, "image": input_image()}
 
 
 def samples() -> list[Sample]:
@@ -25,12 +25,14 @@ def samples() -> list[Sample]:
         Sample("QwenImageImg2ImgPipeline", _components(), _IMAGE),
         Sample("QwenImageInpaintPipeline", _components(), _MASKED),
         Sample(
-            "QwenImageControlNetPipeline", {**_components(), "controlnet": _net}, {**_TEXT, "control_image": picture()}
+            "QwenImageControlNetPipeline",
+            {**_components(), "controlnet": _net},
+            {**_TEXT, "control_image": input_image()},
         ),
         Sample(
             "QwenImageControlNetInpaintPipeline",
             {**_components(), "controlnet": lambda: _net(extra_condition_channels=4)},
-            {**_TEXT, **SQUARE, "control_image": picture(), "control_mask": mask()},
+            {**_TEXT, **SQUARE, "control_image": input_image(), "control_mask": mask()},
         ),
         _editing("QwenImageEditPipeline", qwen.edit().components, {**_EDIT, **SQUARE}),
         _editing(
@@ -41,14 +43,14 @@ def samples() -> list[Sample]:
         _editing(
             "QwenImageEditPlusPipeline",
             qwen.edit_plus().components,
-            {**_EDIT, **SQUARE, "image": [picture(), picture(1)]},
+            {**_EDIT, **SQUARE, "image": [input_image(), input_image(1)]},
         ),
         _editing(
             "QwenImageLayeredPipeline",
             {**qwen.layered().components, "transformer": _layered, "vae": _transparent},
-            {**_EDIT, "image": picture().convert("RGBA"), "layers": 2},
+            {**_EDIT, "image": input_image().convert("RGBA"), "layers": 2},
         ),
-        _editing("QwenImage21Pipeline", looking.qwenimage21(turbo=False).components, {"prompt": PROMPT, **SMALL}),
+        _editing("QwenImage21Pipeline", ideogram.qwenimage21(turbo=False).components, {"prompt": PROMPT, **SMALL}),
     ]
 
 

@@ -17,9 +17,9 @@ from diffusers import (
 )
 from transformers import Gemma2Config, Gemma2Model, GemmaConfig, GemmaModel
 
-from triptych.tools.families.case import PROMPT, SIDE, picture
+from triptych.tools.families.case import PROMPT, SIDE, input_image
 from triptych.tools.families.classes import Sample
-from triptych.tools.make_model import classic, text, vaes
+from triptych.tools.make_model import classic_pipelines, text, vaes
 from triptych.tools.make_model.recipe import Component
 from triptych.tools.make_model.text import TEXT_LENGTH, WIDTH
 
@@ -38,26 +38,26 @@ _VIDEO: dict[str, Any] = {**_GUIDED, "height": 32, "width": 32, "frames": 5}
 def samples() -> list[Sample]:
     """Those of all three."""
     return [
-        Sample("SanaPipeline", classic.sana().components, _GUIDED),
+        Sample("SanaPipeline", classic_pipelines.sana().components, _GUIDED),
         Sample(
             "SanaPAGPipeline",
-            {**classic.sana().components, "scheduler": FlowMatchEulerDiscreteScheduler},
+            {**classic_pipelines.sana().components, "scheduler": FlowMatchEulerDiscreteScheduler},
             {**_GUIDED, "pag_scale": 2.0},
         ),
         Sample(
             "SanaControlNetPipeline",
-            {**classic.sana().components, "transformer": _two, "controlnet": _net},
-            {**_GUIDED, "control_image": picture()},
+            {**classic_pipelines.sana().components, "transformer": _two, "controlnet": _net},
+            {**_GUIDED, "control_image": input_image()},
         ),
         Sample("SanaSprintPipeline", _sprint(), _BINNED),
-        Sample("SanaSprintImg2ImgPipeline", _sprint(), {**_BINNED, "image": picture(), "strength": 0.5}),
+        Sample("SanaSprintImg2ImgPipeline", _sprint(), {**_BINNED, "image": input_image(), "strength": 0.5}),
         Sample("SanaVideoPipeline", {**_video(), "scheduler": _dpm}, _VIDEO),
-        Sample("SanaImageToVideoPipeline", _video(), {**_VIDEO, "image": picture()}),
-        Sample("PixArtSigmaPipeline", classic.pixart().components, _GUIDED),
-        Sample("PixArtAlphaPipeline", classic.pixart().components, _GUIDED),
+        Sample("SanaImageToVideoPipeline", _video(), {**_VIDEO, "image": input_image()}),
+        Sample("PixArtSigmaPipeline", classic_pipelines.pixart().components, _GUIDED),
+        Sample("PixArtAlphaPipeline", classic_pipelines.pixart().components, _GUIDED),
         Sample(
             "PixArtSigmaPAGPipeline",
-            {**classic.pixart().components, "transformer": lambda: _pixart(2)},
+            {**classic_pipelines.pixart().components, "transformer": lambda: _pixart(2)},
             {**_GUIDED, "pag_scale": 2.0},
         ),
         _lumina("LuminaPipeline"),
@@ -93,7 +93,7 @@ def _net() -> SanaControlNetModel:
 
 def _sprint() -> dict[str, Component | None]:
     return {
-        **classic.sana().components,
+        **classic_pipelines.sana().components,
         "transformer": lambda: SanaTransformer2DModel(
             **_transformer(qk_norm="rms_norm_across_heads", guidance_embeds=True)
         ),
@@ -103,7 +103,7 @@ def _sprint() -> dict[str, Component | None]:
 
 def _video() -> dict[str, Component | None]:
     return {
-        **classic.sana().components,
+        **classic_pipelines.sana().components,
         "transformer": lambda: SanaVideoTransformer3DModel(
             **_transformer(
                 patch_size=(1, 2, 2),

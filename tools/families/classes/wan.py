@@ -17,7 +17,7 @@ from diffusers import (
     WanVACETransformer3DModel,
 )
 
-from triptych.tools.families.case import PROMPT, VIDEO, film, mask, picture
+from triptych.tools.families.case import PROMPT, VIDEO, input_image, mask, video_frames
 from triptych.tools.families.classes import Sample
 from triptych.tools.make_model import text, vaes, wan
 from triptych.tools.make_model.recipe import Component
@@ -35,18 +35,18 @@ def samples() -> list[Sample]:
     """Those of Wan, and of others with its VAE."""
     return [
         Sample("WanPipeline", wan.t2v().components, {**_TEXT, **VIDEO}),
-        Sample("WanImageToVideoPipeline", wan.i2v().components, {**_TEXT, **VIDEO, "image": picture()}),
+        Sample("WanImageToVideoPipeline", wan.i2v().components, {**_TEXT, **VIDEO, "image": input_image()}),
         Sample(
             "WanVideoToVideoPipeline",
             _parts(lambda: WanTransformer3DModel(**_transformer())),
-            {**_SMALL_OF_FILM, "video": film(5)},
+            {**_SMALL_OF_FILM, "video": video_frames(5)},
         ),
         _vace("WanVACEPipeline"),
         _animate("WanAnimatePipeline"),
         Sample(
             "LucyEditPipeline",
             _parts(lambda: WanTransformer3DModel(**_transformer(in_channels=8)), transformer_2=None),
-            {**_SMALL, "video": film(5)},
+            {**_SMALL, "video": video_frames(5)},
         ),
         Sample(
             "ChronoEditPipeline",
@@ -55,7 +55,7 @@ def samples() -> list[Sample]:
                 "image_encoder": text.clip_vision,
                 "image_processor": text.clip_pictures,
             },
-            {**_SMALL, "image": picture()},
+            {**_SMALL, "image": input_image()},
         ),
         Sample(
             "AnyFlowPipeline",
@@ -77,10 +77,10 @@ def samples() -> list[Sample]:
         _skyreels("SkyReelsV2Pipeline", _SMALL),
         _skyreels_of_picture("SkyReelsV2ImageToVideoPipeline"),
         _skyreels("SkyReelsV2DiffusionForcingPipeline", _FORCING),
-        _skyreels("SkyReelsV2DiffusionForcingImageToVideoPipeline", {**_FORCING, "image": picture()}),
+        _skyreels("SkyReelsV2DiffusionForcingImageToVideoPipeline", {**_FORCING, "image": input_image()}),
         _skyreels(
             "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
-            {**_FORCING, "video": film(5), "num_frames": 13, "overlap_history": 5},
+            {**_FORCING, "video": video_frames(5), "num_frames": 13, "overlap_history": 5},
         ),
         Sample(
             "HeliosPipeline", wan.helios("HeliosPipeline", wan.helios_flat).components, {**_SMALL, "num_frames": 33}
@@ -129,7 +129,7 @@ def _vace(name: str) -> Sample:
     # Twice the latents of the video, and a mask of as many channels as a latent has pixels.
     changes = {"vace_layers": [0, 1], "vace_in_channels": 2 * 4 + 8 * 8}
     components = _parts(lambda: WanVACETransformer3DModel(**_transformer(**changes)), transformer_2=None)
-    follow = {"video": film(5), "mask": [mask()] * 5, "reference_images": [picture(9)]}
+    follow = {"video": video_frames(5), "mask": [mask()] * 5, "reference_images": [input_image(9)]}
     return Sample(name, components, {**_SMALL, **follow})
 
 
@@ -150,8 +150,8 @@ def _animate(name: str) -> Sample:
         image_encoder=text.clip_vision,
         image_processor=text.clip_pictures,
     )
-    faces = [frame.resize((16, 16)) for frame in film(5)]
-    inputs = {**_SMALL_OF_FILM, "image": picture(), "pose_video": film(5), "face_video": faces}
+    faces = [frame.resize((16, 16)) for frame in video_frames(5)]
+    inputs = {**_SMALL_OF_FILM, "image": input_image(), "pose_video": video_frames(5), "face_video": faces}
     return Sample(name, components, {**inputs, "segment_frame_length": 5})
 
 
@@ -172,7 +172,7 @@ def _skyreels_of_picture(name: str) -> Sample:
         "image_encoder": text.clip_vision_projection,
         "image_processor": text.clip_pictures,
     }
-    return Sample(name, {**_skyreels_parts(**_SEEING), **eyes}, {**_SMALL, "image": picture()})
+    return Sample(name, {**_skyreels_parts(**_SEEING), **eyes}, {**_SMALL, "image": input_image()})
 
 
 def _skyreels_parts(**changes: Any) -> dict[str, Component | None]:

@@ -1,0 +1,165 @@
+"""What `triptych up` shows: who is loading, who is ready, and where the API is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import TYPE_CHECKING, Final
+
+import httpx
+from rich.live import Live
+from rich.markup import escape
+
+from triptych.actors.command._console import rows_of, styled, table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from triptych.actors.runtime.system_messages import ChildReport
+    from triptych.actors.topology.topology import Component, Topology
+
+_READY_EVERY_S: Final = 0.1
+_READY_TIMEOUT_S: Final = 5.0
+
+
+class Display:
+    """Plain lines, one for each change."""
+
+    def __init__(self, console: Console, topology: Topology) -> None:
+        self.console = console
+        self.topology = topology
+        self._states: dict[str, str] = {}
+        self._serves_http = False
+        self._all_ready = asyncio.Event()
+        self._api_ready = asyncio.Event()
+        self._begun = time.monotonic()
+
+    @contextlib.contextmanager
+    def showing(self, components: Sequence[Component]) -> Iterator[None]:
+        """For as long as the components run."""
+        self._states = dict.fromkeys((component.name for component in components), "")
+        self._serves_http = any(component.kind == "api" for component in components)
+        yield
+
+    def changed(self, report: ChildReport) -> None:
+        """One child has a new state."""
+        if report.state == self._states.get(report.name):
+            self.progressed(report)
+            return
+        self._states[report.name] = report.state
+        self.show(report)
+        if report.kind == "api" and report.state == "ready":
+            self._api_ready.set()
+        if all(state in ("ready", "asleep") for state in self._states.values()):
+            self._all_ready.set()
+
+    def progressed(self, report: ChildReport) -> None:
+        """One child says more about the state that it has: the log has it, at longer intervals."""
+
+    def show(self, report: ChildReport) -> None:
+        """Print the change."""
+        self.console.print(line(report))
+
+    async def announce_readiness(self) -> None:
+        """Print the URL once `GET /ready` says that the cluster takes requests."""
+        if self._serves_http:
+            await self._api_ready.wait()
+            await _until_ready(self.topology.url)
+            self.ready(f"[bold green]Triptych is ready[/] on [bold]{escape(self.topology.url)}[/]")
+        else:
+            await self._all_ready.wait()
+            self.ready(f"[bold green]{escape(', '.join(self._states))} ready[/]")
+
+    def ready(self, sentence: str) -> None:
+        """Everything is up."""
+        self.console.print(f"{sentence} after {time.monotonic() - self._begun:.1f} s. Ctrl-C stops it.")
+
+
+class LiveDisplay(Display):
+    """On a terminal: a table while it starts, lines after that."""
+
+    def __init__(self, console: Console, topology: Topology) -> None:
+        super().__init__(console, topology)
+        self._reports: dict[str, ChildReport] = {}
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._starting = True
+
+    @contextlib.contextmanager
+    def showing(self, components: Sequence[Component]) -> Iterator[None]:
+        """For as long as the components run."""
+        with super().showing(components), self._live:
+            yield
+
+    def show(self, report: ChildReport) -> None:
+        """Redraw the table; once it is gone, print the change."""
+        self._reports[report.name] = report
+        if not self._starting:
+            self.console.print(line(report))
+            return
+        if report.reason:
+            self.console.print(line(report))  # above the table, and it stays
+        self._live.update(self._table(), refresh=True)
+
+    def progressed(self, report: ChildReport) -> None:
+        """Redraw the table."""
+        self._reports[report.name] = report
+        if self._starting:
+            self._live.update(self._table(), refresh=True)
+
+    def ready(self, sentence: str) -> None:
+        """Leave the table as it is, and go on with lines."""
+        self._starting = False
+        self._live.stop()
+        self.console.print(self._table())
+        super().ready(sentence)
+
+    def _table(self) -> Table:
+        reports = [self._reports[name] for name in self._states if name in self._reports]
+        rows = [
+            (report.name, styled(report.state), str(report.pid or ""), escape(own_detail(report))) for report in reports
+        ]
+        return rows_of(table("name", "state", "pid", ""), rows)
+
+
+def make_display(console: Console, topology: Topology) -> Display:
+    """The display that suits the console."""
+    return LiveDisplay(console, topology) if console.is_terminal else Display(console, topology)
+
+
+def own_detail(report: ChildReport) -> str:
+    """The detail of a child without the name of the actor that told it, where that is one of its own."""
+    name, _, rest = report.detail.partition(": ")
+    return rest if name.startswith(f"{report.name}.") else report.detail
+
+
+def line(report: ChildReport) -> str:
+    """One child as a line of rich markup."""
+    name, reason = f"{report.name:<14}", escape(report.reason)
+    match report.state:
+        case "failed":
+            return f"{name} [bold red]cannot start:[/] {reason}"
+        case "delayed":
+            return f"{name} [bold yellow]cannot start yet:[/] {reason}; it is tried again"
+        case "gave_up":
+            return f"{name} [bold red]given up:[/] {reason}"
+        case "backoff" if report.reason:
+            return f"{name} [yellow]ended[/] ({reason}), starting it again"
+        case "stopped" if report.reason:
+            return f"{name} [dim]stopped[/] ({reason})"
+        case state:
+            return f"{name} {styled(state)}" + (f" [dim](pid {report.pid})[/]" if state == "loading" else "")
+
+
+async def _until_ready(url: str) -> None:
+    async with httpx.AsyncClient(base_url=url, timeout=_READY_TIMEOUT_S) as http:
+        while True:
+            try:
+                if (await http.get("/ready")).is_success:
+                    return
+            except httpx.HTTPError:
+                pass  # the API is being restarted: its own line says so
+            await asyncio.sleep(_READY_EVERY_S)

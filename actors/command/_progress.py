@@ -1,0 +1,76 @@
+"""Follow a request from a terminal: a bar of its steps, until its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import httpx
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from triptych.api.client import ClientError, read_json, summarize_causes, unreachable
+
+POLL_EVERY_S: Final = 0.2
+API_AWAY_TIMEOUT_S: Final = 30.0
+"""How long the API may be away, as it is when it is restarted."""
+
+
+def wait_until_finished(
+    http: httpx.Client, request: dict[str, Any], pause: Callable[[float], None] = time.sleep
+) -> dict[str, Any]:
+    """Wait until a request has come to its end, and show how far it is.
+
+    Args:
+        http: With the base URL of the API.
+        request: As `GET /v1/requests/{id}` answers.
+        pause: Sleeps so many seconds.
+
+    Returns:
+        The request as it ended.
+
+    Raises:
+        ClientError: The request failed, or the API is unreachable.
+    """
+    columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # On standard error, and gone when it is done, so that what was asked for stands alone.
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task(state_in_words(request), total=None)
+        while not request["terminal"]:
+            pause(POLL_EVERY_S)
+            request = _fetch(http, request["id"], pause)
+            unit = request["units"][0]
+            # A unit counts its steps while it denoises, and they are done when it does no more.
+            steps = max(unit["step"], progress.tasks[bar].completed)
+            progress.update(
+                bar, description=state_in_words(request), completed=steps, total=unit["total_steps"] or None
+            )
+    if request["state"] != "DONE":
+        raise ClientError(f"the request is {request['state']}: {failure_reason(request)}")
+    return request
+
+
+def state_in_words(request: dict[str, Any]) -> str:
+    """The state in small letters, such as "denoising running"."""
+    return str(request["state"]).lower().replace("_", " ")
+
+
+def failure_reason(request: dict[str, Any]) -> str:
+    """Why a request came to no good end."""
+    return summarize_causes(cause for unit in request["units"] for cause in unit["causes"]) or "no reason is known"
+
+
+def _fetch(http: httpx.Client, request_id: str, pause: Callable[[float], None]) -> dict[str, Any]:
+    left_s = API_AWAY_TIMEOUT_S
+    while True:
+        try:
+            answer = http.get(f"/v1/requests/{request_id}")
+        except httpx.TransportError as error:
+            if left_s <= 0:
+                raise unreachable(str(http.base_url), error) from error
+        else:
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or left_s <= 0:
+                return read_json(answer)
+        pause(POLL_EVERY_S)
+        left_s -= POLL_EVERY_S

@@ -1,0 +1,90 @@
+"""What a topology needs of this machine, looked at before anything is started."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from triptych.actors.errors import TopologyError
+from triptych.api.keys import ApiKeysError, load_api_keys
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from triptych.actors.topology.topology import Component, Model, Topology
+
+_DEVICES: Final = ("nvidia[0-9]*", "nvidiactl", "kfd", "dxg")  # NVIDIA, AMD, and either of them under Windows
+
+
+def preflight(topology: Topology, components: Sequence[Component], *, file: str = "") -> None:
+    """Raise `TopologyError` for the first thing that this machine lacks to run `components`.
+
+    `file` is what the error calls the topology, by default its absolute path. Nothing large is imported, so what
+    only torch can tell is left to the roles themselves.
+    """
+    file = file or str(topology.path)
+    kinds = {component.kind for component in components}
+    if kinds - {"api"}:
+        for model in topology.models:
+            _check_model(topology, model, file)
+            _check_adapters(topology, model, file)
+    if "api" in kinds:
+        _check_keys(topology, file)
+    if any(component.quantization != "none" for component in components) and not _is_installed("torchao"):
+        fix = 'install it with pip install "triptych[quantization]", or use "none"'
+        raise TopologyError(file, "[[roles]] quantization", "needs torchao, which is missing", fix)
+    if "pool" in kinds and topology.engine == "mooncake" and not _is_installed("mooncake"):
+        fix = 'install it with pip install "triptych[mooncake]", or use engine = "shm"'
+        raise TopologyError(file, '[transfer] engine = "mooncake"', "needs the mooncake engine, which is missing", fix)
+    for component in components:
+        if component.on_gpu and not has_accelerator():
+            fix = 'use device = "cpu", or run it on a machine with an accelerator'
+            problem = f'= "{component.device}" for {component.name}, but this machine shows no such device'
+            raise TopologyError(file, "[[roles]] device", problem, fix)
+
+
+def has_accelerator(devices: Path = Path("/dev")) -> bool:
+    """Whether a driver has put an accelerator into `devices`."""
+    return any(True for pattern in _DEVICES for _ in devices.glob(pattern))
+
+
+def _check_model(topology: Topology, model: Model, file: str) -> None:
+    source, where = model.source, "[model]" if len(topology.models) == 1 else f'[[models]] "{model.name}"'
+    if source.problem:
+        written = getattr(model.section, source.key)
+        key = f'{source.key} = "{written}"' if written and isinstance(written, str) else source.key
+        raise TopologyError(file, f"{where} {key}", source.problem, source.fix)
+    if any(path.suffix == ".gguf" for path in source.files) and not _is_installed("gguf"):
+        fix = 'install it with pip install "triptych[gguf]"'
+        raise TopologyError(file, f"{where} path", "needs the package gguf, which is missing", fix)
+
+
+def _check_adapters(topology: Topology, model: Model, file: str) -> None:
+    loras = [("lora", key, getattr(lora, key)) for lora in model.section.lora for key in ("path", "path_2")]
+    embeddings = [("embeddings", "path", embedding.path) for embedding in model.section.embeddings]
+    for section, key, written in (*loras, *embeddings):
+        path = model.absolute(written)
+        table = f"[[model.{section}]]" if len(topology.models) == 1 else f'[[models.{section}]] of "{model.name}"'
+        where = f'{table} {key} = "{written}"'
+        if (key, written) == ("path_2", ""):
+            continue
+        if not path.exists():
+            fix = "give a file or folder, relative to the topology file or absolute"
+            raise TopologyError(file, where, f"does not exist ({path})", fix)
+        if path.is_file() and path.suffix != ".safetensors":
+            fix = "convert it: no other format is read, since those can run code"
+            raise TopologyError(file, where, "is no .safetensors file", fix)
+
+
+def _check_keys(topology: Topology, file: str) -> None:
+    if topology.keys_path is None:
+        return
+    try:
+        load_api_keys(topology.keys_path)
+    except ApiKeysError as error:
+        raise TopologyError(file, f'[api] keys_file = "{topology.api.keys_file}"', error.problem, error.fix) from error
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

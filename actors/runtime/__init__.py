@@ -1,0 +1,1 @@
+"""The actor runtime: actors, their mailboxes' loop, handlers, heartbeats."""

@@ -1,0 +1,225 @@
+"""One actor and its mailbox: takes messages in at once, and runs the handlers one at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import structlog
+
+from triptych.actors.errors import OF_THE_MACHINE, ActorCrashedError, StartDelayedError, StartError, describe
+from triptych.actors.runtime.actor import LOADING, READY
+from triptych.actors.runtime.deferred_reply import DeferredReply
+from triptych.actors.runtime.system_messages import SYSTEM_MESSAGES, DeadLetterQuery, DeadLetterReport
+from triptych.bus import (
+    AddressError,
+    DeadLetter,
+    Delivery,
+    EnvelopeKind,
+    FailureCode,
+    Mailbox,
+    Outbox,
+    RefusedError,
+    current_traceparent,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from triptych.actors.runtime.actor import Actor
+    from triptych.actors.runtime.address_book import AddressBook
+    from triptych.actors.runtime.handlers import Handler
+
+_MAX_RECENT_DEAD_LETTERS: Final = 100
+_MIN_MAILBOX_CAPACITY: Final = 1024  # messages that the mailbox may read at once, before they are counted here
+
+
+class QueuedMessage(NamedTuple):
+    """A message that waits for its handler, and the trace that it belongs to."""
+
+    delivery: Delivery
+    traceparent: str
+
+
+class ActorCell:
+    """Runs one actor.
+
+    Messages for the actor's handlers wait here, bounded by the actor's `mailbox_capacity`, so that system messages
+    are answered while a handler runs and while the actor still loads.
+
+    Args:
+        actor: not yet started.
+        address: of its mailbox.
+        on_system: answers a system message; called between two messages, so it must not block.
+        on_crash: told what went wrong when the actor cannot go on.
+
+    """
+
+    def __init__(
+        self,
+        actor: Actor,
+        address: str,
+        *,
+        generation: int,
+        restarts: int,
+        address_book: AddressBook,
+        on_system: Callable[[ActorCell, Delivery], None],
+        on_crash: Callable[[Actor, BaseException], None],
+    ) -> None:
+        self.actor = actor
+        self.started = False
+        self.mailbox = Mailbox(
+            actor.name,
+            address,
+            (*actor.handlers.messages, *SYSTEM_MESSAGES),
+            generation=generation,
+            capacity=max(_MIN_MAILBOX_CAPACITY, actor.mailbox_capacity),
+            component_of=address_book.component_of,
+            curve=address_book.keys,
+        )
+        actor.generation, actor.restarts, actor.address_book = generation, restarts, address_book
+        actor.outbox = Outbox(actor.name, generation, curve=address_book.keys)
+        self._on_system = on_system
+        self._crash: Callable[[BaseException], None] = lambda error: on_crash(actor, error)
+        actor._on_crash = self._crash
+        self._queue: deque[QueuedMessage] = deque()
+        self._message_queued = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._closing = False
+
+    @property
+    def depth(self) -> int:
+        """Messages that wait for a handler."""
+        return len(self._queue) + self.mailbox.depth
+
+    async def open(self) -> None:
+        """Bind the mailbox and answer system messages; raises `StartDelayedError` for an address that is taken."""
+        try:
+            await self.mailbox.start()
+        except AddressError as error:
+            raise StartDelayedError(str(error)) from error
+        self._create_task(self._receive_messages(), "mailbox")
+
+    async def start(self) -> None:
+        """Start the actor, then begin to handle messages.
+
+        Raises `StartError`, `StartDelayedError` and `ActorCrashedError`.
+        """
+        _bind_log(self.actor)
+        try:
+            await self.actor.started()
+        except StartError:
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+                raise StartDelayedError(describe(error)) from error
+            raise ActorCrashedError(self.actor.name, error) from error
+        self.started = True
+        if self.actor.state == LOADING:
+            self.actor.set_state(READY)
+        self._create_task(self._run_handlers(), "handlers")
+
+    async def close(self) -> None:
+        """Cancel what still runs, tell who still waits, close the sockets."""
+        self._closing = True
+        tasks = [*self.actor._tasks, *self._tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # what they raise has reached _done
+        while self._queue:
+            self._refuse(self._queue.popleft().delivery, FailureCode.STOPPING, f"{self.actor.name} stops")
+        self.mailbox.close()
+        self.actor.outbox.close()
+
+    def answer_dead_letters(self, delivery: Delivery) -> None:
+        """Answer a `DeadLetterQuery`."""
+        boxes = (self.mailbox.dead_letters, self.actor.outbox.dead_letters)
+        recent: list[DeadLetter] = sorted((letter for box in boxes for letter in box.recent), key=lambda x: x.at)
+        delivery.reply(DeadLetterReport(sum(box.count for box in boxes), tuple(recent[-_MAX_RECENT_DEAD_LETTERS:])))
+
+    def _create_task(self, coroutine: Coroutine[Any, Any, None], what: str) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine, name=f"{self.actor.name}:{what}")
+        task.add_done_callback(self._on_task_done)
+        self._tasks.append(task)
+
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._crash(error)
+
+    async def _receive_messages(self) -> None:
+        while True:
+            delivery = await self.mailbox.receive()
+            if isinstance(delivery.message, SYSTEM_MESSAGES):
+                if isinstance(delivery.message, DeadLetterQuery):
+                    self.answer_dead_letters(delivery)
+                else:
+                    self._on_system(self, delivery)
+            elif len(self._queue) >= self.actor.mailbox_capacity:
+                detail = f"{self.actor.name} has {self.actor.mailbox_capacity} messages waiting"
+                self._refuse(delivery, FailureCode.MAILBOX_FULL, detail)
+            else:
+                self._queue.append(QueuedMessage(delivery, current_traceparent.get()))
+                self._message_queued.set()
+
+    async def _run_handlers(self) -> None:
+        _bind_log(self.actor)
+        while True:
+            while not self._queue:
+                self._message_queued.clear()
+                await self._message_queued.wait()
+            delivery, traceparent = self._queue.popleft()
+            if delivery.expired:
+                self._refuse(delivery, FailureCode.DEADLINE_EXCEEDED, "the deadline passed while it waited")
+                continue
+            current_traceparent.set(traceparent)
+            await self._handle(delivery)
+
+    async def _handle(self, delivery: Delivery) -> None:
+        message = delivery.message
+        handler = self.actor.handlers[type(message)]
+        asked = delivery.envelope.kind is EnvelopeKind.ASK
+        if asked and not handler.replies:
+            what = f"{type(message).__name__} is told, never asked: it has no reply"
+            self._refuse(delivery, FailureCode.REFUSED, what)
+            return
+        request_id = getattr(message, "request_id", None)
+        if request_id is not None:
+            structlog.contextvars.bind_contextvars(request_id=request_id)
+        try:
+            await self._answer(delivery, handler, getattr(self.actor, handler.method)(message))
+        finally:
+            if request_id is not None:
+                structlog.contextvars.unbind_contextvars("request_id")
+
+    async def _answer(self, delivery: Delivery, handler: Handler, making: Coroutine[Any, Any, Any]) -> None:
+        try:
+            reply = await making
+            if isinstance(reply, DeferredReply):
+                self.actor.spawn(self._answer(delivery, handler, reply.coroutine), name=handler.method)
+            elif delivery.envelope.kind is EnvelopeKind.ASK:
+                if not isinstance(reply, handler.replies):
+                    what = f"{handler.method} replied {reply!r} to {type(delivery.message).__name__}"
+                    raise TypeError(what)  # noqa: TRY301
+                delivery.reply(reply)
+        except RefusedError as refused:
+            delivery.fail(refused.code, refused.detail)
+        except asyncio.CancelledError as error:
+            delivery.fail(FailureCode.STOPPING, f"{self.actor.name} stops")
+            if self._closing:
+                raise
+            # Something that the handler waited for was cancelled: as a cancellation it would end this task
+            # without a word, and the actor would never handle a message again.
+            raise RuntimeError(f"{handler.method} was cancelled from within") from error
+        except Exception as error:
+            if not delivery.answered:
+                delivery.fail(FailureCode.HANDLER_FAILED, describe(error))
+            raise
+
+    def _refuse(self, delivery: Delivery, code: FailureCode, detail: str) -> None:
+        self.mailbox.dead_letters.add(code, detail, delivery.envelope)
+        delivery.fail(code, detail)
+
+
+def _bind_log(actor: Actor) -> None:
+    structlog.contextvars.bind_contextvars(actor=actor.name)

@@ -1,0 +1,121 @@
+"""`Actor`: a class whose handlers are read off their annotations."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+import structlog
+
+from triptych.actors.runtime.handlers import Handlers, read_handlers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from triptych.actors.runtime.address_book import AddressBook
+    from triptych.bus import Outbox, Reference
+
+LOADING: Final = "loading"
+READY: Final = "ready"
+ASLEEP: Final = "asleep"
+"""The state of an actor that can work as soon as its weights are in memory again."""
+DRAINING: Final = "draining"
+
+
+class Actor:
+    """One mailbox, one state, one handler at a time.
+
+    Handlers are the public methods whose single parameter is annotated with a `Message` type (or a union of
+    some); the return annotation is the type of the reply, or None for a message that is only told:
+
+        class Counter(Actor):
+            async def add(self, message: Add) -> Total: ...
+
+    A handler that raises `bus.RefusedError` answers with that failure. Anything else that it raises is answered as
+    `handler_failed` and crashes the actor: its process exits, and the supervisor decides.
+    """
+
+    handlers: ClassVar[Handlers] = Handlers()
+    """What this class accepts; read once, when the class is made."""
+
+    mailbox_capacity: ClassVar[int] = 1024
+    """Messages that may wait for a handler; the sender of one more is told that the mailbox is full."""
+
+    name: str
+    """"head", "denoiser-0", "denoiser-0.transfer", ..."""
+    generation: int
+    """Of this incarnation; never repeats. Set before `started`."""
+    restarts: int
+    """Times that this component has been restarted. Set before `started`."""
+    log: structlog.stdlib.BoundLogger
+    """Bound to the name; request_id comes by itself where a message has one."""
+    outbox: Outbox
+    """The way to others. Set before `started`."""
+    address_book: AddressBook
+    """Where others are. Set before `started`."""
+    start_s: dict[str, float]
+    """Seconds that parts of `started` took, such as "weights"; for the log and the supervisor."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.handlers = read_handlers(cls)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.log = structlog.stdlib.get_logger("actor").bind(actor=name)
+        self.state = LOADING
+        self.detail = ""
+        self.start_s = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._on_state: Callable[[], None] = _ignore_state_change
+        self._on_crash: Callable[[BaseException], None] = _raise
+
+    async def started(self) -> None:
+        """Load what the actor needs; it is ready when this returns, unless it has set a state of its own.
+
+        Messages wait meanwhile. Raises `StartError` with a sentence when it can never work, and
+        `StartDelayedError` when it cannot now.
+        """
+
+    async def stopping(self) -> None:
+        """Drain: finish or hand back what is running. Messages are still handled; bounded by `shutdown_s`."""
+
+    def stats(self) -> dict[str, int | float | str | bool]:
+        """Extra facts for an `Inspection`, such as credits; must not block."""
+        return {}
+
+    def watchdog(self) -> str | None:
+        """A reason when work hangs, else None. Asked before each heartbeat; a reason holds the heartbeat back."""
+        return None
+
+    def set_state(self, state: str, detail: str = "") -> None:
+        """Say where this actor is ("loading", "ready", "draining", ...); seen by Inspect and the supervisor."""
+        if (state, detail) != (self.state, self.detail):
+            self.state, self.detail = state, detail
+            self._on_state()
+
+    def reference(self, name: str) -> Reference:
+        """Whom to ask or tell: a component ("head") or an actor within one ("denoiser-0.transfer")."""
+        return self.outbox.reference(name, self.address_book.address(name))
+
+    def spawn(self, coroutine: Coroutine[Any, Any, Any], *, name: str) -> asyncio.Task[Any]:
+        """Run a coroutine as long as the actor lives; an exception in it crashes the actor."""
+        task = asyncio.get_running_loop().create_task(coroutine, name=f"{self.name}:{name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._on_task_done)
+        return task
+
+    def _on_task_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._on_crash(error)
+
+
+def _ignore_state_change() -> None:
+    """An actor that is not in a runtime yet."""
+
+
+def _raise(error: BaseException) -> None:
+    raise error

@@ -1,0 +1,78 @@
+"""The address book: from the name of an actor to where its mailbox is."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Final
+
+from triptych.actors.errors import UnknownNameError
+from triptych.actors.runtime.bus_keys import read_bus_keys
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from triptych.actors.topology.topology import Topology
+    from triptych.bus import CurveKeys
+
+SUPERVISOR: Final = "supervisor"
+
+
+class AddressBook:
+    """Addresses follow from the topology, so nobody has to be asked where somebody is.
+
+    `extra` adds addresses or goes before those of the topology; with `topology=None` it is the whole book.
+    """
+
+    def __init__(self, topology: Topology | None, extra: Mapping[str, str] | None = None) -> None:
+        self._topology = topology
+        self._run_dir: Path | None = topology.run_dir if topology else None
+        self._addresses = {c.name: c.address for c in topology.components} if topology else {}
+        self._addresses.update(extra or {})
+
+    def address(self, name: str) -> str:
+        """Address of a component, of a supervisor, or of an actor within a component ("x.transfer").
+
+        Raises `UnknownNameError`, a `KeyError` with a sentence, for a name that the topology does not lead to.
+        """
+        known = self._addresses.get(name)
+        if known is not None:
+            return known
+        if "." in name:  # within a process there is one context, so only its own actors can be meant
+            return f"inproc://{name}"
+        if self._run_dir is not None and _is_supervisor(name):
+            return f"ipc://{self._run_dir}/{name}"
+        raise UnknownNameError(f"no actor is called {name!r}; known are {', '.join(sorted(self._addresses))}")
+
+    @cached_property
+    def keys(self) -> CurveKeys | None:
+        """Keys of the bus, for whoever opens a mailbox or an outbox; None where it runs without, over ipc.
+
+        Raises `StartError` when they cannot be read.
+        """
+        return read_bus_keys(self._topology) if self._topology else None
+
+    def component_of(self, sender: str) -> str:
+        """Return the component or supervisor that an actor belongs to; "" for one that the topology does not know.
+
+        All actors of a process are of one generation.
+        """
+        component = sender.partition(".")[0]
+        known = component in self._addresses or component.removeprefix(f"{SUPERVISOR}-") in self._addresses
+        return component if known or component == SUPERVISOR else ""
+
+    def supervisors(self) -> tuple[str, ...]:
+        """Names of the supervisors with a socket in the run folder, running or left behind by a crash."""
+        if self._run_dir is None or not self._run_dir.is_dir():
+            return ()
+        sockets = (path.name for path in self._run_dir.iterdir() if path.is_socket())
+        return tuple(sorted(name for name in sockets if _is_supervisor(name)))
+
+
+def supervisor_of(component: str) -> str:
+    """Name of the small supervisor that runs a component on its own, as with `up --only`."""
+    return f"{SUPERVISOR}-{component}"
+
+
+def _is_supervisor(name: str) -> bool:
+    return name == SUPERVISOR or name.startswith(f"{SUPERVISOR}-")

@@ -1,0 +1,118 @@
+"""What a process tells its supervisor by itself: its state when it changes, and that it is alive."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from triptych.actors.runtime.actor import READY
+from triptych.actors.runtime.system_messages import Ack, ChildHeartbeat, ChildStateChanged
+from triptych.bus import BusError, MailboxFullError, Message, Outbox
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from triptych.actors.runtime.actor import Actor
+
+_FINAL_REPORT_TIMEOUT_S: Final = 2.0
+_log = structlog.stdlib.get_logger("actors")
+
+
+class Heartbeat:
+    """Tells the supervisor of the component whose actors these are.
+
+    A heartbeat means two things: the loop of this process turns, and no actor says that its work hangs.
+    """
+
+    def __init__(
+        self,
+        actors: Sequence[Actor],
+        supervisor: str,
+        every_s: float,
+        *,
+        on_crash: Callable[[Actor, BaseException], None],
+    ) -> None:
+        self._actors = actors
+        self._supervisor = supervisor
+        self._every_s = every_s
+        self._on_crash = on_crash
+        self._start_s: dict[str, float] | None = None
+        self._last_reported = ("", "")
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Begin; the actors have their outboxes by now."""
+        for actor in self._actors:
+            actor._on_state = self._report_state
+        self._send_heartbeat()
+
+    def started(self, seconds: dict[str, float]) -> None:
+        """Every actor has started, and its parts took so many seconds: from now on, silence counts as a hang."""
+        self._start_s = seconds
+        component = self._actors[0]
+        self._tell(ChildHeartbeat(component.name, component.generation, seconds))
+
+    def stop(self) -> None:
+        """End."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for actor in self._actors:
+            actor._on_state = _ignore_state_change
+
+    def _send_heartbeat(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._every_s, self._send_heartbeat)
+        component = self._actors[0]
+        try:
+            self._report_state()
+            if self._last_reported[0] != "hung":
+                self._tell(ChildHeartbeat(component.name, component.generation, self._start_s))
+        except Exception as error:  # noqa: BLE001  `watchdog` is the actor's own code: its errors are crashes
+            self._on_crash(component, error)
+
+    def _report_state(self) -> None:
+        state = process_state(self._actors)
+        if state == self._last_reported:
+            return
+        if state[0] == "hung":
+            _log.error("work hangs, heartbeat withheld", reason=state[1])
+        component = self._actors[0]
+        if self._tell(ChildStateChanged(component.name, component.generation, *state)):
+            self._last_reported = state
+
+    def _tell(self, message: Message) -> bool:
+        try:
+            self._actors[0].reference(self._supervisor).tell(message)
+        except MailboxFullError as error:
+            _log.warning("the supervisor does not take messages", error=str(error))
+            return False
+        return True
+
+
+def process_state(actors: Sequence[Actor]) -> tuple[str, str]:
+    """State and detail of a process: hung if work of any actor hangs, ready when every actor is. Pure."""
+    for actor in actors:
+        reason = actor.watchdog()
+        if reason is not None:
+            return "hung", f"{actor.name}: {reason}"
+    waiting = [actor for actor in actors if actor.state != READY]
+    if not waiting:
+        return READY, actors[0].detail
+    # While a process starts, its first actor mostly waits for another one, which has more to say.
+    first, *others = waiting
+    telling = first if first.detail else next((actor for actor in others if actor.detail), first)
+    about = f"{telling.name}: " if telling is not actors[0] and telling.detail else ""
+    return first.state, about + telling.detail
+
+
+def _ignore_state_change() -> None:
+    """Nobody is told any more."""
+
+
+async def report_final_state(sender: Outbox, supervisor: str, address: str, message: ChildStateChanged) -> None:
+    """Have the supervisor note why this process is about to end; in vain if it does not answer."""
+    try:
+        await sender.reference(supervisor, address).ask(message, Ack, timeout_s=_FINAL_REPORT_TIMEOUT_S)
+    except BusError as error:
+        _log.warning("the supervisor was not told", message=message, error=str(error))

@@ -1,0 +1,193 @@
+"""What every actor understands besides its own messages, and what a process tells its supervisor."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from triptych.bus import DeadLetter, Message
+
+
+class Inspect(Message):
+    """Ask any actor of a process how all of them are. Answered at once, whatever handler runs."""
+
+
+class ActorStatus(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One actor, now."""
+
+    name: str
+    """Its name."""
+    kind: str
+    """Kind of its component: "head", "denoiser", ...; "" outside a topology."""
+    pid: int
+    """Its process."""
+    generation: int
+    """Its incarnation."""
+    state: str
+    """"loading", "ready", "draining", or a state of the actor's own."""
+    detail: str
+    """More about the state, "" if there is none."""
+    restarts: int
+    """Times that the component has been restarted by its supervisor."""
+    uptime_s: float
+    """Seconds since the process started the actor."""
+    mailbox_depth: int
+    """Messages that wait."""
+    mailbox_capacity: int
+    """Most messages that may wait."""
+    dead_letters: int
+    """Messages that this incarnation did not handle."""
+    facts: dict[str, int | float | str | bool]
+    """What else the actor says of itself."""
+
+
+class Inspection(Message):
+    """Every actor of one process, the component's own first."""
+
+    actors: tuple[ActorStatus, ...]
+    """In the order in which the component lists them."""
+
+
+class DeadLetterQuery(Message):
+    """Ask an actor what it could not handle."""
+
+
+class DeadLetterReport(Message):
+    """The dead letters of one actor, of its mailbox and of its outbox."""
+
+    count: int
+    """All since the process started."""
+    recent: tuple[DeadLetter, ...]
+    """The last ones, by time."""
+
+
+class Shutdown(Message):
+    """Ask a process to drain and end, as SIGTERM does. Whether it comes back is its supervisor's decision."""
+
+    reason: str
+    """For the log."""
+
+
+class ShuttingDown(Message):
+    """The process drains from now on."""
+
+
+class ChildStateChanged(Message):
+    """A process to its supervisor: where it is. Asked when the process ends with it, else told."""
+
+    name: str
+    """The component."""
+    generation: int
+    """Its incarnation."""
+    state: str
+    """"loading", "ready", "draining"; "failed" = cannot start, "crashed", "hung"."""
+    detail: str
+    """One sentence, "" if the state says it all."""
+
+
+class ChildHeartbeat(Message):
+    """A process to its supervisor: its loop turns and no work of it hangs."""
+
+    name: str
+    """The component."""
+    generation: int
+    """Its incarnation."""
+    start_s: dict[str, float] | None = None
+    """None until every actor has started; then the seconds that each part of the start took."""
+
+
+class Ack(Message):
+    """The supervisor has recorded a `ChildStateChanged`."""
+
+
+class SupervisorQuery(Message):
+    """Ask a supervisor for its children."""
+
+
+class ChildReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One child of a supervisor."""
+
+    name: str
+    """The component."""
+    kind: str
+    """"pool", "encoder", ..., "head", "api"."""
+    pid: int
+    """Its process, 0 while there is none."""
+    generation: int
+    """Of the running or of the last incarnation, 0 before the first."""
+    state: str
+    """"starting", "loading", "ready", "draining" or a state of its own while it runs; "backoff", "delayed" (could not
+    start for a reason that may pass, and is started again), "failed" (can never start), "gave_up" (restarted too
+    often) or "stopped" while it does not."""
+    restarts: int
+    """Times that it has been restarted."""
+    reason: str
+    """Why it last ended, or cannot start; "" if it never did."""
+    started_at: float
+    """Unix seconds of the last start, 0.0 before the first."""
+    start_s: dict[str, float] = {}
+    """Where the time of the last start went, in seconds: "launch" until there was a process (the first forks wait for
+    the zygote's imports), "import" until its actors were made, "start" until they had started, and what of that the
+    actors tell, such as "weights". Empty until it has started."""
+    detail: str = ""
+    """More about the state of the process, such as "denoiser-0.stream: 3.1 of 24.0 GB" while it loads."""
+
+
+GIVEN_UP_STATES: Final = ("gave_up", "failed")
+"""States of a child that only a person brings back."""
+
+
+class SupervisorReport(Message):
+    """The children of a supervisor, in start order."""
+
+    children: tuple[ChildReport, ...]
+    """One for each component that it runs."""
+
+
+class ReloadModel(Message):
+    """Go over to a model's files as they are on disk now. Asks for Reloading; asked again, it tells what is left."""
+
+    model: str = ""
+    """Name of the model; "" for all."""
+
+
+class Reloading(Message):
+    """Instances restart one by one, each when nothing that was begun with the earlier weights needs it."""
+
+    model: str
+    """Version of the weights to go over to, of `engines.model_version`."""
+    instances: tuple[str, ...]
+    """Those that still have other weights, or are restarting; empty when it is done."""
+
+
+class SleepModel(Message):
+    """Let a model sleep as soon as it has nothing to do. Asks for ModelStanding; refused with `never`."""
+
+    model: str
+    """Its name."""
+    begins: bool = True
+    """Else just say how it stands."""
+
+
+class WakeModel(Message):
+    """Wake a model. Asks for ModelStanding; asked again, it tells how far that is."""
+
+    model: str
+    """Its name."""
+
+
+class ModelStatus(Message):
+    """What a model does."""
+
+    model: str
+    """Its name."""
+    state: str
+    """starting, loaded, asleep or waking."""
+    weights: int
+    """Bytes of its weights that are in memory."""
+    trouble: str
+    """Why it cannot be woken at present, "" if nothing is in the way."""
+
+
+SYSTEM_MESSAGES: tuple[type[Message], ...] = (Inspect, DeadLetterQuery, Shutdown)

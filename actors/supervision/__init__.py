@@ -1,0 +1,1 @@
+"""Supervision: child processes, restarts, the zygote, ownership of a state folder."""

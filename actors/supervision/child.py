@@ -1,0 +1,173 @@
+"""One child of a supervisor: what it is, and where it is."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final
+
+from triptych.actors.runtime.actor import DRAINING, READY
+from triptych.actors.runtime.system_messages import GIVEN_UP_STATES, ChildReport
+from triptych.actors.supervision.child_process import EXIT_START_DELAYED, EXIT_START_FAILURE, ChildProcess, ExitStatus
+from triptych.actors.supervision.restart import ChildExit, ExitKind, RestartHistory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from triptych.actors.supervision.component_specs import ComponentSpec
+    from triptych.actors.topology.topology import Component
+
+STARTING: Final = "starting"
+BACKOFF: Final = "backoff"
+DELAYED: Final = "delayed"
+STOPPED: Final = "stopped"
+FAILED: Final = "failed"
+FINAL_STATES: Final = frozenset({STOPPED, *GIVEN_UP_STATES})
+"""States in which a child is not to run any more."""
+
+
+class Child:
+    """Plain bookkeeping; `actors.supervision.supervisor` does what is to be done."""
+
+    def __init__(self, component: Component, spec: ComponentSpec) -> None:
+        self.component = component
+        self.spec = spec
+        self.name = component.name
+        self.state = STARTING
+        self.reason = ""
+        self.detail = ""
+        """More about the state, as the process has told it."""
+        self.generation = 0
+        self.restarts = 0
+        self.started_at = 0.0
+        self.process: ChildProcess | None = None
+        self.history: RestartHistory = ()
+        self.delays = 0
+        """Times in a row that it could not start for a reason that may pass."""
+        self.stopping = False
+        self.start_s: dict[str, float] = {}
+        self._reported_reason = ""
+        self._started = False
+        self._last_heartbeat_at = 0.0
+        self._launch_seconds = 0.0
+
+    @property
+    def running(self) -> bool:
+        """Whether there is a process."""
+        return self.process is not None and not self.process.ended
+
+    def begin_incarnation(self, generation: int) -> None:
+        """A new incarnation is being started."""
+        self.restarts += self.generation != 0
+        self.generation = generation
+        self.state = STARTING
+        self.detail = ""
+        self.stopping = False
+        self.started_at = time.time()
+        self.start_s = {}
+        self._reported_reason = ""
+        self._started = False
+        self._last_heartbeat_at = time.monotonic()
+
+    def process_started(self, process: ChildProcess) -> None:
+        """There is a process; its silence is counted from here."""
+        self.process = process
+        now = time.monotonic()
+        self._launch_seconds, self._last_heartbeat_at = now - self._last_heartbeat_at, now
+
+    def record_heartbeat(self, start_s: dict[str, float] | None) -> bool:
+        """It lives; returns whether it has just told what its start took."""
+        self._last_heartbeat_at = time.monotonic()
+        if start_s is None or self.start_s:
+            return False
+        self._mark_started()
+        self.start_s = {"launch": self._launch_seconds, **start_s}
+        return True
+
+    def record_state(self, state: str, detail: str, *, closing: bool = False) -> None:
+        """It has told its state; those that announce its end are kept as the reason of it.
+
+        While the system stops (`closing`), the only other news is that it drains: an instance whose head has stopped
+        before it would be shown as joining one.
+        """
+        self._last_heartbeat_at = time.monotonic()
+        if state in ("failed", "crashed", "hung"):
+            self._reported_reason = f"hung: {detail}" if state == "hung" else detail
+            return
+        self._reported_reason = ""
+        if closing and state != DRAINING:
+            return
+        self.state, self.detail = state, detail
+        if state == READY:
+            self._mark_started()
+
+    def _mark_started(self) -> None:
+        self._started = True
+        self.delays = 0
+
+    def hang_reason(self, heartbeat_timeout_s: float, start_timeout_s: float) -> str:
+        """Why a running child has to be taken for hung, "" if it does not have to be."""
+        # An import, weights that are read or a compiler may keep the loop of a process that starts from turning for
+        # minutes. One that has said itself that its work hangs is believed.
+        starting = not self._started and not self._reported_reason
+        timeout_s = start_timeout_s if starting else heartbeat_timeout_s
+        if time.monotonic() - self._last_heartbeat_at <= timeout_s:
+            return ""
+        return f"hung: no heartbeat for {timeout_s:g} s{' while it started' * starting}"
+
+    def reset_heartbeat_timer(self) -> None:
+        """This process was itself not running: silence until now proves nothing."""
+        self._last_heartbeat_at = time.monotonic()
+
+    def mark_hung(self, reason: str) -> None:
+        """It is about to be killed for its silence."""
+        self._reported_reason = self._reported_reason or reason
+
+    def make_exit(self, ending: ExitStatus) -> ChildExit:
+        """Its end, for the restart decision."""
+        kind = ExitKind.CRASH
+        if ending.code == EXIT_START_FAILURE:
+            kind = ExitKind.START_FAILURE
+        elif ending.code == EXIT_START_DELAYED:
+            kind = ExitKind.START_DELAYED
+        elif ending.code == 0:
+            kind = ExitKind.CLEAN
+        if kind in (ExitKind.START_FAILURE, ExitKind.START_DELAYED):
+            reason = self._reported_reason or "it cannot start, its log says why"
+        else:
+            reason = f"{ending}: {self._reported_reason}" if self._reported_reason else str(ending)
+        return ChildExit(self.name, kind, time.monotonic(), reason)
+
+    def report(self) -> ChildReport:
+        """For a `SupervisorReport`."""
+        return ChildReport(
+            name=self.name,
+            kind=self.component.kind,
+            pid=self.process.pid if self.process is not None and self.running else 0,
+            generation=self.generation,
+            state=self.state,
+            restarts=self.restarts,
+            reason=self.reason,
+            started_at=self.started_at,
+            start_s=self.start_s,
+            detail=self.detail if self.running else "",
+        )
+
+
+def unservable_reason(children: Iterable[ChildReport]) -> str:
+    """Say why a system can never serve as it is configured; "" while it may. Pure.
+
+    It cannot when no instance of some kind is started any more and at least one of them cannot start: its model, its
+    device or its options are wrong, which waiting does not mend. A kind that has merely crashed too often may have
+    served before, and the rest goes on without it.
+
+    Args:
+        children: All components of the system.
+    """
+    kinds: dict[str, list[ChildReport]] = {}
+    for child in children:
+        kinds.setdefault(child.kind, []).append(child)
+    for of_kind in kinds.values():
+        failed = [child for child in of_kind if child.state == FAILED]
+        if failed and all(child.state in GIVEN_UP_STATES for child in of_kind):
+            return f"{failed[0].name} cannot start: {failed[0].reason}"
+    return ""

@@ -1,0 +1,57 @@
+"""Generation numbers: one for each start of each component, never the same twice."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from typing import TYPE_CHECKING
+
+import structlog
+
+from triptych.actors.topology.paths import private_dir
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_log = structlog.stdlib.get_logger("actors")
+
+
+class GenerationCounter:
+    """Hands out generations, and keeps the last of each component in a file of `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = private_dir(folder)
+        self._last: dict[str, int] = {}
+
+    def next(self, name: str) -> int:
+        """A generation above all earlier ones of `name`, written down before it is returned.
+
+        Where it cannot be written, as on a full disk, the clock alone makes it unique.
+        """
+        generation = next_generation(self._last.get(name, 0), time.time_ns() // 1_000_000)
+        try:
+            with (self._folder / f"{name}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                file = self._folder / name
+                generation = max(generation, self._stored(file) + 1)
+                fresh = file.with_suffix(".new")
+                fresh.write_text(str(generation))  # not synced: what a power failure takes away, the clock makes up for
+                fresh.rename(file)
+        except OSError as error:
+            _log.warning("generation not written down, going by the clock", child=name, error=str(error))
+        self._last[name] = generation
+        return generation
+
+    def _stored(self, file: Path) -> int:
+        try:
+            return int(file.read_text())
+        except FileNotFoundError:
+            return 0
+        except ValueError:
+            _log.warning("unreadable generation, going by the clock", file=str(file))
+            return 0
+
+
+def next_generation(stored: int, now_ms: int) -> int:
+    """The generation after `stored`: the clock makes it unique without the file, the file without the clock."""
+    return max(stored + 1, now_ms)

@@ -1,0 +1,191 @@
+"""How processes are started: as a fresh interpreter, or forked from the zygote."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from triptych.actors.supervision.child_process import ChildProcess, module_command, spawn_process
+from triptych.actors.supervision.component_specs import PRELOAD
+from triptych.actors.supervision.prctl import adopt_orphans
+from triptych.actors.supervision.zygote_client import ForkUnavailableError, ZygoteClient
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_FIRST_BACKOFF_S: Final = 0.5
+_LAST_BACKOFF_S: Final = 60.0
+_log = structlog.stdlib.get_logger("actors")
+
+
+NO_CUDA: Final = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+"""Variables that keep a process from opening the driver of the GPUs.
+
+The model libraries ask for devices as they are imported. By itself that makes CUDA unusable in every fork of the
+process, and some of the questions take half a gigabyte of the GPU. Without the second, torch asks the driver how
+many of no devices there are.
+"""
+
+
+class LauncherClosedError(Exception):
+    """No more processes are started."""
+
+
+class Launcher:
+    """Starts processes that run `python -m triptych.actors.supervision.component_process`, as children of this process.
+
+    Args:
+        preload: modules that the zygote imports; () = there is no zygote, every start is a fresh interpreter.
+        environment: variables to add to this process' own, in every child.
+
+    A child that computes on a CUDA device is always a fresh interpreter, since CUDA does not survive a fork; no other
+    child sees such a device.
+    """
+
+    def __init__(self, *, preload: Sequence[str] = PRELOAD, environment: Mapping[str, str] | None = None) -> None:
+        self._preload = tuple(preload)
+        # What a child starts in its turn, such as the workers of a compiler, is kept from the current folder as well.
+        own = {**os.environ, "PYTHONSAFEPATH": "1", **(environment or {})}
+        self._on_gpu = {**own, **gpu_environment(own)}
+        self._environment = {**own, **NO_CUDA}
+        self._zygote: ZygoteClient | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._in_flight = 0
+        self._fork_finished = asyncio.Event()
+        self._closed = False
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a fork is under way whose pid is not known yet."""
+        return self._in_flight > 0
+
+    @property
+    def zygote_pid(self) -> int:
+        """Process of the zygote, 0 if there is none."""
+        return self._zygote.pid if self._zygote is not None else 0
+
+    def open(self) -> None:
+        """Start the zygote in the background, if there is to be one."""
+        if self._preload and self._keeper is None:
+            adopt_orphans()
+            self._zygote = self._spawn_zygote()
+            self._keeper = asyncio.get_running_loop().create_task(self._keep_zygote_alive(), name="zygote keeper")
+
+    async def start(self, arguments: Sequence[str], *, forked: bool, on_gpu: bool = False) -> ChildProcess:
+        """Start a component process with these arguments; `on_gpu`: it computes on a CUDA device.
+
+        Without a zygote that can fork, a fresh interpreter does as well, only slower. Raises `LauncherClosedError`, and
+        `OSError` when the system has no room for a process.
+        """
+        if forked and self._preload and not on_gpu:
+            try:
+                return await self._fork(arguments)
+            except ForkUnavailableError as gone:
+                if not self._closed:
+                    _log.warning("starting a fresh interpreter, no fork", reason=str(gone))
+        if self._closed:
+            raise LauncherClosedError("the supervisor is stopping")
+        command = (
+            *module_command("triptych.actors.supervision.component_process"),
+            *arguments,
+            "--parent",
+            str(os.getpid()),
+        )
+        return ChildProcess(spawn_process(command, self._on_gpu if on_gpu else self._environment))
+
+    async def close(self) -> None:
+        """End the zygote; whoever waits for a fork gets it or `LauncherClosedError` before this returns."""
+        self._closed = True
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.wait({self._keeper})
+        if self._zygote is not None:
+            await self._zygote.kill()
+        while self._in_flight:  # whoever asked for a fork has its process, or knows that there is none
+            self._fork_finished.clear()
+            await self._fork_finished.wait()
+
+    async def _fork(self, arguments: Sequence[str]) -> ChildProcess:
+        zygote = self._zygote
+        if self._closed or zygote is None:
+            raise ForkUnavailableError("there is no zygote")
+        self._in_flight += 1
+        try:
+            pid = await zygote.fork((*arguments, "--parent", str(os.getpid())))
+            return ChildProcess(pid)
+        finally:
+            self._in_flight -= 1
+            self._fork_finished.set()
+
+    def _spawn_zygote(self) -> ZygoteClient:
+        return ZygoteClient(self._preload, self._environment)
+
+    async def _keep_zygote_alive(self) -> None:
+        """Make the zygote anew whenever it ends; one that ends again and again is waited for longer."""
+        backoff = _FIRST_BACKOFF_S
+        while self._zygote is not None:
+            ending = await self._zygote.wait()
+            _log.warning("zygote ended, making a new one", ending=str(ending), pid=self._zygote.pid)
+            if self._zygote.was_warm:
+                backoff = _FIRST_BACKOFF_S
+            else:
+                await asyncio.sleep(backoff)
+                backoff = min(backoff * 2, _LAST_BACKOFF_S)
+            while True:
+                try:
+                    self._zygote = self._spawn_zygote()
+                    break
+                except OSError as error:  # until then, starts are fresh interpreters
+                    _log.warning("no zygote", error=str(error))
+                    await asyncio.sleep(backoff)
+                    backoff = min(backoff * 2, _LAST_BACKOFF_S)
+
+
+def gpu_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables for a process that computes on a GPU. Pure.
+
+    What the user has set stays. Segments that can grow keep the memory of roles that share a GPU from falling to
+    pieces. With workspaces of a fixed size cuBLAS gives the same bits each time.
+    """
+    wanted = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    if "PYTORCH_CUDA_ALLOC_CONF" not in environment:  # the same by its older name
+        wanted["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    return {key: value for key, value in wanted.items() if key not in environment}
+
+
+QUIET: Final = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
+"""The model libraries warn of optional packages at each import; their errors still come as exceptions."""
+
+
+def usable_cores(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may use: those that it is bound to, no more than any cgroup around it has time for."""
+    cores = float(len(os.sched_getaffinity(0)))
+    for line in (proc / "self" / "cgroup").read_text().splitlines():
+        number, _, path = line.split(":", 2)
+        group = Path(path.lstrip("/"))
+        for folder in (group, *group.parents) if number == "0" else ():
+            limit = cgroups / folder / "cpu.max"
+            if limit.exists():  # "QUOTA PERIOD", in microseconds
+                quota, period = limit.read_text().split()
+                cores = cores if quota == "max" else min(cores, int(quota) / int(period))
+    return max(1, int(cores))
+
+
+def thread_environment(environment: Mapping[str, str], cores: int) -> dict[str, str]:
+    """Variables that give the computation of each process all cores, however many processes there are. Pure.
+
+    How many threads share a sum decides how it is rounded, so the bits are those of a plain pipeline on this machine,
+    and a role that computes alone has the cores that others leave idle. Threads that wait sleep: where they spin, as
+    they do by themselves, processes that compute at the same time keep the cores from each other.
+
+    What the user has set stays. OpenBLAS would start its threads when it is imported, before the fork. With
+    huge pages, torch gets large blocks of memory on the CPU in a fraction of the time.
+    """
+    wanted = {**QUIET, "OPENBLAS_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    if "OMP_NUM_THREADS" not in environment:
+        wanted |= {"OMP_NUM_THREADS": str(cores), "MKL_NUM_THREADS": str(cores)}
+    return {key: value for key, value in wanted.items() if key not in environment}

@@ -1,0 +1,193 @@
+"""What a supervisor does when a child ends: one pure decision, in the terms of Erlang/OTP's supervisors.
+
+It differs from OTP in two points, both because a cluster of accelerators should serve on with what is left of it:
+the intensity is counted for each child, and exceeding it gives up that child alone.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final
+
+import msgspec
+
+FIRST_BACKOFF_S: Final = 0.25
+LAST_BACKOFF_S: Final = 10.0
+FIRST_DELAY_S: Final = 1.0
+LAST_DELAY_S: Final = 60.0
+
+
+class Strategy(StrEnum):
+    """Who is restarted together with the child that ended."""
+
+    ONE_FOR_ONE = "one_for_one"
+    ONE_FOR_ALL = "one_for_all"
+    REST_FOR_ONE = "rest_for_one"
+
+
+class RestartPolicy(StrEnum):
+    """When a child is started again."""
+
+    PERMANENT = "permanent"
+    TRANSIENT = "transient"
+    TEMPORARY = "temporary"
+
+
+class ExitKind(StrEnum):
+    """How a child ended without having been asked to by its supervisor."""
+
+    CLEAN = "clean"
+    CRASH = "crash"
+    START_FAILURE = "start_failure"
+    START_DELAYED = "start_delayed"
+
+
+class ChildExit(msgspec.Struct, frozen=True):
+    """The end of one child."""
+
+    name: str
+    """The child."""
+    kind: ExitKind
+    """How it ended."""
+    at: float
+    """Seconds of a monotonic clock, the one of `RestartHistory`."""
+    reason: str
+    """One sentence."""
+
+
+class ChildSpec(msgspec.Struct, frozen=True):
+    """What the decision needs to know of a child."""
+
+    name: str
+    """Its name, unique among its siblings."""
+    restart: RestartPolicy = RestartPolicy.PERMANENT
+    """When it is started again."""
+
+
+class SupervisorSpec(msgspec.Struct, frozen=True):
+    """What the decision needs to know of a supervisor."""
+
+    children: tuple[ChildSpec, ...]
+    """In start order."""
+    strategy: Strategy = Strategy.ONE_FOR_ONE
+    """Who is restarted together."""
+    intensity: int = 5
+    """Restarts of one child allowed within `period_s`."""
+    period_s: float = 30.0
+    """Seconds over which restarts are counted."""
+
+
+RestartHistory = tuple[float, ...]
+"""When the child was restarted for its own sake, oldest first, in seconds of a monotonic clock."""
+
+
+class Stop(msgspec.Struct, frozen=True):
+    """Stop a running sibling, through the ladder of SIGTERM and SIGKILL."""
+
+    name: str
+
+
+class Wait(msgspec.Struct, frozen=True):
+    """Let so many seconds pass before what follows."""
+
+    seconds: float
+
+
+class Start(msgspec.Struct, frozen=True):
+    """Start a child."""
+
+    name: str
+
+
+class Retire(msgspec.Struct, frozen=True):
+    """Do not start the child again; `state` is "stopped", "failed" or "gave_up"."""
+
+    name: str
+    state: str
+    reason: str
+
+
+Action = Stop | Wait | Start | Retire
+
+
+class RestartDecision(msgspec.Struct, frozen=True):
+    """What to do, in this order, and the history from now on."""
+
+    actions: tuple[Action, ...]
+    history: RestartHistory
+
+
+def decide_restart(
+    spec: SupervisorSpec,
+    history: RestartHistory,
+    exit_: ChildExit,
+    *,
+    alive: frozenset[str] = frozenset(),
+    jitter: float = 0.0,
+    delays: int = 0,
+) -> RestartDecision:
+    """What to do about the end of a child.
+
+    Args:
+        spec: the supervisor and its children.
+        history: of this child.
+        exit_: what happened.
+        alive: siblings that run or are to run; the others have been left for good and stay so.
+        jitter: in [0, 1), drawn by the caller; shortens the wait by up to half, so that children which end
+            together do not come back together.
+        delays: times in a row, before this one, that it could not start for a reason that may pass.
+
+    The first restart after a quiet period is immediate. The next wait `FIRST_BACKOFF_S`, doubled each time up to
+    `LAST_BACKOFF_S` seconds, less the jitter. What could not start for a reason that may pass is started again alone
+    and without end, after `FIRST_DELAY_S`, doubled each time up to `LAST_DELAY_S`, and that is not counted.
+    """
+    child = next(child for child in spec.children if child.name == exit_.name)
+    recent = tuple(at for at in history if exit_.at - at < spec.period_s)
+    if exit_.kind is ExitKind.START_FAILURE:
+        return RestartDecision((Retire(child.name, "failed", exit_.reason),), recent)
+    if exit_.kind is ExitKind.START_DELAYED:
+        return RestartDecision(
+            (Wait(_exponential_backoff(FIRST_DELAY_S, LAST_DELAY_S, delays, jitter)), Start(child.name)), recent
+        )
+    if not _should_restart(child.restart, exit_.kind):
+        return RestartDecision((Retire(child.name, "stopped", exit_.reason),), recent)
+    if len(recent) >= spec.intensity:
+        reason = f"restarted {len(recent)} times within {spec.period_s:g} s, last because: {exit_.reason}"
+        return RestartDecision((Retire(child.name, "gave_up", reason),), recent)
+    group = _restart_group(spec, child, alive)
+    actions: list[Action] = [Stop(name) for name in reversed(group) if name != child.name]
+    temporary = [name for name in group if name != child.name and not _is_restartable(spec, name)]
+    actions += [Retire(name, "stopped", f"stopped together with {child.name}") for name in temporary]
+    wait = backoff_s(len(recent), jitter)
+    if wait:
+        actions.append(Wait(wait))
+    actions += [Start(name) for name in group if name not in temporary]
+    return RestartDecision(tuple(actions), (*recent, exit_.at))
+
+
+def backoff_s(restarts: int, jitter: float) -> float:
+    """Seconds to wait before a restart that follows `restarts` recent ones."""
+    if restarts == 0:
+        return 0.0
+    return _exponential_backoff(FIRST_BACKOFF_S, LAST_BACKOFF_S, restarts - 1, jitter)
+
+
+def _exponential_backoff(first_s: float, last_s: float, doublings: int, jitter: float) -> float:
+    # 32 is far past any cap: it keeps the power small.
+    return min(last_s, first_s * (1 << min(doublings, 32))) * (1 - jitter / 2)
+
+
+def _should_restart(restart: RestartPolicy, kind: ExitKind) -> bool:
+    return restart is RestartPolicy.PERMANENT or (restart is RestartPolicy.TRANSIENT and kind is not ExitKind.CLEAN)
+
+
+def _is_restartable(spec: SupervisorSpec, name: str) -> bool:
+    return any(child.name == name and child.restart is not RestartPolicy.TEMPORARY for child in spec.children)
+
+
+def _restart_group(spec: SupervisorSpec, child: ChildSpec, alive: frozenset[str]) -> list[str]:
+    names = [sibling.name for sibling in spec.children]
+    if spec.strategy is Strategy.ONE_FOR_ONE:
+        return [child.name]
+    affected = names if spec.strategy is Strategy.ONE_FOR_ALL else names[names.index(child.name) :]
+    return [name for name in affected if name == child.name or name in alive]

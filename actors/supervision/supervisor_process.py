@@ -1,0 +1,222 @@
+"""The process that `triptych up` is: one supervisor, or a small one for each component with `--only`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+import uvloop
+from setproctitle import setproctitle
+
+from triptych.actors.errors import OF_THE_MACHINE, StartError
+from triptych.actors.runtime import diagnostics
+from triptych.actors.runtime.address_book import SUPERVISOR, AddressBook, supervisor_of
+from triptych.actors.runtime.bus_keys import make_bus_keys
+from triptych.actors.runtime.runtime import Runtime
+from triptych.actors.supervision._locks import hold_components
+from triptych.actors.supervision._orphans import kill_orphans
+from triptych.actors.supervision.component_specs import COMPONENT_SPECS, PRELOAD
+from triptych.actors.supervision.generation_counter import GenerationCounter
+from triptych.actors.supervision.launcher import Launcher, thread_environment, usable_cores
+from triptych.actors.supervision.ownership import Owner, hold_folder
+from triptych.actors.supervision.prctl import adopt_orphans
+from triptych.actors.supervision.supervisor import Supervisor
+from triptych.actors.topology import paths
+from triptych.bus import AddressError, remove_if_stale
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
+
+    from triptych.actors.runtime.system_messages import ChildReport
+    from triptych.actors.supervision.component_specs import ComponentSpec
+    from triptych.actors.topology.topology import Component, Topology
+
+EXIT_NOTHING_LEFT: Final = 1
+EXIT_CANNOT_SERVE: Final = 2
+_ORPHANS_EVERY_S: Final = 1.0
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_log = structlog.stdlib.get_logger("actors")
+
+
+class SupervisorProcess:
+    """Runs components of a topology in this process until it is told to stop, or until none is left to run.
+
+    Args:
+        topology: of the whole cluster.
+        only: names of components, each to run under a small supervisor of its own; () = all, under one.
+        specs: how each kind of component is made.
+        preload: what the zygote imports.
+        on_change: called with the report of a child whenever that changes.
+        beside: a coroutine function to run as long, on the same loop.
+
+    Raises `UnknownNameError` for one in `only`.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        *,
+        only: Sequence[str] = (),
+        specs: Mapping[str, ComponentSpec] = COMPONENT_SPECS,
+        preload: Sequence[str] = PRELOAD,
+        on_change: Callable[[ChildReport], None] | None = None,
+        side_task: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    ) -> None:
+        self.topology = topology
+        self.components = tuple(topology.component(name) for name in only) or topology.components
+        self._only = bool(only)
+        self._specs = specs
+        self._preload = preload
+        self._on_change = on_change
+        self._side_task = side_task or _no_side_task
+        self._stop_requests = 0
+        self.problem = ""
+        """Why `run` has ended with `EXIT_CANNOT_SERVE`, as a sentence for the person who runs it."""
+
+    def run(self) -> int:
+        """Run on a loop of its own; returns the exit code.
+
+        That is 0 when it was told to stop, `EXIT_CANNOT_SERVE` when the components can never work as they are
+        configured, and `EXIT_NOTHING_LEFT` when none is left to run for another reason.
+
+        Raises `AlreadyRunningError` and `ForeignStateError`, `PermissionError`, and `StartError` when a folder or the
+        key of the bus cannot be used.
+        """
+        setproctitle(f"triptych: {SUPERVISOR} of {self.topology.path.name}")
+        os.umask(0o077)  # the children's as well: prompts and results are this user's alone
+        adopt_orphans()
+        try:
+            with contextlib.ExitStack() as held:
+                self._acquire_folders(held)
+                make_bus_keys(self.topology)
+                with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                    try:
+                        return runner.run(self._serve())
+                    finally:
+                        self._remove_sockets()
+        finally:
+            with contextlib.suppress(OSError):  # another supervisor of the same topology still uses it
+                self.topology.run_dir.rmdir()
+
+    def _acquire_folders(self, held: contextlib.ExitStack) -> None:
+        """Make the folders of the system, and hold them until the end."""
+        topology = self.topology
+        try:
+            paths.private_run_dir(topology.run_dir)
+            paths.private_state_dir(topology.state_dir)
+            owner = Owner(
+                topology=str(topology.path),
+                state_dir=str(topology.state_dir.resolve()),
+                run_dir=str(topology.run_dir),
+                models=tuple(filter(None, (model.identity for model in topology.models))),
+                pid=os.getpid(),
+            )
+            held.enter_context(hold_folder(topology.state_dir, owner, keep=True))
+            held.enter_context(hold_folder(topology.run_dir, owner, keep=False))
+            held.enter_context(hold_components(topology.state_dir, [component.name for component in self.components]))
+            # systemd-tmpfiles leaves a locked folder and what is in it alone, however old.
+            folder = os.open(topology.run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            held.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_SH)
+        except PermissionError:
+            raise
+        except OSError as error:
+            raise StartError(f"{error.filename} cannot be used: {error.strerror}") from error
+
+    def _remove_sockets(self) -> None:
+        """Those of processes that were killed; the others have removed their own."""
+        for component in self.components:
+            if component.address.startswith("ipc://"):
+                with contextlib.suppress(AddressError):  # served: by no child of ours, since those have ended
+                    remove_if_stale(Path(component.address.removeprefix("ipc://")))
+
+    async def _serve(self) -> int:
+        generations = GenerationCounter(self.topology.state_dir / "generations")
+        launcher = self._launcher(usable_cores())
+        supervisors = self._supervisors(generations, launcher)
+        runtime = Runtime(
+            supervisors[::-1],  # the one that was started last drains first
+            address_book=AddressBook(self.topology),
+            generation=max(generations.next(supervisor.name) for supervisor in supervisors),
+            kind=SUPERVISOR,
+            shutdown_s=None,  # the ladder bounds each child
+        )
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # started under nohup: it is to outlive its terminal
+            loop.add_signal_handler(number, self._on_stop_signal, number, runtime, supervisors)
+        loop.add_signal_handler(signal.SIGUSR1, diagnostics.dump_tasks, runtime)
+        async with runtime:
+            supervisors[0].spawn(_kill_orphans_forever(supervisors, launcher), name="orphans")
+            supervisors[0].spawn(self._side_task(), name="side task")
+            over = asyncio.ensure_future(runtime.wait())
+            all_done = asyncio.ensure_future(_wait_all_done(supervisors))
+            await asyncio.wait({over, all_done}, return_when=asyncio.FIRST_COMPLETED)
+            nothing_left = not over.done()
+            for task in (over, all_done):
+                task.cancel()
+        await asyncio.gather(over, return_exceptions=True)  # a crash is raised by the runtime
+        self.problem = next((supervisor.problem for supervisor in supervisors if supervisor.problem), "")
+        if self.problem:
+            return EXIT_CANNOT_SERVE
+        return EXIT_NOTHING_LEFT if nothing_left else 0
+
+    def _launcher(self, cores: int) -> Launcher:
+        forks = any(self._specs[c.kind].forked and not c.on_gpu for c in self.components)
+        threads = thread_environment(os.environ, cores)
+        return Launcher(preload=self._preload if forks else (), environment=threads)
+
+    def _supervisors(self, generations: GenerationCounter, launcher: Launcher) -> list[Supervisor]:
+        def supervisor(name: str, components: Sequence[Component]) -> Supervisor:
+            return Supervisor(
+                name,
+                self.topology,
+                components,
+                specs=self._specs,
+                generations=generations,
+                launcher=launcher,
+                on_change=self._on_change,
+            )
+
+        if not self._only:
+            return [supervisor(SUPERVISOR, self.components)]
+        return [supervisor(supervisor_of(component.name), [component]) for component in self.components]
+
+    def _on_stop_signal(self, number: signal.Signals, runtime: Runtime, supervisors: list[Supervisor]) -> None:
+        self._stop_requests += 1
+        if self._stop_requests == 1:
+            runtime.stop(number.name)
+            return
+        _log.warning("asked again to stop, killing")
+        for supervisor in supervisors:
+            supervisor.kill_all()
+
+
+async def _wait_all_done(supervisors: list[Supervisor]) -> None:
+    for supervisor in supervisors:
+        await supervisor.done.wait()
+
+
+async def _kill_orphans_forever(supervisors: list[Supervisor], launcher: Launcher) -> None:
+    while True:
+        await asyncio.sleep(_ORPHANS_EVERY_S)
+        if launcher.in_flight:
+            continue
+        pids = [pid for supervisor in supervisors for pid in supervisor.pids]
+        try:
+            kill_orphans(frozenset((*pids, launcher.zygote_pid)))
+        except OSError as error:
+            if error.errno not in OF_THE_MACHINE:
+                raise
+            _log.warning("orphans not looked for", error=str(error))
+
+
+async def _no_side_task() -> None:
+    """No-op."""

@@ -1,0 +1,177 @@
+"""The zygote: a process that has imported the large libraries, and forks the processes that need them.
+
+A fork costs a tenth of a second in place of the seconds that the imports take, and their memory is shared. It is
+sound as long as the zygote stays what it is: one thread, no event loop, no CUDA, no transfer engine. It checks that
+before each fork, and refuses when it does not hold.
+
+Each child is forked twice and the one between ends at once, so that the child becomes a child of the supervisor,
+which is a subreaper: it is reaped by the supervisor and dies with it, and the zygote's end touches no child.
+
+Over a socketpair of whole messages (SOCK_SEQPACKET): first the zygote sends a `Warm`, then it answers each `Fork`
+with a `Forked`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import os
+import random
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+from setproctitle import setproctitle
+
+from triptych.actors.errors import describe
+from triptych.actors.supervision import component_process
+from triptych.actors.supervision.prctl import die_with_parent
+from triptych.actors.supervision.zygote_messages import MAX_MESSAGE_BYTES, Fork, Forked, Warm
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+FORBIDDEN: Final = ("mooncake",)
+"""Modules that must not be imported before a fork: their threads and locks do not survive it."""
+
+
+_decode_fork = msgspec.msgpack.Decoder(Fork).decode
+_encode = msgspec.msgpack.Encoder().encode
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until the supervisor's end of the socket closes; in a forked child, run the component."""
+    options = _parse(arguments)
+    die_with_parent()
+    if os.getppid() != options.parent:
+        return 0
+    setproctitle("triptych: zygote")
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it has no tasks to show
+    channel = socket.socket(fileno=options.channel)
+    channel.send(_encode(warm_up(tuple(options.preload))))
+    run = _serve(channel, options.parent)
+    if run is None:
+        return 0
+    channel.close()
+    _detach_from_zygote(options.parent)
+    return component_process.main(run)
+
+
+def warm_up(modules: tuple[str, ...]) -> Warm:
+    """Import the modules, and freeze what they made so that the collector does not unshare it."""
+    begun = time.monotonic()
+    problem = ""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # noqa: BLE001  the role that needs it fails with the same error, in words
+            problem = f"{module} cannot be imported: {describe(error)}"
+    gc.collect()
+    gc.freeze()
+    return Warm(time.monotonic() - begun, problem)
+
+
+def fork_problem() -> str:
+    """Why a fork of this process would not be sound, "" if it is."""
+    threads = sum(1 for _ in Path("/proc/self/task").iterdir())
+    if threads > 1:
+        named = ", ".join(thread.name for thread in threading.enumerate())
+        return f"the zygote has {threads} threads ({named} and native ones)"
+    for module in FORBIDDEN:
+        if module in sys.modules:
+            return f"the zygote has imported {module}"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return "the zygote has initialised CUDA"
+    return ""
+
+
+def _serve(channel: socket.socket, supervisor: int) -> tuple[str, ...] | None:
+    """Answer requests. Returns None when there are no more, and in a forked child its command line."""
+    while True:
+        frame = channel.recv(MAX_MESSAGE_BYTES)
+        if not frame:
+            return None
+        arguments = _decode_fork(frame).arguments
+        problem = fork_problem()
+        if not problem:
+            try:
+                pid = _fork_twice()
+            except OSError as error:
+                problem = f"no fork: {error.strerror}"
+            else:
+                if pid == 0:
+                    return arguments
+                channel.send(_encode(Forked(pid, "")))
+                continue
+        channel.send(_encode(Forked(0, problem)))
+
+
+def _fork_twice() -> int:
+    """The pid of the grandchild, once the supervisor is its parent; in the grandchild 0."""
+    readable, writable = os.pipe()
+    between = os.fork()
+    if between == 0:
+        try:
+            pid = os.fork()
+        except OSError as error:
+            os.write(writable, f"-{error.errno}".encode())
+            os._exit(1)
+        if pid:
+            os.write(writable, str(pid).encode())
+            os._exit(0)
+        os.close(readable)
+        os.close(writable)
+        return 0
+    os.close(writable)
+    os.waitpid(between, 0)  # its end hands the grandchild over before it can be waited for
+    told = int(os.read(readable, 32) or b"-12")
+    os.close(readable)
+    if told < 0:
+        raise OSError(-told, os.strerror(-told))
+    return told
+
+
+def _detach_from_zygote(supervisor: int) -> None:
+    _wait_for_parent(supervisor)
+    for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    random.seed()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed()
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.seed()
+
+
+def _wait_for_parent(supervisor: int) -> None:
+    """Return once the process between has ended, since its end, too, would count as that of the parent."""
+    parent = os.getppid()
+    if parent == supervisor:
+        return
+    try:
+        pidfd = os.pidfd_open(parent)
+    except ProcessLookupError:
+        return  # ended and reaped since
+    select.select([pidfd], [], [])
+    os.close(pidfd)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m triptych.actors.supervision.zygote", description=__doc__)
+    parser.add_argument("--channel", type=int, required=True, help="descriptor of the socketpair")
+    parser.add_argument("--parent", type=int, required=True, help="pid of the supervisor")
+    parser.add_argument("--preload", nargs="*", default=[], help="modules to import")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    component_process.exit_now(main())

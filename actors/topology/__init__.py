@@ -1,0 +1,1 @@
+"""The TOML topology: its sections, parser, checks and overrides."""

@@ -1,0 +1,74 @@
+"""Where a cluster keeps its sockets and its state on this host."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+from pathlib import Path
+from typing import Final
+
+MAX_SOCKET_PATH: Final = 107
+_MAX_NAME_LENGTH: Final = 64  # supervisor- + a role name of 32 + an index, and what the bus appends while it binds
+
+
+def run_dir(topology: Path) -> Path:
+    """Folder of the sockets: under `$XDG_RUNTIME_DIR` if that is short enough, else /tmp/triptych-UID."""
+    base = os.environ.get("XDG_RUNTIME_DIR", "")
+    if base:
+        folder = Path(base).absolute() / "triptych" / fingerprint(topology)
+        if len(os.fsencode(folder)) + 1 + _MAX_NAME_LENGTH <= MAX_SOCKET_PATH:
+            return folder
+    return Path(f"/tmp/triptych-{os.getuid()}") / fingerprint(topology)  # noqa: S108  made private by private_dir
+
+
+def state_dir(topology: Path, configured: str) -> Path:
+    """Folder of the state: `$TRIPTYCH_STATE_DIR`, else the configured one, else one under `$XDG_STATE_HOME`."""
+    override = os.environ.get("TRIPTYCH_STATE_DIR", "")
+    if override:
+        return Path(override).absolute()
+    if configured:
+        return (topology.parent / Path(configured).expanduser()).resolve()
+    home = os.environ.get("XDG_STATE_HOME", "")
+    base = Path(home).absolute() if home else Path.home() / ".local" / "state"
+    return base / "triptych" / f"{topology.stem}-{fingerprint(topology)}"
+
+
+def fingerprint(topology: Path) -> str:
+    """Twelve hex digits that stand for the absolute path of a topology."""
+    return hashlib.sha256(os.fsencode(topology)).hexdigest()[:12]
+
+
+def private_run_dir(folder: Path) -> Path:
+    """Make a run folder. What is above it is ours, too: in /tmp others could else put theirs in its place."""
+    private_dir(folder.parent)
+    return private_dir(folder)
+
+
+def private_state_dir(folder: Path) -> Path:
+    """Make a state folder. In one of an earlier version others could read the journal: its files are closed to them.
+
+    Raises `PermissionError` for a folder that is somebody else's or everybody's, `OSError` where there can be none.
+    """
+    own = "give the state a folder of its own with [state] path or TRIPTYCH_STATE_DIR"
+    if folder.is_dir() and folder.stat().st_mode & stat.S_ISVTX:  # such as /tmp: it would be closed to all others
+        raise PermissionError(f"{folder} is a folder for all users: {own}")
+    private_dir(folder.resolve(), own)
+    for pattern in ("journal.sqlite*", "generations/*"):
+        for file in folder.glob(pattern):
+            with contextlib.suppress(FileNotFoundError):  # those of a running component come and go
+                if file.stat().st_mode & 0o077:
+                    file.chmod(0o600)
+    return folder
+
+
+def private_dir(folder: Path, fix: str = "remove it or set XDG_RUNTIME_DIR") -> Path:
+    """Make a folder that only this user can enter; raises `PermissionError`, with `fix`, if somebody else owns it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise PermissionError(f"{folder} does not belong to user {os.getuid()}: {fix}")
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        folder.chmod(0o700)
+    return folder

@@ -1,0 +1,161 @@
+"""Who may ask: the Host and Origin of a request, its key, and how often that key has asked."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import time
+from collections.abc import Callable, Collection
+from typing import Final
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from triptych.actors.topology.checks import is_loopback
+from triptych.actors.topology.sections import ApiSection, parse_rate
+from triptych.api.errors import ApiError, error_response
+from triptych.api.keys import ApiKeys
+
+OPEN_PATHS: Final = frozenset({"/live", "/ready", "/health"})
+"""What probes ask without a key."""
+_MISDIRECTED: Final = 421
+
+
+class AccessMiddleware:
+    """ASGI middleware: turns away who may not ask, and leaves the name of the key as `state.owner`."""
+
+    def __init__(
+        self, app: ASGIApp, api: ApiSection, keys: ApiKeys | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.app = app
+        self.api = api
+        self.keys = keys
+        self.clock = clock
+        self.sites = own_host_names(api)
+        self.names = self.sites | {api.host.lower()}
+        self._buckets: dict[str, TokenBucket] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one HTTP request, or refuse it."""
+        if scope["type"] == "http":
+            try:
+                scope.setdefault("state", {})["owner"] = self._admit(scope)
+            except ApiError as error:
+                await error_response(error)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _admit(self, scope: Scope) -> str:
+        headers = Headers(scope=scope)
+        check_host(headers.get("host", ""), self.names, any_address=is_unspecified(self.api.host))
+        if (origin := headers.get("origin")) is not None:
+            check_origin(origin, headers.get("host", ""), self.sites)
+        if self.keys is None:
+            owner = ""
+        elif scope["path"] in OPEN_PATHS:
+            return ""
+        else:
+            owner = authenticate(headers.get("authorization", ""), self.keys)
+        if self.api.rate_limit and scope["method"] == "POST":
+            self._check_rate(owner)
+        return owner
+
+    def _check_rate(self, owner: str) -> None:
+        count, period_s = parse_rate(self.api.rate_limit)
+        bucket = self._buckets.setdefault(owner, TokenBucket(count, period_s, self.clock()))
+        wait_s = bucket.take(self.clock())
+        if wait_s > 0:
+            whose = f"the key of {owner}" if owner else "this server"
+            message = f"{whose} may begin {self.api.rate_limit.replace('/', ' requests per ')}: try again"
+            message += f" in {math.ceil(wait_s)} s"
+            raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=wait_s)
+
+
+class TokenBucket:
+    """Counts requests: `count` at once, and as many again in each `period_s`."""
+
+    def __init__(self, count: int, period_s: float, now: float) -> None:
+        self.count = count
+        self.period_s = period_s
+        self._tokens = float(count)
+        self._at = now
+
+    def take(self, now: float) -> float:
+        """Take a token at `now` (seconds of any clock); returns 0, or the seconds until there is one."""
+        self._tokens = min(self.count, self._tokens + (now - self._at) * self.count / self.period_s)
+        self._at = now
+        if self._tokens >= 1:
+            self._tokens -= 1
+            return 0.0
+        return (1 - self._tokens) * self.period_s / self.count
+
+
+def own_host_names(api: ApiSection) -> frozenset[str]:
+    """Return the names that the topology gives the API, in small letters; its pages may call it."""
+    public = urlsplit(api.public_url).hostname or ""
+    return frozenset(name.lower() for name in (public, *api.allowed_hosts) if name)
+
+
+def check_host(host: str, names: Collection[str], *, any_address: bool = False) -> None:
+    """Refuse a Host that is not ours.
+
+    A page of another site can make its own name lead to this address (DNS rebinding) and then read what we answer, but
+    its browser says the name that it was given.
+
+    Args:
+        host: The header.
+        names: That we go by, in small letters.
+        any_address: Whether any IP address is taken: where all of the machine's are listened on.
+
+    Raises:
+        ApiError: 421, the request is for somebody else.
+    """
+    name = host_of(host)
+    if is_loopback(name) or name in names or (any_address and _is_address(name)):
+        return
+    message = f"this server does not go by the name {name!r}: add it to [api] allowed_hosts, or set [api] public_url"
+    raise ApiError(_MISDIRECTED, message, code="unknown_host")
+
+
+def check_origin(origin: str, host: str, allowed: Collection[str]) -> None:
+    """Refuse a request from a page of another site, whose visitor knows nothing of it; raises ApiError 403."""
+    scheme, _, authority = origin.partition("://")
+    same = scheme in ("http", "https") and authority.lower() == host.lower()
+    if not same and host_of(authority) not in allowed:
+        message = f"pages of {origin} may not call this server: add the site to [api] allowed_hosts"
+        raise ApiError(403, message, code="foreign_origin")
+
+
+def host_of(authority: str) -> str:
+    """Return the host of `HOST:PORT` in small letters, without brackets and port; "" where there is none."""
+    try:
+        return (urlsplit(f"//{authority}").hostname or "").rstrip(".")
+    except ValueError:
+        return ""
+
+
+def authenticate(authorization: str, keys: ApiKeys) -> str:
+    """Return the name of the key in an Authorization header; raises ApiError 401."""
+    scheme, _, key = authorization.partition(" ")
+    name = keys.name_of(key.strip()) if scheme.lower() == "bearer" else None
+    if name is None:
+        given = "this is not a key of this server" if authorization else "a key is needed"
+        message = f"{given}: send Authorization: Bearer KEY, with a key of the server's [api] keys_file"
+        error = ApiError(401, message, code="invalid_api_key")
+        error.headers["WWW-Authenticate"] = "Bearer"
+        raise error
+    return name
+
+
+def is_unspecified(host: str) -> bool:
+    """Whether listening on `host` means on all addresses of the machine."""
+    return _is_address(host) and ipaddress.ip_address(host).is_unspecified
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

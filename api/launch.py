@@ -1,0 +1,284 @@
+"""A whole cluster from Python: `async with launch("examples/demo.toml") as cluster: ...`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, overload
+
+import httpx
+
+from triptych.actors.errors import TopologyError
+from triptych.actors.runtime.actor import ASLEEP, READY
+from triptych.actors.runtime.address_book import SUPERVISOR, AddressBook
+from triptych.actors.runtime.system_messages import ChildReport, SupervisorQuery, SupervisorReport
+from triptych.actors.supervision.child import DELAYED, FINAL_STATES
+from triptych.actors.supervision.child_process import module_command
+from triptych.actors.topology.overrides import write_with_overrides
+from triptych.actors.topology.topology import Topology, load_topology
+from triptych.api.client import (
+    GENERATE_TIMEOUT_S,
+    KEY_VARIABLE,
+    ClientError,
+    GeneratedImage,
+    authorization,
+    read_images,
+    read_json,
+    request_body,
+    timeout,
+    unreachable,
+)
+from triptych.api.keys import ApiKeysError, load_api_keys
+from triptych.bus import BusError, Outbox
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable, Mapping
+
+_READY_EVERY_S: Final = 0.1
+_LOOKS_PER_REPORT: Final = 20
+_QUERY_TIMEOUT_S: Final = 5.0
+_STOP_MARGIN_S: Final = 5.0
+
+
+class Cluster:
+    """A cluster that runs as long as its `launch` block; every method may be called concurrently."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        process: asyncio.subprocess.Process,
+        api_key: str = "",
+        *,
+        reason_file: Path | None = None,
+    ) -> None:
+        self.topology = topology
+        self._reason_file = reason_file
+        self.url = topology.url
+        """Base URL of the API, such as http://127.0.0.1:8000."""
+        self.process = process
+        """The `triptych up` process."""
+        self._http = httpx.AsyncClient(base_url=self.url, timeout=timeout(), headers=authorization(api_key))
+        self._outbox = Outbox("launch")
+
+    @overload
+    async def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        model: str | None = None,
+        size: str | None = None,
+        steps: int | None = None,
+        seed: int | None = None,
+        n: None = None,
+        timeout_s: float = GENERATE_TIMEOUT_S,
+        **inputs: object,
+    ) -> GeneratedImage: ...
+
+    @overload
+    async def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        model: str | None = None,
+        size: str | None = None,
+        steps: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        n: int,
+        timeout_s: float = GENERATE_TIMEOUT_S,
+        **inputs: object,
+    ) -> list[GeneratedImage]: ...
+
+    @overload
+    async def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        model: str | None = None,
+        size: str | None = None,
+        steps: int | None = None,
+        seed: Sequence[int],
+        n: int | None = None,
+        timeout_s: float = GENERATE_TIMEOUT_S,
+        **inputs: object,
+    ) -> list[GeneratedImage]: ...
+
+    async def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        model: str | None = None,
+        size: str | None = None,
+        steps: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        n: int | None = None,
+        timeout_s: float = GENERATE_TIMEOUT_S,
+        **inputs: object,
+    ) -> GeneratedImage | list[GeneratedImage]:
+        """One image, for a prompt where the model takes one, or a list of `n` of them, or of one for each seed.
+
+        Raises `ClientError` with the server's sentence.
+
+        `model` is the name of one, by default the first; `size` is "WIDTHxHEIGHT" in pixels, `steps` the number of
+        denoising steps; what is None, and every other input of the model that is not among `inputs`, takes the
+        model's default. An image among `inputs` is a `Path` or the `bytes` of a PNG, JPEG or WebP file, or a list of
+        those. Waits `timeout_s` seconds.
+        """
+        extra = {**inputs, "model": model}
+        if n is None and isinstance(seed, Sequence):
+            n = len(seed)
+        body = await asyncio.to_thread(request_body, prompt, size=size, steps=steps, seed=seed, extra=extra, n=n)
+        try:
+            answer = await self._http.post("/v1/images/generations", json=body, timeout=timeout(timeout_s))
+        except httpx.HTTPError as error:
+            raise unreachable(self.url, error) from error
+        images = read_images(answer, n or 1)
+        return images[0] if n is None else images
+
+    async def status(self) -> dict[str, Any]:
+        """What `GET /v1/cluster` answers; raises `ClientError`."""
+        return await self._get("/v1/cluster")
+
+    async def request(self, request_id: str) -> dict[str, Any]:
+        """What `GET /v1/requests/{id}` answers: state, history, stage times; raises `ClientError`."""
+        return await self._get(f"/v1/requests/{request_id}")
+
+    async def _get(self, path: str) -> dict[str, Any]:
+        try:
+            return read_json(await self._http.get(path))
+        except httpx.HTTPError as error:
+            raise unreachable(self.url, error) from error
+
+    async def children(self) -> dict[str, ChildReport]:
+        """The supervisor's own view of each component, by name; works while the API is down, too."""
+        supervisor = self._outbox.reference(SUPERVISOR, AddressBook(self.topology).address(SUPERVISOR))
+        report = await supervisor.ask(SupervisorQuery(), SupervisorReport, timeout_s=_QUERY_TIMEOUT_S)
+        return {child.name: child for child in report.children}
+
+    async def pid_of(self, name: str) -> int:
+        """Process of a component, 0 while it has none; raises `KeyError` for an unknown name."""
+        return (await self.children())[name].pid
+
+    async def ready(self) -> bool:
+        """Whether `GET /ready` says that the cluster takes requests."""
+        try:
+            return (await self._http.get("/ready")).is_success
+        except httpx.HTTPError:
+            return False  # not listening yet is not ready either
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Wait until the cluster is ready; raises `ClientError` when it ends, cannot become ready or takes longer."""
+        ended = asyncio.create_task(self.process.wait())
+        looks = 0
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not await self.ready():
+                    await asyncio.wait({ended}, timeout=_READY_EVERY_S)
+                    if ended.done():
+                        raise ClientError(self._exit_reason(ended.result()))
+                    looks += 1
+                    if looks % _LOOKS_PER_REPORT == 0:
+                        await self._check_can_become_ready()
+        except TimeoutError:
+            raise ClientError(
+                f"the cluster was not ready within {timeout_s:g} s: {await self._not_ready_reason()}"
+            ) from None
+        finally:
+            ended.cancel()
+
+    async def close(self) -> None:
+        """Stop everything in order, as Ctrl-C does, and wait for it."""
+        self._outbox.close()
+        await self._http.aclose()
+        if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself in this moment
+                self.process.terminate()
+        patience = self.topology.supervision.shutdown_s * len(self.topology.components) + _STOP_MARGIN_S
+        try:
+            await asyncio.wait_for(self.process.wait(), patience)
+        except TimeoutError:
+            self.process.kill()  # its children follow: they die with their parent
+            await self.process.wait()
+
+    async def _check_can_become_ready(self) -> None:
+        try:
+            children = (await self.children()).values()
+        except BusError:
+            return  # the supervisor itself is still starting
+        if cannot_become_ready([child.state for child in children]) and not await self.ready():
+            raise ClientError(f"the cluster cannot become ready: {describe_children(children)}")
+
+    def _exit_reason(self, code: int) -> str:
+        reason = self._reason_file.read_text() if self._reason_file and self._reason_file.exists() else ""
+        return f"the cluster ended with exit code {code} before it was ready{reason and ': '}{reason}"
+
+    async def _not_ready_reason(self) -> str:
+        try:
+            return describe_children((await self.children()).values())
+        except BusError as error:
+            return f"the supervisor does not answer ({error})"
+
+
+def cannot_become_ready(states: Sequence[str]) -> bool:
+    """Whether waiting changes nothing: some children are not to run any more, and no other is under way. Pure."""
+    stuck = FINAL_STATES | {DELAYED}  # a port that is taken may come free: who wants a cluster now is told so now
+    return any(state in stuck for state in states) and all(
+        state in stuck or state in (READY, ASLEEP) for state in states
+    )
+
+
+def describe_children(children: Iterable[ChildReport]) -> str:
+    """Every child with its state and the reason of it. Pure."""
+    return ", ".join(f"{c.name} is {c.state}{f' ({c.reason})' if c.reason else ''}" for c in children)
+
+
+def _first_key(topology: Topology) -> str:
+    if topology.keys_path is None:
+        return ""
+    try:
+        return next(iter(load_api_keys(topology.keys_path).keys))
+    except ApiKeysError as error:
+        raise TopologyError(str(topology.path), "[api] keys_file", error.problem, error.fix) from error
+
+
+@contextlib.asynccontextmanager
+async def launch(
+    path: Path | str,
+    overrides: Mapping[str, Mapping[str, object]] | None = None,
+    *,
+    ready_timeout_s: float = 300.0,
+    api_key: str = "",
+    verbose: bool = False,
+) -> AsyncIterator[Cluster]:
+    """Run a topology for the length of an `async with` block, and yield it once it is ready.
+
+    `overrides` changes keys of the file, `{"api": {"port": 9000}, "roles": {"denoiser": {"count": 2}}}`: roles are
+    named by their name or kind; `{"api": {"port": 0}}` takes a free port. The cluster is a `triptych up`
+    process of its own, which ends with this one however this one ends. `api_key` is what its methods send, where the
+    topology has `[api] keys_file`: by default the environment's TRIPTYCH_API_KEY, else the first key of that file.
+    Nothing is printed, unless `verbose` lets the cluster's lines and logs through.
+
+    Raises:
+        TopologyError: the file, with the overrides, cannot be run.
+        ClientError: the cluster was not ready within `ready_timeout_s` seconds.
+    """
+    with tempfile.TemporaryDirectory(prefix="triptych-") as folder:
+        file = Path(path)
+        if overrides:
+            file = write_with_overrides(file, overrides, Path(folder))
+        topology = load_topology(file)
+        key = api_key or os.environ.get(KEY_VARIABLE, "") or _first_key(topology)
+        reason_file = Path(folder) / "reason"
+        options = ("--parent", str(os.getpid()), "--reason-file", str(reason_file))
+        command = (*module_command("triptych.actors.command"), "up", str(file), *options)
+        output = None if verbose else asyncio.subprocess.DEVNULL
+        process = await asyncio.create_subprocess_exec(*command, stdout=output, stderr=output)
+        cluster = Cluster(topology, process, key, reason_file=reason_file)
+        try:
+            await cluster.wait_ready(ready_timeout_s)
+            yield cluster
+        finally:
+            await cluster.close()

@@ -1,0 +1,286 @@
+"""The receiving end: a bound ROUTER, one typed decoder, a bounded queue."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+import zmq
+
+from triptych.bus import _inproc
+from triptych.bus._address import parse_address
+from triptych.bus._authenticator import CurveAuthenticator, shared_authenticator
+from triptych.bus._binding import Binding
+from triptych.bus._dead_letters import DeadLetters
+from triptych.bus._envelope import Envelope, EnvelopeKind, Failure, FailureCode
+from triptych.bus._errors import BusError, MessageTooLongError, RefusedError
+from triptych.bus._message import Message
+from triptych.bus._pump import Pump
+from triptych.bus._sockets import CurveKeys, open_socket
+from triptych.bus._trace import child_traceparent, current_traceparent
+from triptych.bus._wire import (
+    DEFAULT_MAX_MESSAGE_BYTES,
+    BadBodyError,
+    BodyDecoder,
+    UnreadableError,
+    decode_envelope,
+    encode,
+)
+
+LINGER_MS: Final = 250
+_HIGH_WATER_MARK: Final = 4096  # well above what one outbox has outstanding, so that answers find room
+_FENCED_SENDERS: Final = 4096  # generations remembered; more than any deployment has components
+
+
+class Delivery:
+    """A message that arrived, and the way back to who sent it."""
+
+    __slots__ = ("_expires_at", "_mailbox", "_route", "answered", "envelope", "message")
+
+    def __init__(self, mailbox: Mailbox, route: bytes, envelope: Envelope, message: Message) -> None:
+        self.envelope = envelope
+        self.message = message
+        self.answered = False
+        self._mailbox = mailbox
+        self._route = route
+        self._expires_at = time.monotonic() + envelope.timeout_s if envelope.kind is EnvelopeKind.ASK else math.inf
+
+    @property
+    def expired(self) -> bool:
+        """Whether the asker's time for the answer has passed since the ask arrived; never for a tell."""
+        return time.monotonic() >= self._expires_at
+
+    def reply(self, message: Message) -> None:
+        """Answer an ask; the answer to a tell is dropped, for nobody waits for it.
+
+        Never blocks, and never raises for the peer's sake: an answer that cannot be delivered (asker gone,
+        its queue full) is a dead letter of this mailbox, one that is too long reaches the asker as
+        "invalid_message". Raises `BusError` when the ask has been answered already.
+        """
+        if self.envelope.kind is EnvelopeKind.ASK:
+            self._answer(EnvelopeKind.REPLY, message)
+
+    def fail(self, code: str, detail: str) -> None:
+        """Answer with `Failure(code, detail)`; to a tell too, whose sender counts it as a dead letter.
+
+        Raises `BusError` when the message has been answered already.
+        """
+        self._answer(EnvelopeKind.FAILURE, Failure(str(code), detail))
+
+    def _answer(self, kind: EnvelopeKind, message: Message) -> None:
+        if self.answered:
+            raise BusError(f"{self.envelope.sender}'s ask {self.envelope.message_id} is already answered")
+        self._mailbox._answer(self._route, self.envelope, kind, message)
+        self.answered = True
+
+
+class Mailbox:
+    """Receives the messages of one actor; one consumer awaits `receive`.
+
+    What is not handled is answered with a typed `Failure` where an envelope could be read, and is a dead
+    letter in any case: unknown or invalid message, stale generation, full queue.
+
+    Args:
+        name: the actor's name; messages for another name are refused.
+        address: `inproc://NAME`, `ipc:///path` (its folder becomes 0700) or `tcp://host:port`.
+        messages: the types this actor accepts; a union of them is the one decoder.
+        generation: this incarnation, sent along with every answer.
+        capacity: most messages that wait, apart from the one being handled.
+        max_message_bytes: longest message. Up to twice as long is answered with "invalid_message"; beyond
+            that the sender's connection is cut before the bytes are read.
+        dead_letters: where to record them, by default a ring of its own.
+        context: default `zmq.Context.instance()`.
+        component_of: the component that a sender belongs to, whose generation is its own; "" for a sender that has
+            none that counts. By default every sender is a component.
+        curve: key pair, required for tcp; only who has the same may connect.
+
+    Raises:
+        AddressError: malformed address.
+
+    """
+
+    def __init__(
+        self,
+        name: str,
+        address: str,
+        messages: tuple[type[Message], ...],
+        *,
+        generation: int = 0,
+        capacity: int = 1024,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        dead_letters: DeadLetters | None = None,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        component_of: Callable[[str], str] = str,
+        curve: CurveKeys | None = None,
+    ) -> None:
+        self.name = name
+        self.address = address
+        self.generation = generation
+        self.capacity = capacity
+        self.dead_letters = dead_letters or DeadLetters()
+        self._parsed = parse_address(address)
+        self._decoder = BodyDecoder(messages)
+        self._max_message_bytes = max_message_bytes
+        self._context = context
+        self._component_of = component_of
+        self._curve = curve
+        self._message_ids = itertools.count(1)
+        self._generations: dict[str, int] = {}
+        self._queue: deque[Delivery] = deque()
+        self._consumer: asyncio.Future[None] | None = None
+        self._pump: Pump | None = None
+        self._binding: Binding | None = None
+        self._authenticator: CurveAuthenticator | None = None
+
+    @property
+    def depth(self) -> int:
+        """Messages that wait in the queue."""
+        return len(self._queue)
+
+    async def start(self) -> None:
+        """Bind and begin to receive; raises `AddressError` when the address cannot be bound, or is tcp without keys.
+
+        An ipc file that a killed process left behind is replaced; one that is being served is not.
+        """
+        context = self._context or zmq.Context.instance()
+        socket = open_socket(
+            context,
+            zmq.ROUTER,
+            self._parsed,
+            high_water_mark=max(self.capacity, _HIGH_WATER_MARK),
+            max_message_bytes=self._max_message_bytes,
+            curve=self._curve,
+        )
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        if self._parsed.scheme == "tcp":
+            self._authenticator = shared_authenticator(context)
+        try:
+            self._binding = Binding(socket, self._parsed, self.address)
+        except BaseException:
+            socket.close(linger=0)
+            self._close_authenticator()
+            raise
+        self._pump = Pump(socket, self._on_message)
+
+    async def receive(self) -> Delivery:
+        """Return the next message, in order of arrival; one consumer at a time.
+
+        Makes its trace the current one, so that all the consumer sends meanwhile belongs to it. Raises
+        `BusError` once the mailbox is closed.
+        """
+        while not self._queue:
+            if self._pump is None:
+                raise BusError(f"mailbox {self.name} is not open")
+            self._consumer = self._pump.loop.create_future()
+            try:
+                await self._consumer
+            finally:
+                self._consumer = None
+        delivery = self._queue.popleft()
+        traceparent = delivery.envelope.traceparent
+        current_traceparent.set(child_traceparent(traceparent) if traceparent else "")
+        return delivery
+
+    def close(self) -> None:
+        """Stop receiving, answer "stopping" to what still waits, remove the ipc file; at once, idempotent.
+
+        ZMQ's own thread has `LINGER_MS` to send the last answers.
+        """
+        if self._pump is None or self._binding is None:
+            return
+        while self._queue:
+            waiting = self._queue.popleft()
+            self._refuse(waiting._route, waiting.envelope, FailureCode.STOPPING, f"{self.name} stops")
+        self._binding.release()
+        self._pump.close(LINGER_MS)
+        self._pump = None
+        self._close_authenticator()
+        if self._parsed.scheme == "inproc":
+            _inproc.announce_closed(self._parsed.target)
+        self._wake_consumer()
+
+    def _close_authenticator(self) -> None:
+        if self._authenticator is not None:
+            self._authenticator.close()
+            self._authenticator = None
+
+    def _on_message(self, frames: list[bytes]) -> None:
+        route, *rest = frames
+        try:
+            envelope, body = decode_envelope(rest)
+        except UnreadableError as error:
+            self.dead_letters.add("unreadable", str(error))
+            return
+        try:
+            message = self._validate(envelope, body, len(rest[0]))
+        except RefusedError as refused:
+            self._refuse(route, envelope, FailureCode(refused.code), refused.detail)
+            return
+        self._queue.append(Delivery(self, route, envelope, message))
+        self._wake_consumer()
+
+    def _validate(self, envelope: Envelope, body: memoryview, size: int) -> Message:
+        """Return the message; raises `RefusedError` with why it is not taken in."""
+        if envelope.kind is not EnvelopeKind.ASK and envelope.kind is not EnvelopeKind.TELL:
+            raise RefusedError(FailureCode.INVALID_MESSAGE, "an answer was sent to a mailbox")
+        if size > self._max_message_bytes:
+            raise RefusedError(FailureCode.INVALID_MESSAGE, f"{size} bytes, the limit is {self._max_message_bytes}")
+        if envelope.to != self.name:
+            raise RefusedError(FailureCode.REFUSED, f"for {envelope.to!r}, but this is {self.name!r}")
+        try:
+            message = self._decoder.decode(body)
+        except BadBodyError as error:
+            raise RefusedError(error.code, error.detail) from error
+        if envelope.generation:
+            self._check_generation(self._component_of(envelope.sender), envelope.generation)
+        if len(self._queue) >= self.capacity:
+            raise RefusedError(FailureCode.MAILBOX_FULL, f"{self.name} has {self.capacity} messages waiting")
+        return message
+
+    def _check_generation(self, component: str, generation: int) -> None:
+        """Remember the newest generation of a component; raises `RefusedError` for an older one."""
+        newest = self._generations.get(component, 0)
+        if generation < newest:
+            raise RefusedError(FailureCode.STALE_GENERATION, f"generation {generation}, {newest} is known")
+        if component and (newest or len(self._generations) < _FENCED_SENDERS):
+            self._generations[component] = generation
+
+    def _refuse(self, route: bytes, envelope: Envelope, code: FailureCode, detail: str) -> None:
+        self.dead_letters.add(code, detail, envelope)
+        if envelope.kind is EnvelopeKind.ASK or envelope.kind is EnvelopeKind.TELL:
+            self._answer(route, envelope, EnvelopeKind.FAILURE, Failure(code, detail))
+
+    def _answer(self, route: bytes, asked: Envelope, kind: EnvelopeKind, message: Message) -> None:
+        head = Envelope(
+            asked.sender,
+            self.name,
+            kind,
+            next(self._message_ids),
+            asked.message_id,
+            0.0,
+            self.generation,
+            asked.traceparent,
+        )
+        if self._pump is None:
+            self.dead_letters.add("mailbox_closed", "the answer came after the mailbox was closed", head)
+            return
+        try:
+            self._pump.send(route, encode(head, message, self._max_message_bytes))
+        except MessageTooLongError as error:
+            self.dead_letters.add(FailureCode.INVALID_MESSAGE, f"the answer: {error}", head)
+            self._answer(route, asked, EnvelopeKind.FAILURE, Failure(FailureCode.INVALID_MESSAGE, str(error)))
+        except zmq.Again:
+            self.dead_letters.add("peer_full", "the asker does not read its answers", head)
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self.dead_letters.add("peer_gone", "the asker has gone", head)
+
+    def _wake_consumer(self) -> None:
+        if self._consumer is not None and not self._consumer.done():
+            self._consumer.set_result(None)

@@ -1,0 +1,89 @@
+"""How the sockets of the bus are set up."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+import zmq
+
+from triptych.bus._address import Address
+from triptych.bus._errors import AddressError
+
+RECONNECT_FIRST_MS: Final = 20
+RECONNECT_LAST_MS: Final = 250
+_CONNECT_MS: Final = 1_000  # else the kernel's own patience, which doubles while a host is away
+_HANDSHAKE_MS: Final = 3_000  # a peer that sends nothing holds a descriptor this long
+_HEARTBEAT_EVERY_MS: Final = 1_000
+_HEARTBEAT_LOST_MS: Final = 3_000
+
+
+class CurveKeys(msgspec.Struct, frozen=True):
+    """The CURVE key pair that every process of a system has (`zmq.curve_keypair()`).
+
+    Both halves are secrets, and neither is ever sent in clear: a peer needs the public one to begin a handshake,
+    and the secret one to be let in.
+    """
+
+    public: bytes
+    """Z85 text, 40 bytes."""
+    secret: bytes
+    """Z85 text, 40 bytes."""
+
+    @classmethod
+    def new(cls) -> CurveKeys:
+        """Make a pair."""
+        return cls(*zmq.curve_keypair())
+
+    @classmethod
+    def of(cls, secret: str) -> CurveKeys:
+        """Return the pair of a secret half; raises `ValueError` for text that is none."""
+        half = secret.encode()
+        try:
+            return cls(zmq.curve_public(half), half)
+        except zmq.ZMQError as error:
+            raise ValueError("no CURVE key") from error
+
+
+def open_socket(
+    context: zmq.Context[zmq.Socket[bytes]],
+    kind: int,
+    address: Address,
+    *,
+    high_water_mark: int,
+    max_message_bytes: int,
+    curve: CurveKeys | None,
+) -> zmq.Socket[bytes]:
+    """Make a socket, not yet bound or connected; raises `AddressError` for tcp without keys.
+
+    On loopback, too: every user of the host can connect there.
+    """
+    if address.scheme == "tcp" and curve is None:
+        raise AddressError(f"tcp://{address.target}:{address.port} can be reached by others: it needs CURVE keys")
+    socket = context.socket(kind)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, high_water_mark)
+    socket.setsockopt(zmq.RCVHWM, high_water_mark)
+    # Twice the limit: a little too long still gets a typed answer, anything longer cuts the connection.
+    socket.setsockopt(zmq.MAXMSGSIZE, 2 * max_message_bytes)
+    if address.scheme == "tcp":
+        # A host that vanishes sends no FIN; a process that dies on this host always does.
+        socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_EVERY_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_LOST_MS)
+        socket.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_MS)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+        socket.setsockopt(zmq.IPV6, int(":" in address.target))
+        if curve is not None:
+            _encrypt(socket, kind, curve)
+    return socket
+
+
+def _encrypt(socket: zmq.Socket[bytes], kind: int, curve: CurveKeys) -> None:
+    socket.setsockopt(zmq.CURVE_PUBLICKEY, curve.public)
+    socket.setsockopt(zmq.CURVE_SECRETKEY, curve.secret)
+    if kind == zmq.ROUTER:
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+        socket.setsockopt(zmq.ZAP_DOMAIN, curve.public)  # so that `bus._authenticator` knows which key is asked for
+        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+    else:
+        socket.setsockopt(zmq.CURVE_SERVERKEY, curve.public)

@@ -1,0 +1,1 @@
+"""Payloads between stages as a manifest and bytes, without pickle."""

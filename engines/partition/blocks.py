@@ -1,0 +1,611 @@
+"""Split a Modular Diffusers pipeline in three by one rule, without any code for a family.
+
+Each pipeline has exactly one block named `denoise` at its top. What comes before it is the encoder, the block
+itself is the denoiser (it makes noise and timesteps too, so a scheduler's state never crosses), what comes after
+it is the decoder. The inputs that a stage declares are all that it needs of the stages before it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import itertools
+import json
+import re
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import CodeType
+from typing import Any, Final
+
+import diffusers
+from diffusers.modular_pipelines.modular_pipeline import (
+    MODULAR_PIPELINE_MAPPING,
+    ConditionalPipelineBlocks,
+    LoopSequentialPipelineBlocks,
+    SequentialPipelineBlocks,
+)
+from diffusers.modular_pipelines.modular_pipeline_utils import InsertableDict
+from diffusers.pipelines.auto_pipeline import _get_model
+
+from triptych.engines.parameters.aliases import GUIDANCE_SCALE, TRUE_CFG_SCALE
+from triptych.engines.parameters.declarations import is_internal, parameters_of_blocks
+from triptych.engines.parameters.schema import Task
+from triptych.engines.parameters.serving_config import INDEX_NAMES, load_index, load_serving_config
+from triptych.engines.partition.options import DEFAULTS, ModelOptions
+from triptych.engines.partition.stages import ModelError, Stage
+from triptych.engines.partition.tasks import (
+    ANY,
+    ClassRequirements,
+    classic_class,
+    is_same,
+    requirements_of,
+    task_name,
+    task_names,
+)
+from triptych.engines.pipelines.media import medium_of
+
+KWARGS_MAPPING: Final = "kwargs_mapping"
+"""The name in a state of the grouping of other names that some blocks ask for as a group."""
+_IP_ADAPTER: Final = "ip_adapter_image"
+_OF_INPAINTING: Final = 9
+"""Channels that a UNet sees that was trained to inpaint: latents, the mask, and latents of the masked image."""
+_CONTROL_WORDS: Final = re.compile("ControlNet|Union|Img2Img|Inpaint")
+_DECLARATIONS: Final = frozenset(
+    {"inputs", "loop_inputs", "outputs", "intermediate_outputs", "expected_components", "expected_configs"}
+    | {"description", "required_inputs", "doc"}
+)
+"""Members of a block that name its inputs without reading them."""
+
+
+class NoWorkflowError(ModelError):
+    """The blocks of a pipeline have no workflow for a task, or for what the class of the index does."""
+
+
+@dataclass(frozen=True)
+class ModularPartition:
+    """A pipeline, cut.
+
+    Attributes:
+        model: Its folder.
+        pipeline_class: The class of its pipelines, a `diffusers.ModularPipeline`.
+        index: What the pipelines are made with: `modular_config_dict` or `config_dict`, whichever the folder has.
+        whole: All blocks of the pipeline, for every task.
+        blocks: All blocks of the tasks, `SequentialPipelineBlocks`.
+        blocks_of: The blocks of each stage, likewise.
+        outputs: Names of the results of the decoder, such as "images".
+        tasks: What requests may be for. A request is for the one whose inputs it gives.
+        as_class: Whether what a request leaves out is as in the class that the index names.
+        aliases: Names that the class has for inputs, and those that the blocks have.
+        defaults: Of inputs, where those of that class go before those of the blocks; also the scale of its guiders.
+    """
+
+    model: Path
+    pipeline_class: Any
+    index: Mapping[str, dict[str, object]]
+    whole: Any
+    blocks: Any
+    blocks_of: Mapping[Stage, Any]
+    outputs: tuple[str, ...]
+    tasks: tuple[Task, ...] = ()
+    as_class: bool = False
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def required(self) -> frozenset[str]:
+        """Names of the inputs that each task requires."""
+        return _required(self.tasks)
+
+    @property
+    def task(self) -> str:
+        """The one task; "any" where there are several."""
+        return self.tasks[0].name if len(self.tasks) == 1 else ANY
+
+    def pipeline(self, blocks: Any) -> Any:
+        """Make a pipeline of some of the blocks; its weights are not loaded yet.
+
+        Raises:
+            ModelError: The index names something that is no component.
+        """
+        try:
+            # The class is that of the whole: it computes geometry, and blocks alone would lead to another one.
+            return self.pipeline_class(blocks=blocks, pretrained_model_name_or_path=str(self.model), **self.index)
+        except Exception as error:  # Whatever names in an index make diffusers raise, the user gets one sentence.
+            raise ModelError(f"The index of {self.model} cannot be followed: {error}") from error
+
+
+def load_modular_partition(model: Path, options: ModelOptions = DEFAULTS) -> ModularPartition:
+    """Read what a model folder is, and cut its pipeline; loads no weights.
+
+    Args:
+        model: The folder.
+        options: How it is cut.
+
+    Raises:
+        NoWorkflowError: Its blocks do not do what is asked of them.
+        ModelError: It is no such folder, or its pipeline cannot be cut.
+    """
+    index = load_index(model)
+    serving_config = load_serving_config(model, options.task)
+    found = pipeline_class(index, model)
+    whole = _blocks_class(found, index)()
+    missing = {
+        spec.name
+        for spec in whole.expected_components
+        if spec.default_creation_method == "from_pretrained" and _lacks(index, spec.name)
+    }
+    own = _own_needs(index, model)
+    names = choose_tasks(whole, task_names(serving_config.task), own, missing)
+    blocks = prune(whole, names or ANY, serving_config.defaults, missing)
+    blocks_of = cut_blocks(blocks)
+    made = blocks_of[Stage.DECODER].intermediate_output_names
+    outputs = tuple(name for name in whole.output_names if name in made) or tuple(made)
+    tasks = tuple(_task(whole, name) for name in names) or (
+        _only_task(blocks, outputs, task_names(serving_config.task), own),
+    )
+    # Whoever asks for the blocks gets theirs; blocks that were chosen by a setting know the variant of the model.
+    is_plain = options.route != "modular" and found is modular_class({"_class_name": index["_class_name"]})
+    as_class = own is not None and is_plain and set(_own_tasks(whole, own, missing)).issuperset(names)
+    defaults = _class_defaults(blocks, own) if own and as_class else {}
+    taken = {item.name for item in blocks.inputs}
+    aliases = {
+        name: other for name, other in (own.aliases if own else {}).items() if name not in taken and other in taken
+    }
+    kind = "modular_config_dict" if (model / INDEX_NAMES[0]).is_file() else "config_dict"
+    return ModularPartition(
+        model, found, {kind: index}, whole, blocks, blocks_of, outputs, tasks, as_class, defaults, aliases
+    )
+
+
+def pipeline_class(index: Mapping[str, object], model: Path) -> Any:
+    """Find the modular pipeline for an index, which may name a classic one.
+
+    Raises:
+        ModelError: There is none.
+    """
+    found = modular_class(index)
+    if found is None:
+        raise ModelError(
+            f"The model {model} is for {index['_class_name']}, which diffusers {diffusers.__version__} cannot run in"
+            " parts (it has no modular pipeline for it)."
+        )
+    return found
+
+
+def modular_class(index: Mapping[str, object]) -> Any | None:
+    """Find the modular pipeline for an index, if there is one."""
+    name = str(index["_class_name"])
+    choose = MODULAR_PIPELINE_MAPPING.get(_get_model(name) or "")
+    # Half of the families are not in that table, but they are all named alike.
+    stem = name.removesuffix("Pipeline").removesuffix("Modular")
+    stems = (stem, stem.replace("ImageToVideo", "Image2Video"), stem.replace("ImageToVideo", ""))
+    names = [choose(index)] if choose else [f"{stem}ModularPipeline" for stem in stems]
+    found = next((getattr(diffusers, name) for name in names if hasattr(diffusers, name)), None)
+    if found is None and "ControlNet" in stem:
+        # A family has one pipeline in blocks, with and without a ControlNet.
+        return modular_class({**index, "_class_name": f"{_CONTROL_WORDS.sub('', stem)}Pipeline"})
+    return found if found is not None and found.default_blocks_name else None
+
+
+def prune(
+    blocks: Any,
+    task: str | Sequence[str],
+    given: Mapping[str, object] | None = None,
+    missing: Collection[str] = frozenset(),
+) -> Any:
+    """Keep the blocks that tasks run, so that no stage loads weights for another one.
+
+    A block that an optional input of these tasks leads to is kept as well, and the choice is made for each request.
+
+    Args:
+        blocks: All blocks of a pipeline.
+        task: Workflows of the pipeline, such as "text-to-image"; "" is the first that needs just a prompt; "any"
+            all that a request can ask for.
+        given: Inputs that each request has, and so can leave out the blocks that would compute them.
+        missing: Components that the model goes without. A block that needs one of those is left out where another
+            takes its place, or none: then a request has to give what it would have made.
+
+    Raises:
+        NoWorkflowError: The pipeline has no such task.
+    """
+    flows = _workflows(blocks)
+    if not flows:
+        return blocks
+    names = choose_tasks(blocks, task_names(task) if isinstance(task, str) else tuple(task), None, missing)
+    workflow_states = [_workflow(blocks, inputs, given or {}, missing) for name in names for inputs in flows[name]]
+    return SequentialPipelineBlocks.from_blocks_dict(_kept(blocks, workflow_states, missing))
+
+
+def choose_tasks(
+    blocks: Any, named: Sequence[str], own: ClassRequirements | None = None, missing: Collection[str] = frozenset()
+) -> tuple[str, ...]:
+    """Choose the workflows to serve.
+
+    Args:
+        blocks: All blocks of a pipeline.
+        named: Tasks that the topology or the serving config names; none, or "any" for all that a request can ask for
+            and the model has the components for.
+        own: Of the class that the index names; None where it names a modular one.
+        missing: Components that the model goes without.
+
+    Returns:
+        Names of workflows; none where the pipeline has just one, which has no name.
+
+    Raises:
+        NoWorkflowError: There is no such workflow, or none that does what the class does.
+    """
+    flows = _workflows(blocks)
+    if not flows:
+        if own and not own.required <= set(blocks.input_names):
+            raise NoWorkflowError(f"The blocks of this pipeline take no {', '.join(sorted(own.required))}.")
+        return ()
+    if ANY in named:
+        return tuple(name for name in flows if _can_be_asked(blocks, name) and _has_components(blocks, name, missing))
+    if named:
+        chosen = tuple(dict.fromkeys(_find(name, flows) for name in named))
+        adapted = [name for name in chosen if any(_IP_ADAPTER in inputs for inputs in flows[name])]
+        if adapted and len(chosen) > 1:
+            raise ModelError(f'The task "{adapted[0]}" cannot be served beside others: each request shows it an image.')
+        return chosen
+    if own:
+        if not (found := _own_tasks(blocks, own, missing)):
+            raise NoWorkflowError(f"The blocks have no task for what the class needs: they do {', '.join(flows)}.")
+        return found
+    return (next((name for name in flows if flows[name] == [{"prompt": True}]), next(iter(flows))),)
+
+
+def required(blocks: Any, task: str) -> frozenset[str]:
+    """Names of the inputs without which a request is for another task.
+
+    Args:
+        blocks: All blocks of a pipeline, which mostly declare these as optional, since other tasks do without.
+        task: As in `prune`.
+
+    Raises:
+        NoWorkflowError: The pipeline has no such task.
+    """
+    return _required([_task(blocks, name) for name in choose_tasks(blocks, task_names(task))])
+
+
+def _required(tasks: Sequence[Task]) -> frozenset[str]:
+    return frozenset.intersection(*(frozenset(task.requires) for task in tasks)) if tasks else frozenset()
+
+
+def _workflows(blocks: Any) -> dict[str, list[dict[str, object]]]:
+    """Inputs that lead to each workflow of a pipeline, one or several sets of them; none where it has just one."""
+    workflows: dict[str, Any] = getattr(blocks, "_workflow_map", None) or {}
+    return {name: list(inputs) if isinstance(inputs, tuple) else [inputs] for name, inputs in workflows.items()}
+
+
+def _find(task: str, flows: Mapping[str, object]) -> str:
+    name = next((name for name in flows if is_same(name, task)), None)
+    if name is None:
+        raise NoWorkflowError(f'The task "{task}" is not one of this pipeline: choose of {", ".join(flows)}, any.')
+    return name
+
+
+def _own_needs(index: Mapping[str, object], model: Path) -> ClassRequirements | None:
+    """Say what the class of an index needs of a request; None where it names a modular one.
+
+    Raises:
+        NoWorkflowError: It needs several ControlNets.
+    """
+    name = str(index["_class_name"])
+    named = getattr(diffusers, name, None)
+    if not isinstance(named, type) or not issubclass(named, diffusers.DiffusionPipeline):
+        return None
+    entry = index.get("controlnet")
+    if isinstance(entry, list) and str(entry[-1]).startswith("Multi"):
+        raise NoWorkflowError("The blocks of this pipeline take one ControlNet, not several.")
+    own = requirements_of(classic_class(index))
+    if _channels(model / "unet") != _OF_INPAINTING:
+        return own
+    painted = {"image", "mask_image"}
+    return replace(own, required=own.required | painted, taken=own.taken | painted)
+
+
+def _channels(folder: Path) -> object:
+    try:
+        return json.loads((folder / "config.json").read_bytes())["in_channels"]
+    except (OSError, ValueError, LookupError, TypeError):  # Whoever loads it says what is wrong.
+        return None
+
+
+def _own_tasks(blocks: Any, own: ClassRequirements, missing: Collection[str]) -> tuple[str, ...]:
+    """Name the workflows that a class does as well: all that it needs leads to them, and nothing that it lacks."""
+    flows = _workflows(blocks)
+    found = []
+    for name, (inputs, *_) in flows.items():
+        triggers = {trigger for trigger, value in inputs.items() if value is True}
+        does = own.required <= triggers <= own.taken and triggers == inputs.keys()
+        if does and _can_be_asked(blocks, name) and _has_components(blocks, name, missing):
+            found.append(name)
+    return tuple(found)
+
+
+def _can_be_asked(blocks: Any, name: str) -> bool:
+    """Whether a request can give what leads to a workflow."""
+    public = {parameter.name for parameter in parameters_of_blocks(blocks)}
+    # Once an adapter is loaded, each request has to show it an image: such a task is served alone.
+    return any(inputs.keys() <= public - {_IP_ADAPTER} for inputs in _workflows(blocks)[name])
+
+
+def _has_components(blocks: Any, name: str, missing: Collection[str]) -> bool:
+    """Whether a model has what a workflow needs more than every other one needs."""
+    if not missing:
+        return True
+    lacking = [
+        set(prune(blocks, [flow], missing=missing).component_names) & set(missing) for flow in _workflows(blocks)
+    ]
+    own = set(prune(blocks, [name], missing=missing).component_names) & set(missing)
+    return own <= set.intersection(*lacking)
+
+
+def _task(blocks: Any, name: str) -> Task:
+    flows = _workflows(blocks)[name]
+    needed = [{trigger for trigger, value in inputs.items() if value is True} for inputs in flows]
+    taken = set().union(*(inputs.keys() for inputs in flows))
+    return Task(name, tuple(sorted(set.intersection(*needed))), tuple(sorted(taken)))
+
+
+def _only_task(blocks: Any, outputs: Collection[str], named: Sequence[str], own: ClassRequirements | None) -> Task:
+    """Name the task of a pipeline that has just one.
+
+    Raises:
+        NoWorkflowError: Another one is asked for.
+    """
+    medium = medium_of(outputs)
+    needed = {item.name for item in parameters_of_blocks(blocks) if item.required} | (own.required if own else set())
+    name = task_name(needed, medium, prompt="prompt" in blocks.input_names)
+    for other in named:
+        if other != ANY and not is_same(other, name):
+            raise NoWorkflowError(f'The task "{other}" is not one of this pipeline, which does {name} alone.')
+    return Task(name, tuple(sorted(needed)), tuple(sorted(needed)))
+
+
+def _class_defaults(blocks: Any, own: ClassRequirements) -> dict[str, object]:
+    public = {parameter.name: parameter for parameter in parameters_of_blocks(blocks)}
+    declared = {item.name: item.default for item in blocks.inputs if item.name}
+    found: dict[str, object] = {
+        name: value
+        for name, value in own.defaults.items()
+        if name in public and isinstance(value, (bool, int, float, str)) and value != declared[name]
+    }
+    scale = own.defaults.get(GUIDANCE_SCALE, own.defaults.get(TRUE_CFG_SCALE))
+    return found if GUIDANCE_SCALE in declared or scale is None else {**found, GUIDANCE_SCALE: scale}
+
+
+# Which blocks a request may run ------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Workflow:
+    """What is known of requests of one kind, at some place of a pipeline.
+
+    Attributes:
+        given: Values that are there, by name; True where the value is not known.
+        maybe: Names of values that may be there.
+    """
+
+    given: dict[str, object]
+    maybe: set[str]
+
+    def inputs(self, names: Sequence[str]) -> Iterator[dict[str, object]]:
+        """Every combination of values that a block may see under some names."""
+        known = {name: self.given.get(name) for name in names}
+        open_names = [name for name in names if name in self.maybe and name not in self.given]
+        for values in itertools.product((None, True), repeat=len(open_names)):
+            yield {**known, **dict(zip(open_names, values, strict=True))}
+
+
+def _workflow(
+    blocks: Any, inputs: Mapping[str, object], given: Mapping[str, object], missing: Collection[str]
+) -> _Workflow:
+    """Say what requests of a workflow give, and what they may give.
+
+    They may give what its blocks take or would make for them, as long as that does not make the request one of another
+    workflow. Each such input may lead to more blocks, which take more.
+    """
+    known = {**given, **inputs}
+    others = [
+        set(other) for several in _workflows(blocks).values() for other in several if not other.items() <= known.items()
+    ]
+    public = {name for name in blocks.input_names if name and not is_internal(name)}
+    switching = branch_inputs(blocks) & public
+    maybe: set[str] = set()
+    while True:
+        kept = _kept(blocks, [_Workflow(dict(known), set(maybe))], missing).values()
+        seen = {item.name for block in kept for item in (*block.inputs, *block.intermediate_outputs)}
+        more = {
+            name
+            for name in (seen & switching) - known.keys() - maybe
+            if not any(other <= {*inputs, name} for other in others)
+        }
+        if not more:
+            return _Workflow(known, maybe)
+        maybe |= more
+
+
+def _kept(blocks: Any, workflow_states: list[_Workflow], missing: Collection[str]) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name, block in blocks.sub_blocks.items():
+        kept |= _reached(name, block, workflow_states, missing)
+    return kept
+
+
+def _reached(name: str, block: Any, workflow_states: list[_Workflow], missing: Collection[str]) -> dict[str, Any]:
+    """Keep of a block what is reached on any of the ways, and note in these what it makes.
+
+    Sequences are flattened, as `get_execution_blocks` does it. A block that chooses stays where there is a choice.
+    """
+    if isinstance(block, ConditionalPipelineBlocks):
+        return _chosen(name, block, workflow_states, missing)
+    if block.sub_blocks and not isinstance(block, LoopSequentialPipelineBlocks):
+        return {f"{name}.{inner}": kept for inner, kept in _kept(block, workflow_states, missing).items()}
+    for way in workflow_states:
+        way.given.update({output.name: True for output in block.intermediate_outputs})
+    return {name: block}
+
+
+def _chosen(name: str, block: Any, workflow_states: list[_Workflow], missing: Collection[str]) -> dict[str, Any]:
+    options = [_options(block, way) for way in workflow_states]
+    every = set().union(*options)
+    possible = {option for option in every if option is None or not _needs(block.sub_blocks[option], missing)} or every
+    options = [(found & possible) or found for found in options]
+    every = set().union(*options)
+    if every == {None}:
+        return {}
+    if len(every) == 1:
+        return _reached(name, block.sub_blocks[next(iter(every))], workflow_states, missing)
+    kept = copy.copy(block)
+    kept.sub_blocks = InsertableDict()
+    made: list[list[_Workflow]] = [[] for _ in workflow_states]
+    for option, inner in block.sub_blocks.items():
+        if option not in every:
+            continue
+        forks = {
+            at: _Workflow(dict(way.given), set(way.maybe))
+            for at, way in enumerate(workflow_states)
+            if option in options[at]
+        }
+        rows = _reached(option, inner, list(forks.values()), missing)
+        single = len(rows) == 1 and option in rows
+        kept.sub_blocks[option] = rows[option] if single else SequentialPipelineBlocks.from_blocks_dict(rows)
+        for at, fork in forks.items():
+            made[at].append(fork)
+    for way, found, forked in zip(workflow_states, options, made, strict=True):
+        sure = set.intersection(*(set(fork.given) for fork in forked)) if forked and None not in found else set()
+        way.maybe |= set().union(*(fork.given.keys() | fork.maybe for fork in forked)) - way.given.keys() - sure
+        way.given |= dict.fromkeys(sure - way.given.keys(), True)
+    return {name: kept}
+
+
+def _options(block: Any, way: _Workflow) -> set[str | None]:
+    """Names of the blocks that one may choose, and None where it may choose none."""
+    found: set[str | None] = set()
+    for inputs in way.inputs([name for name in block.block_trigger_inputs if name]):
+        try:
+            found.add(block.select_block(**inputs) or block.default_block_name)
+        except ValueError:  # So a family says that it does not take these together.
+            continue
+    return found or {block.default_block_name}
+
+
+def _needs(block: Any, missing: Collection[str]) -> bool:
+    return not set(missing).isdisjoint(block.component_names)
+
+
+def unused_inputs(blocks: Any) -> frozenset[str]:
+    """Names of inputs that blocks declare and never read, but to check their type."""
+    declared: set[str] = set()
+    read: set[str] = set()
+    for block in _blocks_in(blocks):
+        names = {item.name for item in block.inputs if item.name}
+        declared |= names
+        cls: type = type(block)
+        read |= names & _names_read(cls) | {name for name in getattr(block, "block_trigger_inputs", ()) if name}
+    return frozenset(declared - read)
+
+
+def _blocks_in(block: Any) -> Iterator[Any]:
+    for inner in block.sub_blocks.values():
+        yield inner
+        yield from _blocks_in(inner)
+
+
+@functools.cache
+def _names_read(cls: type) -> frozenset[str]:
+    """All names in the code of a block's class, and in the functions beside it."""
+    found: set[str] = set()
+    for base in cls.__mro__:
+        if base.__module__.startswith("diffusers.modular_pipelines.") and not base.__module__.endswith(
+            ".modular_pipeline"
+        ):
+            beside = (member for member in vars(sys.modules[base.__module__]).values() if inspect.isfunction(member))
+            own = (member for name, member in vars(base).items() if name not in _DECLARATIONS | {"check_inputs"})
+            for member in (*beside, *own):
+                function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+                found |= _names(getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None))
+    return frozenset(found)
+
+
+def _names(code: CodeType | None) -> set[str]:
+    if code is None:
+        return set()
+    texts = {constant for constant in code.co_consts if isinstance(constant, str) and constant.isidentifier()}
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(texts, *(_names(constant) for constant in inner))
+
+
+# Where they are cut ------------------------------------------------------------------------------------------------
+
+
+def cut_blocks(blocks: Any) -> dict[Stage, Any]:
+    """Cut blocks at the one that is named `denoise`.
+
+    Raises:
+        ModelError: There is not exactly one.
+    """
+    names = list(blocks.sub_blocks)
+    inside = [index for index, name in enumerate(names) if name.split(".")[0] == "denoise"]
+    if not inside or inside != list(range(inside[0], inside[-1] + 1)):
+        raise ModelError(f"The pipeline cannot be cut at one `denoise` block: its blocks are {', '.join(names)}.")
+    return {
+        Stage.ENCODER: _blocks(blocks, names[: inside[0]]),
+        Stage.DENOISER: _blocks(blocks, names[inside[0] : inside[-1] + 1]),
+        Stage.DECODER: _blocks(blocks, names[inside[-1] + 1 :]),
+    }
+
+
+def join_blocks(stages: Iterable[Any]) -> Any:
+    """Put stages together again, for a process that has more than one stage."""
+    blocks = {name: block for stage in stages for name, block in stage.sub_blocks.items()}
+    return SequentialPipelineBlocks.from_blocks_dict(blocks)
+
+
+def branch_inputs(stage: Any) -> set[str]:
+    """Names that blocks of a stage look at to choose what to run, though none of them may take it."""
+    inner = set().union(*(branch_inputs(block) for block in stage.sub_blocks.values()))
+    return inner | {name for name in getattr(stage, "block_trigger_inputs", ()) if name}
+
+
+def values_needed_later(
+    values: Mapping[str, object], groups: Mapping[str, list[str]], later: Iterable[Any]
+) -> dict[str, object]:
+    """Choose what later stages need of a state.
+
+    Args:
+        values: All values of the state, by name.
+        groups: Names of values by the group (`kwargs_type`) that blocks may ask for them as.
+        later: The stages still to run.
+
+    Returns:
+        The values that later stages take as inputs, and `KWARGS_MAPPING`: the groups of those.
+    """
+    wanted: set[str] = set()
+    for stage in later:
+        # What it chooses its blocks by, it need not take.
+        wanted |= branch_inputs(stage)
+        for declared in stage.inputs:
+            wanted.update([declared.name] if declared.name else groups.get(declared.kwargs_type, ()))
+    kept = {name: value for name, value in values.items() if name in wanted}
+    # A block adds a name to its group each time it sets it; once is enough.
+    mapping = {group: [name for name in dict.fromkeys(names) if name in kept] for group, names in groups.items()}
+    return {**kept, KWARGS_MAPPING: mapping}
+
+
+def _lacks(index: Mapping[str, object], name: str) -> bool:
+    return index.get(name) in (None, [None, None])
+
+
+def _blocks_class(found: Any, index: Mapping[str, object]) -> Any:
+    named = getattr(diffusers, str(index.get("_blocks_class_name")), None)
+    # A saved pipeline may name a base class, whose blocks were put together by hand.
+    return named if getattr(named, "block_classes", None) else getattr(diffusers, found.default_blocks_name)
+
+
+def _blocks(blocks: Any, names: list[str]) -> Any:
+    return SequentialPipelineBlocks.from_blocks_dict({name: blocks.sub_blocks[name] for name in names})

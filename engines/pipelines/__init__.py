@@ -1,0 +1,1 @@
+"""What runs a stage of a diffusers pipeline: modular blocks, classic pipelines, one denoising step at a time."""

@@ -1,0 +1,375 @@
+"""Call a classic pipeline: load its components, run it with a scheduler of its own, one step at a time."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from PIL import Image
+
+from triptych.engines.parameters.aliases import public_names, with_aliases
+from triptych.engines.parameters.declarations import (
+    latent_parameter,
+    parameters_of_call,
+    returns_latents,
+    tensor_inputs_of_call,
+    tensors_parameter,
+)
+from triptych.engines.parameters.schema import LATENT, OUTPUT_TYPE, REPLACES, Signature
+from triptych.engines.parameters.size_constraints import with_size_constraints
+from triptych.engines.partition.options import DEFAULTS, ModelOptions
+from triptych.engines.partition.stages import InputError, ModelError
+from triptych.engines.partition.stubs import Stub
+from triptych.engines.partition.tasks import class_tasks, required_by
+from triptych.engines.pipelines.component_settings import configure, setting_parameters
+from triptych.engines.pipelines.guidance import GUIDANCE_SCALE, guidance, has_guider
+from triptych.engines.pipelines.media import (
+    IMAGES,
+    LATENTS,
+    LAYERS,
+    MAPS,
+    NSFW,
+    SOUNDS,
+    VIDEOS,
+    frames_per_s,
+    medium_of,
+    results_of,
+    with_sampling_rate,
+)
+from triptych.engines.pipelines.random_state import GENERATOR
+from triptych.engines.pipelines.stepping import Denoising
+from triptych.engines.weights.custom_code import custom_class, custom_file
+from triptych.engines.weights.files import files_ahead
+from triptych.engines.weights.loading import incomplete, load_component, load_stub
+from triptych.engines.weights.placement import Placement
+from triptych.engines.weights.read_ahead import read_ahead
+
+_OURS: Final = frozenset({"self", "output_type", "return_dict", "callback", "callback_steps", "callback_on_step_end"})
+STEPS: Final = ("step", "step_pred")
+"""Methods that a loop calls of a scheduler, once for each timestep."""
+_LIBRARIES: Final = {"diffusers": diffusers, "transformers": transformers}
+_MEDIA: Final = {
+    **dict.fromkeys(IMAGES, IMAGES[0]),
+    **dict.fromkeys(VIDEOS, VIDEOS[0]),
+    **dict.fromkeys(SOUNDS, SOUNDS[0]),
+}
+"""What the results of a pipeline are called by us."""
+
+
+def accepted(pipeline: Any) -> frozenset[str]:
+    """Names of the inputs that a classic pipeline takes."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters.values()
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    names = {parameter.name for parameter in parameters if parameter.kind not in kinds}
+    names -= {*_OURS, "callback_on_step_end_tensor_inputs"}
+    settings = {parameter.name for parameter in setting_parameters(pipeline)}
+    latent = {OUTPUT_TYPE} if returns_latents(type(pipeline).__call__) else set()
+    return frozenset(names | latent | settings | ({GUIDANCE_SCALE} if has_guider(pipeline) else set()))
+
+
+def signature(pipeline: Any) -> Signature:
+    """What a classic pipeline takes and makes; any input may change what its encoders make."""
+    function = type(pipeline).__call__
+    medium = medium_of(results_of(function))
+    defaults = {name: declared.default for name, declared in inspect.signature(function).parameters.items()}
+    fps = frames_per_s(medium, defaults, pipeline)
+    declared = with_size_constraints(parameters_of_call(function, required_by(type(pipeline))), pipeline)
+    declared = (*declared, *tensors_parameter(tensor_inputs_of_call(function)))
+    if returns_latents(function):
+        declared = (*declared, latent_parameter())
+    settings = setting_parameters(pipeline)
+    parameters = with_aliases(declared, settings, guided=has_guider(pipeline), guidance=guidance(pipeline), fps=fps)
+    inputs = public_names(accepted(pipeline), parameters)
+    return Signature(parameters, inputs, medium, fps, inputs, class_tasks(type(pipeline), medium))
+
+
+def call_pipeline(pipeline: Any, inputs: Mapping[str, object], generator: torch.Generator) -> dict[str, object]:
+    """Run a whole pipeline.
+
+    Args:
+        pipeline: A classic one, private to the request; of no use afterwards.
+        inputs: Of the request, by name.
+        generator: Of its noise.
+
+    Returns:
+        As `StagePipeline.decode`.
+
+    Raises:
+        InputError: It is asked for latents, and returns something else.
+    """
+    names = inspect.signature(type(pipeline).__call__).parameters.keys()
+    # Some pipelines write into the latents that they get, and a payload is not to be changed.
+    given = {name: copy.deepcopy(value) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    given = {name: value for name, value in given.items() if name in names}
+    for tensor, replaced in REPLACES.items():
+        if given.get(tensor) is not None and replaced in names:
+            given.setdefault(replaced, None)
+    if GENERATOR in names:
+        given[GENERATOR] = generator
+    latent = wants_latents(inputs)
+    if OUTPUT_TYPE in names and not latent:
+        # Frames as images would have to be made numbers again, and sound is never an image.
+        results = results_of(type(pipeline).__call__)
+        is_image = medium_of(results) == "image" and set(MAPS).isdisjoint(results)
+        given[OUTPUT_TYPE] = "pil" if is_image else "np"
+    try:
+        results = pipeline(**given)
+        return latents_in(results) if latent else media_in(results, pipeline)
+    finally:
+        _break_reference_cycles(pipeline)
+
+
+def wants_latents(values: Mapping[str, object]) -> bool:
+    """Whether a request, by its inputs or by a payload that has them, is for latents in place of media."""
+    return values.get(OUTPUT_TYPE) == LATENT
+
+
+def latents_in(results: Any) -> dict[str, object]:
+    """Find the latents in what a pipeline returned that was asked for them.
+
+    Raises:
+        InputError: There are none.
+    """
+    found = {name: value for name, value in vars(results).items() if isinstance(value, torch.Tensor)}
+    seen = [value for name, value in found.items() if name in (*IMAGES, *VIDEOS)]
+    heard = [value for name, value in found.items() if name in SOUNDS]
+    if not seen and not heard:
+        raise InputError("output_type cannot be latent: this pipeline does not return its latents.")
+    return dict(zip(LATENTS if seen else LATENTS[:1], (*seen[:1], *heard[:1]), strict=False))
+
+
+def media_in(results: Any, pipeline: Any) -> dict[str, object]:
+    """Find the media in what a pipeline returned; as `StagePipeline.decode`."""
+    found = {name: value for name, value in vars(results).items() if value is not None}
+    made = {
+        _MEDIA[name]: np.asarray(value) if name in VIDEOS else value for name, value in found.items() if name in _MEDIA
+    }
+    for name in found.keys() & set(MAPS):
+        made[IMAGES[0]] = _to_images(found[name], type(results).__name__, pipeline)
+    if layers := [image for name in LAYERS for image in found.get(name, ())]:
+        made[IMAGES[0]] = layers
+    if NSFW in found:
+        made[NSFW] = [bool(one) for one in found[NSFW]]
+    return with_sampling_rate(made, pipeline)
+
+
+def _to_images(prediction: Any, results: str, pipeline: Any) -> list[Any]:
+    """Draw images of arrays [image, height, width, channel]: of one channel, in 0..1, with 16 bits, which keep it.
+
+    Three channels are drawn by the image processor of the pipeline, which knows what they are.
+    """
+    if prediction.shape[-1] == 1:
+        return [Image.fromarray((values[..., 0] * (2**16 - 1)).astype(np.uint16)) for values in prediction]
+    processor = pipeline.image_processor
+    draws = (name for name in dir(processor) if name.startswith("visualize_"))
+    draw = getattr(processor, next(name for name in draws if name.partition("_")[2] in results.lower()))
+    more = {name: getattr(pipeline, name) for name in inspect.signature(draw).parameters if hasattr(pipeline, name)}
+    drawn = draw(prediction, **more)
+    return [image for item in drawn for image in (item.values() if isinstance(item, dict) else [item])]
+
+
+def _break_reference_cycles(pipeline: Any) -> None:
+    """Break the rings of a private pipeline: a method that was replaced holds what holds it, and tensors."""
+    for scheduler in schedulers(pipeline):
+        vars(scheduler).clear()
+    vars(vars(pipeline).get("vae", pipeline)).pop("decode", None)
+    for component in list(vars(pipeline).values()):
+        if isinstance(component, DiffusionPipeline):
+            _break_reference_cycles(component)
+    vars(pipeline).clear()
+
+
+def schedulers(pipeline: Any) -> tuple[Any, ...]:
+    """The schedulers of a pipeline and of those inside of it, each once."""
+    found: dict[int, Any] = {}
+    for component in vars(pipeline).values():
+        if isinstance(component, SchedulerMixin):
+            found[id(component)] = component
+        elif isinstance(component, DiffusionPipeline):
+            found |= {id(inner): inner for inner in schedulers(component)}
+    return tuple(found.values())
+
+
+class CallDenoising(Denoising):
+    """A run of a whole function, with a pause after each step of a scheduler but the last.
+
+    Args:
+        work: The run; returns the values for the decoder.
+        pipeline: What it runs, private to this request.
+    """
+
+    def __init__(self, work: Callable[[], dict[str, object]], pipeline: Any) -> None:
+        super().__init__(work)
+        self._position: object = None
+        for scheduler in schedulers(pipeline):
+            for name in STEPS:
+                if hasattr(scheduler, name):
+                    intercept(scheduler, name, functools.partial(self._stepping, pipeline))
+
+    def _stepping(self, pipeline: Any, scheduler: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        # A scheduler may be asked once for each part of the latents, and a copy of it for the sound beside a video.
+        position = getattr(scheduler, "step_index", None)
+        if position is None:
+            position = args[1] if len(args) > 1 else kwargs.get("timestep")
+        if self._is_same_step(position):
+            return result
+        self._position = position
+        if self.step == 0:
+            # A run that starts from an image leaves some out; most pipelines say so.
+            self.total_steps = vars(pipeline).get("_num_timesteps") or len(scheduler.timesteps)
+        self.step += 1
+        if self.total_steps is not None and self.step > self.total_steps:
+            # There was another loop.
+            self.total_steps = None
+        # Not after the last, so that it also ends the run.
+        if self.step != self.total_steps:
+            self.pause()
+        return result
+
+    def _is_same_step(self, position: object) -> bool:
+        # Timesteps are tensors, which would have to be read back from the device to be compared.
+        if isinstance(position, int) and isinstance(self._position, int):
+            return position == self._position
+        return position is not None and position is self._position
+
+
+class _Interceptor:
+    """What is called in the place of a method of a scheduler, and of all of its copies."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+
+    def __deepcopy__(self, memo: object) -> _Interceptor:
+        return self
+
+
+def intercept(scheduler: Any, name: str, around: Callable[..., Any]) -> None:
+    """Have something else called in the place of a method of a scheduler and of the copies that are made of it.
+
+    Args:
+        scheduler: Of diffusers, private to a request.
+        name: Of the method.
+        around: Called with the scheduler or the copy of it, its method and the arguments.
+    """
+    # Not an attribute with the bound method: that of a copy would still be the method of the original. Nor a class of
+    # our own: some pipelines ask for the very class.
+    owner: type = next(cls for cls in type(scheduler).__mro__ if name in vars(cls))
+    _make_interceptable(owner, name)
+    vars(scheduler)[_interceptor_attribute(name)] = _Interceptor(around)
+
+
+@functools.cache
+def _make_interceptable(cls: type, name: str) -> None:
+    """Change a class of diffusers, once, so that those of its schedulers that have something to call call it."""
+    method = getattr(cls, name)
+
+    # Pipelines look at the signature, to see what they can pass.
+    @functools.wraps(method)
+    def interceptable(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = functools.partial(method, self)
+        around = vars(self).get(_interceptor_attribute(name))
+        return bound(*args, **kwargs) if around is None else around.call(self, bound, *args, **kwargs)
+
+    setattr(cls, name, interceptable)
+
+
+def _interceptor_attribute(name: str) -> str:
+    return f"_around_{name}"
+
+
+class ClassicLoader:
+    """The files of a classic model.
+
+    Args:
+        model: Its folder.
+        cls: The class of its pipeline.
+        index: Of the model.
+        entries: Library and class of each component, by name.
+        options: How the model is read.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        cls: Any,
+        index: Mapping[str, object],
+        entries: Mapping[str, tuple[str, str]],
+        options: ModelOptions = DEFAULTS,
+    ) -> None:
+        self._model = model
+        self._cls = cls
+        self._index = index
+        self._specs = {
+            name: ComponentSpec(
+                name=name,
+                type_hint=_component_class(model / name, *entry, options),
+                pretrained_model_name_or_path=str(model),
+                subfolder=name,
+            )
+            for name, entry in entries.items()
+        }
+
+    def pipeline(self, wanted: Collection[str], placement: Placement) -> tuple[Any, dict[str, Stub]]:
+        """Make a pipeline of the components that are wanted, and stubs.
+
+        Returns:
+            The pipeline; and the stubs of all of its models, wanted or not.
+
+        Raises:
+            ModelError: A component is missing or broken.
+        """
+        parameters = list(inspect.signature(self._cls.__init__).parameters.values())[1:]
+        for parameter in parameters:
+            if parameter.default is parameter.empty and parameter.name not in self._index:
+                raise ModelError(
+                    f"The index of {self._model} has no {parameter.name}, which {self._cls.__name__} needs."
+                )
+        stubs = {
+            name: load_stub(name, spec, self._folder(name), placement.dtype, placement.device, placement.options)
+            for name, spec in self._specs.items()
+        }
+        given: dict[str, Any] = {
+            parameter.name: self._setting(parameter.name) for parameter in parameters if parameter.name in self._index
+        }
+        given.update(stubs)
+        files = (file for name in wanted for file in files_ahead(name, self._folder(name), placement.options))
+        read_ahead(files, placement.progress)
+        for name in wanted:
+            given[name] = load_component(name, self._specs[name], self._folder(name), placement)
+        pipeline = self._cls(**given)
+        pipeline.set_progress_bar_config(disable=True)
+        configure(pipeline, placement.options)
+        return pipeline, {name: made for name, made in stubs.items() if isinstance(made, Stub)}
+
+    def _setting(self, name: str) -> object:
+        value = self._index[name]
+        return None if value == [None, None] else value
+
+    def _folder(self, name: str) -> Path:
+        folder = self._model / name
+        if not folder.is_dir():
+            raise ModelError(incomplete(self._model, folder, name))
+        return folder
+
+
+def _component_class(folder: Path, library: str, class_name: str, options: ModelOptions) -> type:
+    if file := custom_file(folder, library):
+        return custom_class(file, class_name, options)
+    # Any other library that an index names is a folder of pipelines; nothing else is imported on its word.
+    module = _LIBRARIES.get(library) or getattr(diffusers.pipelines, library, None)
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        raise ModelError(f"The {folder.name} is a {class_name} of {library}, which is not installed.")
+    return found

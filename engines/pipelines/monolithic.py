@@ -1,0 +1,66 @@
+"""The monolithic strategy: a pipeline that cannot be cut runs as a whole, still one step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from triptych.engines.parameters.serving_config import load_index
+from triptych.engines.partition.introspection import classic_partition
+from triptych.engines.partition.stages import Stage
+from triptych.engines.partition.strategy import PartitionStrategy, check_stages, classic_class
+from triptych.engines.pipelines.classic_call import CallDenoising, ClassicLoader, accepted, call_pipeline, signature
+from triptych.engines.pipelines.guidance import request_copy
+from triptych.engines.pipelines.random_state import GENERATOR, seeded_generator
+from triptych.engines.pipelines.stepping import Denoising
+from triptych.engines.weights.placement import Placement
+
+
+class MonolithicRunner:
+    """A whole pipeline. All of it is run by the denoiser; the other stages pass on what they get."""
+
+    def __init__(self, pipeline: Any, components: frozenset[str]) -> None:
+        self.pipeline = pipeline
+        self.components = components
+        self.inputs = accepted(pipeline)
+        self.signature = signature(pipeline)
+
+    def encode(self, inputs: Mapping[str, object], seed: int) -> dict[str, object]:
+        """Keep the request: "inputs" and a "generator"."""
+        return {"inputs": dict(inputs), GENERATOR: seeded_generator(seed)}
+
+    def seed_independent(self, payload: Mapping[str, object]) -> bool:
+        """Nothing was drawn: nothing was encoded."""
+        return True
+
+    def rebind(self, payload: Mapping[str, object], inputs: Mapping[str, object], seed: int) -> dict[str, object]:
+        """Keep another request."""
+        return self.encode(inputs, seed)
+
+    def denoise(self, payload: Mapping[str, object]) -> Denoising:
+        """Prepare a run of the pipeline."""
+        inputs = cast("dict[str, object]", payload["inputs"])
+        generator = cast(torch.Generator, payload[GENERATOR]).clone_state()
+        pipeline = request_copy(self.pipeline, inputs)
+        return CallDenoising(lambda: call_pipeline(pipeline, inputs, generator), pipeline)
+
+    def decode(self, payload: Mapping[str, object]) -> dict[str, object]:
+        """Return what the pipeline made."""
+        return dict(payload)
+
+
+def load_monolithic(model: Path, stages: tuple[Stage, ...], placement: Placement) -> MonolithicRunner:
+    """Load a whole pipeline.
+
+    Raises:
+        ModelError: Not all stages are asked for, or the model cannot be served.
+    """
+    index = load_index(model)
+    cls = classic_class(index, placement.options)
+    check_stages(PartitionStrategy.MONOLITHIC, index, model, stages)
+    components = classic_partition(cls, index).components
+    pipeline, _ = ClassicLoader(model, cls, index, components, placement.options).pipeline(list(components), placement)
+    return MonolithicRunner(pipeline, frozenset(components))

@@ -1,0 +1,153 @@
+"""A backend that does damage on purpose, to show that the system survives it.
+
+Off unless a setting asks for it.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+
+import msgspec
+import numpy as np
+
+from triptych.engines.codec.checksum import Bytes
+from triptych.engines.memory.arena import Arena
+from triptych.engines.transfer.backend import ByteRange, TransferBackend
+from triptych.engines.transfer.errors import TransferError, TransferSetupError
+
+LATE_TIMEOUT_S = 5.0
+
+
+class FaultRates(msgspec.Struct, frozen=True):
+    """How often a pull goes wrong: probabilities between 0 and 1, each drawn on its own."""
+
+    flip: float = 0.0  # one byte arrives changed
+    short: float = 0.0  # the end does not arrive
+    delay: float = 0.0  # it takes `delay_s` longer: past its timeout it fails, and lands all the same
+    delay_s: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> FaultRates:
+        """Read a setting such as "flip:0.1,short:0.05,delay:0.05:2.0"; "" is no faults at all.
+
+        Raises TransferSetupError for anything else.
+        """
+        values: dict[str, float] = {}
+        for part in filter(None, text.split(",")):
+            kind, *numbers = part.split(":")
+            names = {"flip": ["flip"], "short": ["short"], "delay": ["delay", "delay_s"]}.get(kind, [])
+            if not names or len(numbers) != len(names) or kind in values:
+                raise TransferSetupError(f'{part!r} is no fault: write "flip:P", "short:P" or "delay:P:SECONDS"')
+            values.update(zip(names, map(_number, numbers), strict=True))
+        if any(not 0 <= value <= 1 for name, value in values.items() if name != "delay_s"):
+            raise TransferSetupError(f"the probabilities in {text!r} must lie between 0 and 1")
+        return cls(**values)
+
+    def damage(self, memory: Bytes, rng: random.Random) -> list[str]:
+        """Damage bytes in place as one pull would arrive damaged, and say how: "flip", "short", both or nothing.
+
+        `memory` is uint8, shape [bytes]. It also serves where bytes are mapped in place of pulled.
+        """
+        done = []
+        if len(memory) and rng.random() < self.flip:
+            memory[rng.randrange(len(memory))] ^= 1 << rng.randrange(8)
+            done.append("flip")
+        if len(memory) and rng.random() < self.short:
+            missing = memory[rng.randrange(len(memory)) :]
+            # What was there before is not known to differ from what was to come; its inverse always does.
+            np.invert(missing, out=missing)
+            done.append("short")
+        return done
+
+
+class FaultyBackend:
+    """Wraps a backend so that some pulls go wrong. The same seed and order of pulls make the same faults."""
+
+    def __init__(self, backend: TransferBackend, arena: Arena, faults: FaultRates, seed: int = 0) -> None:
+        self._backend = backend
+        self._arena = arena
+        self._faults = faults
+        self._rng = random.Random(seed)  # noqa: S311 - chance for tests, no secret
+        self._lock = threading.Lock()
+        self._late: dict[threading.Thread, ByteRange] = {}
+        self._closed = threading.Event()
+        self.injected: dict[str, int] = {"flip": 0, "short": 0, "delay": 0}
+
+    @property
+    def session(self) -> str:
+        """The session of the backend inside."""
+        return self._backend.session
+
+    @property
+    def base(self) -> int:
+        """The base of the backend inside."""
+        return self._backend.base
+
+    def describe(self) -> str:
+        """Say what transport really runs, and that it is being damaged."""
+        return f"{self._backend.describe()}, WITH INJECTED FAULTS {self._faults}"
+
+    def exposed(self) -> str:
+        """Say what of this process others can reach."""
+        return self._backend.exposed()
+
+    def pull(self, session: str, address: int, offset: int, nbytes: int, timeout_s: float) -> None:
+        """Pull as the backend inside does, or worse."""
+        pull = partial(self._backend.pull, session, address, offset, nbytes)
+        if self._draws_delay():
+            self._hold_up(pull, (offset, nbytes), timeout_s)
+            timeout_s -= self._faults.delay_s
+        pull(timeout_s)
+        with self._lock:
+            for kind in self._faults.damage(self._arena.array(offset, nbytes), self._rng):
+                self.injected[kind] += 1
+
+    def late(self) -> tuple[ByteRange, ...]:
+        """List the local ranges that delayed pulls, and those of the backend inside, may still write to."""
+        with self._lock:
+            return (*self._backend.late(), *self._late.values())
+
+    def close(self) -> None:
+        """Drop what is delayed and close the backend inside."""
+        self._closed.set()
+        self._backend.close()
+
+    def _draws_delay(self) -> bool:
+        with self._lock:
+            delayed = self._rng.random() < self._faults.delay
+            self.injected["delay"] += delayed
+            return delayed
+
+    def _hold_up(self, pull: Callable[[float], None], local: ByteRange, timeout_s: float) -> None:
+        self._closed.wait(min(self._faults.delay_s, timeout_s))
+        rest = self._faults.delay_s - timeout_s
+        if rest >= 0:
+            thread = threading.Thread(target=self._land_late, args=(pull, local, rest), daemon=True)
+            with self._lock:
+                self._late[thread] = local
+            thread.start()
+            raise TransferError("an injected delay outlasted the timeout", retryable=True, quarantine=True)
+
+    def _land_late(self, pull: Callable[[float], None], local: ByteRange, pause_s: float) -> None:
+        try:
+            if not self._closed.wait(pause_s):
+                # Its caller has been told that this pull failed; if it does fail, nothing lands late.
+                with suppress(TransferError):
+                    pull(LATE_TIMEOUT_S)
+        finally:
+            with self._lock:
+                del self._late[threading.current_thread()]
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError as error:
+        raise TransferSetupError(f"{text!r} is no number") from error
+    if not 0 <= number < float("inf"):
+        raise TransferSetupError(f"{text!r} is no number of at least 0")
+    return number

@@ -1,0 +1,1 @@
+"""Weights: files and formats, loading, quantization, offload, adapters, inspection before loading."""

@@ -1,0 +1,311 @@
+"""LoRA adapters in the components of a process, of which those of one request are active in any forward.
+
+An adapter is loaded into a component that all requests share, so it must be switched between two requests: before
+each call that computes for one, its adapters are made the active ones. A layer without an active adapter computes what
+it would without any, bit for bit.
+"""
+
+from __future__ import annotations
+
+import collections
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import diffusers
+import torch
+import xxhash
+from diffusers.configuration_utils import FrozenDict
+from diffusers.loaders.lora_base import LoraBaseMixin
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+
+from triptych.engines.parameters.lora import LoraChoice, LoraFile
+from triptych.engines.parameters.serving_config import load_index
+from triptych.engines.partition.blocks import modular_class
+from triptych.engines.partition.stages import ModelError
+from triptych.engines.weights.captured_warnings import captured_warnings
+
+SUFFIX: Final = ".safetensors"
+_DOWN: Final = (".lora_A", ".lora_down", ".lora.down", "_lora.down", ".lora_linear_layer.down")
+_SECOND: Final = "transformer_2"
+_DENOISE: Final = ("transformer", "unet")
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """A LoRA file, in the format of diffusers.
+
+    Attributes:
+        file: The path, for sentences.
+        tensors: By name, which begins with that of a component.
+        alphas: Likewise, or None.
+        metadata: Of the file, or None.
+    """
+
+    file: Path
+    tensors: Mapping[str, torch.Tensor]
+    alphas: Mapping[str, object] | None
+    metadata: Mapping[str, object] | None
+
+    def of(self, component: str) -> dict[str, torch.Tensor]:
+        """The tensors for a component."""
+        return {name: tensor for name, tensor in self.tensors.items() if name.startswith(f"{component}.")}
+
+    @property
+    def components(self) -> frozenset[str]:
+        """Names of the components that it is for."""
+        return frozenset(name.partition(".")[0] for name in self.tensors)
+
+
+@dataclass(frozen=True)
+class AdaptedComponent:
+    """A component with adapters in it.
+
+    Attributes:
+        layers: Those that have some; looked for once, as a transformer has thousands of modules.
+        weights: Of the model itself, that want gradients without adapters. `torch.matmul` asks that, even where none
+            are computed, and rounds by the answer for some layouts: with an adapter they want none in diffusers.
+    """
+
+    layers: tuple[Any, ...]
+    weights: tuple[torch.nn.Parameter, ...]
+
+    def switch(self, scales: Mapping[str, float]) -> None:
+        """Make adapters the active ones, in this order, each with its scale."""
+        for weight in self.weights:
+            weight.requires_grad_(not scales)
+        for layer in self.layers:
+            if scales:
+                layer.set_adapter(list(scales))
+            for name, scale in scales.items():
+                layer.set_scale(name, scale)
+            layer.enable_adapters(enabled=bool(scales))
+
+
+class Adapters:
+    """All adapters of a process.
+
+    Not safe for threads, as a pipeline.
+
+    Attributes:
+        files: Those that are configured.
+        encodes: Whether some of them change what an encoder makes.
+    """
+
+    def __init__(self, files: tuple[LoraFile, ...] = (), weights: Mapping[str, tuple[LoraWeights, ...]] | None = None):
+        self.files = files
+        self._weights = weights or {}
+        self._mixin: Any = None
+        self._components: dict[str, AdaptedComponent] = {}
+        self._holders: dict[str, set[str]] = {file.name: set() for file in files}
+        # The libraries look for the name of an adapter anywhere in those of tensors, and it must have no dots.
+        self._inner = {file.name: f"adapter_{number}_" for number, file in enumerate(files)}
+        self._active: tuple[LoraChoice, ...] = ()
+        self._is_known = True
+        # Text encoders, and in some families what connects them (LTX-2), run before the denoiser.
+        self.encodes = any(not name.startswith(_DENOISE) for each in self._each() for name in each.components)
+
+    @classmethod
+    def read(cls, model: Path, files: tuple[LoraFile, ...]) -> Adapters:
+        """Read the files of adapters.
+
+        Args:
+            model: The folder of the model that they are for.
+            files: Of distinct names.
+
+        Raises:
+            ModelError: A file is missing, broken, or not for this model; or the pipeline takes no adapters.
+        """
+        if not files:
+            return cls()
+        index = load_index(model)
+        mixin = lora_class(index)
+        if mixin is None:
+            raise ModelError(f"diffusers loads no LoRA into a {index['_class_name']}: leave out [[model.lora]].")
+        weights = {file.name: tuple(_read(mixin, model, file)) for file in files}
+        for each in (one for all_of_it in weights.values() for one in all_of_it):
+            others = sorted(name for name in each.components if not isinstance(index.get(name), list))
+            if others:
+                raise ModelError(f"The LoRA {each.file} has weights for {', '.join(others)}, which {model} has not.")
+        made = cls(files, weights)
+        made._mixin = mixin
+        return made
+
+    def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """The shapes of what the files have for each component, under the names that its modules have there."""
+        return {
+            component: {
+                name.removeprefix(f"{component}."): tuple(tensor.shape)
+                for weights in self._each()
+                for name, tensor in weights.of(component).items()
+            }
+            for component in {name for weights in self._each() for name in weights.components}
+        }
+
+    def attach(self, component: str, module: Any) -> None:
+        """Load into a component what the files have for it; none of it is active then.
+
+        Raises:
+            ModelError: Something in a file does not fit.
+        """
+        wanted = tuple(weight for weight in module.parameters() if weight.requires_grad)
+        for name, all_of_it in self._weights.items():
+            for weights in all_of_it:
+                if tensors := weights.of(component):
+                    _load(self._mixin, component, module, self._inner[name], weights, tensors)
+                    self._holders[name].add(component)
+        if layers := tuple(layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)):
+            self._components[component] = AdaptedComponent(layers, wanted)
+            self._components[component].switch({})
+
+    def release(self) -> None:
+        """Let go of the files' tensors, when all components have theirs."""
+        self._weights = {}
+
+    def activate(self, choices: tuple[LoraChoice, ...]) -> None:
+        """Make adapters the active ones of all components; () for none.
+
+        Raises:
+            ValueError: This process has no such adapter.
+        """
+        if self._is_known and choices == self._active:
+            return
+        for choice in choices:
+            if choice.name not in self._holders:
+                here = ", ".join(self._holders) or "none"
+                raise ValueError(f"There is no adapter {choice.name!r} here, only: {here}.")
+        # Where this fails half way, the next call must not take anything for active.
+        self._is_known = False
+        for component, adapted in self._components.items():
+            held = [choice for choice in choices if component in self._holders[choice.name]]
+            adapted.switch({self._inner[choice.name]: choice.scale for choice in held})
+        self._active, self._is_known = choices, True
+
+    def _each(self) -> Iterator[LoraWeights]:
+        return (weights for all_of_it in self._weights.values() for weights in all_of_it)
+
+
+def lora_class(index: Mapping[str, object]) -> Any | None:
+    """Find the pipeline class that knows the LoRA formats of a model, if there is one."""
+    candidates = (modular_class(index), getattr(diffusers, str(index["_class_name"]), None))
+    return next((cls for cls in candidates if isinstance(cls, type) and issubclass(cls, LoraBaseMixin)), None)
+
+
+def safetensors_file(path: Path) -> Path:
+    """Find the file of an adapter.
+
+    Raises:
+        ModelError: There is not exactly one.
+    """
+    if path.is_dir():
+        found = sorted(path.glob(f"*{SUFFIX}"))
+        if len(found) != 1:
+            raise ModelError(f"The LoRA folder {path} must have exactly one {SUFFIX} file, and has {len(found)}.")
+        return found[0]
+    if not path.is_file():
+        raise ModelError(f"There is no LoRA file {path}: check its path in [[model.lora]].")
+    if path.suffix != SUFFIX:
+        raise ModelError(f"The LoRA {path} is no {SUFFIX} file, and no other is read: those can run code.")
+    return path
+
+
+def _read(mixin: Any, model: Path, file: LoraFile) -> Iterator[LoraWeights]:
+    yield _convert(mixin, model, safetensors_file(file.path))
+    if file.path_2 is not None:
+        second = _convert(mixin, model, safetensors_file(file.path_2))
+        # Each of the two files is written as if for the only transformer.
+        tensors = {_to_second(name): tensor for name, tensor in second.tensors.items()}
+        metadata = second.metadata and {_to_second(name): value for name, value in second.metadata.items()}
+        yield LoraWeights(second.file, tensors, second.alphas, metadata)
+
+
+def _to_second(name: str) -> str:
+    return f"{_SECOND}.{name.removeprefix('transformer.')}" if name.startswith("transformer.") else name
+
+
+def _convert(mixin: Any, model: Path, path: Path) -> LoraWeights:
+    """Bring a file into the format of diffusers."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            names = list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"The LoRA {path} cannot be read: {_line(error)}") from error
+    if any("dora_scale" in name for name in names):
+        raise ModelError(f"The LoRA {path} is a DoRA, whose magnitudes diffusers leaves out: it cannot be served.")
+    options: dict[str, object] = {"return_lora_metadata": True, "use_safetensors": True, "local_files_only": True}
+    if (model / "unet").is_dir():
+        options["unet_config"] = FrozenDict(diffusers.UNet2DConditionModel.load_config(str(model / "unet")))
+    try:
+        with captured_warnings() as said:
+            tensors, *alphas, metadata = _state_dict(mixin, path, options)
+    except Exception as error:  # Whatever another format makes its conversion raise, the user gets one sentence.
+        raise ModelError(f"The LoRA {path} is not one for {mixin.__name__}: {_line(error)}") from error
+    if said:
+        raise ModelError(f"The LoRA {path} cannot be served whole: {said[0]}")
+    others = sorted(name for name in tensors if "lora" not in name and "lokr" not in name)
+    if others or not tensors:
+        raise ModelError(f"The LoRA {path} has {others[0] if others else 'nothing'}, which is no weight of a LoRA.")
+    if (less := _downs(names) - _downs(tensors)) > 0:
+        raise ModelError(f"The LoRA {path} has {less} matrices that diffusers leaves out for {mixin.__name__}.")
+    return LoraWeights(path, tensors, alphas[0] if alphas else None, metadata)
+
+
+def _state_dict(mixin: Any, path: Path, options: dict[str, object]) -> Any:
+    if "return_alphas" in inspect.signature(mixin.lora_state_dict).parameters:
+        options = {**options, "return_alphas": True}
+    return mixin.lora_state_dict(str(path.parent), weight_name=path.name, **options)
+
+
+def _downs(names: Any) -> int:
+    return sum(any(f"{mark}." in name for mark in _DOWN) for name in names)
+
+
+def _load(
+    mixin: Any, component: str, module: Any, name: str, weights: LoraWeights, tensors: dict[str, torch.Tensor]
+) -> None:
+    options = {"network_alphas": weights.alphas, "metadata": weights.metadata, "low_cpu_mem_usage": True}
+    try:
+        # Both libraries go on without what does not fit, and warn of much that does: what came in is compared instead.
+        with captured_warnings(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if isinstance(module, diffusers.ModelMixin):
+                module.load_lora_adapter(tensors, prefix=component, adapter_name=name, **options)
+            else:
+                mixin.load_lora_into_text_encoder(
+                    tensors, text_encoder=module, prefix=component, adapter_name=name, **options
+                )
+    except Exception as error:  # Whatever weights that do not fit make three libraries raise.
+        raise ModelError(f"The LoRA {weights.file} does not fit the {component}: {_line(error)}") from error
+    held = get_peft_model_state_dict(module, adapter_name=name) if name in getattr(module, "peft_config", ()) else {}
+    if problem := _difference(tensors, held):
+        raise ModelError(f"The LoRA {weights.file} does not fit the {component}: {problem}.")
+
+
+def _difference(given: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor]) -> str:
+    """Say which tensors of a file are not in a component, or the other way round; their names may differ."""
+    inside = collections.Counter(_print(tensor, tensor.dtype) for tensor in held.values())
+    dtype = next((tensor.dtype for tensor in held.values()), torch.float32)
+    lost = []
+    for name, tensor in given.items():
+        mark = _print(tensor, dtype)
+        if inside[mark]:
+            inside[mark] -= 1
+        elif "alpha" not in name:
+            lost.append(name)
+    if lost:
+        return f"{len(lost)} of its {len(given)} tensors found no place, {lost[0]} for one"
+    return "it lacks some of its tensors" if inside.total() else ""
+
+
+def _print(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[tuple[int, ...], str]:
+    dense = tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8)
+    return tuple(tensor.shape), xxhash.xxh3_64_hexdigest(dense.numpy().data)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]

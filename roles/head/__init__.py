@@ -1,0 +1,1 @@
+"""The head: requests and their jobs, the scheduler, the registry of instances, the journal."""

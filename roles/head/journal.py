@@ -1,0 +1,463 @@
+"""Accepted requests on disk, so that a restart of the head loses none, and what became of them.
+
+SQLite in WAL mode. A write returns when it outlives this process; `sync` returns when all that was written before
+outlives the machine as well. So a caller answers for many writes with one wait for the disk, and waits in a thread.
+docs/adr/0022 says what is kept for how long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from triptych.actors.supervision.ownership import ModelIdentity
+from triptych.roles.head.job import Job, Request
+from triptych.roles.media.files import sync_folder
+from triptych.roles.media.retention import StoreBounds
+from triptych.roles.messages.common import Input, Output
+
+BATCH: Final = 50
+"""Requests removed by one transaction: it holds a writer up for about a millisecond."""
+PAUSE_S: Final = 0.005
+"""Between two batches, for writers to come in."""
+CHECKPOINT_BYTES: Final = 4 << 20
+"""The size of the write-ahead log at which `sync` folds it into the file."""
+
+RECENT_S: Final = 60.0
+"""Who waited for a request has fetched its artifacts this long after its end."""
+
+_SCHEMA = """
+CREATE TABLE requests (
+    id TEXT PRIMARY KEY,
+    idempotency_key TEXT UNIQUE,
+    created_at REAL NOT NULL,
+    finished_at REAL NOT NULL,
+    body BLOB NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE units (
+    id TEXT PRIMARY KEY,
+    request_id TEXT NOT NULL REFERENCES requests(id) ON DELETE CASCADE,
+    body BLOB NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX units_of_request ON units(request_id);
+CREATE INDEX by_end ON requests(finished_at);
+"""
+# Rows that cannot be read, as they were found, for a person to look at.
+_DAMAGED = """
+CREATE TABLE damaged (
+    found_at REAL NOT NULL,
+    error TEXT NOT NULL,
+    request_id BLOB NOT NULL,
+    unit_id BLOB,
+    idempotency_key BLOB,
+    created_at,
+    finished_at,
+    body
+);
+CREATE INDEX damaged_requests ON damaged(request_id);
+"""
+_OWNERS = """
+ALTER TABLE requests ADD COLUMN owner TEXT NOT NULL DEFAULT '';
+CREATE INDEX by_owner ON requests(owner, created_at, id);
+CREATE INDEX by_age ON requests(created_at, id);
+"""
+_STEPS: Final = (_SCHEMA, _DAMAGED, _OWNERS)
+"""From each version to the next."""
+SCHEMA_VERSION: Final = len(_STEPS)
+_INCREMENTAL: Final = 2
+_COLUMNS = "id, idempotency_key, created_at, finished_at, body, owner"
+
+
+class JournalError(Exception):
+    """The journal cannot be read or written; says which file and what to do."""
+
+    @property
+    def transient(self) -> bool:
+        """Whether nothing is wrong with the file: it is locked, or the disk is full or away."""
+        return isinstance(self.__cause__, (OSError, sqlite3.OperationalError))
+
+
+class _Body(msgspec.Struct, frozen=True, array_like=True):
+    """The columns of a request that nobody searches by."""
+
+    inputs: dict[str, Input]
+    output_format: str
+    deadline: float
+    digest: str
+    fps: float = 0.0
+    quality: int = 0
+    served: ModelIdentity | None = None
+    model: str = ""
+
+
+_body = msgspec.msgpack.Decoder(_Body)
+_job = msgspec.msgpack.Decoder(Job)
+
+
+class Journal:
+    """The head's memory. Its methods may be called from any thread, one at a time; `sync` beside the others.
+
+    Args:
+        path: The file; made where there is none.
+        complain: Called with a sentence for each request that cannot be read and is set aside.
+
+    Raises:
+        JournalError: on opening, when the file is damaged as a whole or written by a newer version; on every call,
+            when the disk refuses.
+    """
+
+    def __init__(self, path: Path, on_damage: Callable[[str], None] = lambda _: None) -> None:
+        self.path = path
+        self.damaged = 0
+        """Requests set aside, now and at any time before."""
+        self._complain = on_damage
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = _connect(path)
+            self._prepare()
+            self.probe()
+            # Kept open, so that a wait for the disk needs no lock of the database.
+            self._log = os.open(f"{path}-wal", os.O_RDONLY)
+            self.sync()
+            sync_folder(path.parent)
+        except sqlite3.OperationalError as error:
+            raise JournalError(
+                f"the journal {path} cannot be opened ({error}): free some space, see that this user may write there, "
+                "or move the file away to start without the requests that it holds"
+            ) from error
+        except sqlite3.DatabaseError as error:
+            raise JournalError(
+                f"the journal {path} is damaged ({error}): move it away, with the files beside it that begin with its "
+                "name, to start without the requests that it holds; `sqlite3 FILE .recover` may bring some of them back"
+            ) from error
+        except OSError as error:
+            raise JournalError(f"the journal {path} cannot be opened ({error}): make that folder usable") from error
+
+    def _prepare(self) -> None:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            raise JournalError(
+                f"the journal {self.path} was written by a newer Triptych (its version is {version}, this one "
+                f"knows {SCHEMA_VERSION}): upgrade, or move the file away"
+            )
+        (verdict,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+        if _text(verdict) != "ok":
+            raise sqlite3.DatabaseError(_text(verdict))
+        # What is deleted gives its space back in small steps: see `prune`. With tables, it needs a VACUUM for that.
+        self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")
+        if version < SCHEMA_VERSION:
+            self._db.executescript(f"BEGIN;{''.join(_STEPS[version:])}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
+        if _pragma(self._db, "auto_vacuum") != _INCREMENTAL:
+            with contextlib.suppress(sqlite3.OperationalError):  # no room for the copy now: at the next start
+                self._db.execute("VACUUM")
+        self._db.execute("PRAGMA journal_mode=WAL")
+        (self.damaged,) = self._db.execute("SELECT COUNT(DISTINCT request_id) FROM damaged").fetchone()
+
+    # -- writing
+
+    def accept(self, request: Request) -> None:
+        """Write a new request.
+
+        Raises:
+            JournalError: the disk refuses, or there is a request of that id or key.
+        """
+        with self._writing():
+            self._db.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?)", _request_row(request))
+            self._write_jobs(request.jobs)
+
+    def save(self, requests: Iterable[Request], jobs: Iterable[Job]) -> None:
+        """Write what became of requests and jobs."""
+        with self._writing():
+            self._db.executemany(
+                "UPDATE requests SET finished_at = ? WHERE id = ?", [(r.finished_at, r.id) for r in requests]
+            )
+            self._write_jobs(jobs)
+
+    def delete(self, request_id: str) -> None:
+        """Remove a request and its jobs."""
+        with self._writing():
+            self._db.execute("DELETE FROM requests WHERE id = ?", (request_id,))
+            self._db.execute("DELETE FROM damaged WHERE request_id = CAST(? AS BLOB)", (request_id,))
+
+    def probe(self) -> None:
+        """Write and remove a request, to see whether that is possible."""
+        request = Request(" probe", {}, Output(), 0.0, 0.0, [Job(" probe/0", " probe", 0, 0, 0.0)])
+        with self._writing():
+            self._db.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?)", _request_row(request))
+            self._write_jobs(request.jobs)
+            self._db.execute("DELETE FROM requests WHERE id = ?", (request.id,))
+
+    def sync(self) -> None:
+        """Return when all that has been written is on the disk. It blocks, and may run beside other calls.
+
+        Raises:
+            JournalError: the disk refuses.
+        """
+        try:
+            os.fdatasync(self._log)
+        except OSError as error:
+            raise JournalError(f"the journal {self.path} cannot be written ({error})") from error
+        if os.fstat(self._log).st_size > CHECKPOINT_BYTES:
+            with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(_connect(self.path)) as db:
+                _checkpoint(db, "PASSIVE")  # where it cannot be now, the next one makes up for it
+
+    def _write_jobs(self, jobs: Iterable[Job]) -> None:
+        self._db.executemany(
+            "INSERT INTO units VALUES (?, ?, ?) ON CONFLICT(id) DO UPDATE SET body = excluded.body",
+            [(job.id, job.request_id, msgspec.msgpack.encode(job)) for job in jobs],
+        )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with _transaction(self._db):
+                yield
+        except sqlite3.Error as error:
+            raise JournalError(f"the journal {self.path} cannot be written ({error})") from error
+
+    # -- reading
+
+    def active(self) -> list[Request]:
+        """Every request that has not ended, oldest first."""
+        return self._read("WHERE finished_at = 0 ORDER BY created_at, id", ())
+
+    def find(self, request_id: str) -> Request | None:
+        """The request of that id."""
+        return next(iter(self._read("WHERE id = ?", (request_id,))), None)
+
+    def find_key(self, idempotency_key: str) -> Request | None:
+        """The request of that key."""
+        return next(iter(self._read("WHERE idempotency_key = ?", (idempotency_key,))), None)
+
+    def ids(self, owner: str, *, after: Request | None, limit: int, newest_first: bool) -> list[str]:
+        """At most `limit` ids of an owner's requests ("" for everybody's) by age, after one of them."""
+        order, beyond = ("DESC", "<") if newest_first else ("ASC", ">")
+        conditions, values = ["TRUE"], list[str | float]()
+        if owner:
+            conditions.append("owner = ?")
+            values.append(owner)
+        if after:
+            conditions.append(f"(created_at, id) {beyond} (?, ?)")
+            values += [after.created_at, after.id]
+        # Of the query, all but the values is written here.
+        where = f"{' AND '.join(conditions)} ORDER BY created_at {order}, id {order}"
+        query = f"SELECT id FROM requests WHERE {where} LIMIT ?"  # noqa: S608
+        try:
+            return [_text(row[0]) for row in self._db.execute(query, (*values, limit)).fetchall()]
+        except sqlite3.Error as error:
+            raise self._unreadable(error) from error
+
+    def is_quarantined(self, request_id: str) -> bool:
+        """Whether there was a request of that id that could not be read."""
+        try:
+            found = self._db.execute(
+                "SELECT 1 FROM damaged WHERE request_id = CAST(? AS BLOB) LIMIT 1", (request_id,)
+            ).fetchone()
+        except sqlite3.Error as error:
+            raise self._unreadable(error) from error
+        return found is not None
+
+    def _read(self, where: str, values: tuple[str, ...]) -> list[Request]:
+        try:
+            rows = self._db.execute(f"SELECT {_COLUMNS} FROM requests {where}", values).fetchall()  # noqa: S608
+            read = [(row, self._decoded(row)) for row in rows]
+        except sqlite3.Error as error:
+            raise self._unreadable(error) from error
+        for row, request in read:
+            if isinstance(request, str):
+                self._quarantine(row[0], request)
+        return [request for _, request in read if isinstance(request, Request)]
+
+    def _decoded(self, row: tuple[bytes, bytes | None, float, float, bytes, bytes]) -> Request | str:
+        """Make a request of its row and those of its jobs; where that cannot be, say why."""
+        id_, key, created_at, finished_at, body, owner = row
+        rows = self._db.execute("SELECT body FROM units WHERE request_id = CAST(? AS TEXT)", (id_,)).fetchall()
+        try:
+            held = _body.decode(body)
+            jobs = sorted((_job.decode(job[0]) for job in rows), key=lambda job: job.index)
+            request = Request(
+                id=id_.decode(),
+                inputs=held.inputs,
+                output=Output(held.output_format, held.fps, held.quality),
+                created_at=float(created_at),
+                deadline=held.deadline,
+                jobs=jobs,
+                idempotency_key=(key or b"").decode(),
+                digest=held.digest,
+                finished_at=float(finished_at),
+                owner=owner.decode(),
+                served=held.served,
+                model=held.model,
+            )
+        except (ValueError, TypeError) as error:  # of what msgspec and the codecs raise, all are one of these
+            return str(error)
+        if [job.id for job in jobs] != [f"{request.id}/{k}" for k in range(len(jobs))] or not jobs:
+            return "the rows of its jobs are not those of the request"
+        return request
+
+    def _quarantine(self, id_: bytes, error: str) -> None:
+        name = id_.decode(errors="replace")
+        try:
+            self._move_to_quarantine(id_, error)
+        except JournalError as refusal:
+            self._complain(f"{name} cannot be read ({error}), nor set aside: {refusal}")
+        else:
+            self.damaged += 1
+            self._complain(f"{name} cannot be read ({error}): its rows are in the table `damaged` of {self.path} now")
+
+    def _move_to_quarantine(self, id_: bytes, error: str) -> None:
+        with self._writing():
+            self._db.execute(
+                "INSERT INTO damaged SELECT ?, ?, CAST(id AS BLOB), NULL, CAST(idempotency_key AS BLOB), created_at, "
+                "finished_at, body FROM requests WHERE id = CAST(? AS TEXT)",
+                (time.time(), error, id_),
+            )
+            self._db.execute(
+                "INSERT INTO damaged SELECT ?, ?, ?, CAST(id AS BLOB), NULL, NULL, NULL, body FROM units "
+                "WHERE request_id = CAST(? AS TEXT)",
+                (time.time(), error, id_, id_),
+            )
+            self._db.execute("DELETE FROM requests WHERE id = CAST(? AS TEXT)", (id_,))
+
+    def _unreadable(self, error: sqlite3.Error) -> JournalError:
+        return JournalError(f"the journal {self.path} cannot be read ({error}): move it away to start without it")
+
+    def close(self) -> None:
+        """Fold the write-ahead log into the file and let go of it."""
+        os.close(self._log)
+        self._log = -1
+        self._db.close()
+
+
+def prune(path: Path, bounds: StoreBounds, *, now: float) -> tuple[int, set[str]]:
+    """Remove ended requests that are too old or too many, and give the space back. It blocks for seconds.
+
+    It works on a connection of its own, in small transactions, so that others write meanwhile.
+
+    Args:
+        path: An open journal.
+        bounds: `max_bytes` is of the part of the file that is in use.
+        now: Unix seconds.
+
+    Returns:
+        How many were removed, and the ids of those whose artifacts somebody waits for: the active ones, and those that
+        ended within the last minute.
+
+    Raises:
+        JournalError: when the disk refuses.
+    """
+    try:
+        with contextlib.closing(_connect(path)) as db:
+            gone, many = 0, _too_many(db, bounds, now)
+            while (batch := min(BATCH, many - gone)) > 0 or _used(db) > bounds.max_bytes:
+                removed = _remove_oldest(db, batch if batch > 0 else BATCH)
+                if not removed:
+                    break
+                gone += removed
+                _yield_lock(db, path)
+            while _pragma(db, "freelist_count") > max(BATCH, _pragma(db, "page_count") // 4):
+                db.executescript(f"PRAGMA incremental_vacuum({BATCH})")  # `execute` takes one step of it: one page
+                _yield_lock(db, path)
+            _checkpoint(db, "PASSIVE")
+            _checkpoint(db, "TRUNCATE")  # holds writers up, but has little left to do
+            recent = db.execute(
+                "SELECT id FROM requests WHERE finished_at = 0 OR finished_at > ?", (now - RECENT_S,)
+            ).fetchall()
+    except (sqlite3.Error, OSError) as error:
+        raise JournalError(f"the journal {path} cannot be pruned ({error})") from error
+    return gone, {_text(row[0]) for row in recent}
+
+
+def _too_many(db: sqlite3.Connection, bounds: StoreBounds, now: float) -> int:
+    """How many ended requests are too old or too many."""
+    (ended,) = db.execute("SELECT COUNT(*) FROM requests WHERE finished_at > 0").fetchone()
+    (old,) = db.execute(
+        "SELECT COUNT(*) FROM requests WHERE finished_at > 0 AND finished_at < ?", (now - bounds.max_age_s,)
+    ).fetchone()
+    return int(max(old, ended - bounds.max_count))
+
+
+def _yield_lock(db: sqlite3.Connection, path: Path) -> None:
+    """Between two batches: keep the write-ahead log short, and let writers in."""
+    if Path(f"{path}-wal").stat().st_size > CHECKPOINT_BYTES:
+        _checkpoint(db, "PASSIVE")
+    time.sleep(PAUSE_S)
+
+
+def _checkpoint(db: sqlite3.Connection, how: str) -> None:
+    """Fold the write-ahead log into the file: what can be at once (PASSIVE), or all of it (TRUNCATE)."""
+    db.execute(f"PRAGMA wal_checkpoint({how})").fetchall()
+
+
+def _used(db: sqlite3.Connection) -> int:
+    """Bytes of the file that are in use."""
+    return (_pragma(db, "page_count") - _pragma(db, "freelist_count")) * _pragma(db, "page_size")
+
+
+def _remove_oldest(db: sqlite3.Connection, many: int) -> int:
+    with _transaction(db):
+        return db.execute(
+            "DELETE FROM requests WHERE id IN "
+            "(SELECT id FROM requests WHERE finished_at > 0 ORDER BY finished_at LIMIT ?)",
+            (many,),
+        ).rowcount
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    db.text_factory = bytes  # a damaged text is one row's trouble, and not the query's
+    # What is deleted is overwritten: a prompt may be nobody's business any more.
+    db.executescript(
+        "PRAGMA synchronous=NORMAL;PRAGMA foreign_keys=ON;PRAGMA secure_delete=ON;PRAGMA wal_autocheckpoint=0;"
+        f"PRAGMA journal_size_limit={CHECKPOINT_BYTES // 4}"
+    )
+    return db
+
+
+@contextlib.contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[None]:
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+def _pragma(db: sqlite3.Connection, name: str) -> int:
+    return int(db.execute(f"PRAGMA {name}").fetchone()[0])
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def _request_row(request: Request) -> tuple[str, str | None, float, float, bytes, str]:
+    output = request.output
+    body = _Body(
+        request.inputs,
+        output.format,
+        request.deadline,
+        request.digest,
+        output.fps,
+        output.quality,
+        request.served,
+        request.model,
+    )
+    return (
+        request.id,
+        request.idempotency_key or None,
+        request.created_at,
+        request.finished_at,
+        msgspec.msgpack.encode(body),
+        request.owner,
+    )

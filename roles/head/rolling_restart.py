@@ -1,0 +1,40 @@
+"""Which instance restarts next while the system goes over to changed weights. Pure.
+
+New work is made with the new weights as soon as an encoder has them. What was begun with the old ones is finished with
+the old ones, so each stage keeps an old instance for as long as a job needs it. One instance restarts at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from triptych.engines.partition.stages import Stage
+from triptych.roles.head.job import Job
+from triptych.roles.head.registry import InstanceRecord
+
+_ORDER = [stage.value for stage in Stage]
+
+
+def next_to_restart(instances: Collection[InstanceRecord], jobs: Iterable[Job], model: str) -> InstanceRecord | None:
+    """Return an idle instance with other weights than `model` that nothing needs; None while there is none.
+
+    Args:
+        instances: all of them.
+        jobs: the active ones.
+        model: version of the weights to go over to.
+
+    """
+    needed = [
+        (job.model, _ORDER.index(job.stage.value)) for job in jobs if job.stage and job.made_with_older_weights(model)
+    ]
+    for instance in sorted(instances, key=_stage_index):
+        if instance.model == model or instance.assigned:
+            continue
+        peers = [i for i in instances if (i.kind, i.model) == (instance.kind, instance.model) and i is not instance]
+        if peers or not any(model == instance.model and at <= _stage_index(instance) for model, at in needed):
+            return instance
+    return None
+
+
+def _stage_index(instance: InstanceRecord) -> int:
+    return _ORDER.index(instance.kind) if instance.kind in _ORDER else 0

@@ -1,0 +1,597 @@
+"""The head's decisions: what becomes of each job on each event.
+
+Plain data in, plain data out: an event method changes the state and queues effects; the head carries them out.
+No clock, no socket, no disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+from triptych.engines.parameters.schema import Signature
+from triptych.engines.partition.stages import Stage
+from triptych.roles.head.dispatch import Policy
+from triptych.roles.head.effects import (
+    Assign,
+    Cancel,
+    Effect,
+    NotifyWaiters,
+    ReleaseLeases,
+    RestartInstance,
+    TurnInstance,
+)
+from triptych.roles.head.job import DONE, RUNNING, UPSTREAM, WAITING, Job, Request, State
+from triptych.roles.head.prompt_cache import block_bytes
+from triptych.roles.head.registry import ExitKind, InstanceRegistry
+from triptych.roles.head.rolling_restart import next_to_restart
+from triptych.roles.head.stored_outputs import StoredOutputs, downstream_capacity
+from triptych.roles.messages.common import Attempt, LeaseRef
+from triptych.roles.messages.stages import (
+    InstanceWakeChanged,
+    RegisterInstance,
+    StageFailed,
+    StageFinished,
+    StageOutputsStored,
+    StageReturned,
+    TransferFailed,
+)
+
+MAX_DEATHS = 2
+"""A job that was being computed when its instance died, this often, is held to be the cause."""
+
+MAX_STALLS = 5
+"""Instances fall silent because their machine does, but a job that silences each one must not go on for ever."""
+
+STALLED_AFTER = 0.5
+"""Heartbeat timeouts of silence before a lost connection is laid to that silence: nobody crashes so slowly."""
+
+MAX_TRANSFERS_LOST = 10
+"""Lost transfers are nobody's fault in particular, but memory that damages everything must not keep a job for ever."""
+
+DRAINING = ("draining", "stopping")
+"""Codes with which an instance that is about to end refuses work."""
+
+UNCOUNTED_REFUSALS = (*DRAINING, "asleep", "no_credit", "block_gone", "cancelled", "mailbox_full", "deadline_exceeded")
+"""Codes of refusals before anything was done for the attempt: they are not the attempt's fault."""
+
+
+def _has_started(job: Job) -> bool:
+    return bool(job.instance or job.stored) or job.state not in (State.PENDING, State.ENCODER_WAITING)
+
+
+@dataclass(slots=True)
+class CompletionStats:
+    """Sums over the jobs that came to an end."""
+
+    completed: int = 0
+    latency_s: float = 0.0
+    """Of completed jobs alone: a failure is no fast success."""
+
+    @property
+    def average_latency_s(self) -> float:
+        """0 before the first completion."""
+        return self.latency_s / self.completed if self.completed else 0.0
+
+
+@dataclass(slots=True)
+class JobScheduler:
+    """All requests, all instances, and the rules between them."""
+
+    policy: Policy
+    max_pending: int = 256
+    max_attempts: int = 3
+    waiting_timeout_s: float = 0.0
+    """Most seconds that a stage may wait, 0 for no bound."""
+    running_timeout_s: float = 0.0
+    """Most seconds that a stage may run, 0 for no bound."""
+    heartbeat_timeout_s: float = 15.0
+    """Most seconds that an instance may be silent."""
+    requests: dict[str, Request] = field(default_factory=dict)
+    by_key: dict[str, Request] = field(default_factory=dict)
+    """Those that came with an idempotency key."""
+    jobs: dict[str, Job] = field(default_factory=dict)
+    """The active ones."""
+    registry: InstanceRegistry = field(default_factory=InstanceRegistry)
+    stored_outputs: StoredOutputs = field(default_factory=StoredOutputs)
+    tally: CompletionStats = field(default_factory=CompletionStats)
+    dirty: set[str] = field(default_factory=set)
+    """Ids of jobs changed since the journal was last written."""
+    effects: list[Effect] = field(default_factory=list)
+    model: str = ""
+    """Version of the weights that new work is made with; "" until an instance has come."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Instances that were turned away, by name, with the version of their weights."""
+    reloading: bool = False
+    """Whether instances with earlier weights finish what was begun with those, and restart."""
+    restarting: str = ""
+    """The instance that was told to restart and has not come back yet."""
+    paused: bool = False
+    """Whether nothing is begun: the model sleeps, or is to sleep. What has been begun goes on."""
+
+    # -- clients
+
+    def has_capacity(self, n: int) -> bool:
+        """Whether n more jobs fit under `max_pending`."""
+        return len(self.jobs) + n <= self.max_pending
+
+    def accept(self, request: Request, now: float) -> None:
+        """Enter a request that the journal has; jobs that nothing has happened to yet start to wait."""
+        self.requests[request.id] = request
+        if request.idempotency_key:
+            self.by_key[request.idempotency_key] = request
+        self.jobs.update({job.id: job for job in request.jobs if not job.terminal})
+        for job in request.jobs:
+            if not job.terminal:
+                self.stored_outputs.adopt(job)
+            if job.state is State.PENDING:
+                job.attempt = 1
+                job.advance(State.ENCODER_WAITING, now)
+                self.dirty.add(job.id)
+
+    def resume(self, request: Request, pools: Collection[str], instances: Collection[str], now: float) -> None:
+        """Enter a request that an earlier head has left.
+
+        What it had in pools, and with instances, that there are no more is forgotten: it is made again, from as far
+        back as that takes, with the same seed.
+        """
+        moved = []
+        for job in request.jobs:
+            lost = [stage for stage, stored in job.stored.items() if stored.lease.pool not in pools]
+            job.forget_stored(lost)
+            if not job.terminal and (lost or (job.instance and job.instance not in instances)):
+                moved.append(job)
+        self.accept(request, now)
+        for job in moved:
+            self._retry(job, "the topology has changed", now, counts=False)
+
+    def cancel(self, request_id: str, reason: str, now: float) -> None:
+        """Stop what is left of a request; nothing where there is none."""
+        self._stop_all(request_id, State.CANCELLED, reason, now)
+
+    def fail(self, request_id: str, reason: str, now: float) -> None:
+        """Fail what is left of a request, which cannot be served any more."""
+        self._stop_all(request_id, State.FAILED, reason, now)
+
+    def _stop_all(self, request_id: str, state: State, reason: str, now: float) -> None:
+        request = self.requests.get(request_id)
+        for job in request.jobs if request else ():
+            if not job.terminal:
+                self._stop(job, state, reason, now)
+
+    # -- instances
+
+    def admit(self, name: str, model: str) -> bool:
+        """Whether an instance has the weights that work is made with; the first after none was left decides which."""
+        others = {i.model for i in self.registry.instances.values() if i.name != name}
+        if model == self.model or (self.reloading and model in others):
+            self.refused.pop(name, None)
+            return True
+        if self.model in others:
+            self.refused[name] = model
+            return False
+        self._go_over_to(model)
+        return True
+
+    def reload(self, model: str) -> tuple[str, ...]:
+        """Make new work with other weights; returns the names of the instances that restart for it, one by one."""
+        if model != self.model:
+            self._go_over_to(model)
+        stale = {i.name for i in self.registry.instances.values() if i.model != model}
+        self.reloading = bool(stale)
+        return tuple(sorted(stale | ({self.restarting} if self.restarting else set())))
+
+    def register(self, registration: RegisterInstance, now: float) -> tuple[Attempt, ...]:
+        """Enter an instance; returns the attempt that is assigned to it and should drop."""
+        self.registry.register(registration)
+        if registration.name == self.restarting and registration.model == self.model:
+            self.restarting = ""
+        if registration.awake or registration.weights:
+            self._update_signature(registration.kind, registration.signature)
+        assigned = set(registration.running)
+        for job in [u for u in self.jobs.values() if u.instance == registration.name]:
+            if job.current_attempt in assigned:
+                self.registry.instances[registration.name].assigned.add(job.id)
+            else:
+                self._retry(job, f"{registration.name} came back without it", now, counts=False)
+        return tuple(w for w in registration.running if not self._holds(registration.name, w))
+
+    def _update_signature(self, kind: str, signature: Signature) -> None:
+        """Take note of what encoders read; one that has never loaded its weights does not know it."""
+        if kind == Stage.ENCODER and self.stored_outputs.cache.update_signature(signature):
+            self.clear_cache()
+
+    def set_awake(self, names: Iterable[str], *, awake: bool) -> None:
+        """Have instances sleep or wake that are not on their way to it."""
+        for name in names:
+            instance = self.registry.instances[name]
+            if instance.awake != awake and not instance.changing_to:
+                instance.changing_to = "wake" if awake else "sleep"
+                self.effects.append(TurnInstance(name, awake))
+
+    def wake_changed(self, report: InstanceWakeChanged) -> bool:
+        """An instance has gone to sleep, or has woken, or could not."""
+        instance = self.registry.incarnation(report.name, report.generation)
+        if instance is None:
+            return False
+        instance.changing_to = ""
+        instance.awake = report.awake
+        instance.wake_error = report.trouble
+        if report.awake:
+            instance.signature, instance.weights = report.signature, report.weights
+            self._update_signature(instance.kind, report.signature)
+        return True
+
+    def wake_change_failed(self, name: str, generation: int) -> None:
+        """An instance was not told to sleep or to wake, or would not."""
+        if instance := self.registry.incarnation(name, generation):
+            instance.changing_to = ""
+
+    @property
+    def begun(self) -> bool:
+        """Whether a job is under way, in an instance's hands or between two stages."""
+        return any(_has_started(job) for job in self.jobs.values())
+
+    @property
+    def waiting_s(self) -> float | None:
+        """Seconds that the oldest job which is not in an instance's hands has waited; None where there is none."""
+        return max((job.stage_s for job in self.jobs.values() if not job.instance), default=None)
+
+    def instance_down(self, name: str, cause: str, now: float, end: ExitKind = ExitKind.CRASHED) -> None:
+        """An instance is gone; what it had in hand is done again, elsewhere if possible.
+
+        Only an end that the attempt may have caused counts against it.
+        """
+        self.registry.remove(name)
+        for job in [u for u in self.jobs.values() if u.instance == name]:
+            job.deaths += job.running and end is ExitKind.CRASHED
+            job.stalls += job.running and end is ExitKind.STALLED
+            self._retry(job, f"{name}: {cause}", now, counts=end is ExitKind.CRASHED)
+
+    def connection_lost(self, name: str, generation: int, now: float) -> bool:
+        """The process of an incarnation has ended; False when nothing is known of it any more."""
+        instance = self.registry.incarnation(name, generation)
+        if instance is None:
+            return False
+        end = instance.end(STALLED_AFTER * self.heartbeat_timeout_s)
+        self.instance_down(name, end.value, now, end)
+        return True
+
+    def expire_silent(self, seconds: float, now: float) -> list[str]:
+        """Let `seconds` pass in which instances could be heard; returns the names of those given up for silence."""
+        silent = self.registry.silent(seconds, self.heartbeat_timeout_s)
+        for instance in silent:
+            self.registry.fence(instance.name, instance.generation)
+            cause = f"not heard of for {self.heartbeat_timeout_s:g} s"
+            self.instance_down(instance.name, cause, now, ExitKind.STALLED)
+        return [instance.name for instance in silent]
+
+    def pool_down(self, pool: str, older_than: int, now: float) -> None:
+        """The tensors stored in a pool's earlier generations are gone."""
+        for job in self.stored_outputs.lose(list(self.jobs.values()), pool, older_than):
+            self.dirty.add(job.id)
+            # An instance that has it in hand may have loaded it already; it says so if it has not.
+            if not job.instance:
+                self._retry(job, f"{pool}: its stored tensors are gone", now, counts=False)
+
+    def evict(self, pool: str, nbytes: int) -> int:
+        """A pool has no room for a block: what lies there without need makes some; returns the bytes of it."""
+        leases = self.stored_outputs.evict(pool, nbytes)
+        self._give_back(leases)
+        return sum(block_bytes(lease.nbytes) for lease in leases)
+
+    def requeue_stored(self, pool: str, now: float) -> None:
+        """Begin jobs anew that wait, with tensors in a pool, for instances that are asleep: others need its room.
+
+        Those may have to end before there is memory for the weights of this model.
+        """
+        instances = self.registry.instances.values()
+        if not instances or any(instance.awake for instance in instances):
+            return
+        for job in list(self.jobs.values()):
+            if not job.instance and any(stored.lease.pool == pool for stored in job.stored.values()):
+                self._give_back(self.stored_outputs.drop(job))
+                self._retry(job, f"{pool} was full, and its model is asleep", now, counts=False)
+
+    def clear_cache(self) -> None:
+        """Start to cache anew."""
+        self._give_back(self.stored_outputs.clear())
+        for request in self.requests.values():
+            request.prompt_key = b""
+
+    def requeue_orphans(self, now: float) -> None:
+        """After a restart of the head: what nobody has claimed is done again."""
+        for job in list(self.jobs.values()):
+            if job.instance and job.instance not in self.registry.instances:
+                self._retry(job, f"{job.instance} did not come back", now, counts=False)
+
+    # -- reports: each returns False when it is about an attempt that no longer counts
+
+    def attempt_refused(self, name: str, attempt: Attempt, code: str, cause: str, now: float) -> None:
+        """The instance refused the attempt, with the code of a `bus` failure or of an `AttemptRefusedError`."""
+        if code in DRAINING:
+            self.registry.drain(name)
+        if code != "no_credit":
+            self.registry.refund(name)
+        if job := self._current(attempt, name):
+            self._retry(job, f"{name}: {cause}", now, counts=code not in UNCOUNTED_REFUSALS)
+
+    def started(self, attempt: Attempt, name: str, stage: Stage, now: float) -> bool:
+        """The stage runs."""
+        job = self._current(attempt, name)
+        if job is None:
+            return False
+        if job.state is not RUNNING[stage]:
+            job.advance(RUNNING[stage], now)
+        job.instances[stage.value] = name
+        self.dirty.add(job.id)
+        return True
+
+    def progress(self, attempt: Attempt, step: int, total_steps: int) -> None:
+        """A denoising step is done."""
+        job = self.jobs.get(attempt.job_id)
+        if job and job.attempt == attempt.number:
+            job.step, job.total_steps = step, total_steps
+
+    def stored(self, report: StageOutputsStored, now: float) -> bool:
+        """A stage's outputs are at rest; the job goes on to wait for the next one."""
+        stage = report.stage
+        self.registry.credit(report.instance, report.issued)
+        job = self._current(report.attempt, report.instance)
+        if job is None or job.stage is not stage:
+            if not self.stored_outputs.holds(report.stored.lease):
+                self._give_back((report.stored.lease,))
+            return False
+        self._let_go(job)
+        job.stage_seconds[stage.value] = report.seconds
+        job.advance(DONE[stage], now)
+        self._give_back(self.stored_outputs.put(job, stage, report.stored))
+        if stage is Stage.ENCODER and self.stored_outputs.cache.capacity and job.model == self.model:
+            key = self._prompt_key(job)
+            self._give_back(
+                self.stored_outputs.offer(key, job.seed, report.stored, seed_independent=report.seed_independent)
+            )
+        job.advance(next(WAITING[p] for p, upstream in UPSTREAM.items() if upstream is stage), now)
+        self.dirty.add(job.id)
+        return True
+
+    def finished(self, report: StageFinished, now: float) -> bool:
+        """The image is on disk."""
+        self.registry.credit(report.instance, report.issued)
+        job = self._current(report.attempt, report.instance)
+        if job is None:
+            return False
+        job.stage_seconds[report.stage.value] = report.seconds
+        job.artifact = report.artifact
+        if job.state is not State.DECODER_RUNNING:
+            job.advance(State.DECODER_RUNNING, now)
+        self._end(job, State.DONE, "", now)
+        return True
+
+    def stage_failed(self, report: StageFailed, now: float) -> bool:
+        """The stage raised."""
+        self.registry.credit(report.instance, report.issued)
+        job = self._current(report.attempt, report.instance)
+        if job is None:
+            return False
+        if report.retryable:
+            self._retry(job, f"{report.instance}: {report.error}", now)
+        else:
+            job.at_fault = report.invalid_request
+            self.give_up(report.attempt, report.instance, report.error, now)
+        return True
+
+    def returned(self, report: StageReturned, now: float) -> bool:
+        """The instance ends before it can have done the attempt."""
+        self.registry.credit(report.instance, report.issued)
+        job = self._current(report.attempt, report.instance)
+        if job is None:
+            return False
+        self._retry(job, f"{report.instance}: {ExitKind.STOPPED.value}", now, counts=False)
+        return True
+
+    def transfer_failed(self, report: TransferFailed, now: float) -> bool:
+        """Stored tensors could not be fetched."""
+        self.registry.credit(report.instance, report.issued)
+        job = self._current(report.attempt, report.instance)
+        if job is None:
+            return False
+        if report.source_gone:
+            self._give_back(self.stored_outputs.drop(job, spoilt=True))
+        job.transfers_lost += 1
+        if job.transfers_lost > MAX_TRANSFERS_LOST:
+            self.give_up(report.attempt, report.instance, report.reason, now)
+        else:
+            self._retry(job, f"{report.instance}: {report.reason}", now, counts=False)
+        return True
+
+    def give_up(self, attempt: Attempt, name: str, reason: str, now: float) -> None:
+        """It would fail wherever it was tried."""
+        if job := self._current(attempt, name):
+            job.causes.append(f"{name}: {reason}")
+            self._end(job, State.FAILED, reason, now)
+
+    # -- time
+
+    def elapse(self, seconds: float, now: float) -> None:
+        """Let `seconds` pass; ends what has used up the time of its request or of its stage."""
+        for job in list(self.jobs.values()):
+            job.left_s -= seconds
+            job.stage_s += seconds
+            bound_s = self.running_timeout_s if job.running else self.waiting_timeout_s
+            if job.left_s <= 0:
+                request = self.requests[job.request_id]
+                given_s = request.deadline - request.created_at
+                bound = f"[head] request_timeout_s = {given_s:g}"
+                reason = f"still {job.state} after {given_s - job.left_s:.3g} s ({bound}){self._trouble(job)}"
+                self._stop(job, State.TIMED_OUT, reason, now)
+            elif bound_s and job.stage_s >= bound_s:
+                key = "running_timeout_s" if job.running else "waiting_timeout_s"
+                reason = f"{job.state} for {job.stage_s:.3g} s ([head] {key} = {bound_s:g}){self._trouble(job)}"
+                self._stop(job, State.TIMED_OUT, reason, now)
+
+    def _trouble(self, job: Job) -> str:
+        """What the instance that has the job waits for."""
+        instance = self.registry.instances.get(job.instance)
+        return f": {instance.trouble}" if instance and instance.trouble else ""
+
+    def dispatch(self, now: float) -> None:
+        """Give waiting jobs, oldest first, to instances with credits; what the cache has needs no encoder."""
+        self._reload_next(now)
+        for stage in Stage:
+            if stage is Stage.ENCODER and self.paused:
+                continue
+            caches = stage is Stage.ENCODER and self.stored_outputs.cache.capacity > 0
+            capacity = downstream_capacity(stage, self.jobs.values(), self.registry)
+            candidates = self.registry.candidates(stage)
+            encoding = {self._prompt_key(u) for u in self.jobs.values() if caches and u.instance and u.stage is stage}
+            for job in [u for u in self.jobs.values() if u.state is WAITING[stage] and not u.instance]:
+                if capacity < 1 or not (candidates or caches):
+                    break
+                model = job.model if job.made_with_older_weights(self.model) else self.model
+                alike = [candidate for candidate in candidates if candidate.model == model]
+                if caches and self._skip_encoder(job, now):
+                    capacity -= 1
+                elif alike and not (caches and self._same_is_made(job, encoding)):
+                    self._assign(job, stage, self.policy(alike).name)
+                    candidates = self.registry.candidates(stage)
+                    capacity -= 1
+
+    def _prompt_key(self, job: Job) -> bytes:
+        request = self.requests[job.request_id]
+        request.prompt_key = request.prompt_key or self.stored_outputs.cache.key(request.inputs)
+        return request.prompt_key
+
+    def _same_is_made(self, job: Job, encoding: set[bytes]) -> bool:
+        """Whether what an encoder makes at present will do for this job too; if not, it is the next to be encoded."""
+        key = self._prompt_key(job)
+        waits = key in encoding and self.stored_outputs.cache.can_share(key, self.requests[job.request_id].inputs)
+        encoding.add(key)
+        return waits
+
+    def _assign(self, job: Job, stage: Stage, name: str) -> None:
+        job.instance = job.instances[stage.value] = name
+        job.model = self.registry.instances[name].model
+        self.stored_outputs.cache.misses += stage is Stage.ENCODER and self.stored_outputs.cache.capacity > 0
+        self.registry.assign(name, job.id)
+        self.dirty.add(job.id)
+        self.effects.append(Assign(name, job.id))
+
+    def _skip_encoder(self, job: Job, now: float) -> bool:
+        """Send a job on to the denoisers when what an encoder would make for it is in the cache."""
+        found = self.stored_outputs.cache.find(self._prompt_key(job), job.seed)
+        if found is None:
+            return False
+        self.stored_outputs.cache.hits += 1
+        for kept in (job.instances, job.stage_seconds):
+            kept.pop(Stage.ENCODER.value, None)
+        self.stored_outputs.put(job, Stage.ENCODER, found)
+        job.borrows = True
+        job.model = self.model
+        job.transition(State.ENCODER_DONE, now, "prompt cache")
+        job.advance(State.DENOISING_WAITING, now)
+        self.dirty.add(job.id)
+        return True
+
+    def take_effects(self) -> list[Effect]:
+        """The effects queued since the last call."""
+        effects, self.effects = self.effects, []
+        return effects
+
+    def counts(self) -> dict[str, int]:
+        """Active jobs by state."""
+        counts: dict[str, int] = {}
+        for job in self.jobs.values():
+            counts[job.state.value] = counts.get(job.state.value, 0) + 1
+        return counts
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Drop terminal requests."""
+        for request_id in request_ids:
+            request = self.requests.get(request_id)
+            if request and request.terminal:
+                del self.requests[request_id]
+                self.by_key.pop(request.idempotency_key, None)
+
+    # -- changed weights
+
+    def _go_over_to(self, model: str) -> None:
+        self.model = model
+        self.refused.clear()
+        self.stored_outputs.cache.model = model
+        self.clear_cache()
+
+    def _reload_next(self, now: float) -> None:
+        """Start jobs anew that were begun with weights which nobody has any more; restart the next instance."""
+        if not self.model:
+            return
+        instances = self.registry.instances.values()
+        for job in [u for u in self.jobs.values() if u.made_with_older_weights(self.model) and not u.instance]:
+            if not any(i.model == job.model and job.stage and i.serves(job.stage) for i in instances):
+                self._give_back(self.stored_outputs.drop(job))
+                self._retry(job, "the model has changed", now, counts=False)
+        if self.reloading and not self.restarting:
+            self.reloading = any(i.model != self.model for i in instances)
+            if chosen := next_to_restart(instances, self.jobs.values(), self.model):
+                self.restarting = chosen.name
+                chosen.draining = True
+                self.effects.append(RestartInstance(chosen.name))
+
+    # -- inside
+
+    def _current(self, attempt: Attempt, name: str) -> Job | None:
+        job = self.jobs.get(attempt.job_id)
+        return job if job and job.current_attempt == attempt and job.instance == name else None
+
+    def _holds(self, name: str, attempt: Attempt) -> bool:
+        return self._current(attempt, name) is not None
+
+    def _let_go(self, job: Job) -> None:
+        self.registry.let_go(job.instance, job.id)
+        job.instance = ""
+        job.step = 0
+
+    def _give_back(self, leases: tuple[LeaseRef, ...]) -> None:
+        if leases:
+            self.effects.append(ReleaseLeases(leases))
+
+    def _retry(self, job: Job, cause: str, now: float, *, counts: bool = True) -> None:
+        """Start the job's stage again, or fail it when it has been tried often enough."""
+        stage = job.stage or Stage.ENCODER
+        self._let_go(job)
+        job.causes.append(cause)
+        job.failures += counts
+        if job.failures >= self.max_attempts or job.deaths >= MAX_DEATHS or job.stalls >= MAX_STALLS:
+            self._end(job, State.FAILED, self._why_given_up(job), now)
+            return
+        job.attempt += 1
+        target = WAITING[job.resume_stage(stage)]
+        if job.state is not target:
+            job.transition(target, now, cause)
+        self.dirty.add(job.id)
+
+    def _why_given_up(self, job: Job) -> str:
+        if job.deaths >= MAX_DEATHS:
+            return f"{job.deaths} instances died while they computed it; last: {job.causes[-1]}"
+        if job.stalls >= MAX_STALLS:
+            return f"{job.stalls} instances fell silent while they computed it; last: {job.causes[-1]}"
+        return f"given up after {job.failures} failed attempts; last: {job.causes[-1]}"
+
+    def _stop(self, job: Job, state: State, reason: str, now: float) -> None:
+        if job.instance:
+            self.effects.append(Cancel(job.instance, job.current_attempt, reason))
+        self._end(job, state, reason, now)
+
+    def _end(self, job: Job, state: State, reason: str, now: float) -> None:
+        self._let_go(job)
+        self._give_back(self.stored_outputs.drop(job))
+        job.transition(state, now, reason)
+        del self.jobs[job.id]
+        self.dirty.add(job.id)
+        request = self.requests[job.request_id]
+        if state is State.DONE:
+            self.tally.completed += 1
+            self.tally.latency_s += now - request.created_at
+        if request.terminal:
+            request.finished_at = now
+            self.effects.append(NotifyWaiters(request.id))

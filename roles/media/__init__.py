@@ -1,0 +1,1 @@
+"""Media: output formats, writers, artifacts, uploads."""

@@ -1,0 +1,125 @@
+"""Finished media files: written whole or not at all, read by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container
+from pathlib import Path
+from typing import Final
+
+from triptych.roles.media.files import Entry, list_entries, write_atomic
+from triptych.roles.media.formats import CONTENT_TYPES
+from triptych.roles.media.retention import StoreBounds, surplus
+from triptych.roles.messages.common import Artifact
+
+ARTIFACTS: Final = "artifacts"
+"""Folder of the artifact store, under the state folder."""
+
+_JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,100}/[0-9]{1,6}")
+_NAME = re.compile(rf"[A-Za-z0-9_-]{{1,100}}_[0-9]{{1,6}}\.(?:{'|'.join(CONTENT_TYPES)})")
+
+
+class ArtifactError(Exception):
+    """A name, an id or a format that the store does not take."""
+
+
+class ArtifactMissingError(ArtifactError):
+    """No artifact of that name: never written, or pruned."""
+
+
+def artifact_name(job_id: str, output_format: str) -> str:
+    """File name of a job's artifact, such as `req-1_0.png` for `req-1/0`.
+
+    Distinct jobs give distinct names, since the part after the last `_` is the index.
+
+    Raises:
+        ArtifactError: when the id is not `REQUEST_ID/INDEX` in letters, digits, `_` and `-`, or the format is
+            not one of `CONTENT_TYPES`.
+
+    """
+    if not _JOB_ID.fullmatch(job_id):
+        raise ArtifactError(f"{job_id!r} is no job id: want REQUEST_ID/INDEX of letters, digits, '_' and '-'")
+    if output_format not in CONTENT_TYPES:
+        raise ArtifactError(f"output format {output_format!r} is none of {', '.join(CONTENT_TYPES)}")
+    return f"{job_id.replace('/', '_')}.{output_format}"
+
+
+class ArtifactStore:
+    """A folder of finished media. Every method blocks on the disk: call them off the event loop."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, job_id: str, output_format: str, data: bytes) -> Artifact:
+        """Write a job's artifact; on return it is complete and on disk. Writing it again replaces it.
+
+        Raises:
+            ArtifactError: see `artifact_name`.
+            OSError: when the disk is full or the folder cannot be written; nothing is left behind.
+
+        """
+        name = artifact_name(job_id, output_format)
+        write_atomic(self.folder / name, data)
+        return Artifact(name, CONTENT_TYPES[output_format], len(data))
+
+    def path(self, name: str) -> Path:
+        """Where the artifact of that name lies, whether or not it exists.
+
+        Raises:
+            ArtifactError: when no artifact could have that name.
+
+        """
+        if not _NAME.fullmatch(name):
+            raise ArtifactError(f"{name!r} is no artifact name")
+        return self.folder / name
+
+    def read(self, name: str) -> bytes:
+        """Read a whole artifact.
+
+        Raises:
+            ArtifactMissingError: when there is none of that name.
+            ArtifactError: when no artifact could have that name.
+
+        """
+        try:
+            return self.path(name).read_bytes()
+        except FileNotFoundError:
+            raise ArtifactMissingError(f"there is no artifact {name}") from None
+
+    def discard(self, job_id: str) -> None:
+        """Remove a job's artifact, of whatever format; nothing where there is none.
+
+        Raises:
+            ArtifactError: see `artifact_name`.
+            OSError: when the folder cannot be written.
+
+        """
+        for output_format in CONTENT_TYPES:
+            (self.folder / artifact_name(job_id, output_format)).unlink(missing_ok=True)
+
+    def prune(self, bounds: StoreBounds, *, now: float, needed: Container[str]) -> int:
+        """Remove what passes the bounds, and half-written files that a dead process left.
+
+        Args:
+            bounds: Of the store.
+            now: Unix seconds, from before `needed` was made.
+            needed: Ids of requests whose artifacts stay. Those written after `now` stay as well.
+
+        Returns:
+            How many files were removed.
+
+        Raises:
+            OSError: when the folder cannot be read or written.
+
+        """
+
+        def stays(entry: Entry) -> bool:
+            return entry.modified_at > now or entry.name.rpartition("_")[0] in needed
+
+        present = list_entries(self.folder)
+        finished = [e for e in present if _NAME.fullmatch(e.name)]
+        doomed = surplus(finished, bounds, now=now, needed=stays)
+        doomed += [e.name for e in present if e.abandoned(now)]
+        for name in doomed:
+            (self.folder / name).unlink(missing_ok=True)
+        return len(doomed)

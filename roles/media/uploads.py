@@ -1,0 +1,161 @@
+"""Pictures and tensors that clients sent, kept as files under the digest of their bytes until no request needs them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from triptych.roles.media.files import list_entries, write_atomic
+from triptych.roles.media.retention import NO_BOUNDS, StoreBounds, surplus
+from triptych.roles.messages.common import Upload
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+UPLOADS: Final = "uploads"
+"""Folder of the upload store, under the state folder."""
+ENDINGS: Final[Mapping[str, str]] = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg", "WEBP": "webp"}
+"""What Pillow calls the formats that are taken, and how their files end. MPO is a JPEG with others behind it."""
+
+TENSORS_ENDING: Final = "safetensors"
+
+_NAME: Final = re.compile(r"(?P<digest>[0-9a-f]{64})\.(?:png|jpeg|webp|safetensors)")
+
+
+class UploadError(ValueError):
+    """An upload that is not there, is damaged, or is no image: it would be the same anywhere."""
+
+
+class UploadsFullError(Exception):
+    """What is kept for requests that may be under way leaves no room for more."""
+
+
+class UploadStore:
+    """A folder of uploads, written and pruned by one process, the API's, and read by all.
+
+    Every method blocks on the disk: call them off the event loop. They may be called from several threads.
+    """
+
+    def __init__(self, folder: Path, bounds: StoreBounds = NO_BOUNDS, *, needed_s: float = 0.0) -> None:
+        self.folder = folder
+        self.bounds = bounds
+        self.needed_s = needed_s
+        """An upload as young as this stays, whatever the bounds say."""
+        self._held: tuple[int, int] = (sys.maxsize, 0)  # the first `save` counts
+        self._lock = threading.Lock()
+
+    def save(self, data: bytes, ending: str) -> Upload:
+        """Keep a file; on return it is complete and on disk. One that is there already is young again.
+
+        Args:
+            data: Its bytes, which have been checked.
+            ending: Of its format, of `ENDINGS` or `TENSORS_ENDING`.
+
+        Raises:
+            UploadsFullError: when there is no room.
+            OSError: when the disk is full or the folder cannot be written; nothing is left behind.
+        """
+        upload = Upload(f"{hashlib.sha256(data).hexdigest()}.{ending}", len(data))
+        path = self._path(upload)
+        # Held against `prune`, which must not remove what has just become young.
+        with self._lock:
+            known = path.is_file()
+            if not known and not self._fits(len(data)):
+                bounds = self.bounds
+                room = StoreBounds(bounds.max_age_s, bounds.max_count - 1, bounds.max_bytes - len(data))
+                self._prune(room, time.time())
+                if not self._fits(len(data)):
+                    count, nbytes = self._held
+                    raise UploadsFullError(
+                        f"{count} uploads, of {nbytes} bytes, are kept for requests that may be under way; [state] "
+                        f"max_uploads is {bounds.max_count} and max_uploads_size {bounds.max_bytes} bytes"
+                    )
+            # Written even where it is there: should that one be damaged, it is whole again.
+            write_atomic(path, data)
+            if not known:
+                self._held = (self._held[0] + 1, self._held[1] + len(data))
+        return upload
+
+    def read(self, upload: Upload) -> bytes:
+        """Read a whole upload, just as it was sent.
+
+        Raises:
+            UploadError: when it is not there or not as it was sent, or no upload could have that name.
+            OSError: when the disk cannot be read.
+        """
+        path = self._path(upload)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise UploadError(f"the upload {upload.name} is not there any more: send the {_what(path)} again") from None
+        if len(data) != upload.nbytes or hashlib.sha256(data).hexdigest() != path.stem:
+            raise UploadError(f"the upload {upload.name} is damaged on the disk: send the {_what(path)} again")
+        return data
+
+    def open(self, upload: Upload) -> Image.Image:
+        """Decode an upload.
+
+        Raises:
+            UploadError: as `read`; or it is no image.
+            OSError: as `read`.
+        """
+        # Here, because the head only removes uploads.
+        from PIL import Image
+
+        data = self.read(upload)
+        try:
+            image = Image.open(io.BytesIO(data), formats=[name for name in ENDINGS if name != "MPO"])
+            image.load()
+        except Exception as error:  # Pillow raises whatever its parsers run into
+            raise UploadError(f"the upload {upload.name} cannot be decoded ({error})") from error
+        return image
+
+    def discard(self, upload: Upload, *, saved_before: float) -> None:
+        """Remove an upload, unless somebody has sent it again at or after `saved_before` (unix seconds).
+
+        Raises:
+            UploadError: when no upload could have that name.
+            OSError: when the folder cannot be read or written.
+        """
+        path = self._path(upload)
+        try:
+            if path.stat().st_mtime < saved_before:
+                path.unlink()
+        except FileNotFoundError:  # pruned already
+            return
+
+    def prune(self, *, now: float) -> int:
+        """Remove what passes the bounds, and half-written files; returns how many."""
+        with self._lock:
+            return self._prune(self.bounds, now)
+
+    def _prune(self, bounds: StoreBounds, now: float) -> int:
+        present = list_entries(self.folder)
+        stored = [entry for entry in present if _NAME.fullmatch(entry.name)]
+        doomed = surplus(stored, bounds, now=now, needed=lambda entry: now - entry.modified_at <= self.needed_s)
+        doomed += [entry.name for entry in present if entry.abandoned(now)]
+        for name in doomed:
+            (self.folder / name).unlink(missing_ok=True)
+        kept = [entry.nbytes for entry in present if entry.name not in set(doomed)]
+        self._held = (len(kept), sum(kept))
+        return len(doomed)
+
+    def _fits(self, new: int) -> bool:
+        count, nbytes = self._held
+        return count < self.bounds.max_count and nbytes + new <= self.bounds.max_bytes
+
+    def _path(self, upload: Upload) -> Path:
+        if not _NAME.fullmatch(upload.name):
+            raise UploadError(f"{upload.name!r} is no name of an upload")
+        return self.folder / upload.name
+
+
+def _what(path: Path) -> str:
+    return "file of tensors" if path.suffix == f".{TENSORS_ENDING}" else "image"

@@ -1,0 +1,411 @@
+"""The buffer pool: owns the memory that tensors rest in between two stages, and moves bytes between hosts.
+
+It lives in a process of its own, so that what was stored outlives the role that made it. Who may use which bytes
+is the lease table's decision; here it meets the bus, the clock and the transfer engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from dataclasses import dataclass
+
+from triptych.actors import Actor, Component, DeferredReply, StartDelayedError, StartError, Topology
+from triptych.actors.errors import UnknownNameError
+from triptych.actors.runtime.system_messages import Inspect, Inspection
+from triptych.bus import BusError, MailboxFullError, Reference, RefusedError, UnreachableError
+from triptych.engines.memory.arena import Arena, ArenaError
+from triptych.engines.memory.leases import ByteRange, Lease, LeaseError, LeaseState, LeaseTable
+from triptych.engines.transfer import (
+    QUARANTINE_S,
+    PullExecutor,
+    TransferBackend,
+    TransferError,
+    TransferSetupError,
+    open_backend,
+)
+from triptych.roles.messages.common import Attempt, LeaseRef
+from triptych.roles.messages.pool import (
+    BlockLeased,
+    BlockPulled,
+    BlockSealed,
+    BlocksReleased,
+    LeaseBlock,
+    LeaseQuery,
+    LeaseReport,
+    LeaseView,
+    MemoryPressure,
+    PoolDescription,
+    PoolFull,
+    PoolQuery,
+    PullBlock,
+    ReleaseBlocks,
+    ReleasePreallocated,
+    SealBlock,
+)
+from triptych.roles.pool.client import FAULTS
+
+PAGE = 4096
+INCOMING = "incoming"
+PEER_ANSWER_S = 2.0
+"""A process that is alive answers in this time. A pool that hangs must not be read from: it would hold a thread
+for a minute."""
+LEASES_PER_REPORT = 2000
+"""Leases in one LeaseReport: a message has at most 1 MiB."""
+SWEEP_S = 0.5
+"""Between two looks at whether a failed transfer has let go of its block."""
+
+
+def build(component: Component, topology: Topology) -> list[Actor]:
+    """Make the actors of a buffer pool's process."""
+    return [BufferPool(component, topology)]
+
+
+def zones(capacity: int, *, pool: str) -> dict[str, int]:
+    """Return the bytes that are set apart for what a stage takes in, where what it makes lies in the same pool.
+
+    A denoiser's input is kept until its output is stored, so the one must never wait for the room of the other: in
+    the pool that all kinds share encoders have a half of their own, in the denoisers' pool what comes in has. Then
+    what was stored for the next stage is only ever in the way of its own kind, and goes as that stage goes on.
+    """
+    zone = {"pool": "encoder", "pool-denoiser": INCOMING}.get(pool)
+    return {zone: capacity // 2 // PAGE * PAGE} if zone else {}
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """What an open pool consists of."""
+
+    arena: Arena
+    backend: TransferBackend
+    table: LeaseTable
+    transfers: PullExecutor
+
+
+class BufferPool(Actor):
+    """One per host; with mooncake one per kind of role, so that bytes really travel."""
+
+    def __init__(self, component: Component, topology: Topology) -> None:
+        super().__init__(component.name)
+        self.topology = topology
+        self.capacity = topology.transfer.pool_bytes // PAGE * PAGE
+        self._kinds = {c.name: c.kind for c in topology.components}
+        self._owners: dict[str, int] = {}
+        self._filling: set[ByteRange] = set()
+        self._sweeping = False
+        self._opened: _Memory | None = None
+
+    async def started(self) -> None:
+        """Take the memory and bring the transfer engine up.
+
+        Raises:
+            StartError: the engine does not run here.
+            StartDelayedError: the memory is not there now; whoever maps that of an earlier pool is about to let go of
+            it.
+
+        """
+        size = self.topology.transfer.pool_size
+        try:
+            self._opened = await asyncio.to_thread(self._open)
+        except ArenaError as error:
+            raise StartDelayedError(f"{error} ([transfer] pool_size is {size})") from error
+        except TransferSetupError as error:
+            raise StartError(str(error)) from error
+        self.log.info("pool is open", nbytes=self.capacity, transport=self._opened.backend.describe())
+        if exposed := self._opened.backend.exposed():
+            self.log.warning(exposed)
+
+    async def stopping(self) -> None:
+        """Stop the transfer engine. Whoever has mapped the memory keeps it until it lets go."""
+        if self._opened is not None:
+            await asyncio.to_thread(self._opened.backend.close)
+
+    def stats(self) -> dict[str, int | float | str | bool]:
+        """How full the pool is, in bytes, and what carries them."""
+        if self._opened is None:
+            return {"capacity": self.capacity}
+        table = self._opened.table
+        return {
+            "capacity": table.capacity,
+            "free": table.free,
+            "leased": table.leased,
+            "leases": len(table.leases),
+            "quarantined": len(table.in_state(LeaseState.QUARANTINED)),
+            "transport": self._opened.backend.describe(),
+        }
+
+    def watchdog(self) -> str | None:
+        """Say so when a transfer hangs for good."""
+        return self._opened.transfers.watchdog() if self._opened else None
+
+    # -- questions
+
+    async def describe(self, _: PoolQuery) -> PoolDescription:
+        """Tell where the memory is and how full."""
+        store = self._store
+        return PoolDescription(
+            name=self.name,
+            generation=self.generation,
+            pid=store.arena.address.pid,
+            fd=store.arena.address.fd,
+            capacity=store.table.capacity,
+            free=store.table.free,
+            leased=store.table.leased,
+            session=store.backend.session,
+            base_address=store.backend.base,
+            transport=store.backend.describe(),
+            arena=str(store.arena.address),
+        )
+
+    async def list_leases(self, message: LeaseQuery) -> LeaseReport:
+        """List held blocks, a page of them."""
+        page = self._store.table.page(message.after, LEASES_PER_REPORT + 1)
+        return LeaseReport(
+            tuple(self._view(lease) for lease in page[:LEASES_PER_REPORT]), len(page) > LEASES_PER_REPORT
+        )
+
+    # -- blocks
+
+    async def lease(self, message: LeaseBlock) -> BlockLeased | PoolFull:
+        """Give a block for writing."""
+        table, zone = self._store.table, self._zone(message)
+        self._watch_owner(message.owner, message.owner_generation)
+        held = self._existing_lease(message, zone)
+        if held is not None and held.capacity >= message.nbytes:
+            return BlockLeased(self._lease_ref(held))
+        # Where one pool would give more than the next one on the way, what it gave could go no further.
+        largest = min(table.largest_block(zone), self.topology.transfer.largest_payload)
+        if message.nbytes > largest:
+            return PoolFull(message.nbytes, table.free, largest)
+        attempt = message.attempt
+        try:
+            lease = table.lease(
+                message.owner,
+                message.owner_generation,
+                attempt.job_id,
+                attempt.number,
+                message.nbytes,
+                zone,
+                now=time.monotonic(),
+            )
+        except LeaseError as error:
+            raise RefusedError(error.code, error.detail) from error
+        if lease is None:
+            self._request_memory(zone)
+            return PoolFull(message.nbytes, table.free, largest)
+        return BlockLeased(self._lease_ref(lease))
+
+    async def seal(self, message: SealBlock) -> BlockSealed:
+        """Close a block for writing; asking again is no error."""
+        lease = self._find(message.lease)
+        written = (LeaseState.SEALED, message.checksum, message.nbytes)
+        if (lease.state, lease.checksum, lease.nbytes) != written:
+            try:
+                self._store.table.seal(lease.id, message.checksum, message.nbytes)
+            except LeaseError as error:
+                raise RefusedError(error.code, error.detail) from error
+        return BlockSealed()
+
+    async def release(self, message: ReleaseBlocks) -> BlocksReleased:
+        """Take blocks back."""
+        return BlocksReleased(sum(self._release(reference) for reference in message.leases))
+
+    async def pull(self, message: PullBlock) -> DeferredReply[BlockPulled]:
+        """Fetch a sealed block of another pool; other messages are handled meanwhile."""
+        target = self._find(message.target)
+        if target.state is not LeaseState.WRITING or message.nbytes > target.capacity:
+            raise RefusedError("wrong_state", f"lease {target.id} is {target.state}, of {target.capacity} bytes")
+        if _span(target) in self._filling:
+            raise RefusedError("wrong_state", f"lease {target.id} is being filled already")
+        attempt = message.attempt
+        if not target.request_id:
+            target = self._store.table.assign(target.id, attempt.job_id, attempt.number)
+        elif (target.request_id, target.attempt) != (attempt.job_id, attempt.number):  # who may be loading it now
+            raise RefusedError(
+                "wrong_state", f"lease {target.id} is for {target.request_id}#{target.attempt}, not {attempt}"
+            )
+        return DeferredReply(self._pull(message, target))
+
+    async def _pull(self, message: PullBlock, target: Lease) -> BlockPulled:
+        began = time.monotonic()
+        self._filling.add(_span(target))
+        try:
+            source = await self._describe(message.source)
+            await self._store.transfers.pull(
+                source.session,
+                source.base_address + message.source.offset,
+                target.offset,
+                message.nbytes,
+                message.timeout_s,
+            )
+        except TransferError as error:
+            if error.quarantine:
+                self._store.table.quarantine(target.id, time.monotonic() + QUARANTINE_S)
+            raise RefusedError("transfer_failed", error.reason) from error
+        finally:
+            self._filling.discard(_span(target))
+            self._sweep()
+        return BlockPulled(time.monotonic() - began)
+
+    async def _describe(self, source: LeaseRef) -> PoolDescription:
+        """Ask the source's pool where its bytes are, and thereby whether it lives."""
+        try:
+            reference = self.reference(source.pool)
+        except UnknownNameError as error:
+            raise RefusedError(
+                "source_gone", f"there is no {source.pool} any more: the topology has changed"
+            ) from error
+        try:
+            try:
+                found = await reference.ask(PoolQuery(), PoolDescription, timeout_s=PEER_ANSWER_S)
+            except UnreachableError:  # it ended just now: its successor, if it comes in time, knows more
+                found = await reference.ask(PoolQuery(), PoolDescription, timeout_s=PEER_ANSWER_S)
+        except BusError as error:
+            raise RefusedError("transfer_failed", f"{source.pool} does not answer: {error}") from error
+        if found.generation != source.pool_generation:
+            raise RefusedError("source_gone", f"{source.pool} has started anew: what was stored there is lost")
+        return found
+
+    # -- inside
+
+    def _open(self) -> _Memory:
+        settings, engine = self.topology.transfer, self.topology.engine
+        arena = Arena.create(self.capacity)
+        backend = open_backend(
+            engine,
+            arena=arena,
+            hostname=settings.hostname,
+            protocol=settings.protocol,
+            ib_device=settings.ib_device,
+            faults=os.environ.get(FAULTS, ""),
+        )
+        table = LeaseTable(self.capacity, generation=self.generation, zones=zones(self.capacity, pool=self.name))
+        return _Memory(arena, backend, table, PullExecutor(backend))
+
+    @property
+    def _store(self) -> _Memory:
+        if self._opened is None:
+            raise RefusedError("not_ready", f"{self.name} is not open yet")
+        return self._opened
+
+    def _request_memory(self, zone: str) -> None:
+        """Have room made for the first in the line, by those who keep blocks without need."""
+        table = self._store.table
+        try:
+            if (wanted := table.first_waiting_bytes(zone)) and zone == "encoder":
+                self.reference("head").tell(MemoryPressure(self.name, wanted))
+            elif wanted:
+                writing = table.in_state(LeaseState.WRITING)
+                for owner in {lease.owner for lease in writing if lease.zone == zone and not lease.request_id}:
+                    self.reference(owner).tell(ReleasePreallocated(self.name))
+        except MailboxFullError:  # whoever wants the block asks again, and so does this
+            self.log.debug("room was not asked for", zone=zone)
+
+    def _zone(self, message: LeaseBlock) -> str:
+        kind = self._kinds.get(message.owner)
+        if kind is None:
+            raise RefusedError("unknown_owner", f"{message.owner} is no component of this topology")
+        return INCOMING if message.incoming else kind
+
+    def _existing_lease(self, message: LeaseBlock, zone: str) -> Lease | None:
+        """Find the block that was given for the same purpose already; its answer was lost on the way."""
+        attempt = message.attempt
+        wanted = (message.owner, message.owner_generation, attempt.job_id, attempt.number, zone)
+        for lease in self._store.table.in_state(LeaseState.WRITING):
+            if (lease.owner, lease.owner_generation, lease.request_id, lease.attempt, lease.zone) == wanted:
+                return lease
+        return None
+
+    def _lease_ref(self, lease: Lease) -> LeaseRef:
+        return LeaseRef(self.name, self.generation, lease.id, lease.offset, lease.nbytes)
+
+    def _view(self, lease: Lease) -> LeaseView:
+        attempt = Attempt(lease.request_id, lease.attempt)
+        return LeaseView(self._lease_ref(lease), lease.state.value, lease.owner, lease.owner_generation, attempt)
+
+    def _find(self, reference: LeaseRef) -> Lease:
+        asked, here = (reference.pool, reference.pool_generation), (self.name, self.generation)
+        if asked != here:
+            raise RefusedError(
+                "stale_pool", f"a block of {asked[0]} generation {asked[1]}, this is {here[0]} {here[1]}"
+            )
+        try:
+            lease = self._store.table.get(reference.lease_id)
+        except LeaseError as error:
+            raise RefusedError(error.code, error.detail) from error
+        if lease.offset != reference.offset:
+            raise RefusedError("unknown_lease", f"lease {lease.id} is at {lease.offset}, not {reference.offset}")
+        return lease
+
+    def _release(self, reference: LeaseRef) -> bool:
+        try:
+            lease = self._find(reference)
+        except RefusedError:  # free already, or of an earlier pool whose memory went with it: nothing is held
+            return False
+        if any(_overlap(_span(lease), held) for held in self._held()):
+            self._store.table.quarantine(lease.id)
+            self._sweep()
+        else:
+            self._store.table.release(lease.id)
+        return lease.state is not LeaseState.QUARANTINED
+
+    def _held(self) -> tuple[ByteRange, ...]:
+        """List the bytes that a transfer writes to, or may still write to."""
+        return (*self._filling, *self._store.transfers.held())
+
+    def _sweep(self) -> None:
+        if not self._sweeping and self._store.table.in_state(LeaseState.QUARANTINED):
+            self._sweeping = True
+            self.spawn(self._sweep_loop(), name="sweep")
+
+    async def _sweep_loop(self) -> None:
+        """Free what is in quarantine and no longer written to, until nothing is."""
+        table = self._store.table
+        while True:
+            table.expire(time.monotonic(), self._held())
+            if not table.in_state(LeaseState.QUARANTINED):
+                break
+            await asyncio.sleep(SWEEP_S)
+        self._sweeping = False
+
+    # -- owners
+
+    def _watch_owner(self, owner: str, generation: int) -> None:
+        """Note an owner's incarnation, take back what earlier ones were writing, and watch it."""
+        known = self._owners.get(owner, 0)
+        if generation > known:
+            self._owners[owner] = generation
+            self._reclaim(owner, generation)
+        if not known:
+            self.spawn(self._watch(owner), name=f"watch {owner}")
+
+    async def _watch(self, owner: str) -> None:
+        reference = self.reference(owner)
+        while True:
+            await reference.down()
+            generation = self._owners[owner]
+            if not await self._is_alive(reference, owner, generation):
+                self._reclaim(owner, generation + 1)
+
+    async def _is_alive(self, reference: Reference, owner: str, generation: int) -> bool:
+        """Ask whether that incarnation is still there: over tcp a connection can be lost without a death."""
+        try:
+            found = await reference.ask(Inspect(), Inspection, timeout_s=PEER_ANSWER_S)
+        except BusError:  # nobody is there, which is the answer
+            return False
+        return any(a.name == owner and a.generation == generation for a in found.actors)
+
+    def _reclaim(self, owner: str, older_than: int) -> None:
+        taken = self._store.table.reclaim_owner(owner, older_than, self._held())
+        if taken:
+            self.log.info("blocks taken back", owner=owner, older_than=older_than, blocks=len(taken))
+        self._sweep()
+
+
+def _span(lease: Lease) -> ByteRange:
+    return lease.offset, lease.capacity
+
+
+def _overlap(one: ByteRange, other: ByteRange) -> bool:
+    return one[0] < other[0] + other[1] and other[0] < one[0] + one[1]

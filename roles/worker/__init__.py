@@ -1,0 +1,1 @@
+"""A role process: instance, stream worker and transfer actor."""

@@ -1,0 +1,106 @@
+"""From the inputs of a message to what a pipeline takes: references become images, lists become lists."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from PIL import Image, ImageOps
+
+from triptych.engines.parameters.schema import MASKS, ParameterKind, Signature
+from triptych.roles.media.uploads import UploadError, UploadStore
+from triptych.roles.messages.common import Images, Json, Numbers, Options, Tensors, Upload
+
+
+def has_files(inputs: Mapping[str, object]) -> bool:
+    """Whether there is anything to be read from the disk."""
+    return any(isinstance(value, Images | Tensors) for value in inputs.values())
+
+
+def resolve_inputs(
+    inputs: Mapping[str, object], store: UploadStore, signature: Signature, *, alpha: bool = False
+) -> dict[str, object]:
+    """Read what the inputs of a request refer to. With files it blocks on the disk: call it off the event loop then.
+
+    Args:
+        inputs: By name, as `roles.messages.work.Input`.
+        store: Where the files are.
+        signature: Of the pipeline, which says whether an input is one image or a list.
+        alpha: Whether the model takes images with an alpha channel.
+
+    Returns:
+        The inputs. Images are upright `PIL.Image.Image`, "L" for a mask, else "RGBA" with `alpha` or "RGB"; or
+        lists of them. Numbers are a list, or a tuple of whole numbers for a pair. Options are a dict, and JSON is what
+        it says. Each tensor of a file of tensors is an input of its own, on the CPU, as it was sent.
+
+    Raises:
+        UploadError: A file is missing or damaged, or there are several images where the pipeline takes one.
+        OSError: The disk cannot be read.
+    """
+    resolved: dict[str, object] = {}
+    for name, value in inputs.items():
+        parameter = signature.parameter(name)
+        kind = parameter.kind if parameter else ParameterKind.IMAGES
+        match value:
+            case Images():
+                resolved[name] = _images(name, value, kind, store, alpha=alpha)
+            case Numbers(values):
+                resolved[name] = tuple(int(number) for number in values) if kind is ParameterKind.PAIR else list(values)
+            case Options(options):
+                resolved[name] = dict(options)
+            case Tensors(file):
+                resolved |= _tensors(file, store)
+            case Json(text):
+                resolved[name] = json.loads(text)
+            case _:
+                resolved[name] = value
+    return resolved
+
+
+def _images(
+    name: str, value: Images, kind: ParameterKind, store: UploadStore, *, alpha: bool
+) -> Image.Image | list[Image.Image]:
+    mask = name in MASKS
+    found = [as_mask(image) if mask else as_image(image, alpha=alpha) for image in map(store.open, value.files)]
+    if kind is ParameterKind.IMAGE_LIST or len(found) > 1:
+        if kind is ParameterKind.IMAGE:
+            raise UploadError(f"{name} is one image, {len(found)} were given")
+        return found
+    if not found:
+        raise UploadError(f"{name} is empty")
+    return found[0]
+
+
+def _tensors(file: Upload, store: UploadStore) -> dict[str, object]:
+    # Here, because most requests have none.
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return dict(load(store.read(file)))
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise UploadError(f"the upload {file.name} cannot be read ({error})") from error
+
+
+def as_image(image: Image.Image, *, alpha: bool = False) -> Image.Image:
+    """Turn an image upright by its EXIF orientation, and convert it to "RGBA" with `alpha`, else to "RGB" on white."""
+    upright = ImageOps.exif_transpose(image)
+    if alpha or not upright.has_transparency_data:
+        return upright.convert("RGBA" if alpha else "RGB")
+    # Below what is transparent lies whatever a program left there.
+    clear = upright.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
+
+
+def as_mask(image: Image.Image) -> Image.Image:
+    """Convert an image to a mask, "L", white where to paint.
+
+    That is what diffusers takes. In OpenAI's API it is the transparent part of a mask that says where; so a mask with
+    something transparent is read that way.
+    """
+    upright = ImageOps.exif_transpose(image)
+    if upright.has_transparency_data:
+        opaque = upright.convert("RGBA").getchannel("A")
+        if opaque.getextrema()[0] != 255:
+            return ImageOps.invert(opaque)
+    return upright.convert("L")

@@ -1,0 +1,186 @@
+"""What `triptych check FILE --model` finds: files, classes, and one tiny request in this process.
+
+Importing this module imports no torch, so that what files alone tell is known at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from triptych.actors import Component, Model, StartError
+from triptych.actors.errors import describe
+from triptych.actors.supervision.component_specs import ModelProblem, ModelReport
+from triptych.engines.partition.stages import ModelError, Stage
+from triptych.engines.weights.inspection import Finding, inspect_files
+from triptych.engines.weights.read_progress import size_text
+from triptych.roles.worker.model_loading import describe_model, lora_files, model_options
+
+if TYPE_CHECKING:
+    from triptych.engines.pipelines.pipeline import StagePipeline
+    from triptych.engines.weights.compatibility import CompatibilityReport
+
+_BYTES: Final = {"float32": 4}
+_DEFAULT_BYTES: Final = 2
+_SHARE: Final = 0.8
+"""Of the memory that is free: the rest is for what a request computes, and for whoever else is here."""
+_TRIES: Final = ((64, True), (256, True), (256, False))
+"""Pixels of a side of a dry request, and whether it has as few steps as can be: some models take no less."""
+
+
+def check_model(
+    model: Model, components: Sequence[Component], *, dry_run: bool = True, say: Callable[[str], None] = print
+) -> ModelReport:
+    """Find everything that can be known of a model before it is served.
+
+    Args:
+        model: Of a topology.
+        components: The instances that serve it.
+        dry_run: Whether to load it and make one tiny request, where nothing was found that prevents it.
+        say: Called with what is being done.
+    """
+    began = time.monotonic()
+    seconds: dict[str, float] = {}
+
+    def lap(part: str) -> None:
+        seconds[part] = time.monotonic() - began - sum(seconds.values())
+
+    options, loras = model_options(model), lora_files(model)
+    say("reading configuration and headers of weights")
+    found = inspect_files(model.path, options, loras)
+    lap("files")
+    if any(finding.fatal and finding.where == "index" for finding in found):  # nothing else can be known
+        return ModelReport(model.name, str(model.path), "", _told(found), "", seconds)
+    say("importing torch and diffusers")
+    from triptych.engines.weights.compatibility import check_compatibility
+
+    lap("import")
+    broken = frozenset(finding.where for finding in found if finding.fatal)
+    fitted = check_compatibility(
+        model.path, options, loras, broken=broken, say=lambda name: say(f"holding {name} against its class")
+    )
+    found = _that_matter([*found, *fitted.findings], fitted)
+    lap("classes")
+    sentence = ""
+    if not any(finding.fatal for finding in found):
+        sentence, problem = describe_model(model)
+        found += [Finding("index", problem)] if problem else []
+    lap("pipeline")
+    told = ""
+    if not any(finding.fatal for finding in found):
+        told, failed = _dry_run(model, components, fitted, say) if dry_run else ("No dry request was made.", None)
+        found += [failed] if failed else []
+        lap("dry run")
+    return ModelReport(model.name, str(model.path), sentence, _told(found), told, seconds)
+
+
+def _told(found: Sequence[Finding]) -> tuple[ModelProblem, ...]:
+    return tuple(ModelProblem(finding.where, finding.problem, finding.fatal) for finding in found)
+
+
+def _that_matter(found: Sequence[Finding], fitted: CompatibilityReport) -> list[Finding]:
+    """Without what is said twice; of components that are not loaded, nothing prevents serving."""
+    import msgspec
+
+    matter = []
+    for finding in dict.fromkeys(found):
+        is_ours = finding.where in fitted.needed or finding.where in ("index", "card") or "LoRA" in finding.where
+        matter.append(finding if is_ours or not fitted.needed else msgspec.structs.replace(finding, fatal=False))
+    return matter
+
+
+def _dry_run(
+    model: Model, components: Sequence[Component], fitted: CompatibilityReport, say: Callable[[str], None]
+) -> tuple[str, Finding | None]:
+    """Load the model as its roles do, and make one tiny request; returns what came of it, and what prevents it."""
+    instances = {component.kind: component for component in reversed(components)}
+    needed = sum(
+        count * max(_BYTES.get(each.dtype, _DEFAULT_BYTES) for each in instances.values())
+        for count in fitted.elements.values()
+    )
+    free = _free_bytes(instances.values())
+    if needed > _SHARE * free:
+        return f"No dry request was made: the weights take {size_text(needed)}, {size_text(free)} are free.", None
+    began = time.monotonic()
+    try:
+        stages = _load(model, instances.values(), say)
+    except Exception as error:  # noqa: BLE001  whatever it raises is what was to be found out
+        in_words = isinstance(error, (ModelError, StartError))
+        return "", Finding("dry run", str(error) if in_words else f"The model cannot be loaded: {describe(error)}")
+    loaded_s = time.monotonic() - began
+    for side, minimal_steps in _TRIES:
+        began = time.monotonic()
+        at, failed = _request(model, stages, side, say, minimal_steps=minimal_steps)
+        if failed is None:
+            seconds = time.monotonic() - began
+            loading = f"loading the {size_text(needed)} took {loaded_s:.1f} s"
+            return f"A dry request ({at}) took {seconds:.1f} s; {loading}.", None
+        if failed.fatal and side == _TRIES[-1][0]:
+            break
+    return "", failed
+
+
+def _load(model: Model, instances: Iterable[Component], say: Callable[[str], None]) -> dict[Stage, StagePipeline]:
+    from triptych.roles.worker import devices
+    from triptych.roles.worker.model_loading import load_stages
+
+    stages: dict[Stage, StagePipeline] = {}
+    for component in instances:
+        say(f"loading the {component.kind}")
+        pipeline = load_stages(component, model, devices.usable_device(component))
+        stages |= dict.fromkeys(pipeline.stages, pipeline)
+    return stages
+
+
+def _request(
+    model: Model, stages: dict[Stage, StagePipeline], side: int, say: Callable[[str], None], *, minimal_steps: bool
+) -> tuple[str, Finding | None]:
+    """Make a request; returns its numbers, and what went wrong."""
+    from triptych.engines.parameters.serving_config import load_serving_config
+    from triptych.engines.pipelines.dry_run import run, tiny_inputs
+    from triptych.roles.worker import devices
+
+    at = ""
+
+    def seen(stage: str) -> None:
+        nonlocal at
+        at = stage
+        say(f"a dry request: {stage}")
+
+    encoder = stages[Stage.ENCODER]
+    serving_config = load_serving_config(model.path, model_options(model).task)
+    inputs = tiny_inputs(encoder.signature, serving_config, side, alpha=encoder.alpha, minimal_steps=minimal_steps)
+    told = ", ".join(f"{name}={value}" for name, value in sorted(inputs.items()) if isinstance(value, int))
+    try:
+        run(stages, inputs, seen)
+    except Exception as error:  # noqa: BLE001  whatever it raises is what was to be found out
+        sentence = f"A dry request ({told}) failed in the {at}: {describe(error)}"
+        return told, Finding("dry run", sentence, fatal=not devices.is_invalid_request(error))
+    return told, None
+
+
+def _free_bytes(instances: Iterable[Component]) -> int:
+    """Memory that is free where the instances compute."""
+    devices = {component.device for component in instances}
+    if devices == {"cpu"}:
+        return _free_on_host()
+    import torch
+
+    gpus = {torch.device(name).index or 0 for name in devices if name != "cpu"}
+    return sum(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus) if torch.cuda.is_available() else 0
+
+
+def _free_on_host(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that processes here may still take: of physical memory, and of what every cgroup around this one has."""
+    lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) << 10
+    for line in (proc / "self" / "cgroup").read_text().splitlines():
+        number, _, path = line.split(":", 2)
+        group = Path(path.lstrip("/"))
+        for folder in (group, *group.parents) if number == "0" else ():
+            limit, used = cgroups / folder / "memory.max", cgroups / folder / "memory.current"
+            if limit.exists() and (most := limit.read_text().strip()) != "max":
+                free = min(free, int(most) - int(used.read_text()))
+    return max(free, 0)

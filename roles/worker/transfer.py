@@ -1,0 +1,386 @@
+"""The transfer actor: brings stored tensors in, puts outputs into blocks, writes finished media.
+
+It has a device stream of its own, so that the next work's tensors arrive behind the present work's compute. Each
+thing it is told to do is a task, answered to the instance with exactly one message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import torch
+from msgspec.structs import replace
+
+from triptych.actors import Actor, Component, Topology
+from triptych.actors.errors import describe, shorten
+from triptych.bus import BusError, Message, RemoteError
+from triptych.engines.codec.checksum import ChecksumMismatchError
+from triptych.engines.codec.codec import CodecError, Packed, pack
+from triptych.engines.memory.arena import Arena, ArenaError
+from triptych.engines.memory.streams import DeviceStream, LoadedPayload
+from triptych.engines.pipelines.media import FRAMES_PER_S
+from triptych.engines.transfer import FaultRates
+from triptych.roles.media.artifacts import ARTIFACTS, ArtifactError, ArtifactStore
+from triptych.roles.media.decoded import MediaError, nsfw_flag, to_media
+from triptych.roles.media.files import is_disk_full
+from triptych.roles.media.writers import default_format, encode
+from triptych.roles.messages.common import Artifact, Attempt, LeaseRef, StoredPayload
+from triptych.roles.messages.worker import (
+    ArtifactSaved,
+    CancelTransferTask,
+    InputsLoaded,
+    LoadInputs,
+    OutputsStored,
+    SaveArtifact,
+    StoreOutputs,
+    TransferTaskFailed,
+)
+from triptych.roles.pool.client import FAULTS, LeaseGoneError, PoolClient, PoolMapping, pool_full_reason
+from triptych.roles.worker import devices
+from triptych.roles.worker.reporter import LONGEST_PAUSE_S, backoff_s
+from triptych.roles.worker.workspace import ProcessContext
+
+FULL_PAUSE_S: Final = 0.1
+"""Longest pause before a full pool is asked again: well within the time for which it keeps the place in its line."""
+
+
+class TransferFailedError(Exception):
+    """A transfer that came to nothing."""
+
+    def __init__(self, reason: str, *, source_gone: bool = False, retryable: bool = True) -> None:
+        super().__init__(reason)
+        self.source_gone = source_gone
+        self.retryable = retryable
+
+
+class TransferActor(Actor):
+    """The third actor of a role process."""
+
+    def __init__(self, component: Component, topology: Topology, context: ProcessContext) -> None:
+        super().__init__(f"{component.name}.transfer")
+        self.component = component
+        self.context = context
+        self.store = ArtifactStore(topology.state_dir / ARTIFACTS)
+        self._client = PoolClient(self, component.pool, component.name)
+        self._stops: dict[Attempt, asyncio.Event] = {}
+        self._waiting_for_disk: dict[Attempt, str] = {}
+        """What waits for the disk to have room, and why."""
+        self._stream: DeviceStream | None = None
+        self._mapping: PoolMapping | None = None
+        self._pinned = False
+        self._pin_failure = ""
+        self._faults = FaultRates.parse(os.environ.get(FAULTS, ""))
+        self._pull_s = topology.transfer.pull_timeout_s
+        self._chance = random.Random(component.name)  # noqa: S311  for drills
+
+    async def started(self) -> None:
+        """Map the pool's memory, once the pool is there.
+
+        Raises:
+            StartError: the device is not there.
+
+        """
+        device = await asyncio.to_thread(devices.usable_device, self.component)
+        self._stream = stream = DeviceStream(device, "transfer")
+
+        async def adopt(arena: Arena) -> None:
+            await stream.run(_pin, arena, stream.device)
+            self._pinned = arena.pinned
+            self._pin_failure = arena.pin_failure
+            log = self.log.warning if arena.pin_failure else self.log.info
+            log("pool mapped", nbytes=arena.nbytes, **self._pin_stats())
+
+        async def retire(arena: Arena) -> None:
+            await stream.run(_unmap, arena, stream)
+
+        if self.component.pool:
+            self._mapping = PoolMapping(self, self._client, adopt, retire)
+            self.set_state("loading", f"waiting for {self.component.pool}")
+            await self._until_mapped(self._mapping)
+        self.context.pool_mapped()
+
+    def stats(self) -> dict[str, int | float | str | bool]:
+        """How many transfers are under way, and on a GPU whether they go without a copy in between."""
+        return {"transfers": len(self._stops), "waiting_for_disk": len(self._waiting_for_disk), **self._pin_stats()}
+
+    async def store_outputs(self, message: StoreOutputs) -> None:
+        """Put the workspace's values into a block."""
+        self._begin(message.attempt, lambda stop: self._store_outputs(message, stop))
+
+    async def load_inputs(self, message: LoadInputs) -> None:
+        """Fetch, verify and load stored tensors."""
+        self._begin(message.attempt, lambda stop: self._load(message, stop))
+
+    async def save_artifact(self, message: SaveArtifact) -> None:
+        """Write the workspace's media to the artifact store."""
+        self._begin(message.attempt, lambda stop: self._save(message, stop))
+
+    async def cancel_transfer_task(self, message: CancelTransferTask) -> None:
+        """End what is being done for a work where it can be ended; it has ended already when it is not here."""
+        if stop := self._stops.get(message.attempt):
+            stop.set()
+
+    # -- one task for each thing told
+
+    def _begin(self, attempt: Attempt, task: Callable[[asyncio.Event], Awaitable[Message]]) -> None:
+        self._stops[attempt] = stop = asyncio.Event()
+        self.spawn(self._reply(attempt, task(stop)), name=str(attempt))
+
+    async def _reply(self, attempt: Attempt, task: Awaitable[Message]) -> None:
+        try:
+            answer = await task
+        except TransferFailedError as problem:
+            self.log.warning("transfer failed", attempt=str(attempt), reason=str(problem))
+            answer = TransferTaskFailed(attempt, shorten(str(problem)), problem.source_gone, problem.retryable)
+        except RuntimeError as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            self.log.warning("no room on the device for a transfer", attempt=str(attempt), exc_info=error)
+            answer = TransferTaskFailed(attempt, f"{self._device.device} has no room for it: {describe(error)}")
+            devices.clear_frames(error)
+            await self._device.run(devices.free_memory, self._device.device)
+        finally:
+            # Where this task was cancelled, its thread may still be writing.
+            self._stops.pop(attempt).set()
+        self.reference(self.component.name).tell(answer)
+
+    async def _store_outputs(self, message: StoreOutputs, stop: asyncio.Event) -> OutputsStored:
+        began = time.monotonic()
+        attempt, entry = message.attempt, self.context.workspace.get(message.attempt)
+        if entry.ready is not None:  # to pack may copy on this stream
+            self._device.wait(entry.ready, entry.values)
+        try:
+            packed = await self._device.run(pack, entry.values)
+        except CodecError as error:
+            raise TransferFailedError(str(error), retryable=False) from error
+        retry = _Retry(message.deadline, stop)
+        while True:
+            retry.check()
+            lease = await self._lease(attempt, packed.nbytes, retry)
+            try:
+                checksum = await self._copy_and_seal(lease, packed, attempt)
+            except (BusError, LeaseGoneError, ArenaError) as error:
+                # The pool has ended or does not answer; the values are still here, for its successor.
+                self._client.release(lease)
+                await retry.wait(f"{self._client.pool}: {error}")
+                continue
+            stored = StoredPayload(lease, packed.manifest, checksum, packed.nbytes)
+            return OutputsStored(attempt, stored, time.monotonic() - began)
+
+    async def _lease(self, attempt: Attempt, nbytes: int, retry: _Retry) -> LeaseRef:
+        while True:
+            try:
+                answer = await self._client.lease(attempt, nbytes)
+            except RemoteError as error:
+                raise TransferFailedError(f"{self._client.pool} gives no block: {error.detail}") from error
+            except BusError as error:
+                problem, longest_s = f"{self._client.pool} does not answer: {error}", LONGEST_PAUSE_S
+            else:
+                if isinstance(answer, LeaseRef):
+                    return answer
+                problem = pool_full_reason(self._client.pool, answer)
+                if answer.needed > answer.largest:
+                    raise TransferFailedError(problem, retryable=False)
+                longest_s = FULL_PAUSE_S
+            try:
+                await retry.wait(problem, longest_s)
+            except TransferFailedError:
+                self._client.undo(attempt)
+                raise
+
+    async def _copy_and_seal(self, lease: LeaseRef, packed: Packed, attempt: Attempt) -> int:
+        """Copy into the block, hashing on the way, and seal it."""
+        block = await self._mapped.block(lease, packed.nbytes)
+        checksum = await self._device.store(packed, block, self.context.workspace.get(attempt).ready)
+        await self._client.seal(lease, checksum, packed.nbytes)
+        return checksum
+
+    async def _load(self, message: LoadInputs, stop: asyncio.Event) -> InputsLoaded:
+        began = time.monotonic()
+        source, retry = message.source, _Retry(message.deadline, stop)
+        try:
+            try:
+                loaded = await self._fetch(message, retry)
+            except ChecksumMismatchError as error:
+                if source.lease.pool == self._client.pool:
+                    raise
+                self.log.warning("fetched again", attempt=str(message.attempt), error=str(error))
+                loaded = await self._fetch(message, retry)
+            await self._device.run(loaded.event.synchronize)
+        except (ChecksumMismatchError, CodecError) as error:
+            raise TransferFailedError(str(error), source_gone=True) from error
+        finally:
+            if message.target is not None:
+                self._client.release(message.target)
+        self.context.workspace.replace(message.attempt, loaded.values, loaded.event)
+        return InputsLoaded(message.attempt, time.monotonic() - began)
+
+    async def _fetch(self, message: LoadInputs, retry: _Retry) -> LoadedPayload:
+        lease = await self._pull(message, retry)
+        block = await self._block(lease, message.source.nbytes, retry)
+        pulled = lease is not message.source.lease
+        if not pulled:  # so nothing could be damaged on the way
+            self._faults.damage(block.numpy(), self._chance)
+        return await self._device.load(message.source.manifest, block, message.source.checksum, pulled=pulled)
+
+    async def _pull(self, message: LoadInputs, retry: _Retry) -> LeaseRef:
+        """Have the bytes in the own pool; returns the block that they are in."""
+        retry.check()
+        source, target = message.source, message.target
+        if source.lease.pool == self._client.pool:
+            return source.lease
+        if target is None:
+            raise TransferFailedError(
+                f"{self.component.name} does not map {source.lease.pool}, and has no block for it"
+            )
+        try:
+            await self._client.pull(
+                message.attempt, source.lease, target, source.nbytes, min(self._pull_s, retry.left_s)
+            )
+        except RemoteError as error:
+            raise TransferFailedError(error.detail, source_gone=error.code == "source_gone") from error
+        except BusError as error:
+            raise TransferFailedError(f"{self._client.pool} does not answer: {error}") from error
+        return target
+
+    async def _block(self, lease: LeaseRef, nbytes: int, retry: _Retry) -> torch.Tensor:
+        while True:
+            try:
+                return await self._mapped.block(lease, nbytes)
+            except LeaseGoneError as error:
+                raise TransferFailedError(str(error), source_gone=True) from error
+            except (BusError, ArenaError) as error:
+                await retry.wait(f"{self._client.pool}: {error}")
+
+    async def _save(self, message: SaveArtifact, stop: asyncio.Event) -> ArtifactSaved:
+        values = self.context.workspace.get(message.attempt).values
+        try:
+            output_format, data = await asyncio.to_thread(self._encode, message, values, stop)
+            artifact = await self._write(message, output_format, data, stop)
+            artifact = replace(artifact, nsfw_content_detected=nsfw_flag(values))
+        except (ArtifactError, MediaError) as error:
+            raise TransferFailedError(str(error), retryable=False) from error
+        except OSError as error:
+            raise TransferFailedError(f"the result cannot be written to {self.store.folder}: {error}") from error
+        finally:
+            self._note_full_disk(message.attempt, "")
+        return ArtifactSaved(message.attempt, artifact)
+
+    async def _write(self, message: SaveArtifact, output_format: str, data: bytes, stop: asyncio.Event) -> Artifact:
+        """Put the artifact on the disk, once that has room; what it is made of stays in its pool meanwhile."""
+        retry = _Retry(message.deadline, stop)
+        while True:
+            retry.check()
+            try:
+                return await asyncio.to_thread(self.store.save, message.attempt.job_id, output_format, data)
+            except OSError as error:
+                if not is_disk_full(error):
+                    raise
+                problem = f"results wait for room on the disk of {self.store.folder} ({error.strerror})"
+            self._note_full_disk(message.attempt, problem)
+            await retry.wait(problem)
+
+    def _note_full_disk(self, attempt: Attempt, problem: str) -> None:
+        """Say once that work waits for the disk, and once that none does any more."""
+        if problem:
+            self._waiting_for_disk[attempt] = problem
+        else:
+            self._waiting_for_disk.pop(attempt, None)
+        before, self.context.trouble = self.context.trouble, next(iter(self._waiting_for_disk.values()), "")
+        if self.context.trouble and not before:
+            self.log.warning("disk is full", problem=problem)
+        elif before and not self.context.trouble:
+            self.log.info("no result waits for the disk any more")
+
+    # -- inside
+
+    def _pin_stats(self) -> dict[str, str | bool]:
+        if not self.component.on_gpu:
+            return {}
+        return {"pool_pinned": self._pinned} | ({"pin_failure": self._pin_failure} if self._pin_failure else {})
+
+    @property
+    def _device(self) -> DeviceStream:
+        if self._stream is None:
+            raise RuntimeError(f"{self.name} has not started")
+        return self._stream
+
+    @property
+    def _mapped(self) -> PoolMapping:
+        if self._mapping is None:
+            raise TransferFailedError(f"{self.component.name} has no pool", retryable=False)
+        return self._mapping
+
+    async def _until_mapped(self, mapping: PoolMapping) -> None:
+        tries = 0
+        while True:
+            try:
+                await mapping.open()
+            except (BusError, ArenaError) as error:
+                self.log.info("pool not mapped yet", pool=self._client.pool, error=str(error))
+            else:
+                return
+            await asyncio.sleep(backoff_s(tries, random.random()))  # noqa: S311  jitter
+            tries += 1
+
+    def _encode(self, message: SaveArtifact, values: dict[str, object], stop: asyncio.Event) -> tuple[str, bytes]:
+        def check() -> None:
+            _raise_if_stopped(stop)
+
+        media = to_media(values, check)
+        output_format = message.output.format or default_format(media)
+        # A head that accepted the request before any instance had come did not know the pipeline's own rate.
+        fps = message.output.fps or self.context.signature.fps or FRAMES_PER_S
+        return output_format, encode(media, output_format, fps, check, quality=message.output.quality)
+
+
+class _Retry:
+    """Waiting that ends at the attempt's deadline, or when it is to be stopped."""
+
+    def __init__(self, deadline: float, stop: asyncio.Event) -> None:
+        self._deadline = deadline
+        self._stop = stop
+        self._waits = 0
+
+    @property
+    def left_s(self) -> float:
+        """Seconds to the deadline, never negative."""
+        return max(self._deadline - time.monotonic(), 0.0)
+
+    def check(self) -> None:
+        """Raise TransferFailedError when the attempt is to be stopped."""
+        _raise_if_stopped(self._stop)
+
+    async def wait(self, problem: str, longest_s: float = LONGEST_PAUSE_S) -> None:
+        """Pause before the next try. Raises TransferFailedError, saying `problem`, when there is to be none."""
+        self.check()
+        if not self.left_s:
+            raise TransferFailedError(problem)
+        pause = min(backoff_s(self._waits, random.random()), self.left_s, longest_s)  # noqa: S311  jitter
+        self._waits += 1
+        try:
+            async with asyncio.timeout(pause):
+                await self._stop.wait()
+        except TimeoutError:  # the pause is over
+            return
+        self.check()
+
+
+def _raise_if_stopped(stop: asyncio.Event) -> None:
+    if stop.is_set():
+        raise TransferFailedError("cancelled")
+
+
+def _pin(arena: Arena, device: torch.device) -> None:
+    if device.type == "cuda":
+        arena.pin()
+
+
+def _unmap(arena: Arena, stream: DeviceStream) -> None:
+    stream.record().synchronize()  # no copy may be under way when the mapping is taken from the device
+    arena.close()

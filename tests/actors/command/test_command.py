@@ -1,0 +1,345 @@
+"""The `triptych` command, as far as it goes without a model; whole clusters are in tests/system."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from triptych.actors import load_topology
+from triptych.actors.command import app
+from triptych.actors.command._display import Display, LiveDisplay, line
+from triptych.actors.command._progress import API_AWAY_TIMEOUT_S, wait_until_finished
+from triptych.actors.command.generate import output_paths, parse_settings
+from triptych.actors.command.status import render
+from triptych.actors.runtime.system_messages import ChildReport
+from triptych.actors.topology.overrides import free_port
+from triptych.api.client import ClientError, GeneratedImage, format_of, read_images, request_body
+from triptych.api.launch import cannot_become_ready, describe_children
+
+Write = Callable[..., Path]
+runner = CliRunner()
+
+
+def report(name: str, state: str, reason: str = "", pid: int = 7) -> ChildReport:
+    return ChildReport(name, name.partition("-")[0], pid, 1, state, 0, reason, 0.0)
+
+
+@pytest.mark.parametrize("command", ["up", "check", "status", "generate"])
+def test_help_has_an_example(command: str) -> None:
+    showing = runner.invoke(app, [command, "--help"])
+    assert showing.exit_code == 0
+    assert "Example" in showing.stdout
+    assert f"triptych {command}" in showing.stdout
+
+
+def test_check_lists_the_components(write: Write) -> None:
+    file = write()
+    showing = runner.invoke(app, ["check", str(file)])
+    assert showing.exit_code == 0
+    rows = [row.split() for row in showing.stdout.splitlines()]
+    assert rows[0] == ["name", "kind", "address", "device"]
+    address = load_topology(file).component("denoiser-0").address
+    assert ["denoiser-0", "denoiser", address, "cpu"] in rows
+    assert [row[0] for row in rows[1:-2]] == ["pool", "encoder-0", "denoiser-0", "decoder-0", "head", "api"]
+    assert rows[-1][:7] == ["A", "pool", "of", "256MiB", "takes", "up", "to"]
+    assert rows[-1][7] == "134,217,728"
+
+
+def test_check_says_what_is_wrong_for_people_and_for_programs_with_one_exit_code(write: Write) -> None:
+    file = write()
+    showing = runner.invoke(app, ["check", str(file), "--model"])
+    assert showing.exit_code == 2
+    assert "is not a diffusers model: it has no model_index.json" in showing.stderr
+    assert "denoiser-0" in showing.stdout
+    showing = runner.invoke(app, ["check", str(file), "--model", "--json"])
+    told = json.loads(showing.stdout)
+    assert (showing.exit_code, told["ok"]) == (2, False)
+    assert [(problem["where"], problem["fatal"]) for problem in told["models"][0]["problems"]] == [("index", True)]
+    showing = runner.invoke(app, ["check", str(write("[head]\ndispatch = 'robin'\n")), "--json"])
+    told = json.loads(showing.stdout)
+    assert (showing.exit_code, told["ok"], told["models"]) == (2, False, [])
+    assert 'dispatch = "robin" is not known' in told["problem"]
+
+
+@pytest.mark.parametrize("command", ["check", "up", "status"])
+def test_a_broken_topology_is_one_sentence_and_exit_code_2(write: Write, command: str) -> None:
+    showing = runner.invoke(app, [command, str(write("[head]\ndispatch = 'robin'\n"))])
+    assert showing.exit_code == 2
+    assert showing.stderr.count("\n") == 1
+    assert 'dispatch = "robin" is not known' in showing.stderr
+
+
+def test_up_refuses_an_unknown_component_and_a_missing_model(write: Write) -> None:
+    showing = runner.invoke(app, ["up", str(write()), "--only", "denoiser"])
+    assert showing.exit_code == 2
+    assert "no component is called 'denoiser'" in showing.stderr
+    showing = runner.invoke(app, ["up", str(write(model='[model]\npath = "nowhere"\n'))])
+    assert showing.exit_code == 2
+    assert 'path = "nowhere" does not exist' in showing.stderr
+
+
+def test_without_a_server_the_sentence_says_so(folder: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    for command in (["status", "--url", url], ["generate", "a cat", "-o", str(folder / "cat.png"), "--url", url]):
+        showing = runner.invoke(app, command)
+        assert showing.exit_code == 1
+        assert f"{url} cannot be reached" in showing.stderr
+        assert "is `triptych up` running?" in showing.stderr
+    assert not list(folder.iterdir())
+
+
+def test_generate_wants_a_folder_that_is_there(folder: Path) -> None:
+    showing = runner.invoke(app, ["generate", "a cat", "-o", str(folder / "none" / "cat.png")])
+    assert showing.exit_code == 1
+    assert "make it first" in showing.stderr
+
+
+def test_a_request_says_only_what_was_given() -> None:
+    body = request_body("a cat", size=None, steps=4, seed=0, extra={"guidance_scale": 2.0})
+    assert body == {
+        "prompt": "a cat",
+        "n": 1,
+        "response_format": "b64_json",
+        "num_inference_steps": 4,
+        "seed": 0,
+        "guidance_scale": 2.0,
+    }
+
+
+def answer(status: int, **content: object) -> httpx.Response:
+    request = httpx.Request("POST", "http://127.0.0.1:8000/v1/images/generations")
+    return httpx.Response(status, json=content, request=request)
+
+
+def test_an_answer_becomes_an_image_or_the_server_s_own_sentence(folder: Path) -> None:
+    data = base64.b64encode(b"png").decode()
+    (image,) = read_images(answer(200, created=1, id="r1", data=[{"b64_json": data}]), 1)
+    assert image == GeneratedImage(b"png", "r1")
+    assert image.save(folder / "p.png").read_bytes() == b"png"
+    with pytest.raises(ClientError, match=r"^size is too large$"):
+        read_images(answer(400, error={"message": "size is too large", "param": "size", "type": "x", "code": "y"}), 1)
+    with pytest.raises(ClientError, match="answered without an image"):
+        read_images(answer(200, data=[{"b64_json": data}]), 2)
+    with pytest.raises(ClientError, match="answered 502"):
+        read_images(answer(502), 1)
+    with pytest.raises(ClientError, match="no JSON: is it Triptych"):
+        read_images(httpx.Response(200, text="<html>", request=httpx.Request("GET", "http://127.0.0.1")), 1)
+
+
+def shown_on(width: int = 120, *, terminal: bool = False) -> tuple[Console, io.StringIO]:
+    text = io.StringIO()
+    return Console(file=text, width=width, force_terminal=terminal, highlight=False), text
+
+
+def test_files_and_bytes_are_images_of_a_body(folder: Path) -> None:
+    file = folder / "start.png"
+    file.write_bytes(b"the image")
+    extra = {"image": file, "video": [file, b"another"], "mask": None, "strength": 0.5}
+    body = request_body("x", size=None, steps=None, seed=7, extra=extra)
+    first, second = (base64.b64encode(data).decode() for data in (b"the image", b"another"))
+    assert body == {
+        "prompt": "x", "n": 1, "response_format": "b64_json", "seed": 7, "image": first, "video": [first, second],
+        "strength": 0.5,
+    }  # fmt: skip
+
+
+def test_the_ending_of_a_name_says_the_format() -> None:
+    endings = {"a.png": "png", "a.JPG": "jpeg", "a.jpeg": "jpeg", "a.mp4": "mp4", "a.zip": "zip", "a.gif": "gif"}
+    assert {name: format_of(Path(name)) for name in endings} == endings
+    assert [format_of(Path(name)) for name in ("a", "a.bmp", ".png")] == [None, None, None]
+
+
+def test_settings_are_json_or_text() -> None:
+    pairs = ["strength=0.5", "lora=pixels", "sigmas=[1, 0.5]", "tiled=true", "negative_prompt=a=b", "seed="]
+    assert parse_settings(pairs) == {
+        "strength": 0.5, "lora": "pixels", "sigmas": [1, 0.5], "tiled": True, "negative_prompt": "a=b", "seed": "",
+    }  # fmt: skip
+    assert parse_settings(["output_format=webp"]) == parse_settings([], Path("a.webp")) == {"output_format": "webp"}
+    for wrong, says in (
+        ("strength", "is not NAME=VALUE"),
+        ("mask=sky.png", "mask is a file: give it with --mask"),
+        ("output_format=webp", "output_format is webp, but a.png"),
+        ("prompt=a dog", "prompt is given already"),
+        ("num_inference_steps=3", "num_inference_steps is given already"),
+    ):
+        showing = runner.invoke(app, ["generate", "a cat", "-o", "a.png", "--steps", "4", "--set", wrong])
+        assert showing.exit_code == 2
+        assert says in " ".join(showing.stderr.replace("│", " ").split())
+
+
+def test_an_ending_that_is_no_format_is_refused_before_anything_is_made() -> None:
+    showing = runner.invoke(app, ["generate", "a cat", "-o", "a.bmp"])
+    assert showing.exit_code == 2
+    assert ".bmp is not the ending of a format: use .jpg" in " ".join(showing.stderr.replace("│", " ").split())
+
+
+def test_several_images_have_names_of_their_own() -> None:
+    one = {"artifact": {"content_type": "image/webp", "name": "req_0.webp"}}
+    assert output_paths({"units": [one]}, None) == [Path("picture.webp")]
+    assert output_paths({"units": [one]}, Path("a.png")) == [Path("a.png")]
+    assert output_paths({"units": [one, one]}, Path("a.png")) == [Path("a-0.png"), Path("a-1.png")]
+
+
+def test_a_notebook_shows_an_image_and_not_its_bytes() -> None:
+    image = GeneratedImage(b"\x89PNG...", "r1")
+    assert (image._repr_png_(), image._repr_jpeg_()) == (image.data, None)
+    assert repr(image) == "<GeneratedImage of 7 bytes, request r1>"
+
+
+def test_a_request_that_failed_says_why() -> None:
+    units = [{"causes": ["Traceback\nValueError: too blue", ""]}, {"causes": ["ValueError: too blue"]}]
+    request = {"id": "r", "state": "FAILED", "terminal": True, "units": units}
+    with (
+        httpx.Client(base_url="http://127.0.0.1:1") as http,
+        pytest.raises(ClientError, match=r"FAILED: ValueError: too blue$"),
+    ):
+        wait_until_finished(http, request)
+
+
+def test_a_request_is_followed_for_a_while_though_nobody_answers() -> None:
+    pauses: list[float] = []
+    request = {"id": "r", "state": "PENDING", "terminal": False, "units": []}
+    with httpx.Client(base_url="http://127.0.0.1:1") as http, pytest.raises(ClientError, match="cannot be reached"):
+        wait_until_finished(http, request, pauses.append)
+    assert sum(pauses) == pytest.approx(API_AWAY_TIMEOUT_S, abs=1)
+
+
+def test_generate_wants_images_that_are_there(folder: Path) -> None:
+    arguments = ["generate", "a cat", "-o", str(folder / "cat.png"), "--image", str(folder / "none.png")]
+    showing = runner.invoke(app, arguments)
+    assert showing.exit_code == 1
+    assert f"{folder / 'none.png'} cannot be read: No such file or directory." in showing.stderr
+
+
+def test_status_shows_every_actor_and_why_it_is_not_ready() -> None:
+    console, text = shown_on(200)
+    actors: list[dict[str, object]] = [
+        {
+            "name": "denoiser-0",
+            "state": "ready",
+            "pid": 12,
+            "restarts": 1,
+            "uptime_s": 3725.0,
+            "mailbox_depth": 2,
+            "mailbox_capacity": 1024,
+            "credits": 1,
+            "slots": 2,
+            "detail": "",
+        },
+        {"name": "decoder-0", "state": "down", "pid": 0, "restarts": 0, "detail": "[gone]"},
+    ]
+    actors[0] |= {"component": "denoiser-0", "start_s": {"launch": 0.04, "import": 1.2, "start": 9.5, "weights": 9.25}}
+    stream = {"name": "denoiser-0.stream", "component": "denoiser-0", "facts": {"first_denoiser_s": 2.04}}
+    pools = [
+        {"name": "pool", "free": 3 << 20, "capacity": 1 << 23, "transport": "shared memory"},
+        {"name": "other", "state": "down"},
+    ]
+    console.print(render({"ready": False, "reasons": ["no decoder"], "actors": [*actors, stream], "pools": pools}))
+    lines = text.getvalue().splitlines()
+    assert lines[:2] == ["not ready", "  no decoder"]
+    row = ["denoiser-0", "ready", "12", "1", "1h", "02m", "2/1024", "1", "of", "2", "free"]
+    start = "launch 0.0 s, import 1.2 s, weights 9.2 s, other 0.2 s, first denoiser 2.0 s"
+    assert lines[3].split() == [*row, *start.split()]
+    assert lines[4].split() == ["decoder-0", "down", "0", "[gone]"]
+    assert lines[6:] == ["pool: 3.0 MiB of 8.0 MiB free, shared memory", "other: down"]
+
+
+def test_status_shows_a_prompt_cache_where_there_is_one() -> None:
+    console, text = shown_on()
+    cache = {"entries": 3, "nbytes": 3 << 19, "capacity": 1 << 22, "hits": 40, "misses": 7}
+    for head in ({"prompt_cache": cache}, {"prompt_cache": {**cache, "capacity": 0}}, {}, None):
+        console.print(render({"ready": True, "actors": [], "head": head}))
+    (line_of_it,) = [row for row in text.getvalue().splitlines() if "cache" in row]
+    assert line_of_it == "prompt cache: 3 prompts in 1.5 MiB of 4.0 MiB, 40 hits, 7 misses"
+
+
+def test_a_child_in_words() -> None:
+    console, text = shown_on()
+    for showing in (
+        report("denoiser-0", "failed", "no model [here]"),
+        report("denoiser-0", "backoff", "killed by SIGKILL"),
+        report("denoiser-0", "gave_up", "restarted 5 times"),
+        report("denoiser-0", "loading"),
+    ):
+        console.print(line(showing))
+    assert [row.split(maxsplit=1)[1] for row in text.getvalue().splitlines()] == [
+        "cannot start: no model [here]",
+        "ended (killed by SIGKILL), starting it again",
+        "given up: restarted 5 times",
+        "loading (pid 7)",
+    ]
+
+
+def test_the_plain_display_has_a_line_for_each_change_and_announces_readiness(write: Write) -> None:
+    console, text = shown_on()
+    topology = load_topology(write())
+    display = Display(console, topology)
+
+    async def scenario() -> None:
+        with display.showing([topology.component("encoder-0"), topology.component("decoder-0")]):
+            announced = asyncio.create_task(display.announce_readiness())
+            display.changed(report("encoder-0", "loading"))
+            display.changed(report("encoder-0", "loading"))
+            display.changed(report("encoder-0", "ready"))
+            assert not announced.done()
+            display.changed(report("decoder-0", "ready"))
+            async with asyncio.timeout(5):
+                await announced
+
+    asyncio.run(scenario())
+    rows = text.getvalue().splitlines()
+    assert [row.split()[:2] for row in rows[:3]] == [
+        ["encoder-0", "loading"],
+        ["encoder-0", "ready"],
+        ["decoder-0", "ready"],
+    ]
+    assert rows[3].startswith("encoder-0, decoder-0 ready after")
+    assert len(rows) == 4
+
+
+def test_the_live_display_redraws_a_table_and_keeps_what_went_wrong(write: Write) -> None:
+    console, text = shown_on(terminal=True)
+    topology = load_topology(write())
+    display = LiveDisplay(console, topology)
+    with display.showing(topology.components):
+        display.changed(report("encoder-0", "loading"))
+        detail = "encoder-0.stream: 3.1 of 24.0 GB"
+        display.changed(msgspec.structs.replace(report("encoder-0", "loading"), detail=detail))
+        assert " 3.1 of 24.0 GB" in text.getvalue()
+        display.changed(report("decoder-0", "failed", "no model here"))
+        display.ready("all is well")
+        display.changed(report("encoder-0", "backoff", "killed by SIGKILL"))
+    showing = text.getvalue()
+    assert "cannot start:" in showing
+    assert "no model here" in showing
+    assert "all is well after" in showing
+    assert "starting it again" in showing.rpartition("all is well")[2]
+
+
+@pytest.mark.parametrize(
+    ("states", "hopeless"),
+    [
+        (["ready", "failed", "ready"], True),
+        (["ready", "gave_up"], True),
+        (["ready", "delayed"], True),
+        (["ready", "ready"], False),
+        (["loading", "failed"], False),
+        (["backoff", "gave_up"], False),
+        ([], False),
+    ],
+)
+def test_waiting_for_readiness_is_hopeless_when_nothing_moves_any_more(states: list[str], hopeless: bool) -> None:
+    assert cannot_become_ready(states) is hopeless
+    assert describe_children([report("head", "ready"), report("decoder-0", "failed", "no model")]) == (
+        "head is ready, decoder-0 is failed (no model)"
+    )

@@ -1,0 +1,223 @@
+"""Messages and handlers, over real mailboxes."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.actors.runtime.runtime_harness import (
+    Done,
+    Open,
+    RuntimeHarness,
+    Tell,
+    Texts,
+    Told,
+    Work,
+    Worker,
+    ask,
+    crash_of,
+    failure_of,
+    run,
+)
+from triptych.actors.runtime.system_messages import (
+    DeadLetterQuery,
+    DeadLetterReport,
+    Inspect,
+    Inspection,
+)
+from triptych.bus import (
+    AskTimeoutError,
+    MailboxFullError,
+    Reference,
+    RemoteError,
+    current_traceparent,
+    new_traceparent,
+)
+
+
+def test_asks_tells_and_actors_among_each_other(folder: Path) -> None:
+    async def scenario() -> None:
+        worker, peer = Worker("worker"), Worker("peer")
+        harness = RuntimeHarness(folder, worker, peer)
+        async with harness.runtime:
+            reference = harness.reference("worker")
+            assert await ask(reference, "hello") == "hello"
+            assert await ask(reference, "peer") == "echo"
+            for text in ("a", "b", "c"):
+                reference.tell(Tell(text))
+            assert await reference.ask(Told(), Texts, timeout_s=5) == Texts(("a", "b", "c"))
+            assert (worker.generation, worker.restarts) == (7, 2)
+        assert worker.drained
+
+    run(scenario())
+
+
+def test_a_refusal_is_an_answer_and_no_crash(folder: Path) -> None:
+    async def scenario() -> None:
+        harness = RuntimeHarness(folder, Worker("worker"))
+        async with harness.runtime:
+            with pytest.raises(RemoteError) as caught:
+                await ask(harness.reference("worker"), "refuse")
+            assert (caught.value.code, caught.value.detail) == ("not_today", "come back tomorrow")
+            assert await ask(harness.reference("worker"), "still here") == "still here"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("crash", "ValueError: out of paper"),
+        ("cancelled", "was cancelled from within"),
+        ("nothing", "work replied None to Work"),
+    ],
+)
+def test_an_unexpected_error_is_answered_and_crashes_the_process(folder: Path, text: str, error: str) -> None:
+    async def scenario() -> None:
+        worker = Worker("worker")
+        failures = []
+
+        async def use(reference: Reference) -> None:
+            failures.append(await failure_of(reference, Work("r1", text)))
+
+        crash = await crash_of(RuntimeHarness(folder, worker), use)
+        assert error in str(crash)
+        assert crash.__cause__ is not None
+        assert failures[0].code == ("stopping" if text == "cancelled" else "handler_failed")
+        assert not worker.drained
+
+    run(scenario())
+
+
+def test_an_exception_in_a_spawned_task_crashes_the_actor(folder: Path) -> None:
+    async def scenario() -> None:
+        async def use(reference: Reference) -> None:
+            reference.tell(Tell("spawn a crash"))
+
+        crash = await crash_of(RuntimeHarness(folder, Worker("worker")), use)
+        assert str(crash) == "worker crashed: LookupError: no such thing"
+
+    run(scenario())
+
+
+def test_handlers_run_one_at_a_time_and_a_full_mailbox_says_so(folder: Path) -> None:
+    async def scenario() -> None:
+        worker = Worker("worker")
+        harness = RuntimeHarness(folder, worker)
+        async with harness.runtime:
+            reference = harness.reference("worker")
+            waiting = asyncio.create_task(ask(reference, "wait"))
+            await worker.entered.wait()
+            queued = [asyncio.create_task(ask(reference, str(number))) for number in range(4)]
+            while (await reference.ask(Inspect(), Inspection, timeout_s=5)).actors[0].mailbox_depth < 4:
+                pass
+            with pytest.raises(MailboxFullError):
+                await ask(reference, "one too many")
+            assert not any(task.done() for task in queued)
+            worker.gate.set()
+            assert await waiting == "wait"
+            assert [await task for task in queued] == ["0", "1", "2", "3"]
+
+    run(scenario())
+
+
+def test_what_waits_when_the_actor_stops_is_told_so(folder: Path) -> None:
+    async def scenario() -> None:
+        worker = Worker("worker")
+        harness = RuntimeHarness(folder, worker)
+        async with harness.runtime:
+            reference = harness.reference("worker")
+            asks = [asyncio.create_task(ask(reference, "wait"))]
+            await worker.entered.wait()
+            asks.append(asyncio.create_task(ask(reference, "never runs")))
+            while (await reference.ask(Inspect(), Inspection, timeout_s=5)).actors[0].mailbox_depth < 1:
+                pass
+        results = await asyncio.gather(*asks, return_exceptions=True)
+        # The answer races with the loss of the connection; either way nobody waits for the deadline.
+        assert not any(isinstance(result, AskTimeoutError) for result in results)
+        assert all(isinstance(result, Exception) for result in results)
+
+    run(scenario())
+
+
+def test_an_ask_whose_deadline_passes_in_the_queue_is_not_handled(folder: Path) -> None:
+    async def scenario() -> None:
+        worker = Worker("worker")
+        harness = RuntimeHarness(folder, worker)
+        async with harness.runtime:
+            reference = harness.reference("worker")
+            waiting = asyncio.create_task(ask(reference, "wait"))
+            await worker.entered.wait()
+            with pytest.raises(AskTimeoutError):
+                await reference.ask(Told(), Texts, timeout_s=0.05)
+            worker.gate.set()
+            await waiting
+            letters = await reference.ask(DeadLetterQuery(), DeadLetterReport, timeout_s=5)
+            assert [letter.reason for letter in letters.recent] == ["deadline_exceeded"]
+
+    run(scenario())
+
+
+def test_a_message_that_is_told_cannot_be_asked(folder: Path) -> None:
+    async def scenario() -> None:
+        harness = RuntimeHarness(folder, Worker("worker"))
+        async with harness.runtime:
+            with pytest.raises(RemoteError, match="Tell is told, never asked"):
+                await harness.reference("worker").ask(Tell("x"), Done, timeout_s=5)
+
+    run(scenario())
+
+
+def test_a_later_answer_does_not_hold_up_the_mailbox(folder: Path) -> None:
+    async def scenario() -> None:
+        worker = Worker("worker")
+        harness = RuntimeHarness(folder, worker)
+        async with harness.runtime:
+            reference = harness.reference("worker")
+            later = asyncio.create_task(reference.ask(Open(), Done, timeout_s=5))
+            await worker.entered.wait()
+            assert await ask(reference, "meanwhile") == "meanwhile"
+            reference.tell(Tell("open"))
+            assert await later == Done("later")
+
+    run(scenario())
+
+
+def test_a_later_answer_may_refuse(folder: Path) -> None:
+    async def scenario() -> None:
+        harness = RuntimeHarness(folder, Worker("worker"))
+        async with harness.runtime:
+            reference = harness.reference("worker")
+            reference.tell(Tell("refuse later"))
+            reference.tell(Tell("open"))
+            with pytest.raises(RemoteError, match="late: no"):
+                await reference.ask(Open(), Done, timeout_s=5)
+
+    run(scenario())
+
+
+def test_a_later_answer_may_crash(folder: Path) -> None:
+    async def scenario() -> None:
+        async def use(reference: Reference) -> None:
+            reference.tell(Tell("crash later"))
+            reference.tell(Tell("open"))
+            assert (await failure_of(reference, Open())).code == "handler_failed"
+
+        assert "KeyError" in str(await crash_of(RuntimeHarness(folder, Worker("worker")), use))
+
+    run(scenario())
+
+
+def test_the_request_and_the_trace_follow_the_message(folder: Path) -> None:
+    async def scenario() -> None:
+        harness = RuntimeHarness(folder, Worker("worker"))
+        async with harness.runtime:
+            reference = harness.reference("worker")
+            assert "'request_id': 'r1'" in await ask(reference, "context")
+            trace = new_traceparent()
+            current_traceparent.set(trace)
+            assert (await ask(reference, "trace")).split("-")[1] == trace.split("-")[1]
+
+    run(scenario())

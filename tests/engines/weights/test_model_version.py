@@ -1,0 +1,56 @@
+"""A model's version changes with what would be loaded, and with nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from triptych.engines.weights.model_version import model_version
+
+
+def written(folder: Path) -> Path:
+    (folder / "unet").mkdir(parents=True)
+    for name in ("model_index.json", "unet/config.json", "unet/model.safetensors", "lora.safetensors"):
+        (folder / name).write_bytes(b"12345678")
+    return folder
+
+
+def retouch(path: Path) -> None:
+    os.utime(path, ns=(1, 1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "unet/model.safetensors").write_bytes(b"123456789"),
+        lambda folder: retouch(folder / "unet/model.safetensors"),
+        lambda folder: retouch(folder / "model_index.json"),
+        lambda folder: (folder / "unet/model.safetensors").rename(folder / "unet/other.safetensors"),
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+    ],
+)
+def test_it_changes_with_names_sizes_and_times(change: Callable[[Path], object], tmp_path: Path) -> None:
+    folder = written(tmp_path)
+    before = model_version([folder])
+    assert before == model_version([folder])
+    change(folder)
+    assert model_version([folder]) != before
+
+
+def test_files_that_nothing_loads_are_not_part_of_it(tmp_path: Path) -> None:
+    folder = written(tmp_path)
+    before = model_version([folder])
+    (folder / "README.md").write_text("x")
+    (folder / "unet" / "out.png").write_bytes(b"x")
+    assert model_version([folder]) == before
+
+
+def test_an_adapter_is_part_of_it(tmp_path: Path) -> None:
+    folder = written(tmp_path)
+    lora = folder / "lora.safetensors"
+    assert model_version([folder / "unet", lora]) != model_version([folder / "unet"])
+    lora.unlink()
+    assert model_version([folder / "unet", lora]) == model_version([folder / "unet"])

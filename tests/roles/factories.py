@@ -1,0 +1,86 @@
+"""Small requests, instances and reports for tests of the scheduler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from triptych.actors import Model
+from triptych.actors.topology.sections import ModelSection, RoleSection
+from triptych.engines.parameters.schema import Parameter, ParameterKind, Signature
+from triptych.engines.partition.stages import Stage
+from triptych.roles.head.dispatch import POLICIES
+from triptych.roles.head.effects import Effect
+from triptych.roles.head.job import Job, Request
+from triptych.roles.head.prompt_cache import PromptCache
+from triptych.roles.head.scheduler import JobScheduler
+from triptych.roles.head.served_models import ServedModel, ServedModels
+from triptych.roles.head.stored_outputs import StoredOutputs
+from triptych.roles.messages.common import Artifact, Attempt, Input, LeaseRef, Output, StoredPayload
+from triptych.roles.messages.stages import RegisterInstance, StageFailed, StageFinished, StageOutputsStored
+
+KINDS = ("encoder", "denoiser", "decoder")
+
+
+SIGNATURE = Signature(
+    (Parameter("num_inference_steps", ParameterKind.INTEGER), Parameter("prompt", ParameterKind.TEXT)),
+    encodes=("prompt",),
+)
+
+
+def make_scheduler(*, cache: int = 0, **options: float) -> JobScheduler:
+    return JobScheduler(POLICIES["round_robin"], stored_outputs=StoredOutputs(PromptCache(cache, "tiny")), **options)  # type: ignore[arg-type]
+
+
+def single_model(scheduler: JobScheduler) -> ServedModels:
+    """A system with the one model that this scheduler is of."""
+    section = ModelSection(path="m", roles=tuple(RoleSection(kind=kind) for kind in KINDS))  # type: ignore[arg-type]
+    served = ServedModel(Model(section=section, folder=Path("/")), scheduler)
+    return ServedModels((served,), {f"{kind}-{k}": served for kind in KINDS for k in range(9)})
+
+
+def request(
+    id_: str = "r", n: int = 1, *, deadline: float = 1e9, at: float = 0.0, seed: int = 0, **inputs: Input
+) -> Request:
+    jobs = [Job(f"{id_}/{k}", id_, k, seed + k, deadline) for k in range(n)]
+    return Request(id_, {"prompt": "x", **inputs}, Output("png"), at, deadline, jobs)
+
+
+def registration(
+    name: str, *, generation: int = 1, slots: int = 1, running: tuple[Attempt, ...] = ()
+) -> RegisterInstance:
+    kind = name.partition("-")[0]
+    return RegisterInstance(
+        name,
+        kind,
+        generation,
+        1,
+        slots,
+        issued=slots,
+        taken=len(running),
+        pool="pool",
+        signature=SIGNATURE,
+        running=running,
+    )
+
+
+def a_block(lease_id: int, pool_generation: int = 1) -> StoredPayload:
+    return StoredPayload(LeaseRef("pool", pool_generation, lease_id, 0, 64), b"", 0, 64)
+
+
+def stored(
+    attempt: Attempt, stage: str, lease_id: int, issued: int = 99, *, seed_independent: bool = False
+) -> StageOutputsStored:
+    return StageOutputsStored(attempt, f"{stage}-0", Stage(stage), a_block(lease_id), 0.5, issued, seed_independent)
+
+
+def finished(attempt: Attempt, name: str = "decoder-0") -> StageFinished:
+    return StageFinished(attempt, name, Stage.DECODER, Artifact("r-0.png", "image/png", 10), 0.1, 99)
+
+
+def failed(attempt: Attempt, error: str, *, retryable: bool) -> StageFailed:
+    return StageFailed(attempt, "denoiser-0", Stage.DENOISER, error, retryable, 99, not retryable)
+
+
+def after(scheduler: JobScheduler, now: float = 1.0) -> list[Effect]:
+    scheduler.dispatch(now)
+    return scheduler.take_effects()

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pytest
+
+from triptych.actors import Component
+from triptych.actors.runtime.system_messages import ChildReport
+from triptych.roles.head.availability import unavailable_reason
+
+
+def component(name: str, kind: str) -> Component:
+    return Component(name=name, kind=kind, address="", port=0, slots=0 if kind in ("pool", "head") else 2)  # type: ignore[arg-type]
+
+
+COMPONENTS = [
+    component(name, kind)
+    for name, kind in (("pool", "pool"), ("e-0", "encoder"), ("d-0", "denoiser"), ("d-1", "denoiser"), ("head", "head"))
+]
+
+
+@pytest.mark.parametrize(
+    ("states", "reason"),
+    [
+        ({}, ""),
+        ({"d-0": "gave_up"}, ""),
+        ({"d-0": "gave_up", "d-1": "backoff"}, ""),
+        ({"d-0": "gave_up", "d-1": "failed"}, "no denoiser is started any more (d-0: why)"),
+        ({"pool": "failed"}, "pool is not started any more (why)"),
+        ({"head": "gave_up"}, ""),
+    ],
+)
+def test_nothing_can_be_served_without_a_pool_or_the_last_of_a_kind(states: dict[str, str], reason: str) -> None:
+    children = [ChildReport(name, "", 0, 1, state, 5, "why", 0.0) for name, state in states.items()]
+    assert unavailable_reason(COMPONENTS, children) == reason

@@ -1,0 +1,90 @@
+"""Between the scheduler's decision and the message that carries it out, the world may have changed."""
+
+from __future__ import annotations
+
+import asyncio
+
+from tests.roles.factories import a_block, after, make_scheduler, registration, request, single_model, stored
+from triptych.actors import Actor
+from triptych.engines.memory.buddy import PAGE
+from triptych.engines.partition.stages import Stage
+from triptych.roles.head.effect_runner import EffectRunner
+from triptych.roles.head.job import Job, State
+from triptych.roles.head.scheduler import JobScheduler
+from triptych.roles.messages.common import Attempt, Rebind
+from triptych.roles.messages.pool import LeaseView
+from triptych.roles.messages.stages import TransferPush
+
+
+def assigned_to_a_denoiser() -> tuple[JobScheduler, Job]:
+    scheduler = make_scheduler()
+    for kind in ("encoder", "denoiser"):
+        scheduler.register(registration(f"{kind}-0", slots=2), 0.0)
+    scheduler.accept(request(), 0.0)
+    after(scheduler)
+    job = scheduler.jobs["r/0"]
+    scheduler.started(job.current_attempt, "encoder-0", Stage.ENCODER, 1.0)
+    scheduler.stored(stored(job.current_attempt, "encoder", 1), 2.0)
+    after(scheduler)
+    assert job.instance == "denoiser-0"
+    return scheduler, job
+
+
+def send(scheduler: JobScheduler, job: Job, attempt: object = None) -> None:
+    effect_runner = EffectRunner(Actor("head"), single_model(scheduler), lambda: None, ())
+    asyncio.run(effect_runner._assign("denoiser-0", job, attempt or job.current_attempt))  # type: ignore[arg-type]
+
+
+def test_work_whose_tensors_are_lost_before_it_is_sent_starts_over_at_no_cost() -> None:
+    scheduler, job = assigned_to_a_denoiser()
+    scheduler.pool_down("pool", 2, 3.0)
+    send(scheduler, job)
+    assert job.state is State.ENCODER_WAITING
+    assert (job.instance, job.failures) == ("", 0)
+    assert scheduler.registry.instances["denoiser-0"].credits == 2
+
+
+def test_work_that_is_cancelled_before_it_is_sent_is_not_sent() -> None:
+    scheduler, job = assigned_to_a_denoiser()
+    attempt = job.current_attempt
+    scheduler.cancel("r", "enough", 3.0)
+    send(scheduler, job, attempt)
+    assert job.state is State.CANCELLED
+    assert scheduler.registry.instances["denoiser-0"].credits == 2
+
+
+def test_tensors_of_another_unit_come_with_what_makes_them_this_units_own() -> None:
+    scheduler = make_scheduler(cache=PAGE)
+    for kind in ("encoder", "denoiser"):
+        scheduler.register(registration(f"{kind}-0", slots=2), 0.0)
+    scheduler.accept(request(), 0.0)
+    scheduler.accept(request("second", seed=7, num_inference_steps=9), 0.0)
+    after(scheduler)
+    scheduler.stored(stored(scheduler.jobs["r/0"].current_attempt, "encoder", 1, seed_independent=True), 1.0)
+    after(scheduler)
+    effect_runner = EffectRunner(Actor("head"), single_model(scheduler), lambda: None, ())
+
+    def order(job_id: str) -> TransferPush:
+        job = scheduler.jobs[job_id]
+        message = asyncio.run(effect_runner._order("denoiser-0", job, job.current_attempt))
+        assert isinstance(message, TransferPush)
+        return message
+
+    first, second = order("r/0"), order("second/0")
+    assert first.rebind is None
+    assert second.rebind == Rebind({"prompt": "x", "num_inference_steps": 9}, 7)
+    assert first.source == second.source
+
+    unneeded = {
+        number: effect_runner._unneeded(
+            LeaseView(a_block(number).lease, "sealed", "encoder-0", 1, Attempt(job_id, attempt))
+        )
+        for number, job_id, attempt in ((1, "r/0", 1), (2, "gone/0", 1), (3, "r/0", 0), (4, "r/0", 1))
+    }
+    assert unneeded == {1: False, 2: True, 3: True, 4: False}
+    scheduler.cancel("r", "enough", 2.0)
+    scheduler.cancel("second", "enough", 2.0)
+    view = LeaseView(a_block(1).lease, "sealed", "encoder-0", 1, Attempt("r/0", 1))
+    assert not effect_runner._unneeded(view), "the cache keeps it"
+    scheduler.clear_cache()
+    assert effect_runner._unneeded(view)

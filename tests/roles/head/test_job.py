@@ -1,0 +1,94 @@
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from triptych.engines.partition.stages import Stage
+from triptych.roles.head.job import HAPPY_PATH, LEGAL_TRANSITIONS, TERMINAL_STATES, IllegalTransitionError, Job, State
+from triptych.roles.messages.common import LeaseRef, StoredPayload
+
+ALL_MOVES = [(origin, target) for origin in State for target in State]
+
+
+def job_in(state: State) -> Job:
+    return Job("r/0", "r", 0, 7, left_s=100.0, state=state)
+
+
+def stored(n: int = 0) -> StoredPayload:
+    return StoredPayload(LeaseRef("pool", 1, n, 0, 64), b"", 0, 64)
+
+
+@pytest.mark.parametrize(("origin", "target"), [m for m in ALL_MOVES if m[1] in LEGAL_TRANSITIONS[m[0]]])
+def test_each_legal_move_is_made_and_kept_with_its_time(origin: State, target: State) -> None:
+    job = job_in(origin)
+    job.transition(target, 5.0, "why")
+    assert job.state is target
+    assert [(m.state, m.at, m.reason) for m in job.history] == [(target.value, 5.0, "why")]
+
+
+@pytest.mark.parametrize(("origin", "target"), [m for m in ALL_MOVES if m[1] not in LEGAL_TRANSITIONS[m[0]]])
+def test_each_illegal_move_raises_and_changes_nothing(origin: State, target: State) -> None:
+    job = job_in(origin)
+    with pytest.raises(IllegalTransitionError, match=f"from {origin} to {target}"):
+        job.transition(target, 5.0)
+    assert job.state is origin
+    assert job.history == []
+
+
+def test_the_table_says_what_the_design_says() -> None:
+    for origin, target in pairwise(HAPPY_PATH):
+        assert target in LEGAL_TRANSITIONS[origin]
+    for state in State:
+        if state in TERMINAL_STATES:
+            assert not LEGAL_TRANSITIONS[state]
+        else:
+            assert {State.FAILED, State.TIMED_OUT, State.CANCELLED} <= LEGAL_TRANSITIONS[state]
+    for running, waiting in (
+        (State.ENCODER_RUNNING, State.ENCODER_WAITING),
+        (State.DENOISING_RUNNING, State.DENOISING_WAITING),
+        (State.DECODER_RUNNING, State.DECODER_WAITING),
+    ):
+        assert waiting in LEGAL_TRANSITIONS[running]
+        assert running not in LEGAL_TRANSITIONS[running]
+    assert State.DECODER_WAITING not in LEGAL_TRANSITIONS[State.ENCODER_RUNNING]
+
+
+def test_advance_walks_every_state_between() -> None:
+    job = job_in(State.ENCODER_RUNNING)
+    job.advance(State.DENOISING_RUNNING, 1.0)
+    assert [m.state for m in job.history] == ["ENCODER_DONE", "DENOISING_WAITING", "DENOISING_RUNNING"]
+
+
+def test_advance_does_not_go_back() -> None:
+    with pytest.raises(IllegalTransitionError):
+        job_in(State.DECODER_WAITING).advance(State.ENCODER_WAITING, 1.0)
+
+
+@given(st.lists(st.sampled_from(State), max_size=30))
+def test_whatever_is_tried_only_legal_histories_come_about(targets: list[State]) -> None:
+    job = job_in(State.PENDING)
+    for target in targets:
+        try:
+            job.transition(target, 0.0)
+        except IllegalTransitionError:
+            continue
+    states = [State.PENDING, *(State(m.state) for m in job.history)]
+    assert all(b in LEGAL_TRANSITIONS[a] for a, b in pairwise(states))
+
+
+@pytest.mark.parametrize(
+    ("at_rest", "lost", "resumed"),
+    [
+        ((), Stage.ENCODER, Stage.ENCODER),
+        ((), Stage.DENOISER, Stage.ENCODER),
+        ((Stage.ENCODER,), Stage.DENOISER, Stage.DENOISER),
+        ((Stage.DENOISER,), Stage.DECODER, Stage.DECODER),
+        ((Stage.ENCODER,), Stage.DECODER, Stage.DENOISER),
+        ((), Stage.DECODER, Stage.ENCODER),
+    ],
+)
+def test_a_lost_stage_resumes_from_what_is_at_rest(at_rest: tuple[Stage, ...], lost: Stage, resumed: Stage) -> None:
+    job = job_in(State.PENDING)
+    job.stored = {stage: stored() for stage in at_rest}
+    assert job.resume_stage(lost) is resumed

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from triptych.engines.partition.stages import Stage
+from triptych.roles.head.job import Job, Request, State
+from triptych.roles.head.journal import SCHEMA_VERSION, Journal, JournalError, prune
+from triptych.roles.media.retention import StoreBounds
+from triptych.roles.messages.common import Artifact, LeaseRef, Output, StoredPayload
+from triptych.roles.messages.requests import Transition
+
+
+def a_request(id_: str = "r1", *, key: str = "", created_at: float = 1.0) -> Request:
+    jobs = [Job(f"{id_}/{k}", id_, k, 2**62 + k, 99.0) for k in range(2)]
+    return Request(
+        id_, {"prompt": "ä", "height": 64, "guidance_scale": 3.5}, Output("png"), created_at, 99.0, jobs, key, "d"
+    )
+
+
+def test_what_was_accepted_and_saved_comes_back_whole(tmp_path: Path) -> None:
+    request = a_request(key="k")
+    request.owner = "alice"
+    journal = Journal(tmp_path / "j.sqlite")
+    journal.accept(request)
+    job = request.jobs[1]
+    job.state, job.attempt, job.instance = State.DENOISING_RUNNING, 2, "denoiser-1"
+    job.history.append(Transition("DENOISING_RUNNING", 4.0, "again"))
+    job.stored[Stage.ENCODER] = StoredPayload(LeaseRef("pool", 3, 4, 4096, 64), b"\x00manifest", 2**64 - 1, 64)
+    job.causes.append("denoiser-0: its process ended")
+    job.borrows = True
+    journal.save([request], [job])
+    journal.close()
+    assert Journal(tmp_path / "j.sqlite").active() == [request]
+
+
+def test_requests_are_named_by_owner_and_age_whether_they_have_ended_or_not(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j.sqlite")
+    for k, owner in enumerate(("alice", "bob", "alice", "alice")):
+        request = a_request(f"r{k}", created_at=float(k // 2))
+        request.owner = owner
+        journal.accept(request)
+    request.finished_at = 5.0
+    journal.save([request], [])
+
+    def ids(owner: str = "alice", after: str = "", limit: int = 9, *, newest_first: bool = True) -> list[str]:
+        found = journal.find(after) if after else None
+        return journal.ids(owner, after=found, limit=limit, newest_first=newest_first)
+
+    assert ids() == ["r3", "r2", "r0"]
+    assert ids("") == ["r3", "r2", "r1", "r0"]
+    assert ids("carol") == []
+    assert ids(limit=2) == ["r3", "r2"]
+    assert ids(after="r3") == ["r2", "r0"]
+    assert ids(after="r0", newest_first=False) == ["r2", "r3"]
+    journal.close()
+
+
+def test_a_unit_that_an_earlier_version_wrote_borrows_nothing_and_has_time() -> None:
+    fields = msgspec.to_builtins(a_request().jobs[0])
+    del fields["borrows"], fields["left_s"]
+    fields["deadline"] = 1e9
+    job = msgspec.msgpack.decode(msgspec.msgpack.encode(fields), type=Job)
+    assert not job.borrows
+    assert job.left_s == 600.0
+
+
+def ended(journal: Journal, id_: str, at: float, **fields: str) -> Request:
+    request = a_request(id_, **fields)  # type: ignore[arg-type]
+    journal.accept(request)
+    request.finished_at = at
+    request.jobs[0].artifact = Artifact(f"{id_}_0.png", "image/png", 3)
+    journal.save([request], request.jobs)
+    return request
+
+
+def test_ended_requests_are_found_by_id_and_key_and_not_among_the_active(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j.sqlite")
+    done = ended(journal, "done", 10.0, key="k")
+    journal.accept(active := a_request("active"))
+    assert journal.active() == [active]
+    assert journal.find("done") == journal.find_key("k") == done
+    assert journal.find("active") == active
+    assert journal.find("none") is journal.find_key("none") is None
+
+
+@pytest.mark.parametrize(
+    ("bounds", "left"),
+    [
+        (StoreBounds(1000.0, 1000, 1 << 30), {f"r{k}" for k in range(20, 150)}),
+        (StoreBounds(1e9, 60, 1 << 30), {f"r{k}" for k in range(90, 150)}),
+        (StoreBounds(1e9, 1000, 1), set()),
+    ],
+    ids=["age", "count", "bytes"],
+)
+def test_the_oldest_go_in_small_batches_and_the_file_shrinks(
+    tmp_path: Path, bounds: StoreBounds, left: set[str]
+) -> None:
+    journal = Journal(path := tmp_path / "j.sqlite")
+    for k in range(150):
+        ended(journal, f"r{k}", 1000.0 + k * 10.0)
+    active = a_request("active")
+    active.inputs["prompt"] = "x" * 400_000
+    journal.accept(active)
+    journal.save([active], [])
+    journal.delete("active")
+    journal.accept(a_request("active"))
+    gone, awaited = prune(path, bounds, now=2200.0)
+    assert gone == 150 - len(left)
+    assert {f"r{k}" for k in range(150) if journal.find(f"r{k}")} == left
+    assert awaited == {"active", *(f"r{k}" for k in range(115, 150))} & ({"active"} | left)
+    assert [request.id for request in journal.active()] == ["active"]
+    assert path.stat().st_size < 400_000
+
+
+def test_a_damaged_request_is_set_aside_and_the_rest_is_served(tmp_path: Path) -> None:
+    path, damage = tmp_path / "j.sqlite", list[str]()
+    journal = Journal(path)
+    for id_ in ("text", "short", "unitless", "fine"):
+        journal.accept(a_request(id_, key=f"key of {id_}"))
+    done = ended(journal, "done", 10.0, key="key of done")
+    journal.close()
+    with sqlite3.connect(path) as db:
+        (body,) = db.execute("SELECT body FROM units WHERE id = 'text/1'").fetchone()
+        db.execute("UPDATE units SET body = ? WHERE id = 'text/1'", (body.replace(b"PENDING", b"P\xffNDING"),))
+        db.execute("UPDATE requests SET body = X'93' WHERE id = 'short'")
+        db.execute("DELETE FROM units WHERE request_id = 'unitless'")
+        db.execute("UPDATE requests SET body = CAST(X'ff' AS TEXT) WHERE id = 'done'")
+    journal = Journal(path, damage.append)
+    assert [request.id for request in journal.active()] == ["fine"]
+    assert journal.find("done") is None
+    assert journal.damaged == len(damage) == 4
+    assert all("cannot be read" in complaint and "`damaged`" in complaint for complaint in damage)
+    assert journal.is_quarantined("done")
+    assert not journal.is_quarantined("fine")
+    journal.accept(a_request("new", key=done.idempotency_key))
+    journal.close()
+    assert Journal(path).damaged == 4
+    with sqlite3.connect(path) as db:
+        kept = db.execute(
+            "SELECT unit_id, body FROM damaged WHERE request_id = X'74657874' ORDER BY unit_id"
+        ).fetchall()
+    assert [job for job, _ in kept] == [None, b"text/0", b"text/1"]
+    assert b"P\xffNDING" in kept[2][1]
+
+
+def test_a_journal_of_the_version_before_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    journal = Journal(path)
+    request = ended(journal, "r", 10.0, key="k")
+    journal.close()
+    with sqlite3.connect(path) as db:
+        db.executescript(
+            "DROP TABLE damaged; DROP INDEX by_owner; DROP INDEX by_age; ALTER TABLE requests DROP COLUMN owner; "
+            "PRAGMA user_version=1; PRAGMA auto_vacuum=NONE;"
+        )
+        db.execute("VACUUM")
+    journal = Journal(path)
+    assert journal.find_key("k") == request
+    assert journal.damaged == 0
+    (mode,) = journal._db.execute("PRAGMA auto_vacuum").fetchone()
+    assert mode == 2
+
+
+def test_an_accept_is_on_the_disk_when_the_process_is_killed_right_after(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys; from pathlib import Path; from triptych.roles.head.journal import Journal;"
+        "from tests.roles.head.test_journal import a_request;"
+        "Journal(Path(sys.argv[1])).accept(a_request()); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    root = Path(__file__).parents[3]
+    ended = subprocess.run([sys.executable, "-c", program, str(tmp_path / "j.sqlite")], cwd=root, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert [r.id for r in Journal(tmp_path / "j.sqlite").active()] == ["r1"]
+
+
+def test_a_newer_journal_is_refused_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    Journal(path).close()
+    with sqlite3.connect(path) as db:
+        db.execute(f"PRAGMA user_version={SCHEMA_VERSION + 1}")
+    with pytest.raises(JournalError, match=r"newer Triptych .*upgrade"):
+        Journal(path)
+
+
+@pytest.mark.parametrize("damage", [b"not a database at all" * 100, b""])
+def test_a_corrupt_journal_is_refused_in_words_and_an_empty_file_is_a_new_one(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "j.sqlite"
+    path.write_bytes(damage)
+    if damage:
+        with pytest.raises(JournalError, match=r"is damaged .*move it away"):
+            Journal(path)
+    else:
+        Journal(path).accept(a_request())
+
+
+def test_a_full_disk_is_an_error_and_the_journal_goes_on_once_there_is_room(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j.sqlite")
+    journal.accept(a_request("first"))
+    (pages,) = journal._db.execute("PRAGMA page_count").fetchone()
+    journal._db.execute(f"PRAGMA max_page_count={pages}")
+    large = a_request("large")
+    large.inputs["prompt"] = "x" * 200_000
+    with pytest.raises(JournalError, match="full"):
+        journal.accept(large)
+    journal._db.execute("PRAGMA max_page_count=100000")
+    journal.accept(a_request("second"))
+    assert {r.id for r in journal.active()} == {"first", "second"}
+
+
+def test_the_same_key_cannot_be_accepted_twice(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j.sqlite")
+    journal.accept(a_request("a", key="k"))
+    with pytest.raises(JournalError):
+        journal.accept(a_request("b", key="k"))

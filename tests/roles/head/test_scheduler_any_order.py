@@ -1,0 +1,213 @@
+"""The head's decisions under any order of events, with a prompt cache of any size and without."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.roles.factories import KINDS, a_block, make_scheduler, registration, request
+from triptych.engines.memory.buddy import PAGE
+from triptych.engines.partition.stages import Stage
+from triptych.roles.head.effects import Assign, Cancel, NotifyWaiters, ReleaseLeases
+from triptych.roles.head.job import Job, State
+from triptych.roles.head.registry import ExitKind
+from triptych.roles.head.scheduler import JobScheduler
+from triptych.roles.messages.common import Artifact, Attempt, LeaseRef
+from triptych.roles.messages.stages import StageFailed, StageFinished, StageOutputsStored, TransferFailed
+
+PROMPTS = ("p", "q", "drawn from the seed")
+
+
+class Traffic(RuleBasedStateMachine):
+    """Submits, reports, deaths, cancels in any order: nothing is lost, doubled or leaked, and nothing stalls."""
+
+    requests = Bundle("requests")
+    scheduler: JobScheduler
+
+    @initialize(blocks=st.sampled_from([0, 1, 2, 100]))
+    def start(self, blocks: int) -> None:
+        self.scheduler = make_scheduler(max_attempts=3, cache=blocks * PAGE)
+        self.now = 0.0
+        self.leases = 0
+        self.pool_generation = 1
+        self.held: set[LeaseRef] = set()
+        self.made_for: dict[LeaseRef, tuple[str, int]] = {}
+        self.notified: Counter[str] = Counter()
+        self.generation = 0
+        self.assigned: dict[str, set[Attempt]] = {}
+        self.issued: dict[str, int] = {}
+        for kind in KINDS:
+            for k in range(2):
+                self._join(f"{kind}-{k}")
+
+    def _join(self, name: str) -> None:
+        self.generation += 1
+        self.assigned[name], self.issued[name] = set(), 2
+        self.scheduler.register(registration(name, generation=self.generation, slots=2), self.now)
+        self._carry_out()
+
+    def _carry_out(self) -> None:
+        self.now += 1.0
+        self.scheduler.dispatch(self.now)
+        for effect in self.scheduler.take_effects():
+            match effect:
+                case Assign(name, job_id):
+                    self.assigned[name].add(self.scheduler.jobs[job_id].current_attempt)
+                case Cancel(name, attempt, _):
+                    self.assigned.get(name, set()).discard(attempt)
+                    self._issue(name)
+                case ReleaseLeases(leases):
+                    # What went with its pool need not be given back, but may be.
+                    here = {lease for lease in leases if lease.pool_generation == self.pool_generation}
+                    assert self.held.issuperset(here), "released twice"
+                    self.held -= here
+                case NotifyWaiters(request_id):
+                    self.notified[request_id] += 1
+
+    def _issue(self, name: str) -> int:
+        self.issued[name] = self.issued.get(name, 0) + 1
+        self.scheduler.registry.credit(name, self.issued[name])
+        return self.issued[name]
+
+    @rule(target=requests, n=st.integers(1, 3), prompt=st.sampled_from(PROMPTS), seed=st.integers(0, 1))
+    def submit(self, n: int, prompt: str, seed: int) -> str:
+        id_ = f"r{len(self.scheduler.requests)}"
+        steps = len(self.scheduler.requests)  # which no encoder reads
+        asked = request(id_, n, at=self.now, seed=seed, prompt=prompt, num_inference_steps=steps)
+        self.scheduler.accept(asked, self.now)
+        self._carry_out()
+        return id_
+
+    @rule(id_=requests)
+    def cancel(self, id_: str) -> None:
+        self.scheduler.cancel(id_, "enough", self.now)
+        self._carry_out()
+
+    @precondition(lambda self: any(self.assigned.values()))
+    @rule(data=st.data(), outcome=st.sampled_from(["done", "done", "done", "failed", "at fault", "source gone"]))
+    def report(self, data: st.DataObject, outcome: str) -> None:
+        name = data.draw(st.sampled_from(sorted(n for n, held in self.assigned.items() if held)))
+        self._report(name, data.draw(st.sampled_from(sorted(self.assigned[name], key=str))), outcome)
+
+    def _report(self, name: str, attempt: Attempt, outcome: str) -> None:
+        kind = name.partition("-")[0]
+        self.assigned[name].discard(attempt)
+        issued = self._issue(name)
+        self.scheduler.started(attempt, name, Stage(kind), self.now)
+        if outcome == "source gone" and kind != "encoder":
+            job = self.scheduler.jobs.get(attempt.job_id)
+            spoilt = [stored.lease for stored in job.stored.values()] if job and job.current_attempt == attempt else []
+            self.scheduler.transfer_failed(TransferFailed(attempt, name, "checksum", True, issued), self.now)
+            assert not [lease for lease in spoilt if lease in self.scheduler.stored_outputs.cache]
+        elif outcome != "done":
+            self.scheduler.stage_failed(
+                StageFailed(attempt, name, Stage(kind), "boom", outcome == "failed", issued), self.now
+            )
+        elif kind == "decoder":
+            artifact = Artifact("x.png", "image/png", 1)
+            self.scheduler.finished(StageFinished(attempt, name, Stage(kind), artifact, 0.1, issued), self.now)
+        else:
+            self._store_outputs(name, kind, attempt, issued)
+        self._carry_out()
+
+    def _store_outputs(self, name: str, kind: str, attempt: Attempt, issued: int) -> None:
+        self.leases += 1
+        block = a_block(self.leases, self.pool_generation)
+        self.held.add(block.lease)
+        seed_independent = False
+        if job := self.scheduler.jobs.get(attempt.job_id):
+            prompt = self._prompt(job)
+            self.made_for[block.lease] = (prompt, job.seed)
+            seed_independent = prompt != PROMPTS[-1]
+        self.scheduler.stored(
+            StageOutputsStored(attempt, name, Stage(kind), block, 0.1, issued, seed_independent), self.now
+        )
+
+    @rule(kind=st.sampled_from(KINDS), k=st.integers(0, 1), back=st.booleans(), end=st.sampled_from(ExitKind))
+    def die(self, kind: str, k: int, back: bool, end: ExitKind = ExitKind.CRASHED) -> None:
+        name = f"{kind}-{k}"
+        if name in self.assigned:
+            del self.assigned[name]
+            self.scheduler.instance_down(name, "killed", self.now, end)
+            self._carry_out()
+        if back:
+            self._join(name)
+
+    @rule()
+    def lose_the_pool(self) -> None:
+        self.pool_generation += 1
+        self.held.clear()
+        self.scheduler.pool_down("pool", self.pool_generation, self.now)
+        self._carry_out()
+
+    @rule(blocks=st.integers(1, 3))
+    def want_room(self, blocks: int) -> None:
+        self.scheduler.evict("pool", blocks * PAGE)
+        self._carry_out()
+
+    def _prompt(self, job: Job) -> str:
+        return str(self.scheduler.requests[job.request_id].inputs["prompt"])
+
+    @invariant()
+    def each_request_notifies_its_waiters_once(self) -> None:
+        for id_, held in self.scheduler.requests.items():
+            assert self.notified[id_] == held.terminal
+
+    @invariant()
+    def no_block_is_lost(self) -> None:
+        stored_outputs = self.scheduler.stored_outputs
+        needed = {stored.lease for job in self.scheduler.jobs.values() for stored in job.stored.values()}
+        needed |= set(stored_outputs.cache.leases)
+        assert self.held == needed == stored_outputs.leases
+        assert stored_outputs.cache.nbytes == len(stored_outputs.cache) * PAGE <= stored_outputs.cache.capacity
+
+    @invariant()
+    def no_unit_starts_from_what_was_made_of_something_else(self) -> None:
+        for job in self.scheduler.jobs.values():
+            if stored := job.stored.get(Stage.ENCODER):
+                prompt, seed = self.made_for[stored.lease]
+                assert prompt == self._prompt(job)
+                if not job.borrows or prompt == PROMPTS[-1]:
+                    assert seed == job.seed
+                assert job.borrows != ("encoder" in job.instances)
+            else:
+                assert not job.borrows
+
+    @invariant()
+    def no_prompt_is_encoded_twice_at_a_time(self) -> None:
+        if self.scheduler.stored_outputs.cache.capacity:
+            jobs = [u for u in self.scheduler.jobs.values() if u.stage is Stage.ENCODER and u.instance]
+            prompts = Counter(self._prompt(job) for job in jobs)
+            assert max((prompts[prompt] for prompt in PROMPTS[:-1]), default=0) <= 1
+
+    @invariant()
+    def no_instance_is_overcommitted(self) -> None:
+        for instance in self.scheduler.registry.instances.values():
+            assert instance.credits >= 0
+            assert len(instance.assigned) <= instance.slots
+
+    def teardown(self) -> None:
+        if not hasattr(self, "books"):
+            return
+        for kind in KINDS:
+            self.die(kind, 0, back=True)
+        while self.scheduler.jobs:
+            name = next((n for n, held in self.assigned.items() if held), None)
+            assert name, f"stalled: {[(u.id, u.state) for u in self.scheduler.jobs.values()]}"
+            self._report(name, min(self.assigned[name], key=str), "done")
+        assert self.held == set(self.scheduler.stored_outputs.cache.leases)
+        self.scheduler.clear_cache()
+        self._carry_out()
+        assert not self.held
+        self.each_request_notifies_its_waiters_once()
+        for held in self.scheduler.requests.values():
+            assert held.state in (State.DONE, State.FAILED, State.CANCELLED)
+
+
+TestTraffic = Traffic.TestCase
+TestTraffic.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)

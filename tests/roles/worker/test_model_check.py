@@ -1,0 +1,87 @@
+"""What `triptych check --model` finds, whole: files, classes, and one request of a tiny model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from triptych.actors import Topology
+from triptych.actors.supervision.component_specs import ModelReport
+from triptych.roles.worker import model_check
+from triptych.roles.worker.model_check import check_model
+
+MakeTopology = Callable[..., Topology]
+
+
+def checked(topology: Topology, *, dry_run: bool = True) -> tuple[ModelReport, list[str]]:
+    said: list[str] = []
+    roles = [component for component in topology.components if component.slots]
+    return check_model(topology.models[0], roles, dry_run=dry_run, say=said.append), said
+
+
+def test_a_model_is_asked_for_one_tiny_request_by_each_of_its_roles(
+    make_topology: MakeTopology, tiny_model: Path
+) -> None:
+    report, said = checked(make_topology(tiny_model))
+    assert (report.ok, report.problems) == (True, ())
+    assert "by the modular partition" in report.sentence
+    assert "num_inference_steps=2" in report.dry_run
+    assert "loading the" in report.dry_run
+    assert said[-3:] == ["a dry request: encoder", "a dry request: denoiser", "a dry request: decoder"]
+    assert report.seconds.keys() == {"files", "import", "classes", "pipeline", "dry run"}
+    assert msgspec.json.decode(msgspec.json.encode(report), type=ModelReport) == report
+
+
+def test_a_model_that_is_too_large_or_not_to_be_loaded_is_not(
+    make_topology: MakeTopology, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report, _ = checked(make_topology(tiny_model), dry_run=False)
+    assert (report.ok, report.dry_run) == (True, "No dry request was made.")
+    monkeypatch.setattr(model_check, "_free_on_host", lambda: 1000)
+    report, _ = checked(make_topology(tiny_model))
+    assert report.ok
+    assert report.dry_run.startswith("No dry request was made: the weights take")
+
+
+def test_what_is_wrong_is_all_in_the_report_and_no_request_is_made(
+    make_topology: MakeTopology, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "broken"))
+    (model / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"version https://git-lfs.github.com/")
+    (model / "text_encoder_2" / "model.safetensors").rename(model / "text_encoder_2" / "pytorch_model.bin")
+    (model / "tokenizer" / "tokenizer.json").write_text("{}")
+    report, said = checked(make_topology(model))
+    assert not report.ok
+    assert {problem.where for problem in report.problems} == {"transformer", "text_encoder_2", "tokenizer"}
+    assert report.dry_run == ""
+    assert not any("dry request" in what for what in said)
+
+
+def test_a_request_that_fails_is_a_finding(
+    make_topology: MakeTopology, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise TypeError("no such thing")
+
+    monkeypatch.setattr("triptych.engines.pipelines.dry_run.run", fail)
+    report, _ = checked(make_topology(tiny_model))
+    (problem,) = report.problems
+    assert (problem.where, problem.fatal) == ("dry run", True)
+    assert problem.problem.endswith("TypeError: no such thing")
+
+
+def test_free_memory_is_that_of_the_machine_and_of_the_groups_around_this_process(tmp_path: Path) -> None:
+    (tmp_path / "self").mkdir()
+    (tmp_path / "meminfo").write_text("MemTotal: 2048 kB\nMemAvailable:    1024 kB\n")
+    (tmp_path / "self" / "cgroup").write_text("0::/service/job\n")
+    groups = tmp_path / "cgroup"
+    (groups / "service" / "unit").mkdir(parents=True)
+    assert model_check._free_on_host(tmp_path, groups) == 1 << 20
+    (groups / "service" / "unit" / "memory.max").write_text("max\n")
+    (groups / "service" / "memory.max").write_text("1000\n")
+    (groups / "service" / "memory.current").write_text("400\n")
+    assert model_check._free_on_host(tmp_path, groups) == 600

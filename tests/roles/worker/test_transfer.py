@@ -1,0 +1,520 @@
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import av
+import msgspec
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.roles.transfer_harness import FAR, VALUES, FakeInstance, W
+from triptych.actors.runtime.system_messages import Inspect, Inspection
+from triptych.bus import BusError
+from triptych.engines.codec.codec import pack
+from triptych.engines.memory.streams import StreamEvent
+from triptych.engines.parameters.schema import Signature
+from triptych.roles.messages.common import Attempt, LeaseRef, Output, StoredPayload
+from triptych.roles.messages.pool import LeaseBlock, ReleaseBlocks
+from triptych.roles.messages.worker import (
+    ArtifactSaved,
+    CancelTransferTask,
+    InputsLoaded,
+    LoadInputs,
+    OutputsStored,
+    SaveArtifact,
+    StoreOutputs,
+    TransferTaskFailed,
+)
+from triptych.roles.pool import client
+from triptych.roles.pool import pool as pool_module
+from triptych.roles.pool.client import FAULTS
+from triptych.roles.pool.pool import build
+from triptych.roles.worker import transfer as transfer_module
+
+
+def same(one: dict[str, object], other: dict[str, object]) -> bool:
+    def equal(a: object, b: object) -> bool:
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            return a.dtype == b.dtype and torch.equal(a, b)
+        return a == b
+
+    return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
+
+
+def test_what_one_role_stores_another_loads_from_the_same_memory(run_transfers: Any) -> None:
+    async def body(h: Any, open_transfer: Any) -> None:
+        encoder, denoiser = await open_transfer("encoder-0"), await open_transfer("denoiser-0")
+        encoder.begin()
+        stored = await encoder.store_outputs()
+        (view,) = (await encoder.fake_instance.leases("pool")).leases
+        assert (view.lease, view.state, view.owner, view.attempt) == (stored.lease, "sealed", "encoder-0", W)
+        denoiser.begin(W)
+        denoiser.context.workspace.begin(W)
+        denoiser.fake_instance.tell(LoadInputs(W, stored, None, FAR))
+        assert (await denoiser.fake_instance.inbox.next(InputsLoaded)).attempt == W
+        assert same(denoiser.values(), VALUES)
+        assert len((await encoder.fake_instance.leases("pool")).leases) == 1
+
+    run_transfers(body)
+
+
+def test_a_full_pool_is_waited_for(run_transfers: Any) -> None:
+    async def body(h: Any, open_transfer: Any) -> None:
+        encoder = await open_transfer("encoder-0")
+        occupied = await encoder.fake_instance.lease("pool", 1 << 20, attempt=Attempt("x/0", 1))
+        encoder.begin()
+        encoder.fake_instance.tell(StoreOutputs(W, FAR))
+        await encoder.fake_instance.until_busy(1)
+        await encoder.fake_instance.release(occupied)
+        assert (await encoder.fake_instance.inbox.next(OutputsStored)).attempt == W
+
+    run_transfers(body, pool_size="2MiB")
+
+
+def test_waiting_for_room_ends_with_the_deadline_or_when_it_is_stopped(run_transfers: Any) -> None:
+    async def body(h: Any, open_transfer: Any) -> None:
+        encoder = await open_transfer("encoder-0")
+        await encoder.fake_instance.lease("pool", 1 << 20, attempt=Attempt("x/0", 1))
+        encoder.begin()
+        late = await encoder.fails(StoreOutputs(W, time.monotonic() + 0.1))
+        assert "has no block of" in late.reason
+        assert (late.source_gone, late.retryable) == (False, True)
+        encoder.fake_instance.tell(StoreOutputs(W, FAR))
+        await encoder.fake_instance.until_busy(1)
+        stopped = await encoder.fails(CancelTransferTask(W))
+        assert stopped.reason == "cancelled"
+        await encoder.fake_instance.until_busy(0)
+        encoder.fake_instance.tell(CancelTransferTask(W))
+        await encoder.fake_instance.until("pool", 1)
+
+    run_transfers(body, pool_size="2MiB")
+
+
+def test_what_can_never_be_stored_is_no_use_to_try_again(run_transfers: Any) -> None:
+    async def body(h: Any, open_transfer: Any) -> None:
+        encoder = await open_transfer("encoder-0")
+        encoder.begin(latents=torch.zeros(1 << 20))
+        too_big = await encoder.fails(StoreOutputs(W, FAR))
+        assert "raise [transfer] pool_size" in too_big.reason
+        assert not too_big.retryable
+        encoder.begin(callback=print)
+        odd = await encoder.fails(StoreOutputs(W, FAR))
+        assert "callback" in odd.reason
+        assert not odd.retryable
+        await encoder.fake_instance.until("pool", 0)
+
+    run_transfers(body, pool_size="4MiB")
+
+
+def test_damaged_bytes_are_never_loaded(run_transfers: Any) -> None:
+    async def body(h: Any, open_transfer: Any) -> None:
+        encoder, decoder = await open_transfer("denoiser-0"), await open_transfer("decoder-0")
+        encoder.begin()
+        stored = await encoder.store_outputs()
+        block = await encoder.transfer._mapped.block(stored.lease, stored.nbytes)
+        block[100] ^= 1
+        decoder.begin(W, untouched=True)
+        failed = await decoder.fails(LoadInputs(W, stored, None, FAR))
+        assert "damaged" in failed.reason
+        assert failed.source_gone
+        assert decoder.values() == {"untouched": True}
+
+    run_transfers(body)
+
+
+def test_a_drill_damages_what_is_mapped_too(run_transfers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FAULTS, "flip:1")
+
+    async def body(h: Any, open_transfer: Any) -> None:
+        encoder = await open_transfer("encoder-0")
+        encoder.begin()
+        stored = await encoder.store_outputs()
+        assert (await encoder.fails(LoadInputs(W, stored, None, FAR))).source_gone
+
+    run_transfers(body)
+
+
+def test_a_block_of_an_earlier_pool_is_gone_and_its_memory_is_not_read(run_transfers: Any) -> None:
+    async def body(h: Any, open_transfer: Any) -> None:
+        encoder = await open_transfer("encoder-0")
+        encoder.begin()
+        stored = await encoder.store_outputs()
+        await h.kill("pool")
+        await h.component("pool", build, generation=4)
+        # The old memory is still there, since this very process made it: only the generation tells.
+        newer = LeaseRef("pool", 4, stored.lease.lease_id, stored.lease.offset, stored.lease.nbytes)
+        failed = await encoder.fails(LoadInputs(W, StoredPayload(newer, *rest(stored)), None, FAR))
+        assert failed.source_gone
+        failed = await encoder.fails(LoadInputs(W, stored, None, FAR))
+        assert failed.source_gone
+        assert "generation 4" in failed.reason
+        again = await encoder.store_outputs()
+        assert again.lease.pool_generation == 4
+
+    run_transfers(body)
+
+
+def rest(stored: StoredPayload) -> tuple[bytes, int, int]:
+    return stored.manifest, stored.checksum, stored.nbytes
+
+
+def test_stored_outputs_outlive_the_pool(run_transfers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "ANSWER_S", 0.2)
+
+    async def body(h: Any, open_transfer: Any) -> None:
+        encoder = await open_transfer("encoder-0")
+        await h.kill("pool")
+        encoder.begin()
+        encoder.fake_instance.tell(StoreOutputs(W, FAR))
+        await encoder.fake_instance.until_busy(1)
+        await h.component("pool", build, generation=4)
+        assert (await encoder.fake_instance.inbox.next(OutputsStored)).stored.lease.pool_generation == 4
+        await encoder.fake_instance.until("pool", 1)
+
+    run_transfers(body)
+
+
+def arenas() -> set[str]:
+    """The inodes of the arenas that this process has mapped; those of earlier tests may go at any time."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return {line.split()[4] for line in maps if "triptych-arena" in line}
+
+
+def test_the_memory_of_a_dead_pool_is_let_go_of_before_there_is_another(run_transfers: Any) -> None:
+    async def body(h: Any, open_transfer: Any) -> None:
+        before = arenas()
+        await h.process("pool")
+        await open_transfer("encoder-0")
+        (mapped,) = arenas() - before
+        await h.end("pool")
+        while mapped in await asyncio.to_thread(arenas):  # the run's limit ends it
+            pass
+
+    run_transfers(body, pools=())
+
+
+def test_it_waits_for_a_pool_that_starts_later(run_transfers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "ANSWER_S", 0.05)
+
+    async def body(h: Any, open_transfer: Any) -> None:
+        starting = asyncio.ensure_future(open_transfer("encoder-0"))
+        client = FakeInstance("test", None)
+        await h.start(client)
+        found = await client.reference("encoder-0").ask(Inspect(), Inspection, timeout_s=5)
+        assert found.actors[-1].detail == "waiting for pool"
+        await h.component("pool", build, generation=3)
+        encoder = await starting
+        encoder.begin()
+        await encoder.store_outputs()
+
+    run_transfers(body, pools=())
+
+
+def test_a_block_whose_answer_was_lost_comes_back(run_transfers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(h: Any, open_transfer: Any) -> None:
+        encoder = await open_transfer("encoder-0")
+        lease = pool_module.BufferPool.lease
+        go_on = asyncio.Event()
+
+        async def slow(self: Any, message: LeaseBlock) -> Any:
+            answer = await lease(self, message)
+            await go_on.wait()
+            return answer
+
+        monkeypatch.setattr(pool_module.BufferPool, "lease", slow)
+        monkeypatch.setattr(client, "ANSWER_S", 0.05)
+        encoder.begin()
+        with pytest.raises(BusError):
+            await encoder.transfer._client.lease(W, 4096)
+        go_on.set()
+        await encoder.fake_instance.until("pool", 1)
+        encoder.transfer._client.undo(W)
+        await encoder.fake_instance.until("pool", 0)
+        encoder.transfer._client.undo(W)
+
+    run_transfers(body)
+
+
+def test_a_block_is_given_back_however_long_the_pool_does_not_answer(
+    run_transfers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(h: Any, open_transfer: Any) -> None:
+        encoder = await open_transfer("encoder-0")
+        encoder.begin()
+        leases = [(await encoder.store_outputs()).lease]
+        leases.append(await encoder.fake_instance.lease("pool", 4096, attempt=Attempt("r/1", 1)))
+        release = pool_module.BufferPool.release
+        tried, go_on = asyncio.Event(), asyncio.Event()
+        pauses: list[int] = []
+
+        async def stalled(self: Any, message: ReleaseBlocks) -> Any:
+            await go_on.wait()
+            return await release(self, message)
+
+        def pause(attempt: int, _: float) -> float:
+            pauses.append(attempt)
+            if attempt == 8:
+                tried.set()
+            return 0.0
+
+        monkeypatch.setattr(pool_module.BufferPool, "release", stalled)
+        monkeypatch.setattr(client, "ANSWER_S", 0.02)
+        monkeypatch.setattr(client, "backoff_s", pause)
+        for lease in leases:
+            encoder.transfer._client.release(lease)
+        await tried.wait()
+        go_on.set()
+        await encoder.fake_instance.until("pool", 0)
+        assert pauses[:9] == list(range(9))
+        await h.kill("pool")  # a pool that has ended holds nothing: nobody goes on asking
+        encoder.transfer._client.release(leases[0])
+        await h.component("pool", build, generation=4)
+        while encoder.transfer._client._unreleased:
+            await encoder.fake_instance.until("pool", 0)
+
+    run_transfers(body)
+
+
+APART = {"pools": ("pool-encoder", "pool-denoiser"), "engine": "mooncake", "backend": "shm"}
+
+
+def test_what_lies_in_another_pool_is_pulled_into_the_own_one(run_transfers: Any) -> None:
+    async def body(h: Any, open_transfer: Any) -> None:
+        encoder, denoiser = await open_transfer("encoder-0"), await open_transfer("denoiser-0")
+        encoder.begin()
+        stored = await encoder.store_outputs()
+        target = await denoiser.fake_instance.lease("pool-denoiser", stored.nbytes, incoming=True)
+        denoiser.context.workspace.begin(W)
+        denoiser.fake_instance.tell(LoadInputs(W, stored, target, FAR))
+        await denoiser.fake_instance.inbox.next(InputsLoaded)
+        assert same(denoiser.values(), VALUES)
+        await denoiser.fake_instance.until("pool-denoiser", 0)
+        await denoiser.fake_instance.until("pool-encoder", 1)
+
+    run_transfers(body, **APART)
+
+
+def test_a_target_is_given_back_whatever_happens(run_transfers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "PEER_ANSWER_S", 1.0)
+
+    async def body(h: Any, open_transfer: Any) -> None:
+        encoder, denoiser = await open_transfer("encoder-0"), await open_transfer("denoiser-0")
+        encoder.begin()
+        stored = await encoder.store_outputs()
+        denoiser.context.workspace.begin(W)
+        await h.kill("pool-encoder")
+        target = await denoiser.fake_instance.lease("pool-denoiser", stored.nbytes, incoming=True)
+        failed = await denoiser.fails(LoadInputs(W, stored, target, FAR))
+        assert (failed.source_gone, failed.retryable) == (False, True)
+        await denoiser.fake_instance.until("pool-denoiser", 0)
+        await h.component("pool-encoder", build, generation=4)
+        target = await denoiser.fake_instance.lease("pool-denoiser", stored.nbytes, incoming=True)
+        assert (await denoiser.fails(LoadInputs(W, stored, target, FAR))).source_gone
+        await denoiser.fake_instance.until("pool-denoiser", 0)
+        failed = await denoiser.fails(LoadInputs(W, stored, None, FAR))
+        assert "has no block for it" in failed.reason
+
+    run_transfers(body, **APART)
+
+
+@pytest.mark.parametrize(("faults", "gone"), [("flip:1", True), ("short:1", True)])
+def test_bytes_that_arrive_damaged_are_fetched_again_before_the_source_is_blamed(
+    run_transfers: Any, monkeypatch: pytest.MonkeyPatch, faults: str, gone: bool
+) -> None:
+    monkeypatch.setenv(FAULTS, faults)
+
+    async def body(h: Any, open_transfer: Any) -> None:
+        encoder, denoiser = await open_transfer("encoder-0"), await open_transfer("denoiser-0")
+        encoder.begin()
+        stored = await encoder.store_outputs()
+        target = await denoiser.fake_instance.lease("pool-denoiser", stored.nbytes, incoming=True)
+        denoiser.context.workspace.begin(W)
+        failed = await denoiser.fails(LoadInputs(W, stored, target, FAR))
+        assert failed.source_gone is gone
+        backend = h.actors["pool-denoiser"]._store.backend
+        assert max(backend.injected.values()) == 2
+        await denoiser.fake_instance.until("pool-denoiser", 0)
+
+    run_transfers(body, **APART)
+
+
+def test_a_device_without_room_fails_the_transfer_and_not_the_process(
+    run_transfers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: object) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    async def body(h: Any, open_transfer: Any) -> None:
+        encoder, denoiser = await open_transfer("encoder-0"), await open_transfer("denoiser-0")
+        encoder.begin()
+        stored = await encoder.store_outputs()
+        denoiser.begin(W, untouched=True)
+        for module in (denoiser.transfer._device, encoder.transfer._device):
+            monkeypatch.setattr(module, "_load", no_room)
+            monkeypatch.setattr(module, "_store", no_room)
+        failed = await denoiser.fails(LoadInputs(W, stored, None, FAR))
+        assert "cpu has no room for it: OutOfMemoryError: CUDA out of memory" in failed.reason
+        assert (failed.source_gone, failed.retryable) == (False, True)
+        assert denoiser.values() == {"untouched": True}
+        failed = await encoder.fails(StoreOutputs(W, FAR))
+        assert (failed.source_gone, failed.retryable) == (False, True)
+        monkeypatch.undo()
+        denoiser.fake_instance.tell(LoadInputs(W, stored, None, FAR))
+        await denoiser.fake_instance.inbox.next(InputsLoaded)
+        assert same(denoiser.values(), VALUES)
+
+    run_transfers(body)
+
+
+def test_outputs_are_packed_after_the_work_that_makes_them(run_transfers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = []
+
+    class Ready(StreamEvent):
+        def synchronize(self) -> None:
+            log.append("ready")
+
+    def packed(values: dict[str, object]) -> Any:
+        log.append("packed")
+        return pack(values)
+
+    monkeypatch.setattr(transfer_module, "pack", packed)
+
+    async def body(h: Any, open_transfer: Any) -> None:
+        encoder = await open_transfer("encoder-0")
+        encoder.begin()
+        encoder.context.workspace.replace(W, VALUES, Ready())
+        await encoder.store_outputs()
+        assert log[:2] == ["ready", "packed"]
+
+    run_transfers(body)
+
+
+def test_on_a_card_it_says_whether_the_pool_is_pinned_and_why_not(run_transfers: Any) -> None:
+    async def body(h: Any, open_transfer: Any) -> None:
+        transfer = (await open_transfer("encoder-0")).transfer
+        assert transfer.stats() == {"transfers": 0, "waiting_for_disk": 0}
+        transfer.component = msgspec.structs.replace(transfer.component, device="cuda:0")
+        transfer._pin_failure = "cudaHostRegister: 801"
+        assert transfer.stats() == {
+            "transfers": 0,
+            "waiting_for_disk": 0,
+            "pool_pinned": False,
+            "pin_failure": "cudaHostRegister: 801",
+        }
+
+    run_transfers(body)
+
+
+def test_an_image_becomes_an_artifact(run_transfers: Any) -> None:
+    async def body(h: Any, open_transfer: Any) -> None:
+        decoder = await open_transfer("decoder-0")
+        image = Image.new("RGB", (8, 8), (200, 10, 10))
+        decoder.begin(W, images=[image])
+        decoder.fake_instance.tell(SaveArtifact(W, Output("png"), FAR))
+        artifact = (await decoder.fake_instance.inbox.next(ArtifactSaved)).artifact
+        assert (artifact.name, artifact.content_type) == ("r_0.png", "image/png")
+        path = h.topology.state_dir / "artifacts" / "r_0.png"
+        assert path.stat().st_size == artifact.nbytes
+        assert Image.open(path).tobytes() == image.tobytes()
+        decoder.begin(W, latents=torch.zeros(1))
+        assert not (await decoder.fails(SaveArtifact(W, Output("png"), FAR))).retryable
+        decoder.begin(W, images=[image])
+        assert "bmp" in (await decoder.fails(SaveArtifact(W, Output("bmp"), FAR))).reason
+        decoder.begin(W, images=[image])
+        failed = await decoder.fails(SaveArtifact(W, Output("mp4"), FAR))
+        assert "one image" in failed.reason
+        assert not failed.retryable
+
+    run_transfers(body)
+
+
+def test_a_video_plays_as_fast_as_the_request_or_else_the_pipeline_says(run_transfers: Any) -> None:
+    async def body(h: Any, open_transfer: Any) -> None:
+        decoder = await open_transfer("decoder-0")
+        decoder.context.signature = Signature(medium="video", fps=12.0)
+        frames = np.zeros((1, 3, 16, 16, 3), np.float32)
+        for output, name, fps in ((Output(), "r_0.mp4", 12), (Output("mp4", 30.0), "r_0.mp4", 30)):
+            decoder.begin(W, videos=frames)
+            decoder.fake_instance.tell(SaveArtifact(W, output, FAR))
+            artifact = (await decoder.fake_instance.inbox.next(ArtifactSaved)).artifact
+            assert (artifact.name, artifact.content_type) == (name, "video/mp4")
+            with av.open(decoder.transfer.store.path(name)) as container:
+                assert container.streams.video[0].average_rate == fps
+
+    run_transfers(body)
+
+
+def test_a_long_video_is_not_written_to_its_end_when_nobody_wants_it(
+    run_transfers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing, go_on = threading.Event(), threading.Event()
+
+    def encode(*arguments: Any, **options: Any) -> bytes:
+        writing.set()
+        assert go_on.wait(10)
+        return real(*arguments)
+
+    real = transfer_module.encode
+    monkeypatch.setattr(transfer_module, "encode", encode)
+
+    async def body(h: Any, open_transfer: Any) -> None:
+        decoder = await open_transfer("decoder-0")
+        decoder.begin(W, videos=np.zeros((1, 3, 16, 16, 3), np.uint8))
+        decoder.fake_instance.tell(SaveArtifact(W, Output("mp4"), FAR))
+        await asyncio.to_thread(writing.wait, 10)
+        stop = decoder.transfer._stops[W]
+        decoder.fake_instance.tell(CancelTransferTask(W))
+        await asyncio.wait_for(stop.wait(), 10)
+        go_on.set()
+        assert (await decoder.fake_instance.inbox.next(TransferTaskFailed)).reason == "cancelled"
+        assert not decoder.transfer.store.folder.exists()
+
+    run_transfers(body)
+
+
+def test_a_full_disk_is_waited_for_and_said_and_another_trouble_is_not(
+    run_transfers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(h: Any, open_transfer: Any) -> None:
+        trouble, fsync = [errno.ENOSPC], os.fsync
+
+        def unable(descriptor: int) -> None:
+            if trouble:
+                raise OSError(trouble[0], os.strerror(trouble[0]))
+            fsync(descriptor)
+
+        decoder = await open_transfer("decoder-0")
+        monkeypatch.setattr(os, "fsync", unable)
+        context, others = decoder.context, [Attempt("r/1", 1), Attempt("r/2", 1)]
+        for attempt in (W, *others):
+            decoder.begin(attempt, images=[Image.new("RGB", (8, 8))])
+            decoder.fake_instance.tell(
+                SaveArtifact(attempt, Output("png"), time.monotonic() if attempt is others[1] else FAR)
+            )
+        assert "No space left" in (await decoder.fake_instance.inbox.next(TransferTaskFailed)).reason, (
+            "its time is over"
+        )
+        while decoder.transfer.stats()["waiting_for_disk"] != 2:  # noqa: ASYNC110  facts are looked at, not sent
+            await asyncio.sleep(0)
+        assert "wait for room on the disk" in context.trouble
+        decoder.fake_instance.tell(CancelTransferTask(others[0]))
+        assert (await decoder.fake_instance.inbox.next(TransferTaskFailed)).reason == "cancelled"
+        assert context.trouble
+        trouble.clear()
+        assert (await decoder.fake_instance.inbox.next(ArtifactSaved)).artifact.name == "r_0.png"
+        assert not context.trouble
+        assert [path.name for path in decoder.transfer.store.folder.iterdir()] == ["r_0.png"]
+        trouble.append(errno.EIO)
+        failed = await decoder.fails(SaveArtifact(W, Output("png"), FAR))
+        assert "Input/output error" in failed.reason
+        assert failed.retryable
+
+    run_transfers(body)

@@ -1,0 +1,151 @@
+"""The same echo three times: on our bus, on bare ZMQ, on xoscar. Both ends of each.
+
+`python -m triptych.tools.bench.echo_servers PEER ADDRESS` serves one until it is terminated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import uvloop
+import zmq
+
+from triptych.bus import Mailbox, Message, Outbox
+
+NAME: Final = "echo"
+Ask = Callable[[], Awaitable[object]]
+
+
+class Echo(Message):
+    """A small typed message."""
+
+    text: str
+    """Any text."""
+    number: int
+    """Any number."""
+
+
+class Echoed(Message):
+    """The answer."""
+
+    text: str
+    """The text that came."""
+    number: int
+    """The number that came."""
+
+
+async def serve_ours(address: str) -> None:
+    """Answer forever through a mailbox."""
+    mailbox = Mailbox(NAME, address, (Echo,))
+    await mailbox.start()
+    _ready()
+    while True:
+        delivery = await mailbox.receive()
+        if isinstance(delivery.message, Echo):
+            delivery.reply(Echoed(delivery.message.text, delivery.message.number))
+
+
+async def connect_ours(address: str) -> Ask:
+    """Return an ask with envelope, typed decode and deadline."""
+    reference = Outbox("bench").reference(NAME, address)
+
+    async def ask() -> object:
+        return await reference.ask(Echo("a short text", 12345), Echoed, timeout_s=30)
+
+    return ask
+
+
+class RawPump:
+    """The least that a ZMQ socket on an event loop can do: frames in, frames out."""
+
+    def __init__(self, socket: zmq.Socket[bytes], arrived: Callable[[list[bytes]], None]) -> None:
+        self._socket = socket
+        self._arrived = arrived
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(int(socket.getsockopt(zmq.FD)), self._drain)
+        self._again = True
+        self._loop.call_soon(self._drain)
+
+    def send(self, frames: list[bytes]) -> None:
+        """Send and look for what came meanwhile."""
+        self._socket.send_multipart(frames, zmq.NOBLOCK)
+        if not self._again:
+            self._again = True
+            self._loop.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        self._again = False
+        with contextlib.suppress(zmq.Again):
+            while True:
+                self._arrived(self._socket.recv_multipart(zmq.NOBLOCK))
+
+
+async def serve_raw(address: str) -> None:
+    """Answer forever with the bytes that came."""
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+    socket.bind(address)
+    pump = RawPump(socket, lambda frames: pump.send(frames))
+    _ready()
+    await asyncio.get_running_loop().create_future()
+
+
+async def connect_raw(address: str) -> Ask:
+    """Return an ask of bytes: a number to tell the answers apart, and a payload."""
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    socket.connect(address)
+    waiting: dict[bytes, asyncio.Future[bytes]] = {}
+    numbers = itertools.count()
+    pump = RawPump(socket, lambda frames: waiting.pop(frames[0]).set_result(frames[1]))
+    loop = asyncio.get_running_loop()
+
+    async def ask() -> object:
+        number = next(numbers).to_bytes(8, "big")
+        answer = waiting[number] = loop.create_future()
+        pump.send([number, b"a short text and more"])
+        return await answer
+
+    return ask
+
+
+async def serve_xoscar(address: str) -> None:
+    """Answer forever from an actor in a pool of its own."""
+    import xoscar
+
+    class EchoActor(xoscar.Actor):  # type: ignore[misc]
+        async def echo(self, text: str, number: int) -> tuple[str, int]:
+            return text, number
+
+    pool = await xoscar.create_actor_pool(address, n_process=0)
+    await xoscar.create_actor(EchoActor, address=pool.external_address, uid=NAME)
+    _ready()
+    await pool.join()
+
+
+async def connect_xoscar(address: str) -> Ask:
+    """Return a call of the actor's method."""
+    import xoscar
+
+    reference = await xoscar.actor_ref(address=address, uid=NAME)
+
+    async def ask() -> object:
+        answer: object = await reference.echo("a short text", 12345)
+        return answer
+
+    return ask
+
+
+SERVERS = {"ours": serve_ours, "raw": serve_raw, "xoscar": serve_xoscar}
+CLIENTS = {"ours": connect_ours, "raw": connect_raw, "xoscar": connect_xoscar}
+
+
+def _ready() -> None:
+    print("ready", flush=True)
+
+
+if __name__ == "__main__":
+    uvloop.run(SERVERS[sys.argv[1]](sys.argv[2]))

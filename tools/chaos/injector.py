@@ -1,0 +1,129 @@
+"""Cause faults at their moments, and see the victims back."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from triptych.actors import AddressBook
+from triptych.actors.runtime.system_messages import ChildReport
+from triptych.api.launch import Cluster
+from triptych.bus import BusError, Outbox
+from triptych.roles.messages.requests import ClusterQuery, ClusterView
+from triptych.tools.chaos.clock import Clock
+from triptych.tools.chaos.faults import FAULTS, SYSTEM, FaultContext
+from triptych.tools.chaos.plan import PlannedFault
+
+POLL_S = 0.02
+TRIGGER_TIMEOUT_S = 5.0
+"""Longest wait for the right moment; then the strike falls anyway."""
+RECOVERY_TIMEOUT_S = 60.0
+
+
+@dataclass(slots=True)
+class InjectedFault:
+    """A strike that fell."""
+
+    fault: str
+    victim: str
+    at: float
+    """Unix seconds."""
+    lethal: bool
+    """Whether the victim's process has to be replaced."""
+    hit: bool = False
+    """Whether a unit was in the victim's hands."""
+    recovery_s: float | None = None
+    """Until the victim was ready again; None if it was not seen to be."""
+
+
+class FaultInjector:
+    """Strikes the components of one cluster."""
+
+    def __init__(self, cluster: Cluster, seed: int, clock: Clock | None = None) -> None:
+        self._cluster = cluster
+        address_book = AddressBook(cluster.topology)
+        self._context = FaultContext(cluster, address_book, random.Random(seed), clock)
+        self._outbox = Outbox("chaos", curve=address_book.keys)
+        self._head = self._outbox.reference("head", address_book.address("head"))
+        self._victim_locks = {component.name: asyncio.Lock() for component in cluster.topology.components}
+        self.injected: list[InjectedFault] = []
+
+    def close(self) -> None:
+        """Let go of the bus."""
+        self._outbox.close()
+
+    async def inject(self, planned: PlannedFault) -> None:
+        """Wait for the moment, strike, and see the victim back; once more if it is to be struck twice."""
+        # One strike at a time for each victim: what is not there cannot be struck. A pause would wake who is stopped.
+        at_once = (
+            self._victim_locks.values()
+            if planned.fault == "pause"
+            else [self._victim_locks.get(planned.victim, asyncio.Lock())]
+        )
+        async with AsyncExitStack() as stack:
+            for lock in at_once:
+                await stack.enter_async_context(lock)
+            await self._wait_for_trigger(planned)
+            for _ in range(1 + planned.twice):
+                await self._inject(planned)
+
+    async def _inject(self, planned: PlannedFault) -> None:
+        fault = FAULTS[planned.fault]
+        victim = None if planned.victim == SYSTEM else (await self._children())[planned.victim]
+        at = time.time() + (self._context.clock.offset_s if self._context.clock else 0)
+        injection = InjectedFault(
+            planned.fault, planned.victim, at, fault.lethal, hit=await self._has_assigned(planned.victim)
+        )
+        self.injected.append(injection)
+        began = time.monotonic()
+        await fault.inject(self._context, victim)
+        if victim is None:
+            injection.recovery_s = 0.0
+        else:
+            await self._wait_for_recovery(victim, injection, began)
+
+    async def _wait_for_recovery(self, before: ChildReport, injection: InjectedFault, began: float) -> None:
+        while time.monotonic() - began < RECOVERY_TIMEOUT_S:
+            now = (await self._children())[before.name]
+            if now.state == "ready" and (now.generation > before.generation or not injection.lethal):
+                injection.recovery_s = time.monotonic() - began
+                return
+            await asyncio.sleep(POLL_S)
+
+    async def _children(self) -> dict[str, ChildReport]:
+        while True:
+            try:
+                return await self._cluster.children()
+            except BusError:  # the whole system is paused: ask again
+                await asyncio.sleep(POLL_S)
+
+    async def _has_assigned(self, victim: str) -> bool:
+        try:
+            view = await self._head.ask(ClusterQuery(), ClusterView, timeout_s=1.0)
+        except BusError:  # without a head nobody knows
+            return False
+        return any(instance.name == victim and instance.running for instance in view.instances)
+
+    async def _wait_for_trigger(self, planned: PlannedFault) -> None:
+        began = time.monotonic()
+        while planned.trigger != "any" and time.monotonic() - began < TRIGGER_TIMEOUT_S:
+            try:
+                view = await self._head.ask(ClusterQuery(), ClusterView, timeout_s=1.0)
+            except BusError:  # a head that is down has no moments: look again
+                continue
+            if trigger_is_met(planned, view):
+                return
+            await asyncio.sleep(POLL_S / 4)
+
+
+def trigger_is_met(planned: PlannedFault, view: ClusterView) -> bool:
+    """Whether the strike should fall now; pure."""
+    if planned.trigger == "running":
+        assigned = {instance.name: bool(instance.running) for instance in view.instances}
+        return assigned.get(planned.victim, any(state.endswith("RUNNING") for state in view.states))
+    if planned.trigger == "stored":
+        return any(state in ("DENOISING_WAITING", "DENOISING_RUNNING", "DECODER_WAITING") for state in view.states)
+    return not view.states

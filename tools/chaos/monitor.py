@@ -1,0 +1,163 @@
+"""Looking at a cluster from outside, while it is struck and once it is at rest."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import signal
+import sqlite3
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from triptych.actors import AddressBook
+from triptych.api.client import ClientError
+from triptych.api.launch import Cluster, launch
+from triptych.bus import Outbox
+from triptych.roles.head.job import TERMINAL_STATES
+from triptych.roles.messages.pool import LeaseQuery, LeaseReport, LeaseView
+from triptych.tools.chaos.load import request_body
+from triptych.tools.chaos.plan import CHANGED, ImageCase
+from triptych.tools.procfs import children_of, stat
+
+SAMPLE_INTERVAL_S = 0.5
+IDLE_TIMEOUT_S = 20.0
+RESTART_TIMEOUT_S = 60.0
+TOPOLOGY_CHANGE_TIMEOUT_S = 60.0
+CHANGED_POOL = "1MiB"
+
+
+class MailboxMonitor:
+    """Samples every mailbox while the cluster runs."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self.depths: dict[str, tuple[int, int]] = {}
+        """Actor to the deepest that its mailbox was seen, and its capacity."""
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            try:
+                actors = (await self._cluster.status())["actors"]
+            except ClientError:  # the API may be the one that was struck
+                actors = []
+            for actor in actors:
+                deepest = max(self.depths.get(actor["name"], (0, 0))[0], actor.get("mailbox_depth", 0))
+                self.depths[actor["name"]] = (deepest, actor.get("mailbox_capacity", 0) or deepest)
+            await asyncio.sleep(SAMPLE_INTERVAL_S)
+
+    def zombies(self) -> list[int]:
+        """Children of the supervisor that ended and were not reaped."""
+        return [child for child in children_of(self._cluster.process.pid) if stat(child)[0] == "Z"]
+
+
+async def wait_until_idle(cluster: Cluster) -> tuple[list[dict[str, Any]], list[LeaseView], int]:
+    """The pools, their leases, and how many of those the prompt cache has.
+
+    Seen once it has all that are held for a request, or as they are after IDLE_TIMEOUT_S seconds.
+    """
+    names = [c.name for c in cluster.topology.components if c.kind == "pool"]
+    address_book = AddressBook(cluster.topology)
+    outbox = Outbox("chaos", curve=address_book.keys)
+    began = time.monotonic()
+    try:
+        while True:
+            leases: list[LeaseView] = []
+            for name in names:
+                reference = outbox.reference(name, address_book.address(name))
+                query: LeaseQuery | None = LeaseQuery()
+                while query:
+                    report = await reference.ask(query, LeaseReport, timeout_s=5.0)
+                    leases += report.leases
+                    query = LeaseQuery(report.leases[-1].lease.lease_id) if report.more else None
+            seen = await cluster.status()
+            kept = int(seen["head"]["prompt_cache"]["entries"]) if seen["head"] else 0
+            if sum(bool(view.attempt.job_id) for view in leases) == kept or time.monotonic() - began > IDLE_TIMEOUT_S:
+                return seen["pools"], leases, kept
+            await asyncio.sleep(SAMPLE_INTERVAL_S)
+    finally:
+        outbox.close()
+
+
+def journal_keys(cluster: Cluster) -> dict[str, str]:
+    """Request id to idempotency key, of all that the journal has."""
+    path = cluster.topology.state_dir / "journal.sqlite"
+    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as journal:
+        return dict(journal.execute("SELECT id, COALESCE(idempotency_key, '') FROM requests"))
+
+
+async def check_restart_intensity(topology: Path, overrides: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """Kill one role oftener than its intensity allows: `/ready` must say so and name it."""
+    strict = {**overrides, "supervision": {"intensity": 1, "period_s": 600}}
+    async with launch(topology, strict) as cluster:
+        victim = next(c.name for c in cluster.topology.components if c.kind in ("denoiser", "monolithic"))
+        began = time.monotonic()
+        while time.monotonic() - began < RESTART_TIMEOUT_S:
+            child = (await cluster.children())[victim]
+            if child.state == "gave_up":
+                return await _ready_names(cluster, victim)
+            if child.state == "ready" and child.pid:
+                os.kill(child.pid, signal.SIGKILL)
+                await _wait_for_exit(child.pid)
+            await asyncio.sleep(SAMPLE_INTERVAL_S / 10)
+    return [f"{victim} was not given up within {RESTART_TIMEOUT_S:g} s"]
+
+
+async def check_changed_topology(
+    topology: Path, overrides: Mapping[str, Mapping[str, object]], baseline: Mapping[ImageCase, str]
+) -> list[str]:
+    """Stop a cluster with requests under way, and start it with another engine and role names: all of them are done."""
+    async with (
+        launch(topology, overrides) as cluster,
+        httpx.AsyncClient(base_url=cluster.url, timeout=TOPOLOGY_CHANGE_TIMEOUT_S) as http,
+    ):
+        answers = [
+            await http.post("/v1/images/generations", json=request_body(picture), headers={"Prefer": "respond-async"})
+            for picture in CHANGED
+        ]
+    ids = [answer.raise_for_status().json()["id"] for answer in answers]
+    engine = "shm" if cluster.topology.engine == "mooncake" else "mooncake"
+    kind = next(c.kind for c in cluster.topology.components if c.kind in ("denoiser", "monolithic"))
+    transfer = {**overrides.get("transfer", {}), "engine": engine, "trusted_network": True, "pool_size": CHANGED_POOL}
+    changed: dict[str, Mapping[str, object]] = {**overrides, "transfer": transfer, "roles": {kind: {"name": "renamed"}}}
+    async with (
+        launch(topology, changed) as cluster,
+        httpx.AsyncClient(base_url=cluster.url, timeout=TOPOLOGY_CHANGE_TIMEOUT_S) as http,
+    ):
+        return [
+            sentence
+            for picture, name in zip(CHANGED, ids, strict=True)
+            if (sentence := await _not_made(http, name, baseline[picture]))
+        ]
+
+
+async def _not_made(http: httpx.AsyncClient, request_id: str, digest: str) -> str:
+    """Say what is wrong with how a request ended; "" where its image is the right one."""
+    began = time.monotonic()
+    while time.monotonic() - began < TOPOLOGY_CHANGE_TIMEOUT_S:
+        view = (await http.get(f"/v1/requests/{request_id}")).raise_for_status().json()
+        if view["state"] == "DONE":
+            made = await http.get(view["units"][0]["artifact"]["url"])
+            return "" if hashlib.sha256(made.content).hexdigest() == digest else f"{request_id} has other bytes"
+        if view["state"] in TERMINAL_STATES:
+            return f"{request_id} ended {view['state']}: {view['units'][0]['causes'][-1:]}"
+        await asyncio.sleep(SAMPLE_INTERVAL_S)
+    return f"{request_id} was not done within {TOPOLOGY_CHANGE_TIMEOUT_S:g} s"
+
+
+async def _ready_names(cluster: Cluster, victim: str) -> list[str]:
+    async with httpx.AsyncClient(base_url=cluster.url) as http:
+        answer = await http.get("/ready")
+    if answer.status_code == 503 and victim in answer.text:
+        return []
+    return [f"/ready says {answer.status_code} {answer.text} after {victim} was given up"]
+
+
+async def _wait_for_exit(pid: int) -> None:
+    while os.path.exists(f"/proc/{pid}"):  # noqa: PTH110, ASYNC110, ASYNC240  another's process sends us no event
+        await asyncio.sleep(SAMPLE_INTERVAL_S / 50)
