@@ -3,7 +3,7 @@
 from triptych.bus._address import Address, parse_address
 from triptych.bus._binding import remove_if_stale
 from triptych.bus._dead_letters import DeadLetter, DeadLetters
-from triptych.bus._envelope import Envelope, EnvelopeKind, Failure, FailureCode, Generation
+from triptych.bus._envelope import Envelope, EnvelopeKind, Failure, FailureCode, Generation, Sender
 from triptych.bus._errors import (
     AddressError,
     AskTimeoutError,
@@ -44,6 +44,7 @@ __all__ = [
     "Reference",
     "RefusedError",
     "RemoteError",
+    "Sender",
     "UnreachableError",
     "child_traceparent",
     "current_traceparent",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum, StrEnum
-from typing import Annotated, Final
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -40,6 +40,15 @@ class FailureCode(StrEnum):
     REFUSED = "refused"
     HANDLER_FAILED = "handler_failed"
     STOPPING = "stopping"
+
+
+class Sender(NamedTuple):
+    """Who sent a message, as its envelope says."""
+
+    name: str
+    """Name of the sending actor."""
+    generation: int
+    """Its incarnation; 0 = an unfenced client."""
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fields=True):

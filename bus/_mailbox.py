@@ -17,7 +17,7 @@ from triptych.bus._address import parse_address
 from triptych.bus._authenticator import CurveAuthenticator, shared_authenticator
 from triptych.bus._binding import Binding
 from triptych.bus._dead_letters import DeadLetters
-from triptych.bus._envelope import Envelope, EnvelopeKind, Failure, FailureCode
+from triptych.bus._envelope import Envelope, EnvelopeKind, Failure, FailureCode, Sender
 from triptych.bus._errors import BusError, MessageTooLongError, RefusedError
 from triptych.bus._message import Message
 from triptych.bus._pump import Pump
@@ -49,6 +49,11 @@ class Delivery:
         self._mailbox = mailbox
         self._route = route
         self._expires_at = time.monotonic() + envelope.timeout_s if envelope.kind is EnvelopeKind.ASK else math.inf
+
+    @property
+    def sender(self) -> Sender:
+        """The actor that sent the message, and its generation."""
+        return Sender(self.envelope.sender, self.envelope.generation)
 
     @property
     def expired(self) -> bool:

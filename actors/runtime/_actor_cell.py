@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import structlog
 
 from triptych.actors.errors import OF_THE_MACHINE, ActorCrashedError, StartDelayedError, StartError, describe
-from triptych.actors.runtime.actor import LOADING, READY
+from triptych.actors.runtime.actor import LOADING, READY, current_sender
 from triptych.actors.runtime.deferred_reply import DeferredReply
 from triptych.actors.runtime.system_messages import SYSTEM_MESSAGES, DeadLetterQuery, DeadLetterReport
 from triptych.bus import (
@@ -173,6 +173,7 @@ class ActorCell:
                 self._refuse(delivery, FailureCode.DEADLINE_EXCEEDED, "the deadline passed while it waited")
                 continue
             current_traceparent.set(traceparent)
+            current_sender.set(delivery.sender)
             await self._handle(delivery)
 
     async def _handle(self, delivery: Delivery) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import structlog
@@ -14,13 +15,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from triptych.actors.runtime.address_book import AddressBook
-    from triptych.bus import Outbox, Reference
+    from triptych.bus import Outbox, Reference, Sender
 
 LOADING: Final = "loading"
 READY: Final = "ready"
 ASLEEP: Final = "asleep"
 """The state of an actor that can work as soon as its weights are in memory again."""
 DRAINING: Final = "draining"
+
+current_sender: ContextVar[Sender] = ContextVar("current_sender")
+"""Sender of the message that this task handles; read it as `Actor.sender`. A test that calls a handler sets it."""
 
 
 class Actor:
@@ -70,6 +74,16 @@ class Actor:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._on_state: Callable[[], None] = _ignore_state_change
         self._on_crash: Callable[[BaseException], None] = _raise
+
+    @property
+    def sender(self) -> Sender:
+        """Who sent the message that is being handled: OTP's `From`.
+
+        Known in a handler, in the coroutine of its `DeferredReply`, and in the tasks that it spawns, where it stays
+        the same whatever is handled meanwhile. `address_book.component_of(self.sender.name)` is its component.
+        Raises `LookupError` where no message is being handled.
+        """
+        return current_sender.get()
 
     async def started(self) -> None:
         """Load what the actor needs; it is ready when this returns, unless it has set a state of its own.

@@ -46,6 +46,19 @@ class Open(Message):
     pass
 
 
+class AskSender(Message):
+    pass
+
+
+class AskSenderLater(Message):
+    pass
+
+
+class SentBy(Message):
+    name: str
+    generation: int
+
+
 class Worker(Actor):
     """Does what the text of its work says."""
 
@@ -97,6 +110,17 @@ class Worker(Actor):
 
     async def told(self, message: Told) -> Texts:
         return Texts(tuple(self.texts))
+
+    async def sent_by(self, message: AskSender) -> SentBy:
+        return SentBy(*self.sender)
+
+    async def sent_by_later(self, message: AskSenderLater) -> DeferredReply[SentBy]:
+        return DeferredReply(self._sent_by_later())
+
+    async def _sent_by_later(self) -> SentBy:
+        self.entered.set()
+        await self.gate.wait()
+        return SentBy(*self.sender)
 
     async def later(self, message: Open) -> DeferredReply[Done]:
         return DeferredReply(self._wait_for_gate())

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.actors.runtime.runtime_harness import (
+    AskSender,
+    AskSenderLater,
     Done,
     Open,
     RuntimeHarness,
+    SentBy,
     Tell,
     Texts,
     Told,
@@ -30,6 +33,7 @@ from triptych.actors.runtime.system_messages import (
 from triptych.bus import (
     AskTimeoutError,
     MailboxFullError,
+    Outbox,
     Reference,
     RemoteError,
     current_traceparent,
@@ -181,6 +185,27 @@ def test_a_later_answer_does_not_hold_up_the_mailbox(folder: Path) -> None:
             assert await ask(reference, "meanwhile") == "meanwhile"
             reference.tell(Tell("open"))
             assert await later == Done("later")
+
+    run(scenario())
+
+
+def test_a_handler_sees_who_sent_the_message(folder: Path) -> None:
+    async def scenario() -> None:
+        worker = Worker("worker")
+        harness = RuntimeHarness(folder, worker)
+        other = Outbox("other", 42)
+        async with harness.runtime:
+            address = harness.address_book.address("worker")
+            fenced, unfenced = other.reference("worker", address), harness.reference("worker")
+            later = asyncio.create_task(fenced.ask(AskSenderLater(), SentBy, timeout_s=5))
+            await worker.entered.wait()
+            assert await unfenced.ask(AskSender(), SentBy, timeout_s=5) == SentBy("client", 0)
+            assert await fenced.ask(AskSender(), SentBy, timeout_s=5) == SentBy("other", 42)
+            unfenced.tell(Tell("open"))
+            assert await later == SentBy("other", 42)  # the sender of the ask that was deferred, not of the last one
+        with pytest.raises(LookupError):
+            _ = worker.sender
+        other.close()
 
     run(scenario())
 
