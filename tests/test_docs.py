@@ -1,0 +1,60 @@
+"""The documentation names what is there."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("docs/glossary.md",)
+NAME = re.compile(r"`((?:actors|api|bus|engines|roles|tools)(?:\.\w+)+)(?:\(\))?`")
+
+
+@cache
+def _tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
+def _missing(name: str) -> bool:
+    """Whether a dotted name leads to no module, and no class, function or import of one."""
+    parts = name.split(".")
+    folder = ROOT
+    while parts and (folder / parts[0]).is_dir():
+        folder /= parts.pop(0)
+    if not parts:
+        return False
+    file = folder / f"{parts[0]}.py"
+    if file.is_file():
+        parts.pop(0)
+    else:
+        file = folder / "__init__.py"
+    nodes: list[ast.stmt] = _tree(file).body
+    for part in parts:
+        found = [node for node in nodes if part in _defined(node)]
+        if not found:
+            return True
+        nodes = found[0].body if isinstance(found[0], ast.ClassDef) else []
+    return False
+
+
+def _defined(node: ast.stmt) -> set[str]:
+    if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        return {node.name}
+    if isinstance(node, ast.ImportFrom):
+        return {alias.asname or alias.name for alias in node.names}
+    if isinstance(node, ast.Assign):
+        return {target.id for target in node.targets if isinstance(target, ast.Name)}
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        return {node.target.id}
+    return set()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_name_of_a_page_is_in_the_code(page: str) -> None:
+    names = NAME.findall((ROOT / page).read_text())
+    assert names
+    assert not [name for name in names if _missing(name)]
