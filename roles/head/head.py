@@ -151,7 +151,10 @@ class Head(Actor):
 
     async def submit(self, message: requests.SubmitRequest) -> DeferredReply[SubmitAnswer]:
         """Accept a request: check it, write it down, start it."""
-        return DeferredReply(self._accepted(message, self._submit(message)))
+        answer = self._submit(message)
+        if served := self.models.find(message.model):
+            answer = msgspec.structs.replace(answer, description_version=served.description_version)
+        return DeferredReply(self._accepted(message, answer))
 
     def _submit(self, message: requests.SubmitRequest) -> SubmitAnswer:
         digest = _digest(message)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Final
 
+import msgspec
 from msgspec.structs import replace
 
 from triptych.actors import Component, Model, Topology
@@ -23,6 +25,7 @@ from triptych.roles.messages.common import Output
 from triptych.roles.messages.requests import ModelDescription, PromptCacheView
 
 WEIGHTS: Final = frozenset({".safetensors", ".gguf"})
+_encoder: Final = msgspec.msgpack.Encoder(order="deterministic")
 
 
 class ServedModel:
@@ -44,6 +47,8 @@ class ServedModel:
         self.weight_file_bytes = 0
         """Size of its files of weights."""
         self._known = Signature()
+        self._described: tuple[Signature, ServingConfig, ModelDescription] | None = None
+        """The latest description, and what it was made of."""
 
     @property
     def key(self) -> str:
@@ -79,15 +84,32 @@ class ServedModel:
         return [lora.name for lora in self.model.section.lora]
 
     def describe(self, created_at: float, state: str) -> ModelDescription:
-        """Say what it is and what it takes."""
+        """Describe the model: what it is, what it takes and what it does at present."""
+        return replace(self._description, created_at=created_at, state=state)
+
+    @property
+    def description_version(self) -> str:
+        """The version of its description; another one as soon as the description differs."""
+        return self._description.version
+
+    @property
+    def _description(self) -> ModelDescription:
+        """The description without what changes while the model is served: its state."""
         signature, serving_config = self.signature, self.serving_config
+        if self._described is None or self._described[:2] != (signature, serving_config):
+            made = self._make_description(signature, serving_config)
+            version = blake2b(_encoder.encode(made), digest_size=16).hexdigest()
+            self._described = (signature, serving_config, replace(made, version=version))
+        return self._described[2]
+
+    def _make_description(self, signature: Signature, serving_config: ServingConfig) -> ModelDescription:
         parameters = [replace(item, default=serving_config.default(item)) for item in signature.parameters]
         return ModelDescription(
             name=self.name,
             family=serving_config.family,
             task=self._task(),
             dtype=self.model.section.dtype,
-            created_at=created_at,
+            created_at=0.0,
             defaults=dict(serving_config.defaults),
             ranges={
                 item.name: limits for item in parameters if (limits := serving_config.limits(item)) not in ((), ANY)
@@ -96,7 +118,6 @@ class ServedModel:
             medium=signature.medium,
             fps=resolve_output(Output(), signature, {}, serving_config.defaults).fps,
             tasks=signature.tasks,
-            state=state,
         )
 
     def _task(self) -> str:

@@ -46,6 +46,9 @@ class RequestAccepted(Message):
 
     request_id: Name
     """Not the submitted id when the idempotency key was already known."""
+    description_version: Name = ""
+    """`ModelDescription.version` of the model as it is described now: a description that a client has kept and that
+    has another version is out of date."""
 
 
 class RequestRejected(Message):
@@ -58,6 +61,8 @@ class RequestRejected(Message):
     param: str = ""
     """The input at fault, when there is one."""
     retry_after_s: float = 0.0
+    description_version: Name = ""
+    """As in RequestAccepted; "" where there is no such model."""
 
 
 class QueryRequest(Message):
@@ -203,6 +208,10 @@ class ModelDescription(Message):
     """What requests may be for; empty until an instance has loaded it."""
     state: str = "loaded"
     """starting, loaded, asleep or waking. A request for one that sleeps wakes it."""
+    version: Name = ""
+    """Digest of every other field but `state` and `created_at`. Equal versions describe the same model, also after a
+    restart of the head. RequestAccepted and RequestRejected carry it, so that a client may keep a description and ask
+    again only when the version has changed."""
 
 
 class ModelList(Message):

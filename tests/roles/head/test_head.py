@@ -17,7 +17,15 @@ import pytest
 from triptych.actors import Actor, AddressBook, Topology, load_topology
 from triptych.actors.runtime.bus_keys import make_bus_keys
 from triptych.actors.runtime.runtime import Runtime
-from triptych.actors.runtime.system_messages import ChildReport, Inspect, Inspection, SupervisorQuery, SupervisorReport
+from triptych.actors.runtime.system_messages import (
+    ChildReport,
+    Inspect,
+    Inspection,
+    Reloading,
+    ReloadModel,
+    SupervisorQuery,
+    SupervisorReport,
+)
 from triptych.bus import Outbox, Reference, RefusedError, RemoteError
 from triptych.engines.parameters.lora import PARAMETERS
 from triptych.engines.parameters.schema import Parameter, ParameterKind, Signature
@@ -326,6 +334,34 @@ def test_the_model_says_what_it_takes(topology: Callable[..., Topology]) -> None
             assert [item.name for item in said.parameters] == ["height", "mask_image", "prompt", "sigmas"]
             assert said.parameters[0].default == 96, "the card's, before the pipeline's"
             assert said.ranges == {"height": (64.0, 128.0, 8.0)}, "and nothing of what may be any number"
+
+    run_scenario(scenario())
+
+
+def test_answers_to_a_request_carry_the_version_of_the_description(topology: Callable[..., Topology]) -> None:
+    async def described(harness: HeadHarness) -> str:
+        message = requests.DescribeModel()
+        return (await harness.head.ask(message, requests.ModelDescription, timeout_s=BOUND_S)).version
+
+    async def scenario() -> None:
+        async with running_head(topology()) as harness:
+            unknown = await described(harness)
+            assert (await harness.submit("early")).description_version == unknown
+            await harness.register("encoder-0")
+            known = await described(harness)
+            assert known not in ("", unknown), "the instance has said what the pipeline takes"
+            await harness.register("encoder-0", generation=2)
+            assert (await harness.submit("late")).description_version == known, "it has said nothing new"
+            rejected = await harness.submit("late", height=100)
+            assert (rejected.code, rejected.description_version) == ("invalid", known)
+            serving_config = harness.topology.models[0].path / "triptych.json"
+            serving_config.write_text(serving_config.read_text().replace('"height": 96', '"height": 128'))
+            await harness.head.ask(ReloadModel(), Reloading, timeout_s=BOUND_S)
+            changed = await described(harness)
+            assert (await harness.submit("last")).description_version == changed not in (known, unknown)
+        async with running_head(topology(), generation=2) as harness:
+            await harness.register("encoder-0")
+            assert await described(harness) == changed, "a head that comes back describes the same model"
 
     run_scenario(scenario())
 
