@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 from starlette.requests import Request
 
 from triptych.actors import AddressBook, Component, Topology
+from triptych.actors.child_state import GIVEN_UP_STATES, ChildState
 from triptych.actors.runtime.system_messages import (
-    GIVEN_UP_STATES,
     ChildReport,
     DeadLetterQuery,
     DeadLetterReport,
@@ -88,7 +88,7 @@ class ClusterObserver:
             "gave_up": readiness.gave_up,
             "actors": actors,
             "pools": [
-                _public_view(found) if found else {"name": name, "transport": None, "state": "down"}
+                _public_view(found) if found else {"name": name, "transport": None, "state": ChildState.DOWN}
                 for name, found in descriptions.items()
             ],
             "head": to_builtins(head),
@@ -119,7 +119,9 @@ def _public_view(pool: PoolDescription) -> dict[str, Any]:
 def assess_readiness(head: ClusterView | None, children: Collection[ChildReport]) -> Readiness:
     """Judge by the head's word and by what was given up: the rest serves on, but only a person brings that back."""
     gave_up = [f"{child.name}: {child.reason}" for child in children if child.state in GIVEN_UP_STATES]
-    delayed = [f"{child.name} cannot start yet: {child.reason}" for child in children if child.state == "delayed"]
+    delayed = [
+        f"{child.name} cannot start yet: {child.reason}" for child in children if child.state == ChildState.DELAYED
+    ]
     reasons = [*(head.reasons if head else ["the head does not answer"]), *gave_up, *delayed]
     return Readiness(head is not None and head.ready and not gave_up, reasons, gave_up)
 
@@ -154,14 +156,14 @@ def unreachable_row(component: Component, child: ChildReport | None) -> dict[str
         "component": component.name,
         "pid": 0,
         "generation": 0,
-        "state": "down",
+        "state": ChildState.DOWN,
         "detail": "",
         "restarts": 0,
     }
     if child is not None:
         row.update(pid=child.pid, generation=child.generation, restarts=child.restarts)
         row["detail"] = child.detail or child.reason
-        if child.state != "ready":
+        if child.state != ChildState.READY:
             row["state"] = child.state
     return row
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import msgspec
 from starlette.requests import Request
 
+from triptych.actors.child_state import DOWN_STATES
 from triptych.api.cluster import ClusterObserver
 from triptych.api.responses import JSONResponse
-
-DOWN = {"down", "backoff", "failed", "gave_up", "stopped"}
 
 
 class Live(msgspec.Struct):
@@ -58,7 +57,7 @@ async def health(request: Request) -> JSONResponse:
     """Sum up: `ok`, `degraded` when images are made but an actor is down, `unavailable` with 503."""
     probe: ClusterObserver = request.app.state.cluster
     seen = await probe.snapshot()
-    down = sorted(actor["name"] for actor in seen["actors"] if actor["state"] in DOWN)
+    down = sorted(actor["name"] for actor in seen["actors"] if actor["state"] in DOWN_STATES)
     status = "unavailable" if not seen["ready"] else "degraded" if down else "ok"
     head = seen["head"] or {}
     content = Health(

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, Final, overload
 
 import httpx
 
+from triptych.actors.child_state import FINAL_STATES, ChildState
 from triptych.actors.errors import TopologyError
-from triptych.actors.runtime.actor import ASLEEP, READY
 from triptych.actors.runtime.address_book import SUPERVISOR, AddressBook
 from triptych.actors.runtime.system_messages import ChildReport, SupervisorQuery, SupervisorReport
-from triptych.actors.supervision.child import DELAYED, FINAL_STATES
 from triptych.actors.supervision.child_process import module_command
 from triptych.actors.topology.overrides import write_with_overrides
 from triptych.actors.topology.topology import Topology, load_topology
@@ -222,12 +221,11 @@ class Cluster:
             return f"the supervisor does not answer ({error})"
 
 
-def cannot_become_ready(states: Sequence[str]) -> bool:
+def cannot_become_ready(states: Sequence[ChildState]) -> bool:
     """Whether waiting changes nothing: some children are not to run any more, and no other is under way. Pure."""
-    stuck = FINAL_STATES | {DELAYED}  # a port that is taken may come free: who wants a cluster now is told so now
-    return any(state in stuck for state in states) and all(
-        state in stuck or state in (READY, ASLEEP) for state in states
-    )
+    stuck = FINAL_STATES | {ChildState.DELAYED}  # a taken port may come free later, but who waits now is told now
+    settled = stuck | {ChildState.READY, ChildState.ASLEEP}
+    return any(state in stuck for state in states) and all(state in settled for state in states)
 
 
 def describe_children(children: Iterable[ChildReport]) -> str:

@@ -14,6 +14,7 @@ from typing import cast
 import uvicorn
 
 from triptych.actors import Actor, Component, StartDelayedError, StartError, Topology
+from triptych.actors.child_state import ChildState
 from triptych.actors.topology.sections import parse_size
 from triptych.api.app import make_app
 from triptych.api.cluster import ClusterObserver
@@ -125,7 +126,7 @@ class ApiServer(Actor):
             await asyncio.sleep(PRUNE_EVERY_S)
 
     async def _wait_for(self, head: HeadClient) -> None:
-        self.set_state("loading", "waiting for the head")
+        self.set_state(ChildState.LOADING, "waiting for the head")
         while True:
             try:
                 await head.reference.ask(ClusterQuery(), ClusterView, timeout_s=HEAD_PING_TIMEOUT_S)

@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from triptych.actors.child_state import ChildState
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -16,19 +18,19 @@ EXIT_BAD_TOPOLOGY: Final = 2
 EXIT_INTERRUPTED: Final = 130
 _PIPE_WIDTH: Final = 200  # what reads a pipe wants whole lines
 
-STYLES: Final = {
-    "ready": "green",
-    "loading": "yellow",
-    "waking": "yellow",
-    "asleep": "blue",
-    "starting": "yellow",
-    "backoff": "yellow",
-    "draining": "cyan",
-    "stopped": "dim",
-    "failed": "bold red",
-    "gave_up": "bold red",
-    "down": "red",
-    "hung": "red",
+STYLES: Final[dict[str, str]] = {
+    ChildState.READY: "green",
+    ChildState.LOADING: "yellow",
+    ChildState.WAKING: "yellow",
+    ChildState.ASLEEP: "blue",
+    ChildState.STARTING: "yellow",
+    ChildState.BACKOFF: "yellow",
+    ChildState.DRAINING: "cyan",
+    ChildState.STOPPED: "dim",
+    ChildState.FAILED: "bold red",
+    ChildState.GAVE_UP: "bold red",
+    ChildState.DOWN: "red",
+    ChildState.HUNG: "red",
 }
 
 

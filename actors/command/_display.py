@@ -11,6 +11,7 @@ import httpx
 from rich.live import Live
 from rich.markup import escape
 
+from triptych.actors.child_state import ChildState
 from triptych.actors.command._console import rows_of, styled, table
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Display:
     def __init__(self, console: Console, topology: Topology) -> None:
         self.console = console
         self.topology = topology
-        self._states: dict[str, str] = {}
+        self._states: dict[str, ChildState | None] = {}
         self._serves_http = False
         self._all_ready = asyncio.Event()
         self._api_ready = asyncio.Event()
@@ -41,7 +42,7 @@ class Display:
     @contextlib.contextmanager
     def showing(self, components: Sequence[Component]) -> Iterator[None]:
         """For as long as the components run."""
-        self._states = dict.fromkeys((component.name for component in components), "")
+        self._states = dict.fromkeys(component.name for component in components)
         self._serves_http = any(component.kind == "api" for component in components)
         yield
 
@@ -52,9 +53,9 @@ class Display:
             return
         self._states[report.name] = report.state
         self.show(report)
-        if report.kind == "api" and report.state == "ready":
+        if report.kind == "api" and report.state == ChildState.READY:
             self._api_ready.set()
-        if all(state in ("ready", "asleep") for state in self._states.values()):
+        if all(state in (ChildState.READY, ChildState.ASLEEP) for state in self._states.values()):
             self._all_ready.set()
 
     def progressed(self, report: ChildReport) -> None:
@@ -140,18 +141,18 @@ def line(report: ChildReport) -> str:
     """One child as a line of rich markup."""
     name, reason = f"{report.name:<14}", escape(report.reason)
     match report.state:
-        case "failed":
+        case ChildState.FAILED:
             return f"{name} [bold red]cannot start:[/] {reason}"
-        case "delayed":
+        case ChildState.DELAYED:
             return f"{name} [bold yellow]cannot start yet:[/] {reason}; it is tried again"
-        case "gave_up":
+        case ChildState.GAVE_UP:
             return f"{name} [bold red]given up:[/] {reason}"
-        case "backoff" if report.reason:
+        case ChildState.BACKOFF if report.reason:
             return f"{name} [yellow]ended[/] ({reason}), starting it again"
-        case "stopped" if report.reason:
+        case ChildState.STOPPED if report.reason:
             return f"{name} [dim]stopped[/] ({reason})"
         case state:
-            return f"{name} {styled(state)}" + (f" [dim](pid {report.pid})[/]" if state == "loading" else "")
+            return f"{name} {styled(state)}" + (f" [dim](pid {report.pid})[/]" if state == ChildState.LOADING else "")
 
 
 async def _until_ready(url: str) -> None:

@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
+from triptych.actors.child_state import ChildState
 from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, rows_of, stdout, styled, table
 from triptych.actors.command.generate import KeyFile, Url, api_key, base_url
 from triptych.actors.errors import TopologyError
@@ -140,7 +141,7 @@ def _row(actor: dict[str, Any], start: str) -> tuple[str, ...]:
 
 def _pool(pool: dict[str, Any]) -> str:
     name = escape(str(pool.get("name", "pool")))
-    if pool.get("state") == "down":
+    if pool.get("state") == ChildState.DOWN:
         return f"{name}: [red]down[/]"
     return (
         f"{name}: {_size(pool.get('free'))} of {_size(pool.get('capacity'))} free, {escape(str(pool.get('transport')))}"

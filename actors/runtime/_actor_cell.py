@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import structlog
 
+from triptych.actors.child_state import ChildState
 from triptych.actors.errors import OF_THE_MACHINE, ActorCrashedError, StartDelayedError, StartError, describe
-from triptych.actors.runtime.actor import LOADING, READY, current_sender
+from triptych.actors.runtime.actor import current_sender
 from triptych.actors.runtime.deferred_reply import DeferredReply
 from triptych.actors.runtime.system_messages import SYSTEM_MESSAGES, DeadLetterQuery, DeadLetterReport
 from triptych.bus import (
@@ -116,8 +117,8 @@ class ActorCell:
                 raise StartDelayedError(describe(error)) from error
             raise ActorCrashedError(self.actor.name, error) from error
         self.started = True
-        if self.actor.state == LOADING:
-            self.actor.set_state(READY)
+        if self.actor.state == ChildState.LOADING:
+            self.actor.set_state(ChildState.READY)
         self._create_task(self._run_handlers(), "handlers")
 
     async def close(self) -> None:

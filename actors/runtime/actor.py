@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import structlog
 
+from triptych.actors.child_state import ChildState
 from triptych.actors.runtime.handlers import Handlers, read_handlers
 
 if TYPE_CHECKING:
@@ -16,12 +17,6 @@ if TYPE_CHECKING:
 
     from triptych.actors.runtime.address_book import AddressBook
     from triptych.bus import Outbox, Reference, Sender
-
-LOADING: Final = "loading"
-READY: Final = "ready"
-ASLEEP: Final = "asleep"
-"""The state of an actor that can work as soon as its weights are in memory again."""
-DRAINING: Final = "draining"
 
 current_sender: ContextVar[Sender] = ContextVar("current_sender")
 """Sender of the message that this task handles; read it as `Actor.sender`. A test that calls a handler sets it."""
@@ -68,7 +63,7 @@ class Actor:
     def __init__(self, name: str) -> None:
         self.name = name
         self.log = structlog.stdlib.get_logger("actor").bind(actor=name)
-        self.state = LOADING
+        self.state = ChildState.LOADING
         self.detail = ""
         self.start_s = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -103,8 +98,8 @@ class Actor:
         """A reason when work hangs, else None. Asked before each heartbeat; a reason holds the heartbeat back."""
         return None
 
-    def set_state(self, state: str, detail: str = "") -> None:
-        """Say where this actor is ("loading", "ready", "draining", ...); seen by Inspect and the supervisor."""
+    def set_state(self, state: ChildState, detail: str = "") -> None:
+        """Set the state of this actor, which `Inspect` and the supervisor see."""
         if (state, detail) != (self.state, self.detail):
             self.state, self.detail = state, detail
             self._on_state()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from triptych.actors.runtime.actor import READY
+from triptych.actors.child_state import ChildState
 from triptych.actors.runtime.system_messages import Ack, ChildHeartbeat, ChildStateChanged
 from triptych.bus import BusError, MailboxFullError, Message, Outbox
 
@@ -39,7 +39,7 @@ class Heartbeat:
         self._every_s = every_s
         self._on_crash = on_crash
         self._start_s: dict[str, float] | None = None
-        self._last_reported = ("", "")
+        self._last_reported: tuple[ChildState, str] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
@@ -66,7 +66,7 @@ class Heartbeat:
         component = self._actors[0]
         try:
             self._report_state()
-            if self._last_reported[0] != "hung":
+            if self._last_reported is None or self._last_reported[0] != ChildState.HUNG:
                 self._tell(ChildHeartbeat(component.name, component.generation, self._start_s))
         except Exception as error:  # noqa: BLE001  `watchdog` is the actor's own code: its errors are crashes
             self._on_crash(component, error)
@@ -75,7 +75,7 @@ class Heartbeat:
         state = process_state(self._actors)
         if state == self._last_reported:
             return
-        if state[0] == "hung":
+        if state[0] == ChildState.HUNG:
             _log.error("work hangs, heartbeat withheld", reason=state[1])
         component = self._actors[0]
         if self._tell(ChildStateChanged(component.name, component.generation, *state)):
@@ -90,15 +90,15 @@ class Heartbeat:
         return True
 
 
-def process_state(actors: Sequence[Actor]) -> tuple[str, str]:
+def process_state(actors: Sequence[Actor]) -> tuple[ChildState, str]:
     """State and detail of a process: hung if work of any actor hangs, ready when every actor is. Pure."""
     for actor in actors:
         reason = actor.watchdog()
         if reason is not None:
-            return "hung", f"{actor.name}: {reason}"
-    waiting = [actor for actor in actors if actor.state != READY]
+            return ChildState.HUNG, f"{actor.name}: {reason}"
+    waiting = [actor for actor in actors if actor.state != ChildState.READY]
     if not waiting:
-        return READY, actors[0].detail
+        return ChildState.READY, actors[0].detail
     # While a process starts, its first actor mostly waits for another one, which has more to say.
     first, *others = waiting
     telling = first if first.detail else next((actor for actor in others if actor.detail), first)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import structlog
 
+from triptych.actors.child_state import ChildState
 from triptych.actors.errors import ActorCrashedError
 from triptych.actors.runtime._actor_cell import ActorCell
-from triptych.actors.runtime.actor import DRAINING
 from triptych.actors.runtime.heartbeat import Heartbeat
 from triptych.actors.runtime.system_messages import ActorStatus, Inspect, Inspection, Shutdown, ShuttingDown
 
@@ -145,7 +145,7 @@ class Runtime:
         if not self._stop_reason.done():
             self._stop_reason.set_result("left")
         for cell in self._cells:
-            cell.actor.set_state(DRAINING)
+            cell.actor.set_state(ChildState.DRAINING)
         try:
             async with asyncio.timeout(self._shutdown_s):
                 for cell in self._cells:

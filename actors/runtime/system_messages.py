@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import msgspec
 
+from triptych.actors.child_state import ChildState
 from triptych.bus import DeadLetter, Message
 
 
@@ -24,8 +23,8 @@ class ActorStatus(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Its process."""
     generation: int
     """Its incarnation."""
-    state: str
-    """"loading", "ready", "draining", or a state of the actor's own."""
+    state: ChildState
+    """Of this actor."""
     detail: str
     """More about the state, "" if there is none."""
     restarts: int
@@ -80,8 +79,8 @@ class ChildStateChanged(Message):
     """The component."""
     generation: int
     """Its incarnation."""
-    state: str
-    """"loading", "ready", "draining"; "failed" = cannot start, "crashed", "hung"."""
+    state: ChildState
+    """Its state, or one of `EXIT_REASON_STATES`."""
     detail: str
     """One sentence, "" if the state says it all."""
 
@@ -116,10 +115,8 @@ class ChildReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Its process, 0 while there is none."""
     generation: int
     """Of the running or of the last incarnation, 0 before the first."""
-    state: str
-    """"starting", "loading", "ready", "draining" or a state of its own while it runs; "backoff", "delayed" (could not
-    start for a reason that may pass, and is started again), "failed" (can never start), "gave_up" (restarted too
-    often) or "stopped" while it does not."""
+    state: ChildState
+    """As the process told it while it runs, else as the supervisor knows it."""
     restarts: int
     """Times that it has been restarted."""
     reason: str
@@ -132,10 +129,6 @@ class ChildReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     actors tell, such as "weights". Empty until it has started."""
     detail: str = ""
     """More about the state of the process, such as "denoiser-0.stream: 3.1 of 24.0 GB" while it loads."""
-
-
-GIVEN_UP_STATES: Final = ("gave_up", "failed")
-"""States of a child that only a person brings back."""
 
 
 class SupervisorReport(Message):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from triptych.actors.runtime.actor import DRAINING, READY
-from triptych.actors.runtime.system_messages import GIVEN_UP_STATES, ChildReport
+from triptych.actors.child_state import EXIT_REASON_STATES, GIVEN_UP_STATES, ChildState
+from triptych.actors.runtime.system_messages import ChildReport
 from triptych.actors.supervision.child_process import EXIT_START_DELAYED, EXIT_START_FAILURE, ChildProcess, ExitStatus
 from triptych.actors.supervision.restart import ChildExit, ExitKind, RestartHistory
 
@@ -16,14 +16,6 @@ if TYPE_CHECKING:
     from triptych.actors.supervision.component_specs import ComponentSpec
     from triptych.actors.topology.topology import Component
 
-STARTING: Final = "starting"
-BACKOFF: Final = "backoff"
-DELAYED: Final = "delayed"
-STOPPED: Final = "stopped"
-FAILED: Final = "failed"
-FINAL_STATES: Final = frozenset({STOPPED, *GIVEN_UP_STATES})
-"""States in which a child is not to run any more."""
-
 
 class Child:
     """Plain bookkeeping; `actors.supervision.supervisor` does what is to be done."""
@@ -32,7 +24,7 @@ class Child:
         self.component = component
         self.spec = spec
         self.name = component.name
-        self.state = STARTING
+        self.state = ChildState.STARTING
         self.reason = ""
         self.detail = ""
         """More about the state, as the process has told it."""
@@ -59,7 +51,7 @@ class Child:
         """A new incarnation is being started."""
         self.restarts += self.generation != 0
         self.generation = generation
-        self.state = STARTING
+        self.state = ChildState.STARTING
         self.detail = ""
         self.stopping = False
         self.started_at = time.time()
@@ -83,21 +75,21 @@ class Child:
         self.start_s = {"launch": self._launch_seconds, **start_s}
         return True
 
-    def record_state(self, state: str, detail: str, *, closing: bool = False) -> None:
+    def record_state(self, state: ChildState, detail: str, *, closing: bool = False) -> None:
         """It has told its state; those that announce its end are kept as the reason of it.
 
         While the system stops (`closing`), the only other news is that it drains: an instance whose head has stopped
         before it would be shown as joining one.
         """
         self._last_heartbeat_at = time.monotonic()
-        if state in ("failed", "crashed", "hung"):
-            self._reported_reason = f"hung: {detail}" if state == "hung" else detail
+        if state in EXIT_REASON_STATES:
+            self._reported_reason = f"hung: {detail}" if state == ChildState.HUNG else detail
             return
         self._reported_reason = ""
-        if closing and state != DRAINING:
+        if closing and state != ChildState.DRAINING:
             return
         self.state, self.detail = state, detail
-        if state == READY:
+        if state == ChildState.READY:
             self._mark_started()
 
     def _mark_started(self) -> None:
@@ -167,7 +159,7 @@ def unservable_reason(children: Iterable[ChildReport]) -> str:
     for child in children:
         kinds.setdefault(child.kind, []).append(child)
     for of_kind in kinds.values():
-        failed = [child for child in of_kind if child.state == FAILED]
+        failed = [child for child in of_kind if child.state == ChildState.FAILED]
         if failed and all(child.state in GIVEN_UP_STATES for child in of_kind):
             return f"{failed[0].name} cannot start: {failed[0].reason}"
     return ""

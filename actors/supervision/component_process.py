@@ -21,6 +21,7 @@ import structlog
 import uvloop
 from setproctitle import setproctitle
 
+from triptych.actors.child_state import ChildState
 from triptych.actors.errors import ActorCrashedError, StartDelayedError, StartError, TopologyError, describe
 from triptych.actors.runtime import diagnostics, logs
 from triptych.actors.runtime.address_book import AddressBook
@@ -83,16 +84,16 @@ async def _run_component(options: argparse.Namespace) -> int:
         await _run(options, topology, component, address_book)
     except StartDelayedError as delay:
         _log.warning("cannot start yet", reason=str(delay))
-        await _tell_supervisor(options, address_book, "failed", str(delay))
+        await _tell_supervisor(options, address_book, ChildState.FAILED, str(delay))
         return EXIT_START_DELAYED
     except StartError as failure:
         _log.error("cannot start", reason=str(failure))
-        await _tell_supervisor(options, address_book, "failed", str(failure))
+        await _tell_supervisor(options, address_book, ChildState.FAILED, str(failure))
         return EXIT_START_FAILURE
     except Exception as error:  # noqa: BLE001  the process ends with it, and the supervisor learns why
         cause = error.__cause__ if isinstance(error, ActorCrashedError) and error.__cause__ else error
         _log.exception("crashed", exc_info=cause)
-        await _tell_supervisor(options, address_book, "crashed", describe(cause))
+        await _tell_supervisor(options, address_book, ChildState.CRASHED, describe(cause))
         return EXIT_CRASH
     return 0
 
@@ -132,7 +133,9 @@ def _check_names(component: Component, actors: list[Actor]) -> None:
         raise ValueError(f"{component.name} is built of {[first, *others]}: it comes first, others are {first}.x")
 
 
-async def _tell_supervisor(options: argparse.Namespace, address_book: AddressBook, state: str, detail: str) -> None:
+async def _tell_supervisor(
+    options: argparse.Namespace, address_book: AddressBook, state: ChildState, detail: str
+) -> None:
     if not options.supervisor:
         return
     sender = Outbox(options.name, options.generation)

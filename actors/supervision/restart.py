@@ -11,6 +11,8 @@ from typing import Final
 
 import msgspec
 
+from triptych.actors.child_state import ChildState
+
 FIRST_BACKOFF_S: Final = 0.25
 LAST_BACKOFF_S: Final = 10.0
 FIRST_DELAY_S: Final = 1.0
@@ -100,10 +102,10 @@ class Start(msgspec.Struct, frozen=True):
 
 
 class Retire(msgspec.Struct, frozen=True):
-    """Do not start the child again; `state` is "stopped", "failed" or "gave_up"."""
+    """Do not start the child again; `state` is one of `FINAL_STATES`."""
 
     name: str
-    state: str
+    state: ChildState
     reason: str
 
 
@@ -144,20 +146,20 @@ def decide_restart(
     child = next(child for child in spec.children if child.name == exit_.name)
     recent = tuple(at for at in history if exit_.at - at < spec.period_s)
     if exit_.kind is ExitKind.START_FAILURE:
-        return RestartDecision((Retire(child.name, "failed", exit_.reason),), recent)
+        return RestartDecision((Retire(child.name, ChildState.FAILED, exit_.reason),), recent)
     if exit_.kind is ExitKind.START_DELAYED:
         return RestartDecision(
             (Wait(_exponential_backoff(FIRST_DELAY_S, LAST_DELAY_S, delays, jitter)), Start(child.name)), recent
         )
     if not _should_restart(child.restart, exit_.kind):
-        return RestartDecision((Retire(child.name, "stopped", exit_.reason),), recent)
+        return RestartDecision((Retire(child.name, ChildState.STOPPED, exit_.reason),), recent)
     if len(recent) >= spec.intensity:
         reason = f"restarted {len(recent)} times within {spec.period_s:g} s, last because: {exit_.reason}"
-        return RestartDecision((Retire(child.name, "gave_up", reason),), recent)
+        return RestartDecision((Retire(child.name, ChildState.GAVE_UP, reason),), recent)
     group = _restart_group(spec, child, alive)
     actions: list[Action] = [Stop(name) for name in reversed(group) if name != child.name]
     temporary = [name for name in group if name != child.name and not _is_restartable(spec, name)]
-    actions += [Retire(name, "stopped", f"stopped together with {child.name}") for name in temporary]
+    actions += [Retire(name, ChildState.STOPPED, f"stopped together with {child.name}") for name in temporary]
     wait = backoff_s(len(recent), jitter)
     if wait:
         actions.append(Wait(wait))

@@ -9,6 +9,7 @@ import signal
 import time
 from typing import TYPE_CHECKING, Final
 
+from triptych.actors.child_state import FINAL_STATES, ChildState
 from triptych.actors.errors import OF_THE_MACHINE
 from triptych.actors.runtime.actor import Actor
 from triptych.actors.runtime.system_messages import (
@@ -19,8 +20,7 @@ from triptych.actors.runtime.system_messages import (
     SupervisorQuery,
     SupervisorReport,
 )
-from triptych.actors.supervision import child as states
-from triptych.actors.supervision.child import Child
+from triptych.actors.supervision.child import Child, unservable_reason
 from triptych.actors.supervision.child_process import ChildProcess
 from triptych.actors.supervision.component_process import heartbeat_s
 from triptych.actors.supervision.launcher import Launcher, LauncherClosedError
@@ -152,7 +152,7 @@ class Supervisor(Actor):
             forked, on_gpu = child.spec.forked, child.component.on_gpu
             process = await self._launcher.start(self._arguments(child), forked=forked, on_gpu=on_gpu)
         except LauncherClosedError:
-            self._retire(child, states.STOPPED, "")
+            self._retire(child, ChildState.STOPPED, "")
         except OSError as error:
             reason = f"no process could be started: {error.strerror or error}"
             kind = ExitKind.START_DELAYED if error.errno in OF_THE_MACHINE else ExitKind.CRASH
@@ -181,7 +181,7 @@ class Supervisor(Actor):
 
     def _handle_exit(self, child: Child, exit_: ChildExit) -> None:
         child.reason = exit_.reason
-        alive = frozenset(other.name for other in self.children.values() if other.state not in states.FINAL_STATES)
+        alive = frozenset(other.name for other in self.children.values() if other.state not in FINAL_STATES)
         jitter = random.random()  # noqa: S311  spreads restarts, keeps no secret
         decision = decide_restart(self._spec, child.history, exit_, alive=alive, jitter=jitter, delays=child.delays)
         child.history = decision.history
@@ -192,10 +192,10 @@ class Supervisor(Actor):
             case (Retire(_, state, reason),):  # it is not started again, so it is never shown as if it were
                 self._retire(child, state, reason)
                 return
-        child.state = states.BACKOFF
+        child.state = ChildState.BACKOFF
         if exit_.kind is ExitKind.START_DELAYED:
             child.delays += 1
-            child.state = states.DELAYED
+            child.state = ChildState.DELAYED
         for action in decision.actions:
             if isinstance(action, Stop):  # from now on its end is part of this plan, and no event of its own
                 self.children[action.name].stopping = True
@@ -214,7 +214,7 @@ class Supervisor(Actor):
             match action:
                 case Stop(name):
                     await self._stop(self.children[name])
-                    self.children[name].state = states.BACKOFF
+                    self.children[name].state = ChildState.BACKOFF
                     self._report_change(self.children[name])
                 case Wait(seconds):
                     await asyncio.sleep(seconds)
@@ -225,8 +225,8 @@ class Supervisor(Actor):
 
     async def _stop_and_retire(self, child: Child) -> None:
         await self._stop(child)
-        if child.state not in states.FINAL_STATES:
-            self._retire(child, states.STOPPED, "")
+        if child.state not in FINAL_STATES:
+            self._retire(child, ChildState.STOPPED, "")
 
     async def _stop(self, child: Child) -> None:
         child.stopping = True
@@ -235,11 +235,11 @@ class Supervisor(Actor):
             if ending.signal == signal.SIGKILL:
                 self.log.warning("child did not drain in time", child=child.name)
 
-    def _retire(self, child: Child, state: str, reason: str) -> None:
+    def _retire(self, child: Child, state: ChildState, reason: str) -> None:
         child.state, child.reason = state, reason
         self._report_change(child)
-        self.problem = self.problem or states.unservable_reason(other.report() for other in self.children.values())
-        if self.problem or all(other.state in states.FINAL_STATES for other in self.children.values()):
+        self.problem = self.problem or unservable_reason(other.report() for other in self.children.values())
+        if self.problem or all(other.state in FINAL_STATES for other in self.children.values()):
             self.done.set()
 
     def _report_change(self, child: Child) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from triptych.actors import Component
-from triptych.actors.runtime.system_messages import GIVEN_UP_STATES, ChildReport
+from triptych.actors.child_state import GIVEN_UP_STATES
+from triptych.actors.runtime.system_messages import ChildReport
 
 
 def unavailable_reason(components: Iterable[Component], children: Iterable[ChildReport]) -> str:

@@ -13,7 +13,7 @@ import time
 from typing import Final
 
 from triptych.actors import Actor, Component, DeferredReply, Topology
-from triptych.actors.runtime.actor import ASLEEP, READY
+from triptych.actors.child_state import ChildState
 from triptych.bus import BusError, MailboxFullError, Message, Reference, RefusedError, RemoteError
 from triptych.roles.messages import stages, worker
 from triptych.roles.messages.common import Attempt, LeaseRef
@@ -50,10 +50,6 @@ HAND_BACK_FACTOR: Final = 1.25
 """Times `shutdown_s`: what will take longer is given back at once when this instance is asked to end."""
 DRAIN_SHARE: Final = 0.7
 """Of `shutdown_s`: what is not done by then is given back."""
-WAKING: Final = "waking"
-"""The state of an instance that brings its weights into memory."""
-JOINING: Final = "joining"
-"""The state of an instance that could work and is not in the head's registry."""
 
 
 class DeviceLostError(Exception):
@@ -100,7 +96,7 @@ class Instance(Actor):
     async def started(self) -> None:
         """Wait for the model and the pool, then offer itself to the head, whenever that comes."""
         await self.context.until_ready()
-        self.set_state(JOINING, "waiting for the head")
+        self.set_state(ChildState.JOINING, "waiting for the head")
         self.spawn(self.reporter.run(), name="reports")
         self.spawn(self._stay_registered(), name="head")
 
@@ -342,7 +338,7 @@ class Instance(Actor):
         if not awake:
             for block in self._drop_preallocated():
                 self._client.release(block)
-        self.set_state(WAKING if awake else ASLEEP)
+        self.set_state(ChildState.WAKING if awake else ChildState.ASLEEP)
         self.reference(self._stream).tell(worker.SetWeightsLoaded(awake))
 
     async def _allocate(self, message: TransferAlloc) -> TransferAllocated | TransferRejected:
@@ -423,7 +419,7 @@ class Instance(Actor):
             await self._send_heartbeats(head, lost)
             self._head_away.set()
             self.reporter.pause()
-            self._show_state(JOINING, "waiting for the head")
+            self._show_state(ChildState.JOINING, "waiting for the head")
             self._client.undo_all()
             self._carry_out(self.attempts.drop_reservations())
 
@@ -480,9 +476,9 @@ class Instance(Actor):
                 self.log.info("heartbeat not answered", error=str(error))
 
     def _show_wake_state(self) -> None:
-        turning = None if self._awake_target is None else WAKING if self._awake_target else ASLEEP
-        self._show_state(turning or (READY if self.context.awake else ASLEEP))
+        turning = None if self._awake_target is None else ChildState.WAKING if self._awake_target else ChildState.ASLEEP
+        self._show_state(turning or (ChildState.READY if self.context.awake else ChildState.ASLEEP))
 
-    def _show_state(self, state: str, detail: str = "") -> None:
+    def _show_state(self, state: ChildState, detail: str = "") -> None:
         if not self._draining:
             self.set_state(state, detail)

@@ -18,8 +18,8 @@ import msgspec
 import torch
 
 from triptych.actors import Actor, Component, StartDelayedError, StartError, Topology
+from triptych.actors.child_state import ChildState
 from triptych.actors.errors import describe
-from triptych.actors.runtime.actor import LOADING, READY
 from triptych.bus import MailboxFullError, Message, current_traceparent
 from triptych.engines.memory.streams import DeviceStream, StreamEvent
 from triptych.engines.partition.stages import ModelError, Stage
@@ -178,7 +178,7 @@ class StreamWorker(Actor):
             self.context.awake = False
             await stream.run(self._let_go, stream.device)
             self.log.info("weights let go", seconds=round(time.monotonic() - began, 3))
-        self.set_state(READY)
+        self.set_state(ChildState.READY)
         self._tell(WeightsLoadedChanged(self.context.awake, time.monotonic() - began, trouble))
 
     def _let_go(self, device: torch.device) -> None:
@@ -250,7 +250,7 @@ class StreamWorker(Actor):
             read, total, now = self._reading.read, self._reading.total, time.monotonic()
             if not total:
                 continue
-            self.set_state(LOADING, f"{self._reading}")
+            self.set_state(ChildState.LOADING, f"{self._reading}")
             if logged is None or now - logged >= PROGRESS_LOG_EVERY_S:
                 logged = now
                 self.log.info("loading", read_bytes=read, total_bytes=total, seconds=round(now - began, 1))

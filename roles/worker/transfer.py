@@ -17,6 +17,7 @@ import torch
 from msgspec.structs import replace
 
 from triptych.actors import Actor, Component, Topology
+from triptych.actors.child_state import ChildState
 from triptych.actors.errors import describe, shorten
 from triptych.bus import BusError, Message, RemoteError
 from triptych.engines.codec.checksum import ChecksumMismatchError
@@ -100,7 +101,7 @@ class TransferActor(Actor):
 
         if self.component.pool:
             self._mapping = PoolMapping(self, self._client, adopt, retire)
-            self.set_state("loading", f"waiting for {self.component.pool}")
+            self.set_state(ChildState.LOADING, f"waiting for {self.component.pool}")
             await self._until_mapped(self._mapping)
         self.context.pool_mapped()
 

@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from triptych.actors.runtime.actor import READY
+from triptych.actors.child_state import ChildState
 from triptych.api.launch import Cluster, launch
 from triptych.engines.memory.arena import available_memory
 from triptych.tools.bench import memory_page, memory_report
@@ -117,7 +117,7 @@ async def _run(folder: Path, place: _Model, weights: str, side: str) -> Run:
 async def _wait_for_all_ready(cluster: Cluster) -> None:
     """Wait for the last instance: a cluster is ready with one of each kind."""
     async with asyncio.timeout(READY_S):
-        while {child.state for child in (await cluster.children()).values()} != {READY}:  # noqa: ASYNC110  has to ask
+        while {child.state for child in (await cluster.children()).values()} != {ChildState.READY}:  # noqa: ASYNC110  has to ask
             await asyncio.sleep(SETTLE_S)
     await asyncio.sleep(SETTLE_S)
 

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from triptych.actors import AddressBook
+from triptych.actors.child_state import ChildState
 from triptych.actors.runtime.system_messages import ChildReport
 from triptych.api.launch import Cluster
 from triptych.bus import BusError, Outbox
@@ -88,7 +89,7 @@ class FaultInjector:
     async def _wait_for_recovery(self, before: ChildReport, injection: InjectedFault, began: float) -> None:
         while time.monotonic() - began < RECOVERY_TIMEOUT_S:
             now = (await self._children())[before.name]
-            if now.state == "ready" and (now.generation > before.generation or not injection.lethal):
+            if now.state == ChildState.READY and (now.generation > before.generation or not injection.lethal):
                 injection.recovery_s = time.monotonic() - began
                 return
             await asyncio.sleep(POLL_S)

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 
 from triptych.actors import AddressBook
+from triptych.actors.child_state import ChildState
 from triptych.api.client import ClientError
 from triptych.api.launch import Cluster, launch
 from triptych.bus import Outbox
@@ -99,9 +100,9 @@ async def check_restart_intensity(topology: Path, overrides: Mapping[str, Mappin
         began = time.monotonic()
         while time.monotonic() - began < RESTART_TIMEOUT_S:
             child = (await cluster.children())[victim]
-            if child.state == "gave_up":
+            if child.state == ChildState.GAVE_UP:
                 return await _ready_names(cluster, victim)
-            if child.state == "ready" and child.pid:
+            if child.state == ChildState.READY and child.pid:
                 os.kill(child.pid, signal.SIGKILL)
                 await _wait_for_exit(child.pid)
             await asyncio.sleep(SAMPLE_INTERVAL_S / 10)

@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 import httpx
 import torch
 
-from triptych.actors.runtime.actor import READY
+from triptych.actors.child_state import ChildState
 from triptych.actors.runtime.logs import LEVEL_VARIABLE
 from triptych.actors.runtime.system_messages import ChildReport
 from triptych.api.client import GeneratedImage
@@ -222,7 +222,7 @@ async def _all_ready(cluster: Cluster) -> list[ChildReport]:
     async with asyncio.timeout(READY_TIMEOUT_S):
         while True:
             children = list((await cluster.children()).values())
-            if all(child.state == READY for child in children):
+            if all(child.state == ChildState.READY for child in children):
                 return children
             await asyncio.sleep(POLL_S)
 
