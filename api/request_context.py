@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import secrets
 import time
 
@@ -9,14 +11,22 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from triptych.bus import child_traceparent, current_traceparent
-
 log = structlog.stdlib.get_logger("api")
+# https://www.w3.org/TR/trace-context/, version 00.
+_TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 
 
 def new_request_id() -> str:
     """Make an id that is unique and sorts by time: 48 bits of unix milliseconds, then 80 random bits."""
     return f"req_{time.time_ns() // 1_000_000:012x}{secrets.token_hex(10)}"
+
+
+def child_traceparent(traceparent: str) -> str:
+    """Return a new span of the trace of a W3C `traceparent` header; one that cannot be read starts a new trace."""
+    match = _TRACEPARENT.fullmatch(traceparent)
+    if match is None or not int(match[1], 16) or not int(match[2], 16):
+        return f"00-{os.urandom(16).hex()}-{os.urandom(8).hex()}-01"
+    return f"00-{match[1]}-{os.urandom(8).hex()}-{match[3]}"
 
 
 class RequestContextMiddleware:
@@ -44,11 +54,9 @@ class RequestContextMiddleware:
                 headers["traceparent"] = traceparent
             await send(message)
 
-        token = current_traceparent.set(traceparent)
         try:
             await self.app(scope, receive, send_with_headers)
         finally:
-            current_traceparent.reset(token)
             if scope["path"].startswith("/v1/"):
                 log.info(
                     "http",

@@ -19,7 +19,6 @@ from triptych.bus._mailbox import Delivery, Mailbox
 from triptych.bus._message import Message
 from triptych.bus._outbox import Outbox, Reference
 from triptych.bus._sockets import CurveKeys
-from triptych.bus._trace import child_traceparent, current_traceparent, new_traceparent
 
 __all__ = [
     "Address",
@@ -46,9 +45,6 @@ __all__ = [
     "RemoteError",
     "Sender",
     "UnreachableError",
-    "child_traceparent",
-    "current_traceparent",
-    "new_traceparent",
     "parse_address",
     "remove_if_stale",
 ]

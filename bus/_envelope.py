@@ -71,8 +71,6 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True, gc=False, forbid_un
     """
     generation: Generation
     """Incarnation of the sender; 0 = an unfenced client."""
-    traceparent: Name
-    """W3C trace context of the sender's span; "" = not traced."""
 
 
 class Failure(Message):

@@ -22,7 +22,6 @@ from triptych.bus._errors import BusError, MessageTooLongError, RefusedError
 from triptych.bus._message import Message
 from triptych.bus._pump import Pump
 from triptych.bus._sockets import CurveKeys, open_socket
-from triptych.bus._trace import child_traceparent, current_traceparent
 from triptych.bus._wire import (
     DEFAULT_MAX_MESSAGE_BYTES,
     BadBodyError,
@@ -175,8 +174,7 @@ class Mailbox:
     async def receive(self) -> Delivery:
         """Return the next message, in order of arrival; one consumer at a time.
 
-        Makes its trace the current one, so that all the consumer sends meanwhile belongs to it. Raises
-        `BusError` once the mailbox is closed.
+        Raises `BusError` once the mailbox is closed.
         """
         while not self._queue:
             if self._pump is None:
@@ -186,10 +184,7 @@ class Mailbox:
                 await self._consumer
             finally:
                 self._consumer = None
-        delivery = self._queue.popleft()
-        traceparent = delivery.envelope.traceparent
-        current_traceparent.set(child_traceparent(traceparent) if traceparent else "")
-        return delivery
+        return self._queue.popleft()
 
     def close(self) -> None:
         """Stop receiving, answer "stopping" to what still waits, remove the ipc file; at once, idempotent.
@@ -261,16 +256,8 @@ class Mailbox:
             self._answer(route, envelope, EnvelopeKind.FAILURE, Failure(code, detail))
 
     def _answer(self, route: bytes, asked: Envelope, kind: EnvelopeKind, message: Message) -> None:
-        head = Envelope(
-            asked.sender,
-            self.name,
-            kind,
-            next(self._message_ids),
-            asked.message_id,
-            0.0,
-            self.generation,
-            asked.traceparent,
-        )
+        number = next(self._message_ids)
+        head = Envelope(asked.sender, self.name, kind, number, asked.message_id, 0.0, self.generation)
         if self._pump is None:
             self.dead_letters.add("mailbox_closed", "the answer came after the mailbox was closed", head)
             return

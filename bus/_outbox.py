@@ -15,7 +15,6 @@ from triptych.bus._envelope import Envelope, EnvelopeKind
 from triptych.bus._errors import UnreachableError
 from triptych.bus._message import Message
 from triptych.bus._sockets import CurveKeys
-from triptych.bus._trace import current_traceparent
 from triptych.bus._wire import DEFAULT_MAX_MESSAGE_BYTES, decoder_of, encode
 
 R = TypeVar("R", bound=Message)
@@ -131,9 +130,7 @@ class Reference:
 
     def _frame(self, kind: EnvelopeKind, message_id: int, timeout_s: float, message: Message) -> bytes:
         outbox = self._outbox
-        envelope = Envelope(
-            self.name, outbox.name, kind, message_id, 0, timeout_s, outbox.generation, current_traceparent.get()
-        )
+        envelope = Envelope(self.name, outbox.name, kind, message_id, 0, timeout_s, outbox.generation)
         return encode(envelope, message, outbox.max_message_bytes)
 
     def _connect(self) -> Connection:

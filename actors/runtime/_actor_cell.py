@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
@@ -22,7 +22,6 @@ from triptych.bus import (
     Mailbox,
     Outbox,
     RefusedError,
-    current_traceparent,
 )
 
 if TYPE_CHECKING:
@@ -34,13 +33,6 @@ if TYPE_CHECKING:
 
 _MAX_RECENT_DEAD_LETTERS: Final = 100
 _MIN_MAILBOX_CAPACITY: Final = 1024  # messages that the mailbox may read at once, before they are counted here
-
-
-class QueuedMessage(NamedTuple):
-    """A message that waits for its handler, and the trace that it belongs to."""
-
-    delivery: Delivery
-    traceparent: str
 
 
 class ActorCell:
@@ -84,7 +76,7 @@ class ActorCell:
         self._on_system = on_system
         self._crash: Callable[[BaseException], None] = lambda error: on_crash(actor, error)
         actor._on_crash = self._crash
-        self._queue: deque[QueuedMessage] = deque()
+        self._queue: deque[Delivery] = deque()
         self._message_queued = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._closing = False
@@ -129,7 +121,7 @@ class ActorCell:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)  # what they raise has reached _done
         while self._queue:
-            self._refuse(self._queue.popleft().delivery, FailureCode.STOPPING, f"{self.actor.name} stops")
+            self._refuse(self._queue.popleft(), FailureCode.STOPPING, f"{self.actor.name} stops")
         self.mailbox.close()
         self.actor.outbox.close()
 
@@ -160,7 +152,7 @@ class ActorCell:
                 detail = f"{self.actor.name} has {self.actor.mailbox_capacity} messages waiting"
                 self._refuse(delivery, FailureCode.MAILBOX_FULL, detail)
             else:
-                self._queue.append(QueuedMessage(delivery, current_traceparent.get()))
+                self._queue.append(delivery)
                 self._message_queued.set()
 
     async def _run_handlers(self) -> None:
@@ -169,11 +161,10 @@ class ActorCell:
             while not self._queue:
                 self._message_queued.clear()
                 await self._message_queued.wait()
-            delivery, traceparent = self._queue.popleft()
+            delivery = self._queue.popleft()
             if delivery.expired:
                 self._refuse(delivery, FailureCode.DEADLINE_EXCEEDED, "the deadline passed while it waited")
                 continue
-            current_traceparent.set(traceparent)
             current_sender.set(delivery.sender)
             await self._handle(delivery)
 

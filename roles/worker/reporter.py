@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from typing import Final, Protocol
 
-from triptych.bus import BusError, Message, MessageTooLongError, RemoteError, current_traceparent
+from triptych.bus import BusError, Message, MessageTooLongError, RemoteError
 from triptych.roles.messages.common import Attempt
 from triptych.roles.messages.stages import StageFailed, StageFinished, StageOutputsStored, TransferFailed
 
@@ -88,7 +88,7 @@ class Reporter:
     def __init__(self, deliver: Callable[[Message], Awaitable[object]], log: Log) -> None:
         self._deliver = deliver
         self._log = log
-        self._queue: deque[tuple[Message, str]] = deque()
+        self._queue: deque[Message] = deque()
         self._wake = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
@@ -99,7 +99,7 @@ class Reporter:
     @property
     def pending(self) -> tuple[Message, ...]:
         """Reports that are not acknowledged yet, oldest first."""
-        return tuple(report for report, _ in self._queue)
+        return tuple(self._queue)
 
     @property
     def attempts(self) -> tuple[Attempt, ...]:
@@ -109,7 +109,7 @@ class Reporter:
 
     def add(self, report: Message) -> None:
         """Deliver `report` after all that were added before."""
-        self._queue.append((report, current_traceparent.get()))
+        self._queue.append(report)
         self._empty.clear()
         self._wake.set()
 
@@ -140,8 +140,7 @@ class Reporter:
                 await self._deliver_first()
 
     async def _deliver_first(self) -> None:
-        report, traceparent = self._queue[0]
-        current_traceparent.set(traceparent)
+        report = self._queue[0]
         failures = 0
         tries = 0
         while not self._paused:
@@ -160,7 +159,7 @@ class Reporter:
                     if brief is None:
                         break
                     report = brief
-                    self._queue[0] = report, traceparent
+                    self._queue[0] = report
                     continue
             await asyncio.sleep(backoff_s(tries, random.random()))  # noqa: S311  jitter
             tries += 1

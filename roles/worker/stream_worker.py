@@ -20,7 +20,7 @@ import torch
 from triptych.actors import Actor, Component, StartDelayedError, StartError, Topology
 from triptych.actors.child_state import ChildState
 from triptych.actors.errors import describe
-from triptych.bus import MailboxFullError, Message, current_traceparent
+from triptych.bus import MailboxFullError, Message
 from triptych.engines.memory.streams import DeviceStream, StreamEvent
 from triptych.engines.partition.stages import ModelError, Stage
 from triptych.engines.pipelines.pipeline import StagePipeline
@@ -68,7 +68,6 @@ class QueuedStage:
 
     attempt: Attempt
     stage: Stage
-    traceparent: str
     cancelled: bool = False
 
 
@@ -222,7 +221,7 @@ class StreamWorker(Actor):
 
     async def run_stage(self, message: RunStage) -> None:
         """Queue a stage."""
-        self._queue.append(QueuedStage(message.attempt, message.stage, current_traceparent.get()))
+        self._queue.append(QueuedStage(message.attempt, message.stage))
         self._wake.set()
 
     async def set_weights_loaded(self, message: SetWeightsLoaded) -> None:
@@ -294,7 +293,6 @@ class StreamWorker(Actor):
                 if self._pipeline is None or not self.context.awake:
                     raise RuntimeError(f"{queued.attempt} is to be run without weights")
                 self._current = queued
-                current_traceparent.set(queued.traceparent)
                 outcome = await self._run(queued, stream, self._pipeline)
                 self._current = None
                 self._tell(outcome)

@@ -75,7 +75,6 @@ class FakeHead:
         self.generation = 0
         self.journal: dict[str, StoredRequest] = {}
         self.seen: list[object] = []
-        self.traces: list[str] = []
         self.rejection: wire.RequestRejected | None = None
         self.hold = False
         self.description = DESCRIPTION
@@ -135,7 +134,6 @@ class FakeHead:
     async def _serve(self, mailbox: Mailbox) -> None:
         while True:
             delivery = await mailbox.receive()
-            self.traces.append(delivery.envelope.traceparent)
             self.seen.append(delivery.message)
             async with self._news:
                 self._news.notify_all()

@@ -15,7 +15,7 @@ def test_all_are_counted_and_the_last_hundred_kept() -> None:
 
 def test_a_letter_names_both_ends() -> None:
     letters = DeadLetters()
-    letters.add("mailbox_full", "why", Envelope("head", "api", EnvelopeKind.ASK, 1, 0, 2.0, 7, ""))
+    letters.add("mailbox_full", "why", Envelope("head", "api", EnvelopeKind.ASK, 1, 0, 2.0, 7))
     (letter,) = letters.recent
     assert (letter.to, letter.sender, letter.generation) == ("head", "api", 7)
     assert (letter.reason, letter.detail) == ("mailbox_full", "why")

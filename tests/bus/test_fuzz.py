@@ -28,7 +28,7 @@ class Counted(Message):
 
 
 def good(message_id: int) -> bytes:
-    envelope = Envelope("counter", "fuzz", EnvelopeKind.ASK, message_id, 0, 60.0, 0, "")
+    envelope = Envelope("counter", "fuzz", EnvelopeKind.ASK, message_id, 0, 60.0, 0)
     return encode(envelope, Count(message_id, "label", (b"part",)), 1 << 20)
 
 

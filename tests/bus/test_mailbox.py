@@ -96,7 +96,6 @@ def frame(message: Message, **changes: Any) -> bytes:
         "reply_to": 0,
         "timeout_s": 60.0,
         "generation": 0,
-        "traceparent": "",
     }
     return encode(Envelope(**fields | changes), message, LIMIT)
 
@@ -363,7 +362,7 @@ def test_closing_answers_those_who_wait(run: Run, folder: Path) -> None:
 def test_an_answer_to_an_asker_that_has_gone_is_a_dead_letter(run: Run, folder: Path) -> None:
     async def scenario() -> None:
         async with serving(adder(folder)) as mailbox:
-            asked = Envelope("adder", "ghost", EnvelopeKind.ASK, 1, 0, 60.0, 0, "")
+            asked = Envelope("adder", "ghost", EnvelopeKind.ASK, 1, 0, 60.0, 0)
             Delivery(mailbox, b"no such route", asked, Add(1, 1)).reply(Sum(2))
             assert [letter.reason for letter in mailbox.dead_letters.recent] == ["peer_gone"]
             await still_adds(mailbox)

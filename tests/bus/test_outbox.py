@@ -28,8 +28,6 @@ from triptych.bus import (
     Outbox,
     RemoteError,
     UnreachableError,
-    current_traceparent,
-    new_traceparent,
 )
 from triptych.bus._wire import encode
 
@@ -334,35 +332,6 @@ def test_closing_in_the_middle_of_a_handshake_blocks_nobody(run: Run, folder: Pa
     run(scenario())
 
 
-def test_the_trace_travels_along(run: Run, folder: Path) -> None:
-    async def scenario() -> None:
-        mailbox = Mailbox("echo", f"ipc://{folder}/echo", (Echo,))
-        await mailbox.start()
-        seen: list[str] = []
-
-        async def consume() -> None:
-            for _ in range(2):
-                delivery = await mailbox.receive()
-                seen.append(current_traceparent.get())
-                answer(delivery)
-
-        consumer = asyncio.create_task(consume())
-        with sending() as outbox:
-            reference = outbox.reference("echo", mailbox.address)
-            traceparent = new_traceparent()
-            current_traceparent.set(traceparent)
-            await reference.ask(Echo("traced"), Echoed, timeout_s=20)
-            current_traceparent.set("")
-            await reference.ask(Echo("not traced"), Echoed, timeout_s=20)
-        await consumer
-        assert seen[0][:36] == traceparent[:36]  # the same trace, a span of its own
-        assert seen[0][36:52] != traceparent[36:52]
-        assert seen[1] == ""
-        mailbox.close()
-
-    run(scenario())
-
-
 @pytest.mark.parametrize("fault", ["other keys", "the public key alone", "no keys at all"])
 def test_over_tcp_only_who_has_the_keys_gets_in(run: Run, fault: str) -> None:
     address = f"tcp://127.0.0.1:{free_port()}"
@@ -392,7 +361,7 @@ def knock(address: str, server_key: bytes | None) -> None:
         events = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | refused)
         events.rcvtimeo = 20_000
         socket.connect(address)
-        socket.send(encode(Envelope("echo", "x", EnvelopeKind.ASK, 1, 0, 60.0, 0, ""), Echo("hi"), 1 << 20))
+        socket.send(encode(Envelope("echo", "x", EnvelopeKind.ASK, 1, 0, 60.0, 0), Echo("hi"), 1 << 20))
         event, _ = struct.unpack("=Hi", events.recv_multipart()[0])
         assert event & refused
         socket.disable_monitor()

@@ -29,7 +29,7 @@ class Line(Message):
     ends: tuple[int, int]
 
 
-ENVELOPE = Envelope("head", "api", EnvelopeKind.ASK, 3, 0, 1.5, 7, "")
+ENVELOPE = Envelope("head", "api", EnvelopeKind.ASK, 3, 0, 1.5, 7)
 LIMIT = 1 << 20
 DECODER = BodyDecoder((Point, Line))
 
@@ -42,7 +42,6 @@ envelopes = st.builds(
     reply_to=st.integers(0, 2**63 - 1),
     timeout_s=st.floats(min_value=0),
     generation=st.integers(0, MAX_GENERATION),
-    traceparent=st.text(max_size=60),
 )
 messages = st.builds(Point, x=st.integers(-(2**63), 2**63), label=st.text()) | st.builds(
     Line, ends=st.tuples(st.integers(0, 9), st.integers(0, 9))
@@ -108,7 +107,6 @@ def test_an_envelope_with_a_field_too_many_is_refused() -> None:
         {"timeout_s": -1.0},
         {"to": "x" * (MAX_NAME + 1)},
         {"sender": "x" * (MAX_NAME + 1)},
-        {"traceparent": "x" * (MAX_NAME + 1)},
     ],
     ids=str,
 )

@@ -178,7 +178,7 @@ def test_a_value_out_of_range_is_refused_by_the_decoder(fields: tuple[object, ..
 
 def send(reference: Reference, body: bytes) -> None:
     """Ask for nothing that is waited for: the answer is a dead letter of the outbox."""
-    envelope = Envelope(reference.name, "test", EnvelopeKind.ASK, next(_numbers), 0, 60.0, 0, "")
+    envelope = Envelope(reference.name, "test", EnvelopeKind.ASK, next(_numbers), 0, 60.0, 0)
     head = msgspec.msgpack.encode(envelope)
     reference._connect().send(envelope.message_id, len(head).to_bytes(2, "big") + head + body)
 
@@ -188,7 +188,7 @@ def test_another_user_of_the_host_changes_nothing_over_tcp_and_learns_nothing(
     topology: Callable[..., Topology],
 ) -> None:
     def forged(sender: str, generation: int, message: Any) -> str:
-        envelope = Envelope("head", sender, EnvelopeKind.ASK, 1, 0, 60.0, generation, "")
+        envelope = Envelope("head", sender, EnvelopeKind.ASK, 1, 0, 60.0, generation)
         return base64.b64encode(encode(envelope, message, 1 << 20)).decode()
 
     async def scenario(state: str) -> None:

@@ -17,7 +17,6 @@ from triptych.bus import (
     Reference,
     RefusedError,
     RemoteError,
-    current_traceparent,
 )
 
 
@@ -93,8 +92,6 @@ class Worker(Actor):
                 await task
             case "context":
                 return Done(str(structlog.contextvars.get_contextvars()))
-            case "trace":
-                return Done(current_traceparent.get())
             case "nothing":
                 return None  # type: ignore[return-value]
             case "peer":

@@ -36,8 +36,6 @@ from triptych.bus import (
     Outbox,
     Reference,
     RemoteError,
-    current_traceparent,
-    new_traceparent,
 )
 
 
@@ -235,14 +233,11 @@ def test_a_later_answer_may_crash(folder: Path) -> None:
     run(scenario())
 
 
-def test_the_request_and_the_trace_follow_the_message(folder: Path) -> None:
+def test_log_lines_of_a_handler_name_the_request(folder: Path) -> None:
     async def scenario() -> None:
         harness = RuntimeHarness(folder, Worker("worker"))
         async with harness.runtime:
             reference = harness.reference("worker")
             assert "'request_id': 'r1'" in await ask(reference, "context")
-            trace = new_traceparent()
-            current_traceparent.set(trace)
-            assert (await ask(reference, "trace")).split("-")[1] == trace.split("-")[1]
 
     run(scenario())
