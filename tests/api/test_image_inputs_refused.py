@@ -218,14 +218,14 @@ async def test_413_for_too_much_that_is_no_image(client, fake_head):
 
 
 async def test_429_while_too_much_is_being_sent_and_nothing_is_held_after_it(client, app, fake_head, monkeypatch):
-    intake = app.app.app.state.body_limiter
-    intake.most = 1000
+    limiter = app.app.app.state.body_limiter
+    limiter.limit = 1000
     answer = await client.post(GENERATIONS, json={"prompt": "x" * 2000})
     check(answer, 429, None, "at once")
     assert answer.headers["retry-after"] == "1"
     assert (await client.post(GENERATIONS, json={"prompt": "x"})).status_code == 200
     assert (await client.post(EDITS, content=b"nonsense", headers={"content-type": FORM})).status_code == 400
-    assert intake.held == 0
+    assert limiter.buffered == 0
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,9 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-# For the tensors of tiny models a second thread costs more than it computes. Read when torch and numpy are imported.
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 Models = Callable[[str], Path]
 
@@ -43,14 +38,6 @@ def classic_models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         return made[family]
 
     return model
-
-
-@pytest.fixture(autouse=True, scope="session")
-def threads() -> None:
-    """What is compared is computed on as many threads: one, as in the processes of `tools.families.apart`."""
-    import torch
-
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
-
 import msgspec
 import pytest
 import structlog

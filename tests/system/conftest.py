@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-# For tiny tensors a second thread costs more than it computes; the plain pipelines that are compared have one as well.
-os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("encoder", "denoiser", "decoder")

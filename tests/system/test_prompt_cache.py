@@ -16,8 +16,8 @@ from diffusers import DiffusionPipeline
 
 from tests.engines.results import seeded_generator
 from tests.system.reference import diffusers_reference
-from tests.system.test_image_inputs import FREE_PORTS, pixels
 from tests.system.test_recovery import BOUND_S, back
+from tests.system.test_text_to_image import FREE_PORTS, pixels
 from triptych.api.launch import Cluster, launch
 from triptych.engines.parameters.serving_config import load_serving_config
 from triptych.tools.make_classic import ClassicFamily, make_classic

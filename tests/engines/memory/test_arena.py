@@ -212,7 +212,8 @@ def test_an_address_survives_text_and_the_wire(arena):
 
 def test_a_pool_needs_no_torch_and_no_mooncake():
     code = (
-        "import sys; from engines.arena import Arena; from engines.leases import LeaseTable; import engines.transfer;"
+        "import sys; from triptych.engines.memory.arena import Arena;"
+        "import triptych.engines.memory.leases, triptych.engines.transfer;"
         "triptych.engines.transfer.open_backend('shm', arena=Arena.create(4096));"
         "print(sorted({'torch', 'mooncake'} & set(sys.modules)))"
     )

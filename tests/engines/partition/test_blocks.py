@@ -380,7 +380,7 @@ def test_a_vae_of_another_scale_than_the_blocks_reckon_with_is_a_model_error(mod
     edit(model / "vae" / "config.json", scale_factor_spatial=16)
     edit(model / "model_index.json", _class_name="WanModularPipeline")
     for stage in Stage:
-        with pytest.raises(ModelError, match="scales by 16, but WanModularPipeline reckons with 4"):
+        with pytest.raises(ModelError, match="scales by 16, but WanModularPipeline assumes 4"):
             load(model, stage)
 
 

@@ -113,8 +113,8 @@ import importlib, os, sys
 from triptych.actors.supervision.component_specs import PRELOAD
 for module in PRELOAD:
     importlib.import_module(module)
-from triptych.actors.supervision.zygote import reason_not_to_fork
-assert reason_not_to_fork() == "", reason_not_to_fork()
+from triptych.actors.supervision.zygote import fork_problem
+assert fork_problem() == "", fork_problem()
 if child := os.fork():
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 import torch

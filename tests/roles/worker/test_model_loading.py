@@ -60,7 +60,7 @@ def test_an_instance_holds_its_weights_as_its_role_says(
     assert facts["quantization"] == "int8"
     assert facts["loras"] == ["a"]
     assert 0 < int(str(facts["weights_bytes"])) < int(str(facts["bytes_before"]))
-    assert loaded._resting is not None
+    assert loaded._offloader is not None
     assert loaded.placement.dtype is torch.bfloat16
     plain = StreamWorker(held(component, quantization="none"), make_topology(tiny_model), ProcessContext())._load(
         torch.device("cpu")
