@@ -9,11 +9,23 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from triptych.actors.supervision.ownership import ModelIdentity
 from triptych.engines.partition.stages import Stage
 from triptych.roles.head.job import Job, Request, State
 from triptych.roles.head.journal import SCHEMA_VERSION, Journal, JournalError, prune
 from triptych.roles.media.retention import StoreBounds
-from triptych.roles.messages.common import Artifact, LeaseRef, Output, StoredPayload
+from triptych.roles.messages.common import (
+    Artifact,
+    Images,
+    Json,
+    LeaseRef,
+    Numbers,
+    Options,
+    Output,
+    StoredPayload,
+    Tensors,
+    Upload,
+)
 from triptych.roles.messages.requests import Transition
 
 
@@ -60,6 +72,103 @@ def test_requests_are_named_by_owner_and_age_whether_they_have_ended_or_not(tmp_
     assert ids(after="r3") == ["r2", "r0"]
     assert ids(after="r0", newest_first=False) == ["r2", "r3"]
     journal.close()
+
+
+# Rows of a request in flight, every field with a value of its own, as they were written before words and
+# folders were renamed. The fields on disk keep their names: where this fails, an upgrade loses accepted requests.
+OLD_REQUEST = (
+    b"\x98\x88\xa6prompt\xa2\xc3\xa4\xa6height@\xaeguidance_scale\xcb@\x0c\x00\x00\x00\x00\x00\x00\xa5image\x92\xa8Pictures"
+    b"\x91\x93\xa5a.png\x08@\xa6sigmas\x92\xa7Numbers\x92\xcb?\xf0\x00\x00\x00\x00\x00\x00\xcb?\xe0\x00\x00\x00\x00\x00\x00"
+    b"\xa7options\x92\xa7Options\x82\xa1a\x01\xa1b\x92\x01\xcb?\xe0\x00\x00\x00\x00\x00\x00\xafnegative_prompt"
+    b'\x92\xa4Json\xac["x", ["y"]]'
+    b"\xa7latents\x93\xa7Tensors\x93\xadb.safetensors\t\x00\x91\xa7latents\xa3png\xcb@X\xc0\x00\x00\x00\x00\x00\xa6digest"
+    b"\xcb@8\x00\x00\x00\x00\x00\x00Z\x83\xa4path\xa9/models/m\xa5index\xa5index\xa7content\xa7content\xa1m"
+)
+OLD_UNITS = (
+    b"\xde\x00\x18\xa2id\xa5old/0\xaarequest_id\xa3old\xa5index\x00\xa4seed\xcf@\x00\x00\x00\x00\x00\x00\x00\xa6left_s\xcb@X\xe0"
+    b"\x00\x00\x00\x00\x00\xa5state\xb1DENOISING_RUNNING\xa7stage_s\xcb?\xf8\x00\x00\x00\x00\x00\x00\xa7attempt\x02\xa7history\x92"
+    b"\x93\xafENCODER_WAITING\xcb@\x00\x00\x00\x00\x00\x00\x00\xa0\x93\xb1DENOISING_RUNNING\xcb@\x10\x00\x00\x00\x00\x00\x00"
+    b"\xa5again\xa6staged\x81\xa7encoder\x94\x95\xa4pool\x03\x04\xcd\x10\x00@\xc4\t\x00manifest\xcf\xff\xff\xff\xff\xff\xff\xff\xff<"
+    b"\xa8instance\xaadenoiser-0\xa9instances\x82\xa7encoder\xa9encoder-0\xa8denoiser\xaadenoiser-0\xadstage_seconds"
+    b"\x81\xa7encoder"
+    b"\xcb?\xd0\x00\x00\x00\x00\x00\x00\xa6causes\x91\xbddenoiser-1: its process ended\xa8failures\x01"
+    b"\xaetransfers_lost\x02"
+    b"\xa6deaths\x01\xa6stalls\x03\xa4step\x04\xabtotal_steps\x14\xa8artifact\xc0\xa7borrows\xc3\xa5model\xa7weights\xa8at_fault\xc2",
+    b"\xde\x00\x18\xa2id\xa5old/1\xaarequest_id\xa3old\xa5index\x01\xa4seed\xcf@\x00\x00\x00\x00\x00\x00\x01\xa6left_s\xcb@X\xa0"
+    b"\x00\x00\x00\x00\x00\xa5state\xa6FAILED\xa7stage_s\xcb?\xe0\x00\x00\x00\x00\x00\x00\xa7attempt\x01\xa7history\x91\x93"
+    b"\xa6FAILED\xcb@\x14\x00\x00\x00\x00\x00\x00\xa3why\xa6staged\x80\xa8instance\xa0\xa9instances\x80\xadstage_seconds\x80\xa6causes"
+    b"\x90\xa8failures\x00\xaetransfers_lost\x00\xa6deaths\x00\xa6stalls\x00\xa4step\x00\xabtotal_steps\x00\xa8artifact\x94"
+    b"\xa9old_1.png\xa9image/png\x03\xc2\xa7borrows\xc2\xa5model\xa0\xa8at_fault\xc3",
+)
+
+
+def test_a_request_in_flight_that_an_earlier_version_wrote_comes_back_with_every_field(tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    Journal(path).close()
+    with sqlite3.connect(path) as db:
+        db.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?)", ("old", "alice/k", 1.0, 0.0, OLD_REQUEST, "alice"))
+        db.executemany("INSERT INTO units VALUES (?, 'old', ?)", [(f"old/{k}", row) for k, row in enumerate(OLD_UNITS)])
+    journal = Journal(path)
+    (found,) = journal.active()
+    jobs = [
+        Job(
+            id="old/0",
+            request_id="old",
+            index=0,
+            seed=2**62,
+            left_s=99.5,
+            state=State.DENOISING_RUNNING,
+            stage_s=1.5,
+            attempt=2,
+            history=[Transition("ENCODER_WAITING", 2.0), Transition("DENOISING_RUNNING", 4.0, "again")],
+            stored={Stage.ENCODER: StoredPayload(LeaseRef("pool", 3, 4, 4096, 64), b"\x00manifest", 2**64 - 1, 60)},
+            instance="denoiser-0",
+            instances={"encoder": "encoder-0", "denoiser": "denoiser-0"},
+            stage_seconds={"encoder": 0.25},
+            causes=["denoiser-1: its process ended"],
+            failures=1,
+            transfers_lost=2,
+            deaths=1,
+            stalls=3,
+            step=4,
+            total_steps=20,
+            borrows=True,
+            model="weights",
+        ),
+        Job(
+            id="old/1",
+            request_id="old",
+            index=1,
+            seed=2**62 + 1,
+            left_s=98.5,
+            state=State.FAILED,
+            stage_s=0.5,
+            attempt=1,
+            history=[Transition("FAILED", 5.0, "why")],
+            artifact=Artifact("old_1.png", "image/png", 3, nsfw_content_detected=False),
+            at_fault=True,
+        ),
+    ]
+    inputs = {
+        "prompt": "ä",
+        "height": 64,
+        "guidance_scale": 3.5,
+        "image": Images((Upload("a.png", 8, 64),)),
+        "sigmas": Numbers((1.0, 0.5)),
+        "options": Options({"a": 1, "b": (1, 0.5)}),
+        "negative_prompt": Json('["x", ["y"]]'),
+        "latents": Tensors(Upload("b.safetensors", 9), ("latents",)),
+    }
+    served = ModelIdentity("/models/m", "index", "content")
+    output = Output("png", 24.0, 90)
+    assert found == Request(
+        "old", inputs, output, 1.0, 99.0, jobs, "alice/k", "digest", 0.0, "alice", served=served, model="m"
+    )
+    assert journal.damaged == 0
+    journal.save([found], found.jobs)  # and what is written today is what that version wrote
+    journal.close()
+    with sqlite3.connect(path) as db:
+        assert tuple(body for (body,) in db.execute("SELECT body FROM units ORDER BY id")) == OLD_UNITS
 
 
 def test_a_unit_that_an_earlier_version_wrote_borrows_nothing_and_has_time() -> None:
