@@ -45,9 +45,10 @@ test-families: $(INSTALLED) ## The same tests for every pipeline of diffusers, f
 test-gpu: ## Tests that need a GPU; makes no environment: `make test-gpu PYTHON=python3` uses that one
 	$(PYTHON) -m pytest -m gpu tests/gpu
 
-check: $(INSTALLED) ## Lint, formatting, types
+check: $(INSTALLED) ## Lint, formatting, import rules, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
 format: $(INSTALLED) ## Format, and fix what can be fixed
