@@ -122,8 +122,8 @@ def show(topology: Topology) -> None:
     if any(component.kind == "pool" for component in topology.components):
         size, largest = topology.transfer.pool_size, topology.transfer.largest_payload
         console.print(f"A pool of {size} takes up to {largest:,} bytes from one stage for the next")
-    if topology.engine == "mooncake":
+    if topology.backend.is_open_to_network:
         console.print(
-            "The pools' memory is open for reading and writing to whoever reaches mooncake's ports on this host, "
-            "which it opens on every interface: see docs/security.md"
+            f"The pools' memory is open for reading and writing to whoever reaches {topology.engine}'s ports on this "
+            "host, which it opens on every interface: see docs/security.md"
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from triptych.actors.errors import TopologyError
 from triptych.api.keys import ApiKeysError, load_api_keys
+from triptych.engines.backends import DEFAULT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,9 +35,11 @@ def preflight(topology: Topology, components: Sequence[Component], *, file: str 
     if any(component.quantization != "none" for component in components) and not _is_installed("torchao"):
         fix = 'install it with pip install "triptych[quantization]", or use "none"'
         raise TopologyError(file, "[[roles]] quantization", "needs torchao, which is missing", fix)
-    if "pool" in kinds and topology.engine == "mooncake" and not _is_installed("mooncake"):
-        fix = 'install it with pip install "triptych[mooncake]", or use engine = "shm"'
-        raise TopologyError(file, '[transfer] engine = "mooncake"', "needs the mooncake engine, which is missing", fix)
+    backend, engine = topology.backend, topology.engine
+    if "pool" in kinds and backend.package and not _is_installed(backend.package):
+        fix = f'install it with pip install "{backend.install}", or use engine = "{DEFAULT}"'
+        problem = f"needs the {engine} engine, which is missing"
+        raise TopologyError(file, f'[transfer] engine = "{engine}"', problem, fix)
     for component in components:
         if component.on_gpu and not has_accelerator():
             fix = 'use device = "cpu", or run it on a machine with an accelerator'

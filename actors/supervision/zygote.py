@@ -34,11 +34,12 @@ from triptych.actors.errors import describe
 from triptych.actors.supervision import component_process
 from triptych.actors.supervision.prctl import die_with_parent
 from triptych.actors.supervision.zygote_messages import MAX_MESSAGE_BYTES, Fork, Forked, Warm
+from triptych.engines.backends import BACKENDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-FORBIDDEN: Final = ("mooncake",)
+FORBIDDEN: Final = tuple(spec.package for spec in BACKENDS.values() if not spec.fork_safe)
 """Modules that must not be imported before a fork: their threads and locks do not survive it."""
 
 

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from triptych.actors.errors import TopologyError
 from triptych.actors.topology.sections import LEAST_POOL_BYTES, STAGES, cache_size, parse_rate, parse_size
+from triptych.engines.backends import BACKENDS, DEFAULT, resolve_engine
 
 if TYPE_CHECKING:
     from triptych.actors.topology.sections import ModelSection, RoleSection, Sections
@@ -105,13 +106,14 @@ def _is_site(text: str) -> bool:
 
 
 def _check_network(file: str, sections: Sections) -> None:
-    if sections.transfer.engine == "mooncake" and not sections.transfer.trusted_network:
+    engine = resolve_engine(sections.transfer.engine)
+    if BACKENDS[engine].is_open_to_network and not sections.transfer.trusted_network:
         problem = "would let everybody who reaches this host read and write the pools' memory, for it has no keys"
         fix = (
             "keep its ports behind a firewall and say trusted_network = true, as docs/security.md shows, "
-            'or use engine = "shm"'
+            f'or use engine = "{DEFAULT}"'
         )
-        raise TopologyError(file, '[transfer] engine = "mooncake"', problem, fix)
+        raise TopologyError(file, f'[transfer] engine = "{engine}"', problem, fix)
 
 
 def _check_size(file: str, sections: Sections) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
+
+from triptych.engines.backends import AUTO, BACKENDS
 
 RoleKind = Literal["encoder", "denoiser", "decoder", "monolithic"]
 STAGES: Final = ("encoder", "denoiser", "decoder")
@@ -50,6 +52,10 @@ Options = Annotated[
     Meta(description="a table whose values are texts, numbers, true or false, or lists of numbers"),
 ]
 Dtype = Literal["float32", "float16", "bfloat16"]
+if TYPE_CHECKING:
+    EngineName: TypeAlias = str
+else:
+    EngineName = Literal[(AUTO, *BACKENDS)]  # a Literal, so that an error lists the choices
 
 Hosts = Annotated[tuple[str, ...], Meta(description='a list of host names, such as ["pictures.example.com"]')]
 
@@ -193,7 +199,7 @@ class HeadSection(Section, frozen=True):
 class TransferSection(Section, frozen=True):
     """`[transfer]`: how tensors get from one stage to the next."""
 
-    engine: Literal["auto", "shm", "mooncake"] = "auto"
+    engine: EngineName = AUTO
     """`shm` shares the memory of one host, `mooncake` moves bytes, `auto` takes shm on one host."""
     protocol: Literal["tcp", "rdma"] = "tcp"
     """Transport of mooncake."""

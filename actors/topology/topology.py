@@ -31,6 +31,7 @@ from triptych.actors.topology.sections import (
     TransferSection,
     cache_size,
 )
+from triptych.engines.backends import BACKENDS, BackendSpec, resolve_engine
 
 ComponentKind = Literal["pool", "encoder", "denoiser", "decoder", "monolithic", "head", "api"]
 
@@ -153,9 +154,14 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
         return (self.path.parent / Path(self.api.keys_file).expanduser()).resolve() if self.api.keys_file else None
 
     @property
-    def engine(self) -> Literal["shm", "mooncake"]:
-        """The transfer engine that "auto" stands for here."""
-        return "mooncake" if self.transfer.engine == "mooncake" else "shm"
+    def engine(self) -> str:
+        """The name of the transfer backend, "auto" resolved."""
+        return resolve_engine(self.transfer.engine)
+
+    @property
+    def backend(self) -> BackendSpec:
+        """What is known about the transfer backend."""
+        return BACKENDS[self.engine]
 
     @property
     def url(self) -> str:
@@ -256,4 +262,4 @@ def _components(sections: Sections, run_dir: Path) -> tuple[Component, ...]:
 def _pool_of(role: RoleSection, transfer: TransferSection) -> str:
     if role.kind not in STAGES:
         return ""
-    return f"pool-{role.kind}" if transfer.engine == "mooncake" else "pool"
+    return "pool" if BACKENDS[resolve_engine(transfer.engine)].shared_memory else f"pool-{role.kind}"

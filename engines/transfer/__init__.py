@@ -15,12 +15,14 @@ after a rejected one may fail.
 
 from __future__ import annotations
 
+import importlib
+
+from triptych.engines.backends import AUTO, BACKENDS, resolve_engine
 from triptych.engines.memory.arena import Arena
 from triptych.engines.transfer.backend import TransferBackend
 from triptych.engines.transfer.errors import TransferError, TransferSetupError
 from triptych.engines.transfer.fault_injection import FaultRates, FaultyBackend
 from triptych.engines.transfer.pull_executor import PullExecutor
-from triptych.engines.transfer.shm import ShmBackend
 
 __all__ = [
     "QUARANTINE_S",
@@ -47,10 +49,19 @@ def open_backend(
     faults: str = "",
     seed: int = 0,
 ) -> TransferBackend:
-    """Open the backend named by `engine`: "shm" (also "auto") or "mooncake".
+    """Open a transfer backend for an arena. Blocks; call it off the event loop.
 
-    Blocks: call it off the event loop. `hostname` is what peers reach this host by; `faults` is a setting as
-    `FaultRates.parse` reads it, "" in production. Raises TransferSetupError with what to install or to set.
+    Args:
+        engine: The name of the backend in `engines.backends.BACKENDS`, or "auto".
+        arena: The memory that peers pull from and that pulls write to.
+        hostname: The address by which peers reach this host.
+        protocol: The transport, "tcp" or "rdma"; ignored by backends that share memory.
+        ib_device: The RDMA devices, comma-separated; "" for all.
+        faults: Faults to inject, as `FaultRates.parse` reads them; "" in production.
+        seed: The seed of the injected faults.
+
+    Raises:
+        TransferSetupError: The backend cannot work here; the message says what to install or to set.
     """
     chosen = FaultRates.parse(faults)
     backend = _open(engine, arena, hostname, protocol, ib_device)
@@ -58,11 +69,12 @@ def open_backend(
 
 
 def _open(engine: str, arena: Arena, hostname: str, protocol: str, ib_device: str) -> TransferBackend:
-    if engine in ("auto", "shm"):
-        return ShmBackend(arena)
-    if engine == "mooncake":
-        # Only here, so that importing this package never imports Mooncake into a process that may fork.
-        from triptych.engines.transfer.mooncake import open_mooncake
-
-        return open_mooncake(arena, hostname=hostname, protocol=protocol, ib_device=ib_device)
-    raise TransferSetupError(f'transfer.engine must be "auto", "shm" or "mooncake", not "{engine}"')
+    spec = BACKENDS.get(resolve_engine(engine))
+    if spec is None:
+        known = ", ".join(f'"{name}"' for name in (AUTO, *BACKENDS))
+        raise TransferSetupError(f'[transfer] engine must be one of {known}, not "{engine}"')
+    # Import the module only here: a process that imports this package may still fork.
+    module, _, function = spec.opener.partition(":")
+    opener = getattr(importlib.import_module(module), function)
+    backend: TransferBackend = opener(arena, hostname=hostname, protocol=protocol, ib_device=ib_device)
+    return backend

@@ -23,6 +23,7 @@ from triptych.actors.errors import TopologyError
 from triptych.actors.topology.topology import load_topology
 from triptych.api.client import ClientError
 from triptych.api.launch import Cluster, launch
+from triptych.engines.backends import BACKENDS
 from triptych.engines.parameters.serving_config import SERVING_CONFIG_NAME
 from triptych.roles.pool.client import FAULTS as FAULTS_VARIABLE
 from triptych.tools.chaos import invariants
@@ -101,7 +102,7 @@ def main(
 def why_unsupported(faults: list[str], engine: str, state: Path) -> dict[str, str]:
     """Why faults cannot be caused here, by name."""
     problems = {fault: FAULTS[fault].why_unsupported(state) for fault in faults if fault in FAULTS}
-    if "late" in faults and engine != "mooncake":
+    if "late" in faults and BACKENDS[engine].shared_memory:
         problems["late"] = f"nothing is late where memory is shared, and the topology has engine {engine}"
     return {fault: problem for fault, problem in problems.items() if problem}
 

@@ -19,6 +19,7 @@ from triptych.actors.child_state import ChildState
 from triptych.api.client import ClientError
 from triptych.api.launch import Cluster, launch
 from triptych.bus import Outbox
+from triptych.engines.backends import BACKENDS
 from triptych.roles.head.job import TERMINAL_STATES
 from triptych.roles.messages.pool import LeaseQuery, LeaseReport, LeaseView
 from triptych.tools.chaos.load import request_body
@@ -122,7 +123,8 @@ async def check_changed_topology(
             for picture in CHANGED
         ]
     ids = [answer.raise_for_status().json()["id"] for answer in answers]
-    engine = "shm" if cluster.topology.engine == "mooncake" else "mooncake"
+    shared = cluster.topology.backend.shared_memory
+    engine = next(name for name, spec in BACKENDS.items() if spec.shared_memory is not shared)
     kind = next(c.kind for c in cluster.topology.components if c.kind in ("denoiser", "monolithic"))
     transfer = {**overrides.get("transfer", {}), "engine": engine, "trusted_network": True, "pool_size": CHANGED_POOL}
     changed: dict[str, Mapping[str, object]] = {**overrides, "transfer": transfer, "roles": {kind: {"name": "renamed"}}}

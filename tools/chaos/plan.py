@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from triptych.engines.backends import BACKENDS
+
 TRANSFER_FAULTS = {"transfer": "flip:0.02,short:0.02", "late": "delay:0.05:3"}
 """What is done to transfers: bytes change or are missing; they come seconds after the receiver has given them up."""
 PULL_TIMEOUT_S = 2.0
@@ -114,8 +116,8 @@ def make_plan(
 
 
 def possible(faults: Sequence[str], engine: str) -> list[str]:
-    """Those that a transfer engine can have: nothing is late where memory is shared."""
-    return [fault for fault in faults if fault != "late" or engine == "mooncake"]
+    """Return the faults that a transfer engine can have: nothing is late where memory is shared."""
+    return [fault for fault in faults if fault != "late" or not BACKENDS[engine].shared_memory]
 
 
 def transfer_faults(faults: Sequence[str]) -> str:

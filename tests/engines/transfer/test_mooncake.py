@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import signal
@@ -195,6 +196,7 @@ def test_a_peer_that_hangs_holds_up_nobody_else(puller, server, met):
         if met:
             puller.ask("pull", **hung.source(0, 4096), offset=8192, timeout_s=20)
         hung.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, hung.process.pid, os.WSTOPPED)  # each of its threads has stopped
         try:
             stuck = puller.send("pull", **hung.source(0, 4096), offset=4096, timeout_s=0.5)
             assert arrives(puller, server, 0, 4096, 3)
