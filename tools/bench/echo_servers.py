@@ -1,6 +1,7 @@
-"""The same echo three times: on our bus, on bare ZMQ, on xoscar. Both ends of each.
+"""The same echo four times: a mailbox, an actor, bare ZMQ, and an actor of xoscar. Both ends of each.
 
-`python -m triptych.tools.bench.echo_servers PEER ADDRESS` serves one until it is terminated.
+`python -m triptych.tools.bench.echo_servers PEER ADDRESS` reads the secret half of a CURVE key pair from its standard
+input and serves one of them until it is terminated.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from typing import Final
 import uvloop
 import zmq
 
-from triptych.bus import Mailbox, Message, Outbox
+from triptych.actors import Actor, AddressBook
+from triptych.actors.runtime.runtime import Runtime
+from triptych.bus import CurveKeys, Mailbox, Message, Outbox
 
 NAME: Final = "echo"
-Ask = Callable[[], Awaitable[object]]
+PAYLOADS: Final = {"20 B": "a short text as such", "4 KiB": "x" * (4 << 10)}
+Ask = Callable[[str], Awaitable[object]]
+"""Send a text and wait until it is back."""
 
 
 class Echo(Message):
@@ -39,9 +44,26 @@ class Echoed(Message):
     """The number that came."""
 
 
-async def serve_ours(address: str) -> None:
+class EchoActor(Actor):
+    """Answers with what came."""
+
+    async def echo(self, message: Echo) -> Echoed:
+        """Return the text and the number."""
+        return Echoed(message.text, message.number)
+
+
+async def serve_actor(address: str, keys: CurveKeys) -> None:
+    """Answer forever from a handler of an actor."""
+    book = AddressBook(None, {NAME: address})
+    book.keys = keys
+    async with Runtime([EchoActor(NAME)], address_book=book) as runtime:
+        _ready()
+        await runtime.wait()
+
+
+async def serve_mailbox(address: str, keys: CurveKeys) -> None:
     """Answer forever through a mailbox."""
-    mailbox = Mailbox(NAME, address, (Echo,))
+    mailbox = Mailbox(NAME, address, (Echo,), curve=keys)
     await mailbox.start()
     _ready()
     while True:
@@ -50,12 +72,12 @@ async def serve_ours(address: str) -> None:
             delivery.reply(Echoed(delivery.message.text, delivery.message.number))
 
 
-async def connect_ours(address: str) -> Ask:
+async def connect_mailbox(address: str, keys: CurveKeys) -> Ask:
     """Return an ask with envelope, typed decode and deadline."""
-    reference = Outbox("bench").reference(NAME, address)
+    reference = Outbox("bench", curve=keys).reference(NAME, address)
 
-    async def ask() -> object:
-        return await reference.ask(Echo("a short text", 12345), Echoed, timeout_s=30)
+    async def ask(text: str) -> object:
+        return await reference.ask(Echo(text, 12345), Echoed, timeout_s=30)
 
     return ask
 
@@ -85,7 +107,7 @@ class RawPump:
                 self._arrived(self._socket.recv_multipart(zmq.NOBLOCK))
 
 
-async def serve_raw(address: str) -> None:
+async def serve_raw(address: str, _keys: CurveKeys) -> None:
     """Answer forever with the bytes that came."""
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     socket.bind(address)
@@ -94,7 +116,7 @@ async def serve_raw(address: str) -> None:
     await asyncio.get_running_loop().create_future()
 
 
-async def connect_raw(address: str) -> Ask:
+async def connect_raw(address: str, _keys: CurveKeys) -> Ask:
     """Return an ask of bytes: a number to tell the answers apart, and a payload."""
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     socket.connect(address)
@@ -103,44 +125,44 @@ async def connect_raw(address: str) -> Ask:
     pump = RawPump(socket, lambda frames: waiting.pop(frames[0]).set_result(frames[1]))
     loop = asyncio.get_running_loop()
 
-    async def ask() -> object:
+    async def ask(text: str) -> object:
         number = next(numbers).to_bytes(8, "big")
         answer = waiting[number] = loop.create_future()
-        pump.send([number, b"a short text and more"])
+        pump.send([number, text.encode()])
         return await answer
 
     return ask
 
 
-async def serve_xoscar(address: str) -> None:
+async def serve_xoscar(address: str, _keys: CurveKeys) -> None:
     """Answer forever from an actor in a pool of its own."""
     import xoscar
 
-    class EchoActor(xoscar.Actor):  # type: ignore[misc]
+    class XoscarEchoActor(xoscar.Actor):  # type: ignore[misc]
         async def echo(self, text: str, number: int) -> tuple[str, int]:
             return text, number
 
     pool = await xoscar.create_actor_pool(address, n_process=0)
-    await xoscar.create_actor(EchoActor, address=pool.external_address, uid=NAME)
+    await xoscar.create_actor(XoscarEchoActor, address=pool.external_address, uid=NAME)
     _ready()
     await pool.join()
 
 
-async def connect_xoscar(address: str) -> Ask:
+async def connect_xoscar(address: str, _keys: CurveKeys) -> Ask:
     """Return a call of the actor's method."""
     import xoscar
 
     reference = await xoscar.actor_ref(address=address, uid=NAME)
 
-    async def ask() -> object:
-        answer: object = await reference.echo("a short text", 12345)
+    async def ask(text: str) -> object:
+        answer: object = await reference.echo(text, 12345)
         return answer
 
     return ask
 
 
-SERVERS = {"ours": serve_ours, "raw": serve_raw, "xoscar": serve_xoscar}
-CLIENTS = {"ours": connect_ours, "raw": connect_raw, "xoscar": connect_xoscar}
+SERVERS = {"mailbox": serve_mailbox, "actor": serve_actor, "raw": serve_raw, "xoscar": serve_xoscar}
+CLIENTS = {"mailbox": connect_mailbox, "actor": connect_mailbox, "raw": connect_raw, "xoscar": connect_xoscar}
 
 
 def _ready() -> None:
@@ -148,4 +170,4 @@ def _ready() -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(SERVERS[sys.argv[1]](sys.argv[2]))
+    uvloop.run(SERVERS[sys.argv[1]](sys.argv[2], CurveKeys.of(sys.stdin.readline().strip())))
