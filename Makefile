@@ -11,7 +11,7 @@ PARALLEL ?= -n auto --maxprocesses 4 --dist worksteal
 # Three wheels bring the same mooncake/ folder: one for hosts without an NVIDIA driver, one each for CUDA 12 and 13.
 MOONCAKE := $(shell tools/mooncake_extra.sh)
 
-.PHONY: help install demo serve test test-long test-families test-gpu check format bench bench-memory gpu-report gpu-report-here clean
+.PHONY: help install demo serve test test-long test-families test-gpu check format bench bench-memory gpu-report gpu-report-here docs docs-serve clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt tools/system_packages.sh tools/moon
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on $$(grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench,$(MOONCAKE)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench,docs,$(MOONCAKE)]'
 	touch $@
 
 install: $(INSTALLED) ## Make the environment in .venv
@@ -70,6 +70,12 @@ gpu-report: $(INSTALLED) ## What a GPU gives, in docs/gpu.md; nine minutes, DEVI
 
 gpu-report-here: ## The same without an environment of its own: `make gpu-report-here PYTHON=python3`
 	$(PYTHON) $(REPORT)
+
+docs: $(INSTALLED) ## The documentation as a site, in out/site; a broken link fails
+	$(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(INSTALLED) ## The same on http://127.0.0.1:8001, made anew at each change
+	$(BIN)/python -m mkdocs serve --dev-addr 127.0.0.1:8001
 
 clean: ## Remove the environment and what was made
 	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache

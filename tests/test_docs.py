@@ -58,3 +58,11 @@ def test_every_name_of_a_page_is_in_the_code(page: str) -> None:
     names = NAME.findall((ROOT / page).read_text())
     assert names
     assert not [name for name in names if _missing(name)]
+
+
+def test_the_index_of_decisions_has_the_title_of_each() -> None:
+    folder = ROOT / "docs" / "adr"
+    index = (folder / "README.md").read_text()
+    for page in sorted(folder.glob("0*.md")):
+        number, title = page.read_text().split("\n", 1)[0].removeprefix("# ").split(". ", 1)
+        assert f"| {number} | [{title}]({page.name}) |" in index

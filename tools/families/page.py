@@ -68,12 +68,17 @@ def classes(records: Sequence[Record]) -> str:
         "",
         f"| {' | '.join(_COLUMNS)} |",
         f"|{' --- |' * len(_COLUMNS)}",
-        *(f"| {' | '.join(cell.replace('|', '/') for cell in _cells(record))} |" for record in built),
+        *(f"| {' | '.join(map(_literal, _cells(record)))} |" for record in built),
     ]
     if unbuilt:
         lines += ["", "Not built:", "", "| class | why not |", "| --- | --- |"]
-        lines += [f"| {_short(record)} | {record.unbuilt.replace('|', '/')} |" for record in unbuilt]
+        lines += [f"| {_short(record)} | {_literal(record.unbuilt)} |" for record in unbuilt]
     return "\n".join(lines) + "\n"
+
+
+def _literal(text: str) -> str:
+    """Escape what Markdown would read as a column or a link."""
+    return text.replace("|", "/").replace("[", "\\[")
 
 
 def _cells(record: Record) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ def _introduction(report: Report) -> Iterator[str]:
     options = f" with {', '.join(report.options)}" if report.options else ""
     yield f"""
     `{_COMMAND}` makes this page in under {_minutes(report.budget_s)} minutes;
-    [what to type](../CONTRIBUTING.md#with-a-gpu-for-half-an-hour) where a GPU is at hand for half an hour. This one
+    [what to type](gpu-run.md) where a GPU is at hand for half an hour. This one
     began at {report.made_at} on {_machine(report)}{options}, and took {report.seconds:.0f} s.
     """
     if report.shapes == "full":
