@@ -12,8 +12,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from triptych.actors.topology.checks import is_loopback
-from triptych.actors.topology.sections import ApiSection, parse_rate
+from triptych.actors.topology import ApiSection, is_loopback, parse_rate
 from triptych.api.errors import ApiError, error_response
 from triptych.api.keys import ApiKeys
 

@@ -8,7 +8,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from triptych.actors.topology.topology import Topology
+from triptych.actors.topology import Topology
 from triptych.api.access import AccessMiddleware
 from triptych.api.artifacts import get_artifact
 from triptych.api.body import BodyLimiter

@@ -16,9 +16,8 @@ from triptych.actors.child_state import FINAL_STATES, ChildState
 from triptych.actors.errors import TopologyError
 from triptych.actors.runtime.address_book import SUPERVISOR, AddressBook
 from triptych.actors.runtime.system_messages import ChildReport, SupervisorQuery, SupervisorReport
-from triptych.actors.supervision.child_process import module_command
-from triptych.actors.topology.overrides import write_with_overrides
-from triptych.actors.topology.topology import Topology, load_topology
+from triptych.actors.supervision import module_command
+from triptych.actors.topology import Topology, load_topology, write_with_overrides
 from triptych.api.client import (
     GENERATE_TIMEOUT_S,
     KEY_VARIABLE,

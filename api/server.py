@@ -15,7 +15,7 @@ import uvicorn
 
 from triptych.actors import Actor, Component, StartDelayedError, StartError, Topology
 from triptych.actors.child_state import ChildState
-from triptych.actors.topology.sections import parse_size
+from triptych.actors.topology import parse_size
 from triptych.api.app import make_app
 from triptych.api.cluster import ClusterObserver
 from triptych.api.connections import ConnectionLimits, LimitedH11Protocol, connection_limit, raise_file_limit

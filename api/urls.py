@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.requests import Request
 
-from triptych.actors.topology.topology import Topology
+from triptych.actors.topology import Topology
 
 
 def url_of(request: Request, path: str) -> str:

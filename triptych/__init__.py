@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from triptych.actors.errors import TopologyError
-    from triptych.actors.topology.topology import Topology, load_topology
+    from triptych.actors.topology import Topology, load_topology
     from triptych.api.client import ClientError
     from triptych.api.launch import launch
 

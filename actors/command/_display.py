@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from triptych.actors.runtime.system_messages import ChildReport
-    from triptych.actors.topology.topology import Component, Topology
+    from triptych.actors.topology import Component, Topology
 
 _READY_EVERY_S: Final = 0.1
 _READY_TIMEOUT_S: Final = 5.0

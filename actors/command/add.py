@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.markup import escape
 
 from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, stdout
 from triptych.actors.errors import StartError
-from triptych.actors.supervision.component_specs import load_model_summary
-from triptych.actors.supervision.launcher import QUIET
-from triptych.actors.topology.generator import generate_topology, relative_model_path, topology_file_name
-from triptych.actors.topology.sections import ModelSection
+from triptych.actors.supervision import load_function, quiet_libraries
+from triptych.actors.topology import (
+    ModelSection,
+    ModelSummary,
+    generate_topology,
+    relative_model_path,
+    topology_file_name,
+)
+
+SUMMARIZE_MODEL: Final = "triptych.roles.worker.model_summary:summarize_model"
+"""Returns a `ModelSummary` and why the model cannot be served, or ""; it imports the large libraries."""
 
 
 def add(
@@ -61,8 +68,9 @@ def add(
         revision=revision,
     )
     try:
-        os.environ.update({name: level for name, level in QUIET.items() if name not in os.environ})
-        facts, problem = load_model_summary()(section, folder)
+        quiet_libraries()
+        summarize: Callable[[ModelSection, Path], tuple[ModelSummary, str]] = load_function(SUMMARIZE_MODEL)
+        facts, problem = summarize(section, folder)
     except StartError as error:
         fail(str(error), EXIT_BAD_TOPOLOGY)
     if problem:

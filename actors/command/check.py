@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final, Protocol
 
 import msgspec
 import typer
@@ -15,11 +15,22 @@ from rich.markup import escape
 from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, fail, rows_of, stdout, table
 from triptych.actors.command.preflight import preflight
 from triptych.actors.errors import StartError, TopologyError
-from triptych.actors.supervision.component_specs import ModelReport, load_check
-from triptych.actors.supervision.launcher import QUIET
-from triptych.actors.topology.topology import Component, Model, Topology, load_topology
+from triptych.actors.supervision import load_function, quiet_libraries
+from triptych.actors.topology import Component, Model, ModelReport, Topology, load_topology
 
 TopologyFile = Annotated[Path, typer.Argument(metavar="FILE", help="The topology, a TOML file.", show_default=False)]
+
+CHECK_MODEL: Final = "triptych.roles.worker.model_check:check_model"
+"""The `CheckModel`; it imports the large libraries."""
+
+
+class CheckModel(Protocol):
+    """Finds what is wrong with a model."""
+
+    def __call__(
+        self, model: Model, components: Sequence[Component], *, dry_run: bool, say: Callable[[str], None]
+    ) -> ModelReport:
+        """Check a model that these components serve; `say` is told what is being done."""
 
 
 def check(
@@ -73,10 +84,10 @@ def check(
 
 
 def _look_at_models(topology: Topology, *, dry_run: bool) -> list[ModelReport]:
-    os.environ.update({name: level for name, level in QUIET.items() if name not in os.environ})
+    quiet_libraries()
     console = Console(stderr=True, highlight=False)
     try:
-        check_model = load_check()
+        check_model: CheckModel = load_function(CHECK_MODEL)
         with console.status("") as status:
 
             def say(what: str) -> None:

@@ -16,7 +16,7 @@ from rich.markup import escape
 from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, EXIT_FAILED, EXIT_INTERRUPTED, fail, stdout
 from triptych.actors.command._progress import wait_until_finished
 from triptych.actors.errors import TopologyError
-from triptych.actors.topology.topology import load_topology
+from triptych.actors.topology import load_topology
 from triptych.api.client import (
     FORMATS,
     GENERATE_TIMEOUT_S,

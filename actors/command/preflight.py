@@ -13,7 +13,7 @@ from triptych.engines.backends import DEFAULT
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from triptych.actors.topology.topology import Component, Model, Topology
+    from triptych.actors.topology import Component, Model, Topology
 
 _DEVICES: Final = ("nvidia[0-9]*", "nvidiactl", "kfd", "dxg")  # NVIDIA, AMD, and either of them under Windows
 

@@ -13,11 +13,11 @@ from triptych.actors.command.check import TopologyFile
 from triptych.actors.errors import TopologyError
 from triptych.actors.runtime.address_book import AddressBook
 from triptych.actors.runtime.system_messages import ModelStatus, SleepModel, WakeModel
-from triptych.actors.topology.topology import load_topology
+from triptych.actors.topology import load_topology
 from triptych.bus import BusError, Outbox, RemoteError
 
 if TYPE_CHECKING:
-    from triptych.actors.topology.topology import Topology
+    from triptych.actors.topology import Topology
 
 _LOOK_EVERY_S: Final = 0.2
 _ANSWER_S: Final = 5.0

@@ -19,7 +19,7 @@ from triptych.actors.child_state import ChildState
 from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, rows_of, stdout, styled, table
 from triptych.actors.command.generate import KeyFile, Url, api_key, base_url
 from triptych.actors.errors import TopologyError
-from triptych.actors.topology.topology import load_topology
+from triptych.actors.topology import load_topology
 from triptych.api.client import ClientError, authorization, read_json, timeout, unreachable
 
 _WATCH_EVERY_S: Final = 1.0

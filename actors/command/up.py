@@ -16,9 +16,8 @@ from triptych.actors.command.preflight import preflight
 from triptych.actors.errors import AlreadyRunningError, ForeignStateError, StartError, TopologyError, UnknownNameError
 from triptych.actors.runtime import logs
 from triptych.actors.runtime.address_book import SUPERVISOR
-from triptych.actors.supervision.prctl import die_with_parent
-from triptych.actors.supervision.supervisor_process import SupervisorProcess
-from triptych.actors.topology.topology import load_topology
+from triptych.actors.supervision import SupervisorProcess, die_with_parent
+from triptych.actors.topology import load_topology
 
 
 def up(

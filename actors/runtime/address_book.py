@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from triptych.actors.topology.topology import Topology
+    from triptych.actors.topology import Topology
     from triptych.bus import CurveKeys
 
 SUPERVISOR: Final = "supervisor"

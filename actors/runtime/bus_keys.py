@@ -14,7 +14,7 @@ from triptych.actors.topology.paths import private_dir
 from triptych.bus import CurveKeys
 
 if TYPE_CHECKING:
-    from triptych.actors.topology.topology import Topology
+    from triptych.actors.topology import Topology
 
 _FILE: Final = "bus.key"
 

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import structlog
 import uvloop
@@ -28,10 +28,10 @@ from triptych.actors.runtime.address_book import AddressBook
 from triptych.actors.runtime.heartbeat import report_final_state
 from triptych.actors.runtime.runtime import Runtime
 from triptych.actors.runtime.system_messages import ChildStateChanged
-from triptych.actors.supervision.child_process import EXIT_CRASH, EXIT_START_DELAYED, EXIT_START_FAILURE
-from triptych.actors.supervision.component_specs import COMPONENT_SPECS, load_builder
-from triptych.actors.supervision.prctl import die_with_parent
-from triptych.actors.topology.topology import Component, Topology, load_topology
+from triptych.actors.supervision._child_process import EXIT_CRASH, EXIT_START_DELAYED, EXIT_START_FAILURE
+from triptych.actors.supervision._component_specs import COMPONENT_SPECS, Builder, load_function
+from triptych.actors.supervision._process_tree import die_with_parent
+from triptych.actors.topology import Component, Topology, load_topology
 from triptych.bus import Outbox
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
     from triptych.actors.runtime.actor import Actor
 
-HEARTBEAT_S: Final = 1.0
-_BEATS_PER_TIMEOUT: Final = 4
 _log = structlog.stdlib.get_logger("actors")
 
 
@@ -65,11 +63,6 @@ def exit_now(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def heartbeat_s(topology: Topology) -> float:
-    """Seconds between two heartbeats: several fit into the timeout."""
-    return min(HEARTBEAT_S, topology.supervision.heartbeat_timeout_s / _BEATS_PER_TIMEOUT)
 
 
 async def _run_component(options: argparse.Namespace) -> int:
@@ -101,7 +94,7 @@ async def _run_component(options: argparse.Namespace) -> int:
 async def _run(
     options: argparse.Namespace, topology: Topology, component: Component, address_book: AddressBook
 ) -> None:
-    build = load_builder(options.build or COMPONENT_SPECS[component.kind].build)
+    build: Builder = load_function(options.build or COMPONENT_SPECS[component.kind].build)
     actors = build(component, topology)
     _check_names(component, actors)
     runtime = Runtime(
@@ -112,7 +105,7 @@ async def _run(
         kind=component.kind,
         supervisor=options.supervisor,
         shutdown_s=topology.supervision.shutdown_s,
-        heartbeat_s=heartbeat_s(topology),
+        heartbeat_s=topology.supervision.heartbeat_s,
         import_s=_process_age_s(),
     )
     loop = asyncio.get_running_loop()

@@ -32,8 +32,8 @@ from setproctitle import setproctitle
 
 from triptych.actors.errors import describe
 from triptych.actors.supervision import component_process
-from triptych.actors.supervision.prctl import die_with_parent
-from triptych.actors.supervision.zygote_messages import MAX_MESSAGE_BYTES, Fork, Forked, Warm
+from triptych.actors.supervision._process_tree import die_with_parent
+from triptych.actors.supervision._zygote_client import MAX_MESSAGE_BYTES, Fork, Forked, Warm
 from triptych.engines.backends import BACKENDS
 
 if TYPE_CHECKING:

@@ -1,1 +1,56 @@
-"""The TOML topology: its sections, parser, checks and overrides."""
+"""The topology: which processes there are, where they are found and with which options they run; read from TOML.
+
+`sections` documents every key of the file; `paths` says where a system keeps its sockets and its state.
+"""
+
+from triptych.actors.topology._model_identity import ModelIdentity
+from triptych.actors.topology._model_report import ModelProblem, ModelReport, ModelSummary
+from triptych.actors.topology.checks import is_loopback
+from triptych.actors.topology.generator import generate_topology, relative_model_path, topology_file_name
+from triptych.actors.topology.model_source import INDEX_FILES, WEIGHT_SUFFIXES, ModelSource, find_source, snapshot
+from triptych.actors.topology.overrides import free_port, write_with_overrides
+from triptych.actors.topology.sections import (
+    STAGES,
+    ApiSection,
+    EmbeddingSection,
+    HeadSection,
+    LoraSection,
+    ModelSection,
+    RoleSection,
+    TransferSection,
+    parse_rate,
+    parse_size,
+)
+from triptych.actors.topology.topology import Component, Model, Topology, load_topology
+
+__all__ = [
+    "INDEX_FILES",
+    "STAGES",
+    "WEIGHT_SUFFIXES",
+    "ApiSection",
+    "Component",
+    "EmbeddingSection",
+    "HeadSection",
+    "LoraSection",
+    "Model",
+    "ModelIdentity",
+    "ModelProblem",
+    "ModelReport",
+    "ModelSection",
+    "ModelSource",
+    "ModelSummary",
+    "RoleSection",
+    "Topology",
+    "TransferSection",
+    "find_source",
+    "free_port",
+    "generate_topology",
+    "is_loopback",
+    "load_topology",
+    "parse_rate",
+    "parse_size",
+    "relative_model_path",
+    "snapshot",
+    "topology_file_name",
+    "write_with_overrides",
+]

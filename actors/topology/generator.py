@@ -7,12 +7,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import msgspec
-
 from triptych.actors.topology.model_source import is_repository
 from triptych.actors.topology.overrides import to_toml
 
 if TYPE_CHECKING:
+    from triptych.actors.topology._model_report import ModelSummary
     from triptych.actors.topology.sections import ModelSection
 
 _MIB: Final = 1 << 20
@@ -22,25 +21,6 @@ _ENCODED_PROMPT_BYTES: Final = 32 * _MIB
 """Bytes of the text of a request when it is encoded: 512 tokens of 4096 floats, with and without guidance, rounded."""
 _PAYLOADS_IN_FLIGHT: Final = 4
 """Payloads that a pool should have room for in each of its halves: two requests of two stages."""
-
-
-class ModelSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a model before it is served."""
-
-    pipeline: str
-    """Its class."""
-    disaggregated: bool
-    """Whether it can be run in three processes."""
-    sentence: str
-    """How it would be served."""
-    config: str = ""
-    """Of a checkpoint, the folder or repository whose configurations fit, where the topology says none."""
-    defaults: dict[str, object] = {}
-    """Of its parameters, by name."""
-    weights: dict[str, int] = {}
-    """Bytes of the weight files of each component."""
-    gpus: int = 0
-    """CUDA devices of this machine."""
 
 
 def generate_topology(section: ModelSection, facts: ModelSummary) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Final
 
 MAX_SOCKET_PATH: Final = 107
+OWNER_RECORD: Final = "owner.json"
+"""File in a state or run folder that says which system it belongs to."""
 _MAX_NAME_LENGTH: Final = 64  # supervisor- + a role name of 32 + an index, and what the bus appends while it binds
 
 

@@ -274,6 +274,11 @@ class SupervisionSection(Section, frozen=True):
     start_timeout_s: Seconds = 600.0
     """The same while a process starts: importing, loading weights and compiling may keep it silent for minutes."""
 
+    @property
+    def heartbeat_s(self) -> float:
+        """Seconds between two heartbeats of a process: several fit into the timeout."""
+        return min(1.0, self.heartbeat_timeout_s / 4)
+
 
 class BusSection(Section, frozen=True):
     """`[bus]`: how actors of different processes talk."""

@@ -12,8 +12,8 @@ from typing import Literal
 import msgspec
 
 from triptych.actors.errors import UnknownNameError
-from triptych.actors.supervision.ownership import ModelIdentity, identify_model
 from triptych.actors.topology import paths
+from triptych.actors.topology._model_identity import ModelIdentity, identify_model
 from triptych.actors.topology._parser import parse_topology_file
 from triptych.actors.topology.checks import check_components, check_sections, role_name
 from triptych.actors.topology.model_source import ModelSource, absolute, find_source
@@ -42,7 +42,7 @@ class Component(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     """"head", "api", "denoiser-0", "pool", or with mooncake "pool-encoder", "pool-denoiser", "pool-decoder"."""
     kind: ComponentKind
-    """What it is; see `actors.supervision.component_specs`."""
+    """What it is; see `actors.supervision._component_specs`."""
     model: str = ""
     """Name of the model that it serves, as `Model.name`; "" for a pool, the head and the API, which serve all."""
     address: str

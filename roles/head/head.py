@@ -27,7 +27,7 @@ from triptych.actors.runtime.system_messages import (
     SupervisorReport,
     WakeModel,
 )
-from triptych.actors.topology.sections import parse_size
+from triptych.actors.topology import parse_size
 from triptych.bus import BusError, RefusedError
 from triptych.engines.parameters.lora import check_lora
 from triptych.engines.parameters.schema import MASKS, Signature

@@ -17,7 +17,7 @@ from typing import Final
 
 import msgspec
 
-from triptych.actors.supervision.ownership import ModelIdentity
+from triptych.actors.topology import ModelIdentity
 from triptych.roles.head.job import Job, Request
 from triptych.roles.media.files import sync_folder
 from triptych.roles.media.retention import StoreBounds

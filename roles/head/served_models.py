@@ -11,7 +11,7 @@ import msgspec
 from msgspec.structs import replace
 
 from triptych.actors import Component, Model, Topology
-from triptych.actors.supervision.ownership import ModelIdentity
+from triptych.actors.topology import ModelIdentity
 from triptych.engines.parameters.schema import Parameter, Signature
 from triptych.engines.parameters.serving_config import ServingConfig
 from triptych.engines.parameters.validation import ANY

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from triptych.actors import Component, Model, StartError
 from triptych.actors.errors import describe
-from triptych.actors.supervision.component_specs import ModelProblem, ModelReport
+from triptych.actors.topology import ModelProblem, ModelReport
 from triptych.engines.partition.stages import ModelError, Stage
 from triptych.engines.weights.inspection import Finding, inspect_files
 from triptych.engines.weights.read_progress import size_text

@@ -9,9 +9,7 @@ from typing import Any
 import msgspec
 import torch
 
-from triptych.actors.topology.generator import ModelSummary
-from triptych.actors.topology.model_source import INDEX_FILES, ModelSource, find_source, snapshot
-from triptych.actors.topology.sections import ModelSection
+from triptych.actors.topology import INDEX_FILES, ModelSection, ModelSource, ModelSummary, find_source, snapshot
 from triptych.engines.parameters.serving_config import load_index, load_serving_config
 from triptych.engines.partition.options import ModelOptions
 from triptych.engines.partition.stages import ModelError

@@ -10,7 +10,7 @@ import pytest
 
 from tests.api.conftest import BOUND_S
 from triptych.actors import AddressBook
-from triptych.actors.topology.sections import ApiSection
+from triptych.actors.topology import ApiSection
 from triptych.api.access import TokenBucket, check_host, check_origin, host_of, own_host_names
 from triptych.api.app import make_app
 from triptych.api.cluster import ClusterObserver

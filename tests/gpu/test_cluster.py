@@ -21,8 +21,7 @@ require(*BY_PROCESSES)
 from tests.engines.classic_models import request
 from tests.engines.conftest import Models
 from tests.engines.results import media, seeded_generator
-from triptych.actors.supervision.component_specs import PRELOAD
-from triptych.actors.supervision.launcher import NO_CUDA
+from triptych.actors.supervision import NO_CUDA, PRELOAD
 from triptych.api.launch import Cluster, launch
 
 ROOT = Path(__file__).parents[2]
@@ -53,8 +52,8 @@ import importlib, os, sys
 from pathlib import Path
 for module in sys.argv[1:]:
     importlib.import_module(module)
-from triptych.actors.supervision.zygote import reason_not_to_fork
-assert reason_not_to_fork() == "", reason_not_to_fork()
+from triptych.actors.supervision.zygote import fork_problem
+assert fork_problem() == "", fork_problem()
 opened = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink() and "nvidia" in os.readlink(link)]
 assert not opened, opened
 if child := os.fork():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from triptych.actors import Model
-from triptych.actors.topology.sections import ModelSection, RoleSection
+from triptych.actors.topology import ModelSection, RoleSection
 from triptych.engines.parameters.schema import Parameter, ParameterKind, Signature
 from triptych.engines.partition.stages import Stage
 from triptych.roles.head.dispatch import POLICIES

@@ -20,7 +20,7 @@ import pytest
 from tests.system.conftest import ROOT
 from tests.system.test_recovery import BOUND_S, FREE_PORTS, back
 from triptych.actors import load_topology
-from triptych.actors.topology.overrides import free_port
+from triptych.actors.topology import free_port
 from triptych.api.launch import Cluster, launch
 
 PROMPT = "a red circle"

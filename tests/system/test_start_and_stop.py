@@ -15,8 +15,8 @@ import pytest
 from tests.actors.supervision.test_launcher import folder_of_strange_code
 from tests.system.conftest import ROOT
 from triptych.actors import load_topology
-from triptych.actors.supervision.child_process import module_command
-from triptych.actors.topology.overrides import free_port
+from triptych.actors.supervision import module_command
+from triptych.actors.topology import free_port
 from triptych.api.client import ClientError
 from triptych.api.launch import launch
 

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import uvloop
 
-from triptych.actors.supervision.child_process import module_command
+from triptych.actors.supervision import module_command
 from triptych.bus import CurveKeys
 from triptych.tools.bench.echo_servers import CLIENTS, PAYLOADS, Ask
 from triptych.tools.bench.report import compare

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from triptych.actors.supervision.child_process import module_command
+from triptych.actors.supervision import module_command
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from functools import partial
 from statistics import median
 from typing import Any, TextIO, cast
 
-from triptych.actors.supervision.child_process import module_command
+from triptych.actors.supervision import module_command
 from triptych.tools.bench.report import compare
 
 SIZES = {"4 KiB": 4 << 10, "1 MiB": 1 << 20, "64 MiB": 64 << 20}

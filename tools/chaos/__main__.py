@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from triptych.actors.errors import TopologyError
-from triptych.actors.topology.topology import load_topology
+from triptych.actors.topology import load_topology
 from triptych.api.client import ClientError
 from triptych.api.launch import Cluster, launch
 from triptych.engines.backends import BACKENDS

@@ -23,7 +23,7 @@ import diffusers
 import torch
 import transformers
 
-from triptych.actors.supervision.child_process import module_command
+from triptych.actors.supervision import module_command
 from triptych.engines.codec.codec import pack, unpack
 from triptych.engines.partition.options import ModelOptions
 from triptych.engines.partition.stages import Stage

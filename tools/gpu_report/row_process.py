@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from triptych.actors.supervision.prctl import die_with_parent
+from triptych.actors.supervision import die_with_parent
 from triptych.tools.gpu_report.report import Measured, Status
 from triptych.tools.gpu_report.row_context import RowContext, RowFailedError, RowSkippedError, Settings
 from triptych.tools.gpu_report.rows import Row, chosen

@@ -10,7 +10,7 @@ from triptych.actors import TopologyError, load_topology
 from triptych.actors.command import app
 from triptych.actors.command.generate import api_key
 from triptych.actors.command.preflight import preflight
-from triptych.actors.topology.overrides import write_with_overrides
+from triptych.actors.topology import write_with_overrides
 from triptych.api.client import authorization
 from triptych.api.keys import ApiKeysError, load_api_keys
 

@@ -22,7 +22,7 @@ from triptych.actors.command._progress import API_AWAY_TIMEOUT_S, wait_until_fin
 from triptych.actors.command.generate import output_paths, parse_settings
 from triptych.actors.command.status import render
 from triptych.actors.runtime.system_messages import ChildReport
-from triptych.actors.topology.overrides import free_port
+from triptych.actors.topology import free_port
 from triptych.api.client import ClientError, GeneratedImage, format_of, read_images, request_body
 from triptych.api.launch import cannot_become_ready, describe_children
 

@@ -12,7 +12,7 @@ import msgspec
 from tests.actors.supervision.probe import Multiply, Ping, Pong, Product
 from triptych.actors import AddressBook, load_topology
 from triptych.actors.runtime import logs
-from triptych.actors.supervision.launcher import Launcher
+from triptych.actors.supervision._launcher import Launcher
 from triptych.bus import Message, Outbox
 
 

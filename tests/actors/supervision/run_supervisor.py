@@ -12,9 +12,8 @@ import msgspec
 
 from triptych.actors.runtime import logs
 from triptych.actors.runtime.system_messages import ChildReport
-from triptych.actors.supervision.component_specs import COMPONENT_SPECS, ComponentSpec
-from triptych.actors.supervision.supervisor_process import SupervisorProcess
-from triptych.actors.topology.topology import load_topology
+from triptych.actors.supervision import COMPONENT_SPECS, ComponentSpec, SupervisorProcess
+from triptych.actors.topology import load_topology
 
 PROBES = dict.fromkeys(COMPONENT_SPECS, ComponentSpec("tests.actors.supervision.probe:build", forked=True))
 

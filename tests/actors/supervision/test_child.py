@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from triptych.actors.runtime.system_messages import ChildReport
-from triptych.actors.supervision.child import Child, unservable_reason
-from triptych.actors.supervision.component_specs import ComponentSpec
-from triptych.actors.topology.topology import Component
+from triptych.actors.supervision import ComponentSpec
+from triptych.actors.supervision._child import Child, unservable_reason
+from triptych.actors.topology import Component
 
 
 @pytest.fixture

@@ -14,11 +14,9 @@ import pytest
 
 from tests.actors.conftest import THREE_ROLES
 from tests.actors.supervision.supervised import ROOT
-from triptych.actors.supervision.child_process import module_command
-from triptych.actors.supervision.component_specs import PRELOAD
-from triptych.actors.supervision.launcher import NO_CUDA, gpu_environment, thread_environment, usable_cores
-from triptych.actors.supervision.supervisor_process import SupervisorProcess
-from triptych.actors.topology.topology import load_topology
+from triptych.actors.supervision import NO_CUDA, PRELOAD, SupervisorProcess, module_command
+from triptych.actors.supervision._launcher import gpu_environment, thread_environment, usable_cores
+from triptych.actors.topology import load_topology
 
 Write = Callable[..., Path]
 

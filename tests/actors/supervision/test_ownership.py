@@ -9,14 +9,14 @@ import msgspec
 import pytest
 
 from triptych.actors.errors import AlreadyRunningError, ForeignStateError
-from triptych.actors.supervision.ownership import (
-    ModelIdentity,
+from triptych.actors.supervision._ownership import (
     Owner,
     hold_folder,
-    identify_model,
     sharing_problem,
     takeover_problem,
 )
+from triptych.actors.topology import ModelIdentity
+from triptych.actors.topology._model_identity import identify_model
 from triptych.actors.topology.paths import private_state_dir
 
 MODEL = ModelIdentity("/m", "index", "content")

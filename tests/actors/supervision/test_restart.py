@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from triptych.actors.supervision.restart import (
+from triptych.actors.supervision._restart import (
     FIRST_BACKOFF_S,
     FIRST_DELAY_S,
     LAST_BACKOFF_S,

@@ -9,14 +9,15 @@ from typer.testing import CliRunner
 
 from triptych.actors import load_topology
 from triptych.actors.command import app
-from triptych.actors.topology.generator import (
+from triptych.actors.topology import (
+    ModelSection,
     ModelSummary,
-    estimate_pool_bytes,
+    RoleSection,
     generate_topology,
     relative_model_path,
     topology_file_name,
 )
-from triptych.actors.topology.sections import ModelSection, RoleSection
+from triptych.actors.topology.generator import estimate_pool_bytes
 
 MIB = 1 << 20
 FLUX = ModelSummary(pipeline="FluxPipeline", disaggregated=True, sentence="FluxPipeline, by the modular partition")

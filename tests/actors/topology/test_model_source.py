@@ -10,9 +10,7 @@ import pytest
 from tests.actors.command.test_command import Write
 from triptych.actors import TopologyError, load_topology
 from triptych.actors.command.preflight import preflight
-from triptych.actors.topology.model_source import find_source
-from triptych.actors.topology.overrides import write_with_overrides
-from triptych.actors.topology.sections import ModelSection
+from triptych.actors.topology import ModelSection, find_source, write_with_overrides
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -17,9 +17,10 @@ from tests.actors.conftest import THREE_ROLES
 from tests.actors.supervision.supervised import ROOT
 from triptych.actors import TopologyError, load_topology
 from triptych.actors.errors import AlreadyRunningError
-from triptych.actors.supervision._locks import hold_components
-from triptych.actors.supervision.generation_counter import GenerationCounter, next_generation
-from triptych.actors.topology.overrides import merge, to_toml, write_with_overrides
+from triptych.actors.supervision._generation_counter import GenerationCounter, next_generation
+from triptych.actors.supervision._ownership import hold_components
+from triptych.actors.topology import write_with_overrides
+from triptych.actors.topology.overrides import merge, to_toml
 
 
 @given(st.integers(0, 1 << 53), st.integers(0, 1 << 53))

@@ -11,8 +11,8 @@ from triptych.actors import AddressBook, Topology, TopologyError, load_topology
 from triptych.actors.command.preflight import has_accelerator, preflight
 from triptych.actors.errors import UnknownNameError
 from triptych.actors.runtime.address_book import supervisor_of
+from triptych.actors.topology import TransferSection, parse_size
 from triptych.actors.topology.paths import MAX_SOCKET_PATH, private_dir, private_run_dir
-from triptych.actors.topology.sections import TransferSection, parse_size
 
 Write = Callable[..., Path]
 

@@ -16,7 +16,7 @@ from transformers import T5Config, T5EncoderModel
 
 from tests.engines.results import same
 from tests.engines.stage_pipelines import Models, Pixels, Stages, expected, lora, plain
-from triptych.actors.supervision.launcher import QUIET
+from triptych.actors.supervision import QUIET
 from triptych.engines.parameters.lora import LoraFile
 from triptych.engines.partition.stages import ModelError, Stage
 from triptych.engines.pipelines.pipeline import StagePipeline
@@ -110,7 +110,7 @@ def test_it_works_in_a_fork_and_the_zygote_stays_fit_to_fork() -> None:
     # What the zygote imports, with torchao installed; the child quantizes and computes.
     program = """
 import importlib, os, sys
-from triptych.actors.supervision.component_specs import PRELOAD
+from triptych.actors.supervision import PRELOAD
 for module in PRELOAD:
     importlib.import_module(module)
 from triptych.actors.supervision.zygote import fork_problem

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from triptych.actors.supervision.ownership import ModelIdentity
+from triptych.actors.topology import ModelIdentity
 from triptych.engines.partition.stages import Stage
 from triptych.roles.head.job import Job, Request, State
 from triptych.roles.head.journal import SCHEMA_VERSION, Journal, JournalError, prune

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from triptych.actors import Topology
-from triptych.actors.supervision.component_specs import ModelReport
+from triptych.actors.topology import ModelReport
 from triptych.roles.worker import model_check
 from triptych.roles.worker.model_check import check_model
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from triptych.actors import Component, StartError, Topology, load_topology
-from triptych.actors.topology.sections import LoraSection
+from triptych.actors.topology import LoraSection
 from triptych.engines.parameters.lora import LoraFile
 from triptych.engines.pipelines.pipeline import StagePipeline
 from triptych.roles.worker.model_loading import lora_files, model_options, weights_stats

@@ -1,4 +1,4 @@
-"""The supervisor's side of a zygote."""
+"""The supervisor's side of the zygote, and the messages between the two; the other side is `zygote`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,45 @@ import asyncio
 import os
 import signal
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 import structlog
 
-from triptych.actors.supervision.child_process import ChildProcess, ExitStatus, module_command, spawn_process
-from triptych.actors.supervision.zygote_messages import MAX_MESSAGE_BYTES, Fork, Forked, Warm
+from triptych.actors.supervision._child_process import ChildProcess, ExitStatus, module_command, spawn_process
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+MAX_MESSAGE_BYTES: Final = 1 << 16
 _log = structlog.stdlib.get_logger("actors")
+
+
+class Warm(msgspec.Struct, frozen=True, tag=True):
+    """The zygote has done its imports."""
+
+    seconds: float
+    """Time that they took."""
+    problem: str
+    """Why a module could not be imported, "" if all were."""
+
+
+class Fork(msgspec.Struct, frozen=True, tag=True):
+    """Fork a process and run `component_process` in it."""
+
+    arguments: tuple[str, ...]
+    """Its command line."""
+
+
+class Forked(msgspec.Struct, frozen=True, tag=True):
+    """The answer to a `Fork`."""
+
+    pid: int
+    """The new process, a child of the supervisor; 0 if there is none."""
+    problem: str
+    """Why there is none, else ""."""
+
+
 _decode = msgspec.msgpack.Decoder(Warm | Forked).decode
 _encode = msgspec.msgpack.Encoder().encode
 

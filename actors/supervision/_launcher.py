@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from triptych.actors.supervision.child_process import ChildProcess, module_command, spawn_process
-from triptych.actors.supervision.component_specs import PRELOAD
-from triptych.actors.supervision.prctl import adopt_orphans
-from triptych.actors.supervision.zygote_client import ForkUnavailableError, ZygoteClient
+from triptych.actors.supervision._child_process import ChildProcess, module_command, spawn_process
+from triptych.actors.supervision._component_specs import PRELOAD
+from triptych.actors.supervision._process_tree import adopt_orphans
+from triptych.actors.supervision._zygote_client import ForkUnavailableError, ZygoteClient
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -158,7 +158,12 @@ def gpu_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 QUIET: Final = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
-"""The model libraries warn of optional packages at each import; their errors still come as exceptions."""
+"""Variables that silence the model libraries, which warn of optional packages at each import; errors still raise."""
+
+
+def quiet_libraries() -> None:
+    """Set the variables of `QUIET` in this process, except those that the user has set."""
+    os.environ.update({name: level for name, level in QUIET.items() if name not in os.environ})
 
 
 def usable_cores(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:

@@ -19,14 +19,12 @@ from triptych.actors.runtime import diagnostics
 from triptych.actors.runtime.address_book import SUPERVISOR, AddressBook, supervisor_of
 from triptych.actors.runtime.bus_keys import make_bus_keys
 from triptych.actors.runtime.runtime import Runtime
-from triptych.actors.supervision._locks import hold_components
-from triptych.actors.supervision._orphans import kill_orphans
-from triptych.actors.supervision.component_specs import COMPONENT_SPECS, PRELOAD
-from triptych.actors.supervision.generation_counter import GenerationCounter
-from triptych.actors.supervision.launcher import Launcher, thread_environment, usable_cores
-from triptych.actors.supervision.ownership import Owner, hold_folder
-from triptych.actors.supervision.prctl import adopt_orphans
-from triptych.actors.supervision.supervisor import Supervisor
+from triptych.actors.supervision._component_specs import COMPONENT_SPECS, PRELOAD
+from triptych.actors.supervision._generation_counter import GenerationCounter
+from triptych.actors.supervision._launcher import Launcher, thread_environment, usable_cores
+from triptych.actors.supervision._ownership import Owner, hold_components, hold_folder
+from triptych.actors.supervision._process_tree import adopt_orphans, kill_orphans
+from triptych.actors.supervision._supervisor import Supervisor
 from triptych.actors.topology import paths
 from triptych.bus import AddressError, remove_if_stale
 
@@ -34,8 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from triptych.actors.runtime.system_messages import ChildReport
-    from triptych.actors.supervision.component_specs import ComponentSpec
-    from triptych.actors.topology.topology import Component, Topology
+    from triptych.actors.supervision._component_specs import ComponentSpec
+    from triptych.actors.topology import Component, Topology
 
 EXIT_NOTHING_LEFT: Final = 1
 EXIT_CANNOT_SERVE: Final = 2

@@ -9,42 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from triptych.actors.errors import AlreadyRunningError, ForeignStateError
-from triptych.actors.supervision._locks import same_file
+from triptych.actors.topology import ModelIdentity
+from triptych.actors.topology.paths import OWNER_RECORD
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
-
-RECORD: Final = "owner.json"
-_INDEXES: Final = frozenset({"model_index.json", "modular_model_index.json"})
-_CONTENT: Final = frozenset({".json", ".safetensors", ".txt", ".model"})
-_EXCLUDED_FILES: Final = frozenset({"triptych.json", RECORD})
-"""The card has defaults and ranges, which have been applied to what was accepted; the record is our own."""
-_SMALL: Final = 1 << 20
-_SAMPLES: Final = 8
-_SAMPLE_BYTES: Final = 4096
-
-
-class ModelIdentity(msgspec.Struct, frozen=True):
-    """What tells one model from another."""
-
-    path: str
-    """Its folder, absolute."""
-    index: str
-    """Digest of its index, which says of which components it is made."""
-    content: str
-    """Digest of its small files, and of the sizes and samples of its weights."""
-
-    def is_same(self, other: ModelIdentity) -> bool:
-        """Whether it is the same model: a copy of it, or another version in its place (docs/adr/0026)."""
-        return self.content == other.content or (self.path, self.index) == (other.path, other.index)
 
 
 class Owner(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,50 +43,6 @@ class Owner(msgspec.Struct, frozen=True, kw_only=True):
     def known(self) -> tuple[ModelIdentity, ...]:
         """All that it is known to serve."""
         return self.models or tuple(filter(None, (self.model,)))
-
-
-def identify_model(model: Path, checkpoint: Path | None = None, others: Sequence[Path] = ()) -> ModelIdentity | None:
-    """Identify a model, None where there is none; blocks on the disk.
-
-    Args:
-        model: Its folder.
-        checkpoint: The file that has the weights, where it is not the folder: the model is called by it then.
-        others: Files and folders of single components, in the place of the folder's own.
-
-    Raises `OSError` for a file that cannot be read.
-    """
-    if not model.is_dir():
-        return None
-    index = hashlib.sha256()
-    content = hashlib.sha256()
-    for path in filter(None, (checkpoint, *others)):
-        index.update(f"{path}\n".encode())
-        _digest(path, [path] if path.is_file() else _content(path), content, index)
-    _digest(model, _content(model), content, index)
-    return ModelIdentity(str(checkpoint or model), index.hexdigest()[:32], content.hexdigest()[:32])
-
-
-def _content(model: Path) -> list[Path]:
-    files = (file for pattern in ("*", "*/*") for file in model.glob(pattern))
-    return sorted(
-        file for file in files if file.suffix in _CONTENT and file.name not in _EXCLUDED_FILES and file.is_file()
-    )
-
-
-def _digest(model: Path, files: Sequence[Path], content: hashlib._Hash, index: hashlib._Hash) -> None:
-    for file in files:
-        size = file.stat().st_size
-        content.update(f"{file.relative_to(model)} {size}\n".encode())
-        with file.open("rb", buffering=0) as opened:
-            if size <= _SMALL:
-                data = opened.read()
-                content.update(data)
-                if str(file.relative_to(model)) in _INDEXES:
-                    index.update(data)
-                continue
-            for k in range(_SAMPLES):
-                opened.seek((size - _SAMPLE_BYTES) * k // (_SAMPLES - 1))
-                content.update(opened.read(_SAMPLE_BYTES))
 
 
 def takeover_problem(before: Owner | None, now: Owner) -> str:
@@ -163,7 +95,7 @@ def hold_folder(folder: Path, owner: Owner, *, keep: bool) -> Iterator[None]:
         AlreadyRunningError: another system holds it.
         ForeignStateError: nobody holds it, but what is in it is another system's.
     """
-    file = folder / RECORD
+    file = folder / OWNER_RECORD
     while True:
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -215,3 +147,46 @@ def _read_record(descriptor: int) -> Owner | None:
         return msgspec.json.decode(os.pread(descriptor, 1 << 16, 0), type=Owner)
     except msgspec.DecodeError:  # new, or a crash of the machine cut it short
         return None
+
+
+@contextlib.contextmanager
+def hold_components(folder: Path, names: Sequence[str]) -> Iterator[None]:
+    """Hold the components `names` of the system whose state folder `folder` is; raises `AlreadyRunningError`."""
+    with contextlib.ExitStack() as held:
+        for name in names:
+            held.enter_context(_exclusive(folder / f"{name}.lock", name))
+        yield
+
+
+@contextlib.contextmanager
+def _exclusive(file: Path, name: str) -> Iterator[None]:
+    descriptor = _lock(file, name)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock(file: Path, name: str) -> int:
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.read(descriptor, 32).decode() or "?"
+            os.close(descriptor)
+            raise AlreadyRunningError(f"{name} is already running here, under process {pid}: stop that first") from None
+        if same_file(descriptor, file):
+            return descriptor
+        os.close(descriptor)  # its holder removed it just before letting go
+
+
+def same_file(descriptor: int, file: Path) -> bool:
+    """Whether `file` is still what was opened."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 
 from triptych.actors.child_state import EXIT_REASON_STATES, GIVEN_UP_STATES, ChildState
 from triptych.actors.runtime.system_messages import ChildReport
-from triptych.actors.supervision.child_process import EXIT_START_DELAYED, EXIT_START_FAILURE, ChildProcess, ExitStatus
-from triptych.actors.supervision.restart import ChildExit, ExitKind, RestartHistory
+from triptych.actors.supervision._child_process import EXIT_START_DELAYED, EXIT_START_FAILURE, ChildProcess, ExitStatus
+from triptych.actors.supervision._restart import ChildExit, ExitKind, RestartHistory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from triptych.actors.supervision.component_specs import ComponentSpec
-    from triptych.actors.topology.topology import Component
+    from triptych.actors.supervision._component_specs import ComponentSpec
+    from triptych.actors.topology import Component
 
 
 class Child:
-    """Plain bookkeeping; `actors.supervision.supervisor` does what is to be done."""
+    """Plain bookkeeping; `actors.supervision._supervisor` does what is to be done."""
 
     def __init__(self, component: Component, spec: ComponentSpec) -> None:
         self.component = component

@@ -1,4 +1,4 @@
-"""The supervisor: starts components, sees their ends, and carries out what `actors.supervision.restart` decides."""
+"""The supervisor: starts components, sees their ends, and carries out what `actors.supervision._restart` decides."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ from triptych.actors.runtime.system_messages import (
     SupervisorQuery,
     SupervisorReport,
 )
-from triptych.actors.supervision.child import Child, unservable_reason
-from triptych.actors.supervision.child_process import ChildProcess
-from triptych.actors.supervision.component_process import heartbeat_s
-from triptych.actors.supervision.launcher import Launcher, LauncherClosedError
-from triptych.actors.supervision.restart import (
+from triptych.actors.supervision._child import Child, unservable_reason
+from triptych.actors.supervision._child_process import ChildProcess
+from triptych.actors.supervision._launcher import Launcher, LauncherClosedError
+from triptych.actors.supervision._restart import (
     Action,
     ChildExit,
     ChildSpec,
@@ -42,9 +41,9 @@ from triptych.actors.supervision.restart import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from triptych.actors.supervision.component_specs import ComponentSpec
-    from triptych.actors.supervision.generation_counter import GenerationCounter
-    from triptych.actors.topology.topology import Component, Topology
+    from triptych.actors.supervision._component_specs import ComponentSpec
+    from triptych.actors.supervision._generation_counter import GenerationCounter
+    from triptych.actors.topology import Component, Topology
 
 _LATE_TICK_FRACTION: Final = 0.5  # of a heartbeat's timeout: a tick that is later than that forgives silence
 
@@ -78,7 +77,7 @@ class Supervisor(Actor):
         self.done = asyncio.Event()
         """Set when no child is to run any more, or when the system can never serve."""
         self.problem = ""
-        """Why the system can never serve, "" while it may; see `actors.supervision.child.unservable_reason`."""
+        """Why the system can never serve, "" while it may; see `actors.supervision._child.unservable_reason`."""
         self._topology = topology
         self._generations = generations
         self._launcher = launcher
@@ -247,7 +246,7 @@ class Supervisor(Actor):
             self._on_change(child.report())
 
     async def _watch_heartbeats(self) -> None:
-        every = heartbeat_s(self._topology)
+        every = self._options.heartbeat_s
         options = self._options
         due = time.monotonic() + every
         while True:
