@@ -1,12 +1,51 @@
-"""Processes that are started import nothing from the current folder: they are told where the actors of tests are."""
+"""What tests of all folders share: where the actors of tests are found, and the tiny models of a run."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 _ROOT = str(Path(__file__).parents[1])
 
 # For tiny tensors a second thread costs more than it computes, and what is compared is computed on as many threads.
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+# Processes that are started import nothing from the current folder: they are told where the actors of tests are.
 os.environ["PYTHONPATH"] = os.pathsep.join(path for path in (_ROOT, os.environ.get("PYTHONPATH", "")) if path)
+
+Models = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """The folder of a tiny model by its family, made when first asked for. A test that changes it makes a copy.
+
+    The parallel workers of a run share these folders: each model is made once, by the worker that asks first.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "models"
+    folder.mkdir(exist_ok=True)
+    made: set[str] = set()
+
+    def model(family: str) -> Path:
+        path = folder / family
+        if family not in made:
+            with (folder / f"{family}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not path.exists():
+                    _make(path, family)
+            made.add(family)
+        return path
+
+    return model
+
+
+def _make(path: Path, family: str) -> None:
+    from triptych.tools.make_model import Family, make_model  # imports torch and diffusers, which few folders need
+
+    unfinished = path.with_name(f"{family}.unfinished")
+    make_model(unfinished, Family(family), progress=False)
+    unfinished.rename(path)

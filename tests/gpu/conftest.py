@@ -16,7 +16,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 
-from tests.engines.conftest import classic_models, gradients, models
+from tests.engines.conftest import gradients
 
 try:
     from tests.roles.conftest import inbox, local_cluster, make_topology, plain_tracebacks, run, tiny_model
@@ -24,12 +24,10 @@ except ImportError:  # each file says which package it lacks
     local_cluster = inbox = make_topology = plain_tracebacks = run = tiny_model = None
 
 __all__ = [
-    "classic_models",
     "gradients",
     "inbox",
     "local_cluster",
     "make_topology",
-    "models",
     "plain_tracebacks",
     "run",
     "tiny_model",

@@ -19,8 +19,8 @@ from tests.gpu.requirements import BY_PROCESSES, require
 require(*BY_PROCESSES)
 
 from tests.engines.classic_models import request
-from tests.engines.conftest import Models
 from tests.engines.results import media, seeded_generator
+from tests.engines.stage_pipelines import Models
 from triptych.actors.supervision import NO_CUDA, PRELOAD
 from triptych.api.launch import Cluster, launch
 

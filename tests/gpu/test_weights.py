@@ -50,10 +50,8 @@ def test_three_stages_make_the_picture_of_the_plain_pipeline(device: torch.devic
 
 @pytest.mark.parametrize("how", ["model", "group"])
 @pytest.mark.parametrize("family", ["flux", "wan", "sdxl", "sana"])
-def test_weights_rest_on_the_host(
-    device: torch.device, family: str, how: str, models: Models, classic_models: Models
-) -> None:
-    model = classic_models(family) if family == "sana" else models(family)
+def test_weights_rest_on_the_host(device: torch.device, family: str, how: str, models: Models) -> None:
+    model = models(family)
     exact, resting = load(model, device), load(model, device, offload=how)
     assert {weight.device for weight in weights(exact)} == {device}
     for seed in (1, 2):

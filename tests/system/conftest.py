@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,21 +10,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("encoder", "denoiser", "decoder")
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of the tiny model of a family, made once."""
-    folder = tmp_path_factory.mktemp("models")
-
-    def model(family: str) -> Path:
-        path = folder / family
-        if not path.exists():
-            command = [sys.executable, "-m", "triptych.tools.make_model", str(path), "--family", family]
-            subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        return path
-
-    return model
 
 
 @pytest.fixture

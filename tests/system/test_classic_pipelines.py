@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,17 +17,15 @@ from typer.testing import CliRunner
 from triptych.actors.command import app
 from triptych.api.launch import launch
 from triptych.engines.parameters.serving_config import load_serving_config
-from triptych.tools.make_classic import ClassicFamily, make_classic
 
 FREE_PORTS = {"api": {"port": 0}}
 PROMPT = "a red ship"
 
 
 def test_a_classic_pipeline_in_three_processes_makes_the_image_of_one(
-    tmp_path: Path, topology_of: Callable[..., Path]
+    models: Callable[[str], Path], topology_of: Callable[..., Path]
 ) -> None:
-    model = tmp_path / "model"
-    make_classic(model, ClassicFamily.PIXART)
+    model = models("pixart")
 
     async def through_processes() -> np.ndarray:
         async with launch(topology_of(model), FREE_PORTS) as cluster:
@@ -41,10 +40,9 @@ def test_a_classic_pipeline_in_three_processes_makes_the_image_of_one(
 
 @pytest.mark.parametrize("disaggregated", [True, False])
 def test_check_says_how_a_model_is_served(
-    disaggregated: bool, tmp_path: Path, topology_of: Callable[..., Path]
+    disaggregated: bool, models: Callable[[str], Path], tmp_path: Path, topology_of: Callable[..., Path]
 ) -> None:
-    model = tmp_path / "model"
-    make_classic(model, ClassicFamily.PIXART)
+    model = Path(shutil.copytree(models("pixart"), tmp_path / "model"))
     index = json.loads((model / "model_index.json").read_text())
     (model / "model_index.json").write_text(json.dumps({**index, "text_encoder": [None, None]}))
     topology = topology_of(model, None if disaggregated else {"monolithic": 1})

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -43,13 +44,13 @@ def plain(pipeline: str, model: Path, **inputs: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def model_for(models: Callable[[str], Path]) -> Callable[[str, str], Path]:
-    """The tiny model of a family, for a task."""
+def model_for(models: Callable[[str], Path], tmp_path: Path) -> Callable[[str, str], Path]:
+    """A copy of the tiny model of a family, for a task."""
 
     def model(family: str, task: str) -> Path:
-        card = models(family) / SERVING_CONFIG_NAME
-        card.write_text(json.dumps({**json.loads(card.read_text()), "task": task}))
-        return card.parent
+        config = Path(shutil.copytree(models(family), tmp_path / family)) / SERVING_CONFIG_NAME
+        config.write_text(json.dumps({**json.loads(config.read_text()), "task": task}))
+        return config.parent
 
     return model
 

@@ -20,7 +20,6 @@ from tests.system.test_recovery import BOUND_S, back
 from tests.system.test_text_to_image import FREE_PORTS, pixels
 from triptych.api.launch import Cluster, launch
 from triptych.engines.parameters.serving_config import load_serving_config
-from triptych.tools.make_classic import ClassicFamily, make_classic
 
 PROMPT = "a large red circle on the left of a blue background"
 NO_ENCODER = ["ENCODER_WAITING", "ENCODER_DONE", "DENOISING_WAITING", "DENOISING_RUNNING"]
@@ -80,9 +79,10 @@ def test_the_second_request_of_a_prompt_visits_no_encoder_and_its_image_is_ident
     assert np.array_equal(second, diffusers_reference("flux", model, PROMPT, 12, **changed))
 
 
-def test_a_classic_pipeline_is_encoded_once_for_all_seeds(tmp_path: Path, topology_of: Callable[..., Path]) -> None:
-    model = tmp_path / "model"
-    make_classic(model, ClassicFamily.PIXART)
+def test_a_classic_pipeline_is_encoded_once_for_all_seeds(
+    models: Callable[[str], Path], topology_of: Callable[..., Path]
+) -> None:
+    model = models("pixart")
 
     async def scenario() -> np.ndarray:
         async with launch(topology_of(model), FREE_PORTS) as cluster:

@@ -16,14 +16,12 @@ from safetensors.torch import load, save
 
 from tests.system.test_image_inputs import FREE_PORTS, pixels
 from triptych.api.launch import launch
-from triptych.tools.make_classic import ClassicFamily, make_classic
 
 GENERATIONS = "/v1/images/generations"
 
 
-def test_tensors_in_and_out(tmp_path: Path, topology_of: Callable[..., Path]) -> None:
-    model = tmp_path / "pixart"
-    make_classic(model, ClassicFamily.PIXART)
+def test_tensors_in_and_out(models: Callable[[str], Path], topology_of: Callable[..., Path]) -> None:
+    model = models("pixart")
     pipeline: Any = PixArtAlphaPipeline.from_pretrained(model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     shape = {"height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 1.0}

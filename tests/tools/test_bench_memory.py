@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,6 @@ from triptych.tools.bench.memory_report import (
     case,
     rows,
 )
-from triptych.tools.make_model import Family, make_model
 from triptych.tools.procfs import ProcessMemory
 
 ROLES = ("encoder-0", "denoiser-0", "decoder-0")
@@ -106,10 +106,11 @@ def test_a_process_has_its_children() -> None:
 
 
 @pytest.mark.long
-def test_every_process_of_a_cluster_is_measured_after_its_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_process_of_a_cluster_is_measured_after_its_work(
+    models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(memory, "SIZE", "64x64")
-    make_model(tmp_path / "model", Family.FLUX, progress=False)
-    place = memory._Model(tmp_path / "model", memory._weights(tmp_path / "model"))
+    place = memory._Model(models("flux"), memory._weights(models("flux")))
     run = asyncio.run(memory._run(tmp_path / "cluster", place, MAPPED, DISAGGREGATED))
     assert run.held.keys() == {*ROLES, "pool", "head", "api", "supervisor", "zygote"}
     loaded = {name: held.components for name, held in run.held.items() if held.components}

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from triptych.engines.parameters.serving_config import SERVING_CONFIG_NAME
 from triptych.tools.make_model import (
+    classic_pipelines,
     cosmos,
     flux,
     ideogram,
@@ -37,7 +38,16 @@ from triptych.tools.make_model import (
 from triptych.tools.make_model.recipe import Recipe, Size
 from triptych.tools.make_model.text import TEXT_LENGTH
 
-__all__ = ["TEXT_LENGTH", "Family", "Size", "SizeError", "make_model", "write_model"]
+__all__ = [
+    "CLASSIC",
+    "TEXT_LENGTH",
+    "Family",
+    "Size",
+    "SizeError",
+    "make_model",
+    "randomise_zero_layers",
+    "write_model",
+]
 
 
 class Family(StrEnum):
@@ -86,6 +96,13 @@ class Family(StrEnum):
     COSMOS3_DISTILLED = "cosmos3-distilled"
     MINIMAX_H3 = "minimax-h3"
     MINIMAX_MUSIC3 = "minimax-music3"
+    PIXART = "pixart"
+    SANA = "sana"
+    CHROMA = "chroma"
+    COGVIDEOX = "cogvideox"
+    GLM_IMAGE = "glm_image"
+    KANDINSKY5 = "kandinsky5"
+    SD_CONTROLNET = "sd_controlnet"
 
 
 _RECIPES: Final[dict[Family, Callable[[], Recipe]]] = {
@@ -132,7 +149,16 @@ _RECIPES: Final[dict[Family, Callable[[], Recipe]]] = {
     Family.COSMOS3_DISTILLED: cosmos.distilled,
     Family.MINIMAX_H3: minimax.h3,
     Family.MINIMAX_MUSIC3: minimax.music3,
+    Family.PIXART: classic_pipelines.pixart,
+    Family.SANA: classic_pipelines.sana,
+    Family.CHROMA: classic_pipelines.chroma,
+    Family.COGVIDEOX: classic_pipelines.cogvideox,
+    Family.GLM_IMAGE: classic_pipelines.glm_image,
+    Family.KANDINSKY5: classic_pipelines.kandinsky5,
+    Family.SD_CONTROLNET: classic_pipelines.sd_controlnet,
 }
+CLASSIC: Final = frozenset(family for family in Family if _RECIPES[family].__module__ == classic_pipelines.__name__)
+"""Families of pipelines that diffusers does not have in blocks."""
 
 
 _LARGER: Final[dict[tuple[Family, Size], Callable[[], Recipe]]] = {
@@ -170,7 +196,6 @@ def write_model(
     seed: int,
     *,
     progress: bool,
-    finish: Callable[[Any], None] = lambda component: None,
     save: Callable[[Any, Path], None] = lambda component, folder: component.save_pretrained(folder),
 ) -> None:
     """Make a model of a recipe.
@@ -181,7 +206,6 @@ def write_model(
         recipe: What it is made of.
         seed: Of the weights.
         progress: Whether a bar is shown.
-        finish: Called with each component before it is written.
         save: Writes a component to its folder.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -194,7 +218,8 @@ def write_model(
         with _weights_of(recipe.dtype):
             component = make() if make else None
         if component is not None:
-            finish(component)
+            if recipe.randomise_zero_layers:
+                randomise_zero_layers(component)
             save(component, out / part)
         index[part] = _index_entry(component)
     for file, tensors in recipe.files.items():
@@ -203,6 +228,14 @@ def write_model(
         save_file(tensors(), out / file)
     _write(out / "model_index.json", index)
     _write(out / SERVING_CONFIG_NAME, _serving_config(name, recipe))
+
+
+def randomise_zero_layers(component: object) -> None:
+    """Give random weights to layers that begin as zeros: neither prompt nor step would change the image."""
+    if isinstance(component, torch.nn.Module):
+        for parameter in component.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1)
 
 
 @contextmanager

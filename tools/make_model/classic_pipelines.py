@@ -5,6 +5,7 @@ Diffusers does not have them in blocks.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from diffusers import (
@@ -62,7 +63,7 @@ def pixart() -> Recipe:
         "vae": vaes.kl,
     }
     defaults = image_defaults(guidance_scale=4.5, use_resolution_binning=False, clean_caption=False)
-    return Recipe("PixArtSigmaPipeline", "text-to-image", components, defaults, size_ranges(16))
+    return _classic("PixArtSigmaPipeline", "text-to-image", components, defaults, size_ranges(16))
 
 
 def sana() -> Recipe:
@@ -118,7 +119,7 @@ def sana() -> Recipe:
         ),
     }
     defaults = image_defaults(guidance_scale=4.5, use_resolution_binning=False)
-    return Recipe("SanaPipeline", "text-to-image", components, defaults, size_ranges(32))
+    return _classic("SanaPipeline", "text-to-image", components, defaults, size_ranges(32))
 
 
 def chroma() -> Recipe:
@@ -140,7 +141,7 @@ def chroma() -> Recipe:
         "scheduler": lambda: FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         "vae": vaes.kl,
     }
-    return Recipe("ChromaPipeline", "text-to-image", components, image_defaults(guidance_scale=5.0), size_ranges(16))
+    return _classic("ChromaPipeline", "text-to-image", components, image_defaults(guidance_scale=5.0), size_ranges(16))
 
 
 def cogvideox() -> Recipe:
@@ -176,7 +177,7 @@ def cogvideox() -> Recipe:
         ),
     }
     defaults = image_defaults(32, num_frames=5, guidance_scale=6.0)
-    return Recipe("CogVideoXPipeline", "text-to-video", components, defaults, size_ranges(8))
+    return _classic("CogVideoXPipeline", "text-to-video", components, defaults, size_ranges(8))
 
 
 def glm_image() -> Recipe:
@@ -205,7 +206,8 @@ def glm_image() -> Recipe:
         ),
         "scheduler": lambda: FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     }
-    return Recipe("GlmImagePipeline", "text-to-image", components, image_defaults(guidance_scale=1.5), size_ranges(32))
+    defaults = image_defaults(guidance_scale=1.5)
+    return _classic("GlmImagePipeline", "text-to-image", components, defaults, size_ranges(32))
 
 
 def kandinsky5() -> Recipe:
@@ -235,7 +237,7 @@ def kandinsky5() -> Recipe:
     }
     # A text stands after instructions of which each byte is a token.
     defaults = {**image_defaults(32, text=1024, guidance_scale=5.0), "num_frames": 5}
-    return Recipe("Kandinsky5T2VPipeline", "text-to-video", components, defaults, size_ranges(16, text=1024))
+    return _classic("Kandinsky5T2VPipeline", "text-to-video", components, defaults, size_ranges(16, text=1024))
 
 
 def sd_controlnet() -> Recipe:
@@ -262,7 +264,7 @@ def sd_controlnet() -> Recipe:
     del defaults["max_sequence_length"]
     ranges = {name: limits for name, limits in size_ranges(8).items() if name in defaults}
     settings: dict[str, object] = {"requires_safety_checker": False}
-    return Recipe("StableDiffusionControlNetPipeline", "", components, defaults, ranges, settings)
+    return _classic("StableDiffusionControlNetPipeline", "", components, defaults, ranges, settings)
 
 
 _CODES = 64
@@ -275,6 +277,11 @@ _GLM_TOKENS = {
     "im_start_token": "<|im_start|>",
     "im_end_token": "<|im_end|>",
 }
+
+
+def _classic(*recipe: Any) -> Recipe:
+    """A recipe whose layers are all random: some of these classes begin with zeros."""
+    return replace(Recipe(*recipe), randomise_zero_layers=True)
 
 
 def _glm_tokenizer() -> PreTrainedTokenizerFast:

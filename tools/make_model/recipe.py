@@ -37,6 +37,7 @@ class Recipe:
         files: How the tensors of each file beside the components are made, by its path in the folder.
         dtype: Of the weights.
         size: Likewise.
+        randomise_zero_layers: Whether layers that begin as zeros get random weights.
     """
 
     pipeline: str
@@ -48,6 +49,7 @@ class Recipe:
     files: dict[str, Callable[[], dict[str, torch.Tensor]]] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     size: Size = Size.TINY
+    randomise_zero_layers: bool = False
 
 
 def image_defaults(side: int = 64, steps: int = 4, text: int = 64, **more: float) -> dict[str, float]:

@@ -117,8 +117,8 @@ def test_every_stage_says_the_same(models: Models, family: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "guidance"), [("pixart", 4.5), ("chroma", 5.0)])
-def test_the_classic_route_has_the_same_words(classic_models: Models, family: str, guidance: float) -> None:
-    signature = load(classic_models(family)).signature
+def test_the_classic_route_has_the_same_words(models: Models, family: str, guidance: float) -> None:
+    signature = load(models(family)).signature
     scale = signature.parameter("guidance_scale")
     assert scale is not None
     assert scale.default == guidance

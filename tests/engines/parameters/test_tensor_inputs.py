@@ -92,8 +92,8 @@ def test_what_an_encoder_made_is_another_requests_with_the_same_tensors(models: 
     assert torch.equal(rebound["latents"], latents)  # type: ignore[arg-type]
 
 
-def test_a_classic_pipeline(classic_models: Models) -> None:
-    model = classic_models("pixart")
+def test_a_classic_pipeline(models: Models) -> None:
+    model = models("pixart")
     pipeline = plain(model, torch.float32)
     inputs = request(model, num_inference_steps=2, guidance_scale=2.0)
     del inputs["prompt"]
@@ -143,8 +143,8 @@ def test_latents_of_one_request_begin_another(models: Models) -> None:
     assert same(served(model, {**again, **guided, "latents": ours}, 5), modular(model, {**again, "latents": first}, 5))
 
 
-def test_latents_of_a_classic_pipeline_are_those_of_diffusers(classic_models: Models) -> None:
-    model = classic_models("pixart")
+def test_latents_of_a_classic_pipeline_are_those_of_diffusers(models: Models) -> None:
+    model = models("pixart")
     inputs = request(model, num_inference_steps=2)
     first = plain(model, torch.float32)(**inputs, generator=seeded_generator(3), output_type="latent").images
     ours = latents_of(model, inputs, 3)

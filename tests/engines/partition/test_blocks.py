@@ -25,7 +25,6 @@ from triptych.engines.partition.stages import ModelError, Stage
 from triptych.engines.partition.stubs import Stub, StubError, make_stub
 from triptych.engines.pipelines.guidance import request_copy
 from triptych.engines.pipelines.pipeline import InputError, StagePipeline
-from triptych.tools.make_model import Family, make_model
 
 CPU = torch.device("cpu")
 FAMILIES = sorted(
@@ -398,8 +397,8 @@ def test_the_split_names_what_the_decoder_makes(models: Models) -> None:
     assert load_modular_partition(models("wan")).outputs == ("videos",)
 
 
-def test_guiders_and_settings_are_those_of_the_whole_pipeline(tmp_path: Path) -> None:
-    make_model(tmp_path, Family.WAN22, progress=False)
+def test_guiders_and_settings_are_those_of_the_whole_pipeline(models: Models, tmp_path: Path) -> None:
+    shutil.copytree(models("wan22"), tmp_path, dirs_exist_ok=True)
     index = tmp_path / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "boundary_ratio": 0.5}))
     whole = diffusers.Wan22ModularPipeline(pretrained_model_name_or_path=str(tmp_path))

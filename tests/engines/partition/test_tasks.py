@@ -18,7 +18,6 @@ from triptych.engines.partition.stages import ModelError, Stage
 from triptych.engines.partition.strategy import PartitionStrategy, describe_serving, strategy_for
 from triptych.engines.pipelines.pipeline import StagePipeline
 from triptych.tools.families.cases import input_image
-from triptych.tools.make_classic import ClassicFamily, make_classic
 
 CPU = torch.device("cpu")
 SMALL = {"prompt": "a ship", "height": 64, "width": 64, "num_inference_steps": 3, "max_sequence_length": 32}
@@ -58,7 +57,7 @@ def test_the_task_says_what_is_required(models: Callable[[str], Path]) -> None:
 
 
 def test_a_task_that_a_pipeline_has_not_is_an_error_that_lists_those_that_it_has(
-    models: Callable[[str], Path], tmp_path: Path
+    models: Callable[[str], Path],
 ) -> None:
     with pytest.raises(ModelError, match="text2image, image2image"):
         load(models("flux-kl"), "text2video")
@@ -66,7 +65,6 @@ def test_a_task_that_a_pipeline_has_not_is_an_error_that_lists_those_that_it_has
         "text2image, image2image"
         in describe_serving(models("flux-kl"), ModelOptions(task="text2video"), disaggregated=True)[1]
     )
-    make_classic(tmp_path / "pixart", ClassicFamily.PIXART)
-    assert strategy_for(tmp_path / "pixart", ModelOptions(task="text-to-image")) is PartitionStrategy.CLASSIC
+    assert strategy_for(models("pixart"), ModelOptions(task="text-to-image")) is PartitionStrategy.CLASSIC
     with pytest.raises(ModelError, match='PixArtSigmaPipeline does text2image, not "image2image"'):
-        load(tmp_path / "pixart", "image2image")
+        load(models("pixart"), "image2image")

@@ -45,8 +45,8 @@ def processes() -> Iterator[StageProcesses]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_three_processes_make_the_image_of_one(family: str, classic_models: Models, processes: StageProcesses) -> None:
-    model = classic_models(family)
+def test_three_processes_make_the_image_of_one(family: str, models: Models, processes: StageProcesses) -> None:
+    model = models(family)
     inputs = request(model)
     ours, answers = processes.run(model, inputs, seed=11)
     assert [answer["components"] for answer in answers] == STAGE_COMPONENTS
@@ -57,8 +57,8 @@ def test_three_processes_make_the_image_of_one(family: str, classic_models: Mode
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_guidance_on_and_off(family: str, classic_models: Models, processes: StageProcesses) -> None:
-    model = classic_models(family)
+def test_guidance_on_and_off(family: str, models: Models, processes: StageProcesses) -> None:
+    model = models(family)
     made = []
     for scale in (1.0, 2.5):
         inputs = request(model, guidance_scale=scale, negative_prompt="grey", num_inference_steps=2)
@@ -69,15 +69,15 @@ def test_guidance_on_and_off(family: str, classic_models: Models, processes: Sta
 
 
 @pytest.mark.parametrize("family", ["chroma", "cogvideox"])
-def test_bfloat16_is_identical_too(family: str, classic_models: Models, processes: StageProcesses) -> None:
-    model = classic_models(family)
+def test_bfloat16_is_identical_too(family: str, models: Models, processes: StageProcesses) -> None:
+    model = models(family)
     inputs = request(model, num_inference_steps=2)
     ours, _ = processes.run(model, inputs, seed=3, dtype=torch.bfloat16)
     assert same(media(ours), expected(model, inputs, 3, torch.bfloat16))
 
 
-def test_what_a_pipeline_does_after_its_vae_is_its_own(classic_models: Models, processes: StageProcesses) -> None:
-    model = classic_models("pixart")
+def test_what_a_pipeline_does_after_its_vae_is_its_own(models: Models, processes: StageProcesses) -> None:
+    model = models("pixart")
     # It paints at the nearest size it was trained for, and cuts that to the size asked for.
     inputs = request(model, use_resolution_binning=True, height=48, width=64, num_inference_steps=1)
     ours, answers = processes.run(model, inputs, seed=4)
@@ -87,8 +87,8 @@ def test_what_a_pipeline_does_after_its_vae_is_its_own(classic_models: Models, p
 
 
 @pytest.mark.parametrize("stages", [(Stage.ENCODER, Stage.DENOISER), (Stage.DENOISER, Stage.DECODER)])
-def test_stages_may_share_a_process(stages: tuple[Stage, ...], classic_models: Models) -> None:
-    model = classic_models("sana")
+def test_stages_may_share_a_process(stages: tuple[Stage, ...], models: Models) -> None:
+    model = models("sana")
     pipeline = part(model, *stages)
     assert pipeline.strategy is PartitionStrategy.CLASSIC
     owned = dict(zip(Stage, STAGE_COMPONENTS, strict=True))
@@ -101,8 +101,8 @@ def test_stages_may_share_a_process(stages: tuple[Stage, ...], classic_models: M
         assert same(media(by[Stage.DECODER].decode(state)), expected(model, inputs, 8))
 
 
-def test_with_all_stages_in_one_process_the_pipeline_is_not_cut(classic_models: Models) -> None:
-    model = classic_models("sana")
+def test_with_all_stages_in_one_process_the_pipeline_is_not_cut(models: Models) -> None:
+    model = models("sana")
     pipeline = load(model, *Stage)
     assert pipeline.strategy is PartitionStrategy.MONOLITHIC
     inputs = request(model, num_inference_steps=3)
@@ -142,8 +142,8 @@ def test_blocks_that_would_make_the_wrong_size_are_not_used(
     assert same(media(ours), expected(model, inputs, 9))
 
 
-def test_a_pipeline_that_asks_for_the_class_of_a_component_gets_it_from_a_stub(classic_models: Models) -> None:
-    model = classic_models("sd_controlnet")
+def test_a_pipeline_that_asks_for_the_class_of_a_component_gets_it_from_a_stub(models: Models) -> None:
+    model = models("sd_controlnet")
     lines = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     inputs = request(model, image=lines, num_inference_steps=2)
     encoder, denoiser, decoder = (load(model, stage) for stage in Stage)
@@ -154,9 +154,9 @@ def test_a_pipeline_that_asks_for_the_class_of_a_component_gets_it_from_a_stub(c
 
 
 @pytest.fixture
-def sd(classic_models: Models, tmp_path: Path) -> Path:
+def sd(models: Models, tmp_path: Path) -> Path:
     """A tiny Stable Diffusion 1.5 that the test may change into one of its relatives."""
-    model = Path(shutil.copytree(classic_models("sd_controlnet"), tmp_path / "model"))
+    model = Path(shutil.copytree(models("sd_controlnet"), tmp_path / "model"))
     edit(model, _class_name="StableDiffusionPipeline", controlnet=None)
     return model
 
@@ -187,8 +187,8 @@ def test_a_scheduler_that_is_copied_for_each_view_makes_the_image_of_the_plain_p
     assert same(media(made), expected(sd, inputs, 11))
 
 
-def test_several_controlnets_are_one_component(classic_models: Models, tmp_path: Path) -> None:
-    model = Path(shutil.copytree(classic_models("sd_controlnet"), tmp_path / "model"))
+def test_several_controlnets_are_one_component(models: Models, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(models("sd_controlnet"), tmp_path / "model"))
     nets = []
     for number in range(2):
         torch.manual_seed(number)
@@ -215,9 +215,9 @@ def test_several_controlnets_are_one_component(classic_models: Models, tmp_path:
     [("chroma", "ChromaImg2ImgPipeline", "image"), ("cogvideox", "CogVideoXVideoToVideoPipeline", "video")],
 )
 def test_a_denoiser_that_starts_from_an_image_has_the_vae_too(
-    family: str, name: str, given: str, classic_models: Models, processes: StageProcesses, tmp_path: Path
+    family: str, name: str, given: str, models: Models, processes: StageProcesses, tmp_path: Path
 ) -> None:
-    model = Path(shutil.copytree(classic_models(family), tmp_path / "model"))
+    model = Path(shutil.copytree(models(family), tmp_path / "model"))
     edit(model, _class_name=name)
     inputs = {name: value for name, value in request(model, strength=0.6).items() if name != "num_frames"}
     frames = [Image.fromarray(np.full((32, 32, 3), 30 * n, np.uint8)) for n in range(5)]
@@ -236,22 +236,22 @@ def test_a_denoiser_that_starts_from_an_image_has_the_vae_too(
 # Requests and models that cannot be served ------------------------------------------------------------------------
 
 
-def test_what_the_pipeline_accepts(classic_models: Models) -> None:
-    pipeline = part(classic_models("pixart"), Stage.ENCODER)
+def test_what_the_pipeline_accepts(models: Models) -> None:
+    pipeline = part(models("pixart"), Stage.ENCODER)
     assert {"prompt", "negative_prompt", "height", "guidance_scale", "max_sequence_length"} <= pipeline.accepted
     assert not {"self", "generator", "return_dict", "kwargs", "num_images_per_prompt"} & pipeline.accepted
     with pytest.raises(InputError, match="takes no colour"):
         pipeline.encode({"prompt": "x", "colour": 2}, 1)
     with pytest.raises(ValueError, match="divisible by 8"):
-        pipeline.encode(request(classic_models("pixart"), height=63), 1)
+        pipeline.encode(request(models("pixart"), height=63), 1)
     with pytest.raises(RuntimeError, match="was not loaded here, only: encoder"):
         pipeline.denoise({})
 
 
 @pytest.fixture
-def copied(classic_models: Models, tmp_path: Path) -> Path:
+def copied(models: Models, tmp_path: Path) -> Path:
     """A tiny PixArt model that the test may spoil."""
-    return Path(shutil.copytree(classic_models("pixart"), tmp_path / "model"))
+    return Path(shutil.copytree(models("pixart"), tmp_path / "model"))
 
 
 @pytest.mark.parametrize("stage", Stage)
@@ -321,8 +321,8 @@ def test_a_pipeline_that_cannot_be_cut_runs_as_a_part(copied: Path) -> None:
     assert same(media(pipeline.decode(running.result())), expected(copied, inputs, 6))
 
 
-def test_a_stage_that_needs_what_another_has_says_so(classic_models: Models) -> None:
-    model = classic_models("chroma")
+def test_a_stage_that_needs_what_another_has_says_so(models: Models) -> None:
+    model = models("chroma")
     # With tokenizers, so that it comes to the text encoder.
     pipeline, decoder = part(model), part(model, Stage.ENCODER, Stage.DECODER)
     state = pipeline.encode(request(model), 1)

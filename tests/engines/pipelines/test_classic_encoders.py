@@ -34,8 +34,8 @@ def processes() -> Iterator[StageProcesses]:
 
 
 @pytest.mark.parametrize("family", STAGE_COMPONENTS)
-def test_three_processes_make_the_image_of_one(family: str, classic_models: Models, processes: StageProcesses) -> None:
-    model = classic_models(family)
+def test_three_processes_make_the_image_of_one(family: str, models: Models, processes: StageProcesses) -> None:
+    model = models(family)
     assert strategy_for(model) is PartitionStrategy.CLASSIC
     inputs = request(model, num_inference_steps=2)
     ours, answers = processes.run(model, inputs, seed=11)
@@ -46,10 +46,8 @@ def test_three_processes_make_the_image_of_one(family: str, classic_models: Mode
 
 
 @pytest.mark.parametrize("family", STAGE_COMPONENTS)
-def test_bfloat16_without_guidance_is_identical_too(
-    family: str, classic_models: Models, processes: StageProcesses
-) -> None:
-    model = classic_models(family)
+def test_bfloat16_without_guidance_is_identical_too(family: str, models: Models, processes: StageProcesses) -> None:
+    model = models(family)
     inputs = request(model, num_inference_steps=1, guidance_scale=1.0)
     ours, _ = processes.run(model, inputs, seed=3, dtype=torch.bfloat16)
     assert same(media(ours), expected(model, inputs, 3, torch.bfloat16))

@@ -23,8 +23,8 @@ def begin(pipeline: StagePipeline, model: Path, prompt: str, steps: int, seed: i
 
 
 @pytest.mark.parametrize("family", ["pixart", "cogvideox"])
-def test_each_advance_is_one_step(family: str, classic_models: Models) -> None:
-    model = classic_models(family)
+def test_each_advance_is_one_step(family: str, models: Models) -> None:
+    model = models(family)
     pipeline = part(model)
     calls = 0
 
@@ -45,8 +45,8 @@ def test_each_advance_is_one_step(family: str, classic_models: Models) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_requests_that_take_turns_are_identical_to_runs_alone(family: str, classic_models: Models) -> None:
-    model = classic_models(family)
+def test_requests_that_take_turns_are_identical_to_runs_alone(family: str, models: Models) -> None:
+    model = models(family)
     pipeline = part(model)
     asked = [("a cat", 4, 1, 2.0), ("a ship at night", 6, 2, 1.0), ("a cat", 3, 1, 6.0)]
     alone = [finish(begin(pipeline, model, *one))["latents"] for one in asked]
@@ -59,16 +59,16 @@ def test_requests_that_take_turns_are_identical_to_runs_alone(family: str, class
     assert not torch.equal(alone[0], alone[2])  # type: ignore[arg-type]
 
 
-def test_a_state_can_be_run_again(classic_models: Models) -> None:
-    model = classic_models("cogvideox")
+def test_a_state_can_be_run_again(models: Models) -> None:
+    model = models("cogvideox")
     pipeline = part(model)
     state = pipeline.encode(request(model, num_inference_steps=2), 4)
     first, second = (finish(pipeline.denoise(state))["latents"] for _ in range(2))
     assert torch.equal(first, second)  # type: ignore[arg-type]
 
 
-def test_a_run_that_leaves_steps_out_counts_those_it_makes(classic_models: Models, tmp_path: Path) -> None:
-    model = Path(shutil.copytree(classic_models("chroma"), tmp_path / "model"))
+def test_a_run_that_leaves_steps_out_counts_those_it_makes(models: Models, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(models("chroma"), tmp_path / "model"))
     edit(model, _class_name="ChromaImg2ImgPipeline")
     pipeline = load(model, Stage.ENCODER, Stage.DENOISER)
     inputs = request(model, strength=0.5, image=Image.new("RGB", (64, 64), "red"))
@@ -79,8 +79,8 @@ def test_a_run_that_leaves_steps_out_counts_those_it_makes(classic_models: Model
     assert denoising.step == 2
 
 
-def test_a_request_lets_go_of_its_tensors_by_itself(classic_models: Models) -> None:
-    model = classic_models("sana")
+def test_a_request_lets_go_of_its_tensors_by_itself(models: Models) -> None:
+    model = models("sana")
     pipeline = part(model)
     held: list[weakref.ref[torch.Tensor]] = []
     hook = pipeline._runner.pipeline.transformer.register_forward_pre_hook(
@@ -104,8 +104,8 @@ def test_a_request_lets_go_of_its_tensors_by_itself(classic_models: Models) -> N
         hook.remove()
 
 
-def test_cancel_in_mid_loop_frees_everything_and_disturbs_nobody(classic_models: Models) -> None:
-    model = classic_models("pixart")
+def test_cancel_in_mid_loop_frees_everything_and_disturbs_nobody(models: Models) -> None:
+    model = models("pixart")
     pipeline = part(model)
     latents = finish(begin(pipeline, model, "a dog", 4, seed=2))["latents"]
     doomed = begin(pipeline, model, "a cat", 5, seed=1)

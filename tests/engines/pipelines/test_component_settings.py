@@ -95,8 +95,8 @@ def test_options_alone_change_the_scheduler_of_the_model(models: Models) -> None
     assert not same(ours, served(model, inputs, 3))
 
 
-def test_a_scheduler_reaches_all_stages_of_a_classic_pipeline(classic_models: Models) -> None:
-    model = classic_models("pixart")
+def test_a_scheduler_reaches_all_stages_of_a_classic_pipeline(models: Models) -> None:
+    model = models("pixart")
     inputs = request(model, num_inference_steps=4, guidance_scale=2.0)
     pipeline = plain(model, torch.float32)
     own = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
@@ -217,8 +217,8 @@ def test_a_vae_in_tiles_is_that_of_diffusers_and_the_shared_one_stays(family: st
     assert same(served(model, {**large, "vae_tiling": False}, 3, tiled), served(model, large, 3))
 
 
-def test_null_is_none_where_a_pipeline_can_do_without_its_default(classic_models: Models) -> None:
-    model = classic_models("sana")
+def test_null_is_none_where_a_pipeline_can_do_without_its_default(models: Models) -> None:
+    model = models("sana")
     inputs = request(model, num_inference_steps=2)
     ours = served(model, {**inputs, "complex_human_instruction": None}, 3)
     assert same(ours, expected(model, {**inputs, "complex_human_instruction": None}, 3))

@@ -41,8 +41,8 @@ def test_a_decoder_in_full_precision_is_a_pipeline_with_such_a_vae(models: Model
 
 @pytest.mark.parametrize("family", ["flux", "sdxl", "sana", "cogvideox"])
 @pytest.mark.parametrize("stage", list(Stage))
-def test_any_stage_may_have_another_dtype(family: str, stage: Stage, models: Models, classic_models: Models) -> None:
-    model = classic_models(family) if family in ("sana", "cogvideox") else models(family)
+def test_any_stage_may_have_another_dtype(family: str, stage: Stage, models: Models) -> None:
+    model = models(family)
     mixed = Mixed(model, **{stage.value: torch.float32})
     state = mixed.encode(3, **STEPS)
     latents = mixed.denoise(state)
@@ -88,9 +88,9 @@ def test_what_was_made_in_another_dtype_for_a_reason_stays() -> None:
     ("family", "gone"), [("flux", ["text_encoder", "text_encoder_2", "vae"]), ("sana", ["text_encoder", "vae"])]
 )
 def test_a_role_needs_the_weights_of_its_own_components_alone(
-    family: str, gone: list[str], models: Models, classic_models: Models, tmp_path: Path
+    family: str, gone: list[str], models: Models, tmp_path: Path
 ) -> None:
-    model = classic_models(family) if family == "sana" else models(family)
+    model = models(family)
     part = Path(shutil.copytree(model, tmp_path / "model"))
     for name in gone:
         for weights in (part / name).glob("*.safetensors"):

@@ -43,11 +43,9 @@ def with_checker(model: Path, into: Path, concepts: float) -> Path:
 
 
 @pytest.mark.parametrize("found", [True, False])
-def test_what_the_safety_checker_finds_is_beside_the_black_image(
-    found: bool, classic_models: Models, tmp_path: Path
-) -> None:
+def test_what_the_safety_checker_finds_is_beside_the_black_image(found: bool, models: Models, tmp_path: Path) -> None:
     # Nothing is farther from a concept than one: above its weight nothing is found, below it everything.
-    model = with_checker(classic_models("sd_controlnet"), tmp_path / "checked", -2.0 if found else 2.0)
+    model = with_checker(models("sd_controlnet"), tmp_path / "checked", -2.0 if found else 2.0)
     inputs = request(model, num_inference_steps=1)
     encoder, denoiser, decoder = (part(model, stage) for stage in Stage)
     made = decoder.decode(finish(denoiser.denoise(encoder.encode(inputs, 3))))

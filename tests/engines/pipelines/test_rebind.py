@@ -24,7 +24,7 @@ from triptych.engines.pipelines.pipeline import StagePipeline
 from triptych.engines.pipelines.random_state import is_unused, seeded_generator
 from triptych.tools.families.cases import PROMPT, input_image
 from triptych.tools.families.rows import blocks_of, pipelines
-from triptych.tools.make_classic import ClassicFamily
+from triptych.tools.make_model import CLASSIC, Family
 
 CPU = torch.device("cpu")
 INPUTS: dict[str, Any] = {"prompt": PROMPT, "height": 64, "width": 48, "num_inference_steps": 3}
@@ -42,9 +42,9 @@ SAMPLED = "glm_image"
 
 
 @pytest.fixture
-def encoder(models: Callable[[str], Path], classic_models: Callable[[str], Path]) -> Callable[[str], StagePipeline]:
+def encoder(models: Callable[[str], Path]) -> Callable[[str], StagePipeline]:
     def load(family: str) -> StagePipeline:
-        model = (models if family in MODULAR else classic_models)(family)
+        model = models(family)
         return StagePipeline.load(model, (Stage.ENCODER,), dtype=torch.float32, device=CPU)
 
     return load
@@ -64,7 +64,8 @@ def crossed(state: dict[str, object]) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    "family", [*MODULAR, *(family for family in ClassicFamily if family is not ClassicFamily.SD_CONTROLNET)]
+    "family",
+    all_families([*MODULAR, *sorted(CLASSIC - {Family.SD_CONTROLNET})], ("flux", "flux-kl", "wan", "pixart", SAMPLED)),
 )
 def test_a_renewed_state_is_that_of_the_other_request_to_the_bit(
     family: str, encoder: Callable[[str], StagePipeline]

@@ -26,13 +26,13 @@ def test_the_same_seed_makes_the_same_file(models: Models, tmp_path: Path) -> No
     assert all(2 in tensor.shape for tensor in tensors.values())
 
 
-def test_the_command_says_what_it_made_or_why_not(models: Models, classic_models: Models, tmp_path: Path) -> None:
+def test_the_command_says_what_it_made_or_why_not(models: Models, tmp_path: Path) -> None:
     app = typer.Typer()
     app.command()(main)
     made = CliRunner().invoke(app, [str(models("flux")), str(tmp_path / "a.safetensors"), "--component", "transformer"])
     assert made.exit_code == 0
     assert "A LoRA for transformer of" in made.stdout
-    for model, reason in ((classic_models("pixart"), "nothing"), (models("flux"), "transformer, text_encoder")):
+    for model, reason in ((models("pixart"), "nothing"), (models("flux"), "transformer, text_encoder")):
         refused = CliRunner().invoke(app, [str(model), str(tmp_path / "b.safetensors"), "--component", "vae"])
         assert refused.exit_code == 2
         assert reason in " ".join(re.sub(r"[│\s]+", " ", refused.output).split())

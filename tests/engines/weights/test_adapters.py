@@ -42,9 +42,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_each_request_makes_what_diffusers_makes_with_its_adapter(
-    family: str, dtype: torch.dtype, models: Models, classic_models: Models, files: Path
+    family: str, dtype: torch.dtype, models: Models, files: Path
 ) -> None:
-    model = classic_models(family) if family in ("cogvideox", "sana") else models(family)
+    model = models(family)
     loras = {name: lora(files, model, f"{family}-{name}") for name in ("a", "b")}
     adapters = tuple(LoraFile(name, path, 0.8) for name, path in loras.items())
     stages = Stages(model, dtype, adapters=adapters)
@@ -95,9 +95,9 @@ def test_a_process_with_adapters_computes_without_one_as_if_there_were_none(mode
 
 @pytest.mark.parametrize("family", ["flux", "cogvideox"])
 def test_requests_that_take_turns_step_by_step_are_identical_to_runs_alone(
-    family: str, models: Models, classic_models: Models, files: Path
+    family: str, models: Models, files: Path
 ) -> None:
-    model = classic_models(family) if family == "cogvideox" else models(family)
+    model = models(family)
     # Not of text encoders, which would make a difference before the first step.
     paths = {name: lora(files, model, f"{family}-{name}-turns", "transformer") for name in ("a", "b")}
     stages = Stages(model, adapters=tuple(LoraFile(name, path) for name, path in paths.items()))
@@ -133,9 +133,9 @@ def test_the_two_transformers_of_wan_2_2_have_a_file_each(models: Models, files:
 
 @pytest.mark.parametrize("family", ["flux", "cogvideox"])
 def test_a_state_that_is_used_again_runs_with_the_adapter_of_the_other_request(
-    family: str, models: Models, classic_models: Models, files: Path
+    family: str, models: Models, files: Path
 ) -> None:
-    model = classic_models(family) if family == "cogvideox" else models(family)
+    model = models(family)
     paths = {name: lora(files, model, f"{family}-{name}-again", "transformer") for name in ("a", "b")}
     stages = Stages(model, adapters=tuple(LoraFile(name, path) for name, path in paths.items()))
     denoiser = stages.pipelines[Stage.DENOISER]
@@ -268,9 +268,9 @@ def test_only_safetensors_are_read(models: Models, files: Path, tmp_path: Path) 
     assert load_denoiser(model, tmp_path / "folder").placement.adapters.files
 
 
-def test_a_pipeline_that_takes_no_adapters_says_so(classic_models: Models, models: Models, files: Path) -> None:
+def test_a_pipeline_that_takes_no_adapters_says_so(models: Models, files: Path) -> None:
     with pytest.raises(ModelError, match="diffusers loads no LoRA into a PixArtSigmaPipeline"):
-        load_denoiser(classic_models("pixart"), lora(files, models("flux"), "flux-t", "transformer"))
+        load_denoiser(models("pixart"), lora(files, models("flux"), "flux-t", "transformer"))
 
 
 # By name ----------------------------------------------------------------------------------------------------------

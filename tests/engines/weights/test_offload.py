@@ -34,8 +34,8 @@ def finish(denoising: Denoising) -> dict[str, object]:
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("family", ["flux", "wan", "sdxl", "cogvideox", "sana"])
-def test_the_image_stays_the_same(family: str, how: str, models: Models, classic_models: Models) -> None:
-    model = classic_models(family) if family in ("cogvideox", "sana") else models(family)
+def test_the_image_stays_the_same(family: str, how: str, models: Models) -> None:
+    model = models(family)
     exact = Stages(model).make(7, **STEPS)
     ours = Stages(model, offload=how)
     for _ in range(2):
@@ -187,10 +187,8 @@ def test_inputs_that_are_on_the_host_come_along() -> None:
 
 
 @pytest.mark.parametrize(("family", "stage"), [("flux", Stage.ENCODER), ("sana", Stage.DENOISER)])
-def test_the_pipeline_computes_on_the_device_it_was_given(
-    family: str, stage: Stage, models: Models, classic_models: Models
-) -> None:
-    model = classic_models(family) if family == "sana" else models(family)
+def test_the_pipeline_computes_on_the_device_it_was_given(family: str, stage: Stage, models: Models) -> None:
+    model = models(family)
     for how in HOW:
         part = StagePipeline.load(model, (stage,), dtype=torch.float32, device=torch.device("cpu", 0), offload=how)
         pipeline = part._runner.pipeline

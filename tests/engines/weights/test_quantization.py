@@ -37,8 +37,8 @@ def off(left: Pixels, right: Pixels) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["flux", "wan", "sana"])
-def test_the_image_is_another_one_a_little(family: str, kind: str, models: Models, classic_models: Models) -> None:
-    model = classic_models(family) if family == "sana" else models(family)
+def test_the_image_is_another_one_a_little(family: str, kind: str, models: Models) -> None:
+    model = models(family)
     exact = Stages(model).make(4, **STEPS)
     ours = Stages(model, quantization=kind).make(4, **STEPS)
     assert 0 < off(ours, exact) < 0.02

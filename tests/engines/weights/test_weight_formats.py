@@ -24,9 +24,9 @@ from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from torchao.quantization import Int8WeightOnlyConfig
 from typer.testing import CliRunner
 
-from tests.engines.conftest import Models
 from tests.engines.original_checkpoints import narrow_flux, save, save_flux, save_gguf, save_sdxl, weights_of
 from tests.engines.results import media, same, seeded_generator
+from tests.engines.stage_pipelines import Models
 from triptych.actors import load_topology
 from triptych.actors.command import app
 from triptych.actors.command.preflight import preflight
@@ -320,10 +320,8 @@ def with_code(model: Path, folder: Path) -> Path:
     return made
 
 
-def test_code_that_comes_with_a_model_is_run_only_where_the_topology_says_so(
-    classic_models: Models, tmp_path: Path
-) -> None:
-    plain_model = classic_models("pixart")
+def test_code_that_comes_with_a_model_is_run_only_where_the_topology_says_so(models: Models, tmp_path: Path) -> None:
+    plain_model = models("pixart")
     model = with_code(plain_model, tmp_path)
     words = r"Mine is code that comes with the model .*/pipeline.py\). It is not run unless .* trust_remote_code = true"
     with pytest.raises(ModelError, match=words):
@@ -339,8 +337,8 @@ def test_code_that_comes_with_a_model_is_run_only_where_the_topology_says_so(
         load(model, Stage.ENCODER, trusted)
 
 
-def test_code_of_a_component_alone_is_refused_as_well(classic_models: Models, tmp_path: Path) -> None:
-    model = with_code(classic_models("pixart"), tmp_path)
+def test_code_of_a_component_alone_is_refused_as_well(models: Models, tmp_path: Path) -> None:
+    model = with_code(models("pixart"), tmp_path)
     index = json.loads((model / "model_index.json").read_text()) | {"_class_name": "PixArtSigmaPipeline"}
     (model / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match="Other is code that comes with the model"):

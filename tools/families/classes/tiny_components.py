@@ -14,7 +14,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from triptych.tools.families.classes import Sample
-from triptych.tools.make_model import text, vaes
+from triptych.tools.make_model import randomise_zero_layers, text, vaes
 
 MAKERS: Final[dict[str, Callable[[], Any]]] = {
     "AutoencoderKL": lambda: vaes.kl(quant=True, shift=None),
@@ -62,14 +62,6 @@ def make(sample: Sample, folder: Path, seed: int = 0) -> None:
         for component in given[name] if isinstance(given[name], (list, tuple)) else [given[name]]:
             randomise_zero_layers(component)
     cls(**given).save_pretrained(str(folder))
-
-
-def randomise_zero_layers(component: Any) -> None:
-    """Give random weights to layers that begin as zeros: neither prompt nor step would change the picture."""
-    if isinstance(component, torch.nn.Module):
-        for parameter in component.parameters():
-            if not parameter.any():
-                torch.nn.init.normal_(parameter, std=0.1)
 
 
 def _makers(cls: Any, sample: Sample) -> Iterator[tuple[str, Any]]:
