@@ -1,7 +1,7 @@
-"""xxh3_64 of bytes, fused with the copy that moves them. Imports no torch.
+"""Checksums (xxh3_64) of bytes, computed while they are copied. Imports no torch.
 
-The checksum of a hop covers the bytes of a block from its start to its `nbytes`, gaps included. It guards
-against damage and against bytes that never arrived, not against an attacker: xxh3 is no signature.
+The checksum of a block covers its bytes from the start to `nbytes`, gaps between spans included. It detects damaged and
+missing bytes. It does not protect against an attacker: xxh3 is not a signature.
 """
 
 from __future__ import annotations
@@ -12,13 +12,19 @@ from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
 
-# A chunk is read twice, by the hash and by the copy. Half a MiB is still in a core's L2 cache for the second
-# of them, and is long enough that taking the GIL again between chunks costs nothing.
+# Each chunk is read twice, by the hash and by the copy: half a MiB stays in the L2 cache between the two, and is large
+# enough that acquiring the GIL for each chunk costs nothing.
 CHUNK = 512 * 1024
 
 
 class ChecksumMismatchError(Exception):
-    """The bytes are not those that were stored."""
+    """Bytes do not have the checksum that they were stored with.
+
+    Attributes:
+        expected: The checksum that they were stored with.
+        found: The checksum that they have.
+        nbytes: Their number.
+    """
 
     def __init__(self, expected: int, found: int, nbytes: int) -> None:
         super().__init__(f"{nbytes} bytes have the checksum {found:016x}, not {expected:016x}: they are damaged")
@@ -28,7 +34,7 @@ class ChecksumMismatchError(Exception):
 
 
 def checksum(memory: Bytes | memoryview | bytes) -> int:
-    """Hash contiguous bytes: xxh3_64, an int of 64 bits, unsigned."""
+    """Return the xxh3_64 of contiguous bytes, an unsigned int of 64 bits."""
     return xxhash.xxh3_64_intdigest(memory.data if isinstance(memory, np.ndarray) else memory)
 
 
@@ -40,7 +46,7 @@ def verify(memory: Bytes | memoryview | bytes, expected: int) -> None:
 
 
 class RunningChecksum:
-    """A checksum over bytes that arrive in parts. Arrays are uint8, shape [bytes], contiguous."""
+    """A checksum of bytes that are given in parts. Arrays are uint8, shape [nbytes], contiguous."""
 
     def __init__(self) -> None:
         self._state = xxhash.xxh3_64()
@@ -48,18 +54,19 @@ class RunningChecksum:
 
     @property
     def value(self) -> int:
-        """The checksum of everything so far."""
+        """The checksum of all bytes so far."""
         return self._state.intdigest()
 
     def update(self, memory: Bytes) -> None:
-        """Hash bytes where they are."""
+        """Add bytes to the checksum."""
         self._state.update(memory.data)
         self._nbytes += len(memory)
 
     def copy(self, destination: Bytes, source: Bytes) -> None:
-        """Copy, hashing what was read: damage on the way into `destination` will show when that is verified.
+        """Copy bytes and hash the source, so that a later check of `destination` detects damage by the copy.
 
-        Raises ValueError when the lengths differ.
+        Raises:
+            ValueError: The lengths differ.
         """
         _check_lengths(destination, source)
         for start in range(0, len(source), CHUNK):
@@ -68,9 +75,10 @@ class RunningChecksum:
             destination[start : start + CHUNK] = part
 
     def copy_checked(self, destination: Bytes, source: Bytes) -> None:
-        """Copy, hashing what arrived: later changes of `source` cannot make unchecked bytes pass.
+        """Copy bytes and hash the destination, so that a change of `source` meanwhile cannot go unchecked.
 
-        Raises ValueError when the lengths differ.
+        Raises:
+            ValueError: The lengths differ.
         """
         _check_lengths(destination, source)
         for start in range(0, len(source), CHUNK):
@@ -79,11 +87,11 @@ class RunningChecksum:
             self.update(part)
 
     def expect(self, expected: int) -> None:
-        """Raise ChecksumMismatchError unless everything so far has the checksum `expected`."""
+        """Raise ChecksumMismatchError unless all bytes so far have the checksum `expected`."""
         if self.value != expected:
             raise ChecksumMismatchError(expected, self.value, self._nbytes)
 
 
 def _check_lengths(destination: Bytes, source: Bytes) -> None:
     if len(destination) != len(source):
-        raise ValueError(f"cannot copy {len(source)} bytes onto {len(destination)}")
+        raise ValueError(f"cannot copy {len(source)} bytes to {len(destination)} bytes")

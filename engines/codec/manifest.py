@@ -1,8 +1,7 @@
-"""The shape of a packed payload: what `engines.codec` writes about the values that it lays into a block.
+"""The manifest of a packed payload: a tree of records that describe the values in a block.
 
-A manifest is a tree of small records. Scalars stand for themselves; everything with a body (tensors, arrays,
-images, bytes, long strings, generator states) names a span of the block. Imports no torch, and decodes bytes
-from anywhere: the worst that hostile bytes can do here is to raise `CodecError`.
+Scalars are in the manifest itself. Tensors, arrays, images, bytes, long strings and generator states are in the block;
+their records name the span. Imports no torch. `decode` accepts bytes from anywhere and raises nothing but `CodecError`.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ from typing import Annotated, Final
 import msgspec
 
 ALIGNMENT: Final = 64
-"""Bytes; each span of a block starts on a multiple of this (a cache line, and what vector loads like)."""
+"""Each span of a block starts at a multiple of this many bytes: a cache line, the alignment of vector loads."""
 MAX_MANIFEST_BYTES: Final = 512 * 1024
-"""A manifest rides on the bus, whose messages are at most 1 MiB."""
+"""The limit of a manifest: it is sent over the bus, whose messages are at most 1 MiB."""
 MAX_DEPTH: Final = 32
 VERSION: Final = 2
 
@@ -27,7 +26,7 @@ Order = Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, lt=32)], ...], msgspec
 
 
 class CodecError(Exception):
-    """A value that cannot cross between stages, or a manifest that cannot be trusted."""
+    """A value cannot be packed, or a manifest cannot be unpacked."""
 
 
 class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -35,12 +34,12 @@ class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 
 
 class Span(Record, frozen=True):
-    """A stretch of the block."""
+    """A range of bytes of the block."""
 
     offset: Size
     """Bytes from the start of the block, a multiple of `ALIGNMENT`."""
     nbytes: Size
-    """Its length."""
+    """Its length in bytes."""
 
 
 class Tensor(Record, frozen=True, tag="tensor"):
@@ -51,9 +50,9 @@ class Tensor(Record, frozen=True, tag="tensor"):
     shape: Shape
     """Its dimensions; () for a scalar tensor."""
     span: Span
-    """Where its elements are."""
+    """Its elements."""
     order: Order = ()
-    """Its dimensions as they lie in the span, the outermost first; () is row-major."""
+    """The order of its dimensions in the span, outermost first; () is row-major."""
 
 
 class Array(Record, frozen=True, tag="array"):
@@ -64,13 +63,13 @@ class Array(Record, frozen=True, tag="array"):
     shape: Shape
     """Its dimensions."""
     scalar: bool
-    """Whether it was a numpy scalar, not an array of no dimensions."""
+    """Whether it was a numpy scalar, not an array without dimensions."""
     span: Span
-    """Where its elements are."""
+    """Its elements."""
 
 
 class ImageRecord(Record, frozen=True, tag="image"):
-    """A `PIL.Image.Image`: its pixels only."""
+    """The pixels of a `PIL.Image.Image`."""
 
     mode: Name
     """A Pillow mode, such as "RGB"."""
@@ -79,30 +78,30 @@ class ImageRecord(Record, frozen=True, tag="image"):
     height: Dimension
     """Pixels."""
     span: Span
-    """Where its rows are."""
+    """Its rows."""
 
 
 class Bytes(Record, frozen=True, tag="bytes"):
     """A `bytes`."""
 
     span: Span
-    """Where they are."""
+    """The bytes."""
 
 
 class Text(Record, frozen=True, tag="text"):
-    """A string too long to ride in the manifest."""
+    """A string that is too long for the manifest."""
 
     span: Span
-    """Where its UTF-8 is."""
+    """The string in UTF-8."""
 
 
 class Generator(Record, frozen=True, tag="generator"):
-    """A `torch.Generator` with its payload."""
+    """A `torch.Generator` with its state."""
 
     device: Name
-    """The kind of its device: "cpu" or "cuda"."""
+    """The type of its device: "cpu" or "cuda"."""
     span: Span
-    """Where its payload (uint8) is."""
+    """Its state, uint8."""
 
 
 class BigInteger(Record, frozen=True, tag="integer"):
@@ -123,11 +122,11 @@ class Slice(Record, frozen=True, tag="slice"):
     """A `slice` of integers."""
 
     start: Bound
-    """Where it starts, or None."""
+    """The first index, or None."""
     stop: Bound
-    """Where it ends, or None."""
+    """The index after the last, or None."""
     step: Bound
-    """How far apart its items are, or None."""
+    """The step, or None."""
 
 
 class List(Record, frozen=True, tag="list"):
@@ -184,14 +183,14 @@ Node = (
 
 
 class Manifest(Record, frozen=True):
-    """All values of a payload, and how much of the block they take."""
+    """The values of a payload."""
 
     version: int
-    """`VERSION` of the sender."""
+    """The `VERSION` of the sender."""
     nbytes: Size
-    """Bytes of the block in use."""
+    """The number of bytes of the block in use."""
     values: Dict
-    """The payload itself."""
+    """The values by name."""
 
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
@@ -199,11 +198,10 @@ _DECODER: Final = msgspec.msgpack.Decoder(Manifest)
 
 
 def encode(manifest: Manifest) -> bytes:
-    """Write a manifest as msgpack.
+    """Encode a manifest as msgpack.
 
     Raises:
-        CodecError: It is longer than `MAX_MANIFEST_BYTES`, or holds text that is not Unicode.
-
+        CodecError: The manifest is longer than `MAX_MANIFEST_BYTES`, or has text that is not valid Unicode.
     """
     try:
         data = _ENCODER.encode(manifest)
@@ -211,18 +209,17 @@ def encode(manifest: Manifest) -> bytes:
         raise CodecError(f"The payload holds text that is not valid Unicode: {error}.") from error
     if len(data) > MAX_MANIFEST_BYTES:
         raise CodecError(
-            f"The manifest of the payload takes {len(data)} bytes, more than the {MAX_MANIFEST_BYTES} that a"
-            " message can carry: put long lists of numbers into a tensor."
+            f"The manifest of the payload takes {len(data)} bytes, more than the {MAX_MANIFEST_BYTES} of a"
+            " message: put long lists of numbers into a tensor."
         )
     return data
 
 
 def decode(data: bytes) -> Manifest:
-    """Read a manifest from bytes that may be hostile.
+    """Decode a manifest from bytes that are not trusted.
 
     Raises:
-        CodecError: The bytes are no manifest of this version.
-
+        CodecError: The bytes are not a manifest of this version.
     """
     if len(data) > MAX_MANIFEST_BYTES:
         raise CodecError(f"A manifest of {len(data)} bytes is over the limit of {MAX_MANIFEST_BYTES}.")

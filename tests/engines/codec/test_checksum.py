@@ -48,7 +48,7 @@ def test_one_changed_bit_anywhere_is_seen(place, bit):
 def test_lengths_must_agree():
     running = RunningChecksum()
     for copy in (running.copy, running.copy_checked):
-        with pytest.raises(ValueError, match="2 bytes onto 3"):
+        with pytest.raises(ValueError, match="2 bytes to 3"):
             copy(np.zeros(3, dtype=np.uint8), np.zeros(2, dtype=np.uint8))
 
 
