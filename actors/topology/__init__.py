@@ -5,10 +5,15 @@
 
 from triptych.actors.topology._model_identity import ModelIdentity
 from triptych.actors.topology._model_report import ModelProblem, ModelReport, ModelSummary
-from triptych.actors.topology.checks import is_loopback
-from triptych.actors.topology.generator import generate_topology, relative_model_path, topology_file_name
-from triptych.actors.topology.model_source import INDEX_FILES, WEIGHT_SUFFIXES, ModelSource, find_source, snapshot
-from triptych.actors.topology.overrides import free_port, write_with_overrides
+from triptych.actors.topology._model_source import INDEX_FILES, WEIGHT_SUFFIXES, ModelSource, find_source, snapshot
+from triptych.actors.topology._topology import Component, Model, Topology, is_loopback, load_topology
+from triptych.actors.topology._writer import (
+    free_port,
+    generate_topology,
+    relative_model_path,
+    topology_file_name,
+    write_with_overrides,
+)
 from triptych.actors.topology.sections import (
     STAGES,
     ApiSection,
@@ -21,7 +26,6 @@ from triptych.actors.topology.sections import (
     parse_rate,
     parse_size,
 )
-from triptych.actors.topology.topology import Component, Model, Topology, load_topology
 
 __all__ = [
     "INDEX_FILES",

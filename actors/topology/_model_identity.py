@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from triptych.actors.topology.model_source import INDEX_FILES
+from triptych.actors.topology._model_source import INDEX_FILES
 from triptych.actors.topology.paths import OWNER_RECORD
 
 if TYPE_CHECKING:

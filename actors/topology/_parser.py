@@ -1,4 +1,4 @@
-"""From a TOML file to typed sections, with an error that names the file, the key and the fix."""
+"""Read a TOML file into typed sections; an error names the file, the key and the fix."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tomllib
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import msgspec
+import structlog
 from msgspec import NODEFAULT
 
 from triptych.actors.errors import TopologyError
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=Section)
 
+_log = structlog.stdlib.get_logger("actors")
 _WORDS: Final = {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}
 
 
 def parse_topology_file(file: Path) -> Sections:
-    """Decode a topology file; raises `TopologyError`."""
-    tables = _load_toml(file)
+    """Read a topology file; raises `TopologyError`."""
+    tables = load_toml(file)
     name = str(file)
     fields = {field.name: field.type for field in msgspec.structs.fields(Sections)}
     for key in tables:
@@ -35,7 +37,7 @@ def parse_topology_file(file: Path) -> Sections:
 
 
 def _models(file: str, tables: dict[str, Any]) -> tuple[ModelSection, ...]:
-    """Take the models, with their roles, out of the tables."""
+    """Remove the models, with their roles, from the tables, and decode them."""
     if "models" in tables:
         for key in ("model", "roles"):
             if key in tables:
@@ -53,9 +55,9 @@ def _models(file: str, tables: dict[str, Any]) -> tuple[ModelSection, ...]:
 
 
 def did_you_mean(key: str, known: Iterable[str]) -> str:
-    """The fix for a misspelt word: the nearest known one, else all of them."""
+    """Return the fix for a misspelt word: the nearest known one, else all of them."""
     names = list(known)
-    alike = [name for name in names if _digits(name) == _digits(key)]  # another number is another thing, and no slip
+    alike = [name for name in names if _digits(name) == _digits(key)]  # another number is another name, not a slip
     near = difflib.get_close_matches(key, alike, n=1, cutoff=0.6)
     return f"did you mean {near[0]}?" if near else f"use one of {', '.join(names)}"
 
@@ -64,7 +66,8 @@ def _digits(word: str) -> str:
     return "".join(filter(str.isdigit, word))
 
 
-def _load_toml(file: Path) -> dict[str, Any]:
+def load_toml(file: Path) -> dict[str, Any]:
+    """Read a TOML file; raises `TopologyError`."""
     try:
         with file.open("rb") as stream:
             return tomllib.load(stream)
@@ -88,6 +91,7 @@ def _decode_all(file: str, key: str, tables: object, section: type[S], each: str
 def _decode(file: str, where: str, table: object, section: type[S]) -> S:
     if not isinstance(table, dict):
         raise TopologyError(file, where, "is not a table", f"write the line {where} and its keys below it")
+    table = _rename_old_keys(file, where, table, section)
     fields = {field.name: field for field in msgspec.structs.fields(section)}
     for key in table:
         if key not in fields:
@@ -105,8 +109,20 @@ def _decode(file: str, where: str, table: object, section: type[S]) -> S:
     return section(**values)
 
 
+def _rename_old_keys(file: str, where: str, table: dict[str, Any], section: type[Section]) -> dict[str, Any]:
+    renamed = dict(table)
+    for old, new in section.earlier_names.items():
+        if old not in table:
+            continue
+        if new in table:
+            raise TopologyError(file, where, f"has both {new} and {old}, its earlier name", f"remove {old}")
+        _log.warning("a key of the topology has a new name", file=file, section=where, key=old, write=new)
+        renamed[new] = renamed.pop(old)
+    return renamed
+
+
 def _section_of(kind: Any) -> type[Section] | None:
-    """What a key is a list of, where that is tables."""
+    """Return the section that a key is a list of, None if it is no list of tables."""
     inner = get_args(kind)[0] if get_origin(kind) is tuple else None
     return inner if isinstance(inner, type) and issubclass(inner, Section) else None
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
@@ -69,6 +70,9 @@ _PERIODS: Final = {"s": 1.0, "min": 60.0, "h": 3600.0, "day": 86_400.0}
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One table of the file; every key has a default unless the table makes no sense without it."""
+
+    earlier_names: ClassVar[Mapping[str, str]] = {}
+    """Keys by the name that they had in an earlier version, which is still read, with a warning."""
 
 
 class LoraSection(Section, frozen=True):

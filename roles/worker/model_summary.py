@@ -1,4 +1,4 @@
-"""What a model is, for the topology that `triptych add` writes; see `actors.topology.generator`."""
+"""What a model is, for the topology that `triptych add` writes; see `actors.topology._writer`."""
 
 from __future__ import annotations
 

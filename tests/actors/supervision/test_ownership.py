@@ -11,6 +11,7 @@ import pytest
 from triptych.actors.errors import AlreadyRunningError, ForeignStateError
 from triptych.actors.supervision._ownership import (
     Owner,
+    hold_components,
     hold_folder,
     sharing_problem,
     takeover_problem,
@@ -146,3 +147,15 @@ def test_a_state_folder_of_an_earlier_version_is_closed_to_others_and_a_shared_o
     folder.chmod(0o1777)
     with pytest.raises(PermissionError, match="a folder for all users: give the state a folder of its own"):
         private_state_dir(folder)
+
+
+def test_a_component_is_held_once_and_let_go(folder: Path) -> None:
+    with hold_components(folder, ["head", "api"]):
+        sentence = r"api is already running here, under process \d+: stop that first"
+        with pytest.raises(AlreadyRunningError, match=sentence), hold_components(folder, ["pool", "api"]):
+            pass
+        with hold_components(folder, ["pool"]):
+            pass
+    with hold_components(folder, ["api"]):
+        pass
+    assert list(folder.iterdir()) == []

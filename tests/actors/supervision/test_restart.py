@@ -3,6 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from triptych.actors.supervision import RestartPolicy, Strategy, decide_restart
 from triptych.actors.supervision._restart import (
     FIRST_BACKOFF_S,
     FIRST_DELAY_S,
@@ -12,15 +13,12 @@ from triptych.actors.supervision._restart import (
     ChildSpec,
     ExitKind,
     RestartDecision,
-    RestartPolicy,
     Retire,
     Start,
     Stop,
-    Strategy,
     SupervisorSpec,
     Wait,
     backoff_s,
-    decide_restart,
 )
 
 NAMES = ("pool", "encoder-0", "denoiser-0", "denoiser-1", "decoder-0", "head", "api")

@@ -5,13 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import structlog
 
 from tests.actors.conftest import THREE_ROLES
 from triptych.actors import AddressBook, Topology, TopologyError, load_topology
 from triptych.actors.command.preflight import has_accelerator, preflight
 from triptych.actors.errors import UnknownNameError
 from triptych.actors.runtime.address_book import supervisor_of
-from triptych.actors.topology import TransferSection, parse_size
+from triptych.actors.topology import HeadSection, TransferSection, parse_size
 from triptych.actors.topology.paths import MAX_SOCKET_PATH, private_dir, private_run_dir
 
 Write = Callable[..., Path]
@@ -478,3 +479,17 @@ def test_a_link_in_place_of_a_run_folder_is_refused(folder: Path) -> None:
 )
 def test_a_payload_is_at_most_a_block_of_half_a_pool(pool_size: str, largest: int) -> None:
     assert TransferSection(pool_size=pool_size).largest_payload == largest
+
+
+def test_an_earlier_name_of_a_key_is_read_with_a_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = folder / "t.toml"
+    file.write_text(f'[model]\npath = "m"\n[head]\nqueue = 7\n{THREE_ROLES}')
+    with pytest.raises(TopologyError, match="has no key called queue"):
+        load_topology(file)
+    monkeypatch.setattr(HeadSection, "earlier_names", {"queue": "max_pending"})
+    with structlog.testing.capture_logs() as logs:
+        assert load_topology(file).head.max_pending == 7
+    assert [(line["key"], line["write"], line["log_level"]) for line in logs] == [("queue", "max_pending", "warning")]
+    file.write_text(f'[model]\npath = "m"\n[head]\nqueue = 7\nmax_pending = 8\n{THREE_ROLES}')
+    with pytest.raises(TopologyError, match="has both max_pending and queue, its earlier name: remove queue"):
+        load_topology(file)

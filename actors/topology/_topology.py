@@ -1,0 +1,470 @@
+"""The topology: which components there are, where each is found, with which options they run, and what is refused.
+
+`load_topology` reads it from a TOML file. Everything in it is either written in the file or follows from it, so every
+process that reads the file knows where every other one is.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Final, Literal
+from urllib.parse import urlsplit
+
+import msgspec
+
+from triptych.actors.errors import TopologyError, UnknownNameError
+from triptych.actors.topology import paths
+from triptych.actors.topology._model_identity import ModelIdentity, identify_model
+from triptych.actors.topology._model_source import ModelSource, absolute, find_source
+from triptych.actors.topology._parser import parse_topology_file
+from triptych.actors.topology.sections import (
+    LEAST_POOL_BYTES,
+    STAGES,
+    ApiSection,
+    BusSection,
+    HeadSection,
+    MemorySection,
+    ModelSection,
+    RoleSection,
+    Sections,
+    StateSection,
+    SupervisionSection,
+    TransferSection,
+    cache_size,
+    parse_rate,
+    parse_size,
+)
+from triptych.engines.backends import BACKENDS, DEFAULT, BackendSpec, resolve_engine
+
+ComponentKind = Literal["pool", "encoder", "denoiser", "decoder", "monolithic", "head", "api"]
+
+_UNSAFE: Final = re.compile(r"[^a-z0-9_-]")
+"""Characters that the name of a component cannot have: a point separates the name of an actor within it."""
+_MAX_ROLE_NAME: Final = 32
+"""Most characters in the name of a role, so that the path of its socket is short enough."""
+_HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|[0-9a-fA-F:]+")
+
+
+class Component(msgspec.Struct, frozen=True, kw_only=True):
+    """One process of the system."""
+
+    name: str
+    """"head", "api", "denoiser-0", "pool", or with mooncake "pool-encoder", "pool-denoiser", "pool-decoder"."""
+    kind: ComponentKind
+    """Its kind, which `actors.supervision.COMPONENT_SPECS` maps to the code that builds it."""
+    model: str = ""
+    """Name of the model that it serves, as `Model.name`; "" for a pool, the head and the API, which serve all."""
+    address: str
+    """Address of its first actor's mailbox: `ipc:///path` or `tcp://host:port`."""
+    port: int
+    """Its bus port; unused with ipc."""
+    index: int = 0
+    """Its number among the instances of its `[[roles]]` entry."""
+    device: str = "cpu"
+    """Torch device."""
+    slots: int = 0
+    """Requests that it takes at a time; 0 unless it is an instance of a role."""
+    pool: str = ""
+    """Name of the buffer pool that this instance uses, "" if none."""
+    restart: Literal["permanent", "transient", "temporary"] = "permanent"
+    """When the supervisor restarts it."""
+    dtype: str = ""
+    """Torch dtype of its weights and of its computation; "" unless it is an instance of a role."""
+    quantization: Literal["none", "int8", "float8"] = "none"
+    """Format of the weights of its linear layers."""
+    offload: Literal["none", "model", "group"] = "none"
+    """Which weights stay in the memory of the host until they are needed."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it computes on a CUDA device."""
+        return self.device.startswith("cuda")
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True):
+    """One model of the system, and where its files are."""
+
+    section: ModelSection
+    """Its section of the topology file."""
+    folder: Path
+    """Folder of the topology file, which its paths are relative to."""
+    prompt_cache_bytes: int = 0
+    """Bytes of the encoders' pool that its prompt cache may take; 0 if it is off or there are no encoders."""
+
+    @property
+    def name(self) -> str:
+        """What requests give as `model`; "" if the topology does not say, which only a single model may omit."""
+        return self.section.name
+
+    @property
+    def path(self) -> Path:
+        """Absolute folder of the model: its index, its configurations, and its weights unless they are elsewhere."""
+        return self.source.folder
+
+    @property
+    def source(self) -> ModelSource:
+        """Where its files are; looks at the disk on each access."""
+        return find_source(self.section, self.folder)
+
+    @property
+    def title(self) -> str:
+        """Name of its file or repository, for when neither the topology nor the serving config names it; else ""."""
+        source = self.source
+        if source.checkpoint:
+            return source.checkpoint.stem
+        return "" if source.folder == self.absolute(self.section.path) else self.section.path
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Absolute paths of what instances load: the model's folder, other weights, adapters, embeddings."""
+        loras = [path for lora in self.section.lora for path in (lora.path, lora.path_2) if path]
+        more = [*loras, *(each.path for each in self.section.embeddings)]
+        return (*self.source.files, *map(self.absolute, more))
+
+    @property
+    def identity(self) -> ModelIdentity | None:
+        """What tells it from other models, None if its files are missing; blocks on the disk, raises `OSError`."""
+        source = self.source
+        found = identify_model(source.folder, source.checkpoint, [*source.components.values()])
+        if found is None or source.checkpoint or source.folder == self.absolute(self.section.path):
+            return found
+        # A newer snapshot of a repository has a folder of its own, and is another version of the same model.
+        return msgspec.structs.replace(found, path=self.section.path)
+
+    def absolute(self, path: str) -> Path:
+        """Return the absolute path of a file or folder that the topology names."""
+        return absolute(self.folder, path)
+
+
+class Topology(msgspec.Struct, frozen=True, kw_only=True):
+    """A checked topology; see `actors.topology.sections` for the keys of each section."""
+
+    models: tuple[Model, ...]
+    """At least one; the first serves requests that name none."""
+    api: ApiSection
+    head: HeadSection
+    transfer: TransferSection
+    memory: MemorySection
+    supervision: SupervisionSection
+    bus: BusSection
+    state: StateSection
+    components: tuple[Component, ...]
+    """In start order: pools, role instances, head, api."""
+    path: Path
+    """The TOML file, absolute."""
+    run_dir: Path
+    """Folder of the ipc sockets, 0700, short enough for the kernel's limit of 107 bytes."""
+    state_dir: Path
+    """Folder of everything that outlives the processes."""
+
+    @property
+    def keys_path(self) -> Path | None:
+        """Absolute path of the file of API keys; None without keys."""
+        return (self.path.parent / Path(self.api.keys_file).expanduser()).resolve() if self.api.keys_file else None
+
+    @property
+    def engine(self) -> str:
+        """The name of the transfer backend, "auto" resolved."""
+        return resolve_engine(self.transfer.engine)
+
+    @property
+    def backend(self) -> BackendSpec:
+        """What is known about the transfer backend."""
+        return BACKENDS[self.engine]
+
+    @property
+    def url(self) -> str:
+        """Base URL of the API, without a slash at the end."""
+        host = f"[{self.api.host}]" if ":" in self.api.host else self.api.host
+        return f"http://{host}:{self.api.port}"
+
+    def component(self, name: str) -> Component:
+        """Return the component called `name`; raises `UnknownNameError`."""
+        for component in self.components:
+            if component.name == name:
+                return component
+        known = ", ".join(component.name for component in self.components)
+        raise UnknownNameError(f"no component is called {name!r} in {self.path}; there are {known}")
+
+    def starts_asleep(self, component: Component) -> bool:
+        """Return whether an instance loads its weights only when the head asks: not all models may fit into memory."""
+        bounded = self.memory.host or self.memory.card
+        return bool(bounded) and self.model_of(component).section.sleep != "never"
+
+    def model_of(self, component: Component) -> Model:
+        """Return the model that an instance of a role serves."""
+        return next(model for model in self.models if model.name == component.model)
+
+
+def load_topology(path: Path | str) -> Topology:
+    """Read and check a topology file; raises `TopologyError`, whose `str()` is one clear sentence.
+
+    What depends on this machine (model folder, mooncake, devices) is checked by `actors.command.preflight` instead, so
+    that any host can read any topology.
+    """
+    file = Path(path)
+    sections = parse_topology_file(file)
+    _check_sections(str(file), sections)
+    resolved = file.resolve()
+    run_dir = paths.run_dir(resolved)
+    components = _components(sections, run_dir)
+    _check_components(str(file), sections, components)
+    return Topology(
+        models=_models(sections, resolved.parent),
+        api=sections.api,
+        head=sections.head,
+        transfer=sections.transfer,
+        memory=sections.memory,
+        supervision=sections.supervision,
+        bus=sections.bus,
+        state=sections.state,
+        components=components,
+        path=resolved,
+        run_dir=run_dir,
+        state_dir=paths.state_dir(resolved, sections.state.path),
+    )
+
+
+def _models(sections: Sections, folder: Path) -> tuple[Model, ...]:
+    models = []
+    for section in sections.models:
+        encodes_apart = any(role.kind == "encoder" for role in section.roles)
+        nbytes = cache_size(section.prompt_cache, sections.transfer.pool_bytes, len(sections.models))
+        models.append(Model(section=section, folder=folder, prompt_cache_bytes=nbytes if encodes_apart else 0))
+    return tuple(models)
+
+
+def _components(sections: Sections, run_dir: Path) -> tuple[Component, ...]:
+    bus, head, transfer = sections.bus, sections.head, sections.transfer
+    roles = [(model, role) for model in sections.models for role in model.roles]
+    rows: list[Component] = []
+
+    def add(name: str, kind: ComponentKind, port: int = 0, index: int = 0) -> Component:
+        others = sum(row.kind != "head" for row in rows)
+        bound = port or (head.port if kind == "head" else head.port + 1 + others)
+        address = f"ipc://{run_dir}/{name}" if bus.transport == "ipc" else f"tcp://127.0.0.1:{bound}"
+        rows.append(Component(name=name, kind=kind, address=address, port=bound, index=index))
+        return rows[-1]
+
+    for pool in dict.fromkeys(_pool_of(role, transfer) for _, role in roles):
+        if pool:
+            add(pool, "pool")
+    for model, role in roles:
+        for index in range(role.count):
+            name = f"{_role_name(sections, model, role)}-{index}"
+            rows[-1] = msgspec.structs.replace(
+                add(name, role.kind, role.port and role.port + index, index),
+                model=model.name,
+                device=role.device,
+                slots=role.slots,
+                restart=role.restart,
+                pool=_pool_of(role, transfer),
+                dtype=role.dtype or model.dtype,
+                quantization=role.quantization,
+                offload=role.offload,
+            )
+    add("head", "head")
+    add("api", "api")
+    return tuple(rows)
+
+
+def _pool_of(role: RoleSection, transfer: TransferSection) -> str:
+    if role.kind not in STAGES:
+        return ""
+    return "pool" if BACKENDS[resolve_engine(transfer.engine)].shared_memory else f"pool-{role.kind}"
+
+
+def _check_sections(file: str, sections: Sections) -> None:
+    """Raise `TopologyError` for the first thing that cannot work; looks at nothing but the file."""
+    _check_api(file, sections)
+    _check_network(file, sections)
+    _check_size(file, sections)
+    _check_cache(file, sections)
+    _check_state(file, sections)
+    _check_memory(file, sections)
+    _check_models(file, sections)
+    for model in sections.models:
+        _check_kinds(file, sections, model)
+        _check_loras(file, sections, model)
+    _check_names(file, sections)
+
+
+def _check_components(file: str, sections: Sections, components: tuple[Component, ...]) -> None:
+    """Raise `TopologyError` if two components, or a component and HTTP, share a port or need one above 65535."""
+    taken = {sections.api.port: "[api] port"}
+    for component in components:
+        if component.port > 65535:
+            problem = f"leads to port {component.port} for {component.name}"
+            raise TopologyError(file, "[head] port", problem, "choose a lower one")
+        other = taken.setdefault(component.port, component.name)
+        if other != component.name:
+            problem = f"{component.port} is used twice, by {other} and by {component.name}"
+            raise TopologyError(file, "port", problem, "give one of them another port")
+
+
+def _role_name(sections: Sections, model: ModelSection, role: RoleSection) -> str:
+    """Return the name of a role's instances, without their number."""
+    if role.name or len(sections.models) == 1:
+        return role.name or role.kind
+    return f"{_UNSAFE.sub('-', model.name.lower())}-{role.kind}"
+
+
+def _model_label(sections: Sections, model: ModelSection, key: str = "") -> str:
+    """Return how an error names a key of a model, or the model itself."""
+    table = "[model]" if len(sections.models) == 1 else f'[[models]] "{model.name}"'
+    return f"{table} {key}".strip()
+
+
+def _roles_label(sections: Sections, model: ModelSection) -> str:
+    """Return how an error names the roles of a model."""
+    return "[[roles]]" if len(sections.models) == 1 else f'[[models.roles]] of "{model.name}"'
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach `host`."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_api(file: str, sections: Sections) -> None:
+    api = sections.api
+    if not is_loopback(api.host) and not api.keys_file:
+        problem = f'= "{api.host}" would be open to the network, and there are no keys to keep others out'
+        raise TopologyError(file, "[api] host", problem, 'use "127.0.0.1", or give clients keys with [api] keys_file')
+    if api.public_url and not _is_site(api.public_url):
+        problem, fix = f'= "{api.public_url}" is no URL of a site', 'write it as in "https://pictures.example.com"'
+        raise TopologyError(file, "[api] public_url", problem, fix)
+    for host in api.allowed_hosts:
+        if not _HOST.fullmatch(host):
+            fix = 'write a name alone, as in "pictures.example.com"'
+            raise TopologyError(file, "[api] allowed_hosts", f'have "{host}", which is no host name', fix)
+    if api.rate_limit:
+        try:
+            parse_rate(api.rate_limit)
+        except ValueError:
+            problem, fix = f'= "{api.rate_limit}" is no rate', 'write it as in "60/min", with s, min, h or day'
+            raise TopologyError(file, "[api] rate_limit", problem, fix) from None
+
+
+def _is_site(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        return url.scheme in ("http", "https") and bool(url.hostname) and not (url.query or url.fragment)
+    except ValueError:
+        return False
+
+
+def _check_network(file: str, sections: Sections) -> None:
+    engine = resolve_engine(sections.transfer.engine)
+    if BACKENDS[engine].is_open_to_network and not sections.transfer.trusted_network:
+        problem = "would let everybody who reaches this host read and write the pools' memory, for it has no keys"
+        fix = (
+            "keep its ports behind a firewall and say trusted_network = true, as docs/security.md shows, "
+            f'or use engine = "{DEFAULT}"'
+        )
+        raise TopologyError(file, f'[transfer] engine = "{engine}"', problem, fix)
+
+
+def _check_size(file: str, sections: Sections) -> None:
+    size = sections.transfer.pool_size
+    try:
+        nbytes = parse_size(size)
+    except ValueError:
+        problem = f'= "{size}" is not a size'
+        raise TopologyError(file, "[transfer] pool_size", problem, 'write it as in "256MiB" or "1.5GiB"') from None
+    if nbytes < LEAST_POOL_BYTES:
+        problem = f'= "{size}" is less than {LEAST_POOL_BYTES} bytes'
+        raise TopologyError(file, "[transfer] pool_size", problem, 'make it larger, as in "256MiB"')
+
+
+def _check_state(file: str, sections: Sections) -> None:
+    for key in ("max_requests_size", "max_artifacts_size", "max_uploads_size"):
+        size = getattr(sections.state, key)
+        try:
+            parse_size(size)
+        except ValueError:
+            fix = 'write it as in "512MiB" or "32GiB"'
+            raise TopologyError(file, f"[state] {key}", f'= "{size}" is not a size', fix) from None
+
+
+def _check_memory(file: str, sections: Sections) -> None:
+    for key in ("host", "card"):
+        size = getattr(sections.memory, key)
+        try:
+            parse_size(size or "1B")
+        except ValueError:
+            problem, fix = f'= "{size}" is not a size', 'write it as in "24GiB", or leave it out'
+            raise TopologyError(file, f"[memory] {key}", problem, fix) from None
+
+
+def _check_cache(file: str, sections: Sections) -> None:
+    pool_size, together = sections.transfer.pool_size, 0
+    for model in sections.models:
+        size, where = model.prompt_cache, _model_label(sections, model, "prompt_cache")
+        try:
+            together += cache_size(size, parse_size(pool_size), len(sections.models))
+        except ValueError:
+            problem = f'= "{size}" is not a size'
+            fix = 'write it as in "64MiB", or "0" for none'
+            raise TopologyError(file, where, problem, fix) from None
+        if together > parse_size(pool_size) // 2:
+            besides = " with those before it" if len(sections.models) > 1 else ""
+            problem = f'= "{size}" is{besides} more than half of [transfer] pool_size = "{pool_size}"'
+            raise TopologyError(file, where, problem, "make it smaller, or the pool larger")
+
+
+def _check_models(file: str, sections: Sections) -> None:
+    if len(sections.models) == 1:
+        return
+    for number, model in enumerate(sections.models, start=1):
+        if not model.name:
+            fix = 'add name = "what requests are to give as model"'
+            raise TopologyError(file, f"[[models]] no. {number}", "lacks the key name", fix)
+    name, count = Counter(model.name for model in sections.models).most_common(1)[0]
+    if count > 1:
+        raise TopologyError(file, "[[models]]", f'use the name "{name}" {count} times', "give each a name of its own")
+
+
+def _check_kinds(file: str, sections: Sections, model: ModelSection) -> None:
+    kinds, where = {role.kind for role in model.roles}, _roles_label(sections, model)
+    if not kinds:
+        fix = "add one for each of encoder, denoiser and decoder, or one monolithic"
+        raise TopologyError(file, where, "are missing", fix)
+    if "monolithic" in kinds:
+        if kinds != {"monolithic"}:
+            others = ", ".join(sorted(kinds - {"monolithic"}))
+            fix = "keep either the stages or monolithic"
+            raise TopologyError(file, where, f"mix monolithic with {others}", fix)
+        return
+    missing = [stage for stage in STAGES if stage not in kinds]
+    if missing:
+        header = "[[roles]]" if len(sections.models) == 1 else "[[models.roles]]"
+        fix = f'add a {header} with kind = "{missing[0]}"'
+        raise TopologyError(file, where, f"have no {' and no '.join(missing)}", fix)
+
+
+def _check_names(file: str, sections: Sections) -> None:
+    header = "[[roles]]" if len(sections.models) == 1 else "[[models.roles]]"
+    names = [_role_name(sections, model, role) for model in sections.models for role in model.roles]
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise TopologyError(file, header, f"use the name {name} {count} times", "give each a name of its own with name")
+    for name in names:
+        if len(name) > _MAX_ROLE_NAME or not name[0].isalpha():
+            problem = f"would be called {name}, which is no name of at most {_MAX_ROLE_NAME} letters, digits, - and _"
+            raise TopologyError(file, header, problem, "give it a name of its own with name")
+
+
+def _check_loras(file: str, sections: Sections, model: ModelSection) -> None:
+    loras = Counter(("lora", "name", lora.name) for lora in model.lora)
+    words = Counter(("embeddings", "token", embedding.token) for embedding in model.embeddings)
+    for (section, key, name), count in (loras + words).items():
+        if count > 1:
+            where = f"[[model.{section}]]" if len(sections.models) == 1 else f'[[models.{section}]] of "{model.name}"'
+            problem = f'use the {key} "{name}" {count} times'
+            raise TopologyError(file, where, problem, f"give each a {key} of its own")

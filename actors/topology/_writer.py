@@ -1,0 +1,179 @@
+"""Write topology files: one for a model, and one with some keys of another file replaced."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import tomli_w
+
+from triptych.actors.errors import TopologyError
+from triptych.actors.topology._model_source import absolute, is_repository
+from triptych.actors.topology._parser import did_you_mean, load_toml
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from triptych.actors.topology._model_report import ModelSummary
+    from triptych.actors.topology.sections import ModelSection
+
+_MIB: Final = 1 << 20
+_MIN_POOL_BYTES: Final = 256 * _MIB
+_MAX_POOL_BYTES: Final = 8192 * _MIB
+_ENCODED_PROMPT_BYTES: Final = 32 * _MIB
+"""Bytes of an encoded prompt: 512 tokens of 4096 floats, with and without guidance, rounded up."""
+_PAYLOADS_IN_FLIGHT: Final = 4
+"""Payloads that each half of a pool should have room for: two requests of two stages."""
+_PATH_KEYS: Final = frozenset({"path", "path_2", "keys_file", "config"})
+
+
+def generate_topology(section: ModelSection, summary: ModelSummary) -> str:
+    """Return a topology for a model, as TOML. Pure.
+
+    Args:
+        section: The model: its path, and what else the user asked for.
+        summary: What is known of it.
+    """
+    model = {"path": section.path, "revision": section.revision, "config": section.config or summary.config}
+    tables = {
+        "model": {key: value for key, value in model.items() if value}
+        | {"dtype": "bfloat16" if summary.gpus else "float32"},
+        "transfer": {"pool_size": _size(estimate_pool_bytes(summary.defaults))},
+    }
+    comments = "".join(f"# {line}\n" for line in _header_comments(summary))
+    roles = _roles(disaggregated=summary.disaggregated, gpus=summary.gpus)
+    # A table for each role, where tomli_w would write them as one inline array.
+    return "\n".join([comments, tomli_w.dumps(tables), *(f"[[roles]]\n{tomli_w.dumps(role)}" for role in roles)])
+
+
+def estimate_pool_bytes(defaults: Mapping[str, object]) -> int:
+    """Return the bytes of a pool for requests of the usual size: a power of two from 256 MiB to 8 GiB. Pure."""
+    frames = int(str(defaults.get("num_frames") or 1))
+    width, height = (int(str(defaults.get(side) or (1024 if frames == 1 else 832))) for side in ("width", "height"))
+    # Some families pass on their input image or video, and latents are never larger than its pixels.
+    payload = 4 * 3 * width * height * frames + _ENCODED_PROMPT_BYTES
+    needed = 1 << (_PAYLOADS_IN_FLIGHT * payload - 1).bit_length()
+    return min(max(needed, _MIN_POOL_BYTES), _MAX_POOL_BYTES)
+
+
+def topology_file_name(path: str) -> str:
+    """Return the file name of a model's topology, such as "sdxl-turbo.toml" for "stabilityai/sdxl-turbo". Pure."""
+    resolved = Path(path.rstrip("/"))
+    name = resolved.stem if resolved.suffix in (".safetensors", ".gguf") else resolved.name
+    return f"{re.sub(r'[^a-z0-9._-]+', '-', name.lower()).strip('-.') or 'model'}.toml"
+
+
+def relative_model_path(path: str, folder: Path) -> str:
+    """Return a path of the command line as a topology in `folder` has to give it: relative if it lies below it."""
+    if is_repository(path) and not Path(path).exists():
+        return path
+    resolved = Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100  links to files keep their names
+    return str(resolved.relative_to(folder)) if resolved.is_relative_to(folder) else str(resolved)
+
+
+def write_with_overrides(file: Path, overrides: Mapping[str, Mapping[str, Any]], folder: Path) -> Path:
+    """Write a copy of `file` with some keys replaced to a file of the same name in `folder`, and return its path.
+
+    Paths in it become absolute, since they are relative to the file. An `[api] port` of 0 becomes a free port. Without
+    a `[state] path`, the state is kept below `folder`.
+
+    Raises `TopologyError` for a file that cannot be read, and for a model or role that it does not have.
+    """
+    tables = load_toml(file)
+    changed = merge(str(file), tables, overrides)
+    for model in (changed.get("model", {}), *changed.get("models", [])):
+        _make_model_absolute(model, file.parent)
+    _make_absolute(changed.get("state", {}), file.parent)
+    _make_absolute(changed.get("api", {}), file.parent)
+    changed.setdefault("state", {}).setdefault("path", str(folder / "state"))
+    if changed.get("api", {}).get("port") == 0:
+        changed["api"]["port"] = free_port()
+    written = folder / file.name
+    written.write_text(tomli_w.dumps(changed), encoding="utf-8")
+    return written
+
+
+def merge(file: str, tables: dict[str, Any], overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the tables with the keys of `overrides` in place of theirs. Pure.
+
+    Models are found by name, roles by name or kind; `file` is what an error calls the topology.
+    """
+    merged = {key: dict(table) for key, table in tables.items() if not isinstance(table, list)}
+    lists = {key: rows for key, rows in tables.items() if isinstance(rows, list)}
+    for section, keys in overrides.items():
+        if section in ("roles", "models"):
+            lists[section] = _merge_rows(file, section, lists.get(section, []), keys)
+        else:
+            merged.setdefault(section, {}).update(keys)
+    return merged | lists
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface on which nothing listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _header_comments(summary: ModelSummary) -> list[str]:
+    sizes = [f"{name} {nbytes / (1 << 30):.1f} GiB" for name, nbytes in summary.weights.items()]
+    return [
+        f"{summary.sentence}.",
+        *([f"Weights on disk: {', '.join(sizes)}."] if sizes else []),
+        "Every key and its default: actors/topology/sections.py.",
+    ]
+
+
+def _roles(*, disaggregated: bool, gpus: int) -> list[dict[str, object]]:
+    device: dict[str, object] = {"device": "cuda:0"} if gpus else {}
+    if not disaggregated:
+        return [{"kind": "monolithic", **device}]
+    denoiser: dict[str, object] = {"kind": "denoiser", **device}
+    if gpus > 1:
+        denoiser |= {"count": gpus, "device": "cuda"}
+    return [{"kind": "encoder", **device}, denoiser, {"kind": "decoder", **device}]
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes // _MIB}MiB" if nbytes < 1024 * _MIB else f"{nbytes // (1024 * _MIB)}GiB"
+
+
+def _merge_rows(file: str, key: str, rows: list[Any], overrides: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+    named = {row.get("name") or row.get("kind"): dict(row) for row in rows}
+    for name, changes in overrides.items():
+        if name not in named:
+            problem = f"of the overrides name {name}, which is not there"
+            raise TopologyError(file, f"[[{key}]]", problem, did_you_mean(name, map(str, named)))
+        row, plain = named[name], dict(changes)
+        if key == "models" and "roles" in plain:
+            row["roles"] = _merge_rows(file, "models.roles", row.get("roles", []), plain.pop("roles"))
+        row.update(plain)
+    return list(named.values())
+
+
+def _make_model_absolute(model: dict[str, Any], base: Path) -> None:
+    # The id of a repository looks like a path, and is left as it is.
+    ids = {
+        key: model[key]
+        for key in ("path", "config")
+        if is_repository(str(model.get(key))) and not (base / model[key]).exists()
+    }
+    _make_absolute(model, base)
+    if isinstance(components := model.get("components"), dict):
+        model["components"] = {name: str(absolute(base, path)) for name, path in components.items()}
+    model |= ids
+
+
+def _make_absolute(table: dict[str, Any], base: Path) -> None:
+    """Make the paths of a table, and of the tables in its lists, absolute."""
+    for key, value in table.items():
+        if key in _PATH_KEYS and isinstance(value, str) and value:
+            table[key] = str(absolute(base, value))
+        elif isinstance(value, list):
+            table[key] = [dict(row) if isinstance(row, dict) else row for row in value]
+            for row in table[key]:
+                if isinstance(row, dict):
+                    _make_absolute(row, base)

@@ -1,0 +1,41 @@
+"""The log of a process, line by line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from tests.actors.supervision.supervised import ROOT
+
+LOGGING = """
+import logging, structlog
+from triptych.actors.runtime import logs
+logs.configure("head", 7)
+log = structlog.stdlib.get_logger("actor").bind(actor="head")
+with structlog.contextvars.bound_contextvars(request_id="r1"):
+    log.info("taken in", steps=4)
+logging.getLogger("a.library").warning("from %s", "elsewhere")
+log.debug("not shown")
+try:
+    raise ValueError("boom")
+except ValueError:
+    log.exception("crashed")
+"""
+
+
+def test_logs_are_json_lines_with_process_generation_and_request() -> None:
+    done = subprocess.run([sys.executable, "-c", LOGGING], cwd=ROOT, capture_output=True, text=True, check=True)
+    taken, library, crashed = (json.loads(line) for line in done.stderr.splitlines())
+    assert taken.pop("timestamp")
+    assert taken == {
+        "process": "head",
+        "generation": 7,
+        "actor": "head",
+        "request_id": "r1",
+        "event": "taken in",
+        "steps": 4,
+        "level": "info",
+    }
+    assert (library["event"], library["process"], library["level"]) == ("from elsewhere", "head", "warning")
+    assert "ValueError: boom" in crashed["exception"]
