@@ -22,7 +22,7 @@ _MISDIRECTED: Final = 421
 
 
 class AccessMiddleware:
-    """ASGI middleware: turns away who may not ask, and leaves the name of the key as `state.owner`."""
+    """ASGI middleware: refuses requests that may not be made, and sets `state["owner"]` to the name of the key."""
 
     def __init__(
         self, app: ASGIApp, api: ApiSection, keys: ApiKeys | None, clock: Callable[[], float] = time.monotonic
@@ -39,7 +39,7 @@ class AccessMiddleware:
         """Serve one HTTP request, or refuse it."""
         if scope["type"] == "http":
             try:
-                scope.setdefault("state", {})["owner"] = self._admit(scope)
+                scope["state"]["owner"] = self._admit(scope)
             except ApiError as error:
                 await error_response(error)(scope, receive, send)
                 return

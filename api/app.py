@@ -1,69 +1,72 @@
-"""The application: its routes, and what they share."""
+"""The application: its routes."""
 
 from __future__ import annotations
 
-import asyncio
+from functools import partial
+from typing import Final
 
 from starlette.applications import Starlette
+from starlette.endpoints import HTTPEndpoint
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from triptych.actors.topology import Topology
 from triptych.api.access import AccessMiddleware
-from triptych.api.artifacts import get_artifact
-from triptych.api.body import BodyLimiter
-from triptych.api.cluster import ClusterObserver, get_cluster
-from triptych.api.edits import ImageEdits
-from triptych.api.errors import HANDLERS
-from triptych.api.head_client import HeadClient
-from triptych.api.health import health, live, ready
-from triptych.api.images import ImageGenerations
+from triptych.api.artifacts import get_file
+from triptych.api.cluster import get_cluster, get_health, is_live, is_ready
+from triptych.api.errors import HANDLERS, not_found
+from triptych.api.images import create_image, create_image_edit
 from triptych.api.keys import ApiKeys
 from triptych.api.models import get_model, list_models
-from triptych.api.openapi import openapi
+from triptych.api.openapi import get_openapi
+from triptych.api.operations import Endpoint
 from triptych.api.request_context import RequestContextMiddleware
-from triptych.api.requests import RequestResource
-from triptych.api.unsupported import INSTEAD, unsupported
-from triptych.api.uploads import UploadService
-from triptych.api.videos import VideoResource, Videos, video_content
-from triptych.roles.media.artifacts import ArtifactStore
-from triptych.roles.media.uploads import UploadStore
+from triptych.api.requests import delete_request, get_request
+from triptych.api.services import ApiRequest, Services
+from triptych.api.videos import create_video, delete_video, get_video, get_video_content, list_videos
 
-ROUTES = [
-    Route("/v1/images/generations", ImageGenerations),
-    Route("/v1/images/edits", ImageEdits),
-    *(Route(path, unsupported(sentence), methods=["POST"]) for path, sentence in INSTEAD.items()),
-    Route("/v1/images/{name}", get_artifact),
-    Route("/v1/videos", Videos),
-    Route("/v1/videos/{video_id}", VideoResource),
-    Route("/v1/videos/{video_id}/content", video_content),
+_INSTEAD: Final = {
+    "/v1/images/variations": "there are no variations: send the image to POST /v1/images/edits, with a strength",
+    "/v1/videos/{video_id}/remix": "there is no remix: send the prompt anew to POST /v1/videos, with another seed",
+}
+"""Paths of OpenAI's API that are not here, and what to do instead."""
+
+
+async def unsupported(_: ApiRequest, *, instead: str) -> Response:
+    """Answer 404 with what to do instead."""
+    raise not_found(instead, code="unsupported")
+
+
+def by_method(**endpoints: Endpoint) -> type[HTTPEndpoint]:
+    """Make one endpoint of several, such as `by_method(get=list_videos, post=create_video)`."""
+    return type("ByMethod", (HTTPEndpoint,), {method: staticmethod(endpoint) for method, endpoint in endpoints.items()})
+
+
+ROUTES: Final = [
+    # With `methods=["POST"]` a GET would go on to /v1/images/{name}.
+    Route("/v1/images/generations", by_method(post=create_image)),
+    Route("/v1/images/edits", by_method(post=create_image_edit)),
+    *(
+        Route(path, partial(unsupported, instead=text), methods=["POST"], include_in_schema=False)
+        for path, text in _INSTEAD.items()
+    ),
+    Route("/v1/images/{name}", get_file),
+    Route("/v1/videos", by_method(get=list_videos, post=create_video)),
+    Route("/v1/videos/{video_id}", by_method(get=get_video, delete=delete_video)),
+    Route("/v1/videos/{video_id}/content", get_video_content),
     Route("/v1/models", list_models),
     Route("/v1/models/{name:path}", get_model),
-    Route("/v1/requests/{request_id}", RequestResource),
+    Route("/v1/requests/{request_id}", by_method(get=get_request, delete=delete_request)),
     Route("/v1/cluster", get_cluster),
-    Route("/live", live),
-    Route("/ready", ready),
-    Route("/health", health),
-    Route("/openapi.json", openapi),
+    Route("/live", is_live),
+    Route("/ready", is_ready),
+    Route("/health", get_health),
+    Route("/openapi.json", get_openapi, include_in_schema=False),
 ]
 
 
-def make_app(
-    topology: Topology,
-    head: HeadClient,
-    probe: ClusterObserver,
-    uploads: UploadStore,
-    stopping: asyncio.Event,
-    keys: ApiKeys | None = None,
-) -> ASGIApp:
-    """Make the ASGI application. Once `stopping` is set, who still waits for images is answered 503."""
+def make_app(services: Services, keys: ApiKeys | None = None) -> ASGIApp:
+    """Make the ASGI application; where there are `keys`, requests need one."""
     app = Starlette(routes=ROUTES, exception_handlers=HANDLERS)
     app.router.redirect_slashes = False
-    app.state.topology = topology
-    app.state.head = head
-    app.state.cluster = probe
-    app.state.artifacts = ArtifactStore(topology.state_dir / "artifacts")
-    app.state.uploads = UploadService(uploads)
-    app.state.body_limiter = BodyLimiter()
-    app.state.stopping = stopping
-    return RequestContextMiddleware(AccessMiddleware(app, topology.api, keys))
+    return RequestContextMiddleware(AccessMiddleware(app, services.topology.api, keys), services)

@@ -3,53 +3,54 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from email.utils import parsedate_to_datetime
 from typing import Final
 
-from starlette.datastructures import MutableHeaders
-from starlette.requests import Request
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import FileResponse, Response
 
-from triptych.api.conditional_requests import precondition, wanted_ranges
 from triptych.api.errors import ApiError, not_found
-from triptych.api.head_client import HeadClient
+from triptych.api.operations import FILE_ANSWERS, FILE_ERRORS, FILE_HEADERS, operation
+from triptych.api.services import ApiRequest
 from triptych.bus import RemoteError
-from triptych.roles.media.artifacts import ArtifactError, ArtifactMissingError, ArtifactStore
+from triptych.roles.media.artifacts import ArtifactError, ArtifactMissingError
 from triptych.roles.media.formats import CONTENT_TYPES
-from triptych.roles.messages.requests import QueryRequest, RequestView
+from triptych.roles.messages.requests import RequestView
 
 GONE: Final = 410
+_RANGES: Final = re.compile(r"\s*bytes\s*=(?P<ranges>[-0-9,\s]+)", re.IGNORECASE)
+_RANGE: Final = re.compile(r"(?P<first>[0-9]{0,18})-(?P<last>[0-9]{0,18})")
 
 
-async def get_artifact(request: Request) -> Response:
-    """Answer with the file, which never changes under its name."""
+@operation(FILE_ANSWERS, (*FILE_ERRORS, 503), headers=FILE_HEADERS)
+async def get_file(request: ApiRequest) -> Response:
+    """Return a finished file, which never changes under its name."""
     name = request.path_params["name"]
-    if owner := request.state.owner:
-        # Whose it is, the head knows; an artifact without its request is nobody's.
-        head: HeadClient = request.app.state.head
-        try:
-            await head.ask(QueryRequest(name.rpartition("_")[0], owner), RequestView)
-        except RemoteError as error:
-            if error.code != "not_found":
-                raise
-            raise not_found(f"there is no file {name}") from None
+    # With keys, a file belongs to the owner of its request, and without its request to nobody.
+    if request.state["owner"] and await _find_request(request, name) is None:
+        raise not_found(f"there is no file {name}")
     try:
         return await send_file(request, name)
     except ApiError as error:
-        if error.status == GONE and not await _head_has_artifact(request, name):
+        if error.status == GONE and not await _was_made(request, name):
             raise not_found(f"there is no file {name}") from None
         raise
 
 
-async def _head_has_artifact(request: Request, name: str) -> bool:
-    """Whether a request that the head knows has made an artifact of that name."""
-    head: HeadClient = request.app.state.head
+async def _find_request(request: ApiRequest, artifact: str) -> RequestView | None:
+    """Return the request that an artifact is named after, None where the head has none."""
     try:
-        view = await head.ask(QueryRequest(name.rpartition("_")[0], request.state.owner), RequestView)
+        return await request.state["services"].head.query(artifact.rpartition("_")[0], request.state["owner"])
     except RemoteError as error:
         if error.code != "not_found":
             raise
-        return False
-    return any(job.artifact is not None and job.artifact.name == name for job in view.units)
+        return None
+
+
+async def _was_made(request: ApiRequest, artifact: str) -> bool:
+    view = await _find_request(request, artifact)
+    return view is not None and any(job.artifact is not None and job.artifact.name == artifact for job in view.units)
 
 
 def artifact_expired(name: str) -> ApiError:
@@ -58,18 +59,18 @@ def artifact_expired(name: str) -> ApiError:
     return ApiError(GONE, message, code="artifact_expired")
 
 
-async def read_file(request: Request, name: str) -> bytes:
+async def read_file(request: ApiRequest, name: str) -> bytes:
     """Read an artifact that was made; raises ApiError 410 once it is not kept any more."""
-    store: ArtifactStore = request.app.state.artifacts
+    store = request.state["services"].artifacts
     try:
         return await asyncio.to_thread(store.read, name)
     except ArtifactMissingError:
         raise artifact_expired(name) from None
 
 
-async def send_file(request: Request, name: str) -> Response:
+async def send_file(request: ApiRequest, name: str) -> Response:
     """Make the response that is an artifact, a part of it, or 304; raises ApiError 404, 410, 412, 416."""
-    store: ArtifactStore = request.app.state.artifacts
+    store = request.state["services"].artifacts
     try:
         path = store.path(name)
         found = await asyncio.to_thread(path.stat)
@@ -97,3 +98,67 @@ async def send_file(request: Request, name: str) -> Response:
     else:
         del asked["range"]
     return response
+
+
+def precondition(headers: Headers, etag: str, modified: str) -> int | None:
+    """Say what becomes of a GET or HEAD under its conditions.
+
+    Args:
+        headers: Of the request.
+        etag: Of the file, strong, in quotes.
+        modified: The Last-Modified of the file, a date of HTTP.
+
+    Returns:
+        412 (it is not what the client wants), 304 (the client has it), or None: send it.
+    """
+    if (wanted := headers.get("if-match")) is not None:
+        if "*" not in _tags(wanted) and etag not in _tags(wanted):
+            return 412
+    elif (since := headers.get("if-unmodified-since")) is not None and _is_later(modified, since):
+        return 412
+    if (had := headers.get("if-none-match")) is not None:
+        tags = {tag.removeprefix("W/") for tag in _tags(had)}
+        return 304 if tags & {"*", etag} else None
+    if (since := headers.get("if-modified-since")) is not None and _is_later(modified, since) is False:
+        return 304
+    return None
+
+
+def wanted_ranges(headers: Headers, etag: str, modified: str, size: int) -> str | None:
+    """Reduce the Range of a GET to what of it can be sent.
+
+    Returns:
+        A Range header of satisfiable ranges alone; "" where the whole file is to be sent, since nothing else was asked
+        for or it is no range of bytes; None where no range that was asked for has a byte of the file (416).
+    """
+    unless = headers.get("if-range")
+    match = _RANGES.fullmatch(headers.get("range", ""))
+    if match is None or (unless is not None and unless not in (etag, modified)):
+        return ""
+    parts = [part.strip() for part in match["ranges"].split(",") if part.strip()]
+    ranges = [_RANGE.fullmatch(part) for part in parts]
+    if not ranges or not all(found and _is_range(found) for found in ranges):
+        return ""
+    satisfiable = [found[0] for found in ranges if found and _has_bytes(found, size)]
+    return f"bytes={','.join(satisfiable)}" if satisfiable else None
+
+
+def _is_range(found: re.Match[str]) -> bool:
+    first, last = found["first"], found["last"]
+    return bool(first or last) and not (first and last and int(last) < int(first))
+
+
+def _has_bytes(found: re.Match[str], size: int) -> bool:
+    return int(found["first"]) < size if found["first"] else int(found["last"]) > 0 and size > 0
+
+
+def _tags(header: str) -> list[str]:
+    return [tag.strip() for tag in header.split(",")]
+
+
+def _is_later(modified: str, since: str) -> bool | None:
+    """Whether a date is after another one; None where the other is none, which then says nothing."""
+    try:
+        return parsedate_to_datetime(modified) > parsedate_to_datetime(since)
+    except (ValueError, TypeError):  # no date; or one without a zone, which cannot be compared
+        return None

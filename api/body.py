@@ -1,23 +1,30 @@
-"""Request bodies: bounded in size and in time, each one and all together."""
+"""Read a request's body: its fields by name. Bodies are bounded in size and in time, each one and all together."""
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import NamedTuple
 
 import msgspec
-from starlette.requests import Request
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from triptych.api.errors import ApiError, field_error
+from triptych.api.services import ApiRequest
 
 MAX_TEXT_BYTES = 1 << 19
 """Of a body without its images. Half of what a mailbox takes, so that nothing here is too long for the bus."""
 MAX_JSON_BYTES = 1 << 26
 MAX_FORM_BYTES = 1 << 27
 MAX_BUFFERED_BYTES = 1 << 29
-"""Of all bodies that are in hand at one time."""
+"""Of all bodies that are read at one time."""
+MAX_FILES = 512
+"""Of a form."""
+MAX_FIELDS = 128
+"""Of a form, beside its files."""
 BODY_TIMEOUT_S = 30.0
 """And a second more for each `MIN_BYTES_PER_S` that have come."""
 MIN_BYTES_PER_S = 1 << 20
@@ -25,6 +32,32 @@ _LONE_SURROGATE = re.compile(
     rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
 )
 """In JSON: a character of Unicode's upper planes of which only one half is written."""
+
+
+class Body(NamedTuple):
+    """The fields of a body."""
+
+    fields: dict[str, object]
+    """By name: values as in JSON; of a form texts, or lists of texts and files."""
+    is_form: bool
+
+
+@asynccontextmanager
+async def read_body(request: ApiRequest) -> AsyncIterator[Body]:
+    """Read a body that is JSON or a multipart form; its files can be read until the block is left.
+
+    Raises ApiError: 400 (malformed), 408 (too slow), 413 (too long), 415 (neither JSON nor a form), 422 (a field is
+    given twice), 429 (too much is being sent at once).
+    """
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type not in ("application/json", "multipart/form-data"):
+        message = "send JSON, with Content-Type: application/json, or a form, with multipart/form-data"
+        raise ApiError(415, message, code="unsupported_media_type")
+    is_form = content_type != "application/json"
+    limit = MAX_FORM_BYTES if is_form else MAX_JSON_BYTES
+    async with AsyncExitStack() as stack:
+        chunks = await stack.enter_async_context(request.state["services"].body_limiter.stream_chunks(request, limit))
+        yield Body(await (_read_form(request.headers, chunks, stack) if is_form else _read_object(chunks)), is_form)
 
 
 class BodyLimiter:
@@ -35,8 +68,8 @@ class BodyLimiter:
         self.buffered = 0
 
     @asynccontextmanager
-    async def stream_chunks(self, request: Request, limit: int) -> AsyncIterator[AsyncGenerator[bytes, None]]:
-        """Give the chunks of a body of at most `limit` bytes; it counts as in hand until the block is left.
+    async def stream_chunks(self, request: ApiRequest, limit: int) -> AsyncIterator[AsyncGenerator[bytes, None]]:
+        """Give the chunks of a body of at most `limit` bytes; it counts as held until the block is left.
 
         Raises ApiError 408 (too slow), 413 (too long), 429 (too much together), within the block.
         """
@@ -66,7 +99,7 @@ class BodyLimiter:
             self.buffered -= received
 
 
-async def read_object(chunks: AsyncGenerator[bytes, None]) -> dict[str, object]:
+async def _read_object(chunks: AsyncGenerator[bytes, None]) -> dict[str, object]:
     """Read a JSON object, of which only fields of images may be long.
 
     Raises ApiError 400 (malformed), 413 (too much that is no image), 422 (JSON, but no object).
@@ -95,9 +128,32 @@ def _decode(name: str, value: msgspec.Raw) -> object:
         raise field_error(name, "has a number that is out of range") from None
 
 
-def check_length(fields: Mapping[str, object]) -> None:
-    """Raise ApiError 413 when fields, their images apart, are too long for a message."""
-    if len(msgspec.msgpack.encode(fields)) > MAX_TEXT_BYTES:
-        longest = max(fields, key=lambda name: len(msgspec.msgpack.encode(fields[name])))
-        predicate = f"is too long: all that is no image in a request is at most {MAX_TEXT_BYTES} bytes"
-        raise field_error(longest, predicate, status=413, code="too_long")
+async def _read_form(headers: Headers, chunks: AsyncGenerator[bytes, None], stack: AsyncExitStack) -> dict[str, object]:
+    parser = _CompleteFormParser(
+        headers, chunks, max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_TEXT_BYTES
+    )
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise ApiError(400, f"the form cannot be read: {error.message}", code="invalid_form") from None
+    stack.push_async_callback(form.close)
+    if not parser.ended:
+        raise ApiError(400, "the form has no end", code="invalid_form")
+    given: dict[str, object] = {}
+    for name in form:
+        values = form.getlist(name)
+        files = [value for value in values if isinstance(value, UploadFile)]
+        if len(values) > 1 and not files:
+            raise field_error(name, f"is given {len(values)} times")
+        given[name] = list(values) if files else values[0]
+    return given
+
+
+class _CompleteFormParser(MultiPartParser):
+    """A form that can be told from one that was cut off."""
+
+    ended = False
+
+    def on_end(self) -> None:
+        """Take note of the last boundary."""
+        self.ended = True

@@ -1,4 +1,4 @@
-"""GET /v1/cluster: every actor and every pool, asked at the time of the request."""
+"""GET /v1/cluster, /live, /ready and /health: every actor and every pool, asked at the time of the request."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple, TypeVar
 
-from starlette.requests import Request
+import msgspec
 
 from triptych.actors import AddressBook, Component, Topology
-from triptych.actors.child_state import GIVEN_UP_STATES, ChildState
+from triptych.actors.child_state import DOWN_STATES, GIVEN_UP_STATES, ChildState
 from triptych.actors.runtime.system_messages import (
     ChildReport,
     DeadLetterQuery,
@@ -19,7 +19,9 @@ from triptych.actors.runtime.system_messages import (
     SupervisorQuery,
     SupervisorReport,
 )
+from triptych.api.operations import operation
 from triptych.api.responses import JSONResponse, to_builtins
+from triptych.api.services import ApiRequest
 from triptych.bus import BusError, Message, Reference
 from triptych.roles.messages.pool import PoolDescription, PoolQuery
 from triptych.roles.messages.requests import ClusterQuery, ClusterView, InstanceView
@@ -31,6 +33,35 @@ _PRIVATE = ("pid", "fd", "session", "base_address", "arena")
 
 
 R = TypeVar("R", bound=Message)
+
+
+class Live(msgspec.Struct):
+    """The process answers."""
+
+    status: str = "live"
+
+
+class Ready(msgspec.Struct):
+    """Whether requests are taken, and why not."""
+
+    status: str
+    reasons: list[str]
+    gave_up: list[str]
+
+
+class Health(msgspec.Struct):
+    """The system in short."""
+
+    status: str
+    """ok, degraded or unavailable."""
+    reasons: list[str]
+    down: list[str]
+    """Names of actors."""
+    actors: int
+    units: dict[str, int]
+    """Pictures under way, by state."""
+    completed: int
+    average_latency_s: float
 
 
 class Readiness(NamedTuple):
@@ -168,7 +199,41 @@ def unreachable_row(component: Component, child: ChildReport | None) -> dict[str
     return row
 
 
-async def get_cluster(request: Request) -> JSONResponse:
-    """Return the full cluster status."""
-    probe: ClusterObserver = request.app.state.cluster
-    return JSONResponse(await probe.snapshot())
+@operation({200: "Cluster"})
+async def get_cluster(request: ApiRequest) -> JSONResponse:
+    """Show every actor, pool and dead letter."""
+    return JSONResponse(await request.state["services"].cluster.snapshot())
+
+
+@operation({200: Live})
+async def is_live(_: ApiRequest) -> JSONResponse:
+    """Say that the API process answers."""
+    return JSONResponse(Live())
+
+
+@operation({200: Ready, 503: Ready})
+async def is_ready(request: ApiRequest) -> JSONResponse:
+    """Say whether images can be made now; 503 with the reasons where not, or where something was given up."""
+    readiness = await request.state["services"].cluster.readiness()
+    status = "ready" if readiness.ready else "not ready"
+    content = Ready(status, readiness.reasons, readiness.gave_up)
+    return JSONResponse(content, status_code=200 if readiness.ready else 503)
+
+
+@operation({200: Health, 503: Health})
+async def get_health(request: ApiRequest) -> JSONResponse:
+    """Sum up the system: ok, degraded where images are made but an actor is down, or unavailable."""
+    seen = await request.state["services"].cluster.snapshot()
+    down = sorted(actor["name"] for actor in seen["actors"] if actor["state"] in DOWN_STATES)
+    status = "unavailable" if not seen["ready"] else "degraded" if down else "ok"
+    head = seen["head"] or {}
+    content = Health(
+        status,
+        seen["reasons"],
+        down,
+        len(seen["actors"]),
+        head.get("states", {}),
+        head.get("completed", 0),
+        head.get("average_latency_s", 0.0),
+    )
+    return JSONResponse(content, status_code=503 if status == "unavailable" else 200)

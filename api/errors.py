@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any, Final
 
 import structlog
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.types import ExceptionHandler
+from starlette.requests import ClientDisconnect
 
 from triptych.api.responses import JSONResponse
+from triptych.api.services import ApiRequest
 from triptych.bus import AskTimeoutError, BusError, MailboxFullError, MessageTooLongError, RemoteError, UnreachableError
 
 log = structlog.stdlib.get_logger("api")
@@ -127,7 +129,7 @@ def _truncate(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"
 
 
-async def _on_expected(request: Request, error: Exception) -> JSONResponse:
+async def _on_expected(request: ApiRequest, error: Exception) -> JSONResponse:
     match error:
         case ApiError():
             return error_response(error)
@@ -135,7 +137,8 @@ async def _on_expected(request: Request, error: Exception) -> JSONResponse:
             return error_response(from_http(error, request.method, request.url.path))
         case BusError():
             mapped = from_bus(error)
-            if mapped.code == HEAD_UNREACHABLE and (reason := await request.app.state.cluster.give_up_reason("head")):
+            cluster = request.state["services"].cluster
+            if mapped.code == HEAD_UNREACHABLE and (reason := await cluster.give_up_reason("head")):
                 message = f"the head is not started any more ({reason}): the server has to be restarted"
                 mapped = ApiError(503, message, code=HEAD_UNREACHABLE, retry_after_s=_OPERATOR_RETRY_S)
             if mapped.status != HTTPStatus.NOT_FOUND:
@@ -146,12 +149,12 @@ async def _on_expected(request: Request, error: Exception) -> JSONResponse:
             return error_response(ApiError(CLIENT_CLOSED_REQUEST, message, code="client_closed_request"))
 
 
-async def _on_crash(_: Request, _error: Exception) -> JSONResponse:
+async def _on_crash(_: ApiRequest, _error: Exception) -> JSONResponse:
     # Starlette raises it again after this answer, and uvicorn logs it with its traceback.
     return error_response(ApiError(500, "internal error: the log has the details", code="internal_error"))
 
 
-HANDLERS: dict[type[Exception], ExceptionHandler] = {
+HANDLERS: Final[Mapping[type[Exception], Any]] = {
     ApiError: _on_expected,
     HTTPException: _on_expected,
     BusError: _on_expected,

@@ -1,4 +1,4 @@
-"""The head, seen from HTTP: asks that outlive its restarts."""
+"""Client of the head: its questions as methods, which outlive its restarts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,23 @@ from typing import TypeVar
 import structlog
 
 from triptych.bus import AskTimeoutError, BusError, MailboxFullError, Message, Reference, RemoteError, UnreachableError
-from triptych.roles.messages.requests import CancelRequest, RequestView, WaitRequest
+from triptych.roles.messages.requests import (
+    CancelRequest,
+    DeleteRequest,
+    DescribeModel,
+    ListModels,
+    ListRequests,
+    ModelDescription,
+    ModelList,
+    QueryRequest,
+    RequestAccepted,
+    RequestDeleted,
+    RequestList,
+    RequestRejected,
+    RequestView,
+    SubmitRequest,
+    WaitRequest,
+)
 
 R = TypeVar("R", bound=Message)
 log = structlog.stdlib.get_logger("api")
@@ -23,33 +39,52 @@ RETRY_S = 0.1
 
 
 class HeadClient:
-    """Client of the head. Every message sent through here may arrive twice: the head knows a request by its id."""
+    """Client of the head. Every message sent through here may arrive twice: the head knows a request by its id.
+
+    Each method raises what `Reference.ask` raises; UnreachableError only once `patience_s` has passed. `owner` is the
+    name of the API key: only its requests are found, with "" anybody's. A request that is not found is a RemoteError
+    with the code "not_found".
+    """
 
     def __init__(self, reference: Reference, patience_s: float = ANSWER_TIMEOUT_S) -> None:
         self.reference = reference
         self.patience_s = patience_s
 
-    async def ask(self, message: Message, *replies: type[R]) -> R:
-        """Ask the head; retry while it is unreachable.
+    async def submit(self, message: SubmitRequest) -> RequestAccepted | RequestRejected:
+        """Have the head accept a request."""
+        answer: RequestAccepted | RequestRejected = await self._ask(message, RequestAccepted, RequestRejected)
+        return answer
 
-        Raises what `Reference.ask` raises; Unreachable only once `patience_s` has passed.
-        """
-        deadline = time.monotonic() + self.patience_s
-        while True:
-            remaining = deadline - time.monotonic()
-            try:
-                return await self.reference.ask(message, *replies, timeout_s=max(remaining, RETRY_S))
-            except UnreachableError:
-                if remaining < 2 * RETRY_S:
-                    raise
-                await asyncio.sleep(RETRY_S)
+    async def query(self, request_id: str, owner: str) -> RequestView:
+        """Return a request as it is now."""
+        return await self._ask(QueryRequest(request_id, owner), RequestView)
 
-    def cancel(self, request_id: str, reason: str) -> None:
-        """Have the head cancel a request when it can be reached, should there be such a request."""
+    async def cancel(self, request_id: str, owner: str, reason: str = "cancelled by the client") -> RequestView:
+        """Cancel a request."""
+        return await self._ask(CancelRequest(request_id, reason, owner), RequestView)
+
+    def cancel_later(self, request_id: str, reason: str) -> None:
+        """Cancel a request without waiting for an answer; one that the head does not have is ignored."""
         try:
             self.reference.tell(CancelRequest(request_id, reason))
         except BusError as error:
             log.warning("cancel not sent, the request goes on", request_id=request_id, error=str(error))
+
+    async def delete(self, request_id: str, owner: str) -> bool:
+        """Remove a request with its prompt and its files; returns whether there was one."""
+        return (await self._ask(DeleteRequest(request_id, owner), RequestDeleted)).existed
+
+    async def list_requests(self, message: ListRequests) -> RequestList:
+        """List ids of requests; raises RemoteError "not_found" where `after` is none of them."""
+        return await self._ask(message, RequestList)
+
+    async def models(self) -> tuple[ModelDescription, ...]:
+        """Describe all models, in the order of the topology."""
+        return (await self._ask(ListModels(), ModelList)).models
+
+    async def describe(self, model: str) -> ModelDescription:
+        """Describe a model, the first for ""; raises RemoteError "model_not_found"."""
+        return await self._ask(DescribeModel(model), ModelDescription)
 
     async def wait(self, request_id: str, within_s: float, owner: str = "") -> RequestView | None:
         """Wait until the request is terminal, None if that takes longer; a restarted head is asked again."""
@@ -70,3 +105,14 @@ class HeadClient:
                 if view.terminal:
                     return view
         return None
+
+    async def _ask(self, message: Message, *replies: type[R]) -> R:
+        deadline = time.monotonic() + self.patience_s
+        while True:
+            remaining = deadline - time.monotonic()
+            try:
+                return await self.reference.ask(message, *replies, timeout_s=max(remaining, RETRY_S))
+            except UnreachableError:
+                if remaining < 2 * RETRY_S:
+                    raise
+                await asyncio.sleep(RETRY_S)

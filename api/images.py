@@ -1,28 +1,23 @@
-"""POST /v1/images/generations: images, and with `Prefer: respond-async` the place where they will be."""
+"""POST /v1/images/generations and /v1/images/edits: images, and with `Prefer: respond-async` where they will be."""
 
 from __future__ import annotations
 
 import time
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
-from starlette.endpoints import HTTPEndpoint
-from starlette.requests import Request
 from starlette.responses import Response
 
 from triptych.api.artifacts import read_file
-from triptych.api.body_fields import read_fields
 from triptych.api.errors import field_error
-from triptych.api.field_names import FieldNames
-from triptych.api.head_client import HeadClient
-from triptych.api.media_request import MediaRequest, parse_media_request, typed_fields
-from triptych.api.requests import request_object
-from triptych.api.responses import JSONResponse
-from triptych.api.submission import idempotency_key, raise_unless_done, submit, wait
-from triptych.api.urls import artifact_url, request_url
-from triptych.roles.messages.common import MAX_SEED, Input, Output
-from triptych.roles.messages.requests import QueryRequest, RequestView
+from triptych.api.media_request import MediaRequest, ParsedRequest, read_media_request
+from triptych.api.operations import Answer, Body, operation
+from triptych.api.requests import idempotency_key, raise_unless_done, request_object, submit, wait
+from triptych.api.responses import JSONResponse, artifact_url, request_url
+from triptych.api.services import ApiRequest
+from triptych.roles.messages.common import MAX_SEED, Output
+from triptych.roles.messages.requests import RequestView
 
 
 class ImageRequest(MediaRequest, frozen=True, kw_only=True):
@@ -31,7 +26,7 @@ class ImageRequest(MediaRequest, frozen=True, kw_only=True):
     n: Annotated[int, Meta(ge=1, le=10)] = 1
     response_format: Literal["b64_json", "url"] = "b64_json"
     output_format: Literal["png", "jpeg", "webp", "gif", "mp4", "zip", "wav"] | None = None
-    """What suits the medium where it is not given."""
+    """By default the one that suits what the model makes."""
     output_compression: Annotated[int, Meta(ge=0, le=100)] | None = None
     """Of jpeg and webp: 100 is the best and largest."""
 
@@ -55,53 +50,68 @@ class ImagesResponse(msgspec.Struct):
     data: list[Image]
 
 
-class ImageGenerations(HTTPEndpoint):
-    """Make images, and wait for them."""
+_ANSWERS: Final[dict[int, Answer]] = {200: ImagesResponse, 202: "Request"}
+_ERRORS: Final = (409, 410, 500, 504)
+_HEADERS: Final = ("Prefer", "Idempotency-Key")
+_FILES: Final = {
+    "image": "An image, PNG, JPEG or WebP; or several of them.",
+    "mask": "What of the image to paint anew: what is transparent, else what is white. As large as the image.",
+}
 
-    async def post(self, request: Request) -> Response:
-        """Submit, wait, answer; a client that hangs up cancels, unless it holds a key to ask again with."""
-        return await generate_images(request, *await read_image_request(request))
+
+@operation(_ANSWERS, _ERRORS, headers=_HEADERS, body=Body(ImageRequest, _FILES))
+async def create_image(request: ApiRequest) -> Response:
+    """Make images of a prompt, and of images, and wait for them.
+
+    A client that hangs up cancels its request, unless it sent an Idempotency-Key to ask again with.
+    """
+    return await _generate(request, await _read_image_request(request))
 
 
-async def read_image_request(request: Request) -> tuple[ImageRequest, dict[str, Input], FieldNames]:
-    """Read and check the body; raises ApiError."""
-    fields = await read_fields(request, typed_fields(ImageRequest))
-    wanted, inputs = parse_media_request(fields, ImageRequest)
-    if isinstance(wanted.seed, tuple):
-        n = len(wanted.seed) if fields.values.get("n") is None else wanted.n
-        if n != len(wanted.seed):
-            raise field_error("seed", f"must be as many as n, {n}, where it is a list, and has {len(wanted.seed)}")
-        wanted = msgspec.structs.replace(wanted, n=n)
-    elif wanted.seed is not None and wanted.seed + wanted.n - 1 > MAX_SEED:
+@operation(_ANSWERS, _ERRORS, headers=_HEADERS, body=Body(ImageRequest, _FILES, required=("image",)))
+async def create_image_edit(request: ApiRequest) -> Response:
+    """Make images of an image, within a mask or all over, and wait for them."""
+    parsed = await _read_image_request(request)
+    if parsed.inputs.get("image") is None:
+        raise parsed.names.invalid("image", "is required")
+    return await _generate(request, parsed)
+
+
+async def _read_image_request(request: ApiRequest) -> ParsedRequest[ImageRequest]:
+    parsed = await read_media_request(request, ImageRequest)
+    fields = parsed.fields
+    if isinstance(fields.seed, tuple):
+        if "n" in parsed.given and fields.n != len(fields.seed):
+            predicate = f"must be as many as n, {fields.n}, where it is a list, and has {len(fields.seed)}"
+            raise field_error("seed", predicate)
+    elif fields.seed is not None and fields.seed + fields.n - 1 > MAX_SEED:
         raise field_error("seed", f"is too large: that of the last image, seed + n - 1, is over {MAX_SEED}")
-    if wanted.output_compression not in (None, 100) and wanted.output_format not in ("jpeg", "webp"):
+    if fields.output_compression not in (None, 100) and fields.output_format not in ("jpeg", "webp"):
         raise field_error("output_compression", "must be 100 or left out unless output_format is jpeg or webp")
-    return wanted, inputs, fields.names
+    return parsed
 
 
-async def generate_images(
-    request: Request, wanted: ImageRequest, inputs: dict[str, Input], names: FieldNames
-) -> Response:
-    """Submit, wait, answer."""
-    quality = wanted.output_compression if wanted.output_format in ("jpeg", "webp") else None
-    output = Output(wanted.output_format or "", quality=0 if quality is None else max(1, quality))
-    request_id = await submit(request, inputs, names, model=wanted.model, seed=wanted.seed, n=wanted.n, output=output)
-    if prefers_async(request):
-        return await accepted(request, request_id)
+async def _generate(request: ApiRequest, parsed: ParsedRequest[ImageRequest]) -> Response:
+    fields = parsed.fields
+    quality = fields.output_compression if fields.output_format in ("jpeg", "webp") else None
+    output = Output(fields.output_format or "", quality=0 if quality is None else max(1, quality))
+    n = len(fields.seed) if isinstance(fields.seed, tuple) else fields.n
+    request_id = await submit(request, parsed, n=n, output=output)
+    if _prefers_async(request):
+        return await _accepted(request, request_id)
     view = await wait(request, request_id, cancels=not idempotency_key(request))
-    return await images_response(request, wanted, view)
+    return await _images_response(request, view, as_urls=fields.response_format == "url")
 
 
-def prefers_async(request: Request) -> bool:
-    """Whether the client would rather be told where to look than wait: RFC 7240, section 4.1."""
+def _prefers_async(request: ApiRequest) -> bool:
+    """Whether the client asks not to wait: RFC 7240, section 4.1."""
     preferences = ",".join(request.headers.getlist("prefer")).split(",")
     return "respond-async" in (preference.partition(";")[0].strip().lower() for preference in preferences)
 
 
-async def accepted(request: Request, request_id: str) -> Response:
-    """Answer 202, with the request as it is now and the place where it can be followed."""
-    head: HeadClient = request.app.state.head
-    view = await head.ask(QueryRequest(request_id, request.state.owner), RequestView)
+async def _accepted(request: ApiRequest, request_id: str) -> Response:
+    """Answer 202, with the request as it is now and the URL to follow it."""
+    view = await request.state["services"].head.query(request_id, request.state["owner"])
     headers = {
         "Location": request_url(request, request_id),
         "Preference-Applied": "respond-async",
@@ -110,7 +120,7 @@ async def accepted(request: Request, request_id: str) -> Response:
     return JSONResponse(request_object(request, view), status_code=202, headers=headers)
 
 
-async def images_response(request: Request, wanted: ImageRequest, view: RequestView) -> Response:
+async def _images_response(request: ApiRequest, view: RequestView, *, as_urls: bool) -> Response:
     """Make OpenAI's answer, with the seed of each image beside it."""
     raise_unless_done(view)
     images = []
@@ -118,7 +128,7 @@ async def images_response(request: Request, wanted: ImageRequest, view: RequestV
         if job.artifact is None:
             raise RuntimeError(f"{view.request_id} is {view.state}, but image {job.index} has no artifact")
         image = Image(job.seed, nsfw_content_detected=job.artifact.nsfw_content_detected)
-        if wanted.response_format == "url":
+        if as_urls:
             image.url = artifact_url(request, job.artifact.name)
         else:
             image.b64_json = await read_file(request, job.artifact.name)

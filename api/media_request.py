@@ -1,31 +1,54 @@
-"""What every request for media may say, and how it becomes the pipeline's inputs."""
+"""Read a request for media: its typed fields, and the pipeline's inputs.
+
+Here the form is checked: types, sizes, names, and that files are what they should be. What the values mean for the
+model, the head checks (`engines.parameters.serving_config`).
+"""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Final, NamedTuple, TypeAlias, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta, inspect
+from starlette.datastructures import UploadFile
 
-from triptych.api.body import check_length
-from triptych.api.body_fields import Fields
+from triptych.api.body import MAX_TEXT_BYTES, read_body
 from triptych.api.errors import ApiError, field_error
-from triptych.api.field_names import FieldNames
-from triptych.roles.messages.common import MAX_SEED, Images, Json, Numbers, Options, Scalar, Tensors
+from triptych.api.models import describe_model
+from triptych.api.services import ApiRequest
+from triptych.api.uploads import MAX_FILES, MAX_FRAMES, Size, Source, UploadService
+from triptych.engines.parameters.schema import IMAGE_KINDS, KIND_DESCRIPTIONS, KNOWN_KINDS, ParameterKind, Task
+from triptych.roles.messages.common import MAX_SEED, Json, Numbers, Options, Scalar
 from triptych.roles.messages.common import Input as PipelineInput
+from triptych.roles.messages.requests import RequestRejected
 
-MAX_TEXT = 32_768
-MAX_INPUTS = 64
-MAX_SEEDS = 10
+MAX_TEXT: Final = 32_768
+MAX_INPUTS: Final = 64
+MAX_SEEDS: Final = 10
+MAX_NUMBERS: Final = 1000
+MAX_OPTIONS: Final = 64
+MAX_DOCUMENT: Final = 32_768
+"""Characters of an input that is JSON."""
+MAX_DEPTH: Final = 8
+ALIASES: Final = {"mask": "mask_image", "input_reference": "image", "images": "image"}
+"""OpenAI's names of inputs, and diffusers'; for models that have none of the former."""
 
 Text: TypeAlias = Annotated[str, Meta(max_length=MAX_TEXT)]
-Input: TypeAlias = Text | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | float | bool | None
+Integer: TypeAlias = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+ScalarInput: TypeAlias = Text | Integer | float | bool | None
+Option: TypeAlias = Annotated[str, Meta(max_length=1024)] | Integer | float | bool | None
 Seed: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_SEED)]
 Seeds: TypeAlias = Annotated[tuple[Seed, ...], Meta(min_length=1, max_length=MAX_SEEDS)]
 _SIZE = re.compile(r"(?P<width>[1-9][0-9]{0,4})x(?P<height>[1-9][0-9]{0,4})")
 _FIELD = re.compile(r" - at `\$\.(?P<name>\w+)")
 _MISSING = re.compile(r"missing required field `(?P<name>[^`]+)`")
+_STATUS: Final = {"invalid": 422, "full": 429, "conflict": 409, "unavailable": 503, "model_not_found": 404}
+_FILE_KINDS: Final = IMAGE_KINDS | {ParameterKind.TENSORS}
+_JSON_KINDS: Final = frozenset({ParameterKind.TEXTS, ParameterKind.JSON})
+_SCALAR_TYPES: Final = {ParameterKind.INTEGER: int, ParameterKind.NUMBER: float, ParameterKind.BOOLEAN: bool}
 
 
 class NoEffectField(NamedTuple):
@@ -55,13 +78,13 @@ class MediaRequest(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     prompt: Text | None = None
-    """Left out where a model takes none; the head knows."""
+    """Left out where a model takes none, which the head checks."""
     size: str = "auto"
     """WIDTHxHEIGHT in pixels, or auto: the model's default."""
     model: Annotated[str, Meta(max_length=128)] | None = None
-    """The first where none is named."""
+    """By default the first."""
     user: str | None = None
-    """Taken for compatibility, and not kept."""
+    """Accepted for compatibility, and not kept."""
     seed: Seed | Seeds | None = None
     """Of the first image, the next has the next; or a list with one for each."""
     num_inference_steps: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
@@ -69,39 +92,144 @@ class MediaRequest(msgspec.Struct, frozen=True, kw_only=True):
     negative_prompt: Text | None = None
 
 
-R = TypeVar("R", bound=MediaRequest)
+class FieldNames:
+    """The names that a client uses for parameters, so that errors name its fields; by default the parameter's own."""
 
-_INPUTS = ("prompt", "num_inference_steps", "guidance_scale", "negative_prompt")
+    def __init__(self, usual: Mapping[str, str] | None = None) -> None:
+        self._fields = dict(usual or {})
+        self._subjects: dict[str, str] = {}
+
+    def learn(self, parameter: str, field: str, subject: str = "") -> None:
+        """Note that `field` stands for `parameter`; a sentence about it begins with `subject`, by default the field."""
+        self._fields[parameter] = field
+        if subject:
+            self._subjects[parameter] = subject
+
+    def field(self, parameter: str) -> str:
+        """Return the field that stands for a parameter."""
+        return self._fields.get(parameter, parameter)
+
+    def invalid(self, parameter: str, predicate: str) -> ApiError:
+        """Make a 422 about a parameter; see `api.errors.field_error`."""
+        return field_error(self.field(parameter), predicate, subject=self._subjects.get(parameter, ""))
+
+    def rejected(self, rejected: RequestRejected) -> ApiError:
+        """Say in HTTP what the head's refusal means."""
+        if rejected.code == "invalid" and rejected.param:
+            return self.invalid(rejected.param, rejected.message)
+        return ApiError(
+            _STATUS.get(rejected.code, 500),
+            rejected.message,
+            code="invalid_value" if rejected.code == "invalid" else rejected.code,
+            param=self.field(rejected.param) if rejected.param else None,
+            retry_after_s=rejected.retry_after_s,
+        )
 
 
-def typed_fields(kind: type[MediaRequest]) -> frozenset[str]:
-    """Names of the fields of a request that are typed; the others are inputs of the pipeline."""
-    return frozenset(kind.__struct_fields__)
+R = TypeVar("R", bound=MediaRequest, covariant=True)
+
+_TYPED_INPUTS: Final = ("prompt", "num_inference_steps", "guidance_scale", "negative_prompt")
+"""Fields of `MediaRequest` that are inputs of the pipeline."""
 
 
-def parse_media_request(fields: Fields, kind: type[R]) -> tuple[R, dict[str, PipelineInput]]:
-    """Check types and shapes, gather the pipeline's inputs; raises ApiError 413, 422 with the field at fault."""
-    body, own, names = fields.values, kind.__struct_fields__, fields.names
-    given = {name: body[name] for name in own if body.get(name) is not None}
-    if fields.from_form and isinstance(seeds := given.get("seed"), str) and "," in seeds:
-        given["seed"] = [seed.strip() for seed in seeds.strip("[] ").split(",")]
-    try:
-        wanted = msgspec.convert(given, kind, strict=not fields.from_form)
-    except msgspec.ValidationError as error:
-        raise validation_error(error, kind) from None
-    inputs: dict[str, PipelineInput] = {name: value for name in _INPUTS if (value := getattr(wanted, name)) is not None}
-    for name, value in body.items():
-        if name in NO_EFFECT_FIELDS and name not in fields.model_inputs:
-            check_no_effect(names.field(name), value, NO_EFFECT_FIELDS[name])
-        elif name not in own:
-            inputs[name] = _extra(names.field(name), value)
+@dataclass(frozen=True)
+class ParsedRequest(Generic[R]):
+    """A request for media, checked."""
+
+    fields: R
+    """Those of the API."""
+    given: frozenset[str]
+    """Names of those that the client sent, and not as null."""
+    inputs: dict[str, PipelineInput]
+    """Of the pipeline."""
+    names: FieldNames
+
+
+async def read_media_request(
+    request: ApiRequest, kind: type[R], names: FieldNames | None = None, *, lenient: bool = False
+) -> ParsedRequest[R]:
+    """Read and check the body of a request.
+
+    Args:
+        request: Its body is JSON or a multipart form.
+        kind: Its typed fields. Any other field is an input of the pipeline.
+        names: The names that clients of this resource use, unless they send others.
+        lenient: Whether JSON may have text where it stands for a number, as a form does.
+
+    Raises ApiError that names the field at fault: 400 (malformed), 404 (no such model), 408 (too slow), 413 (too long),
+    415 (neither JSON nor a form, or no image in a format that is taken), 422 (a wrong value), 429 and 503 (no room).
+    """
+    names = names or FieldNames()
+    typed = frozenset(kind.__struct_fields__)
+    async with read_body(request) as body:
+        kinds, tasks = await _model_inputs(request, body.fields, typed)
+        sent = _by_parameter(body.fields, kinds, names)
+        for name, field in sent.items():
+            if _has_files(field.value) and kinds.get(name) not in _FILE_KINDS:
+                raise field_error(field.name, f"takes no image{_image_inputs_hint(kinds, tasks)}")
+        fields = {name: field.value for name, field in sent.items() if name in typed and field.value is not None}
+        parsed = _convert_fields(fields, kind, as_text=body.is_form or lenient)
+        inputs: dict[str, PipelineInput] = {
+            name: value for name in _TYPED_INPUTS if (value := getattr(parsed, name)) is not None
+        }
+        others = {name: field for name, field in sent.items() if name not in typed}
+        for name in NO_EFFECT_FIELDS.keys() & others.keys() - kinds.keys():
+            check_no_effect(others.pop(name), NO_EFFECT_FIELDS[name])
+        uploads = request.state["services"].uploads
+        inputs |= await _convert_inputs(others, kinds, tasks, uploads, is_form=body.is_form)
     if len(inputs) > MAX_INPUTS:
         raise ApiError(422, f"the request has more than {MAX_INPUTS} inputs", code="invalid_value")
     if inputs.get("mask_image") is not None and inputs.get("image") is None:
         raise names.invalid("image", "is required: a mask needs the image that it is for")
-    inputs |= parse_size(wanted.size, inputs, names)
-    check_length(inputs)
-    return wanted, inputs
+    inputs |= parse_size(parsed.size, inputs, names)
+    check_length(inputs, names)
+    return ParsedRequest(parsed, frozenset(fields), inputs, names)
+
+
+async def _model_inputs(
+    request: ApiRequest, fields: Mapping[str, object], typed: frozenset[str]
+) -> tuple[Mapping[str, ParameterKind], tuple[Task, ...]]:
+    """Kinds of the model's inputs, and its tasks; not asked for where there are typed fields alone."""
+    if not {_without_brackets(name) for name in fields} - typed:
+        return {}, ()
+    model = fields.get("model")
+    description = await describe_model(request, model if isinstance(model, str) else "")
+    return {parameter.name: parameter.kind for parameter in description.parameters} or KNOWN_KINDS, description.tasks
+
+
+class _ClientField(NamedTuple):
+    """A field as it was sent."""
+
+    name: str
+    value: object
+
+
+def _by_parameter(
+    fields: Mapping[str, object], kinds: Mapping[str, ParameterKind], names: FieldNames
+) -> dict[str, _ClientField]:
+    """Return the fields by the names that the model has for them."""
+    named: dict[str, _ClientField] = {}
+    for sent, value in fields.items():
+        field = _without_brackets(sent)
+        name = field if field in kinds else ALIASES.get(field, field)
+        if name in named:
+            raise field_error(field, f"is given twice, also as {named[name].name}")
+        names.learn(name, field)
+        named[name] = _ClientField(field, value)
+    return named
+
+
+def _without_brackets(name: str) -> str:
+    return name.removesuffix("[]")
+
+
+def _convert_fields(fields: dict[str, object], kind: type[R], *, as_text: bool) -> R:
+    if as_text and isinstance(seeds := fields.get("seed"), str) and "," in seeds:
+        fields["seed"] = [seed.strip() for seed in seeds.strip("[] ").split(",")]
+    try:
+        return msgspec.convert(fields, kind, strict=not as_text)
+    except msgspec.ValidationError as error:
+        raise validation_error(error, kind) from None
 
 
 def validation_error(error: msgspec.ValidationError, kind: type[msgspec.Struct]) -> ApiError:
@@ -118,6 +246,8 @@ def validation_error(error: msgspec.ValidationError, kind: type[msgspec.Struct])
 def describe_type(kind: inspect.Type) -> str:
     """Describe the values of a type, such as "a whole number from 1 to 10"."""
     match kind:
+        case inspect.Metadata(type=described):
+            return describe_type(described)
         case inspect.UnionType(types):
             return " or ".join(describe_type(one) for one in types if not isinstance(one, inspect.NoneType))
         case inspect.LiteralType(values):
@@ -134,11 +264,105 @@ def describe_type(kind: inspect.Type) -> str:
     raise TypeError(f"no field is a {kind}")
 
 
-def _extra(name: str, value: object) -> PipelineInput:
-    if isinstance(value, Images | Numbers | Options | Json | Tensors):
-        return value
+async def _convert_inputs(
+    fields: Mapping[str, _ClientField],
+    kinds: Mapping[str, ParameterKind],
+    tasks: Sequence[Task],
+    uploads: UploadService,
+    *,
+    is_form: bool,
+) -> dict[str, PipelineInput]:
+    values: dict[str, PipelineInput] = {}
+    sizes: dict[str, Size] = {}
+    for name, (param, value) in fields.items():
+        kind = kinds.get(name)
+        if kind in IMAGE_KINDS and value is not None:
+            values[name], sizes[name] = await uploads.save(param, _image_sources(param, value, kind))
+        elif kind is ParameterKind.TENSORS and value is not None:
+            values[name] = await uploads.save_tensors(param, _tensor_source(param, value))
+        elif value is not None and KNOWN_KINDS.get(name) in IMAGE_KINDS:
+            raise field_error(param, f"takes no image{_image_inputs_hint(kinds, tasks)}")
+        elif is_form and isinstance(value, str):
+            values[name] = _parse_text(param, value, kind or KNOWN_KINDS.get(name))
+        else:
+            values[name] = _to_input(param, value, kind)
+    if "mask_image" in sizes and sizes["mask_image"] != sizes.get("image", sizes["mask_image"]):
+        param = fields["mask_image"].name
+        raise field_error(param, f"must be as large as the image, {sizes['image']}, not {sizes['mask_image']}")
+    return values
+
+
+def _has_files(value: object) -> bool:
+    return isinstance(value, list) and any(isinstance(item, UploadFile) for item in value)
+
+
+def _image_inputs_hint(kinds: Mapping[str, ParameterKind], tasks: Sequence[Task]) -> str:
+    names = sorted(name for name, kind in kinds.items() if kind in IMAGE_KINDS)
+    if names:
+        return f": this model takes them for {', '.join(names)}"
+    if not tasks:
+        return ": this model takes no images"
+    served = " and ".join(task.name for task in tasks)
+    return f": this model takes no images, since it is served for {served} ([model] task of the topology)"
+
+
+def _image_sources(name: str, value: object, kind: ParameterKind | None) -> list[Source]:
+    given = value if isinstance(value, list) else [value]
+    if not given:
+        raise field_error(name, "is an empty list")
+    sources = [_image_source(name, item) for item in given]
+    if kind is ParameterKind.IMAGE and len(sources) > 1:
+        raise field_error(name, f"must be one image, and {len(sources)} were given")
+    most = MAX_FRAMES if kind is ParameterKind.IMAGE_LIST else MAX_FILES
+    if len(sources) > most:
+        raise field_error(name, f"must be at most {most} images, and {len(sources)} were given")
+    return sources
+
+
+def _tensor_source(name: str, value: object) -> Source:
+    sources = value if isinstance(value, list) else [value]
+    if len(sources) != 1 or not isinstance(sources[0], str | UploadFile):
+        raise field_error(name, "must be one safetensors file: base64, or a file of a form")
+    return sources[0]
+
+
+def _image_source(name: str, item: object) -> Source:
+    if isinstance(item, dict):  # as OpenAI has it in JSON
+        if "file_id" in item:
+            raise field_error(name, "has a file_id, and no files are kept here: send the image itself as image_url")
+        item = item.get("image_url")
+    if not isinstance(item, str | UploadFile):
+        raise field_error(name, "must be an image: base64, a list of that, or files of a form")
+    return item
+
+
+def _parse_text(name: str, text: str, kind: ParameterKind | None) -> PipelineInput:
     try:
-        converted: Scalar = msgspec.convert(value, Input)
+        if kind in (ParameterKind.NUMBERS, ParameterKind.PAIR):
+            return _to_numbers(name, msgspec.json.decode(text if text.lstrip().startswith("[") else f"[{text}]"))
+        if kind is ParameterKind.OPTIONS:
+            return _to_input(name, msgspec.json.decode(text, type=dict[str, object]), kind)
+        if kind in _JSON_KINDS and text.lstrip().startswith(("[", "{")):
+            return _to_input(name, msgspec.json.decode(text), kind)
+        if kind in _SCALAR_TYPES:
+            return _to_input(name, msgspec.convert(text, _SCALAR_TYPES[kind], strict=False), kind)
+    except msgspec.MsgspecError:
+        raise field_error(name, f"must be {KIND_DESCRIPTIONS[kind or ParameterKind.TEXT]}") from None
+    return _to_input(name, text, kind)
+
+
+def _to_input(name: str, value: object, kind: ParameterKind | None) -> PipelineInput:
+    """Convert a value that is no file."""
+    if kind in _JSON_KINDS and isinstance(value, list | dict):
+        return _to_json(name, value, kind)
+    if isinstance(value, list):
+        return _to_numbers(name, value)
+    if isinstance(value, dict) and kind is ParameterKind.OPTIONS:
+        if len(value) > MAX_OPTIONS:
+            raise field_error(name, f"must have at most {MAX_OPTIONS} options")
+        return Options({str(key): _option(name, str(key), item) for key, item in sorted(value.items())})
+    try:
+        converted: Scalar = msgspec.convert(value, ScalarInput)
     except msgspec.ValidationError:
         if isinstance(value, str):
             raise field_error(name, f"must be text of at most {MAX_TEXT} characters") from None
@@ -149,10 +373,48 @@ def _extra(name: str, value: object) -> PipelineInput:
     return converted
 
 
-def check_no_effect(name: str, value: object, no_effect: NoEffectField) -> None:
+def _to_json(name: str, value: object, kind: ParameterKind | None) -> Json:
+    if kind is ParameterKind.TEXTS and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        raise field_error(name, f"must be {KIND_DESCRIPTIONS[ParameterKind.TEXTS]}")
+    if _depth(value) > MAX_DEPTH:
+        raise field_error(name, f"must have at most {MAX_DEPTH} lists or objects in each other")
+    text = msgspec.json.encode(value).decode()
+    if len(text) > MAX_DOCUMENT:
+        raise field_error(name, f"must be at most {MAX_DOCUMENT} characters of JSON")
+    return Json(text)
+
+
+def _depth(value: object) -> int:
+    """Count how many lists and objects lie in each other; JSON that is read cannot have more than a few hundred."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
+
+
+def _option(name: str, key: str, value: object) -> Scalar | tuple[int | float, ...]:
+    if isinstance(value, list):
+        return _to_numbers(name, value).values
+    try:
+        converted: Scalar = msgspec.convert(value, Option)
+    except msgspec.ValidationError:
+        words = "a text, a number, true, false, null or a list of numbers"
+        raise field_error(name, f"has {key[:64]!r}, which must be {words}") from None
+    return converted
+
+
+def _to_numbers(name: str, value: list[Any]) -> Numbers:
+    if len(value) > MAX_NUMBERS:
+        raise field_error(name, f"must be at most {MAX_NUMBERS} numbers")
+    if not all(isinstance(item, int | float) and not isinstance(item, bool) for item in value):
+        raise field_error(name, "must be a list of numbers alone, if it is a list")
+    if not all(isinstance(item, float) or -(2**63) <= item < 2**63 for item in value):
+        raise field_error(name, "has a number that is out of range")
+    return Numbers(tuple(value))
+
+
+def check_no_effect(field: _ClientField, no_effect: NoEffectField) -> None:
     """Raise ApiError 422 where a field of OpenAI's that has no effect here asks for one."""
-    if value is not None and str(value).lower() not in no_effect.values:
-        raise field_error(name, f"must be {' or '.join(no_effect.values)}, or left out: {no_effect.advice}")
+    if field.value is not None and str(field.value).lower() not in no_effect.values:
+        raise field_error(field.name, f"must be {' or '.join(no_effect.values)}, or left out: {no_effect.advice}")
 
 
 def parse_size(size: str, inputs: dict[str, PipelineInput], names: FieldNames) -> dict[str, PipelineInput]:
@@ -167,3 +429,11 @@ def parse_size(size: str, inputs: dict[str, PipelineInput], names: FieldNames) -
     for side in ("height", "width"):
         names.learn(side, "size", f"the {side} in size, {match[side]},")
     return {side: int(match[side]) for side in ("height", "width")}
+
+
+def check_length(inputs: Mapping[str, PipelineInput], names: FieldNames) -> None:
+    """Raise ApiError 413 with the longest input where all of them, without their files, are too long for a message."""
+    if len(msgspec.msgpack.encode(inputs)) > MAX_TEXT_BYTES:
+        longest = max(inputs, key=lambda name: len(msgspec.msgpack.encode(inputs[name])))
+        predicate = f"is too long: all that is no image in a request is at most {MAX_TEXT_BYTES} bytes"
+        raise field_error(names.field(longest), predicate, status=413, code="too_long")

@@ -6,21 +6,14 @@ from typing import Any, Final, Literal, cast
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from starlette.requests import Request
 
 from triptych.api.errors import not_found
-from triptych.api.head_client import HeadClient
+from triptych.api.operations import operation
 from triptych.api.responses import JSONResponse
+from triptych.api.services import ApiRequest
 from triptych.bus import RemoteError
-from triptych.roles.messages.requests import (
-    DescribeModel,
-    ListModels,
-    ModelDescription,
-    Option,
-    Parameter,
-    ParameterKind,
-)
-from triptych.roles.messages.requests import ModelList as Descriptions
+from triptych.engines.parameters.schema import Option, Parameter, ParameterKind
+from triptych.roles.messages.requests import ModelDescription
 
 _LIMITS: Final = ("minimum", "maximum", "multiple_of")
 _KIND_NAMES: Final = {ParameterKind.IMAGE_LIST: ParameterKind.IMAGES}
@@ -134,25 +127,26 @@ def describe_option(option: Option) -> str | list[str]:
     return " or ".join([*(kind.value for kind in option.kinds), *(["null"] if option.nullable else [])])
 
 
-async def list_models(request: Request) -> JSONResponse:
-    """List what is served."""
-    head: HeadClient = request.app.state.head
-    found = await head.ask(ListModels(), Descriptions)
-    return JSONResponse(ModelList([model_object(description) for description in found.models]))
+@operation({200: ModelList}, (503,))
+async def list_models(request: ApiRequest) -> JSONResponse:
+    """List the models that are served."""
+    models = await request.state["services"].head.models()
+    return JSONResponse(ModelList([model_object(description) for description in models]))
 
 
-async def get_model(request: Request) -> JSONResponse:
-    """Answer with one model, by its name."""
+@operation({200: ModelObject}, (404, 503))
+async def get_model(request: ApiRequest) -> JSONResponse:
+    """Describe one model: what it takes, and its defaults."""
     name = request.path_params["name"]
     if not name:
         raise not_found("there is no model without a name", code="model_not_found", param="model")
-    return JSONResponse(model_object(await describe_model(request.app.state.head, name)))
+    return JSONResponse(model_object(await describe_model(request, name)))
 
 
-async def describe_model(head: HeadClient, name: str | None) -> ModelDescription:
-    """Ask what a model takes, the first where none is named; raises ApiError 404 where there is none of that name."""
+async def describe_model(request: ApiRequest, name: str) -> ModelDescription:
+    """Return what a model takes, the first for ""; raises ApiError 404 where there is none of that name."""
     try:
-        return await head.ask(DescribeModel(name or ""), ModelDescription)
+        return await request.state["services"].head.describe(name)
     except RemoteError as error:
         if error.code != "model_not_found":
             raise

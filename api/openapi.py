@@ -1,125 +1,24 @@
-"""GET /openapi.json: which paths there are by hand, what goes in and out from the structs."""
+"""GET /openapi.json: the paths from the routes, the rest from what `operations.operation` says and from the structs."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
 
 import msgspec
 from msgspec import inspect
-from starlette.requests import Request
+from starlette.routing import BaseRoute
+from starlette.schemas import BaseSchemaGenerator
 
-from triptych.api.health import Health, Live, Ready
-from triptych.api.images import ImageRequest, ImagesResponse
-from triptych.api.media_request import NO_EFFECT_FIELDS, MediaRequest
-from triptych.api.models import ModelList, ModelObject
-from triptych.api.requests import Deleted
+from triptych.api.access import OPEN_PATHS
+from triptych.api.media_request import NO_EFFECT_FIELDS
+from triptych.api.operations import FILE, OPERATIONS, Answer, Body, Operation
+from triptych.api.requests import IDEMPOTENCY_KEY, Deleted
 from triptych.api.responses import JSONResponse
-from triptych.api.submission import IDEMPOTENCY_KEY
-from triptych.api.videos import ListQuery, Video, VideoList, VideoRequest
+from triptych.api.services import ApiRequest
+from triptych.engines.parameters.schema import TENSORS
 from triptych.roles.media.formats import CONTENT_TYPES
-from triptych.roles.messages.requests import TENSORS, ClusterView, RequestView
-
-_FILE: Final = "file"
-_POST_ERRORS: Final = (400, 403, 404, 408, 413, 415, 421, 422, 429, 503)
-_GET_ERRORS: Final = (403, 421, 503)
-
-
-class Operation(NamedTuple):
-    """One method of one path."""
-
-    id: str
-    summary: str
-    answers: Mapping[int, str]
-    """Name of the schema of each answer that is no error; "file" for media, "" for no body."""
-    errors: tuple[int, ...] = _GET_ERRORS
-    parameters: tuple[str, ...] = ()
-    """Names in `_PARAMETERS`; those of the path need not be named."""
-    body: str = ""
-    """Name in `_BODIES`."""
-    is_public: bool = False
-    """Needs no key."""
-
-
-_IMAGE_ERRORS: Final = (*_POST_ERRORS, 409, 410, 500, 504)
-_ASYNC_HEADERS: Final = ("Prefer", "Idempotency-Key")
-_CONDITIONS: Final = ("If-None-Match", "If-Modified-Since", "If-Match", "If-Unmodified-Since", "Range", "If-Range")
-_FILE_ANSWERS: Final = {200: _FILE, 206: _FILE, 304: ""}
-_OPERATIONS: Final[Mapping[str, Mapping[str, Operation]]] = {
-    "/v1/images/generations": {
-        "post": Operation(
-            "createImage",
-            "Make images of a prompt, and of images, and wait for them",
-            {200: "ImagesResponse", 202: "Request"}, _IMAGE_ERRORS, _ASYNC_HEADERS, "generations",
-        )
-    },
-    "/v1/images/edits": {
-        "post": Operation(
-            "createImageEdit",
-            "Make images of an image, within a mask or all over, and wait for them",
-            {200: "ImagesResponse", 202: "Request"}, _IMAGE_ERRORS, _ASYNC_HEADERS, "edits",
-        )
-    },
-    "/v1/images/{name}": {
-        "get": Operation("getFile", "A finished file", _FILE_ANSWERS, (*_GET_ERRORS, 404, 410, 412, 416), _CONDITIONS)
-    },
-    "/v1/videos": {
-        "get": Operation(
-            "listVideos", "Videos page by page",
-            {200: "VideoList"}, (*_GET_ERRORS, 404, 422), ("after", "limit", "order"),
-        ),
-        "post": Operation(
-            "createVideo", "Begin a video",
-            {200: "Video"}, (*_POST_ERRORS, 409), _ASYNC_HEADERS[1:], "videos",
-        ),
-    },
-    "/v1/videos/{video_id}": {
-        "get": Operation("getVideo", "How far a video is", {200: "Video"}, (*_GET_ERRORS, 404)),
-        "delete": Operation(
-            "deleteVideo", "Cancel a video and remove it, its prompt and its file",
-            {200: "Deleted"}, (*_GET_ERRORS, 404),
-        ),
-    },
-    "/v1/videos/{video_id}/content": {
-        "get": Operation(
-            "getVideoContent",
-            "The finished file; 409 while there is none",
-            _FILE_ANSWERS, (*_GET_ERRORS, 404, 409, 410, 412, 416, 422), ("variant", *_CONDITIONS),
-        )
-    },
-    "/v1/models": {"get": Operation("listModels", "The models that are served", {200: "ModelList"})},
-    "/v1/models/{name}": {
-        "get": Operation(
-            "getModel", "One model: what it takes, and its defaults", {200: "ModelObject"}, (*_GET_ERRORS, 404)
-        )
-    },
-    "/v1/requests/{request_id}": {
-        "get": Operation(
-            "getRequest", "A request: state, history, attempts, causes, artifacts",
-            {200: "Request"}, (*_GET_ERRORS, 404),
-        ),
-        "delete": Operation(
-            "deleteRequest",
-            "Cancel a request; remove one that has ended, its prompt and its files",
-            {200: "RequestOrDeleted"}, (*_GET_ERRORS, 404),
-        ),
-    },
-    "/v1/cluster": {
-        "get": Operation("getCluster", "Every actor, pool and dead letter", {200: "Cluster"}, _GET_ERRORS[:2])
-    },
-    "/live": {"get": Operation("isLive", "The API process answers", {200: "Live"}, _GET_ERRORS[:2], is_public=True)},
-    "/ready": {
-        "get": Operation(
-            "isReady", "Pictures can be made now", {200: "Ready", 503: "Ready"}, _GET_ERRORS[:2], is_public=True
-        )
-    },
-    "/health": {
-        "get": Operation(
-            "getHealth", "Summary of the system", {200: "Health", 503: "Health"}, _GET_ERRORS[:2], is_public=True
-        )
-    },
-}  # fmt: skip
+from triptych.roles.messages.requests import ClusterView, RequestView
 
 _REASONS: Final = {
     200: "OK",
@@ -151,8 +50,7 @@ def _parameter(name: str, place: str, schema: Mapping[str, Any], text: str) -> d
     return {"name": name, "in": place, "required": place == "path", "schema": schema, "description": text}
 
 
-_QUERY: Final = {"after": "The id that the list goes on after.", "limit": "Most of them.", "order": "By age."}
-_HEADERS: Final = {
+HEADERS: Final = {
     "Prefer": "respond-async: answer 202 at once, with the place where the result will be.",
     "Idempotency-Key": (
         "1 to 255 visible ASCII characters: the same body under the same key is one request, until a day after its "
@@ -166,29 +64,19 @@ _HEADERS: Final = {
     "If-Range": "The ETag that the Range is of.",
 }
 _KEY: Final = {"type": "string", "pattern": f"^{IDEMPOTENCY_KEY.pattern}$"}
-_VARIANT: Final = {"enum": ["video"], "default": "video"}
 
 
-@functools.cache
-def _parameters() -> dict[str, dict[str, Any]]:
-    """Everything but the parts of paths, by name."""
-    (query,), schemas = msgspec.json.schema_components([ListQuery], ref_template="{name}")
-    properties = schemas[query["$ref"]]["properties"]
-    return {
-        **{name: _parameter(name, "query", properties[name], text) for name, text in _QUERY.items()},
-        **{name: _parameter(name, "header", _TEXT, text) for name, text in _HEADERS.items()},
-        "Idempotency-Key": _parameter("Idempotency-Key", "header", _KEY, _HEADERS["Idempotency-Key"]),
-        "variant": _parameter("variant", "query", _VARIANT, "Which file of the video."),
-    }
+def _header(name: str) -> dict[str, Any]:
+    return _parameter(name, "header", _KEY if name == "Idempotency-Key" else _TEXT, HEADERS[name])
 
 
-_IMAGE: Final = "An image, PNG, JPEG or WebP; or several of them."
-_MASK_TEXT: Final = "What of the image to paint anew: what is transparent, else what is white. As large as the image."
-_BODIES: Final[Mapping[str, tuple[type[MediaRequest], Mapping[str, str], tuple[str, ...]]]] = {
-    "generations": (ImageRequest, {"image": _IMAGE, "mask": _MASK_TEXT}, ()),
-    "edits": (ImageRequest, {"image": _IMAGE, "mask": _MASK_TEXT}, ("image",)),
-    "videos": (VideoRequest, {"input_reference": "The first frame.", "last_image": "The last frame."}, ()),
-}
+def _query(kind: type[msgspec.Struct]) -> list[dict[str, Any]]:
+    """Describe the parameters of a query, the fields of a struct."""
+    _, schemas = msgspec.json.schema_components([kind], ref_template="{name}")
+    properties = schemas[kind.__name__]["properties"]
+    return [_parameter(name, "query", schema, schema.pop("description")) for name, schema in properties.items()]
+
+
 _TENSORS: Final = (
     "Tensors for inputs of the pipeline, by their names, where GET /v1/models lists some: a safetensors file."
 )
@@ -201,26 +89,26 @@ _BASE64: Final = {
 }
 
 
-def _body(kind: type[MediaRequest], images: Mapping[str, str], required: tuple[str, ...]) -> dict[str, Any]:
+def _body(body: Body) -> dict[str, Any]:
     """Describe a body, in JSON (null is the same as left out) and as a form (there is no null)."""
-    _, schemas = msgspec.json.schema_components([kind], ref_template="{name}")
-    own = schemas[kind.__name__]
+    _, schemas = msgspec.json.schema_components([body.fields], ref_template="{name}")
+    own = schemas[body.fields.__name__]
     no_effect = {
         name: {"enum": list(field.values), "description": field.advice} for name, field in NO_EFFECT_FIELDS.items()
     }
     fields = {name: _without_null(schema) for name, schema in own["properties"].items()}
-    needed = [*own.get("required", ()), *required]
+    needed = [*own.get("required", ()), *body.required]
     whole = {
         **fields,
         **{name: {**schema, "enum": _with_plain(schema["enum"])} for name, schema in no_effect.items()},
-        **{name: {"anyOf": [_BASE64, _list(_BASE64)], "description": text} for name, text in images.items()},
+        **{name: {"anyOf": [_BASE64, _list(_BASE64)], "description": text} for name, text in body.images.items()},
         TENSORS: {"type": "string", "contentEncoding": "base64", "description": _TENSORS},
     }
     in_json = {
         name: schema if name in needed else {"anyOf": [schema, {"type": "null"}]} for name, schema in whole.items()
     }
     files = _list({"type": "string", "format": "binary"})
-    in_form = {**fields, **no_effect, **{name: {**files, "description": text} for name, text in images.items()}}
+    in_form = {**fields, **no_effect, **{name: {**files, "description": text} for name, text in body.images.items()}}
     in_form[TENSORS] = {"type": "string", "format": "binary", "description": _TENSORS}
     return {
         "required": True,
@@ -306,6 +194,7 @@ def _cluster() -> dict[str, Any]:
     return {"type": "object", "properties": fields, "required": list(fields)}
 
 
+_SCHEMAS: Final = BaseSchemaGenerator()
 _ERROR: Final = {
     "type": "object",
     "required": ["error"],
@@ -324,51 +213,58 @@ _ERROR: Final = {
 }
 
 
-def _answer(status: int, schema: str) -> dict[str, Any]:
+def _answer(status: int, schema: Answer) -> dict[str, Any]:
     answer: dict[str, Any] = {"description": _REASONS[status], "headers": {"X-Request-Id": {"schema": _TEXT}}}
     if status in (429, 503):
         answer["headers"]["Retry-After"] = {"schema": {"type": "integer"}}
-    if schema == _FILE:
+    if schema == FILE:
         files = {"schema": {"type": "string", "format": "binary"}}
         several = {"multipart/byteranges": files} if status == 206 else {}
         answer["content"] = {**dict.fromkeys(CONTENT_TYPES.values(), files), **several}
     elif schema:
-        answer["content"] = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+        name = schema if isinstance(schema, str) else schema.__name__
+        answer["content"] = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
     return answer
 
 
 def _operation(path: str, operation: Operation, *, keyed: bool) -> dict[str, Any]:
-    needs_key = keyed and not operation.is_public
+    needs_key = keyed and path not in OPEN_PATHS
     errors = {*operation.errors, *((401, 429) if needs_key else ())} - operation.answers.keys()
-    answers = {**operation.answers, **dict.fromkeys(errors, "Error")}
+    answers: dict[int, Answer] = {**operation.answers, **dict.fromkeys(errors, "Error")}
     names = [part[1:-1] for part in path.split("/") if part.startswith("{")]
     parameters = [_parameter(name, "path", _TEXT, "") for name in names]
-    parameters += [_parameters()[name] for name in operation.parameters]
+    parameters += _query(operation.query) if operation.query else []
+    parameters += [_header(name) for name in operation.headers]
     return {
         "operationId": operation.id,
         "summary": operation.summary,
         **({"parameters": parameters} if parameters else {}),
-        **({"requestBody": _body(*_BODIES[operation.body])} if operation.body else {}),
+        **({"requestBody": _body(operation.body)} if operation.body else {}),
         "responses": {str(status): _answer(status, answers[status]) for status in sorted(answers)},
         "security": [{"key": []}] if needs_key else [],
     }
 
 
-def document(*, keyed: bool = False) -> dict[str, Any]:
-    """Write the OpenAPI 3.1 document; `keyed` says whether requests need a key."""
-    _, schemas = msgspec.json.schema_components(
-        [ImagesResponse, Video, VideoList, Deleted, ModelObject, ModelList, Live, Ready, Health],
-        ref_template="#/components/schemas/{name}",
-    )
-    either = [{"$ref": f"#/components/schemas/{name}"} for name in ("Request", "Deleted")]
+def document(routes: Sequence[BaseRoute], *, keyed: bool = False) -> dict[str, Any]:
+    """Write the OpenAPI 3.1 document.
+
+    Args:
+        routes: Of the application; each endpoint in the schema is declared with `operations.operation`.
+        keyed: Whether requests need a key.
+    """
+    endpoints = [(path, method, OPERATIONS[func]) for path, method, func in _SCHEMAS.get_endpoints(list(routes))]
+    paths: dict[str, dict[str, Any]] = {}
+    for path, method, operation in endpoints:
+        paths.setdefault(path, {})[method] = _operation(path, operation, keyed=keyed)
+    answers = [answer for *_, operation in endpoints for answer in operation.answers.values()]
+    structs = dict.fromkeys(answer for answer in answers if isinstance(answer, type))
+    _, schemas = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
+    either = [{"$ref": f"#/components/schemas/{name}"} for name in ("Request", Deleted.__name__)]
     own = {"Request": _request(), "Cluster": _cluster(), "RequestOrDeleted": {"anyOf": either}, "Error": _ERROR}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Triptych", "version": "1"},
-        "paths": {
-            path: {method: _operation(path, operation, keyed=keyed) for method, operation in methods.items()}
-            for path, methods in _OPERATIONS.items()
-        },
+        "paths": paths,
         "components": {
             "schemas": {**schemas, **own},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
@@ -376,6 +272,6 @@ def document(*, keyed: bool = False) -> dict[str, Any]:
     }
 
 
-async def openapi(request: Request) -> JSONResponse:
-    """Answer with the document."""
-    return JSONResponse(document(keyed=request.app.state.topology.keys_path is not None))
+async def get_openapi(request: ApiRequest) -> JSONResponse:
+    """Return the OpenAPI document."""
+    return JSONResponse(document(request.app.routes, keyed=request.state["services"].topology.keys_path is not None))

@@ -1,4 +1,4 @@
-"""What every response carries: a request id and a W3C trace context."""
+"""What every request and response carries: a request id and a W3C trace context."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import time
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from triptych.api.services import RequestState, Services
 
 log = structlog.stdlib.get_logger("api")
 # https://www.w3.org/TR/trace-context/, version 00.
@@ -30,10 +32,11 @@ def child_traceparent(traceparent: str) -> str:
 
 
 class RequestContextMiddleware:
-    """ASGI middleware round the whole application, so that the answer to a crash has its headers as well."""
+    """ASGI middleware around the whole application, so that the answer to a crash has its headers as well."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, services: Services) -> None:
         self.app = app
+        self.services = services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one HTTP request and log it."""
@@ -43,7 +46,8 @@ class RequestContextMiddleware:
         started, status = time.monotonic(), 0
         request_id = new_request_id()
         traceparent = child_traceparent(Headers(scope=scope).get("traceparent", ""))
-        scope.setdefault("state", {})["request_id"] = request_id
+        state: RequestState = {"services": self.services, "request_id": request_id, "owner": ""}
+        scope["state"] = state
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -64,7 +68,7 @@ class RequestContextMiddleware:
                     path=scope["path"],
                     status=status,
                     seconds=round(time.monotonic() - started, 4),
-                    **({"owner": owner} if (owner := scope["state"].get("owner")) else {}),
+                    **({"owner": owner} if (owner := state["owner"]) else {}),
                     request_id=request_id,
                     traceparent=traceparent,
                 )

@@ -1,22 +1,66 @@
-"""GET and DELETE /v1/requests/{id}."""
+"""Requests: submit one, wait for it, and GET and DELETE /v1/requests/{id}."""
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import json
+import re
+import secrets
+from typing import Final
 
 import msgspec
-from starlette.endpoints import HTTPEndpoint
-from starlette.requests import Request
 
-from triptych.api.errors import not_found
-from triptych.api.head_client import HeadClient
-from triptych.api.responses import JSONResponse, to_builtins
-from triptych.api.urls import artifact_url
-from triptych.roles.messages.common import Images, Input, Json, Numbers, Options, Tensors
-from triptych.roles.messages.requests import CancelRequest, DeleteRequest, QueryRequest, RequestDeleted, RequestView
+from triptych.api.client import summarize_causes
+from triptych.api.errors import CLIENT_CLOSED_REQUEST, ApiError, not_found
+from triptych.api.media_request import MediaRequest, ParsedRequest
+from triptych.api.operations import operation
+from triptych.api.responses import JSONResponse, artifact_url, to_builtins
+from triptych.api.services import ApiRequest
+from triptych.bus import AskTimeoutError, UnreachableError
+from triptych.roles.head.job import State
+from triptych.roles.messages.common import Images, Input, Json, Numbers, Options, Output, Tensors
+from triptych.roles.messages.requests import RequestRejected, RequestView, SubmitRequest
+
+WAIT_MARGIN_S: Final = 15.0
+"""The head times requests out by itself; this much later the wait for it ends too."""
+IDEMPOTENCY_KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")
+_UNSUCCESSFUL: Final = {
+    State.CANCELLED: (409, "cancelled", "the request was cancelled"),
+    State.FAILED: (500, "failed", "the request failed"),
+    State.TIMED_OUT: (504, "timed_out", "the request took too long"),
+}
 
 
-def request_object(request: Request, view: RequestView) -> dict[str, object]:
+class Deleted(msgspec.Struct):
+    """What is left of a request or a video."""
+
+    id: str
+    object: str
+    """What it was, and `.deleted`."""
+    deleted: bool = True
+
+
+@operation({200: "Request"}, (404, 503))
+async def get_request(request: ApiRequest) -> JSONResponse:
+    """Show a request: state, history, attempts, causes, artifacts."""
+    view = await request.state["services"].head.query(request.path_params["request_id"], request.state["owner"])
+    return JSONResponse(request_object(request, view))
+
+
+@operation({200: "RequestOrDeleted"}, (404, 503))
+async def delete_request(request: ApiRequest) -> JSONResponse:
+    """Cancel a request; remove one that has ended, its prompt and its files."""
+    head, owner, id_ = request.state["services"].head, request.state["owner"], request.path_params["request_id"]
+    view = await head.query(id_, owner)
+    if not view.terminal:
+        return JSONResponse(request_object(request, await head.cancel(id_, owner)))
+    if not await head.delete(id_, owner):
+        raise not_found(f"there is no request {id_}")
+    return JSONResponse(Deleted(id_, "request.deleted"))
+
+
+def request_object(request: ApiRequest, view: RequestView) -> dict[str, object]:
     """Show the view by field name, its artifacts with their URLs."""
     fields: dict[str, object] = to_builtins(view)
     del fields["request_id"]
@@ -47,38 +91,113 @@ def input_view(value: Input) -> object:
             return value
 
 
-class Deleted(msgspec.Struct):
-    """What is left of a request or a video."""
+async def submit(request: ApiRequest, parsed: ParsedRequest[MediaRequest], *, n: int, output: Output) -> str:
+    """Have the head accept a request; returns the id that it has there. Raises ApiError with the head's refusal."""
+    head, state = request.state["services"].head, request.state
+    key = idempotency_key(request)
+    message = SubmitRequest(
+        request_id=state["request_id"],
+        inputs=parsed.inputs,
+        seed=choose_seed(parsed.fields.seed, key),
+        n=n,
+        output=output,
+        # Without one from the client, its own id is the key: a submission that the head's restart left
+        # unanswered is sent again, and must not make a second request.
+        idempotency_key=key or state["request_id"],
+        owner=state["owner"],
+        model=parsed.fields.model or "",
+    )
+    try:
+        answer = await head.submit(message)
+    except (AskTimeoutError, UnreachableError):
+        if not key:  # the head may have it all the same, and nobody can ask for it any more
+            head.cancel_later(message.request_id, "the client was told that it was not accepted")
+        raise
+    if isinstance(answer, RequestRejected):
+        raise parsed.names.rejected(answer)
+    return answer.request_id
 
-    id: str
-    object: str
-    """What it was, and `.deleted`."""
-    deleted: bool = True
+
+def choose_seed(wanted: int | tuple[int, ...] | None, idempotency_key: str) -> int | tuple[int, ...]:
+    """Return the seed or seeds asked for; else 32 random bits, the same ones each time that a key is sent."""
+    if wanted is not None:
+        return wanted
+    if idempotency_key:
+        return int.from_bytes(hashlib.blake2s(idempotency_key.encode(), digest_size=4).digest())
+    return secrets.randbits(32)
 
 
-async def delete(request: Request, request_id: str) -> bool:
-    """Have the head remove a request with its prompt and its files; returns whether there was one."""
-    head: HeadClient = request.app.state.head
-    return (await head.ask(DeleteRequest(request_id, request.state.owner), RequestDeleted)).existed
+def idempotency_key(request: ApiRequest) -> str:
+    """Return the Idempotency-Key header, empty if there is none."""
+    key = request.headers.get("idempotency-key", "")
+    if key and not IDEMPOTENCY_KEY.fullmatch(key):
+        raise ApiError(400, "Idempotency-Key takes 1 to 255 visible ASCII characters", code="invalid_header")
+    return key
 
 
-class RequestResource(HTTPEndpoint):
-    """One request: its state and its history."""
+async def wait(request: ApiRequest, request_id: str, *, cancels: bool) -> RequestView:
+    """Wait for the terminal view; raises ApiError 499 (client gone), 503 (server stops), 504 (time is up).
 
-    async def get(self, request: Request) -> JSONResponse:
-        """Answer with the request as it is now."""
-        head: HeadClient = request.app.state.head
-        view = await head.ask(QueryRequest(request.path_params["request_id"], request.state.owner), RequestView)
-        return JSONResponse(request_object(request, view))
+    Args:
+        request: Of the client that waits.
+        request_id: What it waits for.
+        cancels: Whether the request is cancelled when the client hangs up.
+    """
+    services, owner = request.state["services"], request.state["owner"]
+    within_s = services.topology.head.request_timeout_s + WAIT_MARGIN_S
+    terminal = asyncio.ensure_future(services.head.wait(request_id, within_s, owner))
+    disconnected = asyncio.ensure_future(wait_for_disconnect(request))
+    stopping = asyncio.ensure_future(services.stopping.wait())
+    try:
+        await asyncio.wait({terminal, disconnected, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if terminal.done():
+            view = terminal.result()
+        elif disconnected.done():
+            if cancels:
+                await services.head.cancel(request_id, owner, "the client hung up")
+            raise ApiError(CLIENT_CLOSED_REQUEST, "the client hung up", code="client_closed_request")
+        else:
+            message = f"the server is stopping; the request goes on: ask GET /v1/requests/{request_id}"
+            raise with_request_id(request_id, ApiError(503, message, code="stopping", retry_after_s=1.0))
+    finally:
+        for task in (terminal, disconnected, stopping):
+            task.cancel()
+    if view is None:
+        message = f"no answer within {within_s:.0f} s; ask GET /v1/requests/{request_id}"
+        raise with_request_id(request_id, ApiError(504, message, code="timed_out"))
+    return view
 
-    async def delete(self, request: Request) -> JSONResponse:
-        """Cancel one that is active; remove one that has ended, with its prompt and its files."""
-        head: HeadClient = request.app.state.head
-        id_, owner = request.path_params["request_id"], request.state.owner
-        view = await head.ask(QueryRequest(id_, owner), RequestView)
-        if not view.terminal:
-            view = await head.ask(CancelRequest(id_, owner=owner), RequestView)
-            return JSONResponse(request_object(request, view))
-        if not await delete(request, id_):
-            raise not_found(f"there is no request {id_}")
-        return JSONResponse(Deleted(id_, "request.deleted"))
+
+async def wait_for_disconnect(request: ApiRequest) -> None:
+    """Return when the client closes the connection, or just its sending side, which looks the same from here.
+
+    The body has been read before.
+    """
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def with_request_id(request_id: str, error: ApiError) -> ApiError:
+    """Set the X-Request-Id of an error to the head's id of the request that it is about."""
+    error.headers["X-Request-Id"] = request_id
+    return error
+
+
+def failure_reason(view: RequestView) -> str:
+    """Say why a request failed, in one line; "" where nothing is known."""
+    return summarize_causes(
+        text
+        for job in view.units
+        for text in (*job.causes, *(move.reason for move in job.history if move.state == State.TIMED_OUT))
+    )
+
+
+def raise_unless_done(view: RequestView) -> None:
+    """Raise ApiError unless every image is there: 409 cancelled, 422 or 500 failed, 504 timed out."""
+    text = failure_reason(view)
+    if view.state == State.FAILED and all(job.at_fault for job in view.units if job.state == State.FAILED):
+        message = f"the request cannot be served as it is: {text}"
+        raise with_request_id(view.request_id, ApiError(422, message, code="invalid_value"))
+    if unsuccessful := _UNSUCCESSFUL.get(State(view.state)):
+        status, code, message = unsuccessful
+        raise with_request_id(view.request_id, ApiError(status, f"{message}: {text}" if text else message, code=code))

@@ -17,11 +17,15 @@ from triptych.actors import Actor, Component, StartDelayedError, StartError, Top
 from triptych.actors.child_state import ChildState
 from triptych.actors.topology import parse_size
 from triptych.api.app import make_app
+from triptych.api.body import BodyLimiter
 from triptych.api.cluster import ClusterObserver
 from triptych.api.connections import ConnectionLimits, LimitedH11Protocol, connection_limit, raise_file_limit
 from triptych.api.head_client import RETRY_S, HeadClient
 from triptych.api.keys import ApiKeys, ApiKeysError, load_api_keys
+from triptych.api.services import Services
+from triptych.api.uploads import UploadService
 from triptych.bus import BusError
+from triptych.roles.media.artifacts import ARTIFACTS, ArtifactStore
 from triptych.roles.media.retention import StoreBounds
 from triptych.roles.media.uploads import UPLOADS, UploadStore
 from triptych.roles.messages.requests import ClusterQuery, ClusterView
@@ -57,12 +61,19 @@ class ApiServer(Actor):
         await self._wait_for(head)
         self._limits.limit = self._connection_limit()
         listener = listen(self.topology.api.host, self.topology.api.port)
-        probe = ClusterObserver(self.topology, self.address_book, self.reference)
         uploads = self._upload_store()
-        app = make_app(self.topology, head, probe, uploads, self._stopping, keys)
+        services = Services(
+            self.topology,
+            head,
+            ClusterObserver(self.topology, self.address_book, self.reference),
+            ArtifactStore(self.topology.state_dir / ARTIFACTS),
+            UploadService(uploads),
+            BodyLimiter(),
+            self._stopping,
+        )
         self._server = Server(
             uvicorn.Config(
-                app,
+                make_app(services, keys),
                 http=cast(type[asyncio.Protocol], partial(LimitedH11Protocol, limits=self._limits)),
                 lifespan="off",
                 ws="none",

@@ -9,13 +9,14 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple, TypeAlias
 
+import safetensors
 import structlog
 from msgspec.structs import replace
 from PIL import ExifTags, Image, UnidentifiedImageError
+from safetensors import SafetensorError
 from starlette.datastructures import UploadFile
 
 from triptych.api.errors import ApiError, field_error
-from triptych.api.tensors import check_safetensors
 from triptych.roles.media.files import is_disk_full
 from triptych.roles.media.uploads import ENDINGS, TENSORS_ENDING, UploadsFullError, UploadStore
 from triptych.roles.messages.common import Images, Tensors, Upload
@@ -30,6 +31,12 @@ MAX_FILES: Final = 16
 MAX_FRAMES: Final = 256
 """Of an input that is a video."""
 MAX_CONCURRENT_DECODES: Final = 4
+
+MAX_HEADER_BYTES: Final = 1 << 16
+MAX_TENSORS: Final = 32
+MAX_DIMENSIONS: Final = 8
+MAX_NAME: Final = 128
+DTYPES: Final = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"})
 
 Source: TypeAlias = str | UploadFile
 """An image as it came: base64, plain or a data URL, or a file of a form."""
@@ -217,3 +224,34 @@ def _too_many_total_pixels(param: str) -> ApiError:
 
 def _too_many_pixels(param: str) -> ApiError:
     return field_error(param, f"must have at most {MAX_PIXELS} pixels", status=413, code="too_long")
+
+
+def check_safetensors(data: bytes, param: str) -> tuple[str, ...]:
+    """Check a safetensors file; returns the names of its tensors, in order.
+
+    Args:
+        data: Its bytes.
+        param: What a refusal names.
+
+    Raises ApiError 422: it is no such file, its offsets do not cover its bytes, or there is a tensor of another dtype,
+    without elements or of too many dimensions.
+    """
+    # Its first 8 bytes say how long the header is, which is JSON; the library's own bound is far higher.
+    if len(data) < 8 or int.from_bytes(data[:8], "little") > MAX_HEADER_BYTES:
+        raise field_error(param, f"must be a safetensors file, with a header of at most {MAX_HEADER_BYTES} bytes")
+    try:
+        found = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
+    except SafetensorError as error:
+        raise field_error(param, f"must be a safetensors file ({error})") from None
+    if not 0 < len(found) <= MAX_TENSORS:
+        raise field_error(param, f"must have 1 to {MAX_TENSORS} tensors, not {len(found)}")
+    for name, tensor in found:
+        shape, dtype = tensor["shape"], tensor["dtype"]
+        if not 0 < len(name) <= MAX_NAME:
+            raise field_error(param, f"has a tensor whose name is not 1 to {MAX_NAME} characters long")
+        if dtype not in DTYPES:
+            raise field_error(param, f"has {name} of dtype {dtype}, which must be one of {', '.join(sorted(DTYPES))}")
+        if not 0 < len(shape) <= MAX_DIMENSIONS or 0 in shape:
+            wanted = f"1 to {MAX_DIMENSIONS} sizes above 0"
+            raise field_error(param, f"has {name} of shape {list(shape)}, which must be {wanted}")
+    return tuple(sorted(name for name, _ in found))

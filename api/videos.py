@@ -3,52 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
-from starlette.endpoints import HTTPEndpoint
-from starlette.requests import Request
 from starlette.responses import Response
 
 from triptych.api.artifacts import send_file
-from triptych.api.body_fields import read_fields
 from triptych.api.errors import ApiError, field_error, not_found
-from triptych.api.field_names import FieldNames
-from triptych.api.head_client import HeadClient
-from triptych.api.media_request import MediaRequest, Seed, parse_media_request, typed_fields, validation_error
+from triptych.api.media_request import FieldNames, MediaRequest, Seed, read_media_request, validation_error
 from triptych.api.models import describe_model
-from triptych.api.requests import Deleted, delete
+from triptych.api.operations import FILE_ANSWERS, FILE_ERRORS, FILE_HEADERS, Body, operation
+from triptych.api.requests import Deleted, failure_reason, submit, with_request_id
 from triptych.api.responses import JSONResponse
-from triptych.api.submission import failure_reason, submit, with_request_id
+from triptych.api.services import ApiRequest
 from triptych.bus import RemoteError
+from triptych.engines.parameters.schema import FRAME_RATE_NAMES
+from triptych.roles.head.job import State
 from triptych.roles.messages.common import Input, Output
-from triptych.roles.messages.requests import (
-    FRAME_RATE_NAMES,
-    JobView,
-    ListModels,
-    ListRequests,
-    ModelDescription,
-    ModelList,
-    QueryRequest,
-    RequestList,
-    RequestView,
-)
+from triptych.roles.messages.requests import JobView, ListRequests, ModelDescription, RequestView
 
 MAX_SECONDS = 3600.0
 FORMAT = "mp4"
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
-"""OpenAI's words; one that was cancelled has with_request_id, and its error says so."""
+"""OpenAI's words; one that was cancelled has failed, and its error says so."""
 
-_QUEUED = ("PENDING", "ENCODER_WAITING")
-_TERMINAL_STATUS: dict[str, Status] = {
-    "DONE": "completed",
-    "FAILED": "failed",
-    "TIMED_OUT": "failed",
-    "CANCELLED": "failed",
+_STATUS: Final[Mapping[State, Status]] = {
+    State.PENDING: "queued",
+    State.ENCODER_WAITING: "queued",
+    State.DONE: "completed",
+    State.FAILED: "failed",
+    State.TIMED_OUT: "failed",
+    State.CANCELLED: "failed",
 }
-_AFTER_STEPS = ("DENOISING_DONE", "DECODER_WAITING", "DECODER_RUNNING")
+"""Every other state is "in_progress"."""
+_AFTER_STEPS: Final = (State.DENOISING_DONE, State.DECODER_WAITING, State.DECODER_RUNNING)
+_FILES: Final = {"input_reference": "The first frame.", "last_image": "The last frame."}
 
 
 class VideoRequest(MediaRequest, frozen=True, kw_only=True):
@@ -96,83 +88,77 @@ class VideoList(msgspec.Struct):
 
 
 class ListQuery(msgspec.Struct, frozen=True):
-    """What a list may be asked for."""
+    """Which part of the list."""
 
-    after: str = ""
-    limit: Annotated[int, Meta(ge=1, le=100)] = 20
-    order: Literal["asc", "desc"] = "desc"
-
-
-class Videos(HTTPEndpoint):
-    """Begin videos, and list them."""
-
-    async def get(self, request: Request) -> JSONResponse:
-        """List what the head knows, the newest first unless asked otherwise."""
-        head: HeadClient = request.app.state.head
-        try:
-            query = msgspec.convert(dict(request.query_params), ListQuery, strict=False)
-        except msgspec.ValidationError as error:
-            raise validation_error(error, ListQuery) from None
-        owner, newest_first = request.state.owner, query.order == "desc"
-        described = {one.name: one for one in (await head.ask(ListModels(), ModelList)).models}
-        try:
-            message = ListRequests(owner, query.after, query.limit, newest_first)
-            found = await head.ask(message, RequestList)
-        except RemoteError as error:
-            if error.code != "not_found":
-                raise
-            raise not_found(f"there is no video {query.after}", param="after") from None
-        views = (
-            []
-            if all(description.medium != "video" for description in described.values())
-            else await asyncio.gather(
-                *(head.ask(QueryRequest(id_, owner), RequestView) for id_ in found.request_ids), return_exceptions=True
-            )
-        )
-        videos = []
-        for view in views:
-            if isinstance(view, RequestView):
-                if (description := described.get(view.model)) and description.medium == "video":
-                    videos.append(video_object(view, description))
-            elif not (isinstance(view, RemoteError) and view.code == "not_found"):  # deleted meanwhile
-                raise view
-        first_id, last_id = (videos[0].id, videos[-1].id) if videos else (None, None)
-        return JSONResponse(VideoList(videos, first_id, last_id, found.has_more and bool(videos)))
-
-    async def post(self, request: Request) -> JSONResponse:
-        """Submit, and answer at once with the job."""
-        head: HeadClient = request.app.state.head
-        fields = await read_fields(request, typed_fields(VideoRequest), FieldNames({"image": "input_reference"}))
-        fields.from_form = True  # OpenAI's `seconds` is a string
-        wanted, inputs = parse_media_request(fields, VideoRequest)
-        description = await describe_model(head, wanted.model)
-        check_medium(description)
-        inputs |= frames_for_duration(wanted.seconds, inputs, description, fields.names)
-        output = Output(FORMAT)
-        request_id = await submit(
-            request, inputs, fields.names, model=wanted.model, seed=wanted.seed, n=1, output=output
-        )
-        view = await head.ask(QueryRequest(request_id, request.state.owner), RequestView)
-        return video_response(view, description)
+    after: Annotated[str, Meta(description="The id that the list goes on after.")] = ""
+    limit: Annotated[int, Meta(ge=1, le=100, description="Most of them.")] = 20
+    order: Annotated[Literal["asc", "desc"], Meta(description="By age.")] = "desc"
 
 
-class VideoResource(HTTPEndpoint):
-    """One job."""
+class ContentQuery(msgspec.Struct, frozen=True):
+    """Which file."""
 
-    async def get(self, request: Request) -> JSONResponse:
-        """Answer with the job as it is now."""
-        return video_response(*await find_video(request))
-
-    async def delete(self, request: Request) -> JSONResponse:
-        """Remove it, with its prompt and its file; one that is active is cancelled first."""
-        view, _ = await find_video(request)
-        if not await delete(request, view.request_id):
-            raise not_found(f"there is no video {view.request_id}")
-        return JSONResponse(Deleted(view.request_id, "video.deleted"))
+    variant: Annotated[Literal["video"], Meta(description="Which file of the video.")] = "video"
 
 
-async def video_content(request: Request) -> Response:
-    """Answer with the file; raises ApiError 409 while there is none, 410 once it is gone."""
+@operation({200: VideoList}, (404, 422, 503), query=ListQuery)
+async def list_videos(request: ApiRequest) -> JSONResponse:
+    """List videos page by page, the newest first unless asked otherwise."""
+    head, owner = request.state["services"].head, request.state["owner"]
+    try:
+        query = msgspec.convert(dict(request.query_params), ListQuery, strict=False)
+    except msgspec.ValidationError as error:
+        raise validation_error(error, ListQuery) from None
+    described = {one.name: one for one in await head.models() if one.medium == "video"}
+    try:
+        found = await head.list_requests(ListRequests(owner, query.after, query.limit, query.order == "desc"))
+    except RemoteError as error:
+        if error.code != "not_found":
+            raise
+        raise not_found(f"there is no video {query.after}", param="after") from None
+    ids = found.request_ids if described else ()
+    videos = []
+    for view in await asyncio.gather(*(head.query(id_, owner) for id_ in ids), return_exceptions=True):
+        if isinstance(view, RequestView):
+            if view.model in described:
+                videos.append(video_object(view, described[view.model]))
+        elif not (isinstance(view, RemoteError) and view.code == "not_found"):  # deleted meanwhile
+            raise view
+    first_id, last_id = (videos[0].id, videos[-1].id) if videos else (None, None)
+    return JSONResponse(VideoList(videos, first_id, last_id, found.has_more and bool(videos)))
+
+
+@operation({200: Video}, (409,), headers=("Idempotency-Key",), body=Body(VideoRequest, _FILES))
+async def create_video(request: ApiRequest) -> JSONResponse:
+    """Begin a video, and answer at once with the job."""
+    # OpenAI's `seconds` is a text in JSON, too.
+    parsed = await read_media_request(request, VideoRequest, FieldNames({"image": "input_reference"}), lenient=True)
+    description = await describe_model(request, parsed.fields.model or "")
+    check_medium(description)
+    parsed.inputs.update(frames_for_duration(parsed.fields.seconds, parsed.inputs, description, parsed.names))
+    request_id = await submit(request, parsed, n=1, output=Output(FORMAT))
+    view = await request.state["services"].head.query(request_id, request.state["owner"])
+    return video_response(view, description)
+
+
+@operation({200: Video}, (404, 503))
+async def get_video(request: ApiRequest) -> JSONResponse:
+    """Show how far a video is."""
+    return video_response(*await find_video(request))
+
+
+@operation({200: Deleted}, (404, 503))
+async def delete_video(request: ApiRequest) -> JSONResponse:
+    """Cancel a video and remove it, its prompt and its file."""
+    view, _ = await find_video(request)
+    if not await request.state["services"].head.delete(view.request_id, request.state["owner"]):
+        raise not_found(f"there is no video {view.request_id}")
+    return JSONResponse(Deleted(view.request_id, "video.deleted"))
+
+
+@operation(FILE_ANSWERS, (*FILE_ERRORS, 409, 422, 503), headers=FILE_HEADERS, query=ContentQuery)
+async def get_video_content(request: ApiRequest) -> Response:
+    """Return the finished file; 409 while there is none."""
     view, description = await find_video(request)
     variant = request.query_params.get("variant", "video")
     if variant != "video":
@@ -187,13 +173,12 @@ async def video_content(request: Request) -> Response:
     return await send_file(request, artifact.name)
 
 
-async def find_video(request: Request) -> tuple[RequestView, ModelDescription]:
+async def find_video(request: ApiRequest) -> tuple[RequestView, ModelDescription]:
     """Find the job of the path; raises ApiError 404."""
-    head: HeadClient = request.app.state.head
     request_id = request.path_params["video_id"]
-    view = await head.ask(QueryRequest(request_id, request.state.owner), RequestView)
+    view = await request.state["services"].head.query(request_id, request.state["owner"])
     try:
-        description = await describe_model(head, view.model)
+        description = await describe_model(request, view.model)
     except ApiError:  # its model is served no more
         raise not_found(f"there is no video {request_id}") from None
     if description.parameters and description.medium != "video":
@@ -263,12 +248,12 @@ def video_object(view: RequestView, description: ModelDescription) -> Video:
 
 def status(view: RequestView) -> Status:
     """OpenAI's word for the state."""
-    return _TERMINAL_STATUS.get(view.state) or ("queued" if view.state in _QUEUED else "in_progress")
+    return _STATUS.get(State(view.state), "in_progress")
 
 
 def progress(job: JobView) -> int:
     """Percent: denoising is what takes the time; 100 is said of a video that is there."""
-    if job.state == "DONE":
+    if job.state == State.DONE:
         return 100
     if job.state in _AFTER_STEPS:
         return 99

@@ -19,9 +19,12 @@ from PIL import Image
 from triptych.actors import AddressBook, load_topology
 from triptych.actors.runtime.runtime import Runtime
 from triptych.api.app import make_app
+from triptych.api.body import BodyLimiter
 from triptych.api.cluster import ClusterObserver
 from triptych.api.head_client import HeadClient
 from triptych.api.server import build
+from triptych.api.services import Services
+from triptych.api.uploads import UploadService
 from triptych.bus import DeadLetters, Delivery, Mailbox, Outbox
 from triptych.engines.parameters.schema import Parameter, ParameterKind, Task
 from triptych.roles.head.head import seeds_of
@@ -320,14 +323,20 @@ async def outbox():
 
 
 @pytest.fixture
-async def app(topology, outbox, uploads):
+async def services(topology, outbox, store, uploads) -> Services:
     address_book = AddressBook(topology)
 
     def reference(name: str):
         return outbox.reference(name, address_book.address(name))
 
     head = HeadClient(reference("head"), patience_s=1.0)
-    return make_app(topology, head, ClusterObserver(topology, address_book, reference), uploads, asyncio.Event())
+    cluster = ClusterObserver(topology, address_book, reference)
+    return Services(topology, head, cluster, store, UploadService(uploads), BodyLimiter(), asyncio.Event())
+
+
+@pytest.fixture
+async def app(services):
+    return make_app(services)
 
 
 @pytest.fixture

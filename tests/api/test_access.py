@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
+import dataclasses
 
 import httpx
 import msgspec
 import pytest
 
 from tests.api.conftest import BOUND_S
-from triptych.actors import AddressBook
 from triptych.actors.topology import ApiSection
 from triptych.api.access import TokenBucket, check_host, check_origin, host_of, own_host_names
 from triptych.api.app import make_app
-from triptych.api.cluster import ClusterObserver
 from triptych.api.errors import ApiError
-from triptych.api.head_client import HeadClient
 from triptych.api.keys import ApiKeys
 from triptych.roles.messages import requests as wire
 
@@ -25,26 +22,14 @@ ALICE, BOB = "alice-0123456789abcdef", "bob-0123456789abcdef"
 
 
 @pytest.fixture
-async def client_of(topology, outbox, uploads, fake_head):
+async def client_of(services, fake_head):
     """Make a client of an app with `[api]` keys of its own, in this process."""
     clients = []
 
     def make(key: str = "", *, keys: dict[str, str] | None = None, **api: object) -> httpx.AsyncClient:
-        address_book = AddressBook(topology)
-
-        def reference(name: str):
-            return outbox.reference(name, address_book.address(name))
-
-        head = HeadClient(reference("head"), patience_s=1.0)
+        topology = services.topology
         changed = msgspec.structs.replace(topology, api=msgspec.structs.replace(topology.api, **api))
-        app = make_app(
-            changed,
-            head,
-            ClusterObserver(changed, address_book, reference),
-            uploads,
-            asyncio.Event(),
-            ApiKeys(keys) if keys else None,
-        )
+        app = make_app(dataclasses.replace(services, topology=changed), ApiKeys(keys) if keys else None)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         client = httpx.AsyncClient(
             transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:8000", headers=headers, timeout=BOUND_S

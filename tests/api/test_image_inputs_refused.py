@@ -205,7 +205,6 @@ async def test_400_for_what_is_no_form(client, fake_head, content_type, content)
 
 async def test_413_for_a_form_without_reading_on(client, fake_head, monkeypatch):
     monkeypatch.setattr(body, "MAX_FORM_BYTES", 100_000)
-    monkeypatch.setattr("triptych.api.body_fields.MAX_FORM_BYTES", 100_000)
     check(await client.post(EDITS, data={"prompt": "x"}, files={"image": b"\0" * 200_000}), 413, None)
 
 
@@ -217,15 +216,14 @@ async def test_413_for_too_much_that_is_no_image(client, fake_head):
     check(answer, 413, None, "too many values")
 
 
-async def test_429_while_too_much_is_being_sent_and_nothing_is_held_after_it(client, app, fake_head, monkeypatch):
-    limiter = app.app.app.state.body_limiter
-    limiter.limit = 1000
+async def test_429_while_too_much_is_being_sent_and_nothing_is_held_after_it(client, services, fake_head):
+    services.body_limiter.limit = 1000
     answer = await client.post(GENERATIONS, json={"prompt": "x" * 2000})
     check(answer, 429, None, "at once")
     assert answer.headers["retry-after"] == "1"
     assert (await client.post(GENERATIONS, json={"prompt": "x"})).status_code == 200
     assert (await client.post(EDITS, content=b"nonsense", headers={"content-type": FORM})).status_code == 400
-    assert limiter.buffered == 0
+    assert services.body_limiter.buffered == 0
 
 
 @pytest.mark.parametrize(

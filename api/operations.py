@@ -1,0 +1,73 @@
+"""What the OpenAPI document says of an endpoint: declared where the endpoint is, read by `openapi.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
+
+import msgspec
+from starlette.responses import Response
+
+Endpoint: TypeAlias = Callable[[Any], Awaitable[Response]]
+E = TypeVar("E", bound=Endpoint)
+
+FILE: Final = "file"
+Answer: TypeAlias = type[msgspec.Struct] | str | None
+"""The struct of a JSON answer, or the name of its schema in `openapi.py`; FILE for media; None for no body."""
+
+FILE_ANSWERS: Final[Mapping[int, Answer]] = {200: FILE, 206: FILE, 304: None}
+FILE_ERRORS: Final = (404, 410, 412, 416)
+FILE_HEADERS: Final = ("If-None-Match", "If-Modified-Since", "If-Match", "If-Unmodified-Since", "Range", "If-Range")
+_ACCESS_ERRORS: Final = (403, 421)
+_BODY_ERRORS: Final = (400, 404, 408, 413, 415, 422, 429, 503)
+
+
+class Body(NamedTuple):
+    """The body of a request for media, JSON or a form."""
+
+    fields: type[msgspec.Struct]
+    images: Mapping[str, str]
+    """Fields that are images, and what they are for."""
+    required: tuple[str, ...] = ()
+    """Names of those that must be given, beside what `fields` requires."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One method of one path."""
+
+    id: str
+    summary: str
+    answers: Mapping[int, Answer]
+    """By status, those that are no errors."""
+    errors: tuple[int, ...]
+    headers: tuple[str, ...]
+    """Names in `openapi.HEADERS`."""
+    query: type[msgspec.Struct] | None
+    body: Body | None
+
+
+OPERATIONS: Final[dict[Endpoint, Operation]] = {}
+
+
+def operation(
+    answers: Mapping[int, Answer],
+    errors: tuple[int, ...] = (),
+    *,
+    headers: tuple[str, ...] = (),
+    query: type[msgspec.Struct] | None = None,
+    body: Body | None = None,
+) -> Callable[[E], E]:
+    """Declare an endpoint: its name becomes the operationId, the first line of its docstring the summary."""
+
+    def declare(endpoint: E) -> E:
+        first, *rest = endpoint.__name__.split("_")
+        summary = (endpoint.__doc__ or "").partition("\n")[0].removesuffix(".")
+        all_errors = (*_ACCESS_ERRORS, *errors, *(_BODY_ERRORS if body else ()))
+        OPERATIONS[endpoint] = Operation(
+            first + "".join(map(str.capitalize, rest)), summary, answers, all_errors, headers, query, body
+        )
+        return endpoint
+
+    return declare

@@ -1,0 +1,44 @@
+"""What endpoints share, and the type of the request that they get."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias, TypedDict
+
+from starlette.requests import Request
+
+if TYPE_CHECKING:  # these modules have endpoints, which import this one
+    from triptych.actors.topology import Topology
+    from triptych.api.body import BodyLimiter
+    from triptych.api.cluster import ClusterObserver
+    from triptych.api.head_client import HeadClient
+    from triptych.api.uploads import UploadService
+    from triptych.roles.media.artifacts import ArtifactStore
+
+
+@dataclass(frozen=True)
+class Services:
+    """Everything that endpoints use; one for each application."""
+
+    topology: Topology
+    head: HeadClient
+    cluster: ClusterObserver
+    artifacts: ArtifactStore
+    uploads: UploadService
+    body_limiter: BodyLimiter
+    stopping: asyncio.Event
+    """Set once the server stops: requests that still wait for images are answered 503."""
+
+
+class RequestState(TypedDict):
+    """`request.state`, filled in by the middleware."""
+
+    services: Services
+    request_id: str
+    """Unique, and the id that the head gets for a new request."""
+    owner: str
+    """Name of the API key; "" without keys."""
+
+
+ApiRequest: TypeAlias = Request[RequestState]
