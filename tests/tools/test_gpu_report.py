@@ -49,6 +49,10 @@ def scratch() -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
+def test_every_row_has_its_function() -> None:
+    assert all(callable(row.load()) for row in ROWS)
+
+
 def process_of(program: str, tmp_path: Path, limit_s: float = BOUND_S) -> RowResult:
     result = RowResult("machine", "The machine", Status.FAILED)
     return run_process(

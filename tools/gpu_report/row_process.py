@@ -19,7 +19,7 @@ from triptych.tools.gpu_report.report import Measured, Status
 from triptych.tools.gpu_report.row_context import RowContext, RowFailedError, RowSkippedError, Settings
 from triptych.tools.gpu_report.rows import Row, chosen
 
-OUR_PACKAGES: Final = frozenset({"bus", "actors", "engines", "roles", "api", "tools"})
+OUR_PACKAGE: Final = "triptych"
 
 
 class RowEnd(msgspec.Struct, frozen=True):
@@ -48,7 +48,7 @@ def run(row: Row, settings: Settings, emit: Callable[[Measured], None]) -> RowEn
         return RowEnd(Status.FAILED, str(error))
     except ModuleNotFoundError as error:
         traceback.print_exc()
-        if (error.name or "").partition(".")[0] in OUR_PACKAGES:
+        if (error.name or "").partition(".")[0] == OUR_PACKAGE:
             return RowEnd(Status.FAILED, str(error))
         return RowEnd(Status.SKIPPED, f"The package {error.name} is not installed here.")
     except Exception as error:  # noqa: BLE001 - the report has one line for it, the log all of it

@@ -52,17 +52,17 @@ class Row:
 
 ROWS: Final = (
     Row("machine", "The machine", "machine:machine", 15, 10),
-    Row("picture", "A picture of the demo model through three processes", "served:picture", 45, 25),
-    Row("tests", "Tests that need a GPU", "suite:tests", 60, 20),
-    Row("hop", "Tensors from device to device through the pool", "moving:hop", 20, 8),
-    Row("overlap", "The next load behind compute", "moving:overlap", 15, 8),
-    Row("kill", "kill -9 of a denoiser in the middle of its steps", "served:kill", 40, 20),
+    Row("picture", "A picture of the demo model through three processes", "clusters:picture", 45, 25),
+    Row("tests", "Tests that need a GPU", "gpu_tests:tests", 60, 20),
+    Row("hop", "Tensors from device to device through the pool", "transfers:hop", 20, 8),
+    Row("overlap", "The next load behind compute", "transfers:overlap", 15, 8),
+    Row("kill", "kill -9 of a denoiser in the middle of its steps", "clusters:kill", 40, 20),
     Row("flux", "FLUX.1-dev in one process", "flux:one_process", 90, 12, random=True),
     Row("roles", "FLUX.1-dev in three processes", "flux:three_processes", 100, 25, random=True),
-    Row("qwen", "Qwen-Image by batch", "steps:qwen", 35, 8, random=True),
-    Row("wan", "Wan2.1-1.3B video", "steps:wan", 60, 10, random=True),
-    Row("attention", "Attention backends, a step of FLUX.1-dev", "steps:attention", 30, 8, random=True),
-    Row("compile", "Regional compile, a step of FLUX.1-dev", "steps:compiled", 60, 10, random=True),
+    Row("qwen", "Qwen-Image by batch", "denoise_steps:qwen", 35, 8, random=True),
+    Row("wan", "Wan2.1-1.3B video", "denoise_steps:wan", 60, 10, random=True),
+    Row("attention", "Attention backends, a step of FLUX.1-dev", "denoise_steps:attention", 30, 8, random=True),
+    Row("compile", "Regional compile, a step of FLUX.1-dev", "denoise_steps:compiled", 60, 10, random=True),
 )
 
 
