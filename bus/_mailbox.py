@@ -1,4 +1,4 @@
-"""The receiving end: a bound ROUTER, one typed decoder, a bounded queue."""
+"""The receiving end: a bound ROUTER, one typed decoder, and the queue of what waits for the actor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import zmq
@@ -76,6 +76,11 @@ class Delivery:
         """
         self._answer(EnvelopeKind.FAILURE, Failure(str(code), detail))
 
+    def refuse(self, code: str, detail: str) -> None:
+        """Record the message as a dead letter of the mailbox, and answer as `fail` does."""
+        self._mailbox.dead_letters.add(code, detail, self.envelope)
+        self.fail(code, detail)
+
     def _answer(self, kind: EnvelopeKind, message: Message) -> None:
         if self.answered:
             raise BusError(f"{self.envelope.sender}'s ask {self.envelope.message_id} is already answered")
@@ -87,7 +92,7 @@ class Mailbox:
     """Receives the messages of one actor; one consumer awaits `receive`.
 
     What is not handled is answered with a typed `Failure` where an envelope could be read, and is a dead
-    letter in any case: unknown or invalid message, stale generation, full queue.
+    letter in any case: unknown or invalid message, stale generation, full queue, deadline that passed in the queue.
 
     Args:
         name: the actor's name; messages for another name are refused.
@@ -95,6 +100,8 @@ class Mailbox:
         messages: the types this actor accepts; a union of them is the one decoder.
         generation: this incarnation, sent along with every answer.
         capacity: most messages that wait, apart from the one being handled.
+        urgent: more messages that this actor accepts, each with the function that answers it as soon as it has
+            arrived: they never wait, and find room when the queue is full. The function must not block.
         max_message_bytes: longest message. Up to twice as long is answered with "invalid_message"; beyond
             that the sender's connection is cut before the bytes are read.
         dead_letters: where to record them, by default a ring of its own.
@@ -116,6 +123,7 @@ class Mailbox:
         *,
         generation: int = 0,
         capacity: int = 1024,
+        urgent: Mapping[type[Message], Callable[[Delivery], None]] | None = None,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         dead_letters: DeadLetters | None = None,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
@@ -128,7 +136,8 @@ class Mailbox:
         self.capacity = capacity
         self.dead_letters = dead_letters or DeadLetters()
         self._parsed = parse_address(address)
-        self._decoder = BodyDecoder(messages)
+        self._urgent = dict(urgent or {})
+        self._decoder = BodyDecoder((*messages, *self._urgent))
         self._max_message_bytes = max_message_bytes
         self._context = context
         self._component_of = component_of
@@ -174,17 +183,21 @@ class Mailbox:
     async def receive(self) -> Delivery:
         """Return the next message, in order of arrival; one consumer at a time.
 
-        Raises `BusError` once the mailbox is closed.
+        An ask whose deadline has passed while it waited is refused. Raises `BusError` once the mailbox is closed.
         """
-        while not self._queue:
-            if self._pump is None:
-                raise BusError(f"mailbox {self.name} is not open")
-            self._consumer = self._pump.loop.create_future()
-            try:
-                await self._consumer
-            finally:
-                self._consumer = None
-        return self._queue.popleft()
+        while True:
+            while not self._queue:
+                if self._pump is None:
+                    raise BusError(f"mailbox {self.name} is not open")
+                self._consumer = self._pump.loop.create_future()
+                try:
+                    await self._consumer
+                finally:
+                    self._consumer = None
+            delivery = self._queue.popleft()
+            if not delivery.expired:
+                return delivery
+            delivery.refuse(FailureCode.DEADLINE_EXCEEDED, "the deadline passed while it waited")
 
     def close(self) -> None:
         """Stop receiving, answer "stopping" to what still waits, remove the ipc file; at once, idempotent.
@@ -194,8 +207,7 @@ class Mailbox:
         if self._pump is None or self._binding is None:
             return
         while self._queue:
-            waiting = self._queue.popleft()
-            self._refuse(waiting._route, waiting.envelope, FailureCode.STOPPING, f"{self.name} stops")
+            self._queue.popleft().refuse(FailureCode.STOPPING, f"{self.name} stops")
         self._binding.release()
         self._pump.close(LINGER_MS)
         self._pump = None
@@ -221,8 +233,15 @@ class Mailbox:
         except RefusedError as refused:
             self._refuse(route, envelope, FailureCode(refused.code), refused.detail)
             return
-        self._queue.append(Delivery(self, route, envelope, message))
-        self._wake_consumer()
+        delivery = Delivery(self, route, envelope, message)
+        answer_now = self._urgent.get(type(message))
+        if answer_now is not None:
+            answer_now(delivery)
+        elif len(self._queue) >= self.capacity:
+            delivery.refuse(FailureCode.MAILBOX_FULL, f"{self.name} has {self.capacity} messages waiting")
+        else:
+            self._queue.append(delivery)
+            self._wake_consumer()
 
     def _validate(self, envelope: Envelope, body: memoryview, size: int) -> Message:
         """Return the message; raises `RefusedError` with why it is not taken in."""
@@ -238,8 +257,6 @@ class Mailbox:
             raise RefusedError(error.code, error.detail) from error
         if envelope.generation:
             self._check_generation(self._component_of(envelope.sender), envelope.generation)
-        if len(self._queue) >= self.capacity:
-            raise RefusedError(FailureCode.MAILBOX_FULL, f"{self.name} has {self.capacity} messages waiting")
         return message
 
     def _check_generation(self, component: str, generation: int) -> None:

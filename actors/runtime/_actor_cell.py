@@ -1,9 +1,8 @@
-"""One actor and its mailbox: takes messages in at once, and runs the handlers one at a time."""
+"""One actor and its mailbox: runs the handlers one at a time, and answers system messages meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -32,19 +31,18 @@ if TYPE_CHECKING:
     from triptych.actors.runtime.handlers import Handler
 
 _MAX_RECENT_DEAD_LETTERS: Final = 100
-_MIN_MAILBOX_CAPACITY: Final = 1024  # messages that the mailbox may read at once, before they are counted here
 
 
 class ActorCell:
     """Runs one actor.
 
-    Messages for the actor's handlers wait here, bounded by the actor's `mailbox_capacity`, so that system messages
-    are answered while a handler runs and while the actor still loads.
+    Messages for the actor's handlers wait in its mailbox, bounded by the actor's `mailbox_capacity`. System messages
+    are answered on arrival, also while a handler runs and while the actor loads.
 
     Args:
         actor: not yet started.
         address: of its mailbox.
-        on_system: answers a system message; called between two messages, so it must not block.
+        on_system: answers a system message on arrival, so it must not block.
         on_crash: told what went wrong when the actor cannot go on.
 
     """
@@ -65,9 +63,10 @@ class ActorCell:
         self.mailbox = Mailbox(
             actor.name,
             address,
-            (*actor.handlers.messages, *SYSTEM_MESSAGES),
+            actor.handlers.messages,
             generation=generation,
-            capacity=max(_MIN_MAILBOX_CAPACITY, actor.mailbox_capacity),
+            capacity=actor.mailbox_capacity,
+            urgent=dict.fromkeys(SYSTEM_MESSAGES, self._answer_system_message),
             component_of=address_book.component_of,
             curve=address_book.keys,
         )
@@ -76,15 +75,8 @@ class ActorCell:
         self._on_system = on_system
         self._crash: Callable[[BaseException], None] = lambda error: on_crash(actor, error)
         actor._on_crash = self._crash
-        self._queue: deque[Delivery] = deque()
-        self._message_queued = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._handling: asyncio.Task[None] | None = None
         self._closing = False
-
-    @property
-    def depth(self) -> int:
-        """Messages that wait for a handler."""
-        return len(self._queue) + self.mailbox.depth
 
     async def open(self) -> None:
         """Bind the mailbox and answer system messages; raises `StartDelayedError` for an address that is taken."""
@@ -92,7 +84,6 @@ class ActorCell:
             await self.mailbox.start()
         except AddressError as error:
             raise StartDelayedError(str(error)) from error
-        self._create_task(self._receive_messages(), "mailbox")
 
     async def start(self) -> None:
         """Start the actor, then begin to handle messages.
@@ -111,60 +102,43 @@ class ActorCell:
         self.started = True
         if self.actor.state == ChildState.LOADING:
             self.actor.set_state(ChildState.READY)
-        self._create_task(self._run_handlers(), "handlers")
+        self._handling = asyncio.get_running_loop().create_task(
+            self._run_handlers(), name=f"{self.actor.name}:handlers"
+        )
+        self._handling.add_done_callback(self._on_task_done)
 
     async def close(self) -> None:
         """Cancel what still runs, tell who still waits, close the sockets."""
         self._closing = True
-        tasks = [*self.actor._tasks, *self._tasks]
+        tasks = [*self.actor._tasks, *([self._handling] if self._handling else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)  # what they raise has reached _done
-        while self._queue:
-            self._refuse(self._queue.popleft(), FailureCode.STOPPING, f"{self.actor.name} stops")
         self.mailbox.close()
         self.actor.outbox.close()
 
-    def answer_dead_letters(self, delivery: Delivery) -> None:
-        """Answer a `DeadLetterQuery`."""
+    def _answer_system_message(self, delivery: Delivery) -> None:
+        try:
+            if isinstance(delivery.message, DeadLetterQuery):
+                delivery.reply(self._dead_letters())
+            else:
+                self._on_system(self, delivery)
+        except Exception as error:  # noqa: BLE001  an inspection runs `Actor.stats`: its errors are crashes
+            self._crash(error)
+
+    def _dead_letters(self) -> DeadLetterReport:
         boxes = (self.mailbox.dead_letters, self.actor.outbox.dead_letters)
         recent: list[DeadLetter] = sorted((letter for box in boxes for letter in box.recent), key=lambda x: x.at)
-        delivery.reply(DeadLetterReport(sum(box.count for box in boxes), tuple(recent[-_MAX_RECENT_DEAD_LETTERS:])))
-
-    def _create_task(self, coroutine: Coroutine[Any, Any, None], what: str) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine, name=f"{self.actor.name}:{what}")
-        task.add_done_callback(self._on_task_done)
-        self._tasks.append(task)
+        return DeadLetterReport(sum(box.count for box in boxes), tuple(recent[-_MAX_RECENT_DEAD_LETTERS:]))
 
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._crash(error)
 
-    async def _receive_messages(self) -> None:
-        while True:
-            delivery = await self.mailbox.receive()
-            if isinstance(delivery.message, SYSTEM_MESSAGES):
-                if isinstance(delivery.message, DeadLetterQuery):
-                    self.answer_dead_letters(delivery)
-                else:
-                    self._on_system(self, delivery)
-            elif len(self._queue) >= self.actor.mailbox_capacity:
-                detail = f"{self.actor.name} has {self.actor.mailbox_capacity} messages waiting"
-                self._refuse(delivery, FailureCode.MAILBOX_FULL, detail)
-            else:
-                self._queue.append(delivery)
-                self._message_queued.set()
-
     async def _run_handlers(self) -> None:
         _bind_log(self.actor)
         while True:
-            while not self._queue:
-                self._message_queued.clear()
-                await self._message_queued.wait()
-            delivery = self._queue.popleft()
-            if delivery.expired:
-                self._refuse(delivery, FailureCode.DEADLINE_EXCEEDED, "the deadline passed while it waited")
-                continue
+            delivery = await self.mailbox.receive()
             current_sender.set(delivery.sender)
             await self._handle(delivery)
 
@@ -174,7 +148,7 @@ class ActorCell:
         asked = delivery.envelope.kind is EnvelopeKind.ASK
         if asked and not handler.replies:
             what = f"{type(message).__name__} is told, never asked: it has no reply"
-            self._refuse(delivery, FailureCode.REFUSED, what)
+            delivery.refuse(FailureCode.REFUSED, what)
             return
         request_id = getattr(message, "request_id", None)
         if request_id is not None:
@@ -208,10 +182,6 @@ class ActorCell:
             if not delivery.answered:
                 delivery.fail(FailureCode.HANDLER_FAILED, describe(error))
             raise
-
-    def _refuse(self, delivery: Delivery, code: FailureCode, detail: str) -> None:
-        self.mailbox.dead_letters.add(code, detail, delivery.envelope)
-        delivery.fail(code, detail)
 
 
 def _bind_log(actor: Actor) -> None:

@@ -204,7 +204,7 @@ class Runtime:
             detail=actor.detail,
             restarts=actor.restarts,
             uptime_s=time.monotonic() - self._started_at,
-            mailbox_depth=cell.depth,
+            mailbox_depth=cell.mailbox.depth,
             mailbox_capacity=actor.mailbox_capacity,
             dead_letters=cell.mailbox.dead_letters.count + actor.outbox.dead_letters.count,
             facts=actor.stats(),

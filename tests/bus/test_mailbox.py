@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from triptych.bus import (
+    AskTimeoutError,
     BusError,
     DeadLetters,
     Delivery,
@@ -221,6 +222,43 @@ def test_the_generation_of_a_sender_that_is_no_component_counts_for_nothing(run:
                 await old.reference("adder", mailbox.address).ask(Add(1, 1), Sum, timeout_s=20)
             old.close()
             assert mailbox._generations == {"worker": 100}
+
+    run(scenario())
+
+
+def test_an_urgent_message_is_answered_on_arrival_and_takes_no_room(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        mailbox = Mailbox("adder", f"ipc://{folder}/adder", (Add,), capacity=2, urgent={Grow: answer})
+        await mailbox.start()
+        outbox = Outbox("test")
+        reference = outbox.reference("adder", mailbox.address)
+        asks = [asyncio.ensure_future(reference.ask(Add(n, n), Sum, timeout_s=20)) for n in range(2)]
+        for _ in range(3):  # nobody receives: only what is urgent is answered
+            assert await reference.ask(Grow(1), Blob, timeout_s=20) == Blob(b"\0")
+        assert mailbox.depth == 2
+        assert not any(ask.done() for ask in asks)
+        mailbox.close()
+        outbox.close()
+        await asyncio.gather(*asks, return_exceptions=True)
+
+    run(scenario())
+
+
+def test_an_ask_whose_deadline_passes_in_the_queue_is_not_received(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        mailbox = adder(folder)
+        await mailbox.start()
+        outbox = Outbox("test")
+        reference = outbox.reference("adder", mailbox.address)
+        reference.tell(Add(0, 0))
+        await mailbox.receive()  # so the connection stands, and the next ask is sent at once
+        with pytest.raises(AskTimeoutError):
+            await reference.ask(Add(1, 1), Sum, timeout_s=0)
+        reference.tell(Add(2, 2))
+        assert (await mailbox.receive()).message == Add(2, 2)
+        assert [letter.reason for letter in mailbox.dead_letters.recent] == ["deadline_exceeded"]
+        mailbox.close()
+        outbox.close()
 
     run(scenario())
 

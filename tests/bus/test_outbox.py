@@ -155,9 +155,10 @@ def test_an_ask_ends_at_its_deadline_and_the_late_answer_is_a_dead_letter(run: R
         await mailbox.start()
         with sending() as outbox:
             reference = outbox.reference("echo", mailbox.address)
+            receiving = asyncio.ensure_future(mailbox.receive())
             with pytest.raises(AskTimeoutError, match=r"no answer .* within 0.2 s"):
                 await reference.ask(Echo("late"), Echoed, timeout_s=0.2)
-            answer(await mailbox.receive())
+            answer(await receiving)
             ask = asyncio.ensure_future(reference.ask(Echo("next"), Echoed, timeout_s=20))
             answer(await mailbox.receive())
             assert await ask == Echoed("next")

@@ -104,6 +104,20 @@ def test_an_exception_in_a_spawned_task_crashes_the_actor(folder: Path) -> None:
     run(scenario())
 
 
+def test_an_error_of_stats_crashes_the_process(folder: Path) -> None:
+    class Miscounting(Worker):
+        def stats(self) -> dict[str, int | float | str | bool]:
+            return {"per worker": 1 // 0}
+
+    async def scenario() -> None:
+        async def use(reference: Reference) -> None:
+            reference.tell(Inspect())
+
+        assert "ZeroDivisionError" in str(await crash_of(RuntimeHarness(folder, Miscounting("worker")), use))
+
+    run(scenario())
+
+
 def test_handlers_run_one_at_a_time_and_a_full_mailbox_says_so(folder: Path) -> None:
     async def scenario() -> None:
         worker = Worker("worker")
@@ -153,7 +167,7 @@ def test_an_ask_whose_deadline_passes_in_the_queue_is_not_handled(folder: Path) 
             waiting = asyncio.create_task(ask(reference, "wait"))
             await worker.entered.wait()
             with pytest.raises(AskTimeoutError):
-                await reference.ask(Told(), Texts, timeout_s=0.05)
+                await reference.ask(Told(), Texts, timeout_s=0)
             worker.gate.set()
             await waiting
             letters = await reference.ask(DeadLetterQuery(), DeadLetterReport, timeout_s=5)
