@@ -1,7 +1,7 @@
 """The memory of a pool: one memfd, mapped by its owner and, through `/proc/PID/fd`, by the roles of the host.
 
-A memfd has no name, so nothing can be left behind: the memory goes when the last process that maps it goes.
-The pool itself needs no torch; it is imported where a tensor or CUDA is asked for.
+A memfd has no name, so its memory is freed when the last process that maps it ends. Torch is imported only by the
+functions that need it, since a pool needs none.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _PREFIX = "memfd"
 
 
 class ArenaError(Exception):
-    """Memory that cannot be had, mapped or viewed; the sentence says why."""
+    """Memory cannot be allocated, mapped or viewed; the message says why."""
 
 
 class ArenaAddress(msgspec.Struct, frozen=True):
-    """Where the processes of the host find an arena; rides in messages, or as text."""
+    """The address of an arena for processes of the same host; sent in messages, or as text."""
 
     pid: int  # of the process that created it
-    start_time: int  # of that process, clock ticks since boot: tells it from a later process with its pid
+    start_time: int  # of that process, clock ticks since boot; distinguishes it from a later process with its pid
     fd: int  # the memfd in that process
-    inode: int  # of the memfd: tells it from another file under the same number
+    inode: int  # of the memfd; distinguishes it from another file of the same number
     nbytes: int  # its size
 
     def __str__(self) -> str:
@@ -45,7 +45,11 @@ class ArenaAddress(msgspec.Struct, frozen=True):
 
     @classmethod
     def parse(cls, text: str) -> ArenaAddress:
-        """Read what `str` wrote. Raises ArenaError for anything else."""
+        """Parse the text that `str` makes.
+
+        Raises:
+            ArenaError: The text is not the address of an arena.
+        """
         prefix, *numbers = text.split(":")
         if prefix != _PREFIX or len(numbers) != len(cls.__struct_fields__):
             raise ArenaError(f"{text!r} is not the address of an arena")
@@ -55,17 +59,23 @@ class ArenaAddress(msgspec.Struct, frozen=True):
 
 
 class Arena:
-    """A shared stretch of bytes. Make one with `create` or `attach`.
+    """A shared range of bytes, made with `create` or `attach`.
 
-    `address` says how others attach it; `base` is where its first byte is mapped in this process. Views and
-    tensors keep the mapping alive, also after `close`.
+    Views and tensors keep the mapping alive, also after `close`.
+
+    Attributes:
+        address: The address with which other processes attach it.
+        owner: Whether this process has created it.
+        base: The address of its first byte in this process.
+        pinned: Whether it is registered with CUDA.
+        pin_failure: Why `pin` has failed; "" otherwise.
     """
 
     def __init__(self, fd: int, address: ArenaAddress, *, owner: bool) -> None:
         self.address = address
         self.owner = owner
         self._fd = fd if owner else -1
-        # Populated now, so that the first copy into each block does not pay for its page faults.
+        # Populate it now, so that the first copy into each block has no page faults.
         self._map: mmap.mmap | None = mmap.mmap(fd, address.nbytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._bytes: Bytes = np.frombuffer(self._map, dtype=np.uint8)
         self.base = int(self._bytes.ctypes.data)
@@ -74,34 +84,35 @@ class Arena:
 
     @classmethod
     def create(cls, nbytes: int) -> Arena:
-        """Take `nbytes` bytes of zeroed memory.
+        """Allocate an arena of `nbytes` zeroed bytes.
 
-        Raises ArenaError if there is not as much, or for a size of none.
+        Raises:
+            ArenaError: Less memory is available, or `nbytes` is not positive.
         """
         if nbytes <= 0:
-            raise ArenaError(f"an arena needs a size, not {nbytes} bytes")
+            raise ArenaError(f"the size of an arena must be positive, not {nbytes} bytes")
         available = available_memory()
         if nbytes > available:
             raise ArenaError(f"a pool of {nbytes} bytes is more than the {available} bytes of memory available")
         fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            # Reserved now: memory that is missing shows at the start, not as SIGBUS in a request.
+            # Reserve it now, so that missing memory is an error at the start and not a SIGBUS in a request.
             os.posix_fallocate(fd, 0, nbytes)
-            # Nobody can shrink it under a process that has it mapped.
+            # Seal its size, so that nobody can shrink it while a process has it mapped.
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZE_IS_FIXED | fcntl.F_SEAL_SEAL)
             pid = os.getpid()
             address = ArenaAddress(pid, _start_time(pid), fd, os.fstat(fd).st_ino, nbytes)
             return cls(fd, address, owner=True)
         except OSError as error:
             os.close(fd)
-            raise ArenaError(f"cannot take {nbytes} bytes of memory for a pool: {error.strerror}") from error
+            raise ArenaError(f"cannot allocate {nbytes} bytes of memory for a pool: {error.strerror}") from error
 
     @classmethod
     def attach(cls, address: ArenaAddress) -> Arena:
         """Map the arena of another process of this host.
 
-        Raises ArenaError when that process is gone, belongs to another user, or what it has there is not
-        this arena.
+        Raises:
+            ArenaError: The process has ended, belongs to another user, or has no such arena.
         """
         link = Path(f"/proc/{address.pid}/fd/{address.fd}")
         try:
@@ -123,7 +134,7 @@ class Arena:
 
     @property
     def stale(self) -> bool:
-        """Whether the process that created the arena is gone: what it leased there means nothing any more."""
+        """Whether the process that created the arena has ended, so that its leases are void."""
         started = _start_time(self.address.pid)
         return started == 0 or started != self.address.start_time
 
@@ -136,16 +147,17 @@ class Arena:
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
         loop.add_reader(process, ended.set)
         try:
-            if not self.stale:  # else its number may be another process's by now
+            if not self.stale:  # if it is, the pid may be that of another process
                 await ended.wait()
         finally:
             loop.remove_reader(process)
             os.close(process)
 
     def array(self, offset: int, nbytes: int) -> Bytes:
-        """View bytes as a numpy array, uint8, shape [nbytes].
+        """Return a view of bytes as a numpy array: uint8, shape [nbytes].
 
-        Raises ArenaError outside the arena or after `close`.
+        Raises:
+            ArenaError: The range is outside the arena, or the arena is closed.
         """
         if self._map is None:
             raise ArenaError("the arena is closed")
@@ -154,21 +166,26 @@ class Arena:
         return self._bytes[offset : offset + nbytes]
 
     def view(self, offset: int, nbytes: int) -> memoryview:
-        """View bytes as a writable memoryview of format "B". Raises ArenaError as `array` does."""
+        """Return a writable memoryview of bytes, format "B"; raises as `array` does."""
         return self.array(offset, nbytes).data
 
     def tensor(self, offset: int, nbytes: int) -> torch.Tensor:
-        """View bytes as a tensor on the CPU, uint8, shape [nbytes]. Raises ArenaError as `array` does."""
+        """Return a view of bytes as a tensor on the CPU: uint8, shape [nbytes]; raises as `array` does."""
         import torch
 
         return torch.from_numpy(self.array(offset, nbytes))
 
     def pin(self) -> bool:
-        """Register the mapping with CUDA, so that device copies from and to it are asynchronous.
+        """Register the mapping with CUDA, so that copies between it and a device are asynchronous.
 
-        Returns `pinned`. Where CUDA is missing or refuses (then `pin_failure` says why) copies take a
-        pinned buffer between, which is slower and nothing else. Takes about 0.3 s per GiB: call it off the
-        event loop.
+        If that fails, `pin_failure` says why, and copies go through a pinned buffer, which is slower. Blocks for about
+        0.3 s per GiB; call it off the event loop.
+
+        Returns:
+            Whether the mapping is pinned.
+
+        Raises:
+            ArenaError: The arena is closed.
         """
         import torch
 
@@ -187,9 +204,9 @@ class Arena:
         return self.pinned
 
     def close(self) -> None:
-        """Let go of the mapping (and, for its owner, of the memfd); once no view is left it is unmapped.
+        """Release the mapping, and the memfd of its owner; it is unmapped when no view of it is left.
 
-        A pinned mapping is unregistered first: no device copy may be under way. Safe to call twice.
+        Unregisters a pinned mapping first, so no copy to or from a device may be under way. May be called twice.
         """
         if self._map is None:
             return
@@ -204,7 +221,7 @@ class Arena:
 
 
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Count the bytes that can be taken before anything is killed for them: of the host, of every cgroup around."""
+    """Return the bytes of memory that can be allocated before anything is killed, by the host and all cgroups."""
     fields = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
     for line in (proc / "self" / "cgroup").read_text().splitlines():
@@ -218,7 +235,7 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
 
 
 def _left_in(cgroup: Path, unlimited: int) -> int:
-    """Bytes that a cgroup has left; what it has read of files and not used lately is given back on demand."""
+    """Return the bytes that a cgroup has left; its inactive file cache counts as free."""
     limit, current = cgroup / "memory.max", cgroup / "memory.current"
     try:
         text = limit.read_text().strip()
@@ -226,7 +243,7 @@ def _left_in(cgroup: Path, unlimited: int) -> int:
             return unlimited
         stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
         return int(text) - int(current.read_text()) + int(stat.get("inactive_file", 0))
-    except FileNotFoundError:  # the root has no limit, and a container may not see what is around it
+    except FileNotFoundError:  # the root has no limit, and a container may not see the groups above it
         return unlimited
 
 
@@ -237,7 +254,7 @@ def _cudart() -> Any:
 
 
 def _clear_last_error() -> None:
-    """Take the error of a call that torch does not check away, or the thread's next launch would raise it."""
+    """Clear the error of a CUDA call that torch does not check; else the next kernel launch of the thread raises it."""
     import torch
 
     with contextlib.suppress(torch.AcceleratorError):
@@ -249,17 +266,17 @@ def _check_file(fd: int, address: ArenaAddress) -> None:
     if _start_time(address.pid) != address.start_time:
         raise ArenaError(f"process {address.pid} is not the one that created the arena")
     if found.st_ino != address.inode or found.st_size != address.nbytes:
-        raise ArenaError(f"descriptor {address.fd} of process {address.pid} is not the arena that was announced")
+        raise ArenaError(f"file descriptor {address.fd} of process {address.pid} is not the arena of this address")
     if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SIZE_IS_FIXED != _SIZE_IS_FIXED:
-        raise ArenaError(f"the arena of process {address.pid} could be shrunk while it is mapped")
+        raise ArenaError(f"the size of the arena of process {address.pid} is not sealed")
 
 
 def _start_time(pid: int) -> int:
-    """When a living process started, in clock ticks since boot; 0 when there is none, zombies included."""
+    """Return when a process started, in clock ticks since boot; 0 if it has ended, zombies included."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return 0
-    # The name in field 2 may hold spaces and parentheses; field 3 is the state, field 22 the start.
+    # Field 2, the name, may have spaces and parentheses; field 3 is the state, field 22 the start.
     state, *rest = text.rpartition(")")[2].split()
     return 0 if state in ("Z", "X") else int(rest[18])

@@ -1,10 +1,9 @@
-"""A buddy allocator over byte offsets. It owns no memory and imports no torch.
+"""A buddy allocator of byte ranges. It owns no memory and imports no torch.
 
-Method: K. C. Knowlton, "A Fast Storage Allocator", Communications of the ACM 8(10), 1965. A block of `size`
-bytes lies at a multiple of `size`; its buddy is at `offset ^ size`; two free buddies merge. A capacity that
-is no power of two is laid out as descending powers of two, so every block is aligned to its own size there
-too: the buddy of such a root would lie in the smaller remainder behind it, where no block of that size can
-exist, hence no special case.
+Method: K. C. Knowlton, "A Fast Storage Allocator", Communications of the ACM 8(10), 1965. A block of `size` bytes has
+an offset that is a multiple of `size`; its buddy is at `offset ^ size`; two free buddies merge. A capacity that is no
+power of two is divided into descending powers of two, so that each block is still aligned to its size. The buddy of
+such a root would be in the smaller remainder behind it, which has no block of that size, so it needs no special case.
 """
 
 from __future__ import annotations
@@ -12,13 +11,25 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 
 PAGE = 4096
+"""The size in bytes of the smallest block."""
+
+
+def block_bytes(nbytes: int, min_block: int = PAGE) -> int:
+    """Return the size in bytes of a block for `nbytes` bytes; raises ValueError for a negative number."""
+    if nbytes < 0:
+        raise ValueError(f"cannot allocate {nbytes} bytes")
+    return max(min_block, 1 << max(nbytes - 1, 0).bit_length())
 
 
 class BuddyAllocator:
-    """Hands out blocks of `[0, capacity)`: powers of two of at least `min_block` bytes, lowest first.
+    """Allocates blocks of `[0, capacity)`: powers of two of at least `min_block` bytes, lowest offset first.
 
-    Raises ValueError if `min_block` is no power of two of at least 4096, or `capacity` no positive multiple
-    of it.
+    Args:
+        capacity: The number of bytes.
+        min_block: The size of the smallest block in bytes.
+
+    Raises:
+        ValueError: `min_block` is not a power of two of at least 4096, or `capacity` not a positive multiple of it.
     """
 
     def __init__(self, capacity: int, min_block: int = PAGE) -> None:
@@ -36,33 +47,27 @@ class BuddyAllocator:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes in blocks that are handed out, rounding included."""
+        """The bytes of allocated blocks, rounding included."""
         return self._used_bytes
 
     @property
     def free_bytes(self) -> int:
-        """Bytes in free blocks; `free_bytes + used_bytes == capacity`."""
+        """The bytes of free blocks; `free_bytes + used_bytes == capacity`."""
         return self.capacity - self._used_bytes
 
     @property
     def largest_free(self) -> int:
-        """Size in bytes of the largest block that `allocate` could give now; 0 when all are in use."""
+        """The size in bytes of the largest free block; 0 if there is none."""
         return max((size for size, offsets in self._free.items() if offsets), default=0)
 
     @property
     def largest_block(self) -> int:
-        """Size in bytes of the largest block that an empty allocator can give."""
+        """The size in bytes of the largest block when all are free."""
         return 1 << (self.capacity.bit_length() - 1)
 
-    def rounded(self, nbytes: int) -> int:
-        """Size in bytes of the block that `nbytes` would take. Raises ValueError for a negative number."""
-        if nbytes < 0:
-            raise ValueError(f"cannot allocate {nbytes} bytes")
-        return max(self.min_block, 1 << max(nbytes - 1, 0).bit_length())
-
     def allocate(self, nbytes: int) -> int | None:
-        """Take a block of at least `nbytes` bytes: its offset, or None when no free block is large enough."""
-        wanted = self.rounded(nbytes)
+        """Allocate a block of at least `nbytes` bytes; returns its offset, or None if no free block is large enough."""
+        wanted = block_bytes(nbytes, self.min_block)
         size = min((s for s, offsets in self._free.items() if offsets and s >= wanted), default=None)
         if size is None:
             return None
@@ -75,17 +80,14 @@ class BuddyAllocator:
         return offset
 
     def block_size(self, offset: int) -> int:
-        """Size in bytes of the block in use at `offset`. Raises ValueError when there is none."""
+        """Return the size in bytes of the allocated block at `offset`; raises ValueError if there is none."""
         size = self._used.get(offset)
         if size is None:
-            raise ValueError(f"no block is in use at offset {offset}")
+            raise ValueError(f"no block is allocated at offset {offset}")
         return size
 
     def free(self, offset: int) -> None:
-        """Give the block at `offset` back and merge it with its free buddies.
-
-        Raises ValueError when none is in use.
-        """
+        """Free the block at `offset` and merge it with its free buddies; raises ValueError if there is none."""
         size = self.block_size(offset)
         del self._used[offset]
         self._used_bytes -= size

@@ -1,7 +1,7 @@
-"""Memory of the host that comes back when the last tensor over it is gone.
+"""Reuse of host memory when the last tensor over it is freed.
 
-New memory of the size of latents costs more in page faults than all copies of a hop together. On CUDA the caching
-allocators of torch keep memory; on the CPU nothing does.
+New memory for latents costs more in page faults than all copies between two stages together. On CUDA, torch has caching
+allocators; on the CPU it has none.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from collections import deque
 import torch
 
 SMALL = 1 << 20
+"""Blocks of fewer bytes are not worth keeping."""
 _HUGE_PAGE = 2 << 20
 
 
 class HostMemoryPool:
-    """Keeps up to `keep` blocks that are not in use. `take` is for one thread."""
+    """Keeps up to `keep` free blocks. Call `take` on one thread only."""
 
     def __init__(self, keep: int = 4) -> None:
         self._free: deque[mmap.mmap] = deque(maxlen=keep)
 
     def take(self, nbytes: int) -> torch.Tensor:
-        """Give memory of unknown content: uint8, shape [nbytes]. It is kept for reuse once no tensor views it."""
+        """Return memory of undefined content: uint8, shape [nbytes]; it is reused when no tensor views it any more."""
         if nbytes < SMALL:
             return torch.empty(nbytes, dtype=torch.uint8)
         size = -(-nbytes // _HUGE_PAGE) * _HUGE_PAGE
         block = self._kept(size) or _new_block(size)
-        # A tensor made from it holds the view, not the block: its end is that of the last tensor.
+        # The tensors hold this view and not the block, so the view is freed with the last of them.
         view = memoryview(block)
         weakref.finalize(view, self._give_back, block).atexit = False
         return torch.frombuffer(view, dtype=torch.uint8, count=nbytes)
@@ -42,7 +43,7 @@ class HostMemoryPool:
         return block
 
     def _give_back(self, block: mmap.mmap) -> None:
-        # Runs wherever the last tensor ends, garbage collection included, so it takes no lock: a full deque drops
+        # Takes no lock, since it runs where the last tensor is freed, garbage collection included. A full deque drops
         # its oldest block by itself.
         self._free.append(block)
 

@@ -1,8 +1,8 @@
-"""One thread and one CUDA stream for one kind of work on a device; the event loop never waits for either.
+"""A thread with a CUDA stream for one kind of work on a device; the event loop waits for neither.
 
-A role has two: one that computes, one that stores and loads. The load of a request then runs behind the
-compute of the one before, and the compute stream waits on the device, not on the host, for the event that
-ends the load. On the CPU the same code runs with events that have always passed.
+A role has two: one computes, the other stores and loads payloads. So a request is loaded while the one before computes,
+and the compute stream waits for the end of the load on the device, not on the host. On the CPU the same code runs with
+events that have always passed.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from triptych.engines.memory.host_memory_pool import HostMemoryPool
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Two pieces are under way at a time: one on the bus, one in the hash. 8 MiB take 0.3 ms on PCIe 4 x16.
 PIECE = 8 << 20
+"""Bytes of one copy from the device: one is on the bus while another is hashed; 8 MiB take 0.3 ms on PCIe 4 x16."""
 
 
 class StreamEvent:
-    """A point in the work of a stream; on the CPU, where a call returns with its work done, always passed."""
+    """A point in the work of a stream; on the CPU, where calls return with their work done, it has always passed."""
 
     def __init__(self, cuda: torch.cuda.Event | None = None) -> None:
         self.cuda = cuda
@@ -48,9 +48,11 @@ class StreamEvent:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedPayload:
-    """Values on their way to the device: `DeviceStream.adopt` makes them safe to use on another stream.
+    """The values of a payload that is being copied to the device.
 
-    The block they come from may be reused once `event` has passed.
+    Attributes:
+        values: The values by name. Call `DeviceStream.wait` before another stream uses them.
+        event: The end of the copy; the block may be reused when it has passed.
     """
 
     values: dict[str, object]
@@ -58,16 +60,22 @@ class LoadedPayload:
 
 
 class DeviceStream:
-    """A thread with gradients off, and on CUDA a stream that is the current one there.
+    """A thread without gradients and, on CUDA, with its own current stream. Calls run one at a time, in order.
 
-    `device` is a "cpu" or "cuda" device (ValueError otherwise); `name` is that of the thread. A CUDA device
-    that cannot be used shows as the RuntimeError of the first call. Calls run one at a time, in order.
+    A CUDA device that cannot be used makes the first call raise RuntimeError.
+
+    Args:
+        device: A "cpu" or "cuda" device.
+        name: The name of the thread.
+
+    Raises:
+        ValueError: The device is of another type.
     """
 
     def __init__(self, device: torch.device, name: str) -> None:
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f'a stream runs on "cpu" or "cuda", not on "{device}"')
-        # Without a number "cuda" is whatever device is current on the thread that asks.
+        # Without an index, "cuda" is the current device of whichever thread uses it.
         self.device = torch.device("cuda", device.index or 0) if device.type == "cuda" else device
         self.name = name
         self._memory = HostMemoryPool()
@@ -76,51 +84,67 @@ class DeviceStream:
         self._ready: Future[torch.cuda.Stream | None] = self._executor.submit(self._prepare)
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call `function` on the stream's thread and return what it returns, or raise what it raises.
+        """Call `function` on the thread of the stream, and return or raise what it does.
 
-        Cancelling the caller drops the call if it has not begun; one that has begun goes on to its end.
-        Raises RuntimeError after `close`.
+        A cancelled caller drops a call that has not begun; one that has begun runs to its end.
+
+        Raises:
+            RuntimeError: The stream is closed.
         """
         context = contextvars.copy_context()
         call = partial(self._call, partial(function, *args, **kwargs))
         return await asyncio.wrap_future(self._executor.submit(context.run, call))
 
     async def store(self, packed: Packed, block: torch.Tensor, after: StreamEvent | None = None) -> int:
-        """Copy a packed payload into a block and return the checksum of its first `packed.nbytes` bytes.
+        """Copy a packed payload into a block.
 
-        `block` is uint8, shape [at least packed.nbytes], on the CPU; `after` is the end of the work that
-        made the payload. Raises ValueError for a block that is too small.
+        Args:
+            packed: The payload.
+            block: The block: uint8, shape [at least packed.nbytes], on the CPU.
+            after: The end of the work that made the payload, on another stream.
+
+        Returns:
+            The checksum of the first `packed.nbytes` bytes of the block.
+
+        Raises:
+            ValueError: The block is too small.
         """
         return await self.run(self._store, packed, block, after)
 
     async def load(self, manifest: bytes, block: torch.Tensor, checksum: int, *, pulled: bool = False) -> LoadedPayload:
-        """Copy the payload in a block to the device and verify its bytes.
+        """Copy the payload in a block to the device and verify its checksum.
 
-        `block` is uint8, shape [the nbytes that were stored], on the CPU. Raises ChecksumMismatchError, then
-        nothing was loaded, and CodecError when bytes that are intact are not what the manifest says.
+        Args:
+            manifest: The manifest of the payload.
+            block: The block: uint8, shape [the nbytes that were stored], on the CPU.
+            checksum: The checksum of the block.
+            pulled: Whether the block came over the network. If it is pinned, it is hashed after the copy to the
+                device, so that a late write of the network is found. Otherwise it is hashed during the copy, since
+                nobody writes to a sealed block.
 
-        Out of pinned memory the device copies while the host hashes, each on its own: that is sound as long as
-        nobody writes to the block, as with one that was sealed. One that was `pulled` is hashed when it has been
-        copied: a late write of the network that reached the device is then found.
+        Raises:
+            ChecksumMismatchError: The bytes are damaged; nothing is loaded.
+            CodecError: The bytes are intact but do not fit the manifest.
         """
         return await self.run(self._load, manifest, block, checksum, pulled)
 
     def record(self) -> StreamEvent:
-        """Mark the end of the work given to this stream so far. May be called on any thread."""
+        """Return an event that passes when all work given to this stream so far is done. For any thread."""
         stream = self._ready.result()
         if stream is None:
             return StreamEvent()
-        # By default a thread that waits for an event keeps a core busy.
+        # Without `blocking`, a thread that waits for the event keeps a core busy.
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(stream)
         return StreamEvent(event)
 
     def wait(self, event: StreamEvent, *values: object) -> None:
-        """Make later work of this stream wait for `event`, on the device. May be called on any thread.
+        """Make later work of this stream wait for an event, on the device. For any thread.
 
-        `values` (tensors, or containers of them) were made on the other stream and are about to be used on
-        this one: the allocator is told, or it could hand their memory out again while this stream still
-        reads it.
+        Args:
+            event: An event of another stream.
+            values: The tensors, or containers of them, of the other stream that this one will use. The allocator is
+                told, so that it does not reuse their memory while this stream reads it.
         """
         stream = self._ready.result()
         if stream is None:
@@ -132,23 +156,17 @@ class DeviceStream:
             if tensor.is_cuda:
                 tensor.record_stream(stream)
 
-    def adopt(self, loaded: LoadedPayload) -> dict[str, object]:
-        """Take values that another stream loaded: work given to this stream from here on may use them."""
-        self.wait(loaded.event, loaded.values)
-        return loaded.values
-
     def close(self) -> None:
-        """Take no more calls; those under way and queued still finish. Does not wait for them."""
+        """Refuse further calls; running and queued ones still finish. Does not wait for them."""
         self._executor.shutdown(wait=False)
 
     def _prepare(self) -> torch.cuda.Stream | None:
-        # Gradient mode, device and current stream belong to a thread: set here, they hold for each later
-        # call.
+        # Gradient mode, device and current stream are set per thread, so this holds for all later calls.
         torch.set_grad_enabled(False)
         if self.device.type == "cpu":
             return None
         if not torch.cuda.is_available():
-            raise RuntimeError(f"{self.device} was asked for, but torch finds no CUDA device on this host")
+            raise RuntimeError(f"the role has device {self.device}, but torch finds no CUDA device on this host")
         torch.cuda.set_device(self.device)
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         torch.cuda.set_stream(stream)
@@ -160,14 +178,13 @@ class DeviceStream:
 
     def _store(self, packed: Packed, block: torch.Tensor, after: StreamEvent | None) -> int:
         if block.numel() < packed.nbytes:
-            raise ValueError(f"the payload takes {packed.nbytes} bytes, the block has {block.numel()}")
+            raise ValueError(f"the payload takes {packed.nbytes} bytes, but the block has {block.numel()}")
         if after is not None:
             self.wait(after, packed.tensors)
         running = RunningChecksum()
         end = 0
         for offset, tensor in zip(packed.offsets, packed.tensors, strict=True):
-            # Gaps are part of what is hashed, and must not carry bytes of an earlier request to another
-            # process.
+            # Zero the gaps: they are hashed, and must not take bytes of an earlier request to another process.
             running.update(block[end:offset].zero_().numpy())
             end = offset + tensor.numel()
             if tensor.device.type == "cpu":
@@ -197,7 +214,7 @@ class DeviceStream:
     def _load(self, manifest: bytes, block: torch.Tensor, checksum: int, pulled: bool) -> LoadedPayload:
         if block.is_pinned():
             return self._load_from_pinned(manifest, block, checksum, pulled)
-        # On CUDA the allocator of pinned memory takes it back only when the copies out of it have ended.
+        # On CUDA, the allocator reuses pinned memory only after the copies from it have ended.
         memory = _pinned(block.numel()) if self.device.type == "cuda" else self._memory.take(block.numel())
         running = RunningChecksum()
         running.copy_checked(memory.numpy(), block.numpy())
@@ -208,12 +225,12 @@ class DeviceStream:
         try:
             loaded = LoadedPayload(unpack(manifest, block, self.device), self.record())
         except CodecError:
-            # Damaged bytes can look like a wrong manifest.
+            # Check the bytes first: damaged ones can look like a wrong manifest.
             verify(block.numpy(), checksum)
             raise
         if pulled:
             loaded.event.synchronize()
-        # Else the hash runs while the device copies.
+        # Otherwise the host hashes while the device copies.
         verify(block.numpy(), checksum)
         return loaded
 

@@ -1,16 +1,20 @@
-"""Moving bytes between the arenas of two pools: `shm` on one host, `mooncake` between hosts.
+"""Transfer of bytes between the arenas of two pools, through shared memory or over the network.
 
-Mooncake's engine has hazards that its callers must know. Where the code answers one of them it names its
-number.
+`open_backend` opens a backend of `engines.backends.BACKENDS`, `PullExecutor` runs its pulls off the event loop, and
+`FaultRates` injects faults for tests.
 
-1.  Calling anything before `initialize` has succeeded, or asking for the status of a stale batch, crashes
-the process. 2.  The presence of an RDMA device chooses the transport, not the `protocol` argument. 3.
-Writes of a transfer that was given up still land. 4.  A peer that restarts on its port is not reached again
-through a cached descriptor. 5.  A peer that hangs holds the calling thread for 60 s. 6.  Registering memory
-and the destructor hold the GIL; its own waits spin on a core. 7.  Unregistering memory is no fence. 8.  The
-status of a batch is that of its first entry; the descriptor of the registered memory is limited to 1 MiB.
-9.  It listens on all interfaces without authentication. 10. It does not survive a fork, and the transfer
-after a rejected one may fail.
+Mooncake has hazards that its callers must know. The code that handles one names its number:
+
+1. Calls before `initialize` has succeeded, and status queries for an old batch, crash the process.
+2. The presence of an RDMA device decides the transport, not the argument `protocol`.
+3. Writes of a transfer that was given up still arrive.
+4. A peer that restarts on its port cannot be reached through a cached descriptor.
+5. A peer that hangs blocks the calling thread for 60 s.
+6. Registering memory and the destructor hold the GIL; the engine's own waits spin on a core.
+7. Unregistering memory does not wait for writes under way.
+8. The status of a batch is that of its first entry; the descriptor of registered memory is limited to 1 MiB.
+9. It listens on all interfaces without authentication.
+10. It does not survive a fork, and the transfer after a rejected one may fail.
 """
 
 from __future__ import annotations
@@ -19,8 +23,7 @@ import importlib
 
 from triptych.engines.backends import AUTO, BACKENDS, resolve_engine
 from triptych.engines.memory.arena import Arena
-from triptych.engines.transfer.backend import TransferBackend
-from triptych.engines.transfer.errors import TransferError, TransferSetupError
+from triptych.engines.transfer.backend import TransferBackend, TransferError, TransferSetupError
 from triptych.engines.transfer.fault_injection import FaultRates, FaultyBackend
 from triptych.engines.transfer.pull_executor import PullExecutor
 
@@ -34,9 +37,9 @@ __all__ = [
     "open_backend",
 ]
 
-# How long a block stays out of use after a failed pull, `held` ranges apart: twice the time after which
-# Mooncake gives a silent connection up.
 QUARANTINE_S = 10.0
+"""Seconds for which a block is not leased after a failed pull, or longer if `PullExecutor.held` has it: twice the time
+after which Mooncake closes a silent connection."""
 
 
 def open_backend(

@@ -1,7 +1,4 @@
-"""A backend that does damage on purpose, to show that the system survives it.
-
-Off unless a setting asks for it.
-"""
+"""A backend that injects faults into pulls, to test that the system survives them. Off by default."""
 
 from __future__ import annotations
 
@@ -16,41 +13,47 @@ import numpy as np
 
 from triptych.engines.codec.checksum import Bytes
 from triptych.engines.memory.arena import Arena
-from triptych.engines.transfer.backend import ByteRange, TransferBackend
-from triptych.engines.transfer.errors import TransferError, TransferSetupError
+from triptych.engines.transfer.backend import ByteRange, TransferBackend, TransferError, TransferSetupError
 
 LATE_TIMEOUT_S = 5.0
+"""Seconds after which the pull behind an injected delay fails."""
 
 
 class FaultRates(msgspec.Struct, frozen=True):
-    """How often a pull goes wrong: probabilities between 0 and 1, each drawn on its own."""
+    """The probabilities, from 0 to 1, of independent faults in a pull."""
 
-    flip: float = 0.0  # one byte arrives changed
-    short: float = 0.0  # the end does not arrive
-    delay: float = 0.0  # it takes `delay_s` longer: past its timeout it fails, and lands all the same
+    flip: float = 0.0  # one bit of one byte is changed
+    short: float = 0.0  # the end of the bytes does not arrive
+    delay: float = 0.0  # it takes `delay_s` longer; after its timeout it fails, but the bytes still arrive
     delay_s: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> FaultRates:
-        """Read a setting such as "flip:0.1,short:0.05,delay:0.05:2.0"; "" is no faults at all.
+        """Parse a setting such as "flip:0.1,short:0.05,delay:0.05:2.0"; "" is no faults.
 
-        Raises TransferSetupError for anything else.
+        Raises:
+            TransferSetupError: The setting cannot be parsed.
         """
         values: dict[str, float] = {}
         for part in filter(None, text.split(",")):
             kind, *numbers = part.split(":")
             names = {"flip": ["flip"], "short": ["short"], "delay": ["delay", "delay_s"]}.get(kind, [])
             if not names or len(numbers) != len(names) or kind in values:
-                raise TransferSetupError(f'{part!r} is no fault: write "flip:P", "short:P" or "delay:P:SECONDS"')
+                raise TransferSetupError(f'{part!r} is not a fault: write "flip:P", "short:P" or "delay:P:SECONDS"')
             values.update(zip(names, map(_number, numbers), strict=True))
         if any(not 0 <= value <= 1 for name, value in values.items() if name != "delay_s"):
             raise TransferSetupError(f"the probabilities in {text!r} must lie between 0 and 1")
         return cls(**values)
 
     def damage(self, memory: Bytes, rng: random.Random) -> list[str]:
-        """Damage bytes in place as one pull would arrive damaged, and say how: "flip", "short", both or nothing.
+        """Damage the bytes of one pull in place. Also used where bytes are mapped instead of pulled.
 
-        `memory` is uint8, shape [bytes]. It also serves where bytes are mapped in place of pulled.
+        Args:
+            memory: The bytes: uint8, shape [nbytes].
+            rng: The source of chance.
+
+        Returns:
+            The faults that were injected: "flip", "short", both or none.
         """
         done = []
         if len(memory) and rng.random() < self.flip:
@@ -58,20 +61,20 @@ class FaultRates(msgspec.Struct, frozen=True):
             done.append("flip")
         if len(memory) and rng.random() < self.short:
             missing = memory[rng.randrange(len(memory)) :]
-            # What was there before is not known to differ from what was to come; its inverse always does.
+            # Invert the bytes: those that were there before may be equal to those that are missing.
             np.invert(missing, out=missing)
             done.append("short")
         return done
 
 
 class FaultyBackend:
-    """Wraps a backend so that some pulls go wrong. The same seed and order of pulls make the same faults."""
+    """Wraps a backend and injects faults into its pulls; the same seed and order of pulls give the same faults."""
 
     def __init__(self, backend: TransferBackend, arena: Arena, faults: FaultRates, seed: int = 0) -> None:
         self._backend = backend
         self._arena = arena
         self._faults = faults
-        self._rng = random.Random(seed)  # noqa: S311 - chance for tests, no secret
+        self._rng = random.Random(seed)  # noqa: S311 - chance for tests, not a secret
         self._lock = threading.Lock()
         self._late: dict[threading.Thread, ByteRange] = {}
         self._closed = threading.Event()
@@ -79,27 +82,27 @@ class FaultyBackend:
 
     @property
     def session(self) -> str:
-        """The session of the backend inside."""
+        """The session of the wrapped backend."""
         return self._backend.session
 
     @property
     def base(self) -> int:
-        """The base of the backend inside."""
+        """The base of the wrapped backend."""
         return self._backend.base
 
     def describe(self) -> str:
-        """Say what transport really runs, and that it is being damaged."""
+        """Describe the transport and the injected faults."""
         return f"{self._backend.describe()}, WITH INJECTED FAULTS {self._faults}"
 
     def exposed(self) -> str:
-        """Say what of this process others can reach."""
+        """Describe what others can access in this process."""
         return self._backend.exposed()
 
     def pull(self, session: str, address: int, offset: int, nbytes: int, timeout_s: float) -> None:
-        """Pull as the backend inside does, or worse."""
+        """Pull with the wrapped backend and inject faults; see `TransferBackend.pull`."""
         pull = partial(self._backend.pull, session, address, offset, nbytes)
         if self._draws_delay():
-            self._hold_up(pull, (offset, nbytes), timeout_s)
+            self._delay(pull, (offset, nbytes), timeout_s)
             timeout_s -= self._faults.delay_s
         pull(timeout_s)
         with self._lock:
@@ -107,12 +110,12 @@ class FaultyBackend:
                 self.injected[kind] += 1
 
     def late(self) -> tuple[ByteRange, ...]:
-        """List the local ranges that delayed pulls, and those of the backend inside, may still write to."""
+        """Return the local ranges that delayed and failed pulls may still write to."""
         with self._lock:
             return (*self._backend.late(), *self._late.values())
 
     def close(self) -> None:
-        """Drop what is delayed and close the backend inside."""
+        """Drop delayed pulls and close the wrapped backend."""
         self._closed.set()
         self._backend.close()
 
@@ -122,20 +125,20 @@ class FaultyBackend:
             self.injected["delay"] += delayed
             return delayed
 
-    def _hold_up(self, pull: Callable[[float], None], local: ByteRange, timeout_s: float) -> None:
+    def _delay(self, pull: Callable[[float], None], local: ByteRange, timeout_s: float) -> None:
         self._closed.wait(min(self._faults.delay_s, timeout_s))
         rest = self._faults.delay_s - timeout_s
         if rest >= 0:
-            thread = threading.Thread(target=self._land_late, args=(pull, local, rest), daemon=True)
+            thread = threading.Thread(target=self._pull_late, args=(pull, local, rest), daemon=True)
             with self._lock:
                 self._late[thread] = local
             thread.start()
             raise TransferError("an injected delay outlasted the timeout", retryable=True, quarantine=True)
 
-    def _land_late(self, pull: Callable[[float], None], local: ByteRange, pause_s: float) -> None:
+    def _pull_late(self, pull: Callable[[float], None], local: ByteRange, pause_s: float) -> None:
         try:
             if not self._closed.wait(pause_s):
-                # Its caller has been told that this pull failed; if it does fail, nothing lands late.
+                # The caller already knows that this pull failed; if it really fails, nothing arrives late.
                 with suppress(TransferError):
                     pull(LATE_TIMEOUT_S)
         finally:
@@ -147,7 +150,7 @@ def _number(text: str) -> float:
     try:
         number = float(text)
     except ValueError as error:
-        raise TransferSetupError(f"{text!r} is no number") from error
+        raise TransferSetupError(f"{text!r} is not a number") from error
     if not 0 <= number < float("inf"):
-        raise TransferSetupError(f"{text!r} is no number of at least 0")
+        raise TransferSetupError(f"{text!r} must be a number of at least 0")
     return number

@@ -1,4 +1,4 @@
-"""What must be right before Mooncake is imported: one wheel, its libraries, its environment, and for RDMA a device."""
+"""Checks before Mooncake is imported: one wheel, its libraries, its environment, and a device for RDMA."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from triptych.engines.transfer.errors import TransferSetupError
+from triptych.engines.transfer.backend import TransferSetupError
 
 WHEELS = {
     "mooncake-transfer-engine-non-cuda": "triptych[mooncake]",
@@ -19,7 +19,7 @@ WHEELS = {
 }
 INSTALL = (
     'Install exactly one of "triptych[mooncake]" (hosts without an NVIDIA driver), "triptych[mooncake-cu12]" '
-    '(CUDA 12) and "triptych[mooncake-cu13]" (CUDA 13): their wheels write over each other.'
+    '(CUDA 12) and "triptych[mooncake-cu13]" (CUDA 13): their wheels overwrite each other.'
 )
 INFINIBAND = Path("/sys/class/infiniband")
 
@@ -28,29 +28,33 @@ _LISTEN = "0A"  # TCP_LISTEN, as the kernel writes it
 _PROGRESS = "MC_TCP_PROGRESS_TIMEOUT_SEC"
 _TRANSFER = "MC_TRANSFER_TIMEOUT"
 _DEFAULTS = {
-    # Hazard 4: with cached descriptors a peer that restarts on its old port is never reached again. Asking
-    # for the descriptor each time costs 0.3 ms a pull.
+    # With cached descriptors, a peer that restarts on its old port is never reached again (hazard 4). Fetching the
+    # descriptor each time costs 0.3 ms a pull.
     "MC_DISABLE_METACACHE": "1",
-    # Hazard 3: late writes of a pull that was given up end when no byte has moved for this long.
+    # Late writes of a pull that was given up end when no byte has moved for this long (hazard 3).
     _PROGRESS: "5",
     "MC_TCP_STATUS_TIMEOUT_SEC": "5",
     _TRANSFER: "10",
     "MC_HANDSHAKE_CONNECT_TIMEOUT": "2",
-    # 64 KiB by default, which costs a quarter of the throughput.
+    # The default of 64 KiB costs a quarter of the throughput.
     "MC_TCP_SLICE_SIZE": "1048576",
     "MC_LOG_LEVEL": "ERROR",
 }
 
 
 def environment(protocol: str, current: Mapping[str, str]) -> dict[str, str]:
-    """Decide the variables to set for `protocol` ("tcp" or "rdma"); those that `current` has are kept.
+    """Return the environment variables to set for a protocol; those that are set already are kept. Pure.
 
-    Raises TransferSetupError for another protocol, and for variables that contradict it or each other.
+    Args:
+        protocol: "tcp" or "rdma".
+        current: The environment.
+
+    Raises:
+        TransferSetupError: The protocol is unknown, or variables contradict it or each other.
     """
     if protocol not in _FORCED:
         raise TransferSetupError(f'transfer.protocol must be "tcp" or "rdma", not "{protocol}"')
-    # Hazard 2: it is the presence of a device that chooses the transport, unless one of these forbids the
-    # other.
+    # Without one of these variables, the presence of a device decides the transport (hazard 2).
     forced, contradicted = _FORCED[protocol]
     if contradicted in current:
         raise TransferSetupError(f'{contradicted} is set, but transfer.protocol is "{protocol}": unset one')
@@ -58,15 +62,18 @@ def environment(protocol: str, current: Mapping[str, str]) -> dict[str, str]:
     settings = {name: current.get(name, value) for name, value in wanted.items()}
     if not 0 < _seconds(settings, _PROGRESS) < _seconds(settings, _TRANSFER):
         raise TransferSetupError(
-            f"{_PROGRESS} must be a number of seconds below {_TRANSFER}: see both in the environment"
+            f"{_PROGRESS} must be a number of seconds below {_TRANSFER}: change one in the environment"
         )
     return settings
 
 
 def check_devices(protocol: str, ib_device: str, found: Iterable[str]) -> None:
-    """Raise TransferSetupError when RDMA is asked for and none of `found` can carry it.
+    """Raise TransferSetupError if RDMA is wanted and its devices are missing.
 
-    `ib_device` is a comma-separated choice among them, "" for all.
+    Args:
+        protocol: "tcp" or "rdma".
+        ib_device: The wanted devices, comma-separated; "" for all.
+        found: The devices of this host.
     """
     if protocol != "rdma":
         return
@@ -74,19 +81,19 @@ def check_devices(protocol: str, ib_device: str, found: Iterable[str]) -> None:
     missing = sorted(set(filter(None, ib_device.split(","))) - set(names))
     if not names:
         raise TransferSetupError(
-            'transfer.protocol is "rdma", but this host shows no device under /sys/class/infiniband: use "tcp"'
+            'transfer.protocol is "rdma", but this host has no device under /sys/class/infiniband: use "tcp"'
         )
     if missing:
         raise TransferSetupError(f"transfer.ib_device names {', '.join(missing)}; this host has {', '.join(names)}")
 
 
 def infiniband_devices(root: Path = INFINIBAND) -> list[str]:
-    """List the RDMA devices of this host by name."""
+    """Return the names of the RDMA devices of this host."""
     return sorted(path.name for path in root.iterdir()) if root.is_dir() else []
 
 
 def rdma_requests(root: Path = INFINIBAND) -> int:
-    """Count the RDMA reads and writes that the ports of this host have served: what shows that RDMA really runs."""
+    """Return how many RDMA reads and writes the ports of this host have served; it proves that RDMA is used."""
     counters = [
         *root.glob("*/ports/*/hw_counters/rx_read_requests"),
         *root.glob("*/ports/*/hw_counters/rx_write_requests"),
@@ -95,7 +102,7 @@ def rdma_requests(root: Path = INFINIBAND) -> int:
 
 
 def listening_ports(proc: Path = Path("/proc/self")) -> list[int]:
-    """List the TCP ports that this process listens on."""
+    """Return the TCP ports that this process listens on."""
     held = {_target(link) for link in (proc / "fd").iterdir()}
     tables = [table for table in (proc / "net" / "tcp", proc / "net" / "tcp6") if table.exists()]
     rows = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
@@ -105,21 +112,24 @@ def listening_ports(proc: Path = Path("/proc/self")) -> list[int]:
 
 
 def check_wheels(installed: Mapping[str, str]) -> str:
-    """Name the one installed wheel with its version. `installed` maps distribution names to versions.
+    """Return the name and version of the installed wheel. Pure.
 
-    Raises TransferSetupError for none, and for several, of which the last one installed has overwritten the
-    others.
+    Args:
+        installed: The versions of installed distributions by name.
+
+    Raises:
+        TransferSetupError: No wheel is installed, or several, of which the last has overwritten the others.
     """
     ours = [f"{name} {installed[name]}" for name in WHEELS if name in installed]
     if not ours:
         raise TransferSetupError(f"Mooncake is not installed. {INSTALL}")
     if len(ours) > 1:
-        raise TransferSetupError(f"{' and '.join(ours)} are installed over each other: uninstall all. {INSTALL}")
+        raise TransferSetupError(f"{' and '.join(ours)} have overwritten each other: uninstall all. {INSTALL}")
     return ours[0]
 
 
 def explain(error: ImportError) -> str:
-    """Say in words what a failed import of Mooncake lacks."""
+    """Say what is missing for the import of Mooncake."""
     text = str(error)
     if "libibverbs" in text:
         return "Mooncake needs libibverbs.so.1, also for TCP: apt-get install libibverbs1"
@@ -131,9 +141,10 @@ def explain(error: ImportError) -> str:
 
 
 def import_engine(settings: Mapping[str, str], environ: MutableMapping[str, str] = os.environ) -> Any:
-    """Put `settings` in the environment and import `mooncake.engine`, which reads them once.
+    """Set environment variables and import `mooncake.engine`, which reads them once.
 
-    Raises TransferSetupError when it cannot be imported, or was imported before under other settings.
+    Raises:
+        TransferSetupError: It cannot be imported, or was imported before with other settings.
     """
     late = sorted(name for name, value in settings.items() if environ.get(name) != value)
     if late and "mooncake.engine" in sys.modules:
@@ -146,7 +157,7 @@ def import_engine(settings: Mapping[str, str], environ: MutableMapping[str, str]
 
 
 def installed_wheels() -> dict[str, str]:
-    """Find which of the wheels are installed, with their versions."""
+    """Return the versions of the installed wheels by name."""
     found = {}
     for name in WHEELS:
         try:

@@ -1,4 +1,4 @@
-"""Pulls off the event loop: deadlines that hold, retries, and a peer that hangs holds up nobody but itself."""
+"""Run pulls on threads, off the event loop, with deadlines and retries; a peer that hangs blocks no other peer."""
 
 from __future__ import annotations
 
@@ -12,29 +12,33 @@ from contextlib import suppress
 from queue import SimpleQueue
 from weakref import WeakValueDictionary
 
-from triptych.engines.transfer.backend import ByteRange, TransferBackend
-from triptych.engines.transfer.errors import TransferError
+from triptych.engines.transfer.backend import ByteRange, TransferBackend, TransferError
 
 ATTEMPTS = 4
 FIRST_PAUSE_S = 0.02
 LONGEST_PAUSE_S = 0.5
-# A pull that its backend does not end itself is given up this much after its deadline.
 GRACE_S = 0.25
-# The longest a sound backend holds a thread after the deadline is 60 s, for a peer that hangs.
+"""Seconds after its deadline at which a pull is given up that its backend has not ended."""
 OVERDUE_S = 120.0
+"""Seconds after its deadline at which a pull counts as hung: twice the longest time of a backend that works."""
 
 _Ended = Callable[[BaseException | None], None]
 _Call = tuple[Callable[[], None], _Ended]
 
 
 def backoff(attempt: int, jitter: float) -> float:
-    """Seconds to pause after failed attempt `attempt` (from 1): it doubles, `jitter` in [0, 1) takes up to half off."""
+    """Return the seconds to wait after a failed attempt. Pure.
+
+    Args:
+        attempt: The number of the attempt, from 1; each doubles the time.
+        jitter: A number in [0, 1) that shortens the time by up to half.
+    """
     longest: float = min(FIRST_PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S)
     return longest * (1 - jitter / 2)
 
 
 class PullExecutor:
-    """Runs the pulls of a backend on threads, one at a time for each peer. Use it on one event loop."""
+    """Runs the pulls of a backend on threads, one at a time for each peer. For one event loop."""
 
     def __init__(self, backend: TransferBackend, *, attempts: int = ATTEMPTS) -> None:
         self.backend = backend
@@ -42,13 +46,16 @@ class PullExecutor:
         self._lanes: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._under_way: dict[asyncio.Future[None], tuple[ByteRange, float]] = {}
         self._threads = _Threads()
-        self._random = random.Random()  # noqa: S311 - jitter, no secret
+        self._random = random.Random()  # noqa: S311 - jitter, not a secret
 
     async def pull(self, session: str, address: int, offset: int, nbytes: int, timeout_s: float) -> None:
-        """Pull as TransferBackend does, on a thread, again after a retryable failure while time is left.
+        """Pull on a thread, and retry while time is left; see `TransferBackend.pull` for the arguments.
 
-        Raises TransferError when it fails for good. Cancelling the caller does not stop what is under way:
-        its range stays in `held` until it has ended. Raises ValueError for a local range outside the arena.
+        A cancelled caller does not stop a pull that has begun: its range stays in `held` until it has ended.
+
+        Raises:
+            TransferError: The last attempt has failed.
+            ValueError: The local range is outside the arena.
         """
         deadline = time.monotonic() + timeout_s
         quarantine = False
@@ -56,26 +63,26 @@ class PullExecutor:
             try:
                 await self._attempt(session, address, (offset, nbytes), deadline)
             except TransferError as error:
-                # A write may be late from any attempt, whichever of them is the last.
+                # Any of the attempts may still write late, not just the last.
                 quarantine = quarantine or error.quarantine
                 pause = backoff(attempt, self._random.random())
                 if not error.retryable or attempt == self._attempts or time.monotonic() + pause >= deadline:
                     raise TransferError(error.reason, retryable=error.retryable, quarantine=quarantine) from error
-                # Hazard 10: the pull that follows a rejected one may fail for that alone.
+                # The pull after a rejected one may fail for no other reason (hazard 10).
                 await asyncio.sleep(pause)
             else:
                 return
 
     def held(self) -> tuple[ByteRange, ...]:
-        """List the local ranges that something may still write to; LeaseTable keeps their blocks from being leased."""
+        """Return the local ranges that something may still write to, which must not be leased."""
         return (*(local for local, _ in self._under_way.values()), *self.backend.late())
 
     def watchdog(self) -> str | None:
-        """Say so when a pull has hung for so long that only a new process can help."""
+        """Return what hangs if a pull has hung for so long that only a new process can help, else None."""
         now = time.monotonic()
         for local, deadline in self._under_way.values():
             if now > deadline + OVERDUE_S:
-                return f"a pull of {local[1]} bytes hangs since {now - deadline:.0f} s after its deadline"
+                return f"a pull of {local[1]} bytes still hangs {now - deadline:.0f} s after its deadline"
         return None
 
     async def _attempt(self, session: str, address: int, local: ByteRange, deadline: float) -> None:
@@ -87,7 +94,7 @@ class PullExecutor:
         self._under_way[answer] = (local, deadline)
 
         def ended(error: BaseException | None) -> None:
-            # A thread that hung can come back when its loop is long gone, which is all that this refusal means.
+            # RuntimeError means that the loop is closed: a thread that hung can return later than that.
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._leave_lane, lane, answer, error)
 
@@ -120,16 +127,16 @@ class PullExecutor:
 
 
 class _Threads:
-    """Threads that are made when all others are busy and kept when they are done.
+    """A pool of threads that grows while all are busy.
 
-    They are daemons, unlike those of an executor: one that hangs must not hold up the end of the process.
+    They are daemons, unlike those of an executor: a thread that hangs must not block the exit of the process.
     """
 
     def __init__(self) -> None:
         self._idle: deque[SimpleQueue[_Call]] = deque()
 
     def call(self, function: Callable[[], None], ended: _Ended) -> None:
-        """Call `function` on a thread, and `ended` there with what it raised or None."""
+        """Call `function` on a thread, then `ended` on the same thread with the exception that it raised, or None."""
         if self._idle:
             calls = self._idle.pop()
         else:
@@ -143,9 +150,9 @@ class _Threads:
             error: BaseException | None = None
             try:
                 function()
-            except BaseException as raised:  # noqa: BLE001 - handed to whoever waits for the pull
+            except BaseException as raised:  # noqa: BLE001 - raised where the pull is awaited
                 error = raised
-            # Idle before its end is known, so that what is called next finds it.
+            # Become idle before `ended`, so that the next call finds this thread.
             self._idle.append(calls)
             ended(error)
             del function, ended, error

@@ -1,4 +1,4 @@
-"""Pulls between two arenas of one host: a copy out of the other pool's mapping, without a network."""
+"""The backend for one host: it pulls by a copy out of the other pool's mapped arena."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import time
 
 from triptych.engines.codec.checksum import Bytes
 from triptych.engines.memory.arena import Arena, ArenaAddress, ArenaError
-from triptych.engines.transfer.backend import ByteRange
-from triptych.engines.transfer.errors import TransferError
+from triptych.engines.transfer.backend import ByteRange, TransferError
 
-# The clock is looked at between pieces, so a pull overruns its timeout by the copy of one piece at most.
 PIECE = 16 << 20
+"""Bytes that are copied between two looks at the clock: a pull exceeds its timeout by the copy of one at most."""
 
 
 def open_shm(arena: Arena, *, hostname: str, protocol: str, ib_device: str) -> ShmBackend:
@@ -20,10 +19,7 @@ def open_shm(arena: Arena, *, hostname: str, protocol: str, ib_device: str) -> S
 
 
 class ShmBackend:
-    """The backend of one host.
-
-    Its session is the address of the arena, so it names one incarnation of a pool.
-    """
+    """Pulls by copying shared memory. Its session is the address of the arena, and so of one incarnation of a pool."""
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
@@ -42,32 +38,29 @@ class ShmBackend:
         return 0
 
     def describe(self) -> str:
-        """Say what transport really runs."""
+        """Describe the transport."""
         return "shared memory of this host"
 
     def exposed(self) -> str:
-        """Nothing: the memory is shared by descriptor, within one user."""
+        """Return "": the memory is shared by file descriptor, with processes of one user."""
         return ""
 
     def pull(self, session: str, address: int, offset: int, nbytes: int, timeout_s: float) -> None:
-        """Copy from the arena named `session`; see TransferBackend.
-
-        Nothing is written after this returns or raises.
-        """
+        """Copy from the arena `session`; see `TransferBackend.pull`. Writes nothing after it has returned or raised."""
         deadline = time.monotonic() + timeout_s
         target = _checked(self._arena, offset, nbytes)
         peer = self._peer(session)
         try:
             source = peer.array(address, nbytes)
         except ArenaError as error:
-            raise TransferError(f"the source is wrong: {error}", retryable=False) from error
+            raise TransferError(f"the source cannot be read: {error}", retryable=False) from error
         for start in range(0, nbytes, PIECE):
             if time.monotonic() >= deadline:
                 raise TransferError(f"copying {nbytes} bytes took longer than {timeout_s:g} s", retryable=True)
             target[start : start + PIECE] = source[start : start + PIECE]
 
     def late(self) -> tuple[ByteRange, ...]:
-        """Nothing: a copy ends before its pull does."""
+        """Return (): a copy ends before its pull does."""
         return ()
 
     def close(self) -> None:
@@ -89,8 +82,7 @@ class ShmBackend:
             return peer
 
     def _forget_stale(self) -> None:
-        # The mapping of a dead pool still reads, but what it holds belongs to leases that nobody keeps any
-        # more.
+        # The arena of a dead pool can still be read, but its leases are gone.
         for session in [session for session, peer in self._peers.items() if peer.stale]:
             self._peers.pop(session).close()
 

@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from triptych.engines.memory.buddy import PAGE
+from triptych.engines.memory.buddy import block_bytes
 from triptych.engines.parameters.schema import Signature, names
 from triptych.roles.messages.common import Images, Input, LeaseRef, StoredPayload, Tensors
 from triptych.roles.messages.requests import PromptCacheView
@@ -128,11 +128,6 @@ class PromptCache:
         self._unshared[key] = None
         if len(self._unshared) > MAX_UNSHARED_KEYS:
             del self._unshared[next(iter(self._unshared))]
-
-
-def block_bytes(nbytes: int) -> int:
-    """Bytes that a block takes in a pool: `engines.buddy` gives powers of two."""
-    return max(PAGE, 1 << max(nbytes - 1, 0).bit_length())
 
 
 def _seeded(key: bytes, seed: int) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
+from triptych.engines.memory.buddy import block_bytes
 from triptych.engines.parameters.schema import Signature
 from triptych.engines.partition.stages import Stage
 from triptych.roles.head.dispatch import Policy
@@ -22,7 +23,6 @@ from triptych.roles.head.effects import (
     TurnInstance,
 )
 from triptych.roles.head.job import DONE, RUNNING, UPSTREAM, WAITING, Job, Request, State
-from triptych.roles.head.prompt_cache import block_bytes
 from triptych.roles.head.registry import ExitKind, InstanceRegistry
 from triptych.roles.head.rolling_restart import next_to_restart
 from triptych.roles.head.stored_outputs import StoredOutputs, downstream_capacity

@@ -16,6 +16,7 @@ from triptych.actors.errors import UnknownNameError
 from triptych.actors.runtime.system_messages import Inspect, Inspection
 from triptych.bus import BusError, MailboxFullError, Reference, RefusedError, UnreachableError
 from triptych.engines.memory.arena import Arena, ArenaError
+from triptych.engines.memory.buddy import PAGE
 from triptych.engines.memory.leases import ByteRange, Lease, LeaseError, LeaseState, LeaseTable
 from triptych.engines.transfer import (
     QUARANTINE_S,
@@ -46,7 +47,6 @@ from triptych.roles.messages.pool import (
 )
 from triptych.roles.pool.client import FAULTS
 
-PAGE = 4096
 INCOMING = "incoming"
 PEER_ANSWER_S = 2.0
 """A process that is alive answers in this time. A pool that hangs must not be read from: it would hold a thread

@@ -28,6 +28,12 @@ CUDA = torch.device("cuda:0")
 LONG = 200_000_000
 
 
+def use(stream, loaded):
+    """Return the values of a loaded payload for use on another stream."""
+    stream.wait(loaded.event, loaded.values)
+    return loaded.values
+
+
 @pytest.fixture(params=["pinned", "pageable"])
 def arena(request):
     arena = Arena.create(96 << 20)
@@ -90,7 +96,7 @@ def test_a_state_goes_from_device_to_device_whole(arena, transfer, nbytes):
     async def hop():
         manifest, block, value = await store_once(transfer, arena, 4096, nbytes, 200)
         assert value == checksum(block.numpy())
-        return transfer.adopt(await transfer.load(manifest, block, value))
+        return use(transfer, await transfer.load(manifest, block, value))
 
     values = asyncio.run(hop())
     torch.cuda.synchronize()
@@ -123,7 +129,7 @@ def test_a_load_ends_behind_compute_that_is_still_running(arena, transfer, compu
         loaded = await transfer.load(*stored)
         loaded.event.synchronize()
         overlapped = not computed.passed
-        total = await compute.run(lambda: compute.adopt(loaded)["latents"].sum())
+        total = await compute.run(lambda: use(compute, loaded)["latents"].sum())
         return overlapped, total.item()
 
     overlapped, total = asyncio.run(calls())
@@ -140,7 +146,7 @@ def test_compute_waits_on_the_device_for_a_load_that_is_under_way(pinned, transf
         await transfer.run(torch.cuda._sleep, LONG)
         loaded = await transfer.load(*stored)
         under_way = not loaded.event.passed
-        total = await compute.run(lambda: compute.adopt(loaded)["latents"].sum())
+        total = await compute.run(lambda: use(compute, loaded)["latents"].sum())
         return under_way, total.item()
 
     under_way, total = asyncio.run(calls())
@@ -154,7 +160,7 @@ def test_memory_of_loaded_values_is_not_handed_out_while_compute_reads_it(pinned
         second = await store_once(transfer, pinned, 48 << 20, PIECE, 9)
 
         def late_sum(loaded) -> torch.Tensor:
-            values = compute.adopt(loaded)
+            values = use(compute, loaded)
             torch.cuda._sleep(LONG)
             return values["latents"].sum()
 

@@ -83,7 +83,7 @@ def test_only_the_arena_that_was_announced_is_attached(arena):
 def test_memory_that_could_be_shrunk_is_not_attached(arena):
     fd = os.memfd_create("other")
     os.truncate(fd, NBYTES)
-    with pytest.raises(ArenaError, match="shrunk"):
+    with pytest.raises(ArenaError, match="is not sealed"):
         Arena.attach(changed(arena.address, fd=fd, inode=os.fstat(fd).st_ino))
     os.close(fd)
 

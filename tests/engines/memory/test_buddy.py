@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triptych.engines.memory.buddy import PAGE, BuddyAllocator
+from triptych.engines.memory.buddy import PAGE, BuddyAllocator, block_bytes
 
 capacities = st.integers(1, 96).map(lambda pages: pages * PAGE)
 # A number below 0 frees one of the blocks in use, any other allocates that many bytes.
@@ -26,13 +26,13 @@ def test_blocks_never_overlap_and_all_bytes_come_back(capacity, steps, choose):
         elif (offset := buddy.allocate(step)) is not None:
             size = buddy.block_size(offset)
             assert size >= max(step, 1)
-            assert size == buddy.rounded(step)
+            assert size == block_bytes(step, buddy.min_block)
             assert offset % size == 0, "a block is aligned to its size"
             assert 0 <= offset <= capacity - size
             assert all(offset + size <= other or other + length <= offset for other, length in used.items())
             used[offset] = size
         else:
-            assert buddy.largest_free < buddy.rounded(step), "refused though a block was free"
+            assert buddy.largest_free < block_bytes(step, buddy.min_block), "refused though a block was free"
         assert buddy.used_bytes == sum(used.values())
         assert buddy.free_bytes + buddy.used_bytes == capacity
     for offset in used:
@@ -91,3 +91,9 @@ def test_freeing_what_is_not_in_use_is_refused():
 def test_negative_sizes_are_refused():
     with pytest.raises(ValueError, match="-1"):
         BuddyAllocator(PAGE).allocate(-1)
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE, 4 * PAGE, 5 * PAGE])
+def test_a_block_has_the_size_that_is_reckoned_with(nbytes):
+    buddy = BuddyAllocator(64 * PAGE)
+    assert buddy.block_size(buddy.allocate(nbytes)) == block_bytes(nbytes)

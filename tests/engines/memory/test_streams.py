@@ -17,6 +17,12 @@ CPU = torch.device("cpu")
 WAIT_S = 20
 
 
+def use(stream, loaded):
+    """Return the values of a loaded payload for use on another stream."""
+    stream.wait(loaded.event, loaded.values)
+    return loaded.values
+
+
 @pytest.fixture
 def stream():
     stream = DeviceStream(CPU, "test.transfer")
@@ -61,7 +67,7 @@ def test_a_state_goes_through_a_block_whole(stream, arena):
     async def hop():
         value = await stream.store(packed, arena.tensor(4096, packed.nbytes + 100))
         loaded = await stream.load(packed.manifest, arena.tensor(4096, packed.nbytes), value)
-        return value, stream.adopt(loaded)
+        return value, use(stream, loaded)
 
     value, arrived = asyncio.run(hop())
     assert value == checksum(arena.view(4096, packed.nbytes))
@@ -168,7 +174,7 @@ def test_loading_goes_on_while_another_stream_computes(stream, arena):
         assert not computing.done()
         gate.set()
         assert await computing
-        return await compute.run(lambda: compute.adopt(loaded)["latents"].sum().item())
+        return await compute.run(lambda: use(compute, loaded)["latents"].sum().item())
 
     assert asyncio.run(calls()) == 1000
     compute.close()

@@ -69,7 +69,7 @@ def test_it_says_what_runs_and_that_it_is_open(puller):
     # 9: that no setting binds it to one interface is why a topology must say that the network is trusted.
     warning = puller.ask("exposed")
     ports = [int(port) for port in re.findall(r"[0-9]{4,5}", warning)]
-    assert "reads and writes" in warning
+    assert "can read and write" in warning
     assert len(ports) == 2
     assert int(puller.session.rpartition(":")[2]) in ports
     for port in ports:

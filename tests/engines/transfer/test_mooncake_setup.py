@@ -69,7 +69,7 @@ def test_exactly_one_wheel_may_be_installed():
     one = {"mooncake-transfer-engine-non-cuda": "0.3.13"}
     assert setup.check_wheels(one) == "mooncake-transfer-engine-non-cuda 0.3.13"
     assert "triptych[mooncake-cu12]" in refusal(setup.check_wheels, {})
-    assert "over each other" in refusal(setup.check_wheels, one | {"mooncake-transfer-engine": "0.3.13"})
+    assert "overwritten each other" in refusal(setup.check_wheels, one | {"mooncake-transfer-engine": "0.3.13"})
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import msgspec
 import pytest
 
 from tests.roles.factories import SIGNATURE, a_block, after, finished, make_scheduler, registration, request, stored
-from triptych.engines.memory.buddy import PAGE, BuddyAllocator
+from triptych.engines.memory.buddy import PAGE
 from triptych.engines.parameters.schema import Parameter, ParameterKind, Signature
 from triptych.roles.head.effects import Assign, ReleaseLeases
 from triptych.roles.head.job import Job, State
-from triptych.roles.head.prompt_cache import MAX_UNSHARED_KEYS, PromptCache, block_bytes
+from triptych.roles.head.prompt_cache import MAX_UNSHARED_KEYS, PromptCache
 from triptych.roles.head.scheduler import JobScheduler
 from triptych.roles.messages.common import Images, LeaseRef, Numbers, StoredPayload, Upload
 from triptych.roles.messages.stages import TransferFailed
@@ -82,9 +82,6 @@ def test_the_least_recently_used_goes_when_the_bytes_are_used_up() -> None:
 
 
 def test_bytes_are_counted_as_the_pool_gives_them() -> None:
-    allocator = BuddyAllocator(64 * PAGE)
-    for nbytes in (0, 1, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE, 4 * PAGE, 5 * PAGE):
-        assert block_bytes(nbytes) == allocator.rounded(nbytes)
     cache = a_cache(blocks=3)
     large = StoredPayload(LeaseRef("pool", 1, 9, 0, 3 * PAGE), b"", 0, 3 * PAGE)
     assert cache.offer(cache.key({"prompt": "large"}), 0, large, seed_independent=True) == ()
