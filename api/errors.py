@@ -78,6 +78,8 @@ def from_bus(error: BusError) -> ApiError:
             return ApiError(503, message, code=HEAD_UNREACHABLE)
         case RemoteError(code="not_found"):
             return not_found(error.detail)
+        case RemoteError(code="model_not_found"):
+            return not_found(error.detail, code=error.code, param="model")
         case RemoteError(code="unavailable"):
             return ApiError(503, error.detail, code="unavailable")
         case RemoteError(code="stopping" | "deadline_exceeded" | "stale_generation"):
@@ -132,6 +134,8 @@ def _truncate(text: str, most: int) -> str:
 async def _on_expected(request: ApiRequest, error: Exception) -> JSONResponse:
     match error:
         case ApiError():
+            if error.status == HTTPStatus.UNPROCESSABLE_ENTITY:  # maybe for a description that is out of date
+                request.state["services"].head.forget_descriptions()
             return error_response(error)
         case HTTPException():
             return error_response(from_http(error, request.method, request.url.path))

@@ -49,10 +49,15 @@ class HeadClient:
     def __init__(self, reference: Reference, patience_s: float = ANSWER_TIMEOUT_S) -> None:
         self.reference = reference
         self.patience_s = patience_s
+        self._descriptions: dict[str, ModelDescription] = {}
+        """By the name that was asked for; only of models that an instance has loaded."""
 
     async def submit(self, message: SubmitRequest) -> RequestAccepted | RequestRejected:
         """Have the head accept a request."""
         answer: RequestAccepted | RequestRejected = await self._ask(message, RequestAccepted, RequestRejected)
+        kept = self._descriptions.get(message.model)
+        if kept is not None and kept.version != answer.description_version:
+            del self._descriptions[message.model]
         return answer
 
     async def query(self, request_id: str, owner: str) -> RequestView:
@@ -83,8 +88,22 @@ class HeadClient:
         return (await self._ask(ListModels(), ModelList)).models
 
     async def describe(self, model: str) -> ModelDescription:
-        """Describe a model, the first for ""; raises RemoteError "model_not_found"."""
-        return await self._ask(DescribeModel(model), ModelDescription)
+        """Describe a model as it is now, the first for ""; raises RemoteError "model_not_found"."""
+        description = await self._ask(DescribeModel(model), ModelDescription)
+        if description.parameters:
+            self._descriptions[model] = description
+        return description
+
+    async def kept_description(self, model: str) -> ModelDescription:
+        """Describe a model as `describe` did before, in all but its `state`; asks the head only the first time.
+
+        It is kept until the answer to a request carries another version, or until `forget_descriptions`.
+        """
+        return self._descriptions.get(model) or await self.describe(model)
+
+    def forget_descriptions(self) -> None:
+        """Ask the head again for the next description."""
+        self._descriptions.clear()
 
     async def wait(self, request_id: str, within_s: float, owner: str = "") -> RequestView | None:
         """Wait until the request is terminal, None if that takes longer; a restarted head is asked again."""

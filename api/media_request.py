@@ -17,7 +17,6 @@ from starlette.datastructures import UploadFile
 
 from triptych.api.body import MAX_TEXT_BYTES, read_body
 from triptych.api.errors import ApiError, field_error
-from triptych.api.models import describe_model
 from triptych.api.services import ApiRequest
 from triptych.api.uploads import MAX_FILES, MAX_FRAMES, Size, Source, UploadService
 from triptych.engines.parameters.schema import IMAGE_KINDS, KIND_DESCRIPTIONS, KNOWN_KINDS, ParameterKind, Task
@@ -193,7 +192,7 @@ async def _model_inputs(
     if not {_without_brackets(name) for name in fields} - typed:
         return {}, ()
     model = fields.get("model")
-    description = await describe_model(request, model if isinstance(model, str) else "")
+    description = await request.state["services"].head.kept_description(model if isinstance(model, str) else "")
     return {parameter.name: parameter.kind for parameter in description.parameters} or KNOWN_KINDS, description.tasks
 
 

@@ -11,7 +11,6 @@ from triptych.api.errors import not_found
 from triptych.api.operations import operation
 from triptych.api.responses import JSONResponse
 from triptych.api.services import ApiRequest
-from triptych.bus import RemoteError
 from triptych.engines.parameters.schema import Option, Parameter, ParameterKind
 from triptych.roles.messages.requests import ModelDescription
 
@@ -140,14 +139,4 @@ async def get_model(request: ApiRequest) -> JSONResponse:
     name = request.path_params["name"]
     if not name:
         raise not_found("there is no model without a name", code="model_not_found", param="model")
-    return JSONResponse(model_object(await describe_model(request, name)))
-
-
-async def describe_model(request: ApiRequest, name: str) -> ModelDescription:
-    """Return what a model takes, the first for ""; raises ApiError 404 where there is none of that name."""
-    try:
-        return await request.state["services"].head.describe(name)
-    except RemoteError as error:
-        if error.code != "model_not_found":
-            raise
-        raise not_found(error.detail, code=error.code, param="model") from None
+    return JSONResponse(model_object(await request.state["services"].head.describe(name)))

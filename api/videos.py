@@ -13,7 +13,6 @@ from starlette.responses import Response
 from triptych.api.artifacts import send_file
 from triptych.api.errors import ApiError, field_error, not_found
 from triptych.api.media_request import FieldNames, MediaRequest, Seed, read_media_request, validation_error
-from triptych.api.models import describe_model
 from triptych.api.operations import FILE_ANSWERS, FILE_ERRORS, FILE_HEADERS, Body, operation
 from triptych.api.requests import Deleted, failure_reason, submit, with_request_id
 from triptych.api.responses import JSONResponse
@@ -133,7 +132,7 @@ async def create_video(request: ApiRequest) -> JSONResponse:
     """Begin a video, and answer at once with the job."""
     # OpenAI's `seconds` is a text in JSON, too.
     parsed = await read_media_request(request, VideoRequest, FieldNames({"image": "input_reference"}), lenient=True)
-    description = await describe_model(request, parsed.fields.model or "")
+    description = await request.state["services"].head.kept_description(parsed.fields.model or "")
     check_medium(description)
     parsed.inputs.update(frames_for_duration(parsed.fields.seconds, parsed.inputs, description, parsed.names))
     request_id = await submit(request, parsed, n=1, output=Output(FORMAT))
@@ -178,8 +177,10 @@ async def find_video(request: ApiRequest) -> tuple[RequestView, ModelDescription
     request_id = request.path_params["video_id"]
     view = await request.state["services"].head.query(request_id, request.state["owner"])
     try:
-        description = await describe_model(request, view.model)
-    except ApiError:  # its model is served no more
+        description = await request.state["services"].head.kept_description(view.model)
+    except RemoteError as error:
+        if error.code != "model_not_found":
+            raise
         raise not_found(f"there is no video {request_id}") from None
     if description.parameters and description.medium != "video":
         raise not_found(f"there is no video {request_id}")

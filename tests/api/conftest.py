@@ -208,11 +208,11 @@ class FakeHead:
             if (known.owner, known.idempotency_key) == (message.owner, message.idempotency_key):
                 if (known.inputs, known.seed, known.n) != (message.inputs, message.seed, message.n):
                     return wire.RequestRejected("conflict", "another body came under this key")
-                return wire.RequestAccepted(request_id)
+                return wire.RequestAccepted(request_id, self.description.version)
         self.journal[message.request_id] = StoredRequest(message)
         if not self.hold:
             self.finish(message.request_id)
-        return wire.RequestAccepted(message.request_id)
+        return wire.RequestAccepted(message.request_id, self.description.version)
 
     def _cluster(self) -> wire.ClusterView:
         instance = wire.InstanceView("denoiser-0", "denoiser", 7, 1, 2, ("req_1/0",))

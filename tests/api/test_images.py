@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 
+import msgspec
 import pytest
 from PIL import Image
 
@@ -224,3 +225,28 @@ async def test_a_trace_that_cannot_be_read_starts_a_new_one(client, fake_head, h
     assert version == "00"
     assert int(trace, 16)
     assert trace not in header
+
+
+async def test_a_description_is_asked_for_once_and_again_when_its_version_changes(client, fake_head):
+    async def post(**fields) -> int:
+        answer = await client.post(URL, json={"prompt": "x", **fields})
+        asked = [message for message in fake_head.seen if isinstance(message, wire.DescribeModel)]
+        assert answer.status_code == (200 if fields["sigmas"] else 422)
+        return len(asked)
+
+    assert await post(sigmas=[1, 0.5]) == 1
+    assert await post(sigmas=[1, 0.5]) == 1
+    fake_head.description = msgspec.structs.replace(fake_head.description, version="2")
+    assert await post(sigmas=[1, 0.5]) == 1, "its answer says that there is another version"
+    assert await post(sigmas=[1, 0.5]) == 2
+    assert await post(sigmas={}) == 2
+    assert await post(sigmas=[1, 0.5]) == 3, "a refusal may come from a description that is out of date"
+
+
+async def test_a_description_of_a_model_that_is_not_loaded_is_not_kept(client, fake_head):
+    loaded = fake_head.description
+    fake_head.description = msgspec.structs.replace(loaded, parameters=(), tasks=())
+    await client.post(URL, json={"prompt": "x", "strength": 0.5})
+    fake_head.description = loaded
+    answer = await client.post(URL, json={"prompt": "x", "video": "no image"})
+    assert answer.json()["error"]["message"].startswith("video must be base64")
