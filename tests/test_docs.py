@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("docs/glossary.md",)
-NAME = re.compile(r"`((?:actors|api|bus|engines|roles|tools)(?:\.\w+)+)(?:\(\))?`")
+FOLDERS = "actors|api|bus|engines|roles|tools"
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "examples").rglob("*.md")])
+NAME = re.compile(rf"(?:`|^::: )(?:triptych\.)?((?:{FOLDERS})(?:\.\w+)+)(?:\(\))?(?:`|$)", re.MULTILINE)
+FILE = re.compile(rf"\b((?:{FOLDERS}|docs|tests|examples)/[\w/.-]*\w)")
+A_FILE_OF_THE_STATE = "bus.key"
 
 
 @cache
@@ -53,11 +56,11 @@ def _defined(node: ast.stmt) -> set[str]:
     return set()
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_name_of_a_page_is_in_the_code(page: str) -> None:
-    names = NAME.findall((ROOT / page).read_text())
-    assert names
-    assert not [name for name in names if _missing(name)]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_names_is_in_the_code(page: Path) -> None:
+    text = page.read_text()
+    assert not [name for name in NAME.findall(text) if name != A_FILE_OF_THE_STATE and _missing(name)]
+    assert not [file for file in FILE.findall(text) if not (ROOT / file).exists()]
 
 
 def test_the_index_of_decisions_has_the_title_of_each() -> None:
