@@ -1,4 +1,4 @@
-"""Whether requests can be served at all, by what the supervisors do not start any more."""
+"""Whether requests can be served: what is missing now, and what no supervisor starts any more. Pure."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from triptych.actors import Component
 from triptych.actors.child_state import GIVEN_UP_STATES
 from triptych.actors.runtime.system_messages import ChildReport
+from triptych.roles.head.served_models import ServedModels
 
 
 def unavailable_reason(components: Iterable[Component], children: Iterable[ChildReport]) -> str:
@@ -26,3 +27,33 @@ def unavailable_reason(components: Iterable[Component], children: Iterable[Child
         if all(name in gone for name in names):
             return f"no {kind} is started any more ({names[0]}: {gone[names[0]]})"
     return ""
+
+
+def not_ready_reasons(models: ServedModels, pools_missing: Iterable[str], journal_problem: str) -> tuple[str, ...]:
+    """Say, in a sentence each, why requests cannot be served at present; nothing where they can.
+
+    Args:
+        models: All of the system.
+        pools_missing: Names of the pools that have not answered.
+        journal_problem: Why the journal cannot be written, "" while it can.
+    """
+    reasons = []
+    for served in models.all:
+        of = f" of {served.name}" if len(models.all) > 1 else ""
+        registry, refused = served.scheduler.registry, served.scheduler.refused
+        missing = registry.missing_stages()
+        reasons += [f"no {stage}{of} is ready" for stage in missing]
+        if not (missing or served.has_been_loaded):
+            reasons.append(f"the weights{of} have not been loaded yet")
+        reasons += [f"{i.name}: {i.problem}" for i in registry.instances.values() if i.problem]
+        reasons += [weights_mismatch(name) for name in refused]
+    reasons += [f"{pool} is not ready" for pool in pools_missing]
+    return (*reasons, *([journal_problem] if journal_problem else []))
+
+
+def weights_mismatch(instance: str) -> str:
+    """Say why an instance was turned away, and what takes it over."""
+    return (
+        f"{instance} has other weights than the rest, because the model's files have changed: `triptych reload` takes "
+        "them"
+    )

@@ -1,4 +1,4 @@
-"""What the scheduler wants done in the world. The head carries these out; the scheduler only decides."""
+"""What the scheduler wants done outside: it decides, and `effect_runner.py` does it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from triptych.roles.messages.common import Attempt, LeaseRef
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """Send the job's current stage to an instance; one of its credits is spent."""
+    """Send the current stage of a job to an instance; one of its credits is spent."""
 
     instance: str
     job_id: str

@@ -184,9 +184,9 @@ class InstanceRegistry:
         instance.last_served = self._turns
         instance.assigned.add(job_id)
 
-    def refund(self, name: str) -> None:
-        """An instance that did not take the work has not used its credit either."""
-        if instance := self.instances.get(name):
+    def refund(self, name: str, generation: int) -> None:
+        """Give an incarnation back the credit of an attempt that it did not take; a later one was never charged."""
+        if instance := self.incarnation(name, generation):
             instance.spent -= 1
 
     def offer(self, name: str, generation: int, blocks: Iterable[LeaseRef]) -> None:
@@ -195,6 +195,11 @@ class InstanceRegistry:
             offered = tuple(blocks)
             instance.preallocated_taken.intersection_update(offered)
             instance.preallocated = [block for block in offered if block not in instance.preallocated_taken]
+
+    def needs_block(self, name: str, source: LeaseRef) -> bool:
+        """Whether stored outputs have to be copied to a block of the instance's own pool before it can read them."""
+        instance = self.instances.get(name)
+        return instance is not None and instance.pool != source.pool
 
     def take_preallocated(self, name: str, nbytes: int) -> LeaseRef | None:
         """Use up a block that an instance keeps ready, if one is large enough."""

@@ -26,15 +26,18 @@ from triptych.roles.head.job import DONE, RUNNING, UPSTREAM, WAITING, Job, Reque
 from triptych.roles.head.registry import ExitKind, InstanceRegistry
 from triptych.roles.head.rolling_restart import next_to_restart
 from triptych.roles.head.stored_outputs import StoredOutputs, downstream_capacity
-from triptych.roles.messages.common import Attempt, LeaseRef
+from triptych.roles.messages.common import Attempt, LeaseRef, Rebind, StoredPayload
 from triptych.roles.messages.stages import (
     InstanceWakeChanged,
     RegisterInstance,
+    StageAssign,
+    StageCancelled,
     StageFailed,
     StageFinished,
     StageOutputsStored,
     StageReturned,
     TransferFailed,
+    TransferPush,
 )
 
 MAX_DEATHS = 2
@@ -54,6 +57,17 @@ DRAINING = ("draining", "stopping")
 
 UNCOUNTED_REFUSALS = (*DRAINING, "asleep", "no_credit", "block_gone", "cancelled", "mailbox_full", "deadline_exceeded")
 """Codes of refusals before anything was done for the attempt: they are not the attempt's fault."""
+
+
+class SupersededError(Exception):
+    """The attempt does not count any more: its job was cancelled, or sent elsewhere."""
+
+
+class SourceGoneError(Exception):
+    """The stored outputs that an attempt starts from were lost before it was sent."""
+
+    def __init__(self) -> None:
+        super().__init__("its stored tensors are gone")
 
 
 def _has_started(job: Job) -> bool:
@@ -305,6 +319,47 @@ class JobScheduler:
             if job.instance and job.instance not in self.registry.instances:
                 self._retry(job, f"{job.instance} did not come back", now, counts=False)
 
+    # -- what is sent for an attempt
+
+    def is_current(self, attempt: Attempt, name: str) -> bool:
+        """Whether an instance is to run this attempt: it was neither cancelled nor sent elsewhere."""
+        return self._current(attempt, name) is not None
+
+    def source_of(self, attempt: Attempt, name: str) -> StoredPayload | None:
+        """Return the stored outputs that an attempt starts from; None for a first stage.
+
+        Raises:
+            SupersededError: the attempt is not the instance's any more.
+            SourceGoneError: the pool that held the outputs has ended.
+        """
+        job = self._current(attempt, name)
+        if job is None:
+            raise SupersededError
+        if job.stage is None or job.stage is Stage.ENCODER:
+            return None
+        if UPSTREAM[job.stage] not in job.stored:
+            raise SourceGoneError
+        return job.stored[UPSTREAM[job.stage]]
+
+    def message_for(
+        self, attempt: Attempt, source: StoredPayload | None, target: LeaseRef | None
+    ) -> StageAssign | TransferPush:
+        """Make the message that sends an attempt to its instance.
+
+        Args:
+            attempt: A current one; SupersededError is raised for any other.
+            source: As `source_of` returned it.
+            target: The block that the source is copied to; None where the receiver maps it.
+        """
+        job = self.jobs.get(attempt.job_id)
+        if job is None or job.current_attempt != attempt:
+            raise SupersededError
+        request = self.requests[job.request_id]
+        if source is None:
+            return StageAssign(attempt, request.inputs, job.seed, request.output, job.left_s)
+        rebind = Rebind(request.inputs, job.seed) if job.borrows and job.stage is Stage.DENOISER else None
+        return TransferPush(attempt, source, target, request.output, job.left_s, rebind)
+
     # -- reports: each returns False when it is about an attempt that no longer counts
 
     def attempt_refused(self, name: str, attempt: Attempt, code: str, cause: str, now: float) -> None:
@@ -312,7 +367,7 @@ class JobScheduler:
         if code in DRAINING:
             self.registry.drain(name)
         if code != "no_credit":
-            self.registry.refund(name)
+            self.registry.refund(name, self.registry.generation(name))
         if job := self._current(attempt, name):
             self._retry(job, f"{name}: {cause}", now, counts=code not in UNCOUNTED_REFUSALS)
 
@@ -388,6 +443,11 @@ class JobScheduler:
         if job is None:
             return False
         self._retry(job, f"{report.instance}: {ExitKind.STOPPED.value}", now, counts=False)
+        return True
+
+    def cancelled(self, report: StageCancelled) -> bool:
+        """The instance has dropped an attempt as told: its credit is free again."""
+        self.registry.credit(report.instance, report.issued)
         return True
 
     def transfer_failed(self, report: TransferFailed, now: float) -> bool:

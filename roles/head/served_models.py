@@ -22,7 +22,7 @@ from triptych.roles.head.registry import InstanceRegistry
 from triptych.roles.head.scheduler import JobScheduler
 from triptych.roles.media.formats import resolve_output
 from triptych.roles.messages.common import Output
-from triptych.roles.messages.requests import ModelDescription, PromptCacheView
+from triptych.roles.messages.requests import InstanceView, ModelDescription, PromptCacheView
 
 WEIGHTS: Final = frozenset({".safetensors", ".gguf"})
 _encoder: Final = msgspec.msgpack.Encoder(order="deterministic")
@@ -211,6 +211,20 @@ class ServedModels:
             for state, count in scheduler.counts().items():
                 counts[state] = counts.get(state, 0) + count
         return counts
+
+    def instance_views(self) -> tuple[InstanceView, ...]:
+        """Return what clients may know of all instances."""
+        return tuple(i.view() for scheduler in self.schedulers for i in scheduler.registry.instances.values())
+
+    def make_room(self, pool: str, nbytes: int, now: float) -> None:
+        """Free `nbytes` bytes of a pool that is full: cached outputs first, then those of models that are asleep."""
+        wanted = nbytes
+        for scheduler in self.schedulers:
+            if wanted > 0:
+                wanted -= scheduler.evict(pool, wanted)
+        for scheduler in self.schedulers:
+            if wanted > 0:
+                scheduler.requeue_stored(pool, now)
 
     @property
     def completed(self) -> int:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from triptych.bus import Generation, Message
 from triptych.roles.messages.common import Attempt, LeaseRef, Name, Natural, Seconds, Value, Word
+
+POOL_ANSWER_S: Final = 2.0
+"""A pool decides without waiting for anybody, so that one that is alive answers well within this. One that hangs must
+not hold up those who ask, nor a thread of theirs."""
 
 
 class PoolQuery(Message):

@@ -14,6 +14,7 @@ from triptych.bus import AskTimeoutError, BusError, Message, RemoteError, Unreac
 from triptych.engines.memory.arena import Arena, ArenaAddress, ArenaError
 from triptych.roles.messages.common import Attempt, LeaseRef
 from triptych.roles.messages.pool import (
+    POOL_ANSWER_S,
     BlockLeased,
     BlockPulled,
     BlockSealed,
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound=Message)
 
-ANSWER_S: Final = 2.0
-"""What a pool decides without waiting for anybody, it answers well within this."""
 BATCH: Final = 256
 """Slots that are given back at once."""
 FAULTS: Final = "TRIPTYCH_TRANSFER_FAULTS"
@@ -101,7 +100,7 @@ class PoolClient:
     async def pull(self, attempt: Attempt, source: LeaseRef, target: LeaseRef, nbytes: int, timeout_s: float) -> float:
         """Have the pool read another pool's block, and return the seconds that it took. Raises BusError."""
         message = PullBlock(source, target, nbytes, timeout_s, attempt)
-        return (await self._ask(message, BlockPulled, timeout_s=timeout_s + 4 * ANSWER_S)).seconds
+        return (await self._ask(message, BlockPulled, timeout_s=timeout_s + 4 * POOL_ANSWER_S)).seconds
 
     def release(self, lease: LeaseRef) -> None:
         """Give a block back, in the background and however long the pool takes: nobody has to wait for it."""
@@ -114,7 +113,7 @@ class PoolClient:
 
     async def _ask(self, message: Message, *replies: type[R], timeout_s: float | None = None) -> R:
         try:
-            return await self._actor.reference(self.pool).ask(message, *replies, timeout_s=timeout_s or ANSWER_S)
+            return await self._actor.reference(self.pool).ask(message, *replies, timeout_s=timeout_s or POOL_ANSWER_S)
         except RemoteError as error:
             if is_fenced(error):
                 raise FencedError(f"{self.pool} has given this incarnation up ({error})") from error

@@ -28,6 +28,7 @@ from triptych.engines.transfer import (
 )
 from triptych.roles.messages.common import Attempt, LeaseRef
 from triptych.roles.messages.pool import (
+    POOL_ANSWER_S,
     BlockLeased,
     BlockPulled,
     BlockSealed,
@@ -48,9 +49,6 @@ from triptych.roles.messages.pool import (
 from triptych.roles.pool.client import FAULTS
 
 INCOMING = "incoming"
-PEER_ANSWER_S = 2.0
-"""A process that is alive answers in this time. A pool that hangs must not be read from: it would hold a thread
-for a minute."""
 LEASES_PER_REPORT = 2000
 """Leases in one LeaseReport: a message has at most 1 MiB."""
 SWEEP_S = 0.5
@@ -258,9 +256,9 @@ class BufferPool(Actor):
             ) from error
         try:
             try:
-                found = await reference.ask(PoolQuery(), PoolDescription, timeout_s=PEER_ANSWER_S)
+                found = await reference.ask(PoolQuery(), PoolDescription, timeout_s=POOL_ANSWER_S)
             except UnreachableError:  # it ended just now: its successor, if it comes in time, knows more
-                found = await reference.ask(PoolQuery(), PoolDescription, timeout_s=PEER_ANSWER_S)
+                found = await reference.ask(PoolQuery(), PoolDescription, timeout_s=POOL_ANSWER_S)
         except BusError as error:
             raise RefusedError("transfer_failed", f"{source.pool} does not answer: {error}") from error
         if found.generation != source.pool_generation:
@@ -391,7 +389,7 @@ class BufferPool(Actor):
     async def _is_alive(self, reference: Reference, owner: str, generation: int) -> bool:
         """Ask whether that incarnation is still there: over tcp a connection can be lost without a death."""
         try:
-            found = await reference.ask(Inspect(), Inspection, timeout_s=PEER_ANSWER_S)
+            found = await reference.ask(Inspect(), Inspection, timeout_s=POOL_ANSWER_S)
         except BusError:  # nobody is there, which is the answer
             return False
         return any(a.name == owner and a.generation == generation for a in found.actors)

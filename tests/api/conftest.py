@@ -27,7 +27,7 @@ from triptych.api.services import Services
 from triptych.api.uploads import UploadService
 from triptych.bus import DeadLetters, Delivery, Mailbox, Outbox
 from triptych.engines.parameters.schema import Parameter, ParameterKind, Task
-from triptych.roles.head.head import seeds_of
+from triptych.roles.head.admission import seeds_of
 from triptych.roles.media.artifacts import ArtifactStore
 from triptych.roles.media.uploads import UPLOADS, UploadStore
 from triptych.roles.messages import requests as wire

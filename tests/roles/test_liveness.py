@@ -20,12 +20,12 @@ from triptych.engines.memory.buddy import PAGE
 from triptych.engines.memory.leases import Lease, LeaseError, LeaseState, LeaseTable
 from triptych.engines.partition.stages import Stage
 from triptych.roles.head.effects import Assign, Cancel, NotifyWaiters, ReleaseLeases
-from triptych.roles.head.job import UPSTREAM, Job, State
+from triptych.roles.head.job import Job, State
 from triptych.roles.head.registry import InstanceRegistry
-from triptych.roles.head.scheduler import JobScheduler
+from triptych.roles.head.scheduler import JobScheduler, SourceGoneError, SupersededError
 from triptych.roles.messages import stages
-from triptych.roles.messages.common import Artifact, Attempt, LeaseRef, Output, StoredPayload
-from triptych.roles.messages.stages import RegisterInstance, StageAssign, TransferPush
+from triptych.roles.messages.common import Artifact, Attempt, LeaseRef, StoredPayload
+from triptych.roles.messages.stages import RegisterInstance
 from triptych.roles.pool.pool import INCOMING, zones
 from triptych.roles.worker import effects as do
 from triptych.roles.worker.attempts import AttemptRefusedError, AttemptTracker
@@ -176,32 +176,28 @@ class SimulatedCluster:
 
     def assign(self, name: str, job: Job, attempt: Attempt) -> Steps:
         yield
-        refused = None
+        refused, sent_to = None, self.scheduler.registry.generation(name)
         try:
             yield from self.send(name, job, attempt)
         except AttemptRefusedError as reason:
             refused = reason.code
-        except OvertakenError:
-            self.scheduler.registry.refund(name)
+        except SourceGoneError:
+            refused = "cancelled"
+        except (OvertakenError, SupersededError):
+            self.scheduler.registry.refund(name, sent_to)
         if refused:
             self.scheduler.attempt_refused(name, attempt, refused, refused, self.now)
         self.commit()
 
     def send(self, name: str, job: Job, attempt: Attempt) -> Steps:
         instance = self.instances[name]
-        if job.current_attempt != attempt or job.instance != name:
-            raise OvertakenError
-        stage = job.stage
-        if stage is Stage.ENCODER:
+        source, target = self.scheduler.source_of(attempt, name), None
+        if source is None:
             yield
-            message = StageAssign(attempt, {}, job.seed, Output("png"), FAR)
+            message = self.scheduler.message_for(attempt, None, None)
             self.carry_out(instance, instance.attempts.assign, message, self.now)
             return
-        assert stage is not None
-        if UPSTREAM[stage] not in job.stored:
-            raise AttemptRefusedError("cancelled", "its stored tensors are gone")
-        source, target = job.stored[UPSTREAM[stage]], None
-        if instance.pool != source.lease.pool:
+        if self.scheduler.registry.needs_block(name, source.lease):
             target = self.scheduler.registry.take_preallocated(name, source.nbytes)
             while target is None:
                 yield
@@ -209,7 +205,7 @@ class SimulatedCluster:
                 if target is None and (job.current_attempt != attempt or job.instance != name):
                     raise OvertakenError
         yield
-        push = TransferPush(attempt, source, target, Output("png"), FAR)
+        push = self.scheduler.message_for(attempt, source, target)
         preallocated = instance.preallocated.use(target)
         self.tasks.append(self.replenish(instance))
         try:

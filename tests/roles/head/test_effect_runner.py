@@ -10,6 +10,7 @@ from triptych.engines.memory.buddy import PAGE
 from triptych.engines.partition.stages import Stage
 from triptych.roles.head.effect_runner import EffectRunner
 from triptych.roles.head.job import Job, State
+from triptych.roles.head.reclaim import unneeded
 from triptych.roles.head.scheduler import JobScheduler
 from triptych.roles.messages.common import Attempt, Rebind
 from triptych.roles.messages.pool import LeaseView
@@ -30,15 +31,15 @@ def assigned_to_a_denoiser() -> tuple[JobScheduler, Job]:
     return scheduler, job
 
 
-def send(scheduler: JobScheduler, job: Job, attempt: object = None) -> None:
-    effect_runner = EffectRunner(Actor("head"), single_model(scheduler), lambda: None, ())
-    asyncio.run(effect_runner._assign("denoiser-0", job, attempt or job.current_attempt))  # type: ignore[arg-type]
+def send(scheduler: JobScheduler, attempt: Attempt) -> None:
+    effect_runner = EffectRunner(Actor("head"), single_model(scheduler), notify=lambda _: None, on_outcome=lambda: None)
+    asyncio.run(effect_runner._assign("denoiser-0", attempt))
 
 
 def test_work_whose_tensors_are_lost_before_it_is_sent_starts_over_at_no_cost() -> None:
     scheduler, job = assigned_to_a_denoiser()
     scheduler.pool_down("pool", 2, 3.0)
-    send(scheduler, job)
+    send(scheduler, job.current_attempt)
     assert job.state is State.ENCODER_WAITING
     assert (job.instance, job.failures) == ("", 0)
     assert scheduler.registry.instances["denoiser-0"].credits == 2
@@ -48,7 +49,7 @@ def test_work_that_is_cancelled_before_it_is_sent_is_not_sent() -> None:
     scheduler, job = assigned_to_a_denoiser()
     attempt = job.current_attempt
     scheduler.cancel("r", "enough", 3.0)
-    send(scheduler, job, attempt)
+    send(scheduler, attempt)
     assert job.state is State.CANCELLED
     assert scheduler.registry.instances["denoiser-0"].credits == 2
 
@@ -62,29 +63,26 @@ def test_tensors_of_another_unit_come_with_what_makes_them_this_units_own() -> N
     after(scheduler)
     scheduler.stored(stored(scheduler.jobs["r/0"].current_attempt, "encoder", 1, seed_independent=True), 1.0)
     after(scheduler)
-    effect_runner = EffectRunner(Actor("head"), single_model(scheduler), lambda: None, ())
+    models = single_model(scheduler)
 
-    def order(job_id: str) -> TransferPush:
-        job = scheduler.jobs[job_id]
-        message = asyncio.run(effect_runner._order("denoiser-0", job, job.current_attempt))
+    def message_for(job_id: str) -> TransferPush:
+        attempt = scheduler.jobs[job_id].current_attempt
+        message = scheduler.message_for(attempt, scheduler.source_of(attempt, "denoiser-0"), None)
         assert isinstance(message, TransferPush)
         return message
 
-    first, second = order("r/0"), order("second/0")
+    first, second = message_for("r/0"), message_for("second/0")
     assert first.rebind is None
     assert second.rebind == Rebind({"prompt": "x", "num_inference_steps": 9}, 7)
     assert first.source == second.source
 
-    unneeded = {
-        number: effect_runner._unneeded(
-            LeaseView(a_block(number).lease, "sealed", "encoder-0", 1, Attempt(job_id, attempt))
-        )
+    views = [
+        LeaseView(a_block(number).lease, "sealed", "encoder-0", 1, Attempt(job_id, attempt))
         for number, job_id, attempt in ((1, "r/0", 1), (2, "gone/0", 1), (3, "r/0", 0), (4, "r/0", 1))
-    }
-    assert unneeded == {1: False, 2: True, 3: True, 4: False}
+    ]
+    assert [lease.lease_id for lease in unneeded(models, views)] == [2, 3]
     scheduler.cancel("r", "enough", 2.0)
     scheduler.cancel("second", "enough", 2.0)
-    view = LeaseView(a_block(1).lease, "sealed", "encoder-0", 1, Attempt("r/0", 1))
-    assert not effect_runner._unneeded(view), "the cache keeps it"
+    assert not unneeded(models, views[:1]), "the cache keeps it"
     scheduler.clear_cache()
-    assert effect_runner._unneeded(view)
+    assert unneeded(models, views[:1])

@@ -30,8 +30,9 @@ from triptych.bus import Outbox, Reference, RefusedError, RemoteError
 from triptych.engines.parameters.lora import PARAMETERS
 from triptych.engines.parameters.schema import Parameter, ParameterKind, Signature
 from triptych.engines.parameters.validation import ParameterError
-from triptych.roles.head import effect_runner
-from triptych.roles.head.head import TICK_S, Head, seeds_of
+from triptych.roles.head import effect_runner, monitor
+from triptych.roles.head.admission import limits_of, make_request, seeds_of
+from triptych.roles.head.head import TICK_S, Head
 from triptych.roles.head.job import Job, Request
 from triptych.roles.head.journal import Journal
 from triptych.roles.media.artifacts import ARTIFACTS, ArtifactStore
@@ -529,7 +530,7 @@ def test_a_large_journal_is_read_while_the_head_lives_and_old_keys_count_at_once
             await harness.head.ask(requests.CancelRequest("r"), requests.RequestView, timeout_s=BOUND_S)
         with sqlite3.connect(harness.topology.state_dir / "journal.sqlite") as db:
             db.execute("UPDATE requests SET finished_at = 1.0")  # so long ago that it is the first to be pruned
-        monkeypatch.setattr("triptych.roles.head.head.prune", lambda *_, **__: (0, set()))
+        monkeypatch.setattr("triptych.roles.head.request_store.prune", lambda *_, **__: (0, set()))
         monkeypatch.setattr(Journal, "active", held)
         second = asyncio.create_task(after_the_start())
         assert await asyncio.to_thread(reading.wait, BOUND_S)
@@ -690,7 +691,7 @@ def test_an_instance_that_stalls_is_asked_again_and_loses_nothing(
     topology: Callable[..., Topology], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: list[int] = []
-    monkeypatch.setattr(effect_runner, "ANSWER_S", 0.05)
+    monkeypatch.setattr(effect_runner, "INSTANCE_ANSWER_S", 0.05)
     monkeypatch.setattr(effect_runner, "backoff_s", lambda attempt, _: pauses.append(attempt) or 0.01)
 
     async def scenario() -> None:
@@ -727,7 +728,9 @@ def test_a_request_that_is_too_long_to_be_sent_fails_and_takes_no_instance_out(
             await harness.submit()
             await harness.next_attempt("encoder-0")
             served = harness.actor.models.all[0]
-            long = harness.actor._request(served, requests.SubmitRequest("long", {"prompt": "x"}, 7, 1, PNG, ""), "")
+            long = make_request(
+                requests.SubmitRequest("long", {"prompt": "x"}, 7, 1, PNG, ""), served, limits_of(harness.topology), 0.0
+            )
             long.inputs["prompt"] = "x" * 2**20
             served.scheduler.accept(long, 0.0)
             harness.actor.commit()
@@ -745,13 +748,13 @@ def test_a_pool_that_refuses_is_asked_again_after_ever_longer_pauses(
     topology: Callable[..., Topology], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: list[int] = []
-    monkeypatch.setattr(effect_runner, "backoff_s", lambda attempt, _: pauses.append(attempt) or 0.0)
+    monkeypatch.setattr(monitor, "backoff_s", lambda attempt, _: pauses.append(attempt) or 0.0)
 
     async def scenario() -> None:
         pool = Pool("pool")
         pool.refuses = 3
         async with running_head(topology(), pool=pool) as harness, asyncio.timeout(BOUND_S):
-            while harness.actor.effect_runner.pools_missing():
+            while harness.actor.monitor.pools_missing():
                 await harness.head.ask(requests.ClusterQuery(), requests.ClusterView, timeout_s=BOUND_S)
         assert pauses == [0, 1, 2]
 
@@ -772,9 +775,9 @@ def test_block_that_their_owner_has_forgotten_are_taken_back(topology: Callable[
                 for number, (attempt, generation) in enumerate(owners)
             )
             async with asyncio.timeout(BOUND_S):
-                while harness.actor.effect_runner.pools_missing():
+                while harness.actor.monitor.pools_missing():
                     await harness.head.ask(requests.ClusterQuery(), requests.ClusterView, timeout_s=BOUND_S)
-                await harness.actor.effect_runner.reclaim()
+                await harness.actor.monitor.reclaim()
             assert [lease.lease_id for lease in harness.pool.released.get_nowait()] == [0]
             assert harness.pool.released.empty()
 
@@ -786,12 +789,12 @@ def test_pools_may_come_and_go_while_they_are_looked_through(
 ) -> None:
     async def scenario() -> None:
         async with running_head(topology()) as harness, asyncio.timeout(BOUND_S):
-            while harness.actor.effect_runner.pools_missing():
+            while harness.actor.monitor.pools_missing():
                 await harness.head.ask(requests.ClusterQuery(), requests.ClusterView, timeout_s=BOUND_S)
             harness.pool.silent = True
-            looking = asyncio.create_task(harness.actor.effect_runner.reclaim())
+            looking = asyncio.create_task(harness.actor.monitor.reclaim())
             await harness.pool.asked_for_leases.wait()
-            harness.actor.effect_runner._pools["another"] = 1
+            harness.actor.monitor._pools["another"] = 1
             await harness.kill_pool()
             await looking
 

@@ -12,7 +12,7 @@ from tests.roles.head.test_head import BOUND_S, PNG, SIGNATURE, HeadHarness, run
 from triptych.actors import Topology, load_topology
 from triptych.actors.runtime.system_messages import Reloading, ReloadModel
 from triptych.bus import RemoteError
-from triptych.roles.head.head import OTHER_MODEL
+from triptych.roles.head.request_store import OTHER_MODEL
 from triptych.roles.messages import requests, stages
 
 Two = Callable[..., Topology]

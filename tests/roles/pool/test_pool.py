@@ -11,6 +11,7 @@ from triptych.actors import Actor, StartDelayedError
 from triptych.bus import RefusedError, RemoteError
 from triptych.engines.codec.checksum import checksum
 from triptych.roles.head.effect_runner import EffectRunner
+from triptych.roles.head.monitor import Monitor
 from triptych.roles.messages.common import Attempt, LeaseRef
 from triptych.roles.messages.pool import (
     BlockLeased,
@@ -193,7 +194,7 @@ def test_what_is_refused_changes_nothing(run: Any, make_topology: Any, local_clu
 def test_what_a_dead_owner_was_writing_comes_back(
     run: Any, make_topology: Any, local_cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_module, "PEER_ANSWER_S", 0.1)
+    monkeypatch.setattr(pool_module, "POOL_ANSWER_S", 0.1)
 
     async def body() -> None:
         async with local_cluster(make_topology()) as h:
@@ -379,7 +380,7 @@ def test_a_source_of_another_generation_is_gone(run: Any, separate_pools: Any, l
 def test_a_source_that_does_not_answer_is_not_read_from(
     run: Any, separate_pools: Any, local_cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_module, "PEER_ANSWER_S", 0.1)
+    monkeypatch.setattr(pool_module, "POOL_ANSWER_S", 0.1)
 
     async def body() -> None:
         async with local_cluster(separate_pools) as h:
@@ -479,9 +480,11 @@ def test_the_head_looks_through_every_page_of_a_pool(
             await h.start(head := Actor("head"))
             for k in range(5):
                 await client.seal(await client.lease(attempt=Attempt(f"gone/{k}", 1)))
-            effect_runner = EffectRunner(head, single_model(make_scheduler()), lambda: None, ())
-            effect_runner._pools["pool"] = 1
-            await effect_runner.reclaim()
+            models = single_model(make_scheduler())
+            runner = EffectRunner(head, models, notify=lambda _: None, on_outcome=lambda: None)
+            monitor = Monitor(head, models, ("pool",), runner, lambda: None)
+            monitor._pools["pool"] = 1
+            await monitor.reclaim()
             assert (await client.describe()).leased == 0
 
     run(body())

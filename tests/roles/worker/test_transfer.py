@@ -167,7 +167,7 @@ def rest(stored: StoredPayload) -> tuple[bytes, int, int]:
 
 
 def test_stored_outputs_outlive_the_pool(run_transfers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "ANSWER_S", 0.2)
+    monkeypatch.setattr(client, "POOL_ANSWER_S", 0.2)
 
     async def body(h: Any, open_transfer: Any) -> None:
         encoder = await open_transfer("encoder-0")
@@ -202,7 +202,7 @@ def test_the_memory_of_a_dead_pool_is_let_go_of_before_there_is_another(run_tran
 
 
 def test_it_waits_for_a_pool_that_starts_later(run_transfers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "ANSWER_S", 0.05)
+    monkeypatch.setattr(client, "POOL_ANSWER_S", 0.05)
 
     async def body(h: Any, open_transfer: Any) -> None:
         starting = asyncio.ensure_future(open_transfer("encoder-0"))
@@ -230,7 +230,7 @@ def test_a_block_whose_answer_was_lost_comes_back(run_transfers: Any, monkeypatc
             return answer
 
         monkeypatch.setattr(pool_module.BufferPool, "lease", slow)
-        monkeypatch.setattr(client, "ANSWER_S", 0.05)
+        monkeypatch.setattr(client, "POOL_ANSWER_S", 0.05)
         encoder.begin()
         with pytest.raises(BusError):
             await encoder.transfer._client.lease(W, 4096)
@@ -266,7 +266,7 @@ def test_a_block_is_given_back_however_long_the_pool_does_not_answer(
             return 0.0
 
         monkeypatch.setattr(pool_module.BufferPool, "release", stalled)
-        monkeypatch.setattr(client, "ANSWER_S", 0.02)
+        monkeypatch.setattr(client, "POOL_ANSWER_S", 0.02)
         monkeypatch.setattr(client, "backoff_s", pause)
         for lease in leases:
             encoder.transfer._client.release(lease)
@@ -303,7 +303,7 @@ def test_what_lies_in_another_pool_is_pulled_into_the_own_one(run_transfers: Any
 
 
 def test_a_target_is_given_back_whatever_happens(run_transfers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "PEER_ANSWER_S", 1.0)
+    monkeypatch.setattr(pool_module, "POOL_ANSWER_S", 1.0)
 
     async def body(h: Any, open_transfer: Any) -> None:
         encoder, denoiser = await open_transfer("encoder-0"), await open_transfer("denoiser-0")

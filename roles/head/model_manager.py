@@ -1,0 +1,159 @@
+"""What clients and the command may do with the served models: describe, reload, let sleep and wake them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+
+from triptych.actors import Component, Model, StartDelayedError, StartError, Topology
+from triptych.actors.runtime.system_messages import ChildReport, ModelStatus, Reloading, SleepModel
+from triptych.actors.topology import ModelIdentity
+from triptych.bus import RefusedError
+from triptych.engines.parameters.serving_config import load_serving_config
+from triptych.engines.partition.stages import ModelError
+from triptych.engines.weights.model_version import model_version
+from triptych.roles.head.availability import unavailable_reason
+from triptych.roles.head.prompt_cache import PromptCache
+from triptych.roles.head.residency import ResidencyManager
+from triptych.roles.head.served_models import ServedModel, ServedModels, weight_file_bytes
+from triptych.roles.head.stored_outputs import StoredOutputs
+from triptych.roles.messages import requests
+
+
+class ModelManager:
+    """The models of a topology, as files and as weights in memory.
+
+    Args:
+        topology: Names the models and what there is room for.
+        models: With the scheduler of each.
+    """
+
+    def __init__(self, topology: Topology, models: ServedModels) -> None:
+        self.residency = ResidencyManager(topology, models)
+        self._topology = topology
+        self._models = models
+        self._created_at = time.time()
+
+    async def read(self) -> None:
+        """Read the serving config and the identity of each model.
+
+        Raises:
+            StartError: a model is broken.
+            StartDelayedError: the folder of a model is away.
+        """
+        for served in self._models.all:
+            model = served.model
+            try:
+                served.serving_config = load_serving_config(model.path, model.section.task, model.title)
+                served.identity = await asyncio.to_thread(_identity, model)
+                served.weight_file_bytes = await asyncio.to_thread(weight_file_bytes, model.files)
+            except (ModelError, OSError) as error:
+                kind = StartError if model.path.is_dir() else StartDelayedError
+                raise kind(str(error)) from error
+            cached = f"{served.name}, {model.section.dtype}"
+            served.scheduler.stored_outputs = StoredOutputs(PromptCache(model.prompt_cache_bytes, cached))
+
+    # -- descriptions
+
+    def describe(self, name: str) -> requests.ModelDescription:
+        """Describe a model; raises RefusedError where there is none of that name."""
+        return self._describe(self._find(name))
+
+    def describe_all(self) -> requests.ModelList:
+        """Describe every model, in the order of the topology."""
+        return requests.ModelList(tuple(self._describe(served) for served in self._models.all))
+
+    def states(self) -> dict[str, str]:
+        """Return what each model does at present, by name."""
+        return {served.name: self.residency.state(served).value for served in self._models.all}
+
+    def _describe(self, served: ServedModel) -> requests.ModelDescription:
+        return served.describe(self._created_at, self.residency.state(served).value)
+
+    def _find(self, name: str) -> ServedModel:
+        if served := self._models.find(name):
+            return served
+        raise RefusedError("model_not_found", self._models.unknown(name))
+
+    # -- sleep and wake
+
+    def sleep(self, message: SleepModel) -> ModelStatus:
+        """Let a model sleep as soon as it has nothing to do; raises RefusedError where it is never to."""
+        served = self._find(message.model)
+        if served.model.section.sleep == "never":
+            raise RefusedError("never", f'{served.name} never sleeps: its `sleep` is "never"')
+        if message.begins:
+            self.residency.request_sleep(served)
+        return self._status(served)
+
+    def wake(self, name: str) -> ModelStatus:
+        """Wake a model, as a request for it would."""
+        served = self._find(name)
+        self.residency.request_wake(served)
+        return self._status(served)
+
+    def status(self, name: str) -> ModelStatus:
+        """Say whether a model is in memory, and what keeps it from being there."""
+        return self._status(self._find(name))
+
+    def _status(self, served: ServedModel) -> ModelStatus:
+        instances = served.scheduler.registry.instances.values()
+        problems = "; ".join(f"{i.name}: {i.problem}" for i in instances if i.problem)
+        weights = sum(i.weights for i in instances if i.awake)
+        return ModelStatus(served.name, self.residency.state(served).value, weights, problems)
+
+    # -- changed weights
+
+    async def reload(self, name: str) -> Reloading:
+        """Read the files of a model ("" for all) again, and make new work with the weights that they hold now.
+
+        Raises:
+            RefusedError: there is no such model, its files cannot be read, or an instance would not return.
+        """
+        chosen = [served for served in self._models.all if name in ("", served.name)]
+        if not chosen:
+            raise RefusedError("model_not_found", self._models.unknown(name))
+        keys = {served.key for served in chosen}
+        once = [c.name for c in self._topology.components if c.slots and c.model in keys and c.restart != "permanent"]
+        if once:
+            raise RefusedError(
+                "not_permanent", f'{", ".join(once)} would not restart: their `restart` is not "permanent"'
+            )
+        versions, stale = list[str](), list[str]()
+        for served in chosen:
+            model = served.model
+            try:
+                serving_config = await asyncio.to_thread(
+                    load_serving_config, model.path, model.section.task, model.title
+                )
+                version = await asyncio.to_thread(model_version, model.files)
+            except (ModelError, OSError) as error:
+                raise RefusedError("model", str(error)) from error
+            served.serving_config = serving_config
+            versions.append(version)
+            stale += served.scheduler.reload(version)
+        return Reloading(", ".join(versions), tuple(stale))
+
+    # -- availability
+
+    def missing(self, pools_missing: Iterable[str]) -> list[ServedModel]:
+        """Return the models of which a stage, or a pool that they need, is not ready."""
+        pools = tuple(pools_missing)
+        return [served for served in self._models.all if pools or served.scheduler.registry.missing_stages()]
+
+    def update_availability(self, missing: Iterable[ServedModel], children: Iterable[ChildReport]) -> None:
+        """Note of each model why no request for it can come to an end, as the supervisors' reports say."""
+        missing, children = tuple(missing), tuple(children)
+        for served in self._models.all:
+            components = self._components_of(served)
+            served.unavailable_reason = unavailable_reason(components, children) if served in missing else ""
+
+    def _components_of(self, served: ServedModel) -> list[Component]:
+        """Return the instances of a model, and the pools."""
+        return [c for c in self._topology.components if c.kind == "pool" or (c.slots and c.model == served.key)]
+
+
+def _identity(model: Model) -> ModelIdentity | None:
+    """Return the digests of a model's folder. It reads files: call it in a thread."""
+    return model.identity

@@ -1,0 +1,133 @@
+"""Watch the processes that the head depends on: instances, pools, and the blocks that pools hold."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Iterable
+
+from triptych.actors import Actor
+from triptych.bus import BusError
+from triptych.roles.head.effect_runner import INSTANCE_ANSWER_S, EffectRunner
+from triptych.roles.head.reclaim import suspects, unneeded
+from triptych.roles.head.served_models import ServedModels
+from triptych.roles.messages import pool as pools
+from triptych.roles.messages import stages
+from triptych.roles.messages.common import LeaseRef
+from triptych.roles.worker.reporter import backoff_s
+
+
+class Monitor:
+    """Tells the schedulers when a process has ended, and has blocks released that nobody needs.
+
+    Args:
+        actor: Runs the tasks.
+        models: Whose schedulers are told.
+        pool_names: The pools of the topology.
+        effect_runner: Releases blocks.
+        on_outcome: Called after a scheduler was told something, so that what it decides then takes effect.
+    """
+
+    def __init__(
+        self,
+        actor: Actor,
+        models: ServedModels,
+        pool_names: Iterable[str],
+        effect_runner: EffectRunner,
+        on_outcome: Callable[[], None],
+    ) -> None:
+        self._actor = actor
+        self._models = models
+        self._pool_names = tuple(pool_names)
+        self._effect_runner = effect_runner
+        self._on_outcome = on_outcome
+        self._pools: dict[str, int] = {}
+        """Generation of each pool that has answered."""
+
+    # -- instances
+
+    def watch_instance(self, name: str, generation: int) -> None:
+        """Tell the scheduler when the process of an instance has ended."""
+        self._actor.spawn(self._watch_instance(name, generation), name=f"watch {name}")
+
+    async def _watch_instance(self, name: str, generation: int) -> None:
+        await self._actor.reference(name).down()
+        if self._models.scheduler_of(name).connection_lost(name, generation, time.time()):
+            self._actor.log.warning("instance down", instance=name)
+        self._on_outcome()
+
+    # -- pools
+
+    def watch_pools(self) -> None:
+        """Watch every pool of the topology."""
+        for name in self._pool_names:
+            self._actor.spawn(self._watch_pool(name), name=f"watch {name}")
+
+    def pools_missing(self) -> list[str]:
+        """Return the names of the pools that have not answered."""
+        return [name for name in self._pool_names if name not in self._pools]
+
+    async def _watch_pool(self, name: str) -> None:
+        """For ever: tell the schedulers when a pool, and all that was stored in it, is gone."""
+        reference = self._actor.reference(name)
+        tries = 0
+        while True:
+            # Watched before it is asked, so that a death right after the answer is not missed.
+            lost = self._actor.spawn(reference.down(), name=f"down {name}")
+            try:
+                found = await reference.ask(pools.PoolQuery(), pools.PoolDescription, timeout_s=pools.POOL_ANSWER_S)
+            except BusError as error:  # not there yet, or not open
+                lost.cancel()
+                self._actor.log.info("pool does not answer", pool=name, error=str(error))
+                await asyncio.sleep(backoff_s(tries, random.random()))  # noqa: S311  jitter
+                tries += 1
+                continue
+            tries = 0
+            self._pools[name] = found.generation
+            self._forget_older(name, found.generation)
+            await lost
+            del self._pools[name]
+            self._actor.log.warning("pool down", pool=name)
+            self._forget_older(name, found.generation + 1)
+
+    def _forget_older(self, pool: str, generation: int) -> None:
+        for scheduler in self._models.schedulers:
+            scheduler.pool_down(pool, generation, time.time())
+        self._on_outcome()
+
+    # -- blocks
+
+    async def reclaim(self) -> None:
+        """Release blocks that no request needs: of attempts that no longer count, or that no instance claims."""
+        for pool in tuple(self._pools):  # one that ends meanwhile leaves them
+            try:
+                await self._reclaim_from(pool)
+            except BusError as error:
+                self._actor.log.info("reclaim put off", pool=pool, error=str(error))
+
+    async def _reclaim_from(self, pool: str) -> None:
+        """Release the blocks of one pool, page by page. Raises BusError."""
+        query: pools.LeaseQuery | None = pools.LeaseQuery()
+        while query:
+            report = await self._actor.reference(pool).ask(query, pools.LeaseReport, timeout_s=pools.POOL_ANSWER_S)
+            query = pools.LeaseQuery(report.leases[-1].lease.lease_id) if report.more else None
+            leases = (*unneeded(self._models, report.leases), *await self._unclaimed(report.leases))
+            if leases:
+                self._actor.log.info("reclaimed", pool=pool, blocks=len(leases))
+                await self._effect_runner.release(leases)
+
+    async def _unclaimed(self, views: Iterable[pools.LeaseView]) -> list[LeaseRef]:
+        """Return the blocks being written of which their living owners, asked, know nothing."""
+        unclaimed: list[LeaseRef] = []
+        for owner, asked_about in suspects(self._models, views).items():
+            query = stages.AttemptQuery(tuple(view.attempt for view in asked_about))
+            try:
+                claimed = await self._actor.reference(owner).ask(
+                    query, stages.AttemptsAssigned, timeout_s=INSTANCE_ANSWER_S
+                )
+            except BusError as error:
+                self._actor.log.info("reclaim put off", owner=owner, error=str(error))
+                continue
+            unclaimed += [view.lease for view in asked_about if view.attempt not in claimed.attempts]
+        return unclaimed

@@ -1,0 +1,45 @@
+"""Which blocks that a pool holds nobody needs any more. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from triptych.roles.head.served_models import ServedModels
+from triptych.roles.messages.common import Attempt, LeaseRef
+from triptych.roles.messages.pool import LeaseView
+
+
+def unneeded(models: ServedModels, views: Iterable[LeaseView]) -> list[LeaseRef]:
+    """Return the sealed blocks of which neither a job nor a prompt cache needs any.
+
+    What the present attempt of a job has sealed may be about to be reported, so it is needed.
+    """
+    return [
+        view.lease
+        for view in views
+        if view.state == "sealed" and not _held(models, view.lease) and _superseded(models, view.attempt)
+    ]
+
+
+def suspects(models: ServedModels, views: Iterable[LeaseView]) -> dict[str, list[LeaseView]]:
+    """Return, by owner, the blocks being written for attempts that no longer count: their owners may know of them.
+
+    Blocks that are kept ready are for no job; what a dead owner was writing, the pool takes back itself.
+    """
+    found: dict[str, list[LeaseView]] = {}
+    for view in views:
+        served = models.of(view.owner)
+        lives = served and served.scheduler.registry.incarnation(view.owner, view.owner_generation)
+        if view.state == "writing" and view.attempt.job_id and lives and _superseded(models, view.attempt):
+            found.setdefault(view.owner, []).append(view)
+    return found
+
+
+def _held(models: ServedModels, lease: LeaseRef) -> bool:
+    return any(scheduler.stored_outputs.holds(lease) for scheduler in models.schedulers)
+
+
+def _superseded(models: ServedModels, attempt: Attempt) -> bool:
+    found = (scheduler.jobs.get(attempt.job_id) for scheduler in models.schedulers)
+    job = next((job for job in found if job), None)
+    return job is None or attempt.number < job.attempt

@@ -1,0 +1,422 @@
+"""The requests that the head has accepted: written down, found, waited for, listed, deleted and pruned.
+
+What becomes of their jobs is each scheduler's decision. Here it is put into the journal, and told only once it is on
+the disk: a head that restarts must tell the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+from typing import Final, TypeAlias
+
+from triptych.actors import Actor, Topology
+from triptych.actors.topology import parse_size
+from triptych.bus import RefusedError
+from triptych.engines.parameters.lora import check_lora
+from triptych.engines.parameters.serving_config import ParameterError
+from triptych.roles.head.admission import digest, idempotency_key, limits_of, make_request, request_id_error
+from triptych.roles.head.job import Request
+from triptych.roles.head.journal import Journal, JournalError, prune
+from triptych.roles.head.served_models import ServedModel, ServedModels
+from triptych.roles.media.artifacts import ARTIFACTS, ArtifactError, ArtifactStore
+from triptych.roles.media.retention import StoreBounds
+from triptych.roles.media.uploads import UPLOADS, UploadStore
+from triptych.roles.messages import requests
+from triptych.roles.messages.common import Attempt, Images, Tensors, Upload
+
+ByRequestId: TypeAlias = requests.QueryRequest | requests.WaitRequest | requests.CancelRequest | requests.DeleteRequest
+"""Messages about a request that is known already."""
+SubmitAnswer: TypeAlias = requests.RequestAccepted | requests.RequestRejected
+
+OTHER_MODEL: Final = "it was accepted for another model than the one that is served now: send it again"
+RETRY_WRITE_S: Final = 5.0
+"""After which a client may try again where the journal cannot be written: a disk is not mended faster."""
+RESTARTED_S: Final = 60.0
+"""After which a client may try again where a person has to restart the server."""
+
+
+class RequestStore:
+    """All requests of the head, active and ended.
+
+    Args:
+        actor: Runs the background tasks.
+        topology: Says where everything lies and for how long it is kept.
+        models: With the scheduler of each.
+    """
+
+    def __init__(self, actor: Actor, topology: Topology, models: ServedModels) -> None:
+        self.journal_problem = ""
+        """Why the journal cannot be written, a sentence; "" while it can."""
+        self._actor = actor
+        self._topology = topology
+        self._models = models
+        self._limits = limits_of(topology)
+        self._journal_path = topology.state_dir / "journal.sqlite"
+        self._journal: Journal | None = None
+        self._artifacts = ArtifactStore(topology.state_dir / ARTIFACTS)
+        self._uploads = UploadStore(topology.state_dir / UPLOADS)
+        self._ended: dict[str, asyncio.Event] = {}
+        """By request id, for those who wait for its end."""
+        self._unnotified: list[str] = []
+        """Ids of requests that have ended, whose waiters have not been told."""
+        self._writes = self._synced_writes = 0
+        """Transactions of the journal, and those of them that are on the disk."""
+        self._syncing = asyncio.Lock()
+
+    # -- start and end
+
+    async def open(self) -> None:
+        """Open the journal and go on with the requests that an earlier head has left.
+
+        Raises:
+            JournalError: it is corrupt, of a newer version, or locked, or the disk is full.
+        """
+        # In a thread, because heartbeats have to go on, however large it is.
+        self._journal = await asyncio.to_thread(Journal, self._journal_path, self._log_damage)
+        now = time.time()
+        for request in await asyncio.to_thread(self._journal.active):
+            self._resume(request, now)
+
+    def _resume(self, request: Request, now: float) -> None:
+        """Enter a request of an earlier head; pools and instances that the topology no longer has are forgotten."""
+        components = self._topology.components
+        pools = {component.name for component in components if component.kind == "pool"}
+        served, same = self._models.model_for_resumed(request)
+        instances = {c.name for c in components if c.slots and c.model == served.key}
+        request.model, scheduler = served.key, served.scheduler
+        scheduler.resume(request, pools, instances, now)
+        if not same:
+            scheduler.fail(request.id, OTHER_MODEL, now)
+        try:
+            check_lora(request.inputs, served.lora_names, served.name)
+        except ParameterError as error:
+            scheduler.fail(request.id, f"since the topology has changed, {error.param} {error.message}", now)
+
+    async def close(self) -> None:
+        """Put everything on the disk and close the journal."""
+        if self._journal:
+            try:
+                await self.synced()
+            except JournalError as error:  # nobody was told of what it lacks
+                self._journal_failed(error)
+            self._journal.close()
+
+    @property
+    def damaged(self) -> int:
+        """Requests of the journal that could not be read."""
+        return self._journal.damaged if self._journal else 0
+
+    # -- accepting
+
+    def accept(self, message: requests.SubmitRequest) -> SubmitAnswer:
+        """Check a request, write it down and enter it; it may be told once `synced` has returned."""
+        served = self._models.find(message.model)
+        if served is None:
+            return requests.RequestRejected("model_not_found", self._models.unknown(message.model), param="model")
+        version = served.description_version
+        try:
+            request_id = self._accept(message, served)
+        except ParameterError as error:
+            return requests.RequestRejected("invalid", error.message, param=error.param, description_version=version)
+        except RefusedSubmissionError as error:
+            return requests.RequestRejected(
+                error.code, str(error), retry_after_s=error.retry_after_s, description_version=version
+            )
+        except JournalError as error:
+            return self.not_accepted(error)
+        return requests.RequestAccepted(request_id, description_version=version)
+
+    def _accept(self, message: requests.SubmitRequest, served: ServedModel) -> str:
+        """Return the id of the request: that of an earlier one under the same idempotency key, or its own.
+
+        Raises:
+            ParameterError: an input is at fault.
+            RefusedSubmissionError: it may be well-formed, but cannot be taken now.
+            JournalError: it cannot be written down.
+        """
+        if known := self._find_by_key(idempotency_key(message)):
+            if known.digest == digest(message):
+                return known.id
+            raise RefusedSubmissionError("conflict", "this Idempotency-Key came with another body before")
+        if served.unavailable_reason:
+            sentence = f"{served.unavailable_reason}: the server has to be restarted"
+            raise RefusedSubmissionError("unavailable", sentence, RESTARTED_S)
+        if self._models.scheduler_holding(message.request_id) or self._open_journal.find(message.request_id):
+            raise request_id_error()
+        now = time.time()
+        request = make_request(message, served, self._limits, now)
+        pending, most = self._models.jobs_count, self._limits.max_pending
+        if pending + message.n > most:
+            raise RefusedSubmissionError(
+                "full",
+                f"{pending} of at most {most} images are under way, and {message.n} more do not fit: try again",
+                max(1.0, served.scheduler.tally.average_latency_s),
+            )
+        self._open_journal.accept(request)
+        self._writes += 1
+        served.scheduler.accept(request, now)
+        return request.id
+
+    def not_accepted(self, error: JournalError) -> requests.RequestRejected:
+        """Return the answer to a request that could not be written down."""
+        self._journal_failed(error)
+        return requests.RequestRejected("unavailable", str(error), retry_after_s=RETRY_WRITE_S)
+
+    # -- finding
+
+    def find(self, message: ByRequestId) -> Request:
+        """Return the request that a message is about.
+
+        Raises:
+            RefusedError: `not_found` where there is none, or it is another owner's; `unavailable` where the journal
+                cannot be read.
+        """
+        if request := self.find_owned(message):
+            return request
+        lost = self._journal is not None and self._journal.is_quarantined(message.request_id)
+        why = "what the journal had of it was damaged, and has been set aside" if lost else "it may have been forgotten"
+        raise RefusedError("not_found", f"there is no request {message.request_id}: {why}")
+
+    def page(self, message: requests.ListRequests) -> requests.RequestList:
+        """Return a page of the ids of an owner's requests.
+
+        Raises:
+            RefusedError: `not_found` where the page is to begin after a request that is none of the owner's;
+                `unavailable` where the journal cannot be read.
+        """
+        try:
+            after = self._find_by_id(message.after) if message.after else None
+            if message.after and (after is None or message.owner not in ("", after.owner)):
+                raise RefusedError("not_found", f"there is no request {message.after}")
+            ids = self._open_journal.ids(
+                message.owner, after=after, limit=message.limit + 1, newest_first=message.newest_first
+            )
+        except JournalError as error:
+            raise RefusedError("unavailable", str(error)) from error
+        return requests.RequestList(tuple(ids[: message.limit]), len(ids) > message.limit)
+
+    def find_owned(self, message: ByRequestId) -> Request | None:
+        """As `find`, but None where there is none, or it is another owner's."""
+        try:
+            request = self._find_by_id(message.request_id)
+        except JournalError as error:
+            raise RefusedError("unavailable", str(error)) from error
+        return request if request and message.owner in ("", request.owner) else None
+
+    def _find_by_id(self, request_id: str) -> Request | None:
+        """Return a request of a scheduler, else of the journal. Raises JournalError."""
+        return self._models.request(request_id) or self._open_journal.find(request_id)
+
+    def _find_by_key(self, key: str) -> Request | None:
+        return (self._models.request_of_key(key) or self._open_journal.find_key(key)) if key else None
+
+    # -- telling
+
+    async def view(self, request: Request) -> requests.RequestView:
+        """Tell how a request stands; of its end only what the next head will tell as well.
+
+        Raises:
+            RefusedError: `unavailable` while its end cannot be written down.
+        """
+        if request.terminal and (scheduler := self._models.scheduler_holding(request.id)):
+            not_yet = f"{request.id} has ended, but that is not on the disk"
+            if any(job.id in scheduler.dirty for job in request.jobs):
+                raise RefusedError("unavailable", f"{not_yet}: {self.journal_problem}")
+            try:
+                await self.synced()
+            except JournalError as error:
+                raise RefusedError("unavailable", f"{not_yet}: {error}") from error
+        served = self._models.by_key(request.model)
+        return request.view(served.name if served else request.model)
+
+    async def wait(self, request: Request, timeout_s: float) -> requests.RequestView:
+        """Tell how a request stands once it has ended, or after `timeout_s`; raises as `view`."""
+        if self._models.scheduler_holding(request.id):
+            event = self._ended.setdefault(request.id, asyncio.Event())
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await event.wait()
+            except TimeoutError:  # the view then says that it is still under way
+                pass
+        return await self.view(request)
+
+    def notify_waiters(self, ended: Iterable[str]) -> None:
+        """Wake who waits for requests that have ended, as soon as their end is on the disk."""
+        self._unnotified += ended
+        if self._unnotified and not any(scheduler.dirty for scheduler in self._models.schedulers):
+            ids, self._unnotified = self._unnotified, []
+            self._actor.spawn(self._notify_waiters(ids), name="notify waiters")
+
+    async def _notify_waiters(self, ended: list[str]) -> None:
+        try:
+            await self.synced()
+        except JournalError as error:
+            self._journal_failed(error)
+            self._unnotified += ended
+            return
+        for scheduler in self._models.schedulers:  # from here on the journal answers for them
+            scheduler.forget(ended)
+        for request_id in ended:
+            if event := self._ended.pop(request_id, None):
+                event.set()
+
+    # -- ending
+
+    def cancel(self, request_id: str, reason: str) -> None:
+        """Stop what is left of a request; nothing where there is none."""
+        if scheduler := self._models.scheduler_holding(request_id):
+            scheduler.cancel(request_id, reason, time.time())
+
+    async def delete(self, request: Request | None) -> requests.RequestDeleted:
+        """Remove a request that has ended: its rows, its artifacts, and the uploads that no other request needs.
+
+        Raises:
+            RefusedError: `unavailable` where the disk refuses.
+        """
+        if request is None:
+            return requests.RequestDeleted(existed=False)
+        used = self._uploads_in_use()
+        try:
+            # The files first: what is still in the journal after a crash can be deleted again.
+            await asyncio.to_thread(self._discard_files, request, used)
+            self._open_journal.delete(request.id)
+            self._writes += 1
+            await self.synced()
+        except (JournalError, OSError) as error:
+            raise RefusedError("unavailable", f"{request.id} cannot be deleted: {error}") from error
+        for scheduler in self._models.schedulers:
+            scheduler.forget([request.id])
+        self._actor.log.info("request deleted", request_id=request.id)
+        return requests.RequestDeleted(existed=True)
+
+    def _uploads_in_use(self) -> set[Upload]:
+        return {
+            upload for request in self._models.requests.values() if not request.terminal for upload in _uploads(request)
+        }
+
+    def _discard_files(self, request: Request, needed: set[Upload]) -> None:
+        for job in request.jobs:
+            self._artifacts.discard(job.id)
+        for upload in _uploads(request) - needed:
+            self._uploads.discard(upload, saved_before=request.created_at)
+
+    def discard_late(self, attempt: Attempt) -> None:
+        """Remove what an instance has written for a request that was deleted meanwhile."""
+        try:
+            if self._find_by_id(attempt.job_id.rpartition("/")[0]) is None:
+                self._actor.spawn(self._discard(attempt), name="discard")
+        except JournalError as error:  # it is pruned by its age
+            self._actor.log.warning("artifact not removed", attempt=str(attempt), error=str(error))
+
+    async def _discard(self, attempt: Attempt) -> None:
+        try:
+            await asyncio.to_thread(self._artifacts.discard, attempt.job_id)
+        except (ArtifactError, OSError) as error:  # it is pruned by its age
+            self._actor.log.warning("artifact not removed", attempt=str(attempt), error=str(error))
+
+    async def prune(self) -> None:
+        """Remove requests and artifacts that are too old or too many."""
+        active = frozenset(self._models.requests)
+        try:
+            gone = await asyncio.to_thread(self._prune, active, time.time())
+        except (JournalError, OSError) as error:  # the next call removes what is left
+            self._actor.log.warning("not pruned", error=str(error))
+        else:
+            if any(gone.values()):
+                self._actor.log.info("pruned", **gone)
+
+    def _prune(self, active: frozenset[str], now: float) -> dict[str, int]:
+        """Remove requests, then artifacts, but for those that somebody is still to get."""
+        state = self._topology.state
+        bounds = StoreBounds(state.keep_requests_s, state.max_requests, parse_size(state.max_requests_size))
+        ended, awaited = prune(self._journal_path, bounds, now=now)
+        bounds = StoreBounds(state.keep_artifacts_s, state.max_artifacts, parse_size(state.max_artifacts_size))
+        artifacts = self._artifacts.prune(bounds, now=now, needed=awaited | active)
+        return {"requests": ended, "artifacts": artifacts}
+
+    # -- the journal
+
+    def save(self) -> None:
+        """Write what has changed since the last call; what cannot be written is tried again the next time."""
+        changed = [scheduler for scheduler in self._models.schedulers if scheduler.dirty]
+        if self._journal is None or not changed:
+            return
+        touched, jobs = [], []
+        for scheduler in changed:
+            ids = {job_id.rpartition("/")[0] for job_id in scheduler.dirty}
+            found = [scheduler.requests[id_] for id_ in ids if id_ in scheduler.requests]
+            touched += found
+            jobs += [job for request in found for job in request.jobs if job.id in scheduler.dirty]
+        try:
+            self._journal.save(touched, jobs)
+        except JournalError as error:
+            self._journal_failed(error)
+            return
+        self._writes += 1
+        self._journal_recovered()
+        for scheduler in changed:
+            scheduler.dirty.clear()
+
+    def save_all(self) -> None:
+        """Write every active job, whether it has changed or not: the time that it has left."""
+        for scheduler in self._models.schedulers:
+            scheduler.dirty.update(scheduler.jobs)
+        self.save()
+
+    async def synced(self) -> None:
+        """Return when all that has been written until now is on the disk; many wait for one `sync`.
+
+        Raises:
+            JournalError: the disk refuses.
+        """
+        wanted = self._writes
+        async with self._syncing:
+            if self._synced_writes < wanted:
+                written = self._writes
+                await asyncio.to_thread(self._open_journal.sync)
+                self._synced_writes = written
+
+    def probe(self) -> None:
+        """See whether a journal that could not be written can be again, where nothing waits to be written."""
+        try:
+            self._open_journal.probe()
+        except JournalError as error:
+            self._journal_failed(error)
+        else:
+            self._journal_recovered()
+
+    @property
+    def _open_journal(self) -> Journal:
+        if self._journal is None:
+            raise JournalError("the journal is not open yet")
+        return self._journal
+
+    def _log_damage(self, damage: str) -> None:
+        self._actor.log.error("a request was lost from the journal", damage=damage)
+
+    def _journal_failed(self, error: JournalError) -> None:
+        if not self.journal_problem:
+            self._actor.log.warning("the journal cannot be written", error=str(error))
+        self.journal_problem = str(error)
+
+    def _journal_recovered(self) -> None:
+        if self.journal_problem:
+            self._actor.log.info("the journal can be written again")
+        self.journal_problem = ""
+
+
+class RefusedSubmissionError(Exception):
+    """A request that is not taken although none of its inputs is at fault."""
+
+    def __init__(self, code: str, sentence: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(sentence)
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+
+def _uploads(request: Request) -> set[Upload]:
+    values = request.inputs.values()
+    images = {upload for value in values if isinstance(value, Images) for upload in value.files}
+    return images | {value.file for value in values if isinstance(value, Tensors)}
