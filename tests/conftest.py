@@ -16,6 +16,8 @@ os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 # Processes that are started import nothing from the current folder: they are told where the actors of tests are.
 os.environ["PYTHONPATH"] = os.pathsep.join(path for path in (_ROOT, os.environ.get("PYTHONPATH", "")) if path)
 
+_SYSTEM = Path(__file__).parent / "system"
+
 Models = Callable[[str], Path]
 
 
@@ -49,3 +51,20 @@ def _make(path: Path, family: str) -> None:
     unfinished = path.with_name(f"{family}.unfinished")
     make_model(unfinished, Family(family), progress=False)
     unfinished.rename(path)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep together what shares a cluster or a file's fixtures, and begin with clusters: they take longest."""
+
+    def group(item: pytest.Item) -> str:
+        shared = item.get_closest_marker("shared_cluster")
+        return f"cluster {shared.args[0]}" if shared else str(item.path)
+
+    def order(item: pytest.Item) -> tuple[bool, bool, str]:
+        shared = item.get_closest_marker("shared_cluster")
+        return _SYSTEM not in item.path.parents, shared is None, shared.args[0] if shared else ""
+
+    items.sort(key=order)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))

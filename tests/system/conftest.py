@@ -1,15 +1,142 @@
-"""Whole clusters of real processes, on tiny models made from configs."""
+"""Whole clusters of real processes, on tiny models made from configs.
+
+A test that leaves a cluster as it found it shares one with the others of its topology: it is marked
+`@pytest.mark.shared_cluster("flux")`, with a name of `SHARED`, and uses the fixture `on_cluster`. A test that needs a
+topology of its own, or ends the cluster, launches one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import json
+import shutil
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.ports import free_ports
+from triptych.api.launch import Cluster, launch
+from triptych.bus import BusError
+
 ROOT = Path(__file__).parents[2]
 STAGES = ("encoder", "denoiser", "decoder")
+FREE_PORTS = {"api": {"port": 0}}
+BOUND_S = 30.0
+MANY_STEPS = 100_000
+"""Steps that nobody waits for."""
+
+SHARED: dict[str, dict[str, Any]] = {
+    "flux": {"roles": {"encoder": 2, "denoiser": 1, "decoder": 1}},
+    "wan": {"family": "wan"},
+    "pixart": {"family": "pixart"},
+    # As on several hosts: nothing is shared, and the bus has its keys.
+    "mooncake": {"transfer": {"engine": "mooncake", "trusted_network": True}, "bus": {"transport": "tcp"}},
+    # Tests that kill processes of it, and wait until they are back.
+    "killed": {
+        "family": "flux-any-steps",
+        "roles": {"encoder": 1, "denoiser": 2, "decoder": 1},
+        "supervision": {"intensity": 100},
+    },
+}
+"""The topologies of shared clusters."""
+
+Scenario = Callable[[Cluster], Coroutine[Any, Any, Any]]
+
+
+class SharedClusters:
+    """The cluster that tests share at present: one at a time, started when first asked for."""
+
+    def __init__(self, models: Callable[[str], Path], folder: Path) -> None:
+        self._models = models
+        self._folder = folder
+        self._runner = asyncio.Runner()
+        self._stack = AsyncExitStack()
+        self._name = ""
+        self._cluster: Cluster | None = None
+
+    def run(self, name: str, scenario: Scenario) -> Any:
+        """Return what the scenario makes of the cluster of that name; it is ready when the scenario begins."""
+        return self._runner.run(self._run(name, scenario))
+
+    def close(self) -> None:
+        self._runner.run(self._stop())
+        self._runner.close()
+
+    async def _run(self, name: str, scenario: Scenario) -> Any:
+        if self._cluster is None or self._name != name or not await all_ready(self._cluster):
+            await self._stop()
+            self._name, self._cluster = name, await self._start(name)
+        return await scenario(self._cluster)
+
+    async def _start(self, name: str) -> Cluster:
+        sections = dict(SHARED[name])
+        folder = self._folder / name
+        shutil.rmtree(folder, ignore_errors=True)  # of one that a failed test has broken
+        folder.mkdir()
+        if name == "mooncake":
+            sections["head"] = {"port": free_ports(9)}
+        family, roles = sections.pop("family", "flux"), sections.pop("roles", dict.fromkeys(STAGES, 1))
+        model = any_steps(self._models("flux"), folder) if family == "flux-any-steps" else self._models(family)
+        return await self._stack.enter_async_context(launch(write_topology(folder, model, roles, sections), FREE_PORTS))
+
+    async def _stop(self) -> None:
+        cluster, self._cluster = self._cluster, None
+        await self._stack.aclose()
+        if cluster:
+            assert cluster.process.returncode == 0
+            assert not list(cluster.topology.run_dir.glob("*")), "its sockets are gone"
+
+
+async def all_ready(cluster: Cluster) -> bool:
+    """Whether the cluster takes requests and each of its processes runs, in the end."""
+    try:
+        async with asyncio.timeout(BOUND_S):
+            while True:
+                states = {child.state for child in (await cluster.children()).values()}
+                if states == {"ready"} and await cluster.ready():
+                    return True
+                await asyncio.sleep(0.05)
+    except (TimeoutError, BusError):
+        return False
+
+
+async def back(cluster: Cluster, name: str, *, after_generation: int) -> None:
+    """Until the component is ready in a later generation."""
+    async with asyncio.timeout(BOUND_S):
+        while True:
+            child = (await cluster.children())[name]
+            if child.generation > after_generation and child.state == "ready":
+                return
+            await asyncio.sleep(0.02)
+
+
+def any_steps(model: Path, folder: Path) -> Path:
+    """A copy of a model whose serving config allows any number of steps."""
+    copy = folder / "any-steps"
+    shutil.copytree(model, copy)
+    config = json.loads((copy / "triptych.json").read_text())
+    config["ranges"]["num_inference_steps"] = [1, MANY_STEPS]
+    (copy / "triptych.json").write_text(json.dumps(config))
+    return copy
+
+
+@pytest.fixture(scope="session")
+def shared_clusters(
+    models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SharedClusters]:
+    shared = SharedClusters(models, tmp_path_factory.mktemp("shared"))
+    yield shared
+    shared.close()
+
+
+@pytest.fixture
+def on_cluster(request: pytest.FixtureRequest, shared_clusters: SharedClusters) -> Callable[[Scenario], Any]:
+    """Run a coroutine function with the shared cluster that the test is marked with; returns what it returns."""
+    (name,) = request.node.get_closest_marker("shared_cluster").args
+    return lambda scenario: shared_clusters.run(name, scenario)
 
 
 @pytest.fixture

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
 
+import httpx
 import numpy as np
 import torch
 from diffusers import FluxPipeline, WanPipeline
+from PIL import Image
+
+from triptych.api.client import GeneratedImage
 
 PIPELINES = {"flux": FluxPipeline, "wan": WanPipeline}
 
@@ -19,3 +25,15 @@ def diffusers_reference(family: str, model: Path, prompt: str, seed: int, **inpu
     output = pipeline(prompt, generator=generator, output_type="pil", **inputs)
     frame = output.images[0] if family == "flux" else output.frames[0][0]
     return np.asarray(frame.convert("RGB"))
+
+
+def pixels(image: GeneratedImage) -> np.ndarray:
+    """uint8 [height, width, 3] of an image that a cluster has made."""
+    return np.asarray(image.image().convert("RGB"))
+
+
+def pixels_of_answer(answer: httpx.Response) -> np.ndarray:
+    """The same of the first image in an answer of the API."""
+    assert answer.status_code == 200, answer.text
+    data = base64.b64decode(answer.json()["data"][0]["b64_json"])
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,24 +15,22 @@ from diffusers import DiffusionPipeline
 from typer.testing import CliRunner
 
 from triptych.actors.command import app
-from triptych.api.launch import launch
+from triptych.api.launch import Cluster
 from triptych.engines.parameters.serving_config import load_serving_config
 
-FREE_PORTS = {"api": {"port": 0}}
 PROMPT = "a red ship"
 
 
+@pytest.mark.shared_cluster("pixart")
 def test_a_classic_pipeline_in_three_processes_makes_the_image_of_one(
-    models: Callable[[str], Path], topology_of: Callable[..., Path]
+    on_cluster: Callable[..., Any], models: Callable[[str], Path]
 ) -> None:
+    async def scenario(cluster: Cluster) -> np.ndarray:
+        image = await cluster.generate(PROMPT, seed=11)
+        return np.asarray(image.image().convert("RGB"))
+
+    ours = on_cluster(scenario)
     model = models("pixart")
-
-    async def through_processes() -> np.ndarray:
-        async with launch(topology_of(model), FREE_PORTS) as cluster:
-            image = await cluster.generate(PROMPT, seed=11)
-            return np.asarray(image.image().convert("RGB"))
-
-    ours = asyncio.run(through_processes())
     pipeline = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     made = pipeline(PROMPT, generator=torch.Generator("cpu").manual_seed(11), **load_serving_config(model).defaults)
     assert np.array_equal(ours, np.asarray(made.images[0]))

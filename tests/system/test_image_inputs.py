@@ -18,24 +18,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.system.conftest import FREE_PORTS
+from tests.system.reference import pixels, pixels_of_answer
 from triptych.api.launch import launch
 from triptych.engines.parameters.serving_config import SERVING_CONFIG_NAME, load_serving_config
 from triptych.tools.families.cases import PROMPT, input_image, mask
 from triptych.tools.families.compare import SEED, run_reference
-
-FREE_PORTS = {"api": {"port": 0}}
 
 
 def png(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
-
-
-def pixels(answer: httpx.Response) -> np.ndarray:
-    assert answer.status_code == 200, answer.text
-    data = base64.b64decode(answer.json()["data"][0]["b64_json"])
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def plain(pipeline: str, model: Path, **inputs: Any) -> dict[str, Any]:
@@ -77,10 +71,10 @@ def test_image_to_image_in_json_and_in_a_form(
             view = await cluster.request(ours.request_id)
             assert [shown["bytes"] for shown in view["inputs"]["image"]] == [len(png(input_image()))]
             assert "encoder" not in view["units"][0]["instances"], "it was encoded once"
-            await a_image_that_is_gone_fails_at_once(
+            await an_image_that_is_gone_fails_at_once(
                 http, cluster.topology.state_dir / "uploads", body | {"image": text}
             )
-            return [*(pixels(answer) for answer in made), np.asarray(ours.image().convert("RGB"))]
+            return [*(pixels_of_answer(answer) for answer in made), pixels(ours)]
 
     made = asyncio.run(through_processes())
     expected = plain("FluxModularPipeline", model, image=input_image(), strength=0.7)["images"][0]
@@ -88,7 +82,7 @@ def test_image_to_image_in_json_and_in_a_form(
         assert np.array_equal(ours, np.asarray(expected))
 
 
-async def a_image_that_is_gone_fails_at_once(http: httpx.AsyncClient, uploads: Path, body: dict[str, Any]) -> None:
+async def an_image_that_is_gone_fails_at_once(http: httpx.AsyncClient, uploads: Path, body: dict[str, Any]) -> None:
     """The request is in the head's hands when the disk loses the file: it fails once, in words, and is not retried."""
     (kept,) = await asyncio.to_thread(lambda: list(uploads.iterdir()))
     slow = {**body, "n": 10, "num_inference_steps": 50, "strength": 1.0}
@@ -117,7 +111,7 @@ def test_inpainting_with_a_mask_of_either_kind(
         ):
             files = {"image": png(input_image())}
             return [
-                pixels(await http.post("/v1/images/edits", data=body, files={**files, "mask": png(kind)}))
+                pixels_of_answer(await http.post("/v1/images/edits", data=body, files={**files, "mask": png(kind)}))
                 for kind in (mask(), clear)
             ]
 

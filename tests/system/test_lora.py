@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,16 +10,15 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
 
 from tests.engines.results import same
 from tests.engines.stage_pipelines import expected, plain
-from tests.system.conftest import STAGES
+from tests.system.conftest import FREE_PORTS, STAGES
+from tests.system.reference import pixels_of_answer
 from triptych.api.launch import launch
 from triptych.engines.parameters.serving_config import load_serving_config
 from triptych.tools.make_lora import make_lora
 
-FREE_PORTS = {"api": {"port": 0}}
 ASKED: list[dict[str, Any]] = [
     {"lora": "ink", "seed": 1},
     {"seed": 1},
@@ -49,11 +46,6 @@ def stages(more: str = "") -> str:
     return "\n".join(f'[[roles]]\nkind = "{kind}"\nslots = 4\n{more}' for kind in STAGES)
 
 
-def pixels(answer: httpx.Response) -> np.ndarray[Any, Any]:
-    data = base64.b64decode(answer.raise_for_status().json()["data"][0]["b64_json"])
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))[None]
-
-
 @pytest.mark.parametrize("roles", ["stages", "monolithic"])
 def test_concurrent_requests_with_adapters_and_without(
     roles: str, tmp_path: Path, models: Callable[[str], Path]
@@ -62,14 +54,15 @@ def test_concurrent_requests_with_adapters_and_without(
     offloaded = '[[roles]]\nkind = "monolithic"\nslots = 4\noffload = "model"'
     path = write(tmp_path, model, stages() if roles == "stages" else offloaded, ink=0.6, clay_v2=1.0)
 
-    async def through_processes() -> list[np.ndarray[Any, Any]]:
+    async def through_processes() -> tuple[dict[str, Any], list[np.ndarray[Any, Any]]]:
         async with launch(path, FREE_PORTS) as cluster, httpx.AsyncClient(base_url=cluster.url, timeout=90) as http:
             await what_is_not_there_is_refused(http)
             bodies = [{"prompt": "a red ship", **asked} for asked in ASKED]
             posts = [http.post("/v1/images/generations", json=body) for body in bodies]
-            return [pixels(answer) for answer in await asyncio.gather(*posts)]
+            return await cluster.status(), [pixels_of_answer(answer)[None] for answer in await asyncio.gather(*posts)]
 
-    ours = asyncio.run(through_processes())
+    status, ours = asyncio.run(through_processes())
+    assert [pool["name"] for pool in status["pools"]] == (["pool"] if roles == "stages" else [])
     pipeline = plain(model)
     for asked, made in zip(ASKED, ours, strict=True):
         if name := asked.get("lora"):
@@ -92,13 +85,15 @@ async def what_is_not_there_is_refused(http: httpx.AsyncClient) -> None:
         assert (error["param"], sentence in error["message"]) == (param, True)
 
 
+@pytest.mark.long
 def test_eight_bits_take_less_and_make_nearly_the_same(tmp_path: Path, models: Callable[[str], Path]) -> None:
     model = models("flux")
     path = write(tmp_path, model, stages('quantization = "int8"'))
 
     async def through_processes() -> np.ndarray[Any, Any]:
         async with launch(path, FREE_PORTS) as cluster, httpx.AsyncClient(base_url=cluster.url, timeout=90) as http:
-            return pixels(await http.post("/v1/images/generations", json={"prompt": "a red ship", "seed": 1}))
+            answer = await http.post("/v1/images/generations", json={"prompt": "a red ship", "seed": 1})
+            return pixels_of_answer(answer)[None]
 
     ours = asyncio.run(through_processes())
     exact = expected(plain(model), model, 1)

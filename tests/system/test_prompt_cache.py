@@ -15,9 +15,9 @@ import pytest
 from diffusers import DiffusionPipeline
 
 from tests.engines.results import seeded_generator
-from tests.system.reference import diffusers_reference
-from tests.system.test_recovery import BOUND_S, back
-from tests.system.test_text_to_image import FREE_PORTS, pixels
+from tests.system.conftest import BOUND_S, FREE_PORTS, back
+from tests.system.reference import diffusers_reference, pixels
+from triptych.api.client import ClientError
 from triptych.api.launch import Cluster, launch
 from triptych.engines.parameters.serving_config import load_serving_config
 
@@ -49,72 +49,76 @@ async def cache(cluster: Cluster) -> dict[str, Any]:
     return dict((await cluster.status())["head"]["prompt_cache"])
 
 
-@pytest.mark.parametrize("engine", ["shm", "mooncake"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param("shm", marks=pytest.mark.shared_cluster("flux")),
+        pytest.param("mooncake", marks=pytest.mark.shared_cluster("mooncake")),
+    ],
+)
 def test_the_second_request_of_a_prompt_visits_no_encoder_and_its_image_is_identical(
-    engine: str, topology_file: Callable[..., Path], models: Callable[[str], Path]
+    engine: str, on_cluster: Callable[..., Any], models: Callable[[str], Path]
 ) -> None:
-    async def scenario() -> tuple[np.ndarray, np.ndarray]:
-        path = topology_file(transfer={"engine": engine, "trusted_network": True})
-        async with launch(path, FREE_PORTS) as cluster:
-            first, unit = await made(cluster, 11)
-            assert not skipped(unit)
-            second, unit = await made(cluster, 12, steps=3, size="48x32")
-            assert skipped(unit)
-            again, unit = await made(cluster, 11)
-            assert skipped(unit)
-            assert np.array_equal(first, again)
-            other, unit = await made(cluster, 12, "a small green square")
-            assert not skipped(unit)
-            assert not np.array_equal(other, second)
-            seen = await cache(cluster)
-            assert (seen["entries"], seen["hits"], seen["misses"]) == (2, 2, 2)
-            assert 0 < seen["nbytes"] <= seen["capacity"] == 4 << 20
-            return first, second
+    prompt = f"a large blue triangle, {engine}"
 
-    first, second = asyncio.run(scenario())
+    async def scenario(cluster: Cluster) -> tuple[np.ndarray, np.ndarray]:
+        before = await cache(cluster)
+        first, unit = await made(cluster, 11, prompt)
+        assert not skipped(unit)
+        second, unit = await made(cluster, 12, prompt, steps=3, size="48x32")
+        assert skipped(unit)
+        again, unit = await made(cluster, 11, prompt)
+        assert skipped(unit)
+        assert np.array_equal(first, again)
+        other, unit = await made(cluster, 12, f"a small green square, {engine}")
+        assert not skipped(unit)
+        assert not np.array_equal(other, second)
+        seen = await cache(cluster)
+        assert [seen[name] - before[name] for name in ("entries", "hits", "misses")] == [2, 2, 2]
+        assert 0 < seen["nbytes"] <= seen["capacity"] == 4 << 20
+        return first, second
+
+    first, second = on_cluster(scenario)
     model = models("flux")
     defaults = load_serving_config(model).defaults
     changed = defaults | {"num_inference_steps": 3, "height": 32, "width": 48}
-    assert np.array_equal(first, diffusers_reference("flux", model, PROMPT, 11, **defaults))
-    assert np.array_equal(second, diffusers_reference("flux", model, PROMPT, 12, **changed))
+    assert np.array_equal(first, diffusers_reference("flux", model, prompt, 11, **defaults))
+    assert np.array_equal(second, diffusers_reference("flux", model, prompt, 12, **changed))
 
 
+@pytest.mark.shared_cluster("pixart")
 def test_a_classic_pipeline_is_encoded_once_for_all_seeds(
-    models: Callable[[str], Path], topology_of: Callable[..., Path]
+    models: Callable[[str], Path], on_cluster: Callable[..., Any]
 ) -> None:
+    async def scenario(cluster: Cluster) -> np.ndarray:
+        assert not skipped((await made(cluster, 11))[1])
+        image, unit = await made(cluster, 12)
+        assert skipped(unit)
+        return image
+
+    ours = on_cluster(scenario)
     model = models("pixart")
-
-    async def scenario() -> np.ndarray:
-        async with launch(topology_of(model), FREE_PORTS) as cluster:
-            assert not skipped((await made(cluster, 11))[1])
-            image, unit = await made(cluster, 12)
-            assert skipped(unit)
-            return image
-
-    ours = asyncio.run(scenario())
     plain = DiffusionPipeline.from_pretrained(model)(
         PROMPT, generator=seeded_generator(12), **load_serving_config(model).defaults
     )
     assert np.array_equal(ours, np.asarray(plain.images[0]))
 
 
-def test_what_is_asked_for_at_once_is_encoded_once(topology_file: Callable[..., Path]) -> None:
-    async def scenario() -> None:
-        path = topology_file(roles={"encoder": 2, "denoiser": 1, "decoder": 1})
-        async with (
-            launch(path, FREE_PORTS) as cluster,
-            httpx.AsyncClient(base_url=cluster.url, timeout=60) as http,
-        ):
-            body = {"prompt": PROMPT, "n": 4, "seed": 5}
+@pytest.mark.shared_cluster("flux")
+def test_what_is_asked_for_at_once_is_encoded_once(on_cluster: Callable[..., Any]) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        async with httpx.AsyncClient(base_url=cluster.url, timeout=60) as http:
+            before = await stages_run(cluster, "encoder")
+            body = {"prompt": "four at once", "n": 4, "seed": 5}
             answer = (await http.post("/v1/images/generations", json=body)).raise_for_status().json()
             units = (await cluster.request(answer["id"]))["units"]
             assert [skipped(unit) for unit in units] == [False, True, True, True]
-            assert await stages_run(cluster, "encoder") == 1
-            several = await asyncio.gather(*(made(cluster, seed, "another prompt") for seed in range(6)))
+            assert await stages_run(cluster, "encoder") == before + 1
+            several = await asyncio.gather(*(made(cluster, seed, "six at once") for seed in range(6)))
             assert [skipped(unit) for _, unit in several].count(False) == 1
-            assert await stages_run(cluster, "encoder") == 2
+            assert await stages_run(cluster, "encoder") == before + 2
 
-    asyncio.run(scenario())
+    on_cluster(scenario)
 
 
 async def stages_run(cluster: Cluster, kind: str) -> int:
@@ -123,52 +127,49 @@ async def stages_run(cluster: Cluster, kind: str) -> int:
     return sum(actors[f"{name}.stream"]["facts"]["panels_run"] for name in workers)
 
 
-def test_without_a_cache_every_request_is_encoded(topology_file: Callable[..., Path]) -> None:
-    async def scenario() -> None:
-        async with launch(topology_file(model={"prompt_cache": "0"}), FREE_PORTS) as cluster:
-            first, unit = await made(cluster, 3)
-            again, unit_again = await made(cluster, 3)
-            assert not skipped(unit)
-            assert not skipped(unit_again)
-            assert np.array_equal(first, again)
-            assert set((await cache(cluster)).values()) == {0}
-            (pool,) = (await cluster.status())["pools"]
-            assert pool["leased"] == 0
-
-    asyncio.run(scenario())
+async def every_request_is_encoded(cluster: Cluster) -> None:
+    """What holds without a cache."""
+    first, unit = await made(cluster, 3)
+    again, unit_again = await made(cluster, 3)
+    assert not skipped(unit)
+    assert not skipped(unit_again)
+    assert np.array_equal(first, again)
+    assert set((await cache(cluster)).values()) == {0}
+    (pool,) = (await cluster.status())["pools"]
+    assert pool["leased"] == 0
 
 
+@pytest.mark.shared_cluster("killed")
 def test_what_died_with_its_pool_is_encoded_anew_and_no_encoder_is_missed_for_the_rest(
-    topology_file: Callable[..., Path],
+    on_cluster: Callable[..., Any],
 ) -> None:
-    async def scenario() -> None:
-        async with launch(topology_file(), FREE_PORTS) as cluster:
-            first, _ = await made(cluster, 3)
-            pool = (await cluster.children())["pool"]
-            os.kill(pool.pid, signal.SIGKILL)
-            await back(cluster, "pool", after_generation=pool.generation)
-            await cluster.wait_ready(BOUND_S)
+    async def scenario(cluster: Cluster) -> None:
+        first, _ = await made(cluster, 3)
+        pool = (await cluster.children())["pool"]
+        os.kill(pool.pid, signal.SIGKILL)
+        await back(cluster, "pool", after_generation=pool.generation)
+        await cluster.wait_ready(BOUND_S)
+        again, unit = await made(cluster, 3)
+        assert not skipped(unit)
+        assert np.array_equal(first, again)
+
+        head = (await cluster.children())["head"]
+        os.kill(head.pid, signal.SIGKILL)
+        await back(cluster, "head", after_generation=head.generation)
+        await cluster.wait_ready(BOUND_S)
+        await made(cluster, 3)
+        await only_the_cache_holds_blocks(cluster)
+
+        encoder = (await cluster.children())["encoder-0"]
+        os.kill(encoder.pid, signal.SIGSTOP)
+        try:
             again, unit = await made(cluster, 3)
-            assert not skipped(unit)
+            assert skipped(unit)
             assert np.array_equal(first, again)
+        finally:
+            os.kill(encoder.pid, signal.SIGCONT)
 
-            head = (await cluster.children())["head"]
-            os.kill(head.pid, signal.SIGKILL)
-            await back(cluster, "head", after_generation=head.generation)
-            await cluster.wait_ready(BOUND_S)
-            await made(cluster, 3)
-            await only_the_cache_holds_blocks(cluster)
-
-            encoder = (await cluster.children())["encoder-0"]
-            os.kill(encoder.pid, signal.SIGSTOP)
-            try:
-                again, unit = await made(cluster, 3)
-                assert skipped(unit)
-                assert np.array_equal(first, again)
-            finally:
-                os.kill(encoder.pid, signal.SIGCONT)
-
-    asyncio.run(scenario())
+    on_cluster(scenario)
 
 
 async def only_the_cache_holds_blocks(cluster: Cluster) -> None:
@@ -181,16 +182,24 @@ async def only_the_cache_holds_blocks(cluster: Cluster) -> None:
                 return
 
 
-def test_a_pool_that_is_full_of_what_is_kept_gives_way(topology_file: Callable[..., Path]) -> None:
+def test_a_small_pool_serves_many_by_waiting_and_by_keeping_less_and_refuses_what_never_fits(
+    topology_file: Callable[..., Path],
+) -> None:
     async def scenario() -> None:
         # Half of the pool is all that encoders may fill: when the cache has it, there is nothing left for them.
-        sections = {"model": {"prompt_cache": "64KiB"}, "transfer": {"pool_size": "128KiB"}}
+        sections = {"model": {"prompt_cache": "32KiB"}, "transfer": {"pool_size": "64KiB"}}
         async with launch(topology_file(**sections), FREE_PORTS) as cluster:
             for k in range(6):
                 _, unit = await made(cluster, 3, f"prompt {k}")
                 assert unit["attempts"] == 1
             kept = await cache(cluster)
             assert 1 <= kept["entries"] < 6 == kept["misses"]
-            assert kept["nbytes"] <= kept["capacity"] == 64 << 10
+            assert kept["nbytes"] <= kept["capacity"] == 32 << 10
+
+            images = await asyncio.gather(*(cluster.generate(PROMPT, seed=k % 3) for k in range(12)))
+            assert len({image.data for image in images}) == 3
+
+            with pytest.raises(ClientError, match=r"pool gives at most 32768: raise \[transfer\] pool_size"):
+                await cluster.generate(PROMPT, size="256x256")
 
     asyncio.run(scenario())

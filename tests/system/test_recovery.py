@@ -6,63 +6,53 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-from triptych.api.launch import Cluster, launch
+from tests.system.conftest import BOUND_S, back
+from triptych.api.launch import Cluster
 
-FREE_PORTS = {"api": {"port": 0}}
-BOUND_S = 30.0
-
-
-async def back(cluster: Cluster, name: str, *, after_generation: int) -> None:
-    """Until the component is ready in a later generation."""
-    async with asyncio.timeout(BOUND_S):
-        while True:
-            child = (await cluster.children())[name]
-            if child.generation > after_generation and child.state == "ready":
-                return
+pytestmark = pytest.mark.shared_cluster("killed")
 
 
 @pytest.mark.parametrize("victim", ["denoiser-0", "head", "pool", "api"])
 def test_a_killed_process_is_back_with_a_higher_generation_and_requests_succeed(
-    victim: str, topology_file: Callable[..., Path]
+    victim: str, on_cluster: Callable[..., Any]
 ) -> None:
-    async def scenario() -> None:
-        path = topology_file(roles={"encoder": 1, "denoiser": 2, "decoder": 1})
-        async with launch(path, FREE_PORTS) as cluster:
-            before = await cluster.generate("a red circle", seed=3)
+    async def scenario(cluster: Cluster) -> None:
+        before = await cluster.generate("a red circle", seed=3)
+        children = await cluster.children()
+        os.kill(children[victim].pid, signal.SIGKILL)
+        await back(cluster, victim, after_generation=children[victim].generation)
+        await cluster.wait_ready(BOUND_S)
+        after = await cluster.generate("a red circle", seed=3)
+        assert after.data == before.data
+        survivors = await cluster.children()
+        assert {n: c.pid for n, c in survivors.items() if n != victim} == {
+            n: c.pid for n, c in children.items() if n != victim
+        }
+
+    on_cluster(scenario)
+
+
+def test_requests_under_way_survive_the_death_of_every_kind_of_process(on_cluster: Callable[..., Any]) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        for victim in ("denoiser-0", "encoder-0", "decoder-0", "pool", "head"):
+            # Other prompts for each, so that they are encoded and an encoder has something to lose.
+            prompts = [f"{k % 3} red circles, without {victim}" for k in range(6)]
             children = await cluster.children()
+            asked = [asyncio.create_task(cluster.generate(prompt, seed=7, steps=20)) for prompt in prompts]
+            await some_work_under_way(cluster)
             os.kill(children[victim].pid, signal.SIGKILL)
+            got = [(await one).data for one in asked]
             await back(cluster, victim, after_generation=children[victim].generation)
             await cluster.wait_ready(BOUND_S)
-            after = await cluster.generate("a red circle", seed=3)
-            assert after.data == before.data
-            survivors = await cluster.children()
-            assert {n: c.pid for n, c in survivors.items() if n != victim} == {
-                n: c.pid for n, c in children.items() if n != victim
-            }
+            expected = [(await cluster.generate(prompt, seed=7, steps=20)).data for prompt in prompts[:3]]
+            assert got == expected * 2, victim
+            assert len(set(expected)) == 3
 
-    asyncio.run(scenario())
-
-
-def test_requests_under_way_survive_the_death_of_every_kind_of_process(topology_file: Callable[..., Path]) -> None:
-    async def scenario() -> None:
-        # Without a cache, so that each request is encoded and an encoder has something to lose.
-        path = topology_file(roles={"encoder": 1, "denoiser": 2, "decoder": 1}, model={"prompt_cache": "0"})
-        async with launch(path, FREE_PORTS) as cluster:
-            expected = [(await cluster.generate("a red circle", seed=s, steps=20)).data for s in range(2)]
-            for victim in ("denoiser-0", "encoder-0", "decoder-0", "pool", "head"):
-                children = await cluster.children()
-                asked = [asyncio.create_task(cluster.generate("a red circle", seed=k % 2, steps=20)) for k in range(6)]
-                await some_work_under_way(cluster)
-                os.kill(children[victim].pid, signal.SIGKILL)
-                got = [(await one).data for one in asked]
-                assert got == [expected[k % 2] for k in range(6)], victim
-                await back(cluster, victim, after_generation=children[victim].generation)
-
-    asyncio.run(scenario())
+    on_cluster(scenario)
 
 
 async def some_work_under_way(cluster: Cluster) -> None:

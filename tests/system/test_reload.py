@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import load_file, save_file
 
-from tests.system.conftest import STAGES
+from tests.system.conftest import FREE_PORTS, STAGES
 from tests.system.reference import diffusers_reference
 from triptych.api.launch import Cluster, launch
 from triptych.engines.parameters.serving_config import load_serving_config
 
-FREE_PORTS = {"api": {"port": 0}}
 BOUND_S = 60.0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,31 +16,30 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.system.conftest import ROOT
-from tests.system.test_recovery import BOUND_S, FREE_PORTS, back
+from tests.system.conftest import BOUND_S, FREE_PORTS, MANY_STEPS, ROOT, any_steps, back
+from tests.system.test_prompt_cache import every_request_is_encoded
 from triptych.actors import load_topology
 from triptych.actors.topology import free_port
 from triptych.api.launch import Cluster, launch
 
 PROMPT = "a red circle"
-LONG = 100_000
-"""Steps that nobody waits for."""
 
 
 @pytest.fixture
 def patient(models: Callable[[str], Path], tmp_path: Path) -> dict[str, str]:
-    """A `[model]` whose card allows any number of steps."""
-    folder = tmp_path / "patient"
-    shutil.copytree(models("flux"), folder)
-    card = json.loads((folder / "triptych.json").read_text())
-    card["ranges"]["num_inference_steps"] = [1, LONG]
-    (folder / "triptych.json").write_text(json.dumps(card))
-    return {"path": str(folder), "dtype": "float32"}
+    """A `[model]` that allows any number of steps."""
+    return {"path": str(any_steps(models("flux"), tmp_path)), "dtype": "float32"}
+
+
+@asynccontextmanager
+async def client_of(cluster: Cluster) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=cluster.url, timeout=60) as http:
+        yield http
 
 
 @asynccontextmanager
 async def running(path: Path) -> AsyncIterator[tuple[Cluster, httpx.AsyncClient]]:
-    async with launch(path, FREE_PORTS) as cluster, httpx.AsyncClient(base_url=cluster.url, timeout=60) as http:
+    async with launch(path, FREE_PORTS) as cluster, client_of(cluster) as http:
         yield cluster, http
 
 
@@ -74,24 +72,27 @@ async def wait_until_idle(http: httpx.AsyncClient) -> None:
                 return
 
 
-def test_cancel_hang_up_and_timeout_stop_the_work_and_return_every_lease(
+def test_cancel_hang_up_and_timeout_stop_the_work_and_return_every_lease_where_nothing_is_cached(
     topology_file: Callable[..., Path], patient: dict[str, str]
 ) -> None:
     async def scenario() -> None:
-        async with running(topology_file(model=patient, head={"request_timeout_s": 4})) as (_, http):
-            asked = post(http, LONG)
+        model = patient | {"prompt_cache": "0"}
+        async with running(topology_file(model=model, head={"request_timeout_s": 4})) as (cluster, http):
+            await every_request_is_encoded(cluster)
+
+            asked = post(http, MANY_STEPS)
             request = await under_way(http)
             assert (await http.delete(f"/v1/requests/{request['id']}")).json()["state"] == "CANCELLED"
             assert (await asked).status_code == 409
             await wait_until_idle(http)
 
-            asked = post(http, LONG)
+            asked = post(http, MANY_STEPS)
             request = await under_way(http)
             asked.cancel()
             await wait_until_idle(http)
             assert (await http.get(f"/v1/requests/{request['id']}")).json()["state"] == "CANCELLED"
 
-            answer = await post(http, LONG)
+            answer = await post(http, MANY_STEPS)
             assert answer.status_code == 504
             assert answer.json()["error"]["message"]
             await wait_until_idle(http)
@@ -99,11 +100,10 @@ def test_cancel_hang_up_and_timeout_stop_the_work_and_return_every_lease(
     asyncio.run(scenario())
 
 
-def test_a_client_that_lost_the_api_finds_its_request_by_its_key(
-    topology_file: Callable[..., Path], patient: dict[str, str]
-) -> None:
-    async def scenario() -> None:
-        async with running(topology_file(model=patient)) as (cluster, http):
+@pytest.mark.shared_cluster("killed")
+def test_a_client_that_lost_the_api_finds_its_request_by_its_key(on_cluster: Callable[..., Any]) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        async with client_of(cluster) as http:
             key = {"Idempotency-Key": "once"}
             asked = post(http, 300, **key)
             request = await under_way(http)
@@ -118,14 +118,13 @@ def test_a_client_that_lost_the_api_finds_its_request_by_its_key(
             assert [unit["attempts"] for unit in units] == [1]
             assert (await post(http, 301, **key)).status_code == 409
 
-    asyncio.run(scenario())
+    on_cluster(scenario)
 
 
-def test_a_restart_of_the_head_interrupts_no_denoise(
-    topology_file: Callable[..., Path], patient: dict[str, str]
-) -> None:
-    async def scenario() -> None:
-        async with running(topology_file(model=patient)) as (cluster, http):
+@pytest.mark.shared_cluster("killed")
+def test_a_restart_of_the_head_interrupts_no_denoise(on_cluster: Callable[..., Any]) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        async with client_of(cluster) as http:
             asked = post(http, 400)
             await under_way(http)
             head = (await cluster.children())["head"]
@@ -137,7 +136,7 @@ def test_a_restart_of_the_head_interrupts_no_denoise(
             assert [m["state"] for m in unit["history"]].count("DENOISING_RUNNING") == 1
             await back(cluster, "head", after_generation=head.generation)
 
-    asyncio.run(scenario())
+    on_cluster(scenario)
 
 
 def test_a_stopped_process_is_missed_killed_and_its_work_done_by_a_sibling(
@@ -163,13 +162,11 @@ def test_a_stopped_process_is_missed_killed_and_its_work_done_by_a_sibling(
     asyncio.run(scenario())
 
 
-def test_a_request_that_kills_its_worker_twice_is_failed_and_the_pool_serves_on(
-    topology_file: Callable[..., Path], patient: dict[str, str]
-) -> None:
-    async def scenario() -> None:
-        path = topology_file(model=patient, roles={"encoder": 1, "denoiser": 2, "decoder": 1})
-        async with running(path) as (cluster, http):
-            asked = post(http, LONG)
+@pytest.mark.shared_cluster("killed")
+def test_a_request_that_kills_its_worker_twice_is_failed_and_the_pool_serves_on(on_cluster: Callable[..., Any]) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        async with client_of(cluster) as http:
+            asked = post(http, MANY_STEPS)
             for attempt in (1, 2):
                 request = await under_way(http)
                 unit = request["units"][0]
@@ -182,7 +179,7 @@ def test_a_request_that_kills_its_worker_twice_is_failed_and_the_pool_serves_on(
             assert answer.json()["error"]["message"].count("its process ended") == 2
             assert (await post(http, 4)).status_code == 200
 
-    asyncio.run(scenario())
+    on_cluster(scenario)
 
 
 @pytest.mark.long
@@ -255,9 +252,10 @@ async def running_as_given(path: Path) -> AsyncIterator[tuple[Cluster, httpx.Asy
         yield cluster, http
 
 
-def test_the_zygote_takes_no_role_with_it_and_is_made_anew(topology_file: Callable[..., Path]) -> None:
-    async def scenario() -> None:
-        async with running(topology_file()) as (cluster, http):
+@pytest.mark.shared_cluster("killed")
+def test_the_zygote_takes_no_role_with_it_and_is_made_anew(on_cluster: Callable[..., Any]) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        async with client_of(cluster) as http:
             before = await cluster.children()
             os.kill(child_called(cluster.process.pid, "triptych: zygote"), signal.SIGKILL)
             assert (await post(http, 4)).status_code == 200
@@ -266,7 +264,7 @@ def test_the_zygote_takes_no_role_with_it_and_is_made_anew(topology_file: Callab
             await back(cluster, "denoiser-0", after_generation=before["denoiser-0"].generation)
             assert (await post(http, 4)).status_code == 200
 
-    asyncio.run(scenario())
+    on_cluster(scenario)
 
 
 def child_called(parent: int, title: str) -> int:
@@ -277,6 +275,7 @@ def child_called(parent: int, title: str) -> int:
     return pid
 
 
+@pytest.mark.long
 def test_a_role_that_sleeps_through_its_fencing_finds_out_and_starts_anew(
     topology_file: Callable[..., Path], patient: dict[str, str]
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from collections.abc import Callable
 from pathlib import Path
@@ -10,17 +9,19 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 import torch
 from diffusers import PixArtAlphaPipeline
 from safetensors.torch import load, save
 
-from tests.system.test_image_inputs import FREE_PORTS, pixels
-from triptych.api.launch import launch
+from tests.system.reference import pixels_of_answer
+from triptych.api.launch import Cluster
 
 GENERATIONS = "/v1/images/generations"
 
 
-def test_tensors_in_and_out(models: Callable[[str], Path], topology_of: Callable[..., Path]) -> None:
+@pytest.mark.shared_cluster("pixart")
+def test_tensors_in_and_out(models: Callable[[str], Path], on_cluster: Callable[..., Any]) -> None:
     model = models("pixart")
     pipeline: Any = PixArtAlphaPipeline.from_pretrained(model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -32,11 +33,8 @@ def test_tensors_in_and_out(models: Callable[[str], Path], topology_of: Callable
     given = {**embeds, "latents": first}
     second = pipeline(**shape, **more, **given, negative_prompt=None, generator=torch.Generator().manual_seed(8)).images
 
-    async def through_processes() -> tuple[torch.Tensor, np.ndarray]:
-        async with (
-            launch(topology_of(model), FREE_PORTS) as cluster,
-            httpx.AsyncClient(base_url=cluster.url, timeout=60) as http,
-        ):
+    async def scenario(cluster: Cluster) -> tuple[torch.Tensor, np.ndarray]:
+        async with httpx.AsyncClient(base_url=cluster.url, timeout=60) as http:
             body = {**shape, **more, "prompt": "a ship", "seed": 7, "output_type": "latent"}
             answer = await http.post(GENERATIONS, json=body)
             assert answer.status_code == 200, answer.text
@@ -51,8 +49,8 @@ def test_tensors_in_and_out(models: Callable[[str], Path], topology_of: Callable
             listed = (await http.get("/v1/models")).json()["data"][0]["parameters"]
             (tensors,) = [each for each in listed if each["name"] == "tensors"]
             assert {"latents", *names} <= set(tensors["choices"])
-            return latents, pixels(made)
+            return latents, pixels_of_answer(made)
 
-    latents, made = asyncio.run(through_processes())
+    latents, made = on_cluster(scenario)
     assert torch.equal(latents, first)
     assert np.array_equal(made, np.asarray(second[0]))

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.system.conftest import STAGES
-from tests.system.reference import diffusers_reference
-from tests.system.test_recovery import FREE_PORTS, back
+from tests.system.conftest import FREE_PORTS, STAGES, back
+from tests.system.reference import diffusers_reference, pixels
 from tests.system.test_reload import change
 from triptych.api.client import GeneratedImage
 from triptych.api.launch import Cluster, launch
@@ -45,10 +44,6 @@ async def until(cluster: Cluster, name: str, state: str) -> None:
             if head and head["models"][name] == state:
                 return
             await asyncio.sleep(0.02)
-
-
-def pixels(image: GeneratedImage) -> np.ndarray:
-    return np.asarray(image.image().convert("RGB"))
 
 
 @pytest.mark.alone

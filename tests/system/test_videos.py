@@ -8,16 +8,19 @@ import zipfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import av
 import httpx
 import numpy as np
+import pytest
 import torch
 from diffusers import WanPipeline
 from PIL import Image
 
+from tests.system.conftest import FREE_PORTS
 from triptych.actors import AddressBook
-from triptych.api.launch import launch
+from triptych.api.launch import Cluster, launch
 from triptych.bus import Outbox, Reference
 from triptych.engines.parameters.serving_config import load_serving_config
 from triptych.roles.messages import requests
@@ -59,13 +62,12 @@ class Client:
 
 
 @asynccontextmanager
-async def serving(topology: Path) -> AsyncIterator[Client]:
-    async with launch(topology, {"api": {"port": 0}}) as cluster:
-        outbox = Outbox("test")
-        head = outbox.reference("head", AddressBook(cluster.topology).address("head"))
-        async with httpx.AsyncClient(base_url=cluster.url, timeout=BOUND_S) as http:
-            yield Client(head, http)
-        outbox.close()
+async def client_of(cluster: Cluster) -> AsyncIterator[Client]:
+    outbox = Outbox("test")
+    head = outbox.reference("head", AddressBook(cluster.topology).address("head"))
+    async with httpx.AsyncClient(base_url=cluster.url, timeout=BOUND_S) as http:
+        yield Client(head, http)
+    outbox.close()
 
 
 def decoded(data: bytes) -> np.ndarray:
@@ -88,11 +90,12 @@ def diffusers_alone(model: Path, frames: int) -> np.ndarray:
     return np.stack([np.asarray(frame) for frame in made])
 
 
+@pytest.mark.shared_cluster("wan")
 def test_a_video_is_a_file_that_plays_with_the_frames_that_diffusers_makes_alone(
-    topology_file: Callable[..., Path], models: Callable[[str], Path]
+    on_cluster: Callable[..., Any], models: Callable[[str], Path]
 ) -> None:
-    async def scenario() -> tuple[bytes, bytes]:
-        async with serving(topology_file("wan")) as client:
+    async def scenario(cluster: Cluster) -> tuple[bytes, bytes]:
+        async with client_of(cluster) as client:
             artifact, film = await client.make("film", Output(), num_frames=5)
             assert (artifact.name, artifact.content_type) == ("film_0.mp4", "video/mp4")
             assert (await client.make("again", Output("mp4"), num_frames=5))[1] == film
@@ -115,7 +118,7 @@ def test_a_video_is_a_file_that_plays_with_the_frames_that_diffusers_makes_alone
             assert some.headers["content-range"] == f"bytes 10-19/{len(film)}"
             return film, archive
 
-    film, archive = asyncio.run(scenario())
+    film, archive = on_cluster(scenario)
     expected = diffusers_alone(models("wan"), 5)
     assert np.array_equal(unpacked(archive), expected)
     with av.open(io.BytesIO(film)) as container:
@@ -130,7 +133,7 @@ def test_a_video_is_a_file_that_plays_with_the_frames_that_diffusers_makes_alone
 
 def test_a_video_with_sound_has_both(topology_file: Callable[..., Path]) -> None:
     async def scenario() -> tuple[bytes, bytes]:
-        async with serving(topology_file("ltx2")) as client:
+        async with launch(topology_file("ltx2"), FREE_PORTS) as cluster, client_of(cluster) as client:
             _, film = await client.make("film", Output(), num_frames=9, frame_rate=30.0)
             _, archive = await client.make("frames", Output("zip"), num_frames=9, frame_rate=30.0)
             return film, archive
