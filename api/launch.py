@@ -59,8 +59,14 @@ class Cluster:
         """Base URL of the API, such as http://127.0.0.1:8000."""
         self.process = process
         """The `triptych up` process."""
-        self._http = httpx.AsyncClient(base_url=self.url, timeout=timeout(), headers=authorization(api_key))
+        self._api_key = api_key
+        self._http = self.http_client()
         self._outbox = Outbox("launch")
+
+    def http_client(self, timeout_s: float | httpx.Timeout | None = None) -> httpx.AsyncClient:
+        """Make a client of the API that sends the key; its `timeout_s` seconds are a few by default. Close it."""
+        bounds = timeout() if timeout_s is None else timeout_s
+        return httpx.AsyncClient(base_url=self.url, timeout=bounds, headers=authorization(self._api_key))
 
     @overload
     async def generate(

@@ -20,6 +20,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from triptych.actors.command.generate import api_key
+from triptych.api.client import KEY_VARIABLE, ClientError, authorization
 from triptych.tools.shapes.contact_sheet import write_sheet
 from triptych.tools.shapes.scenes import Pixels, Scene, all_scenes, caption, held_out_scenes, held_out_triples
 from triptych.tools.shapes.scoring import Score, score
@@ -35,27 +37,27 @@ ATTEMPT_TIMEOUT_S = 300.0
 
 
 class RenderError(Exception):
-    """A picture could not be had; the text says from where and why."""
+    """An image could not be rendered; the text says where and why."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Render, score, write the sheet and print one JSON object; 1 if a picture could not be had."""
+    """Render, score, write the sheet and print one JSON object; 1 if an image could not be rendered."""
     options = _parse(arguments)
     rows = choose_prompts(options.prompts, options.seed, held_out_only=options.among == "held-out")
-    source = _by_model(options.model, rows) if options.model else _by_server(options.url, rows)
+    source = _by_model(options.model, rows) if options.model else _by_server(options.url, options.key_file, rows)
     console = Console(stderr=True)
     try:
         with closing(source):
-            pictures = list(track(source, "rendering", total=len(rows), console=console))
+            images = list(track(source, "rendering", total=len(rows), console=console))
     except RenderError as error:
         print(f"score_shapes: {error}", file=sys.stderr)
         return 1
-    scores = [score(picture, scene) for picture, (scene, _) in zip(pictures, rows, strict=True)]
+    scores = [score(image, scene) for image, (scene, _) in zip(images, rows, strict=True)]
     for (scene, seed), one in zip(rows, scores, strict=True):
         if not one.perfect:
             wrong = ", ".join(field.name for field in fields(one) if not getattr(one, field.name))
             print(f"wrong {wrong}: {caption(scene)!r}, seed {seed}", file=sys.stderr)
-    write_sheet(options.sheet, pictures, [one.perfect for one in scores])
+    write_sheet(options.sheet, images, [one.perfect for one in scores])
     print(f"contact sheet: {options.sheet}", file=sys.stderr)
     print(json.dumps(summary(scores, [scene for scene, _ in rows])))
     return 0
@@ -73,7 +75,7 @@ def choose_prompts(count: int, seed: int, *, held_out_only: bool = True) -> list
 
 
 def summary(scores: Sequence[Score], scenes: Sequence[Scene]) -> dict[str, float | int]:
-    """Count the share of pictures right in each property, and the prompts held out of training."""
+    """Count the share of images right in each property, and the prompts held out of training."""
     shares = {
         field.name: round(sum(getattr(one, field.name) for one in scores) / len(scores), 4) for field in fields(Score)
     }
@@ -81,10 +83,14 @@ def summary(scores: Sequence[Score], scenes: Sequence[Scene]) -> dict[str, float
     return {**shares, "prompts": len(scores), "held_out": held_out}
 
 
-def _by_server(url: str, rows: Sequence[tuple[Scene, int]]) -> Generator[Pixels, None, None]:
-    """Render over HTTP, at most CONCURRENCY requests at a time; pictures come in the order of the rows."""
+def _by_server(url: str, key_file: Path | None, rows: Sequence[tuple[Scene, int]]) -> Generator[Pixels, None, None]:
+    """Render over HTTP, at most CONCURRENCY requests at a time; images come in the order of the rows."""
+    try:
+        headers = authorization(api_key(key_file))
+    except ClientError as error:
+        raise RenderError(str(error)) from error
     with (
-        httpx.Client(base_url=url, timeout=ATTEMPT_TIMEOUT_S) as client,
+        httpx.Client(base_url=url, timeout=ATTEMPT_TIMEOUT_S, headers=headers) as client,
         ThreadPoolExecutor(CONCURRENCY) as workers,
     ):
         waiting = [workers.submit(_request, client, caption(scene), seed) for scene, seed in rows]
@@ -109,7 +115,7 @@ def _request(client: httpx.Client, prompt: str, seed: int) -> Pixels:
         png = base64.b64decode(answer.json()["data"][0]["b64_json"], validate=True)
         return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
     except (ValueError, KeyError, IndexError, TypeError, OSError) as error:
-        raise RenderError(f"{client.base_url} answered {prompt!r} with something that is no picture") from error
+        raise RenderError(f"{client.base_url} answered {prompt!r} with something that is no image") from error
 
 
 def _by_model(folder: Path, rows: Sequence[tuple[Scene, int]]) -> Generator[Pixels, None, None]:
@@ -134,8 +140,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--prompts", type=_positive, default=200)
-    parser.add_argument("--seed", type=int, default=1, help="chooses the prompts and the pictures' seeds")
+    parser.add_argument("--seed", type=int, default=1, help="chooses the prompts and the images' seeds")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server")
+    parser.add_argument("--key-file", type=Path, help=f"a file with the API key; else the environment's {KEY_VARIABLE}")
     parser.add_argument("--model", type=Path, help="a model folder to render with here, in place of a server")
     parser.add_argument("--among", choices=("held-out", "all"), default="held-out", help="scenes to choose from")
     parser.add_argument("--sheet", type=Path, default=Path("out/sheet.png"), help="the contact sheet to write")

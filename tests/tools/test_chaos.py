@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import subprocess
 import sys
 import time
+from asyncio.subprocess import Process
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import httpx
 import msgspec
 import pytest
 from hypothesis import given
@@ -16,17 +19,19 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
+from triptych.actors.topology import load_topology
+from triptych.api.launch import Cluster
 from triptych.engines.transfer import FaultRates
 from triptych.roles.messages.common import Attempt, LeaseRef
 from triptych.roles.messages.pool import LeaseView
 from triptych.roles.messages.requests import ClusterView, InstanceView
 from triptych.tools.chaos import invariants
-from triptych.tools.chaos.__main__ import NAMES, app, why_unsupported
+from triptych.tools.chaos.__main__ import app
 from triptych.tools.chaos.clock import Clock
-from triptych.tools.chaos.faults import FAULTS
+from triptych.tools.chaos.faults import FAULTS, transfer_keys, transfer_rates, why_unsupported
 from triptych.tools.chaos.injector import InjectedFault, trigger_is_met
-from triptych.tools.chaos.load import Outcome
-from triptych.tools.chaos.plan import PICTURES, PULL_TIMEOUT_S, PlannedFault, PlannedRequest, make_plan, transfer_faults
+from triptych.tools.chaos.load import LoadGenerator, Outcome
+from triptych.tools.chaos.plan import PICTURES, PlannedFault, PlannedRequest, make_plan
 from triptych.tools.chaos.report import Failure, failures, percentile, show, summary
 
 HAPPY_PATH = (
@@ -37,7 +42,7 @@ INVARIANTS = (
     "each accepted request ended once", "each client saw one request", "every block is accounted for",
     "same seed, same bytes",
 )  # fmt: skip
-VICTIMS = {fault: ["a", "b"] for fault in FAULTS}
+VICTIMS = {fault: ["a", "b"] for fault in FAULTS if not FAULTS[fault].rates}
 
 
 def outcome(states: tuple[str, ...] = HAPPY_PATH, *, status: int = 200, causes: tuple[str, ...] = ()) -> Outcome:
@@ -168,15 +173,25 @@ def test_a_seed_plans_one_run_and_every_fault_gets_its_turn(seed: int, duration_
 
 
 def test_transfers_are_late_only_where_bytes_travel(tmp_path: Path) -> None:
-    assert "late" not in why_unsupported(list(NAMES), "mooncake", tmp_path)
-    assert "late" in why_unsupported(list(NAMES), "shm", tmp_path)
-    assert transfer_faults(["kill", "pool"]) == ""
-    faults = FaultRates.parse(transfer_faults(NAMES))
+    assert "late" not in why_unsupported(list(FAULTS), "mooncake", tmp_path)
+    assert "late" in why_unsupported(list(FAULTS), "shm", tmp_path)
+    assert transfer_rates(["kill", "pool"]) == ""
+    faults = FaultRates.parse(transfer_rates(FAULTS))
     assert faults.flip > 0
     assert faults.short > 0
     assert faults.delay > 0
-    assert faults.delay_s > PULL_TIMEOUT_S, "what is late comes after its timeout"
-    assert FaultRates.parse(transfer_faults(["late"])) == FaultRates(delay=faults.delay, delay_s=faults.delay_s)
+    assert faults.delay_s > float(str(transfer_keys(["late"])["pull_timeout_s"])), (
+        "what is late comes after its timeout"
+    )
+    assert FaultRates.parse(transfer_rates(["late"])) == FaultRates(delay=faults.delay, delay_s=faults.delay_s)
+
+
+def test_the_load_carries_the_key_of_the_cluster() -> None:
+    async def headers() -> httpx.Headers:
+        cluster = Cluster(load_topology("examples/chaos.toml"), cast("Process", None), "secret")
+        return LoadGenerator(cluster, "chaos", 1.0)._http.headers
+
+    assert asyncio.run(headers())["authorization"] == "Bearer secret"
 
 
 @pytest.mark.parametrize(("fault", "sentence"), [("late", "nothing is late"), ("typo", "is none of")])

@@ -149,6 +149,9 @@ class FakeImageServer(BaseHTTPRequestHandler):
         if wish.get("response_format") != "b64_json" or not isinstance(wish.get("seed"), int):
             self.send_error(422)
             return
+        if self.path.startswith("/keyed/") and self.headers["authorization"] != "Bearer secret":
+            self.send_error(401)
+            return
         scene = self.drawings[wish["prompt"]]
         wrong = replace(scene, size="small") if self.path.startswith("/small/") else scene
         png = io.BytesIO()
@@ -186,6 +189,19 @@ def test_score_through_a_server(server: str, tmp_path: Path, capsys: pytest.Capt
     words = ("background", "colour", "place", "size", "shape")
     assert result == {**dict.fromkeys(words, 1.0), "prompts": 20, "held_out": 20}
     assert Image.open(path).size == (16 * 68 + 4, 2 * 68 + 4)
+
+
+def test_score_sends_the_key_that_it_is_given(
+    server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRIPTYCH_API_KEY", raising=False)
+    (tmp_path / "key").write_text("secret\n")
+    arguments = ["--prompts", "2", "--url", f"{server}/keyed", "--sheet", str(tmp_path / "s.png")]
+    assert run_score(capsys, *arguments, "--key-file", str(tmp_path / "key"))["prompts"] == 2
+    assert score_shapes.main(arguments) == 1
+    assert "answered 401" in capsys.readouterr().err
+    assert score_shapes.main([*arguments, "--key-file", str(tmp_path / "none")]) == 1
+    assert "cannot be read" in capsys.readouterr().err
 
 
 def test_score_counts_what_is_wrong(server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,12 +23,18 @@ from triptych.actors.errors import TopologyError
 from triptych.actors.topology import load_topology
 from triptych.api.client import ClientError
 from triptych.api.launch import Cluster, launch
-from triptych.engines.backends import BACKENDS
 from triptych.engines.parameters.serving_config import SERVING_CONFIG_NAME
 from triptych.roles.pool.client import FAULTS as FAULTS_VARIABLE
 from triptych.tools.chaos import invariants
 from triptych.tools.chaos.clock import Clock
-from triptych.tools.chaos.faults import FAULTS, PAUSE_PAST_TIMEOUT_S, small_disk
+from triptych.tools.chaos.faults import (
+    FAULTS,
+    PAUSE_PAST_TIMEOUT_S,
+    small_disk,
+    transfer_keys,
+    transfer_rates,
+    why_unsupported,
+)
 from triptych.tools.chaos.injector import FaultInjector
 from triptych.tools.chaos.load import LoadGenerator, Outcome
 from triptych.tools.chaos.monitor import (
@@ -41,17 +47,13 @@ from triptych.tools.chaos.monitor import (
 from triptych.tools.chaos.plan import (
     CHANGED,
     POOL_SIZE,
-    PULL_TIMEOUT_S,
     RANGES,
-    TRANSFER_FAULTS,
     ImageCase,
     Plan,
     make_plan,
-    transfer_faults,
 )
 from triptych.tools.chaos.report import Report, show, summary
 
-NAMES = (*FAULTS, *TRANSFER_FAULTS)
 CLIENT_PATIENCE_S = 90.0
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 console = Console()
@@ -69,14 +71,14 @@ def main(
     duration: Annotated[float, typer.Option(help="Seconds of load.", min=5, max=3600)] = 60.0,
     rate: Annotated[float, typer.Option(help="Requests a second.", min=0.1, max=50)] = 4.0,
     every: Annotated[float, typer.Option(help="Seconds between two faults, on average.", min=0.2)] = 2.5,
-    faults: Annotated[str, typer.Option(help=f"Some of {','.join(NAMES)}, or all that are possible here.")] = "all",
+    faults: Annotated[str, typer.Option(help=f"Some of {','.join(FAULTS)}, or all that are possible here.")] = "all",
     bound: Annotated[float, typer.Option(help="Most seconds for a victim to be back.")] = 20.0,
     json: Annotated[Path | None, typer.Option("--json", help="Write the report here as well.")] = None,
 ) -> None:
     """Start TOPOLOGY, offer a seeded load, inject faults, and check that nothing accepted was lost."""
-    chosen = list(NAMES) if faults == "all" else faults.split(",")
-    if unknown := [fault for fault in chosen if fault not in NAMES]:
-        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(NAMES)}", param_hint="--faults")
+    chosen = list(FAULTS) if faults == "all" else faults.split(",")
+    if unknown := [fault for fault in chosen if fault not in FAULTS]:
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(FAULTS)}", param_hint="--faults")
     try:
         with tempfile.TemporaryDirectory(prefix="triptych-chaos-") as name, ExitStack() as stack:
             folder = Path(name)
@@ -99,14 +101,6 @@ def main(
     raise typer.Exit(0 if report.held else 1)
 
 
-def why_unsupported(faults: list[str], engine: str, state: Path) -> dict[str, str]:
-    """Why faults cannot be caused here, by name."""
-    problems = {fault: FAULTS[fault].why_unsupported(state) for fault in faults if fault in FAULTS}
-    if "late" in faults and BACKENDS[engine].shared_memory:
-        problems["late"] = f"nothing is late where memory is shared, and the topology has engine {engine}"
-    return {fault: problem for fault, problem in problems.items() if problem}
-
-
 async def run(
     topology: Path,
     folder: Path,
@@ -127,15 +121,15 @@ async def run(
         "api": {"port": 0},
         "state": {"path": str(folder / "state")},
         "model": {"path": str(_copy_model_with_wide_ranges(topology, folder / "model"))},
-        "transfer": {"pool_size": POOL_SIZE, **({"pull_timeout_s": PULL_TIMEOUT_S} if "late" in faults else {})},
+        "transfer": {"pool_size": POOL_SIZE, **transfer_keys(faults)},
     }
     parsed = load_topology(topology)
-    victims = {fault: FAULTS[fault].victims(parsed) for fault in faults if fault in FAULTS}
+    victims = {fault: FAULTS[fault].victims(parsed) for fault in faults}
     plan = make_plan(seed, duration_s, rate, every_s, faults, victims)
     asked = {planned.picture for planned in plan.requests} | set(CHANGED)
     async with launch(topology, own) as baseline_cluster:
         baseline = {picture: await digest(baseline_cluster, picture) for picture in sorted(asked)}
-    os.environ[FAULTS_VARIABLE] = transfer_faults(faults)
+    os.environ[FAULTS_VARIABLE] = transfer_rates(faults)
     try:
         async with launch(topology, own) as cluster:
             report = await run_load(cluster, plan, seed, duration_s, bound_s, baseline, clock)
@@ -178,7 +172,7 @@ async def run_load(
     clock: Clock | None,
 ) -> Report:
     """Load and strikes together, then rest, then the invariants."""
-    clients = LoadGenerator(cluster.url, f"chaos-{seed}-{os.getpid()}", patience_s=CLIENT_PATIENCE_S)
+    clients = LoadGenerator(cluster, f"chaos-{seed}-{os.getpid()}", patience_s=CLIENT_PATIENCE_S)
     injector, watch = FaultInjector(cluster, seed, clock), MailboxMonitor(cluster)
     began = time.monotonic()
     watching = asyncio.create_task(watch.run())

@@ -1,4 +1,4 @@
-"""The faults, one entry each: whom it strikes, whether that ends processes, and how it is caused."""
+"""The faults, one entry each in `FAULTS`: whom it strikes, whether that ends processes, and how it is caused."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +21,7 @@ import zmq
 from triptych.actors import AddressBook, Topology
 from triptych.actors.runtime.system_messages import ChildReport
 from triptych.api.launch import Cluster
+from triptych.engines.backends import BACKENDS
 from triptych.tools.chaos.clock import Clock
 from triptych.tools.procfs import children_of
 
@@ -51,17 +52,25 @@ Inject = Callable[[FaultContext, ChildReport | None], Awaitable[None]]
 """Causes a fault in a component, or in the whole system (None); returns when the cause is over."""
 
 
+async def _nothing(_: FaultContext, __: ChildReport | None) -> None:
+    """No-op."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A fault that can be caused at a moment of a run."""
+    """A fault: caused at moments of a run, or, with `rates`, in the transfers of all of it."""
 
-    victims: Callable[[Topology], list[str]]
+    victims: Callable[[Topology], list[str]] = lambda _: []
     """Names of the components that it may strike, each as often as it is likely."""
-    inject: Inject
+    inject: Inject = _nothing
     lethal: bool = False
     """Whether the victim's process has to be replaced."""
-    why_unsupported: Callable[[Path], str] = lambda _: ""
-    """Says why it cannot be caused on this machine with this state folder; "" where it can."""
+    why_unsupported: Callable[[str, Path], str] = lambda _, __: ""
+    """Says why it cannot be caused on this machine with that transfer engine and state folder; "" where it can."""
+    rates: str = ""
+    """What goes wrong with transfers, as `engines.transfer.FaultRates` reads it."""
+    transfer_keys: Mapping[str, object] = field(default_factory=dict)
+    """Keys of `[transfer]` that a run with it needs."""
 
 
 def _roles(topology: Topology) -> list[str]:
@@ -140,12 +149,36 @@ FAULTS: Final[dict[str, Fault]] = {
     "poolstop": Fault(_kind("pool"), _send(signal.SIGSTOP), lethal=True),
     "stall": Fault(_all, _stall),
     "pause": Fault(_system, _pause),
-    "clock": Fault(_system, _step_clock, why_unsupported=lambda _: Clock.why_unsupported()),
-    "full": Fault(_system, _fill_disk, why_unsupported=lambda state: _why_no_small_disk(state)),
+    "clock": Fault(_system, _step_clock, why_unsupported=lambda _, __: Clock.why_unsupported()),
+    "full": Fault(_system, _fill_disk, why_unsupported=lambda _, state: _why_no_small_disk(state)),
     "busy": Fault(_system, _load_cpu),
     "garbage": Fault(_all, _send_garbage_to),
+    # Bytes change or are missing.
+    "transfer": Fault(rates="flip:0.02,short:0.02"),
+    # They come seconds after the receiver has given them up: early, since one that is held up holds up those behind it.
+    "late": Fault(
+        rates="delay:0.05:3",
+        transfer_keys={"pull_timeout_s": 2.0},
+        why_unsupported=lambda engine, _: _why_nothing_is_late(engine),
+    ),
 }
-"""By name. (What goes wrong with transfers is set on the backends, in `tools.chaos.plan`.)"""
+"""By name: a new fault is one entry."""
+
+
+def why_unsupported(faults: Iterable[str], engine: str, state: Path) -> dict[str, str]:
+    """Say why faults cannot be caused here, by name; those that can be are left out."""
+    problems = {name: FAULTS[name].why_unsupported(engine, state) for name in faults}
+    return {name: problem for name, problem in problems.items() if problem}
+
+
+def transfer_rates(faults: Iterable[str]) -> str:
+    """What goes wrong with transfers in a run with these faults, as `engines.transfer.FaultRates` reads it."""
+    return ",".join(FAULTS[name].rates for name in faults if FAULTS[name].rates)
+
+
+def transfer_keys(faults: Iterable[str]) -> dict[str, object]:
+    """Keys of `[transfer]` that a run with these faults needs."""
+    return {key: value for name in faults for key, value in FAULTS[name].transfer_keys.items()}
 
 
 @contextmanager
@@ -198,6 +231,11 @@ def _take_space(ballast: Path) -> None:
                 pass
         except OSError:  # it is full, as it should be
             return
+
+
+def _why_nothing_is_late(engine: str) -> str:
+    shared = BACKENDS[engine].shared_memory
+    return f"nothing is late where memory is shared, and the topology has engine {engine}" if shared else ""
 
 
 def _why_no_small_disk(state: Path) -> str:

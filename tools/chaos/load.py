@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from triptych.api.launch import Cluster
 from triptych.tools.chaos.plan import ImageCase, PlannedRequest
 
 PAUSE_S = 0.1
@@ -47,11 +48,11 @@ def request_body(picture: ImageCase) -> dict[str, object]:
 class LoadGenerator:
     """Offers requests to a cluster."""
 
-    def __init__(self, url: str, key: str, patience_s: float) -> None:
+    def __init__(self, cluster: Cluster, key: str, patience_s: float) -> None:
         self._key = key
         self._patience_s = patience_s
         self._in_flight = asyncio.Semaphore(IN_FLIGHT)
-        self._http = httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(patience_s, connect=5.0))
+        self._http = cluster.http_client(httpx.Timeout(patience_s, connect=5.0))
 
     async def close(self) -> None:
         """Let go of the connections."""

@@ -116,7 +116,7 @@ async def check_changed_topology(
     """Stop a cluster with requests under way, and start it with another engine and role names: all of them are done."""
     async with (
         launch(topology, overrides) as cluster,
-        httpx.AsyncClient(base_url=cluster.url, timeout=TOPOLOGY_CHANGE_TIMEOUT_S) as http,
+        cluster.http_client(TOPOLOGY_CHANGE_TIMEOUT_S) as http,
     ):
         answers = [
             await http.post("/v1/images/generations", json=request_body(picture), headers={"Prefer": "respond-async"})
@@ -130,7 +130,7 @@ async def check_changed_topology(
     changed: dict[str, Mapping[str, object]] = {**overrides, "transfer": transfer, "roles": {kind: {"name": "renamed"}}}
     async with (
         launch(topology, changed) as cluster,
-        httpx.AsyncClient(base_url=cluster.url, timeout=TOPOLOGY_CHANGE_TIMEOUT_S) as http,
+        cluster.http_client(TOPOLOGY_CHANGE_TIMEOUT_S) as http,
     ):
         return [
             sentence
@@ -154,7 +154,7 @@ async def _not_made(http: httpx.AsyncClient, request_id: str, digest: str) -> st
 
 
 async def _ready_names(cluster: Cluster, victim: str) -> list[str]:
-    async with httpx.AsyncClient(base_url=cluster.url) as http:
+    async with cluster.http_client() as http:
         answer = await http.get("/ready")
     if answer.status_code == 503 and victim in answer.text:
         return []

@@ -8,12 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from triptych.engines.backends import BACKENDS
-
-TRANSFER_FAULTS = {"transfer": "flip:0.02,short:0.02", "late": "delay:0.05:3"}
-"""What is done to transfers: bytes change or are missing; they come seconds after the receiver has given them up."""
-PULL_TIMEOUT_S = 2.0
-"""For a run with "late": a transfer that is held up holds up those behind it, so it is given up early."""
 TRIGGERS = {"running": 5, "stored": 2, "any": 1, "idle": 1}
 """How often a strike falls: while the victim has work in hand (any stage runs, where the victim is no role); while
 leases are held and tensors wait or travel; at once; when nothing is under way."""
@@ -96,8 +90,8 @@ def make_plan(
         duration_s: seconds of load.
         rate: requests a second, on average, at random moments.
         every_s: seconds between two strikes, on average.
-        faults: names; "transfer" and "late" are not struck but set on the backends, and draw nothing here.
-        victims: fault to the names of the components that it may strike.
+        faults: names.
+        victims: fault to the names of the components that it may strike; a fault with none is not planned.
     """
     rng = random.Random(seed)
     requests = tuple(
@@ -113,16 +107,6 @@ def make_plan(
         for at_s, fault in zip(times, _in_turn(rng, struck, len(times)), strict=True)
     ]
     return Plan(requests, tuple(planned))
-
-
-def possible(faults: Sequence[str], engine: str) -> list[str]:
-    """Return the faults that a transfer engine can have: nothing is late where memory is shared."""
-    return [fault for fault in faults if fault != "late" or not BACKENDS[engine].shared_memory]
-
-
-def transfer_faults(faults: Sequence[str]) -> str:
-    """What goes wrong with transfers, as `engines.transfer.FaultRates` reads it."""
-    return ",".join(TRANSFER_FAULTS[fault] for fault in faults if fault in TRANSFER_FAULTS)
 
 
 def _choose_trigger(rng: random.Random) -> str:
