@@ -13,6 +13,7 @@ from triptych.actors.supervision._child_process import ChildProcess, module_comm
 from triptych.actors.supervision._component_specs import PRELOAD
 from triptych.actors.supervision._process_tree import adopt_orphans
 from triptych.actors.supervision._zygote_client import ForkUnavailableError, ZygoteClient
+from triptych.backoff import backoff_s
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -126,23 +127,23 @@ class Launcher:
 
     async def _keep_zygote_alive(self) -> None:
         """Make the zygote anew whenever it ends; one that ends again and again is waited for longer."""
-        backoff = _FIRST_BACKOFF_S
+        pauses = 0
         while self._zygote is not None:
             ending = await self._zygote.wait()
             _log.warning("zygote ended, making a new one", ending=str(ending), pid=self._zygote.pid)
             if self._zygote.was_warm:
-                backoff = _FIRST_BACKOFF_S
+                pauses = 0
             else:
-                await asyncio.sleep(backoff)
-                backoff = min(backoff * 2, _LAST_BACKOFF_S)
+                await asyncio.sleep(backoff_s(pauses, first_s=_FIRST_BACKOFF_S, longest_s=_LAST_BACKOFF_S))
+                pauses += 1
             while True:
                 try:
                     self._zygote = self._spawn_zygote()
                     break
                 except OSError as error:  # until then, starts are fresh interpreters
                     _log.warning("no zygote", error=str(error))
-                    await asyncio.sleep(backoff)
-                    backoff = min(backoff * 2, _LAST_BACKOFF_S)
+                    await asyncio.sleep(backoff_s(pauses, first_s=_FIRST_BACKOFF_S, longest_s=_LAST_BACKOFF_S))
+                    pauses += 1
 
 
 def gpu_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Final
 import msgspec
 
 from triptych.actors.child_state import ChildState
+from triptych.backoff import backoff_s
 
 FIRST_BACKOFF_S: Final = 0.25
 LAST_BACKOFF_S: Final = 10.0
@@ -148,9 +149,8 @@ def decide_restart(
     if exit_.kind is ExitKind.START_FAILURE:
         return RestartDecision((Retire(child.name, ChildState.FAILED, exit_.reason),), recent)
     if exit_.kind is ExitKind.START_DELAYED:
-        return RestartDecision(
-            (Wait(_exponential_backoff(FIRST_DELAY_S, LAST_DELAY_S, delays, jitter)), Start(child.name)), recent
-        )
+        wait = backoff_s(delays, first_s=FIRST_DELAY_S, longest_s=LAST_DELAY_S, jitter=jitter)
+        return RestartDecision((Wait(wait), Start(child.name)), recent)
     if not _should_restart(child.restart, exit_.kind):
         return RestartDecision((Retire(child.name, ChildState.STOPPED, exit_.reason),), recent)
     if len(recent) >= spec.intensity:
@@ -160,23 +160,11 @@ def decide_restart(
     actions: list[Action] = [Stop(name) for name in reversed(group) if name != child.name]
     temporary = [name for name in group if name != child.name and not _is_restartable(spec, name)]
     actions += [Retire(name, ChildState.STOPPED, f"stopped together with {child.name}") for name in temporary]
-    wait = backoff_s(len(recent), jitter)
-    if wait:
+    if recent:
+        wait = backoff_s(len(recent) - 1, first_s=FIRST_BACKOFF_S, longest_s=LAST_BACKOFF_S, jitter=jitter)
         actions.append(Wait(wait))
     actions += [Start(name) for name in group if name not in temporary]
     return RestartDecision(tuple(actions), (*recent, exit_.at))
-
-
-def backoff_s(restarts: int, jitter: float) -> float:
-    """Seconds to wait before a restart that follows `restarts` recent ones."""
-    if restarts == 0:
-        return 0.0
-    return _exponential_backoff(FIRST_BACKOFF_S, LAST_BACKOFF_S, restarts - 1, jitter)
-
-
-def _exponential_backoff(first_s: float, last_s: float, doublings: int, jitter: float) -> float:
-    # 32 is far past any cap: it keeps the power small.
-    return min(last_s, first_s * (1 << min(doublings, 32))) * (1 - jitter / 2)
 
 
 def _should_restart(restart: RestartPolicy, kind: ExitKind) -> bool:

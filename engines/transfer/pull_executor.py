@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import threading
 import time
 from collections import deque
@@ -12,6 +11,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 from weakref import WeakValueDictionary
 
+from triptych.backoff import backoff_s
 from triptych.engines.transfer.backend import ByteRange, TransferBackend, TransferError
 
 ATTEMPTS = 4
@@ -26,17 +26,6 @@ _Ended = Callable[[BaseException | None], None]
 _Call = tuple[Callable[[], None], _Ended]
 
 
-def backoff(attempt: int, jitter: float) -> float:
-    """Return the seconds to wait after a failed attempt. Pure.
-
-    Args:
-        attempt: The number of the attempt, from 1; each doubles the time.
-        jitter: A number in [0, 1) that shortens the time by up to half.
-    """
-    longest: float = min(FIRST_PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S)
-    return longest * (1 - jitter / 2)
-
-
 class PullExecutor:
     """Runs the pulls of a backend on threads, one at a time for each peer. For one event loop."""
 
@@ -46,7 +35,6 @@ class PullExecutor:
         self._lanes: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._under_way: dict[asyncio.Future[None], tuple[ByteRange, float]] = {}
         self._threads = _Threads()
-        self._random = random.Random()  # noqa: S311 - jitter, not a secret
 
     async def pull(self, session: str, address: int, offset: int, nbytes: int, timeout_s: float) -> None:
         """Pull on a thread, and retry while time is left; see `TransferBackend.pull` for the arguments.
@@ -65,7 +53,7 @@ class PullExecutor:
             except TransferError as error:
                 # Any of the attempts may still write late, not just the last.
                 quarantine = quarantine or error.quarantine
-                pause = backoff(attempt, self._random.random())
+                pause = backoff_s(attempt - 1, first_s=FIRST_PAUSE_S, longest_s=LONGEST_PAUSE_S)
                 if not error.retryable or attempt == self._attempts or time.monotonic() + pause >= deadline:
                     raise TransferError(error.reason, retryable=error.retryable, quarantine=quarantine) from error
                 # The pull after a rejected one may fail for no other reason (hazard 10).

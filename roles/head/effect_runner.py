@@ -6,7 +6,6 @@ Nothing is decided here: which message an attempt takes, and what a failure mean
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import Callable, Iterable
 from typing import Final, TypeVar
@@ -14,6 +13,7 @@ from typing import Final, TypeVar
 from triptych.actors import Actor
 from triptych.actors.errors import UnknownNameError
 from triptych.actors.runtime.system_messages import Shutdown, ShuttingDown
+from triptych.backoff import backoff_s
 from triptych.bus import (
     AskTimeoutError,
     BusError,
@@ -37,7 +37,6 @@ from triptych.roles.head.served_models import ServedModels
 from triptych.roles.messages import pool as pools
 from triptych.roles.messages import stages
 from triptych.roles.messages.common import Attempt, LeaseRef, StoredPayload
-from triptych.roles.worker.reporter import backoff_s
 
 R = TypeVar("R", bound=Message)
 
@@ -139,7 +138,7 @@ class EffectRunner:
                 return await self._actor.reference(instance).ask(message, *replies, timeout_s=INSTANCE_ANSWER_S)
             except (AskTimeoutError, MailboxFullError) as error:
                 self._actor.log.info("asked again", instance=instance, attempt=str(attempt), error=str(error))
-            await asyncio.sleep(backoff_s(tries, random.random()))  # noqa: S311  jitter
+            await asyncio.sleep(backoff_s(tries))
             tries += 1
         raise SupersededError
 
@@ -164,7 +163,7 @@ class EffectRunner:
                 return answer.target
             if isinstance(answer, stages.TransferRejected) and not answer.retryable:
                 raise _PoolFullError(answer.reason)
-            await asyncio.sleep(backoff_s(tries, random.random()))  # noqa: S311  jitter
+            await asyncio.sleep(backoff_s(tries))
             tries += 1
 
     def _cancel(self, instance: str, attempt: Attempt, reason: str) -> None:

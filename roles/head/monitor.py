@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import Callable, Iterable
 
 from triptych.actors import Actor
+from triptych.backoff import backoff_s
 from triptych.bus import BusError
 from triptych.roles.head.effect_runner import INSTANCE_ANSWER_S, EffectRunner
 from triptych.roles.head.reclaim import suspects, unneeded
@@ -15,7 +15,6 @@ from triptych.roles.head.served_models import ServedModels
 from triptych.roles.messages import pool as pools
 from triptych.roles.messages import stages
 from triptych.roles.messages.common import LeaseRef
-from triptych.roles.worker.reporter import backoff_s
 
 
 class Monitor:
@@ -80,7 +79,7 @@ class Monitor:
             except BusError as error:  # not there yet, or not open
                 lost.cancel()
                 self._actor.log.info("pool does not answer", pool=name, error=str(error))
-                await asyncio.sleep(backoff_s(tries, random.random()))  # noqa: S311  jitter
+                await asyncio.sleep(backoff_s(tries))
                 tries += 1
                 continue
             tries = 0

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import random
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from triptych.actors import Actor
+from triptych.backoff import backoff_s
 from triptych.bus import AskTimeoutError, BusError, Message, RemoteError, UnreachableError
 from triptych.engines.memory.arena import Arena, ArenaAddress, ArenaError
 from triptych.roles.messages.common import Attempt, LeaseRef
@@ -27,7 +27,7 @@ from triptych.roles.messages.pool import (
     ReleaseBlocks,
     SealBlock,
 )
-from triptych.roles.worker.reporter import DeliveryOutcome, FencedError, backoff_s, delivery_outcome, is_fenced
+from triptych.roles.worker.reporter import DeliveryOutcome, FencedError, delivery_outcome, is_fenced
 
 if TYPE_CHECKING:
     import torch
@@ -146,7 +146,7 @@ class PoolClient:
                     self._actor.log.exception("block not given back", asked=type(message).__name__)
                     return None
                 self._actor.log.warning("block not given back yet", asked=type(message).__name__, error=str(error))
-            await asyncio.sleep(backoff_s(tries, random.random()))  # noqa: S311  jitter
+            await asyncio.sleep(backoff_s(tries))
             tries += 1
 
 

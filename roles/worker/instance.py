@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import time
 from typing import Final
 
 from triptych.actors import Actor, Component, DeferredReply, Topology
 from triptych.actors.child_state import ChildState
+from triptych.backoff import backoff_s
 from triptych.bus import BusError, MailboxFullError, Message, Reference, RefusedError, RemoteError
 from triptych.roles.messages import stages, worker
 from triptych.roles.messages.common import Attempt, LeaseRef
@@ -39,7 +39,7 @@ from triptych.roles.pool.client import PoolClient, pool_full_reason
 from triptych.roles.worker import effects as do
 from triptych.roles.worker.attempts import AttemptRefusedError, AttemptTracker
 from triptych.roles.worker.preallocation import Preallocation
-from triptych.roles.worker.reporter import FencedError, Reporter, backoff_s, is_fenced
+from triptych.roles.worker.reporter import FencedError, Reporter, is_fenced
 from triptych.roles.worker.workspace import ProcessContext
 
 ANSWER_S: Final = 5.0
@@ -432,7 +432,7 @@ class Instance(Actor):
                 if is_fenced(error):
                     raise FencedError(f"the head has given this incarnation up ({error})") from error
                 self.log.info("not joined yet", error=str(error))
-            await asyncio.sleep(backoff_s(tries, random.random()))  # noqa: S311  jitter
+            await asyncio.sleep(backoff_s(tries))
             tries += 1
 
     def _registration(self) -> RegisterInstance:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections import deque
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from typing import Final, Protocol
 
+from triptych.backoff import backoff_s
 from triptych.bus import BusError, Message, MessageTooLongError, RemoteError
 from triptych.roles.messages.common import Attempt
 from triptych.roles.messages.stages import StageFailed, StageFinished, StageOutputsStored, TransferFailed
 
-FIRST_PAUSE_S: Final = 0.05
-LONGEST_PAUSE_S: Final = 1.0
 MAX_HEAD_FAILURES: Final = 3
 """A report at which the head itself failed this often is given up, or it would bring every new head down."""
 
@@ -69,11 +67,6 @@ def shortened(report: Message, why: str) -> Message | None:
     stage = None if isinstance(report, TransferFailed) else report.stage
     error = f"its report cannot be sent: {why}"
     return StageFailed(report.attempt, report.instance, stage, error, retryable=False, issued=report.issued)
-
-
-def backoff_s(attempt: int, jitter: float) -> float:
-    """Seconds before attempt `attempt + 1`; doubles up to a bound, times 0.5..1 by `jitter` in 0..1."""
-    return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(attempt, 10)) * (0.5 + jitter / 2)
 
 
 class Reporter:
@@ -161,7 +154,7 @@ class Reporter:
                     report = brief
                     self._queue[0] = report
                     continue
-            await asyncio.sleep(backoff_s(tries, random.random()))  # noqa: S311  jitter
+            await asyncio.sleep(backoff_s(tries))
             tries += 1
         else:
             return

@@ -7,6 +7,7 @@ thing it is told to do is a task, answered to the instance with exactly one mess
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import time
@@ -19,6 +20,7 @@ from msgspec.structs import replace
 from triptych.actors import Actor, Component, Topology
 from triptych.actors.child_state import ChildState
 from triptych.actors.errors import describe, shorten
+from triptych.backoff import backoff_s
 from triptych.bus import BusError, Message, RemoteError
 from triptych.engines.codec.checksum import ChecksumMismatchError
 from triptych.engines.codec.codec import CodecError, Packed, pack
@@ -43,7 +45,6 @@ from triptych.roles.messages.worker import (
 )
 from triptych.roles.pool.client import FAULTS, LeaseGoneError, PoolClient, PoolMapping, pool_full_reason
 from triptych.roles.worker import devices
-from triptych.roles.worker.reporter import LONGEST_PAUSE_S, backoff_s
 from triptych.roles.worker.workspace import ProcessContext
 
 FULL_PAUSE_S: Final = 0.1
@@ -180,7 +181,7 @@ class TransferActor(Actor):
             except RemoteError as error:
                 raise TransferFailedError(f"{self._client.pool} gives no block: {error.detail}") from error
             except BusError as error:
-                problem, longest_s = f"{self._client.pool} does not answer: {error}", LONGEST_PAUSE_S
+                problem, longest_s = f"{self._client.pool} does not answer: {error}", math.inf
             else:
                 if isinstance(answer, LeaseRef):
                     return answer
@@ -326,7 +327,7 @@ class TransferActor(Actor):
                 self.log.info("pool not mapped yet", pool=self._client.pool, error=str(error))
             else:
                 return
-            await asyncio.sleep(backoff_s(tries, random.random()))  # noqa: S311  jitter
+            await asyncio.sleep(backoff_s(tries))
             tries += 1
 
     def _encode(self, message: SaveArtifact, values: dict[str, object], stop: asyncio.Event) -> tuple[str, bytes]:
@@ -357,12 +358,12 @@ class _Retry:
         """Raise TransferFailedError when the attempt is to be stopped."""
         _raise_if_stopped(self._stop)
 
-    async def wait(self, problem: str, longest_s: float = LONGEST_PAUSE_S) -> None:
+    async def wait(self, problem: str, longest_s: float = math.inf) -> None:
         """Pause before the next try. Raises TransferFailedError, saying `problem`, when there is to be none."""
         self.check()
         if not self.left_s:
             raise TransferFailedError(problem)
-        pause = min(backoff_s(self._waits, random.random()), self.left_s, longest_s)  # noqa: S311  jitter
+        pause = min(backoff_s(self._waits), self.left_s, longest_s)
         self._waits += 1
         try:
             async with asyncio.timeout(pause):

@@ -18,8 +18,8 @@ from triptych.actors.supervision._restart import (
     Stop,
     SupervisorSpec,
     Wait,
-    backoff_s,
 )
+from triptych.backoff import backoff_s
 
 NAMES = ("pool", "encoder-0", "denoiser-0", "denoiser-1", "decoder-0", "head", "api")
 ALL = frozenset(NAMES)
@@ -159,18 +159,13 @@ def test_restarts_before_the_period_count_no_more(name: str, old: list[float]) -
     assert decision.history == (100.0,)
 
 
-@given(st.integers(0, 10_000), jitters)
-def test_the_backoff_stays_within_its_bounds(count: int, jitter: float) -> None:
-    wait = backoff_s(count, jitter)
-    if count == 0:
-        assert wait == 0
-    else:
-        assert FIRST_BACKOFF_S / 2 < wait <= LAST_BACKOFF_S
-
-
-@given(st.integers(1, 100))
-def test_without_jitter_the_backoff_never_shrinks_and_doubles_until_the_cap(count: int) -> None:
-    assert backoff_s(count + 1, 0) == min(LAST_BACKOFF_S, 2 * backoff_s(count, 0))
+@given(names, st.integers(0, 30), jitters)
+def test_the_first_restart_is_immediate_and_the_others_wait(name: str, count: int, jitter: float) -> None:
+    history = tuple(99 + n / 100 for n in range(count))
+    decision = decide_restart(spec(intensity=100), history, exit_of(name), jitter=jitter)
+    waits = [action.seconds for action in decision.actions if isinstance(action, Wait)]
+    wait = backoff_s(count - 1, first_s=FIRST_BACKOFF_S, longest_s=LAST_BACKOFF_S, jitter=jitter)
+    assert waits == ([wait] if count else [])
 
 
 @given(names, st.integers(1, 8), st.lists(st.floats(0.001, 3), min_size=1, max_size=40))

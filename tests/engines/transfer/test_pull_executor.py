@@ -4,13 +4,11 @@ import asyncio
 import threading
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.engines.transfer.peer_process import until
 from triptych.engines.memory.arena import Arena
 from triptych.engines.transfer import PullExecutor, TransferError, open_backend
-from triptych.engines.transfer.pull_executor import FIRST_PAUSE_S, LONGEST_PAUSE_S, backoff
+from triptych.engines.transfer.pull_executor import FIRST_PAUSE_S
 
 NBYTES = 1 << 16
 WAIT_S = 20
@@ -70,15 +68,6 @@ def outcome(transfers, arena, timeout_s=WAIT_S) -> TransferError | None:
     except TransferError as error:
         return error
     return None
-
-
-@settings(deadline=None)
-@given(attempt=st.integers(1, 50), jitter=st.floats(0, 1, exclude_max=True))
-def test_pauses_grow_and_stay_bounded(attempt, jitter):
-    pause = backoff(attempt, jitter)
-    assert FIRST_PAUSE_S / 2 <= pause <= LONGEST_PAUSE_S
-    assert backoff(attempt + 1, jitter) >= pause
-    assert backoff(attempt, 0) >= pause
 
 
 def test_a_pull_that_fails_is_tried_again(arenas, backend):

@@ -692,7 +692,7 @@ def test_an_instance_that_stalls_is_asked_again_and_loses_nothing(
 ) -> None:
     pauses: list[int] = []
     monkeypatch.setattr(effect_runner, "INSTANCE_ANSWER_S", 0.05)
-    monkeypatch.setattr(effect_runner, "backoff_s", lambda attempt, _: pauses.append(attempt) or 0.01)
+    monkeypatch.setattr(effect_runner, "backoff_s", lambda attempt: pauses.append(attempt) or 0.01)
 
     async def scenario() -> None:
         async with running_head(topology("", supervision="heartbeat_timeout_s = 60")) as harness:
@@ -748,7 +748,7 @@ def test_a_pool_that_refuses_is_asked_again_after_ever_longer_pauses(
     topology: Callable[..., Topology], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: list[int] = []
-    monkeypatch.setattr(monitor, "backoff_s", lambda attempt, _: pauses.append(attempt) or 0.0)
+    monkeypatch.setattr(monitor, "backoff_s", lambda attempt: pauses.append(attempt) or 0.0)
 
     async def scenario() -> None:
         pool = Pool("pool")

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import structlog
-from hypothesis import given
-from hypothesis import strategies as st
 
 from triptych.bus import (
     AskTimeoutError,
@@ -25,12 +23,10 @@ from triptych.bus import (
 from triptych.roles.messages.common import Attempt, LeaseRef, StoredPayload
 from triptych.roles.messages.stages import Acknowledged, StageFailed, StageOutputsStored, StageStarted
 from triptych.roles.worker.reporter import (
-    LONGEST_PAUSE_S,
     MAX_HEAD_FAILURES,
     DeliveryOutcome,
     FencedError,
     Reporter,
-    backoff_s,
     delivery_outcome,
 )
 
@@ -252,8 +248,3 @@ def test_no_report_is_lost_when_the_head_is_replaced(tmp_path: Path) -> None:
 )
 def test_verdicts(error: BusError, failures: int, expected: DeliveryOutcome) -> None:
     assert delivery_outcome(error, failures) is expected
-
-
-@given(st.integers(0, 10_000), st.floats(0, 1))
-def test_pauses_are_bounded(attempt: int, jitter: float) -> None:
-    assert 0 < backoff_s(attempt, jitter) <= LONGEST_PAUSE_S

@@ -259,7 +259,7 @@ def test_a_block_is_given_back_however_long_the_pool_does_not_answer(
             await go_on.wait()
             return await release(self, message)
 
-        def pause(attempt: int, _: float) -> float:
+        def pause(attempt: int) -> float:
             pauses.append(attempt)
             if attempt == 8:
                 tried.set()
