@@ -26,7 +26,7 @@ $(INSTALLED): pyproject.toml constraints.txt tools/system_packages.sh tools/moon
 
 install: $(INSTALLED) ## Make the environment in .venv
 
-demo: $(INSTALLED) ## A picture through the running system, in out/demo.png
+demo: $(INSTALLED) ## An image through the running system, in out/demo.png
 	$(BIN)/python -m triptych.tools.demo $(TOPOLOGY) -o out/demo.png
 
 serve: $(INSTALLED) ## Start the system of TOPOLOGY=examples/demo.toml and keep it running

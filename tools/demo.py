@@ -1,4 +1,4 @@
-"""A picture through the running system: start it, ask for one picture over HTTP, say where the time went, stop it."""
+"""An image through the running system: start it, ask for one image over HTTP, say where the time went, stop it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ console = Console()
 )
 def main(
     topology: Annotated[Path, typer.Argument(help="What to start.")] = TOPOLOGY,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where the picture goes.")] = Path("out/demo.png"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the image goes.")] = Path("out/demo.png"),
     prompt: Annotated[str, typer.Option(help="What to draw.")] = PROMPT,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same picture.")] = 7,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same image.")] = 7,
 ) -> None:
     """Start TOPOLOGY on a free port, draw PROMPT, and leave nothing running."""
     try:
@@ -43,16 +43,16 @@ def main(
 
 async def demo(topology: Path, output: Path, prompt: str, seed: int) -> None:
     """Raises `ClientError` or `TopologyError` with a sentence."""
-    os.environ.setdefault(LEVEL_VARIABLE, "warning")  # the picture is the news here
+    os.environ.setdefault(LEVEL_VARIABLE, "warning")  # the image is the news here
     started = time.perf_counter()
     async with launch(topology, {"api": {"port": 0}}) as cluster:
         console.print(f"ready after {time.perf_counter() - started:.1f} s at {cluster.url}")
         asked = time.perf_counter()
-        picture = await cluster.generate(prompt, seed=seed)
+        image = await cluster.generate(prompt, seed=seed)
         elapsed = time.perf_counter() - asked
-        console.print(stage_table(await cluster.request(picture.request_id), elapsed))
+        console.print(stage_table(await cluster.request(image.request_id), elapsed))
         output.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(output)
+        image.save(output)
     console.print(f'"{prompt}" is in {output}')
 
 

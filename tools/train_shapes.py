@@ -1,4 +1,4 @@
-"""Make the demo model of `examples/shapes/`: draw pictures, train on them, save a diffusers Flux folder."""
+"""Make the demo model of `examples/shapes/`: draw images, train on them, save a diffusers Flux folder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     work = options.work / f"seed-{options.seed}"
     autoencoder = train_autoencoder(seconds * AUTOENCODER_SHARE, device, options.seed, work)
     clearness = peak_signal_to_noise(autoencoder, device)
-    _say(f"autoencoder: PSNR {clearness:.1f} dB; encoding the pictures")
+    _say(f"autoencoder: PSNR {clearness:.1f} dB; encoding the images")
     training_set = make_training_set(autoencoder, device, options.seed, training_scenes())
     painter = train_denoiser(training_set, seconds * (1.0 - AUTOENCODER_SHARE), device, options.seed, work)
     scores = score_denoiser(painter, autoencoder, list(held_out_scenes()), device)

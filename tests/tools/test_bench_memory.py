@@ -28,7 +28,7 @@ from triptych.tools.procfs import ProcessMemory
 ROLES = ("encoder-0", "denoiser-0", "decoder-0")
 SETTINGS = {
     "bench": "memory", "case": "settings", "weights": {"vae": 160, "tokenizer": 0}, "size": "512x512",
-    "num_inference_steps": 2, "pictures": 2, "rounds": 1, "torch": "2", "diffusers": "0", "transformers": "5",
+    "num_inference_steps": 2, "images": 2, "rounds": 1, "torch": "2", "diffusers": "0", "transformers": "5",
 }  # fmt: skip
 
 

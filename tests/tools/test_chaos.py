@@ -31,7 +31,7 @@ from triptych.tools.chaos.clock import Clock
 from triptych.tools.chaos.faults import FAULTS, transfer_keys, transfer_rates, why_unsupported
 from triptych.tools.chaos.injector import InjectedFault, trigger_is_met
 from triptych.tools.chaos.load import LoadGenerator, Outcome
-from triptych.tools.chaos.plan import PICTURES, PlannedFault, PlannedRequest, make_plan
+from triptych.tools.chaos.plan import IMAGES, PlannedFault, PlannedRequest, make_plan
 from triptych.tools.chaos.report import Failure, failures, percentile, show, summary
 
 HAPPY_PATH = (
@@ -55,12 +55,12 @@ def outcome(states: tuple[str, ...] = HAPPY_PATH, *, status: int = 200, causes: 
     }
     final_view = {"id": "r", "units": [unit]}
     return Outcome(
-        PlannedRequest(1, 0.0, PICTURES[0]), status=status, request_ids={"r"}, digest="d", final_view=final_view
+        PlannedRequest(1, 0.0, IMAGES[0]), status=status, request_ids={"r"}, digest="d", final_view=final_view
     )
 
 
 def answered(began: float, ended: float) -> Outcome:
-    return Outcome(PlannedRequest(1, 0.0, PICTURES[0]), began=began, ended=ended)
+    return Outcome(PlannedRequest(1, 0.0, IMAGES[0]), began=began, ended=ended)
 
 
 def injection(victim: str = "a", *, recovery_s: float | None = 1.0) -> InjectedFault:
@@ -72,15 +72,15 @@ def test_a_clean_run_breaks_nothing() -> None:
     assert invariants.each_accepted_request_ended_once(fine) == []
     assert invariants.each_client_saw_one_request(fine, {"r": "k"}) == []
     assert invariants.no_stale_report_was_accepted(fine) == []
-    assert invariants.same_seed_same_bytes(fine, {PICTURES[0]: "d"}) == []
+    assert invariants.same_seed_same_bytes(fine, {IMAGES[0]: "d"}) == []
     assert invariants.failed_only_when_at_fault(fine) == []
     assert invariants.every_victim_recovered([injection()], 2.0) == []
     assert invariants.only_victims_restarted({"a": 1, "b": 0}, [injection()], []) == []
 
 
 def test_a_lost_request_is_seen() -> None:
-    silent = Outcome(PlannedRequest(1, 0.0, PICTURES[0]))
-    forgotten = Outcome(PlannedRequest(1, 0.0, PICTURES[0]), status=200, request_ids={"r"})
+    silent = Outcome(PlannedRequest(1, 0.0, IMAGES[0]))
+    forgotten = Outcome(PlannedRequest(1, 0.0, IMAGES[0]), status=200, request_ids={"r"})
     unfinished = outcome(HAPPY_PATH[:4])
     for lost in (silent, forgotten, unfinished, outcome(status=500)):
         assert len(invariants.each_accepted_request_ended_once([lost])) == 1
@@ -114,7 +114,7 @@ def test_an_illegal_history_is_seen() -> None:
 
 
 def test_other_bytes_are_seen() -> None:
-    assert len(invariants.same_seed_same_bytes([outcome()], {PICTURES[0]: "e"})) == 1
+    assert len(invariants.same_seed_same_bytes([outcome()], {IMAGES[0]: "e"})) == 1
 
 
 def test_who_does_not_come_back_or_restarts_unasked_is_seen() -> None:
@@ -133,7 +133,7 @@ def test_an_innocent_failure_is_seen() -> None:
 
 def test_a_request_that_failed_or_timed_out_is_listed_with_its_causes() -> None:
     causes = ("encoder-0: its process ended", "encoder-1: boom [/tmp]")
-    forgotten = Outcome(PlannedRequest(2, 0.0, PICTURES[0]), request_ids={"s"})
+    forgotten = Outcome(PlannedRequest(2, 0.0, IMAGES[0]), request_ids={"s"})
     ended = [outcome((*HAPPY_PATH[:2], end), status=500, causes=causes) for end in ("FAILED", "TIMED_OUT", "CANCELLED")]
     found = failures([outcome(causes=causes), *ended, forgotten])
     assert found == tuple(

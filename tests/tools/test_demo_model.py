@@ -29,8 +29,8 @@ BLUE = Scene("large", "red", "circle", "left", "blue")
 def test_every_drawing_scores_full_marks() -> None:
     reach = (-scenes.JITTER, 0, scenes.JITTER)
     for index, scene in enumerate(SCENES):
-        picture = scenes.draw(scene, reach[index % 3], reach[index // 3 % 3])
-        assert scoring.score(picture, scene).perfect, (scene, scoring.detect(picture))
+        image = scenes.draw(scene, reach[index % 3], reach[index // 3 % 3])
+        assert scoring.score(image, scene).perfect, (scene, scoring.detect(image))
 
 
 @pytest.mark.parametrize("word", ["size", "colour", "shape", "place", "background"])
@@ -76,12 +76,12 @@ def test_a_smeared_shape_is_caught() -> None:
 
 
 def test_a_colour_between_two_names_has_none() -> None:
-    picture = scenes.draw(BLUE).astype(int)
-    picture[scenes.scene_coverage("large", "circle", "left") == 1.0] = (70, 90, 90)
-    assert scoring.detect(picture.astype(np.uint8)).colour == ""
+    image = scenes.draw(BLUE).astype(int)
+    image[scenes.scene_coverage("large", "circle", "left") == 1.0] = (70, 90, 90)
+    assert scoring.detect(image.astype(np.uint8)).colour == ""
 
 
-def test_another_picture_size_is_refused() -> None:
+def test_another_image_size_is_refused() -> None:
     with pytest.raises(ValueError, match="64 x 64"):
         scoring.detect(np.zeros((32, 32, 3), np.uint8))
 
@@ -128,7 +128,7 @@ def test_prompts_are_held_out_distinct_first_and_repeatable() -> None:
     )
 
 
-def test_sheet_frames_wrong_pictures(tmp_path: Path) -> None:
+def test_sheet_frames_wrong_images(tmp_path: Path) -> None:
     path = tmp_path / "out" / "sheet.png"
     contact_sheet.write_sheet(path, [scenes.draw(BLUE)] * 3, [True, False, True], columns=2)
     image = Image.open(path).convert("RGB")

@@ -128,7 +128,7 @@ def test_what_a_row_raises_becomes_a_sentence(tmp_path: Path) -> None:
 def report(device: str, shapes: str) -> Report:
     machine = RowResult("machine", "The machine", Status.DONE, values=[Measured("card", "NVIDIA H200")])
     flux = RowResult(
-        "flux", "FLUX.1-dev", Status.DONE, values=[Measured("a picture, our engine", 5.43, "s", "28 steps")]
+        "flux", "FLUX.1-dev", Status.DONE, values=[Measured("an image, our engine", 5.43, "s", "28 steps")]
     )
     wan = RowResult("wan", "Wan", Status.FAILED, "It was still running after 90 s.")
     return Report(
@@ -138,7 +138,7 @@ def report(device: str, shapes: str) -> Report:
 
 def test_the_page_of_a_gpu_has_the_figures_of_others_beside_ours() -> None:
     text = page(report("cuda:0", "full"))
-    assert "| a picture, our engine | 5.43 s | 28 steps | 3.82 s | SGLang-Diffusion, H200; https" in text
+    assert "| an image, our engine | 5.43 s | 28 steps | 3.82 s | SGLang-Diffusion, H200; https" in text
     assert "cuda:0 (NVIDIA H200) with compiled denoisers" in " ".join(text.split())
     assert "| Wan | failed | It was still running after 90 s. |" in text
     assert "Nothing has been measured" not in text
@@ -204,8 +204,8 @@ def test_what_cannot_be_run_is_refused(arguments: list[str], capsys: pytest.Capt
 
 SHOWN = {
     "machine": {"torch", "bfloat16 matrix product"},
-    "picture": {
-        "a picture, three processes",
+    "image": {
+        "an image, three processes",
         "bytes of three processes equal those of diffusers",
         "memory of denoiser-0",
     },
@@ -214,7 +214,7 @@ SHOWN = {
     "overlap": {"both at once"},
     "kill": {"kill -9 to the next step, with a second denoiser", "kill -9 to the next step, with no other denoiser"},
     "flux": {"a step, our engine", "bytes of our engine equal those of diffusers' blocks"},
-    "roles": {"a picture", "bytes equal those of one process", "kill -9 to the next step, with no other denoiser"},
+    "roles": {"an image", "bytes equal those of one process", "kill -9 to the next step, with no other denoiser"},
     "qwen": {"a step at batch 1", "a step at batch 2"},
     "wan": {"a step of 32 x 32, 5 frames", "decoding 32 x 32, 5 frames"},
     "attention": {"a step with native", "a step with _native_math", "backend flash"},
@@ -241,7 +241,7 @@ def test_the_options_change_the_denoisers(scratch: Path) -> None:
     values: list[Measured] = []
     settings = Settings("cpu", False, str(scratch), 100.0, attention="_native_math")
     assert run(chosen("flux")[0], settings, values.append) == RowEnd(Status.DONE)
-    (note,) = [measured.note for measured in values if measured.what == "a picture, our engine"]
+    (note,) = [measured.note for measured in values if measured.what == "an image, our engine"]
     assert "attention _native_math" in note
 
 

@@ -1,9 +1,9 @@
 """What each process holds in memory for a mid-size model, against the monolithic process that loads all of it.
 
 A model of some 2 GB with random weights is made and served by the real system, once in three roles and once in one, and
-each again with one instance more. A process is measured when it is ready and when it has made pictures; its peak is the
+each again with one instance more. A process is measured when it is ready and when it has made images; its peak is the
 kernel's. On the CPU a role maps weights from their files where they are saved in the dtype that is served: those pages
-are read with the first picture, and shared by all processes of a host. So there is a second case, in which weights are
+are read with the first image, and shared by all processes of a host. So there is a second case, in which weights are
 converted as they are loaded: then each process has its own, as it has on a GPU.
 """
 
@@ -31,10 +31,10 @@ ROUNDS: Final = 1
 FAMILY: Final = "flux-kl"
 SIZE: Final = "512x512"
 STEPS: Final = 2
-PICTURES: Final = 2
-MOST_PICTURES: Final = 8
+IMAGES: Final = 2
+MOST_IMAGES: Final = 8
 """Until each instance has had a part in one."""
-PICTURE_S: Final = 300.0
+IMAGE_S: Final = 300.0
 READY_S: Final = 180.0
 SETTLE_S: Final = 1.0
 """From the answer to the measurement, for what the role lets go of after it."""
@@ -86,7 +86,7 @@ def _settings(rounds: int, weights: dict[str, float]) -> dict[str, object]:
         "dtypes": DTYPES,
         "size": SIZE,
         "num_inference_steps": STEPS,
-        "pictures": PICTURES,
+        "images": IMAGES,
         "rounds": rounds,
         **libraries,
     }
@@ -104,7 +104,7 @@ async def _run(folder: Path, place: _Model, weights: str, side: str) -> Run:
     async with launch(topology, {"api": {"port": 0}}, ready_timeout_s=READY_S) as cluster:
         await _wait_for_all_ready(cluster)
         ready = await _measure(cluster)
-        # Weights that are converted are there from the start: pictures would only cost time.
+        # Weights that are converted are there from the start: images would only cost time.
         if weights == MAPPED:
             await _warm_up(cluster, set(ready))
         done = await _measure(cluster)
@@ -123,16 +123,16 @@ async def _wait_for_all_ready(cluster: Cluster) -> None:
 
 
 async def _warm_up(cluster: Cluster, names: set[str]) -> None:
-    """Make pictures of distinct prompts until each instance has had a part in one."""
+    """Make images of distinct prompts until each instance has had a part in one."""
     idle = {component.name for component in cluster.topology.components if component.slots} & names
     for number in count(1):
-        made = await cluster.generate(f"{number} red ships", size=SIZE, steps=STEPS, seed=number, timeout_s=PICTURE_S)
+        made = await cluster.generate(f"{number} red ships", size=SIZE, steps=STEPS, seed=number, timeout_s=IMAGE_S)
         (unit,) = (await cluster.request(made.request_id))["units"]
         idle -= set(unit["instances"].values())
-        if number >= PICTURES and not idle:
+        if number >= IMAGES and not idle:
             break
-        if number == MOST_PICTURES:
-            raise RuntimeError(f"{', '.join(sorted(idle))} had no part in {number} pictures")
+        if number == MOST_IMAGES:
+            raise RuntimeError(f"{', '.join(sorted(idle))} had no part in {number} images")
     await asyncio.sleep(SETTLE_S)
 
 

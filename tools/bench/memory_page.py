@@ -26,8 +26,8 @@ _COLUMNS: Final = {
     "peak_rss": "peak RSS",
 }
 _LEGEND: Final = """
-In MiB, weights mapped. PSS when ready is before the first picture, when mapped weights have not been read yet; PSS and
-RSS are at rest after the pictures. PSS counts a page that n processes share as 1/n of it for each. RSS counts all of it
+In MiB, weights mapped. PSS when ready is before the first image, when mapped weights have not been read yet; PSS and
+RSS are at rest after the images. PSS counts a page that n processes share as 1/n of it for each. RSS counts all of it
 for each: the imports that roles share with the zygote, and the 256 MiB of the pool, which every role maps. USS counts
 only pages that no other process has: what one more of two equal processes takes.
 """
@@ -49,8 +49,8 @@ def _introduction(settings: dict[str, Any]) -> str:
     return f"""
     What each process of a served model holds in memory, against a monolithic process that holds the whole pipeline.
     `make bench-memory` makes this page in some five minutes, with 10 GiB of memory and 3 GB of disk. The model is a
-    Flux with random weights in bfloat16, in MiB: {weights}. It is served on the CPU and makes {settings["pictures"]}
-    pictures of {settings["size"]} in {settings["num_inference_steps"]} steps, more until each instance has worked.
+    Flux with random weights in bfloat16, in MiB: {weights}. It is served on the CPU and makes {settings["images"]}
+    images of {settings["size"]} in {settings["num_inference_steps"]} steps, more until each instance has worked.
     Rounds: {settings["rounds"]} (`--rounds`). {libraries}.
     """
 

@@ -30,7 +30,7 @@ class ProcessSample:
         components: That it has loaded.
         weights: Of those, in their files.
         ready: When the cluster was ready.
-        done: At rest after the pictures, or again when there were none.
+        done: At rest after the images, or again when there were none.
     """
 
     components: tuple[str, ...]

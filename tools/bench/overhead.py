@@ -1,4 +1,4 @@
-"""A picture through three processes, against the same model in one process behind the same API.
+"""An image through three processes, against the same model in one process behind the same API.
 
 The model is tiny, so that what is measured is the way and not the work. Both clusters run all the time and are asked in
 turn.
@@ -19,7 +19,7 @@ from triptych.api.launch import Cluster, launch
 from triptych.tools.bench.clusters import make_model, stdout_to_stderr, write_topology
 from triptych.tools.bench.report import compare
 
-PICTURES = 50
+IMAGES = 50
 """For each side, case and round."""
 CASES = {"one at a time": 1, "8 in flight": 8}
 STAGES = ("encoder", "denoiser", "decoder")
@@ -71,7 +71,7 @@ async def _measure(folder: Path, rounds: int) -> Latencies:
         for number in range(rounds + 1):
             for case, in_flight in CASES.items():
                 for side, cluster in clusters.items():
-                    taken = await _pictures(cluster, in_flight)
+                    taken = await _images(cluster, in_flight)
                     # The first round warms up.
                     if number:
                         latencies[side, case].append(taken)
@@ -79,13 +79,13 @@ async def _measure(folder: Path, rounds: int) -> Latencies:
 
 
 def _topology(folder: Path, model: Path, kinds: tuple[str, ...]) -> Path:
-    # Without a cache, or the way would be that of the first picture alone.
+    # Without a cache, or the way would be that of the first image alone.
     return write_topology(folder, model, "float32", dict.fromkeys(kinds, 1), slots=8, prompt_cache="0")
 
 
-async def _pictures(cluster: Cluster, in_flight: int) -> list[float]:
-    """Make `PICTURES`, `in_flight` at any time, and return how many ms each took."""
-    seeds = iter(range(PICTURES))
+async def _images(cluster: Cluster, in_flight: int) -> list[float]:
+    """Make `IMAGES`, `in_flight` at any time, and return how many ms each took."""
+    seeds = iter(range(IMAGES))
     taken: list[float] = []
 
     async def client() -> None:

@@ -126,9 +126,9 @@ async def run(
     parsed = load_topology(topology)
     victims = {fault: FAULTS[fault].victims(parsed) for fault in faults}
     plan = make_plan(seed, duration_s, rate, every_s, faults, victims)
-    asked = {planned.picture for planned in plan.requests} | set(CHANGED)
+    asked = {planned.image for planned in plan.requests} | set(CHANGED)
     async with launch(topology, own) as baseline_cluster:
-        baseline = {picture: await digest(baseline_cluster, picture) for picture in sorted(asked)}
+        baseline = {image: await digest(baseline_cluster, image) for image in sorted(asked)}
     os.environ[FAULTS_VARIABLE] = transfer_rates(faults)
     try:
         async with launch(topology, own) as cluster:
@@ -154,11 +154,9 @@ def _copy_model_with_wide_ranges(topology: Path, folder: Path) -> Path:
     return folder
 
 
-async def digest(cluster: Cluster, picture: ImageCase) -> str:
-    """SHA-256 of one picture's file."""
-    made = await cluster.generate(
-        picture.prompt, seed=picture.seed, steps=picture.steps, size=f"{picture.side}x{picture.side}"
-    )
+async def digest(cluster: Cluster, image: ImageCase) -> str:
+    """SHA-256 of one image's file."""
+    made = await cluster.generate(image.prompt, seed=image.seed, steps=image.steps, size=f"{image.side}x{image.side}")
     return hashlib.sha256(made.data).hexdigest()
 
 

@@ -15,7 +15,7 @@ from triptych.tools.chaos.plan import ImageCase
 
 
 def each_accepted_request_ended_once(outcomes: Iterable[Outcome]) -> list[str]:
-    """Exactly one terminal state, and a client that was given a picture has a request that is DONE."""
+    """Exactly one terminal state, and a client that was given an image has a request that is DONE."""
     broken = []
     for outcome in outcomes:
         number, unit = outcome.planned.number, first_job(outcome)
@@ -102,11 +102,11 @@ def only_victims_restarted(
 
 
 def same_seed_same_bytes(outcomes: Iterable[Outcome], baseline: Mapping[ImageCase, str]) -> list[str]:
-    """Every picture equals that of the undisturbed run."""
+    """Every image equals that of the undisturbed run."""
     return [
-        f"request {o.planned.number} differs from the undisturbed picture"
+        f"request {o.planned.number} differs from the undisturbed image"
         for o in outcomes
-        if o.digest and o.digest != baseline[o.planned.picture]
+        if o.digest and o.digest != baseline[o.planned.image]
     ]
 
 
@@ -142,6 +142,6 @@ def no_request_stalled(outcomes: Iterable[Outcome], bound_s: float) -> list[str]
 
 
 def first_job(outcome: Outcome) -> dict[str, Any] | None:
-    """The only picture of a request of this load."""
+    """The only image of a request of this load."""
     units = outcome.final_view.get("units")
     return dict(units[0]) if units else None

@@ -29,7 +29,7 @@ class Outcome:
     request_ids: set[str] = field(default_factory=set)
     """Every id it was ever given; more than one is a doubled request."""
     digest: str = ""
-    """SHA-256 of the picture's bytes."""
+    """SHA-256 of the image's bytes."""
     error: str = ""
     retries: int = 0
     began: float = 0.0
@@ -39,10 +39,10 @@ class Outcome:
     """`GET /v1/requests/{id}` at the end."""
 
 
-def request_body(picture: ImageCase) -> dict[str, object]:
+def request_body(image: ImageCase) -> dict[str, object]:
     """The JSON of a request for it."""
-    size = f"{picture.side}x{picture.side}"
-    return {"prompt": picture.prompt, "seed": picture.seed, "num_inference_steps": picture.steps, "size": size}
+    size = f"{image.side}x{image.side}"
+    return {"prompt": image.prompt, "seed": image.seed, "num_inference_steps": image.steps, "size": size}
 
 
 class LoadGenerator:
@@ -82,7 +82,7 @@ class LoadGenerator:
 
     async def _post(self, outcome: Outcome) -> httpx.Response | None:
         planned = outcome.planned
-        body = request_body(planned.picture)
+        body = request_body(planned.image)
         headers = {"Idempotency-Key": f"{self._key}-{planned.number}"}
         try:
             answer = await self._http.post("/v1/images/generations", json=body, headers=headers)

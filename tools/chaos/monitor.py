@@ -119,8 +119,8 @@ async def check_changed_topology(
         cluster.http_client(TOPOLOGY_CHANGE_TIMEOUT_S) as http,
     ):
         answers = [
-            await http.post("/v1/images/generations", json=request_body(picture), headers={"Prefer": "respond-async"})
-            for picture in CHANGED
+            await http.post("/v1/images/generations", json=request_body(image), headers={"Prefer": "respond-async"})
+            for image in CHANGED
         ]
     ids = [answer.raise_for_status().json()["id"] for answer in answers]
     shared = cluster.topology.backend.shared_memory
@@ -134,8 +134,8 @@ async def check_changed_topology(
     ):
         return [
             sentence
-            for picture, name in zip(CHANGED, ids, strict=True)
-            if (sentence := await _not_made(http, name, baseline[picture]))
+            for image, name in zip(CHANGED, ids, strict=True)
+            if (sentence := await _not_made(http, name, baseline[image]))
         ]
 
 

@@ -41,13 +41,13 @@ class ImageCase(NamedTuple):
 
 
 # Each prompt comes with both seeds, but not with both in each shape: all are made once in peace before the storm.
-PICTURES = tuple(
+IMAGES = tuple(
     ImageCase(prompt, SEEDS[k % len(SEEDS)], *shape)
     for k, (prompt, shape) in enumerate(itertools.product(PROMPTS, SHAPES))
 )
-CHANGED = tuple(picture for picture in PICTURES if picture.steps == 30)
+CHANGED = tuple(image for image in IMAGES if image.steps == 30)
 """What is under way when a cluster is stopped, to be started with another topology."""
-_OFTEN = tuple(SHAPES[picture.steps, picture.side] for picture in PICTURES)
+_OFTEN = tuple(SHAPES[image.steps, image.side] for image in IMAGES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class PlannedRequest:
     number: int
     at_s: float
     """Seconds after the start of the load."""
-    picture: ImageCase
+    image: ImageCase
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def make_plan(
     """
     rng = random.Random(seed)
     requests = tuple(
-        PlannedRequest(number, at_s, rng.choices(PICTURES, _OFTEN)[0])
+        PlannedRequest(number, at_s, rng.choices(IMAGES, _OFTEN)[0])
         for number, at_s in enumerate(_arrival_times(rng, duration_s, 1 / rate))
     )
     struck = [fault for fault in faults if victims.get(fault)]

@@ -22,7 +22,7 @@ MAX_DELAY_S: Final = 60.0
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
-    """A request that came to no picture."""
+    """A request that came to no image."""
 
     request_id: str
     state: str

@@ -1,4 +1,4 @@
-"""Rows `picture` and `kill`: whole clusters of the demo model with their roles on the device."""
+"""Rows `image` and `kill`: whole clusters of the demo model with their roles on the device."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ STAGES: Final = ("encoder", "denoiser", "decoder")
 MODEL: Final = ROOT / "examples" / "shapes"
 PROMPT: Final = "a large red circle on the left of a blue background"
 SEED: Final = 7
-PICTURES: Final = 10
+IMAGES: Final = 10
 LONG: Final = 100
-"""Steps of a picture in whose middle a process is killed: half a second and more of the demo model."""
+"""Steps of an image in whose middle a process is killed: half a second and more of the demo model."""
 OTHERS: Final = "with a second denoiser"
 NO_OTHER: Final = "with no other denoiser"
 TRIES: Final = 5
-"""Pictures whose denoiser is to be killed: some may be done before that."""
+"""Images whose denoiser is to be killed: some may be done before that."""
 POLL_S: Final = 0.01
 READY_TIMEOUT_S: Final = 90.0
 
 
-def picture(context: RowContext) -> None:
+def image(context: RowContext) -> None:
     """Draw one through three processes and through one; both must be what diffusers alone makes on this device."""
     plain = _plain(context)
     with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(_pictures(context, Path(folder), plain))
+        asyncio.run(_images(context, Path(folder), plain))
 
 
-async def _pictures(context: RowContext, folder: Path, plain: str) -> None:
+async def _images(context: RowContext, folder: Path, plain: str) -> None:
     wrong = []
     for label, kinds in (("three processes", STAGES), ("one process", ("monolithic",))):
         topology = write_topology(folder / kinds[0], MODEL, "float32", dict.fromkeys(kinds, 1), slots=2)
@@ -63,11 +63,11 @@ async def _pictures(context: RowContext, folder: Path, plain: str) -> None:
             same = digest(drawn) == plain
             context.value(f"bytes of {label} equal those of diffusers", "yes" if same else "no")
             wrong += [] if same else [label]
-            taken = [await _seconds(cluster, seed) for seed in range(PICTURES)]
-            context.value(f"a picture, {label}", 1e3 * statistics.median(taken), "ms", f"p50 of {PICTURES}, over HTTP")
+            taken = [await _seconds(cluster, seed) for seed in range(IMAGES)]
+            context.value(f"an image, {label}", 1e3 * statistics.median(taken), "ms", f"p50 of {IMAGES}, over HTTP")
             await report_memory(context, cluster)
     if wrong:
-        raise RowFailedError(f"Another picture than that of diffusers alone, by {' and by '.join(wrong)}.")
+        raise RowFailedError(f"Another image than that of diffusers alone, by {' and by '.join(wrong)}.")
 
 
 async def _seconds(cluster: Cluster, seed: int) -> float:
@@ -77,7 +77,7 @@ async def _seconds(cluster: Cluster, seed: int) -> float:
 
 
 def _plain(context: RowContext) -> str:
-    """Return the digest of the picture of diffusers alone."""
+    """Return the digest of the image of diffusers alone."""
     from diffusers import FluxPipeline
 
     pipeline = FluxPipeline.from_pretrained(MODEL, torch_dtype=torch.float32).to(context.device)
@@ -87,7 +87,7 @@ def _plain(context: RowContext) -> str:
     def draw() -> Any:
         return pipeline(PROMPT, generator=torch.Generator("cpu").manual_seed(SEED), **given).images[0]
 
-    context.value("a picture, diffusers alone", 1e3 * context.median(draw, PICTURES), "ms", "no HTTP, no other process")
+    context.value("an image, diffusers alone", 1e3 * context.median(draw, IMAGES), "ms", "no HTTP, no other process")
     usual = pixels(draw())
     use_exact_kernels()
     exact = pixels(draw())
@@ -99,7 +99,7 @@ def _plain(context: RowContext) -> str:
 
 
 def kill(context: RowContext) -> None:
-    """Kill a denoiser in the middle of its steps; measure until the next step, and compare the pictures."""
+    """Kill a denoiser in the middle of its steps; measure until the next step, and compare the images."""
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(_kill(context, Path(folder)))
 
@@ -147,7 +147,7 @@ async def served_cluster(
 
 
 class RequestStatus(NamedTuple):
-    """What the API says of the one picture of a request."""
+    """What the API says of the one image of a request."""
 
     state: str
     step: int
@@ -156,13 +156,13 @@ class RequestStatus(NamedTuple):
 
 
 async def report_kill(context: RowContext, cluster: Cluster, steps: int, expected: str, how: str = NO_OTHER) -> None:
-    """Kill a denoiser halfway through a picture; raises RowFailedError where that becomes another picture.
+    """Kill a denoiser halfway through an image; raises RowFailedError where that becomes another image.
 
     Args:
         context: Of the row.
         cluster: Which serves.
-        steps: Of the picture.
-        expected: Digest of the undisturbed picture.
+        steps: Of the image.
+        expected: Digest of the undisturbed image.
         how: `OTHERS`, or `NO_OTHER` to kill all denoisers at once.
     """
     async with httpx.AsyncClient(base_url=cluster.url, timeout=30.0) as client:
@@ -171,19 +171,19 @@ async def report_kill(context: RowContext, cluster: Cluster, steps: int, expecte
             if place:
                 break
         else:
-            raise RowFailedError(f"{TRIES} pictures were done before their denoiser could be killed.")
+            raise RowFailedError(f"{TRIES} images were done before their denoiser could be killed.")
         story = await _ended(client, place)
         if _request_status(story).state == "failed":
-            raise RowFailedError(f"The picture failed: {story['units'][0]['causes']}")
+            raise RowFailedError(f"The image failed: {story['units'][0]['causes']}")
         recovered = await client.get(story["units"][0]["artifact"]["url"])
         same = pixels(GeneratedImage(recovered.content, "").image()) == expected
         context.value(f"bytes after the kill are the same, {how}", "yes" if same else "no")
         if not same:
-            raise RowFailedError("The picture whose denoiser was killed is another one.")
+            raise RowFailedError("The image whose denoiser was killed is another one.")
 
 
 async def _killed(context: RowContext, cluster: Cluster, client: httpx.AsyncClient, steps: int, how: str) -> str:
-    """Ask for a picture and kill its denoiser; returns where it is, "" where it was done before."""
+    """Ask for an image and kill its denoiser; returns where it is, "" where it was done before."""
     children = await _all_ready(cluster)
     body = {"prompt": PROMPT, "seed": SEED, "num_inference_steps": steps}
     answer = await client.post("/v1/images/generations", json=body, headers={"Prefer": "respond-async"})
@@ -276,7 +276,7 @@ def _by_process() -> dict[int, float]:
 
 
 def digest(drawn: GeneratedImage) -> str:
-    """Return the digest of a picture's pixels."""
+    """Return the digest of an image's pixels."""
     return pixels(drawn.image())
 
 

@@ -25,9 +25,7 @@ def qwen(context: RowContext) -> None:
     for batch in BATCHES if context.full else BATCHES[:2]:
         seconds = context.median(models.qwen_step(transformer, context, batch))
         single = single or seconds
-        note = (
-            f"two passes of {models.QWEN_TEXT} text tokens; {batch * single / seconds:.2f} times the pictures a second"
-        )
+        note = f"two passes of {models.QWEN_TEXT} text tokens; {batch * single / seconds:.2f} times the images a second"
         context.value(f"a step at batch {batch}", seconds, "s", note)
     context.peak("Qwen-Image's transformer")
 

@@ -44,9 +44,9 @@ from triptych.tools.make_model import write_model
 
 GUIDANCE: Final = 3.5
 WARM_UP: Final = 2
-"""Steps of a picture that is not measured."""
-EXPECTED: Final = "picture.sha256"
-"""The file beside the weights with the digest of the picture that one process makes of them."""
+"""Steps of an image that is not measured."""
+EXPECTED: Final = "image.sha256"
+"""The file beside the weights with the digest of the image that one process makes of them."""
 KILL_S: Final = 60.0
 """Seconds that must be left for killing a denoiser that has 24 GB of weights to load again."""
 
@@ -84,10 +84,10 @@ async def _three(context: RowContext, shapes: FluxShapes, model: Path, topology:
         await cluster.generate(PROMPT, seed=SEED, steps=WARM_UP)
         begun = time.perf_counter()
         drawn = await cluster.generate(PROMPT, seed=SEED)
-        context.value("a picture", time.perf_counter() - begun, "s", "over HTTP; its prompt was encoded before")
+        context.value("an image", time.perf_counter() - begun, "s", "over HTTP; its prompt was encoded before")
         begun = time.perf_counter()
         other = await cluster.generate(f"{PROMPT}, at night", seed=SEED)
-        context.value("a picture of a new prompt", time.perf_counter() - begun, "s", "over HTTP")
+        context.value("an image of a new prompt", time.perf_counter() - begun, "s", "over HTTP")
         (unit,) = (await cluster.request(other.request_id))["units"]
         for stage, seconds in unit["stage_seconds"].items():
             context.value(f"of it, {stage}", seconds, "s")
@@ -109,7 +109,7 @@ def _compare(context: RowContext, model: Path, found: str) -> None:
     same = expected.read_text() == found
     context.value("bytes equal those of one process", "yes" if same else "no")
     if not same:
-        raise RowFailedError("Three processes make another picture than one.")
+        raise RowFailedError("Three processes make another image than one.")
 
 
 # -- one process
@@ -127,7 +127,7 @@ def _reference_in_memory(context: RowContext, shapes: FluxShapes) -> None:
     draw = _draw(pipeline, shapes)
     draw(WARM_UP)
     context.reset_peak()
-    context.value("a picture, diffusers alone", context.clock(lambda: draw(shapes.steps)), "s", _what(context, shapes))
+    context.value("an image, diffusers alone", context.clock(lambda: draw(shapes.steps)), "s", _what(context, shapes))
     context.peak("diffusers alone, one process")
     moments: list[float] = []
 
@@ -142,8 +142,8 @@ def _reference_in_memory(context: RowContext, shapes: FluxShapes) -> None:
 
 
 def _engine(context: RowContext, shapes: FluxShapes, engine: StagePipeline) -> str:
-    """Measure encode, each step and decode; returns the digest of the picture."""
-    _picture(context, engine, _request(shapes, WARM_UP))
+    """Measure encode, each step and decode; returns the digest of the image."""
+    _image(context, engine, _request(shapes, WARM_UP))
     inputs = _request(shapes, shapes.steps)
     begun = time.perf_counter()
     state = _timed(context, "encode", lambda: engine.encode(inputs, SEED))
@@ -156,13 +156,13 @@ def _engine(context: RowContext, shapes: FluxShapes, engine: StagePipeline) -> s
     context.peak("denoise, one process")
     made = _timed(context, "decode", lambda: engine.decode(denoising.result()))
     context.value(
-        "a picture, our engine", time.perf_counter() - begun, "s", f"{_what(context, shapes)}, waiting after each step"
+        "an image, our engine", time.perf_counter() - begun, "s", f"{_what(context, shapes)}, waiting after each step"
     )
     context.value("a step, our engine", _between(moments), "s")
     return pixels(_first(made))
 
 
-def _picture(context: RowContext, engine: StagePipeline, inputs: dict[str, object]) -> Any:
+def _image(context: RowContext, engine: StagePipeline, inputs: dict[str, object]) -> Any:
     denoising = engine.denoise(engine.encode(inputs, SEED))
     while denoising.advance():
         pass
@@ -187,11 +187,11 @@ def _same_as_reference(
         generator = torch.Generator("cpu").manual_seed(SEED)
         drawn.append(pipeline(**_request(shapes, shapes.steps), generator=generator, output="images")[0])
 
-    context.value("a picture, diffusers' blocks", context.clock(draw), "s", _what(context, shapes))
+    context.value("an image, diffusers' blocks", context.clock(draw), "s", _what(context, shapes))
     same = pixels(drawn[0]) == expected
     context.value("bytes of our engine equal those of diffusers' blocks", "yes" if same else "no")
     if not same:
-        raise RowFailedError("Our engine makes another picture than the blocks of diffusers.")
+        raise RowFailedError("Our engine makes another image than the blocks of diffusers.")
 
 
 def _draw(pipeline: Any, shapes: FluxShapes) -> Callable[..., Any]:

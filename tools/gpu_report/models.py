@@ -93,9 +93,9 @@ class FluxShapes:
 
     Attributes:
         recipe: Makes its components.
-        side: Of the pictures, in pixels.
-        steps: Of a picture.
-        long: Steps of a picture in whose middle a process can be killed.
+        side: Of the images, in pixels.
+        steps: Of an image.
+        long: Steps of an image in whose middle a process can be killed.
         nbytes: About what its files take.
         card_gib: Memory of the GPU that one process needs.
     """
@@ -117,7 +117,7 @@ def flux_shapes(context: RowContext) -> FluxShapes:
 
 
 def flux_step(transformer: Any, context: RowContext) -> Callable[[], torch.Tensor]:
-    """Return what runs one step of the transformer at the shapes of a picture (guidance is an input, so one pass)."""
+    """Return what runs one step of the transformer at the shapes of an image (guidance is an input, so one pass)."""
     config = transformer.config
     pixels, words = ((1024 // 16) ** 2, 512) if context.full else ((64 // 8) ** 2, 64)
     given: dict[str, Any] = {"device": context.device, "dtype": DTYPE}
@@ -168,7 +168,7 @@ QWEN_TEXT: Final = 64
 
 
 def qwen_step(transformer: Any, context: RowContext, batch: int) -> Callable[[], None]:
-    """Return what runs one step for `batch` pictures of 512 x 512: a pass with the prompt and one without."""
+    """Return what runs one step for `batch` images of 512 x 512: a pass with the prompt and one without."""
     side = QWEN_SIDE // 16 if context.full else 4
     given: dict[str, Any] = {"device": context.device, "dtype": DTYPE}
     inputs = {

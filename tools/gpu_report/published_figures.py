@@ -19,9 +19,9 @@ _SGLANG_FLUX: Final = "https://github.com/sgl-project/sglang/issues/19673"
 _SGLANG_QWEN: Final = "https://github.com/sgl-project/sglang/issues/22183"
 
 FIGURES: Final[dict[tuple[str, str], Figure]] = {
-    ("flux", "a picture, diffusers alone"): Figure("5.58 s", "diffusers by SGLang-Diffusion, H200", _SGLANG_FLUX),
-    ("flux", "a picture, our engine"): Figure("3.82 s", "SGLang-Diffusion, H200", _SGLANG_FLUX),
-    ("roles", "a picture"): Figure("3.82 s", "SGLang-Diffusion, one process, H200", _SGLANG_FLUX),
+    ("flux", "an image, diffusers alone"): Figure("5.58 s", "diffusers by SGLang-Diffusion, H200", _SGLANG_FLUX),
+    ("flux", "an image, our engine"): Figure("3.82 s", "SGLang-Diffusion, H200", _SGLANG_FLUX),
+    ("roles", "an image"): Figure("3.82 s", "SGLang-Diffusion, one process, H200", _SGLANG_FLUX),
     ("qwen", "a step at batch 1"): Figure("0.167 s", "SGLang-Diffusion, H200", _SGLANG_QWEN),
     ("qwen", "a step at batch 4"): Figure("0.240 s", "SGLang-Diffusion, H200", _SGLANG_QWEN),
     ("wan", "a step of 1024 x 1024, 81 frames"): Figure(

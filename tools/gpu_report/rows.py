@@ -52,7 +52,7 @@ class Row:
 
 ROWS: Final = (
     Row("machine", "The machine", "machine:machine", 15, 10),
-    Row("picture", "A picture of the demo model through three processes", "clusters:picture", 45, 25),
+    Row("image", "An image of the demo model through three processes", "clusters:image", 45, 25),
     Row("tests", "Tests that need a GPU", "gpu_tests:tests", 60, 20),
     Row("hop", "Tensors from device to device through the pool", "transfers:hop", 20, 8),
     Row("overlap", "The next load behind compute", "transfers:overlap", 15, 8),

@@ -27,9 +27,9 @@ LATENT_NOISE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class ImageBatch:
-    """Pictures, (batch, 3, edge, edge) in [-1, 1], and the covers, (batch, 1, edge, edge), that made them."""
+    """Images, (batch, 3, edge, edge) in [-1, 1], and the covers, (batch, 1, edge, edge), that made them."""
 
-    pictures: torch.Tensor
+    images: torch.Tensor
     covers: torch.Tensor
 
 
@@ -53,7 +53,7 @@ def train_autoencoder(
 def draw_batch(count: int, chooser: random.Random, device: torch.device, edge: int = EDGE) -> ImageBatch:
     """Half training scenes, half shapes of any colour, radius and place, so that the decoder knows all edges.
 
-    With an edge below EDGE the pictures are cut-outs, with the scenes' shapes anywhere in them.
+    With an edge below EDGE the images are cut-outs, with the scenes' shapes anywhere in them.
     """
     scenes = training_scenes()
     covers, colours, grounds = [], [], []
@@ -72,8 +72,8 @@ def draw_batch(count: int, chooser: random.Random, device: torch.device, edge: i
     cover = torch.from_numpy(np.stack(covers)).to(device)[:, None]
     colour = torch.tensor(colours, dtype=torch.float32, device=device)[..., None, None]
     ground = torch.tensor(grounds, dtype=torch.float32, device=device)[..., None, None]
-    pictures = (ground + (colour - ground) * cover) / 127.5 - 1.0
-    return ImageBatch(pictures.contiguous(memory_format=torch.channels_last), cover)
+    images = (ground + (colour - ground) * cover) / 127.5 - 1.0
+    return ImageBatch(images.contiguous(memory_format=torch.channels_last), cover)
 
 
 def _any_colour(chooser: random.Random) -> tuple[int, int, int]:
@@ -82,28 +82,28 @@ def _any_colour(chooser: random.Random) -> tuple[int, int, int]:
 
 def _loss(model: AutoencoderTiny, batch: ImageBatch, device: torch.device) -> torch.Tensor:
     with torch.autocast(device.type, torch.bfloat16):
-        latents = model.encoder(batch.pictures)
+        latents = model.encoder(batch.images)
         decoded = model.decoder(latents + LATENT_NOISE * torch.randn_like(latents))
     latents, decoded = latents.float(), decoded.float()
     edge = functional.max_pool2d(((batch.covers > 0) & (batch.covers < 1)).float(), 3, stride=1, padding=1)
     weight = 1.0 + 4.0 * edge
-    error = decoded - batch.pictures
+    error = decoded - batch.images
     steepness = _slopes(error).abs().mean() * 0.5
     miss = (weight * (error.abs() + error.square())).mean()
     loss: torch.Tensor = miss + steepness + 1e-4 * latents.square().mean()
     return loss
 
 
-def _slopes(pictures: torch.Tensor) -> torch.Tensor:
-    across = pictures[..., :, 1:] - pictures[..., :, :-1]
-    down = pictures[..., 1:, :] - pictures[..., :-1, :]
+def _slopes(images: torch.Tensor) -> torch.Tensor:
+    across = images[..., :, 1:] - images[..., :, :-1]
+    down = images[..., 1:, :] - images[..., :-1, :]
     return torch.cat([across.flatten(1), down.flatten(1)], dim=1)
 
 
 @torch.no_grad()
 def _scale_latents(model: AutoencoderTiny, device: torch.device) -> None:
     batch = draw_batch(512, random.Random(0), device)
-    latents = model.encode(batch.pictures[1::2]).latents
+    latents = model.encode(batch.images[1::2]).latents
     mean, deviation = float(latents.mean()), float(latents.std())
     model.register_to_config(shift_factor=mean, scaling_factor=1.0 / deviation)
 
@@ -112,17 +112,17 @@ def _scale_latents(model: AutoencoderTiny, device: torch.device) -> None:
 def peak_signal_to_noise(model: AutoencoderTiny, device: torch.device) -> float:
     """Measure the mean PSNR in dB over 128 drawings of training scenes, for pixels in [0, 1]."""
     batch = draw_batch(256, random.Random(1), device)
-    pictures = batch.pictures[1::2]
-    decoded = model.decode(model.encode(pictures).latents).sample.clamp(-1.0, 1.0)
-    errors = nn.functional.mse_loss(decoded / 2, pictures / 2, reduction="none").mean((1, 2, 3))
+    images = batch.images[1::2]
+    decoded = model.decode(model.encode(images).latents).sample.clamp(-1.0, 1.0)
+    errors = nn.functional.mse_loss(decoded / 2, images / 2, reduction="none").mean((1, 2, 3))
     return float((-10.0 * errors.log10()).mean())
 
 
 @torch.no_grad()
-def normalized_latents(model: AutoencoderTiny, pictures: torch.Tensor) -> torch.Tensor:
-    """Encode pictures to latents, (batch, 16, EDGE / 8, EDGE / 8), scaled as the pipeline expects them."""
-    if pictures.shape[-2:] != (EDGE, EDGE):
-        raise ValueError(f"pictures of {EDGE} x {EDGE} pixels are needed, these are {tuple(pictures.shape)}")
-    latents: torch.Tensor = model.encode(pictures).latents
+def normalized_latents(model: AutoencoderTiny, images: torch.Tensor) -> torch.Tensor:
+    """Encode images to latents, (batch, 16, EDGE / 8, EDGE / 8), scaled as the pipeline expects them."""
+    if images.shape[-2:] != (EDGE, EDGE):
+        raise ValueError(f"images of {EDGE} x {EDGE} pixels are needed, these are {tuple(images.shape)}")
+    latents: torch.Tensor = model.encode(images).latents
     scaled: torch.Tensor = (latents - model.config.shift_factor) * model.config.scaling_factor
     return scaled

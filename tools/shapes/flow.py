@@ -1,4 +1,4 @@
-"""Second stage: transformer and text encoders learn to turn noise into the latents of a caption's picture."""
+"""Second stage: transformer and text encoders learn to turn noise into the latents of a caption's image."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ def make_training_set(
     return TrainingSet(torch.stack(latents).reshape(side), torch.tensor(tokens, device=device))
 
 
-def to_tensor(pictures: Pixels, device: torch.device) -> torch.Tensor:
+def to_tensor(images: Pixels, device: torch.device) -> torch.Tensor:
     """uint8 (batch, EDGE, EDGE, 3) -> float32 (batch, 3, EDGE, EDGE) in [-1, 1]."""
-    scaled = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    scaled = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
     return scaled.contiguous(memory_format=torch.channels_last)
 
 
-def to_pictures(tensor: torch.Tensor) -> Pixels:
+def to_images(tensor: torch.Tensor) -> Pixels:
     """Undo `to_tensor`, clipped."""
     scaled = ((tensor.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().byte()
     return np.ascontiguousarray(scaled.permute(0, 2, 3, 1).cpu().numpy())
@@ -92,8 +92,8 @@ def offsets_of(noise: torch.Tensor) -> torch.Tensor:
     """Derive the offset that a noise stands for, as indices 0 to OFFSETS - 1.
 
     The mean of one noise channel is a normal variable; its quantile gives an evenly distributed offset.
-    Noise and picture thus belong together: the way from one to the other is nearly straight and four steps
-    suffice, yet each seed has a picture of its own.
+    Noise and image thus belong together: the way from one to the other is nearly straight and four steps
+    suffice, yet each seed has an image of its own.
 
     Args:
         noise: (batch, 16, 8, 8), standard normal.
@@ -160,7 +160,7 @@ def draw_sigmas(count: int, device: torch.device) -> torch.Tensor:
 def euler_sample(
     painter: TextToLatents, noise: torch.Tensor, tokens: torch.Tensor, steps: int, stop: int | None = None
 ) -> torch.Tensor:
-    """Take Euler steps from noise, packed (batch, 16, 64), to the picture; only `stop` of them if given."""
+    """Take Euler steps from noise, packed (batch, 16, 64), to the image; only `stop` of them if given."""
     latents = noise
     for index in range(steps if stop is None else stop):
         sigmas = torch.full((len(noise),), 1.0 - index / steps, device=noise.device)
@@ -179,12 +179,12 @@ def generate(
     tokens = torch.tensor(tokenize([caption(scene) for scene in scenes]), device=device)
     latents = unpack_latents(euler_sample(painter, pack_latents(noise), tokens, STEPS))
     scaled = latents / autoencoder.config.scaling_factor + autoencoder.config.shift_factor
-    return to_pictures(autoencoder.decode(scaled).sample)
+    return to_images(autoencoder.decode(scaled).sample)
 
 
 def score_denoiser(
     painter: TextToLatents, autoencoder: AutoencoderTiny, scenes: list[Scene], device: torch.device, seed: int = 1
 ) -> list[Score]:
-    """Score one picture of each scene."""
-    pictures = generate(painter, autoencoder, scenes, device, seed)
-    return [score(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
+    """Score one image of each scene."""
+    images = generate(painter, autoencoder, scenes, device, seed)
+    return [score(image, scene) for image, scene in zip(images, scenes, strict=True)]

@@ -123,7 +123,7 @@ class TextToLatents(nn.Module):
         )
 
     def forward(self, latents: torch.Tensor, tokens: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-        """Predict the velocity (noise minus picture).
+        """Predict the velocity (noise minus image).
 
         Args:
             latents: packed latents, (batch, 16, 64).

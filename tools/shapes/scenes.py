@@ -1,4 +1,4 @@
-"""Scenes, their captions and their pictures, and which of them are kept out of training.
+"""Scenes, their captions and their images, and which of them are kept out of training.
 
 Nothing here needs torch: the scorer, the server's tests and the trainer share it.
 """
@@ -147,7 +147,7 @@ def outline(shape: str, x: float, y: float, radius: float, edge: int = EDGE) -> 
         x: pixels from the left edge to the shape's centre of gravity.
         y: pixels from the top edge to it.
         radius: pixels, as in `RADIUS`.
-        edge: width and height of the picture in pixels.
+        edge: width and height of the image in pixels.
 
     Returns:
         float32 of shape (edge, edge), 0 outside, 1 inside, in between on the anti-aliased edge.
@@ -174,7 +174,7 @@ def scene_coverage(size: str, shape: str, place: str, dx: int = 0, dy: int = 0) 
 
 
 def draw(scene: Scene, dx: int = 0, dy: int = 0) -> Pixels:
-    """Draw the picture of a scene, its shape moved by (dx, dy) pixels; uint8 (EDGE, EDGE, 3)."""
+    """Draw the image of a scene, its shape moved by (dx, dy) pixels; uint8 (EDGE, EDGE, 3)."""
     cover = scene_coverage(scene.size, scene.shape, scene.place, dx, dy)[..., None]
     colour = np.array(PALETTE[scene.colour], np.float32)
     ground = np.array(PALETTE[scene.background], np.float32)

@@ -1,4 +1,4 @@
-"""Scores a picture by its pixels: whether it is what the caption asked for."""
+"""Scores an image by its pixels: whether it is what the caption asked for."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class DetectedScene:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Which of the five properties of a caption its picture has."""
+    """Which of the five properties of a caption its image has."""
 
     background: bool
     colour: bool
@@ -49,9 +49,9 @@ class Score:
         return all(asdict(self).values())
 
 
-def score(picture: Pixels, scene: Scene) -> Score:
-    """Compare a picture, uint8 (EDGE, EDGE, 3), with the scene that it should show."""
-    seen = detect(picture)
+def score(image: Pixels, scene: Scene) -> Score:
+    """Compare an image, uint8 (EDGE, EDGE, 3), with the scene that it should show."""
+    seen = detect(image)
     return Score(
         background=seen.background == scene.background,
         colour=seen.colour == scene.colour,
@@ -61,16 +61,16 @@ def score(picture: Pixels, scene: Scene) -> Score:
     )
 
 
-def detect(picture: Pixels) -> DetectedScene:
-    """Read the five properties from a picture, uint8 (EDGE, EDGE, 3).
+def detect(image: Pixels) -> DetectedScene:
+    """Read the five properties from an image, uint8 (EDGE, EDGE, 3).
 
     Raises:
-        ValueError: the picture has another size.
+        ValueError: the image has another size.
 
     """
-    if picture.shape != (EDGE, EDGE, 3):
-        raise ValueError(f"a picture of {EDGE} x {EDGE} RGB pixels is needed, this one is {picture.shape}")
-    pixels = picture.astype(np.float32)
+    if image.shape != (EDGE, EDGE, 3):
+        raise ValueError(f"an image of {EDGE} x {EDGE} RGB pixels is needed, this one is {image.shape}")
+    pixels = image.astype(np.float32)
     ground = np.median(np.concatenate([pixels[:BAND], pixels[-BAND:]]).reshape(-1, 3), axis=0)
     background = _name(ground)
     cover, colour = _object(pixels, ground)
