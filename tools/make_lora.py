@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 
 from triptych.engines.parameters.serving_config import load_index
-from triptych.engines.weights.adapters import lora_class
+from triptych.engines.partition.strategy import lora_class
 
 _LAYERS: Final = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 """The linear layers of attention, as transformers and UNets of diffusers and text encoders call them."""

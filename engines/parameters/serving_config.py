@@ -35,7 +35,7 @@ from triptych.engines.parameters.validation import (
     list_length,
     validate,
 )
-from triptych.engines.partition.stages import ModelError
+from triptych.engines.stages import ModelError
 
 __all__ = ["INDEX_NAMES", "SERVING_CONFIG_NAME", "ParameterError", "ServingConfig", "load_index", "load_serving_config"]
 

@@ -30,12 +30,12 @@ from diffusers.modular_pipelines.modular_pipeline import (
 from diffusers.modular_pipelines.modular_pipeline_utils import InsertableDict
 from diffusers.pipelines.auto_pipeline import _get_model
 
+from triptych.engines.model_options import DEFAULTS, ModelOptions
 from triptych.engines.parameters.aliases import GUIDANCE_SCALE, TRUE_CFG_SCALE
 from triptych.engines.parameters.declarations import is_internal, parameters_of_blocks
+from triptych.engines.parameters.media import medium_of
 from triptych.engines.parameters.schema import Task
 from triptych.engines.parameters.serving_config import INDEX_NAMES, load_index, load_serving_config
-from triptych.engines.partition.options import DEFAULTS, ModelOptions
-from triptych.engines.partition.stages import ModelError, Stage
 from triptych.engines.partition.tasks import (
     ANY,
     ClassRequirements,
@@ -45,7 +45,8 @@ from triptych.engines.partition.tasks import (
     task_name,
     task_names,
 )
-from triptych.engines.pipelines.media import medium_of
+from triptych.engines.stages import ModelError, Stage
+from triptych.engines.weights.loading import missing_folder
 
 KWARGS_MAPPING: Final = "kwargs_mapping"
 """The name in a state of the grouping of other names that some blocks ask for as a group."""
@@ -115,6 +116,33 @@ class ModularPartition:
             return self.pipeline_class(blocks=blocks, pretrained_model_name_or_path=str(self.model), **self.index)
         except Exception as error:  # Whatever names in an index make diffusers raise, the user gets one sentence.
             raise ModelError(f"The index of {self.model} cannot be followed: {error}") from error
+
+    def component_folder(self, name: str, spec: Any) -> Path:
+        """Return the folder of a component.
+
+        Args:
+            name: The name of the component.
+            spec: Its `ComponentSpec`.
+
+        Raises:
+            ModelError: The index does not have the component, or there is no such folder.
+        """
+        if spec.pretrained_model_name_or_path is None:
+            raise ModelError(f"The index of {self.model} has no {name}, which {self.pipeline_class.__name__} needs.")
+        folder = _folder_of(spec)
+        if not folder.is_dir():
+            raise ModelError(missing_folder(self.model, folder, name))
+        return folder
+
+    def has_folder(self, spec: Any) -> bool:
+        """Whether the component of a `ComponentSpec` is in the index and has a folder."""
+        return spec.pretrained_model_name_or_path is not None and _folder_of(spec).is_dir()
+
+    def goes_without(self, name: str) -> bool:
+        """Whether the index says, with nulls, that the model does not have a component."""
+        # In a modular index, nulls beside a source mean a component that was not loaded when it was saved.
+        (index,) = self.index.values()
+        return index.get(name) == [None, None]
 
 
 def load_modular_partition(model: Path, options: ModelOptions = DEFAULTS) -> ModularPartition:
@@ -595,6 +623,10 @@ def values_needed_later(
     # A block adds a name to its group each time it sets it; once is enough.
     mapping = {group: [name for name in dict.fromkeys(names) if name in kept] for group, names in groups.items()}
     return {**kept, KWARGS_MAPPING: mapping}
+
+
+def _folder_of(spec: Any) -> Path:
+    return Path(spec.pretrained_model_name_or_path) / (spec.subfolder or "")
 
 
 def _lacks(index: Mapping[str, object], name: str) -> bool:

@@ -25,7 +25,7 @@ from triptych.engines.partition.source_analysis import (
     runs,
     runs_before,
 )
-from triptych.engines.partition.stages import Stage
+from triptych.engines.stages import Stage
 
 _WEIGHTLESS: Final = ("Tokenizer", "Processor", "FeatureExtractor")
 _ENCODED: Final = {"vae", "encode"}

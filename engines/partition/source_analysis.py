@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from diffusers import DiffusionPipeline
 
-from triptych.engines.partition.stubs import COMPUTE_METHODS
+from triptych.engines.weights.stubs import COMPUTE_METHODS
 
 _STEPS: Final = frozenset({"step", "step_pred"})
 """What a loop over timesteps calls of a scheduler."""

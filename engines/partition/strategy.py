@@ -8,24 +8,34 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
 
+from triptych.engines.model_options import DEFAULTS, ModelOptions
+from triptych.engines.parameters.media import medium_of, results_of, unsupported_result
 from triptych.engines.parameters.schema import Medium, Task
 from triptych.engines.parameters.serving_config import load_index, load_serving_config
-from triptych.engines.partition.blocks import NoWorkflowError, load_modular_partition, modular_class, pipeline_class
+from triptych.engines.partition.blocks import (
+    ModularPartition,
+    NoWorkflowError,
+    load_modular_partition,
+    modular_class,
+    pipeline_class,
+)
 from triptych.engines.partition.introspection import classic_partition
-from triptych.engines.partition.options import DEFAULTS, ModelOptions
-from triptych.engines.partition.stages import ModelError, Stage
 from triptych.engines.partition.tasks import class_task_problem, class_tasks, classic_class, task_names
-from triptych.engines.pipelines.media import medium_of, results_of, unsupported_result
+from triptych.engines.stages import ModelError, Stage
 from triptych.engines.weights.custom_code import has_custom_code
 from triptych.engines.weights.files import check_components
-from triptych.engines.weights.loading import size_problem
+from triptych.engines.weights.loading import load_stub
 
 __all__ = [
     "PartitionStrategy",
     "check_stages",
     "classic_class",
     "describe_serving",
+    "lora_class",
+    "size_problem",
     "strategy_for",
     "strategy_of",
     "tasks_of",
@@ -146,6 +156,40 @@ def describe_serving(model: Path, options: ModelOptions, *, disaggregated: bool)
     except ModelError as error:
         return "", str(error)
     return f"{index['_class_name']}, by the {strategy} partition: {tasks}", ""
+
+
+def size_problem(partition: ModularPartition) -> str:
+    """Say why a pipeline would return another size than it is asked for; "" where it would not.
+
+    Its VAE then makes images smaller by another factor than the pipeline reckons with.
+
+    Raises:
+        ModelError: The VAE is missing, or its configuration is broken.
+    """
+    whole = partition.pipeline(partition.blocks)
+    if "vae" not in whole.pretrained_component_names or partition.goes_without("vae"):
+        return ""
+    spec = whole.get_component_spec("vae")
+    # The dtype and device of what is never computed with do not matter.
+    whole.vae = load_stub("vae", spec, partition.component_folder("vae", spec), torch.float32, torch.device("cpu"))
+    if whole.vae is None:
+        raise ModelError(
+            f"The index of {partition.model} has something for the vae that is no model: {spec.type_hint}."
+        )
+    real = getattr(whole.vae.config, "scale_factor_spatial", None)
+    reckoned = getattr(whole, "vae_scale_factor_spatial", None)
+    if real is None or reckoned is None or real == reckoned:
+        return ""
+    return (
+        f"The VAE of {partition.model} scales by {real}, but {partition.pipeline_class.__name__} assumes {reckoned}"
+        " and would return another size than it is asked for: this model cannot be served."
+    )
+
+
+def lora_class(index: Mapping[str, object]) -> Any | None:
+    """Find the pipeline class that knows the LoRA formats of a model, if there is one."""
+    candidates = (modular_class(index), getattr(diffusers, str(index["_class_name"]), None))
+    return next((cls for cls in candidates if isinstance(cls, type) and issubclass(cls, LoraBaseMixin)), None)
 
 
 def _does(cls: Any, named: tuple[str, ...]) -> bool:

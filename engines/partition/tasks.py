@@ -17,9 +17,9 @@ from diffusers.pipelines.auto_pipeline import (
     AUTO_VIDEO2VIDEO_PIPELINES_MAPPING,
 )
 
+from triptych.engines.model_options import DEFAULTS, ModelOptions
 from triptych.engines.parameters.schema import Medium, Task
-from triptych.engines.partition.options import DEFAULTS, ModelOptions
-from triptych.engines.partition.stages import ModelError
+from triptych.engines.stages import ModelError
 from triptych.engines.weights.custom_code import MODULE, custom_class
 
 ANY: Final = "any"

@@ -5,16 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from diffusers import DiffusionPipeline
-from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 
@@ -26,15 +22,7 @@ from triptych.engines.parameters.declarations import (
     tensor_inputs_of_call,
     tensors_parameter,
 )
-from triptych.engines.parameters.schema import LATENT, OUTPUT_TYPE, REPLACES, Signature
-from triptych.engines.parameters.size_constraints import with_size_constraints
-from triptych.engines.partition.options import DEFAULTS, ModelOptions
-from triptych.engines.partition.stages import InputError, ModelError
-from triptych.engines.partition.stubs import Stub
-from triptych.engines.partition.tasks import class_tasks, required_by
-from triptych.engines.pipelines.component_settings import configure, setting_parameters
-from triptych.engines.pipelines.guidance import GUIDANCE_SCALE, guidance, has_guider
-from triptych.engines.pipelines.media import (
+from triptych.engines.parameters.media import (
     IMAGES,
     LATENTS,
     LAYERS,
@@ -45,20 +33,21 @@ from triptych.engines.pipelines.media import (
     frames_per_s,
     medium_of,
     results_of,
+    wants_latents,
     with_sampling_rate,
 )
+from triptych.engines.parameters.schema import OUTPUT_TYPE, REPLACES, Signature
+from triptych.engines.parameters.size_constraints import with_size_constraints
+from triptych.engines.partition.tasks import class_tasks, required_by
+from triptych.engines.pipelines.component_settings import setting_parameters
+from triptych.engines.pipelines.guidance import GUIDANCE_SCALE, guidance, has_guider
 from triptych.engines.pipelines.random_state import GENERATOR
 from triptych.engines.pipelines.stepping import Denoising
-from triptych.engines.weights.custom_code import custom_class, custom_file
-from triptych.engines.weights.files import files_ahead
-from triptych.engines.weights.loading import incomplete, load_component, load_stub
-from triptych.engines.weights.placement import Placement
-from triptych.engines.weights.read_ahead import read_ahead
+from triptych.engines.stages import InputError
 
 _OURS: Final = frozenset({"self", "output_type", "return_dict", "callback", "callback_steps", "callback_on_step_end"})
 STEPS: Final = ("step", "step_pred")
 """Methods that a loop calls of a scheduler, once for each timestep."""
-_LIBRARIES: Final = {"diffusers": diffusers, "transformers": transformers}
 _MEDIA: Final = {
     **dict.fromkeys(IMAGES, IMAGES[0]),
     **dict.fromkeys(VIDEOS, VIDEOS[0]),
@@ -128,11 +117,6 @@ def call_pipeline(pipeline: Any, inputs: Mapping[str, object], generator: torch.
         return latents_in(results) if latent else media_in(results, pipeline)
     finally:
         _break_reference_cycles(pipeline)
-
-
-def wants_latents(values: Mapping[str, object]) -> bool:
-    """Whether a request, by its inputs or by a payload that has them, is for latents in place of media."""
-    return values.get(OUTPUT_TYPE) == LATENT
 
 
 def latents_in(results: Any) -> dict[str, object]:
@@ -287,89 +271,3 @@ def _make_interceptable(cls: type, name: str) -> None:
 
 def _interceptor_attribute(name: str) -> str:
     return f"_around_{name}"
-
-
-class ClassicLoader:
-    """The files of a classic model.
-
-    Args:
-        model: Its folder.
-        cls: The class of its pipeline.
-        index: Of the model.
-        entries: Library and class of each component, by name.
-        options: How the model is read.
-    """
-
-    def __init__(
-        self,
-        model: Path,
-        cls: Any,
-        index: Mapping[str, object],
-        entries: Mapping[str, tuple[str, str]],
-        options: ModelOptions = DEFAULTS,
-    ) -> None:
-        self._model = model
-        self._cls = cls
-        self._index = index
-        self._specs = {
-            name: ComponentSpec(
-                name=name,
-                type_hint=_component_class(model / name, *entry, options),
-                pretrained_model_name_or_path=str(model),
-                subfolder=name,
-            )
-            for name, entry in entries.items()
-        }
-
-    def pipeline(self, wanted: Collection[str], placement: Placement) -> tuple[Any, dict[str, Stub]]:
-        """Make a pipeline of the components that are wanted, and stubs.
-
-        Returns:
-            The pipeline; and the stubs of all of its models, wanted or not.
-
-        Raises:
-            ModelError: A component is missing or broken.
-        """
-        parameters = list(inspect.signature(self._cls.__init__).parameters.values())[1:]
-        for parameter in parameters:
-            if parameter.default is parameter.empty and parameter.name not in self._index:
-                raise ModelError(
-                    f"The index of {self._model} has no {parameter.name}, which {self._cls.__name__} needs."
-                )
-        stubs = {
-            name: load_stub(name, spec, self._folder(name), placement.dtype, placement.device, placement.options)
-            for name, spec in self._specs.items()
-        }
-        given: dict[str, Any] = {
-            parameter.name: self._setting(parameter.name) for parameter in parameters if parameter.name in self._index
-        }
-        given.update(stubs)
-        files = (file for name in wanted for file in files_ahead(name, self._folder(name), placement.options))
-        read_ahead(files, placement.progress)
-        for name in wanted:
-            given[name] = load_component(name, self._specs[name], self._folder(name), placement)
-        pipeline = self._cls(**given)
-        pipeline.set_progress_bar_config(disable=True)
-        configure(pipeline, placement.options)
-        return pipeline, {name: made for name, made in stubs.items() if isinstance(made, Stub)}
-
-    def _setting(self, name: str) -> object:
-        value = self._index[name]
-        return None if value == [None, None] else value
-
-    def _folder(self, name: str) -> Path:
-        folder = self._model / name
-        if not folder.is_dir():
-            raise ModelError(incomplete(self._model, folder, name))
-        return folder
-
-
-def _component_class(folder: Path, library: str, class_name: str, options: ModelOptions) -> type:
-    if file := custom_file(folder, library):
-        return custom_class(file, class_name, options)
-    # Any other library that an index names is a folder of pipelines; nothing else is imported on its word.
-    module = _LIBRARIES.get(library) or getattr(diffusers.pipelines, library, None)
-    found = getattr(module, class_name, None)
-    if not isinstance(found, type):
-        raise ModelError(f"The {folder.name} is a {class_name} of {library}, which is not installed.")
-    return found

@@ -17,14 +17,14 @@ from diffusers import guiders
 from diffusers.guiders import BaseGuidance
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from triptych.engines.model_options import ComponentOptions, ModelOptions
 from triptych.engines.parameters.aliases import GUIDANCE_SCALE
 from triptych.engines.parameters.alternatives import check_options, find_class
 from triptych.engines.parameters.declarations import kinds_of_type
 from triptych.engines.parameters.schema import Alternative, Option, Parameter, ParameterKind
 from triptych.engines.parameters.validation import ParameterError
-from triptych.engines.partition.options import ComponentOptions, ModelOptions
-from triptych.engines.partition.stages import InputError, ModelError
-from triptych.engines.partition.stubs import Stub
+from triptych.engines.stages import InputError, ModelError
+from triptych.engines.weights.stubs import Stub
 from triptych.engines.weights.textual_inversion import load_textual_inversions
 
 SCHEDULER: Final = "scheduler"

@@ -11,8 +11,8 @@ from triptych.engines.codec.codec import pack
 from triptych.engines.parameters.schema import IMAGE_KINDS, MASKS, Parameter, ParameterKind, Signature
 from triptych.engines.parameters.serving_config import ServingConfig
 from triptych.engines.parameters.size_constraints import SIDES
-from triptych.engines.partition.stages import Stage
 from triptych.engines.pipelines.pipeline import StagePipeline
+from triptych.engines.stages import Stage
 
 SMALLEST: Final = 64
 """Pixels of a side, where the model takes so few."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -18,6 +18,7 @@ from triptych.engines.parameters.declarations import (
     tensor_inputs_of_blocks,
     tensors_parameter,
 )
+from triptych.engines.parameters.media import LATENTS, frames_per_s, medium_of, wants_latents, with_sampling_rate
 from triptych.engines.parameters.schema import IMAGE_KINDS, OUTPUT_TYPE, REPLACES, Signature
 from triptych.engines.parameters.size_constraints import with_size_constraints
 from triptych.engines.partition.blocks import (
@@ -29,8 +30,7 @@ from triptych.engines.partition.blocks import (
     unused_inputs,
     values_needed_later,
 )
-from triptych.engines.partition.stages import InputError, ModelError, Stage
-from triptych.engines.pipelines.classic_call import wants_latents
+from triptych.engines.partition.strategy import size_problem
 from triptych.engines.pipelines.component_settings import (
     OF_GUIDERS,
     OF_SCHEDULER,
@@ -41,16 +41,19 @@ from triptych.engines.pipelines.component_settings import (
     setting_parameters,
 )
 from triptych.engines.pipelines.guidance import GUIDANCE_SCALE, guidance, has_guider, request_copy, set_guidance
-from triptych.engines.pipelines.media import LATENTS, frames_per_s, medium_of, with_sampling_rate
 from triptych.engines.pipelines.random_state import GENERATOR, is_unused, seeded_generator
 from triptych.engines.pipelines.stepping import BlockDenoising, Denoising
-from triptych.engines.weights.ip_adapters import load_ip_adapters
-from triptych.engines.weights.loading import load_components, make_stubs, size_problem
+from triptych.engines.stages import InputError, ModelError, Stage
+from triptych.engines.weights.files import files_ahead
+from triptych.engines.weights.loading import load_component, load_stub
 from triptych.engines.weights.placement import Placement
+from triptych.engines.weights.read_ahead import read_ahead
 
 NEGATIVE_PROMPT: Final = "negative_prompt"
 _NEGATIVE: Final = "negative_prompt_embeds"
 _PROMPT_EMBEDS: Final = "prompt_embeds"
+IP_ADAPTER_FOLDER: Final = "ip_adapter"
+_IP_ADAPTER_IMAGE: Final = "ip_adapter_image"
 _UNDECLARED: Final = frozenset({"batch_size"})
 """Inputs that some encoder makes without a declaration (HunyuanVideo 1.5)."""
 
@@ -211,6 +214,84 @@ def load_modular(model: Path, stages: tuple[Stage, ...], placement: Placement) -
     set_guidance(pipeline, cast("float | None", partition.defaults.get(GUIDANCE_SCALE)))
     configure(pipeline, placement.options)
     return ModularRunner(partition, pipeline, loaded)
+
+
+def load_components(pipeline: Any, partition: ModularPartition, placement: Placement) -> frozenset[str]:
+    """Load the weights and tokenizers that a pipeline's blocks name.
+
+    Returns:
+        The names of what was loaded.
+
+    Raises:
+        ModelError: One is missing or broken. (The pipeline's own way to load would warn and go on without it.)
+    """
+    names = [name for name in pipeline.pretrained_component_names if not partition.goes_without(name)]
+    specs = {name: pipeline.get_component_spec(name) for name in names}
+    model_folders = {name: partition.component_folder(name, spec) for name, spec in specs.items()}
+    files = (file for name in names for file in files_ahead(name, model_folders[name], placement.options))
+    read_ahead(files, placement.progress)
+    loaded = {name: load_component(name, specs[name], model_folders[name], placement) for name in names}
+    pipeline.register_components(**loaded)
+    return frozenset(loaded)
+
+
+def make_stubs(pipeline: Any, partition: ModularPartition, placement: Placement) -> None:
+    """Give a pipeline stubs for the components that its blocks do not name but the rest of the model has.
+
+    Its settings, guiders and processors become those of the whole pipeline. A part alone would make them as its own
+    blocks declare them; where blocks disagree, the whole follows the first, which may be in another part.
+
+    Not while another thread makes modules: those would have no weights either.
+
+    Raises:
+        ModelError: The configuration of one is missing or broken.
+    """
+    # Not just of the task: geometry may come from a component that only the blocks of another task declare.
+    whole = partition.pipeline(partition.whole)
+    pipeline.register_to_config(**{spec.name: whole.config[spec.name] for spec in partition.whole.expected_configs})
+    for name in whole.config_component_names:
+        # Guiders and image processors have no weights: the real ones are cheap, and some encoders read the guider.
+        setattr(pipeline, name, getattr(whole, name))
+    for name in whole.pretrained_component_names:
+        if name in pipeline.component_names or partition.goes_without(name):
+            continue
+        spec = whole.get_component_spec(name)
+        if name not in partition.blocks.component_names and not partition.has_folder(spec):
+            continue
+        folder = partition.component_folder(name, spec)
+        stub = load_stub(name, spec, folder, placement.dtype, placement.device, placement.options)
+        if stub is not None:
+            setattr(pipeline, name, stub)
+
+
+def load_ip_adapters(pipeline: Any, partition: ModularPartition, loaded: Collection[str]) -> None:
+    """Load the IP adapters of a model: `ip_adapter/*.safetensors` in its folder, in the order of their names.
+
+    An index does not name them. With one loaded, each request must have an image for it, so they are loaded only for
+    tasks that require `ip_adapter_image`.
+
+    Args:
+        pipeline: The pipeline of some stages.
+        partition: The model.
+        loaded: The names of the loaded components; without the UNet among them, nothing is loaded.
+
+    Raises:
+        ModelError: The task needs an IP adapter and there is none, or it does not fit.
+    """
+    if not any(declared.name == _IP_ADAPTER_IMAGE and declared.required for declared in partition.blocks.inputs):
+        return
+    model, folder = partition.model, partition.model / IP_ADAPTER_FOLDER
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(
+            f"The model {model} has no IP adapter: its task needs {IP_ADAPTER_FOLDER}/*.safetensors in it."
+        )
+    if getattr(pipeline, "unet_name", "unet") not in loaded:
+        return
+    try:
+        pipeline.load_ip_adapter(str(model), subfolder=IP_ADAPTER_FOLDER, weight_name=files, local_files_only=True)
+    except Exception as error:  # diffusers raises anything for a broken file; report it as one sentence
+        raise ModelError(f"The IP adapter in {folder} cannot be loaded: {error}") from error
 
 
 def encoded(partition: ModularPartition) -> frozenset[str]:

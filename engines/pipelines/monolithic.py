@@ -10,12 +10,14 @@ import torch
 
 from triptych.engines.parameters.serving_config import load_index
 from triptych.engines.partition.introspection import classic_partition
-from triptych.engines.partition.stages import Stage
 from triptych.engines.partition.strategy import PartitionStrategy, check_stages, classic_class
-from triptych.engines.pipelines.classic_call import CallDenoising, ClassicLoader, accepted, call_pipeline, signature
+from triptych.engines.pipelines.classic_call import CallDenoising, accepted, call_pipeline, signature
+from triptych.engines.pipelines.component_settings import configure
 from triptych.engines.pipelines.guidance import request_copy
 from triptych.engines.pipelines.random_state import GENERATOR, seeded_generator
 from triptych.engines.pipelines.stepping import Denoising
+from triptych.engines.stages import Stage
+from triptych.engines.weights.loading import ClassicLoader
 from triptych.engines.weights.placement import Placement
 
 
@@ -63,4 +65,5 @@ def load_monolithic(model: Path, stages: tuple[Stage, ...], placement: Placement
     check_stages(PartitionStrategy.MONOLITHIC, index, model, stages)
     components = classic_partition(cls, index).components
     pipeline, _ = ClassicLoader(model, cls, index, components, placement.options).pipeline(list(components), placement)
+    configure(pipeline, placement.options)
     return MonolithicRunner(pipeline, frozenset(components))

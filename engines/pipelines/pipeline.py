@@ -11,6 +11,7 @@ import torch
 import transformers
 from msgspec.structs import replace
 
+from triptych.engines.model_options import DEFAULTS, ModelOptions
 from triptych.engines.parameters.aliases import conflicting_names, to_pipeline_names
 from triptych.engines.parameters.alternatives import resolve_classes
 from triptych.engines.parameters.lora import (
@@ -23,22 +24,22 @@ from triptych.engines.parameters.lora import (
     lora_parameters,
 )
 from triptych.engines.parameters.schema import REPLACES, Signature, names
+from triptych.engines.parameters.serving_config import load_index
 from triptych.engines.parameters.validation import ParameterError, check_scalars, check_task
-from triptych.engines.partition.options import DEFAULTS, ModelOptions
-from triptych.engines.partition.stages import InputError, ModelError, Stage
-from triptych.engines.partition.strategy import PartitionStrategy, strategy_for, strategy_in_process
+from triptych.engines.partition.compatibility import explain_missing_class
+from triptych.engines.partition.strategy import PartitionStrategy, lora_class, strategy_for, strategy_in_process
 from triptych.engines.pipelines.classic import load_classic
 from triptych.engines.pipelines.dtype_conversion import DTYPE, convert_dtype
 from triptych.engines.pipelines.modular import load_modular
 from triptych.engines.pipelines.monolithic import load_monolithic
 from triptych.engines.pipelines.random_state import SEED, GlobalRngGuard
 from triptych.engines.pipelines.stepping import Denoising
+from triptych.engines.stages import InputError, ModelError, Stage
 from triptych.engines.weights.adapters import Adapters
-from triptych.engines.weights.compatibility import explain_missing_class
 from triptych.engines.weights.offload import ModelOffloader, Offload
 from triptych.engines.weights.placement import Placement
 from triptych.engines.weights.quantization import Quantization
-from triptych.engines.weights.read_progress import ReadProgress
+from triptych.engines.weights.read_ahead import ReadProgress
 
 __all__ = ["InputError", "ModelError", "StagePipeline"]
 
@@ -150,7 +151,7 @@ class StagePipeline:
         transformers.utils.logging.disable_progress_bar()
         stages = tuple(stage for stage in Stage if stage in stages)
         try:
-            read = Adapters.read(model, adapters)
+            read = Adapters.read(model, adapters, lora_class(load_index(model)) if adapters else None)
             placement = Placement(dtype, device, Quantization(quantization), Offload(offload), read, options, progress)
             return cls._loaded(model, stages, placement)
         except (ModelError, AttributeError, ImportError) as error:

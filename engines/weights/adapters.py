@@ -8,7 +8,9 @@ it would without any, bit for bit.
 from __future__ import annotations
 
 import collections
+import contextlib
 import inspect
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,18 +21,16 @@ import diffusers
 import torch
 import xxhash
 from diffusers.configuration_utils import FrozenDict
-from diffusers.loaders.lora_base import LoraBaseMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 from triptych.engines.parameters.lora import LoraChoice, LoraFile
 from triptych.engines.parameters.serving_config import load_index
-from triptych.engines.partition.blocks import modular_class
-from triptych.engines.partition.stages import ModelError
-from triptych.engines.weights.captured_warnings import captured_warnings
+from triptych.engines.stages import ModelError
 
 SUFFIX: Final = ".safetensors"
+_LIBRARIES: Final = ("diffusers", "transformers")
 _DOWN: Final = (".lora_A", ".lora_down", ".lora.down", "_lora.down", ".lora_linear_layer.down")
 _SECOND: Final = "transformer_2"
 _DENOISE: Final = ("transformer", "unet")
@@ -111,12 +111,13 @@ class Adapters:
         self.encodes = any(not name.startswith(_DENOISE) for each in self._each() for name in each.components)
 
     @classmethod
-    def read(cls, model: Path, files: tuple[LoraFile, ...]) -> Adapters:
+    def read(cls, model: Path, files: tuple[LoraFile, ...], mixin: Any | None) -> Adapters:
         """Read the files of adapters.
 
         Args:
             model: The folder of the model that they are for.
-            files: Of distinct names.
+            files: The adapters, of distinct names.
+            mixin: The pipeline class that knows the LoRA formats of the model; None if there is none.
 
         Raises:
             ModelError: A file is missing, broken, or not for this model; or the pipeline takes no adapters.
@@ -124,7 +125,6 @@ class Adapters:
         if not files:
             return cls()
         index = load_index(model)
-        mixin = lora_class(index)
         if mixin is None:
             raise ModelError(f"diffusers loads no LoRA into a {index['_class_name']}: leave out [[model.lora]].")
         weights = {file.name: tuple(_read(mixin, model, file)) for file in files}
@@ -188,12 +188,6 @@ class Adapters:
 
     def _each(self) -> Iterator[LoraWeights]:
         return (weights for all_of_it in self._weights.values() for weights in all_of_it)
-
-
-def lora_class(index: Mapping[str, object]) -> Any | None:
-    """Find the pipeline class that knows the LoRA formats of a model, if there is one."""
-    candidates = (modular_class(index), getattr(diffusers, str(index["_class_name"]), None))
-    return next((cls for cls in candidates if isinstance(cls, type) and issubclass(cls, LoraBaseMixin)), None)
 
 
 def safetensors_file(path: Path) -> Path:
@@ -309,3 +303,33 @@ def _print(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[tuple[int, ...], s
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:500]
+
+
+class _WarningCollector(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(" ".join(record.getMessage().split()))
+
+
+@contextlib.contextmanager
+def captured_warnings() -> Iterator[list[str]]:
+    """Collect the warnings of diffusers and transformers in the yielded list instead of their logs.
+
+    They only warn of weights that are missing or that fit nowhere.
+    """
+    collector = _WarningCollector()
+    loggers = [logging.getLogger(name) for name in _LIBRARIES]
+    before = [(logger, logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    try:
+        for logger in loggers:
+            # A server silences the warnings of these libraries; here they are needed.
+            logger.handlers, logger.propagate = [collector], False
+            logger.setLevel(logging.WARNING)
+        yield collector.messages
+    finally:
+        for logger, handlers, level, propagate in before:
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)

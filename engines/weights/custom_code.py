@@ -12,8 +12,8 @@ from typing import Final
 
 import diffusers
 
-from triptych.engines.partition.options import ModelOptions
-from triptych.engines.partition.stages import ModelError
+from triptych.engines.model_options import ModelOptions
+from triptych.engines.stages import ModelError
 
 MODULE: Final = "_module"
 """The key of an index with the file of its pipeline, where that comes with the model."""

@@ -16,8 +16,8 @@ from typing import Final
 
 from safetensors import SafetensorError, safe_open
 
-from triptych.engines.partition.options import DEFAULTS, ModelOptions
-from triptych.engines.partition.stages import ModelError
+from triptych.engines.model_options import DEFAULTS, ModelOptions
+from triptych.engines.stages import ModelError
 
 _STEMS: Final = ("diffusion_pytorch_model", "model")
 """What diffusers and transformers call the weights of a component."""

@@ -16,10 +16,10 @@ from typing import Final
 
 import msgspec
 
+from triptych.engines.model_options import DEFAULTS, ModelOptions
 from triptych.engines.parameters.lora import LoraFile
 from triptych.engines.parameters.serving_config import INDEX_NAMES, SERVING_CONFIG_NAME, load_index, load_serving_config
-from triptych.engines.partition.options import DEFAULTS, ModelOptions
-from triptych.engines.partition.stages import ModelError
+from triptych.engines.stages import ModelError
 from triptych.engines.weights.files import WeightFiles, component_files, component_folder
 
 __all__ = [

@@ -2,98 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import diffusers
 import torch
+import transformers
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 from transformers import PreTrainedModel
 
-from triptych.engines.partition.blocks import ModularPartition
-from triptych.engines.partition.options import DEFAULTS, ModelOptions
-from triptych.engines.partition.stages import ModelError
-from triptych.engines.partition.stubs import is_multi_model, make_stub
+from triptych.engines.model_options import DEFAULTS, ModelOptions
+from triptych.engines.stages import ModelError
+from triptych.engines.weights.custom_code import custom_class, custom_file
 from triptych.engines.weights.files import WeightFiles, WeightFormat, component_files, component_folder, files_ahead
 from triptych.engines.weights.placement import Placement
 from triptych.engines.weights.quantization import problem_with, quantized_as
 from triptych.engines.weights.read_ahead import read_ahead
 from triptych.engines.weights.single_files import read_single_file
+from triptych.engines.weights.stubs import Stub, is_multi_model, make_stub
 
-
-def load_components(pipeline: Any, partition: ModularPartition, placement: Placement) -> frozenset[str]:
-    """Load the weights and tokenizers that a pipeline's blocks name.
-
-    Returns:
-        The names of what was loaded.
-
-    Raises:
-        ModelError: One is missing or broken. (The pipeline's own way to load would warn and go on without it.)
-    """
-    names = [name for name in pipeline.pretrained_component_names if not _is_null(partition, name)]
-    specs = {name: pipeline.get_component_spec(name) for name in names}
-    model_folders = {name: _folder(partition, name, spec) for name, spec in specs.items()}
-    files = (file for name in names for file in files_ahead(name, model_folders[name], placement.options))
-    read_ahead(files, placement.progress)
-    loaded = {name: load_component(name, specs[name], model_folders[name], placement) for name in names}
-    pipeline.register_components(**loaded)
-    return frozenset(loaded)
-
-
-def make_stubs(pipeline: Any, partition: ModularPartition, placement: Placement) -> None:
-    """Give a pipeline stubs for the components that its blocks do not name but the rest of the model has.
-
-    Its settings, guiders and processors become those of the whole pipeline. A part alone would make them as its own
-    blocks declare them; where blocks disagree, the whole follows the first, which may be in another part.
-
-    Not while another thread makes modules: those would have no weights either.
-
-    Raises:
-        ModelError: The configuration of one is missing or broken.
-    """
-    # Not just of the task: geometry may come from a component that only the blocks of another task declare.
-    whole = partition.pipeline(partition.whole)
-    pipeline.register_to_config(**{spec.name: whole.config[spec.name] for spec in partition.whole.expected_configs})
-    for name in whole.config_component_names:
-        # Guiders and image processors have no weights: the real ones are cheap, and some encoders read the guider.
-        setattr(pipeline, name, getattr(whole, name))
-    for name in whole.pretrained_component_names:
-        if name in pipeline.component_names or _is_null(partition, name):
-            continue
-        spec = whole.get_component_spec(name)
-        if name not in partition.blocks.component_names and not _is_there(spec):
-            continue
-        folder = _folder(partition, name, spec)
-        stub = load_stub(name, spec, folder, placement.dtype, placement.device, placement.options)
-        if stub is not None:
-            setattr(pipeline, name, stub)
-
-
-def size_problem(partition: ModularPartition) -> str:
-    """Say why a pipeline would return another size than it is asked for; "" where it would not.
-
-    Its VAE then makes images smaller by another factor than the pipeline reckons with.
-
-    Raises:
-        ModelError: The VAE is missing, or its configuration is broken.
-    """
-    whole = partition.pipeline(partition.blocks)
-    if "vae" not in whole.pretrained_component_names or _is_null(partition, "vae"):
-        return ""
-    spec = whole.get_component_spec("vae")
-    # The dtype and device of what is never computed with do not matter.
-    whole.vae = load_stub("vae", spec, _folder(partition, "vae", spec), torch.float32, torch.device("cpu"))
-    if whole.vae is None:
-        raise ModelError(
-            f"The index of {partition.model} has something for the vae that is no model: {spec.type_hint}."
-        )
-    real = getattr(whole.vae.config, "scale_factor_spatial", None)
-    reckoned = getattr(whole, "vae_scale_factor_spatial", None)
-    if real is None or reckoned is None or real == reckoned:
-        return ""
-    return (
-        f"The VAE of {partition.model} scales by {real}, but {partition.pipeline_class.__name__} assumes {reckoned}"
-        " and would return another size than it is asked for: this model cannot be served."
-    )
+_LIBRARIES: Final = {"diffusers": diffusers, "transformers": transformers}
 
 
 def load_component(name: str, spec: Any, folder: Path, placement: Placement) -> Any:
@@ -188,32 +119,94 @@ def _read(name: str, spec: Any, folder: Path, files: WeightFiles, dtype: torch.d
     return component, not any(parameter.is_meta for parameter in component.parameters())
 
 
-def _folder(partition: ModularPartition, name: str, spec: Any) -> Path:
-    source = spec.pretrained_model_name_or_path
-    if source is None:
-        raise ModelError(
-            f"The index of {partition.model} has no {name}, which {partition.pipeline_class.__name__} needs."
-        )
-    folder = Path(source) / (spec.subfolder or "")
-    if not folder.is_dir():
-        raise ModelError(incomplete(partition.model, folder, name))
-    return folder
-
-
-def incomplete(model: Path, folder: Path, name: str) -> str:
-    """Say that a component has no folder."""
+def missing_folder(model: Path, folder: Path, name: str) -> str:
+    """Return the message for a component that has no folder."""
     return (
         f"The model {model} is incomplete: there is no folder {folder} for its {name}. Of what other roles load, the"
         " configuration alone is enough."
     )
 
 
-def _is_there(spec: Any) -> bool:
-    source = spec.pretrained_model_name_or_path
-    return source is not None and (Path(source) / (spec.subfolder or "")).is_dir()
+class ClassicLoader:
+    """The files of a classic model.
+
+    Args:
+        model: Its folder.
+        cls: The class of its pipeline.
+        index: Of the model.
+        entries: Library and class of each component, by name.
+        options: How the model is read.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        cls: Any,
+        index: Mapping[str, object],
+        entries: Mapping[str, tuple[str, str]],
+        options: ModelOptions = DEFAULTS,
+    ) -> None:
+        self._model = model
+        self._cls = cls
+        self._index = index
+        self._specs = {
+            name: ComponentSpec(
+                name=name,
+                type_hint=_component_class(model / name, *entry, options),
+                pretrained_model_name_or_path=str(model),
+                subfolder=name,
+            )
+            for name, entry in entries.items()
+        }
+
+    def pipeline(self, wanted: Collection[str], placement: Placement) -> tuple[Any, dict[str, Stub]]:
+        """Make a pipeline of the components that are wanted, and stubs.
+
+        Returns:
+            The pipeline; and the stubs of all of its models, wanted or not.
+
+        Raises:
+            ModelError: A component is missing or broken.
+        """
+        parameters = list(inspect.signature(self._cls.__init__).parameters.values())[1:]
+        for parameter in parameters:
+            if parameter.default is parameter.empty and parameter.name not in self._index:
+                raise ModelError(
+                    f"The index of {self._model} has no {parameter.name}, which {self._cls.__name__} needs."
+                )
+        stubs = {
+            name: load_stub(name, spec, self._folder(name), placement.dtype, placement.device, placement.options)
+            for name, spec in self._specs.items()
+        }
+        given: dict[str, Any] = {
+            parameter.name: self._setting(parameter.name) for parameter in parameters if parameter.name in self._index
+        }
+        given.update(stubs)
+        files = (file for name in wanted for file in files_ahead(name, self._folder(name), placement.options))
+        read_ahead(files, placement.progress)
+        for name in wanted:
+            given[name] = load_component(name, self._specs[name], self._folder(name), placement)
+        pipeline = self._cls(**given)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline, {name: made for name, made in stubs.items() if isinstance(made, Stub)}
+
+    def _setting(self, name: str) -> object:
+        value = self._index[name]
+        return None if value == [None, None] else value
+
+    def _folder(self, name: str) -> Path:
+        folder = self._model / name
+        if not folder.is_dir():
+            raise ModelError(missing_folder(self._model, folder, name))
+        return folder
 
 
-def _is_null(partition: ModularPartition, name: str) -> bool:
-    # So a classic index says what a model goes without. (In a modular one, nulls with a source were just not loaded.)
-    (index,) = partition.index.values()
-    return index.get(name) == [None, None]
+def _component_class(folder: Path, library: str, class_name: str, options: ModelOptions) -> type:
+    if file := custom_file(folder, library):
+        return custom_class(file, class_name, options)
+    # Any other library that an index names is a folder of pipelines; nothing else is imported on its word.
+    module = _LIBRARIES.get(library) or getattr(diffusers.pipelines, library, None)
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        raise ModelError(f"The {folder.name} is a {class_name} of {library}, which is not installed.")
+    return found

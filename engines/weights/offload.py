@@ -12,7 +12,7 @@ from accelerate.utils import send_to_device
 from diffusers.hooks import apply_group_offloading
 from diffusers.models.autoencoders.vae import AutoencoderMixin
 
-from triptych.engines.partition.stages import ModelError
+from triptych.engines.stages import ModelError
 from triptych.engines.weights.quantization import nbytes
 
 HOST: Final = torch.device("cpu")

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from triptych.engines.partition.options import DEFAULTS, ModelOptions
-from triptych.engines.partition.stages import ModelError
+from triptych.engines.model_options import DEFAULTS, ModelOptions
+from triptych.engines.stages import ModelError
 from triptych.engines.weights.adapters import Adapters
 from triptych.engines.weights.offload import HOST, ModelOffloader, Offload, offload
 from triptych.engines.weights.quantization import Quantization, nbytes, quantize
-from triptych.engines.weights.read_progress import ReadProgress
+from triptych.engines.weights.read_ahead import ReadProgress
 
 _GIB = 1 << 30
 

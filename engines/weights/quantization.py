@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from diffusers.models.autoencoders.vae import AutoencoderMixin
 
-from triptych.engines.partition.stages import ModelError
+from triptych.engines.stages import ModelError
 
 
 class Quantization(StrEnum):

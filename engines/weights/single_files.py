@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from triptych.engines.partition.stages import ModelError
+from triptych.engines.stages import ModelError
 
 _SCALED: Final = (".scale_weight", ".weight_scale", ".scale_input", ".comfy_quant", "scaled_fp8")
 """How the names end of what a file has beside weights that mean nothing without it."""

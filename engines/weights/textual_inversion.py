@@ -10,9 +10,9 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from triptych.engines.partition.options import EmbeddingFile
-from triptych.engines.partition.stages import ModelError
-from triptych.engines.partition.stubs import Stub
+from triptych.engines.model_options import EmbeddingFile
+from triptych.engines.stages import ModelError
+from triptych.engines.weights.stubs import Stub
 
 SUFFIX: Final = ".safetensors"
 _OF_TWO_ENCODERS: Final = {"clip_l": "", "clip_g": "_2"}

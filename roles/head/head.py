@@ -24,7 +24,7 @@ from triptych.actors.runtime.system_messages import (
     WakeModel,
 )
 from triptych.bus import BusError, RefusedError
-from triptych.engines.partition.stages import Stage
+from triptych.engines.stages import Stage
 from triptych.roles.head.availability import not_ready_reasons, weights_mismatch
 from triptych.roles.head.effect_runner import EffectRunner
 from triptych.roles.head.job import IllegalTransitionError

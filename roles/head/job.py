@@ -13,7 +13,7 @@ from itertools import pairwise
 import msgspec
 
 from triptych.actors.topology import ModelIdentity
-from triptych.engines.partition.stages import Stage
+from triptych.engines.stages import Stage
 from triptych.roles.messages.common import Artifact, Attempt, Input, LeaseRef, Output, StoredPayload
 from triptych.roles.messages.requests import JobView, RequestView, Transition
 

@@ -11,7 +11,7 @@ from triptych.actors.runtime.system_messages import ChildReport, ModelStatus, Re
 from triptych.actors.topology import ModelIdentity
 from triptych.bus import RefusedError
 from triptych.engines.parameters.serving_config import load_serving_config
-from triptych.engines.partition.stages import ModelError
+from triptych.engines.stages import ModelError
 from triptych.engines.weights.model_version import model_version
 from triptych.roles.head.availability import unavailable_reason
 from triptych.roles.head.prompt_cache import PromptCache

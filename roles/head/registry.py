@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from triptych.engines.parameters.schema import Signature
-from triptych.engines.partition.stages import Stage
+from triptych.engines.stages import Stage
 from triptych.roles.head.dispatch import Candidate
 from triptych.roles.messages.common import LeaseRef
 from triptych.roles.messages.requests import InstanceView

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from triptych.actors import Component, Topology
-from triptych.engines.partition.stages import Stage
+from triptych.engines.stages import Stage
 from triptych.roles.head.registry import InstanceRecord
 from triptych.roles.head.served_models import ServedModel, ServedModels
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from triptych.engines.memory.buddy import block_bytes
 from triptych.engines.parameters.schema import Signature
-from triptych.engines.partition.stages import Stage
+from triptych.engines.stages import Stage
 from triptych.roles.head.dispatch import Policy
 from triptych.roles.head.effects import (
     Assign,

@@ -15,7 +15,7 @@ from triptych.actors.topology import ModelIdentity
 from triptych.engines.parameters.schema import Parameter, Signature
 from triptych.engines.parameters.serving_config import ServingConfig
 from triptych.engines.parameters.validation import ANY
-from triptych.engines.partition.stages import Stage
+from triptych.engines.stages import Stage
 from triptych.roles.head.dispatch import POLICIES
 from triptych.roles.head.job import Request
 from triptych.roles.head.registry import InstanceRegistry

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from typing import Final
 
 from triptych.engines.memory.buddy import block_bytes
-from triptych.engines.partition.stages import Stage
+from triptych.engines.stages import Stage
 from triptych.roles.head.job import RUNNING, STAGE_OF, UPSTREAM, WAITING, Job
 from triptych.roles.head.prompt_cache import PromptCache
 from triptych.roles.head.registry import InstanceRegistry

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from triptych.engines.pipelines.media import IMAGES, LATENTS, NSFW, SAMPLING_RATE, SOUNDS, VIDEOS
+from triptych.engines.parameters.media import IMAGES, LATENTS, NSFW, SAMPLING_RATE, SOUNDS, VIDEOS
 
 Check: TypeAlias = Callable[[], None]
 """Called between two frames; raises to end what takes long."""

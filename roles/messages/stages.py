@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from triptych.bus import Generation, Message
 from triptych.engines.parameters.schema import Signature
-from triptych.engines.partition.stages import Stage
+from triptych.engines.stages import Stage
 from triptych.roles.messages.common import (
     Artifact,
     Attempt,

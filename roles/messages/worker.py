@@ -6,7 +6,7 @@ Tensors never ride in a message: these name the attempt, and the values lie in t
 from __future__ import annotations
 
 from triptych.bus import Message
-from triptych.engines.partition.stages import Stage
+from triptych.engines.stages import Stage
 from triptych.roles.messages.common import Artifact, Attempt, LeaseRef, Natural, Output, Seconds, StoredPayload
 
 

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import TypeAlias
 
 from triptych.bus import Message
-from triptych.engines.partition.stages import Stage
+from triptych.engines.stages import Stage
 from triptych.roles.messages.common import Artifact, Attempt, LeaseRef, Output, StoredPayload
 from triptych.roles.messages.stages import (
     StageAssign,

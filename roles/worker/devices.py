@@ -11,8 +11,8 @@ from typing import Final
 import torch
 
 from triptych.actors import Component, StartError
-from triptych.engines.partition.stages import Stage
 from triptych.engines.pipelines.pipeline import InputError
+from triptych.engines.stages import Stage
 from triptych.roles.media.uploads import UploadError
 
 _libc: Final = ctypes.CDLL(None)

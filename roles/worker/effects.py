@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from triptych.bus import Message
-from triptych.engines.partition.stages import Stage
+from triptych.engines.stages import Stage
 from triptych.roles.messages.common import Attempt, Input, LeaseRef, Output, Rebind, StoredPayload
 
 

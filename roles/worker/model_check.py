@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Final
 from triptych.actors import Component, Model, StartError
 from triptych.actors.errors import describe
 from triptych.actors.topology import ModelProblem, ModelReport
-from triptych.engines.partition.stages import ModelError, Stage
+from triptych.engines.stages import ModelError, Stage
 from triptych.engines.weights.inspection import Finding, inspect_files
-from triptych.engines.weights.read_progress import size_text
+from triptych.engines.weights.read_ahead import size_text
 from triptych.roles.worker.model_loading import describe_model, lora_files, model_options
 
 if TYPE_CHECKING:
+    from triptych.engines.partition.compatibility import CompatibilityReport
     from triptych.engines.pipelines.pipeline import StagePipeline
-    from triptych.engines.weights.compatibility import CompatibilityReport
 
 _BYTES: Final = {"float32": 4}
 _DEFAULT_BYTES: Final = 2
@@ -54,7 +54,7 @@ def check_model(
     if any(finding.fatal and finding.where == "index" for finding in found):  # nothing else can be known
         return ModelReport(model.name, str(model.path), "", _told(found), "", seconds)
     say("importing torch and diffusers")
-    from triptych.engines.weights.compatibility import check_compatibility
+    from triptych.engines.partition.compatibility import check_compatibility
 
     lap("import")
     broken = frozenset(finding.where for finding in found if finding.fatal)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from triptych.actors import Component, Model
+from triptych.engines.model_options import ComponentOptions, EmbeddingFile, ModelOptions
 from triptych.engines.parameters.lora import LoraFile
 from triptych.engines.parameters.serving_config import load_index
-from triptych.engines.partition.options import ComponentOptions, EmbeddingFile, ModelOptions
 from triptych.engines.weights.files import component_files
 from triptych.engines.weights.inspection import component_entries
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from triptych.engines.pipelines.pipeline import StagePipeline
     from triptych.engines.weights.placement import Placement
-    from triptych.engines.weights.read_progress import ReadProgress
+    from triptych.engines.weights.read_ahead import ReadProgress
 
 
 def lora_files(model: Model) -> tuple[LoraFile, ...]:

@@ -10,10 +10,10 @@ import msgspec
 import torch
 
 from triptych.actors.topology import INDEX_FILES, ModelSection, ModelSource, ModelSummary, find_source, snapshot
+from triptych.engines.model_options import ModelOptions
 from triptych.engines.parameters.serving_config import load_index, load_serving_config
-from triptych.engines.partition.options import ModelOptions
-from triptych.engines.partition.stages import ModelError
 from triptych.engines.partition.strategy import PartitionStrategy, classic_class, describe_serving, strategy_for
+from triptych.engines.stages import ModelError
 from triptych.engines.weights.files import component_files
 from triptych.engines.weights.single_files import configuration_of
 

@@ -22,11 +22,11 @@ from triptych.actors.child_state import ChildState
 from triptych.actors.errors import describe
 from triptych.bus import MailboxFullError, Message
 from triptych.engines.memory.streams import DeviceStream, StreamEvent
-from triptych.engines.partition.stages import ModelError, Stage
 from triptych.engines.pipelines.pipeline import StagePipeline
+from triptych.engines.stages import ModelError, Stage
 from triptych.engines.weights.model_version import model_version
 from triptych.engines.weights.placement import OutOfDeviceMemoryError
-from triptych.engines.weights.read_progress import ReadProgress
+from triptych.engines.weights.read_ahead import ReadProgress
 from triptych.roles.media.uploads import UPLOADS, UploadStore
 from triptych.roles.messages.common import Attempt, Images, Rebind, Tensors
 from triptych.roles.messages.worker import (

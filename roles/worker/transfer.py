@@ -26,7 +26,7 @@ from triptych.engines.codec.checksum import ChecksumMismatchError
 from triptych.engines.codec.codec import CodecError, Packed, pack
 from triptych.engines.memory.arena import Arena, ArenaError
 from triptych.engines.memory.streams import DeviceStream, LoadedPayload
-from triptych.engines.pipelines.media import FRAMES_PER_S
+from triptych.engines.parameters.media import FRAMES_PER_S
 from triptych.engines.transfer import FaultRates
 from triptych.roles.media.artifacts import ARTIFACTS, ArtifactError, ArtifactStore
 from triptych.roles.media.decoded import MediaError, nsfw_flag, to_media

@@ -13,9 +13,9 @@ from diffusers import DiffusionPipeline
 
 from tests.engines.results import media, seeded_generator
 from triptych.engines.parameters.serving_config import load_serving_config
-from triptych.engines.partition.stages import Stage
 from triptych.engines.pipelines.pipeline import StagePipeline
 from triptych.engines.pipelines.stepping import Denoising
+from triptych.engines.stages import Stage
 from triptych.tools.families.stage_processes import CPU
 
 FAMILIES = ("pixart", "sana", "chroma", "cogvideox")

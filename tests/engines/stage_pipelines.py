@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline, ModularPipeline
 from tests.engines.results import media, seeded_generator
 from triptych.engines.codec.codec import pack, unpack
 from triptych.engines.parameters.serving_config import load_serving_config
-from triptych.engines.partition.stages import Stage
 from triptych.engines.pipelines.pipeline import StagePipeline
+from triptych.engines.stages import Stage
 from triptych.tools.families.stage_processes import CPU
 from triptych.tools.make_lora import make_lora
 

@@ -16,8 +16,8 @@ require()
 from tests.engines.classic_models import finish, request
 from tests.engines.results import media, same, seeded_generator
 from tests.engines.stage_pipelines import Models
-from triptych.engines.partition.stages import Stage
 from triptych.engines.pipelines.pipeline import StagePipeline
+from triptych.engines.stages import Stage
 from triptych.engines.weights.placement import OutOfDeviceMemoryError
 
 STEPS = {"num_inference_steps": 2}

@@ -15,7 +15,7 @@ import msgspec
 
 from tests.roles.worker.test_stream_worker import INPUTS, FakeInstance, attempt
 from triptych.engines.memory.streams import StreamEvent
-from triptych.engines.partition.stages import Stage
+from triptych.engines.stages import Stage
 from triptych.roles.messages.worker import RunFailed, RunFinished
 from triptych.roles.worker import devices
 from triptych.roles.worker.stream_worker import StreamWorker

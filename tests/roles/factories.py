@@ -7,7 +7,7 @@ from pathlib import Path
 from triptych.actors import Model
 from triptych.actors.topology import ModelSection, RoleSection
 from triptych.engines.parameters.schema import Parameter, ParameterKind, Signature
-from triptych.engines.partition.stages import Stage
+from triptych.engines.stages import Stage
 from triptych.roles.head.dispatch import POLICIES
 from triptych.roles.head.effects import Effect
 from triptych.roles.head.job import Job, Request

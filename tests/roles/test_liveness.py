@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.roles.factories import KINDS, SIGNATURE, make_scheduler, request
 from triptych.engines.memory.buddy import PAGE
 from triptych.engines.memory.leases import Lease, LeaseError, LeaseState, LeaseTable
-from triptych.engines.partition.stages import Stage
+from triptych.engines.stages import Stage
 from triptych.roles.head.effects import Assign, Cancel, NotifyWaiters, ReleaseLeases
 from triptych.roles.head.job import Job, State
 from triptych.roles.head.registry import InstanceRegistry

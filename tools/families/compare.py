@@ -12,10 +12,10 @@ import diffusers
 import numpy as np
 import torch
 
+from triptych.engines.parameters.media import SAMPLING_RATE
 from triptych.engines.parameters.serving_config import SERVING_CONFIG_NAME
 from triptych.engines.partition.blocks import KWARGS_MAPPING
-from triptych.engines.pipelines.media import SAMPLING_RATE
-from triptych.engines.weights.ip_adapters import FOLDER
+from triptych.engines.pipelines.modular import IP_ADAPTER_FOLDER
 from triptych.tools.families.cases import PROMPT, Case
 from triptych.tools.families.rows import blocks_of
 from triptych.tools.families.stage_processes import StageProcesses
@@ -72,8 +72,8 @@ def run_reference(pipeline: str, folder: Path, inputs: dict[str, Any]) -> dict[s
     pipe = getattr(diffusers, pipeline)(pretrained_model_name_or_path=str(folder))
     pipe.load_components(dtype=torch.float32)
     if "ip_adapter_image" in inputs:
-        (adapter,) = (folder / FOLDER).iterdir()
-        pipe.load_ip_adapter(str(folder), subfolder=FOLDER, weight_name=adapter.name)
+        (adapter,) = (folder / IP_ADAPTER_FOLDER).iterdir()
+        pipe.load_ip_adapter(str(folder), subfolder=IP_ADAPTER_FOLDER, weight_name=adapter.name)
     _hide_bars(pipe._blocks)
     if "generator" in pipe.blocks.input_names:
         inputs = {**inputs, "generator": torch.Generator("cpu").manual_seed(SEED)}

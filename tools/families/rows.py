@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 import diffusers
 
 from triptych.engines.partition.blocks import cut_blocks, prune
-from triptych.engines.partition.stages import ModelError, Stage
+from triptych.engines.stages import ModelError, Stage
 from triptych.tools.families.cases import Case, cases
 
 

@@ -25,9 +25,9 @@ import transformers
 
 from triptych.actors.supervision import module_command
 from triptych.engines.codec.codec import pack, unpack
-from triptych.engines.partition.options import ModelOptions
-from triptych.engines.partition.stages import Stage
+from triptych.engines.model_options import ModelOptions
 from triptych.engines.pipelines.pipeline import StagePipeline
+from triptych.engines.stages import Stage
 
 CPU: Final = torch.device("cpu")
 _STOP_S: Final = 30

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from triptych.engines.partition.options import ModelOptions
-from triptych.engines.partition.stages import Stage
+from triptych.engines.model_options import ModelOptions
+from triptych.engines.parameters.media import SAMPLING_RATE, medium_of, results_of
 from triptych.engines.partition.strategy import strategy_for
 from triptych.engines.pipelines.component_settings import VAE_TILING
-from triptych.engines.pipelines.media import SAMPLING_RATE, medium_of, results_of
 from triptych.engines.pipelines.pipeline import StagePipeline
 from triptych.engines.pipelines.random_state import GlobalRngGuard, seeded_generator
+from triptych.engines.stages import Stage
 from triptych.tools.families.classes import Sample, by_class, tiny_components
 from triptych.tools.families.compare import SEED, arrays, difference, identical
 from triptych.tools.families.stage_processes import CPU, StageError, StageProcesses, fork_stage_processes

@@ -14,8 +14,8 @@ from typing import Any, Final
 import torch
 from diffusers import FluxPipeline, ModularPipeline
 
-from triptych.engines.partition.stages import Stage
 from triptych.engines.pipelines.pipeline import StagePipeline
+from triptych.engines.stages import Stage
 from triptych.roles.worker.devices import use_exact_kernels
 from triptych.tools.bench.clusters import write_topology
 from triptych.tools.gpu_report.clusters import (

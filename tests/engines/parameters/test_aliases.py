@@ -13,8 +13,8 @@ import torch
 from tests.engines.results import media, same
 from triptych.engines.parameters.aliases import conflicting_names, public_names, to_pipeline_names, with_aliases
 from triptych.engines.parameters.schema import Parameter, ParameterKind, names
-from triptych.engines.partition.stages import Stage
 from triptych.engines.pipelines.pipeline import InputError, StagePipeline
+from triptych.engines.stages import Stage
 
 Models = Callable[[str], Path]
 PROMPT = Parameter("prompt", ParameterKind.TEXT, required=True)

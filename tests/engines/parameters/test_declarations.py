@@ -17,7 +17,7 @@ from tests.engines.families import all_families
 from triptych.engines.parameters.declarations import KNOWN_KINDS, parameters_of_blocks, parameters_of_call
 from triptych.engines.parameters.schema import IMAGE_KINDS, Parameter, ParameterKind
 from triptych.engines.partition.blocks import prune, required
-from triptych.engines.pipelines.classic_call import required_by
+from triptych.engines.partition.tasks import required_by
 from triptych.tools.families.cases import cases
 from triptych.tools.families.rows import blocks_of, pipelines
 

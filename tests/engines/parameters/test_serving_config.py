@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from triptych.engines.parameters.schema import Parameter, ParameterKind
 from triptych.engines.parameters.serving_config import ParameterError, ServingConfig, load_serving_config
 from triptych.engines.parameters.validation import default_limits
-from triptych.engines.partition.stages import ModelError
+from triptych.engines.stages import ModelError
 
 TAKES = (
     Parameter("fps", ParameterKind.INTEGER, alias_of="frame_rate"),

@@ -13,8 +13,8 @@ from tests.engines.results import media
 from triptych.engines.parameters.schema import Parameter, ParameterKind
 from triptych.engines.parameters.serving_config import ParameterError, ServingConfig
 from triptych.engines.parameters.size_constraints import size_multiple, with_size_constraints
-from triptych.engines.partition.stages import Stage
 from triptych.engines.pipelines.pipeline import StagePipeline
+from triptych.engines.stages import Stage
 
 CPU = torch.device("cpu")
 FAMILIES = ("flux", "flux2", "wan", "qwenimage", "sd3", "sdxl", "ltx", "z_image", "ernie_image")

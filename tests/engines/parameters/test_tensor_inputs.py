@@ -15,7 +15,7 @@ from triptych.engines.parameters.declarations import tensor_inputs_of_call
 from triptych.engines.parameters.schema import Parameter, ParameterKind, Signature
 from triptych.engines.parameters.serving_config import ServingConfig
 from triptych.engines.parameters.validation import ParameterError, check_tensors
-from triptych.engines.partition.stages import InputError, Stage
+from triptych.engines.stages import InputError, Stage
 from triptych.roles.media.decoded import MediaError, to_media
 from triptych.roles.media.formats import resolve_output
 from triptych.roles.media.writers import default_format, encode

@@ -21,10 +21,10 @@ from triptych.engines.partition.blocks import (
     prune,
     values_needed_later,
 )
-from triptych.engines.partition.stages import ModelError, Stage
-from triptych.engines.partition.stubs import Stub, StubError, make_stub
 from triptych.engines.pipelines.guidance import request_copy
 from triptych.engines.pipelines.pipeline import InputError, StagePipeline
+from triptych.engines.stages import ModelError, Stage
+from triptych.engines.weights.stubs import Stub, StubError, make_stub
 
 CPU = torch.device("cpu")
 FAMILIES = sorted(

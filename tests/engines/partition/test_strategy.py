@@ -10,9 +10,8 @@ from typing import Any
 import diffusers
 import pytest
 
+from triptych.engines.model_options import DEFAULTS, ModelOptions
 from triptych.engines.partition.introspection import classic_partition
-from triptych.engines.partition.options import DEFAULTS, ModelOptions
-from triptych.engines.partition.stages import ModelError, Stage
 from triptych.engines.partition.strategy import (
     PartitionStrategy,
     classic_class,
@@ -20,6 +19,7 @@ from triptych.engines.partition.strategy import (
     strategy_for,
     strategy_of,
 )
+from triptych.engines.stages import ModelError, Stage
 
 TEXT = ["transformers", "T5EncoderModel"]
 TOKENIZER = ["transformers", "T5Tokenizer"]

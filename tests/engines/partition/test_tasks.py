@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from triptych.engines.model_options import ModelOptions
 from triptych.engines.parameters.schema import Task
 from triptych.engines.parameters.serving_config import load_serving_config
-from triptych.engines.partition.options import ModelOptions
-from triptych.engines.partition.stages import ModelError, Stage
 from triptych.engines.partition.strategy import PartitionStrategy, describe_serving, strategy_for
 from triptych.engines.pipelines.pipeline import StagePipeline
+from triptych.engines.stages import ModelError, Stage
 from triptych.tools.families.cases import input_image
 
 CPU = torch.device("cpu")

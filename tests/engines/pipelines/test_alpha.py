@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from triptych.engines.parameters.schema import Signature
-from triptych.engines.partition.stages import Stage
 from triptych.engines.partition.strategy import PartitionStrategy
 from triptych.engines.pipelines.pipeline import StagePipeline
+from triptych.engines.stages import Stage
 from triptych.engines.weights.placement import Placement
 from triptych.tools.make_model import flux, qwen, vaes
 from triptych.tools.make_model.recipe import Recipe

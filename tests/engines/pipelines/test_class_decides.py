@@ -17,7 +17,9 @@ from diffusers import UNet2DConditionModel
 from tests.engines.classic_models import finish
 from tests.engines.families import all_families
 from tests.engines.results import media, same, seeded_generator
+from triptych.engines.model_options import ModelOptions
 from triptych.engines.parameters.declarations import parameters_of_blocks
+from triptych.engines.parameters.media import medium_of, results_of
 from triptych.engines.parameters.schema import Task
 from triptych.engines.parameters.serving_config import SERVING_CONFIG_NAME, ServingConfig
 from triptych.engines.parameters.validation import ParameterError, check_task
@@ -30,12 +32,10 @@ from triptych.engines.partition.blocks import (
     prune,
     unused_inputs,
 )
-from triptych.engines.partition.options import ModelOptions
-from triptych.engines.partition.stages import ModelError, Stage
 from triptych.engines.partition.strategy import PartitionStrategy, describe_serving, strategy_for, tasks_of
 from triptych.engines.partition.tasks import class_tasks, classic_class, requirements_of
-from triptych.engines.pipelines.media import medium_of, results_of
 from triptych.engines.pipelines.pipeline import InputError, StagePipeline
+from triptych.engines.stages import ModelError, Stage
 from triptych.tools.families.cases import input_image, mask
 from triptych.tools.families.compare import SEED, run_reference
 from triptych.tools.families.rows import blocks_of, pipelines

@@ -26,10 +26,10 @@ from tests.engines.classic_models import (
     request,
 )
 from tests.engines.results import media, same, seeded_generator
-from triptych.engines.partition.stages import ModelError, Stage
 from triptych.engines.partition.strategy import PartitionStrategy
-from triptych.engines.partition.stubs import StubError
 from triptych.engines.pipelines.pipeline import InputError
+from triptych.engines.stages import ModelError, Stage
+from triptych.engines.weights.stubs import StubError
 from triptych.tools.families.stage_processes import StageProcesses, start_stage_processes
 
 NULL = [None, None]

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from tests.engines.classic_models import FAMILIES, Models, edit, finish, load, part, request
-from triptych.engines.partition.stages import Stage
 from triptych.engines.pipelines.pipeline import StagePipeline
 from triptych.engines.pipelines.stepping import Denoising
+from triptych.engines.stages import Stage
 
 
 def begin(pipeline: StagePipeline, model: Path, prompt: str, steps: int, seed: int, scale: float = 1.0) -> Denoising:

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from tests.engines.classic_models import Models, expected, finish, plain, request
 from tests.engines.results import media, same, seeded_generator
 from triptych.engines.codec.codec import pack, unpack
-from triptych.engines.partition.options import DEFAULTS, ComponentOptions, EmbeddingFile, ModelOptions
-from triptych.engines.partition.stages import InputError, ModelError, Stage
+from triptych.engines.model_options import DEFAULTS, ComponentOptions, EmbeddingFile, ModelOptions
 from triptych.engines.pipelines.pipeline import StagePipeline
+from triptych.engines.stages import InputError, ModelError, Stage
 from triptych.tools.families.stage_processes import CPU
 
 SDXL = {"prompt": "a red ship", "height": 64, "width": 64, "num_inference_steps": 4, "negative_prompt": "grey"}

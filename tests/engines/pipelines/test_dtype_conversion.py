@@ -12,9 +12,9 @@ from diffusers import AutoencoderKLWan
 
 from tests.engines.results import same
 from tests.engines.stage_pipelines import Models, Stages, expected, plain, through_codec
-from triptych.engines.partition.stages import ModelError, Stage
 from triptych.engines.pipelines.dtype_conversion import DTYPE, convert_dtype
 from triptych.engines.pipelines.pipeline import StagePipeline
+from triptych.engines.stages import ModelError, Stage
 from triptych.tools.families.stage_processes import CPU
 
 STEPS = {"num_inference_steps": 2}

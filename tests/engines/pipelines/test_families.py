@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from tests.engines.families import all_families
 from triptych.engines.partition.blocks import cut_blocks, prune
-from triptych.engines.partition.stages import Stage
-from triptych.engines.partition.stubs import COMPUTE_METHODS
+from triptych.engines.stages import Stage
+from triptych.engines.weights.stubs import COMPUTE_METHODS
 from triptych.tools.families.cases import Case, cases
 from triptych.tools.families.compare import Comparison, compare, difference, identical
 from triptych.tools.families.report import Result, markdown, summary

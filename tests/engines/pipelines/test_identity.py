@@ -13,8 +13,8 @@ import torch
 from diffusers import DiffusionPipeline, ModularPipeline
 
 from tests.engines.results import media, same, seeded_generator
-from triptych.engines.partition.stages import Stage
 from triptych.engines.pipelines.pipeline import StagePipeline
+from triptych.engines.stages import Stage
 from triptych.tools.families.stage_processes import CPU, StageProcesses, start_stage_processes
 
 PROMPT = "a large red circle on the left of a blue background"

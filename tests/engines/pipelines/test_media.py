@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from tests.engines.families import all_families
-from triptych.engines.partition.stages import Stage
+from triptych.engines.parameters.media import frames_per_s, medium_of, results_of, with_sampling_rate
 from triptych.engines.pipelines.classic_call import media_in, signature
-from triptych.engines.pipelines.media import frames_per_s, medium_of, results_of, with_sampling_rate
 from triptych.engines.pipelines.modular import load_modular
 from triptych.engines.pipelines.pipeline import StagePipeline
+from triptych.engines.stages import Stage
 from triptych.engines.weights.placement import Placement
 from triptych.roles.media.decoded import VideoFrames, to_media
 from triptych.tools.families.rows import blocks_of, pipelines

@@ -12,8 +12,8 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 from tests.engines.classic_models import Models, expected, finish, part, request
 from tests.engines.results import media, same
-from triptych.engines.partition.stages import Stage
-from triptych.engines.pipelines.media import NSFW
+from triptych.engines.parameters.media import NSFW
+from triptych.engines.stages import Stage
 from triptych.roles.media.decoded import nsfw_flag
 
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

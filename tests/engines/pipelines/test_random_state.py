@@ -10,9 +10,9 @@ from typing import cast
 import torch
 
 from tests.engines.classic_models import Models, finish, load, request
-from triptych.engines.partition.stages import Stage
 from triptych.engines.pipelines.random_state import GlobalRngGuard, seeded_generator
 from triptych.engines.pipelines.stepping import Denoising
+from triptych.engines.stages import Stage
 
 
 def drawn(rng: GlobalRngGuard, count: int) -> list[float]:

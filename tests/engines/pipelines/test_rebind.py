@@ -18,10 +18,10 @@ from tests.engines.families import all_families
 from triptych.engines.codec.codec import pack, unpack
 from triptych.engines.parameters.serving_config import SERVING_CONFIG_NAME
 from triptych.engines.partition.blocks import ModularPartition, cut_blocks
-from triptych.engines.partition.stages import Stage
 from triptych.engines.pipelines.modular import encoded
 from triptych.engines.pipelines.pipeline import StagePipeline
 from triptych.engines.pipelines.random_state import is_unused, seeded_generator
+from triptych.engines.stages import Stage
 from triptych.tools.families.cases import PROMPT, input_image
 from triptych.tools.families.rows import blocks_of, pipelines
 from triptych.tools.make_model import CLASSIC, Family

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 
-from triptych.engines.partition.stubs import Stub, make_stub
-from triptych.engines.pipelines.record_replay import ArgumentInjector, BoundaryStub, CallRecorder, StageBoundary
+from triptych.engines.pipelines.classic import ArgumentInjector, BoundaryStub, CallRecorder, StageBoundary
+from triptych.engines.weights.stubs import Stub, make_stub
 
 
 def test_a_recording_has_the_outermost_calls_and_the_generator_as_they_left_it() -> None:

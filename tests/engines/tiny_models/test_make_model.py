@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from tests.engines.families import all_families
 from triptych.engines.parameters.serving_config import ParameterError, load_index, load_serving_config
 from triptych.engines.partition.blocks import load_modular_partition
-from triptych.engines.partition.stages import Stage
 from triptych.engines.pipelines.pipeline import StagePipeline
+from triptych.engines.stages import Stage
 from triptych.tools.make_model import CLASSIC, Family, Size, SizeError, flux, make_model
 from triptych.tools.make_model.__main__ import main
 from triptych.tools.make_model.recipe import Recipe

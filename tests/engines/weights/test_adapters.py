@@ -13,9 +13,10 @@ from tests.engines.results import same
 from tests.engines.stage_pipelines import Models, Stages, expected, lora, plain
 from triptych.engines.parameters.lora import LoraChoice, LoraFile, check_lora, choose_loras
 from triptych.engines.parameters.schema import names
-from triptych.engines.parameters.serving_config import ParameterError, load_serving_config
-from triptych.engines.partition.stages import ModelError, Stage
+from triptych.engines.parameters.serving_config import ParameterError, load_index, load_serving_config
+from triptych.engines.partition.strategy import lora_class
 from triptych.engines.pipelines.pipeline import InputError, StagePipeline
+from triptych.engines.stages import ModelError, Stage
 from triptych.engines.weights.adapters import Adapters
 from triptych.tools.families.stage_processes import CPU
 
@@ -189,7 +190,7 @@ def test_what_connects_a_text_encoder_and_a_transformer_belongs_to_the_encoder(m
     model = models("ltx2")
     for name, component, encodes in (("c", "connectors", True), ("t", "transformer", False)):
         path = lora(files, model, f"ltx2-{name}", component)
-        adapters = Adapters.read(model, (LoraFile(name, path),))
+        adapters = Adapters.read(model, (LoraFile(name, path),), lora_class(load_index(model)))
         assert adapters.encodes is encodes
     stages = Stages(model, adapters=(LoraFile("c", files / "ltx2-c.safetensors"),))
     states = [stages.encode(1, **STEPS, lora=name) for name in ("c", "")]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from triptych.engines.partition.options import ModelOptions
+from triptych.engines.model_options import ModelOptions
 from triptych.engines.weights.files import choose_variant, files_ahead, in_checkpoint, weight_files
 
 SHARDS = ("-00001-of-00002", "-00002-of-00002")

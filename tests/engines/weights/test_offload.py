@@ -14,9 +14,9 @@ from tests.engines.classic_models import request
 from tests.engines.results import media, same
 from tests.engines.stage_pipelines import Models, Stages, lora
 from triptych.engines.parameters.lora import LoraFile
-from triptych.engines.partition.stages import ModelError, Stage
 from triptych.engines.pipelines.pipeline import StagePipeline
 from triptych.engines.pipelines.stepping import Denoising
+from triptych.engines.stages import ModelError, Stage
 from triptych.engines.weights.offload import ModelOffloader, Offload, goes_by_blocks, offload
 from triptych.engines.weights.quantization import Quantization, quantize
 from triptych.tools.families.stage_processes import CPU

@@ -18,8 +18,8 @@ from tests.engines.results import same
 from tests.engines.stage_pipelines import Models, Pixels, Stages, expected, lora, plain
 from triptych.actors.supervision import QUIET
 from triptych.engines.parameters.lora import LoraFile
-from triptych.engines.partition.stages import ModelError, Stage
 from triptych.engines.pipelines.pipeline import StagePipeline
+from triptych.engines.stages import ModelError, Stage
 from triptych.engines.weights.placement import Placement
 from triptych.engines.weights.quantization import Quantization, can_be_quantized, nbytes, problem_with
 from triptych.tools.families.stage_processes import CPU

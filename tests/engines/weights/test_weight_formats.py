@@ -30,9 +30,9 @@ from tests.engines.stage_pipelines import Models
 from triptych.actors import load_topology
 from triptych.actors.command import app
 from triptych.actors.command.preflight import preflight
-from triptych.engines.partition.options import DEFAULTS, ModelOptions
-from triptych.engines.partition.stages import ModelError, Stage
+from triptych.engines.model_options import DEFAULTS, ModelOptions
 from triptych.engines.pipelines.pipeline import StagePipeline
+from triptych.engines.stages import ModelError, Stage
 from triptych.roles.worker.model_loading import describe_model, model_options
 from triptych.tools.make_model import stable_diffusion, text, write_model
 

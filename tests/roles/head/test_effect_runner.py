@@ -7,7 +7,7 @@ import asyncio
 from tests.roles.factories import a_block, after, make_scheduler, registration, request, single_model, stored
 from triptych.actors import Actor
 from triptych.engines.memory.buddy import PAGE
-from triptych.engines.partition.stages import Stage
+from triptych.engines.stages import Stage
 from triptych.roles.head.effect_runner import EffectRunner
 from triptych.roles.head.job import Job, State
 from triptych.roles.head.reclaim import unneeded

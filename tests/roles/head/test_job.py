@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from triptych.engines.partition.stages import Stage
+from triptych.engines.stages import Stage
 from triptych.roles.head.job import HAPPY_PATH, LEGAL_TRANSITIONS, TERMINAL_STATES, IllegalTransitionError, Job, State
 from triptych.roles.messages.common import LeaseRef, StoredPayload
 

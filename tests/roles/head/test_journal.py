@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from triptych.actors.topology import ModelIdentity
-from triptych.engines.partition.stages import Stage
+from triptych.engines.stages import Stage
 from triptych.roles.head.job import Job, Request, State
 from triptych.roles.head.journal import SCHEMA_VERSION, Journal, JournalError, prune
 from triptych.roles.media.retention import StoreBounds

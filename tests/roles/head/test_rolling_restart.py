@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from tests.roles.factories import KINDS, a_block, after, finished, make_scheduler, registration, request, stored
-from triptych.engines.partition.stages import Stage
+from triptych.engines.stages import Stage
 from triptych.roles.head.effects import Assign, ReleaseLeases, RestartInstance
 from triptych.roles.head.job import Job, State
 from triptych.roles.head.scheduler import JobScheduler

@@ -6,7 +6,7 @@ import pytest
 
 from tests.roles.factories import KINDS, a_block, after, failed, finished, make_scheduler, registration, request, stored
 from triptych.engines.parameters.schema import Signature
-from triptych.engines.partition.stages import Stage
+from triptych.engines.stages import Stage
 from triptych.roles.head.effects import Assign, Cancel, NotifyWaiters, ReleaseLeases
 from triptych.roles.head.job import Job, State
 from triptych.roles.head.registry import InstanceRegistry

@@ -10,7 +10,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from tests.roles.factories import KINDS, a_block, make_scheduler, registration, request
 from triptych.engines.memory.buddy import PAGE
-from triptych.engines.partition.stages import Stage
+from triptych.engines.stages import Stage
 from triptych.roles.head.effects import Assign, Cancel, NotifyWaiters, ReleaseLeases
 from triptych.roles.head.job import Job, State
 from triptych.roles.head.registry import ExitKind

@@ -11,8 +11,8 @@ from msgspec.structs import replace
 from tests.roles.cluster_harness import ClusterDriver, attempt
 from tests.roles.factories import KINDS, SIGNATURE, a_block, after, make_scheduler, registration, request, stored
 from triptych.bus import RemoteError
-from triptych.engines.partition.stages import Stage
 from triptych.engines.pipelines.pipeline import StagePipeline
+from triptych.engines.stages import Stage
 from triptych.roles.head.effects import Assign, ReleaseLeases, TurnInstance
 from triptych.roles.head.job import Job, State
 from triptych.roles.head.scheduler import UNCOUNTED_REFUSALS, JobScheduler

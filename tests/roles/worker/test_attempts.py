@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from triptych.bus import Message
-from triptych.engines.partition.stages import Stage
+from triptych.engines.stages import Stage
 from triptych.roles.messages.common import Artifact, Attempt, LeaseRef, Output, Rebind, StoredPayload
 from triptych.roles.messages.stages import (
     StageAssign,

@@ -10,8 +10,8 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 
 from triptych.actors import Component, StartError
-from triptych.engines.partition.stages import Stage
 from triptych.engines.pipelines.pipeline import InputError
+from triptych.engines.stages import Stage
 from triptych.roles.media.uploads import UploadError
 from triptych.roles.worker import devices
 
@@ -77,7 +77,7 @@ def from_library(name: str, raises: str) -> Exception:
     [
         (from_library("diffusers.pipelines.x", "raise UnboundLocalError('denoised')"), True, False),
         (from_library("transformers.models.x", "assert False"), True, False),
-        (from_library("triptych.engines.pipelines.record_replay", "None.config"), True, False),
+        (from_library("triptych.engines.pipelines.classic", "None.config"), True, False),
         (from_library("somebody.elses", "raise KeyError('x')"), False, False),
         (from_library("diffusers.models.x", "raise RuntimeError('out of memory')"), False, False),
         (from_library("triptych.engines.x", "raise OSError('disk')"), False, False),

@@ -16,7 +16,7 @@ from PIL import Image
 from triptych.actors import Actor, StartDelayedError, StartError
 from triptych.actors.runtime.system_messages import Inspect, Inspection
 from triptych.engines.memory.streams import DeviceStream
-from triptych.engines.partition.stages import Stage
+from triptych.engines.stages import Stage
 from triptych.engines.weights.placement import OutOfDeviceMemoryError
 from triptych.roles.messages.common import Attempt, Images, Rebind, Upload
 from triptych.roles.messages.worker import (

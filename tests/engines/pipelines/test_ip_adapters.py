@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.engines.results import media, same
-from triptych.engines.partition.stages import ModelError, Stage
+from triptych.engines.pipelines.modular import IP_ADAPTER_FOLDER
 from triptych.engines.pipelines.pipeline import StagePipeline
-from triptych.engines.weights.ip_adapters import FOLDER
+from triptych.engines.stages import ModelError, Stage
 from triptych.tools.families.case import input_image
 from triptych.tools.families.compare import run_reference
 
@@ -56,7 +56,7 @@ def test_the_image_is_that_of_the_plain_pipeline_and_depends_on_what_it_is_shown
 
 
 def test_all_adapters_of_the_folder_are_loaded_in_the_order_of_their_names(adapted: Path) -> None:
-    first = adapted / FOLDER / "tiny.safetensors"
+    first = adapted / IP_ADAPTER_FOLDER / "tiny.safetensors"
     other = {name: 2 * tensor for name, tensor in load_file(first).items()}
     save_file(other, first.with_name("another.safetensors"))
     pipeline = load(adapted, Stage.DENOISER)._runner.pipeline
@@ -70,14 +70,14 @@ def test_other_tasks_and_stages_are_left_as_they_are(models: Models, adapted: Pa
 
 
 def test_a_task_without_its_adapter_is_a_model_error(adapted: Path) -> None:
-    shutil.rmtree(adapted / FOLDER)
+    shutil.rmtree(adapted / IP_ADAPTER_FOLDER)
     for stage in Stage:
         with pytest.raises(ModelError, match=r"has no IP adapter: its task needs ip_adapter/\*\.safetensors in it\."):
             load(adapted, stage)
 
 
 def test_an_adapter_that_does_not_fit_is_a_model_error(adapted: Path) -> None:
-    path = adapted / FOLDER / "tiny.safetensors"
+    path = adapted / IP_ADAPTER_FOLDER / "tiny.safetensors"
     save_file({name: tensor for name, tensor in load_file(path).items() if "image_proj.norm" not in name}, path)
     with pytest.raises(ModelError, match=r"The IP adapter in .*ip_adapter cannot be loaded"):
         load(adapted, Stage.DENOISER)

@@ -22,7 +22,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from triptych.engines.partition.options import DEFAULTS, ModelOptions
+from triptych.engines.model_options import DEFAULTS, ModelOptions
 from triptych.engines.weights.files import WeightFormat, component_files
 from triptych.engines.weights.single_files import read_single_file
 

@@ -18,17 +18,16 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 
+from triptych.engines.model_options import DEFAULTS, ModelOptions
 from triptych.engines.parameters.aliases import FPS, GUIDANCE_SCALE, TRUE_CFG_SCALE
 from triptych.engines.parameters.lora import LoraFile
 from triptych.engines.parameters.schema import KNOWN_KINDS
 from triptych.engines.parameters.serving_config import SERVING_CONFIG_NAME, load_index, load_serving_config
 from triptych.engines.partition.blocks import load_modular_partition
 from triptych.engines.partition.introspection import loaded_by
-from triptych.engines.partition.options import DEFAULTS, ModelOptions
-from triptych.engines.partition.stages import ModelError
-from triptych.engines.partition.strategy import PartitionStrategy, classic_class, strategy_for
-from triptych.engines.weights.adapters import Adapters
-from triptych.engines.weights.captured_warnings import captured_warnings
+from triptych.engines.partition.strategy import PartitionStrategy, classic_class, lora_class, strategy_for
+from triptych.engines.stages import ModelError
+from triptych.engines.weights.adapters import Adapters, captured_warnings
 from triptych.engines.weights.custom_code import custom_class, custom_file
 from triptych.engines.weights.files import WeightFormat, component_files
 from triptych.engines.weights.inspection import (
@@ -350,7 +349,7 @@ def _lora_findings(model: Path, loras: tuple[LoraFile, ...], shapes: Mapping[str
     for lora in loras:
         where = f"LoRA {lora.name}"
         try:
-            read = Adapters.read(model, (lora,))
+            read = Adapters.read(model, (lora,), lora_class(load_index(model)))
         except ModelError as error:
             yield Finding(where, str(error))
             continue

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from triptych.engines.model_options import ModelOptions
 from triptych.engines.parameters.lora import LoraFile
-from triptych.engines.partition.options import ModelOptions
-from triptych.engines.weights.compatibility import check_compatibility, difference, lora_difference
+from triptych.engines.partition.compatibility import check_compatibility, difference, lora_difference
 from triptych.engines.weights.inspection import Finding
 from triptych.tools.make_lora import make_lora
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final, TypeGuard
 
-from triptych.engines.parameters.schema import FRAME_RATE_NAMES, Medium
+from triptych.engines.parameters.schema import FRAME_RATE_NAMES, LATENT, OUTPUT_TYPE, Medium
 
 IMAGES: Final = ("images", "image")
 VIDEOS: Final = ("videos", "frames", "video")
@@ -76,6 +76,11 @@ def frames_per_s(medium: str, defaults: Mapping[str, object], pipeline: object) 
         if _is_rate(value):
             return float(value)
     return FRAMES_PER_S
+
+
+def wants_latents(values: Mapping[str, object]) -> bool:
+    """Whether a request, by its inputs or by a payload that has them, is for latents in place of media."""
+    return values.get(OUTPUT_TYPE) == LATENT
 
 
 def with_sampling_rate(made: Mapping[str, object], pipeline: object) -> dict[str, object]:
