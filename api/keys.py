@@ -76,6 +76,27 @@ def load_api_keys(path: Path) -> ApiKeys:
     return ApiKeys(keys)
 
 
+def read_client_key(path: Path) -> str:
+    """Read the key that a client sends: a file has the key alone, or `name:key` lines, of which the first counts.
+
+    A key that itself has a colon is read as `name:key`: write a name before it.
+
+    Raises:
+        ApiKeysError: The file cannot be read, or has no key.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", "") or str(error)
+        raise ApiKeysError(f"cannot be read ({reason})", "give a text file") from error
+    line = next((text for text in map(str.strip, lines) if text and not text.startswith("#")), "")
+    name, colon, key = (part.strip() for part in line.partition(":"))
+    key = key if colon and _NAME.fullmatch(name) else line
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise ApiKeysError("has no key", "write the key alone into it, or a line name:key")
+    return key
+
+
 def _digest(key: str) -> bytes:
     # Of equal length, so that a comparison says nothing of how long a key is.
     return hashlib.sha256(key.encode()).digest()

@@ -1,9 +1,19 @@
-"""The `triptych` command."""
+"""The `triptych` command, on top of everything else. It exports `app`, for tests, and `main`.
+
+To add a command, write its function in a module of its own, with an example in its docstring, and name it in
+`_COMMANDS`.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+from collections.abc import Callable
+from typing import Annotated, Any, Final
+
 import typer
 
+from triptych.actors.command._console import EXIT_INTERRUPTED, fail, stdout
 from triptych.actors.command.add import add
 from triptych.actors.command.check import check
 from triptych.actors.command.generate import generate
@@ -11,6 +21,10 @@ from triptych.actors.command.reload import reload
 from triptych.actors.command.sleep_wake import sleep, wake
 from triptych.actors.command.status import status
 from triptych.actors.command.up import up
+
+__all__ = ["app", "main"]
+
+_COMMANDS: Final[tuple[Callable[..., None], ...]] = (up, check, add, status, generate, reload, sleep, wake)
 
 app = typer.Typer(
     name="triptych",
@@ -22,10 +36,40 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (up, check, add, status, generate, reload, sleep, wake):
-    app.command(no_args_is_help=_command is not status)(_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        stdout().print(f"triptych {importlib.metadata.version('triptych')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Take the options of the command as a whole."""
+
+
+def _ended_by_ctrl_c(command: Callable[..., None]) -> Callable[..., None]:
+    """Make Ctrl-C end `command` with a sentence and exit code 130, unless it handles it itself."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except KeyboardInterrupt:
+            fail("Interrupted.", EXIT_INTERRUPTED)
+
+    return run
+
+
+for _command in _COMMANDS:
+    app.command(no_args_is_help=_command is not status)(_ended_by_ctrl_c(_command))
 
 
 def main() -> None:
-    """Run the command of this process' command line, and exit."""
+    """Run the command line of this process, and exit."""
     app()

@@ -1,8 +1,9 @@
-"""How the commands speak: sentences to stderr with an exit code, tables to stdout."""
+"""How the commands speak: results on stdout; progress and one-sentence errors on stderr, with an exit code."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NoReturn
+from collections.abc import Iterable, Sequence
+from typing import Final, NoReturn
 
 import typer
 from rich.console import Console
@@ -10,60 +11,60 @@ from rich.table import Table
 
 from triptych.actors.child_state import ChildState
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
 EXIT_FAILED: Final = 1
 EXIT_BAD_TOPOLOGY: Final = 2
 EXIT_INTERRUPTED: Final = 130
-_PIPE_WIDTH: Final = 200  # what reads a pipe wants whole lines
+_PIPE_WIDTH: Final = 200  # a program that reads a pipe wants whole lines
 
 STYLES: Final[dict[str, str]] = {
-    ChildState.READY: "green",
+    ChildState.STARTING: "yellow",
     ChildState.LOADING: "yellow",
+    ChildState.JOINING: "yellow",
+    ChildState.READY: "green",
     ChildState.WAKING: "yellow",
     ChildState.ASLEEP: "blue",
-    ChildState.STARTING: "yellow",
-    ChildState.BACKOFF: "yellow",
     ChildState.DRAINING: "cyan",
-    ChildState.STOPPED: "dim",
+    ChildState.HUNG: "red",
+    ChildState.CRASHED: "red",
+    ChildState.BACKOFF: "yellow",
+    ChildState.DELAYED: "bold yellow",
     ChildState.FAILED: "bold red",
     ChildState.GAVE_UP: "bold red",
+    ChildState.STOPPED: "dim",
     ChildState.DOWN: "red",
-    ChildState.HUNG: "red",
 }
 
 
 def stdout() -> Console:
-    """The console for what was asked for."""
+    """Return the console for what was asked for."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _PIPE_WIDTH
     return console
 
 
+def stderr() -> Console:
+    """Return the console for progress, warnings and errors; its lines are not wrapped."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
 def fail(sentence: str, code: int) -> NoReturn:
-    """Print one sentence to stderr and exit."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(sentence, style="red", markup=False)
+    """Print one sentence to stderr and exit with `code`."""
+    stderr().print(sentence, style="red", markup=False)
     raise typer.Exit(code)
 
 
-def table(*columns: str) -> Table:
-    """An empty table in the style of the commands."""
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Return a table in the style of the commands; cells are rich markup."""
     made = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         made.add_column(column, overflow="fold")
+    for row in rows:
+        made.add_row(*row)
     return made
 
 
 def styled(state: str) -> str:
-    """A state in its colour, as rich markup."""
+    """Return a state in its colour, as rich markup."""
     style = STYLES.get(state)
     return f"[{style}]{state}[/]" if style else state
-
-
-def rows_of(made: Table, rows: Sequence[Sequence[str]]) -> Table:
-    """The table with rows."""
-    for row in rows:
-        made.add_row(*row)
-    return made

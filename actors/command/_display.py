@@ -1,4 +1,4 @@
-"""What `triptych up` shows: who is loading, who is ready, and where the API is."""
+"""What `triptych up` shows: the state of each component, and where the API is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.markup import escape
 
 from triptych.actors.child_state import ChildState
-from triptych.actors.command._console import rows_of, styled, table
+from triptych.actors.command._console import styled, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ _READY_TIMEOUT_S: Final = 5.0
 
 
 class Display:
-    """Plain lines, one for each change."""
+    """A plain line for each change of state."""
 
     def __init__(self, console: Console, topology: Topology) -> None:
         self.console = console
@@ -41,13 +41,13 @@ class Display:
 
     @contextlib.contextmanager
     def showing(self, components: Sequence[Component]) -> Iterator[None]:
-        """For as long as the components run."""
+        """Show `components` while the `with` block runs."""
         self._states = dict.fromkeys(component.name for component in components)
         self._serves_http = any(component.kind == "api" for component in components)
         yield
 
     def changed(self, report: ChildReport) -> None:
-        """One child has a new state."""
+        """Take the report of a child that has changed."""
         if report.state == self._states.get(report.name):
             self.progressed(report)
             return
@@ -59,10 +59,10 @@ class Display:
             self._all_ready.set()
 
     def progressed(self, report: ChildReport) -> None:
-        """One child says more about the state that it has: the log has it, at longer intervals."""
+        """No-op: a child with a new detail and the same state; the log has it, at longer intervals."""
 
     def show(self, report: ChildReport) -> None:
-        """Print the change."""
+        """Print a change of state."""
         self.console.print(line(report))
 
     async def announce_readiness(self) -> None:
@@ -76,12 +76,12 @@ class Display:
             self.ready(f"[bold green]{escape(', '.join(self._states))} ready[/]")
 
     def ready(self, sentence: str) -> None:
-        """Everything is up."""
+        """Say that everything is up."""
         self.console.print(f"{sentence} after {time.monotonic() - self._begun:.1f} s. Ctrl-C stops it.")
 
 
 class LiveDisplay(Display):
-    """On a terminal: a table while it starts, lines after that."""
+    """For a terminal: a table while the system starts, then lines."""
 
     def __init__(self, console: Console, topology: Topology) -> None:
         super().__init__(console, topology)
@@ -91,28 +91,28 @@ class LiveDisplay(Display):
 
     @contextlib.contextmanager
     def showing(self, components: Sequence[Component]) -> Iterator[None]:
-        """For as long as the components run."""
+        """Show `components` while the `with` block runs."""
         with super().showing(components), self._live:
             yield
 
     def show(self, report: ChildReport) -> None:
-        """Redraw the table; once it is gone, print the change."""
+        """Redraw the table; after the start, print the change."""
         self._reports[report.name] = report
         if not self._starting:
             self.console.print(line(report))
             return
         if report.reason:
-            self.console.print(line(report))  # above the table, and it stays
+            self.console.print(line(report))  # above the table, where it stays
         self._live.update(self._table(), refresh=True)
 
     def progressed(self, report: ChildReport) -> None:
-        """Redraw the table."""
+        """Redraw the table with the new detail."""
         self._reports[report.name] = report
         if self._starting:
             self._live.update(self._table(), refresh=True)
 
     def ready(self, sentence: str) -> None:
-        """Leave the table as it is, and go on with lines."""
+        """Leave the last table on the screen, and go on with lines."""
         self._starting = False
         self._live.stop()
         self.console.print(self._table())
@@ -123,22 +123,22 @@ class LiveDisplay(Display):
         rows = [
             (report.name, styled(report.state), str(report.pid or ""), escape(own_detail(report))) for report in reports
         ]
-        return rows_of(table("name", "state", "pid", ""), rows)
+        return table(("name", "state", "pid", ""), rows)
 
 
 def make_display(console: Console, topology: Topology) -> Display:
-    """The display that suits the console."""
+    """Return the display that suits the console."""
     return LiveDisplay(console, topology) if console.is_terminal else Display(console, topology)
 
 
 def own_detail(report: ChildReport) -> str:
-    """The detail of a child without the name of the actor that told it, where that is one of its own."""
+    """Return the detail of a child, without the name of the actor of its process that told it."""
     name, _, rest = report.detail.partition(": ")
     return rest if name.startswith(f"{report.name}.") else report.detail
 
 
 def line(report: ChildReport) -> str:
-    """One child as a line of rich markup."""
+    """Return a child and its state as a line of rich markup."""
     name, reason = f"{report.name:<14}", escape(report.reason)
     match report.state:
         case ChildState.FAILED:
@@ -162,5 +162,5 @@ async def _until_ready(url: str) -> None:
                 if (await http.get("/ready")).is_success:
                     return
             except httpx.HTTPError:
-                pass  # the API is being restarted: its own line says so
+                pass  # the API restarts: its own line says so
             await asyncio.sleep(_READY_EVERY_S)

@@ -1,4 +1,4 @@
-"""Follow a request from a terminal: a bar of its steps, until its end."""
+"""Follow a request from a terminal, with a bar of its steps, until it ends."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import httpx
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from triptych.actors.command._console import stderr
 from triptych.api.client import ClientError, read_json, summarize_causes, unreachable
 
 POLL_EVERY_S: Final = 0.2
 API_AWAY_TIMEOUT_S: Final = 30.0
-"""How long the API may be away, as it is when it is restarted."""
+"""How long the API may be unreachable, as it is while it restarts."""
 
 
 def wait_until_finished(
     http: httpx.Client, request: dict[str, Any], pause: Callable[[float], None] = time.sleep
 ) -> dict[str, Any]:
-    """Wait until a request has come to its end, and show how far it is.
+    """Wait until a request ends, and show how far it is.
 
     Args:
-        http: With the base URL of the API.
+        http: A client with the base URL of the API.
         request: As `GET /v1/requests/{id}` answers.
-        pause: Sleeps so many seconds.
+        pause: Called with the seconds to sleep.
 
     Returns:
         The request as it ended.
@@ -34,14 +34,14 @@ def wait_until_finished(
         ClientError: The request failed, or the API is unreachable.
     """
     columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # On standard error, and gone when it is done, so that what was asked for stands alone.
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    # On stderr, and removed at the end, so that stdout has nothing but what was asked for.
+    with Progress(*columns, console=stderr(), transient=True) as progress:
         bar = progress.add_task(state_in_words(request), total=None)
         while not request["terminal"]:
             pause(POLL_EVERY_S)
             request = _fetch(http, request["id"], pause)
             unit = request["units"][0]
-            # A unit counts its steps while it denoises, and they are done when it does no more.
+            # A unit counts its steps only while it denoises: afterwards, all of them are done.
             steps = max(unit["step"], progress.tasks[bar].completed)
             progress.update(
                 bar, description=state_in_words(request), completed=steps, total=unit["total_steps"] or None
@@ -52,12 +52,12 @@ def wait_until_finished(
 
 
 def state_in_words(request: dict[str, Any]) -> str:
-    """The state in small letters, such as "denoising running"."""
+    """Return the state in small letters, such as "denoising running"."""
     return str(request["state"]).lower().replace("_", " ")
 
 
 def failure_reason(request: dict[str, Any]) -> str:
-    """Why a request came to no good end."""
+    """Return why a request failed."""
     return summarize_causes(cause for unit in request["units"] for cause in unit["causes"]) or "no reason is known"
 
 

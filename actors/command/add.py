@@ -36,19 +36,19 @@ def add(
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="The topology; default: after the model."),
+        typer.Option("--output", "-o", metavar="FILE", help="The topology file; default: named after the model."),
     ] = None,
     config: Annotated[
         str,
-        typer.Option(help="With a checkpoint: the folder or repository with configurations of a model of its kind."),
+        typer.Option(help="With a checkpoint: folder or repository with the configurations of a model of its kind."),
     ] = "",
     revision: Annotated[str, typer.Option(help="Branch, tag or commit of a repository.")] = "",
-    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a topology for a model, with roles for the devices of this machine.
 
-    Nothing is fetched: what is missing is said, with the command that fetches it. Exits with 2 when the model cannot be
-    served, and with 1 when the topology cannot be written.
+    Nothing is downloaded: if files are missing, the error names the command that downloads them. Exits with 2 when the
+    model cannot be served, and with 1 when the topology cannot be written.
 
     [bold]Examples[/]
 
@@ -60,7 +60,7 @@ def add(
     """
     file = output or Path(topology_file_name(model))
     if file.exists() and not force:
-        fail(f"{file} is there already: give another -o FILE, or --force to write over it.", EXIT_FAILED)
+        fail(f"{file} exists already: give another file with -o, or replace it with --force.", EXIT_FAILED)
     folder = file.resolve().parent
     section = ModelSection(
         path=relative_model_path(model, folder),

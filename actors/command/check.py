@@ -1,4 +1,4 @@
-"""`triptych check`: is this topology right, and which processes does it lead to?"""
+"""`triptych check`: whether a topology and its models can be served, and which processes it leads to."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Annotated, Final, Protocol
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, fail, rows_of, stdout, table
+from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, fail, stderr, stdout, table
 from triptych.actors.command.preflight import preflight
 from triptych.actors.errors import StartError, TopologyError
 from triptych.actors.supervision import load_function, quiet_libraries
@@ -38,22 +37,22 @@ def check(
     model: Annotated[
         bool,
         typer.Option(
-            "--model", help="Also look at the model: its files, classes, and one tiny request. Takes seconds."
+            "--model", help="Also check the model: its files, its classes, and one tiny request. Takes seconds."
         ),
     ] = False,
     no_dry_run: Annotated[
-        bool, typer.Option("--no-dry-run", help="With --model: do not load it for a request.")
+        bool, typer.Option("--no-dry-run", help="With --model: do not load the model for a request.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Check a topology file, and list the processes that it leads to.
 
-    Exits with 0 when nothing is wrong, and with 2 when the file cannot be run on this machine or a model cannot be
-    served, after one sentence for each thing that is wrong.
+    Exits with 0 when everything can be served. Exits with 2 when the file cannot be run on this machine or a model
+    cannot be served, after one sentence for each problem.
 
-    With --model it reads the configuration of all components and the headers of all weights, holds them against the
-    classes of this machine's libraries, and then, where the weights fit into free memory, loads them and makes one
-    request of the smallest size and number of steps that the model takes.
+    With --model it reads the configuration of all components and the headers of all weights, and compares them with the
+    classes of the installed libraries. Then, if the weights fit into free memory, it loads them and makes one request
+    of the smallest size and number of steps that the model takes.
 
     [bold]Examples[/]
 
@@ -85,7 +84,7 @@ def check(
 
 def _look_at_models(topology: Topology, *, dry_run: bool) -> list[ModelReport]:
     quiet_libraries()
-    console = Console(stderr=True, highlight=False)
+    console = stderr()
     try:
         check_model: CheckModel = load_function(CHECK_MODEL)
         with console.status("") as status:
@@ -105,9 +104,9 @@ def _served_by(topology: Topology, model: Model) -> list[Component]:
 
 
 def show_report(report: ModelReport, *, several: bool = False) -> None:
-    """Print what was found of a model: problems to stderr, what is well to stdout."""
+    """Print the report of a model: problems to stderr, the rest to stdout."""
     of = f"{report.name}: " if several else ""
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    errors = stderr()
     for problem in report.problems:
         errors.print(f"{of}{problem.problem}", style="red" if problem.fatal else "yellow", markup=False)
     for sentence in (report.sentence, report.dry_run):
@@ -127,7 +126,7 @@ def show(topology: Topology) -> None:
         for component in topology.components
     ]
     console = stdout()
-    console.print(rows_of(table("name", "kind", "address", "device"), rows))
+    console.print(table(("name", "kind", "address", "device"), rows))
     paths = ", ".join(str(model.path) for model in topology.models)
     console.print(f"HTTP on {topology.url}, model {escape(paths)}")
     if any(component.kind == "pool" for component in topology.components):

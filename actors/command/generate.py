@@ -1,4 +1,4 @@
-"""`triptych generate`: one image from a prompt."""
+"""`triptych generate`: make images or videos, and write each to a file."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from triptych.api.client import (
     timeout,
     unreachable,
 )
+from triptych.api.keys import ApiKeysError, read_client_key
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 URL_VARIABLE: Final = "TRIPTYCH_URL"
@@ -45,7 +46,8 @@ KeyFile = Annotated[
     typer.Option(
         "--key-file",
         metavar="FILE",
-        help=f"A file with the API key alone; else the environment's {KEY_VARIABLE}.",
+        help="A file with the API key alone, or with name:key lines, of which the first counts;"
+        f" default: the environment's {KEY_VARIABLE}.",
         show_default=False,
     ),
 ]
@@ -59,44 +61,44 @@ Images = Annotated[
 def generate(
     prompt: Annotated[
         str | None,
-        typer.Argument(metavar="PROMPT", help="What to show; left out where the model takes none.", show_default=False),
+        typer.Argument(metavar="PROMPT", help="What to show; omit it if the model takes none.", show_default=False),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="Where to write it.", show_default="picture.png, video.mp4"),
     ] = None,
     size: Annotated[
-        str, typer.Option(metavar="WIDTHxHEIGHT", help="In pixels; the model's own if left out.", show_default=False)
+        str, typer.Option(metavar="WIDTHxHEIGHT", help="In pixels; default: the model's own.", show_default=False)
     ] = "",
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps; the model's own if left out.", show_default=False)
+        int | None, typer.Option(min=1, help="Denoising steps; default: the model's own.", show_default=False)
     ] = None,
     seed: Annotated[
         str,
         typer.Option(
             metavar="SEED[,SEED...]",
-            help="The same seed makes the same image; random if left out. Of several, each makes one.",
+            help="The same seed makes the same image; default: random. With several seeds, each makes one image.",
             show_default=False,
         ),
     ] = "",
     model: Annotated[
-        str, typer.Option(metavar="NAME", help="Which model; the first if left out.", show_default=False)
+        str, typer.Option(metavar="NAME", help="Which model; default: the first.", show_default=False)
     ] = "",
     negative: Annotated[
         str | None, typer.Option("--negative", metavar="TEXT", help="What not to show.", show_default=False)
     ] = None,
     guidance: Annotated[
         float | None,
-        typer.Option(help="How closely to follow the prompt; the model's own if left out.", show_default=False),
+        typer.Option(help="How closely to follow the prompt; default: the model's own.", show_default=False),
     ] = None,
     count: Annotated[
         int | None,
-        typer.Option("-n", min=1, max=10, help="How many, of seeds that follow each other.", show_default="1"),
+        typer.Option("-n", min=1, max=10, help="How many, with consecutive seeds.", show_default="1"),
     ] = None,
     image: Images = None,
     mask: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="What of the image to paint anew: the white.", show_default=False),
+        typer.Option(metavar="FILE", help="The part of the image to repaint: white.", show_default=False),
     ] = None,
     last_image: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The last frame of a video.", show_default=False)
@@ -111,14 +113,14 @@ def generate(
             "--topology", metavar="FILE", help="The topology, for its URL; see also --url.", show_default=False
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the request as the API shows it.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the request as the API returns it.")] = False,
     url: Url = "",
     key_file: KeyFile = None,
 ) -> None:
-    """Make images or videos from a prompt, or of another image, and write each to a file.
+    """Make images or videos from a prompt or another image, and write each to a file.
 
-    The ending of the file's name says in which format: .png, .jpg, .webp, .gif, .mp4 for a video, .zip for its frames.
-    With -n, the files of NAME.png are NAME-0.png, NAME-1.png and so on.
+    The suffix of the file chooses the format: .png, .jpg, .webp, .gif, .mp4 for a video, .zip for its frames. With -n,
+    NAME.png becomes NAME-0.png, NAME-1.png and so on. Ctrl-C cancels the request.
 
     [bold]Examples[/]
 
@@ -131,7 +133,7 @@ def generate(
     triptych generate "the same in snow" --image storm.png --mask sky.png -o snow.webp --set strength=0.6
     """
     if out is not None and not out.parent.is_dir():
-        fail(f"{out.parent} is not a folder: make it first, or write elsewhere with -o.", EXIT_FAILED)
+        fail(f"{out.parent} is not a folder: make it first, or choose another file with -o.", EXIT_FAILED)
     begun = time.monotonic()
     options = {"negative_prompt": negative, "guidance_scale": guidance, "mask": mask, "last_image": last_image}
     options |= {"model": model} if model else {}
@@ -153,7 +155,7 @@ def generate(
     except OSError as error:
         fail(f"{error.filename} cannot be written: {error.strerror}.", EXIT_FAILED)
     except KeyboardInterrupt:
-        fail("interrupted", EXIT_INTERRUPTED)
+        fail("Interrupted; the request is cancelled.", EXIT_INTERRUPTED)
     if as_json:
         print(json.dumps({**request, "files": [str(path) for path in written]}))
         return
@@ -161,11 +163,11 @@ def generate(
         about = f"{len(result.data) / 1024:.0f} KiB, {time.monotonic() - begun:.1f} s"
         stdout().print(f"[green]saved[/] {escape(str(path))} ({about}, request {escape(result.request_id)})")
         if result.nsfw_content_detected:
-            stdout().print("[yellow]The safety checker of the model has made it black: try another seed or prompt.[/]")
+            stdout().print("[yellow]The model's safety checker made the image black: try another seed or prompt.[/]")
 
 
 def output_paths(request: Mapping[str, Any], out: Path | None) -> list[Path]:
-    """Name the file of each image of a request that is done; `out` is what the user wants it called. Pure."""
+    """Return the file of each image of a finished request; `out` is the name that the user gave. Pure."""
     artifacts = [unit["artifact"] for unit in request["units"]]
     if out is None:
         kind = str(artifacts[0]["content_type"]).partition("/")[0]
@@ -182,46 +184,45 @@ def read_seeds(text: str) -> int | list[int] | None:
         seeds = [int(seed) for seed in text.split(",")] if text else []
     except ValueError:
         raise typer.BadParameter(
-            f"{text!r} is no whole number, nor a list such as 1,2,3", param_hint="--seed"
+            f"{text!r} is neither a whole number nor a list such as 1,2,3", param_hint="--seed"
         ) from None
     return seeds if len(seeds) > 1 else next(iter(seeds), None)
 
 
 def base_url(url: str) -> str:
-    """The URL that was given or the default, without a slash at the end."""
+    """Return the given or the default URL, without a slash at the end."""
     return (url or os.environ.get(URL_VARIABLE, "") or DEFAULT_URL).rstrip("/")
 
 
 def api_key(file: Path | None) -> str:
-    """The key that was given, "" for none; raises `ClientError` when its file cannot be read."""
+    """Return the key of a file, or of the environment; "" for none. Raises `ClientError` for an unusable file."""
     if file is None:
         return os.environ.get(KEY_VARIABLE, "").strip()
     try:
-        key = file.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ClientError(f"the key file {file} cannot be read ({error})") from error
-    if not key or not key.isprintable() or " " in key:
-        raise ClientError(f"the key file {file} is to hold the key alone")
-    return key
+        return read_client_key(file)
+    except ApiKeysError as error:
+        raise ClientError(f"The key file {file} {error}.") from error
 
 
 def parse_settings(
     pairs: Sequence[str], out: Path | None = None, said: Mapping[str, object] | None = None
 ) -> dict[str, object]:
-    """Read NAME=VALUE: a number, true, false or a list as in JSON, else text. `out` says in which format, if it does.
+    """Read NAME=VALUE pairs: a value is JSON (a number, true, false, a list), else text.
 
-    Raises `typer.BadParameter` for what cannot be set so, is `said` already, or contradicts `out`.
+    `out` is the file to write, whose suffix chooses the format; `said` are the values given by other options.
+
+    Raises `typer.BadParameter` for a pair that is malformed, is in `said` already, or contradicts `out`.
     """
     read = dict(_parse_setting(pair) for pair in pairs)
     for name in read:
         if (said or {}).get(name) is not None:
-            raise typer.BadParameter(f"{name} is given already, with an option of its own", param_hint="--set")
+            raise typer.BadParameter(f"{name} is already given by its own option", param_hint="--set")
     ending = format_of(out) if out else None
     if out is not None and out.suffix and ending is None:
         endings = ", ".join(f".{name}" for name in FORMATS)
-        raise typer.BadParameter(f"{out.suffix} is not the ending of a format: use {endings}", param_hint="--out")
+        raise typer.BadParameter(f"{out.suffix} is not the suffix of a format: use {endings}", param_hint="--out")
     if ending is not None and read.setdefault("output_format", ending) != ending:
-        contradiction = f"output_format is {read['output_format']}, but {out} is to be written"
+        contradiction = f"output_format is {read['output_format']}, but {out} is the file to write"
         raise typer.BadParameter(contradiction, param_hint="--set")
     return read
 
@@ -239,7 +240,7 @@ def _parse_setting(pair: str) -> tuple[str, object]:
 
 
 def _make(url: str, key: str, body: dict[str, object]) -> tuple[dict[str, Any], list[GeneratedImage]]:
-    """Have it made; returns the request as it ended, and the file of each of its images."""
+    """Send the request and wait; return it as it ended, and the file of each of its images."""
     with httpx.Client(base_url=url, timeout=timeout(GENERATE_TIMEOUT_S), headers=authorization(key)) as http:
         try:
             answer = http.post("/v1/images/generations", json=body, headers={"Prefer": "respond-async"})

@@ -1,4 +1,4 @@
-"""`triptych status`: every actor of a running cluster."""
+"""`triptych status`: every actor of a running system."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from triptych.actors.child_state import ChildState
-from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, rows_of, stdout, styled, table
+from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, stdout, styled, table
 from triptych.actors.command.generate import KeyFile, Url, api_key, base_url
 from triptych.actors.errors import TopologyError
 from triptych.actors.topology import load_topology
@@ -32,11 +32,11 @@ def status(
         typer.Argument(metavar="[FILE]", help="The topology, for its URL; see also --url.", show_default=False),
     ] = None,
     url: Url = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print what the API answers.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Look again each second, until Ctrl-C.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer of the API.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every second until Ctrl-C.")] = False,
     key_file: KeyFile = None,
 ) -> None:
-    """Show every actor of a running cluster.
+    """Show every actor of a running system.
 
     Exits with 1 when the API cannot be reached.
 
@@ -64,12 +64,12 @@ def status(
         except ClientError as error:
             fail(str(error), EXIT_FAILED)
         except KeyboardInterrupt:
-            return  # the way to end --watch
+            return  # this is how --watch ends
 
 
 def _watch(http: httpx.Client, url: str, *, as_json: bool) -> None:
     console = stdout()
-    if not console.is_terminal:  # a log of looks, one after the other
+    if not console.is_terminal:  # one answer after the other, as a log
         while True:
             console.print(_shown(_look(http, url), as_json=as_json), soft_wrap=as_json)
             time.sleep(_WATCH_EVERY_S)
@@ -77,7 +77,7 @@ def _watch(http: httpx.Client, url: str, *, as_json: bool) -> None:
         while True:
             try:
                 live.update(_shown(_look(http, url), as_json=as_json), refresh=True)
-            except ClientError as error:  # it may come back: that is what one watches for
+            except ClientError as error:  # it may come back, so go on watching
                 live.update(Text(str(error), style="red"), refresh=True)
             time.sleep(_WATCH_EVERY_S)
 
@@ -96,7 +96,7 @@ def _shown(cluster: dict[str, Any], *, as_json: bool) -> RenderableType:
 
 
 def render(cluster: dict[str, Any]) -> RenderableType:
-    """The answer of `GET /v1/cluster` as a table; leaves out what an API of another version does not say."""
+    """Return the answer of `GET /v1/cluster` as a table; fields that an API of another version lacks are left out."""
     actors = cluster.get("actors", ())
     rows = [_row(actor, _start(actor, actors)) for actor in actors]
     reasons = "".join(f"\n  {escape(str(reason))}" for reason in cluster.get("reasons", ()))
@@ -104,13 +104,11 @@ def render(cluster: dict[str, Any]) -> RenderableType:
     pools = [_pool(pool) for pool in cluster.get("pools", ())]
     pools += _models((cluster.get("head") or {}).get("models") or {})
     pools += _prompt_cache((cluster.get("head") or {}).get("prompt_cache") or {})
-    return Group(
-        Text.from_markup(headline), rows_of(table(*_COLUMNS), rows), *(Text.from_markup(pool) for pool in pools)
-    )
+    return Group(Text.from_markup(headline), table(_COLUMNS, rows), *(Text.from_markup(pool) for pool in pools))
 
 
 def _start(actor: dict[str, Any], actors: Sequence[dict[str, Any]]) -> str:
-    """Where the time of a process's start went, and the first calls of its actors."""
+    """Return how long each part of a process's start took, and the first calls of its actors."""
     if not (parts := actor.get("start_s")):
         return ""
     told = [f"{name} {seconds:.1f} s" for name, seconds in parts.items() if name != "start"]
@@ -149,7 +147,7 @@ def _pool(pool: dict[str, Any]) -> str:
 
 
 def _models(models: dict[str, Any]) -> list[str]:
-    """What each model does, where there are several."""
+    """Return the state of each model, if there are several."""
     if len(models) < 2:
         return []
     return [f"models: {', '.join(f'{escape(str(name))} is {state}' for name, state in models.items())}"]

@@ -1,4 +1,4 @@
-"""`triptych up`: start a cluster and keep it up."""
+"""`triptych up`: start a system and keep it up."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def up(
         typer.Option(
             "--only",
             metavar="NAME,...",
-            help="Run just these components, each supervised on its own. They may be started in any order.",
+            help="Run only these components, each under its own supervisor. They may be started in any order.",
             show_default=False,
         ),
     ] = "",
@@ -35,13 +35,13 @@ def up(
         Literal["debug", "info", "warning", "error"] | None,
         typer.Option(help="Default: warning on a terminal, else info; or TRIPTYCH_LOG_LEVEL.", show_default=False),
     ] = None,
-    parent: Annotated[int, typer.Option(hidden=True, help="Stop when this process ends.")] = 0,
-    reason_file: Annotated[Path | None, typer.Option(hidden=True, help="Where to say why it could not run.")] = None,
+    parent: Annotated[int, typer.Option(hidden=True, help="Stop when the process of this id ends.")] = 0,
+    reason_file: Annotated[Path | None, typer.Option(hidden=True, help="Write why it could not run here.")] = None,
 ) -> None:
     """Start every process of a topology, and keep them up until Ctrl-C.
 
-    Ctrl-C drains and stops everything in order; a second one kills. Exits with 0 after that. Exits with 2 and one
-    sentence when the topology cannot be run, or when the head, the API, a pool or all instances of a role cannot start;
+    Ctrl-C drains and stops everything in order, and exits with 0; a second Ctrl-C kills. Exits with 2 and one sentence
+    when the topology cannot be run, or when the head, the API, a pool or all instances of a role cannot start. Exits
     with 1 when nothing is left to run for another reason.
 
     [bold]Examples[/]

@@ -70,7 +70,8 @@ def test_the_command_takes_its_key_from_a_file_or_the_environment(
     monkeypatch.setenv("TRIPTYCH_API_KEY", BOB)
     assert authorization(api_key(None)) == {"Authorization": f"Bearer {BOB}"}
     assert api_key(written(tmp_path, f"{ALICE}\n")) == ALICE
+    assert api_key(written(tmp_path, f"# who\n\nbob.1-x : {BOB} \nalice:{ALICE}\n")) == BOB
     for command in (["status"], ["generate", "x", "-o", str(tmp_path / "x.png")]):
         shown = CliRunner().invoke(app, [*command, "--key-file", str(written(tmp_path, f"a {ALICE}"))])
         assert shown.exit_code == 1
-        assert "is to hold the key alone" in shown.stderr
+        assert "has no key: write the key alone into it, or a line name:key" in shown.stderr

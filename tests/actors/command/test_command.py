@@ -6,6 +6,10 @@ import asyncio
 import base64
 import io
 import json
+import os
+import signal
+import subprocess
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,16 +19,20 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from tests.actors.supervision.supervised import ROOT
 from triptych.actors import load_topology
 from triptych.actors.command import app
 from triptych.actors.command._display import Display, LiveDisplay, line
 from triptych.actors.command._progress import API_AWAY_TIMEOUT_S, wait_until_finished
 from triptych.actors.command.generate import output_paths, parse_settings
+from triptych.actors.command.reload import summarize
 from triptych.actors.command.status import render
 from triptych.actors.runtime.system_messages import ChildReport
+from triptych.actors.supervision import module_command
 from triptych.actors.topology import free_port
 from triptych.api.client import ClientError, GeneratedImage, format_of, read_images, request_body
 from triptych.api.launch import cannot_become_ready, describe_children
+from triptych.roles.messages.weights import Reloading
 
 Write = Callable[..., Path]
 runner = CliRunner()
@@ -34,12 +42,44 @@ def report(name: str, state: str, reason: str = "", pid: int = 7) -> ChildReport
     return ChildReport(name, name.partition("-")[0], pid, 1, state, 0, reason, 0.0)
 
 
-@pytest.mark.parametrize("command", ["up", "check", "status", "generate"])
-def test_help_has_an_example(command: str) -> None:
-    showing = runner.invoke(app, [command, "--help"])
-    assert showing.exit_code == 0
-    assert "Example" in showing.stdout
-    assert f"triptych {command}" in showing.stdout
+def test_every_command_has_an_example_in_its_help() -> None:
+    commands = [command.callback.__name__ for command in app.registered_commands if command.callback]
+    assert {"up", "check", "status", "generate"} < set(commands)
+    for command in commands:
+        showing = runner.invoke(app, [command, "--help"])
+        assert showing.exit_code == 0
+        assert "Example" in showing.stdout
+        assert f"triptych {command} " in showing.stdout
+
+
+def test_the_command_alone_shows_help_and_says_its_version() -> None:
+    assert "generate" in runner.invoke(app, []).output
+    showing = runner.invoke(app, ["--version"])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (showing.exit_code, showing.stdout) == (0, f"triptych {project['version']}\n")
+
+
+def test_ctrl_c_ends_a_command_with_one_word(folder: Path) -> None:
+    file = folder / "t.toml"
+    os.mkfifo(file)
+    command = (*module_command("triptych.actors.command"), "check", str(file))
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    with process, file.open("wb"):  # which opens as soon as the command reads it
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "Interrupted.\n")
+
+
+@pytest.mark.parametrize(
+    ("joined", "total", "said"),
+    [
+        (3, 3, "All 3 instances have the weights that are on disk (v1)."),
+        (2, 3, "2 of 3 instances have the weights that are on disk (v1); the others load them when they start."),
+        (0, 3, "No instance has joined the head: each loads the weights that are on disk (v1) when it starts."),
+    ],
+)
+def test_a_reload_says_who_has_the_weights(joined: int, total: int, said: str) -> None:
+    assert summarize(Reloading("v1", (), joined, total)) == said
 
 
 def test_check_lists_the_components(write: Write) -> None:
@@ -169,7 +209,7 @@ def test_settings_are_json_or_text() -> None:
         ("strength", "is not NAME=VALUE"),
         ("mask=sky.png", "mask is a file: give it with --mask"),
         ("output_format=webp", "output_format is webp, but a.png"),
-        ("prompt=a dog", "prompt is given already"),
+        ("prompt=a dog", "prompt is already given"),
         ("num_inference_steps=3", "num_inference_steps is given already"),
     ):
         showing = runner.invoke(app, ["generate", "a cat", "-o", "a.png", "--steps", "4", "--set", wrong])
@@ -180,7 +220,7 @@ def test_settings_are_json_or_text() -> None:
 def test_an_ending_that_is_no_format_is_refused_before_anything_is_made() -> None:
     showing = runner.invoke(app, ["generate", "a cat", "-o", "a.bmp"])
     assert showing.exit_code == 2
-    assert ".bmp is not the ending of a format: use .jpg" in " ".join(showing.stderr.replace("│", " ").split())
+    assert ".bmp is not the suffix of a format: use .jpg" in " ".join(showing.stderr.replace("│", " ").split())
 
 
 def test_several_images_have_names_of_their_own() -> None:
