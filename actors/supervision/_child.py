@@ -1,4 +1,4 @@
-"""One child of a supervisor: what it is, and where it is."""
+"""A supervisor's record of one child, and the decision whether a system can ever serve."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Child:
-    """Plain bookkeeping; `actors.supervision._supervisor` does what is to be done."""
+    """State of one child; the supervisor acts on it."""
 
     def __init__(self, component: Component, spec: ComponentSpec) -> None:
         self.component = component
@@ -27,14 +27,14 @@ class Child:
         self.state = ChildState.STARTING
         self.reason = ""
         self.detail = ""
-        """More about the state, as the process has told it."""
+        """More about the state, as the process told it."""
         self.generation = 0
         self.restarts = 0
         self.started_at = 0.0
         self.process: ChildProcess | None = None
         self.history: RestartHistory = ()
         self.delays = 0
-        """Times in a row that it could not start for a reason that may pass."""
+        """Consecutive starts that failed for a reason that may pass."""
         self.stopping = False
         self.start_s: dict[str, float] = {}
         self._reported_reason = ""
@@ -44,11 +44,11 @@ class Child:
 
     @property
     def running(self) -> bool:
-        """Whether there is a process."""
+        """Whether its process runs."""
         return self.process is not None and not self.process.ended
 
     def begin_incarnation(self, generation: int) -> None:
-        """A new incarnation is being started."""
+        """Reset the record for a new start."""
         self.restarts += self.generation != 0
         self.generation = generation
         self.state = ChildState.STARTING
@@ -61,13 +61,13 @@ class Child:
         self._last_heartbeat_at = time.monotonic()
 
     def process_started(self, process: ChildProcess) -> None:
-        """There is a process; its silence is counted from here."""
+        """Record its new process; the heartbeat timer starts now."""
         self.process = process
         now = time.monotonic()
         self._launch_seconds, self._last_heartbeat_at = now - self._last_heartbeat_at, now
 
     def record_heartbeat(self, start_s: dict[str, float] | None) -> bool:
-        """It lives; returns whether it has just told what its start took."""
+        """Record a heartbeat; return whether it is the first with the times of the start."""
         self._last_heartbeat_at = time.monotonic()
         if start_s is None or self.start_s:
             return False
@@ -76,10 +76,10 @@ class Child:
         return True
 
     def record_state(self, state: ChildState, detail: str, *, closing: bool = False) -> None:
-        """It has told its state; those that announce its end are kept as the reason of it.
+        """Record a reported state; keep one of `EXIT_REASON_STATES` as the reason of the coming exit.
 
-        While the system stops (`closing`), the only other news is that it drains: an instance whose head has stopped
-        before it would be shown as joining one.
+        While the system stops (`closing`), only draining is recorded: an instance whose head has stopped before it
+        would otherwise be shown as joining.
         """
         self._last_heartbeat_at = time.monotonic()
         if state in EXIT_REASON_STATES:
@@ -97,9 +97,9 @@ class Child:
         self.delays = 0
 
     def hang_reason(self, heartbeat_timeout_s: float, start_timeout_s: float) -> str:
-        """Why a running child has to be taken for hung, "" if it does not have to be."""
-        # An import, weights that are read or a compiler may keep the loop of a process that starts from turning for
-        # minutes. One that has said itself that its work hangs is believed.
+        """Return why a running child counts as hung, "" if it does not."""
+        # While a process starts, imports, reading weights or compiling may block its loop for minutes. A process that
+        # has itself reported a hang gets the short timeout.
         starting = not self._started and not self._reported_reason
         timeout_s = start_timeout_s if starting else heartbeat_timeout_s
         if time.monotonic() - self._last_heartbeat_at <= timeout_s:
@@ -107,15 +107,15 @@ class Child:
         return f"hung: no heartbeat for {timeout_s:g} s{' while it started' * starting}"
 
     def reset_heartbeat_timer(self) -> None:
-        """This process was itself not running: silence until now proves nothing."""
+        """Forgive the silence until now: this process was itself stopped."""
         self._last_heartbeat_at = time.monotonic()
 
     def mark_hung(self, reason: str) -> None:
-        """It is about to be killed for its silence."""
+        """Record why it is about to be killed."""
         self._reported_reason = self._reported_reason or reason
 
     def make_exit(self, ending: ExitStatus) -> ChildExit:
-        """Its end, for the restart decision."""
+        """Return its exit, for the restart decision."""
         kind = ExitKind.CRASH
         if ending.code == EXIT_START_FAILURE:
             kind = ExitKind.START_FAILURE
@@ -124,13 +124,13 @@ class Child:
         elif ending.code == 0:
             kind = ExitKind.CLEAN
         if kind in (ExitKind.START_FAILURE, ExitKind.START_DELAYED):
-            reason = self._reported_reason or "it cannot start, its log says why"
+            reason = self._reported_reason or "it cannot start; its log says why"
         else:
             reason = f"{ending}: {self._reported_reason}" if self._reported_reason else str(ending)
         return ChildExit(self.name, kind, time.monotonic(), reason)
 
     def report(self) -> ChildReport:
-        """For a `SupervisorReport`."""
+        """Return its entry of a `SupervisorReport`."""
         return ChildReport(
             name=self.name,
             kind=self.component.kind,
@@ -146,11 +146,11 @@ class Child:
 
 
 def unservable_reason(children: Iterable[ChildReport]) -> str:
-    """Say why a system can never serve as it is configured; "" while it may. Pure.
+    """Return why a system can never serve as configured, "" while it may. Pure.
 
-    It cannot when no instance of some kind is started any more and at least one of them cannot start: its model, its
-    device or its options are wrong, which waiting does not mend. A kind that has merely crashed too often may have
-    served before, and the rest goes on without it.
+    It cannot serve when all instances of some kind are given up and at least one of them cannot start: its model,
+    device or options are wrong, which waiting does not mend. Without a kind that only crashed too often, the rest goes
+    on: it may have served before.
 
     Args:
         children: All components of the system.

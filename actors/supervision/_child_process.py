@@ -1,4 +1,4 @@
-"""A child process watched through its pidfd: no polling, and no signal ever hits a process that reused the pid."""
+"""A running child process, watched through its pidfd: without polling, and safe from pids that are reused."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ EXIT_START_FAILURE: Final = 78
 
 
 class ExitStatus(msgspec.Struct, frozen=True):
-    """How a process ended."""
+    """How a process exited."""
 
     code: int | None
-    """Its exit code, None if a signal ended it."""
+    """Its exit code, None if a signal killed it."""
     signal: int | None = None
-    """The signal that ended it, else None."""
+    """The signal that killed it, else None."""
 
     def __str__(self) -> str:
         if self.signal is not None:
@@ -36,7 +36,7 @@ class ExitStatus(msgspec.Struct, frozen=True):
 
 
 class ChildProcess:
-    """A child of this process. It is reaped here: nobody else may wait for its pid.
+    """A child of this process, which this class reaps: nothing else may wait for its pid.
 
     Raises `ProcessLookupError` when there is no such process.
     """
@@ -50,23 +50,23 @@ class ChildProcess:
 
     @property
     def ended(self) -> bool:
-        """Whether it has ended and been reaped."""
+        """Whether it has exited and been reaped."""
         return self._ending.done()
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal; one that has ended takes none, and that is fine."""
+        """Send a signal; no-op after its exit."""
         if not self._ending.done():
             try:
                 signal.pidfd_send_signal(self._pidfd, number)
             except ProcessLookupError:
-                return  # it ended in this very moment: the event is on its way
+                return  # it has just exited: `_reap` follows
 
     async def wait(self) -> ExitStatus:
-        """How it ended, as soon as it has."""
+        """Wait for its exit, and return how it exited."""
         return await asyncio.shield(self._ending)
 
     async def stop(self, patience_s: float) -> ExitStatus:
-        """The ladder: SIGTERM, so that it drains, and SIGKILL after `patience_s` seconds."""
+        """Send SIGTERM, so that it drains, and SIGKILL after `patience_s` seconds; return how it exited."""
         self.signal(signal.SIGTERM)
         try:
             return await asyncio.wait_for(self.wait(), patience_s)
@@ -87,18 +87,18 @@ class ChildProcess:
 
 
 def module_command(module: str) -> tuple[str, ...]:
-    """Command line of a fresh interpreter that runs a module; arguments follow.
+    """Return the command line of a fresh interpreter that runs a module; append the module's arguments.
 
-    -P: the folder in which it is started is no place of code. It may be one that somebody else has filled, and one
-    with a folder called `api` in it would take the place of ours.
+    With -P it imports nothing from the current folder, which others may have filled: a folder called `api` in it would
+    hide ours.
     """
     return (sys.executable, "-P", "-m", module)
 
 
 def spawn_process(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Start a program as a child of this process; returns its pid.
+    """Start a program as a child of this process, and return its pid.
 
-    It inherits stdout and stderr. Ctrl-C and a hang-up of the terminal do not reach it: the supervisor stops it.
+    It inherits stdout and stderr. It ignores Ctrl-C and a hang-up of the terminal: the supervisor stops it.
     """
     return os.posix_spawn(
         command[0],

@@ -1,4 +1,4 @@
-"""Generation numbers: one for each start of each component, never the same twice."""
+"""Generation numbers: each start of a component has a higher one than all earlier starts."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _log = structlog.stdlib.get_logger("actors")
 
 
 class GenerationCounter:
-    """Hands out generations, and keeps the last of each component in a file of `folder`."""
+    """Counts generations, and keeps the last one of each component in a file of `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = private_dir(folder)
         self._last: dict[str, int] = {}
 
     def next(self, name: str) -> int:
-        """A generation above all earlier ones of `name`, written down before it is returned.
+        """Return a generation above all earlier ones of `name`, after writing it to disk.
 
-        Where it cannot be written, as on a full disk, the clock alone makes it unique.
+        If it cannot be written, as on a full disk, the clock alone makes it unique.
         """
         generation = next_generation(self._last.get(name, 0), time.time_ns() // 1_000_000)
         try:
@@ -35,10 +35,10 @@ class GenerationCounter:
                 file = self._folder / name
                 generation = max(generation, self._stored(file) + 1)
                 fresh = file.with_suffix(".new")
-                fresh.write_text(str(generation))  # not synced: what a power failure takes away, the clock makes up for
+                fresh.write_text(str(generation))  # not synced: after a power failure the clock is ahead anyway
                 fresh.rename(file)
         except OSError as error:
-            _log.warning("generation not written down, going by the clock", child=name, error=str(error))
+            _log.warning("generation not stored, using the clock", child=name, error=str(error))
         self._last[name] = generation
         return generation
 
@@ -48,10 +48,10 @@ class GenerationCounter:
         except FileNotFoundError:
             return 0
         except ValueError:
-            _log.warning("unreadable generation, going by the clock", file=str(file))
+            _log.warning("stored generation is unreadable, using the clock", file=str(file))
             return 0
 
 
 def next_generation(stored: int, now_ms: int) -> int:
-    """The generation after `stored`: the clock makes it unique without the file, the file without the clock."""
+    """Return the generation after `stored`: unique even if the file is lost or the clock goes back."""
     return max(stored + 1, now_ms)

@@ -1,4 +1,4 @@
-"""The supervisor: starts components, sees their ends, and carries out what `actors.supervision._restart` decides."""
+"""The supervisor: an actor that starts components, sees them exit, and runs the actions that `_restart` decides."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ if TYPE_CHECKING:
     from triptych.actors.supervision._generation_counter import GenerationCounter
     from triptych.actors.topology import Component, Topology
 
-_LATE_TICK_FRACTION: Final = 0.5  # of a heartbeat's timeout: a tick that is later than that forgives silence
+_LATE_TICK_FRACTION: Final = 0.5  # of the heartbeat timeout: after a tick that late, this process was stopped itself
 
 
 class Supervisor(Actor):
-    """Runs components of one topology as child processes; itself an actor like any other.
+    """Runs components of one topology as child processes.
 
     Args:
         name: "supervisor", or "supervisor-NAME" for a component on its own.
-        topology: of all components.
-        components: those to run here, in start order.
-        specs: how each kind of component is made.
-        generations: where their generation numbers come from.
-        launcher: not yet open.
-        on_change: called with the report of a child whenever that changes.
+        topology: Of the whole system.
+        components: Those to run here, in start order.
+        specs: How each kind of component is built.
+        generations: Gives each start its generation number.
+        launcher: Starts the processes; not yet open.
+        on_change: Called with the report of a child whenever it changes.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Supervisor(Actor):
         super().__init__(name)
         self.children = {component.name: Child(component, specs[component.kind]) for component in components}
         self.done = asyncio.Event()
-        """Set when no child is to run any more, or when the system can never serve."""
+        """Set when no child will run again, or when the system can never serve."""
         self.problem = ""
         """Why the system can never serve, "" while it may; see `actors.supervision._child.unservable_reason`."""
         self._topology = topology
@@ -95,18 +95,18 @@ class Supervisor(Actor):
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Processes of all children, some of which may have ended."""
+        """Process ids of all children, some of which may have ended."""
         return tuple(child.process.pid for child in self.children.values() if child.process is not None)
 
     async def started(self) -> None:
-        """Start every child, in order; one that waits for the zygote holds no other up."""
+        """Start every child, in order; a child that waits for the zygote delays no other."""
         self._launcher.open()
         for child in self.children.values():
             self.spawn(self._start(child), name=f"start {child.name}")
         self.spawn(self._watch_heartbeats(), name="heartbeats")
 
     async def stopping(self) -> None:
-        """The ladder, in reverse start order; instances of one kind stop side by side."""
+        """Stop all children in reverse start order; instances of one kind stop together."""
         self._closing = True
         await self._launcher.close()
         children = list(self.children.values())[::-1]
@@ -114,7 +114,7 @@ class Supervisor(Actor):
             await asyncio.gather(*(self._stop_and_retire(child) for child in group))
 
     async def child_state(self, message: ChildStateChanged) -> Ack:
-        """A child says where it is."""
+        """Record the state of a child."""
         child = self._incarnation(message.name, message.generation)
         if child is not None:
             child.record_state(message.state, message.detail, closing=self._closing)
@@ -122,18 +122,18 @@ class Supervisor(Actor):
         return Ack()
 
     async def child_heartbeat(self, message: ChildHeartbeat) -> None:
-        """A child says that it lives."""
+        """Record a heartbeat of a child."""
         child = self._incarnation(message.name, message.generation)
         if child is not None and child.record_heartbeat(message.start_s):
             self.log.info("child has started", child=child.name, **_rounded(child.start_s))
             self._report_change(child)
 
     async def report(self, message: SupervisorQuery) -> SupervisorReport:
-        """How every child is."""
+        """Return the report of every child."""
         return SupervisorReport(tuple(child.report() for child in self.children.values()))
 
     def kill_all(self) -> None:
-        """SIGKILL to every child, for whoever cannot wait for the drain."""
+        """Send SIGKILL to every child, without a drain."""
         for child in self.children.values():
             if child.process is not None:
                 child.process.signal(signal.SIGKILL)
@@ -175,7 +175,7 @@ class Supervisor(Actor):
     async def _watch(self, child: Child, process: ChildProcess) -> None:
         ending = await process.wait()
         if child.stopping or self._closing:
-            return  # it was asked to; whoever asked waits for it as well
+            return  # it was told to end, and who told it waits for it
         self._handle_exit(child, child.make_exit(ending))
 
     def _handle_exit(self, child: Child, exit_: ChildExit) -> None:
@@ -188,7 +188,7 @@ class Supervisor(Actor):
         actions = [type(action).__name__.lower() for action in decision.actions]
         log("child ended", child=child.name, reason=exit_.reason, kind=str(exit_.kind), actions=actions)
         match decision.actions:
-            case (Retire(_, state, reason),):  # it is not started again, so it is never shown as if it were
+            case (Retire(_, state, reason),):  # it is not started again, so it must not be shown in backoff
                 self._retire(child, state, reason)
                 return
         child.state = ChildState.BACKOFF
@@ -196,7 +196,7 @@ class Supervisor(Actor):
             child.delays += 1
             child.state = ChildState.DELAYED
         for action in decision.actions:
-            if isinstance(action, Stop):  # from now on its end is part of this plan, and no event of its own
+            if isinstance(action, Stop):  # from now on its exit belongs to this plan, and needs no decision
                 self.children[action.name].stopping = True
         self.spawn(self._run_actions(child, decision.actions), name=f"restart {child.name}")
         self._report_change(child)
@@ -205,7 +205,7 @@ class Supervisor(Actor):
         if self._spec.strategy is Strategy.ONE_FOR_ONE:
             await self._run_each(child, actions)
             return
-        async with self._group:  # plans for a group overlap: one after the other
+        async with self._group:  # plans for overlapping groups run one after the other
             await self._run_each(child, actions)
 
     async def _run_each(self, child: Child, actions: tuple[Action, ...]) -> None:
@@ -254,9 +254,7 @@ class Supervisor(Actor):
             late = time.monotonic() - due
             due = time.monotonic() + every
             for child in self.children.values():
-                if (
-                    late > _LATE_TICK_FRACTION * options.heartbeat_timeout_s
-                ):  # this process, or the machine, was stopped
+                if late > _LATE_TICK_FRACTION * options.heartbeat_timeout_s:
                     child.reset_heartbeat_timer()
                 elif child.running and not child.stopping:
                     reason = child.hang_reason(options.heartbeat_timeout_s, options.start_timeout_s)
@@ -264,7 +262,7 @@ class Supervisor(Actor):
                         self._kill_hung(child, reason)
 
     def _kill_hung(self, child: Child, reason: str) -> None:
-        self.log.error("killing", child=child.name, reason=reason)
+        self.log.error("killing a hung child", child=child.name, reason=reason)
         child.mark_hung(reason)
         if child.process is not None:
             child.process.signal(signal.SIGKILL)

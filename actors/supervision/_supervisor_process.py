@@ -1,4 +1,4 @@
-"""The process that `triptych up` is: one supervisor, or a small one for each component with `--only`."""
+"""What `triptych up` runs: one supervisor of all components, or with `--only` one for each component."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ _log = structlog.stdlib.get_logger("actors")
 
 
 class SupervisorProcess:
-    """Runs components of a topology in this process until it is told to stop, or until none is left to run.
+    """Supervises components of a topology until it is told to stop, or until no component is left to run.
 
     Args:
-        topology: of the whole cluster.
-        only: names of components, each to run under a small supervisor of its own; () = all, under one.
-        specs: how each kind of component is made.
-        preload: what the zygote imports.
-        on_change: called with the report of a child whenever that changes.
-        beside: a coroutine function to run as long, on the same loop.
+        topology: Of the whole system.
+        only: Names of the components to run, each under a supervisor of its own; () runs all, under one.
+        specs: How each kind of component is built.
+        preload: Modules that the zygote imports.
+        on_change: Called with the report of a child whenever it changes.
+        side_task: A coroutine function that runs on the same loop until the end.
 
-    Raises `UnknownNameError` for one in `only`.
+    Raises `UnknownNameError` for a name in `only` that the topology does not have.
     """
 
     def __init__(
@@ -75,19 +75,19 @@ class SupervisorProcess:
         self._side_task = side_task or _no_side_task
         self._stop_requests = 0
         self.problem = ""
-        """Why `run` has ended with `EXIT_CANNOT_SERVE`, as a sentence for the person who runs it."""
+        """Why `run` ended with `EXIT_CANNOT_SERVE`, as a sentence for the user."""
 
     def run(self) -> int:
-        """Run on a loop of its own; returns the exit code.
+        """Run on a new event loop, and return the exit code.
 
-        That is 0 when it was told to stop, `EXIT_CANNOT_SERVE` when the components can never work as they are
-        configured, and `EXIT_NOTHING_LEFT` when none is left to run for another reason.
+        It is 0 after a stop that was asked for, `EXIT_CANNOT_SERVE` when the components can never work as configured,
+        and `EXIT_NOTHING_LEFT` when none is left to run for another reason.
 
-        Raises `AlreadyRunningError` and `ForeignStateError`, `PermissionError`, and `StartError` when a folder or the
-        key of the bus cannot be used.
+        Raises `AlreadyRunningError`, `ForeignStateError`, `PermissionError`, and `StartError` when a folder or the key
+        of the bus cannot be used.
         """
         setproctitle(f"triptych: {SUPERVISOR} of {self.topology.path.name}")
-        os.umask(0o077)  # the children's as well: prompts and results are this user's alone
+        os.umask(0o077)  # for the children as well: only this user may read prompts and results
         adopt_orphans()
         try:
             with contextlib.ExitStack() as held:
@@ -99,11 +99,11 @@ class SupervisorProcess:
                     finally:
                         self._remove_sockets()
         finally:
-            with contextlib.suppress(OSError):  # another supervisor of the same topology still uses it
+            with contextlib.suppress(OSError):  # another supervisor of this topology still uses it
                 self.topology.run_dir.rmdir()
 
     def _acquire_folders(self, held: contextlib.ExitStack) -> None:
-        """Make the folders of the system, and hold them until the end."""
+        """Make the folders of the system, and hold their locks until the end."""
         topology = self.topology
         try:
             paths.private_run_dir(topology.run_dir)
@@ -118,7 +118,7 @@ class SupervisorProcess:
             held.enter_context(hold_folder(topology.state_dir, owner, keep=True))
             held.enter_context(hold_folder(topology.run_dir, owner, keep=False))
             held.enter_context(hold_components(topology.state_dir, [component.name for component in self.components]))
-            # systemd-tmpfiles leaves a locked folder and what is in it alone, however old.
+            # systemd-tmpfiles does not remove a locked folder or its files, however old.
             folder = os.open(topology.run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             held.callback(os.close, folder)
             fcntl.flock(folder, fcntl.LOCK_SH)
@@ -128,10 +128,10 @@ class SupervisorProcess:
             raise StartError(f"{error.filename} cannot be used: {error.strerror}") from error
 
     def _remove_sockets(self) -> None:
-        """Those of processes that were killed; the others have removed their own."""
+        """Remove the sockets of killed processes; the others have removed their own."""
         for component in self.components:
             if component.address.startswith("ipc://"):
-                with contextlib.suppress(AddressError):  # served: by no child of ours, since those have ended
+                with contextlib.suppress(AddressError):  # in use by a process that is not our child: ours have ended
                     remove_if_stale(Path(component.address.removeprefix("ipc://")))
 
     async def _serve(self) -> int:
@@ -139,11 +139,11 @@ class SupervisorProcess:
         launcher = self._launcher(usable_cores())
         supervisors = self._supervisors(generations, launcher)
         runtime = Runtime(
-            supervisors[::-1],  # the one that was started last drains first
+            supervisors[::-1],  # the last to start drains first
             address_book=AddressBook(self.topology),
             generation=max(generations.next(supervisor.name) for supervisor in supervisors),
             kind=SUPERVISOR,
-            shutdown_s=None,  # the ladder bounds each child
+            shutdown_s=None,  # each child has its own bound
         )
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
@@ -160,7 +160,7 @@ class SupervisorProcess:
             nothing_left = not over.done()
             for task in (over, all_done):
                 task.cancel()
-        await asyncio.gather(over, return_exceptions=True)  # a crash is raised by the runtime
+        await asyncio.gather(over, return_exceptions=True)  # the runtime raises a crash itself
         self.problem = next((supervisor.problem for supervisor in supervisors if supervisor.problem), "")
         if self.problem:
             return EXIT_CANNOT_SERVE
@@ -192,7 +192,7 @@ class SupervisorProcess:
         if self._stop_requests == 1:
             runtime.stop(number.name)
             return
-        _log.warning("asked again to stop, killing")
+        _log.warning("asked again to stop, killing all children")
         for supervisor in supervisors:
             supervisor.kill_all()
 
@@ -213,7 +213,7 @@ async def _kill_orphans_forever(supervisors: list[Supervisor], launcher: Launche
         except OSError as error:
             if error.errno not in OF_THE_MACHINE:
                 raise
-            _log.warning("orphans not looked for", error=str(error))
+            _log.warning("cannot look for orphans", error=str(error))
 
 
 async def _no_side_task() -> None:

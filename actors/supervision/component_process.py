@@ -1,4 +1,4 @@
-"""`python -m triptych.actors.supervision.component_process`: the process of one component.
+"""`python -m triptych.actors.supervision.component_process`: what the process of one component runs.
 
 The supervisor starts it as `--topology FILE --name NAME --build MODULE:FUNCTION --generation G --restarts N
 --supervisor NAME --parent PID`. Exit codes: 0 drained, 70 crashed, 75 cannot start now, 78 can never work as
@@ -43,23 +43,23 @@ _log = structlog.stdlib.get_logger("actors")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one component until it ends; returns the exit code."""
+    """Run one component until it ends, and return the exit code."""
     options = _parse(arguments)
     if options.parent:
         die_with_parent()
         if os.getppid() != options.parent:
-            return EXIT_CRASH  # the supervisor ended before the kernel knew of our wish
-    os.umask(0o077)  # prompts and results are this user's alone
+            return EXIT_CRASH  # the supervisor ended before the death signal was set
+    os.umask(0o077)  # only this user may read prompts and results
     setproctitle(f"triptych: {options.name}")
     logs.configure(options.name, options.generation)
     faulthandler.enable()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asked for too early, it would end the process
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # before its handler is set, it would kill the process
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_run_component(options))
 
 
 def exit_now(code: int) -> NoReturn:
-    """End the process without waiting for threads that may hang in a device driver or a transfer."""
+    """End the process without joining threads, which may hang in a device driver or a transfer."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -115,7 +115,7 @@ async def _run(
 
 
 def _process_age_s() -> float:
-    """Seconds since this process was made, by the kernel's clock of hundredths."""
+    """Return the seconds since this process was created, in steps of 10 ms."""
     ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]  # field 22, after the name
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
 
@@ -123,7 +123,9 @@ def _process_age_s() -> float:
 def _check_names(component: Component, actors: list[Actor]) -> None:
     first, *others = [actor.name for actor in actors]
     if first != component.name or not all(name.startswith(f"{first}.") for name in others):
-        raise ValueError(f"{component.name} is built of {[first, *others]}: it comes first, others are {first}.x")
+        raise ValueError(
+            f"{component.name} is built of {[first, *others]}: its own actor comes first, the others are called NAME.x"
+        )
 
 
 async def _tell_supervisor(
