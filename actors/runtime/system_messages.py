@@ -138,49 +138,4 @@ class SupervisorReport(Message):
     """One for each component that it runs."""
 
 
-class ReloadModel(Message):
-    """Go over to a model's files as they are on disk now. Asks for Reloading; asked again, it tells what is left."""
-
-    model: str = ""
-    """Name of the model; "" for all."""
-
-
-class Reloading(Message):
-    """Instances restart one by one, each when nothing that was begun with the earlier weights needs it."""
-
-    model: str
-    """Version of the weights to go over to, of `engines.model_version`."""
-    instances: tuple[str, ...]
-    """Those that still have other weights, or are restarting; empty when it is done."""
-
-
-class SleepModel(Message):
-    """Let a model sleep as soon as it has nothing to do. Asks for ModelStanding; refused with `never`."""
-
-    model: str
-    """Its name."""
-    begins: bool = True
-    """Else just say how it stands."""
-
-
-class WakeModel(Message):
-    """Wake a model. Asks for ModelStanding; asked again, it tells how far that is."""
-
-    model: str
-    """Its name."""
-
-
-class ModelStatus(Message):
-    """What a model does."""
-
-    model: str
-    """Its name."""
-    state: str
-    """starting, loaded, asleep or waking."""
-    weights: int
-    """Bytes of its weights that are in memory."""
-    trouble: str
-    """Why it cannot be woken at present, "" if nothing is in the way."""
-
-
 SYSTEM_MESSAGES: tuple[type[Message], ...] = (Inspect, DeadLetterQuery, Shutdown)

@@ -15,13 +15,8 @@ from typing import TypeAlias
 from triptych.actors import Actor, Component, DeferredReply, StartDelayedError, StartError, Topology
 from triptych.actors.runtime.system_messages import (
     ChildReport,
-    ModelStatus,
-    Reloading,
-    ReloadModel,
-    SleepModel,
     SupervisorQuery,
     SupervisorReport,
-    WakeModel,
 )
 from triptych.bus import BusError, RefusedError
 from triptych.engines.stages import Stage
@@ -36,6 +31,7 @@ from triptych.roles.head.scheduler import JobScheduler
 from triptych.roles.head.served_models import served_models_of
 from triptych.roles.messages import pool as pools
 from triptych.roles.messages import requests, stages
+from triptych.roles.messages.weights import ModelStatus, Reloading, ReloadModel, SleepModel, WakeModel
 
 Report: TypeAlias = (
     stages.StageStarted

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 
 from triptych.actors import Component, Model, StartDelayedError, StartError, Topology
-from triptych.actors.runtime.system_messages import ChildReport, ModelStatus, Reloading, SleepModel
+from triptych.actors.runtime.system_messages import ChildReport
 from triptych.actors.topology import ModelIdentity
 from triptych.bus import RefusedError
 from triptych.engines.parameters.serving_config import load_serving_config
@@ -19,6 +19,7 @@ from triptych.roles.head.residency import ResidencyManager
 from triptych.roles.head.served_models import ServedModel, ServedModels, weight_file_bytes
 from triptych.roles.head.stored_outputs import StoredOutputs
 from triptych.roles.messages import requests
+from triptych.roles.messages.weights import ModelStatus, Reloading, SleepModel
 
 
 class ModelManager:
@@ -115,12 +116,13 @@ class ModelManager:
         if not chosen:
             raise RefusedError("model_not_found", self._models.unknown(name))
         keys = {served.key for served in chosen}
-        once = [c.name for c in self._topology.components if c.slots and c.model in keys and c.restart != "permanent"]
+        instances = [c for c in self._topology.components if c.slots and c.model in keys]
+        once = [c.name for c in instances if c.restart != "permanent"]
         if once:
             raise RefusedError(
                 "not_permanent", f'{", ".join(once)} would not restart: their `restart` is not "permanent"'
             )
-        versions, stale = list[str](), list[str]()
+        versions, stale, joined = list[str](), list[str](), 0
         for served in chosen:
             model = served.model
             try:
@@ -133,7 +135,8 @@ class ModelManager:
             served.serving_config = serving_config
             versions.append(version)
             stale += served.scheduler.reload(version)
-        return Reloading(", ".join(versions), tuple(stale))
+            joined += sum(instance.model == version for instance in served.scheduler.registry.instances.values())
+        return Reloading(", ".join(versions), tuple(stale), joined, len(instances))
 
     # -- availability
 

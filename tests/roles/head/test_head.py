@@ -21,8 +21,6 @@ from triptych.actors.runtime.system_messages import (
     ChildReport,
     Inspect,
     Inspection,
-    Reloading,
-    ReloadModel,
     SupervisorQuery,
     SupervisorReport,
 )
@@ -50,6 +48,7 @@ from triptych.roles.messages.common import (
     StoredPayload,
     Upload,
 )
+from triptych.roles.messages.weights import Reloading, ReloadModel
 
 BOUND_S = 10.0
 

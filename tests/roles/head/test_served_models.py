@@ -10,10 +10,10 @@ import pytest
 
 from tests.roles.head.test_head import BOUND_S, PNG, SIGNATURE, HeadHarness, run_scenario, running_head
 from triptych.actors import Topology, load_topology
-from triptych.actors.runtime.system_messages import Reloading, ReloadModel
 from triptych.bus import RemoteError
 from triptych.roles.head.request_store import OTHER_MODEL
 from triptych.roles.messages import requests, stages
+from triptych.roles.messages.weights import Reloading, ReloadModel
 
 Two = Callable[..., Topology]
 
@@ -118,6 +118,7 @@ def test_a_model_is_reloaded_by_its_name(two: Two) -> None:
             with pytest.raises(RemoteError, match="'c' is not served here"):
                 await harness.head.ask(ReloadModel("c"), Reloading, timeout_s=BOUND_S)
             everything = await harness.head.ask(ReloadModel(), Reloading, timeout_s=BOUND_S)
+            assert (everything.joined, everything.total) == (0, 6)
             assert everything.instances == ("a-encoder-0", "b-encoder-0")
 
     run_scenario(scenario())
