@@ -210,7 +210,7 @@ def test_settings_are_json_or_text() -> None:
         ("mask=sky.png", "mask is a file: give it with --mask"),
         ("output_format=webp", "output_format is webp, but a.png"),
         ("prompt=a dog", "prompt is already given"),
-        ("num_inference_steps=3", "num_inference_steps is given already"),
+        ("num_inference_steps=3", "num_inference_steps is already given"),
     ):
         showing = runner.invoke(app, ["generate", "a cat", "-o", "a.png", "--steps", "4", "--set", wrong])
         assert showing.exit_code == 2

@@ -82,7 +82,7 @@ def test_a_file_that_is_there_is_not_written_over(folder: Path) -> None:
     file.write_text("mine")
     shown = CliRunner().invoke(app, ["add", "people/tiny", "-o", str(file)])
     assert shown.exit_code == 1
-    assert "--force to write over it" in shown.stderr
+    assert "replace it with --force" in shown.stderr
     assert file.read_text() == "mine"
 
 
