@@ -3,7 +3,7 @@
 from triptych.actors.errors import ActorCrashedError, StartDelayedError, StartError, TopologyError
 from triptych.actors.runtime.actor import Actor
 from triptych.actors.runtime.address_book import AddressBook
-from triptych.actors.runtime.deferred_reply import DeferredReply
+from triptych.actors.runtime.handlers import DeferredReply
 from triptych.actors.topology import Component, Model, Topology, load_topology
 
 __all__ = [

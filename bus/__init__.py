@@ -3,7 +3,6 @@
 from triptych.bus._address import Address, parse_address
 from triptych.bus._binding import remove_if_stale
 from triptych.bus._dead_letters import DeadLetter, DeadLetters
-from triptych.bus._envelope import Envelope, EnvelopeKind, Failure, FailureCode, Generation, Sender
 from triptych.bus._errors import (
     AddressError,
     AskTimeoutError,
@@ -16,9 +15,9 @@ from triptych.bus._errors import (
     UnreachableError,
 )
 from triptych.bus._mailbox import Delivery, Mailbox
-from triptych.bus._message import Message
 from triptych.bus._outbox import Outbox, Reference
-from triptych.bus._sockets import CurveKeys
+from triptych.bus._sockets import CurveKeys, SocketOptions
+from triptych.bus._wire import Envelope, EnvelopeKind, Failure, FailureCode, Generation, Message, Sender
 
 __all__ = [
     "Address",
@@ -44,6 +43,7 @@ __all__ = [
     "RefusedError",
     "RemoteError",
     "Sender",
+    "SocketOptions",
     "UnreachableError",
     "parse_address",
     "remove_if_stale",

@@ -10,7 +10,7 @@ import msgspec
 import structlog
 
 if TYPE_CHECKING:
-    from triptych.bus._envelope import Envelope
+    from triptych.bus._wire import Envelope
 
 MAX_RECENT: Final = 100
 _MAX_DETAIL_CHARACTERS: Final = 500  # characters; what a peer wrote may have a megabyte

@@ -17,22 +17,24 @@ from triptych.bus._address import parse_address
 from triptych.bus._authenticator import CurveAuthenticator, shared_authenticator
 from triptych.bus._binding import Binding
 from triptych.bus._dead_letters import DeadLetters
-from triptych.bus._envelope import Envelope, EnvelopeKind, Failure, FailureCode, Sender
 from triptych.bus._errors import BusError, MessageTooLongError, RefusedError
-from triptych.bus._message import Message
 from triptych.bus._pump import Pump
-from triptych.bus._sockets import CurveKeys, open_socket
+from triptych.bus._sockets import DEFAULT_OPTIONS, SocketOptions, open_socket
 from triptych.bus._wire import (
-    DEFAULT_MAX_MESSAGE_BYTES,
     BadBodyError,
     BodyDecoder,
+    Envelope,
+    EnvelopeKind,
+    Failure,
+    FailureCode,
+    Message,
+    Sender,
     UnreadableError,
     decode_envelope,
     encode,
 )
 
 LINGER_MS: Final = 250
-_HIGH_WATER_MARK: Final = 4096  # well above what one outbox has outstanding, so that answers find room
 _FENCED_SENDERS: Final = 4096  # generations remembered; more than any deployment has components
 
 
@@ -102,13 +104,9 @@ class Mailbox:
         capacity: most messages that wait, apart from the one being handled.
         urgent: more messages that this actor accepts, each with the function that answers it as soon as it has
             arrived: they never wait, and find room when the queue is full. The function must not block.
-        max_message_bytes: longest message. Up to twice as long is answered with "invalid_message"; beyond
-            that the sender's connection is cut before the bytes are read.
-        dead_letters: where to record them, by default a ring of its own.
-        context: default `zmq.Context.instance()`.
         component_of: the component that a sender belongs to, whose generation is its own; "" for a sender that has
             none that counts. By default every sender is a component.
-        curve: key pair, required for tcp; only who has the same may connect.
+        options: of its socket.
 
     Raises:
         AddressError: malformed address.
@@ -124,24 +122,19 @@ class Mailbox:
         generation: int = 0,
         capacity: int = 1024,
         urgent: Mapping[type[Message], Callable[[Delivery], None]] | None = None,
-        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
-        dead_letters: DeadLetters | None = None,
-        context: zmq.Context[zmq.Socket[bytes]] | None = None,
         component_of: Callable[[str], str] = str,
-        curve: CurveKeys | None = None,
+        options: SocketOptions = DEFAULT_OPTIONS,
     ) -> None:
         self.name = name
         self.address = address
         self.generation = generation
         self.capacity = capacity
-        self.dead_letters = dead_letters or DeadLetters()
+        self.options = options
+        self.dead_letters = DeadLetters()
         self._parsed = parse_address(address)
         self._urgent = dict(urgent or {})
         self._decoder = BodyDecoder((*messages, *self._urgent))
-        self._max_message_bytes = max_message_bytes
-        self._context = context
         self._component_of = component_of
-        self._curve = curve
         self._message_ids = itertools.count(1)
         self._generations: dict[str, int] = {}
         self._queue: deque[Delivery] = deque()
@@ -160,18 +153,10 @@ class Mailbox:
 
         An ipc file that a killed process left behind is replaced; one that is being served is not.
         """
-        context = self._context or zmq.Context.instance()
-        socket = open_socket(
-            context,
-            zmq.ROUTER,
-            self._parsed,
-            high_water_mark=max(self.capacity, _HIGH_WATER_MARK),
-            max_message_bytes=self._max_message_bytes,
-            curve=self._curve,
-        )
+        socket = open_socket(zmq.ROUTER, self._parsed, self.options)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if self._parsed.scheme == "tcp":
-            self._authenticator = shared_authenticator(context)
+            self._authenticator = shared_authenticator(self.options.zmq_context)
         try:
             self._binding = Binding(socket, self._parsed, self.address)
         except BaseException:
@@ -247,8 +232,10 @@ class Mailbox:
         """Return the message; raises `RefusedError` with why it is not taken in."""
         if envelope.kind is not EnvelopeKind.ASK and envelope.kind is not EnvelopeKind.TELL:
             raise RefusedError(FailureCode.INVALID_MESSAGE, "an answer was sent to a mailbox")
-        if size > self._max_message_bytes:
-            raise RefusedError(FailureCode.INVALID_MESSAGE, f"{size} bytes, the limit is {self._max_message_bytes}")
+        if size > self.options.max_message_bytes:
+            raise RefusedError(
+                FailureCode.INVALID_MESSAGE, f"{size} bytes, the limit is {self.options.max_message_bytes}"
+            )
         if envelope.to != self.name:
             raise RefusedError(FailureCode.REFUSED, f"for {envelope.to!r}, but this is {self.name!r}")
         try:
@@ -279,7 +266,7 @@ class Mailbox:
             self.dead_letters.add("mailbox_closed", "the answer came after the mailbox was closed", head)
             return
         try:
-            self._pump.send(route, encode(head, message, self._max_message_bytes))
+            self._pump.send(route, encode(head, message, self.options.max_message_bytes))
         except MessageTooLongError as error:
             self.dead_letters.add(FailureCode.INVALID_MESSAGE, f"the answer: {error}", head)
             self._answer(route, asked, EnvelopeKind.FAILURE, Failure(FailureCode.INVALID_MESSAGE, str(error)))

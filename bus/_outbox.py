@@ -1,23 +1,57 @@
-"""The sending end: one `Outbox` for each actor, one `Reference` for each peer that it talks to."""
+"""The sending end: an `Outbox` for each actor, a `Reference` for each peer, a `_Connection` while the peer lives."""
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import itertools
-from collections.abc import Coroutine
-from typing import Any, TypeVar, cast
+import math
+import struct
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import zmq
 
+from triptych.bus import _inproc
 from triptych.bus._address import Address, parse_address
-from triptych.bus._connection import Connection
 from triptych.bus._dead_letters import DeadLetters
-from triptych.bus._envelope import Envelope, EnvelopeKind
-from triptych.bus._errors import UnreachableError
-from triptych.bus._message import Message
-from triptych.bus._sockets import CurveKeys
-from triptych.bus._wire import DEFAULT_MAX_MESSAGE_BYTES, decoder_of, encode
+from triptych.bus._errors import (
+    AskTimeoutError,
+    BusError,
+    HandshakeRefusedError,
+    MailboxFullError,
+    RemoteError,
+    UnreachableError,
+)
+from triptych.bus._pump import Pump
+from triptych.bus._sockets import DEFAULT_OPTIONS, RECONNECT_FIRST_MS, RECONNECT_LAST_MS, SocketOptions, open_socket
+from triptych.bus._wire import (
+    BadBodyError,
+    BodyDecoder,
+    Envelope,
+    EnvelopeKind,
+    FailureCode,
+    Message,
+    UnreadableError,
+    decode_envelope,
+    decode_failure,
+    decoder_of,
+    encode,
+)
 
 R = TypeVar("R", bound=Message)
+
+_EVENT: Final = struct.Struct("=Hi")
+_ESTABLISHED: Final = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+_DISCONNECTED: Final = int(zmq.EVENT_DISCONNECTED)
+_REFUSED: Final = (int(zmq.EVENT_HANDSHAKE_FAILED_AUTH), int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL))
+_HANDSHAKE_BROKEN_OFF: Final = int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
+# Who cannot read our greeting hangs up, and ZMQ tries again every 20 ms for ever. A peer that dies in the middle of
+# a handshake does the same, but not this often within this many seconds.
+_MAX_FAILED_HANDSHAKES: Final = 3
+_FAILED_HANDSHAKES_WITHIN_S: Final = 1.0
+_keys = itertools.count(1)
 
 
 class Outbox:
@@ -26,33 +60,16 @@ class Outbox:
     Args:
         name: the sending actor's name.
         generation: its incarnation; 0 = an unfenced client.
-        high_water_mark: most asks outstanding with one peer. As many messages always find room in the queue
-            towards it; at twice as many it is full.
-        max_message_bytes: longest message that may be sent.
-        dead_letters: where to record refused tells and late answers, by default a ring of its own.
-        context: default `zmq.Context.instance()`.
-        curve: key pair, required for tcp.
+        options: of its sockets.
 
     """
 
-    def __init__(
-        self,
-        name: str,
-        generation: int = 0,
-        *,
-        high_water_mark: int = 1024,
-        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
-        dead_letters: DeadLetters | None = None,
-        context: zmq.Context[zmq.Socket[bytes]] | None = None,
-        curve: CurveKeys | None = None,
-    ) -> None:
+    def __init__(self, name: str, generation: int = 0, options: SocketOptions = DEFAULT_OPTIONS) -> None:
         self.name = name
         self.generation = generation
-        self.high_water_mark = high_water_mark
-        self.max_message_bytes = max_message_bytes
-        self.dead_letters = dead_letters or DeadLetters()
-        self.context = context
-        self.curve = curve
+        self.options = options
+        self.dead_letters = DeadLetters()
+        """Refused tells and late answers."""
         self.closed = False
         self.message_ids = itertools.count(1)
         self._references: dict[tuple[str, str], Reference] = {}
@@ -88,7 +105,7 @@ class Reference:
         self.address = address
         self._outbox = outbox
         self._parsed: Address = parse_address(address)
-        self._connection: Connection | None = None
+        self._connection: _Connection | None = None
 
     async def ask(self, message: Message, *replies: type[R], timeout_s: float) -> R:
         """Send and wait for the answer, one of the types `replies`.
@@ -131,23 +148,20 @@ class Reference:
     def _frame(self, kind: EnvelopeKind, message_id: int, timeout_s: float, message: Message) -> bytes:
         outbox = self._outbox
         envelope = Envelope(self.name, outbox.name, kind, message_id, 0, timeout_s, outbox.generation)
-        return encode(envelope, message, outbox.max_message_bytes)
+        return encode(envelope, message, outbox.options.max_message_bytes)
 
-    def _connect(self) -> Connection:
+    def _connect(self) -> _Connection:
         connection = self._connection
         if connection is None:
             outbox = self._outbox
             if outbox.closed:
                 raise UnreachableError(f"the outbox of {outbox.name} is closed")
-            connection = self._connection = Connection(
+            connection = self._connection = _Connection(
                 self.name,
                 self.address,
                 self._parsed,
+                outbox.options,
                 dead_letters=outbox.dead_letters,
-                high_water_mark=outbox.high_water_mark,
-                max_message_bytes=outbox.max_message_bytes,
-                context=outbox.context,
-                curve=outbox.curve,
                 lost=self._on_lost,
             )
         return connection
@@ -159,3 +173,216 @@ class Reference:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+class _Ask(NamedTuple):
+    answer: asyncio.Future[Message]
+    decoder: BodyDecoder
+    expires_at: float  # loop time, seconds
+    timeout_s: float
+
+
+class _Connection:
+    """Lives from `connect` to the loss of the connection, then never again.
+
+    A fresh one for each incarnation of the peer makes the loss exact: ZMQ would carry what is queued over to
+    the successor, after the asks had been failed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        text: str,
+        address: Address,
+        options: SocketOptions,
+        *,
+        dead_letters: DeadLetters,
+        lost: Callable[[], None],
+    ) -> None:
+        self._peer = f"{name} at {text}"
+        self._inproc = address.target if address.scheme == "inproc" else None
+        self._dead_letters = dead_letters
+        self._high_water_mark = options.high_water_mark
+        self._lost = lost
+        self._asks: dict[int, _Ask] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = math.inf
+        self._unsent: dict[int, bytes] = {}  # frames by message number, until the connection stands
+        self._established = address.scheme == "inproc"  # ZMQ's monitor does not see those: nothing to wait for
+        self._ended = asyncio.Event()
+        self._closed_here = False
+        self._failed_handshakes: deque[float] = deque(maxlen=_MAX_FAILED_HANDSHAKES)
+        self._key = next(_keys)
+        socket = open_socket(zmq.DEALER, address, options)
+        socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_FIRST_MS)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_LAST_MS)
+        self._socket = socket
+        self._monitor = self._watch(options.zmq_context, socket)
+        socket.connect(text)
+        self._pump = Pump(socket, self._on_message)
+        self._loop = self._pump.loop
+
+    def check_room(self) -> None:
+        """Raise `MailboxFullError` when `high_water_mark` asks are outstanding: so every answer has room."""
+        if len(self._asks) >= self._high_water_mark:
+            raise MailboxFullError(f"{len(self._asks)} asks to {self._peer} are outstanding")
+
+    def send(self, message_id: int, frame: bytes) -> None:
+        """Queue the frame of message `message_id` towards the peer; raises `MailboxFullError`.
+
+        It is handed to ZMQ when the connection stands: an ask that is given up before is never sent.
+        """
+        if not self._established:
+            if len(self._unsent) >= 2 * self._high_water_mark:
+                raise self._queue_full_error()
+            self._unsent[message_id] = frame
+            return
+        try:
+            self._pump.send(frame)
+        except zmq.Again:
+            raise self._queue_full_error() from None
+
+    async def answer(self, message_id: int, decoder: BodyDecoder, timeout_s: float) -> Message:
+        """Wait for the answer to message `message_id`; raises as `Reference.ask` does."""
+        answer: asyncio.Future[Message] = self._loop.create_future()
+        expires_at = self._loop.time() + timeout_s
+        self._asks[message_id] = _Ask(answer, decoder, expires_at, timeout_s)
+        if expires_at < self._timer_at:
+            self._set_timer(expires_at)
+        try:
+            return await answer
+        finally:
+            self._asks.pop(message_id, None)
+            self._unsent.pop(message_id, None)
+
+    async def down(self) -> None:
+        """Return when the established connection is lost or refused; raises `UnreachableError` after `close`."""
+        await self._ended.wait()
+        if self._closed_here:
+            raise UnreachableError(f"this side closed its connection to {self._peer}")
+
+    def close(self) -> None:
+        """Close from this side."""
+        self._closed_here = True
+        self._close(UnreachableError(f"this side closed its connection to {self._peer}"))
+
+    def _watch(self, context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes]) -> Pump | None:
+        if self._inproc is not None:
+            _inproc.watch(self._inproc, self._key, self._on_disconnected)
+            return None
+        endpoint = f"inproc://bus.monitor.{self._key}"
+        socket.monitor(endpoint, _ESTABLISHED | _DISCONNECTED | _HANDSHAKE_BROKEN_OFF | sum(_REFUSED))
+        events = context.socket(zmq.PAIR)
+        events.setsockopt(zmq.RCVHWM, 0)  # were it full, ZMQ's thread would block on it, and with it all sockets
+        events.connect(endpoint)
+        return Pump(events, self._on_monitor_event)
+
+    def _on_monitor_event(self, frames: list[bytes]) -> None:
+        event, value = _EVENT.unpack(frames[0])
+        if event == _ESTABLISHED:
+            self._established = True
+            for frame in self._unsent.values():
+                self._pump.send(frame)  # never full: ZMQ's queue has room for as many, and is empty
+            self._unsent.clear()
+        elif event == _DISCONNECTED and self._established:
+            self._on_disconnected()
+        elif event in _REFUSED or (
+            event == _HANDSHAKE_BROKEN_OFF and value != errno.EAGAIN and self._handshake_keeps_failing()
+        ):
+            self._on_refused()
+
+    def _handshake_keeps_failing(self) -> bool:
+        self._failed_handshakes.append(self._loop.time())
+        return (
+            len(self._failed_handshakes) == _MAX_FAILED_HANDSHAKES
+            and self._failed_handshakes[-1] - self._failed_handshakes[0] < _FAILED_HANDSHAKES_WITHIN_S
+        )
+
+    def _on_refused(self) -> None:
+        if not self._ended.is_set():
+            why = f"{self._peer} refuses the handshake: it has other keys, or somebody else has its address"
+            self._close(HandshakeRefusedError(why))
+            self._lost()
+
+    def _on_disconnected(self) -> None:
+        if not self._ended.is_set():
+            self._pump.drain()  # answers that had arrived before the loss count
+            self._close(UnreachableError(f"the connection to {self._peer} was lost"))
+            self._lost()
+
+    def _close(self, why: UnreachableError) -> None:
+        if self._monitor is not None:
+            # Before its reader goes: ZMQ's thread would block for ever on an event that nobody can take.
+            self._socket.disable_monitor()
+            self._monitor.close()
+        self._pump.close()
+        if self._inproc is not None:
+            _inproc.unwatch(self._inproc, self._key)
+        if self._timer is not None:
+            self._timer.cancel()
+        for ask in self._asks.values():
+            _fail(ask, type(why)(str(why)))
+        self._asks.clear()
+        self._ended.set()
+
+    def _on_message(self, frames: list[bytes]) -> None:
+        try:
+            envelope, body = decode_envelope(frames)
+        except UnreadableError as error:
+            self._dead_letters.add("unreadable", f"from {self._peer}: {error}")
+            return
+        ask = self._asks.pop(envelope.reply_to, None)
+        if ask is None or ask.answer.done():
+            self._record_unexpected_answer(envelope, body)
+        elif envelope.kind is EnvelopeKind.REPLY:
+            try:
+                ask.answer.set_result(ask.decoder.decode(body))
+            except BadBodyError as error:
+                _fail(ask, RemoteError(error.code, f"the answer of {self._peer}: {error.detail}"))
+        else:
+            _fail(ask, self._error_from(envelope, body))
+
+    def _queue_full_error(self) -> MailboxFullError:
+        return MailboxFullError(f"over {self._high_water_mark} messages to {self._peer} are queued")
+
+    def _record_unexpected_answer(self, envelope: Envelope, body: memoryview) -> None:
+        if envelope.kind is EnvelopeKind.FAILURE:
+            failure = decode_failure(body)
+            self._dead_letters.add(failure.code, f"{self._peer}: {failure.detail}", envelope)
+        else:
+            self._dead_letters.add("late_reply", f"nobody waits for this answer of {self._peer}", envelope)
+
+    def _error_from(self, envelope: Envelope, body: memoryview) -> BusError:
+        if envelope.kind is not EnvelopeKind.FAILURE:
+            return RemoteError(FailureCode.INVALID_MESSAGE, f"{self._peer} answered with no answer")
+        failure = decode_failure(body)
+        if failure.code == FailureCode.MAILBOX_FULL:
+            return MailboxFullError(failure.detail)
+        if failure.code == FailureCode.DEADLINE_EXCEEDED:
+            return AskTimeoutError(failure.detail)
+        return RemoteError(failure.code, failure.detail)
+
+    # One timer for all asks: it is set for the earliest deadline and left alone when that ask is answered,
+    # which costs an idle wake-up now and then and saves a timer for each ask.
+
+    def _set_timer(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(at, self._expire)
+        self._timer_at = at
+
+    def _expire(self) -> None:
+        self._timer, self._timer_at = None, math.inf
+        now = self._loop.time()
+        what = "no answer from" if self._established else "no connection to"
+        for ask in self._asks.values():
+            if ask.expires_at <= now:
+                _fail(ask, AskTimeoutError(f"{what} {self._peer} within {ask.timeout_s:g} s"))
+        waiting = [ask.expires_at for ask in self._asks.values() if not ask.answer.done()]
+        if waiting:
+            self._set_timer(min(waiting))
+
+
+def _fail(ask: _Ask, error: BusError) -> None:
+    if not ask.answer.done():
+        ask.answer.set_exception(error)

@@ -16,6 +16,9 @@ _CONNECT_MS: Final = 1_000  # else the kernel's own patience, which doubles whil
 _HANDSHAKE_MS: Final = 3_000  # a peer that sends nothing holds a descriptor this long
 _HEARTBEAT_EVERY_MS: Final = 1_000
 _HEARTBEAT_LOST_MS: Final = 3_000
+# ZMQ learns of room by half queues, so that two high-water marks always have room for one. A mailbox has more, so that
+# the answers to all asks of an outbox find room beside refused tells.
+_ROOM: Final = {int(zmq.DEALER): 2, int(zmq.ROUTER): 4}
 
 
 class CurveKeys(msgspec.Struct, frozen=True):
@@ -45,27 +48,49 @@ class CurveKeys(msgspec.Struct, frozen=True):
             raise ValueError("no CURVE key") from error
 
 
-def open_socket(
-    context: zmq.Context[zmq.Socket[bytes]],
-    kind: int,
-    address: Address,
-    *,
-    high_water_mark: int,
-    max_message_bytes: int,
-    curve: CurveKeys | None,
-) -> zmq.Socket[bytes]:
-    """Make a socket, not yet bound or connected; raises `AddressError` for tcp without keys.
+class SocketOptions(msgspec.Struct, frozen=True):
+    """How a mailbox or an outbox sets up its sockets."""
 
-    On loopback, too: every user of the host can connect there.
+    curve: CurveKeys | None = None
+    """Key pair, required for tcp; only who has the same one can connect."""
+    max_message_bytes: int = 1 << 20
+    """Longest message, in bytes.
+
+    A mailbox answers one of up to twice as many with "invalid_message". For a longer one the connection is cut before
+    the bytes are read.
     """
+    high_water_mark: int = 1024
+    """Most asks that an outbox has outstanding with one peer.
+
+    As many messages always find room in the queue towards the peer; at twice as many it is full.
+    """
+    context: zmq.Context[zmq.Socket[bytes]] | None = None
+    """None for `zmq.Context.instance()`."""
+
+    @property
+    def zmq_context(self) -> zmq.Context[zmq.Socket[bytes]]:
+        """The context to make sockets in."""
+        return self.context or zmq.Context.instance()
+
+
+DEFAULT_OPTIONS: Final = SocketOptions()
+
+
+def open_socket(kind: int, address: Address, options: SocketOptions) -> zmq.Socket[bytes]:
+    """Make a ROUTER or a DEALER, not yet bound or connected.
+
+    Raises `AddressError` for tcp without keys, on loopback as well: every user of the host can connect there.
+    """
+    curve = options.curve
     if address.scheme == "tcp" and curve is None:
         raise AddressError(f"tcp://{address.target}:{address.port} can be reached by others: it needs CURVE keys")
-    socket = context.socket(kind)
+    socket = options.zmq_context.socket(kind)
+    room = options.high_water_mark * _ROOM[kind]
     socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.SNDHWM, high_water_mark)
-    socket.setsockopt(zmq.RCVHWM, high_water_mark)
+    socket.setsockopt(zmq.SNDHWM, room)
+    socket.setsockopt(zmq.RCVHWM, room)
     # Twice the limit: a little too long still gets a typed answer, anything longer cuts the connection.
-    socket.setsockopt(zmq.MAXMSGSIZE, 2 * max_message_bytes)
+    socket.setsockopt(zmq.MAXMSGSIZE, 2 * options.max_message_bytes)
     if address.scheme == "tcp":
         # A host that vanishes sends no FIN; a process that dies on this host always does.
         socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_EVERY_MS)

@@ -1,4 +1,4 @@
-"""One message as one ZMQ frame: 2 bytes of length, the envelope, the body; both msgpack.
+"""Messages, and how one travels: as one ZMQ frame of 2 bytes of length, the envelope, and the body; both msgpack.
 
 One frame in place of two saves a send, a receive and a look at RCVMORE, which together cost more than the
 encoding itself. The body is decoded apart from the envelope so that a bad body can still be answered.
@@ -6,17 +6,104 @@ encoding itself. The body is decoded apart from the envelope so that a bad body 
 
 from __future__ import annotations
 
+from enum import Enum, StrEnum
 from functools import cache
-from typing import Any, Final
+from typing import Annotated, Any, Final, NamedTuple, dataclass_transform
 
 import msgspec
+from msgspec import Meta
 
-from triptych.bus._envelope import Envelope, Failure, FailureCode
 from triptych.bus._errors import MessageTooLongError
-from triptych.bus._message import Message
 
-DEFAULT_MAX_MESSAGE_BYTES: Final = 1 << 20
+MAX_GENERATION: Final = (1 << 53) - 1
+"""Above every generation: those are milliseconds since 1970."""
+MAX_NAME: Final = 128
+"""Most characters in the name of an actor."""
 _LENGTH_BYTES: Final = 2
+
+# The decoder refuses what is out of these ranges, whatever a peer sends.
+Generation = Annotated[int, Meta(ge=0, le=MAX_GENERATION)]
+MessageId = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Name = Annotated[str, Meta(max_length=MAX_NAME)]
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
+class Message(
+    msgspec.Struct,
+    frozen=True,
+    tag=True,
+    array_like=True,
+    gc=False,
+    forbid_unknown_fields=True,
+):
+    """A typed message; its class name is its tag on the wire.
+
+    Subclasses are plain annotated fields, each with a line of docstring. Fields hold scalars, strings,
+    bytes, tuples, dicts, `msgspec.Struct`s and unions of those; never a tensor, never a live object.
+    """
+
+
+class EnvelopeKind(Enum):
+    """What an envelope asks of its receiver."""
+
+    TELL = 0
+    ASK = 1
+    REPLY = 2
+    FAILURE = 3
+
+
+class FailureCode(StrEnum):
+    """The codes that the bus and the actor runtime put in a `Failure`; handlers may add their own."""
+
+    MAILBOX_FULL = "mailbox_full"
+    UNKNOWN_MESSAGE = "unknown_message"
+    INVALID_MESSAGE = "invalid_message"
+    DEADLINE_EXCEEDED = "deadline_exceeded"
+    STALE_GENERATION = "stale_generation"
+    REFUSED = "refused"
+    HANDLER_FAILED = "handler_failed"
+    STOPPING = "stopping"
+
+
+class Sender(NamedTuple):
+    """Who sent a message, as its envelope says."""
+
+    name: str
+    """Name of the sending actor."""
+    generation: int
+    """Its incarnation; 0 = an unfenced client."""
+
+
+class Envelope(msgspec.Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fields=True):
+    """Who sends what to whom, and until when an answer is of use."""
+
+    to: Name
+    """Name of the receiving actor."""
+    sender: Name
+    """Name of the sending actor."""
+    kind: EnvelopeKind
+    """Tell, ask, reply or failure."""
+    message_id: MessageId
+    """Unique within one incarnation of the sender."""
+    reply_to: MessageId
+    """`message_id` of the message that this one answers; 0 if it answers none."""
+    timeout_s: Annotated[float, Meta(ge=0)]
+    """Seconds from the sending of an ask in which its answer is of use; 0.0 in what is no ask.
+
+    A duration and not a point in time: the clocks of two processes may differ, and either may be set meanwhile.
+    """
+    generation: Generation
+    """Incarnation of the sender; 0 = an unfenced client."""
+
+
+class Failure(Message):
+    """The body of an envelope of kind `FAILURE`: a typed "no"."""
+
+    code: str
+    """One of `FailureCode`, or a code of the handler's own."""
+    detail: str
+    """One sentence for the log and the caller."""
+
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_envelope = msgspec.msgpack.Decoder(Envelope).decode

@@ -68,7 +68,7 @@ def summarize(answer: Reloading) -> str:
 
 async def _reload(topology: Topology, name: str, console: Console) -> Reloading:
     address_book = AddressBook(topology)
-    outbox = Outbox("reload", curve=address_book.keys)
+    outbox = Outbox("reload", options=address_book.socket_options)
     try:
         head = outbox.reference("head", address_book.address("head"))
         with console.status("Asking the head") as progress:

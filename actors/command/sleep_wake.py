@@ -71,7 +71,7 @@ def _change_state(file: TopologyFile, name: str, *, awake: bool) -> None:
 
 async def _wait_for_state(topology: Topology, name: str, console: Console, *, awake: bool) -> ModelStatus:
     address_book = AddressBook(topology)
-    outbox = Outbox("sleep", curve=address_book.keys)
+    outbox = Outbox("sleep", options=address_book.socket_options)
     try:
         head = outbox.reference("head", address_book.address("head"))
         wanted = "loaded" if awake else "asleep"

@@ -10,7 +10,7 @@ import structlog
 from triptych.actors.child_state import ChildState
 from triptych.actors.errors import OF_THE_MACHINE, ActorCrashedError, StartDelayedError, StartError, describe
 from triptych.actors.runtime.actor import current_sender
-from triptych.actors.runtime.deferred_reply import DeferredReply
+from triptych.actors.runtime.handlers import DeferredReply, Handler
 from triptych.actors.runtime.system_messages import SYSTEM_MESSAGES, DeadLetterQuery, DeadLetterReport
 from triptych.bus import (
     AddressError,
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from triptych.actors.runtime.actor import Actor
     from triptych.actors.runtime.address_book import AddressBook
-    from triptych.actors.runtime.handlers import Handler
 
 _MAX_RECENT_DEAD_LETTERS: Final = 100
 
@@ -68,10 +67,10 @@ class ActorCell:
             capacity=actor.mailbox_capacity,
             urgent=dict.fromkeys(SYSTEM_MESSAGES, self._answer_system_message),
             component_of=address_book.component_of,
-            curve=address_book.keys,
+            options=address_book.socket_options,
         )
         actor.generation, actor.restarts, actor.address_book = generation, restarts, address_book
-        actor.outbox = Outbox(actor.name, generation, curve=address_book.keys)
+        actor.outbox = Outbox(actor.name, generation, address_book.socket_options)
         self._on_system = on_system
         self._crash: Callable[[BaseException], None] = lambda error: on_crash(actor, error)
         actor._on_crash = self._crash

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Final
 
 from triptych.actors.errors import UnknownNameError
 from triptych.actors.runtime.bus_keys import read_bus_keys
+from triptych.bus import SocketOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from triptych.actors.topology import Topology
-    from triptych.bus import CurveKeys
 
 SUPERVISOR: Final = "supervisor"
 
@@ -45,12 +45,12 @@ class AddressBook:
         raise UnknownNameError(f"no actor is called {name!r}; known are {', '.join(sorted(self._addresses))}")
 
     @cached_property
-    def keys(self) -> CurveKeys | None:
-        """Keys of the bus, for whoever opens a mailbox or an outbox; None where it runs without, over ipc.
+    def socket_options(self) -> SocketOptions:
+        """What every mailbox and outbox of the system opens its sockets with: over tcp, the keys of the bus.
 
-        Raises `StartError` when they cannot be read.
+        Raises `StartError` when the keys cannot be read.
         """
-        return read_bus_keys(self._topology) if self._topology else None
+        return SocketOptions(curve=read_bus_keys(self._topology) if self._topology else None)
 
     def component_of(self, sender: str) -> str:
         """Return the component or supervisor that an actor belongs to; "" for one that the topology does not know.

@@ -1,17 +1,30 @@
-"""Reads the handlers of an actor class off its annotations."""
+"""The handlers of an actor class, read off its annotations, and `DeferredReply`, which a handler may return."""
 
 from __future__ import annotations
 
 import inspect
 import types
 import typing
-from collections.abc import Callable
-from typing import Any, Final, NamedTuple, Union, get_args, get_origin
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, Generic, NamedTuple, TypeVar, Union, get_args, get_origin
 
-from triptych.actors.runtime.deferred_reply import DeferredReply
 from triptych.bus import Message
 
+R = TypeVar("R")
+
 _POSITIONAL: Final = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+class DeferredReply(Generic[R]):
+    """What a handler returns to answer when a coroutine has finished, and meanwhile take the next message.
+
+    OTP's `{noreply, State}` followed by `gen_server:reply`. The handler is annotated with `DeferredReply[Reply]`. The
+    coroutine runs as a task of the actor: `bus.RefusedError` in it answers the ask, any other exception also crashes
+    the actor.
+    """
+
+    def __init__(self, coroutine: Coroutine[Any, Any, R]) -> None:
+        self.coroutine = coroutine
 
 
 class Handler(NamedTuple):

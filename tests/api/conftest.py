@@ -25,7 +25,7 @@ from triptych.api.head_client import HeadClient
 from triptych.api.server import build
 from triptych.api.services import Services
 from triptych.api.uploads import UploadService
-from triptych.bus import DeadLetters, Delivery, Mailbox, Outbox
+from triptych.bus import Delivery, Mailbox, Outbox
 from triptych.engines.parameters.schema import Parameter, ParameterKind, Task
 from triptych.roles.head.admission import seeds_of
 from triptych.roles.media.artifacts import ArtifactStore
@@ -91,8 +91,7 @@ class FakeHead:
 
     async def start(self) -> None:
         self.generation += 1
-        letters = DeadLetters()
-        mailbox = Mailbox("head", self.address, MESSAGES, generation=self.generation, dead_letters=letters)
+        mailbox = Mailbox("head", self.address, MESSAGES, generation=self.generation)
         await mailbox.start()
         self._mailbox = mailbox
         self._run(self._serve(mailbox))

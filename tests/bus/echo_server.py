@@ -7,7 +7,7 @@ import sys
 
 import uvloop
 
-from triptych.bus import CurveKeys, Mailbox, Message
+from triptych.bus import CurveKeys, Mailbox, Message, SocketOptions
 
 
 class Who(Message):
@@ -31,7 +31,7 @@ class Numbers(Message):
 
 
 async def main(address: str, keys: CurveKeys) -> None:
-    mailbox = Mailbox("peer", address, (Who, Hold, Held), curve=keys)
+    mailbox = Mailbox("peer", address, (Who, Hold, Held), options=SocketOptions(curve=keys))
     await mailbox.start()
     print("ready", flush=True)
     held: list[int] = []

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import zmq
 
-from triptych.bus import AddressError, CurveKeys, Mailbox, Message, Outbox
+from triptych.bus import AddressError, CurveKeys, Mailbox, Message, Outbox, SocketOptions
 
 
 class Ping(Message):
@@ -79,8 +78,9 @@ def test_a_live_mailbox_keeps_its_address(run: Callable[..., Any], folder: Path)
 def test_a_taken_tcp_port_is_refused(run: Callable[..., Any]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
+        options = SocketOptions(curve=CurveKeys.new())
         with pytest.raises(AddressError, match="cannot be bound"):
-            run(Mailbox("a", f"tcp://127.0.0.1:{port}", (Ping,), curve=CurveKeys(*zmq.curve_keypair())).start())
+            run(Mailbox("a", f"tcp://127.0.0.1:{port}", (Ping,), options=options).start())
 
 
 def test_a_plain_file_is_never_removed(run: Callable[..., Any], folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from triptych.bus import Delivery, Mailbox, Message, Outbox
+from triptych.bus import Delivery, Mailbox, Message, Outbox, SocketOptions
 
 Run = Callable[..., Any]
 
@@ -84,7 +84,7 @@ def test_a_burst_of_tells_arrives_whole_and_in_order(run: Run, folder: Path) -> 
     async def scenario() -> None:
         mailbox = Mailbox("a", f"ipc://{folder}/a", (Number,), capacity=4096)
         await mailbox.start()
-        outbox = Outbox("test", high_water_mark=4096)
+        outbox = Outbox("test", options=SocketOptions(high_water_mark=4096))
         reference = outbox.reference("a", mailbox.address)
         for burst in range(3):
             for value in range(2000):

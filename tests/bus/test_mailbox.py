@@ -13,7 +13,6 @@ import pytest
 from triptych.bus import (
     AskTimeoutError,
     BusError,
-    DeadLetters,
     Delivery,
     Envelope,
     EnvelopeKind,
@@ -24,6 +23,7 @@ from triptych.bus import (
     MessageTooLongError,
     Outbox,
     RemoteError,
+    SocketOptions,
     UnreachableError,
 )
 from triptych.bus._wire import decode_envelope, decode_failure, encode
@@ -290,8 +290,8 @@ def test_a_full_mailbox_tells_both_asker_and_teller(run: Run, folder: Path) -> N
 
 def test_too_long_is_refused_here_and_there(run: Run, folder: Path) -> None:
     async def scenario() -> None:
-        async with serving(adder(folder, max_message_bytes=10_000)) as mailbox:
-            careful = Outbox("careful", max_message_bytes=10_000)
+        async with serving(adder(folder, options=SocketOptions(max_message_bytes=10_000))) as mailbox:
+            careful = Outbox("careful", options=SocketOptions(max_message_bytes=10_000))
             with pytest.raises(MessageTooLongError):
                 careful.reference("adder", mailbox.address).tell(Blob(bytes(11_000)))
             bold = Outbox("bold")
@@ -307,7 +307,7 @@ def test_too_long_is_refused_here_and_there(run: Run, folder: Path) -> None:
 
 def test_a_far_too_long_frame_costs_its_sender_the_connection(run: Run, folder: Path) -> None:
     async def scenario() -> None:
-        async with serving(adder(folder, max_message_bytes=10_000)) as mailbox:
+        async with serving(adder(folder, options=SocketOptions(max_message_bytes=10_000))) as mailbox:
             outbox = Outbox("bold")
             reference = outbox.reference("adder", mailbox.address)
             assert await reference.ask(Add(1, 1), Sum, timeout_s=20) == Sum(2)
@@ -323,7 +323,7 @@ def test_a_far_too_long_frame_costs_its_sender_the_connection(run: Run, folder: 
 
 def test_an_answer_that_is_too_long_reaches_the_asker_as_a_failure(run: Run, folder: Path) -> None:
     async def scenario() -> None:
-        async with serving(adder(folder, max_message_bytes=10_000)) as mailbox:
+        async with serving(adder(folder, options=SocketOptions(max_message_bytes=10_000))) as mailbox:
             outbox = Outbox("test")
             reference = outbox.reference("adder", mailbox.address)
             with pytest.raises(RemoteError, match="Blob has") as caught:
@@ -358,13 +358,12 @@ def test_a_handler_may_fail_an_ask_with_a_code_of_its_own(run: Run, folder: Path
 def test_a_refused_tell_is_a_dead_letter_of_its_sender(run: Run, folder: Path) -> None:
     async def scenario() -> None:
         async with serving(adder(folder)) as mailbox:
-            ring = DeadLetters()
-            outbox = Outbox("test", dead_letters=ring)
+            outbox = Outbox("test")
             reference = outbox.reference("adder", mailbox.address)
             reference.tell(Stranger("hello"))
             reference.tell(Add(1, 2))  # handled; a reply to a tell goes nowhere
             await reference.ask(Add(1, 1), Sum, timeout_s=20)
-            assert [letter.reason for letter in ring.recent] == ["unknown_message"]
+            assert [letter.reason for letter in outbox.dead_letters.recent] == ["unknown_message"]
             outbox.close()
 
     run(scenario())

@@ -27,13 +27,15 @@ from triptych.bus import (
     Message,
     Outbox,
     RemoteError,
+    SocketOptions,
     UnreachableError,
 )
 from triptych.bus._wire import encode
 
 Run = Callable[..., Any]
-KEYS = CurveKeys(*zmq.curve_keypair())
-OTHERS = CurveKeys(*zmq.curve_keypair())
+KEYS = CurveKeys.new()
+WITH_KEYS = SocketOptions(curve=KEYS)
+WITH_OTHER_KEYS = SocketOptions(curve=CurveKeys.new())
 AUTH, HUNG_UP = zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 PROTOCOL = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 
@@ -103,10 +105,10 @@ def test_every_transport_asks_tells_and_sees_the_peer_go(run: Run, folder: Path,
     }[transport]
 
     async def scenario() -> None:
-        with sending(curve=KEYS) as outbox:
+        with sending(options=WITH_KEYS) as outbox:
             reference = outbox.reference("echo", address)
             early = asyncio.ensure_future(reference.ask(Echo("early"), Echoed, timeout_s=20))
-            async with serving(address, curve=KEYS) as mailbox:
+            async with serving(address, options=WITH_KEYS) as mailbox:
                 assert await early == Echoed("early")
                 reference.tell(Echo("told"))
                 assert await reference.ask(Echo("hi"), Echoed, timeout_s=20) == Echoed("hi")
@@ -234,7 +236,7 @@ def test_an_absent_peer_is_told_apart_from_a_silent_one(run: Run, folder: Path) 
 
 def test_the_queue_towards_a_peer_is_bounded(run: Run, folder: Path) -> None:
     async def scenario() -> None:
-        with sending("test", high_water_mark=10) as outbox:
+        with sending("test", options=SocketOptions(high_water_mark=10)) as outbox:
             absent = outbox.reference("echo", f"ipc://{folder}/absent")
             for _ in range(20):
                 absent.tell(Echo("hi"))
@@ -248,7 +250,7 @@ def test_the_asks_outstanding_with_a_peer_are_bounded(run: Run, folder: Path) ->
     async def scenario() -> None:
         mailbox = Mailbox("echo", f"ipc://{folder}/echo", (Echo,))
         await mailbox.start()
-        with sending("test", high_water_mark=10) as outbox:
+        with sending("test", options=SocketOptions(high_water_mark=10)) as outbox:
             reference = outbox.reference("echo", mailbox.address)
             asks = [asyncio.ensure_future(reference.ask(Echo(""), Echoed, timeout_s=20)) for _ in range(10)]
             arrived = [await mailbox.receive() for _ in asks]
@@ -338,13 +340,16 @@ def test_over_tcp_only_who_has_the_keys_gets_in(run: Run, fault: str) -> None:
     address = f"tcp://127.0.0.1:{free_port()}"
 
     async def scenario() -> None:
-        async with serving(address, curve=KEYS) as mailbox:
+        async with serving(address, options=WITH_KEYS) as mailbox:
             if fault == "other keys":
-                with sending("test", curve=OTHERS) as outbox, pytest.raises(HandshakeRefusedError, match="other keys"):
+                with (
+                    sending("test", options=WITH_OTHER_KEYS) as outbox,
+                    pytest.raises(HandshakeRefusedError, match="other keys"),
+                ):
                     await outbox.reference("echo", address).ask(Echo("hi"), Echoed, timeout_s=20)
             else:
                 await asyncio.to_thread(knock, address, KEYS.public if fault == "the public key alone" else None)
-            with sending("test", curve=KEYS) as outbox:
+            with sending("test", options=WITH_KEYS) as outbox:
                 reference = outbox.reference("echo", address)
                 assert await reference.ask(Echo("hi"), Echoed, timeout_s=20) == Echoed("hi")
             assert mailbox.dead_letters.count == 0
@@ -372,14 +377,14 @@ def test_a_connection_waits_for_keys_that_are_right_later(run: Run) -> None:
     address = f"tcp://127.0.0.1:{free_port()}"
 
     async def scenario() -> None:
-        with sending("test", curve=KEYS) as outbox:
+        with sending("test", options=WITH_KEYS) as outbox:
             reference = outbox.reference("echo", address)
-            async with serving(address, curve=OTHERS):
+            async with serving(address, options=WITH_OTHER_KEYS):
                 with pytest.raises(HandshakeRefusedError):
                     await reference.ask(Echo("hi"), Echoed, timeout_s=20)
             while await taken(address):  # ZMQ's own thread closes the port
                 pass
-            async with serving(address, curve=KEYS):
+            async with serving(address, options=WITH_KEYS):
                 assert await reference.ask(Echo("hi"), Echoed, timeout_s=20) == Echoed("hi")
 
     run(scenario())
@@ -400,9 +405,9 @@ def test_without_its_gate_a_mailbox_lets_nobody_in(run: Run) -> None:
     address = f"tcp://127.0.0.1:{free_port()}"
 
     async def scenario() -> None:
-        async with serving(address, curve=KEYS) as mailbox:
+        async with serving(address, options=WITH_KEYS) as mailbox:
             mailbox._close_authenticator()
-            with sending("test", curve=KEYS) as outbox, pytest.raises(UnreachableError):
+            with sending("test", options=WITH_KEYS) as outbox, pytest.raises(UnreachableError):
                 await outbox.reference("echo", address).ask(Echo("hi"), Echoed, timeout_s=20)
 
     run(scenario())

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import zmq
 
-from triptych.bus import CurveKeys, Message, Outbox, Reference, UnreachableError
+from triptych.bus import CurveKeys, Message, Outbox, Reference, SocketOptions, UnreachableError
 
 PROGRAM = Path(__file__).with_name("echo_server.py")
 KEYS = CurveKeys(*zmq.curve_keypair())
@@ -81,7 +81,7 @@ def test_a_killed_peer_is_seen_and_its_successor_reached(
 ) -> None:
     async def scenario() -> None:
         first = start(address)
-        outbox = Outbox("test", curve=KEYS)
+        outbox = Outbox("test", options=SocketOptions(curve=KEYS))
         reference = outbox.reference("peer", address)
         assert await reference.ask(Who(), Me, timeout_s=20) == Me(first.pid)
         down = asyncio.ensure_future(reference.down())
@@ -110,7 +110,7 @@ def test_what_was_queued_for_a_stopped_peer_does_not_reach_its_successor(
 ) -> None:
     async def scenario() -> None:
         first = start(address)
-        outbox = Outbox("test", curve=KEYS)
+        outbox = Outbox("test", options=SocketOptions(curve=KEYS))
         reference = outbox.reference("peer", address)
         assert await reference.ask(Who(), Me, timeout_s=20) == Me(first.pid)
         down = asyncio.ensure_future(reference.down())

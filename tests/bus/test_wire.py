@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from triptych.bus import Envelope, EnvelopeKind, Failure, Message, MessageTooLongError
-from triptych.bus._envelope import MAX_GENERATION, MAX_NAME
 from triptych.bus._wire import (
+    MAX_GENERATION,
+    MAX_NAME,
     BadBodyError,
     BodyDecoder,
     UnreadableError,

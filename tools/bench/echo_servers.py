@@ -18,7 +18,7 @@ import zmq
 
 from triptych.actors import Actor, AddressBook
 from triptych.actors.runtime.runtime import Runtime
-from triptych.bus import CurveKeys, Mailbox, Message, Outbox
+from triptych.bus import CurveKeys, Mailbox, Message, Outbox, SocketOptions
 
 NAME: Final = "echo"
 PAYLOADS: Final = {"20 B": "a short text as such", "4 KiB": "x" * (4 << 10)}
@@ -55,7 +55,7 @@ class EchoActor(Actor):
 async def serve_actor(address: str, keys: CurveKeys) -> None:
     """Answer forever from a handler of an actor."""
     book = AddressBook(None, {NAME: address})
-    book.keys = keys
+    book.socket_options = SocketOptions(curve=keys)
     async with Runtime([EchoActor(NAME)], address_book=book) as runtime:
         _ready()
         await runtime.wait()
@@ -63,7 +63,7 @@ async def serve_actor(address: str, keys: CurveKeys) -> None:
 
 async def serve_mailbox(address: str, keys: CurveKeys) -> None:
     """Answer forever through a mailbox."""
-    mailbox = Mailbox(NAME, address, (Echo,), curve=keys)
+    mailbox = Mailbox(NAME, address, (Echo,), options=SocketOptions(curve=keys))
     await mailbox.start()
     _ready()
     while True:
@@ -74,7 +74,7 @@ async def serve_mailbox(address: str, keys: CurveKeys) -> None:
 
 async def connect_mailbox(address: str, keys: CurveKeys) -> Ask:
     """Return an ask with envelope, typed decode and deadline."""
-    reference = Outbox("bench", curve=keys).reference(NAME, address)
+    reference = Outbox("bench", options=SocketOptions(curve=keys)).reference(NAME, address)
 
     async def ask(text: str) -> object:
         return await reference.ask(Echo(text, 12345), Echoed, timeout_s=30)

@@ -245,7 +245,9 @@ def _why_no_small_disk(state: Path) -> str:
 def _send_garbage(context: FaultContext, name: str) -> None:
     with zmq.Context() as sockets, sockets.socket(zmq.DEALER) as dealer:
         dealer.linger = 200
-        if keys := context.address_book.keys:  # from within: from without nothing reaches a mailbox over tcp
+        if (
+            keys := context.address_book.socket_options.curve
+        ):  # from within: from without nothing reaches a mailbox over tcp
             dealer.curve_publickey, dealer.curve_secretkey, dealer.curve_serverkey = (
                 keys.public,
                 keys.secret,

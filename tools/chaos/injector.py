@@ -47,7 +47,7 @@ class FaultInjector:
         self._cluster = cluster
         address_book = AddressBook(cluster.topology)
         self._context = FaultContext(cluster, address_book, random.Random(seed), clock)
-        self._outbox = Outbox("chaos", curve=address_book.keys)
+        self._outbox = Outbox("chaos", options=address_book.socket_options)
         self._head = self._outbox.reference("head", address_book.address("head"))
         self._victim_locks = {component.name: asyncio.Lock() for component in cluster.topology.components}
         self.injected: list[InjectedFault] = []

@@ -65,7 +65,7 @@ async def wait_until_idle(cluster: Cluster) -> tuple[list[dict[str, Any]], list[
     """
     names = [c.name for c in cluster.topology.components if c.kind == "pool"]
     address_book = AddressBook(cluster.topology)
-    outbox = Outbox("chaos", curve=address_book.keys)
+    outbox = Outbox("chaos", options=address_book.socket_options)
     began = time.monotonic()
     try:
         while True:

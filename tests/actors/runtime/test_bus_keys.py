@@ -28,7 +28,7 @@ def test_all_who_start_at_once_have_the_same_key_for_themselves_alone(topology: 
     with ThreadPoolExecutor(8) as starters:
         found = list(starters.map(start, range(8)))
     assert found[0] is not None
-    assert set(found) == {AddressBook(topology).keys}
+    assert set(found) == {AddressBook(topology).socket_options.curve}
     (file,) = topology.state_dir.iterdir()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert stat.S_IMODE(topology.state_dir.stat().st_mode) == 0o700
@@ -38,7 +38,7 @@ def test_a_bus_in_a_private_folder_needs_no_key(write: Write) -> None:
     topology = load_topology(write())
     make_bus_keys(topology)
     assert not topology.state_dir.exists()
-    assert AddressBook(topology).keys is None
+    assert AddressBook(topology).socket_options.curve is None
 
 
 def test_a_key_that_cannot_be_used_is_refused_with_what_to_do(topology: Topology) -> None:

@@ -191,7 +191,7 @@ async def running_head(
     names = [c.name for c in topology.components if c.kind in ("encoder", "denoiser", "decoder")]
     workers = {name: Worker(name) for name in names}
     make_bus_keys(topology)
-    outbox = Outbox("test", curve=address_book.keys)
+    outbox = Outbox("test", options=address_book.socket_options)
     pool = pool or Pool("pool")
     head = Head(topology)
     async with (
@@ -533,7 +533,7 @@ def test_a_large_journal_is_read_while_the_head_lives_and_old_keys_count_at_once
         monkeypatch.setattr(Journal, "active", held)
         second = asyncio.create_task(after_the_start())
         assert await asyncio.to_thread(reading.wait, BOUND_S)
-        outbox = Outbox("asker", curve=AddressBook(harness.topology).keys)
+        outbox = Outbox("asker", options=AddressBook(harness.topology).socket_options)
         head = outbox.reference("head", AddressBook(harness.topology).address("head"))
         assert (await head.ask(Inspect(), Inspection, timeout_s=BOUND_S)).actors[0].state == "loading"
         outbox.close()
