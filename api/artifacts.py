@@ -15,7 +15,7 @@ from triptych.api.operations import FILE_ANSWERS, FILE_ERRORS, FILE_HEADERS, ope
 from triptych.api.services import ApiRequest
 from triptych.bus import RemoteError
 from triptych.roles.media.artifacts import ArtifactError, ArtifactMissingError
-from triptych.roles.media.formats import CONTENT_TYPES
+from triptych.roles.media.formats import FORMATS
 from triptych.roles.messages.requests import RequestView
 
 GONE: Final = 410
@@ -79,7 +79,7 @@ async def send_file(request: ApiRequest, name: str) -> Response:
     except FileNotFoundError:
         raise artifact_expired(name) from None
     headers = {"Cache-Control": "private, max-age=31536000, immutable", "X-Content-Type-Options": "nosniff"}
-    media_type = CONTENT_TYPES[path.suffix[1:]]
+    media_type = FORMATS[path.suffix[1:]].content_type
     response = FileResponse(path, media_type=media_type, headers=headers, stat_result=found)
     etag, modified = response.headers["etag"], response.headers["last-modified"]
     match precondition(request.headers, etag, modified):

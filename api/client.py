@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import httpx
 
+from triptych.roles.media.formats import FORMAT_OF_ENDING
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from PIL.Image import Image
 
 GENERATE_TIMEOUT_S: Final = 3600.0
-FORMATS: Final = {"jpg": "jpeg", **{name: name for name in ("png", "jpeg", "webp", "gif", "mp4", "zip", "wav")}}
-"""Output formats by the ending of a file's name."""
 KEY_VARIABLE: Final = "TRIPTYCH_API_KEY"
 _CONNECT_TIMEOUT_S: Final = 5.0
 _READ_TIMEOUT_S: Final = 10.0
@@ -102,7 +102,7 @@ def _encoded(value: object) -> object:
 
 def format_of(path: Path) -> str | None:
     """The output format that the ending of a file's name asks for; None where it tells nothing."""
-    return FORMATS.get(path.suffix.lower().removeprefix("."))
+    return FORMAT_OF_ENDING.get(path.suffix.lower().removeprefix("."))
 
 
 def read_images(response: httpx.Response, n: int) -> list[GeneratedImage]:

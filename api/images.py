@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
@@ -16,8 +16,14 @@ from triptych.api.operations import Answer, Body, operation
 from triptych.api.requests import idempotency_key, raise_unless_done, request_object, submit, wait
 from triptych.api.responses import JSONResponse, artifact_url, request_url
 from triptych.api.services import ApiRequest
+from triptych.roles.media.formats import FORMATS, REQUESTED_FORMATS
 from triptych.roles.messages.common import MAX_SEED, Output
 from triptych.roles.messages.requests import RequestView
+
+if TYPE_CHECKING:
+    OutputFormat: TypeAlias = str
+else:
+    OutputFormat = Literal[REQUESTED_FORMATS]
 
 
 class ImageRequest(MediaRequest, frozen=True, kw_only=True):
@@ -25,10 +31,10 @@ class ImageRequest(MediaRequest, frozen=True, kw_only=True):
 
     n: Annotated[int, Meta(ge=1, le=10)] = 1
     response_format: Literal["b64_json", "url"] = "b64_json"
-    output_format: Literal["png", "jpeg", "webp", "gif", "mp4", "zip", "wav"] | None = None
+    output_format: OutputFormat | None = None
     """By default the one that suits what the model makes."""
     output_compression: Annotated[int, Meta(ge=0, le=100)] | None = None
-    """Of jpeg and webp: 100 is the best and largest."""
+    """Of lossy formats: 100 is the best and largest."""
 
 
 class Image(msgspec.Struct, omit_defaults=True):
@@ -51,6 +57,7 @@ class ImagesResponse(msgspec.Struct):
 
 
 _ANSWERS: Final[dict[int, Answer]] = {200: ImagesResponse, 202: "Request"}
+_LOSSY: Final = tuple(name for name in REQUESTED_FORMATS if FORMATS[name].lossy)
 _ERRORS: Final = (409, 410, 500, 504)
 _HEADERS: Final = ("Prefer", "Idempotency-Key")
 _FILES: Final = {
@@ -86,14 +93,16 @@ async def _read_image_request(request: ApiRequest) -> ParsedRequest[ImageRequest
             raise field_error("seed", predicate)
     elif fields.seed is not None and fields.seed + fields.n - 1 > MAX_SEED:
         raise field_error("seed", f"is too large: that of the last image, seed + n - 1, is over {MAX_SEED}")
-    if fields.output_compression not in (None, 100) and fields.output_format not in ("jpeg", "webp"):
-        raise field_error("output_compression", "must be 100 or left out unless output_format is jpeg or webp")
+    if fields.output_compression not in (None, 100) and fields.output_format not in _LOSSY:
+        raise field_error(
+            "output_compression", f"must be 100 or left out unless output_format is {' or '.join(_LOSSY)}"
+        )
     return parsed
 
 
 async def _generate(request: ApiRequest, parsed: ParsedRequest[ImageRequest]) -> Response:
     fields = parsed.fields
-    quality = fields.output_compression if fields.output_format in ("jpeg", "webp") else None
+    quality = fields.output_compression if fields.output_format in _LOSSY else None
     output = Output(fields.output_format or "", quality=0 if quality is None else max(1, quality))
     n = len(fields.seed) if isinstance(fields.seed, tuple) else fields.n
     request_id = await submit(request, parsed, n=n, output=output)

@@ -17,7 +17,7 @@ from triptych.api.requests import IDEMPOTENCY_KEY, Deleted
 from triptych.api.responses import JSONResponse
 from triptych.api.services import ApiRequest
 from triptych.engines.parameters.schema import TENSORS
-from triptych.roles.media.formats import CONTENT_TYPES
+from triptych.roles.media.formats import FORMATS
 from triptych.roles.messages.requests import ClusterView, RequestView
 
 _REASONS: Final = {
@@ -220,7 +220,7 @@ def _answer(status: int, schema: Answer) -> dict[str, Any]:
     if schema == FILE:
         files = {"schema": {"type": "string", "format": "binary"}}
         several = {"multipart/byteranges": files} if status == 206 else {}
-        answer["content"] = {**dict.fromkeys(CONTENT_TYPES.values(), files), **several}
+        answer["content"] = {**{row.content_type: files for row in FORMATS.values()}, **several}
     elif schema:
         name = schema if isinstance(schema, str) else schema.__name__
         answer["content"] = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}

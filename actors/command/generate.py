@@ -18,7 +18,6 @@ from triptych.actors.command._progress import wait_until_finished
 from triptych.actors.errors import TopologyError
 from triptych.actors.topology import load_topology
 from triptych.api.client import (
-    FORMATS,
     GENERATE_TIMEOUT_S,
     KEY_VARIABLE,
     ClientError,
@@ -31,6 +30,7 @@ from triptych.api.client import (
     unreachable,
 )
 from triptych.api.keys import ApiKeysError, read_client_key
+from triptych.roles.media.formats import FORMAT_OF_ENDING
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 URL_VARIABLE: Final = "TRIPTYCH_URL"
@@ -219,7 +219,7 @@ def parse_settings(
             raise typer.BadParameter(f"{name} is already given by its own option", param_hint="--set")
     ending = format_of(out) if out else None
     if out is not None and out.suffix and ending is None:
-        endings = ", ".join(f".{name}" for name in FORMATS)
+        endings = ", ".join(f".{name}" for name in FORMAT_OF_ENDING)
         raise typer.BadParameter(f"{out.suffix} is not the suffix of a format: use {endings}", param_hint="--out")
     if ending is not None and read.setdefault("output_format", ending) != ending:
         contradiction = f"output_format is {read['output_format']}, but {out} is the file to write"

@@ -16,8 +16,8 @@ from triptych.engines.parameters.lora import check_lora
 from triptych.engines.parameters.schema import MASKS, Signature
 from triptych.engines.parameters.serving_config import ParameterError
 from triptych.roles.head.job import Job, Request
+from triptych.roles.head.output import resolve_output
 from triptych.roles.head.served_models import ServedModel
-from triptych.roles.media.formats import resolve_output
 from triptych.roles.messages.common import MAX_SEED, Images, Input, Tensors
 from triptych.roles.messages.requests import SubmitRequest
 

@@ -18,9 +18,9 @@ from triptych.engines.parameters.validation import ANY
 from triptych.engines.stages import Stage
 from triptych.roles.head.dispatch import POLICIES
 from triptych.roles.head.job import Request
+from triptych.roles.head.output import resolve_output
 from triptych.roles.head.registry import InstanceRegistry
 from triptych.roles.head.scheduler import JobScheduler
-from triptych.roles.media.formats import resolve_output
 from triptych.roles.messages.common import Output
 from triptych.roles.messages.requests import InstanceView, ModelDescription, PromptCacheView
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from triptych.roles.media.files import Entry, list_entries, write_atomic
-from triptych.roles.media.formats import CONTENT_TYPES
+from triptych.roles.media.formats import FORMATS
 from triptych.roles.media.retention import StoreBounds, surplus
 from triptych.roles.messages.common import Artifact
 
@@ -16,7 +16,7 @@ ARTIFACTS: Final = "artifacts"
 """Folder of the artifact store, under the state folder."""
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,100}/[0-9]{1,6}")
-_NAME = re.compile(rf"[A-Za-z0-9_-]{{1,100}}_[0-9]{{1,6}}\.(?:{'|'.join(CONTENT_TYPES)})")
+_NAME = re.compile(rf"[A-Za-z0-9_-]{{1,100}}_[0-9]{{1,6}}\.(?:{'|'.join(FORMATS)})")
 
 
 class ArtifactError(Exception):
@@ -34,13 +34,13 @@ def artifact_name(job_id: str, output_format: str) -> str:
 
     Raises:
         ArtifactError: when the id is not `REQUEST_ID/INDEX` in letters, digits, `_` and `-`, or the format is
-            not one of `CONTENT_TYPES`.
+            not one of `FORMATS`.
 
     """
     if not _JOB_ID.fullmatch(job_id):
         raise ArtifactError(f"{job_id!r} is no job id: want REQUEST_ID/INDEX of letters, digits, '_' and '-'")
-    if output_format not in CONTENT_TYPES:
-        raise ArtifactError(f"output format {output_format!r} is none of {', '.join(CONTENT_TYPES)}")
+    if output_format not in FORMATS:
+        raise ArtifactError(f"output format {output_format!r} is none of {', '.join(FORMATS)}")
     return f"{job_id.replace('/', '_')}.{output_format}"
 
 
@@ -60,7 +60,7 @@ class ArtifactStore:
         """
         name = artifact_name(job_id, output_format)
         write_atomic(self.folder / name, data)
-        return Artifact(name, CONTENT_TYPES[output_format], len(data))
+        return Artifact(name, FORMATS[output_format].content_type, len(data))
 
     def path(self, name: str) -> Path:
         """Where the artifact of that name lies, whether or not it exists.
@@ -94,7 +94,7 @@ class ArtifactStore:
             OSError: when the folder cannot be written.
 
         """
-        for output_format in CONTENT_TYPES:
+        for output_format in FORMATS:
             (self.folder / artifact_name(job_id, output_format)).unlink(missing_ok=True)
 
     def prune(self, bounds: StoreBounds, *, now: float, needed: Container[str]) -> int:

@@ -23,6 +23,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from av.video.stream import VideoStream
 
 from triptych.roles.media.decoded import Audio, Check, VideoFrames
+from triptych.roles.media.writers import WriteOptions
 
 _Packet: TypeAlias = "Packet[VideoStream] | Packet[AudioStream]"
 
@@ -39,8 +40,8 @@ _BITS_PER_SAMPLE: Final = 4
 _NTSC: Final = Fraction(1000, 1001)
 
 
-def mp4(video: VideoFrames, fps: float, check: Check) -> bytes:
-    """Encode a video that a browser can play while it arrives.
+def write_mp4(video: VideoFrames, options: WriteOptions) -> bytes:
+    """Write a video that a browser can play while it arrives.
 
     H.264 in yuv420p (BT.709, limited range) needs even sizes: an odd height or width is made even by repeating the
     last row or column. The sound keeps its length and, where AAC knows it, its rate; else it gets the next higher one
@@ -48,16 +49,16 @@ def mp4(video: VideoFrames, fps: float, check: Check) -> bytes:
 
     Args:
         video: What to encode.
-        fps: Frames per second; 29.97 and its like stand for the fractions of NTSC.
-        check: Called before each frame.
+        options: A rate of 29.97 or its like stands for the fraction of NTSC.
     """
     # The index is moved to the front at the end, for which the file is read again: it needs a name, but no disk.
     descriptor = os.memfd_create("mp4")
     try:
         path = f"/proc/self/fd/{descriptor}"
-        pace = exact_rate(fps)
+        pace = exact_rate(options.fps)
         with av.open(path, "w", format="mp4", options=_MP4 | {"movie_timescale": _timescale(pace)}) as container:
-            packets: list[_Packet] = [*_video_packets(container.add_stream("libx264", rate=pace), video.frames, check)]
+            stream = container.add_stream("libx264", rate=pace)
+            packets: list[_Packet] = [*_video_packets(stream, video.frames, options.check)]
             if video.sound is not None:
                 rate = _aac_rate(video.sound.rate)
                 packets += _sound_packets(container.add_stream("aac", rate=rate), video.sound, rate)

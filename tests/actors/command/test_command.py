@@ -220,7 +220,7 @@ def test_settings_are_json_or_text() -> None:
 def test_an_ending_that_is_no_format_is_refused_before_anything_is_made() -> None:
     showing = runner.invoke(app, ["generate", "a cat", "-o", "a.bmp"])
     assert showing.exit_code == 2
-    assert ".bmp is not the suffix of a format: use .jpg" in " ".join(showing.stderr.replace("│", " ").split())
+    assert ".bmp is not the suffix of a format: use .png" in " ".join(showing.stderr.replace("│", " ").split())
 
 
 def test_several_images_have_names_of_their_own() -> None:

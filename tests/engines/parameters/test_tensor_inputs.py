@@ -16,8 +16,8 @@ from triptych.engines.parameters.schema import Parameter, ParameterKind, Signatu
 from triptych.engines.parameters.serving_config import ServingConfig
 from triptych.engines.parameters.validation import ParameterError, check_tensors
 from triptych.engines.stages import InputError, Stage
+from triptych.roles.head.output import resolve_output
 from triptych.roles.media.decoded import MediaError, to_media
-from triptych.roles.media.formats import resolve_output
 from triptych.roles.media.writers import default_format, encode
 from triptych.roles.messages.common import Output, Tensors, Upload
 

@@ -14,14 +14,14 @@ from triptych.roles.media.artifacts import (
     artifact_name,
 )
 from triptych.roles.media.files import Entry
-from triptych.roles.media.formats import CONTENT_TYPES
+from triptych.roles.media.formats import FORMATS
 from triptych.roles.media.retention import StoreBounds, surplus
 
 
-@pytest.mark.parametrize("output_format", CONTENT_TYPES)
+@pytest.mark.parametrize("output_format", FORMATS)
 def test_every_format_has_names_of_its_own(tmp_path: Path, output_format: str) -> None:
     artifact = ArtifactStore(tmp_path).save("r/0", output_format, b"bytes")
-    assert (artifact.name, artifact.content_type) == (f"r_0.{output_format}", CONTENT_TYPES[output_format])
+    assert (artifact.name, artifact.content_type) == (f"r_0.{output_format}", FORMATS[output_format].content_type)
     assert ArtifactStore(tmp_path).read(artifact.name) == b"bytes"
 
 

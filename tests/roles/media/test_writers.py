@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from triptych.roles.media.decoded import Audio, Latents, Media, MediaError, Stills, VideoFrames
-from triptych.roles.media.formats import CONTENT_TYPES, formats_for
+from triptych.roles.media.formats import FORMATS, formats_for
 from triptych.roles.media.writers import default_format, encode
 
 
@@ -51,13 +51,13 @@ UNFIT: dict[str, tuple[Media, ...]] = {
 }
 
 
-@pytest.mark.parametrize("output_format", CONTENT_TYPES)
+@pytest.mark.parametrize("output_format", FORMATS)
 def test_the_same_media_always_give_the_same_bytes(output_format: str) -> None:
     for media in FITTING[output_format]:
         assert encode(media, output_format, 16.0) == encode(media, output_format, 16.0)
 
 
-@pytest.mark.parametrize("output_format", CONTENT_TYPES)
+@pytest.mark.parametrize("output_format", FORMATS)
 def test_what_a_format_cannot_hold_is_refused_in_words(output_format: str) -> None:
     for media in UNFIT[output_format]:
         with pytest.raises(MediaError, match=f"which a file of the format {output_format} cannot hold"):

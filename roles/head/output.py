@@ -1,0 +1,79 @@
+"""How the result of a request is written: the head resolves the format and the frame rate that it asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Final
+
+from triptych.engines.parameters.schema import FRAME_RATE_NAMES, LATENT, OUTPUT_TYPE, Signature
+from triptych.engines.parameters.serving_config import ParameterError
+from triptych.roles.media.formats import FORMATS, LATENTS_FORMAT, formats_for
+from triptych.roles.messages.common import Output
+
+_SLOWEST: Final = 1.0
+_FASTEST: Final = 240.0
+
+
+def resolve_output(
+    asked: Output, signature: Signature, given: Mapping[str, object], inputs: Mapping[str, object]
+) -> Output:
+    """Check the format that a request asks for, and find out how fast its video plays.
+
+    Args:
+        asked: What the request says about its result.
+        signature: Of the pipeline; without parameters where no instance has loaded it yet.
+        given: Inputs that the request names.
+        inputs: The same, with the defaults of the model's serving config.
+
+    Returns:
+        The same format, or that of latents; and the frames per second that the request names, else the serving config,
+        else the pipeline: 0 where none of them does, or no video is made.
+
+    Raises:
+        ParameterError: The pipeline makes nothing that such a file could hold, or the rate or `output_type` is wrong.
+    """
+    if (output_type := inputs.get(OUTPUT_TYPE)) is not None:
+        if output_type != LATENT:
+            raise ParameterError(OUTPUT_TYPE, f"must be {LATENT}, or left out.")
+        if asked.format not in ("", LATENTS_FORMAT):
+            raise ParameterError(OUTPUT_TYPE, f"cannot be {LATENT} beside a file of the format {asked.format}.")
+        return Output(LATENTS_FORMAT)
+    known = bool(signature.parameters)
+    if known and asked.format:
+        holds = formats_for(signature.medium, inputs.get("num_frames"))
+        if asked.format not in holds:
+            raise ParameterError(
+                "output_format", f"must be {_or(holds)}: {asked.format} cannot hold {_an(signature.medium)}."
+            )
+    if asked.format and asked.format not in FORMATS:
+        raise ParameterError("output_format", f"must be {_or(tuple(FORMATS))}.")
+    if known and signature.medium != "video":
+        return Output(asked.format, quality=asked.quality)
+    return Output(asked.format, _fps(asked.fps, given, inputs) or signature.fps, asked.quality)
+
+
+def _fps(asked: float, *in_turn: Mapping[str, object]) -> float:
+    if asked:
+        return _checked("fps", asked)
+    for values in in_turn:
+        for name in FRAME_RATE_NAMES:
+            if (value := values.get(name)) is not None:
+                return _checked(name, value)
+    return 0.0
+
+
+def _checked(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ParameterError(name, "must be a number.")
+    if not _SLOWEST <= value <= _FASTEST:
+        raise ParameterError(name, f"must be {_SLOWEST:g} to {_FASTEST:g}.")
+    return float(value)
+
+
+def _an(medium: str) -> str:
+    return {"image": "an image", "video": "a video", "audio": "sound"}[medium]
+
+
+def _or(formats: tuple[str, ...]) -> str:
+    return " or ".join(filter(None, (", ".join(formats[:-1]), formats[-1])))
