@@ -15,9 +15,7 @@ class Candidate:
     """jobs that it would still take; at least 1."""
     slots: int
     load: int
-    """jobs in its hands."""
-    served: int
-    """jobs ever sent to it."""
+    """Jobs that are assigned to it."""
     last_served: int
     """Serial number of the last dispatch to it, 0 for never."""
     model: str = ""

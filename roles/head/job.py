@@ -5,12 +5,9 @@ A request is one or more of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
-
-import msgspec
 
 from triptych.actors.topology import ModelIdentity
 from triptych.engines.stages import Stage
@@ -100,28 +97,39 @@ class IllegalTransitionError(Exception):
         self.target = target
 
 
-class Job(msgspec.Struct, rename={"stored": "staged"}):
-    """One image on its way."""
+@dataclass(frozen=True, slots=True)
+class StoredOutput:
+    """What a stage has made of a job, in a block of a pool."""
+
+    stage: Stage
+    """That made it."""
+    payload: StoredPayload
+
+
+@dataclass(slots=True)
+class Job:
+    """One image or video of a request, on its way through the stages."""
 
     id: str
     request_id: str
     index: int
     seed: int
     left_s: float = 600.0
-    """Seconds until it is TIMED_OUT; counted down, so that no step of a clock reaches it. An earlier version did not
-    write it: then it has this much."""
+    """Seconds until it is TIMED_OUT; counted down, so that no step of a clock reaches it."""
     state: State = State.PENDING
     stage_s: float = 0.0
     """Seconds in its present state."""
     attempt: int = 0
-    history: list[Transition] = msgspec.field(default_factory=list)
-    stored: dict[Stage, StoredPayload] = msgspec.field(default_factory=dict)
-    """Outputs at rest, by the stage that made them."""
+    history: list[Transition] = field(default_factory=list)
+    stored: StoredOutput | None = None
+    """What it goes on from; only the output of its latest stage is kept. No other record says which block it holds."""
     instance: str = ""
-    """Who has it in hand, empty while it waits."""
-    instances: dict[str, str] = msgspec.field(default_factory=dict)
-    stage_seconds: dict[str, float] = msgspec.field(default_factory=dict)
-    causes: list[str] = msgspec.field(default_factory=list)
+    """The instance that it is assigned to, "" while it waits. No other record says so."""
+    instances: dict[str, str] = field(default_factory=dict)
+    """The instance that ran each stage last, by stage."""
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    causes: list[str] = field(default_factory=list)
+    """Why earlier attempts ended, oldest first."""
     failures: int = 0
     """Attempts that ended through the request or its instance; what a transfer, pool or head lost does not count."""
     transfers_lost: int = 0
@@ -133,11 +141,11 @@ class Job(msgspec.Struct, rename={"stored": "staged"}):
     step: int = 0
     total_steps: int = 0
     artifact: Artifact | None = None
-    borrows: bool = False
-    """What it has of an encoder was made for another job of an equal prompt, and has to be made its own."""
+    uses_cached_prompt: bool = False
+    """Its encoder output was made for another job of an equal prompt, and has to be adapted to this one."""
     model: str = ""
     """Version of the weights that its tensors at rest were made with; "" before an encoder has had it."""
-    at_fault: bool = False
+    invalid_request: bool = False
     """It failed because the pipeline cannot run with its inputs."""
 
     @property
@@ -189,21 +197,19 @@ class Job(msgspec.Struct, rename={"stored": "staged"}):
 
     def resume_stage(self, stage: Stage) -> Stage:
         """The stage to start again from when `stage` was lost: the nearest whose inputs are still at rest."""
-        while stage in UPSTREAM and UPSTREAM[stage] not in self.stored:
+        while stage in UPSTREAM and not (self.stored and self.stored.stage is UPSTREAM[stage]):
             stage = UPSTREAM[stage]
         return stage
 
-    def drop_stored(self) -> tuple[LeaseRef, ...]:
-        """Forget every stored output; returns their leases."""
-        leases = tuple(stored.lease for stored in self.stored.values())
-        self.forget_stored(tuple(self.stored))
-        return leases
+    @property
+    def lease(self) -> LeaseRef | None:
+        """The block of its stored output."""
+        return self.stored.payload.lease if self.stored else None
 
-    def forget_stored(self, stages: Iterable[Stage]) -> None:
-        """Forget the outputs of some stages."""
-        for stage in stages:
-            del self.stored[stage]
-        self.borrows = self.borrows and Stage.ENCODER in self.stored
+    def forget_stored(self) -> None:
+        """Start from nothing any more."""
+        self.stored = None
+        self.uses_cached_prompt = False
 
     def view(self) -> JobView:
         """What a client may know."""
@@ -219,7 +225,7 @@ class Job(msgspec.Struct, rename={"stored": "staged"}):
             stage_seconds=dict(self.stage_seconds),
             causes=tuple(self.causes),
             artifact=self.artifact,
-            at_fault=self.at_fault,
+            at_fault=self.invalid_request,
         )
 
 

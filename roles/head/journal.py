@@ -18,10 +18,12 @@ from typing import Final
 import msgspec
 
 from triptych.actors.topology import ModelIdentity
-from triptych.roles.head.job import Job, Request
+from triptych.engines.stages import Stage
+from triptych.roles.head.job import Job, Request, State, StoredOutput
 from triptych.roles.media.files import sync_folder
 from triptych.roles.media.retention import StoreBounds
-from triptych.roles.messages.common import Input, Output
+from triptych.roles.messages.common import Artifact, Input, Output, StoredPayload
+from triptych.roles.messages.requests import Transition
 
 BATCH: Final = 50
 """Requests removed by one transaction: it holds a writer up for about a millisecond."""
@@ -97,8 +99,65 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
     model: str = ""
 
 
+class _JobRow(msgspec.Struct):
+    """A job as it is on disk, a map of these names in this order.
+
+    A name that is changed here loses, without an error, what earlier versions wrote; a field that is added needs a
+    default that is right for their rows.
+    """
+
+    id: str
+    request_id: str
+    index: int
+    seed: int
+    left_s: float = 600.0
+    """Earlier versions did not write it: then the job has this much."""
+    state: State = State.PENDING
+    stage_s: float = 0.0
+    attempt: int = 0
+    history: list[Transition] = msgspec.field(default_factory=list)
+    staged: dict[Stage, StoredPayload] = msgspec.field(default_factory=dict)
+    """`Job.stored`; at most one entry."""
+    instance: str = ""
+    instances: dict[str, str] = msgspec.field(default_factory=dict)
+    stage_seconds: dict[str, float] = msgspec.field(default_factory=dict)
+    causes: list[str] = msgspec.field(default_factory=list)
+    failures: int = 0
+    transfers_lost: int = 0
+    deaths: int = 0
+    stalls: int = 0
+    step: int = 0
+    total_steps: int = 0
+    artifact: Artifact | None = None
+    borrows: bool = False
+    """`Job.uses_cached_prompt`."""
+    model: str = ""
+    at_fault: bool = False
+    """`Job.invalid_request`."""
+
+
+_RENAMED: Final = frozenset({"staged", "borrows", "at_fault"})
+_SAME: Final = tuple(name for name in _JobRow.__struct_fields__ if name not in _RENAMED)
 _body = msgspec.msgpack.Decoder(_Body)
-_job = msgspec.msgpack.Decoder(Job)
+_job_row = msgspec.msgpack.Decoder(_JobRow)
+
+
+def encode_job(job: Job) -> bytes:
+    """Return a job as its row holds it."""
+    fields = {name: getattr(job, name) for name in _SAME}
+    staged = {job.stored.stage: job.stored.payload} if job.stored else {}
+    row = _JobRow(**fields, staged=staged, borrows=job.uses_cached_prompt, at_fault=job.invalid_request)
+    return msgspec.msgpack.encode(row)
+
+
+def decode_job(body: bytes) -> Job:
+    """Return the job of a row; raises ValueError for what is none."""
+    row = _job_row.decode(body)
+    stored = [StoredOutput(stage, payload) for stage, payload in row.staged.items()]
+    job = Job(**{name: getattr(row, name) for name in _SAME})
+    job.stored = stored[-1] if stored else None
+    job.uses_cached_prompt, job.invalid_request = row.borrows, row.at_fault
+    return job
 
 
 class Journal:
@@ -211,7 +270,7 @@ class Journal:
     def _write_jobs(self, jobs: Iterable[Job]) -> None:
         self._db.executemany(
             "INSERT INTO units VALUES (?, ?, ?) ON CONFLICT(id) DO UPDATE SET body = excluded.body",
-            [(job.id, job.request_id, msgspec.msgpack.encode(job)) for job in jobs],
+            [(job.id, job.request_id, encode_job(job)) for job in jobs],
         )
 
     @contextlib.contextmanager
@@ -281,7 +340,7 @@ class Journal:
         rows = self._db.execute("SELECT body FROM units WHERE request_id = CAST(? AS TEXT)", (id_,)).fetchall()
         try:
             held = _body.decode(body)
-            jobs = sorted((_job.decode(job[0]) for job in rows), key=lambda job: job.index)
+            jobs = sorted((decode_job(row[0]) for row in rows), key=lambda job: job.index)
             request = Request(
                 id=id_.decode(),
                 inputs=held.inputs,

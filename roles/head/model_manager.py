@@ -17,7 +17,6 @@ from triptych.roles.head.availability import unavailable_reason
 from triptych.roles.head.prompt_cache import PromptCache
 from triptych.roles.head.residency import ResidencyManager
 from triptych.roles.head.served_models import ServedModel, ServedModels, weight_file_bytes
-from triptych.roles.head.stored_outputs import StoredOutputs
 from triptych.roles.messages import requests
 from triptych.roles.messages.weights import ModelStatus, Reloading, SleepModel
 
@@ -53,7 +52,7 @@ class ModelManager:
                 kind = StartError if model.path.is_dir() else StartDelayedError
                 raise kind(str(error)) from error
             cached = f"{served.name}, {model.section.dtype}"
-            served.scheduler.stored_outputs = StoredOutputs(PromptCache(model.prompt_cache_bytes, cached))
+            served.scheduler.stored_outputs.cache = PromptCache(model.prompt_cache_bytes, cached)
 
     # -- descriptions
 

@@ -41,10 +41,8 @@ class InstanceRecord:
     signature: Signature
     model: str = ""
     """Version of its weights."""
-    assigned: set[str] = field(default_factory=set)
-    """Ids of the jobs assigned to it."""
-    served: int = 0
     last_served: int = 0
+    """Serial number of the last assignment to it, 0 for never."""
     preallocated: list[LeaseRef] = field(default_factory=list)
     """Blocks of its pool that it keeps ready for what is pushed to it."""
     preallocated_taken: set[LeaseRef] = field(default_factory=set)
@@ -92,15 +90,15 @@ class InstanceRecord:
         """Whether work for `stage` starts here. A monolithic instance takes a job at its first stage, for all."""
         return self.kind == stage.value or (self.kind == "monolithic" and stage is Stage.ENCODER)
 
-    def view(self) -> InstanceView:
-        """What `/v1/cluster` shows."""
+    def view(self, running: Iterable[str]) -> InstanceView:
+        """What `/v1/cluster` shows, with the ids of the jobs that are assigned to it."""
         return InstanceView(
             self.name,
             self.kind,
             self.generation,
             self.credits,
             self.slots,
-            tuple(sorted(self.assigned)),
+            tuple(sorted(running)),
             self.problem,
             self.awake,
             self.weights,
@@ -167,22 +165,20 @@ class InstanceRegistry:
         if instance := self.instances.get(name):
             instance.issued = max(instance.issued, issued)
 
-    def candidates(self, stage: Stage) -> list[Candidate]:
-        """Who would take work for `stage` now."""
+    def candidates(self, stage: Stage, load: Mapping[str, int]) -> list[Candidate]:
+        """Return the instances that would take a job for `stage` now; `load` is how many each has, by name."""
         return [
-            Candidate(i.name, i.credits, i.slots, len(i.assigned), i.served, i.last_served, i.model)
+            Candidate(i.name, i.credits, i.slots, load.get(i.name, 0), i.last_served, i.model)
             for i in self.instances.values()
             if i.credits > 0 and not i.draining and i.awake and not i.changing_to and i.serves(stage)
         ]
 
-    def assign(self, name: str, job_id: str) -> None:
-        """Spend one credit of an instance."""
+    def charge(self, name: str) -> None:
+        """Spend one credit of an instance, for a job that is assigned to it."""
         instance = self.instances[name]
         self._turns += 1
         instance.spent += 1
-        instance.served += 1
         instance.last_served = self._turns
-        instance.assigned.add(job_id)
 
     def refund(self, name: str, generation: int) -> None:
         """Give an incarnation back the credit of an attempt that it did not take; a later one was never charged."""
@@ -227,11 +223,6 @@ class InstanceRegistry:
             instance.silent_s = 0.0
             instance.trouble = trouble
         return instance is not None
-
-    def let_go(self, name: str, job_id: str) -> None:
-        """The job is no longer in the instance's hands."""
-        if instance := self.instances.get(name):
-            instance.assigned.discard(job_id)
 
     def slots(self, stage: Stage) -> int:
         """Jobs that the instances of `stage` can hold together."""

@@ -303,7 +303,8 @@ def _sum(needs: Iterable[BytesByDevice]) -> BytesByDevice:
 
 
 def _may_sleep(served: ServedModel) -> list[InstanceRecord]:
-    return [i for i in served.scheduler.registry.instances.values() if i.awake and not (i.assigned or i.draining)]
+    load = served.scheduler.load()
+    return [i for i in served.scheduler.registry.instances.values() if i.awake and not (load[i.name] or i.draining)]
 
 
 def _covers_all_stages(instances: Collection[InstanceRecord], *, awake: bool) -> bool:

@@ -24,11 +24,13 @@ def next_to_restart(instances: Collection[InstanceRecord], jobs: Iterable[Job], 
         model: version of the weights to go over to.
 
     """
+    jobs = tuple(jobs)
+    busy = {job.instance for job in jobs}
     needed = [
         (job.model, _ORDER.index(job.stage.value)) for job in jobs if job.stage and job.made_with_older_weights(model)
     ]
     for instance in sorted(instances, key=_stage_index):
-        if instance.model == model or instance.assigned:
+        if instance.model == model or instance.name in busy:
             continue
         peers = [i for i in instances if (i.kind, i.model) == (instance.kind, instance.model) and i is not instance]
         if peers or not any(model == instance.model and at <= _stage_index(instance) for model, at in needed):

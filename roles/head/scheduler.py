@@ -6,6 +6,7 @@ No clock, no socket, no disk.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
@@ -27,6 +28,7 @@ from triptych.roles.head.registry import ExitKind, InstanceRegistry
 from triptych.roles.head.rolling_restart import next_to_restart
 from triptych.roles.head.stored_outputs import StoredOutputs, downstream_capacity
 from triptych.roles.messages.common import Attempt, LeaseRef, Rebind, StoredPayload
+from triptych.roles.messages.requests import InstanceView
 from triptych.roles.messages.stages import (
     InstanceWakeChanged,
     RegisterInstance,
@@ -107,7 +109,7 @@ class JobScheduler:
     jobs: dict[str, Job] = field(default_factory=dict)
     """The active ones."""
     registry: InstanceRegistry = field(default_factory=InstanceRegistry)
-    stored_outputs: StoredOutputs = field(default_factory=StoredOutputs)
+    stored_outputs: StoredOutputs = field(init=False)
     tally: CompletionStats = field(default_factory=CompletionStats)
     dirty: set[str] = field(default_factory=set)
     """Ids of jobs changed since the journal was last written."""
@@ -123,6 +125,9 @@ class JobScheduler:
     paused: bool = False
     """Whether nothing is begun: the model sleeps, or is to sleep. What has been begun goes on."""
 
+    def __post_init__(self) -> None:
+        self.stored_outputs = StoredOutputs(self.jobs)
+
     # -- clients
 
     def has_capacity(self, n: int) -> bool:
@@ -136,8 +141,6 @@ class JobScheduler:
             self.by_key[request.idempotency_key] = request
         self.jobs.update({job.id: job for job in request.jobs if not job.terminal})
         for job in request.jobs:
-            if not job.terminal:
-                self.stored_outputs.adopt(job)
             if job.state is State.PENDING:
                 job.attempt = 1
                 job.advance(State.ENCODER_WAITING, now)
@@ -151,8 +154,9 @@ class JobScheduler:
         """
         moved = []
         for job in request.jobs:
-            lost = [stage for stage, stored in job.stored.items() if stored.lease.pool not in pools]
-            job.forget_stored(lost)
+            lost = job.lease is not None and job.lease.pool not in pools
+            if lost:
+                job.forget_stored()
             if not job.terminal and (lost or (job.instance and job.instance not in instances)):
                 moved.append(job)
         self.accept(request, now)
@@ -204,9 +208,7 @@ class JobScheduler:
             self._update_signature(registration.kind, registration.signature)
         assigned = set(registration.running)
         for job in [u for u in self.jobs.values() if u.instance == registration.name]:
-            if job.current_attempt in assigned:
-                self.registry.instances[registration.name].assigned.add(job.id)
-            else:
+            if job.current_attempt not in assigned:
                 self._retry(job, f"{registration.name} came back without it", now, counts=False)
         return tuple(w for w in registration.running if not self._holds(registration.name, w))
 
@@ -246,6 +248,17 @@ class JobScheduler:
         """Whether a job is under way, in an instance's hands or between two stages."""
         return any(_has_started(job) for job in self.jobs.values())
 
+    def load(self) -> Counter[str]:
+        """Return how many jobs are assigned to each instance, by name."""
+        return Counter(job.instance for job in self.jobs.values() if job.instance)
+
+    def instance_views(self) -> tuple[InstanceView, ...]:
+        """Return what clients may know of the instances."""
+        running: dict[str, list[str]] = {}
+        for job in self.jobs.values():
+            running.setdefault(job.instance, []).append(job.id)
+        return tuple(i.view(running.get(i.name, ())) for i in self.registry.instances.values())
+
     @property
     def waiting_s(self) -> float | None:
         """Seconds that the oldest job which is not in an instance's hands has waited; None where there is none."""
@@ -282,7 +295,7 @@ class JobScheduler:
 
     def pool_down(self, pool: str, older_than: int, now: float) -> None:
         """The tensors stored in a pool's earlier generations are gone."""
-        for job in self.stored_outputs.lose(list(self.jobs.values()), pool, older_than):
+        for job in self.stored_outputs.lose(pool, older_than):
             self.dirty.add(job.id)
             # An instance that has it in hand may have loaded it already; it says so if it has not.
             if not job.instance:
@@ -303,7 +316,7 @@ class JobScheduler:
         if not instances or any(instance.awake for instance in instances):
             return
         for job in list(self.jobs.values()):
-            if not job.instance and any(stored.lease.pool == pool for stored in job.stored.values()):
+            if not job.instance and job.lease and job.lease.pool == pool:
                 self._give_back(self.stored_outputs.drop(job))
                 self._retry(job, f"{pool} was full, and its model is asleep", now, counts=False)
 
@@ -337,9 +350,9 @@ class JobScheduler:
             raise SupersededError
         if job.stage is None or job.stage is Stage.ENCODER:
             return None
-        if UPSTREAM[job.stage] not in job.stored:
+        if job.stored is None or job.stored.stage is not UPSTREAM[job.stage]:
             raise SourceGoneError
-        return job.stored[UPSTREAM[job.stage]]
+        return job.stored.payload
 
     def message_for(
         self, attempt: Attempt, source: StoredPayload | None, target: LeaseRef | None
@@ -357,7 +370,7 @@ class JobScheduler:
         request = self.requests[job.request_id]
         if source is None:
             return StageAssign(attempt, request.inputs, job.seed, request.output, job.left_s)
-        rebind = Rebind(request.inputs, job.seed) if job.borrows and job.stage is Stage.DENOISER else None
+        rebind = Rebind(request.inputs, job.seed) if job.uses_cached_prompt and job.stage is Stage.DENOISER else None
         return TransferPush(attempt, source, target, request.output, job.left_s, rebind)
 
     # -- reports: each returns False when it is about an attempt that no longer counts
@@ -432,7 +445,7 @@ class JobScheduler:
         if report.retryable:
             self._retry(job, f"{report.instance}: {report.error}", now)
         else:
-            job.at_fault = report.invalid_request
+            job.invalid_request = report.invalid_request
             self.give_up(report.attempt, report.instance, report.error, now)
         return True
 
@@ -498,12 +511,13 @@ class JobScheduler:
     def dispatch(self, now: float) -> None:
         """Give waiting jobs, oldest first, to instances with credits; what the cache has needs no encoder."""
         self._reload_next(now)
+        load = self.load()
         for stage in Stage:
             if stage is Stage.ENCODER and self.paused:
                 continue
             caches = stage is Stage.ENCODER and self.stored_outputs.cache.capacity > 0
             capacity = downstream_capacity(stage, self.jobs.values(), self.registry)
-            candidates = self.registry.candidates(stage)
+            candidates = self.registry.candidates(stage, load)
             encoding = {self._prompt_key(u) for u in self.jobs.values() if caches and u.instance and u.stage is stage}
             for job in [u for u in self.jobs.values() if u.state is WAITING[stage] and not u.instance]:
                 if capacity < 1 or not (candidates or caches):
@@ -514,7 +528,8 @@ class JobScheduler:
                     capacity -= 1
                 elif alike and not (caches and self._same_is_made(job, encoding)):
                     self._assign(job, stage, self.policy(alike).name)
-                    candidates = self.registry.candidates(stage)
+                    load[job.instance] += 1
+                    candidates = self.registry.candidates(stage, load)
                     capacity -= 1
 
     def _prompt_key(self, job: Job) -> bytes:
@@ -533,7 +548,7 @@ class JobScheduler:
         job.instance = job.instances[stage.value] = name
         job.model = self.registry.instances[name].model
         self.stored_outputs.cache.misses += stage is Stage.ENCODER and self.stored_outputs.cache.capacity > 0
-        self.registry.assign(name, job.id)
+        self.registry.charge(name)
         self.dirty.add(job.id)
         self.effects.append(Assign(name, job.id))
 
@@ -546,7 +561,7 @@ class JobScheduler:
         for kept in (job.instances, job.stage_seconds):
             kept.pop(Stage.ENCODER.value, None)
         self.stored_outputs.put(job, Stage.ENCODER, found)
-        job.borrows = True
+        job.uses_cached_prompt = True
         job.model = self.model
         job.transition(State.ENCODER_DONE, now, "prompt cache")
         job.advance(State.DENOISING_WAITING, now)
@@ -607,7 +622,6 @@ class JobScheduler:
         return self._current(attempt, name) is not None
 
     def _let_go(self, job: Job) -> None:
-        self.registry.let_go(job.instance, job.id)
         job.instance = ""
         job.step = 0
 

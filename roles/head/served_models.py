@@ -214,7 +214,7 @@ class ServedModels:
 
     def instance_views(self) -> tuple[InstanceView, ...]:
         """Return what clients may know of all instances."""
-        return tuple(i.view() for scheduler in self.schedulers for i in scheduler.registry.instances.values())
+        return tuple(view for scheduler in self.schedulers for view in scheduler.instance_views())
 
     def make_room(self, pool: str, nbytes: int, now: float) -> None:
         """Free `nbytes` bytes of a pool that is full: cached outputs first, then those of models that are asleep."""

@@ -21,9 +21,6 @@ class PoolDescription(Message):
 
     name: Name
     generation: Generation
-    pid: Natural
-    fd: Natural
-    """The memfd's number in the pool's process; mapped through /proc/PID/fd/FD."""
     capacity: Natural
     free: Natural
     leased: Natural

@@ -145,8 +145,6 @@ class BufferPool(Actor):
         return PoolDescription(
             name=self.name,
             generation=self.generation,
-            pid=store.arena.address.pid,
-            fd=store.arena.address.fd,
             capacity=store.table.capacity,
             free=store.table.free,
             leased=store.table.leased,

@@ -210,7 +210,7 @@ async def test_the_cluster_shows_who_answers_and_who_does_not(client, fake_head,
     pool = {
         Inspect: Inspection((status_of("pool", "pool"),)),
         DeadLetterQuery: DeadLetterReport(0, ()),
-        PoolQuery: PoolDescription("pool", 4, 1, 5, 1000, 900, 100, "", 0, "shared memory"),
+        PoolQuery: PoolDescription("pool", 4, 1000, 900, 100, "", 0, "shared memory"),
     }
     async with (
         FakeProcess("denoiser-0", topology.component("denoiser-0").address, denoiser),

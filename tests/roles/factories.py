@@ -14,7 +14,6 @@ from triptych.roles.head.job import Job, Request
 from triptych.roles.head.prompt_cache import PromptCache
 from triptych.roles.head.scheduler import JobScheduler
 from triptych.roles.head.served_models import ServedModel, ServedModels
-from triptych.roles.head.stored_outputs import StoredOutputs
 from triptych.roles.messages.common import Artifact, Attempt, Input, LeaseRef, Output, StoredPayload
 from triptych.roles.messages.stages import RegisterInstance, StageFailed, StageFinished, StageOutputsStored
 
@@ -28,7 +27,9 @@ SIGNATURE = Signature(
 
 
 def make_scheduler(*, cache: int = 0, **options: float) -> JobScheduler:
-    return JobScheduler(POLICIES["round_robin"], stored_outputs=StoredOutputs(PromptCache(cache, "tiny")), **options)  # type: ignore[arg-type]
+    scheduler = JobScheduler(POLICIES["round_robin"], **options)  # type: ignore[arg-type]
+    scheduler.stored_outputs.cache = PromptCache(cache, "tiny")
+    return scheduler
 
 
 def single_model(scheduler: JobScheduler) -> ServedModels:

@@ -10,7 +10,6 @@ candidates = st.lists(
         credits=st.integers(1, 4),
         slots=st.integers(1, 4),
         load=st.integers(0, 4),
-        served=st.integers(0, 9),
         last_served=st.integers(0, 9),
     ),
     min_size=1,
@@ -19,7 +18,7 @@ candidates = st.lists(
 
 
 def at(name: str, *, free: int = 1, slots: int = 2, load: int = 0, last: int = 0) -> Candidate:
-    return Candidate(name, free, slots, load, 0, last)
+    return Candidate(name, free, slots, load, last)
 
 
 def test_round_robin_gives_turns() -> None:

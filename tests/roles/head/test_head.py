@@ -31,8 +31,8 @@ from triptych.engines.parameters.validation import ParameterError
 from triptych.roles.head import effect_runner, monitor
 from triptych.roles.head.admission import limits_of, make_request, seeds_of
 from triptych.roles.head.head import TICK_S, Head
-from triptych.roles.head.job import Job, Request
-from triptych.roles.head.journal import Journal
+from triptych.roles.head.job import Request
+from triptych.roles.head.journal import Journal, decode_job, encode_job
 from triptych.roles.media.artifacts import ARTIFACTS, ArtifactStore
 from triptych.roles.media.uploads import UPLOADS, UploadStore
 from triptych.roles.messages import pool as pools
@@ -80,7 +80,7 @@ class Pool(Actor):
         if self.refuses:
             self.refuses -= 1
             raise RefusedError("not_ready", "it opens")
-        return pools.PoolDescription(self.name, 1, 1, 0, 64, 64, 0, "", 0, "none")
+        return pools.PoolDescription(self.name, 1, 64, 64, 0, "", 0, "none")
 
     async def leases(self, _: pools.LeaseQuery) -> pools.LeaseReport:
         self.asked_for_leases.set()
@@ -570,9 +570,9 @@ def test_after_a_change_of_the_topology_what_was_pending_is_made_again_or_fails_
         path.write_text(text + '[transfer]\nengine = "mooncake"\ntrusted_network = true\n')
         with sqlite3.connect(harness.topology.state_dir / "journal.sqlite") as db:
             (body,) = db.execute("SELECT body FROM units WHERE id = 'late/0'").fetchone()
-            job = msgspec.msgpack.decode(body, type=Job)
+            job = decode_job(body)
             job.left_s, job.instance = 0.0, "gone-0"
-            db.execute("UPDATE units SET body = ? WHERE id = 'late/0'", (msgspec.msgpack.encode(job),))
+            db.execute("UPDATE units SET body = ? WHERE id = 'late/0'", (encode_job(job),))
         async with running_head(load_topology(path), generation=2, pool=Pool("pool-encoder")) as harness:
             view = await harness.view("inked")
             assert view.state == "FAILED"

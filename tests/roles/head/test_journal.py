@@ -11,8 +11,8 @@ import pytest
 
 from triptych.actors.topology import ModelIdentity
 from triptych.engines.stages import Stage
-from triptych.roles.head.job import Job, Request, State
-from triptych.roles.head.journal import SCHEMA_VERSION, Journal, JournalError, prune
+from triptych.roles.head.job import Job, Request, State, StoredOutput
+from triptych.roles.head.journal import SCHEMA_VERSION, Journal, JournalError, decode_job, encode_job, prune
 from triptych.roles.media.retention import StoreBounds
 from triptych.roles.messages.common import (
     Artifact,
@@ -44,9 +44,11 @@ def test_what_was_accepted_and_saved_comes_back_whole(tmp_path: Path) -> None:
     job = request.jobs[1]
     job.state, job.attempt, job.instance = State.DENOISING_RUNNING, 2, "denoiser-1"
     job.history.append(Transition("DENOISING_RUNNING", 4.0, "again"))
-    job.stored[Stage.ENCODER] = StoredPayload(LeaseRef("pool", 3, 4, 4096, 64), b"\x00manifest", 2**64 - 1, 64)
+    job.stored = StoredOutput(
+        Stage.ENCODER, StoredPayload(LeaseRef("pool", 3, 4, 4096, 64), b"\x00manifest", 2**64 - 1, 64)
+    )
     job.causes.append("denoiser-0: its process ended")
-    job.borrows = True
+    job.uses_cached_prompt = True
     journal.save([request], [job])
     journal.close()
     assert Journal(tmp_path / "j.sqlite").active() == [request]
@@ -121,7 +123,9 @@ def test_a_request_in_flight_that_an_earlier_version_wrote_comes_back_with_every
             stage_s=1.5,
             attempt=2,
             history=[Transition("ENCODER_WAITING", 2.0), Transition("DENOISING_RUNNING", 4.0, "again")],
-            stored={Stage.ENCODER: StoredPayload(LeaseRef("pool", 3, 4, 4096, 64), b"\x00manifest", 2**64 - 1, 60)},
+            stored=StoredOutput(
+                Stage.ENCODER, StoredPayload(LeaseRef("pool", 3, 4, 4096, 64), b"\x00manifest", 2**64 - 1, 60)
+            ),
             instance="denoiser-0",
             instances={"encoder": "encoder-0", "denoiser": "denoiser-0"},
             stage_seconds={"encoder": 0.25},
@@ -132,7 +136,7 @@ def test_a_request_in_flight_that_an_earlier_version_wrote_comes_back_with_every
             stalls=3,
             step=4,
             total_steps=20,
-            borrows=True,
+            uses_cached_prompt=True,
             model="weights",
         ),
         Job(
@@ -146,7 +150,7 @@ def test_a_request_in_flight_that_an_earlier_version_wrote_comes_back_with_every
             attempt=1,
             history=[Transition("FAILED", 5.0, "why")],
             artifact=Artifact("old_1.png", "image/png", 3, nsfw_content_detected=False),
-            at_fault=True,
+            invalid_request=True,
         ),
     ]
     inputs = {
@@ -172,11 +176,11 @@ def test_a_request_in_flight_that_an_earlier_version_wrote_comes_back_with_every
 
 
 def test_a_unit_that_an_earlier_version_wrote_borrows_nothing_and_has_time() -> None:
-    fields = msgspec.to_builtins(a_request().jobs[0])
+    fields = msgspec.msgpack.decode(encode_job(a_request().jobs[0]))
     del fields["borrows"], fields["left_s"]
     fields["deadline"] = 1e9
-    job = msgspec.msgpack.decode(msgspec.msgpack.encode(fields), type=Job)
-    assert not job.borrows
+    job = decode_job(msgspec.msgpack.encode(fields))
+    assert not job.uses_cached_prompt
     assert job.left_s == 600.0
 
 

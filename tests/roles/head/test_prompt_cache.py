@@ -133,7 +133,7 @@ def test_the_second_request_of_a_prompt_visits_no_encoder(scheduler: JobSchedule
     ]
     assert job.stored == first.stored
     assert job.instances == {"denoiser": "denoiser-0"}
-    assert (first.borrows, job.borrows) == (False, True)
+    assert (first.uses_cached_prompt, job.uses_cached_prompt) == (False, True)
     view = scheduler.stored_outputs.cache.view()
     assert (view.entries, view.nbytes, view.hits, view.misses) == (1, PAGE, 1, 1)
 
@@ -188,7 +188,7 @@ def test_one_encodes_for_all_that_come_at_once(scheduler: JobScheduler) -> None:
     assert after(scheduler) == [Assign("encoder-0", "r/0")]
     scheduler.stored(stored(scheduler.jobs["r/0"].current_attempt, "encoder", 1, seed_independent=True), 1.0)
     assert after(scheduler) == [Assign("denoiser-0", job_id) for job_id in ("r/0", "r/1", "r/2", "s/0")]
-    assert [job.borrows for job in scheduler.jobs.values()] == [False, True, True, True]
+    assert [job.uses_cached_prompt for job in scheduler.jobs.values()] == [False, True, True, True]
 
 
 @pytest.mark.parametrize("fate", ["cancelled", "dead", "not seedless", "too large"])
@@ -252,7 +252,7 @@ def test_damaged_or_lost_tensors_are_kept_for_nobody(scheduler: JobScheduler) ->
     second = scheduler.jobs["second/0"]
     scheduler.transfer_failed(TransferFailed(second.current_attempt, "denoiser-0", "checksum", True, 99), 2.0)
     assert Assign("encoder-0", "second/0") in after(scheduler)
-    assert not second.borrows
+    assert not second.uses_cached_prompt
     assert second.instances["encoder"] == "encoder-0"
     assert len(scheduler.stored_outputs.cache) == 0
     assert a_block(1).lease in scheduler.stored_outputs.leases, "the first request still tries"
@@ -296,7 +296,7 @@ def test_after_a_restart_of_the_head_a_shared_block_is_kept_until_the_last_has_c
     restarted.register(registration("denoiser-0", slots=4, generation=2), 2.0)
     after(restarted)
     first, second = restarted.jobs["first/0"], restarted.jobs["second/0"]
-    assert (first.borrows, second.borrows) == (False, True)
+    assert (first.uses_cached_prompt, second.uses_cached_prompt) == (False, True)
     assert restarted.stored(stored(first.current_attempt, "denoiser", 2), 3.0)
     assert after(restarted) == []
     assert restarted.stored(stored(second.current_attempt, "denoiser", 3), 3.0)

@@ -117,7 +117,7 @@ def test_an_orderly_end_is_not_the_works_fault_however_often(scheduler: JobSched
         scheduler.registry.leave("denoiser-0", generation - 1)
         assert not scheduler.registry.instances["denoiser-0"].draining, "an earlier incarnation said so"
         scheduler.registry.leave("denoiser-0", generation)
-        assert not scheduler.registry.candidates(Stage.DENOISER)
+        assert not scheduler.registry.candidates(Stage.DENOISER, scheduler.load())
         if generation % 2:
             assert scheduler.returned(StageReturned(job.current_attempt, "denoiser-0", 3), 4.0)
             assert not job.instance
@@ -343,7 +343,7 @@ def test_what_runs_out_of_time_says_what_its_instance_waited_for() -> None:
     after(scheduler)
     scheduler.started(scheduler.jobs["r/0"].current_attempt, "encoder-0", Stage.ENCODER, 1.0)
     assert scheduler.registry.heard("encoder-0", 1, "the disk is full")
-    assert scheduler.registry.instances["encoder-0"].view().trouble == "the disk is full"
+    assert scheduler.instance_views()[0].trouble == "the disk is full"
     scheduler.elapse(1e10, 2.0)
     last = scheduler.requests["r"].jobs[0].history[-1]
     assert last.state == "TIMED_OUT"

@@ -99,7 +99,7 @@ class Traffic(RuleBasedStateMachine):
         self.scheduler.started(attempt, name, Stage(kind), self.now)
         if outcome == "source gone" and kind != "encoder":
             job = self.scheduler.jobs.get(attempt.job_id)
-            spoilt = [stored.lease for stored in job.stored.values()] if job and job.current_attempt == attempt else []
+            spoilt = [job.lease] if job and job.lease and job.current_attempt == attempt else []
             self.scheduler.transfer_failed(TransferFailed(attempt, name, "checksum", True, issued), self.now)
             assert not [lease for lease in spoilt if lease in self.scheduler.stored_outputs.cache]
         elif outcome != "done":
@@ -159,7 +159,7 @@ class Traffic(RuleBasedStateMachine):
     @invariant()
     def no_block_is_lost(self) -> None:
         stored_outputs = self.scheduler.stored_outputs
-        needed = {stored.lease for job in self.scheduler.jobs.values() for stored in job.stored.values()}
+        needed = {job.lease for job in self.scheduler.jobs.values() if job.lease}
         needed |= set(stored_outputs.cache.leases)
         assert self.held == needed == stored_outputs.leases
         assert stored_outputs.cache.nbytes == len(stored_outputs.cache) * PAGE <= stored_outputs.cache.capacity
@@ -167,14 +167,14 @@ class Traffic(RuleBasedStateMachine):
     @invariant()
     def no_unit_starts_from_what_was_made_of_something_else(self) -> None:
         for job in self.scheduler.jobs.values():
-            if stored := job.stored.get(Stage.ENCODER):
-                prompt, seed = self.made_for[stored.lease]
+            if job.stored and job.stored.stage is Stage.ENCODER:
+                prompt, seed = self.made_for[job.stored.payload.lease]
                 assert prompt == self._prompt(job)
-                if not job.borrows or prompt == PROMPTS[-1]:
+                if not job.uses_cached_prompt or prompt == PROMPTS[-1]:
                     assert seed == job.seed
-                assert job.borrows != ("encoder" in job.instances)
+                assert job.uses_cached_prompt != ("encoder" in job.instances)
             else:
-                assert not job.borrows
+                assert not job.uses_cached_prompt
 
     @invariant()
     def no_prompt_is_encoded_twice_at_a_time(self) -> None:
@@ -185,12 +185,13 @@ class Traffic(RuleBasedStateMachine):
 
     @invariant()
     def no_instance_is_overcommitted(self) -> None:
+        load = self.scheduler.load()
         for instance in self.scheduler.registry.instances.values():
             assert instance.credits >= 0
-            assert len(instance.assigned) <= instance.slots
+            assert load[instance.name] <= instance.slots
 
     def teardown(self) -> None:
-        if not hasattr(self, "books"):
+        if not hasattr(self, "scheduler"):
             return
         for kind in KINDS:
             self.die(kind, 0, back=True)
