@@ -55,11 +55,12 @@ def _make(path: Path, family: str) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep together what shares a cluster or a file's fixtures, and begin with clusters: they take longest."""
+    """Keep together what shares processes or the fixtures of a file, and begin with clusters: they take longest."""
 
     def group(item: pytest.Item) -> str:
-        shared = item.get_closest_marker("shared_cluster")
-        return f"cluster {shared.args[0]}" if shared else str(item.path)
+        if shared := item.get_closest_marker("shared_cluster"):
+            return f"cluster {shared.args[0]}"
+        return "stage processes" if "processes" in getattr(item, "fixturenames", ()) else str(item.path)
 
     def order(item: pytest.Item) -> tuple[bool, bool, str]:
         shared = item.get_closest_marker("shared_cluster")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from triptych.tools.families import page, survey
 from triptych.tools.families.classes import by_class
-from triptych.tools.families.stage_processes import StageProcesses, start_stage_processes
+from triptych.tools.families.stage_processes import StageProcesses
 from triptych.tools.families.survey import Record, Trial
 
 SAME, OTHER = Trial(served=True, identical=True), Trial(served=True, why="images differ by up to 3")
@@ -26,12 +25,6 @@ IN_PARTS = (
     "IFPipeline",
 )
 UNCUT = ("AmusedPipeline", "DDPMPipeline")
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[StageProcesses]:
-    with start_stage_processes() as three:
-        yield three
 
 
 @pytest.mark.families

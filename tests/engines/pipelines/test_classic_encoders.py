@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from tests.engines.classic_models import Models, expected, request
 from tests.engines.results import media, same
 from triptych.engines.partition.strategy import PartitionStrategy, strategy_for
-from triptych.tools.families.stage_processes import StageProcesses, start_stage_processes
+from triptych.tools.families.stage_processes import StageProcesses
 
 STAGE_COMPONENTS = {
     "glm_image": [
@@ -25,12 +23,6 @@ STAGE_COMPONENTS = {
         ["vae"],
     ],
 }
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[StageProcesses]:
-    with start_stage_processes() as started:
-        yield started
 
 
 @pytest.mark.parametrize("family", STAGE_COMPONENTS)

@@ -24,7 +24,7 @@ from triptych.tools.families.cases import Case, cases
 from triptych.tools.families.compare import Comparison, compare, difference, identical
 from triptych.tools.families.report import Result, markdown, summary
 from triptych.tools.families.rows import blocks_of, pipelines, rows
-from triptych.tools.families.stage_processes import StageError, StageProcesses, start_stage_processes
+from triptych.tools.families.stage_processes import StageError, StageProcesses
 
 # One each of: two experts and guiders, editing with a channels-last VAE, sound, layout of several text encoders,
 # objects in the request, a private name of geometry, weights that a decoder multiplies in an odd layout.
@@ -146,12 +146,6 @@ def test_there_is_a_row_for_every_task_and_each_has_a_route() -> None:
     assert {(case.pipeline, case.task) for case in cases()} <= {
         (f"{row.family}ModularPipeline", row.task) for row in found
     }
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[StageProcesses]:
-    with start_stage_processes() as three:
-        yield three
 
 
 def case_of(name: str) -> Case:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, ModularPipeline
 from tests.engines.results import media, same, seeded_generator
 from triptych.engines.pipelines.pipeline import StagePipeline
 from triptych.engines.stages import Stage
-from triptych.tools.families.stage_processes import CPU, StageProcesses, start_stage_processes
+from triptych.tools.families.stage_processes import CPU, StageProcesses
 
 PROMPT = "a large red circle on the left of a blue background"
 INPUTS: dict[str, dict[str, Any]] = {
@@ -39,12 +39,6 @@ OWNED = {
     "wan": (["text_encoder", "tokenizer"], ["scheduler", "transformer"], ["vae"]),
 }
 OWNED["flux-kl"] = OWNED["flux"]
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[StageProcesses]:
-    with start_stage_processes() as three:
-        yield three
 
 
 @cache

@@ -17,7 +17,7 @@ from tests.engines.results import media, same
 from triptych.engines.pipelines.modular import IP_ADAPTER_FOLDER
 from triptych.engines.pipelines.pipeline import StagePipeline
 from triptych.engines.stages import ModelError, Stage
-from triptych.tools.families.case import input_image
+from triptych.tools.families.cases import input_image
 from triptych.tools.families.compare import run_reference
 
 Models = Callable[[str], Path]

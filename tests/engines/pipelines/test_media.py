@@ -147,7 +147,7 @@ def resounding(models: Callable[[str], Path], tmp_path: Path) -> Callable[[str],
 def test_sound_comes_with_the_rate_of_the_vocoder(
     family: str, inputs: dict[str, object], resounding: Callable[[str], Path]
 ) -> None:
-    from triptych.tools.families.case import input_image
+    from triptych.tools.families.cases import input_image
 
     if "image" in inputs:
         inputs = {**inputs, "image": input_image()}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 import wave
 import zipfile
 
@@ -166,20 +164,6 @@ def test_writing_a_long_video_can_be_ended_between_two_frames(output_format: str
     with pytest.raises(InterruptedError):
         encode(film(9), output_format, 16.0, check)
     assert len(seen) == 2
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        "triptych.roles.head.head",
-        "triptych.roles.media.artifacts",
-        "triptych.api.server",
-        "triptych.roles.worker.transfer",
-    ],
-)
-def test_ffmpeg_is_not_loaded_before_a_video_is_written(module: str) -> None:
-    program = f"import sys, {module}; sys.exit('av' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_an_image_of_16_bits_keeps_them_in_a_png_and_is_scaled_elsewhere() -> None:
