@@ -75,14 +75,13 @@ class _ShmHop:
         import torch
 
         from triptych.engines.memory.arena import Arena
-        from triptych.engines.memory.streams import DeviceStream
+        from triptych.tools.transfer_pair import TransferPair
 
         self.nbytes = nbytes
         self.runner = runner
-        self.arena = Arena.create(ARENA)
+        self.pair = TransferPair(torch.device("cpu"), ARENA)
+        self.arena = self.pair.arena
         self.mapped = Arena.attach(self.arena.address)
-        cpu = torch.device("cpu")
-        self.sender, self.receiver = DeviceStream(cpu, "sender"), DeviceStream(cpu, "receiver")
         self.source = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
         self.warm = torch.zeros_like(self.source)
 
@@ -94,9 +93,9 @@ class _ShmHop:
 
         start = time.perf_counter()
         packed = pack({"latents": self.source})
-        checksum = await self.sender.store(packed, self.arena.tensor(0, packed.nbytes))
-        loaded = await self.receiver.load(packed.manifest, self.mapped.tensor(0, packed.nbytes), checksum)
-        self.receiver.wait(loaded.event, loaded.values)
+        checksum = await self.pair.sender.store(packed, self.arena.tensor(0, packed.nbytes))
+        loaded = await self.pair.receiver.load(packed.manifest, self.mapped.tensor(0, packed.nbytes), checksum)
+        self.pair.receiver.wait(loaded.event, loaded.values)
         return time.perf_counter() - start
 
     def two_copies(self) -> float:
@@ -115,10 +114,8 @@ class _ShmHop:
         return time.perf_counter() - start
 
     def close(self) -> None:
-        for stream in (self.sender, self.receiver):
-            stream.close()
         self.mapped.close()
-        self.arena.close()
+        self.pair.close()
 
 
 def _mooncake(rounds: int) -> Iterator[dict[str, object]]:

@@ -7,14 +7,13 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 
-from triptych.engines.codec.codec import pack
-from triptych.engines.memory.arena import Arena
-from triptych.engines.memory.streams import DeviceStream, LoadedPayload
+from triptych.engines.memory.streams import DeviceStream
 from triptych.tools.gpu_report.row_context import RowContext, RowFailedError
+from triptych.tools.transfer_pair import TransferPair
 
 SIZES: Final = {"4 MiB": 4 << 20, "64 MiB": 64 << 20, "512 MiB": 512 << 20}
 TINY_SIZES: Final = {"4 MiB": 4 << 20, "16 MiB": 16 << 20}
@@ -22,58 +21,9 @@ ROUNDS: Final = 5
 LOAD: Final = "64 MiB"
 
 
-class StoredBytes(NamedTuple):
-    """A payload in a block of the pool."""
-
-    manifest: bytes
-    block: torch.Tensor
-    checksum: int
-
-
-class TransferPair:
-    """The streams of a sender and a receiver, and a pool that both have mapped."""
-
-    def __init__(self, context: RowContext, nbytes: int) -> None:
-        self.context = context
-        self.arena = Arena.create(nbytes + (1 << 20))
-        self.sender = DeviceStream(context.device, "sender")
-        self.receiver = DeviceStream(context.device, "receiver")
-
-    async def pin(self) -> float:
-        """Register the pool with the device as roles do; returns the seconds."""
-        begun = time.perf_counter()
-        await self.sender.run(self.arena.pin)
-        return time.perf_counter() - begun
-
-    def values(self, nbytes: int) -> dict[str, object]:
-        """Make a payload of some bytes on the device."""
-        values = torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device=self.context.device)
-        self.context.synchronize()  # They were made on another stream than the sender's.
-        return {"latents": values}
-
-    async def store(self, values: dict[str, object]) -> StoredBytes:
-        """Copy a payload into the pool, hashing on the way."""
-        packed = await self.sender.run(pack, values)
-        block = self.arena.tensor(0, packed.nbytes)
-        return StoredBytes(packed.manifest, block, await self.sender.store(packed, block, self.sender.record()))
-
-    async def load(self, stored: StoredBytes) -> LoadedPayload:
-        """Copy it out of the pool, hashing again; returns when it is on the device."""
-        loaded = await self.receiver.load(*stored)
-        await self.receiver.run(loaded.event.synchronize)
-        return loaded
-
-    def close(self) -> None:
-        """Let go of everything."""
-        for stream in (self.sender, self.receiver):
-            stream.close()
-        self.context.synchronize()
-        self.arena.close()
-
-
 @contextmanager
 def _transfer_pair(context: RowContext, nbytes: int) -> Iterator[TransferPair]:
-    pair = TransferPair(context, nbytes)
+    pair = TransferPair(context.device, nbytes)
     try:
         yield pair
     finally:
@@ -84,11 +34,10 @@ def hop(context: RowContext) -> None:
     """Measure device to pool to device against plain copies of the same bytes over the same bus."""
     sizes = SIZES if context.cuda else TINY_SIZES
     with _transfer_pair(context, max(sizes.values())) as pair:
-        asyncio.run(_hop(pair, sizes))
+        asyncio.run(_hop(context, pair, sizes))
 
 
-async def _hop(pair: TransferPair, sizes: dict[str, int]) -> None:
-    context = pair.context
+async def _hop(context: RowContext, pair: TransferPair, sizes: dict[str, int]) -> None:
     seconds = await pair.pin()
     pinned = "yes" if pair.arena.pinned else f"no: {pair.arena.pin_failure}"
     context.value("pool pinned", pinned, note=f"{seconds:.2f} s for {pair.arena.nbytes >> 20} MiB")
@@ -127,11 +76,10 @@ def overlap(context: RowContext) -> None:
     """Measure whether the load of the next request hides behind the compute of the present one."""
     nbytes = SIZES[LOAD]
     with _transfer_pair(context, nbytes) as pair:
-        asyncio.run(_overlap(pair, nbytes))
+        asyncio.run(_overlap(context, pair, nbytes))
 
 
-async def _overlap(pair: TransferPair, nbytes: int) -> None:
-    context = pair.context
+async def _overlap(context: RowContext, pair: TransferPair, nbytes: int) -> None:
     await pair.pin()
     compute = DeviceStream(context.device, "compute")
     try:

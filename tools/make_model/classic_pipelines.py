@@ -41,24 +41,29 @@ from triptych.tools.make_model.recipe import Component, Recipe, image_defaults, 
 from triptych.tools.make_model.text import TEXT_LENGTH, VOCABULARY_SIZE, WIDTH
 
 
+def pixart_transformer(layers: int = 2) -> PixArtTransformer2DModel:
+    """That of PixArt, of some layers."""
+    return PixArtTransformer2DModel(
+        sample_size=32,
+        num_layers=layers,
+        patch_size=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        caption_channels=WIDTH,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=WIDTH,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+    )
+
+
 def pixart() -> Recipe:
     """PixArt-Sigma."""
     components: dict[str, Component | None] = {
         **_t5(),
-        "transformer": lambda: PixArtTransformer2DModel(
-            sample_size=32,
-            num_layers=2,
-            patch_size=2,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            caption_channels=WIDTH,
-            in_channels=4,
-            out_channels=8,
-            cross_attention_dim=WIDTH,
-            norm_type="ada_norm_single",
-            norm_elementwise_affine=False,
-            norm_eps=1e-6,
-        ),
+        "transformer": pixart_transformer,
         "scheduler": lambda: DPMSolverMultistepScheduler(),
         "vae": vaes.kl,
     }
@@ -210,21 +215,27 @@ def glm_image() -> Recipe:
     return _classic("GlmImagePipeline", "text-to-image", components, defaults, size_ranges(32))
 
 
+def kandinsky5_transformer(**changes: Any) -> Kandinsky5Transformer3DModel:
+    """That of Kandinsky 5."""
+    return Kandinsky5Transformer3DModel(
+        in_visual_dim=4,
+        out_visual_dim=4,
+        in_text_dim=WIDTH,
+        in_text_dim2=WIDTH,
+        time_dim=WIDTH,
+        model_dim=WIDTH,
+        ff_dim=2 * WIDTH,
+        num_text_blocks=1,
+        num_visual_blocks=1,
+        axes_dims=(4, 6, 6),
+        **changes,
+    )
+
+
 def kandinsky5() -> Recipe:
     """Kandinsky 5, which makes videos; it has the VAE of HunyuanVideo."""
     components: dict[str, Component | None] = {
-        "transformer": lambda: Kandinsky5Transformer3DModel(
-            in_visual_dim=4,
-            out_visual_dim=4,
-            in_text_dim=WIDTH,
-            in_text_dim2=WIDTH,
-            time_dim=WIDTH,
-            model_dim=WIDTH,
-            ff_dim=2 * WIDTH,
-            num_text_blocks=1,
-            num_visual_blocks=1,
-            axes_dims=(4, 6, 6),
-        ),
+        "transformer": kandinsky5_transformer,
         "vae": lambda: AutoencoderKLHunyuanVideo(
             latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
         ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers import (
     AnimaTextConditioner,
     CosmosTransformer3DModel,
@@ -17,22 +19,28 @@ from triptych.tools.make_model.recipe import Component, Recipe, image_defaults, 
 from triptych.tools.make_model.text import TEXT_LENGTH, VOCABULARY_SIZE, WIDTH
 
 
+def z_image_transformer(**changes: Any) -> ZImageTransformer2DModel:
+    """That of Z-Image."""
+    return ZImageTransformer2DModel(
+        in_channels=4,
+        dim=WIDTH,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=WIDTH,
+        axes_dims=[4, 6, 6],
+        axes_lens=[512, 64, 64],
+        **changes,
+    )
+
+
 def z_image() -> Recipe:
     """Z-Image; text and picture are one sequence."""
     components: dict[str, Component | None] = {
         "tokenizer": lambda: text.chat_tokenizer(),
         "text_encoder": lambda: text.qwen3(Qwen3Model),
-        "transformer": lambda: ZImageTransformer2DModel(
-            in_channels=4,
-            dim=WIDTH,
-            n_layers=2,
-            n_refiner_layers=1,
-            n_heads=2,
-            n_kv_heads=2,
-            cap_feat_dim=WIDTH,
-            axes_dims=[4, 6, 6],
-            axes_lens=[512, 64, 64],
-        ),
+        "transformer": z_image_transformer,
         "scheduler": _scheduler,
         "vae": vaes.kl,
     }

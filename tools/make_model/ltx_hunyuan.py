@@ -24,8 +24,6 @@ from transformers import (
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
     SiglipImageProcessorPil,
-    SiglipVisionConfig,
-    SiglipVisionModel,
 )
 
 from triptych.tools.make_model import text
@@ -243,7 +241,7 @@ def hunyuan_video() -> Recipe:
             block_out_channels=(8, 8, 8, 8, 8),
             layers_per_block=1,
         ),
-        "image_encoder": _siglip,
+        "image_encoder": lambda: text.siglip_vision(num_hidden_layers=2),
         "feature_extractor": lambda: SiglipImageProcessorPil(size={"height": 32, "width": 32}),
     }
     defaults = {**image_defaults(), "num_frames": 5, "guidance_scale": 6.0}
@@ -257,16 +255,3 @@ def _qwen_text() -> Qwen2_5_VLTextModel:
     # It reads the states of the third layer from the end.
     config = text.decoder_config(num_hidden_layers=3, rope_parameters=rope, rope_scaling=rope)
     return Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**config))
-
-
-def _siglip() -> SiglipVisionModel:
-    return SiglipVisionModel(
-        SiglipVisionConfig(
-            hidden_size=WIDTH,
-            intermediate_size=2 * WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=32,
-            patch_size=16,
-        )
-    )

@@ -25,6 +25,8 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     T5Config,
     T5EncoderModel,
     UMT5Config,
@@ -147,6 +149,17 @@ def clip_vision_projection(**changes: Any) -> CLIPVisionModelWithProjection:
 def clip_pictures() -> CLIPImageProcessorPil:
     """What makes pictures ready for `clip_vision`."""
     return CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+
+
+def siglip_vision_config(**changes: Any) -> SiglipVisionConfig:
+    """The image encoder of SigLIP, for images of 32 pixels."""
+    config = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return SiglipVisionConfig(**{**config, "image_size": 32, "patch_size": 16, **changes})
+
+
+def siglip_vision(**changes: Any) -> SiglipVisionModel:
+    """That encoder."""
+    return SiglipVisionModel(siglip_vision_config(**changes))
 
 
 def qwen2_vl_processor() -> Qwen2VLProcessor:

@@ -99,15 +99,15 @@ def _wan(halves_time: list[bool], *, space: int, time: int) -> AutoencoderKLWan:
     )
 
 
-def qwen(channels: int = 3) -> AutoencoderKLQwenImage:
-    """Four levels, for pictures of 3 channels or, with transparency, 4."""
+def qwen(channels: int = 3, latents: int = 4) -> AutoencoderKLQwenImage:
+    """Four levels, for images of 3 channels or, with transparency, 4; `latents` is a multiple of 4."""
     return AutoencoderKLQwenImage(
         base_dim=8,
-        z_dim=4,
+        z_dim=latents,
         dim_mult=[1, 1, 1, 1],
         num_res_blocks=1,
         temperal_downsample=[False, True, True],
         input_channels=channels,
-        latents_mean=_LATENTS_MEAN,
-        latents_std=_LATENTS_STD,
+        latents_mean=_LATENTS_MEAN * (latents // 4),
+        latents_std=_LATENTS_STD * (latents // 4),
     )

@@ -42,7 +42,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from triptych.tools.families.case import PROMPT
+from triptych.tools.families.cases import PROMPT
 from triptych.tools.families.classes import Sample
 from triptych.tools.families.classes.image_transformers import t5_gemma
 from triptych.tools.make_model import text, vaes

@@ -15,7 +15,7 @@ from diffusers import (
 )
 from transformers import GlmConfig, GlmModel
 
-from triptych.tools.families.case import PROMPT, SIDE, input_image, video_frames
+from triptych.tools.families.cases import PROMPT, SIDE, input_image, video_frames
 from triptych.tools.families.classes import Sample
 from triptych.tools.make_model import classic_pipelines, text, vaes
 from triptych.tools.make_model.recipe import Component

@@ -6,11 +6,11 @@ from typing import Any
 
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
-from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
+from transformers import SiglipImageProcessorPil
 
-from triptych.tools.families.case import PROMPT, SIDE, SMALL, SQUARE, input_image, mask
+from triptych.tools.families.cases import PROMPT, SIDE, SMALL, SQUARE, input_image, mask
 from triptych.tools.families.classes import Sample
-from triptych.tools.make_model import flux, vaes
+from triptych.tools.make_model import flux, text, vaes
 from triptych.tools.make_model.recipe import Component
 from triptych.tools.make_model.text import WIDTH
 
@@ -103,16 +103,7 @@ def _cloze(name: str, inputs: dict[str, Any]) -> Sample:
 
 def _redux(name: str) -> Sample:
     components: dict[str, Component | None] = {
-        "image_encoder": lambda: SiglipVisionModel(
-            SiglipVisionConfig(
-                hidden_size=WIDTH,
-                intermediate_size=2 * WIDTH,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                image_size=32,
-                patch_size=16,
-            )
-        ),
+        "image_encoder": text.siglip_vision,
         "feature_extractor": lambda: SiglipImageProcessorPil(size={"height": 32, "width": 32}),
         "image_embedder": lambda: ReduxImageEncoder(redux_dim=WIDTH, txt_in_features=WIDTH),
     }

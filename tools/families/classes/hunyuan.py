@@ -29,11 +29,9 @@ from transformers import (
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
-    SiglipVisionConfig,
-    SiglipVisionModel,
 )
 
-from triptych.tools.families.case import PROMPT, SIDE, input_image
+from triptych.tools.families.cases import PROMPT, SIDE, input_image
 from triptych.tools.families.classes import Sample
 from triptych.tools.make_model import ltx_hunyuan, text, vaes
 from triptych.tools.make_model.recipe import Component
@@ -302,16 +300,7 @@ def _framepack(name: str) -> Sample:
             image_proj_dim=WIDTH,
             has_clean_x_embedder=True,
         ),
-        image_encoder=lambda: SiglipVisionModel(
-            SiglipVisionConfig(
-                hidden_size=WIDTH,
-                intermediate_size=2 * WIDTH,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                image_size=32,
-                patch_size=16,
-            )
-        ),
+        image_encoder=text.siglip_vision,
         feature_extractor=lambda: SiglipImageProcessorPil(size={"height": 32, "width": 32}),
     )
     return Sample(name, components, {**_VIDEO, "num_frames": 9, "latent_window_size": 3, "image": input_image()})

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers import (
-    AutoencoderKL,
     AutoencoderTiny,
     BriaFibo2Transformer2DModel,
     DDIMScheduler,
@@ -32,7 +31,7 @@ from transformers import (
 )
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
-from triptych.tools.families.case import PROMPT, SIDE, VISION, input_image
+from triptych.tools.families.cases import PROMPT, SIDE, VISION, input_image
 from triptych.tools.families.classes import Sample
 from triptych.tools.make_model import classic_pipelines, ideogram, image_models, text, vaes
 from triptych.tools.make_model.recipe import Component
@@ -264,18 +263,7 @@ def _longcat() -> dict[str, Component | None]:
         "text_encoder": text.qwen2_5_vl,
         "tokenizer": text.chat_tokenizer,
         # The class counts on 16 channels.
-        "vae": lambda: AutoencoderKL(
-            block_out_channels=(16,) * 4,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=1,
-            norm_num_groups=4,
-            latent_channels=16,
-            scaling_factor=0.36,
-            shift_factor=0.11,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        ),
+        "vae": lambda: vaes.kl(levels=4, latent_channels=16),
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from triptych.tools.families.case import input_image
+from triptych.tools.families.cases import input_image
 from triptych.tools.families.classes import Sample
 from triptych.tools.families.classes.stable_diffusion import FROM_IMAGE, TEXT, xl
 from triptych.tools.make_model.text import WIDTH

@@ -20,7 +20,7 @@ from diffusers import (
 )
 from diffusers.pipelines.deepfloyd_if import IFWatermarker
 
-from triptych.tools.families.case import PROMPT, input_image, mask
+from triptych.tools.families.cases import PROMPT, input_image, mask
 from triptych.tools.families.classes import Sample
 from triptych.tools.families.classes.stable_diffusion import FROM_IMAGE, checked, sd
 from triptych.tools.families.classes.stable_diffusion_variants import prior

@@ -16,7 +16,7 @@ from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from diffusers.pipelines.ltx2.pipeline_ltx2_hdr_lora import LTX2HDRReferenceCondition
 from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
 
-from triptych.tools.families.case import PROMPT, SIDE, input_image, video_frames
+from triptych.tools.families.cases import PROMPT, SIDE, input_image, video_frames
 from triptych.tools.families.classes import Sample
 from triptych.tools.make_model import ltx_hunyuan, text
 from triptych.tools.make_model.recipe import Component

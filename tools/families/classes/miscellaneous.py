@@ -23,7 +23,7 @@ from diffusers.pipelines.deprecated.unidiffuser.modeling_uvit import UniDiffuser
 from diffusers.pipelines.shap_e.renderer import ShapERenderer
 from transformers import Gemma2Config, Gemma2Model
 
-from triptych.tools.families.case import PROMPT, SIDE, input_image, video_frames
+from triptych.tools.families.cases import PROMPT, SIDE, input_image, video_frames
 from triptych.tools.families.classes import Sample
 from triptych.tools.make_model import ltx_hunyuan, text, vaes
 from triptych.tools.make_model.text import VOCABULARY_SIZE, WIDTH

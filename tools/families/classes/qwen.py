@@ -6,9 +6,9 @@ from typing import Any
 
 from diffusers import AutoencoderKLQwenImage, QwenImageControlNetModel, QwenImageTransformer2DModel
 
-from triptych.tools.families.case import PROMPT, SMALL, SQUARE, VISION, input_image, mask
+from triptych.tools.families.cases import PROMPT, SMALL, SQUARE, VISION, input_image, mask
 from triptych.tools.families.classes import Sample
-from triptych.tools.make_model import ideogram, qwen
+from triptych.tools.make_model import ideogram, qwen, vaes
 from triptych.tools.make_model.recipe import Component
 from triptych.tools.make_model.text import WIDTH
 
@@ -86,13 +86,4 @@ def _transformer(channels: int) -> dict[str, Any]:
 
 def _transparent() -> AutoencoderKLQwenImage:
     # Not with as many channels as a transparent image has: that would be taken for latents.
-    return AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=8,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        input_channels=4,
-        latents_mean=[0.1] * 8,
-        latents_std=[1.2] * 8,
-    )
+    return vaes.qwen(channels=4, latents=8)

@@ -9,7 +9,6 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Lumina2Transformer2DModel,
     LuminaNextDiT2DModel,
-    PixArtTransformer2DModel,
     SanaControlNetModel,
     SanaTransformer2DModel,
     SanaVideoTransformer3DModel,
@@ -17,7 +16,7 @@ from diffusers import (
 )
 from transformers import Gemma2Config, Gemma2Model, GemmaConfig, GemmaModel
 
-from triptych.tools.families.case import PROMPT, SIDE, input_image
+from triptych.tools.families.cases import PROMPT, SIDE, input_image
 from triptych.tools.families.classes import Sample
 from triptych.tools.make_model import classic_pipelines, text, vaes
 from triptych.tools.make_model.recipe import Component
@@ -57,7 +56,7 @@ def samples() -> list[Sample]:
         Sample("PixArtAlphaPipeline", classic_pipelines.pixart().components, _GUIDED),
         Sample(
             "PixArtSigmaPAGPipeline",
-            {**classic_pipelines.pixart().components, "transformer": lambda: _pixart(2)},
+            {**classic_pipelines.pixart().components, "transformer": lambda: classic_pipelines.pixart_transformer(2)},
             {**_GUIDED, "pag_scale": 2.0},
         ),
         _lumina("LuminaPipeline"),
@@ -122,23 +121,6 @@ def _video() -> dict[str, Component | None]:
 
 def _dpm() -> DPMSolverMultistepScheduler:
     return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0)
-
-
-def _pixart(layers: int) -> PixArtTransformer2DModel:
-    return PixArtTransformer2DModel(
-        sample_size=32,
-        num_layers=layers,
-        patch_size=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        caption_channels=WIDTH,
-        in_channels=4,
-        out_channels=8,
-        cross_attention_dim=WIDTH,
-        norm_type="ada_norm_single",
-        norm_elementwise_affine=False,
-        norm_eps=1e-6,
-    )
 
 
 def _lumina(name: str) -> Sample:

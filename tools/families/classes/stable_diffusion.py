@@ -7,7 +7,7 @@ from typing import Any, Final
 from diffusers import ControlNetModel, UNet2DConditionModel
 from transformers import CLIPConfig
 
-from triptych.tools.families.case import PROMPT, input_image, mask
+from triptych.tools.families.cases import PROMPT, input_image, mask
 from triptych.tools.families.classes import Sample
 from triptych.tools.make_model import stable_diffusion, text
 from triptych.tools.make_model.text import WIDTH

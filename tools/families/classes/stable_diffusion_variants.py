@@ -19,7 +19,7 @@ from diffusers import (
 )
 from transformers import CLIPProcessor, DPTConfig, DPTForDepthEstimation, DPTImageProcessorPil
 
-from triptych.tools.families.case import PROMPT, input_image, mask
+from triptych.tools.families.cases import PROMPT, input_image, mask
 from triptych.tools.families.classes import Sample
 from triptych.tools.families.classes.stable_diffusion import EDIT, FROM_IMAGE, TEXT, checked, sd, unet, xl
 from triptych.tools.make_model import stable_diffusion, text, vaes

@@ -14,7 +14,7 @@ from diffusers import (
     UNetSpatioTemporalConditionModel,
 )
 
-from triptych.tools.families.case import PROMPT, input_image, video_frames
+from triptych.tools.families.cases import PROMPT, input_image, video_frames
 from triptych.tools.families.classes import Sample
 from triptych.tools.families.classes.stable_diffusion import checked, sd, xl
 from triptych.tools.make_model import text

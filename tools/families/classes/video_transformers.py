@@ -14,7 +14,6 @@ from diffusers import (
     DDIMScheduler,
     EasyAnimateTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
-    Kandinsky5Transformer3DModel,
     LatteTransformer3DModel,
     MochiTransformer3DModel,
     MotifVideoTransformer3DModel,
@@ -23,13 +22,12 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     SiglipImageProcessorPil,
-    SiglipVisionConfig,
     T5Gemma2EncoderConfig,
     T5Gemma2TextConfig,
 )
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2Encoder
 
-from triptych.tools.families.case import PROMPT, SIDE, input_image
+from triptych.tools.families.cases import PROMPT, SIDE, input_image
 from triptych.tools.families.classes import Sample
 from triptych.tools.make_model import classic_pipelines, cosmos, text, vaes
 from triptych.tools.make_model.recipe import Component
@@ -233,19 +231,7 @@ def _qwen2_vl() -> Qwen2VLForConditionalGeneration:
 def _kandinsky5(**changes: Any) -> dict[str, Component | None]:
     return {
         **classic_pipelines.kandinsky5().components,
-        "transformer": lambda: Kandinsky5Transformer3DModel(
-            in_visual_dim=4,
-            out_visual_dim=4,
-            in_text_dim=WIDTH,
-            in_text_dim2=WIDTH,
-            time_dim=WIDTH,
-            model_dim=WIDTH,
-            ff_dim=2 * WIDTH,
-            num_text_blocks=1,
-            num_visual_blocks=1,
-            axes_dims=(4, 6, 6),
-            **changes,
-        ),
+        "transformer": lambda: classic_pipelines.kandinsky5_transformer(**changes),
     }
 
 
@@ -273,12 +259,5 @@ def _motif() -> dict[str, Component | None]:
 
 def _t5_gemma2() -> T5Gemma2Encoder:
     words = T5Gemma2TextConfig(**text.decoder_config(vocab_size=VOCABULARY_SIZE, head_dim=16, dropout_rate=0.0))
-    eyes = SiglipVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=16,
-    )
+    eyes = text.siglip_vision_config()
     return T5Gemma2Encoder(T5Gemma2EncoderConfig(text_config=words, vision_config=eyes))

@@ -17,7 +17,7 @@ from diffusers import (
     WanVACETransformer3DModel,
 )
 
-from triptych.tools.families.case import PROMPT, VIDEO, input_image, mask, video_frames
+from triptych.tools.families.cases import PROMPT, VIDEO, input_image, mask, video_frames
 from triptych.tools.families.classes import Sample
 from triptych.tools.make_model import text, vaes, wan
 from triptych.tools.make_model.recipe import Component

@@ -10,7 +10,6 @@ from diffusers import (
     BriaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     ZImageControlNetModel,
-    ZImageTransformer2DModel,
 )
 from transformers import (
     Siglip2ImageProcessorPil,
@@ -20,7 +19,7 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from triptych.tools.families.case import PROMPT, SIDE, SMALL, SQUARE, input_image, mask
+from triptych.tools.families.cases import PROMPT, SIDE, SMALL, SQUARE, input_image, mask
 from triptych.tools.families.classes import Sample
 from triptych.tools.make_model import classic_pipelines, image_models, text, vaes
 from triptych.tools.make_model.recipe import Component
@@ -92,18 +91,7 @@ def _z_net(name: str, inputs: dict[str, Any], channels: int = 4) -> Sample:
 def _z_omni(name: str) -> Sample:
     components: dict[str, Component | None] = {
         **image_models.z_image().components,
-        "transformer": lambda: ZImageTransformer2DModel(
-            in_channels=4,
-            dim=WIDTH,
-            n_layers=2,
-            n_refiner_layers=1,
-            n_heads=2,
-            n_kv_heads=2,
-            cap_feat_dim=WIDTH,
-            siglip_feat_dim=WIDTH,
-            axes_dims=[4, 6, 6],
-            axes_lens=[512, 64, 64],
-        ),
+        "transformer": lambda: image_models.z_image_transformer(siglip_feat_dim=WIDTH),
         "siglip": lambda: Siglip2VisionModel(
             Siglip2VisionConfig(
                 hidden_size=WIDTH,
