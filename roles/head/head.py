@@ -35,7 +35,6 @@ from triptych.roles.messages.weights import ModelStatus, Reloading, ReloadModel,
 
 Report: TypeAlias = (
     stages.StageStarted
-    | stages.TransferReady
     | stages.StageOutputsStored
     | stages.StageFinished
     | stages.StageFailed
@@ -263,10 +262,6 @@ class Head(Actor):
         """Note that a denoising step is done."""
         for scheduler in self.models.schedulers:
             scheduler.progress(message.attempt, message.step, message.total_steps)
-
-    async def transfer_ready(self, message: stages.TransferReady) -> stages.Acknowledged:
-        """Acknowledge that stored tensors are loaded; the stage runs next."""
-        return self._apply_report(message, lambda _scheduler, _now: True)
 
     async def stage_outputs_stored(self, message: stages.StageOutputsStored) -> stages.Acknowledged:
         """Send a job on whose stage has stored its outputs."""

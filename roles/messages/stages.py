@@ -180,14 +180,6 @@ class Acknowledged(Message):
     """The head has acted on the report; it need not be sent again."""
 
 
-class TransferReady(Message):
-    """The stored tensors have arrived, match their checksum and are loaded."""
-
-    attempt: Attempt
-    instance: Name
-    seconds: Seconds
-
-
 class TransferFailed(Message):
     """The stored tensors could not be fetched; nothing was computed on them."""
 

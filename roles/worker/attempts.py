@@ -1,20 +1,22 @@
-"""What a role instance has in hand, and what to do next: pure decisions, no clock, no socket, no tensor.
+"""The attempts of a role process and what happens to each next: pure decisions, no clock, no socket.
 
-An attempt is taken, goes through its phases, and ends exactly once, with one report that hands its
-credit back. Each event method changes the state and returns the effects that the instance carries out.
+An attempt is taken by the instance, passes from actor to actor, and ends exactly once, with one report that hands
+its credit back. What a method returns are the messages to send next, each of a type that says to whom it goes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from msgspec.structs import replace
 
 from triptych.bus import Message
 from triptych.engines.stages import Stage
-from triptych.roles.messages.common import Artifact, Attempt, LeaseRef, Output, StoredPayload
+from triptych.roles.messages.common import Artifact, Attempt, LeaseRef, Output, Rebind, StoredPayload
+from triptych.roles.messages.pool import ReleaseBlocks
 from triptych.roles.messages.stages import (
     StageAssign,
     StageCancelled,
@@ -26,22 +28,18 @@ from triptych.roles.messages.stages import (
     StageStarted,
     TransferFailed,
     TransferPush,
-    TransferReady,
 )
-from triptych.roles.worker.effects import (
-    Begin,
-    Clear,
-    Effect,
-    Load,
-    ReleaseLease,
-    Report,
-    Run,
-    Save,
-    StopRun,
-    StopTransfer,
-    Store,
-    Tell,
+from triptych.roles.messages.worker import CancelAttempt, LoadInputs, RunStage, SaveArtifact, StoreOutputs
+
+if TYPE_CHECKING:
+    from triptych.engines.memory.streams import StreamEvent
+
+EndReport: TypeAlias = (
+    StageOutputsStored | StageFinished | StageFailed | TransferFailed | StageCancelled | StageReturned
 )
+"""The report that ends an attempt."""
+NextStep: TypeAlias = RunStage | StoreOutputs | SaveArtifact | StageCancelled | StageReturned
+"""What one actor passes on to the next."""
 
 STAGES_OF_ROLE: dict[str, tuple[Stage, ...]] = {
     "encoder": (Stage.ENCODER,),
@@ -53,7 +51,7 @@ STAGES_OF_ROLE: dict[str, tuple[Stage, ...]] = {
 
 
 class Phase(StrEnum):
-    """Who has the attempt at present."""
+    """Which actor has the attempt at present, and for what."""
 
     LOADING = "loading"
     """The transfer actor fetches stored tensors."""
@@ -65,9 +63,8 @@ class Phase(StrEnum):
     """The transfer actor writes the artifact."""
 
 
-_MakeReport: TypeAlias = Callable[[int], Message]
-"""From the number of credits issued to the report that carries it."""
-_REMEMBERED = 256
+_REMEMBERED: Final = 256
+"""Attempts that have ended or were cancelled, of which so many are known."""
 
 
 class AttemptRefusedError(Exception):
@@ -87,7 +84,7 @@ class UnexpectedEventError(Exception):
 
 @dataclass(slots=True)
 class ActiveAttempt:
-    """An assigned attempt."""
+    """An assigned attempt: all that the three actors of the process know of it."""
 
     attempt: Attempt
     phase: Phase
@@ -96,11 +93,20 @@ class ActiveAttempt:
     output: Output
     deadline: float
     """In seconds of this host's monotonic clock."""
+    values: dict[str, object] = field(default_factory=dict)
+    """Inputs of the next stage, by name: tensors on the device, and plain values."""
+    seed: int = 0
+    """Of the image; the encoder makes its generator from it."""
+    rebind: Rebind | None = None
+    """What makes loaded values this attempt's own, where they were made for another."""
+    ready: StreamEvent | None = None
+    """End of the work that made `values`; who uses them on another stream waits for it first."""
     seconds: float = 0.0
     """That the last stage took."""
     seed_independent: bool = False
     """What it made is the same for every seed."""
     cancelled: bool = False
+    """It is to end; who has it stops as soon as its phase allows."""
     returned: bool = False
     """It is stopped for others to do, not because nobody wants it."""
     began_at: float | None = None
@@ -119,14 +125,14 @@ class ActiveAttempt:
 
 
 class AttemptTracker:
-    """The attempts of one incarnation of a role instance."""
+    """The attempts of one incarnation of a role process. Used from the event loop's thread alone."""
 
     def __init__(self, instance: str, kind: str, slots: int) -> None:
         self.instance = instance
         self.kind = kind
         self.slots = slots
         self.taken = 0
-        """jobs taken so far."""
+        """Attempts taken so far."""
         self.ended = 0
         """Of them, those that have ended."""
         self.active: dict[Attempt, ActiveAttempt] = {}
@@ -145,14 +151,14 @@ class AttemptTracker:
         """Oldest first."""
         return tuple(self.active)
 
-    # -- from the head
+    # -- the instance: what the head sends
 
     def can_reserve(self, attempt: Attempt) -> bool:
         """Whether a block may be reserved for `attempt`: there is a credit that no other counts on."""
         others = sum(reserved != attempt for reserved in self.reservations)
         return attempt not in self.active and len(self.active) + others < self.slots
 
-    def reserve(self, attempt: Attempt, target: LeaseRef) -> tuple[Effect, ...]:
+    def reserve(self, attempt: Attempt, target: LeaseRef) -> tuple[Message, ...]:
         """Keep a block of the own pool for the push of `attempt`, in place of one reserved before.
 
         Raises:
@@ -163,29 +169,28 @@ class AttemptTracker:
             raise AttemptRefusedError("cancelled", f"{attempt} was cancelled")
         before = self.reservations.get(attempt)
         self.reservations[attempt] = target
-        return (ReleaseLease(before),) if before is not None and before != target else ()
+        return (ReleaseBlocks((before,)),) if before is not None and before != target else ()
 
-    def assign(self, message: StageAssign, now: float) -> tuple[Effect, ...]:
+    def assign(self, message: StageAssign, now: float) -> tuple[Message, ...]:
         """Take a job at its first stage; nothing more happens when it is assigned already.
 
         Raises:
             AttemptRefusedError: when none of its slots is free, or this kind starts from stored tensors.
 
         """
+        attempt = message.attempt
         if self.kind not in ("encoder", "monolithic"):
             raise AttemptRefusedError(
                 "wrong_kind",
                 f"{self.instance} is a {self.kind}: it starts from stored tensors, not from inputs",
             )
-        if not self._take(message.attempt, Phase.RUNNING, message.output, now + message.left_s):
+        item = self._take(attempt, Phase.RUNNING, message.output, now + message.left_s)
+        if item is None:
             return ()
-        return (
-            *self._cancel_older(message.attempt),
-            Begin(message.attempt, message.inputs, message.seed),
-            Run(message.attempt, self.active[message.attempt].stages[0]),
-        )
+        item.values, item.seed = dict(message.inputs), message.seed
+        return (*self._cancel_older(attempt), RunStage(attempt, item.stages[0]))
 
-    def push(self, message: TransferPush, now: float, *, preallocated: bool = False) -> tuple[Effect, ...]:
+    def push(self, message: TransferPush, now: float, *, preallocated: bool = False) -> tuple[Message, ...]:
         """Take a job that starts from stored tensors; nothing more happens when it is assigned already.
 
         Args:
@@ -198,172 +203,170 @@ class AttemptTracker:
             it no more.
 
         """
+        attempt = message.attempt
         if self.kind not in ("denoiser", "decoder"):
             raise AttemptRefusedError(
                 "wrong_kind",
                 f"{self.instance} is a {self.kind}: it starts from inputs, not from stored tensors",
             )
-        kept = preallocated or message.target in (None, self.reservations.get(message.attempt))
-        if not kept and not any(message.attempt in known for known in (self.active, self._ended, self._cancelled)):
+        kept = preallocated or message.target in (None, self.reservations.get(attempt))
+        if not kept and not any(attempt in known for known in (self.active, self._ended, self._cancelled)):
             raise AttemptRefusedError(
-                "block_gone", f"{self.instance} no longer keeps the block that {message.attempt} was to come into"
+                "block_gone", f"{self.instance} no longer keeps the block that {attempt} was to come into"
             )
-        if not self._take(message.attempt, Phase.LOADING, message.output, now + message.left_s):
+        item = self._take(attempt, Phase.LOADING, message.output, now + message.left_s)
+        if item is None:
             return ()
-        reserved = self.reservations.pop(message.attempt, None)
-        unused = (ReleaseLease(reserved),) if reserved is not None and reserved != message.target else ()
+        item.rebind = message.rebind
+        reserved = self.reservations.pop(attempt, None)
+        unused = (ReleaseBlocks((reserved,)),) if reserved is not None and reserved != message.target else ()
         return (
             *unused,
-            *self._cancel_older(message.attempt),
-            Begin(message.attempt, {}, 0, message.rebind),
-            Load(message.attempt, message.source, message.target, now + message.left_s),
+            *self._cancel_older(attempt),
+            LoadInputs(attempt, message.source, message.target, item.deadline),
         )
 
-    def cancel(self, attempt: Attempt) -> tuple[Effect, ...]:
+    def cancel(self, attempt: Attempt) -> tuple[Message, ...]:
         """Stop `attempt` as soon as its phase allows; it will not be taken again."""
         _remember(self._cancelled, attempt)
         item = self.active.get(attempt)
         if item is None:
             target = self.reservations.pop(attempt, None)
-            return (ReleaseLease(target),) if target else ()
+            return (ReleaseBlocks((target,)),) if target else ()
         if item.cancelled:
             return ()
         item.cancelled = True
-        return (StopRun(attempt) if item.phase is Phase.RUNNING else StopTransfer(attempt),)
+        return (CancelAttempt(attempt),)
 
-    def return_to_head(self, within_s: float | None) -> tuple[Effect, ...]:
+    def return_to_head(self, within_s: float | None) -> tuple[Message, ...]:
         """Stop what would take more than `within_s` seconds, for others to do; None: all that is not computed yet."""
-        effects: list[Effect] = []
+        messages: list[Message] = []
         for item in tuple(self.active.values()):
             computed = item.phase in (Phase.STORING, Phase.SAVING)
             if not (item.cancelled or computed) and (within_s is None or item.left_s() > within_s):
                 item.returned = True
-                effects += self.cancel(item.attempt)
-        return tuple(effects)
+                messages += self.cancel(item.attempt)
+        return tuple(messages)
 
-    def drop_reservations(self) -> tuple[Effect, ...]:
+    def drop_reservations(self) -> tuple[Message, ...]:
         """Give up what a head asked for that is gone: it will ask again."""
         leases, self.reservations = tuple(self.reservations.values()), {}
-        return tuple(ReleaseLease(lease) for lease in leases)
+        return (ReleaseBlocks(leases),) if leases else ()
 
-    # -- from the stream worker
+    def end(self, report: EndReport) -> tuple[Message, ...]:
+        """Forget an attempt, with its tensors, and return the report of its end, which issues a new credit.
 
-    def run_started(self, attempt: Attempt, stage: Stage, now: float) -> tuple[Effect, ...]:
-        """Report that the first kernel is about to run."""
+        Of one that was cancelled meanwhile the report says that, and stored outputs are released. A file that was
+        written is left to the store's pruning: another attempt may have written the same.
+        """
+        item = self._item(report.attempt, "it ended", *Phase)
+        released: tuple[Message, ...] = ()
+        if item.cancelled:
+            if isinstance(report, StageOutputsStored):
+                released = (ReleaseBlocks((report.stored.lease,)),)
+            report = self._cancelled_report(item)
+        del self.active[item.attempt]
+        self.ended += 1
+        _remember(self._ended, item.attempt)
+        return (*released, replace(report, issued=self.issued))
+
+    # -- the stream worker
+
+    def started(self, attempt: Attempt, stage: Stage, now: float) -> StageStarted:
+        """Note that the stage's first kernel is about to run."""
         item = self._item(attempt, "a stage started", Phase.RUNNING)
         item.began_at, item.step, item.total_steps = now, 0, 0
-        if item.cancelled:
-            return ()
-        return (Report(StageStarted(attempt, self.instance, stage)),)
+        return StageStarted(attempt, self.instance, stage)
 
-    def run_stepped(self, attempt: Attempt, step: int, total_steps: int, now: float) -> tuple[Effect, ...]:
-        """Mention that a denoising step is done."""
+    def stepped(self, attempt: Attempt, step: int, total_steps: int, now: float) -> StageProgress:
+        """Note that a denoising step is done."""
         item = self._item(attempt, "a step ended", Phase.RUNNING)
         item.stepped_at, item.step, item.total_steps = now, step, total_steps
-        return (Tell(StageProgress(attempt, step, total_steps)),)
+        return StageProgress(attempt, step, total_steps)
 
-    def run_finished(self, attempt: Attempt, seconds: float, *, seed_independent: bool = False) -> tuple[Effect, ...]:
-        """Run the next stage on the outputs, or store them, or save them."""
-        item = self._item(attempt, "a stage finished", Phase.RUNNING)
+    def computed(self, attempt: Attempt, seconds: float, *, seed_independent: bool = False) -> NextStep:
+        """Go on with a stage's outputs: run the next stage on them, or store them, or save them."""
+        item = self._item(attempt, "a stage was computed", Phase.RUNNING)
         if item.cancelled:
-            return self._end_cancelled(item)
+            return self._cancelled_report(item)
         item.seconds, item.seed_independent = seconds, seed_independent
         done, *left = item.stages
         if left:
             item.stages = tuple(left)
-            return (Run(attempt, left[0]),)
+            return RunStage(attempt, left[0])
         if done is Stage.DECODER:
             item.phase = Phase.SAVING
-            return (Save(attempt, item.output, item.deadline),)
+            return SaveArtifact(attempt, item.output, item.deadline)
         item.phase = Phase.STORING
-        return (Store(attempt, item.deadline),)
+        return StoreOutputs(attempt, item.deadline)
 
-    def run_failed(
+    def stage_failed(
         self, attempt: Attempt, error: str, *, invalid_request: bool, deterministic: bool = False
-    ) -> tuple[Effect, ...]:
-        """End the attempt: the stage raised; it is not tried again where the request is at fault or nothing changes."""
+    ) -> StageFailed:
+        """Say that the stage raised; it is not tried again where the request is at fault or nothing changes."""
         item = self._item(attempt, "a stage failed", Phase.RUNNING)
-        if item.cancelled:
-            return self._end_cancelled(item)
-        return self._end_failed(
-            item, error, retryable=not (invalid_request or deterministic), invalid_request=invalid_request
-        )
+        retryable = not (invalid_request or deterministic)
+        return StageFailed(attempt, self.instance, item.stages[0], error, retryable, 0, invalid_request)
 
-    def run_cancelled(self, attempt: Attempt) -> tuple[Effect, ...]:
-        """End the attempt: the stream worker has stopped as told."""
-        item = self._item(attempt, "a stage was cancelled", Phase.RUNNING)
+    def stopped(self, attempt: Attempt) -> StageCancelled | StageReturned:
+        """Say that the stage was stopped as told."""
+        item = self._item(attempt, "a stage was stopped", Phase.RUNNING)
         if not item.cancelled:
-            raise UnexpectedEventError(attempt, "a stage was cancelled that was not to be", item.phase)
-        return self._end_cancelled(item)
+            raise UnexpectedEventError(attempt, "a stage was stopped that was not to be", item.phase)
+        return self._cancelled_report(item)
 
-    # -- from the transfer actor
+    # -- the transfer actor
 
-    def inputs_loaded(self, attempt: Attempt, seconds: float) -> tuple[Effect, ...]:
+    def loaded(self, attempt: Attempt) -> NextStep:
         """Run the stage on what was loaded."""
         item = self._item(attempt, "inputs were loaded", Phase.LOADING)
         if item.cancelled:
-            return self._end_cancelled(item)
+            return self._cancelled_report(item)
         item.phase = Phase.RUNNING
-        return (Report(TransferReady(attempt, self.instance, seconds)), Run(attempt, item.stages[0]))
+        return RunStage(attempt, item.stages[0])
 
-    def outputs_stored(self, attempt: Attempt, stored: StoredPayload) -> tuple[Effect, ...]:
-        """End the attempt: its outputs lie in a sealed block."""
+    def stored(self, attempt: Attempt, stored: StoredPayload) -> StageOutputsStored:
+        """Say where the outputs lie, in a sealed block."""
         item = self._item(attempt, "outputs were stored", Phase.STORING)
-        if item.cancelled:
-            return (ReleaseLease(stored.lease), *self._end_cancelled(item))
-        stage, seconds, seed_independent = item.stages[0], item.seconds, item.seed_independent
-        return self._end(
-            item,
-            lambda issued: StageOutputsStored(attempt, self.instance, stage, stored, seconds, issued, seed_independent),
-        )
+        stage = item.stages[0]
+        return StageOutputsStored(attempt, self.instance, stage, stored, item.seconds, 0, item.seed_independent)
 
-    def artifact_saved(self, attempt: Attempt, artifact: Artifact) -> tuple[Effect, ...]:
-        """End the attempt: the file is on disk.
-
-        One that was cancelled meanwhile is left to the store's pruning: another attempt may have written the
-        same file.
-        """
+    def saved(self, attempt: Attempt, artifact: Artifact) -> StageFinished:
+        """Say that the file is on disk."""
         item = self._item(attempt, "an artifact was saved", Phase.SAVING)
-        if item.cancelled:
-            return self._end_cancelled(item)
-        return self._end(
-            item,
-            lambda issued: StageFinished(attempt, self.instance, item.stages[0], artifact, item.seconds, issued),
-        )
+        return StageFinished(attempt, self.instance, item.stages[0], artifact, item.seconds, 0)
 
-    def transfer_task_failed(
-        self, attempt: Attempt, reason: str, *, source_gone: bool, retryable: bool
-    ) -> tuple[Effect, ...]:
-        """End the attempt: loading, storing or saving came to nothing."""
+    def transfer_failed(
+        self, attempt: Attempt, reason: str, *, source_gone: bool = False, retryable: bool = True
+    ) -> StageFailed | TransferFailed:
+        """Say that loading, storing or saving came to nothing."""
         item = self._item(attempt, "a transfer failed", Phase.LOADING, Phase.STORING, Phase.SAVING)
-        if item.cancelled:
-            return self._end_cancelled(item)
-        if item.phase is not Phase.LOADING:
-            return self._end_failed(item, reason, retryable=retryable)
-        return self._end(item, lambda issued: TransferFailed(attempt, self.instance, reason, source_gone, issued))
+        if item.phase is Phase.LOADING:
+            return TransferFailed(attempt, self.instance, reason, source_gone, 0)
+        return StageFailed(attempt, self.instance, item.stages[0], reason, retryable, 0)
 
     # -- inside
 
-    def _take(self, attempt: Attempt, phase: Phase, output: Output, deadline: float) -> bool:
-        item = self.active.get(attempt)
+    def _take(self, attempt: Attempt, phase: Phase, output: Output, deadline: float) -> ActiveAttempt | None:
+        """Spend a credit on the attempt; None when it was taken before."""
         if attempt in self._cancelled:
             raise AttemptRefusedError("cancelled", f"{attempt} was cancelled")
-        if item is not None or attempt in self._ended:  # asked again, because the answer was late
-            return False
+        if attempt in self.active or attempt in self._ended:  # asked again, because the answer was late
+            return None
         if len(self.active) >= self.slots:
             raise AttemptRefusedError(
                 "no_credit", f"{self.instance} has {len(self.active)} attempts assigned and {self.slots} slots"
             )
         self.taken += 1
-        self.active[attempt] = ActiveAttempt(attempt, phase, STAGES_OF_ROLE[self.kind], output, deadline)
-        return True
+        item = self.active[attempt] = ActiveAttempt(attempt, phase, STAGES_OF_ROLE[self.kind], output, deadline)
+        return item
 
-    def _cancel_older(self, attempt: Attempt) -> tuple[Effect, ...]:
+    def _cancel_older(self, attempt: Attempt) -> tuple[Message, ...]:
         """Cancel older attempts at the same job: nobody waits for them."""
         older = [
             w for w in (*self.active, *self.reservations) if w.job_id == attempt.job_id and w.number < attempt.number
         ]
-        return tuple(effect for w in older for effect in self.cancel(w))
+        return tuple(message for w in older for message in self.cancel(w))
 
     def _item(self, attempt: Attempt, event: str, *phases: Phase) -> ActiveAttempt:
         item = self.active.get(attempt)
@@ -371,24 +374,8 @@ class AttemptTracker:
             raise UnexpectedEventError(attempt, event, item.phase if item else None)
         return item
 
-    def _end(self, item: ActiveAttempt, report: _MakeReport) -> tuple[Effect, ...]:
-        del self.active[item.attempt]
-        self.ended += 1
-        _remember(self._ended, item.attempt)
-        return (Clear(item.attempt), Report(report(self.issued)))
-
-    def _end_cancelled(self, item: ActiveAttempt) -> tuple[Effect, ...]:
-        report = StageReturned if item.returned else StageCancelled
-        return self._end(item, lambda issued: report(item.attempt, self.instance, issued))
-
-    def _end_failed(
-        self, item: ActiveAttempt, error: str, *, retryable: bool, invalid_request: bool = False
-    ) -> tuple[Effect, ...]:
-        stage = item.stages[0]
-        return self._end(
-            item,
-            lambda issued: StageFailed(item.attempt, self.instance, stage, error, retryable, issued, invalid_request),
-        )
+    def _cancelled_report(self, item: ActiveAttempt) -> StageCancelled | StageReturned:
+        return (StageReturned if item.returned else StageCancelled)(item.attempt, self.instance, 0)
 
 
 def _remember(memory: dict[Attempt, None], attempt: Attempt) -> None:

@@ -1,7 +1,7 @@
-"""A role instance: offers itself to the head, takes work under its own credits, and reports how each piece ends.
+"""A role instance: registers with the head, takes attempts under its own credits, and reports how each ends.
 
-The decisions are the workload's; here they meet the bus. Beside it in the process are the stream worker, which
-computes, and the transfer actor, which moves tensors.
+The decisions are the `AttemptTracker`'s; here they meet the bus. Beside it in the process are the stream worker, which
+computes, and the transfer actor, which moves tensors; they pass each attempt on to each other and back to here.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from triptych.actors import Actor, Component, DeferredReply, Topology
 from triptych.actors.child_state import ChildState
 from triptych.backoff import backoff_s
 from triptych.bus import BusError, MailboxFullError, Message, Reference, RefusedError, RemoteError
-from triptych.roles.messages import stages, worker
+from triptych.roles.messages import stages
 from triptych.roles.messages.common import Attempt, LeaseRef
-from triptych.roles.messages.pool import PoolFull, ReleasePreallocated
+from triptych.roles.messages.pool import PoolFull, ReleaseBlocks, ReleasePreallocated
 from triptych.roles.messages.stages import (
     Acknowledged,
     AttemptQuery,
@@ -35,12 +35,12 @@ from triptych.roles.messages.stages import (
     TransferPush,
     TransferRejected,
 )
+from triptych.roles.messages.worker import DeviceLost, SetWeightsLoaded
 from triptych.roles.pool.client import PoolClient, pool_full_reason
-from triptych.roles.worker import effects as do
-from triptych.roles.worker.attempts import AttemptRefusedError, AttemptTracker
+from triptych.roles.worker.attempts import AttemptRefusedError, EndReport
 from triptych.roles.worker.preallocation import Preallocation
-from triptych.roles.worker.reporter import FencedError, Reporter, is_fenced
-from triptych.roles.worker.workspace import ProcessContext
+from triptych.roles.worker.process_context import STREAM, TRANSFER, ProcessContext
+from triptych.roles.worker.reporter import FencedError, is_fenced
 
 ANSWER_S: Final = 5.0
 """A head that is there acknowledges well within this."""
@@ -61,7 +61,7 @@ def build(component: Component, topology: Topology) -> list[Actor]:
     from triptych.roles.worker.stream_worker import StreamWorker
     from triptych.roles.worker.transfer import TransferActor
 
-    context = ProcessContext()
+    context = ProcessContext(component)
     return [
         Instance(component, topology, context),
         StreamWorker(component, topology, context),
@@ -76,15 +76,14 @@ class Instance(Actor):
         super().__init__(component.name)
         self.component = component
         self.context = context
-        self.attempts = AttemptTracker(component.name, component.kind, component.slots)
-        self.reporter = Reporter(self._deliver, self.log)
+        self.attempts = context.attempts
+        self.reporter = context.reporter
         self._shutdown_s = topology.supervision.shutdown_s
         self._heartbeat_every_s = min(HEARTBEAT_EVERY_S, topology.supervision.heartbeat_timeout_s / 4)
         self._client = PoolClient(self, component.pool, component.name)
         self._preallocation = Preallocation(topology.transfer.preallocated_slots)
         self._replenishing = asyncio.Lock()
-        self._stream = f"{component.name}.stream"
-        self._transfer = f"{component.name}.transfer"
+        self._process = {component.name + STREAM, component.name + TRANSFER}
         self._draining = False
         self._leaving = False
         self._awake_target: bool | None = None
@@ -97,7 +96,7 @@ class Instance(Actor):
         """Wait for the model and the pool, then offer itself to the head, whenever that comes."""
         await self.context.until_ready()
         self.set_state(ChildState.JOINING, "waiting for the head")
-        self.spawn(self.reporter.run(), name="reports")
+        self.spawn(self.reporter.run(self._deliver), name="reports")
         self.spawn(self._stay_registered(), name="head")
 
     async def stopping(self) -> None:
@@ -117,7 +116,7 @@ class Instance(Actor):
                 end.cancel()
 
     def stats(self) -> dict[str, int | float | str | bool]:
-        """Credits, and what is in hand."""
+        """Credits, and the attempts that are assigned."""
         load = self.attempts
         return {
             "slots": load.slots,
@@ -127,7 +126,6 @@ class Instance(Actor):
             "reserved": len(load.reservations),
             "reports_pending": len(self.reporter.pending),
             "reports_given_up": self.reporter.dropped,
-            "workspace": len(self.context.workspace),
         }
 
     # -- from the head
@@ -197,120 +195,48 @@ class Instance(Actor):
         self.log.info("cancelled", attempt=str(message.attempt), reason=message.reason)
         self._drop(message.attempt)
 
-    # -- from the stream worker
+    # -- from this process
 
-    async def run_started(self, message: worker.RunStarted) -> None:
-        """Pass on that a stage runs."""
-        self._carry_out(self.attempts.run_started(message.attempt, message.stage, time.monotonic()))
+    async def attempt_ended(self, report: EndReport) -> None:
+        """Report the end of an attempt, which gives its credit back."""
+        self._check_sender()
+        self._carry_out(self.attempts.end(report))
 
-    async def run_stepped(self, message: worker.RunStepped) -> None:
-        """Pass on that a step is done."""
-        now = time.monotonic()
-        self._carry_out(self.attempts.run_stepped(message.attempt, message.step, message.total_steps, now))
+    async def device_lost(self, message: DeviceLost) -> None:
+        """End this process: it can compute nothing more."""
+        self._check_sender()
+        self._draining = True
+        self._carry_out(self.attempts.return_to_head(None))
+        self.spawn(self._end(message.error), name="end")
 
-    async def run_finished(self, message: worker.RunFinished) -> None:
-        """Go on with a stage's outputs."""
-        self._carry_out(
-            self.attempts.run_finished(message.attempt, message.seconds, seed_independent=message.seed_independent)
-        )
-
-    async def run_failed(self, message: worker.RunFailed) -> None:
-        """End an attempt; with a lost worker, this process as well."""
-        self._carry_out(
-            self.attempts.run_failed(
-                message.attempt,
-                message.error,
-                invalid_request=message.invalid_request,
-                deterministic=message.deterministic,
-            )
-        )
-        if message.device_lost:
-            self._draining = True
-            self._carry_out(self.attempts.return_to_head(None))
-            self.spawn(self._end(message.error), name="end")
-
-    async def run_cancelled(self, message: worker.RunCancelled) -> None:
-        """End an attempt that was stopped."""
-        self._carry_out(self.attempts.run_cancelled(message.attempt))
-
-    async def weights_loaded_changed(self, message: worker.WeightsLoadedChanged) -> None:
+    async def wake_changed(self, message: stages.InstanceWakeChanged) -> None:
         """Tell the head that the weights are there, or are not any more."""
-        here = self.context
+        self._check_sender()
         self._awake_target = None
-        self.reporter.add(
-            stages.InstanceWakeChanged(
-                self.name,
-                self.generation,
-                message.awake,
-                here.signature,
-                here.weights,
-                message.seconds,
-                message.trouble,
-            )
-        )
+        self.reporter.add(message)
         if not self._head_away.is_set():
             self._show_wake_state()
 
-    # -- from the transfer actor
-
-    async def inputs_loaded(self, message: worker.InputsLoaded) -> None:
-        """Run the stage on what was loaded."""
-        self._carry_out(self.attempts.inputs_loaded(message.attempt, message.seconds))
-
-    async def outputs_stored(self, message: worker.OutputsStored) -> None:
-        """End an attempt: its outputs are at rest."""
-        self._carry_out(self.attempts.outputs_stored(message.attempt, message.stored))
-
-    async def artifact_saved(self, message: worker.ArtifactSaved) -> None:
-        """End an attempt: its image is on disk."""
-        self._carry_out(self.attempts.artifact_saved(message.attempt, message.artifact))
-
-    async def transfer_task_failed(self, message: worker.TransferTaskFailed) -> None:
-        """End an attempt: its tensors could not be moved."""
-        self._carry_out(
-            self.attempts.transfer_task_failed(
-                message.attempt, message.reason, source_gone=message.source_gone, retryable=message.retryable
-            )
-        )
+    def _check_sender(self) -> None:
+        """Raise RefusedError for what only an actor of this process may say."""
+        if self.sender.name not in self._process:
+            raise RefusedError("forbidden", f"{self.sender.name} is no actor of {self.name}")
 
     # -- carrying out
 
-    def _carry_out(self, effects: tuple[do.Effect, ...]) -> None:
-        for effect in effects:
-            self._carry_out_one(effect)
+    def _carry_out(self, messages: tuple[Message, ...]) -> None:
+        """Send each message that the tracker has decided on to whom it is for."""
+        for message in messages:
+            match message:
+                case ReleaseBlocks(leases):
+                    for lease in leases:
+                        self._client.release(lease)
+                case _ if isinstance(message, EndReport):
+                    self.reporter.add(message)
+                case _:
+                    self.context.pass_on(self, message)
         if not self.attempts.active:
             self._idle.set()
-
-    def _carry_out_one(self, effect: do.Effect) -> None:
-        match effect:
-            case do.Begin(attempt, inputs, seed, rebind):
-                self.context.workspace.begin(attempt, dict(inputs), seed, rebind)
-            case do.Clear(attempt):
-                self.context.workspace.clear(attempt)
-            case do.Report(message):
-                self.reporter.add(message)
-            case do.Tell(message):
-                self._tell_head(message)
-            case do.ReleaseLease(lease):
-                self._client.release(lease)
-            case _:
-                self._forward(effect)
-
-    def _forward(self, effect: do.Effect) -> None:
-        stream, transfer = self.reference(self._stream), self.reference(self._transfer)
-        match effect:
-            case do.Run(attempt, stage):
-                stream.tell(worker.RunStage(attempt, stage))
-            case do.StopRun(attempt):
-                stream.tell(worker.CancelRun(attempt))
-            case do.Load(attempt, source, target, deadline):
-                transfer.tell(worker.LoadInputs(attempt, source, target, deadline))
-            case do.Store(attempt, deadline):
-                transfer.tell(worker.StoreOutputs(attempt, deadline))
-            case do.Save(attempt, output, deadline):
-                transfer.tell(worker.SaveArtifact(attempt, output, deadline))
-            case do.StopTransfer(attempt):
-                transfer.tell(worker.CancelTransferTask(attempt))
 
     def _tell_head(self, message: Message) -> None:
         if self._head_away.is_set():
@@ -339,7 +265,7 @@ class Instance(Actor):
             for block in self._drop_preallocated():
                 self._client.release(block)
         self.set_state(ChildState.WAKING if awake else ChildState.ASLEEP)
-        self.reference(self._stream).tell(worker.SetWeightsLoaded(awake))
+        self.context.pass_on(self, SetWeightsLoaded(awake))
 
     async def _allocate(self, message: TransferAlloc) -> TransferAllocated | TransferRejected:
         attempt = message.attempt

@@ -73,13 +73,11 @@ class Reporter:
     """A queue of reports and the one task that delivers it.
 
     Args:
-        deliver: asks the head; returns when it has acknowledged, raises `BusError` when it has not.
         log: for reports that had to be given up.
 
     """
 
-    def __init__(self, deliver: Callable[[Message], Awaitable[object]], log: Log) -> None:
-        self._deliver = deliver
+    def __init__(self, log: Log) -> None:
         self._log = log
         self._queue: deque[Message] = deque()
         self._wake = asyncio.Event()
@@ -90,13 +88,18 @@ class Reporter:
         """Reports that the head could not take."""
 
     @property
+    def paused(self) -> bool:
+        """Whether the head is away."""
+        return self._paused
+
+    @property
     def pending(self) -> tuple[Message, ...]:
         """Reports that are not acknowledged yet, oldest first."""
         return tuple(self._queue)
 
     @property
     def attempts(self) -> tuple[Attempt, ...]:
-        """Works that a pending report is about, each once."""
+        """Attempts that a pending report is about, each once."""
         found = (getattr(report, "attempt", None) for report in self.pending)
         return tuple(dict.fromkeys(attempt for attempt in found if isinstance(attempt, Attempt)))
 
@@ -119,8 +122,11 @@ class Reporter:
         """Return when every report has been acknowledged."""
         await self._empty.wait()
 
-    async def run(self) -> None:
+    async def run(self, deliver: Callable[[Message], Awaitable[object]]) -> None:
         """Deliver for ever.
+
+        Args:
+            deliver: asks the head; returns when it has acknowledged, raises `BusError` when it has not.
 
         Raises:
             FencedError: the head refuses this incarnation.
@@ -130,15 +136,15 @@ class Reporter:
             await self._wake.wait()
             self._wake.clear()
             while self._queue and not self._paused:
-                await self._deliver_first()
+                await self._deliver_first(deliver)
 
-    async def _deliver_first(self) -> None:
+    async def _deliver_first(self, deliver: Callable[[Message], Awaitable[object]]) -> None:
         report = self._queue[0]
         failures = 0
         tries = 0
         while not self._paused:
             try:
-                await self._deliver(report)
+                await deliver(report)
                 break
             except BusError as error:
                 failures += isinstance(error, RemoteError) and error.code == "handler_failed"

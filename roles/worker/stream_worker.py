@@ -10,11 +10,9 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import ParamSpec, TypeVar
 
-import msgspec
 import torch
 
 from triptych.actors import Actor, Component, StartDelayedError, StartError, Topology
@@ -29,21 +27,18 @@ from triptych.engines.weights.placement import OutOfDeviceMemoryError
 from triptych.engines.weights.read_ahead import ReadProgress
 from triptych.roles.media.uploads import UPLOADS, UploadStore
 from triptych.roles.messages.common import Attempt, Images, Rebind, Tensors
+from triptych.roles.messages.stages import InstanceWakeChanged, StageFailed
 from triptych.roles.messages.worker import (
-    CancelRun,
-    RunCancelled,
-    RunFailed,
-    RunFinished,
+    CancelAttempt,
+    DeviceLost,
     RunStage,
-    RunStarted,
-    RunStepped,
     SetWeightsLoaded,
-    WeightsLoadedChanged,
 )
 from triptych.roles.worker import devices
+from triptych.roles.worker.attempts import ActiveAttempt, NextStep
 from triptych.roles.worker.inputs import has_files, resolve_inputs
 from triptych.roles.worker.model_loading import load_stages, weights_stats
-from triptych.roles.worker.workspace import ProcessContext
+from triptych.roles.worker.process_context import ProcessContext
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -62,15 +57,6 @@ class _StoppedError(Exception):
     """The attempt was to be stopped."""
 
 
-@dataclass(slots=True)
-class QueuedStage:
-    """A stage to run."""
-
-    attempt: Attempt
-    stage: Stage
-    cancelled: bool = False
-
-
 class StreamWorker(Actor):
     """The second actor of a role process."""
 
@@ -84,9 +70,9 @@ class StreamWorker(Actor):
         self.stages_run = 0
         self.first_s: dict[str, float] = {}
         """Seconds of the first run of each stage: compilers and kernels are warmed up in it."""
-        self._queue: deque[QueuedStage | SetWeightsLoaded] = deque()
+        self._queue: deque[RunStage | SetWeightsLoaded] = deque()
         self._wake = asyncio.Event()
-        self._current: QueuedStage | None = None
+        self._current: RunStage | None = None
         self._call_began: float | None = None
         self._load_began: float | None = None
         self._reading = ReadProgress()
@@ -97,6 +83,8 @@ class StreamWorker(Actor):
         self._shared = False
         self._after_loading = 0
         self._out_of_memory = 0
+        self._device_lost = ""
+        """Why nothing can be computed any more."""
 
     async def started(self) -> None:
         """Load the model on the device thread, off the loop.
@@ -178,7 +166,12 @@ class StreamWorker(Actor):
             await stream.run(self._let_go, stream.device)
             self.log.info("weights let go", seconds=round(time.monotonic() - began, 3))
         self.set_state(ChildState.READY)
-        self._tell(WeightsLoadedChanged(self.context.awake, time.monotonic() - began, trouble))
+        here, seconds = self.context, time.monotonic() - began
+        self._pass_on(
+            InstanceWakeChanged(
+                here.instance, self.generation, here.awake, here.signature, here.weights, seconds, trouble
+            )
+        )
 
     def _let_go(self, device: torch.device) -> None:
         """Free the memory of the weights: from a GPU plain ones go to the host, all others are read again."""
@@ -221,23 +214,21 @@ class StreamWorker(Actor):
 
     async def run_stage(self, message: RunStage) -> None:
         """Queue a stage."""
-        self._queue.append(QueuedStage(message.attempt, message.stage))
-        self._wake.set()
+        if self.context.attempts.active[message.attempt].cancelled:  # its CancelAttempt has overtaken it
+            self._pass_on(self.context.attempts.stopped(message.attempt))
+        else:
+            self._enqueue(message)
 
     async def set_weights_loaded(self, message: SetWeightsLoaded) -> None:
         """Bring the weights, or let go of them, when what was told before has been done."""
-        self._queue.append(message)
-        self._wake.set()
+        self._enqueue(message)
 
-    async def cancel_run(self, message: CancelRun) -> None:
-        """Stop a stage before its next step, or take it out of the queue; one that is not here has ended already."""
-        if self._current and self._current.attempt == message.attempt:
-            self._current.cancelled = True
-            return
+    async def cancel_attempt(self, message: CancelAttempt) -> None:
+        """Take an attempt out of the queue; the one that computes sees for itself that it is cancelled."""
         for queued in self._queue:
-            if isinstance(queued, QueuedStage) and queued.attempt == message.attempt:
+            if isinstance(queued, RunStage) and queued.attempt == message.attempt:
                 self._queue.remove(queued)
-                self._tell(RunCancelled(queued.attempt))
+                self._pass_on(self.context.attempts.stopped(queued.attempt))
                 return
 
     async def _tell_progress(self) -> None:
@@ -282,52 +273,77 @@ class StreamWorker(Actor):
         return pipeline
 
     async def _serve(self, stream: DeviceStream) -> None:
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._queue:
-                queued = self._queue.popleft()
-                if isinstance(queued, SetWeightsLoaded):
-                    await self._set_weights_loaded(queued, stream)
-                    continue
-                if self._pipeline is None or not self.context.awake:
-                    raise RuntimeError(f"{queued.attempt} is to be run without weights")
-                self._current = queued
-                outcome = await self._run(queued, stream, self._pipeline)
-                self._current = None
-                self._tell(outcome)
-                if isinstance(outcome, RunFailed) and outcome.device_lost:
-                    return  # nothing more is launched; the instance reports it and ends the process
+        """Schedule, run, pass on; for ever, or until the device is lost."""
+        while not self._device_lost:
+            work = await self._next()
+            if isinstance(work, SetWeightsLoaded):
+                await self._set_weights_loaded(work, stream)
+            else:
+                self._pass_on(await self._run(work, stream))
+        # Nothing more is launched; the instance reports why and ends the process.
+        self._pass_on(DeviceLost(self._device_lost))
 
-    async def _run(self, queued: QueuedStage, stream: DeviceStream, pipeline: StagePipeline) -> Message:
-        self._tell(RunStarted(queued.attempt, queued.stage))
-        began = time.monotonic()
+    async def _next(self) -> RunStage | SetWeightsLoaded:
+        """Decide what runs next: what was told first."""
+        while not self._queue:
+            self._wake.clear()
+            await self._wake.wait()
+        return self._queue.popleft()
+
+    def _enqueue(self, work: RunStage | SetWeightsLoaded) -> None:
+        self._queue.append(work)
+        self._wake.set()
+
+    def _pass_on(self, message: Message) -> None:
+        if isinstance(message, RunStage):
+            self._enqueue(message)
+        else:
+            self.context.pass_on(self, message)
+
+    async def _run(self, work: RunStage, stream: DeviceStream) -> NextStep | StageFailed:
+        """Run a stage; returns where its attempt goes from here."""
+        attempt, stage, attempts = work.attempt, work.stage, self.context.attempts
+        item = attempts.active[attempt]
+        if item.cancelled:
+            return attempts.stopped(attempt)
+        if self._pipeline is None or not self.context.awake:
+            raise RuntimeError(f"{attempt} is to be run without weights")
+        self._current, began = work, time.monotonic()
+        self.context.reporter.add(attempts.started(attempt, stage, began))
         try:
-            seed_independent = await self._compute(queued, stream, pipeline)
+            seed_independent = await self._compute(item, stage, stream, self._pipeline)
         except _StoppedError:
-            return RunCancelled(queued.attempt)
+            return attempts.stopped(attempt)
         except Exception as error:
-            self.log.warning("stage failed", attempt=str(queued.attempt), stage=queued.stage.value, exc_info=error)
-            lost, full = devices.is_device_lost(error), devices.is_out_of_memory(error)
-            invalid_request = devices.is_invalid_request(error) and not (lost or full)
-            deterministic = devices.is_deterministic(error) or devices.is_component_mismatch(error)
-            why = (
-                f"parts of the model {self.model.name or self.model.path.name} do not fit each other: {describe(error)}"
-                if devices.is_component_mismatch(error)
-                else describe(error)
-            )
-            failed = RunFailed(
-                queued.attempt, queued.stage, why, invalid_request, lost, deterministic and not (lost or full)
-            )
-            devices.clear_frames(error)
-            return msgspec.structs.replace(failed, device_lost=await self._is_full(stream)) if full else failed
+            self.log.warning("stage failed", attempt=str(attempt), stage=stage.value, exc_info=error)
+            return await self._failed(attempt, error, stream)
+        finally:
+            self._current = None
         self.stages_run += 1
         self._out_of_memory = 0
         seconds = time.monotonic() - began
-        if queued.stage.value not in self.first_s:
-            self.first_s[queued.stage.value] = seconds
-            self.log.info("first call", stage=queued.stage.value, seconds=round(seconds, 2))
-        return RunFinished(queued.attempt, queued.stage, seconds, seed_independent)
+        if stage.value not in self.first_s:
+            self.first_s[stage.value] = seconds
+            self.log.info("first call", stage=stage.value, seconds=round(seconds, 2))
+        return attempts.computed(attempt, seconds, seed_independent=seed_independent)
+
+    async def _failed(self, attempt: Attempt, error: Exception, stream: DeviceStream) -> StageFailed:
+        """Say why a stage failed, and find out whether the device is lost."""
+        lost, full = devices.is_device_lost(error), devices.is_out_of_memory(error)
+        mismatch = devices.is_component_mismatch(error)
+        why = describe(error)
+        if mismatch:
+            why = f"parts of the model {self.model.name or self.model.path.name} do not fit each other: {why}"
+        report = self.context.attempts.stage_failed(
+            attempt,
+            why,
+            invalid_request=devices.is_invalid_request(error) and not (lost or full),
+            deterministic=(devices.is_deterministic(error) or mismatch) and not (lost or full),
+        )
+        devices.clear_frames(error)
+        if (await self._is_full(stream)) if full else lost:
+            self._device_lost = why
+        return report
 
     async def _is_full(self, stream: DeviceStream) -> bool:
         """Free what a stage has left that ran out of memory; returns whether only the end of the process frees more."""
@@ -337,34 +353,33 @@ class StreamWorker(Actor):
         self.log.warning("out of memory on the device", **facts)
         return devices.must_restart(**facts)
 
-    async def _compute(self, queued: QueuedStage, stream: DeviceStream, pipeline: StagePipeline) -> bool:
+    async def _compute(self, item: ActiveAttempt, stage: Stage, stream: DeviceStream, pipeline: StagePipeline) -> bool:
         """Put the stage's outputs in the place of its inputs; returns whether they are the same for every seed."""
-        entry = self.context.workspace.get(queued.attempt)
-        if entry.ready is not None:
-            stream.wait(entry.ready, entry.values)
-        if queued.stage is Stage.ENCODER:
-            inputs = await self._inputs(entry.values, pipeline)
-            values = await self._call(stream, pipeline.encode, inputs, entry.seed)
-        elif queued.stage is Stage.DENOISER:
-            if entry.rebind is not None:
-                entry.values = await self._rebound(entry.values, entry.rebind, stream, pipeline)
-            values = await self._denoise(queued, stream, pipeline, entry.values)
+        if item.ready is not None:
+            stream.wait(item.ready, item.values)
+        if stage is Stage.ENCODER:
+            inputs = await self._inputs(item.values, pipeline)
+            values = await self._call(stream, pipeline.encode, inputs, item.seed)
+        elif stage is Stage.DENOISER:
+            if item.rebind is not None:
+                item.values = await self._rebound(item.values, item.rebind, stream, pipeline)
+            values = await self._denoise(item, stream, pipeline)
         else:
-            values = await self._call(stream, pipeline.decode, entry.values)
+            values = await self._call(stream, pipeline.decode, item.values)
         # The stage has ended when the device says so: its seconds are then true, and its inputs can be dropped.
         end = stream.record()
         await self._call(stream, end.synchronize)
-        if devices.releases_cached_memory(queued.stage, self.component, shared=self._shared):
+        if devices.releases_cached_memory(stage, self.component, shared=self._shared):
             await self._call(stream, devices.release_cached_memory, stream.device)
-        if queued.cancelled:
+        if item.cancelled:
             raise _StoppedError
-        self.context.workspace.replace(queued.attempt, values, end)
-        return queued.stage is Stage.ENCODER and pipeline.seed_independent
+        item.values, item.ready = values, end
+        return stage is Stage.ENCODER and pipeline.seed_independent
 
     async def _rebound(
         self, values: dict[str, object], rebind: Rebind, stream: DeviceStream, pipeline: StagePipeline
     ) -> dict[str, object]:
-        """Make loaded values, which an encoder made for another request, those of this one."""
+        """Adapt cached encoder outputs to this request: its seed and the inputs that only pass the encoder."""
         # The encoder has seen to the files: they need not be read again.
         plain = {name: value for name, value in rebind.inputs.items() if not isinstance(value, Images | Tensors)}
         inputs = await self._inputs(plain, pipeline)
@@ -375,10 +390,8 @@ class StreamWorker(Actor):
         read = partial(resolve_inputs, given, self.uploads, pipeline.signature, alpha=pipeline.alpha)
         return await asyncio.to_thread(read) if has_files(given) else read()
 
-    async def _denoise(
-        self, queued: QueuedStage, stream: DeviceStream, pipeline: StagePipeline, values: dict[str, object]
-    ) -> dict[str, object]:
-        denoising = await self._call(stream, pipeline.denoise, values)
+    async def _denoise(self, item: ActiveAttempt, stream: DeviceStream, pipeline: StagePipeline) -> dict[str, object]:
+        denoising = await self._call(stream, pipeline.denoise, item.values)
         launched: deque[tuple[int, int | None, StreamEvent]] = deque()
         more = True
         while more:
@@ -389,8 +402,8 @@ class StreamWorker(Actor):
             while launched and (len(launched) > ahead or launched[0][2].passed):
                 step, total_steps, end = launched.popleft()
                 await self._call(stream, end.synchronize)
-                self._progress(queued.attempt, step, total_steps)
-            if more and queued.cancelled:
+                self._progress(item.attempt, step, total_steps)
+            if more and item.cancelled:
                 await self._call(stream, denoising.cancel)
                 raise _StoppedError
         return denoising.result()
@@ -403,10 +416,11 @@ class StreamWorker(Actor):
             self._call_began = None
 
     def _progress(self, attempt: Attempt, step: int, total_steps: int | None) -> None:
+        """Note a step that is done, and tell the head if it is there and has room."""
+        progress = self.context.attempts.stepped(attempt, step, total_steps or 0, time.monotonic())
+        if self.context.reporter.paused:
+            return
         try:
-            self._tell(RunStepped(attempt, step, total_steps or 0))
+            self.reference("head").tell(progress)
         except MailboxFullError:  # the next step says how far it has come
             self.log.debug("progress not told", attempt=str(attempt), step=step)
-
-    def _tell(self, message: Message) -> None:
-        self.reference(self.component.name).tell(message)

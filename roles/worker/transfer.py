@@ -1,7 +1,8 @@
 """The transfer actor: brings stored tensors in, puts outputs into blocks, writes finished media.
 
-It has a device stream of its own, so that the next work's tensors arrive behind the present work's compute. Each
-thing it is told to do is a task, answered to the instance with exactly one message.
+It has a device stream of its own, so that the next attempt's tensors arrive while the present one computes. Each
+thing it is told to do is a task, which ends with exactly one message: to the stream worker, or the report of the
+attempt's end to the instance.
 """
 
 from __future__ import annotations
@@ -33,19 +34,12 @@ from triptych.roles.media.decoded import MediaError, nsfw_flag, to_media
 from triptych.roles.media.files import is_disk_full
 from triptych.roles.media.writers import default_format, encode
 from triptych.roles.messages.common import Artifact, Attempt, LeaseRef, StoredPayload
-from triptych.roles.messages.worker import (
-    ArtifactSaved,
-    CancelTransferTask,
-    InputsLoaded,
-    LoadInputs,
-    OutputsStored,
-    SaveArtifact,
-    StoreOutputs,
-    TransferTaskFailed,
-)
+from triptych.roles.messages.stages import StageFinished, StageOutputsStored
+from triptych.roles.messages.worker import CancelAttempt, LoadInputs, SaveArtifact, StoreOutputs
 from triptych.roles.pool.client import FAULTS, LeaseGoneError, PoolClient, PoolMapping, pool_full_reason
 from triptych.roles.worker import devices
-from triptych.roles.worker.workspace import ProcessContext
+from triptych.roles.worker.attempts import NextStep
+from triptych.roles.worker.process_context import ProcessContext
 
 FULL_PAUSE_S: Final = 0.1
 """Longest pause before a full pool is asked again: well within the time for which it keeps the place in its line."""
@@ -111,7 +105,7 @@ class TransferActor(Actor):
         return {"transfers": len(self._stops), "waiting_for_disk": len(self._waiting_for_disk), **self._pin_stats()}
 
     async def store_outputs(self, message: StoreOutputs) -> None:
-        """Put the workspace's values into a block."""
+        """Put the attempt's values into a block."""
         self._begin(message.attempt, lambda stop: self._store_outputs(message, stop))
 
     async def load_inputs(self, message: LoadInputs) -> None:
@@ -119,11 +113,11 @@ class TransferActor(Actor):
         self._begin(message.attempt, lambda stop: self._load(message, stop))
 
     async def save_artifact(self, message: SaveArtifact) -> None:
-        """Write the workspace's media to the artifact store."""
+        """Write the attempt's image or video to the artifact store."""
         self._begin(message.attempt, lambda stop: self._save(message, stop))
 
-    async def cancel_transfer_task(self, message: CancelTransferTask) -> None:
-        """End what is being done for a work where it can be ended; it has ended already when it is not here."""
+    async def cancel_attempt(self, message: CancelAttempt) -> None:
+        """End what is being done for an attempt where it can be ended; one that is not here is on its way on."""
         if stop := self._stops.get(message.attempt):
             stop.set()
 
@@ -131,33 +125,37 @@ class TransferActor(Actor):
 
     def _begin(self, attempt: Attempt, task: Callable[[asyncio.Event], Awaitable[Message]]) -> None:
         self._stops[attempt] = stop = asyncio.Event()
+        if self.context.attempts.active[attempt].cancelled:
+            stop.set()
         self.spawn(self._reply(attempt, task(stop)), name=str(attempt))
 
     async def _reply(self, attempt: Attempt, task: Awaitable[Message]) -> None:
+        failed = self.context.attempts.transfer_failed
         try:
             answer = await task
         except TransferFailedError as problem:
             self.log.warning("transfer failed", attempt=str(attempt), reason=str(problem))
-            answer = TransferTaskFailed(attempt, shorten(str(problem)), problem.source_gone, problem.retryable)
+            answer = failed(
+                attempt, shorten(str(problem)), source_gone=problem.source_gone, retryable=problem.retryable
+            )
         except RuntimeError as error:
             if not devices.is_out_of_memory(error):
                 raise
             self.log.warning("no room on the device for a transfer", attempt=str(attempt), exc_info=error)
-            answer = TransferTaskFailed(attempt, f"{self._device.device} has no room for it: {describe(error)}")
+            answer = failed(attempt, f"{self._device.device} has no room for it: {describe(error)}")
             devices.clear_frames(error)
             await self._device.run(devices.free_memory, self._device.device)
         finally:
             # Where this task was cancelled, its thread may still be writing.
             self._stops.pop(attempt).set()
-        self.reference(self.component.name).tell(answer)
+        self.context.pass_on(self, answer)
 
-    async def _store_outputs(self, message: StoreOutputs, stop: asyncio.Event) -> OutputsStored:
-        began = time.monotonic()
-        attempt, entry = message.attempt, self.context.workspace.get(message.attempt)
-        if entry.ready is not None:  # to pack may copy on this stream
-            self._device.wait(entry.ready, entry.values)
+    async def _store_outputs(self, message: StoreOutputs, stop: asyncio.Event) -> StageOutputsStored:
+        attempt, item = message.attempt, self.context.attempts.active[message.attempt]
+        if item.ready is not None:  # to pack may copy on this stream
+            self._device.wait(item.ready, item.values)
         try:
-            packed = await self._device.run(pack, entry.values)
+            packed = await self._device.run(pack, item.values)
         except CodecError as error:
             raise TransferFailedError(str(error), retryable=False) from error
         retry = _Retry(message.deadline, stop)
@@ -172,7 +170,7 @@ class TransferActor(Actor):
                 await retry.wait(f"{self._client.pool}: {error}")
                 continue
             stored = StoredPayload(lease, packed.manifest, checksum, packed.nbytes)
-            return OutputsStored(attempt, stored, time.monotonic() - began)
+            return self.context.attempts.stored(attempt, stored)
 
     async def _lease(self, attempt: Attempt, nbytes: int, retry: _Retry) -> LeaseRef:
         while True:
@@ -198,12 +196,11 @@ class TransferActor(Actor):
     async def _copy_and_seal(self, lease: LeaseRef, packed: Packed, attempt: Attempt) -> int:
         """Copy into the block, hashing on the way, and seal it."""
         block = await self._mapped.block(lease, packed.nbytes)
-        checksum = await self._device.store(packed, block, self.context.workspace.get(attempt).ready)
+        checksum = await self._device.store(packed, block, self.context.attempts.active[attempt].ready)
         await self._client.seal(lease, checksum, packed.nbytes)
         return checksum
 
-    async def _load(self, message: LoadInputs, stop: asyncio.Event) -> InputsLoaded:
-        began = time.monotonic()
+    async def _load(self, message: LoadInputs, stop: asyncio.Event) -> NextStep:
         source, retry = message.source, _Retry(message.deadline, stop)
         try:
             try:
@@ -219,8 +216,9 @@ class TransferActor(Actor):
         finally:
             if message.target is not None:
                 self._client.release(message.target)
-        self.context.workspace.replace(message.attempt, loaded.values, loaded.event)
-        return InputsLoaded(message.attempt, time.monotonic() - began)
+        item = self.context.attempts.active[message.attempt]
+        item.values, item.ready = loaded.values, loaded.event
+        return self.context.attempts.loaded(message.attempt)
 
     async def _fetch(self, message: LoadInputs, retry: _Retry) -> LoadedPayload:
         lease = await self._pull(message, retry)
@@ -259,8 +257,8 @@ class TransferActor(Actor):
             except (BusError, ArenaError) as error:
                 await retry.wait(f"{self._client.pool}: {error}")
 
-    async def _save(self, message: SaveArtifact, stop: asyncio.Event) -> ArtifactSaved:
-        values = self.context.workspace.get(message.attempt).values
+    async def _save(self, message: SaveArtifact, stop: asyncio.Event) -> StageFinished:
+        values = self.context.attempts.active[message.attempt].values
         try:
             output_format, data = await asyncio.to_thread(self._encode, message, values, stop)
             artifact = await self._write(message, output_format, data, stop)
@@ -271,7 +269,7 @@ class TransferActor(Actor):
             raise TransferFailedError(f"the result cannot be written to {self.store.folder}: {error}") from error
         finally:
             self._note_full_disk(message.attempt, "")
-        return ArtifactSaved(message.attempt, artifact)
+        return self.context.attempts.saved(message.attempt, artifact)
 
     async def _write(self, message: SaveArtifact, output_format: str, data: bytes, stop: asyncio.Event) -> Artifact:
         """Put the artifact on the disk, once that has room; what it is made of stays in its pool meanwhile."""

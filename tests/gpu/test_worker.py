@@ -13,29 +13,32 @@ require()
 
 import msgspec
 
-from tests.roles.worker.test_stream_worker import INPUTS, FakeInstance, attempt
+from tests.roles.worker.test_stream_worker import COMPUTED, INPUTS, FakeInstance, attempt, stream_worker
 from triptych.engines.memory.streams import StreamEvent
 from triptych.engines.stages import Stage
-from triptych.roles.messages.worker import RunFailed, RunFinished
+from triptych.roles.messages.stages import StageFailed
+from triptych.roles.messages.worker import DeviceLost
 from triptych.roles.worker import devices
 from triptych.roles.worker.stream_worker import StreamWorker
-from triptych.roles.worker.workspace import ProcessContext
 
 STEPS = 20
 
 
 @pytest.fixture
-def worker(run: Any, make_topology: Any, local_cluster: Any, inbox: Any, tiny_model: Any, device: torch.device) -> Any:
+def worker(
+    run: Any,
+    make_topology: Any,
+    local_cluster: Any,
+    inbox: Any,
+    scripted_head: Any,
+    tiny_model: Any,
+    device: torch.device,
+) -> Any:
     def start(body: Any) -> None:
         async def all_of_it() -> None:
             async with local_cluster(make_topology(tiny_model, kind="monolithic")) as h:
                 component = msgspec.structs.replace(h.topology.component("monolithic-0"), device=str(device))
-                fake_instance, worker = (
-                    FakeInstance("monolithic-0", inbox()),
-                    StreamWorker(component, h.topology, ProcessContext()),
-                )
-                await h.start(fake_instance, worker)
-                await body(fake_instance, worker)
+                await body(*await stream_worker(h, component, inbox(), scripted_head()))
 
         run(all_of_it())
 
@@ -43,11 +46,11 @@ def worker(run: Any, make_topology: Any, local_cluster: Any, inbox: Any, tiny_mo
 
 
 async def picture(fake_instance: FakeInstance, worker: StreamWorker, number: int, **changes: object) -> bytes:
-    worker.context.workspace.begin(attempt(number), {**INPUTS, **changes}, seed=3)
+    fake_instance.begin(number, {**INPUTS, **changes}, seed=3)
     for stage in Stage:
         fake_instance.run(number, stage)
-        await fake_instance.inbox.next(RunFinished)
-    (made,) = worker.context.workspace.get(attempt(number)).values["images"]  # type: ignore[misc]
+        await fake_instance.inbox.next(COMPUTED)
+    (made,) = fake_instance.values(number)["images"]
     return made.tobytes()  # type: ignore[no-any-return]
 
 
@@ -69,13 +72,13 @@ def test_a_step_has_ended_when_it_is_told(worker: Any, monkeypatch: pytest.Monke
             recorded.append(record())
             return recorded[-1]
 
-        worker.context.workspace.begin(attempt(1), {**INPUTS, "num_inference_steps": STEPS})
+        fake_instance.begin(1, {**INPUTS, "num_inference_steps": STEPS})
         fake_instance.run(1, Stage.ENCODER)
-        await fake_instance.inbox.next(RunFinished)
+        await fake_instance.inbox.next(COMPUTED)
         monkeypatch.setattr(worker._stream, "record", remember)
         monkeypatch.setattr(worker, "_progress", lambda _w, step, _t: told.append((step, recorded[step - 1].passed)))
         fake_instance.run(1, Stage.DENOISER)
-        await fake_instance.inbox.next(RunFinished)
+        await fake_instance.inbox.next(COMPUTED)
         assert told == [(step, True) for step in range(1, STEPS + 1)]
 
     worker(body)
@@ -91,17 +94,18 @@ def test_out_of_memory_fails_one_picture_and_the_next_is_made(worker: Any, card:
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(card) + (64 << 20)) / total, card)
         try:
             large = {**INPUTS, "height": 2048, "width": 2048, "num_inference_steps": 1}
-            worker.context.workspace.begin(attempt(2), large)
+            fake_instance.begin(2, large)
             for stage in Stage:
                 fake_instance.run(2, stage)
-                answer = await fake_instance.inbox.next(RunFinished | RunFailed)
-                if isinstance(answer, RunFailed):
+                answer = await fake_instance.inbox.next((*COMPUTED, StageFailed))
+                if isinstance(answer, StageFailed):
                     break
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0, card)
-        assert isinstance(answer, RunFailed), "the large picture fitted"
-        assert (answer.device_lost, answer.invalid_request) == (False, False)
-        worker.context.workspace.clear(attempt(2))
+        assert isinstance(answer, StageFailed), "the large picture fitted"
+        assert not answer.invalid_request
+        assert not fake_instance.inbox.of(DeviceLost)
+        del worker.context.attempts.active[attempt(2)]
         assert await worker._stream.run(devices.free_memory, card) < allocated + (64 << 20)
         assert await picture(fake_instance, worker, 3) == expected
 

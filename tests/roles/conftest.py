@@ -29,8 +29,7 @@ LIMIT_S = 60
 ROOT = Path(__file__).parents[2]
 
 Report = (
-    stages.TransferReady
-    | stages.TransferFailed
+    stages.TransferFailed
     | stages.StageStarted
     | stages.StageOutputsStored
     | stages.StageFinished

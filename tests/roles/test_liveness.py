@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.roles.factories import KINDS, SIGNATURE, make_scheduler, request
+from triptych.bus import Message
 from triptych.engines.memory.buddy import PAGE
 from triptych.engines.memory.leases import Lease, LeaseError, LeaseState, LeaseTable
 from triptych.engines.stages import Stage
@@ -25,10 +26,11 @@ from triptych.roles.head.registry import InstanceRegistry
 from triptych.roles.head.scheduler import JobScheduler, SourceGoneError, SupersededError
 from triptych.roles.messages import stages
 from triptych.roles.messages.common import Artifact, Attempt, LeaseRef, StoredPayload
+from triptych.roles.messages.pool import ReleaseBlocks
 from triptych.roles.messages.stages import RegisterInstance
+from triptych.roles.messages.worker import CancelAttempt, LoadInputs, RunStage, SaveArtifact, StoreOutputs
 from triptych.roles.pool.pool import INCOMING, zones
-from triptych.roles.worker import effects as do
-from triptych.roles.worker.attempts import AttemptRefusedError, AttemptTracker
+from triptych.roles.worker.attempts import AttemptRefusedError, AttemptTracker, EndReport
 from triptych.roles.worker.preallocation import Preallocation
 
 Steps = Iterator[None]
@@ -50,7 +52,6 @@ class Incarnation:
     alive: bool = True
     queue: list[tuple[Attempt, Stage]] = field(default_factory=list)
     """What the stream worker has to compute, in order."""
-    stopped: set[Attempt] = field(default_factory=set)
     outbox: list[Any] = field(default_factory=list)
     """To the head, in order."""
 
@@ -315,26 +316,40 @@ class SimulatedCluster:
         self.commit()
 
     def carry_out(
-        self, instance: Incarnation, decide: Callable[..., tuple[do.Effect, ...]], *args: Any, **kwargs: Any
+        self, instance: Incarnation, decide: Callable[..., tuple[Message, ...]], *args: Any, **kwargs: Any
     ) -> None:
         if not instance.alive:
             raise OvertakenError
-        for effect in decide(*args, **kwargs):
-            match effect:
-                case do.Report(message):
+        for message in decide(*args, **kwargs):
+            match message:
+                case ReleaseBlocks(leases):
+                    self.tasks.append(self.release(leases))
+                case _ if isinstance(message, EndReport):
                     instance.outbox.append(message)
-                case do.ReleaseLease(lease):
-                    self.tasks.append(self.release((lease,)))
-                case do.Run(attempt, stage):
-                    instance.queue.append((attempt, stage))
-                case do.Load(attempt, source, target, _):
-                    self.tasks.append(self.load(instance, attempt, source, target))
-                case do.Store(attempt, _):
-                    self.tasks.append(self.store_outputs(instance, attempt))
-                case do.Save(attempt):
-                    self.tasks.append(self.save(instance, attempt))
-                case do.StopRun(attempt) | do.StopTransfer(attempt):
-                    instance.stopped.add(attempt)
+                case _:
+                    self.tasks.append(self.pass_on(instance, message))
+
+    def pass_on(self, instance: Incarnation, message: Message) -> Steps:
+        """Let a message reach another actor of the process; it may overtake others, and be overtaken."""
+        yield
+        if not instance.alive:
+            return
+        match message:
+            case RunStage(attempt, stage):
+                instance.queue.append((attempt, stage))
+            case LoadInputs(attempt, source, target, _):
+                self.tasks.append(self.load(instance, attempt, source, target))
+            case StoreOutputs(attempt, _):
+                self.tasks.append(self.store_outputs(instance, attempt))
+            case SaveArtifact(attempt):
+                self.tasks.append(self.save(instance, attempt))
+            case CancelAttempt():
+                pass  # whoever has it looks whether it is cancelled
+            case _ if isinstance(message, EndReport):
+                self.carry_out(instance, instance.attempts.end, message)
+
+    def cancelled(self, instance: Incarnation, attempt: Attempt) -> bool:
+        return instance.attempts.active[attempt].cancelled
 
     def deliver(self, instance: Incarnation) -> Steps:
         while instance.alive:
@@ -365,15 +380,13 @@ class SimulatedCluster:
             if not instance.alive or not instance.queue:
                 continue
             attempt, stage = instance.queue.pop(0)
-            if attempt not in instance.stopped:
-                self.carry_out(instance, load.run_started, attempt, stage, self.now)
+            if self.cancelled(instance, attempt):
+                self.tasks.append(self.pass_on(instance, load.stopped(attempt)))
+                continue
+            instance.outbox.append(load.started(attempt, stage, self.now))
             yield
-            if not instance.alive:
-                return
-            if attempt in instance.stopped:
-                self.carry_out(instance, load.run_cancelled, attempt)
-            else:
-                self.carry_out(instance, load.run_finished, attempt, 0.1, seed_independent=True)
+            if instance.alive:
+                self.tasks.append(self.pass_on(instance, load.computed(attempt, 0.1, seed_independent=True)))
 
     def load(self, instance: Incarnation, attempt: Attempt, source: StoredPayload, target: LeaseRef | None) -> Steps:
         load, problem, source_gone = instance.attempts, "", False
@@ -390,12 +403,11 @@ class SimulatedCluster:
             return
         if target is not None:
             self.tasks.append(self.release((target,)))
-        if problem or attempt in instance.stopped:
-            self.carry_out(
-                instance, load.transfer_task_failed, attempt, problem, source_gone=source_gone, retryable=True
-            )
+        if problem:
+            passed_on: Message = load.transfer_failed(attempt, problem, source_gone=source_gone)
         else:
-            self.carry_out(instance, load.inputs_loaded, attempt, 0.1)
+            passed_on = load.loaded(attempt)
+        self.tasks.append(self.pass_on(instance, passed_on))
 
     def pull(self, attempt: Attempt, target: LeaseRef) -> str:
         """As `BufferPool.pull` does."""
@@ -416,10 +428,8 @@ class SimulatedCluster:
         nbytes = self.sizes[(attempt.job_id.rpartition("/")[0], instance.kind)]
         yield
         while instance.alive:
-            if attempt in instance.stopped:
-                self.carry_out(
-                    instance, load.transfer_task_failed, attempt, "cancelled", source_gone=False, retryable=True
-                )
+            if self.cancelled(instance, attempt):
+                self.tasks.append(self.pass_on(instance, load.transfer_failed(attempt, "cancelled")))
                 return
             lease = self.lease(instance, attempt, nbytes, instance.kind)
             yield
@@ -428,14 +438,14 @@ class SimulatedCluster:
                 stored = StoredPayload(lease, b"", 7, nbytes)
                 yield
                 if instance.alive:
-                    self.carry_out(instance, load.outputs_stored, attempt, stored)
+                    self.tasks.append(self.pass_on(instance, load.stored(attempt, stored)))
                 return
 
     def save(self, instance: Incarnation, attempt: Attempt) -> Steps:
         yield
         if instance.alive:
             artifact = Artifact("x.png", "image/png", 1)
-            self.carry_out(instance, instance.attempts.artifact_saved, attempt, artifact)
+            self.tasks.append(self.pass_on(instance, instance.attempts.saved(attempt, artifact)))
 
     def replenish(self, instance: Incarnation) -> Steps:
         preallocated = instance.preallocated

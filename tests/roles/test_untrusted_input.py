@@ -39,7 +39,7 @@ from triptych.roles.messages.stages import Acknowledged
 from triptych.roles.pool.pool import BufferPool
 from triptych.roles.pool.pool import build as build_pool
 from triptych.roles.worker.instance import Instance
-from triptych.roles.worker.workspace import ProcessContext
+from triptych.roles.worker.process_context import ProcessContext
 
 __all__ = ["topology"]  # the fixture
 
@@ -73,14 +73,14 @@ _numbers = itertools.count(1 << 32)
 class Stream(Actor):
     """Takes what an instance tells its stream worker, and does nothing."""
 
-    async def take(self, message: worker.RunStage | worker.CancelRun | worker.SetWeightsLoaded) -> None:
+    async def take(self, message: worker.RunStage | worker.CancelAttempt | worker.SetWeightsLoaded) -> None:
         pass
 
 
 class Transfer(Actor):
     """Takes what an instance tells its transfer actor, and does nothing."""
 
-    async def take(self, message: worker.StoreOutputs | worker.LoadInputs | worker.CancelTransferTask) -> None:
+    async def take(self, message: worker.StoreOutputs | worker.LoadInputs | worker.CancelAttempt) -> None:
         pass
 
 
@@ -99,8 +99,9 @@ def actors(topology: Callable[..., Topology]) -> Callable[[str], AbstractAsyncCo
     @asynccontextmanager
     async def other(name: str) -> AsyncIterator[Any]:
         made_topology = topology()
-        address_book, outbox, context = AddressBook(made_topology), Outbox("test"), ProcessContext()
+        address_book, outbox = AddressBook(made_topology), Outbox("test")
         component = made_topology.component(name)
+        context = ProcessContext(component)
         if name == "pool":
             inside: list[Actor] = build_pool(component, made_topology)
         else:
@@ -124,8 +125,7 @@ def actors(topology: Callable[..., Topology]) -> Callable[[str], AbstractAsyncCo
     [
         ("head", tuple(Head.handlers), stages.StageProgress(Attempt("", 0), 0, 0)),
         ("pool", tuple(BufferPool.handlers), pools.PoolQuery()),
-        # What its own process tells it is not told by others: there, a surprise is a defect, and ends it.
-        ("encoder-0", tuple(m for m in Instance.handlers if m.__module__ != worker.__name__), CANCEL),
+        ("encoder-0", tuple(Instance.handlers), CANCEL),
     ],
 )
 def test_no_message_that_can_be_decoded_ends_an_actor(

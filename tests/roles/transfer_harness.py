@@ -1,4 +1,4 @@
-"""A transfer actor, its workspace, and its instance's side of the conversation."""
+"""A transfer actor, and stand-ins for the instance and the stream worker of its process."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ import torch
 
 from triptych.actors import Actor
 from triptych.actors.runtime.system_messages import Inspect, Inspection
-from triptych.roles.messages.common import Attempt, LeaseRef, StoredPayload
+from triptych.roles.messages.common import Attempt, LeaseRef, Output, StoredPayload
 from triptych.roles.messages.pool import BlockLeased, BlocksReleased, LeaseBlock, LeaseQuery, LeaseReport, ReleaseBlocks
-from triptych.roles.messages.worker import (
-    ArtifactSaved,
-    InputsLoaded,
-    OutputsStored,
-    StoreOutputs,
-    TransferTaskFailed,
-)
+from triptych.roles.messages.stages import StageFailed, StageOutputsStored, TransferFailed
+from triptych.roles.messages.worker import CancelAttempt, LoadInputs, RunStage, SaveArtifact, StoreOutputs
+from triptych.roles.worker.attempts import STAGES_OF_ROLE, ActiveAttempt, EndReport, Phase
+from triptych.roles.worker.process_context import ProcessContext
 from triptych.roles.worker.transfer import TransferActor
-from triptych.roles.worker.workspace import ProcessContext
 
 W = Attempt("r/0", 1)
 FAR = 4e9
@@ -30,17 +26,37 @@ VALUES: dict[str, object] = {
 }
 
 
-class FakeInstance(Actor):
-    """The instance's side of the conversation; also asks the pool on behalf of the test."""
+PHASES = {LoadInputs: Phase.LOADING, StoreOutputs: Phase.STORING, SaveArtifact: Phase.SAVING}
+
+
+class FakeStream(Actor):
+    """Keeps what the transfer actor passes on to the stream worker."""
 
     def __init__(self, name: str, inbox: Any) -> None:
         super().__init__(name)
         self.inbox = inbox
 
-    async def hear(self, message: OutputsStored | InputsLoaded | TransferTaskFailed | ArtifactSaved) -> None:
+    async def take(self, message: RunStage) -> None:
+        await self.inbox.put(message)
+
+
+class FakeInstance(Actor):
+    """Passes attempts on to the transfer actor and keeps what comes back; also asks the pool on behalf of the test."""
+
+    def __init__(self, name: str, inbox: Any, context: ProcessContext) -> None:
+        super().__init__(name)
+        self.inbox = inbox
+        self.context = context
+
+    async def take(self, message: EndReport) -> None:
         await self.inbox.put(message)
 
     def tell(self, message: Any) -> None:
+        item = self.context.attempts.active.get(message.attempt)
+        if item and isinstance(message, CancelAttempt):
+            item.cancelled = True
+        elif item:
+            item.phase = PHASES[type(message)]
         self.reference(f"{self.name}.transfer").tell(message)
 
     async def leases(self, pool: str) -> LeaseReport:
@@ -66,28 +82,32 @@ class FakeInstance(Actor):
 
 
 class TransferHarness:
-    """One transfer actor, its workspace and the instance that it talks to."""
+    """One transfer actor, and the instance and the stream worker that it talks to."""
 
     def __init__(self, h: Any, name: str, inbox: Any) -> None:
         self.h = h
-        self.fake_instance = FakeInstance(name, inbox())
-        self.context = ProcessContext()
-        self.transfer = TransferActor(h.topology.component(name), h.topology, self.context)
+        component = h.topology.component(name)
+        self.context = ProcessContext(component)
+        self.fake_instance = FakeInstance(name, inbox(), self.context)
+        self.transfer = TransferActor(component, h.topology, self.context)
 
     async def start(self) -> TransferHarness:
-        await self.h.start(self.fake_instance, self.transfer)
+        stream = FakeStream(f"{self.fake_instance.name}.stream", self.fake_instance.inbox)
+        await self.h.start(self.fake_instance, stream, self.transfer)
         return self
 
     def begin(self, attempt: Attempt = W, **values: object) -> None:
-        self.context.workspace.begin(attempt, values or VALUES)
+        stages = STAGES_OF_ROLE[self.transfer.component.kind]
+        item = ActiveAttempt(attempt, Phase.RUNNING, stages, Output(), FAR, dict(values or VALUES))
+        self.context.attempts.active[attempt] = item
 
     async def store_outputs(self, attempt: Attempt = W, deadline: float = FAR) -> StoredPayload:
         self.fake_instance.tell(StoreOutputs(attempt, deadline))
-        return (await self.fake_instance.inbox.next(OutputsStored)).stored
+        return (await self.fake_instance.inbox.next(StageOutputsStored)).stored
 
-    async def fails(self, message: Any) -> TransferTaskFailed:
+    async def fails(self, message: Any) -> Any:
         self.fake_instance.tell(message)
-        return await self.fake_instance.inbox.next(TransferTaskFailed)
+        return await self.fake_instance.inbox.next((TransferFailed, StageFailed))
 
     def values(self, attempt: Attempt = W) -> dict[str, object]:
-        return self.context.workspace.get(attempt).values
+        return self.context.attempts.active[attempt].values

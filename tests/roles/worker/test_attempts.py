@@ -11,19 +11,20 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from triptych.bus import Message
 from triptych.engines.stages import Stage
 from triptych.roles.messages.common import Artifact, Attempt, LeaseRef, Output, Rebind, StoredPayload
+from triptych.roles.messages.pool import ReleaseBlocks
 from triptych.roles.messages.stages import (
     StageAssign,
     StageCancelled,
     StageFailed,
     StageFinished,
     StageOutputsStored,
+    StageProgress,
     StageReturned,
     StageStarted,
     TransferFailed,
     TransferPush,
-    TransferReady,
 )
-from triptych.roles.worker import effects as do
+from triptych.roles.messages.worker import CancelAttempt, LoadInputs, RunStage, SaveArtifact, StoreOutputs
 from triptych.roles.worker.attempts import AttemptRefusedError, AttemptTracker, Phase, UnexpectedEventError
 
 ENDS = (TransferFailed, StageOutputsStored, StageFinished, StageFailed, StageReturned, StageCancelled)
@@ -49,8 +50,8 @@ def push(attempt: Attempt, target: LeaseRef | None = None) -> TransferPush:
     return TransferPush(attempt, stored(1), target, Output("png"), LEFT_S)
 
 
-def reports(effects: tuple[do.Effect, ...]) -> list[Message]:
-    return [effect.message for effect in effects if isinstance(effect, do.Report)]
+def release(number: int) -> ReleaseBlocks:
+    return ReleaseBlocks((lease(number),))
 
 
 W = Attempt("r/0", 1)
@@ -58,61 +59,49 @@ W = Attempt("r/0", 1)
 
 def test_an_encoder_goes_from_inputs_to_a_sealed_slot() -> None:
     load = AttemptTracker("encoder-0", "encoder", 2)
-    assert load.assign(assign(W), NOW) == (
-        do.Begin(W, {"prompt": "a red circle"}, 5),
-        do.Run(W, Stage.ENCODER),
-    )
+    assert load.assign(assign(W), NOW) == (RunStage(W, Stage.ENCODER),)
     assert (load.issued, load.taken) == (2, 1)
-    assert load.run_started(W, Stage.ENCODER, 1.0) == (do.Report(StageStarted(W, "encoder-0", "encoder")),)
-    assert load.run_finished(W, 0.5) == (do.Store(W, DEADLINE),)
-    assert load.outputs_stored(W, stored(3)) == (
-        do.Clear(W),
-        do.Report(StageOutputsStored(W, "encoder-0", "encoder", stored(3), 0.5, 3)),
-    )
+    assert (load.active[W].values, load.active[W].seed) == ({"prompt": "a red circle"}, 5)
+    assert load.started(W, Stage.ENCODER, 1.0) == StageStarted(W, "encoder-0", Stage.ENCODER)
+    assert load.computed(W, 0.5) == StoreOutputs(W, DEADLINE)
+    report = load.stored(W, stored(3))
+    assert load.end(report) == (StageOutputsStored(W, "encoder-0", Stage.ENCODER, stored(3), 0.5, 3),)
     assert load.assigned == ()
 
 
 def test_what_is_the_same_for_every_seed_is_said_to_be() -> None:
     load = AttemptTracker("encoder-0", "encoder", 1)
     load.assign(assign(W), NOW)
-    load.run_finished(W, 0.5, seed_independent=True)
-    assert reports(load.outputs_stored(W, stored(3))) == [
-        StageOutputsStored(W, "encoder-0", "encoder", stored(3), 0.5, 2, seed_independent=True)
-    ]
+    load.computed(W, 0.5, seed_independent=True)
+    assert load.stored(W, stored(3)).seed_independent
 
 
 def test_what_makes_tensors_of_another_unit_its_own_comes_along() -> None:
     load = AttemptTracker("denoiser-0", "denoiser", 1)
     rebind = Rebind({"prompt": "x"}, 7)
-    effects = load.push(msgspec.structs.replace(push(W), rebind=rebind), NOW)
-    assert effects[0] == do.Begin(W, {}, 0, rebind)
+    load.push(msgspec.structs.replace(push(W), rebind=rebind), NOW)
+    assert load.active[W].rebind == rebind
 
 
 def test_a_decoder_goes_from_a_stored_block_to_a_file() -> None:
     load = AttemptTracker("decoder-0", "decoder", 1)
     target = lease(9)
     load.reserve(W, target)
-    assert load.push(push(W, target), NOW) == (do.Begin(W, {}, 0), do.Load(W, stored(1), target, DEADLINE))
+    assert load.push(push(W, target), NOW) == (LoadInputs(W, stored(1), target, DEADLINE),)
     assert load.push(push(W, target), NOW) == (), "asked again"
-    assert load.inputs_loaded(W, 0.1) == (
-        do.Report(TransferReady(W, "decoder-0", 0.1)),
-        do.Run(W, Stage.DECODER),
-    )
-    assert load.run_finished(W, 0.25) == (do.Save(W, Output("png"), DEADLINE),)
-    assert load.artifact_saved(W, ARTIFACT) == (
-        do.Clear(W),
-        do.Report(StageFinished(W, "decoder-0", "decoder", ARTIFACT, 0.25, 2)),
-    )
+    assert load.loaded(W) == RunStage(W, Stage.DECODER)
+    assert load.computed(W, 0.25) == SaveArtifact(W, Output("png"), DEADLINE)
+    assert load.end(load.saved(W, ARTIFACT)) == (StageFinished(W, "decoder-0", Stage.DECODER, ARTIFACT, 0.25, 2),)
 
 
 def test_a_monolithic_instance_runs_every_stage_on_the_same_values() -> None:
     load = AttemptTracker("monolithic-0", "monolithic", 1)
-    assert load.assign(assign(W), NOW)[-1] == do.Run(W, Stage.ENCODER)
-    assert load.run_finished(W, 0.1) == (do.Run(W, Stage.DENOISER),)
-    assert load.run_started(W, Stage.DENOISER, 1.0) == (do.Report(StageStarted(W, "monolithic-0", "denoiser")),)
-    assert load.run_finished(W, 0.2) == (do.Run(W, Stage.DECODER),)
-    assert load.run_finished(W, 0.3) == (do.Save(W, Output("png"), DEADLINE),)
-    assert reports(load.artifact_saved(W, ARTIFACT)) == [StageFinished(W, "monolithic-0", "decoder", ARTIFACT, 0.3, 2)]
+    assert load.assign(assign(W), NOW) == (RunStage(W, Stage.ENCODER),)
+    assert load.computed(W, 0.1) == RunStage(W, Stage.DENOISER)
+    assert load.started(W, Stage.DENOISER, 1.0) == StageStarted(W, "monolithic-0", Stage.DENOISER)
+    assert load.computed(W, 0.2) == RunStage(W, Stage.DECODER)
+    assert load.computed(W, 0.3) == SaveArtifact(W, Output("png"), DEADLINE)
+    assert load.end(load.saved(W, ARTIFACT)) == (StageFinished(W, "monolithic-0", Stage.DECODER, ARTIFACT, 0.3, 2),)
 
 
 def test_work_beyond_the_block_is_not_taken() -> None:
@@ -134,7 +123,7 @@ def test_work_that_is_in_hand_already_is_taken_once() -> None:
 def test_work_that_has_ended_is_not_taken_again_when_the_head_asks_again() -> None:
     load = AttemptTracker("encoder-0", "encoder", 1)
     load.assign(assign(W), NOW)
-    load.run_failed(W, "no", invalid_request=True)
+    load.end(load.stage_failed(W, "no", invalid_request=True))
     assert load.assign(assign(W), NOW) == ()
     assert (load.taken, load.assigned) == (1, ())
 
@@ -154,7 +143,7 @@ def test_a_kind_that_starts_from_tensors_takes_no_inputs(kind: str) -> None:
 def test_a_newer_attempt_stops_the_older_one_of_its_unit() -> None:
     load = AttemptTracker("encoder-0", "encoder", 2)
     load.assign(assign(W), NOW)
-    assert do.StopRun(W) in load.assign(assign(Attempt("r/0", 2)), NOW)
+    assert CancelAttempt(W) in load.assign(assign(Attempt("r/0", 2)), NOW)
     assert load.active[W].cancelled
 
 
@@ -169,14 +158,10 @@ def test_work_cancelled_before_it_came_is_not_taken() -> None:
 def test_what_was_stored_for_cancelled_work_is_released() -> None:
     load = AttemptTracker("encoder-0", "encoder", 1)
     load.assign(assign(W), NOW)
-    load.run_finished(W, 0.1)
-    assert load.cancel(W) == (do.StopTransfer(W),)
+    load.computed(W, 0.1)
+    assert load.cancel(W) == (CancelAttempt(W),)
     assert load.cancel(W) == ()
-    assert load.outputs_stored(W, stored(3)) == (
-        do.ReleaseLease(lease(3)),
-        do.Clear(W),
-        do.Report(StageCancelled(W, "encoder-0", 2)),
-    )
+    assert load.end(load.stored(W, stored(3))) == (release(3), StageCancelled(W, "encoder-0", 2))
 
 
 def test_a_reservation_is_released_when_its_work_is_cancelled_or_its_head_is_gone() -> None:
@@ -184,8 +169,8 @@ def test_a_reservation_is_released_when_its_work_is_cancelled_or_its_head_is_gon
     other = Attempt("r/1", 1)
     load.reserve(W, lease(1))
     load.reserve(other, lease(2))
-    assert load.cancel(W) == (do.ReleaseLease(lease(1)),)
-    assert load.drop_reservations() == (do.ReleaseLease(lease(2)),)
+    assert load.cancel(W) == (release(1),)
+    assert load.drop_reservations() == (release(2),)
     assert load.reservations == {}
 
 
@@ -202,9 +187,9 @@ def test_a_reservation_belongs_to_a_credit() -> None:
 def test_reserving_again_releases_the_block_reserved_before() -> None:
     load = AttemptTracker("denoiser-0", "denoiser", 1)
     assert load.reserve(W, lease(1)) == ()
-    assert load.reserve(W, lease(2)) == (do.ReleaseLease(lease(1)),)
-    assert do.ReleaseLease(lease(2)) in load.push(push(W, lease(5)), NOW, preallocated=True)
-    load.transfer_task_failed(W, "damaged", source_gone=False, retryable=True)
+    assert load.reserve(W, lease(2)) == (release(1),)
+    assert release(2) in load.push(push(W, lease(5)), NOW, preallocated=True)
+    load.end(load.transfer_failed(W, "damaged"))
     assert load.push(push(W, lease(5)), NOW) == (), "asked again, because the answer was late"
 
 
@@ -220,9 +205,8 @@ def test_a_block_that_is_kept_no_more_is_not_pushed_into() -> None:
 def test_a_failed_fetch_says_whether_the_source_is_gone() -> None:
     load = AttemptTracker("denoiser-0", "denoiser", 1)
     load.push(push(W), NOW)
-    assert reports(load.transfer_task_failed(W, "checksum", source_gone=True, retryable=True)) == [
-        TransferFailed(W, "denoiser-0", "checksum", True, 2)
-    ]
+    report = load.transfer_failed(W, "checksum", source_gone=True)
+    assert load.end(report) == (TransferFailed(W, "denoiser-0", "checksum", True, 2),)
 
 
 @pytest.mark.parametrize(("invalid_request", "deterministic", "again"), [(1, 0, 0), (0, 1, 0), (0, 0, 1)])
@@ -231,73 +215,73 @@ def test_what_is_at_fault_or_certain_to_fail_is_not_tried_again(
 ) -> None:
     load = AttemptTracker("encoder-0", "encoder", 1)
     load.assign(assign(W), NOW)
-    assert reports(
-        load.run_failed(W, "no", invalid_request=bool(invalid_request), deterministic=bool(deterministic))
-    ) == [StageFailed(W, "encoder-0", "encoder", "no", bool(again), 2, bool(invalid_request))]
+    report = load.stage_failed(W, "no", invalid_request=bool(invalid_request), deterministic=bool(deterministic))
+    assert load.end(report) == (
+        StageFailed(W, "encoder-0", Stage.ENCODER, "no", bool(again), 2, bool(invalid_request)),
+    )
 
 
 def test_a_failed_store_is_a_failed_stage() -> None:
     load = AttemptTracker("encoder-0", "encoder", 1)
     load.assign(assign(W), NOW)
-    load.run_finished(W, 0.1)
-    assert reports(load.transfer_task_failed(W, "too big", source_gone=False, retryable=False)) == [
-        StageFailed(W, "encoder-0", "encoder", "too big", False, 2)
-    ]
+    load.computed(W, 0.1)
+    report = load.transfer_failed(W, "too big", retryable=False)
+    assert load.end(report) == (StageFailed(W, "encoder-0", Stage.ENCODER, "too big", False, 2),)
 
 
 def test_an_event_that_cannot_be_is_a_defect_that_is_seen() -> None:
     load = AttemptTracker("encoder-0", "encoder", 1)
     with pytest.raises(UnexpectedEventError, match="not assigned"):
-        load.run_finished(W, 0.1)
+        load.computed(W, 0.1)
     load.assign(assign(W), NOW)
     with pytest.raises(UnexpectedEventError, match="running"):
-        load.outputs_stored(W, stored(1))
+        load.stored(W, stored(1))
     with pytest.raises(UnexpectedEventError, match="not to be"):
-        load.run_cancelled(W)
+        load.stopped(W)
+    report = load.stage_failed(W, "no", invalid_request=True)
+    load.end(report)
+    with pytest.raises(UnexpectedEventError, match="not assigned"):
+        load.end(report)
 
 
 class Life(RuleBasedStateMachine):
-    """The other actors of the process, answering in any order and with any outcome that is theirs to give."""
+    """The actors of the process, passing attempts on in any order and with any outcome that is theirs to give."""
 
     @initialize(kind=st.sampled_from(["encoder", "denoiser", "decoder", "monolithic"]), slots=st.integers(1, 4))
     def begin(self, kind: str, slots: int) -> None:
         self.load = AttemptTracker("x-0", kind, slots)
-        self.running: dict[Attempt, do.Effect] = {}
+        self.running: dict[Attempt, Message] = {}
+        """What an actor has been told and has not passed on; the report of an end waits for the instance."""
         self.told_to_stop: set[Attempt] = set()
         self.given_back: set[Attempt] = set()
-        self.open: set[Attempt] = set()
         self.ended: list[Attempt] = []
         self.taken: list[Attempt] = []
         self.serial = 0
         self.held: set[int] = set()
 
-    def carry_out(self, effects: tuple[do.Effect, ...]) -> None:
-        for effect in effects:
-            match effect:
-                case do.Begin(attempt):
-                    assert attempt not in self.open
-                    self.open.add(attempt)
-                case do.Clear(attempt):
-                    self.open.remove(attempt)
-                case do.Load(attempt) | do.Run(attempt) | do.Store(attempt) | do.Save(attempt):
-                    assert attempt not in self.running, "one actor at a time has the work"
-                    assert attempt in self.open
-                    self.running[attempt] = effect
-                case do.StopRun(attempt) | do.StopTransfer(attempt):
-                    assert isinstance(self.running[attempt], do.Run) == isinstance(effect, do.StopRun)
+    def carry_out(self, messages: tuple[Message, ...]) -> None:
+        for message in messages:
+            match message:
+                case LoadInputs(attempt) | RunStage(attempt) | StoreOutputs(attempt) | SaveArtifact(attempt):
+                    assert attempt not in self.running, "one actor at a time has the attempt"
+                    assert attempt in self.load.active
+                    self.running[attempt] = message
+                case CancelAttempt(attempt):
+                    assert self.load.active[attempt].cancelled
                     self.told_to_stop.add(attempt)
-                case do.ReleaseLease(block):
-                    self.held.remove(block.lease_id)
-                case do.Report(message) if isinstance(message, ENDS):
+                case ReleaseBlocks(leases):
+                    for block in leases:
+                        self.held.remove(block.lease_id)
+                case _:
+                    assert isinstance(message, ENDS)
                     if message.attempt in self.told_to_stop:
                         assert isinstance(
                             message, StageReturned if message.attempt in self.given_back else StageCancelled
                         )
+                    assert message.issued == self.load.issued
                     self.ended.append(message.attempt)
                     if isinstance(message, StageOutputsStored):
                         self.held.remove(message.stored.lease.lease_id)  # the request's from here on
-                case _:
-                    pass
 
     def number(self) -> int:
         self.serial += 1
@@ -352,22 +336,26 @@ class Life(RuleBasedStateMachine):
     def finish(self, attempt: Attempt, outcome: str) -> None:
         load = self.load
         match self.running.pop(attempt), outcome:
-            case do.Run(_, stage), "done":
-                self.carry_out(load.run_started(attempt, stage, 1.0))
-                self.carry_out(load.run_stepped(attempt, 1, 1, 2.0))
-                self.carry_out(load.run_finished(attempt, 0.1))
-            case do.Run(), "cancelled" if attempt in self.told_to_stop:
-                self.carry_out(load.run_cancelled(attempt))
-            case do.Run(), _:
-                self.carry_out(load.run_failed(attempt, "ValueError: no", invalid_request=True))
-            case do.Load(), "done":
-                self.carry_out(load.inputs_loaded(attempt, 0.1))
-            case do.Store(), "done":
-                self.carry_out(load.outputs_stored(attempt, stored(self.number())))
-            case do.Save(), "done":
-                self.carry_out(load.artifact_saved(attempt, ARTIFACT))
+            case message, _ if isinstance(message, ENDS):
+                self.carry_out(load.end(message))
+                return
+            case RunStage(_, stage), "done":
+                load.started(attempt, stage, 1.0)
+                load.stepped(attempt, 1, 1, 2.0)
+                passed_on: Message = load.computed(attempt, 0.1)
+            case RunStage(), "cancelled" if attempt in self.told_to_stop:
+                passed_on = load.stopped(attempt)
+            case RunStage(), _:
+                passed_on = load.stage_failed(attempt, "ValueError: no", invalid_request=True)
+            case LoadInputs(), "done":
+                passed_on = load.loaded(attempt)
+            case StoreOutputs(), "done":
+                passed_on = load.stored(attempt, stored(self.number()))
+            case SaveArtifact(), "done":
+                passed_on = load.saved(attempt, ARTIFACT)
             case _:
-                self.carry_out(load.transfer_task_failed(attempt, "no", source_gone=False, retryable=True))
+                passed_on = load.transfer_failed(attempt, "no")
+        self.running[attempt] = passed_on
 
     @invariant()
     def credits_are_kept(self) -> None:
@@ -378,7 +366,7 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def every_attempt_assigned_is_with_somebody(self) -> None:
-        assert set(self.running) == set(self.load.active) == self.open
+        assert set(self.running) == set(self.load.active)
 
     def teardown(self) -> None:
         if not hasattr(self, "load"):
@@ -402,16 +390,16 @@ def test_who_has_to_end_gives_back_what_will_not_be_done_in_time() -> None:
     slow, quick, new, queued = (Attempt(f"r/{k}", 1) for k in range(4))
     for attempt in (slow, quick, new, queued):
         load.push(push(attempt), NOW)
-        load.inputs_loaded(attempt, 0.1)
+        load.loaded(attempt)
     for attempt, steps in ((slow, 60), (quick, 4)):
-        load.run_started(attempt, Stage.DENOISER, 100.0)
-        load.run_stepped(attempt, 2, steps, 102.0)
-    load.run_started(new, Stage.DENOISER, 102.0)
+        load.started(attempt, Stage.DENOISER, 100.0)
+        assert load.stepped(attempt, 2, steps, 102.0) == StageProgress(attempt, 2, steps)
+    load.started(new, Stage.DENOISER, 102.0)
     assert [load.active[attempt].left_s() for attempt in (slow, quick, new, queued)] == [58.0, 2.0, 0.0, math.inf]
-    assert load.return_to_head(10.0) == (do.StopRun(slow), do.StopRun(queued))
-    assert reports(load.run_cancelled(slow)) == [StageReturned(slow, "denoiser-0", 5)]
-    load.run_finished(quick, 2.0)
-    assert load.return_to_head(None) == (do.StopRun(new),), "what is computed is stored yet"
+    assert load.return_to_head(10.0) == (CancelAttempt(slow), CancelAttempt(queued))
+    assert load.end(load.stopped(slow)) == (StageReturned(slow, "denoiser-0", 5),)
+    load.computed(quick, 2.0)
+    assert load.return_to_head(None) == (CancelAttempt(new),), "what is computed is stored yet"
     with pytest.raises(AttemptRefusedError):
         load.push(push(slow), NOW)
 
@@ -421,19 +409,19 @@ def test_cancel_ends_in_stage_cancelled_in_any_phase(phase: Phase) -> None:
     load = AttemptTracker("x-0", "encoder" if phase is Phase.STORING else "decoder", 1)
     if phase is Phase.STORING:
         load.assign(assign(W), NOW)
-        load.run_finished(W, 0.1)
+        load.computed(W, 0.1)
     else:
         load.push(push(W), NOW)
     if phase in (Phase.RUNNING, Phase.SAVING):
-        load.inputs_loaded(W, 0.1)
+        load.loaded(W)
     if phase is Phase.SAVING:
-        load.run_finished(W, 0.1)
+        load.computed(W, 0.1)
     assert load.active[W].phase is phase
     load.cancel(W)
-    ending = {
-        Phase.LOADING: lambda: load.inputs_loaded(W, 0.1),
-        Phase.RUNNING: lambda: load.run_finished(W, 0.1),
-        Phase.STORING: lambda: load.outputs_stored(W, stored(1)),
-        Phase.SAVING: lambda: load.artifact_saved(W, ARTIFACT),
-    }[phase]
-    assert reports(ending()) == [StageCancelled(W, "x-0", 2)]
+    passed_on = {
+        Phase.LOADING: lambda: load.loaded(W),
+        Phase.RUNNING: lambda: load.computed(W, 0.1),
+        Phase.STORING: lambda: load.stored(W, stored(1)),
+        Phase.SAVING: lambda: load.saved(W, ARTIFACT),
+    }[phase]()
+    assert load.end(passed_on)[-1] == StageCancelled(W, "x-0", 2)

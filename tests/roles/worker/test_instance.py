@@ -9,8 +9,9 @@ import pytest
 
 from tests.roles.cluster_harness import ClusterDriver, attempt
 from triptych.actors import ActorCrashedError
+from triptych.actors.runtime._actor_cell import ActorCell
 from triptych.actors.runtime.system_messages import Inspect, Inspection
-from triptych.bus import RemoteError
+from triptych.bus import Delivery, RemoteError
 from triptych.engines.pipelines.stepping import Denoising
 from triptych.roles.messages import stages
 from triptych.roles.messages.pool import PoolDescription, PoolQuery
@@ -32,8 +33,6 @@ def test_three_stages_make_the_image_that_one_process_makes(
         first = await driver.encoded(attempt(0))
         assert await driver.inbox.next(stages.StageStarted) == stages.StageStarted(attempt(0), "encoder-0", "encoder")
         await driver.push("denoiser-0", attempt(0), first)
-        ready = await driver.inbox.next(stages.TransferReady)
-        assert (ready.attempt, ready.instance) == (attempt(0), "denoiser-0")
         report = await driver.inbox.next(stages.StageOutputsStored)
         assert (report.stage, report.issued, report.seconds > 0) == ("denoiser", 3, True)
         steps = [(p.step, p.total_steps) for p in driver.inbox.of(stages.StageProgress)]
@@ -68,6 +67,45 @@ def test_three_stages_make_the_image_that_one_process_makes(
     cluster(whole, kind="monolithic")
     assert images[0] == images[1]
     assert images[0] != images[2]
+
+
+def test_an_attempt_passes_from_actor_to_actor_and_a_step_costs_no_message_within_the_process(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    within: list[str] = []
+    handle = ActorCell._handle
+
+    async def counted(self: ActorCell, delivery: Delivery) -> None:
+        sender, to = delivery.envelope.sender, delivery.envelope.to
+        if sender.partition(".")[0] == to.partition(".")[0] != "head":
+            within.append(f"{sender} {type(delivery.message).__name__} {to}")
+        await handle(self, delivery)
+
+    monkeypatch.setattr(ActorCell, "_handle", counted)
+
+    async def body(driver: ClusterDriver) -> None:
+        await driver.join("encoder-0", "denoiser-0", "decoder-0")
+        source = await driver.encoded(attempt(0), num_inference_steps=20)
+        await driver.push("denoiser-0", attempt(0), source)
+        denoised = await driver.inbox.next(stages.StageOutputsStored)
+        await driver.push("decoder-0", attempt(0), denoised.stored)
+        await driver.inbox.next(stages.StageFinished)
+        assert len(driver.inbox.of(stages.StageProgress)) == 20
+        assert within == [
+            "encoder-0 RunStage encoder-0.stream",
+            "encoder-0.stream StoreOutputs encoder-0.transfer",
+            "encoder-0.transfer StageOutputsStored encoder-0",
+            "denoiser-0 LoadInputs denoiser-0.transfer",
+            "denoiser-0.transfer RunStage denoiser-0.stream",
+            "denoiser-0.stream StoreOutputs denoiser-0.transfer",
+            "denoiser-0.transfer StageOutputsStored denoiser-0",
+            "decoder-0 LoadInputs decoder-0.transfer",
+            "decoder-0.transfer RunStage decoder-0.stream",
+            "decoder-0.stream SaveArtifact decoder-0.transfer",
+            "decoder-0.transfer StageFinished decoder-0",
+        ]
+
+    cluster(body)
 
 
 def test_bytes_that_travel_are_given_a_block_first(cluster: Any) -> None:
@@ -125,7 +163,6 @@ def test_an_image_travels_over_mooncake_between_the_processes_of_three_pools(
                 target = (await driver.ask(name, alloc, stages.TransferAllocated)).target
                 assert target.pool != source.lease.pool
                 await driver.push(name, attempt(0), source, target)
-                await driver.inbox.next(stages.TransferReady)
                 if name == "denoiser-0":
                     stored = (await driver.inbox.next(stages.StageOutputsStored)).stored
                     await driver.release(source.lease)
@@ -164,8 +201,8 @@ def test_the_next_work_is_loaded_while_one_computes(cluster: Any, denoise_gate: 
         await driver.push("denoiser-0", attempt(0), sources[0])
         await driver.inbox.next(stages.StageProgress)
         await driver.push("denoiser-0", attempt(1), sources[1])
-        ready = [(await driver.inbox.next(stages.TransferReady)).attempt for _ in range(2)]
-        assert ready == [attempt(0), attempt(1)]
+        items = driver.h.actors["denoiser-0"].attempts.active
+        await driver.until(lambda: has_inputs(items[attempt(1)]))
         with pytest.raises(RemoteError) as refusal:
             await driver.push("denoiser-0", attempt(2), sources[2])
         assert refusal.value.code == "no_credit"
@@ -174,6 +211,11 @@ def test_the_next_work_is_loaded_while_one_computes(cluster: Any, denoise_gate: 
         assert [(d.attempt, d.issued) for d in done] == [(attempt(0), 3), (attempt(1), 4)]
 
     cluster(body)
+
+
+async def has_inputs(item: Any) -> bool:
+    await asyncio.sleep(0)
+    return bool(item.values)
 
 
 def test_cancelled_work_stops_within_a_step_and_leaves_nothing_behind(

@@ -12,8 +12,8 @@ from triptych.actors.topology import LoraSection
 from triptych.engines.parameters.lora import LoraFile
 from triptych.engines.pipelines.pipeline import StagePipeline
 from triptych.roles.worker.model_loading import lora_files, model_options, weights_stats
+from triptych.roles.worker.process_context import ProcessContext
 from triptych.roles.worker.stream_worker import StreamWorker
-from triptych.roles.worker.workspace import ProcessContext
 from triptych.tools.make_lora import make_lora
 
 
@@ -55,16 +55,16 @@ def test_an_instance_holds_its_weights_as_its_role_says(
     make_lora(tiny_model, tmp_path / "a.safetensors")
     topology = adapted(make_topology(tiny_model, kind="monolithic"), LoraSection(name="a", path="a.safetensors"))
     component = held(topology.component("monolithic-0"), dtype="bfloat16", quantization="int8", offload="model")
-    loaded: StagePipeline = StreamWorker(component, topology, ProcessContext())._load(torch.device("cpu"))
+    loaded: StagePipeline = StreamWorker(component, topology, ProcessContext(component))._load(torch.device("cpu"))
     facts = weights_stats(loaded.placement)
     assert facts["quantization"] == "int8"
     assert facts["loras"] == ["a"]
     assert 0 < int(str(facts["weights_bytes"])) < int(str(facts["bytes_before"]))
     assert loaded._offloader is not None
     assert loaded.placement.dtype is torch.bfloat16
-    plain = StreamWorker(held(component, quantization="none"), make_topology(tiny_model), ProcessContext())._load(
-        torch.device("cpu")
-    )
+    plain = StreamWorker(
+        held(component, quantization="none"), make_topology(tiny_model), ProcessContext(component)
+    )._load(torch.device("cpu"))
     offload = "model, which does nothing on the CPU"
     assert weights_stats(plain.placement) == {"weights_bytes": facts["bytes_before"], "offload": offload}
 
@@ -80,7 +80,8 @@ def test_an_adapter_that_does_not_fit_is_a_failed_start(
     topology = adapted(make_topology(tiny_model, kind="monolithic"), LoraSection(name="a", path="a.safetensors"))
 
     async def scenario() -> None:
-        worker = StreamWorker(topology.component("monolithic-0"), topology, ProcessContext())
+        component = topology.component("monolithic-0")
+        worker = StreamWorker(component, topology, ProcessContext(component))
         with pytest.raises(StartError, match=r"The LoRA .*a\.safetensors cannot be read"):
             await worker.started()
 

@@ -77,12 +77,14 @@ class RunningReporter:
 
     def __init__(self, address: str) -> None:
         self.outbox = Outbox("denoiser-0", 5)
-        head = self.outbox.reference("head", address)
-        self.reporter = Reporter(lambda message: head.ask(message, Acknowledged, timeout_s=5.0), structlog.get_logger())
+        self.head = self.outbox.reference("head", address)
+        self.reporter = Reporter(structlog.get_logger())
         self.task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> RunningReporter:
-        self.task = asyncio.create_task(self.reporter.run())
+        self.task = asyncio.create_task(
+            self.reporter.run(lambda message: self.head.ask(message, Acknowledged, timeout_s=5.0))
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -18,18 +18,12 @@ from triptych.actors.runtime.system_messages import Inspect, Inspection
 from triptych.engines.memory.streams import DeviceStream
 from triptych.engines.stages import Stage
 from triptych.engines.weights.placement import OutOfDeviceMemoryError
-from triptych.roles.messages.common import Attempt, Images, Rebind, Upload
-from triptych.roles.messages.worker import (
-    CancelRun,
-    RunCancelled,
-    RunFailed,
-    RunFinished,
-    RunStage,
-    RunStarted,
-    RunStepped,
-)
+from triptych.roles.messages.common import Attempt, Images, Output, Rebind, Upload
+from triptych.roles.messages.stages import Acknowledged, StageCancelled, StageFailed, StageProgress, StageStarted
+from triptych.roles.messages.worker import CancelAttempt, DeviceLost, RunStage, SaveArtifact, StoreOutputs
+from triptych.roles.worker.attempts import ActiveAttempt, EndReport, Phase
+from triptych.roles.worker.process_context import ProcessContext
 from triptych.roles.worker.stream_worker import StreamWorker
-from triptych.roles.worker.workspace import ProcessContext
 
 CPU = torch.device("cpu")
 INPUTS: dict[str, object] = {
@@ -41,38 +35,79 @@ def attempt(number: int) -> Attempt:
     return Attempt(f"r/{number}", 1)
 
 
-class FakeInstance(Actor):
-    """The instance's side of the conversation."""
+COMPUTED: Any = (StoreOutputs, SaveArtifact)
+"""Where the stream worker passes an attempt on to."""
+
+
+class FakeTransfer(Actor):
+    """Keeps what the stream worker passes on to the transfer actor."""
 
     def __init__(self, name: str, inbox: Any) -> None:
         super().__init__(name)
         self.inbox = inbox
 
-    async def hear(
-        self,
-        message: RunStarted | RunStepped | RunFinished | RunFailed | RunCancelled,
-    ) -> None:
+    async def take(self, message: StoreOutputs | SaveArtifact) -> None:
         await self.inbox.put(message)
 
+
+class FakeInstance(Actor):
+    """Gives the stream worker one stage at a time, and keeps what comes of it."""
+
+    def __init__(self, name: str, inbox: Any, context: ProcessContext) -> None:
+        super().__init__(name)
+        self.inbox = inbox
+        self.context = context
+
+    async def started(self) -> None:
+        self.spawn(self.context.reporter.run(self.deliver), name="reports")
+        self.context.reporter.resume()
+
+    def deliver(self, report: Any) -> Any:
+        return self.reference("head").ask(report, Acknowledged, timeout_s=5)
+
+    async def take(self, message: EndReport | DeviceLost) -> None:
+        await self.inbox.put(message)
+
+    def begin(self, number: int, inputs: dict[str, object], seed: int = 0, rebind: Rebind | None = None) -> None:
+        item = ActiveAttempt(attempt(number), Phase.RUNNING, (), Output(), 4e9, dict(inputs), seed, rebind)
+        self.context.attempts.active[attempt(number)] = item
+
+    def values(self, number: int) -> dict[str, Any]:
+        return self.context.attempts.active[attempt(number)].values
+
     def run(self, number: int, stage: Stage) -> None:
-        self.reference(f"{self.name}.stream").tell(RunStage(attempt(number), stage.value))
+        item = self.context.attempts.active[attempt(number)]
+        item.stages, item.phase = (stage,), Phase.RUNNING
+        self.reference(f"{self.name}.stream").tell(RunStage(attempt(number), stage))
 
     def stop(self, number: int) -> None:
-        self.reference(f"{self.name}.stream").tell(CancelRun(attempt(number)))
+        if item := self.context.attempts.active.get(attempt(number)):
+            item.cancelled = True
+        self.reference(f"{self.name}.stream").tell(CancelAttempt(attempt(number)))
+
+
+async def stream_worker(h: Any, component: Any, inbox: Any, head: Any) -> tuple[FakeInstance, StreamWorker]:
+    """Start a stream worker between a head, an instance and a transfer actor that put all they hear into one inbox."""
+    context = ProcessContext(component)
+    fake_instance = FakeInstance(component.name, inbox, context)
+    worker = StreamWorker(component, h.topology, context)
+    head.inbox = inbox
+    await h.start(head)
+    await h.start(fake_instance, worker, FakeTransfer(f"{component.name}.transfer", inbox))
+    return fake_instance, worker
 
 
 @pytest.fixture
-def on_worker(run: Any, make_topology: Any, local_cluster: Any, inbox: Any, tiny_model: Path) -> Any:
+def on_worker(
+    run: Any, make_topology: Any, local_cluster: Any, inbox: Any, scripted_head: Any, tiny_model: Path
+) -> Any:
     """Run a test with a monolithic instance's stream worker, which has every stage."""
 
     def start(body: Any) -> None:
         async def all_of_it() -> None:
             async with local_cluster(make_topology(tiny_model, kind="monolithic")) as h:
                 component = h.topology.component("monolithic-0")
-                fake_instance = FakeInstance("monolithic-0", inbox())
-                worker = StreamWorker(component, h.topology, ProcessContext())
-                await h.start(fake_instance, worker)
-                await body(fake_instance, worker)
+                await body(*await stream_worker(h, component, inbox(), scripted_head()))
 
         run(all_of_it())
 
@@ -81,17 +116,17 @@ def on_worker(run: Any, make_topology: Any, local_cluster: Any, inbox: Any, tiny
 
 def test_the_stages_make_an_image_of_each_others_outputs(on_worker: Any) -> None:
     async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
-        workspace = worker.context.workspace
         assert worker.context.signature.parameter("num_inference_steps")
-        workspace.begin(attempt(1), INPUTS, seed=3)
+        fake_instance.begin(1, INPUTS, seed=3)
         for stage in Stage:
             fake_instance.run(1, stage)
-            assert await fake_instance.inbox.next(RunStarted) == RunStarted(attempt(1), stage.value)
-            finished = await fake_instance.inbox.next(RunFinished)
-            assert (finished.stage, finished.seconds > 0) == (stage.value, True)
-        steps = [(s.step, s.total_steps) for s in fake_instance.inbox.of(RunStepped)]
-        assert steps == [(1, 3), (2, 3), (3, 3)]
-        (image,) = workspace.get(attempt(1)).values["images"]  # type: ignore[misc]
+            assert await fake_instance.inbox.next(StageStarted) == StageStarted(attempt(1), "monolithic-0", stage)
+            passed_on = await fake_instance.inbox.next(COMPUTED)
+            assert isinstance(passed_on, SaveArtifact if stage is Stage.DECODER else StoreOutputs)
+            assert worker.context.attempts.active[attempt(1)].seconds > 0
+        steps = [await fake_instance.inbox.next(StageProgress) for _ in range(3)]
+        assert steps == [StageProgress(attempt(1), step, 3) for step in (1, 2, 3)]
+        (image,) = fake_instance.values(1)["images"]
         assert isinstance(image, Image.Image)
         assert worker.stats()["panels_run"] == 3
         assert worker.watchdog() is None
@@ -101,24 +136,24 @@ def test_the_stages_make_an_image_of_each_others_outputs(on_worker: Any) -> None
 
 def test_what_was_encoded_for_another_makes_the_image_of_its_own_seed_and_steps(on_worker: Any) -> None:
     async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
-        workspace = worker.context.workspace
 
         async def run(number: int, *stages: Stage) -> None:
             for stage in stages:
                 fake_instance.run(number, stage)
-                assert (await fake_instance.inbox.next(RunFinished)).seed_independent == (stage is Stage.ENCODER)
+                await fake_instance.inbox.next(COMPUTED)
+                item = worker.context.attempts.active[attempt(number)]
+                assert item.seed_independent == (stage is Stage.ENCODER)
 
-        workspace.begin(attempt(1), INPUTS, seed=3)
+        fake_instance.begin(1, INPUTS, seed=3)
         await run(1, Stage.ENCODER)
         own = {**INPUTS, "num_inference_steps": 4, "height": 48}
         # A file that is not there: images are left as they were encoded.
         rebind = Rebind({**own, "image": Images((Upload("gone.png", 1),))}, 8)  # type: ignore[dict-item]
-        workspace.begin(attempt(2), rebind=rebind)
-        workspace.replace(attempt(2), workspace.get(attempt(1)).values)
+        fake_instance.begin(2, fake_instance.values(1), rebind=rebind)
         await run(2, Stage.DENOISER, Stage.DECODER)
-        workspace.begin(attempt(3), own, seed=8)
+        fake_instance.begin(3, own, seed=8)
         await run(3, *Stage)
-        images = [workspace.get(attempt(number)).values["images"][0] for number in (2, 3)]  # type: ignore[index]
+        images = [fake_instance.values(number)["images"][0] for number in (2, 3)]
         assert images[0].size == (32, 48)
         assert images[0].tobytes() == images[1].tobytes()
 
@@ -128,37 +163,34 @@ def test_what_was_encoded_for_another_makes_the_image_of_its_own_seed_and_steps(
 def test_stages_run_in_the_order_in_which_they_were_told(on_worker: Any) -> None:
     async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
         for number in range(4):
-            worker.context.workspace.begin(attempt(number), INPUTS)
+            fake_instance.begin(number, INPUTS)
             fake_instance.run(number, Stage.ENCODER)
-        finished = [(await fake_instance.inbox.next(RunFinished)).attempt for _ in range(4)]
-        assert finished == [attempt(number) for number in range(4)]
-        kinds = [type(m) for m in fake_instance.inbox.all]
-        assert kinds == [RunStarted, RunFinished] * 4
+        for kind in (StageStarted, StoreOutputs):
+            found = [(await fake_instance.inbox.next(kind)).attempt for _ in range(4)]
+            assert found == [attempt(number) for number in range(4)]
 
     on_worker(body)
 
 
 async def encoded(fake_instance: FakeInstance, worker: StreamWorker, number: int, **changes: object) -> None:
-    worker.context.workspace.begin(attempt(number), {**INPUTS, **changes})
+    fake_instance.begin(number, {**INPUTS, **changes})
     fake_instance.run(number, Stage.ENCODER)
-    await fake_instance.inbox.next(RunFinished)
-    await fake_instance.inbox.next(RunStarted)
+    await fake_instance.inbox.next(COMPUTED)
+    await fake_instance.inbox.next(StageStarted)
 
 
 def test_a_denoise_is_stopped_between_two_steps(on_worker: Any) -> None:
     async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
         await encoded(fake_instance, worker, 1, num_inference_steps=50)
         fake_instance.run(1, Stage.DENOISER)
-        await fake_instance.inbox.next(RunStepped)
+        await fake_instance.inbox.next(StageProgress)
         fake_instance.stop(1)
-        assert await fake_instance.inbox.next(RunCancelled) == RunCancelled(attempt(1))
-        assert len(fake_instance.inbox.of(RunStepped)) < 50
-        assert "latents" not in worker.context.workspace.get(attempt(1)).values or not isinstance(
-            worker.context.workspace.get(attempt(1)).values["latents"], torch.Tensor
-        )
+        assert await fake_instance.inbox.next(StageCancelled) == StageCancelled(attempt(1), "monolithic-0", 0)
+        assert len(fake_instance.inbox.of(StageProgress)) < 50
+        assert not isinstance(fake_instance.values(1).get("latents"), torch.Tensor)
         await encoded(fake_instance, worker, 2)
         fake_instance.run(2, Stage.DENOISER)
-        assert (await fake_instance.inbox.next(RunFinished)).attempt == attempt(2)
+        assert (await fake_instance.inbox.next(COMPUTED)).attempt == attempt(2)
 
     on_worker(body)
 
@@ -167,16 +199,16 @@ def test_work_in_the_queue_is_stopped_without_running(on_worker: Any) -> None:
     async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
         await encoded(fake_instance, worker, 1)
         for number in (2, 3):
-            worker.context.workspace.begin(attempt(number), INPUTS)
+            fake_instance.begin(number, INPUTS)
         fake_instance.run(1, Stage.DENOISER)
         fake_instance.run(2, Stage.ENCODER)
         fake_instance.run(3, Stage.ENCODER)
         fake_instance.stop(2)
         fake_instance.stop(9)
-        assert (await fake_instance.inbox.next(RunCancelled)).attempt == attempt(2)
-        assert (await fake_instance.inbox.next(RunFinished)).attempt == attempt(1)
-        assert (await fake_instance.inbox.next(RunFinished)).attempt == attempt(3)
-        assert attempt(2) not in [m.attempt for m in fake_instance.inbox.of(RunStarted)]
+        assert (await fake_instance.inbox.next(StageCancelled)).attempt == attempt(2)
+        assert (await fake_instance.inbox.next(COMPUTED)).attempt == attempt(1)
+        assert (await fake_instance.inbox.next(COMPUTED)).attempt == attempt(3)
+        assert attempt(2) not in [m.attempt for m in fake_instance.inbox.of(StageStarted)]
 
     on_worker(body)
 
@@ -194,37 +226,32 @@ def test_a_stage_that_cannot_be_interrupted_still_ends_as_cancelled(
             return encode(*arguments)
 
         monkeypatch.setattr(pipeline, "encode", held_up)
-        worker.context.workspace.begin(attempt(1), INPUTS)
+        fake_instance.begin(1, INPUTS)
         fake_instance.run(1, Stage.ENCODER)
-        await fake_instance.inbox.next(RunStarted)
+        await fake_instance.inbox.next(StageStarted)
         fake_instance.stop(1)
-        fake_instance.run(
-            2, Stage.ENCODER
-        )  # handled after the stop, so its position in the queue shows that that was handled
+        fake_instance.begin(2, INPUTS)
+        fake_instance.run(2, Stage.ENCODER)  # after the stop: when it is queued, that was handled
         while not worker.stats()["queued"]:
             await fake_instance.reference("monolithic-0.stream").ask(Inspect(), Inspection, timeout_s=5)
         go_on.set()
-        assert (await fake_instance.inbox.next(RunCancelled)).attempt == attempt(1)
-        assert worker.context.workspace.get(attempt(1)).values == INPUTS
+        assert (await fake_instance.inbox.next(StageCancelled)).attempt == attempt(1)
+        assert fake_instance.values(1) == INPUTS
 
     on_worker(body)
 
 
 def test_what_a_pipeline_raises_fails_the_request_and_nothing_else(on_worker: Any) -> None:
     async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
-        worker.context.workspace.begin(attempt(1), {**INPUTS, "no_such_input": 1})
+        fake_instance.begin(1, {**INPUTS, "no_such_input": 1})
         fake_instance.run(1, Stage.ENCODER)
-        failed = await fake_instance.inbox.next(RunFailed)
+        failed = await fake_instance.inbox.next(StageFailed)
         assert failed.error.startswith("InputError: ")
         assert "no_such_input" in failed.error
-        assert (failed.invalid_request, failed.device_lost) == (True, False)
-        fake_instance.run(2, Stage.ENCODER)
-        failed = await fake_instance.inbox.next(RunFailed)
-        assert failed.error.startswith("NotInWorkspaceError")
-        assert not failed.invalid_request
-        worker.context.workspace.begin(attempt(3), INPUTS)
+        assert (failed.invalid_request, failed.retryable) == (True, False)
+        fake_instance.begin(3, INPUTS)
         fake_instance.run(3, Stage.ENCODER)
-        assert (await fake_instance.inbox.next(RunFinished)).attempt == attempt(3)
+        assert (await fake_instance.inbox.next(COMPUTED)).attempt == attempt(3)
 
     on_worker(body)
 
@@ -232,17 +259,17 @@ def test_what_a_pipeline_raises_fails_the_request_and_nothing_else(on_worker: An
 def test_an_image_that_is_gone_is_the_requests_fault_and_one_that_is_there_is_read(on_worker: Any) -> None:
     async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
         gone = Images((Upload(f"{'a' * 64}.png", 3),))
-        worker.context.workspace.begin(attempt(1), {**INPUTS, "image": gone})
+        fake_instance.begin(1, {**INPUTS, "image": gone})
         fake_instance.run(1, Stage.ENCODER)
-        failed = await fake_instance.inbox.next(RunFailed)
-        assert (failed.invalid_request, failed.device_lost) == (True, False)
+        failed = await fake_instance.inbox.next(StageFailed)
+        assert (failed.invalid_request, failed.retryable) == (True, False)
         assert "send the image again" in failed.error
         file = io.BytesIO()
         Image.new("RGB", (4, 4)).save(file, "PNG")
         there = Images((worker.uploads.save(file.getvalue(), "png"),))
-        worker.context.workspace.begin(attempt(2), {**INPUTS, "image": there})
+        fake_instance.begin(2, {**INPUTS, "image": there})
         fake_instance.run(2, Stage.ENCODER)
-        failed = await fake_instance.inbox.next(RunFailed)
+        failed = await fake_instance.inbox.next(StageFailed)
         assert "takes no image" in failed.error  # this model makes images of text alone, but it has been read
 
     on_worker(body)
@@ -254,14 +281,15 @@ def test_after_a_lost_device_nothing_more_is_launched(on_worker: Any, monkeypatc
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
         monkeypatch.setattr(worker._pipeline, "encode", lost)
-        worker.context.workspace.begin(attempt(1), INPUTS)
-        worker.context.workspace.begin(attempt(2), INPUTS)
+        fake_instance.begin(1, INPUTS)
+        fake_instance.begin(2, INPUTS)
         fake_instance.run(1, Stage.ENCODER)
         fake_instance.run(2, Stage.ENCODER)
-        failed = await fake_instance.inbox.next(RunFailed)
-        assert (failed.attempt, failed.device_lost, failed.invalid_request) == (attempt(1), True, False)
+        failed = await fake_instance.inbox.next(StageFailed)
+        assert (failed.attempt, failed.retryable, failed.invalid_request) == (attempt(1), True, False)
+        assert "illegal memory access" in (await fake_instance.inbox.next(DeviceLost)).error
         await asyncio.gather(*(t for t in worker._tasks if t.get_name().endswith("stages")))
-        assert [m.attempt for m in fake_instance.inbox.of(RunStarted)] == [attempt(1)]
+        assert [m.attempt for m in fake_instance.inbox.of(StageStarted)] == [attempt(1)]
 
     on_worker(body)
 
@@ -277,16 +305,17 @@ def test_out_of_memory_ends_the_attempt_and_the_second_in_a_row_the_process(
         assert worker._pipeline is not None
         encode = worker._pipeline.encode
         for number in range(5):
-            worker.context.workspace.begin(attempt(number), INPUTS)
+            fake_instance.begin(number, INPUTS)
         for number, too_large in enumerate((True, False, True, True)):
             monkeypatch.setattr(worker._pipeline, "encode", out_of_memory if too_large else encode)
             fake_instance.run(number, Stage.ENCODER)
             if not too_large:
-                assert (await fake_instance.inbox.next(RunFinished)).attempt == attempt(number)
+                assert (await fake_instance.inbox.next(COMPUTED)).attempt == attempt(number)
                 continue
-            failed = await fake_instance.inbox.next(RunFailed)
+            failed = await fake_instance.inbox.next(StageFailed)
             assert (failed.attempt, failed.invalid_request) == (attempt(number), False)
-            assert failed.device_lost == (number == 3)
+        assert "out of memory" in (await fake_instance.inbox.next(DeviceLost)).error
+        assert len(fake_instance.inbox.of(DeviceLost)) == 1
 
     on_worker(body)
 
@@ -317,7 +346,7 @@ def test_a_step_has_ended_when_it_is_told_and_the_next_is_launched_by_then(
         monkeypatch.setattr(worker._stream, "record", record)
         monkeypatch.setattr(worker, "_progress", lambda _work, step, _total: log.append(f"{step} told"))
         fake_instance.run(1, Stage.DENOISER)
-        await fake_instance.inbox.next(RunFinished)
+        await fake_instance.inbox.next(COMPUTED)
         assert log[:9] == [
             "1 launched", "2 launched", "1 ended", "1 told", "3 launched", "2 ended", "2 told", "3 ended", "3 told",
         ]  # fmt: skip
@@ -331,14 +360,14 @@ def test_a_call_that_hangs_is_overdue(on_worker: Any, monkeypatch: pytest.Monkey
         assert pipeline is not None
         go_on, encode = threading.Event(), pipeline.encode
         monkeypatch.setattr(pipeline, "encode", lambda *a: go_on.wait(30) and encode(*a))
-        worker.context.workspace.begin(attempt(1), INPUTS)
+        fake_instance.begin(1, INPUTS)
         fake_instance.run(1, Stage.ENCODER)
-        await fake_instance.inbox.next(RunStarted)
+        await fake_instance.inbox.next(StageStarted)
         assert worker.watchdog() is None
         worker._bound_s = worker._start_timeout_s = 0.0
         assert "a step of r/1#1 (encoder) runs since" in (worker.watchdog() or "")
         go_on.set()
-        await fake_instance.inbox.next(RunFinished)
+        await fake_instance.inbox.next(COMPUTED)
         assert worker.watchdog() is None
         assert worker.stats()["first_encoder_s"] == worker.first_s["encoder"] > 0
         assert worker.start_s["weights"] > 0
@@ -353,7 +382,8 @@ def test_while_it_loads_it_says_how_much_of_the_weights_has_been_read(
 ) -> None:
     monkeypatch.setattr("triptych.roles.worker.stream_worker.PROGRESS_EVERY_S", 0)
     topology = make_topology(tiny_model, kind="monolithic")
-    worker = StreamWorker(topology.component("monolithic-0"), topology, ProcessContext())
+    component = topology.component("monolithic-0")
+    worker = StreamWorker(component, topology, ProcessContext(component))
 
     async def body() -> None:
         said = asyncio.Event()
@@ -380,7 +410,7 @@ def test_what_can_never_work_is_a_sentence(
         model = tiny_model if device != "cpu" else tmp_path / "nowhere"
         async with local_cluster(make_topology(model, kind="monolithic")) as h:
             component = msgspec.structs.replace(h.topology.component("monolithic-0"), device=device)
-            worker = StreamWorker(component, h.topology, ProcessContext())
+            worker = StreamWorker(component, h.topology, ProcessContext(component))
             with pytest.raises(StartError, match=says):
                 await h.start(worker)
 
@@ -397,7 +427,8 @@ def test_a_class_that_the_libraries_do_not_have_is_a_failed_start_in_words(
 
     async def body() -> None:
         async with local_cluster(make_topology(model, kind="monolithic")) as h:
-            worker = StreamWorker(h.topology.component("monolithic-0"), h.topology, ProcessContext())
+            component = h.topology.component("monolithic-0")
+            worker = StreamWorker(component, h.topology, ProcessContext(component))
             with pytest.raises(StartError, match=r"a T7EncoderModel of transformers, and .* has no such class"):
                 await h.start(worker)
 
@@ -429,7 +460,8 @@ def test_weights_wait_for_a_card_that_others_fill_and_not_for_one_that_is_too_sm
 
     async def body() -> None:
         async with local_cluster(make_topology(tiny_model, kind="monolithic")) as h:
-            worker = StreamWorker(h.topology.component("monolithic-0"), h.topology, ProcessContext())
+            component = h.topology.component("monolithic-0")
+            worker = StreamWorker(component, h.topology, ProcessContext(component))
             monkeypatch.setattr(worker, "_load", no_room)
             stream = DeviceStream(CPU, "test")
             with pytest.raises(failure) as raised:

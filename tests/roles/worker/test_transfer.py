@@ -23,16 +23,8 @@ from triptych.engines.memory.streams import StreamEvent
 from triptych.engines.parameters.schema import Signature
 from triptych.roles.messages.common import Attempt, LeaseRef, Output, StoredPayload
 from triptych.roles.messages.pool import LeaseBlock, ReleaseBlocks
-from triptych.roles.messages.worker import (
-    ArtifactSaved,
-    CancelTransferTask,
-    InputsLoaded,
-    LoadInputs,
-    OutputsStored,
-    SaveArtifact,
-    StoreOutputs,
-    TransferTaskFailed,
-)
+from triptych.roles.messages.stages import StageFailed, StageFinished, StageOutputsStored
+from triptych.roles.messages.worker import CancelAttempt, LoadInputs, RunStage, SaveArtifact, StoreOutputs
 from triptych.roles.pool import client
 from triptych.roles.pool import pool as pool_module
 from triptych.roles.pool.client import FAULTS
@@ -56,10 +48,9 @@ def test_what_one_role_stores_another_loads_from_the_same_memory(run_transfers: 
         stored = await encoder.store_outputs()
         (view,) = (await encoder.fake_instance.leases("pool")).leases
         assert (view.lease, view.state, view.owner, view.attempt) == (stored.lease, "sealed", "encoder-0", W)
-        denoiser.begin(W)
-        denoiser.context.workspace.begin(W)
+        denoiser.begin(W, nothing=True)
         denoiser.fake_instance.tell(LoadInputs(W, stored, None, FAR))
-        assert (await denoiser.fake_instance.inbox.next(InputsLoaded)).attempt == W
+        assert (await denoiser.fake_instance.inbox.next(RunStage)).attempt == W
         assert same(denoiser.values(), VALUES)
         assert len((await encoder.fake_instance.leases("pool")).leases) == 1
 
@@ -74,7 +65,7 @@ def test_a_full_pool_is_waited_for(run_transfers: Any) -> None:
         encoder.fake_instance.tell(StoreOutputs(W, FAR))
         await encoder.fake_instance.until_busy(1)
         await encoder.fake_instance.release(occupied)
-        assert (await encoder.fake_instance.inbox.next(OutputsStored)).attempt == W
+        assert (await encoder.fake_instance.inbox.next(StageOutputsStored)).attempt == W
 
     run_transfers(body, pool_size="2MiB")
 
@@ -85,14 +76,14 @@ def test_waiting_for_room_ends_with_the_deadline_or_when_it_is_stopped(run_trans
         await encoder.fake_instance.lease("pool", 1 << 20, attempt=Attempt("x/0", 1))
         encoder.begin()
         late = await encoder.fails(StoreOutputs(W, time.monotonic() + 0.1))
-        assert "has no block of" in late.reason
-        assert (late.source_gone, late.retryable) == (False, True)
+        assert "has no block of" in late.error
+        assert late.retryable
         encoder.fake_instance.tell(StoreOutputs(W, FAR))
         await encoder.fake_instance.until_busy(1)
-        stopped = await encoder.fails(CancelTransferTask(W))
-        assert stopped.reason == "cancelled"
+        stopped = await encoder.fails(CancelAttempt(W))
+        assert stopped.error == "cancelled"
         await encoder.fake_instance.until_busy(0)
-        encoder.fake_instance.tell(CancelTransferTask(W))
+        encoder.fake_instance.tell(CancelAttempt(W))
         await encoder.fake_instance.until("pool", 1)
 
     run_transfers(body, pool_size="2MiB")
@@ -103,11 +94,11 @@ def test_what_can_never_be_stored_is_no_use_to_try_again(run_transfers: Any) -> 
         encoder = await open_transfer("encoder-0")
         encoder.begin(latents=torch.zeros(1 << 20))
         too_big = await encoder.fails(StoreOutputs(W, FAR))
-        assert "raise [transfer] pool_size" in too_big.reason
+        assert "raise [transfer] pool_size" in too_big.error
         assert not too_big.retryable
         encoder.begin(callback=print)
         odd = await encoder.fails(StoreOutputs(W, FAR))
-        assert "callback" in odd.reason
+        assert "callback" in odd.error
         assert not odd.retryable
         await encoder.fake_instance.until("pool", 0)
 
@@ -176,7 +167,7 @@ def test_stored_outputs_outlive_the_pool(run_transfers: Any, monkeypatch: pytest
         encoder.fake_instance.tell(StoreOutputs(W, FAR))
         await encoder.fake_instance.until_busy(1)
         await h.component("pool", build, generation=4)
-        assert (await encoder.fake_instance.inbox.next(OutputsStored)).stored.lease.pool_generation == 4
+        assert (await encoder.fake_instance.inbox.next(StageOutputsStored)).stored.lease.pool_generation == 4
         await encoder.fake_instance.until("pool", 1)
 
     run_transfers(body)
@@ -206,7 +197,7 @@ def test_it_waits_for_a_pool_that_starts_later(run_transfers: Any, monkeypatch: 
 
     async def body(h: Any, open_transfer: Any) -> None:
         starting = asyncio.ensure_future(open_transfer("encoder-0"))
-        client = FakeInstance("test", None)
+        client = FakeInstance("test", None, None)
         await h.start(client)
         found = await client.reference("encoder-0").ask(Inspect(), Inspection, timeout_s=5)
         assert found.actors[-1].detail == "waiting for pool"
@@ -292,9 +283,9 @@ def test_what_lies_in_another_pool_is_pulled_into_the_own_one(run_transfers: Any
         encoder.begin()
         stored = await encoder.store_outputs()
         target = await denoiser.fake_instance.lease("pool-denoiser", stored.nbytes, incoming=True)
-        denoiser.context.workspace.begin(W)
+        denoiser.begin(W, nothing=True)
         denoiser.fake_instance.tell(LoadInputs(W, stored, target, FAR))
-        await denoiser.fake_instance.inbox.next(InputsLoaded)
+        await denoiser.fake_instance.inbox.next(RunStage)
         assert same(denoiser.values(), VALUES)
         await denoiser.fake_instance.until("pool-denoiser", 0)
         await denoiser.fake_instance.until("pool-encoder", 1)
@@ -309,11 +300,11 @@ def test_a_target_is_given_back_whatever_happens(run_transfers: Any, monkeypatch
         encoder, denoiser = await open_transfer("encoder-0"), await open_transfer("denoiser-0")
         encoder.begin()
         stored = await encoder.store_outputs()
-        denoiser.context.workspace.begin(W)
+        denoiser.begin(W, nothing=True)
         await h.kill("pool-encoder")
         target = await denoiser.fake_instance.lease("pool-denoiser", stored.nbytes, incoming=True)
         failed = await denoiser.fails(LoadInputs(W, stored, target, FAR))
-        assert (failed.source_gone, failed.retryable) == (False, True)
+        assert not failed.source_gone
         await denoiser.fake_instance.until("pool-denoiser", 0)
         await h.component("pool-encoder", build, generation=4)
         target = await denoiser.fake_instance.lease("pool-denoiser", stored.nbytes, incoming=True)
@@ -336,7 +327,7 @@ def test_bytes_that_arrive_damaged_are_fetched_again_before_the_source_is_blamed
         encoder.begin()
         stored = await encoder.store_outputs()
         target = await denoiser.fake_instance.lease("pool-denoiser", stored.nbytes, incoming=True)
-        denoiser.context.workspace.begin(W)
+        denoiser.begin(W, nothing=True)
         failed = await denoiser.fails(LoadInputs(W, stored, target, FAR))
         assert failed.source_gone is gone
         backend = h.actors["pool-denoiser"]._store.backend
@@ -362,13 +353,12 @@ def test_a_device_without_room_fails_the_transfer_and_not_the_process(
             monkeypatch.setattr(module, "_store", no_room)
         failed = await denoiser.fails(LoadInputs(W, stored, None, FAR))
         assert "cpu has no room for it: OutOfMemoryError: CUDA out of memory" in failed.reason
-        assert (failed.source_gone, failed.retryable) == (False, True)
+        assert not failed.source_gone
         assert denoiser.values() == {"untouched": True}
-        failed = await encoder.fails(StoreOutputs(W, FAR))
-        assert (failed.source_gone, failed.retryable) == (False, True)
+        assert (await encoder.fails(StoreOutputs(W, FAR))).retryable
         monkeypatch.undo()
         denoiser.fake_instance.tell(LoadInputs(W, stored, None, FAR))
-        await denoiser.fake_instance.inbox.next(InputsLoaded)
+        await denoiser.fake_instance.inbox.next(RunStage)
         assert same(denoiser.values(), VALUES)
 
     run_transfers(body)
@@ -390,7 +380,7 @@ def test_outputs_are_packed_after_the_work_that_makes_them(run_transfers: Any, m
     async def body(h: Any, open_transfer: Any) -> None:
         encoder = await open_transfer("encoder-0")
         encoder.begin()
-        encoder.context.workspace.replace(W, VALUES, Ready())
+        encoder.context.attempts.active[W].ready = Ready()
         await encoder.store_outputs()
         assert log[:2] == ["ready", "packed"]
 
@@ -419,7 +409,7 @@ def test_an_image_becomes_an_artifact(run_transfers: Any) -> None:
         image = Image.new("RGB", (8, 8), (200, 10, 10))
         decoder.begin(W, images=[image])
         decoder.fake_instance.tell(SaveArtifact(W, Output("png"), FAR))
-        artifact = (await decoder.fake_instance.inbox.next(ArtifactSaved)).artifact
+        artifact = (await decoder.fake_instance.inbox.next(StageFinished)).artifact
         assert (artifact.name, artifact.content_type) == ("r_0.png", "image/png")
         path = h.topology.state_dir / "artifacts" / "r_0.png"
         assert path.stat().st_size == artifact.nbytes
@@ -427,10 +417,10 @@ def test_an_image_becomes_an_artifact(run_transfers: Any) -> None:
         decoder.begin(W, latents=torch.zeros(1))
         assert not (await decoder.fails(SaveArtifact(W, Output("png"), FAR))).retryable
         decoder.begin(W, images=[image])
-        assert "bmp" in (await decoder.fails(SaveArtifact(W, Output("bmp"), FAR))).reason
+        assert "bmp" in (await decoder.fails(SaveArtifact(W, Output("bmp"), FAR))).error
         decoder.begin(W, images=[image])
         failed = await decoder.fails(SaveArtifact(W, Output("mp4"), FAR))
-        assert "one image" in failed.reason
+        assert "one image" in failed.error
         assert not failed.retryable
 
     run_transfers(body)
@@ -444,7 +434,7 @@ def test_a_video_plays_as_fast_as_the_request_or_else_the_pipeline_says(run_tran
         for output, name, fps in ((Output(), "r_0.mp4", 12), (Output("mp4", 30.0), "r_0.mp4", 30)):
             decoder.begin(W, videos=frames)
             decoder.fake_instance.tell(SaveArtifact(W, output, FAR))
-            artifact = (await decoder.fake_instance.inbox.next(ArtifactSaved)).artifact
+            artifact = (await decoder.fake_instance.inbox.next(StageFinished)).artifact
             assert (artifact.name, artifact.content_type) == (name, "video/mp4")
             with av.open(decoder.transfer.store.path(name)) as container:
                 assert container.streams.video[0].average_rate == fps
@@ -471,10 +461,10 @@ def test_a_long_video_is_not_written_to_its_end_when_nobody_wants_it(
         decoder.fake_instance.tell(SaveArtifact(W, Output("mp4"), FAR))
         await asyncio.to_thread(writing.wait, 10)
         stop = decoder.transfer._stops[W]
-        decoder.fake_instance.tell(CancelTransferTask(W))
+        decoder.fake_instance.tell(CancelAttempt(W))
         await asyncio.wait_for(stop.wait(), 10)
         go_on.set()
-        assert (await decoder.fake_instance.inbox.next(TransferTaskFailed)).reason == "cancelled"
+        assert (await decoder.fake_instance.inbox.next(StageFailed)).error == "cancelled"
         assert not decoder.transfer.store.folder.exists()
 
     run_transfers(body)
@@ -499,22 +489,20 @@ def test_a_full_disk_is_waited_for_and_said_and_another_trouble_is_not(
             decoder.fake_instance.tell(
                 SaveArtifact(attempt, Output("png"), time.monotonic() if attempt is others[1] else FAR)
             )
-        assert "No space left" in (await decoder.fake_instance.inbox.next(TransferTaskFailed)).reason, (
-            "its time is over"
-        )
+        assert "No space left" in (await decoder.fake_instance.inbox.next(StageFailed)).error, "its time is over"
         while decoder.transfer.stats()["waiting_for_disk"] != 2:  # noqa: ASYNC110  facts are looked at, not sent
             await asyncio.sleep(0)
         assert "wait for room on the disk" in context.trouble
-        decoder.fake_instance.tell(CancelTransferTask(others[0]))
-        assert (await decoder.fake_instance.inbox.next(TransferTaskFailed)).reason == "cancelled"
+        decoder.fake_instance.tell(CancelAttempt(others[0]))
+        assert (await decoder.fake_instance.inbox.next(StageFailed)).error == "cancelled"
         assert context.trouble
         trouble.clear()
-        assert (await decoder.fake_instance.inbox.next(ArtifactSaved)).artifact.name == "r_0.png"
+        assert (await decoder.fake_instance.inbox.next(StageFinished)).artifact.name == "r_0.png"
         assert not context.trouble
         assert [path.name for path in decoder.transfer.store.folder.iterdir()] == ["r_0.png"]
         trouble.append(errno.EIO)
         failed = await decoder.fails(SaveArtifact(W, Output("png"), FAR))
-        assert "Input/output error" in failed.reason
+        assert "Input/output error" in failed.error
         assert failed.retryable
 
     run_transfers(body)

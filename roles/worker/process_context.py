@@ -1,0 +1,86 @@
+"""What the three actors of a role process share, and how one of them passes an attempt on to the next."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+import structlog
+
+from triptych.actors import Actor, Component
+from triptych.bus import Message
+from triptych.engines.parameters.schema import Signature
+from triptych.roles.messages.worker import (
+    CancelAttempt,
+    LoadInputs,
+    RunStage,
+    SaveArtifact,
+    SetWeightsLoaded,
+    StoreOutputs,
+)
+from triptych.roles.worker.attempts import AttemptTracker, Phase
+from triptych.roles.worker.reporter import Reporter
+
+STREAM: Final = ".stream"
+TRANSFER: Final = ".transfer"
+_SUFFIXES: Final[dict[type[Message], str]] = {
+    RunStage: STREAM,
+    SetWeightsLoaded: STREAM,
+    LoadInputs: TRANSFER,
+    StoreOutputs: TRANSFER,
+    SaveArtifact: TRANSFER,
+}
+"""Which actor of the process a message is for; every other message is for the instance."""
+
+
+class ProcessContext:
+    """One role process: its attempts, its reports, and what has to be there before it can take work."""
+
+    def __init__(self, component: Component) -> None:
+        self.instance = component.name
+        self.attempts = AttemptTracker(component.name, component.kind, component.slots)
+        self.reporter = Reporter(structlog.stdlib.get_logger("actor").bind(actor=component.name))
+        self.signature = Signature()
+        """What the loaded pipeline takes and makes."""
+        self.model = ""
+        """Version of the loaded weights, of `engines.model_version`."""
+        self.awake = False
+        """Whether the weights are in memory."""
+        self.weights = 0
+        """Bytes of the weights, as they were last loaded."""
+        self.device = "cpu"
+        """Torch device, a GPU with its number."""
+        self.trouble = ""
+        """What work waits for that a person may have to mend; a sentence."""
+        self._loaded = asyncio.Event()
+        self._mapped = asyncio.Event()
+
+    def pass_on(self, sender: Actor, message: Message) -> None:
+        """Tell the actor of this process that `message` is for.
+
+        An attempt's phase changes with the message that passes it on, so whoever has it hears that it was cancelled;
+        where that overtakes the message itself, `ActiveAttempt.cancelled` says so.
+        """
+        if isinstance(message, CancelAttempt):
+            suffix = STREAM if self.attempts.active[message.attempt].phase is Phase.RUNNING else TRANSFER
+        else:
+            suffix = _SUFFIXES.get(type(message), "")
+        sender.reference(self.instance + suffix).tell(message)
+
+    def model_known(self, model: str, device: str) -> None:
+        """Say that the stream worker can load its weights, of which version, and where to."""
+        self.model, self.device = model, device
+        self._loaded.set()
+
+    def model_loaded(self, signature: Signature, weights: int) -> None:
+        """Say that the stream worker has its weights."""
+        self.signature, self.weights, self.awake = signature, weights, True
+
+    def pool_mapped(self) -> None:
+        """Say that the transfer actor sees the pool's memory, or needs none."""
+        self._mapped.set()
+
+    async def until_ready(self) -> None:
+        """Return once both have been said."""
+        await self._loaded.wait()
+        await self._mapped.wait()
