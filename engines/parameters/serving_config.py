@@ -14,13 +14,13 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from triptych.engines.parameters.aliases import conflicting_names
+from triptych.engines.parameters.aliases import FPS, GUIDANCE_SCALE, TRUE_CFG_SCALE, conflicting_names
 from triptych.engines.parameters.alternatives import resolve_classes
 from triptych.engines.parameters.schema import KNOWN_KINDS, TENSORS, Default, Parameter, ParameterKind, Task
 from triptych.engines.parameters.validation import (
@@ -143,6 +143,22 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """What a parameter is where a request gives none."""
         return self.defaults.get(parameter.name, parameter.default)
 
+    def misspellings(self, taken: Collection[str], file: Path) -> list[str]:
+        """Return a sentence for each default and range whose name is most likely a misspelt parameter. Pure.
+
+        Serving ignores a default or range of a parameter that the model does not take, so none of these is fatal.
+
+        Args:
+            taken: Names of the parameters that the model takes.
+            file: The file of this serving config, for the sentences.
+        """
+        known = {*taken, *KNOWN_KINDS, FPS, GUIDANCE_SCALE, TRUE_CFG_SCALE}
+        return [
+            f'The {section} in {file} have "{name}": did you mean "{meant}"?'
+            for section, names in (("defaults", self.defaults), ("ranges", self.ranges))
+            for name, meant in find_misspellings(names, known)
+        ]
+
     def _defaults(self, given: Mapping[str, object], taken: Mapping[str, Parameter]) -> dict[str, Value]:
         """Of what is not given, under no name."""
         meant = {taken[name].alias_of or name for name in given}
@@ -194,6 +210,16 @@ def _check_strength(applied: Mapping[str, object], taken: Mapping[str, Parameter
         raise ParameterError(
             STEPS, f"times strength must be at least 1, not {steps} times {strength:g}: give {needed}."
         )
+
+
+def find_misspellings(names: Iterable[str], known: Collection[str]) -> list[tuple[str, str]]:
+    """Find the names that are most likely known ones misspelt, with what they may mean. Pure."""
+    found = []
+    for name in names:
+        close = [] if name in known else difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.75)
+        if close:
+            found.append((name, close[0]))
+    return found
 
 
 def load_serving_config(model: Path, task: str | tuple[str, ...] = "", title: str = "") -> ServingConfig:

@@ -19,9 +19,7 @@ import transformers
 from accelerate import init_empty_weights
 
 from triptych.engines.model_options import DEFAULTS, ModelOptions
-from triptych.engines.parameters.aliases import FPS, GUIDANCE_SCALE, TRUE_CFG_SCALE
 from triptych.engines.parameters.lora import LoraFile
-from triptych.engines.parameters.schema import KNOWN_KINDS
 from triptych.engines.parameters.serving_config import SERVING_CONFIG_NAME, load_index, load_serving_config
 from triptych.engines.partition.blocks import load_modular_partition
 from triptych.engines.partition.introspection import loaded_by
@@ -37,7 +35,6 @@ from triptych.engines.weights.inspection import (
     class_problem,
     component_entries,
     config_of,
-    find_misspellings,
     library_version_of,
     read_headers,
     summarize_names,
@@ -252,18 +249,13 @@ def _needed(
 def _config_findings(
     model: Path, index: Mapping[str, object], route: PartitionStrategy, options: ModelOptions
 ) -> Iterator[Finding]:
-    """Names in the serving config that mean nothing, where it is plain what they mean."""
+    """Find names in the serving config that are most likely misspelt; the model is served without them."""
     if route is PartitionStrategy.MODULAR:
         taken = {item.name for item in load_modular_partition(model, options).whole.inputs if item.name}
     else:
         taken = set(inspect.signature(classic_class(index, options).__call__).parameters)
-    known = frozenset({*taken, *KNOWN_KINDS, FPS, GUIDANCE_SCALE, TRUE_CFG_SCALE})
-    serving_config = load_serving_config(model)
-    for section, names in (("defaults", serving_config.defaults), ("ranges", serving_config.ranges)):
-        for name, meant in find_misspellings(names, known):
-            yield Finding(
-                "card", f'The {section} in {model / SERVING_CONFIG_NAME} have "{name}": did you mean "{meant}"?'
-            )
+    for sentence in load_serving_config(model).misspellings(taken, model / SERVING_CONFIG_NAME):
+        yield Finding("card", sentence, fatal=False)
 
 
 def _loaded(entry: Entry, cls: Any) -> Iterator[Finding]:

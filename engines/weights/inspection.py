@@ -363,16 +363,6 @@ def _lora_findings(lora: LoraFile) -> Iterator[Finding]:
             yield Finding(f"LoRA {lora.name}", f"The LoRA {found[0]} is empty: fetch it again.")
 
 
-def find_misspellings(names: Mapping[str, object], known: frozenset[str]) -> list[tuple[str, str]]:
-    """Find the names that are most likely known ones misspelt, with what they may mean. Pure."""
-    found = []
-    for name in names:
-        close = [] if name in known else difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.75)
-        if close:
-            found.append((name, close[0]))
-    return found
-
-
 def class_problem(entry: Entry, has: frozenset[str], version: str, library_version_of: str = "") -> str:
     """Say why the class of a component cannot be used; for one that its library does not have. Pure.
 

@@ -222,6 +222,9 @@ class Head(Actor):
         if not scheduler.admit(message.name, message.model):
             raise RefusedError("other_model", weights_mismatch(message.name))
         unknown = scheduler.register(message, time.time())
+        served = self.models.of(message.name)
+        for problem in served.new_misspellings() if served else ():
+            self.log.warning("the serving config has a name that is ignored", problem=problem)
         self.log.info("instance joined", instance=message.name, kept=len(message.running) - len(unknown))
         self.monitor.watch_instance(message.name, message.generation)
         self.commit()

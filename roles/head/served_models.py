@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from triptych.actors import Component, Model, Topology
 from triptych.actors.topology import ModelIdentity
 from triptych.engines.parameters.schema import Parameter, Signature
-from triptych.engines.parameters.serving_config import ServingConfig
+from triptych.engines.parameters.serving_config import SERVING_CONFIG_NAME, ServingConfig
 from triptych.engines.parameters.validation import ANY
 from triptych.engines.stages import Stage
 from triptych.roles.head.dispatch import POLICIES
@@ -49,6 +49,7 @@ class ServedModel:
         self._known = Signature()
         self._described: tuple[Signature, ServingConfig, ModelDescription] | None = None
         """The latest description, and what it was made of."""
+        self._checked_config: ServingConfig | None = None
 
     @property
     def key(self) -> str:
@@ -82,6 +83,14 @@ class ServedModel:
     def lora_names(self) -> list[str]:
         """Adapters that a request may ask for."""
         return [lora.name for lora in self.model.section.lora]
+
+    def new_misspellings(self) -> list[str]:
+        """Return a sentence for each misspelt name in the serving config, once per config and parameters known."""
+        if self.parameters is None or self._checked_config is self.serving_config:
+            return []
+        self._checked_config = self.serving_config
+        taken = [parameter.name for parameter in self.parameters]
+        return self.serving_config.misspellings(taken, self.model.path / SERVING_CONFIG_NAME)
 
     def describe(self, created_at: float, state: str) -> ModelDescription:
         """Describe the model: what it is, what it takes and what it does at present."""

@@ -394,3 +394,10 @@ def test_null_is_left_out_but_for_what_can_be_none() -> None:
     assert serving_config.apply({"prompt": "x"}, parameters) == {"prompt": "x", "rules": "old"}
     # Before the pipeline is known it is not known either which of them can be.
     assert serving_config.apply(given) == {"prompt": "x", "rules": "old", "strength": None}
+
+
+def test_a_name_that_is_nearly_a_known_one_is_taken_for_misspelt() -> None:
+    config = ServingConfig(defaults={"hieght": 64, "width": 64, "num_steps": 4, "colour": "red"}, ranges={"mv": (0, 1)})
+    assert config.misspellings([parameter.name for parameter in TAKES], Path("m/triptych.json")) == [
+        'The defaults in m/triptych.json have "hieght": did you mean "height"?'
+    ]

@@ -17,7 +17,6 @@ from triptych.engines.weights.inspection import (
     Tensor,
     class_problem,
     component_entries,
-    find_misspellings,
     inspect_files,
     read_header,
 )
@@ -203,10 +202,3 @@ def test_a_class_that_is_not_there_is_said_with_the_version_that_it_takes() -> N
     own = class_problem(Entry("unet", "my_unet", "Mine", Path("/none")), frozenset(), "")
     words = "such code is not run without [model] trust_remote_code = true"
     assert own == f"The unet is a Mine of my_unet, which is code that came with the model: {words}."
-
-
-def test_a_name_that_is_nearly_a_known_one_is_taken_for_misspelt() -> None:
-    known = frozenset({"height", "width", "num_inference_steps"})
-    assert find_misspellings({"hieght": 64, "width": 64, "num_steps": 4, "colour": "red"}, known) == [
-        ("hieght", "height")
-    ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from tests.roles.head.test_head import BOUND_S, PNG, SIGNATURE, HeadHarness, run_scenario, running_head
 from triptych.actors import Topology, load_topology
@@ -120,5 +121,19 @@ def test_a_model_is_reloaded_by_its_name(two: Two) -> None:
             everything = await harness.head.ask(ReloadModel(), Reloading, timeout_s=BOUND_S)
             assert (everything.joined, everything.total) == (0, 6)
             assert everything.instances == ("a-encoder-0", "b-encoder-0")
+
+    run_scenario(scenario())
+
+
+def test_a_misspelt_default_is_said_once_when_the_parameters_are_known(two: Two) -> None:
+    async def scenario() -> None:
+        topology = two(a="a", b="b")
+        (topology.models[0].path / "triptych.json").write_text('{"name": "card", "defaults": {"hieght": 64}}')
+        async with running_head(topology) as harness:
+            with structlog.testing.capture_logs() as logs:
+                for kind in ("encoder", "denoiser"):
+                    await registration(harness, f"a-{kind}-0")
+            warnings = [line["problem"] for line in logs if line["log_level"] == "warning"]
+            assert [problem.endswith('have "hieght": did you mean "height"?') for problem in warnings] == [True]
 
     run_scenario(scenario())
