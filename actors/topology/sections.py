@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from triptych.engines.backends import AUTO, BACKENDS
+from triptych.roles.head.dispatch import POLICIES
 
 RoleKind = Literal["encoder", "denoiser", "decoder", "monolithic"]
 STAGES: Final = ("encoder", "denoiser", "decoder")
@@ -55,8 +56,10 @@ Options = Annotated[
 Dtype = Literal["float32", "float16", "bfloat16"]
 if TYPE_CHECKING:
     EngineName: TypeAlias = str
-else:
-    EngineName = Literal[(AUTO, *BACKENDS)]  # a Literal, so that an error lists the choices
+    DispatchName: TypeAlias = str
+else:  # Literals, so that an error lists the choices
+    EngineName = Literal[(AUTO, *BACKENDS)]
+    DispatchName = Literal[tuple(POLICIES)]
 
 Hosts = Annotated[tuple[str, ...], Meta(description='a list of host names, such as ["pictures.example.com"]')]
 
@@ -186,7 +189,7 @@ class HeadSection(Section, frozen=True):
 
     port: Port = 5555
     """First bus port; the k-th other component has `port + k`. Unused with `[bus] transport = "ipc"`."""
-    dispatch: Literal["round_robin", "max_free_slots", "least_loaded"] = "round_robin"
+    dispatch: DispatchName = "round_robin"
     """How an instance is chosen among those with a free slot."""
     request_timeout_s: Seconds = 600.0
     """Seconds from acceptance to the result, waiting included."""

@@ -1,47 +1,80 @@
-"""Which instance gets the next job: three policies, pure functions of what the head knows."""
+"""Dispatch policies: which waiting job goes first, and which instance gets it. Pure.
+
+A policy is a class here (or in a module of its own) and an entry in `POLICIES`, the table that the topology's
+`[head] dispatch` takes its values from. A policy sees the job and its request, so that it can go by the inputs: prefer
+the instance that has the job's adapter, or the requests of one owner.
+
+This module imports nothing of ours when it runs, because the topology reads the table.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from triptych.roles.head.job import Job, Request
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An instance that could take the work now."""
+    """An instance that could take the job now."""
 
     name: str
     credits: int
-    """jobs that it would still take; at least 1."""
+    """Jobs that it would still take; at least 1."""
     slots: int
     load: int
     """Jobs that are assigned to it."""
     last_served: int
-    """Serial number of the last dispatch to it, 0 for never."""
+    """Serial number of the last assignment to it, 0 for never."""
     model: str = ""
     """Version of its weights."""
 
 
-Policy = Callable[[Sequence[Candidate]], Candidate]
+class DispatchPolicy:
+    """First come, first served; to the instance whose last turn is longest ago."""
+
+    def priority(self, job: Job, request: Request) -> float:
+        """Return where a waiting job stands in the queue: the lowest goes first, and of equals the one that came first.
+
+        Args:
+            job: Waits for an instance of its stage.
+            request: That it is of.
+        """
+        return 0.0
+
+    def choose(self, job: Job, request: Request, candidates: Sequence[Candidate]) -> Candidate:
+        """Choose the instance that gets a job.
+
+        Args:
+            job: The first of the queue.
+            request: That it is of.
+            candidates: At least one; all have the weights that the job needs.
+        """
+        return min(candidates, key=lambda c: (c.last_served, c.name))
 
 
-def round_robin(candidates: Sequence[Candidate]) -> Candidate:
-    """The one whose last turn is longest ago."""
-    return min(candidates, key=lambda c: (c.last_served, c.name))
+class MaxFreeSlots(DispatchPolicy):
+    """To the instance that can take most; in turn among equals."""
+
+    def choose(self, job: Job, request: Request, candidates: Sequence[Candidate]) -> Candidate:
+        """Choose the instance with the most credits."""
+        return min(candidates, key=lambda c: (-c.credits, c.last_served, c.name))
 
 
-def max_free_slots(candidates: Sequence[Candidate]) -> Candidate:
-    """The one that can take most; in turn among equals."""
-    return min(candidates, key=lambda c: (-c.credits, c.last_served, c.name))
+class LeastLoaded(DispatchPolicy):
+    """To the instance with the smallest share of its slots in use; in turn among equals."""
+
+    def choose(self, job: Job, request: Request, candidates: Sequence[Candidate]) -> Candidate:
+        """Choose the instance with the lowest load."""
+        return min(candidates, key=lambda c: (c.load / max(c.slots, 1), c.last_served, c.name))
 
 
-def least_loaded(candidates: Sequence[Candidate]) -> Candidate:
-    """The one with the smallest share of its slots in use; in turn among equals."""
-    return min(candidates, key=lambda c: (c.load / max(c.slots, 1), c.last_served, c.name))
-
-
-POLICIES: dict[str, Policy] = {
-    "round_robin": round_robin,
-    "max_free_slots": max_free_slots,
-    "least_loaded": least_loaded,
+POLICIES: Final[Mapping[str, DispatchPolicy]] = {
+    "round_robin": DispatchPolicy(),
+    "max_free_slots": MaxFreeSlots(),
+    "least_loaded": LeastLoaded(),
 }
+"""Every policy, by its name in the topology."""

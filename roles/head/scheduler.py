@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from triptych.engines.memory.buddy import block_bytes
 from triptych.engines.parameters.schema import Signature
 from triptych.engines.stages import Stage
-from triptych.roles.head.dispatch import Policy
+from triptych.roles.head.dispatch import DispatchPolicy
 from triptych.roles.head.effects import (
     Assign,
     Cancel,
@@ -94,7 +94,7 @@ class CompletionStats:
 class JobScheduler:
     """All requests, all instances, and the rules between them."""
 
-    policy: Policy
+    policy: DispatchPolicy
     max_pending: int = 256
     max_attempts: int = 3
     waiting_timeout_s: float = 0.0
@@ -509,7 +509,7 @@ class JobScheduler:
         return f": {instance.trouble}" if instance and instance.trouble else ""
 
     def dispatch(self, now: float) -> None:
-        """Give waiting jobs, oldest first, to instances with credits; what the cache has needs no encoder."""
+        """Assign waiting jobs to instances with credits, as the policy says; a cached prompt needs no encoder."""
         self._reload_next(now)
         load = self.load()
         for stage in Stage:
@@ -519,7 +519,7 @@ class JobScheduler:
             capacity = downstream_capacity(stage, self.jobs.values(), self.registry)
             candidates = self.registry.candidates(stage, load)
             encoding = {self._prompt_key(u) for u in self.jobs.values() if caches and u.instance and u.stage is stage}
-            for job in [u for u in self.jobs.values() if u.state is WAITING[stage] and not u.instance]:
+            for job in self._queue(stage):
                 if capacity < 1 or not (candidates or caches):
                     break
                 model = job.model if job.made_with_older_weights(self.model) else self.model
@@ -527,10 +527,15 @@ class JobScheduler:
                 if caches and self._skip_encoder(job, now):
                     capacity -= 1
                 elif alike and not (caches and self._same_is_made(job, encoding)):
-                    self._assign(job, stage, self.policy(alike).name)
+                    self._assign(job, stage, self.policy.choose(job, self.requests[job.request_id], alike).name)
                     load[job.instance] += 1
                     candidates = self.registry.candidates(stage, load)
                     capacity -= 1
+
+    def _queue(self, stage: Stage) -> list[Job]:
+        """Return the jobs that wait for an instance of a stage, the first to be served first."""
+        waiting = (job for job in self.jobs.values() if job.state is WAITING[stage] and not job.instance)
+        return sorted(waiting, key=lambda job: self.policy.priority(job, self.requests[job.request_id]))
 
     def _prompt_key(self, job: Job) -> bytes:
         request = self.requests[job.request_id]
