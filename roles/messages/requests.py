@@ -8,15 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from triptych.bus import Message
-from triptych.engines.parameters.schema import FRAME_RATE_NAMES as FRAME_RATE_NAMES
-from triptych.engines.parameters.schema import IMAGE_KINDS as IMAGE_KINDS
-from triptych.engines.parameters.schema import KIND_DESCRIPTIONS as KIND_DESCRIPTIONS
-from triptych.engines.parameters.schema import KNOWN_KINDS as KNOWN_KINDS
-from triptych.engines.parameters.schema import TENSORS as TENSORS
-from triptych.engines.parameters.schema import Option as Option
-from triptych.engines.parameters.schema import Parameter as Parameter
-from triptych.engines.parameters.schema import ParameterKind as ParameterKind
-from triptych.engines.parameters.schema import Task as Task
+from triptych.engines.parameters.schema import Parameter, Task
 from triptych.roles.messages.common import Artifact, Input, Name, Natural, Output, Scalar, Seconds, Seed, Value
 
 Key = Annotated[str, Meta(max_length=1024)]
