@@ -1,4 +1,4 @@
-"""A whole cluster from Python: `async with launch("examples/demo.toml") as cluster: ...`."""
+"""Run a whole cluster from Python: `async with triptych.launch("examples/demo.toml") as cluster: ...`."""
 
 from __future__ import annotations
 
@@ -114,27 +114,31 @@ class Cluster:
         self,
         prompt: str | None = None,
         *,
-        model: str | None = None,
-        size: str | None = None,
-        steps: int | None = None,
         seed: int | Sequence[int] | None = None,
         n: int | None = None,
         timeout_s: float = GENERATE_TIMEOUT_S,
-        **inputs: object,
+        **inputs: Any,
     ) -> GeneratedImage | list[GeneratedImage]:
-        """One image, for a prompt where the model takes one, or a list of `n` of them, or of one for each seed.
+        """Make one image, or a list: of `n` images, or of one for each seed.
 
-        Raises `ClientError` with the server's sentence.
+        Args:
+            prompt: Left out where the model takes none.
+            model: Its name, by default the first.
+            size: "WIDTHxHEIGHT" in pixels.
+            steps: Number of denoising steps.
+            seed: Of the first image, the next has the next; or one for each image.
+            n: How many images.
+            timeout_s: Seconds to wait.
+            inputs: Any other input of the model; those that are left out, or None, take the model's default. An image
+                is a `Path`, or the `bytes` of a PNG, JPEG or WebP file, or a list of those.
 
-        `model` is the name of one, by default the first; `size` is "WIDTHxHEIGHT" in pixels, `steps` the number of
-        denoising steps; what is None, and every other input of the model that is not among `inputs`, takes the
-        model's default. An image among `inputs` is a `Path` or the `bytes` of a PNG, JPEG or WebP file, or a list of
-        those. Waits `timeout_s` seconds.
+        Raises:
+            ClientError: with the server's message.
         """
-        extra = {**inputs, "model": model}
+        size, steps = inputs.pop("size", None), inputs.pop("steps", None)
         if n is None and isinstance(seed, Sequence):
             n = len(seed)
-        body = await asyncio.to_thread(request_body, prompt, size=size, steps=steps, seed=seed, extra=extra, n=n)
+        body = await asyncio.to_thread(request_body, prompt, size=size, steps=steps, seed=seed, extra=inputs, n=n)
         try:
             answer = await self._http.post("/v1/images/generations", json=body, timeout=timeout(timeout_s))
         except httpx.HTTPError as error:
@@ -143,11 +147,11 @@ class Cluster:
         return images[0] if n is None else images
 
     async def status(self) -> dict[str, Any]:
-        """What `GET /v1/cluster` answers; raises `ClientError`."""
+        """Return what `GET /v1/cluster` answers; raises `ClientError`."""
         return await self._get("/v1/cluster")
 
     async def request(self, request_id: str) -> dict[str, Any]:
-        """What `GET /v1/requests/{id}` answers: state, history, stage times; raises `ClientError`."""
+        """Return what `GET /v1/requests/{id}` answers: state, history, stage times; raises `ClientError`."""
         return await self._get(f"/v1/requests/{request_id}")
 
     async def _get(self, path: str) -> dict[str, Any]:
@@ -157,13 +161,13 @@ class Cluster:
             raise unreachable(self.url, error) from error
 
     async def children(self) -> dict[str, ChildReport]:
-        """The supervisor's own view of each component, by name; works while the API is down, too."""
+        """Return what the supervisor knows of each component, by name; works while the API is down, too."""
         supervisor = self._outbox.reference(SUPERVISOR, AddressBook(self.topology).address(SUPERVISOR))
         report = await supervisor.ask(SupervisorQuery(), SupervisorReport, timeout_s=_QUERY_TIMEOUT_S)
         return {child.name: child for child in report.children}
 
     async def pid_of(self, name: str) -> int:
-        """Process of a component, 0 while it has none; raises `KeyError` for an unknown name."""
+        """Return the process id of a component, 0 while it has no process; raises `KeyError` for an unknown name."""
         return (await self.children())[name].pid
 
     async def ready(self) -> bool:
@@ -227,14 +231,14 @@ class Cluster:
 
 
 def cannot_become_ready(states: Sequence[ChildState]) -> bool:
-    """Whether waiting changes nothing: some children are not to run any more, and no other is under way. Pure."""
+    """Whether waiting is in vain: some children will not run any more, and no other is starting. Pure."""
     stuck = FINAL_STATES | {ChildState.DELAYED}  # a taken port may come free later, but who waits now is told now
     settled = stuck | {ChildState.READY, ChildState.ASLEEP}
     return any(state in stuck for state in states) and all(state in settled for state in states)
 
 
 def describe_children(children: Iterable[ChildReport]) -> str:
-    """Every child with its state and the reason of it. Pure."""
+    """List every child with its state and the reason for it. Pure."""
     return ", ".join(f"{c.name} is {c.state}{f' ({c.reason})' if c.reason else ''}" for c in children)
 
 
