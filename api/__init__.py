@@ -1,1 +1,1 @@
-"""The HTTP face: OpenAI's images API and the system's own health, on Starlette and uvicorn."""
+"""The HTTP API: OpenAI's images and videos, and the state of the system, on Starlette and uvicorn."""

@@ -1,4 +1,4 @@
-"""Who may ask: the Host and Origin of a request, its key, and how often that key has asked."""
+"""Access control: the Host and Origin of a request, its API key, and the rate of that key."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from triptych.api.errors import ApiError, error_response
 from triptych.api.keys import ApiKeys
 
 OPEN_PATHS: Final = frozenset({"/live", "/ready", "/health"})
-"""What probes ask without a key."""
+"""Paths for probes, which need no key."""
 _MISDIRECTED: Final = 421
 
 
@@ -66,13 +66,13 @@ class AccessMiddleware:
         wait_s = bucket.take(self.clock())
         if wait_s > 0:
             whose = f"the key of {owner}" if owner else "this server"
-            message = f"{whose} may begin {self.api.rate_limit.replace('/', ' requests per ')}: try again"
+            message = f"{whose} may begin {self.api.rate_limit.replace('/', ' requests per ')}: retry"
             message += f" in {math.ceil(wait_s)} s"
             raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=wait_s)
 
 
 class TokenBucket:
-    """Counts requests: `count` at once, and as many again in each `period_s`."""
+    """A rate limit: `count` requests at once, and as many again in each `period_s` seconds."""
 
     def __init__(self, count: int, period_s: float, now: float) -> None:
         self.count = count
@@ -91,34 +91,34 @@ class TokenBucket:
 
 
 def own_host_names(api: ApiSection) -> frozenset[str]:
-    """Return the names that the topology gives the API, in small letters; its pages may call it."""
+    """Return the names that the topology gives the API, in lower case; pages of these hosts may call it."""
     public = urlsplit(api.public_url).hostname or ""
     return frozenset(name.lower() for name in (public, *api.allowed_hosts) if name)
 
 
 def check_host(host: str, names: Collection[str], *, any_address: bool = False) -> None:
-    """Refuse a Host that is not ours.
+    """Refuse a Host header that does not name this server.
 
     A page of another site can make its own name lead to this address (DNS rebinding) and then read what we answer, but
     its browser says the name that it was given.
 
     Args:
         host: The header.
-        names: That we go by, in small letters.
-        any_address: Whether any IP address is taken: where all of the machine's are listened on.
+        names: Of this server, in lower case.
+        any_address: Whether any IP address will do, as when the server listens on all addresses of the machine.
 
     Raises:
-        ApiError: 421, the request is for somebody else.
+        ApiError: 421, the request is for another host.
     """
     name = host_of(host)
     if is_loopback(name) or name in names or (any_address and _is_address(name)):
         return
-    message = f"this server does not go by the name {name!r}: add it to [api] allowed_hosts, or set [api] public_url"
+    message = f"this server is not called {name!r}: add the name to [api] allowed_hosts, or set [api] public_url"
     raise ApiError(_MISDIRECTED, message, code="unknown_host")
 
 
 def check_origin(origin: str, host: str, allowed: Collection[str]) -> None:
-    """Refuse a request from a page of another site, whose visitor knows nothing of it; raises ApiError 403."""
+    """Refuse a request from a page of another site, which its visitor did not make; raises ApiError 403."""
     scheme, _, authority = origin.partition("://")
     same = scheme in ("http", "https") and authority.lower() == host.lower()
     if not same and host_of(authority) not in allowed:
@@ -127,7 +127,7 @@ def check_origin(origin: str, host: str, allowed: Collection[str]) -> None:
 
 
 def host_of(authority: str) -> str:
-    """Return the host of `HOST:PORT` in small letters, without brackets and port; "" where there is none."""
+    """Return the host of `HOST:PORT` in lower case, without brackets and port; "" where there is none."""
     try:
         return (urlsplit(f"//{authority}").hostname or "").rstrip(".")
     except ValueError:

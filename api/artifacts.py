@@ -1,4 +1,4 @@
-"""GET /v1/images/{name}: finished media, by the names that responses carry."""
+"""GET /v1/images/{name}: finished files, under the names in responses. Conditions and ranges are RFC 9110's."""
 
 from __future__ import annotations
 
@@ -86,7 +86,11 @@ async def send_file(request: ApiRequest, name: str) -> Response:
         case 304:
             return Response(status_code=304, headers={**headers, "ETag": etag, "Last-Modified": modified})
         case 412:
-            raise ApiError(412, "the file is not the one of If-Match or If-Unmodified-Since", code="changed")
+            raise ApiError(
+                412,
+                "the file has changed: get it without If-Match and If-Unmodified-Since",
+                code="changed",
+            )
     ranges = wanted_ranges(request.headers, etag, modified, found.st_size) if request.method == "GET" else ""
     if ranges is None:
         error = ApiError(416, f"the file has {found.st_size} bytes, and none of those asked for", code="no_such_range")

@@ -34,7 +34,7 @@ _LONE_SURROGATE = re.compile(
 """In JSON: a character of Unicode's upper planes of which only one half is written."""
 
 
-class Body(NamedTuple):
+class BodyFields(NamedTuple):
     """The fields of a body."""
 
     fields: dict[str, object]
@@ -43,7 +43,7 @@ class Body(NamedTuple):
 
 
 @asynccontextmanager
-async def read_body(request: ApiRequest) -> AsyncIterator[Body]:
+async def read_body(request: ApiRequest) -> AsyncIterator[BodyFields]:
     """Read a body that is JSON or a multipart form; its files can be read until the block is left.
 
     Raises ApiError: 400 (malformed), 408 (too slow), 413 (too long), 415 (neither JSON nor a form), 422 (a field is
@@ -57,7 +57,8 @@ async def read_body(request: ApiRequest) -> AsyncIterator[Body]:
     limit = MAX_FORM_BYTES if is_form else MAX_JSON_BYTES
     async with AsyncExitStack() as stack:
         chunks = await stack.enter_async_context(request.state["services"].body_limiter.stream_chunks(request, limit))
-        yield Body(await (_read_form(request.headers, chunks, stack) if is_form else _read_object(chunks)), is_form)
+        fields = await (_read_form(request.headers, chunks, stack) if is_form else _read_object(chunks))
+        yield BodyFields(fields, is_form)
 
 
 class BodyLimiter:
@@ -83,9 +84,9 @@ class BodyLimiter:
                 received += len(chunk)
                 self.buffered += len(chunk)
                 if received > limit:
-                    raise ApiError(413, f"the body is over {limit} bytes", code="too_long")
+                    raise ApiError(413, f"the body must be at most {limit} bytes", code="too_long")
                 if self.buffered > self.limit:
-                    raise ApiError(429, "too much is being sent at once: try again", code="full")
+                    raise ApiError(429, "too much is being sent at once: retry later", code="full")
                 timer.reschedule(began + BODY_TIMEOUT_S + received / MIN_BYTES_PER_S)
                 yield chunk
             timer.reschedule(None)
@@ -94,7 +95,7 @@ class BodyLimiter:
             async with asyncio.timeout(BODY_TIMEOUT_S) as timer:
                 yield chunks()
         except TimeoutError:
-            raise ApiError(408, "the body did not arrive in time", code="timeout") from None
+            raise ApiError(408, "the body did not arrive in time: retry, or send less", code="timeout") from None
         finally:
             self.buffered -= received
 
@@ -108,7 +109,7 @@ async def _read_object(chunks: AsyncGenerator[bytes, None]) -> dict[str, object]
     async for chunk in chunks:
         body += chunk
     if len(body) > MAX_TEXT_BYTES and sum(map(body.count, (b",", b"[", b"{"))) > MAX_TEXT_BYTES:
-        # There are none of these in an image, and each may be an object of a hundred bytes.
+        # An image has none of these characters, and each may become an object of a hundred bytes.
         raise ApiError(413, "the body has too many values", code="too_long")
     try:
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
@@ -124,7 +125,7 @@ def _decode(name: str, value: msgspec.Raw) -> object:
     try:
         return msgspec.json.decode(value)
     except msgspec.ValidationError:
-        # Without a type there is nothing else that a value could not be.
+        # Decoding without a type fails at nothing else.
         raise field_error(name, "has a number that is out of range") from None
 
 
@@ -138,22 +139,22 @@ async def _read_form(headers: Headers, chunks: AsyncGenerator[bytes, None], stac
         raise ApiError(400, f"the form cannot be read: {error.message}", code="invalid_form") from None
     stack.push_async_callback(form.close)
     if not parser.ended:
-        raise ApiError(400, "the form has no end", code="invalid_form")
+        raise ApiError(400, "the form is cut off: it has no last boundary", code="invalid_form")
     given: dict[str, object] = {}
     for name in form:
         values = form.getlist(name)
         files = [value for value in values if isinstance(value, UploadFile)]
         if len(values) > 1 and not files:
-            raise field_error(name, f"is given {len(values)} times")
+            raise field_error(name, f"is given {len(values)} times: give it once")
         given[name] = list(values) if files else values[0]
     return given
 
 
 class _CompleteFormParser(MultiPartParser):
-    """A form that can be told from one that was cut off."""
+    """A parser that knows whether the form is complete."""
 
     ended = False
 
     def on_end(self) -> None:
-        """Take note of the last boundary."""
+        """Note that the last boundary has come."""
         self.ended = True

@@ -1,4 +1,4 @@
-"""A small client of the HTTP API, for the command line and for `launch`."""
+"""A small client of the HTTP API, for the command and for `launch`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _READ_TIMEOUT_S: Final = 10.0
 
 
 class ClientError(Exception):
-    """The API is not there, or it answered with an error; `str()` is a sentence."""
+    """The API cannot be reached, or it answered with an error; `str()` is a sentence."""
 
 
 _MAGIC: Final = {"PNG": b"\x89PNG", "JPEG": b"\xff\xd8\xff"}
@@ -33,7 +33,7 @@ _MAGIC: Final = {"PNG": b"\x89PNG", "JPEG": b"\xff\xd8\xff"}
 
 @dataclass(frozen=True, repr=False)
 class GeneratedImage:
-    """What came back for one prompt."""
+    """One image that the API has made, or what the model makes instead."""
 
     data: bytes
     """The encoded file, a PNG unless the model makes something else."""
@@ -75,7 +75,7 @@ def request_body(
     extra: Mapping[str, object],
     n: int | None = None,
 ) -> dict[str, object]:
-    """The JSON body of `POST /v1/images/generations`; what is None is left to the model's defaults.
+    """Make the JSON body of `POST /v1/images/generations`; what is None is left to the model's defaults.
 
     A path or bytes among `extra`, or a list of those, is an image; raises OSError when it cannot be read.
     """
@@ -101,12 +101,12 @@ def _encoded(value: object) -> object:
 
 
 def format_of(path: Path) -> str | None:
-    """The output format that the ending of a file's name asks for; None where it tells nothing."""
+    """Return the output format that the ending of a file's name asks for; None where it asks for none."""
     return FORMAT_OF_ENDING.get(path.suffix.lower().removeprefix("."))
 
 
 def read_images(response: httpx.Response, n: int) -> list[GeneratedImage]:
-    """The `n` images of an answer to `POST /v1/images/generations`; raises `ClientError`."""
+    """Return the `n` images of an answer to `POST /v1/images/generations`; raises `ClientError`."""
     answer = read_json(response)
     request_id = str(answer.get("id", ""))
     try:
@@ -120,7 +120,7 @@ def read_images(response: httpx.Response, n: int) -> list[GeneratedImage]:
 
 
 def read_json(response: httpx.Response) -> dict[str, Any]:
-    """The JSON object of an answer; raises `ClientError` with the server's own message when it is an error."""
+    """Return the JSON object of an answer; raises `ClientError` with the server's own message when it is an error."""
     try:
         answer = response.json()
     except ValueError as error:
@@ -131,22 +131,22 @@ def read_json(response: httpx.Response) -> dict[str, Any]:
 
 
 def summarize_causes(causes: Iterable[str]) -> str:
-    """Causes of a failure in one line, each one once: its last line, as above that there may be a traceback."""
+    """Return the causes of a failure in one line: of each its last line, since a traceback may come before it."""
     return "; ".join(dict.fromkeys(cause.strip().splitlines()[-1] for cause in causes if cause.strip()))
 
 
 def authorization(key: str) -> dict[str, str]:
-    """The header of requests with an API key, none without a key."""
+    """Return the header of requests with an API key; nothing without a key."""
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def timeout(read_s: float = _READ_TIMEOUT_S) -> httpx.Timeout:
-    """Short for connecting, `read_s` seconds for the answer."""
+    """Return a timeout: short for connecting, `read_s` seconds for the answer."""
     return httpx.Timeout(read_s, connect=_CONNECT_TIMEOUT_S)
 
 
 def unreachable(url: str, error: httpx.HTTPError) -> ClientError:
-    """The sentence for an API that cannot be reached."""
+    """Make the error of an API that cannot be reached."""
     if isinstance(error, httpx.TimeoutException):
         return ClientError(f"{url} does not answer in time")
     return ClientError(f"{url} cannot be reached ({error or type(error).__name__}): is `triptych up` running?")

@@ -27,7 +27,7 @@ from triptych.roles.messages.pool import PoolDescription, PoolQuery
 from triptych.roles.messages.requests import ClusterQuery, ClusterView, InstanceView
 
 PROBE_TIMEOUT_S = 1.0
-"""An actor that is well answers within milliseconds; one that does not is shown as down."""
+"""A healthy actor answers within milliseconds; one that does not is shown as down."""
 
 _PRIVATE = ("pid", "fd", "session", "base_address", "arena")
 
@@ -59,7 +59,7 @@ class Health(msgspec.Struct):
     """Names of actors."""
     actors: int
     units: dict[str, int]
-    """Pictures under way, by state."""
+    """Active jobs, by state."""
     completed: int
     average_latency_s: float
 
@@ -73,7 +73,7 @@ class Readiness(NamedTuple):
 
 
 class ClusterObserver:
-    """Looks at all actors of a topology at once."""
+    """Asks all actors of a topology at once."""
 
     def __init__(self, topology: Topology, address_book: AddressBook, reference: Callable[[str], Reference]) -> None:
         self.topology = topology
@@ -81,7 +81,7 @@ class ClusterObserver:
         self.reference = reference
 
     async def readiness(self) -> Readiness:
-        """Ask for the head's word, and for the children that are not started any more."""
+        """Ask the head, and the supervisors for children that are not started any more."""
         head, children = await asyncio.gather(self._ask("head", ClusterQuery(), ClusterView), self._children())
         return assess_readiness(head, children.values())
 
@@ -91,7 +91,7 @@ class ClusterObserver:
         return child.reason or child.state if child and child.state in GIVEN_UP_STATES else ""
 
     async def snapshot(self) -> dict[str, Any]:
-        """Look at everything, as plain data; takes at most about `PROBE_TIMEOUT_S`."""
+        """Return the state of everything as plain data; takes at most about `PROBE_TIMEOUT_S`."""
         components = self.topology.components
         pools = [component.name for component in components if component.kind == "pool"]
         head, children, inspections, letters, descriptions = await asyncio.gather(
@@ -138,7 +138,7 @@ class ClusterObserver:
     async def _ask(self, name: str, message: Message, reply: type[R]) -> R | None:
         try:
             return await self.reference(name).ask(message, reply, timeout_s=PROBE_TIMEOUT_S)
-        except BusError:  # that it does not answer is the answer: the caller shows it as down
+        except BusError:  # the caller shows an actor that does not answer as down
             return None
 
 
@@ -148,7 +148,7 @@ def _public_view(pool: PoolDescription) -> dict[str, Any]:
 
 
 def assess_readiness(head: ClusterView | None, children: Collection[ChildReport]) -> Readiness:
-    """Judge by the head's word and by what was given up: the rest serves on, but only a person brings that back."""
+    """Decide by what the head says and by what was given up, which only an operator can bring back."""
     gave_up = [f"{child.name}: {child.reason}" for child in children if child.state in GIVEN_UP_STATES]
     delayed = [
         f"{child.name} cannot start yet: {child.reason}" for child in children if child.state == ChildState.DELAYED
@@ -174,13 +174,13 @@ def actor_rows(
     found: list[dict[str, Any]] = [{**to_builtins(status), "component": component.name} for status in inspection.actors]
     for row in found[:1]:
         row.update(credit)
-        if child is not None and row["state"] == child.state:  # its supervisor hears of all actors of the process
+        if child is not None and row["state"] == child.state:  # its supervisor knows all actors of the process
             row["detail"] = row["detail"] or child.detail
     return found
 
 
 def unreachable_row(component: Component, child: ChildReport | None) -> dict[str, Any]:
-    """Describe a process that does not answer, by its supervisor's word where that knows more."""
+    """Describe a process that does not answer, with what its supervisor knows."""
     row: dict[str, Any] = {
         "name": component.name,
         "kind": component.kind,

@@ -1,4 +1,4 @@
-"""Connections are bounded, in number and in the time that the head of a request may take."""
+"""Limit connections: their number, and the time in which the headers of a request must arrive."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from triptych.api.errors import ApiError, error_response
 log = structlog.stdlib.get_logger("api")
 
 HEADER_TIMEOUT_S: Final = 10.0
-"""From the opening of a connection, or the end of the answer before, to the end of a request's head."""
+"""From the opening of a connection, or the end of the previous answer, to the end of a request's headers."""
 REFUSAL_TIMEOUT_S: Final = 1.0
-"""The same for a connection that is one too many."""
+"""The same for a connection beyond the limit."""
 MAX_REFUSALS: Final = 64
-"""How many of those are heard, to be told so; any more are closed at once."""
+"""How many of those get an answer; any more are closed at once."""
 RESERVED_DESCRIPTORS: Final = 128 + MAX_REFUSALS
-"""Of the descriptors that a process may have: for the bus, for files that are read, for those."""
+"""File descriptors kept free for the bus, for files that are read, and for refusals."""
 LOG_EVERY_S: Final = 1.0
 
 
@@ -38,7 +38,7 @@ def connection_limit(wanted: int, files: int) -> int:
 
 
 class ConnectionLimits:
-    """How many connections there may be, and how many were one too many."""
+    """The limit of connections, and how many were refused."""
 
     def __init__(self, limit: int, header_timeout_s: float = HEADER_TIMEOUT_S) -> None:
         self.limit = limit
@@ -48,7 +48,7 @@ class ConnectionLimits:
         self._logged = 0
 
     def refuse(self, open_now: int, now: float) -> None:
-        """Count a connection that is too many, and say so at most once in `LOG_EVERY_S` (`now` is of any clock)."""
+        """Count a refused connection, and log at most once in `LOG_EVERY_S` (`now` is of any clock)."""
         self.refused += 1
         if now - self._logged_at >= LOG_EVERY_S:
             new = self.refused - self._logged
@@ -66,7 +66,7 @@ class LimitedH11Protocol(H11Protocol):
         self._header_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin; one connection too many gets an answer that says so, if it asks soon."""
+        """Begin; a connection beyond the limit gets an answer that says so, if it sends a request soon."""
         super().connection_made(transport)
         excess = len(self.connections) - self._limits.limit
         if excess > 0:
@@ -74,7 +74,7 @@ class LimitedH11Protocol(H11Protocol):
             if excess > MAX_REFUSALS:
                 transport.abort()
                 return
-            error = ApiError(503, "the server has all the connections that it may have: try again", code="full")
+            error = ApiError(503, "the server has too many connections: retry later", code="full")
             error.headers["Connection"] = "close"
             self.app = error_response(error)
             self._header_timeout_s = min(REFUSAL_TIMEOUT_S, self._header_timeout_s)
@@ -86,7 +86,7 @@ class LimitedH11Protocol(H11Protocol):
         self._stop_watching()
 
     def data_received(self, data: bytes) -> None:
-        """Take what has come."""
+        """Handle bytes of the client."""
         super().data_received(data)
         self._watch_headers()
 
@@ -111,13 +111,13 @@ class LimitedH11Protocol(H11Protocol):
         self._header_timer = None
         if self.transport.is_closing():
             return
-        if self.conn.trailing_data[0]:  # who has said nothing at all is not answered
+        if self.conn.trailing_data[0]:  # a client that has sent nothing is not answered
             self.transport.write(_TIMEOUT_RESPONSE)
         self.transport.close()
 
 
 def _timeout_response() -> bytes:
-    answer = error_response(ApiError(408, "the head of the request did not arrive in time", code="timeout"))
+    answer = error_response(ApiError(408, "the headers of the request did not arrive in time: retry", code="timeout"))
     body = bytes(answer.body)
     head = f"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
     return head.encode() + b"Connection: close\r\n\r\n" + body

@@ -18,13 +18,13 @@ from triptych.bus import AskTimeoutError, BusError, MailboxFullError, MessageToo
 log = structlog.stdlib.get_logger("api")
 
 CLIENT_CLOSED_REQUEST = 499
-"""Nobody reads this answer; the access log does. nginx's number for it."""
+"""nginx's number for it. Only the access log shows it."""
 
 HEAD_UNREACHABLE = "head_unreachable"
 _OPERATOR_RETRY_S = 60.0
-"""To wait for a person."""
+"""Where an operator has to act."""
 RETRY_S = 1.0
-"""After which a client may try again, where nothing better is known."""
+"""After which a client may retry, where nothing better is known."""
 _RETRYABLE = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
 _MAX_MESSAGE = 2000
 _MAX_PARAM = 200
@@ -56,7 +56,7 @@ def field_error(
         subject: Of the sentence; "" for the field.
         status: Of HTTP.
         code: For programs.
-        retry_s: After how many seconds the client may try again; 0 where that helps nothing.
+        retry_s: After how many seconds the client may retry; 0 where a retry does not help.
     """
     return ApiError(status, f"{subject or param} {predicate}", code=code, param=param, retry_after_s=retry_s)
 
@@ -67,14 +67,14 @@ def not_found(message: str, code: str = "not_found", param: str | None = None) -
 
 
 def from_bus(error: BusError) -> ApiError:
-    """Say in HTTP what trouble on the way to the head means."""
+    """Map an error of the bus to an HTTP error."""
     match error:
         case MailboxFullError():
-            return ApiError(429, "the server is busy: try again", code="full")
+            return ApiError(429, "the server is busy; retry later", code="full")
         case MessageTooLongError():
-            return ApiError(413, "the request is too long for a message to the head", code="too_long")
+            return ApiError(413, "the request is too long: shorten its texts and lists", code="too_long")
         case AskTimeoutError() | UnreachableError():
-            message = "the head does not answer: it may be restarting, try again"
+            message = "the head does not answer, it may be restarting: retry later"
             return ApiError(503, message, code=HEAD_UNREACHABLE)
         case RemoteError(code="not_found"):
             return not_found(error.detail)
@@ -83,7 +83,7 @@ def from_bus(error: BusError) -> ApiError:
         case RemoteError(code="unavailable"):
             return ApiError(503, error.detail, code="unavailable")
         case RemoteError(code="stopping" | "deadline_exceeded" | "stale_generation"):
-            message = f"the head did not take the message ({error.code}): try again"
+            message = f"the head did not take the request ({error.code}): retry later"
             return ApiError(503, message, code="unavailable")
         case _:
             return ApiError(500, "the head failed on this request", code="internal_error")
@@ -111,7 +111,7 @@ def error_type(status: int) -> str:
 
 
 def error_response(error: ApiError) -> JSONResponse:
-    """Make the response; it tells a client (OpenAI's do as told) whether to send the request again, and when."""
+    """Make the response; its headers tell a client whether to retry, and when, as OpenAI's clients do."""
     headers = dict(error.headers)
     if error.status not in _RETRYABLE:
         headers["X-Should-Retry"] = "false"
@@ -127,7 +127,7 @@ def error_response(error: ApiError) -> JSONResponse:
 
 
 def _truncate(text: str, most: int) -> str:
-    # What a client sent comes back in errors, and it may have been long.
+    # Errors quote what a client sent, which may be long.
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"
 
 

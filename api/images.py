@@ -12,12 +12,12 @@ from starlette.responses import Response
 from triptych.api.artifacts import read_file
 from triptych.api.errors import field_error
 from triptych.api.media_request import MediaRequest, ParsedRequest, read_media_request
-from triptych.api.operations import Answer, Body, operation
+from triptych.api.operations import Answer, RequestBody, operation
 from triptych.api.requests import idempotency_key, raise_unless_done, request_object, submit, wait
 from triptych.api.responses import JSONResponse, artifact_url, request_url
 from triptych.api.services import ApiRequest
 from triptych.roles.media.formats import FORMATS, REQUESTED_FORMATS
-from triptych.roles.messages.common import MAX_SEED, Output
+from triptych.roles.messages.common import Output
 from triptych.roles.messages.requests import RequestView
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ _FILES: Final = {
 }
 
 
-@operation(_ANSWERS, _ERRORS, headers=_HEADERS, body=Body(ImageRequest, _FILES))
+@operation(_ANSWERS, _ERRORS, headers=_HEADERS, body=RequestBody(ImageRequest, _FILES))
 async def create_image(request: ApiRequest) -> Response:
     """Make images of a prompt, and of images, and wait for them.
 
@@ -75,7 +75,7 @@ async def create_image(request: ApiRequest) -> Response:
     return await _generate(request, await _read_image_request(request))
 
 
-@operation(_ANSWERS, _ERRORS, headers=_HEADERS, body=Body(ImageRequest, _FILES, required=("image",)))
+@operation(_ANSWERS, _ERRORS, headers=_HEADERS, body=RequestBody(ImageRequest, _FILES, required=("image",)))
 async def create_image_edit(request: ApiRequest) -> Response:
     """Make images of an image, within a mask or all over, and wait for them."""
     parsed = await _read_image_request(request)
@@ -87,12 +87,6 @@ async def create_image_edit(request: ApiRequest) -> Response:
 async def _read_image_request(request: ApiRequest) -> ParsedRequest[ImageRequest]:
     parsed = await read_media_request(request, ImageRequest)
     fields = parsed.fields
-    if isinstance(fields.seed, tuple):
-        if "n" in parsed.given and fields.n != len(fields.seed):
-            predicate = f"must be as many as n, {fields.n}, where it is a list, and has {len(fields.seed)}"
-            raise field_error("seed", predicate)
-    elif fields.seed is not None and fields.seed + fields.n - 1 > MAX_SEED:
-        raise field_error("seed", f"is too large: that of the last image, seed + n - 1, is over {MAX_SEED}")
     if fields.output_compression not in (None, 100) and fields.output_format not in _LOSSY:
         raise field_error(
             "output_compression", f"must be 100 or left out unless output_format is {' or '.join(_LOSSY)}"
@@ -104,7 +98,7 @@ async def _generate(request: ApiRequest, parsed: ParsedRequest[ImageRequest]) ->
     fields = parsed.fields
     quality = fields.output_compression if fields.output_format in _LOSSY else None
     output = Output(fields.output_format or "", quality=0 if quality is None else max(1, quality))
-    n = len(fields.seed) if isinstance(fields.seed, tuple) else fields.n
+    n = len(fields.seed) if isinstance(fields.seed, tuple) and "n" not in parsed.given else fields.n
     request_id = await submit(request, parsed, n=n, output=output)
     if _prefers_async(request):
         return await _accepted(request, request_id)

@@ -43,7 +43,7 @@ class ApiKeys:
 
 
 def load_api_keys(path: Path) -> ApiKeys:
-    """Read a file of keys; empty lines and lines that start with # say nothing.
+    """Read a file of keys; empty lines and lines that start with # are ignored.
 
     Raises:
         ApiKeysError: It cannot be read, others may read it, or a line of it is no `name:key`.
@@ -56,7 +56,7 @@ def load_api_keys(path: Path) -> ApiKeys:
             lines = file.read().decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", "") or str(error)
-        raise ApiKeysError(f"cannot be read ({reason})", "give a text file that is there, of mode 0600") from error
+        raise ApiKeysError(f"cannot be read ({reason})", "give the path of a text file of mode 0600") from error
     keys: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
         text = line.strip()

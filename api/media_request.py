@@ -38,7 +38,7 @@ ALIASES: Final = {"mask": "mask_image", "input_reference": "image", "images": "i
 Text: TypeAlias = Annotated[str, Meta(max_length=MAX_TEXT)]
 Integer: TypeAlias = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 ScalarInput: TypeAlias = Text | Integer | float | bool | None
-Option: TypeAlias = Annotated[str, Meta(max_length=1024)] | Integer | float | bool | None
+OptionValue: TypeAlias = Annotated[str, Meta(max_length=1024)] | Integer | float | bool | None
 Seed: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_SEED)]
 Seeds: TypeAlias = Annotated[tuple[Seed, ...], Meta(min_length=1, max_length=MAX_SEEDS)]
 _SIZE = re.compile(r"(?P<width>[1-9][0-9]{0,4})x(?P<height>[1-9][0-9]{0,4})")
@@ -73,7 +73,7 @@ NO_EFFECT_FIELDS: Final = {
 class MediaRequest(msgspec.Struct, frozen=True, kw_only=True):
     """OpenAI's fields, then diffusers'; null is the same as not given.
 
-    Any other field is taken for an input of the pipeline; the head refuses it if the pipeline has none of that name.
+    Any other field is an input of the pipeline; the head refuses it if the pipeline has none of that name.
     """
 
     prompt: Text | None = None
@@ -99,13 +99,13 @@ class FieldNames:
         self._subjects: dict[str, str] = {}
 
     def learn(self, parameter: str, field: str, subject: str = "") -> None:
-        """Note that `field` stands for `parameter`; a sentence about it begins with `subject`, by default the field."""
+        """Note that the client sent `field` for `parameter`; messages begin with `subject`, by default the field."""
         self._fields[parameter] = field
         if subject:
             self._subjects[parameter] = subject
 
     def field(self, parameter: str) -> str:
-        """Return the field that stands for a parameter."""
+        """Return the field that the client sent for a parameter."""
         return self._fields.get(parameter, parameter)
 
     def invalid(self, parameter: str, predicate: str) -> ApiError:
@@ -113,7 +113,7 @@ class FieldNames:
         return field_error(self.field(parameter), predicate, subject=self._subjects.get(parameter, ""))
 
     def rejected(self, rejected: RequestRejected) -> ApiError:
-        """Say in HTTP what the head's refusal means."""
+        """Map the head's refusal to an HTTP error."""
         if rejected.code == "invalid" and rejected.param:
             return self.invalid(rejected.param, rejected.message)
         return ApiError(
@@ -177,7 +177,7 @@ async def read_media_request(
         uploads = request.state["services"].uploads
         inputs |= await _convert_inputs(others, kinds, tasks, uploads, is_form=body.is_form)
     if len(inputs) > MAX_INPUTS:
-        raise ApiError(422, f"the request has more than {MAX_INPUTS} inputs", code="invalid_value")
+        raise ApiError(422, f"the request must have at most {MAX_INPUTS} inputs", code="invalid_value")
     if inputs.get("mask_image") is not None and inputs.get("image") is None:
         raise names.invalid("image", "is required: a mask needs the image that it is for")
     inputs |= parse_size(parsed.size, inputs, names)
@@ -212,7 +212,7 @@ def _by_parameter(
         field = _without_brackets(sent)
         name = field if field in kinds else ALIASES.get(field, field)
         if name in named:
-            raise field_error(field, f"is given twice, also as {named[name].name}")
+            raise field_error(field, f"is given twice, also as {named[name].name}: give one of them")
         names.learn(name, field)
         named[name] = _ClientField(field, value)
     return named
@@ -308,7 +308,7 @@ def _image_inputs_hint(kinds: Mapping[str, ParameterKind], tasks: Sequence[Task]
 def _image_sources(name: str, value: object, kind: ParameterKind | None) -> list[Source]:
     given = value if isinstance(value, list) else [value]
     if not given:
-        raise field_error(name, "is an empty list")
+        raise field_error(name, "is an empty list: leave it out, or give an image")
     sources = [_image_source(name, item) for item in given]
     if kind is ParameterKind.IMAGE and len(sources) > 1:
         raise field_error(name, f"must be one image, and {len(sources)} were given")
@@ -393,7 +393,7 @@ def _option(name: str, key: str, value: object) -> Scalar | tuple[int | float, .
     if isinstance(value, list):
         return _to_numbers(name, value).values
     try:
-        converted: Scalar = msgspec.convert(value, Option)
+        converted: Scalar = msgspec.convert(value, OptionValue)
     except msgspec.ValidationError:
         words = "a text, a number, true, false, null or a list of numbers"
         raise field_error(name, f"has {key[:64]!r}, which must be {words}") from None

@@ -16,11 +16,11 @@ from triptych.roles.messages.requests import ModelDescription
 
 _LIMITS: Final = ("minimum", "maximum", "multiple_of")
 _KIND_NAMES: Final = {ParameterKind.IMAGE_LIST: ParameterKind.IMAGES}
-"""Whether one image makes a list does not matter to who sends it."""
+"""A client need not know whether one image makes a list."""
 
 
 class ParameterObject(msgspec.Struct):
-    """A parameter: what it is, whether it must be given, and between which limits."""
+    """A parameter: its kind, whether it is required, its limits."""
 
     name: str
     kind: str

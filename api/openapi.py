@@ -12,7 +12,7 @@ from starlette.schemas import BaseSchemaGenerator
 
 from triptych.api.access import OPEN_PATHS
 from triptych.api.media_request import NO_EFFECT_FIELDS
-from triptych.api.operations import FILE, OPERATIONS, Answer, Body, Operation
+from triptych.api.operations import FILE, OPERATIONS, Answer, Operation, RequestBody
 from triptych.api.requests import IDEMPOTENCY_KEY, Deleted
 from triptych.api.responses import JSONResponse
 from triptych.api.services import ApiRequest
@@ -38,9 +38,9 @@ _REASONS: Final = {
     416: "The file has no such bytes",
     421: "For a host that this is not",
     422: "A field is not as it must be; param names it",
-    429: "Too much at a time: try again after Retry-After",
+    429: "Too much at a time: retry after Retry-After",
     500: "Failed for good",
-    503: "Cannot be done now: try again after Retry-After",
+    503: "Cannot be done now: retry after Retry-After",
     504: "Not done in time",
 }
 _TEXT: Final[Mapping[str, Any]] = {"type": "string"}
@@ -89,7 +89,7 @@ _BASE64: Final = {
 }
 
 
-def _body(body: Body) -> dict[str, Any]:
+def _body(body: RequestBody) -> dict[str, Any]:
     """Describe a body, in JSON (null is the same as left out) and as a form (there is no null)."""
     _, schemas = msgspec.json.schema_components([body.fields], ref_template="{name}")
     own = schemas[body.fields.__name__]

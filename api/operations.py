@@ -23,7 +23,7 @@ _ACCESS_ERRORS: Final = (403, 421)
 _BODY_ERRORS: Final = (400, 404, 408, 413, 415, 422, 429, 503)
 
 
-class Body(NamedTuple):
+class RequestBody(NamedTuple):
     """The body of a request for media, JSON or a form."""
 
     fields: type[msgspec.Struct]
@@ -45,7 +45,7 @@ class Operation:
     headers: tuple[str, ...]
     """Names in `openapi.HEADERS`."""
     query: type[msgspec.Struct] | None
-    body: Body | None
+    body: RequestBody | None
 
 
 OPERATIONS: Final[dict[Endpoint, Operation]] = {}
@@ -57,7 +57,7 @@ def operation(
     *,
     headers: tuple[str, ...] = (),
     query: type[msgspec.Struct] | None = None,
-    body: Body | None = None,
+    body: RequestBody | None = None,
 ) -> Callable[[E], E]:
     """Declare an endpoint: its name becomes the operationId, the first line of its docstring the summary."""
 

@@ -33,7 +33,7 @@ _UNSUCCESSFUL: Final = {
 
 
 class Deleted(msgspec.Struct):
-    """What is left of a request or a video."""
+    """The answer once a request or a video is removed."""
 
     id: str
     object: str

@@ -31,10 +31,10 @@ from triptych.roles.media.uploads import UPLOADS, UploadStore
 from triptych.roles.messages.requests import ClusterQuery, ClusterView
 
 HEAD_PING_TIMEOUT_S = 2.0
-"""One question to a head that may not be there yet."""
+"""Of one ping to a head that may not be there yet."""
 PRUNE_EVERY_S = 600.0
 UPLOAD_TO_SUBMIT_S = 60.0
-"""From the keeping of an image to the acceptance of its request."""
+"""Most seconds from when an image is kept to when its request is accepted."""
 DRAIN_SHARE = 0.7
 ABORT_SHARE = 0.2
 """Shares of `shutdown_s`: for requests to finish, and for telling the others that they did not."""
@@ -98,10 +98,10 @@ class ApiServer(Actor):
         self._stopping.set()
         if unfinished:
             _, unfinished = await asyncio.wait({self._serving}, timeout=shutdown_s * ABORT_SHARE)
-        self._server.force_exit = bool(unfinished)  # somebody does not read the answer
+        self._server.force_exit = bool(unfinished)  # a client does not read its answer
 
     def stats(self) -> dict[str, int | float | str | bool]:
-        """Say where it listens, and how many HTTP requests and connections it has in hand."""
+        """Return where it listens, and how many HTTP requests and connections are open."""
         state = self._server.server_state if self._server else None
         return {
             "url": self.topology.url,
@@ -119,13 +119,13 @@ class ApiServer(Actor):
 
     def _upload_store(self) -> UploadStore:
         state = self.topology.state
-        # A request comes right after its images, and is at its end when its time is over.
+        # A request is submitted right after its images, and has ended once its time is over.
         needed_s = self.topology.head.request_timeout_s + UPLOAD_TO_SUBMIT_S
         limits = StoreBounds(needed_s + state.keep_uploads_s, state.max_uploads, parse_size(state.max_uploads_size))
         return UploadStore(self.topology.state_dir / UPLOADS, limits, needed_s=needed_s)
 
     async def _prune(self, uploads: UploadStore) -> None:
-        """Remove uploads that no request can need any more, for ever."""
+        """Remove uploads that no request can need any more, again and again."""
         while True:
             try:
                 gone = await asyncio.to_thread(uploads.prune, now=time.time())
@@ -149,7 +149,7 @@ class ApiServer(Actor):
 
 
 class Server(uvicorn.Server):
-    """uvicorn without its signal handlers: SIGTERM is the process's, which calls `stopping`."""
+    """uvicorn without its signal handlers: the process handles SIGTERM, and calls `stopping`."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

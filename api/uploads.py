@@ -1,4 +1,4 @@
-"""Pictures and tensors at the edge: taken out of a body, checked by their content, put into the upload store."""
+"""Images and tensors of a request: checked by their content and put into the upload store."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Size(NamedTuple):
 
 
 class UploadService:
-    """Takes images in."""
+    """Checks files that clients send, and keeps them."""
 
     def __init__(self, store: UploadStore) -> None:
         self.store = store
@@ -105,14 +105,14 @@ class UploadService:
             return self.store.save(data, ending)
         except UploadsFullError as error:
             log.warning("an upload was refused", reason=str(error))
-            predicate = "cannot be kept: there is no room for more files now"
+            predicate = "cannot be kept, the server has no room for more files: retry later"
             raise field_error(param, predicate, status=503, code="full", retry_s=60.0) from None
         except OSError as error:
             log.warning("an upload cannot be kept", error=str(error))
             if is_disk_full(error):
-                predicate, code, retry_s = "cannot be kept: the server's disk is full", "disk_full", 60.0
+                predicate, code, retry_s = "cannot be kept, the server's disk is full: retry later", "disk_full", 60.0
             else:
-                predicate, code, retry_s = "cannot be kept on the server's disk", "unavailable", 5.0
+                predicate, code, retry_s = "cannot be kept on the server's disk: retry later", "unavailable", 5.0
             raise field_error(param, predicate, status=503, code=code, retry_s=retry_s) from None
 
 
@@ -141,7 +141,7 @@ def decode_base64(text: str, param: str) -> bytes:
 
 
 def _decode_chunks(encoded: bytes) -> Iterator[bytes]:
-    # In pieces, because one call holds the interpreter, and with it the event loop.
+    # In pieces, because one call would hold the interpreter, and with it the event loop.
     for at in range(0, len(encoded), _BASE64_CHUNK):
         piece = encoded[at : at + _BASE64_CHUNK]
         if b"=" in piece and at + _BASE64_CHUNK < len(encoded):
@@ -165,7 +165,7 @@ def check_image(data: bytes, param: str, left: int = MAX_TOTAL_PIXELS) -> tuple[
     Raises ApiError 413 (bytes or pixels), 415 (another format), 422 (damaged, or several images).
     """
     if not data:
-        raise field_error(param, "is empty")
+        raise field_error(param, "is an empty file")
     if len(data) > MAX_FILE_BYTES:
         raise _too_large(param)
     try:
@@ -210,7 +210,7 @@ def _upright_size(image: Image.Image) -> Size:
 def _damaged(param: str, error: Exception) -> ApiError:
     # Pillow's error has no more to say of what it could not even open.
     why = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
-    return field_error(param, f"is damaged or not complete{why}")
+    return field_error(param, f"is damaged or not complete{why}: send the whole file")
 
 
 def _too_large(param: str) -> ApiError:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from triptych.api.artifacts import send_file
 from triptych.api.errors import ApiError, field_error, not_found
 from triptych.api.media_request import FieldNames, MediaRequest, Seed, read_media_request, validation_error
-from triptych.api.operations import FILE_ANSWERS, FILE_ERRORS, FILE_HEADERS, Body, operation
+from triptych.api.operations import FILE_ANSWERS, FILE_ERRORS, FILE_HEADERS, RequestBody, operation
 from triptych.api.requests import Deleted, failure_reason, submit, with_request_id
 from triptych.api.responses import JSONResponse
 from triptych.api.services import ApiRequest
@@ -51,14 +51,14 @@ class VideoRequest(MediaRequest, frozen=True, kw_only=True):
 
 
 class VideoError(msgspec.Struct):
-    """Why there is no video."""
+    """Why a video failed."""
 
     code: str
     message: str
 
 
 class Video(msgspec.Struct):
-    """OpenAI's video object: a job, and how far it is."""
+    """OpenAI's video object: a job and its progress."""
 
     id: str
     status: Status
@@ -69,7 +69,7 @@ class Video(msgspec.Struct):
     completed_at: int | None
     model: str
     seconds: str | None
-    """As OpenAI has it, a number in a string; None where the number of frames does not tell."""
+    """A number in a string, as in OpenAI's API; None where the number of frames is unknown."""
     size: str | None
     """WIDTHxHEIGHT in pixels; None where the model chooses."""
     error: VideoError | None = None
@@ -127,7 +127,7 @@ async def list_videos(request: ApiRequest) -> JSONResponse:
     return JSONResponse(VideoList(videos, first_id, last_id, found.has_more and bool(videos)))
 
 
-@operation({200: Video}, (409,), headers=("Idempotency-Key",), body=Body(VideoRequest, _FILES))
+@operation({200: Video}, (409,), headers=("Idempotency-Key",), body=RequestBody(VideoRequest, _FILES))
 async def create_video(request: ApiRequest) -> JSONResponse:
     """Begin a video, and answer at once with the job."""
     # OpenAI's `seconds` is a text in JSON, too.
@@ -188,12 +188,12 @@ async def find_video(request: ApiRequest) -> tuple[RequestView, ModelDescription
 
 
 def check_medium(description: ModelDescription) -> None:
-    """Raise ApiError 422 unless the model makes videos, 503 while nobody knows."""
+    """Raise ApiError 422 unless the model makes videos, 503 while that is unknown."""
     if not description.parameters:
-        message = "no instance has loaded the model yet: try again"
+        message = "no instance has loaded the model yet: retry later"
         raise ApiError(503, message, code="unavailable")
     if description.medium != "video":
-        predicate = f"{description.name} makes no videos but {description.medium}: ask POST /v1/images/generations"
+        predicate = f"{description.name} makes no videos: send the request to POST /v1/images/generations"
         raise field_error("model", predicate)
 
 
@@ -225,7 +225,7 @@ def video_response(view: RequestView, description: ModelDescription) -> JSONResp
 
 
 def video_object(view: RequestView, description: ModelDescription) -> Video:
-    """Say in OpenAI's words how a request stands."""
+    """Describe a request as OpenAI's video object."""
     inputs: dict[str, Input] = {**description.defaults, **view.inputs}
     height, width = inputs.get("height"), inputs.get("width")
     count = inputs.get("num_frames")
@@ -248,12 +248,12 @@ def video_object(view: RequestView, description: ModelDescription) -> Video:
 
 
 def status(view: RequestView) -> Status:
-    """OpenAI's word for the state."""
+    """Return OpenAI's word for the state."""
     return _STATUS.get(State(view.state), "in_progress")
 
 
 def progress(job: JobView) -> int:
-    """Percent: denoising is what takes the time; 100 is said of a video that is there."""
+    """Return the percentage of denoising steps done; 100 only once the video is finished."""
     if job.state == State.DONE:
         return 100
     if job.state in _AFTER_STEPS:

@@ -151,7 +151,7 @@ class RequestStore:
         if pending + message.n > most:
             raise RefusedSubmissionError(
                 "full",
-                f"{pending} of at most {most} images are under way, and {message.n} more do not fit: try again",
+                f"{pending} of at most {most} images are under way, and {message.n} more do not fit: retry later",
                 max(1.0, served.scheduler.tally.average_latency_s),
             )
         self._open_journal.accept(request)

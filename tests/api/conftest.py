@@ -27,6 +27,7 @@ from triptych.api.services import Services
 from triptych.api.uploads import UploadService
 from triptych.bus import Delivery, Mailbox, Outbox
 from triptych.engines.parameters.schema import Parameter, ParameterKind, Task
+from triptych.engines.parameters.serving_config import ParameterError
 from triptych.roles.head.admission import seeds_of
 from triptych.roles.media.artifacts import ArtifactStore
 from triptych.roles.media.uploads import UPLOADS, UploadStore
@@ -202,6 +203,10 @@ class FakeHead:
             return wire.RequestRejected(
                 "model_not_found", f"the model {message.model!r} is not served here", param="model"
             )
+        try:
+            seeds_of(message.seed, message.n)
+        except ParameterError as error:
+            return wire.RequestRejected("invalid", error.message, error.param)
         for request_id, accepted in self.journal.items():
             known = accepted.submit
             if (known.owner, known.idempotency_key) == (message.owner, message.idempotency_key):

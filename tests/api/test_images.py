@@ -69,7 +69,7 @@ async def test_each_image_has_a_seed_of_its_own(client, fake_head):
     first, second = await fake_head.received(wire.SubmitRequest, 2)
     assert [(submit.seed, submit.n) for submit in (first, second)] == [((5, 3, 9), 3), ((5, 3), 2)]
     for body, words in (
-        ({"seed": [1, 2], "n": 3}, "seed must be as many as n, 3"),
+        ({"seed": [1, 2], "n": 3}, "seed must be 3 seeds, one for each of n, not 2"),
         ({"seed": [1, -2]}, "seed must be a whole number from 0"),
         ({"seed": []}, "or a list of 1 to 10 of them"),
     ):
