@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
+from tests.engines.families import all_families
 from tests.engines.results import same
 from tests.engines.stage_pipelines import Models, Stages, expected, plain, through_codec
 from triptych.engines.pipelines.dtype_conversion import DTYPE, convert_dtype
@@ -39,7 +40,7 @@ def test_a_decoder_in_full_precision_is_a_pipeline_with_such_a_vae(models: Model
     assert not same(ours, Mixed(model).make(3, **STEPS))
 
 
-@pytest.mark.parametrize("family", ["flux", "sdxl", "sana", "cogvideox"])
+@pytest.mark.parametrize("family", all_families(["flux", "sdxl", "sana", "cogvideox"], ("flux", "sana")))
 @pytest.mark.parametrize("stage", list(Stage))
 def test_any_stage_may_have_another_dtype(family: str, stage: Stage, models: Models) -> None:
     model = models(family)

@@ -36,10 +36,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("flux", torch.float32),
         ("flux", torch.bfloat16),
-        ("wan", torch.float32),
         ("sdxl", torch.float32),
         ("cogvideox", torch.float32),
-        ("sana", torch.bfloat16),
+        pytest.param("wan", torch.float32, marks=pytest.mark.families),
+        pytest.param("sana", torch.bfloat16, marks=pytest.mark.families),
     ],
 )
 def test_each_request_makes_what_diffusers_makes_with_its_adapter(

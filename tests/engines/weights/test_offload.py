@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, AutoencoderOobleck, FluxTransformer2DModel,
 from transformers import T5Config, T5EncoderModel
 
 from tests.engines.classic_models import request
+from tests.engines.families import all_families
 from tests.engines.results import media, same
 from tests.engines.stage_pipelines import Models, Stages, lora
 from triptych.engines.parameters.lora import LoraFile
@@ -33,7 +34,7 @@ def finish(denoising: Denoising) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("family", ["flux", "wan", "sdxl", "cogvideox", "sana"])
+@pytest.mark.parametrize("family", all_families(["flux", "wan", "sdxl", "cogvideox", "sana"], ("flux", "sana")))
 def test_the_image_stays_the_same(family: str, how: str, models: Models) -> None:
     model = models(family)
     exact = Stages(model).make(7, **STEPS)

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel, ModularPipeline
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import T5Config, T5EncoderModel
 
+from tests.engines.families import all_families
 from tests.engines.results import same
 from tests.engines.stage_pipelines import Models, Pixels, Stages, expected, lora, plain
 from triptych.actors.supervision import QUIET
@@ -36,7 +37,7 @@ def off(left: Pixels, right: Pixels) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["flux", "wan", "sana"])
+@pytest.mark.parametrize("family", all_families(["flux", "wan", "sana"], ("flux", "sana")))
 def test_the_image_is_another_one_a_little(family: str, kind: str, models: Models) -> None:
     model = models(family)
     exact = Stages(model).make(4, **STEPS)
