@@ -1,6 +1,6 @@
-"""What only a card can show. `TRIPTYCH_GPU_TESTS_ON=cpu` runs what can be run without one, to try the tests themselves.
+"""What only a GPU can show. `TRIPTYCH_GPU_TESTS_ON=cpu` runs what can be run without one, to try the tests themselves.
 
-A machine with a card may lack packages: what needs a missing one is skipped with its name, and nothing here is imported
+A machine with a GPU may lack packages: what needs a missing one is skipped with its name, and nothing here is imported
 before its time.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-# Read when torch first uses the card, as in the processes of roles.
+# Read when torch first uses the GPU, as in the processes of roles.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def card() -> torch.device:
+def gpu() -> torch.device:
     """A CUDA device, and nothing else."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
@@ -56,7 +56,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     """A CUDA device, or what stands in for it."""
     if os.environ.get("TRIPTYCH_GPU_TESTS_ON") == "cpu":
         return torch.device("cpu")
-    return request.getfixturevalue("card")
+    return request.getfixturevalue("gpu")
 
 
 @pytest.fixture(autouse=True)

@@ -91,20 +91,20 @@ os._exit(2)
 """
 
 
-def test_a_fork_that_cannot_use_the_card_says_so(card: torch.device) -> None:
+def test_a_fork_that_cannot_use_the_gpu_says_so(gpu: torch.device) -> None:
     done = subprocess.run([sys.executable, "-c", BAD_FORK], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture
 def topology(tmp_path: Path, device: torch.device, models: Models) -> Path:
-    path = tmp_path / "card.toml"
+    path = tmp_path / "gpu.toml"
     path.write_text(TOML.format(model=models("flux"), device=device.type))
     return path
 
 
 @pytest.mark.timeout(600)
-def test_processes_on_a_card_make_the_picture_of_one_process_and_survive_a_kill(
+def test_processes_on_a_gpu_make_the_image_of_one_process_and_survive_a_kill(
     topology: Path, device: torch.device, models: Models
 ) -> None:
     expected = plain(models("flux"), device, seed=7)

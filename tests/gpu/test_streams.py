@@ -20,7 +20,7 @@ from triptych.engines.codec.codec import pack
 from triptych.engines.memory.arena import Arena
 from triptych.engines.memory.streams import PIECE, DeviceStream
 
-pytestmark = pytest.mark.usefixtures("card")
+pytestmark = pytest.mark.usefixtures("gpu")
 ROOT = Path(__file__).parents[2]
 
 CUDA = torch.device("cuda:0")

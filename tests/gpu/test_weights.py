@@ -74,31 +74,31 @@ def test_in_eight_bits(device: torch.device, quantization: str, how: str, models
     assert same(make(load(model, device, quantization=quantization, offload=how), model), made)
 
 
-def test_a_component_that_rests_leaves_the_card_to_others(card: torch.device, models: Models) -> None:
+def test_a_component_that_rests_leaves_the_gpu_to_others(gpu: torch.device, models: Models) -> None:
     from triptych.roles.worker.devices import free_memory
 
     model = models("flux")
-    before = free_memory(card)
-    part = load(model, card, offload="model")
+    before = free_memory(gpu)
+    part = load(model, gpu, offload="model")
     make(part, model)
-    assert free_memory(card) - before < 64 << 20  # workspaces of cuBLAS
-    assert torch.cuda.memory_reserved(card) - torch.cuda.memory_allocated(card) < 64 << 20
+    assert free_memory(gpu) - before < 64 << 20  # workspaces of cuBLAS
+    assert torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu) < 64 << 20
 
 
-def test_weights_that_do_not_fit_say_so(card: torch.device, models: Models) -> None:
+def test_weights_that_do_not_fit_say_so(gpu: torch.device, models: Models) -> None:
     model = models("flux")
     from triptych.roles.worker.devices import free_memory
 
-    free_memory(card)
-    torch.cuda.set_per_process_memory_fraction(1e-6, card)
+    free_memory(gpu)
+    torch.cuda.set_per_process_memory_fraction(1e-6, gpu)
     try:
         with pytest.raises(
             OutOfDeviceMemoryError, match=r"does not fit on cuda:0: with it the weights take .* are free"
         ):
-            load(model, card)
+            load(model, gpu)
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, card)
-    assert make(load(model, card), model).size
+        torch.cuda.set_per_process_memory_fraction(1.0, gpu)
+    assert make(load(model, gpu), model).size
 
 
 def test_weights_that_slept_on_the_host_compute_the_same(device: torch.device, models: Models) -> None:

@@ -45,7 +45,7 @@ def worker(
     return start
 
 
-async def picture(fake_instance: FakeInstance, worker: StreamWorker, number: int, **changes: object) -> bytes:
+async def make_image(fake_instance: FakeInstance, worker: StreamWorker, number: int, **changes: object) -> bytes:
     fake_instance.begin(number, {**INPUTS, **changes}, seed=3)
     for stage in Stage:
         fake_instance.run(number, stage)
@@ -54,10 +54,10 @@ async def picture(fake_instance: FakeInstance, worker: StreamWorker, number: int
     return made.tobytes()  # type: ignore[no-any-return]
 
 
-def test_it_says_which_card_it_has_and_makes_the_same_picture_twice(worker: Any, device: torch.device) -> None:
+def test_it_says_which_gpu_it_has_and_makes_the_same_image_twice(worker: Any, device: torch.device) -> None:
     async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
         assert worker.stats()["device"] == str(device)
-        assert await picture(fake_instance, worker, 1) == await picture(fake_instance, worker, 2)
+        assert await make_image(fake_instance, worker, 1) == await make_image(fake_instance, worker, 2)
 
     worker(body)
 
@@ -84,14 +84,14 @@ def test_a_step_has_ended_when_it_is_told(worker: Any, monkeypatch: pytest.Monke
     worker(body)
 
 
-def test_out_of_memory_fails_one_picture_and_the_next_is_made(worker: Any, card: torch.device) -> None:
+def test_out_of_memory_fails_one_image_and_the_next_is_made(worker: Any, gpu: torch.device) -> None:
     async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
         assert worker._stream is not None
-        expected = await picture(fake_instance, worker, 1)
-        allocated = await worker._stream.run(devices.free_memory, card)
-        total = torch.cuda.get_device_properties(card).total_memory
-        # Room for a small picture; a large one takes 256 MiB in each layer of the VAE.
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(card) + (64 << 20)) / total, card)
+        expected = await make_image(fake_instance, worker, 1)
+        allocated = await worker._stream.run(devices.free_memory, gpu)
+        total = torch.cuda.get_device_properties(gpu).total_memory
+        # Room for a small image; a large one takes 256 MiB in each layer of the VAE.
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(gpu) + (64 << 20)) / total, gpu)
         try:
             large = {**INPUTS, "height": 2048, "width": 2048, "num_inference_steps": 1}
             fake_instance.begin(2, large)
@@ -101,12 +101,12 @@ def test_out_of_memory_fails_one_picture_and_the_next_is_made(worker: Any, card:
                 if isinstance(answer, StageFailed):
                     break
         finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, card)
-        assert isinstance(answer, StageFailed), "the large picture fitted"
+            torch.cuda.set_per_process_memory_fraction(1.0, gpu)
+        assert isinstance(answer, StageFailed), "the large image fitted"
         assert not answer.invalid_request
         assert not fake_instance.inbox.of(DeviceLost)
         del worker.context.attempts.active[attempt(2)]
-        assert await worker._stream.run(devices.free_memory, card) < allocated + (64 << 20)
-        assert await picture(fake_instance, worker, 3) == expected
+        assert await worker._stream.run(devices.free_memory, gpu) < allocated + (64 << 20)
+        assert await make_image(fake_instance, worker, 3) == expected
 
     worker(body)

@@ -1,4 +1,4 @@
-"""Pictures that come in over HTTP make what the plain pipeline makes of them, pixel by pixel."""
+"""Images that come in over HTTP make what the plain pipeline makes of them, pixel by pixel."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def test_components_started_one_by_one_and_last_first_find_each_other(topology_f
     strange = folder_of_strange_code(path.parent)
     running = [subprocess.Popen([*TRIPTYCH, "up", str(path), "--only", name], cwd=strange) for name in names]
     try:
-        out = path.parent / "picture.png"
+        out = path.parent / "image.png"
         url = f"http://127.0.0.1:{load_topology(path).api.port}"
         wait_until_ready(url)
         without_key = [*TRIPTYCH, "generate", "a red circle", "--url", url]

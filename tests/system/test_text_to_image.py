@@ -1,4 +1,4 @@
-"""Pictures through three processes equal those of one, and the API tells the truth about them."""
+"""Images through three processes equal those of one, and the API tells the truth about them."""
 
 from __future__ import annotations
 

@@ -288,8 +288,8 @@ def test_training_saves_a_folder_that_paints_the_same(tmp_path: Path) -> None:
     pipe = FluxPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(3)
-    card = json.loads((tmp_path / "triptych.json").read_text())
-    image = pipe(scenes.caption(SCENES[0]), generator=generator, **card["defaults"]).images[0]
+    config = json.loads((tmp_path / "triptych.json").read_text())
+    image = pipe(scenes.caption(SCENES[0]), generator=generator, **config["defaults"]).images[0]
     mine = flow.generate(painter, vae, [SCENES[0]], cpu, 3)[0]
     assert np.abs(np.asarray(image).astype(int) - mine).max() <= 3
 
@@ -323,12 +323,12 @@ def test_muon_goes_downhill_on_matrices_biases_and_words() -> None:
         muon.step(lambda: 0.0)
 
 
-def test_shipped_model_is_small_and_has_its_card() -> None:
+def test_shipped_model_is_small_and_has_its_serving_config() -> None:
     total = sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file())
     assert total <= 8_000_000
-    card = json.loads((MODEL / "triptych.json").read_text())
-    assert card["defaults"]["num_inference_steps"] == 4
-    assert card["defaults"]["max_sequence_length"] == 16
+    config = json.loads((MODEL / "triptych.json").read_text())
+    assert config["defaults"]["num_inference_steps"] == 4
+    assert config["defaults"]["max_sequence_length"] == 16
 
 
 def test_shipped_model_paints_scenes_it_never_saw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

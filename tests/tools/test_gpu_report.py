@@ -75,8 +75,8 @@ def test_a_crash_leaves_what_was_measured_before_it(tmp_path: Path) -> None:
 
 
 def test_a_process_that_dies_without_a_word_is_told_of_by_its_log(tmp_path: Path) -> None:
-    result = process_of("print('a line'); sys.exit('no such card')", tmp_path)
-    assert result.reason == "Its process ended with code 1: no such card"
+    result = process_of("print('a line'); sys.exit('no such GPU')", tmp_path)
+    assert result.reason == "Its process ended with code 1: no such GPU"
     assert "a line" in (tmp_path / "log").read_text()
 
 
@@ -96,9 +96,9 @@ time.sleep(600)"""
 
 
 def test_a_row_says_how_it_has_ended(tmp_path: Path) -> None:
-    told = '{"ended": {"status": "skipped", "reason": "The card is too small."}}'
+    told = '{"ended": {"status": "skipped", "reason": "The GPU is too small."}}'
     result = process_of(f"tell('{told}'); time.sleep(600)", tmp_path)
-    assert (result.status, result.reason) == (Status.SKIPPED, "The card is too small.")
+    assert (result.status, result.reason) == (Status.SKIPPED, "The GPU is too small.")
     assert result.seconds < BOUND_S
 
 

@@ -45,21 +45,21 @@ class Case:
 
 @cache
 def input_image(seed: int = 0) -> Image.Image:
-    """A picture of coloured squares, [64, 64] pixels."""
+    """An image of coloured squares, [64, 64] pixels."""
     squares = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(squares).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
 @cache
 def mask() -> Image.Image:
-    """White where a picture is to be painted anew: its right half."""
+    """White where an image is to be painted anew: its right half."""
     half = np.zeros((SIDE, SIDE), dtype=np.uint8)
     half[:, SIDE // 2 :] = 255
     return Image.fromarray(half)
 
 
 def video_frames(frames: int) -> list[Image.Image]:
-    """A video: a list of pictures."""
+    """A video: a list of images."""
     return [input_image(number) for number in range(frames)]
 
 
@@ -78,7 +78,7 @@ def _flux() -> list[Case]:
     image = {"image": input_image()}
     text = {"max_sequence_length": 512}
     kontext = {**SMALL, "max_sequence_length": 32}
-    # It would make the picture as large as those that it was trained with.
+    # It would make the image as large as those that it was trained with.
     own_size = {**image, "_auto_resize": False, "max_area": SIDE * SIDE}
     made = [
         Case("FluxModularPipeline", "text2image", Family.FLUX, {**SMALL, "max_sequence_length": 32}),

@@ -97,7 +97,7 @@ def _hide_bars(block: Any) -> None:
 
 
 def arrays(value: Any) -> Iterator[np.ndarray[Any, Any]]:
-    """All numbers in a value: pictures, arrays, tensors, and lists of them."""
+    """All numbers in a value: images, arrays, tensors, and lists of them."""
     if isinstance(value, (list, tuple)):
         for item in value:
             yield from arrays(item)

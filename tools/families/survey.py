@@ -295,7 +295,7 @@ def _trial(expected: Mapping[str, Any], run: Callable[[], dict[str, Any]]) -> Tr
 
 
 def _same(ours: Any, theirs: Any) -> bool:
-    """Whether two values are the same, bit for bit; a list of pictures is the same as an array of them."""
+    """Whether two values are the same, bit for bit; a list of images is the same as an array of them."""
     left, right = (
         [{(array.dtype, array.shape[-3:]) for array in arrays(value)}, b"".join(map(np.ndarray.tobytes, arrays(value)))]
         for value in (ours, theirs)

@@ -1,7 +1,7 @@
 """Make a tiny model with random weights: `python -m triptych.tools.make_model OUT --family flux`.
 
 Everything is made here from a few numbers, nothing is downloaded. The folder has the layout of diffusers, with
-tokenizers that know every byte, and a serving config. The same seed makes the same files. Its pictures are coloured
+tokenizers that know every byte, and a serving config. The same seed makes the same files. Its images are coloured
 noise, but they depend on the prompt, the seed and each parameter as those of a real model do. A model is tiny, unless
 another size is asked for.
 """

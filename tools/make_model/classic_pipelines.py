@@ -313,7 +313,7 @@ def _glm() -> GlmImageForConditionalGeneration:
         vocab_size=VOCABULARY_SIZE + len(_GLM_TOKENS),
         vision_vocab_size=_CODES,
         rope_parameters=rope,
-        # As in the original no code of a picture: it writes as many as it is asked for.
+        # As in the original no code of an image: it writes as many as it is asked for.
         eos_token_id=number("<|vision_end|>"),
         # Weights that are large enough for what it writes to depend on what it reads.
         initializer_range=0.5,

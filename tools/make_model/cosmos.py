@@ -1,4 +1,4 @@
-"""Cosmos 3: one language model that makes pictures, videos, sound and actions, and its distilled form."""
+"""Cosmos 3: one language model that makes images, videos, sound and actions, and its distilled form."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def full() -> Recipe:
 
 
 def kontext() -> Recipe:
-    """Flux that changes a picture."""
+    """Flux that changes an image."""
     made = flux(vaes.kl, guidance_embeds=True, pipeline="FluxKontextPipeline")
     return Recipe(made.pipeline, "image_conditioned", made.components, made.defaults, made.ranges)
 

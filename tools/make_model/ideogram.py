@@ -1,4 +1,4 @@
-"""Ideogram 4 and Qwen-Image 2.1: pictures of a transformer that reads with Qwen 3 VL."""
+"""Ideogram 4 and Qwen-Image 2.1: images of a transformer that reads with Qwen 3 VL."""
 
 from __future__ import annotations
 

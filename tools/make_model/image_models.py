@@ -36,7 +36,7 @@ def z_image_transformer(**changes: Any) -> ZImageTransformer2DModel:
 
 
 def z_image() -> Recipe:
-    """Z-Image; text and picture are one sequence."""
+    """Z-Image; text and image are one sequence."""
     components: dict[str, Component | None] = {
         "tokenizer": lambda: text.chat_tokenizer(),
         "text_encoder": lambda: text.qwen3(Qwen3Model),

@@ -126,7 +126,7 @@ def _ltx25_decoder() -> LTX2VideoDiffusionDecoderModel:
         decoder_head_dim=8,
         decoder_stage_channels=(64, 32, 16, 16, 8),
         decoder_stage_depths=(1, 1, 1, 1, 1),
-        # No wider than the latents of the smallest picture are.
+        # No wider than the latents of the smallest image are.
         decoder_stage_kernels=((3, 1, 1), (3, 1, 1), (3, 3, 3), (3, 3, 3)),
         decoder_stage5_kernel=(3, 3, 3),
         decoder_t_emb_dim=16,
@@ -215,7 +215,7 @@ def _gemma() -> Gemma3ForConditionalGeneration:
 
 
 def hunyuan_video() -> Recipe:
-    """HunyuanVideo 1.5, of text or of a picture and text."""
+    """HunyuanVideo 1.5, of text or of an image and text."""
     components: dict[str, Component | None] = {
         "tokenizer": lambda: text.chat_tokenizer(),
         "text_encoder": _qwen_text,

@@ -41,7 +41,7 @@ def h3() -> Recipe:
             latent_channels=4,
             block_out_channels=(8, 8, 8, 8),
             layers_per_block=1,
-            # Half the originals: pictures are 8 times as large as latents.
+            # Half the originals: images are 8 times as large as latents.
             spatial_downsample_factors=(2, 2, 2, 1),
             temporal_downsample_factors=(1, 2, 2, 1),
             norm_num_groups=4,

@@ -1,4 +1,4 @@
-"""Qwen-Image and what was made of it: editing, several pictures, layers."""
+"""Qwen-Image and what was made of it: editing, several images, layers."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from triptych.tools.make_model.text import WIDTH
 
 
 def qwenimage() -> Recipe:
-    """Pictures of text, with a control net for the tasks that use one."""
+    """Images of text, with a control net for the tasks that use one."""
     components = {**_components(), "tokenizer": text.chat_tokenizer, "controlnet": _controlnet}
     return Recipe("QwenImagePipeline", "text-to-image", components, _defaults(), size_ranges(16, text=1024))
 
 
 def edit() -> Recipe:
-    """Changes a picture."""
+    """Changes an image."""
     components = {**_components(), "processor": text.qwen2_vl_processor, "tokenizer": text.chat_tokenizer}
     return Recipe("QwenImageEditPipeline", "image_conditioned", components, _defaults(), size_ranges(16, text=1024))
 
 
 def edit_plus() -> Recipe:
-    """Changes several pictures into one."""
+    """Changes several images into one."""
     components = {**_components(), "processor": text.qwen2_vl_processor, "tokenizer": text.chat_tokenizer}
     return Recipe("QwenImageEditPlusPipeline", "", components, _defaults(), size_ranges(16, text=1024))
 
 
 def layered() -> Recipe:
-    """Takes a picture apart into transparent layers."""
+    """Takes an image apart into transparent layers."""
     changes = {"use_layer3d_rope": True, "use_additional_t_cond": True}
     components = {
         **_components(changes, channels=4),

@@ -53,7 +53,7 @@ class Recipe:
 
 
 def image_defaults(side: int = 64, steps: int = 4, text: int = 64, **more: float) -> dict[str, float]:
-    """Defaults of a model of pictures: a square of `side` pixels, `text` tokens."""
+    """Defaults of a model of images: a square of `side` pixels, `text` tokens."""
     return {"height": side, "width": side, "num_inference_steps": steps, "max_sequence_length": text, **more}
 
 

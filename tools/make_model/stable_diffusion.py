@@ -107,7 +107,7 @@ def sdxl_unet(**changes: Any) -> UNet2DConditionModel:
 
 
 def _ip_adapter() -> dict[str, torch.Tensor]:
-    """An IP adapter as they are published: four tokens of a picture, and where each layer looks at them."""
+    """An IP adapter as they are published: four tokens of an image, and where each layer looks at them."""
     wide = 2 * WIDTH
     made = {
         "image_proj.proj.weight": torch.randn(4 * wide, WIDTH),

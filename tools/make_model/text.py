@@ -107,7 +107,7 @@ def tokenizer(*, start: bool, length: int = TEXT_LENGTH) -> PreTrainedTokenizerF
 
 
 def chat_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
-    """One for language models, with a chat template and the tokens of pictures."""
+    """One for language models, with a chat template and the tokens of images."""
     return _bytes("$A", model_max_length=LONG, chat_template=CHAT, additional_special_tokens=list(_VISION), **options)
 
 
@@ -137,7 +137,7 @@ def umt5() -> UMT5EncoderModel:
 
 
 def clip_vision(**changes: Any) -> CLIPVisionModel:
-    """The picture encoder of CLIP, for pictures of 32 pixels."""
+    """The image encoder of CLIP, for images of 32 pixels."""
     return CLIPVisionModel(CLIPVisionConfig(**{**_CLIP_VISION, **changes}))
 
 
@@ -146,8 +146,8 @@ def clip_vision_projection(**changes: Any) -> CLIPVisionModelWithProjection:
     return CLIPVisionModelWithProjection(CLIPVisionConfig(**{**_CLIP_VISION, **changes}))
 
 
-def clip_pictures() -> CLIPImageProcessorPil:
-    """What makes pictures ready for `clip_vision`."""
+def clip_images() -> CLIPImageProcessorPil:
+    """The image processor of `clip_vision`."""
     return CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
 
 
@@ -163,14 +163,14 @@ def siglip_vision(**changes: Any) -> SiglipVisionModel:
 
 
 def qwen2_vl_processor() -> Qwen2VLProcessor:
-    """A tokenizer and what makes pictures ready for `qwen2_5_vl`.
+    """The processor of `qwen2_5_vl`: its tokenizer and its image processor.
 
     Raises:
         ImportError: There is no torchvision, which its part for videos needs even where there is none.
     """
-    pictures = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56})
+    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56})
     return Qwen2VLProcessor(
-        image_processor=pictures,
+        image_processor=processor,
         tokenizer=chat_tokenizer(),
         video_processor=Qwen2VLVideoProcessor(),
         chat_template=CHAT,
@@ -178,11 +178,11 @@ def qwen2_vl_processor() -> Qwen2VLProcessor:
 
 
 def qwen3_vl_processor() -> Qwen3VLProcessor:
-    """A tokenizer and what makes pictures ready for `qwen3_vl`; raises as `qwen2_vl_processor` does."""
-    # Each of its tokens stands for a patch of the VAE's latents, so it sees pictures as large as that does.
-    pictures = Qwen2VLImageProcessorPil(size={"shortest_edge": 32 * 32, "longest_edge": 1024 * 1024}, patch_size=16)
+    """The processor of `qwen3_vl`; raises as `qwen2_vl_processor` does."""
+    # Each of its tokens stands for a patch of the VAE's latents, so it sees images as large as that does.
+    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 32 * 32, "longest_edge": 1024 * 1024}, patch_size=16)
     return Qwen3VLProcessor(
-        image_processor=pictures,
+        image_processor=processor,
         tokenizer=chat_tokenizer(),
         video_processor=Qwen3VLVideoProcessor(),
         chat_template=CHAT,

@@ -11,7 +11,7 @@ _LATENTS_STD = [1.5, 1.2, 0.8, 1.1]
 
 
 def tiny() -> AutoencoderTiny:
-    """Three levels, not the usual four: its pictures are 4 times as large as latents, where pipelines assume 8."""
+    """Three levels, not the usual four: its images are 4 times as large as latents, where pipelines assume 8."""
     return AutoencoderTiny(
         encoder_block_out_channels=(16, 16, 16),
         decoder_block_out_channels=(16, 16, 16),

@@ -29,23 +29,23 @@ def t2v(*, experts: int = 1) -> Recipe:
 
 
 def i2v(*, experts: int = 1) -> Recipe:
-    """Video of a picture and text; with two experts it is Wan 2.2, which reads the picture with its VAE alone."""
-    # Latents, a mask of as many channels as a latent has frames, and the picture's latents.
+    """Video of an image and text; with two experts it is Wan 2.2, which reads the image with its VAE alone."""
+    # Latents, a mask of as many channels as a latent has frames, and the image's latents.
     changes: dict[str, Any] = {"in_channels": 4 + 2 + 4}
     if experts == 1:
         changes |= {"image_dim": WIDTH, "added_kv_proj_dim": 24}
     components, settings = _experts(lambda: WanTransformer3DModel(**_transformer(**changes)), experts)
     eyes: dict[str, Component | None] = {
         "image_encoder": text.clip_vision if experts == 1 else None,
-        "image_processor": text.clip_pictures if experts == 1 else None,
+        "image_processor": text.clip_images if experts == 1 else None,
     }
     pipeline, task = ("WanImageToVideoPipeline", "image-to-video")
     return Recipe(pipeline, task, {**_with_text(components), **eyes}, _defaults(), _RANGES, settings)
 
 
 def flf2v() -> Recipe:
-    """Video between two pictures."""
-    # Both pictures are read as one: four patches and the whole of each.
+    """Video between two images."""
+    # Both images are read as one: four patches and the whole of each.
     changes: dict[str, Any] = {
         "in_channels": 4 + 2 + 4,
         "image_dim": WIDTH,
@@ -70,7 +70,7 @@ def animate2(*, distilled: bool) -> Recipe:
     components: dict[str, Component | None] = {
         "transformer": lambda: WanAnimate2Transformer3DModel(
             text_len=TEXT_LENGTH,
-            in_dim=4 + 2 * 4,  # The latents, a mask of as many channels as a latent has frames, and the picture's.
+            in_dim=4 + 2 * 4,  # The latents, a mask of as many channels as a latent has frames, and the image's.
             dim=24,
             ffn_dim=2 * WIDTH,
             freq_dim=WIDTH,

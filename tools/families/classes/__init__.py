@@ -3,7 +3,7 @@
 Each module of this package has a function `samples()` that returns a list of `Sample`, one for each class; nothing else
 has to be registered. A sample is a few lines:
 
-    Sample("StableDiffusionImg2ImgPipeline", sd(), {**TEXT, "image": picture(), "strength": 0.7})
+    Sample("StableDiffusionImg2ImgPipeline", sd(), {**TEXT, "image": input_image(), "strength": 0.7})
 
 `parts` says how each parameter of the class's `__init__` is made: a function makes a component, anything else is a
 setting. Names that the class does not take are left out, so one set of parts serves many classes; the recipes of

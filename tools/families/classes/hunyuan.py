@@ -98,7 +98,7 @@ def samples() -> list[Sample]:
 
 def _dit(name: str, inputs: dict[str, Any], **more: Component) -> Sample:
     components: dict[str, Component | None] = {
-        # Its positions count on pictures 8 times as large as latents.
+        # Its positions count on images 8 times as large as latents.
         "vae": lambda: vaes.kl(levels=4, quant=True, shift=None),
         "text_encoder": lambda: BertModel(
             BertConfig(
@@ -255,9 +255,9 @@ def _video_of_picture(name: str) -> Sample:
         ),
         tokenizer=_header_tokenizer,
         text_encoder=_llava,
-        image_processor=lambda: text.clip_pictures(),
+        image_processor=lambda: text.clip_images(),
     )
-    # As the class has it, but for a picture of four patches.
+    # As the class has it, but for an image of four patches.
     template = {
         "template": "<|start_header_id|>system<|end_header_id|>\n\n<image>\nDescribe it:<|eot_id|>\n\n"
         "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",

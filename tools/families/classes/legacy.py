@@ -219,7 +219,7 @@ def _movq(**changes: Any) -> VQModel:
 
 
 def _spatial() -> VQModel:
-    """With four levels: the pipelines take latents to be an eighth of a picture."""
+    """With four levels: the pipelines take latents to be an eighth of an image."""
     return _movq(
         block_out_channels=[32] * 4,
         down_block_types=["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"],
@@ -250,7 +250,7 @@ def _mclip() -> Any:
 
 
 def _two_stages(parts: dict[str, Any]) -> dict[str, Any]:
-    """The same with what makes an embedding of a picture of the text before."""
+    """The same with what makes an embedding of an image of the text before."""
     made = {
         "prior": prior,
         "image_encoder": text.clip_vision_projection,
@@ -259,7 +259,7 @@ def _two_stages(parts: dict[str, Any]) -> dict[str, Any]:
         "scheduler": lambda: UnCLIPScheduler(
             variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=10.0
         ),
-        "image_processor": text.clip_pictures,
+        "image_processor": text.clip_images,
     }
     return {**parts, **{f"prior_{name}": maker for name, maker in made.items()}}
 
@@ -377,7 +377,7 @@ def _unclip() -> list[Sample]:
         "prior_scheduler": lambda: UnCLIPScheduler(prediction_type="sample", clip_sample_range=5.0),
         "decoder_scheduler": lambda: UnCLIPScheduler(variance_type="learned_range"),
         "super_res_scheduler": UnCLIPScheduler,
-        "feature_extractor": text.clip_pictures,
+        "feature_extractor": text.clip_images,
     }
     steps = {"decoder_num_inference_steps": 2, "super_res_num_inference_steps": 2}
     return [
@@ -408,7 +408,7 @@ def _finer() -> UNet2DModel:
 
 def _cascade() -> list[Sample]:
     says = {"prompt": PROMPT, "negative_prompt": "grey"}
-    # A picture of this size is one of 3 x 3 numbers in the first of the two stages.
+    # An image of this size is one of 3 x 3 numbers in the first of the two stages.
     size = {"height": 128, "width": 128}
     both = {**says, **size, "num_inference_steps": 2, "prior_num_inference_steps": 2}
     first = {"prior": _cascade_prior, "text_encoder": _projecting, "resolution_multiple": 42.67}

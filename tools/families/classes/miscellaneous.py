@@ -124,7 +124,7 @@ def _unidiffuser() -> dict[str, Any]:
         "vae": lambda: vaes.kl(quant=True, shift=None),
         "text_encoder": lambda: text.clip_text(max_position_embeddings=77),
         "image_encoder": text.clip_vision_projection,
-        "clip_image_processor": text.clip_pictures,
+        "clip_image_processor": text.clip_images,
         "clip_tokenizer": lambda: text.tokenizer(start=True, length=77),
         "text_decoder": _text_decoder,
         "text_tokenizer": lambda: text.tokenizer(start=False),
@@ -183,7 +183,7 @@ def _shap_e_seeing() -> dict[str, Any]:
     return {
         "prior": lambda: PriorTransformer(**_prior(), embedding_proj_norm_type="layer"),
         "image_encoder": text.clip_vision,
-        "image_processor": text.clip_pictures,
+        "image_processor": text.clip_images,
         "shap_e_renderer": _renderer,
         "scheduler": _heun,
     }

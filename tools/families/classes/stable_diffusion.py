@@ -77,7 +77,7 @@ def checked() -> dict[str, Any]:
     )
     return {
         "safety_checker": lambda: StableDiffusionSafetyChecker(config),
-        "feature_extractor": text.clip_pictures,
+        "feature_extractor": text.clip_images,
         "requires_safety_checker": True,
     }
 

@@ -1,4 +1,4 @@
-"""What is made of Stable Diffusion by adapters, guidance of attention, depth, upscaling, embeddings of pictures."""
+"""What is made of Stable Diffusion by adapters, guidance of attention, depth, upscaling, embeddings of images."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def samples() -> list[Sample]:
 def _conditioned() -> list[Sample]:
     image = {"image": input_image()}
     depth = {**sd(in_channels=5), "depth_estimator": _depth, "feature_extractor": _depth_pictures}
-    variation = {**sd(), "feature_extractor": text.clip_pictures}
+    variation = {**sd(), "feature_extractor": text.clip_images}
     sd3 = stable_diffusion.sd3(channels=16).components
     control = {**sd3, "controlnet": lambda: _sd3_controlnet(extra=None)}
     painting = {**sd3, "controlnet": lambda: _sd3_controlnet(extra=1)}
@@ -143,7 +143,7 @@ def _unclip() -> list[Sample]:
         "prior_scheduler": lambda: diffusers.UnCLIPScheduler(prediction_type="sample", clip_sample_range=5.0),
         "image_normalizer": _normalizer,
         "image_noising_scheduler": lambda: DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
-        "feature_extractor": text.clip_pictures,
+        "feature_extractor": text.clip_images,
     }
     return [
         Sample("StableUnCLIPPipeline", parts, {**TEXT, "prior_num_inference_steps": 2}),
@@ -201,7 +201,7 @@ def _marigold() -> list[Sample]:
 
 
 def prior(**changes: Any) -> PriorTransformer:
-    """What makes an embedding of a picture of one of a text."""
+    """What makes an embedding of an image of one of a text."""
     made = PriorTransformer(
         **{"num_attention_heads": 2, "attention_head_dim": 12, "embedding_dim": WIDTH, "num_layers": 1, **changes}
     )
@@ -301,7 +301,7 @@ def _xs_xl() -> ControlNetXSAdapter:
 
 
 def _clip_processor() -> CLIPProcessor:
-    return CLIPProcessor(image_processor=text.clip_pictures(), tokenizer=text.tokenizer(start=True, length=77))
+    return CLIPProcessor(image_processor=text.clip_images(), tokenizer=text.tokenizer(start=True, length=77))
 
 
 def _normalizer() -> Any:

@@ -58,7 +58,7 @@ def samples() -> list[Sample]:
         Sample("TextToVideoZeroSDXLPipeline", xl(), zero),
         Sample(
             "I2VGenXLPipeline",
-            {**sd(), "unet": _from_image, "feature_extractor": text.clip_pictures},
+            {**sd(), "unet": _from_image, "feature_extractor": text.clip_images},
             {**_MADE, "image": input_image(), "clip_skip": None},
         ),
         Sample(

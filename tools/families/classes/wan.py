@@ -26,7 +26,7 @@ from triptych.tools.make_model.text import WIDTH
 _TEXT: dict[str, Any] = {"prompt": PROMPT, "negative_prompt": "grey", "max_sequence_length": 32}
 _SMALL: dict[str, Any] = {**_TEXT, "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2}
 _SMALL_OF_FILM = {name: value for name, value in _SMALL.items() if name != "num_frames"}
-# Latents, a mask of as many channels as a latent has frames, and the picture's latents.
+# Latents, a mask of as many channels as a latent has frames, and the image's latents.
 _SEEING = {"in_channels": 4 + 4 + 4, "image_dim": WIDTH, "added_kv_proj_dim": 24}
 _FORCING: dict[str, Any] = {**_SMALL, "num_frames": 9, "base_num_frames": 9, "ar_step": 0}
 
@@ -53,7 +53,7 @@ def samples() -> list[Sample]:
             {
                 **_parts(lambda: ChronoEditTransformer3DModel(**_transformer(**_SEEING))),
                 "image_encoder": text.clip_vision,
-                "image_processor": text.clip_pictures,
+                "image_processor": text.clip_images,
             },
             {**_SMALL, "image": input_image()},
         ),
@@ -148,7 +148,7 @@ def _animate(name: str) -> Sample:
             inject_face_latents_blocks=2,
         ),
         image_encoder=text.clip_vision,
-        image_processor=text.clip_pictures,
+        image_processor=text.clip_images,
     )
     faces = [frame.resize((16, 16)) for frame in video_frames(5)]
     inputs = {**_SMALL_OF_FILM, "image": input_image(), "pose_video": video_frames(5), "face_video": faces}
@@ -170,7 +170,7 @@ def _skyreels(name: str, inputs: dict[str, Any]) -> Sample:
 def _skyreels_of_picture(name: str) -> Sample:
     eyes: dict[str, Component | None] = {
         "image_encoder": text.clip_vision_projection,
-        "image_processor": text.clip_pictures,
+        "image_processor": text.clip_images,
     }
     return Sample(name, {**_skyreels_parts(**_SEEING), **eyes}, {**_SMALL, "image": input_image()})
 
