@@ -26,8 +26,7 @@ from triptych.bus import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from triptych.actors.runtime.actor import Actor
-    from triptych.actors.runtime.address_book import AddressBook
+    from triptych.actors.runtime.actor import Actor, Incarnation
 
 _MAX_RECENT_DEAD_LETTERS: Final = 100
 
@@ -40,7 +39,7 @@ class ActorCell:
 
     Args:
         actor: not yet started.
-        address: of its mailbox.
+        incarnation: of its component.
         on_system: answers a system message on arrival, so it must not block.
         on_crash: told what went wrong when the actor cannot go on.
 
@@ -49,28 +48,27 @@ class ActorCell:
     def __init__(
         self,
         actor: Actor,
-        address: str,
+        incarnation: Incarnation,
         *,
-        generation: int,
-        restarts: int,
-        address_book: AddressBook,
         on_system: Callable[[ActorCell, Delivery], None],
         on_crash: Callable[[Actor, BaseException], None],
     ) -> None:
         self.actor = actor
         self.started = False
+        address_book = incarnation.address_book
         self.mailbox = Mailbox(
             actor.name,
-            address,
+            address_book.address(actor.name),
             actor.handlers.messages,
-            generation=generation,
+            generation=incarnation.generation,
             capacity=actor.mailbox_capacity,
             urgent=dict.fromkeys(SYSTEM_MESSAGES, self._answer_system_message),
             component_of=address_book.component_of,
             options=address_book.socket_options,
         )
-        actor.generation, actor.restarts, actor.address_book = generation, restarts, address_book
-        actor.outbox = Outbox(actor.name, generation, address_book.socket_options)
+        actor.generation, actor.restarts = incarnation.generation, incarnation.restarts
+        actor.address_book = address_book
+        actor.outbox = Outbox(actor.name, incarnation.generation, address_book.socket_options)
         self._on_system = on_system
         self._crash: Callable[[BaseException], None] = lambda error: on_crash(actor, error)
         actor._on_crash = self._crash

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import structlog
@@ -20,6 +21,20 @@ if TYPE_CHECKING:
 
 current_sender: ContextVar[Sender] = ContextVar("current_sender")
 """Sender of the message that this task handles; read it as `Actor.sender`. A test that calls a handler sets it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Incarnation:
+    """One run of a component: what the actors of its process have in common."""
+
+    address_book: AddressBook
+    """Where these and other actors are."""
+    generation: int = 0
+    """Never repeats and only grows; 0 outside a topology."""
+    restarts: int = 0
+    """How often the component has been restarted."""
+    kind: str = ""
+    """Kind of the component, for inspections: "head", "denoiser", ...; "" outside a topology."""
 
 
 class Actor:

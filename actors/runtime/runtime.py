@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
-    from triptych.actors.runtime.actor import Actor
-    from triptych.actors.runtime.address_book import AddressBook
+    from triptych.actors.runtime.actor import Actor, Incarnation
     from triptych.bus import Delivery
 
 _log = structlog.stdlib.get_logger("actors")
@@ -34,11 +33,8 @@ class Runtime:
     each other.
 
     Args:
-        actors: each runs at most once; addresses are looked up in `address_book` by their names.
-        book: where these and other actors are.
-        generation: of this incarnation, 0 outside a topology.
-        restarts: times that the component has been restarted.
-        kind: of the component, for inspections.
+        actors: each runs at most once; the address book has their addresses by name.
+        incarnation: of their component.
         supervisor: name of the supervisor to report to, "" for none.
         shutdown_s: bound in seconds of the drain, None for no bound.
         heartbeat_s: seconds between two heartbeats.
@@ -48,32 +44,21 @@ class Runtime:
     def __init__(
         self,
         actors: Sequence[Actor],
+        incarnation: Incarnation,
         *,
-        address_book: AddressBook,
-        generation: int = 0,
-        restarts: int = 0,
-        kind: str = "",
         supervisor: str = "",
         shutdown_s: float | None = 10.0,
         heartbeat_s: float = 1.0,
         import_s: float = 0.0,
     ) -> None:
         self.actors = tuple(actors)
-        self.kind = kind
+        self._incarnation = incarnation
         self._shutdown_s = shutdown_s
         self._import_s = import_s
         self._started_at = time.monotonic()
         self._stop_reason: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._cells = [
-            ActorCell(
-                actor,
-                address_book.address(actor.name),
-                generation=generation,
-                restarts=restarts,
-                address_book=address_book,
-                on_system=self._answer_system_message,
-                on_crash=self._on_crash,
-            )
+            ActorCell(actor, incarnation, on_system=self._answer_system_message, on_crash=self._on_crash)
             for actor in self.actors
         ]
         self.heartbeat: Heartbeat | None = None
@@ -197,7 +182,7 @@ class Runtime:
         actor = cell.actor
         return ActorStatus(
             name=actor.name,
-            kind=self.kind,
+            kind=self._incarnation.kind,
             pid=os.getpid(),
             generation=actor.generation,
             state=actor.state,

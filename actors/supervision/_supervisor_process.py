@@ -16,6 +16,7 @@ from setproctitle import setproctitle
 
 from triptych.actors.errors import OF_THE_MACHINE, StartError
 from triptych.actors.runtime import diagnostics
+from triptych.actors.runtime.actor import Incarnation
 from triptych.actors.runtime.address_book import SUPERVISOR, AddressBook, supervisor_of
 from triptych.actors.runtime.bus_keys import make_bus_keys
 from triptych.actors.runtime.runtime import Runtime
@@ -138,11 +139,10 @@ class SupervisorProcess:
         generations = GenerationCounter(self.topology.state_dir / "generations")
         launcher = self._launcher(usable_cores())
         supervisors = self._supervisors(generations, launcher)
+        generation = max(generations.next(supervisor.name) for supervisor in supervisors)
         runtime = Runtime(
             supervisors[::-1],  # the last to start drains first
-            address_book=AddressBook(self.topology),
-            generation=max(generations.next(supervisor.name) for supervisor in supervisors),
-            kind=SUPERVISOR,
+            Incarnation(AddressBook(self.topology), generation, kind=SUPERVISOR),
             shutdown_s=None,  # each child has its own bound
         )
         loop = asyncio.get_running_loop()

@@ -24,6 +24,7 @@ from setproctitle import setproctitle
 from triptych.actors.child_state import ChildState
 from triptych.actors.errors import ActorCrashedError, StartDelayedError, StartError, TopologyError, describe
 from triptych.actors.runtime import diagnostics, logs
+from triptych.actors.runtime.actor import Incarnation
 from triptych.actors.runtime.address_book import AddressBook
 from triptych.actors.runtime.heartbeat import report_final_state
 from triptych.actors.runtime.runtime import Runtime
@@ -99,10 +100,7 @@ async def _run(
     _check_names(component, actors)
     runtime = Runtime(
         actors,
-        address_book=address_book,
-        generation=options.generation,
-        restarts=options.restarts,
-        kind=component.kind,
+        Incarnation(address_book, options.generation, options.restarts, component.kind),
         supervisor=options.supervisor,
         shutdown_s=topology.supervision.shutdown_s,
         heartbeat_s=topology.supervision.heartbeat_s,

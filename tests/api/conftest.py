@@ -16,7 +16,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from triptych.actors import AddressBook, load_topology
+from triptych.actors import AddressBook, Incarnation, load_topology
 from triptych.actors.runtime.runtime import Runtime
 from triptych.api.app import make_app
 from triptych.api.body import BodyLimiter
@@ -356,9 +356,7 @@ async def runtime(topology):
     """The api's process but for the process: enter it to start."""
     component = topology.component("api")
     shutdown_s = topology.supervision.shutdown_s
-    return Runtime(
-        build(component, topology), address_book=AddressBook(topology), generation=1, kind="api", shutdown_s=shutdown_s
-    )
+    return Runtime(build(component, topology), Incarnation(AddressBook(topology), 1, kind="api"), shutdown_s=shutdown_s)
 
 
 @pytest.fixture

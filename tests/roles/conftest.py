@@ -17,7 +17,7 @@ import pytest
 import structlog
 import uvloop
 
-from triptych.actors import Actor, AddressBook, Topology, load_topology
+from triptych.actors import Actor, AddressBook, Incarnation, Topology, load_topology
 from triptych.actors.runtime.runtime import Runtime
 from triptych.bus import Message, RefusedError
 from triptych.roles.messages import stages
@@ -116,7 +116,7 @@ class LocalCluster:
         self.processes: dict[str, asyncio.subprocess.Process] = {}
 
     async def start(self, *actors: Actor, generation: int = 1, kind: str = "") -> Runtime:
-        runtime = Runtime(actors, address_book=self.address_book, generation=generation, kind=kind, shutdown_s=5.0)
+        runtime = Runtime(actors, Incarnation(self.address_book, generation, kind=kind), shutdown_s=5.0)
         await runtime.__aenter__()
         self.runtimes[actors[0].name] = runtime
         self.actors.update({actor.name: actor for actor in actors})

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from tests.messages import bodies_of
 from tests.ports import free_ports
 from tests.roles.head.test_head import finished, run_scenario, running_head, topology
-from triptych.actors import Actor, AddressBook, Topology
+from triptych.actors import Actor, AddressBook, Incarnation, Topology
 from triptych.actors.runtime.runtime import Runtime
 from triptych.actors.runtime.system_messages import Inspect, Shutdown
 from triptych.bus import Envelope, EnvelopeKind, Message, Outbox, Reference, RemoteError
@@ -113,7 +113,7 @@ def actors(topology: Callable[..., Topology]) -> Callable[[str], AbstractAsyncCo
             context.model_loaded(Signature(), 1)
             context.model_known("model", "cpu")
             context.pool_mapped()
-        async with Runtime(inside, address_book=address_book, generation=1):
+        async with Runtime(inside, Incarnation(address_book, 1)):
             yield outbox.reference(name, address_book.address(name))
             outbox.close()
 

@@ -16,7 +16,7 @@ from typing import Final
 import uvloop
 import zmq
 
-from triptych.actors import Actor, AddressBook
+from triptych.actors import Actor, AddressBook, Incarnation
 from triptych.actors.runtime.runtime import Runtime
 from triptych.bus import CurveKeys, Mailbox, Message, Outbox, SocketOptions
 
@@ -56,7 +56,7 @@ async def serve_actor(address: str, keys: CurveKeys) -> None:
     """Answer forever from a handler of an actor."""
     book = AddressBook(None, {NAME: address})
     book.socket_options = SocketOptions(curve=keys)
-    async with Runtime([EchoActor(NAME)], address_book=book) as runtime:
+    async with Runtime([EchoActor(NAME)], Incarnation(book)) as runtime:
         _ready()
         await runtime.wait()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from triptych.actors import Actor, ActorCrashedError, AddressBook, DeferredReply
+from triptych.actors import Actor, ActorCrashedError, AddressBook, DeferredReply, Incarnation
 from triptych.actors.runtime.runtime import Runtime
 from triptych.bus import (
     Message,
@@ -159,7 +159,7 @@ class RuntimeHarness:
 
     def __init__(self, folder: Path, *actors: Actor) -> None:
         self.address_book = AddressBook(None, {actor.name: f"ipc://{folder}/{actor.name}" for actor in actors})
-        self.runtime = Runtime(actors, address_book=self.address_book, generation=7, restarts=2, kind="test")
+        self.runtime = Runtime(actors, Incarnation(self.address_book, 7, restarts=2, kind="test"))
         self.outbox = Outbox("client")
 
     def reference(self, name: str) -> Reference:

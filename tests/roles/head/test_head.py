@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import msgspec
 import pytest
 
-from triptych.actors import Actor, AddressBook, Topology, load_topology
+from triptych.actors import Actor, AddressBook, Incarnation, Topology, load_topology
 from triptych.actors.runtime.bus_keys import make_bus_keys
 from triptych.actors.runtime.runtime import Runtime
 from triptych.actors.runtime.system_messages import (
@@ -195,9 +195,9 @@ async def running_head(
     pool = pool or Pool("pool")
     head = Head(topology)
     async with (
-        Runtime([pool], address_book=address_book, generation=generation) as pools_process,
-        Runtime(list(workers.values()), address_book=address_book, generation=generation),
-        Runtime([head], address_book=address_book, generation=generation),
+        Runtime([pool], Incarnation(address_book, generation)) as pools_process,
+        Runtime(list(workers.values()), Incarnation(address_book, generation)),
+        Runtime([head], Incarnation(address_book, generation)),
     ):
         harness = HeadHarness(head, outbox.reference("head", address_book.address("head")), pool, workers)
         harness.kill_pool = pools_process._close
@@ -494,7 +494,7 @@ def test_where_nothing_can_be_served_any_more_nothing_is_accepted(topology: Call
         made_topology = topology(supervision="")
         make_bus_keys(made_topology)
         async with (
-            Runtime([Supervisor("supervisor")], address_book=AddressBook(made_topology), generation=1),
+            Runtime([Supervisor("supervisor")], Incarnation(AddressBook(made_topology), 1)),
             running_head(made_topology) as harness,
             asyncio.timeout(BOUND_S),
         ):
