@@ -1,4 +1,4 @@
-"""Decides who may connect over tcp: answers ZMQ's question for each CURVE handshake (ZAP, RFC 27)."""
+"""Decides who may connect over tcp: answers the request that ZMQ makes for each CURVE handshake (ZAP, RFC 27)."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ _authenticators: WeakKeyDictionary[zmq.Context[zmq.Socket[bytes]], CurveAuthenti
 
 
 class CurveAuthenticator:
-    """Lets in who proves to have the key pair of the mailbox itself, and nobody else.
+    """Accepts a peer that has proved to have the key pair of the mailbox itself, and no other.
 
-    ZMQ asks at one address in each context, so the mailboxes of a context share a gate, on the loop of the first.
-    The domain of a question is the mailbox's public key. Without a gate ZMQ lets nobody in (`ZAP_ENFORCE_DOMAIN`).
+    ZMQ asks at one address in each context, so the mailboxes of a context share an authenticator, on the loop of the
+    first. The domain of a request is the mailbox's public key. Without an authenticator ZMQ accepts nobody
+    (`ZAP_ENFORCE_DOMAIN`).
     """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
-        """Use `shared_authenticator`, which shares it."""
+        """Bind the address in `context`; call `shared_authenticator` in place of this."""
         self.users = 0
         self.refused = 0
-        """Connections that were turned away for their key."""
+        """Connections that were refused for their key."""
         socket = context.socket(zmq.ROUTER)
         socket.bind(_ADDRESS)
         self._context, self._socket = context, socket
         self._pump = Pump(socket, self._on_request)
 
     def close(self) -> None:
-        """Give up one use; after the last one nobody is let in any more."""
+        """Release one use; after the last one nobody is accepted any more."""
         self.users -= 1
         if not self.users:
             del _authenticators[self._context]
-            self._socket.unbind(_ADDRESS)  # free at once for a successor, not when ZMQ gets round to the socket
+            self._socket.unbind(_ADDRESS)  # free at once for a successor, not when ZMQ's thread closes the socket
             self._pump.close()
 
     def _on_request(self, frames: list[bytes]) -> None:
@@ -51,9 +52,9 @@ class CurveAuthenticator:
 
 
 def shared_authenticator(context: zmq.Context[zmq.Socket[bytes]]) -> CurveAuthenticator:
-    """Return the gate of a context, made at its first use; `close` it when the mailbox closes."""
-    gate = _authenticators.get(context)
-    if gate is None:
-        gate = _authenticators[context] = CurveAuthenticator(context)
-    gate.users += 1
-    return gate
+    """Return the authenticator of a context, made at its first use; `close` it when the mailbox closes."""
+    authenticator = _authenticators.get(context)
+    if authenticator is None:
+        authenticator = _authenticators[context] = CurveAuthenticator(context)
+    authenticator.users += 1
+    return authenticator

@@ -1,4 +1,4 @@
-"""Binds a socket to its address, and for ipc owns the file that stands for it."""
+"""Binds a socket to its address, and for ipc owns the socket file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BACKLOG: Final = 128
 
 
 class Binding:
-    """A bound address; `release` makes an ipc or inproc address free at once, not when ZMQ gets round to it."""
+    """A bound address; `release` frees an ipc or inproc address at once, not when ZMQ's thread closes the socket."""
 
     def __init__(self, socket: zmq.Socket[bytes], address: Address, text: str) -> None:
         """Bind; raises `AddressError` when a live process serves the address or it cannot be bound."""
@@ -27,8 +27,8 @@ class Binding:
         self._path: Path | None = None
         self._inode = 0
         if address.scheme == "ipc":
-            # ZMQ would unlink whatever is there, even a live mailbox, and once more some time after its
-            # close, when it may be the file of a successor. So the listener and its file are ours.
+            # ZMQ would unlink whatever is there, even the file of a live mailbox, and once more some time after the
+            # close, when it may be the file of a successor. So this class makes the listener and its file.
             self._path = Path(address.target)
             descriptor = _listen(self._path)
             self._inode = self._path.stat().st_ino
@@ -43,7 +43,7 @@ class Binding:
         if self._inproc is not None:
             self._socket.unbind(self._inproc)
         if self._path is not None:
-            # A run folder that was removed before us leaves nothing to release.
+            # The run folder may have been removed already, and the file with it.
             with contextlib.suppress(FileNotFoundError):
                 if self._path.stat().st_ino == self._inode:
                     self._path.unlink()
@@ -63,7 +63,7 @@ def _listen(path: Path) -> int:
 
 
 def _make_private_folder(folder: Path) -> None:
-    """Make it for this user alone; one that is already there must be so. Who can enter it can speak."""
+    """Make a folder for this user alone, or check that an existing one is: whoever can enter it can send messages."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -74,10 +74,10 @@ def _make_private_folder(folder: Path) -> None:
 
 
 def remove_if_stale(path: Path) -> None:
-    """Remove a socket that a killed process left behind; raises `AddressError` when it is served, or no socket."""
+    """Remove a socket that a killed process left behind; raises `AddressError` if it is served, or no socket."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise AddressError(f"{path} is in the way: it is no socket")
+            raise AddressError(f"{path} is there already and is no socket")
     except FileNotFoundError:
         return
     with unix.socket(unix.AF_UNIX, unix.SOCK_STREAM | unix.SOCK_NONBLOCK) as probe:

@@ -1,4 +1,4 @@
-"""Messages that nobody handled: counted, and the last ones readable."""
+"""Dead letters, messages that were not handled: how many, and the last ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from triptych.bus._wire import Envelope
 
 MAX_RECENT: Final = 100
-_MAX_DETAIL_CHARACTERS: Final = 500  # characters; what a peer wrote may have a megabyte
+_MAX_DETAIL_CHARACTERS: Final = 500  # a peer may have written a megabyte
 _LOG_EVERY_S: Final = 1.0
 _log = structlog.stdlib.get_logger("bus")
 
@@ -24,7 +24,7 @@ class DeadLetter(msgspec.Struct, frozen=True, array_like=True, gc=False):
     at: float
     """Unix seconds."""
     reason: str
-    """A `FailureCode`, or what else became of it: "unreadable", "late_reply", "peer_gone", ..."""
+    """A `FailureCode`, or another reason: "unreadable", "late_reply", "peer_gone", ..."""
     to: str
     """Intended receiver, "" if the envelope could not be read."""
     sender: str

@@ -1,4 +1,4 @@
-"""What can go wrong between two actors."""
+"""The errors of the bus."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class AddressError(BusError):
 
 
 class MailboxFullError(BusError):
-    """The receiver's bounded queue, or this side's queue towards it, has no room: it was not taken in."""
+    """The receiver's bounded queue, or this side's queue towards it, has no room; the message was not accepted."""
 
 
 class MessageTooLongError(BusError):
@@ -28,7 +28,7 @@ class UnreachableError(BusError):
 
 
 class HandshakeRefusedError(UnreachableError):
-    """The peer, or whoever has its address now, does not have this side's CURVE keys; nothing was sent."""
+    """The peer, or another process at its address, does not have this side's CURVE keys; nothing was sent."""
 
 
 class _CodedError(BusError):

@@ -1,4 +1,4 @@
-"""Who is to be told when an inproc mailbox closes: ZMQ's monitor does not see inproc connections."""
+"""Announces that an inproc mailbox has closed: ZMQ's monitor does not see inproc connections."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def watch(name: str, key: int, closed: Callable[[], None]) -> None:
 
 
 def unwatch(name: str, key: int) -> None:
-    """Forget the watch, if it is still there."""
+    """Remove a watch; no-op if there is none."""
     _watches.get(name, {}).pop(key, None)
 
 
 def announce_closed(name: str) -> None:
-    """Tell everyone who watches; safe across threads."""
+    """Call every watch of a mailbox on its own loop; safe across threads."""
     for loop, closed in _watches.pop(name, {}).values():
         if not loop.is_closed():
             loop.call_soon_threadsafe(closed)

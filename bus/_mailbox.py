@@ -39,7 +39,7 @@ _FENCED_SENDERS: Final = 4096  # generations remembered; more than any deploymen
 
 
 class Delivery:
-    """A message that arrived, and the way back to who sent it."""
+    """A message that arrived, and how to answer it."""
 
     __slots__ = ("_expires_at", "_mailbox", "_route", "answered", "envelope", "message")
 
@@ -62,9 +62,9 @@ class Delivery:
         return time.monotonic() >= self._expires_at
 
     def reply(self, message: Message) -> None:
-        """Answer an ask; the answer to a tell is dropped, for nobody waits for it.
+        """Answer an ask; the answer to a tell is dropped.
 
-        Never blocks, and never raises for the peer's sake: an answer that cannot be delivered (asker gone,
+        Never blocks, and raises nothing when the peer fails: an answer that cannot be delivered (asker gone,
         its queue full) is a dead letter of this mailbox, one that is too long reaches the asker as
         "invalid_message". Raises `BusError` when the ask has been answered already.
         """
@@ -72,7 +72,7 @@ class Delivery:
             self._answer(EnvelopeKind.REPLY, message)
 
     def fail(self, code: str, detail: str) -> None:
-        """Answer with `Failure(code, detail)`; to a tell too, whose sender counts it as a dead letter.
+        """Answer an ask or a tell with `Failure(code, detail)`; the sender of a tell records it as a dead letter.
 
         Raises `BusError` when the message has been answered already.
         """
@@ -104,8 +104,8 @@ class Mailbox:
         capacity: most messages that wait, apart from the one being handled.
         urgent: more messages that this actor accepts, each with the function that answers it as soon as it has
             arrived: they never wait, and find room when the queue is full. The function must not block.
-        component_of: the component that a sender belongs to, whose generation is its own; "" for a sender that has
-            none that counts. By default every sender is a component.
+        component_of: returns the component of a sender, by which generations are compared; "" for a sender whose
+            generation is not compared. By default every sender is a component.
         options: of its socket.
 
     Raises:
@@ -229,7 +229,7 @@ class Mailbox:
             self._wake_consumer()
 
     def _validate(self, envelope: Envelope, body: memoryview, size: int) -> Message:
-        """Return the message; raises `RefusedError` with why it is not taken in."""
+        """Return the message; raises `RefusedError` when it is not to be accepted."""
         if envelope.kind is not EnvelopeKind.ASK and envelope.kind is not EnvelopeKind.TELL:
             raise RefusedError(FailureCode.INVALID_MESSAGE, "an answer was sent to a mailbox")
         if size > self.options.max_message_bytes:

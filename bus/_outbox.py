@@ -47,15 +47,15 @@ _ESTABLISHED: Final = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
 _DISCONNECTED: Final = int(zmq.EVENT_DISCONNECTED)
 _REFUSED: Final = (int(zmq.EVENT_HANDSHAKE_FAILED_AUTH), int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL))
 _HANDSHAKE_BROKEN_OFF: Final = int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
-# Who cannot read our greeting hangs up, and ZMQ tries again every 20 ms for ever. A peer that dies in the middle of
-# a handshake does the same, but not this often within this many seconds.
+# A peer that cannot read our greeting closes the connection, and ZMQ tries again every 20 ms for ever. So does one that
+# dies in the middle of a handshake, but not this often within this many seconds.
 _MAX_FAILED_HANDSHAKES: Final = 3
 _FAILED_HANDSHAKES_WITHIN_S: Final = 1.0
 _keys = itertools.count(1)
 
 
 class Outbox:
-    """Everything one actor incarnation sends leaves through here, all on one event loop.
+    """Sends the messages of one incarnation of an actor, on one event loop.
 
     Args:
         name: the sending actor's name.
@@ -129,19 +129,19 @@ class Reference:
     def tell(self, message: Message) -> None:
         """Send and forget; needs a running loop.
 
-        Best effort: it is lost without a word when the peer dies before handling it, or before it left this
-        process. What the peer refuses comes back as a dead letter of the outbox. Raises `MailboxFullError` when
-        the queue towards the peer is full, and `MessageTooLongError`.
+        Best effort: it is lost silently when the peer dies before it handles the message, or this process before
+        the message is sent. What the peer refuses comes back as a dead letter of the outbox. Raises
+        `MailboxFullError` when the queue towards the peer is full, and `MessageTooLongError`.
         """
         message_id = next(self._outbox.message_ids)
         self._connect().send(message_id, self._frame(EnvelopeKind.TELL, message_id, 0.0, message))
 
     def down(self) -> Coroutine[Any, Any, None]:
-        """Await it to learn that the peer went down: its process died, or it closed the mailbox.
+        """Return a coroutine that ends when the peer goes down: its process died, or it closed the mailbox.
 
-        It watches the connection of the moment of the call, not of the first await, and connects if there is
-        none; a peer that is not there yet has to come before it can go, or to refuse the handshake. Raises
-        `UnreachableError` when this side closes.
+        It watches the connection as of this call, not of the first await, and connects if there is none. A peer that
+        is not there yet is waited for; one that refuses the handshake is down. Raises `UnreachableError` when this
+        side closes.
         """
         return self._connect().down()
 
@@ -183,10 +183,10 @@ class _Ask(NamedTuple):
 
 
 class _Connection:
-    """Lives from `connect` to the loss of the connection, then never again.
+    """One connection to one peer: a DEALER, its monitor, and the asks that wait for an answer.
 
-    A fresh one for each incarnation of the peer makes the loss exact: ZMQ would carry what is queued over to
-    the successor, after the asks had been failed.
+    It is not used again after a loss. A new one for each incarnation of the peer keeps its messages apart: ZMQ would
+    send what is queued to the successor, after the asks had failed.
     """
 
     def __init__(
@@ -207,8 +207,8 @@ class _Connection:
         self._asks: dict[int, _Ask] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
-        self._unsent: dict[int, bytes] = {}  # frames by message number, until the connection stands
-        self._established = address.scheme == "inproc"  # ZMQ's monitor does not see those: nothing to wait for
+        self._unsent: dict[int, bytes] = {}  # frames by message number, until the connection is established
+        self._established = address.scheme == "inproc"  # which ZMQ's monitor does not see
         self._ended = asyncio.Event()
         self._closed_here = False
         self._failed_handshakes: deque[float] = deque(maxlen=_MAX_FAILED_HANDSHAKES)
@@ -230,7 +230,7 @@ class _Connection:
     def send(self, message_id: int, frame: bytes) -> None:
         """Queue the frame of message `message_id` towards the peer; raises `MailboxFullError`.
 
-        It is handed to ZMQ when the connection stands: an ask that is given up before is never sent.
+        ZMQ gets it once the connection is established: an ask that is given up before is never sent.
         """
         if not self._established:
             if len(self._unsent) >= 2 * self._high_water_mark:
@@ -273,7 +273,7 @@ class _Connection:
         endpoint = f"inproc://bus.monitor.{self._key}"
         socket.monitor(endpoint, _ESTABLISHED | _DISCONNECTED | _HANDSHAKE_BROKEN_OFF | sum(_REFUSED))
         events = context.socket(zmq.PAIR)
-        events.setsockopt(zmq.RCVHWM, 0)  # were it full, ZMQ's thread would block on it, and with it all sockets
+        events.setsockopt(zmq.RCVHWM, 0)  # no limit: at one, ZMQ's thread would block, and with it all sockets
         events.connect(endpoint)
         return Pump(events, self._on_monitor_event)
 
@@ -312,7 +312,7 @@ class _Connection:
 
     def _close(self, why: UnreachableError) -> None:
         if self._monitor is not None:
-            # Before its reader goes: ZMQ's thread would block for ever on an event that nobody can take.
+            # Before its reader is closed: ZMQ's thread would block for ever on an event that nobody reads.
             self._socket.disable_monitor()
             self._monitor.close()
         self._pump.close()
@@ -354,7 +354,7 @@ class _Connection:
 
     def _error_from(self, envelope: Envelope, body: memoryview) -> BusError:
         if envelope.kind is not EnvelopeKind.FAILURE:
-            return RemoteError(FailureCode.INVALID_MESSAGE, f"{self._peer} answered with no answer")
+            return RemoteError(FailureCode.INVALID_MESSAGE, f"{self._peer} sent a message in place of an answer")
         failure = decode_failure(body)
         if failure.code == FailureCode.MAILBOX_FULL:
             return MailboxFullError(failure.detail)

@@ -1,8 +1,8 @@
 """Drives one ZMQ socket from an asyncio loop through its file descriptor.
 
-The descriptor of a ZMQ socket is edge triggered: it tells that something changed, once. So every wake-up
-reads until EAGAIN, and because a send may use up the edge of a message that arrived meanwhile, every send
-is followed by a look at EVENTS. `zmq.asyncio` does the same at about three times the price.
+The descriptor of a ZMQ socket is edge triggered: it signals a change once. So every wake-up
+reads until EAGAIN, and because a send may consume the edge of a message that arrived meanwhile, every send
+is followed by a check of EVENTS. `zmq.asyncio` does the same at about three times the price.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _MORE: Final = int(zmq.SNDMORE | zmq.NOBLOCK)
 _EVENTS: Final = int(zmq.EVENTS)  # plain numbers: pyzmq looks an enum up on every call
 _POLLIN: Final = int(zmq.POLLIN)
 _RCVMORE: Final = int(zmq.RCVMORE)
-_MAX_FRAMES: Final = 16  # kept of one message: more than any that is in order has
-_MAX_MESSAGES_PER_TURN: Final = 256  # messages read in one go, so that a flood cannot starve the loop
+_MAX_FRAMES: Final = 16  # kept of one message; a valid one has fewer
+_MAX_MESSAGES_PER_TURN: Final = 256  # so that a flood cannot starve the loop
 
 
 class Pump:
@@ -36,7 +36,7 @@ class Pump:
         self._descriptor = int(socket.getsockopt(zmq.FD))
         self._scheduled = False
         self.loop.add_reader(self._descriptor, self._on_readable)
-        self._schedule()  # what came before the reader was there has used up its edge
+        self._schedule()  # the edge of what came before the reader was added is gone
 
     def send(self, *frames: bytes) -> None:
         """Queue one message, whole or not at all. Raises `zmq.Again` (full), `zmq.ZMQError` EHOSTUNREACH."""
@@ -48,7 +48,7 @@ class Pump:
             self._schedule()
 
     def drain(self) -> None:
-        """Hand over everything that has arrived by now."""
+        """Read everything that has arrived by now."""
         while not self._read():
             pass
 
@@ -72,7 +72,7 @@ class Pump:
         try:
             drained = self._read()
         finally:
-            # Also when `on_message` raised: the edge is used up, the messages behind that one are not.
+            # Also when `on_message` raised: the edge is gone, and more messages may wait.
             if not drained:
                 self._schedule()
 

@@ -1,4 +1,4 @@
-"""How the sockets of the bus are set up."""
+"""Makes the sockets of the bus."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from triptych.bus._errors import AddressError
 
 RECONNECT_FIRST_MS: Final = 20
 RECONNECT_LAST_MS: Final = 250
-_CONNECT_MS: Final = 1_000  # else the kernel's own patience, which doubles while a host is away
+_CONNECT_MS: Final = 1_000  # the kernel's own time-out doubles while a host is away
 _HANDSHAKE_MS: Final = 3_000  # a peer that sends nothing holds a descriptor this long
 _HEARTBEAT_EVERY_MS: Final = 1_000
 _HEARTBEAT_LOST_MS: Final = 3_000
@@ -40,7 +40,7 @@ class CurveKeys(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, secret: str) -> CurveKeys:
-        """Return the pair of a secret half; raises `ValueError` for text that is none."""
+        """Return the pair of a secret half; raises `ValueError` for any other text."""
         half = secret.encode()
         try:
             return cls(zmq.curve_public(half), half)

@@ -44,7 +44,7 @@ class Message(
 
 
 class EnvelopeKind(Enum):
-    """What an envelope asks of its receiver."""
+    """Whether an envelope has a message (tell, ask) or an answer (reply, failure)."""
 
     TELL = 0
     ASK = 1
@@ -75,7 +75,7 @@ class Sender(NamedTuple):
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fields=True):
-    """Who sends what to whom, and until when an answer is of use."""
+    """The head of every message on the wire: receiver, sender, kind and deadline."""
 
     to: Name
     """Name of the receiving actor."""
@@ -88,7 +88,7 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True, gc=False, forbid_un
     reply_to: MessageId
     """`message_id` of the message that this one answers; 0 if it answers none."""
     timeout_s: Annotated[float, Meta(ge=0)]
-    """Seconds from the sending of an ask in which its answer is of use; 0.0 in what is no ask.
+    """Seconds that the sender of an ask waits for the answer, from sending; 0.0 for any other kind.
 
     A duration and not a point in time: the clocks of two processes may differ, and either may be set meanwhile.
     """
@@ -97,7 +97,7 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True, gc=False, forbid_un
 
 
 class Failure(Message):
-    """The body of an envelope of kind `FAILURE`: a typed "no"."""
+    """The body of an envelope of kind `FAILURE`."""
 
     code: str
     """One of `FailureCode`, or a code of the handler's own."""
@@ -116,7 +116,7 @@ class UnreadableError(Exception):
 
 
 class BadBodyError(Exception):
-    """The envelope is fine, the body is not: `code` is "unknown_message" or "invalid_message"."""
+    """The body cannot be decoded, the envelope can: `code` is "unknown_message" or "invalid_message"."""
 
     def __init__(self, code: FailureCode, detail: str) -> None:
         super().__init__(f"{code}: {detail}")
@@ -175,7 +175,7 @@ class BodyDecoder:
 
 
 def decode_failure(body: memoryview) -> Failure:
-    """Return the body of an envelope of kind `FAILURE`; one that cannot be read is a failure, too."""
+    """Return the body of an envelope of kind `FAILURE`; if it cannot be read, a failure that says so."""
     try:
         return _decode_failure(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -184,7 +184,7 @@ def decode_failure(body: memoryview) -> Failure:
 
 @cache
 def decoder_of(*messages: type[Message]) -> BodyDecoder:
-    """Return the decoder of `messages`, made once for each combination that the program asks for."""
+    """Return the decoder of `messages`; each combination is made once."""
     return BodyDecoder(messages)
 
 

@@ -59,15 +59,15 @@ class Actor:
     name: str
     """"head", "denoiser-0", "denoiser-0.transfer", ..."""
     generation: int
-    """Of this incarnation; never repeats. Set before `started`."""
+    """Generation of this incarnation; never repeats. Set before `started`."""
     restarts: int
-    """Times that this component has been restarted. Set before `started`."""
+    """How often this component has been restarted. Set before `started`."""
     log: structlog.stdlib.BoundLogger
-    """Bound to the name; request_id comes by itself where a message has one."""
+    """Bound to the name; within a handler also to the `request_id` of a message that has one."""
     outbox: Outbox
-    """The way to others. Set before `started`."""
+    """Sends this actor's messages. Set before `started`."""
     address_book: AddressBook
-    """Where others are. Set before `started`."""
+    """The addresses of other actors. Set before `started`."""
     start_s: dict[str, float]
     """Seconds that parts of `started` took, such as "weights"; for the log and the supervisor."""
 
@@ -96,21 +96,21 @@ class Actor:
         return current_sender.get()
 
     async def started(self) -> None:
-        """Load what the actor needs; it is ready when this returns, unless it has set a state of its own.
+        """Load what the actor needs; the actor is ready when this returns, unless it has set another state.
 
         Messages wait meanwhile. Raises `StartError` with a sentence when it can never work, and
         `StartDelayedError` when it cannot now.
         """
 
     async def stopping(self) -> None:
-        """Drain: finish or hand back what is running. Messages are still handled; bounded by `shutdown_s`."""
+        """Finish or give back what is running. Messages are still handled; bounded by `shutdown_s`."""
 
     def stats(self) -> dict[str, int | float | str | bool]:
-        """Extra facts for an `Inspection`, such as credits; must not block."""
+        """Return more about the actor for an `Inspection`, such as its slots; must not block."""
         return {}
 
     def watchdog(self) -> str | None:
-        """A reason when work hangs, else None. Asked before each heartbeat; a reason holds the heartbeat back."""
+        """Return a reason if work hangs, else None. Called before each heartbeat, which a reason withholds."""
         return None
 
     def set_state(self, state: ChildState, detail: str = "") -> None:
@@ -120,7 +120,7 @@ class Actor:
             self._on_state()
 
     def reference(self, name: str) -> Reference:
-        """Whom to ask or tell: a component ("head") or an actor within one ("denoiser-0.transfer")."""
+        """Return a component ("head") or an actor within one ("denoiser-0.transfer"), to ask or tell it."""
         return self.outbox.reference(name, self.address_book.address(name))
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any], *, name: str) -> asyncio.Task[Any]:
@@ -138,7 +138,7 @@ class Actor:
 
 
 def _ignore_state_change() -> None:
-    """An actor that is not in a runtime yet."""
+    """No-op, for an actor that is not in a runtime."""
 
 
 def _raise(error: BaseException) -> None:

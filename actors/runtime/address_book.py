@@ -19,9 +19,9 @@ SUPERVISOR: Final = "supervisor"
 
 
 class AddressBook:
-    """Addresses follow from the topology, so nobody has to be asked where somebody is.
+    """The addresses of actors, which follow from the topology alone.
 
-    `extra` adds addresses or goes before those of the topology; with `topology=None` it is the whole book.
+    `extra` adds addresses and overrides those of the topology; with `topology=None` there are no others.
     """
 
     def __init__(self, topology: Topology | None, extra: Mapping[str, str] | None = None) -> None:
@@ -31,14 +31,14 @@ class AddressBook:
         self._addresses.update(extra or {})
 
     def address(self, name: str) -> str:
-        """Address of a component, of a supervisor, or of an actor within a component ("x.transfer").
+        """Return the address of a component, of a supervisor, or of an actor within a component ("x.transfer").
 
-        Raises `UnknownNameError`, a `KeyError` with a sentence, for a name that the topology does not lead to.
+        Raises `UnknownNameError`, a `KeyError` with a sentence, for an unknown name.
         """
         known = self._addresses.get(name)
         if known is not None:
             return known
-        if "." in name:  # within a process there is one context, so only its own actors can be meant
+        if "." in name:  # an actor of this process: all of them share one context
             return f"inproc://{name}"
         if self._run_dir is not None and _is_supervisor(name):
             return f"ipc://{self._run_dir}/{name}"
@@ -62,7 +62,7 @@ class AddressBook:
         return component if known or component == SUPERVISOR else ""
 
     def supervisors(self) -> tuple[str, ...]:
-        """Names of the supervisors with a socket in the run folder, running or left behind by a crash."""
+        """Return the names of the supervisors with a socket in the run folder, running or left behind by a crash."""
         if self._run_dir is None or not self._run_dir.is_dir():
             return ()
         sockets = (path.name for path in self._run_dir.iterdir() if path.is_socket())
@@ -70,7 +70,7 @@ class AddressBook:
 
 
 def supervisor_of(component: str) -> str:
-    """Name of the small supervisor that runs a component on its own, as with `up --only`."""
+    """Return the name of the small supervisor that runs a component on its own, as with `up --only`."""
     return f"{SUPERVISOR}-{component}"
 
 

@@ -1,4 +1,4 @@
-"""SIGUSR1: what is this process doing? Its tasks, and what waits in its mailboxes, to stderr."""
+"""Writes the mailboxes and tasks of a process to stderr, on SIGUSR1."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def dump_tasks(runtime: Runtime, stream: TextIO | None = None) -> None:
 
 
 def _frames(awaited: Any) -> Iterator[FrameType]:
-    """Those of a coroutine and of all that it awaits, outermost first; `Task.get_stack` stops at the first."""
+    """Yield the frames of a coroutine and of all that it awaits, outermost first; `get_stack` has only the first."""
     while awaited is not None:
         frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None)
         if frame is None:

@@ -16,7 +16,7 @@ _POSITIONAL: Final = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSIT
 
 
 class DeferredReply(Generic[R]):
-    """What a handler returns to answer when a coroutine has finished, and meanwhile take the next message.
+    """Returned by a handler to answer when a coroutine has finished; meanwhile the actor handles the next messages.
 
     OTP's `{noreply, State}` followed by `gen_server:reply`. The handler is annotated with `DeferredReply[Reply]`. The
     coroutine runs as a task of the actor: `bus.RefusedError` in it answers the ask, any other exception also crashes
@@ -48,10 +48,10 @@ class Handlers(dict[type[Message], Handler]):
 
 
 def read_handlers(cls: type) -> Handlers:
-    """The handlers of a class and its bases.
+    """Return the handlers of a class and its bases.
 
     Raises `TypeError` with a sentence when an annotation cannot be resolved, when a method that takes a message
-    is not `async`, takes more than the message, or does not say what it replies, and when two methods take the
+    is not `async`, takes more than the message, or does not say what it replies, or when two methods take the
     same message.
     """
     found = Handlers()

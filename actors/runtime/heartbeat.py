@@ -1,4 +1,4 @@
-"""What a process tells its supervisor by itself: its state when it changes, and that it is alive."""
+"""Reports changes of state and heartbeats of a process to its supervisor."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _log = structlog.stdlib.get_logger("actors")
 
 
 class Heartbeat:
-    """Tells the supervisor of the component whose actors these are.
+    """Reports the state of a process, and that it is alive, to its supervisor.
 
-    A heartbeat means two things: the loop of this process turns, and no actor says that its work hangs.
+    A heartbeat means that the event loop of the process runs and that no actor has reported a hang.
     """
 
     def __init__(
@@ -43,19 +43,19 @@ class Heartbeat:
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Begin; the actors have their outboxes by now."""
+        """Send the first heartbeat, and the next ones until `stop`; the actors need their outboxes."""
         for actor in self._actors:
             actor._on_state = self._report_state
         self._send_heartbeat()
 
     def started(self, seconds: dict[str, float]) -> None:
-        """Every actor has started, and its parts took so many seconds: from now on, silence counts as a hang."""
+        """Report that every actor has started, and the seconds of each part: from now on, silence counts as a hang."""
         self._start_s = seconds
         component = self._actors[0]
         self._tell(ChildHeartbeat(component.name, component.generation, seconds))
 
     def stop(self) -> None:
-        """End."""
+        """Send no more."""
         if self._timer is not None:
             self._timer.cancel()
         for actor in self._actors:
@@ -91,7 +91,7 @@ class Heartbeat:
 
 
 def process_state(actors: Sequence[Actor]) -> tuple[ChildState, str]:
-    """State and detail of a process: hung if work of any actor hangs, ready when every actor is. Pure."""
+    """Return state and detail of a process: hung if work of any actor hangs, ready when every actor is. Pure."""
     for actor in actors:
         reason = actor.watchdog()
         if reason is not None:
@@ -99,7 +99,7 @@ def process_state(actors: Sequence[Actor]) -> tuple[ChildState, str]:
     waiting = [actor for actor in actors if actor.state != ChildState.READY]
     if not waiting:
         return ChildState.READY, actors[0].detail
-    # While a process starts, its first actor mostly waits for another one, which has more to say.
+    # While a process starts, its first actor mostly waits for another one, whose detail says more.
     first, *others = waiting
     telling = first if first.detail else next((actor for actor in others if actor.detail), first)
     about = f"{telling.name}: " if telling is not actors[0] and telling.detail else ""
@@ -107,11 +107,11 @@ def process_state(actors: Sequence[Actor]) -> tuple[ChildState, str]:
 
 
 def _ignore_state_change() -> None:
-    """Nobody is told any more."""
+    """No-op, for actors whose heartbeat has stopped."""
 
 
 async def report_final_state(sender: Outbox, supervisor: str, address: str, message: ChildStateChanged) -> None:
-    """Have the supervisor note why this process is about to end; in vain if it does not answer."""
+    """Report to the supervisor why this process is about to end; log a warning if it does not answer."""
     try:
         await sender.reference(supervisor, address).ask(message, Ack, timeout_s=_FINAL_REPORT_TIMEOUT_S)
     except BusError as error:

@@ -94,17 +94,17 @@ class Runtime:
             self._raise_crash()
 
     async def wait(self) -> str:
-        """The reason why it is to stop, once there is one; raises `ActorCrashedError`."""
+        """Wait until the runtime is to stop and return the reason; raises `ActorCrashedError`."""
         return await asyncio.shield(self._stop_reason)
 
     def stop(self, reason: str) -> None:
-        """Ask for the drain, as SIGTERM does; only the first reason counts."""
+        """Begin to drain, as after SIGTERM; only the first reason counts."""
         if not self._stop_reason.done():
             _log.info("stopping", reason=reason)
             self._stop_reason.set_result(reason)
 
     def inspection(self) -> Inspection:
-        """How every actor is, now."""
+        """Return the status of every actor."""
         return Inspection(tuple(self._status(cell) for cell in self._cells))
 
     async def _start(self) -> None:

@@ -1,4 +1,4 @@
-"""What every actor understands besides its own messages, and what a process tells its supervisor."""
+"""Messages that every actor answers, and messages between a process, its supervisor and the command line."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from triptych.bus import DeadLetter, Message
 
 
 class Inspect(Message):
-    """Ask any actor of a process how all of them are. Answered at once, whatever handler runs."""
+    """Ask an actor for the status of every actor of its process. Answered on arrival, also while a handler runs."""
 
 
 class ActorStatus(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One actor, now."""
+    """The status of one actor."""
 
     name: str
     """Its name."""
@@ -28,7 +28,7 @@ class ActorStatus(msgspec.Struct, frozen=True, array_like=True, gc=False):
     detail: str
     """More about the state, "" if there is none."""
     restarts: int
-    """Times that the component has been restarted by its supervisor."""
+    """How often the component has been restarted by its supervisor."""
     uptime_s: float
     """Seconds since the process started the actor."""
     mailbox_depth: int
@@ -38,7 +38,7 @@ class ActorStatus(msgspec.Struct, frozen=True, array_like=True, gc=False):
     dead_letters: int
     """Messages that this incarnation did not handle."""
     facts: dict[str, int | float | str | bool]
-    """What else the actor says of itself."""
+    """Those of `Actor.stats`."""
 
 
 class Inspection(Message):
@@ -49,14 +49,14 @@ class Inspection(Message):
 
 
 class DeadLetterQuery(Message):
-    """Ask an actor what it could not handle."""
+    """Ask an actor for its dead letters."""
 
 
 class DeadLetterReport(Message):
     """The dead letters of one actor, of its mailbox and of its outbox."""
 
     count: int
-    """All since the process started."""
+    """How many since the process started."""
     recent: tuple[DeadLetter, ...]
     """The last ones, by time."""
 
@@ -73,7 +73,7 @@ class ShuttingDown(Message):
 
 
 class ChildStateChanged(Message):
-    """A process to its supervisor: where it is. Asked when the process ends with it, else told."""
+    """A process to its supervisor: its state. Asked when the process is about to end, else told."""
 
     name: str
     """The component."""
@@ -86,7 +86,7 @@ class ChildStateChanged(Message):
 
 
 class ChildHeartbeat(Message):
-    """A process to its supervisor: its loop turns and no work of it hangs."""
+    """A process to its supervisor: its event loop runs, and no work hangs."""
 
     name: str
     """The component."""
