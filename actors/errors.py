@@ -1,4 +1,4 @@
-"""What can keep a cluster from starting, each as one sentence for the person who runs it."""
+"""Errors that keep a system from starting or running, each with one sentence for its user."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ import errno
 from typing import Final
 
 MAX_TEXT: Final = 1000
-"""Characters of an error that travel: a message has room for those of many attempts at many images."""
+"""Most characters of an error in a message, which may have those of many attempts at many images."""
 
 
 class StartError(Exception):
-    """This actor can never work as configured: a bad model path, a bad option, a device that is not there.
+    """This component can never work as configured: a wrong path or option, a missing device.
 
-    Raise it from a builder or from `Actor.started` with one sentence that says what to do. It is reported
-    once, to the log and to the supervisor, and the actor is not started again; its siblings go on.
+    Raise it from a builder or from `Actor.started` with one sentence that says what to do. It is reported once, to the
+    log and to the supervisor, and the component is not restarted; its siblings go on.
     """
 
 
 class StartDelayedError(StartError):
-    """This actor cannot start for a reason that may pass: a port that is taken, a full disk, a folder that is away.
+    """This component cannot start now, for a reason that may pass: a port in use, a full disk, a missing folder.
 
-    It is reported as a `StartError` is, and the actor is started again, after longer and longer waits and without
-    end. Such starts do not count as restarts within `[supervision] intensity`.
+    It is reported like a `StartError`, and the component is restarted without end, with growing waits. Such restarts do
+    not count towards `[supervision] intensity`.
     """
 
 
 OF_THE_MACHINE: Final = frozenset({
     errno.ENOSPC, errno.EDQUOT, errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE
 })  # fmt: skip
-"""Numbers of `OSError` that say that the machine has no room now: nothing is wrong with whoever asked."""
+"""Numbers of an `OSError` that means that the machine is out of a resource, and nothing is wrong with the caller."""
 
 
 class ActorCrashedError(Exception):
-    """An actor of this process raised something it did not expect; the process has to end.
+    """An actor of this process raised an unexpected error; the process has to end.
 
-    `actor` is its name, `__cause__` what it raised.
+    `actor` is its name, `__cause__` the error.
     """
 
     def __init__(self, actor: str, cause: BaseException) -> None:
@@ -43,25 +43,25 @@ class ActorCrashedError(Exception):
 
 
 class UnknownNameError(KeyError):
-    """No component, no actor is called that; `str()` is a sentence, other than that of a bare `KeyError`."""
+    """No component or actor has that name; unlike that of a `KeyError`, its `str()` is a sentence."""
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
 class AlreadyRunningError(Exception):
-    """Another supervisor on this host already runs that component, or another system has that folder."""
+    """Another supervisor on this host runs that component, or another system uses that folder."""
 
 
 class ForeignStateError(Exception):
-    """The state folder holds the requests and results of another system, which does not run now."""
+    """The state folder has the requests and results of another system, which does not run now."""
 
 
 class TopologyError(Exception):
     """A topology that cannot be run: `str()` is one sentence that names the file, the key and the fix.
 
-    `file` is the path as given, `key` the place in it as a reader would write it (`[api] port`), "" for the
-    file as a whole, `problem` what is wrong and `fix` what to do about it.
+    `file` is the path as given, `key` the key as in the file (`[api] port`), "" for the file as a whole, `problem` what
+    is wrong and `fix` how to solve it.
     """
 
     def __init__(self, file: str, key: str, problem: str, fix: str) -> None:
@@ -74,13 +74,13 @@ class TopologyError(Exception):
 
 
 def describe(error: BaseException) -> str:
-    """`Type: text`, the form in which errors travel in failures and reports; long texts are shortened."""
+    """Return an error as `Type: text`, its form in messages and reports; a long text is shortened."""
     text = str(error)
     return shorten(f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
 
 def shorten(text: str) -> str:
-    """Leave out the middle of a text that is too long to travel: some errors print tensors."""
+    """Cut the middle out of a text that is too long for a message: some errors print tensors."""
     if len(text) <= MAX_TEXT:
         return text
     return f"{text[: MAX_TEXT * 3 // 4]} ... {text[-MAX_TEXT // 4 :]}"

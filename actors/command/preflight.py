@@ -1,4 +1,4 @@
-"""What a topology needs of this machine, looked at before anything is started."""
+"""Check that this machine has what a topology needs, before anything starts."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _DEVICES: Final = ("nvidia[0-9]*", "nvidiactl", "kfd", "dxg")  # NVIDIA, AMD, an
 def preflight(topology: Topology, components: Sequence[Component], *, file: str = "") -> None:
     """Raise `TopologyError` for the first thing that this machine lacks to run `components`.
 
-    `file` is what the error calls the topology, by default its absolute path. Nothing large is imported, so what
-    only torch can tell is left to the roles themselves.
+    `file` is the name of the topology in the error, by default its absolute path. Nothing large is imported, so the
+    roles themselves check what only torch can tell.
     """
     file = file or str(topology.path)
     kinds = {component.kind for component in components}
@@ -48,7 +48,7 @@ def preflight(topology: Topology, components: Sequence[Component], *, file: str 
 
 
 def has_accelerator(devices: Path = Path("/dev")) -> bool:
-    """Whether a driver has put an accelerator into `devices`."""
+    """Return whether the folder `devices` shows an accelerator."""
     return any(True for pattern in _DEVICES for _ in devices.glob(pattern))
 
 

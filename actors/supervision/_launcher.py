@@ -1,4 +1,4 @@
-"""How processes are started: as a fresh interpreter, or forked from the zygote."""
+"""How component processes start: as a fresh interpreter, or forked from the zygote."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ _log = structlog.stdlib.get_logger("actors")
 
 
 NO_CUDA: Final = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-"""Variables that keep a process from opening the driver of the GPUs.
+"""Environment variables that keep a process from opening the driver of the GPUs.
 
-The model libraries ask for devices as they are imported. By itself that makes CUDA unusable in every fork of the
-process, and some of the questions take half a gigabyte of the GPU. Without the second, torch asks the driver how
-many of no devices there are.
+The model libraries query devices when they are imported. That alone makes CUDA unusable in every fork of the process,
+and some queries take half a gigabyte of the GPU. Without the second variable, torch queries the driver even if no
+device is visible.
 """
 
 
 class LauncherClosedError(Exception):
-    """No more processes are started."""
+    """The launcher is closed and starts no more processes."""
 
 
 class Launcher:
     """Starts processes that run `python -m triptych.actors.supervision.component_process`, as children of this process.
 
     Args:
-        preload: modules that the zygote imports; () = there is no zygote, every start is a fresh interpreter.
-        environment: variables to add to this process' own, in every child.
+        preload: Modules that the zygote imports; with () there is no zygote, and every start is a fresh interpreter.
+        environment: Variables that every child gets besides those of this process.
 
     A child that computes on a CUDA device is always a fresh interpreter, since CUDA does not survive a fork; no other
     child sees such a device.
@@ -49,7 +49,7 @@ class Launcher:
 
     def __init__(self, *, preload: Sequence[str] = PRELOAD, environment: Mapping[str, str] | None = None) -> None:
         self._preload = tuple(preload)
-        # What a child starts in its turn, such as the workers of a compiler, is kept from the current folder as well.
+        # Processes that a child starts, such as compiler workers, must not import from the current folder either.
         own = {**os.environ, "PYTHONSAFEPATH": "1", **(environment or {})}
         self._on_gpu = {**own, **gpu_environment(own)}
         self._environment = {**own, **NO_CUDA}
@@ -61,16 +61,16 @@ class Launcher:
 
     @property
     def in_flight(self) -> bool:
-        """Whether a fork is under way whose pid is not known yet."""
+        """Whether a fork runs whose pid is not known yet."""
         return self._in_flight > 0
 
     @property
     def zygote_pid(self) -> int:
-        """Process of the zygote, 0 if there is none."""
+        """Process id of the zygote, 0 if there is none."""
         return self._zygote.pid if self._zygote is not None else 0
 
     def open(self) -> None:
-        """Start the zygote in the background, if there is to be one."""
+        """Start the zygote in the background, if modules are to be preloaded."""
         if self._preload and self._keeper is None:
             adopt_orphans()
             self._zygote = self._spawn_zygote()
@@ -79,15 +79,15 @@ class Launcher:
     async def start(self, arguments: Sequence[str], *, forked: bool, on_gpu: bool = False) -> ChildProcess:
         """Start a component process with these arguments; `on_gpu`: it computes on a CUDA device.
 
-        Without a zygote that can fork, a fresh interpreter does as well, only slower. Raises `LauncherClosedError`, and
-        `OSError` when the system has no room for a process.
+        If the zygote cannot fork, a fresh interpreter starts instead, which is only slower. Raises
+        `LauncherClosedError`, and `OSError` when the system has no room for a process.
         """
         if forked and self._preload and not on_gpu:
             try:
                 return await self._fork(arguments)
             except ForkUnavailableError as gone:
                 if not self._closed:
-                    _log.warning("starting a fresh interpreter, no fork", reason=str(gone))
+                    _log.warning("cannot fork, starting a fresh interpreter", reason=str(gone))
         if self._closed:
             raise LauncherClosedError("the supervisor is stopping")
         command = (
@@ -99,14 +99,14 @@ class Launcher:
         return ChildProcess(spawn_process(command, self._on_gpu if on_gpu else self._environment))
 
     async def close(self) -> None:
-        """End the zygote; whoever waits for a fork gets it or `LauncherClosedError` before this returns."""
+        """Kill the zygote; each waiting `start` gets its process or `LauncherClosedError` before this returns."""
         self._closed = True
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.wait({self._keeper})
         if self._zygote is not None:
             await self._zygote.kill()
-        while self._in_flight:  # whoever asked for a fork has its process, or knows that there is none
+        while self._in_flight:  # each fork that was asked for has a process by then, or has failed
             self._fork_finished.clear()
             await self._fork_finished.wait()
 
@@ -126,11 +126,11 @@ class Launcher:
         return ZygoteClient(self._preload, self._environment)
 
     async def _keep_zygote_alive(self) -> None:
-        """Make the zygote anew whenever it ends; one that ends again and again is waited for longer."""
+        """Restart the zygote whenever it ends, with backoff if it ends before it is warm."""
         pauses = 0
         while self._zygote is not None:
             ending = await self._zygote.wait()
-            _log.warning("zygote ended, making a new one", ending=str(ending), pid=self._zygote.pid)
+            _log.warning("zygote ended, starting a new one", ending=str(ending), pid=self._zygote.pid)
             if self._zygote.was_warm:
                 pauses = 0
             else:
@@ -141,19 +141,19 @@ class Launcher:
                     self._zygote = self._spawn_zygote()
                     break
                 except OSError as error:  # until then, starts are fresh interpreters
-                    _log.warning("no zygote", error=str(error))
+                    _log.warning("the zygote cannot be started", error=str(error))
                     await asyncio.sleep(backoff_s(pauses, first_s=_FIRST_BACKOFF_S, longest_s=_LAST_BACKOFF_S))
                     pauses += 1
 
 
 def gpu_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables for a process that computes on a GPU. Pure.
+    """Return environment variables for a process that computes on a GPU. Pure.
 
-    What the user has set stays. Segments that can grow keep the memory of roles that share a GPU from falling to
-    pieces. With workspaces of a fixed size cuBLAS gives the same bits each time.
+    Variables that the user has set are kept. Expandable segments reduce the fragmentation of memory by roles that share
+    a GPU. With workspaces of a fixed size, cuBLAS gives the same bits each time.
     """
     wanted = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    if "PYTORCH_CUDA_ALLOC_CONF" not in environment:  # the same by its older name
+    if "PYTORCH_CUDA_ALLOC_CONF" not in environment:  # its older name
         wanted["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return {key: value for key, value in wanted.items() if key not in environment}
 
@@ -168,7 +168,7 @@ def quiet_libraries() -> None:
 
 
 def usable_cores(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores that this process may use: those that it is bound to, no more than any cgroup around it has time for."""
+    """Return the cores that this process may use: its CPU affinity, bounded by the CPU time of its cgroups."""
     cores = float(len(os.sched_getaffinity(0)))
     for line in (proc / "self" / "cgroup").read_text().splitlines():
         number, _, path = line.split(":", 2)
@@ -182,14 +182,14 @@ def usable_cores(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgrou
 
 
 def thread_environment(environment: Mapping[str, str], cores: int) -> dict[str, str]:
-    """Variables that give the computation of each process all cores, however many processes there are. Pure.
+    """Return environment variables that give the computation of each process all cores. Pure.
 
-    How many threads share a sum decides how it is rounded, so the bits are those of a plain pipeline on this machine,
-    and a role that computes alone has the cores that others leave idle. Threads that wait sleep: where they spin, as
-    they do by themselves, processes that compute at the same time keep the cores from each other.
+    The number of threads that share a sum decides how it is rounded, so with all cores the bits are those of a plain
+    pipeline on this machine; and a role that computes alone uses the cores that others leave idle. Waiting threads
+    sleep: by default they spin, and processes that compute at the same time would take the cores from each other.
 
-    What the user has set stays. OpenBLAS would start its threads when it is imported, before the fork. With
-    huge pages, torch gets large blocks of memory on the CPU in a fraction of the time.
+    Variables that the user has set are kept. OpenBLAS would start its threads when it is imported, before the fork.
+    With huge pages, torch allocates large blocks of memory on the CPU in a fraction of the time.
     """
     wanted = {**QUIET, "OPENBLAS_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     if "OMP_NUM_THREADS" not in environment:

@@ -1,8 +1,8 @@
-"""Which system a folder belongs to: a record in it, and a lock that ends with the processes that hold it.
+"""Which system a folder belongs to, and which supervisor runs a component: file locks that end with their process.
 
-Several supervisors of one system share a folder (`triptych up FILE --only NAME`, each in a terminal of its own), so
-its lock is a shared one. Who finds the folder free takes it alone for a moment, and writes down whose it is from now
-on; who finds it held reads that, and goes on only if it means itself.
+Several supervisors of one system share a folder (`triptych up FILE --only NAME`, each in its own terminal), so its lock
+is shared. A supervisor that finds the folder unlocked locks it exclusively for a moment, and writes the record of its
+owner. A supervisor that finds it locked reads that record, and goes on only if it names the same system.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Owner(msgspec.Struct, frozen=True, kw_only=True):
-    """A system: what it serves, and where it keeps what it needs."""
+    """The system that owns a folder: what it serves, and where it keeps its files."""
 
     topology: str
     """Its file, absolute."""
@@ -33,23 +33,23 @@ class Owner(msgspec.Struct, frozen=True, kw_only=True):
     run_dir: str
     """Its folder of sockets."""
     pid: int
-    """The supervisor that wrote this down."""
+    """The supervisor that wrote this record."""
     models: tuple[ModelIdentity, ...] = ()
-    """What it serves, without those whose folders are not there."""
+    """The models that it serves, except those whose folders are missing."""
     model: ModelIdentity | None = None
-    """The same of an earlier version, which served one."""
+    """The model in a record of an earlier version, which served only one."""
 
     @property
     def known(self) -> tuple[ModelIdentity, ...]:
-        """All that it is known to serve."""
+        """All models that it is known to serve."""
         return self.models or tuple(filter(None, (self.model,)))
 
 
 def takeover_problem(before: Owner | None, now: Owner) -> str:
-    """Why `now` may not take over the state that `before` has left, "" if it may. Pure.
+    """Return why `now` may not take over the state that `before` left, "" if it may. Pure.
 
-    Another file with the same model, or with one of the same, is a copy, or the same one moved. The same file with
-    another model goes on: what it had accepted for the other model is failed by the head, in words.
+    Another topology file with one of the same models may: it is a copy, or was moved. The same file with another model
+    may, too: the head fails the requests that were accepted for the earlier model.
     """
     if before is None or before.topology == now.topology or not before.known or not now.known:
         return ""
@@ -64,7 +64,7 @@ def takeover_problem(before: Owner | None, now: Owner) -> str:
 
 
 def sharing_problem(there: Owner | None, now: Owner) -> str:
-    """Why `now` may not run beside the system `there`, which holds a folder of it, "" if they are one. Pure."""
+    """Return why `now` may not run beside `there`, which holds one of its folders; "" if they are one system. Pure."""
     if there is None:
         return ""
     if there.topology != now.topology:
@@ -87,19 +87,19 @@ def sharing_problem(there: Owner | None, now: Owner) -> str:
 
 @contextlib.contextmanager
 def hold_folder(folder: Path, owner: Owner, *, keep: bool) -> Iterator[None]:
-    """Hold a folder for a system, beside other supervisors of it.
+    """Hold a folder for a system, together with its other supervisors.
 
-    Its record stays for the next one to find if `keep`, else the last who lets go takes it away.
+    The record of its owner stays in the folder if `keep`; otherwise the last supervisor to release it removes it.
 
     Raises:
-        AlreadyRunningError: another system holds it.
-        ForeignStateError: nobody holds it, but what is in it is another system's.
+        AlreadyRunningError: Another system holds the folder.
+        ForeignStateError: The folder is free, and its contents belong to another system.
     """
     file = folder / OWNER_RECORD
     while True:
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except FileNotFoundError:  # the last who held the folder took it away
+        except FileNotFoundError:  # the last holder has removed the folder
             folder.mkdir(mode=0o700, exist_ok=True)
             continue
         try:
@@ -109,7 +109,7 @@ def hold_folder(folder: Path, owner: Owner, *, keep: bool) -> Iterator[None]:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # the last who held it took it away
+        os.close(descriptor)  # the last holder has removed it
     try:
         yield
     finally:
@@ -123,12 +123,12 @@ def _write_record(descriptor: int, owner: Owner) -> None:
         before = _read_record(descriptor)
         if reason := takeover_problem(before, owner):
             raise ForeignStateError(reason)
-        if before is not None and not owner.known:  # the api alone, without the model
+        if before is not None and not owner.known:  # the API alone, on a host without the model
             owner = msgspec.structs.replace(owner, models=before.known)
         data = msgspec.json.encode(owner)
         os.pwrite(descriptor, data, 0)
         os.ftruncate(descriptor, len(data))
-    # Held alone just for the moment of a write. Between the two locks another may have been first: its word counts.
+    # The exclusive lock is only for the write. Another supervisor may have written in between: its record counts.
     fcntl.flock(descriptor, fcntl.LOCK_SH)
     if reason := sharing_problem(_read_record(descriptor), owner):
         raise AlreadyRunningError(reason)
@@ -145,13 +145,13 @@ def _try_exclusive_lock(descriptor: int) -> bool:
 def _read_record(descriptor: int) -> Owner | None:
     try:
         return msgspec.json.decode(os.pread(descriptor, 1 << 16, 0), type=Owner)
-    except msgspec.DecodeError:  # new, or a crash of the machine cut it short
+    except msgspec.DecodeError:  # empty, or cut off when the machine crashed
         return None
 
 
 @contextlib.contextmanager
 def hold_components(folder: Path, names: Sequence[str]) -> Iterator[None]:
-    """Hold the components `names` of the system whose state folder `folder` is; raises `AlreadyRunningError`."""
+    """Hold the components `names` of the system with this state folder; raises `AlreadyRunningError`."""
     with contextlib.ExitStack() as held:
         for name in names:
             held.enter_context(_exclusive(folder / f"{name}.lock", name))
@@ -181,11 +181,11 @@ def _lock(file: Path, name: str) -> int:
             raise AlreadyRunningError(f"{name} is already running here, under process {pid}: stop that first") from None
         if same_file(descriptor, file):
             return descriptor
-        os.close(descriptor)  # its holder removed it just before letting go
+        os.close(descriptor)  # its holder removed it just before releasing it
 
 
 def same_file(descriptor: int, file: Path) -> bool:
-    """Whether `file` is still what was opened."""
+    """Return whether `file` is still the file that was opened."""
     try:
         return os.path.samestat(os.fstat(descriptor), file.stat())
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""What a supervisor does when a child ends: one pure decision, in the terms of Erlang/OTP's supervisors.
+"""What a supervisor does when a child exits: one pure decision, in the terms of Erlang/OTP's supervisors.
 
-It differs from OTP in two points, both because a cluster of accelerators should serve on with what is left of it:
-the intensity is counted for each child, and exceeding it gives up that child alone.
+It differs from OTP in two points, so that a system goes on serving with the components that are left: the restart
+intensity is counted for each child, and a child that exceeds it is given up alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LAST_DELAY_S: Final = 60.0
 
 
 class Strategy(StrEnum):
-    """Who is restarted together with the child that ended."""
+    """Which children are restarted together with the child that exited."""
 
     ONE_FOR_ONE = "one_for_one"
     ONE_FOR_ALL = "one_for_all"
@@ -29,7 +29,7 @@ class Strategy(StrEnum):
 
 
 class RestartPolicy(StrEnum):
-    """When a child is started again."""
+    """When a child is restarted."""
 
     PERMANENT = "permanent"
     TRANSIENT = "transient"
@@ -37,7 +37,7 @@ class RestartPolicy(StrEnum):
 
 
 class ExitKind(StrEnum):
-    """How a child ended without having been asked to by its supervisor."""
+    """How a child exited that its supervisor had not told to end."""
 
     CLEAN = "clean"
     CRASH = "crash"
@@ -46,34 +46,34 @@ class ExitKind(StrEnum):
 
 
 class ChildExit(msgspec.Struct, frozen=True):
-    """The end of one child."""
+    """The exit of one child."""
 
     name: str
-    """The child."""
+    """Name of the child."""
     kind: ExitKind
-    """How it ended."""
+    """How it exited."""
     at: float
-    """Seconds of a monotonic clock, the one of `RestartHistory`."""
+    """When, in seconds of the monotonic clock of `RestartHistory`."""
     reason: str
     """One sentence."""
 
 
 class ChildSpec(msgspec.Struct, frozen=True):
-    """What the decision needs to know of a child."""
+    """A child, as the decision sees it."""
 
     name: str
     """Its name, unique among its siblings."""
     restart: RestartPolicy = RestartPolicy.PERMANENT
-    """When it is started again."""
+    """When it is restarted."""
 
 
 class SupervisorSpec(msgspec.Struct, frozen=True):
-    """What the decision needs to know of a supervisor."""
+    """A supervisor, as the decision sees it."""
 
     children: tuple[ChildSpec, ...]
     """In start order."""
     strategy: Strategy = Strategy.ONE_FOR_ONE
-    """Who is restarted together."""
+    """Which children are restarted together."""
     intensity: int = 5
     """Restarts of one child allowed within `period_s`."""
     period_s: float = 30.0
@@ -81,17 +81,17 @@ class SupervisorSpec(msgspec.Struct, frozen=True):
 
 
 RestartHistory = tuple[float, ...]
-"""When the child was restarted for its own sake, oldest first, in seconds of a monotonic clock."""
+"""When the child was restarted because it exited itself, oldest first, in seconds of a monotonic clock."""
 
 
 class Stop(msgspec.Struct, frozen=True):
-    """Stop a running sibling, through the ladder of SIGTERM and SIGKILL."""
+    """Stop a running sibling: SIGTERM, then SIGKILL."""
 
     name: str
 
 
 class Wait(msgspec.Struct, frozen=True):
-    """Let so many seconds pass before what follows."""
+    """Wait before the next action."""
 
     seconds: float
 
@@ -114,7 +114,7 @@ Action = Stop | Wait | Start | Retire
 
 
 class RestartDecision(msgspec.Struct, frozen=True):
-    """What to do, in this order, and the history from now on."""
+    """The actions to run, in this order, and the new history."""
 
     actions: tuple[Action, ...]
     history: RestartHistory
@@ -129,20 +129,20 @@ def decide_restart(
     jitter: float = 0.0,
     delays: int = 0,
 ) -> RestartDecision:
-    """What to do about the end of a child.
+    """Decide what to do about the exit of a child. Pure.
+
+    The first restart after a quiet period is immediate. Later ones wait `FIRST_BACKOFF_S`, doubled each time up to
+    `LAST_BACKOFF_S` seconds, less the jitter. A child that could not start for a reason that may pass is restarted
+    alone and without end, after `FIRST_DELAY_S`, doubled each time up to `LAST_DELAY_S`; such restarts do not count.
 
     Args:
-        spec: the supervisor and its children.
-        history: of this child.
-        exit_: what happened.
-        alive: siblings that run or are to run; the others have been left for good and stay so.
-        jitter: in [0, 1), drawn by the caller; shortens the wait by up to half, so that children which end
-            together do not come back together.
-        delays: times in a row, before this one, that it could not start for a reason that may pass.
-
-    The first restart after a quiet period is immediate. The next wait `FIRST_BACKOFF_S`, doubled each time up to
-    `LAST_BACKOFF_S` seconds, less the jitter. What could not start for a reason that may pass is started again alone
-    and without end, after `FIRST_DELAY_S`, doubled each time up to `LAST_DELAY_S`, and that is not counted.
+        spec: The supervisor and its children.
+        history: Of this child.
+        exit_: What happened.
+        alive: Siblings that run or will run; the others are retired and stay so.
+        jitter: In [0, 1); shortens the wait by up to half, so that children that exit together do not come back
+            together.
+        delays: Consecutive earlier starts that failed for a reason that may pass.
     """
     child = next(child for child in spec.children if child.name == exit_.name)
     recent = tuple(at for at in history if exit_.at - at < spec.period_s)

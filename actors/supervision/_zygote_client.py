@@ -50,11 +50,11 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class ForkUnavailableError(Exception):
-    """This zygote does not fork: it has ended, or a fork of it would not be sound."""
+    """The zygote cannot fork: it has ended, or a fork would not be safe."""
 
 
 class ZygoteClient:
-    """One zygote process, from its start to its end; it warms up in the background."""
+    """One zygote process, which imports its modules in the background."""
 
     def __init__(self, preload: Sequence[str], environment: Mapping[str, str]) -> None:
         self.was_warm = False
@@ -78,7 +78,7 @@ class ZygoteClient:
 
     @property
     def pid(self) -> int:
-        """Its process."""
+        """Its process id."""
         return self._process.pid
 
     async def fork(self, arguments: tuple[str, ...]) -> int:
@@ -90,7 +90,7 @@ class ZygoteClient:
             self._answer = self._loop.create_future()
             try:
                 self._socket.send(_encode(Fork(arguments)))
-                # Once asked for, a process is there: whoever gives up waiting must not lose its pid.
+                # The fork happens once it is asked for, so its pid is awaited in any case.
                 answer = await self._answer
             except OSError as error:
                 raise ForkUnavailableError(f"it cannot be asked: {error.strerror}") from error
@@ -101,14 +101,14 @@ class ZygoteClient:
         return answer.pid
 
     async def wait(self) -> ExitStatus:
-        """How it ended, as soon as it has."""
+        """Wait for its exit, and return how it exited."""
         return await self._process.wait()
 
     async def kill(self) -> None:
-        """End it; the processes that it has forked live on."""
+        """Kill it; the processes that it forked go on."""
         self._process.signal(signal.SIGKILL)
         await self._process.wait()
-        while self._socket.fileno() >= 0:  # an answer may still be on its way
+        while self._socket.fileno() >= 0:  # an answer may still be in the socket
             self._on_readable()
 
     def _on_readable(self) -> None:
@@ -118,7 +118,7 @@ class ZygoteClient:
             return
         except OSError as error:
             frame = b""
-            _log.warning("zygote's socket failed", error=error.strerror)
+            _log.warning("the socket of the zygote failed", error=error.strerror)
         if not frame:
             self._close_socket("it has ended")
             return
@@ -131,7 +131,7 @@ class ZygoteClient:
     def _on_warm(self, message: Warm) -> None:
         self.was_warm = True
         if message.problem:
-            _log.warning("zygote lacks a module", problem=message.problem)
+            _log.warning("the zygote lacks a module", problem=message.problem)
         _log.info("zygote is warm", pid=self.pid, seconds=round(message.seconds, 2))
         self._warm.set_result(None)
 
@@ -146,4 +146,4 @@ class ZygoteClient:
 
 def _consume_exception(future: asyncio.Future[None]) -> None:
     if not future.cancelled():
-        future.exception()  # whether anybody waits for a fork or not, its failure is no surprise
+        future.exception()  # retrieved here, so that it is not logged if nothing waits for a fork

@@ -1,11 +1,11 @@
 """The zygote: a process that has imported the large libraries, and forks the processes that need them.
 
-A fork costs a tenth of a second in place of the seconds that the imports take, and their memory is shared. It is
-sound as long as the zygote stays what it is: one thread, no event loop, no CUDA, no transfer engine. It checks that
-before each fork, and refuses when it does not hold.
+A fork takes a tenth of a second where the imports take seconds, and it shares their memory. It is safe as long as the
+zygote has one thread, no event loop, no CUDA and no transfer engine. The zygote checks that before each fork, and
+refuses if it does not hold.
 
-Each child is forked twice and the one between ends at once, so that the child becomes a child of the supervisor,
-which is a subreaper: it is reaped by the supervisor and dies with it, and the zygote's end touches no child.
+Each child is forked twice, and the process between ends at once: the child then becomes a child of the supervisor, a
+subreaper, which reaps it and with which it dies. The end of the zygote affects no child.
 
 Over a socketpair of whole messages (SOCK_SEQPACKET): first the zygote sends a `Warm`, then it answers each `Fork`
 with a `Forked`.
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.getppid() != options.parent:
         return 0
     setproctitle("triptych: zygote")
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it has no tasks to show
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it has no tasks to dump
     channel = socket.socket(fileno=options.channel)
     channel.send(_encode(warm_up(tuple(options.preload))))
     run = _serve(channel, options.parent)
@@ -66,13 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def warm_up(modules: tuple[str, ...]) -> Warm:
-    """Import the modules, and freeze what they made so that the collector does not unshare it."""
+    """Import the modules, and freeze their objects so that the garbage collector does not unshare their memory."""
     begun = time.monotonic()
     problem = ""
     for module in modules:
         try:
             importlib.import_module(module)
-        except Exception as error:  # noqa: BLE001  the role that needs it fails with the same error, in words
+        except Exception as error:  # noqa: BLE001  the role that needs the module reports the same error
             problem = f"{module} cannot be imported: {describe(error)}"
     gc.collect()
     gc.freeze()
@@ -80,7 +80,7 @@ def warm_up(modules: tuple[str, ...]) -> Warm:
 
 
 def fork_problem() -> str:
-    """Why a fork of this process would not be sound, "" if it is."""
+    """Return why a fork of this process would not be safe, "" if it is."""
     threads = sum(1 for _ in Path("/proc/self/task").iterdir())
     if threads > 1:
         named = ", ".join(thread.name for thread in threading.enumerate())
@@ -95,7 +95,7 @@ def fork_problem() -> str:
 
 
 def _serve(channel: socket.socket, supervisor: int) -> tuple[str, ...] | None:
-    """Answer requests. Returns None when there are no more, and in a forked child its command line."""
+    """Answer requests; return None at their end, and in a forked child its command line."""
     while True:
         frame = channel.recv(MAX_MESSAGE_BYTES)
         if not frame:
@@ -116,7 +116,7 @@ def _serve(channel: socket.socket, supervisor: int) -> tuple[str, ...] | None:
 
 
 def _fork_twice() -> int:
-    """The pid of the grandchild, once the supervisor is its parent; in the grandchild 0."""
+    """Fork twice; return the pid of the grandchild once the supervisor is its parent, and 0 in the grandchild."""
     readable, writable = os.pipe()
     between = os.fork()
     if between == 0:
@@ -132,7 +132,7 @@ def _fork_twice() -> int:
         os.close(writable)
         return 0
     os.close(writable)
-    os.waitpid(between, 0)  # its end hands the grandchild over before it can be waited for
+    os.waitpid(between, 0)  # when it ends, the supervisor adopts the grandchild
     told = int(os.read(readable, 32) or b"-12")
     os.close(readable)
     if told < 0:
@@ -154,7 +154,7 @@ def _detach_from_zygote(supervisor: int) -> None:
 
 
 def _wait_for_parent(supervisor: int) -> None:
-    """Return once the process between has ended, since its end, too, would count as that of the parent."""
+    """Wait until the process between has ended: its end would otherwise count as that of the parent."""
     parent = os.getppid()
     if parent == supervisor:
         return

@@ -1,4 +1,4 @@
-"""Which model is served: what tells one model from another, or from another version of its files."""
+"""The identity of a model: what tells it from other models, and from other versions of its files."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ class ModelIdentity(msgspec.Struct, frozen=True):
     path: str
     """Its folder, absolute."""
     index: str
-    """Digest of its index, which says of which components it is made."""
+    """Digest of its index, which names its components."""
     content: str
-    """Digest of its small files, and of the sizes and samples of its weights."""
+    """Digest of its small files, and of the sizes and samples of its weight files."""
 
     def is_same(self, other: ModelIdentity) -> bool:
-        """Whether it is the same model: a copy of it, or another version in its place (docs/adr/0026)."""
+        """Return whether it is the same model: a copy, or another version in its place (docs/adr/0026)."""
         return self.content == other.content or (self.path, self.index) == (other.path, other.index)
 
 
 def identify_model(model: Path, checkpoint: Path | None = None, others: Sequence[Path] = ()) -> ModelIdentity | None:
-    """Identify a model, None where there is none; blocks on the disk.
+    """Return the identity of a model, None if its folder is missing; blocks on the disk.
 
     Args:
         model: Its folder.
-        checkpoint: The file that has the weights, where it is not the folder: the model is called by it then.
-        others: Files and folders of single components, in the place of the folder's own.
+        checkpoint: The file with the weights, if they are not in the folder; it is then the model's path.
+        others: Files and folders of components that replace the folder's own.
 
     Raises `OSError` for a file that cannot be read.
     """

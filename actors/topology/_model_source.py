@@ -1,6 +1,6 @@
 """Where the files of a model are: a folder, one file with all weights, or a repository in the cache of the hub.
 
-Nothing is ever fetched. What is missing is said, with the command that fetches it.
+Nothing is ever downloaded: if files are missing, the error names the command that downloads them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 INDEX_FILES: Final = ("model_index.json", "modular_model_index.json")
 WEIGHT_SUFFIXES: Final = (".safetensors", ".gguf")
-"""Endings of the files that hold weights and run no code."""
+"""Suffixes of weight files whose format cannot run code."""
 _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
 _REVISION: Final = re.compile(r"[A-Za-z0-9_./-]{1,128}")
 
@@ -28,28 +28,28 @@ class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
     """Where the files of a model are, or why they cannot be found."""
 
     folder: Path
-    """Absolute folder in the layout of diffusers: the index, configurations and tokenizers, and the weights of what
-    the files below do not have."""
+    """Absolute folder in the layout of diffusers: the index, configurations and tokenizers, and the weights that the
+    files below do not have."""
     checkpoint: Path | None = None
     """Absolute file with the weights of several components, if the model is one."""
     components: dict[str, Path] = {}
-    """Absolute file or folder of each component that is not the model's own."""
+    """Absolute file or folder of each component that replaces the model's own."""
     key: str = ""
     """The key of `[model]` that `problem` is about."""
     problem: str = ""
-    """Why the model cannot be used on this machine; "" if it can, as far as that shows without reading it."""
+    """Why the model cannot be used on this machine; "" if nothing is missing. Its files are not read."""
     fix: str = ""
-    """What to do about it."""
+    """How to solve it."""
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All of the places, the folder first."""
+        """All paths, the folder first."""
         others = (self.checkpoint, *(path for _, path in sorted(self.components.items())))
         return (self.folder, *(path for path in others if path is not None))
 
 
 class _MissingError(Exception):
-    """Something is not there: what is wrong with it, and what to do."""
+    """Files of a model are missing: what is wrong, and how to solve it."""
 
     def __init__(self, problem: str, fix: str) -> None:
         super().__init__(problem)
@@ -58,7 +58,7 @@ class _MissingError(Exception):
 
 
 def find_source(section: ModelSection, base: Path) -> ModelSource:
-    """Find the files of a model; looks at the disk, but reads nothing.
+    """Find the files of a model; looks at the disk, but reads no file.
 
     Args:
         section: What the topology says of it.
@@ -82,22 +82,22 @@ def find_source(section: ModelSection, base: Path) -> ModelSource:
 
 
 def absolute(base: Path, path: str) -> Path:
-    """Absolute place of a file or folder that a topology names.
+    """Return the absolute path of a file or folder that a topology names.
 
-    A link to a file keeps its name: in the cache of the hub it leads to a file whose name says nothing.
+    A link to a file is not followed: in the cache of the hub its target has a name without meaning.
     """
     resolved = base / Path(path).expanduser()
-    return Path(os.path.abspath(resolved)) if resolved.is_file() else resolved.resolve()  # noqa: PTH100 - it follows no links
+    return Path(os.path.abspath(resolved)) if resolved.is_file() else resolved.resolve()  # noqa: PTH100  follows no links
 
 
 def snapshot(repository: str, revision: str = "") -> Path | None:
-    """Folder of a repository in the local cache of the hub, None where it is not there; the hub is never asked.
+    """Return the folder of a repository in the local cache of the hub, None if it is missing; never uses the network.
 
     Args:
         repository: Its id, such as "stabilityai/sdxl-turbo".
         revision: A branch, tag or commit, "" for the main branch.
     """
-    # Here, because to import it takes a while, and most topologies name folders.
+    # Imported here because it is slow, and most topologies name folders.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -108,7 +108,7 @@ def snapshot(repository: str, revision: str = "") -> Path | None:
 
 
 def is_repository(path: str) -> bool:
-    """Whether a path could be the id of a repository. Pure."""
+    """Return whether a path could be the id of a repository. Pure."""
     return bool(_ID.fullmatch(path)) and ".." not in path
 
 
@@ -124,12 +124,12 @@ def _folder(path: str, base: Path, revision: str) -> Path:
         )
         raise _MissingError(f"{problem} ({resolved})", fix)
     if revision and not _REVISION.fullmatch(revision):
-        raise _MissingError(f'has the revision "{revision}", which is none', "give a branch, a tag or a commit")
+        raise _MissingError(f'has the revision "{revision}", which is not valid', "give a branch, a tag or a commit")
     found = snapshot(path, revision)
     if found is None:
         of = f" --revision {revision}" if revision else ""
         problem = f"is neither a folder here ({resolved}) nor a repository in the local cache of the hub"
-        raise _MissingError(problem, f"run: hf download {path}{of} (nothing is fetched while serving)")
+        raise _MissingError(problem, f"run: hf download {path}{of} (nothing is downloaded while serving)")
     return found
 
 

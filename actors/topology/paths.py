@@ -1,4 +1,4 @@
-"""Where a cluster keeps its sockets and its state on this host."""
+"""Where a system keeps its sockets and its state on this host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAX_NAME_LENGTH: Final = 64  # supervisor- + a role name of 32 + an index, and 
 
 
 def run_dir(topology: Path) -> Path:
-    """Folder of the sockets: under `$XDG_RUNTIME_DIR` if that is short enough, else /tmp/triptych-UID."""
+    """Return the folder of the sockets: under `$XDG_RUNTIME_DIR` if that is short enough, else /tmp/triptych-UID."""
     base = os.environ.get("XDG_RUNTIME_DIR", "")
     if base:
         folder = Path(base).absolute() / "triptych" / fingerprint(topology)
@@ -26,7 +26,7 @@ def run_dir(topology: Path) -> Path:
 
 
 def state_dir(topology: Path, configured: str) -> Path:
-    """Folder of the state: `$TRIPTYCH_STATE_DIR`, else the configured one, else one under `$XDG_STATE_HOME`."""
+    """Return the folder of the state: `$TRIPTYCH_STATE_DIR`, else as configured, else under `$XDG_STATE_HOME`."""
     override = os.environ.get("TRIPTYCH_STATE_DIR", "")
     if override:
         return Path(override).absolute()
@@ -38,35 +38,35 @@ def state_dir(topology: Path, configured: str) -> Path:
 
 
 def fingerprint(topology: Path) -> str:
-    """Twelve hex digits that stand for the absolute path of a topology."""
+    """Return twelve hex digits that stand for the absolute path of a topology."""
     return hashlib.sha256(os.fsencode(topology)).hexdigest()[:12]
 
 
 def private_run_dir(folder: Path) -> Path:
-    """Make a run folder. What is above it is ours, too: in /tmp others could else put theirs in its place."""
+    """Make a run folder, with a private parent: in /tmp others could otherwise replace it."""
     private_dir(folder.parent)
     return private_dir(folder)
 
 
 def private_state_dir(folder: Path) -> Path:
-    """Make a state folder. In one of an earlier version others could read the journal: its files are closed to them.
+    """Make a state folder, and make files private that an earlier version left readable.
 
-    Raises `PermissionError` for a folder that is somebody else's or everybody's, `OSError` where there can be none.
+    Raises `PermissionError` for a folder of another user or of all users, `OSError` if it cannot be made.
     """
     own = "give the state a folder of its own with [state] path or TRIPTYCH_STATE_DIR"
-    if folder.is_dir() and folder.stat().st_mode & stat.S_ISVTX:  # such as /tmp: it would be closed to all others
+    if folder.is_dir() and folder.stat().st_mode & stat.S_ISVTX:  # such as /tmp: all others would lose access
         raise PermissionError(f"{folder} is a folder for all users: {own}")
     private_dir(folder.resolve(), own)
     for pattern in ("journal.sqlite*", "generations/*"):
         for file in folder.glob(pattern):
-            with contextlib.suppress(FileNotFoundError):  # those of a running component come and go
+            with contextlib.suppress(FileNotFoundError):  # a running component may remove it
                 if file.stat().st_mode & 0o077:
                     file.chmod(0o600)
     return folder
 
 
 def private_dir(folder: Path, fix: str = "remove it or set XDG_RUNTIME_DIR") -> Path:
-    """Make a folder that only this user can enter; raises `PermissionError`, with `fix`, if somebody else owns it."""
+    """Make a folder that only this user can enter; raises `PermissionError`, with `fix`, if another user owns it."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():

@@ -1,4 +1,4 @@
-"""The sections of a topology file, as typed structs. The defaults here are the documentation of each key."""
+"""The sections of a topology file as typed structs: every key, its default and what it means."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from triptych.roles.head.dispatch import POLICIES
 RoleKind = Literal["encoder", "denoiser", "decoder", "monolithic"]
 STAGES: Final = ("encoder", "denoiser", "decoder")
 
-# A description says, for the reader of an error, what a value should be.
+# The description of a type tells the reader of an error what a value should be.
 Port = Annotated[int, Meta(ge=1, le=65535, description="a port from 1 to 65535")]
 Count = Annotated[int, Meta(ge=1, description="a whole number, at least 1")]
 Natural = Annotated[int, Meta(ge=0, description="a whole number, at least 0")]
@@ -64,7 +64,7 @@ else:  # Literals, so that an error lists the choices
 Hosts = Annotated[tuple[str, ...], Meta(description='a list of host names, such as ["pictures.example.com"]')]
 
 LEAST_POOL_BYTES: Final = 8192
-"""Two pages: one for what a stage takes in, one for what it makes."""
+"""Two pages: one for the inputs of a stage, one for its outputs."""
 _UNITS: Final = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _SIZE: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 _RATE: Final = re.compile(r"([1-9][0-9]{0,8})/(s|min|h|day)")
@@ -72,159 +72,159 @@ _PERIODS: Final = {"s": 1.0, "min": 60.0, "h": 3600.0, "day": 86_400.0}
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One table of the file; every key has a default unless the table makes no sense without it."""
+    """One table of the file; every key has a default, unless the table is meaningless without it."""
 
     earlier_names: ClassVar[Mapping[str, str]] = {}
     """Keys by the name that they had in an earlier version, which is still read, with a warning."""
 
 
 class LoraSection(Section, frozen=True):
-    """One `[[model.lora]]` entry: an adapter that requests may ask for by name, one at a time."""
+    """One `[[model.lora]]` entry: an adapter that requests choose by name."""
 
     name: LoraName
     """What requests give as `lora`."""
     path: str
     """A `.safetensors` file, or a folder with exactly one, relative to the topology file."""
     scale: Scale = 1.0
-    """How strong it is in requests that give no `lora_scale`."""
+    """Its strength in requests that give no `lora_scale`."""
     path_2: str = ""
-    """The same for `transformer_2`, where an adapter of a model with two transformers (Wan 2.2) comes as two files;
-    "" = there is no second file."""
+    """The file for `transformer_2`, of an adapter in two files for a model with two transformers (Wan 2.2); "" = there
+    is no second file."""
 
 
 class EmbeddingSection(Section, frozen=True):
-    """One `[[model.embeddings]]` entry: a word that the model is taught (textual inversion)."""
+    """One `[[model.embeddings]]` entry: a word that the model learns (textual inversion)."""
 
     token: Token
-    """The word, as prompts have it."""
+    """The word as it is written in prompts."""
     path: str
     """A `.safetensors` file with its vectors, relative to the topology file."""
 
 
 class ModelSection(Section, frozen=True):
-    """`[model]`: what is served; or one `[[models]]` entry, where it is more than one model."""
+    """`[model]`: the model that is served; with several models, one `[[models]]` entry."""
 
     path: str
-    """What is served, relative to the topology file: the folder of a model in the layout of diffusers; a checkpoint in
-    one file (`.safetensors` or `.gguf`), with `config`; or the id of a repository, such as "stabilityai/sdxl-turbo",
-    that is in the local cache of the hub. Nothing is ever fetched. `Model.path` is the absolute folder."""
+    """The folder of a model in the layout of diffusers; a checkpoint in one file (`.safetensors` or `.gguf`), with
+    `config`; or the id of a repository in the local cache of the hub, such as "stabilityai/sdxl-turbo". Paths are
+    relative to the topology file. Nothing is ever downloaded. `Model.path` is the absolute folder."""
     revision: str = ""
     """Branch, tag or commit of that repository; "" = its main branch."""
     config: str = ""
     """With a checkpoint: the folder, or the id of a repository, with the configurations and tokenizers of a model of
-    the same kind. It needs no weights but of components that the checkpoint has not."""
+    the same kind. It needs weights only of components that the checkpoint lacks."""
     components: Components = {}
-    """`[model.components]`: in place of the model's own, by the name of a component, a `.safetensors` or `.gguf` file
-    with its weights, or a folder with its weights and its configuration."""
+    """Table `[model.components]`: replaces components of the model. The key is the component's name, the value a
+    `.safetensors` or `.gguf` file with its weights, or a folder with its weights and its configuration."""
     name: ModelName = ""
-    """What requests give as `model`, which each `[[models]]` entry has to say; "" = the name in the model's serving
-    config, else that of its folder."""
+    """What requests give as `model`. Each `[[models]]` entry needs one; "" = the name in the model's serving config,
+    else that of its folder."""
     dtype: Dtype = "bfloat16"
     """Type of the weights and of the computation."""
     task: str | tuple[str, ...] = ""
     """Such as `text2image`; or a list of tasks, or `any` for all that the folder can do: then the inputs of a request
-    tell which it is for, and all the weights for that are loaded; "" = that of the model's serving config, else what
-    the class that its index names does. See docs/models.md."""
+    select its task, and the weights for all of them are loaded; "" = the task in the model's serving config, else that
+    of the class that its index names. See docs/models.md."""
     route: Literal["", "modular", "classic"] = ""
-    """`modular` runs the blocks that diffusers has of a pipeline, `classic` the class that the model's index names;
-    "" = the blocks where they can do what the class does, else the class. See docs/models.md."""
+    """`modular` runs the pipeline as diffusers' blocks, `classic` as the class that the model's index names; "" = the
+    blocks if they can do what the class does, else the class. See docs/models.md."""
     variant: Variant = ""
-    """Which of the weight files of a component are read where there are several, such as "fp16"; "" = the plain ones,
-    else the only variant that there is. A component that has only plain files is read from those."""
+    """Which weight files of a component are read if it has several variants, such as "fp16"; "" = the plain files, else
+    the only variant. A component that has only plain files is read from those."""
     trust_remote_code: bool = False
-    """Run the Python code that comes with the model, where its pipeline or a component is of its own: with all that the
-    user of these processes may do. Read it first; see docs/security.md."""
+    """Whether Python code that comes with the model, for its pipeline or a component, is run, with all rights of the
+    user of these processes. Read that code first; see docs/security.md."""
     prompt_cache: str = ""
-    """Memory in the encoders' pool for what they made, kept for requests of the same prompt: "" = a quarter of
-    `[transfer] pool_size`, shared out among the models, "0" = none, else a size; together they take at most half of it.
-    Without encoders there is none."""
+    """Memory in the encoders' pool that keeps encoder outputs for requests with the same prompt: "" = a quarter of
+    `[transfer] pool_size`, shared among the models, "0" = none, else a size; all together at most half of the pool.
+    Without encoders there is no prompt cache."""
     scheduler: Options = {}
     """Table `[model.scheduler]`: the scheduler of requests that choose none. `class` is the name of its class, such as
-    `DPMSolverMultistepScheduler`; the other keys are what it has otherwise than the model's own, such as
-    `use_karras_sigmas = true`. `/v1/models` lists the classes that a model can use, and what they take."""
+    `DPMSolverMultistepScheduler`; the other keys replace settings of the model's own, such as
+    `use_karras_sigmas = true`. `/v1/models` lists the classes that a model can use, and their settings."""
     guider: Options = {}
-    """Table `[model.guider]`: likewise the guider, of a model that has one, such as
+    """Table `[model.guider]`: the same for the guider of a model that has one, such as
     `class = "AdaptiveProjectedGuidance"`."""
     vae_tiling: bool = False
-    """Whether the VAE computes in tiles, which takes less memory; the image is another one, a little."""
+    """Whether the VAE computes in tiles, which takes less memory and changes the image slightly."""
     vae_tiling_options: Options = {}
-    """Sizes of the tiles, where the VAE can be told of some, such as `tile_sample_min_height = 256`."""
+    """Sizes of the tiles, if the VAE takes any, such as `tile_sample_min_height = 256`."""
     vae_slicing: bool = False
     """Whether the VAE computes one image of a batch at a time."""
     sleep: Literal["auto", "never"] = "auto"
-    """Whether its weights may leave the memory while others need the room; see `MemorySection`."""
+    """Whether its weights may leave memory while other models need the room; see `MemorySection`."""
     lora: tuple[LoraSection, ...] = ()
-    """Adapters, each loaded by every instance when it starts; see `LoraSection`."""
+    """Adapters, which every instance loads when it starts; see `LoraSection`."""
     embeddings: tuple[EmbeddingSection, ...] = ()
-    """Words that the model is taught; see `EmbeddingSection`."""
+    """Words that the model learns; see `EmbeddingSection`."""
     roles: tuple[RoleSection, ...] = ()
-    """The processes that serve it; see `RoleSection`. Those of `[model]` are written `[[roles]]`."""
+    """The processes that serve it; see `RoleSection`. For `[model]` they are written `[[roles]]`."""
 
 
 class ApiSection(Section, frozen=True):
-    """`[api]`: the HTTP face."""
+    """`[api]`: the HTTP API."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; without `keys_file` only a loopback address is taken."""
+    """Address to listen on; without `keys_file` it must be a loopback address."""
     port: Port = 8000
     """TCP port of HTTP."""
     public_url: str = ""
-    """Where clients reach the API, such as "https://pictures.example.com" behind a proxy: what the URLs in answers
-    start with; "" = what the client asked for."""
+    """Where clients reach the API, such as "https://pictures.example.com" behind a proxy: the start of URLs in answers;
+    "" = the address that the client used."""
     allowed_hosts: Hosts = ()
-    """Names under which clients may reach the API, besides loopback, `host` and the one of `public_url`; also the
+    """Host names under which clients may reach the API, besides loopback, `host` and that of `public_url`; also the
     sites whose pages may call it."""
     keys_file: str = ""
     """File with a line `name:key` for each client, relative to the topology file, of mode 0600. Then each request
-    has to come with one of the keys, and sees what was made with a key of the same name; "" = no keys."""
+    needs one of the keys, and sees only what was made with a key of the same name; "" = no keys."""
     rate_limit: str = ""
-    """Most requests that one key (without keys: all clients together) may begin, such as "60/min"; the units are s,
+    """Most requests that one key (without keys: all clients together) may start, such as "60/min"; the units are s,
     min, h and day; "" = no limit."""
     max_connections: Count = 1024
-    """Connections that may be open at a time; any more are answered 503."""
+    """Most open connections; any more are answered with 503."""
 
 
 class HeadSection(Section, frozen=True):
-    """`[head]`: the actor that accepts requests and hands out work."""
+    """`[head]`: the actor that accepts requests and schedules their jobs."""
 
     port: Port = 5555
     """First bus port; the k-th other component has `port + k`. Unused with `[bus] transport = "ipc"`."""
     dispatch: DispatchName = "round_robin"
-    """How an instance is chosen among those with a free slot."""
+    """How an instance is chosen among those with free slots."""
     request_timeout_s: Seconds = 600.0
     """Seconds from acceptance to the result, waiting included."""
     waiting_timeout_s: SecondsOrNone = 0.0
-    """Most seconds that a stage may wait for an instance, 0 = no bound of its own."""
+    """Most seconds that a stage may wait for an instance; 0 = no separate bound."""
     running_timeout_s: SecondsOrNone = 0.0
-    """Most seconds that a stage may run, 0 = no bound of its own."""
+    """Most seconds that a stage may run; 0 = no separate bound."""
     max_pending: Count = 256
-    """Requests that may wait; beyond it the API answers 429."""
+    """Most requests that may be pending; beyond it the API answers 429."""
     max_attempts: Count = 3
-    """Times that a request may be started before it fails with every cause."""
+    """Attempts of a job before it fails, with the cause of each."""
 
 
 class TransferSection(Section, frozen=True):
-    """`[transfer]`: how tensors get from one stage to the next."""
+    """`[transfer]`: how tensors go from one stage to the next."""
 
     engine: EngineName = AUTO
     """`shm` shares the memory of one host, `mooncake` moves bytes, `auto` takes shm on one host."""
     protocol: Literal["tcp", "rdma"] = "tcp"
     """Transport of mooncake."""
     trusted_network: bool = False
-    """Must be true with mooncake, which asks nobody who they are: whoever reaches its ports, on any interface of this
-    host, reads and writes the pools' memory. Say so only where a firewall or a network of its own keeps others away;
-    see `docs/security.md`."""
+    """Must be true with mooncake, which authenticates nobody: whoever reaches its ports, on any interface of this host,
+    can read and write the pools' memory. Set it only behind a firewall or on a separate network; see
+    `docs/security.md`."""
     pool_size: str = "256MiB"
-    """Memory of each buffer pool, with a unit: B, KiB, MiB, GiB or TiB. What one stage hands to the next may take up to
-    the largest power of two within half of it."""
+    """Memory of each buffer pool, with a unit: B, KiB, MiB, GiB or TiB. The payload from one stage to the next may be
+    as large as the largest power of two within half of it."""
     hostname: str = "127.0.0.1"
     """Address by which peers reach this host's mooncake engine."""
     ib_device: str = ""
-    """RDMA device, "" for the engine's own choice."""
+    """RDMA device; "" = the engine's choice."""
     pull_timeout_s: Seconds = 60.0
     """Most seconds that the bytes of one hop may take with mooncake."""
     preallocated_slots: Natural = 2
-    """Slots that a receiver advertises ahead of time, to save the allocation's round trip."""
+    """Blocks that a receiver allocates and offers ahead of time, to save a round trip per transfer."""
 
     @property
     def pool_bytes(self) -> int:
@@ -233,25 +233,25 @@ class TransferSection(Section, frozen=True):
 
     @property
     def largest_payload(self) -> int:
-        """Most bytes that one stage may hand to the next: a block of a pool is a power of two, within half of it."""
+        """Most bytes of a payload: a block of a pool is a power of two, within half of it."""
         return 1 << (self.pool_bytes // 2).bit_length() >> 1
 
 
 class MemorySection(Section, frozen=True):
-    """`[memory]`: how much the weights of all models may take together.
+    """`[memory]`: how much memory the weights of all models may take together.
 
-    With a bound, each model is loaded once at the start, in turn, and then the least recently used ones sleep where
-    there is no room for all: on the CPU their weights are dropped and read again, from a GPU they go to the memory of
-    the host. A request wakes its model.
+    With a bound, each model is loaded once at the start, one after the other. If there is no room for all, the least
+    recently used models sleep: weights on the CPU are dropped and read again later, weights on a GPU move to the memory
+    of the host. A request wakes its model.
     """
 
     host: str = ""
     """Most bytes of weights of roles on the CPU, with a unit; "" = no bound."""
     card: str = ""
-    """The same of roles on each GPU; leave room for what requests need besides."""
+    """Most bytes of weights of roles on each GPU; leave room for what requests need besides."""
     turn_s: Seconds = 30.0
-    """Seconds for which a model that has been woken goes on to begin requests while another model waits for its room.
-    What it has begun is always finished."""
+    """Seconds for which a model that has been woken may start requests while another model waits for its room.
+    Requests that have started are always finished."""
 
     @property
     def host_bytes(self) -> int:
@@ -265,21 +265,21 @@ class MemorySection(Section, frozen=True):
 
 
 class SupervisionSection(Section, frozen=True):
-    """`[supervision]`: what happens when a process ends."""
+    """`[supervision]`: what happens when a process exits, in the terms of Erlang/OTP."""
 
     strategy: Literal["one_for_one", "one_for_all", "rest_for_one"] = "one_for_one"
-    """Who is restarted together with the one that ended."""
+    """Which components are restarted together with the one that exited."""
     intensity: Natural = 5
-    """Restarts of one component within `period_s` before the supervisor gives up on it."""
+    """Restarts of one component within `period_s` before the supervisor gives it up."""
     period_s: Seconds = 30.0
-    """The window of `intensity`."""
+    """Seconds over which `intensity` counts restarts."""
     shutdown_s: Seconds = 10.0
-    """Seconds to drain after SIGTERM before SIGKILL. A denoise that takes longer is done again from its start: where
-    that costs minutes of a GPU, give the time of one denoise."""
+    """Seconds from SIGTERM, which starts the drain, to SIGKILL. A denoise that takes longer is repeated from its start:
+    where that costs minutes of a GPU, set the duration of one denoise."""
     heartbeat_timeout_s: Seconds = 15.0
-    """Silence after which a process that has started counts as hung, and is killed and restarted."""
+    """Seconds without a heartbeat after which a started process counts as hung, and is killed and restarted."""
     start_timeout_s: Seconds = 600.0
-    """The same while a process starts: importing, loading weights and compiling may keep it silent for minutes."""
+    """The same while a process starts: importing, loading weights and compiling may block it for minutes."""
 
     @property
     def heartbeat_s(self) -> float:
@@ -288,48 +288,48 @@ class SupervisionSection(Section, frozen=True):
 
 
 class BusSection(Section, frozen=True):
-    """`[bus]`: how actors of different processes talk."""
+    """`[bus]`: how actors of different processes exchange messages."""
 
     transport: Literal["ipc", "tcp"] = "ipc"
     """Sockets in a private folder, or loopback TCP with CURVE: `triptych up` makes a key in the state folder, and only
-    processes that can read it get in."""
+    processes that can read it may connect."""
 
 
 class StateSection(Section, frozen=True):
-    """`[state]`: what outlives the processes."""
+    """`[state]`: what is kept on disk, and for how long."""
 
     path: str = ""
     """Folder for the journal, the artifacts and the generations, relative to the topology file; "" = under
-    `$XDG_STATE_HOME`. The environment's `TRIPTYCH_STATE_DIR` goes before it."""
+    `$XDG_STATE_HOME`. The environment variable `TRIPTYCH_STATE_DIR` overrides it."""
     keep_requests_s: Seconds = 86_400.0
-    """Seconds for which an ended request can be asked about, and its Idempotency-Key counts."""
+    """Seconds for which an ended request, and its Idempotency-Key, is kept."""
     max_requests: Count = 100_000
-    """Ended requests that are kept; the oldest go first."""
+    """Most ended requests that are kept; the oldest are removed first."""
     max_requests_size: str = "1GiB"
-    """Size of the journal beyond which the oldest ended requests go, with a unit."""
+    """Size of the journal, with a unit, beyond which the oldest ended requests are removed."""
     keep_artifacts_s: Seconds = 604_800.0
     """Seconds for which images and videos are kept."""
     max_artifacts: Count = 100_000
-    """Pictures and videos that are kept; the oldest go first, but none of a request that is still to be answered."""
+    """Most images and videos that are kept; the oldest are removed first, but none of an active request."""
     max_artifacts_size: str = "32GiB"
-    """Bytes of images and videos that are kept, with a unit."""
+    """Most bytes of images and videos that are kept, with a unit."""
     keep_uploads_s: Seconds = 3600.0
     """Seconds for which images that clients sent are kept beyond `[head] request_timeout_s`."""
     max_uploads: Count = 100_000
-    """Pictures of clients that are kept. Where those that a request may still need are as many, more are refused."""
+    """Most images of clients that are kept; if active requests may need that many, more are refused."""
     max_uploads_size: str = "16GiB"
-    """Bytes of images of clients that are kept, with a unit."""
+    """Most bytes of images of clients that are kept, with a unit."""
 
 
 class RoleSection(Section, frozen=True):
-    """One `[[roles]]` entry, with several models a `[[models.roles]]` entry: `count` equal instances of a stage."""
+    """One `[[roles]]` entry (with several models `[[models.roles]]`): `count` equal instances of a role."""
 
     kind: RoleKind
-    """The stage, or `monolithic` for the whole pipeline in one process."""
+    """The stage that it runs, or `monolithic` for the whole pipeline in one process."""
     count: Count = 1
     """Number of instances."""
     device: Device = "cpu"
-    """Torch device of every instance: `cpu`, `cuda:N`, or `cuda`: then instance k has GPU k modulo the GPUs there."""
+    """Torch device of every instance: `cpu`, `cuda:N`, or `cuda`: instance k has GPU k modulo the number of GPUs."""
     slots: Count = 2
     """Requests that one instance takes at a time."""
     name: RoleName = ""
@@ -337,21 +337,21 @@ class RoleSection(Section, frozen=True):
     port: PortOrRule = 0
     """Bus port of the first instance, counting up over `count`; 0 = by the rule at `[head] port`."""
     restart: Literal["permanent", "transient", "temporary"] = "permanent"
-    """Restart always, only after an abnormal end, or never."""
+    """Restart always, only after an abnormal exit, or never."""
     dtype: Literal["", "float32", "float16", "bfloat16"] = ""
-    """Type of the weights and of the computation here; "" = that of `[model]`. What comes from a stage with another
-    one is converted."""
+    """Type of the weights and of the computation of this role; "" = that of `[model]`. Payloads of a stage with another
+    type are converted."""
     quantization: Literal["none", "int8", "float8"] = "none"
-    """What the weights of linear layers are held as, with `none` as `dtype`; the others need
-    `pip install "triptych[quantization]"`. Autoencoders and vocoders stay as they are. The image is another one,
-    a little."""
+    """Format of the weights of linear layers; `none` = `dtype`, the others need
+    `pip install "triptych[quantization]"` and change the image slightly. Autoencoders and vocoders are not
+    quantized."""
     offload: Literal["none", "model", "group"] = "none"
-    """What rests in the memory of the host and is on the device just to compute: nothing, each component as a whole
-    (one at a time), or each block or layer (least memory, slowest). The image stays the same."""
+    """Which weights stay in the memory of the host, and are on the device only to compute: none, each component as a
+    whole (one at a time), or each block or layer (least memory, slowest). The image does not change."""
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as "256MiB" or "1.5 GiB"; raises `ValueError` for anything else, and for zero."""
+    """Return the bytes of a size such as "256MiB" or "1.5 GiB"; raises `ValueError` for anything else, and for zero."""
     match = _SIZE.fullmatch(text)
     if match is None or match[2] not in _UNITS:
         raise ValueError(f"{text!r} is no size")
@@ -362,7 +362,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_rate(text: str) -> tuple[int, float]:
-    """Count and seconds of a rate such as "60/min"; raises `ValueError` for anything else."""
+    """Return the count and the seconds of a rate such as "60/min"; raises `ValueError` for anything else."""
     match = _RATE.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is no rate")
@@ -370,17 +370,17 @@ def parse_rate(text: str) -> tuple[int, float]:
 
 
 def cache_size(text: str, pool_bytes: int, models: int = 1) -> int:
-    """Bytes of the prompt cache of one of `models` models; raises `ValueError` as `parse_size` does."""
+    """Return the bytes of the prompt cache of one of `models` models; raises `ValueError` as `parse_size` does."""
     if not text:
         return pool_bytes // 4 // models
     return 0 if text.strip() == "0" else parse_size(text)
 
 
 class Sections(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole file, decoded but not yet checked against itself."""
+    """The whole file, decoded and not yet checked for contradictions."""
 
     models: tuple[ModelSection, ...]
-    """Of `[model]` and `[[roles]]`, or of `[[models]]`."""
+    """From `[model]` and `[[roles]]`, or from `[[models]]`."""
     api: ApiSection = ApiSection()
     head: HeadSection = HeadSection()
     transfer: TransferSection = TransferSection()

@@ -314,7 +314,7 @@ def test_a_killed_zygote_takes_nobody_with_it_and_is_made_anew(write: Write) -> 
             before = await seen.all_ready(*ROLES[:2])
             zygote = (await seen.logged("zygote is warm"))["pid"]
             os.kill(zygote, signal.SIGKILL)
-            ended = await seen.logged("zygote ended, making a new one", pid=zygote)
+            ended = await seen.logged("zygote ended, starting a new one", pid=zygote)
             assert ended["ending"] == "killed by SIGKILL"
             for name, report in before.items():
                 assert (await seen.ping(name)).pid == report.pid
