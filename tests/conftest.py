@@ -55,17 +55,14 @@ def _make(path: Path, family: str) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep together what shares processes or the fixtures of a file, and begin with clusters: they take longest."""
+    """Put side by side what shares processes, and clusters first: they take longest.
 
-    def group(item: pytest.Item) -> str:
-        if shared := item.get_closest_marker("shared_cluster"):
-            return f"cluster {shared.args[0]}"
-        return "stage processes" if "processes" in getattr(item, "fixturenames", ()) else str(item.path)
+    Each parallel worker begins with a part of this list, and takes from the end of another's when it has none left.
+    """
 
-    def order(item: pytest.Item) -> tuple[bool, bool, str]:
+    def order(item: pytest.Item) -> tuple[bool, str, bool]:
         shared = item.get_closest_marker("shared_cluster")
-        return _SYSTEM not in item.path.parents, shared is None, shared.args[0] if shared else ""
+        system = _SYSTEM in item.path.parents
+        return not system, shared.args[0] if shared else "~", "processes" not in getattr(item, "fixturenames", ())
 
     items.sort(key=order)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))

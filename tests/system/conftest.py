@@ -24,7 +24,8 @@ from triptych.bus import BusError
 ROOT = Path(__file__).parents[2]
 STAGES = ("encoder", "denoiser", "decoder")
 FREE_PORTS = {"api": {"port": 0}}
-BOUND_S = 30.0
+BOUND_S = 60.0
+"""Longest wait for what must come: importing libraries anew takes seconds, and more on a busy machine."""
 MANY_STEPS = 100_000
 """Steps that nobody waits for."""
 
