@@ -368,7 +368,7 @@ class StreamWorker(Actor):
             values = await self._call(stream, pipeline.decode, item.values)
         # The stage has ended when the device says so: its seconds are then true, and its inputs can be dropped.
         end = stream.record()
-        await self._call(stream, end.synchronize)
+        await self._until(stream, end)
         if devices.releases_cached_memory(stage, self.component, shared=self._shared):
             await self._call(stream, devices.release_cached_memory, stream.device)
         if item.cancelled:
@@ -401,12 +401,17 @@ class StreamWorker(Actor):
             ahead = 1 if more else 0
             while launched and (len(launched) > ahead or launched[0][2].passed):
                 step, total_steps, end = launched.popleft()
-                await self._call(stream, end.synchronize)
+                await self._until(stream, end)
                 self._progress(item.attempt, step, total_steps)
             if more and item.cancelled:
                 await self._call(stream, denoising.cancel)
                 raise _StoppedError
         return denoising.result()
+
+    async def _until(self, stream: DeviceStream, event: StreamEvent) -> None:
+        """Wait for an event of the device; on the CPU it has passed, and no thread has to be waited for."""
+        if not event.passed:
+            await self._call(stream, event.synchronize)
 
     async def _call(self, stream: DeviceStream, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         self._call_began = time.monotonic()

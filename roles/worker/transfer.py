@@ -210,7 +210,8 @@ class TransferActor(Actor):
                     raise
                 self.log.warning("fetched again", attempt=str(message.attempt), error=str(error))
                 loaded = await self._fetch(message, retry)
-            await self._device.run(loaded.event.synchronize)
+            if not loaded.event.passed:
+                await self._device.run(loaded.event.synchronize)
         except (ChecksumMismatchError, CodecError) as error:
             raise TransferFailedError(str(error), source_gone=True) from error
         finally:
