@@ -232,33 +232,37 @@ class Head(Actor):
 
     async def heartbeat(self, message: stages.InstanceHeartbeat) -> stages.Acknowledged:
         """Note that an instance lives."""
-        self._refuse_fenced(message.name, message.generation)
-        if not self._scheduler_of(message.name).registry.heard(message.name, message.generation, message.trouble):
-            raise RefusedError("unknown", f"{message.name} is not registered: register again")
+        name, generation = self._instance()
+        self._refuse_fenced(name, generation)
+        if not self._scheduler_of(name).registry.heard(name, generation, message.trouble):
+            raise RefusedError("unknown", f"{name} is not registered: register again")
         return stages.Acknowledged()
 
     async def wake_changed(self, message: stages.InstanceWakeChanged) -> stages.Acknowledged:
         """Note that an instance has woken, or has gone to sleep, or could not."""
-        self._refuse_fenced(message.name, message.generation)
-        if self._scheduler_of(message.name).wake_changed(message):
+        name, generation = self._instance()
+        self._refuse_fenced(name, generation)
+        if self._scheduler_of(name).wake_changed(name, generation, message):
             how = "awake" if message.awake else "asleep"
-            self.log.info(f"instance {how}", instance=message.name, seconds=round(message.seconds, 3))
+            self.log.info(f"instance {how}", instance=name, seconds=round(message.seconds, 3))
         self.commit()
         return stages.Acknowledged()
 
-    async def instance_stopping(self, message: stages.InstanceStopping) -> stages.Acknowledged:
+    async def instance_stopping(self, _: stages.InstanceStopping) -> stages.Acknowledged:
         """Note that an instance was asked to end."""
-        self._scheduler_of(message.name).registry.leave(message.name, message.generation)
+        name, generation = self._instance()
+        self._scheduler_of(name).registry.leave(name, generation)
         return stages.Acknowledged()
 
     async def blocks_offered(self, message: stages.BlocksOffered) -> None:
         """Note the blocks that an instance keeps ready for what is pushed to it."""
-        self._scheduler_of(message.instance).registry.offer(message.instance, message.generation, message.blocks)
+        name, generation = self._instance()
+        self._scheduler_of(name).registry.offer(name, generation, message.blocks)
 
     async def stage_started(self, message: stages.StageStarted) -> stages.Acknowledged:
         """Note that a stage runs."""
         return self._apply_report(
-            message, lambda scheduler, now: scheduler.started(message.attempt, message.instance, message.stage, now)
+            message, lambda scheduler, name, now: scheduler.started(message.attempt, name, message.stage, now)
         )
 
     async def stage_progress(self, message: stages.StageProgress) -> None:
@@ -270,34 +274,35 @@ class Head(Actor):
         """Send a job on whose stage has stored its outputs."""
         if message.stage is Stage.DECODER:
             raise RefusedError("invalid", "a decoder writes an artifact, and stores nothing in a pool")
-        return self._apply_report(message, lambda scheduler, now: scheduler.stored(message, now))
+        return self._apply_report(message, lambda scheduler, name, now: scheduler.stored(name, message, now))
 
     async def stage_finished(self, message: stages.StageFinished) -> stages.Acknowledged:
         """End a job whose artifact is written."""
         self.requests.discard_late(message.attempt)
-        return self._apply_report(message, lambda scheduler, now: scheduler.finished(message, now))
+        return self._apply_report(message, lambda scheduler, name, now: scheduler.finished(name, message, now))
 
     async def stage_failed(self, message: stages.StageFailed) -> stages.Acknowledged:
         """Retry or fail a job whose stage raised."""
-        return self._apply_report(message, lambda scheduler, now: scheduler.stage_failed(message, now))
+        return self._apply_report(message, lambda scheduler, name, now: scheduler.stage_failed(name, message, now))
 
     async def transfer_failed(self, message: stages.TransferFailed) -> stages.Acknowledged:
         """Retry a job whose stored tensors could not be fetched."""
-        return self._apply_report(message, lambda scheduler, now: scheduler.transfer_failed(message, now))
+        return self._apply_report(message, lambda scheduler, name, now: scheduler.transfer_failed(name, message, now))
 
     async def stage_returned(self, message: stages.StageReturned) -> stages.Acknowledged:
         """Requeue a job that an instance which ends gives back."""
-        return self._apply_report(message, lambda scheduler, now: scheduler.returned(message, now))
+        return self._apply_report(message, lambda scheduler, name, now: scheduler.returned(name, message, now))
 
     async def stage_cancelled(self, message: stages.StageCancelled) -> stages.Acknowledged:
         """Note that an attempt was dropped as told."""
         self.requests.discard_late(message.attempt)
-        return self._apply_report(message, lambda scheduler, _now: scheduler.cancelled(message))
+        return self._apply_report(message, lambda scheduler, name, _now: scheduler.cancelled(name, message))
 
-    def _apply_report(self, report: Report, apply: Callable[[JobScheduler, float], bool]) -> stages.Acknowledged:
+    def _apply_report(self, report: Report, apply: Callable[[JobScheduler, str, float], bool]) -> stages.Acknowledged:
         """Apply a report to its scheduler; once this has been answered, the instance may forget it."""
+        name, _ = self._instance()
         try:
-            current = apply(self._scheduler_of(report.instance), time.time())
+            current = apply(self._scheduler_of(name), name, time.time())
         except IllegalTransitionError as error:
             self.log.exception("illegal transition", report=type(report).__name__, attempt=str(report.attempt))
             raise RefusedError("illegal_transition", str(error)) from error
@@ -305,6 +310,10 @@ class Head(Actor):
             self.log.info("stale report", report=type(report).__name__, attempt=str(report.attempt))
         self.commit()
         return stages.Acknowledged()
+
+    def _instance(self) -> tuple[str, int]:
+        """Return the name and the generation of the instance that sent the message."""
+        return self.address_book.component_of(self.sender.name), self.sender.generation
 
     def _refuse_fenced(self, name: str, generation: int) -> None:
         if self._scheduler_of(name).registry.fenced(name, generation):

@@ -225,9 +225,9 @@ class JobScheduler:
                 instance.changing_to = "wake" if awake else "sleep"
                 self.effects.append(TurnInstance(name, awake))
 
-    def wake_changed(self, report: InstanceWakeChanged) -> bool:
+    def wake_changed(self, name: str, generation: int, report: InstanceWakeChanged) -> bool:
         """An instance has gone to sleep, or has woken, or could not."""
-        instance = self.registry.incarnation(report.name, report.generation)
+        instance = self.registry.incarnation(name, generation)
         if instance is None:
             return False
         instance.changing_to = ""
@@ -401,11 +401,11 @@ class JobScheduler:
         if job and job.attempt == attempt.number:
             job.step, job.total_steps = step, total_steps
 
-    def stored(self, report: StageOutputsStored, now: float) -> bool:
+    def stored(self, instance: str, report: StageOutputsStored, now: float) -> bool:
         """A stage's outputs are at rest; the job goes on to wait for the next one."""
         stage = report.stage
-        self.registry.credit(report.instance, report.issued)
-        job = self._current(report.attempt, report.instance)
+        self.registry.credit(instance, report.issued)
+        job = self._current(report.attempt, instance)
         if job is None or job.stage is not stage:
             if not self.stored_outputs.holds(report.stored.lease):
                 self._give_back((report.stored.lease,))
@@ -423,10 +423,10 @@ class JobScheduler:
         self.dirty.add(job.id)
         return True
 
-    def finished(self, report: StageFinished, now: float) -> bool:
+    def finished(self, instance: str, report: StageFinished, now: float) -> bool:
         """The image is on disk."""
-        self.registry.credit(report.instance, report.issued)
-        job = self._current(report.attempt, report.instance)
+        self.registry.credit(instance, report.issued)
+        job = self._current(report.attempt, instance)
         if job is None:
             return False
         job.stage_seconds[report.stage.value] = report.seconds
@@ -436,46 +436,46 @@ class JobScheduler:
         self._end(job, State.DONE, "", now)
         return True
 
-    def stage_failed(self, report: StageFailed, now: float) -> bool:
+    def stage_failed(self, instance: str, report: StageFailed, now: float) -> bool:
         """The stage raised."""
-        self.registry.credit(report.instance, report.issued)
-        job = self._current(report.attempt, report.instance)
+        self.registry.credit(instance, report.issued)
+        job = self._current(report.attempt, instance)
         if job is None:
             return False
         if report.retryable:
-            self._retry(job, f"{report.instance}: {report.error}", now)
+            self._retry(job, f"{instance}: {report.error}", now)
         else:
             job.invalid_request = report.invalid_request
-            self.give_up(report.attempt, report.instance, report.error, now)
+            self.give_up(report.attempt, instance, report.error, now)
         return True
 
-    def returned(self, report: StageReturned, now: float) -> bool:
+    def returned(self, instance: str, report: StageReturned, now: float) -> bool:
         """The instance ends before it can have done the attempt."""
-        self.registry.credit(report.instance, report.issued)
-        job = self._current(report.attempt, report.instance)
+        self.registry.credit(instance, report.issued)
+        job = self._current(report.attempt, instance)
         if job is None:
             return False
-        self._retry(job, f"{report.instance}: {ExitKind.STOPPED.value}", now, counts=False)
+        self._retry(job, f"{instance}: {ExitKind.STOPPED.value}", now, counts=False)
         return True
 
-    def cancelled(self, report: StageCancelled) -> bool:
+    def cancelled(self, instance: str, report: StageCancelled) -> bool:
         """The instance has dropped an attempt as told: its credit is free again."""
-        self.registry.credit(report.instance, report.issued)
+        self.registry.credit(instance, report.issued)
         return True
 
-    def transfer_failed(self, report: TransferFailed, now: float) -> bool:
+    def transfer_failed(self, instance: str, report: TransferFailed, now: float) -> bool:
         """Stored tensors could not be fetched."""
-        self.registry.credit(report.instance, report.issued)
-        job = self._current(report.attempt, report.instance)
+        self.registry.credit(instance, report.issued)
+        job = self._current(report.attempt, instance)
         if job is None:
             return False
         if report.source_gone:
             self._give_back(self.stored_outputs.drop(job, spoilt=True))
         job.transfers_lost += 1
         if job.transfers_lost > MAX_TRANSFERS_LOST:
-            self.give_up(report.attempt, report.instance, report.reason, now)
+            self.give_up(report.attempt, instance, report.reason, now)
         else:
-            self._retry(job, f"{report.instance}: {report.reason}", now, counts=False)
+            self._retry(job, f"{instance}: {report.reason}", now, counts=False)
         return True
 
     def give_up(self, attempt: Attempt, name: str, reason: str, now: float) -> None:

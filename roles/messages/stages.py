@@ -1,4 +1,7 @@
-"""Head to role instance and back: registration, credits, stages, transfers."""
+"""Head to role instance and back: registration, credits, stages, transfers.
+
+Who sent a message, and which incarnation, its envelope says.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +57,6 @@ class RegisterInstance(Message):
 class InstanceWakeChanged(Message):
     """An instance has woken, or has gone to sleep, or could not. Asks for Acknowledged."""
 
-    name: Name
-    generation: Generation
     awake: bool
     signature: Signature
     weights: Natural
@@ -82,17 +83,12 @@ class InstanceRegistered(Message):
 class InstanceHeartbeat(Message):
     """Said each second. Asks for Acknowledged; refused with `fenced` once the head has given this incarnation up."""
 
-    name: Name
-    generation: Generation
     trouble: str = ""
     """What work waits for that a person may have to mend, such as a full disk; a sentence."""
 
 
 class InstanceStopping(Message):
     """This incarnation has been asked to end: it takes nothing more. Asks for Acknowledged."""
-
-    name: Name
-    generation: Generation
 
 
 class StageAssign(Message):
@@ -131,8 +127,6 @@ class TransferRejected(Message):
 class BlocksOffered(Message):
     """Slots of its own pool that a receiver keeps ready, so that TransferAlloc can be skipped. Told at each change."""
 
-    instance: Name
-    generation: Generation
     blocks: tuple[LeaseRef, ...]
     """All of them; in place of those offered before."""
 
@@ -184,7 +178,6 @@ class TransferFailed(Message):
     """The stored tensors could not be fetched; nothing was computed on them."""
 
     attempt: Attempt
-    instance: Name
     reason: str
     source_gone: bool
     """The source itself is lost or damaged, so that another receiver would fail as well."""
@@ -195,7 +188,6 @@ class StageStarted(Message):
     """The stage's first kernel is about to run."""
 
     attempt: Attempt
-    instance: Name
     stage: Stage
 
 
@@ -211,7 +203,6 @@ class StageOutputsStored(Message):
     """The stage is done and its outputs are sealed in a block."""
 
     attempt: Attempt
-    instance: Name
     stage: Stage
     stored: StoredPayload
     seconds: Seconds
@@ -224,7 +215,6 @@ class StageFinished(Message):
     """The last stage is done and the artifact is on disk."""
 
     attempt: Attempt
-    instance: Name
     stage: Stage
     artifact: Artifact
     seconds: Seconds
@@ -235,7 +225,6 @@ class StageFailed(Message):
     """The stage raised."""
 
     attempt: Attempt
-    instance: Name
     stage: Stage | None
     """None where it had not begun."""
     error: str
@@ -250,7 +239,6 @@ class StageReturned(Message):
     """The instance ends before it can have done the attempt: it is for others."""
 
     attempt: Attempt
-    instance: Name
     issued: Natural
 
 
@@ -258,5 +246,4 @@ class StageCancelled(Message):
     """The attempt was dropped because it was told to be."""
 
     attempt: Attempt
-    instance: Name
     issued: Natural

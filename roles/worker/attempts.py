@@ -276,7 +276,7 @@ class AttemptTracker:
         """Note that the stage's first kernel is about to run."""
         item = self._item(attempt, "a stage started", Phase.RUNNING)
         item.began_at, item.step, item.total_steps = now, 0, 0
-        return StageStarted(attempt, self.instance, stage)
+        return StageStarted(attempt, stage)
 
     def stepped(self, attempt: Attempt, step: int, total_steps: int, now: float) -> StageProgress:
         """Note that a denoising step is done."""
@@ -306,7 +306,7 @@ class AttemptTracker:
         """Say that the stage raised; it is not tried again where the request is at fault or nothing changes."""
         item = self._item(attempt, "a stage failed", Phase.RUNNING)
         retryable = not (invalid_request or deterministic)
-        return StageFailed(attempt, self.instance, item.stages[0], error, retryable, 0, invalid_request)
+        return StageFailed(attempt, item.stages[0], error, retryable, 0, invalid_request)
 
     def stopped(self, attempt: Attempt) -> StageCancelled | StageReturned:
         """Say that the stage was stopped as told."""
@@ -329,12 +329,12 @@ class AttemptTracker:
         """Say where the outputs lie, in a sealed block."""
         item = self._item(attempt, "outputs were stored", Phase.STORING)
         stage = item.stages[0]
-        return StageOutputsStored(attempt, self.instance, stage, stored, item.seconds, 0, item.seed_independent)
+        return StageOutputsStored(attempt, stage, stored, item.seconds, 0, item.seed_independent)
 
     def saved(self, attempt: Attempt, artifact: Artifact) -> StageFinished:
         """Say that the file is on disk."""
         item = self._item(attempt, "an artifact was saved", Phase.SAVING)
-        return StageFinished(attempt, self.instance, item.stages[0], artifact, item.seconds, 0)
+        return StageFinished(attempt, item.stages[0], artifact, item.seconds, 0)
 
     def transfer_failed(
         self, attempt: Attempt, reason: str, *, source_gone: bool = False, retryable: bool = True
@@ -342,8 +342,8 @@ class AttemptTracker:
         """Say that loading, storing or saving came to nothing."""
         item = self._item(attempt, "a transfer failed", Phase.LOADING, Phase.STORING, Phase.SAVING)
         if item.phase is Phase.LOADING:
-            return TransferFailed(attempt, self.instance, reason, source_gone, 0)
-        return StageFailed(attempt, self.instance, item.stages[0], reason, retryable, 0)
+            return TransferFailed(attempt, reason, source_gone, 0)
+        return StageFailed(attempt, item.stages[0], reason, retryable, 0)
 
     # -- inside
 
@@ -375,7 +375,7 @@ class AttemptTracker:
         return item
 
     def _cancelled_report(self, item: ActiveAttempt) -> StageCancelled | StageReturned:
-        return (StageReturned if item.returned else StageCancelled)(item.attempt, self.instance, 0)
+        return (StageReturned if item.returned else StageCancelled)(item.attempt, 0)
 
 
 def _remember(memory: dict[Attempt, None], attempt: Attempt) -> None:

@@ -102,7 +102,7 @@ class Instance(Actor):
     async def stopping(self) -> None:
         """Take nothing more; finish what can be in time, give back the rest, if there is a head to take it."""
         self._draining = self._leaving = True
-        self.reporter.add(InstanceStopping(self.name, self.generation))
+        self.reporter.add(InstanceStopping())
         self._carry_out(self.attempts.return_to_head(HAND_BACK_FACTOR * self._shutdown_s))
         ends = [asyncio.ensure_future(self._drained()), asyncio.ensure_future(self._head_away.wait())]
         try:
@@ -306,7 +306,7 @@ class Instance(Actor):
             self._offer()
 
     def _offer(self) -> None:
-        self._tell_head(BlocksOffered(self.name, self.generation, tuple(self._preallocation.blocks)))
+        self._tell_head(BlocksOffered(tuple(self._preallocation.blocks)))
 
     async def _drained(self) -> None:
         while self.attempts.active:
@@ -389,7 +389,7 @@ class Instance(Actor):
             if lost.done():
                 return
             try:
-                alive = InstanceHeartbeat(self.name, self.generation, self.context.trouble)
+                alive = InstanceHeartbeat(self.context.trouble)
                 await head.ask(alive, Acknowledged, timeout_s=ANSWER_S)
             except RemoteError as error:
                 if is_fenced(error):

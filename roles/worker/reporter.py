@@ -66,7 +66,7 @@ def shortened(report: Message, why: str) -> Message | None:
         return None
     stage = None if isinstance(report, TransferFailed) else report.stage
     error = f"its report cannot be sent: {why}"
-    return StageFailed(report.attempt, report.instance, stage, error, retryable=False, issued=report.issued)
+    return StageFailed(report.attempt, stage, error, retryable=False, issued=report.issued)
 
 
 class Reporter:

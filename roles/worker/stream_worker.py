@@ -167,11 +167,7 @@ class StreamWorker(Actor):
             self.log.info("weights let go", seconds=round(time.monotonic() - began, 3))
         self.set_state(ChildState.READY)
         here, seconds = self.context, time.monotonic() - began
-        self._pass_on(
-            InstanceWakeChanged(
-                here.instance, self.generation, here.awake, here.signature, here.weights, seconds, trouble
-            )
-        )
+        self._pass_on(InstanceWakeChanged(here.awake, here.signature, here.weights, seconds, trouble))
 
     def _let_go(self, device: torch.device) -> None:
         """Free the memory of the weights: from a GPU plain ones go to the host, all others are read again."""

@@ -71,15 +71,15 @@ def a_block(lease_id: int, pool_generation: int = 1) -> StoredPayload:
 def stored(
     attempt: Attempt, stage: str, lease_id: int, issued: int = 99, *, seed_independent: bool = False
 ) -> StageOutputsStored:
-    return StageOutputsStored(attempt, f"{stage}-0", Stage(stage), a_block(lease_id), 0.5, issued, seed_independent)
+    return StageOutputsStored(attempt, Stage(stage), a_block(lease_id), 0.5, issued, seed_independent)
 
 
-def finished(attempt: Attempt, name: str = "decoder-0") -> StageFinished:
-    return StageFinished(attempt, name, Stage.DECODER, Artifact("r-0.png", "image/png", 10), 0.1, 99)
+def finished(attempt: Attempt) -> StageFinished:
+    return StageFinished(attempt, Stage.DECODER, Artifact("r-0.png", "image/png", 10), 0.1, 99)
 
 
 def failed(attempt: Attempt, error: str, *, retryable: bool) -> StageFailed:
-    return StageFailed(attempt, "denoiser-0", Stage.DENOISER, error, retryable, 99, not retryable)
+    return StageFailed(attempt, Stage.DENOISER, error, retryable, 99, not retryable)
 
 
 def after(scheduler: JobScheduler, now: float = 1.0) -> list[Effect]:

@@ -352,25 +352,26 @@ class SimulatedCluster:
         return instance.attempts.active[attempt].cancelled
 
     def deliver(self, instance: Incarnation) -> Steps:
+        name = instance.name
         while instance.alive:
             yield
             if not instance.alive or not instance.outbox:
                 continue
             match instance.outbox.pop(0):
-                case stages.StageStarted(attempt, name, stage):
+                case stages.StageStarted(attempt, stage):
                     self.scheduler.started(attempt, name, Stage(stage), self.now)
                 case stages.StageOutputsStored() as report:
-                    self.scheduler.stored(report, self.now)
+                    self.scheduler.stored(name, report, self.now)
                 case stages.StageFinished() as report:
-                    self.scheduler.finished(report, self.now)
+                    self.scheduler.finished(name, report, self.now)
                 case stages.StageFailed() as report:
-                    self.scheduler.stage_failed(report, self.now)
+                    self.scheduler.stage_failed(name, report, self.now)
                 case stages.TransferFailed() as report:
-                    self.scheduler.transfer_failed(report, self.now)
-                case stages.StageCancelled(_, name, issued):
+                    self.scheduler.transfer_failed(name, report, self.now)
+                case stages.StageCancelled(_, issued):
                     self.scheduler.registry.credit(name, issued)
-                case stages.BlocksOffered(name, generation, blocks):
-                    self.scheduler.registry.offer(name, generation, blocks)
+                case stages.BlocksOffered(blocks):
+                    self.scheduler.registry.offer(name, instance.generation, blocks)
             self.commit()
 
     def compute(self, instance: Incarnation) -> Steps:
@@ -467,7 +468,7 @@ class SimulatedCluster:
 
     def offer(self, instance: Incarnation) -> None:
         blocks = tuple(instance.preallocated.blocks)
-        instance.outbox.append(stages.BlocksOffered(instance.name, instance.generation, blocks))
+        instance.outbox.append(stages.BlocksOffered(blocks))
 
     def at_rest(self) -> None:
         """Nothing is left behind but what is kept on purpose."""

@@ -94,7 +94,7 @@ def actors(topology: Callable[..., Topology]) -> Callable[[str], AbstractAsyncCo
             for name in harness.workers:
                 await harness.register(name)
             await harness.submit(n=2)
-            yield harness.head
+            yield harness.head_as("encoder-0")
 
     @asynccontextmanager
     async def other(name: str) -> AsyncIterator[Any]:
@@ -159,15 +159,15 @@ LEASE = ("pool", 1, 1, 0, 64)
 @pytest.mark.parametrize(
     "fields",
     [
-        ("StageStarted", ("r/0", 1), "denoiser-0", "bogus"),
-        ("StageOutputsStored", ("r/0", 1), "denoiser-0", "bogus", (LEASE, b"", 0, 64), 0.1, 3),
-        ("StageOutputsStored", ("r/0", 1), "denoiser-0", "denoiser", (("pool", 1, 1, -1, 64), b"", 0, 64), 0.1, 3),
-        ("StageFinished", ("r/0", 1), "decoder-0", "decoder", ("r_0.png", "image/png", -1), 0.1, 3),
+        ("StageStarted", ("r/0", 1), "bogus"),
+        ("StageOutputsStored", ("r/0", 1), "bogus", (LEASE, b"", 0, 64), 0.1, 3),
+        ("StageOutputsStored", ("r/0", 1), "denoiser", (("pool", 1, 1, -1, 64), b"", 0, 64), 0.1, 3),
+        ("StageFinished", ("r/0", 1), "decoder", ("r_0.png", "image/png", -1), 0.1, 3),
         ("StageProgress", ("r/0", 1), -1, 3),
         ("SubmitRequest", "r", {"prompt": "x"}, 2**64 - 1, 2),
         ("WaitRequest", "r", float("nan")),
         ("CancelRequest", "x" * 129),
-        ("InstanceHeartbeat", "encoder-0", 2**62),
+        ("InstanceHeartbeat", 2**62),
     ],
     ids=str,
 )
@@ -213,7 +213,7 @@ def test_another_user_of_the_host_changes_nothing_over_tcp_and_learns_nothing(
                 assert (events[-1] in ("hung up on", "no CURVE"), answers) == (True, 0)
             assert f"{state}/bus.key" in found["unreadable"]
             assert set(found["unreadable"].values()) == {"PermissionError"}
-            await harness.report(stages.InstanceHeartbeat("encoder-0", 1))
+            await harness.report(stages.InstanceHeartbeat(), "encoder-0")
             assert (await harness.view()).units[0].state == "ENCODER_WAITING"
 
     with tempfile.TemporaryDirectory() as open_to_all:

@@ -25,7 +25,7 @@ def assigned_to_a_denoiser() -> tuple[JobScheduler, Job]:
     after(scheduler)
     job = scheduler.jobs["r/0"]
     scheduler.started(job.current_attempt, "encoder-0", Stage.ENCODER, 1.0)
-    scheduler.stored(stored(job.current_attempt, "encoder", 1), 2.0)
+    scheduler.stored("encoder-0", stored(job.current_attempt, "encoder", 1), 2.0)
     after(scheduler)
     assert job.instance == "denoiser-0"
     return scheduler, job
@@ -61,7 +61,9 @@ def test_tensors_of_another_unit_come_with_what_makes_them_this_units_own() -> N
     scheduler.accept(request(), 0.0)
     scheduler.accept(request("second", seed=7, num_inference_steps=9), 0.0)
     after(scheduler)
-    scheduler.stored(stored(scheduler.jobs["r/0"].current_attempt, "encoder", 1, seed_independent=True), 1.0)
+    scheduler.stored(
+        "encoder-0", stored(scheduler.jobs["r/0"].current_attempt, "encoder", 1, seed_independent=True), 1.0
+    )
     after(scheduler)
     models = single_model(scheduler)
 

@@ -157,6 +157,7 @@ class HeadHarness:
     def __init__(self, actor: Head, head: Reference, pool: Pool, workers: dict[str, Worker]) -> None:
         self.actor, self.head, self.pool, self.workers = actor, head, pool, workers
         self.topology = actor.topology
+        self.outboxes: dict[tuple[str, int], Outbox] = {}
         self.kill_pool: Callable[[], Coroutine[Any, Any, None]]
 
     async def submit(
@@ -176,8 +177,16 @@ class HeadHarness:
         )
         return await self.head.ask(registration, stages.InstanceRegistered, timeout_s=BOUND_S)
 
-    async def report(self, message: Any) -> None:
-        await self.head.ask(message, stages.Acknowledged, timeout_s=BOUND_S)
+    def head_as(self, instance: str, generation: int = 1) -> Reference:
+        """The head, as one incarnation of an instance reaches it."""
+        sender = instance, generation
+        if sender not in self.outboxes:
+            self.outboxes[sender] = Outbox(*sender, options=self.actor.address_book.socket_options)
+        return self.outboxes[sender].reference("head", self.head.address)
+
+    async def report(self, message: Any, instance: str = "", generation: int = 1) -> None:
+        head = self.head_as(instance or f"{message.stage}-0", generation)
+        await head.ask(message, stages.Acknowledged, timeout_s=BOUND_S)
 
     async def next_attempt(self, name: str) -> Attempt:
         return await asyncio.wait_for(self.workers[name].attempt.get(), BOUND_S)
@@ -202,7 +211,8 @@ async def running_head(
         harness = HeadHarness(head, outbox.reference("head", address_book.address("head")), pool, workers)
         harness.kill_pool = pools_process._close
         yield harness
-        outbox.close()
+        for each in (outbox, *harness.outboxes.values()):
+            each.close()
 
 
 def run_scenario(scenario: Coroutine[Any, Any, None]) -> None:
@@ -210,12 +220,12 @@ def run_scenario(scenario: Coroutine[Any, Any, None]) -> None:
 
 
 def finished(attempt: Attempt) -> stages.StageFinished:
-    return stages.StageFinished(attempt, "decoder-0", "decoder", Artifact("r_0.png", "image/png", 1), 0.1, 3)
+    return stages.StageFinished(attempt, "decoder", Artifact("r_0.png", "image/png", 1), 0.1, 3)
 
 
 def stored(attempt: Attempt, harness: str, number: int) -> stages.StageOutputsStored:
     block = StoredPayload(LeaseRef("pool", 1, number, 0, 64), b"", 0, 64)
-    return stages.StageOutputsStored(attempt, f"{harness}-0", harness, block, 0.1, 3)
+    return stages.StageOutputsStored(attempt, harness, block, 0.1, 3)
 
 
 def test_a_request_goes_from_hand_to_hand_and_whoever_waits_is_told(topology: Callable[..., Topology]) -> None:
@@ -228,10 +238,10 @@ def test_a_request_goes_from_hand_to_hand_and_whoever_waits_is_told(topology: Ca
                 harness.head.ask(requests.WaitRequest("r", BOUND_S), requests.RequestView, timeout_s=2 * BOUND_S)
             )
             attempt = await harness.next_attempt("encoder-0")
-            await harness.report(stages.StageStarted(attempt, "encoder-0", "encoder"))
+            await harness.report(stages.StageStarted(attempt, "encoder"))
             await harness.report(stored(attempt, "encoder", 1))
             attempt = await harness.next_attempt("denoiser-0")
-            await harness.report(stages.StageStarted(attempt, "denoiser-0", "denoiser"))
+            await harness.report(stages.StageStarted(attempt, "denoiser"))
             await harness.report(stored(attempt, "denoiser", 2))
             attempt = await harness.next_attempt("decoder-0")
             assert not waiting.done()
@@ -601,7 +611,7 @@ def test_a_restarted_head_leaves_running_work_alone_and_redoes_the_rest(topology
             await harness.submit("lost", prompt="b")
             attempts = [await harness.next_attempt("encoder-0"), await harness.next_attempt("encoder-0")]
             kept = next(attempt for attempt in attempts if attempt.job_id == "kept/0")
-            await harness.report(stages.StageStarted(kept, "encoder-0", "encoder"))
+            await harness.report(stages.StageStarted(kept, "encoder"))
         async with running_head(topology(), generation=2) as harness:
             assert {(await harness.view(id_)).state for id_ in ("kept", "lost")} == {
                 "ENCODER_RUNNING",
@@ -609,9 +619,9 @@ def test_a_restarted_head_leaves_running_work_alone_and_redoes_the_rest(topology
             }
             welcome = await harness.register("encoder-0", running=(kept, Attempt("other/0", 1)))
             assert welcome.unknown == (Attempt("other/0", 1),)
-            await harness.report(stages.StageCancelled(Attempt("other/0", 1), "encoder-0", 3))
+            await harness.report(stages.StageCancelled(Attempt("other/0", 1), 3), "encoder-0", 2)
             assert await harness.next_attempt("encoder-0") == Attempt("lost/0", 2)
-            await harness.report(stored(kept, "encoder", 1))
+            await harness.report(stored(kept, "encoder", 1), generation=2)
             assert (await harness.view("kept")).state == "DENOISING_WAITING"
 
     run_scenario(scenario())
@@ -628,7 +638,7 @@ def test_an_instance_that_falls_silent_is_fenced(topology: Callable[..., Topolog
                 while view.units[0].attempts == 1:
                     view = await harness.view()
             with pytest.raises(RemoteError, match="given up") as refused:
-                await harness.report(stages.InstanceHeartbeat("encoder-0", 5))
+                await harness.report(stages.InstanceHeartbeat(), "encoder-0", 5)
             assert refused.value.code == "fenced"
             with pytest.raises(RemoteError, match="given up"):
                 await harness.register("encoder-0", generation=5)
@@ -650,7 +660,7 @@ def test_a_step_of_the_clock_neither_ends_a_request_nor_keeps_it(
             await harness.register("encoder-0")
             await harness.submit(prompt="a")
             attempt = await harness.next_attempt("encoder-0")
-            await harness.report(stages.StageStarted(attempt, "encoder-0", "encoder"))
+            await harness.report(stages.StageStarted(attempt, "encoder"))
             monkeypatch.setattr(time, "time", lambda: wall() + step_s)
             while harness.actor.models.all[0].scheduler.jobs["r/0"].left_s > 500 - TICK_S:
                 assert (await harness.view()).state == "ENCODER_RUNNING"
@@ -680,7 +690,7 @@ def test_after_a_pause_of_the_machine_nobody_is_fenced_before_he_could_be_heard(
             for _ in range(2):
                 time.sleep(1.5)  # noqa: ASYNC251  nothing in this process runs, as when the machine is stopped
                 await asyncio.sleep(TICK_S)
-                await harness.report(stages.InstanceHeartbeat("encoder-0", 1))
+                await harness.report(stages.InstanceHeartbeat(), "encoder-0")
             assert (await harness.view()).units[0].attempts == 1
 
     run_scenario(scenario())
@@ -698,7 +708,7 @@ def test_an_instance_that_stalls_is_asked_again_and_loses_nothing(
             await harness.register("encoder-0")
             await harness.submit("runs")
             runs = await harness.next_attempt("encoder-0")
-            await harness.report(stages.StageStarted(runs, "encoder-0", "encoder"))
+            await harness.report(stages.StageStarted(runs, "encoder"))
             worker = harness.workers["encoder-0"]
             for stall in (1, 2):
                 worker.running.clear()
@@ -809,9 +819,9 @@ def test_what_an_instance_waits_for_is_why_the_head_is_not_ready(topology: Calla
                 return " ".join(view.reasons)
 
             await harness.register("decoder-0")
-            await harness.report(stages.InstanceHeartbeat("decoder-0", 1, "the disk is full"))
+            await harness.report(stages.InstanceHeartbeat("the disk is full"), "decoder-0")
             assert "decoder-0: the disk is full" in await reasons()
-            await harness.report(stages.InstanceHeartbeat("decoder-0", 1))
+            await harness.report(stages.InstanceHeartbeat(), "decoder-0")
             assert "full" not in await reasons()
 
     run_scenario(scenario())
@@ -821,7 +831,7 @@ def test_an_instance_that_is_not_in_the_books_is_told_to_say_hello(topology: Cal
     async def scenario() -> None:
         async with running_head(topology()) as harness:
             with pytest.raises(RemoteError, match="register again") as refused:
-                await harness.report(stages.InstanceHeartbeat("encoder-0", 1))
+                await harness.report(stages.InstanceHeartbeat(), "encoder-0")
             assert refused.value.code == "unknown"
 
     run_scenario(scenario())
@@ -861,7 +871,7 @@ def test_a_deleted_request_leaves_nothing_behind(topology: Callable[..., Topolog
             assert await delete("r"), "an active one is cancelled first"
             assert await asyncio.wait_for(harness.workers["encoder-0"].cancelled.get(), BOUND_S) == attempt
             artifacts.save("r/0", "png", b"image")  # by an instance that was about to write it
-            await harness.report(stages.StageCancelled(attempt, "encoder-0", 3))
+            await harness.report(stages.StageCancelled(attempt, 3), "encoder-0")
             async with asyncio.timeout(BOUND_S):
                 while artifacts.path("r_0.png").exists():  # noqa: ASYNC110  a file tells nobody that it goes
                     await asyncio.sleep(0)

@@ -117,7 +117,9 @@ def encoded(scheduler: JobScheduler, id_: str = "first", number: int = 1, *, see
     scheduler.accept(request(id_), 0.0)
     after(scheduler)
     job = scheduler.jobs[f"{id_}/0"]
-    assert scheduler.stored(stored(job.current_attempt, "encoder", number, seed_independent=seed_independent), 1.0)
+    assert scheduler.stored(
+        "encoder-0", stored(job.current_attempt, "encoder", number, seed_independent=seed_independent), 1.0
+    )
     return job
 
 
@@ -144,14 +146,14 @@ def test_a_block_is_given_back_when_neither_a_unit_nor_the_cache_needs_it(schedu
     after(scheduler)
     second = scheduler.jobs["second/0"]
     block = a_block(1).lease
-    scheduler.stored(stored(first.current_attempt, "denoiser", 2), 2.0)
+    scheduler.stored("denoiser-0", stored(first.current_attempt, "denoiser", 2), 2.0)
     assert after(scheduler) == []
     scheduler.evict("another pool", PAGE)
     assert block in scheduler.stored_outputs.cache
     scheduler.evict("pool", PAGE)
     assert after(scheduler) == [], "a job starts from it"
     assert block not in scheduler.stored_outputs.cache, "and no other will"
-    scheduler.stored(stored(second.current_attempt, "denoiser", 3), 3.0)
+    scheduler.stored("denoiser-0", stored(second.current_attempt, "denoiser", 3), 3.0)
     assert after(scheduler) == [ReleaseLeases((block,))]
     assert block not in scheduler.stored_outputs.leases
 
@@ -161,7 +163,7 @@ def test_what_no_unit_holds_goes_before_what_one_does(scheduler: JobScheduler) -
         scheduler.accept(request(prompt, prompt=prompt), 0.0)
         after(scheduler)
         job = scheduler.jobs[f"{prompt}/0"]
-        scheduler.stored(stored(job.current_attempt, "encoder", number, seed_independent=True), 1.0)
+        scheduler.stored("encoder-0", stored(job.current_attempt, "encoder", number, seed_independent=True), 1.0)
         after(scheduler)
     scheduler.cancel("free", "enough", 2.0)
     scheduler.take_effects()
@@ -186,7 +188,9 @@ def test_one_encodes_for_all_that_come_at_once(scheduler: JobScheduler) -> None:
     scheduler.accept(request("r", n=3), 0.0)
     scheduler.accept(request("s"), 0.0)
     assert after(scheduler) == [Assign("encoder-0", "r/0")]
-    scheduler.stored(stored(scheduler.jobs["r/0"].current_attempt, "encoder", 1, seed_independent=True), 1.0)
+    scheduler.stored(
+        "encoder-0", stored(scheduler.jobs["r/0"].current_attempt, "encoder", 1, seed_independent=True), 1.0
+    )
     assert after(scheduler) == [Assign("denoiser-0", job_id) for job_id in ("r/0", "r/1", "r/2", "s/0")]
     assert [job.uses_cached_prompt for job in scheduler.jobs.values()] == [False, True, True, True]
 
@@ -207,7 +211,9 @@ def test_when_the_one_that_encodes_does_not_come_to_it_another_does(fate: str) -
         assert isinstance(assigned, Assign)
         scheduler.instance_down(assigned.instance, "its process ended", 1.0)
     else:
-        scheduler.stored(stored(leader.current_attempt, "encoder", 1, seed_independent=fate == "too large"), 1.0)
+        scheduler.stored(
+            "encoder-0", stored(leader.current_attempt, "encoder", 1, seed_independent=fate == "too large"), 1.0
+        )
     encoding = [
         effect.job_id for effect in after(scheduler) if isinstance(effect, Assign) and "encoder" in effect.instance
     ]
@@ -250,7 +256,7 @@ def test_damaged_or_lost_tensors_are_kept_for_nobody(scheduler: JobScheduler) ->
     scheduler.accept(request("second"), 1.0)
     after(scheduler)
     second = scheduler.jobs["second/0"]
-    scheduler.transfer_failed(TransferFailed(second.current_attempt, "denoiser-0", "checksum", True, 99), 2.0)
+    scheduler.transfer_failed("denoiser-0", TransferFailed(second.current_attempt, "checksum", True, 99), 2.0)
     assert Assign("encoder-0", "second/0") in after(scheduler)
     assert not second.uses_cached_prompt
     assert second.instances["encoder"] == "encoder-0"
@@ -261,7 +267,7 @@ def test_damaged_or_lost_tensors_are_kept_for_nobody(scheduler: JobScheduler) ->
 def test_a_pool_that_ends_takes_its_entries_along(scheduler: JobScheduler) -> None:
     first = encoded(scheduler)
     after(scheduler)
-    scheduler.stored(stored(first.current_attempt, "denoiser", 2), 2.0)
+    scheduler.stored("denoiser-0", stored(first.current_attempt, "denoiser", 2), 2.0)
     after(scheduler)
     scheduler.pool_down("pool", 2, 3.0)
     assert len(scheduler.stored_outputs.cache) == 0
@@ -273,11 +279,11 @@ def test_a_report_said_twice_does_not_free_what_is_kept(scheduler: JobScheduler)
     job = encoded(scheduler)
     report = stored(job.current_attempt, "encoder", 1, seed_independent=True)
     after(scheduler)
-    scheduler.stored(stored(job.current_attempt, "denoiser", 2), 2.0)
+    scheduler.stored("denoiser-0", stored(job.current_attempt, "denoiser", 2), 2.0)
     after(scheduler)
-    scheduler.finished(finished(job.current_attempt), 3.0)
+    scheduler.finished("decoder-0", finished(job.current_attempt), 3.0)
     after(scheduler)
-    assert not scheduler.stored(report, 4.0)
+    assert not scheduler.stored("encoder-0", report, 4.0)
     assert after(scheduler) == []
 
 
@@ -297,16 +303,16 @@ def test_after_a_restart_of_the_head_a_shared_block_is_kept_until_the_last_has_c
     after(restarted)
     first, second = restarted.jobs["first/0"], restarted.jobs["second/0"]
     assert (first.uses_cached_prompt, second.uses_cached_prompt) == (False, True)
-    assert restarted.stored(stored(first.current_attempt, "denoiser", 2), 3.0)
+    assert restarted.stored("denoiser-0", stored(first.current_attempt, "denoiser", 2), 3.0)
     assert after(restarted) == []
-    assert restarted.stored(stored(second.current_attempt, "denoiser", 3), 3.0)
+    assert restarted.stored("denoiser-0", stored(second.current_attempt, "denoiser", 3), 3.0)
     assert after(restarted) == [ReleaseLeases((a_block(1).lease,))], "the new head's cache is empty"
 
 
 def test_an_encoder_that_reads_something_else_empties_the_cache(scheduler: JobScheduler) -> None:
     first = encoded(scheduler)
     after(scheduler)
-    scheduler.stored(stored(first.current_attempt, "denoiser", 2), 2.0)
+    scheduler.stored("denoiser-0", stored(first.current_attempt, "denoiser", 2), 2.0)
     after(scheduler)
     other = msgspec.structs.replace(registration("encoder-0", generation=2), signature=Signature())
     scheduler.register(other, 3.0)

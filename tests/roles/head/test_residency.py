@@ -128,8 +128,8 @@ def test_a_model_that_cannot_be_woken_does_not_keep_others_from_being(tmp_path: 
         effects = [effect for make_scheduler in models.schedulers for effect in make_scheduler.take_effects()]
         turned = {(effect.instance, effect.awake) for effect in effects if isinstance(effect, TurnInstance)}
         for name, awake in turned:
-            report = InstanceWakeChanged(name, 1, awake and not trouble, SIGNATURE, 1 << 20, 0.1, trouble)
-            models.scheduler_of(name).wake_changed(report)
+            report = InstanceWakeChanged(awake and not trouble, SIGNATURE, 1 << 20, 0.1, trouble)
+            models.scheduler_of(name).wake_changed(name, 1, report)
         return turned
 
     a, b = models.all

@@ -37,7 +37,7 @@ def encoded(scheduler: JobScheduler, id_: str, lease: int) -> Job:
     after(scheduler)
     job = scheduler.jobs[f"{id_}/0"]
     assert scheduler.started(job.current_attempt, "encoder-0", Stage.ENCODER, 1.0)
-    assert scheduler.stored(stored(job.current_attempt, "encoder", lease, seed_independent=True), 2.0)
+    assert scheduler.stored("encoder-0", stored(job.current_attempt, "encoder", lease, seed_independent=True), 2.0)
     return job
 
 
@@ -80,18 +80,18 @@ def test_a_reload_finishes_what_was_begun_and_restarts_one_idle_instance_after_t
     comes_back(scheduler, "encoder-0")
     assert Assign("encoder-0", "fresh/0") in after(scheduler)
     fresh = scheduler.jobs["fresh/0"]
-    assert scheduler.stored(stored(fresh.current_attempt, "encoder", 2, seed_independent=True), 6.0)
+    assert scheduler.stored("encoder-0", stored(fresh.current_attempt, "encoder", 2, seed_independent=True), 6.0)
     assert not [e for e in after(scheduler) if isinstance(e, Assign | RestartInstance)], (
         "the old denoiser has work, the new none"
     )
-    assert scheduler.stored(stored(begun.current_attempt, "denoiser", 3), 7.0)
+    assert scheduler.stored("denoiser-0", stored(begun.current_attempt, "denoiser", 3), 7.0)
     assert [e for e in after(scheduler) if isinstance(e, Assign | RestartInstance)] == [
         RestartInstance("denoiser-0"),
         Assign("decoder-0", "begun/0"),
     ]
     comes_back(scheduler, "denoiser-0")
     assert Assign("denoiser-0", "fresh/0") in after(scheduler)
-    assert scheduler.finished(finished(begun.current_attempt), 8.0)
+    assert scheduler.finished("decoder-0", finished(begun.current_attempt), 8.0)
     assert RestartInstance("decoder-0") in after(scheduler)
     comes_back(scheduler, "decoder-0")
     after(scheduler)
@@ -108,7 +108,7 @@ def test_prompts_that_old_encoders_encoded_are_encoded_anew(scheduler: JobSchedu
     scheduler.accept(request("again", prompt="r"), 3.0)
     after(scheduler)
     assert scheduler.jobs["again/0"].state is State.ENCODER_WAITING
-    assert scheduler.stored(stored(job.current_attempt, "denoiser", 3), 7.0) is not None
+    assert scheduler.stored("denoiser-0", stored(job.current_attempt, "denoiser", 3), 7.0) is not None
 
 
 def test_what_an_old_encoder_makes_during_a_reload_is_not_kept_for_others(scheduler: JobScheduler) -> None:
@@ -117,7 +117,7 @@ def test_what_an_old_encoder_makes_during_a_reload_is_not_kept_for_others(schedu
     job = scheduler.jobs["r/0"]
     assert scheduler.started(job.current_attempt, "encoder-0", Stage.ENCODER, 1.0)
     scheduler.reload(NEW)
-    assert scheduler.stored(stored(job.current_attempt, "encoder", 1, seed_independent=True), 2.0)
+    assert scheduler.stored("encoder-0", stored(job.current_attempt, "encoder", 1, seed_independent=True), 2.0)
     assert len(scheduler.stored_outputs.cache) == 0
     assert Assign("denoiser-0", "r/0") in after(scheduler)
 

@@ -29,7 +29,7 @@ def to_denoiser(scheduler: JobScheduler, id_: str = "r") -> Job:
     after(scheduler)
     job = scheduler.jobs[f"{id_}/0"]
     assert scheduler.started(job.current_attempt, "encoder-0", Stage.ENCODER, 1.0)
-    assert scheduler.stored(stored(job.current_attempt, "encoder", 1), 2.0)
+    assert scheduler.stored("encoder-0", stored(job.current_attempt, "encoder", 1), 2.0)
     after(scheduler)
     assert scheduler.started(job.current_attempt, "denoiser-0", Stage.DENOISER, 3.0)
     return job
@@ -37,13 +37,13 @@ def to_denoiser(scheduler: JobScheduler, id_: str = "r") -> Job:
 
 def test_an_image_goes_through_three_stages(scheduler: JobScheduler) -> None:
     job = to_denoiser(scheduler)
-    assert scheduler.stored(stored(job.current_attempt, "denoiser", 2), 4.0)
+    assert scheduler.stored("denoiser-0", stored(job.current_attempt, "denoiser", 2), 4.0)
     effects = after(scheduler)
     assert ReleaseLeases((a_block(1).lease,)) in effects, (
         "the encoder's block is kept until the denoiser is done with it"
     )
     assert Assign("decoder-0", "r/0") in effects
-    assert scheduler.finished(finished(job.current_attempt), 5.0)
+    assert scheduler.finished("decoder-0", finished(job.current_attempt), 5.0)
     effects = after(scheduler)
     assert ReleaseLeases((a_block(2).lease,)) in effects
     assert NotifyWaiters("r") in effects
@@ -62,7 +62,7 @@ def test_nothing_is_sent_without_a_credit() -> None:
     assert after(scheduler) == [Assign("encoder-0", "a/0")]
     assert after(scheduler) == []
     attempt = scheduler.jobs["a/0"].current_attempt
-    scheduler.stored(StageOutputsStored(attempt, "encoder-0", Stage.ENCODER, a_block(1), 0.1, issued=2), 1.0)
+    scheduler.stored("encoder-0", StageOutputsStored(attempt, Stage.ENCODER, a_block(1), 0.1, issued=2), 1.0)
     assert after(scheduler) == [Assign("encoder-0", "b/0")]
 
 
@@ -76,7 +76,7 @@ def test_a_death_reruns_only_the_lost_stage_from_its_upstream_lease(scheduler: J
     assert not [e for e in effects if isinstance(e, ReleaseLeases)]
     assert job.state is State.DENOISING_WAITING
     assert job.current_attempt == Attempt("r/0", first.number + 1)
-    assert not scheduler.stored(stored(first, "denoiser", 9), 5.0), "the old attempt no longer counts"
+    assert not scheduler.stored("denoiser-0", stored(first, "denoiser", 9), 5.0), "the old attempt no longer counts"
     assert after(scheduler) == [ReleaseLeases((a_block(9).lease,))]
 
 
@@ -119,7 +119,7 @@ def test_an_orderly_end_is_not_the_works_fault_however_often(scheduler: JobSched
         scheduler.registry.leave("denoiser-0", generation)
         assert not scheduler.registry.candidates(Stage.DENOISER, scheduler.load())
         if generation % 2:
-            assert scheduler.returned(StageReturned(job.current_attempt, "denoiser-0", 3), 4.0)
+            assert scheduler.returned("denoiser-0", StageReturned(job.current_attempt, 3), 4.0)
             assert not job.instance
         lose_denoiser(scheduler, job, generation, 5.0)
     assert job.state is State.DENOISING_RUNNING
@@ -165,7 +165,7 @@ def test_attempts_are_bounded_and_every_cause_is_kept(scheduler: JobScheduler) -
     job = to_denoiser(scheduler)
     for k in range(3):
         assert not job.terminal
-        assert scheduler.stage_failed(failed(job.current_attempt, f"boom {k}", retryable=True), 4.0)
+        assert scheduler.stage_failed("denoiser-0", failed(job.current_attempt, f"boom {k}", retryable=True), 4.0)
         after(scheduler)
     assert job.state is State.FAILED
     assert job.causes == ["denoiser-0: boom 0", "denoiser-0: boom 1", "denoiser-0: boom 2"]
@@ -175,7 +175,7 @@ def test_damaged_transfers_cost_no_attempt_but_do_not_go_on_for_ever(scheduler: 
     job = to_denoiser(scheduler)
     for k in range(11):
         assert job.state is State.DENOISING_WAITING or k == 0
-        assert scheduler.transfer_failed(TransferFailed(job.current_attempt, "denoiser-0", "damaged", False, 99), 4.0)
+        assert scheduler.transfer_failed("denoiser-0", TransferFailed(job.current_attempt, "damaged", False, 99), 4.0)
         after(scheduler)
     assert job.state is State.FAILED
     assert job.failures == 0
@@ -183,7 +183,7 @@ def test_damaged_transfers_cost_no_attempt_but_do_not_go_on_for_ever(scheduler: 
 
 def test_a_request_at_fault_fails_at_once_with_its_cause(scheduler: JobScheduler) -> None:
     job = to_denoiser(scheduler)
-    scheduler.stage_failed(failed(job.current_attempt, "ValueError: bad size", retryable=False), 4.0)
+    scheduler.stage_failed("denoiser-0", failed(job.current_attempt, "ValueError: bad size", retryable=False), 4.0)
     assert job.view().at_fault
     assert job.state is State.FAILED
     assert job.history[-1].reason == "ValueError: bad size"
@@ -223,7 +223,7 @@ def test_cancel_stops_the_work_and_returns_the_leases(scheduler: JobScheduler) -
     assert Cancel("denoiser-0", attempt, "enough") in effects
     assert ReleaseLeases((a_block(1).lease,)) in effects
     assert NotifyWaiters("r") in effects
-    assert not scheduler.stored(stored(attempt, "denoiser", 2), 5.0)
+    assert not scheduler.stored("denoiser-0", stored(attempt, "denoiser", 2), 5.0)
     assert after(scheduler) == [ReleaseLeases((a_block(2).lease,))]
     assert scheduler.requests["r"].state is State.CANCELLED
 
@@ -277,7 +277,7 @@ def test_a_restarted_head_keeps_what_an_instance_still_has_in_hand(scheduler: Jo
     ) == (Attempt("gone/0", 1),)
     restarted.requeue_orphans(9.0)
     assert job.state is State.DENOISING_RUNNING
-    assert restarted.stored(stored(job.current_attempt, "denoiser", 2), 10.0)
+    assert restarted.stored("denoiser-0", stored(job.current_attempt, "denoiser", 2), 10.0)
 
 
 def test_a_restarted_head_reruns_what_nobody_claims(scheduler: JobScheduler) -> None:
@@ -300,7 +300,7 @@ def test_what_was_accepted_just_before_the_head_died_starts_with_the_next_one() 
 
 def test_a_report_said_twice_does_not_release_what_is_in_use(scheduler: JobScheduler) -> None:
     job = to_denoiser(scheduler)
-    assert not scheduler.stored(stored(job.current_attempt, "encoder", 1), 5.0)
+    assert not scheduler.stored("encoder-0", stored(job.current_attempt, "encoder", 1), 5.0)
     assert [e for e in after(scheduler) if isinstance(e, ReleaseLeases)] == []
     assert job.state is State.DENOISING_RUNNING
 
@@ -324,7 +324,7 @@ def test_a_monolithic_instance_passes_through_every_state() -> None:
     job = scheduler.jobs["r/0"]
     for stage in Stage:
         assert scheduler.started(job.current_attempt, "mono-0", stage, 1.0)
-    assert scheduler.finished(finished(job.current_attempt, "mono-0"), 2.0)
+    assert scheduler.finished("mono-0", finished(job.current_attempt), 2.0)
     assert [m.state for m in job.history] == [s.value for s in State][1:10]
 
 

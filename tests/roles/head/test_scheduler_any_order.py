@@ -100,15 +100,15 @@ class Traffic(RuleBasedStateMachine):
         if outcome == "source gone" and kind != "encoder":
             job = self.scheduler.jobs.get(attempt.job_id)
             spoilt = [job.lease] if job and job.lease and job.current_attempt == attempt else []
-            self.scheduler.transfer_failed(TransferFailed(attempt, name, "checksum", True, issued), self.now)
+            self.scheduler.transfer_failed(name, TransferFailed(attempt, "checksum", True, issued), self.now)
             assert not [lease for lease in spoilt if lease in self.scheduler.stored_outputs.cache]
         elif outcome != "done":
             self.scheduler.stage_failed(
-                StageFailed(attempt, name, Stage(kind), "boom", outcome == "failed", issued), self.now
+                name, StageFailed(attempt, Stage(kind), "boom", outcome == "failed", issued), self.now
             )
         elif kind == "decoder":
             artifact = Artifact("x.png", "image/png", 1)
-            self.scheduler.finished(StageFinished(attempt, name, Stage(kind), artifact, 0.1, issued), self.now)
+            self.scheduler.finished(name, StageFinished(attempt, Stage(kind), artifact, 0.1, issued), self.now)
         else:
             self._store_outputs(name, kind, attempt, issued)
         self._carry_out()
@@ -123,7 +123,7 @@ class Traffic(RuleBasedStateMachine):
             self.made_for[block.lease] = (prompt, job.seed)
             seed_independent = prompt != PROMPTS[-1]
         self.scheduler.stored(
-            StageOutputsStored(attempt, name, Stage(kind), block, 0.1, issued, seed_independent), self.now
+            name, StageOutputsStored(attempt, Stage(kind), block, 0.1, issued, seed_independent), self.now
         )
 
     @rule(kind=st.sampled_from(KINDS), k=st.integers(0, 1), back=st.booleans(), end=st.sampled_from(ExitKind))

@@ -28,8 +28,8 @@ def joined(*, awake: bool = True, cache: int = 0) -> JobScheduler:
     return scheduler
 
 
-def turned(name: str, *, awake: bool, generation: int = 1) -> InstanceWakeChanged:
-    return InstanceWakeChanged(name, generation, awake, SIGNATURE, 64, 0.5)
+def turned(*, awake: bool) -> InstanceWakeChanged:
+    return InstanceWakeChanged(awake, SIGNATURE, 64, 0.5)
 
 
 def encoded(scheduler: JobScheduler) -> Job:
@@ -37,7 +37,7 @@ def encoded(scheduler: JobScheduler) -> Job:
     after(scheduler)
     job = scheduler.jobs["r/0"]
     assert scheduler.started(job.current_attempt, "encoder-0", Stage.ENCODER, 1.0)
-    assert scheduler.stored(stored(job.current_attempt, "encoder", 1), 2.0)
+    assert scheduler.stored("encoder-0", stored(job.current_attempt, "encoder", 1), 2.0)
     return job
 
 
@@ -47,11 +47,11 @@ def test_an_instance_gets_no_work_from_when_it_is_told_to_sleep_until_it_is_awak
     scheduler.set_awake(["encoder-0"], awake=False)
     scheduler.accept(request(), 0.0)
     assert after(scheduler) == [TurnInstance("encoder-0", awake=False)], "told once"
-    assert scheduler.wake_changed(turned("encoder-0", awake=False))
+    assert scheduler.wake_changed("encoder-0", 1, turned(awake=False))
     scheduler.set_awake(["encoder-0"], awake=True)
     assert after(scheduler) == [TurnInstance("encoder-0", awake=True)]
-    assert not scheduler.wake_changed(turned("encoder-0", awake=True, generation=7)), "another incarnation"
-    assert scheduler.wake_changed(turned("encoder-0", awake=True))
+    assert not scheduler.wake_changed("encoder-0", 7, turned(awake=True)), "another incarnation"
+    assert scheduler.wake_changed("encoder-0", 1, turned(awake=True))
     assert scheduler.registry.instances["encoder-0"].weights == 64
     assert after(scheduler) == [Assign("encoder-0", "r/0")]
 
@@ -75,7 +75,7 @@ def test_a_model_that_is_to_sleep_begins_nothing_and_finishes_what_it_has_begun(
     scheduler.accept(request("same"), 2.0)  # what the prompt cache has is not begun either
     assert after(scheduler) == [Assign("denoiser-0", "r/0")]
     assert scheduler.begun
-    assert scheduler.stored(stored(job.current_attempt, "denoiser", 2), 3.0)
+    assert scheduler.stored("denoiser-0", stored(job.current_attempt, "denoiser", 2), 3.0)
     after(scheduler)
     scheduler.cancel("r", "enough", 4.0)
     assert not scheduler.begun

@@ -62,10 +62,10 @@ def test_an_encoder_goes_from_inputs_to_a_sealed_slot() -> None:
     assert load.assign(assign(W), NOW) == (RunStage(W, Stage.ENCODER),)
     assert (load.issued, load.taken) == (2, 1)
     assert (load.active[W].values, load.active[W].seed) == ({"prompt": "a red circle"}, 5)
-    assert load.started(W, Stage.ENCODER, 1.0) == StageStarted(W, "encoder-0", Stage.ENCODER)
+    assert load.started(W, Stage.ENCODER, 1.0) == StageStarted(W, Stage.ENCODER)
     assert load.computed(W, 0.5) == StoreOutputs(W, DEADLINE)
     report = load.stored(W, stored(3))
-    assert load.end(report) == (StageOutputsStored(W, "encoder-0", Stage.ENCODER, stored(3), 0.5, 3),)
+    assert load.end(report) == (StageOutputsStored(W, Stage.ENCODER, stored(3), 0.5, 3),)
     assert load.assigned == ()
 
 
@@ -91,17 +91,17 @@ def test_a_decoder_goes_from_a_stored_block_to_a_file() -> None:
     assert load.push(push(W, target), NOW) == (), "asked again"
     assert load.loaded(W) == RunStage(W, Stage.DECODER)
     assert load.computed(W, 0.25) == SaveArtifact(W, Output("png"), DEADLINE)
-    assert load.end(load.saved(W, ARTIFACT)) == (StageFinished(W, "decoder-0", Stage.DECODER, ARTIFACT, 0.25, 2),)
+    assert load.end(load.saved(W, ARTIFACT)) == (StageFinished(W, Stage.DECODER, ARTIFACT, 0.25, 2),)
 
 
 def test_a_monolithic_instance_runs_every_stage_on_the_same_values() -> None:
     load = AttemptTracker("monolithic-0", "monolithic", 1)
     assert load.assign(assign(W), NOW) == (RunStage(W, Stage.ENCODER),)
     assert load.computed(W, 0.1) == RunStage(W, Stage.DENOISER)
-    assert load.started(W, Stage.DENOISER, 1.0) == StageStarted(W, "monolithic-0", Stage.DENOISER)
+    assert load.started(W, Stage.DENOISER, 1.0) == StageStarted(W, Stage.DENOISER)
     assert load.computed(W, 0.2) == RunStage(W, Stage.DECODER)
     assert load.computed(W, 0.3) == SaveArtifact(W, Output("png"), DEADLINE)
-    assert load.end(load.saved(W, ARTIFACT)) == (StageFinished(W, "monolithic-0", Stage.DECODER, ARTIFACT, 0.3, 2),)
+    assert load.end(load.saved(W, ARTIFACT)) == (StageFinished(W, Stage.DECODER, ARTIFACT, 0.3, 2),)
 
 
 def test_work_beyond_the_block_is_not_taken() -> None:
@@ -161,7 +161,7 @@ def test_what_was_stored_for_cancelled_work_is_released() -> None:
     load.computed(W, 0.1)
     assert load.cancel(W) == (CancelAttempt(W),)
     assert load.cancel(W) == ()
-    assert load.end(load.stored(W, stored(3))) == (release(3), StageCancelled(W, "encoder-0", 2))
+    assert load.end(load.stored(W, stored(3))) == (release(3), StageCancelled(W, 2))
 
 
 def test_a_reservation_is_released_when_its_work_is_cancelled_or_its_head_is_gone() -> None:
@@ -206,7 +206,7 @@ def test_a_failed_fetch_says_whether_the_source_is_gone() -> None:
     load = AttemptTracker("denoiser-0", "denoiser", 1)
     load.push(push(W), NOW)
     report = load.transfer_failed(W, "checksum", source_gone=True)
-    assert load.end(report) == (TransferFailed(W, "denoiser-0", "checksum", True, 2),)
+    assert load.end(report) == (TransferFailed(W, "checksum", True, 2),)
 
 
 @pytest.mark.parametrize(("invalid_request", "deterministic", "again"), [(1, 0, 0), (0, 1, 0), (0, 0, 1)])
@@ -216,9 +216,7 @@ def test_what_is_at_fault_or_certain_to_fail_is_not_tried_again(
     load = AttemptTracker("encoder-0", "encoder", 1)
     load.assign(assign(W), NOW)
     report = load.stage_failed(W, "no", invalid_request=bool(invalid_request), deterministic=bool(deterministic))
-    assert load.end(report) == (
-        StageFailed(W, "encoder-0", Stage.ENCODER, "no", bool(again), 2, bool(invalid_request)),
-    )
+    assert load.end(report) == (StageFailed(W, Stage.ENCODER, "no", bool(again), 2, bool(invalid_request)),)
 
 
 def test_a_failed_store_is_a_failed_stage() -> None:
@@ -226,7 +224,7 @@ def test_a_failed_store_is_a_failed_stage() -> None:
     load.assign(assign(W), NOW)
     load.computed(W, 0.1)
     report = load.transfer_failed(W, "too big", retryable=False)
-    assert load.end(report) == (StageFailed(W, "encoder-0", Stage.ENCODER, "too big", False, 2),)
+    assert load.end(report) == (StageFailed(W, Stage.ENCODER, "too big", False, 2),)
 
 
 def test_an_event_that_cannot_be_is_a_defect_that_is_seen() -> None:
@@ -397,7 +395,7 @@ def test_who_has_to_end_gives_back_what_will_not_be_done_in_time() -> None:
     load.started(new, Stage.DENOISER, 102.0)
     assert [load.active[attempt].left_s() for attempt in (slow, quick, new, queued)] == [58.0, 2.0, 0.0, math.inf]
     assert load.return_to_head(10.0) == (CancelAttempt(slow), CancelAttempt(queued))
-    assert load.end(load.stopped(slow)) == (StageReturned(slow, "denoiser-0", 5),)
+    assert load.end(load.stopped(slow)) == (StageReturned(slow, 5),)
     load.computed(quick, 2.0)
     assert load.return_to_head(None) == (CancelAttempt(new),), "what is computed is stored yet"
     with pytest.raises(AttemptRefusedError):
@@ -424,4 +422,4 @@ def test_cancel_ends_in_stage_cancelled_in_any_phase(phase: Phase) -> None:
         Phase.STORING: lambda: load.stored(W, stored(1)),
         Phase.SAVING: lambda: load.saved(W, ARTIFACT),
     }[phase]()
-    assert load.end(passed_on)[-1] == StageCancelled(W, "x-0", 2)
+    assert load.end(passed_on)[-1] == StageCancelled(W, 2)

@@ -31,7 +31,7 @@ def test_three_stages_make_the_image_that_one_process_makes(
         )
         assert all(registration.signature.parameter("num_inference_steps") for registration in registrations)
         first = await driver.encoded(attempt(0))
-        assert await driver.inbox.next(stages.StageStarted) == stages.StageStarted(attempt(0), "encoder-0", "encoder")
+        assert await driver.inbox.next(stages.StageStarted) == stages.StageStarted(attempt(0), "encoder")
         await driver.push("denoiser-0", attempt(0), first)
         report = await driver.inbox.next(stages.StageOutputsStored)
         assert (report.stage, report.issued, report.seconds > 0) == ("denoiser", 3, True)
@@ -53,7 +53,7 @@ def test_three_stages_make_the_image_that_one_process_makes(
         for number in (0, 1):
             await driver.assign("monolithic-0", attempt(number), seed=5 + number)
         reports = [await driver.inbox.next(stages.StageFinished) for _ in (0, 1)]
-        assert {(r.attempt, r.instance) for r in reports} == {(attempt(n), "monolithic-0") for n in (0, 1)}
+        assert {r.attempt for r in reports} == {attempt(0), attempt(1)}
         artifacts = driver.h.topology.state_dir / "artifacts"
         reports.sort(key=lambda report: report.attempt.job_id)
         images.extend((artifacts / report.artifact.name).read_bytes() for report in reports)
@@ -412,14 +412,14 @@ def test_what_cannot_be_done_before_the_end_is_given_back(
             await driver.push("denoiser-0", attempt(n), sources[n])
         await driver.inbox.next(stages.StageProgress)
         stopping = asyncio.ensure_future(driver.h.stop("denoiser-0"))
-        assert await driver.inbox.next(stages.InstanceStopping) == stages.InstanceStopping("denoiser-0", 1)
+        assert await driver.inbox.next(stages.InstanceStopping) == stages.InstanceStopping()
         assert (await driver.inbox.next(stages.StageReturned)).attempt == attempt(1)
         if bound == "HAND_BACK_FACTOR":
             denoise_gate.set()
         else:
             await driver.until(lambda: stops(driver))
             denoise_gate.set()
-        assert await driver.inbox.next(stages.StageReturned) == stages.StageReturned(attempt(0), "denoiser-0", 4)
+        assert await driver.inbox.next(stages.StageReturned) == stages.StageReturned(attempt(0), 4)
         await stopping
         assert not [r for r in driver.inbox.of(stages.StageOutputsStored) if r.stage == "denoiser"]
 

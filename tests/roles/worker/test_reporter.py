@@ -35,7 +35,7 @@ Body = Callable[["FakeHead", Reporter], Awaitable[None]]
 
 
 def report(number: int) -> StageStarted:
-    return StageStarted(Attempt(f"r/{number}", 1), "denoiser-0", "denoiser")
+    return StageStarted(Attempt(f"r/{number}", 1), "denoiser")
 
 
 def acknowledge(delivery: Delivery) -> None:
@@ -158,7 +158,7 @@ def test_a_report_that_is_too_long_to_be_sent_says_at_least_that_the_work_has_en
     async def body(head: FakeHead, reporter: Reporter) -> None:
         reporter.resume()
         block = StoredPayload(LeaseRef("pool", 1, 1, 0, 64), b"x" * 2**21, 0, 64)
-        reporter.add(StageOutputsStored(Attempt("r/0", 1), "denoiser-0", "denoiser", block, 0.1, issued=7))
+        reporter.add(StageOutputsStored(Attempt("r/0", 1), "denoiser", block, 0.1, issued=7))
         reporter.add(report(1))
         await reporter.flushed()
         failed, following = await head.saw(2)

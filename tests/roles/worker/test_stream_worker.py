@@ -120,7 +120,7 @@ def test_the_stages_make_an_image_of_each_others_outputs(on_worker: Any) -> None
         fake_instance.begin(1, INPUTS, seed=3)
         for stage in Stage:
             fake_instance.run(1, stage)
-            assert await fake_instance.inbox.next(StageStarted) == StageStarted(attempt(1), "monolithic-0", stage)
+            assert await fake_instance.inbox.next(StageStarted) == StageStarted(attempt(1), stage)
             passed_on = await fake_instance.inbox.next(COMPUTED)
             assert isinstance(passed_on, SaveArtifact if stage is Stage.DECODER else StoreOutputs)
             assert worker.context.attempts.active[attempt(1)].seconds > 0
@@ -185,7 +185,7 @@ def test_a_denoise_is_stopped_between_two_steps(on_worker: Any) -> None:
         fake_instance.run(1, Stage.DENOISER)
         await fake_instance.inbox.next(StageProgress)
         fake_instance.stop(1)
-        assert await fake_instance.inbox.next(StageCancelled) == StageCancelled(attempt(1), "monolithic-0", 0)
+        assert await fake_instance.inbox.next(StageCancelled) == StageCancelled(attempt(1), 0)
         assert len(fake_instance.inbox.of(StageProgress)) < 50
         assert not isinstance(fake_instance.values(1).get("latents"), torch.Tensor)
         await encoded(fake_instance, worker, 2)
