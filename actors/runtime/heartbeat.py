@@ -51,8 +51,7 @@ class Heartbeat:
     def started(self, seconds: dict[str, float]) -> None:
         """Report that every actor has started, and the seconds of each part: from now on, silence counts as a hang."""
         self._start_s = seconds
-        component = self._actors[0]
-        self._tell(ChildHeartbeat(component.name, component.generation, seconds))
+        self._tell(ChildHeartbeat(seconds))
 
     def stop(self) -> None:
         """Send no more."""
@@ -63,13 +62,12 @@ class Heartbeat:
 
     def _send_heartbeat(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(self._every_s, self._send_heartbeat)
-        component = self._actors[0]
         try:
             self._report_state()
             if self._last_reported is None or self._last_reported[0] != ChildState.HUNG:
-                self._tell(ChildHeartbeat(component.name, component.generation, self._start_s))
+                self._tell(ChildHeartbeat(self._start_s))
         except Exception as error:  # noqa: BLE001  `watchdog` is the actor's own code: its errors are crashes
-            self._on_crash(component, error)
+            self._on_crash(self._actors[0], error)
 
     def _report_state(self) -> None:
         state = process_state(self._actors)
@@ -77,8 +75,7 @@ class Heartbeat:
             return
         if state[0] == ChildState.HUNG:
             _log.error("work hangs, heartbeat withheld", reason=state[1])
-        component = self._actors[0]
-        if self._tell(ChildStateChanged(component.name, component.generation, *state)):
+        if self._tell(ChildStateChanged(*state)):
             self._last_reported = state
 
     def _tell(self, message: Message) -> bool:

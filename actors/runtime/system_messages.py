@@ -73,12 +73,8 @@ class ShuttingDown(Message):
 
 
 class ChildStateChanged(Message):
-    """A process to its supervisor: its state. Asked when the process is about to end, else told."""
+    """Report the state of the sending component to its supervisor. Asked before the process ends, else told."""
 
-    name: str
-    """The component."""
-    generation: int
-    """Its incarnation."""
     state: ChildState
     """Its state, or one of `EXIT_REASON_STATES`."""
     detail: str
@@ -86,12 +82,8 @@ class ChildStateChanged(Message):
 
 
 class ChildHeartbeat(Message):
-    """A process to its supervisor: its event loop runs, and no work hangs."""
+    """Report to a supervisor that the event loop of the sending component runs, and that no work hangs."""
 
-    name: str
-    """The component."""
-    generation: int
-    """Its incarnation."""
     start_s: dict[str, float] | None = None
     """None until every actor has started; then the seconds that each part of the start took."""
 

@@ -115,7 +115,7 @@ class Supervisor(Actor):
 
     async def child_state(self, message: ChildStateChanged) -> Ack:
         """Record the state of a child."""
-        child = self._incarnation(message.name, message.generation)
+        child = self._sending_child()
         if child is not None:
             child.record_state(message.state, message.detail, closing=self._closing)
             self._report_change(child)
@@ -123,7 +123,7 @@ class Supervisor(Actor):
 
     async def child_heartbeat(self, message: ChildHeartbeat) -> None:
         """Record a heartbeat of a child."""
-        child = self._incarnation(message.name, message.generation)
+        child = self._sending_child()
         if child is not None and child.record_heartbeat(message.start_s):
             self.log.info("child has started", child=child.name, **_rounded(child.start_s))
             self._report_change(child)
@@ -138,9 +138,9 @@ class Supervisor(Actor):
             if child.process is not None:
                 child.process.signal(signal.SIGKILL)
 
-    def _incarnation(self, name: str, generation: int) -> Child | None:
-        child = self.children.get(name)
-        return child if child is not None and child.generation == generation else None
+    def _sending_child(self) -> Child | None:
+        child = self.children.get(self.sender.name)
+        return child if child is not None and child.generation == self.sender.generation else None
 
     async def _start(self, child: Child) -> None:
         if child.running or self._closing:

@@ -132,7 +132,7 @@ async def _tell_supervisor(
     if not options.supervisor:
         return
     sender = Outbox(options.name, options.generation)
-    message = ChildStateChanged(options.name, options.generation, state, detail)
+    message = ChildStateChanged(state, detail)
     await report_final_state(sender, options.supervisor, address_book.address(options.supervisor), message)
     sender.close()
 
