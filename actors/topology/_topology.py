@@ -28,6 +28,7 @@ from triptych.actors.topology.sections import (
     HeadSection,
     MemorySection,
     ModelSection,
+    RoleKind,
     RoleSection,
     Sections,
     StateSection,
@@ -39,7 +40,7 @@ from triptych.actors.topology.sections import (
 )
 from triptych.engines.backends import BACKENDS, DEFAULT, BackendSpec, resolve_engine
 
-ComponentKind = Literal["pool", "encoder", "denoiser", "decoder", "monolithic", "head", "api"]
+ComponentKind = RoleKind | Literal["pool", "head", "api"]
 
 _UNSAFE: Final = re.compile(r"[^a-z0-9_-]")
 """Characters that the name of a component cannot have: a point separates the name of an actor within it."""
