@@ -66,7 +66,7 @@ class Display:
         self.console.print(line(report))
 
     async def announce_readiness(self) -> None:
-        """Print the URL once `GET /ready` says that the cluster takes requests."""
+        """Print the URL once `GET /ready` says that the system takes requests."""
         if self._serves_http:
             await self._api_ready.wait()
             await _until_ready(self.topology.url)

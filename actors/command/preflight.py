@@ -77,7 +77,7 @@ def _check_adapters(topology: Topology, model: Model, file: str) -> None:
             raise TopologyError(file, where, f"does not exist ({path})", fix)
         if path.is_file() and path.suffix != ".safetensors":
             fix = "convert it: no other format is read, since those can run code"
-            raise TopologyError(file, where, "is no .safetensors file", fix)
+            raise TopologyError(file, where, "is not a .safetensors file", fix)
 
 
 def _check_keys(topology: Topology, file: str) -> None:

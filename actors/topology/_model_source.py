@@ -144,7 +144,7 @@ def _config(section: ModelSection, base: Path) -> Path:
     folder = _folder(section.config, base, section.revision)
     if not any((folder / name).is_file() for name in INDEX_FILES):
         fix = f"give a folder with a {INDEX_FILES[0]}, as diffusers saves a pipeline"
-        raise _MissingError(f"is no model in the layout of diffusers ({folder})", fix)
+        raise _MissingError(f"is not a model in the layout of diffusers ({folder})", fix)
     return folder
 
 

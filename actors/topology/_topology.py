@@ -338,17 +338,17 @@ def _check_api(file: str, sections: Sections) -> None:
         problem = f'= "{api.host}" would be open to the network, and there are no keys to keep others out'
         raise TopologyError(file, "[api] host", problem, 'use "127.0.0.1", or give clients keys with [api] keys_file')
     if api.public_url and not _is_site(api.public_url):
-        problem, fix = f'= "{api.public_url}" is no URL of a site', 'write it as in "https://pictures.example.com"'
+        problem, fix = f'= "{api.public_url}" is not the URL of a site', 'write it as in "https://pictures.example.com"'
         raise TopologyError(file, "[api] public_url", problem, fix)
     for host in api.allowed_hosts:
         if not _HOST.fullmatch(host):
             fix = 'write a name alone, as in "pictures.example.com"'
-            raise TopologyError(file, "[api] allowed_hosts", f'have "{host}", which is no host name', fix)
+            raise TopologyError(file, "[api] allowed_hosts", f'have "{host}", which is not a host name', fix)
     if api.rate_limit:
         try:
             parse_rate(api.rate_limit)
         except ValueError:
-            problem, fix = f'= "{api.rate_limit}" is no rate', 'write it as in "60/min", with s, min, h or day'
+            problem, fix = f'= "{api.rate_limit}" is not a rate', 'write it as in "60/min", with s, min, h or day'
             raise TopologyError(file, "[api] rate_limit", problem, fix) from None
 
 
@@ -457,7 +457,9 @@ def _check_names(file: str, sections: Sections) -> None:
         raise TopologyError(file, header, f"use the name {name} {count} times", "give each a name of its own with name")
     for name in names:
         if len(name) > _MAX_ROLE_NAME or not name[0].isalpha():
-            problem = f"would be called {name}, which is no name of at most {_MAX_ROLE_NAME} letters, digits, - and _"
+            problem = (
+                f"would be called {name}, which is not a name of at most {_MAX_ROLE_NAME} letters, digits, - and _"
+            )
             raise TopologyError(file, header, problem, "give it a name of its own with name")
 
 

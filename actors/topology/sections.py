@@ -354,7 +354,7 @@ def parse_size(text: str) -> int:
     """Return the bytes of a size such as "256MiB" or "1.5 GiB"; raises `ValueError` for anything else, and for zero."""
     match = _SIZE.fullmatch(text)
     if match is None or match[2] not in _UNITS:
-        raise ValueError(f"{text!r} is no size")
+        raise ValueError(f"{text!r} is not a size")
     size = int(float(match[1]) * _UNITS[match[2]])
     if size <= 0:
         raise ValueError(f"{text!r} is not more than zero")
@@ -365,7 +365,7 @@ def parse_rate(text: str) -> tuple[int, float]:
     """Return the count and the seconds of a rate such as "60/min"; raises `ValueError` for anything else."""
     match = _RATE.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} is no rate")
+        raise ValueError(f"{text!r} is not a rate")
     return int(match[1]), _PERIODS[match[2]]
 
 

@@ -42,7 +42,7 @@ BROKEN = {
     "two models of a role name": (TWO.replace("B.1", "A"), "use the name a-monolithic 2 times", "with name"),
     "a model of a long name": (
         TWO.replace("B.1", "m" * 22),
-        f"would be called {'m' * 22}-monolithic, which is no name",
+        f"would be called {'m' * 22}-monolithic, which is not a name",
         "give it a name of its own with name",
     ),
     "unknown key of a role of a model": (
@@ -225,7 +225,7 @@ BROKEN = {
     "open name": (MODEL + '[api]\nhost = "example.org"\n' + THREE_ROLES, "open to the network", "[api] keys_file"),
     "no site": (
         MODEL + '[api]\npublic_url = "http://["\n' + THREE_ROLES,
-        'public_url = "http://[" is no URL',
+        'public_url = "http://[" is not the URL',
         "https://",
     ),
     "no host": (
@@ -234,7 +234,7 @@ BROKEN = {
         "write a name alone",
     ),
     "no list of hosts": (MODEL + '[api]\nallowed_hosts = "a"\n' + THREE_ROLES, "does not fit", "a list of host names"),
-    "no rate": (MODEL + '[api]\nrate_limit = "many"\n' + THREE_ROLES, 'rate_limit = "many" is no rate', '"60/min"'),
+    "no rate": (MODEL + '[api]\nrate_limit = "many"\n' + THREE_ROLES, 'rate_limit = "many" is not a rate', '"60/min"'),
 }
 
 
@@ -433,7 +433,7 @@ def test_preflight_wants_the_files_of_adapters(write: Write, folder: Path) -> No
     preflight(topology, topology.components)
     (folder / "ink.bin").touch()
     pickled = load_topology(write(model=MODEL + LORA.replace("ink.safetensors", "ink.bin")))
-    with pytest.raises(TopologyError, match=r"is no \.safetensors file.*since those can run code"):
+    with pytest.raises(TopologyError, match=r"is not a \.safetensors file.*since those can run code"):
         preflight(pickled, pickled.components)
 
 
