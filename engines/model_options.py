@@ -1,4 +1,4 @@
-"""How a model is read and cut: what a topology may say of it beside its folder. Imports no torch."""
+"""How a model is read and cut: the options of a topology beside the folder of the model. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,60 +12,59 @@ OptionValue: TypeAlias = bool | int | float | str | tuple[int | float, ...] | No
 
 
 class ComponentOptions(msgspec.Struct, frozen=True):
-    """What takes the place of a component of a model."""
+    """A class and options that replace those of a component."""
 
     class_name: str = ""
-    """Its class, "" for that of the model."""
+    """The name of the class; "" for that of the model."""
     options: tuple[tuple[str, OptionValue], ...] = ()
-    """What is otherwise than in the configuration of the model, by name."""
+    """Options by name that replace those of the model's configuration."""
 
     @classmethod
     def of(cls, table: Mapping[str, OptionValue]) -> ComponentOptions:
-        """Make it of a table of a topology, where `class` is the name of the class."""
+        """Make it from a table of a topology, in which `class` is the name of the class."""
         return cls(str(table.get("class", "")), tuple((name, table[name]) for name in sorted(table) if name != "class"))
 
 
 class EmbeddingFile(msgspec.Struct, frozen=True):
-    """A word that the text encoders of a model are taught when it is loaded."""
+    """A textual inversion that is loaded with a model: a token and its embeddings."""
 
     token: str
-    """The word, as prompts have it."""
+    """The token, as in prompts."""
     path: Path
-    """A `.safetensors` file with its vectors."""
+    """A `.safetensors` file with its embeddings."""
 
 
 class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The same for every process that serves a model; the defaults serve it as its files say."""
+    """The options of a model, the same for all of its processes; the defaults follow its files."""
 
     task: str | tuple[str, ...] = ""
-    """A task, several, or "any", in place of those of the model's serving config; "" or none for those."""
+    """A task, several, or "any", instead of those of the serving config; "" or () for those."""
     route: str = ""
-    """"modular" or "classic", see `engines.routes.PartitionStrategy`; "" for the best that the model has."""
+    """The partition, "modular" or "classic", see `partition.strategy.PartitionStrategy`; "" for the best possible."""
     variant: str = ""
-    """Which variant of weight files is read, such as "fp16", of the components that have it; see
-    `engines.weight_files.choose_variant`."""
+    """The variant of weight files, such as "fp16", for components that have it; see `weights.files.choose_variant`."""
     scheduler: ComponentOptions = ComponentOptions()
-    """Of all requests that choose none."""
+    """The default scheduler of requests."""
     guider: ComponentOptions = ComponentOptions()
-    """Likewise, of all guiders."""
+    """The default of all guiders of requests."""
     vae_tiling: bool = False
-    """The VAE computes in tiles."""
+    """Whether the VAE computes in tiles."""
     vae_tiling_options: tuple[tuple[str, OptionValue], ...] = ()
-    """Sizes of the tiles and of their overlap, as the VAE calls them."""
+    """Sizes of the tiles and of their overlap, by the names of the VAE."""
     vae_slicing: bool = False
-    """The VAE computes one image of a batch at a time."""
+    """Whether the VAE computes one image of a batch at a time."""
     checkpoint: Path | None = None
-    """A file with the weights of several components, which go before those in the folder of the model."""
+    """A file with the weights of several components, which replace those in the model's folder."""
     components: tuple[tuple[str, Path], ...] = ()
-    """By name, a file with the weights of a component, or a folder with its weights and its configuration, in place of
-    the model's own."""
+    """Components by name with a file of their weights, or a folder of their weights and configuration, that replaces
+    that of the model."""
     trust_remote_code: bool = False
-    """Code that comes with the model is run."""
+    """Whether code in the model's folder may be run."""
     embeddings: tuple[EmbeddingFile, ...] = ()
-    """Words that the text encoders are taught, of distinct tokens."""
+    """The textual inversions to load, of distinct tokens."""
 
     def given(self, component: str) -> Path | None:
-        """The file or folder that is given for a component, None for none."""
+        """Return the file or folder that replaces a component, or None."""
         return dict(self.components).get(component)
 
 

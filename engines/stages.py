@@ -1,4 +1,4 @@
-"""The names of the three stages, and the error that says why a model cannot be served. Imports no torch."""
+"""The three stages of a pipeline, and the errors of models and inputs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Stage(StrEnum):
-    """One of the stages of a diffusion pipeline, in the order that a request visits them."""
+    """A stage of a diffusion pipeline, in the order of a request."""
 
     ENCODER = "encoder"
     DENOISER = "denoiser"
@@ -14,8 +14,8 @@ class Stage(StrEnum):
 
 
 class ModelError(Exception):
-    """A model folder that cannot be served; `str()` is one sentence that says what to do about it."""
+    """A model cannot be served; the message says what to do."""
 
 
 class InputError(ValueError):
-    """A request names an input that the pipeline does not take, or gives one a value that it cannot have."""
+    """A request has an input that the pipeline does not take, or a value that it cannot have."""

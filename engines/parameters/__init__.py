@@ -1,1 +1,5 @@
-"""A request's values: what a model takes, the defaults and ranges of its serving config, and their validation."""
+"""The parameters of a request: what a model takes, its defaults and ranges, and validation. Imports no torch.
+
+`schema` has the types, `declarations` derives parameters from a pipeline, `serving_config` reads defaults and ranges,
+`validation` checks values, `media` says what a pipeline makes.
+"""

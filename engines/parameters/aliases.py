@@ -1,8 +1,8 @@
-"""Other names of parameters, so that one name means the same for every family. Imports no torch.
+"""Aliases of parameters, so that a name means the same for every family. Imports no torch.
 
-Classifier-free guidance is `guidance_scale` in most families, and `true_cfg_scale` where `guidance_scale` is a number
-that the model was distilled with; where a guider guides, both are its scale. The rate of frames is `fps` or
-`frame_rate`; a pipeline that asks for neither still makes a video, whose file has one.
+Classifier-free guidance is `guidance_scale` in most families, and `true_cfg_scale` where `guidance_scale` is an input
+of a distilled model; for a pipeline with a guider, both are its scale. The frame rate is `fps` or `frame_rate`; `fps`
+is added to pipelines that have neither, for the file of their video.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ def with_aliases(
     guidance: float | None = None,
     fps: float = 0.0,
 ) -> tuple[Parameter, ...]:
-    """Add the names that a pipeline does not declare.
+    """Add the aliases and settings that a pipeline does not declare.
 
     Args:
-        parameters: Those that it declares.
-        settings: Those that set its parts; what it declares itself goes before them.
+        parameters: The parameters that it declares.
+        settings: The parameters that set its components; a declared one of the same name has precedence.
         guided: Whether it has a guider with a scale.
-        guidance: The scale of that, where it is on.
-        fps: Frames per second of its videos; 0 where it makes none.
-
+        guidance: The scale of the guider; None if it is off.
+        fps: The frames per second of its videos; 0 if it makes none.
     """
     public = {parameter.name: parameter for parameter in (*settings, *parameters)}
     if guided:
@@ -47,12 +46,12 @@ def with_aliases(
 
 
 def public_names(inputs: Collection[str], parameters: Collection[Parameter]) -> tuple[str, ...]:
-    """Which parameters lead to some inputs of the pipeline, by name."""
+    """Return the names of the parameters that set some inputs of the pipeline."""
     return tuple(parameter.name for parameter in parameters if (parameter.alias_of or parameter.name) in inputs)
 
 
 def conflicting_names(inputs: Mapping[str, object], parameters: Collection[Parameter]) -> tuple[str, str] | None:
-    """Find two names of one parameter that say different things: the alias, and what it is an alias of."""
+    """Return an alias and its parameter if both are given with different values, else None."""
     for parameter in parameters:
         name, other = parameter.name, parameter.alias_of
         if other and name in inputs and other in inputs and inputs[name] != inputs[other]:
@@ -63,16 +62,15 @@ def conflicting_names(inputs: Mapping[str, object], parameters: Collection[Param
 def to_pipeline_names(
     taken: Collection[str], inputs: Mapping[str, object], parameters: Collection[Parameter]
 ) -> dict[str, object]:
-    """Give inputs the names that the pipeline has for them.
+    """Rename inputs to the names of the pipeline.
 
     Args:
-        taken: Names that it has.
-        inputs: By any name; without conflicts. What the pipeline does not take, though it is public, is left out:
-            it is about the file alone.
-        parameters: Those that are public.
-
+        taken: The names of the pipeline's inputs.
+        inputs: The inputs by public name, without conflicts. Public ones that the pipeline does not take are dropped:
+            they are about the output file.
+        parameters: The public parameters.
     """
     aliases = {parameter.name: parameter.alias_of for parameter in parameters if parameter.alias_of}
     public = names(parameters)
-    meant = {aliases.get(name, name): value for name, value in inputs.items()}
-    return {name: value for name, value in meant.items() if name in taken or name not in public}
+    renamed = {aliases.get(name, name): value for name, value in inputs.items()}
+    return {name: value for name, value in renamed.items() if name in taken or name not in public}

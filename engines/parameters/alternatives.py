@@ -26,17 +26,17 @@ SHORT_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "seg": ("SmoothedEnergyGuidance",),
     "tcfg": ("TangentialClassifierFreeGuidance",),
 }
-"""What people call some classes; the first of them that a model can use is meant."""
+"""Short names of classes; a name stands for the first of its classes that the model can use."""
 _ENDINGS: Final = ("scheduler", "guidance")
 _MOST_OPTIONS: Final = 64
 
 
 def find_class(text: str, names: Collection[str]) -> str | None:
-    """Find the class that a text names; None where there is none.
+    """Return the class name that a text stands for, or None.
 
     Args:
         text: The name of a class in any case, with or without "Scheduler" or "Guidance" at its end; or a short name.
-        names: Of all classes that there are to choose of.
+        names: The names of the classes to choose from.
     """
     wanted = _plain(text)
     for name in names:
@@ -46,14 +46,14 @@ def find_class(text: str, names: Collection[str]) -> str | None:
 
 
 def resolve_classes(inputs: Mapping[str, object], parameters: Iterable[Parameter]) -> dict[str, object]:
-    """Give classes their full names, and check options by the class that takes them.
+    """Replace short class names with full ones, and check the options of each class.
 
     Args:
-        inputs: By public name, of the right kinds.
-        parameters: That the pipeline takes.
+        inputs: The inputs by public name, of the right kinds.
+        parameters: The parameters of the pipeline.
 
     Raises:
-        CardError: There is no such class, or it takes no such option, or not of that value.
+        ParameterError: A class is unknown, has no such option, or does not take the value of an option.
     """
     known = {parameter.name: parameter for parameter in parameters}
     made = dict(inputs)
@@ -72,15 +72,15 @@ def resolve_classes(inputs: Mapping[str, object], parameters: Iterable[Parameter
 
 
 def check_options(parameter: Parameter, class_name: str | None, options: Mapping[str, object]) -> None:
-    """Check options by name and kind.
+    """Check the names and values of options.
 
     Args:
-        parameter: Of kind OPTIONS.
-        class_name: Of the class that takes them; None where there is just one.
-        options: By name.
+        parameter: The parameter, of kind OPTIONS.
+        class_name: The class that takes the options; None if there is only one.
+        options: The options by name.
 
     Raises:
-        CardError: The class takes no such option, or not of that value; it names the parameter.
+        ParameterError: The class has no such option, or does not take its value.
     """
     found = next((each for each in parameter.alternatives if class_name in (None, each.name)), None)
     if found is None:
@@ -93,7 +93,7 @@ def check_options(parameter: Parameter, class_name: str | None, options: Mapping
         if name not in taken:
             close = difflib.get_close_matches(name, taken, n=1)
             hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(taken) or 'none'}."
-            raise ParameterError(parameter.name, f"has {name[:64]}, which is no option of {found.name}: {hint}")
+            raise ParameterError(parameter.name, f"has {name[:64]}, which is not an option of {found.name}: {hint}")
         _check_option(parameter.name, taken[name], value)
 
 
@@ -109,7 +109,7 @@ def _check_option(param: str, option: Option, value: object) -> None:
         try:
             validate(option.name, value, kind, default_limits(option.name, kind))
         except ParameterError as error:
-            # Of several kinds, the complaint about a value of the right kind says the most.
+            # With several kinds, prefer the error about a value of the right kind: it says the most.
             problems.append((error.message == f"must be {KIND_DESCRIPTIONS[kind]}.", error.message))
         else:
             return

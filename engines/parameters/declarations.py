@@ -1,8 +1,7 @@
-"""From what a pipeline declares to the parameters that a request may give.
+"""Derive the parameters of a request from the inputs that a pipeline declares. Imports no torch.
 
-Only what JSON and image files can say is public: a callback or a table of options is no parameter. Tensors come
-together, in the file that is one parameter. What an input is follows from its declared type; where that says nothing,
-from its name; and then from its default. Imports no torch.
+An input is public if JSON or image files can express it; a callback, for example, is not. All tensors are one
+parameter, a file. The kind of an input follows from its declared type, else from its name, else from its default.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ _PRECISELY: Final = {
     "last_image": ParameterKind.IMAGE,
     "video": ParameterKind.IMAGE_LIST,
 }
-"""Often declared as any image or images."""
+"""Kinds of inputs that are often declared as any image or images."""
 _DRAWN: Final = frozenset({"image", "mask_image", "last_image"})
-"""Declared as tensors by a few pipelines that take images all the same."""
+"""Inputs that a few pipelines declare as tensors although they take images."""
 _ONE_IMAGE: Final = frozenset({"strength", "mask_image", "num_frames", "frame_rate", "fps"})
-"""Beside one of these `image` is what is to be changed, or the first frame: several of it would be several requests."""
+"""With one of these, `image` is one image, to be edited or as the first frame; several would be several jobs."""
 _PLAIN: Final = {
     str: ParameterKind.TEXT,
     bool: ParameterKind.BOOLEAN,
@@ -46,7 +45,7 @@ _PLAIN: Final = {
 _SEQUENCES: Final = (list, tuple, abc.Sequence, abc.Iterable)
 _SAYS_NOTHING: Final = (None, type(None), Any, object, list, tuple, inspect.Parameter.empty)
 _NUMERIC: Final = frozenset({ParameterKind.INTEGER, ParameterKind.NUMBER})
-# A request is one unit of work with a seed, and how its result is written down is no concern of the pipeline.
+# A job has one seed and one output, and the format of its output does not concern the pipeline.
 _NEVER: Final = frozenset(
     {
         *("generator", "seed", "output_type", "return_dict", "return_index", "batch_size", "debug"),
@@ -66,16 +65,15 @@ class _Declared:
     required: bool
     description: str = ""
     structured: bool = False
-    """Whether it may be public as a list of texts, or as JSON."""
+    """Whether it may be public as a list of texts or as JSON."""
 
 
 def parameters_of_blocks(blocks: Any, required: Collection[str] = ()) -> tuple[Parameter, ...]:
-    """The public inputs of modular blocks, by name.
+    """Return the parameters of modular blocks, sorted by name.
 
     Args:
-        blocks: `ModularPipelineBlocks`, of one task.
-        required: Names of the inputs that the task is chosen by.
-
+        blocks: `ModularPipelineBlocks` of one task.
+        required: The names of the inputs that the task requires.
     """
     rows = {
         item.name: _Declared(item.name, item.type_hint, item.default, bool(item.required), item.description or "")
@@ -86,17 +84,16 @@ def parameters_of_blocks(blocks: Any, required: Collection[str] = ()) -> tuple[P
 
 
 def parameters_of_call(function: Any, required: Collection[str] = ()) -> tuple[Parameter, ...]:
-    """The public inputs of the `__call__` of a classic pipeline, by name.
+    """Return the parameters of the `__call__` of a classic pipeline, sorted by name.
 
     Args:
-        function: With annotations.
-        required: Names of inputs that are needed although they have a default.
-
+        function: The `__call__`, with annotations.
+        required: The names of inputs that are required although they have a default.
     """
     try:
         declared = inspect.signature(function, eval_str=True).parameters
     except (NameError, TypeError):
-        # An annotation that nobody ever evaluated; the others still say something.
+        # An annotation cannot be evaluated; use the others.
         declared = inspect.signature(function).parameters
     empty = inspect.Parameter.empty
     fixed = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
@@ -115,14 +112,14 @@ def parameters_of_call(function: Any, required: Collection[str] = ()) -> tuple[P
 
 
 def tensor_inputs_of_blocks(blocks: Any) -> tuple[str, ...]:
-    """Names of the inputs of modular blocks that are one tensor each."""
+    """Return the names of the inputs of modular blocks that are tensors."""
     declared = {item.name: item.type_hint for item in blocks.inputs if item.name}
     public = {parameter.name for parameter in parameters_of_blocks(blocks)}
     return tuple(sorted(name for name, hint in declared.items() if name not in public and is_tensor(name, hint)))
 
 
 def tensor_inputs_of_call(function: Any) -> tuple[str, ...]:
-    """Names of the inputs of a `__call__` that are one tensor each."""
+    """Return the names of the inputs of a `__call__` that are tensors."""
     try:
         declared = inspect.signature(function, eval_str=True).parameters
     except (NameError, TypeError):
@@ -133,14 +130,14 @@ def tensor_inputs_of_call(function: Any) -> tuple[str, ...]:
 
 
 def tensors_parameter(names: Iterable[str]) -> tuple[Parameter, ...]:
-    """The parameter for tensors of some names; none where there are no names."""
+    """Return the parameter for tensors of some names; () if there are no names."""
     choices = tuple(sorted(names))
     text = "A safetensors file with tensors for inputs of the pipeline, by their names."
     return (Parameter(TENSORS, ParameterKind.TENSORS, description=text, choices=choices),) if choices else ()
 
 
 def latent_parameter() -> Parameter:
-    """The parameter that asks for latents."""
+    """Return the parameter with which a request asks for latents."""
     text = "latent: the result is a safetensors file of the latents, which are not decoded."
     return Parameter(OUTPUT_TYPE, ParameterKind.TEXT, description=text, choices=(LATENT,))
 
@@ -152,7 +149,7 @@ def returns_latents(function: Any) -> bool:
 
 
 def is_tensor(name: str, hint: Any) -> bool:
-    """Whether an input is one tensor, by its declared type, or by its name where that says nothing."""
+    """Whether an input is a tensor, by its declared type, else by its name."""
     if name in _NEVER or name.startswith("_") or "callback" in name:
         return False
     options = list(_options(hint))
@@ -173,7 +170,7 @@ def _public(rows: Iterable[_Declared], required: Collection[str]) -> tuple[Param
             kind = ParameterKind.IMAGE
         default = _plain(row.default)
         nullable = row.default is not None and (kind is ParameterKind.TEXTS or _allows_none(row.hint))
-        # Nearly all declare the prompt as optional, and do not run without. What has a default need not be given.
+        # Nearly all pipelines declare the prompt as optional but need it. An input with a default is not required.
         is_prompt = row.name == "prompt" and default is None
         needed = is_prompt or row.name in required or (row.required and default is None)
         many = row.structured and kind in _NUMERIC and ParameterKind.NUMBERS in kinds_of_type(row.hint)
@@ -183,7 +180,7 @@ def _public(rows: Iterable[_Declared], required: Collection[str]) -> tuple[Param
 
 
 def is_internal(name: str) -> bool:
-    """Whether an input is no parameter of a request, whatever its type."""
+    """Whether an input is never a parameter of a request, whatever its type."""
     return name in _NEVER or name.startswith("_") or name.endswith(("_embeds", "latents")) or "callback" in name
 
 
@@ -204,7 +201,7 @@ def _kind(row: _Declared) -> ParameterKind | None:
 
 
 def _structured(row: _Declared) -> ParameterKind | None:
-    """The kind of an input that is declared as texts, as lists in a list or as a dictionary; None for any other."""
+    """Return the kind of an input that is declared as texts, nested lists or a dictionary; None for others."""
     options = list(_options(row.hint))
     items = [item for option in options if get_origin(option) in _SEQUENCES for item in get_args(option)]
     if any(option is dict or get_origin(option) is dict for option in (*options, *items)):
@@ -219,13 +216,13 @@ def _structured(row: _Declared) -> ParameterKind | None:
             else None
         )
     if str in items:
-        # Several prompts would be several requests.
+        # Several prompts would be several jobs.
         return KNOWN_KINDS.get(row.name, ParameterKind.TEXTS)
     return None
 
 
 def kinds_of_type(hint: Any) -> set[ParameterKind]:
-    """Return the kinds that a type allows, as far as they are public."""
+    """Return the public kinds that a type allows."""
     found = set()
     for option in _options(hint):
         if option in _PLAIN:
@@ -253,7 +250,7 @@ def _kinds_of_sequence(hint: Any) -> set[ParameterKind]:
 def _choose(kinds: set[ParameterKind]) -> ParameterKind | None:
     if {ParameterKind.IMAGE, ParameterKind.IMAGE_LIST} <= kinds:
         return ParameterKind.IMAGES
-    # Of one and many, one: a request is one unit of work.
+    # Prefer one to many: a job makes one output.
     for kind in (
         ParameterKind.IMAGE,
         ParameterKind.IMAGE_LIST,

@@ -1,4 +1,4 @@
-"""LoRA adapters by name: what a topology configures and a request asks for. Imports no torch."""
+"""LoRA adapters as a topology configures them and a request names them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,51 +18,54 @@ PARAMETERS: Final = (
     Parameter(
         LORA,
         ParameterKind.TEXTS,
-        description="Name of the adapter to run with, or several; none where it is empty or left out.",
+        description="Name of the LoRA adapter, or a list of names; by default none.",
     ),
     Parameter(
         LORA_SCALE,
         ParameterKind.NUMBER,
-        description="How strong the adapter is, or each of several; 1 is as it was trained.",
+        description="Scale of the adapter, or a list of one scale for each; 1 is as it was trained.",
         many=True,
     ),
 )
-"""What a request may give where adapters are configured."""
+"""The parameters of models with adapters."""
 
 
 def lora_parameters(known: Collection[str]) -> tuple[Parameter, ...]:
-    """What a request may give where adapters of these names are configured, if any are."""
+    """Return the parameters of a model with adapters of these names; () without adapters."""
     lora, scale = PARAMETERS
     return (msgspec.structs.replace(lora, choices=tuple(sorted(known))), scale) if known else ()
 
 
 class LoraFile(msgspec.Struct, frozen=True):
-    """An adapter that a process loads when it starts."""
+    """An adapter that a process loads at its start."""
 
     name: str
-    """By which requests ask for it."""
+    """The name in requests."""
     path: Path
     """A `.safetensors` file, or a folder with exactly one."""
     scale: float = 1.0
-    """Of requests that give none."""
+    """The default scale."""
     path_2: Path | None = None
-    """The same for `transformer_2`, of models with two transformers whose adapters come as two files."""
+    """The file for `transformer_2`, of adapters in two files for a model with two transformers."""
 
 
 class LoraChoice(msgspec.Struct, frozen=True):
-    """An adapter that a request runs with."""
+    """An adapter and its scale for a request."""
 
     name: str
     scale: float
 
 
 def check_lora(inputs: Mapping[str, object], known: Collection[str], model: str = "") -> None:
-    """Raise `ParameterError` where a request asks for an adapter that is not there, or for a scale that none has.
+    """Check the adapters and scales of a request.
 
     Args:
-        inputs: Of the request, by name; None stands for left out.
-        known: Names of the adapters that are configured.
-        model: Its name, for the sentence.
+        inputs: The inputs of the request by name; None counts as missing.
+        known: The names of the configured adapters.
+        model: The name of the model, for the message.
+
+    Raises:
+        ParameterError: An adapter is unknown or named twice, or the scales are wrong.
     """
     for parameter in PARAMETERS:
         if inputs.get(parameter.name) is None:
@@ -85,7 +88,7 @@ def check_lora(inputs: Mapping[str, object], known: Collection[str], model: str 
 
 
 def choose_loras(inputs: Mapping[str, object], files: Collection[LoraFile]) -> tuple[LoraChoice, ...]:
-    """The adapters that checked inputs ask for, each with its scale, in the order that they are asked for."""
+    """Return the adapters and scales of checked inputs, in their order there."""
     known = {file.name: file for file in files}
     names = [name for name in _names(inputs) if name in known]
     scale = inputs.get(LORA_SCALE)

@@ -1,6 +1,6 @@
-"""What a pipeline makes: images, video or sound, how fast it plays, and what its results are called.
+"""What a pipeline makes: images, video or sound, their rates, and the names of its results. Imports no torch.
 
-Read off what diffusers declares, without any table of models. Imports no torch.
+It follows from what diffusers declares; there is no table of models.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from triptych.engines.parameters.schema import FRAME_RATE_NAMES, LATENT, OUTPUT_
 IMAGES: Final = ("images", "image")
 VIDEOS: Final = ("videos", "frames", "video")
 SOUNDS: Final = ("audio", "audios", "sound")
-"""Names of results; some families make sound beside a video."""
+"""Names of results; some families make sound with a video."""
 LATENTS: Final = ("latents", "audio_latents")
-"""Names of results that are not decoded."""
+"""Names of results that are not decoded: latents."""
 NSFW: Final = "nsfw_content_detected"
-"""The name of what a safety checker says: a list of bool, one for each image, which it has made black then."""
+"""The name of a safety checker's result: a list of bool, for each image whether it was blacked out."""
 LAYERS: Final = ("rgb", "depth")
-"""Results that are one image each, of the same place."""
+"""Names of results that are one image each."""
 MAPS: Final = ("prediction",)
-"""Results that are arrays, of which a pipeline's image processor draws images: depth, normals, albedo."""
+"""Names of results that are arrays, drawn by the pipeline's image processor: depth, normals, albedo."""
 SAMPLING_RATE: Final = "sampling_rate"
-"""The name of the samples per second of sound, an int."""
+"""The name of the sampling rate of sound in Hz, an int."""
 FRAMES_PER_S: Final = 16.0
-"""Of Wan, and of whatever says nothing."""
+"""The default frame rate: that of Wan."""
 
 _RATES: Final = ("output_sampling_rate", "sampling_rate", "sample_rate")
 
 
 def medium_of(results: Collection[str], task: str = "") -> Medium:
-    """Say which medium a pipeline makes.
+    """Return the medium that a pipeline makes.
 
     Args:
-        results: Names of what it returns.
-        task: Of the model's serving config; a few pipelines of videos also make images, as videos of one frame.
+        results: The names of its results.
+        task: The task of the serving config; a few video pipelines also make images, as videos of one frame.
     """
     if not set(VIDEOS).isdisjoint(results):
         return "image" if task.replace("-to-", "2").endswith("2image") else "video"
@@ -46,14 +46,14 @@ def medium_of(results: Collection[str], task: str = "") -> Medium:
 
 
 def unsupported_result(results: Sequence[str]) -> str:
-    """Say what a pipeline makes that is none of these; "" where one of its results is, or nothing is known of them."""
+    """Return the results of a pipeline if none of them is a medium, as text; "" otherwise, or if they are unknown."""
     if not results or not {*IMAGES, *VIDEOS, *SOUNDS, *LAYERS, *MAPS}.isdisjoint(results):
         return ""
     return f"{', '.join(results[:-1])} and {results[-1]}" if len(results) > 1 else results[0]
 
 
 def results_of(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Name what the `__call__` of a classic pipeline returns: its code names the class of its results."""
+    """Return the names of the results of a `__call__`, from the output class that its code names."""
     function = inspect.unwrap(function)
     mentioned = (function.__globals__.get(name) for name in function.__code__.co_names)
     for found in mentioned:
@@ -63,12 +63,12 @@ def results_of(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def frames_per_s(medium: str, defaults: Mapping[str, object], pipeline: object) -> float:
-    """Say how many frames per second a pipeline's videos have if a request does not say; 0 where it makes none.
+    """Return the default frames per second of a pipeline's videos; 0 if it makes none.
 
     Args:
-        medium: That it makes.
-        defaults: Of its inputs, by name.
-        pipeline: That knows its only rate, where no input tells it.
+        medium: The medium that it makes.
+        defaults: The defaults of its inputs by name.
+        pipeline: The pipeline, whose attribute is its rate if no input sets it.
     """
     if medium != "video":
         return 0.0
@@ -79,12 +79,12 @@ def frames_per_s(medium: str, defaults: Mapping[str, object], pipeline: object) 
 
 
 def wants_latents(values: Mapping[str, object]) -> bool:
-    """Whether a request, by its inputs or by a payload that has them, is for latents in place of media."""
+    """Whether the inputs or the payload of a request ask for latents instead of media."""
     return values.get(OUTPUT_TYPE) == LATENT
 
 
 def with_sampling_rate(made: Mapping[str, object], pipeline: object) -> dict[str, object]:
-    """Put the samples per second beside sound, where the pipeline has not done so and one of its components knows."""
+    """Add the sampling rate to results with sound, from the components of the pipeline."""
     if SAMPLING_RATE in made or set(SOUNDS).isdisjoint(made):
         return dict(made)
     rate = _sampling_rate(vars(pipeline))
@@ -92,7 +92,7 @@ def with_sampling_rate(made: Mapping[str, object], pipeline: object) -> dict[str
 
 
 def _sampling_rate(components: Mapping[str, object]) -> int | None:
-    # A vocoder makes the waveform where there is one; what it gets may be of another rate.
+    # Prefer the vocoder, which makes the waveform; its input may have another rate.
     names = sorted(components, key=lambda name: (name != "vocoder", not name.endswith("vae")))
     for name in names:
         config = getattr(components[name], "config", None)

@@ -1,4 +1,4 @@
-"""What a pipeline takes and makes, in words that any process can read. Imports no torch."""
+"""The types that describe the inputs and outputs of a pipeline to all processes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Medium: TypeAlias = Literal["image", "video", "audio"]
 
 
 class ParameterKind(StrEnum):
-    """What a value of a parameter is."""
+    """The kind of a parameter's value."""
 
     TEXT = "text"
     INTEGER = "integer"
@@ -22,19 +22,19 @@ class ParameterKind(StrEnum):
     NUMBERS = "numbers"
     """A list of numbers."""
     PAIR = "pair"
-    """Two whole numbers, of a size or a place; pipelines get a tuple."""
+    """Two whole numbers, a size or a position; pipelines get a tuple."""
     IMAGE = "image"
     """One image."""
     IMAGES = "images"
-    """One image, or several in order: a video is its frames."""
+    """One image, or several in order, such as the frames of a video."""
     IMAGE_LIST = "image_list"
-    """The same, but pipelines get a list even of one."""
+    """As IMAGES, but pipelines get a list even for one image."""
     TEXTS = "texts"
-    """A text, or several in a list."""
+    """A text, or a list of texts."""
     JSON = "json"
-    """Whatever JSON can say, such as lists in a list, or an object."""
+    """Any JSON, such as nested lists or an object."""
     OPTIONS = "options"
-    """An object: options by name, each a scalar, null or a list of numbers."""
+    """An object of options by name, each a scalar, null or a list of numbers."""
     TENSORS = "tensors"
     """A safetensors file. Pipelines get each tensor in it as an input, by its name."""
 
@@ -57,16 +57,16 @@ KIND_DESCRIPTIONS: Final[Mapping[ParameterKind, str]] = {
 TENSORS: Final = "tensors"
 """The parameter that is a safetensors file."""
 REPLACES: Final = {"prompt_embeds": "prompt", "negative_prompt_embeds": "negative_prompt"}
-"""Tensors, and the parameters that they make needless."""
+"""Tensors, with the parameters that they replace."""
 OUTPUT_TYPE: Final = "output_type"
-"""The parameter that asks for latents in place of media, as in diffusers."""
+"""The parameter that asks for latents instead of media, as in diffusers."""
 LATENT: Final = "latent"
-"""Its one value."""
+"""The only value of `OUTPUT_TYPE`."""
 IMAGE_KINDS: Final = frozenset({ParameterKind.IMAGE, ParameterKind.IMAGES, ParameterKind.IMAGE_LIST})
 MASKS: Final = frozenset({"mask", "mask_image"})
-"""Inputs that are one image of where to paint, white for yes: 8 bits a pixel."""
+"""Names of masks: one image of 8 bits a pixel, white where to paint."""
 FRAME_RATE_NAMES: Final = ("fps", "frame_rate")
-"""What the frames per second of a video are called."""
+"""Names of the frames per second of a video."""
 KNOWN_KINDS: Final[Mapping[str, ParameterKind]] = {
     **dict.fromkeys(("prompt", "prompt_2", "prompt_3", "prompt_4", "lyrics"), ParameterKind.TEXT),
     **dict.fromkeys(
@@ -92,90 +92,90 @@ KNOWN_KINDS: Final[Mapping[str, ParameterKind]] = {
     **dict.fromkeys(("guidance_rescale", "guidance_scale_2"), ParameterKind.NUMBER),
     TENSORS: ParameterKind.TENSORS,
 }
-"""Kinds of inputs by name: many are declared without a type, and until a model is loaded none are known."""
+"""Kinds of inputs by name, for inputs without a type and for models that are not loaded yet."""
 
 
 class Option(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """An option that a class takes when it is made."""
+    """An option of a class."""
 
     name: str
     kinds: tuple[ParameterKind, ...]
-    """A value is of one of these."""
+    """The kinds that its value may have."""
     choices: tuple[str, ...] = ()
-    """The only texts that it may be; () where any will do."""
+    """The texts that it may be; () for any."""
     nullable: bool = False
     """Whether it may be null."""
 
 
 class Alternative(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A class that can take the place of a component, such as another scheduler."""
+    """A class that can replace a component, such as another scheduler."""
 
     name: str
-    """Of the class."""
+    """The name of the class."""
     options: tuple[Option, ...] = ()
 
 
 class Parameter(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """An input that a request may give."""
+    """An input of a request."""
 
     name: str
-    """The public one."""
+    """The public name."""
     kind: ParameterKind
     default: Default = None
-    """What the pipeline uses where a request gives none; None where it works one out."""
+    """The default of the pipeline; None if it computes one."""
     required: bool = False
     alias_of: str = ""
-    """The parameter that this is another name of; "" where it is none."""
+    """The parameter that this is an alias of; "" for none."""
     description: str = ""
-    """One sentence of the pipeline's own, where it has one."""
+    """The first sentence of the pipeline's documentation, if any."""
     multiple_of: int = 0
-    """A whole number is a multiple of this; 0 where any will do."""
+    """The value must be a multiple of this; 0 for any."""
     every: int = 0
-    """A whole number is 1, 1 + every, 1 + 2 * every and so on; 0 where any will do."""
+    """The value must be 1, 1 + every, 1 + 2 * every and so on; 0 for any."""
     many: bool = False
-    """Whether a list of such numbers will do as well, one for each of several images, ControlNets or the like."""
+    """Whether the value may also be a list of such numbers, such as one for each ControlNet."""
     choices: tuple[str, ...] = ()
-    """The names, of classes for one, of which a text is one; () where it is no name. Of tensors: those taken."""
+    """The texts that the value may be, such as names of classes; () for any. For tensors, their names."""
     chosen_by: str = ""
-    """Of options: the parameter that names the class which takes them, or "" where there is just one class."""
+    """For options: the parameter that names their class; "" if there is only one class."""
     alternatives: tuple[Alternative, ...] = ()
-    """Of options: the classes that take some."""
+    """For options: the classes, with their options."""
     nullable: bool = False
-    """Null means none of it, not the default: its default is something, and the pipeline can do without."""
+    """Whether null means that the pipeline gets None, and not its default."""
 
 
 class Task(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One thing that a model can be asked for; the inputs of a request tell which."""
+    """A task of a model; the inputs of a request decide which task it is for."""
 
     name: str
     """Such as "text2image"."""
     requires: tuple[str, ...] = ()
-    """Names of the inputs that a request for it gives."""
+    """Names of the inputs that a request for it must have."""
     takes: tuple[str, ...] = ()
-    """Those, and others that no request for another task gives."""
+    """Those, and the other inputs that only a request for it may have."""
 
 
 class Signature(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What a loaded pipeline takes and makes."""
+    """The inputs and outputs of a loaded pipeline."""
 
     parameters: tuple[Parameter, ...] = ()
-    """By name."""
+    """Its public inputs, sorted by name."""
     encodes: tuple[str, ...] = ()
-    """Public names of the inputs that change what the encoder makes."""
+    """Public names of the inputs that change the outputs of the encoder."""
     medium: Medium = "image"
-    """What it makes."""
+    """The medium that it makes."""
     fps: float = 0.0
-    """Frames per second of its videos where a request asks for no other; 0 where it makes none."""
+    """The default frames per second of its videos; 0 if it makes none."""
     passes_through: tuple[str, ...] = ()
-    """Public names of the inputs that later stages get as they came, images with all their pixels."""
+    """Public names of the inputs that later stages get unchanged, such as images with all their pixels."""
     tasks: tuple[Task, ...] = ()
-    """What requests may be for: one, or several among which their inputs decide."""
+    """The tasks of the model; if there are several, the inputs of a request decide."""
 
     def parameter(self, name: str) -> Parameter | None:
-        """Find one by its public name."""
+        """Return the parameter of a public name, or None."""
         return next((parameter for parameter in self.parameters if parameter.name == name), None)
 
 
 def names(parameters: Collection[Parameter]) -> frozenset[str]:
-    """Of parameters."""
+    """Return the names of `parameters`."""
     return frozenset(parameter.name for parameter in parameters)

@@ -1,4 +1,4 @@
-"""The serving config of a model: its name and task, the defaults of its parameters and the values they may take.
+"""The serving config of a model: its name and task, and the defaults and ranges of its parameters.
 
 It is the file `triptych.json` in the model's folder:
 
@@ -6,7 +6,7 @@ It is the file `triptych.json` in the model's folder:
      "defaults": {"height": 64, "width": 64, "num_inference_steps": 4, "max_sequence_length": 16},
      "ranges": {"num_inference_steps": [1, 50], "height": [64, 64, 8]}}
 
-A range is [lowest, highest] or [lowest, highest, step]; a value is a multiple of the step. Imports no torch.
+A range is [lowest, highest] or [lowest, highest, step]; a value must be a multiple of the step. Imports no torch.
 """
 
 from __future__ import annotations
@@ -45,28 +45,28 @@ STEPS: Final = "num_inference_steps"
 _LISTS_OF_STEPS: Final = ("sigmas", "timesteps")
 _TEXT_LENGTH: Final = "max_sequence_length"
 _UNKNOWN_LENGTH: Final = 1_000_000
-"""What tokenizers that know no limit say is above this."""
+"""Tokenizers without a limit have a number above this."""
 _ALIKE: Final = 0.75
-"""How alike two names are, from 0 to 1, of which one may be meant to be the other."""
+"""The least similarity, from 0 to 1, of a misspelt name to the right one."""
 
 Value = bool | int | float | str
 
 
 class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a model is and which parameters it takes."""
+    """The serving config of a model."""
 
     name: str = ""
-    """How people call it."""
+    """The name of the model."""
     family: str = ""
-    """Such as "flux" or "wan"."""
+    """The family of the model, such as "flux" or "wan"."""
     task: str | tuple[str, ...] = ""
-    """Such as "text-to-image", or several; "" is what the class of the index does, "any" all that the folder can do."""
+    """The task, such as "text-to-image", or several; "" for those of the pipeline class, "any" for all."""
     defaults: dict[str, Value] = msgspec.field(default_factory=dict)
-    """The value of each parameter that a request leaves out."""
+    """The defaults of parameters by name."""
     ranges: dict[str, tuple[float, ...]] = msgspec.field(default_factory=dict)
-    """The lowest and highest value of a number, and the step that it is a multiple of."""
+    """The lowest and highest value of numbers by name, and the step of which they are multiples."""
     max_tokens: int = 0
-    """Most tokens of a prompt where `ranges` says nothing of them; 0 for what the tokenizers say, if they do."""
+    """The most tokens of a prompt, if `ranges` has no limit; 0 for that of the tokenizers."""
 
     def apply(
         self,
@@ -74,26 +74,26 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         parameters: Collection[Parameter] | None = None,
         tasks: Sequence[Task] = (),
     ) -> dict[str, object]:
-        """Fill in the defaults and check what a request asks for; `inputs` stays as it is.
+        """Check the inputs of a request and add the defaults.
 
         Args:
-            inputs: Parameters by public name; None stands for left out, but for parameters that are `nullable`. For
-                what they may be see `checks.validate`.
-            parameters: What the pipeline takes (`Signature.parameters`). Where that is not known yet, any name will
-                do, nothing is required, and what is known by name is checked.
-            tasks: What requests may be for (`Signature.tasks`).
+            inputs: The inputs by public name; they are not changed. None counts as missing, except for parameters that
+                are `nullable`. For the types of values see `validation.validate`.
+            parameters: The parameters of the pipeline (`Signature.parameters`). If None, since they are not known yet,
+                any name is allowed, nothing is required, and values are checked by the kinds of known names.
+            tasks: The tasks of the model (`Signature.tasks`).
 
         Returns:
-            The parameters to run with; without defaults of what the pipeline does not take.
+            The inputs with defaults, without the defaults of what the pipeline does not take.
 
         Raises:
-            CardError: A parameter is unknown or missing, of the wrong kind or out of range, two names of one
-                parameter say different things, or the request is for none of the tasks.
+            ParameterError: A parameter is unknown, missing, of the wrong kind or out of range, two names of one
+                parameter have different values, or the request is for none of the tasks.
         """
         given = {name: value for name, value in inputs.items() if value is not None}
         taken = {parameter.name: parameter for parameter in parameters or ()}
-        # Before the pipeline is known, what null means is not known either: that is seen to where it is, but for what
-        # the card has a default of.
+        # Until the pipeline is known, keep nulls for the encoder, which knows what they mean, except for parameters
+        # with a default here.
         nulls = inputs.keys() - given.keys() - {name for name, known in taken.items() if not known.nullable}
         if parameters is None:
             nulls -= self.defaults.keys()
@@ -116,21 +116,21 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise ParameterError(parameter.name, "is required.")
         check_task(meant, tasks)
         if different := conflicting_names(applied, taken.values()):
-            raise ParameterError(different[0], f"is another name of {different[1]}, which says something else.")
+            raise ParameterError(different[0], f"is another name of {different[1]}, which has a different value.")
         applied |= self._steps(given, taken)
         applied = resolve_classes(applied, taken.values())
         _check_strength(applied, taken)
         return applied
 
     def check_total(self, inputs: Mapping[str, object], n: int) -> None:
-        """Raise CardError when the `n` images of a request take too many steps together."""
+        """Raise ParameterError if the `n` images of a request have too many steps together."""
         steps = inputs.get(STEPS)
         most = max(MAX_STEPS, self.limits(Parameter(STEPS, ParameterKind.INTEGER))[1])
         if isinstance(steps, int) and n * steps > most:
             raise ParameterError("n", f"times {STEPS} must be at most {most:g}, not {n * steps}.")
 
     def limits(self, parameter: Parameter) -> Limits:
-        """The lowest and highest value of a parameter, and the step where there is one; () where it is no number."""
+        """Return the lowest and highest value of a parameter, and the step if any; () if it is not a number."""
         own = self.ranges.get(parameter.name) or self.ranges.get(parameter.alias_of)
         builtin = default_limits(parameter.alias_of or parameter.name, parameter.kind)
         if parameter.name == _TEXT_LENGTH and self.max_tokens and builtin:
@@ -140,7 +140,7 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return (*limits, parameter.multiple_of) if len(limits) == 2 and parameter.multiple_of else limits
 
     def default(self, parameter: Parameter) -> Default:
-        """What a parameter is where a request gives none."""
+        """Return the default of a parameter."""
         return self.defaults.get(parameter.name, parameter.default)
 
     def misspellings(self, taken: Collection[str], file: Path) -> list[str]:
@@ -160,7 +160,7 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ]
 
     def _defaults(self, given: Mapping[str, object], taken: Mapping[str, Parameter]) -> dict[str, Value]:
-        """Of what is not given, under no name."""
+        """Return the defaults of parameters that are not given under any of their names."""
         meant = {taken[name].alias_of or name for name in given}
         return {
             name: value
@@ -169,7 +169,7 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         }
 
     def _steps(self, given: Mapping[str, object], taken: Mapping[str, Parameter]) -> dict[str, object]:
-        """The number of steps, where a list has an entry for each."""
+        """Return the number of steps that follows from a list with an entry for each step."""
         low, high = self.limits(taken.get(STEPS) or Parameter(STEPS, ParameterKind.INTEGER))[:2]
         counted: dict[str, object] = {}
         for name in _LISTS_OF_STEPS:
@@ -200,7 +200,7 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def _check_strength(applied: Mapping[str, object], taken: Mapping[str, Parameter]) -> None:
-    """Refuse a strength so small that no step is left of those that a request asks for."""
+    """Raise ParameterError if the strength is so small that the request has no steps."""
     if "strength" not in taken or not applied.keys() & {"image", "video"}:
         return
     defaults = {name: parameter.default for name, parameter in taken.items()}
@@ -223,16 +223,15 @@ def find_misspellings(names: Iterable[str], known: Collection[str]) -> list[tupl
 
 
 def load_serving_config(model: Path, task: str | tuple[str, ...] = "", title: str = "") -> ServingConfig:
-    """Read the serving config of a model; a folder without one gets a serving config made from its index.
+    """Read the serving config of a model, or make one from its index.
 
     Args:
-        model: The folder.
-        task: In place of the serving config's, "" or none for that.
-        title: Its name where the card has none, "" for that of its folder.
+        model: The folder of the model.
+        task: The task or tasks that replace those of the serving config; empty for those.
+        title: The name of the model if the serving config has none; "" for that of its folder.
 
     Raises:
-        ModelError: There is no such folder, or its serving config cannot be understood.
-
+        ModelError: There is no such folder, or its serving config is wrong.
     """
     index = load_index(model)
     family = str(index["_class_name"]).removesuffix("Pipeline").removesuffix("Modular").lower()
@@ -264,10 +263,10 @@ def load_serving_config(model: Path, task: str | tuple[str, ...] = "", title: st
 
 
 def max_tokens(model: Path) -> int:
-    """Most tokens that one of a model's tokenizers takes, as their files say; 0 where they do not.
+    """Return the most tokens that a tokenizer of a model takes, from its configuration; 0 if unknown.
 
     Raises:
-        ModelError: Such a file cannot be read.
+        ModelError: A configuration cannot be read.
     """
     longest = 0
     for path in model.glob("tokenizer*/tokenizer_config.json"):
@@ -289,7 +288,6 @@ def load_index(model: Path) -> dict[str, object]:
 
     Raises:
         ModelError: It is not such a folder, or the index does not name a pipeline.
-
     """
     if not model.is_dir():
         raise ModelError(f"There is no model folder {model}: check the path of the model.")
@@ -309,5 +307,5 @@ def load_index(model: Path) -> dict[str, object]:
 
 
 def _is_custom(name: object) -> bool:
-    """Whether the class of a pipeline comes with its model: then it is a module beside the index, and the class."""
+    """Whether an index has a pipeline of its own: a list of a module in the model's folder, and a class."""
     return isinstance(name, list) and len(name) == 2 and all(str(part).isidentifier() for part in name)

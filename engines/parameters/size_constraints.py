@@ -1,6 +1,6 @@
-"""Which sizes and numbers of frames a pipeline can make, read off its VAE and its transformer.
+"""The sizes and numbers of frames that a pipeline can make, from its VAE and its transformer.
 
-Asked for others, some pipelines raise, and the rest make something smaller without a word.
+For other values, some pipelines raise, and others silently make something smaller.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ SIDES: Final = ("height", "width")
 _TEMPORAL: Final = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
 _SPATIAL: Final = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
 _PACKED: Final = 4
-"""Pixels of a latent that some families put into the channels of one token."""
+"""The number of latents that some families pack into the channels of one token."""
 
 
 def with_size_constraints(parameters: Collection[Parameter], pipeline: Any) -> tuple[Parameter, ...]:
-    """Say of which numbers sizes are multiples, and the number of frames is one more than one.
+    """Add `multiple_of` to height and width, and `every` to num_frames.
 
     Args:
-        parameters: That the pipeline declares.
-        pipeline: Of diffusers, with its VAE and transformer or stubs of them.
+        parameters: The parameters of the pipeline.
+        pipeline: The pipeline, with its VAE and transformer or stubs of them.
     """
     frames, sides = _first(pipeline, _TEMPORAL), size_multiple(pipeline)
     return tuple(_with_step(parameter, frames, sides) for parameter in parameters)
 
 
 def size_multiple(pipeline: Any) -> int:
-    """The number that height and width in pixels must be multiples of; 0 where that is not known.
+    """Return the number of pixels that height and width must be multiples of; 0 if unknown.
 
-    It is the pixels of a latent times the latents of a token, on one side.
+    It is the side of a latent in pixels times the side of a token in latents.
     """
     return _first(pipeline, _SPATIAL) * _patch(pipeline)
 
@@ -42,7 +42,7 @@ def size_multiple(pipeline: Any) -> int:
 def _with_step(parameter: Parameter, frames: int, sides: int) -> Parameter:
     if parameter.name in SIDES and sides > 1:
         return msgspec.structs.replace(parameter, multiple_of=sides)
-    # A default that is no such number means that the pipeline counts in another way (Helios makes chunks).
+    # A default that does not fit means that the pipeline counts differently (Helios makes chunks).
     agrees = not isinstance(parameter.default, int) or (frames > 1 and parameter.default % frames == 1)
     if parameter.name == NUM_FRAMES and frames > 1 and agrees:
         return msgspec.structs.replace(parameter, every=frames)
@@ -64,7 +64,7 @@ def _patch(pipeline: Any) -> int:
 
 
 def _counts_tokens(pipeline: Any, vae: Any) -> bool:
-    """Whether what a pipeline calls the factor of its VAE has the packing in it already (Ernie-Image)."""
+    """Whether the VAE scale factor of a pipeline already includes the packing (Ernie-Image)."""
     levels = vae.get("block_out_channels")
     return isinstance(levels, (list, tuple)) and _first(pipeline, _SPATIAL) > 2 ** (len(levels) - 1)
 

@@ -1,4 +1,4 @@
-"""Check one value of a request by the kind of its parameter, and by the range that it may be in. Imports no torch."""
+"""Check the values of a request by the kinds and ranges of their parameters. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from triptych.engines.parameters.schema import (
 )
 
 Limits = tuple[float, ...]
-"""(lowest, highest) or (lowest, highest, step); a value is a multiple of the step. () is no limit."""
+"""(lowest, highest) or (lowest, highest, step), where a value must be a multiple of the step; () is no limit."""
 
-# What no model goes beyond, so that a slip of the finger does not take a device for an hour.
+# Beyond what any model takes, so that a typing error does not occupy a device for an hour.
 RANGES: Final[Mapping[str, Limits]] = {
     **dict.fromkeys(("height", "width", "resolution", "output_resolution", "processing_resolution"), (8, 8192)),
     **dict.fromkeys(("num_frames", "frames", "video_length", "segment_frame_length"), (1, 4096)),
@@ -50,24 +50,24 @@ _BY_WORD: Final[Mapping[str, Limits]] = {
     **dict.fromkeys(("seconds", "duration", "s"), (0, 3600)),
     "area": (64, 8192**2),
 }
-"""The same for parameters that few families have, by a word of their names: whatever costs time has a bound."""
+"""Limits by a word in the name, for parameters of few families: whatever takes time has a limit."""
 _SCALARS: Final = frozenset({ParameterKind.TEXT, ParameterKind.INTEGER, ParameterKind.NUMBER, ParameterKind.BOOLEAN})
 _STRUCTURED: Final = frozenset({ParameterKind.OPTIONS, ParameterKind.TEXTS, ParameterKind.JSON, ParameterKind.TENSORS})
 ANY: Final = (-1e9, 1e9)
-"""The limits of a number of which nothing is known: they say no more than that it is finite."""
+"""The limits of an unknown number, which must only be finite."""
 _PAIR: Final = (-65_536, 65_536)
 _MAX_TEXT: Final = 32_768
 _MAX_ITEMS: Final = 4096
 MAX_STEPS: Final = RANGES["num_inference_steps"][1]
-"""Of all images of a request together, unless a serving config allows more for one."""
+"""The most steps of all images of a request together, unless a serving config allows more for one."""
 
 
 class ParameterError(Exception):
-    """A parameter of a request that the model does not take.
+    """A request has a parameter or a value that the model does not take.
 
     Attributes:
-        param: Its name.
-        message: What is wrong with it: a sentence of which the name is the subject, such as "must be 64."
+        param: The name of the parameter.
+        message: A sentence whose subject is the name, such as "must be 64."
     """
 
     def __init__(self, param: str, message: str) -> None:
@@ -77,14 +77,14 @@ class ParameterError(Exception):
 
 
 def check_task(inputs: Mapping[str, object], tasks: Sequence[Task]) -> None:
-    """Refuse a request that is for none of the tasks that a model serves.
+    """Check that the inputs of a request fit one of the tasks of a model.
 
     Args:
-        inputs: By name; None and False stand for left out.
-        tasks: Of a model. Where there is just one, what it requires is checked elsewhere.
+        inputs: The inputs by name; None and False count as missing.
+        tasks: The tasks. If there is only one, its required inputs are checked elsewhere.
 
     Raises:
-        CardError: It gives an input of one task beside one of another, or lacks one; the sentence lists the tasks.
+        ParameterError: The inputs belong to several tasks, or one is missing; the message lists the tasks.
     """
     if len(tasks) < 2:
         return
@@ -102,7 +102,7 @@ def check_task(inputs: Mapping[str, object], tasks: Sequence[Task]) -> None:
 
 
 def default_limits(name: str, kind: ParameterKind) -> Limits:
-    """The limits of a parameter for which a serving config gives none."""
+    """Return the limits of a parameter for which a serving config has none."""
     if kind is ParameterKind.PAIR:
         return _PAIR
     if kind not in (ParameterKind.INTEGER, ParameterKind.NUMBER, ParameterKind.NUMBERS):
@@ -112,7 +112,7 @@ def default_limits(name: str, kind: ParameterKind) -> Limits:
 
 
 def guess_kind(value: object) -> ParameterKind | None:
-    """What a value looks like, for a parameter of which nothing is known; None where it is nothing that can be said."""
+    """Guess the kind of a value whose parameter is unknown; None if unsupported."""
     if isinstance(value, bool):
         return ParameterKind.BOOLEAN
     if isinstance(value, str):
@@ -133,20 +133,20 @@ def guess_kind(value: object) -> ParameterKind | None:
 
 
 def validate(name: str, value: object, kind: ParameterKind, limits: Limits, *, many: bool = False) -> object:
-    """Check a value.
+    """Check the kind and range of a value.
 
     Args:
-        name: Of its parameter.
-        value: A scalar; a list of numbers, or what has one as its `values`; what has images as its `files`.
-        kind: What it must be.
-        limits: Of a number, or of each number of a list.
-        many: Whether a list of numbers will do in place of one.
+        name: The name of its parameter.
+        value: A scalar, a list of numbers, an object with a list of numbers as `values`, or one with images as `files`.
+        kind: The kind that it must have.
+        limits: The limits of a number, or of each number of a list.
+        many: Whether a list of numbers is allowed instead of a number.
 
     Returns:
-        The value; a float where a whole number was given for a number.
+        The value; a whole number given for a number as a float.
 
     Raises:
-        CardError: It is something else, or out of range.
+        ParameterError: The value has another kind or is out of range.
     """
     if kind is ParameterKind.NUMBER and type(value) is int and abs(value) <= 2**53:
         value = float(value)
@@ -158,42 +158,42 @@ def validate(name: str, value: object, kind: ParameterKind, limits: Limits, *, m
         _check_text(name, value)
     elif isinstance(value, (int, float)):
         _check_range(name, value, limits)
-    elif kind not in _STRUCTURED:  # those are checked by the class that takes them: `engines.alternatives`
+    elif kind not in _STRUCTURED:  # `alternatives.check_options` checks those
         _check_list(name, value, kind, limits)
     return value
 
 
 def list_values(value: object) -> tuple[object, ...] | None:
-    """The values of a list of texts or of numbers; None where it is neither, as one text or number alone is not."""
+    """Return the values of a list of texts or numbers; None for any other value, such as a single text or number."""
     found = parsed_json(value)
     return tuple(found) if isinstance(found, list) else _numbers(found)
 
 
 def list_length(value: object) -> int | None:
-    """How many numbers a list has; None where it is none."""
+    """Return the length of a list of numbers; None for any other value."""
     numbers = _numbers(value)
     return None if numbers is None else len(numbers)
 
 
 def tensor_names(value: object) -> tuple[str, ...] | None:
-    """Names of the tensors of a value that has a file of some, as its `tensors`; None where it has none."""
+    """Return the names of the tensors of a value that has a file of them; None for any other value."""
     found = getattr(value, "tensors", None)
     return found if isinstance(found, tuple) else None
 
 
 def check_tensors(inputs: Mapping[str, object], given: Collection[str], parameter: Parameter | None) -> dict[str, str]:
-    """Check which tensors a request gives.
+    """Check the names of the tensors of a request.
 
     Args:
-        inputs: By name.
-        given: Names of those that the request itself names.
-        parameter: That takes tensors; None where it is not known.
+        inputs: The inputs by name, with defaults.
+        given: The names of the inputs that the request itself has.
+        parameter: The parameter for tensors; None if it is not known.
 
     Returns:
-        The parameters in whose place there are tensors, and which ones.
+        The parameters that are replaced by tensors, with the names of those.
 
     Raises:
-        CardError: The pipeline does not take such a tensor, or what it stands for is given as well.
+        ParameterError: The pipeline does not take a tensor, or the request also has the parameter that it replaces.
     """
     found = tensor_names(inputs.get(TENSORS)) or ()
     for name in found:
@@ -201,22 +201,22 @@ def check_tensors(inputs: Mapping[str, object], given: Collection[str], paramete
             message = f"has {name[:64]}, which the pipeline does not take; it takes {', '.join(parameter.choices)}."
             raise ParameterError(TENSORS, message)
         if (other := REPLACES.get(name)) and other in given:
-            raise ParameterError(TENSORS, f"has {name}, which takes the place of {other}: give the one or the other.")
+            raise ParameterError(TENSORS, f"has {name}, which replaces {other}: give the one or the other.")
     return {REPLACES[name]: name for name in found if name in REPLACES}
 
 
 def check_count(name: str, value: object, every: int) -> None:
-    """Raise CardError unless a whole number is 1, or more by a multiple of `every`."""
+    """Raise ParameterError unless a whole number is 1 plus a multiple of `every`."""
     if every and type(value) is int and value > 0 and (value - 1) % every:
         below = value - (value - 1) % every
         raise ParameterError(name, f"must be 1 more than a multiple of {every}, such as {below} or {below + every}.")
 
 
 def check_scalars(inputs: Mapping[str, object], parameters: Collection[Parameter]) -> None:
-    """Check the kinds of what a pipeline is about to get, where references are images and lists already.
+    """Check the kinds of scalars among the inputs of a pipeline, in which files are images and lists already.
 
     Raises:
-        CardError: A parameter that is a scalar has no such value, or another one has one.
+        ParameterError: A scalar has the wrong kind, or a scalar is given for another parameter.
     """
     for parameter in parameters:
         value = inputs.get(parameter.name)
@@ -252,7 +252,7 @@ def _is_a(kind: ParameterKind, value: object) -> bool:
 
 
 def _numbers(value: object) -> tuple[int | float, ...] | None:
-    """The numbers of a list or of what holds one; None where there is something else in it."""
+    """Return the numbers of a list, or of an object with `values`; None for any other value."""
     items = value if isinstance(value, (list, tuple)) else getattr(value, "values", None)
     if not isinstance(items, (list, tuple)):
         return None
@@ -260,13 +260,13 @@ def _numbers(value: object) -> tuple[int | float, ...] | None:
 
 
 def parsed_json(value: object) -> object:
-    """What a value says that holds JSON; any other value itself."""
+    """Return the parsed JSON of an object with `json`; any other value itself."""
     text = getattr(value, "json", None)
     return json.loads(text) if isinstance(text, str) else value
 
 
 def options_in(value: object) -> Mapping[str, object] | None:
-    """Options by name, of a mapping or of what holds one as its `values`; None where it is neither."""
+    """Return the options of a mapping, or of an object with one as `values`; None for any other value."""
     found = value if isinstance(value, Mapping) else getattr(value, "values", None)
     return found if isinstance(found, Mapping) else None
 

@@ -1,8 +1,8 @@
-"""Split a Modular Diffusers pipeline in three by one rule, without any code for a family.
+"""Cut a Modular Diffusers pipeline into three stages by one rule, without code for families.
 
-Each pipeline has exactly one block named `denoise` at its top. What comes before it is the encoder, the block
-itself is the denoiser (it makes noise and timesteps too, so a scheduler's state never crosses), what comes after
-it is the decoder. The inputs that a stage declares are all that it needs of the stages before it.
+Each pipeline has exactly one top-level block named `denoise`. The blocks before it are the encoder, the block itself is
+the denoiser (it also makes noise and timesteps, so the state of a scheduler is never sent), and the blocks after it are
+the decoder. A stage needs of the earlier stages only the inputs that its blocks declare.
 """
 
 from __future__ import annotations
@@ -49,38 +49,38 @@ from triptych.engines.stages import ModelError, Stage
 from triptych.engines.weights.loading import missing_folder
 
 KWARGS_MAPPING: Final = "kwargs_mapping"
-"""The name in a state of the grouping of other names that some blocks ask for as a group."""
+"""The key in a payload of the groups of names (`kwargs_type`) that some blocks take as a group."""
 _IP_ADAPTER: Final = "ip_adapter_image"
 _OF_INPAINTING: Final = 9
-"""Channels that a UNet sees that was trained to inpaint: latents, the mask, and latents of the masked image."""
+"""Input channels of a UNet that was trained to inpaint: latents, mask, and latents of the masked image."""
 _CONTROL_WORDS: Final = re.compile("ControlNet|Union|Img2Img|Inpaint")
 _DECLARATIONS: Final = frozenset(
     {"inputs", "loop_inputs", "outputs", "intermediate_outputs", "expected_components", "expected_configs"}
     | {"description", "required_inputs", "doc"}
 )
-"""Members of a block that name its inputs without reading them."""
+"""Members of a block that declare its inputs without reading them."""
 
 
 class NoWorkflowError(ModelError):
-    """The blocks of a pipeline have no workflow for a task, or for what the class of the index does."""
+    """The blocks of a pipeline have no workflow for a task, or for the class that the index names."""
 
 
 @dataclass(frozen=True)
 class ModularPartition:
-    """A pipeline, cut.
+    """A modular pipeline, cut into stages.
 
     Attributes:
-        model: Its folder.
-        pipeline_class: The class of its pipelines, a `diffusers.ModularPipeline`.
-        index: What the pipelines are made with: `modular_config_dict` or `config_dict`, whichever the folder has.
-        whole: All blocks of the pipeline, for every task.
-        blocks: All blocks of the tasks, `SequentialPipelineBlocks`.
-        blocks_of: The blocks of each stage, likewise.
-        outputs: Names of the results of the decoder, such as "images".
-        tasks: What requests may be for. A request is for the one whose inputs it gives.
-        as_class: Whether what a request leaves out is as in the class that the index names.
-        aliases: Names that the class has for inputs, and those that the blocks have.
-        defaults: Of inputs, where those of that class go before those of the blocks; also the scale of its guiders.
+        model: The folder of the model.
+        pipeline_class: The class of the pipeline, a `diffusers.ModularPipeline`.
+        index: The index as an argument of the pipeline: `modular_config_dict` or `config_dict`.
+        whole: The blocks of all tasks.
+        blocks: The blocks of the served tasks, `SequentialPipelineBlocks`.
+        blocks_of: The blocks of each stage, `SequentialPipelineBlocks`.
+        outputs: The names of the results of the decoder, such as "images".
+        tasks: The served tasks; the inputs of a request decide which one it is for.
+        as_class: Whether missing inputs have the defaults of the class that the index names.
+        defaults: The defaults of that class that replace those of the blocks, with the scale of its guiders.
+        aliases: The names of inputs in the blocks, by different names of that class.
     """
 
     model: Path
@@ -97,24 +97,24 @@ class ModularPartition:
 
     @property
     def required(self) -> frozenset[str]:
-        """Names of the inputs that each task requires."""
+        """The names of the inputs that all tasks require."""
         return _required(self.tasks)
 
     @property
     def task(self) -> str:
-        """The one task; "any" where there are several."""
+        """The task; "any" if there are several."""
         return self.tasks[0].name if len(self.tasks) == 1 else ANY
 
     def pipeline(self, blocks: Any) -> Any:
-        """Make a pipeline of some of the blocks; its weights are not loaded yet.
+        """Make a pipeline of some of the blocks, without loading weights.
 
         Raises:
-            ModelError: The index names something that is no component.
+            ModelError: diffusers cannot make it from the index.
         """
         try:
-            # The class is that of the whole: it computes geometry, and blocks alone would lead to another one.
+            # Use the class of the whole pipeline: it computes geometry, and that of the blocks may be another one.
             return self.pipeline_class(blocks=blocks, pretrained_model_name_or_path=str(self.model), **self.index)
-        except Exception as error:  # Whatever names in an index make diffusers raise, the user gets one sentence.
+        except Exception as error:  # diffusers may raise anything for a wrong index; report it as one sentence
             raise ModelError(f"The index of {self.model} cannot be followed: {error}") from error
 
     def component_folder(self, name: str, spec: Any) -> Path:
@@ -146,15 +146,15 @@ class ModularPartition:
 
 
 def load_modular_partition(model: Path, options: ModelOptions = DEFAULTS) -> ModularPartition:
-    """Read what a model folder is, and cut its pipeline; loads no weights.
+    """Read the index of a model and cut its pipeline, without loading weights.
 
     Args:
-        model: The folder.
-        options: How it is cut.
+        model: The folder of the model.
+        options: The options of the topology.
 
     Raises:
-        NoWorkflowError: Its blocks do not do what is asked of them.
-        ModelError: It is no such folder, or its pipeline cannot be cut.
+        NoWorkflowError: Its blocks do not have the wanted tasks.
+        ModelError: The folder is not such a model, or its pipeline cannot be cut.
     """
     index = load_index(model)
     serving_config = load_serving_config(model, options.task)
@@ -174,7 +174,7 @@ def load_modular_partition(model: Path, options: ModelOptions = DEFAULTS) -> Mod
     tasks = tuple(_task(whole, name) for name in names) or (
         _only_task(blocks, outputs, task_names(serving_config.task), own),
     )
-    # Whoever asks for the blocks gets theirs; blocks that were chosen by a setting know the variant of the model.
+    # With `route = "modular"`, and for blocks chosen by a setting of the index, use the defaults of the blocks.
     is_plain = options.route != "modular" and found is modular_class({"_class_name": index["_class_name"]})
     as_class = own is not None and is_plain and set(_own_tasks(whole, own, missing)).issuperset(names)
     defaults = _class_defaults(blocks, own) if own and as_class else {}
@@ -189,7 +189,7 @@ def load_modular_partition(model: Path, options: ModelOptions = DEFAULTS) -> Mod
 
 
 def pipeline_class(index: Mapping[str, object], model: Path) -> Any:
-    """Find the modular pipeline for an index, which may name a classic one.
+    """Return the modular pipeline class for an index, which may name a classic class.
 
     Raises:
         ModelError: There is none.
@@ -198,22 +198,22 @@ def pipeline_class(index: Mapping[str, object], model: Path) -> Any:
     if found is None:
         raise ModelError(
             f"The model {model} is for {index['_class_name']}, which diffusers {diffusers.__version__} cannot run in"
-            " parts (it has no modular pipeline for it)."
+            " blocks: it has no modular pipeline for it."
         )
     return found
 
 
 def modular_class(index: Mapping[str, object]) -> Any | None:
-    """Find the modular pipeline for an index, if there is one."""
+    """Return the modular pipeline class for an index, or None."""
     name = str(index["_class_name"])
     choose = MODULAR_PIPELINE_MAPPING.get(_get_model(name) or "")
-    # Half of the families are not in that table, but they are all named alike.
+    # Half of the families are not in that table; derive the name.
     stem = name.removesuffix("Pipeline").removesuffix("Modular")
     stems = (stem, stem.replace("ImageToVideo", "Image2Video"), stem.replace("ImageToVideo", ""))
     names = [choose(index)] if choose else [f"{stem}ModularPipeline" for stem in stems]
     found = next((getattr(diffusers, name) for name in names if hasattr(diffusers, name)), None)
     if found is None and "ControlNet" in stem:
-        # A family has one pipeline in blocks, with and without a ControlNet.
+        # The modular pipeline of a family is the same with and without a ControlNet.
         return modular_class({**index, "_class_name": f"{_CONTROL_WORDS.sub('', stem)}Pipeline"})
     return found if found is not None and found.default_blocks_name else None
 
@@ -224,17 +224,17 @@ def prune(
     given: Mapping[str, object] | None = None,
     missing: Collection[str] = frozenset(),
 ) -> Any:
-    """Keep the blocks that tasks run, so that no stage loads weights for another one.
+    """Keep the blocks that some tasks run, so that no stage loads weights for other tasks.
 
-    A block that an optional input of these tasks leads to is kept as well, and the choice is made for each request.
+    Blocks that run for an optional input of these tasks are kept, too; each request then chooses.
 
     Args:
         blocks: All blocks of a pipeline.
-        task: Workflows of the pipeline, such as "text-to-image"; "" is the first that needs just a prompt; "any"
-            all that a request can ask for.
-        given: Inputs that each request has, and so can leave out the blocks that would compute them.
-        missing: Components that the model goes without. A block that needs one of those is left out where another
-            takes its place, or none: then a request has to give what it would have made.
+        task: Workflows of the pipeline, such as "text-to-image"; "" for the first that needs only a prompt; "any" for
+            all that a request can choose.
+        given: The inputs that each request has; blocks that would compute them are dropped.
+        missing: The components that the model does not have. A block that needs one is dropped if another block, or
+            none, can replace it; a request then gives what the block would have made.
 
     Raises:
         NoWorkflowError: The pipeline has no such task.
@@ -254,16 +254,16 @@ def choose_tasks(
 
     Args:
         blocks: All blocks of a pipeline.
-        named: Tasks that the topology or the serving config names; none, or "any" for all that a request can ask for
-            and the model has the components for.
-        own: Of the class that the index names; None where it names a modular one.
-        missing: Components that the model goes without.
+        named: The tasks that the topology or the serving config names; may be empty. "any" stands for all that a
+            request can choose and the model has the components for.
+        own: The inputs of the class that the index names; None if that class is modular.
+        missing: The components that the model does not have.
 
     Returns:
-        Names of workflows; none where the pipeline has just one, which has no name.
+        The names of workflows; () if the pipeline has only one, which has no name.
 
     Raises:
-        NoWorkflowError: There is no such workflow, or none that does what the class does.
+        NoWorkflowError: There is no such workflow, or none for the class.
     """
     flows = _workflows(blocks)
     if not flows:
@@ -286,11 +286,11 @@ def choose_tasks(
 
 
 def required(blocks: Any, task: str) -> frozenset[str]:
-    """Names of the inputs without which a request is for another task.
+    """Return the names of the inputs that a task requires.
 
     Args:
-        blocks: All blocks of a pipeline, which mostly declare these as optional, since other tasks do without.
-        task: As in `prune`.
+        blocks: All blocks of a pipeline, which declare most inputs as optional, since other tasks do not need them.
+        task: The task, as in `prune`.
 
     Raises:
         NoWorkflowError: The pipeline has no such task.
@@ -303,7 +303,7 @@ def _required(tasks: Sequence[Task]) -> frozenset[str]:
 
 
 def _workflows(blocks: Any) -> dict[str, list[dict[str, object]]]:
-    """Inputs that lead to each workflow of a pipeline, one or several sets of them; none where it has just one."""
+    """Return the sets of inputs that select each workflow of a pipeline; {} if it has only one."""
     workflows: dict[str, Any] = getattr(blocks, "_workflow_map", None) or {}
     return {name: list(inputs) if isinstance(inputs, tuple) else [inputs] for name, inputs in workflows.items()}
 
@@ -316,10 +316,10 @@ def _find(task: str, flows: Mapping[str, object]) -> str:
 
 
 def _own_needs(index: Mapping[str, object], model: Path) -> ClassRequirements | None:
-    """Say what the class of an index needs of a request; None where it names a modular one.
+    """Return the inputs of the class that an index names; None if that class is modular.
 
     Raises:
-        NoWorkflowError: It needs several ControlNets.
+        NoWorkflowError: The model has several ControlNets.
     """
     name = str(index["_class_name"])
     named = getattr(diffusers, name, None)
@@ -338,12 +338,12 @@ def _own_needs(index: Mapping[str, object], model: Path) -> ClassRequirements | 
 def _channels(folder: Path) -> object:
     try:
         return json.loads((folder / "config.json").read_bytes())["in_channels"]
-    except (OSError, ValueError, LookupError, TypeError):  # Whoever loads it says what is wrong.
+    except (OSError, ValueError, LookupError, TypeError):  # reported when it is loaded
         return None
 
 
 def _own_tasks(blocks: Any, own: ClassRequirements, missing: Collection[str]) -> tuple[str, ...]:
-    """Name the workflows that a class does as well: all that it needs leads to them, and nothing that it lacks."""
+    """Return the workflows of a class: those that its required inputs, and only inputs of its own, select."""
     flows = _workflows(blocks)
     found = []
     for name, (inputs, *_) in flows.items():
@@ -355,14 +355,14 @@ def _own_tasks(blocks: Any, own: ClassRequirements, missing: Collection[str]) ->
 
 
 def _can_be_asked(blocks: Any, name: str) -> bool:
-    """Whether a request can give what leads to a workflow."""
+    """Whether a request can have the inputs that select a workflow."""
     public = {parameter.name for parameter in parameters_of_blocks(blocks)}
-    # Once an adapter is loaded, each request has to show it an image: such a task is served alone.
+    # With an IP adapter loaded, each request must have an image for it, so such a task is served alone.
     return any(inputs.keys() <= public - {_IP_ADAPTER} for inputs in _workflows(blocks)[name])
 
 
 def _has_components(blocks: Any, name: str, missing: Collection[str]) -> bool:
-    """Whether a model has what a workflow needs more than every other one needs."""
+    """Whether a workflow needs no missing components other than those that all workflows need."""
     if not missing:
         return True
     lacking = [
@@ -380,10 +380,10 @@ def _task(blocks: Any, name: str) -> Task:
 
 
 def _only_task(blocks: Any, outputs: Collection[str], named: Sequence[str], own: ClassRequirements | None) -> Task:
-    """Name the task of a pipeline that has just one.
+    """Return the task of a pipeline that has only one.
 
     Raises:
-        NoWorkflowError: Another one is asked for.
+        NoWorkflowError: Another task is wanted.
     """
     medium = medium_of(outputs)
     needed = {item.name for item in parameters_of_blocks(blocks) if item.required} | (own.required if own else set())
@@ -411,18 +411,18 @@ def _class_defaults(blocks: Any, own: ClassRequirements) -> dict[str, object]:
 
 @dataclass
 class _Workflow:
-    """What is known of requests of one kind, at some place of a pipeline.
+    """The values that the requests of a task have at some point of a pipeline.
 
     Attributes:
-        given: Values that are there, by name; True where the value is not known.
-        maybe: Names of values that may be there.
+        given: The values that exist, by name; True for an unknown value.
+        maybe: The names of values that may exist.
     """
 
     given: dict[str, object]
     maybe: set[str]
 
     def inputs(self, names: Sequence[str]) -> Iterator[dict[str, object]]:
-        """Every combination of values that a block may see under some names."""
+        """Yield all combinations of values that a block may get for some names."""
         known = {name: self.given.get(name) for name in names}
         open_names = [name for name in names if name in self.maybe and name not in self.given]
         for values in itertools.product((None, True), repeat=len(open_names)):
@@ -432,10 +432,10 @@ class _Workflow:
 def _workflow(
     blocks: Any, inputs: Mapping[str, object], given: Mapping[str, object], missing: Collection[str]
 ) -> _Workflow:
-    """Say what requests of a workflow give, and what they may give.
+    """Return the values that requests of a workflow have, and those that they may have.
 
-    They may give what its blocks take or would make for them, as long as that does not make the request one of another
-    workflow. Each such input may lead to more blocks, which take more.
+    They may have the inputs and outputs of its blocks, unless these select another workflow. Each such input may select
+    more blocks, which have more inputs.
     """
     known = {**given, **inputs}
     others = [
@@ -465,9 +465,9 @@ def _kept(blocks: Any, workflow_states: list[_Workflow], missing: Collection[str
 
 
 def _reached(name: str, block: Any, workflow_states: list[_Workflow], missing: Collection[str]) -> dict[str, Any]:
-    """Keep of a block what is reached on any of the ways, and note in these what it makes.
+    """Return the parts of a block that any of the workflows runs, and add its outputs to their values.
 
-    Sequences are flattened, as `get_execution_blocks` does it. A block that chooses stays where there is a choice.
+    Sequences are flattened, as by `get_execution_blocks`. A conditional block is kept if there is a choice.
     """
     if isinstance(block, ConditionalPipelineBlocks):
         return _chosen(name, block, workflow_states, missing)
@@ -512,12 +512,12 @@ def _chosen(name: str, block: Any, workflow_states: list[_Workflow], missing: Co
 
 
 def _options(block: Any, way: _Workflow) -> set[str | None]:
-    """Names of the blocks that one may choose, and None where it may choose none."""
+    """Return the names of the blocks that a conditional block may choose; None stands for no block."""
     found: set[str | None] = set()
     for inputs in way.inputs([name for name in block.block_trigger_inputs if name]):
         try:
             found.add(block.select_block(**inputs) or block.default_block_name)
-        except ValueError:  # So a family says that it does not take these together.
+        except ValueError:  # the family does not take these inputs together
             continue
     return found or {block.default_block_name}
 
@@ -527,7 +527,7 @@ def _needs(block: Any, missing: Collection[str]) -> bool:
 
 
 def unused_inputs(blocks: Any) -> frozenset[str]:
-    """Names of inputs that blocks declare and never read, but to check their type."""
+    """Return the names of inputs that blocks declare but never read, except to check their type."""
     declared: set[str] = set()
     read: set[str] = set()
     for block in _blocks_in(blocks):
@@ -546,7 +546,7 @@ def _blocks_in(block: Any) -> Iterator[Any]:
 
 @functools.cache
 def _names_read(cls: type) -> frozenset[str]:
-    """All names in the code of a block's class, and in the functions beside it."""
+    """Return all names in the code of a block's class and in the functions of its module."""
     found: set[str] = set()
     for base in cls.__mro__:
         if base.__module__.startswith("diffusers.modular_pipelines.") and not base.__module__.endswith(
@@ -572,7 +572,7 @@ def _names(code: CodeType | None) -> set[str]:
 
 
 def cut_blocks(blocks: Any) -> dict[Stage, Any]:
-    """Cut blocks at the one that is named `denoise`.
+    """Cut blocks at the one named `denoise`.
 
     Raises:
         ModelError: There is not exactly one.
@@ -589,13 +589,13 @@ def cut_blocks(blocks: Any) -> dict[Stage, Any]:
 
 
 def join_blocks(stages: Iterable[Any]) -> Any:
-    """Put stages together again, for a process that has more than one stage."""
+    """Join the blocks of stages, for a process with more than one stage."""
     blocks = {name: block for stage in stages for name, block in stage.sub_blocks.items()}
     return SequentialPipelineBlocks.from_blocks_dict(blocks)
 
 
 def branch_inputs(stage: Any) -> set[str]:
-    """Names that blocks of a stage look at to choose what to run, though none of them may take it."""
+    """Return the names of the values by which blocks of a stage choose what to run, which need not be inputs."""
     inner = set().union(*(branch_inputs(block) for block in stage.sub_blocks.values()))
     return inner | {name for name in getattr(stage, "block_trigger_inputs", ()) if name}
 
@@ -603,24 +603,24 @@ def branch_inputs(stage: Any) -> set[str]:
 def values_needed_later(
     values: Mapping[str, object], groups: Mapping[str, list[str]], later: Iterable[Any]
 ) -> dict[str, object]:
-    """Choose what later stages need of a state.
+    """Return the values that later stages need.
 
     Args:
-        values: All values of the state, by name.
-        groups: Names of values by the group (`kwargs_type`) that blocks may ask for them as.
-        later: The stages still to run.
+        values: All values by name.
+        groups: The names of values in each group (`kwargs_type`) that blocks may take as a group.
+        later: The blocks of the stages still to run.
 
     Returns:
-        The values that later stages take as inputs, and `KWARGS_MAPPING`: the groups of those.
+        The values that later stages take as inputs, and `KWARGS_MAPPING`: their groups.
     """
     wanted: set[str] = set()
     for stage in later:
-        # What it chooses its blocks by, it need not take.
+        # The values by which a stage chooses blocks need not be inputs.
         wanted |= branch_inputs(stage)
         for declared in stage.inputs:
             wanted.update([declared.name] if declared.name else groups.get(declared.kwargs_type, ()))
     kept = {name: value for name, value in values.items() if name in wanted}
-    # A block adds a name to its group each time it sets it; once is enough.
+    # A block adds a name to its group each time that it sets it; keep it once.
     mapping = {group: [name for name in dict.fromkeys(names) if name in kept] for group, names in groups.items()}
     return {**kept, KWARGS_MAPPING: mapping}
 
@@ -635,7 +635,7 @@ def _lacks(index: Mapping[str, object], name: str) -> bool:
 
 def _blocks_class(found: Any, index: Mapping[str, object]) -> Any:
     named = getattr(diffusers, str(index.get("_blocks_class_name")), None)
-    # A saved pipeline may name a base class, whose blocks were put together by hand.
+    # A saved pipeline may name a base class without blocks of its own.
     return named if getattr(named, "block_classes", None) else getattr(diffusers, found.default_blocks_name)
 
 

@@ -1,8 +1,8 @@
-"""Read off the code of a classic pipeline which of its methods encode and decode, and so which stage owns what.
+"""Find out which methods of a classic pipeline encode and decode, and which stage owns each component.
 
-A classic pipeline is one class whose `__call__` does everything. Its compiled code names each attribute that it
-reads, so the components that a method works with are known without running it. What becomes of them is read off its
-source (`engines.source`).
+The `__call__` of a classic pipeline does everything. Its compiled code names each attribute that it reads, so the
+components that a method uses are known without running it. What it does with them is found in its source
+(`source_analysis`).
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ _AFTER: Final = frozenset({"vocoder", "safety_checker", "watermark", "watermarke
 
 @dataclass(frozen=True)
 class ClassicPartition:
-    """What a classic pipeline is made of.
+    """How a classic pipeline is cut.
 
     Attributes:
-        components: Library and class of each component that the model has, by name.
-        owners: The stage that runs each component.
-        read: Names of components that are read outside of the encoding methods.
-        encodes: Methods of `__call__` that work with text encoders and their like.
-        decodes: Methods of `__call__` that run the VAE's decoder; there need not be any.
-        conditions: Whether something else than these methods runs the VAE's encoder, as where an image is repainted.
-        before: Names of components that are run before the last of the encoding methods returns.
-        computes: Names of components that are run beside the encoding methods and outside of the loop.
-        decodes_apart: Whether the decoder has a stage of its own: there is one VAE, which decodes once, and a run comes
-            to it without a step of the loop. Else the denoiser runs to the end.
-        can_be_cut: Whether there is something to encode.
+        components: The library and class of each component of the model, by name.
+        owners: The stage that runs each component, by name.
+        read: The components that are read outside of the encoding methods.
+        encodes: The methods that `__call__` calls to run text encoders and the like.
+        decodes: The methods that `__call__` calls to run the VAE's decoder; may be empty.
+        conditions: Whether other code runs the VAE's encoder, as for image-to-image.
+        before: The components that are run before the last encoding method returns.
+        computes: The components that are run outside of the encoding methods and of the loop.
+        has_decoder_stage: Whether the decoder is a stage of its own: there is one VAE, which decodes once, and a run
+            without steps of the loop arrives at it. Otherwise the denoiser runs to the end.
+        can_be_cut: Whether there is an encoding method.
     """
 
     components: Mapping[str, tuple[str, str]]
@@ -62,26 +62,26 @@ class ClassicPartition:
     can_be_cut: bool
 
     def needed(self, stage: Stage) -> frozenset[str]:
-        """Names of the components that a stage loads."""
+        """Return the names of the components that a stage loads."""
         mine = {name for name in self.components if self.owners[name] is stage}
         if stage is Stage.ENCODER:
             return frozenset(mine | self.before)
         if not mine:
             return frozenset()
-        # Each of the others runs what comes before the loop.
+        # The denoiser and the decoder both run the code before the loop.
         mine |= self.computes
         if stage is Stage.DENOISER and self.conditions:
             mine.add("vae")
-        # Cheap, and other stages have no other way to read them.
+        # Tokenizers and processors are cheap, and cannot be stubs.
         return frozenset(mine | {name for name in self.read if is_weightless(*self.components[name])})
 
 
 def classic_partition(cls: Any, index: Mapping[str, object]) -> ClassicPartition:
-    """Read the code of a pipeline class.
+    """Find out from the code of a pipeline class how it is cut.
 
     Args:
         cls: A `diffusers.DiffusionPipeline`.
-        index: Of a model for it.
+        index: The index of a model of that class.
     """
     components = dict(_components(cls, index))
     models = {name for name, entry in components.items() if _encodes(name, *entry)}
@@ -126,14 +126,14 @@ def classic_partition(cls: Any, index: Mapping[str, object]) -> ClassicPartition
 
 
 def is_weightless(library: str, name: str) -> bool:
-    """Whether a class of a component is that of a tokenizer or processor."""
+    """Whether the class of a component is a tokenizer or a processor."""
     return library != "diffusers" and any(word in name for word in _WEIGHTLESS)
 
 
 def loaded_by(cls: Any) -> frozenset[str]:
-    """Names of the components that diffusers loads for a pipeline, where its index names them.
+    """Return the names of the components that diffusers loads for a pipeline if its index has them.
 
-    Anything else has a default; diffusers never opens a folder for it, and `save_pretrained` writes none.
+    Other arguments have a default; diffusers has no folder for them.
     """
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
     return frozenset(
@@ -160,8 +160,8 @@ def _encodes(name: str, library: str, class_name: str) -> bool:
         return False
     if library == "transformers" or name.startswith("text_encoder"):
         return True
-    # A few families bring an encoder of their own, and an index may name a folder of pipelines that has a class of
-    # transformers by the same name.
+    # A few families have their own encoder class, and an index may name a folder of pipelines for a class of
+    # transformers.
     found = getattr(getattr(diffusers.pipelines, library, None), class_name, None)
     return isinstance(found, type) and issubclass(found, PreTrainedModel)
 
@@ -171,7 +171,7 @@ def _owner(
 ) -> Stage:
     if name == "vae" or name in _AFTER:
         return Stage.DECODER
-    # What only encoding methods read is theirs: projections of embeddings, for one.
+    # A component that only encoding methods read belongs to the encoder, such as a projection of embeddings.
     if name in models or is_weightless(*components[name]) or (name in encoding and name not in read):
         return Stage.ENCODER
     return Stage.DENOISER
@@ -197,18 +197,18 @@ def _names(code: CodeType | None) -> set[str]:
 
 
 def _runs_encoder(cls: Any, method: str, names: set[str]) -> bool:
-    """Whether a method runs the VAE's encoder; the VAE may be an argument of it."""
+    """Whether a method runs the VAE's encoder; the VAE may be an argument."""
     code = _code(cls, method)
     return names | set(code.co_varnames if code is not None else ()) >= _ENCODED
 
 
 def _reach(cls: Any, method: str) -> set[str]:
-    """All names that a method reads, itself or through other methods of its class."""
+    """Return all names that a method reads, directly or through other methods of its class."""
     return set().union(*_reached(cls, method).values())
 
 
 def _reached(cls: Any, method: str, without: frozenset[str] = frozenset()) -> dict[str, set[str]]:
-    """The names that a method reads, and those that each other method reads that it leads to."""
+    """Return the names that a method reads, and those of each method that it reaches, by method."""
     found: dict[str, set[str]] = {}
     ahead = [method]
     while ahead:

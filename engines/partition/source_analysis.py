@@ -1,6 +1,6 @@
-"""Read off the source of a classic pipeline what a run of it does with its loop and with a component.
+"""Analyse the source of a classic pipeline: what it runs in which order, and whether inside a loop.
 
-The compiled code names what a method reads; in which order, and whether inside of a loop, only the source says.
+The compiled code (see `introspection`) only names what a method reads.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from diffusers import DiffusionPipeline
 from triptych.engines.weights.stubs import COMPUTE_METHODS
 
 _STEPS: Final = frozenset({"step", "step_pred"})
-"""What a loop over timesteps calls of a scheduler."""
+"""The methods of a scheduler that a loop over timesteps calls."""
 _LOOKS: Final = frozenset({"dtype", "config", "device", "training", "parameters", "named_parameters", "modules", "to"})
-"""What may be asked of a model that is not loaded."""
+"""The attributes that a stub of a model has."""
 _ASKS: Final = frozenset({"isinstance", "hasattr", "getattr", "type"})
 _TESTS: Final = (ast.Compare, ast.BoolOp, ast.UnaryOp)
 _COMPREHENSIONS: Final = (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)
 
 
 def ends_without_steps(cls: Any, steps_with: Collection[str] = (), without: Collection[str] = ()) -> bool:
-    """Whether the `__call__` of a pipeline decodes, once, what a loop over no timesteps has left.
+    """Whether the `__call__` of a pipeline decodes once, even if its loop has no timesteps.
 
-    It does not where the loop is over something else, where what follows reads what only the loop has made, where
-    each round of a loop decodes, or where something else than the loop runs what the loop runs.
+    It does not if the loop is over something else, if later code reads variables that only the loop sets, if an
+    iteration decodes, or if other code runs the components that the loop runs.
 
     Args:
-        cls: Of the pipeline.
-        steps_with: Names of the components that the loop runs.
-        without: Names of methods that are not run.
+        cls: The class of the pipeline.
+        steps_with: The names of the components that the loop runs.
+        without: The names of methods that are not run.
     """
     function = _function(cls, "__call__")
     if function is None:
@@ -52,13 +52,13 @@ def ends_without_steps(cls: Any, steps_with: Collection[str] = (), without: Coll
 
 
 def runs(cls: Any, components: Collection[str], without: Collection[str], *, in_loops: bool) -> frozenset[str]:
-    """Which components the `__call__` of a pipeline runs, in its loops over timesteps or elsewhere.
+    """Return the components that the `__call__` of a pipeline runs, inside or outside of its loops over timesteps.
 
     Args:
-        cls: Of the pipeline.
-        components: Names of those in question.
-        without: Names of methods that are not run.
-        in_loops: Where.
+        cls: The class of the pipeline.
+        components: The names of the components to look for.
+        without: The names of methods that are not run.
+        in_loops: Whether to look inside of the loops, or outside.
     """
     function = _function(cls, "__call__")
     if function is None:
@@ -69,9 +69,9 @@ def runs(cls: Any, components: Collection[str], without: Collection[str], *, in_
 
 
 def runs_before(cls: Any, components: Collection[str], methods: Collection[str]) -> frozenset[str]:
-    """Which components the `__call__` of a pipeline runs before the last call of some methods, or in one of those.
+    """Return the components that the `__call__` of a pipeline runs before the last call of some methods, or in them.
 
-    Calls after its last loop do not count.
+    Calls after the last loop do not count.
     """
     function = _function(cls, "__call__")
     if function is None:
@@ -84,7 +84,7 @@ def runs_before(cls: Any, components: Collection[str], methods: Collection[str])
 
 
 def calls_in_loop(cls: Any, methods: Collection[str]) -> bool:
-    """Whether the `__call__` of a pipeline calls one of some methods in each round of a loop."""
+    """Whether the `__call__` of a pipeline calls one of some methods in a loop."""
     function = _function(cls, "__call__")
     if function is None:
         return False
@@ -93,7 +93,7 @@ def calls_in_loop(cls: Any, methods: Collection[str]) -> bool:
 
 
 def attributes_set_from(cls: Any, component: str) -> set[str]:
-    """Which attributes a pipeline sets, when it is made, to what it reads off a component."""
+    """Return the attributes that the `__init__` of a pipeline sets from a component."""
     function = _function(cls, "__init__")
     attributes: set[str] = set()
     variables: set[str] = set()
@@ -107,7 +107,7 @@ def attributes_set_from(cls: Any, component: str) -> set[str]:
 
 
 def requires_component(cls: Any, component: str) -> bool:
-    """Whether a pipeline cannot be made without a component, since it reads attributes of what it is given."""
+    """Whether the `__init__` of a pipeline reads attributes of a component."""
     function = _function(cls, "__init__")
     nodes = ast.walk(function) if function is not None else ()
     return any(
@@ -117,7 +117,7 @@ def requires_component(cls: Any, component: str) -> bool:
 
 
 def computes(cls: Any, method: str, component: str) -> bool:
-    """Whether a method itself runs a component, and does not just look at it."""
+    """Whether a method itself runs a component, and not just reads its attributes."""
     function = _function(cls, method)
     if function is None:
         return False
@@ -133,14 +133,14 @@ def _function(cls: Any, method: str) -> ast.FunctionDef | None:
     function = inspect.unwrap(getattr(function, "__func__", function)) if callable(function) else None
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))) if function is not None else None
-    except (OSError, TypeError, SyntaxError):  # What has no source, such as a method in C.
+    except (OSError, TypeError, SyntaxError):  # it has no source, such as a method in C
         return None
     first = tree.body[0] if tree is not None else None
     return first if isinstance(first, ast.FunctionDef) else None
 
 
 def _skipped(function: ast.FunctionDef) -> list[ast.For]:
-    """The loops that have no rounds where there are no timesteps."""
+    """Return the loops that have no iterations if there are no timesteps."""
     return [node for node in ast.walk(function) if isinstance(node, ast.For) and _is_over_timesteps(node.iter)]
 
 
@@ -149,7 +149,7 @@ def _calls(function: ast.AST) -> Iterator[ast.Call]:
 
 
 def _called_by(cls: Any, methods: Collection[str], without: Collection[str]) -> set[str]:
-    """What some methods call of the pipeline, themselves and through others."""
+    """Return what some methods call of the pipeline, directly or through other methods."""
     found: set[str] = set()
     ahead = list(methods)
     while ahead:
@@ -161,7 +161,7 @@ def _called_by(cls: Any, methods: Collection[str], without: Collection[str]) -> 
 
 
 def _own(node: ast.AST) -> str:
-    """The name of what is called of the pipeline, a method or a component; "" for anything else."""
+    """Return the name of the pipeline's method or component that a call is of; "" for other calls."""
     if isinstance(node, ast.Attribute) and node.attr in COMPUTE_METHODS and isinstance(node.value, ast.Attribute):
         node = node.value
     return node.attr if isinstance(node, ast.Attribute) and _is_own(node, node.attr) else ""
@@ -183,12 +183,12 @@ def _is_run(node: ast.AST, parent: ast.AST | None) -> bool:
         return parent.func is node or not (isinstance(parent.func, ast.Name) and parent.func.id in _ASKS)
     if isinstance(parent, (ast.If, ast.IfExp)):
         return parent.test is not node
-    # Under another name, it is run for all that can be told.
+    # Assigned to another name, it may be run; assume so.
     return not isinstance(parent, _TESTS)
 
 
 def _is_over_timesteps(iterated: ast.expr) -> bool:
-    """Whether a loop is over timesteps themselves, not over their number."""
+    """Whether a loop is over the timesteps themselves, not over a range of their number."""
     if isinstance(iterated, ast.Call) and _called(iterated) in ("range", "len"):
         return False
     name = str(getattr(iterated, "id", "") or getattr(iterated, "attr", ""))
@@ -210,7 +210,7 @@ def _decodes(node: ast.AST) -> bool:
 
 
 def _made_by(function: ast.FunctionDef, loop: ast.For) -> set[str]:
-    """The variables that nothing before a loop sets, and something after it reads."""
+    """Return the variables that only the loop sets and code after it reads."""
     arguments = function.args
     before = {each.arg for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
     made: set[str] = set()
@@ -225,7 +225,7 @@ def _made_by(function: ast.FunctionDef, loop: ast.For) -> set[str]:
 
 
 def _variables(node: ast.AST, bound: frozenset[str] = frozenset()) -> Iterator[ast.Name]:
-    """The names in a function, without those that a comprehension or a function inside of it has for itself."""
+    """Yield the names in a function, without those bound by a comprehension or lambda inside of it."""
     if isinstance(node, _COMPREHENSIONS):
         targets = (inner for each in node.generators for inner in ast.walk(each.target))
         bound |= {inner.id for inner in targets if isinstance(inner, ast.Name)}

@@ -1,4 +1,4 @@
-"""Choose how the pipeline of a model is cut: in blocks, at its text encoder and VAE, or not at all."""
+"""Choose the partition of a model's pipeline: by blocks, at its text encoders and VAE, or none."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ __all__ = [
 
 
 class PartitionStrategy(StrEnum):
-    """A way to serve a pipeline, the best first."""
+    """A way to cut a pipeline into stages, the best first."""
 
     MODULAR = "modular"
-    """diffusers has the pipeline in blocks, which are cut by one rule."""
+    """diffusers has the pipeline as blocks, which are cut at one of them."""
     CLASSIC = "classic"
-    """The pipeline is one function, which each stage runs until it needs what another one has."""
+    """The pipeline is one function; each stage runs it until it needs a component of another stage."""
     MONOLITHIC = "monolithic"
-    """The pipeline runs as a whole, in one process."""
+    """The pipeline is not cut and runs in one process."""
 
 
 def strategy_of(index: Mapping[str, object]) -> PartitionStrategy:
-    """Choose the strategy for the index of a model.
+    """Choose the partition for the index of a model.
 
     Raises:
         ModelError: diffusers has no such pipeline.
@@ -65,14 +65,15 @@ def strategy_of(index: Mapping[str, object]) -> PartitionStrategy:
 
 
 def strategy_for(model: Path, options: ModelOptions = DEFAULTS) -> PartitionStrategy:
-    """Choose the strategy for a model.
+    """Choose the partition for a model.
 
     Args:
-        model: Its folder.
-        options: How it is cut.
+        model: The folder of the model.
+        options: The options of the topology.
 
     Raises:
-        ModelError: It is no model, or diffusers has no such pipeline, or none for the strategy or the task.
+        ModelError: The folder is not a model, or diffusers has no such pipeline, or none for the wanted partition or
+            task.
     """
     index = load_index(model)
     check_components(index, options)
@@ -84,24 +85,24 @@ def strategy_for(model: Path, options: ModelOptions = DEFAULTS) -> PartitionStra
         named = getattr(diffusers, str(index["_class_name"]), None)
         has_class = isinstance(named, type) and issubclass(named, diffusers.DiffusionPipeline)
         try:
-            # A few pipelines know a VAE that their blocks do not: without blocks they make the right size.
+            # The blocks of a few pipelines do not support their VAE; the class makes the right size.
             if not has_class or not size_problem(load_modular_partition(model, options)):
                 return PartitionStrategy.MODULAR
         except NoWorkflowError as error:
-            # What the blocks do not do, the class may: they have no inpainting for most families.
+            # The class may have a task that the blocks do not have: for most families, inpainting.
             if not has_class or not _does(
                 classic_class(index), task_names(load_serving_config(model, options.task).task)
             ):
                 raise ModelError(str(error)) from error
     cls = classic_class(index, options)
-    # A card is of the folder; that of another class of the same family may say anything else.
+    # Check only the task of the topology: the serving config may be for another class of the family.
     if problem := class_task_problem(cls, task_names(options.task), _medium(cls)):
         raise ModelError(problem)
     return _without_blocks(index, options)
 
 
 def tasks_of(model: Path, options: ModelOptions = DEFAULTS) -> tuple[Task, ...]:
-    """Say what requests to a model may be for.
+    """Return the tasks of a model.
 
     Raises:
         ModelError: As `strategy_for`, or its pipeline cannot be cut.
@@ -113,7 +114,7 @@ def tasks_of(model: Path, options: ModelOptions = DEFAULTS) -> tuple[Task, ...]:
 
 
 def strategy_in_process(strategy: PartitionStrategy, stages: Collection[Stage]) -> PartitionStrategy:
-    """Choose the strategy in a process that has some stages: with all of them there is no need to cut a function."""
+    """Return the partition in a process with some stages: with all of them, a classic pipeline need not be cut."""
     return (
         PartitionStrategy.MONOLITHIC
         if strategy is PartitionStrategy.CLASSIC and set(stages) == set(Stage)
@@ -124,28 +125,28 @@ def strategy_in_process(strategy: PartitionStrategy, stages: Collection[Stage]) 
 def check_stages(
     strategy: PartitionStrategy, index: Mapping[str, object], model: Path, stages: Collection[Stage]
 ) -> None:
-    """Refuse to run a pipeline in parts that it does not have.
+    """Check that a process has all stages of a pipeline that cannot be cut.
 
     Raises:
-        ModelError: The strategy has no parts, and not all stages are in one process.
+        ModelError: It does not.
     """
     if strategy is PartitionStrategy.MONOLITHIC and set(stages) != set(Stage):
         raise ModelError(
-            f"The model {model} is for {index['_class_name']}, which cannot be run in parts: give the topology one"
-            ' role of kind="monolithic" in the place of encoders, denoisers and decoders.'
+            f"The model {model} is for {index['_class_name']}, which cannot be cut into stages: give the topology"
+            ' one role of kind="monolithic" instead of encoders, denoisers and decoders.'
         )
 
 
 def describe_serving(model: Path, options: ModelOptions, *, disaggregated: bool) -> tuple[str, str]:
-    """Say how a model would be served, without loading it.
+    """Describe how a model is served, without loading it.
 
     Args:
-        model: Its folder.
-        options: How it is cut.
-        disaggregated: Whether stages have processes of their own.
+        model: The folder of the model.
+        options: The options of the topology.
+        disaggregated: Whether the stages have processes of their own.
 
     Returns:
-        A sentence; and another one, of why the model cannot be served, or "".
+        The description, and why the model cannot be served; one of them is "".
     """
     try:
         index = load_index(model)
@@ -159,9 +160,9 @@ def describe_serving(model: Path, options: ModelOptions, *, disaggregated: bool)
 
 
 def size_problem(partition: ModularPartition) -> str:
-    """Say why a pipeline would return another size than it is asked for; "" where it would not.
+    """Say why a pipeline would return images of another size than requested; "" if it would not.
 
-    Its VAE then makes images smaller by another factor than the pipeline reckons with.
+    That is if the scale factor of its VAE is not the one that the pipeline assumes.
 
     Raises:
         ModelError: The VAE is missing, or its configuration is broken.
@@ -170,24 +171,22 @@ def size_problem(partition: ModularPartition) -> str:
     if "vae" not in whole.pretrained_component_names or partition.goes_without("vae"):
         return ""
     spec = whole.get_component_spec("vae")
-    # The dtype and device of what is never computed with do not matter.
+    # The VAE is not used to compute, so its dtype and device do not matter.
     whole.vae = load_stub("vae", spec, partition.component_folder("vae", spec), torch.float32, torch.device("cpu"))
     if whole.vae is None:
-        raise ModelError(
-            f"The index of {partition.model} has something for the vae that is no model: {spec.type_hint}."
-        )
+        raise ModelError(f"The index of {partition.model} has a vae that is not a model: {spec.type_hint}.")
     real = getattr(whole.vae.config, "scale_factor_spatial", None)
     reckoned = getattr(whole, "vae_scale_factor_spatial", None)
     if real is None or reckoned is None or real == reckoned:
         return ""
     return (
         f"The VAE of {partition.model} scales by {real}, but {partition.pipeline_class.__name__} assumes {reckoned}"
-        " and would return another size than it is asked for: this model cannot be served."
+        " and would return another size than requested: this model cannot be served."
     )
 
 
 def lora_class(index: Mapping[str, object]) -> Any | None:
-    """Find the pipeline class that knows the LoRA formats of a model, if there is one."""
+    """Return the pipeline class that knows the LoRA formats of a model, or None."""
     candidates = (modular_class(index), getattr(diffusers, str(index["_class_name"]), None))
     return next((cls for cls in candidates if isinstance(cls, type) and issubclass(cls, LoraBaseMixin)), None)
 
@@ -204,6 +203,6 @@ def _without_blocks(index: Mapping[str, object], options: ModelOptions = DEFAULT
     cls = classic_class(index, options)
     if made := unsupported_result(results_of(cls.__call__)):
         raise ModelError(
-            f"{cls.__name__} makes {made}, which are no image, video or sound: it cannot be served by itself."
+            f"{cls.__name__} makes {made}, which are not images, video or sound: it cannot be served by itself."
         )
     return PartitionStrategy.CLASSIC if classic_partition(cls, index).can_be_cut else PartitionStrategy.MONOLITHIC

@@ -1,4 +1,4 @@
-"""What the class that an index names is for: which images it needs, and so which task it does."""
+"""The tasks of a classic pipeline class, from the images that it requires."""
 
 from __future__ import annotations
 
@@ -23,18 +23,17 @@ from triptych.engines.stages import ModelError
 from triptych.engines.weights.custom_code import MODULE, custom_class
 
 ANY: Final = "any"
-"""The task of a model that serves all that its folder can do."""
+"""The task that stands for all that a model can do."""
 _PAINTED: Final = frozenset({"image", "mask_image"})
 _CONTROLS: Final = ("control_image", "control_video", "conditioning_frames", "image")
-"""What the image that a ControlNet looks at is called, the most telling name first."""
+"""Names of the image of a ControlNet, the most specific first."""
 _NEEDS: Final[tuple[tuple[Mapping[str, Any], tuple[str, ...], frozenset[str]], ...]] = (
     (AUTO_INPAINT_PIPELINES_MAPPING, ("Inpaint",), _PAINTED),
     (AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, ("Img2Img",), frozenset({"image"})),
     (AUTO_IMAGE2VIDEO_PIPELINES_MAPPING, ("ImageToVideo", "Image2Video"), frozenset({"image"})),
     (AUTO_VIDEO2VIDEO_PIPELINES_MAPPING, ("VideoToVideo", "Video2Video"), frozenset({"video"})),
 )
-"""Where diffusers lists the classes that need an image, words of their names where it lists them nowhere, and what
-they need."""
+"""The tables of diffusers with classes that require images, words in the names of unlisted classes, and the images."""
 _SAME: Final = {
     "img2img": "image2image",
     "image_conditioned": "image2image",
@@ -45,13 +44,13 @@ _SAME: Final = {
 
 @dataclass(frozen=True)
 class ClassRequirements:
-    """What the class that an index names takes, in the words of blocks.
+    """The inputs of the class that an index names, by the names that blocks have for them.
 
     Attributes:
-        required: Names of the images without which it does not run, though it may declare them as optional.
-        taken: Names of all its inputs.
-        defaults: Their defaults, by name; None is left out.
-        aliases: Names of the class for what blocks call otherwise.
+        required: The names of the images that it requires, even if it declares them as optional.
+        taken: The names of all its inputs.
+        defaults: The defaults by name, without those that are None.
+        aliases: The names of blocks, by different names of the class.
     """
 
     required: frozenset[str]
@@ -61,25 +60,25 @@ class ClassRequirements:
 
 
 def classic_class(index: Mapping[str, object], options: ModelOptions = DEFAULTS) -> Any:
-    """Find the pipeline that an index names.
+    """Return the classic pipeline class that an index names.
 
     Args:
-        index: Of the model.
-        options: How it is read; they say whether code that comes with it may be run.
+        index: The index of the model.
+        options: The options of the topology, which may allow code in the model's folder.
 
     Raises:
-        ModelError: There is none, or it needs a package that is not installed, or it is code that may not be run.
+        ModelError: There is no such class, it needs a package that is not installed, or it is code that may not be run.
     """
     name = str(index["_class_name"])
     if MODULE in index:
         return custom_class(Path(str(index[MODULE])), name, options)
     try:
-        # One of them ends the process where a package that it needs is absent.
+        # One of them raises SystemExit if a package is not installed.
         found = getattr(diffusers, name, None)
     except (ImportError, RuntimeError, SystemExit) as error:
         raise ModelError(f"The pipeline {name} cannot be imported: {error}") from error
     if isinstance(found, type) and issubclass(found, diffusers.ModularPipeline):
-        raise ModelError(f'The model is for {name}, which has blocks alone: leave out [model] route = "classic".')
+        raise ModelError(f'The model is for {name}, which has only blocks: leave out [model] route = "classic".')
     if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
         needs = ", ".join(getattr(found, "_backends", ()))
         missing = f"needs {needs}" if needs else f"is not one of diffusers {diffusers.__version__}"
@@ -88,7 +87,7 @@ def classic_class(index: Mapping[str, object], options: ModelOptions = DEFAULTS)
 
 
 def required_by(cls: Any) -> frozenset[str]:
-    """Names of the images that a class needs although it declares them as optional: so do nearly all."""
+    """Return the names of the images that a class requires, even if it declares them as optional, as most do."""
     names = inspect.signature(cls.__call__).parameters.keys()
     if "Control" in cls.__name__:
         control = [name for name in _CONTROLS if name in names][:1]
@@ -100,7 +99,7 @@ def required_by(cls: Any) -> frozenset[str]:
 
 
 def requirements_of(cls: Any) -> ClassRequirements:
-    """Say what a class takes, with the names that blocks have for it."""
+    """Return the inputs of a class, by the names that blocks have for them."""
     parameters = inspect.signature(cls.__call__).parameters
     required = set(required_by(cls))
     empty = inspect.Parameter.empty
@@ -109,7 +108,7 @@ def requirements_of(cls: Any) -> ClassRequirements:
     aliases = {}
     if "ControlNet" in cls.__name__:
         if "control_image" not in taken:
-            # Its only image is that of the ControlNet; blocks have `image` for what is to be changed.
+            # The only image is that of the ControlNet; in blocks, `image` is the image to be changed.
             aliases = {"image": "control_image"}
             taken = (taken - {"image"}) | {"control_image"}
             required = (required - {"image"}) | {"control_image"}
@@ -119,7 +118,7 @@ def requirements_of(cls: Any) -> ClassRequirements:
 
 
 def class_tasks(cls: Any, medium: Medium) -> tuple[Task, ...]:
-    """Name what a class does, by what it needs and takes: one task, or two where its image is optional."""
+    """Return the tasks of a class, from its inputs: one, or two if its image is optional."""
     parameters = inspect.signature(cls.__call__).parameters
     empty = inspect.Parameter.empty
     images = required_by(cls) | {
@@ -139,7 +138,7 @@ def class_tasks(cls: Any, medium: Medium) -> tuple[Task, ...]:
 
 
 def task_name(images: Collection[str], medium: Medium, *, prompt: bool = True) -> str:
-    """Name the task of a pipeline that needs some images, such as "image2video"."""
+    """Return the name of the task of a pipeline that requires some images, such as "image2video"."""
     if "mask_image" in images:
         return "inpainting"
     if "video" in images:
@@ -150,17 +149,17 @@ def task_name(images: Collection[str], medium: Medium, *, prompt: bool = True) -
 
 
 def task_names(task: str | tuple[str, ...]) -> tuple[str, ...]:
-    """Return the tasks that a topology or a serving config names: none, one or several."""
+    """Return the tasks that a topology or a serving config names, as a tuple."""
     return (task,) if isinstance(task, str) and task else tuple(task)
 
 
 def is_same(task: str, other: str) -> bool:
-    """Whether two names are of one task: "image-to-image", "img2img" and "image2image" are."""
+    """Whether two names mean the same task, such as "image-to-image", "img2img" and "image2image"."""
     return _plain(task) == _plain(other)
 
 
 def class_task_problem(cls: Any, named: tuple[str, ...], medium: Medium) -> str:
-    """Say that a class does not do a task that is named; "" where it does all of them."""
+    """Say which of some tasks a class does not do; "" if it does all."""
     tasks = class_tasks(cls, medium)
     for name in named:
         if name != ANY and not any(is_same(name, task.name) for task in tasks):

@@ -1,1 +1,5 @@
-"""What runs a stage of a diffusers pipeline: modular blocks, classic pipelines, one denoising step at a time."""
+"""Run the stages of a diffusers pipeline, one denoising step at a time.
+
+`pipeline.StagePipeline` is what a process loads and calls. `modular`, `classic` and `monolithic` are the runners of the
+three partitions; `stepping` pauses a denoise after each step.
+"""

@@ -1,13 +1,14 @@
-"""The classic partition: stages of a pipeline that is one function, and knows nothing of stages.
+"""The classic partition: run the stages of a pipeline whose `__call__` is one function, without changing its code.
 
-Each stage runs the same `__call__`, with the components that it owns and stubs of the others. The encoder keeps
-what encoding methods return, and is done when the run comes to a stub. In the denoiser those methods return what
-they returned there, and the run ends at the VAE. In the decoder the loop has no steps, so the run comes to the VAE at
-once, with latents of the right shape, in whose place those of the denoiser are decoded; what the pipeline does with
-the image then is its own code.
+Each stage calls the same `__call__`, with its own components and stubs for the others:
 
-Some pipelines cannot be run without a step: they read what only their loop makes, decode in each round, or have no
-VAE that is one component. Of those the denoiser runs all that is not encoding, and the decoder passes on what it made.
+- The encoder records what encoding methods return. Its run ends at the first stub that would compute.
+- The denoiser replays those results. Its run ends where it would decode, and the latents are the result.
+- The decoder replays them, too, with a loop without steps, so that its run arrives at the VAE at once. There the
+  latents of the denoiser replace its own. What follows is the pipeline's own code.
+
+Some pipelines cannot run without a step: they read variables that only their loop sets, decode in each iteration, or do
+not have exactly one VAE. For them the denoiser runs all but the encoding, and the decoder returns the result.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ from triptych.engines.weights.placement import Placement
 from triptych.engines.weights.stubs import COMPUTE_METHODS, Stub, StubError
 
 FINAL_RESULT: Final = "made"
-"""The name in a payload of what the pipeline has made, where the denoiser ran it to its end."""
+"""The key in a payload of the pipeline's result, if the denoiser ran it to its end."""
 
 
 class NonIteratingTimesteps(torch.Tensor):
-    """Timesteps that can be counted and read, since some pipelines do, but a loop over them has no steps."""
+    """Timesteps over which a loop has no iterations; pipelines can still count and read them."""
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter(())
@@ -56,7 +57,7 @@ class NonIteratingTimesteps(torch.Tensor):
 
 
 class ClassicRunner:
-    """Some stages of a classic pipeline."""
+    """Runs some stages of a classic pipeline."""
 
     def __init__(
         self, pipeline: Any, partition: ClassicPartition, components: frozenset[str], stubs: Mapping[str, BoundaryStub]
@@ -69,10 +70,10 @@ class ClassicRunner:
         self._stubs = stubs
 
     def encode(self, inputs: Mapping[str, object], seed: int) -> dict[str, object]:
-        """Run the pipeline until it needs more than encoders.
+        """Run the pipeline until it needs a component of another stage.
 
         Returns:
-            "inputs", "calls" of encoding methods and the "generator" as it was before them.
+            The "inputs", the "calls" of encoding methods with their results, and the "generator" before them.
         """
         generator = seeded_generator(seed)
         payload: dict[str, object] = {"inputs": dict(inputs), GENERATOR: generator.clone_state()}
@@ -84,22 +85,22 @@ class ClassicRunner:
             call_pipeline(pipeline, inputs, generator)
         except StageBoundary:
             return {**payload, "calls": recorder.calls}
-        raise RuntimeError("The pipeline came to its end in the encoder.")
+        raise RuntimeError("The pipeline ran to its end in the encoder.")
 
     def seed_independent(self, payload: Mapping[str, object]) -> bool:
-        """Whether nothing had been drawn from the generator when the last encoding method returned."""
+        """Whether the generator was unused when the last encoding method returned."""
         return all(made["generator"] is None for made in cast("list[dict[str, Any]]", payload["calls"]))
 
     def rebind(self, payload: Mapping[str, object], inputs: Mapping[str, object], seed: int) -> dict[str, object]:
-        """Set the generator anew, which nothing has been drawn from in a payload; the inputs are the same."""
+        """Replace the unused generator of a payload; the inputs are the same."""
         return {**payload, GENERATOR: seeded_generator(seed)}
 
     def denoise(self, payload: Mapping[str, object]) -> Denoising:
-        """Prepare a run of the pipeline until it decodes."""
+        """Prepare a run of the pipeline up to where it decodes."""
         inputs, generator = _request(payload)
         pipeline = self._stage_view(Stage.DENOISER, inputs)
         self._replay_encoders(pipeline, payload, generator)
-        # Asked for latents, a pipeline comes to its end before it decodes.
+        # For a request for latents, a pipeline ends before it decodes.
         if not self._partition.has_decoder_stage or wants_latents(inputs):
             return CallDenoising(lambda: {FINAL_RESULT: self._run_to_end(pipeline, inputs, generator)}, pipeline)
         for name in self._partition.decodes:
@@ -115,12 +116,12 @@ class ClassicRunner:
                 if boundary.name and (boundary.name, boundary.method) != ("vae", "decode"):
                     raise _missing_component_error(boundary, Stage.DENOISER) from None
                 return {**payload, GENERATOR: generator, "latents": boundary.value}
-            raise RuntimeError("The pipeline came to its end in the denoiser.")
+            raise RuntimeError("The pipeline ran to its end in the denoiser.")
 
         return CallDenoising(work, pipeline)
 
     def decode(self, payload: Mapping[str, object]) -> dict[str, object]:
-        """Run the pipeline without a step, and decode the "latents" of a payload in the place of its own."""
+        """Run the pipeline without steps, and decode the "latents" of the payload instead of its own."""
         if FINAL_RESULT in payload:
             return cast("dict[str, object]", payload[FINAL_RESULT])
         inputs, generator = _request(payload)
@@ -139,7 +140,7 @@ class ClassicRunner:
         except StageBoundary as boundary:
             raise _missing_component_error(boundary, Stage.DECODER) from None
         if not injector.used:
-            raise RuntimeError("The pipeline came to its end and decoded nothing.")
+            raise RuntimeError("The pipeline ran to its end and decoded nothing.")
         return media
 
     def _run_to_end(self, pipeline: Any, inputs: Mapping[str, object], generator: torch.Generator) -> dict[str, object]:
@@ -149,7 +150,7 @@ class ClassicRunner:
             raise _missing_component_error(boundary, Stage.DENOISER) from None
 
     def _stage_view(self, stage: Stage, inputs: Mapping[str, object]) -> Any:
-        """Copy the pipeline for a run: what a stage does not own, it does not see, even where it is loaded."""
+        """Copy the pipeline for a run, with stubs for what the stage does not need, even if it is loaded."""
         pipeline = request_copy(self.pipeline, inputs)
         needed = self._partition.needed(stage)
         for name, stub in self._stubs.items():
@@ -164,10 +165,10 @@ class ClassicRunner:
 
 
 def load_classic(model: Path, stages: tuple[Stage, ...], placement: Placement) -> ClassicRunner:
-    """Load what some stages of a classic pipeline own, and stubs of the rest.
+    """Load the components of some stages of a classic pipeline, and stubs for the others.
 
     Raises:
-        ModelError: The model cannot be served; the sentence says why.
+        ModelError: The model cannot be served; the message says why.
     """
     index = load_index(model)
     cls = classic_class(index, placement.options)
@@ -186,7 +187,7 @@ def _request(payload: Mapping[str, object]) -> tuple[dict[str, object], torch.Ge
 
 
 def _copy_vae(pipeline: Any) -> Any:
-    """Give a private pipeline a VAE that shares the weights, because its methods must not become those of all."""
+    """Give a private pipeline its own VAE, which shares the weights, so that its methods can be replaced."""
     vae = vars(pipeline)["vae"] = copy.copy(pipeline.vae)
     return vae
 
@@ -212,14 +213,14 @@ def _missing_component_error(boundary: StageBoundary, stage: Stage) -> StubError
 
 
 class StageBoundary(BaseException):
-    """A run has come to a component of another stage.
+    """Raised to end a run that calls a component of another stage.
 
-    Not an `Exception`, because pipelines catch some of those.
+    A `BaseException`, because pipelines catch some exceptions.
 
     Attributes:
-        name: Of the component, or "" for a method of the pipeline.
-        method: What was called.
-        value: The first argument.
+        name: The name of the component, or "" for a method of the pipeline.
+        method: The name of the method that was called.
+        value: Its first argument.
     """
 
     def __init__(self, name: str, method: str, value: object) -> None:
@@ -230,29 +231,29 @@ class StageBoundary(BaseException):
 
 
 class BoundaryStub(Stub):
-    """A stub that ends the run when something is to be computed with it.
+    """A stub that ends the run when the pipeline computes with it.
 
-    A copy of it can be cast without a change of the original. `isinstance` takes it for one of the class of its
-    component, since pipelines choose so between one ControlNet and several.
+    A copy can be cast without changing the original. `isinstance` sees the class of the component, since pipelines
+    distinguish one ControlNet from several in this way.
     """
 
     _hf_hook: Final = None
-    """There, so that a pipeline that looks for the device of its hooks goes on to the next component."""
+    """Makes a pipeline that looks for the device of its hooks go on to the next component."""
 
     def __init__(self, stub: Stub) -> None:
         super().__init__(stub._name, stub._component, stub.dtype, stub.device)
         if isinstance(self._component, torch.nn.Module):
-            # Some pipelines read the dtype off a weight.
+            # Some pipelines read the dtype from a weight.
             for parameter in self._component.parameters():
                 parameter.data = parameter.data.to(self.dtype)
 
-    @property  # type: ignore[misc]  # object's own may be written, which nobody does
+    @property  # type: ignore[misc]  # that of object can be set, which nobody does
     def __class__(self) -> Any:
-        """That of the component."""
+        """The class of the component."""
         return type(vars(self).get("_component", self))
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
-        """End the run."""
+        """Raise `StageBoundary`."""
         raise StageBoundary(self._name, "forward", first_argument(args, kwargs))
 
     def __getattr__(self, attribute: str) -> Any:
@@ -261,7 +262,7 @@ class BoundaryStub(Stub):
         return super().__getattr__(attribute)
 
     def to(self, *args: object, **kwargs: object) -> BoundaryStub:
-        """Cast it; it stays where it is."""
+        """Cast the stub to a dtype; a device is ignored."""
         dtype = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)), None)
         if dtype is not None and isinstance(self._component, torch.nn.Module):
             self._component = copy.deepcopy(self._component).to(dtype)
@@ -273,13 +274,13 @@ class BoundaryStub(Stub):
 
 
 class CallRecorder:
-    """What encoding methods returned, in the order of their calls, with the generator as each of them left it.
+    """Records the results of encoding methods in the order of their calls, and replays them.
 
-    As long as nothing has been drawn from the generator, None is kept in its place.
+    Each call has the state of the generator after it, or None while the generator is unused.
 
     Args:
-        generator: Of the request.
-        calls: Of an earlier run, to be played back; they are not changed.
+        generator: The generator of the request.
+        calls: The calls of an earlier run, to be replayed; they are not changed.
     """
 
     def __init__(self, generator: torch.Generator, calls: Iterable[dict[str, Any]] = ()) -> None:
@@ -290,7 +291,7 @@ class CallRecorder:
         self._inside = False
 
     def record(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a method so that its results are kept."""
+        """Wrap a method so that its results are recorded. Calls inside of it are not."""
 
         @functools.wraps(method)
         def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -302,7 +303,7 @@ class CallRecorder:
             finally:
                 self._inside = False
             after = self._generator.get_state()
-            # What was drawn before the call counts as well: an argument may have been made of it.
+            # Compare with the state before the run: an argument may come from what was drawn before the call.
             state = None if torch.equal(self._fresh, after) else after
             self.calls.append({"method": name, "result": result, "generator": state})
             return result
@@ -310,7 +311,7 @@ class CallRecorder:
         return recorded
 
     def replay(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a method so that it returns what it did in the earlier run."""
+        """Wrap a method so that it returns the result of the earlier run."""
 
         @functools.wraps(method)
         def played(*args: Any, **kwargs: Any) -> Any:
@@ -319,18 +320,21 @@ class CallRecorder:
             call = self._ahead.pop(0)
             if call["generator"] is not None:
                 self._generator.set_state(call["generator"])
-            # What a pipeline changes in place must not change the payload that it came in.
+            # Copy the result: a pipeline may change it in place, but not the payload.
             return copy.deepcopy(call["result"])
 
         return played
 
 
 class ArgumentInjector:
-    """Puts a value that crossed in the place of one that a run without steps has made.
+    """Replaces the first argument of the first call of a method.
 
     Args:
-        value: Becomes the first argument of the first call.
-        before: Called first.
+        value: The new argument.
+        before: Is called before the method.
+
+    Attributes:
+        used: Whether the argument has been replaced.
     """
 
     def __init__(self, value: object, before: Callable[[], object]) -> None:
@@ -340,14 +344,14 @@ class ArgumentInjector:
         self.used = False
 
     def inject(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a method; calls of others inside of it are left alone."""
+        """Wrap a method. Calls of wrapped methods inside of it are not changed."""
 
         @functools.wraps(method)
         def injected(*args: Any, **kwargs: Any) -> Any:
             if self._inside:
                 return method(*args, **kwargs)
             if self.used:
-                raise RuntimeError("This pipeline decodes in more than one call, so it cannot be served in parts.")
+                raise RuntimeError("This pipeline decodes in more than one call, so it cannot be served in stages.")
             self.used = True
             self._before()
             self._inside = True
@@ -362,5 +366,5 @@ class ArgumentInjector:
 
 
 def first_argument(args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-    """The first argument of a call."""
+    """Return the first argument of a call."""
     return next(iter((*args, *kwargs.values())), None)

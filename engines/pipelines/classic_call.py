@@ -1,4 +1,4 @@
-"""Call a classic pipeline: load its components, run it with a scheduler of its own, one step at a time."""
+"""Call a classic pipeline as a whole, one step at a time: its inputs, its results and the steps of its scheduler."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ from triptych.engines.stages import InputError
 
 _OURS: Final = frozenset({"self", "output_type", "return_dict", "callback", "callback_steps", "callback_on_step_end"})
 STEPS: Final = ("step", "step_pred")
-"""Methods that a loop calls of a scheduler, once for each timestep."""
+"""The methods of a scheduler that a loop calls once for each timestep."""
 _MEDIA: Final = {
     **dict.fromkeys(IMAGES, IMAGES[0]),
     **dict.fromkeys(VIDEOS, VIDEOS[0]),
     **dict.fromkeys(SOUNDS, SOUNDS[0]),
 }
-"""What the results of a pipeline are called by us."""
+"""The names that the results of a pipeline have in ours, by those of diffusers."""
 
 
 def accepted(pipeline: Any) -> frozenset[str]:
-    """Names of the inputs that a classic pipeline takes."""
+    """Return the names of the inputs of a classic pipeline."""
     parameters = inspect.signature(type(pipeline).__call__).parameters.values()
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     names = {parameter.name for parameter in parameters if parameter.kind not in kinds}
@@ -68,7 +68,7 @@ def accepted(pipeline: Any) -> frozenset[str]:
 
 
 def signature(pipeline: Any) -> Signature:
-    """What a classic pipeline takes and makes; any input may change what its encoders make."""
+    """Return the inputs and outputs of a classic pipeline; any input may change the outputs of its encoders."""
     function = type(pipeline).__call__
     medium = medium_of(results_of(function))
     defaults = {name: declared.default for name, declared in inspect.signature(function).parameters.items()}
@@ -84,21 +84,21 @@ def signature(pipeline: Any) -> Signature:
 
 
 def call_pipeline(pipeline: Any, inputs: Mapping[str, object], generator: torch.Generator) -> dict[str, object]:
-    """Run a whole pipeline.
+    """Run a whole classic pipeline.
 
     Args:
-        pipeline: A classic one, private to the request; of no use afterwards.
-        inputs: Of the request, by name.
-        generator: Of its noise.
+        pipeline: The pipeline, private to the request; it cannot be used afterwards.
+        inputs: The inputs of the request by name.
+        generator: The generator of its noise.
 
     Returns:
         As `StagePipeline.decode`.
 
     Raises:
-        InputError: It is asked for latents, and returns something else.
+        InputError: The request is for latents, and the pipeline does not return them.
     """
     names = inspect.signature(type(pipeline).__call__).parameters.keys()
-    # Some pipelines write into the latents that they get, and a payload is not to be changed.
+    # Copy tensors: some pipelines write into the latents they get, and a payload must not change.
     given = {name: copy.deepcopy(value) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
     given = {name: value for name, value in given.items() if name in names}
     for tensor, replaced in REPLACES.items():
@@ -108,7 +108,7 @@ def call_pipeline(pipeline: Any, inputs: Mapping[str, object], generator: torch.
         given[GENERATOR] = generator
     latent = wants_latents(inputs)
     if OUTPUT_TYPE in names and not latent:
-        # Frames as images would have to be made numbers again, and sound is never an image.
+        # Ask for images only where they are the result: frames are needed as numbers, and sound is not an image.
         results = results_of(type(pipeline).__call__)
         is_image = medium_of(results) == "image" and set(MAPS).isdisjoint(results)
         given[OUTPUT_TYPE] = "pil" if is_image else "np"
@@ -120,7 +120,7 @@ def call_pipeline(pipeline: Any, inputs: Mapping[str, object], generator: torch.
 
 
 def latents_in(results: Any) -> dict[str, object]:
-    """Find the latents in what a pipeline returned that was asked for them.
+    """Return the latents among the results of a pipeline.
 
     Raises:
         InputError: There are none.
@@ -134,7 +134,7 @@ def latents_in(results: Any) -> dict[str, object]:
 
 
 def media_in(results: Any, pipeline: Any) -> dict[str, object]:
-    """Find the media in what a pipeline returned; as `StagePipeline.decode`."""
+    """Return the media among the results of a pipeline, as `StagePipeline.decode` does."""
     found = {name: value for name, value in vars(results).items() if value is not None}
     made = {
         _MEDIA[name]: np.asarray(value) if name in VIDEOS else value for name, value in found.items() if name in _MEDIA
@@ -149,9 +149,9 @@ def media_in(results: Any, pipeline: Any) -> dict[str, object]:
 
 
 def _to_images(prediction: Any, results: str, pipeline: Any) -> list[Any]:
-    """Draw images of arrays [image, height, width, channel]: of one channel, in 0..1, with 16 bits, which keep it.
+    """Make images of arrays [image, height, width, channel].
 
-    Three channels are drawn by the image processor of the pipeline, which knows what they are.
+    One channel in 0..1 becomes an image of 16 bits. Three channels are drawn by the image processor of the pipeline.
     """
     if prediction.shape[-1] == 1:
         return [Image.fromarray((values[..., 0] * (2**16 - 1)).astype(np.uint16)) for values in prediction]
@@ -164,7 +164,7 @@ def _to_images(prediction: Any, results: str, pipeline: Any) -> list[Any]:
 
 
 def _break_reference_cycles(pipeline: Any) -> None:
-    """Break the rings of a private pipeline: a method that was replaced holds what holds it, and tensors."""
+    """Break the reference cycles of a private pipeline and its replaced methods, so that tensors are freed at once."""
     for scheduler in schedulers(pipeline):
         vars(scheduler).clear()
     vars(vars(pipeline).get("vae", pipeline)).pop("decode", None)
@@ -175,7 +175,7 @@ def _break_reference_cycles(pipeline: Any) -> None:
 
 
 def schedulers(pipeline: Any) -> tuple[Any, ...]:
-    """The schedulers of a pipeline and of those inside of it, each once."""
+    """Return the schedulers of a pipeline and of the pipelines inside of it, each once."""
     found: dict[int, Any] = {}
     for component in vars(pipeline).values():
         if isinstance(component, SchedulerMixin):
@@ -186,11 +186,11 @@ def schedulers(pipeline: Any) -> tuple[Any, ...]:
 
 
 class CallDenoising(Denoising):
-    """A run of a whole function, with a pause after each step of a scheduler but the last.
+    """A run of a whole function that pauses after each step of a scheduler except the last.
 
     Args:
-        work: The run; returns the values for the decoder.
-        pipeline: What it runs, private to this request.
+        work: The run; returns the payload for the decoder.
+        pipeline: The pipeline that it runs, private to the request.
     """
 
     def __init__(self, work: Callable[[], dict[str, object]], pipeline: Any) -> None:
@@ -203,7 +203,7 @@ class CallDenoising(Denoising):
 
     def _stepping(self, pipeline: Any, scheduler: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = step(*args, **kwargs)
-        # A scheduler may be asked once for each part of the latents, and a copy of it for the sound beside a video.
+        # Count a timestep once: a loop may call the scheduler for each part of the latents, and a copy of it for sound.
         position = getattr(scheduler, "step_index", None)
         if position is None:
             position = args[1] if len(args) > 1 else kwargs.get("timestep")
@@ -211,26 +211,26 @@ class CallDenoising(Denoising):
             return result
         self._position = position
         if self.step == 0:
-            # A run that starts from an image leaves some out; most pipelines say so.
+            # A run that starts from an image has fewer steps than timesteps; most pipelines have the number.
             self.total_steps = vars(pipeline).get("_num_timesteps") or len(scheduler.timesteps)
         self.step += 1
         if self.total_steps is not None and self.step > self.total_steps:
-            # There was another loop.
+            # The pipeline has another loop.
             self.total_steps = None
-        # Not after the last, so that it also ends the run.
+        # Do not pause after the last step, so that it also ends the run.
         if self.step != self.total_steps:
             self.pause()
         return result
 
     def _is_same_step(self, position: object) -> bool:
-        # Timesteps are tensors, which would have to be read back from the device to be compared.
+        # Compare tensors by identity: comparing their values would copy them from the device.
         if isinstance(position, int) and isinstance(self._position, int):
             return position == self._position
         return position is not None and position is self._position
 
 
 class _Interceptor:
-    """What is called in the place of a method of a scheduler, and of all of its copies."""
+    """What is called instead of a method of a scheduler and of all its copies."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self.call = call
@@ -240,15 +240,15 @@ class _Interceptor:
 
 
 def intercept(scheduler: Any, name: str, around: Callable[..., Any]) -> None:
-    """Have something else called in the place of a method of a scheduler and of the copies that are made of it.
+    """Replace a method of a scheduler and of all copies of it.
 
     Args:
-        scheduler: Of diffusers, private to a request.
-        name: Of the method.
-        around: Called with the scheduler or the copy of it, its method and the arguments.
+        scheduler: A scheduler of diffusers, private to a request.
+        name: The name of the method.
+        around: Is called with the scheduler or its copy, its method and the arguments.
     """
-    # Not an attribute with the bound method: that of a copy would still be the method of the original. Nor a class of
-    # our own: some pipelines ask for the very class.
+    # A bound method as an attribute would belong to the original in a copy, too. A subclass would be seen by pipelines
+    # that compare the class.
     owner: type = next(cls for cls in type(scheduler).__mro__ if name in vars(cls))
     _make_interceptable(owner, name)
     vars(scheduler)[_interceptor_attribute(name)] = _Interceptor(around)
@@ -256,10 +256,10 @@ def intercept(scheduler: Any, name: str, around: Callable[..., Any]) -> None:
 
 @functools.cache
 def _make_interceptable(cls: type, name: str) -> None:
-    """Change a class of diffusers, once, so that those of its schedulers that have something to call call it."""
+    """Change a class of diffusers, once, so that its schedulers call their interceptor if they have one."""
     method = getattr(cls, name)
 
-    # Pipelines look at the signature, to see what they can pass.
+    # Keep the signature, which pipelines inspect.
     @functools.wraps(method)
     def interceptable(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = functools.partial(method, self)

@@ -1,8 +1,8 @@
-"""What a request may set of the parts of a pipeline: its scheduler, its guiders and how its VAE computes.
+"""Settings of the components of a pipeline: its scheduler, its guiders, and tiling and slicing of its VAE.
 
-The pipeline is shared; a setting changes the copy that is private to a request (`engines.guidance.request_copy`), and
-what a topology says is put into the shared one when it is loaded. In both cases a component becomes what
-`CLASS.from_config(COMPONENT.config, **OPTIONS)` makes of it.
+A request changes its private copy of the pipeline (`engines.pipelines.guidance.request_copy`); a topology changes the
+shared pipeline when it is loaded. In both cases a component is replaced by
+`CLASS.from_config(COMPONENT.config, **OPTIONS)`.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ OF_GUIDERS: Final = frozenset({GUIDER, GUIDER_OPTIONS, GUIDANCE_SCALE, GUIDANCE_
 OF_SCHEDULER: Final = frozenset({SCHEDULER, SCHEDULER_OPTIONS})
 OF_VAE: Final = frozenset({VAE_TILING, VAE_TILING_OPTIONS, VAE_SLICING})
 _ONE_FAMILY: Final = frozenset({"LTX2Guidance"})
-"""Guiders for what the transformer of one family alone returns; others cannot take their place."""
+"""Guiders for outputs that only the transformer of one family has; no other guider can replace them."""
 _LAYER_BY_LAYER: Final = frozenset({"skip_layer_guidance_layers", "auto_guidance_layers", "seg_guidance_layers"})
 _OWN_PARAMETERS: Final = frozenset({GUIDANCE_SCALE, GUIDANCE_RESCALE})
-"""Options of guiders that are parameters of a request."""
+"""Options of guiders that are parameters of their own."""
 
 
 def setting_parameters(pipeline: Any) -> tuple[Parameter, ...]:
-    """The parameters by which a request sets parts of a pipeline.
+    """Return the parameters with which a request sets components of a pipeline.
 
     Args:
-        pipeline: Of diffusers, with its components or stubs of them.
+        pipeline: A pipeline of diffusers, with components or stubs.
     """
     return (*_of_scheduler(pipeline), *_of_guiders(pipeline), *_of_vae(pipeline))
 
 
 def configure(pipeline: Any, options: ModelOptions) -> None:
-    """Set parts of a pipeline that has just been loaded, for all requests.
+    """Apply the settings of a topology to a pipeline that has just been loaded.
 
     Raises:
-        ModelError: It has no such part, or the part cannot be set so.
+        ModelError: The pipeline has no such component, or the component does not take the setting.
     """
     load_textual_inversions(pipeline, options.embeddings)
     try:
@@ -77,19 +77,19 @@ def configure(pipeline: Any, options: ModelOptions) -> None:
                 setattr(pipeline, place, rebuilt(guider, name, values))
         _configure_vae(pipeline, options)
     except (InputError, ParameterError) as error:
-        raise ModelError(f"The topology's [model] sets what cannot be set: {error}") from error
+        raise ModelError(f"A setting of the topology's [model] cannot be applied: {error}") from error
 
 
 def rebuilt(component: Any, class_name: str | None, options: Mapping[str, object]) -> Any:
-    """Make a scheduler or a guider anew.
+    """Make a new scheduler or guider from one with its configuration.
 
     Args:
-        component: That the pipeline has.
-        class_name: Of the new one; None for the same class.
-        options: What is otherwise than in its configuration.
+        component: The component of the pipeline.
+        class_name: The class of the new one; None for the same class.
+        options: The values that replace those of the configuration.
 
     Raises:
-        InputError: The class refuses its options.
+        InputError: The class refuses the options.
     """
     cls = type(component)
     if class_name is not None and class_name != cls.__name__:
@@ -99,12 +99,12 @@ def rebuilt(component: Any, class_name: str | None, options: Mapping[str, object
         return cls.from_config(component.config)
     try:
         return cls.from_config(component.config, **values)
-    except Exception as error:  # Whatever a class raises that does not like its options, the user gets one sentence.
+    except Exception as error:  # a class may raise anything for bad options; report it as one sentence
         raise InputError(f"{cls.__name__} cannot be made of these options: {error}") from error
 
 
 def alternatives_of(component: Any) -> list[Any]:
-    """The classes that can take the place of a scheduler or a guider, its own among them, by name."""
+    """Return the classes that can replace a scheduler or guider, with its own, sorted by name."""
     if isinstance(component, SchedulerMixin):
         found = [cls for cls in component.compatibles if not hasattr(cls, "_backends")]
     elif type(component).__name__ in _ONE_FAMILY:
@@ -115,17 +115,17 @@ def alternatives_of(component: Any) -> list[Any]:
 
 
 def guiders_of(pipeline: Any) -> Iterator[tuple[str, Any]]:
-    """The guiders of a pipeline and their names; the first is that of the first steps, or of what is seen."""
+    """Yield the names and guiders of a pipeline; the first is for the first steps, or for images rather than sound."""
     return ((name, part) for name, part in vars(pipeline).items() if isinstance(part, BaseGuidance))
 
 
 def make_scheduler(scheduler: Any, inputs: Mapping[str, object]) -> Any:
-    """Make the scheduler of one request, as its inputs say."""
+    """Make the scheduler of a request from its inputs."""
     return rebuilt(scheduler, _text(inputs.get(SCHEDULER)), _options(inputs.get(SCHEDULER_OPTIONS)))
 
 
 def make_guider(guider: Any, inputs: Mapping[str, object]) -> Any:
-    """Make the guider of one request, as its inputs say, all but its scale."""
+    """Make the guider of a request from its inputs, without its scale."""
     options = _options(inputs.get(GUIDER_OPTIONS))
     made = rebuilt(guider, _text(inputs.get(GUIDER)), options)
     rescale = inputs.get(GUIDANCE_RESCALE)
@@ -135,7 +135,7 @@ def make_guider(guider: Any, inputs: Mapping[str, object]) -> Any:
 
 
 def make_vae(vae: Any, inputs: Mapping[str, object]) -> Any:
-    """Make the VAE of one request, as its inputs say: a copy that shares the weights, or itself."""
+    """Return the VAE of a request: a copy that shares the weights, or the VAE itself if the inputs do not set it."""
     tiling, slicing = inputs.get(VAE_TILING), inputs.get(VAE_SLICING)
     options = _options(inputs.get(VAE_TILING_OPTIONS))
     if isinstance(vae, Stub) or not isinstance(vae, torch.nn.Module) or (tiling, slicing, options) == (None, None, {}):
@@ -149,7 +149,7 @@ def make_vae(vae: Any, inputs: Mapping[str, object]) -> Any:
 
 
 def remove_guider_hooks(pipeline: Any) -> None:
-    """Take off what a guider has put on the models of a pipeline for a forward that has failed."""
+    """Remove the hooks that a guider has added to the models of a pipeline for a forward that has failed."""
     modules = [part for part in vars(pipeline).values() if type(part).__mro__ and hasattr(part, "_diffusers_hook")]
     for _, guider in guiders_of(pipeline):
         for module in modules:
@@ -168,22 +168,24 @@ def _of_guiders(pipeline: Any) -> Iterator[Parameter]:
         return
     first = next(iter(found.values()))
     yield from _choice(GUIDER, GUIDER_OPTIONS, first, "guider", _OWN_PARAMETERS)
-    text = "How far guidance is scaled back to the deviation of what it guides, where the guider can do so."
+    text = (
+        "How far the guided prediction is rescaled to the standard deviation of the conditional one, if the guider can."
+    )
     default = first.config.get(GUIDANCE_RESCALE)
     yield Parameter(GUIDANCE_RESCALE, ParameterKind.NUMBER, default, description=text)
     if SECOND_GUIDER in found:
-        text = f"The scale of the second guider, for the later steps; {GUIDANCE_SCALE} where it is left out."
+        text = f"The scale of the second guider, for the later steps; by default {GUIDANCE_SCALE}."
         yield Parameter(GUIDANCE_SCALE_2, ParameterKind.NUMBER, description=text)
 
 
 def _of_vae(pipeline: Any) -> Iterator[Parameter]:
     vae: Any = getattr(pipeline, VAE, None)
     if _can(vae, "use_tiling"):
-        text = "Whether the VAE computes in tiles, which takes less memory; the image is another one, a little."
+        text = "Whether the VAE computes in tiles, which takes less memory and changes the image slightly."
         yield Parameter(VAE_TILING, ParameterKind.BOOLEAN, bool(vae.use_tiling), description=text)
         if options := _options_of(vae.enable_tiling, without=frozenset({"use_tiling"})):
             name = type(getattr(vae, "_component", vae)).__name__
-            text = "Sizes of the tiles and of their overlap; they turn tiling on."
+            text = "Sizes of the tiles and of their overlap; turns tiling on."
             yield Parameter(
                 VAE_TILING_OPTIONS, ParameterKind.OPTIONS, description=text, alternatives=(Alternative(name, options),)
             )
@@ -198,12 +200,12 @@ def _choice(name: str, options: str, component: Any, word: str, without: frozens
     choices = tuple(each.name for each in found)
     served = type(component).__name__
     yield Parameter(name, ParameterKind.TEXT, served, description=f"The class of the {word}.", choices=choices)
-    text = f"What the {word} has otherwise than the model's own."
+    text = f"Options of the {word} that differ from the model's."
     yield Parameter(options, ParameterKind.OPTIONS, description=text, chosen_by=name, alternatives=found)
 
 
 def _options_of(function: Callable[..., Any], without: Iterable[str]) -> tuple[Option, ...]:
-    """The options that a class takes when it is made, by name: those that JSON can say."""
+    """Return the options of a class or function that JSON can express, sorted by name."""
     try:
         declared = inspect.signature(function, eval_str=True).parameters
     except (NameError, TypeError):
@@ -216,7 +218,7 @@ def _option(item: inspect.Parameter) -> Option | None:
     hint, default = item.annotation, item.default
     kinds = kinds_of_type(hint)
     if kinds == {ParameterKind.BOOLEAN} and default is None:
-        # A switch is on or off. These are numbers whose annotation is wrong.
+        # A switch has a default; these are numbers whose annotation is wrong.
         kinds = {ParameterKind.NUMBER}
     if not kinds or kinds & {ParameterKind.IMAGE, ParameterKind.IMAGE_LIST}:
         return None
@@ -229,7 +231,7 @@ def _as_taken(name: str, value: object) -> object:
     if not name.endswith("_layers") or not isinstance(items, (int, list)):
         return items
     layers = items if isinstance(items, list) else [items]
-    # Of each index that they document, these guiders make a `LayerSkipConfig`, which wants a list of indices.
+    # These guiders document an index but make a `LayerSkipConfig` of it, which takes a list of indices.
     return [[layer] for layer in layers] if name in _LAYER_BY_LAYER else layers
 
 
@@ -243,7 +245,7 @@ def _is_loaded(vae: Any) -> bool:
 
 
 def _can(vae: Any, attribute: str) -> bool:
-    # What a VAE can do is what it has a switch for: the methods are there in any case, and raise.
+    # Look for the switch: VAEs that cannot do it have the method, too, and it raises.
     return vae is not None and isinstance(getattr(vae, attribute, None), bool)
 
 
@@ -273,7 +275,7 @@ def _configure_vae(pipeline: Any, options: ModelOptions) -> None:
 def _checked(
     wanted: ComponentOptions, pipeline: Any, name: str, options: str, also: Iterable[str] = ()
 ) -> tuple[str | None, dict[str, object]]:
-    """The class and the options that a topology gives for a component; raises CardError."""
+    """Return the class and options that a topology has for a component; raises ParameterError."""
     known = {parameter.name: parameter for parameter in setting_parameters(pipeline)}
     chosen = find_class(wanted.class_name, known[name].choices) if wanted.class_name else str(known[name].default)
     if chosen is None:
@@ -287,7 +289,7 @@ def _checked(
 
 def _require(there: bool, name: str, pipeline: Any) -> None:
     if not there:
-        raise ParameterError(name, f"cannot be set: {type(pipeline).__name__} has nothing that it is about.")
+        raise ParameterError(name, f"cannot be set: {type(pipeline).__name__} has no such component.")
 
 
 def _options(value: object) -> dict[str, object]:

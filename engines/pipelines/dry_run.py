@@ -1,4 +1,4 @@
-"""One tiny request through the stages of a model in this process, to see whether it can be served at all."""
+"""Run one tiny request through the stages of a model in this process, to check that it can be served."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from triptych.engines.pipelines.pipeline import StagePipeline
 from triptych.engines.stages import Stage
 
 SMALLEST: Final = 64
-"""Pixels of a side, where the model takes so few."""
+"""The height and width in pixels, if the model allows it."""
 FEWEST: Final = 2
-"""Steps: some schedulers need a step before the last."""
+"""The number of steps: some schedulers need a step before the last."""
 SEED: Final = 0
 _PROMPT: Final = "a red circle on a white background"
 _FRAMES: Final = ("num_frames", "frames", "video_length")
 _STEPS: Final = "num_inference_steps"
-_FRAMES_IN: Final = 9
-"""Pictures of a video that is given; those that are asked for may be less."""
+_INPUT_FRAMES: Final = 9
+"""The number of frames of an input video."""
 
 
 def tiny_inputs(
@@ -34,18 +34,19 @@ def tiny_inputs(
     alpha: bool = False,
     minimal_steps: bool = True,
 ) -> dict[str, object]:
-    """Make the inputs of the smallest request that a model says it takes. Pure.
+    """Return the inputs of the smallest request that a model takes. Pure.
 
     Args:
-        signature: Of its pipeline.
-        serving_config: Of the model; its defaults are kept where nothing smaller is known, its ranges are kept to.
-        side: Pixels of a side of what is made, where the model takes so few; a video has one latent frame more for each
-            `SMALLEST` of them.
-        minimal_steps: Whether it has as few steps as can be, or as many as a request that does not say.
-        alpha: Whether it takes images with an alpha channel.
+        signature: The signature of its pipeline.
+        serving_config: The serving config of the model: its defaults are used where nothing smaller is known, within
+            its ranges.
+        side: The height and width of the output in pixels, if the model allows it; a video has one more latent frame
+            for each `SMALLEST` of them.
+        alpha: Whether the model takes images with an alpha channel.
+        minimal_steps: Whether to use as few steps as possible; else the default of the model.
 
     Returns:
-        By public name, as `StagePipeline.encode` takes them.
+        The inputs by public name, for `StagePipeline.encode`.
     """
     taken = {parameter.name: parameter for parameter in signature.parameters}
     inputs: dict[str, object] = {name: value for name, value in serving_config.defaults.items() if name in taken}
@@ -65,36 +66,36 @@ def tiny_inputs(
 
 
 def run(stages: Mapping[Stage, StagePipeline], inputs: Mapping[str, object], say: Callable[[str], None]) -> None:
-    """Send one request through the stages, in order; what crosses is made ready to be stored, as in a system.
+    """Run one request through the stages, and pack the payloads between processes as a cluster does.
 
     Args:
-        stages: The pipeline of each; one with several stages may stand there several times.
-        inputs: Of the request.
-        say: Called with the name of each stage before it runs.
+        stages: The pipeline of each stage; a pipeline of several stages is there several times.
+        inputs: The inputs of the request.
+        say: Is called with the name of each stage before it runs.
 
     Raises:
         Exception: Whatever the pipeline raises.
     """
     say(Stage.ENCODER)
-    state = stages[Stage.ENCODER].encode(inputs, SEED)
-    _cross(state, stages, Stage.ENCODER, Stage.DENOISER)
+    payload = stages[Stage.ENCODER].encode(inputs, SEED)
+    _cross(payload, stages, Stage.ENCODER, Stage.DENOISER)
     say(Stage.DENOISER)
-    denoising = stages[Stage.DENOISER].denoise(state)
+    denoising = stages[Stage.DENOISER].denoise(payload)
     while denoising.advance():
         pass
-    state = denoising.result()
-    _cross(state, stages, Stage.DENOISER, Stage.DECODER)
+    payload = denoising.result()
+    _cross(payload, stages, Stage.DENOISER, Stage.DECODER)
     say(Stage.DECODER)
-    stages[Stage.DECODER].decode(state)
+    stages[Stage.DECODER].decode(payload)
 
 
-def _cross(state: dict[str, object], stages: Mapping[Stage, StagePipeline], one: Stage, other: Stage) -> None:
+def _cross(payload: dict[str, object], stages: Mapping[Stage, StagePipeline], one: Stage, other: Stage) -> None:
     if stages[one] is not stages[other]:
-        pack(state)
+        pack(payload)
 
 
 def _least(parameter: Parameter, serving_config: ServingConfig, wanted: int) -> int:
-    """The value that is next to `wanted` from above, of those that the model takes."""
+    """Return the smallest value of at least `wanted` that the model takes."""
     limits = serving_config.limits(parameter)
     low, high = (limits[0], limits[1]) if limits else (1.0, float(wanted))
     step = int(limits[2]) if len(limits) > 2 else 1
@@ -107,4 +108,4 @@ def _image(parameter: Parameter, size: tuple[int, int], *, alpha: bool) -> Image
     if parameter.name in MASKS:
         return Image.new("L", size, 255)
     made = Image.new("RGBA" if alpha else "RGB", size, "white")
-    return [made] * _FRAMES_IN if parameter.kind is ParameterKind.IMAGE_LIST else made
+    return [made] * _INPUT_FRAMES if parameter.kind is ParameterKind.IMAGE_LIST else made

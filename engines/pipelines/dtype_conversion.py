@@ -1,4 +1,4 @@
-"""Convert what crosses between stages that compute in different dtypes."""
+"""Convert payloads between stages that compute in different dtypes."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any, Final
 import torch
 
 DTYPE: Final = "serving_dtype"
-"""The name in a state of the dtype that the stage which made it serves with."""
+"""The key in a payload of the dtype of the stage that made it."""
 
 
-def convert_dtype(state: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:
-    """Bring a state to the dtype of the stage that takes it.
+def convert_dtype(payload: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:
+    """Convert a payload to the dtype of the stage that receives it.
 
-    What has the dtype of the stage that made it was computed with its weights, and is converted; what has another one
-    has that for a reason (masks, latents that a family keeps in float32), and stays.
+    Tensors of the sender's dtype are converted. Others have theirs for a reason (masks, latents in float32) and are
+    kept.
 
     Args:
-        state: With `DTYPE`; it is not changed.
-        dtype: Of the stage that takes it.
+        payload: The payload, with `DTYPE`; it is not changed.
+        dtype: The dtype of the receiving stage.
 
     Returns:
-        The same values without `DTYPE`.
+        The converted values, without `DTYPE`.
     """
-    values = {name: value for name, value in state.items() if name != DTYPE}
-    made = state.get(DTYPE, dtype)
+    values = {name: value for name, value in payload.items() if name != DTYPE}
+    made = payload.get(DTYPE, dtype)
     return values if made == dtype else {name: _convert(value, made, dtype) for name, value in values.items()}
 
 

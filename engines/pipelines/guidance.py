@@ -1,8 +1,7 @@
-"""Give each request a scheduler and a guider of its own, and map one `guidance_scale` onto what the family has.
+"""Copy a pipeline for each request, with its own scheduler and guider, and map `guidance_scale` to the guider.
 
-A scheduler keeps where it is and what it saw, a guider keeps its step: shared by two requests that take turns they
-raise, or make wrong images. Some families take `guidance_scale` as an argument of a block, the others as a setting
-of their guider, and ignore the argument.
+Schedulers and guiders keep state between steps: shared by two requests that alternate, they raise or make wrong images.
+Some families take `guidance_scale` as an argument of a block; others ignore the argument and use that of their guider.
 """
 
 from __future__ import annotations
@@ -39,19 +38,19 @@ def request_copy(
     encodes: bool = False,
     _made: dict[int, Any] | None = None,
 ) -> Any:
-    """Copy a pipeline for one request: it shares all weights, and nothing that changes during a run.
+    """Copy a pipeline for one request: the copy shares all weights, and nothing that changes during a run.
 
-    Pipelines inside of it are copied as well; a scheduler that several of them have is still one.
+    Pipelines inside of it are copied, too; a scheduler that several of them share is still shared.
 
     Args:
-        pipeline: A `diffusers.ModularPipeline`, or a classic one.
-        inputs: Of the request, by name; what of them sets a part of the pipeline is described in `engines.settings`.
-            "guidance_scale" is for its guiders, where it has some; None keeps what they have.
-        encodes: Whether the copy is for an encoder, which then never guides less than it would by itself: some
-            encoders fail without guidance, others make no negative embeddings.
+        pipeline: A `diffusers.ModularPipeline` or a classic pipeline.
+        inputs: The inputs of the request by name, with the settings of `engines.pipelines.component_settings`.
+            "guidance_scale" is set in guiders; None keeps their scale.
+        encodes: Whether the copy is for an encoder, for which guidance is never turned off: some encoders fail without
+            it, others make no negative embeddings.
 
     Raises:
-        InputError: A part cannot be set so.
+        InputError: A component does not take a setting.
     """
     mine = copy.copy(pipeline)
     made = {} if _made is None else _made
@@ -60,7 +59,7 @@ def request_copy(
             if id(component) not in made:
                 made[id(component)] = make_scheduler(component, inputs if name == SCHEDULER else {})
             setattr(mine, name, made[id(component)])
-    # Those inside of it come last: which scheduler of a request is whose is known by the names that the outer one has.
+    # Copy inner pipelines last: the names of the outer one say which scheduler the request sets.
     inner = {name: value for name, value in inputs.items() if name not in OF_SCHEDULER}
     for name, component in vars(pipeline).items():
         if isinstance(component, DiffusionPipeline):
@@ -82,7 +81,7 @@ def _scale(inputs: Mapping[str, object], guider: str) -> float | None:
 
 
 def set_guidance(pipeline: Any, guidance_scale: float | None) -> None:
-    """Set the scale of guidance of requests that give none; None, or the scale that it has, changes nothing."""
+    """Set the default guidance scale of a pipeline's guiders; None, or the scale that they have, changes nothing."""
     if guidance_scale is None or guidance(pipeline) in (None, guidance_scale):
         return
     for name, component in list(guiders_of(pipeline)):
@@ -93,7 +92,7 @@ def _changes(guider: Any, guidance_scale: float | None) -> dict[str, object]:
     if guidance_scale is None or GUIDANCE_SCALE not in guider.config:
         return {}
     without = 0.0 if guider.config.get("use_original_formulation") else 1.0
-    # Models that do not need guidance have it switched off; who asks for some gets it.
+    # Enable a guider that the model has turned off if the request sets a scale.
     switch = {"enabled": True} if guidance_scale > without and "enabled" in guider.config else {}
     return {GUIDANCE_SCALE: guidance_scale, **switch}
 
@@ -104,7 +103,7 @@ def has_guider(pipeline: Any) -> bool:
 
 
 def guidance(pipeline: Any) -> float | None:
-    """The scale of a pipeline's guider where a request gives none; None where it has no guider, or one that is off."""
+    """Return the default scale of a pipeline's guider; None if it has no guider or the guider is off."""
     guider = next(_guiders(pipeline), None)
     if guider is None or not guider.config.get("enabled", True):
         return None
@@ -116,7 +115,7 @@ def _guiders(pipeline: Any) -> Iterator[Any]:
 
 
 class _OnlyOnce(logging.Filter):
-    """Lets the notice that guiders are experimental through once, not for each request."""
+    """Logs the warning that guiders are experimental once, not for each request."""
 
     def __init__(self) -> None:
         super().__init__()

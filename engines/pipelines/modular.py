@@ -1,4 +1,4 @@
-"""The modular partition: the stages of a pipeline that diffusers has in blocks."""
+"""The modular partition: load and run the stages of a pipeline that diffusers has in blocks."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ _PROMPT_EMBEDS: Final = "prompt_embeds"
 IP_ADAPTER_FOLDER: Final = "ip_adapter"
 _IP_ADAPTER_IMAGE: Final = "ip_adapter_image"
 _UNDECLARED: Final = frozenset({"batch_size"})
-"""Inputs that some encoder makes without a declaration (HunyuanVideo 1.5)."""
+"""Inputs that an encoder makes without declaring them (HunyuanVideo 1.5)."""
 
 
 class ModularRunner:
-    """The blocks of some stages, and a pipeline with what they need."""
+    """Runs the blocks of some stages."""
 
     def __init__(self, partition: ModularPartition, pipeline: Any, components: frozenset[str]) -> None:
         self.pipeline = pipeline
@@ -83,7 +83,7 @@ class ModularRunner:
         defaults = {declared.name: declared.default for declared in partition.blocks.inputs if declared.name}
         defaults |= {name: value for name, value in partition.defaults.items() if name in defaults}
         self._defaults = defaults
-        # Classes that guide encode an empty negative prompt; a guider without one does not guide, and says nothing.
+        # Like classes that guide, encode an empty negative prompt: without one, a guider silently does not guide.
         made = partition.blocks_of[Stage.ENCODER].intermediate_output_names
         self._negates = partition.as_class and bool(guided) and NEGATIVE_PROMPT in names and _NEGATIVE in made
         fps = frames_per_s(medium, defaults, pipeline)
@@ -125,7 +125,7 @@ class ModularRunner:
         )
 
     def encode(self, inputs: Mapping[str, object], seed: int) -> dict[str, object]:
-        """Run the blocks before `denoise`; returns what later blocks take as inputs, and `KWARGS_MAPPING`."""
+        """Run the blocks before `denoise`; returns the inputs of later blocks, and `KWARGS_MAPPING`."""
         state = self._encoded(inputs, seed)
         if self._negates and state.get(_NEGATIVE) is None:
             self._defaults[NEGATIVE_PROMPT] = ""
@@ -153,7 +153,7 @@ class ModularRunner:
         return is_unused(generator) if isinstance(generator, torch.Generator) else not self._draws
 
     def rebind(self, payload: Mapping[str, object], inputs: Mapping[str, object], seed: int) -> dict[str, object]:
-        """Set anew what only passes the encoder: other inputs, and a generator that it did not draw from."""
+        """Replace what the encoder did not use: inputs that pass through, settings, and an unused generator."""
         rebound = {name: value for name, value in payload.items() if name not in self._settings} | self._set(inputs)
         for name in self._passes.keys() & payload.keys():
             rebound[name] = inputs.get(name, self._passes[name])
@@ -173,9 +173,9 @@ class ModularRunner:
         )
 
     def decode(self, payload: Mapping[str, object]) -> dict[str, object]:
-        """Run the blocks after `denoise`; returns what they make, and the "sampling_rate" of sound in Hz.
+        """Run the blocks after `denoise`; returns their results, and the "sampling_rate" of sound in Hz.
 
-        Asked for latents, it returns those that the blocks would get.
+        For a request for latents, returns the latents that those blocks would get.
         """
         if wants_latents(payload):
             return {name: payload[name] for name in self._latents if payload.get(name) is not None}
@@ -184,7 +184,7 @@ class ModularRunner:
         return with_sampling_rate(made, self.pipeline)
 
     def _set(self, values: Mapping[str, object]) -> dict[str, object]:
-        """Of a request or a payload, what sets parts of the pipeline: no block takes it as an input."""
+        """Return the settings of components among the values of a request or payload; no block takes them as inputs."""
         return {name: values[name] for name in self._settings if values.get(name) is not None}
 
     def _run(self, stage: Stage, pipeline: Any, state: Any) -> Any:
@@ -199,10 +199,10 @@ class ModularRunner:
 
 
 def load_modular(model: Path, stages: tuple[Stage, ...], placement: Placement) -> ModularRunner:
-    """Load the blocks of some stages.
+    """Load the blocks and components of some stages.
 
     Raises:
-        ModelError: The model cannot be served; the sentence says why.
+        ModelError: The model cannot be served; the message says why.
     """
     partition = load_modular_partition(model, placement.options)
     if problem := size_problem(partition):
@@ -217,13 +217,13 @@ def load_modular(model: Path, stages: tuple[Stage, ...], placement: Placement) -
 
 
 def load_components(pipeline: Any, partition: ModularPartition, placement: Placement) -> frozenset[str]:
-    """Load the weights and tokenizers that a pipeline's blocks name.
+    """Load the weights and tokenizers of the components that a pipeline's blocks name.
 
     Returns:
-        The names of what was loaded.
+        The names of the loaded components.
 
     Raises:
-        ModelError: One is missing or broken. (The pipeline's own way to load would warn and go on without it.)
+        ModelError: A component is missing or broken. (The pipeline's own loader would warn and go on without it.)
     """
     names = [name for name in pipeline.pretrained_component_names if not partition.goes_without(name)]
     specs = {name: pipeline.get_component_spec(name) for name in names}
@@ -236,21 +236,21 @@ def load_components(pipeline: Any, partition: ModularPartition, placement: Place
 
 
 def make_stubs(pipeline: Any, partition: ModularPartition, placement: Placement) -> None:
-    """Give a pipeline stubs for the components that its blocks do not name but the rest of the model has.
+    """Give a pipeline stubs for the components of the model that its blocks do not name.
 
-    Its settings, guiders and processors become those of the whole pipeline. A part alone would make them as its own
-    blocks declare them; where blocks disagree, the whole follows the first, which may be in another part.
+    Its settings, guiders and processors become those of the whole pipeline. Blocks may declare them differently; the
+    whole pipeline uses the first declaration, which may be in another stage.
 
-    Not while another thread makes modules: those would have no weights either.
+    Do not call it while another thread makes modules: they would have no weights either.
 
     Raises:
-        ModelError: The configuration of one is missing or broken.
+        ModelError: The configuration of a component is missing or broken.
     """
-    # Not just of the task: geometry may come from a component that only the blocks of another task declare.
+    # Use the blocks of all tasks: geometry may come from a component that only another task declares.
     whole = partition.pipeline(partition.whole)
     pipeline.register_to_config(**{spec.name: whole.config[spec.name] for spec in partition.whole.expected_configs})
     for name in whole.config_component_names:
-        # Guiders and image processors have no weights: the real ones are cheap, and some encoders read the guider.
+        # Use the real guiders and image processors: they have no weights, and some encoders read the guider.
         setattr(pipeline, name, getattr(whole, name))
     for name in whole.pretrained_component_names:
         if name in pipeline.component_names or partition.goes_without(name):
@@ -295,7 +295,7 @@ def load_ip_adapters(pipeline: Any, partition: ModularPartition, loaded: Collect
 
 
 def encoded(partition: ModularPartition) -> frozenset[str]:
-    """Names of all that the encoder's blocks may read or make, whichever of them a request runs."""
+    """Return the names of all inputs and outputs of the encoder's blocks, whichever of them a request runs."""
     encoder = partition.blocks_of[Stage.ENCODER]
     groups = {item.kwargs_type for item in encoder.inputs if not item.name}
     grouped = {item.name for item in partition.blocks.inputs if item.name and item.kwargs_type in groups}
@@ -304,10 +304,10 @@ def encoded(partition: ModularPartition) -> frozenset[str]:
 
 
 def embeddings(encoder: Any) -> dict[str, dict[str, str | None]]:
-    """What blocks of an encoder make of prompts, which a request may give in its place.
+    """Return the prompt embeddings that blocks of an encoder make, which a request may give instead.
 
     Returns:
-        By name of the block, the names of its tensors and the group that each belongs to, if any.
+        For each block, by name, its embeddings with the group that each belongs to, if any.
     """
     found: dict[str, dict[str, str | None]] = {}
     for block_name, block in encoder.sub_blocks.items():
@@ -320,10 +320,10 @@ def embeddings(encoder: Any) -> dict[str, dict[str, str | None]]:
 
 
 def _replace(state: Any, made: Mapping[str, str | None], inputs: Mapping[str, object]) -> None:
-    """Put what a request gives in the place of what a block has made of an empty prompt.
+    """Replace the embeddings that a block has made of an empty prompt with those of the request.
 
     Raises:
-        InputError: A request gives some of what is made of one prompt, but not all.
+        InputError: The request has some of the embeddings of a prompt, but not all.
     """
     for negative in (False, True):
         of_prompt = [name for name in made if name.startswith("negative") is negative]
@@ -337,15 +337,15 @@ def _replace(state: Any, made: Mapping[str, str | None], inputs: Mapping[str, ob
 
 
 def _read_by_encoder(partition: ModularPartition) -> frozenset[str]:
-    """Names of settings that may change what the encoder makes: those of the components that it has."""
+    """Return the names of the settings that may change the encoder's outputs: those of its components."""
     components = set(partition.blocks_of[Stage.ENCODER].component_names)
     scheduler = OF_SCHEDULER if SCHEDULER in components else frozenset()
-    # Some encoders read the guider although they do not declare it.
+    # Some encoders read the guider without declaring it.
     return OF_GUIDERS | scheduler | (OF_VAE if VAE in components else frozenset())
 
 
 def _restore(values: Mapping[str, object]) -> Any:
-    """Make a `PipelineState` of values that crossed, with a generator of its own."""
+    """Make a `PipelineState` of a payload, with a copy of its generator."""
     values = dict(values)
     groups = cast("dict[str, list[str]]", values.pop(KWARGS_MAPPING, {}))
     generator = values.get(GENERATOR)

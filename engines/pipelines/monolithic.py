@@ -1,4 +1,4 @@
-"""The monolithic strategy: a pipeline that cannot be cut runs as a whole, still one step at a time."""
+"""The monolithic partition: run a pipeline that cannot be cut as a whole, one step at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from triptych.engines.weights.placement import Placement
 
 
 class MonolithicRunner:
-    """A whole pipeline. All of it is run by the denoiser; the other stages pass on what they get."""
+    """Runs a whole pipeline in the denoiser; the other stages return what they are given."""
 
     def __init__(self, pipeline: Any, components: frozenset[str]) -> None:
         self.pipeline = pipeline
@@ -31,26 +31,26 @@ class MonolithicRunner:
         self.signature = signature(pipeline)
 
     def encode(self, inputs: Mapping[str, object], seed: int) -> dict[str, object]:
-        """Keep the request: "inputs" and a "generator"."""
+        """Return the "inputs" of the request and its "generator"."""
         return {"inputs": dict(inputs), GENERATOR: seeded_generator(seed)}
 
     def seed_independent(self, payload: Mapping[str, object]) -> bool:
-        """Nothing was drawn: nothing was encoded."""
+        """Return True: nothing is encoded."""
         return True
 
     def rebind(self, payload: Mapping[str, object], inputs: Mapping[str, object], seed: int) -> dict[str, object]:
-        """Keep another request."""
+        """Return the payload of the other request."""
         return self.encode(inputs, seed)
 
     def denoise(self, payload: Mapping[str, object]) -> Denoising:
-        """Prepare a run of the pipeline."""
+        """Prepare a run of the whole pipeline."""
         inputs = cast("dict[str, object]", payload["inputs"])
         generator = cast(torch.Generator, payload[GENERATOR]).clone_state()
         pipeline = request_copy(self.pipeline, inputs)
         return CallDenoising(lambda: call_pipeline(pipeline, inputs, generator), pipeline)
 
     def decode(self, payload: Mapping[str, object]) -> dict[str, object]:
-        """Return what the pipeline made."""
+        """Return the result of the pipeline."""
         return dict(payload)
 
 
@@ -58,7 +58,7 @@ def load_monolithic(model: Path, stages: tuple[Stage, ...], placement: Placement
     """Load a whole pipeline.
 
     Raises:
-        ModelError: Not all stages are asked for, or the model cannot be served.
+        ModelError: `stages` are not all stages, or the model cannot be served.
     """
     index = load_index(model)
     cls = classic_class(index, placement.options)

@@ -1,4 +1,4 @@
-"""The stages of a pipeline that one process serves, whichever way the pipeline is cut."""
+"""The stages of a pipeline that one process serves, for every partition."""
 
 from __future__ import annotations
 
@@ -43,51 +43,51 @@ from triptych.engines.weights.read_ahead import ReadProgress
 
 __all__ = ["InputError", "ModelError", "StagePipeline"]
 
-# The seed makes the generator; n images are n requests.
+# The seed makes the generator; n images are n jobs.
 _NOT_ACCEPTED: Final = frozenset({"generator", "num_images_per_prompt", "num_videos_per_prompt"})
 
 
 class StageRunner(Protocol):
-    """What a way to cut a pipeline makes of a model."""
+    """Runs some stages of a loaded model; each partition has one."""
 
     pipeline: Any
-    """Of diffusers, with stubs of what is not loaded; no run changes it."""
+    """The diffusers pipeline, with stubs for components that are not loaded; no run changes it."""
     components: frozenset[str]
-    """Names of what is loaded."""
+    """The names of the loaded components."""
     inputs: frozenset[str]
-    """Names of all inputs that the whole pipeline takes."""
+    """The names of all inputs of the whole pipeline."""
     signature: Signature
-    """Of the whole pipeline, the public part."""
+    """The public inputs and the outputs of the whole pipeline."""
 
     def encode(self, inputs: Mapping[str, object], seed: int) -> dict[str, object]:
         """Run the encoder."""
 
     def seed_independent(self, payload: Mapping[str, object]) -> bool:
-        """Whether a payload from `encode` has nothing that was drawn from the generator."""
+        """Whether `encode` made a payload without drawing from the generator."""
 
     def rebind(self, payload: Mapping[str, object], inputs: Mapping[str, object], seed: int) -> dict[str, object]:
-        """Make the payload of one request that of another, which the encoder makes the same of."""
+        """Adapt the encoder outputs of one request to another request with the same prompt."""
 
     def denoise(self, payload: Mapping[str, object]) -> Denoising:
-        """Prepare a run of the denoiser."""
+        """Prepare a run of the denoiser; the first `advance` starts it."""
 
     def decode(self, payload: Mapping[str, object]) -> dict[str, object]:
         """Run the decoder."""
 
 
 class StagePipeline:
-    """One, two or all three stages of a pipeline, with the weights that those need.
+    """One, two or three stages of a pipeline, with the weights that they need.
 
-    Not safe for threads: all calls are made by the one thread that owns the device.
+    Not thread-safe: the one thread that owns the device makes all calls.
 
     Attributes:
-        stages: Those that it has, in order.
+        stages: The loaded stages, in order.
         strategy: How the pipeline is cut.
-        accepted: Names of the inputs that a request to the whole pipeline may give.
-        signature: What of them is public, and what the pipeline makes.
-        components: Names of the components that are loaded here.
+        accepted: The names of the inputs that a request may have.
+        signature: The public inputs among them, and the outputs of the pipeline.
+        components: The names of the loaded components.
         placement: How their weights are held, and how many bytes they take.
-        seedless: Whether what `encode` made last would be the same for every seed, but for the generator in it.
+        seed_independent: Whether the last payload of `encode` is the same for every seed, except for its generator.
     """
 
     def __init__(
@@ -133,20 +133,20 @@ class StagePipeline:
 
         Args:
             model: A folder in the diffusers layout (`model_index.json`); nothing is ever downloaded.
-            stages: Which stages, any order, at least one.
-            dtype: What weights are converted to.
-            device: Where they compute.
-            quantization: What weights of linear layers are held as, a `Quantization`; autoencoders and vocoders as
-                they are.
-            offload: What rests in the memory of the host, an `Offload`.
-            adapters: LoRA files that requests may choose of, of distinct names.
-            options: How it is read and cut.
-            progress: Told what is read; any thread may look at it.
+            stages: The stages to load, in any order, at least one.
+            dtype: The dtype of the weights.
+            device: The device that computes.
+            quantization: The format of the weights of linear layers, a `Quantization`; autoencoders and vocoders are
+                not quantized.
+            offload: What stays in host memory while it does not compute, an `Offload`.
+            adapters: The LoRA files that requests may choose from, of distinct names.
+            options: How the model is read and cut.
+            progress: Is told how much has been read; any thread may read it.
 
         Raises:
-            ModelError: The model cannot be served; the sentence says why.
+            ModelError: The model cannot be served; the message says why.
         """
-        # Bars of progress would be lines without end in the log of a server.
+        # Progress bars would fill the log of a server.
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         stages = tuple(stage for stage in Stage if stage in stages)
@@ -155,7 +155,7 @@ class StagePipeline:
             placement = Placement(dtype, device, Quantization(quantization), Offload(offload), read, options, progress)
             return cls._loaded(model, stages, placement)
         except (ModelError, AttributeError, ImportError) as error:
-            # Of a class that a library does not have, that library says less than the index and the configuration.
+            # For a missing class, the index and the configuration say more than the error of the library.
             if unknown := explain_missing_class(model, options, str(error)):
                 raise ModelError(unknown) from error
             if isinstance(error, ModelError):
@@ -178,49 +178,50 @@ class StagePipeline:
         """Run the encoder.
 
         Args:
-            inputs: Of the whole request, by name; all in `accepted`. Images are `PIL.Image.Image`, or lists of it;
-                what `signature` lists as `tensors` are tensors, each an input by its name, of any shape and dtype that
-                the pipeline takes.
-                Names left out get the pipeline's defaults. "lora" and "lora_scale" choose an adapter.
-            seed: Of the noise; the same seed makes the same image.
+            inputs: The inputs of the request by name, all in `accepted`. Images are `PIL.Image.Image` or lists of
+                them. What `signature` lists as `tensors` are tensors, each an input by
+                its name, of any shape and dtype that the pipeline takes. Missing inputs have the pipeline's defaults.
+                "lora" and "lora_scale" choose adapters.
+            seed: The seed of the noise; the same seed makes the same image.
 
         Returns:
-            The values that the denoiser and the decoder take.
+            The payload for the denoiser and the decoder.
 
         Raises:
-            InputError: There is a name that the pipeline does not take, two for one thing that differ, a value of the
-                wrong kind, no such adapter, or inputs that are for none of its tasks.
+            InputError: As `check_inputs`: the head accepts requests before it knows the signature of their model.
         """
         self._require(Stage.ENCODER)
-        meant = self._placed(self._meant(inputs))
+        self.check_inputs(inputs)
+        own = self._on_device(self._to_pipeline_inputs(inputs))
         choice = choose_loras(inputs, self._adapters.files)
         self._adapters.activate(choice)
         try:
             with GlobalRngGuard(seed, Stage.ENCODER) as rng:
-                payload = self._runner.encode(meant, seed)
+                payload = self._runner.encode(own, seed)
         finally:
             self._offload()
         self.seed_independent = self._runner.seed_independent(payload) and not rng.was_used
         return {**payload, **self._label(seed, choice)}
 
     def rebind(self, payload: Mapping[str, object], inputs: Mapping[str, object], seed: int) -> dict[str, object]:
-        """Make of one request's payload that of another: what `encode` would return, without an encoder.
+        """Adapt the encoder outputs of one request to another request: return what `encode` would, without an encoder.
 
         Args:
-            payload: From `encode` of a request that has the same values for all `signature.encodes`, and for all
-                inputs that are images; where that was not `seed_independent`, also the same seed. It is not changed.
-            inputs: Of the other request, as for `encode`; images may be left out.
-            seed: Of the other request.
+            payload: The payload of a request with the same values for all of `signature.encodes` and all images, and
+                with the same seed unless it was `seed_independent`. It is not changed.
+            inputs: The inputs of the other request, as for `encode`; images may be missing. They are not checked:
+                the head finds a cached payload only for a model whose signature it knows.
+            seed: The seed of the other request.
         """
         values = {name: value for name, value in payload.items() if name not in (LORA, LORA_SCALE)}
         chosen = _chosen(choose_loras(inputs, self._adapters.files))
-        return {**self._runner.rebind(values, self._meant(inputs), seed), SEED: seed, **chosen}
+        return {**self._runner.rebind(values, self._to_pipeline_inputs(inputs), seed), SEED: seed, **chosen}
 
     def denoise(self, payload: Mapping[str, object]) -> Denoising:
-        """Prepare a run of the denoiser; it starts with its first `advance`.
+        """Prepare a run of the denoiser; the first `advance` starts it.
 
         Args:
-            payload: From `encode`; it is not changed, so that it can be run again.
+            payload: The payload of `encode`. It is not changed, so that it can be run again.
         """
         self._require(Stage.DENOISER)
         values, seed, choice = self._open(payload)
@@ -233,13 +234,13 @@ class StagePipeline:
         """Run the decoder.
 
         Args:
-            payload: From `Denoising.result`; it is not changed.
+            payload: The result of the denoiser. It is not changed.
 
         Returns:
             "images": a list of `PIL.Image.Image`; or "videos": float32 arrays [video, frame, height, width, 3] in
-            0..1, or images. Where the family makes sound, "audio", "audios" or "sound": [batch, channels, samples] in
-            -1..1, and "sampling_rate" in Hz. Of a request with `output_type="latent"`, "latents" alone, and
-            "audio_latents" where the family has some, which are tensors: as diffusers returns them.
+            0..1, or images. For pipelines that make sound, "audio", "audios" or "sound": [batch, channels, samples] in
+            -1..1, and "sampling_rate" in Hz. For a request with `output_type="latent"`, the tensors "latents" and, if
+            the pipeline has them, "audio_latents", as diffusers returns them.
         """
         self._require(Stage.DECODER)
         values, seed, choice = self._open(payload)
@@ -251,11 +252,11 @@ class StagePipeline:
             self._offload()
 
     def to_host(self) -> None:
-        """Move the weights from the device to pinned memory of the host, where they are of no use until `to_device`."""
+        """Move the weights from the device to pinned host memory, until `to_device`."""
         self._move(lambda tensor: tensor.to("cpu").pin_memory() if tensor.is_cuda else tensor)
 
     def to_device(self) -> None:
-        """Bring the weights back; raises what torch raises where there is no room."""
+        """Move the weights back to the device; raises `torch.OutOfMemoryError` if they do not fit."""
         self._move(lambda tensor: tensor.to(self.placement.device))
 
     def _move(self, moved: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -265,11 +266,11 @@ class StagePipeline:
                 module._apply(moved)  # type: ignore[no-untyped-call]
 
     def _label(self, seed: int, choice: tuple[LoraChoice, ...]) -> dict[str, object]:
-        """What crosses beside the values of the pipeline."""
+        """Return what a payload has beside the values of the pipeline."""
         return {DTYPE: self.placement.dtype, SEED: seed, **_chosen(choice)}
 
     def _open(self, payload: Mapping[str, object]) -> tuple[dict[str, object], int, tuple[LoraChoice, ...]]:
-        """Take a payload apart again, in the dtype of this process: its values, the seed and the adapter."""
+        """Split a payload into its values, in the dtype of this process, the seed and the adapters."""
         values = convert_dtype(payload, self.placement.dtype)
         seed, names, scales = (values.pop(key, None) for key in (SEED, LORA, LORA_SCALE))
         paired = zip(cast("list[str]", names or []), cast("list[float]", scales or []), strict=True)
@@ -280,34 +281,57 @@ class StagePipeline:
         if self._offloader is not None:
             self._offloader.unload()
 
-    def _placed(self, inputs: Mapping[str, object]) -> dict[str, object]:
-        """Bring tensors among inputs to the device that computes."""
+    def _on_device(self, inputs: Mapping[str, object]) -> dict[str, object]:
+        """Move the tensors among inputs to the device that computes."""
         device = self.placement.device
         return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
 
-    def _meant(self, inputs: Mapping[str, object]) -> dict[str, object]:
-        """Check inputs, and give them the names that the pipeline has for them."""
-        unknown = sorted(inputs.keys() - self.accepted)
-        if unknown:
+    def check_inputs(self, inputs: Mapping[str, object]) -> None:
+        """Check the inputs of a request.
+
+        Args:
+            inputs: The inputs by name, as for `encode`.
+
+        Raises:
+            InputError: The pipeline does not take an input, two names of one parameter have different values, a value
+                has the wrong kind, an adapter is unknown, or the inputs belong to none of the pipeline's tasks.
+        """
+        if unknown := sorted(inputs.keys() - self.accepted):
             raise InputError(f"The pipeline takes no {', '.join(unknown)}.")
-        parameters = self.signature.parameters
-        left_out = {each.name for each in parameters if inputs.get(each.name) is None and not each.nullable}
-        inputs = {name: value for name, value in inputs.items() if name not in left_out}
+        parameters, inputs = self.signature.parameters, self._given(inputs)
         if different := conflicting_names(inputs, parameters):
-            raise InputError(f"{different[0]} and {different[1]} are the same to this pipeline, but differ.")
+            raise InputError(f"{different[0]} and {different[1]} are the same parameter, but their values differ.")
         try:
             check_scalars(inputs, parameters)
             replaced = {REPLACES[name]: "" for name in REPLACES.keys() & inputs.keys()}
             check_task({**inputs, **replaced}, self.signature.tasks)
-            inputs = resolve_classes(inputs, parameters)
             check_lora(inputs, [file.name for file in self._adapters.files])
         except ParameterError as error:
             raise InputError(str(error)) from error
-        return to_pipeline_names(self._runner.inputs, inputs, parameters)
+
+    def _given(self, inputs: Mapping[str, object]) -> dict[str, object]:
+        """Return the inputs without those that are None, unless None is a value of theirs."""
+        missing = {
+            each.name for each in self.signature.parameters if inputs.get(each.name) is None and not each.nullable
+        }
+        return {name: value for name, value in inputs.items() if name not in missing}
+
+    def _to_pipeline_inputs(self, inputs: Mapping[str, object]) -> dict[str, object]:
+        """Return the inputs of a request under the names that the pipeline has, and with full names of classes.
+
+        Raises:
+            InputError: There is no such class, or it does not take an option.
+        """
+        parameters = self.signature.parameters
+        try:
+            resolved = resolve_classes(self._given(inputs), parameters)
+        except ParameterError as error:
+            raise InputError(str(error)) from error
+        return to_pipeline_names(self._runner.inputs, resolved, parameters)
 
     @property
     def alpha(self) -> bool:
-        """Whether its VAE takes images with an alpha channel: four channels in place of three."""
+        """Whether the VAE takes images with an alpha channel: four channels instead of three."""
         config = getattr(getattr(self._runner.pipeline, "vae", None), "config", {})
         return 4 in (config.get("in_channels"), config.get("input_channels"))
 

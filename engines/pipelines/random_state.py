@@ -1,4 +1,4 @@
-"""The generator of a request, and whether anything has been drawn from it, or past it."""
+"""The random state of a request: its generator, and torch's global generators during its run."""
 
 from __future__ import annotations
 
@@ -8,36 +8,33 @@ from typing import Final, Self
 import torch
 
 GENERATOR: Final = "generator"
-"""What pipelines and states call it."""
+"""The name of the generator in pipelines and payloads."""
 SEED: Final = "request_seed"
-"""The name in a state of the seed that was asked for, of which pipelines themselves know nothing."""
+"""The key in a payload of the request's seed, which pipelines do not know."""
 
 
 def seeded_generator(seed: int) -> torch.Generator:
-    """Make the generator of a request.
-
-    It is on the CPU, because only there does a seed make the same noise on every device.
-    """
+    """Make the generator of a request, on the CPU: only there a seed makes the same noise for every device."""
     return torch.Generator("cpu").manual_seed(seed)
 
 
 def is_unused(generator: torch.Generator) -> bool:
-    """Whether nothing has been drawn from a generator since it was made from its seed; also of one that crossed."""
+    """Whether nothing has been drawn from a generator since it was seeded, also before it was sent to this stage."""
     return torch.equal(generator.get_state(), seeded_generator(generator.initial_seed()).get_state())
 
 
 class GlobalRngGuard:
-    """Torch's global generators, in a state that belongs to one run and follows from its seed.
+    """Gives torch's global generators a state of their own for one run, derived from its seed.
 
-    Some schedulers (stochastic flow matching, LCM, SDE solvers) and samplers of text take no generator: they draw from
-    the global ones. A run enters this wherever it computes. It then draws what it would draw if it were alone, so the
-    same seed makes the same image whatever ran before and however often the run is interrupted. Entered again, it
-    goes on where it was left. Not safe for threads: one thread owns the device.
+    Some schedulers (stochastic flow matching, LCM, SDE solvers) and text samplers take no generator and draw from the
+    global ones. Enter this context around all computation of a run: then the same seed makes the same image, whatever
+    ran before and however often the run is interrupted. Entering it again continues from the state at its exit. Not
+    thread-safe: one thread owns the device.
 
     Args:
-        seed: Of the request.
-        purpose: Of the run, such as its stage. What two purposes draw is unrelated, and unrelated to
-        `seeded_generator(seed)`.
+        seed: The seed of the request.
+        purpose: The purpose of the run, such as its stage. Different purposes have unrelated random numbers, which are
+            also unrelated to those of `seeded_generator(seed)`.
     """
 
     def __init__(self, seed: int, purpose: str) -> None:
@@ -49,13 +46,13 @@ class GlobalRngGuard:
 
     @property
     def was_used(self) -> bool:
-        """Whether the run has drawn from a global generator or seeded one, by the end of the last block."""
+        """Whether the run had drawn from a global generator, or seeded one, at the last exit."""
         return not all(map(torch.equal, self._begun, self._states))
 
     def __enter__(self) -> Self:
-        """Put the state of the run in place of the present one."""
+        """Save the present state, and set that of the run."""
         self._outside = _states()
-        if len(self._states) < len(self._outside):  # the first time, or CUDA has come into use since
+        if len(self._states) < len(self._outside):  # the first time, or CUDA has been initialized since
             torch.default_generator.manual_seed(self._start)
             if len(self._outside) > 1:
                 torch.cuda.manual_seed_all(self._start)
@@ -66,13 +63,13 @@ class GlobalRngGuard:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Keep the state of the run, and put back what was there."""
+        """Save the state of the run, and restore the one before."""
         self._states = _states()[: len(self._outside)]
         _restore(self._outside)
 
 
 def _states() -> list[torch.Tensor]:
-    """The state of the generator of the CPU, and of those of CUDA where that is in use."""
+    """Return the states of the generators of the CPU and, if CUDA is initialized, of its devices."""
     in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if in_use else ())]
 

@@ -1,9 +1,9 @@
-"""Run a denoise block one step at a time, many of them in turn, on one thread.
+"""Run a denoise one step at a time, several of them alternately, on one thread.
 
-A denoise block runs its whole loop in one call. Here that call runs in a greenlet: a call stack of its own that can
-be left and entered again. The loop's `loop_step` is replaced, on a copy of the block, by one that first goes back to
-whoever called `advance`; where there are no blocks, a scheduler's `step` does that. Nothing is copied or run twice, so
-the result is that of an undisturbed run, bit for bit.
+A denoise runs its whole loop in one call. Here that call runs in a greenlet, a call stack that can be suspended and
+resumed. On a copy of the block, the loop's `loop_step` is replaced by one that first switches back to the caller of
+`advance`; for a pipeline without blocks, a scheduler's `step` does that. Nothing is copied or run twice, so the result
+has the same bits as that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from triptych.engines.pipelines.component_settings import remove_guider_hooks
 
 
 class RunCancelledError(BaseException):
-    """Thrown into a denoise block to unwind it.
+    """Raised inside a denoise to unwind it.
 
-    Not an `Exception`, because blocks log each of those with a traceback at every level.
+    A `BaseException`, because blocks log each `Exception` with a traceback at every level.
     """
 
 
 class Denoising:
-    """A denoise that has been prepared and runs as it is told to, all of it on the thread of the first `advance`.
+    """A prepared denoise that runs step by step, always on the thread of the first `advance`.
 
     Args:
-        work: The whole run, which calls `pause` between any two steps and returns the values for the decoder.
+        work: The whole run: it calls `pause` between any two steps and returns the payload for the decoder.
 
     Attributes:
-        total_steps: How many steps there are; None before the first, and for families that step by chunks.
-        step: How many are done.
-        cancelled: Whether `cancel` ended it.
+        total_steps: The number of steps; None before the first step, and for pipelines that step by chunks.
+        step: The number of steps that are done.
+        cancelled: Whether `cancel` has ended it.
     """
 
     def __init__(self, work: Callable[[], dict[str, object]]) -> None:
@@ -60,31 +60,31 @@ class Denoising:
         after: Callable[[], object],
         also: Mapping[str, object],
     ) -> None:
-        """Say what is due around this run, before it has begun.
+        """Set what is done around this run; call it before the first step.
 
         Args:
-            before: Called before each step, when another run may have been at the same weights.
-            during: Entered for each step.
-            after: Called once, when the run is over, however it ended.
-            also: Values of the result beside those of the run.
+            before: Is called before each step, since another run may have changed the shared components.
+            during: Is entered for each step.
+            after: Is called once, when the run has ended in any way.
+            also: Values to add to the result.
         """
         self._before, self._during, self._after, self._also = before, during, after, dict(also)
 
     def advance(self) -> bool:
-        """Run exactly one step; the first also prepares the loop, the last also ends the block.
+        """Run one step; the first also runs what is before the loop, the last also what is after it.
 
         Returns:
-            False when that was the last step, or there is none left.
+            Whether there are more steps.
 
         Raises:
-            Exception: Whatever the block raises, with its traceback. There is no step left then.
+            Exception: Whatever the run raises; there are no more steps then.
         """
         if self._over:
             return False
         self._check_thread()
-        # For good, not for this call: a block holds `no_grad` open from one step to the next, and what it puts back
-        # at its end is what it found at its start. With several blocks in turn that would switch gradients on in the
-        # middle of another's run. If the thread never has gradients on, there is nothing wrong to put back.
+        # Turn gradients off for this thread, not just for this call: a block is inside `no_grad` from one step to the
+        # next, and at its end restores the mode at its start. With alternating blocks that could turn gradients on
+        # during another run. If they are never on, nothing wrong is restored.
         torch.set_grad_enabled(False)
         self._greenlet.parent = greenlet.getcurrent()
         try:
@@ -99,7 +99,7 @@ class Denoising:
         return not self._over
 
     def cancel(self) -> None:
-        """Unwind the block and let go of everything it holds; does nothing where the run is over."""
+        """Unwind the run and release all that it holds; does nothing if the run has ended."""
         if self._over:
             return
         self._check_thread()
@@ -108,25 +108,25 @@ class Denoising:
         try:
             self._greenlet.throw(RunCancelledError())
         except RunCancelledError:
-            pass  # Thrown before the first step it comes straight back, as there is nothing to unwind.
+            pass  # before the first step there is nothing to unwind, so the error comes straight back
         finally:
             self._release()
 
     def result(self) -> dict[str, object]:
-        """Return the values that cross to the decoder.
+        """Return the payload for the decoder.
 
         Raises:
-            RuntimeError: The run is not over, was cancelled or failed.
+            RuntimeError: The run has not ended, was cancelled or has failed.
         """
         if self._result is None:
             raise RuntimeError(f"There is no result: {self.step} of {self.total_steps} steps have been run.")
         return {**self._result, **self._also}
 
     def pause(self) -> None:
-        """Go back to whoever called `advance`, from inside the run.
+        """Switch from inside the run to the caller of `advance`, until the next `advance`.
 
         Raises:
-            RunCancelledError: `cancel` was called meanwhile.
+            RunCancelledError: `cancel` was called.
         """
         greenlet.getcurrent().parent.switch()
 
@@ -140,10 +140,10 @@ class Denoising:
         thread = threading.get_ident()
         self._thread = self._thread or thread
         if thread != self._thread:
-            raise RuntimeError("A denoising runs on the one thread that it was begun on.")
+            raise RuntimeError("A denoise must run on the thread that has begun it.")
 
     def _release(self) -> None:
-        # One that never ran still holds the copy of the block, the private pipeline and the state.
+        # Drop the greenlet: even one that never ran holds the copy of the block, the private pipeline and its state.
         self._over = True
         self._greenlet = None
         after, self._before, self._after = self._after, _nothing, _nothing
@@ -151,35 +151,35 @@ class Denoising:
 
 
 def _nothing() -> None:
-    """What is due around a run where nothing is."""
+    """Do nothing."""
 
 
 class BlockDenoising(Denoising):
     """A run of the denoiser's blocks.
 
     Args:
-        block: `SequentialPipelineBlocks`; used as a copy.
-        components: The pipeline private to this request.
-        state: Its `PipelineState`.
-        finish: Makes the result of the state after the run.
+        block: The blocks, `SequentialPipelineBlocks`; they are copied.
+        components: The pipeline, private to the request.
+        state: The `PipelineState` of the request.
+        finish: Makes the result from the state after the run.
     """
 
     def __init__(self, block: Any, components: Any, state: Any, finish: Callable[[Any], dict[str, object]]) -> None:
         block = copy.deepcopy(block)
         for loop in _loops(block):
             loop.loop_step = self._stepping(loop.loop_step)
-            # The setting of a pipeline does not reach its inner loops.
+            # The setting of the pipeline does not apply to inner loops.
             loop.set_progress_bar_config(disable=True)
 
         def work() -> dict[str, object]:
             try:
                 return finish(block(components, state)[1])
             except Exception:
-                # What a guider puts on a model for one forward must not stay there for other requests.
+                # Hooks that a guider adds to a model for one forward must not stay for other requests.
                 remove_guider_hooks(components)
                 raise
             finally:
-                # Each holds its loop and this, with the result: not to wait for the collector.
+                # Break the reference cycle: each method holds its loop and this run with its result.
                 for loop in _loops(block):
                     del loop.loop_step
 

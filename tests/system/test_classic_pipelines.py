@@ -48,7 +48,7 @@ def test_check_says_how_a_model_is_served(
     shown = CliRunner().invoke(app, ["check", str(topology), "--model", "--no-dry-run"])
     if disaggregated:
         assert shown.exit_code == 2
-        assert "PixArtSigmaPipeline, which cannot be run in parts" in shown.stderr
+        assert "PixArtSigmaPipeline, which cannot be cut into stages" in shown.stderr
         assert 'kind="monolithic"' in shown.stderr
     else:
         assert shown.exit_code == 0

@@ -56,9 +56,9 @@ def test_full_names_and_the_options_of_the_class_that_is_meant() -> None:
         (
             {"scheduler_options": {"shfit": 1.0}},
             "scheduler_options",
-            "has shfit, which is no option .* did you mean shift",
+            "has shfit, which is not an option .* did you mean shift",
         ),
-        ({"scheduler_options": {"spacing": "leading"}}, "scheduler_options", "no option of FlowMatch"),
+        ({"scheduler_options": {"spacing": "leading"}}, "scheduler_options", "not an option of FlowMatch"),
         (
             {"scheduler": "euler", "scheduler_options": {"spacing": "x"}},
             "scheduler_options",

@@ -189,7 +189,7 @@ def test_a_request_gives_tensors_that_the_pipeline_takes() -> None:
         ParameterError, match="tensors has hint, which the pipeline does not take; it takes latents, prompt"
     ):
         check_tensors(given("hint"), (), taken)
-    with pytest.raises(ParameterError, match="takes the place of prompt"):
+    with pytest.raises(ParameterError, match="which replaces prompt"):
         check_tensors(given("prompt_embeds"), ("prompt",), None)
 
 

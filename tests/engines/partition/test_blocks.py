@@ -363,7 +363,7 @@ def test_a_pipeline_that_diffusers_does_not_have_is_a_model_error(copied: Path) 
     edit(copied / "model_index.json", _class_name="WishfulPipeline")
     with pytest.raises(ModelError, match=r"is for WishfulPipeline, which is not one of diffusers"):
         load(copied, Stage.ENCODER)
-    with pytest.raises(ModelError, match=r"WishfulPipeline, which diffusers .* cannot run in parts"):
+    with pytest.raises(ModelError, match=r"WishfulPipeline, which diffusers .* cannot run in blocks"):
         load_modular_partition(copied)
 
 

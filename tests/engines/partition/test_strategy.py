@@ -82,7 +82,7 @@ def test_what_is_no_pipeline_is_a_model_error(name: str) -> None:
     ],
 )
 def test_what_makes_no_medium_is_a_model_error(name: str, made: str) -> None:
-    with pytest.raises(ModelError, match=f"{name}Pipeline makes {made}, which are no image, video or sound"):
+    with pytest.raises(ModelError, match=f"{name}Pipeline makes {made}, which are not images, video or sound"):
         strategy_of(index(name))
 
 
@@ -218,8 +218,8 @@ def test_a_topology_chooses_between_the_blocks_and_the_class(models: Callable[[s
     for route in ("modular", "classic"):
         assert strategy_for(models("flux"), ModelOptions(route=route)) is PartitionStrategy(route)
     (tmp_path / "model_index.json").write_text(json.dumps(index("PixArtSigma")))
-    with pytest.raises(ModelError, match=r"is for PixArtSigmaPipeline, which diffusers .* cannot run in parts"):
+    with pytest.raises(ModelError, match=r"is for PixArtSigmaPipeline, which diffusers .* cannot run in blocks"):
         strategy_for(tmp_path, ModelOptions(route="modular"))
     (tmp_path / "model_index.json").write_text(json.dumps(index("FluxModular")))
-    with pytest.raises(ModelError, match="is for FluxModularPipeline, which has blocks alone"):
+    with pytest.raises(ModelError, match="is for FluxModularPipeline, which has only blocks"):
         strategy_for(tmp_path, ModelOptions(route="classic"))

@@ -293,7 +293,7 @@ def test_nothing_but_components_of_the_two_libraries_is_imported(copied: Path, e
 def test_a_pipeline_that_cannot_be_cut_is_not_served_in_parts(copied: Path) -> None:
     edit(copied, text_encoder=[None, None], tokenizer=[None, None])
     for stages in ((Stage.ENCODER,), (Stage.DENOISER, Stage.DECODER)):
-        with pytest.raises(ModelError, match=r'cannot be run in parts: give .* kind="monolithic" in the place of'):
+        with pytest.raises(ModelError, match=r'cannot be cut into stages: give .* kind="monolithic" instead of'):
             load(copied, *stages)
 
 

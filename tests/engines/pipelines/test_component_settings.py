@@ -290,7 +290,7 @@ def test_what_cannot_be_set_is_refused_in_words(models: Models) -> None:
             encoder.encode({**SDXL, **wanted}, 1)
     for options, sentence in (
         (ModelOptions(scheduler=ComponentOptions.of({"class": "Fast"})), "scheduler must be one of"),
-        (ModelOptions(guider=ComponentOptions.of({"strength": 1.0})), "strength, which is no option of"),
+        (ModelOptions(guider=ComponentOptions.of({"strength": 1.0})), "strength, which is not an option of"),
     ):
         with pytest.raises(ModelError, match=sentence):
             StagePipeline.load(model, (Stage.ENCODER,), dtype=torch.float32, device=CPU, options=options)
