@@ -1,6 +1,6 @@
-"""Hold the files of a model against the classes of its components, without reading weights.
+"""Check that the files of a model fit the classes of its components, without reading weights.
 
-Each model is made without weights from its configuration, and the headers of its files say what would be put into it.
+Each component is made without weights from its configuration, and compared with the headers of its files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from triptych.engines.weights.adapters import Adapters, captured_warnings
 from triptych.engines.weights.custom_code import custom_class, custom_file
 from triptych.engines.weights.files import WeightFormat, component_files
 from triptych.engines.weights.inspection import (
-    Entry,
+    ComponentEntry,
     Finding,
     Tensor,
     class_problem,
@@ -45,17 +45,17 @@ _DOWN: Final = ".lora_A.weight"
 _UP: Final = ".lora_B.weight"
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Of tensors, by name."""
+"""The shapes of tensors by name."""
 
 
 @dataclass(frozen=True)
 class CompatibilityReport:
-    """How well the files of a model fit its classes.
+    """How the files of a model fit its classes.
 
     Attributes:
-        findings: What is wrong, as far as `engines.inspection` cannot say it.
-        needed: Names of the components that are loaded to serve the model.
-        elements: How many numbers the weights of each of those are.
+        findings: The problems that `weights.inspection` cannot find.
+        needed: The names of the components that are loaded to serve the model.
+        elements: The number of elements of the weights of each of them.
     """
 
     findings: tuple[Finding, ...] = ()
@@ -71,19 +71,19 @@ def check_compatibility(
     broken: frozenset[str] = frozenset(),
     say: Callable[[str], None] = lambda _: None,
 ) -> CompatibilityReport:
-    """Hold a model's files against its classes.
+    """Check that the files of a model fit its classes.
 
     Args:
-        model: Its folder.
-        options: How it is read and cut.
-        loras: Its adapters.
-        broken: Names of components whose files are known to be no good; they are left alone.
-        say: Called with the name of each component before it is looked at.
+        model: The folder of the model.
+        options: The options of the topology.
+        loras: The adapters of the model.
+        broken: The names of components whose files are known to be broken; they are skipped.
+        say: Is called with the name of each component before it is checked.
 
     Returns:
-        Everything that was found; the first thing alone where the index itself cannot be followed.
+        All findings; only the first if the index cannot be used.
     """
-    # Bars of progress would be drawn for each component.
+    # Otherwise each component has a progress bar.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -97,12 +97,12 @@ def check_compatibility(
     classes = {entry.name: _class_of(entry, options) for entry in all_entries}
     unknown = {name: problem for name, (_, problem) in classes.items() if problem}
     try:
-        route = strategy_for(model, options)
-        needed, lacking = _needed(model, index, route, options)
+        partition = strategy_for(model, options)
+        needed, lacking = _needed(model, index, partition, options)
         found += lacking
-        found += _config_findings(model, index, route, options)
-    except Exception as error:  # noqa: BLE001  whatever an index makes two libraries raise is one finding
-        # A class that is not there makes whatever comes after it fail as well.
+        found += _config_findings(model, index, partition, options)
+    except Exception as error:  # noqa: BLE001  two libraries may raise anything for an index; it is one finding
+        # After a missing class, this error is only its consequence.
         why = f"The index of {model} cannot be followed: {type(error).__name__}: {_line(error)}"
         found += [] if unknown else [Finding("index", str(error) if isinstance(error, ModelError) else why)]
         needed = frozenset(classes)
@@ -123,15 +123,15 @@ def check_compatibility(
 
 
 def explain_missing_class(model: Path, options: ModelOptions, error: str) -> str:
-    """Say what it would take to load a component whose class is not there; "" where that is not what an error is about.
+    """Say which class is missing and what to do, if that is the cause of an error; else "".
 
     Args:
-        model: Its folder.
-        options: How it is read.
-        error: What loading it has ended with.
+        model: The folder of the model.
+        options: The options of the topology.
+        error: The message of the error while loading.
 
     Raises:
-        ModelError: The folder is no model.
+        ModelError: The folder is not a model.
     """
     for entry in component_entries(model, load_index(model), options):
         problem = _class_of(entry, options)[1]
@@ -141,57 +141,57 @@ def explain_missing_class(model: Path, options: ModelOptions, error: str) -> str
 
 
 def difference(wanted: Shapes, optional: frozenset[str], there: Shapes) -> list[tuple[str, bool]]:
-    """Say how the tensors of files differ from those of a model. Pure.
+    """Return how the tensors of files differ from those of a model. Pure.
 
     Args:
-        wanted: Those of the model.
-        optional: Names among them that files may lack.
-        there: Those of the files.
+        wanted: The tensors of the model.
+        optional: The names of tensors that files need not have.
+        there: The tensors of the files.
 
     Returns:
-        Rests of sentences, and for each whether the model cannot be served so.
+        Each difference, as the rest of a sentence, and whether it is fatal.
     """
     missing = sorted(wanted.keys() - optional - there.keys())
     others = sorted(there.keys() - wanted.keys())
     wrong = sorted(name for name in wanted.keys() & there.keys() if tuple(wanted[name]) != tuple(there[name]))
-    said = []
+    problems = []
     if missing:
-        said.append((f"lacks {len(missing)} of the {len(wanted)} weights of its class, {missing[0]} for one", True))
+        problems.append((f"lacks {len(missing)} of the {len(wanted)} weights of its class, such as {missing[0]}", True))
     if wrong:
         has, wants = list(there[wrong[0]]), list(wanted[wrong[0]])
-        said.append(
-            (f"does not fit its config.json: {summarize_names(wrong)} has the shape {has} in place of {wants}", True)
+        problems.append(
+            (f"does not fit its config.json: {summarize_names(wrong)} has the shape {has} instead of {wants}", True)
         )
     if others:
-        said.append(
-            (f"has weights that its class does not know and that are left out: {summarize_names(others)}", False)
+        problems.append(
+            (f"has weights that its class does not have and that are ignored: {summarize_names(others)}", False)
         )
-    return said
+    return problems
 
 
 def lora_difference(tensors: Shapes, module: Shapes) -> str:
-    """Say how an adapter does not fit a model; "" where it does. Pure.
+    """Say how an adapter does not fit a model; "" if it does. Pure.
 
     Args:
-        tensors: Of the adapter, in the names of peft: PLACE.lora_A.weight, PLACE.lora_B.weight.
-        module: Of the model.
+        tensors: The tensors of the adapter, with the names of peft: LAYER.lora_A.weight, LAYER.lora_B.weight.
+        module: The tensors of the model.
     """
-    places = [name for name in tensors if name.endswith((_DOWN, _UP))]
-    lost = [name for name in places if not _has_place(name, tensors[name], module)]
+    matrices = [name for name in tensors if name.endswith((_DOWN, _UP))]
+    lost = [name for name in matrices if not _fits(name, tensors[name], module)]
     if not lost:
         return ""
-    return f"{len(lost)} of its {len(places)} matrices find no place, {lost[0]} for one"
+    return f"{len(lost)} of its {len(matrices)} matrices do not fit, such as {lost[0]}"
 
 
-def _has_place(name: str, shape: tuple[int, ...], module: Shapes) -> bool:
+def _fits(name: str, shape: tuple[int, ...], module: Shapes) -> bool:
     base = module.get(f"{name.removesuffix(_DOWN).removesuffix(_UP)}.weight")
     if base is None or len(base) < 2:
         return False
     return shape[1] == base[1] if name.endswith(_DOWN) else shape[0] == base[0]
 
 
-def _class_of(entry: Entry, options: ModelOptions) -> tuple[Any, str]:
-    """Find the class of a component; returns it and "", or None and why there is none."""
+def _class_of(entry: ComponentEntry, options: ModelOptions) -> tuple[Any, str]:
+    """Return the class of a component and "", or None and why there is none."""
     if file := custom_file(entry.folder, entry.library):
         try:
             return custom_class(file, entry.class_name, options), ""
@@ -214,16 +214,16 @@ def _class_of(entry: Entry, options: ModelOptions) -> tuple[Any, str]:
 
 
 def _installed(found: Any) -> frozenset[str]:
-    # A class stands for one whose package is absent only where it is made of nothing else than that message.
+    # A class whose package is missing is a `DummyObject` that only raises; others with `_backends` are real.
     is_real = type(found).__name__ != "DummyObject"
     return frozenset(found._backends) if is_real else frozenset()
 
 
 def _needed(
-    model: Path, index: Mapping[str, object], route: PartitionStrategy, options: ModelOptions
+    model: Path, index: Mapping[str, object], partition: PartitionStrategy, options: ModelOptions
 ) -> tuple[frozenset[str], list[Finding]]:
-    """Names of the components that serving loads, and a finding for each that the index lacks."""
-    if route is not PartitionStrategy.MODULAR:
+    """Return the names of the components that serving loads, and a finding for each that the index does not have."""
+    if partition is not PartitionStrategy.MODULAR:
         cls = classic_class(index, options)
         parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
         wanted = set(loaded_by(cls))
@@ -247,10 +247,10 @@ def _needed(
 
 
 def _config_findings(
-    model: Path, index: Mapping[str, object], route: PartitionStrategy, options: ModelOptions
+    model: Path, index: Mapping[str, object], partition: PartitionStrategy, options: ModelOptions
 ) -> Iterator[Finding]:
-    """Find names in the serving config that are most likely misspelt; the model is served without them."""
-    if route is PartitionStrategy.MODULAR:
+    """Yield a finding for each name in the serving config that looks misspelt; the model is served without them."""
+    if partition is PartitionStrategy.MODULAR:
         taken = {item.name for item in load_modular_partition(model, options).whole.inputs if item.name}
     else:
         taken = set(inspect.signature(classic_class(index, options).__call__).parameters)
@@ -258,17 +258,17 @@ def _config_findings(
         yield Finding("card", sentence, fatal=False)
 
 
-def _loaded(entry: Entry, cls: Any) -> Iterator[Finding]:
-    """Read what has no weights, as serving does."""
+def _loaded(entry: ComponentEntry, cls: Any) -> Iterator[Finding]:
+    """Load a component without weights, and yield a finding if that fails."""
     try:
         with captured_warnings():
             cls.from_pretrained(str(entry.folder), local_files_only=True)
-    except Exception as error:  # noqa: BLE001  whatever a broken folder makes two libraries raise is one finding
+    except Exception as error:  # noqa: BLE001  two libraries may raise anything for a broken folder; it is one finding
         yield Finding(entry.name, f"The {entry.name} in {entry.folder} cannot be loaded: {_line(error)}")
 
 
-def _compared(entry: Entry, cls: Any, options: ModelOptions) -> tuple[list[Finding], int, Shapes]:
-    """Hold the headers of a component's files against its class; returns the numbers and shapes of its weights too."""
+def _compared(entry: ComponentEntry, cls: Any, options: ModelOptions) -> tuple[list[Finding], int, Shapes]:
+    """Compare the headers of a component's files with its class; returns findings, elements and shapes."""
 
     def finding(problem: str, *, fatal: bool = True) -> Finding:
         return Finding(entry.name, f"The {entry.name} in {entry.folder} {problem}.", fatal)
@@ -282,33 +282,33 @@ def _compared(entry: Entry, cls: Any, options: ModelOptions) -> tuple[list[Findi
         return [finding(f"has a configuration that {entry.class_name} does not take: {_line(error)}")], 0, {}
     elements = sum(math.prod(shape) for shape in wanted.values())
     if files.form is not WeightFormat.FOLDER or "quantization_config" in (config_of(entry.folder) or {}):
-        return [], elements, wanted  # What quantized weights look like, or where a checkpoint has them, others know.
+        return [], elements, wanted  # quantized weights and checkpoints have other tensors
     there, _ = read_headers(files)
     if issubclass(cls, transformers.PreTrainedModel):
-        said = _transformers_difference(entry, cls, there, wanted)
+        problems = _transformers_difference(entry, cls, there, wanted)
     else:
         renamed = there if files.index is not None else _renamed(entry, cls, there)
-        said = difference(wanted, optional, {name: tensor.shape for name, tensor in renamed.items()})
-    return [finding(problem, fatal=fatal) for problem, fatal in said], elements, wanted
+        problems = difference(wanted, optional, {name: tensor.shape for name, tensor in renamed.items()})
+    return [finding(problem, fatal=fatal) for problem, fatal in problems], elements, wanted
 
 
-def _expected(entry: Entry, cls: Any) -> tuple[Shapes, frozenset[str]]:
-    """The shapes of the weights that a class has with a configuration, and the names of those that files may lack."""
+def _expected(entry: ComponentEntry, cls: Any) -> tuple[Shapes, frozenset[str]]:
+    """Return the shapes of a class's weights with a configuration, and the names that files need not have."""
     module = _empty(entry, cls)
     parameters = {name for name, _ in module.named_parameters()}
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     return wanted, frozenset(wanted) - parameters
 
 
-def _empty(entry: Entry, cls: Any) -> Any:
+def _empty(entry: ComponentEntry, cls: Any) -> Any:
     with captured_warnings(), init_empty_weights():
         if issubclass(cls, transformers.PreTrainedModel):
             return cls(cls.config_class.from_pretrained(str(entry.folder)))
         return cls.from_config(cls.load_config(str(entry.folder)))
 
 
-def _renamed(entry: Entry, cls: Any, there: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by the names that diffusers has for them today."""
+def _renamed(entry: ComponentEntry, cls: Any, there: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors by the names that the present version of diffusers has for them."""
     rename = getattr(_empty(entry, cls), "_fix_state_dict_keys_on_load", None)
     renamed = dict(there)
     if rename is not None:
@@ -318,9 +318,9 @@ def _renamed(entry: Entry, cls: Any, there: Mapping[str, Tensor]) -> dict[str, T
 
 
 def _transformers_difference(
-    entry: Entry, cls: Any, there: Mapping[str, Tensor], wanted: Shapes
+    entry: ComponentEntry, cls: Any, there: Mapping[str, Tensor], wanted: Shapes
 ) -> list[tuple[str, bool]]:
-    """The same by the library itself, which renames, ties and merges weights while it reads them."""
+    """Return the differences that transformers reports, since it renames, ties and merges weights while loading."""
     weights = {name: torch.empty(tensor.shape, device="meta") for name, tensor in there.items()}
     with captured_warnings():
         _, report = cls.from_pretrained(

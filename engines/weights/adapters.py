@@ -1,8 +1,7 @@
-"""LoRA adapters in the components of a process, of which those of one request are active in any forward.
+"""LoRA adapters in the components of a process, activated for one request at a time.
 
-An adapter is loaded into a component that all requests share, so it must be switched between two requests: before
-each call that computes for one, its adapters are made the active ones. A layer without an active adapter computes what
-it would without any, bit for bit.
+All requests share the components that adapters are loaded into. So before each call that computes for a request, its
+adapters are activated. A layer without an active adapter computes the same bits as without any adapter.
 """
 
 from __future__ import annotations
@@ -41,10 +40,10 @@ class LoraWeights:
     """A LoRA file, in the format of diffusers.
 
     Attributes:
-        file: The path, for sentences.
-        tensors: By name, which begins with that of a component.
-        alphas: Likewise, or None.
-        metadata: Of the file, or None.
+        file: The path, for messages.
+        tensors: The tensors by name; each name begins with that of a component.
+        alphas: The network alphas by name, or None.
+        metadata: The metadata of the file, or None.
     """
 
     file: Path
@@ -53,30 +52,30 @@ class LoraWeights:
     metadata: Mapping[str, object] | None
 
     def of(self, component: str) -> dict[str, torch.Tensor]:
-        """The tensors for a component."""
+        """Return the tensors of a component."""
         return {name: tensor for name, tensor in self.tensors.items() if name.startswith(f"{component}.")}
 
     @property
     def components(self) -> frozenset[str]:
-        """Names of the components that it is for."""
+        """The names of its components."""
         return frozenset(name.partition(".")[0] for name in self.tensors)
 
 
 @dataclass(frozen=True)
 class AdaptedComponent:
-    """A component with adapters in it.
+    """A component with adapters.
 
     Attributes:
-        layers: Those that have some; looked for once, as a transformer has thousands of modules.
-        weights: Of the model itself, that want gradients without adapters. `torch.matmul` asks that, even where none
-            are computed, and rounds by the answer for some layouts: with an adapter they want none in diffusers.
+        layers: The layers with adapters, found once, since a transformer has thousands of modules.
+        weights: The weights of the model with `requires_grad`. For some layouts, `torch.matmul` rounds differently by
+            that flag, even without gradients, and diffusers clears it when it adds an adapter.
     """
 
     layers: tuple[Any, ...]
     weights: tuple[torch.nn.Parameter, ...]
 
     def switch(self, scales: Mapping[str, float]) -> None:
-        """Make adapters the active ones, in this order, each with its scale."""
+        """Activate adapters in this order, each with its scale, and deactivate all others."""
         for weight in self.weights:
             weight.requires_grad_(not scales)
         for layer in self.layers:
@@ -88,13 +87,11 @@ class AdaptedComponent:
 
 
 class Adapters:
-    """All adapters of a process.
-
-    Not safe for threads, as a pipeline.
+    """The adapters of a process. Not thread-safe, as a pipeline.
 
     Attributes:
-        files: Those that are configured.
-        encodes: Whether some of them change what an encoder makes.
+        files: The configured adapters.
+        encodes: Whether some of them change the outputs of an encoder.
     """
 
     def __init__(self, files: tuple[LoraFile, ...] = (), weights: Mapping[str, tuple[LoraWeights, ...]] | None = None):
@@ -103,11 +100,11 @@ class Adapters:
         self._mixin: Any = None
         self._components: dict[str, AdaptedComponent] = {}
         self._holders: dict[str, set[str]] = {file.name: set() for file in files}
-        # The libraries look for the name of an adapter anywhere in those of tensors, and it must have no dots.
+        # Use names of our own: libraries search for them inside the names of tensors, and they must not have dots.
         self._inner = {file.name: f"adapter_{number}_" for number, file in enumerate(files)}
         self._active: tuple[LoraChoice, ...] = ()
         self._is_known = True
-        # Text encoders, and in some families what connects them (LTX-2), run before the denoiser.
+        # Text encoders, and in some families their connectors (LTX-2), run before the denoiser.
         self.encodes = any(not name.startswith(_DENOISE) for each in self._each() for name in each.components)
 
     @classmethod
@@ -115,12 +112,12 @@ class Adapters:
         """Read the files of adapters.
 
         Args:
-            model: The folder of the model that they are for.
+            model: The folder of their model.
             files: The adapters, of distinct names.
             mixin: The pipeline class that knows the LoRA formats of the model; None if there is none.
 
         Raises:
-            ModelError: A file is missing, broken, or not for this model; or the pipeline takes no adapters.
+            ModelError: A file is missing, broken or not for this model, or the pipeline takes no adapters.
         """
         if not files:
             return cls()
@@ -128,16 +125,18 @@ class Adapters:
         if mixin is None:
             raise ModelError(f"diffusers loads no LoRA into a {index['_class_name']}: leave out [[model.lora]].")
         weights = {file.name: tuple(_read(mixin, model, file)) for file in files}
-        for each in (one for all_of_it in weights.values() for one in all_of_it):
+        for each in (one for parts in weights.values() for one in parts):
             others = sorted(name for name in each.components if not isinstance(index.get(name), list))
             if others:
-                raise ModelError(f"The LoRA {each.file} has weights for {', '.join(others)}, which {model} has not.")
+                raise ModelError(
+                    f"The LoRA {each.file} has weights for {', '.join(others)}, which {model} does not have."
+                )
         made = cls(files, weights)
         made._mixin = mixin
         return made
 
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """The shapes of what the files have for each component, under the names that its modules have there."""
+        """Return the shapes of all tensors by component and by name inside of the component."""
         return {
             component: {
                 name.removeprefix(f"{component}."): tuple(tensor.shape)
@@ -148,14 +147,14 @@ class Adapters:
         }
 
     def attach(self, component: str, module: Any) -> None:
-        """Load into a component what the files have for it; none of it is active then.
+        """Load the adapters into a component, inactive.
 
         Raises:
-            ModelError: Something in a file does not fit.
+            ModelError: A tensor of a file does not fit.
         """
         wanted = tuple(weight for weight in module.parameters() if weight.requires_grad)
-        for name, all_of_it in self._weights.items():
-            for weights in all_of_it:
+        for name, parts in self._weights.items():
+            for weights in parts:
                 if tensors := weights.of(component):
                     _load(self._mixin, component, module, self._inner[name], weights, tensors)
                     self._holders[name].add(component)
@@ -164,14 +163,14 @@ class Adapters:
             self._components[component].switch({})
 
     def release(self) -> None:
-        """Let go of the files' tensors, when all components have theirs."""
+        """Free the tensors of the files, after all components have theirs."""
         self._weights = {}
 
     def activate(self, choices: tuple[LoraChoice, ...]) -> None:
-        """Make adapters the active ones of all components; () for none.
+        """Activate adapters in all components; () for none.
 
         Raises:
-            ValueError: This process has no such adapter.
+            ValueError: This process does not have an adapter.
         """
         if self._is_known and choices == self._active:
             return
@@ -179,7 +178,7 @@ class Adapters:
             if choice.name not in self._holders:
                 here = ", ".join(self._holders) or "none"
                 raise ValueError(f"There is no adapter {choice.name!r} here, only: {here}.")
-        # Where this fails half way, the next call must not take anything for active.
+        # If this fails in the middle, the next call must not assume that anything is active.
         self._is_known = False
         for component, adapted in self._components.items():
             held = [choice for choice in choices if component in self._holders[choice.name]]
@@ -187,14 +186,17 @@ class Adapters:
         self._active, self._is_known = choices, True
 
     def _each(self) -> Iterator[LoraWeights]:
-        return (weights for all_of_it in self._weights.values() for weights in all_of_it)
+        return (weights for parts in self._weights.values() for weights in parts)
 
 
 def safetensors_file(path: Path) -> Path:
-    """Find the file of an adapter.
+    """Return the file of an adapter.
+
+    Args:
+        path: The file, or a folder with exactly one.
 
     Raises:
-        ModelError: There is not exactly one.
+        ModelError: There is no such file, or not exactly one.
     """
     if path.is_dir():
         found = sorted(path.glob(f"*{SUFFIX}"))
@@ -204,7 +206,7 @@ def safetensors_file(path: Path) -> Path:
     if not path.is_file():
         raise ModelError(f"There is no LoRA file {path}: check its path in [[model.lora]].")
     if path.suffix != SUFFIX:
-        raise ModelError(f"The LoRA {path} is no {SUFFIX} file, and no other is read: those can run code.")
+        raise ModelError(f"The LoRA {path} is not a {SUFFIX} file; others are not read, since they can run code.")
     return path
 
 
@@ -212,7 +214,7 @@ def _read(mixin: Any, model: Path, file: LoraFile) -> Iterator[LoraWeights]:
     yield _convert(mixin, model, safetensors_file(file.path))
     if file.path_2 is not None:
         second = _convert(mixin, model, safetensors_file(file.path_2))
-        # Each of the two files is written as if for the only transformer.
+        # Each of the two files has the names of a model with one transformer.
         tensors = {_to_second(name): tensor for name, tensor in second.tensors.items()}
         metadata = second.metadata and {_to_second(name): value for name, value in second.metadata.items()}
         yield LoraWeights(second.file, tensors, second.alphas, metadata)
@@ -223,29 +225,29 @@ def _to_second(name: str) -> str:
 
 
 def _convert(mixin: Any, model: Path, path: Path) -> LoraWeights:
-    """Bring a file into the format of diffusers."""
+    """Convert a file to the format of diffusers."""
     try:
         with safe_open(path, framework="pt") as opened:
             names = list(opened.keys())
     except (OSError, SafetensorError) as error:
         raise ModelError(f"The LoRA {path} cannot be read: {_line(error)}") from error
     if any("dora_scale" in name for name in names):
-        raise ModelError(f"The LoRA {path} is a DoRA, whose magnitudes diffusers leaves out: it cannot be served.")
+        raise ModelError(f"The LoRA {path} is a DoRA, whose magnitudes diffusers drops: it cannot be served.")
     options: dict[str, object] = {"return_lora_metadata": True, "use_safetensors": True, "local_files_only": True}
     if (model / "unet").is_dir():
         options["unet_config"] = FrozenDict(diffusers.UNet2DConditionModel.load_config(str(model / "unet")))
     try:
-        with captured_warnings() as said:
+        with captured_warnings() as messages:
             tensors, *alphas, metadata = _state_dict(mixin, path, options)
-    except Exception as error:  # Whatever another format makes its conversion raise, the user gets one sentence.
-        raise ModelError(f"The LoRA {path} is not one for {mixin.__name__}: {_line(error)}") from error
-    if said:
-        raise ModelError(f"The LoRA {path} cannot be served whole: {said[0]}")
+    except Exception as error:  # the conversion may raise anything for another format; report it as one sentence
+        raise ModelError(f"The LoRA {path} is not for {mixin.__name__}: {_line(error)}") from error
+    if messages:
+        raise ModelError(f"The LoRA {path} cannot be loaded completely: {messages[0]}")
     others = sorted(name for name in tensors if "lora" not in name and "lokr" not in name)
     if others or not tensors:
-        raise ModelError(f"The LoRA {path} has {others[0] if others else 'nothing'}, which is no weight of a LoRA.")
+        raise ModelError(f"The LoRA {path} has {others[0] if others else 'nothing'}, which is not a weight of a LoRA.")
     if (less := _downs(names) - _downs(tensors)) > 0:
-        raise ModelError(f"The LoRA {path} has {less} matrices that diffusers leaves out for {mixin.__name__}.")
+        raise ModelError(f"The LoRA {path} has {less} matrices that diffusers drops for {mixin.__name__}.")
     return LoraWeights(path, tensors, alphas[0] if alphas else None, metadata)
 
 
@@ -264,7 +266,7 @@ def _load(
 ) -> None:
     options = {"network_alphas": weights.alphas, "metadata": weights.metadata, "low_cpu_mem_usage": True}
     try:
-        # Both libraries go on without what does not fit, and warn of much that does: what came in is compared instead.
+        # Both libraries skip tensors that do not fit, and warn of many that do; compare what has been loaded instead.
         with captured_warnings(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if isinstance(module, diffusers.ModelMixin):
@@ -273,7 +275,7 @@ def _load(
                 mixin.load_lora_into_text_encoder(
                     tensors, text_encoder=module, prefix=component, adapter_name=name, **options
                 )
-    except Exception as error:  # Whatever weights that do not fit make three libraries raise.
+    except Exception as error:  # three libraries may raise anything for weights that do not fit
         raise ModelError(f"The LoRA {weights.file} does not fit the {component}: {_line(error)}") from error
     held = get_peft_model_state_dict(module, adapter_name=name) if name in getattr(module, "peft_config", ()) else {}
     if problem := _difference(tensors, held):
@@ -281,22 +283,22 @@ def _load(
 
 
 def _difference(given: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor]) -> str:
-    """Say which tensors of a file are not in a component, or the other way round; their names may differ."""
-    inside = collections.Counter(_print(tensor, tensor.dtype) for tensor in held.values())
+    """Say how the tensors of a file differ from those in a component, whatever their names; "" if they do not."""
+    inside = collections.Counter(_fingerprint(tensor, tensor.dtype) for tensor in held.values())
     dtype = next((tensor.dtype for tensor in held.values()), torch.float32)
     lost = []
     for name, tensor in given.items():
-        mark = _print(tensor, dtype)
+        mark = _fingerprint(tensor, dtype)
         if inside[mark]:
             inside[mark] -= 1
         elif "alpha" not in name:
             lost.append(name)
     if lost:
-        return f"{len(lost)} of its {len(given)} tensors found no place, {lost[0]} for one"
+        return f"{len(lost)} of its {len(given)} tensors do not fit, such as {lost[0]}"
     return "it lacks some of its tensors" if inside.total() else ""
 
 
-def _print(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[tuple[int, ...], str]:
+def _fingerprint(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[tuple[int, ...], str]:
     dense = tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8)
     return tuple(tensor.shape), xxhash.xxh3_64_hexdigest(dense.numpy().data)
 

@@ -1,6 +1,6 @@
-"""Find the files that hold the weights of a component, in every form that is served. Imports no torch.
+"""Find the weight files of a component, in every format that is served. Imports no torch.
 
-Only safetensors and GGUF are read. Every other form is a pickle, or may be one, and runs code when it is read.
+Only safetensors and GGUF are read. Every other format is a pickle, or may be one, and can run code when it is read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from triptych.engines.model_options import DEFAULTS, ModelOptions
 from triptych.engines.stages import ModelError
 
 _STEMS: Final = ("diffusion_pytorch_model", "model")
-"""What diffusers and transformers call the weights of a component."""
+"""The names of weight files in diffusers and transformers."""
 _NAME: Final = re.compile(
     r"(?P<stem>diffusion_pytorch_model|model)"
     r"(?:\.(?P<variant>[^.]+?))??"
@@ -49,7 +49,7 @@ _PREFIXES: Final = {
     ),
     "text_encoder_3": ("text_encoders.t5xxl.",),
 }
-"""What the names of tensors start with in files of several components, of Stable Diffusion 1 to 3, Flux and LTX."""
+"""The prefixes of tensor names by component, in files of several components (Stable Diffusion 1 to 3, Flux, LTX)."""
 _OTHERS: Final = (
     *_PREFIXES["vae"],
     *_PREFIXES["audio_vae"],
@@ -59,7 +59,7 @@ _OTHERS: Final = (
     "model_ema.",
     "vocoder.",
 )
-"""The same of all that is no denoiser."""
+"""The prefixes of all components but the denoiser."""
 
 
 class WeightFormat(StrEnum):
@@ -68,22 +68,22 @@ class WeightFormat(StrEnum):
     FOLDER = "folder"
     """As diffusers and transformers save them: one safetensors file, or shards with an index."""
     SINGLE_FILE = "single file"
-    """One safetensors file with the names of diffusers, or those of the model's authors."""
+    """One safetensors file, with tensor names of diffusers or of the model's authors."""
     GGUF = "gguf"
-    """One file of blocks with few bits, which are computed with in the serving dtype."""
+    """One file of quantized blocks, which compute in the serving dtype."""
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """Where the weights of a component are.
+    """The weight files of a component.
 
     Attributes:
-        form: How they are stored.
-        files: What is read, in order; () where there is nothing that can be.
-        variant: Which variant of a folder's files these are, such as "fp16"; "" for the plain ones.
-        variants: All variants that the folder has, sorted, "" among them where there are plain files.
-        index: The index of shards, None for one file.
-        problem: Why there are no files, as the rest of a sentence, and what to do; "" where there are.
+        form: How the weights are stored.
+        files: The files to read, in order; () if there are none.
+        variant: The variant of the files, such as "fp16"; "" for plain files.
+        variants: All variants in the folder, sorted; "" stands for plain files.
+        index: The index of shards; None for one file.
+        problem: Why there are no files and what to do, as the rest of a sentence; "" if there are.
     """
 
     form: WeightFormat = WeightFormat.FOLDER
@@ -95,22 +95,22 @@ class WeightFiles:
 
     @property
     def note(self) -> str:
-        """What is worth saying of where they come from; "" for plain files of the folder."""
+        """The file or variant to report; "" for plain files of the folder."""
         if self.form is not WeightFormat.FOLDER:
             return self.files[0].name
         return f'variant "{self.variant}"' if self.variant else ""
 
 
 def component_files(name: str, folder: Path, options: ModelOptions = DEFAULTS) -> WeightFiles:
-    """Find the files of a component of a model.
+    """Find the weight files of a component of a model.
 
     Args:
-        name: What the pipeline calls it.
-        folder: Of the component: its configuration, and its weights where nothing else has them.
-        options: What the topology says of the model.
+        name: The name of the component in the pipeline.
+        folder: The folder of the component, with its configuration and maybe its weights.
+        options: The options of the topology.
 
     Returns:
-        Its files; none, with a `problem`, for what has no weights, such as a tokenizer.
+        The files; none, with a `problem`, for a component without weights, such as a tokenizer.
 
     Raises:
         ModelError: The header of a checkpoint cannot be read.
@@ -124,37 +124,39 @@ def component_files(name: str, folder: Path, options: ModelOptions = DEFAULTS) -
 
 
 def files_ahead(name: str, folder: Path, options: ModelOptions) -> tuple[Path, ...]:
-    """The files of a component that are worth reading ahead: of a checkpoint most is the denoiser."""
+    """Return the files of a component to read ahead; a checkpoint is read ahead for the denoiser, most of its bytes."""
     files = component_files(name, folder, options).files
     return files if name in _DENOISERS or files != (options.checkpoint,) else ()
 
 
 def component_folder(name: str, folder: Path, options: ModelOptions) -> Path:
-    """The folder with the configuration of a component: the model's own, unless the topology gives another one."""
+    """Return the folder with the configuration of a component: the model's, unless the topology has another one."""
     given = options.given(name)
     return given if given is not None and given.is_dir() else folder
 
 
 def check_components(index: Mapping[str, object], options: ModelOptions) -> None:
-    """Check that the model has the components that the topology gives files for.
+    """Check that the model has the components for which the topology has files.
 
     Raises:
-        ModelError: It does not have one.
+        ModelError: It does not.
     """
     names = [name for name, entry in index.items() if isinstance(entry, list) and entry[:2] != [None, None]]
     for name, _ in options.components:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}."
-            raise ModelError(f"[model.components] has {name}, which is no component of {index['_class_name']}: {hint}")
+            raise ModelError(
+                f"[model.components] has {name}, which is not a component of {index['_class_name']}: {hint}"
+            )
 
 
 def in_checkpoint(name: str, keys: Collection[str]) -> bool:
-    """Whether a file with the weights of several components has those of one of them. Pure.
+    """Whether a file with the weights of several components has those of a component. Pure.
 
     Args:
-        name: What the pipeline calls the component.
-        keys: Names of the tensors in the file; () for a GGUF file, which has a denoiser and nothing else.
+        name: The name of the component in the pipeline.
+        keys: The names of the tensors in the file; () for a GGUF file, which has only a denoiser.
     """
     if name in _DENOISERS:
         return not keys or any(not key.startswith(_OTHERS) for key in keys)
@@ -179,12 +181,12 @@ def weight_files(folder: Path, variant: str = "") -> WeightFiles:
     """Find the weight files in the folder of a component.
 
     Args:
-        folder: Of the component; one that is not there has no files.
-        variant: The variant that is wanted; a component that does not have it, but plain files, has those. "" takes
-            the plain files, else the only variant there is.
+        folder: The folder of the component; it need not exist.
+        variant: The wanted variant; without it, plain files are used. "" stands for plain files, else for the only
+            variant.
 
     Returns:
-        The files, or why there are none. Shards that the index names are listed whether they are there or not.
+        The files, or why there are none. All shards of an index are listed, whether they exist or not.
     """
     try:
         names = sorted(entry.name for entry in folder.iterdir() if not entry.is_dir())
@@ -198,11 +200,11 @@ def weight_files(folder: Path, variant: str = "") -> WeightFiles:
     listed = found[chosen]
     indexes = [name for name in listed if _INDEX.fullmatch(name)]
     whole = [name for name in listed if name not in indexes and "-of-" not in name]
-    # Where there are both, diffusers reads the shards, and transformers the one file.
+    # If there are both, diffusers reads the shards, and transformers the single file.
     if whole and not (indexes and whole[0].startswith(_STEMS[0])):
         return WeightFiles(files=(folder / whole[0],), variant=chosen, variants=variants)
     if not indexes:
-        problem = f"has parts of its weights ({listed[0]}), but not the index of them (*.safetensors.index.json)"
+        problem = f"has parts of its weights ({listed[0]}), but not their index (*.safetensors.index.json)"
         return WeightFiles(variants=variants, problem=problem)
     index = indexes[0]
     try:
@@ -215,11 +217,11 @@ def weight_files(folder: Path, variant: str = "") -> WeightFiles:
 
 
 def choose_variant(there: Collection[str], wanted: str) -> str | None:
-    """Choose among the variants of a component's files; None where that cannot be decided. Pure.
+    """Return the variant of a component's files to read; None if it cannot be decided. Pure.
 
     Args:
-        there: Those that it has, "" for plain files.
-        wanted: What the topology says, "" for nothing.
+        there: The variants of the component; "" stands for plain files.
+        wanted: The variant of the topology; "" for none.
     """
     if wanted in there:
         return wanted
@@ -229,7 +231,7 @@ def choose_variant(there: Collection[str], wanted: str) -> str | None:
 
 
 def _variants(names: Iterable[str]) -> dict[str, list[str]]:
-    """The files of each variant; of the names of both libraries, those of diffusers come first."""
+    """Return the files of each variant; those with the names of diffusers come before those of transformers."""
     found: dict[str, list[str]] = {}
     for name in names:
         if match := _NAME.fullmatch(name) or _INDEX.fullmatch(name):
@@ -245,7 +247,7 @@ def _shards(index: Path) -> list[str]:
     names = sorted(set(places.values()))
     for name in names:
         if Path(name).name != name:
-            raise ValueError(f"it names {name!r}, which is no file of its folder")
+            raise ValueError(f"it names {name!r}, which is not a file of its folder")
     return names
 
 

@@ -1,7 +1,7 @@
-"""Say everything that is wrong with the files of a model, from its configuration and the headers of its weights.
+"""Check the files of a model, from its configuration and the headers of its weights.
 
-Nothing here reads weights or imports torch, so that it takes milliseconds whatever the size of a model. What takes the
-classes of the components is `engines.fitting`.
+Imports no torch and reads no weights, so it takes milliseconds for any size of model. `partition.compatibility` does
+the checks that need the classes of components.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from triptych.engines.stages import ModelError
 from triptych.engines.weights.files import WeightFiles, component_files, component_folder
 
 __all__ = [
-    "Entry",
+    "ComponentEntry",
     "Finding",
     "HeaderError",
     "Tensor",
@@ -36,9 +36,9 @@ __all__ = [
 UNTRUSTED: Final = "such code is not run without [model] trust_remote_code = true"
 _POINTER: Final = b"version https://git-lfs"
 _LENGTH: Final = 8
-"""Bytes that a safetensors file begins with: the length of its header."""
+"""The bytes at the start of a safetensors file that are the length of its header."""
 _LONGEST_HEADER: Final = 100_000_000
-"""What the library itself takes for damaged."""
+"""The limit of the library, in bytes."""
 _METADATA: Final = "__metadata__"
 _BITS: Final[Mapping[str, int]] = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -53,7 +53,7 @@ _CONFIGS: Final[Mapping[str, tuple[str, ...]]] = {
     "Processor": ("processor_config.json", "preprocessor_config.json"),
     "FeatureExtractor": ("preprocessor_config.json",),
 }
-"""What is read of components without weights, by a word in their classes' names: one of these has to be there."""
+"""The files of components without weights, by a word in the names of their classes; one of them must exist."""
 _VOCABULARIES: Final = ("tokenizer.json", "vocab.json", "vocab.txt", "vocab.model", "tokenizer.model", "spiece.model")
 _WITHOUT_VOCABULARY: Final = ("ByT5Tokenizer",)
 _PACKAGES: Final[Mapping[str, str]] = {
@@ -68,36 +68,36 @@ _PACKAGES: Final[Mapping[str, str]] = {
     "gptq": "gptqmodel",
     "compressed-tensors": "compressed_tensors",
 }
-"""The package that reads a kind of quantized weights, as it is imported."""
+"""The package for a quantization method, as it is imported."""
 _MADE_WITH: Final[Mapping[str, str]] = {"diffusers": "_diffusers_version", "transformers": "transformers_version"}
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """Something that a person should know of a model."""
+    """A problem with a model."""
 
     where: str
     """A component, a LoRA, the index or the serving config."""
     problem: str
-    """One sentence, with what to do about it."""
+    """One sentence, with what to do."""
     fatal: bool = True
-    """Whether the model cannot be served; else it can, but not as its maker may have meant."""
+    """Whether the model cannot be served; otherwise it can, but maybe not as intended."""
 
 
 class Tensor(msgspec.Struct, frozen=True):
-    """One tensor, as the header of its file tells it."""
+    """A tensor, as described in the header of its file."""
 
     dtype: str
-    """As safetensors writes it, such as "BF16"."""
+    """The dtype in safetensors, such as "BF16"."""
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """What it takes in the file."""
+        """Its bytes in the file."""
         return math.prod(self.shape) * _BITS.get(self.dtype, 32) // 8
 
 
-class Entry(msgspec.Struct, frozen=True):
-    """A component, as the index of a model names it."""
+class ComponentEntry(msgspec.Struct, frozen=True):
+    """A component in the index of a model."""
 
     name: str
     library: str
@@ -106,24 +106,24 @@ class Entry(msgspec.Struct, frozen=True):
 
     @property
     def has_weights(self) -> bool:
-        """Whether its class is none of those that are configuration alone; told by the name of the class."""
-        # diffusers calls some autoencoders tokenizers.
+        """Whether the component has weights, by the name of its class."""
+        # Some autoencoders of diffusers have "Tokenizer" in their names.
         known = self.library == "transformers" or self.class_name.endswith("Scheduler")
         return not (known and any(word in self.class_name for word in _CONFIGS))
 
 
 class HeaderError(Exception):
-    """A safetensors file that cannot be read; `str()` is the rest of a sentence about the file."""
+    """A safetensors file cannot be read; the message is the rest of a sentence about the file."""
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """Read the header of a safetensors file, and compare it with the file's size.
+    """Read the header of a safetensors file, and check the size of the file.
 
     Returns:
         The tensors by name.
 
     Raises:
-        HeaderError: The file is a pointer of git-lfs, is cut off, or is no such file.
+        HeaderError: The file is a pointer of git-lfs, is truncated, or is not such a file.
     """
     try:
         size = path.stat().st_size
@@ -133,22 +133,22 @@ def read_header(path: Path) -> dict[str, Tensor]:
                 raise HeaderError("is a pointer of git-lfs, not the file itself: run git lfs pull in its folder")
             length = int.from_bytes(start, "little")
             if size < _LENGTH or length > min(size - _LENGTH, _LONGEST_HEADER):
-                raise HeaderError("is cut off or is no safetensors file: fetch it again")
+                raise HeaderError("is truncated or not a safetensors file: fetch it again")
             tensors, end = _parse_header(file.read(length))
     except OSError as error:
         raise HeaderError(f"cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError) as error:
         raise HeaderError("has a header that cannot be read: fetch it again") from error
     if _LENGTH + length + end > size:
-        raise HeaderError(f"is cut off: it has {size:,} of {_LENGTH + length + end:,} bytes, fetch it again")
+        raise HeaderError(f"is truncated: it has {size:,} of {_LENGTH + length + end:,} bytes, fetch it again")
     return tensors
 
 
 def _parse_header(header: bytes) -> tuple[dict[str, Tensor], int]:
-    """The tensors, and the bytes that all of them take."""
+    """Return the tensors of a header, and the bytes of all of them."""
     told = json.loads(header)
     if not isinstance(told, dict):
-        raise ValueError("it is no object")  # noqa: TRY004  as of any other header that is none
+        raise ValueError("it is no object")  # noqa: TRY004  as for any other wrong header
     tensors = {
         str(name): Tensor(str(found["dtype"]), tuple(int(side) for side in found["shape"]))
         for name, found in told.items()
@@ -159,10 +159,10 @@ def _parse_header(header: bytes) -> tuple[dict[str, Tensor], int]:
 
 
 def read_headers(files: WeightFiles) -> tuple[dict[str, Tensor], list[str]]:
-    """Read the headers of all files of a component, and hold them against the index of shards.
+    """Read the headers of all files of a component, and compare them with the index of shards.
 
     Returns:
-        The tensors by name, and what is wrong with files, each as a sentence without an end.
+        The tensors by name, and the problems of files, as sentences without a full stop.
     """
     tensors: dict[str, Tensor] = {}
     problems = []
@@ -188,8 +188,10 @@ def read_headers(files: WeightFiles) -> tuple[dict[str, Tensor], list[str]]:
     return tensors, problems
 
 
-def component_entries(model: Path, index: Mapping[str, object], options: ModelOptions = DEFAULTS) -> tuple[Entry, ...]:
-    """Read the components off an index, without those that the model goes without."""
+def component_entries(
+    model: Path, index: Mapping[str, object], options: ModelOptions = DEFAULTS
+) -> tuple[ComponentEntry, ...]:
+    """Return the components in an index, without those that are null."""
     found = []
     for name, value in index.items():
         if not isinstance(value, list) or len(value) not in (2, 3):
@@ -199,23 +201,23 @@ def component_entries(model: Path, index: Mapping[str, object], options: ModelOp
             continue
         folder = model / name
         if len(value) == 3 and isinstance(value[2], dict):
-            # So modular indexes say where a component is: in a folder of another model, mostly one of the hub.
+            # A modular index has the source of a component: another model's folder, mostly on the hub.
             source, subfolder = (value[2].get(key) for key in ("pretrained_model_name_or_path", "subfolder"))
             folder = Path(source or model) / (name if subfolder is None else subfolder)
-        found.append(Entry(name, library, class_name, component_folder(name, folder, options)))
+        found.append(ComponentEntry(name, library, class_name, component_folder(name, folder, options)))
     return tuple(found)
 
 
 def inspect_files(model: Path, options: ModelOptions = DEFAULTS, loras: tuple[LoraFile, ...] = ()) -> list[Finding]:
-    """Look at all files of a model that can be judged without the classes of its components.
+    """Check the files of a model, as far as possible without the classes of its components.
 
     Args:
-        model: Its folder.
-        options: How it is read.
-        loras: Its adapters.
+        model: The folder of the model.
+        options: The options of the topology.
+        loras: The adapters of the model.
 
     Returns:
-        Everything that was found, in the order of the index.
+        All findings, in the order of the index.
     """
     if not options.trust_remote_code and (custom := _custom_pipeline(model)):
         return [custom]
@@ -236,7 +238,7 @@ def _custom_pipeline(model: Path) -> Finding | None:
     try:
         named = json.loads(path.read_bytes()).get("_class_name") if path else None
     except (OSError, ValueError, AttributeError):
-        return None  # `load_index` says it.
+        return None  # `load_index` reports it
     if not isinstance(named, list):
         return None
     what = ".".join(str(part) for part in named)
@@ -247,17 +249,17 @@ def _config_findings(model: Path) -> Iterator[Finding]:
     try:
         load_serving_config(model)
     except ModelError as error:
-        if SERVING_CONFIG_NAME in str(error):  # What it says of a tokenizer is found there.
+        if SERVING_CONFIG_NAME in str(error):  # an error about a tokenizer is reported with that component
             yield Finding("card", str(error))
 
 
-def _component_findings(entry: Entry, options: ModelOptions) -> Iterator[Finding]:
+def _component_findings(entry: ComponentEntry, options: ModelOptions) -> Iterator[Finding]:
     if not entry.folder.is_dir():
         yield Finding(entry.name, f"The {entry.name} has no folder {entry.folder}: fetch the whole model.")
         return
     files = sorted(path for path in entry.folder.glob("*") if path.is_file())
     broken = [f"has a {path.name} that {problem}" for path in files if (problem := _text_problem(path))]
-    if broken:  # What depends on these files would be said of each of them again.
+    if broken:  # problems that follow from these files would be repeated
         problems = [(problem, True) for problem in broken]
     elif not entry.has_weights:
         problems = [(problem, True) for problem in _weightless_problems(entry)]
@@ -267,11 +269,11 @@ def _component_findings(entry: Entry, options: ModelOptions) -> Iterator[Finding
         yield Finding(entry.name, f"The {entry.name} in {entry.folder} {problem}.", fatal)
 
 
-def _weights_problems(entry: Entry, options: ModelOptions) -> Iterator[tuple[str, bool]]:
-    """Rests of sentences, and for each whether the model cannot be served so."""
+def _weights_problems(entry: ComponentEntry, options: ModelOptions) -> Iterator[tuple[str, bool]]:
+    """Yield problems, as the rest of a sentence, and whether each is fatal."""
     config = config_of(entry.folder)
     if config is None and any(entry.folder.glob("*_config.json")):
-        return  # It is none of the models, but a guider or a processor of its family.
+        return  # it is a guider or processor, not a model
     if config is None:
         yield "has no config.json: fetch the configuration of this component", True
         return
@@ -292,7 +294,7 @@ def _weights_problems(entry: Entry, options: ModelOptions) -> Iterator[tuple[str
 
 
 def config_of(folder: Path) -> dict[str, object] | None:
-    """The configuration of a model in a folder, {} where it is no object; None where there is none."""
+    """Return the configuration in a component's folder, {} if it is not an object; None if there is none."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except FileNotFoundError:
@@ -301,7 +303,7 @@ def config_of(folder: Path) -> dict[str, object] | None:
 
 
 def _text_problem(path: Path) -> str:
-    """Say what is wrong with a file that is no weights; "" where nothing is."""
+    """Say what is wrong with a file that is not weights; "" if nothing is."""
     if path.suffix not in (".json", ".txt", ".model"):
         return ""
     try:
@@ -313,13 +315,13 @@ def _text_problem(path: Path) -> str:
     if path.suffix != ".json":
         return "" if content else "is empty: fetch it again"
     try:
-        json.loads(content)  # which takes infinity and other numbers that are no JSON, as do the libraries
+        json.loads(content)  # accepts infinity and other numbers that are not JSON, as the libraries do
     except ValueError as error:
-        return f"is no JSON ({error}): fetch it again"
+        return f"is not JSON ({error}): fetch it again"
     return ""
 
 
-def _weightless_problems(entry: Entry) -> Iterator[str]:
+def _weightless_problems(entry: ComponentEntry) -> Iterator[str]:
     names = {path.name for path in entry.folder.iterdir()}
     wanted = next(files for word, files in _CONFIGS.items() if word in entry.class_name)
     if not names & set(wanted):
@@ -342,7 +344,7 @@ def _package_problem(config: Mapping[str, object]) -> str:
 def _is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # of the package around it
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
@@ -363,34 +365,26 @@ def _lora_findings(lora: LoraFile) -> Iterator[Finding]:
             yield Finding(f"LoRA {lora.name}", f"The LoRA {found[0]} is empty: fetch it again.")
 
 
-def class_problem(entry: Entry, has: frozenset[str], version: str, library_version_of: str = "") -> str:
-    """Say why the class of a component cannot be used; for one that its library does not have. Pure.
+def class_problem(entry: ComponentEntry, has: frozenset[str], version: str, written_by: str = "") -> str:
+    """Return the message for a component whose class its library does not have. Pure.
 
     Args:
         entry: The component.
-        has: Names of the classes that the library has; empty for a library that is none of those that are used.
-        version: Of the library here.
-        library_version_of: Version of the library that the component's configuration was written by, "" where it does
-        not say.
-
-    Returns:
-        A sentence.
+        has: The names of the classes in the library; empty if the library is neither diffusers nor transformers.
+        version: The installed version of the library.
+        written_by: The version of the library that wrote the component's configuration; "" if unknown.
     """
     what = f"The {entry.name} is a {entry.class_name} of {entry.library}"
     if not has:
         return f"{what}, which is code that came with the model: {UNTRUSTED}."
-    needs = (
-        f" The model was made with {entry.library} {library_version_of}."
-        if _is_newer(library_version_of, version)
-        else ""
-    )
+    needs = f" The model was made with {entry.library} {written_by}." if _is_newer(written_by, version) else ""
     close = difflib.get_close_matches(entry.class_name, sorted(has), n=1, cutoff=0.8)
     hint = f" Did you mean {close[0]}?" if close and not needs else ""
     return f"{what}, and {entry.library} {version} has no such class.{needs}{hint}"
 
 
-def library_version_of(entry: Entry) -> str:
-    """The version of its library that the configuration of a component was written by; "" where it does not say."""
+def library_version_of(entry: ComponentEntry) -> str:
+    """Return the version of the library that wrote the configuration of a component; "" if unknown."""
     config = config_of(entry.folder) if entry.folder.is_dir() else None
     value = (config or {}).get(_MADE_WITH.get(entry.library, ""))
     return value if isinstance(value, str) else ""
@@ -406,5 +400,5 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def summarize_names(names: Sequence[str]) -> str:
-    """Name the first of several, and how many more there are."""
+    """Return the first of some names, and how many more there are."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

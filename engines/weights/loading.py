@@ -1,4 +1,4 @@
-"""Load the components that a stage needs, and stubs of those that it does not."""
+"""Load components, and stubs for the components that a stage does not need."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _LIBRARIES: Final = {"diffusers": diffusers, "transformers": transformers}
 
 
 def load_component(name: str, spec: Any, folder: Path, placement: Placement) -> Any:
-    """Load a component, for inference.
+    """Load a component for inference.
 
     Args:
-        name: What the pipeline calls it.
+        name: The name of the component in the pipeline.
         spec: Its `ComponentSpec`.
-        folder: Where its files are.
+        folder: Its folder.
         placement: How its weights are held.
 
     Raises:
-        ModelError: It is broken, lacks weights, or cannot be held so.
+        ModelError: The component is broken, weights are missing, or they cannot be held in this way.
     """
     files = component_files(name, folder, placement.options) if _has_weights(spec.type_hint) else WeightFiles()
     folder = component_folder(name, folder, placement.options)
@@ -52,7 +52,7 @@ def load_component(name: str, spec: Any, folder: Path, placement: Placement) -> 
         component, complete = _read(name, spec, folder, files, placement.dtype)
     except ModelError:
         raise
-    except Exception as error:  # Whatever broken files make two libraries raise, the user gets one sentence.
+    except Exception as error:  # two libraries may raise anything for broken files; report it as one sentence
         raise ModelError(f"The {name} in {place} cannot be loaded: {error}") from error
     if not complete:
         raise ModelError(f"The {name} in {place} cannot be loaded: its files lack some of the weights.")
@@ -65,7 +65,7 @@ def load_component(name: str, spec: Any, folder: Path, placement: Placement) -> 
 def _quantization_problem(folder: Path, placement: Placement) -> str:
     try:
         method = quantized_as(folder)
-    except (OSError, ValueError):  # said by who reads the configuration
+    except (OSError, ValueError):  # reported when the configuration is read
         return ""
     return problem_with(method, placement.device.type, installed=lambda name: find_spec(name) is not None)
 
@@ -78,29 +78,29 @@ def load_stub(
     device: torch.device,
     options: ModelOptions = DEFAULTS,
 ) -> object | None:
-    """Make the stub of a component; see `engines.shadows.make_stub`.
+    """Make the stub of a component; see `stubs.make_stub`.
 
     Raises:
         ModelError: Its configuration is broken.
     """
     try:
         return make_stub(name, spec.type_hint, component_folder(name, folder, options), dtype, device, options)
-    except Exception as error:  # Likewise.
+    except Exception as error:  # two libraries may raise anything; report it as one sentence
         raise ModelError(f"The configuration of {name} in {folder} cannot be read: {error}") from error
 
 
 def _has_weights(kind: object) -> bool:
-    # A component without a type is one that diffusers makes by the name in its configuration.
+    # diffusers makes a component without a type from the class name in its configuration.
     return kind is None or (isinstance(kind, type) and issubclass(kind, torch.nn.Module))
 
 
 def _read(name: str, spec: Any, folder: Path, files: WeightFiles, dtype: torch.dtype) -> tuple[Any, bool]:
-    """Read a component, and say whether its files held all of its weights (both libraries go on without some)."""
+    """Read a component; returns it and whether its files have all of its weights, which libraries do not require."""
     kind = spec.type_hint
     if files.form is not WeightFormat.FOLDER:
         component = read_single_file(name, kind, files.files[0], folder, dtype)
         return component, not any(parameter.is_meta for parameter in component.parameters())
-    # Weights in the older format are pickles, which run code when they are read.
+    # Weights in the older format are pickles, which can run code when they are read.
     options = {
         "dtype": dtype,
         "use_safetensors": True,
@@ -122,20 +122,20 @@ def _read(name: str, spec: Any, folder: Path, files: WeightFiles, dtype: torch.d
 def missing_folder(model: Path, folder: Path, name: str) -> str:
     """Return the message for a component that has no folder."""
     return (
-        f"The model {model} is incomplete: there is no folder {folder} for its {name}. Of what other roles load, the"
-        " configuration alone is enough."
+        f"The model {model} is incomplete: there is no folder {folder} for its {name}. For components that"
+        " other roles load, the configuration is enough."
     )
 
 
 class ClassicLoader:
-    """The files of a classic model.
+    """Loads the pipeline of a classic model.
 
     Args:
-        model: Its folder.
+        model: The folder of the model.
         cls: The class of its pipeline.
-        index: Of the model.
-        entries: Library and class of each component, by name.
-        options: How the model is read.
+        index: The index of the model.
+        entries: The library and class of each component by name.
+        options: The options of the topology.
     """
 
     def __init__(
@@ -160,10 +160,14 @@ class ClassicLoader:
         }
 
     def pipeline(self, wanted: Collection[str], placement: Placement) -> tuple[Any, dict[str, Stub]]:
-        """Make a pipeline of the components that are wanted, and stubs.
+        """Make a pipeline with some components, and stubs for the others.
+
+        Args:
+            wanted: The names of the components to load.
+            placement: How their weights are held.
 
         Returns:
-            The pipeline; and the stubs of all of its models, wanted or not.
+            The pipeline, and stubs for all of its models by name, loaded or not.
 
         Raises:
             ModelError: A component is missing or broken.
@@ -204,7 +208,7 @@ class ClassicLoader:
 def _component_class(folder: Path, library: str, class_name: str, options: ModelOptions) -> type:
     if file := custom_file(folder, library):
         return custom_class(file, class_name, options)
-    # Any other library that an index names is a folder of pipelines; nothing else is imported on its word.
+    # Any other library must be a folder of diffusers' pipelines: an index cannot make us import anything else.
     module = _LIBRARIES.get(library) or getattr(diffusers.pipelines, library, None)
     found = getattr(module, class_name, None)
     if not isinstance(found, type):

@@ -1,4 +1,4 @@
-"""Tell one state of a model's files from another without reading the weights. Imports no torch."""
+"""A version of a model's files that is computed without reading the weights. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Final
 
 _READ: Final = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja", ".py"})
-"""Endings of the files that pipelines are loaded from."""
+"""The suffixes of the files that pipelines are loaded from."""
 
 
 def model_version(paths: Iterable[Path]) -> str:
-    """Return a digest that changes with the files of a model: their names, sizes in bytes and times of change.
+    """Return a digest of the names, sizes and modification times of a model's files.
 
     Args:
-        paths: The model's folder, and the files or folders of its adapters.
+        paths: The folder of the model, and the files or folders of its adapters.
 
     Returns:
         16 hexadecimal digits.
 
     Raises:
-        OSError: A file cannot be read. (One that is not there is for whoever loads it to say.)
+        OSError: A file cannot be read. Missing paths are skipped, since loading reports them.
     """
     digest = blake2b(digest_size=8)
     for number, path in enumerate(paths):

@@ -1,4 +1,4 @@
-"""Let components rest in the memory of the host, and bring them to the device for as long as they compute."""
+"""Keep components in host memory, and move them to the device while they compute."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ HOST: Final = torch.device("cpu")
 
 
 class Offload(StrEnum):
-    """What rests in the memory of the host."""
+    """What is kept in host memory while it does not compute."""
 
     NONE = "none"
     """Nothing."""
     MODEL = "model"
-    """Each component, as a whole; one at a time is on the device."""
+    """Each component as a whole; one at a time is on the device."""
     GROUP = "group"
-    """Each block of a transformer, else each layer; the one that computes and the next are on the device."""
+    """Each block of a transformer, or each layer of other components; the current and the next are on the device."""
 
 
 class ModelOffloader:
-    """The components of a process, of which one at a time is on the device.
+    """Moves the components of a process to the device, one at a time.
 
-    The host keeps the weights of that one as well, so that it can rest again without a copy.
+    The host keeps a copy of the weights on the device, so that moving them back needs no copy.
 
     Attributes:
-        present: The name of that one, "" for none.
+        present: The name of the component on the device; "" for none.
     """
 
     def __init__(self, modules: Mapping[str, torch.nn.Module], device: torch.device) -> None:
@@ -47,32 +47,32 @@ class ModelOffloader:
             _OnloadHook(self, name, device).install(module)
 
     def onload(self, name: str) -> None:
-        """Put a component on the device, in the place of the one that is there."""
+        """Move a component to the device, and the one that is there back to the host."""
         if self.present == name:
             return
         self.unload()
         module = self._modules[name]
-        # Of the same memory: what these are is not changed with the module.
+        # Detached tensors share memory with the weights, and stay on the host when the module moves.
         on_host = {name: weight.detach() for name, weight in _weights(module)}
         try:
             module.to(self._device)
         except BaseException:
-            _put_back(module, _kept(module, on_host))  # without room for all of it a part may have come
+            _put_back(module, _kept(module, on_host))  # a part may have been moved before the memory was full
             raise
         self._kept = _kept(module, on_host)
         self.present = name
 
     def unload(self) -> None:
-        """Put the component that is on the device back."""
+        """Move the component on the device back to the host."""
         if self.present:
-            # First, so that a failed move is not taken for a component that is there.
+            # Clear it first, so that after a failed move no component counts as present.
             name, self.present = self.present, ""
             kept, self._kept = self._kept, {}
             _put_back(self._modules[name], kept)
 
 
 class _HostCopy(NamedTuple):
-    """A weight on the device, and the memory of the host that it came from."""
+    """A weight on the device with its version counter, and the same weight on the host."""
 
     there: torch.Tensor
     version: int
@@ -88,21 +88,21 @@ def _kept(module: torch.nn.Module, on_host: Mapping[str, torch.Tensor]) -> dict[
 
 
 def _put_back(module: torch.nn.Module, kept: Mapping[int, _HostCopy]) -> None:
-    # As `to` does it, which knows of quantized, tied and flattened weights.
+    # Use `_apply`, as `to` does, which handles quantized, tied and flattened weights.
     module._apply(lambda tensor: _on_host(tensor, kept))  # type: ignore[no-untyped-call]
 
 
 def _on_host(tensor: torch.Tensor, kept: Mapping[int, _HostCopy]) -> torch.Tensor:
-    """What is to take the place of a tensor on the device; buffers and what was written to are copied."""
+    """Return the host copy of a tensor on the device; buffers and changed weights are copied."""
     found = kept.get(id(tensor))
     return tensor.to(HOST) if found is None or tensor._version != found.version else found.on_host
 
 
 class _OnloadHook(ModelHook):  # type: ignore[misc]
-    """Brings a component when something of it is called.
+    """Moves a component to the device when it is called.
 
-    As a hook of accelerate it is what pipelines look for: they take its `execution_device` for their own, and the
-    methods of autoencoders call it. Other methods of a component, of a text encoder for one, come to its inner modules.
+    It is a hook of accelerate, since pipelines use the `execution_device` of such a hook, and the methods of
+    autoencoders call it. Other methods of a component, such as a text encoder, call inner modules, which have it, too.
     """
 
     def __init__(self, offloader: ModelOffloader, name: str, device: torch.device) -> None:
@@ -127,32 +127,32 @@ class _OnloadHook(ModelHook):  # type: ignore[misc]
 
 
 def offload(modules: Mapping[str, torch.nn.Module], how: Offload, device: torch.device) -> ModelOffloader | None:
-    """Let components rest on the host from here on.
+    """Offload components to the host.
 
     Args:
-        modules: By name; they are there now.
-        how: As a whole, or in layers.
-        device: Where they compute.
+        modules: The components by name, on the host.
+        how: As a whole, or by blocks and layers.
+        device: The device that computes.
 
     Returns:
-        Where components come as a whole, what puts them back.
+        The offloader of whole components; None for other ways.
 
     Raises:
-        ModelError: One cannot be offloaded in this way.
+        ModelError: A component cannot be offloaded in this way.
     """
     if how is Offload.MODEL:
         return ModelOffloader(modules, device)
     if how is Offload.GROUP:
         for name, module in modules.items():
-            _in_layers(name, module, device)
+            _offload_groups(name, module, device)
     return None
 
 
 def goes_by_blocks(module: torch.nn.Module) -> bool:
-    """Whether a component comes to the device block by block, in place of layer by layer.
+    """Whether a component is moved to the device block by block, and not layer by layer.
 
-    The host waits once for each, and a block has some twenty layers. What lies outside of blocks then stays on the
-    device for the whole of a call: most weights have to be inside. Autoencoders are not called as a whole.
+    The host waits once for each, and a block has some twenty layers. Weights outside of blocks stay on the device for
+    the whole call, so most weights must be inside. Autoencoders are not called as a whole, so they go by layers.
     """
     if isinstance(module, AutoencoderMixin):
         return False
@@ -165,7 +165,7 @@ def goes_by_blocks(module: torch.nn.Module) -> bool:
     return 2 * inside > nbytes(module)
 
 
-def _in_layers(name: str, module: Any, device: torch.device) -> None:
+def _offload_groups(name: str, module: Any, device: torch.device) -> None:
     if not getattr(module, "_supports_group_offloading", True):
         kind = type(module).__name__
         raise ModelError(f'The {name} is a {kind}, which has no offload = "group": use "model" or "none".')

@@ -1,4 +1,4 @@
-"""How the weights of a process are held: in which dtype, quantized or not, on the device or resting on the host."""
+"""How the weights of a process are held: their dtype, quantization, and place on the device or the host."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _GIB = 1 << 30
 
 
 class OutOfDeviceMemoryError(ModelError):
-    """The weights do not fit into what is free on the device.
+    """The weights do not fit into the free memory of the device.
 
     Attributes:
-        needed: Bytes that the weights take, as far as they had been read.
-        total: Bytes that the device has.
+        needed: The bytes of the weights that had been read.
+        total: The bytes of the device's memory.
     """
 
     def __init__(self, name: str, device: torch.device, needed: int) -> None:
@@ -36,21 +36,21 @@ class OutOfDeviceMemoryError(ModelError):
 
 
 class Placement:
-    """What is done to each component after it was read, and to all of them at the end.
+    """Prepares each component after it is read, and offloads all of them at the end.
 
     Args:
-        dtype: What weights are converted to.
-        device: Where they compute.
-        quantization: What those of linear layers are held as.
-        offload: Where they rest.
-        adapters: To be loaded into them.
+        dtype: The dtype of the weights.
+        device: The device that computes.
+        quantization: The format of the weights of linear layers.
+        offload: What is kept on the host.
+        adapters: The adapters to load into components.
         options: How the model is read and cut.
-        progress: Told what is read.
+        progress: Is told how much has been read.
 
     Attributes:
-        read_bytes: What the weights took as they were read, adapters not counted.
-        held_bytes: What they take now.
-        notes: What is worth saying of where the weights of a component came from, by its name.
+        read_bytes: The bytes of the weights as they were read, without adapters.
+        held_bytes: The bytes that they take now.
+        notes: The files or variants to report, by name of the component.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class Placement:
         self.notes: dict[str, str] = {}
 
     def prepare(self, name: str, module: torch.nn.Module) -> torch.nn.Module:
-        """Make a component ready for inference, where it computes or where it rests.
+        """Prepare a component for inference: quantize it, add adapters, and move it to the device or the host.
 
         Args:
-            name: What the pipeline calls it.
-            module: As it was read, on the host.
+            name: The name of the component in the pipeline.
+            module: The component as it was read, on the host.
 
         Raises:
-            NoRoomError: The device has no room for it.
+            OutOfDeviceMemoryError: It does not fit on the device.
             ModelError: It cannot be quantized, or an adapter does not fit.
         """
         try:
@@ -95,8 +95,8 @@ class Placement:
         before = nbytes(module)
         self.read_bytes += before
         self.held_bytes += before
-        # Gradients stay as wanted as they are: for weights that want none, `torch.matmul` goes another way for some
-        # layouts and rounds otherwise than the plain pipeline. None are computed in either case.
+        # Do not change `requires_grad`: for some layouts, `torch.matmul` rounds differently without it than the plain
+        # pipeline does. No gradients are computed in either case.
         module.eval()
         quantize(name, module, self.quantization, place)
         self.held_bytes += nbytes(module) - before
@@ -104,7 +104,7 @@ class Placement:
         return module.to(place)
 
     def finish(self, components: Mapping[str, Any]) -> ModelOffloader | None:
-        """Offload what is to rest, when all components are prepared; returns as `engines.offload.offload`.
+        """Offload the prepared components; returns as `offload.offload`.
 
         Raises:
             ModelError: A component cannot be offloaded in this way.

@@ -1,6 +1,6 @@
-"""Hold the weights of linear layers in eight bits, as torchao does; they are computed with in the serving dtype.
+"""Quantize the weights of linear layers to eight bits with torchao; they compute in the serving dtype.
 
-Source of the methods: torchao's weight-only quantization, symmetric, with one scale for each output channel.
+The methods are torchao's weight-only quantization: symmetric, with one scale for each output channel.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from triptych.engines.stages import ModelError
 
 
 class Quantization(StrEnum):
-    """What the weights of linear layers are held as."""
+    """The format of the weights of linear layers."""
 
     NONE = "none"
-    """As they are computed with."""
+    """The serving dtype."""
     INT8 = "int8"
     FLOAT8 = "float8"
     """`torch.float8_e4m3fn`."""
@@ -34,19 +34,19 @@ _PACKAGES: Final = {
     "torchao": ("torchao", 'pip install "triptych[quantization]"'),
     "quanto": ("optimum", "pip install optimum-quanto"),
 }
-"""Package, and how to install it, by the method that a configuration names."""
-# They are small, have few linear layers, and errors of theirs are seen as such.
+"""The package of a quantization method, and how to install it."""
+# Components that are small, have few linear layers, and whose errors would be visible.
 _LEFT_ALONE: Final = ("vae", "vocoder", "movq", "safety_checker", "watermark")
 
 
 def quantize(name: str, module: Any, quantization: Quantization, device: torch.device) -> None:
-    """Quantize a component in place, and put what was quantized on a device.
+    """Quantize a component in place, and move the quantized weights to a device.
 
     Args:
-        name: What the pipeline calls it. Autoencoders and vocoders are left as they are.
-        module: A `torch.nn.Module`, of diffusers or transformers.
-        quantization: What to.
-        device: Layers are put there one by one, so that it never holds all of the larger weights.
+        name: The name of the component in the pipeline. Autoencoders and vocoders are not quantized.
+        module: A `torch.nn.Module` of diffusers or transformers.
+        quantization: The format.
+        device: The device, to which layers are moved one by one, so that it never holds all unquantized weights.
 
     Raises:
         ModelError: torchao is not installed, or cannot quantize this.
@@ -59,24 +59,24 @@ def quantize(name: str, module: Any, quantization: Quantization, device: torch.d
             quantize_(module, config, device=device)
     except torch.OutOfMemoryError:
         raise
-    # What torchao makes of a layout or a device that it has no kernel for: the user gets one sentence.
+    # torchao raises these for a layout or a device without a kernel; report it as one sentence.
     except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
         raise ModelError(f'The {name} cannot be quantized to "{quantization}": {error}') from error
 
 
 def can_be_quantized(name: str, module: object) -> bool:
-    """Whether a component is one that `quantize` changes: no autoencoder, and none that was read in fewer bits."""
+    """Whether `quantize` changes a component: not an autoencoder, and not one that is quantized already."""
     if getattr(module, "hf_quantizer", None) is not None:
         return False
     return not isinstance(module, AutoencoderMixin) and not any(word in name for word in _LEFT_ALONE)
 
 
 def quantized_as(folder: Path) -> str:
-    """What the weights in the folder of a component were quantized with, as its configuration says; "" for nothing.
+    """Return the quantization method of a component, from the configuration in its folder; "" for none.
 
     Raises:
-        OSError: There is no such configuration.
-        ValueError: It cannot be read.
+        OSError: There is no configuration.
+        ValueError: It cannot be parsed.
     """
     config = json.loads((folder / "config.json").read_bytes())
     found = config.get("quantization_config") if isinstance(config, dict) else None
@@ -84,12 +84,12 @@ def quantized_as(folder: Path) -> str:
 
 
 def problem_with(method: str, device_type: str, *, installed: Callable[[str], bool]) -> str:
-    """Say why weights that were quantized cannot be used here, as the rest of a sentence; "" if they can. Pure.
+    """Say why quantized weights cannot be used here, as the rest of a sentence; "" if they can. Pure.
 
     Args:
-        method: From `quantized_as`.
-        device_type: Of the device that computes with them, "cpu" or "cuda".
-        installed: Whether there is a package of that name.
+        method: The method, from `quantized_as`.
+        device_type: The type of the device that computes, "cpu" or "cuda".
+        installed: Whether a package of that name is installed.
     """
     package = _PACKAGES.get(method)
     if package is None:
@@ -103,13 +103,13 @@ def problem_with(method: str, device_type: str, *, installed: Callable[[str], bo
 
 
 def nbytes(module: torch.nn.Module) -> int:
-    """Bytes that the parameters and buffers of a module take."""
+    """Return the bytes of the parameters and buffers of a module."""
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return sum(_nbytes(tensor) for tensor in tensors.values())
 
 
 def _nbytes(tensor: torch.Tensor) -> int:
-    # A quantized tensor says that it is of the type that it is computed with; inside it has others.
+    # A quantized tensor has the dtype that it computes in; the tensors inside of it have others.
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         return sum(_nbytes(getattr(tensor, name)) for name in names)
@@ -117,7 +117,7 @@ def _nbytes(tensor: torch.Tensor) -> int:
 
 
 def _torchao(quantization: Quantization) -> tuple[Any, Any]:
-    # Here, because to import it takes a while, and most roles go without it.
+    # Import it here, since that is slow and most roles do not need it.
     try:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
     except ImportError as error:

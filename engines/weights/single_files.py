@@ -1,6 +1,6 @@
-"""Read a component from one file: its own, or a checkpoint of several, in the names of diffusers or of its authors.
+"""Read a component from a single file: its own, or a checkpoint of several components.
 
-The conversion of names is that of diffusers (`from_single_file`); only what reads local files is used of it.
+diffusers converts the names of tensors (`from_single_file`); only local files are read.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ from transformers import PreTrainedModel
 from triptych.engines.stages import ModelError
 
 _SCALED: Final = (".scale_weight", ".weight_scale", ".scale_input", ".comfy_quant", "scaled_fp8")
-"""How the names end of what a file has beside weights that mean nothing without it."""
+"""Suffixes of tensor names that mean that the weights are scaled."""
 
 
 def read_single_file(name: str, kind: Any, file: Path, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
     """Read a component from a safetensors or a GGUF file.
 
     Args:
-        name: What the pipeline calls it.
+        name: The name of the component in the pipeline.
         kind: Its class.
-        file: With its weights, and maybe those of others.
-        folder: With its configuration.
-        dtype: Of the weights, and of the computation with those of a GGUF file, which stay as they are.
+        file: The file with its weights, and maybe those of others.
+        folder: The folder with its configuration.
+        dtype: The dtype of the weights; for a GGUF file, whose weights are kept, the dtype that computes.
 
     Returns:
         The component; parameters that the file does not have are on the "meta" device.
 
     Raises:
-        ModelError: It cannot be read from such a file.
-        Exception: Whatever a broken file makes the libraries raise.
+        ModelError: The component cannot be read from such a file.
+        Exception: Whatever the libraries raise for a broken file.
     """
     if file.suffix == ".gguf":
         return _read_gguf(name, kind, file, folder, dtype)
-    weights = load_file(file)  # mapped: what is not used is not read
+    weights = load_file(file)  # mapped, so that unused tensors are not read
     if scaled := next((key for key in weights if key.endswith(_SCALED)), ""):
         raise ModelError(
-            f"The {name} cannot be read from {file}: its weights are scaled ({scaled}), which diffusers does not know."
-            " Use a file with plain weights, in float16 or bfloat16 for one."
+            f"The {name} cannot be read from {file}: its weights are scaled ({scaled}), which diffusers does not"
+            " support. Use a file with plain weights, such as float16 or bfloat16."
         )
     if not isinstance(kind, type):
         raise _unreadable(name, "a component without a class", file)
@@ -68,13 +68,13 @@ def read_single_file(name: str, kind: Any, file: Path, folder: Path, dtype: torc
 
 
 def configuration_of(checkpoint: Path) -> str:
-    """The repository with configurations that diffusers would fetch for a checkpoint; its headers alone are read.
+    """Return the repository with the configurations for a checkpoint, as diffusers knows it, from its tensor shapes.
 
     Raises:
-        ModelError: It is no such file.
+        ModelError: The file is not a safetensors file.
     """
     try:
-        shapes = load_file(checkpoint)  # mapped: only shapes are looked at
+        shapes = load_file(checkpoint)  # mapped, so that only the header is read
     except (OSError, SafetensorError) as error:
         raise ModelError(f"The checkpoint {checkpoint} cannot be read: {error}.") from error
     return str(fetch_diffusers_config(shapes)["pretrained_model_name_or_path"])
@@ -111,10 +111,10 @@ def _read_text_encoder(kind: Any, weights: dict[str, torch.Tensor], folder: Path
         made = create_diffusers_t5_model_from_checkpoint(
             kind, checkpoint=weights, config=str(folder), torch_dtype=dtype, local_files_only=True
         )
-        # Its embeddings are one tensor of two names, of which some files have one.
+        # Its embeddings are one tensor with two names; some files have only one of them.
         made.tie_weights()
         return made.eval()
-    # Else a file of its own as ComfyUI keeps them, in the names of transformers.
+    # Otherwise it is a file as ComfyUI has them, with the names of transformers.
     config = kind.config_class.from_pretrained(str(folder), local_files_only=True)
     made, report = kind.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
@@ -125,7 +125,7 @@ def _read_text_encoder(kind: Any, weights: dict[str, torch.Tensor], folder: Path
 def _read_plain(
     name: str, kind: Any, weights: dict[str, torch.Tensor], file: Path, folder: Path, dtype: torch.dtype
 ) -> torch.nn.Module:
-    """Read what diffusers converts no names for: the file has its own."""
+    """Read a component for which diffusers converts no names: the file has its own."""
     if not issubclass(kind, ModelMixin):
         raise _unreadable(name, kind.__name__, file)
     made: torch.nn.Module = kind.from_config(kind.load_config(str(folder)))

@@ -1,9 +1,9 @@
-"""Stubs for the components that another stage owns: their configuration, without their weights.
+"""Stubs for the components that another stage owns: their configuration without their weights.
 
-Most pipelines compute geometry from components that the running block does not declare: the size of latents from
-the VAE, their channels from the transformer. Where such a component is absent they fall back to constants, and the
-image is wrong without an error. So each stage gets a stub of every component that it does not load. Statistics
-to normalize with are part of it: they are buffers, or parameters of the component itself, and small.
+Most pipelines compute geometry from components that the running block does not declare: the size of latents from the
+VAE, their channels from the transformer. Without such a component they use constants, and the image is wrong without an
+error. So each stage has a stub for every component that it does not load. A stub includes the statistics for
+normalization, which are buffers or parameters of the component itself, and small.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ COMPUTE_METHODS: Final = frozenset({"forward", "encode", "decode", "tiled_decode
 
 
 class StubError(RuntimeError):
-    """A block tried to compute with a component that another stage owns."""
+    """A pipeline has called a component that another stage owns."""
 
 
 class Stub:
-    """Forwards reads of attributes to a component without weights; reports the dtype and device that it has elsewhere.
+    """Forwards attributes to a component without weights, and has the dtype and device that it has where it is loaded.
 
-    It is no `torch.nn.Module`, because a pipeline takes the device of the first module it finds as its own, and that
-    of a component without weights is "meta".
+    It is not a `torch.nn.Module`, because a pipeline uses the device of the first module that it finds, and that of a
+    component without weights is "meta".
     """
 
     def __init__(self, name: str, component: object, dtype: torch.dtype, device: torch.device) -> None:
@@ -49,14 +49,14 @@ class Stub:
     def __getattr__(self, attribute: str) -> Any:
         if attribute in COMPUTE_METHODS:
             raise StubError(f"`{self._name}.{attribute}` was called where only its configuration is loaded.")
-        # Some geometry has private names. A copy asks for attributes before there are any.
+        # Forward private names, too: some geometry has them. A copy reads attributes before there are any.
         if attribute.startswith("__") or "_component" not in vars(self):
             raise AttributeError(attribute)
         return getattr(self._component, attribute)
 
 
 class _ConfigOnly:
-    """A transformers model of which just the configuration is read."""
+    """The stub of a transformers model: only its configuration."""
 
     def __init__(self, config: object) -> None:
         self.config = config
@@ -68,16 +68,16 @@ def make_stub(
     """Make the stub of a component.
 
     Args:
-        name: What the pipeline calls it.
+        name: The name of the component in the pipeline.
         cls: Its class.
-        folder: Where its files are.
-        dtype: What it is served with.
-        device: Where it would be on this stage.
-        options: How the model is read.
+        folder: Its folder.
+        dtype: The dtype that it is served with.
+        device: The device of this stage.
+        options: The options of the topology.
 
     Returns:
-        A `Stub` for a model; the thing itself for what has no weights (schedulers, guiders); None for the rest
-        (tokenizers, processors), which no pipeline reads from outside.
+        A `Stub` for a model; the component itself if it has no weights (schedulers, guiders); None for others
+        (tokenizers, processors), whose attributes pipelines do not read.
     """
     if not isinstance(cls, type):
         return None
@@ -87,7 +87,7 @@ def make_stub(
         if not issubclass(cls, torch.nn.Module):
             made: object = known.from_config(config)
             return made
-        # Not `torch.device("meta")`: tables computed when a model is made (rotary embeddings) must be real.
+        # `torch.device("meta")` would make no real tables that are computed with the model (rotary embeddings).
         with init_empty_weights():
             module = known.from_config(config)
         files = component_files(name, folder, options)
@@ -106,12 +106,12 @@ def make_stub(
 
 
 def _missing_buffers(module: torch.nn.Module) -> set[str]:
-    """Names of the buffers whose values are in the weights file alone."""
+    """Return the names of the buffers whose values are only in the weight files."""
     return set(module.state_dict()) - {name for name, _ in module.named_parameters()}
 
 
 def _own_parameters(module: torch.nn.Module) -> set[str]:
-    """Names of the parameters that are in none of its layers; among them are statistics to normalize with."""
+    """Return the names of the parameters outside of layers, such as statistics for normalization."""
     return {name for name, _ in module.named_parameters(recurse=False)}
 
 
@@ -132,12 +132,12 @@ def _set_value(module: torch.nn.Module, name: str, value: torch.Tensor, dtype: t
 
 
 def is_multi_model(cls: object) -> bool:
-    """Whether the component of a class is several models, each in a folder of its own, as several ControlNets are."""
+    """Whether a component of a class is several models, each in its own folder, such as several ControlNets."""
     return isinstance(cls, type) and issubclass(cls, ModelMixin) and not issubclass(cls, ConfigMixin)
 
 
 def model_folders(folder: Path) -> Iterator[Path]:
-    """Those of the models of such a component: its own, then the same name with _1, _2 and so on."""
+    """Yield the folders of the models of such a component: its own, then the same name with _1, _2 and so on."""
     names = itertools.chain([folder], (folder.with_name(f"{folder.name}_{number}") for number in itertools.count(1)))
     return itertools.takewhile(Path.is_dir, names)
 
@@ -153,7 +153,7 @@ def _read_values(module: torch.nn.Module, files: Iterable[Path], dtype: torch.dt
     for path in files:
         if not missing:
             return
-        if not path.is_file():  # a stage that does not compute with it may go without its weights
+        if not path.is_file():  # a stage that does not compute with it need not have its weights
             continue
         with safe_open(path, framework="pt") as file:
             for name in missing & set(file.keys()):

@@ -59,7 +59,7 @@ def test_weights_of_another_shape_missing_ones_and_others_are_all_said(flux: Pat
     assert problems(found.findings) == [
         (name, fatal) for name in ("text_encoder", "transformer") for fatal in each
     ] or problems(found.findings) == [(name, fatal) for name in ("transformer", "text_encoder") for fatal in each]
-    for words in ("lacks 1 of the", "has the shape [3, 5] in place of", "that are left out: strange"):
+    for words in ("lacks 1 of the", "has the shape [3, 5] instead of", "that are ignored: strange"):
         assert said(found.findings).count(words) == 2
 
 
@@ -105,16 +105,16 @@ def test_a_lora_of_another_model_is_refused_before_it_is_loaded(models: Models, 
     loras = tuple(LoraFile(name, tmp_path / f"{name}.safetensors") for name in ("fits", "other"))
     found = check_compatibility(models("flux"), loras=loras)
     assert {finding.where for finding in found.findings} == {"LoRA other"}
-    assert "find no place" in said(found.findings)
+    assert "do not fit" in said(found.findings)
 
 
 def test_differences_are_named() -> None:
     wanted = {"a": (2,), "b": (2, 3), "table": (4,)}
     assert difference(wanted, frozenset({"table"}), {"a": (2,), "b": (2, 3)}) == []
     assert difference(wanted, frozenset({"table"}), {"b": (3, 2), "c": ()}) == [
-        ("lacks 1 of the 3 weights of its class, a for one", True),
-        ("does not fit its config.json: b has the shape [3, 2] in place of [2, 3]", True),
-        ("has weights that its class does not know and that are left out: c", False),
+        ("lacks 1 of the 3 weights of its class, such as a", True),
+        ("does not fit its config.json: b has the shape [3, 2] instead of [2, 3]", True),
+        ("has weights that its class does not have and that are ignored: c", False),
     ]
 
 

@@ -286,5 +286,5 @@ def test_a_denoising_stays_on_its_thread(pipelines: Pipelines) -> None:
     thread = threading.Thread(target=elsewhere)
     thread.start()
     thread.join(30)
-    assert errors == ["A denoising runs on the one thread that it was begun on."] * 2
+    assert errors == ["A denoise must run on the thread that has begun it."] * 2
     finish(denoising)

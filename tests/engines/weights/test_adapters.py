@@ -241,7 +241,7 @@ def test_nothing_of_a_file_is_dropped_silently(models: Models, files: Path, tmp_
         "of another component": (changed(good, tmp_path / "1.safetensors", transformer="vision"), "vision, which"),
         "of no layer": (changed(good, tmp_path / "2.safetensors", attn="attention"), "2.safetensors does not fit the"),
         "of another format": (changed(good, tmp_path / "3.safetensors", lora_A="dora_scale"), "is a DoRA"),
-        "no LoRA": (changed(good, tmp_path / "4.safetensors", lora_A="norm_q"), "which is no weight of a LoRA"),
+        "no LoRA": (changed(good, tmp_path / "4.safetensors", lora_A="norm_q"), "which is not a weight of a LoRA"),
         "of another model": (lora(files, models("wan"), "wan-a"), "does not fit the transformer"),
     }
     for path, sentence in problems.values():
@@ -255,7 +255,7 @@ def test_only_safetensors_are_read(models: Models, files: Path, tmp_path: Path) 
     model = models("flux")
     good = lora(files, model, "flux-t", "transformer")
     torch.save(load_file(good), tmp_path / "pickled.bin")
-    with pytest.raises(ModelError, match=r"is no \.safetensors file"):
+    with pytest.raises(ModelError, match=r"is not a \.safetensors file"):
         load_denoiser(model, tmp_path / "pickled.bin")
     with pytest.raises(ModelError, match=r"exactly one \.safetensors file, and has 0"):
         load_denoiser(model, tmp_path)

@@ -71,7 +71,7 @@ def test_of_shards_and_one_file_those_are_read_that_the_library_takes(stem: str,
         (["model.a.safetensors", "model.b.safetensors"], "", 'the variants "a" and "b": choose one with'),
         (["model.a.safetensors"], "fp16", 'no variant "fp16" of its weights, but "a"'),
         (["pytorch_model.bin"], "", "pytorch_model.bin, a pickle, which could run code and is never read: fetch the"),
-        (["model-00001-of-00002.safetensors"], "", "but not the index"),
+        (["model-00001-of-00002.safetensors"], "", "but not their index"),
         (["flux1-dev.safetensors"], "", "but flux1-dev.safetensors: rename or convert it"),
         (["config.json"], "", "fetch the weights of this component"),
     ],
@@ -86,7 +86,7 @@ def test_what_cannot_be_read_is_said_with_what_to_do(
 
 def test_an_index_reaches_no_file_outside_of_its_folder(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "../other/model.safetensors"}}')
-    assert "which is no file of its folder" in weight_files(tmp_path).problem
+    assert "which is not a file of its folder" in weight_files(tmp_path).problem
 
 
 def test_a_folder_that_is_not_there_has_none(tmp_path: Path) -> None:

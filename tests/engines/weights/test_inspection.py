@@ -12,7 +12,7 @@ import pytest
 
 from triptych.engines.parameters.lora import LoraFile
 from triptych.engines.weights.inspection import (
-    Entry,
+    ComponentEntry,
     HeaderError,
     Tensor,
     class_problem,
@@ -105,13 +105,13 @@ def test_a_model_that_is_whole_has_no_findings(model: Path) -> None:
         (remove("vae"), "vae", "has no folder"),
         (remove(UNET), "unet", "has no diffusion_pytorch_model.safetensors"),
         (rename(UNET, "unet/diffusion_pytorch_model.bin"), "unet", "a pickle, which could run code"),
-        (lambda model: safetensors(model / UNET, weight=(2, 2), cut=4) and None, "unet", r"is cut off: it has .* of"),
+        (lambda model: safetensors(model / UNET, weight=(2, 2), cut=4) and None, "unet", r"is truncated: it has .* of"),
         (write(UNET, POINTER), "unet", "git lfs pull"),
         (write("vae/config.json", POINTER), "vae", "git lfs pull"),
-        (write(UNET, b"not weights at all"), "unet", "is no safetensors file"),
+        (write(UNET, b"not weights at all"), "unet", "not a safetensors file"),
         (in_shards, "unet", "x-2.safetensors, which .*index.json names, is missing"),
         (in_shards, "unet", "index.json names a, which no shard has"),
-        (write("vae/config.json", '{"block": '), "vae", "config.json that is no JSON"),
+        (write("vae/config.json", '{"block": '), "vae", "config.json that is not JSON"),
         (remove("vae/config.json"), "vae", "has no config.json"),
         (remove("scheduler/scheduler_config.json"), "scheduler", "has no scheduler_config.json"),
         (remove("tokenizer/vocab.json"), "tokenizer", "has no vocabulary"),
@@ -186,19 +186,19 @@ def test_modular_indexes_say_where_a_component_is(tmp_path: Path) -> None:
         "guider": [None, None, {}],
     }
     assert component_entries(tmp_path, index) == (
-        Entry("vae", "diffusers", "AutoencoderKL", Path("/other/vae_2")),
-        Entry("unet", "diffusers", "UNet2DConditionModel", tmp_path / "unet"),
+        ComponentEntry("vae", "diffusers", "AutoencoderKL", Path("/other/vae_2")),
+        ComponentEntry("unet", "diffusers", "UNet2DConditionModel", tmp_path / "unet"),
     )
 
 
 def test_a_class_that_is_not_there_is_said_with_the_version_that_it_takes() -> None:
-    entry = Entry("text_encoder", "transformers", "T7EncoderModel", Path("/none"))
+    entry = ComponentEntry("text_encoder", "transformers", "T7EncoderModel", Path("/none"))
     has = frozenset({"T5EncoderModel"})
     newer = class_problem(entry, has, "5.23.0", "5.31.0.dev0")
     assert newer.endswith(
         "and transformers 5.23.0 has no such class. The model was made with transformers 5.31.0.dev0."
     )
     assert class_problem(entry, has, "5.23.0", "5.9.1").endswith("Did you mean T5EncoderModel?")
-    own = class_problem(Entry("unet", "my_unet", "Mine", Path("/none")), frozenset(), "")
+    own = class_problem(ComponentEntry("unet", "my_unet", "Mine", Path("/none")), frozenset(), "")
     words = "such code is not run without [model] trust_remote_code = true"
     assert own == f"The unet is a Mine of my_unet, which is code that came with the model: {words}."

@@ -191,7 +191,9 @@ def test_components_come_from_files_of_their_own(models: Models, tmp_path: Path)
         save(files[name], weights_of(model / name))
     files["vae"] = model / "vae"
     assert same(served(config, FLUX, ModelOptions(components=tuple(files.items()))), served(model, FLUX))
-    with pytest.raises(ModelError, match=r"transfromer, which is no component of FluxPipeline: did you mean transform"):
+    with pytest.raises(
+        ModelError, match=r"transfromer, which is not a component of FluxPipeline: did you mean transform"
+    ):
         load(config, Stage.DENOISER, ModelOptions(components=(("transfromer", files["transformer"]),)))
     with pytest.raises(ModelError, match=r"The transformer in .* cannot be loaded: "):
         load(config, Stage.DENOISER, ModelOptions(components=(("transformer", files["text_encoder"]),)))
