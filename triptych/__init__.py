@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 _MODULES: Final = {
     "ClientError": "api.client",
-    "Topology": "actors.topology._topology",
+    "Topology": "actors.topology",
     "TopologyError": "actors.errors",
     "launch": "api.launch",
-    "load_topology": "actors.topology._topology",
+    "load_topology": "actors.topology",
 }
 __all__ = ["ClientError", "Topology", "TopologyError", "launch", "load_topology"]
 
