@@ -20,11 +20,11 @@ from triptych.api.errors import ApiError, field_error
 from triptych.api.services import ApiRequest
 from triptych.api.uploads import MAX_FILES, MAX_FRAMES, Size, Source, UploadService
 from triptych.engines.parameters.schema import IMAGE_KINDS, KIND_DESCRIPTIONS, KNOWN_KINDS, ParameterKind, Task
+from triptych.engines.parameters.validation import MAX_TEXT
 from triptych.roles.messages.common import MAX_SEED, Json, Numbers, Options, Scalar
 from triptych.roles.messages.common import Input as PipelineInput
 from triptych.roles.messages.requests import RequestRejected
 
-MAX_TEXT: Final = 32_768
 MAX_INPUTS: Final = 64
 MAX_SEEDS: Final = 10
 MAX_NUMBERS: Final = 1000

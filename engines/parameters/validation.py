@@ -56,7 +56,8 @@ _STRUCTURED: Final = frozenset({ParameterKind.OPTIONS, ParameterKind.TEXTS, Para
 ANY: Final = (-1e9, 1e9)
 """The limits of an unknown number, which must only be finite."""
 _PAIR: Final = (-65_536, 65_536)
-_MAX_TEXT: Final = 32_768
+MAX_TEXT: Final = 32_768
+"""Characters of a text."""
 _MAX_ITEMS: Final = 4096
 MAX_STEPS: Final = RANGES["num_inference_steps"][1]
 """The most steps of all images of a request together, unless a serving config allows more for one."""
@@ -291,8 +292,8 @@ def _check_list(name: str, value: object, kind: ParameterKind, limits: Limits) -
 
 
 def _check_text(name: str, value: str) -> None:
-    if len(value) > _MAX_TEXT:
-        raise ParameterError(name, f"must be at most {_MAX_TEXT} characters long.")
+    if len(value) > MAX_TEXT:
+        raise ParameterError(name, f"must be at most {MAX_TEXT} characters long.")
     try:
         value.encode()
     except UnicodeEncodeError as error:

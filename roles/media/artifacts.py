@@ -28,7 +28,7 @@ class ArtifactMissingError(ArtifactError):
 
 
 def artifact_name(job_id: str, output_format: str) -> str:
-    """File name of a job's artifact, such as `req-1_0.png` for `req-1/0`.
+    """Return the file name of a job's artifact, such as `req-1_0.png` for `req-1/0`.
 
     Distinct jobs give distinct names, since the part after the last `_` is the index.
 
@@ -63,7 +63,7 @@ class ArtifactStore:
         return Artifact(name, FORMATS[output_format].content_type, len(data))
 
     def path(self, name: str) -> Path:
-        """Where the artifact of that name lies, whether or not it exists.
+        """Return the path of the artifact of that name, whether or not it exists.
 
         Raises:
             ArtifactError: when no artifact could have that name.

@@ -1,4 +1,4 @@
-"""From what a decoder returns to the media that a file can hold: images, a video with or without sound, sound."""
+"""Convert what a decoder returns to media that a file can hold: images, a video, sound, latents."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from PIL import Image
 from triptych.engines.parameters.media import IMAGES, LATENTS, NSFW, SAMPLING_RATE, SOUNDS, VIDEOS
 
 Check: TypeAlias = Callable[[], None]
-"""Called between two frames; raises to end what takes long."""
+"""Called between two frames; it raises to stop the conversion."""
 _MOST_CHANNELS: Final = 2
 
 
 class MediaError(Exception):
-    """What was made is no medium, or a format cannot hold it; the sentence says which."""
+    """The decoder's results cannot be converted to media, or a format cannot hold them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class VideoFrames:
 
 @dataclass(frozen=True, slots=True)
 class Latents:
-    """What was not decoded."""
+    """Tensors that were not decoded."""
 
     tensors: Mapping[str, torch.Tensor]
     """By name, on the CPU, of any shape and dtype."""
@@ -95,7 +95,7 @@ def to_media(values: Mapping[str, object], check: Check = lambda: None) -> Media
 
 
 def nsfw_flag(values: Mapping[str, object]) -> bool | None:
-    """Say whether the safety checker of a pipeline has found something; None where there is no checker."""
+    """Return whether the safety checker of a pipeline has found something; None without a checker."""
     found = values.get(NSFW)
     return any(found) if isinstance(found, (list, tuple)) else None
 
@@ -132,7 +132,7 @@ def _frames(value: object, check: Check) -> npt.NDArray[np.uint8]:
 
 
 def _one_video(value: Any) -> Any:
-    """Take the batch away; returns what can be counted and gives frames."""
+    """Remove the batch dimension; returns a sequence or array of frames."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         value = value.float().numpy() if value.is_floating_point() else value.numpy()

@@ -26,17 +26,17 @@ class Entry:
     nbytes: int = 0
 
     def abandoned(self, now: float) -> bool:
-        """Whether it is half-written, and nobody is left to finish it."""
+        """Whether it is half-written and its writer has died."""
         return bool(_TEMPORARY.fullmatch(self.name)) and now - self.modified_at > ABANDONED_S
 
 
 def is_disk_full(error: OSError) -> bool:
-    """Whether a disk, or what this user may have of it, is full, so that the same may go well later."""
+    """Whether the disk or the user's quota is full, so that a later try may succeed."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file, in place of one of that name; on return it is complete and on disk.
+    """Write a file, replacing one of that name; on return it is complete and on disk.
 
     Its folder is made where there is none.
 
@@ -70,7 +70,7 @@ def _write_through(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
+    """Write the names in a folder to the disk (fsync)."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

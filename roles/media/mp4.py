@@ -1,4 +1,4 @@
-"""MP4 files: H.264, with an AAC track where there is sound. docs/adr/0013 says why they are written so.
+"""Write MP4 files: H.264, with an AAC track where there is sound (docs/adr/0013).
 
 The same frames and samples always give the same bytes: one thread, fixed settings, no dates and no program's name.
 """
@@ -28,7 +28,7 @@ from triptych.roles.media.writers import WriteOptions
 _Packet: TypeAlias = "Packet[VideoStream] | Packet[AudioStream]"
 
 _X264: Final = {"preset": "medium", "crf": "17", "threads": "1"}
-"""At crf 17 hardly anybody sees a difference to the frames."""
+"""At crf 17 the loss is hardly visible."""
 _MP4: Final = {"movflags": "+faststart", "fflags": "+bitexact"}
 _BT709: Final = 1
 _SCALE: Final = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
@@ -36,7 +36,7 @@ _SAMPLES: Final = 1024
 """Of one frame of AAC."""
 _BITS_PER_CHANNEL: Final = 128_000
 _BITS_PER_SAMPLE: Final = 4
-"""At most: the codec could do with six."""
+"""At most: the codec allows six."""
 _NTSC: Final = Fraction(1000, 1001)
 
 
@@ -71,7 +71,7 @@ def write_mp4(video: VideoFrames, options: WriteOptions) -> bytes:
 
 
 def exact_rate(fps: float) -> Fraction:
-    """Frames per second as the fraction that is meant: 29.97 is 30000/1001."""
+    """Return frames per second as the exact fraction: 29.97 is 30000/1001."""
     ntsc = ceil(fps) * _NTSC
     if fps != ceil(fps) and abs(fps - ntsc) < 0.005:
         return ntsc

@@ -1,4 +1,4 @@
-"""How much of what is on disk is kept: bounds by age, number and bytes."""
+"""Retention of files: bounds by age, number and bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from triptych.roles.media.files import Entry
 
 @dataclass(frozen=True, slots=True)
 class StoreBounds:
-    """Of a store. What passes one of them goes, the oldest first."""
+    """Bounds of a store. Files beyond one of them are removed, the oldest first."""
 
     max_age_s: float
     max_count: int

@@ -1,4 +1,4 @@
-"""Pictures and tensors that clients sent, kept as files under the digest of their bytes until no request needs them."""
+"""Images and tensors that clients sent, kept as files under the digest of their bytes until no request needs them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 UPLOADS: Final = "uploads"
 """Folder of the upload store, under the state folder."""
 ENDINGS: Final[Mapping[str, str]] = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg", "WEBP": "webp"}
-"""What Pillow calls the formats that are taken, and how their files end. MPO is a JPEG with others behind it."""
+"""Pillow's names of the accepted formats, and the endings of their files. MPO is a JPEG with others behind it."""
 
 TENSORS_ENDING: Final = "safetensors"
 
@@ -30,11 +30,11 @@ _NAME: Final = re.compile(r"(?P<digest>[0-9a-f]{64})\.(?:png|jpeg|webp|safetenso
 
 
 class UploadError(ValueError):
-    """An upload that is not there, is damaged, or is no image: it would be the same anywhere."""
+    """An upload is missing, damaged, or no image, so that reading it elsewhere would fail as well."""
 
 
 class UploadsFullError(Exception):
-    """What is kept for requests that may be under way leaves no room for more."""
+    """The store has no room: all that it holds may be needed by active requests."""
 
 
 class UploadStore:
@@ -52,7 +52,7 @@ class UploadStore:
         self._lock = threading.Lock()
 
     def save(self, data: bytes, ending: str) -> Upload:
-        """Keep a file; on return it is complete and on disk. One that is there already is young again.
+        """Keep a file; on return it is complete and on disk. The age of one that is there already starts anew.
 
         Args:
             data: Its bytes, which have been checked.
@@ -64,7 +64,7 @@ class UploadStore:
         """
         upload = Upload(f"{hashlib.sha256(data).hexdigest()}.{ending}", len(data))
         path = self._path(upload)
-        # Held against `prune`, which must not remove what has just become young.
+        # Locked against `prune`, which must not remove what has just been sent again.
         with self._lock:
             known = path.is_file()
             if not known and not self._fits(len(data)):
@@ -118,7 +118,7 @@ class UploadStore:
         return image
 
     def discard(self, upload: Upload, *, saved_before: float) -> None:
-        """Remove an upload, unless somebody has sent it again at or after `saved_before` (unix seconds).
+        """Remove an upload, unless it was sent again at or after `saved_before` (unix seconds).
 
         Raises:
             UploadError: when no upload could have that name.

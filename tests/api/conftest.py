@@ -1,4 +1,4 @@
-"""The other end of the wire: a small head on a real mailbox, and the application in front of it."""
+"""A small fake head on a real mailbox, and the application in front of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures for requests, good ones and bad ones, and a model that takes them."""
+"""Images for requests, good ones and bad ones, and a model that takes them."""
 
 from __future__ import annotations
 

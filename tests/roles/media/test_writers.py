@@ -1,4 +1,4 @@
-"""Pictures, archives and WAV files; test_video.py is about MP4."""
+"""Images, archives and WAV files; test_mp4.py is about MP4."""
 
 from __future__ import annotations
 
