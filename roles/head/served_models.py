@@ -237,7 +237,7 @@ class ServedModels:
 
     @property
     def completed(self) -> int:
-        """Units that came to a good end."""
+        """Jobs that are done."""
         return sum(scheduler.tally.completed for scheduler in self.schedulers)
 
     @property
