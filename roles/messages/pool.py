@@ -31,7 +31,7 @@ class PoolDescription(Message):
     transport: str
     """What really carries the bytes, in words."""
     arena: str = ""
-    """`engines.arena.ArenaAddress` as text: what a process of the same host needs to map the arena."""
+    """`engines.memory.arena.ArenaAddress` as text: what a process of the same host needs to map the arena."""
 
 
 class LeaseBlock(Message):

@@ -45,7 +45,7 @@ class RegisterInstance(Message):
     leaving: bool = False
     """It has been asked to end, and takes nothing more."""
     model: Name = ""
-    """Version of the weights that it has loaded, or would load, of `engines.model_version`."""
+    """Version of the weights that it has loaded, or would load, of `engines.weights.model_version`."""
     awake: bool = True
     """Whether its weights are in memory."""
     device: Name = "cpu"

@@ -16,7 +16,7 @@ class Reloading(Message):
     """Instances restart one by one, each when no work that began with the earlier weights needs it."""
 
     model: str
-    """Version of the weights to go over to, of `engines.model_version`."""
+    """Version of the weights to go over to, of `engines.weights.model_version`."""
     instances: tuple[str, ...]
     """Those that still have other weights, or are restarting; empty when it is done."""
     joined: int

@@ -56,7 +56,7 @@ def model_options(model: Model) -> ModelOptions:
 
 
 def describe_model(model: Model) -> tuple[str, str]:
-    """Say how a model would be served, and a problem or ""; see `engines.routes.describe_serving`."""
+    """Say how a model would be served, and a problem or ""; see `engines.partition.strategy.describe_serving`."""
     from triptych.engines.partition.strategy import describe_serving
 
     disaggregated = all(role.kind != "monolithic" for role in model.section.roles)

@@ -43,7 +43,7 @@ class ProcessContext:
         self.signature = Signature()
         """What the loaded pipeline takes and makes."""
         self.model = ""
-        """Version of the loaded weights, of `engines.model_version`."""
+        """Version of the loaded weights, of `engines.weights.model_version`."""
         self.awake = False
         """Whether the weights are in memory."""
         self.weights = 0

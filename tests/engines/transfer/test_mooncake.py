@@ -124,6 +124,8 @@ def test_a_pull_that_was_given_up_still_lands_and_is_held_until_it_has():
     nbytes = 64 << 20
     with peer(nbytes, **MOONCAKE) as here, peer(nbytes, **MOONCAKE) as there:
         expected = there.ask("fill", offset=0, nbytes=nbytes, byte=5)
+        # The first pull from a peer also connects, which may take longer than the next one may last.
+        here.ask("pull_once", **there.source(0, 4096), offset=0, timeout_s=20)
         error = here.refused("pull_once", **there.source(0, nbytes), offset=0, timeout_s=0.001)
         assert (error.get("retryable"), error.get("quarantine")) == (True, True), error
         assert "in time" in error["error"]

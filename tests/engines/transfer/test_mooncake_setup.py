@@ -87,7 +87,7 @@ def test_an_import_that_fails_says_what_to_install(text, remedy):
 
 def test_settings_are_in_place_before_the_import():
     code = (
-        "import os, sys, mooncake.engine; from engines.transfer import mooncake_setup as setup\n"
+        "import os, sys, mooncake.engine; from triptych.engines.transfer import mooncake_setup as setup\n"
         "try: setup.import_engine({'MC_FORCE_TCP': '1'})\n"
         "except Exception as error: print(type(error).__name__, error)\n"
         "os.environ['MC_FORCE_TCP'] = '1'\n"
@@ -108,7 +108,7 @@ def test_the_ports_of_a_process_are_those_that_it_listens_on():
 
 def test_an_import_without_the_wheel_is_told_in_words():
     code = (
-        "import sys; from engines.transfer import mooncake_setup as setup\n"
+        "import sys; from triptych.engines.transfer import mooncake_setup as setup\n"
         "sys.modules['mooncake'] = None\n"
         "try: setup.import_engine({})\n"
         "except setup.TransferSetupError as error: print(error)"
