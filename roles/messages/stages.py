@@ -35,13 +35,13 @@ class RegisterInstance(Message):
     issued: Natural
     """Credits issued by this incarnation so far; only ever grows."""
     taken: Natural
-    """jobs taken by this incarnation so far."""
+    """Attempts taken by this incarnation so far."""
     pool: Name
     """The buffer pool that it maps, empty for monolithic."""
     signature: Signature
     """What the loaded pipeline takes and makes."""
     running: tuple[Attempt, ...]
-    """Attempts assigned, so that a restarted head need not redo it."""
+    """Attempts assigned, so that a restarted head need not redo them."""
     leaving: bool = False
     """It has been asked to end, and takes nothing more."""
     model: Name = ""
@@ -71,11 +71,11 @@ class Sleep(Message):
 
 
 class Wake(Message):
-    """Bring the weights back. Asks for Acknowledged; the end of it is told by InstanceAwake."""
+    """Bring the weights back. Asks for Acknowledged; its end is told by InstanceWakeChanged."""
 
 
 class InstanceRegistered(Message):
-    """The head has registered the instance. Work it does not know of must be dropped."""
+    """The head has registered the instance. Attempts that it does not know must be dropped."""
 
     unknown: tuple[Attempt, ...] = ()
 
@@ -84,7 +84,7 @@ class InstanceHeartbeat(Message):
     """Said each second. Asks for Acknowledged; refused with `fenced` once the head has given this incarnation up."""
 
     trouble: str = ""
-    """What work waits for that a person may have to mend, such as a full disk; a sentence."""
+    """What attempts wait for that a person may have to mend, such as a full disk; a sentence."""
 
 
 class InstanceStopping(Message):
@@ -125,7 +125,7 @@ class TransferRejected(Message):
 
 
 class BlocksOffered(Message):
-    """Slots of its own pool that a receiver keeps ready, so that TransferAlloc can be skipped. Told at each change."""
+    """Blocks of its own pool that a receiver keeps ready, so that TransferAlloc can be skipped. Told at each change."""
 
     blocks: tuple[LeaseRef, ...]
     """All of them; in place of those offered before."""
@@ -146,25 +146,25 @@ class TransferPush(Message):
 
 
 class AttemptQuery(Message):
-    """Which of these works are in hand? Asks for WorkInHand."""
+    """Ask which of these attempts an instance has. Asks for AttemptsAssigned."""
 
     attempts: tuple[Attempt, ...]
 
 
 class AttemptsAssigned(Message):
-    """Those of the works asked about that the instance has, or keeps a block for."""
+    """Those of the attempts asked about that the instance has, or keeps a block for."""
 
     attempts: tuple[Attempt, ...]
 
 
 class StageTaken(Message):
-    """The instance has the attempt in hand; one credit is spent."""
+    """The instance has taken the attempt; one credit is spent."""
 
     attempt: Attempt
 
 
 class StageCancel(Message):
-    """Stop this attempt within one step, if it is still in hand."""
+    """Stop this attempt within one step, if the instance still has it."""
 
     attempt: Attempt
     reason: str

@@ -184,7 +184,7 @@ class Instance(Actor):
         return preallocated
 
     async def assigned(self, message: AttemptQuery) -> AttemptsAssigned:
-        """Claim work, and with it what its blocks are written for."""
+        """Say which attempts this instance has, whose blocks must be kept."""
         load = self.attempts
         return AttemptsAssigned(
             tuple(attempt for attempt in message.attempts if attempt in load.active or attempt in load.reservations)
@@ -252,7 +252,7 @@ class Instance(Actor):
 
     def _refuse_when_draining(self) -> None:
         if self._draining:
-            raise RefusedError("draining", f"{self.name} takes no more work")
+            raise RefusedError("draining", f"{self.name} takes nothing more")
         if self._awake_target is not None or not self.context.awake:
             raise RefusedError("asleep", f"{self.name} has no weights in memory")
 
@@ -298,7 +298,7 @@ class Instance(Actor):
                     answer = await self._client.lease(attempt, self._preallocation.nbytes, incoming=True)
                 except BusError as error:
                     self._client.undo(attempt)
-                    self.log.info("no spare block", error=str(error))
+                    self.log.info("no block to keep ready", error=str(error))
                     break
                 if isinstance(answer, PoolFull):
                     break
@@ -315,7 +315,7 @@ class Instance(Actor):
         await self.reporter.flushed()
 
     async def _end(self, error: str) -> None:
-        """End this process once the head knows why, and has back what else was in hand."""
+        """End this process once the head knows why, and has back what else was assigned."""
         try:
             async with asyncio.timeout(LAST_REPORTS_S):
                 await self._drained()
@@ -332,16 +332,16 @@ class Instance(Actor):
         """Stay registered with whichever head there is, for ever."""
         head = self.reference("head")
         while True:
-            # Watched before it is greeted, so that a death right after the welcome is not missed.
+            # Watched before it is asked, so that a death right after its answer is not missed.
             lost = self.spawn(head.down(), name="head down")
-            welcome = await self._register(head)
-            for attempt in welcome.unknown:
+            registered = await self._register(head)
+            for attempt in registered.unknown:
                 self._drop(attempt)
             self.reporter.resume()
             self._head_away.clear()
             self._offer()
             self._show_wake_state()
-            self.log.info("joined", unknown=len(welcome.unknown))
+            self.log.info("joined", unknown=len(registered.unknown))
             await self._send_heartbeats(head, lost)
             self._head_away.set()
             self.reporter.pause()
@@ -373,7 +373,7 @@ class Instance(Actor):
             taken=load.taken,
             pool=self.component.pool,
             signature=self.context.signature,
-            # What has ended, but not to the head's knowledge, counts as in hand: it need not be done again.
+            # What has ended without the head knowing it counts as assigned: it need not be done again.
             running=tuple(dict.fromkeys((*load.assigned, *self.reporter.attempts))),
             leaving=self._leaving,
             model=self.context.model,
@@ -383,7 +383,7 @@ class Instance(Actor):
         )
 
     async def _send_heartbeats(self, head: Reference, lost: asyncio.Task[None]) -> None:
-        """Say that this instance lives, until the head does not any more."""
+        """Send heartbeats until the head is gone."""
         while True:
             await asyncio.wait({lost}, timeout=self._heartbeat_every_s)
             if lost.done():

@@ -1,4 +1,4 @@
-"""Slots that a receiver leases ahead of time, so that the next arrival need not wait for one."""
+"""Blocks that a receiver leases ahead of time, so that the next arrival need not wait for one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Preallocation:
         return bool(self.nbytes) and len(self.blocks) < self.count
 
     def next_attempt(self) -> Attempt:
-        """Name the next lease: a spare block is for no job."""
+        """Name the next lease: a preallocated block is for no job."""
         self._leased += 1
         return Attempt("", self._leased)
 

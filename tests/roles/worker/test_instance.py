@@ -12,6 +12,7 @@ from triptych.actors import ActorCrashedError
 from triptych.actors.runtime._actor_cell import ActorCell
 from triptych.actors.runtime.system_messages import Inspect, Inspection
 from triptych.bus import Delivery, RemoteError
+from triptych.engines.memory.arena import ArenaAddress
 from triptych.engines.pipelines.stepping import Denoising
 from triptych.roles.messages import stages
 from triptych.roles.messages.pool import PoolDescription, PoolQuery
@@ -171,7 +172,7 @@ def test_an_image_travels_over_mooncake_between_the_processes_of_three_pools(
             assert (h.topology.state_dir / "artifacts" / finished.artifact.name).stat().st_size
             await driver.empty(*pools)
             found = [await driver.ask(name, PoolQuery(), PoolDescription) for name in pools]
-            assert {f.pid for f in found} == {h.processes[name].pid for name in pools}
+            assert {ArenaAddress.parse(f.arena).pid for f in found} == {h.processes[name].pid for name in pools}
             assert all("mooncake" in f.transport.lower() for f in found)
             # A pool that is killed takes what was stored in it along; its successor serves on the same name.
             stored = await driver.encoded(attempt(1))
