@@ -44,7 +44,7 @@ class LeaseError(Exception):
     """A request that the table refuses.
 
     `code` is "unknown_lease" (never given, or released), "wrong_state", "too_large" (sealed with more bytes
-    than it holds), "stale_owner" (an older generation than one already reclaimed) or "request_gone".
+    than it holds), or "stale_owner" (an older generation than one already reclaimed).
     """
 
     def __init__(self, code: str, detail: str) -> None:
@@ -111,7 +111,6 @@ class LeaseTable:
         self._next_id = generation * IDS_PER_GENERATION + 1
         self._leases: dict[int, Lease] = {}
         self._oldest_allowed: dict[str, int] = {}
-        self._unwanted: set[int] = set()
 
     @property
     def free(self) -> int:
@@ -164,9 +163,9 @@ class LeaseTable:
     ) -> Lease | None:
         """Give a new `writing` lease of at least `nbytes` bytes; None when there is no room, or others wait for it.
 
-        Who is refused at `now` (monotonic seconds) has a place in the queue for PLACE_S seconds, but for a lease taken
-        in advance, of no request. Raises LeaseError("stale_owner") for an owner older than a generation of it that
-        was already reclaimed, and ValueError for negative `nbytes`.
+        Who is refused at `now` (monotonic seconds) has a place in the queue for QUEUE_TIMEOUT_S seconds, unless the
+        lease is for no request, to be kept ready. Raises LeaseError("stale_owner") for an owner older than a
+        generation of it that was already reclaimed, and ValueError for negative `nbytes`.
         """
         if owner_generation < self._oldest_allowed.get(owner, 0):
             raise LeaseError("stale_owner", f"{owner} generation {owner_generation} has been succeeded by a newer one")
@@ -208,19 +207,15 @@ class LeaseTable:
     def seal(self, lease_id: int, checksum: int, nbytes: int) -> Lease:
         """Close the block for writing: from here on it belongs to its request.
 
-        Raises LeaseError: "unknown_lease", "wrong_state", "too_large" (the block holds less than `nbytes`),
-        or "request_gone" when the request was reclaimed meanwhile; the block is then free again.
+        Raises LeaseError: "unknown_lease", "wrong_state" or "too_large" (the block holds less than `nbytes`).
         """
         lease = self._in_state(lease_id, LeaseState.WRITING)
         if not 0 <= nbytes <= lease.capacity:
             raise LeaseError("too_large", f"lease {lease_id} holds {lease.capacity} bytes, not {nbytes}")
-        if lease_id in self._unwanted:
-            self._drop(lease)
-            raise LeaseError("request_gone", f"request {lease.request_id} ended before lease {lease_id} was sealed")
         return self._put(lease, state=LeaseState.SEALED, checksum=checksum, nbytes=nbytes)
 
     def release(self, lease_id: int) -> Lease:
-        """Free a lease and return it as it was; a quarantined one stays: only `expire` and `lift` free it.
+        """Free a lease and return it as it was; a quarantined one stays: only `expire` frees it.
 
         Raises LeaseError("unknown_lease"), a second release included.
         """
@@ -232,16 +227,10 @@ class LeaseTable:
     def quarantine(self, lease_id: int, until: float = 0.0) -> Lease:
         """Keep the bytes of a lease from being leased again, since something may still write there.
 
-        It is freed by `lift`, or by the first `expire` from `until` (unix seconds) on that finds nobody
+        It is freed by the first `expire` from `until` (unix seconds) on that finds nobody
         writing. Raises LeaseError("unknown_lease").
         """
         return self._put(self.get(lease_id), state=LeaseState.QUARANTINED, quarantined_until=until)
-
-    def lift(self, lease_id: int) -> Lease:
-        """Free a quarantined lease: nothing writes there any more. Raises LeaseError for any other."""
-        lease = self._in_state(lease_id, LeaseState.QUARANTINED)
-        self._drop(lease)
-        return lease
 
     def expire(self, now: float, held: Collection[ByteRange] = ()) -> list[Lease]:
         """Free the quarantined leases whose time is up and that overlap no (offset, nbytes) in `held`."""
@@ -275,20 +264,6 @@ class LeaseTable:
                 self._drop(lease)
         return taken
 
-    def reclaim_request(self, request_id: str, older_than_attempt: int | None = None) -> list[Lease]:
-        """Take back what is sealed for a request that needs it no more (or for its earlier attempts only).
-
-        A block still being written belongs to its writer, who is alive: it is freed when the writer releases
-        or seals it, or dies. Returns the leases freed.
-        """
-        theirs = [
-            lease
-            for lease in self._leases.values()
-            if lease.request_id == request_id and (older_than_attempt is None or lease.attempt < older_than_attempt)
-        ]
-        self._unwanted.update(lease.id for lease in theirs if lease.state is LeaseState.WRITING)
-        return self._drop_all(lease for lease in theirs if lease.state is LeaseState.SEALED)
-
     @property
     def _allocators(self) -> tuple[_ZoneAllocator, ...]:
         return (*self._zones.values(), self._rest)
@@ -309,7 +284,6 @@ class LeaseTable:
 
     def _drop(self, lease: Lease) -> None:
         del self._leases[lease.id]
-        self._unwanted.discard(lease.id)
         allocator = self._allocator(lease.zone)
         allocator.buddy.free(lease.offset - allocator.offset)
 

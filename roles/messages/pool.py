@@ -35,7 +35,7 @@ class PoolDescription(Message):
 
 
 class LeaseBlock(Message):
-    """Lease a block for writing. Asks for SlotLeased or PoolFull.
+    """Lease a block for writing. Asks for BlockLeased or PoolFull.
 
     Asking again before it is sealed gives the same block, so that an answer that was lost loses no memory.
     """
@@ -78,7 +78,7 @@ class ReleasePreallocated(Message):
 
 
 class SealBlock(Message):
-    """The block is written: from now on it belongs to the request. Asks for SlotSealed."""
+    """The block is written: from now on it belongs to the request. Asks for BlockSealed."""
 
     lease: LeaseRef
     checksum: Word
@@ -90,7 +90,7 @@ class BlockSealed(Message):
 
 
 class ReleaseBlocks(Message):
-    """Give blocks back; one that is already free, or of an older pool, is no error. Asks for SlotsReleased."""
+    """Give blocks back; one that is already free, or of an older pool, is no error. Asks for BlocksReleased."""
 
     leases: tuple[LeaseRef, ...]
 
@@ -102,7 +102,7 @@ class BlocksReleased(Message):
 
 
 class PullBlock(Message):
-    """Read another pool's sealed block into one of yours. Asks for SlotPulled.
+    """Read another pool's sealed block into one of yours. Asks for BlockPulled.
 
     A block that was taken in advance is from then on `attempt`'s. Refused with `wrong_state` when it is another
     attempt's, which may be loading it; with `source_gone` when the source pool has started anew since; with

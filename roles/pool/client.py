@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 R = TypeVar("R", bound=Message)
 
 BATCH: Final = 256
-"""Slots that are given back at once."""
+"""Blocks that are released at once."""
 FAULTS: Final = "TRIPTYCH_TRANSFER_FAULTS"
 """Environment variable with which a drill damages what is transferred, as `engines.transfer.FaultRates` reads it."""
 

@@ -55,9 +55,9 @@ class Traffic(RuleBasedStateMachine):
     @rule(data=st.data(), until=MOMENTS)
     def one_step(self, data, until):
         lease = data.draw(st.sampled_from(self.table.leases))
-        step = data.draw(st.sampled_from(["seal", "release", "quarantine", "lift"]))
+        step = data.draw(st.sampled_from(["seal", "release", "quarantine"]))
         arguments = {"seal": (7, lease.nbytes), "quarantine": (until,)}.get(step, ())
-        assert outcome(getattr(self.table, step), lease.id, *arguments) in ("done", "wrong_state", "request_gone")
+        assert outcome(getattr(self.table, step), lease.id, *arguments) in ("done", "wrong_state")
 
     @rule(owner=OWNERS, generation=st.integers(0, 4), held=st.booleans())
     def reclaim_owner(self, owner, generation, held):
@@ -67,11 +67,6 @@ class Traffic(RuleBasedStateMachine):
             lease.owner == owner and lease.owner_generation < generation
             for lease in self.table.in_state(LeaseState.WRITING)
         )
-
-    @rule(request=REQUESTS)
-    def reclaim_request(self, request):
-        self.table.reclaim_request(request)
-        assert not any(lease.request_id == request for lease in self.table.in_state(LeaseState.SEALED))
 
     @rule(now=MOMENTS)
     def expire(self, now):
@@ -88,8 +83,8 @@ class Traffic(RuleBasedStateMachine):
     def teardown(self):
         for owner in ("denoiser-0", "encoder-0"):
             self.table.reclaim_owner(owner, 100)
-        for request in "abc":
-            self.table.reclaim_request(request)
+        for lease in self.table.leases:
+            self.table.release(lease.id)
         self.table.expire(float("inf"))
         assert self.table.leases == ()
         assert self.table.free == CAPACITY
@@ -126,7 +121,7 @@ def test_a_lease_is_written_sealed_and_released(table):
 def test_what_is_not_in_the_table_is_unknown(table):
     lease = take(table)
     table.release(lease.id)
-    for call in (table.get, table.release, table.quarantine, table.lift):
+    for call in (table.get, table.release, table.quarantine):
         assert outcome(call, lease.id) == "unknown_lease"
     assert outcome(table.seal, lease.id, 0, 0) == "unknown_lease"
 
@@ -231,23 +226,6 @@ def test_a_block_that_a_transfer_still_fills_is_not_free_when_its_owner_dies(tab
     assert table.free == CAPACITY
 
 
-def test_a_request_that_ends_gives_back_what_is_sealed_at_once_and_the_rest_when_it_is_sealed(table):
-    sealed, writing, other = take(table), take(table), take(table, request="s")
-    table.seal(sealed.id, 1, 1)
-    table.seal(other.id, 1, 1)
-    assert [lease.id for lease in table.reclaim_request("r")] == [sealed.id]
-    assert outcome(table.seal, writing.id, 1, 1) == "request_gone"
-    assert [lease.id for lease in table.leases] == [other.id]
-
-
-def test_earlier_attempts_can_be_given_up_alone(table):
-    first, second = take(table, attempt=1), take(table, attempt=2)
-    for lease in (first, second):
-        table.seal(lease.id, 1, 1)
-    table.reclaim_request("r", older_than_attempt=2)
-    assert [lease.id for lease in table.leases] == [second.id]
-
-
 def test_quarantine_outlasts_a_release_and_ends_in_time(table):
     lease = take(table)
     table.quarantine(lease.id, until=10.0)
@@ -255,14 +233,6 @@ def test_quarantine_outlasts_a_release_and_ends_in_time(table):
     assert table.free == CAPACITY - PAGE
     assert table.expire(9.9) == []
     assert [freed.id for freed in table.expire(10.0)] == [lease.id]
-    assert table.free == CAPACITY
-
-
-def test_quarantine_can_be_lifted_by_hand_but_only_quarantine(table):
-    lease = take(table)
-    assert outcome(table.lift, lease.id) == "wrong_state"
-    table.quarantine(lease.id, until=10.0)
-    table.lift(lease.id)
     assert table.free == CAPACITY
 
 
