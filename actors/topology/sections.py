@@ -10,7 +10,6 @@ import msgspec
 from msgspec import Meta
 
 from triptych.engines.backends import AUTO, BACKENDS
-from triptych.roles.head.dispatch import POLICIES
 
 RoleKind = Literal["encoder", "denoiser", "decoder", "monolithic"]
 STAGES: Final = ("encoder", "denoiser", "decoder")
@@ -53,13 +52,12 @@ Options = Annotated[
     dict[str, OptionValue],
     Meta(description="a table whose values are texts, numbers, true or false, or lists of numbers"),
 ]
+DispatchName = Literal["round_robin", "max_free_slots", "least_loaded"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 if TYPE_CHECKING:
     EngineName: TypeAlias = str
-    DispatchName: TypeAlias = str
 else:  # Literals, so that an error lists the choices
     EngineName = Literal[(AUTO, *BACKENDS)]
-    DispatchName = Literal[tuple(POLICIES)]
 
 Hosts = Annotated[tuple[str, ...], Meta(description='a list of host names, such as ["pictures.example.com"]')]
 

@@ -1,10 +1,8 @@
 """Dispatch policies: which waiting job goes first, and which instance gets it. Pure.
 
 A policy is a class here (or in a module of its own) and an entry in `POLICIES`, the table that the topology's
-`[head] dispatch` takes its values from. A policy sees the job and its request, so that it can go by the inputs: prefer
-the instance that has the job's adapter, or the requests of one owner.
-
-This module imports nothing of ours when it runs, because the topology reads the table.
+`[head] dispatch` chooses from; its name is one of `DispatchName`. A policy sees the job and its request, so that it can
+go by the inputs: prefer the instance that has the job's adapter, or the requests of one owner.
 """
 
 from __future__ import annotations
@@ -12,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+from triptych.actors.topology.sections import DispatchName
 
 if TYPE_CHECKING:
     from triptych.roles.head.job import Job, Request
@@ -72,7 +72,7 @@ class LeastLoaded(DispatchPolicy):
         return min(candidates, key=lambda c: (c.load / max(c.slots, 1), c.last_served, c.name))
 
 
-POLICIES: Final[Mapping[str, DispatchPolicy]] = {
+POLICIES: Final[Mapping[DispatchName, DispatchPolicy]] = {
     "round_robin": DispatchPolicy(),
     "max_free_slots": MaxFreeSlots(),
     "least_loaded": LeastLoaded(),

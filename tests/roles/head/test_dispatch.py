@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.roles.factories import after, make_scheduler, registration, request
 from triptych.actors import TopologyError, load_topology
+from triptych.actors.topology.sections import DispatchName
 from triptych.roles.head.dispatch import POLICIES, Candidate, DispatchPolicy
 from triptych.roles.head.effects import Assign
 from triptych.roles.head.job import Job, Request
@@ -77,6 +79,7 @@ def test_a_policy_may_go_by_the_inputs_of_a_request() -> None:
 
 
 def test_the_topology_takes_the_names_of_the_policies_and_no_other(tmp_path: Path) -> None:
+    assert set(POLICIES) == set(get_args(DispatchName))
     path = tmp_path / "t.toml"
     for name in POLICIES:
         path.write_text(f'[model]\npath = "m"\n[[roles]]\nkind = "monolithic"\n[head]\ndispatch = "{name}"\n')
