@@ -1,4 +1,4 @@
-"""Which devices a role can run on, how it is set up there, and what an error on one of them means."""
+"""Find the device of a role, set it up, and classify the errors that it raises."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _SHAPE_ERRORS: Final = (
     "is invalid for input of size",
     "cannot reshape tensor",
 )
-"""What torch says of shapes that do not fit; it has no class of error for that."""
+"""Messages of torch about shapes that do not match; it has no error class for them."""
 _COMPONENT_MISMATCHES: Final = (
     "incorrect config",
     "Incorrect config",
@@ -47,7 +47,7 @@ _COMPONENT_MISMATCHES: Final = (
     "vae.config",
     " channels, but got ",
 )
-"""How diffusers says that the parts of a model do not fit each other, and how torch says it of a first layer."""
+"""Messages of diffusers about components that do not match each other, and of torch about a first layer."""
 _DETERMINISTIC: Final = (
     TypeError,
     AttributeError,
@@ -59,18 +59,18 @@ _DETERMINISTIC: Final = (
 )
 _LIBRARIES: Final = ("diffusers.", "transformers.", "triptych.engines.")
 _LEAK_BYTES: Final = 1 << 30
-"""Bytes of requests in hand; and a quarter of the weights, for what the libraries make once and keep."""
+"""Bytes, or a quarter of the weights if that is more, that requests and library caches may keep allocated."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device had no room for something. What was there before is whole."""
+    """Return whether the device ran out of memory; the tensors that it held before are intact."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _MEMORY_ERRORS)
 
 
 def is_device_lost(error: BaseException) -> bool:
-    """Whether `error` leaves the device, or this process's context on it, in a state that nothing can be built on."""
+    """Return whether the device, or this process's context on it, cannot be used after `error`."""
     if is_out_of_memory(error):
         return False
     if isinstance(error, torch.AcceleratorError):
@@ -79,25 +79,25 @@ def is_device_lost(error: BaseException) -> bool:
 
 
 def is_component_mismatch(error: BaseException) -> bool:
-    """Whether parts of the model do not fit each other, as diffusers says it; no request can mend that."""
+    """Return whether components of the model do not match each other; no request can change that."""
     text = str(error)
     return isinstance(error, (ValueError, RuntimeError)) and any(words in text for words in _COMPONENT_MISMATCHES)
 
 
 def is_deterministic(error: BaseException) -> bool:
-    """Whether the same request would fail in the same way again: code of the libraries or of the engine cannot do it.
+    """Return whether the same request would fail again: the libraries or the engine raised the error.
 
-    What depends on the machine (memory, the device, files) comes as other classes of errors.
+    Errors that depend on the machine (memory, the device, files) have other classes.
     """
     return isinstance(error, _DETERMINISTIC) and _raised_in(error).startswith(_LIBRARIES)
 
 
 def is_invalid_request(error: BaseException) -> bool:
-    """Whether the request itself is wrong, and would fail anywhere.
+    """Return whether the request itself is wrong, so that it would fail on any instance.
 
-    What this engine says of inputs is, what diffusers says by a ValueError of its own, and sizes that do not fit each
-    other: of an image and the size asked for, for one. The same classes of error from elsewhere are defects, and what
-    is said of the model's configuration is about the model.
+    Such errors are those of the engine about inputs, a ValueError that diffusers raises, and sizes that do not match,
+    as of an image and the requested size. The same classes raised elsewhere are defects, and a component mismatch is
+    a fault of the model.
     """
     if isinstance(error, (InputError, UploadError)):
         return True
@@ -117,42 +117,41 @@ def _raised_in(error: BaseException) -> str:
 
 
 def must_restart(*, in_a_row: int, allocated: int, after_loading: int) -> bool:
-    """Whether a device that ran out of memory is to be freed by the end of this process.
+    """Return whether this process must end to free a device that ran out of memory.
 
-    A request that was too large is over, and its memory with it. What is still there beside the weights is a leak,
-    or held by something that nobody knows; likewise when nothing succeeds any more.
+    The memory of a request that was too large is freed with it. What stays allocated beside the weights has leaked.
+    The process also ends when one stage after the other runs out of memory.
 
     Args:
-        in_a_row: Stages that ran out of memory since one has succeeded, this one included.
+        in_a_row: Stages that ran out of memory since the last success, this one included.
         allocated: Bytes of tensors on the device, after everything was dropped.
-        after_loading: The same, when the weights had been loaded.
+        after_loading: Bytes of tensors on the device right after the weights were loaded.
     """
     return in_a_row > 1 or allocated > after_loading + max(_LEAK_BYTES, after_loading // 4)
 
 
 def releases_cached_memory(stage: Stage, component: Component, *, shared: bool) -> bool:
-    """Whether memory that a stage has used goes back to the GPU when it ends: others want it, and it was much."""
+    """Return whether to release cached memory after a stage: the GPU is shared, and the stage used much."""
     return shared and (stage is Stage.DECODER or component.offload == "model")
 
 
 def gpu_of(component: Component, gpus: int) -> int:
-    """Number of the GPU for a component whose `device` is "cuda:N", or "cuda": instance k has GPU k mod `gpus`."""
+    """Return the GPU number of a component: N for `device` "cuda:N"; for "cuda", instance k has GPU k mod `gpus`."""
     _, _, number = component.device.partition(":")
     return int(number) if number else component.index % max(gpus, 1)
 
 
 def shares_gpu(component: Component, components: Sequence[Component], gpus: int) -> bool:
-    """Whether another component computes on the same GPU."""
+    """Return whether another component computes on the same GPU."""
     others = (other for other in components if other.on_gpu and other.name != component.name)
     return component.on_gpu and any(gpu_of(other, gpus) == gpu_of(component, gpus) for other in others)
 
 
 def usable_device(component: Component) -> torch.device:
-    """Find the device of a component; a CUDA device always with its number.
+    """Return the device of a component; a CUDA device always has its number.
 
     Raises:
-        StartError: there is none; the sentence says what to do.
-
+        StartError: The host has no such device; the message says what to do.
     """
     name = component.device
     try:
@@ -172,28 +171,28 @@ def _usable_gpu(component: Component) -> torch.device:
             " run a role on a GPU as an interpreter of its own"
             " (python -m triptych.actors.supervision.component_process)"
         )
-    # The count may be that of the management library alone; the driver can still find none of them usable.
+    # The count may come from the management library while the driver can use none of them.
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     number = gpu_of(component, gpus)
     if number >= gpus:
         raise StartError(
             f'[[roles]] device is "{name}", but torch finds {gpus} CUDA devices on this host:'
-            ' write "cpu", or install a torch that knows this host\'s devices'
+            ' write "cpu", or install a build of torch that supports this host\'s devices'
         )
     return torch.device("cuda", number)
 
 
 def use_exact_kernels() -> None:
-    """Choose kernels that give the same bits each time; cuBLAS is told in the environment of the process.
+    """Select deterministic kernels; for cuBLAS, the environment of the process does.
 
-    Whether TF32 is used is left as torch has it, so that the result is that of diffusers in one process.
+    The setting for TF32 stays that of torch, so that the result equals that of diffusers in one process.
     """
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
 
 
 def clear_frames(error: BaseException) -> None:
-    """Drop what the calls that `error` went through hold: their tensors would outlive them with it."""
+    """Clear the frames that `error` passed through, which would keep their tensors alive."""
     seen: BaseException | None = error
     while seen is not None:
         traceback.clear_frames(seen.__traceback__)
@@ -201,18 +200,18 @@ def clear_frames(error: BaseException) -> None:
 
 
 def release_cached_memory(device: torch.device) -> None:
-    """Give memory that no tensor uses back to the GPU, where other processes can have it; takes milliseconds.
+    """Return memory that no tensor uses to the GPU, for other processes; takes milliseconds.
 
-    Called by the thread that computes there.
+    Call it on the thread that computes there.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def free_memory(device: torch.device) -> int:
-    """Free what nothing refers to any more; returns the bytes that tensors of this process take on the GPU.
+    """Free unreferenced memory; return the bytes of this process's tensors on the GPU, 0 for the CPU.
 
-    Called by the thread that computes there. Returns 0 on the CPU.
+    Call it on the thread that computes there.
     """
     gc.collect()
     release_cached_memory(device)
@@ -220,13 +219,13 @@ def free_memory(device: torch.device) -> int:
 
 
 def trim_host() -> None:
-    """Give memory that the allocator of this process keeps free back to the system."""
-    if hasattr(_libc, "malloc_trim"):  # of glibc; other libraries keep little
+    """Return free memory of this process's allocator to the system."""
+    if hasattr(_libc, "malloc_trim"):  # glibc; other allocators keep little
         _libc.malloc_trim(0)
 
 
 def memory_stats(device: torch.device) -> dict[str, int | float | str | bool]:
-    """Bytes of the GPU that this process has now, and the most that it has had; none for the CPU."""
+    """Return the bytes of the GPU that this process uses now, and its peaks; nothing for the CPU."""
     if device.type != "cuda":
         return {}
     return {
@@ -238,9 +237,9 @@ def memory_stats(device: torch.device) -> dict[str, int | float | str | bool]:
 
 
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:
-    """Compute a little of each kind, so that the first request does not wait for libraries to be loaded and set up.
+    """Run a small operation of each kind, so that the first request does not wait for libraries to load.
 
-    Called by the thread that computes there; takes a second or two on a GPU. Raises what a broken device raises.
+    Call it on the thread that computes there; takes a second or two on a GPU. Raises whatever a broken device raises.
     """
     square = torch.ones(1, 1, 64, 64, device=device, dtype=dtype)
     torch.nn.functional.scaled_dot_product_attention(square, square, square)

@@ -1,4 +1,4 @@
-"""From the inputs of a message to what a pipeline takes: references become images, lists become lists."""
+"""Turn the inputs of a message into those of a pipeline: load the files that they refer to, convert lists."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from triptych.roles.messages.common import Images, Json, Numbers, Options, Tenso
 
 
 def has_files(inputs: Mapping[str, object]) -> bool:
-    """Whether there is anything to be read from the disk."""
+    """Return whether an input refers to a file."""
     return any(isinstance(value, Images | Tensors) for value in inputs.values())
 
 
 def resolve_inputs(
     inputs: Mapping[str, object], store: UploadStore, signature: Signature, *, alpha: bool = False
 ) -> dict[str, object]:
-    """Read what the inputs of a request refer to. With files it blocks on the disk: call it off the event loop then.
+    """Load the files that inputs of a request refer to. Files block on the disk: then call it off the event loop.
 
     Args:
-        inputs: By name, as `roles.messages.work.Input`.
-        store: Where the files are.
-        signature: Of the pipeline, which says whether an input is one image or a list.
+        inputs: By name, as `roles.messages.common.Input`.
+        store: Has the files.
+        signature: Of the pipeline: says whether an input is one image or a list.
         alpha: Whether the model takes images with an alpha channel.
 
     Returns:
         The inputs. Images are upright `PIL.Image.Image`, "L" for a mask, else "RGBA" with `alpha` or "RGB"; or
-        lists of them. Numbers are a list, or a tuple of whole numbers for a pair. Options are a dict, and JSON is what
-        it says. Each tensor of a file of tensors is an input of its own, on the CPU, as it was sent.
+        lists of them. Numbers are a list, or a tuple of integers for a pair. Options are a dict, and JSON is decoded.
+        Each tensor of a file of tensors is a separate input, on the CPU, unchanged.
 
     Raises:
         UploadError: A file is missing or damaged, or there are several images where the pipeline takes one.
@@ -72,7 +72,7 @@ def _images(
 
 
 def _tensors(file: Upload, store: UploadStore) -> dict[str, object]:
-    # Here, because most requests have none.
+    # Imported here because most requests have no tensors.
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -87,7 +87,7 @@ def as_image(image: Image.Image, *, alpha: bool = False) -> Image.Image:
     upright = ImageOps.exif_transpose(image)
     if alpha or not upright.has_transparency_data:
         return upright.convert("RGBA" if alpha else "RGB")
-    # Below what is transparent lies whatever a program left there.
+    # Transparent pixels have arbitrary colours.
     clear = upright.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
 
@@ -95,8 +95,8 @@ def as_image(image: Image.Image, *, alpha: bool = False) -> Image.Image:
 def as_mask(image: Image.Image) -> Image.Image:
     """Convert an image to a mask, "L", white where to paint.
 
-    That is what diffusers takes. In OpenAI's API it is the transparent part of a mask that says where; so a mask with
-    something transparent is read that way.
+    That is what diffusers takes. OpenAI's API marks the area to paint by transparency instead, so a mask with
+    transparent pixels is read that way.
     """
     upright = ImageOps.exif_transpose(image)
     if upright.has_transparency_data:

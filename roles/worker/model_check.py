@@ -1,6 +1,6 @@
-"""What `triptych check FILE --model` finds: files, classes, and one tiny request in this process.
+"""Check a model for `triptych check FILE --model`: its files, its classes, and one tiny request in this process.
 
-Importing this module imports no torch, so that what files alone tell is known at once.
+Importing this module imports no torch, so that findings about files appear at once.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 _BYTES: Final = {"float32": 4}
 _DEFAULT_BYTES: Final = 2
 _SHARE: Final = 0.8
-"""Of the memory that is free: the rest is for what a request computes, and for whoever else is here."""
+"""Share of the free memory that weights may take: the rest is for activations and other processes."""
 _TRIES: Final = ((64, True), (256, True), (256, False))
-"""Pixels of a side of a dry request, and whether it has as few steps as can be: some models take no less."""
+"""Pixels of a side of a dry request, and whether it has the fewest steps possible: some models need more."""
 
 
 def check_model(
     model: Model, components: Sequence[Component], *, dry_run: bool = True, say: Callable[[str], None] = print
 ) -> ModelReport:
-    """Find everything that can be known of a model before it is served.
+    """Check a model before it is served, and report all problems that were found.
 
     Args:
-        model: Of a topology.
+        model: A model of a topology.
         components: The instances that serve it.
-        dry_run: Whether to load it and make one tiny request, where nothing was found that prevents it.
-        say: Called with what is being done.
+        dry_run: Whether to load it and run one tiny request, unless a problem prevents that.
+        say: Called with a description of each step.
     """
     began = time.monotonic()
     seconds: dict[str, float] = {}
@@ -51,7 +51,7 @@ def check_model(
     say("reading configuration and headers of weights")
     found = inspect_files(model.path, options, loras)
     lap("files")
-    if any(finding.fatal and finding.where == "index" for finding in found):  # nothing else can be known
+    if any(finding.fatal and finding.where == "index" for finding in found):  # nothing else can be checked
         return ModelReport(model.name, str(model.path), "", _told(found), "", seconds)
     say("importing torch and diffusers")
     from triptych.engines.partition.compatibility import check_compatibility
@@ -59,7 +59,7 @@ def check_model(
     lap("import")
     broken = frozenset(finding.where for finding in found if finding.fatal)
     fitted = check_compatibility(
-        model.path, options, loras, broken=broken, say=lambda name: say(f"holding {name} against its class")
+        model.path, options, loras, broken=broken, say=lambda name: say(f"comparing {name} with its class")
     )
     found = _that_matter([*found, *fitted.findings], fitted)
     lap("classes")
@@ -81,7 +81,7 @@ def _told(found: Sequence[Finding]) -> tuple[ModelProblem, ...]:
 
 
 def _that_matter(found: Sequence[Finding], fitted: CompatibilityReport) -> list[Finding]:
-    """Without what is said twice; of components that are not loaded, nothing prevents serving."""
+    """Remove duplicates; a finding about a component that is not loaded is not fatal."""
     import msgspec
 
     matter = []
@@ -94,7 +94,7 @@ def _that_matter(found: Sequence[Finding], fitted: CompatibilityReport) -> list[
 def _dry_run(
     model: Model, components: Sequence[Component], fitted: CompatibilityReport, say: Callable[[str], None]
 ) -> tuple[str, Finding | None]:
-    """Load the model as its roles do, and make one tiny request; returns what came of it, and what prevents it."""
+    """Load the model as its roles do, and run one tiny request; return its result, and the problem or None."""
     instances = {component.kind: component for component in reversed(components)}
     needed = sum(
         count * max(_BYTES.get(each.dtype, _DEFAULT_BYTES) for each in instances.values())
@@ -106,7 +106,7 @@ def _dry_run(
     began = time.monotonic()
     try:
         stages = _load(model, instances.values(), say)
-    except Exception as error:  # noqa: BLE001  whatever it raises is what was to be found out
+    except Exception as error:  # noqa: BLE001  every error is a finding of the check
         in_words = isinstance(error, (ModelError, StartError))
         return "", Finding("dry run", str(error) if in_words else f"The model cannot be loaded: {describe(error)}")
     loaded_s = time.monotonic() - began
@@ -137,7 +137,7 @@ def _load(model: Model, instances: Iterable[Component], say: Callable[[str], Non
 def _request(
     model: Model, stages: dict[Stage, StagePipeline], side: int, say: Callable[[str], None], *, minimal_steps: bool
 ) -> tuple[str, Finding | None]:
-    """Make a request; returns its numbers, and what went wrong."""
+    """Run a request; return its integer inputs as text, and the problem or None."""
     from triptych.engines.parameters.serving_config import load_serving_config
     from triptych.engines.pipelines.dry_run import run, tiny_inputs
     from triptych.roles.worker import devices
@@ -155,14 +155,14 @@ def _request(
     told = ", ".join(f"{name}={value}" for name, value in sorted(inputs.items()) if isinstance(value, int))
     try:
         run(stages, inputs, seen)
-    except Exception as error:  # noqa: BLE001  whatever it raises is what was to be found out
+    except Exception as error:  # noqa: BLE001  every error is a finding of the check
         sentence = f"A dry request ({told}) failed in the {at}: {describe(error)}"
         return told, Finding("dry run", sentence, fatal=not devices.is_invalid_request(error))
     return told, None
 
 
 def _free_bytes(instances: Iterable[Component]) -> int:
-    """Memory that is free where the instances compute."""
+    """Return the free bytes of the devices that the instances use."""
     devices = {component.device for component in instances}
     if devices == {"cpu"}:
         return _free_on_host()
@@ -173,7 +173,7 @@ def _free_bytes(instances: Iterable[Component]) -> int:
 
 
 def _free_on_host(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that processes here may still take: of physical memory, and of what every cgroup around this one has."""
+    """Return the bytes that this process may still allocate: of physical memory, and within every enclosing cgroup."""
     lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
     free = int(lines["MemAvailable"].split()[0]) << 10
     for line in (proc / "self" / "cgroup").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""How an instance holds its weights: what the topology says, for the engines, and what came of it, for the log.
+"""Load the weights of an instance as the topology says, and summarize them for the log.
 
 Importing this module imports no torch; most of its functions do.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def lora_files(model: Model) -> tuple[LoraFile, ...]:
-    """The adapters of a model."""
+    """Return the LoRA adapters of a model."""
     return tuple(
         LoraFile(
             name=lora.name,
@@ -37,7 +37,7 @@ def lora_files(model: Model) -> tuple[LoraFile, ...]:
 
 
 def model_options(model: Model) -> ModelOptions:
-    """How the topology wants a model read and cut."""
+    """Return how to read and partition a model, as the topology says."""
     section, source = model.section, model.source
     return ModelOptions(
         task=section.task,
@@ -56,7 +56,7 @@ def model_options(model: Model) -> ModelOptions:
 
 
 def describe_model(model: Model) -> tuple[str, str]:
-    """Say how a model would be served, and a problem or ""; see `engines.partition.strategy.describe_serving`."""
+    """Return how a model would be served, and a problem or ""; see `engines.partition.strategy.describe_serving`."""
     from triptych.engines.partition.strategy import describe_serving
 
     disaggregated = all(role.kind != "monolithic" for role in model.section.roles)
@@ -66,7 +66,7 @@ def describe_model(model: Model) -> tuple[str, str]:
 
 
 def _notes(model: Path, options: ModelOptions) -> str:
-    """Say which components come from elsewhere than plain files of the model's folder; "" for none."""
+    """List the components whose weights are not plain files of the model's folder; "" for none."""
     found = [
         f"{entry.name} from {note}"
         for entry in component_entries(model, load_index(model), options)
@@ -78,7 +78,7 @@ def _notes(model: Path, options: ModelOptions) -> str:
 def load_stages(
     component: Component, model: Model, device: torch.device, progress: ReadProgress | None = None
 ) -> StagePipeline:
-    """Load what an instance of a component runs, as the topology says, and tell how far that is.
+    """Load the stages that an instance runs, as the topology says, and report progress to `progress`.
 
     Raises:
         ModelError: The model cannot be served.
@@ -102,7 +102,7 @@ def load_stages(
 
 
 def weights_stats(placement: Placement) -> dict[str, object]:
-    """What the log says of weights: their bytes, those before they were quantized, and adapters."""
+    """Summarize weights for the log: their bytes, the bytes before quantization, and adapters."""
     from triptych.engines.weights.offload import Offload
     from triptych.engines.weights.quantization import Quantization
 

@@ -1,4 +1,4 @@
-"""What a model is, for the topology that `triptych add` writes; see `actors.topology._writer`."""
+"""Summarize a model for the topology that `triptych add` writes; see `actors.topology._writer`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _SIZES = ("width", "height", "num_frames")
 
 
 def summarize_model(section: ModelSection, base: Path) -> tuple[ModelSummary, str]:
-    """Look at a model, without loading it.
+    """Summarize a model without loading it.
 
     Args:
-        section: With its path.
+        section: The model's section, with its path.
         base: Folder that its paths are relative to.
 
     Returns:
-        What it is; and why it cannot be served, or "".
+        The summary; and why the model cannot be served, or "".
     """
     nothing = ModelSummary(pipeline="", disaggregated=False, sentence="")
     try:
@@ -57,7 +57,7 @@ def summarize_model(section: ModelSection, base: Path) -> tuple[ModelSummary, st
 
 
 def _with_config(section: ModelSection, base: Path) -> ModelSection:
-    """Find the configurations for a checkpoint that comes with none: what diffusers would fetch, if it is here."""
+    """Find local configurations for a checkpoint without any: those of the repository that diffusers would fetch."""
     checkpoint = base / Path(section.path).expanduser()
     if section.config or not checkpoint.is_file() or checkpoint.suffix != ".safetensors":
         return section
@@ -72,11 +72,11 @@ def _with_config(section: ModelSection, base: Path) -> ModelSection:
 
 
 def _defaults(folder: Path, index: dict[str, object]) -> dict[str, object]:
-    """The usual size: that of the serving config, else that of the pipeline's class."""
+    """Return the default sizes: those of the serving config, else those of the pipeline's class."""
     found: dict[str, object] = dict(load_serving_config(folder).defaults)
     try:
         cls: Any = classic_class(index)
-    except ModelError:  # an index of blocks alone
+    except ModelError:  # the index has only blocks
         return found
     parameters = inspect.signature(cls.__call__).parameters
     declared = {name: parameters[name].default for name in _SIZES if name in parameters}

@@ -6,31 +6,31 @@ from triptych.roles.messages.common import Attempt, LeaseRef
 
 
 class Preallocation:
-    """The blocks kept ready, all of the size of the largest arrival so far. Pure: says what to lease and to release.
+    """Preallocated blocks, all of the size of the largest arrival so far. Pure: says what to lease and to release.
 
     Args:
-        count: how many to keep.
+        count: How many to keep.
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.nbytes = 0
-        """Size of the largest arrival; 0 before the first, and then there is nothing to keep ready for."""
+        """Bytes of the largest arrival; 0 before the first one, and then no block is kept."""
         self.blocks: list[LeaseRef] = []
         self._leased = 0
 
     @property
     def wanted(self) -> bool:
-        """Whether one more should be leased."""
+        """Return whether to lease one more block."""
         return bool(self.nbytes) and len(self.blocks) < self.count
 
     def next_attempt(self) -> Attempt:
-        """Name the next lease: a preallocated block is for no job."""
+        """Return the attempt for the next lease, which has no job."""
         self._leased += 1
         return Attempt("", self._leased)
 
     def require(self, nbytes: int) -> tuple[LeaseRef, ...]:
-        """Take note of an arrival's size; returns blocks that have become too small."""
+        """Record the bytes of an arrival; return the blocks that are too small now."""
         if nbytes <= self.nbytes:
             return ()
         self.nbytes = nbytes
@@ -38,17 +38,17 @@ class Preallocation:
         return small
 
     def add(self, block: LeaseRef) -> None:
-        """Keep a block ready; those of an earlier incarnation of the pool are gone."""
+        """Add a block; forget those of an earlier incarnation of the pool."""
         self.blocks = [kept for kept in self.blocks if kept.pool_generation == block.pool_generation]
         self.blocks.append(block)
 
     def clear(self) -> tuple[LeaseRef, ...]:
-        """Keep none of them any more; returns them. The next arrival is a reason to lease others."""
+        """Remove and return all blocks. The next arrival leases new ones."""
         blocks, self.blocks = tuple(self.blocks), []
         return blocks
 
     def use(self, target: LeaseRef | None) -> bool:
-        """An arrival takes this block; False when it is none of these."""
+        """Remove a block for an arrival; return False when it is not one of these."""
         if target not in self.blocks:
             return False
         self.blocks.remove(target)
