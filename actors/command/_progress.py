@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from triptych.actors.command._console import stderr
 from triptych.api.client import ClientError, read_json, summarize_causes, unreachable
+from triptych.roles.head.job import State
 
 POLL_EVERY_S: Final = 0.2
 API_AWAY_TIMEOUT_S: Final = 30.0
@@ -46,7 +47,7 @@ def wait_until_finished(
             progress.update(
                 bar, description=state_in_words(request), completed=steps, total=unit["total_steps"] or None
             )
-    if request["state"] != "DONE":
+    if request["state"] != State.DONE:
         raise ClientError(f"the request is {request['state']}: {failure_reason(request)}")
     return request
 

@@ -237,7 +237,7 @@ class LeaseTable:
         return self._drop_all(
             lease
             for lease in self.in_state(LeaseState.QUARANTINED)
-            if lease.quarantined_until <= now and not _overlaps(lease, held)
+            if lease.quarantined_until <= now and not overlaps(lease, held)
         )
 
     def reclaim_owner(self, owner: str, older_than_generation: int, held: Collection[ByteRange] = ()) -> list[Lease]:
@@ -258,7 +258,7 @@ class LeaseTable:
             if lease.owner == owner and lease.owner_generation < older_than_generation
         ]
         for lease in taken:
-            if _overlaps(lease, held):
+            if overlaps(lease, held):
                 self.quarantine(lease.id)
             else:
                 self._drop(lease)
@@ -294,6 +294,7 @@ class LeaseTable:
         return dropped
 
 
-def _overlaps(lease: Lease, ranges: Collection[ByteRange]) -> bool:
+def overlaps(lease: Lease, ranges: Collection[ByteRange]) -> bool:
+    """Return whether the block of a lease shares bytes with one of `ranges`."""
     end = lease.offset + lease.capacity
     return any(offset < end and lease.offset < offset + nbytes for offset, nbytes in ranges)

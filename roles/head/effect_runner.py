@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from triptych.actors import Actor
 from triptych.actors.errors import UnknownNameError
@@ -37,11 +37,9 @@ from triptych.roles.head.served_models import ServedModels
 from triptych.roles.messages import pool as pools
 from triptych.roles.messages import stages
 from triptych.roles.messages.common import Attempt, LeaseRef, StoredPayload
+from triptych.roles.messages.stages import INSTANCE_ANSWER_S
 
 R = TypeVar("R", bound=Message)
-
-INSTANCE_ANSWER_S: Final = 5.0
-"""An instance says yes or no without computing; one whose loop stalls for longer is asked again, and loses nothing."""
 
 
 class _PoolFullError(Exception):

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable
 from triptych.actors import Actor
 from triptych.backoff import backoff_s
 from triptych.bus import BusError
-from triptych.roles.head.effect_runner import INSTANCE_ANSWER_S, EffectRunner
+from triptych.roles.head.effect_runner import EffectRunner
 from triptych.roles.head.reclaim import suspects, unneeded
 from triptych.roles.head.served_models import ServedModels
 from triptych.roles.messages import pool as pools
 from triptych.roles.messages import stages
 from triptych.roles.messages.common import LeaseRef
+from triptych.roles.messages.stages import INSTANCE_ANSWER_S
 
 
 class Monitor:

@@ -5,6 +5,8 @@ Who sent a message, and which incarnation, its envelope says.
 
 from __future__ import annotations
 
+from typing import Final
+
 from triptych.bus import Generation, Message
 from triptych.engines.parameters.schema import Signature
 from triptych.engines.stages import Stage
@@ -21,6 +23,13 @@ from triptych.roles.messages.common import (
     Seed,
     StoredPayload,
 )
+
+HEAD_ANSWER_S: Final = 5.0
+"""Seconds that an instance waits for the head. A head decides without computing; one that is busy with its journal is
+asked again, and nothing is lost."""
+INSTANCE_ANSWER_S: Final = 5.0
+"""Seconds that the head waits for an instance, which answers without computing. One whose event loop stalls for longer
+is asked again, and nothing is lost."""
 
 
 class RegisterInstance(Message):

@@ -17,7 +17,7 @@ from triptych.actors.runtime.system_messages import Inspect, Inspection
 from triptych.bus import BusError, MailboxFullError, Reference, RefusedError, UnreachableError
 from triptych.engines.memory.arena import Arena, ArenaError
 from triptych.engines.memory.buddy import PAGE
-from triptych.engines.memory.leases import ByteRange, Lease, LeaseError, LeaseState, LeaseTable
+from triptych.engines.memory.leases import ByteRange, Lease, LeaseError, LeaseState, LeaseTable, overlaps
 from triptych.engines.transfer import (
     QUARANTINE_S,
     PullExecutor,
@@ -339,7 +339,7 @@ class BufferPool(Actor):
             lease = self._find(reference)
         except RefusedError:  # free already, or of an earlier pool whose memory went with it: nothing is held
             return False
-        if any(_overlap(_span(lease), held) for held in self._held()):
+        if overlaps(lease, self._held()):
             self._store.table.quarantine(lease.id)
             self._sweep()
         else:
@@ -401,7 +401,3 @@ class BufferPool(Actor):
 
 def _span(lease: Lease) -> ByteRange:
     return lease.offset, lease.capacity
-
-
-def _overlap(one: ByteRange, other: ByteRange) -> bool:
-    return one[0] < other[0] + other[1] and other[0] < one[0] + one[1]

@@ -19,6 +19,7 @@ from triptych.roles.messages import stages
 from triptych.roles.messages.common import Attempt, LeaseRef
 from triptych.roles.messages.pool import PoolFull, ReleaseBlocks, ReleasePreallocated
 from triptych.roles.messages.stages import (
+    HEAD_ANSWER_S,
     Acknowledged,
     AttemptQuery,
     AttemptsAssigned,
@@ -42,10 +43,8 @@ from triptych.roles.worker.preallocation import Preallocation
 from triptych.roles.worker.process_context import STREAM, TRANSFER, ProcessContext
 from triptych.roles.worker.reporter import FencedError, is_fenced
 
-ANSWER_S: Final = 5.0
-"""A head that is there acknowledges well within this."""
-HEARTBEAT_EVERY_S: Final = 1.0
 LAST_REPORTS_S: Final = 2.0
+"""Seconds to deliver the last reports once the device is lost: the supervisor waits to start the next process."""
 HAND_BACK_FACTOR: Final = 1.25
 """Times `shutdown_s`: what will take longer is given back at once when this instance is asked to end."""
 DRAIN_SHARE: Final = 0.7
@@ -79,7 +78,7 @@ class Instance(Actor):
         self.attempts = context.attempts
         self.reporter = context.reporter
         self._shutdown_s = topology.supervision.shutdown_s
-        self._heartbeat_every_s = min(HEARTBEAT_EVERY_S, topology.supervision.heartbeat_timeout_s / 4)
+        self._heartbeat_every_s = topology.supervision.heartbeat_s
         self._client = PoolClient(self, component.pool, component.name)
         self._preallocation = Preallocation(topology.transfer.preallocated_slots)
         self._replenishing = asyncio.Lock()
@@ -326,7 +325,7 @@ class Instance(Actor):
     # -- the head
 
     async def _deliver(self, report: Message) -> None:
-        await self.reference("head").ask(report, Acknowledged, timeout_s=ANSWER_S)
+        await self.reference("head").ask(report, Acknowledged, timeout_s=HEAD_ANSWER_S)
 
     async def _stay_registered(self) -> None:
         """Stay registered with whichever head there is, for ever."""
@@ -353,7 +352,7 @@ class Instance(Actor):
         tries = 0
         while True:
             try:
-                return await head.ask(self._registration(), InstanceRegistered, timeout_s=ANSWER_S)
+                return await head.ask(self._registration(), InstanceRegistered, timeout_s=HEAD_ANSWER_S)
             except BusError as error:
                 if is_fenced(error):
                     raise FencedError(f"the head has given this incarnation up ({error})") from error
@@ -390,7 +389,7 @@ class Instance(Actor):
                 return
             try:
                 alive = InstanceHeartbeat(self.context.trouble)
-                await head.ask(alive, Acknowledged, timeout_s=ANSWER_S)
+                await head.ask(alive, Acknowledged, timeout_s=HEAD_ANSWER_S)
             except RemoteError as error:
                 if is_fenced(error):
                     raise FencedError(f"the head has given this incarnation up ({error})") from error

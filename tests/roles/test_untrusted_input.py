@@ -192,7 +192,8 @@ def test_another_user_of_the_host_changes_nothing_over_tcp_and_learns_nothing(
         return base64.b64encode(encode(envelope, message, 1 << 20)).decode()
 
     async def scenario(state: str) -> None:
-        made_topology = topology(f"port = {free_ports(8)}", bus='transport = "tcp"', state=state)
+        # Without a short heartbeat timeout: the instances here send no heartbeats while the probe starts.
+        made_topology = topology(f"port = {free_ports(8)}", bus='transport = "tcp"', state=state, supervision="")
         async with running_head(made_topology) as harness:
             for name in harness.workers:
                 await harness.register(name)

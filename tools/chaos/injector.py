@@ -13,6 +13,7 @@ from triptych.actors.child_state import ChildState
 from triptych.actors.runtime.system_messages import ChildReport
 from triptych.api.launch import Cluster
 from triptych.bus import BusError, Outbox
+from triptych.roles.head.job import RUNNING, State
 from triptych.roles.messages.requests import ClusterQuery, ClusterView
 from triptych.tools.chaos.clock import Clock
 from triptych.tools.chaos.faults import FAULTS, SYSTEM, FaultContext
@@ -22,6 +23,7 @@ POLL_S = 0.02
 TRIGGER_TIMEOUT_S = 5.0
 """Longest wait for the right moment; then the strike falls anyway."""
 RECOVERY_TIMEOUT_S = 60.0
+_WITH_STORED_OUTPUTS = (State.DENOISING_WAITING, State.DENOISING_RUNNING, State.DECODER_WAITING)
 
 
 @dataclass(slots=True)
@@ -124,7 +126,7 @@ def trigger_is_met(planned: PlannedFault, view: ClusterView) -> bool:
     """Whether the strike should fall now; pure."""
     if planned.trigger == "running":
         assigned = {instance.name: bool(instance.running) for instance in view.instances}
-        return assigned.get(planned.victim, any(state.endswith("RUNNING") for state in view.states))
+        return assigned.get(planned.victim, any(state in RUNNING.values() for state in view.states))
     if planned.trigger == "stored":
-        return any(state in ("DENOISING_WAITING", "DENOISING_RUNNING", "DECODER_WAITING") for state in view.states)
+        return any(state in _WITH_STORED_OUTPUTS for state in view.states)
     return not view.states

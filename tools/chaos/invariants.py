@@ -25,7 +25,7 @@ def each_accepted_request_ended_once(outcomes: Iterable[Outcome]) -> list[str]:
             broken.append(f"request {number} ({', '.join(outcome.request_ids)}) is not known any more")
         elif unit is not None:
             ends = [move["state"] for move in unit["history"] if move["state"] in TERMINAL_STATES]
-            if len(ends) != 1 or (outcome.status == 200) != (ends == ["DONE"]):
+            if len(ends) != 1 or (outcome.status == 200) != (ends == [State.DONE]):
                 broken.append(f"request {number} was answered {outcome.status} and ended in {ends}")
     return broken
 
@@ -120,10 +120,10 @@ def failed_only_when_at_fault(outcomes: Iterable[Outcome]) -> list[str]:
     broken = []
     for outcome in outcomes:
         unit = first_job(outcome)
-        if unit is None or unit["state"] == "DONE":
+        if unit is None or unit["state"] == State.DONE:
             continue
         deaths = sum("process ended" in cause for cause in unit["causes"])
-        if unit["state"] != "FAILED" or deaths < 2:
+        if unit["state"] != State.FAILED or deaths < 2:
             broken.append(f"request {outcome.planned.number} ended {unit['state']} after {unit['causes']}")
     return broken
 

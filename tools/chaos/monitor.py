@@ -20,7 +20,7 @@ from triptych.api.client import ClientError
 from triptych.api.launch import Cluster, launch
 from triptych.bus import Outbox
 from triptych.engines.backends import BACKENDS
-from triptych.roles.head.job import TERMINAL_STATES
+from triptych.roles.head.job import TERMINAL_STATES, State
 from triptych.roles.messages.pool import LeaseQuery, LeaseReport, LeaseView
 from triptych.tools.chaos.load import request_body
 from triptych.tools.chaos.plan import CHANGED, ImageCase
@@ -144,7 +144,7 @@ async def _not_made(http: httpx.AsyncClient, request_id: str, digest: str) -> st
     began = time.monotonic()
     while time.monotonic() - began < TOPOLOGY_CHANGE_TIMEOUT_S:
         view = (await http.get(f"/v1/requests/{request_id}")).raise_for_status().json()
-        if view["state"] == "DONE":
+        if view["state"] == State.DONE:
             made = await http.get(view["units"][0]["artifact"]["url"])
             return "" if hashlib.sha256(made.content).hexdigest() == digest else f"{request_id} has other bytes"
         if view["state"] in TERMINAL_STATES:

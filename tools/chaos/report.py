@@ -89,7 +89,7 @@ def summary(
         duration_s=duration_s,
         accepted=sum(bool(o.request_ids) for o in outcomes),
         done=sum(o.status == 200 for o in outcomes),
-        failed=sum((first_job(o) or {}).get("state") == "FAILED" for o in outcomes),
+        failed=sum((first_job(o) or {}).get("state") == State.FAILED for o in outcomes),
         lost=len(invariants["each accepted request ended once"]),
         doubled=len(invariants["each client saw one request"]),
         leaked=len(invariants["every block is accounted for"]),

@@ -459,7 +459,7 @@ def test_an_instance_waits_for_a_head_that_comes_later(
     tiny_model: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(instance_module, "ANSWER_S", 0.1)
+    monkeypatch.setattr(instance_module, "HEAD_ANSWER_S", 0.1)
 
     async def body() -> None:
         async with local_cluster(make_topology(tiny_model, kind="monolithic")) as h:
