@@ -1,8 +1,8 @@
 """Dispatch policies: which waiting job goes first, and which instance gets it. Pure.
 
-A policy is a class here (or in a module of its own) and an entry in `POLICIES`, the table that the topology's
-`[head] dispatch` chooses from; its name is one of `DispatchName`. A policy sees the job and its request, so that it can
-go by the inputs: prefer the instance that has the job's adapter, or the requests of one owner.
+A policy is a class here (or in its own module) and an entry in `POLICIES`, from which `[head] dispatch` of the topology
+chooses; its name is one of `DispatchName`. A policy gets the job and its request, so that it can use the inputs: prefer
+the instance that has the job's adapter, or the requests of one owner.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Candidate:
 
     name: str
     credits: int
-    """Jobs that it would still take; at least 1."""
+    """Number of jobs that it would still take; at least 1."""
     slots: int
     load: int
-    """Jobs that are assigned to it."""
+    """Number of jobs that are assigned to it."""
     last_served: int
     """Serial number of the last assignment to it, 0 for never."""
     model: str = ""
@@ -34,14 +34,14 @@ class Candidate:
 
 
 class DispatchPolicy:
-    """First come, first served; to the instance whose last turn is longest ago."""
+    """First come, first served; to the instance that was served least recently."""
 
     def priority(self, job: Job, request: Request) -> float:
-        """Return where a waiting job stands in the queue: the lowest goes first, and of equals the one that came first.
+        """Return the priority of a waiting job: the lowest goes first, and of equals the one that came first.
 
         Args:
-            job: Waits for an instance of its stage.
-            request: That it is of.
+            job: A job that waits for an instance of its stage.
+            request: The request of the job.
         """
         return 0.0
 
@@ -50,14 +50,14 @@ class DispatchPolicy:
 
         Args:
             job: The first of the queue.
-            request: That it is of.
+            request: The request of the job.
             candidates: At least one; all have the weights that the job needs.
         """
         return min(candidates, key=lambda c: (c.last_served, c.name))
 
 
 class MaxFreeSlots(DispatchPolicy):
-    """To the instance that can take most; in turn among equals."""
+    """To the instance with the most credits; in turn among equals."""
 
     def choose(self, job: Job, request: Request, candidates: Sequence[Candidate]) -> Candidate:
         """Choose the instance with the most credits."""

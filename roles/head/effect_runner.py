@@ -1,6 +1,6 @@
-"""Run the schedulers' effects: what they want done outside becomes messages, and what comes of it goes back to them.
+"""Run the schedulers' effects: send the messages that they stand for, and report the results to the schedulers.
 
-Nothing is decided here: which message an attempt takes, and what a failure means, the scheduler says.
+The scheduler decides which message an attempt needs and what a failure means.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ R = TypeVar("R", bound=Message)
 
 
 class _PoolFullError(Exception):
-    """The receiver's pool never gives a block of that size."""
+    """The instance's pool can never lease a block of that size."""
 
 
 class EffectRunner:
@@ -51,9 +51,9 @@ class EffectRunner:
 
     Args:
         actor: Runs the tasks and sends the messages.
-        models: Whose schedulers are told what came of an effect.
-        notify: Tells those who wait for requests, by id, that they have ended.
-        on_outcome: Called after a scheduler was told something, so that what it decides then takes effect.
+        models: Their schedulers are told the results of effects.
+        notify: Tells the waiters of requests, given by id, that the requests have ended.
+        on_outcome: Called after a scheduler was told a result, so that its decisions take effect.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class EffectRunner:
         except MessageTooLongError as error:
             scheduler.registry.refund(instance, sent_to)
             scheduler.give_up(attempt, instance, f"it is too long to be sent: {error}", time.time())
-            self._cancel(instance, attempt, "it is too long to be sent")  # a block may be reserved for it
+            self._cancel(instance, attempt, "it is too long to be sent")  # because a block may be reserved for it
         except RemoteError as error:
             scheduler.attempt_refused(instance, attempt, error.code, error.detail, time.time())
         except UnreachableError:
@@ -124,11 +124,11 @@ class EffectRunner:
     async def _ask(
         self, scheduler: JobScheduler, instance: str, attempt: Attempt, message: Message, *replies: type[R]
     ) -> R:
-        """Ask an instance about an attempt until it answers: silence is no death, and an attempt is taken once.
+        """Ask an instance about an attempt until it answers; an instance takes an attempt only once.
 
         Raises:
-            SupersededError: the job was cancelled or sent elsewhere meanwhile.
-            UnreachableError, RemoteError, MessageTooLongError: as `Reference.ask`.
+            SupersededError: The job was cancelled or assigned to another instance meanwhile.
+            UnreachableError, RemoteError, MessageTooLongError: As `Reference.ask`.
         """
         tries = 0
         while scheduler.is_current(attempt, instance):
@@ -143,11 +143,11 @@ class EffectRunner:
     async def _target(
         self, scheduler: JobScheduler, instance: str, attempt: Attempt, source: StoredPayload
     ) -> LeaseRef:
-        """Return a block of the receiver's pool for stored tensors.
+        """Return a block of the instance's pool for stored tensors.
 
         Raises:
-            _PoolFullError: they never fit.
-            And what `_ask` raises.
+            _PoolFullError: They never fit.
+            SupersededError, UnreachableError, RemoteError, MessageTooLongError: As `_ask`.
         """
         if preallocated := scheduler.registry.take_preallocated(instance, source.nbytes):
             return preallocated
@@ -167,45 +167,45 @@ class EffectRunner:
     def _cancel(self, instance: str, attempt: Attempt, reason: str) -> None:
         try:
             self._actor.reference(instance).tell(stages.StageCancel(attempt, reason))
-        except UnknownNameError:  # an earlier topology's: its process has ended
+        except UnknownNameError:  # of an earlier topology; its process has ended
             self._actor.log.info("no instance to cancel it", instance=instance, attempt=str(attempt))
         except MailboxFullError:
-            # Its result will be stale and changes nothing; only the instance's time is lost.
+            # The result will be stale and is ignored; only time of the instance is lost.
             self._actor.log.warning("cancel not delivered", instance=instance, attempt=str(attempt))
 
     # -- instances
 
     async def _restart(self, instance: str) -> None:
-        """Have an instance end in order; its supervisor starts it anew."""
+        """Shut an instance down; its supervisor restarts it."""
         try:
             await self._actor.reference(instance).ask(
                 Shutdown("the model has changed"), ShuttingDown, timeout_s=INSTANCE_ANSWER_S
             )
         except BusError as error:
-            # It has ended already, which is as good, or will be fenced for its silence.
+            # It has ended already, which serves as well, or will be fenced for its silence.
             self._actor.log.warning("not told to restart", instance=instance, error=str(error))
 
     async def _turn(self, instance: str, *, awake: bool) -> None:
-        """Have an instance sleep or wake; where it was not told, or would not, that is decided anew."""
+        """Tell an instance to sleep or wake; if it cannot be told or refuses, the residency decides again."""
         scheduler = self._models.scheduler_of(instance)
         generation = scheduler.registry.generation(instance)
         message = stages.Wake() if awake else stages.Sleep()
         try:
             await self._actor.reference(instance).ask(message, stages.Acknowledged, timeout_s=INSTANCE_ANSWER_S)
         except BusError as error:
-            self._actor.log.info("not turned", instance=instance, awake=awake, error=str(error))
+            self._actor.log.info("sleep or wake failed", instance=instance, awake=awake, error=str(error))
             scheduler.wake_change_failed(instance, generation)
 
     # -- blocks
 
     async def release(self, leases: Iterable[LeaseRef]) -> None:
-        """Give blocks back to their pools."""
+        """Release blocks of any pools."""
         leases = tuple(leases)
         for pool in {lease.pool for lease in leases}:
             message = pools.ReleaseBlocks(tuple(lease for lease in leases if lease.pool == pool))
             try:
                 await self._actor.reference(pool).ask(message, pools.BlocksReleased, timeout_s=pools.POOL_ANSWER_S)
             except (BusError, UnknownNameError) as error:
-                # A pool that died, or is of an earlier topology, has no leases any more; one that was slow is looked
-                # through again by `Monitor.reclaim`.
-                self._actor.log.info("release put off", pool=pool, error=str(error))
+                # A pool that has ended, or is of an earlier topology, has no leases any more; blocks of a slow one are
+                # released by `Monitor.reclaim`.
+                self._actor.log.info("release postponed", pool=pool, error=str(error))

@@ -1,4 +1,4 @@
-"""What the scheduler wants done outside: it decides, and `effect_runner.py` does it."""
+"""The effects that a scheduler decides on; `effect_runner.py` carries them out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from triptych.roles.messages.common import Attempt, LeaseRef
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """Send the current stage of a job to an instance; one of its credits is spent."""
+    """Send the current stage of a job to an instance, for one of its credits."""
 
     instance: str
     job_id: str
@@ -27,28 +27,28 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseLeases:
-    """Give blocks back to their pools."""
+    """Release blocks of any pools."""
 
     leases: tuple[LeaseRef, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class NotifyWaiters:
-    """A request has become terminal: wake who waits for it."""
+    """Tell the waiters of a request that it has become terminal."""
 
     request_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class RestartInstance:
-    """Tell an idle instance to start anew, with the weights that are on disk now."""
+    """Tell an idle instance to restart with the weights that are on disk now."""
 
     instance: str
 
 
 @dataclass(frozen=True, slots=True)
 class TurnInstance:
-    """Tell an idle instance to bring its weights into memory, or to let go of them."""
+    """Tell an idle instance to load or release its weights."""
 
     instance: str
     awake: bool

@@ -1,6 +1,6 @@
-"""The life of one job (one image): its states, the legal transitions between them, and its history.
+"""One job (one image or video): its states, the legal transitions between them, and its history.
 
-A request is one or more of them.
+A request has one or more jobs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ HAPPY_PATH: tuple[State, ...] = (
     State.DECODER_RUNNING,
     State.DONE,
 )
-"""The way of a job that nothing happens to."""
+"""The states of a job without retries or failures."""
 
 TERMINAL_STATES = frozenset({State.DONE, State.FAILED, State.TIMED_OUT, State.CANCELLED})
 
@@ -66,14 +66,14 @@ DONE = {
 }
 STAGE_OF = {state: stage for states in (WAITING, RUNNING) for stage, state in states.items()}
 UPSTREAM = {Stage.DENOISER: Stage.ENCODER, Stage.DECODER: Stage.DENOISER}
-"""Whose stored output a stage starts from."""
+"""The stage whose stored output a stage starts from."""
 
 _ENDS = frozenset({State.FAILED, State.TIMED_OUT, State.CANCELLED})
-# What the prompt cache has need not be encoded.
+# A cached prompt skips the encoder.
 _SHORTCUTS = {State.ENCODER_WAITING: {State.ENCODER_DONE}}
 _RETRIES = {
-    # A running stage goes back to its own queue, or to an earlier one when the tensors it started from are gone;
-    # a waiting one only moves back for the latter reason.
+    # A running stage goes back to its own queue, or to an earlier one if its input tensors are lost; a waiting one only
+    # moves back for the latter reason.
     State.ENCODER_RUNNING: {State.ENCODER_WAITING},
     State.DENOISING_WAITING: {State.ENCODER_WAITING},
     State.DENOISING_RUNNING: {State.DENOISING_WAITING, State.ENCODER_WAITING},
@@ -84,11 +84,11 @@ LEGAL_TRANSITIONS: dict[State, frozenset[State]] = {
     state: frozenset({following} | _ENDS | _SHORTCUTS.get(state, set()) | _RETRIES.get(state, set()))
     for state, following in pairwise(HAPPY_PATH)
 } | {state: frozenset() for state in TERMINAL_STATES}
-"""Every legal transition."""
+"""The legal next states of each state."""
 
 
 class IllegalTransitionError(Exception):
-    """A transition that the table does not have: a defect of the head, never of a request."""
+    """A transition that is not in LEGAL_TRANSITIONS: a defect of the head, never of a request."""
 
     def __init__(self, job_id: str, origin: State, target: State) -> None:
         super().__init__(f"{job_id} cannot go from {origin} to {target}")
@@ -99,10 +99,10 @@ class IllegalTransitionError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class StoredOutput:
-    """What a stage has made of a job, in a block of a pool."""
+    """The output of a stage for a job, in a block of a pool."""
 
     stage: Stage
-    """That made it."""
+    """The stage that made it."""
     payload: StoredPayload
 
 
@@ -115,68 +115,68 @@ class Job:
     index: int
     seed: int
     left_s: float = 600.0
-    """Seconds until it is TIMED_OUT; counted down, so that no step of a clock reaches it."""
+    """Seconds until it is TIMED_OUT; counted down, so that changes of the system clock do not affect it."""
     state: State = State.PENDING
     stage_s: float = 0.0
     """Seconds in its present state."""
     attempt: int = 0
     history: list[Transition] = field(default_factory=list)
     stored: StoredOutput | None = None
-    """What it goes on from; only the output of its latest stage is kept. No other record says which block it holds."""
+    """The input of its next stage; only the output of the latest stage is kept. The one record of its block."""
     instance: str = ""
-    """The instance that it is assigned to, "" while it waits. No other record says so."""
+    """The instance that it is assigned to, "" while it waits. The one record of this."""
     instances: dict[str, str] = field(default_factory=dict)
-    """The instance that ran each stage last, by stage."""
+    """The last instance of each stage, by stage."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
     causes: list[str] = field(default_factory=list)
     """Why earlier attempts ended, oldest first."""
     failures: int = 0
-    """Attempts that ended through the request or its instance; what a transfer, pool or head lost does not count."""
+    """Attempts that the request or its instance ended; losses of a transfer, pool or head do not count."""
     transfers_lost: int = 0
     """Times that its stored tensors could not be fetched, or were damaged."""
     deaths: int = 0
-    """Instances that ended by themselves while they computed this job."""
+    """Instances that crashed while they computed this job."""
     stalls: int = 0
     """Instances that fell silent while they computed this job."""
     step: int = 0
     total_steps: int = 0
     artifact: Artifact | None = None
     uses_cached_prompt: bool = False
-    """Its encoder output was made for another job of an equal prompt, and has to be adapted to this one."""
+    """Whether its encoder output was made for another job of an equal prompt, and must be adapted to this one."""
     model: str = ""
-    """Version of the weights that its tensors at rest were made with; "" before an encoder has had it."""
+    """Version of the weights that its stored tensors were made with; "" before the first encode."""
     invalid_request: bool = False
-    """It failed because the pipeline cannot run with its inputs."""
+    """Whether it failed because the pipeline cannot run with its inputs."""
 
     @property
     def current_attempt(self) -> Attempt:
-        """The current attempt."""
+        """Return the current attempt."""
         return Attempt(self.id, self.attempt)
 
     def made_with_older_weights(self, model: str) -> bool:
-        """Whether it has been begun with other weights than `model`."""
+        """Return whether it was started with other weights than `model`."""
         return bool(self.model and self.model != model and (self.stored or self.instance))
 
     @property
     def terminal(self) -> bool:
-        """Whether nothing can happen to it any more."""
+        """Return whether its state is final."""
         return self.state in TERMINAL_STATES
 
     @property
     def running(self) -> bool:
-        """Whether an instance computes it."""
+        """Return whether an instance computes it."""
         return self.state in RUNNING.values()
 
     @property
     def stage(self) -> Stage | None:
-        """The stage that it waits for or runs on; None when PENDING, between stages, or terminal."""
+        """Return the stage that it waits for or runs; None when PENDING, between stages, or terminal."""
         return STAGE_OF.get(self.state)
 
     def transition(self, target: State, at: float, reason: str = "") -> None:
-        """Go to `target` at `at` (unix seconds).
+        """Change the state to `target` at `at` (unix seconds).
 
         Raises:
-            IllegalTransitionError: when the table has no such transition; the job stays as it was.
+            IllegalTransitionError: The transition is not legal; the job is unchanged.
         """
         if target not in LEGAL_TRANSITIONS[self.state]:
             raise IllegalTransitionError(self.id, self.state, target)
@@ -185,10 +185,10 @@ class Job:
         self.history.append(Transition(target.value, at, reason))
 
     def advance(self, target: State, at: float) -> None:
-        """Advance along the happy path up to and including `target`; nothing when it is already there.
+        """Advance along the happy path up to and including `target`; no-op when already there.
 
         Raises:
-            IllegalTransitionError: when `target` does not lie ahead.
+            IllegalTransitionError: `target` does not lie ahead.
         """
         if self.terminal or target not in HAPPY_PATH or HAPPY_PATH.index(target) < HAPPY_PATH.index(self.state):
             raise IllegalTransitionError(self.id, self.state, target)
@@ -196,23 +196,23 @@ class Job:
             self.transition(state, at)
 
     def resume_stage(self, stage: Stage) -> Stage:
-        """The stage to start again from when `stage` was lost: the nearest whose inputs are still at rest."""
+        """Return the stage to restart from when `stage` was lost: the latest one whose inputs are still stored."""
         while stage in UPSTREAM and not (self.stored and self.stored.stage is UPSTREAM[stage]):
             stage = UPSTREAM[stage]
         return stage
 
     @property
     def lease(self) -> LeaseRef | None:
-        """The block of its stored output."""
+        """Return the block of its stored output, or None."""
         return self.stored.payload.lease if self.stored else None
 
     def forget_stored(self) -> None:
-        """Start from nothing any more."""
+        """Forget the stored output."""
         self.stored = None
         self.uses_cached_prompt = False
 
     def view(self) -> JobView:
-        """What a client may know."""
+        """Return what clients may see."""
         return JobView(
             index=self.index,
             seed=self.seed,
@@ -238,36 +238,36 @@ class Request:
     output: Output
     created_at: float
     deadline: float
-    """Unix seconds, as of its acceptance; what counts is what its jobs have left."""
+    """Unix seconds, set at acceptance; `Job.left_s` is what is enforced."""
     jobs: list[Job]
     idempotency_key: str = ""
     digest: str = ""
-    """Of the body, to tell a retry from another request under the same key."""
+    """Digest of the body, to tell a retry from another request under the same key."""
     finished_at: float = 0.0
     owner: str = ""
-    """Name of the API key that it came with; "" without keys."""
+    """Name of the client's API key; "" without keys."""
     served: ModelIdentity | None = None
-    """The model that it was accepted for; None where an earlier version did not note it."""
+    """The model that it was accepted for; None if accepted by a version that did not record it."""
     model: str = ""
-    """The model that serves it, by its name in the topology; "" for one that has none there."""
+    """The model that serves it, by its name in the topology; "" for one without a name."""
     prompt_key: bytes = b""
-    """Of the prompt cache; made when it is first asked for."""
+    """Key of the prompt cache; computed at first use."""
 
     @property
     def terminal(self) -> bool:
-        """Whether every job is."""
+        """Return whether every job is terminal."""
         return all(job.terminal for job in self.jobs)
 
     @property
     def state(self) -> State:
-        """Of the job furthest behind; once all are terminal, the worst outcome."""
+        """Return the state of the least advanced job; once all are terminal, the worst outcome."""
         if not self.terminal:
             return min((u.state for u in self.jobs if not u.terminal), key=HAPPY_PATH.index)
         worst_first = (State.FAILED, State.TIMED_OUT, State.CANCELLED, State.DONE)
         return min((u.state for u in self.jobs), key=worst_first.index)
 
     def view(self, model: str = "") -> RequestView:
-        """What a client may know, who calls its model `model`."""
+        """Return what clients may see; `model` is the name of its model for them."""
         return RequestView(
             request_id=self.id,
             model=model,

@@ -1,8 +1,8 @@
-"""Accepted requests on disk, so that a restart of the head loses none, and what became of them.
+"""Store accepted requests and their results on disk, so that a restart of the head loses none.
 
-SQLite in WAL mode. A write returns when it outlives this process; `sync` returns when all that was written before
-outlives the machine as well. So a caller answers for many writes with one wait for the disk, and waits in a thread.
-docs/adr/0022 says what is kept for how long.
+SQLite in WAL mode. A write that has returned survives the end of this process; after `sync`, all earlier writes survive
+a crash of the machine too. So one wait for the disk, in a thread, covers many writes. docs/adr/0022 says what is kept
+for how long.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from triptych.roles.messages.common import Artifact, Input, Output, StoredPayloa
 from triptych.roles.messages.requests import Transition
 
 BATCH: Final = 50
-"""Requests removed by one transaction: it holds a writer up for about a millisecond."""
+"""Requests removed by one transaction, which blocks a writer for about a millisecond."""
 PAUSE_S: Final = 0.005
-"""Between two batches, for writers to come in."""
+"""Seconds between two batches, in which others can write."""
 CHECKPOINT_BYTES: Final = 4 << 20
-"""The size of the write-ahead log at which `sync` folds it into the file."""
+"""Size of the write-ahead log from which on `sync` checkpoints it."""
 
 RECENT_S: Final = 60.0
-"""Who waited for a request has fetched its artifacts this long after its end."""
+"""Seconds after the end of a request in which its artifacts are kept, for clients that wait for it."""
 
 _SCHEMA = """
 CREATE TABLE requests (
@@ -51,7 +51,7 @@ CREATE TABLE units (
 CREATE INDEX units_of_request ON units(request_id);
 CREATE INDEX by_end ON requests(finished_at);
 """
-# Rows that cannot be read, as they were found, for a person to look at.
+# Unreadable rows, unchanged, for an operator to inspect.
 _DAMAGED = """
 CREATE TABLE damaged (
     found_at REAL NOT NULL,
@@ -71,23 +71,23 @@ CREATE INDEX by_owner ON requests(owner, created_at, id);
 CREATE INDEX by_age ON requests(created_at, id);
 """
 _STEPS: Final = (_SCHEMA, _DAMAGED, _OWNERS)
-"""From each version to the next."""
+"""The step from each schema version to the next."""
 SCHEMA_VERSION: Final = len(_STEPS)
 _INCREMENTAL: Final = 2
 _COLUMNS = "id, idempotency_key, created_at, finished_at, body, owner"
 
 
 class JournalError(Exception):
-    """The journal cannot be read or written; says which file and what to do."""
+    """The journal cannot be read or written; the message names the file and what to do."""
 
     @property
     def transient(self) -> bool:
-        """Whether nothing is wrong with the file: it is locked, or the disk is full or away."""
+        """Whether the file itself is sound: it is locked, or the disk is full or missing."""
         return isinstance(self.__cause__, (OSError, sqlite3.OperationalError))
 
 
 class _Body(msgspec.Struct, frozen=True, array_like=True):
-    """The columns of a request that nobody searches by."""
+    """The fields of a request that no query searches by."""
 
     inputs: dict[str, Input]
     output_format: str
@@ -100,10 +100,10 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _JobRow(msgspec.Struct):
-    """A job as it is on disk, a map of these names in this order.
+    """A job on disk: a map of these names in this order.
 
-    A name that is changed here loses, without an error, what earlier versions wrote; a field that is added needs a
-    default that is right for their rows.
+    Renaming a field here silently loses what earlier versions wrote; a new field needs a default that is right for
+    their rows.
     """
 
     id: str
@@ -111,7 +111,7 @@ class _JobRow(msgspec.Struct):
     index: int
     seed: int
     left_s: float = 600.0
-    """Earlier versions did not write it: then the job has this much."""
+    """The default is for rows of earlier versions, which did not write it."""
     state: State = State.PENDING
     stage_s: float = 0.0
     attempt: int = 0
@@ -143,7 +143,7 @@ _job_row = msgspec.msgpack.Decoder(_JobRow)
 
 
 def encode_job(job: Job) -> bytes:
-    """Return a job as its row holds it."""
+    """Encode a job for its row."""
     fields = {name: getattr(job, name) for name in _SAME}
     staged = {job.stored.stage: job.stored.payload} if job.stored else {}
     row = _JobRow(**fields, staged=staged, borrows=job.uses_cached_prompt, at_fault=job.invalid_request)
@@ -151,7 +151,7 @@ def encode_job(job: Job) -> bytes:
 
 
 def decode_job(body: bytes) -> Job:
-    """Return the job of a row; raises ValueError for what is none."""
+    """Decode the job of a row; raises ValueError if it is invalid."""
     row = _job_row.decode(body)
     stored = [StoredOutput(stage, payload) for stage, payload in row.staged.items()]
     job = Job(**{name: getattr(row, name) for name in _SAME})
@@ -161,28 +161,28 @@ def decode_job(body: bytes) -> Job:
 
 
 class Journal:
-    """The head's memory. Its methods may be called from any thread, one at a time; `sync` beside the others.
+    """The head's database of requests. Call its methods from any thread, one at a time; `sync` beside the others.
 
     Args:
-        path: The file; made where there is none.
-        complain: Called with a sentence for each request that cannot be read and is set aside.
+        path: The file; created if it does not exist.
+        on_damage: Called with a sentence for each request that cannot be read and is quarantined.
 
     Raises:
-        JournalError: on opening, when the file is damaged as a whole or written by a newer version; on every call,
-            when the disk refuses.
+        JournalError: On opening, when the file is damaged as a whole or written by a newer version; on every call,
+            when the disk fails.
     """
 
     def __init__(self, path: Path, on_damage: Callable[[str], None] = lambda _: None) -> None:
         self.path = path
         self.damaged = 0
-        """Requests set aside, now and at any time before."""
-        self._complain = on_damage
+        """Requests quarantined so far, by this and earlier processes."""
+        self._on_damage = on_damage
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = _connect(path)
             self._prepare()
             self.probe()
-            # Kept open, so that a wait for the disk needs no lock of the database.
+            # Keep the log open, so that `sync` needs no lock of the database.
             self._log = os.open(f"{path}-wal", os.O_RDONLY)
             self.sync()
             sync_folder(path.parent)
@@ -209,12 +209,12 @@ class Journal:
         (verdict,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
         if _text(verdict) != "ok":
             raise sqlite3.DatabaseError(_text(verdict))
-        # What is deleted gives its space back in small steps: see `prune`. With tables, it needs a VACUUM for that.
+        # Free the space of deleted rows in small steps: see `prune`. A file with tables needs a VACUUM to allow that.
         self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")
         if version < SCHEMA_VERSION:
             self._db.executescript(f"BEGIN;{''.join(_STEPS[version:])}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
         if _pragma(self._db, "auto_vacuum") != _INCREMENTAL:
-            with contextlib.suppress(sqlite3.OperationalError):  # no room for the copy now: at the next start
+            with contextlib.suppress(sqlite3.OperationalError):  # too little space: retried at the next start
                 self._db.execute("VACUUM")
         self._db.execute("PRAGMA journal_mode=WAL")
         (self.damaged,) = self._db.execute("SELECT COUNT(DISTINCT request_id) FROM damaged").fetchone()
@@ -225,14 +225,14 @@ class Journal:
         """Write a new request.
 
         Raises:
-            JournalError: the disk refuses, or there is a request of that id or key.
+            JournalError: The disk fails, or there is a request of that id or key.
         """
         with self._writing():
             self._db.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?)", _request_row(request))
             self._write_jobs(request.jobs)
 
     def save(self, requests: Iterable[Request], jobs: Iterable[Job]) -> None:
-        """Write what became of requests and jobs."""
+        """Write changed requests and jobs."""
         with self._writing():
             self._db.executemany(
                 "UPDATE requests SET finished_at = ? WHERE id = ?", [(r.finished_at, r.id) for r in requests]
@@ -246,7 +246,7 @@ class Journal:
             self._db.execute("DELETE FROM damaged WHERE request_id = CAST(? AS BLOB)", (request_id,))
 
     def probe(self) -> None:
-        """Write and remove a request, to see whether that is possible."""
+        """Check that the journal can be written: write a request and remove it."""
         request = Request(" probe", {}, Output(), 0.0, 0.0, [Job(" probe/0", " probe", 0, 0, 0.0)])
         with self._writing():
             self._db.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?)", _request_row(request))
@@ -254,10 +254,10 @@ class Journal:
             self._db.execute("DELETE FROM requests WHERE id = ?", (request.id,))
 
     def sync(self) -> None:
-        """Return when all that has been written is on the disk. It blocks, and may run beside other calls.
+        """Return when all writes so far are on the disk. It blocks, and may run beside other calls.
 
         Raises:
-            JournalError: the disk refuses.
+            JournalError: The disk fails.
         """
         try:
             os.fdatasync(self._log)
@@ -265,7 +265,7 @@ class Journal:
             raise JournalError(f"the journal {self.path} cannot be written ({error})") from error
         if os.fstat(self._log).st_size > CHECKPOINT_BYTES:
             with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(_connect(self.path)) as db:
-                _checkpoint(db, "PASSIVE")  # where it cannot be now, the next one makes up for it
+                _checkpoint(db, "PASSIVE")  # if it is locked, a later call does it
 
     def _write_jobs(self, jobs: Iterable[Job]) -> None:
         self._db.executemany(
@@ -284,19 +284,19 @@ class Journal:
     # -- reading
 
     def active(self) -> list[Request]:
-        """Every request that has not ended, oldest first."""
+        """Return every request that has not ended, oldest first."""
         return self._read("WHERE finished_at = 0 ORDER BY created_at, id", ())
 
     def find(self, request_id: str) -> Request | None:
-        """The request of that id."""
+        """Return the request of that id, or None."""
         return next(iter(self._read("WHERE id = ?", (request_id,))), None)
 
     def find_key(self, idempotency_key: str) -> Request | None:
-        """The request of that key."""
+        """Return the request of that idempotency key, or None."""
         return next(iter(self._read("WHERE idempotency_key = ?", (idempotency_key,))), None)
 
     def ids(self, owner: str, *, after: Request | None, limit: int, newest_first: bool) -> list[str]:
-        """At most `limit` ids of an owner's requests ("" for everybody's) by age, after one of them."""
+        """Return at most `limit` ids of an owner's requests ("" for all owners), by age, after the request `after`."""
         order, beyond = ("DESC", "<") if newest_first else ("ASC", ">")
         conditions, values = ["TRUE"], list[str | float]()
         if owner:
@@ -305,7 +305,7 @@ class Journal:
         if after:
             conditions.append(f"(created_at, id) {beyond} (?, ?)")
             values += [after.created_at, after.id]
-        # Of the query, all but the values is written here.
+        # The query is made of constants here; values are bound.
         where = f"{' AND '.join(conditions)} ORDER BY created_at {order}, id {order}"
         query = f"SELECT id FROM requests WHERE {where} LIMIT ?"  # noqa: S608
         try:
@@ -314,7 +314,7 @@ class Journal:
             raise self._unreadable(error) from error
 
     def is_quarantined(self, request_id: str) -> bool:
-        """Whether there was a request of that id that could not be read."""
+        """Return whether a request of that id was quarantined."""
         try:
             found = self._db.execute(
                 "SELECT 1 FROM damaged WHERE request_id = CAST(? AS BLOB) LIMIT 1", (request_id,)
@@ -335,7 +335,7 @@ class Journal:
         return [request for _, request in read if isinstance(request, Request)]
 
     def _decoded(self, row: tuple[bytes, bytes | None, float, float, bytes, bytes]) -> Request | str:
-        """Make a request of its row and those of its jobs; where that cannot be, say why."""
+        """Decode a request from its row and those of its jobs; if that is impossible, return why."""
         id_, key, created_at, finished_at, body, owner = row
         rows = self._db.execute("SELECT body FROM units WHERE request_id = CAST(? AS TEXT)", (id_,)).fetchall()
         try:
@@ -355,10 +355,10 @@ class Journal:
                 served=held.served,
                 model=held.model,
             )
-        except (ValueError, TypeError) as error:  # of what msgspec and the codecs raise, all are one of these
+        except (ValueError, TypeError) as error:  # msgspec and the codecs raise subclasses of these
             return str(error)
         if [job.id for job in jobs] != [f"{request.id}/{k}" for k in range(len(jobs))] or not jobs:
-            return "the rows of its jobs are not those of the request"
+            return "the rows of its jobs do not belong to the request"
         return request
 
     def _quarantine(self, id_: bytes, error: str) -> None:
@@ -366,10 +366,10 @@ class Journal:
         try:
             self._move_to_quarantine(id_, error)
         except JournalError as refusal:
-            self._complain(f"{name} cannot be read ({error}), nor set aside: {refusal}")
+            self._on_damage(f"{name} cannot be read ({error}), nor quarantined: {refusal}")
         else:
             self.damaged += 1
-            self._complain(f"{name} cannot be read ({error}): its rows are in the table `damaged` of {self.path} now")
+            self._on_damage(f"{name} cannot be read ({error}): its rows are now in the table `damaged` of {self.path}")
 
     def _move_to_quarantine(self, id_: bytes, error: str) -> None:
         with self._writing():
@@ -389,28 +389,28 @@ class Journal:
         return JournalError(f"the journal {self.path} cannot be read ({error}): move it away to start without it")
 
     def close(self) -> None:
-        """Fold the write-ahead log into the file and let go of it."""
+        """Checkpoint the write-ahead log and close the file."""
         os.close(self._log)
         self._log = -1
         self._db.close()
 
 
 def prune(path: Path, bounds: StoreBounds, *, now: float) -> tuple[int, set[str]]:
-    """Remove ended requests that are too old or too many, and give the space back. It blocks for seconds.
+    """Remove ended requests that are too old or too many, and free their space. It blocks for seconds.
 
-    It works on a connection of its own, in small transactions, so that others write meanwhile.
+    It uses a separate connection and small transactions, so that others can write meanwhile.
 
     Args:
         path: An open journal.
-        bounds: `max_bytes` is of the part of the file that is in use.
+        bounds: `max_bytes` bounds the part of the file that is in use.
         now: Unix seconds.
 
     Returns:
-        How many were removed, and the ids of those whose artifacts somebody waits for: the active ones, and those that
-        ended within the last minute.
+        How many were removed, and the ids of those whose artifacts clients may still wait for: the active ones, and
+        those that ended within the last minute.
 
     Raises:
-        JournalError: when the disk refuses.
+        JournalError: The disk fails.
     """
     try:
         with contextlib.closing(_connect(path)) as db:
@@ -422,10 +422,10 @@ def prune(path: Path, bounds: StoreBounds, *, now: float) -> tuple[int, set[str]
                 gone += removed
                 _yield_lock(db, path)
             while _pragma(db, "freelist_count") > max(BATCH, _pragma(db, "page_count") // 4):
-                db.executescript(f"PRAGMA incremental_vacuum({BATCH})")  # `execute` takes one step of it: one page
+                db.executescript(f"PRAGMA incremental_vacuum({BATCH})")  # `execute` would free one page
                 _yield_lock(db, path)
             _checkpoint(db, "PASSIVE")
-            _checkpoint(db, "TRUNCATE")  # holds writers up, but has little left to do
+            _checkpoint(db, "TRUNCATE")  # blocks writers, but only briefly after the first
             recent = db.execute(
                 "SELECT id FROM requests WHERE finished_at = 0 OR finished_at > ?", (now - RECENT_S,)
             ).fetchall()
@@ -435,7 +435,7 @@ def prune(path: Path, bounds: StoreBounds, *, now: float) -> tuple[int, set[str]
 
 
 def _too_many(db: sqlite3.Connection, bounds: StoreBounds, now: float) -> int:
-    """How many ended requests are too old or too many."""
+    """Return how many ended requests are too old or too many."""
     (ended,) = db.execute("SELECT COUNT(*) FROM requests WHERE finished_at > 0").fetchone()
     (old,) = db.execute(
         "SELECT COUNT(*) FROM requests WHERE finished_at > 0 AND finished_at < ?", (now - bounds.max_age_s,)
@@ -444,19 +444,19 @@ def _too_many(db: sqlite3.Connection, bounds: StoreBounds, now: float) -> int:
 
 
 def _yield_lock(db: sqlite3.Connection, path: Path) -> None:
-    """Between two batches: keep the write-ahead log short, and let writers in."""
+    """Keep the write-ahead log short and let others write, between two batches."""
     if Path(f"{path}-wal").stat().st_size > CHECKPOINT_BYTES:
         _checkpoint(db, "PASSIVE")
     time.sleep(PAUSE_S)
 
 
 def _checkpoint(db: sqlite3.Connection, how: str) -> None:
-    """Fold the write-ahead log into the file: what can be at once (PASSIVE), or all of it (TRUNCATE)."""
+    """Checkpoint the write-ahead log: what is possible at once (PASSIVE), or all of it (TRUNCATE)."""
     db.execute(f"PRAGMA wal_checkpoint({how})").fetchall()
 
 
 def _used(db: sqlite3.Connection) -> int:
-    """Bytes of the file that are in use."""
+    """Return the bytes of the file that are in use."""
     return (_pragma(db, "page_count") - _pragma(db, "freelist_count")) * _pragma(db, "page_size")
 
 
@@ -471,8 +471,8 @@ def _remove_oldest(db: sqlite3.Connection, many: int) -> int:
 
 def _connect(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-    db.text_factory = bytes  # a damaged text is one row's trouble, and not the query's
-    # What is deleted is overwritten: a prompt may be nobody's business any more.
+    db.text_factory = bytes  # so that a damaged text fails one row, not the query
+    # Overwrite what is deleted, because prompts may be private.
     db.executescript(
         "PRAGMA synchronous=NORMAL;PRAGMA foreign_keys=ON;PRAGMA secure_delete=ON;PRAGMA wal_autocheckpoint=0;"
         f"PRAGMA journal_size_limit={CHECKPOINT_BYTES // 4}"

@@ -1,4 +1,4 @@
-"""Watch the processes that the head depends on: instances, pools, and the blocks that pools hold."""
+"""Watch the instances, the pools, and the blocks that the pools hold."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from triptych.roles.messages.stages import INSTANCE_ANSWER_S
 
 
 class Monitor:
-    """Tells the schedulers when a process has ended, and has blocks released that nobody needs.
+    """Tells the schedulers when a process has ended, and releases blocks that no job needs.
 
     Args:
         actor: Runs the tasks.
-        models: Whose schedulers are told.
+        models: Their schedulers are told.
         pool_names: The pools of the topology.
         effect_runner: Releases blocks.
-        on_outcome: Called after a scheduler was told something, so that what it decides then takes effect.
+        on_outcome: Called after a scheduler was told, so that its decisions take effect.
     """
 
     def __init__(
@@ -69,15 +69,15 @@ class Monitor:
         return [name for name in self._pool_names if name not in self._pools]
 
     async def _watch_pool(self, name: str) -> None:
-        """For ever: tell the schedulers when a pool, and all that was stored in it, is gone."""
+        """Tell the schedulers each time that a pool, with all its stored tensors, has ended; never returns."""
         reference = self._actor.reference(name)
         tries = 0
         while True:
-            # Watched before it is asked, so that a death right after the answer is not missed.
+            # Watch before asking, so that the end of the pool right after its answer is not missed.
             lost = self._actor.spawn(reference.down(), name=f"down {name}")
             try:
                 found = await reference.ask(pools.PoolQuery(), pools.PoolDescription, timeout_s=pools.POOL_ANSWER_S)
-            except BusError as error:  # not there yet, or not open
+            except BusError as error:  # it has not started, or is not open
                 lost.cancel()
                 self._actor.log.info("pool does not answer", pool=name, error=str(error))
                 await asyncio.sleep(backoff_s(tries))
@@ -99,12 +99,12 @@ class Monitor:
     # -- blocks
 
     async def reclaim(self) -> None:
-        """Release blocks that no request needs: of attempts that no longer count, or that no instance claims."""
-        for pool in tuple(self._pools):  # one that ends meanwhile leaves them
+        """Release blocks that no job needs: of superseded attempts, or of attempts that no instance has."""
+        for pool in tuple(self._pools):  # a copy, since a pool that ends is removed meanwhile
             try:
                 await self._reclaim_from(pool)
             except BusError as error:
-                self._actor.log.info("reclaim put off", pool=pool, error=str(error))
+                self._actor.log.info("reclaim postponed", pool=pool, error=str(error))
 
     async def _reclaim_from(self, pool: str) -> None:
         """Release the blocks of one pool, page by page. Raises BusError."""
@@ -118,7 +118,7 @@ class Monitor:
                 await self._effect_runner.release(leases)
 
     async def _unclaimed(self, views: Iterable[pools.LeaseView]) -> list[LeaseRef]:
-        """Return the blocks being written of which their living owners, asked, know nothing."""
+        """Ask the owners of blocks being written, and return the blocks that they do not know."""
         unclaimed: list[LeaseRef] = []
         for owner, asked_about in suspects(self._models, views).items():
             query = stages.AttemptQuery(tuple(view.attempt for view in asked_about))
@@ -127,7 +127,7 @@ class Monitor:
                     query, stages.AttemptsAssigned, timeout_s=INSTANCE_ANSWER_S
                 )
             except BusError as error:
-                self._actor.log.info("reclaim put off", owner=owner, error=str(error))
+                self._actor.log.info("reclaim postponed", owner=owner, error=str(error))
                 continue
             unclaimed += [view.lease for view in asked_about if view.attempt not in claimed.attempts]
         return unclaimed

@@ -1,4 +1,4 @@
-"""How the result of a request is written: the head resolves the format and the frame rate that it asks for."""
+"""Resolve the output format and the frame rate of a request."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _FASTEST: Final = 240.0
 def resolve_output(
     asked: Output, signature: Signature, given: Mapping[str, object], inputs: Mapping[str, object]
 ) -> Output:
-    """Check the format that a request asks for, and find out how fast its video plays.
+    """Check the output format of a request, and resolve the frame rate of its video.
 
     Args:
-        asked: What the request says about its result.
-        signature: Of the pipeline; without parameters where no instance has loaded it yet.
-        given: Inputs that the request names.
+        asked: The output that the request asks for.
+        signature: Of the pipeline; without parameters until an instance has loaded it.
+        given: The inputs of the request.
         inputs: The same, with the defaults of the model's serving config.
 
     Returns:
-        The same format, or that of latents; and the frames per second that the request names, else the serving config,
-        else the pipeline: 0 where none of them does, or no video is made.
+        The same format, or that of latents; and the frames per second of the request, else of the serving config, else
+        of the pipeline: 0 if none of them has it, or for another medium.
 
     Raises:
-        ParameterError: The pipeline makes nothing that such a file could hold, or the rate or `output_type` is wrong.
+        ParameterError: A file of the format cannot hold the pipeline's output, or the rate or `output_type` is wrong.
     """
     if (output_type := inputs.get(OUTPUT_TYPE)) is not None:
         if output_type != LATENT:

@@ -1,4 +1,4 @@
-"""The role instances that the head may send work to, and their credits."""
+"""The registered instances and their credits."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from triptych.roles.messages.stages import RegisterInstance
 
 
 class ExitKind(StrEnum):
-    """How an instance came to its end, as far as its work is concerned."""
+    """How an instance ended: says whether its jobs may be the cause."""
 
     CRASHED = "its process ended"
-    """By itself, or by a signal of somebody else's: what it computed may be why."""
+    """It crashed or was killed; the job that it computed may be the cause."""
     STALLED = "its process was ended after a silence"
-    """It was not heard of any more, as when the machine, or the process, was stopped."""
+    """It sent no heartbeats any more, as when the machine or the process was stopped."""
     STOPPED = "it was asked to end"
-    """Its work is not why."""
+    """Its jobs are not the cause."""
 
 
 @dataclass(slots=True)
@@ -35,7 +35,7 @@ class InstanceRecord:
     slots: int
     pool: str
     issued: int
-    """Credits that it has issued; only ever grows."""
+    """Credits that it has issued; never decreases."""
     spent: int
     """Credits that the head has used."""
     signature: Signature
@@ -44,54 +44,54 @@ class InstanceRecord:
     last_served: int = 0
     """Serial number of the last assignment to it, 0 for never."""
     preallocated: list[LeaseRef] = field(default_factory=list)
-    """Blocks of its pool that it keeps ready for what is pushed to it."""
+    """Blocks of its pool that it has preallocated for pushes."""
     preallocated_taken: set[LeaseRef] = field(default_factory=set)
-    """Those that something was pushed into, until an offer lacks them: before, the push may not have been read."""
+    """Those used for a push, until an offer lacks them: earlier offers were sent before the push was read."""
     draining: bool = False
-    """It finishes what is assigned to it and takes nothing more."""
+    """Whether it finishes its attempts and takes no more."""
     leaving: bool = False
-    """It was asked to end, and has said so."""
+    """Whether it has reported that it was asked to end."""
     trouble: str = ""
-    """What its work waits for that a person may have to mend; a sentence."""
+    """A problem that its work waits for and that an operator may have to solve; a sentence."""
     awake: bool = True
-    """Its weights are in memory."""
+    """Whether its weights are in memory."""
     changing_to: str = ""
-    """"sleep" or "wake" while it is on its way to that."""
+    """"sleep" or "wake" while that is under way, else ""."""
     device: str = "cpu"
     weights: int = 0
-    """Bytes of its weights, 0 where it has never loaded them."""
+    """Bytes of its weights; 0 until it has loaded them once."""
     wake_error: str = ""
-    """Why it could not be woken when it was last told to; a sentence."""
+    """Why it failed to wake the last time; a sentence, or ""."""
     silent_s: float = 0.0
-    """Seconds since its last sign of life, of those in which the head could have heard it."""
+    """Seconds since its last heartbeat, without those in which the head could not receive one."""
 
     @property
     def credits(self) -> int:
-        """Jobs that it would still take."""
+        """Number of jobs that it would still take."""
         return self.issued - self.spent
 
     @property
     def problem(self) -> str:
-        """What a person may have to mend for it to work."""
+        """A problem that an operator may have to solve; a sentence, or ""."""
         return self.trouble or self.wake_error
 
     @property
     def holds(self) -> bool:
-        """Whether its device has its weights, or is about to."""
+        """Whether its weights are on its device, or are being loaded."""
         return self.awake or self.changing_to == "wake"
 
     def end(self, stalled_after_s: float) -> ExitKind:
-        """What the loss of its connection means."""
+        """Return how it ended, when its connection is lost."""
         if self.leaving:
             return ExitKind.STOPPED
         return ExitKind.STALLED if self.silent_s >= stalled_after_s else ExitKind.CRASHED
 
     def serves(self, stage: Stage) -> bool:
-        """Whether work for `stage` starts here. A monolithic instance takes a job at its first stage, for all."""
+        """Return whether it takes jobs at `stage`. A monolithic instance takes a job at its first stage, for all."""
         return self.kind == stage.value or (self.kind == "monolithic" and stage is Stage.ENCODER)
 
     def view(self, running: Iterable[str]) -> InstanceView:
-        """What `/v1/cluster` shows, with the ids of the jobs that are assigned to it."""
+        """Return what `/v1/cluster` shows, with the ids of the jobs that are assigned to it."""
         return InstanceView(
             self.name,
             self.kind,
@@ -106,17 +106,17 @@ class InstanceRecord:
 
 
 class InstanceRegistry:
-    """The instances by name, and those that were given up."""
+    """The instances by name, and the incarnations that are fenced."""
 
     def __init__(self, configured: Mapping[Stage, int] | None = None) -> None:
         self.configured = dict(configured or {})
-        """jobs that all instances of the topology can hold together, by stage."""
+        """Slots of all instances of the topology, by stage."""
         self.instances: dict[str, InstanceRecord] = {}
         self._fenced: dict[str, int] = {}
         self._turns = 0
 
     def register(self, registration: RegisterInstance) -> InstanceRecord:
-        """Enter an incarnation, in place of any earlier one of that name."""
+        """Add an incarnation, in place of an earlier one of that name."""
         known = self.instances.get(registration.name)
         instance = InstanceRecord(
             name=registration.name,
@@ -139,34 +139,34 @@ class InstanceRegistry:
         return instance
 
     def generation(self, name: str) -> int:
-        """Number of the present incarnation of that name, 0 when there is none."""
+        """Return the generation of the present incarnation of that name, 0 when there is none."""
         instance = self.instances.get(name)
         return instance.generation if instance else 0
 
     def incarnation(self, name: str, generation: int) -> InstanceRecord | None:
-        """The instance of that name, unless it is another incarnation of it."""
+        """Return the instance of that name, or None if it has another generation."""
         instance = self.instances.get(name)
         return instance if instance and instance.generation == generation else None
 
     def fenced(self, name: str, generation: int) -> bool:
-        """Whether this incarnation was given up, so that nothing it says counts."""
+        """Return whether this incarnation is fenced, so that its messages are refused."""
         return generation <= self._fenced.get(name, 0)
 
     def fence(self, name: str, generation: int) -> None:
-        """Give an incarnation up for good."""
+        """Refuse an incarnation, and earlier ones, from now on."""
         self._fenced[name] = max(generation, self._fenced.get(name, 0))
 
     def remove(self, name: str) -> InstanceRecord | None:
-        """Forget an instance that is gone."""
+        """Remove an instance that has ended."""
         return self.instances.pop(name, None)
 
     def credit(self, name: str, issued: int) -> None:
-        """Take note of credits; an older number than one already seen changes nothing."""
+        """Record the credits that an instance has issued; a smaller number than before changes nothing."""
         if instance := self.instances.get(name):
             instance.issued = max(instance.issued, issued)
 
     def candidates(self, stage: Stage, load: Mapping[str, int]) -> list[Candidate]:
-        """Return the instances that would take a job for `stage` now; `load` is how many each has, by name."""
+        """Return the instances that would take a job for `stage` now; `load` is the number of jobs of each, by name."""
         return [
             Candidate(i.name, i.credits, i.slots, load.get(i.name, 0), i.last_served, i.model)
             for i in self.instances.values()
@@ -181,24 +181,24 @@ class InstanceRegistry:
         instance.last_served = self._turns
 
     def refund(self, name: str, generation: int) -> None:
-        """Give an incarnation back the credit of an attempt that it did not take; a later one was never charged."""
+        """Return the credit of an attempt that an incarnation did not take; a later incarnation was never charged."""
         if instance := self.incarnation(name, generation):
             instance.spent -= 1
 
     def offer(self, name: str, generation: int, blocks: Iterable[LeaseRef]) -> None:
-        """Take note of the blocks that an instance keeps ready."""
+        """Record the preallocated blocks of an instance."""
         if instance := self.incarnation(name, generation):
             offered = tuple(blocks)
             instance.preallocated_taken.intersection_update(offered)
             instance.preallocated = [block for block in offered if block not in instance.preallocated_taken]
 
     def needs_block(self, name: str, source: LeaseRef) -> bool:
-        """Whether stored outputs have to be copied to a block of the instance's own pool before it can read them."""
+        """Return whether stored outputs must be copied to the instance's own pool before it can read them."""
         instance = self.instances.get(name)
         return instance is not None and instance.pool != source.pool
 
     def take_preallocated(self, name: str, nbytes: int) -> LeaseRef | None:
-        """Use up a block that an instance keeps ready, if one is large enough."""
+        """Take a preallocated block of an instance; return None if none is large enough."""
         instance = self.instances.get(name)
         fitting = next((block for block in instance.preallocated if block.nbytes >= nbytes), None) if instance else None
         if instance and fitting:
@@ -207,17 +207,17 @@ class InstanceRegistry:
         return fitting
 
     def drain(self, name: str) -> None:
-        """Send it nothing more; a later incarnation starts anew."""
+        """Assign no more jobs to this incarnation of an instance."""
         if instance := self.instances.get(name):
             instance.draining = True
 
     def leave(self, name: str, generation: int) -> None:
-        """An incarnation has been asked to end: send it nothing more, and do not take its end for a crash."""
+        """Note that an incarnation was asked to end: assign it no more jobs, and do not count its end as a crash."""
         if instance := self.incarnation(name, generation):
             instance.draining = instance.leaving = True
 
     def heard(self, name: str, generation: int, trouble: str = "") -> bool:
-        """Take note of a sign of life; False when that incarnation is not here."""
+        """Record a heartbeat; return False when that incarnation is not registered."""
         instance = self.incarnation(name, generation)
         if instance:
             instance.silent_s = 0.0
@@ -225,17 +225,17 @@ class InstanceRegistry:
         return instance is not None
 
     def slots(self, stage: Stage) -> int:
-        """Jobs that the instances of `stage` can hold together."""
+        """Return the slots of all registered instances of `stage`."""
         return sum(i.slots for i in self.instances.values() if i.serves(stage))
 
     def silent(self, listened_s: float, timeout_s: float) -> list[InstanceRecord]:
-        """Instances that have been silent for longer than `timeout_s`, now that `listened_s` more have passed."""
+        """Add `listened_s` to the silence of every instance; return those silent for longer than `timeout_s`."""
         for instance in self.instances.values():
             instance.silent_s += listened_s
         return [instance for instance in self.instances.values() if instance.silent_s > timeout_s]
 
     def missing_stages(self) -> list[str]:
-        """Stages that nobody serves at present."""
+        """Return the stages without a registered instance."""
         if any(i.kind == "monolithic" for i in self.instances.values()):
             return []
         return [p.value for p in Stage if not any(i.serves(p) for i in self.instances.values())]

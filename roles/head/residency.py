@@ -1,6 +1,6 @@
-"""Which models have their weights in memory: the least recently used sleep where there is no room for all.
+"""Decide which models have their weights in memory: if not all fit, the least recently used sleep.
 
-A model that sleeps keeps its processes, its requests and its place in the head's registry; a request for it wakes it.
+A model that is asleep keeps its processes, its requests and its entries in the registry; a request for it wakes it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from triptych.roles.head.registry import InstanceRecord
 from triptych.roles.head.served_models import ServedModel, ServedModels
 
 RETRY_S = 5.0
-"""Between two tries to wake an instance that found no room."""
+"""Seconds between two tries to wake an instance that found too little memory."""
 BytesByDevice = Mapping[str, int]
 """Bytes of weights by device."""
 
 
 class ResidencyState(StrEnum):
-    """What a model does at present."""
+    """Where a model stands."""
 
     STARTING = "starting"
-    """Instances of it are missing, or it has not been loaded once yet."""
+    """Some of its instances are missing, or have never loaded it."""
     LOADED = "loaded"
     ASLEEP = "asleep"
     WAKING = "waking"
@@ -32,54 +32,53 @@ class ResidencyState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ResidentModel:
-    """A model, as far as its memory goes."""
+    """The memory that a model needs, and how it is used."""
 
     name: str
     needs: BytesByDevice
-    """What it takes when it is awake."""
+    """Bytes that it takes when it is awake."""
     awake: bool
-    """Whether it is to have its weights in memory, as was last decided."""
+    """Whether its weights are to be in memory, by the last decision."""
     begun: bool = False
-    """Whether something is under way that has to be finished first."""
+    """Whether a job of it is under way, which has to be finished before it sleeps."""
     waiting_s: float | None = None
-    """Seconds that its oldest request which is not under way has waited; None where there is none."""
+    """Seconds that its oldest unassigned job has waited; None if there is none."""
     awake_s: float = 0.0
-    """Seconds of its turn so far: since it has been awake as a whole."""
+    """Seconds of its turn so far: since all its instances have been awake."""
     used: float = 0.0
-    """When it last had a request, by any clock."""
+    """Time of its last request, by any clock."""
     pinned: bool = False
-    """It never sleeps."""
+    """Whether it never sleeps."""
     sleep_requested: bool = False
-    """It is to sleep as soon as it has nothing to do."""
+    """Whether it is to sleep as soon as it is idle."""
 
     @property
     def has_work(self) -> bool:
-        """Whether there is a request for it."""
+        """Return whether there is a request for it."""
         return self.begun or self.waiting_s is not None
 
 
 @dataclass(slots=True)
 class ResidencyPlan:
-    """What is to become of the models, by name."""
+    """The decision about all models, by name."""
 
     awake: set[str] = field(default_factory=set)
-    """Those that are to have their weights in memory."""
+    """Models whose weights are to be in memory."""
     drained: set[str] = field(default_factory=set)
-    """Of them, those that begin nothing more, for others to have a turn."""
+    """Those of them that start no more jobs, so that others get a turn."""
 
 
 def plan_residency(residents: Collection[ResidentModel], budgets: BytesByDevice, turn_s: float) -> ResidencyPlan:
-    """Decide who is awake. Pure.
+    """Decide which models are awake. Pure.
 
-    Whoever waits longest is woken first. Where that takes more than there is, models without a request sleep, the
-    least recently used first; then those that have been awake for `turn_s`, once they have finished what is under way.
-    A model that fits nowhere is woken alone. Where those that are awake turn out to take more than there is, models
-    without a request sleep as well.
+    The model that has waited longest is woken first. If memory is short, idle models sleep, the least recently used
+    first; then models that have been awake for `turn_s`, once their active jobs have ended. A model that exceeds the
+    budget is woken alone. If the awake models need more than the budget, idle ones sleep as well.
 
     Args:
         residents: All models with instances.
-        budgets: Most bytes of weights by device; without bound where it says nothing.
-        turn_s: Seconds.
+        budgets: Most bytes of weights by device; a device without an entry has no bound.
+        turn_s: Seconds for which a model with requests stays awake although others wait.
     """
     made = ResidencyPlan()
     there = [r for r in residents if r.awake and not (r.sleep_requested and not r.has_work)]
@@ -94,14 +93,14 @@ def plan_residency(residents: Collection[ResidentModel], budgets: BytesByDevice,
         there = [r for r in there if r not in gone]
         made.drained |= {r.name for r in drained}
         if not fits:
-            break  # nobody who came later goes first
+            break  # a model that came later does not go first
         there.append(waiting)
     made.awake = {r.name for r in there}
     return made
 
 
 def overcommitted(needs: BytesByDevice, held: Iterable[BytesByDevice], budgets: BytesByDevice) -> set[str]:
-    """Return the devices that have no room for `needs` beside what they hold. Pure."""
+    """Return the devices where `needs` exceeds the budget, given what they hold. Pure."""
     held = tuple(held)
     return {
         device
@@ -113,7 +112,7 @@ def overcommitted(needs: BytesByDevice, held: Iterable[BytesByDevice], budgets: 
 def _evict_for(
     waiting: ResidentModel, there: list[ResidentModel], budgets: BytesByDevice, turn_s: float
 ) -> tuple[list[ResidentModel], list[ResidentModel], bool]:
-    """Return who sleeps for `waiting` now, who is to finish first, and whether it can be woken then."""
+    """Return the models that sleep now for `waiting`, those that finish jobs first, and whether it is woken now."""
 
     def short(without: list[ResidentModel]) -> set[str]:
         return overcommitted(waiting.needs, [r.needs for r in there if r not in without], budgets)
@@ -129,16 +128,16 @@ def _evict_for(
         if resident.has_work and resident.awake_s < turn_s:
             return gone, drained, False
         (drained if resident.begun else gone).append(resident)
-    # What is short now is so because of those that never sleep, or of itself.
+    # If memory is still short, it is because of models that never sleep, or of `waiting` itself.
     return gone, drained, not drained
 
 
 class ResidencyManager:
-    """Carries the plan out: tells each model's scheduler whether to begin, and instances to sleep and to wake.
+    """Carries out the plan: pauses and resumes the schedulers, and makes instances sleep and wake.
 
     Args:
-        topology: Says what there is room for.
-        models: All of them.
+        topology: Has the memory budgets.
+        models: All models.
     """
 
     def __init__(self, topology: Topology, models: ServedModels) -> None:
@@ -155,10 +154,10 @@ class ResidencyManager:
         self._tried: dict[str, float] = {}
         """When an instance was last told to wake."""
         self._weights: dict[str, int] = {}
-        """Bytes by instance, as it last told."""
+        """Bytes of weights by instance, as last reported."""
 
     def state(self, served: ServedModel) -> ResidencyState:
-        """Say what a model does at present."""
+        """Return the state of a model."""
         instances = served.scheduler.registry.instances.values()
         if served.scheduler.registry.missing_stages():
             return ResidencyState.STARTING
@@ -169,7 +168,7 @@ class ResidencyManager:
         return ResidencyState.WAKING if self._is_awake(served) else ResidencyState.ASLEEP
 
     def request_sleep(self, served: ServedModel) -> None:
-        """Let a model sleep as soon as it has nothing to do."""
+        """Let a model sleep as soon as it is idle."""
         self._wake_requested.discard(served.key)
         self._sleep_requested.add(served.key)
 
@@ -179,7 +178,7 @@ class ResidencyManager:
         self._wake_requested.add(served.key)
 
     def update(self, now: float) -> None:
-        """Decide, and have it done; `now` is in seconds of a monotonic clock."""
+        """Plan, and carry it out; `now` is in seconds of a monotonic clock."""
         present = [served for served in self._models.all if served.scheduler.registry.instances]
         residents = [self._resident(served, now) for served in present]
         made = plan_residency(residents, self._budgets_of([resident.needs for resident in residents]), self._turn_s)
@@ -211,7 +210,7 @@ class ResidencyManager:
         waiting_s = scheduler.waiting_s
         if waiting_s is None and (key in self._wake_requested or not served.has_been_loaded):
             waiting_s = 0.0
-        if scheduler.registry.missing_stages():  # nothing could be made with its weights
+        if scheduler.registry.missing_stages():  # its weights would be of no use
             waiting_s = None
         if scheduler.jobs:
             self._used[key] = now
@@ -228,18 +227,18 @@ class ResidencyManager:
         )
 
     def _awake_s(self, served: ServedModel, now: float) -> float:
-        """Seconds of its turn so far. It begins when all is awake; of a model that cannot be, when it was to wake."""
+        """Return the seconds of its turn so far, which begins when all is awake, or was to be if that is impossible."""
         registry, key = served.scheduler.registry, served.key
         hindered = registry.missing_stages() or any(instance.wake_error for instance in registry.instances.values())
         return now - self._awake_since.get(key, self._to_wake_since.get(key, now) if hindered else now)
 
     def _is_awake(self, served: ServedModel) -> bool:
-        """What was last decided; of a head that has just come, what it finds."""
+        """Return the last decision; before the first one, whether an instance is awake."""
         found = any(instance.awake for instance in served.scheduler.registry.instances.values())
         return self._decided.get(served.key, found)
 
     def _needs(self, served: ServedModel) -> list[BytesByDevice]:
-        """Of each instance of the topology, by the device that it is on, or would be."""
+        """Return the bytes for each instance of the topology, by its device."""
         there = served.scheduler.registry.instances
         return [
             {(there[c.name].device if c.name in there else "") or c.device: self._need(served, c.name)}
@@ -247,9 +246,9 @@ class ResidencyManager:
         ]
 
     def _need(self, served: ServedModel, name: str) -> int:
-        """Bytes that an instance takes; before it has been loaded once, its share of the model's files.
+        """Return the bytes that an instance needs; before its first load, its share of the model's files.
 
-        One that found no room takes all that there is.
+        An instance that found too little memory counts as needing the whole budget.
         """
         instance = served.scheduler.registry.instances.get(name)
         if instance and instance.wake_error and not instance.awake:
@@ -258,13 +257,13 @@ class ResidencyManager:
         return self._weights.get(name) or served.weight_file_bytes // len(kinds)
 
     def _budgets_of(self, needs: Iterable[BytesByDevice]) -> BytesByDevice:
-        """Budgets of the devices that there are."""
+        """Return the budgets of the devices in `needs`."""
         devices = {device for each in needs for device in each}
         bounds = {device: self._budgets.get(device.partition(":")[0], 0) for device in devices}
         return {device: nbytes for device, nbytes in bounds.items() if nbytes}
 
     def _wake(self, served: ServedModel, now: float) -> None:
-        """Wake the instances of a model, each once there is room for it or nobody is about to make some."""
+        """Wake the instances of a model, each once its weights fit or no other instance is about to free memory."""
         for instance in list(served.scheduler.registry.instances.values()):
             if instance.awake or instance.changing_to or instance.draining:
                 continue
@@ -278,7 +277,7 @@ class ResidencyManager:
             served.scheduler.set_awake([instance.name], awake=True)
 
     def _neighbours_memory(self, instance: InstanceRecord) -> tuple[list[BytesByDevice], bool]:
-        """Return what other instances hold, and whether one is about to leave the same device."""
+        """Return what other instances hold, and whether one is about to release its weights on the same device."""
         others = [
             (s, i) for s in self._models.all for i in s.scheduler.registry.instances.values() if i is not instance
         ]
@@ -308,7 +307,7 @@ def _may_sleep(served: ServedModel) -> list[InstanceRecord]:
 
 
 def _covers_all_stages(instances: Collection[InstanceRecord], *, awake: bool) -> bool:
-    """Whether there is an instance for every stage that is awake, or just there."""
+    """Return whether every stage has an instance, with `awake` one that is awake."""
     if any(i.kind == "monolithic" for i in instances if i.awake or not awake):
         return True
     return all(any(i.serves(stage) for i in instances if i.awake or not awake) for stage in Stage)

@@ -1,7 +1,7 @@
-"""Which instance restarts next while the system goes over to changed weights. Pure.
+"""Choose which instance restarts next while the system changes to other weights. Pure.
 
-New work is made with the new weights as soon as an encoder has them. What was begun with the old ones is finished with
-the old ones, so each stage keeps an old instance for as long as a job needs it. One instance restarts at a time.
+New jobs use the new weights as soon as an encoder has them. Jobs that were started with the old weights are finished
+with them, so each stage keeps an old instance for as long as a job needs it. One instance restarts at a time.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ _ORDER = [stage.value for stage in Stage]
 
 
 def next_to_restart(instances: Collection[InstanceRecord], jobs: Iterable[Job], model: str) -> InstanceRecord | None:
-    """Return an idle instance with other weights than `model` that nothing needs; None while there is none.
+    """Return an idle instance with other weights than `model` that no job needs; None while there is none.
 
     Args:
-        instances: all of them.
-        jobs: the active ones.
-        model: version of the weights to go over to.
-
+        instances: All instances.
+        jobs: The active jobs.
+        model: Version of the new weights.
     """
     jobs = tuple(jobs)
     busy = {job.instance for job in jobs}

@@ -1,1 +1,1 @@
-"""What the actors of the serving system say to each other, one module per conversation."""
+"""The messages between the actors of the serving system, one module per protocol."""

@@ -1,4 +1,4 @@
-"""The nouns that several conversations share."""
+"""Types that several messages share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from triptych.bus import Generation
 
 MAX_SEED: Final = (1 << 63) - 1
 
-# What the decoder lets through: a value out of these ranges is refused with its message, and no handler meets it.
+# The ranges that the decoder accepts: it refuses a message with another value, so that no handler receives it.
 Name = Annotated[str, Meta(max_length=128)]
 """Of a component, a request, a job, a file, a state."""
 Natural = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
@@ -19,7 +19,7 @@ Natural = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Word = Annotated[int, Meta(ge=0)]
 """64 bits."""
 Seconds = Annotated[float, Meta(ge=0)]
-"""A duration; never NaN, which would put a clock out of order."""
+"""A duration; never NaN, which would break the arithmetic of deadlines."""
 Seed = Annotated[int, Meta(ge=0, le=MAX_SEED)]
 
 Scalar: TypeAlias = str | int | float | bool | None
@@ -27,17 +27,17 @@ Scalar: TypeAlias = str | int | float | bool | None
 
 @dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
 class Value(msgspec.Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fields=True):
-    """A part of a message; like a message, but never sent on its own."""
+    """A part of a message; encoded like a message, but never sent alone."""
 
 
 class Upload(Value):
-    """A file of the upload store: what a client sent, checked."""
+    """A checked file that a client sent, in the upload store."""
 
     name: Name
     """SHA-256 of the bytes in hex, and the ending of its format."""
     nbytes: Natural
     pixels: Natural = 0
-    """Of the image, 0 where nobody has counted."""
+    """Of the image; 0 where unknown."""
 
 
 class Images(Value, tag="Pictures"):
@@ -59,10 +59,10 @@ class Options(Value, tag=True):
 
 
 class Json(Value, tag=True):
-    """An input that is texts in a list, lists in a list or an object."""
+    """An input that is a list of texts, a list of lists or an object."""
 
     json: Annotated[str, Meta(max_length=1 << 18)]
-    """A document."""
+    """A JSON document."""
 
 
 class Tensors(Value, tag=True):
@@ -74,43 +74,43 @@ class Tensors(Value, tag=True):
 
 
 Input: TypeAlias = Scalar | Images | Numbers | Options | Json | Tensors
-"""An input of a request. Files ride as references."""
+"""An input of a request. Files are sent as references."""
 
 
 class Output(Value):
-    """How the result of a job is written down."""
+    """How the result of a job is written."""
 
     format: Name = ""
-    """An output format of the artifact store; "" for the one that suits what was made."""
+    """An output format of the artifact store; "" for the default of the medium."""
     fps: Annotated[float, Meta(ge=0)] = 0.0
-    """Frames per second of a video; 0 for the pipeline's own, and where none is made."""
+    """Frames per second of a video; 0 for the pipeline's default, and for other media."""
     quality: Annotated[int, Meta(ge=0, le=100)] = 0
-    """Of "jpeg" and "webp", 1 to 100; 0 for the store's own."""
+    """Of "jpeg" and "webp", 1 to 100; 0 for the default of the store."""
 
 
 class Rebind(Value):
-    """What makes stored tensors of an equal prompt another request's."""
+    """What adapts cached encoder outputs to another request of an equal prompt."""
 
     inputs: dict[str, Input]
-    """Of the other request, all of them."""
+    """All inputs of that request."""
     seed: Seed
-    """Of its job."""
+    """Seed of its job."""
 
 
 class Attempt(Value):
-    """One attempt at a job. Every message about it carries it."""
+    """One attempt at a job. Every message about the attempt has it."""
 
     job_id: Name
     """`REQUEST_ID/INDEX`: a request for n images is n jobs."""
     number: Natural
-    """Counts dispatches from 1. What names an older attempt is fenced off."""
+    """Counts dispatches from 1. Messages about an older attempt are ignored."""
 
     def __str__(self) -> str:
         return f"{self.job_id}#{self.number}"
 
 
 class LeaseRef(Value):
-    """A block of a buffer pool, named so that a restarted pool can never be mistaken for its predecessor."""
+    """A block of a buffer pool; the pool's generation tells a restarted pool from the one before."""
 
     pool: Name
     pool_generation: Generation
@@ -121,7 +121,7 @@ class LeaseRef(Value):
 
 
 class StoredPayload(Value):
-    """Tensors at rest in a sealed block, and all that is needed to load them."""
+    """Tensors in a sealed block, and all that is needed to load them."""
 
     lease: LeaseRef
     manifest: bytes
@@ -138,4 +138,4 @@ class Artifact(Value):
     content_type: Name
     nbytes: Natural
     nsfw_content_detected: bool | None = None
-    """What the safety checker of the pipeline says, which has made the image black then; None without a checker."""
+    """Whether the pipeline's safety checker found NSFW content and made the image black; None without a checker."""

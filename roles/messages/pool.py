@@ -1,4 +1,4 @@
-"""Anyone to a buffer pool: leases on blocks, and moving bytes between pools."""
+"""Messages to and from buffer pools: leases on blocks, and copies between pools."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from triptych.bus import Generation, Message
 from triptych.roles.messages.common import Attempt, LeaseRef, Name, Natural, Seconds, Value, Word
 
 POOL_ANSWER_S: Final = 2.0
-"""A pool decides without waiting for anybody, so that one that is alive answers well within this. One that hangs must
-not hold up those who ask, nor a thread of theirs."""
+"""Seconds to wait for a pool. A pool answers without waiting for other processes; one that hangs must not block its
+clients for longer."""
 
 
 class PoolQuery(Message):
@@ -17,7 +17,7 @@ class PoolQuery(Message):
 
 
 class PoolDescription(Message):
-    """Where the arena is and how full."""
+    """Where the arena of a pool is and how full."""
 
     name: Name
     generation: Generation
@@ -25,11 +25,11 @@ class PoolDescription(Message):
     free: Natural
     leased: Natural
     session: str
-    """How the transfer engine of another pool addresses this one; empty for shm."""
+    """Address of this pool for the transfer engine of another one; "" for shm."""
     base_address: Word
     """Of the arena in the pool's process, for one-sided reads."""
     transport: str
-    """What really carries the bytes, in words."""
+    """The transport that carries the bytes, in words."""
     arena: str = ""
     """`engines.memory.arena.ArenaAddress` as text: what a process of the same host needs to map the arena."""
 
@@ -37,16 +37,16 @@ class PoolDescription(Message):
 class LeaseBlock(Message):
     """Lease a block for writing. Asks for BlockLeased or PoolFull.
 
-    Asking again before it is sealed gives the same block, so that an answer that was lost loses no memory.
+    Asking again before the block is sealed returns the same one, so that a lost answer leaks no memory.
     """
 
     attempt: Attempt
     owner: Name
-    """Component name. The block is taken back when this generation of it is gone."""
+    """Component name. The pool reclaims the block when this generation of the component has ended."""
     owner_generation: Generation
     nbytes: Natural
     incoming: bool = False
-    """For tensors to come from another pool, not for what the owner makes itself."""
+    """The block is for tensors from another pool, not for outputs of the owner."""
 
 
 class BlockLeased(Message):
@@ -56,29 +56,29 @@ class BlockLeased(Message):
 
 
 class PoolFull(Message):
-    """No block of that size now, or ever if `needed` exceeds `largest`."""
+    """There is no block of that size now, or ever if `needed` exceeds `largest`."""
 
     needed: Natural
     free: Natural
     largest: Natural
-    """Bytes of the largest block that an empty pool would give for this."""
+    """Bytes of the largest block that the pool would lease if it were empty."""
 
 
 class MemoryPressure(Message):
-    """Pool to head: an encoder's output would fit, and there was no room. Told each time that it is asked for again."""
+    """Pool to head: the pool is too full for an encoder's output. Sent at each try to lease its block."""
 
     pool: Name
     nbytes: Natural
 
 
 class ReleasePreallocated(Message):
-    """Pool to instance: an arrival would fit, and there was no room. Give back the blocks that you keep ready."""
+    """Pool to instance: release your preallocated blocks, since the pool is too full for an arrival."""
 
     pool: Name
 
 
 class SealBlock(Message):
-    """The block is written: from now on it belongs to the request. Asks for BlockSealed."""
+    """Seal a block that is written: it belongs to the request from then on. Asks for BlockSealed."""
 
     lease: LeaseRef
     checksum: Word
@@ -90,24 +90,23 @@ class BlockSealed(Message):
 
 
 class ReleaseBlocks(Message):
-    """Give blocks back; one that is already free, or of an older pool, is no error. Asks for BlocksReleased."""
+    """Release blocks; one that is already free, or of an older pool, is no error. Asks for BlocksReleased."""
 
     leases: tuple[LeaseRef, ...]
 
 
 class BlocksReleased(Message):
-    """How many of them were still held."""
+    """How many of the blocks were still leased."""
 
     count: Natural
 
 
 class PullBlock(Message):
-    """Read another pool's sealed block into one of yours. Asks for BlockPulled.
+    """Copy another pool's sealed block into a block of this pool. Asks for BlockPulled.
 
-    A block that was taken in advance is from then on `attempt`'s. Refused with `wrong_state` when it is another
-    attempt's, which may be loading it; with `source_gone` when the source pool has started anew since; with
-    `transfer_failed` when the bytes did not come: the target may then be in quarantine, and is to be released like any
-    other.
+    A preallocated block belongs to `attempt` from then on. Refused with `wrong_state` when it belongs to another
+    attempt, which may be loading it; with `source_gone` when the source pool has restarted since; with
+    `transfer_failed` when the copy failed: the target may then be in quarantine, and must be released like any other.
     """
 
     source: LeaseRef
@@ -119,7 +118,7 @@ class PullBlock(Message):
 
 
 class BlockPulled(Message):
-    """The bytes have been written; whether they are right, the checksum tells."""
+    """The bytes have been copied; the reader verifies their checksum."""
 
     seconds: Seconds
 
@@ -128,11 +127,11 @@ class LeaseQuery(Message):
     """Asks for a LeaseReport."""
 
     after: Word = 0
-    """The last lease id of the page before."""
+    """The last lease id of the previous page."""
 
 
 class LeaseView(Value):
-    """A held block."""
+    """A leased block."""
 
     lease: LeaseRef
     state: Name
@@ -142,8 +141,8 @@ class LeaseView(Value):
 
 
 class LeaseReport(Message):
-    """The held blocks of the pool, a page of them in the order of their lease ids."""
+    """A page of the leased blocks of the pool, ordered by lease id."""
 
     leases: tuple[LeaseView, ...]
     more: bool = False
-    """There are others after these."""
+    """Whether there are more pages."""

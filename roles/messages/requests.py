@@ -16,7 +16,7 @@ Reason = Annotated[str, Meta(max_length=1024)]
 
 
 class SubmitRequest(Message):
-    """Accept `n` images of one prompt. Asks for RequestAccepted or RequestRejected."""
+    """Submit a request for `n` images or videos. Asks for RequestAccepted or RequestRejected."""
 
     request_id: Name
     inputs: dict[str, Input]
@@ -26,32 +26,31 @@ class SubmitRequest(Message):
     n: Natural = 1
     output: Output = Output()
     idempotency_key: Key = ""
-    """With a key, submitting again gives the same request; another body under the key is a conflict."""
+    """With a key, submitting again returns the same request; another body under the key is a conflict."""
     owner: Name = ""
-    """Name of the API key that it came with; "" without keys. Idempotency keys are each owner's own."""
+    """Name of the client's API key; "" without keys. Each owner has its own idempotency keys."""
     model: Name = ""
     """Name of the model; "" for the first."""
 
 
 class RequestAccepted(Message):
-    """The request is on disk: it will reach exactly one terminal state."""
+    """The request is on disk, and will reach exactly one terminal state."""
 
     request_id: Name
     """Not the submitted id when the idempotency key was already known."""
     description_version: Name = ""
-    """`ModelDescription.version` of the model as it is described now: a description that a client has kept and that
-    has another version is out of date."""
+    """`ModelDescription.version` of the model at present; a description with another version is out of date."""
 
 
 class RequestRejected(Message):
-    """The request was not taken; nothing of it is kept."""
+    """The request was rejected, and not stored."""
 
     code: str
     """invalid, full, conflict, unavailable or model_not_found."""
     message: str
-    """Why, a sentence; where there is a `param` it is the subject, as in "must be 64."."""
+    """Why, as a sentence; if there is a `param`, that is its subject, as in "must be 64."."""
     param: str = ""
-    """The input at fault, when there is one."""
+    """The input at fault, or ""."""
     retry_after_s: float = 0.0
     description_version: Name = ""
     """As in RequestAccepted; "" where there is no such model."""
@@ -62,11 +61,11 @@ class QueryRequest(Message):
 
     request_id: Name
     owner: Name = ""
-    """Only a request of this owner is found, with "" anybody's."""
+    """Find only requests of this owner; "" for every owner."""
 
 
 class WaitRequest(Message):
-    """Asks for the RequestView once the request is terminal, or as it is after `timeout_s`."""
+    """Asks for the RequestView as soon as the request is terminal, at the latest after `timeout_s`."""
 
     request_id: Name
     timeout_s: Seconds
@@ -84,28 +83,28 @@ class CancelRequest(Message):
 
 
 class ListRequests(Message):
-    """Asks for the RequestList of those that the head knows; refused with `not_found` when `after` is none of them."""
+    """Asks for the RequestList; refused with `not_found` when the owner has no request `after`."""
 
     owner: str = ""
     """As in QueryRequest."""
     after: str = ""
-    """The id that the list goes on after; "" from the start."""
+    """The list starts after this id; "" for the first page."""
     limit: Natural = 20
     newest_first: bool = True
 
 
 class RequestList(Message):
-    """Ids in the order that was asked for; each can be queried."""
+    """A page of request ids in the requested order; each can be queried."""
 
     request_ids: tuple[str, ...]
     has_more: bool
 
 
 class DeleteRequest(Message):
-    """Remove a request for good: its rows, its prompt, its artifacts, the uploads that no other needs.
+    """Delete a request: its rows, its prompt, its artifacts, and the uploads that no other request needs.
 
-    One that is active is cancelled first. Asks for RequestDeleted; refused with `unavailable` when the disk does not
-    let go of it, and then it can be asked for again.
+    An active request is cancelled first. Asks for RequestDeleted; refused with `unavailable` when the disk fails, and
+    can then be repeated.
     """
 
     request_id: Name
@@ -114,7 +113,7 @@ class DeleteRequest(Message):
 
 
 class RequestDeleted(Message):
-    """Nothing of the request is left."""
+    """The request is deleted."""
 
     existed: bool
     """Whether there was such a request."""
@@ -130,7 +129,7 @@ class Transition(Value):
 
 
 class JobView(Value):
-    """One image of a request."""
+    """One image or video of a request."""
 
     index: int
     seed: int
@@ -146,7 +145,7 @@ class JobView(Value):
     """Why earlier attempts ended, oldest first."""
     artifact: Artifact | None = None
     at_fault: bool = False
-    """It failed because the pipeline cannot run with its inputs."""
+    """Whether it failed because the pipeline cannot run with its inputs."""
 
 
 class RequestView(Message):
@@ -154,7 +153,7 @@ class RequestView(Message):
 
     request_id: Name
     state: str
-    """The state of the job that is furthest behind; a failed job fails the request once all are terminal."""
+    """State of the least advanced job; once all are terminal, the worst outcome."""
     terminal: bool
     created_at: float
     finished_at: float
@@ -178,32 +177,32 @@ class ListModels(Message):
 
 
 class ModelDescription(Message):
-    """A served model: what it takes, and the values that it uses when they are not given."""
+    """A served model: its parameters with their defaults, and its outputs."""
 
     name: str
     family: str
     task: str
-    """The one that it serves, or "any" of several; "" where that is not known until an instance has loaded it."""
+    """The task that it serves, "any" for several; "" while unknown because no instance has loaded it."""
     dtype: str
     created_at: float
     defaults: dict[str, Scalar]
-    """Of the serving config."""
+    """Defaults of the serving config."""
     ranges: dict[str, tuple[float, ...]]
     """Number to (minimum, maximum) or (minimum, maximum, multiple of)."""
     parameters: tuple[Parameter, ...]
     """Inputs that the pipeline takes, with the model's defaults; empty until an instance has loaded it."""
     medium: str
-    """What it makes: image, video or audio."""
+    """Medium of its outputs: image, video or audio."""
     fps: float
-    """Frames per second of its videos where a request asks for no other; 0 where it makes none."""
+    """Default frames per second of its videos; 0 for other media."""
     tasks: tuple[Task, ...] = ()
-    """What requests may be for; empty until an instance has loaded it."""
+    """Tasks of requests; empty until an instance has loaded it."""
     state: str = "loaded"
-    """starting, loaded, asleep or waking. A request for one that sleeps wakes it."""
+    """starting, loaded, asleep or waking. A request wakes a model that is asleep."""
     version: Name = ""
     """Digest of every other field but `state` and `created_at`. Equal versions describe the same model, also after a
-    restart of the head. RequestAccepted and RequestRejected carry it, so that a client may keep a description and ask
-    again only when the version has changed."""
+    restart of the head. RequestAccepted and RequestRejected have it, so that a client may cache a description until
+    the version changes."""
 
 
 class ModelList(Message):
@@ -223,44 +222,44 @@ class InstanceView(Value):
     kind: str
     generation: int
     credits: int
-    """jobs that the head may still send."""
+    """Jobs that the head may still send."""
     slots: int
     running: tuple[str, ...]
     trouble: str = ""
-    """What its work waits for that a person may have to mend, such as a full disk; a sentence."""
+    """A problem that its work waits for and that an operator may have to solve, such as a full disk; a sentence."""
     awake: bool = True
     """Whether its weights are in memory."""
     weights: int = 0
-    """Bytes of its weights; 0 where it has never loaded them."""
+    """Bytes of its weights; 0 until it has loaded them once."""
 
 
 class PromptCacheView(Value):
-    """What encoders made and is kept for requests of the same prompt."""
+    """The cache of encoder outputs for requests with the same prompt."""
 
     entries: int = 0
-    """Blocks that it holds."""
+    """Number of its blocks."""
     nbytes: int = 0
-    """What they take in their pool."""
+    """Bytes of the pool that they take."""
     capacity: int = 0
-    """Most bytes that they may take; 0 when it is off."""
+    """Most bytes that they may take; 0 when the cache is off."""
     hits: int = 0
-    """Units that needed no encoder."""
+    """Jobs that needed no encoder."""
     misses: int = 0
-    """Units sent to one."""
+    """Jobs sent to an encoder."""
 
 
 class ClusterView(Message):
-    """Jobs, instances and the prompt cache as the head knows them."""
+    """The jobs, instances, models and prompt caches of the cluster."""
 
     ready: bool
     reasons: tuple[str, ...]
-    """Why it is not ready, in words; empty when it is."""
+    """Why it is not ready, a sentence each; empty when it is."""
     instances: tuple[InstanceView, ...]
     states: dict[str, int]
-    """Units by state."""
+    """Number of active jobs by state."""
     completed: int
     average_latency_s: float
-    """Of completed jobs alone."""
+    """Average over completed jobs only."""
     prompt_cache: PromptCacheView = PromptCacheView()
     models: dict[str, str] = msgspec.field(default_factory=dict)
-    """What each model does, by name: starting, loaded, asleep or waking."""
+    """State of each model by name: starting, loaded, asleep or waking."""

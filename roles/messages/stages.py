@@ -1,6 +1,6 @@
-"""Head to role instance and back: registration, credits, stages, transfers.
+"""Messages between the head and instances: registration, credits, stages, transfers.
 
-Who sent a message, and which incarnation, its envelope says.
+The envelope has the sender of a message and its incarnation.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ is asked again, and nothing is lost."""
 
 
 class RegisterInstance(Message):
-    """An instance offers itself; sent again whenever the head was away. Asks for InstanceWelcome."""
+    """Register an instance; sent again to each new head. Asks for InstanceRegistered."""
 
     name: Name
     kind: Name
@@ -42,17 +42,17 @@ class RegisterInstance(Message):
     pid: Natural
     slots: Natural
     issued: Natural
-    """Credits issued by this incarnation so far; only ever grows."""
+    """Credits issued by this incarnation so far; never decreases."""
     taken: Natural
     """Attempts taken by this incarnation so far."""
     pool: Name
-    """The buffer pool that it maps, empty for monolithic."""
+    """The buffer pool that it maps; "" for monolithic."""
     signature: Signature
-    """What the loaded pipeline takes and makes."""
+    """The parameters and outputs of the loaded pipeline."""
     running: tuple[Attempt, ...]
-    """Attempts assigned, so that a restarted head need not redo them."""
+    """Assigned attempts, so that a restarted head need not repeat them."""
     leaving: bool = False
-    """It has been asked to end, and takes nothing more."""
+    """Whether it has been asked to end, so that it takes no more attempts."""
     model: Name = ""
     """Version of the weights that it has loaded, or would load, of `engines.weights.model_version`."""
     awake: bool = True
@@ -60,44 +60,44 @@ class RegisterInstance(Message):
     device: Name = "cpu"
     """Torch device, a GPU with its number."""
     weights: Natural = 0
-    """Bytes of its weights there; 0 where it has not loaded them yet."""
+    """Bytes of its weights on that device; 0 until it has loaded them once."""
 
 
 class InstanceWakeChanged(Message):
-    """An instance has woken, or has gone to sleep, or could not. Asks for Acknowledged."""
+    """An instance has woken, has gone to sleep, or failed to wake. Asks for Acknowledged."""
 
     awake: bool
     signature: Signature
     weights: Natural
     seconds: Seconds
-    """That it took."""
+    """Duration of the change."""
     trouble: str = ""
     """Why it could not be woken; a sentence."""
 
 
 class Sleep(Message):
-    """Let go of the weights. Asks for Acknowledged; refused with `busy` while attempts are assigned."""
+    """Release the weights. Asks for Acknowledged; refused with `busy` while attempts are assigned."""
 
 
 class Wake(Message):
-    """Bring the weights back. Asks for Acknowledged; its end is told by InstanceWakeChanged."""
+    """Load the weights again. Asks for Acknowledged; InstanceWakeChanged follows at the end."""
 
 
 class InstanceRegistered(Message):
-    """The head has registered the instance. Attempts that it does not know must be dropped."""
+    """The head has registered the instance, which must drop the attempts in `unknown`."""
 
     unknown: tuple[Attempt, ...] = ()
 
 
 class InstanceHeartbeat(Message):
-    """Said each second. Asks for Acknowledged; refused with `fenced` once the head has given this incarnation up."""
+    """Sent every `heartbeat_s`. Asks for Acknowledged; refused with `fenced` once the head has fenced it."""
 
     trouble: str = ""
-    """What attempts wait for that a person may have to mend, such as a full disk; a sentence."""
+    """A problem that attempts wait for and that an operator may have to solve, such as a full disk; a sentence."""
 
 
 class InstanceStopping(Message):
-    """This incarnation has been asked to end: it takes nothing more. Asks for Acknowledged."""
+    """This incarnation has been asked to end, and takes no more attempts. Asks for Acknowledged."""
 
 
 class StageAssign(Message):
@@ -112,7 +112,7 @@ class StageAssign(Message):
 
 
 class TransferAlloc(Message):
-    """Reserve a block in the receiver's own pool. Asks for TransferAllocated or TransferRejected."""
+    """Reserve a block in the instance's pool. Asks for TransferAllocated or TransferRejected."""
 
     attempt: Attempt
     nbytes: Natural
@@ -126,7 +126,7 @@ class TransferAllocated(Message):
 
 
 class TransferRejected(Message):
-    """No block."""
+    """The instance has no block for this attempt."""
 
     attempt: Attempt
     reason: str
@@ -134,34 +134,34 @@ class TransferRejected(Message):
 
 
 class BlocksOffered(Message):
-    """Blocks of its own pool that a receiver keeps ready, so that TransferAlloc can be skipped. Told at each change."""
+    """Preallocated blocks of the instance's pool, which need no TransferAlloc. Sent at each change."""
 
     blocks: tuple[LeaseRef, ...]
-    """All of them; in place of those offered before."""
+    """All of them; replaces those offered before."""
 
 
 class TransferPush(Message):
-    """Fetch a job's stored tensors and run your stage on them. Asks for StageTaken."""
+    """Fetch a job's stored tensors and run the instance's stage on them. Asks for StageTaken."""
 
     attempt: Attempt
     source: StoredPayload
     target: LeaseRef | None
-    """Where the bytes go; None when the source's pool is the receiver's own and is mapped."""
+    """Block for the bytes; None when the source is in the instance's pool, which it maps."""
     output: Output
     left_s: Seconds
     """Seconds after which the result is of no use."""
     rebind: Rebind | None = None
-    """For tensors that were stored for another job, of an equal prompt."""
+    """Set when the tensors were stored for another job of an equal prompt."""
 
 
 class AttemptQuery(Message):
-    """Ask which of these attempts an instance has. Asks for AttemptsAssigned."""
+    """Ask an instance which of these attempts it has. Asks for AttemptsAssigned."""
 
     attempts: tuple[Attempt, ...]
 
 
 class AttemptsAssigned(Message):
-    """Those of the attempts asked about that the instance has, or keeps a block for."""
+    """Those of the queried attempts that the instance has, or has reserved a block for."""
 
     attempts: tuple[Attempt, ...]
 
@@ -180,28 +180,28 @@ class StageCancel(Message):
 
 
 class Acknowledged(Message):
-    """The head has acted on the report; it need not be sent again."""
+    """The receiver has acted on the message, which need not be sent again."""
 
 
 class TransferFailed(Message):
-    """The stored tensors could not be fetched; nothing was computed on them."""
+    """The stored tensors could not be fetched, so the stage did not run."""
 
     attempt: Attempt
     reason: str
     source_gone: bool
-    """The source itself is lost or damaged, so that another receiver would fail as well."""
+    """Whether the source is lost or damaged, so that another instance would fail as well."""
     issued: Natural
 
 
 class StageStarted(Message):
-    """The stage's first kernel is about to run."""
+    """The stage is about to run."""
 
     attempt: Attempt
     stage: Stage
 
 
 class StageProgress(Message):
-    """A denoising step has finished. Told, not asked: the next one makes up for a lost one."""
+    """A denoising step has finished. Sent without an answer: the next one replaces a lost one."""
 
     attempt: Attempt
     step: Natural
@@ -217,7 +217,7 @@ class StageOutputsStored(Message):
     seconds: Seconds
     issued: Natural
     seed_independent: bool = False
-    """The outputs of an encoder are the same for every seed, but for the generator among them."""
+    """Whether the outputs of an encoder are the same for every seed, except for the generator."""
 
 
 class StageFinished(Message):
@@ -235,24 +235,24 @@ class StageFailed(Message):
 
     attempt: Attempt
     stage: Stage | None
-    """None where it had not begun."""
+    """None where no stage had begun."""
     error: str
     retryable: bool
-    """False when it would fail anywhere."""
+    """False when it would fail on every instance."""
     issued: Natural
     invalid_request: bool = False
-    """The request itself is why: one of its values is none that the pipeline can run with."""
+    """Whether the request is at fault: the pipeline cannot run with one of its values."""
 
 
 class StageReturned(Message):
-    """The instance ends before it can have done the attempt: it is for others."""
+    """The instance returns an attempt that it cannot finish before it ends."""
 
     attempt: Attempt
     issued: Natural
 
 
 class StageCancelled(Message):
-    """The attempt was dropped because it was told to be."""
+    """The attempt was cancelled as the head had asked."""
 
     attempt: Attempt
     issued: Natural

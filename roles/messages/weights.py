@@ -1,4 +1,4 @@
-"""What `triptych reload`, `sleep` and `wake` ask of the head: which weights of a model are in memory."""
+"""Messages of `triptych reload`, `sleep` and `wake` to the head: which weights of a model are in memory."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from triptych.bus import Message
 
 
 class ReloadModel(Message):
-    """Go over to a model's files as they are on disk now. Answered with `Reloading`; ask again to see what is left."""
+    """Change to the weights of a model that are on disk now. Answered with `Reloading`; repeat to see what is left."""
 
     model: str = ""
     """Name of the model; "" for all."""
 
 
 class Reloading(Message):
-    """Instances restart one by one, each when no work that began with the earlier weights needs it."""
+    """Instances restart one by one, each when no job with the earlier weights needs it."""
 
     model: str
-    """Version of the weights to go over to, of `engines.weights.model_version`."""
+    """Version of the new weights, of `engines.weights.model_version`."""
     instances: tuple[str, ...]
-    """Those that still have other weights, or are restarting; empty when it is done."""
+    """Those that still have other weights, or are restarting; empty when all have changed."""
     joined: int
-    """Instances that have joined the head with the weights that are on disk."""
+    """Number of registered instances with the weights that are on disk."""
     total: int
-    """Instances that the topology has."""
+    """Number of instances in the topology."""
 
 
 class SleepModel(Message):
@@ -31,11 +31,11 @@ class SleepModel(Message):
     model: str
     """Its name."""
     begins: bool = True
-    """False to ask for its status alone."""
+    """False to only ask for its status."""
 
 
 class WakeModel(Message):
-    """Wake a model. Answered with `ModelStatus`; ask again to see how far it is."""
+    """Wake a model. Answered with `ModelStatus`; repeat to see its progress."""
 
     model: str
     """Its name."""
@@ -51,4 +51,4 @@ class ModelStatus(Message):
     weights: int
     """Bytes of its weights that are in memory."""
     trouble: str
-    """Why it cannot be woken now, "" if nothing prevents it."""
+    """Why it cannot be woken now; "" if it can."""

@@ -1,11 +1,11 @@
-"""Inside one role process: the instance, its stream worker and its transfer actor pass attempts on to each other.
+"""Messages inside one role process: its instance, stream worker and transfer actor pass attempts to each other.
 
     encoder     instance -> RunStage -> stream worker -> StoreOutputs -> transfer -> report -> instance
     denoiser    instance -> LoadInputs -> transfer -> RunStage -> stream worker -> StoreOutputs -> transfer -> ...
     decoder     instance -> LoadInputs -> transfer -> RunStage -> stream worker -> SaveArtifact -> transfer -> ...
 
-The report that ends an attempt is the very message that the head takes, of `roles.messages.stages`. Tensors never ride
-in a message: these name the attempt, and the values lie in the process's `ActiveAttempt`.
+The report that ends an attempt is the message that the head receives, of `roles.messages.stages`. Messages contain no
+tensors: they name the attempt, and the values are in its `ActiveAttempt`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class LoadInputs(Message):
     attempt: Attempt
     source: StoredPayload
     target: LeaseRef | None
-    """Where bytes of another pool go; the transfer actor gives it back in any case."""
+    """Block for bytes of another pool; the transfer actor releases it in any case."""
     deadline: float
-    """Until when a pool that is away is waited for, in seconds of this host's monotonic clock."""
+    """End of the wait for a pool that has ended, in seconds of this host's monotonic clock."""
 
 
 class RunStage(Message):
@@ -38,7 +38,7 @@ class StoreOutputs(Message):
 
     attempt: Attempt
     deadline: float
-    """Until when a full pool is waited for, in seconds of this host's monotonic clock."""
+    """End of the wait for a full pool, in seconds of this host's monotonic clock."""
 
 
 class SaveArtifact(Message):
@@ -47,22 +47,22 @@ class SaveArtifact(Message):
     attempt: Attempt
     output: Output
     deadline: float
-    """Until when a full disk is waited for, in seconds of this host's monotonic clock."""
+    """End of the wait for a full disk, in seconds of this host's monotonic clock."""
 
 
 class CancelAttempt(Message):
-    """To whichever actor has the attempt: end it where it can be ended, before the next step or while it waits."""
+    """To the actor that has the attempt: end it as soon as possible, before the next step or while it waits."""
 
     attempt: Attempt
 
 
 class SetWeightsLoaded(Message):
-    """To the stream worker: bring the weights into memory, or let go of them. Ends in InstanceWakeChanged."""
+    """To the stream worker: load or release the weights. InstanceWakeChanged follows."""
 
     awake: bool
 
 
 class DeviceLost(Message):
-    """To the instance: nothing can be computed on the device any more, so the process has to start anew."""
+    """To the instance: the device cannot be used any more, so the process has to restart."""
 
     error: str

@@ -1,4 +1,4 @@
-"""A role's way to its own buffer pool: blocks, and the mapping of the pool's memory."""
+"""The client of a buffer pool: leases blocks, and maps the memory of the pool."""
 
 from __future__ import annotations
 
@@ -35,30 +35,29 @@ if TYPE_CHECKING:
 R = TypeVar("R", bound=Message)
 
 BATCH: Final = 256
-"""Blocks that are released at once."""
+"""Most blocks that one message releases."""
 FAULTS: Final = "TRIPTYCH_TRANSFER_FAULTS"
-"""Environment variable with which a drill damages what is transferred, as `engines.transfer.FaultRates` reads it."""
+"""Environment variable that makes transfers fail in tests, as `engines.transfer.FaultRates` reads it."""
 
 
 def pool_full_reason(pool: str, full: PoolFull) -> str:
-    """Say that a pool has no block of that size now, or never will."""
+    """Return why a pool has no block of that size: now, or ever."""
     if full.needed > full.largest:
         return f"needs {full.needed} bytes, {pool} gives at most {full.largest}: raise [transfer] pool_size"
     return f"{pool} has no block of {full.needed} bytes, {full.free} are free"
 
 
 class LeaseGoneError(Exception):
-    """The block is of an earlier incarnation of the pool: its memory is gone."""
+    """The block belongs to an earlier incarnation of the pool, whose memory is gone."""
 
 
 class PoolClient:
-    """The conversation of one actor with its pool. Each question raises FencedError when the pool has given it up.
+    """Leases, seals and releases blocks for one actor. Each call raises FencedError when the pool has fenced the actor.
 
     Args:
-        actor: who asks.
-        pool: name of the pool.
-        owner: component whose end frees what it was writing.
-
+        actor: Sends the messages.
+        pool: Name of the pool.
+        owner: The component whose end frees the blocks that it was writing.
     """
 
     def __init__(self, actor: Actor, pool: str, owner: str) -> None:
@@ -69,11 +68,11 @@ class PoolClient:
         self._unreleased: deque[LeaseRef] = deque()
 
     async def describe(self) -> PoolDescription:
-        """Ask where the pool's memory is. Raises BusError."""
+        """Return where the pool's memory is. Raises BusError."""
         return await self._ask(PoolQuery(), PoolDescription)
 
     async def lease(self, attempt: Attempt, nbytes: int, *, incoming: bool = False) -> LeaseRef | PoolFull:
-        """Take a block for writing. Raises BusError; whoever then does not ask again has to `undo`."""
+        """Lease a block for writing. Raises BusError: then call this again, or `undo`."""
         message = LeaseBlock(attempt, self._owner, self._actor.generation, nbytes, incoming)
         try:
             answer = await self._lease(message)
@@ -84,26 +83,26 @@ class PoolClient:
         return answer.lease if isinstance(answer, BlockLeased) else answer
 
     def undo(self, attempt: Attempt) -> None:
-        """Give back, in the background, a block of which the pool may have said so in vain."""
+        """Release, in the background, a block that the pool may have leased although its answer was lost."""
         if message := self._unanswered.pop(attempt, None):
             self._actor.spawn(self._undo(message), name=f"undo {attempt}")
 
     def undo_all(self) -> None:
-        """Undo every lease that is in doubt."""
+        """Undo every lease whose answer was lost."""
         for attempt in tuple(self._unanswered):
             self.undo(attempt)
 
     async def seal(self, lease: LeaseRef, checksum: int, nbytes: int) -> None:
-        """Close a block for writing. Raises BusError."""
+        """Seal a block. Raises BusError."""
         await self._ask(SealBlock(lease, checksum, nbytes), BlockSealed)
 
     async def pull(self, attempt: Attempt, source: LeaseRef, target: LeaseRef, nbytes: int, timeout_s: float) -> float:
-        """Have the pool read another pool's block, and return the seconds that it took. Raises BusError."""
+        """Make the pool copy another pool's block; return the seconds that it took. Raises BusError."""
         message = PullBlock(source, target, nbytes, timeout_s, attempt)
         return (await self._ask(message, BlockPulled, timeout_s=timeout_s + 4 * POOL_ANSWER_S)).seconds
 
     def release(self, lease: LeaseRef) -> None:
-        """Give a block back, in the background and however long the pool takes: nobody has to wait for it."""
+        """Release a block in the background, however long the pool takes."""
         self._unreleased.append(lease)
         if len(self._unreleased) == 1:
             self._actor.spawn(self._release_all(), name="release")
@@ -127,41 +126,40 @@ class PoolClient:
                 self._unreleased.popleft()
 
     async def _undo(self, message: LeaseBlock) -> None:
-        """Find out which block it was: asked again, the pool gives the same."""
+        """Release the block that `message` leased: asked again, the pool returns the same one."""
         answer = await self._ask_until_answered(message, BlockLeased, PoolFull)
         if isinstance(answer, BlockLeased):
             self.release(answer.lease)
 
     async def _ask_until_answered(self, message: Message, *replies: type[R]) -> R | None:
-        """Ask until the pool answers; None when there is nothing to give back any more, or no way to."""
+        """Ask until the pool answers; return None when there is nothing to release, or the pool refuses."""
         tries = failures = 0
         while True:
             try:
                 return await self._ask(message, *replies)
-            except UnreachableError:  # its process has ended, and all its blocks with it
+            except UnreachableError:  # its process has ended, and freed all its blocks
                 return None
             except BusError as error:
                 failures += isinstance(error, RemoteError) and error.code == "handler_failed"
                 if delivery_outcome(error, failures) is not DeliveryOutcome.RETRY:
-                    self._actor.log.exception("block not given back", asked=type(message).__name__)
+                    self._actor.log.exception("block not released", asked=type(message).__name__)
                     return None
-                self._actor.log.warning("block not given back yet", asked=type(message).__name__, error=str(error))
+                self._actor.log.warning("block not released yet", asked=type(message).__name__, error=str(error))
             await asyncio.sleep(backoff_s(tries))
             tries += 1
 
 
 class PoolMapping:
-    """The memory of the pool as this process sees it; mapped anew for each incarnation of the pool.
+    """The mapping of the pool's memory in this process, renewed for each incarnation of the pool.
 
-    It is let go of as soon as the pool's process has ended: as long as anybody maps it, its successor may find too
-    little memory to start.
+    It is unmapped as soon as the pool's process has ended: while it is mapped, the next pool may have too little memory
+    to start.
 
     Args:
-        actor: whose tasks watch the pools.
-        client: of the pool.
-        adopt: makes a new mapping ready for the device.
-        retire: lets go of one whose pool has ended.
-
+        actor: Its tasks watch the memory.
+        client: The client of the pool.
+        on_map: Prepares a new mapping for the device.
+        on_unmap: Unmaps the memory of a pool that has ended.
     """
 
     def __init__(
@@ -183,10 +181,9 @@ class PoolMapping:
         """View the first `nbytes` bytes of a block: uint8, shape [nbytes], on the CPU.
 
         Raises:
-            LeaseGoneError: the block is of an earlier incarnation of the pool, or lies outside it.
-            BusError: the pool does not answer.
-            ArenaError: its memory cannot be mapped.
-
+            LeaseGoneError: The block belongs to an earlier incarnation of the pool, or lies outside its memory.
+            BusError: The pool does not answer.
+            ArenaError: The memory of the pool cannot be mapped.
         """
         async with self._lock:
             if self._arena is None or self._generation != lease.pool_generation or self._arena.stale:
@@ -222,7 +219,7 @@ class PoolMapping:
                 await self._unmap()
 
     async def _unmap(self) -> None:
-        # What is computed from it meanwhile has views of its own, which keep it mapped until they are gone.
+        # Tensors that still use the memory are views of it, and keep it mapped until they are freed.
         old, self._arena = self._arena, None
         if old is not None:
             await self._on_unmap(old)

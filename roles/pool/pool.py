@@ -1,7 +1,7 @@
-"""The buffer pool: owns the memory that tensors rest in between two stages, and moves bytes between hosts.
+"""The buffer pool: owns the memory for tensors between two stages, and copies bytes from other pools.
 
-It lives in a process of its own, so that what was stored outlives the role that made it. Who may use which bytes
-is the lease table's decision; here it meets the bus, the clock and the transfer engine.
+It has its own process, so that stored tensors outlive the instance that made them. The lease table decides who may use
+which bytes; the pool connects it to the bus, the clock and the transfer engine.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ INCOMING = "incoming"
 LEASES_PER_REPORT = 2000
 """Leases in one LeaseReport: a message has at most 1 MiB."""
 SWEEP_S = 0.5
-"""Between two looks at whether a failed transfer has let go of its block."""
+"""Seconds between two checks whether a failed transfer still writes to its block."""
 
 
 def build(component: Component, topology: Topology) -> list[Actor]:
@@ -61,11 +61,11 @@ def build(component: Component, topology: Topology) -> list[Actor]:
 
 
 def zones(capacity: int, *, pool: str) -> dict[str, int]:
-    """Return the bytes that are set apart for what a stage takes in, where what it makes lies in the same pool.
+    """Return the bytes reserved for the inputs of a stage whose outputs go to the same pool, by zone.
 
-    A denoiser's input is kept until its output is stored, so the one must never wait for the room of the other: in
-    the pool that all kinds share encoders have a half of their own, in the denoisers' pool what comes in has. Then
-    what was stored for the next stage is only ever in the way of its own kind, and goes as that stage goes on.
+    A denoiser keeps its input until its output is stored, so outputs must never wait for memory that inputs take.
+    Encoders' outputs have half of the pool that all kinds share, incoming tensors half of the denoisers' pool. So
+    stored tensors only delay more of their own kind, and are released as the next stage proceeds.
     """
     zone = {"pool": "encoder", "pool-denoiser": INCOMING}.get(pool)
     return {zone: capacity // 2 // PAGE * PAGE} if zone else {}
@@ -73,7 +73,7 @@ def zones(capacity: int, *, pool: str) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    """What an open pool consists of."""
+    """The parts of an open pool."""
 
     arena: Arena
     backend: TransferBackend
@@ -82,7 +82,7 @@ class _Memory:
 
 
 class BufferPool(Actor):
-    """One per host; with mooncake one per kind of role, so that bytes really travel."""
+    """The actor of a pool: one per host; with mooncake one per kind of role, so that bytes are copied."""
 
     def __init__(self, component: Component, topology: Topology) -> None:
         super().__init__(component.name)
@@ -95,13 +95,11 @@ class BufferPool(Actor):
         self._opened: _Memory | None = None
 
     async def started(self) -> None:
-        """Take the memory and bring the transfer engine up.
+        """Allocate the memory and start the transfer engine.
 
         Raises:
-            StartError: the engine does not run here.
-            StartDelayedError: the memory is not there now; whoever maps that of an earlier pool is about to let go of
-            it.
-
+            StartError: The engine does not run here.
+            StartDelayedError: There is too little memory now; other processes still map that of an earlier pool.
         """
         size = self.topology.transfer.pool_size
         try:
@@ -115,12 +113,12 @@ class BufferPool(Actor):
             self.log.warning(exposed)
 
     async def stopping(self) -> None:
-        """Stop the transfer engine. Whoever has mapped the memory keeps it until it lets go."""
+        """Stop the transfer engine. The memory stays until every process has unmapped it."""
         if self._opened is not None:
             await asyncio.to_thread(self._opened.backend.close)
 
     def stats(self) -> dict[str, int | float | str | bool]:
-        """How full the pool is, in bytes, and what carries them."""
+        """Return how full the pool is, in bytes, and its transport."""
         if self._opened is None:
             return {"capacity": self.capacity}
         table = self._opened.table
@@ -134,13 +132,13 @@ class BufferPool(Actor):
         }
 
     def watchdog(self) -> str | None:
-        """Say so when a transfer hangs for good."""
+        """Return a reason when a transfer hangs for good, else None."""
         return self._opened.transfers.watchdog() if self._opened else None
 
     # -- questions
 
     async def describe(self, _: PoolQuery) -> PoolDescription:
-        """Tell where the memory is and how full."""
+        """Return where the memory is and how full."""
         store = self._store
         return PoolDescription(
             name=self.name,
@@ -155,7 +153,7 @@ class BufferPool(Actor):
         )
 
     async def list_leases(self, message: LeaseQuery) -> LeaseReport:
-        """List held blocks, a page of them."""
+        """Return a page of the held blocks."""
         page = self._store.table.page(message.after, LEASES_PER_REPORT + 1)
         return LeaseReport(
             tuple(self._view(lease) for lease in page[:LEASES_PER_REPORT]), len(page) > LEASES_PER_REPORT
@@ -164,13 +162,13 @@ class BufferPool(Actor):
     # -- blocks
 
     async def lease(self, message: LeaseBlock) -> BlockLeased | PoolFull:
-        """Give a block for writing."""
+        """Lease a block for writing."""
         table, zone = self._store.table, self._zone(message)
         self._watch_owner(message.owner, message.owner_generation)
         held = self._existing_lease(message, zone)
         if held is not None and held.capacity >= message.nbytes:
             return BlockLeased(self._lease_ref(held))
-        # Where one pool would give more than the next one on the way, what it gave could go no further.
+        # A payload larger than the smallest pool on its way could not reach the last stage.
         largest = min(table.largest_block(zone), self.topology.transfer.largest_payload)
         if message.nbytes > largest:
             return PoolFull(message.nbytes, table.free, largest)
@@ -193,7 +191,7 @@ class BufferPool(Actor):
         return BlockLeased(self._lease_ref(lease))
 
     async def seal(self, message: SealBlock) -> BlockSealed:
-        """Close a block for writing; asking again is no error."""
+        """Seal a block; asking again is no error."""
         lease = self._find(message.lease)
         written = (LeaseState.SEALED, message.checksum, message.nbytes)
         if (lease.state, lease.checksum, lease.nbytes) != written:
@@ -204,11 +202,11 @@ class BufferPool(Actor):
         return BlockSealed()
 
     async def release(self, message: ReleaseBlocks) -> BlocksReleased:
-        """Take blocks back."""
+        """Release blocks."""
         return BlocksReleased(sum(self._release(reference) for reference in message.leases))
 
     async def pull(self, message: PullBlock) -> DeferredReply[BlockPulled]:
-        """Fetch a sealed block of another pool; other messages are handled meanwhile."""
+        """Copy a sealed block of another pool; the pool handles other messages meanwhile."""
         target = self._find(message.target)
         if target.state is not LeaseState.WRITING or message.nbytes > target.capacity:
             raise RefusedError("wrong_state", f"lease {target.id} is {target.state}, of {target.capacity} bytes")
@@ -217,7 +215,7 @@ class BufferPool(Actor):
         attempt = message.attempt
         if not target.request_id:
             target = self._store.table.assign(target.id, attempt.job_id, attempt.number)
-        elif (target.request_id, target.attempt) != (attempt.job_id, attempt.number):  # who may be loading it now
+        elif (target.request_id, target.attempt) != (attempt.job_id, attempt.number):  # which may be loading it
             raise RefusedError(
                 "wrong_state", f"lease {target.id} is for {target.request_id}#{target.attempt}, not {attempt}"
             )
@@ -245,22 +243,20 @@ class BufferPool(Actor):
         return BlockPulled(time.monotonic() - began)
 
     async def _describe(self, source: LeaseRef) -> PoolDescription:
-        """Ask the source's pool where its bytes are, and thereby whether it lives."""
+        """Ask the source's pool where its bytes are; it answers only while it lives."""
         try:
             reference = self.reference(source.pool)
         except UnknownNameError as error:
-            raise RefusedError(
-                "source_gone", f"there is no {source.pool} any more: the topology has changed"
-            ) from error
+            raise RefusedError("source_gone", f"the topology has no {source.pool} any more") from error
         try:
             try:
                 found = await reference.ask(PoolQuery(), PoolDescription, timeout_s=POOL_ANSWER_S)
-            except UnreachableError:  # it ended just now: its successor, if it comes in time, knows more
+            except UnreachableError:  # it has just ended; its successor may answer in time
                 found = await reference.ask(PoolQuery(), PoolDescription, timeout_s=POOL_ANSWER_S)
         except BusError as error:
             raise RefusedError("transfer_failed", f"{source.pool} does not answer: {error}") from error
         if found.generation != source.pool_generation:
-            raise RefusedError("source_gone", f"{source.pool} has started anew: what was stored there is lost")
+            raise RefusedError("source_gone", f"{source.pool} has restarted: its stored tensors are lost")
         return found
 
     # -- inside
@@ -286,7 +282,7 @@ class BufferPool(Actor):
         return self._opened
 
     def _request_memory(self, zone: str) -> None:
-        """Have room made for the first in the line, by those who keep blocks without need."""
+        """Ask holders of spare blocks to release some for the first lease in the queue."""
         table = self._store.table
         try:
             if (wanted := table.first_waiting_bytes(zone)) and zone == "encoder":
@@ -295,17 +291,17 @@ class BufferPool(Actor):
                 writing = table.in_state(LeaseState.WRITING)
                 for owner in {lease.owner for lease in writing if lease.zone == zone and not lease.request_id}:
                     self.reference(owner).tell(ReleasePreallocated(self.name))
-        except MailboxFullError:  # whoever wants the block asks again, and so does this
-            self.log.debug("room was not asked for", zone=zone)
+        except MailboxFullError:  # the client repeats its lease, and this request with it
+            self.log.debug("memory not requested", zone=zone)
 
     def _zone(self, message: LeaseBlock) -> str:
         kind = self._kinds.get(message.owner)
         if kind is None:
-            raise RefusedError("unknown_owner", f"{message.owner} is no component of this topology")
+            raise RefusedError("unknown_owner", f"{message.owner} is not a component of this topology")
         return INCOMING if message.incoming else kind
 
     def _existing_lease(self, message: LeaseBlock, zone: str) -> Lease | None:
-        """Find the block that was given for the same purpose already; its answer was lost on the way."""
+        """Return the block that the same message leased before, whose answer was lost; else None."""
         attempt = message.attempt
         wanted = (message.owner, message.owner_generation, attempt.job_id, attempt.number, zone)
         for lease in self._store.table.in_state(LeaseState.WRITING):
@@ -337,7 +333,7 @@ class BufferPool(Actor):
     def _release(self, reference: LeaseRef) -> bool:
         try:
             lease = self._find(reference)
-        except RefusedError:  # free already, or of an earlier pool whose memory went with it: nothing is held
+        except RefusedError:  # it is free already, or of an earlier pool, whose memory is gone
             return False
         if overlaps(lease, self._held()):
             self._store.table.quarantine(lease.id)
@@ -347,7 +343,7 @@ class BufferPool(Actor):
         return lease.state is not LeaseState.QUARANTINED
 
     def _held(self) -> tuple[ByteRange, ...]:
-        """List the bytes that a transfer writes to, or may still write to."""
+        """Return the ranges that a transfer writes to, or may still write to."""
         return (*self._filling, *self._store.transfers.held())
 
     def _sweep(self) -> None:
@@ -356,7 +352,7 @@ class BufferPool(Actor):
             self.spawn(self._sweep_loop(), name="sweep")
 
     async def _sweep_loop(self) -> None:
-        """Free what is in quarantine and no longer written to, until nothing is."""
+        """Free quarantined blocks once no transfer writes to them, until none is left."""
         table = self._store.table
         while True:
             table.expire(time.monotonic(), self._held())
@@ -368,7 +364,7 @@ class BufferPool(Actor):
     # -- owners
 
     def _watch_owner(self, owner: str, generation: int) -> None:
-        """Note an owner's incarnation, take back what earlier ones were writing, and watch it."""
+        """Record an owner's incarnation, reclaim what earlier ones were writing, and watch it."""
         known = self._owners.get(owner, 0)
         if generation > known:
             self._owners[owner] = generation
@@ -385,17 +381,17 @@ class BufferPool(Actor):
                 self._reclaim(owner, generation + 1)
 
     async def _is_alive(self, reference: Reference, owner: str, generation: int) -> bool:
-        """Ask whether that incarnation is still there: over tcp a connection can be lost without a death."""
+        """Return whether that incarnation answers: over TCP a connection can be lost while the process lives."""
         try:
             found = await reference.ask(Inspect(), Inspection, timeout_s=POOL_ANSWER_S)
-        except BusError:  # nobody is there, which is the answer
+        except BusError:  # no process answers
             return False
         return any(a.name == owner and a.generation == generation for a in found.actors)
 
     def _reclaim(self, owner: str, older_than: int) -> None:
         taken = self._store.table.reclaim_owner(owner, older_than, self._held())
         if taken:
-            self.log.info("blocks taken back", owner=owner, older_than=older_than, blocks=len(taken))
+            self.log.info("blocks reclaimed", owner=owner, older_than=older_than, blocks=len(taken))
         self._sweep()
 
 

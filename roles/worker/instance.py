@@ -1,7 +1,7 @@
 """A role instance: registers with the head, takes attempts under its own credits, and reports how each ends.
 
-The decisions are the `AttemptTracker`'s; here they meet the bus. Beside it in the process are the stream worker, which
-computes, and the transfer actor, which moves tensors; they pass each attempt on to each other and back to here.
+The `AttemptTracker` decides; the instance sends and receives the messages. The process also has the stream worker,
+which computes, and the transfer actor, which moves tensors; the three pass each attempt on to each other.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ from triptych.roles.worker.reporter import FencedError, is_fenced
 LAST_REPORTS_S: Final = 2.0
 """Seconds to deliver the last reports once the device is lost: the supervisor waits to start the next process."""
 HAND_BACK_FACTOR: Final = 1.25
-"""Times `shutdown_s`: what will take longer is given back at once when this instance is asked to end."""
+"""Multiple of `shutdown_s`: on shutdown, an attempt that would take longer is returned to the head at once."""
 DRAIN_SHARE: Final = 0.7
-"""Of `shutdown_s`: what is not done by then is given back."""
+"""Share of `shutdown_s` after which unfinished attempts are returned to the head."""
 
 
 class DeviceLostError(Exception):
-    """Nothing can be computed on the device any more by this process."""
+    """This process cannot compute on its device any more."""
 
 
 def build(component: Component, topology: Topology) -> list[Actor]:
@@ -86,20 +86,20 @@ class Instance(Actor):
         self._draining = False
         self._leaving = False
         self._awake_target: bool | None = None
-        """Whether it is on its way to be awake, or to be asleep."""
+        """What the weights are changing to: True for awake, False for asleep; None while they do not change."""
         self._idle = asyncio.Event()
         self._head_away = asyncio.Event()
         self._head_away.set()
 
     async def started(self) -> None:
-        """Wait for the model and the pool, then offer itself to the head, whenever that comes."""
+        """Wait for the model and the pool, then register with the head as soon as there is one."""
         await self.context.until_ready()
         self.set_state(ChildState.JOINING, "waiting for the head")
         self.spawn(self.reporter.run(self._deliver), name="reports")
         self.spawn(self._stay_registered(), name="head")
 
     async def stopping(self) -> None:
-        """Take nothing more; finish what can be in time, give back the rest, if there is a head to take it."""
+        """Take no more attempts; finish those that end in time, and return the rest if the head is there."""
         self._draining = self._leaving = True
         self.reporter.add(InstanceStopping())
         self._carry_out(self.attempts.return_to_head(HAND_BACK_FACTOR * self._shutdown_s))
@@ -115,7 +115,7 @@ class Instance(Actor):
                 end.cancel()
 
     def stats(self) -> dict[str, int | float | str | bool]:
-        """Credits, and the attempts that are assigned."""
+        """Return the numbers of credits, attempts, reservations and reports."""
         load = self.attempts
         return {
             "slots": load.slots,
@@ -139,7 +139,7 @@ class Instance(Actor):
         return StageTaken(message.attempt)
 
     async def allocate(self, message: TransferAlloc) -> DeferredReply[TransferAllocated | TransferRejected]:
-        """Reserve a block in the own pool."""
+        """Reserve a block in this instance's pool."""
         self._refuse_when_draining()
         return DeferredReply(self._allocate(message))
 
@@ -152,27 +152,27 @@ class Instance(Actor):
         try:
             self._carry_out(self.attempts.push(message, time.monotonic(), preallocated=preallocated is not None))
         except AttemptRefusedError as reason:
-            if preallocated:  # the head has crossed it off, and would never name it again
+            if preallocated:  # the head has removed it from its list, and will never use it again
                 self._client.release(preallocated)
             raise RefusedError(reason.code, str(reason)) from reason
         return StageTaken(message.attempt)
 
     async def sleep(self, _: stages.Sleep) -> Acknowledged:
-        """Let go of the weights."""
+        """Release the weights."""
         if self.attempts.active or self.attempts.reservations:
             raise RefusedError("busy", f"{self.name} has attempts assigned")
         self._set_awake(awake=False)
         return Acknowledged()
 
     async def wake(self, _: stages.Wake) -> Acknowledged:
-        """Bring the weights back."""
+        """Load the weights again."""
         self._set_awake(awake=True)
         return Acknowledged()
 
     async def release_preallocated(self, _: ReleasePreallocated) -> None:
-        """Give back the blocks that are kept ready: some arrival has no room.
+        """Release the preallocated blocks: the pool has no block for an arrival.
 
-        What the head has sent into one of them meanwhile is not taken, and is sent again.
+        An attempt that the head pushed into one of them meanwhile is refused, and the head pushes it again.
         """
         for block in self._drop_preallocated():
             self._client.release(block)
@@ -183,7 +183,7 @@ class Instance(Actor):
         return preallocated
 
     async def assigned(self, message: AttemptQuery) -> AttemptsAssigned:
-        """Say which attempts this instance has, whose blocks must be kept."""
+        """Return which of the attempts this instance has; their blocks must be kept."""
         load = self.attempts
         return AttemptsAssigned(
             tuple(attempt for attempt in message.attempts if attempt in load.active or attempt in load.reservations)
@@ -197,19 +197,19 @@ class Instance(Actor):
     # -- from this process
 
     async def attempt_ended(self, report: EndReport) -> None:
-        """Report the end of an attempt, which gives its credit back."""
+        """Report the end of an attempt, which returns its credit."""
         self._check_sender()
         self._carry_out(self.attempts.end(report))
 
     async def device_lost(self, message: DeviceLost) -> None:
-        """End this process: it can compute nothing more."""
+        """End this process, which cannot compute any more."""
         self._check_sender()
         self._draining = True
         self._carry_out(self.attempts.return_to_head(None))
         self.spawn(self._end(message.error), name="end")
 
     async def wake_changed(self, message: stages.InstanceWakeChanged) -> None:
-        """Tell the head that the weights are there, or are not any more."""
+        """Tell the head whether the weights are in memory now."""
         self._check_sender()
         self._awake_target = None
         self.reporter.add(message)
@@ -217,14 +217,14 @@ class Instance(Actor):
             self._show_wake_state()
 
     def _check_sender(self) -> None:
-        """Raise RefusedError for what only an actor of this process may say."""
+        """Raise RefusedError unless an actor of this process sent the message."""
         if self.sender.name not in self._process:
-            raise RefusedError("forbidden", f"{self.sender.name} is no actor of {self.name}")
+            raise RefusedError("forbidden", f"{self.sender.name} is not an actor of {self.name}")
 
     # -- carrying out
 
     def _carry_out(self, messages: tuple[Message, ...]) -> None:
-        """Send each message that the tracker has decided on to whom it is for."""
+        """Send each message of the tracker to its receiver."""
         for message in messages:
             match message:
                 case ReleaseBlocks(leases):
@@ -242,7 +242,7 @@ class Instance(Actor):
             return
         try:
             self.reference("head").tell(message)
-        except MailboxFullError:  # the next one makes up for it
+        except MailboxFullError:  # the next message replaces it
             self.log.debug("not told", message=type(message).__name__)
 
     def _drop(self, attempt: Attempt) -> None:
@@ -251,12 +251,12 @@ class Instance(Actor):
 
     def _refuse_when_draining(self) -> None:
         if self._draining:
-            raise RefusedError("draining", f"{self.name} takes nothing more")
+            raise RefusedError("draining", f"{self.name} is draining and takes no more attempts")
         if self._awake_target is not None or not self.context.awake:
             raise RefusedError("asleep", f"{self.name} has no weights in memory")
 
     def _set_awake(self, *, awake: bool) -> None:
-        """Have the stream worker bring the weights, or let go of them; nothing where it does already."""
+        """Tell the stream worker to load or release the weights; no-op where it does so already."""
         if awake == (self.context.awake if self._awake_target is None else self._awake_target):
             return
         self._awake_target = awake
@@ -289,7 +289,7 @@ class Instance(Actor):
         return TransferAllocated(attempt, answer)
 
     async def _replenish(self) -> None:
-        """Lease blocks ahead of time, as many as there is room for, and tell the head."""
+        """Preallocate blocks until there are enough or the pool is full, and tell the head."""
         async with self._replenishing:
             while self._preallocation.wanted and not self._draining:
                 attempt = self._preallocation.next_attempt()
@@ -297,7 +297,7 @@ class Instance(Actor):
                     answer = await self._client.lease(attempt, self._preallocation.nbytes, incoming=True)
                 except BusError as error:
                     self._client.undo(attempt)
-                    self.log.info("no block to keep ready", error=str(error))
+                    self.log.info("no block preallocated", error=str(error))
                     break
                 if isinstance(answer, PoolFull):
                     break
@@ -314,7 +314,7 @@ class Instance(Actor):
         await self.reporter.flushed()
 
     async def _end(self, error: str) -> None:
-        """End this process once the head knows why, and has back what else was assigned."""
+        """End this process once the head has the last reports and the other attempts."""
         try:
             async with asyncio.timeout(LAST_REPORTS_S):
                 await self._drained()
@@ -328,10 +328,10 @@ class Instance(Actor):
         await self.reference("head").ask(report, Acknowledged, timeout_s=HEAD_ANSWER_S)
 
     async def _stay_registered(self) -> None:
-        """Stay registered with whichever head there is, for ever."""
+        """Register with the head, and with each one that replaces it; never returns."""
         head = self.reference("head")
         while True:
-            # Watched before it is asked, so that a death right after its answer is not missed.
+            # Watch before asking, so that the end of the head right after its answer is not missed.
             lost = self.spawn(head.down(), name="head down")
             registered = await self._register(head)
             for attempt in registered.unknown:
@@ -372,7 +372,7 @@ class Instance(Actor):
             taken=load.taken,
             pool=self.component.pool,
             signature=self.context.signature,
-            # What has ended without the head knowing it counts as assigned: it need not be done again.
+            # An attempt whose end is not reported yet counts as assigned, so that it is not repeated.
             running=tuple(dict.fromkeys((*load.assigned, *self.reporter.attempts))),
             leaving=self._leaving,
             model=self.context.model,
@@ -382,7 +382,7 @@ class Instance(Actor):
         )
 
     async def _send_heartbeats(self, head: Reference, lost: asyncio.Task[None]) -> None:
-        """Send heartbeats until the head is gone."""
+        """Send heartbeats until the head has ended."""
         while True:
             await asyncio.wait({lost}, timeout=self._heartbeat_every_s)
             if lost.done():
@@ -396,7 +396,7 @@ class Instance(Actor):
                 if error.code == "unknown":
                     lost.cancel()
                     return
-                self.log.warning("heartbeat not taken", error=str(error))
+                self.log.warning("heartbeat refused", error=str(error))
             except BusError as error:
                 self.log.info("heartbeat not answered", error=str(error))
 

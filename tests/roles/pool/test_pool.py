@@ -365,7 +365,7 @@ def test_a_source_of_another_generation_is_gone(run: Any, separate_pools: Any, l
             two = PoolPair(h)
             source = await two.start()
             target = await two.target()
-            with pytest.raises(RemoteError, match="source_gone: there is no elsewhere any more"):
+            with pytest.raises(RemoteError, match="source_gone: the topology has no elsewhere any more"):
                 await two.client.pull(msgspec.structs.replace(source, pool="elsewhere"), target)
             await h.kill("pool-encoder")
             await h.component("pool-encoder", build, generation=4)
