@@ -1,8 +1,8 @@
-"""The head: accepts requests, assigns each stage to an instance with a credit, and sees every request to its end.
+"""The head: accepts requests, assigns each stage to an instance with a credit, and brings every request to its end.
 
-An actor and nothing else: each handler passes its message on to what decides, and `commit` lets the decisions take
-effect. The decisions are the scheduler's (`scheduler.py`), the requests those of `request_store.py`, the models behind
-them of `model_manager.py`, and what is done outside is done by `effect_runner.py`.
+The actor only passes messages on: each handler calls the object that decides, and `commit` carries the decisions out.
+`scheduler.py` decides about jobs, `request_store.py` has the requests, `model_manager.py` the models, and
+`effect_runner.py` sends messages to instances and pools.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ Report: TypeAlias = (
 )
 TICK_S = 0.25
 RECLAIM_EVERY_S = 5.0
-"""Between two searches for blocks that no request needs."""
+"""Seconds between two searches for blocks that no job needs."""
 SAVE_TIMEOUTS_EVERY_S = 10.0
-"""Between two times that the journal learns how much time requests have left, if nothing else happens to them."""
+"""Seconds between two writes of the time that active requests have left."""
 PRUNE_EVERY_S = 60.0
 SUPERVISOR_QUERY_EVERY_S = 1.0
-"""Between two queries of the supervisors while something is missing, and the time that they have to answer."""
+"""Seconds between two queries of the supervisors while a component is missing, and the timeout of a query."""
 PROBE_EVERY_S = 1.0
-"""Between two checks whether a journal that could not be written can be again."""
+"""Seconds between two checks whether a failed journal can be written again."""
 
 
 def build(component: Component, topology: Topology) -> list[Actor]:
@@ -60,7 +60,7 @@ def build(component: Component, topology: Topology) -> list[Actor]:
 
 
 class Head(Actor):
-    """One per cluster: its mailbox takes the messages of clients and the reports of instances."""
+    """The head actor, one per cluster: receives the messages of clients and the reports of instances."""
 
     def __init__(self, topology: Topology) -> None:
         super().__init__("head")
@@ -75,11 +75,11 @@ class Head(Actor):
         self.monitor = Monitor(self, self.models, pool_names, self.effect_runner, self.commit)
 
     async def started(self) -> None:
-        """Read the models and the journal, go on with its requests, and start to keep time.
+        """Read the models and the journal, resume its requests, and start the timers.
 
         Raises:
-            StartError: the journal is corrupt or of a newer version, or a model is broken.
-            StartDelayedError: the journal is locked or the disk is full, or the folder of a model is away.
+            StartError: The journal is corrupt or of a newer version, or a model is broken.
+            StartDelayedError: The journal is locked, the disk is full, or the folder of a model is missing.
         """
         await self.model_manager.read()
         try:
@@ -92,19 +92,19 @@ class Head(Actor):
         self.spawn(self._prune_loop(), name="prune")
         self.spawn(self._watch_supervisors(), name="supervisors")
         self.monitor.watch_pools()
-        self.commit()  # what could not be resumed has ended: written down before anybody asks
+        self.commit()  # writes the requests that could not be resumed, before clients query them
 
     async def stopping(self) -> None:
-        """Write what is unwritten; the instances go on with what is assigned to them."""
+        """Write all active jobs; the instances go on with their attempts."""
         self.requests.save_all()
         await self.requests.close()
 
     def stats(self) -> dict[str, int | float | str | bool]:
-        """Return how many requests of the journal could not be read."""
+        """Return the number of requests in the journal that could not be read."""
         return {"journal_damaged": self.requests.damaged}
 
     def commit(self) -> None:
-        """Let what was decided take effect: assign work, write down what has changed, then act outside."""
+        """Carry out decisions: assign jobs, write changes to the journal, then run the effects."""
         now = time.time()
         self.model_manager.residency.update(time.monotonic())
         for scheduler in self.models.schedulers:
@@ -115,14 +115,14 @@ class Head(Actor):
     # -- clients: requests
 
     async def submit(self, message: requests.SubmitRequest) -> DeferredReply[SubmitAnswer]:
-        """Accept a request: check it, write it down, start it."""
+        """Accept a request: check it, write it to the journal, start it."""
         answer = self.requests.accept(message)
         if isinstance(answer, requests.RequestAccepted):
             self.commit()
         return DeferredReply(self._once_durable(message, answer))
 
     async def _once_durable(self, message: requests.SubmitRequest, answer: SubmitAnswer) -> SubmitAnswer:
-        """Return an answer that promises something once that is on the disk."""
+        """Return the answer once the request is on the disk."""
         if isinstance(answer, requests.RequestRejected):
             return answer
         try:
@@ -135,15 +135,15 @@ class Head(Actor):
         return answer
 
     async def query(self, message: requests.QueryRequest) -> DeferredReply[requests.RequestView]:
-        """Tell how a request stands."""
+        """Return the view of a request."""
         return DeferredReply(self.requests.view(self.requests.find(message)))
 
     async def wait(self, message: requests.WaitRequest) -> DeferredReply[requests.RequestView]:
-        """Answer when the request has ended, or at the timeout."""
+        """Answer when a request has ended, or at the timeout."""
         return DeferredReply(self.requests.wait(self.requests.find(message), message.timeout_s))
 
     async def cancel(self, message: requests.CancelRequest) -> DeferredReply[requests.RequestView]:
-        """Stop a request."""
+        """Cancel a request."""
         request = self.requests.find(message)
         self.requests.cancel(request.id, message.reason)
         self.commit()
@@ -154,7 +154,7 @@ class Head(Actor):
         return self.requests.page(message)
 
     async def delete(self, message: requests.DeleteRequest) -> DeferredReply[requests.RequestDeleted]:
-        """Remove a request for good; one that is active is cancelled first."""
+        """Delete a request; an active one is cancelled first."""
         request = self.requests.find_owned(message)
         if request:
             self.requests.cancel(request.id, "deleted by the client")
@@ -172,7 +172,7 @@ class Head(Actor):
         return self.model_manager.describe_all()
 
     async def sleep_model(self, message: SleepModel) -> ModelStatus:
-        """Let a model sleep as soon as it has nothing to do."""
+        """Let a model sleep as soon as it is idle."""
         self.model_manager.sleep(message)
         self.commit()
         return self.model_manager.status(message.model)
@@ -184,7 +184,7 @@ class Head(Actor):
         return self.model_manager.status(message.model)
 
     async def reload_model(self, message: ReloadModel) -> DeferredReply[Reloading]:
-        """Go over to changed weights."""
+        """Change to the weights of a model that are on disk now."""
         return DeferredReply(self._reload(message.model))
 
     async def _reload(self, name: str) -> Reloading:
@@ -209,14 +209,14 @@ class Head(Actor):
     # -- pools
 
     async def memory_pressure(self, message: pools.MemoryPressure) -> None:
-        """Make room in a pool that is full."""
+        """Free memory in a full pool."""
         self.models.make_room(message.pool, message.nbytes, time.time())
         self.commit()
 
     # -- instances
 
     async def register(self, message: stages.RegisterInstance) -> stages.InstanceRegistered:
-        """Enter an instance that offers itself."""
+        """Register an instance."""
         self._refuse_fenced(message.name, message.generation)
         scheduler = self._scheduler_of(message.name)
         if not scheduler.admit(message.name, message.model):
@@ -231,7 +231,7 @@ class Head(Actor):
         return stages.InstanceRegistered(unknown)
 
     async def heartbeat(self, message: stages.InstanceHeartbeat) -> stages.Acknowledged:
-        """Note that an instance lives."""
+        """Record a heartbeat of an instance."""
         name, generation = self._instance()
         self._refuse_fenced(name, generation)
         if not self._scheduler_of(name).registry.heard(name, generation, message.trouble):
@@ -239,7 +239,7 @@ class Head(Actor):
         return stages.Acknowledged()
 
     async def wake_changed(self, message: stages.InstanceWakeChanged) -> stages.Acknowledged:
-        """Note that an instance has woken, or has gone to sleep, or could not."""
+        """Record that an instance has woken, has gone to sleep, or failed to wake."""
         name, generation = self._instance()
         self._refuse_fenced(name, generation)
         if self._scheduler_of(name).wake_changed(name, generation, message):
@@ -249,35 +249,35 @@ class Head(Actor):
         return stages.Acknowledged()
 
     async def instance_stopping(self, _: stages.InstanceStopping) -> stages.Acknowledged:
-        """Note that an instance was asked to end."""
+        """Record that an instance was asked to end."""
         name, generation = self._instance()
         self._scheduler_of(name).registry.leave(name, generation)
         return stages.Acknowledged()
 
     async def blocks_offered(self, message: stages.BlocksOffered) -> None:
-        """Note the blocks that an instance keeps ready for what is pushed to it."""
+        """Record the preallocated blocks of an instance."""
         name, generation = self._instance()
         self._scheduler_of(name).registry.offer(name, generation, message.blocks)
 
     async def stage_started(self, message: stages.StageStarted) -> stages.Acknowledged:
-        """Note that a stage runs."""
+        """Record that a stage runs."""
         return self._apply_report(
             message, lambda scheduler, name, now: scheduler.started(message.attempt, name, message.stage, now)
         )
 
     async def stage_progress(self, message: stages.StageProgress) -> None:
-        """Note that a denoising step is done."""
+        """Record a finished denoising step."""
         for scheduler in self.models.schedulers:
             scheduler.progress(message.attempt, message.step, message.total_steps)
 
     async def stage_outputs_stored(self, message: stages.StageOutputsStored) -> stages.Acknowledged:
-        """Send a job on whose stage has stored its outputs."""
+        """Advance a job whose stage has stored its outputs."""
         if message.stage is Stage.DECODER:
-            raise RefusedError("invalid", "a decoder writes an artifact, and stores nothing in a pool")
+            raise RefusedError("invalid", "a decoder writes an artifact, and stores no outputs in a pool")
         return self._apply_report(message, lambda scheduler, name, now: scheduler.stored(name, message, now))
 
     async def stage_finished(self, message: stages.StageFinished) -> stages.Acknowledged:
-        """End a job whose artifact is written."""
+        """Complete a job whose artifact is written."""
         self.requests.discard_late(message.attempt)
         return self._apply_report(message, lambda scheduler, name, now: scheduler.finished(name, message, now))
 
@@ -290,16 +290,16 @@ class Head(Actor):
         return self._apply_report(message, lambda scheduler, name, now: scheduler.transfer_failed(name, message, now))
 
     async def stage_returned(self, message: stages.StageReturned) -> stages.Acknowledged:
-        """Requeue a job that an instance which ends gives back."""
+        """Retry a job that an instance returned because it ends."""
         return self._apply_report(message, lambda scheduler, name, now: scheduler.returned(name, message, now))
 
     async def stage_cancelled(self, message: stages.StageCancelled) -> stages.Acknowledged:
-        """Note that an attempt was dropped as told."""
+        """Record that an attempt was cancelled."""
         self.requests.discard_late(message.attempt)
         return self._apply_report(message, lambda scheduler, name, _now: scheduler.cancelled(name, message))
 
     def _apply_report(self, report: Report, apply: Callable[[JobScheduler, str, float], bool]) -> stages.Acknowledged:
-        """Apply a report to its scheduler; once this has been answered, the instance may forget it."""
+        """Apply a report to its scheduler; the answer lets the instance forget the report."""
         name, _ = self._instance()
         try:
             current = apply(self._scheduler_of(name), name, time.time())
@@ -317,10 +317,10 @@ class Head(Actor):
 
     def _refuse_fenced(self, name: str, generation: int) -> None:
         if self._scheduler_of(name).registry.fenced(name, generation):
-            raise RefusedError("fenced", f"{name} was given up: its work has gone to others")
+            raise RefusedError("fenced", f"{name} was given up: other instances have its jobs")
 
     def _scheduler_of(self, instance: str) -> JobScheduler:
-        """Return the scheduler of an instance; raises RefusedError for what is none of the topology."""
+        """Return the scheduler of an instance; raises RefusedError if the topology has no such instance."""
         if served := self.models.of(instance):
             return served.scheduler
         raise RefusedError("unknown_instance", f"{instance} is no component of this topology")
@@ -328,7 +328,7 @@ class Head(Actor):
     # -- time
 
     async def _clock_loop(self) -> None:
-        # Wall clock time is for people and for the journal: what is decided here is decided by elapsed time.
+        # Decisions use elapsed time; wall clock time is only for views and the journal.
         awake_at = probed_at = reclaimed_at = saved_at = time.monotonic()
         listened_s = 0.0
         resumed = self.models.jobs_count > 0
@@ -363,21 +363,21 @@ class Head(Actor):
             await asyncio.sleep(PRUNE_EVERY_S)
 
     async def _watch_supervisors(self) -> None:
-        """Know at any time whether what is missing may still come."""
+        """Keep track of whether missing components may still start."""
         while True:
             missing = self.model_manager.missing(self.monitor.pools_missing())
             self.model_manager.update_availability(missing, await self._children() if missing else ())
             await asyncio.sleep(SUPERVISOR_QUERY_EVERY_S)
 
     async def _children(self) -> list[ChildReport]:
-        """Ask every supervisor what became of its children."""
+        """Return the child reports of all supervisors."""
         children: list[ChildReport] = []
         for name in self.address_book.supervisors():
             try:
                 report = await self.reference(name).ask(
                     SupervisorQuery(), SupervisorReport, timeout_s=SUPERVISOR_QUERY_EVERY_S
                 )
-            except BusError as error:  # a socket that a crash has left
+            except BusError as error:  # a crashed supervisor may have left its socket
                 self.log.debug("a supervisor does not answer", supervisor=name, error=str(error))
             else:
                 children += report.children
@@ -385,9 +385,9 @@ class Head(Actor):
 
 
 def listening_s(slept_s: float) -> float:
-    """Return how many of the seconds between two ticks count as seconds in which the head has listened.
+    """Return how many of the seconds between two ticks count as seconds in which the head could receive heartbeats.
 
-    A late tick counts as little more than one in time: while this process, or the machine, stood still nobody could
-    be heard, and what was said before may still wait to be read.
+    A late tick counts for at most two ticks: while this process or the machine was stopped, it received no heartbeats,
+    and earlier ones may still be in its mailbox.
     """
     return min(slept_s, 2 * TICK_S)

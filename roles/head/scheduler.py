@@ -1,7 +1,6 @@
-"""The head's decisions: what becomes of each job on each event.
+"""The head's decisions about the jobs of a model. Pure: no clock, no socket, no disk.
 
-Plain data in, plain data out: an event method changes the state and queues effects; the head carries them out.
-No clock, no socket, no disk.
+Each method for an event changes the state and queues effects, which the effect runner carries out.
 """
 
 from __future__ import annotations
@@ -43,30 +42,30 @@ from triptych.roles.messages.stages import (
 )
 
 MAX_DEATHS = 2
-"""A job that was being computed when its instance died, this often, is held to be the cause."""
+"""A job that was running this often when its instance crashed counts as the cause, and fails."""
 
 MAX_STALLS = 5
-"""Instances fall silent because their machine does, but a job that silences each one must not go on for ever."""
+"""Instances stall because their machine does, but a job that stalls every instance must fail in the end."""
 
 STALLED_AFTER = 0.5
-"""Heartbeat timeouts of silence before a lost connection is laid to that silence: nobody crashes so slowly."""
+"""Silence, in heartbeat timeouts, from which on a lost connection counts as a stall, not a crash."""
 
 MAX_TRANSFERS_LOST = 10
-"""Lost transfers are nobody's fault in particular, but memory that damages everything must not keep a job for ever."""
+"""A lost transfer does not count as a failure of the job, but with faulty memory the job must fail in the end."""
 
 DRAINING = ("draining", "stopping")
-"""Codes with which an instance that is about to end refuses work."""
+"""Error codes of an instance that refuses jobs because it ends."""
 
 UNCOUNTED_REFUSALS = (*DRAINING, "asleep", "no_credit", "block_gone", "cancelled", "mailbox_full", "deadline_exceeded")
-"""Codes of refusals before anything was done for the attempt: they are not the attempt's fault."""
+"""Error codes of refusals that do not count as failures: the attempt was not started."""
 
 
 class SupersededError(Exception):
-    """The attempt does not count any more: its job was cancelled, or sent elsewhere."""
+    """The attempt is not current any more: its job was cancelled, or assigned to another instance."""
 
 
 class SourceGoneError(Exception):
-    """The stored outputs that an attempt starts from were lost before it was sent."""
+    """The stored outputs that an attempt needs were lost before it was sent."""
 
     def __init__(self) -> None:
         super().__init__("its stored tensors are gone")
@@ -78,52 +77,52 @@ def _has_started(job: Job) -> bool:
 
 @dataclass(slots=True)
 class CompletionStats:
-    """Sums over the jobs that came to an end."""
+    """Sums over completed jobs."""
 
     completed: int = 0
     latency_s: float = 0.0
-    """Of completed jobs alone: a failure is no fast success."""
+    """Sum over completed jobs only, so that fast failures do not lower the average."""
 
     @property
     def average_latency_s(self) -> float:
-        """0 before the first completion."""
+        """Return the average latency; 0 before the first completion."""
         return self.latency_s / self.completed if self.completed else 0.0
 
 
 @dataclass(slots=True)
 class JobScheduler:
-    """All requests, all instances, and the rules between them."""
+    """The requests, jobs and instances of one model, and the decisions about them."""
 
     policy: DispatchPolicy
     max_pending: int = 256
     max_attempts: int = 3
     waiting_timeout_s: float = 0.0
-    """Most seconds that a stage may wait, 0 for no bound."""
+    """Most seconds that a stage may wait; 0 for no limit."""
     running_timeout_s: float = 0.0
-    """Most seconds that a stage may run, 0 for no bound."""
+    """Most seconds that a stage may run; 0 for no limit."""
     heartbeat_timeout_s: float = 15.0
     """Most seconds that an instance may be silent."""
     requests: dict[str, Request] = field(default_factory=dict)
     by_key: dict[str, Request] = field(default_factory=dict)
-    """Those that came with an idempotency key."""
+    """Requests by idempotency key."""
     jobs: dict[str, Job] = field(default_factory=dict)
-    """The active ones."""
+    """Active jobs by id."""
     registry: InstanceRegistry = field(default_factory=InstanceRegistry)
     stored_outputs: StoredOutputs = field(init=False)
     tally: CompletionStats = field(default_factory=CompletionStats)
     dirty: set[str] = field(default_factory=set)
-    """Ids of jobs changed since the journal was last written."""
+    """Ids of jobs that changed since the last write of the journal."""
     effects: list[Effect] = field(default_factory=list)
     model: str = ""
-    """Version of the weights that new work is made with; "" until an instance has come."""
+    """Version of the weights for new jobs; "" until an instance has registered."""
     refused: dict[str, str] = field(default_factory=dict)
-    """Instances that were turned away, by name, with the version of their weights."""
+    """Refused instances: the version of their weights by name."""
     reloading: bool = False
-    """Whether instances with earlier weights finish what was begun with those, and restart."""
+    """Whether instances with earlier weights finish their jobs and restart."""
     restarting: str = ""
-    """The instance that was told to restart and has not come back yet."""
+    """The instance that was told to restart and has not registered again yet."""
     paused: bool = False
-    """Whether nothing is begun: the model sleeps, or is to sleep. What has been begun goes on."""
+    """Whether no job is started because the model sleeps or is to sleep. Started jobs go on."""
 
     def __post_init__(self) -> None:
         self.stored_outputs = StoredOutputs(self.jobs)
@@ -131,11 +130,11 @@ class JobScheduler:
     # -- clients
 
     def has_capacity(self, n: int) -> bool:
-        """Whether n more jobs fit under `max_pending`."""
+        """Return whether n more jobs fit under `max_pending`."""
         return len(self.jobs) + n <= self.max_pending
 
     def accept(self, request: Request, now: float) -> None:
-        """Enter a request that the journal has; jobs that nothing has happened to yet start to wait."""
+        """Add a request that is in the journal; its pending jobs start to wait."""
         self.requests[request.id] = request
         if request.idempotency_key:
             self.by_key[request.idempotency_key] = request
@@ -147,10 +146,10 @@ class JobScheduler:
                 self.dirty.add(job.id)
 
     def resume(self, request: Request, pools: Collection[str], instances: Collection[str], now: float) -> None:
-        """Enter a request that an earlier head has left.
+        """Add an active request of an earlier head.
 
-        What it had in pools, and with instances, that there are no more is forgotten: it is made again, from as far
-        back as that takes, with the same seed.
+        Stored outputs and assignments are dropped if their pool or instance does not exist any more; the job then
+        restarts, with the same seed, from the last stage whose inputs are stored.
         """
         moved = []
         for job in request.jobs:
@@ -164,11 +163,11 @@ class JobScheduler:
             self._retry(job, "the topology has changed", now, counts=False)
 
     def cancel(self, request_id: str, reason: str, now: float) -> None:
-        """Stop what is left of a request; nothing where there is none."""
+        """Cancel the active jobs of a request; no-op if there is no such request."""
         self._stop_all(request_id, State.CANCELLED, reason, now)
 
     def fail(self, request_id: str, reason: str, now: float) -> None:
-        """Fail what is left of a request, which cannot be served any more."""
+        """Fail the active jobs of a request that cannot be served any more."""
         self._stop_all(request_id, State.FAILED, reason, now)
 
     def _stop_all(self, request_id: str, state: State, reason: str, now: float) -> None:
@@ -180,7 +179,7 @@ class JobScheduler:
     # -- instances
 
     def admit(self, name: str, model: str) -> bool:
-        """Whether an instance has the weights that work is made with; the first after none was left decides which."""
+        """Return whether an instance has the weights for new jobs; the first instance decides which these are."""
         others = {i.model for i in self.registry.instances.values() if i.name != name}
         if model == self.model or (self.reloading and model in others):
             self.refused.pop(name, None)
@@ -192,7 +191,7 @@ class JobScheduler:
         return True
 
     def reload(self, model: str) -> tuple[str, ...]:
-        """Make new work with other weights; returns the names of the instances that restart for it, one by one."""
+        """Use other weights for new jobs; return the names of the instances that restart for this, one by one."""
         if model != self.model:
             self._go_over_to(model)
         stale = {i.name for i in self.registry.instances.values() if i.model != model}
@@ -200,7 +199,7 @@ class JobScheduler:
         return tuple(sorted(stale | ({self.restarting} if self.restarting else set())))
 
     def register(self, registration: RegisterInstance, now: float) -> tuple[Attempt, ...]:
-        """Enter an instance; returns the attempt that is assigned to it and should drop."""
+        """Add an instance; return the attempts that it has and must drop."""
         self.registry.register(registration)
         if registration.name == self.restarting and registration.model == self.model:
             self.restarting = ""
@@ -213,12 +212,12 @@ class JobScheduler:
         return tuple(w for w in registration.running if not self._holds(registration.name, w))
 
     def _update_signature(self, kind: str, signature: Signature) -> None:
-        """Take note of what encoders read; one that has never loaded its weights does not know it."""
+        """Record which inputs encoders read; an encoder that has never loaded its weights does not know."""
         if kind == Stage.ENCODER and self.stored_outputs.cache.update_signature(signature):
             self.clear_cache()
 
     def set_awake(self, names: Iterable[str], *, awake: bool) -> None:
-        """Have instances sleep or wake that are not on their way to it."""
+        """Tell instances to sleep or wake, unless they are doing so already."""
         for name in names:
             instance = self.registry.instances[name]
             if instance.awake != awake and not instance.changing_to:
@@ -226,7 +225,7 @@ class JobScheduler:
                 self.effects.append(TurnInstance(name, awake))
 
     def wake_changed(self, name: str, generation: int, report: InstanceWakeChanged) -> bool:
-        """An instance has gone to sleep, or has woken, or could not."""
+        """Record that an instance has gone to sleep, has woken, or failed to wake."""
         instance = self.registry.incarnation(name, generation)
         if instance is None:
             return False
@@ -239,21 +238,21 @@ class JobScheduler:
         return True
 
     def wake_change_failed(self, name: str, generation: int) -> None:
-        """An instance was not told to sleep or to wake, or would not."""
+        """Record that an instance could not be told to sleep or wake, or refused."""
         if instance := self.registry.incarnation(name, generation):
             instance.changing_to = ""
 
     @property
     def begun(self) -> bool:
-        """Whether a job is under way, in an instance's hands or between two stages."""
+        """Return whether a job is under way: assigned to an instance, or between two stages."""
         return any(_has_started(job) for job in self.jobs.values())
 
     def load(self) -> Counter[str]:
-        """Return how many jobs are assigned to each instance, by name."""
+        """Return the number of jobs that are assigned to each instance, by name."""
         return Counter(job.instance for job in self.jobs.values() if job.instance)
 
     def instance_views(self) -> tuple[InstanceView, ...]:
-        """Return what clients may know of the instances."""
+        """Return what clients may see of the instances."""
         running: dict[str, list[str]] = {}
         for job in self.jobs.values():
             running.setdefault(job.instance, []).append(job.id)
@@ -261,13 +260,13 @@ class JobScheduler:
 
     @property
     def waiting_s(self) -> float | None:
-        """Seconds that the oldest job which is not in an instance's hands has waited; None where there is none."""
+        """Return the seconds that the oldest unassigned job has waited; None if there is none."""
         return max((job.stage_s for job in self.jobs.values() if not job.instance), default=None)
 
     def instance_down(self, name: str, cause: str, now: float, end: ExitKind = ExitKind.CRASHED) -> None:
-        """An instance is gone; what it had in hand is done again, elsewhere if possible.
+        """Remove an instance that has ended, and retry its jobs.
 
-        Only an end that the attempt may have caused counts against it.
+        Only a crash counts as a failure of the job.
         """
         self.registry.remove(name)
         for job in [u for u in self.jobs.values() if u.instance == name]:
@@ -276,7 +275,7 @@ class JobScheduler:
             self._retry(job, f"{name}: {cause}", now, counts=end is ExitKind.CRASHED)
 
     def connection_lost(self, name: str, generation: int, now: float) -> bool:
-        """The process of an incarnation has ended; False when nothing is known of it any more."""
+        """Handle the end of an incarnation's process; return False if it is not registered any more."""
         instance = self.registry.incarnation(name, generation)
         if instance is None:
             return False
@@ -285,7 +284,7 @@ class JobScheduler:
         return True
 
     def expire_silent(self, seconds: float, now: float) -> list[str]:
-        """Let `seconds` pass in which instances could be heard; returns the names of those given up for silence."""
+        """Add `seconds` of listening; fence the instances that were silent for too long and return their names."""
         silent = self.registry.silent(seconds, self.heartbeat_timeout_s)
         for instance in silent:
             self.registry.fence(instance.name, instance.generation)
@@ -294,23 +293,23 @@ class JobScheduler:
         return [instance.name for instance in silent]
 
     def pool_down(self, pool: str, older_than: int, now: float) -> None:
-        """The tensors stored in a pool's earlier generations are gone."""
+        """Handle the loss of the tensors stored in earlier generations of a pool."""
         for job in self.stored_outputs.lose(pool, older_than):
             self.dirty.add(job.id)
-            # An instance that has it in hand may have loaded it already; it says so if it has not.
+            # The instance that has the job may have loaded it already, and reports if it has not.
             if not job.instance:
                 self._retry(job, f"{pool}: its stored tensors are gone", now, counts=False)
 
     def evict(self, pool: str, nbytes: int) -> int:
-        """A pool has no room for a block: what lies there without need makes some; returns the bytes of it."""
+        """Release cached outputs in a pool that has no free block; return the bytes released."""
         leases = self.stored_outputs.evict(pool, nbytes)
         self._give_back(leases)
         return sum(block_bytes(lease.nbytes) for lease in leases)
 
     def requeue_stored(self, pool: str, now: float) -> None:
-        """Begin jobs anew that wait, with tensors in a pool, for instances that are asleep: others need its room.
+        """Restart jobs whose tensors fill a pool while all instances of the model are asleep.
 
-        Those may have to end before there is memory for the weights of this model.
+        Jobs of other models need the pool, and may have to end before this model's weights fit into memory.
         """
         instances = self.registry.instances.values()
         if not instances or any(instance.awake for instance in instances):
@@ -321,13 +320,13 @@ class JobScheduler:
                 self._retry(job, f"{pool} was full, and its model is asleep", now, counts=False)
 
     def clear_cache(self) -> None:
-        """Start to cache anew."""
+        """Empty the prompt cache."""
         self._give_back(self.stored_outputs.clear())
         for request in self.requests.values():
             request.prompt_key = b""
 
     def requeue_orphans(self, now: float) -> None:
-        """After a restart of the head: what nobody has claimed is done again."""
+        """Retry the jobs that no instance has claimed after a restart of the head."""
         for job in list(self.jobs.values()):
             if job.instance and job.instance not in self.registry.instances:
                 self._retry(job, f"{job.instance} did not come back", now, counts=False)
@@ -335,15 +334,15 @@ class JobScheduler:
     # -- what is sent for an attempt
 
     def is_current(self, attempt: Attempt, name: str) -> bool:
-        """Whether an instance is to run this attempt: it was neither cancelled nor sent elsewhere."""
+        """Return whether the attempt is still assigned to that instance."""
         return self._current(attempt, name) is not None
 
     def source_of(self, attempt: Attempt, name: str) -> StoredPayload | None:
-        """Return the stored outputs that an attempt starts from; None for a first stage.
+        """Return the stored outputs that an attempt needs; None for a first stage.
 
         Raises:
-            SupersededError: the attempt is not the instance's any more.
-            SourceGoneError: the pool that held the outputs has ended.
+            SupersededError: The attempt is not assigned to the instance any more.
+            SourceGoneError: The pool with the outputs has ended.
         """
         job = self._current(attempt, name)
         if job is None:
@@ -357,12 +356,12 @@ class JobScheduler:
     def message_for(
         self, attempt: Attempt, source: StoredPayload | None, target: LeaseRef | None
     ) -> StageAssign | TransferPush:
-        """Make the message that sends an attempt to its instance.
+        """Return the message that sends an attempt to its instance.
 
         Args:
             attempt: A current one; SupersededError is raised for any other.
             source: As `source_of` returned it.
-            target: The block that the source is copied to; None where the receiver maps it.
+            target: The block that the source is copied to; None if the instance maps the source.
         """
         job = self.jobs.get(attempt.job_id)
         if job is None or job.current_attempt != attempt:
@@ -376,7 +375,7 @@ class JobScheduler:
     # -- reports: each returns False when it is about an attempt that no longer counts
 
     def attempt_refused(self, name: str, attempt: Attempt, code: str, cause: str, now: float) -> None:
-        """The instance refused the attempt, with the code of a `bus` failure or of an `AttemptRefusedError`."""
+        """Handle an attempt that the instance refused, with the code of a bus error or `AttemptRefusedError`."""
         if code in DRAINING:
             self.registry.drain(name)
         if code != "no_credit":
@@ -385,7 +384,7 @@ class JobScheduler:
             self._retry(job, f"{name}: {cause}", now, counts=code not in UNCOUNTED_REFUSALS)
 
     def started(self, attempt: Attempt, name: str, stage: Stage, now: float) -> bool:
-        """The stage runs."""
+        """Record that the stage runs."""
         job = self._current(attempt, name)
         if job is None:
             return False
@@ -396,13 +395,13 @@ class JobScheduler:
         return True
 
     def progress(self, attempt: Attempt, step: int, total_steps: int) -> None:
-        """A denoising step is done."""
+        """Record a finished denoising step."""
         job = self.jobs.get(attempt.job_id)
         if job and job.attempt == attempt.number:
             job.step, job.total_steps = step, total_steps
 
     def stored(self, instance: str, report: StageOutputsStored, now: float) -> bool:
-        """A stage's outputs are at rest; the job goes on to wait for the next one."""
+        """Record stored outputs; the job waits for its next stage."""
         stage = report.stage
         self.registry.credit(instance, report.issued)
         job = self._current(report.attempt, instance)
@@ -424,7 +423,7 @@ class JobScheduler:
         return True
 
     def finished(self, instance: str, report: StageFinished, now: float) -> bool:
-        """The image is on disk."""
+        """Complete a job whose artifact is on disk."""
         self.registry.credit(instance, report.issued)
         job = self._current(report.attempt, instance)
         if job is None:
@@ -437,7 +436,7 @@ class JobScheduler:
         return True
 
     def stage_failed(self, instance: str, report: StageFailed, now: float) -> bool:
-        """The stage raised."""
+        """Retry or fail a job whose stage raised."""
         self.registry.credit(instance, report.issued)
         job = self._current(report.attempt, instance)
         if job is None:
@@ -450,7 +449,7 @@ class JobScheduler:
         return True
 
     def returned(self, instance: str, report: StageReturned, now: float) -> bool:
-        """The instance ends before it can have done the attempt."""
+        """Retry a job that an instance returned because it ends."""
         self.registry.credit(instance, report.issued)
         job = self._current(report.attempt, instance)
         if job is None:
@@ -459,12 +458,12 @@ class JobScheduler:
         return True
 
     def cancelled(self, instance: str, report: StageCancelled) -> bool:
-        """The instance has dropped an attempt as told: its credit is free again."""
+        """Record the credit of an attempt that was cancelled."""
         self.registry.credit(instance, report.issued)
         return True
 
     def transfer_failed(self, instance: str, report: TransferFailed, now: float) -> bool:
-        """Stored tensors could not be fetched."""
+        """Retry a job whose stored tensors could not be fetched."""
         self.registry.credit(instance, report.issued)
         job = self._current(report.attempt, instance)
         if job is None:
@@ -479,7 +478,7 @@ class JobScheduler:
         return True
 
     def give_up(self, attempt: Attempt, name: str, reason: str, now: float) -> None:
-        """It would fail wherever it was tried."""
+        """Fail a job that would fail on every instance."""
         if job := self._current(attempt, name):
             job.causes.append(f"{name}: {reason}")
             self._end(job, State.FAILED, reason, now)
@@ -487,7 +486,7 @@ class JobScheduler:
     # -- time
 
     def elapse(self, seconds: float, now: float) -> None:
-        """Let `seconds` pass; ends what has used up the time of its request or of its stage."""
+        """Add `seconds` to all clocks; time out the jobs that exceed a limit of their request or stage."""
         for job in list(self.jobs.values()):
             job.left_s -= seconds
             job.stage_s += seconds
@@ -504,12 +503,12 @@ class JobScheduler:
                 self._stop(job, State.TIMED_OUT, reason, now)
 
     def _trouble(self, job: Job) -> str:
-        """What the instance that has the job waits for."""
+        """Return the problem that the job's instance waits for, as an addition to a sentence."""
         instance = self.registry.instances.get(job.instance)
         return f": {instance.trouble}" if instance and instance.trouble else ""
 
     def dispatch(self, now: float) -> None:
-        """Assign waiting jobs to instances with credits, as the policy says; a cached prompt needs no encoder."""
+        """Assign waiting jobs to instances with credits, by the policy; a cached prompt skips the encoder."""
         self._reload_next(now)
         load = self.load()
         for stage in Stage:
@@ -533,7 +532,7 @@ class JobScheduler:
                     capacity -= 1
 
     def _queue(self, stage: Stage) -> list[Job]:
-        """Return the jobs that wait for an instance of a stage, the first to be served first."""
+        """Return the jobs that wait for an instance of a stage, in the order of the policy."""
         waiting = (job for job in self.jobs.values() if job.state is WAITING[stage] and not job.instance)
         return sorted(waiting, key=lambda job: self.policy.priority(job, self.requests[job.request_id]))
 
@@ -543,7 +542,7 @@ class JobScheduler:
         return request.prompt_key
 
     def _same_is_made(self, job: Job, encoding: set[bytes]) -> bool:
-        """Whether what an encoder makes at present will do for this job too; if not, it is the next to be encoded."""
+        """Return whether an encoder makes outputs now that this job can share; if not, add its key to `encoding`."""
         key = self._prompt_key(job)
         waits = key in encoding and self.stored_outputs.cache.can_share(key, self.requests[job.request_id].inputs)
         encoding.add(key)
@@ -558,7 +557,7 @@ class JobScheduler:
         self.effects.append(Assign(name, job.id))
 
     def _skip_encoder(self, job: Job, now: float) -> bool:
-        """Send a job on to the denoisers when what an encoder would make for it is in the cache."""
+        """Skip the encoder if the cache has its outputs; return whether it did."""
         found = self.stored_outputs.cache.find(self._prompt_key(job), job.seed)
         if found is None:
             return False
@@ -574,19 +573,19 @@ class JobScheduler:
         return True
 
     def take_effects(self) -> list[Effect]:
-        """The effects queued since the last call."""
+        """Return the effects queued since the last call."""
         effects, self.effects = self.effects, []
         return effects
 
     def counts(self) -> dict[str, int]:
-        """Active jobs by state."""
+        """Return the number of active jobs by state."""
         counts: dict[str, int] = {}
         for job in self.jobs.values():
             counts[job.state.value] = counts.get(job.state.value, 0) + 1
         return counts
 
     def forget(self, request_ids: Iterable[str]) -> None:
-        """Drop terminal requests."""
+        """Remove those of the requests that are terminal."""
         for request_id in request_ids:
             request = self.requests.get(request_id)
             if request and request.terminal:
@@ -602,7 +601,7 @@ class JobScheduler:
         self.clear_cache()
 
     def _reload_next(self, now: float) -> None:
-        """Start jobs anew that were begun with weights which nobody has any more; restart the next instance."""
+        """Restart jobs whose weights no instance has any more; restart the next instance with old weights."""
         if not self.model:
             return
         instances = self.registry.instances.values()
@@ -635,7 +634,7 @@ class JobScheduler:
             self.effects.append(ReleaseLeases(leases))
 
     def _retry(self, job: Job, cause: str, now: float, *, counts: bool = True) -> None:
-        """Start the job's stage again, or fail it when it has been tried often enough."""
+        """Retry the job's stage, or fail the job when it has been tried too often."""
         stage = job.stage or Stage.ENCODER
         self._let_go(job)
         job.causes.append(cause)
