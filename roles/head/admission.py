@@ -1,4 +1,4 @@
-"""Turn what a client submits into a request with its jobs, or refuse it and name the input at fault. Pure."""
+"""Make a request with its jobs from a client's submission, or refuse it and name the input at fault. Pure."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    """What a topology allows a request."""
+    """The limits of a topology for a request."""
 
     max_pending: int
-    """Most jobs that may be under way."""
+    """Most active jobs."""
     timeout_s: float
     """Seconds that a request has from its acceptance to its end."""
     largest_payload: int
-    """Most bytes that one stage can hand to the next; 0 where no stage hands anything on."""
+    """Most bytes that one stage can pass to the next; 0 where there are no pools."""
 
 
 def limits_of(topology: Topology) -> AdmissionLimits:
@@ -47,13 +47,13 @@ def make_request(message: SubmitRequest, served: ServedModel, limits: AdmissionL
     """Make the request that a client submits, with the defaults of its model filled in.
 
     Args:
-        message: What the client submits; that its id is new has been checked.
+        message: The client's submission; the caller has checked that its id is new.
         served: The model that it names.
-        limits: Of the topology.
+        limits: The limits of the topology.
         now: Unix seconds.
 
     Raises:
-        ParameterError: an input cannot be served; `param` is its name.
+        ParameterError: An input cannot be served; `param` is its name.
     """
     if not _ID.fullmatch(message.request_id):
         raise request_id_error()
@@ -85,7 +85,7 @@ def make_request(message: SubmitRequest, served: ServedModel, limits: AdmissionL
 
 
 def request_id_error() -> ParameterError:
-    """Return the error of an id that is malformed, or that another request has."""
+    """Return the error for an id that is malformed, or in use."""
     return ParameterError("request_id", "must be new, and of at most 64 letters, digits, - and _")
 
 
@@ -107,7 +107,7 @@ def idempotency_key(message: SubmitRequest) -> str:
 
 
 def digest(message: SubmitRequest) -> str:
-    """Return the digest of the body: equal for a retry, another one for another request."""
+    """Return the digest of the body, which is equal for a retry."""
     body: tuple[object, ...] = (sorted(message.inputs.items()), message.seed, message.n, message.output)
     if message.model:
         body += (message.model,)
@@ -123,8 +123,8 @@ def _check_payload(inputs: Mapping[str, Input], signature: Signature, largest: i
             together = " together" if len(images.files) > 1 else ""
             limit = f"must have at most {largest // pixel_bytes} pixels{together}"
             raise ParameterError(
-                name, f"{limit}: one stage hands them to the next, in at most {largest} bytes of a pool"
+                name, f"{limit}: one stage passes them to the next, in at most {largest} bytes of a pool"
             )
     for name, value in inputs.items():
         if isinstance(value, Tensors) and value.file.nbytes > largest:
-            raise ParameterError(name, f"must be at most {largest} bytes: one stage hands them to the next in a pool")
+            raise ParameterError(name, f"must be at most {largest} bytes: one stage passes them to the next in a pool")

@@ -1,4 +1,4 @@
-"""Whether requests can be served: what is missing now, and what no supervisor starts any more. Pure."""
+"""Decide whether requests can be served: what is missing now, and what will not be restarted. Pure."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from triptych.roles.head.served_models import ServedModels
 
 
 def unavailable_reason(components: Iterable[Component], children: Iterable[ChildReport]) -> str:
-    """Say why no request can come to its end until a person steps in; "" while one may.
+    """Return why no request can be completed until an operator acts; "" while one may be.
 
     Args:
-        components: Of the topology.
-        children: As their supervisors report them; a component that no supervisor has may still be started.
+        components: Components of the topology.
+        children: The supervisors' reports; a component that is in none of them may still be started.
     """
     components = tuple(components)
     gone = {child.name: child.reason or child.state for child in children if child.state in GIVEN_UP_STATES}
@@ -30,10 +30,10 @@ def unavailable_reason(components: Iterable[Component], children: Iterable[Child
 
 
 def not_ready_reasons(models: ServedModels, pools_missing: Iterable[str], journal_problem: str) -> tuple[str, ...]:
-    """Say, in a sentence each, why requests cannot be served at present; nothing where they can.
+    """Return why requests cannot be served at present, a sentence each; empty if they can.
 
     Args:
-        models: All of the system.
+        models: All served models.
         pools_missing: Names of the pools that have not answered.
         journal_problem: Why the journal cannot be written, "" while it can.
     """
@@ -52,7 +52,7 @@ def not_ready_reasons(models: ServedModels, pools_missing: Iterable[str], journa
 
 
 def weights_mismatch(instance: str) -> str:
-    """Say why an instance was turned away, and what takes it over."""
+    """Return why an instance was refused, and the command that changes to its weights."""
     return (
         f"{instance} has other weights than the rest, because the model's files have changed: `triptych reload` takes "
         "them"

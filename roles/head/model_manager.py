@@ -1,4 +1,4 @@
-"""What clients and the command may do with the served models: describe, reload, let sleep and wake them."""
+"""Describe, reload, sleep and wake the served models, for clients and the command."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from triptych.roles.messages.weights import ModelStatus, Reloading, SleepModel
 
 
 class ModelManager:
-    """The models of a topology, as files and as weights in memory.
+    """Manages the files, weights and availability of the models of a topology.
 
     Args:
-        topology: Names the models and what there is room for.
-        models: With the scheduler of each.
+        topology: Has the models and the memory budgets.
+        models: The served models.
     """
 
     def __init__(self, topology: Topology, models: ServedModels) -> None:
@@ -39,8 +39,8 @@ class ModelManager:
         """Read the serving config and the identity of each model.
 
         Raises:
-            StartError: a model is broken.
-            StartDelayedError: the folder of a model is away.
+            StartError: A model is broken.
+            StartDelayedError: The folder of a model is missing.
         """
         for served in self._models.all:
             model = served.model
@@ -57,7 +57,7 @@ class ModelManager:
     # -- descriptions
 
     def describe(self, name: str) -> requests.ModelDescription:
-        """Describe a model; raises RefusedError where there is none of that name."""
+        """Describe a model; raises RefusedError if there is none of that name."""
         return self._describe(self._find(name))
 
     def describe_all(self) -> requests.ModelList:
@@ -65,7 +65,7 @@ class ModelManager:
         return requests.ModelList(tuple(self._describe(served) for served in self._models.all))
 
     def states(self) -> dict[str, str]:
-        """Return what each model does at present, by name."""
+        """Return the state of each model, by name."""
         return {served.name: self.residency.state(served).value for served in self._models.all}
 
     def _describe(self, served: ServedModel) -> requests.ModelDescription:
@@ -79,7 +79,7 @@ class ModelManager:
     # -- sleep and wake
 
     def sleep(self, message: SleepModel) -> ModelStatus:
-        """Let a model sleep as soon as it has nothing to do; raises RefusedError where it is never to."""
+        """Let a model sleep as soon as it is idle; raises RefusedError if its `sleep` is "never"."""
         served = self._find(message.model)
         if served.model.section.sleep == "never":
             raise RefusedError("never", f'{served.name} never sleeps: its `sleep` is "never"')
@@ -94,7 +94,7 @@ class ModelManager:
         return self._status(served)
 
     def status(self, name: str) -> ModelStatus:
-        """Say whether a model is in memory, and what keeps it from being there."""
+        """Return whether a model is in memory, and the problems of its instances."""
         return self._status(self._find(name))
 
     def _status(self, served: ServedModel) -> ModelStatus:
@@ -106,10 +106,10 @@ class ModelManager:
     # -- changed weights
 
     async def reload(self, name: str) -> Reloading:
-        """Read the files of a model ("" for all) again, and make new work with the weights that they hold now.
+        """Read the files of a model ("" for all) again, and use their weights for new jobs.
 
         Raises:
-            RefusedError: there is no such model, its files cannot be read, or an instance would not return.
+            RefusedError: There is no such model, its files cannot be read, or an instance would not restart.
         """
         chosen = [served for served in self._models.all if name in ("", served.name)]
         if not chosen:
@@ -140,12 +140,12 @@ class ModelManager:
     # -- availability
 
     def missing(self, pools_missing: Iterable[str]) -> list[ServedModel]:
-        """Return the models of which a stage, or a pool that they need, is not ready."""
+        """Return the models that lack an instance for a stage, or a pool."""
         pools = tuple(pools_missing)
         return [served for served in self._models.all if pools or served.scheduler.registry.missing_stages()]
 
     def update_availability(self, missing: Iterable[ServedModel], children: Iterable[ChildReport]) -> None:
-        """Note of each model why no request for it can come to an end, as the supervisors' reports say."""
+        """Record for each model why no request can be completed, by the supervisors' reports."""
         missing, children = tuple(missing), tuple(children)
         for served in self._models.all:
             components = self._components_of(served)
@@ -157,5 +157,5 @@ class ModelManager:
 
 
 def _identity(model: Model) -> ModelIdentity | None:
-    """Return the digests of a model's folder. It reads files: call it in a thread."""
+    """Return the digests of a model's folder. It reads files, so call it in a thread."""
     return model.identity

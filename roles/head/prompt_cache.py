@@ -1,6 +1,6 @@
-"""The prompt cache: what encoders made lies on in its blocks, for the next request that they would make the same of.
+"""The prompt cache: keeps the blocks of encoder outputs, for later requests with the same encoder inputs.
 
-Pure: it knows keys and blocks; who else needs a block is known to `roles.staging`.
+Pure: it has keys and blocks; `roles.head.stored_outputs` knows which jobs need a block too.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from triptych.roles.messages.common import Images, Input, LeaseRef, StoredPayloa
 from triptych.roles.messages.requests import PromptCacheView
 
 MAX_UNSHARED_KEYS: Final = 1024
-"""Keys that are remembered because what they stand for was not kept for every seed."""
+"""Most keys that are remembered because their outputs depend on the seed or were not kept."""
 
 
 class PromptCache:
-    """Encoder outputs by what they were made of, the least recently used first to go.
+    """A cache of encoder outputs by their inputs; evicts the least recently used.
 
     Args:
-        capacity: most bytes that the blocks may take; 0 keeps nothing.
-        name: what is served, and in which dtype.
+        capacity: Most bytes that the blocks may take; 0 turns the cache off.
+        name: Name and dtype of the model, a part of the keys.
     """
 
     def __init__(self, capacity: int = 0, name: str = "") -> None:
         self.capacity = capacity
         self.model = ""
-        """Version of the weights that encoders have; whoever changes it empties the cache."""
+        """Version of the encoders' weights; clear the cache when changing it."""
         self.nbytes = 0
-        """What the blocks take in their pool, rounding included."""
+        """Bytes that the blocks take in their pool, with rounding."""
         self.hits = 0
         self.misses = 0
         self._name = name
@@ -51,17 +51,17 @@ class PromptCache:
 
     @property
     def leases(self) -> tuple[LeaseRef, ...]:
-        """Of the blocks that it keeps, the least recently used first."""
+        """Return the leases of the cached blocks, the least recently used first."""
         return tuple(stored.lease for stored in self._entries.values())
 
     def view(self) -> PromptCacheView:
-        """What `/v1/cluster` shows."""
+        """Return what `/v1/cluster` shows."""
         return PromptCacheView(len(self), self.nbytes, self.capacity, self.hits, self.misses)
 
     # -- keys
 
     def update_signature(self, signature: Signature) -> bool:
-        """Take note of which inputs an encoder reads; returns whether keys made before stand for something else."""
+        """Record which inputs an encoder reads; return whether earlier keys are invalid now."""
         if signature == self._signature:
             return False
         self._signature = signature
@@ -70,10 +70,10 @@ class PromptCache:
         return True
 
     def key(self, inputs: Mapping[str, Input]) -> bytes:
-        """Of all that an encoder reads of a request, but for the seed.
+        """Return the key for the inputs that an encoder reads, without the seed.
 
-        Images and tensors are part of it wherever they are read, because only an encoder can load them. An input that
-        the signature does not know may be read as well.
+        Images and tensors always belong to the key, because only an encoder can load them. So do inputs that are not in
+        the signature, because an encoder may read them.
         """
         read = [
             (name, value)
@@ -83,16 +83,16 @@ class PromptCache:
         return blake2b(msgspec.msgpack.encode((self._name, self.model, read)), digest_size=32).digest()
 
     def can_share(self, key: bytes, inputs: Mapping[str, Input]) -> bool:
-        """Whether what is being made for one request will do for another of the same key, as far as is known.
+        """Return whether requests of this key can probably share encoder outputs.
 
-        What is made of images is drawn from a seed in many families.
+        In many families, encoder outputs for images depend on the seed.
         """
         return key not in self._unshared and not any(isinstance(value, Images) for value in inputs.values())
 
     # -- entries
 
     def find(self, key: bytes, seed: int) -> StoredPayload | None:
-        """What was kept for every seed, or for this one."""
+        """Return the cached outputs for every seed, else for this one, else None."""
         for candidate in (key, _seeded(key, seed)) if key in self._unshared else (key,):
             if stored := self._entries.pop(candidate, None):
                 self._entries[candidate] = stored
@@ -100,7 +100,7 @@ class PromptCache:
         return None
 
     def offer(self, key: bytes, seed: int, stored: StoredPayload, *, seed_independent: bool) -> tuple[LeaseRef, ...]:
-        """Keep what an encoder has made, if it fits; returns what had to go for it."""
+        """Cache the outputs of an encoder if they fit; return the leases that were evicted for them."""
         fits = block_bytes(stored.nbytes) <= self.capacity
         if not (seed_independent and fits):
             self._unshare(key)
@@ -119,7 +119,7 @@ class PromptCache:
         return tuple(gone)
 
     def drop(self, leases: Iterable[LeaseRef]) -> None:
-        """Forget what lies in these blocks; nothing where it keeps none of them."""
+        """Remove the entries of these blocks; no-op for blocks that are not cached."""
         for lease in leases:
             if key := self._keys.pop(lease, None):
                 self.nbytes -= block_bytes(self._entries.pop(key).nbytes)

@@ -1,4 +1,4 @@
-"""Which blocks that a pool holds nobody needs any more. Pure."""
+"""Find the blocks of a pool that are not needed any more. Pure."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from triptych.roles.messages.pool import LeaseView
 
 
 def unneeded(models: ServedModels, views: Iterable[LeaseView]) -> list[LeaseRef]:
-    """Return the sealed blocks of which neither a job nor a prompt cache needs any.
+    """Return the sealed blocks that no job and no prompt cache needs.
 
-    What the present attempt of a job has sealed may be about to be reported, so it is needed.
+    A block that the current attempt of a job has sealed is needed, because its report may be on the way.
     """
     return [
         view.lease
@@ -22,9 +22,9 @@ def unneeded(models: ServedModels, views: Iterable[LeaseView]) -> list[LeaseRef]
 
 
 def suspects(models: ServedModels, views: Iterable[LeaseView]) -> dict[str, list[LeaseView]]:
-    """Return, by owner, the blocks being written for attempts that no longer count: their owners may know of them.
+    """Return, by owner, the blocks being written for superseded attempts, which their owners may still have.
 
-    Blocks that are kept ready are for no job; what a dead owner was writing, the pool takes back itself.
+    Preallocated blocks have no job; the pool itself reclaims the blocks of an owner that has ended.
     """
     found: dict[str, list[LeaseView]] = {}
     for view in views:

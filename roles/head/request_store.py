@@ -1,7 +1,7 @@
-"""The requests that the head has accepted: written down, found, waited for, listed, deleted and pruned.
+"""The accepted requests of the head: write, find, await, list, delete and prune them.
 
-What becomes of their jobs is each scheduler's decision. Here it is put into the journal, and told only once it is on
-the disk: a head that restarts must tell the same.
+The schedulers decide about their jobs. The store writes the decisions to the journal, and answers clients once they are
+on the disk, so that a restarted head answers the same.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from triptych.roles.messages import requests
 from triptych.roles.messages.common import Attempt, Images, Tensors, Upload
 
 ByRequestId: TypeAlias = requests.QueryRequest | requests.WaitRequest | requests.CancelRequest | requests.DeleteRequest
-"""Messages about a request that is known already."""
+"""Messages about an accepted request."""
 SubmitAnswer: TypeAlias = requests.RequestAccepted | requests.RequestRejected
 
 OTHER_MODEL: Final = "it was accepted for another model than the one that is served now: send it again"
 RETRY_WRITE_S: Final = 5.0
-"""After which a client may try again where the journal cannot be written: a disk is not mended faster."""
+"""Seconds after which a client may retry when the journal cannot be written."""
 RESTARTED_S: Final = 60.0
-"""After which a client may try again where a person has to restart the server."""
+"""Seconds after which a client may retry when an operator has to restart the server."""
 
 
 class RequestStore:
@@ -42,8 +42,8 @@ class RequestStore:
 
     Args:
         actor: Runs the background tasks.
-        topology: Says where everything lies and for how long it is kept.
-        models: With the scheduler of each.
+        topology: Has the paths, limits and retention times.
+        models: The served models.
     """
 
     def __init__(self, actor: Actor, topology: Topology, models: ServedModels) -> None:
@@ -58,29 +58,29 @@ class RequestStore:
         self._artifacts = ArtifactStore(topology.state_dir / ARTIFACTS)
         self._uploads = UploadStore(topology.state_dir / UPLOADS)
         self._ended: dict[str, asyncio.Event] = {}
-        """By request id, for those who wait for its end."""
+        """Events for the waiters of requests, by request id."""
         self._unnotified: list[str] = []
-        """Ids of requests that have ended, whose waiters have not been told."""
+        """Ids of ended requests whose waiters were not notified yet."""
         self._writes = self._synced_writes = 0
-        """Transactions of the journal, and those of them that are on the disk."""
+        """Number of transactions of the journal, and of those that are on the disk."""
         self._syncing = asyncio.Lock()
 
     # -- start and end
 
     async def open(self) -> None:
-        """Open the journal and go on with the requests that an earlier head has left.
+        """Open the journal and resume the active requests of an earlier head.
 
         Raises:
-            JournalError: it is corrupt, of a newer version, or locked, or the disk is full.
+            JournalError: It is corrupt, of a newer version, or locked, or the disk is full.
         """
-        # In a thread, because heartbeats have to go on, however large it is.
+        # In a thread, so that heartbeats go on while a large journal is opened.
         self._journal = await asyncio.to_thread(Journal, self._journal_path, self._log_damage)
         now = time.time()
         for request in await asyncio.to_thread(self._journal.active):
             self._resume(request, now)
 
     def _resume(self, request: Request, now: float) -> None:
-        """Enter a request of an earlier head; pools and instances that the topology no longer has are forgotten."""
+        """Resume a request of an earlier head, without the pools and instances that the topology has no longer."""
         components = self._topology.components
         pools = {component.name for component in components if component.kind == "pool"}
         served, same = self._models.model_for_resumed(request)
@@ -95,23 +95,23 @@ class RequestStore:
             scheduler.fail(request.id, f"since the topology has changed, {error.param} {error.message}", now)
 
     async def close(self) -> None:
-        """Put everything on the disk and close the journal."""
+        """Sync and close the journal."""
         if self._journal:
             try:
                 await self.synced()
-            except JournalError as error:  # nobody was told of what it lacks
+            except JournalError as error:  # no client was told of what is missing
                 self._journal_failed(error)
             self._journal.close()
 
     @property
     def damaged(self) -> int:
-        """Requests of the journal that could not be read."""
+        """Return the number of requests in the journal that could not be read."""
         return self._journal.damaged if self._journal else 0
 
     # -- accepting
 
     def accept(self, message: requests.SubmitRequest) -> SubmitAnswer:
-        """Check a request, write it down and enter it; it may be told once `synced` has returned."""
+        """Check a request, write it to the journal and start it; answer the client only after `synced`."""
         served = self._models.find(message.model)
         if served is None:
             return requests.RequestRejected("model_not_found", self._models.unknown(message.model), param="model")
@@ -132,9 +132,9 @@ class RequestStore:
         """Return the id of the request: that of an earlier one under the same idempotency key, or its own.
 
         Raises:
-            ParameterError: an input is at fault.
-            RefusedSubmissionError: it may be well-formed, but cannot be taken now.
-            JournalError: it cannot be written down.
+            ParameterError: An input is at fault.
+            RefusedSubmissionError: The request cannot be accepted now.
+            JournalError: The journal cannot be written.
         """
         if known := self._find_by_key(idempotency_key(message)):
             if known.digest == digest(message):
@@ -160,7 +160,7 @@ class RequestStore:
         return request.id
 
     def not_accepted(self, error: JournalError) -> requests.RequestRejected:
-        """Return the answer to a request that could not be written down."""
+        """Return the answer to a request that could not be written to the journal."""
         self._journal_failed(error)
         return requests.RequestRejected("unavailable", str(error), retry_after_s=RETRY_WRITE_S)
 
@@ -198,7 +198,7 @@ class RequestStore:
         return requests.RequestList(tuple(ids[: message.limit]), len(ids) > message.limit)
 
     def find_owned(self, message: ByRequestId) -> Request | None:
-        """As `find`, but None where there is none, or it is another owner's."""
+        """As `find`, but return None if there is none, or it is another owner's."""
         try:
             request = self._find_by_id(message.request_id)
         except JournalError as error:
@@ -206,7 +206,7 @@ class RequestStore:
         return request if request and message.owner in ("", request.owner) else None
 
     def _find_by_id(self, request_id: str) -> Request | None:
-        """Return a request of a scheduler, else of the journal. Raises JournalError."""
+        """Return a request of a scheduler, else of the journal, else None. Raises JournalError."""
         return self._models.request(request_id) or self._open_journal.find(request_id)
 
     def _find_by_key(self, key: str) -> Request | None:
@@ -215,13 +215,13 @@ class RequestStore:
     # -- telling
 
     async def view(self, request: Request) -> requests.RequestView:
-        """Tell how a request stands; of its end only what the next head will tell as well.
+        """Return the view of a request; that of an ended request only once its end is on the disk.
 
         Raises:
-            RefusedError: `unavailable` while its end cannot be written down.
+            RefusedError: `unavailable` while its end cannot be written to the journal.
         """
         if request.terminal and (scheduler := self._models.scheduler_holding(request.id)):
-            not_yet = f"{request.id} has ended, but that is not on the disk"
+            not_yet = f"{request.id} has ended, but that is not on the disk yet"
             if any(job.id in scheduler.dirty for job in request.jobs):
                 raise RefusedError("unavailable", f"{not_yet}: {self.journal_problem}")
             try:
@@ -232,18 +232,18 @@ class RequestStore:
         return request.view(served.name if served else request.model)
 
     async def wait(self, request: Request, timeout_s: float) -> requests.RequestView:
-        """Tell how a request stands once it has ended, or after `timeout_s`; raises as `view`."""
+        """Return the view of a request once it has ended, or after `timeout_s`; raises as `view`."""
         if self._models.scheduler_holding(request.id):
             event = self._ended.setdefault(request.id, asyncio.Event())
             try:
                 async with asyncio.timeout(timeout_s):
                     await event.wait()
-            except TimeoutError:  # the view then says that it is still under way
+            except TimeoutError:  # the view shows that it is still active
                 pass
         return await self.view(request)
 
     def notify_waiters(self, ended: Iterable[str]) -> None:
-        """Wake who waits for requests that have ended, as soon as their end is on the disk."""
+        """Notify the waiters of ended requests, as soon as their end is on the disk."""
         self._unnotified += ended
         if self._unnotified and not any(scheduler.dirty for scheduler in self._models.schedulers):
             ids, self._unnotified = self._unnotified, []
@@ -256,7 +256,7 @@ class RequestStore:
             self._journal_failed(error)
             self._unnotified += ended
             return
-        for scheduler in self._models.schedulers:  # from here on the journal answers for them
+        for scheduler in self._models.schedulers:  # from here on the journal has them
             scheduler.forget(ended)
         for request_id in ended:
             if event := self._ended.pop(request_id, None):
@@ -265,21 +265,21 @@ class RequestStore:
     # -- ending
 
     def cancel(self, request_id: str, reason: str) -> None:
-        """Stop what is left of a request; nothing where there is none."""
+        """Cancel the active jobs of a request; no-op if there is no such request."""
         if scheduler := self._models.scheduler_holding(request_id):
             scheduler.cancel(request_id, reason, time.time())
 
     async def delete(self, request: Request | None) -> requests.RequestDeleted:
-        """Remove a request that has ended: its rows, its artifacts, and the uploads that no other request needs.
+        """Delete an ended request: its rows, its artifacts, and the uploads that no other request needs.
 
         Raises:
-            RefusedError: `unavailable` where the disk refuses.
+            RefusedError: `unavailable` if the disk fails.
         """
         if request is None:
             return requests.RequestDeleted(existed=False)
         used = self._uploads_in_use()
         try:
-            # The files first: what is still in the journal after a crash can be deleted again.
+            # The files first: after a crash, a request that is still in the journal can be deleted again.
             await asyncio.to_thread(self._discard_files, request, used)
             self._open_journal.delete(request.id)
             self._writes += 1
@@ -303,17 +303,17 @@ class RequestStore:
             self._uploads.discard(upload, saved_before=request.created_at)
 
     def discard_late(self, attempt: Attempt) -> None:
-        """Remove what an instance has written for a request that was deleted meanwhile."""
+        """Remove the artifact of a request that was deleted while an instance wrote it."""
         try:
             if self._find_by_id(attempt.job_id.rpartition("/")[0]) is None:
                 self._actor.spawn(self._discard(attempt), name="discard")
-        except JournalError as error:  # it is pruned by its age
+        except JournalError as error:  # pruning removes it later
             self._actor.log.warning("artifact not removed", attempt=str(attempt), error=str(error))
 
     async def _discard(self, attempt: Attempt) -> None:
         try:
             await asyncio.to_thread(self._artifacts.discard, attempt.job_id)
-        except (ArtifactError, OSError) as error:  # it is pruned by its age
+        except (ArtifactError, OSError) as error:  # pruning removes it later
             self._actor.log.warning("artifact not removed", attempt=str(attempt), error=str(error))
 
     async def prune(self) -> None:
@@ -328,7 +328,7 @@ class RequestStore:
                 self._actor.log.info("pruned", **gone)
 
     def _prune(self, active: frozenset[str], now: float) -> dict[str, int]:
-        """Remove requests, then artifacts, but for those that somebody is still to get."""
+        """Remove requests, then artifacts, except those that clients may still wait for."""
         state = self._topology.state
         bounds = StoreBounds(state.keep_requests_s, state.max_requests, parse_size(state.max_requests_size))
         ended, awaited = prune(self._journal_path, bounds, now=now)
@@ -339,7 +339,7 @@ class RequestStore:
     # -- the journal
 
     def save(self) -> None:
-        """Write what has changed since the last call; what cannot be written is tried again the next time."""
+        """Write the changes since the last call; after a failure, the next call writes them."""
         changed = [scheduler for scheduler in self._models.schedulers if scheduler.dirty]
         if self._journal is None or not changed:
             return
@@ -360,16 +360,16 @@ class RequestStore:
             scheduler.dirty.clear()
 
     def save_all(self) -> None:
-        """Write every active job, whether it has changed or not: the time that it has left."""
+        """Write every active job, even unchanged ones, to record the time that it has left."""
         for scheduler in self._models.schedulers:
             scheduler.dirty.update(scheduler.jobs)
         self.save()
 
     async def synced(self) -> None:
-        """Return when all that has been written until now is on the disk; many wait for one `sync`.
+        """Return when all writes so far are on the disk; callers share one `sync`.
 
         Raises:
-            JournalError: the disk refuses.
+            JournalError: The disk fails.
         """
         wanted = self._writes
         async with self._syncing:
@@ -379,7 +379,7 @@ class RequestStore:
                 self._synced_writes = written
 
     def probe(self) -> None:
-        """See whether a journal that could not be written can be again, where nothing waits to be written."""
+        """Check whether a failed journal can be written again."""
         try:
             self._open_journal.probe()
         except JournalError as error:
@@ -408,7 +408,7 @@ class RequestStore:
 
 
 class RefusedSubmissionError(Exception):
-    """A request that is not taken although none of its inputs is at fault."""
+    """A request is refused although none of its inputs is at fault."""
 
     def __init__(self, code: str, sentence: str, retry_after_s: float = 0.0) -> None:
         super().__init__(sentence)

@@ -1,4 +1,4 @@
-"""The models of a system: each with its parameter defaults and its scheduler, and which of them something is about."""
+"""The served models: each with its serving config and its scheduler, found by name, instance or request."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _encoder: Final = msgspec.msgpack.Encoder(order="deterministic")
 
 
 class ServedModel:
-    """One model: what it takes, and the scheduler of its jobs.
+    """One model: its parameters, and the scheduler of its jobs.
 
     Args:
-        model: Of the topology.
-        scheduler: Of this model alone.
+        model: A model of the topology.
+        scheduler: Its scheduler, which no other model shares.
     """
 
     def __init__(self, model: Model, scheduler: JobScheduler) -> None:
@@ -41,51 +41,51 @@ class ServedModel:
         self.scheduler = scheduler
         self.serving_config = ServingConfig()
         self.identity: ModelIdentity | None = None
-        """None where its folder is not there, or was not looked at yet."""
+        """None if its folder is missing, or was not read yet."""
         self.unavailable_reason = ""
-        """Why no request can come to its end."""
+        """Why no request for it can be completed; "" if one can."""
         self.weight_file_bytes = 0
-        """Size of its files of weights."""
+        """Bytes of its weight files."""
         self._known = Signature()
         self._described: tuple[Signature, ServingConfig, ModelDescription] | None = None
-        """The latest description, and what it was made of."""
+        """The latest description, and the signature and serving config that it was made from."""
         self._checked_config: ServingConfig | None = None
 
     @property
     def key(self) -> str:
-        """What the journal calls it: its name in the topology, "" where that has none."""
+        """Return its name in the journal: that in the topology, "" if it has none there."""
         return self.model.name
 
     @property
     def name(self) -> str:
-        """What requests give as `model`."""
+        """Return its name in requests."""
         return self.model.name or self.serving_config.name
 
     @property
     def signature(self) -> Signature:
-        """Of whichever instance has loaded it, or was the last to have: they load the same model."""
+        """Return the signature of an instance that has loaded it, else the last one known; all load the same model."""
         found = (i.signature for i in self.scheduler.registry.instances.values() if i.signature.parameters)
         self._known = next(found, self._known)
         return self._known
 
     @property
     def has_been_loaded(self) -> bool:
-        """Whether for every stage there is an instance that has loaded its weights, be they in memory now or not."""
+        """Return whether every stage has an instance that has loaded its weights, even if it is asleep now."""
         loaded = [i for i in self.scheduler.registry.instances.values() if i.awake or i.weights]
         return any(i.kind == "monolithic" for i in loaded) or all(any(i.serves(p) for i in loaded) for p in Stage)
 
     @property
     def parameters(self) -> tuple[Parameter, ...] | None:
-        """What the pipeline takes; None until an instance has loaded it."""
+        """Return the parameters of the pipeline; None until an instance has loaded it."""
         return self.signature.parameters or None
 
     @property
     def lora_names(self) -> list[str]:
-        """Adapters that a request may ask for."""
+        """Return the names of the LoRA adapters that a request may ask for."""
         return [lora.name for lora in self.model.section.lora]
 
     def new_misspellings(self) -> list[str]:
-        """Return a sentence for each misspelt name in the serving config, once per config and parameters known."""
+        """Return a sentence for each misspelt name in the serving config, once for each config."""
         if self.parameters is None or self._checked_config is self.serving_config:
             return []
         self._checked_config = self.serving_config
@@ -93,17 +93,17 @@ class ServedModel:
         return self.serving_config.misspellings(taken, self.model.path / SERVING_CONFIG_NAME)
 
     def describe(self, created_at: float, state: str) -> ModelDescription:
-        """Describe the model: what it is, what it takes and what it does at present."""
+        """Return the description of the model, with its state."""
         return replace(self._description, created_at=created_at, state=state)
 
     @property
     def description_version(self) -> str:
-        """The version of its description; another one as soon as the description differs."""
+        """Return the version of its description, which changes with the description."""
         return self._description.version
 
     @property
     def _description(self) -> ModelDescription:
-        """The description without what changes while the model is served: its state."""
+        """Return the description without its state and creation time."""
         signature, serving_config = self.signature, self.serving_config
         if self._described is None or self._described[:2] != (signature, serving_config):
             made = self._make_description(signature, serving_config)
@@ -137,11 +137,11 @@ class ServedModel:
 
 
 class ServedModels:
-    """All of them, in the order of the topology.
+    """All served models, in the order of the topology.
 
     Args:
-        served: At least one.
-        instances: Name of each instance, and the model that it serves.
+        served: At least one model.
+        instances: The model of each instance, by name of the instance.
     """
 
     def __init__(self, served: Iterable[ServedModel], instances: Mapping[str, ServedModel]) -> None:
@@ -150,38 +150,38 @@ class ServedModels:
 
     @property
     def schedulers(self) -> tuple[JobScheduler, ...]:
-        """Their schedulers."""
+        """Return the schedulers of all models."""
         return tuple(served.scheduler for served in self.all)
 
     def find(self, name: str) -> ServedModel | None:
-        """Return the model that requests call `name`, the first for ""; None where there is none."""
+        """Return the model that requests call `name`, the first for ""; None if there is none."""
         return next((served for served in self.all if name in ("", served.name)), None)
 
     def by_key(self, key: str) -> ServedModel | None:
-        """Return the model that the journal calls `key`."""
+        """Return the model that the journal calls `key`, or None."""
         return next((served for served in self.all if served.key == key), None)
 
     def unknown(self, name: str) -> str:
-        """Say that there is no model of that name, and which there are."""
+        """Return a sentence that there is no model of that name, and which ones there are."""
         names = " and ".join(repr(served.name) for served in self.all)
         return f"the model {name!r} is not served here, {names} {'is' if len(self.all) == 1 else 'are'}"
 
     def of(self, instance: str) -> ServedModel | None:
-        """Return the model that an instance serves; None for what is no instance of the topology."""
+        """Return the model that an instance serves; None if the topology has no such instance."""
         return self._instances.get(instance)
 
     def scheduler_of(self, instance: str) -> JobScheduler:
-        """Return the scheduler of an instance; raises KeyError for what is none of the topology."""
+        """Return the scheduler of an instance; raises KeyError if the topology has no such instance."""
         return self._instances[instance].scheduler
 
     def model_for_resumed(self, request: Request) -> tuple[ServedModel, bool]:
-        """Return the model that goes on with a request of an earlier head, and whether it is the same one.
+        """Return the model for a request of an earlier head, and whether it is the one that accepted the request.
 
-        That of its name, unless another model is called so by now; else the one that it was accepted for, whatever
-        its name has become.
+        It is the model of the same name, unless that name now belongs to another model; else the model with the same
+        identity, whatever its name is now.
         """
         was, named = request.served, self.by_key(request.model)
-        if not (was or request.model):  # an earlier version wrote nothing down, and served one model
+        if not (was or request.model):  # an earlier version recorded no model, and served only one
             return self.all[0], True
         if named and not (was and named.identity and not was.is_same(named.identity)):
             return named, True
@@ -192,29 +192,29 @@ class ServedModels:
 
     @property
     def jobs_count(self) -> int:
-        """How many are active."""
+        """Return the number of active jobs."""
         return sum(len(scheduler.jobs) for scheduler in self.schedulers)
 
     @property
     def requests(self) -> dict[str, Request]:
-        """All that a scheduler has."""
+        """Return the requests of all schedulers, by id."""
         return {id_: request for scheduler in self.schedulers for id_, request in scheduler.requests.items()}
 
     def scheduler_holding(self, request_id: str) -> JobScheduler | None:
-        """Return the scheduler that has a request."""
+        """Return the scheduler that has a request, or None."""
         return next((scheduler for scheduler in self.schedulers if request_id in scheduler.requests), None)
 
     def request(self, request_id: str) -> Request | None:
-        """Return the request of that id, if a scheduler has it."""
+        """Return the request of that id if a scheduler has it, else None."""
         scheduler_holding = self.scheduler_holding(request_id)
         return scheduler_holding.requests[request_id] if scheduler_holding else None
 
     def request_of_key(self, key: str) -> Request | None:
-        """Return the request of an idempotency key, if a scheduler has it."""
+        """Return the request of an idempotency key if a scheduler has it, else None."""
         return next((scheduler.by_key[key] for scheduler in self.schedulers if key in scheduler.by_key), None)
 
     def counts(self) -> dict[str, int]:
-        """Active jobs by state."""
+        """Return the number of active jobs by state."""
         counts: dict[str, int] = {}
         for scheduler in self.schedulers:
             for state, count in scheduler.counts().items():
@@ -222,11 +222,11 @@ class ServedModels:
         return counts
 
     def instance_views(self) -> tuple[InstanceView, ...]:
-        """Return what clients may know of all instances."""
+        """Return what clients may see of all instances."""
         return tuple(view for scheduler in self.schedulers for view in scheduler.instance_views())
 
     def make_room(self, pool: str, nbytes: int, now: float) -> None:
-        """Free `nbytes` bytes of a pool that is full: cached outputs first, then those of models that are asleep."""
+        """Free `nbytes` bytes of a full pool: cached outputs first, then stored outputs of models that are asleep."""
         wanted = nbytes
         for scheduler in self.schedulers:
             if wanted > 0:
@@ -237,16 +237,16 @@ class ServedModels:
 
     @property
     def completed(self) -> int:
-        """Jobs that are done."""
+        """Return the number of completed jobs."""
         return sum(scheduler.tally.completed for scheduler in self.schedulers)
 
     @property
     def average_latency_s(self) -> float:
-        """Of completed jobs; 0 before the first."""
+        """Return the average latency of completed jobs; 0 before the first."""
         return sum(scheduler.tally.latency_s for scheduler in self.schedulers) / max(1, self.completed)
 
     def prompt_cache(self) -> PromptCacheView:
-        """Sum their prompt caches up."""
+        """Return the sums over all prompt caches."""
         views = [scheduler.stored_outputs.cache.view() for scheduler in self.schedulers]
         return PromptCacheView(
             *(sum(getattr(view, name) for view in views) for name in PromptCacheView.__struct_fields__)
@@ -254,13 +254,13 @@ class ServedModels:
 
 
 def weight_file_bytes(places: Iterable[Path]) -> int:
-    """Size of the weights in files and folders; raises OSError."""
+    """Return the bytes of the weight files among `places` and in its folders; raises OSError."""
     files = {file for place in places for file in (place.rglob("*") if place.is_dir() else (place,))}
     return sum(file.stat().st_size for file in files if file.suffix in WEIGHTS)
 
 
 def served_models_of(topology: Topology) -> ServedModels:
-    """Make the models of a topology, with empty schedulers."""
+    """Return the models of a topology, with empty schedulers."""
     served = {model.name: ServedModel(model, _scheduler(topology, model)) for model in topology.models}
     roles = [component for component in topology.components if component.slots]
     return ServedModels(served.values(), {component.name: served[component.model] for component in roles})

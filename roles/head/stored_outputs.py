@@ -1,4 +1,4 @@
-"""Which blocks of a pool are held and for whom, and how much more may be stored. Pure."""
+"""Track which blocks jobs and the prompt cache need, and how much more may be stored. Pure."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from triptych.roles.head.registry import InstanceRegistry
 from triptych.roles.messages.common import LeaseRef, StoredPayload
 
 LOOKAHEAD: Final = 2
-"""Jobs that may be stored for a stage, as a multiple of the slots of its instances, before the stage upstream
-waits: a bound on what waits in the pool rather than at the head."""
+"""Jobs that may have stored outputs for a stage, as a multiple of the slots of its instances, before the stage upstream
+waits. This bounds the jobs that wait in the pool."""
 UNBOUNDED: Final = 1 << 30
 
 
 class StoredOutputs:
-    """Which blocks are held: by the jobs that start from them, and by the prompt cache.
+    """The blocks that are needed: by jobs as the input of their next stage, and by the prompt cache.
 
-    A job says itself which block it holds (`Job.stored`), and is changed here alone. A block is given back when nobody
-    holds it any more: each method that lets go of blocks returns the leases to release.
+    `Job.stored` is the block that a job needs; only this class changes it. A block is released when no job and no cache
+    needs it any more: each method that frees blocks returns the leases to release.
 
     Args:
-        jobs: The active ones, by id.
-        cache: Of the model.
+        jobs: The active jobs, by id.
+        cache: The prompt cache of the model.
     """
 
     def __init__(self, jobs: Mapping[str, Job], cache: PromptCache | None = None) -> None:
@@ -34,12 +34,12 @@ class StoredOutputs:
         self._jobs = jobs
 
     def holds(self, lease: LeaseRef) -> bool:
-        """Whether a job or the cache needs the block."""
+        """Return whether a job or the cache needs the block."""
         return lease in self.cache or any(job.lease == lease for job in self._jobs.values())
 
     @property
     def leases(self) -> set[LeaseRef]:
-        """Every block that a job or the cache needs."""
+        """Return every block that a job or the cache needs."""
         return self._used | set(self.cache.leases)
 
     @property
@@ -47,13 +47,13 @@ class StoredOutputs:
         return {lease for job in self._jobs.values() if (lease := job.lease)}
 
     def put(self, job: Job, stage: Stage, payload: StoredPayload) -> tuple[LeaseRef, ...]:
-        """Note that a job goes on from the output of a stage, in place of what that was made of."""
+        """Set the stored output of a job, in place of the previous one; return the leases to release."""
         freed = self.drop(job)
         job.stored = StoredOutput(stage, payload)
         return freed
 
     def drop(self, job: Job, *, spoilt: bool = False) -> tuple[LeaseRef, ...]:
-        """Let a job start from nothing any more; what is spoilt, the cache forgets as well."""
+        """Remove the stored output of a job, with `spoilt` from the cache too; return the leases to release."""
         lease = job.lease
         if lease is None:
             return ()
@@ -63,15 +63,15 @@ class StoredOutputs:
         return () if self.holds(lease) else (lease,)
 
     def offer(self, key: bytes, seed: int, stored: StoredPayload, *, seed_independent: bool) -> tuple[LeaseRef, ...]:
-        """Let the cache keep an encoder's output."""
+        """Offer an encoder's output to the cache; return the leases to release."""
         gone = self.cache.offer(key, seed, stored, seed_independent=seed_independent)
         return tuple(lease for lease in gone if not self.holds(lease))
 
     def evict(self, pool: str, nbytes: int) -> tuple[LeaseRef, ...]:
-        """Take `nbytes` bytes from the cache, the least recently used first, what no job holds before the rest.
+        """Evict `nbytes` bytes from the cache, the least recently used first, but blocks that jobs need last.
 
-        The rest goes as well, and is given back when its last job lets go of it: were it kept, new jobs could hold
-        it for ever.
+        Blocks that jobs need are evicted too, and released with the last of these jobs: otherwise new jobs could use
+        them for ever.
         """
         used = self._used
         here = (lease for lease in self.cache.leases if lease.pool == pool)
@@ -84,13 +84,13 @@ class StoredOutputs:
         return tuple(lease for lease in gone if lease not in used)
 
     def clear(self) -> tuple[LeaseRef, ...]:
-        """Empty the cache."""
+        """Empty the cache; return the leases to release."""
         leases = self.cache.leases
         self.cache.drop(leases)
         return tuple(lease for lease in leases if not self.holds(lease))
 
     def lose(self, pool: str, older_than: int) -> list[Job]:
-        """Forget what lay in a pool's earlier generations; returns the jobs that held some of it."""
+        """Forget blocks of a pool's earlier generations; return the jobs that needed one."""
 
         def gone(lease: LeaseRef) -> bool:
             return lease.pool == pool and lease.pool_generation < older_than
@@ -103,11 +103,11 @@ class StoredOutputs:
 
 
 def downstream_capacity(stage: Stage, jobs: Collection[Job], registry: InstanceRegistry) -> int:
-    """How many jobs more may be stored for the stage that comes after `stage`; may be negative."""
+    """Return how many more jobs may be stored for the stage after `stage`; may be negative."""
     after = next((p for p, upstream in UPSTREAM.items() if upstream is stage), None)
     if after is None:
         return UNBOUNDED
-    # While no instance of it is there, those that are to come count: what is stored for them is bounded as well.
+    # Without an instance of that stage, count the configured ones, so that the bound holds for them too.
     slots = registry.slots(after) or registry.configured.get(after, 0)
     if not slots:
         return UNBOUNDED
