@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,13 @@ def _make(path: Path, family: str) -> None:
     unfinished = path.with_name(f"{family}.unfinished")
     make_model(unfinished, Family(family), progress=False)
     unfinished.rename(path)
+
+
+@pytest.fixture(autouse=True)
+def gradients() -> None:
+    """Each test starts with gradients on: a denoise turns them off on its thread, for good."""
+    if torch := sys.modules.get("torch"):
+        torch.set_grad_enabled(True)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -16,13 +16,3 @@ def processes() -> Iterator[StageProcesses]:
 
     with start_stage_processes() as started:
         yield started
-
-
-@pytest.fixture(autouse=True)
-def gradients() -> Iterator[None]:
-    """Each test starts with gradients on: a denoise turns them off on its thread, for good."""
-    import torch
-
-    torch.set_grad_enabled(True)
-    yield
-    torch.set_grad_enabled(True)

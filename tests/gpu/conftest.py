@@ -16,15 +16,12 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 
-from tests.engines.conftest import gradients
-
 try:
     from tests.roles.conftest import inbox, local_cluster, make_topology, plain_tracebacks, run, tiny_model
 except ImportError:  # each file says which package it lacks
     local_cluster = inbox = make_topology = plain_tracebacks = run = tiny_model = None
 
 __all__ = [
-    "gradients",
     "inbox",
     "local_cluster",
     "make_topology",

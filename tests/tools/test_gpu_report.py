@@ -34,13 +34,6 @@ TELL = 'import os, sys, time; tell = lambda line: os.write(int(sys.argv[1]), lin
 VALUE = '{"measured": {"what": "speed", "value": 3.0}}'
 
 
-@pytest.fixture(autouse=True)
-def gradients() -> Iterator[None]:
-    """A denoise turns them off on its thread, for good."""
-    yield
-    torch.set_grad_enabled(True)
-
-
 @pytest.fixture(scope="module")
 def scratch() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="triptych-gpu-test-"))

@@ -249,7 +249,7 @@ def test_a_word_that_a_model_is_taught_is_that_of_diffusers(models: Models, tmp_
     save_file({"emb_params": torch.zeros(2, 5)}, tmp_path / "other.safetensors")
     for name, family, sentence in (
         ("other.safetensors", "sdxl", "vectors of 5 numbers"),
-        ("other.bin", "sdxl", "no other is read"),
+        ("other.bin", "sdxl", "others are not read"),
         ("none.safetensors", "sdxl", "cannot be read"),
         ("ink.safetensors", "wan", "loads no embeddings into"),
     ):
