@@ -14,7 +14,8 @@ from starlette.types import ASGIApp
 from triptych.api.access import AccessMiddleware
 from triptych.api.artifacts import get_file
 from triptych.api.cluster import get_cluster, get_health, is_live, is_ready
-from triptych.api.errors import HANDLERS, not_found
+from triptych.api.errors import not_found
+from triptych.api.exception_handlers import EXCEPTION_HANDLERS
 from triptych.api.images import create_image, create_image_edit
 from triptych.api.keys import ApiKeys
 from triptych.api.models import get_model, list_models
@@ -67,6 +68,6 @@ ROUTES: Final = [
 
 def make_app(services: Services, keys: ApiKeys | None = None) -> ASGIApp:
     """Make the ASGI application; where there are `keys`, requests need one."""
-    app = Starlette(routes=ROUTES, exception_handlers=HANDLERS)
+    app = Starlette(routes=ROUTES, exception_handlers=EXCEPTION_HANDLERS)
     app.router.redirect_slashes = False
     return RequestContextMiddleware(AccessMiddleware(app, services.topology.api, keys), services)

@@ -1,8 +1,7 @@
-"""Read a request's body: its fields by name. Bodies are bounded in size and in time, each one and all together."""
+"""Read a request's body, JSON or a form: its fields by name."""
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -19,15 +18,10 @@ MAX_TEXT_BYTES = 1 << 19
 """Of a body without its images. Half of what a mailbox takes, so that nothing here is too long for the bus."""
 MAX_JSON_BYTES = 1 << 26
 MAX_FORM_BYTES = 1 << 27
-MAX_BUFFERED_BYTES = 1 << 29
-"""Of all bodies that are read at one time."""
 MAX_FILES = 512
 """Of a form."""
 MAX_FIELDS = 128
 """Of a form, beside its files."""
-BODY_TIMEOUT_S = 30.0
-"""And a second more for each `MIN_BYTES_PER_S` that have come."""
-MIN_BYTES_PER_S = 1 << 20
 _LONE_SURROGATE = re.compile(
     rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
 )
@@ -56,48 +50,10 @@ async def read_body(request: ApiRequest) -> AsyncIterator[BodyFields]:
     is_form = content_type != "application/json"
     limit = MAX_FORM_BYTES if is_form else MAX_JSON_BYTES
     async with AsyncExitStack() as stack:
-        chunks = await stack.enter_async_context(request.state["services"].body_limiter.stream_chunks(request, limit))
+        limiter = request.state["services"].body_limiter
+        chunks = await stack.enter_async_context(limiter.stream_chunks(request.stream(), limit))
         fields = await (_read_form(request.headers, chunks, stack) if is_form else _read_object(chunks))
         yield BodyFields(fields, is_form)
-
-
-class BodyLimiter:
-    """Bound the bytes of all request bodies in memory."""
-
-    def __init__(self, limit: int = MAX_BUFFERED_BYTES) -> None:
-        self.limit = limit
-        self.buffered = 0
-
-    @asynccontextmanager
-    async def stream_chunks(self, request: ApiRequest, limit: int) -> AsyncIterator[AsyncGenerator[bytes, None]]:
-        """Give the chunks of a body of at most `limit` bytes; it counts as held until the block is left.
-
-        Raises ApiError 408 (too slow), 413 (too long), 429 (too much together), within the block.
-        """
-        received = 0
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-
-        async def chunks() -> AsyncGenerator[bytes, None]:
-            nonlocal received
-            async for chunk in request.stream():
-                received += len(chunk)
-                self.buffered += len(chunk)
-                if received > limit:
-                    raise ApiError(413, f"the body must be at most {limit} bytes", code="too_long")
-                if self.buffered > self.limit:
-                    raise ApiError(429, "too much is being sent at once: retry later", code="full")
-                timer.reschedule(began + BODY_TIMEOUT_S + received / MIN_BYTES_PER_S)
-                yield chunk
-            timer.reschedule(None)
-
-        try:
-            async with asyncio.timeout(BODY_TIMEOUT_S) as timer:
-                yield chunks()
-        except TimeoutError:
-            raise ApiError(408, "the body did not arrive in time: retry, or send less", code="timeout") from None
-        finally:
-            self.buffered -= received
 
 
 async def _read_object(chunks: AsyncGenerator[bytes, None]) -> dict[str, object]:

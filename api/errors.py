@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any, Final
 
-import structlog
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from triptych.api.responses import JSONResponse
-from triptych.api.services import ApiRequest
 from triptych.bus import AskTimeoutError, BusError, MailboxFullError, MessageTooLongError, RemoteError, UnreachableError
-
-log = structlog.stdlib.get_logger("api")
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's number for it. Only the access log shows it."""
 
 HEAD_UNREACHABLE = "head_unreachable"
-_OPERATOR_RETRY_S = 60.0
-"""Where an operator has to act."""
 RETRY_S = 1.0
 """After which a client may retry, where nothing better is known."""
 _RETRYABLE = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
@@ -129,39 +120,3 @@ def error_response(error: ApiError) -> JSONResponse:
 def _truncate(text: str, most: int) -> str:
     # Errors quote what a client sent, which may be long.
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"
-
-
-async def _on_expected(request: ApiRequest, error: Exception) -> JSONResponse:
-    match error:
-        case ApiError():
-            if error.status == HTTPStatus.UNPROCESSABLE_ENTITY:  # maybe for a description that is out of date
-                request.state["services"].head.forget_descriptions()
-            return error_response(error)
-        case HTTPException():
-            return error_response(from_http(error, request.method, request.url.path))
-        case BusError():
-            mapped = from_bus(error)
-            cluster = request.state["services"].cluster
-            if mapped.code == HEAD_UNREACHABLE and (reason := await cluster.give_up_reason("head")):
-                message = f"the head is not started any more ({reason}): the server has to be restarted"
-                mapped = ApiError(503, message, code=HEAD_UNREACHABLE, retry_after_s=_OPERATOR_RETRY_S)
-            if mapped.status != HTTPStatus.NOT_FOUND:
-                log.warning("bus error", error=repr(error), status=mapped.status)
-            return error_response(mapped)
-        case _:  # ClientDisconnect
-            message = "the client hung up within the body"
-            return error_response(ApiError(CLIENT_CLOSED_REQUEST, message, code="client_closed_request"))
-
-
-async def _on_crash(_: ApiRequest, _error: Exception) -> JSONResponse:
-    # Starlette raises it again after this answer, and uvicorn logs it with its traceback.
-    return error_response(ApiError(500, "internal error: the log has the details", code="internal_error"))
-
-
-HANDLERS: Final[Mapping[type[Exception], Any]] = {
-    ApiError: _on_expected,
-    HTTPException: _on_expected,
-    BusError: _on_expected,
-    ClientDisconnect: _on_expected,
-    Exception: _on_crash,
-}

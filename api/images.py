@@ -14,8 +14,9 @@ from triptych.api.errors import field_error
 from triptych.api.media_request import MediaRequest, ParsedRequest, read_media_request
 from triptych.api.operations import Answer, RequestBody, operation
 from triptych.api.requests import idempotency_key, raise_unless_done, request_object, submit, wait
-from triptych.api.responses import JSONResponse, artifact_url, request_url
+from triptych.api.responses import JSONResponse
 from triptych.api.services import ApiRequest
+from triptych.api.urls import artifact_url, request_url
 from triptych.roles.media.formats import FORMATS, REQUESTED_FORMATS
 from triptych.roles.messages.common import Output
 from triptych.roles.messages.requests import RequestView

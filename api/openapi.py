@@ -183,7 +183,7 @@ def _request() -> dict[str, Any]:
 
 
 def _cluster() -> dict[str, Any]:
-    """`api.cluster.ClusterObserver.snapshot`."""
+    """`api.cluster_observer.ClusterObserver.snapshot`."""
     rows = {"type": "array", "items": {"type": "object"}}
     texts = {"type": "array", "items": _TEXT}
     head = {"anyOf": [shape(inspect.type_info(ClusterView)), {"type": "null"}]}

@@ -15,8 +15,9 @@ from triptych.api.client import summarize_causes
 from triptych.api.errors import CLIENT_CLOSED_REQUEST, ApiError, not_found
 from triptych.api.media_request import MediaRequest, ParsedRequest
 from triptych.api.operations import operation
-from triptych.api.responses import JSONResponse, artifact_url, to_builtins
+from triptych.api.responses import JSONResponse, to_builtins
 from triptych.api.services import ApiRequest
+from triptych.api.urls import artifact_url
 from triptych.bus import AskTimeoutError, UnreachableError
 from triptych.roles.head.job import State
 from triptych.roles.messages.common import Images, Input, Json, Numbers, Options, Output, Tensors

@@ -1,4 +1,4 @@
-"""JSON answers, and the URLs in them."""
+"""JSON answers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from typing import Any
 
 import msgspec
 from starlette.responses import Response
-
-from triptych.api.services import ApiRequest
 
 
 class JSONResponse(Response):
@@ -29,19 +27,3 @@ def to_builtins(value: object) -> Any:
     if isinstance(value, list | tuple):
         return [to_builtins(item) for item in value]
     return value
-
-
-def url_of(request: ApiRequest, path: str) -> str:
-    """Return the URL of a path; it starts with `[api] public_url`, else where the client connected."""
-    public_url = request.state["services"].topology.api.public_url
-    return (public_url or str(request.base_url)).rstrip("/") + path
-
-
-def request_url(request: ApiRequest, request_id: str) -> str:
-    """Return the URL of a request."""
-    return url_of(request, f"/v1/requests/{request_id}")
-
-
-def artifact_url(request: ApiRequest, name: str) -> str:
-    """Return the URL of an artifact."""
-    return url_of(request, f"/v1/images/{name}")

@@ -17,8 +17,8 @@ from triptych.actors import Actor, Component, StartDelayedError, StartError, Top
 from triptych.actors.child_state import ChildState
 from triptych.actors.topology import parse_size
 from triptych.api.app import make_app
-from triptych.api.body import BodyLimiter
-from triptych.api.cluster import ClusterObserver
+from triptych.api.body_limiter import BodyLimiter
+from triptych.api.cluster_observer import ClusterObserver
 from triptych.api.connections import ConnectionLimits, LimitedH11Protocol, connection_limit, raise_file_limit
 from triptych.api.head_client import RETRY_S, HeadClient
 from triptych.api.keys import ApiKeys, ApiKeysError, load_api_keys

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias, TypedDict
+from typing import TypeAlias, TypedDict
 
 from starlette.requests import Request
 
-if TYPE_CHECKING:  # these modules have endpoints, which import this one
-    from triptych.actors.topology import Topology
-    from triptych.api.body import BodyLimiter
-    from triptych.api.cluster import ClusterObserver
-    from triptych.api.head_client import HeadClient
-    from triptych.api.uploads import UploadService
-    from triptych.roles.media.artifacts import ArtifactStore
+from triptych.actors.topology import Topology
+from triptych.api.body_limiter import BodyLimiter
+from triptych.api.cluster_observer import ClusterObserver
+from triptych.api.head_client import HeadClient
+from triptych.api.uploads import UploadService
+from triptych.roles.media.artifacts import ArtifactStore
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from PIL import Image
 from triptych.actors import AddressBook, Incarnation, load_topology
 from triptych.actors.runtime.runtime import Runtime
 from triptych.api.app import make_app
-from triptych.api.body import BodyLimiter
-from triptych.api.cluster import ClusterObserver
+from triptych.api.body_limiter import BodyLimiter
+from triptych.api.cluster_observer import ClusterObserver
 from triptych.api.head_client import HeadClient
 from triptych.api.server import build
 from triptych.api.services import Services

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from triptych.api import body
+from triptych.api import body, body_limiter
 from triptych.api.errors import error_response, error_type, from_bus
 from triptych.bus import AskTimeoutError, BusError, MailboxFullError, MessageTooLongError, RemoteError, UnreachableError
 from triptych.roles.messages import requests as wire
@@ -132,7 +132,7 @@ async def test_413_without_reading_on(client, fake_head):
 
 
 async def test_408_for_a_body_that_does_not_end(client, fake_head, monkeypatch):
-    monkeypatch.setattr(body, "BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(body_limiter, "BODY_TIMEOUT_S", 0.05)
 
     async def stuck():
         yield b"{"

@@ -19,7 +19,7 @@ from triptych.actors.runtime.system_messages import (
     SupervisorReport,
 )
 from triptych.api.app import ROUTES
-from triptych.api.cluster import actor_rows, assess_readiness
+from triptych.api.cluster_observer import actor_rows, assess_readiness
 from triptych.bus import DeadLetter, Mailbox
 from triptych.roles.messages import requests as wire
 from triptych.roles.messages.pool import PoolDescription, PoolQuery
@@ -80,7 +80,7 @@ async def test_a_head_that_was_given_up_is_called_that(client, topology):
 
 async def test_a_request_that_is_not_there_is_no_warning(client, fake_head, monkeypatch):
     lines = []
-    monkeypatch.setattr("triptych.api.errors.log.warning", lambda event, **_: lines.append(event))
+    monkeypatch.setattr("triptych.api.exception_handlers.log.warning", lambda event, **_: lines.append(event))
     assert (await client.get("/v1/requests/nothing")).status_code == 404
     assert not lines
 
