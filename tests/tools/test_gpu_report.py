@@ -119,7 +119,7 @@ def test_what_a_row_raises_becomes_a_sentence(tmp_path: Path) -> None:
 
 
 def report(device: str, shapes: str) -> Report:
-    machine = RowResult("machine", "The machine", Status.DONE, values=[Measured("card", "NVIDIA H200")])
+    machine = RowResult("machine", "The machine", Status.DONE, values=[Measured("GPU", "NVIDIA H200")])
     flux = RowResult(
         "flux", "FLUX.1-dev", Status.DONE, values=[Measured("an image, our engine", 5.43, "s", "28 steps")]
     )

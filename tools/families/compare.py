@@ -82,7 +82,7 @@ def run_reference(pipeline: str, folder: Path, inputs: dict[str, Any]) -> dict[s
 
 
 def _implied(case: Case) -> dict[str, Any]:
-    # What a task of a card says already, such as that there is sound, must be said to the whole pipeline.
+    # What the task of a serving config says already, such as that there is sound, must be said to the whole pipeline.
     workflows = blocks_of(case.pipeline)._workflow_map or {}
     implied = workflows.get(case.task, {})
     return dict(implied[0] if isinstance(implied, tuple) else implied)

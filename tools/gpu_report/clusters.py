@@ -138,7 +138,7 @@ async def served_cluster(
     overrides: dict[str, dict[str, object]] = {
         "api": {"port": 0},
         "roles": dict.fromkeys(kinds, device),
-        # A card is asked for gigabytes at a time, and then the process may be silent for longer than usual.
+        # A GPU is asked for gigabytes at a time, and then the process may be silent for longer than usual.
         "supervision": {"heartbeat_timeout_s": 60},
         **sections,
     }

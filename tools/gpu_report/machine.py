@@ -42,16 +42,16 @@ def machine(context: RowContext) -> None:
     absent = [f"{name} ({what})" for name, what in WANTED.items() if importlib.util.find_spec(name) is None]
     context.value("not installed", ", ".join(absent) or "nothing")
     if context.cuda:
-        _card(context)
+        _gpu(context)
     _ceilings(context)
 
 
-def _card(context: RowContext) -> None:
+def _gpu(context: RowContext) -> None:
     import torch
 
     properties = torch.cuda.get_device_properties(context.device)
-    context.value("card", properties.name, note=f"{properties.multi_processor_count} multiprocessors")
-    context.value("card memory", properties.total_memory / 2**30, "GiB")
+    context.value("GPU", properties.name, note=f"{properties.multi_processor_count} multiprocessors")
+    context.value("GPU memory", properties.total_memory / 2**30, "GiB")
     context.value("CUDA of torch", str(torch.version.cuda))
     found = nvidia_smi(f"--query-gpu={','.join(_FIELDS)}")
     context.value("nvidia-smi", found or "does not answer", note=", ".join(_FIELDS))

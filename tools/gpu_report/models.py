@@ -97,7 +97,7 @@ class FluxShapes:
         steps: Of an image.
         long: Steps of an image in whose middle a process can be killed.
         nbytes: About what its files take.
-        card_gib: Memory of the GPU that one process needs.
+        gpu_gib: Memory of the GPU that one process needs.
     """
 
     recipe: Recipe

@@ -87,7 +87,7 @@ def shown(measured: Measured) -> str:
 def _machine(report: Report) -> str:
     row = report.row(_MACHINE)
     known = {measured.what: shown(measured) for measured in row.values} if row else {}
-    what = known.get("card") or known.get("processor") or "an unknown machine"
+    what = known.get("GPU") or known.get("processor") or "an unknown machine"
     versions = [f"{name} {known[name]}" for name in ("torch", "diffusers", "transformers") if name in known]
     return f"{report.device} ({', '.join([what, *versions])})"
 

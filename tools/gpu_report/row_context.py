@@ -111,7 +111,7 @@ class RowContext:
         return statistics.median(taken[1:] or taken)
 
     def needs(self, gib: float) -> None:
-        """Raise RowSkippedError where the card has less memory than that."""
+        """Raise RowSkippedError where the GPU has less memory than that."""
         if not self.cuda:
             return
         import torch

@@ -170,7 +170,7 @@ def unpack_latents(patches: torch.Tensor) -> torch.Tensor:
 
 
 def save_model(folder: Path, autoencoder: AutoencoderTiny, painter: TextToLatents) -> None:
-    """Write a Flux folder of float16 weights that loads as float32, and its card of defaults.
+    """Write a Flux folder of float16 weights that loads as float32, and its serving config.
 
     The models themselves are left as they are.
     """
