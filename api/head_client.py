@@ -16,7 +16,7 @@ from triptych.roles.messages.requests import (
     ListModels,
     ListRequests,
     ModelDescription,
-    ModelList,
+    ModelDescriptions,
     QueryRequest,
     RequestAccepted,
     RequestDeleted,
@@ -85,7 +85,7 @@ class HeadClient:
 
     async def models(self) -> tuple[ModelDescription, ...]:
         """Describe all models, in the order of the topology."""
-        return (await self._ask(ListModels(), ModelList)).models
+        return (await self._ask(ListModels(), ModelDescriptions)).models
 
     async def describe(self, model: str) -> ModelDescription:
         """Describe a model as it is now, the first for ""; raises RemoteError "model_not_found"."""

@@ -18,7 +18,7 @@ from starlette.datastructures import UploadFile
 from triptych.api.body import MAX_TEXT_BYTES, read_body
 from triptych.api.errors import ApiError, field_error
 from triptych.api.services import ApiRequest
-from triptych.api.uploads import MAX_FILES, MAX_FRAMES, Size, Source, UploadService
+from triptych.api.uploads import MAX_FILES, MAX_FRAMES, ImageSize, Source, UploadService
 from triptych.engines.parameters.schema import IMAGE_KINDS, KIND_DESCRIPTIONS, KNOWN_KINDS, ParameterKind, Task
 from triptych.engines.parameters.validation import MAX_TEXT
 from triptych.roles.messages.common import MAX_SEED, Json, Numbers, Options, Scalar
@@ -272,7 +272,7 @@ async def _convert_inputs(
     is_form: bool,
 ) -> dict[str, PipelineInput]:
     values: dict[str, PipelineInput] = {}
-    sizes: dict[str, Size] = {}
+    sizes: dict[str, ImageSize] = {}
     for name, (param, value) in fields.items():
         kind = kinds.get(name)
         if kind in IMAGE_KINDS and value is not None:

@@ -48,7 +48,7 @@ _MAGIC: Final = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
 _FORMATS: Final = [name for name in ENDINGS if name != "MPO"]
 
 
-class Size(NamedTuple):
+class ImageSize(NamedTuple):
     """Of an image, in pixels."""
 
     width: int
@@ -66,7 +66,7 @@ class UploadService:
         # An image of the largest size is 256 MB when it is decoded.
         self._decoding = asyncio.Semaphore(MAX_CONCURRENT_DECODES)
 
-    async def save(self, param: str, sources: Sequence[Source]) -> tuple[Images, Size]:
+    async def save(self, param: str, sources: Sequence[Source]) -> tuple[Images, ImageSize]:
         """Check images and keep them; returns the size of the first as well.
 
         Raises ApiError that names `param`: 413 (too large), 415 (another format), 422 (no image), 503 (no room).
@@ -79,7 +79,7 @@ class UploadService:
             left -= size.width * size.height
         return Images(tuple(files)), sizes[0]
 
-    async def _save_one(self, param: str, source: Source, left: int) -> tuple[Upload, Size]:
+    async def _save_one(self, param: str, source: Source, left: int) -> tuple[Upload, ImageSize]:
         data = await _read(param, source)
         async with self._decoding:
             return await asyncio.to_thread(self._check_and_save, data, param, left)
@@ -96,7 +96,7 @@ class UploadService:
             names = await asyncio.to_thread(check_safetensors, data, param)
             return Tensors(await asyncio.to_thread(self._save, data, param, TENSORS_ENDING), names)
 
-    def _check_and_save(self, data: bytes, param: str, left: int) -> tuple[Upload, Size]:
+    def _check_and_save(self, data: bytes, param: str, left: int) -> tuple[Upload, ImageSize]:
         ending, size = check_image(data, param, left)
         return replace(self._save(data, param, ending), pixels=size.width * size.height), size
 
@@ -149,7 +149,7 @@ def _decode_chunks(encoded: bytes) -> Iterator[bytes]:
         yield binascii.a2b_base64(piece, strict_mode=True)
 
 
-def check_image(data: bytes, param: str, left: int = MAX_TOTAL_PIXELS) -> tuple[str, Size]:
+def check_image(data: bytes, param: str, left: int = MAX_TOTAL_PIXELS) -> tuple[str, ImageSize]:
     """Decode an image to see that it can be.
 
     What it is shows in its bytes, whatever it is called. Its size is bounded before it is decoded.
@@ -185,7 +185,7 @@ def check_image(data: bytes, param: str, left: int = MAX_TOTAL_PIXELS) -> tuple[
         return _check_open_image(image, param)
 
 
-def _check_open_image(image: Image.Image, param: str) -> tuple[str, Size]:
+def _check_open_image(image: Image.Image, param: str) -> tuple[str, ImageSize]:
     if image.width * image.height > MAX_PIXELS:
         raise _too_many_pixels(param)
     ending = ENDINGS[str(image.format)]
@@ -202,9 +202,9 @@ def _check_open_image(image: Image.Image, param: str) -> tuple[str, Size]:
     return ending, size
 
 
-def _upright_size(image: Image.Image) -> Size:
+def _upright_size(image: Image.Image) -> ImageSize:
     turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    return Size(image.height, image.width) if turned else Size(image.width, image.height)
+    return ImageSize(image.height, image.width) if turned else ImageSize(image.width, image.height)
 
 
 def _damaged(param: str, error: Exception) -> ApiError:

@@ -31,7 +31,7 @@ from triptych.engines.weights.files import WeightFormat, component_files
 from triptych.engines.weights.inspection import (
     ComponentEntry,
     Finding,
-    Tensor,
+    TensorHeader,
     class_problem,
     component_entries,
     config_of,
@@ -307,7 +307,7 @@ def _empty(entry: ComponentEntry, cls: Any) -> Any:
         return cls.from_config(cls.load_config(str(entry.folder)))
 
 
-def _renamed(entry: ComponentEntry, cls: Any, there: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(entry: ComponentEntry, cls: Any, there: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
     """Return the tensors by the names that the present version of diffusers has for them."""
     rename = getattr(_empty(entry, cls), "_fix_state_dict_keys_on_load", None)
     renamed = dict(there)
@@ -318,7 +318,7 @@ def _renamed(entry: ComponentEntry, cls: Any, there: Mapping[str, Tensor]) -> di
 
 
 def _transformers_difference(
-    entry: ComponentEntry, cls: Any, there: Mapping[str, Tensor], wanted: Shapes
+    entry: ComponentEntry, cls: Any, there: Mapping[str, TensorHeader], wanted: Shapes
 ) -> list[tuple[str, bool]]:
     """Return the differences that transformers reports, since it renames, ties and merges weights while loading."""
     weights = {name: torch.empty(tensor.shape, device="meta") for name, tensor in there.items()}

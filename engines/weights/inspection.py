@@ -26,7 +26,7 @@ __all__ = [
     "ComponentEntry",
     "Finding",
     "HeaderError",
-    "Tensor",
+    "TensorHeader",
     "component_entries",
     "inspect_files",
     "read_header",
@@ -83,7 +83,7 @@ class Finding(msgspec.Struct, frozen=True):
     """Whether the model cannot be served; otherwise it can, but maybe not as intended."""
 
 
-class Tensor(msgspec.Struct, frozen=True):
+class TensorHeader(msgspec.Struct, frozen=True):
     """A tensor, as described in the header of its file."""
 
     dtype: str
@@ -116,7 +116,7 @@ class HeaderError(Exception):
     """A safetensors file cannot be read; the message is the rest of a sentence about the file."""
 
 
-def read_header(path: Path) -> dict[str, Tensor]:
+def read_header(path: Path) -> dict[str, TensorHeader]:
     """Read the header of a safetensors file, and check the size of the file.
 
     Returns:
@@ -144,13 +144,13 @@ def read_header(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _parse_header(header: bytes) -> tuple[dict[str, Tensor], int]:
+def _parse_header(header: bytes) -> tuple[dict[str, TensorHeader], int]:
     """Return the tensors of a header, and the bytes of all of them."""
     told = json.loads(header)
     if not isinstance(told, dict):
         raise ValueError("it is no object")  # noqa: TRY004  as for any other wrong header
     tensors = {
-        str(name): Tensor(str(found["dtype"]), tuple(int(side) for side in found["shape"]))
+        str(name): TensorHeader(str(found["dtype"]), tuple(int(side) for side in found["shape"]))
         for name, found in told.items()
         if name != _METADATA
     }
@@ -158,13 +158,13 @@ def _parse_header(header: bytes) -> tuple[dict[str, Tensor], int]:
     return tensors, max(ends, default=0)
 
 
-def read_headers(files: WeightFiles) -> tuple[dict[str, Tensor], list[str]]:
+def read_headers(files: WeightFiles) -> tuple[dict[str, TensorHeader], list[str]]:
     """Read the headers of all files of a component, and compare them with the index of shards.
 
     Returns:
         The tensors by name, and the problems of files, as sentences without a full stop.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, TensorHeader] = {}
     problems = []
     broken = set()
     for path in files.files:

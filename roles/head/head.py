@@ -167,7 +167,7 @@ class Head(Actor):
         """Describe a model."""
         return self.model_manager.describe(message.model)
 
-    async def list_models(self, _: requests.ListModels) -> requests.ModelList:
+    async def list_models(self, _: requests.ListModels) -> requests.ModelDescriptions:
         """Describe every model."""
         return self.model_manager.describe_all()
 

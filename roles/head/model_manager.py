@@ -60,9 +60,9 @@ class ModelManager:
         """Describe a model; raises RefusedError if there is none of that name."""
         return self._describe(self._find(name))
 
-    def describe_all(self) -> requests.ModelList:
+    def describe_all(self) -> requests.ModelDescriptions:
         """Describe every model, in the order of the topology."""
-        return requests.ModelList(tuple(self._describe(served) for served in self._models.all))
+        return requests.ModelDescriptions(tuple(self._describe(served) for served in self._models.all))
 
     def states(self) -> dict[str, str]:
         """Return the state of each model, by name."""

@@ -14,7 +14,7 @@ from triptych.roles.messages.requests import InstanceView
 from triptych.roles.messages.stages import RegisterInstance
 
 
-class ExitKind(StrEnum):
+class ExitCause(StrEnum):
     """How an instance ended: says whether its jobs may be the cause."""
 
     CRASHED = "its process ended"
@@ -80,11 +80,11 @@ class InstanceRecord:
         """Whether its weights are on its device, or are being loaded."""
         return self.awake or self.changing_to == "wake"
 
-    def end(self, stalled_after_s: float) -> ExitKind:
+    def end(self, stalled_after_s: float) -> ExitCause:
         """Return how it ended, when its connection is lost."""
         if self.leaving:
-            return ExitKind.STOPPED
-        return ExitKind.STALLED if self.silent_s >= stalled_after_s else ExitKind.CRASHED
+            return ExitCause.STOPPED
+        return ExitCause.STALLED if self.silent_s >= stalled_after_s else ExitCause.CRASHED
 
     def serves(self, stage: Stage) -> bool:
         """Return whether it takes jobs at `stage`. A monolithic instance takes a job at its first stage, for all."""

@@ -23,7 +23,7 @@ from triptych.roles.head.effects import (
     TurnInstance,
 )
 from triptych.roles.head.job import DONE, RUNNING, UPSTREAM, WAITING, Job, Request, State
-from triptych.roles.head.registry import ExitKind, InstanceRegistry
+from triptych.roles.head.registry import ExitCause, InstanceRegistry
 from triptych.roles.head.rolling_restart import next_to_restart
 from triptych.roles.head.stored_outputs import StoredOutputs, downstream_capacity
 from triptych.roles.messages.common import Attempt, LeaseRef, Rebind, StoredPayload
@@ -263,16 +263,16 @@ class JobScheduler:
         """Return the seconds that the oldest unassigned job has waited; None if there is none."""
         return max((job.stage_s for job in self.jobs.values() if not job.instance), default=None)
 
-    def instance_down(self, name: str, cause: str, now: float, end: ExitKind = ExitKind.CRASHED) -> None:
+    def instance_down(self, name: str, cause: str, now: float, end: ExitCause = ExitCause.CRASHED) -> None:
         """Remove an instance that has ended, and retry its jobs.
 
         Only a crash counts as a failure of the job.
         """
         self.registry.remove(name)
         for job in [u for u in self.jobs.values() if u.instance == name]:
-            job.deaths += job.running and end is ExitKind.CRASHED
-            job.stalls += job.running and end is ExitKind.STALLED
-            self._retry(job, f"{name}: {cause}", now, counts=end is ExitKind.CRASHED)
+            job.deaths += job.running and end is ExitCause.CRASHED
+            job.stalls += job.running and end is ExitCause.STALLED
+            self._retry(job, f"{name}: {cause}", now, counts=end is ExitCause.CRASHED)
 
     def connection_lost(self, name: str, generation: int, now: float) -> bool:
         """Handle the end of an incarnation's process; return False if it is not registered any more."""
@@ -289,7 +289,7 @@ class JobScheduler:
         for instance in silent:
             self.registry.fence(instance.name, instance.generation)
             cause = f"not heard of for {self.heartbeat_timeout_s:g} s"
-            self.instance_down(instance.name, cause, now, ExitKind.STALLED)
+            self.instance_down(instance.name, cause, now, ExitCause.STALLED)
         return [instance.name for instance in silent]
 
     def pool_down(self, pool: str, older_than: int, now: float) -> None:
@@ -454,7 +454,7 @@ class JobScheduler:
         job = self._current(report.attempt, instance)
         if job is None:
             return False
-        self._retry(job, f"{instance}: {ExitKind.STOPPED.value}", now, counts=False)
+        self._retry(job, f"{instance}: {ExitCause.STOPPED.value}", now, counts=False)
         return True
 
     def cancelled(self, instance: str, report: StageCancelled) -> bool:

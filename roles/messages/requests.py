@@ -173,7 +173,7 @@ class DescribeModel(Message):
 
 
 class ListModels(Message):
-    """Asks for the ModelList."""
+    """Asks for the ModelDescriptions."""
 
 
 class ModelDescription(Message):
@@ -205,7 +205,7 @@ class ModelDescription(Message):
     the version changes."""
 
 
-class ModelList(Message):
+class ModelDescriptions(Message):
     """All models, in the order of the topology."""
 
     models: tuple[ModelDescription, ...]

@@ -152,7 +152,7 @@ class FakeHead:
             case wire.DescribeModel():
                 delivery.reply(self.description)
             case wire.ListModels():
-                delivery.reply(wire.ModelList((self.description,)))
+                delivery.reply(wire.ModelDescriptions((self.description,)))
             case wire.ClusterQuery():
                 delivery.reply(self._cluster())
             case wire.ListRequests() as message:

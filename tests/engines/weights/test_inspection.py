@@ -14,7 +14,7 @@ from triptych.engines.parameters.lora import LoraFile
 from triptych.engines.weights.inspection import (
     ComponentEntry,
     HeaderError,
-    Tensor,
+    TensorHeader,
     class_problem,
     component_entries,
     inspect_files,
@@ -165,8 +165,8 @@ def test_everything_that_is_wrong_is_said_and_not_just_the_first(model: Path) ->
 
 def test_a_header_tells_names_dtypes_and_shapes(tmp_path: Path) -> None:
     path = safetensors(tmp_path / "a.safetensors", one=(2, 3), two=())
-    assert read_header(path) == {"one": Tensor("F32", (2, 3)), "two": Tensor("F32", ())}
-    assert Tensor("BF16", (2, 3)).nbytes == 12
+    assert read_header(path) == {"one": TensorHeader("F32", (2, 3)), "two": TensorHeader("F32", ())}
+    assert TensorHeader("BF16", (2, 3)).nbytes == 12
     for content in (
         b"",
         b"1234",

@@ -13,7 +13,7 @@ from triptych.engines.memory.buddy import PAGE
 from triptych.engines.stages import Stage
 from triptych.roles.head.effects import Assign, Cancel, NotifyWaiters, ReleaseLeases
 from triptych.roles.head.job import Job, State
-from triptych.roles.head.registry import ExitKind
+from triptych.roles.head.registry import ExitCause
 from triptych.roles.head.scheduler import JobScheduler
 from triptych.roles.messages.common import Artifact, Attempt, LeaseRef
 from triptych.roles.messages.stages import StageFailed, StageFinished, StageOutputsStored, TransferFailed
@@ -126,8 +126,8 @@ class Traffic(RuleBasedStateMachine):
             name, StageOutputsStored(attempt, Stage(kind), block, 0.1, issued, seed_independent), self.now
         )
 
-    @rule(kind=st.sampled_from(KINDS), k=st.integers(0, 1), back=st.booleans(), end=st.sampled_from(ExitKind))
-    def die(self, kind: str, k: int, back: bool, end: ExitKind = ExitKind.CRASHED) -> None:
+    @rule(kind=st.sampled_from(KINDS), k=st.integers(0, 1), back=st.booleans(), end=st.sampled_from(ExitCause))
+    def die(self, kind: str, k: int, back: bool, end: ExitCause = ExitCause.CRASHED) -> None:
         name = f"{kind}-{k}"
         if name in self.assigned:
             del self.assigned[name]

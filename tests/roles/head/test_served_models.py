@@ -68,7 +68,7 @@ def test_a_request_goes_to_the_instances_of_the_model_that_it_names(two: Two) ->
             assert "'a' and 'b' are" in rejected.message
             with pytest.raises(RemoteError, match="'c' is not served here"):
                 await harness.head.ask(requests.DescribeModel("c"), requests.ModelDescription, timeout_s=BOUND_S)
-            listed = await harness.head.ask(requests.ListModels(), requests.ModelList, timeout_s=BOUND_S)
+            listed = await harness.head.ask(requests.ListModels(), requests.ModelDescriptions, timeout_s=BOUND_S)
             assert [model.name for model in listed.models] == ["a", "b"]
             assert isinstance(await submit(harness, "third", "a"), requests.RequestAccepted)
             assert (await submit(harness, "fourth", "b")).code == "full", "max_pending is that of the system"
