@@ -18,8 +18,8 @@ from triptych.tools.bench.memory_report import (
     DISAGGREGATED,
     MAPPED,
     MONOLITHIC,
+    MemoryRun,
     ProcessSample,
-    Run,
     case,
     rows,
 )
@@ -38,7 +38,7 @@ def held(mib: float) -> ProcessSample:
     )
 
 
-def runs(rounds: int = 1) -> list[Run]:
+def runs(rounds: int = 1) -> list[MemoryRun]:
     """A denoiser holds 300 MiB of 600, and the n-th round has n - 1 more in each process."""
     stages = {"encoder-0": 200.0, "denoiser-0": 300.0, "decoder-0": 100.0, "pool": 50.0}
     sizes = {
@@ -48,7 +48,7 @@ def runs(rounds: int = 1) -> list[Run]:
         memory.memory_report.MORE_MONOLITHIC: {"monolithic-0": 600.0, "monolithic-1": 600.0},
     }
     return [
-        Run(weights, side, {name: held(mib + more) for name, mib in found.items()})
+        MemoryRun(weights, side, {name: held(mib + more) for name, mib in found.items()})
         for more in range(rounds)
         for weights in (MAPPED, CONVERTED)
         for side, found in sizes.items()

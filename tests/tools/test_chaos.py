@@ -32,7 +32,7 @@ from triptych.tools.chaos.faults import FAULTS, transfer_keys, transfer_rates, w
 from triptych.tools.chaos.injector import InjectedFault, trigger_is_met
 from triptych.tools.chaos.load import LoadGenerator, Outcome
 from triptych.tools.chaos.plan import IMAGES, PlannedFault, PlannedRequest, make_plan
-from triptych.tools.chaos.report import Failure, failures, percentile, show, summary
+from triptych.tools.chaos.report import FailedRequest, failures, percentile, show, summary
 
 HAPPY_PATH = (
     "ENCODER_WAITING", "ENCODER_RUNNING", "ENCODER_DONE", "DENOISING_WAITING", "DENOISING_RUNNING",
@@ -137,7 +137,7 @@ def test_a_request_that_failed_or_timed_out_is_listed_with_its_causes() -> None:
     ended = [outcome((*HAPPY_PATH[:2], end), status=500, causes=causes) for end in ("FAILED", "TIMED_OUT", "CANCELLED")]
     found = failures([outcome(causes=causes), *ended, forgotten])
     assert found == tuple(
-        Failure(request_id="r", state=state, attempts=3, causes=causes) for state in ("FAILED", "TIMED_OUT")
+        FailedRequest(request_id="r", state=state, attempts=3, causes=causes) for state in ("FAILED", "TIMED_OUT")
     )
 
 

@@ -21,11 +21,11 @@ from triptych.tools.gpu_report import gpu_tests
 from triptych.tools.gpu_report.models import scratch_folders
 from triptych.tools.gpu_report.page import page
 from triptych.tools.gpu_report.published_figures import FIGURES
-from triptych.tools.gpu_report.report import Measured, Report, RowResult, Status, read, write
+from triptych.tools.gpu_report.report import GpuReport, Measured, RowResult, Status, read, write
 from triptych.tools.gpu_report.row_context import RowContext, RowFailedError, Settings
 from triptych.tools.gpu_report.row_process import RowEnd, run
 from triptych.tools.gpu_report.rows import ROWS, chosen
-from triptych.tools.gpu_report.runner import ROOT, Run, environment, run_process
+from triptych.tools.gpu_report.runner import ROOT, RowRunner, environment, run_process
 
 BOUND_S = 60.0
 ROW = ROWS[0]
@@ -97,7 +97,7 @@ def test_a_row_says_how_it_has_ended(tmp_path: Path) -> None:
 
 def test_a_row_is_not_begun_where_the_time_is_short(tmp_path: Path) -> None:
     settings = Settings("cuda:0", True, str(tmp_path), 0.0)
-    ((_, measure),) = Run(settings, 20.0, tmp_path / "log", lambda measured: None).rows(chosen("flux"))
+    ((_, measure),) = RowRunner(settings, 20.0, tmp_path / "log", lambda measured: None).rows(chosen("flux"))
     result = measure()
     assert (result.status, result.title) == (Status.SKIPPED, "FLUX.1-dev in one process, random weights, full shapes")
     assert "it takes about 90" in result.reason
@@ -118,13 +118,13 @@ def test_what_a_row_raises_becomes_a_sentence(tmp_path: Path) -> None:
 # The page -----------------------------------------------------------------------------------------------------------
 
 
-def report(device: str, shapes: str) -> Report:
+def report(device: str, shapes: str) -> GpuReport:
     machine = RowResult("machine", "The machine", Status.DONE, values=[Measured("GPU", "NVIDIA H200")])
     flux = RowResult(
         "flux", "FLUX.1-dev", Status.DONE, values=[Measured("an image, our engine", 5.43, "s", "28 steps")]
     )
     wan = RowResult("wan", "Wan", Status.FAILED, "It was still running after 90 s.")
-    return Report(
+    return GpuReport(
         device, shapes, "2026-11-21T18:00:00+00:00", 540.0, ["compiled denoisers"], 500.0, [machine, flux, wan]
     )
 

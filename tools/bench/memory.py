@@ -23,7 +23,7 @@ from triptych.api.launch import Cluster, launch
 from triptych.engines.memory.arena import available_memory
 from triptych.tools.bench import memory_page, memory_report
 from triptych.tools.bench.clusters import make_model, stdout_to_stderr, write_topology
-from triptych.tools.bench.memory_report import CONVERTED, MAPPED, ProcessSample, Run
+from triptych.tools.bench.memory_report import CONVERTED, MAPPED, MemoryRun, ProcessSample
 from triptych.tools.procfs import ProcessMemory, children_of, process_memory
 
 ROUNDS: Final = 1
@@ -98,7 +98,7 @@ def _weights(model: Path) -> dict[str, float]:
     return {name: nbytes / 2**20 for name, nbytes in sizes.items()}
 
 
-async def _run(folder: Path, place: _Model, weights: str, side: str) -> Run:
+async def _run(folder: Path, place: _Model, weights: str, side: str) -> MemoryRun:
     print(f"memory: {weights} weights, {side}", file=sys.stderr)
     topology = write_topology(folder, place.model, DTYPES[weights], SIDES[side], slots=1)
     async with launch(topology, {"api": {"port": 0}}, ready_timeout_s=READY_S) as cluster:
@@ -111,7 +111,9 @@ async def _run(folder: Path, place: _Model, weights: str, side: str) -> Run:
         loaded = await _components(cluster, place.weights)
     parts = {name: loaded.get(name, ()) for name in done}
     sizes = {name: sum(place.weights[part] for part in parts[name]) for name in done}
-    return Run(weights, side, {name: ProcessSample(parts[name], sizes[name], ready[name], done[name]) for name in done})
+    return MemoryRun(
+        weights, side, {name: ProcessSample(parts[name], sizes[name], ready[name], done[name]) for name in done}
+    )
 
 
 async def _wait_for_all_ready(cluster: Cluster) -> None:

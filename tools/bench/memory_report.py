@@ -52,7 +52,7 @@ class ProcessSample:
 
 
 @dataclass(frozen=True)
-class Run:
+class MemoryRun:
     """One cluster: how it came by its weights, which side it is, and its processes by name."""
 
     weights: str
@@ -60,7 +60,7 @@ class Run:
     held: dict[str, ProcessSample]
 
 
-def rows(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+def rows(runs: Sequence[MemoryRun]) -> Iterator[dict[str, Any]]:
     """Yield a row for each process and for their sum, the comparisons after them; medians over the rounds, in MiB."""
     processes = [row for weights, side in _sides(runs) for row in _processes(runs, weights, side)]
     yield from processes
@@ -74,11 +74,11 @@ def case(weights: str, side: str, process: str) -> str:
     return f"{weights} weights, {side}: {process}"
 
 
-def _sides(runs: Iterable[Run]) -> list[tuple[str, str]]:
+def _sides(runs: Iterable[MemoryRun]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((run.weights, run.side) for run in runs))
 
 
-def _processes(runs: Sequence[Run], weights: str, side: str) -> Iterator[dict[str, Any]]:
+def _processes(runs: Sequence[MemoryRun], weights: str, side: str) -> Iterator[dict[str, Any]]:
     same = [run.held for run in runs if (run.weights, run.side) == (weights, side)]
     for name, held in same[0].items():
         yield {

@@ -52,7 +52,7 @@ from triptych.tools.chaos.plan import (
     Plan,
     make_plan,
 )
-from triptych.tools.chaos.report import Report, show, summary
+from triptych.tools.chaos.report import ChaosReport, show, summary
 
 CLIENT_PATIENCE_S = 90.0
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
@@ -111,7 +111,7 @@ async def run(
     every_s: float,
     faults: list[str],
     bound_s: float,
-) -> Report:
+) -> ChaosReport:
     """Run the storm, then the drills for too many restarts and for another topology.
 
     The model goes to `folder`, whose "state" is there. The cluster has the clock of the machine where `clock` is None.
@@ -168,7 +168,7 @@ async def run_load(
     bound_s: float,
     baseline: dict[ImageCase, str],
     clock: Clock | None,
-) -> Report:
+) -> ChaosReport:
     """Load and strikes together, then rest, then the invariants."""
     clients = LoadGenerator(cluster, f"chaos-{seed}-{os.getpid()}", patience_s=CLIENT_PATIENCE_S)
     injector, watch = FaultInjector(cluster, seed, clock), MailboxMonitor(cluster)

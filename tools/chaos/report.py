@@ -21,7 +21,7 @@ MAX_SHOWN: Final = 10
 MAX_DELAY_S: Final = 60.0
 
 
-class Failure(msgspec.Struct, frozen=True, kw_only=True):
+class FailedRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request that came to no image."""
 
     request_id: str
@@ -32,7 +32,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """Why each attempt ended, oldest first."""
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
+class ChaosReport(msgspec.Struct, frozen=True, kw_only=True):
     """One run; times in seconds."""
 
     seed: int
@@ -46,7 +46,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     different: int
     retries: int
     strikes: dict[str, int]
-    failures: tuple[Failure, ...]
+    failures: tuple[FailedRequest, ...]
     recovery_p50_s: float
     recovery_p99_s: float
     recovery_by_fault_s: dict[str, float]
@@ -74,7 +74,7 @@ def summary(
     injected: Sequence[InjectedFault],
     restarts: int,
     invariants: dict[str, list[str]],
-) -> Report:
+) -> ChaosReport:
     """Count and measure; pure."""
     kills = [b for b in injected if b.fault == "kill"]
     recoveries = [
@@ -84,7 +84,7 @@ def summary(
     faults = {
         fault: [b.recovery_s for b in injected if b.fault == fault and b.recovery_s] for fault in _faults(injected)
     }
-    return Report(
+    return ChaosReport(
         seed=seed,
         duration_s=duration_s,
         accepted=sum(bool(o.request_ids) for o in outcomes),
@@ -108,11 +108,11 @@ def summary(
     )
 
 
-def failures(outcomes: Iterable[Outcome]) -> tuple[Failure, ...]:
+def failures(outcomes: Iterable[Outcome]) -> tuple[FailedRequest, ...]:
     """List the requests that failed or timed out, by what the head says of them."""
     units = [(outcome.final_view.get("id", ""), first_job(outcome) or {}) for outcome in outcomes]
     return tuple(
-        Failure(request_id=name, state=unit["state"], attempts=unit["attempts"], causes=tuple(unit["causes"]))
+        FailedRequest(request_id=name, state=unit["state"], attempts=unit["attempts"], causes=tuple(unit["causes"]))
         for name, unit in units
         if unit.get("state") in (State.FAILED, State.TIMED_OUT)
     )
@@ -150,7 +150,7 @@ def _delays(outcomes: Iterable[Outcome], injected: Sequence[InjectedFault]) -> t
     return seen, redispatched
 
 
-def show(report: Report, console: Console) -> None:
+def show(report: ChaosReport, console: Console) -> None:
     """Print the tables."""
     counts = Table("accepted", "done", "failed", "lost", "doubled", "leaked", "different", "retries", "restarts")
     counts.add_row(

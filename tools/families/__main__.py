@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from triptych.tools.families import page, survey
 from triptych.tools.families.compare import compare
 from triptych.tools.families.report import Result, markdown, table
-from triptych.tools.families.rows import Row, rows
+from triptych.tools.families.rows import PipelineRow, rows
 from triptych.tools.families.stage_processes import StageProcesses, silence_libraries, start_stage_processes
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False, no_args_is_help=True)
@@ -96,7 +96,7 @@ def blocks(
     raise typer.Exit(1 if any(result.bad for result in results) else 0)
 
 
-def _wanted(row: Row, only: str) -> bool:
+def _wanted(row: PipelineRow, only: str) -> bool:
     if not only:
         return True
     family = row.family.lower()
@@ -106,7 +106,7 @@ def _wanted(row: Row, only: str) -> bool:
     )
 
 
-def _shown(chosen: list[Row]) -> Iterator[Result]:
+def _shown(chosen: list[PipelineRow]) -> Iterator[Result]:
     silence_libraries()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # On standard error, so that JSON lines can go to a file.
@@ -121,7 +121,7 @@ def _shown(chosen: list[Row]) -> Iterator[Result]:
             progress.advance(bar)
 
 
-def _result(row: Row, processes: StageProcesses) -> Result:
+def _result(row: PipelineRow, processes: StageProcesses) -> Result:
     if row.case is None:
         return Result(row)
     if lacking := [name for name in row.case.needs if importlib.util.find_spec(name) is None]:

@@ -11,7 +11,7 @@ import diffusers
 import torch
 import transformers
 
-from triptych.tools.families.survey import Record, Trial
+from triptych.tools.families.survey import SurveyRecord, Trial
 
 CLASSES: Final = "classes"
 BLOCKS: Final = "blocks"
@@ -31,7 +31,7 @@ def write(path: Path, part: str, text: str) -> None:
     path.write_text(found.sub(lambda match: f"{match[1]}\n{text}\n{match[2]}", page))
 
 
-def line(record: Record) -> str:
+def line(record: SurveyRecord) -> str:
     """A row for a terminal."""
     if record.unbuilt:
         return f"{record.pipeline}: not built: {record.unbuilt} ({record.seconds} s)"
@@ -40,7 +40,7 @@ def line(record: Record) -> str:
     return f"{record.pipeline}: {record.task}; {record.route}; {ways}{f'; {why}' if why else ''} ({record.seconds} s)"
 
 
-def summary(records: Sequence[Record]) -> str:
+def summary(records: Sequence[SurveyRecord]) -> str:
     """The totals, in sentences."""
     built = [record for record in records if not record.unbuilt]
     served = [record for record in built if record.by_three.served or record.by_one.served]
@@ -56,7 +56,7 @@ def summary(records: Sequence[Record]) -> str:
     )
 
 
-def classes(records: Sequence[Record]) -> str:
+def classes(records: Sequence[SurveyRecord]) -> str:
     """The part of the page with a row for every class."""
     built = [record for record in records if not record.unbuilt]
     unbuilt = [record for record in records if record.unbuilt]
@@ -81,7 +81,7 @@ def _literal(text: str) -> str:
     return text.replace("|", "/").replace("[", "\\[")
 
 
-def _cells(record: Record) -> tuple[str, ...]:
+def _cells(record: SurveyRecord) -> tuple[str, ...]:
     return (
         _short(record),
         record.task,
@@ -92,7 +92,7 @@ def _cells(record: Record) -> tuple[str, ...]:
     )
 
 
-def _short(record: Record) -> str:
+def _short(record: SurveyRecord) -> str:
     return record.pipeline.removesuffix("Pipeline")
 
 
@@ -102,7 +102,7 @@ def _verdict(trial: Trial) -> str:
     return "differs" if trial.served else "no"
 
 
-def _why(record: Record) -> str:
+def _why(record: SurveyRecord) -> str:
     reasons = dict.fromkeys(trial.why for trial in (record.by_three, record.by_one) if trial.why)
     if record.classic_cut:
         blocks = dict.fromkeys(trial.why for trial in (record.cut, record.whole) if trial.why)

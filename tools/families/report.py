@@ -12,7 +12,7 @@ import transformers
 from rich.table import Table
 
 from triptych.tools.families.compare import Comparison
-from triptych.tools.families.rows import Row
+from triptych.tools.families.rows import PipelineRow
 
 _COLUMNS = ("family", "task", "route", "encoder to denoiser", "denoiser to decoder", "identical", "reason")
 
@@ -27,7 +27,7 @@ class Result:
         failed: Whether it was run and raised.
     """
 
-    row: Row
+    row: PipelineRow
     outcome: Comparison | None = None
     failed: bool = False
 

@@ -15,7 +15,7 @@ from triptych.tools.families.cases import Case, cases
 
 
 @dataclass(frozen=True)
-class Row:
+class PipelineRow:
     """One family and task.
 
     Attributes:
@@ -37,7 +37,7 @@ class Row:
     case: Case | None = None
 
 
-def rows() -> tuple[Row, ...]:
+def rows() -> tuple[PipelineRow, ...]:
     """Every family and task of the installed diffusers."""
     known = {(case.pipeline, case.task): case for case in cases()}
     return tuple(_row(name, task, known) for name in pipelines() for task in _tasks(name))
@@ -82,16 +82,16 @@ def kind_of_hint(hint: Any) -> str:
     return str(getattr(hint, "__name__", hint)).lower()
 
 
-def _row(pipeline: str, task: str, known: dict[tuple[str, str], Case]) -> Row:
+def _row(pipeline: str, task: str, known: dict[tuple[str, str], Case]) -> PipelineRow:
     family = pipeline.removesuffix("ModularPipeline")
     blocks = blocks_of(pipeline)
     try:
         parts = cut_blocks(prune(blocks, task or "any"))
     except ModelError as error:
-        return Row(family, task, "none", str(error))
+        return PipelineRow(family, task, "none", str(error))
     case = known.get((pipeline, task))
     later = [parts[Stage.DENOISER], parts[Stage.DECODER]]
-    return Row(
+    return PipelineRow(
         family,
         task,
         "modular",

@@ -56,7 +56,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     why: str = ""
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True):
+class SurveyRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A row of the survey.
 
     Attributes:
@@ -133,7 +133,7 @@ def _missing(cls: Any) -> list[str]:
     return [name for name in cls._backends if importlib.util.find_spec(name) is None]
 
 
-def survey(name: str, limit_s: float) -> Record:
+def survey(name: str, limit_s: float) -> SurveyRecord:
     """Run the row of a class in a process of its own, so that neither a crash nor an endless loop ends more than it.
 
     Args:
@@ -143,15 +143,17 @@ def survey(name: str, limit_s: float) -> Record:
     begun = time.monotonic()
     sample = by_class().get(name)
     if sample is None:
-        return Record(pipeline=name, unbuilt=classes().get(name) or "no tiny model has been made of it yet")
+        return SurveyRecord(pipeline=name, unbuilt=classes().get(name) or "no tiny model has been made of it yet")
     if sample.unbuilt:
-        return Record(pipeline=name, unbuilt=sample.unbuilt)
+        return SurveyRecord(pipeline=name, unbuilt=sample.unbuilt)
     if lacking := [package for package in sample.needs if importlib.util.find_spec(package) is None]:
-        return Record(pipeline=name, unbuilt=f"needs {' and '.join(lacking)}")
+        return SurveyRecord(pipeline=name, unbuilt=f"needs {' and '.join(lacking)}")
     answer = bounded(lambda: msgspec.json.encode(_row(sample)), limit_s)
     if answer is None:
-        answer = msgspec.json.encode(Record(pipeline=name, unbuilt=f"the run ended, or took more than {limit_s:.0f} s"))
-    record = msgspec.json.decode(answer, type=Record)
+        answer = msgspec.json.encode(
+            SurveyRecord(pipeline=name, unbuilt=f"the run ended, or took more than {limit_s:.0f} s")
+        )
+    record = msgspec.json.decode(answer, type=SurveyRecord)
     return msgspec.structs.replace(record, seconds=round(time.monotonic() - begun, 1))
 
 
@@ -187,39 +189,41 @@ def _line(pipe: int, deadline: float) -> bytes | None:
     return read
 
 
-def _row(sample: Sample) -> Record:
+def _row(sample: Sample) -> SurveyRecord:
     with fork_stage_processes() as processes, tempfile.TemporaryDirectory(prefix=_FOLDER) as folder:
         return row(sample, Path(folder), processes)
 
 
-def row(sample: Sample, folder: Path, processes: StageProcesses) -> Record:
+def row(sample: Sample, folder: Path, processes: StageProcesses) -> SurveyRecord:
     """Make the model of a sample, run its request as the class does and in both ways, and compare."""
     try:
         tiny_components.make(sample, folder)
     except Exception as error:  # noqa: BLE001 - the reason of the row
-        return Record(pipeline=sample.pipeline, unbuilt=f"no model: {sentence(error)}")
+        return SurveyRecord(pipeline=sample.pipeline, unbuilt=f"no model: {sentence(error)}")
     try:
         expected = run_reference(sample, folder)
     except Exception as error:  # noqa: BLE001 - the reason of the row
-        return Record(pipeline=sample.pipeline, unbuilt=_class_failure(error))
+        return SurveyRecord(pipeline=sample.pipeline, unbuilt=_class_failure(error))
     if all("embed" in name for name in expected):
-        return Record(
+        return SurveyRecord(
             pipeline=sample.pipeline, unbuilt=f"no media: it makes {_output_kinds(expected)} for another pipeline"
         )
     if flat := [name for name, value in expected.items() if not _is_not_flat(value)]:
-        return Record(pipeline=sample.pipeline, unbuilt=f"the tiny model makes flat {' and '.join(flat)}")
+        return SurveyRecord(pipeline=sample.pipeline, unbuilt=f"the tiny model makes flat {' and '.join(flat)}")
     task = f"{_input_kinds(sample.inputs)} → {_output_kinds(expected)}"
     try:
         route = str(strategy_for(folder))
     except Exception as error:  # noqa: BLE001 - the reason of the row
         route, reason = "none", sentence(error)
-        return Record(pipeline=sample.pipeline, task=task, route=route, cut=Trial(why=reason), whole=Trial(why=reason))
+        return SurveyRecord(
+            pipeline=sample.pipeline, task=task, route=route, cut=Trial(why=reason), whole=Trial(why=reason)
+        )
     if route == "monolithic":
         cut = Trial(why="cannot be cut")
     else:
         cut = _trial(expected, lambda: processes.run(folder, dict(sample.inputs), SEED)[0])
     whole = _trial(expected, lambda: _run_monolithic(folder, sample.inputs))
-    record = Record(pipeline=sample.pipeline, task=task, route=route, cut=cut, whole=whole)
+    record = SurveyRecord(pipeline=sample.pipeline, task=task, route=route, cut=cut, whole=whole)
     if route != "modular" or (cut.identical and whole.identical):
         return record
     return msgspec.structs.replace(
@@ -348,15 +352,15 @@ def _output_kinds(values: Mapping[str, Any]) -> str:
     return ", ".join(names.get(name, name.replace("_", " ")) for name in values)
 
 
-def read_records(path: Path) -> dict[str, Record]:
+def read_records(path: Path) -> dict[str, SurveyRecord]:
     """Read the rows that earlier runs have left in a file, by class; the last one of a class counts."""
     if not path.exists():
         return {}
-    records = [msgspec.json.decode(line, type=Record) for line in path.read_text().splitlines() if line]
+    records = [msgspec.json.decode(line, type=SurveyRecord) for line in path.read_text().splitlines() if line]
     return {record.pipeline: record for record in records}
 
 
-def append_record(path: Path, record: Record) -> None:
+def append_record(path: Path, record: SurveyRecord) -> None:
     """Add a row to the file that `read_records` reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
@@ -369,8 +373,8 @@ def is_selected(name: str, only: str) -> bool:
 
 
 def run(
-    names: Sequence[str], known: Mapping[str, Record], *, again: bool, row_s: float, total_s: float
-) -> Iterator[Record]:
+    names: Sequence[str], known: Mapping[str, SurveyRecord], *, again: bool, row_s: float, total_s: float
+) -> Iterator[SurveyRecord]:
     """Run rows one by one.
 
     Args:

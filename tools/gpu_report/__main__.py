@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from triptych.tools.gpu_report.page import page, shown
-from triptych.tools.gpu_report.report import Measured, Report, RowResult, Status, read, replace, write
+from triptych.tools.gpu_report.report import GpuReport, Measured, RowResult, Status, read, replace, write
 from triptych.tools.gpu_report.row_context import Settings
-from triptych.tools.gpu_report.rows import ROWS, Row, chosen
-from triptych.tools.gpu_report.runner import INTERRUPTION, Interrupted, Run
+from triptych.tools.gpu_report.rows import ROWS, ReportRow, chosen
+from triptych.tools.gpu_report.runner import INTERRUPTION, Interrupted, RowRunner
 
 BUDGET_S: Final = 540.0
 INTERRUPTED: Final = 130
@@ -60,13 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run(options, rows)
 
 
-def _run(options: argparse.Namespace, rows: Sequence[Row]) -> int:
+def _run(options: argparse.Namespace, rows: Sequence[ReportRow]) -> int:
     device = "cuda:0" if options.device == "cuda" else options.device
     full = options.shapes == "full" if options.shapes else device != "cpu"
     modes = [f"attention {options.attention}"] if options.attention else []
     modes += ["compiled denoisers"] if options.compile else []
     began = datetime.now(UTC).isoformat(timespec="seconds")
-    report = Report(device, "full" if full else "tiny", began, options.budget, modes)
+    report = GpuReport(device, "full" if full else "tiny", began, options.budget, modes)
     # `timeout` and a shell that closes end it like Ctrl-C, which a shell lets its background jobs ignore: what was
     # measured is written.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -90,13 +90,13 @@ def _run(options: argparse.Namespace, rows: Sequence[Row]) -> int:
 class _Progress:
     """Keeps the report's file up to date, and the terminal."""
 
-    def __init__(self, report: Report, output: Path) -> None:
+    def __init__(self, report: GpuReport, output: Path) -> None:
         self.console = Console(highlight=False)
         self._report = report
         self._output = output
         self._began = time.monotonic()
 
-    def begin(self, row: Row, title: str) -> None:
+    def begin(self, row: ReportRow, title: str) -> None:
         """Say in the file which row runs: it stays so if this process is killed."""
         self._report.rows.append(RowResult(row.name, title, Status.FAILED, "The run ended in it."))
         self._keep()
@@ -121,9 +121,11 @@ class _Progress:
         write(self._report, self._output)
 
 
-def _rows(report: Report, rows: Sequence[Row], settings: Settings, options: argparse.Namespace, log: Path) -> int:
+def _rows(
+    report: GpuReport, rows: Sequence[ReportRow], settings: Settings, options: argparse.Namespace, log: Path
+) -> int:
     seen = _Progress(report, options.output)
-    run = Run(settings, options.budget, log, seen.add)
+    run = RowRunner(settings, options.budget, log, seen.add)
     interrupted = False
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=seen.console, transient=True) as progress:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from triptych.tools.gpu_report.published_figures import FIGURES
-from triptych.tools.gpu_report.report import Measured, Report, RowResult, Status
+from triptych.tools.gpu_report.report import GpuReport, Measured, RowResult, Status
 
 _WIDTH: Final = 120
 _COMMAND: Final = "make gpu-report"
@@ -27,13 +27,13 @@ named; nobody here has measured them again.
 """
 
 
-def page(report: Report) -> str:
+def page(report: GpuReport) -> str:
     """Make the page."""
     paragraphs = [_fill(text) for text in _introduction(report)]
     return "\n\n".join(["# On a GPU", *paragraphs, *_sections(report)]) + "\n"
 
 
-def _introduction(report: Report) -> Iterator[str]:
+def _introduction(report: GpuReport) -> Iterator[str]:
     if report.device == "cpu":
         yield _NOTHING_YET
     elif report.shapes != "full":
@@ -48,7 +48,7 @@ def _introduction(report: Report) -> Iterator[str]:
         yield _RANDOM
 
 
-def _sections(report: Report) -> Iterator[str]:
+def _sections(report: GpuReport) -> Iterator[str]:
     yield "\n".join([*_results(report)])
     if ended := [row for row in report.rows if row.status is not Status.DONE]:
         yield "## Skipped and failed"
@@ -56,7 +56,7 @@ def _sections(report: Report) -> Iterator[str]:
         yield "\n".join(["| row | | why |", "| --- | --- | --- |", *lines])
 
 
-def _results(report: Report) -> Iterator[str]:
+def _results(report: GpuReport) -> Iterator[str]:
     compared = report.shapes == "full"
     yield "| | measured | remarks |" + (" others | whose, where published |" if compared else "")
     yield "| --- | ---: | --- |" + (" ---: | --- |" if compared else "")
@@ -84,7 +84,7 @@ def shown(measured: Measured) -> str:
     return f"{number} {measured.unit}".strip()
 
 
-def _machine(report: Report) -> str:
+def _machine(report: GpuReport) -> str:
     row = report.row(_MACHINE)
     known = {measured.what: shown(measured) for measured in row.values} if row else {}
     what = known.get("GPU") or known.get("processor") or "an unknown machine"

@@ -42,7 +42,7 @@ class RowResult(msgspec.Struct):
     """What it had measured until it ended, however it ended."""
 
 
-class Report(msgspec.Struct):
+class GpuReport(msgspec.Struct):
     """A run of the command."""
 
     device: str
@@ -66,15 +66,15 @@ class Report(msgspec.Struct):
         return next((row for row in self.rows if row.name == name), None)
 
 
-_decoder: Final = msgspec.json.Decoder(Report)
+_decoder: Final = msgspec.json.Decoder(GpuReport)
 
 
-def write(report: Report, path: Path) -> None:
+def write(report: GpuReport, path: Path) -> None:
     """Write the report; whoever reads the file sees all of it or the one before."""
     replace(path, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
 
 
-def read(path: Path) -> Report:
+def read(path: Path) -> GpuReport:
     """Read a report; raises OSError and msgspec.DecodeError."""
     return _decoder.decode(path.read_bytes())
 

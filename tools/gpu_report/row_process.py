@@ -17,7 +17,7 @@ import msgspec
 from triptych.actors.supervision import die_with_parent
 from triptych.tools.gpu_report.report import Measured, Status
 from triptych.tools.gpu_report.row_context import RowContext, RowFailedError, RowSkippedError, Settings
-from triptych.tools.gpu_report.rows import Row, chosen
+from triptych.tools.gpu_report.rows import ReportRow, chosen
 
 OUR_PACKAGE: Final = "triptych"
 
@@ -36,7 +36,7 @@ class Line(msgspec.Struct, frozen=True):
     ended: RowEnd | None = None
 
 
-def run(row: Row, settings: Settings, emit: Callable[[Measured], None]) -> RowEnd:
+def run(row: ReportRow, settings: Settings, emit: Callable[[Measured], None]) -> RowEnd:
     """Run a row in this process; whatever it raises becomes a sentence."""
     try:
         if settings.device.startswith("cuda"):

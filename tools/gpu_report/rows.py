@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Row:
+class ReportRow:
     """One row of the report.
 
     Attributes:
@@ -51,22 +51,22 @@ class Row:
 
 
 ROWS: Final = (
-    Row("machine", "The machine", "machine:machine", 15, 10),
-    Row("image", "An image of the demo model through three processes", "clusters:image", 45, 25),
-    Row("tests", "Tests that need a GPU", "gpu_tests:tests", 60, 20),
-    Row("hop", "Tensors from device to device through the pool", "transfers:hop", 20, 8),
-    Row("overlap", "The next load behind compute", "transfers:overlap", 15, 8),
-    Row("kill", "kill -9 of a denoiser in the middle of its steps", "clusters:kill", 40, 20),
-    Row("flux", "FLUX.1-dev in one process", "flux:one_process", 90, 12, random=True),
-    Row("roles", "FLUX.1-dev in three processes", "flux:three_processes", 100, 25, random=True),
-    Row("qwen", "Qwen-Image by batch", "denoise_steps:qwen", 35, 8, random=True),
-    Row("wan", "Wan2.1-1.3B video", "denoise_steps:wan", 60, 10, random=True),
-    Row("attention", "Attention backends, a step of FLUX.1-dev", "denoise_steps:attention", 30, 8, random=True),
-    Row("compile", "Regional compile, a step of FLUX.1-dev", "denoise_steps:compiled", 60, 10, random=True),
+    ReportRow("machine", "The machine", "machine:machine", 15, 10),
+    ReportRow("image", "An image of the demo model through three processes", "clusters:image", 45, 25),
+    ReportRow("tests", "Tests that need a GPU", "gpu_tests:tests", 60, 20),
+    ReportRow("hop", "Tensors from device to device through the pool", "transfers:hop", 20, 8),
+    ReportRow("overlap", "The next load behind compute", "transfers:overlap", 15, 8),
+    ReportRow("kill", "kill -9 of a denoiser in the middle of its steps", "clusters:kill", 40, 20),
+    ReportRow("flux", "FLUX.1-dev in one process", "flux:one_process", 90, 12, random=True),
+    ReportRow("roles", "FLUX.1-dev in three processes", "flux:three_processes", 100, 25, random=True),
+    ReportRow("qwen", "Qwen-Image by batch", "denoise_steps:qwen", 35, 8, random=True),
+    ReportRow("wan", "Wan2.1-1.3B video", "denoise_steps:wan", 60, 10, random=True),
+    ReportRow("attention", "Attention backends, a step of FLUX.1-dev", "denoise_steps:attention", 30, 8, random=True),
+    ReportRow("compile", "Regional compile, a step of FLUX.1-dev", "denoise_steps:compiled", 60, 10, random=True),
 )
 
 
-def chosen(names: str) -> tuple[Row, ...]:
+def chosen(names: str) -> tuple[ReportRow, ...]:
     """Return the rows of some names with commas between them, all for ""; raises ValueError for an unknown one."""
     if not names:
         return ROWS

@@ -19,7 +19,7 @@ import msgspec
 from triptych.tools.gpu_report.report import Measured, RowResult, Status
 from triptych.tools.gpu_report.row_context import Settings
 from triptych.tools.gpu_report.row_process import Line, RowEnd
-from triptych.tools.gpu_report.rows import Row
+from triptych.tools.gpu_report.rows import ReportRow
 
 ROOT: Final = Path(__file__).parents[3]
 RESERVE_S: Final = 8.0
@@ -40,7 +40,7 @@ are compared with theirs byte by byte."""
 
 
 @dataclass
-class Run:
+class RowRunner:
     """What the rows of a run have in common.
 
     Attributes:
@@ -55,14 +55,14 @@ class Run:
     log: Path
     on_result: Callable[[Measured], None]
 
-    def rows(self, rows: Sequence[Row]) -> Iterator[tuple[Row, Callable[[], RowResult]]]:
+    def rows(self, rows: Sequence[ReportRow]) -> Iterator[tuple[ReportRow, Callable[[], RowResult]]]:
         """Yield each row with what runs it."""
         began = time.monotonic()
         for row in rows:
             left_s = self.budget_s - RESERVE_S - (time.monotonic() - began)
             yield row, partial(self._row, row, left_s)
 
-    def _row(self, row: Row, left_s: float) -> RowResult:
+    def _row(self, row: ReportRow, left_s: float) -> RowResult:
         device, title = self.settings.device, row.titled(full=self.settings.full)
         if left_s < row.estimate_s(device):
             reason = f"Of the time {max(left_s, 0):.0f} s were left, and it takes about {row.estimate_s(device):.0f}."

@@ -11,7 +11,7 @@ import pytest
 from triptych.tools.families import page, survey
 from triptych.tools.families.classes import by_class
 from triptych.tools.families.stage_processes import StageProcesses
-from triptych.tools.families.survey import Record, Trial
+from triptych.tools.families.survey import SurveyRecord, Trial
 
 SAME, OTHER = Trial(served=True, identical=True), Trial(served=True, why="images differ by up to 3")
 REFUSED = Trial(why="cannot be cut")
@@ -57,8 +57,8 @@ def test_rows_are_chosen_by_patterns_and_kept_in_a_file(tmp_path: Path) -> None:
     assert not survey.is_selected("StableDiffusionPAGPipeline", "Flux*,StableDiffusion")
     path = tmp_path / "rows.jsonl"
     assert survey.read_records(path) == {}
-    good = Record(pipeline="APipeline", task="text → image", route="classic", cut=SAME, whole=SAME)
-    survey.append_record(path, Record(pipeline="APipeline", unbuilt="it fails"))
+    good = SurveyRecord(pipeline="APipeline", task="text → image", route="classic", cut=SAME, whole=SAME)
+    survey.append_record(path, SurveyRecord(pipeline="APipeline", unbuilt="it fails"))
     survey.append_record(path, good)
     assert survey.read_records(path) == {"APipeline": good}
     assert not list(survey.run(["APipeline"], survey.read_records(path), again=True, row_s=1, total_s=1))
@@ -66,11 +66,13 @@ def test_rows_are_chosen_by_patterns_and_kept_in_a_file(tmp_path: Path) -> None:
 
 def test_the_totals_count_what_is_served_and_what_is_identical(tmp_path: Path) -> None:
     records = [
-        Record(pipeline="APipeline", task="text → image", route="classic", cut=SAME, whole=SAME),
-        Record(pipeline="BPipeline", task="text → image", route="modular", cut=OTHER, whole=OTHER, classic_cut=SAME),
-        Record(pipeline="CPipeline", task="image → image", route="monolithic", cut=REFUSED, whole=SAME),
-        Record(pipeline="DPipeline", task="text → image", route="classic", cut=REFUSED, whole=OTHER),
-        Record(pipeline="EPipeline", unbuilt="needs onnx"),
+        SurveyRecord(pipeline="APipeline", task="text → image", route="classic", cut=SAME, whole=SAME),
+        SurveyRecord(
+            pipeline="BPipeline", task="text → image", route="modular", cut=OTHER, whole=OTHER, classic_cut=SAME
+        ),
+        SurveyRecord(pipeline="CPipeline", task="image → image", route="monolithic", cut=REFUSED, whole=SAME),
+        SurveyRecord(pipeline="DPipeline", task="text → image", route="classic", cut=REFUSED, whole=OTHER),
+        SurveyRecord(pipeline="EPipeline", unbuilt="needs onnx"),
     ]
     assert [record.bad for record in records] == [False, False, False, True, False]
     assert page.summary(records) == (
