@@ -86,7 +86,7 @@ def sharing_problem(there: Owner | None, now: Owner) -> str:
 
 
 @contextlib.contextmanager
-def hold_folder(folder: Path, owner: Owner, *, keep: bool) -> Iterator[None]:
+def lock_folder(folder: Path, owner: Owner, *, keep: bool) -> Iterator[None]:
     """Hold a folder for a system, together with its other supervisors.
 
     The record of its owner stays in the folder if `keep`; otherwise the last supervisor to release it removes it.
@@ -150,7 +150,7 @@ def _read_record(descriptor: int) -> Owner | None:
 
 
 @contextlib.contextmanager
-def hold_components(folder: Path, names: Sequence[str]) -> Iterator[None]:
+def lock_components(folder: Path, names: Sequence[str]) -> Iterator[None]:
     """Hold the components `names` of the system with this state folder; raises `AlreadyRunningError`."""
     with contextlib.ExitStack() as held:
         for name in names:

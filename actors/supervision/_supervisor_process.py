@@ -23,7 +23,7 @@ from triptych.actors.runtime.runtime import Runtime
 from triptych.actors.supervision._component_specs import COMPONENT_SPECS, PRELOAD
 from triptych.actors.supervision._generation_counter import GenerationCounter
 from triptych.actors.supervision._launcher import Launcher, thread_environment, usable_cores
-from triptych.actors.supervision._ownership import Owner, hold_components, hold_folder
+from triptych.actors.supervision._ownership import Owner, lock_components, lock_folder
 from triptych.actors.supervision._process_tree import adopt_orphans, kill_orphans
 from triptych.actors.supervision._supervisor import Supervisor
 from triptych.actors.topology import paths
@@ -116,9 +116,9 @@ class SupervisorProcess:
                 models=tuple(filter(None, (model.identity for model in topology.models))),
                 pid=os.getpid(),
             )
-            held.enter_context(hold_folder(topology.state_dir, owner, keep=True))
-            held.enter_context(hold_folder(topology.run_dir, owner, keep=False))
-            held.enter_context(hold_components(topology.state_dir, [component.name for component in self.components]))
+            held.enter_context(lock_folder(topology.state_dir, owner, keep=True))
+            held.enter_context(lock_folder(topology.run_dir, owner, keep=False))
+            held.enter_context(lock_components(topology.state_dir, [component.name for component in self.components]))
             # systemd-tmpfiles does not remove a locked folder or its files, however old.
             folder = os.open(topology.run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             held.callback(os.close, folder)

@@ -73,7 +73,7 @@ class ModularPartition:
         model: The folder of the model.
         pipeline_class: The class of the pipeline, a `diffusers.ModularPipeline`.
         index: The index as an argument of the pipeline: `modular_config_dict` or `config_dict`.
-        whole: The blocks of all tasks.
+        all_blocks: The blocks of all tasks.
         blocks: The blocks of the served tasks, `SequentialPipelineBlocks`.
         blocks_of: The blocks of each stage, `SequentialPipelineBlocks`.
         outputs: The names of the results of the decoder, such as "images".
@@ -86,7 +86,7 @@ class ModularPartition:
     model: Path
     pipeline_class: Any
     index: Mapping[str, dict[str, object]]
-    whole: Any
+    all_blocks: Any
     blocks: Any
     blocks_of: Mapping[Stage, Any]
     outputs: tuple[str, ...]
@@ -159,24 +159,24 @@ def load_modular_partition(model: Path, options: ModelOptions = DEFAULTS) -> Mod
     index = load_index(model)
     serving_config = load_serving_config(model, options.task)
     found = pipeline_class(index, model)
-    whole = _blocks_class(found, index)()
+    all_blocks = _blocks_class(found, index)()
     missing = {
         spec.name
-        for spec in whole.expected_components
-        if spec.default_creation_method == "from_pretrained" and _lacks(index, spec.name)
+        for spec in all_blocks.expected_components
+        if spec.default_creation_method == "from_pretrained" and _is_absent(index, spec.name)
     }
     own = _own_needs(index, model)
-    names = choose_tasks(whole, task_names(serving_config.task), own, missing)
-    blocks = prune(whole, names or ANY, serving_config.defaults, missing)
+    names = choose_tasks(all_blocks, task_names(serving_config.task), own, missing)
+    blocks = prune(all_blocks, names or ANY, serving_config.defaults, missing)
     blocks_of = cut_blocks(blocks)
     made = blocks_of[Stage.DECODER].intermediate_output_names
-    outputs = tuple(name for name in whole.output_names if name in made) or tuple(made)
-    tasks = tuple(_task(whole, name) for name in names) or (
+    outputs = tuple(name for name in all_blocks.output_names if name in made) or tuple(made)
+    tasks = tuple(_task(all_blocks, name) for name in names) or (
         _only_task(blocks, outputs, task_names(serving_config.task), own),
     )
     # With `route = "modular"`, and for blocks chosen by a setting of the index, use the defaults of the blocks.
     is_plain = options.route != "modular" and found is modular_class({"_class_name": index["_class_name"]})
-    as_class = own is not None and is_plain and set(_own_tasks(whole, own, missing)).issuperset(names)
+    as_class = own is not None and is_plain and set(_own_tasks(all_blocks, own, missing)).issuperset(names)
     defaults = _class_defaults(blocks, own) if own and as_class else {}
     taken = {item.name for item in blocks.inputs}
     aliases = {
@@ -184,7 +184,7 @@ def load_modular_partition(model: Path, options: ModelOptions = DEFAULTS) -> Mod
     }
     kind = "modular_config_dict" if (model / INDEX_NAMES[0]).is_file() else "config_dict"
     return ModularPartition(
-        model, found, {kind: index}, whole, blocks, blocks_of, outputs, tasks, as_class, defaults, aliases
+        model, found, {kind: index}, all_blocks, blocks, blocks_of, outputs, tasks, as_class, defaults, aliases
     )
 
 
@@ -629,7 +629,7 @@ def _folder_of(spec: Any) -> Path:
     return Path(spec.pretrained_model_name_or_path) / (spec.subfolder or "")
 
 
-def _lacks(index: Mapping[str, object], name: str) -> bool:
+def _is_absent(index: Mapping[str, object], name: str) -> bool:
     return index.get(name) in (None, [None, None])
 
 

@@ -251,7 +251,7 @@ def _config_findings(
 ) -> Iterator[Finding]:
     """Yield a finding for each name in the serving config that looks misspelt; the model is served without them."""
     if partition is PartitionStrategy.MODULAR:
-        taken = {item.name for item in load_modular_partition(model, options).whole.inputs if item.name}
+        taken = {item.name for item in load_modular_partition(model, options).all_blocks.inputs if item.name}
     else:
         taken = set(inspect.signature(classic_class(index, options).__call__).parameters)
     for sentence in load_serving_config(model).misspellings(taken, model / SERVING_CONFIG_NAME):

@@ -167,20 +167,20 @@ def size_problem(partition: ModularPartition) -> str:
     Raises:
         ModelError: The VAE is missing, or its configuration is broken.
     """
-    whole = partition.pipeline(partition.blocks)
-    if "vae" not in whole.pretrained_component_names or partition.goes_without("vae"):
+    pipeline = partition.pipeline(partition.blocks)
+    if "vae" not in pipeline.pretrained_component_names or partition.goes_without("vae"):
         return ""
-    spec = whole.get_component_spec("vae")
+    spec = pipeline.get_component_spec("vae")
     # The VAE is not used to compute, so its dtype and device do not matter.
-    whole.vae = load_stub("vae", spec, partition.component_folder("vae", spec), torch.float32, torch.device("cpu"))
-    if whole.vae is None:
+    pipeline.vae = load_stub("vae", spec, partition.component_folder("vae", spec), torch.float32, torch.device("cpu"))
+    if pipeline.vae is None:
         raise ModelError(f"The index of {partition.model} has a vae that is not a model: {spec.type_hint}.")
-    real = getattr(whole.vae.config, "scale_factor_spatial", None)
-    reckoned = getattr(whole, "vae_scale_factor_spatial", None)
-    if real is None or reckoned is None or real == reckoned:
+    real = getattr(pipeline.vae.config, "scale_factor_spatial", None)
+    computed = getattr(pipeline, "vae_scale_factor_spatial", None)
+    if real is None or computed is None or real == computed:
         return ""
     return (
-        f"The VAE of {partition.model} scales by {real}, but {partition.pipeline_class.__name__} assumes {reckoned}"
+        f"The VAE of {partition.model} scales by {real}, but {partition.pipeline_class.__name__} assumes {computed}"
         " and would return another size than requested: this model cannot be served."
     )
 

@@ -44,7 +44,7 @@ from triptych.engines.pipelines.guidance import GUIDANCE_SCALE, guidance, has_gu
 from triptych.engines.pipelines.random_state import GENERATOR, is_unused, seeded_generator
 from triptych.engines.pipelines.stepping import BlockDenoising, Denoising
 from triptych.engines.stages import InputError, ModelError, Stage
-from triptych.engines.weights.files import files_ahead
+from triptych.engines.weights.files import read_ahead_files
 from triptych.engines.weights.loading import load_component, load_stub
 from triptych.engines.weights.placement import Placement
 from triptych.engines.weights.read_ahead import read_ahead
@@ -228,7 +228,7 @@ def load_components(pipeline: Any, partition: ModularPartition, placement: Place
     names = [name for name in pipeline.pretrained_component_names if not partition.goes_without(name)]
     specs = {name: pipeline.get_component_spec(name) for name in names}
     model_folders = {name: partition.component_folder(name, spec) for name, spec in specs.items()}
-    files = (file for name in names for file in files_ahead(name, model_folders[name], placement.options))
+    files = (file for name in names for file in read_ahead_files(name, model_folders[name], placement.options))
     read_ahead(files, placement.progress)
     loaded = {name: load_component(name, specs[name], model_folders[name], placement) for name in names}
     pipeline.register_components(**loaded)
@@ -247,8 +247,10 @@ def make_stubs(pipeline: Any, partition: ModularPartition, placement: Placement)
         ModelError: The configuration of a component is missing or broken.
     """
     # Use the blocks of all tasks: geometry may come from a component that only another task declares.
-    whole = partition.pipeline(partition.whole)
-    pipeline.register_to_config(**{spec.name: whole.config[spec.name] for spec in partition.whole.expected_configs})
+    whole = partition.pipeline(partition.all_blocks)
+    pipeline.register_to_config(
+        **{spec.name: whole.config[spec.name] for spec in partition.all_blocks.expected_configs}
+    )
     for name in whole.config_component_names:
         # Use the real guiders and image processors: they have no weights, and some encoders read the guider.
         setattr(pipeline, name, getattr(whole, name))

@@ -123,7 +123,7 @@ def component_files(name: str, folder: Path, options: ModelOptions = DEFAULTS) -
     return weight_files(given or folder, options.variant)
 
 
-def files_ahead(name: str, folder: Path, options: ModelOptions) -> tuple[Path, ...]:
+def read_ahead_files(name: str, folder: Path, options: ModelOptions) -> tuple[Path, ...]:
     """Return the files of a component to read ahead; a checkpoint is read ahead for the denoiser, most of its bytes."""
     files = component_files(name, folder, options).files
     return files if name in _DENOISERS or files != (options.checkpoint,) else ()

@@ -17,9 +17,15 @@ from transformers import PreTrainedModel
 from triptych.engines.model_options import DEFAULTS, ModelOptions
 from triptych.engines.stages import ModelError
 from triptych.engines.weights.custom_code import custom_class, custom_file
-from triptych.engines.weights.files import WeightFiles, WeightFormat, component_files, component_folder, files_ahead
+from triptych.engines.weights.files import (
+    WeightFiles,
+    WeightFormat,
+    component_files,
+    component_folder,
+    read_ahead_files,
+)
 from triptych.engines.weights.placement import Placement
-from triptych.engines.weights.quantization import problem_with, quantized_as
+from triptych.engines.weights.quantization import method_problem, quantization_method
 from triptych.engines.weights.read_ahead import read_ahead
 from triptych.engines.weights.single_files import read_single_file
 from triptych.engines.weights.stubs import Stub, is_multi_model, make_stub
@@ -64,10 +70,10 @@ def load_component(name: str, spec: Any, folder: Path, placement: Placement) -> 
 
 def _quantization_problem(folder: Path, placement: Placement) -> str:
     try:
-        method = quantized_as(folder)
+        method = quantization_method(folder)
     except (OSError, ValueError):  # reported when the configuration is read
         return ""
-    return problem_with(method, placement.device.type, installed=lambda name: find_spec(name) is not None)
+    return method_problem(method, placement.device.type, installed=lambda name: find_spec(name) is not None)
 
 
 def load_stub(
@@ -186,7 +192,7 @@ class ClassicLoader:
             parameter.name: self._setting(parameter.name) for parameter in parameters if parameter.name in self._index
         }
         given.update(stubs)
-        files = (file for name in wanted for file in files_ahead(name, self._folder(name), placement.options))
+        files = (file for name in wanted for file in read_ahead_files(name, self._folder(name), placement.options))
         read_ahead(files, placement.progress)
         for name in wanted:
             given[name] = load_component(name, self._specs[name], self._folder(name), placement)

@@ -148,7 +148,7 @@ def offload(modules: Mapping[str, torch.nn.Module], how: Offload, device: torch.
     return None
 
 
-def goes_by_blocks(module: torch.nn.Module) -> bool:
+def offloads_by_block(module: torch.nn.Module) -> bool:
     """Whether a component is moved to the device block by block, and not layer by layer.
 
     The host waits once for each, and a block has some twenty layers. Weights outside of blocks stay on the device for
@@ -170,7 +170,7 @@ def _offload_groups(name: str, module: Any, device: torch.device) -> None:
         kind = type(module).__name__
         raise ModelError(f'The {name} is a {kind}, which has no offload = "group": use "model" or "none".')
     streams = device.type == "cuda"
-    blocks = goes_by_blocks(module)
+    blocks = offloads_by_block(module)
     apply_group_offloading(
         module,
         onload_device=device,

@@ -71,7 +71,7 @@ def can_be_quantized(name: str, module: object) -> bool:
     return not isinstance(module, AutoencoderMixin) and not any(word in name for word in _LEFT_ALONE)
 
 
-def quantized_as(folder: Path) -> str:
+def quantization_method(folder: Path) -> str:
     """Return the quantization method of a component, from the configuration in its folder; "" for none.
 
     Raises:
@@ -83,11 +83,11 @@ def quantized_as(folder: Path) -> str:
     return str(found.get("quant_method") or "bitsandbytes") if isinstance(found, dict) else ""
 
 
-def problem_with(method: str, device_type: str, *, installed: Callable[[str], bool]) -> str:
+def method_problem(method: str, device_type: str, *, installed: Callable[[str], bool]) -> str:
     """Say why quantized weights cannot be used here, as the rest of a sentence; "" if they can. Pure.
 
     Args:
-        method: The method, from `quantized_as`.
+        method: The method, from `quantization_method`.
         device_type: The type of the device that computes, "cpu" or "cuda".
         installed: Whether a package of that name is installed.
     """

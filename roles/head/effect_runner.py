@@ -30,7 +30,7 @@ from triptych.roles.head.effects import (
     NotifyWaiters,
     ReleaseLeases,
     RestartInstance,
-    TurnInstance,
+    SetInstanceAwake,
 )
 from triptych.roles.head.scheduler import JobScheduler, SourceGoneError, SupersededError
 from triptych.roles.head.served_models import ServedModels
@@ -85,7 +85,7 @@ class EffectRunner:
                     ended.append(request_id)
                 case RestartInstance(instance):
                     self._actor.spawn(self._restart(instance), name=f"restart {instance}")
-                case TurnInstance(instance, awake):
+                case SetInstanceAwake(instance, awake):
                     self._actor.spawn(self._turn(instance, awake=awake), name=f"turn {instance}")
         self._notify(ended)
 

@@ -47,11 +47,11 @@ class RestartInstance:
 
 
 @dataclass(frozen=True, slots=True)
-class TurnInstance:
+class SetInstanceAwake:
     """Tell an idle instance to load or release its weights."""
 
     instance: str
     awake: bool
 
 
-Effect: TypeAlias = Assign | Cancel | ReleaseLeases | NotifyWaiters | RestartInstance | TurnInstance
+Effect: TypeAlias = Assign | Cancel | ReleaseLeases | NotifyWaiters | RestartInstance | SetInstanceAwake

@@ -36,7 +36,7 @@ def suspects(models: ServedModels, views: Iterable[LeaseView]) -> dict[str, list
 
 
 def _held(models: ServedModels, lease: LeaseRef) -> bool:
-    return any(scheduler.stored_outputs.holds(lease) for scheduler in models.schedulers)
+    return any(scheduler.stored_outputs.needs(lease) for scheduler in models.schedulers)
 
 
 def _superseded(models: ServedModels, attempt: Attempt) -> bool:

@@ -76,7 +76,7 @@ class InstanceRecord:
         return self.trouble or self.wake_error
 
     @property
-    def holds(self) -> bool:
+    def has_weights(self) -> bool:
         """Whether its weights are on its device, or are being loaded."""
         return self.awake or self.changing_to == "wake"
 

@@ -143,7 +143,7 @@ class RequestStore:
         if served.unavailable_reason:
             sentence = f"{served.unavailable_reason}: the server has to be restarted"
             raise RefusedSubmissionError("unavailable", sentence, RESTARTED_S)
-        if self._models.scheduler_holding(message.request_id) or self._open_journal.find(message.request_id):
+        if self._models.scheduler_of_request(message.request_id) or self._open_journal.find(message.request_id):
             raise request_id_error()
         now = time.time()
         request = make_request(message, served, self._limits, now)
@@ -220,7 +220,7 @@ class RequestStore:
         Raises:
             RefusedError: `unavailable` while its end cannot be written to the journal.
         """
-        if request.terminal and (scheduler := self._models.scheduler_holding(request.id)):
+        if request.terminal and (scheduler := self._models.scheduler_of_request(request.id)):
             not_yet = f"{request.id} has ended, but that is not on the disk yet"
             if any(job.id in scheduler.dirty for job in request.jobs):
                 raise RefusedError("unavailable", f"{not_yet}: {self.journal_problem}")
@@ -233,7 +233,7 @@ class RequestStore:
 
     async def wait(self, request: Request, timeout_s: float) -> requests.RequestView:
         """Return the view of a request once it has ended, or after `timeout_s`; raises as `view`."""
-        if self._models.scheduler_holding(request.id):
+        if self._models.scheduler_of_request(request.id):
             event = self._ended.setdefault(request.id, asyncio.Event())
             try:
                 async with asyncio.timeout(timeout_s):
@@ -266,7 +266,7 @@ class RequestStore:
 
     def cancel(self, request_id: str, reason: str) -> None:
         """Cancel the active jobs of a request; no-op if there is no such request."""
-        if scheduler := self._models.scheduler_holding(request_id):
+        if scheduler := self._models.scheduler_of_request(request_id):
             scheduler.cancel(request_id, reason, time.time())
 
     async def delete(self, request: Request | None) -> requests.RequestDeleted:

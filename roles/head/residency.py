@@ -281,7 +281,7 @@ class ResidencyManager:
         others = [
             (s, i) for s in self._models.all for i in s.scheduler.registry.instances.values() if i is not instance
         ]
-        held: list[BytesByDevice] = [{i.device: self._need(served, i.name)} for served, i in others if i.holds]
+        held: list[BytesByDevice] = [{i.device: self._need(served, i.name)} for served, i in others if i.has_weights]
         leaving = any(
             i.awake and i.device == instance.device and not (i.draining or self._decided.get(served.key, True))
             for served, i in others

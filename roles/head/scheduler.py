@@ -20,7 +20,7 @@ from triptych.roles.head.effects import (
     NotifyWaiters,
     ReleaseLeases,
     RestartInstance,
-    TurnInstance,
+    SetInstanceAwake,
 )
 from triptych.roles.head.job import DONE, RUNNING, UPSTREAM, WAITING, Job, Request, State
 from triptych.roles.head.registry import ExitCause, InstanceRegistry
@@ -209,7 +209,7 @@ class JobScheduler:
         for job in [u for u in self.jobs.values() if u.instance == registration.name]:
             if job.current_attempt not in assigned:
                 self._retry(job, f"{registration.name} came back without it", now, counts=False)
-        return tuple(w for w in registration.running if not self._holds(registration.name, w))
+        return tuple(w for w in registration.running if not self._is_assigned(registration.name, w))
 
     def _update_signature(self, kind: str, signature: Signature) -> None:
         """Record which inputs encoders read; an encoder that has never loaded its weights does not know."""
@@ -222,7 +222,7 @@ class JobScheduler:
             instance = self.registry.instances[name]
             if instance.awake != awake and not instance.changing_to:
                 instance.changing_to = "wake" if awake else "sleep"
-                self.effects.append(TurnInstance(name, awake))
+                self.effects.append(SetInstanceAwake(name, awake))
 
     def wake_changed(self, name: str, generation: int, report: InstanceWakeChanged) -> bool:
         """Record that an instance has gone to sleep, has woken, or failed to wake."""
@@ -406,7 +406,7 @@ class JobScheduler:
         self.registry.credit(instance, report.issued)
         job = self._current(report.attempt, instance)
         if job is None or job.stage is not stage:
-            if not self.stored_outputs.holds(report.stored.lease):
+            if not self.stored_outputs.needs(report.stored.lease):
                 self._give_back((report.stored.lease,))
             return False
         self._let_go(job)
@@ -622,7 +622,7 @@ class JobScheduler:
         job = self.jobs.get(attempt.job_id)
         return job if job and job.current_attempt == attempt and job.instance == name else None
 
-    def _holds(self, name: str, attempt: Attempt) -> bool:
+    def _is_assigned(self, name: str, attempt: Attempt) -> bool:
         return self._current(attempt, name) is not None
 
     def _let_go(self, job: Job) -> None:

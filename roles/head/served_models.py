@@ -200,14 +200,14 @@ class ServedModels:
         """Return the requests of all schedulers, by id."""
         return {id_: request for scheduler in self.schedulers for id_, request in scheduler.requests.items()}
 
-    def scheduler_holding(self, request_id: str) -> JobScheduler | None:
+    def scheduler_of_request(self, request_id: str) -> JobScheduler | None:
         """Return the scheduler that has a request, or None."""
         return next((scheduler for scheduler in self.schedulers if request_id in scheduler.requests), None)
 
     def request(self, request_id: str) -> Request | None:
         """Return the request of that id if a scheduler has it, else None."""
-        scheduler_holding = self.scheduler_holding(request_id)
-        return scheduler_holding.requests[request_id] if scheduler_holding else None
+        scheduler = self.scheduler_of_request(request_id)
+        return scheduler.requests[request_id] if scheduler else None
 
     def request_of_key(self, key: str) -> Request | None:
         """Return the request of an idempotency key if a scheduler has it, else None."""
@@ -253,9 +253,9 @@ class ServedModels:
         )
 
 
-def weight_file_bytes(places: Iterable[Path]) -> int:
-    """Return the bytes of the weight files among `places` and in its folders; raises OSError."""
-    files = {file for place in places for file in (place.rglob("*") if place.is_dir() else (place,))}
+def weight_file_bytes(paths: Iterable[Path]) -> int:
+    """Return the bytes of the weight files among `paths` and in its folders; raises OSError."""
+    files = {file for path in paths for file in (path.rglob("*") if path.is_dir() else (path,))}
     return sum(file.stat().st_size for file in files if file.suffix in WEIGHTS)
 
 

@@ -33,7 +33,7 @@ class StoredOutputs:
         self.cache = PromptCache() if cache is None else cache
         self._jobs = jobs
 
-    def holds(self, lease: LeaseRef) -> bool:
+    def needs(self, lease: LeaseRef) -> bool:
         """Return whether a job or the cache needs the block."""
         return lease in self.cache or any(job.lease == lease for job in self._jobs.values())
 
@@ -60,12 +60,12 @@ class StoredOutputs:
         job.forget_stored()
         if spoilt:
             self.cache.drop((lease,))
-        return () if self.holds(lease) else (lease,)
+        return () if self.needs(lease) else (lease,)
 
     def offer(self, key: bytes, seed: int, stored: StoredPayload, *, seed_independent: bool) -> tuple[LeaseRef, ...]:
         """Offer an encoder's output to the cache; return the leases to release."""
         gone = self.cache.offer(key, seed, stored, seed_independent=seed_independent)
-        return tuple(lease for lease in gone if not self.holds(lease))
+        return tuple(lease for lease in gone if not self.needs(lease))
 
     def evict(self, pool: str, nbytes: int) -> tuple[LeaseRef, ...]:
         """Evict `nbytes` bytes from the cache, the least recently used first, but blocks that jobs need last.
@@ -87,7 +87,7 @@ class StoredOutputs:
         """Empty the cache; return the leases to release."""
         leases = self.cache.leases
         self.cache.drop(leases)
-        return tuple(lease for lease in leases if not self.holds(lease))
+        return tuple(lease for lease in leases if not self.needs(lease))
 
     def lose(self, pool: str, older_than: int) -> list[Job]:
         """Forget blocks of a pool's earlier generations; return the jobs that needed one."""

@@ -52,7 +52,7 @@ def check_model(
     found = inspect_files(model.path, options, loras)
     lap("files")
     if any(finding.fatal and finding.where == "index" for finding in found):  # nothing else can be checked
-        return ModelReport(model.name, str(model.path), "", _told(found), "", seconds)
+        return ModelReport(model.name, str(model.path), "", _problems(found), "", seconds)
     say("importing torch and diffusers")
     from triptych.engines.partition.compatibility import check_compatibility
 
@@ -61,7 +61,7 @@ def check_model(
     fitted = check_compatibility(
         model.path, options, loras, broken=broken, say=lambda name: say(f"comparing {name} with its class")
     )
-    found = _that_matter([*found, *fitted.findings], fitted)
+    found = _relevant([*found, *fitted.findings], fitted)
     lap("classes")
     sentence = ""
     if not any(finding.fatal for finding in found):
@@ -73,14 +73,14 @@ def check_model(
         told, failed = _dry_run(model, components, fitted, say) if dry_run else ("No dry request was made.", None)
         found += [failed] if failed else []
         lap("dry run")
-    return ModelReport(model.name, str(model.path), sentence, _told(found), told, seconds)
+    return ModelReport(model.name, str(model.path), sentence, _problems(found), told, seconds)
 
 
-def _told(found: Sequence[Finding]) -> tuple[ModelProblem, ...]:
+def _problems(found: Sequence[Finding]) -> tuple[ModelProblem, ...]:
     return tuple(ModelProblem(finding.where, finding.problem, finding.fatal) for finding in found)
 
 
-def _that_matter(found: Sequence[Finding], fitted: CompatibilityReport) -> list[Finding]:
+def _relevant(found: Sequence[Finding], fitted: CompatibilityReport) -> list[Finding]:
     """Remove duplicates; a finding about a component that is not loaded is not fatal."""
     import msgspec
 

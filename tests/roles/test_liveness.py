@@ -248,7 +248,7 @@ class SimulatedCluster:
             for lease in table.in_state(LeaseState.SEALED):
                 reference = self.refer(pool, lease)
                 job = self.scheduler.jobs.get(lease.request_id)
-                if not self.scheduler.stored_outputs.holds(reference) and (job is None or lease.attempt < job.attempt):
+                if not self.scheduler.stored_outputs.needs(reference) and (job is None or lease.attempt < job.attempt):
                     table.release(lease.id)
 
     def room(self, pool: str, nbytes: int) -> Steps:

@@ -71,7 +71,7 @@ VIDEO: Final = {**SQUARE, "num_frames": 5}
 
 def cases() -> tuple[Case, ...]:
     """All requests, by pipeline and task."""
-    return (*_flux(), *_wan(), *_qwen(), *_stable(), *_video(), *_pictures())
+    return (*_flux(), *_wan(), *_qwen(), *_stable(), *_video(), *_images())
 
 
 def _flux() -> list[Case]:
@@ -190,7 +190,7 @@ def _stable() -> list[Case]:
     return made
 
 
-def _pictures() -> list[Case]:
+def _images() -> list[Case]:
     image = {"image": input_image(), "strength": 0.7}
     text = {"max_sequence_length": 64}
     ideogram = {**SMALL, "max_sequence_length": 128, "guidance_schedule": [7.0, 7.0, 3.0]}

@@ -11,8 +11,8 @@ import pytest
 from triptych.actors.errors import AlreadyRunningError, ForeignStateError
 from triptych.actors.supervision._ownership import (
     Owner,
-    hold_components,
-    hold_folder,
+    lock_components,
+    lock_folder,
     sharing_problem,
     takeover_problem,
 )
@@ -77,28 +77,28 @@ def test_who_runs_side_by_side_is_one_system(now: Owner, says: str) -> None:
 
 def test_a_folder_is_held_together_by_one_system_alone(tmp_path: Path) -> None:
     two = other(topology="/b/two.toml", models=(TUNED,))
-    with hold_folder(tmp_path, ONE, keep=True):
+    with lock_folder(tmp_path, ONE, keep=True):
         with (
-            hold_folder(tmp_path, other(), keep=True),
+            lock_folder(tmp_path, other(), keep=True),
             pytest.raises(AlreadyRunningError),
-            hold_folder(tmp_path, two, keep=True),
+            lock_folder(tmp_path, two, keep=True),
         ):
             pass
-        with pytest.raises(AlreadyRunningError), hold_folder(tmp_path, two, keep=True):
+        with pytest.raises(AlreadyRunningError), lock_folder(tmp_path, two, keep=True):
             pass
-    with pytest.raises(ForeignStateError), hold_folder(tmp_path, two, keep=True):
+    with pytest.raises(ForeignStateError), lock_folder(tmp_path, two, keep=True):
         pass
     (tmp_path / "owner.json").write_text('{"cut sho')
-    with hold_folder(tmp_path, two, keep=True):
+    with lock_folder(tmp_path, two, keep=True):
         pass
-    with pytest.raises(ForeignStateError), hold_folder(tmp_path, ONE, keep=True):
+    with pytest.raises(ForeignStateError), lock_folder(tmp_path, ONE, keep=True):
         pass
 
 
 def test_the_last_of_a_folder_that_does_not_keep_takes_its_record_away(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with hold_folder(folder, ONE, keep=False):
-        with hold_folder(folder, other(), keep=False):
+    with lock_folder(folder, ONE, keep=False):
+        with lock_folder(folder, other(), keep=False):
             pass
         assert (folder / "owner.json").exists()
     assert list(folder.iterdir()) == []
@@ -150,12 +150,12 @@ def test_a_state_folder_of_an_earlier_version_is_closed_to_others_and_a_shared_o
 
 
 def test_a_component_is_held_once_and_let_go(folder: Path) -> None:
-    with hold_components(folder, ["head", "api"]):
+    with lock_components(folder, ["head", "api"]):
         sentence = r"api is already running here, under process \d+: stop that first"
-        with pytest.raises(AlreadyRunningError, match=sentence), hold_components(folder, ["pool", "api"]):
+        with pytest.raises(AlreadyRunningError, match=sentence), lock_components(folder, ["pool", "api"]):
             pass
-        with hold_components(folder, ["pool"]):
+        with lock_components(folder, ["pool"]):
             pass
-    with hold_components(folder, ["api"]):
+    with lock_components(folder, ["api"]):
         pass
     assert list(folder.iterdir()) == []

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from triptych.engines.model_options import ModelOptions
-from triptych.engines.weights.files import choose_variant, files_ahead, in_checkpoint, weight_files
+from triptych.engines.weights.files import choose_variant, in_checkpoint, read_ahead_files, weight_files
 
 SHARDS = ("-00001-of-00002", "-00002-of-00002")
 
@@ -123,6 +123,6 @@ def test_a_checkpoint_is_read_ahead_by_who_needs_most_of_it(tmp_path: Path) -> N
     checkpoint, own = tmp_path / "x.safetensors", tmp_path / "vae.safetensors"
     save_file({key: np.zeros(1) for key in SDXL}, checkpoint)
     options = ModelOptions(checkpoint=checkpoint)
-    assert files_ahead("unet", tmp_path / "unet", options) == (checkpoint,)
-    assert files_ahead("vae", tmp_path / "vae", options) == ()
-    assert files_ahead("vae", tmp_path / "vae", ModelOptions(components=(("vae", own),))) == (own,)
+    assert read_ahead_files("unet", tmp_path / "unet", options) == (checkpoint,)
+    assert read_ahead_files("vae", tmp_path / "vae", options) == ()
+    assert read_ahead_files("vae", tmp_path / "vae", ModelOptions(components=(("vae", own),))) == (own,)

@@ -18,7 +18,7 @@ from triptych.engines.parameters.lora import LoraFile
 from triptych.engines.pipelines.pipeline import StagePipeline
 from triptych.engines.pipelines.stepping import Denoising
 from triptych.engines.stages import ModelError, Stage
-from triptych.engines.weights.offload import ModelOffloader, Offload, goes_by_blocks, offload
+from triptych.engines.weights.offload import ModelOffloader, Offload, offload, offloads_by_block
 from triptych.engines.weights.quantization import Quantization, quantize
 from triptych.tools.families.stage_processes import CPU
 
@@ -80,7 +80,7 @@ def test_transformers_go_block_by_block_and_others_layer_by_layer() -> None:
     with META:
         flux, qwen = FluxTransformer2DModel(), QwenImageTransformer2DModel(num_layers=8)
         text, vae = T5EncoderModel(T5Config()), AutoencoderKL()
-    assert [goes_by_blocks(module) for module in (flux, qwen, text, vae)] == [True, True, False, False]
+    assert [offloads_by_block(module) for module in (flux, qwen, text, vae)] == [True, True, False, False]
 
 
 # One component at a time ------------------------------------------------------------------------------------------

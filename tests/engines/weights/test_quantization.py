@@ -22,7 +22,7 @@ from triptych.engines.parameters.lora import LoraFile
 from triptych.engines.pipelines.pipeline import StagePipeline
 from triptych.engines.stages import ModelError, Stage
 from triptych.engines.weights.placement import Placement
-from triptych.engines.weights.quantization import Quantization, can_be_quantized, nbytes, problem_with
+from triptych.engines.weights.quantization import Quantization, can_be_quantized, method_problem, nbytes
 from triptych.tools.families.stage_processes import CPU
 
 STEPS = {"num_inference_steps": 2}
@@ -153,6 +153,6 @@ os._exit(0 if nbytes(layer) < 64 * 64 * 2 else 3)
 def test_weights_that_were_quantized_need_their_package_and_device(
     method: str, device: str, there: bool, words: str
 ) -> None:
-    said = problem_with(method, device, installed=lambda _: there)
+    said = method_problem(method, device, installed=lambda _: there)
     assert words in said
     assert bool(words) is bool(said)

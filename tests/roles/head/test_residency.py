@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from tests.roles.factories import KINDS, SIGNATURE, registration, request
 from triptych.actors import load_topology
-from triptych.roles.head.effects import TurnInstance
+from triptych.roles.head.effects import SetInstanceAwake
 from triptych.roles.head.residency import (
     RETRY_S,
     ResidencyManager,
@@ -126,7 +126,7 @@ def test_a_model_that_cannot_be_woken_does_not_keep_others_from_being(tmp_path: 
     def told(at: float, trouble: str = "") -> set[tuple[str, bool]]:
         residency.update(at)
         effects = [effect for make_scheduler in models.schedulers for effect in make_scheduler.take_effects()]
-        turned = {(effect.instance, effect.awake) for effect in effects if isinstance(effect, TurnInstance)}
+        turned = {(effect.instance, effect.awake) for effect in effects if isinstance(effect, SetInstanceAwake)}
         for name, awake in turned:
             report = InstanceWakeChanged(awake and not trouble, SIGNATURE, 1 << 20, 0.1, trouble)
             models.scheduler_of(name).wake_changed(name, 1, report)

@@ -13,7 +13,7 @@ from tests.roles.factories import KINDS, SIGNATURE, a_block, after, make_schedul
 from triptych.bus import RemoteError
 from triptych.engines.pipelines.pipeline import StagePipeline
 from triptych.engines.stages import Stage
-from triptych.roles.head.effects import Assign, ReleaseLeases, TurnInstance
+from triptych.roles.head.effects import Assign, ReleaseLeases, SetInstanceAwake
 from triptych.roles.head.job import Job, State
 from triptych.roles.head.scheduler import UNCOUNTED_REFUSALS, JobScheduler
 from triptych.roles.messages import stages
@@ -46,10 +46,10 @@ def test_an_instance_gets_no_work_from_when_it_is_told_to_sleep_until_it_is_awak
     scheduler.set_awake(["encoder-0"], awake=False)
     scheduler.set_awake(["encoder-0"], awake=False)
     scheduler.accept(request(), 0.0)
-    assert after(scheduler) == [TurnInstance("encoder-0", awake=False)], "told once"
+    assert after(scheduler) == [SetInstanceAwake("encoder-0", awake=False)], "told once"
     assert scheduler.wake_changed("encoder-0", 1, turned(awake=False))
     scheduler.set_awake(["encoder-0"], awake=True)
-    assert after(scheduler) == [TurnInstance("encoder-0", awake=True)]
+    assert after(scheduler) == [SetInstanceAwake("encoder-0", awake=True)]
     assert not scheduler.wake_changed("encoder-0", 7, turned(awake=True)), "another incarnation"
     assert scheduler.wake_changed("encoder-0", 1, turned(awake=True))
     assert scheduler.registry.instances["encoder-0"].weights == 64
@@ -64,7 +64,7 @@ def test_who_could_not_be_told_is_told_again_and_so_is_its_successor() -> None:
     scheduler.instance_down("encoder-0", "its process ended", 1.0)
     scheduler.register(replace(registration("encoder-0", generation=2), awake=False), 2.0)
     scheduler.set_awake(["encoder-0"], awake=True)
-    assert after(scheduler) == [TurnInstance("encoder-0", awake=True)] * 3
+    assert after(scheduler) == [SetInstanceAwake("encoder-0", awake=True)] * 3
 
 
 def test_a_model_that_is_to_sleep_begins_nothing_and_finishes_what_it_has_begun() -> None:
