@@ -19,3 +19,8 @@ class ModelError(Exception):
 
 class InputError(ValueError):
     """A request has an input that the pipeline does not take, or a value that it cannot have."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return the text of an error as one line of at most 500 characters."""
+    return " ".join(str(error).split())[:500]

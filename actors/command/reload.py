@@ -7,18 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, EXIT_FAILED, EXIT_INTERRUPTED, fail, stderr
+from triptych.actors.command._console import stderr
+from triptych.actors.command._head import ask_head
 from triptych.actors.command.check import TopologyFile
-from triptych.actors.errors import TopologyError
-from triptych.actors.runtime.address_book import AddressBook
-from triptych.actors.topology import load_topology
-from triptych.bus import BusError, Outbox, RemoteError
 from triptych.roles.messages.weights import Reloading, ReloadModel
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.status import Status
 
-    from triptych.actors.topology import Topology
+    from triptych.bus import Reference
 
 _ASK_EVERY_S: Final = 0.5
 _ANSWER_TIMEOUT_S: Final = 30.0
@@ -40,20 +37,13 @@ def reload(
 
     triptych reload examples/demo.toml
     """
-    try:
-        topology = load_topology(file)
-    except TopologyError as error:
-        fail(str(error), EXIT_BAD_TOPOLOGY)
-    console = stderr()
-    try:
-        answer = asyncio.run(_reload(topology, name, console))
-    except RemoteError as error:
-        fail(error.detail, EXIT_FAILED)
-    except BusError as error:
-        fail(f"The head of {file} cannot be reached: {error}", EXIT_FAILED)
-    except KeyboardInterrupt:
-        fail("The restarts go on; `triptych status` shows them.", EXIT_INTERRUPTED)
-    console.print(summarize(answer))
+    answer = ask_head(
+        file,
+        "reload",
+        lambda head, status: _reload(head, status, name),
+        interrupted="The restarts go on; `triptych status` shows them.",
+    )
+    stderr().print(summarize(answer))
 
 
 def summarize(answer: Reloading) -> str:
@@ -66,17 +56,10 @@ def summarize(answer: Reloading) -> str:
     return f"{answer.joined} of {answer.total} instances have {version}; the others load them when they start."
 
 
-async def _reload(topology: Topology, name: str, console: Console) -> Reloading:
-    address_book = AddressBook(topology)
-    outbox = Outbox("reload", options=address_book.socket_options)
-    try:
-        head = outbox.reference("head", address_book.address("head"))
-        with console.status("Asking the head") as progress:
-            while True:
-                answer = await head.ask(ReloadModel(name), Reloading, timeout_s=_ANSWER_TIMEOUT_S)
-                if not answer.instances:
-                    return answer
-                progress.update(f"Restarting {', '.join(answer.instances)}")
-                await asyncio.sleep(_ASK_EVERY_S)
-    finally:
-        outbox.close()
+async def _reload(head: Reference, status: Status, name: str) -> Reloading:
+    while True:
+        answer = await head.ask(ReloadModel(name), Reloading, timeout_s=_ANSWER_TIMEOUT_S)
+        if not answer.instances:
+            return answer
+        status.update(f"Restarting {', '.join(answer.instances)}")
+        await asyncio.sleep(_ASK_EVERY_S)

@@ -24,7 +24,8 @@ from triptych.engines.memory.buddy import PAGE, BuddyAllocator
 # each of them.
 IDS_PER_GENERATION = 1 << 20
 
-ByteRange = tuple[int, int]  # offset, nbytes
+ByteRange: TypeAlias = tuple[int, int]
+"""A range of an arena: its offset and its number of bytes."""
 
 QUEUE_TIMEOUT_S: Final = 2.0
 """Seconds for which a refused asker keeps its place in the queue; asking again renews it."""
@@ -71,6 +72,16 @@ class Lease(msgspec.Struct, frozen=True):
     checksum: int = 0  # xxh3_64 of the first `nbytes`, once sealed
     zone: str = ""
     quarantined_until: float = 0.0
+
+    @property
+    def byte_range(self) -> ByteRange:
+        """The bytes of its block."""
+        return self.offset, self.capacity
+
+    def overlaps(self, ranges: Iterable[ByteRange]) -> bool:
+        """Whether one of `ranges` has bytes of its block."""
+        end = self.offset + self.capacity
+        return any(offset < end and self.offset < offset + nbytes for offset, nbytes in ranges)
 
 
 @dataclass(slots=True)
@@ -237,7 +248,7 @@ class LeaseTable:
         return self._drop_all(
             lease
             for lease in self.in_state(LeaseState.QUARANTINED)
-            if lease.quarantined_until <= now and not overlaps(lease, held)
+            if lease.quarantined_until <= now and not lease.overlaps(held)
         )
 
     def reclaim_owner(self, owner: str, older_than_generation: int, held: Collection[ByteRange] = ()) -> list[Lease]:
@@ -258,7 +269,7 @@ class LeaseTable:
             if lease.owner == owner and lease.owner_generation < older_than_generation
         ]
         for lease in taken:
-            if overlaps(lease, held):
+            if lease.overlaps(held):
                 self.quarantine(lease.id)
             else:
                 self._drop(lease)
@@ -292,9 +303,3 @@ class LeaseTable:
         for lease in dropped:
             self._drop(lease)
         return dropped
-
-
-def overlaps(lease: Lease, ranges: Collection[ByteRange]) -> bool:
-    """Return whether the block of a lease shares bytes with one of `ranges`."""
-    end = lease.offset + lease.capacity
-    return any(offset < end and lease.offset < offset + nbytes for offset, nbytes in ranges)

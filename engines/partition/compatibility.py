@@ -24,7 +24,7 @@ from triptych.engines.parameters.serving_config import SERVING_CONFIG_NAME, load
 from triptych.engines.partition.blocks import load_modular_partition
 from triptych.engines.partition.introspection import loaded_by
 from triptych.engines.partition.strategy import PartitionStrategy, classic_class, lora_class, strategy_for
-from triptych.engines.stages import ModelError
+from triptych.engines.stages import ModelError, one_line
 from triptych.engines.weights.adapters import Adapters, captured_warnings
 from triptych.engines.weights.custom_code import custom_class, custom_file
 from triptych.engines.weights.files import WeightFormat, component_files
@@ -103,7 +103,7 @@ def check_compatibility(
         found += _config_findings(model, index, partition, options)
     except Exception as error:  # noqa: BLE001  two libraries may raise anything for an index; it is one finding
         # After a missing class, this error is only its consequence.
-        why = f"The index of {model} cannot be followed: {type(error).__name__}: {_line(error)}"
+        why = f"The index of {model} cannot be followed: {type(error).__name__}: {one_line(error)}"
         found += [] if unknown else [Finding("index", str(error) if isinstance(error, ModelError) else why)]
         needed = frozenset(classes)
     for entry in all_entries:
@@ -264,7 +264,7 @@ def _loaded(entry: ComponentEntry, cls: Any) -> Iterator[Finding]:
         with captured_warnings():
             cls.from_pretrained(str(entry.folder), local_files_only=True)
     except Exception as error:  # noqa: BLE001  two libraries may raise anything for a broken folder; it is one finding
-        yield Finding(entry.name, f"The {entry.name} in {entry.folder} cannot be loaded: {_line(error)}")
+        yield Finding(entry.name, f"The {entry.name} in {entry.folder} cannot be loaded: {one_line(error)}")
 
 
 def _compared(entry: ComponentEntry, cls: Any, options: ModelOptions) -> tuple[list[Finding], int, Shapes]:
@@ -279,7 +279,7 @@ def _compared(entry: ComponentEntry, cls: Any, options: ModelOptions) -> tuple[l
     except ModelError as error:
         return [Finding(entry.name, str(error))], 0, {}
     except Exception as error:  # noqa: BLE001  likewise
-        return [finding(f"has a configuration that {entry.class_name} does not take: {_line(error)}")], 0, {}
+        return [finding(f"has a configuration that {entry.class_name} does not take: {one_line(error)}")], 0, {}
     elements = sum(math.prod(shape) for shape in wanted.values())
     if files.form is not WeightFormat.FOLDER or "quantization_config" in (config_of(entry.folder) or {}):
         return [], elements, wanted  # quantized weights and checkpoints have other tensors
@@ -349,7 +349,3 @@ def _lora_findings(model: Path, loras: tuple[LoraFile, ...], shapes: Mapping[str
             problem = lora_difference(tensors, shapes[component]) if component in shapes else ""
             if problem:
                 yield Finding(where, f"The LoRA {lora.path} does not fit the {component}: {problem}.")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-ByteRange = tuple[int, int]  # offset in the local arena, number of bytes
+from triptych.engines.memory.leases import ByteRange
 
 
 class TransferError(Exception):

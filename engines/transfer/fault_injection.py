@@ -13,7 +13,8 @@ import numpy as np
 
 from triptych.engines.codec.checksum import Bytes
 from triptych.engines.memory.arena import Arena
-from triptych.engines.transfer.backend import ByteRange, TransferBackend, TransferError, TransferSetupError
+from triptych.engines.memory.leases import ByteRange
+from triptych.engines.transfer.backend import TransferBackend, TransferError, TransferSetupError
 
 LATE_TIMEOUT_S = 5.0
 """Seconds after which the pull behind an injected delay fails."""

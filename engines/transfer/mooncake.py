@@ -14,8 +14,9 @@ import time
 from typing import Any
 
 from triptych.engines.memory.arena import Arena
+from triptych.engines.memory.leases import ByteRange
 from triptych.engines.transfer import mooncake_setup as setup
-from triptych.engines.transfer.backend import ByteRange, TransferError, TransferSetupError
+from triptych.engines.transfer.backend import TransferError, TransferSetupError
 
 PIECE = 64 << 20
 """Bytes of one read. None is begun after the deadline, so at most this many bytes arrive late."""

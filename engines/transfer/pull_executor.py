@@ -12,7 +12,8 @@ from queue import SimpleQueue
 from weakref import WeakValueDictionary
 
 from triptych.backoff import backoff_s
-from triptych.engines.transfer.backend import ByteRange, TransferBackend, TransferError
+from triptych.engines.memory.leases import ByteRange
+from triptych.engines.transfer.backend import TransferBackend, TransferError
 
 ATTEMPTS = 4
 FIRST_PAUSE_S = 0.02

@@ -7,7 +7,8 @@ import time
 
 from triptych.engines.codec.checksum import Bytes
 from triptych.engines.memory.arena import Arena, ArenaAddress, ArenaError
-from triptych.engines.transfer.backend import ByteRange, TransferError
+from triptych.engines.memory.leases import ByteRange
+from triptych.engines.transfer.backend import TransferError
 
 PIECE = 16 << 20
 """Bytes that are copied between two looks at the clock: a pull exceeds its timeout by the copy of one at most."""

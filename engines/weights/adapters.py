@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from triptych.engines.parameters.lora import LoraChoice, LoraFile
 from triptych.engines.parameters.serving_config import load_index
-from triptych.engines.stages import ModelError
+from triptych.engines.stages import ModelError, one_line
 
 SUFFIX: Final = ".safetensors"
 _LIBRARIES: Final = ("diffusers", "transformers")
@@ -230,7 +230,7 @@ def _convert(mixin: Any, model: Path, path: Path) -> LoraWeights:
         with safe_open(path, framework="pt") as opened:
             names = list(opened.keys())
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"The LoRA {path} cannot be read: {_line(error)}") from error
+        raise ModelError(f"The LoRA {path} cannot be read: {one_line(error)}") from error
     if any("dora_scale" in name for name in names):
         raise ModelError(f"The LoRA {path} is a DoRA, whose magnitudes diffusers drops: it cannot be served.")
     options: dict[str, object] = {"return_lora_metadata": True, "use_safetensors": True, "local_files_only": True}
@@ -240,7 +240,7 @@ def _convert(mixin: Any, model: Path, path: Path) -> LoraWeights:
         with captured_warnings() as messages:
             tensors, *alphas, metadata = _state_dict(mixin, path, options)
     except Exception as error:  # the conversion may raise anything for another format; report it as one sentence
-        raise ModelError(f"The LoRA {path} is not for {mixin.__name__}: {_line(error)}") from error
+        raise ModelError(f"The LoRA {path} is not for {mixin.__name__}: {one_line(error)}") from error
     if messages:
         raise ModelError(f"The LoRA {path} cannot be loaded completely: {messages[0]}")
     others = sorted(name for name in tensors if "lora" not in name and "lokr" not in name)
@@ -276,7 +276,7 @@ def _load(
                     tensors, text_encoder=module, prefix=component, adapter_name=name, **options
                 )
     except Exception as error:  # three libraries may raise anything for weights that do not fit
-        raise ModelError(f"The LoRA {weights.file} does not fit the {component}: {_line(error)}") from error
+        raise ModelError(f"The LoRA {weights.file} does not fit the {component}: {one_line(error)}") from error
     held = get_peft_model_state_dict(module, adapter_name=name) if name in getattr(module, "peft_config", ()) else {}
     if problem := _difference(tensors, held):
         raise ModelError(f"The LoRA {weights.file} does not fit the {component}: {problem}.")
@@ -301,10 +301,6 @@ def _difference(given: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tens
 def _fingerprint(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[tuple[int, ...], str]:
     dense = tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8)
     return tuple(tensor.shape), xxhash.xxh3_64_hexdigest(dense.numpy().data)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
 
 
 class _WarningCollector(logging.Handler):

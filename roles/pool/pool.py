@@ -17,7 +17,7 @@ from triptych.actors.runtime.system_messages import Inspect, Inspection
 from triptych.bus import BusError, MailboxFullError, Reference, RefusedError, UnreachableError
 from triptych.engines.memory.arena import Arena, ArenaError
 from triptych.engines.memory.buddy import PAGE
-from triptych.engines.memory.leases import ByteRange, Lease, LeaseError, LeaseState, LeaseTable, overlaps
+from triptych.engines.memory.leases import ByteRange, Lease, LeaseError, LeaseState, LeaseTable
 from triptych.engines.transfer import (
     QUARANTINE_S,
     PullExecutor,
@@ -210,7 +210,7 @@ class BufferPool(Actor):
         target = self._find(message.target)
         if target.state is not LeaseState.WRITING or message.nbytes > target.capacity:
             raise RefusedError("wrong_state", f"lease {target.id} is {target.state}, of {target.capacity} bytes")
-        if _span(target) in self._filling:
+        if target.byte_range in self._filling:
             raise RefusedError("wrong_state", f"lease {target.id} is being filled already")
         attempt = message.attempt
         if not target.request_id:
@@ -223,7 +223,7 @@ class BufferPool(Actor):
 
     async def _pull(self, message: PullBlock, target: Lease) -> BlockPulled:
         began = time.monotonic()
-        self._filling.add(_span(target))
+        self._filling.add(target.byte_range)
         try:
             source = await self._describe(message.source)
             await self._store.transfers.pull(
@@ -238,7 +238,7 @@ class BufferPool(Actor):
                 self._store.table.quarantine(target.id, time.monotonic() + QUARANTINE_S)
             raise RefusedError("transfer_failed", error.reason) from error
         finally:
-            self._filling.discard(_span(target))
+            self._filling.discard(target.byte_range)
             self._sweep()
         return BlockPulled(time.monotonic() - began)
 
@@ -335,7 +335,7 @@ class BufferPool(Actor):
             lease = self._find(reference)
         except RefusedError:  # it is free already, or of an earlier pool, whose memory is gone
             return False
-        if overlaps(lease, self._held()):
+        if lease.overlaps(self._held()):
             self._store.table.quarantine(lease.id)
             self._sweep()
         else:
@@ -393,7 +393,3 @@ class BufferPool(Actor):
         if taken:
             self.log.info("blocks reclaimed", owner=owner, older_than=older_than, blocks=len(taken))
         self._sweep()
-
-
-def _span(lease: Lease) -> ByteRange:
-    return lease.offset, lease.capacity

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from triptych.actors import Component, Model, StartError
 from triptych.actors.errors import describe
 from triptych.actors.topology import ModelProblem, ModelReport
+from triptych.engines.memory.arena import available_memory
 from triptych.engines.stages import ModelError, Stage
 from triptych.engines.weights.inspection import Finding, inspect_files
 from triptych.engines.weights.read_ahead import size_text
@@ -165,22 +165,8 @@ def _free_bytes(instances: Iterable[Component]) -> int:
     """Return the free bytes of the devices that the instances use."""
     devices = {component.device for component in instances}
     if devices == {"cpu"}:
-        return _free_on_host()
+        return available_memory()
     import torch
 
     gpus = {torch.device(name).index or 0 for name in devices if name != "cpu"}
     return sum(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus) if torch.cuda.is_available() else 0
-
-
-def _free_on_host(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the bytes that this process may still allocate: of physical memory, and within every enclosing cgroup."""
-    lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) << 10
-    for line in (proc / "self" / "cgroup").read_text().splitlines():
-        number, _, path = line.split(":", 2)
-        group = Path(path.lstrip("/"))
-        for folder in (group, *group.parents) if number == "0" else ():
-            limit, used = cgroups / folder / "memory.max", cgroups / folder / "memory.current"
-            if limit.exists() and (most := limit.read_text().strip()) != "max":
-                free = min(free, int(most) - int(used.read_text()))
-    return max(free, 0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import subprocess
 import tempfile
 import time
@@ -20,6 +19,7 @@ from typing import Any, Final
 import uvloop
 
 from triptych.actors.supervision import module_command
+from triptych.actors.topology import free_port
 from triptych.bus import CurveKeys
 from triptych.tools.bench.echo_servers import CLIENTS, PAYLOADS, Ask
 from triptych.tools.bench.report import compare
@@ -114,13 +114,6 @@ def _addresses(folder: Path) -> dict[str, str]:
         "mailbox": f"ipc://{folder}/mailbox",
         "raw": f"ipc://{folder}/raw",
         "actor": f"ipc://{folder}/actor",
-        "actor_tcp": f"tcp://127.0.0.1:{_free_port()}",
-        "xoscar": f"127.0.0.1:{_free_port()}",
+        "actor_tcp": f"tcp://127.0.0.1:{free_port()}",
+        "xoscar": f"127.0.0.1:{free_port()}",
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -41,7 +41,7 @@ def test_a_model_that_is_too_large_or_not_to_be_loaded_is_not(
 ) -> None:
     report, _ = checked(make_topology(tiny_model), dry_run=False)
     assert (report.ok, report.dry_run) == (True, "No dry request was made.")
-    monkeypatch.setattr(model_check, "_free_on_host", lambda: 1000)
+    monkeypatch.setattr(model_check, "available_memory", lambda: 1000)
     report, _ = checked(make_topology(tiny_model))
     assert report.ok
     assert report.dry_run.startswith("No dry request was made: the weights take")
@@ -72,16 +72,3 @@ def test_a_request_that_fails_is_a_finding(
     (problem,) = report.problems
     assert (problem.where, problem.fatal) == ("dry run", True)
     assert problem.problem.endswith("TypeError: no such thing")
-
-
-def test_free_memory_is_that_of_the_machine_and_of_the_groups_around_this_process(tmp_path: Path) -> None:
-    (tmp_path / "self").mkdir()
-    (tmp_path / "meminfo").write_text("MemTotal: 2048 kB\nMemAvailable:    1024 kB\n")
-    (tmp_path / "self" / "cgroup").write_text("0::/service/job\n")
-    groups = tmp_path / "cgroup"
-    (groups / "service" / "unit").mkdir(parents=True)
-    assert model_check._free_on_host(tmp_path, groups) == 1 << 20
-    (groups / "service" / "unit" / "memory.max").write_text("max\n")
-    (groups / "service" / "memory.max").write_text("1000\n")
-    (groups / "service" / "memory.current").write_text("400\n")
-    assert model_check._free_on_host(tmp_path, groups) == 600
