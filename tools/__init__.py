@@ -1,1 +1,1 @@
-"""."""
+"""Programs for developers: benchmarks, chaos tests, surveys and model makers."""

@@ -1,4 +1,4 @@
-"""An image through the running system: start it, ask for one image over HTTP, say where the time went, stop it."""
+"""Start a system, request one image over HTTP, show where the time went, and stop it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def main(
     prompt: Annotated[str, typer.Option(help="What to draw.")] = PROMPT,
     seed: Annotated[int, typer.Option(help="The same seed gives the same image.")] = 7,
 ) -> None:
-    """Start TOPOLOGY on a free port, draw PROMPT, and leave nothing running."""
+    """Start TOPOLOGY on a free port, make an image of PROMPT, and stop it."""
     try:
         asyncio.run(demo(topology, output, prompt, seed))
     except (ClientError, TopologyError) as error:
@@ -42,7 +42,7 @@ def main(
 
 
 async def demo(topology: Path, output: Path, prompt: str, seed: int) -> None:
-    """Raises `ClientError` or `TopologyError` with a sentence."""
+    """Run the demo; raises `ClientError` or `TopologyError` with a sentence."""
     os.environ.setdefault(LEVEL_VARIABLE, "warning")  # the image is the news here
     started = time.perf_counter()
     async with launch(topology, {"api": {"port": 0}}) as cluster:
@@ -57,7 +57,7 @@ async def demo(topology: Path, output: Path, prompt: str, seed: int) -> None:
 
 
 def stage_table(request: dict[str, Any], elapsed_s: float) -> Table:
-    """Where the request spent its time, by stage and instance."""
+    """Return a table of the seconds of a request, by stage and instance."""
     table = Table("stage", "instance", "milliseconds", title=f"request {request['id']}")
     unit = request["units"][0]
     for stage, seconds in unit["stage_seconds"].items():

@@ -1,4 +1,4 @@
-"""What the kernel says of other processes."""
+"""Memory and children of other processes, from /proc."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 
 class ProcessMemory(NamedTuple):
-    """What a process has in memory, in MiB."""
+    """The memory of a process, in MiB."""
 
     rss: float
     """All of its pages, those included that other processes have mapped as well."""
     pss: float
     """Its share: of a page that n processes have mapped, 1/n. The sum over processes counts each page once."""
     uss: float
-    """Of its pages those that no other process has mapped: what its end would free."""
+    """Pages that no other process has mapped: what its end would free."""
     peak_rss: float
     """The most that `rss` has been since the process was started."""
 
@@ -35,13 +35,13 @@ def parse(rollup: str, status: str) -> ProcessMemory:
 
 
 def children_of(parent: int) -> list[int]:
-    """Processes whose parent it is, zombies included."""
+    """Return the ids of the children of a process, with zombies."""
     pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]  # noqa: PTH208
     return [pid for pid in pids if stat(pid)[1:2] == [str(parent)]]
 
 
 def stat(pid: int) -> list[str]:
-    """State and parent of a process, and more; empty fields when it has ended meanwhile."""
+    """Return the fields of `/proc/PID/stat` from the state and the parent on; empty ones if the process has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

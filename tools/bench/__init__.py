@@ -1,1 +1,1 @@
-"""."""
+"""Benchmarks: `python -m triptych.tools.bench`."""

@@ -1,4 +1,4 @@
-"""Whole clusters for a benchmark: a model made for it, a topology in a folder of its own, and quiet on stdout."""
+"""Start clusters for a benchmark: make its model, write its topology, keep stdout free of their output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from triptych.actors.supervision import module_command
 
 @contextmanager
 def stdout_to_stderr() -> Iterator[None]:
-    """What clusters print while they start and stop must not come between the rows."""
+    """Send what clusters print to stderr, so that it does not come between the rows."""
     sys.stdout.flush()
     stdout = os.dup(1)
     os.dup2(2, 1)
@@ -26,7 +26,7 @@ def stdout_to_stderr() -> Iterator[None]:
 
 
 def make_model(folder: Path, *options: str) -> None:
-    """Run `tools.make_model`, in a process of its own: its memory and its libraries are not the benchmark's."""
+    """Run `tools.make_model` in another process, so that its memory is not measured with the benchmark's."""
     command = (*module_command("triptych.tools.make_model"), str(folder), *options)
     subprocess.run(command, check=True)  # noqa: S603 - our own command
 
@@ -34,7 +34,7 @@ def make_model(folder: Path, *options: str) -> None:
 def write_topology(
     folder: Path, model: Path, dtype: str, roles: Mapping[str, int], slots: int, **settings: str
 ) -> Path:
-    """Make `folder`, and in it a topology of so many instances of each kind of role; returns the file.
+    """Make `folder` and write a topology into it, with so many instances of each kind of role; return the file.
 
     `settings` are further keys of its `[model]`.
     """

@@ -1,4 +1,4 @@
-"""The same echo four times: a mailbox, an actor, bare ZMQ, and an actor of xoscar. Both ends of each.
+"""Echo servers and their clients: a mailbox, an actor, bare ZMQ, and an actor of xoscar.
 
 `python -m triptych.tools.bench.echo_servers PEER ADDRESS` reads the secret half of a CURVE key pair from its standard
 input and serves one of them until it is terminated.
@@ -36,16 +36,16 @@ class Echo(Message):
 
 
 class Echoed(Message):
-    """The answer."""
+    """The answer to `Echo`."""
 
     text: str
-    """The text that came."""
+    """The text that was received."""
     number: int
-    """The number that came."""
+    """The number that was received."""
 
 
 class EchoActor(Actor):
-    """Answers with what came."""
+    """Answers with what it receives."""
 
     async def echo(self, message: Echo) -> Echoed:
         """Return the text and the number."""
@@ -73,7 +73,7 @@ async def serve_mailbox(address: str, keys: CurveKeys) -> None:
 
 
 async def connect_mailbox(address: str, keys: CurveKeys) -> Ask:
-    """Return an ask with envelope, typed decode and deadline."""
+    """Return an ask that uses the envelope, typed decoding and a deadline."""
     reference = Outbox("bench", options=SocketOptions(curve=keys)).reference(NAME, address)
 
     async def ask(text: str) -> object:
@@ -94,7 +94,7 @@ class RawPump:
         self._loop.call_soon(self._drain)
 
     def send(self, frames: list[bytes]) -> None:
-        """Send and look for what came meanwhile."""
+        """Send, then read what has arrived meanwhile."""
         self._socket.send_multipart(frames, zmq.NOBLOCK)
         if not self._again:
             self._again = True
@@ -108,7 +108,7 @@ class RawPump:
 
 
 async def serve_raw(address: str, _keys: CurveKeys) -> None:
-    """Answer forever with the bytes that came."""
+    """Answer forever with the bytes that are received."""
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     socket.bind(address)
     pump = RawPump(socket, lambda frames: pump.send(frames))
@@ -117,7 +117,7 @@ async def serve_raw(address: str, _keys: CurveKeys) -> None:
 
 
 async def connect_raw(address: str, _keys: CurveKeys) -> Ask:
-    """Return an ask of bytes: a number to tell the answers apart, and a payload."""
+    """Return an ask that sends a number, by which answers are matched, and a payload."""
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     socket.connect(address)
     waiting: dict[bytes, asyncio.Future[bytes]] = {}

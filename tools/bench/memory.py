@@ -1,4 +1,4 @@
-"""What each process holds in memory for a mid-size model, against the monolithic process that loads all of it.
+"""Measure the memory of each process for a mid-size model, against one monolithic process that loads all of it.
 
 A model of some 2 GB with random weights is made and served by the real system, once in three roles and once in one, and
 each again with one instance more. A process is measured when it is ready and when it has made images; its peak is the
@@ -27,21 +27,21 @@ from triptych.tools.bench.memory_report import CONVERTED, MAPPED, MemoryRun, Pro
 from triptych.tools.procfs import ProcessMemory, children_of, process_memory
 
 ROUNDS: Final = 1
-"""Where no other number is asked for: every round starts eight clusters."""
+"""Default number of rounds; every round starts eight clusters."""
 FAMILY: Final = "flux-kl"
 SIZE: Final = "512x512"
 STEPS: Final = 2
 IMAGES: Final = 2
 MOST_IMAGES: Final = 8
-"""Until each instance has had a part in one."""
+"""Most images to make until each instance has run a stage."""
 IMAGE_S: Final = 300.0
 READY_S: Final = 180.0
 SETTLE_S: Final = 1.0
-"""From the answer to the measurement, for what the role lets go of after it."""
+"""Seconds from the answer to the measurement, in which roles free what they no longer need."""
 NEEDED_MIB: Final = 10_000
 
 DTYPES: Final = {MAPPED: "bfloat16", CONVERTED: "float16"}
-"""The files are in bfloat16."""
+"""The dtype of the weight files is bfloat16."""
 STAGES: Final = {"encoder": 1, "denoiser": 1, "decoder": 1}
 SIDES: Final = {
     memory_report.DISAGGREGATED: STAGES,
@@ -117,7 +117,7 @@ async def _run(folder: Path, place: _Model, weights: str, side: str) -> MemoryRu
 
 
 async def _wait_for_all_ready(cluster: Cluster) -> None:
-    """Wait for the last instance: a cluster is ready with one of each kind."""
+    """Wait for every instance; a cluster is ready as soon as it has one of each kind."""
     async with asyncio.timeout(READY_S):
         while {child.state for child in (await cluster.children()).values()} != {ChildState.READY}:  # noqa: ASYNC110  has to ask
             await asyncio.sleep(SETTLE_S)
@@ -125,7 +125,7 @@ async def _wait_for_all_ready(cluster: Cluster) -> None:
 
 
 async def _warm_up(cluster: Cluster, names: set[str]) -> None:
-    """Make images of distinct prompts until each instance has had a part in one."""
+    """Make images of distinct prompts until each instance has run a stage."""
     idle = {component.name for component in cluster.topology.components if component.slots} & names
     for number in count(1):
         made = await cluster.generate(f"{number} red ships", size=SIZE, steps=STEPS, seed=number, timeout_s=IMAGE_S)
@@ -139,7 +139,7 @@ async def _warm_up(cluster: Cluster, names: set[str]) -> None:
 
 
 async def _measure(cluster: Cluster) -> dict[str, ProcessMemory]:
-    """Every process of the cluster by its name."""
+    """Measure every process of the cluster, by name."""
     pids = {name: child.pid for name, child in (await cluster.children()).items()}
     supervisor = cluster.process.pid
     (zygote,) = set(children_of(supervisor)) - set(pids.values())
@@ -147,7 +147,7 @@ async def _measure(cluster: Cluster) -> dict[str, ProcessMemory]:
 
 
 async def _components(cluster: Cluster, weights: dict[str, float]) -> dict[str, tuple[str, ...]]:
-    """Those with weights that each role says it has loaded, by its name."""
+    """Return the components with weights that each role reports as loaded, by the name of the role."""
     actors = (await cluster.status())["actors"]
     facts = {row["component"]: row["facts"] for row in actors if "panels_run" in row.get("facts", {})}
     named = {name: said["components"].split(", ") for name, said in facts.items()}

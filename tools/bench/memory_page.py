@@ -1,4 +1,4 @@
-"""The page `docs/memory.md`, of the rows of the memory benchmark; pure."""
+"""Make the page `docs/memory.md` from the rows of the memory benchmark; pure."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Found = dict[str, dict[str, Any]]
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Make the page."""
+    """Return the page as Markdown."""
     found = {row["case"]: row for row in rows}
     texts = [_introduction(found["settings"]), *_findings(found)]
     paragraphs = [textwrap.fill(" ".join(text.split()), _WIDTH, break_on_hyphens=False) for text in texts]

@@ -1,4 +1,4 @@
-"""The rows of the memory benchmark, of what was measured; pure."""
+"""Make the rows of the memory benchmark from its samples; pure."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ MEASURES: Final = {MAPPED: ("weights", "pss", "rss", "peak_rss"), CONVERTED: ("p
 
 @dataclass(frozen=True)
 class ProcessSample:
-    """What one process was seen to hold, in MiB.
+    """The memory of one process, in MiB.
 
     Attributes:
         components: That it has loaded.
         weights: Of those, in their files.
         ready: When the cluster was ready.
-        done: At rest after the images, or again when there were none.
+        done: While it is idle after the images, or measured again where there were none.
     """
 
     components: tuple[str, ...]
@@ -39,7 +39,7 @@ class ProcessSample:
     done: ProcessMemory
 
     def measures(self) -> dict[str, float]:
-        """It as a row has it."""
+        """Return the values as they are in a row."""
         done = self.done
         return {
             "weights": self.weights,
@@ -53,7 +53,7 @@ class ProcessSample:
 
 @dataclass(frozen=True)
 class MemoryRun:
-    """One cluster: how it came by its weights, which side it is, and its processes by name."""
+    """One run of a cluster: the kind of its weight files, its side, and its processes by name."""
 
     weights: str
     side: str
@@ -70,7 +70,7 @@ def rows(runs: Sequence[MemoryRun]) -> Iterator[dict[str, Any]]:
 
 
 def case(weights: str, side: str, process: str) -> str:
-    """Name the case of a process."""
+    """Return the name of the case of a process."""
     return f"{weights} weights, {side}: {process}"
 
 

@@ -1,4 +1,4 @@
-"""An image through three processes, against the same model in one process behind the same API.
+"""Compare an image made by three processes with one made by one process behind the same API.
 
 The model is tiny, so that what is measured is the way and not the work. Both clusters run all the time and are asked in
 turn.
@@ -20,7 +20,7 @@ from triptych.tools.bench.clusters import make_model, stdout_to_stderr, write_to
 from triptych.tools.bench.report import compare
 
 IMAGES = 50
-"""For each side, case and round."""
+"""Latencies in ms for each side, case and round."""
 CASES = {"one at a time": 1, "8 in flight": 8}
 STAGES = ("encoder", "denoiser", "decoder")
 PEER = "monolithic"
@@ -40,7 +40,7 @@ def run(rounds: int) -> Iterable[dict[str, object]]:
 
 
 def quantile(values: list[float], q: float) -> float:
-    """Return the smallest value that is not below a share `q` of them (nearest rank)."""
+    """Return the `q` quantile by nearest rank, with `q` in (0, 1]."""
     return sorted(values)[max(0, math.ceil(q * len(values)) - 1)]
 
 
@@ -79,12 +79,12 @@ async def _measure(folder: Path, rounds: int) -> Latencies:
 
 
 def _topology(folder: Path, model: Path, kinds: tuple[str, ...]) -> Path:
-    # Without a cache, or the way would be that of the first image alone.
+    # Without a prompt cache, which would skip the encoder from the second image on.
     return write_topology(folder, model, "float32", dict.fromkeys(kinds, 1), slots=8, prompt_cache="0")
 
 
 async def _images(cluster: Cluster, in_flight: int) -> list[float]:
-    """Make `IMAGES`, `in_flight` at any time, and return how many ms each took."""
+    """Make `IMAGES` images with `in_flight` at a time; return the milliseconds that each took."""
     seeds = iter(range(IMAGES))
     taken: list[float] = []
 

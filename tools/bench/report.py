@@ -1,4 +1,4 @@
-"""The one form that every benchmark reports in."""
+"""The form in which every benchmark reports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def compare(
     peer_values: Sequence[float],
     higher_is_better: bool = True,
 ) -> dict[str, Any]:
-    """One case: the medians of interleaved rounds of one run, and `ratio` > 1 where ours is better."""
+    """Make the row of a case: the medians of interleaved rounds, and `ratio` > 1 where ours is better."""
     mine, theirs = statistics.median(ours), statistics.median(peer_values)
     ratio = mine / theirs if higher_is_better else theirs / mine
     return {

@@ -1,4 +1,4 @@
-"""Hops of tensors between two pools, against the copies that no hop can do without.
+"""Measure hops of tensors between two pools, against the copies that every hop needs.
 
 Shared memory is measured against two plain copies, Mooncake against its own blocking read as its documentation uses it.
 Both sides of a case take turns, in processes of their own where bytes travel; a value is the median of the rounds.
@@ -41,7 +41,7 @@ def _row(case: str, peer: str, ours: list[float], theirs: list[float]) -> dict[s
 
 
 def _interleaved(rounds: int, *sides: Timed) -> list[list[float]]:
-    """Run the sides in turn; milliseconds, the median of a few repetitions for each side and round."""
+    """Run the sides in turn; return milliseconds, the median of a few repetitions, for each side and round."""
     taken: list[list[float]] = [[] for _ in sides]
     for number in range(rounds + 1):
         for side, times in zip(sides, taken, strict=True):
@@ -69,7 +69,7 @@ def _shm(rounds: int) -> Iterator[dict[str, object]]:
 
 
 class _ShmHop:
-    """Store on one stream, map, verify and load on another; the block is mapped twice, as it is by two roles."""
+    """Store on one stream; map, verify and load on another. The block is mapped twice, as two roles map it."""
 
     def __init__(self, nbytes: int, runner: asyncio.Runner) -> None:
         import torch
@@ -133,7 +133,7 @@ def _mooncake(rounds: int) -> Iterator[dict[str, object]]:
 
 @contextmanager
 def _pair(kind: str, settings: dict[str, str]) -> Iterator[Callable[[int], float]]:
-    """Start a process that serves an arena and one that pulls from it; calling the result pulls and says how long."""
+    """Start a process that serves an arena and one that pulls from it; the result pulls and returns the seconds."""
     with _process(kind, settings, "serve") as server:
         session, address = server.readline().split()
         with _process(kind, settings, "pull", session, address) as client:

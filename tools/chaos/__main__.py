@@ -75,7 +75,7 @@ def main(
     bound: Annotated[float, typer.Option(help="Most seconds for a victim to be back.")] = 20.0,
     json: Annotated[Path | None, typer.Option("--json", help="Write the report here as well.")] = None,
 ) -> None:
-    """Start TOPOLOGY, offer a seeded load, inject faults, and check that nothing accepted was lost."""
+    """Start TOPOLOGY, send a seeded load, inject faults, and check that no accepted request was lost."""
     chosen = list(FAULTS) if faults == "all" else faults.split(",")
     if unknown := [fault for fault in chosen if fault not in FAULTS]:
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(FAULTS)}", param_hint="--faults")
@@ -112,7 +112,7 @@ async def run(
     faults: list[str],
     bound_s: float,
 ) -> ChaosReport:
-    """Run the storm, then the drills for too many restarts and for another topology.
+    """Run load with faults, then check restart intensity and a changed topology.
 
     The model goes to `folder`, whose "state" is there. The cluster has the clock of the machine where `clock` is None.
     Raises `ClientError` and `TopologyError`.
@@ -146,7 +146,7 @@ async def run(
 
 
 def _copy_model_with_wide_ranges(topology: Path, folder: Path) -> Path:
-    """Copy the model of a topology, with a serving config that allows what the load asks for."""
+    """Copy the model of a topology, with a serving config whose ranges allow the load."""
     shutil.copytree(load_topology(topology).models[0].path, folder)
     serving_config = folder / SERVING_CONFIG_NAME
     settings = jsons.loads(serving_config.read_text())
@@ -155,7 +155,7 @@ def _copy_model_with_wide_ranges(topology: Path, folder: Path) -> Path:
 
 
 async def digest(cluster: Cluster, image: ImageCase) -> str:
-    """SHA-256 of one image's file."""
+    """Make an image and return the SHA-256 of its file."""
     made = await cluster.generate(image.prompt, seed=image.seed, steps=image.steps, size=f"{image.side}x{image.side}")
     return hashlib.sha256(made.data).hexdigest()
 
@@ -169,7 +169,7 @@ async def run_load(
     baseline: dict[ImageCase, str],
     clock: Clock | None,
 ) -> ChaosReport:
-    """Load and strikes together, then rest, then the invariants."""
+    """Run the load and inject the faults, wait until the cluster is idle, then check the invariants."""
     clients = LoadGenerator(cluster, f"chaos-{seed}-{os.getpid()}", patience_s=CLIENT_PATIENCE_S)
     injector, watch = FaultInjector(cluster, seed, clock), MailboxMonitor(cluster)
     began = time.monotonic()

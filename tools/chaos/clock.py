@@ -1,4 +1,4 @@
-"""A wall clock of their own for the processes of a cluster, which can be set while they run."""
+"""A wall clock for the processes of a cluster that can be set while they run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ENVIRONMENT: Final = "TRIPTYCH_CHAOS_CLOCK"
 
 
 class Clock:
-    """How far the wall clock of a cluster is ahead of that of this process.
+    """The offset of the wall clock of a cluster from that of this process.
 
     A small library that is preloaded into the cluster's processes adds an offset to what `clock_gettime`,
     `gettimeofday` and `time` say of the wall clock; monotonic clocks are left alone, as where somebody sets the clock
@@ -36,18 +36,18 @@ class Clock:
 
     @staticmethod
     def why_unsupported() -> str:
-        """Say why there can be none here, "" where it can."""
+        """Say why the clock of a cluster cannot be set here; "" if it can."""
         return "" if shutil.which("cc") else "there is no C compiler (install gcc)"
 
     def step(self, seconds: int) -> None:
-        """Set the clock forward or back; seen at once."""
+        """Step the clock forward or back, at once for all processes."""
         self.offset_s += seconds
         with self._file.open("r+b" if self._file.exists() else "wb") as file:
             file.write(struct.pack("=q", self.offset_s))
 
     @contextmanager
     def preloaded(self) -> Iterator[Self]:
-        """Have processes that are started in the block follow this clock."""
+        """Let processes that are started in the block use this clock."""
         own = {"LD_PRELOAD": str(self._library), _ENVIRONMENT: str(self._file)}
         before = {name: os.environ.get(name) for name in own}
         os.environ.update(own)

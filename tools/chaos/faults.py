@@ -1,4 +1,4 @@
-"""The faults, one entry each in `FAULTS`: whom it strikes, whether that ends processes, and how it is caused."""
+"""The faults, one entry each in `FAULTS`: the victims, whether they have to be replaced, and how it is injected."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from triptych.tools.chaos.clock import Clock
 from triptych.tools.procfs import children_of
 
 PAUSE_PAST_TIMEOUT_S: Final = 2.0
-"""By how much a pause of the whole system outlasts the timeout of heartbeats."""
+"""Seconds by which a pause of the whole system is longer than the heartbeat timeout."""
 STALL_SHARE: Final = 0.5
-"""Length of a stall of one process, as a share of the timeout of heartbeats."""
+"""Length of a stall of one process, as a share of the heartbeat timeout."""
 FULL_S: Final = 3.0
 BUSY_S: Final = 4.0
 BUSY_PROCESSES: Final = 4
 HOUR_S: Final = 3600
 SYSTEM: Final = "system"
-"""The victim of what strikes everything at once."""
+"""The victim of a fault of the whole system."""
 
 
 @dataclass(slots=True)
 class FaultContext:
-    """What a fault may work with."""
+    """What an injection has access to."""
 
     cluster: Cluster
     address_book: AddressBook
@@ -49,7 +49,7 @@ class FaultContext:
 
 
 Inject = Callable[[FaultContext, ChildReport | None], Awaitable[None]]
-"""Causes a fault in a component, or in the whole system (None); returns when the cause is over."""
+"""Injects a fault into a component, or into the whole system (None); returns when it is over."""
 
 
 async def _nothing(_: FaultContext, __: ChildReport | None) -> None:
@@ -58,23 +58,23 @@ async def _nothing(_: FaultContext, __: ChildReport | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A fault: caused at moments of a run, or, with `rates`, in the transfers of all of it."""
+    """A fault: injected at times of a run or, with `rates`, into transfers throughout the run."""
 
     victims: Callable[[Topology], list[str]] = lambda _: []
-    """Names of the components that it may strike, each as often as it is likely."""
+    """Names of the components that it may hit; a name that occurs twice is hit twice as often."""
     inject: Inject = _nothing
     lethal: bool = False
     """Whether the victim's process has to be replaced."""
     why_unsupported: Callable[[str, Path], str] = lambda _, __: ""
-    """Says why it cannot be caused on this machine with that transfer engine and state folder; "" where it can."""
+    """Says why it cannot be injected on this machine with a transfer engine and state folder; "" if it can."""
     rates: str = ""
-    """What goes wrong with transfers, as `engines.transfer.FaultRates` reads it."""
+    """Fault rates of transfers, as `engines.transfer.FaultRates` reads them."""
     transfer_keys: Mapping[str, object] = field(default_factory=dict)
     """Keys of `[transfer]` that a run with it needs."""
 
 
 def _roles(topology: Topology) -> list[str]:
-    """Denoisers come oftener: that is where requests spend their time, and where there is most to lose."""
+    """Name the roles, denoisers three times: requests spend most of their time there."""
     often = {"pool": 0, "head": 0, "api": 0, "denoiser": 3}
     return [c.name for c in topology.components for _ in range(often.get(c.kind, 1))]
 
@@ -99,13 +99,13 @@ def _send(number: signal.Signals) -> Inject:
 
 
 async def _stall(context: FaultContext, victim: ChildReport | None) -> None:
-    """Stop a process for less than the timeout of heartbeats."""
+    """Stop a process for less than the heartbeat timeout."""
     with _suspended([_pid(victim)]):
         await asyncio.sleep(STALL_SHARE * context.cluster.topology.supervision.heartbeat_timeout_s)
 
 
 async def _pause(context: FaultContext, _: ChildReport | None) -> None:
-    """Stop every process for longer than that, as a machine does that is suspended."""
+    """Stop every process for longer than the heartbeat timeout, as a suspended machine does."""
     supervisor = context.cluster.process.pid
     with _suspended([supervisor, *children_of(supervisor)]):
         await asyncio.sleep(context.cluster.topology.supervision.heartbeat_timeout_s + PAUSE_PAST_TIMEOUT_S)
@@ -117,7 +117,7 @@ async def _step_clock(context: FaultContext, _: ChildReport | None) -> None:
 
 
 async def _fill_disk(context: FaultContext, _: ChildReport | None) -> None:
-    """Leave no space on the disk of the state folder for a while."""
+    """Fill the disk of the state folder for a while."""
     ballast = context.cluster.topology.state_dir / "ballast"
     try:
         await asyncio.to_thread(_take_space, ballast)
@@ -127,7 +127,7 @@ async def _fill_disk(context: FaultContext, _: ChildReport | None) -> None:
 
 
 async def _load_cpu(_: FaultContext, __: ChildReport | None) -> None:
-    """Have other processes of the machine compute for a while."""
+    """Load the CPU with other processes for a while."""
     spin = f"import time\nend = time.monotonic() + {BUSY_S}\nwhile time.monotonic() < end: pass"
     others = [await asyncio.create_subprocess_exec(sys.executable, "-c", spin) for _ in range(BUSY_PROCESSES)]
     await asyncio.gather(*(other.wait() for other in others))
@@ -162,28 +162,28 @@ FAULTS: Final[dict[str, Fault]] = {
         why_unsupported=lambda engine, _: _why_nothing_is_late(engine),
     ),
 }
-"""By name: a new fault is one entry."""
+"""Every fault by name; a new fault is one entry."""
 
 
 def why_unsupported(faults: Iterable[str], engine: str, state: Path) -> dict[str, str]:
-    """Say why faults cannot be caused here, by name; those that can be are left out."""
+    """Say by name why faults cannot be injected here; those that can be are left out."""
     problems = {name: FAULTS[name].why_unsupported(engine, state) for name in faults}
     return {name: problem for name, problem in problems.items() if problem}
 
 
 def transfer_rates(faults: Iterable[str]) -> str:
-    """What goes wrong with transfers in a run with these faults, as `engines.transfer.FaultRates` reads it."""
+    """Return the fault rates of transfers in a run with these faults, as `engines.transfer.FaultRates` reads them."""
     return ",".join(FAULTS[name].rates for name in faults if FAULTS[name].rates)
 
 
 def transfer_keys(faults: Iterable[str]) -> dict[str, object]:
-    """Keys of `[transfer]` that a run with these faults needs."""
+    """Return the keys of `[transfer]` that a run with these faults needs."""
     return {key: value for name in faults for key, value in FAULTS[name].transfer_keys.items()}
 
 
 @contextmanager
 def small_disk(folder: Path, nbytes: int = 512 << 20) -> Iterator[None]:
-    """Put a file system of `nbytes` bytes at `folder` for the block, where this user may; else nothing."""
+    """Mount a file system of `nbytes` bytes at `folder` for the block; no-op where this user may not."""
     mount = ["mount", "-t", "tmpfs", "-o", f"size={nbytes},mode=0700", "tmpfs", str(folder)]
     mounted = os.geteuid() == 0 and _succeeds(mount)
     try:
@@ -199,7 +199,7 @@ def _succeeds(command: list[str]) -> bool:
 
 def _pid(victim: ChildReport | None) -> int:
     if victim is None:
-        raise ValueError("this fault strikes one process")
+        raise ValueError("this fault needs a victim process")
     return victim.pid
 
 
@@ -218,7 +218,7 @@ def _suspended(pids: list[int]) -> Iterator[None]:
 def _send_signal(pid: int, number: signal.Signals) -> bool:
     try:
         os.kill(pid, number)
-    except ProcessLookupError:  # another strike has ended it
+    except ProcessLookupError:  # another fault has ended it
         return False
     return True
 
@@ -260,5 +260,5 @@ def _send_garbage(context: FaultContext, name: str) -> None:
     try:
         with socket.create_connection((api.host, api.port), timeout=5) as raw:
             raw.sendall(context.rng.randbytes(300) + b"\r\n\r\n")
-    except OSError:  # the API may be down or stopped from another strike
+    except OSError:  # the API may be down or stopped by another fault
         return

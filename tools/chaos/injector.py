@@ -1,4 +1,4 @@
-"""Cause faults at their moments, and see the victims back."""
+"""Inject faults when their triggers are met, and wait until the victims have recovered."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from triptych.tools.chaos.plan import PlannedFault
 
 POLL_S = 0.02
 TRIGGER_TIMEOUT_S = 5.0
-"""Longest wait for the right moment; then the strike falls anyway."""
+"""Most seconds to wait for a trigger; then the fault is injected anyway."""
 RECOVERY_TIMEOUT_S = 60.0
 _WITH_STORED_OUTPUTS = (State.DENOISING_WAITING, State.DENOISING_RUNNING, State.DECODER_WAITING)
 
 
 @dataclass(slots=True)
 class InjectedFault:
-    """A strike that fell."""
+    """A fault that was injected."""
 
     fault: str
     victim: str
@@ -37,13 +37,13 @@ class InjectedFault:
     lethal: bool
     """Whether the victim's process has to be replaced."""
     hit: bool = False
-    """Whether a unit was in the victim's hands."""
+    """Whether the victim had a job assigned."""
     recovery_s: float | None = None
-    """Until the victim was ready again; None if it was not seen to be."""
+    """Seconds until the victim was ready again; None if it was not seen ready."""
 
 
 class FaultInjector:
-    """Strikes the components of one cluster."""
+    """Injects faults into the components of one cluster."""
 
     def __init__(self, cluster: Cluster, seed: int, clock: Clock | None = None) -> None:
         self._cluster = cluster
@@ -55,12 +55,12 @@ class FaultInjector:
         self.injected: list[InjectedFault] = []
 
     def close(self) -> None:
-        """Let go of the bus."""
+        """Close the sockets."""
         self._outbox.close()
 
     async def inject(self, planned: PlannedFault) -> None:
-        """Wait for the moment, strike, and see the victim back; once more if it is to be struck twice."""
-        # One strike at a time for each victim: what is not there cannot be struck. A pause would wake who is stopped.
+        """Wait for the trigger, inject, and wait until the victim has recovered; repeat if the plan says so."""
+        # One fault at a time for each victim, which must be running; the end of a pause continues stalled ones.
         at_once = (
             self._victim_locks.values()
             if planned.fault == "pause"
@@ -123,7 +123,7 @@ class FaultInjector:
 
 
 def trigger_is_met(planned: PlannedFault, view: ClusterView) -> bool:
-    """Whether the strike should fall now; pure."""
+    """Whether the fault should be injected now; pure."""
     if planned.trigger == "running":
         assigned = {instance.name: bool(instance.running) for instance in view.instances}
         return assigned.get(planned.victim, any(state in RUNNING.values() for state in view.states))

@@ -1,4 +1,4 @@
-"""The invariants: pure functions of what was seen. Each returns sentences about what broke it, none when it held."""
+"""The invariants: pure functions of what was observed. Each returns one sentence for each violation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from triptych.tools.chaos.plan import ImageCase
 
 
 def each_accepted_request_ended_once(outcomes: Iterable[Outcome]) -> list[str]:
-    """Exactly one terminal state, and a client that was given an image has a request that is DONE."""
+    """Each accepted request has one terminal state, which is DONE if its client received an image."""
     broken = []
     for outcome in outcomes:
         number, unit = outcome.planned.number, first_job(outcome)
@@ -31,7 +31,7 @@ def each_accepted_request_ended_once(outcomes: Iterable[Outcome]) -> list[str]:
 
 
 def each_client_saw_one_request(outcomes: Iterable[Outcome], ids_in_journal: Mapping[str, str]) -> list[str]:
-    """A retry under the same key finds the same request. `ids_in_journal`: request id to idempotency key."""
+    """A retry with the same key finds the same request. `ids_in_journal`: request id to idempotency key."""
     broken = [
         f"request {o.planned.number} was given {len(o.request_ids)} ids" for o in outcomes if len(o.request_ids) > 1
     ]
@@ -42,7 +42,7 @@ def each_client_saw_one_request(outcomes: Iterable[Outcome], ids_in_journal: Map
 def every_block_is_accounted_for(
     pools: Iterable[Mapping[str, Any]], leases: Iterable[LeaseView], kept: int
 ) -> list[str]:
-    """At rest: free + leased == capacity, and what is held is kept ready for the next arrival, or by the prompt cache.
+    """In an idle pool free + leased == capacity, and leases are preallocated or belong to the prompt cache.
 
     `kept`: how many blocks the prompt cache says that it has.
     """
@@ -59,7 +59,7 @@ def every_block_is_accounted_for(
 
 
 def no_stale_report_was_accepted(outcomes: Iterable[Outcome], *, clock_set: bool = False) -> list[str]:
-    """Every history is a walk along legal transitions, forward in time unless somebody set the clock."""
+    """Every history has legal transitions only, with increasing times unless the clock was set."""
     broken = []
     for outcome in outcomes:
         moves = (first_job(outcome) or {"history": []})["history"]
@@ -73,7 +73,7 @@ def no_stale_report_was_accepted(outcomes: Iterable[Outcome], *, clock_set: bool
 
 
 def every_victim_recovered(injected: Iterable[InjectedFault], bound_s: float) -> list[str]:
-    """Each victim was ready again, within the bound."""
+    """Each victim was ready again within `bound_s` seconds."""
     broken = []
     for injection in injected:
         if injection.recovery_s is None:
@@ -86,9 +86,9 @@ def every_victim_recovered(injected: Iterable[InjectedFault], bound_s: float) ->
 def only_victims_restarted(
     restarts: Mapping[str, int], injected: Iterable[InjectedFault], zombies: Iterable[int]
 ) -> list[str]:
-    """As many restarts as blows for each component, and no zombie.
+    """Each component restarted once for each lethal fault, and no process is a zombie.
 
-    Who was struck beside a full disk may need several starts.
+    A component that was killed while the disk was full may need several starts.
     """
     injected = list(injected)
     expected = Counter(injection.victim for injection in injected if injection.lethal)
@@ -102,7 +102,7 @@ def only_victims_restarted(
 
 
 def same_seed_same_bytes(outcomes: Iterable[Outcome], baseline: Mapping[ImageCase, str]) -> list[str]:
-    """Every image equals that of the undisturbed run."""
+    """Every image has the bytes that it has in a run without faults."""
     return [
         f"request {o.planned.number} differs from the undisturbed image"
         for o in outcomes
@@ -111,12 +111,12 @@ def same_seed_same_bytes(outcomes: Iterable[Outcome], baseline: Mapping[ImageCas
 
 
 def no_mailbox_overflowed(depths: Mapping[str, tuple[int, int]]) -> list[str]:
-    """`depths`: actor to the deepest that its mailbox was seen, and its capacity."""
+    """No mailbox held more than its capacity. `depths`: actor to its greatest depth and its capacity."""
     return [f"{name} held {depth} messages of {bound}" for name, (depth, bound) in depths.items() if depth > bound]
 
 
 def failed_only_when_at_fault(outcomes: Iterable[Outcome]) -> list[str]:
-    """A request may only fail after two deaths that it may have caused: a kill by the tool looks like a crash."""
+    """A request fails only after two deaths that it may have caused: a kill by the tool looks like a crash."""
     broken = []
     for outcome in outcomes:
         unit = first_job(outcome)
@@ -129,7 +129,7 @@ def failed_only_when_at_fault(outcomes: Iterable[Outcome]) -> list[str]:
 
 
 def no_request_stalled(outcomes: Iterable[Outcome], bound_s: float) -> list[str]:
-    """While requests are under way, one of them ends at least every `bound_s` seconds."""
+    """While there are active requests, one of them ends at least every `bound_s` seconds."""
     ended = sorted((outcome for outcome in outcomes if outcome.ended), key=lambda outcome: outcome.ended)
     broken = []
     last = 0.0
@@ -142,6 +142,6 @@ def no_request_stalled(outcomes: Iterable[Outcome], bound_s: float) -> list[str]
 
 
 def first_job(outcome: Outcome) -> dict[str, Any] | None:
-    """The only image of a request of this load."""
+    """Return the only job of a request of this load."""
     units = outcome.final_view.get("units")
     return dict(units[0]) if units else None

@@ -1,4 +1,4 @@
-"""The clients: they ask, and ask again under the same key when a connection breaks."""
+"""The clients: they send requests, and send them again with the same key when a connection breaks."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from triptych.tools.chaos.plan import ImageCase, PlannedRequest
 
 PAUSE_S = 0.1
 IN_FLIGHT = 64
-"""Most requests under way; beyond it offers wait, so that the load stays bounded whatever happens."""
+"""Most active requests; further ones wait, so that the load is bounded."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What one client saw."""
+    """What one client observed."""
 
     planned: PlannedRequest
     status: int = 0
     """HTTP status of the final answer, 0 if there was none."""
     request_ids: set[str] = field(default_factory=set)
-    """Every id it was ever given; more than one is a doubled request."""
+    """Every id that it received; more than one is a duplicate request."""
     digest: str = ""
     """SHA-256 of the image's bytes."""
     error: str = ""
@@ -40,13 +40,13 @@ class Outcome:
 
 
 def request_body(image: ImageCase) -> dict[str, object]:
-    """The JSON of a request for it."""
+    """Return the JSON body of a request for an image."""
     size = f"{image.side}x{image.side}"
     return {"prompt": image.prompt, "seed": image.seed, "num_inference_steps": image.steps, "size": size}
 
 
 class LoadGenerator:
-    """Offers requests to a cluster."""
+    """Sends requests to a cluster."""
 
     def __init__(self, cluster: Cluster, key: str, patience_s: float) -> None:
         self._key = key
@@ -55,11 +55,11 @@ class LoadGenerator:
         self._http = cluster.http_client(httpx.Timeout(patience_s, connect=5.0))
 
     async def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         await self._http.aclose()
 
     async def ask(self, planned: PlannedRequest) -> Outcome:
-        """Ask until there is a final answer, or patience ends."""
+        """Send a request until there is a final answer or the time is over."""
         outcome = Outcome(planned)
         async with self._in_flight:
             outcome.began = time.monotonic()
@@ -74,7 +74,7 @@ class LoadGenerator:
         return outcome
 
     async def fetch_final_views(self, outcomes: list[Outcome]) -> None:
-        """Ask how each accepted request ended."""
+        """Fetch the end of each accepted request."""
         for outcome in outcomes:
             for request_id in outcome.request_ids:
                 answer = await self._http.get(f"/v1/requests/{request_id}")

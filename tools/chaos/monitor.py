@@ -1,4 +1,4 @@
-"""Looking at a cluster from outside, while it is struck and once it is at rest."""
+"""Observe a cluster from outside, during the faults and once it is idle."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class MailboxMonitor:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self.depths: dict[str, tuple[int, int]] = {}
-        """Actor to the deepest that its mailbox was seen, and its capacity."""
+        """Actor to the greatest depth of its mailbox, and its capacity."""
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Sample until it is cancelled."""
         while True:
             try:
                 actors = (await self._cluster.status())["actors"]
-            except ClientError:  # the API may be the one that was struck
+            except ClientError:  # the API may be the victim
                 actors = []
             for actor in actors:
                 deepest = max(self.depths.get(actor["name"], (0, 0))[0], actor.get("mailbox_depth", 0))
@@ -54,12 +54,12 @@ class MailboxMonitor:
             await asyncio.sleep(SAMPLE_INTERVAL_S)
 
     def zombies(self) -> list[int]:
-        """Children of the supervisor that ended and were not reaped."""
+        """List the children of the supervisor that have ended and were not reaped."""
         return [child for child in children_of(self._cluster.process.pid) if stat(child)[0] == "Z"]
 
 
 async def wait_until_idle(cluster: Cluster) -> tuple[list[dict[str, Any]], list[LeaseView], int]:
-    """The pools, their leases, and how many of those the prompt cache has.
+    """Return the pools, their leases, and the number of leases of the prompt cache.
 
     Seen once it has all that are held for a request, or as they are after IDLE_TIMEOUT_S seconds.
     """
@@ -87,14 +87,14 @@ async def wait_until_idle(cluster: Cluster) -> tuple[list[dict[str, Any]], list[
 
 
 def journal_keys(cluster: Cluster) -> dict[str, str]:
-    """Request id to idempotency key, of all that the journal has."""
+    """Return the idempotency key of every request in the journal, by request id."""
     path = cluster.topology.state_dir / "journal.sqlite"
     with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as journal:
         return dict(journal.execute("SELECT id, COALESCE(idempotency_key, '') FROM requests"))
 
 
 async def check_restart_intensity(topology: Path, overrides: Mapping[str, Mapping[str, object]]) -> list[str]:
-    """Kill one role oftener than its intensity allows: `/ready` must say so and name it."""
+    """Kill one role more often than its intensity allows; `/ready` must name it."""
     strict = {**overrides, "supervision": {"intensity": 1, "period_s": 600}}
     async with launch(topology, strict) as cluster:
         victim = next(c.name for c in cluster.topology.components if c.kind in ("denoiser", "monolithic"))
@@ -113,7 +113,7 @@ async def check_restart_intensity(topology: Path, overrides: Mapping[str, Mappin
 async def check_changed_topology(
     topology: Path, overrides: Mapping[str, Mapping[str, object]], baseline: Mapping[ImageCase, str]
 ) -> list[str]:
-    """Stop a cluster with requests under way, and start it with another engine and role names: all of them are done."""
+    """Stop a cluster with active requests and start it with another engine and role names; all must be done."""
     async with (
         launch(topology, overrides) as cluster,
         cluster.http_client(TOPOLOGY_CHANGE_TIMEOUT_S) as http,
@@ -140,7 +140,7 @@ async def check_changed_topology(
 
 
 async def _not_made(http: httpx.AsyncClient, request_id: str, digest: str) -> str:
-    """Say what is wrong with how a request ended; "" where its image is the right one."""
+    """Say what is wrong with the end of a request; "" if it has the expected image."""
     began = time.monotonic()
     while time.monotonic() - began < TOPOLOGY_CHANGE_TIMEOUT_S:
         view = (await http.get(f"/v1/requests/{request_id}")).raise_for_status().json()

@@ -1,4 +1,4 @@
-"""What will be asked and what will be struck, drawn from a seed before anything starts."""
+"""The plan of a run: requests and faults, drawn from a seed before anything starts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 TRIGGERS = {"running": 5, "stored": 2, "any": 1, "idle": 1}
-"""How often a strike falls: while the victim has work in hand (any stage runs, where the victim is no role); while
-leases are held and tensors wait or travel; at once; when nothing is under way."""
+"""How often a fault is injected: while the victim has a job assigned (any stage runs, where the victim is no
+role); while leases are held and tensors wait or are transferred; at once; when no request is active."""
 
 PROMPTS = (
     "a large red circle on the left of a blue background",
@@ -20,18 +20,18 @@ PROMPTS = (
 )
 SEEDS = (1, 2)
 SHAPES = {(4, 64): 8, (30, 64): 3, (100, 64): 3, (4, 192): 1, (4, 320): 1}
-"""How often steps and pixels a side are asked for: quick ones, ones that run long enough to be struck while they do,
+"""How often steps and pixels a side are asked for: quick ones, ones that run long enough for a fault to hit them,
 and ones whose latents take up to all that the pool gives to one payload."""
 RANGES = {"num_inference_steps": [1, 1000], "height": [64, 512, 8], "width": [64, 512, 8]}
-"""What the model's serving config has to allow for that."""
+"""The ranges that the model's serving config has to allow."""
 POOL_SIZE = "256KiB"
-"""So that payloads of several sizes meet in a pool that is nearly full: the largest takes half of it."""
+"""The largest payload takes half of it, so that the pool is nearly full at times."""
 REPEAT_SHARE = 0.15
-"""Share of strikes that come twice in a row: the second one as soon as the victim is back."""
+"""Share of faults that are injected twice: the second time as soon as the victim has recovered."""
 
 
 class ImageCase(NamedTuple):
-    """What is asked for: the same one always has the same bytes."""
+    """The inputs of an image; equal inputs give equal bytes."""
 
     prompt: str
     seed: int
@@ -40,19 +40,19 @@ class ImageCase(NamedTuple):
     """Height and width in pixels."""
 
 
-# Each prompt comes with both seeds, but not with both in each shape: all are made once in peace before the storm.
+# Each prompt comes with both seeds, but not with both in each shape: all are made once before the first fault.
 IMAGES = tuple(
     ImageCase(prompt, SEEDS[k % len(SEEDS)], *shape)
     for k, (prompt, shape) in enumerate(itertools.product(PROMPTS, SHAPES))
 )
 CHANGED = tuple(image for image in IMAGES if image.steps == 30)
-"""What is under way when a cluster is stopped, to be started with another topology."""
+"""The requests that are active when a cluster is stopped and started with another topology."""
 _OFTEN = tuple(SHAPES[image.steps, image.side] for image in IMAGES)
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """A request that a client will make."""
+    """A request that a client will send."""
 
     number: int
     at_s: float
@@ -62,7 +62,7 @@ class PlannedRequest:
 
 @dataclass(frozen=True, slots=True)
 class PlannedFault:
-    """A fault that will be caused."""
+    """A fault that will be injected."""
 
     at_s: float
     fault: str
@@ -74,7 +74,7 @@ class PlannedFault:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A whole run."""
+    """The plan of a run."""
 
     requests: tuple[PlannedRequest, ...]
     faults: tuple[PlannedFault, ...]
@@ -83,28 +83,28 @@ class Plan:
 def make_plan(
     seed: int, duration_s: float, rate: float, every_s: float, faults: Sequence[str], victims: dict[str, list[str]]
 ) -> Plan:
-    """A plan; the same arguments give the same plan.
+    """Make a plan; equal arguments give equal plans.
 
     Args:
         seed: of the drawing.
         duration_s: seconds of load.
         rate: requests a second, on average, at random moments.
-        every_s: seconds between two strikes, on average.
+        every_s: Mean seconds between two faults.
         faults: names.
-        victims: fault to the names of the components that it may strike; a fault with none is not planned.
+        victims: The names of the components that a fault may hit, by fault; a fault with none is not planned.
     """
     rng = random.Random(seed)
     requests = tuple(
         PlannedRequest(number, at_s, rng.choices(IMAGES, _OFTEN)[0])
         for number, at_s in enumerate(_arrival_times(rng, duration_s, 1 / rate))
     )
-    struck = [fault for fault in faults if victims.get(fault)]
+    possible = [fault for fault in faults if victims.get(fault)]
     # The last seconds are left for the last victims to come back under load.
-    times = _arrival_times(rng, duration_s - every_s, every_s) if struck else []
+    times = _arrival_times(rng, duration_s - every_s, every_s) if possible else []
     planned = [
         PlannedFault(at_s, fault, rng.choice(victims[fault]), _choose_trigger(rng), rng.random() < REPEAT_SHARE)
         # Each fault comes in its turn, so that a short run has them all.
-        for at_s, fault in zip(times, _in_turn(rng, struck, len(times)), strict=True)
+        for at_s, fault in zip(times, _in_turn(rng, possible, len(times)), strict=True)
     ]
     return Plan(requests, tuple(planned))
 

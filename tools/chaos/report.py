@@ -1,4 +1,4 @@
-"""What a run came to: a JSON object and a table."""
+"""The result of a run: a JSON object and a table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_DELAY_S: Final = 60.0
 
 
 class FailedRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request that came to no image."""
+    """A request without an image."""
 
     request_id: str
     state: str
@@ -33,7 +33,7 @@ class FailedRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChaosReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One run; times in seconds."""
+    """The result of one run; times in seconds."""
 
     seed: int
     duration_s: float
@@ -45,25 +45,25 @@ class ChaosReport(msgspec.Struct, frozen=True, kw_only=True):
     leaked: int
     different: int
     retries: int
-    strikes: dict[str, int]
+    faults: dict[str, int]
     failures: tuple[FailedRequest, ...]
     recovery_p50_s: float
     recovery_p99_s: float
     recovery_by_fault_s: dict[str, float]
-    """Medians. A stopped process is first missed for the heartbeat's timeout."""
+    """Median recovery by fault; a stopped process is noticed only after the heartbeat timeout."""
     kills_hit: float
-    """Share of the kills of roles that hit one with work in hand."""
+    """Share of the kills of roles that hit one with a job assigned."""
     seen_p99_s: float | None
-    """From the blow to the head's knowing that the work has to be done again; None if no kill hit a running stage."""
+    """Seconds from a kill until the head retries the stage; None if no kill hit a running stage."""
     redispatched_p99_s: float | None
-    """From that to the stage's running elsewhere; likewise."""
+    """Seconds from there until the stage runs on another instance; None as above."""
     restarts: int
     invariants: dict[str, list[str]]
-    """What broke each, empty where it held."""
+    """The violations of each invariant, by name."""
 
     @property
     def held(self) -> bool:
-        """Whether no invariant was broken."""
+        """Whether no invariant was violated."""
         return not any(self.invariants.values())
 
 
@@ -75,7 +75,7 @@ def summary(
     restarts: int,
     invariants: dict[str, list[str]],
 ) -> ChaosReport:
-    """Count and measure; pure."""
+    """Make the report from what was observed; pure."""
     kills = [b for b in injected if b.fault == "kill"]
     recoveries = [
         b.recovery_s for b in injected if b.recovery_s is not None and b.lethal and b.fault not in ("stop", "poolstop")
@@ -95,7 +95,7 @@ def summary(
         leaked=len(invariants["every block is accounted for"]),
         different=len(invariants["same seed, same bytes"]),
         retries=sum(o.retries for o in outcomes),
-        strikes=dict(Counter(b.fault for b in injected)),
+        faults=dict(Counter(b.fault for b in injected)),
         failures=failures(outcomes),
         recovery_p50_s=percentile(recoveries, 50),
         recovery_p99_s=percentile(recoveries, 99),
@@ -109,7 +109,7 @@ def summary(
 
 
 def failures(outcomes: Iterable[Outcome]) -> tuple[FailedRequest, ...]:
-    """List the requests that failed or timed out, by what the head says of them."""
+    """List the requests that failed or timed out, as the head describes them."""
     units = [(outcome.final_view.get("id", ""), first_job(outcome) or {}) for outcome in outcomes]
     return tuple(
         FailedRequest(request_id=name, state=unit["state"], attempts=unit["attempts"], causes=tuple(unit["causes"]))
@@ -119,7 +119,7 @@ def failures(outcomes: Iterable[Outcome]) -> tuple[FailedRequest, ...]:
 
 
 def percentile(values: Iterable[float], percent: int) -> float:
-    """The nearest-rank percentile, 0 of nothing."""
+    """Return a percentile by nearest rank; 0 if there are no values."""
     ranked = sorted(values)
     return ranked[max(0, -(-len(ranked) * percent // 100) - 1)] if ranked else 0.0
 
@@ -129,7 +129,7 @@ def _faults(injected: Iterable[InjectedFault]) -> list[str]:
 
 
 def _delays(outcomes: Iterable[Outcome], injected: Sequence[InjectedFault]) -> tuple[list[float], list[float]]:
-    """Of stages that were running when their instance was killed."""
+    """Return the delays of stages that were running when their instance was killed."""
     seen, redispatched = [], []
     injected = sorted(injected, key=lambda injection: injection.at)
     for outcome in outcomes:
@@ -139,12 +139,12 @@ def _delays(outcomes: Iterable[Outcome], injected: Sequence[InjectedFault]) -> t
                 continue
             victim = waiting["reason"].partition(":")[0]
             # Where the clock was set in between, the difference means nothing.
-            struck = [
+            before = [
                 b for b in injected if b.victim == victim and b.lethal and 0 <= waiting["at"] - b.at < MAX_DELAY_S
             ]
             # Only a kill ends a process at once: one that is stopped or asked to end takes its time.
-            if struck and struck[-1].fault == "kill":
-                seen.append(waiting["at"] - struck[-1].at)
+            if before and before[-1].fault == "kill":
+                seen.append(waiting["at"] - before[-1].at)
                 again = [m["at"] for m in moves[k + 2 :] if m["state"].endswith("RUNNING")][:1]
                 redispatched += [at - waiting["at"] for at in again]
     return seen, redispatched
@@ -157,12 +157,12 @@ def show(report: ChaosReport, console: Console) -> None:
         *(str(getattr(report, column.header)) for column in counts.columns),  # type: ignore[arg-type]
     )
     console.print(counts)
-    faults = Table("fault", "strikes", "back after (median s)")
-    for fault, n in report.strikes.items():
+    faults = Table("fault", "injected", "back after (median s)")
+    for fault, n in report.faults.items():
         faults.add_row(fault, str(n), f"{report.recovery_by_fault_s.get(fault, 0):.2f}")
     console.print(faults)
     console.print(f"recovery p50 {report.recovery_p50_s:.2f} s, p99 {report.recovery_p99_s:.2f} s (stops apart)")
-    console.print(f"{report.kills_hit:.0%} of the kills hit a role with work in hand")
+    console.print(f"{report.kills_hit:.0%} of the kills hit a role with a job assigned")
     console.print(
         f"a running stage's kill seen p99 {_ms(report.seen_p99_s)}, running elsewhere p99 "
         f"{_ms(report.redispatched_p99_s)} later"

@@ -1,1 +1,1 @@
-"""What is known of every family of Modular Diffusers: `python -m triptych.tools.families --help`."""
+"""Survey how every pipeline of diffusers is served: `python -m triptych.tools.families --help`."""

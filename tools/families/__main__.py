@@ -1,4 +1,4 @@
-"""`python -m triptych.tools.families`: every pipeline of diffusers, how it is served, whether that changes a bit."""
+"""`python -m triptych.tools.families`: how every pipeline of diffusers is served, and whether the bits are the same."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def classes(
     json: Json = False,
     into: Page = None,
 ) -> None:
-    """Show every pipeline class, and with --run whether it is served in three processes and in one as it is.
+    """Show every pipeline class; with --run, compare three processes and one with the class itself.
 
     The exit status is 1 where a row that ran is served in no way with the same bits.
     """
@@ -76,7 +76,7 @@ def blocks(
     only: Annotated[str, typer.Option(help="Parts of the names of families, or FAMILY:TASK; by commas.")] = "",
     into: Page = None,
 ) -> None:
-    """Show every family and task of Modular Diffusers, and with --run that three processes change nothing.
+    """Show every family and task of Modular Diffusers; with --run, compare three processes with diffusers alone.
 
     The exit status is 1 where a row that ran differs from the whole pipeline, or failed.
     """

@@ -1,4 +1,4 @@
-"""The requests that are run: for each family and task the tiny model and the inputs, with the images that they give."""
+"""The requests that are run: for each family and task the tiny model and the inputs."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ class Case:
 
 @cache
 def input_image(seed: int = 0) -> Image.Image:
-    """An image of coloured squares, [64, 64] pixels."""
+    """Return an image of coloured squares, 64 x 64 pixels."""
     squares = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(squares).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
 @cache
 def mask() -> Image.Image:
-    """White where an image is to be painted anew: its right half."""
+    """Return a mask whose right half is white: the part to be inpainted."""
     half = np.zeros((SIDE, SIDE), dtype=np.uint8)
     half[:, SIDE // 2 :] = 255
     return Image.fromarray(half)
 
 
 def video_frames(frames: int) -> list[Image.Image]:
-    """A video: a list of images."""
+    """Return a video, a list of images."""
     return [input_image(number) for number in range(frames)]
 
 
@@ -70,7 +70,7 @@ VIDEO: Final = {**SQUARE, "num_frames": 5}
 
 
 def cases() -> tuple[Case, ...]:
-    """All requests, by pipeline and task."""
+    """Return all requests, by pipeline and task."""
     return (*_flux(), *_wan(), *_qwen(), *_stable(), *_video(), *_images())
 
 
@@ -220,7 +220,7 @@ def _qwen21() -> list[Case]:
 
 
 def _video() -> list[Case]:
-    """Those of all families but Wan."""
+    """Return the videos of all families but Wan."""
     image = {"image": input_image()}
     text = {"max_sequence_length": 64, "negative_prompt": "grey"}
     frames = {**SQUARE, "num_frames": 9}

@@ -1,4 +1,4 @@
-"""Run one request apart and whole, and compare what came out, bit by bit."""
+"""Run one request disaggregated and with diffusers alone, and compare the results bit by bit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SEED: Final = 11
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison found.
+    """The result of a comparison.
 
     Attributes:
         identical: Whether every output of the whole pipeline is the same, bit for bit.
@@ -68,7 +68,7 @@ def compare(case: Case, folder: Path, processes: StageProcesses) -> Comparison:
 
 
 def run_reference(pipeline: str, folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Run a request as diffusers alone does: one pipeline, its own blocks, its own way to load."""
+    """Run a request with diffusers alone: one pipeline, its own blocks, its own loading."""
     pipe = getattr(diffusers, pipeline)(pretrained_model_name_or_path=str(folder))
     pipe.load_components(dtype=torch.float32)
     if "ip_adapter_image" in inputs:
@@ -97,7 +97,7 @@ def _hide_bars(block: Any) -> None:
 
 
 def arrays(value: Any) -> Iterator[np.ndarray[Any, Any]]:
-    """All numbers in a value: images, arrays, tensors, and lists of them."""
+    """Yield the arrays of a value: of images, arrays, tensors, and lists of them."""
     if isinstance(value, (list, tuple)):
         for item in value:
             yield from arrays(item)
@@ -114,7 +114,7 @@ def identical(left: Any, right: Any) -> bool:
 
 
 def difference(left: Any, right: Any) -> float | None:
-    """The largest difference between two values; None where their shapes differ."""
+    """Return the largest difference between two values; None if their shapes differ."""
     pairs = list(arrays(left)), list(arrays(right))
     if [a.shape for a in pairs[0]] != [b.shape for b in pairs[1]]:
         return None
@@ -123,19 +123,19 @@ def difference(left: Any, right: Any) -> float | None:
 
 
 def shape(value: Any) -> list[int]:
-    """The shape of a value, through the lists that it is in."""
+    """Return the shape of a value; lists count as dimensions."""
     if isinstance(value, (list, tuple)):
         return [len(value), *(shape(value[0]) if value else [])]
     return [int(size) for size in np.asarray(value).shape]
 
 
 def kinds(state: dict[str, Any]) -> dict[str, str]:
-    """The kind of each value of a state that is not None."""
+    """Return the kind of each value that is not None, by name."""
     return {name: kind(value) for name, value in sorted(state.items()) if value is not None and name != KWARGS_MAPPING}
 
 
 def kind(value: object) -> str:
-    """What a value is, in a word or two."""
+    """Return the kind of a value in a word or two."""
     if isinstance(value, (list, tuple)):
         inner = sorted({kind(item) for item in value})
         return f"{type(value).__name__} of {' or '.join(inner)}" if inner else type(value).__name__

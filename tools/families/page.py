@@ -1,4 +1,4 @@
-"""The page `docs/families.md`: a part for classes, a part for blocks, each written by the run that knows it."""
+"""Write the page `docs/families.md`: a part for classes and a part for blocks, each by its own run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write(path: Path, part: str, text: str) -> None:
 
 
 def line(record: SurveyRecord) -> str:
-    """A row for a terminal."""
+    """Return a row for a terminal."""
     if record.unbuilt:
         return f"{record.pipeline}: not built: {record.unbuilt} ({record.seconds} s)"
     ways = f"three processes {_verdict(record.by_three)}, one process {_verdict(record.by_one)}"
@@ -41,7 +41,7 @@ def line(record: SurveyRecord) -> str:
 
 
 def summary(records: Sequence[SurveyRecord]) -> str:
-    """The totals, in sentences."""
+    """Return the totals in sentences."""
     built = [record for record in records if not record.unbuilt]
     served = [record for record in built if record.by_three.served or record.by_one.served]
     same = [record for record in built if not record.bad]
@@ -57,7 +57,7 @@ def summary(records: Sequence[SurveyRecord]) -> str:
 
 
 def classes(records: Sequence[SurveyRecord]) -> str:
-    """The part of the page with a row for every class."""
+    """Return the part of the page with a row for every class."""
     built = [record for record in records if not record.unbuilt]
     unbuilt = [record for record in records if record.unbuilt]
     lines = [

@@ -1,4 +1,4 @@
-"""Print what is known of the families: a table, Markdown, or one record for each row."""
+"""Show the families: a table, Markdown, or one record for each row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COLUMNS = ("family", "task", "route", "encoder to denoiser", "denoiser to decod
 
 @dataclass(frozen=True)
 class Result:
-    """A row, and what running it found.
+    """A row and the result of its run.
 
     Attributes:
         row: The row.
@@ -37,7 +37,7 @@ class Result:
         return self.failed or (self.outcome is not None and not self.outcome.identical)
 
     def record(self) -> dict[str, Any]:
-        """It as one JSON object; what crosses is what was seen where it ran, else what the blocks declare."""
+        """Return the row as a JSON object; the payload is the observed one if it ran, else what the blocks declare."""
         to_denoiser, to_decoder = self._crossing()
         return {
             "family": self.row.family,
@@ -55,7 +55,7 @@ class Result:
         return self.outcome.crossed if self.outcome else (self.row.to_denoiser, self.row.to_decoder)
 
     def cells(self) -> tuple[str, ...]:
-        """It as cells of a table."""
+        """Return the cells of a table."""
         to_denoiser, to_decoder = (_listed(kinds) for kinds in self._crossing())
         row = self.row
         needs = f"needs {' and '.join(row.case.needs)}" if row.case and row.case.needs else ""
@@ -71,7 +71,7 @@ class Result:
 
 
 def table(results: Sequence[Result]) -> Table:
-    """A table for a terminal, and a line that counts the rows."""
+    """Return a table for a terminal, with a line that counts the rows."""
     shown = Table(caption=summary(results), show_lines=True)
     for column in _COLUMNS:
         shown.add_column(column, overflow="fold")
@@ -81,7 +81,7 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def summary(results: Sequence[Result]) -> str:
-    """How many rows there are, how many ran, and how many of those are identical."""
+    """Say how many rows there are, how many ran, and how many of those are identical."""
     ran = [result for result in results if result.outcome or result.failed]
     identical = sum(1 for result in ran if not result.bad)
     pipelines = len({result.row.family for result in results})
@@ -89,7 +89,7 @@ def summary(results: Sequence[Result]) -> str:
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """The part of `docs/families.md` with a row for every task of Modular Diffusers."""
+    """Return the part of `docs/families.md` with a row for every task of Modular Diffusers."""
     lines = [
         "Every pipeline of Modular Diffusers and every task of it, split by the one rule of",
         "`engines/partition/blocks.py`: what comes before the block named `denoise` is the",

@@ -38,24 +38,24 @@ class PipelineRow:
 
 
 def rows() -> tuple[PipelineRow, ...]:
-    """Every family and task of the installed diffusers."""
+    """Return a row for every family and task of the installed diffusers."""
     known = {(case.pipeline, case.task): case for case in cases()}
     return tuple(_row(name, task, known) for name in pipelines() for task in _tasks(name))
 
 
 def pipelines() -> list[str]:
-    """Names of all modular pipelines that have blocks of their own."""
+    """Return the names of all modular pipelines that have blocks of their own."""
     names = [name for name in dir(diffusers) if name.endswith("ModularPipeline")]
     return [name for name in names if getattr(diffusers, name).default_blocks_name]
 
 
 def blocks_of(pipeline: str) -> Any:
-    """All blocks of a modular pipeline."""
+    """Return all blocks of a modular pipeline."""
     return getattr(diffusers, getattr(diffusers, pipeline).default_blocks_name)()
 
 
 def boundary(before: Iterable[Any], later: Iterable[Any]) -> dict[str, str]:
-    """What parts make that later parts take, as the blocks declare it: kinds by name."""
+    """Return what blocks make that later blocks take, as they declare it: kinds by name."""
     made = {output.name: output for part in before for output in part.intermediate_outputs}
     groups = {declared.kwargs_type for part in later for declared in part.inputs if not declared.name}
     wanted = {declared.name: declared for part in later for declared in part.inputs if declared.name}
@@ -68,7 +68,7 @@ def boundary(before: Iterable[Any], later: Iterable[Any]) -> dict[str, str]:
 
 
 def kind_of_hint(hint: Any) -> str:
-    """A type hint in a word or two; "any" where there is none."""
+    """Return a type hint in a word or two; "any" if there is none."""
     if hint is None or hint is Any:
         return "any"
     if isinstance(hint, str):

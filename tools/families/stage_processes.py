@@ -1,4 +1,4 @@
-"""The three stages in a process each: states come in and go out on pipes, as a manifest and a block.
+"""Run each stage in a process of its own; payloads travel over pipes, as a manifest and a block.
 
 `python -m triptych.tools.families.stage_processes IN OUT IN OUT IN OUT` serves on the pipes of each stage. A frame is
 two lengths of 8 bytes, then both bodies. Each request is a state {"model", "dtype", "route", "inputs", "seed"}, or one
@@ -34,7 +34,7 @@ _STOP_S: Final = 30
 
 
 class StageError(RuntimeError):
-    """A stage failed; the text names the stage and says why."""
+    """A stage failed; the text names the stage and the reason."""
 
 
 class StageProcesses:
@@ -65,7 +65,7 @@ class StageProcesses:
     def run(
         self, model: Path, inputs: dict[str, Any], seed: int, dtype: torch.dtype = torch.float32, route: str = ""
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Run a request through all three; returns the media by name, and the answer of each stage.
+        """Run a request through all three; return the media by name, and the payload of each stage.
 
         Args:
             model: Its folder.
@@ -106,7 +106,7 @@ def start_stage_processes() -> Iterator[StageProcesses]:
 
 @contextmanager
 def fork_stage_processes() -> Iterator[StageProcesses]:
-    """The same, forked off this process, which has only one thread and has computed nothing yet."""
+    """Fork the three processes off this one, which must have one thread and must not have computed yet."""
     ours, theirs = _pipes()
     children = _fork(theirs, [stream.fileno() for pair in ours.values() for stream in pair])
     try:
@@ -120,7 +120,7 @@ def fork_stage_processes() -> Iterator[StageProcesses]:
 
 
 def silence_libraries() -> None:
-    """Leave standard error to what goes wrong: the libraries tell of each model that it is tiny in some way."""
+    """Silence the warnings of the libraries about each tiny model, so that stderr shows errors only."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     libraries: tuple[Any, ...] = (diffusers.utils.logging, transformers.utils.logging)
@@ -130,7 +130,7 @@ def silence_libraries() -> None:
 
 
 def write_state(pipe: BinaryIO, state: dict[str, object]) -> None:
-    """Write a state as one frame.
+    """Write a payload as one frame.
 
     Raises:
         CodecError: It has a value that cannot cross; nothing has been written then.
@@ -145,7 +145,7 @@ def write_state(pipe: BinaryIO, state: dict[str, object]) -> None:
 
 
 def read_state(pipe: BinaryIO) -> dict[str, Any] | None:
-    """Read a frame; None at the end of the pipe."""
+    """Read a payload; None at the end of the pipe."""
     head = pipe.read(16)
     if not head:
         return None

@@ -37,13 +37,13 @@ from triptych.tools.families.stage_processes import CPU, StageError, StageProces
 _EXITS_ON_IMPORT: Final = ("ConsisIDPipeline",)
 """Classes whose import ends the process where a package is missing."""
 _FLAG_OUTPUTS: Final = (SAMPLING_RATE, "nsfw_content_detected", "nsfw_detected", "watermark_detected")
-"""Results that are no media."""
+"""Results that are not media."""
 _FOLDER: Final = "triptych-class-"
 _ABSTRACT: Final = ("DiffusionPipeline",)
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
-    """What one way to serve a class gave.
+    """The result of one way to serve a class.
 
     Attributes:
         served: Whether a request was answered.
@@ -88,23 +88,23 @@ class SurveyRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def done(self) -> bool:
-        """Whether nothing is left to mend in it."""
+        """Whether no result of it is to be improved."""
         return not self.unbuilt and (self.by_three.identical or self.route == "monolithic") and self.by_one.identical
 
     @property
     def by_three(self) -> Trial:
-        """The best that three processes do, by whichever route."""
+        """The best result of three processes, by any route."""
         return self.cut if self.classic_cut is None or self.cut.identical else self.classic_cut
 
     @property
     def by_one(self) -> Trial:
-        """The best that one process does, by whichever route."""
+        """The best result of one process, by any route."""
         return self.whole if self.classic_whole is None or self.whole.identical else self.classic_whole
 
 
 @cache
 def classes() -> dict[str, str]:
-    """Names of all pipeline classes of the installed diffusers, and what each cannot be imported without or ""."""
+    """Return all pipeline classes of the installed diffusers by name, with the packages that each lacks or ""."""
     found = {}
     for name in sorted(dir(diffusers)):
         if name in _EXITS_ON_IMPORT:
@@ -127,14 +127,14 @@ def _imported(name: str) -> str:
 
 
 def _missing(cls: Any) -> list[str]:
-    """The packages that a stand-in of diffusers for a class asks for."""
+    """Return the packages that diffusers' placeholder of a class requires."""
     if not getattr(cls, "__module__", "").startswith("diffusers.utils.dummy"):
         return []
     return [name for name in cls._backends if importlib.util.find_spec(name) is None]
 
 
 def survey(name: str, limit_s: float) -> SurveyRecord:
-    """Run the row of a class in a process of its own, so that neither a crash nor an endless loop ends more than it.
+    """Run the row of a class in a process of its own, which contains crashes and endless loops.
 
     Args:
         name: Of the class.
@@ -158,7 +158,7 @@ def survey(name: str, limit_s: float) -> SurveyRecord:
 
 
 def bounded(work: Callable[[], bytes], limit_s: float) -> bytes | None:
-    """What a function returns in a process that is forked for it; None where that ended before or took too long."""
+    """Return the result of a function in a forked process; None if that crashed or took too long."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -234,7 +234,7 @@ def row(sample: Sample, folder: Path, processes: StageProcesses) -> SurveyRecord
 
 
 def run_reference(sample: Sample, folder: Path) -> dict[str, Any]:
-    """Run a request as diffusers alone does; returns what came out, by name, but for flags.
+    """Run a request with diffusers alone; return its results by name, without flags.
 
     Where the class draws from the global generator, a denoiser of ours does from one of the same seed.
     """
@@ -261,7 +261,7 @@ def run_reference(sample: Sample, folder: Path) -> dict[str, Any]:
 
 
 def _marigold_images(pipeline: Any, prediction: np.ndarray[Any, Any]) -> list[Any]:
-    """Images of what Marigold predicts: of depth with 16 bits, of the rest as its documentation draws them."""
+    """Make images of what Marigold predicts: depth with 16 bits, the rest as in its documentation."""
     kind = pipeline.config["prediction_type"]
     if kind == "depth":
         return [(values[..., 0] * 65535).astype(np.uint16) for values in prediction]
@@ -318,7 +318,7 @@ def _class_failure(error: Exception) -> str:
 
 
 def sentence(error: BaseException) -> str:
-    """The kind of an error and the first line of its text, short enough for a table."""
+    """Return the type of an error and the first line of its text, short enough for a table."""
     text = re.sub(rf"\S*{_FOLDER}\w+", "MODEL", str(error)).strip().partition("\n")[0]
     kind = "" if isinstance(error, StageError) else f"{type(error).__name__}: "
     return f"{kind}{text}"[:200]
@@ -368,7 +368,7 @@ def append_record(path: Path, record: SurveyRecord) -> None:
 
 
 def is_selected(name: str, only: str) -> bool:
-    """Whether a class is one of those that a user names, by commas; `*` stands for anything."""
+    """Whether a class is one of those in a list with commas; `*` stands for any text."""
     return not only or any(fnmatch.fnmatchcase(name, pattern.strip()) for pattern in only.split(","))
 
 

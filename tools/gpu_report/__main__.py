@@ -88,7 +88,7 @@ def _run(options: argparse.Namespace, rows: Sequence[ReportRow]) -> int:
 
 
 class _Progress:
-    """Keeps the report's file up to date, and the terminal."""
+    """Updates the file of the report and the terminal while rows run."""
 
     def __init__(self, report: GpuReport, output: Path) -> None:
         self.console = Console(highlight=False)
@@ -97,7 +97,7 @@ class _Progress:
         self._began = time.monotonic()
 
     def begin(self, row: ReportRow, title: str) -> None:
-        """Say in the file which row runs: it stays so if this process is killed."""
+        """Write to the file which row runs, for the case that this process is killed."""
         self._report.rows.append(RowResult(row.name, title, Status.FAILED, "The run ended in it."))
         self._keep()
 

@@ -36,17 +36,17 @@ PROMPT: Final = "a large red circle on the left of a blue background"
 SEED: Final = 7
 IMAGES: Final = 10
 LONG: Final = 100
-"""Steps of an image in whose middle a process is killed: half a second and more of the demo model."""
+"""Steps of the image in which a process is killed: at least half a second of the demo model."""
 OTHERS: Final = "with a second denoiser"
 NO_OTHER: Final = "with no other denoiser"
 TRIES: Final = 5
-"""Images whose denoiser is to be killed: some may be done before that."""
+"""Most images to try: some may be done before their denoiser is killed."""
 POLL_S: Final = 0.01
 READY_TIMEOUT_S: Final = 90.0
 
 
 def image(context: RowContext) -> None:
-    """Draw one through three processes and through one; both must be what diffusers alone makes on this device."""
+    """Make an image with three processes and with one; both must equal that of diffusers alone on this device."""
     plain = _plain(context)
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(_images(context, Path(folder), plain))
@@ -114,7 +114,7 @@ async def _kill(context: RowContext, folder: Path) -> None:
 
 
 def _with_many_steps(folder: Path) -> Path:
-    """Make the demo model anew, of links, with a serving config that allows as many steps."""
+    """Link the files of the demo model in a folder, with a serving config that allows so many steps."""
     folder.mkdir()
     for path in MODEL.iterdir():
         if path.name != "triptych.json":
@@ -147,7 +147,7 @@ async def served_cluster(
 
 
 class RequestStatus(NamedTuple):
-    """What the API says of the one image of a request."""
+    """The state of the only image of a request."""
 
     state: str
     step: int
@@ -183,7 +183,7 @@ async def report_kill(context: RowContext, cluster: Cluster, steps: int, expecte
 
 
 async def _killed(context: RowContext, cluster: Cluster, client: httpx.AsyncClient, steps: int, how: str) -> str:
-    """Ask for an image and kill its denoiser; returns where it is, "" where it was done before."""
+    """Request an image and kill its denoiser; return the URL of the request, "" if it was done before."""
     children = await _all_ready(cluster)
     body = {"prompt": PROMPT, "seed": SEED, "num_inference_steps": steps}
     answer = await client.post("/v1/images/generations", json=body, headers={"Prefer": "respond-async"})
@@ -205,7 +205,7 @@ async def _killed(context: RowContext, cluster: Cluster, client: httpx.AsyncClie
 
 
 async def _until_step(client: httpx.AsyncClient, place: str, step: int, causes: int) -> RequestStatus | None:
-    """Wait for a step after so many lost attempts; returns None where the request ends before it is seen."""
+    """Wait for a step after so many lost attempts; return None if the request ends before."""
     async with asyncio.timeout(READY_TIMEOUT_S):
         while True:
             view = (await client.get(place)).json()
@@ -228,7 +228,7 @@ async def _all_ready(cluster: Cluster) -> list[ChildReport]:
 
 
 async def _ended(client: httpx.AsyncClient, place: str) -> dict[str, Any]:
-    """Wait until a request has ended; returns what the API says of it."""
+    """Wait until a request has ended; return its JSON object."""
     async with asyncio.timeout(READY_TIMEOUT_S):
         while True:
             view: dict[str, Any] = (await client.get(place)).json()
@@ -266,7 +266,7 @@ async def report_memory(context: RowContext, cluster: Cluster) -> None:
 
 
 def _by_process() -> dict[int, float]:
-    """GiB of the GPU by process, as far as nvidia-smi sees processes here."""
+    """Return GiB of the GPU by process id, as far as nvidia-smi sees processes here."""
     used = {}
     for line in nvidia_smi("--query-compute-apps=pid,used_memory").splitlines():
         pid, _, mib = line.partition(",")

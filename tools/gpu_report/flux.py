@@ -53,7 +53,7 @@ KILL_S: Final = 60.0
 
 @torch.no_grad()
 def one_process(context: RowContext) -> None:
-    """Draw with diffusers alone, then with the engine that each role has, in this process."""
+    """Make images with diffusers alone, then with the engine of the roles, in this process."""
     shapes = flux_shapes(context)
     context.needs(shapes.gpu_gib)
     _reference_in_memory(context, shapes)
@@ -67,7 +67,7 @@ def one_process(context: RowContext) -> None:
 
 
 def three_processes(context: RowContext) -> None:
-    """Serve the same weights with a process for each stage; draw, look at the memory, and kill the denoiser."""
+    """Serve the same weights with a process for each stage; make images, measure memory, and kill the denoiser."""
     shapes = flux_shapes(context)
     context.needs(shapes.gpu_gib)
     model = _written(context, shapes)
@@ -174,7 +174,7 @@ def _image(context: RowContext, engine: StagePipeline, inputs: dict[str, object]
 def _same_as_reference(
     context: RowContext, shapes: FluxShapes, model: Path, engine: StagePipeline, expected: str
 ) -> None:
-    """Draw with the blocks of diffusers, undivided, on the components that the engine has loaded.
+    """Make an image with the uncut blocks of diffusers on the components that the engine has loaded.
 
     Not with `FluxPipeline`: in bfloat16 that rounds its timesteps otherwise than the blocks do.
     """
@@ -247,7 +247,7 @@ def _what(context: RowContext, shapes: FluxShapes) -> str:
 
 
 def _release(context: RowContext) -> None:
-    """Give the memory of what is no more back to the GPU."""
+    """Free the unused memory of the GPU."""
     gc.collect()
     if context.cuda:
         torch.cuda.empty_cache()
@@ -257,7 +257,7 @@ def _release(context: RowContext) -> None:
 
 
 def _written(context: RowContext, shapes: FluxShapes) -> Path:
-    """Return the folder of the model; it is written unless a row before has done that."""
+    """Return the folder of the model; write it unless an earlier row has."""
     if (model := _find(context)) is not None:
         return model
     parts = {name: with_random_weights(make, context.device) for name, make in shapes.recipe.components.items() if make}

@@ -1,4 +1,4 @@
-"""Row `tests`: the tests that need a GPU, or on the CPU how many there are."""
+"""Row `tests`: the tests that need a GPU; on the CPU, their number."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from triptych.tools.gpu_report.runner import ROOT
 
 FOLDERS: Final = ("tests/gpu", "tests/engines")
 MARGIN_S: Final = 10.0
-"""Of the row's time, for what pytest writes when it has been told to stop."""
+"""Seconds of the row that are left for pytest to write its report when it is stopped."""
 
 
 def tests(context: RowContext) -> None:
-    """Run them, or count them where there is no GPU."""
+    """Run the tests; without a GPU, count them."""
     folders = [folder for folder in FOLDERS if (ROOT / folder).exists()]
     # A package that is missing here must not keep the tests of other files from running.
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors", *folders]
@@ -49,7 +49,7 @@ def tests(context: RowContext) -> None:
 
 
 def _stops_in_time() -> bool:
-    """Say whether pytest can end between two tests when a time is over, with a report of those before."""
+    """Whether pytest can stop between two tests after a time and report those before."""
     try:
         major, minor = version("pytest-timeout").split(".")[:2]
     except PackageNotFoundError:

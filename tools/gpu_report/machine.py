@@ -1,4 +1,4 @@
-"""Row `machine`: on what the others ran, what is missing there, and two figures that bound theirs."""
+"""Row `machine`: the machine, what it lacks, and two figures that bound those of the other rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models with random weights, made on the device that they compute on, and what is asked of them.
+"""Models with random weights, made on the device that they compute on, and their inputs.
 
 The seconds of a step do not depend on what the weights are, so random ones at the shapes of the original give its
 timings without a download. On the CPU the same code runs with tiny shapes.
@@ -89,7 +89,7 @@ def compile_blocks(transformer: Any, context: RowContext) -> None:
 
 @dataclass(frozen=True)
 class FluxShapes:
-    """What is made of Flux.
+    """The shapes of an image of Flux.
 
     Attributes:
         recipe: Makes its components.
@@ -109,7 +109,7 @@ class FluxShapes:
 
 
 def flux_shapes(context: RowContext) -> FluxShapes:
-    """Those of FLUX.1-dev, or tiny ones."""
+    """Return the shapes of FLUX.1-dev, or tiny ones."""
     if context.full:
         return FluxShapes(flux.full(), 1024, 28, 28, 34 << 30, 42)
     recipe = replace(flux.flux(vaes.kl, guidance_embeds=True), dtype=DTYPE)
@@ -136,7 +136,7 @@ def flux_step(transformer: Any, context: RowContext) -> Callable[[], torch.Tenso
 
 
 def flux_transformer(context: RowContext) -> FluxTransformer2DModel:
-    """The transformer of Flux alone."""
+    """Return the transformer of Flux."""
     context.needs(28 if context.full else 0)
     make = flux_shapes(context).recipe.components["transformer"]
     if make is None:
@@ -148,7 +148,7 @@ def flux_transformer(context: RowContext) -> FluxTransformer2DModel:
 
 
 def qwen_transformer(context: RowContext) -> QwenImageTransformer2DModel:
-    """That of Qwen-Image, 20 billion weights, or a tiny one."""
+    """Return the transformer of Qwen-Image, 20 billion weights, or a tiny one."""
     context.needs(46 if context.full else 0)
     tiny: dict[str, Any] = {
         "in_channels": 16,
@@ -191,7 +191,7 @@ def qwen_step(transformer: Any, context: RowContext, batch: int) -> Callable[[],
 
 @dataclass(frozen=True)
 class VideoShape:
-    """A video to be made.
+    """The shape of a video.
 
     Attributes:
         name: For the report.
@@ -211,14 +211,14 @@ class VideoShape:
 
 
 def videos(context: RowContext) -> tuple[VideoShape, ...]:
-    """Those that are measured."""
+    """Return the videos that are measured."""
     if context.full:
         return (VideoShape("480p, 81 frames", 480, 832, 81), VideoShape("1024 x 1024, 81 frames", 1024, 1024, 81))
     return (VideoShape("32 x 32, 5 frames", 32, 32, 5),)
 
 
 def wan_transformer(context: RowContext) -> WanTransformer3DModel:
-    """That of Wan2.1-1.3B, or a tiny one."""
+    """Return the transformer of Wan2.1-1.3B, or a tiny one."""
     context.needs(40 if context.full else 0)
     full: dict[str, Any] = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
     tiny: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 64, "num_layers": 2}
@@ -227,7 +227,7 @@ def wan_transformer(context: RowContext) -> WanTransformer3DModel:
 
 
 def wan_vae(context: RowContext) -> AutoencoderKLWan:
-    """Its autoencoder, in float32 as its own pipeline has it."""
+    """Return the autoencoder of Wan, in float32 as in its pipeline."""
     tiny: dict[str, Any] = {"base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
     return with_random_weights(
         lambda: AutoencoderKLWan(**({} if context.full else tiny)), context.device, torch.float32
@@ -272,7 +272,7 @@ def folder_with_space(context: RowContext, nbytes: int) -> Path:
 
 
 def scratch_folders(scratch: Path) -> tuple[Path, ...]:
-    """Return the folders that large files of a run may be in; whoever started the run removes them."""
+    """Return the folders that may contain large files of a run; the starter of the run removes them."""
     return (Path("/dev/shm") / scratch.name, scratch / "files")  # noqa: S108 - a name that is the run's own
 
 
@@ -335,7 +335,7 @@ def _write_tensor(descriptor: int, weight: torch.Tensor, offset: int) -> None:
 
 
 def recipe_of_components(recipe: Recipe, parts: Mapping[str, Any]) -> Recipe:
-    """Return the recipe of a model whose components are there already."""
+    """Return the recipe of a model from components that exist already."""
     return replace(recipe, components={name: _given(part) for name, part in parts.items()})
 
 

@@ -1,4 +1,4 @@
-"""The page `docs/gpu.md`, of a report; pure."""
+"""Make the page `docs/gpu.md` from a report; pure."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ named; nobody here has measured them again.
 
 
 def page(report: GpuReport) -> str:
-    """Make the page."""
+    """Return the page as Markdown."""
     paragraphs = [_fill(text) for text in _introduction(report)]
     return "\n\n".join(["# On a GPU", *paragraphs, *_sections(report)]) + "\n"
 
@@ -77,7 +77,7 @@ def _line(row: RowResult, measured: Measured, *, compared: bool) -> str:
 
 
 def shown(measured: Measured) -> str:
-    """Write a value with its unit."""
+    """Return a value with its unit."""
     if isinstance(measured.value, str):
         return measured.value
     number = f"{measured.value:,.0f}" if measured.value == int(measured.value) else f"{measured.value:,.4g}"

@@ -1,4 +1,4 @@
-"""What others publish of the same things: their own figures, which nobody here has measured again."""
+"""Figures that others publish for the same cases; not measured again here."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ class Figure(NamedTuple):
 
     value: str
     owner: str
-    """Whose it is, and on what."""
+    """Its source and hardware."""
     source: str
-    """Where it is published."""
+    """The URL."""
 
 
 _SGLANG_FLUX: Final = "https://github.com/sgl-project/sglang/issues/19673"
@@ -35,4 +35,4 @@ FIGURES: Final[dict[tuple[str, str], Figure]] = {
         "0.133 s", "diffusers, flash attention 3 and compiled, H200: 3.73 s for 28 steps", _SGLANG_FLUX
     ),
 }
-"""By row and result. They hold for full shapes only."""
+"""The figures by row and result, for full shapes only."""

@@ -1,4 +1,4 @@
-"""The results of a run, as they are kept in its JSON file."""
+"""The results of a run, as in its JSON file."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Measured(msgspec.Struct, frozen=True):
     """One result of a row."""
 
     what: str
-    """What was measured, a name that is unique in its row."""
+    """Its name, unique in its row."""
     value: float | str
     unit: str = ""
     """Such as "s" or "GB/s"; "" where the value is a text or a plain number."""
     note: str = ""
-    """What must be known to read it."""
+    """A remark for the reader."""
 
 
 class RowResult(msgspec.Struct):
-    """What a row gave."""
+    """The result of a row."""
 
     name: str
     title: str
@@ -39,7 +39,7 @@ class RowResult(msgspec.Struct):
     """Why it was skipped or has failed, a sentence."""
     seconds: float = 0.0
     values: list[Measured] = []
-    """What it had measured until it ended, however it ended."""
+    """What it measured, also if it failed later."""
 
 
 class GpuReport(msgspec.Struct):
@@ -52,7 +52,7 @@ class GpuReport(msgspec.Struct):
     """When it began, ISO 8601, UTC."""
     budget_s: float
     options: list[str] = []
-    """Those of the command that change how models run."""
+    """The options that change how models run."""
     seconds: float = 0.0
     rows: list[RowResult] = []
 
@@ -62,7 +62,7 @@ class GpuReport(msgspec.Struct):
         return [row.name for row in self.rows if row.status is Status.FAILED]
 
     def row(self, name: str) -> RowResult | None:
-        """Return the row of that name, None where there is none."""
+        """Return the row of a name; None if there is none."""
         return next((row for row in self.rows if row.name == name), None)
 
 
@@ -70,7 +70,7 @@ _decoder: Final = msgspec.json.Decoder(GpuReport)
 
 
 def write(report: GpuReport, path: Path) -> None:
-    """Write the report; whoever reads the file sees all of it or the one before."""
+    """Write the report atomically."""
     replace(path, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
 
 
@@ -80,7 +80,7 @@ def read(path: Path) -> GpuReport:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Put a file in the place of another one in one go."""
+    """Replace a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.new")
     beside.write_bytes(content)

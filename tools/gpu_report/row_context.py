@@ -1,4 +1,4 @@
-"""What a row measures with: the device, the shapes, the clock, and where results go."""
+"""The context of a row: device, shapes, clock, and the output of results."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class RowSkippedError(Exception):
 
 
 class RowFailedError(Exception):
-    """What a row has found is wrong; the sentence says what."""
+    """A row found a wrong result; the sentence says which."""
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """What the process of a row is told."""
+    """The settings of the process of a row."""
 
     device: str
     """"cpu" or "cuda:N"."""
@@ -44,7 +44,7 @@ class Settings(msgspec.Struct, frozen=True):
 
 @dataclass
 class RowContext:
-    """The surroundings of one row.
+    """The context of one row.
 
     Attributes:
         settings: Of the run.
@@ -57,14 +57,14 @@ class RowContext:
 
     @property
     def device(self) -> torch.device:
-        """Where models compute."""
+        """The device on which models compute."""
         import torch
 
         return torch.device(self.settings.device)
 
     @property
     def cuda(self) -> bool:
-        """Whether that is a GPU."""
+        """Whether the device is a GPU."""
         return self.settings.device.startswith("cuda")
 
     @property
@@ -79,7 +79,7 @@ class RowContext:
 
     @property
     def left_s(self) -> float:
-        """Seconds that the row still has."""
+        """Seconds that are left for the row."""
         return self.settings.seconds - (time.monotonic() - self.began)
 
     def value(self, what: str, value: float | str, unit: str = "", note: str = "") -> None:
@@ -87,7 +87,7 @@ class RowContext:
         self.emit(Measured(what, value if isinstance(value, str) else float(f"{value:.4g}"), unit, note))
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until the device has finished its work."""
         import torch
 
         if self.cuda:
@@ -111,7 +111,7 @@ class RowContext:
         return statistics.median(taken[1:] or taken)
 
     def needs(self, gib: float) -> None:
-        """Raise RowSkippedError where the GPU has less memory than that."""
+        """Raise RowSkippedError if the GPU has less memory than that."""
         if not self.cuda:
             return
         import torch
@@ -131,7 +131,7 @@ class RowContext:
         self.value(f"memory: {what}", allocated / 2**30, "GiB", note)
 
     def reset_peak(self) -> None:
-        """Begin to look for the most memory anew."""
+        """Reset the peak of memory."""
         import torch
 
         if self.cuda:

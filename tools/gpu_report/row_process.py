@@ -37,7 +37,7 @@ class Line(msgspec.Struct, frozen=True):
 
 
 def run(row: ReportRow, settings: Settings, emit: Callable[[Measured], None]) -> RowEnd:
-    """Run a row in this process; whatever it raises becomes a sentence."""
+    """Run a row in this process; an error becomes a sentence."""
     try:
         if settings.device.startswith("cuda"):
             _require_cuda(settings.device)
@@ -58,7 +58,7 @@ def run(row: ReportRow, settings: Settings, emit: Callable[[Measured], None]) ->
 
 
 def one_line(error: BaseException) -> str:
-    """Put an error in one line of at most 300 characters."""
+    """Return an error as one line of at most 300 characters."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:300]
 

@@ -1,4 +1,4 @@
-"""The rows of the report, in order of worth: what is lost when time runs out is at the end."""
+"""The rows of the report, the most important first: the last ones are skipped when time runs out."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ class ReportRow:
     random: bool = False
 
     def titled(self, *, full: bool) -> str:
-        """Return the title, with what must be known of the model."""
+        """Return the title, with a remark about the model."""
         return f"{self.title}, random weights, {'full' if full else 'tiny'} shapes" if self.random else self.title
 
     def estimate_s(self, device: str) -> float:
-        """Seconds that it is expected to take on a device, "cuda:0" or "cpu"."""
+        """Return the seconds that it is expected to take on a device, "cuda:0" or "cpu"."""
         return self.cpu_s if device == "cpu" else self.cuda_s
 
     def limit_s(self, device: str) -> float:
-        """Seconds after which it is taken for hung."""
+        """Return the seconds after which it counts as hung."""
         return 2.0 * self.estimate_s(device) + 30.0
 
     def load(self) -> Callable[[RowContext], None]:
-        """Import the function; not before it is to run, as libraries may be missing that other rows do without."""
+        """Import the function only when it is run: other rows work without its libraries."""
         module, _, name = self.function.partition(":")
         function: Callable[[RowContext], None] = getattr(importlib.import_module(f"{__package__}.{module}"), name)
         return function

@@ -23,12 +23,12 @@ from triptych.tools.gpu_report.rows import ReportRow
 
 ROOT: Final = Path(__file__).parents[3]
 RESERVE_S: Final = 8.0
-"""Of the budget, for ending the last row and writing the page."""
+"""Seconds of the budget for ending the last row and writing the page."""
 TERMINATE_S: Final = 5.0
-"""For a row that is told to end, before it is killed."""
+"""Seconds in which a row may end before it is killed."""
 INTERRUPTION: Final = "It was interrupted."
 TAIL: Final = 300
-"""Characters of the log that stand for a process which died without a word."""
+"""Characters of the log that describe a process which crashed without a result."""
 _VARIABLES: Final = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -41,7 +41,7 @@ are compared with theirs byte by byte."""
 
 @dataclass
 class RowRunner:
-    """What the rows of a run have in common.
+    """Runs rows in processes of their own.
 
     Attributes:
         settings: For each row, but for its seconds.
@@ -56,7 +56,7 @@ class RowRunner:
     on_result: Callable[[Measured], None]
 
     def rows(self, rows: Sequence[ReportRow]) -> Iterator[tuple[ReportRow, Callable[[], RowResult]]]:
-        """Yield each row with what runs it."""
+        """Yield each row with a function that runs it."""
         began = time.monotonic()
         for row in rows:
             left_s = self.budget_s - RESERVE_S - (time.monotonic() - began)
@@ -92,7 +92,7 @@ def run_process(
     log: Path,
     on_result: Callable[[Measured], None] = lambda measured: None,
 ) -> RowResult:
-    """Run the process of a row and collect what it tells; it and all that it started are gone afterwards.
+    """Run the process of a row and collect its results; it and its children have ended afterwards.
 
     Args:
         result: To be filled, and returned.
@@ -153,7 +153,7 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was interrupted in a row, which is given as far as it came."""
+    """The run was interrupted in a row, whose result so far is given."""
 
     def __init__(self, result: RowResult) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def describe_exit(code: int, tail: str) -> str:
-    """Say how a process ended that said nothing of it; pure."""
+    """Say how a process ended that sent no result; pure."""
     if code == -signal.SIGKILL:
         how = "Its process was killed, perhaps because the memory of the host ran out"
     elif code < 0:
@@ -172,7 +172,7 @@ def describe_exit(code: int, tail: str) -> str:
 
 
 def _lines(readable: int, until: float) -> Iterator[Line | None]:
-    """Yield the lines of a pipe to its end; None when the time is over before."""
+    """Yield the lines of a pipe to its end; None if the time is over before."""
     decode = msgspec.json.Decoder(Line).decode
     rest = b""
     while True:
@@ -198,7 +198,7 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and its session; a cluster that it started ends with it."""
+    """End a process and its session, also a cluster that it started."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
