@@ -41,7 +41,7 @@ SETTLE_S: Final = 1.0
 NEEDED_MIB: Final = 10_000
 
 DTYPES: Final = {MAPPED: "bfloat16", CONVERTED: "float16"}
-"""The dtype of the weight files is bfloat16."""
+"""The dtype that roles load; the files are in bfloat16, so float16 is converted."""
 STAGES: Final = {"encoder": 1, "denoiser": 1, "decoder": 1}
 SIDES: Final = {
     memory_report.DISAGGREGATED: STAGES,

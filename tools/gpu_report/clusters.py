@@ -167,12 +167,12 @@ async def report_kill(context: RowContext, cluster: Cluster, steps: int, expecte
     """
     async with httpx.AsyncClient(base_url=cluster.url, timeout=30.0) as client:
         for _ in range(TRIES):
-            place = await _killed(context, cluster, client, steps, how)
-            if place:
+            path = await _killed(context, cluster, client, steps, how)
+            if path:
                 break
         else:
             raise RowFailedError(f"{TRIES} images were done before their denoiser could be killed.")
-        story = await _ended(client, place)
+        story = await _ended(client, path)
         if _request_status(story).state == "failed":
             raise RowFailedError(f"The image failed: {story['units'][0]['causes']}")
         recovered = await client.get(story["units"][0]["artifact"]["url"])
@@ -183,13 +183,13 @@ async def report_kill(context: RowContext, cluster: Cluster, steps: int, expecte
 
 
 async def _killed(context: RowContext, cluster: Cluster, client: httpx.AsyncClient, steps: int, how: str) -> str:
-    """Request an image and kill its denoiser; return the URL of the request, "" if it was done before."""
+    """Request an image and kill its denoiser; return the path of the request, "" if it was done before."""
     children = await _all_ready(cluster)
     body = {"prompt": PROMPT, "seed": SEED, "num_inference_steps": steps}
     answer = await client.post("/v1/images/generations", json=body, headers={"Prefer": "respond-async"})
     answer.raise_for_status()
-    place = f"/v1/requests/{answer.headers['x-request-id']}"
-    told = await _until_step(client, place, steps // 2, 0)
+    path = f"/v1/requests/{answer.headers['x-request-id']}"
+    told = await _until_step(client, path, steps // 2, 0)
     if told is None:
         return ""
     victims = [child for child in children if child.kind == "denoiser"]
@@ -197,18 +197,18 @@ async def _killed(context: RowContext, cluster: Cluster, client: httpx.AsyncClie
     for child in victims:
         if how == NO_OTHER or child.name == told.instance:
             os.kill(child.pid, signal.SIGKILL)
-    if await _until_step(client, place, 1, told.causes + 1) is None:
+    if await _until_step(client, path, 1, told.causes + 1) is None:
         return ""
     seconds = time.perf_counter() - begun
     context.value(f"kill -9 to the next step, {how}", seconds, "s", f"killed in step {told.step} of {steps}")
-    return place
+    return path
 
 
-async def _until_step(client: httpx.AsyncClient, place: str, step: int, causes: int) -> RequestStatus | None:
+async def _until_step(client: httpx.AsyncClient, path: str, step: int, causes: int) -> RequestStatus | None:
     """Wait for a step after so many lost attempts; return None if the request ends before."""
     async with asyncio.timeout(READY_TIMEOUT_S):
         while True:
-            view = (await client.get(place)).json()
+            view = (await client.get(path)).json()
             if view["terminal"]:
                 return None
             told = _request_status(view)
@@ -227,11 +227,11 @@ async def _all_ready(cluster: Cluster) -> list[ChildReport]:
             await asyncio.sleep(POLL_S)
 
 
-async def _ended(client: httpx.AsyncClient, place: str) -> dict[str, Any]:
+async def _ended(client: httpx.AsyncClient, path: str) -> dict[str, Any]:
     """Wait until a request has ended; return its JSON object."""
     async with asyncio.timeout(READY_TIMEOUT_S):
         while True:
-            view: dict[str, Any] = (await client.get(place)).json()
+            view: dict[str, Any] = (await client.get(path)).json()
             if view["terminal"]:
                 return view
             await asyncio.sleep(POLL_S)

@@ -265,7 +265,7 @@ def _written(context: RowContext, shapes: FluxShapes) -> Path:
 
 
 def _find(context: RowContext) -> Path | None:
-    folders = [place / "flux" for place in scratch_folders(context.scratch)]
+    folders = [folder / "flux" for folder in scratch_folders(context.scratch)]
     # The index is written when all components are there.
     return next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
 
