@@ -138,8 +138,14 @@ def generate(
     options = {"negative_prompt": negative, "guidance_scale": guidance, "mask": mask, "last_image": last_image}
     options |= {"model": model} if model else {}
     seeds = read_seeds(seed)
-    said = {"prompt": prompt, "size": size or None, "num_inference_steps": steps, "seed": seeds, "n": count, **options}
-    extra = {**parse_settings(more or [], out, said), **options, "image": image or None}
+    by_option = {
+        "prompt": prompt,
+        "size": size or None,
+        "num_inference_steps": steps,
+        "seed": seeds,
+        "n": count,
+    } | options
+    extra = {**parse_settings(more or [], out, by_option), **options, "image": image or None}
     try:
         body = request_body(prompt, size=size or None, steps=steps, seed=seeds, extra=extra, n=count)
     except OSError as error:
@@ -205,17 +211,17 @@ def api_key(file: Path | None) -> str:
 
 
 def parse_settings(
-    pairs: Sequence[str], out: Path | None = None, said: Mapping[str, object] | None = None
+    pairs: Sequence[str], out: Path | None = None, by_option: Mapping[str, object] | None = None
 ) -> dict[str, object]:
     """Read NAME=VALUE pairs: a value is JSON (a number, true, false, a list), else text.
 
-    `out` is the file to write, whose suffix chooses the format; `said` are the values given by other options.
+    `out` is the file to write, whose suffix chooses the format; `by_option` are the values given by other options.
 
-    Raises `typer.BadParameter` for a pair that is malformed, is in `said` already, or contradicts `out`.
+    Raises `typer.BadParameter` for a pair that is malformed, is in `by_option` already, or contradicts `out`.
     """
     read = dict(_parse_setting(pair) for pair in pairs)
     for name in read:
-        if (said or {}).get(name) is not None:
+        if (by_option or {}).get(name) is not None:
             raise typer.BadParameter(f"{name} is already given by its own option", param_hint="--set")
     ending = format_of(out) if out else None
     if out is not None and out.suffix and ending is None:

@@ -111,15 +111,15 @@ def _start(actor: dict[str, Any], actors: Sequence[dict[str, Any]]) -> str:
     """Return how long each part of a process's start took, and the first calls of its actors."""
     if not (parts := actor.get("start_s")):
         return ""
-    told = [f"{name} {seconds:.1f} s" for name, seconds in parts.items() if name != "start"]
+    shares = [f"{name} {seconds:.1f} s" for name, seconds in parts.items() if name != "start"]
     rest = parts.get("start", 0.0) - sum(parts[name] for name in parts.keys() - {"launch", "import", "start"})
-    told += [f"other {rest:.1f} s"]
+    shares += [f"other {rest:.1f} s"]
     for other in actors:
         if other.get("component") == actor.get("component"):
             facts = other.get("facts") or {}
             first = {name: value for name, value in facts.items() if name.startswith("first_") and name.endswith("_s")}
-            told += [f"{name[:-2].replace('_', ' ')} {value:.1f} s" for name, value in first.items()]
-    return ", ".join(told)
+            shares += [f"{name[:-2].replace('_', ' ')} {value:.1f} s" for name, value in first.items()]
+    return ", ".join(shares)
 
 
 def _row(actor: dict[str, Any], start: str) -> tuple[str, ...]:

@@ -45,6 +45,17 @@ _DIT: dict[str, Any] = {
     "num_inference_steps": 2,
     "use_resolution_binning": False,
 }
+_DIT_SIZES: dict[str, Any] = {
+    "sample_size": 16,
+    "patch_size": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 3,
+    "in_channels": 4,
+    "cross_attention_dim": WIDTH,
+    "cross_attention_dim_t5": WIDTH,
+    "pooled_projection_dim": 16,
+    "hidden_size": 24,
+}
 _IMAGE: dict[str, Any] = {"prompt": PROMPT, "height": SIDE, "width": SIDE, "num_inference_steps": 2}
 # The instructions around a prompt are some 500 bytes, each a token.
 _VIDEO: dict[str, Any] = {
@@ -114,18 +125,7 @@ def _dit(name: str, inputs: dict[str, Any], **more: Component) -> Sample:
         "tokenizer": lambda: text.tokenizer(start=True, length=77),
         "text_encoder_2": text.t5,
         "tokenizer_2": lambda: text.tokenizer(start=False, length=256),
-        "transformer": lambda: HunyuanDiT2DModel(
-            sample_size=16,
-            num_layers=4,
-            patch_size=2,
-            attention_head_dim=8,
-            num_attention_heads=3,
-            in_channels=4,
-            cross_attention_dim=WIDTH,
-            cross_attention_dim_t5=WIDTH,
-            pooled_projection_dim=16,
-            hidden_size=24,
-        ),
+        "transformer": lambda: HunyuanDiT2DModel(num_layers=4, **_DIT_SIZES),
         "scheduler": lambda: DDPMScheduler(),
         "safety_checker": None,
         "feature_extractor": None,
@@ -134,18 +134,7 @@ def _dit(name: str, inputs: dict[str, Any], **more: Component) -> Sample:
 
 
 def _dit_net() -> HunyuanDiT2DControlNetModel:
-    return HunyuanDiT2DControlNetModel(
-        sample_size=16,
-        transformer_num_layers=4,
-        patch_size=2,
-        attention_head_dim=8,
-        num_attention_heads=3,
-        in_channels=4,
-        cross_attention_dim=WIDTH,
-        cross_attention_dim_t5=WIDTH,
-        pooled_projection_dim=16,
-        hidden_size=24,
-    )
+    return HunyuanDiT2DControlNetModel(transformer_num_layers=4, **_DIT_SIZES)
 
 
 def _image() -> dict[str, Component | None]:
