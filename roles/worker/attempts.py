@@ -1,7 +1,7 @@
-"""The attempts of a role process and what happens to each next: pure decisions, no clock, no socket.
+"""Track the attempts of a role process and decide what happens to each next. Pure: no clock, no socket.
 
-An attempt is taken by the instance, passes from actor to actor, and ends exactly once, with one report that hands
-its credit back. What a method returns are the messages to send next, each of a type that says to whom it goes.
+An attempt is taken by the instance, passes from actor to actor, and ends exactly once, with one report that returns
+its credit. A method returns the messages to send next; the type of each says which actor receives it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Phase(StrEnum):
 
 
 _REMEMBERED: Final = 256
-"""Attempts that have ended or were cancelled, of which so many are known."""
+"""Most ended, and most cancelled, attempts that are remembered."""
 
 
 class AttemptRefusedError(Exception):
@@ -96,19 +96,19 @@ class ActiveAttempt:
     values: dict[str, object] = field(default_factory=dict)
     """Inputs of the next stage, by name: tensors on the device, and plain values."""
     seed: int = 0
-    """Of the image; the encoder makes its generator from it."""
+    """Seed of the job; the encoder makes its generator from it."""
     rebind: Rebind | None = None
-    """What makes loaded values this attempt's own, where they were made for another."""
+    """Adapts loaded values to this attempt if they were made for another request."""
     ready: StreamEvent | None = None
-    """End of the work that made `values`; who uses them on another stream waits for it first."""
+    """Recorded after the work that makes `values`: wait for it before using them on another stream."""
     seconds: float = 0.0
-    """That the last stage took."""
+    """Duration of the last stage."""
     seed_independent: bool = False
-    """What it made is the same for every seed."""
+    """Whether its outputs are the same for every seed."""
     cancelled: bool = False
-    """It is to end; who has it stops as soon as its phase allows."""
+    """Whether it is to end as soon as its phase allows."""
     returned: bool = False
-    """It is stopped for others to do, not because nobody wants it."""
+    """Whether it is stopped so that another instance takes it."""
     began_at: float | None = None
     """When the current stage began to compute, in seconds of a monotonic clock."""
     stepped_at: float = 0.0
@@ -116,9 +116,9 @@ class ActiveAttempt:
     total_steps: int = 0
 
     def left_s(self) -> float:
-        """Seconds that the attempt will still take, as far as its pace so far says; 0 when it says nothing."""
+        """Return the estimated seconds that the attempt still takes; 0 if unknown, infinite if it has not begun."""
         if self.phase is Phase.LOADING or (self.phase is Phase.RUNNING and self.began_at is None):
-            return math.inf  # it waits for others, and nothing is lost when it begins elsewhere
+            return math.inf  # not begun: nothing is lost when it begins on another instance
         if self.phase is not Phase.RUNNING or self.began_at is None or not self.step:
             return 0.0
         return (self.stepped_at - self.began_at) / self.step * (self.total_steps - self.step)
@@ -134,32 +134,32 @@ class AttemptTracker:
         self.taken = 0
         """Attempts taken so far."""
         self.ended = 0
-        """Of them, those that have ended."""
+        """Attempts that have ended so far."""
         self.active: dict[Attempt, ActiveAttempt] = {}
         self.reservations: dict[Attempt, LeaseRef] = {}
-        """Blocks of the own pool that wait for a push."""
+        """Blocks of the instance's pool that are reserved for a push."""
         self._cancelled: dict[Attempt, None] = {}
         self._ended: dict[Attempt, None] = {}
 
     @property
     def issued(self) -> int:
-        """Credits issued so far: one for each of its slots, and one for each attempt that has ended."""
+        """Return the credits issued so far: one for each slot, and one for each attempt that has ended."""
         return self.slots + self.ended
 
     @property
     def assigned(self) -> tuple[Attempt, ...]:
-        """Oldest first."""
+        """Return the active attempts, oldest first."""
         return tuple(self.active)
 
     # -- the instance: what the head sends
 
     def can_reserve(self, attempt: Attempt) -> bool:
-        """Whether a block may be reserved for `attempt`: there is a credit that no other counts on."""
+        """Return whether a block may be reserved for `attempt`: a slot is free that no other reservation needs."""
         others = sum(reserved != attempt for reserved in self.reservations)
         return attempt not in self.active and len(self.active) + others < self.slots
 
     def reserve(self, attempt: Attempt, target: LeaseRef) -> tuple[Message, ...]:
-        """Keep a block of the own pool for the push of `attempt`, in place of one reserved before.
+        """Reserve a block of the instance's pool for the push of `attempt`, in place of one reserved before.
 
         Raises:
             AttemptRefusedError: when the attempt was cancelled while the pool was asked; the block is not kept.
@@ -239,7 +239,7 @@ class AttemptTracker:
         return (CancelAttempt(attempt),)
 
     def return_to_head(self, within_s: float | None) -> tuple[Message, ...]:
-        """Stop what would take more than `within_s` seconds, for others to do; None: all that is not computed yet."""
+        """Stop attempts that would take more than `within_s` seconds, None: all not computed yet; others take them."""
         messages: list[Message] = []
         for item in tuple(self.active.values()):
             computed = item.phase in (Phase.STORING, Phase.SAVING)
@@ -249,15 +249,15 @@ class AttemptTracker:
         return tuple(messages)
 
     def drop_reservations(self) -> tuple[Message, ...]:
-        """Give up what a head asked for that is gone: it will ask again."""
+        """Release the blocks reserved for a head that has ended; the next one asks again."""
         leases, self.reservations = tuple(self.reservations.values()), {}
         return (ReleaseBlocks(leases),) if leases else ()
 
     def end(self, report: EndReport) -> tuple[Message, ...]:
         """Forget an attempt, with its tensors, and return the report of its end, which issues a new credit.
 
-        Of one that was cancelled meanwhile the report says that, and stored outputs are released. A file that was
-        written is left to the store's pruning: another attempt may have written the same.
+        If it was cancelled meanwhile, the report says so, and stored outputs are released. A written file stays until
+        the store prunes it: another attempt may have written the same file.
         """
         item = self._item(report.attempt, "it ended", *Phase)
         released: tuple[Message, ...] = ()
@@ -273,19 +273,19 @@ class AttemptTracker:
     # -- the stream worker
 
     def started(self, attempt: Attempt, stage: Stage, now: float) -> StageStarted:
-        """Note that the stage's first kernel is about to run."""
+        """Record that the stage is about to run."""
         item = self._item(attempt, "a stage started", Phase.RUNNING)
         item.began_at, item.step, item.total_steps = now, 0, 0
         return StageStarted(attempt, stage)
 
     def stepped(self, attempt: Attempt, step: int, total_steps: int, now: float) -> StageProgress:
-        """Note that a denoising step is done."""
+        """Record a finished denoising step."""
         item = self._item(attempt, "a step ended", Phase.RUNNING)
         item.stepped_at, item.step, item.total_steps = now, step, total_steps
         return StageProgress(attempt, step, total_steps)
 
     def computed(self, attempt: Attempt, seconds: float, *, seed_independent: bool = False) -> NextStep:
-        """Go on with a stage's outputs: run the next stage on them, or store them, or save them."""
+        """Return what follows a computed stage: run the next stage on its outputs, store them, or save them."""
         item = self._item(attempt, "a stage was computed", Phase.RUNNING)
         if item.cancelled:
             return self._cancelled_report(item)
@@ -303,13 +303,13 @@ class AttemptTracker:
     def stage_failed(
         self, attempt: Attempt, error: str, *, invalid_request: bool, deterministic: bool = False
     ) -> StageFailed:
-        """Say that the stage raised; it is not tried again where the request is at fault or nothing changes."""
+        """Report that the stage raised; it is retryable unless the request is at fault or the error deterministic."""
         item = self._item(attempt, "a stage failed", Phase.RUNNING)
         retryable = not (invalid_request or deterministic)
         return StageFailed(attempt, item.stages[0], error, retryable, 0, invalid_request)
 
     def stopped(self, attempt: Attempt) -> StageCancelled | StageReturned:
-        """Say that the stage was stopped as told."""
+        """Report that the stage was stopped because the attempt was cancelled."""
         item = self._item(attempt, "a stage was stopped", Phase.RUNNING)
         if not item.cancelled:
             raise UnexpectedEventError(attempt, "a stage was stopped that was not to be", item.phase)
@@ -318,7 +318,7 @@ class AttemptTracker:
     # -- the transfer actor
 
     def loaded(self, attempt: Attempt) -> NextStep:
-        """Run the stage on what was loaded."""
+        """Return the stage to run on the loaded inputs."""
         item = self._item(attempt, "inputs were loaded", Phase.LOADING)
         if item.cancelled:
             return self._cancelled_report(item)
@@ -326,20 +326,20 @@ class AttemptTracker:
         return RunStage(attempt, item.stages[0])
 
     def stored(self, attempt: Attempt, stored: StoredPayload) -> StageOutputsStored:
-        """Say where the outputs lie, in a sealed block."""
+        """Report the sealed block of the outputs."""
         item = self._item(attempt, "outputs were stored", Phase.STORING)
         stage = item.stages[0]
         return StageOutputsStored(attempt, stage, stored, item.seconds, 0, item.seed_independent)
 
     def saved(self, attempt: Attempt, artifact: Artifact) -> StageFinished:
-        """Say that the file is on disk."""
+        """Report that the artifact is on disk."""
         item = self._item(attempt, "an artifact was saved", Phase.SAVING)
         return StageFinished(attempt, item.stages[0], artifact, item.seconds, 0)
 
     def transfer_failed(
         self, attempt: Attempt, reason: str, *, source_gone: bool = False, retryable: bool = True
     ) -> StageFailed | TransferFailed:
-        """Say that loading, storing or saving came to nothing."""
+        """Report that loading, storing or saving failed."""
         item = self._item(attempt, "a transfer failed", Phase.LOADING, Phase.STORING, Phase.SAVING)
         if item.phase is Phase.LOADING:
             return TransferFailed(attempt, reason, source_gone, 0)
@@ -362,7 +362,7 @@ class AttemptTracker:
         return item
 
     def _cancel_older(self, attempt: Attempt) -> tuple[Message, ...]:
-        """Cancel older attempts at the same job: nobody waits for them."""
+        """Cancel older attempts at the same job, which `attempt` supersedes."""
         older = [
             w for w in (*self.active, *self.reservations) if w.job_id == attempt.job_id and w.number < attempt.number
         ]

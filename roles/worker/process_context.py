@@ -51,15 +51,15 @@ class ProcessContext:
         self.device = "cpu"
         """Torch device, a GPU with its number."""
         self.trouble = ""
-        """What work waits for that a person may have to mend; a sentence."""
+        """A problem that work waits for and that an operator may have to solve; a sentence, or ""."""
         self._loaded = asyncio.Event()
         self._mapped = asyncio.Event()
 
     def pass_on(self, sender: Actor, message: Message) -> None:
         """Tell the actor of this process that `message` is for.
 
-        An attempt's phase changes with the message that passes it on, so whoever has it hears that it was cancelled;
-        where that overtakes the message itself, `ActiveAttempt.cancelled` says so.
+        An attempt's phase changes with the message that passes it on, so a cancellation reaches the actor that has it;
+        if it arrives before that message, the actor sees `ActiveAttempt.cancelled`.
         """
         if isinstance(message, CancelAttempt):
             suffix = STREAM if self.attempts.active[message.attempt].phase is Phase.RUNNING else TRANSFER
@@ -81,6 +81,6 @@ class ProcessContext:
         self._mapped.set()
 
     async def until_ready(self) -> None:
-        """Return once both have been said."""
+        """Return once the model is known and the pool is mapped."""
         await self._loaded.wait()
         await self._mapped.wait()

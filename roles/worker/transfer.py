@@ -42,11 +42,11 @@ from triptych.roles.worker.attempts import NextStep
 from triptych.roles.worker.process_context import ProcessContext
 
 FULL_PAUSE_S: Final = 0.1
-"""Longest pause before a full pool is asked again: well within the time for which it keeps the place in its line."""
+"""Longest pause before a full pool is asked again: well within the time for which it keeps a place in its queue."""
 
 
 class TransferFailedError(Exception):
-    """A transfer that came to nothing."""
+    """A transfer has failed."""
 
     def __init__(self, reason: str, *, source_gone: bool = False, retryable: bool = True) -> None:
         super().__init__(reason)
@@ -65,7 +65,7 @@ class TransferActor(Actor):
         self._client = PoolClient(self, component.pool, component.name)
         self._stops: dict[Attempt, asyncio.Event] = {}
         self._waiting_for_disk: dict[Attempt, str] = {}
-        """What waits for the disk to have room, and why."""
+        """Attempts that wait for space on the disk, and the problem of each."""
         self._stream: DeviceStream | None = None
         self._mapping: PoolMapping | None = None
         self._pinned = False
@@ -141,8 +141,8 @@ class TransferActor(Actor):
         except RuntimeError as error:
             if not devices.is_out_of_memory(error):
                 raise
-            self.log.warning("no room on the device for a transfer", attempt=str(attempt), exc_info=error)
-            answer = failed(attempt, f"{self._device.device} has no room for it: {describe(error)}")
+            self.log.warning("out of memory on the device during a transfer", attempt=str(attempt), exc_info=error)
+            answer = failed(attempt, f"{self._device.device} has too little memory for it: {describe(error)}")
             devices.clear_frames(error)
             await self._device.run(devices.free_memory, self._device.device)
         finally:
@@ -273,7 +273,7 @@ class TransferActor(Actor):
         return self.context.attempts.saved(message.attempt, artifact)
 
     async def _write(self, message: SaveArtifact, output_format: str, data: bytes, stop: asyncio.Event) -> Artifact:
-        """Put the artifact on the disk, once that has room; what it is made of stays in its pool meanwhile."""
+        """Write the artifact to the disk, once that has space; its inputs stay in their pool meanwhile."""
         retry = _Retry(message.deadline, stop)
         while True:
             retry.check()
@@ -282,7 +282,7 @@ class TransferActor(Actor):
             except OSError as error:
                 if not is_disk_full(error):
                     raise
-                problem = f"results wait for room on the disk of {self.store.folder} ({error.strerror})"
+                problem = f"results wait for space on the disk of {self.store.folder} ({error.strerror})"
             self._note_full_disk(message.attempt, problem)
             await retry.wait(problem)
 

@@ -70,7 +70,7 @@ def test_a_full_pool_is_waited_for(run_transfers: Any) -> None:
     run_transfers(body, pool_size="2MiB")
 
 
-def test_waiting_for_room_ends_with_the_deadline_or_when_it_is_stopped(run_transfers: Any) -> None:
+def test_waiting_for_memory_ends_with_the_deadline_or_when_it_is_stopped(run_transfers: Any) -> None:
     async def body(h: Any, open_transfer: Any) -> None:
         encoder = await open_transfer("encoder-0")
         await encoder.fake_instance.lease("pool", 1 << 20, attempt=Attempt("x/0", 1))
@@ -337,7 +337,7 @@ def test_bytes_that_arrive_damaged_are_fetched_again_before_the_source_is_blamed
     run_transfers(body, **APART)
 
 
-def test_a_device_without_room_fails_the_transfer_and_not_the_process(
+def test_a_device_without_free_memory_fails_the_transfer_and_not_the_process(
     run_transfers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_room(*_: object) -> Any:
@@ -352,7 +352,7 @@ def test_a_device_without_room_fails_the_transfer_and_not_the_process(
             monkeypatch.setattr(module, "_load", no_room)
             monkeypatch.setattr(module, "_store", no_room)
         failed = await denoiser.fails(LoadInputs(W, stored, None, FAR))
-        assert "cpu has no room for it: OutOfMemoryError: CUDA out of memory" in failed.reason
+        assert "cpu has too little memory for it: OutOfMemoryError: CUDA out of memory" in failed.reason
         assert not failed.source_gone
         assert denoiser.values() == {"untouched": True}
         assert (await encoder.fails(StoreOutputs(W, FAR))).retryable
@@ -492,7 +492,7 @@ def test_a_full_disk_is_waited_for_and_said_and_another_trouble_is_not(
         assert "No space left" in (await decoder.fake_instance.inbox.next(StageFailed)).error, "its time is over"
         while decoder.transfer.stats()["waiting_for_disk"] != 2:  # noqa: ASYNC110  facts are looked at, not sent
             await asyncio.sleep(0)
-        assert "wait for room on the disk" in context.trouble
+        assert "wait for space on the disk" in context.trouble
         decoder.fake_instance.tell(CancelAttempt(others[0]))
         assert (await decoder.fake_instance.inbox.next(StageFailed)).error == "cancelled"
         assert context.trouble
