@@ -55,10 +55,11 @@ def _make(path: Path, family: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def gradients() -> None:
-    """Each test starts with gradients on: a denoise turns them off on its thread, for good."""
+def torch_defaults() -> None:
+    """Each test starts with gradients, which a denoise turns off on its thread, and one thread, whatever ran before."""
     if torch := sys.modules.get("torch"):
         torch.set_grad_enabled(True)
+        torch.set_num_threads(1)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -81,13 +81,16 @@ def plan_residency(residents: Collection[ResidentModel], budgets: BytesByDevice,
         turn_s: Seconds for which a model with requests stays awake although others wait.
     """
     made = ResidencyPlan()
-    there = [r for r in residents if r.awake and not (r.sleep_requested and not r.has_work)]
-    for resident in sorted((r for r in there if not (r.has_work or r.pinned)), key=lambda r: r.used):
+    # Jobs may have begun just as their model was to sleep; it cannot finish them asleep, so others wait for it again.
+    stranded = any(r.begun and not r.awake for r in residents)
+    there = [r for r in residents if (r.awake or r.begun) and not (r.sleep_requested and not r.has_work)]
+    may_wait = [r for r in there if not (r.begun or r.pinned) and (stranded or not r.has_work)]
+    for resident in sorted(may_wait, key=lambda r: (r.has_work, r.used)):
         others = [r for r in there if r is not resident]
         crowded = overcommitted(resident.needs, [r.needs for r in others], budgets)
         if any(device in other.needs for device in crowded for other in others):
             there = others
-    absent = [r for r in residents if not r.awake and r.waiting_s is not None]
+    absent = [r for r in residents if r not in there and r.waiting_s is not None]
     for waiting in sorted(absent, key=lambda r: -(r.waiting_s or 0.0)):
         gone, drained, fits = _evict_for(waiting, there, budgets, turn_s)
         there = [r for r in there if r not in gone]
