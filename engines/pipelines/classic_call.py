@@ -42,8 +42,8 @@ from triptych.engines.partition.tasks import class_tasks, required_by
 from triptych.engines.pipelines.component_settings import setting_parameters
 from triptych.engines.pipelines.guidance import GUIDANCE_SCALE, guidance, has_guider
 from triptych.engines.pipelines.random_state import GENERATOR
-from triptych.engines.pipelines.stepping import Denoising
 from triptych.engines.stages import InputError
+from triptych.engines.steps.denoising import Denoising
 
 _OURS: Final = frozenset({"self", "output_type", "return_dict", "callback", "callback_steps", "callback_on_step_end"})
 STEPS: Final = ("step", "step_pred")

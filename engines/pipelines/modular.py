@@ -31,6 +31,7 @@ from triptych.engines.partition.blocks import (
     values_needed_later,
 )
 from triptych.engines.partition.strategy import size_problem
+from triptych.engines.pipelines.block_denoising import BlockDenoising
 from triptych.engines.pipelines.component_settings import (
     OF_GUIDERS,
     OF_SCHEDULER,
@@ -42,8 +43,8 @@ from triptych.engines.pipelines.component_settings import (
 )
 from triptych.engines.pipelines.guidance import GUIDANCE_SCALE, guidance, has_guider, request_copy, set_guidance
 from triptych.engines.pipelines.random_state import GENERATOR, is_unused, seeded_generator
-from triptych.engines.pipelines.stepping import BlockDenoising, Denoising
 from triptych.engines.stages import InputError, ModelError, Stage
+from triptych.engines.steps.denoising import Denoising
 from triptych.engines.weights.files import read_ahead_files
 from triptych.engines.weights.loading import load_component, load_stub
 from triptych.engines.weights.placement import Placement

@@ -15,8 +15,8 @@ from triptych.engines.pipelines.classic_call import CallDenoising, accepted, cal
 from triptych.engines.pipelines.component_settings import configure
 from triptych.engines.pipelines.guidance import request_copy
 from triptych.engines.pipelines.random_state import GENERATOR, seeded_generator
-from triptych.engines.pipelines.stepping import Denoising
 from triptych.engines.stages import Stage
+from triptych.engines.steps.denoising import Denoising
 from triptych.engines.weights.loading import ClassicLoader
 from triptych.engines.weights.placement import Placement
 

@@ -33,8 +33,8 @@ from triptych.engines.pipelines.dtype_conversion import DTYPE, convert_dtype
 from triptych.engines.pipelines.modular import load_modular
 from triptych.engines.pipelines.monolithic import load_monolithic
 from triptych.engines.pipelines.random_state import SEED, GlobalRngGuard
-from triptych.engines.pipelines.stepping import Denoising
 from triptych.engines.stages import InputError, ModelError, Stage
+from triptych.engines.steps.denoising import Denoising
 from triptych.engines.weights.adapters import Adapters
 from triptych.engines.weights.offload import ModelOffloader, Offload
 from triptych.engines.weights.placement import Placement

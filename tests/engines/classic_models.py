@@ -14,8 +14,8 @@ from diffusers import DiffusionPipeline
 from tests.engines.results import media, seeded_generator
 from triptych.engines.parameters.serving_config import load_serving_config
 from triptych.engines.pipelines.pipeline import StagePipeline
-from triptych.engines.pipelines.stepping import Denoising
 from triptych.engines.stages import Stage
+from triptych.engines.steps.denoising import Denoising
 from triptych.tools.families.stage_processes import CPU
 
 FAMILIES = ("pixart", "sana", "chroma", "cogvideox")

@@ -287,7 +287,7 @@ def cluster(run: Any, make_topology: Any, local_cluster: Any, scripted_head: Any
 @pytest.fixture
 def denoise_gate(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Holds every denoise after its first step until it is opened."""
-    from triptych.engines.pipelines.stepping import Denoising
+    from triptych.engines.steps.denoising import Denoising
 
     opened, advance = threading.Event(), Denoising.advance
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from tests.engines.classic_models import FAMILIES, Models, edit, finish, load, part, request
 from triptych.engines.pipelines.pipeline import StagePipeline
-from triptych.engines.pipelines.stepping import Denoising
 from triptych.engines.stages import Stage
+from triptych.engines.steps.denoising import Denoising
 
 
 def begin(pipeline: StagePipeline, model: Path, prompt: str, steps: int, seed: int, scale: float = 1.0) -> Denoising:

@@ -11,8 +11,8 @@ import torch
 
 from tests.engines.classic_models import Models, finish, load, request
 from triptych.engines.pipelines.random_state import GlobalRngGuard, seeded_generator
-from triptych.engines.pipelines.stepping import Denoising
 from triptych.engines.stages import Stage
+from triptych.engines.steps.denoising import Denoising
 
 
 def drawn(rng: GlobalRngGuard, count: int) -> list[float]:

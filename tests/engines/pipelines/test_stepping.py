@@ -18,9 +18,10 @@ from diffusers.modular_pipelines.modular_pipeline import (
 )
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
 
+from triptych.engines.pipelines.block_denoising import BlockDenoising
 from triptych.engines.pipelines.pipeline import StagePipeline
-from triptych.engines.pipelines.stepping import BlockDenoising, Denoising
 from triptych.engines.stages import Stage
+from triptych.engines.steps.denoising import Denoising
 
 INPUTS: dict[str, dict[str, Any]] = {
     "flux-kl": {"height": 32, "width": 32, "max_sequence_length": 16},

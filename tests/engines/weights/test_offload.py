@@ -16,8 +16,8 @@ from tests.engines.results import media, same
 from tests.engines.stage_pipelines import Models, Stages, lora
 from triptych.engines.parameters.lora import LoraFile
 from triptych.engines.pipelines.pipeline import StagePipeline
-from triptych.engines.pipelines.stepping import Denoising
 from triptych.engines.stages import ModelError, Stage
+from triptych.engines.steps.denoising import Denoising
 from triptych.engines.weights.offload import ModelOffloader, Offload, offload, offloads_by_block
 from triptych.engines.weights.quantization import Quantization, quantize
 from triptych.tools.families.stage_processes import CPU

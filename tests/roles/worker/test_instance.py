@@ -13,7 +13,7 @@ from triptych.actors.runtime._actor_cell import ActorCell
 from triptych.actors.runtime.system_messages import Inspect, Inspection
 from triptych.bus import Delivery, RemoteError
 from triptych.engines.memory.arena import ArenaAddress
-from triptych.engines.pipelines.stepping import Denoising
+from triptych.engines.steps.denoising import Denoising
 from triptych.roles.messages import stages
 from triptych.roles.messages.pool import PoolDescription, PoolQuery
 from triptych.roles.worker import instance as instance_module
