@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from tests.messages import bodies_of
 from tests.ports import free_ports
-from tests.roles.head.test_head import finished, run_scenario, running_head, topology
+from tests.roles.head.head_harness import finished, run_scenario, running_head, topology
 from triptych.actors import Actor, AddressBook, Incarnation, Topology
 from triptych.actors.runtime.runtime import Runtime
 from triptych.actors.runtime.system_messages import Inspect, Shutdown

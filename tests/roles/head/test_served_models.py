@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import structlog
 
-from tests.roles.head.test_head import BOUND_S, PNG, SIGNATURE, HeadHarness, run_scenario, running_head
+from tests.roles.head.head_harness import BOUND_S, PNG, SIGNATURE, HeadHarness, run_scenario, running_head
 from triptych.actors import Topology, load_topology
 from triptych.bus import RemoteError
 from triptych.roles.head.request_store import OTHER_MODEL

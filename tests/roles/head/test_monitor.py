@@ -1,0 +1,137 @@
+"""The head watches instances and pools, and releases blocks that no job needs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.roles.head.head_harness import BOUND_S, Pool, run_scenario, running_head
+from triptych.actors import Topology
+from triptych.bus import RemoteError
+from triptych.roles.head import monitor
+from triptych.roles.head.head import TICK_S
+from triptych.roles.messages import pool as pools
+from triptych.roles.messages import requests, stages
+from triptych.roles.messages.common import (
+    Attempt,
+    LeaseRef,
+)
+
+
+def test_an_instance_that_is_not_registered_is_told_to_register(topology: Callable[..., Topology]) -> None:
+    async def scenario() -> None:
+        async with running_head(topology()) as harness:
+            with pytest.raises(RemoteError, match="register again") as refused:
+                await harness.report(stages.InstanceHeartbeat(), "encoder-0")
+            assert refused.value.code == "unknown"
+
+    run_scenario(scenario())
+
+
+def test_an_instance_that_falls_silent_is_fenced(topology: Callable[..., Topology]) -> None:
+    async def scenario() -> None:
+        async with running_head(topology()) as harness:
+            await harness.first_attempt(generation=5)
+            view = await harness.head.ask(requests.WaitRequest("r", 0.0), requests.RequestView, timeout_s=BOUND_S)
+            async with asyncio.timeout(BOUND_S):
+                while view.units[0].attempts == 1:
+                    view = await harness.view()
+            with pytest.raises(RemoteError, match="given up") as refused:
+                await harness.report(stages.InstanceHeartbeat(), "encoder-0", 5)
+            assert refused.value.code == "fenced"
+            with pytest.raises(RemoteError, match="given up"):
+                await harness.register("encoder-0", generation=5)
+            await harness.register("encoder-0", generation=6)
+            assert (await harness.next_attempt("encoder-0")).number == 2
+
+    run_scenario(scenario())
+
+
+def test_after_a_pause_of_the_machine_no_instance_is_fenced_before_its_heartbeat(
+    topology: Callable[..., Topology],
+) -> None:
+    async def scenario() -> None:
+        async with running_head(topology()) as harness:
+            await harness.first_attempt()
+            for _ in range(2):
+                time.sleep(1.5)  # noqa: ASYNC251  nothing in this process runs, as when the machine is stopped
+                await asyncio.sleep(TICK_S)
+                await harness.report(stages.InstanceHeartbeat(), "encoder-0")
+            assert (await harness.view()).units[0].attempts == 1
+
+    run_scenario(scenario())
+
+
+def test_the_reason_that_an_instance_reports_is_why_the_head_is_not_ready(topology: Callable[..., Topology]) -> None:
+    async def scenario() -> None:
+        async with running_head(topology(supervision="")) as harness:
+
+            async def reasons() -> str:
+                view = await harness.head.ask(requests.ClusterQuery(), requests.ClusterView, timeout_s=BOUND_S)
+                return " ".join(view.reasons)
+
+            await harness.register("decoder-0")
+            await harness.report(stages.InstanceHeartbeat("the disk is full"), "decoder-0")
+            assert "decoder-0: the disk is full" in await reasons()
+            await harness.report(stages.InstanceHeartbeat(), "decoder-0")
+            assert "full" not in await reasons()
+
+    run_scenario(scenario())
+
+
+def test_a_pool_that_refuses_is_asked_again_after_ever_longer_pauses(
+    topology: Callable[..., Topology], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[int] = []
+    monkeypatch.setattr(monitor, "backoff_s", lambda attempt: pauses.append(attempt) or 0.0)
+
+    async def scenario() -> None:
+        pool = Pool("pool")
+        pool.refuses = 3
+        async with running_head(topology(), pool=pool) as harness, asyncio.timeout(BOUND_S):
+            while harness.actor.monitor.pools_missing():
+                await harness.head.ask(requests.ClusterQuery(), requests.ClusterView, timeout_s=BOUND_S)
+        assert pauses == [0, 1, 2]
+
+    run_scenario(scenario())
+
+
+def test_blocks_that_their_owner_does_not_know_are_released(topology: Callable[..., Topology]) -> None:
+    async def scenario() -> None:
+        async with running_head(topology()) as harness:
+            present = await harness.first_attempt(generation=4)
+            old, claimed, spare = Attempt("old/0", 1), Attempt("claimed/0", 1), Attempt("", 1)
+            harness.workers["encoder-0"].taken.add(claimed)
+            owners = [(old, 4), (claimed, 4), (present, 4), (spare, 4), (old, 3)]
+            harness.pool.held = tuple(
+                pools.LeaseView(LeaseRef("pool", 1, number, 0, 64), "writing", "encoder-0", generation, attempt)
+                for number, (attempt, generation) in enumerate(owners)
+            )
+            async with asyncio.timeout(BOUND_S):
+                while harness.actor.monitor.pools_missing():
+                    await harness.head.ask(requests.ClusterQuery(), requests.ClusterView, timeout_s=BOUND_S)
+                await harness.actor.monitor.reclaim()
+            assert [lease.lease_id for lease in harness.pool.released.get_nowait()] == [0]
+            assert harness.pool.released.empty()
+
+    run_scenario(scenario())
+
+
+def test_pools_may_come_and_go_while_their_leases_are_listed(
+    topology: Callable[..., Topology],
+) -> None:
+    async def scenario() -> None:
+        async with running_head(topology()) as harness, asyncio.timeout(BOUND_S):
+            while harness.actor.monitor.pools_missing():
+                await harness.head.ask(requests.ClusterQuery(), requests.ClusterView, timeout_s=BOUND_S)
+            harness.pool.silent = True
+            looking = asyncio.create_task(harness.actor.monitor.reclaim())
+            await harness.pool.asked_for_leases.wait()
+            harness.actor.monitor._pools["another"] = 1
+            await harness.kill_pool()
+            await looking
+
+    run_scenario(scenario())
