@@ -30,6 +30,7 @@ from triptych.actors.topology.sections import (
     ModelSection,
     RoleKind,
     RoleSection,
+    SchedulingPolicyName,
     Sections,
     StateSection,
     SupervisionSection,
@@ -68,6 +69,10 @@ class Component(msgspec.Struct, frozen=True, kw_only=True):
     """Torch device."""
     slots: int = 0
     """Requests that it takes at a time; 0 unless it is an instance of a role."""
+    policy: SchedulingPolicyName = "fifo"
+    """Which of the requests that it has taken computes next."""
+    max_batch: int = 1
+    """Most requests whose denoising steps it computes in one call."""
     pool: str = ""
     """Name of the buffer pool that this instance uses, "" if none."""
     restart: Literal["permanent", "transient", "temporary"] = "permanent"
@@ -261,6 +266,8 @@ def _components(sections: Sections, run_dir: Path) -> tuple[Component, ...]:
                 model=model.name,
                 device=role.device,
                 slots=role.slots,
+                policy=role.policy,
+                max_batch=role.max_batch,
                 restart=role.restart,
                 pool=_pool_of(role, transfer),
                 dtype=role.dtype or model.dtype,
@@ -289,6 +296,7 @@ def _check_sections(file: str, sections: Sections) -> None:
     _check_models(file, sections)
     for model in sections.models:
         _check_kinds(file, sections, model)
+        _check_batches(file, sections, model)
         _check_loras(file, sections, model)
     _check_names(file, sections)
 
@@ -447,6 +455,18 @@ def _check_kinds(file: str, sections: Sections, model: ModelSection) -> None:
         header = "[[roles]]" if len(sections.models) == 1 else "[[models.roles]]"
         fix = f'add a {header} with kind = "{missing[0]}"'
         raise TopologyError(file, where, f"have no {' and no '.join(missing)}", fix)
+
+
+def _check_batches(file: str, sections: Sections, model: ModelSection) -> None:
+    for role in model.roles:
+        where = f'{_roles_label(sections, model)} kind = "{role.kind}" max_batch'
+        problem = f"= {role.max_batch}"
+        if role.max_batch > 1 and role.kind not in ("denoiser", "monolithic"):
+            problem += ", but only a denoiser or a monolithic process runs denoising steps"
+            raise TopologyError(file, where, problem, "give it to the denoiser")
+        if role.max_batch > role.slots:
+            problem += f" is more than the {role.slots} requests that one instance takes at a time"
+            raise TopologyError(file, where, problem, f"write slots = {role.max_batch} as well, or a smaller max_batch")
 
 
 def _check_names(file: str, sections: Sections) -> None:

@@ -53,6 +53,7 @@ Options = Annotated[
     Meta(description="a table whose values are texts, numbers, true or false, or lists of numbers"),
 ]
 DispatchName = Literal["round_robin", "max_free_slots", "least_loaded"]
+SchedulingPolicyName = Literal["fifo", "fair", "shortest_remaining", "deadline"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 if TYPE_CHECKING:
     EngineName: TypeAlias = str
@@ -330,6 +331,15 @@ class RoleSection(Section, frozen=True):
     """Torch device of every instance: `cpu`, `cuda:N`, or `cuda`: instance k has GPU k modulo the number of GPUs."""
     slots: Count = 2
     """Requests that one instance takes at a time."""
+    policy: SchedulingPolicyName = "fifo"
+    """Which of the requests that an instance has taken computes next: `fifo`, one after the other; `fair`, a step each
+    in turn; `shortest_remaining`, the one with the least left to do; `deadline`, the one that is due first. A higher
+    `priority` of a request goes before all of these."""
+    max_batch: Count = 1
+    """Most denoising steps, of different requests, that are computed in one call of the model; at most `slots`. 1 =
+    each request alone, with the same image as in diffusers, bit for bit. With more, every batch is padded to that
+    size, so that the image does not depend on which other requests there are; it may differ in the last bits from that
+    of `max_batch = 1`. Only for a denoiser or `monolithic`."""
     name: RoleName = ""
     """Instances are called NAME-0, NAME-1, ...; "" = the kind, with several models MODEL-KIND."""
     port: PortOrRule = 0

@@ -20,6 +20,8 @@ Word = Annotated[int, Meta(ge=0)]
 """64 bits."""
 Seconds = Annotated[float, Meta(ge=0)]
 """A duration; never NaN, which would break the arithmetic of deadlines."""
+Priority = Annotated[int, Meta(ge=-1000, le=1000)]
+"""Of a request; 0 unless the client gives another."""
 Seed = Annotated[int, Meta(ge=0, le=MAX_SEED)]
 
 Scalar: TypeAlias = str | int | float | bool | None
@@ -95,6 +97,20 @@ class Rebind(Value):
     """All inputs of that request."""
     seed: Seed
     """Seed of its job."""
+
+
+class SchedulingHints(Value):
+    """What decides when the steps of a job are computed, and with how many others; none of it changes the job."""
+
+    priority: Priority = 0
+    """Of the request: higher ones go first."""
+    due_s: float | None = None
+    """Seconds until the client wants the result, negative when they have passed; None without a deadline."""
+    steps: Natural = 0
+    """Denoising steps that the request asks for; 0 where that is not known."""
+    bucket: Annotated[int, Meta(ge=1, le=1 << 16)] = 1
+    """Rows of each batch that computes the job's steps; 1 = alone. Every attempt at a job has the same, since the last
+    bits of the result depend on it."""
 
 
 class Attempt(Value):

@@ -19,6 +19,7 @@ from triptych.roles.messages.common import (
     Natural,
     Output,
     Rebind,
+    SchedulingHints,
     Seconds,
     Seed,
     StoredPayload,
@@ -61,6 +62,8 @@ class RegisterInstance(Message):
     """Torch device, a GPU with its number."""
     weights: Natural = 0
     """Bytes of its weights on that device; 0 until it has loaded them once."""
+    max_batch: Natural = 1
+    """Most jobs whose denoising steps it computes in one call: the bucket of jobs that it denoises first."""
 
 
 class InstanceWakeChanged(Message):
@@ -109,6 +112,7 @@ class StageAssign(Message):
     output: Output
     left_s: Seconds
     """Seconds after which the result is of no use."""
+    hints: SchedulingHints = SchedulingHints()
 
 
 class TransferAlloc(Message):
@@ -152,6 +156,7 @@ class TransferPush(Message):
     """Seconds after which the result is of no use."""
     rebind: Rebind | None = None
     """Set when the tensors were stored for another job of an equal prompt."""
+    hints: SchedulingHints = SchedulingHints()
 
 
 class AttemptQuery(Message):

@@ -15,7 +15,15 @@ from msgspec.structs import replace
 
 from triptych.bus import Message
 from triptych.engines.stages import Stage
-from triptych.roles.messages.common import Artifact, Attempt, LeaseRef, Output, Rebind, StoredPayload
+from triptych.roles.messages.common import (
+    Artifact,
+    Attempt,
+    LeaseRef,
+    Output,
+    Rebind,
+    SchedulingHints,
+    StoredPayload,
+)
 from triptych.roles.messages.pool import ReleaseBlocks
 from triptych.roles.messages.stages import (
     StageAssign,
@@ -114,6 +122,9 @@ class ActiveAttempt:
     stepped_at: float = 0.0
     step: int = 0
     total_steps: int = 0
+    hints: SchedulingHints = field(default_factory=SchedulingHints)
+    due: float = math.inf
+    """When the client wants the result, in seconds of this host's monotonic clock; infinite without a deadline."""
 
     def left_s(self) -> float:
         """Return the estimated seconds that the attempt still takes; 0 if unknown, infinite if it has not begun."""
@@ -184,7 +195,7 @@ class AttemptTracker:
                 "wrong_kind",
                 f"{self.instance} is a {self.kind}: it starts from stored tensors, not from inputs",
             )
-        item = self._take(attempt, Phase.RUNNING, message.output, now + message.left_s)
+        item = self._take(message, Phase.RUNNING, now)
         if item is None:
             return ()
         item.values, item.seed = dict(message.inputs), message.seed
@@ -214,7 +225,7 @@ class AttemptTracker:
             raise AttemptRefusedError(
                 "block_gone", f"{self.instance} no longer keeps the block that {attempt} was to come into"
             )
-        item = self._take(attempt, Phase.LOADING, message.output, now + message.left_s)
+        item = self._take(message, Phase.LOADING, now)
         if item is None:
             return ()
         item.rebind = message.rebind
@@ -347,8 +358,9 @@ class AttemptTracker:
 
     # -- inside
 
-    def _take(self, attempt: Attempt, phase: Phase, output: Output, deadline: float) -> ActiveAttempt | None:
+    def _take(self, message: StageAssign | TransferPush, phase: Phase, now: float) -> ActiveAttempt | None:
         """Spend a credit on the attempt; None when it was taken before."""
+        attempt, hints = message.attempt, message.hints
         if attempt in self._cancelled:
             raise AttemptRefusedError("cancelled", f"{attempt} was cancelled")
         if attempt in self.active or attempt in self._ended:  # asked again, because the answer was late
@@ -358,7 +370,9 @@ class AttemptTracker:
                 "no_credit", f"{self.instance} has {len(self.active)} attempts assigned and {self.slots} slots"
             )
         self.taken += 1
-        item = self.active[attempt] = ActiveAttempt(attempt, phase, STAGES_OF_ROLE[self.kind], output, deadline)
+        item = ActiveAttempt(attempt, phase, STAGES_OF_ROLE[self.kind], message.output, now + message.left_s)
+        item.hints, item.due = hints, math.inf if hints.due_s is None else now + hints.due_s
+        self.active[attempt] = item
         return item
 
     def _cancel_older(self, attempt: Attempt) -> tuple[Message, ...]:

@@ -379,6 +379,7 @@ class Instance(Actor):
             awake=self.context.awake and self._awake_target is None,
             device=self.context.device,
             weights=self.context.weights,
+            max_batch=self.component.max_batch,
         )
 
     async def _send_heartbeats(self, head: Reference, lost: asyncio.Task[None]) -> None:

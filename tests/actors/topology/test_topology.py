@@ -207,6 +207,17 @@ BROKEN = {
         '"float64" is not known',
         "use one of float32, float16, bfloat16.",
     ),
+    "a batch larger than its slots": (
+        MODEL + THREE_ROLES.replace('"denoiser"', '"denoiser"\nmax_batch = 4'),
+        'kind = "denoiser" max_batch = 4 is more than the 2 requests',
+        "write slots = 4 as well",
+    ),
+    "a batch of a decoder": (
+        MODEL + THREE_ROLES + "max_batch = 2\n",
+        'kind = "decoder" max_batch = 2, but only a denoiser',
+        "give it to the denoiser",
+    ),
+    "a policy of nobody": (MODEL + THREE_ROLES + 'policy = "lifo"\n', '"lifo" is not known', "did you mean fifo?"),
     "a word that is two": (
         MODEL + '[[model.embeddings]]\ntoken = "a b"\npath = "a"\n' + THREE_ROLES,
         'token = "a b" does not fit',
@@ -419,6 +430,13 @@ def test_weights_are_held_as_the_role_says_or_the_model(write: Write) -> None:
     last = held.pop("decoder-0")
     assert last == ("float32", "int8", "group")
     assert set(held.values()) == {("float16", "none", "none")}
+
+
+def test_steps_are_scheduled_and_batched_as_the_role_says(write: Write) -> None:
+    denoiser = '"denoiser"\nslots = 8\nmax_batch = 8\npolicy = "fair"'
+    topology = load_topology(write(roles=THREE_ROLES.replace('"denoiser"', denoiser)))
+    stepping = {c.name: (c.policy, c.max_batch) for c in topology.components if c.slots}
+    assert stepping == {"encoder-0": ("fifo", 1), "denoiser-0": ("fair", 8), "decoder-0": ("fifo", 1)}
 
 
 def test_preflight_wants_the_files_of_adapters(write: Write, folder: Path) -> None:

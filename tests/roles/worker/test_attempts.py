@@ -10,7 +10,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from triptych.bus import Message
 from triptych.engines.stages import Stage
-from triptych.roles.messages.common import Artifact, Attempt, LeaseRef, Output, Rebind, StoredPayload
+from triptych.roles.messages.common import (
+    Artifact,
+    Attempt,
+    LeaseRef,
+    Output,
+    Rebind,
+    SchedulingHints,
+    StoredPayload,
+)
 from triptych.roles.messages.pool import ReleaseBlocks
 from triptych.roles.messages.stages import (
     StageAssign,
@@ -81,6 +89,17 @@ def test_what_makes_tensors_of_another_unit_its_own_comes_along() -> None:
     rebind = Rebind({"prompt": "x"}, 7)
     load.push(msgspec.structs.replace(push(W), rebind=rebind), NOW)
     assert load.active[W].rebind == rebind
+
+
+def test_hints_come_with_an_attempt_and_its_deadline_is_of_this_hosts_clock() -> None:
+    load = AttemptTracker("denoiser-0", "denoiser", 2)
+    hints = SchedulingHints(priority=2, due_s=-5.0, steps=30, bucket=4)
+    load.push(msgspec.structs.replace(push(W), hints=hints), NOW)
+    load.push(push(Attempt("r/1", 1)), NOW)
+    assert [(item.hints, item.due) for item in load.active.values()] == [
+        (hints, NOW - 5.0),
+        (SchedulingHints(), math.inf),
+    ]
 
 
 def test_a_decoder_goes_from_a_stored_block_to_a_file() -> None:
