@@ -20,8 +20,11 @@ Word = Annotated[int, Meta(ge=0)]
 """64 bits."""
 Seconds = Annotated[float, Meta(ge=0)]
 """A duration; never NaN, which would break the arithmetic of deadlines."""
-Priority = Annotated[int, Meta(ge=-1000, le=1000)]
-"""Of a request; 0 unless the client gives another."""
+MAX_PRIORITY: Final = 100
+Priority = Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
+"""Of a request; 0 unless the client gives another. A higher one goes first."""
+Bucket = Annotated[int, Meta(ge=1, le=1 << 16)]
+"""Rows of a batch; 1 = alone."""
 Seed = Annotated[int, Meta(ge=0, le=MAX_SEED)]
 
 Scalar: TypeAlias = str | int | float | bool | None
@@ -104,13 +107,15 @@ class SchedulingHints(Value):
 
     priority: Priority = 0
     """Of the request: higher ones go first."""
-    due_s: float | None = None
+    due_s: Annotated[float, Meta(ge=-1e12)] | None = None
     """Seconds until the client wants the result, negative when they have passed; None without a deadline."""
     steps: Natural = 0
     """Denoising steps that the request asks for; 0 where that is not known."""
-    bucket: Annotated[int, Meta(ge=1, le=1 << 16)] = 1
+    bucket: Bucket = 1
     """Rows of each batch that computes the job's steps; 1 = alone. Every attempt at a job has the same, since the last
     bits of the result depend on it."""
+    owner: Name = ""
+    """Name of the client's API key, among whom `fair` divides; "" without keys."""
 
 
 class Attempt(Value):
