@@ -43,6 +43,7 @@ class BlockDenoising(Denoising):
                     del loop.loop_step
 
         super().__init__(work)
+        self.pipeline = components
 
     def _stepping(self, loop_step: Callable[..., Any]) -> Callable[..., Any]:
         before = None

@@ -95,10 +95,10 @@ class ClassicRunner:
         """Replace the unused generator of a payload; the inputs are the same."""
         return {**payload, GENERATOR: seeded_generator(seed)}
 
-    def denoise(self, payload: Mapping[str, object]) -> Denoising:
+    def denoise(self, payload: Mapping[str, object], *, parks: bool = False) -> Denoising:
         """Prepare a run of the pipeline up to where it decodes."""
         inputs, generator = _request(payload)
-        pipeline = self._stage_view(Stage.DENOISER, inputs)
+        pipeline = self._stage_view(Stage.DENOISER, inputs, parks=parks)
         self._replay_encoders(pipeline, payload, generator)
         # For a request for latents, a pipeline ends before it decodes.
         if not self._partition.has_decoder_stage or wants_latents(inputs):
@@ -149,9 +149,9 @@ class ClassicRunner:
         except StageBoundary as boundary:
             raise _missing_component_error(boundary, Stage.DENOISER) from None
 
-    def _stage_view(self, stage: Stage, inputs: Mapping[str, object]) -> Any:
+    def _stage_view(self, stage: Stage, inputs: Mapping[str, object], *, parks: bool = False) -> Any:
         """Copy the pipeline for a run, with stubs for what the stage does not need, even if it is loaded."""
-        pipeline = request_copy(self.pipeline, inputs)
+        pipeline = request_copy(self.pipeline, inputs, parks=parks)
         needed = self._partition.needed(stage)
         for name, stub in self._stubs.items():
             if name not in needed:

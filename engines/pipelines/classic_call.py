@@ -195,6 +195,7 @@ class CallDenoising(Denoising):
 
     def __init__(self, work: Callable[[], dict[str, object]], pipeline: Any) -> None:
         super().__init__(work)
+        self.pipeline = pipeline
         self._position: object = None
         for scheduler in schedulers(pipeline):
             for name in STEPS:

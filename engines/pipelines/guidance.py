@@ -27,6 +27,7 @@ from triptych.engines.pipelines.component_settings import (
     make_scheduler,
     make_vae,
 )
+from triptych.engines.steps.denoiser_calls import parked_components, parking
 
 __all__ = ["GUIDANCE_SCALE", "guidance", "has_guider", "request_copy", "set_guidance"]
 
@@ -36,6 +37,7 @@ def request_copy(
     inputs: Mapping[str, object] = MappingProxyType({}),
     *,
     encodes: bool = False,
+    parks: bool = False,
     _made: dict[int, Any] | None = None,
 ) -> Any:
     """Copy a pipeline for one request: the copy shares all weights, and nothing that changes during a run.
@@ -48,6 +50,8 @@ def request_copy(
             "guidance_scale" is set in guiders; None keeps their scale.
         encodes: Whether the copy is for an encoder, for which guidance is never turned off: some encoders fail without
             it, others make no negative embeddings.
+        parks: Whether calls of its denoisers wait for whoever advances the run, so that calls of several runs can be
+            computed together.
 
     Raises:
         InputError: A component does not take a setting.
@@ -63,7 +67,7 @@ def request_copy(
     inner = {name: value for name, value in inputs.items() if name not in OF_SCHEDULER}
     for name, component in vars(pipeline).items():
         if isinstance(component, DiffusionPipeline):
-            setattr(mine, name, request_copy(component, inner, encodes=encodes, _made=made))
+            setattr(mine, name, request_copy(component, inner, encodes=encodes, parks=parks, _made=made))
     for name, component in guiders_of(pipeline):
         guider = make_guider(component, inputs)
         guider = guider.new(**_changes(guider, _scale(inputs, name)))
@@ -72,6 +76,8 @@ def request_copy(
         setattr(mine, name, guider)
     if VAE in vars(pipeline):
         vars(mine)[VAE] = make_vae(vars(pipeline)[VAE], inputs)
+    for name, component in list(parked_components(mine) if parks else ()):
+        vars(mine)[name] = parking(component)
     return mine
 
 

@@ -162,9 +162,9 @@ class ModularRunner:
             rebound[GENERATOR] = seeded_generator(seed)
         return rebound
 
-    def denoise(self, payload: Mapping[str, object]) -> Denoising:
+    def denoise(self, payload: Mapping[str, object], *, parks: bool = False) -> Denoising:
         """Prepare a run of the block `denoise`."""
-        pipeline = request_copy(self.pipeline, payload)
+        pipeline = request_copy(self.pipeline, payload, parks=parks)
         settings = self._set(payload)
         return BlockDenoising(
             self._partition.blocks_of[Stage.DENOISER],

@@ -42,11 +42,11 @@ class MonolithicRunner:
         """Return the payload of the other request."""
         return self.encode(inputs, seed)
 
-    def denoise(self, payload: Mapping[str, object]) -> Denoising:
+    def denoise(self, payload: Mapping[str, object], *, parks: bool = False) -> Denoising:
         """Prepare a run of the whole pipeline."""
         inputs = cast("dict[str, object]", payload["inputs"])
         generator = cast(torch.Generator, payload[GENERATOR]).clone_state()
-        pipeline = request_copy(self.pipeline, inputs)
+        pipeline = request_copy(self.pipeline, inputs, parks=parks)
         return CallDenoising(lambda: call_pipeline(pipeline, inputs, generator), pipeline)
 
     def decode(self, payload: Mapping[str, object]) -> dict[str, object]:

@@ -68,8 +68,8 @@ class StageRunner(Protocol):
     def rebind(self, payload: Mapping[str, object], inputs: Mapping[str, object], seed: int) -> dict[str, object]:
         """Adapt the encoder outputs of one request to another request with the same prompt."""
 
-    def denoise(self, payload: Mapping[str, object]) -> Denoising:
-        """Prepare a run of the denoiser; the first `advance` starts it."""
+    def denoise(self, payload: Mapping[str, object], *, parks: bool = False) -> Denoising:
+        """Prepare a run of the denoiser; the first `advance` starts it. `parks` is that of `request_copy`."""
 
     def decode(self, payload: Mapping[str, object]) -> dict[str, object]:
         """Run the decoder."""
@@ -217,15 +217,18 @@ class StagePipeline:
         chosen = _chosen(choose_loras(inputs, self._adapters.files))
         return {**self._runner.rebind(values, self._to_pipeline_inputs(inputs), seed), SEED: seed, **chosen}
 
-    def denoise(self, payload: Mapping[str, object]) -> Denoising:
+    def denoise(self, payload: Mapping[str, object], bucket: int = 1) -> Denoising:
         """Prepare a run of the denoiser; the first `advance` starts it.
 
         Args:
             payload: The payload of `encode`. It is not changed, so that it can be run again.
+            bucket: How many calls of a denoiser module a `StepExecutor` computes together, with those of other runs or
+                padded. The result depends on it in its last bits, and not on the other runs; 1 for always alone.
         """
         self._require(Stage.DENOISER)
         values, seed, choice = self._open(payload)
-        denoising = self._runner.denoise(values)
+        denoising = self._runner.denoise(values, parks=bucket > 1)
+        denoising.bucket, denoising.adapters = bucket, choice
         rng = GlobalRngGuard(seed, Stage.DENOISER)
         denoising.surround(lambda: self._adapters.activate(choice), rng, self._offload, self._label(seed, choice))
         return denoising

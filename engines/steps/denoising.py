@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import greenlet
 import torch
+
+from triptych.engines.steps.denoiser_calls import CacheContextArguments, DenoiserCall, RunGreenlet
 
 
 class RunCancelledError(BaseException):
@@ -34,12 +36,21 @@ class Denoising:
         total_steps: The number of steps; None before the first step, and for pipelines that step by chunks.
         step: The number of steps that are done.
         cancelled: Whether `cancel` has ended it.
+        pipeline: The pipeline of the run, private to the request; None when the run has ended.
+        bucket: How many calls of the denoiser are computed together, with those of other runs or padded; 1 for alone.
+        adapters: The adapters of the request: only calls with the same ones are computed together.
+        batch_key: Runs whose last calls have the same key are likely to be computed together; None before the first.
     """
 
     def __init__(self, work: Callable[[], dict[str, object]]) -> None:
         self.total_steps: int | None = None
         self.step = 0
         self.cancelled = False
+        self.pipeline: Any = None
+        self.bucket = 1
+        self.adapters: Hashable = ()
+        self.batch_key: Hashable = None
+        self._calls = 0
         self._before: Callable[[], object] = _nothing
         self._after: Callable[[], object] = _nothing
         self._during: AbstractContextManager[object] = contextlib.nullcontext()
@@ -47,7 +58,7 @@ class Denoising:
         self._thread: int | None = None
         self._result: dict[str, object] | None = None
         self._over = False
-        self._greenlet: Any = greenlet.greenlet(lambda: self._run(work))
+        self._greenlet: Any = RunGreenlet(lambda: self._run(work), self)
 
     def surround(
         self,
@@ -59,12 +70,17 @@ class Denoising:
         """Set what is done around this run; call it before the first step.
 
         Args:
-            before: Is called before each step, since another run may have changed the shared components.
-            during: Is entered for each step.
+            before: Is called before each step or part of one, since another run may have changed the shared components.
+            during: Is entered for each of them.
             after: Is called once, when the run has ended in any way.
             also: Values to add to the result.
         """
         self._before, self._during, self._after, self._also = before, during, after, dict(also)
+
+    @property
+    def over(self) -> bool:
+        """Whether the run has ended, in any way."""
+        return self._over
 
     def advance(self) -> bool:
         """Run one step; the first also runs what is before the loop, the last also what is after it.
@@ -75,24 +91,44 @@ class Denoising:
         Raises:
             Exception: Whatever the run raises; there are no more steps then.
         """
+        while (call := self.proceed()) is not None:
+            call.compute()
+        return not self._over
+
+    def proceed(self) -> DenoiserCall | None:
+        """Run until a call of a denoiser waits, or to the end of the step.
+
+        Returns:
+            The call, whose output or error must be set before the next `proceed`; None at the end of the step, after
+            which the run may be `over`.
+
+        Raises:
+            Exception: Whatever the run raises; there are no more steps then.
+        """
         if self._over:
-            return False
+            return None
         self._check_thread()
-        # Turn gradients off for this thread, not just for this call: a block is inside `no_grad` from one step to the
-        # next, and at its end restores the mode at its start. With alternating blocks that could turn gradients on
-        # during another run. If they are never on, nothing wrong is restored.
-        torch.set_grad_enabled(False)
         self._greenlet.parent = greenlet.getcurrent()
         try:
-            self._before()
-            with self._during:
-                self._greenlet.switch()
+            with self.surroundings():
+                waiting = self._greenlet.switch()
         except BaseException:
             self._release()
             raise
         if self._greenlet.dead:
             self._release()
-        return not self._over
+        return waiting if isinstance(waiting, DenoiserCall) else None
+
+    @contextlib.contextmanager
+    def surroundings(self) -> Iterator[None]:
+        """Set what a computation of this run needs around it, since other runs may have computed before."""
+        # Turn gradients off for this thread, not just for this call: a block is inside `no_grad` from one step to the
+        # next, and at its end restores the mode at its start. With alternating blocks that could turn gradients on
+        # during another run. If they are never on, nothing wrong is restored.
+        torch.set_grad_enabled(False)
+        self._before()
+        with self._during:
+            yield
 
     def cancel(self) -> None:
         """Unwind the run and release all that it holds; does nothing if the run has ended."""
@@ -124,7 +160,29 @@ class Denoising:
         Raises:
             RunCancelledError: `cancel` was called.
         """
+        self._calls = 0
         greenlet.getcurrent().parent.switch()
+
+    def park(
+        self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], context: CacheContextArguments | None
+    ) -> Any:
+        """Suspend the run, from inside of it, until the output of a call of a denoiser is known; returns the output.
+
+        Raises:
+            Exception: The error of the call.
+            RunCancelledError: `cancel` was called.
+        """
+        call = DenoiserCall(module, args, kwargs, context, self, self._calls)
+        self._calls += 1
+        greenlet.getcurrent().parent.switch(call)
+        # Whoever advances the run may still hold the call: its tensors and its traceback must not live as long.
+        output, call.output = call.output, None
+        if call.error is not None:
+            try:
+                raise call.error
+            finally:
+                call.error = None
+        return output
 
     def _run(self, work: Callable[[], dict[str, object]]) -> None:
         try:
@@ -142,6 +200,7 @@ class Denoising:
         # Drop the greenlet: even one that never ran holds the copy of the block, the private pipeline and its state.
         self._over = True
         self._greenlet = None
+        self.pipeline = None
         after, self._before, self._after = self._after, _nothing, _nothing
         after()
 
