@@ -287,7 +287,7 @@ DESCRIPTION = wire.ModelDescription(
 
 @pytest.fixture
 def topology(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    run = tempfile.mkdtemp(prefix="t-", dir="/tmp")  # a socket's path has room for 107 bytes, tmp_path has not
+    run = tempfile.mkdtemp(prefix="t-", dir="/tmp")  # a socket's path has at most 107 bytes, tmp_path may be longer
     monkeypatch.setenv("XDG_RUNTIME_DIR", run)
     monkeypatch.setenv("TRIPTYCH_STATE_DIR", str(tmp_path / "state"))
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -176,7 +176,7 @@ async def test_urls_start_where_the_topology_says(client_of, fake_head):
     assert later.headers["location"] == f"https://pictures.example.com/made/v1/requests/{later.json()['id']}"
 
 
-async def test_whoever_waits_waits_for_what_is_theirs(with_key, fake_head):
+async def test_a_client_waits_for_its_own_requests_alone(with_key, fake_head):
     await with_key(ALICE).post(URL, json={"prompt": "x"})
     (wait,) = await fake_head.received(wire.WaitRequest)
     assert wait.owner == "alice"

@@ -1,4 +1,4 @@
-"""Pictures that come in: what is taken, and how it reaches the head."""
+"""Input images: which are taken, and how they reach the head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures that come in: everything that is refused."""
+"""Input images: everything that is refused."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ async def test_429_while_too_much_is_being_sent_and_nothing_is_held_after_it(cli
     ("error", "code"),
     [(UploadsFullError("full"), "full"), (OSError(28, "no space"), "disk_full"), (OSError(5, "broken"), "unavailable")],
 )
-async def test_503_where_there_is_no_room(client, fake_head, uploads, monkeypatch, error, code):
+async def test_503_where_the_disk_is_full(client, fake_head, uploads, monkeypatch, error, code):
     def refuse(*_):
         raise error
 

@@ -226,7 +226,7 @@ def test_the_generation_of_a_sender_that_is_no_component_counts_for_nothing(run:
     run(scenario())
 
 
-def test_an_urgent_message_is_answered_on_arrival_and_takes_no_room(run: Run, folder: Path) -> None:
+def test_an_urgent_message_is_answered_on_arrival_though_the_queue_is_full(run: Run, folder: Path) -> None:
     async def scenario() -> None:
         mailbox = Mailbox("adder", f"ipc://{folder}/adder", (Add,), capacity=2, urgent={Grow: answer})
         await mailbox.start()

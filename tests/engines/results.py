@@ -13,7 +13,7 @@ def seeded_generator(seed: int) -> torch.Generator:
 
 
 def media(result: Any) -> np.ndarray[Any, Any]:
-    """The pixels of a result, [picture or video, ...], of either kind of pipeline or of ours."""
+    """The pixels of a result, [image or video, ...], of either kind of pipeline or of ours."""
     values = result if isinstance(result, dict) else vars(result)
     values = values.get("values", values)
     for name in ("images", "videos", "frames"):

@@ -92,7 +92,7 @@ def test_pinning_is_told_truthfully(pinned):
 
 
 @pytest.mark.parametrize("nbytes", [1, PIECE - 1, PIECE, 3 * PIECE + 17])
-def test_a_state_goes_from_device_to_device_whole(arena, transfer, nbytes):
+def test_a_payload_goes_from_device_to_device_whole(arena, transfer, nbytes):
     async def hop():
         manifest, block, value = await store_once(transfer, arena, 4096, nbytes, 200)
         assert value == checksum(block.numpy())
@@ -173,7 +173,7 @@ def test_memory_of_loaded_values_is_not_handed_out_while_compute_reads_it(pinned
     assert asyncio.run(calls()) == 3 * PIECE
 
 
-def test_storing_waits_for_the_work_that_makes_the_state(arena, transfer, compute):
+def test_storing_waits_for_the_kernels_that_make_the_payload(arena, transfer, compute):
     latents = torch.zeros(2 * PIECE, dtype=torch.uint8, device=CUDA)
     packed = pack({"latents": latents})
     block = arena.tensor(0, packed.nbytes)

@@ -37,7 +37,7 @@ def weights(part: StagePipeline) -> list[torch.Tensor]:
     return [weight for module in modules if isinstance(module, torch.nn.Module) for weight in module.parameters()]
 
 
-def test_three_stages_make_the_picture_of_the_plain_pipeline(device: torch.device, models: Models) -> None:
+def test_three_stages_make_the_image_of_the_plain_pipeline(device: torch.device, models: Models) -> None:
     from diffusers import FluxPipeline
 
     model = models("flux")
@@ -50,7 +50,7 @@ def test_three_stages_make_the_picture_of_the_plain_pipeline(device: torch.devic
 
 @pytest.mark.parametrize("how", ["model", "group"])
 @pytest.mark.parametrize("family", ["flux", "wan", "sdxl", "sana"])
-def test_weights_rest_on_the_host(device: torch.device, family: str, how: str, models: Models) -> None:
+def test_offloaded_weights_are_on_the_host(device: torch.device, family: str, how: str, models: Models) -> None:
     model = models(family)
     exact, resting = load(model, device), load(model, device, offload=how)
     assert {weight.device for weight in weights(exact)} == {device}
@@ -74,7 +74,7 @@ def test_in_eight_bits(device: torch.device, quantization: str, how: str, models
     assert same(make(load(model, device, quantization=quantization, offload=how), model), made)
 
 
-def test_a_component_that_rests_leaves_the_gpu_to_others(gpu: torch.device, models: Models) -> None:
+def test_an_offloaded_component_leaves_the_gpu_to_others(gpu: torch.device, models: Models) -> None:
     from triptych.roles.worker.devices import free_memory
 
     model = models("flux")

@@ -251,7 +251,7 @@ class SimulatedCluster:
                 if not self.scheduler.stored_outputs.needs(reference) and (job is None or lease.attempt < job.attempt):
                     table.release(lease.id)
 
-    def room(self, pool: str, nbytes: int) -> Steps:
+    def wait_for_memory(self, pool: str, nbytes: int) -> Steps:
         yield
         self.scheduler.evict(pool, nbytes)
         self.commit()
@@ -276,7 +276,7 @@ class SimulatedCluster:
         if lease:
             return self.refer(owner.pool, lease)
         if (wanted := table.first_waiting_bytes(zone)) and zone == "encoder":
-            self.tasks.append(self.room(owner.pool, wanted))
+            self.tasks.append(self.wait_for_memory(owner.pool, wanted))
         elif wanted:
             for preallocated in table.in_state(LeaseState.WRITING):
                 if not preallocated.request_id and preallocated.zone == zone:

@@ -105,7 +105,7 @@ def test_a_classic_pipeline_is_encoded_once_for_all_seeds(
 
 
 @pytest.mark.shared_cluster("flux")
-def test_what_is_asked_for_at_once_is_encoded_once(on_cluster: Callable[..., Any]) -> None:
+def test_equal_prompts_at_the_same_time_are_encoded_once(on_cluster: Callable[..., Any]) -> None:
     async def scenario(cluster: Cluster) -> None:
         async with httpx.AsyncClient(base_url=cluster.url, timeout=60) as http:
             before = await stages_run(cluster, "encoder")
@@ -140,7 +140,7 @@ async def every_request_is_encoded(cluster: Cluster) -> None:
 
 
 @pytest.mark.shared_cluster("killed")
-def test_what_died_with_its_pool_is_encoded_anew_and_no_encoder_is_missed_for_the_rest(
+def test_outputs_lost_with_their_pool_are_encoded_again_and_cached_ones_need_no_encoder(
     on_cluster: Callable[..., Any],
 ) -> None:
     async def scenario(cluster: Cluster) -> None:

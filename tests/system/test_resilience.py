@@ -49,7 +49,7 @@ def post(http: httpx.AsyncClient, steps: int, **headers: str) -> asyncio.Task[ht
 
 
 async def under_way(http: httpx.AsyncClient, state: str = "DENOISING_RUNNING") -> dict[str, Any]:
-    """The one request in hand, once it is in that state."""
+    """Return the one active request, once it is in that state."""
     async with asyncio.timeout(BOUND_S):
         while True:
             head = (await http.get("/v1/cluster")).json()["head"]
@@ -61,7 +61,7 @@ async def under_way(http: httpx.AsyncClient, state: str = "DENOISING_RUNNING") -
 
 
 async def wait_until_idle(http: httpx.AsyncClient) -> None:
-    """Until no work is in hand and every block is free, or the prompt cache's."""
+    """Wait until nothing is assigned and every block is free, or the prompt cache's."""
     async with asyncio.timeout(BOUND_S):
         while True:
             seen = (await http.get("/v1/cluster")).json()
@@ -72,7 +72,7 @@ async def wait_until_idle(http: httpx.AsyncClient) -> None:
                 return
 
 
-def test_cancel_hang_up_and_timeout_stop_the_work_and_return_every_lease_where_nothing_is_cached(
+def test_cancel_hang_up_and_timeout_stop_the_denoise_and_release_every_lease_without_a_cache(
     topology_file: Callable[..., Path], patient: dict[str, str]
 ) -> None:
     async def scenario() -> None:
@@ -139,7 +139,7 @@ def test_a_restart_of_the_head_interrupts_no_denoise(on_cluster: Callable[..., A
     on_cluster(scenario)
 
 
-def test_a_stopped_process_is_missed_killed_and_its_work_done_by_a_sibling(
+def test_a_stopped_process_is_killed_and_its_job_done_by_a_sibling(
     topology_file: Callable[..., Path], patient: dict[str, str]
 ) -> None:
     async def scenario() -> None:
@@ -253,7 +253,7 @@ async def running_as_given(path: Path) -> AsyncIterator[tuple[Cluster, httpx.Asy
 
 
 @pytest.mark.shared_cluster("killed")
-def test_the_zygote_takes_no_role_with_it_and_is_made_anew(on_cluster: Callable[..., Any]) -> None:
+def test_a_killed_zygote_ends_no_role_and_is_started_again(on_cluster: Callable[..., Any]) -> None:
     async def scenario(cluster: Cluster) -> None:
         async with client_of(cluster) as http:
             before = await cluster.children()
@@ -276,7 +276,7 @@ def child_called(parent: int, title: str) -> int:
 
 
 @pytest.mark.long
-def test_a_role_that_sleeps_through_its_fencing_finds_out_and_starts_anew(
+def test_a_role_that_was_stopped_while_it_was_fenced_starts_again(
     topology_file: Callable[..., Path], patient: dict[str, str]
 ) -> None:
     """Its own supervisor sleeps as well, so nobody kills it: the head has to turn it away."""

@@ -126,7 +126,7 @@ def wait_until_ready(url: str) -> None:
     pytest.fail("not ready within 90 s")
 
 
-def test_a_model_that_cannot_load_is_said_in_words_and_not_retried(
+def test_a_model_that_cannot_load_ends_the_start_with_a_sentence_and_no_retry(
     topology_file: Callable[..., Path], models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"

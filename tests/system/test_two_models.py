@@ -1,4 +1,4 @@
-"""Two models in one system, with room for one of them."""
+"""Two models in one system, of which one fits at a time."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def until(cluster: Cluster, name: str, state: str) -> None:
 
 @pytest.mark.alone
 @pytest.mark.timeout(300)
-def test_each_request_gets_the_image_of_its_model_and_whoever_sleeps_is_woken(
+def test_each_request_gets_the_image_of_its_model_and_a_model_asleep_is_woken(
     models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     paths = {"first": models("flux"), "second": tmp_path / "model"}
@@ -69,7 +69,7 @@ def test_each_request_gets_the_image_of_its_model_and_whoever_sleeps_is_woken(
                 return [(n, asyncio.create_task(cluster.generate("a red circle", model=n, seed=3))) for n in names]
 
             states = (await cluster.status())["head"]["models"]
-            assert sorted(states.values()) == ["asleep", "loaded"], "each was loaded once, and there is room for one"
+            assert sorted(states.values()) == ["asleep", "loaded"], "each was loaded once, and one fits at a time"
             await as_expected(ask(*("first", "second") * 3))
 
             # The process of an instance that sleeps is stopped, so that it is killed while its model wakes.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import structlog
 
 from triptych.actors import Actor, ActorCrashedError, AddressBook, DeferredReply, Incarnation
 from triptych.actors.runtime.runtime import Runtime
+from triptych.actors.runtime.system_messages import Inspect, Inspection
 from triptych.bus import (
     Message,
     Outbox,
@@ -168,6 +170,24 @@ class RuntimeHarness:
 
 async def ask(reference: Reference, text: str = "") -> str:
     return (await reference.ask(Work("r1", text), Done, timeout_s=5)).text
+
+
+@asynccontextmanager
+async def busy_worker(folder: Path) -> AsyncIterator[tuple[Worker, Reference, asyncio.Task[str]]]:
+    """A worker whose handler runs until its gate is opened, and the ask that it handles."""
+    worker = Worker("worker")
+    harness = RuntimeHarness(folder, worker)
+    async with harness.runtime:
+        reference = harness.reference("worker")
+        waiting = asyncio.create_task(ask(reference, "wait"))
+        await worker.entered.wait()
+        yield worker, reference, waiting
+
+
+async def until_queued(reference: Reference, count: int) -> None:
+    """Wait until that many messages are in the mailbox."""
+    while (await reference.ask(Inspect(), Inspection, timeout_s=5)).actors[0].mailbox_depth < count:
+        pass
 
 
 async def crash_of(harness: RuntimeHarness, use: Callable[[Reference], Awaitable[object]]) -> ActorCrashedError:

@@ -20,15 +20,16 @@ from tests.actors.runtime.runtime_harness import (
     Work,
     Worker,
     ask,
+    busy_worker,
     crash_of,
     failure_of,
     run,
+    until_queued,
 )
 from triptych.actors.runtime.system_messages import (
     DeadLetterQuery,
     DeadLetterReport,
     Inspect,
-    Inspection,
 )
 from triptych.bus import (
     AskTimeoutError,
@@ -120,15 +121,9 @@ def test_an_error_of_stats_crashes_the_process(folder: Path) -> None:
 
 def test_handlers_run_one_at_a_time_and_a_full_mailbox_says_so(folder: Path) -> None:
     async def scenario() -> None:
-        worker = Worker("worker")
-        harness = RuntimeHarness(folder, worker)
-        async with harness.runtime:
-            reference = harness.reference("worker")
-            waiting = asyncio.create_task(ask(reference, "wait"))
-            await worker.entered.wait()
+        async with busy_worker(folder) as (worker, reference, waiting):
             queued = [asyncio.create_task(ask(reference, str(number))) for number in range(4)]
-            while (await reference.ask(Inspect(), Inspection, timeout_s=5)).actors[0].mailbox_depth < 4:
-                pass
+            await until_queued(reference, 4)
             with pytest.raises(MailboxFullError):
                 await ask(reference, "one too many")
             assert not any(task.done() for task in queued)
@@ -139,18 +134,12 @@ def test_handlers_run_one_at_a_time_and_a_full_mailbox_says_so(folder: Path) -> 
     run(scenario())
 
 
-def test_what_waits_when_the_actor_stops_is_told_so(folder: Path) -> None:
+def test_asks_that_wait_when_the_actor_stops_are_answered(folder: Path) -> None:
     async def scenario() -> None:
-        worker = Worker("worker")
-        harness = RuntimeHarness(folder, worker)
-        async with harness.runtime:
-            reference = harness.reference("worker")
-            asks = [asyncio.create_task(ask(reference, "wait"))]
-            await worker.entered.wait()
-            asks.append(asyncio.create_task(ask(reference, "never runs")))
-            while (await reference.ask(Inspect(), Inspection, timeout_s=5)).actors[0].mailbox_depth < 1:
-                pass
-        results = await asyncio.gather(*asks, return_exceptions=True)
+        async with busy_worker(folder) as (_, reference, waiting):
+            queued = asyncio.create_task(ask(reference, "never runs"))
+            await until_queued(reference, 1)
+        results = await asyncio.gather(waiting, queued, return_exceptions=True)
         # The answer races with the loss of the connection; either way nobody waits for the deadline.
         assert not any(isinstance(result, AskTimeoutError) for result in results)
         assert all(isinstance(result, Exception) for result in results)
@@ -160,12 +149,7 @@ def test_what_waits_when_the_actor_stops_is_told_so(folder: Path) -> None:
 
 def test_an_ask_whose_deadline_passes_in_the_queue_is_not_handled(folder: Path) -> None:
     async def scenario() -> None:
-        worker = Worker("worker")
-        harness = RuntimeHarness(folder, worker)
-        async with harness.runtime:
-            reference = harness.reference("worker")
-            waiting = asyncio.create_task(ask(reference, "wait"))
-            await worker.entered.wait()
+        async with busy_worker(folder) as (worker, reference, waiting):
             with pytest.raises(AskTimeoutError):
                 await reference.ask(Told(), Texts, timeout_s=0)
             worker.gate.set()

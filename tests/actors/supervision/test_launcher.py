@@ -66,7 +66,7 @@ def test_a_zygote_with_a_second_thread_refuses_and_a_fresh_interpreter_does_it(w
     assert [start["ending"] for start in result["seen"]] == ["exit code 0"] * 2
 
 
-def test_a_module_that_the_zygote_cannot_import_is_said_and_does_not_keep_it_from_forking(write: Write) -> None:
+def test_a_module_that_the_zygote_cannot_import_is_logged_and_it_still_forks(write: Write) -> None:
     result, log = launch(write(), "missing")
     assert "no_such_module cannot be imported" in log
     assert "starting a fresh interpreter" not in log
@@ -82,7 +82,7 @@ def test_a_process_forked_after_the_import_of_torch_computes_with_several_thread
     assert first["seed"] != second["seed"]
 
 
-# A build of torch with CUDA on a machine with a card, as far as importing libraries ask about it. What opens the
+# A build of torch with CUDA on a machine with a GPU, as far as importing libraries ask about it. What opens the
 # driver, or needs it open, is noted: after any of it CUDA is of no use in a fork.
 IMPORTS = """
 import importlib, sys, torch
@@ -112,7 +112,7 @@ print(*touched, *{"av"} & sys.modules.keys())
 """
 
 
-def test_what_the_zygote_imports_does_not_open_the_driver_of_the_cards_nor_load_ffmpeg() -> None:
+def test_what_the_zygote_imports_neither_opens_the_gpu_driver_nor_loads_ffmpeg() -> None:
     done = subprocess.run(
         [sys.executable, "-c", IMPORTS, *PRELOAD],
         cwd=ROOT, env={**os.environ, **NO_CUDA}, capture_output=True, text=True, timeout=100, check=False,
@@ -133,7 +133,7 @@ def test_without_a_role_on_the_cpu_there_is_no_zygote(
     assert launcher._on_gpu["OMP_NUM_THREADS"] == "8"
 
 
-def test_a_role_on_a_card_is_a_fresh_interpreter_that_sees_it_and_all_others_do_not(write: Write) -> None:
+def test_a_role_on_a_gpu_is_a_fresh_interpreter_that_sees_it_and_no_other_role_does(write: Write) -> None:
     result, log = launch(write(), "cuda")
     assert "starting a fresh interpreter" not in log
     on_gpu, forked = (start["answer"] for start in result["seen"])
@@ -159,7 +159,7 @@ def test_each_process_may_use_all_cores_unless_the_user_says_otherwise(
     assert thread_environment(environment, cores) == added | always
 
 
-def test_a_process_on_a_card_has_settings_of_its_own_unless_the_user_has() -> None:
+def test_a_process_on_a_gpu_has_its_own_settings_unless_the_user_has_chosen_some() -> None:
     assert gpu_environment({}) == {
         "PYTORCH_ALLOC_CONF": "expandable_segments:True", "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }  # fmt: skip
@@ -194,7 +194,7 @@ def host(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_what_can_never_work_is_one_line_and_exit_code_78(write: Write) -> None:
+def test_a_start_that_can_never_succeed_is_one_line_and_exit_code_78(write: Write) -> None:
     done = host(write(), "--build=roles.nowhere:build")
     assert done.returncode == 78
     assert "roles.nowhere:build cannot be imported" in done.stderr

@@ -69,7 +69,7 @@ def test_state_is_taken_over_by_the_same_topology_or_the_same_model(
         (other(state_dir="/x"), "with its state in /s (process 7) and not in /x: set the same TRIPTYCH_STATE_DIR"),
     ],
 )
-def test_who_runs_side_by_side_is_one_system(now: Owner, says: str) -> None:
+def test_components_that_run_at_the_same_time_are_one_system(now: Owner, says: str) -> None:
     reason = sharing_problem(ONE, now)
     assert says in reason
     assert bool(says) == bool(reason)
@@ -116,7 +116,7 @@ def test_an_identity_tells_copies_versions_and_other_models_apart(tmp_path: Path
         return found
 
     large = bytes(3 << 20)
-    first, copy = model("first", large), model("copy", large, more="a card of its own")
+    first, copy = model("first", large), model("copy", large, more="its own serving config")
     assert first.is_same(copy)
     assert first.path != copy.path
     trained = bytearray(large)

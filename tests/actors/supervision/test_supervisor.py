@@ -228,7 +228,7 @@ def test_a_start_that_a_full_disk_prevents_is_tried_again_and_does_not_count(wri
     run(scenario())
 
 
-def test_a_machine_without_room_for_a_process_is_waited_for_and_nohup_is_honoured(write: Write) -> None:
+def test_a_process_is_started_once_there_is_memory_for_it_and_nohup_is_honoured(write: Write) -> None:
     async def scenario() -> None:
         async with supervised(write(supervision(intensity=1)), "encoder-0", nohup=True) as seen:
             before = await seen.until("encoder-0", "ready")
@@ -308,7 +308,7 @@ def test_a_temporary_child_is_left_and_a_shutdown_brings_a_permanent_one_back(wr
     run(scenario())
 
 
-def test_a_killed_zygote_takes_nobody_with_it_and_is_made_anew(write: Write) -> None:
+def test_a_killed_zygote_ends_no_child_and_is_started_again(write: Write) -> None:
     async def scenario() -> None:
         async with supervised(write(), *ROLES[:2]) as seen:
             before = await seen.all_ready(*ROLES[:2])

@@ -338,7 +338,7 @@ def test_paths_are_relative_to_the_file_and_ipc_paths_fit(write: Write, folder: 
     assert topology.component("head").address == f"ipc://{topology.run_dir}/head"
 
 
-def test_places_follow_the_environment(write: Write, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_follow_the_environment(write: Write, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write()
     by_default = load_topology(file)
     assert by_default.state_dir.parent == folder / "home" / "triptych"
@@ -352,7 +352,7 @@ def test_places_follow_the_environment(write: Write, folder: Path, monkeypatch: 
     assert len(f"{supervisor.removeprefix('ipc://')}.1234567.") <= MAX_SOCKET_PATH
 
 
-def test_two_files_share_neither_sockets_nor_state(write: Write, folder: Path) -> None:
+def test_two_topologies_share_neither_sockets_nor_state(write: Write, folder: Path) -> None:
     first = load_topology(write())
     copy = folder / "copy.toml"
     copy.write_text(first.path.read_text())

@@ -44,7 +44,7 @@ def test_roles_are_those_of_the_pipeline_and_the_devices(folder: Path) -> None:
     assert said(2, disaggregated=False) == [("monolithic", 1, "cuda:0")]
 
 
-def test_it_says_what_was_asked_for_and_what_was_found(folder: Path) -> None:
+def test_the_file_names_the_model_asked_for_and_what_was_found(folder: Path) -> None:
     facts = ModelSummary(
         pipeline="P", disaggregated=True, sentence="P, by a route", config="a/b", weights={"unet": 5 << 30}, gpus=1
     )
@@ -62,7 +62,7 @@ def test_it_says_what_was_asked_for_and_what_was_found(folder: Path) -> None:
     ("defaults", "mebibytes"),
     [({}, 256), ({"width": 2048, "height": 2048}, 512), ({"num_frames": 81, "width": 832, "height": 480}, 2048)],
 )
-def test_a_pool_has_room_for_some_requests_of_the_usual_size(defaults: dict[str, object], mebibytes: int) -> None:
+def test_a_pool_holds_some_requests_of_the_usual_size(defaults: dict[str, object], mebibytes: int) -> None:
     assert estimate_pool_bytes(defaults) == mebibytes * MIB
 
 

@@ -231,7 +231,7 @@ def test_keys_that_are_no_scalars_are_refused() -> None:
         pack({"a": {(1,): 2}})
 
 
-def test_a_state_that_holds_itself_or_is_too_big_for_a_message_is_refused() -> None:
+def test_a_payload_that_holds_itself_or_is_too_big_for_a_message_is_refused() -> None:
     loop: list[object] = []
     loop.append(loop)
     with pytest.raises(CodecError, match="deeper than 32"):
@@ -259,7 +259,7 @@ def test_a_dense_tensor_is_not_copied_when_it_is_packed() -> None:
     assert pack({"a": tensor}).tensors[0].data_ptr() == tensor.data_ptr()
 
 
-def test_what_was_unpacked_survives_the_slot() -> None:
+def test_what_was_unpacked_survives_the_block() -> None:
     state: dict[str, object] = {
         "tensor": torch.arange(9.0),
         "array": np.arange(5),
@@ -339,7 +339,7 @@ nodes = st.one_of(
 
 @settings(parent=quick, max_examples=400)
 @given(st.lists(nodes, max_size=4))
-def test_well_formed_lies_are_read_or_refused(lies: list[m.Node]) -> None:
+def test_well_formed_but_false_manifests_are_read_or_refused(lies: list[m.Node]) -> None:
     content = m.Manifest(m.VERSION, BLOCK.numel(), m.Dict((("value", m.List(tuple(lies))),)))
     hostile(msgspec.msgpack.encode(content))
 
@@ -375,7 +375,7 @@ def lie(*items: m.Node, nbytes: int = 8192) -> bytes:
         (b"\xc0" * (m.MAX_MANIFEST_BYTES + 1), "over the limit"),
     ],
 )
-def test_each_lie_is_refused_for_its_reason(manifest: bytes, reason: str) -> None:
+def test_each_false_manifest_is_refused_for_its_reason(manifest: bytes, reason: str) -> None:
     with pytest.raises(CodecError, match=reason):
         unpack(manifest, BLOCK, CPU)
 

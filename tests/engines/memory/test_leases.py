@@ -26,7 +26,7 @@ def outcome(call, *arguments) -> str:
 
 
 class Traffic(RuleBasedStateMachine):
-    """Any order of calls keeps the books right, and after the last one all bytes can be had back."""
+    """Any order of calls keeps the table consistent, and after the last one all bytes can be had back."""
 
     def __init__(self):
         super().__init__()
@@ -153,7 +153,7 @@ def test_zones_lie_apart():
     assert table.lease("denoiser-0", 1, "s", 1, 1, "decoder") is None, "it is not theirs, though it is free"
 
 
-def test_who_is_refused_is_served_before_who_comes_later(table):
+def test_a_refused_lease_is_granted_before_later_ones(table):
     small = sorted((take(table, request=f"s{k}", nbytes=8 * PAGE) for k in range(3)), key=lambda lease: lease.offset)
     assert table.lease("denoiser-0", 1, "large", 1, 16 * PAGE, now=10.0) is None
     assert table.first_waiting_bytes() == 16 * PAGE
@@ -170,7 +170,7 @@ def test_who_is_refused_is_served_before_who_comes_later(table):
     assert table.first_waiting_bytes() == 0
 
 
-def test_a_place_in_the_line_ends_with_who_has_it(table):
+def test_a_place_in_the_queue_ends_with_its_owner(table):
     held = take(table, request="s", nbytes=16 * PAGE)
     assert table.lease("denoiser-1", 1, "dead", 1, 16 * PAGE, now=10.0) is None
     table.reclaim_owner("denoiser-1", 2)
@@ -203,13 +203,13 @@ def test_a_dead_owner_loses_what_it_was_writing_and_nothing_else(table):
     assert {lease.id for lease in table.leases} == {sealed.id, successor.id, other.id}
 
 
-def test_a_zombie_gets_no_lease(table):
+def test_a_fenced_incarnation_gets_no_lease(table):
     table.reclaim_owner("denoiser-0", 5)
     assert outcome(table.lease, "denoiser-0", 4, "r", 1, 1) == "stale_owner"
     take(table, generation=5)
 
 
-def test_a_zombie_cannot_seal_what_was_reclaimed(table):
+def test_a_fenced_incarnation_cannot_seal_what_was_reclaimed(table):
     lease = take(table)
     table.reclaim_owner("denoiser-0", 2)
     take(table, generation=2)

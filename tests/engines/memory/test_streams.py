@@ -58,7 +58,7 @@ def same(left: object, right: object) -> bool:
     return left == right
 
 
-def test_a_state_goes_through_a_block_whole(stream, arena):
+def test_a_payload_goes_through_a_block_whole(stream, arena):
     values = state()
     packed = pack(values)
     # What an earlier request left in the block must neither travel nor change the checksum.
@@ -79,7 +79,7 @@ def test_a_state_goes_through_a_block_whole(stream, arena):
         end = offset + tensor.numel()
 
 
-def test_the_loaded_values_do_not_live_in_the_slot(stream, arena):
+def test_the_loaded_values_do_not_live_in_the_block(stream, arena):
     packed = pack({"latents": torch.ones(1000)})
     block = arena.tensor(0, packed.nbytes)
 

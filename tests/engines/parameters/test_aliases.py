@@ -45,7 +45,7 @@ def test_the_rate_of_frames() -> None:
     assert to_pipeline_names({"prompt"}, {"prompt": "x", "fps": 8}, own) == {"prompt": "x"}, "of the file alone"
 
 
-def test_requests_in_the_words_of_the_pipeline() -> None:
+def test_requests_by_the_names_of_the_pipeline() -> None:
     parameters = with_aliases([RATE], guided=True, fps=16.0)
     taken = {"frame_rate", "guidance_scale", "latents"}
     given = {"fps": 8, "true_cfg_scale": 2.0, "latents": 0}
@@ -117,7 +117,7 @@ def test_every_stage_says_the_same(models: Models, family: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "guidance"), [("pixart", 4.5), ("chroma", 5.0)])
-def test_the_classic_route_has_the_same_words(models: Models, family: str, guidance: float) -> None:
+def test_the_classic_strategy_has_the_same_names(models: Models, family: str, guidance: float) -> None:
     signature = load(models(family)).signature
     scale = signature.parameter("guidance_scale")
     assert scale is not None

@@ -35,7 +35,7 @@ TAKES = (
     Parameter("width", ParameterKind.INTEGER),
 )
 NOT_TAKEN = f"is not a parameter of shapes. It takes {', '.join(parameter.name for parameter in TAKES)}."
-CARD = ServingConfig(
+SERVING_CONFIG = ServingConfig(
     name="shapes",
     defaults={"height": 64, "num_inference_steps": 4, "guidance_scale": 5, "tiled": False, "strength": 0.5},
     ranges={"height": (64, 128, 8), "num_inference_steps": (1, 50), "frame_rate": (1, 30), "sigmas": (0, 1)},
@@ -66,7 +66,9 @@ class Json:
 
 def test_defaults_fill_what_is_left_out_and_nothing_else() -> None:
     given_inputs = {"prompt": "a cat", "height": 72, "width": None}
-    assert CARD.apply(given_inputs, TAKES) == {**FILLED, "height": 72}, "strength is nothing that the pipeline takes"
+    assert SERVING_CONFIG.apply(given_inputs, TAKES) == {**FILLED, "height": 72}, (
+        "strength is nothing that the pipeline takes"
+    )
     assert given_inputs == {"prompt": "a cat", "height": 72, "width": None}
 
 
@@ -80,7 +82,7 @@ def test_every_kind_of_value_is_taken() -> None:
         "mu": -3,
         "tiled": True,
     }
-    applied = CARD.apply({"prompt": "a cat", **given_inputs}, TAKES)
+    applied = SERVING_CONFIG.apply({"prompt": "a cat", **given_inputs}, TAKES)
     assert applied == {**FILLED, **given_inputs, "num_inference_steps": 2}, "there is a step for each sigma"
     assert type(applied["mu"]) is float
 
@@ -140,7 +142,7 @@ def test_every_kind_of_value_is_taken() -> None:
 )
 def test_what_is_not_allowed_is_refused_by_name(inputs: dict[str, object], message: str) -> None:
     with pytest.raises(ParameterError) as refusal:
-        CARD.apply({"prompt": "a cat", **inputs}, TAKES)
+        SERVING_CONFIG.apply({"prompt": "a cat", **inputs}, TAKES)
     assert refusal.value.message == message
     assert [refusal.value.param] == list(inputs)
 
@@ -149,43 +151,45 @@ def test_what_is_required_must_be_there() -> None:
     takes = (*TAKES, Parameter("control_image", ParameterKind.IMAGE, required=True))
     for inputs, param in (({"prompt": "x"}, "control_image"), ({"control_image": Files(("a",))}, "prompt")):
         with pytest.raises(ParameterError, match="is required") as refusal:
-            CARD.apply(inputs, takes)
+            SERVING_CONFIG.apply(inputs, takes)
         assert refusal.value.param == param
-    always = replace(CARD, defaults={"prompt": "a ship"})
+    always = replace(SERVING_CONFIG, defaults={"prompt": "a ship"})
     assert always.apply({}, TAKES) == {"prompt": "a ship"}, "or have a default"
 
 
 def test_two_names_of_one_parameter_must_agree() -> None:
     with pytest.raises(ParameterError, match="another name of guidance_scale") as refusal:
-        CARD.apply({"prompt": "x", "guidance_scale": 3, "true_cfg_scale": 4}, TAKES)
+        SERVING_CONFIG.apply({"prompt": "x", "guidance_scale": 3, "true_cfg_scale": 4}, TAKES)
     assert refusal.value.param == "true_cfg_scale"
-    both = CARD.apply({"prompt": "x", "guidance_scale": 3, "true_cfg_scale": 3.0}, TAKES)
+    both = SERVING_CONFIG.apply({"prompt": "x", "guidance_scale": 3, "true_cfg_scale": 3.0}, TAKES)
     assert (both["guidance_scale"], both["true_cfg_scale"]) == (3.0, 3.0)
     # The default is of the parameter, not of one of its names.
-    assert "guidance_scale" not in CARD.apply({"prompt": "x", "true_cfg_scale": 3}, TAKES)
-    assert replace(CARD, defaults={"fps": 8}).apply({"prompt": "x", "frame_rate": 9}, TAKES)["frame_rate"] == 9
+    assert "guidance_scale" not in SERVING_CONFIG.apply({"prompt": "x", "true_cfg_scale": 3}, TAKES)
+    assert (
+        replace(SERVING_CONFIG, defaults={"fps": 8}).apply({"prompt": "x", "frame_rate": 9}, TAKES)["frame_rate"] == 9
+    )
 
 
 def test_a_list_of_steps_says_how_many_there_are() -> None:
     for name in ("sigmas", "timesteps"):
         takes = (*TAKES, Parameter("timesteps", ParameterKind.NUMBERS))
         three = {"prompt": "x", name: Values((0.5,) * 3)}
-        assert CARD.apply(three, takes)["num_inference_steps"] == 3, "and not the default"
-        assert CARD.apply({**three, "num_inference_steps": 3}, takes)["num_inference_steps"] == 3
+        assert SERVING_CONFIG.apply(three, takes)["num_inference_steps"] == 3, "and not the default"
+        assert SERVING_CONFIG.apply({**three, "num_inference_steps": 3}, takes)["num_inference_steps"] == 3
         with pytest.raises(ParameterError, match=f"{name} must be 4 numbers, as many as num_inference_steps, not 3"):
-            CARD.apply({**three, "num_inference_steps": 4}, takes)
+            SERVING_CONFIG.apply({**three, "num_inference_steps": 4}, takes)
     assert "num_inference_steps" not in ServingConfig().apply(
         three, [p for p in takes if p.name != "num_inference_steps"]
     )
-    assert CARD.apply(three)["num_inference_steps"] == 3, "also before the pipeline is known"
+    assert SERVING_CONFIG.apply(three)["num_inference_steps"] == 3, "also before the pipeline is known"
 
 
 def test_all_images_of_a_request_share_a_bound_of_steps() -> None:
-    CARD.check_total({"num_inference_steps": 50}, 10)
-    CARD.check_total({}, 10)
+    SERVING_CONFIG.check_total({"num_inference_steps": 50}, 10)
+    SERVING_CONFIG.check_total({}, 10)
     with pytest.raises(ParameterError, match="n times num_inference_steps must be at most 1000, not 1001"):
-        CARD.check_total({"num_inference_steps": 143}, 7)
-    replace(CARD, ranges={"num_inference_steps": (1, 2000)}).check_total({"num_inference_steps": 2000}, 1)
+        SERVING_CONFIG.check_total({"num_inference_steps": 143}, 7)
+    replace(SERVING_CONFIG, ranges={"num_inference_steps": (1, 2000)}).check_total({"num_inference_steps": 2000}, 1)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +198,7 @@ def test_all_images_of_a_request_share_a_bound_of_steps() -> None:
 )
 def test_a_strength_that_leaves_no_step_is_said_in_words(steps: int | None, strength: float | None, fix: str) -> None:
     takes = (*TAKES, Parameter("strength", ParameterKind.NUMBER, 0.3))
-    serving_config = replace(CARD, defaults={"num_inference_steps": 4})
+    serving_config = replace(SERVING_CONFIG, defaults={"num_inference_steps": 4})
     sent = {"prompt": "x", "image": Files(("a",)), "num_inference_steps": steps, "strength": strength}
     with pytest.raises(ParameterError, match=f"num_inference_steps times strength must be at least 1.*{fix}"):
         serving_config.apply(sent, takes)
@@ -234,18 +238,18 @@ def test_what_costs_time_has_a_bound_by_its_name() -> None:
 
 def test_limits_and_defaults_of_a_parameter() -> None:
     named = {parameter.name: parameter for parameter in TAKES}
-    limits = {name: CARD.limits(parameter) for name, parameter in named.items()}
-    assert limits["height"] == (64, 128, 8), "the card's"
+    limits = {name: SERVING_CONFIG.limits(parameter) for name, parameter in named.items()}
+    assert limits["height"] == (64, 128, 8), "that of the serving config"
     assert limits["width"] == (8, 8192), "what no model goes beyond"
     assert limits["fps"] == (1, 30), "those of what it is another name of"
     assert limits["mu"] == (-1e9, 1e9)
     assert limits["prompt"] == limits["image"] == limits["tiled"] == ()
-    assert [CARD.default(named[name]) for name in ("height", "frame_rate", "width")] == [64, 25, None]
+    assert [SERVING_CONFIG.default(named[name]) for name in ("height", "frame_rate", "width")] == [64, 25, None]
 
 
 def test_before_the_pipeline_is_known_what_is_known_by_name_is_checked() -> None:
-    applied = CARD.apply({"colour": "red", "sigmas": Values((1.0,)), "image": Files(("a",)), "rank": 0.5})
-    assert applied.keys() == CARD.defaults.keys() | {"colour", "sigmas", "image", "rank"}
+    applied = SERVING_CONFIG.apply({"colour": "red", "sigmas": Values((1.0,)), "image": Files(("a",)), "rank": 0.5})
+    assert applied.keys() == SERVING_CONFIG.defaults.keys() | {"colour", "sigmas", "image", "rank"}
     for inputs, message in (
         ({"height": 56}, "64 to 128"),
         ({"image": "ship.png"}, "an image"),
@@ -255,7 +259,7 @@ def test_before_the_pipeline_is_known_what_is_known_by_name_is_checked() -> None
         ({"colour": 10**400}, r"to 1e\+09"),
     ):
         with pytest.raises(ParameterError, match=message) as refusal:
-            CARD.apply(inputs)
+            SERVING_CONFIG.apply(inputs)
         assert [refusal.value.param] == list(inputs)
 
 
@@ -275,7 +279,7 @@ known_names = st.sampled_from([parameter.name for parameter in TAKES])
 @given(st.dictionaries(known_names | st.text(), json_values), st.booleans())
 def test_whatever_a_request_says_it_is_applied_or_refused(inputs: dict[str, object], known: bool) -> None:
     try:
-        applied = CARD.apply(inputs, TAKES if known else None)
+        applied = SERVING_CONFIG.apply(inputs, TAKES if known else None)
     except ParameterError:
         return
     assert applied["height"] in range(64, 129, 8)
@@ -292,14 +296,14 @@ def write(folder: Path, serving_config: object | None, index: object = None) -> 
     return folder
 
 
-def test_a_card_is_read(tmp_path: Path) -> None:
+def test_a_serving_config_is_read(tmp_path: Path) -> None:
     serving_config = load_serving_config(
         write(tmp_path, {"name": "shapes", "defaults": {"height": 64}, "ranges": {"height": [64, 64, 8]}})
     )
     assert serving_config == ServingConfig("shapes", "flux", "", {"height": 64}, {"height": (64, 64, 8)})
 
 
-def test_a_folder_without_a_card_gets_one_from_its_index(tmp_path: Path) -> None:
+def test_a_folder_without_a_serving_config_gets_one_from_its_index(tmp_path: Path) -> None:
     serving_config = load_serving_config(write(tmp_path, None))
     assert serving_config == ServingConfig(name=tmp_path.name, family="flux")
     assert serving_config.apply({"prompt": "x", "height": 1024}) == {"prompt": "x", "height": 1024}
@@ -320,7 +324,7 @@ def test_a_folder_without_a_card_gets_one_from_its_index(tmp_path: Path) -> None
         ),
     ],
 )
-def test_a_card_that_makes_no_sense_is_a_model_error(tmp_path: Path, serving_config: object, sentence: str) -> None:
+def test_a_contradictory_serving_config_is_a_model_error(tmp_path: Path, serving_config: object, sentence: str) -> None:
     with pytest.raises(ModelError, match=sentence):
         load_serving_config(write(tmp_path, serving_config))
 
@@ -338,7 +342,7 @@ def test_what_is_not_a_model_folder_is_a_model_error(tmp_path: Path) -> None:
         load_serving_config(tmp_path)
 
 
-def test_cards_and_manifests_need_no_torch() -> None:
+def test_serving_configs_need_no_torch() -> None:
     modules = "parameters.serving_config", "parameters.declarations", "codec.manifest"
     imports = "".join(f"import triptych.engines.{module};" for module in modules)
     program = f"{imports} import sys; sys.exit('torch' in sys.modules)"

@@ -71,7 +71,7 @@ def test_a_size_that_is_taken_is_made_and_the_next_smaller_step_is_not_one(
         ServingConfig().apply({"height": height - step // 2}, [parameter])
 
 
-def test_the_card_of_a_model_goes_before_what_was_worked_out() -> None:
+def test_the_serving_config_goes_before_sizes_that_were_worked_out() -> None:
     height = Parameter("height", ParameterKind.INTEGER, multiple_of=16)
     assert ServingConfig(ranges={"height": (64, 128, 8)}).limits(height) == (64, 128, 8)
     assert ServingConfig(ranges={"height": (64, 128)}).limits(height) == (64, 128, 16)

@@ -193,7 +193,7 @@ def test_a_request_gives_tensors_that_the_pipeline_takes() -> None:
         check_tensors(given("prompt_embeds"), ("prompt",), None)
 
 
-def test_a_card_asks_for_no_prompt_beside_what_stands_in_its_place() -> None:
+def test_a_serving_config_asks_for_no_prompt_beside_embeddings() -> None:
     parameters = [
         Parameter("prompt", ParameterKind.TEXT, required=True),
         Parameter("negative_prompt", ParameterKind.TEXT),

@@ -390,7 +390,7 @@ def test_a_vae_of_another_scale_than_the_blocks_reckon_with_is_a_model_error(mod
             load(model, stage)
 
 
-def test_a_task_of_the_card_decides_what_is_loaded(copied: Path) -> None:
+def test_a_task_of_the_serving_config_decides_what_is_loaded(copied: Path) -> None:
     edit(copied / "triptych.json", task="image-to-image")
     assert "vae" in load(copied, Stage.ENCODER).components
     assert "image" in load(copied, Stage.DECODER).accepted

@@ -63,7 +63,7 @@ def test_weights_of_another_shape_missing_ones_and_others_are_all_said(flux: Pat
         assert said(found.findings).count(words) == 2
 
 
-def test_classes_that_are_not_there_tokenizers_and_cards_are_looked_at_together(flux: Path) -> None:
+def test_missing_classes_tokenizers_and_serving_configs_are_all_checked(flux: Path) -> None:
     change(
         flux / "model_index.json",
         text_encoder_2=["transformers", "T7EncoderModel"],

@@ -63,7 +63,7 @@ def index(name: str, **more: Any) -> dict[str, Any]:
         ("PixArtSigma", {"text_encoder": [None, None]}, "monolithic"),
     ],
 )
-def test_the_best_way_is_chosen(name: str, more: dict[str, Any], route: str) -> None:
+def test_the_best_partition_strategy_is_chosen(name: str, more: dict[str, Any], route: str) -> None:
     assert strategy_of(index(name, **more)) is PartitionStrategy(route)
 
 

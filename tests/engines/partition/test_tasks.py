@@ -1,4 +1,4 @@
-"""The task that a topology chooses goes before that of the model's card."""
+"""The task that a topology chooses goes before that of the model's serving config."""
 
 from __future__ import annotations
 

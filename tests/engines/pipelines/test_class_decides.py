@@ -188,7 +188,7 @@ def made(model: Path, inputs: dict[str, Any], *, route: str = "", task: str | tu
 
 @pytest.fixture
 def folder(models: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
-    """A copy of a tiny model without a card, whose index names another class."""
+    """A copy of a tiny model without a serving config, whose index names another class."""
 
     def copied(family: str, name: str, **changes: Any) -> Path:
         model = Path(shutil.copytree(models(family), tmp_path / name))
@@ -290,7 +290,7 @@ def test_a_refiner_and_a_unet_for_inpainting_are_served(
         pytest.param("qwenimage", "QwenImage", "classic", {}, marks=pytest.mark.families),
     ],
 )
-def test_the_classic_route_makes_what_the_class_makes(
+def test_the_classic_strategy_makes_what_the_class_makes(
     family: str, name: str, route: str, inputs: dict[str, Any], folder: Callable[..., Path]
 ) -> None:
     model = folder(family, name)

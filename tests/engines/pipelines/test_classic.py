@@ -290,14 +290,14 @@ def test_nothing_but_components_of_the_two_libraries_is_imported(copied: Path, e
         load(copied, Stage.DENOISER)
 
 
-def test_a_pipeline_that_cannot_be_cut_is_not_served_in_parts(copied: Path) -> None:
+def test_a_pipeline_that_cannot_be_cut_is_not_served_in_stages(copied: Path) -> None:
     edit(copied, text_encoder=[None, None], tokenizer=[None, None])
     for stages in ((Stage.ENCODER,), (Stage.DENOISER, Stage.DECODER)):
         with pytest.raises(ModelError, match=r'cannot be cut into stages: give .* kind="monolithic" instead of'):
             load(copied, *stages)
 
 
-def test_a_pipeline_that_cannot_be_cut_runs_as_a_part(copied: Path) -> None:
+def test_a_pipeline_that_cannot_be_cut_runs_in_one_process(copied: Path) -> None:
     edit(copied, text_encoder=[None, None], tokenizer=[None, None])
     pipeline = load(copied, *Stage)
     assert pipeline.strategy is PartitionStrategy.MONOLITHIC

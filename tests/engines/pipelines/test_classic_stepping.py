@@ -59,7 +59,7 @@ def test_requests_that_take_turns_are_identical_to_runs_alone(family: str, model
     assert not torch.equal(alone[0], alone[2])  # type: ignore[arg-type]
 
 
-def test_a_state_can_be_run_again(models: Models) -> None:
+def test_a_payload_can_be_run_again(models: Models) -> None:
     model = models("cogvideox")
     pipeline = part(model)
     state = pipeline.encode(request(model, num_inference_steps=2), 4)

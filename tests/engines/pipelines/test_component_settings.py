@@ -230,7 +230,7 @@ def test_null_is_none_where_a_pipeline_can_do_without_its_default(models: Models
     assert same(served(model, {**inputs, "eta": None}, 3), served(model, inputs, 3))
 
 
-def test_a_word_that_a_model_is_taught_is_that_of_diffusers(models: Models, tmp_path: Path) -> None:
+def test_a_textual_inversion_is_that_of_diffusers(models: Models, tmp_path: Path) -> None:
     model = models("sdxl")
     whole = ModularPipeline.from_pretrained(str(model))
     whole.load_components(dtype=torch.float32)

@@ -39,7 +39,7 @@ def test_sizes_steps_and_frames_are_the_least_that_are_taken_and_what_is_require
     assert tiny_inputs(VIDEO, serving_config, minimal_steps=False)["num_inference_steps"] == 4
 
 
-def test_the_card_keeps_to_what_a_model_was_distilled_for() -> None:
+def test_the_serving_config_keeps_to_the_steps_that_a_model_was_distilled_for() -> None:
     taken = Signature(
         (Parameter("num_inference_steps", ParameterKind.INTEGER), Parameter("height", ParameterKind.INTEGER))
     )

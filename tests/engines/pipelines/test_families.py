@@ -103,8 +103,8 @@ def read_by_properties(found: type) -> dict[str, set[str]]:
 
 def has_stub(spec: Any) -> bool:
     kind = spec.type_hint
-    shadowed = isinstance(kind, type) and issubclass(kind, (ConfigMixin, PreTrainedModel))
-    return spec.default_creation_method == "from_config" or shadowed
+    stubbed = isinstance(kind, type) and issubclass(kind, (ConfigMixin, PreTrainedModel))
+    return spec.default_creation_method == "from_config" or stubbed
 
 
 def parts_of(pipeline: str) -> Iterator[tuple[str, dict[Stage, Any]]]:
@@ -114,7 +114,7 @@ def parts_of(pipeline: str) -> Iterator[tuple[str, dict[Stage, Any]]]:
 
 
 @pytest.mark.parametrize("pipeline", all_families(pipelines()))
-def test_no_part_reads_a_component_that_it_has_neither_loaded_nor_as_a_stub(pipeline: str) -> None:
+def test_no_stage_reads_a_component_that_it_has_neither_loaded_nor_as_a_stub(pipeline: str) -> None:
     # What no block of the family declares is not there in the whole pipeline either.
     declared = set(blocks_of(pipeline).component_names)
     computed = read_by_properties(getattr(diffusers, pipeline))
@@ -127,15 +127,15 @@ def test_no_part_reads_a_component_that_it_has_neither_loaded_nor_as_a_stub(pipe
             seen += len(read)
             # `components.vae_scale_factor` is a property that reads the VAE.
             read |= {name for attribute in read for name in computed.get(attribute, ())}
-            strangers = (read & declared) - set(part.component_names) - stubs
-            assert not strangers, (task, stage)
+            undeclared = (read & declared) - set(part.component_names) - stubs
+            assert not undeclared, (task, stage)
             absent = set(specs) - set(part.component_names) - RUN_IN_VAIN.get((pipeline, stage), set())
             others = run & absent
             assert not others, (task, stage, "runs what it does not have")
     assert seen > 3
 
 
-def test_there_is_a_row_for_every_task_and_each_has_a_route() -> None:
+def test_there_is_a_row_for_every_task_and_each_has_a_partition_strategy() -> None:
     found = rows()
     assert {row.family for row in found} == {name.removesuffix("ModularPipeline") for name in pipelines()}
     assert len({(row.family, row.task) for row in found}) == len(found) >= 100
@@ -162,7 +162,7 @@ def test_three_processes_change_no_bit(name: str, processes: StageProcesses, tmp
     assert set(outcome.outputs) >= ({"videos", "audio"} if name.startswith("ltx2") else set())
 
 
-def test_a_stage_that_cannot_do_its_part_says_why_and_goes_on(
+def test_a_stage_that_fails_says_why_and_its_process_goes_on(
     models: Callable[[str], Path], processes: StageProcesses, tmp_path: Path
 ) -> None:
     with pytest.raises(StageError, match="encoder: ModelError: There is no model folder"):

@@ -67,7 +67,7 @@ def crossed(state: dict[str, object]) -> dict[str, object]:
     "family",
     all_families([*MODULAR, *sorted(CLASSIC - {Family.SD_CONTROLNET})], ("flux", "flux-kl", "wan", "pixart", SAMPLED)),
 )
-def test_a_renewed_state_is_that_of_the_other_request_to_the_bit(
+def test_an_adapted_payload_is_that_of_the_other_request_to_the_bit(
     family: str, encoder: Callable[[str], StagePipeline]
 ) -> None:
     pipeline = encoder(family)
@@ -88,7 +88,7 @@ def test_a_renewed_state_is_that_of_the_other_request_to_the_bit(
     assert packed_bytes(pipeline.rebind(kept, left_out, 11)) == packed_bytes(pipeline.encode(left_out, 11))
 
 
-def test_an_image_that_later_stages_take_is_said_to_be_handed_on(models: Callable[[str], Path], tmp_path: Path) -> None:
+def test_an_image_that_later_stages_take_passes_through(models: Callable[[str], Path], tmp_path: Path) -> None:
     model = shutil.copytree(models("sdxl"), tmp_path / "model")
     (model / SERVING_CONFIG_NAME).write_text('{"task": "any"}')
     pipeline = StagePipeline.load(model, (Stage.ENCODER,), dtype=torch.float32, device=CPU)
@@ -127,8 +127,8 @@ def test_no_encoder_reads_or_makes_what_it_does_not_declare(name: str) -> None:
     partition = ModularPartition(Path(), getattr(diffusers, name), {}, whole, whole, parts, ())
     known = encoded(partition)
     for block in leaves(parts[Stage.ENCODER]):
-        strangers = {item for item in touched(type(block)) if item not in known}
-        assert not strangers, type(block).__name__
+        undeclared = {item for item in touched(type(block)) if item not in known}
+        assert not undeclared, type(block).__name__
 
 
 def leaves(block: Any) -> Iterator[Any]:

@@ -100,7 +100,7 @@ def test_requests_that_take_turns_are_identical_to_runs_alone(family: str, pipel
     assert not torch.equal(alone[0], alone[2])
 
 
-def test_a_state_can_be_run_again(family: str, pipelines: Pipelines) -> None:
+def test_a_payload_can_be_run_again(family: str, pipelines: Pipelines) -> None:
     pipeline = pipelines(family)
     state = pipeline.encode({"prompt": "a cat", "num_inference_steps": 2, **INPUTS[family]}, 4)
     first = pipeline.denoise(state)

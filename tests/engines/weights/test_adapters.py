@@ -133,7 +133,7 @@ def test_the_two_transformers_of_wan_2_2_have_a_file_each(models: Models, files:
 
 
 @pytest.mark.parametrize("family", ["flux", "cogvideox"])
-def test_a_state_that_is_used_again_runs_with_the_adapter_of_the_other_request(
+def test_a_payload_that_is_used_again_runs_with_the_adapter_of_the_other_request(
     family: str, models: Models, files: Path
 ) -> None:
     model = models(family)
@@ -203,7 +203,7 @@ def test_what_connects_a_text_encoder_and_a_transformer_belongs_to_the_encoder(m
     )
 
 
-def test_a_state_of_an_adapter_that_is_not_here_is_refused(models: Models, files: Path) -> None:
+def test_a_payload_of_an_adapter_that_is_not_here_is_refused(models: Models, files: Path) -> None:
     model = models("flux")
     state = Stages(model, adapters=(LoraFile("a", lora(files, model, "flux-a")),)).encode(1, lora="a", **STEPS)
     denoising = Stages(model).pipelines[Stage.DENOISER].denoise(state)

@@ -152,7 +152,7 @@ def state(module: torch.nn.Module) -> dict[str, tuple[int, list[float]]]:
     return {name: (weight.data_ptr(), weight.flatten().tolist()) for name, weight in inner.items()}
 
 
-def test_a_component_for_which_there_is_no_room_leaves_nothing_on_the_device() -> None:
+def test_a_component_that_does_not_fit_leaves_nothing_on_the_device() -> None:
     class Large(Two):
         def to(self, device: Any) -> Any:  # type: ignore[override]
             self.inner.weight = torch.nn.Parameter(self.inner.weight.to(device))

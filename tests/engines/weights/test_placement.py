@@ -17,7 +17,7 @@ class Huge(torch.nn.Linear):
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
-def test_weights_without_room_say_what_they_take_and_what_is_free(
+def test_weights_that_do_not_fit_say_what_they_take_and_what_is_free(
     quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (GIB // 2, 16 * GIB))

@@ -107,7 +107,7 @@ def test_without_torchao_the_sentence_says_what_to_install(models: Models, monke
         StagePipeline.load(models("flux"), (Stage.DENOISER,), dtype=torch.float32, device=CPU, quantization="int8")
 
 
-def test_it_works_in_a_fork_and_the_zygote_stays_fit_to_fork() -> None:
+def test_quantization_works_in_a_fork_and_the_zygote_can_still_fork() -> None:
     # What the zygote imports, with torchao installed; the child quantizes and computes.
     program = """
 import importlib, os, sys

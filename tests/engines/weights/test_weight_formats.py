@@ -77,7 +77,7 @@ def copied(model: Path, folder: Path) -> Path:
 
 
 def saved(model: Path, folder: Path, **how: Any) -> Path:
-    """A model as diffusers saves it, with its card."""
+    """A model as diffusers saves it, with its serving config."""
     DiffusionPipeline.from_pretrained(str(model)).save_pretrained(str(folder), **how)
     shutil.copy(model / "triptych.json", folder)
     return folder

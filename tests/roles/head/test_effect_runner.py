@@ -36,7 +36,7 @@ def send(scheduler: JobScheduler, attempt: Attempt) -> None:
     asyncio.run(effect_runner._assign("denoiser-0", attempt))
 
 
-def test_work_whose_tensors_are_lost_before_it_is_sent_starts_over_at_no_cost() -> None:
+def test_a_job_whose_tensors_are_lost_before_it_is_sent_starts_over_without_a_new_attempt() -> None:
     scheduler, job = assigned_to_a_denoiser()
     scheduler.pool_down("pool", 2, 3.0)
     send(scheduler, job.current_attempt)
@@ -45,7 +45,7 @@ def test_work_whose_tensors_are_lost_before_it_is_sent_starts_over_at_no_cost() 
     assert scheduler.registry.instances["denoiser-0"].credits == 2
 
 
-def test_work_that_is_cancelled_before_it_is_sent_is_not_sent() -> None:
+def test_a_job_that_is_cancelled_before_it_is_sent_is_not_sent() -> None:
     scheduler, job = assigned_to_a_denoiser()
     attempt = job.current_attempt
     scheduler.cancel("r", "enough", 3.0)
@@ -54,7 +54,7 @@ def test_work_that_is_cancelled_before_it_is_sent_is_not_sent() -> None:
     assert scheduler.registry.instances["denoiser-0"].credits == 2
 
 
-def test_tensors_of_another_unit_come_with_what_makes_them_this_units_own() -> None:
+def test_cached_outputs_come_with_the_seed_and_inputs_of_the_job() -> None:
     scheduler = make_scheduler(cache=PAGE)
     for kind in ("encoder", "denoiser"):
         scheduler.register(registration(f"{kind}-0", slots=2), 0.0)

@@ -175,7 +175,7 @@ def test_a_request_in_flight_that_an_earlier_version_wrote_comes_back_with_every
         assert tuple(body for (body,) in db.execute("SELECT body FROM units ORDER BY id")) == OLD_UNITS
 
 
-def test_a_unit_that_an_earlier_version_wrote_borrows_nothing_and_has_time() -> None:
+def test_a_job_that_an_earlier_version_wrote_shares_no_outputs_and_has_time_left() -> None:
     fields = msgspec.msgpack.decode(encode_job(a_request().jobs[0]))
     del fields["borrows"], fields["left_s"]
     fields["deadline"] = 1e9
@@ -313,7 +313,7 @@ def test_a_corrupt_journal_is_refused_in_words_and_an_empty_file_is_a_new_one(tm
         Journal(path).accept(a_request())
 
 
-def test_a_full_disk_is_an_error_and_the_journal_goes_on_once_there_is_room(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_and_the_journal_goes_on_once_there_is_space(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j.sqlite")
     journal.accept(a_request("first"))
     (pages,) = journal._db.execute("PRAGMA page_count").fetchone()

@@ -44,7 +44,7 @@ def test_before_an_instance_has_come_only_unknown_formats_are_refused() -> None:
         (12.0, {"fps": 8}, {"fps": 25}, 12.0),
     ],
 )
-def test_the_request_the_card_and_the_pipeline_say_in_turn_how_fast_it_plays(
+def test_the_frame_rate_is_that_of_the_request_the_serving_config_or_the_pipeline_in_turn(
     asked: float, given: dict[str, object], inputs: dict[str, object], fps: float
 ) -> None:
     assert resolve_output(Output("mp4", asked), VIDEOS, given, inputs) == Output("mp4", fps)

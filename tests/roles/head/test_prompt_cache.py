@@ -1,4 +1,4 @@
-"""What is kept of encoders' work, for whom it will do, and what becomes of jobs that need no encoder."""
+"""Which outputs of encoders are kept, which requests they serve, and what becomes of jobs that need no encoder."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_no_encoder_need_be_there_for_what_is_kept(scheduler: JobScheduler) -> N
     assert after(scheduler) == [Assign("denoiser-0", "first/0"), Assign("denoiser-0", "second/0")]
 
 
-def test_what_is_kept_waits_for_room_like_all_the_rest() -> None:
+def test_jobs_with_cached_outputs_wait_for_denoisers_as_others_do() -> None:
     scheduler = make_scheduler(cache=PAGE)
     scheduler.register(registration("encoder-0", slots=4), 0.0)
     scheduler.register(registration("denoiser-0", slots=1), 0.0)

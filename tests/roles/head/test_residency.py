@@ -67,9 +67,9 @@ AWAKE = model("a", awake=True, used=2.0, awake_s=99.0)
     ],
     ids=[
         "without a request nothing changes",
-        "where there is room both are awake",
+        "where both fit both are awake",
         "who has no request sleeps",
-        "another device has room",
+        "another device has free memory",
         "of a device without a bound there is enough",
         "what fits nowhere is woken alone",
         "who never sleeps stays, and the other is woken beside it",
@@ -88,7 +88,7 @@ AWAKE = model("a", awake=True, used=2.0, awake_s=99.0)
         "at the start the first is woken",
     ],
 )
-def test_who_is_awake(residents: list[ResidentModel], awake: set[str], drained: set[str]) -> None:
+def test_which_models_are_awake(residents: list[ResidentModel], awake: set[str], drained: set[str]) -> None:
     assert plan_residency(residents, BUDGET, turn_s=10.0) == ResidencyPlan(awake, drained)
 
 
@@ -142,9 +142,9 @@ def test_a_model_that_cannot_be_woken_does_not_keep_others_from_being(tmp_path: 
     joins("a-decoder-0")
     assert told(1.0) == {("b-monolithic-0", False)}
     others = {(f"a-{kind}-0", True) for kind in KINDS}
-    assert told(1.1, "no room") == others
-    assert told(2.0, "no room") == set(), "it is tried again after a while"
-    assert told(1.1 + RETRY_S, "no room") == others
+    assert told(1.1, "out of memory") == others
+    assert told(2.0, "out of memory") == set(), "it is tried again after a while"
+    assert told(1.1 + RETRY_S, "out of memory") == others
     b.scheduler.accept(request(), 8.0)
     assert told(10.9) == set()
     assert told(11.2) == {("b-monolithic-0", True)}, "it has had its turn"

@@ -268,7 +268,7 @@ def test_a_forgotten_request_frees_its_key(scheduler: JobScheduler) -> None:
     assert scheduler.requests == {}
 
 
-def test_a_restarted_head_keeps_what_an_instance_still_has_in_hand(scheduler: JobScheduler) -> None:
+def test_a_restarted_head_keeps_what_an_instance_still_runs(scheduler: JobScheduler) -> None:
     job = to_denoiser(scheduler)
     restarted = make_scheduler()
     restarted.accept(scheduler.requests["r"], 4.5)
@@ -298,7 +298,7 @@ def test_what_was_accepted_just_before_the_head_died_starts_with_the_next_one() 
     assert restarted.jobs["r/0"].current_attempt == Attempt("r/0", 1)
 
 
-def test_a_report_said_twice_does_not_release_what_is_in_use(scheduler: JobScheduler) -> None:
+def test_a_repeated_report_does_not_release_what_is_in_use(scheduler: JobScheduler) -> None:
     job = to_denoiser(scheduler)
     assert not scheduler.stored("encoder-0", stored(job.current_attempt, "encoder", 1), 5.0)
     assert [e for e in after(scheduler) if isinstance(e, ReleaseLeases)] == []

@@ -144,7 +144,7 @@ class Traffic(RuleBasedStateMachine):
         self._carry_out()
 
     @rule(blocks=st.integers(1, 3))
-    def want_room(self, blocks: int) -> None:
+    def want_memory(self, blocks: int) -> None:
         self.scheduler.evict("pool", blocks * PAGE)
         self._carry_out()
 

@@ -28,7 +28,7 @@ def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Two:
         folder = tmp_path / name
         folder.mkdir()
         (folder / "model_index.json").write_text(f'{{"_class_name": "{kind}"}}')
-        (folder / "triptych.json").write_text('{"name": "card"}')
+        (folder / "triptych.json").write_text('{"name": "tiny"}')
 
     def make(**models: str) -> Topology:
         entries = []
@@ -128,7 +128,7 @@ def test_a_model_is_reloaded_by_its_name(two: Two) -> None:
 def test_a_misspelt_default_is_said_once_when_the_parameters_are_known(two: Two) -> None:
     async def scenario() -> None:
         topology = two(a="a", b="b")
-        (topology.models[0].path / "triptych.json").write_text('{"name": "card", "defaults": {"hieght": 64}}')
+        (topology.models[0].path / "triptych.json").write_text('{"name": "tiny", "defaults": {"hieght": 64}}')
         async with running_head(topology) as harness:
             with structlog.testing.capture_logs() as logs:
                 for kind in ("encoder", "denoiser"):

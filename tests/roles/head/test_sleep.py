@@ -1,4 +1,4 @@
-"""The books of a model that sleeps, and of one that has to."""
+"""What the head knows of a model that sleeps, and of one that has to."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_an_instance_that_was_woken_makes_what_it_made_before(cluster: Any, monk
         assert refused.value.code in UNCOUNTED_REFUSALS
 
         load = worker._load
-        worker._load = without_room
+        worker._load = out_of_memory
         await driver.ask("monolithic-0", stages.Wake(), stages.Acknowledged)
         assert "has too little memory" in (await driver.inbox.next(stages.InstanceWakeChanged)).trouble
         worker._load = load
@@ -130,7 +130,7 @@ def test_an_instance_that_was_woken_makes_what_it_made_before(cluster: Any, monk
         with pytest.raises(ModelChangedError, match="while it slept"):
             await worker._bring(worker._stream, worker.context.model)
 
-    def without_room(device: torch.device) -> StagePipeline:
+    def out_of_memory(device: torch.device) -> StagePipeline:
         raise torch.OutOfMemoryError("others are there")
 
     async def made(driver: ClusterDriver, number: int) -> bytes:

@@ -64,7 +64,7 @@ ids = st.builds("{}/{}".format, st.text("ab_-1", min_size=1, max_size=4), st.int
 
 
 @given(ids, ids)
-def test_distinct_units_never_share_a_name(one: str, other: str) -> None:
+def test_distinct_jobs_never_share_a_name(one: str, other: str) -> None:
     assert (artifact_name(one, "png") == artifact_name(other, "png")) == (one == other)
 
 

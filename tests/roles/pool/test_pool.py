@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeAlias
 
 import msgspec
 import pytest
@@ -118,7 +119,7 @@ def test_a_block_is_leased_sealed_and_released(run: Any, make_topology: Any, loc
     run(body())
 
 
-def test_asking_again_before_the_seal_gives_the_same_slot(run: Any, make_topology: Any, local_cluster: Any) -> None:
+def test_asking_again_before_the_seal_gives_the_same_block(run: Any, make_topology: Any, local_cluster: Any) -> None:
     async def body() -> None:
         async with local_cluster(make_topology()) as h:
             await h.component("pool", build)
@@ -191,7 +192,7 @@ def test_what_is_refused_changes_nothing(run: Any, make_topology: Any, local_clu
     run(body())
 
 
-def test_what_a_dead_owner_was_writing_comes_back(
+def test_what_a_dead_owner_was_writing_is_released(
     run: Any, make_topology: Any, local_cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool_module, "POOL_ANSWER_S", 0.1)
@@ -229,7 +230,7 @@ def test_a_newer_incarnation_takes_the_place_of_an_older_one(run: Any, make_topo
     run(body())
 
 
-def test_a_pool_that_cannot_be_had_says_so(run: Any, make_topology: Any, local_cluster: Any) -> None:
+def test_a_pool_that_cannot_be_made_fails_its_start(run: Any, make_topology: Any, local_cluster: Any) -> None:
     async def body() -> None:
         async with local_cluster(make_topology(pool_size="4000TiB")) as h:
             with pytest.raises(StartDelayedError, match="4000TiB"):
@@ -238,7 +239,7 @@ def test_a_pool_that_cannot_be_had_says_so(run: Any, make_topology: Any, local_c
     run(body())
 
 
-def test_what_a_stage_takes_in_and_what_it_makes_lie_apart() -> None:
+def test_incoming_and_outgoing_blocks_have_zones_of_their_own() -> None:
     page = 4096
     assert zones(6 * page, pool="pool") == {"encoder": 3 * page}
     assert zones(7 * page, pool="pool-denoiser") == {"incoming": 3 * page}
@@ -294,46 +295,56 @@ class PoolPair:
         return found._store.arena.view(lease.offset, lease.nbytes)
 
 
+TwoPools: TypeAlias = Callable[[PoolPair, LeaseRef], Coroutine[Any, Any, None]]
+
+
 @pytest.fixture
 def separate_pools(make_topology: Any) -> Any:
     """A topology with a pool for each kind, whose bytes are copied from one to the other."""
     return make_topology(engine="mooncake", backend="shm")
 
 
-def test_bytes_travel_from_pool_to_pool(run: Any, separate_pools: Any, local_cluster: Any) -> None:
-    async def body() -> None:
-        async with local_cluster(separate_pools) as h:
-            two = PoolPair(h)
-            source = await two.start()
-            target = await two.target()
-            assert (await two.client.pull(source, target)).seconds >= 0
-            assert checksum(two.memory("pool-denoiser", target)) == checksum(b"\x5a" * BLOCK)
-            with pytest.raises(RemoteError, match="wrong_state"):
-                await two.client.pull(source, target, nbytes=2 * BLOCK)
-            assert await two.client.release(target) == 1
-            assert (await two.client.describe("pool-denoiser")).leased == 0
+@pytest.fixture
+def with_two_pools(run: Any, separate_pools: Any, local_cluster: Any) -> Callable[[TwoPools], None]:
+    """Run a test with a pair of pools and a sealed block in the first."""
 
-    run(body())
+    def start(body: TwoPools) -> None:
+        async def all_of_it() -> None:
+            async with local_cluster(separate_pools) as h:
+                two = PoolPair(h)
+                await body(two, await two.start())
 
+        run(all_of_it())
 
-def test_a_block_that_is_loaded_is_not_filled_for_another_work(
-    run: Any, separate_pools: Any, local_cluster: Any
-) -> None:
-    async def body() -> None:
-        async with local_cluster(separate_pools) as h:
-            two = PoolPair(h)
-            source = await two.start()
-            fields = {"owner": "denoiser-0", "incoming": True, "attempt": Attempt("", 1)}
-            ready = await two.client.lease("pool-denoiser", **fields)
-            await two.client.pull(source, ready)
-            with pytest.raises(RemoteError, match="is for r/0#1, not r/1#1"):
-                await two.client.pull(source, ready, attempt=Attempt("r/1", 1))
-            await two.client.pull(source, ready)  # whose bytes came damaged, and who loads nothing meanwhile
-
-    run(body())
+    return start
 
 
-def test_blocks_that_are_kept_ready_make_room_for_an_arrival(run: Any, separate_pools: Any, local_cluster: Any) -> None:
+def test_bytes_travel_from_pool_to_pool(with_two_pools: Any) -> None:
+    async def body(two: PoolPair, source: LeaseRef) -> None:
+        target = await two.target()
+        assert (await two.client.pull(source, target)).seconds >= 0
+        assert checksum(two.memory("pool-denoiser", target)) == checksum(b"\x5a" * BLOCK)
+        with pytest.raises(RemoteError, match="wrong_state"):
+            await two.client.pull(source, target, nbytes=2 * BLOCK)
+        assert await two.client.release(target) == 1
+        assert (await two.client.describe("pool-denoiser")).leased == 0
+
+    with_two_pools(body)
+
+
+def test_a_block_that_is_loaded_is_not_filled_for_another_attempt(with_two_pools: Any) -> None:
+    async def body(two: PoolPair, source: LeaseRef) -> None:
+        fields = {"owner": "denoiser-0", "incoming": True, "attempt": Attempt("", 1)}
+        ready = await two.client.lease("pool-denoiser", **fields)
+        await two.client.pull(source, ready)
+        with pytest.raises(RemoteError, match="is for r/0#1, not r/1#1"):
+            await two.client.pull(source, ready, attempt=Attempt("r/1", 1))
+        await two.client.pull(source, ready)  # whose bytes came damaged, and who loads nothing meanwhile
+
+    with_two_pools(body)
+
+
+def test_preallocated_blocks_are_released_for_an_arrival(run: Any, separate_pools: Any, local_cluster: Any) -> None:
     class Owner(Actor):
         told: asyncio.Queue[ReleasePreallocated] = asyncio.Queue()
 
@@ -359,110 +370,91 @@ def test_blocks_that_are_kept_ready_make_room_for_an_arrival(run: Any, separate_
     run(body())
 
 
-def test_a_source_of_another_generation_is_gone(run: Any, separate_pools: Any, local_cluster: Any) -> None:
-    async def body() -> None:
-        async with local_cluster(separate_pools) as h:
-            two = PoolPair(h)
-            source = await two.start()
-            target = await two.target()
-            with pytest.raises(RemoteError, match="source_gone: the topology has no elsewhere any more"):
-                await two.client.pull(msgspec.structs.replace(source, pool="elsewhere"), target)
-            await h.kill("pool-encoder")
-            await h.component("pool-encoder", build, generation=4)
-            with pytest.raises(RemoteError) as refusal:
-                await two.client.pull(source, target)
-            assert refusal.value.code == "source_gone"
-            assert await two.client.release(target) == 1
+def test_a_source_of_another_generation_is_gone(with_two_pools: Any) -> None:
+    async def body(two: PoolPair, source: LeaseRef) -> None:
+        target = await two.target()
+        with pytest.raises(RemoteError, match="source_gone: the topology has no elsewhere any more"):
+            await two.client.pull(msgspec.structs.replace(source, pool="elsewhere"), target)
+        await two.h.kill("pool-encoder")
+        await two.h.component("pool-encoder", build, generation=4)
+        with pytest.raises(RemoteError) as refusal:
+            await two.client.pull(source, target)
+        assert refusal.value.code == "source_gone"
+        assert await two.client.release(target) == 1
 
-    run(body())
+    with_two_pools(body)
 
 
-def test_a_source_that_does_not_answer_is_not_read_from(
-    run: Any, separate_pools: Any, local_cluster: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_that_does_not_answer_is_not_read_from(with_two_pools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "POOL_ANSWER_S", 0.1)
 
-    async def body() -> None:
-        async with local_cluster(separate_pools) as h:
-            two = PoolPair(h)
-            source = await two.start()
-            target = await two.target()
-            await h.kill("pool-encoder")
-            with pytest.raises(RemoteError) as refusal:
-                await two.client.pull(source, target)
-            assert refusal.value.code == "transfer_failed"
-            assert (await two.client.report("pool-denoiser")).leases[0].state == "writing"
+    async def body(two: PoolPair, source: LeaseRef) -> None:
+        target = await two.target()
+        await two.h.kill("pool-encoder")
+        with pytest.raises(RemoteError) as refusal:
+            await two.client.pull(source, target)
+        assert refusal.value.code == "transfer_failed"
+        assert (await two.client.report("pool-denoiser")).leases[0].state == "writing"
 
-    run(body())
+    with_two_pools(body)
 
 
 def test_a_block_that_is_being_filled_is_not_given_to_others_when_it_is_released(
-    run: Any, separate_pools: Any, local_cluster: Any, monkeypatch: pytest.MonkeyPatch
+    with_two_pools: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(FAULTS, "delay:1:0.3")
     monkeypatch.setattr(pool_module, "SWEEP_S", 0.01)
 
-    async def body() -> None:
-        async with local_cluster(separate_pools) as h:
-            two = PoolPair(h)
-            source = await two.start()
-            target = await two.target()
-            pulling = asyncio.ensure_future(two.client.pull(source, target))
-            await two.client.until(lambda _: two.pools[1]._filling, "pool-denoiser")
-            with pytest.raises(RemoteError, match="being filled"):
-                await two.client.pull(source, target)
-            assert await two.client.release(target) == 1
-            assert (await two.client.report("pool-denoiser")).leases[0].state == "quarantined"
-            await pulling
-            await two.client.until(lambda r: not r.leases, "pool-denoiser")
-            await two.client.describe("pool-denoiser")
+    async def body(two: PoolPair, source: LeaseRef) -> None:
+        target = await two.target()
+        pulling = asyncio.ensure_future(two.client.pull(source, target))
+        await two.client.until(lambda _: two.pools[1]._filling, "pool-denoiser")
+        with pytest.raises(RemoteError, match="being filled"):
+            await two.client.pull(source, target)
+        assert await two.client.release(target) == 1
+        assert (await two.client.report("pool-denoiser")).leases[0].state == "quarantined"
+        await pulling
+        await two.client.until(lambda r: not r.leases, "pool-denoiser")
+        await two.client.describe("pool-denoiser")
 
-    run(body())
+    with_two_pools(body)
 
 
 def test_a_block_that_may_still_be_written_to_is_in_quarantine_until_it_is_not(
-    run: Any, separate_pools: Any, local_cluster: Any, monkeypatch: pytest.MonkeyPatch
+    with_two_pools: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(FAULTS, "delay:1:0.4")
     monkeypatch.setattr(pool_module, "QUARANTINE_S", 0.0)
     monkeypatch.setattr(pool_module, "SWEEP_S", 0.01)
 
-    async def body() -> None:
-        async with local_cluster(separate_pools) as h:
-            two = PoolPair(h)
-            source = await two.start()
-            target = await two.target()
-            with pytest.raises(RemoteError) as refusal:
-                await two.client.pull(source, target, timeout_s=0.1)
-            assert refusal.value.code == "transfer_failed"
-            assert (await two.client.report("pool-denoiser")).leases[0].state == "quarantined"
-            assert await two.client.release(target) == 0
-            assert (await two.client.describe("pool-denoiser")).leased == BLOCK
-            await two.client.until(lambda r: not r.leases, "pool-denoiser")
-            assert (await two.client.describe("pool-denoiser")).free == CAPACITY
+    async def body(two: PoolPair, source: LeaseRef) -> None:
+        target = await two.target()
+        with pytest.raises(RemoteError) as refusal:
+            await two.client.pull(source, target, timeout_s=0.1)
+        assert refusal.value.code == "transfer_failed"
+        assert (await two.client.report("pool-denoiser")).leases[0].state == "quarantined"
+        assert await two.client.release(target) == 0
+        assert (await two.client.describe("pool-denoiser")).leased == BLOCK
+        await two.client.until(lambda r: not r.leases, "pool-denoiser")
+        assert (await two.client.describe("pool-denoiser")).free == CAPACITY
 
-    run(body())
+    with_two_pools(body)
 
 
-def test_a_pool_answers_while_it_fetches(
-    run: Any, separate_pools: Any, local_cluster: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pool_answers_while_it_fetches(with_two_pools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FAULTS, "delay:1:0.3")
 
-    async def body() -> None:
-        async with local_cluster(separate_pools) as h:
-            two = PoolPair(h)
-            source = await two.start()
-            pulling = asyncio.ensure_future(two.client.pull(source, await two.target()))
-            await two.client.until(lambda _: two.pools[1]._filling, "pool-denoiser")
-            await two.client.lease("pool-denoiser", owner="denoiser-0", attempt=Attempt("r/1", 1))
-            assert not pulling.done()
-            await pulling
+    async def body(two: PoolPair, source: LeaseRef) -> None:
+        pulling = asyncio.ensure_future(two.client.pull(source, await two.target()))
+        await two.client.until(lambda _: two.pools[1]._filling, "pool-denoiser")
+        await two.client.lease("pool-denoiser", owner="denoiser-0", attempt=Attempt("r/1", 1))
+        assert not pulling.done()
+        await pulling
 
-    run(body())
+    with_two_pools(body)
 
 
-def test_refused_is_what_a_pool_says_before_it_is_open(make_topology: Any) -> None:
+def test_a_pool_refuses_before_it_is_open(make_topology: Any) -> None:
     topology = make_topology()
     with pytest.raises(RefusedError):
         _ = BufferPool(topology.component("pool"), topology)._store

@@ -65,7 +65,7 @@ def release(number: int) -> ReleaseBlocks:
 W = Attempt("r/0", 1)
 
 
-def test_an_encoder_goes_from_inputs_to_a_sealed_slot() -> None:
+def test_an_encoder_goes_from_inputs_to_a_sealed_block() -> None:
     load = AttemptTracker("encoder-0", "encoder", 2)
     assert load.assign(assign(W), NOW) == (RunStage(W, Stage.ENCODER),)
     assert (load.issued, load.taken) == (2, 1)
@@ -84,7 +84,7 @@ def test_what_is_the_same_for_every_seed_is_said_to_be() -> None:
     assert load.stored(W, stored(3)).seed_independent
 
 
-def test_what_makes_tensors_of_another_unit_its_own_comes_along() -> None:
+def test_the_seed_and_inputs_that_adapt_cached_outputs_come_along() -> None:
     load = AttemptTracker("denoiser-0", "denoiser", 1)
     rebind = Rebind({"prompt": "x"}, 7)
     load.push(msgspec.structs.replace(push(W), rebind=rebind), NOW)
@@ -123,7 +123,7 @@ def test_a_monolithic_instance_runs_every_stage_on_the_same_values() -> None:
     assert load.end(load.saved(W, ARTIFACT)) == (StageFinished(W, Stage.DECODER, ARTIFACT, 0.3, 2),)
 
 
-def test_work_beyond_the_block_is_not_taken() -> None:
+def test_an_attempt_beyond_the_slots_is_not_taken() -> None:
     load = AttemptTracker("encoder-0", "encoder", 1)
     load.assign(assign(W), NOW)
     with pytest.raises(AttemptRefusedError) as refusal:
@@ -132,14 +132,14 @@ def test_work_beyond_the_block_is_not_taken() -> None:
     assert load.taken == 1
 
 
-def test_work_that_is_in_hand_already_is_taken_once() -> None:
+def test_an_attempt_that_is_already_assigned_is_taken_once() -> None:
     load = AttemptTracker("encoder-0", "encoder", 1)
     load.assign(assign(W), NOW)
     assert load.assign(assign(W), NOW) == ()
     assert load.taken == 1
 
 
-def test_work_that_has_ended_is_not_taken_again_when_the_head_asks_again() -> None:
+def test_an_attempt_that_has_ended_is_not_taken_again_when_the_head_asks_again() -> None:
     load = AttemptTracker("encoder-0", "encoder", 1)
     load.assign(assign(W), NOW)
     load.end(load.stage_failed(W, "no", invalid_request=True))
@@ -148,25 +148,25 @@ def test_work_that_has_ended_is_not_taken_again_when_the_head_asks_again() -> No
 
 
 @pytest.mark.parametrize("kind", ["encoder", "monolithic"])
-def test_a_kind_that_starts_from_inputs_takes_no_push(kind: str) -> None:
+def test_a_role_that_starts_from_inputs_takes_no_push(kind: str) -> None:
     with pytest.raises(AttemptRefusedError, match="starts from inputs"):
         AttemptTracker("x-0", kind, 1).push(push(W), NOW)
 
 
 @pytest.mark.parametrize("kind", ["denoiser", "decoder"])
-def test_a_kind_that_starts_from_tensors_takes_no_inputs(kind: str) -> None:
+def test_a_role_that_starts_from_tensors_takes_no_inputs(kind: str) -> None:
     with pytest.raises(AttemptRefusedError, match="starts from stored tensors"):
         AttemptTracker("x-0", kind, 1).assign(assign(W), NOW)
 
 
-def test_a_newer_attempt_stops_the_older_one_of_its_unit() -> None:
+def test_a_newer_attempt_stops_the_older_one_of_its_job() -> None:
     load = AttemptTracker("encoder-0", "encoder", 2)
     load.assign(assign(W), NOW)
     assert CancelAttempt(W) in load.assign(assign(Attempt("r/0", 2)), NOW)
     assert load.active[W].cancelled
 
 
-def test_work_cancelled_before_it_came_is_not_taken() -> None:
+def test_an_attempt_cancelled_before_it_came_is_not_taken() -> None:
     load = AttemptTracker("encoder-0", "encoder", 2)
     assert load.cancel(W) == ()
     with pytest.raises(AttemptRefusedError) as refusal:
@@ -174,7 +174,7 @@ def test_work_cancelled_before_it_came_is_not_taken() -> None:
     assert refusal.value.code == "cancelled"
 
 
-def test_what_was_stored_for_cancelled_work_is_released() -> None:
+def test_what_was_stored_for_a_cancelled_attempt_is_released() -> None:
     load = AttemptTracker("encoder-0", "encoder", 1)
     load.assign(assign(W), NOW)
     load.computed(W, 0.1)
@@ -183,7 +183,7 @@ def test_what_was_stored_for_cancelled_work_is_released() -> None:
     assert load.end(load.stored(W, stored(3))) == (release(3), StageCancelled(W, 2))
 
 
-def test_a_reservation_is_released_when_its_work_is_cancelled_or_its_head_is_gone() -> None:
+def test_a_reservation_is_released_when_its_attempt_is_cancelled_or_its_head_is_gone() -> None:
     load = AttemptTracker("denoiser-0", "denoiser", 2)
     other = Attempt("r/1", 1)
     load.reserve(W, lease(1))
@@ -212,7 +212,7 @@ def test_reserving_again_releases_the_block_reserved_before() -> None:
     assert load.push(push(W, lease(5)), NOW) == (), "asked again, because the answer was late"
 
 
-def test_a_block_that_is_kept_no_more_is_not_pushed_into() -> None:
+def test_a_block_that_is_no_longer_preallocated_is_not_pushed_into() -> None:
     load = AttemptTracker("denoiser-0", "denoiser", 1)
     load.reserve(W, lease(1))
     load.drop_reservations()
@@ -402,7 +402,7 @@ Life.TestCase.settings = settings(max_examples=100, stateful_step_count=40, dead
 TestLife = Life.TestCase
 
 
-def test_who_has_to_end_gives_back_what_will_not_be_done_in_time() -> None:
+def test_an_instance_that_has_to_end_returns_attempts_that_would_not_finish_in_time() -> None:
     load = AttemptTracker("denoiser-0", "denoiser", 4)
     slow, quick, new, queued = (Attempt(f"r/{k}", 1) for k in range(4))
     for attempt in (slow, quick, new, queued):

@@ -121,7 +121,7 @@ def test_what_calls_hold_goes_with_their_error() -> None:
     def deep() -> None:
         tensor = torch.ones(3)
         held.append(weakref.ref(tensor))
-        raise RuntimeError("no room")
+        raise RuntimeError("out of memory")
 
     def fails() -> None:
         other = torch.ones(3)
@@ -138,7 +138,7 @@ def test_what_calls_hold_goes_with_their_error() -> None:
         assert [reference() for reference in held] == [None, None]
 
 
-def test_instances_of_a_device_without_a_number_are_spread_over_the_cards() -> None:
+def test_instances_of_a_device_without_a_number_are_spread_over_the_gpus() -> None:
     three = [role(f"denoiser-{index}") for index in range(3)]
     assert [devices.gpu_of(component, 2) for component in three] == [0, 1, 0]
     assert [devices.gpu_of(component, 1) for component in three] == [0, 0, 0]
@@ -164,7 +164,7 @@ def test_memory_goes_back_where_others_want_it_and_it_was_much() -> None:
     assert not devices.releases_cached_memory(Stage.DECODER, resting, shared=False)
 
 
-def test_a_card_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert devices.usable_device(role("denoiser-0")) == torch.device("cuda", 0)
@@ -190,5 +190,5 @@ def test_a_warm_up_computes_in_every_dtype() -> None:
     assert gc.isenabled()
 
 
-def test_a_role_on_the_cpu_takes_nothing_of_a_card() -> None:
+def test_a_role_on_the_cpu_takes_no_memory_of_a_gpu() -> None:
     assert devices.memory_stats(torch.device("cpu")) == {}

@@ -195,7 +195,7 @@ async def holds(driver: ClusterDriver, pool_name: str, count: int) -> bool:
     return sum(bool(view.attempt.job_id) for view in (await driver.leases(pool_name)).leases) == count
 
 
-def test_the_next_work_is_loaded_while_one_computes(cluster: Any, denoise_gate: threading.Event) -> None:
+def test_the_next_job_is_loaded_while_one_computes(cluster: Any, denoise_gate: threading.Event) -> None:
     async def body(driver: ClusterDriver) -> None:
         await driver.join("encoder-0", "denoiser-0")
         sources = [await driver.encoded(attempt(n)) for n in range(3)]
@@ -219,7 +219,7 @@ async def has_inputs(item: Any) -> bool:
     return bool(item.values)
 
 
-def test_cancelled_work_stops_within_a_step_and_leaves_nothing_behind(
+def test_a_cancelled_attempt_stops_within_a_step_and_leaves_nothing_behind(
     cluster: Any, denoise_gate: threading.Event
 ) -> None:
     async def body(driver: ClusterDriver) -> None:
@@ -244,7 +244,7 @@ def test_cancelled_work_stops_within_a_step_and_leaves_nothing_behind(
     cluster(body)
 
 
-def test_a_head_that_comes_back_finds_the_work_as_it_was(
+def test_a_head_that_comes_back_finds_the_attempts_as_they_were(
     cluster: Any, denoise_gate: threading.Event, scripted_head: Any
 ) -> None:
     async def body(driver: ClusterDriver) -> None:
@@ -319,7 +319,7 @@ def test_an_older_incarnation_of_an_instance_ends(cluster: Any, name: str) -> No
     cluster(body, kind="monolithic" if name == "monolithic-0" else "")
 
 
-def test_a_head_that_has_forgotten_an_instance_is_greeted_again(cluster: Any) -> None:
+def test_an_instance_that_the_head_does_not_know_registers_again(cluster: Any) -> None:
     async def body(driver: ClusterDriver) -> None:
         await driver.join("encoder-0")
         driver.head.forgets = True
@@ -357,7 +357,7 @@ def test_tensors_that_are_damaged_are_not_computed_on(cluster: Any) -> None:
     cluster(body)
 
 
-def test_a_lost_device_is_reported_and_other_work_given_back_before_the_process_ends(
+def test_a_lost_device_is_reported_and_other_attempts_are_returned_before_the_process_ends(
     cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     denoise_gate = threading.Event()
@@ -382,7 +382,7 @@ def test_a_lost_device_is_reported_and_other_work_given_back_before_the_process_
     cluster(body)
 
 
-def test_a_drain_ends_what_is_in_hand_and_takes_nothing_more(cluster: Any, denoise_gate: threading.Event) -> None:
+def test_a_drain_finishes_what_is_assigned_and_takes_nothing_more(cluster: Any, denoise_gate: threading.Event) -> None:
     async def body(driver: ClusterDriver) -> None:
         await driver.join("encoder-0", "denoiser-0")
         sources = [await driver.encoded(attempt(n)) for n in range(2)]
@@ -401,7 +401,7 @@ def test_a_drain_ends_what_is_in_hand_and_takes_nothing_more(cluster: Any, denoi
 
 
 @pytest.mark.parametrize("bound", ["HAND_BACK_FACTOR", "DRAIN_SHARE"])
-def test_what_cannot_be_done_before_the_end_is_given_back(
+def test_attempts_that_cannot_finish_before_the_end_are_returned(
     cluster: Any, denoise_gate: threading.Event, monkeypatch: pytest.MonkeyPatch, bound: str
 ) -> None:
     monkeypatch.setattr(instance_module, bound, 0.0)

@@ -19,7 +19,7 @@ def block_bytes(number: int, nbytes: int = 64, generation: int = 1) -> LeaseRef:
     return LeaseRef("pool-denoiser", generation, number, 0, nbytes)
 
 
-def test_nothing_is_kept_ready_before_the_first_arrival_or_beyond_the_count() -> None:
+def test_nothing_is_preallocated_before_the_first_arrival_or_beyond_the_count() -> None:
     preallocated = Preallocation(2)
     assert not preallocated.wanted
     preallocated.require(64)
@@ -57,7 +57,7 @@ def test_blocks_of_an_earlier_pool_are_dropped() -> None:
     assert preallocated.blocks == [block_bytes(1, generation=2)]
 
 
-def test_the_head_takes_a_spare_that_fits_once_and_forgets_those_of_an_earlier_incarnation() -> None:
+def test_the_head_takes_a_preallocated_block_that_fits_once_and_drops_those_of_an_earlier_incarnation() -> None:
     registry = InstanceRegistry()
     registration = RegisterInstance("denoiser-0", "denoiser", 5, 1, 2, 2, 0, "pool-denoiser", Signature(), ())
     registry.register(registration)

@@ -129,7 +129,7 @@ def test_reports_arrive_in_order_and_once(tmp_path: Path) -> None:
     scenario(tmp_path)(body)
 
 
-def test_nothing_is_sent_before_the_head_has_welcomed_the_instance(tmp_path: Path) -> None:
+def test_nothing_is_sent_before_the_instance_is_registered(tmp_path: Path) -> None:
     async def body(head: FakeHead, reporter: Reporter) -> None:
         reporter.add(report(1))
         reporter.add(report(2))

@@ -195,7 +195,7 @@ def test_a_denoise_is_stopped_between_two_steps(on_worker: Any) -> None:
     on_worker(body)
 
 
-def test_work_in_the_queue_is_stopped_without_running(on_worker: Any) -> None:
+def test_a_queued_stage_is_cancelled_without_running(on_worker: Any) -> None:
     async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
         await encoded(fake_instance, worker, 1)
         for number in (2, 3):
@@ -403,7 +403,7 @@ def test_while_it_loads_it_says_how_much_of_the_weights_has_been_read(
 @pytest.mark.parametrize(
     ("device", "says"), [("cuda:97", "cuda:97"), ("abacus", "abacus"), ("mps", "mps"), ("cpu", "nowhere")]
 )
-def test_what_can_never_work_is_a_sentence(
+def test_a_model_that_can_never_be_served_is_refused_with_a_sentence(
     run: Any, make_topology: Any, local_cluster: Any, tiny_model: Path, tmp_path: Path, device: str, says: str
 ) -> None:
     async def body() -> None:
@@ -417,7 +417,7 @@ def test_what_can_never_work_is_a_sentence(
     run(body())
 
 
-def test_a_class_that_the_libraries_do_not_have_is_a_failed_start_in_words(
+def test_a_class_that_the_libraries_do_not_have_fails_the_start_with_a_sentence(
     run: Any, make_topology: Any, local_cluster: Any, tiny_model: Path, tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "newer"))
@@ -444,7 +444,7 @@ def test_a_class_that_the_libraries_do_not_have_is_a_failed_start_in_words(
         (lambda: RuntimeError("something else"), RuntimeError),
     ],
 )
-def test_weights_wait_for_a_card_that_others_fill_and_not_for_one_that_is_too_small(
+def test_weights_wait_for_a_device_that_others_fill_and_not_for_one_that_is_too_small(
     run: Any,
     make_topology: Any,
     local_cluster: Any,
@@ -455,14 +455,14 @@ def test_weights_wait_for_a_card_that_others_fill_and_not_for_one_that_is_too_sm
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1 << 30, 16 << 30))
 
-    def no_room(_device: torch.device) -> Any:
+    def device_full(_device: torch.device) -> Any:
         raise error()
 
     async def body() -> None:
         async with local_cluster(make_topology(tiny_model, kind="monolithic")) as h:
             component = h.topology.component("monolithic-0")
             worker = StreamWorker(component, h.topology, ProcessContext(component))
-            monkeypatch.setattr(worker, "_load", no_room)
+            monkeypatch.setattr(worker, "_load", device_full)
             stream = DeviceStream(CPU, "test")
             with pytest.raises(failure) as raised:
                 await worker._loaded(stream)

@@ -121,7 +121,7 @@ def test_damaged_bytes_are_never_loaded(run_transfers: Any) -> None:
     run_transfers(body)
 
 
-def test_a_drill_damages_what_is_mapped_too(run_transfers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_injected_faults_damage_what_is_mapped_too(run_transfers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FAULTS, "flip:1")
 
     async def body(h: Any, open_transfer: Any) -> None:
@@ -209,7 +209,7 @@ def test_it_waits_for_a_pool_that_starts_later(run_transfers: Any, monkeypatch: 
     run_transfers(body, pools=())
 
 
-def test_a_block_whose_answer_was_lost_comes_back(run_transfers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_whose_answer_was_lost_is_released(run_transfers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(h: Any, open_transfer: Any) -> None:
         encoder = await open_transfer("encoder-0")
         lease = pool_module.BufferPool.lease
@@ -234,7 +234,7 @@ def test_a_block_whose_answer_was_lost_comes_back(run_transfers: Any, monkeypatc
     run_transfers(body)
 
 
-def test_a_block_is_given_back_however_long_the_pool_does_not_answer(
+def test_a_block_is_released_however_long_the_pool_does_not_answer(
     run_transfers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def body(h: Any, open_transfer: Any) -> None:
@@ -293,7 +293,7 @@ def test_what_lies_in_another_pool_is_pulled_into_the_own_one(run_transfers: Any
     run_transfers(body, **APART)
 
 
-def test_a_target_is_given_back_whatever_happens(run_transfers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_is_released_whatever_happens(run_transfers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "POOL_ANSWER_S", 1.0)
 
     async def body(h: Any, open_transfer: Any) -> None:
@@ -340,7 +340,7 @@ def test_bytes_that_arrive_damaged_are_fetched_again_before_the_source_is_blamed
 def test_a_device_without_free_memory_fails_the_transfer_and_not_the_process(
     run_transfers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_room(*_: object) -> Any:
+    def out_of_memory(*_: object) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     async def body(h: Any, open_transfer: Any) -> None:
@@ -349,8 +349,8 @@ def test_a_device_without_free_memory_fails_the_transfer_and_not_the_process(
         stored = await encoder.store_outputs()
         denoiser.begin(W, untouched=True)
         for module in (denoiser.transfer._device, encoder.transfer._device):
-            monkeypatch.setattr(module, "_load", no_room)
-            monkeypatch.setattr(module, "_store", no_room)
+            monkeypatch.setattr(module, "_load", out_of_memory)
+            monkeypatch.setattr(module, "_store", out_of_memory)
         failed = await denoiser.fails(LoadInputs(W, stored, None, FAR))
         assert "cpu has too little memory for it: OutOfMemoryError: CUDA out of memory" in failed.reason
         assert not failed.source_gone
@@ -364,7 +364,9 @@ def test_a_device_without_free_memory_fails_the_transfer_and_not_the_process(
     run_transfers(body)
 
 
-def test_outputs_are_packed_after_the_work_that_makes_them(run_transfers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_are_packed_after_the_stage_that_makes_them(
+    run_transfers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = []
 
     class Ready(StreamEvent):
@@ -387,7 +389,7 @@ def test_outputs_are_packed_after_the_work_that_makes_them(run_transfers: Any, m
     run_transfers(body)
 
 
-def test_on_a_card_it_says_whether_the_pool_is_pinned_and_why_not(run_transfers: Any) -> None:
+def test_on_a_gpu_it_says_whether_the_pool_is_pinned_and_why_not(run_transfers: Any) -> None:
     async def body(h: Any, open_transfer: Any) -> None:
         transfer = (await open_transfer("encoder-0")).transfer
         assert transfer.stats() == {"transfers": 0, "waiting_for_disk": 0}
