@@ -318,6 +318,9 @@ class StateSection(Section, frozen=True):
     """Most images of clients that are kept; if active requests may need that many, more are refused."""
     max_uploads_size: str = "16GiB"
     """Most bytes of images of clients that are kept, with a unit."""
+    timeline: bool = False
+    """Whether the head and the roles record when they did what, in the folder `timeline`: at most 64 MiB for each
+    component. `python -m triptych.tools.trace` makes a trace of it that Perfetto opens."""
 
 
 class RoleSection(Section, frozen=True):

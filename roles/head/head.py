@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from triptych.actors import Actor, Component, DeferredReply, StartDelayedError, StartError, Topology
@@ -22,6 +22,7 @@ from triptych.bus import BusError, RefusedError
 from triptych.engines.stages import Stage
 from triptych.roles.head.availability import not_ready_reasons, weights_mismatch
 from triptych.roles.head.effect_runner import EffectRunner
+from triptych.roles.head.effects import Effect, NotifyWaiters
 from triptych.roles.head.job import IllegalTransitionError
 from triptych.roles.head.journal import JournalError
 from triptych.roles.head.model_manager import ModelManager
@@ -32,6 +33,7 @@ from triptych.roles.head.served_models import served_models_of
 from triptych.roles.messages import pool as pools
 from triptych.roles.messages import requests, stages
 from triptych.roles.messages.weights import ModelStatus, Reloading, ReloadModel, SleepModel, WakeModel
+from triptych.roles.timeline import JobHistory, Timeline, timeline_of
 
 Report: TypeAlias = (
     stages.StageStarted
@@ -56,15 +58,17 @@ PROBE_EVERY_S = 1.0
 
 def build(component: Component, topology: Topology) -> list[Actor]:
     """Make the actors of the head's process."""
-    return [Head(topology)]
+    timeline, writers = timeline_of(component, topology)
+    return [Head(topology, timeline), *writers]
 
 
 class Head(Actor):
     """The head actor, one per cluster: receives the messages of clients and the reports of instances."""
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, topology: Topology, timeline: Timeline | None = None) -> None:
         super().__init__("head")
         self.topology = topology
+        self.timeline = timeline or Timeline()
         self.models = served_models_of(topology)
         self.requests = RequestStore(self, topology, self.models)
         self.model_manager = ModelManager(topology, self.models)
@@ -110,7 +114,16 @@ class Head(Actor):
         for scheduler in self.models.schedulers:
             scheduler.dispatch(now)
         self.requests.save()
-        self.effect_runner.run([effect for scheduler in self.models.schedulers for effect in scheduler.take_effects()])
+        effects = [effect for scheduler in self.models.schedulers for effect in scheduler.take_effects()]
+        if self.timeline.on:
+            self._record_ended(effects)
+        self.effect_runner.run(effects)
+
+    def _record_ended(self, effects: Iterable[Effect]) -> None:
+        """Record the histories of requests that have ended."""
+        ended = [self.models.request(effect.request_id) for effect in effects if isinstance(effect, NotifyWaiters)]
+        for job in [job for request in ended if request for job in request.jobs]:
+            self.timeline.add(JobHistory(job=job.id, states=tuple((each.state, each.at) for each in job.history)))
 
     # -- clients: requests
 

@@ -18,6 +18,7 @@ from triptych.roles.messages.worker import (
     SetWeightsLoaded,
     StoreOutputs,
 )
+from triptych.roles.timeline import Timeline
 from triptych.roles.worker.attempts import AttemptTracker, Phase
 from triptych.roles.worker.reporter import Reporter
 
@@ -36,8 +37,10 @@ _SUFFIXES: Final[dict[type[Message], str]] = {
 class ProcessContext:
     """One role process: its attempts, its reports, and what has to be there before it can take work."""
 
-    def __init__(self, component: Component) -> None:
+    def __init__(self, component: Component, timeline: Timeline | None = None) -> None:
         self.instance = component.name
+        self.timeline = timeline or Timeline()
+        """When the actors of this process did what."""
         self.attempts = AttemptTracker(component.name, component.kind, component.slots)
         self.reporter = Reporter(structlog.stdlib.get_logger("actor").bind(actor=component.name))
         self.signature = Signature()

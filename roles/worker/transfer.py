@@ -106,15 +106,15 @@ class TransferActor(Actor):
 
     async def store_outputs(self, message: StoreOutputs) -> None:
         """Put the attempt's values into a block."""
-        self._begin(message.attempt, lambda stop: self._store_outputs(message, stop))
+        self._begin("store", message.attempt, lambda stop: self._store_outputs(message, stop))
 
     async def load_inputs(self, message: LoadInputs) -> None:
         """Fetch, verify and load stored tensors."""
-        self._begin(message.attempt, lambda stop: self._load(message, stop))
+        self._begin("load", message.attempt, lambda stop: self._load(message, stop), message.source.nbytes)
 
     async def save_artifact(self, message: SaveArtifact) -> None:
         """Write the attempt's image or video to the artifact store."""
-        self._begin(message.attempt, lambda stop: self._save(message, stop))
+        self._begin("save", message.attempt, lambda stop: self._save(message, stop))
 
     async def cancel_attempt(self, message: CancelAttempt) -> None:
         """End what is being done for an attempt where it can be ended; one that is not here is on its way on."""
@@ -123,16 +123,20 @@ class TransferActor(Actor):
 
     # -- one task for each thing told
 
-    def _begin(self, attempt: Attempt, task: Callable[[asyncio.Event], Awaitable[Message]]) -> None:
+    def _begin(
+        self, verb: str, attempt: Attempt, task: Callable[[asyncio.Event], Awaitable[Message]], nbytes: int = 0
+    ) -> None:
         self._stops[attempt] = stop = asyncio.Event()
         if self.context.attempts.active[attempt].cancelled:
             stop.set()
-        self.spawn(self._reply(attempt, task(stop)), name=str(attempt))
+        self.spawn(self._reply(verb, attempt, task(stop), nbytes), name=str(attempt))
 
-    async def _reply(self, attempt: Attempt, task: Awaitable[Message]) -> None:
+    async def _reply(self, verb: str, attempt: Attempt, task: Awaitable[Message], nbytes: int) -> None:
         failed = self.context.attempts.transfer_failed
         try:
-            answer = await task
+            with self.context.timeline.measure("transfer", verb, attempt, nbytes=nbytes) as measured:
+                answer = await task
+                measured.nbytes = measured.nbytes or _nbytes(answer)
         except TransferFailedError as problem:
             self.log.warning("transfer failed", attempt=str(attempt), reason=str(problem))
             answer = failed(
@@ -370,6 +374,13 @@ class _Retry:
         except TimeoutError:  # the pause is over
             return
         self.check()
+
+
+def _nbytes(message: Message) -> int:
+    """Return the bytes that a finished transfer has written."""
+    if isinstance(message, StageOutputsStored):
+        return message.stored.nbytes
+    return message.artifact.nbytes if isinstance(message, StageFinished) else 0
 
 
 def _raise_if_stopped(stop: asyncio.Event) -> None:
