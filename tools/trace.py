@@ -342,7 +342,7 @@ def picture(timelines: Sequence[ProcessTimeline], slices: Sequence[Sequence[Slic
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y + 24}" width="{_WIDTH}" '
             f'height="{y + 24}" font-family="system-ui, sans-serif" font-size="11">',
             f'<rect width="{_WIDTH}" height="{y + 24}" fill="white"/>',
-            _text(_LABELS, 16, "one colour and number for each request; thin bars are transfers and single steps"),
+            _text(_LABELS, 16, "each request has a colour and a number"),
             *bands,
             *axis,
             *parts,
