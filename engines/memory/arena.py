@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import mmap
 import os
+import select
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,10 +72,12 @@ class Arena:
         pin_failure: Why `pin` has failed; "" otherwise.
     """
 
-    def __init__(self, fd: int, address: ArenaAddress, *, owner: bool) -> None:
+    def __init__(self, fd: int, address: ArenaAddress, *, process: int = -1) -> None:
         self.address = address
-        self.owner = owner
-        self._fd = fd if owner else -1
+        self.owner = process < 0
+        self._fd = fd if self.owner else -1
+        self._process = process
+        """The pidfd of the process that created the arena; -1 in that process."""
         # Populate it now, so that the first copy into each block has no page faults.
         self._map: mmap.mmap | None = mmap.mmap(fd, address.nbytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._bytes: Bytes = np.frombuffer(self._map, dtype=np.uint8)
@@ -102,7 +105,7 @@ class Arena:
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZE_IS_FIXED | fcntl.F_SEAL_SEAL)
             pid = os.getpid()
             address = ArenaAddress(pid, _start_time(pid), fd, os.fstat(fd).st_ino, nbytes)
-            return cls(fd, address, owner=True)
+            return cls(fd, address)
         except OSError as error:
             os.close(fd)
             raise ArenaError(f"cannot allocate {nbytes} bytes of memory for a pool: {error.strerror}") from error
@@ -120,8 +123,13 @@ class Arena:
         except OSError as error:
             raise ArenaError(f"cannot open the arena of process {address.pid}: {error.strerror}") from error
         try:
-            _check_file(fd, address)
-            return cls(fd, address, owner=False)
+            process = os.pidfd_open(address.pid)
+            try:
+                _check_file(fd, address)
+                return cls(fd, address, process=process)
+            except BaseException:
+                os.close(process)
+                raise
         except OSError as error:
             raise ArenaError(f"cannot map the arena of process {address.pid}: {error.strerror}") from error
         finally:
@@ -134,21 +142,22 @@ class Arena:
 
     @property
     def stale(self) -> bool:
-        """Whether the process that created the arena has ended, so that its leases are void."""
-        started = _start_time(self.address.pid)
-        return started == 0 or started != self.address.start_time
+        """Whether the process that created the arena has ended, so that its leases are void; or it is closed here."""
+        if self._process < 0:
+            return not self.owner
+        ended = select.poll()  # a microsecond, where reading /proc takes two hundred: it is asked for each block
+        ended.register(self._process, select.POLLIN)
+        return bool(ended.poll(0))
 
     async def until_stale(self) -> None:
-        """Wait until the process that created the arena has ended."""
-        try:
-            process = os.pidfd_open(self.address.pid)
-        except ProcessLookupError:
+        """Wait until the process that created the arena, another one, has ended; return at once if it is closed."""
+        if self._process < 0:
             return
+        process = os.dup(self._process)  # which `close` does not close meanwhile
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
         loop.add_reader(process, ended.set)
         try:
-            if not self.stale:  # if it is, the pid may be that of another process
-                await ended.wait()
+            await ended.wait()
         finally:
             loop.remove_reader(process)
             os.close(process)
@@ -204,7 +213,7 @@ class Arena:
         return self.pinned
 
     def close(self) -> None:
-        """Release the mapping, and the memfd of its owner; it is unmapped when no view of it is left.
+        """Release the mapping and its descriptors; it is unmapped when no view of it is left.
 
         Unregisters a pinned mapping first, so no copy to or from a device may be under way. May be called twice.
         """
@@ -215,9 +224,10 @@ class Arena:
             self.pinned = False
         self._map = None
         self._bytes = np.empty(0, dtype=np.uint8)
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        for fd in (self._fd, self._process):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._process = -1
 
 
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
