@@ -273,10 +273,13 @@ class Head(Actor):
         self._scheduler_of(name).registry.offer(name, generation, message.blocks)
 
     async def stage_started(self, message: stages.StageStarted) -> stages.Acknowledged:
-        """Record that a stage runs."""
-        return self._apply_report(
-            message, lambda scheduler, name, now: scheduler.started(message.attempt, name, message.stage, now)
-        )
+        """Record that a stage runs.
+
+        Nothing follows from it, so it is written with the next change, or at the next tick. If this head ends before,
+        the instance says it again to the next one.
+        """
+        self._record(message, lambda scheduler, name, now: scheduler.started(message.attempt, name, message.stage, now))
+        return stages.Acknowledged()
 
     async def stage_progress(self, message: stages.StageProgress) -> None:
         """Record a finished denoising step."""
@@ -313,6 +316,11 @@ class Head(Actor):
 
     def _apply_report(self, report: Report, apply: Callable[[JobScheduler, str, float], bool]) -> stages.Acknowledged:
         """Apply a report to its scheduler; the answer lets the instance forget the report."""
+        self._record(report, apply)
+        self.commit()
+        return stages.Acknowledged()
+
+    def _record(self, report: Report, apply: Callable[[JobScheduler, str, float], bool]) -> None:
         name, _ = self._instance()
         try:
             current = apply(self._scheduler_of(name), name, time.time())
@@ -321,8 +329,6 @@ class Head(Actor):
             raise RefusedError("illegal_transition", str(error)) from error
         if not current:
             self.log.info("stale report", report=type(report).__name__, attempt=str(report.attempt))
-        self.commit()
-        return stages.Acknowledged()
 
     def _instance(self) -> tuple[str, int]:
         """Return the name and the generation of the instance that sent the message."""

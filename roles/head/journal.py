@@ -232,10 +232,11 @@ class Journal:
             self._write_jobs(request.jobs)
 
     def save(self, requests: Iterable[Request], jobs: Iterable[Job]) -> None:
-        """Write changed requests and jobs."""
+        """Write changed requests and jobs; of a request only its end changes."""
         with self._writing():
             self._db.executemany(
-                "UPDATE requests SET finished_at = ? WHERE id = ?", [(r.finished_at, r.id) for r in requests]
+                "UPDATE requests SET finished_at = ? WHERE id = ?",
+                [(request.finished_at, request.id) for request in requests if request.finished_at],
             )
             self._write_jobs(jobs)
 

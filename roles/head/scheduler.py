@@ -512,13 +512,14 @@ class JobScheduler:
         self._reload_next(now)
         load = self.load()
         for stage in Stage:
-            if stage is Stage.ENCODER and self.paused:
+            waiting = self._queue(stage)
+            if not waiting or (stage is Stage.ENCODER and self.paused):
                 continue
             caches = stage is Stage.ENCODER and self.stored_outputs.cache.capacity > 0
             capacity = downstream_capacity(stage, self.jobs.values(), self.registry)
             candidates = self.registry.candidates(stage, load)
             encoding = {self._prompt_key(u) for u in self.jobs.values() if caches and u.instance and u.stage is stage}
-            for job in self._queue(stage):
+            for job in waiting:
                 if capacity < 1 or not (candidates or caches):
                     break
                 model = job.model if job.made_with_older_weights(self.model) else self.model

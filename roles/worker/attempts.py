@@ -162,6 +162,12 @@ class AttemptTracker:
         """Return the active attempts, oldest first."""
         return tuple(self.active)
 
+    def begun(self) -> tuple[StageStarted, ...]:
+        """Return what a new head is told of the stages that have begun."""
+        return tuple(
+            StageStarted(item.attempt, item.stages[0]) for item in self.active.values() if item.began_at is not None
+        )
+
     # -- the instance: what the head sends
 
     def can_reserve(self, attempt: Attempt) -> bool:

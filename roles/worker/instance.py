@@ -339,6 +339,8 @@ class Instance(Actor):
             registered = await self._register(head)
             for attempt in registered.unknown:
                 self._drop(attempt)
+            for started in self.attempts.begun():  # which the head before may not have written down
+                self.reporter.add(started)
             self.reporter.resume()
             self._head_away.clear()
             self._offer()

@@ -11,6 +11,7 @@ import pytest
 from tests.roles.head.head_harness import BOUND_S, PNG, finished, run_scenario, running_head, stored
 from triptych.actors import Topology
 from triptych.roles.head import effect_runner
+from triptych.roles.head import head as head_module
 from triptych.roles.head.admission import limits_of, make_request
 from triptych.roles.head.head import TICK_S
 from triptych.roles.messages import requests, stages
@@ -40,6 +41,26 @@ def test_a_request_goes_from_stage_to_stage_and_who_waits_for_it_is_notified(top
             assert (await waiting).state == "DONE"
             early = await harness.head.ask(requests.WaitRequest("r", 0.0), requests.RequestView, timeout_s=BOUND_S)
             assert early.terminal
+
+    run_scenario(scenario())
+
+
+def test_that_a_stage_has_begun_is_written_with_the_next_change(
+    topology: Callable[..., Topology], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_module, "TICK_S", BOUND_S)
+
+    async def scenario() -> None:
+        async with running_head(topology()) as harness:
+            await harness.register("encoder-0")
+            await harness.submit()
+            attempt = await harness.next_attempt("encoder-0")
+            unwritten = harness.actor.models.all[0].scheduler.dirty
+            await harness.report(stages.StageStarted(attempt, "encoder"))
+            assert (await harness.view()).state == "ENCODER_RUNNING"
+            assert unwritten == {"r/0"}
+            await harness.report(stored(attempt, "encoder", 1))
+            assert not unwritten
 
     run_scenario(scenario())
 

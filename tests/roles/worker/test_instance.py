@@ -13,6 +13,7 @@ from triptych.actors.runtime._actor_cell import ActorCell
 from triptych.actors.runtime.system_messages import Inspect, Inspection
 from triptych.bus import Delivery, RemoteError
 from triptych.engines.memory.arena import ArenaAddress
+from triptych.engines.stages import Stage
 from triptych.engines.steps.denoising import Denoising
 from triptych.roles.messages import stages
 from triptych.roles.messages.pool import PoolDescription, PoolQuery
@@ -254,7 +255,6 @@ def test_a_head_that_comes_back_finds_the_attempts_as_they_were(
             await driver.push("denoiser-0", attempt(n), sources[n])
         await driver.inbox.next(stages.StageProgress)
         await driver.h.kill("head")
-        denoise_gate.set()
         second = scripted_head()
         second.unknown = {attempt(1)}
         await driver.h.start(second, generation=2)
@@ -264,6 +264,8 @@ def test_a_head_that_comes_back_finds_the_attempts_as_they_were(
         assert set(registration.running) >= {attempt(0), attempt(1)}
         assert registration.taken == 2
         assert registrations["encoder-0"].running == ()
+        assert await second.inbox.next(stages.StageStarted) == stages.StageStarted(attempt(0), Stage.DENOISER)
+        denoise_gate.set()
         stored = await second.inbox.next(stages.StageOutputsStored)
         assert stored.attempt == attempt(0)
         assert stored.issued >= 3
