@@ -34,6 +34,7 @@ from triptych.engines.pipelines.modular import load_modular
 from triptych.engines.pipelines.monolithic import load_monolithic
 from triptych.engines.pipelines.random_state import SEED, GlobalRngGuard
 from triptych.engines.stages import InputError, ModelError, Stage
+from triptych.engines.steps.checkpoint import CheckpointError
 from triptych.engines.steps.denoising import Denoising
 from triptych.engines.weights.adapters import Adapters
 from triptych.engines.weights.offload import ModelOffloader, Offload
@@ -217,21 +218,61 @@ class StagePipeline:
         chosen = _chosen(choose_loras(inputs, self._adapters.files))
         return {**self._runner.rebind(values, self._to_pipeline_inputs(inputs), seed), SEED: seed, **chosen}
 
-    def denoise(self, payload: Mapping[str, object], bucket: int = 1) -> Denoising:
+    def denoise(
+        self, payload: Mapping[str, object], bucket: int = 1, resume: Mapping[str, object] | None = None
+    ) -> Denoising:
         """Prepare a run of the denoiser; the first `advance` starts it.
 
         Args:
             payload: The payload of `encode`. It is not changed, so that it can be run again.
             bucket: How many calls of a denoiser module a `StepExecutor` computes together, with those of other runs or
                 padded. The result depends on it in its last bits, and not on the other runs; 1 for always alone.
+            resume: A `Denoising.snapshot` of a run of the same payload, here or in another process with the same
+                weights: the run goes on after it, and its result has the same bits. None runs from the beginning.
+
+        Raises:
+            CheckpointError: `resume` is no snapshot; if it does not fit, the first `advance` raises it.
         """
+        denoising = self._denoising(payload, bucket)
+        if resume is not None:
+            denoising.resume(resume)
+        return denoising
+
+    def preview(self, payload: Mapping[str, object], snapshot: Mapping[str, object]) -> dict[str, object]:
+        """Return a payload for the decoder with the latents of a snapshot, as if its step had been the last.
+
+        Args:
+            payload: The payload of the denoise.
+            snapshot: A `Denoising.snapshot` of it. Neither is changed.
+
+        Raises:
+            CheckpointError: The snapshot is not of a run of this payload.
+        """
+        denoising = self._denoising(payload, 1)
+        denoising.resume(snapshot, skip_rest=True)
+        while denoising.advance():
+            pass
+        return denoising.result()
+
+    def _denoising(self, payload: Mapping[str, object], bucket: int) -> Denoising:
         self._require(Stage.DENOISER)
         values, seed, choice = self._open(payload)
         denoising = self._runner.denoise(values, parks=bucket > 1)
         denoising.bucket, denoising.adapters = bucket, choice
-        rng = GlobalRngGuard(seed, Stage.DENOISER)
+        device, rng = self.placement.device, GlobalRngGuard(seed, Stage.DENOISER)
         denoising.surround(lambda: self._adapters.activate(choice), rng, self._offload, self._label(seed, choice))
+        denoising.keep("random_state", lambda: rng.saved(device), lambda saved: rng.set(saved, device))
+        denoising.keep("precision", self._precision, self._check_precision)
         return denoising
+
+    def _precision(self) -> list[object]:
+        placement = self.placement
+        return [type(self._runner.pipeline).__name__, placement.dtype, str(placement.quantization)]
+
+    def _check_precision(self, saved: object) -> None:
+        """Raise `CheckpointError` unless a snapshot was made with weights of the same pipeline, dtype and format."""
+        if saved != self._precision():
+            raise CheckpointError(f"The snapshot is of {saved}; here is {self._precision()}.")
 
     def decode(self, payload: Mapping[str, object]) -> dict[str, object]:
         """Run the decoder.

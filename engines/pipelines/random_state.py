@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Final, Self
 
 import torch
@@ -49,6 +50,23 @@ class GlobalRngGuard:
         """Whether the run had drawn from a global generator, or seeded one, at the last exit."""
         return not all(map(torch.equal, self._begun, self._states))
 
+    def saved(self, device: torch.device) -> dict[str, torch.Tensor] | None:
+        """Return the states at the last exit of the generators of the CPU and of a device; None if unused."""
+        if not self.was_used:
+            return None
+        saved = {"cpu": self._states[0].clone()}
+        if device.type == "cuda":
+            saved["cuda"] = self._states[1 + _index(device)].clone()
+        return saved
+
+    def set(self, saved: Mapping[str, torch.Tensor] | None, device: torch.device) -> None:
+        """Go on from states that another guard has `saved`; for use inside of this context."""
+        if saved is None:
+            return
+        torch.set_rng_state(saved["cpu"].cpu())
+        if "cuda" in saved and device.type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda"].cpu(), _index(device))
+
     def __enter__(self) -> Self:
         """Save the present state, and set that of the run."""
         self._outside = _states()
@@ -66,6 +84,10 @@ class GlobalRngGuard:
         """Save the state of the run, and restore the one before."""
         self._states = _states()[: len(self._outside)]
         _restore(self._outside)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _states() -> list[torch.Tensor]:

@@ -16,6 +16,7 @@ from typing import Any
 import greenlet
 import torch
 
+from triptych.engines.steps.checkpoint import CheckpointError
 from triptych.engines.steps.denoiser_calls import CacheContextArguments, DenoiserCall, RunGreenlet
 
 
@@ -40,6 +41,7 @@ class Denoising:
         bucket: How many calls of the denoiser are computed together, with those of other runs or padded; 1 for alone.
         adapters: The adapters of the request: only calls with the same ones are computed together.
         batch_key: Runs whose last calls have the same key are likely to be computed together; None before the first.
+        cannot_resume: Why `snapshot` refuses; "" while nothing is known against it.
     """
 
     def __init__(self, work: Callable[[], dict[str, object]]) -> None:
@@ -51,6 +53,11 @@ class Denoising:
         self.adapters: Hashable = ()
         self.batch_key: Hashable = None
         self._calls = 0
+        self.cannot_resume = ""
+        self._kept: dict[str, tuple[Callable[[], object], Callable[[Any], object]]] = {}
+        self._saved: dict[str, Any] | None = None
+        self._skips_rest = False
+        self._paused = False
         self._before: Callable[[], object] = _nothing
         self._after: Callable[[], object] = _nothing
         self._during: AbstractContextManager[object] = contextlib.nullcontext()
@@ -81,6 +88,50 @@ class Denoising:
     def over(self) -> bool:
         """Whether the run has ended, in any way."""
         return self._over
+
+    def keep(self, name: str, save: Callable[[], object], restore: Callable[[Any], object]) -> None:
+        """Add something to the snapshots of this run; call it before the first step.
+
+        Args:
+            name: Its name in a snapshot.
+            save: Returns its value, of types that `engines.codec` packs, at a pause. The run must not change it later.
+            restore: Is called with that value in a run that goes on, where the first step begins that it computes.
+        """
+        self._kept[name] = (save, restore)
+
+    def snapshot(self) -> dict[str, object]:
+        """Return all that another run of the same payload needs to go on from this pause, with the same bits.
+
+        Returns:
+            The "step" after which it goes on, and copies of what this run has changed; `engines.codec` can pack it.
+
+        Raises:
+            CheckpointError: The run is not at a pause, or is of a kind that cannot go on elsewhere (`cannot_resume`).
+        """
+        if not self._paused:
+            raise CheckpointError("A denoise is saved only between two of its steps.")
+        run = {} if self.cannot_resume else self._freeze()
+        if self.cannot_resume:
+            raise CheckpointError(self.cannot_resume)
+        kept = {name: save() for name, (save, _) in self._kept.items()}
+        where = {"step": self.step, "total_steps": self.total_steps, "bucket": self.bucket}
+        return {**where, "run": run, "kept": kept}
+
+    def resume(self, snapshot: Mapping[str, Any], *, skip_rest: bool = False) -> None:
+        """Go on from a snapshot: the first `advance` skips the steps before it; call it before that.
+
+        Args:
+            snapshot: What `snapshot` of a run of the same payload has returned. It is not changed. If it does not fit
+                this run, an `advance` raises `CheckpointError`.
+            skip_rest: Whether to skip the steps after it, too, so that the run ends with what the snapshot had.
+
+        Raises:
+            CheckpointError: It is not a snapshot.
+        """
+        step, run, kept = (snapshot.get(name) for name in ("step", "run", "kept"))
+        if not (type(step) is int and step > 0 and isinstance(run, dict) and isinstance(kept, dict)):
+            raise CheckpointError("This is not a snapshot of a denoise.")
+        self._saved, self._skips_rest = dict(snapshot), skip_rest
 
     def advance(self) -> bool:
         """Run one step; the first also runs what is before the loop, the last also what is after it.
@@ -161,7 +212,35 @@ class Denoising:
             RunCancelledError: `cancel` was called.
         """
         self._calls = 0
-        greenlet.getcurrent().parent.switch()
+        self._paused = True
+        try:
+            greenlet.getcurrent().parent.switch()
+        finally:
+            self._paused = False
+
+    def _freeze(self) -> dict[str, object]:
+        """Return what this run has changed; sets `cannot_resume` if that is not known."""
+        self.cannot_resume = "This kind of run cannot be saved."
+        return {}
+
+    def _skips(self, thaw: Callable[[dict[str, Any]], object]) -> bool:
+        """Whether the step that begins is skipped. Where a resumed run arrives at its snapshot, first put that in.
+
+        Raises:
+            CheckpointError: The snapshot does not fit this run.
+        """
+        if self._saved is None:
+            return self._skips_rest
+        if self.step < self._saved["step"]:
+            return True
+        saved, self._saved = self._saved, None
+        other_bucket = saved.get("bucket") != self.bucket and not self._skips_rest
+        if other_bucket or saved.get("total_steps") != self.total_steps or saved["kept"].keys() != self._kept.keys():
+            raise CheckpointError("The snapshot is of a run of another length, in another bucket or with other caches.")
+        thaw(saved["run"])
+        for name, (_, restore) in self._kept.items():
+            restore(saved["kept"][name])
+        return self._skips_rest
 
     def park(
         self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], context: CacheContextArguments | None
@@ -186,9 +265,12 @@ class Denoising:
 
     def _run(self, work: Callable[[], dict[str, object]]) -> None:
         try:
-            self._result = work()
+            result = work()
         except RunCancelledError:
             return
+        if self._saved is not None:
+            raise CheckpointError(f"The run has ended before step {self._saved['step']} of the snapshot.")
+        self._result = result
 
     def _check_thread(self) -> None:
         thread = threading.get_ident()
@@ -199,7 +281,8 @@ class Denoising:
     def _release(self) -> None:
         # Drop the greenlet: even one that never ran holds the copy of the block, the private pipeline and its state.
         self._over = True
-        self._greenlet = None
+        self._greenlet = self._saved = None
+        self._kept = {}
         self.pipeline = None
         after, self._before, self._after = self._after, _nothing, _nothing
         after()

@@ -6,6 +6,7 @@ import traceback
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -147,7 +148,7 @@ class ProbeLoop(LoopSequentialPipelineBlocks):  # type: ignore[misc]
 def probe(**values: object) -> Denoising:
     state = PipelineState(values={"gradients": [], **values})
     block = SequentialPipelineBlocks.from_blocks_dict({"denoise": ProbeLoop()})
-    return BlockDenoising(block, None, state, lambda after: {"gradients": after.get("gradients")})
+    return BlockDenoising(block, SimpleNamespace(), state, lambda after: {"gradients": after.get("gradients")})
 
 
 def test_gradients_stay_off_whoever_ends_first() -> None:
@@ -170,7 +171,9 @@ def test_a_loop_over_chunks_has_steps_but_no_known_number_of_them() -> None:
 
 def test_two_loops_one_after_the_other_are_counted_together() -> None:
     block = SequentialPipelineBlocks.from_blocks_dict({"coarse": ProbeLoop(), "fine": ProbeLoop()})
-    denoising = BlockDenoising(block, None, PipelineState(values={"gradients": [], "timesteps": [1, 2]}), vars)
+    denoising = BlockDenoising(
+        block, SimpleNamespace(), PipelineState(values={"gradients": [], "timesteps": [1, 2]}), vars
+    )
     seen = []
     while True:
         more = denoising.advance()
