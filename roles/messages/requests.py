@@ -89,7 +89,7 @@ class ListRequests(Message):
     """As in QueryRequest."""
     after: str = ""
     """The list starts after this id; "" for the first page."""
-    limit: Natural = 20
+    limit: Annotated[int, Meta(ge=0, le=1000)] = 20
     newest_first: bool = True
 
 

@@ -167,6 +167,7 @@ LEASE = ("pool", 1, 1, 0, 64)
         ("SubmitRequest", "r", {"prompt": "x"}, 2**64 - 1, 2),
         ("WaitRequest", "r", float("nan")),
         ("CancelRequest", "x" * 129),
+        ("ListRequests", "", "", 2**63 - 1),
         ("InstanceHeartbeat", 2**62),
     ],
     ids=str,
