@@ -190,6 +190,10 @@ class HeadSection(Section, frozen=True):
     """First bus port; the k-th other component has `port + k`. Unused with `[bus] transport = "ipc"`."""
     dispatch: DispatchName = "round_robin"
     """How an instance is chosen among those with free slots."""
+    policy: SchedulingPolicyName = "fifo"
+    """Which waiting job goes next: `fifo`, the one that came first; `fair`, of the client (API key) that was served
+    least; `shortest_remaining`, the one with the least to compute; `deadline`, the one that is due first, if that can
+    still be met. A higher `priority` of a request goes before all of these; see docs/scheduling.md."""
     request_timeout_s: Seconds = 600.0
     """Seconds from acceptance to the result, waiting included."""
     waiting_timeout_s: SecondsOrNone = 0.0

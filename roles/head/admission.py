@@ -14,7 +14,7 @@ import msgspec
 from triptych.actors import Topology
 from triptych.engines.parameters.lora import check_lora
 from triptych.engines.parameters.schema import MASKS, Signature
-from triptych.engines.parameters.serving_config import ParameterError
+from triptych.engines.parameters.serving_config import STEPS, ParameterError
 from triptych.roles.head.job import Job, Request
 from triptych.roles.head.output import resolve_output
 from triptych.roles.head.served_models import ServedModel
@@ -74,14 +74,24 @@ def make_request(message: SubmitRequest, served: ServedModel, limits: AdmissionL
         inputs=inputs,
         output=output,
         created_at=now,
-        deadline=now + limits.timeout_s,
+        times_out_at=now + limits.timeout_s,
         jobs=[Job(f"{id_}/{k}", id_, k, seed, limits.timeout_s) for k, seed in enumerate(seeds)],
         idempotency_key=idempotency_key(message),
         digest=digest(message),
         owner=message.owner,
         served=served.identity,
         model=served.key,
+        priority=message.priority,
+        deadline_s=message.deadline_s,
+        steps=steps_of(inputs, served),
     )
+
+
+def steps_of(inputs: Mapping[str, Input], served: ServedModel) -> int:
+    """Return the denoising steps of a request with these inputs, 0 if that is not known."""
+    default = next((p.default for p in served.signature.parameters if p.name == STEPS), None)
+    steps = inputs.get(STEPS, default)
+    return steps if isinstance(steps, int) else 0
 
 
 def request_id_error() -> ParameterError:
@@ -111,6 +121,8 @@ def digest(message: SubmitRequest) -> str:
     body: tuple[object, ...] = (sorted(message.inputs.items()), message.seed, message.n, message.output)
     if message.model:
         body += (message.model,)
+    if message.priority or message.deadline_s:
+        body += (message.priority, message.deadline_s)
     return hashlib.sha256(msgspec.json.encode(body)).hexdigest()
 
 

@@ -1,8 +1,8 @@
-"""Dispatch policies: which waiting job goes first, and which instance gets it. Pure.
+"""Dispatch policies: which instance gets a job. Pure. Which job goes next, `roles.scheduling_policy` decides.
 
 A policy is a class here (or in its own module) and an entry in `POLICIES`, from which `[head] dispatch` of the topology
 chooses; its name is one of `DispatchName`. A policy gets the job and its request, so that it can use the inputs: prefer
-the instance that has the job's adapter, or the requests of one owner.
+the instance that has the job's adapter.
 """
 
 from __future__ import annotations
@@ -34,16 +34,7 @@ class Candidate:
 
 
 class DispatchPolicy:
-    """First come, first served; to the instance that was served least recently."""
-
-    def priority(self, job: Job, request: Request) -> float:
-        """Return the priority of a waiting job: the lowest goes first, and of equals the one that came first.
-
-        Args:
-            job: A job that waits for an instance of its stage.
-            request: The request of the job.
-        """
-        return 0.0
+    """To the instance that was served least recently."""
 
     def choose(self, job: Job, request: Request, candidates: Sequence[Candidate]) -> Candidate:
         """Choose the instance that gets a job.

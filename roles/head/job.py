@@ -140,6 +140,11 @@ class Job:
     """Instances that fell silent while they computed this job."""
     step: int = 0
     total_steps: int = 0
+    passed_over: int = 0
+    """How often younger jobs were assigned before it in its present stage; see `roles.scheduling_policy`."""
+    bucket: int = 0
+    """Rows of each batch that its denoise is computed in; 0 until an instance has it for its denoise. It then stays
+    the same, because the bits of the result depend on it."""
     artifact: Artifact | None = None
     uses_cached_prompt: bool = False
     """Whether its encoder output was made for another job of an equal prompt, and must be adapted to this one."""
@@ -167,6 +172,13 @@ class Job:
         """Return whether an instance computes it."""
         return self.state in RUNNING.values()
 
+    def has_begun(self, stage: Stage) -> bool:
+        """Return whether `stage` is assigned, or done."""
+        if self.terminal:
+            return True
+        waits_for = HAPPY_PATH.index(WAITING[stage])
+        return HAPPY_PATH.index(self.state) + bool(self.instance) > waits_for
+
     @property
     def stage(self) -> Stage | None:
         """Return the stage that it waits for or runs; None when PENDING, between stages, or terminal."""
@@ -182,6 +194,7 @@ class Job:
             raise IllegalTransitionError(self.id, self.state, target)
         self.state = target
         self.stage_s = 0.0
+        self.passed_over = 0
         self.history.append(Transition(target.value, at, reason))
 
     def advance(self, target: State, at: float) -> None:
@@ -226,6 +239,7 @@ class Job:
             causes=tuple(self.causes),
             artifact=self.artifact,
             at_fault=self.invalid_request,
+            bucket=self.bucket,
         )
 
 
@@ -237,7 +251,7 @@ class Request:
     inputs: dict[str, Input]
     output: Output
     created_at: float
-    deadline: float
+    times_out_at: float
     """Unix seconds, set at acceptance; `Job.left_s` is what is enforced."""
     jobs: list[Job]
     idempotency_key: str = ""
@@ -250,8 +264,26 @@ class Request:
     """The model that it was accepted for; None if accepted by a version that did not record it."""
     model: str = ""
     """The model that serves it, by its name in the topology; "" for one without a name."""
+    priority: int = 0
+    """A higher one goes first."""
+    deadline_s: float = 0.0
+    """Seconds from acceptance in which the client wants the result; 0 without a deadline. It orders jobs, ends none."""
+    steps: int = 0
+    """Denoising steps of each job; 0 if unknown."""
     prompt_key: bytes = b""
     """Key of the prompt cache; computed at first use."""
+
+    def deadline_left_s(self, job: Job) -> float | None:
+        """Return the seconds until the deadline, below 0 after it, as counted for one of its jobs; None without one."""
+        timeout_s = self.times_out_at - self.created_at
+        return self.deadline_s - (timeout_s - job.left_s) if self.deadline_s else None
+
+    @property
+    def deadline_met(self) -> bool | None:
+        """Return whether it was done by its deadline; None without one, or while that is open."""
+        if not self.deadline_s or not self.terminal:
+            return None
+        return self.state is State.DONE and self.finished_at - self.created_at <= self.deadline_s
 
     @property
     def terminal(self) -> bool:
@@ -278,4 +310,7 @@ class Request:
             inputs=self.inputs,
             output=self.output,
             units=tuple(job.view() for job in self.jobs),
+            priority=self.priority,
+            deadline_s=self.deadline_s or None,
+            deadline_met=self.deadline_met,
         )

@@ -92,11 +92,15 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
     inputs: dict[str, Input]
     output_format: str
     deadline: float
+    """`Request.times_out_at`."""
     digest: str
     fps: float = 0.0
     quality: int = 0
     served: ModelIdentity | None = None
     model: str = ""
+    priority: int = 0
+    deadline_s: float = 0.0
+    steps: int = 0
 
 
 class _JobRow(msgspec.Struct):
@@ -134,6 +138,7 @@ class _JobRow(msgspec.Struct):
     model: str = ""
     at_fault: bool = False
     """`Job.invalid_request`."""
+    bucket: int = 0
 
 
 _RENAMED: Final = frozenset({"staged", "borrows", "at_fault"})
@@ -347,7 +352,7 @@ class Journal:
                 inputs=held.inputs,
                 output=Output(held.output_format, held.fps, held.quality),
                 created_at=float(created_at),
-                deadline=held.deadline,
+                times_out_at=held.deadline,
                 jobs=jobs,
                 idempotency_key=(key or b"").decode(),
                 digest=held.digest,
@@ -355,6 +360,9 @@ class Journal:
                 owner=owner.decode(),
                 served=held.served,
                 model=held.model,
+                priority=held.priority,
+                deadline_s=held.deadline_s,
+                steps=held.steps,
             )
         except (ValueError, TypeError) as error:  # msgspec and the codecs raise subclasses of these
             return str(error)
@@ -506,12 +514,15 @@ def _request_row(request: Request) -> tuple[str, str | None, float, float, bytes
     body = _Body(
         request.inputs,
         output.format,
-        request.deadline,
+        request.times_out_at,
         request.digest,
         output.fps,
         output.quality,
         request.served,
         request.model,
+        request.priority,
+        request.deadline_s,
+        request.steps,
     )
     return (
         request.id,

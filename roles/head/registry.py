@@ -58,6 +58,8 @@ class InstanceRecord:
     changing_to: str = ""
     """"sleep" or "wake" while that is under way, else ""."""
     device: str = "cpu"
+    max_batch: int = 1
+    """Most jobs whose denoising steps it computes in one call."""
     weights: int = 0
     """Bytes of its weights; 0 until it has loaded them once."""
     wake_error: str = ""
@@ -133,6 +135,7 @@ class InstanceRegistry:
             leaving=registration.leaving,
             awake=registration.awake,
             device=registration.device,
+            max_batch=max(1, registration.max_batch),
             weights=registration.weights,
         )
         self.instances[registration.name] = instance

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
+from triptych.actors.topology.sections import SchedulingPolicyName
 from triptych.engines.memory.buddy import block_bytes
 from triptych.engines.parameters.schema import Signature
 from triptych.engines.stages import Stage
@@ -26,7 +27,7 @@ from triptych.roles.head.job import DONE, RUNNING, UPSTREAM, WAITING, Job, Reque
 from triptych.roles.head.registry import ExitCause, InstanceRegistry
 from triptych.roles.head.rolling_restart import next_to_restart
 from triptych.roles.head.stored_outputs import StoredOutputs, downstream_capacity
-from triptych.roles.messages.common import Attempt, LeaseRef, Rebind, StoredPayload
+from triptych.roles.messages.common import Attempt, LeaseRef, Rebind, SchedulingHints, StoredPayload
 from triptych.roles.messages.requests import InstanceView
 from triptych.roles.messages.stages import (
     InstanceWakeChanged,
@@ -40,6 +41,7 @@ from triptych.roles.messages.stages import (
     TransferFailed,
     TransferPush,
 )
+from triptych.roles.scheduling_policy import OwnerService, SchedulingFacts, StepTimes, overtaken, rank
 
 MAX_DEATHS = 2
 """A job that was running this often when its instance crashed counts as the cause, and fails."""
@@ -93,7 +95,10 @@ class CompletionStats:
 class JobScheduler:
     """The requests, jobs and instances of one model, and the decisions about them."""
 
-    policy: DispatchPolicy
+    dispatch_policy: DispatchPolicy
+    """Chooses the instance of a job."""
+    policy: SchedulingPolicyName = "fifo"
+    """Chooses the next job of those that wait."""
     max_pending: int = 256
     max_attempts: int = 3
     waiting_timeout_s: float = 0.0
@@ -123,6 +128,10 @@ class JobScheduler:
     """The instance that was told to restart and has not registered again yet."""
     paused: bool = False
     """Whether no job is started because the model sleeps or is to sleep. Started jobs go on."""
+    step_times: StepTimes = field(default_factory=StepTimes)
+    """Seconds of a denoising step, by the size of what is made."""
+    service: dict[Stage, OwnerService] = field(default_factory=lambda: {stage: OwnerService() for stage in Stage})
+    """Steps of the jobs that were assigned for each owner, by stage."""
 
     def __post_init__(self) -> None:
         self.stored_outputs = StoredOutputs(self.jobs)
@@ -368,9 +377,19 @@ class JobScheduler:
             raise SupersededError
         request = self.requests[job.request_id]
         if source is None:
-            return StageAssign(attempt, request.inputs, job.seed, request.output, job.left_s)
+            return StageAssign(attempt, request.inputs, job.seed, request.output, job.left_s, hints=self._hints(job))
         rebind = Rebind(request.inputs, job.seed) if job.uses_cached_prompt and job.stage is Stage.DENOISER else None
-        return TransferPush(attempt, source, target, request.output, job.left_s, rebind)
+        return TransferPush(attempt, source, target, request.output, job.left_s, rebind, hints=self._hints(job))
+
+    def _hints(self, job: Job) -> SchedulingHints:
+        request = self.requests[job.request_id]
+        return SchedulingHints(
+            priority=request.priority,
+            due_s=request.deadline_left_s(job),
+            steps=request.steps,
+            bucket=max(1, job.bucket),
+            owner=request.owner,
+        )
 
     # -- reports: each returns False when it is about an attempt that no longer counts
 
@@ -411,6 +430,8 @@ class JobScheduler:
             return False
         self._let_go(job)
         job.stage_seconds[stage.value] = report.seconds
+        if stage is Stage.DENOISER and job.total_steps:
+            self.step_times.learn(self._step_kind(job), report.seconds / job.total_steps)
         job.advance(DONE[stage], now)
         self._give_back(self.stored_outputs.put(job, stage, report.stored))
         if stage is Stage.ENCODER and self.stored_outputs.cache.capacity and job.model == self.model:
@@ -493,7 +514,7 @@ class JobScheduler:
             bound_s = self.running_timeout_s if job.running else self.waiting_timeout_s
             if job.left_s <= 0:
                 request = self.requests[job.request_id]
-                given_s = request.deadline - request.created_at
+                given_s = request.times_out_at - request.created_at
                 bound = f"[head] request_timeout_s = {given_s:g}"
                 reason = f"still {job.state} after {given_s - job.left_s:.3g} s ({bound}){self._trouble(job)}"
                 self._stop(job, State.TIMED_OUT, reason, now)
@@ -508,34 +529,73 @@ class JobScheduler:
         return f": {instance.trouble}" if instance and instance.trouble else ""
 
     def dispatch(self, now: float) -> None:
-        """Assign waiting jobs to instances with credits, by the policy; a cached prompt skips the encoder."""
+        """Assign waiting jobs to instances with credits, by the policies; a cached prompt skips the encoder."""
         self._reload_next(now)
-        load = self.load()
         for stage in Stage:
-            waiting = self._queue(stage)
-            if not waiting or (stage is Stage.ENCODER and self.paused):
-                continue
-            caches = stage is Stage.ENCODER and self.stored_outputs.cache.capacity > 0
-            capacity = downstream_capacity(stage, self.jobs.values(), self.registry)
-            candidates = self.registry.candidates(stage, load)
-            encoding = {self._prompt_key(u) for u in self.jobs.values() if caches and u.instance and u.stage is stage}
-            for job in waiting:
-                if capacity < 1 or not (candidates or caches):
-                    break
-                model = job.model if job.made_with_older_weights(self.model) else self.model
-                alike = [candidate for candidate in candidates if candidate.model == model]
-                if caches and self._skip_encoder(job, now):
-                    capacity -= 1
-                elif alike and not (caches and self._same_is_made(job, encoding)):
-                    self._assign(job, stage, self.policy.choose(job, self.requests[job.request_id], alike).name)
-                    load[job.instance] += 1
-                    candidates = self.registry.candidates(stage, load)
-                    capacity -= 1
+            while not (stage is Stage.ENCODER and self.paused) and self._dispatch_next(stage, now):
+                pass
 
-    def _queue(self, stage: Stage) -> list[Job]:
+    def _dispatch_next(self, stage: Stage, now: float) -> bool:
+        """Assign the first job that waits for `stage` and that an instance can take; return whether there is one."""
+        if not any(self._waits(job, stage) for job in self.jobs.values()):
+            return False
+        caches = stage is Stage.ENCODER and self.stored_outputs.cache.capacity > 0
+        capacity = downstream_capacity(stage, self.jobs.values(), self.registry)
+        candidates = self.registry.candidates(stage, self.load())
+        if capacity < 1 or not (candidates or caches):
+            return False
+        encoding = {self._prompt_key(u) for u in self.jobs.values() if caches and u.instance and u.stage is stage}
+        queue = self._queue(stage)
+        for facts, job in queue:
+            if capacity < 1:
+                break
+            model = job.model if job.made_with_older_weights(self.model) else self.model
+            alike = [candidate for candidate in candidates if candidate.model == model]
+            if caches and self._skip_encoder(job, now):
+                capacity -= 1
+            elif alike and not (caches and self._same_is_made(job, encoding)):
+                self._assign(job, stage, self.dispatch_policy.choose(job, self.requests[job.request_id], alike).name)
+                waiting = {f.serial: (f, u) for f, u in queue if self._waits(u, stage)}
+                passed = overtaken((f for f, _ in waiting.values()), [facts])
+                if passed is not None:
+                    waiting[passed][1].passed_over += 1
+                return True
+        return False
+
+    def _waits(self, job: Job, stage: Stage) -> bool:
+        return job.state is WAITING[stage] and not job.instance
+
+    def _queue(self, stage: Stage) -> list[tuple[SchedulingFacts, Job]]:
         """Return the jobs that wait for an instance of a stage, in the order of the policy."""
-        waiting = (job for job in self.jobs.values() if job.state is WAITING[stage] and not job.instance)
-        return sorted(waiting, key=lambda job: self.policy.priority(job, self.requests[job.request_id]))
+        if self.policy == "fair":
+            self.service[stage].update({self.requests[job.request_id].owner for job in self.jobs.values()})
+        waiting = [
+            (self._facts(serial, job, stage), job)
+            for serial, job in enumerate(self.jobs.values())  # in the order of arrival
+            if self._waits(job, stage)
+        ]
+        return sorted(waiting, key=lambda entry: rank(self.policy, entry[0]))
+
+    def _facts(self, serial: int, job: Job, stage: Stage) -> SchedulingFacts:
+        request = self.requests[job.request_id]
+        due_s = request.deadline_left_s(job)
+        steps = job.total_steps or request.steps
+        steps_left = steps - job.step if steps else None
+        return SchedulingFacts(
+            serial,
+            request.priority,
+            self.service[stage].of(request.owner),
+            sum(job.has_begun(stage) for job in request.jobs) if self.policy == "fair" else 0,
+            0 if stage is Stage.DECODER else steps_left,
+            self.step_times.expected(self._step_kind(job)),
+            job.left_s if due_s is None else due_s,
+            job.passed_over,
+        )
+
+    def _step_kind(self, job: Job) -> tuple[object, ...]:
+        """Return what the time of a step depends on."""
+        inputs = self.requests[job.request_id].inputs
+        return tuple(inputs.get(name) for name in ("height", "width", "num_frames"))
 
     def _prompt_key(self, job: Job) -> bytes:
         request = self.requests[job.request_id]
@@ -551,7 +611,12 @@ class JobScheduler:
 
     def _assign(self, job: Job, stage: Stage, name: str) -> None:
         job.instance = job.instances[stage.value] = name
-        job.model = self.registry.instances[name].model
+        instance, request = self.registry.instances[name], self.requests[job.request_id]
+        job.model = instance.model
+        if not job.bucket and instance.kind != Stage.ENCODER and stage is not Stage.DECODER:
+            job.bucket = instance.max_batch
+        if self.policy == "fair":
+            self.service[stage].add(request.owner, max(1, request.steps))
         self.stored_outputs.cache.misses += stage is Stage.ENCODER and self.stored_outputs.cache.capacity > 0
         self.registry.charge(name)
         self.dirty.add(job.id)

@@ -270,6 +270,7 @@ def _scheduler(topology: Topology, model: Model) -> JobScheduler:
     settings = topology.head
     return JobScheduler(
         POLICIES[settings.dispatch],
+        settings.policy,
         max_pending=settings.max_pending,
         max_attempts=settings.max_attempts,
         waiting_timeout_s=settings.waiting_timeout_s,

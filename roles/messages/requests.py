@@ -9,7 +9,18 @@ from msgspec import Meta
 
 from triptych.bus import Message
 from triptych.engines.parameters.schema import Parameter, Task
-from triptych.roles.messages.common import Artifact, Input, Name, Natural, Output, Scalar, Seconds, Seed, Value
+from triptych.roles.messages.common import (
+    Artifact,
+    Input,
+    Name,
+    Natural,
+    Output,
+    Priority,
+    Scalar,
+    Seconds,
+    Seed,
+    Value,
+)
 
 Key = Annotated[str, Meta(max_length=1024)]
 Reason = Annotated[str, Meta(max_length=1024)]
@@ -31,6 +42,10 @@ class SubmitRequest(Message):
     """Name of the client's API key; "" without keys. Each owner has its own idempotency keys."""
     model: Name = ""
     """Name of the model; "" for the first."""
+    priority: Priority = 0
+    """A higher one goes first."""
+    deadline_s: Seconds = 0.0
+    """Seconds from acceptance in which the client wants the result; 0 without a deadline. It orders jobs, ends none."""
 
 
 class RequestAccepted(Message):
@@ -146,6 +161,8 @@ class JobView(Value):
     artifact: Artifact | None = None
     at_fault: bool = False
     """Whether it failed because the pipeline cannot run with its inputs."""
+    bucket: int = 0
+    """Rows of each batch that its denoise is computed in, 1 = alone; 0 before its first denoise."""
 
 
 class RequestView(Message):
@@ -163,6 +180,11 @@ class RequestView(Message):
     units: tuple[JobView, ...]
     model: str = ""
     """Name of its model."""
+    priority: int = 0
+    deadline_s: float | None = None
+    """As submitted; None without one."""
+    deadline_met: bool | None = None
+    """Whether it was done by its deadline; None without one, or while that is open."""
 
 
 class DescribeModel(Message):

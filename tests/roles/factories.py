@@ -26,7 +26,7 @@ SIGNATURE = Signature(
 )
 
 
-def make_scheduler(*, cache: int = 0, **options: float) -> JobScheduler:
+def make_scheduler(*, cache: int = 0, **options: float | str) -> JobScheduler:
     scheduler = JobScheduler(POLICIES["round_robin"], **options)  # type: ignore[arg-type]
     scheduler.stored_outputs.cache = PromptCache(cache, "tiny")
     return scheduler
@@ -40,14 +40,23 @@ def single_model(scheduler: JobScheduler) -> ServedModels:
 
 
 def request(
-    id_: str = "r", n: int = 1, *, deadline: float = 1e9, at: float = 0.0, seed: int = 0, **inputs: Input
+    id_: str = "r", n: int = 1, *, timeout_s: float = 1e9, at: float = 0.0, seed: int = 0, **inputs: Input
 ) -> Request:
-    jobs = [Job(f"{id_}/{k}", id_, k, seed + k, deadline) for k in range(n)]
-    return Request(id_, {"prompt": "x", **inputs}, Output("png"), at, deadline, jobs)
+    jobs = [Job(f"{id_}/{k}", id_, k, seed + k, timeout_s) for k in range(n)]
+    return Request(id_, {"prompt": "x", **inputs}, Output("png"), at, at + timeout_s, jobs)
+
+
+def scheduled(
+    id_: str, *, priority: int = 0, deadline_s: float = 0.0, steps: int = 0, owner: str = "", n: int = 1
+) -> Request:
+    """A request with what a scheduling policy goes by."""
+    made = request(id_, n, timeout_s=600.0)
+    made.priority, made.deadline_s, made.steps, made.owner = priority, deadline_s, steps, owner
+    return made
 
 
 def registration(
-    name: str, *, generation: int = 1, slots: int = 1, running: tuple[Attempt, ...] = ()
+    name: str, *, generation: int = 1, slots: int = 1, running: tuple[Attempt, ...] = (), max_batch: int = 1
 ) -> RegisterInstance:
     kind = name.partition("-")[0]
     return RegisterInstance(
@@ -61,6 +70,7 @@ def registration(
         pool="pool",
         signature=SIGNATURE,
         running=running,
+        max_batch=max_batch,
     )
 
 

@@ -96,7 +96,7 @@ class SimulatedCluster:
 
     def submit(self, id_: str, encoded: int, denoised: int, *, n: int = 1, prompt: str = "") -> None:
         self.sizes[(id_, "encoder")], self.sizes[(id_, "denoiser")] = encoded, denoised
-        self.scheduler.accept(request(id_, n, deadline=FAR, at=self.now, prompt=prompt or id_), self.now)
+        self.scheduler.accept(request(id_, n, timeout_s=FAR, at=self.now, prompt=prompt or id_), self.now)
         self.commit()
 
     def cancel(self, id_: str) -> None:

@@ -1,3 +1,5 @@
+"""Which waiting job goes next, and to which instance."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -5,15 +7,18 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.roles.factories import after, make_scheduler, registration, request
+from tests.roles.factories import after, make_scheduler, registration, request, scheduled, stored
 from triptych.actors import TopologyError, load_topology
-from triptych.actors.topology.sections import DispatchName
+from triptych.actors.topology.sections import DispatchName, SchedulingPolicyName
+from triptych.engines.stages import Stage
 from triptych.roles.head.dispatch import POLICIES, Candidate, DispatchPolicy
 from triptych.roles.head.effects import Assign
 from triptych.roles.head.job import Job, Request
+from triptych.roles.messages.common import SchedulingHints
+from triptych.roles.scheduling_policy import MAX_PASSED_OVER
 
 candidates = st.lists(
     st.builds(
@@ -60,20 +65,17 @@ def test_every_policy_chooses_one_of_the_candidates_whatever_their_order(choices
 
 def test_a_policy_may_go_by_the_inputs_of_a_request() -> None:
     class Affinity(DispatchPolicy):
-        """Requests with an adapter first, and to the instance that is kept for it."""
-
-        def priority(self, job: Job, request: Request) -> float:
-            return 0.0 if "lora" in request.inputs else 1.0
+        """To the instance that is kept for the request's adapter."""
 
         def choose(self, job: Job, request: Request, candidates: Sequence[Candidate]) -> Candidate:
             kept = [candidate for candidate in candidates if candidate.name == request.inputs.get("lora")]
             return (kept or candidates)[0]
 
     scheduler = make_scheduler()
-    scheduler.policy = Affinity()
+    scheduler.dispatch_policy = Affinity()
     for name in ("encoder-0", "encoder-1"):
         scheduler.register(registration(name), 0.0)
-    for id_, inputs in (("plain", {}), ("late", {}), ("inked", {"lora": "encoder-1"})):
+    for id_, inputs in (("inked", {"lora": "encoder-1"}), ("plain", {})):
         scheduler.accept(request(id_, **inputs), 0.0)
     assert after(scheduler) == [Assign("encoder-1", "inked/0"), Assign("encoder-0", "plain/0")]
 
@@ -88,3 +90,82 @@ def test_the_topology_takes_the_names_of_the_policies_and_no_other(tmp_path: Pat
     with pytest.raises(TopologyError, match="dispatch") as refused:
         load_topology(path)
     assert all(name in str(refused.value) for name in POLICIES)
+
+
+def assigned_in_turn(policy: SchedulingPolicyName, *requests: Request) -> list[str]:
+    """The jobs in the order in which an encoder with one slot gets them."""
+    scheduler = make_scheduler(policy=policy)
+    for made in requests:
+        scheduler.accept(made, 0.0)
+    scheduler.register(registration("encoder-0"), 0.0)
+    order: list[str] = []
+    while effects := [effect for effect in after(scheduler) if isinstance(effect, Assign)]:
+        order += [effect.job_id for effect in effects]
+        report = stored(scheduler.jobs[order[-1]].current_attempt, "encoder", len(order), issued=1 + len(order))
+        assert scheduler.stored("encoder-0", report, 1.0)
+    return order
+
+
+@pytest.mark.parametrize(
+    ("policy", "order"),
+    [
+        ("fifo", ["urgent/0", "long/0", "due/0", "a/0", "a/1", "b/0", "short/0"]),
+        ("fair", ["urgent/0", "long/0", "a/0", "b/0", "a/1", "due/0", "short/0"]),
+        ("shortest_remaining", ["urgent/0", "short/0", "a/0", "a/1", "b/0", "due/0", "long/0"]),
+        ("deadline", ["urgent/0", "due/0", "long/0", "a/0", "a/1", "b/0", "short/0"]),
+    ],
+)
+def test_the_policy_of_the_head_orders_the_waiting_jobs(policy: SchedulingPolicyName, order: list[str]) -> None:
+    assert order == assigned_in_turn(
+        policy,
+        scheduled("long", steps=50),
+        scheduled("due", steps=20, deadline_s=9.0),
+        scheduled("a", steps=10, owner="alice", n=2),
+        scheduled("b", steps=10, owner="bob"),
+        scheduled("short", steps=4),
+        scheduled("urgent", steps=60, owner="carol", priority=1),
+    )
+
+
+@given(st.sampled_from(get_args(SchedulingPolicyName)), st.integers(0, 3))
+@settings(max_examples=20, deadline=None)
+def test_no_waiting_job_is_overtaken_for_ever(policy: SchedulingPolicyName, older: int) -> None:
+    scheduler = make_scheduler(policy=policy)
+    scheduler.register(registration("encoder-0"), 0.0)
+    for k in range(older):
+        scheduler.accept(scheduled(f"older{k}", steps=60), 0.0)
+    scheduler.accept(scheduled("last", priority=-100, steps=100), 0.0)
+    assignments = 0
+    while not scheduler.jobs["last/0"].instance:
+        for k in range(2):  # more than is served
+            request_ = scheduled(f"new{assignments}-{k}", priority=k, deadline_s=1.0, steps=1, owner=f"{assignments}")
+            scheduler.accept(request_, 0.0)
+        (job_id,) = [effect.job_id for effect in after(scheduler) if isinstance(effect, Assign)]
+        assignments += 1
+        assert assignments <= (older + 1) * (MAX_PASSED_OVER + 1)
+        report = stored(scheduler.jobs[job_id].current_attempt, "encoder", assignments, issued=1 + assignments)
+        if job_id != "last/0":
+            assert scheduler.stored("encoder-0", report, 1.0)
+
+
+def test_a_job_keeps_the_bucket_of_its_first_denoise_and_instances_are_told_what_it_is_scheduled_by() -> None:
+    scheduler = make_scheduler()
+    for instance in (registration("encoder-0"), registration("denoiser-0", max_batch=8)):
+        scheduler.register(instance, 0.0)
+    scheduler.accept(scheduled("r", priority=3, deadline_s=20.0, steps=28, owner="alice"), 0.0)
+    job = scheduler.jobs["r/0"]
+
+    def hints() -> SchedulingHints:
+        after(scheduler)
+        return scheduler.message_for(
+            job.current_attempt, scheduler.source_of(job.current_attempt, job.instance), None
+        ).hints
+
+    assert hints() == SchedulingHints(3, 20.0, 28, 1, "alice")
+    scheduler.stored("encoder-0", stored(job.current_attempt, "encoder", 1), 1.0)
+    scheduler.elapse(5.0, 5.0)
+    assert hints() == SchedulingHints(3, 15.0, 28, 8, "alice")
+    scheduler.started(job.current_attempt, "denoiser-0", Stage.DENOISER, 2.0)
+    scheduler.instance_down("denoiser-0", "its process ended", 3.0)
+    scheduler.register(registration("denoiser-1", max_batch=4), 3.0)
+    assert hints().bucket == job.view().bucket == 8

@@ -39,9 +39,11 @@ def a_request(id_: str = "r1", *, key: str = "", created_at: float = 1.0) -> Req
 def test_what_was_accepted_and_saved_comes_back_whole(tmp_path: Path) -> None:
     request = a_request(key="k")
     request.owner = "alice"
+    request.priority, request.deadline_s, request.steps = 7, 2.5, 28
     journal = Journal(tmp_path / "j.sqlite")
     journal.accept(request)
     job = request.jobs[1]
+    job.bucket = 8
     job.state, job.attempt, job.instance = State.DENOISING_RUNNING, 2, "denoiser-1"
     job.history.append(Transition("DENOISING_RUNNING", 4.0, "again"))
     job.stored = StoredOutput(
@@ -169,10 +171,11 @@ def test_a_request_in_flight_that_an_earlier_version_wrote_comes_back_with_every
         "old", inputs, output, 1.0, 99.0, jobs, "alice/k", "digest", 0.0, "alice", served=served, model="m"
     )
     assert journal.damaged == 0
-    journal.save([found], found.jobs)  # and what is written today is what that version wrote
+    journal.save([found], found.jobs)  # and that version can read what is written today
     journal.close()
     with sqlite3.connect(path) as db:
-        assert tuple(body for (body,) in db.execute("SELECT body FROM units ORDER BY id")) == OLD_UNITS
+        written = [msgspec.msgpack.decode(body) for (body,) in db.execute("SELECT body FROM units ORDER BY id")]
+    assert [row | {"bucket": 0} for row in map(msgspec.msgpack.decode, OLD_UNITS)] == written
 
 
 def test_a_job_that_an_earlier_version_wrote_shares_no_outputs_and_has_time_left() -> None:

@@ -230,7 +230,7 @@ def test_cancel_stops_the_work_and_returns_the_leases(scheduler: JobScheduler) -
 
 def test_a_request_times_out_by_elapsed_time_and_by_no_clock(scheduler: JobScheduler) -> None:
     job = to_denoiser(scheduler)
-    scheduler.requests["r"].deadline = job.left_s = 10.0
+    scheduler.requests["r"].times_out_at = job.left_s = 10.0
     scheduler.elapse(9.9, now=1e12)
     assert not job.terminal
     scheduler.elapse(0.1, now=-1e12)
