@@ -1,7 +1,8 @@
 """The stream worker: owns the device's compute stream, the one thread that launches work on it, and the model.
 
-Stages run in the order in which they are told. A denoise runs one step at a time, so that it can be stopped and
-watched between two of them.
+Its loop schedules, runs and postprocesses: the step scheduler chooses among the runs that the process holds, those
+take one step together, and what came of the step is passed on. So a run can be stopped, watched and overtaken between
+two steps.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from triptych.bus import MailboxFullError, Message
 from triptych.engines.memory.streams import DeviceStream, StreamEvent
 from triptych.engines.pipelines.pipeline import StagePipeline
 from triptych.engines.stages import ModelError, Stage
+from triptych.engines.steps.executor import StepExecutor
 from triptych.engines.weights.model_version import model_version
 from triptych.engines.weights.placement import OutOfDeviceMemoryError
 from triptych.engines.weights.read_ahead import ReadProgress
@@ -35,10 +37,11 @@ from triptych.roles.messages.worker import (
     SetWeightsLoaded,
 )
 from triptych.roles.worker import devices
-from triptych.roles.worker.attempts import ActiveAttempt, NextStep
 from triptych.roles.worker.inputs import has_files, resolve_inputs
 from triptych.roles.worker.model_loading import load_stages, weights_stats
 from triptych.roles.worker.process_context import ProcessContext
+from triptych.roles.worker.stage_run import Round, RunStep, StageRun
+from triptych.roles.worker.step_scheduler import StepScheduler
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -51,10 +54,6 @@ PROGRESS_LOG_EVERY_S = 10.0
 
 class ModelChangedError(StartDelayedError):
     """What was loaded is not of the version that was told to the head: this process has to start anew."""
-
-
-class _StoppedError(Exception):
-    """The attempt was to be stopped."""
 
 
 class StreamWorker(Actor):
@@ -70,9 +69,16 @@ class StreamWorker(Actor):
         self.stages_run = 0
         self.first_s: dict[str, float] = {}
         """Seconds of the first run of each stage: compilers and kernels are warmed up in it."""
-        self._queue: deque[RunStage | SetWeightsLoaded] = deque()
+        self._runs: dict[Attempt, StageRun] = {}
+        """All that have not ended."""
+        self._scheduler = StepScheduler(component.policy, component.max_batch)
+        """Those among them that have a step to take."""
+        self._executor = StepExecutor()
+        self._weights_changes: deque[SetWeightsLoaded] = deque()
         self._wake = asyncio.Event()
-        self._current: RunStage | None = None
+        self._current: tuple[StageRun, ...] = ()
+        """Those that the present call to the device is for."""
+        self._round_ended = 0.0
         self._call_began: float | None = None
         self._load_began: float | None = None
         self._reading = ReadProgress()
@@ -183,8 +189,8 @@ class StreamWorker(Actor):
         """What it runs, what waits, which components it has loaded, and what it takes of a GPU."""
         return {
             "device": str(self._stream.device) if self._stream else self.component.device,
-            "running": str(self._current.attempt) if self._current else "",
-            "queued": len(self._queue),
+            "running": ", ".join(str(run.attempt) for run in self._current),
+            "queued": sum(run.began is None for run in self._runs.values()),
             "panels_run": self.stages_run,
             "components": ", ".join(sorted(self._pipeline.components)) if self._pipeline else "",
             "weights_read_bytes": self._reading.read,
@@ -198,34 +204,38 @@ class StreamWorker(Actor):
         """Say so when loading the model or one call to the device takes far longer than any should."""
         if self._load_began is not None and time.monotonic() - self._load_began > self._start_timeout_s:
             return f"loading the model takes more than {self._start_timeout_s:g} s"
-        if self._call_began is None or self._current is None:
+        if self._call_began is None or not self._current:
             return None
-        seconds = time.monotonic() - self._call_began
+        seconds, stage = time.monotonic() - self._call_began, self._current[0].stage
         bound_s = self._bound_s
-        if self._current.stage.value not in self.first_s:  # it may compile
+        if stage.value not in self.first_s:  # it may compile
             bound_s = max(bound_s, self._start_timeout_s)
         if seconds < bound_s:
             return None
-        return f"a step of {self._current.attempt} ({self._current.stage}) runs since {seconds:.0f} s"
+        attempts = ", ".join(str(run.attempt) for run in self._current)
+        return f"a step of {attempts} ({stage}) runs since {seconds:.0f} s"
 
     async def run_stage(self, message: RunStage) -> None:
-        """Queue a stage."""
-        if self.context.attempts.active[message.attempt].cancelled:  # its CancelAttempt has overtaken it
+        """Hold a run until the scheduler has chosen it for each of its steps."""
+        item = self.context.attempts.active[message.attempt]
+        if item.cancelled:  # its CancelAttempt has overtaken it
             self._pass_on(self.context.attempts.stopped(message.attempt))
-        else:
-            self._enqueue(message)
+            return
+        self._runs[message.attempt] = StageRun(item, message.stage)
+        self._scheduler.add(item)
+        self._wake.set()
 
     async def set_weights_loaded(self, message: SetWeightsLoaded) -> None:
-        """Bring the weights, or let go of them, when what was told before has been done."""
-        self._enqueue(message)
+        """Load the weights, or release them, once no run is held; the instance takes none meanwhile."""
+        self._weights_changes.append(message)
+        self._wake.set()
 
     async def cancel_attempt(self, message: CancelAttempt) -> None:
-        """Take an attempt out of the queue; the one that computes sees for itself that it is cancelled."""
-        for queued in self._queue:
-            if isinstance(queued, RunStage) and queued.attempt == message.attempt:
-                self._queue.remove(queued)
-                self._pass_on(self.context.attempts.stopped(queued.attempt))
-                return
+        """Stop a run that waits; one that has begun is stopped before the next step."""
+        run = self._runs.get(message.attempt)
+        if run is not None and (run.began is None or self._device_lost):
+            self._leave(run)
+            self._pass_on(self.context.attempts.stopped(run.attempt))
 
     async def _tell_progress(self) -> None:
         """Say how much of the weights has been read: each second as the state, and to the log once in a while."""
@@ -269,77 +279,169 @@ class StreamWorker(Actor):
         return pipeline
 
     async def _serve(self, stream: DeviceStream) -> None:
-        """Schedule, run, pass on; for ever, or until the device is lost."""
-        while not self._device_lost:
-            work = await self._next()
-            if isinstance(work, SetWeightsLoaded):
-                await self._set_weights_loaded(work, stream)
-            else:
-                self._pass_on(await self._run(work, stream))
+        """Schedule, run, postprocess; for ever, or until the device is lost."""
+        launched: deque[Round] = deque()
+        while runs := await self._schedule(stream):
+            launched.append(await self._run(runs, stream))
+            # Every run that goes on is between two steps here, on the host; the device may still compute the last.
+            # One round is launched ahead, so that the device has work while the host waits for the one before.
+            ahead = 1 if launched[-1].all_go_on else 0
+            while launched and (len(launched) > ahead or launched[0].end.passed):
+                await self._postprocess(launched.popleft(), stream)
         # Nothing more is launched; the instance reports why and ends the process.
+        for run in [run for run in self._runs.values() if run.item.cancelled]:
+            self._leave(run)
+            self._pass_on(self.context.attempts.stopped(run.attempt))
         self._pass_on(DeviceLost(self._device_lost))
 
-    async def _next(self) -> RunStage | SetWeightsLoaded:
-        """Decide what runs next: what was told first."""
-        while not self._queue:
+    async def _schedule(self, stream: DeviceStream) -> tuple[StageRun, ...]:
+        """Stop what is cancelled and return the runs that take the next step; none if the device is lost."""
+        while not self._device_lost:
+            for run in [run for run in self._runs.values() if run.item.cancelled]:
+                await self._stop(run, stream)
+            if chosen := self._scheduler.next(time.monotonic()):
+                return tuple(self._runs[attempt] for attempt in chosen)
+            if self._weights_changes:
+                await self._set_weights_loaded(self._weights_changes.popleft(), stream)
+                continue
             self._wake.clear()
             await self._wake.wait()
-        return self._queue.popleft()
+        return ()
 
-    def _enqueue(self, work: RunStage | SetWeightsLoaded) -> None:
-        self._queue.append(work)
-        self._wake.set()
+    async def _stop(self, run: StageRun, stream: DeviceStream) -> None:
+        """End a cancelled run, and free what it holds at once."""
+        if run.denoising is not None:
+            try:
+                await self._call(stream, run.denoising.cancel)
+            except Exception as error:  # noqa: BLE001 - what unwinding raises ends this run alone
+                await self._fail([(run, error)], stream)
+                return
+        self._leave(run)
+        self._pass_on(self.context.attempts.stopped(run.attempt))
 
-    def _pass_on(self, message: Message) -> None:
-        if isinstance(message, RunStage):
-            self._enqueue(message)
+    async def _run(self, runs: tuple[StageRun, ...], stream: DeviceStream) -> Round:
+        """Launch one step of each of the runs: a step of a denoise, or a whole encode or decode."""
+        pipeline, self._current = self._pipeline, runs
+        if pipeline is None or not self.context.awake:
+            raise RuntimeError(f"{runs[0].attempt} is to be run without weights")
+        steps: dict[StageRun, RunStep] = {}
+        for run in runs:
+            if run.began is None:
+                run.began = time.monotonic()
+                self.context.reporter.add(self.context.attempts.started(run.attempt, run.stage, run.began))
+                try:
+                    await self._begin(run, stream, pipeline)
+                except Exception as error:  # noqa: BLE001 - it ends this run alone, and is reported as its failure
+                    steps[run] = RunStep(run, more=False, error=error)
+        began = time.monotonic()
+        prepared = [(run, run.denoising) for run in runs if run not in steps and run.denoising is not None]
+        if prepared:
+            denoisings = [denoising for _, denoising in prepared]
+            results = await self._call(stream, self._executor.advance, denoisings)
+            for (run, denoising), result in zip(prepared, results, strict=True):
+                steps[run] = RunStep(run, result.more, denoising.step, denoising.total_steps, result.error)
+                self._scheduler.stepped(run.attempt, denoising.step, denoising.total_steps, denoising.batch_key)
+        for run in runs:
+            step = steps.setdefault(run, RunStep(run, more=False))
+            if not step.more:
+                self._scheduler.remove(run.attempt)
+        self._current = ()
+        return Round(tuple(steps[run] for run in runs), began, stream.record())
+
+    async def _begin(self, run: StageRun, stream: DeviceStream, pipeline: StagePipeline) -> None:
+        """Prepare a denoise, or compute an encode or a decode."""
+        item = run.item
+        if item.ready is not None:
+            stream.wait(item.ready, item.values)
+        if run.stage is Stage.ENCODER:
+            inputs = await self._inputs(item.values, pipeline)
+            run.outputs = await self._call(stream, pipeline.encode, inputs, item.seed)
+            run.seed_independent = pipeline.seed_independent
+        elif run.stage is Stage.DENOISER:
+            if item.rebind is not None:
+                item.values = await self._rebound(item.values, item.rebind, stream, pipeline)
+            run.denoising = await self._call(stream, pipeline.denoise, item.values, item.hints.bucket)
         else:
-            self.context.pass_on(self, message)
+            run.outputs = await self._call(stream, pipeline.decode, item.values)
 
-    async def _run(self, work: RunStage, stream: DeviceStream) -> NextStep | StageFailed:
-        """Run a stage; returns where its attempt goes from here."""
-        attempt, stage, attempts = work.attempt, work.stage, self.context.attempts
-        item = attempts.active[attempt]
-        if item.cancelled:
-            return attempts.stopped(attempt)
-        if self._pipeline is None or not self.context.awake:
-            raise RuntimeError(f"{attempt} is to be run without weights")
-        self._current, began = work, time.monotonic()
-        self.context.reporter.add(attempts.started(attempt, stage, began))
+    async def _postprocess(self, round_: Round, stream: DeviceStream) -> None:
+        """Wait until the device has done a round, tell how far its runs are, and pass on those that have ended."""
+        self._current = tuple(each.run for each in round_.steps)
+        late: Exception | None = None
         try:
-            seed_independent = await self._compute(item, stage, stream, self._pipeline)
-        except _StoppedError:
-            return attempts.stopped(attempt)
-        except Exception as error:
-            self.log.warning("stage failed", attempt=str(attempt), stage=stage.value, exc_info=error)
-            return await self._failed(attempt, error, stream)
-        finally:
-            self._current = None
+            await self._until(stream, round_.end)
+        except Exception as error:  # noqa: BLE001 - what the device raises late ends the runs of the round
+            late = error
+        now = time.monotonic()
+        if round_.steps[0].run.stage is Stage.DENOISER:
+            self._scheduler.ran(round_.attempts, now - max(round_.began, self._round_ended))
+        self._round_ended = now
+        failed: list[tuple[StageRun, Exception]] = []
+        for each in round_.steps:
+            if self._runs.get(each.run.attempt) is not each.run:
+                continue  # it was stopped while a later round was chosen, or has failed in it
+            if (raised := each.error or late) is not None:
+                failed.append((each.run, raised))
+                continue
+            if each.run.stage is Stage.DENOISER:
+                self._progress(each.run.attempt, each.step, each.total_steps)
+            if not each.more:
+                await self._finish(each.run, round_.end, stream)
+        if failed:
+            await self._fail(failed, stream)
+        self._current = ()
+
+    async def _finish(self, run: StageRun, end: StreamEvent, stream: DeviceStream) -> None:
+        """Put a run's outputs in the place of its inputs, and pass its attempt on."""
+        if devices.releases_cached_memory(run.stage, self.component, shared=self._shared):
+            await self._call(stream, devices.release_cached_memory, stream.device)
+        self._leave(run)
+        item, attempts = run.item, self.context.attempts
+        if item.cancelled:
+            self._pass_on(attempts.stopped(run.attempt))
+            return
+        item.values, item.ready = run.result(), end
         self.stages_run += 1
         self._out_of_memory = 0
-        seconds = time.monotonic() - began
-        if stage.value not in self.first_s:
-            self.first_s[stage.value] = seconds
-            self.log.info("first call", stage=stage.value, seconds=round(seconds, 2))
-        return attempts.computed(attempt, seconds, seed_independent=seed_independent)
+        seconds = time.monotonic() - (run.began or 0.0)
+        if run.stage.value not in self.first_s:
+            self.first_s[run.stage.value] = seconds
+            self.log.info("first call", stage=run.stage.value, seconds=round(seconds, 2))
+        self._pass_on(attempts.computed(run.attempt, seconds, seed_independent=run.seed_independent))
 
-    async def _failed(self, attempt: Attempt, error: Exception, stream: DeviceStream) -> StageFailed:
-        """Say why a stage failed, and find out whether the device is lost."""
-        lost, full = devices.is_device_lost(error), devices.is_out_of_memory(error)
-        mismatch = devices.is_component_mismatch(error)
-        why = describe(error)
-        if mismatch:
-            why = f"parts of the model {self.model.name or self.model.path.name} do not fit each other: {why}"
-        report = self.context.attempts.stage_failed(
-            attempt,
+    def _leave(self, run: StageRun) -> None:
+        self._scheduler.remove(run.attempt)
+        del self._runs[run.attempt]
+
+    def _pass_on(self, message: Message) -> None:
+        self.context.pass_on(self, message)
+
+    async def _fail(self, failed: list[tuple[StageRun, Exception]], stream: DeviceStream) -> None:
+        """Report why runs of one round failed, and find out whether the device is lost."""
+        full = lost = ""
+        for run, error in failed:
+            self._leave(run)
+            self.log.warning("stage failed", attempt=str(run.attempt), stage=run.stage.value, exc_info=error)
+            why = describe(error)
+            if devices.is_component_mismatch(error):
+                why = f"parts of the model {self.model.name or self.model.path.name} do not fit each other: {why}"
+            full = full or (why if devices.is_out_of_memory(error) else "")
+            lost = lost or (why if devices.is_device_lost(error) else "")
+            self._pass_on(self._report(run, error, why))
+            devices.clear_frames(error)
+            run.denoising = None
+        if lost or (full and await self._is_full(stream)):
+            self._device_lost = lost or full
+
+    def _report(self, run: StageRun, error: Exception, why: str) -> StageFailed:
+        passing = devices.is_device_lost(error) or devices.is_out_of_memory(error)
+        certain = devices.is_deterministic(error) or devices.is_component_mismatch(error)
+        return self.context.attempts.stage_failed(
+            run.attempt,
             why,
-            invalid_request=devices.is_invalid_request(error) and not (lost or full),
-            deterministic=(devices.is_deterministic(error) or mismatch) and not (lost or full),
+            invalid_request=devices.is_invalid_request(error) and not passing,
+            deterministic=certain and not passing,
         )
-        devices.clear_frames(error)
-        if (await self._is_full(stream)) if full else lost:
-            self._device_lost = why
-        return report
 
     async def _is_full(self, stream: DeviceStream) -> bool:
         """Free what a stage has left that ran out of memory; returns whether only the end of the process frees more."""
@@ -347,30 +449,9 @@ class StreamWorker(Actor):
         allocated = await stream.run(devices.free_memory, stream.device)
         facts = {"allocated": allocated, "after_loading": self._after_loading, "in_a_row": self._out_of_memory}
         self.log.warning("out of memory on the device", **facts)
+        if any(run.began is not None for run in self._runs.values()):
+            facts["allocated"] = 0  # what the others hold is no leak
         return devices.must_restart(**facts)
-
-    async def _compute(self, item: ActiveAttempt, stage: Stage, stream: DeviceStream, pipeline: StagePipeline) -> bool:
-        """Put the stage's outputs in the place of its inputs; returns whether they are the same for every seed."""
-        if item.ready is not None:
-            stream.wait(item.ready, item.values)
-        if stage is Stage.ENCODER:
-            inputs = await self._inputs(item.values, pipeline)
-            values = await self._call(stream, pipeline.encode, inputs, item.seed)
-        elif stage is Stage.DENOISER:
-            if item.rebind is not None:
-                item.values = await self._rebound(item.values, item.rebind, stream, pipeline)
-            values = await self._denoise(item, stream, pipeline)
-        else:
-            values = await self._call(stream, pipeline.decode, item.values)
-        # The stage has ended when the device says so: its seconds are then true, and its inputs can be dropped.
-        end = stream.record()
-        await self._until(stream, end)
-        if devices.releases_cached_memory(stage, self.component, shared=self._shared):
-            await self._call(stream, devices.release_cached_memory, stream.device)
-        if item.cancelled:
-            raise _StoppedError
-        item.values, item.ready = values, end
-        return stage is Stage.ENCODER and pipeline.seed_independent
 
     async def _rebound(
         self, values: dict[str, object], rebind: Rebind, stream: DeviceStream, pipeline: StagePipeline
@@ -385,24 +466,6 @@ class StreamWorker(Actor):
         """Give the inputs of a request as the pipeline takes them; only files are worth another thread."""
         read = partial(resolve_inputs, given, self.uploads, pipeline.signature, alpha=pipeline.alpha)
         return await asyncio.to_thread(read) if has_files(given) else read()
-
-    async def _denoise(self, item: ActiveAttempt, stream: DeviceStream, pipeline: StagePipeline) -> dict[str, object]:
-        denoising = await self._call(stream, pipeline.denoise, item.values)
-        launched: deque[tuple[int, int | None, StreamEvent]] = deque()
-        more = True
-        while more:
-            more = await self._call(stream, denoising.advance)
-            launched.append((denoising.step, denoising.total_steps, stream.record()))
-            # One step is launched ahead, so that the device has work while the host waits for the step before.
-            ahead = 1 if more else 0
-            while launched and (len(launched) > ahead or launched[0][2].passed):
-                step, total_steps, end = launched.popleft()
-                await self._until(stream, end)
-                self._progress(item.attempt, step, total_steps)
-            if more and item.cancelled:
-                await self._call(stream, denoising.cancel)
-                raise _StoppedError
-        return denoising.result()
 
     async def _until(self, stream: DeviceStream, event: StreamEvent) -> None:
         """Wait for an event of the device; on the CPU it has passed, and no thread has to be waited for."""

@@ -17,8 +17,9 @@ from triptych.actors import Actor, StartDelayedError, StartError
 from triptych.actors.runtime.system_messages import Inspect, Inspection
 from triptych.engines.memory.streams import DeviceStream
 from triptych.engines.stages import Stage
+from triptych.engines.steps.denoising import Denoising
 from triptych.engines.weights.placement import OutOfDeviceMemoryError
-from triptych.roles.messages.common import Attempt, Images, Output, Rebind, Upload
+from triptych.roles.messages.common import Attempt, Images, Output, Rebind, SchedulingHints, Upload
 from triptych.roles.messages.stages import Acknowledged, StageCancelled, StageFailed, StageProgress, StageStarted
 from triptych.roles.messages.worker import CancelAttempt, DeviceLost, RunStage, SaveArtifact, StoreOutputs
 from triptych.roles.worker.attempts import ActiveAttempt, EndReport, Phase
@@ -68,8 +69,11 @@ class FakeInstance(Actor):
     async def take(self, message: EndReport | DeviceLost) -> None:
         await self.inbox.put(message)
 
-    def begin(self, number: int, inputs: dict[str, object], seed: int = 0, rebind: Rebind | None = None) -> None:
+    def begin(
+        self, number: int, inputs: dict[str, object], seed: int = 0, rebind: Rebind | None = None, **hints: Any
+    ) -> None:
         item = ActiveAttempt(attempt(number), Phase.RUNNING, (), Output(), 4e9, dict(inputs), seed, rebind)
+        item.hints = SchedulingHints(**hints)
         self.context.attempts.active[attempt(number)] = item
 
     def values(self, number: int) -> dict[str, Any]:
@@ -103,10 +107,10 @@ def on_worker(
 ) -> Any:
     """Run a test with a monolithic instance's stream worker, which has every stage."""
 
-    def start(body: Any) -> None:
+    def start(body: Any, **options: Any) -> None:
         async def all_of_it() -> None:
             async with local_cluster(make_topology(tiny_model, kind="monolithic")) as h:
-                component = h.topology.component("monolithic-0")
+                component = msgspec.structs.replace(h.topology.component("monolithic-0"), **options)
                 await body(*await stream_worker(h, component, inbox(), scripted_head()))
 
         run(all_of_it())
@@ -172,8 +176,12 @@ def test_stages_run_in_the_order_in_which_they_were_told(on_worker: Any) -> None
     on_worker(body)
 
 
-async def encoded(fake_instance: FakeInstance, worker: StreamWorker, number: int, **changes: object) -> None:
-    fake_instance.begin(number, {**INPUTS, **changes})
+async def encoded(
+    fake_instance: FakeInstance, worker: StreamWorker, number: int, bucket: int = 1, **changes: object
+) -> None:
+    """Encode a request; its hints say as many steps as its inputs."""
+    inputs = {**INPUTS, **changes}
+    fake_instance.begin(number, inputs, steps=inputs["num_inference_steps"], bucket=bucket)
     fake_instance.run(number, Stage.ENCODER)
     await fake_instance.inbox.next(COMPUTED)
     await fake_instance.inbox.next(StageStarted)
@@ -193,6 +201,130 @@ def test_a_denoise_is_stopped_between_two_steps(on_worker: Any) -> None:
         assert (await fake_instance.inbox.next(COMPUTED)).attempt == attempt(2)
 
     on_worker(body)
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], Any]:
+    """What to call inside of a run, counted as they are prepared, when it has taken so many steps."""
+    runs: list[Denoising] = []
+    calls: dict[tuple[int, int], Any] = {}
+    prepare, pause = Denoising.__init__, Denoising.pause
+
+    def prepared(self: Denoising, *arguments: Any, **named: Any) -> None:
+        prepare(self, *arguments, **named)
+        runs.append(self)
+
+    def paused(self: Denoising) -> None:
+        calls.get((runs.index(self), self.step), lambda: None)()
+        pause(self)
+
+    monkeypatch.setattr(Denoising, "__init__", prepared)
+    monkeypatch.setattr(Denoising, "pause", paused)
+    return calls
+
+
+async def denoised(fake_instance: FakeInstance, number: int) -> torch.Tensor:
+    """Run a denoise; its latents."""
+    fake_instance.run(number, Stage.DENOISER)
+    await fake_instance.inbox.next(COMPUTED)
+    latents = fake_instance.values(number)["latents"]
+    assert isinstance(latents, torch.Tensor)
+    return latents
+
+
+async def told(fake_instance: FakeInstance, count: int) -> list[tuple[int, int]]:
+    """The next steps that are told: of which attempt, and how many it has taken."""
+    steps = [await fake_instance.inbox.next(StageProgress) for _ in range(count)]
+    return [(int(each.attempt.job_id.partition("/")[2]), each.step) for each in steps]
+
+
+async def until(fake_instance: FakeInstance, worker: StreamWorker, *, running: int, queued: int) -> None:
+    """Wait until so many runs compute, and so many wait for their first step."""
+    while [len(worker._current), worker.stats()["queued"]] != [running, queued]:
+        await fake_instance.reference("monolithic-0.stream").ask(Inspect(), Inspection, timeout_s=5)
+
+
+@pytest.mark.parametrize(("bucket", "sizes"), [(1, [1] * 8), (2, [1, 2, 2, 1, 1, 1])])
+def test_denoises_that_take_turns_or_share_batches_make_what_each_makes_alone(
+    on_worker: Any, at_step: dict[tuple[int, int], Any], monkeypatch: pytest.MonkeyPatch, bucket: int, sizes: list[int]
+) -> None:
+    async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
+        for number, steps in enumerate((3, 5, 3, 5)):
+            await encoded(fake_instance, worker, number, bucket, num_inference_steps=steps, prompt=f"{number % 2}")
+        alone = [await denoised(fake_instance, number) for number in (0, 1)]
+        await told(fake_instance, 8)
+        rounds: list[int] = []
+        advance = worker._executor.advance
+        monkeypatch.setattr(worker._executor, "advance", lambda runs: rounds.append(len(runs)) or advance(runs))
+        go_on = threading.Event()
+        at_step[2, 1] = lambda: go_on.wait(30)
+        for queued, number in enumerate((2, 3)):
+            fake_instance.run(number, Stage.DENOISER)
+            await until(fake_instance, worker, running=1, queued=queued)
+        go_on.set()
+        for number in (2, 3):
+            assert (await fake_instance.inbox.next(COMPUTED)).attempt == attempt(number)
+        assert all(torch.equal(alone[k], fake_instance.values(k + 2)["latents"]) for k in (0, 1))
+        turns = [(2, 1), (3, 1), (2, 2), (3, 2), (2, 3), (3, 3), (3, 4), (3, 5)]
+        assert (await told(fake_instance, 8), rounds) == (turns, sizes)
+
+    on_worker(body, slots=4, policy="fair", max_batch=bucket)
+
+
+@pytest.mark.parametrize("bucket", [1, 4])
+def test_a_run_that_fails_or_is_cancelled_leaves_the_others_between_two_steps(
+    on_worker: Any, at_step: dict[tuple[int, int], Any], bucket: int
+) -> None:
+    async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
+        for number, steps in enumerate((9, 9, 50, 50)):
+            await encoded(fake_instance, worker, number, bucket, num_inference_steps=steps)
+        alone = await denoised(fake_instance, 0)
+        go_on, failed = threading.Event(), threading.Event()
+
+        def fail() -> None:
+            raise KeyError("at its second step")
+
+        at_step[1, 1] = lambda: go_on.wait(30)
+        at_step[2, 2] = fail
+        at_step[3, 5] = lambda: failed.wait(30)
+        for queued, number in enumerate((1, 2, 3)):
+            fake_instance.run(number, Stage.DENOISER)
+            await until(fake_instance, worker, running=1, queued=queued)
+        go_on.set()
+        failure = await fake_instance.inbox.next(StageFailed)
+        assert failure.attempt == attempt(2)
+        assert "at its second step" in failure.error
+        fake_instance.stop(3)
+        failed.set()
+        assert await fake_instance.inbox.next(StageCancelled) == StageCancelled(attempt(3), 0)
+        assert (await fake_instance.inbox.next(COMPUTED)).attempt == attempt(1)
+        assert torch.equal(fake_instance.values(1)["latents"], alone)
+        assert (worker.stats()["running"], worker.stats()["queued"]) == ("", 0)
+
+    on_worker(body, slots=4, policy="fair", max_batch=bucket)
+
+
+def test_a_short_denoise_and_an_urgent_encode_go_before_the_rest_of_a_long_denoise(
+    on_worker: Any, at_step: dict[tuple[int, int], Any]
+) -> None:
+    async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
+        await encoded(fake_instance, worker, 0, num_inference_steps=20)
+        await encoded(fake_instance, worker, 1, num_inference_steps=3)
+        go_on = threading.Event()
+        at_step[0, 2] = lambda: go_on.wait(30)
+        fake_instance.run(0, Stage.DENOISER)
+        while not worker.context.attempts.active[attempt(0)].step:
+            await fake_instance.reference("monolithic-0.stream").ask(Inspect(), Inspection, timeout_s=5)
+        fake_instance.run(1, Stage.DENOISER)
+        fake_instance.begin(2, INPUTS, priority=1)
+        fake_instance.run(2, Stage.ENCODER)
+        await until(fake_instance, worker, running=1, queued=2)
+        go_on.set()
+        ended = [(await fake_instance.inbox.next(COMPUTED)).attempt for _ in range(3)]
+        assert ended == [attempt(2), attempt(1), attempt(0)]
+        assert await told(fake_instance, 6) == [(0, 1), (0, 2), (1, 1), (1, 2), (1, 3), (0, 3)]
+
+    on_worker(body, slots=4, policy="shortest_remaining")
 
 
 def test_a_queued_stage_is_cancelled_without_running(on_worker: Any) -> None:
@@ -232,8 +364,7 @@ def test_a_stage_that_cannot_be_interrupted_still_ends_as_cancelled(
         fake_instance.stop(1)
         fake_instance.begin(2, INPUTS)
         fake_instance.run(2, Stage.ENCODER)  # after the stop: when it is queued, that was handled
-        while not worker.stats()["queued"]:
-            await fake_instance.reference("monolithic-0.stream").ask(Inspect(), Inspection, timeout_s=5)
+        await until(fake_instance, worker, running=1, queued=1)
         go_on.set()
         assert (await fake_instance.inbox.next(StageCancelled)).attempt == attempt(1)
         assert fake_instance.values(1) == INPUTS
