@@ -173,13 +173,17 @@ class Denoising:
     @contextlib.contextmanager
     def surroundings(self) -> Iterator[None]:
         """Set what a computation of this run needs around it, since other runs may have computed before."""
+        self.adapt()
+        with self._during:
+            yield
+
+    def adapt(self) -> None:
+        """Set what a computation of several runs with the same adapters needs around it."""
         # Turn gradients off for this thread, not just for this call: a block is inside `no_grad` from one step to the
         # next, and at its end restores the mode at its start. With alternating blocks that could turn gradients on
         # during another run. If they are never on, nothing wrong is restored.
         torch.set_grad_enabled(False)
         self._before()
-        with self._during:
-            yield
 
     def cancel(self) -> None:
         """Unwind the run and release all that it holds; does nothing if the run has ended."""

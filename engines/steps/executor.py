@@ -1,11 +1,28 @@
-"""Advance several denoises by one step each."""
+"""Advance several denoises by one step each, and compute calls of their denoisers together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
+import torch
+
+from triptych.engines.steps.batching import (
+    PER_ROW,
+    Arguments,
+    LeafRule,
+    UnbatchableError,
+    arguments_of_call,
+    digest,
+    merge,
+    split,
+)
+from triptych.engines.steps.denoiser_calls import DenoiserCall
 from triptych.engines.steps.denoising import Denoising
+from triptych.engines.steps.probing import MergeRules, Prober
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +38,38 @@ class StepResult:
     error: Exception | None = None
 
 
+class StepCaches(Protocol):
+    """Keeps the step caches of runs apart."""
+
+    def of(self, call: DenoiserCall) -> AbstractContextManager[object]:
+        """Enter the cache of the run of a call, while the call is computed."""
+
+
+class _Waiting(NamedTuple):
+    """A call that can be merged with others."""
+
+    call: DenoiserCall
+    arguments: Arguments
+
+
 class StepExecutor:
-    """Advances denoises of one model, on the thread that owns the device."""
+    """Advances denoises of one model, on the thread that owns the device.
+
+    Calls of their denoisers that wait at the same time are merged if their signatures are the same and their runs have
+    the same `bucket` and `adapters`. A merged call has as many calls as the bucket; missing ones are repetitions of the
+    first. So the bits of a run do not depend on the others, or on whether there are any.
+
+    Args:
+        step_caches: The caches of runs; calls are computed alone then.
+
+    Attributes:
+        group_sizes: How many forwards had how many calls of runs in them, without repetitions.
+    """
+
+    def __init__(self, step_caches: StepCaches | None = None) -> None:
+        self.group_sizes: collections.Counter[int] = collections.Counter()
+        self._step_caches = step_caches
+        self._prober = Prober()
 
     def advance(self, denoisings: Sequence[Denoising]) -> list[StepResult]:
         """Run one step of each; an error of one does not end the others.
@@ -30,10 +77,106 @@ class StepExecutor:
         Returns:
             A result for each, in the same order.
         """
-        return [self._advance_one(denoising) for denoising in denoisings]
+        results: dict[int, StepResult] = {}
+        live = list(denoisings)
+        while live:
+            calls = []
+            for run in live:
+                try:
+                    call = run.proceed()
+                except Exception as error:  # noqa: BLE001 - it belongs to this run alone; the caller reports it
+                    results[id(run)] = StepResult(False, error)
+                else:
+                    if call is None:
+                        results[id(run)] = StepResult(not run.over)
+                    else:
+                        calls.append(call)
+            self._compute(calls)
+            live = [call.run for call in calls]
+        return [results[id(run)] for run in denoisings]
 
-    def _advance_one(self, denoising: Denoising) -> StepResult:
+    def _compute(self, calls: Sequence[DenoiserCall]) -> None:
+        groups: dict[Hashable, list[_Waiting]] = {}
+        alone = self._step_caches is not None
+        for call in calls:
+            try:
+                waiting = None if alone or call.run.bucket == 1 else _Waiting(call, arguments_of_call(call))
+            except UnbatchableError:
+                waiting = None
+            if waiting is None:
+                call.run.batch_key = (id(call.run), call.number)
+                self._compute_alone(call)
+            else:
+                key = (id(call.module), call.run.adapters, call.run.bucket, waiting.arguments.outline)
+                call.run.batch_key = hash(key)
+                groups.setdefault(key, []).append(waiting)
+        for group in groups.values():
+            self._compute_group(group)
+
+    def _compute_alone(self, call: DenoiserCall) -> None:
+        self.group_sizes[1] += 1
+        if self._step_caches is None:
+            call.compute()
+        else:
+            with self._step_caches.of(call):
+                call.compute()
+
+    def _compute_group(self, group: Sequence[_Waiting]) -> None:
+        """Compute calls of one outline, as few forwards as their values allow."""
+        first, bucket = group[0], group[0].call.run.bucket
         try:
-            return StepResult(denoising.advance())
-        except Exception as error:  # noqa: BLE001 - it belongs to this run alone; the caller reports it
-            return StepResult(False, error)
+            first.call.run.adapt()
+            rules = self._prober.rules(first.call, first.arguments)
+            parts = [] if rules.alone else list(self._of_equal_values(group, rules))
+        except Exception as error:  # noqa: BLE001 - what the first call raises alone belongs to its run
+            first.call.error = error
+            if len(group) > 1:
+                self._compute_group(group[1:])
+            return
+        if rules.alone:
+            for waiting in group:
+                self._compute_alone(waiting.call)
+        for part in parts:
+            for at in range(0, len(part), bucket):
+                self._compute_merged(part[at : at + bucket], rules)
+
+    def _of_equal_values(self, group: Sequence[_Waiting], rules: MergeRules) -> Iterator[list[_Waiting]]:
+        """Split a group into those whose values are equal where they must be."""
+        first = group[0]
+        must_be_equal = []
+        for index, leaf in enumerate(first.arguments.leaves):
+            if leaf.rule is LeafRule.VALUE or rules.per_row.get(leaf.path):
+                continue
+            can_differ = leaf.rule in PER_ROW and leaf.path not in rules.shared and leaf.path not in rules.per_row
+            if can_differ and len({digest(each.arguments.leaves[index].value) for each in group}) > 1:
+                self._prober.try_leaf(first.call, first.arguments, leaf)
+            if not rules.per_row.get(leaf.path):
+                must_be_equal.append(index)
+        parts: dict[Hashable, list[_Waiting]] = {}
+        for each in group:
+            values = tuple(digest(each.arguments.leaves[index].value) for index in must_be_equal)
+            parts.setdefault(values, []).append(each)
+        yield from parts.values()
+
+    def _compute_merged(self, group: Sequence[_Waiting], rules: MergeRules) -> None:
+        """Compute calls in one forward, padded to the bucket."""
+        first = group[0]
+        filled = [*group, *([first] * (first.call.run.bucket - len(group)))]
+        by_item = any(leaf.rule is LeafRule.ITEMS for leaf in first.arguments.leaves)
+        try:
+            first.call.run.adapt()
+            output = first.call.forward(**merge([each.arguments for each in filled], rules.shared))
+            outputs = split(output, first.arguments.rows, len(filled), by_item=by_item)
+        except torch.OutOfMemoryError as error:
+            for each in group:
+                each.call.error = error
+        except Exception:  # noqa: BLE001 - one of the calls is at fault: each finds out by itself, with the same bits
+            if len(group) == 1:
+                self._compute_alone(first.call)
+            else:
+                for each in group:
+                    self._compute_merged([each], rules)
+        else:
+            self.group_sizes[len(group)] += 1
+            for each, output in zip(group, outputs, strict=False):
+                each.call.output = output
