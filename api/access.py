@@ -14,15 +14,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from triptych.actors.topology import ApiSection, is_loopback, parse_rate
 from triptych.api.errors import ApiError, error_response
-from triptych.api.keys import ApiKeys
+from triptych.api.keys import ApiClient, ApiKeys
+from triptych.roles.messages.common import MAX_PRIORITY
 
 OPEN_PATHS: Final = frozenset({"/live", "/ready", "/health"})
 """Paths for probes, which need no key."""
+ANYBODY: Final = ApiClient("", MAX_PRIORITY)
+"""Whoever asks without a key."""
 _MISDIRECTED: Final = 421
 
 
 class AccessMiddleware:
-    """ASGI middleware: refuses requests that may not be made, and sets `state["owner"]` to the name of the key."""
+    """ASGI middleware: refuses requests that may not be made, and sets `state["owner"]` and `state["max_priority"]`."""
 
     def __init__(
         self, app: ASGIApp, api: ApiSection, keys: ApiKeys | None, clock: Callable[[], float] = time.monotonic
@@ -39,26 +42,27 @@ class AccessMiddleware:
         """Serve one HTTP request, or refuse it."""
         if scope["type"] == "http":
             try:
-                scope["state"]["owner"] = self._admit(scope)
+                client = self._admit(scope)
+                scope["state"].update(owner=client.name, max_priority=client.max_priority)
             except ApiError as error:
                 await error_response(error)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
-    def _admit(self, scope: Scope) -> str:
+    def _admit(self, scope: Scope) -> ApiClient:
         headers = Headers(scope=scope)
         check_host(headers.get("host", ""), self.names, any_address=is_unspecified(self.api.host))
         if (origin := headers.get("origin")) is not None:
             check_origin(origin, headers.get("host", ""), self.sites)
         if self.keys is None:
-            owner = ""
+            client = ANYBODY
         elif scope["path"] in OPEN_PATHS:
-            return ""
+            return ANYBODY
         else:
-            owner = authenticate(headers.get("authorization", ""), self.keys)
+            client = authenticate(headers.get("authorization", ""), self.keys)
         if self.api.rate_limit and scope["method"] == "POST":
-            self._check_rate(owner)
-        return owner
+            self._check_rate(client.name)
+        return client
 
     def _check_rate(self, owner: str) -> None:
         count, period_s = parse_rate(self.api.rate_limit)
@@ -134,17 +138,17 @@ def host_of(authority: str) -> str:
         return ""
 
 
-def authenticate(authorization: str, keys: ApiKeys) -> str:
-    """Return the name of the key in an Authorization header; raises ApiError 401."""
+def authenticate(authorization: str, keys: ApiKeys) -> ApiClient:
+    """Return the client of the key in an Authorization header; raises ApiError 401."""
     scheme, _, key = authorization.partition(" ")
-    name = keys.name_of(key.strip()) if scheme.lower() == "bearer" else None
-    if name is None:
+    client = keys.find(key.strip()) if scheme.lower() == "bearer" else None
+    if client is None:
         given = "this is not a key of this server" if authorization else "a key is needed"
         message = f"{given}: send Authorization: Bearer KEY, with a key of the server's [api] keys_file"
         error = ApiError(401, message, code="invalid_api_key")
         error.headers["WWW-Authenticate"] = "Bearer"
         raise error
-    return name
+    return client
 
 
 def is_unspecified(host: str) -> bool:

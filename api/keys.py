@@ -1,4 +1,4 @@
-"""The keys of the HTTP API: a file with a line `name:key` for each."""
+"""The keys of the HTTP API: a file with a line `name:key` for each, or `name:key max_priority=N`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import hmac
 import os
 import re
 import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from triptych.roles.messages.common import MAX_PRIORITY
 
 MIN_LENGTH: Final = 16
 ADVICE: Final = 'python -c "import secrets; print(secrets.token_urlsafe(32))"'
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _KEY: Final = re.compile(rf"[\x21-\x7e]{{{MIN_LENGTH},256}}")
+_MAX_PRIORITY: Final = re.compile(r"max_priority=(-?[0-9]{1,3})")
 
 
 class ApiKeysError(Exception):
@@ -25,20 +30,31 @@ class ApiKeysError(Exception):
         self.fix = fix
 
 
+@dataclass(frozen=True, slots=True)
+class ApiClient:
+    """Who has a key, and what it allows."""
+
+    name: str
+    """Its requests are seen by this name alone; "" without keys."""
+    max_priority: int = 0
+    """The highest priority of its requests. It is 0 unless the file gives another, because a higher one delays all
+    other clients."""
+
+
 class ApiKeys:
     """Who may use the API. Several keys may have one name, for the time in which one replaces another."""
 
-    def __init__(self, keys: dict[str, str]) -> None:
+    def __init__(self, keys: Mapping[str, ApiClient]) -> None:
         self.keys = keys
-        """Name by key."""
-        self._names = {_digest(key): name for key, name in keys.items()}
+        """Client by key."""
+        self._clients = {_digest(key): client for key, client in keys.items()}
 
-    def name_of(self, key: str) -> str | None:
-        """Return the name of a key, None where there is no such key; takes as long for the one as for the other."""
+    def find(self, key: str) -> ApiClient | None:
+        """Return the client of a key, None where there is no such key; takes as long for the one as for the other."""
         given, found = _digest(key), None
-        for digest, name in self._names.items():
+        for digest, client in self._clients.items():
             if hmac.compare_digest(digest, given):
-                found = name
+                found = client
         return found
 
 
@@ -46,7 +62,8 @@ def load_api_keys(path: Path) -> ApiKeys:
     """Read a file of keys; empty lines and lines that start with # are ignored.
 
     Raises:
-        ApiKeysError: It cannot be read, others may read it, or a line of it is no `name:key`.
+        ApiKeysError: It cannot be read, others may read it, or a line of it is no `name:key`, or has a limit that is
+            none.
     """
     try:
         with path.open("rb") as file:
@@ -57,27 +74,34 @@ def load_api_keys(path: Path) -> ApiKeys:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", "") or str(error)
         raise ApiKeysError(f"cannot be read ({reason})", "give the path of a text file of mode 0600") from error
-    keys: dict[str, str] = {}
+    keys: dict[str, ApiClient] = {}
     for number, line in enumerate(lines, start=1):
         text = line.strip()
         if not text or text.startswith("#"):
             continue
-        name, colon, key = (part.strip() for part in text.partition(":"))
+        name, colon, rest = (part.strip() for part in text.partition(":"))
+        key, _, limit = (part.strip() for part in rest.partition(" "))
         if not colon or not _NAME.fullmatch(name):
             raise ApiKeysError(f"has no name:key in line {number}", "name it with letters, digits, _, . and -")
         if not _KEY.fullmatch(key):
             problem = f"has no key of {MIN_LENGTH} to 256 visible ASCII characters in line {number}"
             raise ApiKeysError(problem, f"make one with {ADVICE}")
         if key in keys:
-            raise ApiKeysError(f"has the key of {keys[key]} again in line {number}", "give each name a key of its own")
-        keys[key] = name
+            problem = f"has the key of {keys[key].name} again in line {number}"
+            raise ApiKeysError(problem, "give each name a key of its own")
+        given = _MAX_PRIORITY.fullmatch(limit) if limit else None
+        max_priority = int(given[1]) if given else 0
+        if (limit and not given) or abs(max_priority) > MAX_PRIORITY:
+            fix = f"write max_priority=N with N from {-MAX_PRIORITY} to {MAX_PRIORITY}, or nothing"
+            raise ApiKeysError(f"has no limit after the key in line {number}", fix)
+        keys[key] = ApiClient(name, max_priority)
     if not keys:
         raise ApiKeysError("holds no key", f"write a line name:key, with a key from {ADVICE}")
     return ApiKeys(keys)
 
 
 def read_client_key(path: Path) -> str:
-    """Read the key that a client sends: a file has the key alone, or `name:key` lines, of which the first counts.
+    """Read the key that a client sends: a file has the key alone, or lines of `load_api_keys`; the first counts.
 
     A key that itself has a colon is read as `name:key`: write a name before it.
 
@@ -91,7 +115,7 @@ def read_client_key(path: Path) -> str:
         raise ApiKeysError(f"cannot be read ({reason})", "give a text file") from error
     line = next((text for text in map(str.strip, lines) if text and not text.startswith("#")), "")
     name, colon, key = (part.strip() for part in line.partition(":"))
-    key = key if colon and _NAME.fullmatch(name) else line
+    key = key.partition(" ")[0] if colon and _NAME.fullmatch(name) else line
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise ApiKeysError("has no key", "write the key alone into it, or a line name:key")
     return key

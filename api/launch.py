@@ -78,6 +78,8 @@ class Cluster:
         steps: int | None = None,
         seed: int | None = None,
         n: None = None,
+        priority: int | None = None,
+        deadline_s: float | None = None,
         timeout_s: float = GENERATE_TIMEOUT_S,
         **inputs: object,
     ) -> GeneratedImage: ...
@@ -92,6 +94,8 @@ class Cluster:
         steps: int | None = None,
         seed: int | Sequence[int] | None = None,
         n: int,
+        priority: int | None = None,
+        deadline_s: float | None = None,
         timeout_s: float = GENERATE_TIMEOUT_S,
         **inputs: object,
     ) -> list[GeneratedImage]: ...
@@ -106,6 +110,8 @@ class Cluster:
         steps: int | None = None,
         seed: Sequence[int],
         n: int | None = None,
+        priority: int | None = None,
+        deadline_s: float | None = None,
         timeout_s: float = GENERATE_TIMEOUT_S,
         **inputs: object,
     ) -> list[GeneratedImage]: ...
@@ -128,6 +134,8 @@ class Cluster:
             steps: Number of denoising steps.
             seed: Of the first image, the next has the next; or one for each image.
             n: How many images.
+            priority: A higher one goes before other requests; by default 0.
+            deadline_s: Seconds in which the result is wanted, for `[head] policy = "deadline"`; nothing is cancelled.
             timeout_s: Seconds to wait.
             inputs: Any other input of the model; those that are left out, or None, take the model's default. An image
                 is a `Path`, or the `bytes` of a PNG, JPEG or WebP file, or a list of those.

@@ -21,7 +21,7 @@ from triptych.api.services import ApiRequest
 from triptych.api.uploads import MAX_FILES, MAX_FRAMES, ImageSize, Source, UploadService
 from triptych.engines.parameters.schema import IMAGE_KINDS, KIND_DESCRIPTIONS, KNOWN_KINDS, ParameterKind, Task
 from triptych.engines.parameters.validation import MAX_TEXT
-from triptych.roles.messages.common import MAX_SEED, Json, Numbers, Options, Scalar
+from triptych.roles.messages.common import MAX_SEED, Json, Numbers, Options, Priority, Scalar
 from triptych.roles.messages.common import Input as PipelineInput
 from triptych.roles.messages.requests import RequestRejected
 
@@ -41,6 +41,7 @@ ScalarInput: TypeAlias = Text | Integer | float | bool | None
 OptionValue: TypeAlias = Annotated[str, Meta(max_length=1024)] | Integer | float | bool | None
 Seed: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_SEED)]
 Seeds: TypeAlias = Annotated[tuple[Seed, ...], Meta(min_length=1, max_length=MAX_SEEDS)]
+DeadlineSeconds: TypeAlias = Annotated[float, Meta(gt=0, le=604_800)]
 _SIZE = re.compile(r"(?P<width>[1-9][0-9]{0,4})x(?P<height>[1-9][0-9]{0,4})")
 _FIELD = re.compile(r" - at `\$\.(?P<name>\w+)")
 _MISSING = re.compile(r"missing required field `(?P<name>[^`]+)`")
@@ -89,6 +90,10 @@ class MediaRequest(msgspec.Struct, frozen=True, kw_only=True):
     num_inference_steps: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
     guidance_scale: float | None = None
     negative_prompt: Text | None = None
+    priority: Priority | None = None
+    """A higher one goes first; by default 0. A key of the API may set no higher one than its own limit."""
+    deadline_s: DeadlineSeconds | None = None
+    """Seconds in which the result is wanted; `[head] policy = "deadline"` goes by it. Nothing ends because of it."""
 
 
 class FieldNames:

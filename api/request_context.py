@@ -46,7 +46,7 @@ class RequestContextMiddleware:
         started, status = time.monotonic(), 0
         request_id = new_request_id()
         traceparent = child_traceparent(Headers(scope=scope).get("traceparent", ""))
-        state: RequestState = {"services": self.services, "request_id": request_id, "owner": ""}
+        state: RequestState = {"services": self.services, "request_id": request_id, "owner": "", "max_priority": 0}
         scope["state"] = state
 
         async def send_with_headers(message: Message) -> None:

@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 
 from triptych.api.client import summarize_causes
-from triptych.api.errors import CLIENT_CLOSED_REQUEST, ApiError, not_found
+from triptych.api.errors import CLIENT_CLOSED_REQUEST, ApiError, field_error, not_found
 from triptych.api.media_request import MediaRequest, ParsedRequest
 from triptych.api.operations import operation
 from triptych.api.responses import JSONResponse, to_builtins
@@ -93,9 +93,17 @@ def input_view(value: Input) -> object:
 
 
 async def submit(request: ApiRequest, parsed: ParsedRequest[MediaRequest], *, n: int, output: Output) -> str:
-    """Have the head accept a request; returns the id that it has there. Raises ApiError with the head's refusal."""
+    """Have the head accept a request; returns the id that it has there.
+
+    Raises:
+        ApiError: The head refuses it, or its priority is higher than the key allows (403).
+    """
     head, state = request.state["services"].head, request.state
     key = idempotency_key(request)
+    priority = parsed.fields.priority or 0
+    if priority > state["max_priority"]:
+        predicate = f"must be at most {state['max_priority']} for the key of {state['owner']}"
+        raise field_error("priority", predicate, status=403, code="priority_not_allowed")
     message = SubmitRequest(
         request_id=state["request_id"],
         inputs=parsed.inputs,
@@ -107,6 +115,8 @@ async def submit(request: ApiRequest, parsed: ParsedRequest[MediaRequest], *, n:
         idempotency_key=key or state["request_id"],
         owner=state["owner"],
         model=parsed.fields.model or "",
+        priority=priority,
+        deadline_s=parsed.fields.deadline_s or 0.0,
     )
     try:
         answer = await head.submit(message)

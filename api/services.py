@@ -38,6 +38,8 @@ class RequestState(TypedDict):
     """Unique, and the id that the head gets for a new request."""
     owner: str
     """Name of the API key; "" without keys."""
+    max_priority: int
+    """The highest priority that the client may give a request."""
 
 
 ApiRequest: TypeAlias = Request[RequestState]

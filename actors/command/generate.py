@@ -31,6 +31,7 @@ from triptych.api.client import (
 )
 from triptych.api.keys import ApiKeysError, read_client_key
 from triptych.roles.media.formats import FORMAT_OF_ENDING
+from triptych.roles.messages.common import MAX_PRIORITY
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 URL_VARIABLE: Final = "TRIPTYCH_URL"
@@ -95,6 +96,18 @@ def generate(
         int | None,
         typer.Option("-n", min=1, max=10, help="How many, with consecutive seeds.", show_default="1"),
     ] = None,
+    priority: Annotated[
+        int | None,
+        typer.Option(min=-MAX_PRIORITY, max=MAX_PRIORITY, help="Higher goes before other requests.", show_default="0"),
+    ] = None,
+    deadline: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help='When it is wanted; \\[head] policy = "deadline" goes by it, and nothing is cancelled.',
+            show_default=False,
+        ),
+    ] = None,
     image: Images = None,
     mask: Annotated[
         Path | None,
@@ -136,7 +149,7 @@ def generate(
         fail(f"{out.parent} is not a folder: make it first, or choose another file with -o.", EXIT_FAILED)
     begun = time.monotonic()
     options = {"negative_prompt": negative, "guidance_scale": guidance, "mask": mask, "last_image": last_image}
-    options |= {"model": model} if model else {}
+    options |= {"priority": priority, "deadline_s": deadline} | ({"model": model} if model else {})
     seeds = read_seeds(seed)
     by_option = {
         "prompt": prompt,

@@ -13,7 +13,7 @@ from triptych.actors.topology import ApiSection
 from triptych.api.access import TokenBucket, check_host, check_origin, host_of, own_host_names
 from triptych.api.app import make_app
 from triptych.api.errors import ApiError
-from triptych.api.keys import ApiKeys
+from triptych.api.keys import ApiClient, ApiKeys
 from triptych.roles.messages import requests as wire
 
 pytestmark = pytest.mark.anyio
@@ -26,7 +26,7 @@ async def client_of(services, fake_head):
     """Make a client of an app with `[api]` keys of its own, in this process."""
     clients = []
 
-    def make(key: str = "", *, keys: dict[str, str] | None = None, **api: object) -> httpx.AsyncClient:
+    def make(key: str = "", *, keys: dict[str, ApiClient] | None = None, **api: object) -> httpx.AsyncClient:
         topology = services.topology
         changed = msgspec.structs.replace(topology, api=msgspec.structs.replace(topology.api, **api))
         app = make_app(dataclasses.replace(services, topology=changed), ApiKeys(keys) if keys else None)
@@ -44,7 +44,7 @@ async def client_of(services, fake_head):
 
 @pytest.fixture
 def with_key(client_of):
-    return lambda key: client_of(key, keys={ALICE: "alice", BOB: "bob"})
+    return lambda key: client_of(key, keys={ALICE: ApiClient("alice"), BOB: ApiClient("bob", 5)})
 
 
 @pytest.mark.parametrize("sent", ["", "Bearer", "Bearer wrong", f"Basic {ALICE}", f"Bearer {ALICE}x", "Bearer \xe9"])
@@ -91,8 +91,24 @@ async def test_idempotency_keys_are_each_key_s_own(with_key, fake_head):
     assert made[0] == made[2] != made[1]
 
 
+async def test_a_key_lowers_its_priority_and_raises_it_as_far_as_it_may(with_key, client, fake_head):
+    allowed = {ALICE: (-100, 0), BOB: (5,)}
+    for key, priorities in allowed.items():
+        for priority in priorities:
+            made = (await with_key(key).post(URL, json={"prompt": "x", "priority": priority})).json()
+            assert fake_head.journal[made["id"]].submit.priority == priority
+    for key in allowed:
+        refused = await with_key(key).post(URL, json={"prompt": "x", "priority": 6})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (403, "priority")
+    made = (await client.post(URL, json={"prompt": "x", "priority": 100})).json()
+    assert fake_head.journal[made["id"]].submit.priority == 100, "without keys everybody is the operator"
+
+
 async def test_a_key_that_asks_too_often_is_told_when_to_try_again(with_key, client_of, fake_head):
-    alice, bob = (client_of(key, keys={ALICE: "alice", BOB: "bob"}, rate_limit="1/h") for key in (ALICE, BOB))
+    alice, bob = (
+        client_of(key, keys={ALICE: ApiClient("alice"), BOB: ApiClient("bob")}, rate_limit="1/h")
+        for key in (ALICE, BOB)
+    )
     assert (await alice.post(URL, json={"prompt": "x"})).status_code == 200
     refused = await alice.post(URL, json={"prompt": "x"})
     assert (refused.status_code, refused.json()["error"]["type"]) == (429, "rate_limit_error")

@@ -53,6 +53,10 @@ def check(answer, status, code=None, param=None):
         ({"num_inference_steps": "4"}, "num_inference_steps"),
         ({"guidance_scale": "high"}, "guidance_scale"),
         ({"negative_prompt": []}, "negative_prompt"),
+        ({"priority": 101}, "priority"),
+        ({"priority": 0.5}, "priority"),
+        ({"deadline_s": 0}, "deadline_s"),
+        ({"deadline_s": "soon"}, "deadline_s"),
         ({"prompt_2": ["a"]}, "prompt_2"),
         ({"max_sequence_length": 10**30}, "max_sequence_length"),
         ({f"a{k}": k for k in range(70)}, None),
@@ -238,7 +242,7 @@ SCALAR = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 VALUE = st.recursive(SCALAR, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)
 FIELDS = st.sampled_from(
     ("prompt", "n", "size", "model", "response_format", "output_format", "user", "seed", "height",
-     "num_inference_steps", "guidance_scale", "negative_prompt")
+     "num_inference_steps", "guidance_scale", "negative_prompt", "priority", "deadline_s")
 )  # fmt: skip
 
 

@@ -26,6 +26,8 @@ async def test_an_image_comes_back_inline(client, fake_head):
             "negative_prompt": "",
             "model": "tiny/shapes",
             "user": "somebody",
+            "priority": 5,
+            "deadline_s": 2.5,
         },
     )
     assert answer.status_code == 200, answer.text
@@ -46,6 +48,7 @@ async def test_an_image_comes_back_inline(client, fake_head):
         "negative_prompt": "",
     }
     assert (submit.request_id, submit.seed, submit.n) == (body["id"], 7, 1)
+    assert (submit.priority, submit.deadline_s) == (5, 2.5)
 
 
 async def test_what_is_not_given_is_not_sent(client, fake_head):

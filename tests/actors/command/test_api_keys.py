@@ -12,7 +12,7 @@ from triptych.actors.command.generate import api_key
 from triptych.actors.command.preflight import preflight
 from triptych.actors.topology import write_with_overrides
 from triptych.api.client import authorization
-from triptych.api.keys import ApiKeysError, load_api_keys
+from triptych.api.keys import ApiClient, ApiKeysError, load_api_keys, read_client_key
 
 ALICE, BOB, NEXT = "a" * 16, "b" * 43, "c" * 16
 
@@ -26,8 +26,15 @@ def written(folder: Path, text: str, mode: int = 0o600) -> Path:
 
 def test_keys_have_names_and_a_name_may_have_two_for_a_while(tmp_path: Path) -> None:
     keys = load_api_keys(written(tmp_path, f"# who\nalice:{ALICE}\n\n bob.1-x : {BOB} \nalice:{NEXT}"))
-    assert [keys.name_of(key) for key in (ALICE, BOB, NEXT)] == ["alice", "bob.1-x", "alice"]
-    assert [keys.name_of(key) for key in ("", "alice", ALICE[:-1], ALICE + "a", "\u00e9" * 16)] == [None] * 5
+    assert [keys.find(key).name for key in (ALICE, BOB, NEXT)] == ["alice", "bob.1-x", "alice"]
+    assert [keys.find(key) for key in ("", "alice", ALICE[:-1], ALICE + "a", "\u00e9" * 16)] == [None] * 5
+
+
+def test_a_key_may_raise_a_priority_as_far_as_its_line_says(tmp_path: Path) -> None:
+    file = written(tmp_path, f"alice:{ALICE} max_priority=10\nbob:{BOB}")
+    keys = load_api_keys(file)
+    assert [keys.find(key) for key in (ALICE, BOB)] == [ApiClient("alice", 10), ApiClient("bob", 0)]
+    assert read_client_key(file) == ALICE
 
 
 @pytest.mark.parametrize(
@@ -41,6 +48,8 @@ def test_keys_have_names_and_a_name_may_have_two_for_a_while(tmp_path: Path) -> 
         (f"a/b:{ALICE}", 0o600, "no name:key in line 1"),
         (f"alice:{ALICE}\nbob:short", 0o600, "16 to 256 visible ASCII characters in line 2"),
         (f"alice:{ALICE}\nbob:{ALICE}", 0o600, "key of alice again in line 2"),
+        (f"alice:{ALICE} max_priority=101", 0o600, "no limit after the key in line 1"),
+        (f"alice:{ALICE} priority=1", 0o600, "no limit after the key in line 1"),
     ],
 )
 def test_a_file_that_keeps_nobody_out_is_refused(tmp_path: Path, text: str, mode: int, problem: str) -> None:

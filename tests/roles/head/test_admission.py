@@ -9,6 +9,7 @@ from typing import ClassVar
 import msgspec
 import pytest
 
+from tests.roles.factories import make_scheduler, registration, single_model
 from tests.roles.head.head_harness import BOUND_S, SIGNATURE, HeadHarness, run_scenario, running_head
 from triptych.actors import Actor, AddressBook, Incarnation, Topology
 from triptych.actors.runtime.bus_keys import make_bus_keys
@@ -22,7 +23,7 @@ from triptych.bus import RemoteError
 from triptych.engines.parameters.lora import PARAMETERS
 from triptych.engines.parameters.schema import Parameter, ParameterKind, Signature
 from triptych.engines.parameters.validation import ParameterError
-from triptych.roles.head.admission import seeds_of
+from triptych.roles.head.admission import AdmissionLimits, make_request, seeds_of
 from triptych.roles.messages import requests
 from triptych.roles.messages.common import (
     MAX_SEED,
@@ -270,3 +271,19 @@ def test_seeds_follow_each_other_or_are_given_for_each() -> None:
     for seed, n in (((5, 3), 3), (MAX_SEED, 2)):
         with pytest.raises(ParameterError, match="seed must be"):
             seeds_of(seed, n)
+
+
+def test_a_request_has_what_it_is_scheduled_by() -> None:
+    (served,) = single_model(make_scheduler()).all
+    served.scheduler.register(registration("denoiser-0"), 0.0)
+    limits = AdmissionLimits(max_pending=9, timeout_s=60.0, largest_payload=0)
+
+    def made(**inputs: int) -> tuple[int, float, int]:
+        message = requests.SubmitRequest("r", {"prompt": "x", **inputs}, priority=3, deadline_s=9.0)
+        request = make_request(message, served, limits, 0.0)
+        return request.priority, request.deadline_s, request.steps
+
+    assert made(num_inference_steps=7) == (3, 9.0, 7)
+    assert made() == (3, 9.0, 0), "the pipeline has no default"
+    served.serving_config = msgspec.structs.replace(served.serving_config, defaults={"num_inference_steps": 28})
+    assert made() == (3, 9.0, 28)

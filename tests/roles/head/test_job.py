@@ -11,10 +11,11 @@ from triptych.roles.head.job import (
     TERMINAL_STATES,
     IllegalTransitionError,
     Job,
+    Request,
     State,
     StoredOutput,
 )
-from triptych.roles.messages.common import LeaseRef, StoredPayload
+from triptych.roles.messages.common import LeaseRef, Output, StoredPayload
 
 
 def job_in(state: State) -> Job:
@@ -86,3 +87,22 @@ def test_a_lost_stage_resumes_from_what_is_at_rest(at_rest: Stage | None, lost: 
     job = job_in(State.PENDING)
     job.stored = StoredOutput(at_rest, stored()) if at_rest else None
     assert job.resume_stage(lost) is resumed
+
+
+@pytest.mark.parametrize(
+    ("deadline_s", "state", "finished_at", "met"),
+    [
+        (2.0, State.DONE, 12.0, True),
+        (2.0, State.DONE, 12.5, False),
+        (2.0, State.FAILED, 11.0, False),
+        (2.0, State.DENOISING_RUNNING, 0.0, None),
+        (0.0, State.DONE, 12.0, None),
+    ],
+)
+def test_a_request_says_at_its_end_whether_it_met_its_deadline(
+    deadline_s: float, state: State, finished_at: float, met: bool | None
+) -> None:
+    ended = Request(
+        "r", {}, Output("png"), 10.0, 610.0, [job_in(state)], finished_at=finished_at, deadline_s=deadline_s
+    )
+    assert (ended.view().deadline_s, ended.view().deadline_met) == (deadline_s or None, met)
