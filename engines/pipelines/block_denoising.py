@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from triptych.engines.partition.loop_state import block_problem
 from triptych.engines.pipelines.component_settings import remove_guider_hooks
 from triptych.engines.steps.checkpoint import (
     CheckpointError,
@@ -48,7 +49,7 @@ class BlockDenoising(Denoising):
     def __init__(self, block: Any, components: Any, state: Any, finish: Callable[[Any], dict[str, object]]) -> None:
         block = copy.deepcopy(block)
         for loop in _loops(block):
-            loop.loop_step = self._stepping(loop.loop_step)
+            loop.loop_step = self._stepping(type(loop), loop.loop_step)
             # The setting of the pipeline does not apply to inner loops.
             loop.set_progress_bar_config(disable=True)
 
@@ -72,13 +73,14 @@ class BlockDenoising(Denoising):
         self._loops_entered = 0
         self._steps_inside = 0
 
-    def _stepping(self, loop_step: Callable[..., Any]) -> Callable[..., Any]:
+    def _stepping(self, cls: type, loop_step: Callable[..., Any]) -> Callable[..., Any]:
         before = None
 
         def paused_step(components: Any, block_state: Any, **position: Any) -> Any:
             nonlocal before
             if before is None:
                 before = self.step
+                self.cannot_resume = self.cannot_resume or block_problem(cls)
                 steps = _count(block_state, position)
                 self.total_steps = None if steps is None else before + steps
             if self._steps_inside:

@@ -102,7 +102,9 @@ class ClassicRunner:
         self._replay_encoders(pipeline, payload, generator)
         # For a request for latents, a pipeline ends before it decodes.
         if not self._partition.has_decoder_stage or wants_latents(inputs):
-            return CallDenoising(lambda: {FINAL_RESULT: self._run_to_end(pipeline, inputs, generator)}, pipeline)
+            return CallDenoising(
+                lambda: {FINAL_RESULT: self._run_to_end(pipeline, inputs, generator)}, pipeline, generator
+            )
         for name in self._partition.decodes:
             vars(pipeline)[name] = _interrupt_at("", name, getattr(pipeline, name))
         if self._partition.conditions:
@@ -118,7 +120,7 @@ class ClassicRunner:
                 return {**payload, GENERATOR: generator, "latents": boundary.value}
             raise RuntimeError("The pipeline ran to its end in the denoiser.")
 
-        return CallDenoising(work, pipeline)
+        return CallDenoising(work, pipeline, generator)
 
     def decode(self, payload: Mapping[str, object]) -> dict[str, object]:
         """Run the pipeline without steps, and decode the "latents" of the payload instead of its own."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
+from torch.utils import _pytree
 
 from triptych.engines.parameters.aliases import public_names, with_aliases
 from triptych.engines.parameters.declarations import (
@@ -38,11 +39,21 @@ from triptych.engines.parameters.media import (
 )
 from triptych.engines.parameters.schema import OUTPUT_TYPE, REPLACES, Signature
 from triptych.engines.parameters.size_constraints import with_size_constraints
+from triptych.engines.partition.loop_state import call_problem
 from triptych.engines.partition.tasks import class_tasks, required_by
 from triptych.engines.pipelines.component_settings import setting_parameters
 from triptych.engines.pipelines.guidance import GUIDANCE_SCALE, guidance, has_guider
 from triptych.engines.pipelines.random_state import GENERATOR
 from triptych.engines.stages import InputError
+from triptych.engines.steps.checkpoint import (
+    CheckpointError,
+    component_names,
+    freeze,
+    freeze_attributes,
+    thaw,
+    thaw_attributes,
+)
+from triptych.engines.steps.denoiser_calls import CacheContextArguments, parked_components, parking, parks
 from triptych.engines.steps.denoising import Denoising
 
 _OURS: Final = frozenset({"self", "output_type", "return_dict", "callback", "callback_steps", "callback_on_step_end"})
@@ -188,29 +199,68 @@ def schedulers(pipeline: Any) -> tuple[Any, ...]:
 class CallDenoising(Denoising):
     """A run of a whole function that pauses after each step of a scheduler except the last.
 
+    A run that goes on from a snapshot calls the function from its beginning. Until it arrives at the saved step, the
+    scheduler returns the saved result, and denoisers return zeros, except for the first call of each shape.
+
     Args:
         work: The run; returns the payload for the decoder.
         pipeline: The pipeline that it runs, private to the request.
+        generator: The generator of the request.
     """
 
-    def __init__(self, work: Callable[[], dict[str, object]], pipeline: Any) -> None:
+    def __init__(self, work: Callable[[], dict[str, object]], pipeline: Any, generator: torch.Generator) -> None:
         super().__init__(work)
         self.pipeline = pipeline
+        self.cannot_resume = call_problem(type(pipeline))
+        self._generator = generator
         self._position: object = None
+        self._scheduler: Any = None
+        self._stepped: Any = None
+        """The result of the last step; in a run that goes on, the frozen one of the snapshot."""
+        self._zeros: dict[Hashable, Any] = {}
         for scheduler in schedulers(pipeline):
             for name in STEPS:
                 if hasattr(scheduler, name):
                     intercept(scheduler, name, functools.partial(self._stepping, pipeline))
 
+    def resume(self, snapshot: Mapping[str, Any], *, skip_rest: bool = False) -> None:
+        """Go on from a snapshot, as `Denoising.resume`."""
+        super().resume(snapshot, skip_rest=skip_rest)
+        self._stepped = snapshot["run"].get("result")
+        for name, component in list(parked_components(self.pipeline)):
+            if not parks(component):
+                vars(self.pipeline)[name] = parking(component)
+
+    def park(
+        self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], context: CacheContextArguments | None
+    ) -> Any:
+        """Compute a call of a denoiser, as `Denoising.park`; in a step that is skipped, return zeros of its shape."""
+        if not self._skipping:
+            return super().park(module, args, kwargs, context)
+        shape = (id(module), *map(_outline, _pytree.tree_leaves((args, dict(kwargs)))))
+        # The first calls are computed: they may be before the loop, and the shape of the output is not known.
+        if self.step == 0 or shape not in self._zeros:
+            output = super().park(module, args, kwargs, context)
+            self._zeros[shape] = _pytree.tree_map_only(torch.Tensor, torch.zeros_like, output)
+            return output
+        return _pytree.tree_map_only(torch.Tensor, torch.clone, self._zeros[shape])
+
+    @property
+    def _skipping(self) -> bool:
+        return self._saved is not None or (self._skips_rest and self.step != self.total_steps)
+
     def _stepping(self, pipeline: Any, scheduler: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        result = step(*args, **kwargs)
+        skipping = self._skipping
+        result = thaw(self._stepped, None, pipeline) if skipping else step(*args, **kwargs)
         # Count a timestep once: a loop may call the scheduler for each part of the latents, and a copy of it for sound.
         position = getattr(scheduler, "step_index", None)
         if position is None:
             position = args[1] if len(args) > 1 else kwargs.get("timestep")
-        if self._is_same_step(position):
+        if not skipping and (self._is_same_step(position) or self._scheduler not in (None, scheduler)):
+            self.cannot_resume = self.cannot_resume or "It calls schedulers more than once in a step."
+        if not skipping and self._is_same_step(position):
             return result
-        self._position = position
+        self._position, self._scheduler = position, scheduler
         if self.step == 0:
             # A run that starts from an image has fewer steps than timesteps; most pipelines have the number.
             self.total_steps = vars(pipeline).get("_num_timesteps") or len(scheduler.timesteps)
@@ -218,16 +268,49 @@ class CallDenoising(Denoising):
         if self.total_steps is not None and self.step > self.total_steps:
             # The pipeline has another loop.
             self.total_steps = None
+            self.cannot_resume = self.cannot_resume or "It has more than one loop."
+        if skipping:
+            self._skips(self._thaw)
+            return result
         # Do not pause after the last step, so that it also ends the run.
         if self.step != self.total_steps:
+            self._stepped = result
             self.pause()
         return result
+
+    def _freeze(self) -> dict[str, object]:
+        names, scheduler = component_names(self.pipeline), self._scheduler
+        own = {name for name in vars(scheduler) if not isinstance(vars(scheduler)[name], _Interceptor)}
+        return {
+            "result": freeze(self._stepped, names, "the result of the scheduler"),
+            "scheduler": freeze_attributes(scheduler, names, "the scheduler", names=own),
+            "class": type(scheduler).__name__,
+            "generator": self._generator.clone_state(),
+        }
+
+    def _thaw(self, saved: Mapping[str, Any]) -> None:
+        if saved["class"] != type(self._scheduler).__name__:
+            raise CheckpointError(f"The snapshot is of a {saved['class']}.")
+        thaw_attributes(saved["scheduler"], self._scheduler, self.pipeline)
+        self._generator.set_state(saved["generator"].get_state())
+
+    def _release(self) -> None:
+        super()._release()
+        self._scheduler = self._stepped = None
+        self._zeros = {}
 
     def _is_same_step(self, position: object) -> bool:
         # Compare tensors by identity: comparing their values would copy them from the device.
         if isinstance(position, int) and isinstance(self._position, int):
             return position == self._position
         return position is not None and position is self._position
+
+
+def _outline(value: object) -> Hashable:
+    """Return what of an argument may change the shape of a denoiser's output."""
+    if isinstance(value, torch.Tensor):
+        return (value.shape, value.dtype)
+    return (type(value), value if isinstance(value, (bool, str)) else None)
 
 
 class _Interceptor:

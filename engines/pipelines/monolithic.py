@@ -47,7 +47,7 @@ class MonolithicRunner:
         inputs = cast("dict[str, object]", payload["inputs"])
         generator = cast(torch.Generator, payload[GENERATOR]).clone_state()
         pipeline = request_copy(self.pipeline, inputs, parks=parks)
-        return CallDenoising(lambda: call_pipeline(pipeline, inputs, generator), pipeline)
+        return CallDenoising(lambda: call_pipeline(pipeline, inputs, generator), pipeline, generator)
 
     def decode(self, payload: Mapping[str, object]) -> dict[str, object]:
         """Return the result of the pipeline."""

@@ -104,6 +104,11 @@ def parking(module: Any) -> Any:
     return twin
 
 
+def parks(module: Any) -> bool:
+    """Whether a module is such a twin."""
+    return _MODULE in vars(module)
+
+
 def parked_components(pipeline: Any) -> Iterator[tuple[str, Any]]:
     """Yield the names and modules of a private pipeline whose calls can wait: its denoisers.
 

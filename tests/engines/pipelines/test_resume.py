@@ -8,17 +8,22 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from torch.utils import _pytree
 
+from tests.engines.classic_models import request
 from tests.engines.stage_pipelines import through_codec
 from triptych.engines.model_options import ModelOptions
+from triptych.engines.partition.loop_state import call_problem
 from triptych.engines.pipelines.pipeline import StagePipeline
 from triptych.engines.stages import Stage
 from triptych.engines.steps.checkpoint import CheckpointError
 from triptych.engines.steps.denoising import Denoising
 from triptych.tools.families.cases import Case, cases
+from triptych.tools.families.classes import by_class
+from triptych.tools.families.classes.tiny_components import make
 from triptych.tools.families.stage_processes import CPU
 
 Models = Callable[[str], Path]
@@ -91,6 +96,102 @@ def test_a_modular_denoise_goes_on_from_every_step(one: Case, models: Models) ->
         resumed.advance()
         assert resumed.step == snapshot["step"] + 1  # type: ignore[operator]
         assert same(finish(resumed), whole.result())
+
+
+CLASSIC = {
+    "noise of the request": ("pixart", {"num_inference_steps": 4}),
+    "two results of a step": ("cogvideox", {"num_inference_steps": 4}),
+    "the first frame is kept": ("sana", {"num_inference_steps": 3}),
+}
+
+
+@pytest.mark.parametrize("name", CLASSIC)
+def test_a_classic_denoise_goes_on_from_every_step(name: str, models: Models) -> None:
+    family, more = CLASSIC[name]
+    model = models(family)
+    here, elsewhere = load(model, "", Stage.ENCODER, Stage.DENOISER), load(model, "", Stage.DENOISER)
+    payload = here.encode(request(model, **more), 3)
+    whole = here.denoise(payload)
+    snapshots = list(pauses(whole))
+    assert len(snapshots) == more["num_inference_steps"] - 1
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    hook = elsewhere._runner.pipeline.transformer.register_forward_pre_hook(count)
+    for snapshot in snapshots:
+        resumed = elsewhere.denoise(payload, resume=snapshot)
+        calls = 0
+        resumed.advance()
+        assert resumed.step == snapshot["step"] + 1  # type: ignore[operator]
+        # Of the steps before the snapshot only the first is computed, for the shape of what the others return.
+        assert calls == 2
+        assert same(finish(resumed), whole.result())
+        preview = elsewhere.preview(payload, snapshot)
+        assert preview["latents"].shape == whole.result()["latents"].shape  # type: ignore[attr-defined]
+    hook.remove()
+
+
+def check_every_step(here: StagePipeline, elsewhere: StagePipeline, payload: dict[str, object]) -> int:
+    """Go on from each pause of a run; returns their number."""
+    whole = here.denoise(payload)
+    snapshots = list(pauses(whole))
+    for snapshot in snapshots:
+        assert same(finish(elsewhere.denoise(payload, resume=snapshot)), whole.result()), snapshot["step"]
+    return len(snapshots)
+
+
+def test_a_classic_denoise_whose_scheduler_draws_from_the_global_generators_goes_on(models: Models) -> None:
+    pipeline = load(models("pixart"), "", Stage.ENCODER, Stage.DENOISER)
+    options = {"algorithm_type": "sde-dpmsolver++"}
+    scheduler = {"scheduler": "DPMSolverMultistepScheduler", "scheduler_options": options}
+    payload = pipeline.encode(request(models("pixart"), num_inference_steps=4, **scheduler), 3)
+    assert check_every_step(pipeline, pipeline, payload) == 3
+
+
+def test_a_whole_pipeline_goes_on(models: Models) -> None:
+    pipeline = StagePipeline.load(
+        models("pixart"), tuple(Stage), dtype=torch.float32, device=CPU, options=ModelOptions(route="classic")
+    )
+    payload = pipeline.encode(request(models("pixart"), num_inference_steps=3), 3)
+    assert check_every_step(pipeline, pipeline, payload) == 2
+
+
+def test_a_run_that_cannot_go_on_says_so(tmp_path: Path) -> None:
+    sample = by_class()["AceStepPipeline"]
+    make(sample, tmp_path)
+    pipeline = StagePipeline.load(tmp_path, tuple(Stage), dtype=torch.float32, device=CPU)
+    run = pipeline.denoise(pipeline.encode(sample.inputs, 3))
+    assert run.advance()
+    with pytest.raises(CheckpointError, match="momentum_buffer"):
+        run.snapshot()
+    assert "momentum_buffer" in run.cannot_resume
+    assert finish(run)
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("one", cases(), ids=lambda one: f"{one.family}:{one.task}")
+def test_every_modular_task_goes_on_from_every_step(one: Case, models: Models) -> None:
+    for package in one.needs:
+        pytest.importorskip(package)
+    pipeline = load(models(one.family), one.task, Stage.ENCODER, Stage.DENOISER)
+    assert check_every_step(pipeline, pipeline, encoded(pipeline, one.inputs)) or "edit" in one.task
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("name", [name for name, sample in by_class().items() if not sample.unbuilt])
+def test_every_class_that_can_go_on_does(name: str, tmp_path: Path) -> None:
+    sample = by_class()[name]
+    for package in sample.needs:
+        pytest.importorskip(package)
+    if problem := call_problem(getattr(diffusers, name)):
+        pytest.skip(problem)
+    make(sample, tmp_path)
+    options = ModelOptions(route="classic")
+    pipeline = StagePipeline.load(tmp_path, tuple(Stage), dtype=torch.float32, device=CPU, options=options)
+    check_every_step(pipeline, pipeline, pipeline.encode(sample.inputs, 3))
 
 
 def test_what_is_drawn_from_the_global_generators_goes_on(models: Models, tmp_path: Path) -> None:
