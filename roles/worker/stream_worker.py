@@ -372,9 +372,19 @@ class StreamWorker(Actor):
             await self._until(stream, round_.end)
         except Exception as error:  # noqa: BLE001 - what the device raises late ends the runs of the round
             late = error
-        now = time.monotonic()
-        if round_.steps[0].run.stage is Stage.DENOISER:
-            self._scheduler.ran(round_.attempts, now - max(round_.began, self._round_ended))
+        now, first = time.monotonic(), round_.steps[0]
+        if first.run.stage is Stage.DENOISER:
+            began = max(round_.began, self._round_ended)
+            self._scheduler.ran(round_.attempts, now - began)
+            self.context.timeline.span(
+                "compute",
+                "step",
+                began,
+                *round_.attempts,
+                ended=now,
+                step=first.step,
+                total_steps=first.total_steps or 0,
+            )
         self._round_ended = now
         failed: list[tuple[StageRun, Exception]] = []
         for each in round_.steps:
@@ -410,6 +420,8 @@ class StreamWorker(Actor):
         self._pass_on(attempts.computed(run.attempt, seconds, seed_independent=run.seed_independent))
 
     def _leave(self, run: StageRun) -> None:
+        if run.began is not None:
+            self.context.timeline.span("stage", run.stage.value, run.began, run.attempt)
         self._scheduler.remove(run.attempt)
         del self._runs[run.attempt]
 

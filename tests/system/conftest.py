@@ -30,7 +30,7 @@ MANY_STEPS = 100_000
 """Steps that nobody waits for."""
 
 SHARED: dict[str, dict[str, Any]] = {
-    "flux": {"roles": {"encoder": 2, "denoiser": 1, "decoder": 1}},
+    "flux": {"roles": {"encoder": 2, "denoiser": 1, "decoder": 1}, "state": {"timeline": True}},
     "wan": {"family": "wan"},
     "pixart": {"family": "pixart"},
     # As on several hosts: nothing is shared, and the bus has its keys.
