@@ -199,12 +199,12 @@ def _class_of(entry: ComponentEntry, options: ModelOptions) -> tuple[Any, str]:
             return None, str(error)
     module = _LIBRARIES.get(entry.library) or getattr(diffusers.pipelines, entry.library, None)
     version = getattr(_LIBRARIES.get(entry.library, diffusers), "__version__", "")
-    has = frozenset(name for name in dir(module) if name[:1].isupper()) if module is not None else frozenset[str]()
     try:
         found = getattr(module, entry.class_name, None)
     except (ImportError, RuntimeError) as error:
         return None, f"The {entry.name} is a {entry.class_name}, which cannot be imported: {error}"
-    if found is None:
+    if found is None:  # only then, since `dir` of transformers takes a quarter of a second
+        has = frozenset(name for name in dir(module) if name[:1].isupper()) if module is not None else frozenset[str]()
         return None, class_problem(entry, has, version, library_version_of(entry))
     if backends := getattr(found, "_backends", ()):
         missing = [name for name in backends if name not in _installed(found)]

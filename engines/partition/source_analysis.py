@@ -39,13 +39,13 @@ def ends_without_steps(cls: Any, steps_with: Collection[str] = (), without: Coll
     function = _function(cls, "__call__")
     if function is None:
         return False
-    loops = [node for node in ast.walk(function) if isinstance(node, (ast.For, ast.While))]
+    loops = [node for node in _nodes(function) if isinstance(node, (ast.For, ast.While))]
     skipped = _skipped(function)
-    inside = {id(node) for loop in skipped for node in ast.walk(loop)}
+    inside = {id(node) for loop in skipped for node in _nodes(loop)}
     steps = [node for node in _calls(function) if _called(node) in _STEPS]
     if not steps or not all(id(node) in inside for node in steps):
         return False
-    if any(_decodes(node) for loop in loops for node in ast.walk(loop)):
+    if any(_decodes(node) for loop in loops for node in _nodes(loop)):
         return False
     again = runs(cls, steps_with, without, in_loops=True) & runs(cls, steps_with, without, in_loops=False)
     return not again and not any(_made_by(function, loop) for loop in skipped)
@@ -63,7 +63,7 @@ def runs(cls: Any, components: Collection[str], without: Collection[str], *, in_
     function = _function(cls, "__call__")
     if function is None:
         return frozenset()
-    inside = {id(node) for loop in _skipped(function) for node in ast.walk(loop)}
+    inside = {id(node) for loop in _skipped(function) for node in _nodes(loop)}
     called = {_own(node.func) for node in _calls(function) if (id(node) in inside) is in_loops} - set(without)
     return frozenset((called | _called_by(cls, called, without)) & set(components))
 
@@ -88,7 +88,7 @@ def calls_in_loop(cls: Any, methods: Collection[str]) -> bool:
     function = _function(cls, "__call__")
     if function is None:
         return False
-    loops = (node for node in ast.walk(function) if isinstance(node, (ast.For, ast.While)))
+    loops = (node for node in _nodes(function) if isinstance(node, (ast.For, ast.While)))
     return any(_own(node.func) in methods for loop in loops for node in _calls(loop))
 
 
@@ -97,9 +97,9 @@ def attributes_set_from(cls: Any, component: str) -> set[str]:
     function = _function(cls, "__init__")
     attributes: set[str] = set()
     variables: set[str] = set()
-    assignments = [node for node in ast.walk(function) if isinstance(node, ast.Assign)] if function is not None else []
+    assignments = [node for node in _nodes(function) if isinstance(node, ast.Assign)] if function is not None else []
     for assignment in sorted(assignments, key=lambda node: node.lineno):
-        inner = list(ast.walk(assignment.value))
+        inner = list(_nodes(assignment.value))
         if any(_is_own(node, component) or getattr(node, "id", "") in variables for node in inner):
             variables |= {target.id for target in assignment.targets if isinstance(target, ast.Name)}
             attributes |= {target.attr for target in assignment.targets if isinstance(target, ast.Attribute)}
@@ -109,7 +109,7 @@ def attributes_set_from(cls: Any, component: str) -> set[str]:
 def requires_component(cls: Any, component: str) -> bool:
     """Whether the `__init__` of a pipeline reads attributes of a component."""
     function = _function(cls, "__init__")
-    nodes = ast.walk(function) if function is not None else ()
+    nodes = _nodes(function) if function is not None else ()
     return any(
         isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == component
         for node in nodes
@@ -121,8 +121,8 @@ def computes(cls: Any, method: str, component: str) -> bool:
     function = _function(cls, method)
     if function is None:
         return False
-    parents = {id(child): node for node in ast.walk(function) for child in ast.iter_child_nodes(node)}
-    return any(_is_run(node, parents.get(id(node))) for node in ast.walk(function) if _is_own(node, component))
+    parents = {id(child): node for node in _nodes(function) for child in ast.iter_child_nodes(node)}
+    return any(_is_run(node, parents.get(id(node))) for node in _nodes(function) if _is_own(node, component))
 
 
 @functools.cache
@@ -139,13 +139,19 @@ def _function(cls: Any, method: str) -> ast.FunctionDef | None:
     return first if isinstance(first, ast.FunctionDef) else None
 
 
+@functools.cache
+def _nodes(node: ast.AST) -> tuple[ast.AST, ...]:
+    """Return a node of a cached tree and all nodes below it."""
+    return tuple(ast.walk(node))
+
+
 def _skipped(function: ast.FunctionDef) -> list[ast.For]:
     """Return the loops that have no iterations if there are no timesteps."""
-    return [node for node in ast.walk(function) if isinstance(node, ast.For) and _is_over_timesteps(node.iter)]
+    return [node for node in _nodes(function) if isinstance(node, ast.For) and _is_over_timesteps(node.iter)]
 
 
 def _calls(function: ast.AST) -> Iterator[ast.Call]:
-    return (node for node in ast.walk(function) if isinstance(node, ast.Call))
+    return (node for node in _nodes(function) if isinstance(node, ast.Call))
 
 
 def _called_by(cls: Any, methods: Collection[str], without: Collection[str]) -> set[str]:
