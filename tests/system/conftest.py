@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pytest
 from tests.ports import free_ports
 from triptych.api.launch import Cluster, launch
 from triptych.bus import BusError
+from triptych.engines.parameters.serving_config import SERVING_CONFIG_NAME
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("encoder", "denoiser", "decoder")
@@ -29,17 +31,43 @@ BOUND_S = 60.0
 MANY_STEPS = 100_000
 """Steps that nobody waits for."""
 
+
+@dataclass(frozen=True)
+class SharedModel:
+    """One of several models that a shared cluster serves; a copy of a tiny model where it is not as that one."""
+
+    family: str
+    task: str = ""
+    denoisers: int = 1
+    slots: int = 1
+    loras: Mapping[str, float] = field(default_factory=dict)
+    """The scale of each adapter; its file is `NAME.safetensors` beside the topology."""
+    copied: bool = False
+
+
+MODELS = {
+    "wan": SharedModel("wan"),
+    "pixart": SharedModel("pixart"),
+    "image-to-image": SharedModel("flux-kl", task="image-to-image"),
+    "inpainting": SharedModel("sdxl", task="inpainting"),
+    "image-to-video": SharedModel("wan-i2v", task="image-to-video"),
+    "sound": SharedModel("ltx2"),
+    "adapters": SharedModel("flux", slots=4, loras={"ink": 0.6, "clay.v2": 1.0}),
+    # Its files are changed by a test.
+    "changed": SharedModel("flux", denoisers=2, copied=True),
+}
+"""The models of the shared cluster "models"."""
+
 SHARED: dict[str, dict[str, Any]] = {
     "flux": {"roles": {"encoder": 2, "denoiser": 1, "decoder": 1}, "state": {"timeline": True}},
-    "wan": {"family": "wan"},
-    "pixart": {"family": "pixart"},
+    "models": {},
     # As on several hosts: nothing is shared, and the bus has its keys.
     "mooncake": {"transfer": {"engine": "mooncake", "trusted_network": True}, "bus": {"transport": "tcp"}},
-    # Tests that kill processes of it, and wait until they are back.
+    # Tests that kill or stop processes of it, and wait until they are back.
     "killed": {
         "family": "flux-any-steps",
         "roles": {"encoder": 1, "denoiser": 2, "decoder": 1},
-        "supervision": {"intensity": 100},
+        "supervision": {"intensity": 100, "heartbeat_timeout_s": 5},
     },
 }
 """The topologies of shared clusters."""
@@ -79,9 +107,13 @@ class SharedClusters:
         folder.mkdir()
         if name == "mooncake":
             sections["head"] = {"port": free_ports(9)}
-        family, roles = sections.pop("family", "flux"), sections.pop("roles", dict.fromkeys(STAGES, 1))
-        model = any_steps(self._models("flux"), folder) if family == "flux-any-steps" else self._models(family)
-        return await self._stack.enter_async_context(launch(write_topology(folder, model, roles, sections), FREE_PORTS))
+        if name == "models":
+            path = write_models(folder, MODELS, self._models)
+        else:
+            family, roles = sections.pop("family", "flux"), sections.pop("roles", dict.fromkeys(STAGES, 1))
+            model = any_steps(self._models("flux"), folder) if family == "flux-any-steps" else self._models(family)
+            path = write_topology(folder, model, roles, sections)
+        return await self._stack.enter_async_context(launch(path, FREE_PORTS))
 
     async def _stop(self) -> None:
         cluster, self._cluster = self._cluster, None
@@ -175,6 +207,30 @@ def write_topology(folder: Path, model: Path, roles: dict[str, int], sections: d
     path = folder / "topology.toml"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def write_models(folder: Path, shared: Mapping[str, SharedModel], models: Callable[[str], Path]) -> Path:
+    """Write a topology of several models, each with its own instances of the three stages."""
+    from triptych.tools.make_lora import make_lora  # imports torch
+
+    lines = [f'[state]\npath = "{folder / "state"}"', '[transfer]\npool_size = "64MiB"']
+    for name, model in shared.items():
+        path = models(model.family)
+        if model.task or model.copied:
+            path = Path(shutil.copytree(path, folder / name))
+        if model.task:
+            config = path / SERVING_CONFIG_NAME
+            config.write_text(json.dumps({**json.loads(config.read_text()), "task": model.task}))
+        lines.append(f'[[models]]\nname = "{name}"\npath = "{path}"\ndtype = "float32"')
+        for seed, (lora, scale) in enumerate(model.loras.items()):
+            make_lora(path, folder / f"{lora}.safetensors", seed=seed)
+            lines.append(f'[[models.lora]]\nname = "{lora}"\npath = "{lora}.safetensors"\nscale = {scale}')
+        for stage in STAGES:
+            count = model.denoisers if stage == "denoiser" else 1
+            lines.append(f'[[models.roles]]\nkind = "{stage}"\ncount = {count}\nslots = {model.slots}')
+    file = folder / "topology.toml"
+    file.write_text("\n".join(lines) + "\n")
+    return file
 
 
 def _toml(value: object) -> str:

@@ -21,12 +21,12 @@ from triptych.engines.parameters.serving_config import load_serving_config
 PROMPT = "a red ship"
 
 
-@pytest.mark.shared_cluster("pixart")
+@pytest.mark.shared_cluster("models")
 def test_a_classic_pipeline_in_three_processes_makes_the_image_of_one(
     on_cluster: Callable[..., Any], models: Callable[[str], Path]
 ) -> None:
     async def scenario(cluster: Cluster) -> np.ndarray:
-        image = await cluster.generate(PROMPT, seed=11)
+        image = await cluster.generate(PROMPT, model="pixart", seed=11)
         return np.asarray(image.image().convert("RGB"))
 
     ours = on_cluster(scenario)

@@ -86,13 +86,13 @@ def test_the_second_request_of_a_prompt_visits_no_encoder_and_its_image_is_ident
     assert np.array_equal(second, diffusers_reference("flux", model, prompt, 12, **changed))
 
 
-@pytest.mark.shared_cluster("pixart")
+@pytest.mark.shared_cluster("models")
 def test_a_classic_pipeline_is_encoded_once_for_all_seeds(
     models: Callable[[str], Path], on_cluster: Callable[..., Any]
 ) -> None:
     async def scenario(cluster: Cluster) -> np.ndarray:
-        assert not skipped((await made(cluster, 11))[1])
-        image, unit = await made(cluster, 12)
+        assert not skipped((await made(cluster, 11, model="pixart"))[1])
+        image, unit = await made(cluster, 12, model="pixart")
         assert skipped(unit)
         return image
 

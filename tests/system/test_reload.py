@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.system.conftest import FREE_PORTS, STAGES
+from tests.system.conftest import STAGES
 from tests.system.reference import diffusers_reference
-from triptych.api.launch import Cluster, launch
+from triptych.api.launch import Cluster
 from triptych.engines.parameters.serving_config import load_serving_config
 
 BOUND_S = 60.0
 
 
-async def reload(cluster: Cluster) -> None:
+async def reload(cluster: Cluster, model: str) -> None:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "triptych.actors.command", "reload", str(cluster.topology.path)),
+        *(sys.executable, "-m", "triptych.actors.command", "reload", str(cluster.topology.path), model),
         stderr=asyncio.subprocess.PIPE,
     )
     async with asyncio.timeout(BOUND_S):
@@ -49,34 +50,34 @@ def change(model: Path) -> None:
         save_file(tensors, path, {"format": "pt"})
 
 
-def test_a_changed_model_is_not_mixed_with_the_old_one_and_a_reload_takes_it(
-    topology_of: Callable[..., Path], models: Callable[[str], Path], tmp_path: Path
-) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(models("flux"), model)
+@pytest.mark.shared_cluster("models")
+def test_a_changed_model_is_not_mixed_with_the_old_one_and_a_reload_takes_it(on_cluster: Callable[..., Any]) -> None:
+    name = "changed"
 
     async def made(cluster: Cluster) -> np.ndarray:
-        return np.asarray((await cluster.generate("a red circle", seed=3)).image())
+        return np.asarray((await cluster.generate("a red circle", model=name, seed=3)).image())
 
-    def expected() -> np.ndarray:
+    def expected(model: Path) -> np.ndarray:
         return diffusers_reference("flux", model, "a red circle", 3, **load_serving_config(model).defaults)
 
-    async def scenario() -> None:
-        path = topology_of(model, roles={**dict.fromkeys(STAGES, 1), "denoiser": 2})
-        async with launch(path, FREE_PORTS) as cluster:
-            old = await made(cluster)
-            assert np.array_equal(old, expected())
-            change(model)
-            os.kill(await cluster.pid_of("denoiser-1"), signal.SIGKILL)
-            await refused(cluster, "denoiser-1")
-            assert np.array_equal(await made(cluster), old)
-            under_way = [asyncio.create_task(cluster.generate("a ship", seed=k, steps=8)) for k in range(6)]
-            await reload(cluster)
-            await asyncio.gather(*under_way)
-            new = await made(cluster)
-            assert not np.array_equal(new, old)
-            assert np.array_equal(new, expected())
-            children = await cluster.children()
-            assert {name: children[f"{name}-0"].restarts for name in STAGES} == dict.fromkeys(STAGES, 1)
+    async def scenario(cluster: Cluster) -> None:
+        model = next(model.path for model in cluster.topology.models if model.name == name)
+        old = await made(cluster)
+        assert np.array_equal(old, expected(model))
+        before = await cluster.children()
+        change(model)
+        os.kill(await cluster.pid_of(f"{name}-denoiser-1"), signal.SIGKILL)
+        await refused(cluster, f"{name}-denoiser-1")
+        assert np.array_equal(await made(cluster), old)
+        under_way = [asyncio.create_task(cluster.generate("a ship", model=name, seed=k, steps=8)) for k in range(6)]
+        await reload(cluster, name)
+        await asyncio.gather(*under_way)
+        new = await made(cluster)
+        assert not np.array_equal(new, old)
+        assert np.array_equal(new, expected(model))
+        after = await cluster.children()
+        restarted = {child for child in after if after[child].restarts > before[child].restarts}
+        assert restarted == {child for child in after if child.startswith(f"{name}-")}
+        assert {after[f"{name}-{stage}-0"].restarts for stage in STAGES} == {1}
 
-    asyncio.run(scenario())
+    on_cluster(scenario)

@@ -32,8 +32,8 @@ def patient(models: Callable[[str], Path], tmp_path: Path) -> dict[str, str]:
 
 
 @asynccontextmanager
-async def client_of(cluster: Cluster) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=cluster.url, timeout=60) as http:
+async def client_of(cluster: Cluster, **headers: str) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=cluster.url, timeout=60, headers=headers) as http:
         yield http
 
 
@@ -139,16 +139,10 @@ def test_a_restart_of_the_head_interrupts_no_denoise(on_cluster: Callable[..., A
     on_cluster(scenario)
 
 
-def test_a_stopped_process_is_killed_and_its_job_done_by_a_sibling(
-    topology_file: Callable[..., Path], patient: dict[str, str]
-) -> None:
-    async def scenario() -> None:
-        path = topology_file(
-            model=patient,
-            roles={"encoder": 1, "denoiser": 2, "decoder": 1},
-            supervision={"heartbeat_timeout_s": 2},
-        )
-        async with running(path) as (cluster, http):
+@pytest.mark.shared_cluster("killed")
+def test_a_stopped_process_is_killed_and_its_job_done_by_a_sibling(on_cluster: Callable[..., Any]) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        async with client_of(cluster) as http:
             asked = post(http, 300)
             victim = (await under_way(http))["units"][0]["instances"]["denoiser"]
             child = (await cluster.children())[victim]
@@ -159,7 +153,7 @@ def test_a_stopped_process_is_killed_and_its_job_done_by_a_sibling(
             assert unit["instances"]["denoiser"] != victim
             await back(cluster, victim, after_generation=child.generation)
 
-    asyncio.run(scenario())
+    on_cluster(scenario)
 
 
 @pytest.mark.shared_cluster("killed")
@@ -224,32 +218,6 @@ async def attempt_after(http: httpx.AsyncClient, request_id: str, attempt: int) 
     async with asyncio.timeout(BOUND_S):
         while (await http.get(f"/v1/requests/{request_id}")).json()["units"][0]["attempts"] <= attempt:
             pass
-
-
-def test_what_the_supervisor_took_down_with_it_is_resumed_by_the_next_up(
-    topology_file: Callable[..., Path], patient: dict[str, str]
-) -> None:
-    async def scenario() -> None:
-        path = topology_file(model=patient, api={"port": free_port()})
-        async with running_as_given(path) as (cluster, http):
-            asked = post(http, 200)
-            request = await under_way(http)
-            cluster.process.kill()
-            await cluster.process.wait()
-            with pytest.raises(httpx.TransportError):
-                await asked
-        async with running_as_given(path) as (_, http), asyncio.timeout(BOUND_S):
-            while (state := (await http.get(f"/v1/requests/{request['id']}")).json()["state"]) != "DONE":
-                assert state not in ("FAILED", "TIMED_OUT", "CANCELLED")
-
-    asyncio.run(scenario())
-
-
-@asynccontextmanager
-async def running_as_given(path: Path) -> AsyncIterator[tuple[Cluster, httpx.AsyncClient]]:
-    """Without overrides, so that both runs have the same topology, and with it the same state folder."""
-    async with launch(path) as cluster, httpx.AsyncClient(base_url=cluster.url, timeout=60) as http:
-        yield cluster, http
 
 
 @pytest.mark.shared_cluster("killed")

@@ -7,25 +7,30 @@ import os
 import select
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.actors.supervision.test_launcher import folder_of_strange_code
-from tests.system.conftest import FREE_PORTS, ROOT
+from tests.system.conftest import BOUND_S, FREE_PORTS, ROOT, any_steps
+from tests.system.test_resilience import client_of, post, under_way
 from triptych.actors import load_topology
 from triptych.actors.supervision import module_command
 from triptych.actors.topology import free_port
 from triptych.api.client import ClientError
-from triptych.api.launch import launch
+from triptych.api.launch import Cluster, launch
 
 TRIPTYCH = module_command("triptych.actors.command")
 KEY = "0123456789abcdef"
 
 
-def shared_memory() -> set[Path]:
-    return set(Path("/dev/shm").iterdir())
+def named_memory(pids: set[int]) -> set[Path]:
+    """The files in /dev/shm that processes have mapped."""
+    lines = [line for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    return {Path(line.split(maxsplit=5)[5]) for line in lines if " /dev/shm/" in line}
 
 
 def descendants(pid: int) -> set[int]:
@@ -51,25 +56,38 @@ def wait_for_the_end(pids: set[int]) -> None:
         assert ended, f"{pid} still runs"
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])  # SIGTERM ends each shared cluster
-def test_the_end_leaves_no_process_no_socket_and_no_shared_memory(
-    ending: signal.Signals, topology_file: Callable[..., Path]
+def test_the_end_leaves_nothing_behind_and_the_next_start_resumes_what_was_under_way(
+    topology_file: Callable[..., Path], models: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    model = {"path": str(any_steps(models("flux"), tmp_path)), "dtype": "float32"}
+    # Without overrides, so that both starts have the same topology, and with it the same state folder.
+    path = with_keys(topology_file(model=model, api={"port": free_port(), "keys_file": "keys"}))
+
+    async def end(cluster: Cluster, ending: signal.Signals) -> None:
+        family = descendants(cluster.process.pid)
+        assert len(family) >= 7
+        memory = named_memory(family)
+        cluster.process.send_signal(ending)
+        await asyncio.wait_for(cluster.process.wait(), 30)
+        await asyncio.to_thread(wait_for_the_end, family)
+        assert not {file for file in memory if file.exists()}
+
     async def scenario() -> None:
-        path = with_keys(topology_file(api={"keys_file": "keys"}))
-        before = shared_memory()
-        async with launch(path, FREE_PORTS) as cluster:
+        key = {"Authorization": f"Bearer {KEY}"}
+        async with launch(path) as cluster, client_of(cluster, **key) as http:
+            asked = post(http, 200)
+            request = await under_way(http)
+            await end(cluster, signal.SIGKILL)
+            with pytest.raises(httpx.TransportError):
+                await asked
+        async with launch(path) as cluster, client_of(cluster, **key) as http:
+            async with asyncio.timeout(BOUND_S):
+                while (state := (await http.get(f"/v1/requests/{request['id']}")).json()["state"]) != "DONE":
+                    assert state not in ("FAILED", "TIMED_OUT", "CANCELLED")
             await cluster.generate("a red circle", seed=1)  # with the first key of the file
-            family = descendants(cluster.process.pid)
-            assert len(family) >= 7
-            run_dir = cluster.topology.run_dir
-            cluster.process.send_signal(ending)
-            await asyncio.wait_for(cluster.process.wait(), 30)
-            await asyncio.to_thread(wait_for_the_end, family)
-            if ending is not signal.SIGKILL:
-                assert not list(run_dir.glob("*"))
-                assert cluster.process.returncode == 0
-            assert shared_memory() == before
+            await end(cluster, signal.SIGINT)  # SIGTERM ends each shared cluster
+            assert cluster.process.returncode == 0
+            assert not list(cluster.topology.run_dir.glob("*")), "its sockets are gone"
 
     asyncio.run(scenario())
 
@@ -112,10 +130,6 @@ def with_keys(topology: Path) -> Path:
 
 
 def wait_until_ready(url: str) -> None:
-    import time
-
-    import httpx
-
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         try:

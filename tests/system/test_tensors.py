@@ -20,7 +20,7 @@ from triptych.api.launch import Cluster
 GENERATIONS = "/v1/images/generations"
 
 
-@pytest.mark.shared_cluster("pixart")
+@pytest.mark.shared_cluster("models")
 def test_tensors_in_and_out(models: Callable[[str], Path], on_cluster: Callable[..., Any]) -> None:
     model = models("pixart")
     pipeline: Any = PixArtAlphaPipeline.from_pretrained(model, dtype=torch.float32)
@@ -35,18 +35,18 @@ def test_tensors_in_and_out(models: Callable[[str], Path], on_cluster: Callable[
 
     async def scenario(cluster: Cluster) -> tuple[torch.Tensor, np.ndarray]:
         async with httpx.AsyncClient(base_url=cluster.url, timeout=60) as http:
-            body = {**shape, **more, "prompt": "a ship", "seed": 7, "output_type": "latent"}
+            body = {**shape, **more, "model": "pixart", "prompt": "a ship", "seed": 7, "output_type": "latent"}
             answer = await http.post(GENERATIONS, json=body)
             assert answer.status_code == 200, answer.text
             latents = load(base64.b64decode(answer.json()["data"][0]["b64_json"]))["latents"]
             file = save({**embeds, "latents": latents})
-            form = {name: str(value) for name, value in {**shape, **more, "seed": 8}.items()}
+            form = {name: str(value) for name, value in {**shape, **more, "model": "pixart", "seed": 8}.items()}
             made = await http.post(GENERATIONS, data=form, files={"tensors": file})
             hint = await http.post(GENERATIONS, data=form, files={"tensors": save({"hint": first})})
             assert hint.status_code == 422, hint.text
             assert hint.json()["error"]["param"] == "tensors"
             assert "has hint, which the pipeline does not take" in hint.json()["error"]["message"]
-            listed = (await http.get("/v1/models")).json()["data"][0]["parameters"]
+            listed = (await http.get("/v1/models/pixart")).json()["parameters"]
             (tensors,) = [each for each in listed if each["name"] == "tensors"]
             assert {"latents", *names} <= set(tensors["choices"])
             return latents, pixels_of_answer(made)

@@ -22,7 +22,7 @@ PROMPT = "a large red circle on the left of a blue background"
     ("family", "pools"),
     [
         pytest.param("flux", ["pool"], marks=pytest.mark.shared_cluster("flux")),
-        pytest.param("wan", ["pool"], marks=pytest.mark.shared_cluster("wan")),
+        pytest.param("wan", ["pool"], marks=pytest.mark.shared_cluster("models")),
         pytest.param(
             "flux", ["pool-encoder", "pool-denoiser", "pool-decoder"], marks=pytest.mark.shared_cluster("mooncake")
         ),
@@ -31,10 +31,11 @@ PROMPT = "a large red circle on the left of a blue background"
 def test_an_image_is_bit_identical_to_what_diffusers_makes_alone(
     family: str, pools: list[str], on_cluster: Callable[..., Any], models: Callable[[str], Path]
 ) -> None:
-    extra: dict[str, object] = {"num_frames": 1} if family == "wan" else {}
+    extra: dict[str, Any] = {"num_frames": 1} if family == "wan" else {}
+    model_name = "wan" if family == "wan" else None
 
     async def scenario(cluster: Cluster) -> tuple[np.ndarray, dict[str, Any]]:
-        return pixels(await cluster.generate(PROMPT, seed=11, **extra)), await cluster.status()
+        return pixels(await cluster.generate(PROMPT, model=model_name, seed=11, **extra)), await cluster.status()
 
     ours, status = on_cluster(scenario)
     model = models(family)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import zipfile
 from collections.abc import AsyncIterator, Callable
@@ -18,9 +17,8 @@ import torch
 from diffusers import WanPipeline
 from PIL import Image
 
-from tests.system.conftest import FREE_PORTS
 from triptych.actors import AddressBook
-from triptych.api.launch import Cluster, launch
+from triptych.api.launch import Cluster
 from triptych.bus import Outbox, Reference
 from triptych.engines.parameters.serving_config import load_serving_config
 from triptych.roles.messages import requests
@@ -34,13 +32,13 @@ BOUND_S = 60.0
 class Client:
     """Submits to the head by the bus, and gets the files by HTTP."""
 
-    def __init__(self, head: Reference, http: httpx.AsyncClient) -> None:
-        self.head, self.http = head, http
+    def __init__(self, head: Reference, http: httpx.AsyncClient, model: str) -> None:
+        self.head, self.http, self.model = head, http, model
 
     async def submit(
         self, id_: str, output: Output, **inputs: object
     ) -> requests.RequestAccepted | requests.RequestRejected:
-        message = requests.SubmitRequest(id_, {"prompt": PROMPT, **inputs}, SEED, 1, output)
+        message = requests.SubmitRequest(id_, {"prompt": PROMPT, **inputs}, SEED, 1, output, model=self.model)
         return await self.head.ask(message, requests.RequestAccepted, requests.RequestRejected, timeout_s=BOUND_S)
 
     async def refused(self, id_: str, output: Output, **inputs: object) -> tuple[str, str]:
@@ -62,11 +60,11 @@ class Client:
 
 
 @asynccontextmanager
-async def client_of(cluster: Cluster) -> AsyncIterator[Client]:
+async def client_of(cluster: Cluster, model: str) -> AsyncIterator[Client]:
     outbox = Outbox("test")
     head = outbox.reference("head", AddressBook(cluster.topology).address("head"))
     async with httpx.AsyncClient(base_url=cluster.url, timeout=BOUND_S) as http:
-        yield Client(head, http)
+        yield Client(head, http, model)
     outbox.close()
 
 
@@ -90,12 +88,12 @@ def diffusers_alone(model: Path, frames: int) -> np.ndarray:
     return np.stack([np.asarray(frame) for frame in made])
 
 
-@pytest.mark.shared_cluster("wan")
+@pytest.mark.shared_cluster("models")
 def test_a_video_is_a_file_that_plays_with_the_frames_that_diffusers_makes_alone(
     on_cluster: Callable[..., Any], models: Callable[[str], Path]
 ) -> None:
     async def scenario(cluster: Cluster) -> tuple[bytes, bytes]:
-        async with client_of(cluster) as client:
+        async with client_of(cluster, "wan") as client:
             artifact, film = await client.make("film", Output(), num_frames=5)
             assert (artifact.name, artifact.content_type) == ("film_0.mp4", "video/mp4")
             assert (await client.make("again", Output("mp4"), num_frames=5))[1] == film
@@ -131,14 +129,15 @@ def test_a_video_is_a_file_that_plays_with_the_frames_that_diffusers_makes_alone
     assert np.corrcoef(ours, theirs)[0, 1] > 0.85
 
 
-def test_a_video_with_sound_has_both(topology_file: Callable[..., Path]) -> None:
-    async def scenario() -> tuple[bytes, bytes]:
-        async with launch(topology_file("ltx2"), FREE_PORTS) as cluster, client_of(cluster) as client:
-            _, film = await client.make("film", Output(), num_frames=9, frame_rate=30.0)
-            _, archive = await client.make("frames", Output("zip"), num_frames=9, frame_rate=30.0)
+@pytest.mark.shared_cluster("models")
+def test_a_video_with_sound_has_both(on_cluster: Callable[..., Any]) -> None:
+    async def scenario(cluster: Cluster) -> tuple[bytes, bytes]:
+        async with client_of(cluster, "sound") as client:
+            _, film = await client.make("with-sound", Output(), num_frames=9, frame_rate=30.0)
+            _, archive = await client.make("frames-and-sound", Output("zip"), num_frames=9, frame_rate=30.0)
             return film, archive
 
-    film, archive = asyncio.run(scenario())
+    film, archive = on_cluster(scenario)
     with zipfile.ZipFile(io.BytesIO(archive)) as frames:
         assert frames.namelist() == [*(f"{k:05}.png" for k in range(9)), "sound.wav"]
         sound = frames.read("sound.wav")
