@@ -33,8 +33,7 @@ serve: $(INSTALLED) ## Start the system of TOPOLOGY=examples/demo.toml and keep 
 	$(BIN)/triptych up $(TOPOLOGY)
 
 test: $(INSTALLED) ## All tests that need no GPU
-	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not families and not long and not alone"
-	$(BIN)/python -m pytest -m "alone and not gpu and not families and not long" $$(grep -rl "mark[.]alone" tests)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not families and not long"
 
 test-long: $(INSTALLED) ## chaos runs, pauses and the report for GPUs with tiny shapes: minutes
 	$(BIN)/python -m pytest -m "long and not gpu"

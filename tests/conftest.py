@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import mooncake_environment
+
 _ROOT = str(Path(__file__).parents[1])
 
 # For tiny tensors a second thread costs more than it computes, and what is compared is computed on as many threads.
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 # Processes that are started import nothing from the current folder: they are told where the actors of tests are.
 os.environ["PYTHONPATH"] = os.pathsep.join(path for path in (_ROOT, os.environ.get("PYTHONPATH", "")) if path)
+# Engines of mooncake choose their ports by themselves, and would take those of the engines of parallel tests.
+os.environ.update(mooncake_environment())
 
 _SYSTEM = Path(__file__).parent / "system"
 
@@ -75,3 +79,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return not system, shared.args[0] if shared else "~", "processes" not in getattr(item, "fixturenames", ())
 
     items.sort(key=order)
+    for item in items:
+        if item.get_closest_marker("shared_cluster"):  # whoever comes first starts it, with up to thirty processes
+            item.add_marker(pytest.mark.timeout(300))

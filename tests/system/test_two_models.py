@@ -46,7 +46,6 @@ async def until(cluster: Cluster, name: str, state: str) -> None:
             await asyncio.sleep(0.02)
 
 
-@pytest.mark.alone
 @pytest.mark.timeout(300)
 def test_each_request_gets_the_image_of_its_model_and_a_model_asleep_is_woken(
     models: Callable[[str], Path], tmp_path: Path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 import signal
 import socket
@@ -16,9 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.engines.transfer.peer_process import ROOT, PeerProcess, peer, until
-
-# Engines choose their ports by themselves, and take those of the engines of another run.
-pytestmark = pytest.mark.alone
+from tests.ports import free_ports, mooncake_environment
 
 NBYTES = 8 << 20
 MOONCAKE = {"engine": "mooncake", "hostname": "127.0.0.1", "protocol": "tcp"}
@@ -176,19 +173,6 @@ def test_a_peer_that_died_cannot_be_reached(puller):
     assert error["retryable"]
 
 
-def free_ports(count: int) -> int:
-    """The first of `count` ports in a row that are free."""
-    # The engine ignores a range that reaches into the ephemeral ports.
-    for port in random.sample(range(20_000, 32_000, count), 1000):
-        try:
-            for number in range(port, port + count):
-                socket.create_server(("", number)).close()
-        except OSError:
-            continue
-        return port
-    raise AssertionError("no free ports")
-
-
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("met", [True, False])
 def test_a_peer_that_hangs_holds_up_nobody_else(puller, server, met):
@@ -270,7 +254,7 @@ if os.fork() == 0:
     os._exit(0)
 os.wait()
 """
-    assert python(code) == "the engine belongs to another process"
+    assert python(code, **mooncake_environment()) == "the engine belongs to another process"
 
 
 def test_rdma_without_a_device_is_refused_before_anything_is_imported():
