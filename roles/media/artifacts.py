@@ -15,8 +15,9 @@ from triptych.roles.messages.common import Artifact
 ARTIFACTS: Final = "artifacts"
 """Folder of the artifact store, under the state folder."""
 
-_JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,100}/[0-9]{1,6}")
-_NAME = re.compile(rf"[A-Za-z0-9_-]{{1,100}}_[0-9]{{1,6}}\.(?:{'|'.join(FORMATS)})")
+# After the index, a preview has the step that it was made after.
+_JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,100}/[0-9]{1,6}(?:\.[0-9]{1,10})?")
+_NAME = re.compile(rf"[A-Za-z0-9_-]{{1,100}}_[0-9]{{1,6}}(?:\.[0-9]{{1,10}})?\.(?:{'|'.join(FORMATS)})")
 
 
 class ArtifactError(Exception):
@@ -30,11 +31,12 @@ class ArtifactMissingError(ArtifactError):
 def artifact_name(job_id: str, output_format: str) -> str:
     """Return the file name of a job's artifact, such as `req-1_0.png` for `req-1/0`.
 
-    Distinct jobs give distinct names, since the part after the last `_` is the index.
+    A preview of that job, `req-1/0.12`, has the name `req-1_0.12.png`. Distinct jobs give distinct names, since the
+    part after the last `_` is the index, with the step of a preview.
 
     Raises:
-        ArtifactError: when the id is not `REQUEST_ID/INDEX` in letters, digits, `_` and `-`, or the format is
-            not one of `FORMATS`.
+        ArtifactError: when the id is not `REQUEST_ID/INDEX` or `REQUEST_ID/INDEX.STEP` in letters, digits, `_` and
+            `-`, or the format is not one of `FORMATS`.
 
     """
     if not _JOB_ID.fullmatch(job_id):

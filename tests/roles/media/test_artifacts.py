@@ -39,13 +39,27 @@ def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
     assert store.path(artifact.name).stat().st_mode & 0o777 == 0o600
 
 
+def test_a_preview_is_a_file_beside_the_image_of_its_job(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    names = [store.save(job_id, "png", job_id.encode()).name for job_id in ("r/0", "r/0.1", "r/0.12", "r/1")]
+    assert names == ["r_0.png", "r_0.1.png", "r_0.12.png", "r_1.png"]
+    store.discard("r/0.1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r_0.12.png", "r_0.png", "r_1.png"]
+    store.prune(StoreBounds(0, 0, 0), now=4e9, needed={"r"})
+    assert store.read("r_0.12.png") == b"r/0.12", "it stays as long as its request needs it"
+    store.prune(StoreBounds(0, 0, 0), now=4e9, needed=())
+    assert not list(tmp_path.iterdir())
+
+
 def test_saving_again_replaces(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
     store.save("r/0", "png", b"old")
     assert store.read(store.save("r/0", "png", b"new").name) == b"new"
 
 
-@pytest.mark.parametrize("job_id", ["", "r", "../x/0", "r/../0", "r/0/1", "r/x", "a b/0", "r/0\n", "é/0", "/0"])
+@pytest.mark.parametrize(
+    "job_id", ["", "r", "../x/0", "r/../0", "r/0/1", "r/x", "r/0.", "r/0.x", "r/0.1.2", "a b/0", "r/0\n", "é/0", "/0"]
+)
 def test_only_validated_ids_make_names(job_id: str) -> None:
     with pytest.raises(ArtifactError):
         artifact_name(job_id, "png")
@@ -53,7 +67,18 @@ def test_only_validated_ids_make_names(job_id: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "..", "../journal.sqlite", "r_0.png/..", "/etc/passwd", "r.png", ".r_0.png.1.tmp", "r_0.png\0"],
+    [
+        "",
+        "..",
+        "../journal.sqlite",
+        "r_0.png/..",
+        "/etc/passwd",
+        "r.png",
+        "r_0..png",
+        "r_0.1.2.png",
+        ".r_0.png.1.tmp",
+        "r_0.png\0",
+    ],
 )
 def test_only_artifact_names_can_be_read(tmp_path: Path, name: str) -> None:
     with pytest.raises(ArtifactError):
