@@ -84,6 +84,7 @@ def make_request(message: SubmitRequest, served: ServedModel, limits: AdmissionL
         priority=message.priority,
         deadline_s=message.deadline_s,
         steps=steps_of(inputs, served),
+        partial_images=message.partial_images,
     )
 
 
@@ -121,6 +122,8 @@ def digest(message: SubmitRequest) -> str:
     body: tuple[object, ...] = (sorted(message.inputs.items()), message.seed, message.n, message.output)
     if message.model:
         body += (message.model,)
+    if message.partial_images:
+        body += (message.partial_images,)
     if message.priority or message.deadline_s:
         body += (message.priority, message.deadline_s)
     return hashlib.sha256(msgspec.json.encode(body)).hexdigest()

@@ -25,6 +25,7 @@ from triptych.bus import (
 )
 from triptych.roles.head.effects import (
     Assign,
+    AssignPreview,
     Cancel,
     Effect,
     NotifyWaiters,
@@ -38,12 +39,13 @@ from triptych.roles.messages import pool as pools
 from triptych.roles.messages import stages
 from triptych.roles.messages.common import Attempt, LeaseRef, StoredPayload
 from triptych.roles.messages.stages import INSTANCE_ANSWER_S
+from triptych.roles.previews import is_preview
 
 R = TypeVar("R", bound=Message)
 
 
 class _PoolFullError(Exception):
-    """The instance's pool can never lease a block of that size."""
+    """The instance's pool can never lease a block of that size, or cannot now for a preview."""
 
 
 class EffectRunner:
@@ -76,6 +78,8 @@ class EffectRunner:
             match effect:
                 case Assign(instance, job_id):
                     attempt = self._models.scheduler_of(instance).jobs[job_id].current_attempt
+                    self._actor.spawn(self._assign(instance, attempt), name=f"assign {attempt}")
+                case AssignPreview(instance, attempt):
                     self._actor.spawn(self._assign(instance, attempt), name=f"assign {attempt}")
                 case Cancel(instance, attempt, reason):
                     self._cancel(instance, attempt, reason)
@@ -146,7 +150,7 @@ class EffectRunner:
         """Return a block of the instance's pool for stored tensors.
 
         Raises:
-            _PoolFullError: They never fit.
+            _PoolFullError: They never fit, or do not now and are a preview.
             SupersededError, UnreachableError, RemoteError, MessageTooLongError: As `_ask`.
         """
         if preallocated := scheduler.registry.take_preallocated(instance, source.nbytes):
@@ -159,7 +163,7 @@ class EffectRunner:
             )
             if isinstance(answer, stages.TransferAllocated):
                 return answer.target
-            if isinstance(answer, stages.TransferRejected) and not answer.retryable:
+            if isinstance(answer, stages.TransferRejected) and (not answer.retryable or is_preview(attempt)):
                 raise _PoolFullError(answer.reason)
             await asyncio.sleep(backoff_s(tries))
             tries += 1

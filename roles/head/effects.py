@@ -17,6 +17,14 @@ class Assign:
 
 
 @dataclass(frozen=True, slots=True)
+class AssignPreview:
+    """Send a preview to a decoder, for one of its credits."""
+
+    instance: str
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
 class Cancel:
     """Tell an instance to stop an attempt."""
 
@@ -54,4 +62,4 @@ class SetInstanceAwake:
     awake: bool
 
 
-Effect: TypeAlias = Assign | Cancel | ReleaseLeases | NotifyWaiters | RestartInstance | SetInstanceAwake
+Effect: TypeAlias = Assign | AssignPreview | Cancel | ReleaseLeases | NotifyWaiters | RestartInstance | SetInstanceAwake

@@ -292,10 +292,18 @@ class Head(Actor):
             raise RefusedError("invalid", "a decoder writes an artifact, and stores no outputs in a pool")
         return self._apply_report(message, lambda scheduler, name, now: scheduler.stored(name, message, now))
 
+    async def preview_stored(self, message: stages.PreviewStored) -> stages.Acknowledged:
+        """Keep a preview for a decoder."""
+        name, _ = self._instance()
+        self._scheduler_of(name).preview_stored(name, message)
+        self.commit()
+        return stages.Acknowledged()
+
     async def stage_finished(self, message: stages.StageFinished) -> stages.Acknowledged:
         """Complete a job whose artifact is written."""
+        answer = self._apply_report(message, lambda scheduler, name, now: scheduler.finished(name, message, now))
         self.requests.discard_late(message.attempt)
-        return self._apply_report(message, lambda scheduler, name, now: scheduler.finished(name, message, now))
+        return answer
 
     async def stage_failed(self, message: stages.StageFailed) -> stages.Acknowledged:
         """Retry or fail a job whose stage raised."""

@@ -12,7 +12,7 @@ from itertools import pairwise
 from triptych.actors.topology import ModelIdentity
 from triptych.engines.stages import Stage
 from triptych.roles.messages.common import Artifact, Attempt, Input, LeaseRef, Output, StoredPayload
-from triptych.roles.messages.requests import JobView, RequestView, Transition
+from triptych.roles.messages.requests import JobView, PreviewView, RequestView, Transition
 
 
 class State(StrEnum):
@@ -146,6 +146,8 @@ class Job:
     """Rows of each batch that its denoise is computed in; 0 until an instance has it for its denoise. It then stays
     the same, because the bits of the result depend on it."""
     artifact: Artifact | None = None
+    previews: list[PreviewView] = field(default_factory=list)
+    """Its partial images so far, by step."""
     uses_cached_prompt: bool = False
     """Whether its encoder output was made for another job of an equal prompt, and must be adapted to this one."""
     model: str = ""
@@ -240,6 +242,7 @@ class Job:
             artifact=self.artifact,
             at_fault=self.invalid_request,
             bucket=self.bucket,
+            previews=tuple(self.previews),
         )
 
 
@@ -270,6 +273,8 @@ class Request:
     """Seconds from acceptance in which the client wants the result; 0 without a deadline. It orders jobs, ends none."""
     steps: int = 0
     """Denoising steps of each job; 0 if unknown."""
+    partial_images: int = 0
+    """Most previews of each job."""
     prompt_key: bytes = b""
     """Key of the prompt cache; computed at first use."""
 

@@ -23,7 +23,7 @@ from triptych.roles.head.job import Job, Request, State, StoredOutput
 from triptych.roles.media.files import sync_folder
 from triptych.roles.media.retention import StoreBounds
 from triptych.roles.messages.common import Artifact, Input, Output, StoredPayload
-from triptych.roles.messages.requests import Transition
+from triptych.roles.messages.requests import PreviewView, Transition
 
 BATCH: Final = 50
 """Requests removed by one transaction, which blocks a writer for about a millisecond."""
@@ -101,6 +101,7 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
     priority: int = 0
     deadline_s: float = 0.0
     steps: int = 0
+    partial_images: int = 0
 
 
 class _JobRow(msgspec.Struct):
@@ -139,6 +140,7 @@ class _JobRow(msgspec.Struct):
     at_fault: bool = False
     """`Job.invalid_request`."""
     bucket: int = 0
+    previews: list[PreviewView] = msgspec.field(default_factory=list)
 
 
 _RENAMED: Final = frozenset({"staged", "borrows", "at_fault"})
@@ -363,6 +365,7 @@ class Journal:
                 priority=held.priority,
                 deadline_s=held.deadline_s,
                 steps=held.steps,
+                partial_images=held.partial_images,
             )
         except (ValueError, TypeError) as error:  # msgspec and the codecs raise subclasses of these
             return str(error)
@@ -523,6 +526,7 @@ def _request_row(request: Request) -> tuple[str, str | None, float, float, bytes
         request.priority,
         request.deadline_s,
         request.steps,
+        request.partial_images,
     )
     return (
         request.id,

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from triptych.roles.head.served_models import ServedModels
 from triptych.roles.messages.common import Attempt, LeaseRef
 from triptych.roles.messages.pool import LeaseView
+from triptych.roles.previews import denoise_of
 
 
 def unneeded(models: ServedModels, views: Iterable[LeaseView]) -> list[LeaseRef]:
-    """Return the sealed blocks that no job and no prompt cache needs.
+    """Return the sealed blocks that no job, no preview and no prompt cache needs.
 
     A block that the current attempt of a job has sealed is needed, because its report may be on the way.
     """
@@ -36,10 +37,13 @@ def suspects(models: ServedModels, views: Iterable[LeaseView]) -> dict[str, list
 
 
 def _held(models: ServedModels, lease: LeaseRef) -> bool:
-    return any(scheduler.stored_outputs.needs(lease) for scheduler in models.schedulers)
+    return any(
+        scheduler.stored_outputs.needs(lease) or lease in scheduler.previews.leases for scheduler in models.schedulers
+    )
 
 
 def _superseded(models: ServedModels, attempt: Attempt) -> bool:
+    attempt, _ = denoise_of(attempt)
     found = (scheduler.jobs.get(attempt.job_id) for scheduler in models.schedulers)
     job = next((job for job in found if job), None)
     return job is None or attempt.number < job.attempt

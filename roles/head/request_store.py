@@ -25,6 +25,7 @@ from triptych.roles.media.retention import StoreBounds
 from triptych.roles.media.uploads import UPLOADS, UploadStore
 from triptych.roles.messages import requests
 from triptych.roles.messages.common import Attempt, Images, Tensors, Upload
+from triptych.roles.previews import denoise_of, preview_id
 
 ByRequestId: TypeAlias = requests.QueryRequest | requests.WaitRequest | requests.CancelRequest | requests.DeleteRequest
 """Messages about an accepted request."""
@@ -299,13 +300,18 @@ class RequestStore:
     def _discard_files(self, request: Request, needed: set[Upload]) -> None:
         for job in request.jobs:
             self._artifacts.discard(job.id)
+            for preview in job.previews:
+                self._artifacts.discard(preview_id(job.id, preview.step))
         for upload in _uploads(request) - needed:
             self._uploads.discard(upload, saved_before=request.created_at)
 
     def discard_late(self, attempt: Attempt) -> None:
-        """Remove the artifact of a request that was deleted while an instance wrote it."""
+        """Remove an artifact that no request has: it was deleted meanwhile, or the artifact is of a dropped preview."""
+        denoise, step = denoise_of(attempt)
         try:
-            if self._find_by_id(attempt.job_id.rpartition("/")[0]) is None:
+            request = self._find_by_id(denoise.job_id.rpartition("/")[0])
+            jobs = [job for job in request.jobs if job.id == denoise.job_id] if request else []
+            if not jobs or (step and all(view.step != step for job in jobs for view in job.previews)):
                 self._actor.spawn(self._discard(attempt), name="discard")
         except JournalError as error:  # pruning removes it later
             self._actor.log.warning("artifact not removed", attempt=str(attempt), error=str(error))

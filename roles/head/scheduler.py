@@ -6,7 +6,7 @@ Each method for an event changes the state and queues effects, which the effect 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from triptych.actors.topology.sections import SchedulingPolicyName
@@ -16,6 +16,7 @@ from triptych.engines.stages import Stage
 from triptych.roles.head.dispatch import DispatchPolicy
 from triptych.roles.head.effects import (
     Assign,
+    AssignPreview,
     Cancel,
     Effect,
     NotifyWaiters,
@@ -24,13 +25,15 @@ from triptych.roles.head.effects import (
     SetInstanceAwake,
 )
 from triptych.roles.head.job import DONE, RUNNING, UPSTREAM, WAITING, Job, Request, State
+from triptych.roles.head.previews import Preview, Previews
 from triptych.roles.head.registry import ExitCause, InstanceRegistry
 from triptych.roles.head.rolling_restart import next_to_restart
 from triptych.roles.head.stored_outputs import StoredOutputs, downstream_capacity
 from triptych.roles.messages.common import Attempt, LeaseRef, Rebind, SchedulingHints, StoredPayload
-from triptych.roles.messages.requests import InstanceView
+from triptych.roles.messages.requests import InstanceView, PreviewView
 from triptych.roles.messages.stages import (
     InstanceWakeChanged,
+    PreviewStored,
     RegisterInstance,
     StageAssign,
     StageCancelled,
@@ -41,6 +44,7 @@ from triptych.roles.messages.stages import (
     TransferFailed,
     TransferPush,
 )
+from triptych.roles.previews import denoise_of
 from triptych.roles.scheduling_policy import OwnerService, SchedulingFacts, StepTimes, overtaken, rank
 
 MAX_DEATHS = 2
@@ -114,6 +118,7 @@ class JobScheduler:
     """Active jobs by id."""
     registry: InstanceRegistry = field(default_factory=InstanceRegistry)
     stored_outputs: StoredOutputs = field(init=False)
+    previews: Previews = field(default_factory=Previews)
     tally: CompletionStats = field(default_factory=CompletionStats)
     dirty: set[str] = field(default_factory=set)
     """Ids of jobs that changed since the last write of the journal."""
@@ -218,6 +223,7 @@ class JobScheduler:
         for job in [u for u in self.jobs.values() if u.instance == registration.name]:
             if job.current_attempt not in assigned:
                 self._retry(job, f"{registration.name} came back without it", now, counts=False)
+        self._drop_previews(lambda p: p.instance == registration.name and p.attempt not in assigned)
         return tuple(w for w in registration.running if not self._is_assigned(registration.name, w))
 
     def _update_signature(self, kind: str, signature: Signature) -> None:
@@ -257,8 +263,8 @@ class JobScheduler:
         return any(_has_started(job) for job in self.jobs.values())
 
     def load(self) -> Counter[str]:
-        """Return the number of jobs that are assigned to each instance, by name."""
-        return Counter(job.instance for job in self.jobs.values() if job.instance)
+        """Return the number of jobs and previews that are assigned to each instance, by name."""
+        return Counter(job.instance for job in self.jobs.values() if job.instance) + self.previews.load()
 
     def instance_views(self) -> tuple[InstanceView, ...]:
         """Return what clients may see of the instances."""
@@ -282,6 +288,7 @@ class JobScheduler:
             job.deaths += job.running and end is ExitCause.CRASHED
             job.stalls += job.running and end is ExitCause.STALLED
             self._retry(job, f"{name}: {cause}", now, counts=end is ExitCause.CRASHED)
+        self._drop_previews(lambda preview: preview.instance == name)
 
     def connection_lost(self, name: str, generation: int, now: float) -> bool:
         """Handle the end of an incarnation's process; return False if it is not registered any more."""
@@ -308,11 +315,15 @@ class JobScheduler:
             # The instance that has the job may have loaded it already, and reports if it has not.
             if not job.instance:
                 self._retry(job, f"{pool}: its stored tensors are gone", now, counts=False)
+        self._drop_previews(lambda p: p.payload.lease.pool == pool and p.payload.lease.pool_generation < older_than)
 
     def evict(self, pool: str, nbytes: int) -> int:
-        """Release cached outputs in a pool that has no free block; return the bytes released."""
-        leases = self.stored_outputs.evict(pool, nbytes)
+        """Release previews and cached outputs in a pool that has no free block; return the bytes released."""
+        dropped = self._drop_previews(lambda p: not p.instance and p.payload.lease.pool == pool)
+        left = nbytes - sum(block_bytes(lease.nbytes) for lease in dropped)
+        leases = self.stored_outputs.evict(pool, left) if left > 0 else ()
         self._give_back(leases)
+        leases += dropped
         return sum(block_bytes(lease.nbytes) for lease in leases)
 
     def requeue_stored(self, pool: str, now: float) -> None:
@@ -344,7 +355,7 @@ class JobScheduler:
 
     def is_current(self, attempt: Attempt, name: str) -> bool:
         """Return whether the attempt is still assigned to that instance."""
-        return self._current(attempt, name) is not None
+        return self._is_assigned(name, attempt)
 
     def source_of(self, attempt: Attempt, name: str) -> StoredPayload | None:
         """Return the stored outputs that an attempt needs; None for a first stage.
@@ -353,6 +364,8 @@ class JobScheduler:
             SupersededError: The attempt is not assigned to the instance any more.
             SourceGoneError: The pool with the outputs has ended.
         """
+        if preview := self.previews.find(attempt, name):
+            return preview.payload
         job = self._current(attempt, name)
         if job is None:
             raise SupersededError
@@ -372,6 +385,9 @@ class JobScheduler:
             source: As `source_of` returned it.
             target: The block that the source is copied to; None if the instance maps the source.
         """
+        if (preview := self.previews.get(attempt)) and source:
+            of = self.jobs[preview.job_id]
+            return TransferPush(attempt, source, target, self.requests[of.request_id].output, of.left_s)
         job = self.jobs.get(attempt.job_id)
         if job is None or job.current_attempt != attempt:
             raise SupersededError
@@ -379,7 +395,8 @@ class JobScheduler:
         if source is None:
             return StageAssign(attempt, request.inputs, job.seed, request.output, job.left_s, hints=self._hints(job))
         rebind = Rebind(request.inputs, job.seed) if job.uses_cached_prompt and job.stage is Stage.DENOISER else None
-        return TransferPush(attempt, source, target, request.output, job.left_s, rebind, hints=self._hints(job))
+        previews = request.partial_images if job.stage is Stage.DENOISER else 0
+        return TransferPush(attempt, source, target, request.output, job.left_s, rebind, self._hints(job), previews)
 
     def _hints(self, job: Job) -> SchedulingHints:
         request = self.requests[job.request_id]
@@ -399,11 +416,14 @@ class JobScheduler:
             self.registry.drain(name)
         if code != "no_credit":
             self.registry.refund(name, self.registry.generation(name))
+        self._forget_preview(attempt)
         if job := self._current(attempt, name):
             self._retry(job, f"{name}: {cause}", now, counts=code not in UNCOUNTED_REFUSALS)
 
     def started(self, attempt: Attempt, name: str, stage: Stage, now: float) -> bool:
         """Record that the stage runs."""
+        if self.previews.find(attempt, name):
+            return True
         job = self._current(attempt, name)
         if job is None:
             return False
@@ -440,12 +460,25 @@ class JobScheduler:
                 self.stored_outputs.offer(key, job.seed, report.stored, seed_independent=report.seed_independent)
             )
         job.advance(next(WAITING[p] for p, upstream in UPSTREAM.items() if upstream is stage), now)
+        self._drop_previews(lambda preview: preview.job_id == job.id and not preview.instance)
         self.dirty.add(job.id)
         return True
 
+    def preview_stored(self, instance: str, report: PreviewStored) -> bool:
+        """Keep a stored preview until a decoder has nothing else to do."""
+        job = self._current(denoise_of(report.preview)[0], instance)
+        wanted = self.requests[job.request_id].partial_images if job and job.stage is Stage.DENOISER else 0
+        if job and self.previews.add(job, wanted, report.preview, report.stored):
+            return True
+        self._give_back((report.stored.lease,))
+        return False
+
     def finished(self, instance: str, report: StageFinished, now: float) -> bool:
-        """Complete a job whose artifact is on disk."""
+        """Complete a job, or a preview of one, whose artifact is on disk."""
         self.registry.credit(instance, report.issued)
+        if preview := self.previews.find(report.attempt, instance):
+            self._preview_finished(preview, report)
+            return True
         job = self._current(report.attempt, instance)
         if job is None:
             return False
@@ -459,6 +492,8 @@ class JobScheduler:
     def stage_failed(self, instance: str, report: StageFailed, now: float) -> bool:
         """Retry or fail a job whose stage raised."""
         self.registry.credit(instance, report.issued)
+        if self._forget_preview(report.attempt):
+            return True
         job = self._current(report.attempt, instance)
         if job is None:
             return False
@@ -472,6 +507,8 @@ class JobScheduler:
     def returned(self, instance: str, report: StageReturned, now: float) -> bool:
         """Retry a job that an instance returned because it ends."""
         self.registry.credit(instance, report.issued)
+        if self._forget_preview(report.attempt):
+            return True
         job = self._current(report.attempt, instance)
         if job is None:
             return False
@@ -481,11 +518,14 @@ class JobScheduler:
     def cancelled(self, instance: str, report: StageCancelled) -> bool:
         """Record the credit of an attempt that was cancelled."""
         self.registry.credit(instance, report.issued)
+        self._forget_preview(report.attempt)
         return True
 
     def transfer_failed(self, instance: str, report: TransferFailed, now: float) -> bool:
         """Retry a job whose stored tensors could not be fetched."""
         self.registry.credit(instance, report.issued)
+        if self._forget_preview(report.attempt):
+            return True
         job = self._current(report.attempt, instance)
         if job is None:
             return False
@@ -499,7 +539,8 @@ class JobScheduler:
         return True
 
     def give_up(self, attempt: Attempt, name: str, reason: str, now: float) -> None:
-        """Fail a job that would fail on every instance."""
+        """Fail a job that would fail on every instance; forget a preview."""
+        self._forget_preview(attempt)
         if job := self._current(attempt, name):
             job.causes.append(f"{name}: {reason}")
             self._end(job, State.FAILED, reason, now)
@@ -534,6 +575,7 @@ class JobScheduler:
         for stage in Stage:
             while not (stage is Stage.ENCODER and self.paused) and self._dispatch_next(stage, now):
                 pass
+        self._dispatch_previews()
 
     def _dispatch_next(self, stage: Stage, now: float) -> bool:
         """Assign the first job that waits for `stage` and that an instance can take; return whether there is one."""
@@ -561,6 +603,21 @@ class JobScheduler:
                     waiting[passed][1].passed_over += 1
                 return True
         return False
+
+    def _dispatch_previews(self) -> None:
+        """Assign waiting previews to decoders that have nothing else, while no job waits for one."""
+        waiting = self.previews.waiting()
+        if not waiting or any(self._waits(job, Stage.DECODER) for job in self.jobs.values()):
+            return
+        for preview in waiting:
+            job = self.jobs[preview.job_id]
+            candidates = self.registry.candidates(Stage.DECODER, self.load())
+            idle = [candidate for candidate in candidates if not candidate.load and candidate.model == job.model]
+            if idle:
+                name = self.dispatch_policy.choose(job, self.requests[job.request_id], idle).name
+                preview.instance = name
+                self.registry.charge(name)
+                self.effects.append(AssignPreview(name, preview.attempt))
 
     def _waits(self, job: Job, stage: Stage) -> bool:
         return job.state is WAITING[stage] and not job.instance
@@ -689,7 +746,31 @@ class JobScheduler:
         return job if job and job.current_attempt == attempt and job.instance == name else None
 
     def _is_assigned(self, name: str, attempt: Attempt) -> bool:
-        return self._current(attempt, name) is not None
+        return self._current(attempt, name) is not None or self.previews.find(attempt, name) is not None
+
+    def _preview_finished(self, preview: Preview, report: StageFinished) -> None:
+        """Show a preview with its job."""
+        self._give_back(self.previews.remove(preview.attempt))
+        job = self.jobs[preview.job_id]
+        job.previews = sorted([*job.previews, PreviewView(preview.step, report.artifact)], key=lambda view: view.step)
+        self.dirty.add(job.id)
+
+    def _forget_preview(self, attempt: Attempt) -> bool:
+        """Forget a preview that came to nothing; return whether it was one."""
+        preview = self.previews.get(attempt)
+        if preview:
+            self._give_back(self.previews.remove(attempt))
+        return preview is not None
+
+    def _drop_previews(self, doomed: Callable[[Preview], bool]) -> tuple[LeaseRef, ...]:
+        """Forget previews and tell their decoders; return their leases, which are released."""
+        gone = self.previews.remove_if(doomed)
+        for preview in gone:
+            if preview.instance in self.registry.instances:
+                self.effects.append(Cancel(preview.instance, preview.attempt, "the preview is not wanted any more"))
+        leases = tuple(preview.payload.lease for preview in gone)
+        self._give_back(leases)
+        return leases
 
     def _let_go(self, job: Job) -> None:
         job.instance = ""
@@ -729,6 +810,7 @@ class JobScheduler:
     def _end(self, job: Job, state: State, reason: str, now: float) -> None:
         self._let_go(job)
         self._give_back(self.stored_outputs.drop(job))
+        self._drop_previews(lambda preview: preview.job_id == job.id)
         job.transition(state, now, reason)
         del self.jobs[job.id]
         self.dirty.add(job.id)

@@ -10,6 +10,8 @@ from msgspec import Meta
 from triptych.bus import Generation
 
 MAX_SEED: Final = (1 << 63) - 1
+MAX_PARTIAL_IMAGES: Final = 3
+"""Most previews of one image, as in OpenAI's API."""
 
 # The ranges that the decoder accepts: it refuses a message with another value, so that no handler receives it.
 Name = Annotated[str, Meta(max_length=128)]

@@ -10,6 +10,7 @@ from msgspec import Meta
 from triptych.bus import Message
 from triptych.engines.parameters.schema import Parameter, Task
 from triptych.roles.messages.common import (
+    MAX_PARTIAL_IMAGES,
     Artifact,
     Input,
     Name,
@@ -46,6 +47,8 @@ class SubmitRequest(Message):
     """A higher one goes first."""
     deadline_s: Seconds = 0.0
     """Seconds from acceptance in which the client wants the result; 0 without a deadline. It orders jobs, ends none."""
+    partial_images: Annotated[int, Meta(ge=0, le=MAX_PARTIAL_IMAGES)] = 0
+    """Most previews of each image while it is denoised."""
 
 
 class RequestAccepted(Message):
@@ -143,6 +146,13 @@ class Transition(Value):
     reason: str = ""
 
 
+class PreviewView(Value):
+    """What a job would have been after one of its steps."""
+
+    step: int
+    artifact: Artifact
+
+
 class JobView(Value):
     """One image or video of a request."""
 
@@ -163,6 +173,8 @@ class JobView(Value):
     """Whether it failed because the pipeline cannot run with its inputs."""
     bucket: int = 0
     """Rows of each batch that its denoise is computed in, 1 = alone; 0 before its first denoise."""
+    previews: tuple[PreviewView, ...] = ()
+    """Its partial images so far, by step."""
 
 
 class RequestView(Message):

@@ -157,6 +157,8 @@ class TransferPush(Message):
     rebind: Rebind | None = None
     """Set when the tensors were stored for another job of an equal prompt."""
     hints: SchedulingHints = SchedulingHints()
+    partial_images: Natural = 0
+    """Most previews that a denoiser stores on its way."""
 
 
 class AttemptQuery(Message):
@@ -211,6 +213,14 @@ class StageProgress(Message):
     attempt: Attempt
     step: Natural
     total_steps: Natural
+
+
+class PreviewStored(Message):
+    """What a denoise is after one of its steps is sealed in a block, for a decoder. Asks for Acknowledged."""
+
+    preview: Attempt
+    """Of `roles.previews.preview_attempt`."""
+    stored: StoredPayload
 
 
 class StageOutputsStored(Message):

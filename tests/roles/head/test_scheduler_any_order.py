@@ -11,12 +11,19 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from tests.roles.factories import KINDS, a_block, make_scheduler, registration, request
 from triptych.engines.memory.buddy import PAGE
 from triptych.engines.stages import Stage
-from triptych.roles.head.effects import Assign, Cancel, NotifyWaiters, ReleaseLeases
+from triptych.roles.head.effects import Assign, AssignPreview, Cancel, NotifyWaiters, ReleaseLeases
 from triptych.roles.head.job import Job, State
 from triptych.roles.head.registry import ExitCause
 from triptych.roles.head.scheduler import JobScheduler
 from triptych.roles.messages.common import Artifact, Attempt, LeaseRef
-from triptych.roles.messages.stages import StageFailed, StageFinished, StageOutputsStored, TransferFailed
+from triptych.roles.messages.stages import (
+    PreviewStored,
+    StageFailed,
+    StageFinished,
+    StageOutputsStored,
+    TransferFailed,
+)
+from triptych.roles.previews import preview_attempt
 
 PROMPTS = ("p", "q", "drawn from the seed")
 
@@ -56,6 +63,9 @@ class Traffic(RuleBasedStateMachine):
             match effect:
                 case Assign(name, job_id):
                     self.assigned[name].add(self.scheduler.jobs[job_id].current_attempt)
+                case AssignPreview(name, attempt):
+                    assert not any(self.assigned[name]), "a preview never waits beside a job"
+                    self.assigned[name].add(attempt)
                 case Cancel(name, attempt, _):
                     self.assigned.get(name, set()).discard(attempt)
                     self._issue(name)
@@ -72,11 +82,18 @@ class Traffic(RuleBasedStateMachine):
         self.scheduler.registry.credit(name, self.issued[name])
         return self.issued[name]
 
-    @rule(target=requests, n=st.integers(1, 3), prompt=st.sampled_from(PROMPTS), seed=st.integers(0, 1))
-    def submit(self, n: int, prompt: str, seed: int) -> str:
+    @rule(
+        target=requests,
+        n=st.integers(1, 3),
+        prompt=st.sampled_from(PROMPTS),
+        seed=st.integers(0, 1),
+        previews=st.integers(0, 2),
+    )
+    def submit(self, n: int, prompt: str, seed: int, previews: int) -> str:
         id_ = f"r{len(self.scheduler.requests)}"
         steps = len(self.scheduler.requests)  # which no encoder reads
         asked = request(id_, n, at=self.now, seed=seed, prompt=prompt, num_inference_steps=steps)
+        asked.partial_images = previews
         self.scheduler.accept(asked, self.now)
         self._carry_out()
         return id_
@@ -126,6 +143,17 @@ class Traffic(RuleBasedStateMachine):
             name, StageOutputsStored(attempt, Stage(kind), block, 0.1, issued, seed_independent), self.now
         )
 
+    @precondition(lambda self: any(self.assigned.get(f"denoiser-{k}") for k in range(2)))
+    @rule(data=st.data(), step=st.integers(1, 3))
+    def store_a_preview(self, data: st.DataObject, step: int) -> None:
+        denoising = [(f"denoiser-{k}", attempt) for k in range(2) for attempt in self.assigned.get(f"denoiser-{k}", ())]
+        name, attempt = data.draw(st.sampled_from(sorted(denoising, key=str)))
+        self.leases += 1
+        block = a_block(self.leases, self.pool_generation)
+        self.held.add(block.lease)
+        self.scheduler.preview_stored(name, PreviewStored(preview_attempt(attempt, step), block))
+        self._carry_out()
+
     @rule(kind=st.sampled_from(KINDS), k=st.integers(0, 1), back=st.booleans(), end=st.sampled_from(ExitCause))
     def die(self, kind: str, k: int, back: bool, end: ExitCause = ExitCause.CRASHED) -> None:
         name = f"{kind}-{k}"
@@ -161,7 +189,8 @@ class Traffic(RuleBasedStateMachine):
         stored_outputs = self.scheduler.stored_outputs
         needed = {job.lease for job in self.scheduler.jobs.values() if job.lease}
         needed |= set(stored_outputs.cache.leases)
-        assert self.held == needed == stored_outputs.leases
+        assert needed == stored_outputs.leases
+        assert self.held == needed | self.scheduler.previews.leases
         assert stored_outputs.cache.nbytes == len(stored_outputs.cache) * PAGE <= stored_outputs.cache.capacity
 
     @invariant()
