@@ -53,6 +53,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes of the tiles and of their overlap, by the names of the VAE."""
     vae_slicing: bool = False
     """Whether the VAE computes one image of a batch at a time."""
+    step_cache: str = ""
+    """The step cache of the denoiser, as `step_cache_options.parse_step_cache` takes it; "" for none."""
     checkpoint: Path | None = None
     """A file with the weights of several components, which replace those in the model's folder."""
     components: tuple[tuple[str, Path], ...] = ()

@@ -15,6 +15,7 @@ from triptych.actors.topology._writer import (
     write_with_overrides,
 )
 from triptych.actors.topology.sections import (
+    DENOISING_KINDS,
     STAGES,
     ApiSection,
     EmbeddingSection,
@@ -28,6 +29,7 @@ from triptych.actors.topology.sections import (
 )
 
 __all__ = [
+    "DENOISING_KINDS",
     "INDEX_FILES",
     "STAGES",
     "WEIGHT_SUFFIXES",

@@ -32,19 +32,24 @@ class ModelIdentity(msgspec.Struct, frozen=True):
     """Digest of its index, which names its components."""
     content: str
     """Digest of its small files, and of the sizes and samples of its weight files."""
+    cache: str = ""
+    """The step cache of its denoisers, with which it makes other images; it is the same model all the same."""
 
     def is_same(self, other: ModelIdentity) -> bool:
         """Return whether it is the same model: a copy, or another version in its place (docs/adr/0026)."""
         return self.content == other.content or (self.path, self.index) == (other.path, other.index)
 
 
-def identify_model(model: Path, checkpoint: Path | None = None, others: Sequence[Path] = ()) -> ModelIdentity | None:
+def identify_model(
+    model: Path, checkpoint: Path | None = None, others: Sequence[Path] = (), cache: str = ""
+) -> ModelIdentity | None:
     """Return the identity of a model, None if its folder is missing; blocks on the disk.
 
     Args:
         model: Its folder.
         checkpoint: The file with the weights, if they are not in the folder; it is then the model's path.
         others: Files and folders of components that replace the folder's own.
+        cache: The step cache of its denoisers.
 
     Raises `OSError` for a file that cannot be read.
     """
@@ -56,7 +61,7 @@ def identify_model(model: Path, checkpoint: Path | None = None, others: Sequence
         index.update(f"{path}\n".encode())
         _digest(path, [path] if path.is_file() else _content(path), content, index)
     _digest(model, _content(model), content, index)
-    return ModelIdentity(str(checkpoint or model), index.hexdigest()[:32], content.hexdigest()[:32])
+    return ModelIdentity(str(checkpoint or model), index.hexdigest()[:32], content.hexdigest()[:32], cache)
 
 
 def _content(model: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from triptych.actors.topology._model_identity import ModelIdentity, identify_mod
 from triptych.actors.topology._model_source import ModelSource, absolute, find_source
 from triptych.actors.topology._parser import parse_topology_file
 from triptych.actors.topology.sections import (
+    DENOISING_KINDS,
     LEAST_POOL_BYTES,
     STAGES,
     ApiSection,
@@ -40,6 +41,7 @@ from triptych.actors.topology.sections import (
     parse_size,
 )
 from triptych.engines.backends import BACKENDS, DEFAULT, BackendSpec, resolve_engine
+from triptych.engines.step_cache_options import StepCacheError, parse_step_cache
 
 ComponentKind = RoleKind | Literal["pool", "head", "api"]
 
@@ -131,10 +133,15 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         return (*self.source.files, *map(self.absolute, more))
 
     @property
+    def step_cache(self) -> str:
+        """The step cache of its denoisers, which all have the same; "" for none."""
+        return next((role.cache for role in self.section.roles if role.kind in DENOISING_KINDS), "")
+
+    @property
     def identity(self) -> ModelIdentity | None:
         """What tells it from other models, None if its files are missing; blocks on the disk, raises `OSError`."""
         source = self.source
-        found = identify_model(source.folder, source.checkpoint, [*source.components.values()])
+        found = identify_model(source.folder, source.checkpoint, [*source.components.values()], self.step_cache)
         if found is None or source.checkpoint or source.folder == self.absolute(self.section.path):
             return found
         # A newer snapshot of a repository has a folder of its own, and is another version of the same model.
@@ -297,6 +304,7 @@ def _check_sections(file: str, sections: Sections) -> None:
     for model in sections.models:
         _check_kinds(file, sections, model)
         _check_batches(file, sections, model)
+        _check_step_caches(file, sections, model)
         _check_loras(file, sections, model)
     _check_names(file, sections)
 
@@ -461,12 +469,29 @@ def _check_batches(file: str, sections: Sections, model: ModelSection) -> None:
     for role in model.roles:
         where = f'{_roles_label(sections, model)} kind = "{role.kind}" max_batch'
         problem = f"= {role.max_batch}"
-        if role.max_batch > 1 and role.kind not in ("denoiser", "monolithic"):
+        if role.max_batch > 1 and role.kind not in DENOISING_KINDS:
             problem += ", but only a denoiser or a monolithic process runs denoising steps"
             raise TopologyError(file, where, problem, "give it to the denoiser")
         if role.max_batch > role.slots:
             problem += f" is more than the {role.slots} requests that one instance takes at a time"
             raise TopologyError(file, where, problem, f"write slots = {role.max_batch} as well, or a smaller max_batch")
+
+
+def _check_step_caches(file: str, sections: Sections, model: ModelSection) -> None:
+    where = _roles_label(sections, model)
+    for role in model.roles:
+        try:
+            parse_step_cache(role.cache)
+        except StepCacheError as error:
+            fix = 'write it as in "first_block:0.1", as docs/step-caches.md shows'
+            raise TopologyError(file, f"{where} cache", f'= "{role.cache}" {error}', fix) from None
+        if role.cache and role.kind not in DENOISING_KINDS:
+            problem = f'= "{role.cache}", but only a denoiser or a monolithic process runs denoising steps'
+            raise TopologyError(file, f'{where} kind = "{role.kind}" cache', problem, "give it to the denoiser")
+    different = sorted({role.cache for role in model.roles if role.kind in DENOISING_KINDS})
+    if len(different) > 1:
+        problem = f'has the values "{different[0]}" and "{different[1]}", so that one request could have either image'
+        raise TopologyError(file, f"{where} cache", problem, "give all denoisers of a model the same")
 
 
 def _check_names(file: str, sections: Sections) -> None:

@@ -13,6 +13,8 @@ from triptych.engines.backends import AUTO, BACKENDS
 
 RoleKind = Literal["encoder", "denoiser", "decoder", "monolithic"]
 STAGES: Final = ("encoder", "denoiser", "decoder")
+DENOISING_KINDS: Final = ("denoiser", "monolithic")
+"""The kinds of roles that run denoising steps."""
 
 # The description of a type tells the reader of an error what a value should be.
 Port = Annotated[int, Meta(ge=1, le=65535, description="a port from 1 to 65535")]
@@ -347,6 +349,11 @@ class RoleSection(Section, frozen=True):
     each request alone, with the same image as in diffusers, bit for bit. With more, every batch is padded to that
     size, so that the image does not depend on which other requests there are; it may differ in the last bits from that
     of `max_batch = 1`. Only for a denoiser or `monolithic`."""
+    cache: str = ""
+    """The step cache, with which a step reuses what earlier ones of its request have computed: faster, with another
+    image. `first_block`, `magcache`, `taylorseer`, `pab` or `faster`, with parameters after a colon, such as
+    "first_block:0.1" or "taylorseer:interval=4,lite=true"; "" = none. Requests turn it off with `cache = false`. Only
+    for a denoiser or `monolithic`, and the same for all denoisers of a model. See docs/step-caches.md."""
     name: RoleName = ""
     """Instances are called NAME-0, NAME-1, ...; "" = the kind, with several models MODEL-KIND."""
     port: PortOrRule = 0

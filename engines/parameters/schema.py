@@ -88,7 +88,7 @@ KNOWN_KINDS: Final[Mapping[str, ParameterKind]] = {
     **dict.fromkeys(("scheduler", "guider"), ParameterKind.TEXT),
     **dict.fromkeys(("lora", "complex_human_instruction"), ParameterKind.TEXTS),
     **dict.fromkeys(("scheduler_options", "guider_options", "vae_tiling_options"), ParameterKind.OPTIONS),
-    **dict.fromkeys(("vae_tiling", "vae_slicing"), ParameterKind.BOOLEAN),
+    **dict.fromkeys(("vae_tiling", "vae_slicing", "cache"), ParameterKind.BOOLEAN),
     **dict.fromkeys(("guidance_rescale", "guidance_scale_2"), ParameterKind.NUMBER),
     TENSORS: ParameterKind.TENSORS,
 }

@@ -25,6 +25,7 @@ from triptych.engines.parameters.lora import (
 )
 from triptych.engines.parameters.schema import REPLACES, Signature, names
 from triptych.engines.parameters.serving_config import load_index
+from triptych.engines.parameters.step_cache import CACHE, step_cache_parameters, without_cache
 from triptych.engines.parameters.validation import ParameterError, check_scalars, check_task
 from triptych.engines.partition.compatibility import explain_missing_class
 from triptych.engines.partition.strategy import PartitionStrategy, lora_class, strategy_for, strategy_in_process
@@ -36,6 +37,7 @@ from triptych.engines.pipelines.random_state import SEED, GlobalRngGuard
 from triptych.engines.stages import InputError, ModelError, Stage
 from triptych.engines.steps.checkpoint import CheckpointError
 from triptych.engines.steps.denoising import Denoising
+from triptych.engines.steps.step_caches import StepCache, install
 from triptych.engines.weights.adapters import Adapters
 from triptych.engines.weights.offload import ModelOffloader, Offload
 from triptych.engines.weights.placement import Placement
@@ -88,6 +90,7 @@ class StagePipeline:
         signature: The public inputs among them, and the outputs of the pipeline.
         components: The names of the loaded components.
         placement: How their weights are held, and how many bytes they take.
+        step_cache: The step cache of the denoiser, if it is loaded here; None without one.
         seed_independent: Whether the last payload of `encode` is the same for every seed, except for its generator.
     """
 
@@ -98,16 +101,19 @@ class StagePipeline:
         runner: StageRunner,
         placement: Placement,
         offloader: ModelOffloader | None,
+        step_cache: StepCache | None = None,
     ) -> None:
         self.stages = stages
         self.strategy = strategy
         self.components = runner.components
         self.placement = placement
+        self.step_cache = step_cache
         self.seed_independent = False
         self._adapters = placement.adapters
         self._offloader = offloader
-        more = lora_parameters([file.name for file in self._adapters.files])
-        encodes = {*runner.signature.encodes, *(names(more) if self._adapters.encodes else ())}
+        loras = lora_parameters([file.name for file in self._adapters.files])
+        encodes = {*runner.signature.encodes, *(names(loras) if self._adapters.encodes else ())}
+        more = (*loras, *step_cache_parameters(placement.options.step_cache))
         self.signature = replace(
             runner.signature,
             parameters=tuple(sorted((*runner.signature.parameters, *more), key=lambda parameter: parameter.name)),
@@ -172,8 +178,10 @@ class StagePipeline:
             PartitionStrategy.MONOLITHIC: load_monolithic,
         }
         runner = loaders[strategy](model, stages, placement)
-        offloader = placement.finish({name: getattr(runner.pipeline, name) for name in runner.components})
-        return cls(stages, strategy, runner, placement, offloader)
+        components = {name: getattr(runner.pipeline, name) for name in runner.components}
+        # Install it before weights are offloaded, so that the hooks that bring a block's weights are the outer ones.
+        step_cache = install(components, placement.options.step_cache) if Stage.DENOISER in stages else None
+        return cls(stages, strategy, runner, placement, placement.finish(components), step_cache)
 
     def encode(self, inputs: Mapping[str, object], seed: int) -> dict[str, object]:
         """Run the encoder.
@@ -202,7 +210,7 @@ class StagePipeline:
         finally:
             self._offload()
         self.seed_independent = self._runner.seed_independent(payload) and not rng.was_used
-        return {**payload, **self._label(seed, choice)}
+        return {**payload, **self._label(seed, choice), **without_cache(inputs)}
 
     def rebind(self, payload: Mapping[str, object], inputs: Mapping[str, object], seed: int) -> dict[str, object]:
         """Adapt the encoder outputs of one request to another request: return what `encode` would, without an encoder.
@@ -214,8 +222,8 @@ class StagePipeline:
                 the head finds a cached payload only for a model whose signature it knows.
             seed: The seed of the other request.
         """
-        values = {name: value for name, value in payload.items() if name not in (LORA, LORA_SCALE)}
-        chosen = _chosen(choose_loras(inputs, self._adapters.files))
+        values = {name: value for name, value in payload.items() if name not in (LORA, LORA_SCALE, CACHE)}
+        chosen = _chosen(choose_loras(inputs, self._adapters.files)) | without_cache(inputs)
         return {**self._runner.rebind(values, self._to_pipeline_inputs(inputs), seed), SEED: seed, **chosen}
 
     def denoise(
@@ -257,12 +265,16 @@ class StagePipeline:
     def _denoising(self, payload: Mapping[str, object], bucket: int) -> Denoising:
         self._require(Stage.DENOISER)
         values, seed, choice = self._open(payload)
-        denoising = self._runner.denoise(values, parks=bucket > 1)
+        step_cache = self.step_cache if values.pop(CACHE, True) else None
+        denoising = self._runner.denoise(values, parks=bucket > 1 or step_cache is not None)
         denoising.bucket, denoising.adapters = bucket, choice
         device, rng = self.placement.device, GlobalRngGuard(seed, Stage.DENOISER)
         denoising.surround(lambda: self._adapters.activate(choice), rng, self._offload, self._label(seed, choice))
         denoising.keep("random_state", lambda: rng.saved(device), lambda saved: rng.set(saved, device))
         denoising.keep("precision", self._precision, self._check_precision)
+        if step_cache is not None:
+            state = denoising.step_cache = step_cache.state()
+            denoising.keep("step_cache", state.save, state.restore)
         return denoising
 
     def _precision(self) -> list[object]:

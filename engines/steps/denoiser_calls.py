@@ -69,7 +69,10 @@ class DenoiserCall:
             self.error = error
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module with other arguments, in the cache context of this call."""
+        """Call the module with other arguments, with the run's step cache, or in the cache context of this call."""
+        if self.run.step_cache is not None:
+            with self.run.step_cache.of(self):
+                return self.module(*args, **kwargs)
         if self.cache_context is None:
             return self.module(*args, **kwargs)
         with self.module.cache_context(self.cache_context.name, **self.cache_context.where):

@@ -11,13 +11,16 @@ import contextlib
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import greenlet
 import torch
 
 from triptych.engines.steps.checkpoint import CheckpointError
 from triptych.engines.steps.denoiser_calls import CacheContextArguments, DenoiserCall, RunGreenlet
+
+if TYPE_CHECKING:
+    from triptych.engines.steps.step_caches import StepCacheState
 
 
 class RunCancelledError(BaseException):
@@ -40,6 +43,7 @@ class Denoising:
         pipeline: The pipeline of the run, private to the request; None when the run has ended.
         bucket: How many calls of the denoiser are computed together, with those of other runs or padded; 1 for alone.
         adapters: The adapters of the request: only calls with the same ones are computed together.
+        step_cache: What the step cache of the model keeps for this run; None without one.
         batch_key: Runs whose last calls have the same key are likely to be computed together; None before the first.
         cannot_resume: Why `snapshot` refuses; "" while nothing is known against it.
     """
@@ -52,6 +56,7 @@ class Denoising:
         self.bucket = 1
         self.adapters: Hashable = ()
         self.batch_key: Hashable = None
+        self.step_cache: StepCacheState | None = None
         self._calls = 0
         self.cannot_resume = ""
         self._kept: dict[str, tuple[Callable[[], object], Callable[[Any], object]]] = {}
@@ -288,6 +293,7 @@ class Denoising:
         self._greenlet = self._saved = None
         self._kept = {}
         self.pipeline = None
+        self.step_cache = None
         after, self._before, self._after = self._after, _nothing, _nothing
         after()
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -38,13 +37,6 @@ class StepResult:
     error: Exception | None = None
 
 
-class StepCaches(Protocol):
-    """Keeps the step caches of runs apart."""
-
-    def of(self, call: DenoiserCall) -> AbstractContextManager[object]:
-        """Enter the cache of the run of a call, while the call is computed."""
-
-
 class _Waiting(NamedTuple):
     """A call that can be merged with others."""
 
@@ -57,18 +49,15 @@ class StepExecutor:
 
     Calls of their denoisers that wait at the same time are merged if their signatures are the same and their runs have
     the same `bucket` and `adapters`. A merged call has as many calls as the bucket; missing ones are repetitions of the
-    first. So the bits of a run do not depend on the others, or on whether there are any.
-
-    Args:
-        step_caches: The caches of runs; calls are computed alone then.
+    first. So the bits of a run do not depend on the others, or on whether there are any. Calls of runs with a step
+    cache are computed alone, since each has its own state.
 
     Attributes:
         group_sizes: How many forwards had how many calls of runs in them, without repetitions.
     """
 
-    def __init__(self, step_caches: StepCaches | None = None) -> None:
+    def __init__(self) -> None:
         self.group_sizes: collections.Counter[int] = collections.Counter()
-        self._step_caches = step_caches
         self._prober = Prober()
 
     def advance(self, denoisings: Sequence[Denoising]) -> list[StepResult]:
@@ -97,10 +86,10 @@ class StepExecutor:
 
     def _compute(self, calls: Sequence[DenoiserCall]) -> None:
         groups: dict[Hashable, list[_Waiting]] = {}
-        alone = self._step_caches is not None
         for call in calls:
+            alone = call.run.bucket == 1 or call.run.step_cache is not None
             try:
-                waiting = None if alone or call.run.bucket == 1 else _Waiting(call, arguments_of_call(call))
+                waiting = None if alone else _Waiting(call, arguments_of_call(call))
             except UnbatchableError:
                 waiting = None
             if waiting is None:
@@ -115,11 +104,7 @@ class StepExecutor:
 
     def _compute_alone(self, call: DenoiserCall) -> None:
         self.group_sizes[1] += 1
-        if self._step_caches is None:
-            call.compute()
-        else:
-            with self._step_caches.of(call):
-                call.compute()
+        call.compute()
 
     def _compute_group(self, group: Sequence[_Waiting]) -> None:
         """Compute calls of one outline, as few forwards as their values allow."""

@@ -48,6 +48,7 @@ def model_options(model: Model) -> ModelOptions:
         vae_tiling=section.vae_tiling,
         vae_tiling_options=tuple(sorted(section.vae_tiling_options.items())),
         vae_slicing=section.vae_slicing,
+        step_cache=model.step_cache,
         checkpoint=source.checkpoint,
         components=tuple(sorted(source.components.items())),
         trust_remote_code=section.trust_remote_code,

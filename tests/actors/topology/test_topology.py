@@ -217,6 +217,21 @@ BROKEN = {
         'kind = "decoder" max_batch = 2, but only a denoiser',
         "give it to the denoiser",
     ),
+    "a step cache of nobody": (
+        MODEL + THREE_ROLES.replace('"denoiser"', '"denoiser"\ncache = "teacache"'),
+        '[[roles]] cache = "teacache" is not a step cache: the kinds are first_block, magcache, taylorseer, pab',
+        'write it as in "first_block:0.1"',
+    ),
+    "a step cache of a decoder": (
+        MODEL + THREE_ROLES + 'cache = "pab"\n',
+        '[[roles]] kind = "decoder" cache = "pab", but only a denoiser',
+        "give it to the denoiser",
+    ),
+    "two step caches of one model": (
+        MODEL + THREE_ROLES + '[[roles]]\nkind = "denoiser"\nname = "fast"\ncache = "pab"\n',
+        '[[roles]] cache has the values "" and "pab", so that one request could have either image',
+        "give all denoisers of a model the same",
+    ),
     "a policy of nobody": (MODEL + THREE_ROLES + 'policy = "lifo"\n', '"lifo" is not known', "did you mean fifo?"),
     "a word that is two": (
         MODEL + '[[model.embeddings]]\ntoken = "a b"\npath = "a"\n' + THREE_ROLES,
@@ -437,6 +452,18 @@ def test_steps_are_scheduled_and_batched_as_the_role_says(write: Write) -> None:
     topology = load_topology(write(roles=THREE_ROLES.replace('"denoiser"', denoiser)))
     stepping = {c.name: (c.policy, c.max_batch) for c in topology.components if c.slots}
     assert stepping == {"encoder-0": ("fifo", 1), "denoiser-0": ("fair", 8), "decoder-0": ("fifo", 1)}
+
+
+def test_a_step_cache_is_part_of_what_a_model_is_known_by(write: Write, folder: Path) -> None:
+    (folder / "model").mkdir(exist_ok=True)
+    plain = load_topology(write()).models[0]
+    cached = load_topology(write(roles=THREE_ROLES.replace('"denoiser"', '"denoiser"\ncache = "first_block:0.1"')))
+    model = cached.models[0]
+    assert (plain.step_cache, model.step_cache) == ("", "first_block:0.1")
+    assert plain.identity is not None
+    assert model.identity is not None
+    assert (plain.identity.cache, model.identity.cache) == ("", "first_block:0.1")
+    assert model.identity.is_same(plain.identity)
 
 
 def test_preflight_wants_the_files_of_adapters(write: Write, folder: Path) -> None:

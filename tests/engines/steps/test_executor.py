@@ -184,26 +184,3 @@ def test_a_module_that_draws_random_numbers_is_called_alone_with_those_of_its_ru
     expected = [finish(run) for run in runs(1)]
     for among, alone in zip(finish_together(runs(4), StepExecutor()), expected, strict=True):
         assert torch.equal(among, alone)
-
-
-class Caches:
-    """Notes which calls were computed in the cache of their run."""
-
-    def __init__(self) -> None:
-        self.entered: list[Denoising] = []
-
-    def of(self, call: Any) -> Caches:
-        self.entered.append(call.run)
-        return self
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-def test_calls_under_a_step_cache_are_computed_alone_in_the_cache_of_their_run() -> None:
-    module, caches = Doubling(), Caches()
-    runs = [run_of(module, value, 4) for value in (1.0, 2.0)]
-    StepExecutor(caches).advance(runs)
-    assert caches.entered == runs
-    assert module.rows == [1, 1]
