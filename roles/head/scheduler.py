@@ -587,7 +587,8 @@ class JobScheduler:
         if capacity < 1 or not (candidates or caches):
             return False
         encoding = {self._prompt_key(u) for u in self.jobs.values() if caches and u.instance and u.stage is stage}
-        queue = self._queue(stage)
+        # Without an instance only jobs with a cached prompt go on: do not order hundreds of others at each event.
+        queue = self._queue(stage, cached=not candidates)
         for facts, job in queue:
             if capacity < 1:
                 break
@@ -622,14 +623,20 @@ class JobScheduler:
     def _waits(self, job: Job, stage: Stage) -> bool:
         return job.state is WAITING[stage] and not job.instance
 
-    def _queue(self, stage: Stage) -> list[tuple[SchedulingFacts, Job]]:
-        """Return the jobs that wait for an instance of a stage, in the order of the policy."""
+    def _queue(self, stage: Stage, *, cached: bool) -> list[tuple[SchedulingFacts, Job]]:
+        """Return the jobs that wait for an instance of a stage, in the order of the policy.
+
+        Args:
+            stage: Any.
+            cached: Whether to leave out those whose prompt is not in the cache.
+        """
         if self.policy == "fair":
             self.service[stage].update({self.requests[job.request_id].owner for job in self.jobs.values()})
         waiting = [
             (self._facts(serial, job, stage), job)
             for serial, job in enumerate(self.jobs.values())  # in the order of arrival
             if self._waits(job, stage)
+            and not (cached and self.stored_outputs.cache.find(self._prompt_key(job), job.seed) is None)
         ]
         return sorted(waiting, key=lambda entry: rank(self.policy, entry[0]))
 
@@ -652,7 +659,7 @@ class JobScheduler:
     def _step_kind(self, job: Job) -> tuple[object, ...]:
         """Return what the time of a step depends on."""
         inputs = self.requests[job.request_id].inputs
-        return tuple(inputs.get(name) for name in ("height", "width", "num_frames"))
+        return inputs.get("height"), inputs.get("width"), inputs.get("num_frames")
 
     def _prompt_key(self, job: Job) -> bytes:
         request = self.requests[job.request_id]
