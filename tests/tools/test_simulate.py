@@ -1,0 +1,48 @@
+"""The simulation of scheduling policies, on a short trace."""
+
+from __future__ import annotations
+
+import json
+from typing import get_args
+
+import pytest
+
+from triptych.actors.topology.sections import SchedulingPolicyName
+from triptych.tools.simulate import Costs, Simulation, System, main, make_trace, percentile, summarize
+
+COSTS = Costs()
+
+
+def figures(policy: SchedulingPolicyName, **options: int) -> dict[str, float]:
+    return summarize(Simulation(System(policy, **options)).run(make_trace(200, 0.65, 1)), COSTS)
+
+
+def test_deadlines_are_met_more_often_under_deadline_and_short_requests_do_not_wait_under_shortest_remaining() -> None:
+    fifo, deadline, shortest = figures("fifo"), figures("deadline"), figures("shortest_remaining")
+    assert 0.5 < fifo["attainment"] < 0.7
+    assert deadline["attainment"] >= 1.3 * fifo["attainment"]
+    assert shortest["slowdown_4"] <= 3
+    assert shortest["mean_s"] <= fifo["mean_s"]
+    assert figures("deadline") == deadline, "a trace and its outcome depend on the seed alone"
+
+
+@pytest.mark.parametrize("policy", get_args(SchedulingPolicyName))
+def test_every_request_ends_and_an_idle_system_takes_the_time_alone(policy: SchedulingPolicyName) -> None:
+    trace = make_trace(60, 2.0, 0)
+    ended = Simulation(System(policy, denoisers=2, slots=4, max_batch=4)).run(trace)
+    assert sorted(outcome.arrival.at for outcome in ended) == [arrival.at for arrival in trace]
+    (alone,) = Simulation(System(policy)).run(trace[:1])
+    assert alone.latency_s == pytest.approx(COSTS.alone_s(trace[0].steps, trace[0].size))
+
+
+def test_the_command_prints_a_line_for_each_policy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--requests", "20", "--load", "0.5", "--json", "--policy", "fifo", "--policy", "fair"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["policy"] for row in rows] == ["fifo", "fair"]
+    assert main(["--requests", "20", "--load", "0.5"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 2 + 4
+
+
+def test_a_percentile_is_a_value_that_was_there() -> None:
+    ordered = [1.0, 2.0, 3.0, 4.0]
+    assert [percentile(ordered, share) for share in (0.25, 0.5, 0.95, 1.0)] == [1.0, 2.0, 4.0, 4.0]
