@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -120,6 +120,26 @@ def check_compatibility(
             found += more
     found += _lora_findings(model, loras, shapes)
     return CompatibilityReport(tuple(found), needed, elements)
+
+
+def empty_components(model: Path, options: ModelOptions, names: Collection[str]) -> dict[str, Any]:
+    """Make components of a model without weights, in no time and memory.
+
+    Args:
+        model: The folder of the model.
+        options: The options of the topology.
+        names: The components, which `check_compatibility` has found no fault with.
+
+    Returns:
+        Those of them that are modules, by name.
+    """
+    entries = [entry for entry in component_entries(model, load_index(model), options) if entry.name in names]
+    classes = {entry.name: _class_of(entry, options)[0] for entry in entries}
+    return {
+        entry.name: _empty(entry, classes[entry.name])
+        for entry in entries
+        if isinstance(classes[entry.name], type) and issubclass(classes[entry.name], diffusers.ModelMixin)
+    }
 
 
 def explain_missing_class(model: Path, options: ModelOptions, error: str) -> str:

@@ -12,12 +12,14 @@ from triptych.engines.parameters.schema import IMAGE_KINDS, MASKS, Parameter, Pa
 from triptych.engines.parameters.serving_config import ServingConfig
 from triptych.engines.parameters.size_constraints import SIDES
 from triptych.engines.pipelines.pipeline import StagePipeline
-from triptych.engines.stages import Stage
+from triptych.engines.stages import Stage, one_line
 
 SMALLEST: Final = 64
 """The height and width in pixels, if the model allows it."""
 FEWEST: Final = 2
 """The number of steps: some schedulers need a step before the last."""
+FEWEST_CACHED: Final = 4
+"""The number of steps in which a step cache has to reuse something: a model may have two denoisers."""
 SEED: Final = 0
 _PROMPT: Final = "a red circle on a white background"
 _FRAMES: Final = ("num_frames", "frames", "video_length")
@@ -33,6 +35,7 @@ def tiny_inputs(
     *,
     alpha: bool = False,
     minimal_steps: bool = True,
+    fewest: int = FEWEST,
 ) -> dict[str, object]:
     """Return the inputs of the smallest request that a model takes. Pure.
 
@@ -44,6 +47,7 @@ def tiny_inputs(
             for each `SMALLEST` of them.
         alpha: Whether the model takes images with an alpha channel.
         minimal_steps: Whether to use as few steps as possible; else the default of the model.
+        fewest: The number of steps with `minimal_steps`, if the model allows it.
 
     Returns:
         The inputs by public name, for `StagePipeline.encode`.
@@ -57,7 +61,7 @@ def tiny_inputs(
         if name in _FRAMES:
             inputs[name] = 1 + max(side // SMALLEST, 1) * (parameter.every or 1)
         elif name == _STEPS and minimal_steps:
-            inputs[name] = _least(parameter, serving_config, FEWEST)
+            inputs[name] = _least(parameter, serving_config, fewest)
         elif parameter.required and parameter.kind in IMAGE_KINDS:
             inputs[name] = _image(parameter, size, alpha=alpha)
         elif (parameter.required or name == "prompt") and name not in inputs and parameter.kind is ParameterKind.TEXT:
@@ -87,6 +91,33 @@ def run(stages: Mapping[Stage, StagePipeline], inputs: Mapping[str, object], say
     _cross(payload, stages, Stage.DENOISER, Stage.DECODER)
     say(Stage.DECODER)
     stages[Stage.DECODER].decode(payload)
+
+
+def step_cache_problem(stages: Mapping[Stage, StagePipeline], inputs: Mapping[str, object]) -> str:
+    """Run one request in which the step cache of the denoiser reuses whatever it can, and say what is wrong with it.
+
+    Args:
+        stages: As for `run`; afterwards the denoiser must not be used.
+        inputs: The inputs of the request, with `FEWEST_CACHED` steps if possible.
+
+    Returns:
+        A sentence; "" if something was reused, or if there is no cache.
+    """
+    cache = stages[Stage.DENOISER].step_cache
+    if cache is None:
+        return ""
+    payload = stages[Stage.ENCODER].encode(inputs, SEED)
+    cache.reuse_eagerly()
+    calls, computed = cache.calls, cache.computed
+    denoising = stages[Stage.DENOISER].denoise(payload)
+    try:
+        while denoising.advance():
+            pass
+    except Exception as error:  # noqa: BLE001 - hooks of diffusers raise anything for a model that they do not expect
+        return f'cache = "{cache.options.text}" fails with this model: {type(error).__name__}: {one_line(error)}.'
+    if cache.calls - calls > cache.computed - computed:
+        return ""
+    return f'cache = "{cache.options.text}" reuses nothing with this model in a request of {denoising.step} step(s).'
 
 
 def _cross(payload: dict[str, object], stages: Mapping[Stage, StagePipeline], one: Stage, other: Stage) -> None:

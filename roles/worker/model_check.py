@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from triptych.actors import Component, Model, StartError
 from triptych.actors.errors import describe
@@ -67,6 +67,7 @@ def check_model(
     if not any(finding.fatal for finding in found):
         sentence, problem = describe_model(model)
         found += [Finding("index", problem)] if problem else []
+        found += _step_cache_findings(model, fitted)
     lap("pipeline")
     told = ""
     if not any(finding.fatal for finding in found):
@@ -89,6 +90,20 @@ def _relevant(found: Sequence[Finding], fitted: CompatibilityReport) -> list[Fin
         is_ours = finding.where in fitted.needed or finding.where in ("index", "card") or "LoRA" in finding.where
         matter.append(finding if is_ours or not fitted.needed else msgspec.structs.replace(finding, fatal=False))
     return matter
+
+
+def _step_cache_findings(model: Model, fitted: CompatibilityReport) -> list[Finding]:
+    """Install the step cache of the topology on denoisers without weights; return the problem, if any."""
+    if not model.step_cache:
+        return []
+    from triptych.engines.partition.compatibility import empty_components
+    from triptych.engines.steps.step_caches import install
+
+    try:
+        install(empty_components(model.path, model_options(model), fitted.needed), model.step_cache)
+    except ModelError as error:
+        return [Finding("cache", str(error))]
+    return []
 
 
 def _dry_run(
@@ -115,8 +130,9 @@ def _dry_run(
         at, failed = _request(model, stages, side, say, minimal_steps=minimal_steps)
         if failed is None:
             seconds = time.monotonic() - began
+            failed = _cached_request(model, stages, side, say, minimal_steps=minimal_steps)
             loading = f"loading the {size_text(needed)} took {loaded_s:.1f} s"
-            return f"A dry request ({at}) took {seconds:.1f} s; {loading}.", None
+            return f"A dry request ({at}) took {seconds:.1f} s; {loading}.", failed
         if failed.fatal and side == _TRIES[-1][0]:
             break
     return "", failed
@@ -138,8 +154,7 @@ def _request(
     model: Model, stages: dict[Stage, StagePipeline], side: int, say: Callable[[str], None], *, minimal_steps: bool
 ) -> tuple[str, Finding | None]:
     """Run a request; return its integer inputs as text, and the problem or None."""
-    from triptych.engines.parameters.serving_config import load_serving_config
-    from triptych.engines.pipelines.dry_run import run, tiny_inputs
+    from triptych.engines.pipelines.dry_run import run
     from triptych.roles.worker import devices
 
     at = ""
@@ -149,9 +164,7 @@ def _request(
         at = stage
         say(f"a dry request: {stage}")
 
-    encoder = stages[Stage.ENCODER]
-    serving_config = load_serving_config(model.path, model_options(model).task)
-    inputs = tiny_inputs(encoder.signature, serving_config, side, alpha=encoder.alpha, minimal_steps=minimal_steps)
+    inputs = _tiny_inputs(model, stages, side, minimal_steps=minimal_steps)
     told = ", ".join(f"{name}={value}" for name, value in sorted(inputs.items()) if isinstance(value, int))
     try:
         run(stages, inputs, seen)
@@ -159,6 +172,29 @@ def _request(
         sentence = f"A dry request ({told}) failed in the {at}: {describe(error)}"
         return told, Finding("dry run", sentence, fatal=not devices.is_invalid_request(error))
     return told, None
+
+
+def _cached_request(
+    model: Model, stages: dict[Stage, StagePipeline], side: int, say: Callable[[str], None], *, minimal_steps: bool
+) -> Finding | None:
+    """Run a request in which the step cache must reuse something, if there is one; return the problem or None."""
+    from triptych.engines.pipelines.dry_run import FEWEST_CACHED, step_cache_problem
+
+    if not model.step_cache:
+        return None
+    say("a dry request: the step cache")
+    inputs = _tiny_inputs(model, stages, side, minimal_steps=minimal_steps, fewest=FEWEST_CACHED)
+    problem = step_cache_problem(stages, inputs)
+    return Finding("cache", problem) if problem else None
+
+
+def _tiny_inputs(model: Model, stages: dict[Stage, StagePipeline], side: int, **steps: Any) -> dict[str, object]:
+    from triptych.engines.parameters.serving_config import load_serving_config
+    from triptych.engines.pipelines.dry_run import tiny_inputs
+
+    encoder = stages[Stage.ENCODER]
+    serving_config = load_serving_config(model.path, model_options(model).task)
+    return tiny_inputs(encoder.signature, serving_config, side, alpha=encoder.alpha, **steps)
 
 
 def _free_bytes(instances: Iterable[Component]) -> int:

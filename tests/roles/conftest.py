@@ -220,9 +220,11 @@ def make_topology(tmp_path: Path) -> Iterator[MakeTopology]:
         pool_size: str = "4MiB",
         slots: int = 2,
         backend: str = "",
+        cache: str = "",
     ) -> Topology:
         kinds = [kind] if kind else ["encoder", "denoiser", "decoder"]
         roles = "\n".join(f'[[roles]]\nkind = "{kind}"\nslots = {slots}\ncount = 2' for kind in kinds)
+        roles = roles.replace('"denoiser"', f'"denoiser"\ncache = "{cache}"')
         file = tmp_path / "cluster.toml"
         file.write_text(TOML.format(model=model, engine=engine, pool_size=pool_size, roles=roles))
         topology = load_topology(file)

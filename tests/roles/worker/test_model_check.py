@@ -72,3 +72,23 @@ def test_a_request_that_fails_is_a_finding(
     (problem,) = report.problems
     assert (problem.where, problem.fatal) == ("dry run", True)
     assert problem.problem.endswith("TypeError: no such thing")
+
+
+def test_a_step_cache_has_to_reuse_something(
+    make_topology: MakeTopology, tiny_model: Path, tmp_path: Path, models: Callable[[str], Path]
+) -> None:
+    report, said = checked(make_topology(tiny_model, cache="taylorseer"))
+    assert (report.ok, report.problems) == (True, ())
+    assert said[-1] == "a dry request: the step cache"
+    # A model of one step has nothing to reuse.
+    model = Path(shutil.copytree(tiny_model, tmp_path / "distilled"))
+    (model / "triptych.json").write_text('{"ranges": {"num_inference_steps": [1, 1]}}')
+    report, _ = checked(make_topology(model, cache="taylorseer"))
+    (problem,) = report.problems
+    assert (problem.where, problem.fatal) == ("cache", True)
+    assert problem.problem == 'cache = "taylorseer" reuses nothing with this model in a request of 1 step(s).'
+    # What a model cannot do is said without its weights.
+    report, _ = checked(make_topology(models("sd3"), cache="first_block:0.1"), dry_run=False)
+    (problem,) = report.problems
+    assert (problem.where, problem.fatal) == ("cache", True)
+    assert "its first and its last block do not return the same. It may take magcache, taylor" in problem.problem
