@@ -113,4 +113,6 @@ def downstream_capacity(stage: Stage, jobs: Collection[Job], registry: InstanceR
         return UNBOUNDED
     under_way = {WAITING[after], RUNNING[after], RUNNING[stage]}
     ahead = sum(u.state in under_way or (STAGE_OF.get(u.state) is stage and bool(u.instance)) for u in jobs)
-    return (LOOKAHEAD + 1) * slots - ahead
+    # Few decoders keep up with many denoises in turns or batches, and must not leave slots of denoisers empty.
+    ahead_of_slots = max(slots, registry.slots(stage)) if stage is Stage.DENOISER else slots
+    return LOOKAHEAD * slots + ahead_of_slots - ahead

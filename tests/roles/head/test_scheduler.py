@@ -348,3 +348,18 @@ def test_what_runs_out_of_time_says_what_its_instance_waited_for() -> None:
     last = scheduler.requests["r"].jobs[0].history[-1]
     assert last.state == "TIMED_OUT"
     assert last.reason.endswith(": the disk is full")
+
+
+def test_every_slot_of_a_denoiser_is_used_however_few_the_decoder_has() -> None:
+    scheduler = make_scheduler()
+    for instance in (
+        registration("encoder-0", slots=9),
+        registration("denoiser-0", slots=8),
+        registration("decoder-0"),
+    ):
+        scheduler.register(instance, 0.0)
+    scheduler.accept(request(n=9), 0.0)
+    after(scheduler)
+    for k, job in enumerate(scheduler.jobs.values()):
+        assert scheduler.stored("encoder-0", stored(job.current_attempt, "encoder", k), 1.0)
+    assert len(after(scheduler)) == 8
