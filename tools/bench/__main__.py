@@ -1,4 +1,4 @@
-"""`python -m triptych.tools.bench bus|transfer|overhead|memory`: one JSON line for each case."""
+"""`python -m triptych.tools.bench bus|transfer|overhead|memory|steps`: one JSON line for each case."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ _BENCHES = {
     "transfer": "tensor bytes between two processes, for each backend",
     "overhead": "a whole request, against the pipeline in one process",
     "memory": "what each process holds in memory, against the pipeline in one process",
+    "steps": "denoising steps: batches, policies, cancellation, and what stepping costs",
 }
 _ROUNDS = 5
 _EXAMPLES = """\
