@@ -67,6 +67,8 @@ class StreamWorker(Actor):
         self.context = context
         self.uploads = UploadStore(topology.state_dir / UPLOADS)
         self.stages_run = 0
+        self.largest_batch = 0
+        """Most denoises that took a step together."""
         self.first_s: dict[str, float] = {}
         """Seconds of the first run of each stage: compilers and kernels are warmed up in it."""
         self._runs: dict[Attempt, StageRun] = {}
@@ -192,6 +194,7 @@ class StreamWorker(Actor):
             "running": ", ".join(str(run.attempt) for run in self._current),
             "queued": sum(run.began is None for run in self._runs.values()),
             "panels_run": self.stages_run,
+            "largest_batch": self.largest_batch,
             "components": ", ".join(sorted(self._pipeline.components)) if self._pipeline else "",
             "weights_read_bytes": self._reading.read,
             "weights_total_bytes": self._reading.total,
@@ -338,6 +341,7 @@ class StreamWorker(Actor):
         if prepared:
             denoisings = [denoising for _, denoising in prepared]
             results = await self._call(stream, self._executor.advance, denoisings)
+            self.largest_batch = max(self.largest_batch, len(denoisings))
             for (run, denoising), result in zip(prepared, results, strict=True):
                 steps[run] = RunStep(run, result.more, denoising.step, denoising.total_steps, result.error)
                 self._scheduler.stepped(run.attempt, denoising.step, denoising.total_steps, denoising.batch_key)

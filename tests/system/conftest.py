@@ -40,6 +40,8 @@ class SharedModel:
     task: str = ""
     denoisers: int = 1
     slots: int = 1
+    max_batch: int = 1
+    """Of its denoiser."""
     loras: Mapping[str, float] = field(default_factory=dict)
     """The scale of each adapter; its file is `NAME.safetensors` beside the topology."""
     copied: bool = False
@@ -53,6 +55,7 @@ MODELS = {
     "image-to-video": SharedModel("wan-i2v", task="image-to-video"),
     "sound": SharedModel("ltx2"),
     "adapters": SharedModel("flux", slots=4, loras={"ink": 0.6, "clay.v2": 1.0}),
+    "batched": SharedModel("flux", slots=4, max_batch=4),
     # Its files are changed by a test.
     "changed": SharedModel("flux", denoisers=2, copied=True),
 }
@@ -228,6 +231,8 @@ def write_models(folder: Path, shared: Mapping[str, SharedModel], models: Callab
         for stage in STAGES:
             count = model.denoisers if stage == "denoiser" else 1
             lines.append(f'[[models.roles]]\nkind = "{stage}"\ncount = {count}\nslots = {model.slots}')
+            if stage == "denoiser":
+                lines.append(f"max_batch = {model.max_batch}")
     file = folder / "topology.toml"
     file.write_text("\n".join(lines) + "\n")
     return file

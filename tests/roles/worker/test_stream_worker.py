@@ -425,6 +425,32 @@ def test_after_a_lost_device_nothing_more_is_launched(on_worker: Any, monkeypatc
     on_worker(body)
 
 
+def test_a_lost_device_ends_the_runs_that_it_has_begun_when_they_are_cancelled(
+    on_worker: Any, at_step: dict[tuple[int, int], Any]
+) -> None:
+    async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
+        for number in range(3):
+            await encoded(fake_instance, worker, number, num_inference_steps=9)
+
+        def lost() -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        go_on = threading.Event()
+        at_step[0, 1], at_step[0, 3] = lambda: go_on.wait(30), lost
+        for queued, number in enumerate(range(3)):
+            fake_instance.run(number, Stage.DENOISER)
+            await until(fake_instance, worker, running=1, queued=queued)
+        go_on.set()
+        assert (await fake_instance.inbox.next(StageFailed)).attempt == attempt(0)
+        await fake_instance.inbox.next(DeviceLost)
+        for number in (1, 2):
+            fake_instance.stop(number)
+        ended = {(await fake_instance.inbox.next(StageCancelled)).attempt for _ in range(2)}
+        assert ended == {attempt(1), attempt(2)}
+
+    on_worker(body, slots=4, policy="fair")
+
+
 def out_of_memory(*_: Any) -> dict[str, object]:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
