@@ -90,6 +90,10 @@ class Arguments:
         """The paths of all leaves that are tensors, which name the set of arguments."""
         return tuple(leaf.path for leaf in self.leaves if leaf.rule is not LeafRule.VALUE)
 
+    def copied(self) -> dict[str, Any]:
+        """Return a copy of the arguments: some modules take items out of lists, or write into tensors."""
+        return {name: _copied(value) for name, value in self.values.items()}
+
     def replace(self, path: Path, value: Any) -> Arguments:
         """Return these arguments with another value of the same shape for a leaf."""
         values = {name: _replaced(value_, (name,), path, value) for name, value_ in self.values.items()}
@@ -190,6 +194,16 @@ def _outline(tensor: torch.Tensor, without: int) -> Hashable:
         formats.append(torch.channels_last_3d)
     ordered = tuple(tensor.is_contiguous(memory_format=each) for each in formats)
     return (tuple(tensor.shape[without:]), tensor.dtype, tensor.device, ordered)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([_copied(inner) for inner in value])
+    return value
 
 
 def _replaced(value: Any, at: Path, path: Path, new: Any) -> Any:

@@ -37,8 +37,8 @@ class StepResult:
     error: Exception | None = None
 
 
-class _Waiting(NamedTuple):
-    """A call that can be merged with others."""
+class WaitingCall(NamedTuple):
+    """A call that waits and can be merged with others."""
 
     call: DenoiserCall
     arguments: Arguments
@@ -85,13 +85,14 @@ class StepExecutor:
         return [results[id(run)] for run in denoisings]
 
     def _compute(self, calls: Sequence[DenoiserCall]) -> None:
-        groups: dict[Hashable, list[_Waiting]] = {}
+        groups: dict[Hashable, list[WaitingCall]] = {}
         for call in calls:
             alone = call.run.bucket == 1 or call.run.step_cache is not None
             try:
-                waiting = None if alone else _Waiting(call, arguments_of_call(call))
-            except UnbatchableError:
+                waiting = None if alone else WaitingCall(call, arguments_of_call(call))
+            except UnbatchableError as error:
                 waiting = None
+                self._prober.note_alone(call, str(error))
             if waiting is None:
                 call.run.batch_key = (id(call.run), call.number)
                 self._compute_alone(call)
@@ -106,7 +107,7 @@ class StepExecutor:
         self.group_sizes[1] += 1
         call.compute()
 
-    def _compute_group(self, group: Sequence[_Waiting]) -> None:
+    def _compute_group(self, group: Sequence[WaitingCall]) -> None:
         """Compute calls of one outline, as few forwards as their values allow."""
         first, bucket = group[0], group[0].call.run.bucket
         try:
@@ -123,9 +124,9 @@ class StepExecutor:
                 self._compute_alone(waiting.call)
         for part in parts:
             for at in range(0, len(part), bucket):
-                self._compute_merged(part[at : at + bucket], rules)
+                self.compute_merged(part[at : at + bucket], rules)
 
-    def _of_equal_values(self, group: Sequence[_Waiting], rules: MergeRules) -> Iterator[list[_Waiting]]:
+    def _of_equal_values(self, group: Sequence[WaitingCall], rules: MergeRules) -> Iterator[list[WaitingCall]]:
         """Split a group into those whose values are equal where they must be."""
         first = group[0]
         must_be_equal = []
@@ -137,14 +138,14 @@ class StepExecutor:
                 self._prober.try_leaf(first.call, first.arguments, leaf)
             if not rules.per_row.get(leaf.path):
                 must_be_equal.append(index)
-        parts: dict[Hashable, list[_Waiting]] = {}
+        parts: dict[Hashable, list[WaitingCall]] = {}
         for each in group:
             values = tuple(digest(each.arguments.leaves[index].value) for index in must_be_equal)
             parts.setdefault(values, []).append(each)
         yield from parts.values()
 
-    def _compute_merged(self, group: Sequence[_Waiting], rules: MergeRules) -> None:
-        """Compute calls in one forward, padded to the bucket."""
+    def compute_merged(self, group: Sequence[WaitingCall], rules: MergeRules) -> None:
+        """Compute calls of equal signature in one forward, padded to the bucket."""
         first = group[0]
         filled = [*group, *([first] * (first.call.run.bucket - len(group)))]
         by_item = any(leaf.rule is LeafRule.ITEMS for leaf in first.arguments.leaves)
@@ -160,7 +161,7 @@ class StepExecutor:
                 self._compute_alone(first.call)
             else:
                 for each in group:
-                    self._compute_merged([each], rules)
+                    self.compute_merged([each], rules)
         else:
             self.group_sizes[len(group)] += 1
             for each, output in zip(group, outputs, strict=False):

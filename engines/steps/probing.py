@@ -37,8 +37,12 @@ ERROR: Final = 0.05
 """The part of the effect of an alteration by which a row may differ from the row alone, beside noise."""
 NO_EFFECT: Final = 1e-5
 """An effect of less than this part of the output shows nothing."""
-SAME: Final = 0.1
-"""The part of the output by which a call merged with itself may differ from the call alone: of rounding in bfloat16."""
+SAME: Final = 1e-3
+SAME_IN_16_BITS: Final = 0.1
+"""The part of the output by which a call merged with itself may differ from the call alone, by rounding.
+
+A module whose experts are chosen by rounded numbers differs by more (HiDream), and is called alone.
+"""
 NOISE: Final = 4.0
 """How many times the noise of a call merged with itself a row may differ."""
 
@@ -65,6 +69,7 @@ class Prober:
 
     def __init__(self) -> None:
         self._rules: dict[tuple[Any, tuple[Path, ...]], MergeRules] = {}
+        self._noted: set[Any] = set()
 
     def rules(self, call: DenoiserCall, arguments: Arguments) -> MergeRules:
         """Return the rules for calls like this one; the first time, they are tried with it.
@@ -77,10 +82,18 @@ class Prober:
             began = time.monotonic()
             found = _merged_with_itself(call, arguments)
             self._rules[key] = found
-            name, seconds = type(call.module).__name__, time.monotonic() - began
-            how = f"computed alone: {found.alone}" if found.alone else "merged"
-            _log.info("calls of %s are %s (tried in %.3f s)", name, how, seconds)
+            if found.alone:
+                self.note_alone(call, found.alone)
+            else:
+                seconds = time.monotonic() - began
+                _log.info("calls of %s are merged (tried in %.3f s)", type(call.module).__name__, seconds)
         return self._rules[key]
+
+    def note_alone(self, call: DenoiserCall, reason: str) -> None:
+        """Write to the log, once for a class, why its calls are computed alone."""
+        if type(call.module) not in self._noted:
+            self._noted.add(type(call.module))
+            _log.info("calls of %s are computed alone: %s", type(call.module).__name__, reason)
 
     def try_leaf(self, call: DenoiserCall, arguments: Arguments, leaf: Leaf) -> None:
         """Find out whether rows may differ in an argument, and add it to the rules.
@@ -104,7 +117,7 @@ def path_name(path: Path) -> str:
 def _merged_with_itself(call: DenoiserCall, arguments: Arguments) -> MergeRules:
     before = _random_states(arguments)
     with torch.random.fork_rng(devices=_devices(arguments)):
-        alone = call.forward(**arguments.values)
+        alone = call.forward(**arguments.copied())
         if not all(map(torch.equal, before, _random_states(arguments))):
             return MergeRules(alone="it draws random numbers")
     per_row = [leaf.path for leaf in arguments.leaves if leaf.rule in PER_ROW]
@@ -118,22 +131,23 @@ def _merged_with_itself(call: DenoiserCall, arguments: Arguments) -> MergeRules:
         except Exception as error:  # noqa: BLE001 - a module may raise anything for arguments of wrong shapes
             reason = reason or f"{type(error).__name__}: {error}".partition("\n")[0]
             continue
-        if all(_distance(row, alone) <= SAME * _size(alone) for row in rows):
+        apart = max(difference(row, alone) for row in rows)
+        if apart <= _tolerance(alone):
             return MergeRules(shared=shared)
-        reason = reason or "two equal rows differ from one"
+        reason = reason or f"two equal rows differ from one by {apart:.0e}"
     return MergeRules(alone=reason)
 
 
 def _rows_may_differ(call: DenoiserCall, arguments: Arguments, shared: frozenset[Path], leaf: Leaf) -> bool:
     if leaf.path in shared:
         return False
-    alone = call.forward(**arguments.values)
+    alone = call.forward(**arguments.copied())
     noise = max(_distance(row, alone) for row in _computed(call, [arguments, arguments], shared))
     shown = False
     for altered in alterations(leaf.value):
         other = arguments.replace(leaf.path, altered)
         try:
-            other_alone = call.forward(**other.values)
+            other_alone = call.forward(**other.copied())
         except torch.OutOfMemoryError:
             raise
         except Exception:  # noqa: BLE001, S112 - the module does not take this value, which no run gives it
@@ -220,6 +234,16 @@ def _distance(left: Any, right: Any) -> float:
 
 def _size(output: Any) -> float:
     return math.sqrt(sum(float(part.square().sum()) for part in _numbers(output)))
+
+
+def _tolerance(output: Any) -> float:
+    dtypes = {part.dtype for part in pytree.tree_leaves(output) if isinstance(part, torch.Tensor)}
+    return SAME_IN_16_BITS if dtypes & {torch.bfloat16, torch.float16} else SAME
+
+
+def difference(output: Any, expected: Any) -> float:
+    """Return the norm of the difference of two outputs, as a part of the norm of the second."""
+    return _distance(output, expected) / max(_size(expected), 1e-30)
 
 
 def _devices(arguments: Arguments) -> list[torch.device]:

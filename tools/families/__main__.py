@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from triptych.tools.families import page, survey
+from triptych.tools.families import batches, page, survey
 from triptych.tools.families.compare import compare
 from triptych.tools.families.report import Result, markdown, table
 from triptych.tools.families.rows import PipelineRow, rows
@@ -94,6 +94,41 @@ def blocks(
     else:
         console.print(table(results))
     raise typer.Exit(1 if any(result.bad for result in results) else 0)
+
+
+@app.command(
+    epilog="Examples: python -m triptych.tools.families batch --only 'FluxModularPipeline:*' --json"
+    "  ·  python -m triptych.tools.families batch --results out/batches.jsonl --for-s 560"
+    "  ·  python -m triptych.tools.families batch --results out/batches.jsonl --for-s 0 --markdown docs/families.md"
+)
+def batch(
+    only: Annotated[str, typer.Option(help="Rows as PIPELINE:TASK, or parts of them as *Wan*; by commas.")] = "",
+    results: Annotated[Path | None, typer.Option(help="Rows that have run, in JSON lines; more are added.")] = None,
+    row_s: Annotated[float, typer.Option(help="Seconds that one row may take.")] = 120.0,
+    for_s: Annotated[float, typer.Option(help="Seconds after which no further row is begun.")] = 1e9,
+    json: Json = False,
+    into: Page = None,
+) -> None:
+    """Run each task with two other requests beside it: is it batched, how close to alone, with the same bits.
+
+    The exit status is 1 where a row that ran is not close, or depends on the others.
+    """
+    chosen = [name for name in batches.names() if survey.is_selected(name, only)]
+    if not chosen:
+        raise typer.BadParameter(f"no row is named like {only!r}", param_hint="--only")
+    silence_libraries()
+    known = batches.read_records(results) if results else {}
+    for record in batches.run(chosen, known, row_s=row_s, total_s=for_s):
+        known[record.key] = record
+        if results:
+            batches.append_record(results, record)
+        print(msgspec.json.encode(record).decode() if json else batches.line(record), flush=True)
+    shown = [known[name] for name in chosen if name in known]
+    if into:
+        page.write(into, page.BATCHES, batches.markdown(shown))
+    if not json:
+        console.print(batches.summary(shown))
+    raise typer.Exit(1 if any(record.bad for record in shown) else 0)
 
 
 def _wanted(row: PipelineRow, only: str) -> bool:

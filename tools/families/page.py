@@ -1,4 +1,4 @@
-"""Write the page `docs/families.md`: a part for classes and a part for blocks, each by its own run."""
+"""Write the page `docs/families.md`: a part each for classes, blocks and batches, by its own run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from triptych.tools.families.survey import SurveyRecord, Trial
 
 CLASSES: Final = "classes"
 BLOCKS: Final = "blocks"
+BATCHES: Final = "batches"
 _COLUMNS: Final = ("class", "task", "route", "three processes", "one process", "why not")
 
 

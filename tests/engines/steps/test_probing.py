@@ -59,6 +59,13 @@ class OfAnotherShape(torch.nn.Module):
         return x.sum() + y.sum()
 
 
+class Emptying(torch.nn.Module):
+    """Takes items out of a list, as HunyuanDiT does with those of its ControlNet, and writes into a tensor."""
+
+    def forward(self, x: torch.Tensor, samples: list[torch.Tensor]) -> torch.Tensor:
+        return x.mul_(2) + samples.pop()
+
+
 def call_of(module: torch.nn.Module, y: torch.Tensor = X + 3) -> tuple[DenoiserCall, Arguments]:
     values = {"x": X, "y": y, "t": torch.tensor([0.5])}
     call = DenoiserCall(module, (), values, None, Denoising(dict), 0)
@@ -95,6 +102,18 @@ def test_an_argument_that_cannot_be_concatenated_is_passed_once() -> None:
     rules = Prober().rules(call, arguments)
     assert (rules.shared, rules.alone) == (frozenset({("y",)}), "")
     assert may_differ(OneY())["y"] is False
+
+
+def test_a_module_that_changes_its_arguments_gets_copies() -> None:
+    values = {"x": X.clone(), "samples": [X.clone()]}
+    call = DenoiserCall(Emptying(), (), values, None, Denoising(dict), 0)
+    prober, arguments = Prober(), arguments_of_call(call)
+    for leaf in arguments.leaves:
+        if isinstance(leaf.value, torch.Tensor):
+            prober.try_leaf(call, arguments, leaf)
+    assert set(prober.rules(call, arguments).per_row.values()) == {True}
+    assert torch.equal(values["x"], X)
+    assert torch.equal(values["samples"][0], X)
 
 
 def test_a_module_whose_output_has_no_rows_is_called_alone() -> None:
