@@ -12,7 +12,8 @@ import msgspec
 from tests.actors.supervision.probe import Multiply, Ping, Pong, Product
 from triptych.actors import AddressBook, load_topology
 from triptych.actors.runtime import logs
-from triptych.actors.supervision._launcher import Launcher
+from triptych.actors.supervision import PRELOAD
+from triptych.actors.supervision._launcher import Launcher, thread_environment
 from triptych.bus import Message, Outbox
 
 
@@ -30,16 +31,14 @@ LAUNCH_CASES = {
     "cuda": LaunchCase(("json",), on_gpu=("encoder-0",)),
     "threaded": LaunchCase(("tests.actors.supervision.threaded_module",)),
     "missing": LaunchCase(("no_such_module",)),
-    "torch": LaunchCase(
-        ("torch", "diffusers", "transformers"), "tests.actors.supervision.tensor_probe:build", Multiply(512), Product
-    ),
+    "roles": LaunchCase(PRELOAD, "tests.actors.supervision.tensor_probe:build", Multiply(512), Product),
 }
 
 
 async def main(file: str, way: LaunchCase) -> None:
     topology = load_topology(file)
     address_book, outbox = AddressBook(topology), Outbox("test")
-    launcher = Launcher(preload=way.preload, environment={"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "1"})
+    launcher = Launcher(preload=way.preload, environment=thread_environment({}, cores=2))
     launcher.open()
     seen = []
     for name in ("encoder-0", "denoiser-0"):

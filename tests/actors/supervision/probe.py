@@ -78,6 +78,7 @@ class Product(Message):
     threads: int
     parent: int
     seed: int
+    quantized_bytes: int
 
 
 class Probe(Actor):

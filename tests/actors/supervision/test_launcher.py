@@ -73,13 +73,15 @@ def test_a_module_that_the_zygote_cannot_import_is_logged_and_it_still_forks(wri
     assert [start["ending"] for start in result["seen"]] == ["exit code 0"] * 2
 
 
-def test_a_process_forked_after_the_import_of_torch_computes_with_several_threads(write: Write) -> None:
-    result, log = launch(write(), "torch")
+def test_a_fork_of_the_zygote_of_roles_computes_with_several_threads_and_quantizes(write: Write) -> None:
+    result, log = launch(write(), "roles")
     assert "starting a fresh interpreter" not in log
+    assert "torchao" not in log
     first, second = (start["answer"] for start in result["seen"])
     assert first["trace"] == second["trace"] == 512.0 * 512.0
     assert first["threads"] == 2
     assert first["seed"] != second["seed"]
+    assert first["quantized_bytes"] < 64 * 64 * 2
 
 
 # A build of torch with CUDA on a machine with a GPU, as far as importing libraries ask about it. What opens the

@@ -74,7 +74,7 @@ def test_one_scheduler_for_several_parts_of_the_latents_makes_one_step_of_them(c
         return {}
 
     pipeline = Pipeline(scheduler(cls))
-    seen = counted(CallDenoising(lambda: run(pipeline), pipeline))
+    seen = counted(CallDenoising(lambda: run(pipeline), pipeline, torch.Generator()))
     # The others of a step come at the start of the next.
     assert seen == [(1, STEPS), (2, STEPS), (STEPS, STEPS)]
 
@@ -88,7 +88,7 @@ def test_a_second_loop_is_stepped_through_as_well() -> None:
         return {}
 
     pipeline = Pipeline(FlowMatchEulerDiscreteScheduler())
-    seen = counted(CallDenoising(lambda: run(pipeline), pipeline))
+    seen = counted(CallDenoising(lambda: run(pipeline), pipeline, torch.Generator()))
     assert seen == [(1, STEPS), (2, STEPS), (4, None), (5, None), (6, None), (6, None)]
 
 

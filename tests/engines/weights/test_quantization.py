@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from transformers import T5Config, T5EncoderModel
 from tests.engines.families import all_families
 from tests.engines.results import same
 from tests.engines.stage_pipelines import Models, Pixels, Stages, expected, lora, plain
-from triptych.actors.supervision import QUIET
 from triptych.engines.parameters.lora import LoraFile
 from triptych.engines.pipelines.pipeline import StagePipeline
 from triptych.engines.stages import ModelError, Stage
@@ -105,37 +102,6 @@ def test_without_torchao_the_sentence_says_what_to_install(models: Models, monke
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(ModelError, match=r'needs torchao: pip install "triptych\[quantization\]"'):
         StagePipeline.load(models("flux"), (Stage.DENOISER,), dtype=torch.float32, device=CPU, quantization="int8")
-
-
-def test_quantization_works_in_a_fork_and_the_zygote_can_still_fork() -> None:
-    # What the zygote imports, with torchao installed; the child quantizes and computes.
-    program = """
-import importlib, os, sys
-from triptych.actors.supervision import PRELOAD
-for module in PRELOAD:
-    importlib.import_module(module)
-from triptych.actors.supervision.zygote import fork_problem
-assert fork_problem() == "", fork_problem()
-if child := os.fork():
-    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-import torch
-from triptych.engines.weights.quantization import Quantization, nbytes, quantize
-layer = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False))
-quantize("transformer", layer, Quantization.INT8, torch.device("cpu"))
-with torch.no_grad():
-    assert layer(torch.ones(2, 64)).isfinite().all()
-os._exit(0 if nbytes(layer) < 64 * 64 * 2 else 3)
-"""
-    ran = subprocess.run(
-        [sys.executable, "-c", program],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env={**os.environ, **QUIET},
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert "torchao" not in ran.stderr
 
 
 @pytest.mark.parametrize(
