@@ -71,6 +71,7 @@ class Lease(msgspec.Struct, frozen=True):
     attempt: int = 0
     checksum: int = 0  # xxh3_64 of the first `nbytes`, once sealed
     zone: str = ""
+    number: int = 0  # distinguishes the blocks of an owner for one attempt
     quarantined_until: float = 0.0
 
     @property
@@ -170,6 +171,7 @@ class LeaseTable:
         nbytes: int,
         zone: str = "",
         *,
+        number: int = 0,
         now: float = 0.0,
     ) -> Lease | None:
         """Give a new `writing` lease of at least `nbytes` bytes; None when there is no room, or others wait for it.
@@ -200,6 +202,7 @@ class LeaseTable:
             request_id=request_id,
             attempt=attempt,
             zone=zone,
+            number=number,
         )
         self._next_id += 1
         self._leases[lease.id] = lease
@@ -254,9 +257,10 @@ class LeaseTable:
     def reclaim_owner(self, owner: str, older_than_generation: int, held: Collection[ByteRange] = ()) -> list[Lease]:
         """Take back what dead incarnations of `owner` were writing, and give them nothing from here on.
 
-        A block that overlaps a range in `held` (a transfer is still filling it) is quarantined in place of
-        freed, and goes with the first `expire` that no longer finds it held. Returns the leases taken back,
-        as they were.
+        A block that has a request is sealed as it is: the owner may have reported it before it was sealed, so whoever
+        knows the request decides when it is released. A block that overlaps a range in `held` (a transfer is still
+        filling it) is quarantined in place of freed, and goes with the first `expire` that no longer finds it held.
+        Returns the leases taken back, as they were.
         """
         fence = max(older_than_generation, self._oldest_allowed.get(owner, 0))
         self._oldest_allowed[owner] = fence
@@ -271,6 +275,8 @@ class LeaseTable:
         for lease in taken:
             if lease.overlaps(held):
                 self.quarantine(lease.id)
+            elif lease.request_id:
+                self._put(lease, state=LeaseState.SEALED)
             else:
                 self._drop(lease)
         return taken

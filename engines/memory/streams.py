@@ -19,7 +19,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from triptych.engines.codec.checksum import RunningChecksum, verify
-from triptych.engines.codec.codec import CodecError, Packed, unpack
+from triptych.engines.codec.codec import CodecError, Packed, pack, unpack
 from triptych.engines.memory.host_memory_pool import HostMemoryPool
 
 P = ParamSpec("P")
@@ -111,6 +111,24 @@ class DeviceStream:
         """
         return await self.run(self._store, packed, block, after)
 
+    async def pack(
+        self, values: dict[str, object], block: torch.Tensor | None = None, after: StreamEvent | None = None
+    ) -> tuple[Packed, int | None]:
+        """Pack a payload, and copy it into a block if that has just as many bytes.
+
+        Args:
+            values: The values by name, for `codec.pack`.
+            block: The block: uint8, shape [nbytes], on the CPU.
+            after: The end of the work that made the values, on another stream.
+
+        Returns:
+            The packed payload, and the checksum of the block; None if nothing was copied.
+
+        Raises:
+            CodecError: A value cannot be packed.
+        """
+        return await self.run(self._pack, values, block, after)
+
     async def load(self, manifest: bytes, block: torch.Tensor, checksum: int, *, pulled: bool = False) -> LoadedPayload:
         """Copy the payload in a block to the device and verify its checksum.
 
@@ -175,6 +193,16 @@ class DeviceStream:
     def _call(self, function: Callable[[], T]) -> T:
         self._ready.result()
         return function()
+
+    def _pack(
+        self, values: dict[str, object], block: torch.Tensor | None, after: StreamEvent | None
+    ) -> tuple[Packed, int | None]:
+        if after is not None:  # to pack may copy on this stream
+            self.wait(after, values)
+        packed = pack(values)
+        if block is None or block.numel() != packed.nbytes:
+            return packed, None
+        return packed, self._store(packed, block, None)
 
     def _store(self, packed: Packed, block: torch.Tensor, after: StreamEvent | None) -> int:
         if block.numel() < packed.nbytes:

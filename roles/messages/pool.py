@@ -47,6 +47,8 @@ class LeaseBlock(Message):
     nbytes: Natural
     incoming: bool = False
     """The block is for tensors from another pool, not for outputs of the owner."""
+    number: Natural = 0
+    """0 for the block of the attempt's inputs or outputs; others for further blocks that the owner leases for it."""
 
 
 class BlockLeased(Message):

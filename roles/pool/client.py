@@ -36,6 +36,8 @@ R = TypeVar("R", bound=Message)
 
 BATCH: Final = 256
 """Most blocks that one message releases."""
+AHEAD: Final = 1
+"""`LeaseBlock.number` of a block that is leased while its bytes are still computed."""
 FAULTS: Final = "TRIPTYCH_TRANSFER_FAULTS"
 """Environment variable that makes transfers fail in tests, as `engines.transfer.FaultRates` reads it."""
 
@@ -64,37 +66,66 @@ class PoolClient:
         self.pool = pool
         self._actor = actor
         self._owner = owner
-        self._unanswered: dict[Attempt, LeaseBlock] = {}
+        self._unanswered: dict[tuple[Attempt, int], LeaseBlock] = {}
         self._unreleased: deque[LeaseRef] = deque()
+        self._sealing: set[asyncio.Task[None]] = set()
 
     async def describe(self) -> PoolDescription:
         """Return where the pool's memory is. Raises BusError."""
         return await self._ask(PoolQuery(), PoolDescription)
 
-    async def lease(self, attempt: Attempt, nbytes: int, *, incoming: bool = False) -> LeaseRef | PoolFull:
-        """Lease a block for writing. Raises BusError: then call this again, or `undo`."""
-        message = LeaseBlock(attempt, self._owner, self._actor.generation, nbytes, incoming)
+    async def lease(
+        self, attempt: Attempt, nbytes: int, *, incoming: bool = False, number: int = 0
+    ) -> LeaseRef | PoolFull:
+        """Lease a block for writing, again the same one until it is sealed: see `LeaseBlock`.
+
+        Raises BusError: then call this again, or `undo`.
+        """
+        message = LeaseBlock(attempt, self._owner, self._actor.generation, nbytes, incoming, number)
         try:
             answer = await self._lease(message)
         except AskTimeoutError:
-            self._unanswered[attempt] = message
+            self._unanswered[attempt, number] = message
             raise
-        self._unanswered.pop(attempt, None)
+        self._unanswered.pop((attempt, number), None)
         return answer.lease if isinstance(answer, BlockLeased) else answer
 
-    def undo(self, attempt: Attempt) -> None:
+    async def lease_ahead(self, attempt: Attempt, nbytes: int) -> LeaseRef | None:
+        """Lease a block for outputs of an attempt that are expected, if the pool has one and answers.
+
+        It is another block than that of `lease`. One whose answer is lost is released on behalf of the head, when the
+        attempt has ended.
+        """
+        try:
+            answer = await self._lease(LeaseBlock(attempt, self._owner, self._actor.generation, nbytes, number=AHEAD))
+        except BusError as error:
+            self._actor.log.info("no block leased ahead", attempt=str(attempt), error=str(error))
+            return None
+        return answer.lease if isinstance(answer, BlockLeased) else None
+
+    def undo(self, attempt: Attempt, number: int = 0) -> None:
         """Release, in the background, a block that the pool may have leased although its answer was lost."""
-        if message := self._unanswered.pop(attempt, None):
+        if message := self._unanswered.pop((attempt, number), None):
             self._actor.spawn(self._undo(message), name=f"undo {attempt}")
 
     def undo_all(self) -> None:
         """Undo every lease whose answer was lost."""
-        for attempt in tuple(self._unanswered):
-            self.undo(attempt)
+        for attempt, number in tuple(self._unanswered):
+            self.undo(attempt, number)
 
-    async def seal(self, lease: LeaseRef, checksum: int, nbytes: int) -> None:
-        """Seal a block. Raises BusError."""
-        await self._ask(SealBlock(lease, checksum, nbytes), BlockSealed)
+    def seal(self, lease: LeaseRef, checksum: int, nbytes: int) -> None:
+        """Seal a block in the background, however long the pool takes; `all_sealed` waits for it.
+
+        The block may be reported meanwhile: if this process ends before, the pool seals the block for it.
+        """
+        sealing = self._actor.spawn(self._seal(SealBlock(lease, checksum, nbytes)), name="seal")
+        self._sealing.add(sealing)
+        sealing.add_done_callback(self._sealing.discard)
+
+    async def all_sealed(self) -> None:
+        """Return when every block has been sealed, or its pool has ended."""
+        if self._sealing:
+            await asyncio.wait(tuple(self._sealing))
 
     async def pull(self, attempt: Attempt, source: LeaseRef, target: LeaseRef, nbytes: int, timeout_s: float) -> float:
         """Make the pool copy another pool's block; return the seconds that it took. Raises BusError."""
@@ -121,18 +152,35 @@ class PoolClient:
     async def _release_all(self) -> None:
         while self._unreleased:
             batch = tuple(itertools.islice(self._unreleased, BATCH))
-            await self._ask_until_answered(ReleaseBlocks(batch), BlocksReleased)
+            try:
+                await self._ask_until_answered(ReleaseBlocks(batch), BlocksReleased)
+            except BusError:
+                self._actor.log.exception("blocks not released", blocks=len(batch))
             for _ in batch:
                 self._unreleased.popleft()
 
     async def _undo(self, message: LeaseBlock) -> None:
         """Release the block that `message` leased: asked again, the pool returns the same one."""
-        answer = await self._ask_until_answered(message, BlockLeased, PoolFull)
+        try:
+            answer = await self._ask_until_answered(message, BlockLeased, PoolFull)
+        except BusError:
+            self._actor.log.exception("block not released", attempt=str(message.attempt))
+            return
         if isinstance(answer, BlockLeased):
             self.release(answer.lease)
 
+    async def _seal(self, message: SealBlock) -> None:
+        try:
+            await self._ask_until_answered(message, BlockSealed)
+        except BusError as error:  # it has been released, because its job has ended meanwhile, or its pool has
+            self._actor.log.info("block not sealed", lease=message.lease.lease_id, error=str(error))
+
     async def _ask_until_answered(self, message: Message, *replies: type[R]) -> R | None:
-        """Ask until the pool answers; return None when there is nothing to release, or the pool refuses."""
+        """Ask until the pool answers; return None when it has ended, and with it all its blocks.
+
+        Raises:
+            BusError: The pool refuses for good.
+        """
         tries = failures = 0
         while True:
             try:
@@ -142,9 +190,8 @@ class PoolClient:
             except BusError as error:
                 failures += isinstance(error, RemoteError) and error.code == "handler_failed"
                 if delivery_outcome(error, failures) is not DeliveryOutcome.RETRY:
-                    self._actor.log.exception("block not released", asked=type(message).__name__)
-                    return None
-                self._actor.log.warning("block not released yet", asked=type(message).__name__, error=str(error))
+                    raise
+                self._actor.log.warning("asked again", asked=type(message).__name__, error=str(error))
             await asyncio.sleep(backoff_s(tries))
             tries += 1
 

@@ -181,6 +181,7 @@ class BufferPool(Actor):
                 attempt.number,
                 message.nbytes,
                 zone,
+                number=message.number,
                 now=time.monotonic(),
             )
         except LeaseError as error:
@@ -303,9 +304,10 @@ class BufferPool(Actor):
     def _existing_lease(self, message: LeaseBlock, zone: str) -> Lease | None:
         """Return the block that the same message leased before, whose answer was lost; else None."""
         attempt = message.attempt
-        wanted = (message.owner, message.owner_generation, attempt.job_id, attempt.number, zone)
+        wanted = (message.owner, message.owner_generation, attempt.job_id, attempt.number, zone, message.number)
         for lease in self._store.table.in_state(LeaseState.WRITING):
-            if (lease.owner, lease.owner_generation, lease.request_id, lease.attempt, lease.zone) == wanted:
+            found = (lease.owner, lease.owner_generation, lease.request_id, lease.attempt, lease.zone, lease.number)
+            if found == wanted:
                 return lease
         return None
 

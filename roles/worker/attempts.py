@@ -109,6 +109,8 @@ class ActiveAttempt:
     """Adapts loaded values to this attempt if they were made for another request."""
     ready: StreamEvent | None = None
     """Recorded after the work that makes `values`: wait for it before using them on another stream."""
+    block: LeaseRef | None = None
+    """Block that was leased for its outputs while they were computed."""
     seconds: float = 0.0
     """Duration of the last stage."""
     seed_independent: bool = False
@@ -273,15 +275,17 @@ class AttemptTracker:
     def end(self, report: EndReport) -> tuple[Message, ...]:
         """Forget an attempt, with its tensors, and return the report of its end, which issues a new credit.
 
-        If it was cancelled meanwhile, the report says so, and stored outputs are released. A written file stays until
+        If it was cancelled meanwhile, the report says so, and stored outputs are released, as is a block that was
+        leased for outputs and not used. A written file stays until
         the store prunes it: another attempt may have written the same file.
         """
         item = self._item(report.attempt, "it ended", *Phase)
-        released: tuple[Message, ...] = ()
+        unused = [item.block] if item.block else []
         if item.cancelled:
             if isinstance(report, StageOutputsStored):
-                released = (ReleaseBlocks((report.stored.lease,)),)
+                unused.append(report.stored.lease)
             report = self._cancelled_report(item)
+        released: tuple[Message, ...] = (ReleaseBlocks(tuple(unused)),) if unused else ()
         del self.active[item.attempt]
         self.ended += 1
         _remember(self._ended, item.attempt)

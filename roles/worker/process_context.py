@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Final
 
 import structlog
@@ -19,7 +20,7 @@ from triptych.roles.messages.worker import (
     StoreOutputs,
 )
 from triptych.roles.timeline import Timeline
-from triptych.roles.worker.attempts import AttemptTracker, Phase
+from triptych.roles.worker.attempts import ActiveAttempt, AttemptTracker, Phase
 from triptych.roles.worker.reporter import Reporter
 
 STREAM: Final = ".stream"
@@ -55,6 +56,8 @@ class ProcessContext:
         """Torch device, a GPU with its number."""
         self.trouble = ""
         """A problem that work waits for and that an operator may have to solve; a sentence, or ""."""
+        self.lease_ahead: Callable[[ActiveAttempt], None] = _no_lease
+        """Have a block leased for the outputs of an attempt that are nearly computed; set by the transfer actor."""
         self._loaded = asyncio.Event()
         self._mapped = asyncio.Event()
 
@@ -87,3 +90,7 @@ class ProcessContext:
         """Return once the model is known and the pool is mapped."""
         await self._loaded.wait()
         await self._mapped.wait()
+
+
+def _no_lease(_: ActiveAttempt) -> None:
+    """Do nothing: the transfer actor has not started."""

@@ -359,6 +359,7 @@ class StreamWorker(Actor):
             stream.wait(item.ready, item.values)
         if run.stage is Stage.ENCODER:
             inputs = await self._inputs(item.values, pipeline)
+            self.context.lease_ahead(item)
             run.outputs = await self._call(stream, pipeline.encode, inputs, item.seed)
             run.seed_independent = pipeline.seed_independent
         elif run.stage is Stage.DENOISER:
@@ -498,6 +499,8 @@ class StreamWorker(Actor):
     def _progress(self, attempt: Attempt, step: int, total_steps: int | None) -> None:
         """Note a step that is done, and tell the head if it is there and has room."""
         progress = self.context.attempts.stepped(attempt, step, total_steps or 0, time.monotonic())
+        if step + 1 == total_steps:
+            self.context.lease_ahead(self.context.attempts.active[attempt])
         if self.context.reporter.paused:
             return
         try:

@@ -8,6 +8,7 @@ attempt's end to the instance.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import random
@@ -24,10 +25,11 @@ from triptych.actors.errors import describe, shorten
 from triptych.backoff import backoff_s
 from triptych.bus import BusError, Message, RemoteError
 from triptych.engines.codec.checksum import ChecksumMismatchError
-from triptych.engines.codec.codec import CodecError, Packed, pack
+from triptych.engines.codec.codec import CodecError, Packed
 from triptych.engines.memory.arena import Arena, ArenaError
 from triptych.engines.memory.streams import DeviceStream, LoadedPayload
 from triptych.engines.parameters.media import FRAMES_PER_S
+from triptych.engines.stages import Stage
 from triptych.engines.transfer import FaultRates
 from triptych.roles.media.artifacts import ARTIFACTS, ArtifactError, ArtifactStore
 from triptych.roles.media.decoded import MediaError, nsfw_flag, to_media
@@ -38,7 +40,7 @@ from triptych.roles.messages.stages import StageFinished, StageOutputsStored
 from triptych.roles.messages.worker import CancelAttempt, LoadInputs, SaveArtifact, StoreOutputs
 from triptych.roles.pool.client import FAULTS, LeaseGoneError, PoolClient, PoolMapping, pool_full_reason
 from triptych.roles.worker import devices
-from triptych.roles.worker.attempts import NextStep
+from triptych.roles.worker.attempts import ActiveAttempt, NextStep
 from triptych.roles.worker.process_context import ProcessContext
 
 FULL_PAUSE_S: Final = 0.1
@@ -64,6 +66,10 @@ class TransferActor(Actor):
         self.store = ArtifactStore(topology.state_dir / ARTIFACTS)
         self._client = PoolClient(self, component.pool, component.name)
         self._stops: dict[Attempt, asyncio.Event] = {}
+        self._ahead: dict[Attempt, asyncio.Task[None]] = {}
+        """Leases that are asked for while the outputs are computed."""
+        self._usual_nbytes = 0
+        """Size of the last outputs: the next ones mostly have the same."""
         self._waiting_for_disk: dict[Attempt, str] = {}
         """Attempts that wait for space on the disk, and the problem of each."""
         self._stream: DeviceStream | None = None
@@ -98,7 +104,12 @@ class TransferActor(Actor):
             self._mapping = PoolMapping(self, self._client, adopt, retire)
             self.set_state(ChildState.LOADING, f"waiting for {self.component.pool}")
             await self._until_mapped(self._mapping)
+            self.context.lease_ahead = self._lease_ahead
         self.context.pool_mapped()
+
+    async def stopping(self) -> None:
+        """Seal what has been stored."""
+        await self._client.all_sealed()
 
     def stats(self) -> dict[str, int | float | str | bool]:
         """How many transfers are under way, and on a GPU whether they go without a copy in between."""
@@ -156,25 +167,61 @@ class TransferActor(Actor):
 
     async def _store_outputs(self, message: StoreOutputs, stop: asyncio.Event) -> StageOutputsStored:
         attempt, item = message.attempt, self.context.attempts.active[message.attempt]
-        if item.ready is not None:  # to pack may copy on this stream
-            self._device.wait(item.ready, item.values)
-        try:
-            packed = await self._device.run(pack, item.values)
-        except CodecError as error:
-            raise TransferFailedError(str(error), retryable=False) from error
-        retry = _Retry(message.deadline, stop)
+        if ahead := self._ahead.get(attempt):
+            await asyncio.wait((ahead,))
+        stored = await self._store(item, _Retry(message.deadline, stop))
+        self._usual_nbytes = stored.nbytes
+        # It is reported meanwhile: whatever becomes of this process, the block is the job's from here on.
+        self._client.seal(stored.lease, stored.checksum, stored.nbytes)
+        return self.context.attempts.stored(attempt, stored)
+
+    async def _store(self, item: ActiveAttempt, retry: _Retry) -> StoredPayload:
+        """Put the attempt's values into the block that was leased ahead, or else into one of their size."""
+        packed, checksum = await self._pack(item)
+        ahead, item.block = item.block, None
+        if ahead is not None:
+            if checksum is not None:
+                return StoredPayload(ahead, packed.manifest, checksum, packed.nbytes)
+            self._client.release(ahead)
         while True:
             retry.check()
-            lease = await self._lease(attempt, packed.nbytes, retry)
+            lease = await self._lease(item.attempt, packed.nbytes, retry)
             try:
-                checksum = await self._copy_and_seal(lease, packed, attempt)
+                block = await self._mapped.block(lease, packed.nbytes)
+                checksum = await self._device.store(packed, block, item.ready)
             except (BusError, LeaseGoneError, ArenaError) as error:
                 # The pool has ended or does not answer; the values are still here, for its successor.
                 self._client.release(lease)
                 await retry.wait(f"{self._client.pool}: {error}")
                 continue
-            stored = StoredPayload(lease, packed.manifest, checksum, packed.nbytes)
-            return self.context.attempts.stored(attempt, stored)
+            return StoredPayload(lease, packed.manifest, checksum, packed.nbytes)
+
+    async def _pack(self, item: ActiveAttempt) -> tuple[Packed, int | None]:
+        """Pack the attempt's values, into the block that was leased ahead if there is one and it is of their size."""
+        block: torch.Tensor | None = None
+        if item.block is not None:
+            with contextlib.suppress(BusError, LeaseGoneError, ArenaError):  # its pool has ended
+                block = await self._mapped.block(item.block, item.block.nbytes)
+        try:
+            return await self._device.pack(item.values, block, item.ready)
+        except CodecError as error:
+            raise TransferFailedError(str(error), retryable=False) from error
+
+    def _lease_ahead(self, item: ActiveAttempt) -> None:
+        """Lease a block of the size of the last outputs for those that are nearly computed."""
+        attempt = item.attempt
+        if self._usual_nbytes and item.stages[-1] is not Stage.DECODER:
+            asking = self.spawn(self._have_block(attempt, self._usual_nbytes), name=f"lease ahead {attempt}")
+            self._ahead[attempt] = asking
+            asking.add_done_callback(lambda _: self._ahead.pop(attempt))
+
+    async def _have_block(self, attempt: Attempt, nbytes: int) -> None:
+        lease = await self._client.lease_ahead(attempt, nbytes)
+        item = self.context.attempts.active.get(attempt)
+        if item is not None:
+            item.block = lease
+        elif lease is not None:
+            self._client.release(lease)
 
     async def _lease(self, attempt: Attempt, nbytes: int, retry: _Retry) -> LeaseRef:
         while True:
@@ -196,13 +243,6 @@ class TransferActor(Actor):
             except TransferFailedError:
                 self._client.undo(attempt)
                 raise
-
-    async def _copy_and_seal(self, lease: LeaseRef, packed: Packed, attempt: Attempt) -> int:
-        """Copy into the block, hashing on the way, and seal it."""
-        block = await self._mapped.block(lease, packed.nbytes)
-        checksum = await self._device.store(packed, block, self.context.attempts.active[attempt].ready)
-        await self._client.seal(lease, checksum, packed.nbytes)
-        return checksum
 
     async def _load(self, message: LoadInputs, stop: asyncio.Event) -> NextStep:
         source, retry = message.source, _Retry(message.deadline, stop)

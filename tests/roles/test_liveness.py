@@ -54,6 +54,8 @@ class Incarnation:
     """What the stream worker has to compute, in order."""
     outbox: list[Any] = field(default_factory=list)
     """To the head, in order."""
+    usual_nbytes: int = 0
+    """Size of its last outputs."""
 
 
 class SimulatedCluster:
@@ -386,6 +388,9 @@ class SimulatedCluster:
                 continue
             instance.outbox.append(load.started(attempt, stage, self.now))
             yield
+            if instance.alive and instance.kind != "decoder" and instance.usual_nbytes:
+                load.active[attempt].block = self.lease(instance, attempt, instance.usual_nbytes, instance.kind)
+                yield
             if instance.alive:
                 self.tasks.append(self.pass_on(instance, load.computed(attempt, 0.1, seed_independent=True)))
 
@@ -428,19 +433,35 @@ class SimulatedCluster:
         load = instance.attempts
         nbytes = self.sizes[(attempt.job_id.rpartition("/")[0], instance.kind)]
         yield
+        if not instance.alive:
+            return
+        instance.usual_nbytes = nbytes
+        item = load.active[attempt]
+        lease, item.block = item.block, None
+        if lease and (lease.nbytes != nbytes or not self.find(lease)):
+            self.tasks.append(self.release((lease,)))
+            lease = None
         while instance.alive:
             if self.cancelled(instance, attempt):
+                unused = (lease,) if lease else ()
+                self.tasks.append(self.release(unused))
                 self.tasks.append(self.pass_on(instance, load.transfer_failed(attempt, "cancelled")))
                 return
-            lease = self.lease(instance, attempt, nbytes, instance.kind)
+            lease = lease or self.lease(instance, attempt, nbytes, instance.kind)
             yield
             if lease and instance.alive and self.find(lease):
-                self.tables[lease.pool].seal(lease.lease_id, 7, nbytes)
+                self.tasks.append(self.seal(instance, lease, nbytes))
                 stored = StoredPayload(lease, b"", 7, nbytes)
-                yield
-                if instance.alive:
-                    self.tasks.append(self.pass_on(instance, load.stored(attempt, stored)))
+                self.tasks.append(self.pass_on(instance, load.stored(attempt, stored)))
                 return
+            lease = None
+
+    def seal(self, instance: Incarnation, lease: LeaseRef, nbytes: int) -> Steps:
+        """Seal a block that may be reported, used and released meanwhile."""
+        yield
+        found = self.find(lease) if instance.alive else None
+        if found and found.state is LeaseState.WRITING:
+            self.tables[lease.pool].seal(lease.lease_id, 7, nbytes)
 
     def save(self, instance: Incarnation, attempt: Attempt) -> Steps:
         yield

@@ -101,9 +101,15 @@ class TransferHarness:
         item = ActiveAttempt(attempt, Phase.RUNNING, stages, Output(), FAR, dict(values or VALUES))
         self.context.attempts.active[attempt] = item
 
+    def ahead(self, attempt: Attempt = W) -> None:
+        """Say that its outputs are nearly computed."""
+        self.context.lease_ahead(self.context.attempts.active[attempt])
+
     async def store_outputs(self, attempt: Attempt = W, deadline: float = FAR) -> StoredPayload:
         self.fake_instance.tell(StoreOutputs(attempt, deadline))
-        return (await self.fake_instance.inbox.next(StageOutputsStored)).stored
+        stored = (await self.fake_instance.inbox.next(StageOutputsStored)).stored
+        await self.transfer._client.all_sealed()
+        return stored
 
     async def fails(self, message: Any) -> Any:
         self.fake_instance.tell(message)

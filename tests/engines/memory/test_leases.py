@@ -195,12 +195,18 @@ def test_a_block_taken_in_advance_is_assigned_once(table):
     assert outcome(table.assign, lease.id, "s", 1) == "wrong_state"
 
 
-def test_a_dead_owner_loses_what_it_was_writing_and_nothing_else(table):
-    writing, sealed, successor = take(table), take(table), take(table, generation=2)
+def test_a_dead_owner_loses_what_it_was_writing_for_no_request_and_nothing_else(table):
+    spare, sealed, successor = take(table, request=""), take(table), take(table, generation=2)
     other = take(table, owner="encoder-0")
     table.seal(sealed.id, 1, PAGE)
-    assert table.reclaim_owner("denoiser-0", 2) == [writing]
+    assert table.reclaim_owner("denoiser-0", 2) == [spare]
     assert {lease.id for lease in table.leases} == {sealed.id, successor.id, other.id}
+
+
+def test_a_block_that_a_dead_owner_was_writing_for_a_request_is_kept_for_it(table):
+    lease = take(table)
+    assert table.reclaim_owner("denoiser-0", 2) == [lease]
+    assert table.get(lease.id).state is LeaseState.SEALED, "it may have been reported before it was sealed"
 
 
 def test_a_fenced_incarnation_gets_no_lease(table):
@@ -210,7 +216,7 @@ def test_a_fenced_incarnation_gets_no_lease(table):
 
 
 def test_a_fenced_incarnation_cannot_seal_what_was_reclaimed(table):
-    lease = take(table)
+    lease = take(table, request="")
     table.reclaim_owner("denoiser-0", 2)
     take(table, generation=2)
     assert outcome(table.seal, lease.id, 1, 1) == "unknown_lease"

@@ -192,7 +192,7 @@ def test_what_is_refused_changes_nothing(run: Any, make_topology: Any, local_clu
     run(body())
 
 
-def test_what_a_dead_owner_was_writing_is_released(
+def test_what_a_dead_owner_was_writing_is_released_or_kept_for_its_request(
     run: Any, make_topology: Any, local_cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool_module, "POOL_ANSWER_S", 0.1)
@@ -205,12 +205,14 @@ def test_what_a_dead_owner_was_writing_is_released(
             await h.start(Role("encoder-1"), generation=5)
             sealed = await client.lease(owner_generation=5)
             await client.seal(sealed)
-            await client.lease(owner_generation=5, attempt=Attempt("r/1", 1))
+            spare = await client.lease(owner_generation=5, attempt=Attempt("", 1))
+            written = await client.lease(owner_generation=5, attempt=Attempt("r/1", 1))
             others = await client.lease(owner="encoder-1", owner_generation=5)
-            assert len((await client.report()).leases) == 3
+            assert spare in {view.lease for view in (await client.report()).leases}
             await h.kill("encoder-0")
-            report = await client.until(lambda r: len(r.leases) == 2)
-            assert {view.lease for view in report.leases} == {sealed, others}
+            report = await client.until(lambda r: len(r.leases) == 3)
+            states = {view.lease: view.state for view in report.leases}
+            assert states == {sealed: "sealed", written: "sealed", others: "writing"}
             await client.describe()
 
     run(body())
@@ -221,7 +223,7 @@ def test_a_newer_incarnation_takes_the_place_of_an_older_one(run: Any, make_topo
         async with local_cluster(make_topology()) as h:
             await h.component("pool", build)
             await h.start(client := Client())
-            await client.lease(owner_generation=5)
+            await client.lease(owner_generation=5, attempt=Attempt("", 1))
             newer = await client.lease(owner_generation=6)
             assert [view.lease for view in (await client.report()).leases] == [newer]
             with pytest.raises(RemoteError, match="stale_owner"):

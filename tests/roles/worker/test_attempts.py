@@ -183,6 +183,14 @@ def test_what_was_stored_for_a_cancelled_attempt_is_released() -> None:
     assert load.end(load.stored(W, stored(3))) == (release(3), StageCancelled(W, 2))
 
 
+def test_a_block_leased_ahead_that_is_not_used_is_released_at_the_end() -> None:
+    load = AttemptTracker("encoder-0", "encoder", 1)
+    load.assign(assign(W), NOW)
+    load.active[W].block = lease(4)
+    failed = load.stage_failed(W, "no", invalid_request=False)
+    assert load.end(failed) == (release(4), msgspec.structs.replace(failed, issued=2))
+
+
 def test_a_reservation_is_released_when_its_attempt_is_cancelled_or_its_head_is_gone() -> None:
     load = AttemptTracker("denoiser-0", "denoiser", 2)
     other = Attempt("r/1", 1)

@@ -19,10 +19,11 @@ from tests.roles.transfer_harness import FAR, VALUES, FakeInstance, W
 from triptych.actors.runtime.system_messages import Inspect, Inspection
 from triptych.bus import BusError
 from triptych.engines.codec.codec import pack
+from triptych.engines.memory import streams
 from triptych.engines.memory.streams import StreamEvent
 from triptych.engines.parameters.schema import Signature
 from triptych.roles.messages.common import Attempt, LeaseRef, Output, StoredPayload
-from triptych.roles.messages.pool import LeaseBlock, ReleaseBlocks
+from triptych.roles.messages.pool import LeaseBlock, ReleaseBlocks, SealBlock
 from triptych.roles.messages.stages import StageFailed, StageFinished, StageOutputsStored
 from triptych.roles.messages.worker import CancelAttempt, LoadInputs, RunStage, SaveArtifact, StoreOutputs
 from triptych.roles.pool import client
@@ -53,6 +54,65 @@ def test_what_one_role_stores_another_loads_from_the_same_memory(run_transfers: 
         assert (await denoiser.fake_instance.inbox.next(RunStage)).attempt == W
         assert same(denoiser.values(), VALUES)
         assert len((await encoder.fake_instance.leases("pool")).leases) == 1
+
+    run_transfers(body)
+
+
+def test_a_block_is_leased_ahead_for_outputs_of_the_size_of_the_last(
+    run_transfers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(h: Any, open_transfer: Any) -> None:
+        encoder = await open_transfer("encoder-0")
+        jobs = [Attempt(f"r/{k}", 1) for k in range(3)]
+        encoder.begin(jobs[0])
+        encoder.ahead(jobs[0])
+        first = await encoder.store_outputs(jobs[0])  # of which nothing was known
+        for job in jobs[1:]:
+            encoder.begin(job)
+            encoder.ahead(job)
+        views = {view.attempt: view for view in (await encoder.fake_instance.leases("pool")).leases}
+        while len(views) < 3:  # the run's limit ends it
+            views = {view.attempt: view for view in (await encoder.fake_instance.leases("pool")).leases}
+        assert (views[jobs[1]].state, views[jobs[1]].lease.nbytes) == ("writing", first.nbytes)
+        alike = await encoder.store_outputs(jobs[1])
+        assert alike.lease == views[jobs[1]].lease
+        encoder.context.attempts.active[jobs[2]].values["another"] = torch.zeros(2048)
+        other = await encoder.store_outputs(jobs[2])
+        assert other.lease != views[jobs[2]].lease
+        assert other.nbytes > first.nbytes
+        await encoder.fake_instance.until("pool", 3)
+        views = {view.attempt: view for view in (await encoder.fake_instance.leases("pool")).leases}
+        assert [(views[job].lease, views[job].state) for job in jobs] == [
+            (stored.lease, "sealed") for stored in (first, alike, other)
+        ]
+
+    run_transfers(body)
+
+
+def test_what_was_stored_is_reported_before_it_is_sealed_and_sealed_before_the_process_ends(
+    run_transfers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(h: Any, open_transfer: Any) -> None:
+        encoder = await open_transfer("encoder-0")
+        go_on, seal = asyncio.Event(), pool_module.BufferPool.seal
+
+        async def slow(self: Any, message: SealBlock) -> Any:
+            await go_on.wait()
+            return await seal(self, message)
+
+        monkeypatch.setattr(pool_module.BufferPool, "seal", slow)
+        encoder.begin()
+        encoder.fake_instance.tell(StoreOutputs(W, FAR))
+        stored = (await encoder.fake_instance.inbox.next(StageOutputsStored)).stored
+        stopping = asyncio.create_task(encoder.transfer.stopping())
+        go_on.set()
+        await stopping
+        (view,) = (await encoder.fake_instance.leases("pool")).leases
+        assert (view.lease, view.state) == (stored.lease, "sealed")
+        encoder.fake_instance.tell(StoreOutputs(W, FAR))
+        stored = (await encoder.fake_instance.inbox.next(StageOutputsStored)).stored
+        await encoder.fake_instance.release(stored.lease)  # which nobody needs any more
+        await encoder.transfer.stopping()
 
     run_transfers(body)
 
@@ -377,7 +437,7 @@ def test_outputs_are_packed_after_the_stage_that_makes_them(
         log.append("packed")
         return pack(values)
 
-    monkeypatch.setattr(transfer_module, "pack", packed)
+    monkeypatch.setattr(streams, "pack", packed)
 
     async def body(h: Any, open_transfer: Any) -> None:
         encoder = await open_transfer("encoder-0")
