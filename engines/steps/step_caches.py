@@ -441,8 +441,8 @@ def _block_problem(module: Any, options: StepCacheOptions) -> str:
         return "lite needs blocks that return the same, and a last layer called proj_out"
     if kind not in ("first_block", "magcache"):
         return ""
-    if len(blocks) < 2:
-        return "it has no list of transformer blocks"
+    if len(blocks) < (2 if kind == "first_block" else 1):
+        return "it has only one transformer block" if blocks else "it has no list of transformer blocks"
     known = {}
     for cls in {type(block) for block in blocks}:
         try:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from triptych.tools.families import batches, page, survey
+from triptych.tools.families import caches as step_caches
 from triptych.tools.families.compare import compare
 from triptych.tools.families.report import Result, markdown, table
 from triptych.tools.families.rows import PipelineRow, rows
@@ -128,6 +129,37 @@ def batch(
         page.write(into, page.BATCHES, batches.markdown(shown))
     if not json:
         console.print(batches.summary(shown))
+    raise typer.Exit(1 if any(record.bad for record in shown) else 0)
+
+
+@app.command(
+    epilog="Examples: python -m triptych.tools.families caches --only flux,wan --json"
+    "  ·  python -m triptych.tools.families caches --results out/caches.jsonl --markdown docs/step-caches.md"
+)
+def caches(
+    only: Annotated[str, typer.Option(help="Names of tiny models, or parts of them as *wan*; by commas.")] = "",
+    results: Annotated[Path | None, typer.Option(help="Rows that have run, in JSON lines; more are added.")] = None,
+    json: Json = False,
+    into: Page = None,
+) -> None:
+    """Run two requests with each step cache, alone and in turns: which model takes it, and are the bits the same.
+
+    The exit status is 1 where a row that ran is not as it is alone.
+    """
+    chosen = [name for name in step_caches.names() if survey.is_selected(name, only)]
+    if not chosen:
+        raise typer.BadParameter(f"no model is named like {only!r}", param_hint="--only")
+    silence_libraries()
+    known = step_caches.read_records(results) if results else {}
+    for record in step_caches.run(chosen, known):
+        known[record.key] = record
+        if results:
+            step_caches.append_record(results, record)
+        told = msgspec.json.encode(record).decode() if json else f"{record.family}, {record.cache}: {record.cell}"
+        print(told, flush=True)
+    shown = [record for record in known.values() if record.family in chosen]
+    if into:
+        page.write(into, page.CACHES, step_caches.markdown(shown))
     raise typer.Exit(1 if any(record.bad for record in shown) else 0)
 
 

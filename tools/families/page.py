@@ -16,6 +16,7 @@ from triptych.tools.families.survey import SurveyRecord, Trial
 CLASSES: Final = "classes"
 BLOCKS: Final = "blocks"
 BATCHES: Final = "batches"
+CACHES: Final = "caches"
 _COLUMNS: Final = ("class", "task", "route", "three processes", "one process", "why not")
 
 
