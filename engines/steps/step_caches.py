@@ -106,6 +106,10 @@ class StepCache:
         """Return the empty state of a new run."""
         return StepCacheState(self.options.text, self._hooks)
 
+    def stats(self) -> dict[str, int]:
+        """Return how many calls of cached modules there were, and how many of them were reused."""
+        return {"step_cache_calls": self.calls, "step_cache_reused": self.calls - self.computed}
+
     def reuse_eagerly(self) -> None:
         """Make the hooks reuse from the second call on wherever they can, whatever the image; for checks, for good."""
         for hooks in self._hooks.values():

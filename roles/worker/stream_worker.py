@@ -199,6 +199,7 @@ class StreamWorker(Actor):
             "weights_read_bytes": self._reading.read,
             "weights_total_bytes": self._reading.total,
             "awake": self.context.awake,
+            **(self._pipeline.step_cache.stats() if self._pipeline and self._pipeline.step_cache else {}),
             **{f"first_{stage}_s": seconds for stage, seconds in self.first_s.items()},
             **(devices.memory_stats(self._stream.device) if self._pipeline and self._stream else {}),
         }
