@@ -78,7 +78,12 @@ def test_n_images_are_n_runs(on_http: Callable[..., Any]) -> None:
 @pytest.mark.shared_cluster("flux")
 def test_a_request_reports_its_history(on_http: Callable[..., Any]) -> None:
     async def scenario(http: httpx.AsyncClient) -> None:
-        body = {"prompt": "a prompt that nobody has asked for", "response_format": "url"}
+        body = {
+            "prompt": "a prompt that nobody has asked for",
+            "response_format": "url",
+            "priority": 5,
+            "deadline_s": 6e5,
+        }
         answer = (await http.post("/v1/images/generations", json=body)).json()
         image = await http.get(answer["data"][0]["url"])
         assert image.headers["content-type"] == "image/png"
@@ -94,6 +99,7 @@ def test_a_request_reports_its_history(on_http: Callable[..., Any]) -> None:
         kinds = {kind: name.partition("-")[0] for kind, name in unit["instances"].items()}
         assert kinds == {"encoder": "encoder", "denoiser": "denoiser", "decoder": "decoder"}
         assert unit["stage_seconds"].keys() == {"encoder", "denoiser", "decoder"}
+        assert (view["priority"], view["deadline_s"], view["deadline_met"], unit["bucket"]) == (5, 6e5, True, 1)
 
     on_http(scenario)
 

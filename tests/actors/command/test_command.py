@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -383,3 +384,19 @@ def test_waiting_for_readiness_is_hopeless_when_nothing_moves_any_more(states: l
     assert describe_children([report("head", "ready"), report("decoder-0", "failed", "no model")]) == (
         "head is ready, decoder-0 is failed (no model)"
     )
+
+
+def test_priority_and_deadline_are_fields_of_the_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[dict[str, object]] = []
+
+    def make(_url: str, _key: str, body: dict[str, object]) -> None:
+        sent.append(body)
+        raise ClientError("enough")
+
+    monkeypatch.setattr(sys.modules["triptych.actors.command.generate"], "_make", make)
+    arguments = ["generate", "a cat", "-o", str(folder / "cat.png")]
+    runner.invoke(app, [*arguments, "--priority", "-3", "--deadline", "2.5"])
+    runner.invoke(app, arguments)
+    assert {name: sent[0][name] for name in ("priority", "deadline_s")} == {"priority": -3, "deadline_s": 2.5}
+    assert not {"priority", "deadline_s"} & sent[1].keys(), "what is not given is left to the server"
+    assert runner.invoke(app, [*arguments, "--priority", "101"]).exit_code == 2
