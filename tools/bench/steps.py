@@ -10,6 +10,7 @@ import asyncio
 import json
 import math
 import os
+import random
 import shutil
 import statistics
 import tempfile
@@ -38,6 +39,8 @@ from triptych.roles.worker.attempts import ActiveAttempt, Phase
 from triptych.roles.worker.step_scheduler import StepScheduler
 from triptych.tools.bench.clusters import stdout_to_stderr, write_topology
 from triptych.tools.bench.report import compare
+from triptych.tools.simulate import DEADLINE_FACTOR
+from triptych.tools.simulate import STEPS as MIX
 
 ROUNDS: Final = 5
 MODEL: Final = Path(str(files("triptych"))) / "examples" / "shapes"
@@ -58,8 +61,12 @@ DENOISERS: Final[dict[str, dict[str, object]]] = {
     "max_batch = 8": {"policy": "fifo", "max_batch": IN_FLIGHT},
     "fair": {"policy": "fair"},
     "shortest_remaining": {"policy": "shortest_remaining"},
+    "deadline": {"policy": "deadline"},
 }
-"""The clusters by name, and the settings of their denoisers."""
+"""The clusters by name, and the settings of their denoisers; the head has the same policy."""
+DEADLINE_REQUESTS: Final = 30
+DEADLINE_LOAD: Final = 0.65
+"""Work that arrives, as a share of what the denoiser can do; `fifo` then meets about 60 % of the deadlines."""
 POLICIES: Final = {"fifo": "max_batch = 1", "fair": "fair", "shortest_remaining": "shortest_remaining"}
 """The cluster of each policy."""
 
@@ -96,6 +103,7 @@ def _rows(values: Values) -> Iterator[dict[str, object]]:
         yield row(f"{SHORT_STEPS} steps among {LONG_STEPS}, {policy}", "ms", "alone")
     for policy in POLICIES:
         yield row(f"mean of all, {policy}", "ms", "fifo")
+    yield row("deadlines of 3 times alone met, deadline", "share", "fifo", higher_is_better=True)
     for cluster in ("max_batch = 1", "max_batch = 8"):
         yield row(f"cancel to memory back, {cluster}", "ms", f"one step + {GRACE_MS:g} ms")
 
@@ -115,6 +123,7 @@ async def _measure(folder: Path, rounds: int) -> Values:
                 folder / name.replace(" ", ""), model, "float32", ROLES, slots=IN_FLIGHT, prompt_cache="0"
             )
             overrides: dict[str, dict[str, object]] = {"api": {"port": 0}, "roles": {"denoiser": settings}}
+            overrides["head"] = {"policy": settings["policy"]}
             clusters[name] = await stack.enter_async_context(launch(file, overrides))
         for number in range(rounds + 1):
             measured: Values = defaultdict(list)
@@ -122,6 +131,7 @@ async def _measure(folder: Path, rounds: int) -> Values:
             await _stepping(local, measured)
             for policy, name in POLICIES.items():
                 await _policy(clusters[name], policy, measured)
+            await _deadlines(clusters, number, measured)
             for name in ("max_batch = 1", "max_batch = 8"):
                 await _cancel(clusters[name], name, measured)
             # The first round warms up.
@@ -183,6 +193,26 @@ async def _policy(cluster: Cluster, policy: str, values: Values) -> None:
     values[case].append(short * 1e3)
     values[f"{case} / alone"].append(alone * 1e3)
     values[f"mean of all, {policy}"].append(statistics.mean(everything) * 1e3)
+
+
+async def _deadlines(clusters: dict[str, Cluster], seed: int, values: Values) -> None:
+    """Send one trace of mixed requests with deadlines to a cluster under `deadline` and to one under `fifo`."""
+    case = "deadlines of 3 times alone met, deadline"
+    alone = {steps: min([await _seconds(clusters["deadline"], steps) for _ in range(3)]) for steps in MIX}
+    choose = random.Random(seed)
+    steps = choose.choices(list(MIX), list(MIX.values()), k=DEADLINE_REQUESTS)
+    gap_s = statistics.mean(alone[each] for each in steps) / DEADLINE_LOAD
+    trace = [(each, choose.expovariate(1.0) * gap_s) for each in steps]
+    for name, suffix in (("deadline", ""), ("max_batch = 1", " / fifo")):
+        cluster = clusters[name]
+        sent = []
+        for each, pause_s in trace:
+            await asyncio.sleep(pause_s)
+            wanted_s = DEADLINE_FACTOR * alone[each]
+            request = cluster.generate(PROMPT, seed=1, steps=each, deadline_s=wanted_s)
+            sent.append(asyncio.create_task(request))
+        views = [await cluster.request(image.request_id) for image in await asyncio.gather(*sent)]
+        values[case + suffix].append(statistics.mean(view["deadline_met"] for view in views))
 
 
 async def _seconds(cluster: Cluster, steps: int) -> float:
