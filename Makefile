@@ -5,8 +5,9 @@ TOPOLOGY ?= examples/demo.toml
 DEVICE ?= cuda
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Two workers take half the time of one on two cores; each holds some 1.5 GB. The order of tests: tests/conftest.py.
-PARALLEL ?= -n auto --maxprocesses 4 --dist worksteal
+# One worker more than cores, since tests of processes wait as long as they compute; each holds some 1.5 GB. The order
+# of tests: tests/conftest.py.
+PARALLEL ?= -n $(shell expr $$(nproc) + 1) --maxprocesses 4 --dist worksteal
 
 # Three wheels bring the same mooncake/ folder: one for hosts without an NVIDIA driver, one each for CUDA 12 and 13.
 MOONCAKE := $(shell tools/mooncake_extra.sh)
