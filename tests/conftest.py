@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -59,11 +59,30 @@ def _make(path: Path, family: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def torch_defaults() -> None:
-    """Each test starts with gradients, which a denoise turns off on its thread, and one thread, whatever ran before."""
+def torch_defaults() -> Iterator[None]:
+    """Start each test with gradients, which a denoise turns off on its thread, and fail one that changes the process.
+
+    What a later test of the same process computes would differ by a bit, whenever it comes after such a test.
+    """
     if torch := sys.modules.get("torch"):
         torch.set_grad_enabled(True)
-        torch.set_num_threads(1)
+    yield
+    assert not (changed := _changed_settings()), f"the test has left settings of the process changed: {changed}"
+
+
+def _changed_settings() -> dict[str, str]:
+    """Return what computations of this process depend on and is not as libraries or this file set it."""
+    settings: dict[str, tuple[object, object]] = {}
+    if torch := sys.modules.get("torch"):
+        settings = {
+            "threads": (torch.get_num_threads(), 1),
+            "default dtype": (torch.get_default_dtype(), torch.float32),
+            "deterministic algorithms": (torch.are_deterministic_algorithms_enabled(), False),
+            "precision of matrix products": (torch.get_float32_matmul_precision(), "highest"),
+        }
+    if attention := sys.modules.get("diffusers.models.attention_dispatch"):
+        settings["attention backend"] = (attention._AttentionBackendRegistry._active_backend.value, "native")
+    return {name: str(now) for name, (now, before) in settings.items() if now != before}
 
 
 @pytest.hookimpl(tryfirst=True)
