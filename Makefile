@@ -59,6 +59,7 @@ bench: $(INSTALLED) ## The benchmarks, as JSON lines
 	$(BIN)/python -m triptych.tools.bench bus
 	$(BIN)/python -m triptych.tools.bench transfer
 	$(BIN)/python -m triptych.tools.bench overhead
+	$(BIN)/python -m triptych.tools.bench steps
 
 bench-memory: $(INSTALLED) ## What each process holds in memory, in docs/memory.md; some five minutes and 10 GiB
 	$(BIN)/python -m triptych.tools.bench memory --markdown docs/memory.md

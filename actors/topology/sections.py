@@ -341,9 +341,10 @@ class RoleSection(Section, frozen=True):
     slots: Count = 2
     """Requests that one instance takes at a time."""
     policy: SchedulingPolicyName = "fifo"
-    """Which of the requests that an instance has taken computes next: `fifo`, one after the other; `fair`, a step each
-    in turn; `shortest_remaining`, the one with the least left to do; `deadline`, the one that is due first. A higher
-    `priority` of a request goes before all of these."""
+    """Which of the requests that an instance has taken computes its next step: `fifo`, one request after the other;
+    `fair`, that of the owner, then the request, that was served least; `shortest_remaining`, the one with the least
+    left to compute; `deadline`, the one that is due first. A higher priority goes first under each, and none
+    starves."""
     max_batch: Count = 1
     """Most denoising steps, of different requests, that are computed in one call of the model; at most `slots`. 1 =
     each request alone, with the same image as in diffusers, bit for bit. With more, every batch is padded to that

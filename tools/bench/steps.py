@@ -1,7 +1,7 @@
 """Measure the step scheduler: batches, the cost of stepping, policies and cancellation.
 
 The demo model is served by real clusters of three roles, which run all the time and are asked in turn; the peer is
-diffusers in one process. One thread for each process.
+diffusers in one process. One thread for each process. Deadlines are measured by `tools.simulate`.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ async def _throughput(clusters: dict[str, Cluster], local: _Local, values: Value
 
         async def client(cluster: Cluster = cluster, seeds: Iterator[int] = seeds) -> None:
             for seed in seeds:
-                await cluster.generate(PROMPT, seed=seed, steps=STEPS)
+                await cluster.generate(f"{PROMPT} {seed}", seed=seed, steps=STEPS)
 
         began = time.perf_counter()
         await asyncio.gather(*(client() for _ in range(IN_FLIGHT)))

@@ -477,6 +477,25 @@ def test_out_of_memory_ends_the_attempt_and_the_second_in_a_row_the_process(
     on_worker(body)
 
 
+def test_a_batch_that_is_out_of_memory_counts_once(on_worker: Any, at_step: dict[tuple[int, int], Any]) -> None:
+    async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
+        for number in range(3):
+            await encoded(fake_instance, worker, number, 2)
+        go_on = threading.Event()
+        at_step[0, 1] = lambda: go_on.wait(30)
+        at_step[0, 2] = at_step[1, 1] = out_of_memory
+        for queued, number in enumerate((0, 1)):
+            fake_instance.run(number, Stage.DENOISER)
+            await until(fake_instance, worker, running=1, queued=queued)
+        go_on.set()
+        failed = {(await fake_instance.inbox.next(StageFailed)).attempt for _ in range(2)}
+        assert failed == {attempt(0), attempt(1)}
+        await denoised(fake_instance, 2)
+        assert not fake_instance.inbox.of(DeviceLost)
+
+    on_worker(body, slots=4, max_batch=2)
+
+
 class LateEvent:
     """The end of work that goes on until somebody waits for it."""
 
