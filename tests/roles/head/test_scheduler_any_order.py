@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import get_args
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.roles.factories import KINDS, a_block, make_scheduler, registration, request
+from triptych.actors.topology.sections import SchedulingPolicyName
 from triptych.engines.memory.buddy import PAGE
 from triptych.engines.stages import Stage
 from triptych.roles.head.effects import Assign, AssignPreview, Cancel, NotifyWaiters, ReleaseLeases
@@ -34,9 +36,9 @@ class Traffic(RuleBasedStateMachine):
     requests = Bundle("requests")
     scheduler: JobScheduler
 
-    @initialize(blocks=st.sampled_from([0, 1, 2, 100]))
-    def start(self, blocks: int) -> None:
-        self.scheduler = make_scheduler(max_attempts=3, cache=blocks * PAGE)
+    @initialize(blocks=st.sampled_from([0, 1, 2, 100]), policy=st.sampled_from(get_args(SchedulingPolicyName)))
+    def start(self, blocks: int, policy: SchedulingPolicyName) -> None:
+        self.scheduler = make_scheduler(max_attempts=3, cache=blocks * PAGE, policy=policy)
         self.now = 0.0
         self.leases = 0
         self.pool_generation = 1
@@ -93,6 +95,7 @@ class Traffic(RuleBasedStateMachine):
         id_ = f"r{len(self.scheduler.requests)}"
         steps = len(self.scheduler.requests)  # which no encoder reads
         asked = request(id_, n, at=self.now, seed=seed, prompt=prompt, num_inference_steps=steps)
+        asked.steps, asked.priority, asked.owner = steps, seed % 3, prompt
         asked.partial_images = previews
         self.scheduler.accept(asked, self.now)
         self._carry_out()
