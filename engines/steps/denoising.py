@@ -243,6 +243,7 @@ class Denoising:
         if self.step < self._saved["step"]:
             return True
         saved, self._saved = self._saved, None
+        self._calls = 0  # as after the pause of the saved run: a step cache tells calls apart by their number
         other_bucket = saved.get("bucket") != self.bucket and not self._skips_rest
         if other_bucket or saved.get("total_steps") != self.total_steps or saved["kept"].keys() != self._kept.keys():
             raise CheckpointError("The snapshot is of a run of another length, in another bucket or with other caches.")

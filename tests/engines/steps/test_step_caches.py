@@ -93,7 +93,9 @@ def test_a_run_that_ends_leaves_nothing_behind(text: str, models: Models) -> Non
     assert not any(tensor() is not None for tensor in tensors)
 
 
-@pytest.mark.parametrize(("family", "text"), [("flux-kl", EACH[0]), ("wan", EACH[2]), ("flux-kl", EACH[1])])
+@pytest.mark.parametrize(
+    ("family", "text"), [("flux-kl", EACH[0]), ("wan", EACH[2]), ("flux-kl", EACH[1]), ("pixart", EACH[2])]
+)
 def test_a_snapshot_has_what_the_cache_keeps(family: str, text: str, models: Models) -> None:
     model = models(family)
     pipeline = with_cache(model, text)
