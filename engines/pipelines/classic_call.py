@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -41,6 +42,7 @@ from triptych.engines.parameters.schema import OUTPUT_TYPE, REPLACES, Signature
 from triptych.engines.parameters.size_constraints import with_size_constraints
 from triptych.engines.partition.loop_state import call_problem
 from triptych.engines.partition.tasks import class_tasks, required_by
+from triptych.engines.pipelines.attention_processors import AttentionProcessorGuard
 from triptych.engines.pipelines.component_settings import setting_parameters
 from triptych.engines.pipelines.guidance import GUIDANCE_SCALE, guidance, has_guider
 from triptych.engines.pipelines.random_state import GENERATOR
@@ -213,6 +215,7 @@ class CallDenoising(Denoising):
         self.pipeline = pipeline
         self.cannot_resume = call_problem(type(pipeline))
         self._generator = generator
+        self._processors = AttentionProcessorGuard(pipeline)
         self._position: object = None
         self._scheduler: Any = None
         self._stepped: Any = None
@@ -222,6 +225,13 @@ class CallDenoising(Denoising):
             for name in STEPS:
                 if hasattr(scheduler, name):
                     intercept(scheduler, name, functools.partial(self._stepping, pipeline))
+
+    @contextlib.contextmanager
+    def surroundings(self) -> Iterator[None]:
+        """Set what a computation of this run needs, as `Denoising.surroundings`: its attention processors, too."""
+        with super().surroundings(), self._processors:
+            yield
+        self.edits_modules = self._processors.edited
 
     def resume(self, snapshot: Mapping[str, Any], *, skip_rest: bool = False) -> None:
         """Go on from a snapshot, as `Denoising.resume`."""

@@ -43,6 +43,7 @@ class Denoising:
         pipeline: The pipeline of the run, private to the request; None when the run has ended.
         bucket: How many calls of the denoiser are computed together, with those of other runs or padded; 1 for alone.
         adapters: The adapters of the request: only calls with the same ones are computed together.
+        edits_modules: Whether the run has changed shared modules for its own calls, which are computed alone then.
         step_cache: What the step cache of the model keeps for this run; None without one.
         batch_key: Runs whose last calls have the same key are likely to be computed together; None before the first.
         cannot_resume: Why `snapshot` refuses; "" while nothing is known against it.
@@ -56,6 +57,7 @@ class Denoising:
         self.bucket = 1
         self.adapters: Hashable = ()
         self.batch_key: Hashable = None
+        self.edits_modules = False
         self.step_cache: StepCacheState | None = None
         self._calls = 0
         self.cannot_resume = ""

@@ -87,7 +87,8 @@ class StepExecutor:
     def _compute(self, calls: Sequence[DenoiserCall]) -> None:
         groups: dict[Hashable, list[WaitingCall]] = {}
         for call in calls:
-            alone = call.run.bucket == 1 or call.run.step_cache is not None
+            run = call.run
+            alone = run.bucket == 1 or run.step_cache is not None or run.edits_modules
             try:
                 waiting = None if alone else WaitingCall(call, arguments_of_call(call))
             except UnbatchableError as error:
