@@ -150,7 +150,9 @@ def make_vae(vae: Any, inputs: Mapping[str, object]) -> Any:
 
 def remove_guider_hooks(pipeline: Any) -> None:
     """Remove the hooks that a guider has added to the models of a pipeline for a forward that has failed."""
-    modules = [part for part in vars(pipeline).values() if type(part).__mro__ and hasattr(part, "_diffusers_hook")]
+    models = [part for part in vars(pipeline).values() if isinstance(part, torch.nn.Module)]
+    # The hooks are on blocks; the model has a registry of its own only after a forward that has not failed.
+    modules = [model for model in models if any(hasattr(part, "_diffusers_hook") for part in model.modules())]
     for _, guider in guiders_of(pipeline):
         for module in modules:
             guider.cleanup_models(module)
