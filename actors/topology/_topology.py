@@ -75,6 +75,8 @@ class Component(msgspec.Struct, frozen=True, kw_only=True):
     """Which of the requests that it has taken computes next."""
     max_batch: int = 1
     """Most requests whose denoising steps it computes in one call."""
+    checkpoint_s: float = 0.0
+    """Seconds between two checkpoints of a denoise; 0 if it stores none."""
     pool: str = ""
     """Name of the buffer pool that this instance uses, "" if none."""
     restart: Literal["permanent", "transient", "temporary"] = "permanent"
@@ -275,6 +277,7 @@ def _components(sections: Sections, run_dir: Path) -> tuple[Component, ...]:
                 slots=role.slots,
                 policy=role.policy,
                 max_batch=role.max_batch,
+                checkpoint_s=role.checkpoint_s if role.kind == "denoiser" else 0.0,
                 restart=role.restart,
                 pool=_pool_of(role, transfer),
                 dtype=role.dtype or model.dtype,

@@ -355,6 +355,10 @@ class RoleSection(Section, frozen=True):
     image. `first_block`, `magcache`, `taylorseer`, `pab` or `faster`, with parameters after a colon, such as
     "first_block:0.1" or "taylorseer:interval=4,lite=true"; "" = none. Requests turn it off with `cache = false`. Only
     for a denoiser or `monolithic`, and the same for all denoisers of a model. See docs/step-caches.md."""
+    checkpoint_s: Annotated[float, Meta(ge=0, description="a number of seconds, or 0 for none")] = 10.0
+    """Seconds between two checkpoints of a denoise: what it has made so far, from which another denoiser goes on if
+    this one dies. Shorter denoises have none. Checkpoints lie in the pool while it has room for them; 0 = none. Only
+    for a denoiser."""
     name: RoleName = ""
     """Instances are called NAME-0, NAME-1, ...; "" = the kind, with several models MODEL-KIND."""
     port: PortOrRule = 0

@@ -173,12 +173,13 @@ class LeaseTable:
         *,
         number: int = 0,
         now: float = 0.0,
+        waits: bool = True,
     ) -> Lease | None:
         """Give a new `writing` lease of at least `nbytes` bytes; None when there is no room, or others wait for it.
 
         Who is refused at `now` (monotonic seconds) has a place in the queue for QUEUE_TIMEOUT_S seconds, unless the
-        lease is for no request, to be kept ready. Raises LeaseError("stale_owner") for an owner older than a
-        generation of it that was already reclaimed, and ValueError for negative `nbytes`.
+        lease is for no request, to be kept ready, or the asker does not wait. Raises LeaseError("stale_owner") for an
+        owner older than a generation of it that was already reclaimed, and ValueError for negative `nbytes`.
         """
         if owner_generation < self._oldest_allowed.get(owner, 0):
             raise LeaseError("stale_owner", f"{owner} generation {owner_generation} has been succeeded by a newer one")
@@ -187,7 +188,7 @@ class LeaseTable:
             del allocator.queue[gone]
         offset = allocator.buddy.allocate(nbytes) if next(iter(allocator.queue), asker) == asker else None
         if offset is None:
-            if request_id:
+            if request_id and waits:
                 allocator.queue[asker] = (nbytes, now)
             return None
         allocator.queue.pop(asker, None)

@@ -114,7 +114,7 @@ class BlockDenoising(Denoising):
         assert marks is not None  # noqa: S101 - a pause is inside of a loop
         # What a later loop was given follows from the loops before it, so that all of it is saved.
         again = self._loops_entered > 1
-        block = vars(self._block_state)
+        block = {name: value for name, value in vars(self._block_state).items() if name != "progress_bar"}
         own = own_components(self.pipeline)
         return {
             "block": freeze(block if again else changed(marks.block, block), names, "the block's state"),

@@ -36,7 +36,8 @@ from triptych.roles.messages.weights import ModelStatus, Reloading, ReloadModel,
 from triptych.roles.timeline import JobHistory, Timeline, timeline_of
 
 Report: TypeAlias = (
-    stages.StageStarted
+    stages.CheckpointStored
+    | stages.StageStarted
     | stages.StageOutputsStored
     | stages.StageFinished
     | stages.StageFailed
@@ -223,7 +224,10 @@ class Head(Actor):
 
     async def memory_pressure(self, message: pools.MemoryPressure) -> None:
         """Free memory in a full pool."""
-        self.models.make_room(message.pool, message.nbytes, time.time())
+        if message.checkpoints:
+            self.models.evict_checkpoints(message.pool, message.nbytes)
+        else:
+            self.models.make_room(message.pool, message.nbytes, time.time())
         self.commit()
 
     # -- instances
@@ -298,6 +302,10 @@ class Head(Actor):
         self._scheduler_of(name).preview_stored(name, message)
         self.commit()
         return stages.Acknowledged()
+
+    async def checkpoint_stored(self, message: stages.CheckpointStored) -> stages.Acknowledged:
+        """Record what a denoise has made so far."""
+        return self._apply_report(message, lambda scheduler, name, _now: scheduler.checkpoint_stored(name, message))
 
     async def stage_finished(self, message: stages.StageFinished) -> stages.Acknowledged:
         """Complete a job whose artifact is written."""

@@ -106,6 +106,15 @@ class StoredOutput:
     payload: StoredPayload
 
 
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a denoise has made so far, in a block of a pool."""
+
+    step: int
+    """Steps that are done in it."""
+    payload: StoredPayload
+
+
 @dataclass(slots=True)
 class Job:
     """One image or video of a request, on its way through the stages."""
@@ -123,6 +132,12 @@ class Job:
     history: list[Transition] = field(default_factory=list)
     stored: StoredOutput | None = None
     """The input of its next stage; only the output of the latest stage is kept. The one record of its block."""
+    checkpoint: Checkpoint | None = None
+    """The newest of its denoise, beside the encoder's output. The one record of its block."""
+    resumed_from: int = 0
+    """Step of the checkpoint that its present or last denoise went on from; 0 if it began at the beginning."""
+    steps_redone: int = 0
+    """Steps that were computed again because an instance was lost."""
     instance: str = ""
     """The instance that it is assigned to, "" while it waits. The one record of this."""
     instances: dict[str, str] = field(default_factory=dict)
@@ -221,6 +236,12 @@ class Job:
         """Return the block of its stored output, or None."""
         return self.stored.payload.lease if self.stored else None
 
+    @property
+    def leases(self) -> tuple[LeaseRef, ...]:
+        """Return the blocks of its stored output and of its checkpoint."""
+        checkpoint = (self.checkpoint.payload.lease,) if self.checkpoint else ()
+        return (*((self.lease,) if self.lease else ()), *checkpoint)
+
     def forget_stored(self) -> None:
         """Forget the stored output."""
         self.stored = None
@@ -243,6 +264,9 @@ class Job:
             at_fault=self.invalid_request,
             bucket=self.bucket,
             previews=tuple(self.previews),
+            checkpoint_step=self.checkpoint.step if self.checkpoint else 0,
+            resumed_from=self.resumed_from,
+            steps_redone=self.steps_redone,
         )
 
 

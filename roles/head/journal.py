@@ -19,7 +19,7 @@ import msgspec
 
 from triptych.actors.topology import ModelIdentity
 from triptych.engines.stages import Stage
-from triptych.roles.head.job import Job, Request, State, StoredOutput
+from triptych.roles.head.job import Checkpoint, Job, Request, State, StoredOutput
 from triptych.roles.media.files import sync_folder
 from triptych.roles.media.retention import StoreBounds
 from triptych.roles.messages.common import Artifact, Input, Output, StoredPayload
@@ -141,6 +141,9 @@ class _JobRow(msgspec.Struct):
     """`Job.invalid_request`."""
     bucket: int = 0
     previews: list[PreviewView] = msgspec.field(default_factory=list)
+    checkpoint: Checkpoint | None = None
+    resumed_from: int = 0
+    steps_redone: int = 0
 
 
 _RENAMED: Final = frozenset({"staged", "borrows", "at_fault"})

@@ -32,6 +32,7 @@ from triptych.roles.head.stored_outputs import StoredOutputs, downstream_capacit
 from triptych.roles.messages.common import Attempt, LeaseRef, Rebind, SchedulingHints, StoredPayload
 from triptych.roles.messages.requests import InstanceView, PreviewView
 from triptych.roles.messages.stages import (
+    CheckpointStored,
     InstanceWakeChanged,
     PreviewStored,
     RegisterInstance,
@@ -170,6 +171,8 @@ class JobScheduler:
             lost = job.lease is not None and job.lease.pool not in pools
             if lost:
                 job.forget_stored()
+            if job.checkpoint and job.checkpoint.payload.lease.pool not in pools:
+                job.checkpoint = None
             if not job.terminal and (lost or (job.instance and job.instance not in instances)):
                 moved.append(job)
         self.accept(request, now)
@@ -326,6 +329,14 @@ class JobScheduler:
         leases += dropped
         return sum(block_bytes(lease.nbytes) for lease in leases)
 
+    def evict_checkpoints(self, pool: str, nbytes: int) -> int:
+        """Release checkpoints in a pool that has no free block; return the bytes released."""
+        before = [job for job in self.jobs.values() if job.checkpoint]
+        leases = self.stored_outputs.evict_checkpoints(pool, nbytes)
+        self.dirty.update(job.id for job in before if not job.checkpoint)
+        self._give_back(leases)
+        return sum(block_bytes(lease.nbytes) for lease in leases)
+
     def requeue_stored(self, pool: str, now: float) -> None:
         """Restart jobs whose tensors fill a pool while all instances of the model are asleep.
 
@@ -396,7 +407,20 @@ class JobScheduler:
             return StageAssign(attempt, request.inputs, job.seed, request.output, job.left_s, hints=self._hints(job))
         rebind = Rebind(request.inputs, job.seed) if job.uses_cached_prompt and job.stage is Stage.DENOISER else None
         previews = request.partial_images if job.stage is Stage.DENOISER else 0
-        return TransferPush(attempt, source, target, request.output, job.left_s, rebind, self._hints(job), previews)
+        checkpoint = self._checkpoint_for(job)
+        hints = self._hints(job)
+        return TransferPush(attempt, source, target, request.output, job.left_s, rebind, hints, previews, checkpoint)
+
+    def _checkpoint_for(self, job: Job) -> StoredPayload | None:
+        """Return the checkpoint that a job's instance can go on from: one in the pool that it maps."""
+        if job.stage is not Stage.DENOISER:
+            return None
+        checkpoint = job.checkpoint
+        if checkpoint and self.registry.needs_block(job.instance, checkpoint.payload.lease):
+            checkpoint = None
+        job.resumed_from = checkpoint.step if checkpoint else 0
+        self.dirty.add(job.id)
+        return checkpoint.payload if checkpoint else None
 
     def _hints(self, job: Job) -> SchedulingHints:
         request = self.requests[job.request_id]
@@ -437,7 +461,24 @@ class JobScheduler:
         """Record a finished denoising step."""
         job = self.jobs.get(attempt.job_id)
         if job and job.attempt == attempt.number:
+            if step <= job.resumed_from:  # it could not load the checkpoint
+                job.steps_redone += job.resumed_from
+                job.resumed_from = 0
             job.step, job.total_steps = step, total_steps
+
+    def checkpoint_stored(self, instance: str, report: CheckpointStored) -> bool:
+        """Record the newest checkpoint of a denoise."""
+        lease = report.stored.lease
+        job = self._current(report.attempt, instance)
+        if job is None or job.stage is not Stage.DENOISER:
+            if not self.stored_outputs.needs(lease):
+                self._give_back((lease,))
+            return False
+        if job.checkpoint and job.checkpoint.payload.lease == lease:  # told again
+            return True
+        self._give_back(self.stored_outputs.put_checkpoint(job, report.step, report.stored))
+        self.dirty.add(job.id)
+        return True
 
     def stored(self, instance: str, report: StageOutputsStored, now: float) -> bool:
         """Record stored outputs; the job waits for its next stage."""
@@ -451,7 +492,8 @@ class JobScheduler:
         self._let_go(job)
         job.stage_seconds[stage.value] = report.seconds
         if stage is Stage.DENOISER and job.total_steps:
-            self.step_times.learn(self._step_kind(job), report.seconds / job.total_steps)
+            computed = max(1, job.total_steps - job.resumed_from)
+            self.step_times.learn(self._step_kind(job), report.seconds / computed)
         job.advance(DONE[stage], now)
         self._give_back(self.stored_outputs.put(job, stage, report.stored))
         if stage is Stage.ENCODER and self.stored_outputs.cache.capacity and job.model == self.model:
@@ -676,6 +718,8 @@ class JobScheduler:
     def _assign(self, job: Job, stage: Stage, name: str) -> None:
         job.instance = job.instances[stage.value] = name
         instance, request = self.registry.instances[name], self.requests[job.request_id]
+        if job.model != instance.model:
+            self._give_back(self.stored_outputs.drop_checkpoint(job))
         job.model = instance.model
         if not job.bucket and instance.kind != Stage.ENCODER and stage is not Stage.DECODER:
             job.bucket = instance.max_batch
@@ -790,6 +834,8 @@ class JobScheduler:
     def _retry(self, job: Job, cause: str, now: float, *, counts: bool = True) -> None:
         """Retry the job's stage, or fail the job when it has been tried too often."""
         stage = job.stage or Stage.ENCODER
+        if job.state is State.DENOISING_RUNNING:
+            job.steps_redone += max(0, job.step - (job.checkpoint.step if job.checkpoint else 0))
         self._let_go(job)
         job.causes.append(cause)
         job.failures += counts

@@ -225,6 +225,12 @@ class ServedModels:
         """Return what clients may see of all instances."""
         return tuple(view for scheduler in self.schedulers for view in scheduler.instance_views())
 
+    def evict_checkpoints(self, pool: str, nbytes: int) -> None:
+        """Release checkpoints of `nbytes` bytes in a full pool."""
+        for scheduler in self.schedulers:
+            if nbytes > 0:
+                nbytes -= scheduler.evict_checkpoints(pool, nbytes)
+
     def make_room(self, pool: str, nbytes: int, now: float) -> None:
         """Free `nbytes` bytes of a full pool: cached outputs first, then stored outputs of models that are asleep."""
         wanted = nbytes

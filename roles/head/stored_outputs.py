@@ -7,7 +7,7 @@ from typing import Final
 
 from triptych.engines.memory.buddy import block_bytes
 from triptych.engines.stages import Stage
-from triptych.roles.head.job import RUNNING, STAGE_OF, UPSTREAM, WAITING, Job, StoredOutput
+from triptych.roles.head.job import RUNNING, STAGE_OF, UPSTREAM, WAITING, Checkpoint, Job, StoredOutput
 from triptych.roles.head.prompt_cache import PromptCache
 from triptych.roles.head.registry import InstanceRegistry
 from triptych.roles.messages.common import LeaseRef, StoredPayload
@@ -19,10 +19,10 @@ UNBOUNDED: Final = 1 << 30
 
 
 class StoredOutputs:
-    """The blocks that are needed: by jobs as the input of their next stage, and by the prompt cache.
+    """The blocks that are needed by jobs, as the input of their next stage or to go on with it, and by the cache.
 
-    `Job.stored` is the block that a job needs; only this class changes it. A block is released when no job and no cache
-    needs it any more: each method that frees blocks returns the leases to release.
+    `Job.stored` and `Job.checkpoint` are the blocks that a job needs; only this class changes them. A block is released
+    when no job and no cache needs it any more: each method that frees blocks returns the leases to release.
 
     Args:
         jobs: The active jobs, by id.
@@ -35,7 +35,7 @@ class StoredOutputs:
 
     def needs(self, lease: LeaseRef) -> bool:
         """Return whether a job or the cache needs the block."""
-        return lease in self.cache or any(job.lease == lease for job in self._jobs.values())
+        return lease in self.cache or any(lease in job.leases for job in self._jobs.values())
 
     @property
     def leases(self) -> set[LeaseRef]:
@@ -44,23 +44,48 @@ class StoredOutputs:
 
     @property
     def _used(self) -> set[LeaseRef]:
-        return {lease for job in self._jobs.values() if (lease := job.lease)}
+        return {lease for job in self._jobs.values() for lease in job.leases}
 
     def put(self, job: Job, stage: Stage, payload: StoredPayload) -> tuple[LeaseRef, ...]:
         """Set the stored output of a job, in place of the previous one; return the leases to release."""
+        # What is encoded again is the same, so that the denoise can still go on.
+        kept = job.checkpoint if stage is Stage.ENCODER else None
+        job.checkpoint = None if kept else job.checkpoint
         freed = self.drop(job)
+        job.checkpoint = kept
         job.stored = StoredOutput(stage, payload)
         return freed
 
     def drop(self, job: Job, *, spoilt: bool = False) -> tuple[LeaseRef, ...]:
-        """Remove the stored output of a job, with `spoilt` from the cache too; return the leases to release."""
-        lease = job.lease
+        """Remove what is stored for a job, with `spoilt` from the cache too; return the leases to release."""
+        freed, lease = self.drop_checkpoint(job), job.lease
         if lease is None:
-            return ()
+            return freed
         job.forget_stored()
         if spoilt:
             self.cache.drop((lease,))
-        return () if self.needs(lease) else (lease,)
+        return freed if self.needs(lease) else (*freed, lease)
+
+    def put_checkpoint(self, job: Job, step: int, payload: StoredPayload) -> tuple[LeaseRef, ...]:
+        """Set the checkpoint of a job, in place of the previous one; return the leases to release."""
+        freed = self.drop_checkpoint(job)
+        job.checkpoint = Checkpoint(step, payload)
+        return freed
+
+    def drop_checkpoint(self, job: Job) -> tuple[LeaseRef, ...]:
+        """Remove the checkpoint of a job, which then begins its denoise again; return the leases to release."""
+        checkpoint, job.checkpoint = job.checkpoint, None
+        return (checkpoint.payload.lease,) if checkpoint else ()
+
+    def evict_checkpoints(self, pool: str, nbytes: int) -> tuple[LeaseRef, ...]:
+        """Remove checkpoints of `nbytes` bytes, those of running jobs first; return the leases to release."""
+        holders = [job for job in self._jobs.values() if job.checkpoint and job.checkpoint.payload.lease.pool == pool]
+        gone: list[LeaseRef] = []
+        for job in sorted(holders, key=lambda job: not job.instance):
+            if sum(block_bytes(other.nbytes) for other in gone) >= nbytes:
+                break
+            gone += self.drop_checkpoint(job)
+        return tuple(gone)
 
     def offer(self, key: bytes, seed: int, stored: StoredPayload, *, seed_independent: bool) -> tuple[LeaseRef, ...]:
         """Offer an encoder's output to the cache; return the leases to release."""
@@ -90,12 +115,15 @@ class StoredOutputs:
         return tuple(lease for lease in leases if not self.needs(lease))
 
     def lose(self, pool: str, older_than: int) -> list[Job]:
-        """Forget blocks of a pool's earlier generations; return the jobs that needed one."""
+        """Forget blocks of a pool's earlier generations; return the jobs that needed one to go on at all."""
 
         def gone(lease: LeaseRef) -> bool:
             return lease.pool == pool and lease.pool_generation < older_than
 
         self.cache.drop([lease for lease in self.cache.leases if gone(lease)])
+        for job in self._jobs.values():
+            if job.checkpoint and gone(job.checkpoint.payload.lease):
+                job.checkpoint = None
         losers = [job for job in self._jobs.values() if job.lease and gone(job.lease)]
         for job in losers:
             job.forget_stored()

@@ -49,6 +49,8 @@ class LeaseBlock(Message):
     """The block is for tensors from another pool, not for outputs of the owner."""
     number: Natural = 0
     """0 for the block of the attempt's inputs or outputs; others for further blocks that the owner leases for it."""
+    checkpoint: bool = False
+    """The block is for a checkpoint: an output that nobody waits for, and that is left out if the pool is full."""
 
 
 class BlockLeased(Message):
@@ -67,10 +69,15 @@ class PoolFull(Message):
 
 
 class MemoryPressure(Message):
-    """Pool to head: the pool is too full for an encoder's output. Sent at each try to lease its block."""
+    """Pool to head: the pool is too full for an encoder's output, or for what has to share room with checkpoints.
+
+    Sent at each try to lease its block.
+    """
 
     pool: Name
     nbytes: Natural
+    checkpoints: bool = False
+    """Whether checkpoints are in the way; else cached outputs of encoders are."""
 
 
 class ReleasePreallocated(Message):

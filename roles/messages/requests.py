@@ -175,6 +175,12 @@ class JobView(Value):
     """Rows of each batch that its denoise is computed in, 1 = alone; 0 before its first denoise."""
     previews: tuple[PreviewView, ...] = ()
     """Its partial images so far, by step."""
+    checkpoint_step: int = 0
+    """Steps in the checkpoint from which its denoise would go on; 0 without one."""
+    resumed_from: int = 0
+    """Step of the checkpoint from which its last denoise went on; 0 if it began at the beginning."""
+    steps_redone: int = 0
+    """Steps that were computed again because an instance was lost."""
 
 
 class RequestView(Message):

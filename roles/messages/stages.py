@@ -159,6 +159,8 @@ class TransferPush(Message):
     hints: SchedulingHints = SchedulingHints()
     partial_images: Natural = 0
     """Most previews that a denoiser stores on its way."""
+    checkpoint: StoredPayload | None = None
+    """What an earlier attempt at the stage has made so far, in the instance's pool; None to start from `source`."""
 
 
 class AttemptQuery(Message):
@@ -220,6 +222,15 @@ class PreviewStored(Message):
 
     preview: Attempt
     """Of `roles.previews.preview_attempt`."""
+    stored: StoredPayload
+
+
+class CheckpointStored(Message):
+    """What a denoise has made so far is sealed in a block, from which another attempt can go on. The stage goes on."""
+
+    attempt: Attempt
+    step: Natural
+    """Steps that are done in it."""
     stored: StoredPayload
 
 

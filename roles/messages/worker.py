@@ -24,6 +24,8 @@ class LoadInputs(Message):
     """Block for bytes of another pool; the transfer actor releases it in any case."""
     deadline: float
     """End of the wait for a pool that has ended, in seconds of this host's monotonic clock."""
+    checkpoint: StoredPayload | None = None
+    """What an earlier attempt has made so far; left out if it cannot be loaded."""
 
 
 class RunStage(Message):
@@ -39,6 +41,14 @@ class StoreOutputs(Message):
     attempt: Attempt
     deadline: float
     """End of the wait for a full pool, in seconds of this host's monotonic clock."""
+
+
+class StoreCheckpoint(Message):
+    """To the transfer actor: put the attempt's snapshot into a block, if there is one free, while the stage goes on."""
+
+    attempt: Attempt
+    returns: bool = False
+    """Whether the attempt ends with this: it has been stopped so that another instance takes it."""
 
 
 class SaveArtifact(Message):

@@ -103,6 +103,15 @@ class PoolClient:
             return None
         return answer.lease if isinstance(answer, BlockLeased) else None
 
+    async def lease_checkpoint(self, attempt: Attempt, nbytes: int) -> LeaseRef | PoolFull:
+        """Lease a block for a checkpoint, if the pool has one now: it is another block than that of `lease`.
+
+        One whose answer is lost is leased again for the next checkpoint, or released on behalf of the head. Raises
+        BusError.
+        """
+        answer = await self._lease(LeaseBlock(attempt, self._owner, self._actor.generation, nbytes, checkpoint=True))
+        return answer.lease if isinstance(answer, BlockLeased) else answer
+
     def undo(self, attempt: Attempt, number: int = 0) -> None:
         """Release, in the background, a block that the pool may have leased although its answer was lost."""
         if message := self._unanswered.pop((attempt, number), None):

@@ -49,6 +49,7 @@ from triptych.roles.messages.pool import (
 from triptych.roles.pool.client import FAULTS
 
 INCOMING = "incoming"
+CHECKPOINT = "checkpoint"
 LEASES_PER_REPORT = 2000
 """Leases in one LeaseReport: a message has at most 1 MiB."""
 SWEEP_S = 0.5
@@ -183,11 +184,13 @@ class BufferPool(Actor):
                 zone,
                 number=message.number,
                 now=time.monotonic(),
+                waits=not message.checkpoint,
             )
         except LeaseError as error:
             raise RefusedError(error.code, error.detail) from error
         if lease is None:
-            self._request_memory(zone)
+            if not message.checkpoint:
+                self._request_memory(zone)
             return PoolFull(message.nbytes, table.free, largest)
         return BlockLeased(self._lease_ref(lease))
 
@@ -288,6 +291,8 @@ class BufferPool(Actor):
         try:
             if (wanted := table.first_waiting_bytes(zone)) and zone == "encoder":
                 self.reference("head").tell(MemoryPressure(self.name, wanted))
+            elif wanted and zone != INCOMING and any(lease.zone == CHECKPOINT for lease in table.leases):
+                self.reference("head").tell(MemoryPressure(self.name, wanted, checkpoints=True))
             elif wanted:
                 writing = table.in_state(LeaseState.WRITING)
                 for owner in {lease.owner for lease in writing if lease.zone == zone and not lease.request_id}:
@@ -299,7 +304,8 @@ class BufferPool(Actor):
         kind = self._kinds.get(message.owner)
         if kind is None:
             raise RefusedError("unknown_owner", f"{message.owner} is not a component of this topology")
-        return INCOMING if message.incoming else kind
+        # It has the room of the denoisers' outputs, which is not set apart.
+        return CHECKPOINT if message.checkpoint else INCOMING if message.incoming else kind
 
     def _existing_lease(self, message: LeaseBlock, zone: str) -> Lease | None:
         """Return the block that the same message leased before, whose answer was lost; else None."""

@@ -26,6 +26,7 @@ from triptych.roles.messages.common import (
 )
 from triptych.roles.messages.pool import ReleaseBlocks
 from triptych.roles.messages.stages import (
+    CheckpointStored,
     StageAssign,
     StageCancelled,
     StageFailed,
@@ -37,7 +38,14 @@ from triptych.roles.messages.stages import (
     TransferFailed,
     TransferPush,
 )
-from triptych.roles.messages.worker import CancelAttempt, LoadInputs, RunStage, SaveArtifact, StoreOutputs
+from triptych.roles.messages.worker import (
+    CancelAttempt,
+    LoadInputs,
+    RunStage,
+    SaveArtifact,
+    StoreCheckpoint,
+    StoreOutputs,
+)
 
 if TYPE_CHECKING:
     from triptych.engines.memory.streams import StreamEvent
@@ -46,7 +54,7 @@ EndReport: TypeAlias = (
     StageOutputsStored | StageFinished | StageFailed | TransferFailed | StageCancelled | StageReturned
 )
 """The report that ends an attempt."""
-NextStep: TypeAlias = RunStage | StoreOutputs | SaveArtifact | StageCancelled | StageReturned
+NextStep: TypeAlias = RunStage | StoreOutputs | StoreCheckpoint | SaveArtifact | StageCancelled | StageReturned
 """What one actor passes on to the next."""
 
 STAGES_OF_ROLE: dict[str, tuple[Stage, ...]] = {
@@ -73,6 +81,18 @@ class Phase(StrEnum):
 
 _REMEMBERED: Final = 256
 """Most ended, and most cancelled, attempts that are remembered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a denoise has made so far, on its way into a block."""
+
+    step: int
+    """Steps that are done in it."""
+    values: dict[str, object]
+    """Of `Denoising.snapshot`."""
+    ready: StreamEvent
+    """Recorded after the copies that it is made of."""
 
 
 class AttemptRefusedError(Exception):
@@ -111,6 +131,12 @@ class ActiveAttempt:
     """Recorded after the work that makes `values`: wait for it before using them on another stream."""
     block: LeaseRef | None = None
     """Block that was leased for its outputs while they were computed."""
+    resume: dict[str, object] | None = None
+    """The snapshot that the denoise goes on from, until it has begun; None to begin at the beginning."""
+    snapshot: Snapshot | None = None
+    """The one that the transfer actor puts into a block at present."""
+    resumed_from: int = 0
+    """Steps that an earlier attempt has computed."""
     seconds: float = 0.0
     """Duration of the last stage."""
     seed_independent: bool = False
@@ -132,9 +158,10 @@ class ActiveAttempt:
         """Return the estimated seconds that the attempt still takes; 0 if unknown, infinite if it has not begun."""
         if self.phase is Phase.LOADING or (self.phase is Phase.RUNNING and self.began_at is None):
             return math.inf  # not begun: nothing is lost when it begins on another instance
-        if self.phase is not Phase.RUNNING or self.began_at is None or not self.step:
+        computed = self.step - self.resumed_from
+        if self.phase is not Phase.RUNNING or self.began_at is None or computed <= 0:
             return 0.0
-        return (self.stepped_at - self.began_at) / self.step * (self.total_steps - self.step)
+        return (self.stepped_at - self.began_at) / computed * (self.total_steps - self.step)
 
 
 class AttemptTracker:
@@ -242,7 +269,7 @@ class AttemptTracker:
         return (
             *unused,
             *self._cancel_older(attempt),
-            LoadInputs(attempt, message.source, message.target, item.deadline),
+            LoadInputs(attempt, message.source, message.target, item.deadline, message.checkpoint),
         )
 
     def cancel(self, attempt: Attempt) -> tuple[Message, ...]:
@@ -336,7 +363,24 @@ class AttemptTracker:
             raise UnexpectedEventError(attempt, "a stage was stopped that was not to be", item.phase)
         return self._cancelled_report(item)
 
+    def interrupted(self, attempt: Attempt, snapshot: Snapshot) -> StoreCheckpoint:
+        """Return what follows a denoise that was stopped for another instance to go on with its snapshot."""
+        item = self._item(attempt, "a denoise was interrupted", Phase.RUNNING)
+        item.phase, item.snapshot = Phase.STORING, snapshot
+        return StoreCheckpoint(attempt, returns=True)
+
     # -- the transfer actor
+
+    def checkpointed(self, attempt: Attempt, step: int, stored: StoredPayload) -> CheckpointStored | ReleaseBlocks:
+        """Return what becomes of the sealed block of a checkpoint: it is reported, or of no use any more."""
+        item = self.active.get(attempt)
+        if item is None or (item.cancelled and not item.returned) or not (item.returned or item.phase is Phase.RUNNING):
+            return ReleaseBlocks((stored.lease,))
+        return CheckpointStored(attempt, step, stored)
+
+    def handed_over(self, attempt: Attempt) -> StageReturned | StageCancelled:
+        """Report that nothing more is done for an interrupted denoise."""
+        return self._cancelled_report(self._item(attempt, "its last checkpoint was stored", Phase.STORING))
 
     def loaded(self, attempt: Attempt) -> NextStep:
         """Return the stage to run on the loaded inputs."""

@@ -17,6 +17,7 @@ from triptych.roles.messages.worker import (
     RunStage,
     SaveArtifact,
     SetWeightsLoaded,
+    StoreCheckpoint,
     StoreOutputs,
 )
 from triptych.roles.timeline import Timeline
@@ -30,6 +31,7 @@ _SUFFIXES: Final[dict[type[Message], str]] = {
     SetWeightsLoaded: STREAM,
     LoadInputs: TRANSFER,
     StoreOutputs: TRANSFER,
+    StoreCheckpoint: TRANSFER,
     SaveArtifact: TRANSFER,
 }
 """Which actor of the process a message is for; every other message is for the instance."""

@@ -23,6 +23,10 @@ class StageRun:
     """Set once a denoise is prepared."""
     outputs: dict[str, object] | None = None
     """What an encode or a decode has made."""
+    saved_at: float = 0.0
+    """When its last snapshot was taken, or it began; in seconds of a monotonic clock."""
+    resumes: bool = False
+    """Whether it goes on from a checkpoint, whose steps its next round skips."""
     seed_independent: bool = False
     """Whether the outputs of an encode are the same for every seed."""
 

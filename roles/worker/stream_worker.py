@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 
@@ -23,6 +23,8 @@ from triptych.bus import MailboxFullError, Message
 from triptych.engines.memory.streams import DeviceStream, StreamEvent
 from triptych.engines.pipelines.pipeline import StagePipeline
 from triptych.engines.stages import ModelError, Stage
+from triptych.engines.steps.checkpoint import CheckpointError
+from triptych.engines.steps.denoising import Denoising
 from triptych.engines.steps.executor import StepExecutor
 from triptych.engines.weights.model_version import model_version
 from triptych.engines.weights.placement import OutOfDeviceMemoryError
@@ -35,8 +37,10 @@ from triptych.roles.messages.worker import (
     DeviceLost,
     RunStage,
     SetWeightsLoaded,
+    StoreCheckpoint,
 )
 from triptych.roles.worker import devices
+from triptych.roles.worker.attempts import Snapshot
 from triptych.roles.worker.inputs import has_files, resolve_inputs
 from triptych.roles.worker.model_loading import load_stages, weights_stats
 from triptych.roles.worker.process_context import ProcessContext
@@ -287,6 +291,7 @@ class StreamWorker(Actor):
         launched: deque[Round] = deque()
         while runs := await self._schedule(stream):
             launched.append(await self._run(runs, stream))
+            await self._store_checkpoints(launched[-1], stream)
             # Every run that goes on is between two steps here, on the host; the device may still compute the last.
             # One round is launched ahead, so that the device has work while the host waits for the one before.
             ahead = 1 if launched[-1].all_go_on else 0
@@ -313,15 +318,44 @@ class StreamWorker(Actor):
         return ()
 
     async def _stop(self, run: StageRun, stream: DeviceStream) -> None:
-        """End a cancelled run, and free what it holds at once."""
+        """End a cancelled run, and free what it holds at once; one that another instance goes on with is saved."""
+        snapshot: Snapshot | None = None
         if run.denoising is not None:
             try:
+                if run.item.returned and self.component.checkpoint_s:
+                    snapshot = await self._snapshot(run, run.denoising, stream)
                 await self._call(stream, run.denoising.cancel)
             except Exception as error:  # noqa: BLE001 - what unwinding raises ends this run alone
                 await self._fail([(run, error)], stream)
                 return
         self._leave(run)
-        self._pass_on(self.context.attempts.stopped(run.attempt))
+        attempts = self.context.attempts
+        self._pass_on(attempts.interrupted(run.attempt, snapshot) if snapshot else attempts.stopped(run.attempt))
+
+    async def _store_checkpoints(self, round_: Round, stream: DeviceStream) -> None:
+        """Save the runs whose last snapshot is long ago, unless that is still on its way into a block."""
+        every_s, now = self.component.checkpoint_s, time.monotonic()
+        if not every_s:
+            return
+        for run in [step.run for step in round_.steps if step.more]:
+            item, denoising = run.item, run.denoising
+            if denoising is None or now - run.saved_at < every_s or item.snapshot is not None or item.cancelled:
+                continue
+            run.saved_at = now
+            if (snapshot := await self._snapshot(run, denoising, stream)) is not None:
+                item.snapshot = snapshot
+                self._pass_on(StoreCheckpoint(run.attempt))
+
+    async def _snapshot(self, run: StageRun, denoising: Denoising, stream: DeviceStream) -> Snapshot | None:
+        """Save a run that is between two steps; None if it is not, or is of a kind that cannot be saved."""
+        if not denoising.step or denoising.over or denoising.cannot_resume:
+            return None
+        try:
+            values = await self._call(stream, denoising.snapshot)
+        except CheckpointError as error:
+            self.log.info("no checkpoint", attempt=str(run.attempt), reason=str(error))
+            return None
+        return Snapshot(denoising.step, values, stream.record())
 
     async def _run(self, runs: tuple[StageRun, ...], stream: DeviceStream) -> Round:
         """Launch one step of each of the runs: a step of a denoise, or a whole encode or decode."""
@@ -331,7 +365,7 @@ class StreamWorker(Actor):
         steps: dict[StageRun, RunStep] = {}
         for run in runs:
             if run.began is None:
-                run.began = time.monotonic()
+                run.began = run.saved_at = time.monotonic()
                 self.context.reporter.add(self.context.attempts.started(run.attempt, run.stage, run.began))
                 try:
                     await self._begin(run, stream, pipeline)
@@ -344,6 +378,10 @@ class StreamWorker(Actor):
             results = await self._call(stream, self._executor.advance, denoisings)
             self.largest_batch = max(self.largest_batch, len(denoisings))
             for (run, denoising), result in zip(prepared, results, strict=True):
+                resumes, run.resumes = run.resumes, False
+                if resumes and isinstance(result.error, CheckpointError):
+                    steps[run] = await self._begin_again(run, result.error, stream, pipeline)
+                    continue
                 steps[run] = RunStep(run, result.more, denoising.step, denoising.total_steps, result.error)
                 self._scheduler.stepped(run.attempt, denoising.step, denoising.total_steps, denoising.batch_key)
         for run in runs:
@@ -366,9 +404,37 @@ class StreamWorker(Actor):
         elif run.stage is Stage.DENOISER:
             if item.rebind is not None:
                 item.values = await self._rebound(item.values, item.rebind, stream, pipeline)
-            run.denoising = await self._call(stream, pipeline.denoise, item.values, item.hints.bucket)
+            run.denoising = await self._prepared(run, stream, pipeline)
         else:
             run.outputs = await self._call(stream, pipeline.decode, item.values)
+
+    async def _prepared(self, run: StageRun, stream: DeviceStream, pipeline: StagePipeline) -> Denoising:
+        """Prepare a denoise, from its checkpoint if it has one."""
+        item, resume = run.item, run.item.resume
+        item.resume = None
+        if resume is not None:
+            if item.ready is not None:
+                stream.wait(item.ready, resume)
+            try:
+                denoising = await self._call(stream, pipeline.denoise, item.values, item.hints.bucket, resume)
+            except CheckpointError as error:
+                self.log.warning("checkpoint not used", attempt=str(run.attempt), reason=str(error))
+            else:
+                run.resumes, item.resumed_from = True, cast(int, resume["step"])
+                return denoising
+        return await self._call(stream, pipeline.denoise, item.values, item.hints.bucket)
+
+    async def _begin_again(
+        self, run: StageRun, error: CheckpointError, stream: DeviceStream, pipeline: StagePipeline
+    ) -> RunStep:
+        """Prepare a denoise from its beginning, whose checkpoint was of another run."""
+        self.log.warning("checkpoint not used", attempt=str(run.attempt), reason=str(error))
+        run.item.resumed_from = 0
+        try:
+            run.denoising = await self._prepared(run, stream, pipeline)
+        except Exception as failure:  # noqa: BLE001 - it ends this run alone, and is reported as its failure
+            return RunStep(run, more=False, error=failure)
+        return RunStep(run, more=True)
 
     async def _postprocess(self, round_: Round, stream: DeviceStream) -> None:
         """Wait until the device has done a round, tell how far its runs are, and pass on those that have ended."""

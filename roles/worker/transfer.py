@@ -36,13 +36,16 @@ from triptych.roles.media.decoded import MediaError, nsfw_flag, to_media
 from triptych.roles.media.files import is_disk_full
 from triptych.roles.media.writers import default_format, encode
 from triptych.roles.messages.common import Artifact, Attempt, LeaseRef, StoredPayload
+from triptych.roles.messages.pool import ReleaseBlocks
 from triptych.roles.messages.stages import StageFinished, StageOutputsStored
-from triptych.roles.messages.worker import CancelAttempt, LoadInputs, SaveArtifact, StoreOutputs
+from triptych.roles.messages.worker import CancelAttempt, LoadInputs, SaveArtifact, StoreCheckpoint, StoreOutputs
 from triptych.roles.pool.client import FAULTS, LeaseGoneError, PoolClient, PoolMapping, pool_full_reason
 from triptych.roles.worker import devices
-from triptych.roles.worker.attempts import ActiveAttempt, NextStep
+from triptych.roles.worker.attempts import ActiveAttempt, NextStep, Snapshot
 from triptych.roles.worker.process_context import ProcessContext
 
+MAX_CHECKPOINT_MANIFEST: Final = 128 * 1024
+"""Bytes; the head sends it in one message with the manifest of the encoder's output."""
 FULL_PAUSE_S: Final = 0.1
 """Longest pause before a full pool is asked again: well within the time for which it keeps a place in its queue."""
 
@@ -70,6 +73,8 @@ class TransferActor(Actor):
         """Leases that are asked for while the outputs are computed."""
         self._usual_nbytes = 0
         """Size of the last outputs: the next ones mostly have the same."""
+        self._checkpoints: dict[Attempt, asyncio.Task[None]] = {}
+        """The checkpoint of each attempt that is put into a block at present."""
         self._waiting_for_disk: dict[Attempt, str] = {}
         """Attempts that wait for space on the disk, and the problem of each."""
         self._stream: DeviceStream | None = None
@@ -127,6 +132,12 @@ class TransferActor(Actor):
         """Write the attempt's image or video to the artifact store."""
         self._begin("save", message.attempt, lambda stop: self._save(message, stop))
 
+    async def store_checkpoint(self, message: StoreCheckpoint) -> None:
+        """Put what a denoise has made so far into a block, after the one before; the denoise goes on meanwhile."""
+        attempt, before = message.attempt, self._checkpoints.get(message.attempt)
+        task = self.spawn(self._store_checkpoint(message, before), name=f"checkpoint {attempt}")
+        self._checkpoints[attempt] = task
+
     async def cancel_attempt(self, message: CancelAttempt) -> None:
         """End what is being done for an attempt where it can be ended; one that is not here is on its way on."""
         if stop := self._stops.get(message.attempt):
@@ -164,6 +175,62 @@ class TransferActor(Actor):
             # Where this task was cancelled, its thread may still be writing.
             self._stops.pop(attempt).set()
         self.context.pass_on(self, answer)
+
+    async def _store_checkpoint(self, message: StoreCheckpoint, before: asyncio.Task[None] | None) -> None:
+        """Store a checkpoint, or leave it out; the last one of an attempt ends the attempt."""
+        attempt = message.attempt
+        if before is not None:
+            await asyncio.wait({before})
+        # Without a checkpoint that is on its way, the attempt may have ended.
+        item = self.context.attempts.active.get(attempt)
+        snapshot = item.snapshot if item is not None else None
+        if item is not None and snapshot is not None:
+            await self._try_checkpoint(attempt, snapshot)
+            if item.snapshot is snapshot:
+                item.snapshot = None
+        if self._checkpoints.get(attempt) is asyncio.current_task():
+            del self._checkpoints[attempt]
+        if message.returns:
+            self.context.pass_on(self, self.context.attempts.handed_over(attempt))
+
+    async def _try_checkpoint(self, attempt: Attempt, snapshot: Snapshot) -> None:
+        """Store a checkpoint and report it; whatever is in the way, nothing waits for it."""
+        facts = {"attempt": str(attempt), "step": snapshot.step}
+        try:
+            with self.context.timeline.measure("transfer", "checkpoint", attempt) as measured:
+                stored = await self._checkpoint(attempt, snapshot)
+                measured.nbytes = stored.nbytes
+        except (TransferFailedError, CodecError, BusError, LeaseGoneError, ArenaError) as error:
+            self.log.info("checkpoint left out", reason=str(error), **facts)
+        except RuntimeError as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            self.log.warning("checkpoint left out", exc_info=error, **facts)
+            devices.clear_frames(error)
+        else:
+            follows = self.context.attempts.checkpointed(attempt, snapshot.step, stored)
+            if isinstance(follows, ReleaseBlocks):
+                self._client.release(stored.lease)
+            else:
+                self.context.reporter.add(follows)
+
+    async def _checkpoint(self, attempt: Attempt, snapshot: Snapshot) -> StoredPayload:
+        """Put a snapshot into a block that is free now; nothing waits for it."""
+        packed, _ = await self._device.pack(snapshot.values, None, snapshot.ready)
+        if len(packed.manifest) > MAX_CHECKPOINT_MANIFEST:
+            raise TransferFailedError(f"its manifest takes {len(packed.manifest)} bytes")
+        lease = await self._client.lease_checkpoint(attempt, packed.nbytes)
+        if not isinstance(lease, LeaseRef):
+            raise TransferFailedError(pool_full_reason(self._client.pool, lease))
+        try:
+            block = await self._mapped.block(lease, packed.nbytes)
+            checksum = await self._device.store(packed, block, snapshot.ready)
+        except BaseException:
+            self._client.release(lease)
+            raise
+        self._client.seal(lease, checksum, packed.nbytes)
+        await self._client.all_sealed()
+        return StoredPayload(lease, packed.manifest, checksum, packed.nbytes)
 
     async def _store_outputs(self, message: StoreOutputs, stop: asyncio.Event) -> StageOutputsStored:
         attempt, item = message.attempt, self.context.attempts.active[message.attempt]
@@ -263,7 +330,21 @@ class TransferActor(Actor):
                 self._client.release(message.target)
         item = self.context.attempts.active[message.attempt]
         item.values, item.ready = loaded.values, loaded.event
+        if message.checkpoint is not None and not stop.is_set():
+            await self._load_checkpoint(item, message.checkpoint)
         return self.context.attempts.loaded(message.attempt)
+
+    async def _load_checkpoint(self, item: ActiveAttempt, checkpoint: StoredPayload) -> None:
+        """Load what an earlier attempt has made; if it is gone or damaged, the denoise begins at the beginning."""
+        try:
+            block = await self._mapped.block(checkpoint.lease, checkpoint.nbytes)
+            loaded = await self._device.load(checkpoint.manifest, block, checkpoint.checksum)
+            if not loaded.event.passed:
+                await self._device.run(loaded.event.synchronize)
+        except (ChecksumMismatchError, CodecError, BusError, LeaseGoneError, ArenaError) as error:
+            self.log.warning("checkpoint not loaded", attempt=str(item.attempt), reason=str(error))
+        else:
+            item.resume, item.ready = loaded.values, loaded.event
 
     async def _fetch(self, message: LoadInputs, retry: _Retry) -> LoadedPayload:
         lease = await self._pull(message, retry)

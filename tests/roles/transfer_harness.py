@@ -11,7 +11,14 @@ from triptych.actors.runtime.system_messages import Inspect, Inspection
 from triptych.roles.messages.common import Attempt, LeaseRef, Output, StoredPayload
 from triptych.roles.messages.pool import BlockLeased, BlocksReleased, LeaseBlock, LeaseQuery, LeaseReport, ReleaseBlocks
 from triptych.roles.messages.stages import StageFailed, StageOutputsStored, TransferFailed
-from triptych.roles.messages.worker import CancelAttempt, LoadInputs, RunStage, SaveArtifact, StoreOutputs
+from triptych.roles.messages.worker import (
+    CancelAttempt,
+    LoadInputs,
+    RunStage,
+    SaveArtifact,
+    StoreCheckpoint,
+    StoreOutputs,
+)
 from triptych.roles.worker.attempts import STAGES_OF_ROLE, ActiveAttempt, EndReport, Phase
 from triptych.roles.worker.process_context import ProcessContext
 from triptych.roles.worker.transfer import TransferActor
@@ -55,7 +62,7 @@ class FakeInstance(Actor):
         item = self.context.attempts.active.get(message.attempt)
         if item and isinstance(message, CancelAttempt):
             item.cancelled = True
-        elif item:
+        elif item and not isinstance(message, StoreCheckpoint):
             item.phase = PHASES[type(message)]
         self.reference(f"{self.name}.transfer").tell(message)
 

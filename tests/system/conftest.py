@@ -71,6 +71,7 @@ SHARED: dict[str, dict[str, Any]] = {
         "family": "flux-any-steps",
         "roles": {"encoder": 1, "denoiser": 2, "decoder": 1},
         "supervision": {"intensity": 100, "heartbeat_timeout_s": 5},
+        "role_keys": {"denoiser": {"checkpoint_s": 0.1}},
     },
 }
 """The topologies of shared clusters."""
@@ -201,12 +202,15 @@ def write_topology(folder: Path, model: Path, roles: dict[str, int], sections: d
         "state": {"path": str(folder / "state")},
         "transfer": {"pool_size": "16MiB"},
     }
+    sections = dict(sections)
+    role_keys = sections.pop("role_keys", {})
     lines = []
     for name, keys in {name: own.get(name, {}) | sections.get(name, {}) for name in own | sections}.items():
         lines.append(f"[{name}]")
         lines += [f"{key} = {_toml(value)}" for key, value in keys.items()]
     for kind, count in roles.items():
         lines += ["[[roles]]", f'kind = "{kind}"', f"count = {count}"]
+        lines += [f"{key} = {_toml(value)}" for key, value in role_keys.get(kind, {}).items()]
     path = folder / "topology.toml"
     path.write_text("\n".join(lines) + "\n")
     return path

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.system.conftest import BOUND_S, back
@@ -53,6 +54,39 @@ def test_requests_under_way_survive_the_death_of_every_kind_of_process(on_cluste
             assert len(set(expected)) == 3
 
     on_cluster(scenario)
+
+
+def test_a_killed_denoiser_loses_only_the_steps_after_its_last_checkpoint(on_cluster: Callable[..., Any]) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        asked = {"prompt": "a red circle", "seed": 5, "num_inference_steps": 1500}
+        async with httpx.AsyncClient(base_url=cluster.url, timeout=BOUND_S) as http:
+            expected = (await http.post("/v1/images/generations", json=asked)).json()
+            answer = asyncio.create_task(http.post("/v1/images/generations", json=asked))
+            seen = await checkpointed(http)
+            children = await cluster.children()
+            victim = seen["instances"]["denoiser"]
+            os.kill(children[victim].pid, signal.SIGKILL)
+            got = (await answer).json()
+            assert got["data"] == expected["data"]
+            (unit,) = (await http.get(f"/v1/requests/{got['id']}")).json()["units"]
+            assert unit["attempts"] == 2
+            assert unit["resumed_from"] >= seen["checkpoint_step"]
+            assert 0 <= unit["steps_redone"] < 1500 - unit["resumed_from"]
+            assert unit["instances"]["denoiser"] != victim
+            await back(cluster, victim, after_generation=children[victim].generation)
+
+    on_cluster(scenario)
+
+
+async def checkpointed(http: httpx.AsyncClient) -> dict[str, Any]:
+    """The one job under way, once a checkpoint of it is stored."""
+    async with asyncio.timeout(BOUND_S):
+        while True:
+            for instance in (await http.get("/v1/cluster")).json()["head"]["instances"]:
+                for job in instance["running"]:
+                    (unit,) = (await http.get(f"/v1/requests/{job.partition('/')[0]}")).json()["units"]
+                    if unit["checkpoint_step"]:
+                        return dict(unit)
 
 
 async def some_work_under_way(cluster: Cluster) -> None:

@@ -19,6 +19,7 @@ from triptych.roles.head.registry import ExitCause
 from triptych.roles.head.scheduler import JobScheduler
 from triptych.roles.messages.common import Artifact, Attempt, LeaseRef
 from triptych.roles.messages.stages import (
+    CheckpointStored,
     PreviewStored,
     StageFailed,
     StageFinished,
@@ -133,6 +134,19 @@ class Traffic(RuleBasedStateMachine):
             self._store_outputs(name, kind, attempt, issued)
         self._carry_out()
 
+    @precondition(lambda self: any(held for name, held in self.assigned.items() if name.startswith("denoiser")))
+    @rule(data=st.data(), step=st.integers(1, 3))
+    def save(self, data: st.DataObject, step: int) -> None:
+        names = [name for name, held in self.assigned.items() if held and name.startswith("denoiser")]
+        name = data.draw(st.sampled_from(sorted(names)))
+        attempt = data.draw(st.sampled_from(sorted(self.assigned[name], key=str)))
+        self.leases += 1
+        block = a_block(self.leases, self.pool_generation)
+        self.held.add(block.lease)
+        self.scheduler.started(attempt, name, Stage.DENOISER, self.now)
+        self.scheduler.checkpoint_stored(name, CheckpointStored(attempt, step, block))
+        self._carry_out()
+
     def _store_outputs(self, name: str, kind: str, attempt: Attempt, issued: int) -> None:
         self.leases += 1
         block = a_block(self.leases, self.pool_generation)
@@ -179,6 +193,11 @@ class Traffic(RuleBasedStateMachine):
         self.scheduler.evict("pool", blocks * PAGE)
         self._carry_out()
 
+    @rule(blocks=st.integers(1, 3))
+    def want_the_room_of_checkpoints(self, blocks: int) -> None:
+        self.scheduler.evict_checkpoints("pool", blocks * PAGE)
+        self._carry_out()
+
     def _prompt(self, job: Job) -> str:
         return str(self.scheduler.requests[job.request_id].inputs["prompt"])
 
@@ -190,7 +209,7 @@ class Traffic(RuleBasedStateMachine):
     @invariant()
     def no_block_is_lost(self) -> None:
         stored_outputs = self.scheduler.stored_outputs
-        needed = {job.lease for job in self.scheduler.jobs.values() if job.lease}
+        needed = {lease for job in self.scheduler.jobs.values() for lease in job.leases}
         needed |= set(stored_outputs.cache.leases)
         assert needed == stored_outputs.leases
         assert self.held == needed | self.scheduler.previews.leases

@@ -164,6 +164,38 @@ def test_a_full_pool_says_whether_it_will_ever_do(run: Any, make_topology: Any, 
     run(body())
 
 
+def test_checkpoints_wait_for_nothing_and_nothing_waits_for_them(
+    run: Any, make_topology: Any, local_cluster: Any
+) -> None:
+    async def body() -> None:
+        async with local_cluster(make_topology()) as h:
+            await h.component("pool", build)
+            await h.start(client := Client())
+            await h.start(head := FakeHead())
+
+            async def full(**changes: Any) -> PoolFull:
+                fields = {"owner": "denoiser-0", "owner_generation": 1, "nbytes": half, **changes}
+                return await client.reference("pool").ask(LeaseBlock(**fields), PoolFull, timeout_s=5)
+
+            half = CAPACITY // 2
+            output = await client.lease(owner="denoiser-0", nbytes=half)
+            await full(attempt=W, checkpoint=True)
+            assert head.told.empty()
+            await client.release(output)
+            # Its place was not kept: another gets the room.
+            saved = await client.lease(owner="denoiser-0", nbytes=half, attempt=Attempt("r/1", 1), checkpoint=True)
+            await client.seal(saved)
+            encoder = await client.lease(nbytes=half, attempt=Attempt("r/2", 1))
+            await full(attempt=W)
+            assert await asyncio.wait_for(head.told.get(), 10) == MemoryPressure("pool", half, checkpoints=True)
+            await client.release(saved)
+            # The output of the same attempt is another block, and comes before any checkpoint.
+            await full(attempt=Attempt("r/1", 1), nbytes=BLOCK, checkpoint=True)
+            assert await client.lease(owner="denoiser-0", nbytes=half) != encoder
+
+    run(body())
+
+
 def test_what_is_refused_changes_nothing(run: Any, make_topology: Any, local_cluster: Any) -> None:
     async def body() -> None:
         async with local_cluster(make_topology()) as h:

@@ -21,7 +21,14 @@ from triptych.engines.steps.denoising import Denoising
 from triptych.engines.weights.placement import OutOfDeviceMemoryError
 from triptych.roles.messages.common import Attempt, Images, Output, Rebind, SchedulingHints, Upload
 from triptych.roles.messages.stages import Acknowledged, StageCancelled, StageFailed, StageProgress, StageStarted
-from triptych.roles.messages.worker import CancelAttempt, DeviceLost, RunStage, SaveArtifact, StoreOutputs
+from triptych.roles.messages.worker import (
+    CancelAttempt,
+    DeviceLost,
+    RunStage,
+    SaveArtifact,
+    StoreCheckpoint,
+    StoreOutputs,
+)
 from triptych.roles.worker.attempts import ActiveAttempt, EndReport, Phase
 from triptych.roles.worker.process_context import ProcessContext
 from triptych.roles.worker.stream_worker import StreamWorker
@@ -47,7 +54,7 @@ class FakeTransfer(Actor):
         super().__init__(name)
         self.inbox = inbox
 
-    async def take(self, message: StoreOutputs | SaveArtifact) -> None:
+    async def take(self, message: StoreOutputs | SaveArtifact | StoreCheckpoint) -> None:
         await self.inbox.put(message)
 
 
@@ -201,6 +208,52 @@ def test_a_denoise_is_stopped_between_two_steps(on_worker: Any) -> None:
         assert (await fake_instance.inbox.next(COMPUTED)).attempt == attempt(2)
 
     on_worker(body)
+
+
+def test_a_denoise_is_saved_while_it_runs_and_goes_on_from_there(on_worker: Any) -> None:
+    async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
+        for number in (1, 2, 3):
+            await encoded(fake_instance, worker, number, num_inference_steps=6)
+        active = worker.context.attempts.active
+        expected = await denoised(fake_instance, 1)
+        assert (await fake_instance.inbox.next(StoreCheckpoint)).attempt == attempt(1)
+        snapshot = active[attempt(1)].snapshot
+        assert snapshot is not None
+        # The next one waits until this one is stored.
+        assert (snapshot.step, snapshot.values["step"]) == (1, 1)
+        assert len(fake_instance.inbox.of(StoreCheckpoint)) == 1
+        active[attempt(2)].resume = snapshot.values
+        await told(fake_instance, 6)
+        assert torch.equal(await denoised(fake_instance, 2), expected)
+        assert active[attempt(2)].resumed_from == 1
+        assert await told(fake_instance, 5) == [(2, step) for step in range(2, 7)]
+        # A snapshot of another run is not used.
+        active[attempt(3)].resume = {**snapshot.values, "total_steps": 7}
+        assert torch.equal(await denoised(fake_instance, 3), expected)
+        assert (await told(fake_instance, 7))[-1] == (3, 6)
+
+    on_worker(body, checkpoint_s=1e-9)
+
+
+def test_a_denoise_that_another_instance_is_to_take_is_saved_before_it_ends(on_worker: Any) -> None:
+    async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
+        for number in (1, 2):
+            await encoded(fake_instance, worker, number, num_inference_steps=50)
+        fake_instance.run(1, Stage.DENOISER)
+        await fake_instance.inbox.next(StageProgress)
+        item = worker.context.attempts.active[attempt(1)]
+        item.returned = True
+        fake_instance.stop(1)
+        assert await fake_instance.inbox.next(StoreCheckpoint) == StoreCheckpoint(attempt(1), returns=True)
+        assert item.phase is Phase.STORING
+        assert item.snapshot is not None
+        assert 0 < item.snapshot.step < 50
+        worker.context.attempts.active[attempt(2)].resume = item.snapshot.values
+        resumed = await denoised(fake_instance, 2)
+        await encoded(fake_instance, worker, 3, num_inference_steps=50)
+        assert torch.equal(resumed, await denoised(fake_instance, 3))
+
+    on_worker(body, checkpoint_s=1e9)
 
 
 @pytest.fixture

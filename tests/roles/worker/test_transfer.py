@@ -24,13 +24,28 @@ from triptych.engines.memory.streams import StreamEvent
 from triptych.engines.parameters.schema import Signature
 from triptych.roles.messages.common import Attempt, LeaseRef, Output, StoredPayload
 from triptych.roles.messages.pool import LeaseBlock, ReleaseBlocks, SealBlock
-from triptych.roles.messages.stages import StageFailed, StageFinished, StageOutputsStored
-from triptych.roles.messages.worker import CancelAttempt, LoadInputs, RunStage, SaveArtifact, StoreOutputs
+from triptych.roles.messages.stages import (
+    CheckpointStored,
+    StageCancelled,
+    StageFailed,
+    StageFinished,
+    StageOutputsStored,
+    StageReturned,
+)
+from triptych.roles.messages.worker import (
+    CancelAttempt,
+    LoadInputs,
+    RunStage,
+    SaveArtifact,
+    StoreCheckpoint,
+    StoreOutputs,
+)
 from triptych.roles.pool import client
 from triptych.roles.pool import pool as pool_module
 from triptych.roles.pool.client import FAULTS
 from triptych.roles.pool.pool import build
 from triptych.roles.worker import transfer as transfer_module
+from triptych.roles.worker.attempts import Phase, Snapshot
 
 
 def same(one: dict[str, object], other: dict[str, object]) -> bool:
@@ -113,6 +128,68 @@ def test_what_was_stored_is_reported_before_it_is_sealed_and_sealed_before_the_p
         stored = (await encoder.fake_instance.inbox.next(StageOutputsStored)).stored
         await encoder.fake_instance.release(stored.lease)  # which nobody needs any more
         await encoder.transfer.stopping()
+
+
+def test_a_checkpoint_is_stored_beside_the_run_and_loaded_with_the_inputs(run_transfers: Any) -> None:
+    async def body(h: Any, open_transfer: Any) -> None:
+        encoder, denoiser = await open_transfer("encoder-0"), await open_transfer("denoiser-0")
+        encoder.begin()
+        source = await encoder.store_outputs()
+        denoiser.begin()
+        item = denoiser.context.attempts.active[W]
+        saved = {"step": 3, "run": {"latents": torch.rand(64, 64)}}
+        item.snapshot = Snapshot(3, saved, StreamEvent())
+        denoiser.fake_instance.tell(StoreCheckpoint(W))
+        while not (reports := denoiser.context.reporter.pending):
+            await denoiser.fake_instance.leases("pool")
+        (report,) = reports
+        assert isinstance(report, CheckpointStored)
+        assert (report.attempt, report.step, item.snapshot) == (W, 3, None)
+        views = {view.lease: view.state for view in (await denoiser.fake_instance.leases("pool")).leases}
+        assert views[report.stored.lease] == "sealed"
+
+        async def loaded(checkpoint: StoredPayload) -> dict[str, Any] | None:
+            denoiser.begin(W, nothing=True)
+            denoiser.fake_instance.tell(LoadInputs(W, source, None, FAR, checkpoint))
+            await denoiser.fake_instance.inbox.next(RunStage)
+            assert same(denoiser.values(), VALUES)
+            return denoiser.context.attempts.active[W].resume
+
+        resume = await loaded(report.stored)
+        assert resume is not None
+        assert torch.equal(resume["run"]["latents"], saved["run"]["latents"])  # type: ignore[index]
+        # Its block is another's by now, or its pool has ended: the denoise begins at the beginning.
+        assert await loaded(msgspec.structs.replace(report.stored, checksum=1)) is None
+        gone = msgspec.structs.replace(report.stored.lease, pool_generation=0)
+        assert await loaded(msgspec.structs.replace(report.stored, lease=gone)) is None
+
+    run_transfers(body)
+
+
+def test_a_checkpoint_is_left_out_or_released_when_it_is_of_no_use(run_transfers: Any) -> None:
+    async def body(h: Any, open_transfer: Any) -> None:
+        denoiser = await open_transfer("denoiser-0")
+
+        async def store(values: dict[str, object], **changes: Any) -> None:
+            denoiser.begin()
+            item = denoiser.context.attempts.active[W]
+            item.phase, item.returned = Phase.STORING, changes.pop("returned", True)
+            item.cancelled, item.snapshot = True, Snapshot(3, values, StreamEvent())
+            denoiser.fake_instance.tell(StoreCheckpoint(W, returns=True))
+
+        # One that another instance goes on with is reported before its end.
+        await store({"latents": torch.rand(8)})
+        assert await denoiser.fake_instance.inbox.next(StageReturned) == StageReturned(W, 0)
+        (report,) = denoiser.context.reporter.pending
+        assert isinstance(report, CheckpointStored)
+        await denoiser.fake_instance.release(report.stored.lease)
+        for values in ({"latents": torch.rand(1 << 22)}, {"latents": object()}, {f"{k:0100}": 0 for k in range(2000)}):
+            await store(values)  # type: ignore[arg-type]
+            await denoiser.fake_instance.inbox.next(StageReturned)
+        await store({"latents": torch.rand(8)}, returned=False)
+        await denoiser.fake_instance.inbox.next(StageCancelled)
+        await denoiser.fake_instance.until("pool", 0)
+        assert len(denoiser.context.reporter.pending) == 1
 
     run_transfers(body)
 
