@@ -89,6 +89,8 @@ class StepExecutor:
         for call in calls:
             run = call.run
             alone = run.bucket == 1 or run.step_cache is not None or run.edits_modules
+            if run.edits_modules and run.bucket > 1:
+                self._prober.note_alone(call, "the run has changed the attention processors")
             try:
                 waiting = None if alone else WaitingCall(call, arguments_of_call(call))
             except UnbatchableError as error:
