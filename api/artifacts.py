@@ -50,7 +50,12 @@ async def _find_request(request: ApiRequest, artifact: str) -> RequestView | Non
 
 async def _was_made(request: ApiRequest, artifact: str) -> bool:
     view = await _find_request(request, artifact)
-    return view is not None and any(job.artifact is not None and job.artifact.name == artifact for job in view.units)
+    return view is not None and any(
+        made.name == artifact
+        for job in view.units
+        for made in (job.artifact, *(preview.artifact for preview in job.previews))
+        if made is not None
+    )
 
 
 def artifact_expired(name: str) -> ApiError:

@@ -21,7 +21,7 @@ from triptych.api.services import ApiRequest
 from triptych.api.uploads import MAX_FILES, MAX_FRAMES, ImageSize, Source, UploadService
 from triptych.engines.parameters.schema import IMAGE_KINDS, KIND_DESCRIPTIONS, KNOWN_KINDS, ParameterKind, Task
 from triptych.engines.parameters.validation import MAX_TEXT
-from triptych.roles.messages.common import MAX_SEED, Json, Numbers, Options, Priority, Scalar
+from triptych.roles.messages.common import MAX_PARTIAL_IMAGES, MAX_SEED, Json, Numbers, Options, Priority, Scalar
 from triptych.roles.messages.common import Input as PipelineInput
 from triptych.roles.messages.requests import RequestRejected
 
@@ -63,7 +63,6 @@ NO_EFFECT_FIELDS: Final = {
     "background": NoEffectField(("auto", "opaque"), "images have no transparent background"),
     "input_fidelity": NoEffectField(("low",), "strength says how much of an image is kept, where a model has it"),
     "moderation": NoEffectField(("auto", "low"), "nothing is moderated here"),
-    "partial_images": NoEffectField(("0",), _STREAM),
     "quality": NoEffectField(("auto", "standard"), "num_inference_steps says how much work is put into an image"),
     "stream": NoEffectField(("false", "0"), _STREAM),
     "style": NoEffectField(("natural", "vivid"), "the prompt says in which style"),
@@ -94,6 +93,8 @@ class MediaRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A higher one goes first; by default 0. A key of the API may set no higher one than its own limit."""
     deadline_s: DeadlineSeconds | None = None
     """Seconds in which the result is wanted; `[head] policy = "deadline"` goes by it. Nothing ends because of it."""
+    partial_images: Annotated[int, Meta(ge=0, le=MAX_PARTIAL_IMAGES)] | None = None
+    """Most previews of each image while it is made; `GET /v1/requests/{id}` lists them."""
 
 
 class FieldNames:

@@ -176,8 +176,10 @@ def _request() -> dict[str, Any]:
     fields = made["properties"]
     del fields["request_id"]
     fields["inputs"] = {"type": "object", "description": "As they are run; files by name and size."}
-    artifact = next(one for one in fields["units"]["items"]["properties"]["artifact"]["anyOf"] if "properties" in one)
-    artifact["properties"]["url"] = _TEXT
+    unit = fields["units"]["items"]["properties"]
+    artifact = next(one for one in unit["artifact"]["anyOf"] if "properties" in one)
+    for made in (artifact, unit["previews"]["items"]["properties"]["artifact"]):
+        made["properties"]["url"] = _TEXT
     fields = {"id": _TEXT, "object": {"const": "request"}, **fields}
     return {"type": "object", "properties": fields, "required": list(fields)}
 

@@ -71,6 +71,8 @@ def request_object(request: ApiRequest, view: RequestView) -> dict[str, object]:
         row = to_builtins(job)
         if job.artifact is not None:
             row["artifact"]["url"] = artifact_url(request, job.artifact.name)
+        for preview in row["previews"]:
+            preview["artifact"]["url"] = artifact_url(request, preview["artifact"]["name"])
         units.append(row)
     return {"id": view.request_id, "object": "request", **fields, "units": units}
 
@@ -117,6 +119,7 @@ async def submit(request: ApiRequest, parsed: ParsedRequest[MediaRequest], *, n:
         model=parsed.fields.model or "",
         priority=priority,
         deadline_s=parsed.fields.deadline_s or 0.0,
+        partial_images=parsed.fields.partial_images or 0,
     )
     try:
         answer = await head.submit(message)

@@ -19,7 +19,10 @@ API_AWAY_TIMEOUT_S: Final = 30.0
 
 
 def wait_until_finished(
-    http: httpx.Client, request: dict[str, Any], pause: Callable[[float], None] = time.sleep
+    http: httpx.Client,
+    request: dict[str, Any],
+    pause: Callable[[float], None] = time.sleep,
+    look: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Wait until a request ends, and show how far it is.
 
@@ -27,6 +30,7 @@ def wait_until_finished(
         http: A client with the base URL of the API.
         request: As `GET /v1/requests/{id}` answers.
         pause: Called with the seconds to sleep.
+        look: Called with the request each time that it was asked for.
 
     Returns:
         The request as it ended.
@@ -41,6 +45,7 @@ def wait_until_finished(
         while not request["terminal"]:
             pause(POLL_EVERY_S)
             request = _fetch(http, request["id"], pause)
+            look(request)
             unit = request["units"][0]
             # A unit counts its steps only while it denoises: afterwards, all of them are done.
             steps = max(unit["step"], progress.tasks[bar].completed)

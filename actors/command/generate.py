@@ -13,7 +13,7 @@ import httpx
 import typer
 from rich.markup import escape
 
-from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, EXIT_FAILED, EXIT_INTERRUPTED, fail, stdout
+from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, EXIT_FAILED, EXIT_INTERRUPTED, fail, stderr, stdout
 from triptych.actors.command._progress import wait_until_finished
 from triptych.actors.errors import TopologyError
 from triptych.actors.topology import load_topology
@@ -31,7 +31,7 @@ from triptych.api.client import (
 )
 from triptych.api.keys import ApiKeysError, read_client_key
 from triptych.roles.media.formats import FORMAT_OF_ENDING
-from triptych.roles.messages.common import MAX_PRIORITY
+from triptych.roles.messages.common import MAX_PARTIAL_IMAGES, MAX_PRIORITY
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 URL_VARIABLE: Final = "TRIPTYCH_URL"
@@ -120,6 +120,9 @@ def generate(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Another parameter of the model.", show_default=False),
     ] = None,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Save partial images as they come, as NAME.step-STEP.png.")
+    ] = False,
     topology: Annotated[
         Path | None,
         typer.Option(
@@ -150,6 +153,7 @@ def generate(
     begun = time.monotonic()
     options = {"negative_prompt": negative, "guidance_scale": guidance, "mask": mask, "last_image": last_image}
     options |= {"priority": priority, "deadline_s": deadline} | ({"model": model} if model else {})
+    options |= {"partial_images": MAX_PARTIAL_IMAGES} if preview else {}
     seeds = read_seeds(seed)
     by_option = {
         "prompt": prompt,
@@ -165,7 +169,7 @@ def generate(
         fail(f"{error.filename} cannot be read: {error.strerror}.", EXIT_FAILED)
     try:
         target = load_topology(topology).url if topology and not url else base_url(url)
-        request, files = _make(target, api_key(key_file), body)
+        request, files = _make(target, api_key(key_file), body, out)
         written = [result.save(path) for result, path in zip(files, output_paths(request, out), strict=True)]
     except TopologyError as error:
         fail(str(error), EXIT_BAD_TOPOLOGY)
@@ -258,14 +262,44 @@ def _parse_setting(pair: str) -> tuple[str, object]:
         return name, text
 
 
-def _make(url: str, key: str, body: dict[str, object]) -> tuple[dict[str, Any], list[GeneratedImage]]:
+def preview_path(preview: Mapping[str, Any], out: Path | None, index: int, count: int) -> Path:
+    """Return the file of a preview of one of `count` images: that of the image, with the step in its name. Pure."""
+    (path,) = output_paths({"units": [preview]}, out)
+    stem = path.stem if count == 1 else f"{path.stem}-{index}"
+    return path.with_name(f"{stem}.step-{preview['step']}{path.suffix}")
+
+
+class PreviewSaver:
+    """Writes the previews of a request that it has not written yet."""
+
+    def __init__(self, http: httpx.Client, out: Path | None) -> None:
+        self._http = http
+        self._out = out
+        self._known: set[str] = set()
+
+    def save_new(self, request: Mapping[str, Any]) -> None:
+        """Write new previews; raises OSError and httpx.HTTPError. One that is not kept any more is left out."""
+        for unit in request["units"]:
+            for preview in unit.get("previews", ()):
+                name = preview["artifact"]["name"]
+                if name in self._known:
+                    continue
+                self._known.add(name)
+                file = self._http.get(f"/v1/images/{name}")
+                if file.is_success:
+                    path = preview_path(preview, self._out, unit["index"], len(request["units"]))
+                    path.write_bytes(file.content)
+                    stderr().print(f"[dim]preview[/] {escape(str(path))} (step {preview['step']})")
+
+
+def _make(url: str, key: str, body: dict[str, object], out: Path | None) -> tuple[dict[str, Any], list[GeneratedImage]]:
     """Send the request and wait; return it as it ended, and the file of each of its images."""
     with httpx.Client(base_url=url, timeout=timeout(GENERATE_TIMEOUT_S), headers=authorization(key)) as http:
         try:
             answer = http.post("/v1/images/generations", json=body, headers={"Prefer": "respond-async"})
             request = read_json(answer)
             try:
-                request = wait_until_finished(http, request)
+                request = wait_until_finished(http, request, look=PreviewSaver(http, out).save_new)
             except KeyboardInterrupt:
                 http.delete(f"/v1/requests/{request['id']}")
                 raise

@@ -321,21 +321,20 @@ class JobScheduler:
         self._drop_previews(lambda p: p.payload.lease.pool == pool and p.payload.lease.pool_generation < older_than)
 
     def evict(self, pool: str, nbytes: int) -> int:
-        """Release previews and cached outputs in a pool that has no free block; return the bytes released."""
-        dropped = self._drop_previews(lambda p: not p.instance and p.payload.lease.pool == pool)
-        left = nbytes - sum(block_bytes(lease.nbytes) for lease in dropped)
-        leases = self.stored_outputs.evict(pool, left) if left > 0 else ()
+        """Release cached outputs in a pool that has no free block; return the bytes released."""
+        leases = self.stored_outputs.evict(pool, nbytes)
         self._give_back(leases)
-        leases += dropped
         return sum(block_bytes(lease.nbytes) for lease in leases)
 
     def evict_checkpoints(self, pool: str, nbytes: int) -> int:
-        """Release checkpoints in a pool that has no free block; return the bytes released."""
+        """Release previews that wait, and checkpoints, in a pool that has no free block; return the bytes released."""
+        dropped = self._drop_previews(lambda p: not p.instance and p.payload.lease.pool == pool)
+        freed = sum(block_bytes(lease.nbytes) for lease in dropped)
         before = [job for job in self.jobs.values() if job.checkpoint]
-        leases = self.stored_outputs.evict_checkpoints(pool, nbytes)
+        leases = self.stored_outputs.evict_checkpoints(pool, nbytes - freed)
         self.dirty.update(job.id for job in before if not job.checkpoint)
         self._give_back(leases)
-        return sum(block_bytes(lease.nbytes) for lease in leases)
+        return freed + sum(block_bytes(lease.nbytes) for lease in leases)
 
     def requeue_stored(self, pool: str, now: float) -> None:
         """Restart jobs whose tensors fill a pool while all instances of the model are asleep.

@@ -51,6 +51,13 @@ class StoreCheckpoint(Message):
     """Whether the attempt ends with this: it has been stopped so that another instance takes it."""
 
 
+class StorePreview(Message):
+    """To the transfer actor: put `AttemptTracker.previews[preview]` into a block if there is one now."""
+
+    preview: Attempt
+    """Of `roles.previews.preview_attempt`."""
+
+
 class SaveArtifact(Message):
     """To the transfer actor: write the attempt's image or video to the artifact store."""
 

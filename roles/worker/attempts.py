@@ -151,6 +151,8 @@ class ActiveAttempt:
     step: int = 0
     total_steps: int = 0
     hints: SchedulingHints = field(default_factory=SchedulingHints)
+    previews: int = 0
+    """Most previews that its denoise stores."""
     due: float = math.inf
     """When the client wants the result, in seconds of this host's monotonic clock; infinite without a deadline."""
 
@@ -162,6 +164,15 @@ class ActiveAttempt:
         if self.phase is not Phase.RUNNING or self.began_at is None or computed <= 0:
             return 0.0
         return (self.stepped_at - self.began_at) / computed * (self.total_steps - self.step)
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewValues:
+    """The payload of a preview, on the device."""
+
+    values: dict[str, object]
+    ready: StreamEvent
+    """Recorded after the work that makes `values`."""
 
 
 class AttemptTracker:
@@ -178,6 +189,8 @@ class AttemptTracker:
         self.active: dict[Attempt, ActiveAttempt] = {}
         self.reservations: dict[Attempt, LeaseRef] = {}
         """Blocks of the instance's pool that are reserved for a push."""
+        self.previews: dict[Attempt, PreviewValues] = {}
+        """Previews that the transfer actor stores, by their own attempts."""
         self._cancelled: dict[Attempt, None] = {}
         self._ended: dict[Attempt, None] = {}
 
@@ -263,7 +276,7 @@ class AttemptTracker:
         item = self._take(message, Phase.LOADING, now)
         if item is None:
             return ()
-        item.rebind = message.rebind
+        item.rebind, item.previews = message.rebind, message.partial_images
         reserved = self.reservations.pop(attempt, None)
         unused = (ReleaseBlocks((reserved,)),) if reserved is not None and reserved != message.target else ()
         return (

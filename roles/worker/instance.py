@@ -189,7 +189,11 @@ class Instance(Actor):
         """Return which of the attempts this instance has; their blocks must be kept."""
         load = self.attempts
         return AttemptsAssigned(
-            tuple(attempt for attempt in message.attempts if attempt in load.active or attempt in load.reservations)
+            tuple(
+                attempt
+                for attempt in message.attempts
+                if attempt in load.active or attempt in load.reservations or attempt in load.previews
+            )
         )
 
     async def cancel(self, message: StageCancel) -> None:

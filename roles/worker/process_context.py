@@ -19,6 +19,7 @@ from triptych.roles.messages.worker import (
     SetWeightsLoaded,
     StoreCheckpoint,
     StoreOutputs,
+    StorePreview,
 )
 from triptych.roles.timeline import Timeline
 from triptych.roles.worker.attempts import ActiveAttempt, AttemptTracker, Phase
@@ -32,6 +33,7 @@ _SUFFIXES: Final[dict[type[Message], str]] = {
     LoadInputs: TRANSFER,
     StoreOutputs: TRANSFER,
     StoreCheckpoint: TRANSFER,
+    StorePreview: TRANSFER,
     SaveArtifact: TRANSFER,
 }
 """Which actor of the process a message is for; every other message is for the instance."""

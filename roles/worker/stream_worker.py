@@ -38,9 +38,11 @@ from triptych.roles.messages.worker import (
     RunStage,
     SetWeightsLoaded,
     StoreCheckpoint,
+    StorePreview,
 )
+from triptych.roles.previews import preview_attempt, preview_steps
 from triptych.roles.worker import devices
-from triptych.roles.worker.attempts import Snapshot
+from triptych.roles.worker.attempts import PreviewValues, Snapshot
 from triptych.roles.worker.inputs import has_files, resolve_inputs
 from triptych.roles.worker.model_loading import load_stages, weights_stats
 from triptych.roles.worker.process_context import ProcessContext
@@ -292,6 +294,7 @@ class StreamWorker(Actor):
         while runs := await self._schedule(stream):
             launched.append(await self._run(runs, stream))
             await self._store_checkpoints(launched[-1], stream)
+            await self._store_previews(launched[-1], stream)
             # Every run that goes on is between two steps here, on the host; the device may still compute the last.
             # One round is launched ahead, so that the device has work while the host waits for the one before.
             ahead = 1 if launched[-1].all_go_on else 0
@@ -435,6 +438,32 @@ class StreamWorker(Actor):
         except Exception as failure:  # noqa: BLE001 - it ends this run alone, and is reported as its failure
             return RunStep(run, more=False, error=failure)
         return RunStep(run, more=True)
+
+    async def _store_previews(self, round_: Round, stream: DeviceStream) -> None:
+        """Have stored, for a decoder, what the denoises of a round are that are to be shown after this step."""
+        for each in round_.steps:
+            item = each.run.item
+            if each.more and not item.cancelled and each.step in preview_steps(each.total_steps or 0, item.previews):
+                try:
+                    await self._store_preview(each.run, stream)
+                except CheckpointError as error:
+                    item.previews = 0
+                    self.log.info("no previews", attempt=str(item.attempt), reason=str(error))
+                except Exception as error:
+                    item.previews = 0
+                    self.log.warning("no previews", attempt=str(item.attempt), exc_info=error)
+                    devices.clear_frames(error)
+
+    async def _store_preview(self, run: StageRun, stream: DeviceStream) -> None:
+        """Pass on what a denoise between two steps is so far; raises whatever the pipeline raises."""
+        if run.denoising is None or self._pipeline is None:
+            return
+        with self.context.timeline.measure("compute", "preview", run.attempt):
+            snapshot = await self._call(stream, run.denoising.snapshot)
+            values = await self._call(stream, self._pipeline.preview, run.item.values, snapshot)
+        preview = preview_attempt(run.attempt, run.denoising.step)
+        self.context.attempts.previews[preview] = PreviewValues(values, stream.record())
+        self._pass_on(StorePreview(preview))
 
     async def _postprocess(self, round_: Round, stream: DeviceStream) -> None:
         """Wait until the device has done a round, tell how far its runs are, and pass on those that have ended."""

@@ -37,11 +37,18 @@ from triptych.roles.media.files import is_disk_full
 from triptych.roles.media.writers import default_format, encode
 from triptych.roles.messages.common import Artifact, Attempt, LeaseRef, StoredPayload
 from triptych.roles.messages.pool import ReleaseBlocks
-from triptych.roles.messages.stages import StageFinished, StageOutputsStored
-from triptych.roles.messages.worker import CancelAttempt, LoadInputs, SaveArtifact, StoreCheckpoint, StoreOutputs
+from triptych.roles.messages.stages import PreviewStored, StageFinished, StageOutputsStored
+from triptych.roles.messages.worker import (
+    CancelAttempt,
+    LoadInputs,
+    SaveArtifact,
+    StoreCheckpoint,
+    StoreOutputs,
+    StorePreview,
+)
 from triptych.roles.pool.client import FAULTS, LeaseGoneError, PoolClient, PoolMapping, pool_full_reason
 from triptych.roles.worker import devices
-from triptych.roles.worker.attempts import ActiveAttempt, NextStep, Snapshot
+from triptych.roles.worker.attempts import ActiveAttempt, NextStep, PreviewValues, Snapshot
 from triptych.roles.worker.process_context import ProcessContext
 
 MAX_CHECKPOINT_MANIFEST: Final = 128 * 1024
@@ -124,6 +131,10 @@ class TransferActor(Actor):
         """Put the attempt's values into a block."""
         self._begin("store", message.attempt, lambda stop: self._store_outputs(message, stop))
 
+    async def store_preview(self, message: StorePreview) -> None:
+        """Put a preview into a block, and tell the head."""
+        self.spawn(self._store_preview(message.preview), name=f"preview {message.preview}")
+
     async def load_inputs(self, message: LoadInputs) -> None:
         """Fetch, verify and load stored tensors."""
         self._begin("load", message.attempt, lambda stop: self._load(message, stop), message.source.nbytes)
@@ -198,7 +209,7 @@ class TransferActor(Actor):
         facts = {"attempt": str(attempt), "step": snapshot.step}
         try:
             with self.context.timeline.measure("transfer", "checkpoint", attempt) as measured:
-                stored = await self._checkpoint(attempt, snapshot)
+                stored = await self._store_if_free(attempt, snapshot)
                 measured.nbytes = stored.nbytes
         except (TransferFailedError, CodecError, BusError, LeaseGoneError, ArenaError) as error:
             self.log.info("checkpoint left out", reason=str(error), **facts)
@@ -214,9 +225,9 @@ class TransferActor(Actor):
             else:
                 self.context.reporter.add(follows)
 
-    async def _checkpoint(self, attempt: Attempt, snapshot: Snapshot) -> StoredPayload:
-        """Put a snapshot into a block that is free now; nothing waits for it."""
-        packed, _ = await self._device.pack(snapshot.values, None, snapshot.ready)
+    async def _store_if_free(self, attempt: Attempt, made: Snapshot | PreviewValues) -> StoredPayload:
+        """Put a checkpoint or a preview into a block that is free now; nothing waits for it."""
+        packed, _ = await self._device.pack(made.values, None, made.ready)
         if len(packed.manifest) > MAX_CHECKPOINT_MANIFEST:
             raise TransferFailedError(f"its manifest takes {len(packed.manifest)} bytes")
         lease = await self._client.lease_checkpoint(attempt, packed.nbytes)
@@ -224,7 +235,7 @@ class TransferActor(Actor):
             raise TransferFailedError(pool_full_reason(self._client.pool, lease))
         try:
             block = await self._mapped.block(lease, packed.nbytes)
-            checksum = await self._device.store(packed, block, snapshot.ready)
+            checksum = await self._device.store(packed, block, made.ready)
         except BaseException:
             self._client.release(lease)
             raise
@@ -289,6 +300,25 @@ class TransferActor(Actor):
             item.block = lease
         elif lease is not None:
             self._client.release(lease)
+
+    async def _store_preview(self, preview: Attempt) -> None:
+        """Store a preview and tell the head, or leave it out."""
+        made = self.context.attempts.previews[preview]
+        try:
+            with self.context.timeline.measure("transfer", "preview", preview) as measured:
+                stored = await self._store_if_free(preview, made)
+                measured.nbytes = stored.nbytes
+        except (TransferFailedError, CodecError, BusError, LeaseGoneError, ArenaError) as error:
+            self.log.info("preview left out", attempt=str(preview), reason=str(error))
+        except RuntimeError as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            self.log.warning("preview left out", attempt=str(preview), exc_info=error)
+            devices.clear_frames(error)
+        else:
+            self.context.reporter.add(PreviewStored(preview, stored))
+        finally:
+            del self.context.attempts.previews[preview]
 
     async def _lease(self, attempt: Attempt, nbytes: int, retry: _Retry) -> LeaseRef:
         while True:

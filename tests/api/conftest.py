@@ -78,6 +78,8 @@ class FakeHead:
         self.store = store
         self.generation = 0
         self.journal: dict[str, StoredRequest] = {}
+        self.previews: tuple[int, ...] = ()
+        """Steps of the partial images of every job."""
         self.seen: list[object] = []
         self.rejection: wire.RequestRejected | None = None
         self.hold = False
@@ -258,6 +260,10 @@ class FakeHead:
             causes=accepted.causes,
             artifact=wire.Artifact(name, f"image/{stored_format(submit)}", 1) if done else None,
             at_fault=accepted.at_fault,
+            previews=tuple(
+                wire.PreviewView(step, wire.Artifact(f"{submit.request_id}_{index}.{step}.png", "image/png", 1))
+                for step in self.previews
+            ),
         )
 
 

@@ -63,6 +63,23 @@ async def test_a_request_tells_its_life(client, fake_head):
     assert "immutable" in image.headers["cache-control"]
 
 
+async def test_partial_images_are_asked_for_listed_and_sent(client, fake_head):
+    fake_head.previews = (12, 25)
+    sent = {"prompt": "x", "partial_images": 2}
+    made = (await client.post(URL, json=sent, headers={"Prefer": "respond-async"})).json()
+    (submit,) = await fake_head.received(wire.SubmitRequest, 1)
+    assert submit.partial_images == 2
+    (unit,) = (await client.get(f"/v1/requests/{made['id']}")).json()["units"]
+    assert [preview["step"] for preview in unit["previews"]] == [12, 25]
+    first = unit["previews"][0]["artifact"]
+    assert (await client.get(first["url"])).json()["error"]["code"] == "artifact_expired"
+    fake_head.store.save(f"{made['id']}/0.12", "png", b"the preview")
+    image = await client.get(first["url"])
+    assert (image.status_code, image.content, image.headers["content-type"]) == (200, b"the preview", "image/png")
+    other = await client.get(first["url"].replace(".12.", ".13."))
+    assert other.status_code == 404, "that one was never made"
+
+
 async def test_delete_removes_what_has_ended(client, fake_head):
     made = (await client.post(URL, json={"prompt": "x"})).json()
     gone = {"id": made["id"], "object": "request.deleted", "deleted": True}

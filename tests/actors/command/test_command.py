@@ -25,7 +25,7 @@ from triptych.actors import load_topology
 from triptych.actors.command import app
 from triptych.actors.command._display import Display, LiveDisplay, line
 from triptych.actors.command._progress import API_AWAY_TIMEOUT_S, wait_until_finished
-from triptych.actors.command.generate import output_paths, parse_settings
+from triptych.actors.command.generate import output_paths, parse_settings, preview_path
 from triptych.actors.command.reload import summarize
 from triptych.actors.command.status import render
 from triptych.actors.runtime.system_messages import ChildReport
@@ -229,6 +229,12 @@ def test_several_images_have_names_of_their_own() -> None:
     assert output_paths({"units": [one]}, None) == [Path("picture.webp")]
     assert output_paths({"units": [one]}, Path("a.png")) == [Path("a.png")]
     assert output_paths({"units": [one, one]}, Path("a.png")) == [Path("a-0.png"), Path("a-1.png")]
+
+
+def test_a_preview_is_called_after_its_image_and_step() -> None:
+    preview = {"step": 12, "artifact": {"content_type": "image/webp", "name": "req_1.12.webp"}}
+    assert preview_path(preview, None, 1, 1) == Path("picture.step-12.webp")
+    assert preview_path(preview, Path("out/a.png"), 1, 2) == Path("out/a-1.step-12.png")
 
 
 def test_a_notebook_shows_an_image_and_not_its_bytes() -> None:

@@ -182,7 +182,7 @@ def test_a_full_pool_gets_the_blocks_of_waiting_previews_first(scheduler: JobSch
     assigned = store_preview(scheduler, job, 1, 11)
     after(scheduler)
     store_preview(scheduler, job, 2, 12)
-    assert scheduler.evict("pool", 1) >= 64
+    assert scheduler.evict_checkpoints("pool", 1) >= 64
     assert ReleaseLeases((a_block(12).lease,)) in after(scheduler)
     assert scheduler.is_current(assigned, "decoder-0")
     scheduler.pool_down("pool", 2, 5.0)

@@ -17,6 +17,7 @@ from triptych.actors import Actor, StartDelayedError, StartError
 from triptych.actors.runtime.system_messages import Inspect, Inspection
 from triptych.engines.memory.streams import DeviceStream
 from triptych.engines.stages import Stage
+from triptych.engines.steps.checkpoint import CheckpointError
 from triptych.engines.steps.denoising import Denoising
 from triptych.engines.weights.placement import OutOfDeviceMemoryError
 from triptych.roles.messages.common import Attempt, Images, Output, Rebind, SchedulingHints, Upload
@@ -28,6 +29,7 @@ from triptych.roles.messages.worker import (
     SaveArtifact,
     StoreCheckpoint,
     StoreOutputs,
+    StorePreview,
 )
 from triptych.roles.worker.attempts import ActiveAttempt, EndReport, Phase
 from triptych.roles.worker.process_context import ProcessContext
@@ -54,7 +56,7 @@ class FakeTransfer(Actor):
         super().__init__(name)
         self.inbox = inbox
 
-    async def take(self, message: StoreOutputs | SaveArtifact | StoreCheckpoint) -> None:
+    async def take(self, message: StoreOutputs | SaveArtifact | StoreCheckpoint | StorePreview) -> None:
         await self.inbox.put(message)
 
 
@@ -295,6 +297,49 @@ async def until(fake_instance: FakeInstance, worker: StreamWorker, *, running: i
     """Wait until so many runs compute, and so many wait for their first step."""
     while [len(worker._current), worker.stats()["queued"]] != [running, queued]:
         await fake_instance.reference("monolithic-0.stream").ask(Inspect(), Inspection, timeout_s=5)
+
+
+def test_a_denoise_has_previews_stored_that_decode_and_change_nothing(on_worker: Any) -> None:
+    async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
+        for number in (1, 2):
+            await encoded(fake_instance, worker, number, num_inference_steps=4)
+        alone = await denoised(fake_instance, 1)
+        worker.context.attempts.active[attempt(2)].previews = 2
+        previewed = await denoised(fake_instance, 2)
+        assert torch.equal(alone, previewed)
+        made = [(await fake_instance.inbox.next(StorePreview)).preview for _ in range(2)]
+        assert made == [Attempt("r/2.1", 1), Attempt("r/2.3", 1)]
+        payloads = [worker.context.attempts.previews[preview].values for preview in made]
+        for number, payload in enumerate([*payloads, fake_instance.values(2)], start=3):
+            fake_instance.begin(number, payload)
+            fake_instance.run(number, Stage.DECODER)
+            await fake_instance.inbox.next(COMPUTED)
+        images = [fake_instance.values(number)["images"][0].tobytes() for number in (3, 4, 5)]
+        assert len(set(images)) == 3
+        assert {len(image) for image in images} == {32 * 32 * 3}
+
+    on_worker(body)
+
+
+@pytest.mark.parametrize("problem", [CheckpointError("not this one"), RuntimeError("a defect")], ids=type)
+def test_a_denoise_that_cannot_be_shown_goes_on_without(
+    on_worker: Any, monkeypatch: pytest.MonkeyPatch, problem: Exception
+) -> None:
+    tries: list[int] = []
+
+    def snapshot(self: Denoising) -> dict[str, object]:
+        tries.append(self.step)
+        raise problem
+
+    async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
+        await encoded(fake_instance, worker, 1, num_inference_steps=4)
+        monkeypatch.setattr(Denoising, "snapshot", snapshot)
+        worker.context.attempts.active[attempt(1)].previews = 3
+        await denoised(fake_instance, 1)
+        assert tries == [1], "it is not tried again"
+        assert not worker.context.attempts.previews
+
+    on_worker(body)
 
 
 @pytest.mark.parametrize(("bucket", "sizes"), [(1, [1] * 8), (2, [1, 2, 2, 1, 1, 1])])

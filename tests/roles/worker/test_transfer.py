@@ -26,6 +26,7 @@ from triptych.roles.messages.common import Attempt, LeaseRef, Output, StoredPayl
 from triptych.roles.messages.pool import LeaseBlock, ReleaseBlocks, SealBlock
 from triptych.roles.messages.stages import (
     CheckpointStored,
+    PreviewStored,
     StageCancelled,
     StageFailed,
     StageFinished,
@@ -39,13 +40,15 @@ from triptych.roles.messages.worker import (
     SaveArtifact,
     StoreCheckpoint,
     StoreOutputs,
+    StorePreview,
 )
 from triptych.roles.pool import client
 from triptych.roles.pool import pool as pool_module
 from triptych.roles.pool.client import FAULTS
 from triptych.roles.pool.pool import build
+from triptych.roles.previews import preview_attempt
 from triptych.roles.worker import transfer as transfer_module
-from triptych.roles.worker.attempts import Phase, Snapshot
+from triptych.roles.worker.attempts import Phase, PreviewValues, Snapshot
 
 
 def same(one: dict[str, object], other: dict[str, object]) -> bool:
@@ -203,6 +206,40 @@ def test_a_full_pool_is_waited_for(run_transfers: Any) -> None:
         await encoder.fake_instance.until_busy(1)
         await encoder.fake_instance.release(occupied)
         assert (await encoder.fake_instance.inbox.next(StageOutputsStored)).attempt == W
+
+    run_transfers(body, pool_size="2MiB")
+
+
+def test_a_preview_is_stored_if_there_is_a_block_for_it_now(run_transfers: Any) -> None:
+    async def body(h: Any, open_transfer: Any) -> None:
+        denoiser, decoder = await open_transfer("denoiser-0"), await open_transfer("decoder-0")
+        context, fake_instance = denoiser.context, denoiser.fake_instance
+        first, second = preview_attempt(W, 3), preview_attempt(W, 5)
+        reports = asyncio.create_task(context.reporter.run(fake_instance.inbox.put))
+        context.reporter.resume()
+
+        def store(preview: Attempt) -> None:
+            context.attempts.previews[preview] = PreviewValues(dict(VALUES), StreamEvent())
+            context.pass_on(fake_instance, StorePreview(preview))
+
+        store(first)
+        report = await fake_instance.inbox.next(PreviewStored)
+        assert report.preview == first
+        decoder.begin(first, nothing=True)
+        decoder.fake_instance.tell(LoadInputs(first, report.stored, None, FAR))
+        await decoder.fake_instance.inbox.next(RunStage)
+        assert same(decoder.values(first), VALUES)
+        await fake_instance.release(report.stored.lease)
+        occupied = await fake_instance.lease("pool", 1 << 20, attempt=Attempt("x/0", 1))
+        store(second)
+        while second in context.attempts.previews:
+            await fake_instance.leases("pool")
+        assert not context.reporter.pending
+        denoiser.begin(W)
+        await fake_instance.release(occupied)
+        await denoiser.store_outputs()  # it does not wait behind the preview that was left out
+        assert not fake_instance.inbox.of(PreviewStored)[1:]
+        reports.cancel()
 
     run_transfers(body, pool_size="2MiB")
 
