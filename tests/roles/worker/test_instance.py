@@ -371,7 +371,7 @@ def test_a_lost_device_is_reported_and_other_attempts_are_returned_before_the_pr
     async def body(driver: ClusterDriver) -> None:
         await driver.join("encoder-0", "denoiser-0")
         sources = [await driver.encoded(attempt(n)) for n in range(2)]
-        monkeypatch.setattr(Denoising, "advance", lost)
+        monkeypatch.setattr(Denoising, "proceed", lost)
         await driver.push("denoiser-0", attempt(0), sources[0])
         await driver.push("denoiser-0", attempt(1), sources[1])
         denoise_gate.set()
