@@ -32,7 +32,7 @@ from triptych.tools.chaos.faults import FAULTS, transfer_keys, transfer_rates, w
 from triptych.tools.chaos.injector import InjectedFault, trigger_is_met
 from triptych.tools.chaos.load import LoadGenerator, Outcome
 from triptych.tools.chaos.plan import IMAGES, PlannedFault, PlannedRequest, make_plan
-from triptych.tools.chaos.report import FailedRequest, failures, percentile, show, summary
+from triptych.tools.chaos.report import FailedRequest, StepsRedone, failures, percentile, show, summary
 
 HAPPY_PATH = (
     "ENCODER_WAITING", "ENCODER_RUNNING", "ENCODER_DONE", "DENOISING_WAITING", "DENOISING_RUNNING",
@@ -155,6 +155,19 @@ def test_the_causes_of_failures_are_in_the_report_and_on_the_screen() -> None:
     assert shown.count("FAILED after 2 attempts: r") == 10
     assert "encoder-0: boom [/tmp]" in shown
     assert "and 2 more" in shown
+
+
+def test_the_report_has_the_steps_that_were_redone_and_where_jobs_went_on() -> None:
+    ended = [outcome() for _ in range(3)]
+    for each, resumed_from, redone in zip(ended, (80, 0, 9), (4, 0, 7), strict=True):
+        each.final_view["units"][0] |= {"total_steps": 100, "resumed_from": resumed_from, "steps_redone": redone}
+    report = summary(7, 60.0, ended, [], 0, {name: [] for name in INVARIANTS})
+    found = StepsRedone(steps=300, redone=11, jobs_redoing=2, jobs_resumed=2, resumed_from=("9 of 100", "80 of 100"))
+    assert report.denoising == found
+    console = Console(file=io.StringIO(), width=200)
+    show(report, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "11 of 300 denoising steps redone, in 2 jobs; 2 went on from a checkpoint: 9 of 100, 80 of 100" in shown
 
 
 def test_a_mailbox_over_its_bound_is_seen() -> None:

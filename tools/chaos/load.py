@@ -82,7 +82,11 @@ class LoadGenerator:
 
     async def _post(self, outcome: Outcome) -> httpx.Response | None:
         planned = outcome.planned
-        body = request_body(planned.image)
+        body = request_body(planned.image) | {
+            "priority": planned.priority,
+            "deadline_s": planned.deadline_s,
+            "partial_images": planned.partial_images,
+        }
         headers = {"Idempotency-Key": f"{self._key}-{planned.number}"}
         try:
             answer = await self._http.post("/v1/images/generations", json=body, headers=headers)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 TRIGGERS = {"running": 5, "stored": 2, "any": 1, "idle": 1}
 """How often a fault is injected: while the victim has a job assigned (any stage runs, where the victim is no
@@ -19,13 +21,19 @@ PROMPTS = (
     "a small blue circle on the right of a red background",
 )
 SEEDS = (1, 2)
-SHAPES = {(4, 64): 8, (30, 64): 3, (100, 64): 3, (4, 192): 1, (4, 320): 1}
+SHAPES = {(4, 64): 8, (30, 64): 3, (100, 64): 3, (200, 64): 1, (4, 192): 1, (4, 320): 1}
 """How often steps and pixels a side are asked for: quick ones, ones that run long enough for a fault to hit them,
 and ones whose latents take up to all that the pool gives to one payload."""
 RANGES = {"num_inference_steps": [1, 1000], "height": [64, 512, 8], "width": [64, 512, 8]}
 """The ranges that the model's serving config has to allow."""
 POOL_SIZE = "256KiB"
 """The largest payload takes half of it, so that the pool is nearly full at times."""
+PRIORITIES = {0: 8, 1: 1, -1: 1}
+"""How often a request has a priority."""
+DEADLINES_S = {None: 3, 2.0: 1, 10.0: 1}
+"""How often a request has a deadline of so many seconds."""
+PARTIAL_IMAGES = {0: 4, 3: 1}
+"""How often a request asks for previews, and for how many."""
 REPEAT_SHARE = 0.15
 """Share of faults that are injected twice: the second time as soon as the victim has recovered."""
 
@@ -58,6 +66,9 @@ class PlannedRequest:
     at_s: float
     """Seconds after the start of the load."""
     image: ImageCase
+    priority: int = 0
+    deadline_s: float | None = None
+    partial_images: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,22 +106,29 @@ def make_plan(
     """
     rng = random.Random(seed)
     requests = tuple(
-        PlannedRequest(number, at_s, rng.choices(IMAGES, _OFTEN)[0])
+        PlannedRequest(
+            number,
+            at_s,
+            rng.choices(IMAGES, _OFTEN)[0],
+            _drawn(rng, PRIORITIES),
+            _drawn(rng, DEADLINES_S),
+            _drawn(rng, PARTIAL_IMAGES),
+        )
         for number, at_s in enumerate(_arrival_times(rng, duration_s, 1 / rate))
     )
     possible = [fault for fault in faults if victims.get(fault)]
     # The last seconds are left for the last victims to come back under load.
     times = _arrival_times(rng, duration_s - every_s, every_s) if possible else []
     planned = [
-        PlannedFault(at_s, fault, rng.choice(victims[fault]), _choose_trigger(rng), rng.random() < REPEAT_SHARE)
+        PlannedFault(at_s, fault, rng.choice(victims[fault]), _drawn(rng, TRIGGERS), rng.random() < REPEAT_SHARE)
         # Each fault comes in its turn, so that a short run has them all.
         for at_s, fault in zip(times, _in_turn(rng, possible, len(times)), strict=True)
     ]
     return Plan(requests, tuple(planned))
 
 
-def _choose_trigger(rng: random.Random) -> str:
-    return rng.choices(tuple(TRIGGERS), tuple(TRIGGERS.values()))[0]
+def _drawn(rng: random.Random, often: Mapping[T, int]) -> T:
+    return rng.choices(tuple(often), tuple(often.values()))[0]
 
 
 def _arrival_times(rng: random.Random, duration_s: float, mean_s: float) -> list[float]:

@@ -32,6 +32,21 @@ class FailedRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Why each attempt ended, oldest first."""
 
 
+class StepsRedone(msgspec.Struct, frozen=True, kw_only=True):
+    """What lost denoisers cost; a job that several lost is counted once."""
+
+    steps: int
+    """Denoising steps in the images that were made, each counted once."""
+    redone: int
+    """Those that were computed again."""
+    jobs_redoing: int
+    """Jobs that had to compute a step again."""
+    jobs_resumed: int
+    """Jobs whose last denoise went on from a checkpoint."""
+    resumed_from: tuple[str, ...]
+    """Where they did: "STEP of STEPS", by step."""
+
+
 class ChaosReport(msgspec.Struct, frozen=True, kw_only=True):
     """The result of one run; times in seconds."""
 
@@ -58,6 +73,11 @@ class ChaosReport(msgspec.Struct, frozen=True, kw_only=True):
     redispatched_p99_s: float | None
     """Seconds from there until the stage runs on another instance; None as above."""
     restarts: int
+    denoising: StepsRedone
+    deadlines_met: float | None
+    """Share of the requests with a deadline; None if none had one."""
+    previews: int
+    """Previews that the requests ended with."""
     invariants: dict[str, list[str]]
     """The violations of each invariant, by name."""
 
@@ -104,6 +124,9 @@ def summary(
         seen_p99_s=percentile(seen, 99) if seen else None,
         redispatched_p99_s=percentile(redispatched, 99) if redispatched else None,
         restarts=restarts,
+        denoising=steps_redone(outcomes),
+        deadlines_met=_share_met(outcomes),
+        previews=sum(len((first_job(o) or {}).get("previews", ())) for o in outcomes),
         invariants=invariants,
     )
 
@@ -116,6 +139,25 @@ def failures(outcomes: Iterable[Outcome]) -> tuple[FailedRequest, ...]:
         for name, unit in units
         if unit.get("state") in (State.FAILED, State.TIMED_OUT)
     )
+
+
+def steps_redone(outcomes: Iterable[Outcome]) -> StepsRedone:
+    """Add up what the head says of the denoises of each request."""
+    jobs = [job for outcome in outcomes if (job := first_job(outcome))]
+    resumed = sorted((job["resumed_from"], job["total_steps"]) for job in jobs if job.get("resumed_from"))
+    redone = [job.get("steps_redone", 0) for job in jobs]
+    return StepsRedone(
+        steps=sum(job.get("total_steps", 0) for job in jobs if job["state"] == State.DONE),
+        redone=sum(redone),
+        jobs_redoing=sum(bool(steps) for steps in redone),
+        jobs_resumed=len(resumed),
+        resumed_from=tuple(f"{step} of {steps}" for step, steps in resumed),
+    )
+
+
+def _share_met(outcomes: Iterable[Outcome]) -> float | None:
+    met = [o.final_view["deadline_met"] for o in outcomes if o.final_view.get("deadline_met") is not None]
+    return sum(met) / len(met) if met else None
 
 
 def percentile(values: Iterable[float], percent: int) -> float:
@@ -167,6 +209,14 @@ def show(report: ChaosReport, console: Console) -> None:
         f"a running stage's kill seen p99 {_ms(report.seen_p99_s)}, running elsewhere p99 "
         f"{_ms(report.redispatched_p99_s)} later"
     )
+    denoising = report.denoising
+    console.print(
+        f"{denoising.redone} of {denoising.steps} denoising steps redone, in {denoising.jobs_redoing} jobs; "
+        f"{denoising.jobs_resumed} went on from a checkpoint: {', '.join(denoising.resumed_from) or 'none'}"
+    )
+    if report.deadlines_met is not None:
+        console.print(f"{report.deadlines_met:.0%} of the deadlines met")
+    console.print(f"{report.previews} previews")
     for failure in report.failures[:MAX_SHOWN]:
         console.print(f"{failure.state} after {failure.attempts} attempts: {failure.request_id}", markup=False)
         for cause in failure.causes:
