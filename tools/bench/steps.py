@@ -1,4 +1,4 @@
-"""Measure the step scheduler: batches, the cost of stepping, policies and cancellation.
+"""Measure the step scheduler: batches, the cost of stepping, policies, cancellation and checkpoints.
 
 The demo model is served by real clusters of three roles, which run all the time and are asked in turn; the peer is
 diffusers in one process. One thread for each process. Deadlines are measured by `tools.simulate`.
@@ -12,11 +12,12 @@ import math
 import os
 import random
 import shutil
+import signal
 import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack
 from importlib.resources import files
 from pathlib import Path
@@ -33,6 +34,7 @@ from triptych.engines.memory.streams import DeviceStream
 from triptych.engines.pipelines.pipeline import StagePipeline
 from triptych.engines.stages import Stage
 from triptych.engines.steps.executor import StepExecutor
+from triptych.roles.head.job import TERMINAL_STATES
 from triptych.roles.messages.common import Attempt, Output
 from triptych.roles.messages.pool import PoolDescription, PoolQuery
 from triptych.roles.worker.attempts import ActiveAttempt, Phase
@@ -54,6 +56,10 @@ LONG_REQUESTS: Final = 5
 ENDLESS_STEPS: Final = 10_000
 GRACE_MS: Final = 20.0
 """What a cancellation may take beyond the step that computes."""
+KILL_STEP: Final = 40
+"""Step of LONG_STEPS at which a denoiser is killed."""
+CHECKPOINT_S: Final = 0.1
+"""Seconds between two of its checkpoints: those of about ten steps."""
 TIMEOUT_S: Final = 20.0
 POLL_S: Final = 0.002
 DENOISERS: Final[dict[str, dict[str, object]]] = {
@@ -106,8 +112,11 @@ def _rows(values: Values) -> Iterator[dict[str, object]]:
     yield row("deadlines of 3 times alone met, deadline", "share", "fifo", higher_is_better=True)
     for cluster in ("max_batch = 1", "max_batch = 8"):
         yield row(f"cancel to memory back, {cluster}", "ms", f"one step + {GRACE_MS:g} ms")
+    yield row(f"{KILLED}, work redone", "ms", "checkpoint_s")
+    yield row(f"{KILLED}, steps redone", "steps", "without checkpoints")
 
 
+KILLED: Final = f"denoiser killed at step {KILL_STEP} of {LONG_STEPS}"
 PEER: Final = f"diffusers, num_images_per_prompt = {IN_FLIGHT}"
 
 
@@ -125,6 +134,12 @@ async def _measure(folder: Path, rounds: int) -> Values:
             overrides: dict[str, dict[str, object]] = {"api": {"port": 0}, "roles": {"denoiser": settings}}
             overrides["head"] = {"policy": settings["policy"]}
             clusters[name] = await stack.enter_async_context(launch(file, overrides))
+        file = write_topology(
+            folder / "checkpoints", model, "float32", ROLES | {"denoiser": 2}, slots=IN_FLIGHT, prompt_cache="0"
+        )
+        overrides = {"api": {"port": 0}, "roles": {"denoiser": {"checkpoint_s": CHECKPOINT_S}}}
+        overrides["supervision"] = {"intensity": 2 * (rounds + 1)}
+        with_checkpoints = await stack.enter_async_context(launch(file, overrides))
         for number in range(rounds + 1):
             measured: Values = defaultdict(list)
             await _throughput(clusters, local, measured)
@@ -134,6 +149,7 @@ async def _measure(folder: Path, rounds: int) -> Values:
             await _deadlines(clusters, number, measured)
             for name in ("max_batch = 1", "max_batch = 8"):
                 await _cancel(clusters[name], name, measured)
+            await _kill(with_checkpoints, measured)
             # The first round warms up.
             if number:
                 for case, found in measured.items():
@@ -269,9 +285,41 @@ async def _cancel(cluster: Cluster, name: str, values: Values) -> None:
     outbox.close()
 
 
-async def _submitted(http: httpx.AsyncClient, seed: int) -> str:
+async def _kill(cluster: Cluster, values: Values) -> None:
+    """Kill the denoiser of a request that is nearly done, and compare the image with that of an undisturbed run."""
+    await cluster.wait_ready(TIMEOUT_S)
+    expected = await cluster.generate(f"{PROMPT} 0", seed=0, steps=LONG_STEPS)
+    undisturbed = (await cluster.request(expected.request_id))["units"][0]
+    step_ms = undisturbed["stage_seconds"][Stage.DENOISER.value] / LONG_STEPS * 1e3
+    children = await cluster.children()
+
+    async def until(reached: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        async with asyncio.timeout(TIMEOUT_S):
+            while True:
+                job: dict[str, Any] = (await cluster.request(id_))["units"][0]
+                if reached(job):
+                    return job
+                await asyncio.sleep(POLL_S)
+
+    async with cluster.http_client(TIMEOUT_S) as http:
+        id_ = await _submitted(http, 0, LONG_STEPS)
+        job = await until(lambda job: job["step"] >= KILL_STEP)
+        os.kill(children[job["instances"][Stage.DENOISER.value]].pid, signal.SIGKILL)
+        job = await until(lambda job: job["state"] in TERMINAL_STATES)
+        if not job["causes"]:
+            raise RuntimeError(f"{id_} was denoised before its denoiser was killed")
+        image = (await http.get(job["artifact"]["url"])).raise_for_status().content
+    if image != expected.data:
+        raise RuntimeError(f"{id_} has other bytes than in an undisturbed run, after step {job['resumed_from']}")
+    values[f"{KILLED}, work redone"].append(job["steps_redone"] * step_ms)
+    values[f"{KILLED}, work redone / checkpoint_s"].append(CHECKPOINT_S * 1e3)
+    values[f"{KILLED}, steps redone"].append(job["steps_redone"])
+    values[f"{KILLED}, steps redone / without checkpoints"].append(job["resumed_from"] + job["steps_redone"])
+
+
+async def _submitted(http: httpx.AsyncClient, seed: int, steps: int = ENDLESS_STEPS) -> str:
     # Requests with one prompt that come together are encoded once, and share a block.
-    body = {"prompt": f"{PROMPT} {seed}", "num_inference_steps": ENDLESS_STEPS, "seed": seed}
+    body = {"prompt": f"{PROMPT} {seed}", "num_inference_steps": steps, "seed": seed}
     answer = await http.post("/v1/images/generations", json=body, headers={"Prefer": "respond-async"})
     return str(answer.raise_for_status().json()["id"])
 
