@@ -136,6 +136,8 @@ class Job:
     """The newest of its denoise, beside the encoder's output. The one record of its block."""
     resumed_from: int = 0
     """Step of the checkpoint that its present or last denoise went on from; 0 if it began at the beginning."""
+    steps_lost_at: int = 0
+    """Steps that its denoise had done when it last lost its instance, until another goes on with it."""
     steps_redone: int = 0
     """Steps that were computed again because an instance was lost."""
     instance: str = ""

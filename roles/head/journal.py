@@ -143,6 +143,7 @@ class _JobRow(msgspec.Struct):
     previews: list[PreviewView] = msgspec.field(default_factory=list)
     checkpoint: Checkpoint | None = None
     resumed_from: int = 0
+    steps_lost_at: int = 0
     steps_redone: int = 0
 
 

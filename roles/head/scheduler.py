@@ -418,6 +418,8 @@ class JobScheduler:
         if checkpoint and self.registry.needs_block(job.instance, checkpoint.payload.lease):
             checkpoint = None
         job.resumed_from = checkpoint.step if checkpoint else 0
+        job.steps_redone += max(0, job.steps_lost_at - job.resumed_from)
+        job.steps_lost_at = 0
         self.dirty.add(job.id)
         return checkpoint.payload if checkpoint else None
 
@@ -834,7 +836,7 @@ class JobScheduler:
         """Retry the job's stage, or fail the job when it has been tried too often."""
         stage = job.stage or Stage.ENCODER
         if job.state is State.DENOISING_RUNNING:
-            job.steps_redone += max(0, job.step - (job.checkpoint.step if job.checkpoint else 0))
+            job.steps_lost_at = max(job.step, job.resumed_from)
         self._let_go(job)
         job.causes.append(cause)
         job.failures += counts

@@ -94,6 +94,16 @@ def test_a_denoiser_that_could_not_load_the_checkpoint_begins_again() -> None:
     assert (job.resumed_from, job.steps_redone) == (0, 30)
 
 
+def test_steps_of_a_checkpoint_that_is_lost_before_anyone_goes_on_from_it_are_redone() -> None:
+    scheduler, job = denoising()
+    save(scheduler, job, 20, 2)
+    scheduler.instance_down("denoiser-0", "killed", 3.0, ExitCause.CRASHED)
+    scheduler.evict_checkpoints("pool", 1)
+    after(scheduler)
+    begin(scheduler, job, 1)
+    assert (job.resumed_from, job.steps_redone) == (0, 30)
+
+
 def test_a_job_that_ends_lets_go_of_its_checkpoint() -> None:
     scheduler, job = denoising()
     save(scheduler, job, 20, 2)
@@ -175,7 +185,7 @@ def test_the_journal_keeps_it() -> None:
     read = decode_job(encode_job(job))
     assert (read.checkpoint, read.steps_redone, read.resumed_from) == (Checkpoint(20, a_block(2)), 5, 4)
     fields = msgspec.msgpack.decode(encode_job(job))
-    del fields["checkpoint"], fields["resumed_from"], fields["steps_redone"]
+    del fields["checkpoint"], fields["resumed_from"], fields["steps_lost_at"], fields["steps_redone"]
     assert decode_job(msgspec.msgpack.encode(fields)).checkpoint is None, "as earlier versions wrote it"
     resumed = make_scheduler()
     taken = request()
