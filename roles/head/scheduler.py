@@ -573,7 +573,7 @@ class JobScheduler:
         if job is None:
             return False
         if report.source_gone:
-            self._give_back(self.stored_outputs.drop(job, spoilt=True))
+            self._give_back(self.stored_outputs.drop_spoilt(job))
         job.transfers_lost += 1
         if job.transfers_lost > MAX_TRANSFERS_LOST:
             self.give_up(report.attempt, instance, report.reason, now)

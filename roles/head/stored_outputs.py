@@ -49,22 +49,24 @@ class StoredOutputs:
     def put(self, job: Job, stage: Stage, payload: StoredPayload) -> tuple[LeaseRef, ...]:
         """Set the stored output of a job, in place of the previous one; return the leases to release."""
         # What is encoded again is the same, so that the denoise can still go on.
-        kept = job.checkpoint if stage is Stage.ENCODER else None
-        job.checkpoint = None if kept else job.checkpoint
-        freed = self.drop(job)
-        job.checkpoint = kept
+        freed = self._drop_output(job) if stage is Stage.ENCODER else self.drop(job)
         job.stored = StoredOutput(stage, payload)
         return freed
 
-    def drop(self, job: Job, *, spoilt: bool = False) -> tuple[LeaseRef, ...]:
-        """Remove what is stored for a job, with `spoilt` from the cache too; return the leases to release."""
-        freed, lease = self.drop_checkpoint(job), job.lease
-        if lease is None:
-            return freed
+    def drop(self, job: Job) -> tuple[LeaseRef, ...]:
+        """Remove all that is stored for a job; return the leases to release."""
+        return (*self.drop_checkpoint(job), *self._drop_output(job))
+
+    def drop_spoilt(self, job: Job) -> tuple[LeaseRef, ...]:
+        """Remove the stored output of a job, from the cache too, but no checkpoint; return the leases to release."""
+        if job.lease:
+            self.cache.drop((job.lease,))
+        return self._drop_output(job)
+
+    def _drop_output(self, job: Job) -> tuple[LeaseRef, ...]:
+        lease = job.lease
         job.forget_stored()
-        if spoilt:
-            self.cache.drop((lease,))
-        return freed if self.needs(lease) else (*freed, lease)
+        return () if lease is None or self.needs(lease) else (lease,)
 
     def put_checkpoint(self, job: Job, step: int, payload: StoredPayload) -> tuple[LeaseRef, ...]:
         """Set the checkpoint of a job, in place of the previous one; return the leases to release."""

@@ -156,11 +156,21 @@ def test_a_checkpoint_outlives_the_outputs_of_the_encoder_which_are_the_same_aga
     assert job.resumed_from == 0
 
 
-def test_other_weights_do_not_go_on_with_it() -> None:
+def test_a_checkpoint_outlives_damaged_outputs_of_the_encoder() -> None:
     scheduler, job = denoising()
     save(scheduler, job, 20, 2)
-    scheduler.transfer_failed("denoiser-0", TransferFailed(job.current_attempt, "damaged", True, 99), 3.0)
-    assert job.checkpoint is None
+    scheduler.instance_down("denoiser-0", "killed", 3.0, ExitCause.CRASHED)
+    after(scheduler)
+    scheduler.transfer_failed("denoiser-1", TransferFailed(job.current_attempt, "damaged", True, 99), 4.0)
+    assert job.state is State.ENCODER_WAITING
+    assert released(scheduler) == [1]
+    scheduler.stored("encoder-0", stored(job.current_attempt, "encoder", 5), 5.0)
+    after(scheduler)
+    assert begin(scheduler, job, 21).checkpoint == a_block(2)
+    assert (job.resumed_from, job.steps_redone) == (20, 10)
+
+
+def test_other_weights_do_not_go_on_with_it() -> None:
     scheduler, job = denoising()
     save(scheduler, job, 20, 2)
     scheduler.instance_down("denoiser-0", "killed", 3.0, ExitCause.CRASHED)
