@@ -428,7 +428,7 @@ class JobScheduler:
         return SchedulingHints(
             priority=request.priority,
             due_s=request.deadline_left_s(job),
-            steps=request.steps,
+            steps=self._steps_left(job) or 0,
             bucket=max(1, job.bucket),
             owner=request.owner,
         )
@@ -686,18 +686,21 @@ class JobScheduler:
     def _facts(self, serial: int, job: Job, stage: Stage) -> SchedulingFacts:
         request = self.requests[job.request_id]
         due_s = request.deadline_left_s(job)
-        steps = job.total_steps or request.steps
-        steps_left = steps - job.step if steps else None
         return SchedulingFacts(
             serial,
             request.priority,
             self.service[stage].of(request.owner),
             sum(job.has_begun(stage) for job in request.jobs) if self.policy == "fair" else 0,
-            0 if stage is Stage.DECODER else steps_left,
+            0 if stage is Stage.DECODER else self._steps_left(job),
             self.step_times.expected(self._step_kind(job)),
             job.left_s if due_s is None else due_s,
             job.passed_over,
         )
+
+    def _steps_left(self, job: Job) -> int | None:
+        """Return the denoising steps that a job still needs; None if unknown."""
+        steps = job.total_steps or self.requests[job.request_id].steps
+        return steps - max(job.step, job.checkpoint.step if job.checkpoint else 0) if steps else None
 
     def _step_kind(self, job: Job) -> tuple[object, ...]:
         """Return what the time of a step depends on."""

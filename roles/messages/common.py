@@ -112,7 +112,7 @@ class SchedulingHints(Value):
     due_s: Annotated[float, Meta(ge=-1e12)] | None = None
     """Seconds until the client wants the result, negative when they have passed; None without a deadline."""
     steps: Natural = 0
-    """Denoising steps that the request asks for; 0 where that is not known."""
+    """Denoising steps that are left, without those of a checkpoint; 0 where that is not known."""
     bucket: Bucket = 1
     """Rows of each batch that computes the job's steps; 1 = alone. Every attempt at a job has the same, since the last
     bits of the result depend on it."""

@@ -104,6 +104,16 @@ def test_steps_of_a_checkpoint_that_is_lost_before_anyone_goes_on_from_it_are_re
     assert (job.resumed_from, job.steps_redone) == (0, 30)
 
 
+def test_who_goes_on_from_a_checkpoint_is_scheduled_by_the_steps_that_are_left() -> None:
+    scheduler, job = denoising()
+    save(scheduler, job, 20, 2)
+    scheduler.instance_down("denoiser-0", "killed", 3.0, ExitCause.CRASHED)
+    assert scheduler._facts(0, job, Stage.DENOISER).steps_left == 30
+    after(scheduler)
+    pushed = scheduler.message_for(job.current_attempt, scheduler.source_of(job.current_attempt, job.instance), None)
+    assert pushed.hints.steps == 30
+
+
 def test_a_job_that_ends_lets_go_of_its_checkpoint() -> None:
     scheduler, job = denoising()
     save(scheduler, job, 20, 2)
