@@ -196,6 +196,9 @@ class HeadSection(Section, frozen=True):
     """Which waiting job goes next: `fifo`, the one that came first; `fair`, of the client (API key) that was served
     least; `shortest_remaining`, the one with the least to compute; `deadline`, the one that is due first, if that can
     still be met. A higher `priority` of a request goes before all of these; see docs/scheduling.md."""
+    preempt: bool = True
+    """Whether a denoise that runs is parked, with a checkpoint of it, for a job of a higher `priority` that finds no
+    free slot. Only where denoisers store checkpoints (`[[roles]] checkpoint_s`)."""
     request_timeout_s: Seconds = 600.0
     """Seconds from acceptance to the result, waiting included."""
     waiting_timeout_s: SecondsOrNone = 0.0

@@ -29,6 +29,7 @@ from triptych.roles.head.effects import (
     Cancel,
     Effect,
     NotifyWaiters,
+    Park,
     ReleaseLeases,
     RestartInstance,
     SetInstanceAwake,
@@ -82,7 +83,9 @@ class EffectRunner:
                 case AssignPreview(instance, attempt):
                     self._actor.spawn(self._assign(instance, attempt), name=f"assign {attempt}")
                 case Cancel(instance, attempt, reason):
-                    self._cancel(instance, attempt, reason)
+                    self._tell(instance, stages.StageCancel(attempt, reason))
+                case Park(instance, attempt):
+                    self._tell(instance, stages.StagePark(attempt))
                 case ReleaseLeases(leases):
                     self._actor.spawn(self.release(leases), name="release")
                 case NotifyWaiters(request_id):
@@ -115,7 +118,8 @@ class EffectRunner:
         except MessageTooLongError as error:
             scheduler.registry.refund(instance, sent_to)
             scheduler.give_up(attempt, instance, f"it is too long to be sent: {error}", time.time())
-            self._cancel(instance, attempt, "it is too long to be sent")  # because a block may be reserved for it
+            # A block may be reserved for it.
+            self._tell(instance, stages.StageCancel(attempt, "it is too long to be sent"))
         except RemoteError as error:
             scheduler.attempt_refused(instance, attempt, error.code, error.detail, time.time())
         except UnreachableError:
@@ -168,14 +172,15 @@ class EffectRunner:
             await asyncio.sleep(backoff_s(tries))
             tries += 1
 
-    def _cancel(self, instance: str, attempt: Attempt, reason: str) -> None:
+    def _tell(self, instance: str, message: stages.StageCancel | stages.StagePark) -> None:
+        facts = {"message": type(message).__name__, "instance": instance, "attempt": str(message.attempt)}
         try:
-            self._actor.reference(instance).tell(stages.StageCancel(attempt, reason))
+            self._actor.reference(instance).tell(message)
         except UnknownNameError:  # of an earlier topology; its process has ended
-            self._actor.log.info("no instance to cancel it", instance=instance, attempt=str(attempt))
+            self._actor.log.info("no instance to tell", **facts)
         except MailboxFullError:
-            # The result will be stale and is ignored; only time of the instance is lost.
-            self._actor.log.warning("cancel not delivered", instance=instance, attempt=str(attempt))
+            # What was cancelled is stale and is ignored; what was to be parked goes on. Only time is lost.
+            self._actor.log.warning("not delivered", **facts)
 
     # -- instances
 

@@ -34,6 +34,14 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class Park:
+    """Tell an instance to give a denoise back, with a checkpoint of it."""
+
+    instance: str
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
 class ReleaseLeases:
     """Release blocks of any pools."""
 
@@ -62,4 +70,6 @@ class SetInstanceAwake:
     awake: bool
 
 
-Effect: TypeAlias = Assign | AssignPreview | Cancel | ReleaseLeases | NotifyWaiters | RestartInstance | SetInstanceAwake
+Effect: TypeAlias = (
+    Assign | AssignPreview | Cancel | Park | ReleaseLeases | NotifyWaiters | RestartInstance | SetInstanceAwake
+)

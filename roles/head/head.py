@@ -322,7 +322,7 @@ class Head(Actor):
         return self._apply_report(message, lambda scheduler, name, now: scheduler.transfer_failed(name, message, now))
 
     async def stage_returned(self, message: stages.StageReturned) -> stages.Acknowledged:
-        """Retry a job that an instance returned because it ends."""
+        """Let a job wait again that an instance returned because it ends, or parked."""
         return self._apply_report(message, lambda scheduler, name, now: scheduler.returned(name, message, now))
 
     async def stage_cancelled(self, message: stages.StageCancelled) -> stages.Acknowledged:

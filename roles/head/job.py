@@ -155,6 +155,12 @@ class Job:
     """Instances that crashed while they computed this job."""
     stalls: int = 0
     """Instances that fell silent while they computed this job."""
+    parked: int = 0
+    """How often its instance was told to park it for a more urgent job."""
+    parking: bool = False
+    """Whether this head has told its instance to park it, which has it still."""
+    aged: bool = False
+    """Whether the aging rule chose it for its present stage: it is not parked any more."""
     step: int = 0
     total_steps: int = 0
     passed_over: int = 0
@@ -269,6 +275,7 @@ class Job:
             checkpoint_step=self.checkpoint.step if self.checkpoint else 0,
             resumed_from=self.resumed_from,
             steps_redone=self.steps_redone,
+            parked=self.parked,
         )
 
 

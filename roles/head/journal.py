@@ -145,6 +145,7 @@ class _JobRow(msgspec.Struct):
     resumed_from: int = 0
     steps_lost_at: int = 0
     steps_redone: int = 0
+    parked: int = 0
 
 
 _RENAMED: Final = frozenset({"staged", "borrows", "at_fault"})

@@ -60,6 +60,8 @@ class InstanceRecord:
     device: str = "cpu"
     max_batch: int = 1
     """Most jobs whose denoising steps it computes in one call."""
+    stores_checkpoints: bool = False
+    """Whether another instance can go on with what it has begun."""
     weights: int = 0
     """Bytes of its weights; 0 until it has loaded them once."""
     wake_error: str = ""
@@ -136,6 +138,7 @@ class InstanceRegistry:
             awake=registration.awake,
             device=registration.device,
             max_batch=max(1, registration.max_batch),
+            stores_checkpoints=registration.stores_checkpoints,
             weights=registration.weights,
         )
         self.instances[registration.name] = instance

@@ -20,11 +20,13 @@ from triptych.roles.head.effects import (
     Cancel,
     Effect,
     NotifyWaiters,
+    Park,
     ReleaseLeases,
     RestartInstance,
     SetInstanceAwake,
 )
 from triptych.roles.head.job import DONE, RUNNING, UPSTREAM, WAITING, Job, Request, State
+from triptych.roles.head.preemption import RunningDenoise, to_park
 from triptych.roles.head.previews import Preview, Previews
 from triptych.roles.head.registry import ExitCause, InstanceRegistry
 from triptych.roles.head.rolling_restart import next_to_restart
@@ -46,7 +48,7 @@ from triptych.roles.messages.stages import (
     TransferPush,
 )
 from triptych.roles.previews import denoise_of
-from triptych.roles.scheduling_policy import OwnerService, SchedulingFacts, StepTimes, overtaken, rank
+from triptych.roles.scheduling_policy import MAX_PASSED_OVER, OwnerService, SchedulingFacts, StepTimes, overtaken, rank
 
 MAX_DEATHS = 2
 """A job that was running this often when its instance crashed counts as the cause, and fails."""
@@ -112,6 +114,8 @@ class JobScheduler:
     """Most seconds that a stage may run; 0 for no limit."""
     heartbeat_timeout_s: float = 15.0
     """Most seconds that an instance may be silent."""
+    preempt: bool = True
+    """Whether running denoises are parked for jobs of a higher priority."""
     requests: dict[str, Request] = field(default_factory=dict)
     by_key: dict[str, Request] = field(default_factory=dict)
     """Requests by idempotency key."""
@@ -548,14 +552,15 @@ class JobScheduler:
         return True
 
     def returned(self, instance: str, report: StageReturned, now: float) -> bool:
-        """Retry a job that an instance returned because it ends."""
+        """Let a job wait again that an instance returned because it ends, or parked."""
         self.registry.credit(instance, report.issued)
         if self._forget_preview(report.attempt):
             return True
         job = self._current(report.attempt, instance)
         if job is None:
             return False
-        self._retry(job, f"{instance}: {ExitCause.STOPPED.value}", now, counts=False)
+        why = "parked for a more urgent job" if job.parking else ExitCause.STOPPED.value
+        self._retry(job, f"{instance}: {why}", now, counts=False)
         return True
 
     def cancelled(self, instance: str, report: StageCancelled) -> bool:
@@ -618,7 +623,52 @@ class JobScheduler:
         for stage in Stage:
             while not (stage is Stage.ENCODER and self.paused) and self._dispatch_next(stage, now):
                 pass
+        while self._park_next():
+            pass
         self._dispatch_previews()
+
+    def _park_next(self) -> bool:
+        """Tell an instance to park a denoise for a more urgent job; return whether there is one to park."""
+        if not self.preempt:
+            return False
+        stage, priority = Stage.DENOISER, {job.id: self.requests[job.request_id].priority for job in self.jobs.values()}
+        having = [job for job in self.jobs.values() if job.instance in self.registry.instances and job.stage is stage]
+        least = min((priority[job.id] for job in having), default=None)
+        if least is None or all(priority[u.id] <= least for u in self.jobs.values() if self._waits(u, stage)):
+            return False
+        if downstream_capacity(stage, self.jobs.values(), self.registry) < 0:
+            return False  # one that is parked gives its place to the other, but there is no place
+        queue = self._queue(stage, cached=False)
+        waiting = [facts for facts, job in queue if not job.made_with_older_weights(self.model)]
+        running = [running for serial, job in enumerate(self.jobs.values()) if (running := self._running(serial, job))]
+        candidates = self.registry.candidates(stage, self.load())
+        free = sum(candidate.credits for candidate in candidates if candidate.model == self.model)
+        chosen = to_park(self.policy, waiting, running, free)
+        if chosen is None:
+            return False
+        job = list(self.jobs.values())[chosen.facts.serial]
+        job.parked += 1
+        job.parking = True
+        self.dirty.add(job.id)
+        self.effects.append(Park(job.instance, job.current_attempt))
+        return True
+
+    def _running(self, serial: int, job: Job) -> RunningDenoise | None:
+        """Describe a denoise of an instance that takes another job in its place; None for all other jobs."""
+        instance = self.registry.instances.get(job.instance)
+        if instance is None or job.stage is not Stage.DENOISER or not instance.serves(Stage.DENOISER):
+            return None
+        if instance.model != self.model or instance.draining or not instance.awake or instance.changing_to:
+            return None
+        return RunningDenoise(
+            self._facts(serial, job, Stage.DENOISER),
+            instance.name,
+            begun=job.running,
+            stores_checkpoints=instance.stores_checkpoints,
+            parked=job.parked,
+            parking=job.parking,
+            protected=job.aged,
+        )
 
     def _dispatch_next(self, stage: Stage, now: float) -> bool:
         """Assign the first job that waits for `stage` and that an instance can take; return whether there is one."""
@@ -721,6 +771,7 @@ class JobScheduler:
 
     def _assign(self, job: Job, stage: Stage, name: str) -> None:
         job.instance = job.instances[stage.value] = name
+        job.aged = job.passed_over >= MAX_PASSED_OVER
         instance, request = self.registry.instances[name], self.requests[job.request_id]
         if job.model != instance.model:
             self._give_back(self.stored_outputs.drop_checkpoint(job))
@@ -830,6 +881,7 @@ class JobScheduler:
     def _let_go(self, job: Job) -> None:
         job.instance = ""
         job.step = 0
+        job.parking = False
 
     def _give_back(self, leases: tuple[LeaseRef, ...]) -> None:
         if leases:

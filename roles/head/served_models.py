@@ -282,6 +282,7 @@ def _scheduler(topology: Topology, model: Model) -> JobScheduler:
         waiting_timeout_s=settings.waiting_timeout_s,
         running_timeout_s=settings.running_timeout_s,
         heartbeat_timeout_s=topology.supervision.heartbeat_timeout_s,
+        preempt=settings.preempt,
         registry=InstanceRegistry({stage: _slots(topology.components, model, stage) for stage in Stage}),
     )
 

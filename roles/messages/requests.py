@@ -180,6 +180,7 @@ class JobView(Value):
     resumed_from: int = 0
     """Step of the checkpoint from which its last denoise went on; 0 if it began at the beginning."""
     steps_redone: int = 0
+    parked: int = 0
     """Steps that were computed again because an instance was lost."""
 
 

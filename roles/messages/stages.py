@@ -64,6 +64,8 @@ class RegisterInstance(Message):
     """Bytes of its weights on that device; 0 until it has loaded them once."""
     max_batch: Natural = 1
     """Most jobs whose denoising steps it computes in one call: the bucket of jobs that it denoises first."""
+    stores_checkpoints: bool = False
+    """Whether another instance can go on with a denoise that it gives back."""
 
 
 class InstanceWakeChanged(Message):
@@ -188,6 +190,15 @@ class StageCancel(Message):
     reason: str
 
 
+class StagePark(Message):
+    """Give this denoise back for a more urgent job: store a checkpoint of it, then report StageReturned.
+
+    If it ends first, its outputs count. If no checkpoint of it can be stored, it goes on.
+    """
+
+    attempt: Attempt
+
+
 class Acknowledged(Message):
     """The receiver has acted on the message, which need not be sent again."""
 
@@ -271,7 +282,7 @@ class StageFailed(Message):
 
 
 class StageReturned(Message):
-    """The instance returns an attempt that it cannot finish before it ends."""
+    """The instance returns an attempt that it cannot finish before it ends, or that it was told to park."""
 
     attempt: Attempt
     issued: Natural

@@ -145,6 +145,8 @@ class ActiveAttempt:
     """Whether it is to end as soon as its phase allows."""
     returned: bool = False
     """Whether it is stopped so that another instance takes it."""
+    parking: bool = False
+    """Whether it is to be given back for a more urgent job, once a checkpoint of it is stored."""
     began_at: float | None = None
     """When the current stage began to compute, in seconds of a monotonic clock."""
     stepped_at: float = 0.0
@@ -292,6 +294,7 @@ class AttemptTracker:
         if item is None:
             target = self.reservations.pop(attempt, None)
             return (ReleaseBlocks((target,)),) if target else ()
+        item.parking = False
         if item.cancelled:
             return ()
         item.cancelled = True
@@ -306,6 +309,29 @@ class AttemptTracker:
                 item.returned = True
                 messages += self.cancel(item.attempt)
         return tuple(messages)
+
+    def park(self, attempt: Attempt) -> tuple[Message, ...]:
+        """Give a denoise back for a more urgent job: at once if it has not begun, else after its next checkpoint.
+
+        One that has ended by then is not given back, nor one of which no checkpoint can be stored.
+        """
+        item = self.active.get(attempt)
+        if item is None:  # not here yet: it is refused when it comes
+            return self.cancel(attempt)
+        if item.cancelled or self.kind != "denoiser" or item.phase not in (Phase.LOADING, Phase.RUNNING):
+            return ()
+        item.parking = True
+        return () if item.began_at is not None else self._give_back(item)
+
+    def checkpoint_ended(self, attempt: Attempt, *, stored: bool) -> tuple[Message, ...]:
+        """Give a denoise back that is to be parked, as its checkpoint is stored; without one it goes on."""
+        item = self.active.get(attempt)
+        if item is None or not item.parking or item.cancelled or item.phase is not Phase.RUNNING:
+            return ()
+        if stored:
+            return self._give_back(item)
+        item.parking = False
+        return ()
 
     def drop_reservations(self) -> tuple[Message, ...]:
         """Release the blocks reserved for a head that has ended; the next one asks again."""
@@ -348,6 +374,8 @@ class AttemptTracker:
     def computed(self, attempt: Attempt, seconds: float, *, seed_independent: bool = False) -> NextStep:
         """Return what follows a computed stage: run the next stage on its outputs, store them, or save them."""
         item = self._item(attempt, "a stage was computed", Phase.RUNNING)
+        if item.parking:  # it has ended before it was parked
+            item.parking = item.returned = item.cancelled = False
         if item.cancelled:
             return self._cancelled_report(item)
         item.seconds, item.seed_independent = seconds, seed_independent
@@ -448,6 +476,10 @@ class AttemptTracker:
             w for w in (*self.active, *self.reservations) if w.job_id == attempt.job_id and w.number < attempt.number
         ]
         return tuple(message for w in older for message in self.cancel(w))
+
+    def _give_back(self, item: ActiveAttempt) -> tuple[Message, ...]:
+        item.returned = item.cancelled = True
+        return (CancelAttempt(item.attempt),)
 
     def _item(self, attempt: Attempt, event: str, *phases: Phase) -> ActiveAttempt:
         item = self.active.get(attempt)

@@ -30,6 +30,7 @@ from triptych.roles.messages.stages import (
     RegisterInstance,
     StageAssign,
     StageCancel,
+    StagePark,
     StageTaken,
     TransferAlloc,
     TransferAllocated,
@@ -200,6 +201,13 @@ class Instance(Actor):
         """Stop an attempt within one step."""
         self.log.info("cancelled", attempt=str(message.attempt), reason=message.reason)
         self._drop(message.attempt)
+
+    async def park(self, message: StagePark) -> None:
+        """Give a denoise back for a more urgent job."""
+        self.log.info("to be parked", attempt=str(message.attempt))
+        self._carry_out(self.attempts.park(message.attempt))
+        if message.attempt not in self.attempts.active:
+            self._client.undo(message.attempt)
 
     # -- from this process
 
@@ -389,6 +397,7 @@ class Instance(Actor):
             device=self.context.device,
             weights=self.context.weights,
             max_batch=self.component.max_batch,
+            stores_checkpoints=self.component.checkpoint_s > 0,
         )
 
     async def _send_heartbeats(self, head: Reference, lost: asyncio.Task[None]) -> None:

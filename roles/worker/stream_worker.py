@@ -336,18 +336,21 @@ class StreamWorker(Actor):
         self._pass_on(attempts.interrupted(run.attempt, snapshot) if snapshot else attempts.stopped(run.attempt))
 
     async def _store_checkpoints(self, round_: Round, stream: DeviceStream) -> None:
-        """Save the runs whose last snapshot is long ago, unless that is still on its way into a block."""
+        """Save the runs whose last snapshot is long ago, unless that is still on its way, and those to be parked."""
         every_s, now = self.component.checkpoint_s, time.monotonic()
         if not every_s:
             return
-        for run in [step.run for step in round_.steps if step.more]:
+        due = {step.run.attempt for step in round_.steps if step.more and now - step.run.saved_at >= every_s}
+        for run in [run for run in self._runs.values() if run.attempt in due or run.item.parking]:
             item, denoising = run.item, run.denoising
-            if denoising is None or now - run.saved_at < every_s or item.snapshot is not None or item.cancelled:
+            if denoising is None or not denoising.step or item.snapshot is not None or item.cancelled:
                 continue
             run.saved_at = now
             if (snapshot := await self._snapshot(run, denoising, stream)) is not None:
                 item.snapshot = snapshot
                 self._pass_on(StoreCheckpoint(run.attempt))
+            elif not denoising.over:
+                item.parking = False  # it cannot go on elsewhere
 
     async def _snapshot(self, run: StageRun, denoising: Denoising, stream: DeviceStream) -> Snapshot | None:
         """Save a run that is between two steps; None if it is not, or is of a kind that cannot be saved."""
@@ -508,7 +511,7 @@ class StreamWorker(Actor):
             await self._call(stream, devices.release_cached_memory, stream.device)
         self._leave(run)
         item, attempts = run.item, self.context.attempts
-        if item.cancelled:
+        if item.cancelled and not item.parking:
             self._pass_on(attempts.stopped(run.attempt))
             return
         item.values, item.ready = run.result(), end

@@ -196,16 +196,18 @@ class TransferActor(Actor):
         item = self.context.attempts.active.get(attempt)
         snapshot = item.snapshot if item is not None else None
         if item is not None and snapshot is not None:
-            await self._try_checkpoint(attempt, snapshot)
+            stored = await self._try_checkpoint(attempt, snapshot)
             if item.snapshot is snapshot:
                 item.snapshot = None
+            for follows in self.context.attempts.checkpoint_ended(attempt, stored=stored):
+                self.context.pass_on(self, follows)
         if self._checkpoints.get(attempt) is asyncio.current_task():
             del self._checkpoints[attempt]
         if message.returns:
             self.context.pass_on(self, self.context.attempts.handed_over(attempt))
 
-    async def _try_checkpoint(self, attempt: Attempt, snapshot: Snapshot) -> None:
-        """Store a checkpoint and report it; whatever is in the way, nothing waits for it."""
+    async def _try_checkpoint(self, attempt: Attempt, snapshot: Snapshot) -> bool:
+        """Store a checkpoint and report it; return whether that was possible. Nothing waits for it."""
         facts = {"attempt": str(attempt), "step": snapshot.step}
         try:
             with self.context.timeline.measure("transfer", "checkpoint", attempt) as measured:
@@ -224,6 +226,8 @@ class TransferActor(Actor):
                 self._client.release(stored.lease)
             else:
                 self.context.reporter.add(follows)
+                return True
+        return False
 
     async def _store_if_free(self, attempt: Attempt, made: Snapshot | PreviewValues) -> StoredPayload:
         """Put a checkpoint or a preview into a block that is free now; nothing waits for it."""

@@ -71,6 +71,7 @@ def registration(
         signature=SIGNATURE,
         running=running,
         max_batch=max_batch,
+        stores_checkpoints=kind == "denoiser",
     )
 
 

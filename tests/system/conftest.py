@@ -71,7 +71,7 @@ SHARED: dict[str, dict[str, Any]] = {
         "family": "flux-any-steps",
         "roles": {"encoder": 1, "denoiser": 2, "decoder": 1},
         "supervision": {"intensity": 100, "heartbeat_timeout_s": 5},
-        "role_keys": {"denoiser": {"checkpoint_s": 0.1}},
+        "role_keys": {"denoiser": {"checkpoint_s": 0.1, "slots": 1}},
     },
 }
 """The topologies of shared clusters."""

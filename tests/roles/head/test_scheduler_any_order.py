@@ -13,7 +13,7 @@ from tests.roles.factories import KINDS, a_block, make_scheduler, registration, 
 from triptych.actors.topology.sections import SchedulingPolicyName
 from triptych.engines.memory.buddy import PAGE
 from triptych.engines.stages import Stage
-from triptych.roles.head.effects import Assign, AssignPreview, Cancel, NotifyWaiters, ReleaseLeases
+from triptych.roles.head.effects import Assign, AssignPreview, Cancel, NotifyWaiters, Park, ReleaseLeases
 from triptych.roles.head.job import Job, State
 from triptych.roles.head.registry import ExitCause
 from triptych.roles.head.scheduler import JobScheduler
@@ -24,6 +24,7 @@ from triptych.roles.messages.stages import (
     StageFailed,
     StageFinished,
     StageOutputsStored,
+    StageReturned,
     TransferFailed,
 )
 from triptych.roles.previews import preview_attempt
@@ -46,6 +47,7 @@ class Traffic(RuleBasedStateMachine):
         self.held: set[LeaseRef] = set()
         self.made_for: dict[LeaseRef, tuple[str, int]] = {}
         self.notified: Counter[str] = Counter()
+        self.told_to_park: set[Attempt] = set()
         self.generation = 0
         self.assigned: dict[str, set[Attempt]] = {}
         self.issued: dict[str, int] = {}
@@ -72,6 +74,9 @@ class Traffic(RuleBasedStateMachine):
                 case Cancel(name, attempt, _):
                     self.assigned.get(name, set()).discard(attempt)
                     self._issue(name)
+                case Park(name, attempt):
+                    assert attempt in self.assigned[name]
+                    self.told_to_park.add(attempt)
                 case ReleaseLeases(leases):
                     # What went with its pool need not be given back, but may be.
                     here = {lease for lease in leases if lease.pool_generation == self.pool_generation}
@@ -145,6 +150,15 @@ class Traffic(RuleBasedStateMachine):
         self.held.add(block.lease)
         self.scheduler.started(attempt, name, Stage.DENOISER, self.now)
         self.scheduler.checkpoint_stored(name, CheckpointStored(attempt, step, block))
+        self._carry_out()
+
+    @precondition(lambda self: any(self.told_to_park & held for held in self.assigned.values()))
+    @rule(data=st.data())
+    def park(self, data: st.DataObject) -> None:
+        parkable = [(name, each) for name, held in self.assigned.items() for each in held & self.told_to_park]
+        name, attempt = data.draw(st.sampled_from(sorted(parkable, key=str)))
+        self.assigned[name].discard(attempt)
+        self.scheduler.returned(name, StageReturned(attempt, self._issue(name)), self.now)
         self._carry_out()
 
     def _store_outputs(self, name: str, kind: str, attempt: Attempt, issued: int) -> None:

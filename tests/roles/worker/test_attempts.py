@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from triptych.bus import Message
+from triptych.engines.memory.streams import StreamEvent
 from triptych.engines.stages import Stage
 from triptych.roles.messages.common import (
     Artifact,
@@ -33,7 +34,7 @@ from triptych.roles.messages.stages import (
     TransferPush,
 )
 from triptych.roles.messages.worker import CancelAttempt, LoadInputs, RunStage, SaveArtifact, StoreOutputs
-from triptych.roles.worker.attempts import AttemptRefusedError, AttemptTracker, Phase, UnexpectedEventError
+from triptych.roles.worker.attempts import AttemptRefusedError, AttemptTracker, Phase, Snapshot, UnexpectedEventError
 
 ENDS = (TransferFailed, StageOutputsStored, StageFinished, StageFailed, StageReturned, StageCancelled)
 LEFT_S = 600.0
@@ -346,6 +347,16 @@ class Life(RuleBasedStateMachine):
         self.carry_out(self.load.cancel(data.draw(st.sampled_from(list(self.load.active)))))
 
     @precondition(lambda self: self.load.active)
+    @precondition(lambda self: self.load.active)
+    @rule(data=st.data(), stored=st.booleans())
+    def park(self, data: st.DataObject, stored: bool) -> None:
+        item = data.draw(st.sampled_from(list(self.load.active.values())))
+        stopped = item.cancelled
+        self.carry_out(self.load.park(item.attempt))
+        self.carry_out(self.load.checkpoint_ended(item.attempt, stored=stored))
+        if item.cancelled and not stopped:
+            self.given_back.add(item.attempt)
+
     @rule(within_s=st.sampled_from([None, 0.0, 10.0]))
     def return_to_head(self, within_s: float | None) -> None:
         stopped = {item.attempt for item in self.load.active.values() if item.cancelled}
@@ -427,6 +438,36 @@ def test_an_instance_that_has_to_end_returns_attempts_that_would_not_finish_in_t
     assert load.return_to_head(None) == (CancelAttempt(new),), "what is computed is stored yet"
     with pytest.raises(AttemptRefusedError):
         load.push(push(slow), NOW)
+
+
+def test_a_denoise_is_parked_once_its_checkpoint_is_stored_and_its_result_counts_if_it_ends_before() -> None:
+    load = AttemptTracker("denoiser-0", "denoiser", 6)
+    saved, unsaved, done, queued, unwanted, absent = (Attempt(f"r/{k}", 1) for k in range(6))
+    for attempt in (saved, unsaved, done, queued, unwanted):
+        load.push(push(attempt), NOW)
+        load.loaded(attempt)
+        if attempt is not queued:
+            load.started(attempt, Stage.DENOISER, 100.0)
+    assert load.park(queued) == (CancelAttempt(queued),), "it has nothing to lose"
+    assert load.end(load.stopped(queued))[-1] == StageReturned(queued, 7)
+    for attempt in (saved, unsaved, done, unwanted):
+        assert load.park(attempt) == ()
+        assert not load.active[attempt].cancelled
+    assert load.checkpoint_ended(unsaved, stored=False) == ()
+    assert load.checkpoint_ended(unsaved, stored=True) == (), "it goes on, also when a later one is stored"
+    for attempt in (saved, done, unwanted):
+        if attempt is unwanted:
+            load.cancel(attempt)
+            assert load.checkpoint_ended(attempt, stored=True) == ()
+            assert load.end(load.computed(attempt, 1.0))[-1] == StageCancelled(attempt, 8)
+        else:
+            assert load.checkpoint_ended(attempt, stored=True) == (CancelAttempt(attempt),)
+    assert load.computed(done, 1.0) == StoreOutputs(done, load.active[done].deadline)
+    load.interrupted(saved, Snapshot(3, {}, StreamEvent()))
+    assert load.end(load.handed_over(saved))[-1] == StageReturned(saved, 9)
+    load.park(absent)
+    with pytest.raises(AttemptRefusedError):
+        load.push(push(absent), NOW)
 
 
 @pytest.mark.parametrize("phase", list(Phase))

@@ -258,6 +258,27 @@ def test_a_denoise_that_another_instance_is_to_take_is_saved_before_it_ends(on_w
     on_worker(body, checkpoint_s=1e9)
 
 
+def test_a_denoise_that_is_to_be_parked_is_saved_also_while_another_goes_first(on_worker: Any) -> None:
+    async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
+        for number in (1, 2):
+            await encoded(fake_instance, worker, number, num_inference_steps=50)
+        fake_instance.run(1, Stage.DENOISER)
+        await fake_instance.inbox.next(StageProgress)
+        items = worker.context.attempts.active
+        items[attempt(2)].hints = SchedulingHints(priority=1, steps=50)
+        items[attempt(1)].parking = True
+        fake_instance.run(2, Stage.DENOISER)
+        assert await fake_instance.inbox.next(StoreCheckpoint) == StoreCheckpoint(attempt(1))
+        snapshot = items[attempt(1)].snapshot
+        assert snapshot is not None
+        assert 0 < snapshot.step < 50
+        # It ends before that is stored: its result counts.
+        assert {(await fake_instance.inbox.next(COMPUTED)).attempt for _ in range(2)} == {attempt(1), attempt(2)}
+        assert not items[attempt(1)].parking
+
+    on_worker(body, checkpoint_s=1e9)
+
+
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], Any]:
     """What to call inside of a run, counted as they are prepared, when it has taken so many steps."""
