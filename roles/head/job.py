@@ -137,7 +137,7 @@ class Job:
     resumed_from: int = 0
     """Step of the checkpoint that its present or last denoise went on from; 0 if it began at the beginning."""
     steps_lost_at: int = 0
-    """Steps that its denoise had done when it last lost its instance, until another goes on with it."""
+    """Steps that were done when its denoise last lost its instance or its output; those that it began with, since."""
     steps_redone: int = 0
     """Steps that were computed again because an instance was lost."""
     instance: str = ""

@@ -423,7 +423,7 @@ class JobScheduler:
             checkpoint = None
         job.resumed_from = checkpoint.step if checkpoint else 0
         job.steps_redone += max(0, job.steps_lost_at - job.resumed_from)
-        job.steps_lost_at = 0
+        job.steps_lost_at = job.resumed_from
         self.dirty.add(job.id)
         return checkpoint.payload if checkpoint else None
 
@@ -892,6 +892,8 @@ class JobScheduler:
         stage = job.stage or Stage.ENCODER
         if job.state is State.DENOISING_RUNNING:
             job.steps_lost_at = max(job.step, job.resumed_from)
+        elif stage is Stage.DECODER and job.resume_stage(stage) is not stage:
+            job.steps_lost_at = job.total_steps
         self._let_go(job)
         job.causes.append(cause)
         job.failures += counts

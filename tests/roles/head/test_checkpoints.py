@@ -104,6 +104,22 @@ def test_steps_of_a_checkpoint_that_is_lost_before_anyone_goes_on_from_it_are_re
     assert (job.resumed_from, job.steps_redone) == (0, 30)
 
 
+def test_all_steps_are_redone_for_a_decoder_that_cannot_load_what_was_made() -> None:
+    scheduler, job = denoising()
+    scheduler.stored("denoiser-0", stored(job.current_attempt, "denoiser", 2), 3.0)
+    after(scheduler)
+    name = job.instance
+    scheduler.transfer_failed(name, TransferFailed(job.current_attempt, "the decoder is away", False, 99), 4.0)
+    after(scheduler)
+    assert job.steps_lost_at == 0, "another decoder can load it"
+    scheduler.transfer_failed(job.instance, TransferFailed(job.current_attempt, "damaged", True, 99), 5.0)
+    after(scheduler)
+    scheduler.stored("encoder-0", stored(job.current_attempt, "encoder", 5), 6.0)
+    after(scheduler)
+    begin(scheduler, job, 1)
+    assert job.steps_redone == 50
+
+
 def test_who_goes_on_from_a_checkpoint_is_scheduled_by_the_steps_that_are_left() -> None:
     scheduler, job = denoising()
     save(scheduler, job, 20, 2)
