@@ -68,6 +68,10 @@ STAGE_OF = {state: stage for states in (WAITING, RUNNING) for stage, state in st
 UPSTREAM = {Stage.DENOISER: Stage.ENCODER, Stage.DECODER: Stage.DENOISER}
 """The stage whose stored output a stage starts from."""
 
+SUSPECT_AFTER = 2
+"""A job that was running this often when its instance crashed with others on it is a suspect. Once says little: kills
+from outside are common, and any of the others may be the cause."""
+
 _ENDS = frozenset({State.FAILED, State.TIMED_OUT, State.CANCELLED})
 # A cached prompt skips the encoder.
 _SHORTCUTS = {State.ENCODER_WAITING: {State.ENCODER_DONE}}
@@ -152,7 +156,9 @@ class Job:
     transfers_lost: int = 0
     """Times that its stored tensors could not be fetched, or were damaged."""
     deaths: int = 0
-    """Instances that crashed while they computed this job."""
+    """Instances that crashed while they computed this job alone."""
+    shared_deaths: int = 0
+    """Instances that crashed while they computed this job and others, each of which may be the cause."""
     stalls: int = 0
     """Instances that fell silent while they computed this job."""
     parked: int = 0
@@ -196,6 +202,11 @@ class Job:
     def running(self) -> bool:
         """Return whether an instance computes it."""
         return self.state in RUNNING.values()
+
+    @property
+    def suspect(self) -> bool:
+        """Return whether it may be what crashes its instances, so that it is computed alone."""
+        return self.shared_deaths >= SUSPECT_AFTER
 
     def has_begun(self, stage: Stage) -> bool:
         """Return whether `stage` is assigned, or done."""

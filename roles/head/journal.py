@@ -146,6 +146,7 @@ class _JobRow(msgspec.Struct):
     steps_lost_at: int = 0
     steps_redone: int = 0
     parked: int = 0
+    shared_deaths: int = 0
 
 
 _RENAMED: Final = frozenset({"staged", "borrows", "at_fault"})

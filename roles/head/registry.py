@@ -75,6 +75,11 @@ class InstanceRecord:
         return self.issued - self.spent
 
     @property
+    def takes_jobs(self) -> bool:
+        """Whether it takes jobs as far as it has credits."""
+        return not self.draining and self.awake and not self.changing_to
+
+    @property
     def problem(self) -> str:
         """A problem that an operator may have to solve; a sentence, or ""."""
         return self.trouble or self.wake_error
@@ -176,7 +181,7 @@ class InstanceRegistry:
         return [
             Candidate(i.name, i.credits, i.slots, load.get(i.name, 0), i.last_served, i.model)
             for i in self.instances.values()
-            if i.credits > 0 and not i.draining and i.awake and not i.changing_to and i.serves(stage)
+            if i.credits > 0 and i.takes_jobs and i.serves(stage)
         ]
 
     def charge(self, name: str) -> None:

@@ -51,7 +51,8 @@ from triptych.roles.previews import denoise_of
 from triptych.roles.scheduling_policy import MAX_PASSED_OVER, OwnerService, SchedulingFacts, StepTimes, overtaken, rank
 
 MAX_DEATHS = 2
-"""A job that was running this often when its instance crashed counts as the cause, and fails."""
+"""A job that was running alone this often when its instance crashed counts as the cause, and fails. For a suspect,
+which has brought down instances among others before, once is enough."""
 
 MAX_STALLS = 5
 """Instances stall because their machine does, but a job that stalls every instance must fail in the end."""
@@ -82,6 +83,11 @@ class SourceGoneError(Exception):
 
 def _has_started(job: Job) -> bool:
     return bool(job.instance or job.stored) or job.state not in (State.PENDING, State.ENCODER_WAITING)
+
+
+def _why_convicted(job: Job, name: str) -> str:
+    others = f"after {job.shared_deaths} instances that died while they computed it among others"
+    return f"{name} died while it computed this job alone, {others}"
 
 
 @dataclass(slots=True)
@@ -288,13 +294,22 @@ class JobScheduler:
     def instance_down(self, name: str, cause: str, now: float, end: ExitCause = ExitCause.CRASHED) -> None:
         """Remove an instance that has ended, and retry its jobs.
 
-        Only a crash counts as a failure of the job.
+        Only a crash counts as a failure of the job, and not while it computed several: one of them may be the cause.
         """
         self.registry.remove(name)
-        for job in [u for u in self.jobs.values() if u.instance == name]:
-            job.deaths += job.running and end is ExitCause.CRASHED
+        assigned = [job for job in self.jobs.values() if job.instance == name]
+        computed = sum(job.running for job in assigned)
+        crashed = end is ExitCause.CRASHED
+        if crashed and computed > 1:
+            cause += f" while it computed {computed} jobs"
+        for job in assigned:
+            shared = crashed and job.running and computed > 1
+            died = crashed and job.running and not shared
+            fatal = _why_convicted(job, name) if died and job.suspect else ""
+            job.shared_deaths += shared
+            job.deaths += died
             job.stalls += job.running and end is ExitCause.STALLED
-            self._retry(job, f"{name}: {cause}", now, counts=end is ExitCause.CRASHED)
+            self._retry(job, f"{name}: {cause}", now, counts=crashed and not shared, fatal=fatal)
         self._drop_previews(lambda preview: preview.instance == name)
 
     def connection_lost(self, name: str, generation: int, now: float) -> bool:
@@ -639,9 +654,15 @@ class JobScheduler:
         if downstream_capacity(stage, self.jobs.values(), self.registry) < 0:
             return False  # one that is parked gives its place to the other, but there is no place
         queue = self._queue(stage, cached=False)
-        waiting = [facts for facts, job in queue if not job.made_with_older_weights(self.model)]
-        running = [running for serial, job in enumerate(self.jobs.values()) if (running := self._running(serial, job))]
-        candidates = self.registry.candidates(stage, self.load())
+        # A suspect gets an instance of its own: a place beside others does not serve it.
+        waiting = [facts for facts, job in queue if not job.suspect and not job.made_with_older_weights(self.model)]
+        closed = self._closed(stage)
+        running = [
+            running
+            for serial, job in enumerate(self.jobs.values())
+            if job.instance not in closed and (running := self._running(serial, job))
+        ]
+        candidates = [each for each in self.registry.candidates(stage, self.load()) if each.name not in closed]
         free = sum(candidate.credits for candidate in candidates if candidate.model == self.model)
         chosen = to_park(self.policy, waiting, running, free)
         if chosen is None:
@@ -658,7 +679,7 @@ class JobScheduler:
         instance = self.registry.instances.get(job.instance)
         if instance is None or job.stage is not Stage.DENOISER or not instance.serves(Stage.DENOISER):
             return None
-        if instance.model != self.model or instance.draining or not instance.awake or instance.changing_to:
+        if instance.model != self.model or not instance.takes_jobs:
             return None
         return RunningDenoise(
             self._facts(serial, job, Stage.DENOISER),
@@ -676,7 +697,8 @@ class JobScheduler:
             return False
         caches = stage is Stage.ENCODER and self.stored_outputs.cache.capacity > 0
         capacity = downstream_capacity(stage, self.jobs.values(), self.registry)
-        candidates = self.registry.candidates(stage, self.load())
+        closed = self._closed(stage)
+        candidates = [c for c in self.registry.candidates(stage, self.load()) if c.name not in closed or not c.load]
         if capacity < 1 or not (candidates or caches):
             return False
         encoding = {self._prompt_key(u) for u in self.jobs.values() if caches and u.instance and u.stage is stage}
@@ -685,8 +707,9 @@ class JobScheduler:
         for facts, job in queue:
             if capacity < 1:
                 break
-            model = job.model if job.made_with_older_weights(self.model) else self.model
-            alike = [candidate for candidate in candidates if candidate.model == model]
+            model = self._weights_for(job)
+            able = [c for c in candidates if (not c.load if job.suspect else c.name not in closed)]
+            alike = [candidate for candidate in able if candidate.model == model]
             if caches and self._skip_encoder(job, now):
                 capacity -= 1
             elif alike and not (caches and self._same_is_made(job, encoding)):
@@ -697,6 +720,25 @@ class JobScheduler:
                     waiting[passed][1].passed_over += 1
                 return True
         return False
+
+    def _closed(self, stage: Stage) -> set[str]:
+        """Return the instances that are kept for suspects: those that have one, and the one reserved for the next.
+
+        The one with the least load is reserved while a suspect waits for the stage. As it gets nothing more, the least
+        load only falls, until the suspect has an idle instance.
+        """
+        suspects = [job for job in self.jobs.values() if job.suspect]
+        closed = {job.instance for job in suspects if job.instance}
+        models = {self._weights_for(job) for job in suspects if self._waits(job, stage)}
+        able = [i for i in self.registry.instances.values() if i.serves(stage) and i.takes_jobs and i.model in models]
+        if able:
+            load = self.load()
+            closed.add(min(able, key=lambda i: (load[i.name], i.last_served, i.name)).name)
+        return closed
+
+    def _weights_for(self, job: Job) -> str:
+        """Return the version of the weights that a job needs."""
+        return job.model if job.made_with_older_weights(self.model) else self.model
 
     def _dispatch_previews(self) -> None:
         """Assign waiting previews to decoders that have nothing else, while no job waits for one."""
@@ -887,8 +929,8 @@ class JobScheduler:
         if leases:
             self.effects.append(ReleaseLeases(leases))
 
-    def _retry(self, job: Job, cause: str, now: float, *, counts: bool = True) -> None:
-        """Retry the job's stage, or fail the job when it has been tried too often."""
+    def _retry(self, job: Job, cause: str, now: float, *, counts: bool = True, fatal: str = "") -> None:
+        """Retry the job's stage, or fail the job when it has been tried too often, or for the reason `fatal`."""
         stage = job.stage or Stage.ENCODER
         if job.state is State.DENOISING_RUNNING:
             job.steps_lost_at = max(job.step, job.resumed_from)
@@ -897,8 +939,8 @@ class JobScheduler:
         self._let_go(job)
         job.causes.append(cause)
         job.failures += counts
-        if job.failures >= self.max_attempts or job.deaths >= MAX_DEATHS or job.stalls >= MAX_STALLS:
-            self._end(job, State.FAILED, self._why_given_up(job), now)
+        if fatal or job.failures >= self.max_attempts or job.deaths >= MAX_DEATHS or job.stalls >= MAX_STALLS:
+            self._end(job, State.FAILED, fatal or self._why_given_up(job), now)
             return
         job.attempt += 1
         target = WAITING[job.resume_stage(stage)]

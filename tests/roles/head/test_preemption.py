@@ -12,7 +12,7 @@ from tests.roles.factories import a_block, after, make_scheduler, registration, 
 from triptych.actors.topology.sections import SchedulingPolicyName
 from triptych.engines.stages import Stage
 from triptych.roles.head.effects import Assign, Effect, Park
-from triptych.roles.head.job import Job, State
+from triptych.roles.head.job import SUSPECT_AFTER, Job, State
 from triptych.roles.head.preemption import MAX_PARKED, MIN_LEFT_S, MIN_STEPS_LEFT, RunningDenoise, to_park
 from triptych.roles.head.scheduler import JobScheduler
 from triptych.roles.messages.stages import CheckpointStored, StageReturned, TransferPush
@@ -180,6 +180,9 @@ def test_nothing_is_parked_without_need() -> None:
     scheduler = scheduler_of()
     scheduler.registry.instances["denoiser-0"].model = "older"
     assert denoised(scheduler, "high", 1)[1] == []
+    scheduler = scheduler_of()
+    scheduler.jobs["low0/0"].shared_deaths = SUSPECT_AFTER
+    assert denoised(scheduler, "high", 1)[1] == [], "it is computed alone: its slot would serve nobody"
     scheduler = scheduler_of(slots=2)
     assert len(denoised(scheduler, "high", 1)[1]) == 1
     assert denoised(scheduler, "higher", 2)[1] == [], "one at a time"

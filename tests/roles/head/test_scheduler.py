@@ -7,8 +7,8 @@ import pytest
 from tests.roles.factories import KINDS, a_block, after, failed, finished, make_scheduler, registration, request, stored
 from triptych.engines.parameters.schema import Signature
 from triptych.engines.stages import Stage
-from triptych.roles.head.effects import Assign, Cancel, NotifyWaiters, ReleaseLeases
-from triptych.roles.head.job import Job, State
+from triptych.roles.head.effects import Assign, Cancel, Effect, NotifyWaiters, ReleaseLeases
+from triptych.roles.head.job import SUSPECT_AFTER, Job, State
 from triptych.roles.head.registry import InstanceRegistry
 from triptych.roles.head.scheduler import MAX_STALLS, JobScheduler
 from triptych.roles.head.stored_outputs import LOOKAHEAD
@@ -100,6 +100,84 @@ def test_a_unit_that_kills_twice_fails_and_others_go_on(scheduler: JobScheduler)
     assert len(job.causes) == 2
     assert job.instance == ""
     assert NotifyWaiters("r") in after(scheduler)
+
+
+def compute_all(scheduler: JobScheduler, poison: str) -> list[list[str]]:
+    """Compute all jobs, each instance those that it has at once, where one job kills its denoiser.
+
+    Return the jobs that each of the killed denoisers was computing.
+    """
+    crashes: list[list[str]] = []
+    lease_id = 0
+    while scheduler.jobs:
+        after(scheduler)
+        names = sorted({job.instance for job in scheduler.jobs.values() if job.instance})
+        assert names, "stalled"
+        for name in names:
+            stage = Stage(name.partition("-")[0])
+            jobs = [job for job in scheduler.jobs.values() if job.instance == name]
+            for job in jobs:
+                assert scheduler.started(job.current_attempt, name, stage, 1.0)
+            if stage is Stage.DENOISER and poison in [job.id for job in jobs]:
+                crashes.append([job.id for job in jobs])
+                scheduler.instance_down(name, "its process ended", 2.0)
+                scheduler.register(registration(name, generation=1 + len(crashes), slots=4), 2.0)
+                continue
+            for job in jobs:
+                lease_id += 1
+                if stage is Stage.DECODER:
+                    scheduler.finished(name, finished(job.current_attempt), 3.0)
+                else:
+                    scheduler.stored(name, stored(job.current_attempt, stage, lease_id), 3.0)
+    return crashes
+
+
+@pytest.mark.parametrize("poison", ["r/0", "r/2"])
+@pytest.mark.parametrize("denoisers", [1, 2])
+def test_neighbours_of_a_job_that_kills_its_instances_are_done(denoisers: int, poison: str) -> None:
+    scheduler = make_scheduler()
+    for name in ("encoder-0", *(f"denoiser-{k}" for k in range(denoisers)), "decoder-0"):
+        scheduler.register(registration(name, slots=4), 0.0)
+    asked = request(n=4)
+    scheduler.accept(asked, 0.0)
+    crashes = compute_all(scheduler, poison)
+    assert {job.id: job.state for job in asked.jobs if job.id != poison} == {
+        job.id: State.DONE for job in asked.jobs if job.id != poison
+    }
+    job = next(job for job in asked.jobs if job.id == poison)
+    assert job.state is State.FAILED
+    assert crashes[-1] == [poison]
+    assert len(crashes) <= 1 + SUSPECT_AFTER
+    if denoisers == 1:
+        assert [len(jobs) for jobs in crashes] == [4, 4, 1]
+        assert job.causes[0] == "denoiser-0: its process ended while it computed 4 jobs"
+        assert "died while it computed this job alone, after 2 instances" in job.history[-1].reason
+        assert {(job.failures, job.shared_deaths) for job in asked.jobs if job.id != poison} == {(0, 2)}
+
+
+def test_an_instance_is_reserved_for_a_suspect_and_takes_nothing_beside_it() -> None:
+    scheduler = make_scheduler()
+    for name in ("encoder-0", "encoder-1"):
+        scheduler.register(registration(name, slots=2), 0.0)
+    scheduler.accept(request("r", n=4), 0.0)
+    assert [e.instance for e in after(scheduler) if isinstance(e, Assign)] == ["encoder-0", "encoder-1"] * 2
+    scheduler.accept(request("s"), 0.0)
+    scheduler.accept(request("t", n=3), 0.0)
+    scheduler.jobs["s/0"].shared_deaths = SUSPECT_AFTER
+
+    def end(job_id: str, issued: int) -> list[Effect]:
+        job = scheduler.jobs[job_id]
+        report = stored(job.current_attempt, "encoder", issued + 10 * int(job.instance[-1]), issued)
+        assert scheduler.stored(job.instance, report, 1.0)
+        return after(scheduler)
+
+    assert after(scheduler) == []
+    assert end("r/0", 3) == [], "it is reserved"
+    assert end("r/1", 3) == [Assign("encoder-1", "t/0")], "one of them is"
+    assert end("r/2", 4) == [Assign("encoder-0", "s/0")]
+    assert scheduler.registry.instances["encoder-0"].credits
+    assert end("r/3", 4) == [Assign("encoder-1", "t/1")]
+    assert end("s/0", 5) == [Assign("encoder-0", "t/2")]
 
 
 def lose_denoiser(scheduler: JobScheduler, job: Job, generation: int, now: float) -> None:

@@ -195,6 +195,13 @@ class Traffic(RuleBasedStateMachine):
         if back:
             self._join(name)
 
+    @rule(kind=st.sampled_from(KINDS), k=st.integers(0, 1))
+    def crash_while_it_computes_all_that_it_has(self, kind: str, k: int) -> None:
+        name = f"{kind}-{k}"
+        for attempt in self.assigned.get(name, ()):
+            self.scheduler.started(attempt, name, Stage(kind), self.now)
+        self.die(kind, k, back=True)
+
     @rule()
     def lose_the_pool(self) -> None:
         self.pool_generation += 1
@@ -254,6 +261,12 @@ class Traffic(RuleBasedStateMachine):
         for instance in self.scheduler.registry.instances.values():
             assert instance.credits >= 0
             assert load[instance.name] <= instance.slots
+
+    @invariant()
+    def a_suspect_has_its_instance_alone(self) -> None:
+        load = self.scheduler.load()
+        for job in self.scheduler.jobs.values():
+            assert not (job.suspect and job.instance) or load[job.instance] == 1
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
