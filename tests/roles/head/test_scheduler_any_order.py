@@ -14,7 +14,7 @@ from triptych.actors.topology.sections import SchedulingPolicyName
 from triptych.engines.memory.buddy import PAGE
 from triptych.engines.stages import Stage
 from triptych.roles.head.effects import Assign, AssignPreview, Cancel, NotifyWaiters, Park, ReleaseLeases
-from triptych.roles.head.job import Job, State
+from triptych.roles.head.job import SUSPECT_AFTER, Job, State
 from triptych.roles.head.registry import ExitCause
 from triptych.roles.head.scheduler import JobScheduler
 from triptych.roles.messages.common import Artifact, Attempt, LeaseRef
@@ -96,13 +96,16 @@ class Traffic(RuleBasedStateMachine):
         prompt=st.sampled_from(PROMPTS),
         seed=st.integers(0, 1),
         previews=st.integers(0, 2),
+        shared_deaths=st.sampled_from([0, 0, 1, SUSPECT_AFTER]),
     )
-    def submit(self, n: int, prompt: str, seed: int, previews: int) -> str:
+    def submit(self, n: int, prompt: str, seed: int, previews: int, shared_deaths: int) -> str:
         id_ = f"r{len(self.scheduler.requests)}"
         steps = len(self.scheduler.requests)  # which no encoder reads
         asked = request(id_, n, at=self.now, seed=seed, prompt=prompt, num_inference_steps=steps)
         asked.steps, asked.priority, asked.owner = steps, seed % 3, prompt
         asked.partial_images = previews
+        for job in asked.jobs:
+            job.shared_deaths = shared_deaths
         self.scheduler.accept(asked, self.now)
         self._carry_out()
         return id_
