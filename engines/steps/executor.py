@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Hashable, Iterator, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,6 +36,21 @@ class StepResult:
 
     more: bool
     error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepRound:
+    """One step of some denoises.
+
+    Attributes:
+        results: What became of each.
+        steps: The steps that each has done by now.
+        ended: When the host had launched it, in seconds of a monotonic clock.
+    """
+
+    results: tuple[StepResult, ...]
+    steps: tuple[int, ...]
+    ended: float
 
 
 class WaitingCall(NamedTuple):
@@ -83,6 +99,31 @@ class StepExecutor:
             self._compute(calls)
             live = [call.run for call in calls]
         return [results[id(run)] for run in denoisings]
+
+    def advance_for(
+        self, denoisings: Sequence[Denoising], seconds: float, interrupted: Callable[[], bool]
+    ) -> list[StepRound]:
+        """Run one step of each, and further ones while they take no longer than `seconds` together.
+
+        A call that takes several short steps saves the way to the event loop and back after each. It ends before the
+        last step of a run, after a step in which a run ended, and as soon as it is interrupted.
+
+        Args:
+            denoisings: The runs.
+            seconds: No further step is begun after so long; 0 for one step.
+            interrupted: Is asked between two steps whether something else is to be done.
+
+        Returns:
+            A round for each step.
+        """
+        began, rounds = time.monotonic(), []
+        while True:
+            results, ended = tuple(self.advance(denoisings)), time.monotonic()
+            rounds.append(StepRound(results, tuple(run.step for run in denoisings), ended))
+            if ended - began >= seconds or interrupted() or not all(result.more for result in results):
+                return rounds
+            if any(run.total_steps is None or run.step >= run.total_steps - 1 for run in denoisings):
+                return rounds
 
     def _compute(self, calls: Sequence[DenoiserCall]) -> None:
         groups: dict[Hashable, list[WaitingCall]] = {}

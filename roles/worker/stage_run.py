@@ -67,6 +67,8 @@ class Round:
     """In seconds of a monotonic clock."""
     end: StreamEvent
     """Passes when the device has done the step."""
+    ended: float | None = None
+    """When it ended, in seconds of a monotonic clock; None if only `end` tells."""
 
     @property
     def attempts(self) -> tuple[Attempt, ...]:

@@ -25,7 +25,7 @@ from triptych.engines.pipelines.pipeline import StagePipeline
 from triptych.engines.stages import ModelError, Stage
 from triptych.engines.steps.checkpoint import CheckpointError
 from triptych.engines.steps.denoising import Denoising
-from triptych.engines.steps.executor import StepExecutor
+from triptych.engines.steps.executor import StepExecutor, StepRound
 from triptych.engines.weights.model_version import model_version
 from triptych.engines.weights.placement import OutOfDeviceMemoryError
 from triptych.engines.weights.read_ahead import ReadProgress
@@ -54,6 +54,8 @@ T = TypeVar("T")
 
 OVERDUE_HEARTBEATS = 8.0
 """A call to the device that takes this many heartbeat timeouts is taken for hung."""
+SHORT_STEPS_S = 0.02
+"""Steps of a run that has the device to itself are taken in one call to its thread, for so long; see `_alone_s`."""
 PROGRESS_EVERY_S = 1.0
 PROGRESS_LOG_EVERY_S = 10.0
 
@@ -84,6 +86,7 @@ class StreamWorker(Actor):
         self._executor = StepExecutor()
         self._weights_changes: deque[SetWeightsLoaded] = deque()
         self._wake = asyncio.Event()
+        self._interrupted = False
         self._current: tuple[StageRun, ...] = ()
         """Those that the present call to the device is for."""
         self._round_ended = 0.0
@@ -233,11 +236,13 @@ class StreamWorker(Actor):
             return
         self._runs[message.attempt] = StageRun(item, message.stage)
         self._scheduler.add(item)
+        self._interrupted = True
         self._wake.set()
 
     async def set_weights_loaded(self, message: SetWeightsLoaded) -> None:
         """Load the weights, or release them, once no run is held; the instance takes none meanwhile."""
         self._weights_changes.append(message)
+        self._interrupted = True
         self._wake.set()
 
     async def cancel_attempt(self, message: CancelAttempt) -> None:
@@ -292,7 +297,7 @@ class StreamWorker(Actor):
         """Schedule, run, postprocess; for ever, or until the device is lost."""
         launched: deque[Round] = deque()
         while runs := await self._schedule(stream):
-            launched.append(await self._run(runs, stream))
+            launched += await self._run(runs, stream)
             await self._store_checkpoints(launched[-1], stream)
             await self._store_previews(launched[-1], stream)
             # Every run that goes on is between two steps here, on the host; the device may still compute the last.
@@ -363,8 +368,11 @@ class StreamWorker(Actor):
             return None
         return Snapshot(denoising.step, values, stream.record())
 
-    async def _run(self, runs: tuple[StageRun, ...], stream: DeviceStream) -> Round:
-        """Launch one step of each of the runs: a step of a denoise, or a whole encode or decode."""
+    async def _run(self, runs: tuple[StageRun, ...], stream: DeviceStream) -> list[Round]:
+        """Launch one step of each of the runs: a step of a denoise, or a whole encode or decode.
+
+        Short steps of denoises that nothing else waits for are taken several at a time, each of them a round.
+        """
         pipeline, self._current = self._pipeline, runs
         if pipeline is None or not self.context.awake:
             raise RuntimeError(f"{runs[0].attempt} is to be run without weights")
@@ -377,13 +385,12 @@ class StreamWorker(Actor):
                     await self._begin(run, stream, pipeline)
                 except Exception as error:  # noqa: BLE001 - it ends this run alone, and is reported as its failure
                     steps[run] = RunStep(run, more=False, error=error)
-        began = time.monotonic()
+        began, earlier = time.monotonic(), list[Round]()
         prepared = [(run, run.denoising) for run in runs if run not in steps and run.denoising is not None]
         if prepared:
-            denoisings = [denoising for _, denoising in prepared]
-            results = await self._call(stream, self._executor.advance, denoisings)
-            self.largest_batch = max(self.largest_batch, len(denoisings))
-            for (run, denoising), result in zip(prepared, results, strict=True):
+            earlier, last = await self._advance(prepared, stream)
+            began = (earlier[-1].ended if earlier else None) or began
+            for (run, denoising), result in zip(prepared, last.results, strict=True):
                 resumes, run.resumes = run.resumes, False
                 if resumes and isinstance(result.error, CheckpointError):
                     steps[run] = await self._begin_again(run, result.error, stream, pipeline)
@@ -395,7 +402,38 @@ class StreamWorker(Actor):
             if not step.more:
                 self._scheduler.remove(run.attempt)
         self._current = ()
-        return Round(tuple(steps[run] for run in runs), began, stream.record())
+        return [*earlier, Round(tuple(steps[run] for run in runs), began, stream.record())]
+
+    async def _advance(
+        self, prepared: list[tuple[StageRun, Denoising]], stream: DeviceStream
+    ) -> tuple[list[Round], StepRound]:
+        """Take one step of each denoise, or several; returns the rounds before the last, and the last."""
+        denoisings = [denoising for _, denoising in prepared]
+        self.largest_batch = max(self.largest_batch, len(denoisings))
+        self._interrupted, began, earlier = False, time.monotonic(), list[Round]()
+        alone_s = self._alone_s([run for run, _ in prepared], stream)
+        *before, last = await self._call(stream, self._executor.advance_for, denoisings, alone_s, self._is_interrupted)
+        for taken in before:
+            done = zip(prepared, taken.steps, strict=True)
+            steps = tuple(RunStep(run, True, step, denoising.total_steps) for (run, denoising), step in done)
+            earlier.append(Round(steps, began, StreamEvent(), taken.ended))
+            began = taken.ended
+        return earlier, last
+
+    def _alone_s(self, runs: list[StageRun], stream: DeviceStream) -> float:
+        """Return for how long these runs may take steps before anything else is looked at; 0 for one step.
+
+        On a GPU a round is launched ahead instead: the host must not get further ahead of the device.
+        """
+        if stream.device.type != "cpu" or len(self._runs) > len(runs) or self._weights_changes:
+            return 0.0
+        if any(run.resumes or run.item.previews for run in runs):
+            return 0.0
+        return min(SHORT_STEPS_S, self.component.checkpoint_s or SHORT_STEPS_S)
+
+    def _is_interrupted(self) -> bool:
+        """Whether a run or a change of the weights has come, or a run is to stop; any thread may ask."""
+        return self._interrupted or any(run.item.cancelled or run.item.parking for run in self._current)
 
     async def _begin(self, run: StageRun, stream: DeviceStream, pipeline: StagePipeline) -> None:
         """Prepare a denoise, or compute an encode or a decode."""
@@ -476,7 +514,7 @@ class StreamWorker(Actor):
             await self._until(stream, round_.end)
         except Exception as error:  # noqa: BLE001 - what the device raises late ends the runs of the round
             late = error
-        now, first = time.monotonic(), round_.steps[0]
+        now, first = round_.ended or time.monotonic(), round_.steps[0]
         if first.run.stage is Stage.DENOISER:
             began = max(round_.began, self._round_ended)
             self._scheduler.ran(round_.attempts, now - began)

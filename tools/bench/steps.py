@@ -39,6 +39,7 @@ from triptych.roles.messages.common import Attempt, Output
 from triptych.roles.messages.pool import PoolDescription, PoolQuery
 from triptych.roles.worker.attempts import ActiveAttempt, Phase
 from triptych.roles.worker.step_scheduler import StepScheduler
+from triptych.roles.worker.stream_worker import SHORT_STEPS_S
 from triptych.tools.bench.clusters import stdout_to_stderr, write_topology
 from triptych.tools.bench.report import compare
 from triptych.tools.simulate import DEADLINE_FACTOR
@@ -379,11 +380,13 @@ class _Local:
         while more:
             began = time.monotonic()
             chosen = scheduler.next(began)
-            (result,) = await self._stream.run(self._executor.advance, [denoising])
+            rounds = await self._stream.run(self._executor.advance_for, [denoising], SHORT_STEPS_S, lambda: False)
             scheduler.stepped(item.attempt, denoising.step, denoising.total_steps, denoising.batch_key)
             self._stream.record()
-            scheduler.ran(chosen, time.monotonic() - began)
-            more = result.more
+            for taken in rounds:
+                scheduler.ran(chosen, taken.ended - began)
+                began = taken.ended
+            more = rounds[-1].results[0].more
 
     async def denoise_together(self, bucket: int) -> None:
         """Denoise as many requests as are in flight, a step of each in turn, in batches of a bucket."""

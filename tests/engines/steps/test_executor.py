@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,44 @@ def test_out_of_memory_reaches_every_run_of_the_group_and_nothing_is_tried_again
     results = executor.advance(runs)
     assert [type(result.error) for result in results] == [torch.OutOfMemoryError] * 2
     assert module.rows.count(4) == 1
+
+
+def counting(steps: int) -> Denoising:
+    """A run that only counts its steps."""
+
+    def work() -> dict[str, object]:
+        run.total_steps = steps
+        while True:
+            run.step += 1
+            if run.step == steps:
+                return {}
+            run.pause()
+
+    run = Denoising(work)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("counts", "seconds", "interrupted", "taken"),
+    [
+        ((9,), 60.0, lambda: False, 8),  # before the last step
+        ((9, 4), 60.0, lambda: False, 3),  # of any of them
+        ((9,), 0.0, lambda: False, 1),
+        ((9,), 60.0, lambda: True, 1),
+        ((1,), 60.0, lambda: False, 1),
+    ],
+)
+def test_short_steps_are_taken_several_at_a_time_until_something_else_is_to_be_done(
+    counts: tuple[int, ...], seconds: float, interrupted: Callable[[], bool], taken: int
+) -> None:
+    executor = StepExecutor()
+    runs = [counting(count) for count in counts]
+    rounds = executor.advance_for(runs, seconds, interrupted)
+    assert [each.steps for each in rounds] == [(step,) * len(runs) for step in range(1, taken + 1)]
+    assert [result.more for result in rounds[-1].results] == [taken < count for count in counts]
+    assert rounds == sorted(rounds, key=lambda each: each.ended)
+    for run in runs:
+        run.cancel()
 
 
 def test_a_run_that_is_cancelled_leaves_the_others() -> None:

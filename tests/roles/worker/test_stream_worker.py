@@ -363,6 +363,33 @@ def test_a_denoise_that_cannot_be_shown_goes_on_without(
     on_worker(body)
 
 
+def test_a_denoise_that_is_alone_takes_short_steps_together_and_tells_each(
+    on_worker: Any, at_step: dict[tuple[int, int], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
+        monkeypatch.setattr("triptych.roles.worker.stream_worker.SHORT_STEPS_S", 60.0)
+        await encoded(fake_instance, worker, 0, num_inference_steps=40)
+        calls: list[int] = []
+        advance_for = worker._executor.advance_for
+        monkeypatch.setattr(worker._executor, "advance_for", lambda *given: calls.append(1) or advance_for(*given))
+        await denoised(fake_instance, 0)
+        assert len(calls) == 2, "the last step is a call of its own"
+        assert await told(fake_instance, 40) == [(0, step) for step in range(1, 41)]
+        loop, cancelled = asyncio.get_running_loop(), threading.Event()
+
+        def cancel() -> None:
+            fake_instance.stop(1)
+            cancelled.set()
+
+        at_step[1, 5] = lambda: (loop.call_soon_threadsafe(cancel), cancelled.wait(30))
+        await encoded(fake_instance, worker, 1, num_inference_steps=40)
+        fake_instance.run(1, Stage.DENOISER)
+        await fake_instance.inbox.next(StageCancelled)
+        assert await told(fake_instance, 5) == [(1, step) for step in range(1, 6)]
+
+    on_worker(body)
+
+
 @pytest.mark.parametrize(("bucket", "sizes"), [(1, [1] * 8), (2, [1, 2, 2, 1, 1, 1])])
 def test_denoises_that_take_turns_or_share_batches_make_what_each_makes_alone(
     on_worker: Any, at_step: dict[tuple[int, int], Any], monkeypatch: pytest.MonkeyPatch, bucket: int, sizes: list[int]
@@ -639,6 +666,7 @@ def test_a_step_has_ended_when_it_is_told_and_the_next_is_launched_by_then(
             return LateEvent(log, int(log[-1][0]))
 
         monkeypatch.setattr(worker._stream, "record", record)
+        monkeypatch.setattr(worker, "_alone_s", lambda *_: 0.0)  # as on a GPU
         monkeypatch.setattr(worker, "_progress", lambda _work, step, _total: log.append(f"{step} told"))
         fake_instance.run(1, Stage.DENOISER)
         await fake_instance.inbox.next(COMPUTED)
