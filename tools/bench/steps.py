@@ -72,8 +72,8 @@ DENOISERS: Final[dict[str, dict[str, object]]] = {
 }
 """The clusters by name, and the settings of their denoisers; the head has the same policy."""
 DEADLINE_REQUESTS: Final = 30
-DEADLINE_LOAD: Final = 0.65
-"""Work that arrives, as a share of what the denoiser can do; `fifo` then meets about 60 % of the deadlines."""
+DEADLINE_LOAD: Final = 0.75
+"""Work that arrives, as a share of what requests take alone; `fifo` then meets about 60 % of the deadlines."""
 POLICIES: Final = {"fifo": "max_batch = 1", "fair": "fair", "shortest_remaining": "shortest_remaining"}
 """The cluster of each policy."""
 
