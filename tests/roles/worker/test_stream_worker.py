@@ -456,11 +456,10 @@ def test_a_short_denoise_and_an_urgent_encode_go_before_the_rest_of_a_long_denoi
     async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
         await encoded(fake_instance, worker, 0, num_inference_steps=20)
         await encoded(fake_instance, worker, 1, num_inference_steps=3)
-        go_on = threading.Event()
-        at_step[0, 2] = lambda: go_on.wait(30)
+        reached, go_on = threading.Event(), threading.Event()
+        at_step[0, 2] = lambda: (reached.set(), go_on.wait(30))
         fake_instance.run(0, Stage.DENOISER)
-        while not worker.context.attempts.active[attempt(0)].step:
-            await fake_instance.reference("monolithic-0.stream").ask(Inspect(), Inspection, timeout_s=5)
+        assert await asyncio.to_thread(reached.wait, 30)
         fake_instance.run(1, Stage.DENOISER)
         fake_instance.begin(2, INPUTS, priority=1)
         fake_instance.run(2, Stage.ENCODER)
