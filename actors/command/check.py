@@ -130,7 +130,7 @@ def show(topology: Topology) -> None:
     paths = ", ".join(str(model.path) for model in topology.models)
     console.print(f"HTTP on {topology.url}, model {escape(paths)}")
     if any(component.kind == "pool" for component in topology.components):
-        size, largest = topology.transfer.pool_size, topology.transfer.largest_payload
+        size, largest = topology.transfer.pool_size, topology.largest_payload
         console.print(f"A pool of {size} takes up to {largest:,} bytes from one stage for the next")
     if topology.backend.is_open_to_network:
         console.print(

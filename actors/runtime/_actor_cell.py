@@ -58,7 +58,7 @@ class ActorCell:
         address_book = incarnation.address_book
         self.mailbox = Mailbox(
             actor.name,
-            address_book.address(actor.name),
+            address_book.bind_address(actor.name),
             actor.handlers.messages,
             generation=incarnation.generation,
             capacity=actor.mailbox_capacity,

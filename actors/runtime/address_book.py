@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from triptych.actors.topology import Topology
 
 SUPERVISOR: Final = "supervisor"
+CHILDREN: Final = ".children"
+"""Ends the name of the actor that the children of a host's supervisor report to, within the host."""
 
 
 class AddressBook:
@@ -28,6 +30,15 @@ class AddressBook:
         self._topology = topology
         self._run_dir: Path | None = topology.run_dir if topology else None
         self._addresses = {c.name: c.address for c in topology.components} if topology else {}
+        self._bind = {c.name: c.bind for c in topology.components if c.bind} if topology else {}
+        self._host_supervisors: tuple[str, ...] = ()
+        if topology is not None and len(topology.hosts) > 1:
+            for host in topology.hosts:
+                name = supervisor_of(host.name)
+                self._addresses[name] = topology.supervisor_address(host)
+                self._addresses[name + CHILDREN] = f"ipc://{topology.run_dir}/{name}"
+                self._bind[name] = topology.supervisor_bind(host)
+                self._host_supervisors += (name,)
         self._addresses.update(extra or {})
 
     def address(self, name: str) -> str:
@@ -43,6 +54,10 @@ class AddressBook:
         if self._run_dir is not None and _is_supervisor(name):
             return f"ipc://{self._run_dir}/{name}"
         raise UnknownNameError(f"no actor is called {name!r}; known are {', '.join(sorted(self._addresses))}")
+
+    def bind_address(self, name: str) -> str:
+        """Return where the mailbox of an actor listens: its address, or what its host has in its place."""
+        return self._bind.get(name) or self.address(name)
 
     @cached_property
     def socket_options(self) -> SocketOptions:
@@ -62,16 +77,19 @@ class AddressBook:
         return component if known or component == SUPERVISOR else ""
 
     def supervisors(self) -> tuple[str, ...]:
-        """Return the names of the supervisors with a socket in the run folder, running or left behind by a crash."""
-        if self._run_dir is None or not self._run_dir.is_dir():
-            return ()
-        sockets = (path.name for path in self._run_dir.iterdir() if path.is_socket())
-        return tuple(sorted(name for name in sockets if _is_supervisor(name)))
+        """Return the names of the supervisors of all hosts, and of others with a socket in the run folder.
+
+        They run or have been left behind by a crash.
+        """
+        sockets: set[str] = set()
+        if self._run_dir is not None and self._run_dir.is_dir():
+            sockets = {path.name for path in self._run_dir.iterdir() if _is_supervisor(path.name) and path.is_socket()}
+        return (*self._host_supervisors, *sorted(sockets.difference(self._host_supervisors)))
 
 
-def supervisor_of(component: str) -> str:
-    """Return the name of the small supervisor that runs a component on its own, as with `up --only`."""
-    return f"{SUPERVISOR}-{component}"
+def supervisor_of(name: str) -> str:
+    """Return the name of the supervisor of one of several hosts, or of a component on its own, as with `up --only`."""
+    return f"{SUPERVISOR}-{name}"
 
 
 def _is_supervisor(name: str) -> bool:

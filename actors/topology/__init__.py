@@ -3,10 +3,11 @@
 `sections` documents every key of the file; `paths` says where a system keeps its sockets and its state.
 """
 
+from triptych.actors.topology._hosts import is_loopback
 from triptych.actors.topology._model_identity import ModelIdentity
 from triptych.actors.topology._model_report import ModelProblem, ModelReport, ModelSummary
 from triptych.actors.topology._model_source import INDEX_FILES, WEIGHT_SUFFIXES, ModelSource, find_source, snapshot
-from triptych.actors.topology._topology import Component, Model, Topology, is_loopback, load_topology
+from triptych.actors.topology._topology import Component, Model, Topology, load_topology
 from triptych.actors.topology._writer import (
     free_port,
     generate_topology,
@@ -20,6 +21,7 @@ from triptych.actors.topology.sections import (
     ApiSection,
     EmbeddingSection,
     HeadSection,
+    HostSection,
     LoraSection,
     ModelSection,
     RoleSection,
@@ -37,6 +39,7 @@ __all__ = [
     "Component",
     "EmbeddingSection",
     "HeadSection",
+    "HostSection",
     "LoraSection",
     "Model",
     "ModelIdentity",

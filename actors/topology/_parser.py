@@ -11,7 +11,7 @@ import structlog
 from msgspec import NODEFAULT
 
 from triptych.actors.errors import TopologyError
-from triptych.actors.topology.sections import ModelSection, RoleSection, Section, Sections
+from triptych.actors.topology.sections import HostSection, ModelSection, RoleSection, Section, Sections
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,8 +32,9 @@ def parse_topology_file(file: Path) -> Sections:
         if key not in (known := ("model", "roles", *fields)):
             raise TopologyError(name, f"[{key}]", "is not a section of a topology", did_you_mean(key, known))
     models = _models(name, tables)
+    hosts = _decode_all(name, "hosts", tables.pop("hosts", []), HostSection, "host")
     decoded = {key: _decode(name, f"[{key}]", table, fields[key]) for key, table in tables.items()}
-    return Sections(models=models, **decoded)
+    return Sections(models=models, hosts=hosts, **decoded)
 
 
 def _models(file: str, tables: dict[str, Any]) -> tuple[ModelSection, ...]:

@@ -6,7 +6,6 @@ process that reads the file knows where every other one is.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections import Counter
 from pathlib import Path
@@ -17,6 +16,19 @@ import msgspec
 
 from triptych.actors.errors import TopologyError, UnknownNameError
 from triptych.actors.topology import paths
+from triptych.actors.topology._hosts import (
+    HOST_ADDRESS,
+    check_hosts,
+    choose_engine,
+    head_host,
+    hosts_of,
+    is_loopback,
+    pool_hosts,
+    pool_name,
+    pool_size,
+    port_range,
+    tcp_address,
+)
 from triptych.actors.topology._model_identity import ModelIdentity, identify_model
 from triptych.actors.topology._model_source import ModelSource, absolute, find_source
 from triptych.actors.topology._parser import parse_topology_file
@@ -27,6 +39,7 @@ from triptych.actors.topology.sections import (
     ApiSection,
     BusSection,
     HeadSection,
+    HostSection,
     MemorySection,
     ModelSection,
     RoleKind,
@@ -37,10 +50,11 @@ from triptych.actors.topology.sections import (
     SupervisionSection,
     TransferSection,
     cache_size,
+    largest_payload,
     parse_rate,
     parse_size,
 )
-from triptych.engines.backends import BACKENDS, DEFAULT, BackendSpec, resolve_engine
+from triptych.engines.backends import BACKENDS, DEFAULT, BackendSpec
 from triptych.engines.step_cache_options import StepCacheError, parse_step_cache
 
 ComponentKind = RoleKind | Literal["pool", "head", "api"]
@@ -49,24 +63,28 @@ _UNSAFE: Final = re.compile(r"[^a-z0-9_-]")
 """Characters that the name of a component cannot have: a point separates the name of an actor within it."""
 _MAX_ROLE_NAME: Final = 32
 """Most characters in the name of a role, so that the path of its socket is short enough."""
-_HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|[0-9a-fA-F:]+")
 
 
 class Component(msgspec.Struct, frozen=True, kw_only=True):
     """One process of the system."""
 
     name: str
-    """"head", "api", "denoiser-0", "pool", or with mooncake "pool-encoder", "pool-denoiser", "pool-decoder"."""
+    """"head", "api", "denoiser-0", "pool"; with `[[hosts]]` "pool-HOST" for each host that needs one, without them and
+    with mooncake "pool-encoder", "pool-denoiser", "pool-decoder"."""
     kind: ComponentKind
     """Its kind, which `actors.supervision.COMPONENT_SPECS` maps to the code that builds it."""
     model: str = ""
     """Name of the model that it serves, as `Model.name`; "" for a pool, the head and the API, which serve all."""
     address: str
     """Address of its first actor's mailbox: `ipc:///path` or `tcp://host:port`."""
+    bind: str = ""
+    """Where that mailbox listens, if that is not `address`; else ""."""
     port: int
     """Its bus port; unused with ipc."""
+    host: str = ""
+    """Name of the host that it runs on; "" without `[[hosts]]`."""
     index: int = 0
-    """Its number among the instances of its `[[roles]]` entry."""
+    """Its number among the instances of its `[[roles]]` entry on its host."""
     device: str = "cpu"
     """Torch device."""
     slots: int = 0
@@ -168,6 +186,8 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
     state: StateSection
     components: tuple[Component, ...]
     """In start order: pools, role instances, head, api."""
+    hosts: tuple[HostSection, ...] = ()
+    """The machines; () or a single one where all components run on one."""
     path: Path
     """The TOML file, absolute."""
     run_dir: Path
@@ -182,8 +202,8 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def engine(self) -> str:
-        """The name of the transfer backend, "auto" resolved."""
-        return resolve_engine(self.transfer.engine)
+        """The name of the transfer backend between pools, "auto" resolved."""
+        return choose_engine(self.transfer, {c.host for c in self.components if c.kind == "pool"})
 
     @property
     def backend(self) -> BackendSpec:
@@ -203,6 +223,50 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
                 return component
         known = ", ".join(component.name for component in self.components)
         raise UnknownNameError(f"no component is called {name!r} in {self.path}; there are {known}")
+
+    def host(self, name: str) -> HostSection:
+        """Return the host called `name`; raises `UnknownNameError`."""
+        for host in self.hosts:
+            if host.name == name:
+                return host
+        known = ", ".join(host.name for host in self.hosts) or "none"
+        raise UnknownNameError(f"no host is called {name!r} in {self.path}; there are {known}")
+
+    def host_of(self, component: Component) -> HostSection | None:
+        """Return the host that a component runs on; None without `[[hosts]]`."""
+        return self.host(component.host) if component.host else None
+
+    def on_host(self, name: str) -> tuple[Component, ...]:
+        """Return the components of a host, in start order; raises `UnknownNameError`."""
+        self.host(name)
+        return tuple(component for component in self.components if component.host == name)
+
+    @property
+    def head_host(self) -> str:
+        """Name of the host of the head and the API; "" without `[[hosts]]`."""
+        return self.component("head").host
+
+    def supervisor_port(self, host: str) -> int:
+        """Return the bus port of the supervisor of one of several hosts: they come after the components."""
+        return self.head.port + len(self.components) + [each.name for each in self.hosts].index(host)
+
+    def supervisor_address(self, host: HostSection) -> str:
+        """Return the address by which other hosts reach the supervisor of one of several hosts."""
+        return tcp_address(host.address, self.supervisor_port(host.name))
+
+    def supervisor_bind(self, host: HostSection) -> str:
+        """Return where that supervisor listens."""
+        return tcp_address(host.bind or host.address, self.supervisor_port(host.name))
+
+    def pool_bytes(self, pool: Component) -> int:
+        """Return the size of a pool in bytes."""
+        return parse_size(pool_size(self.host_of(pool), self.transfer))
+
+    @property
+    def largest_payload(self) -> int:
+        """Most bytes of a payload from one stage to the next, which each pool must be able to hold."""
+        sizes = [self.pool_bytes(component) for component in self.components if component.kind == "pool"]
+        return largest_payload(min(sizes, default=self.transfer.pool_bytes))
 
     def starts_asleep(self, component: Component) -> bool:
         """Return whether an instance loads its weights only when the head asks: not all models may fit into memory."""
@@ -227,6 +291,7 @@ def load_topology(path: Path | str) -> Topology:
     run_dir = paths.run_dir(resolved)
     components = _components(sections, run_dir)
     _check_components(str(file), sections, components)
+    transport = "tcp" if len(sections.hosts) > 1 else sections.bus.transport
     return Topology(
         models=_models(sections, resolved.parent),
         api=sections.api,
@@ -234,9 +299,10 @@ def load_topology(path: Path | str) -> Topology:
         transfer=sections.transfer,
         memory=sections.memory,
         supervision=sections.supervision,
-        bus=sections.bus,
+        bus=msgspec.structs.replace(sections.bus, transport=transport),
         state=sections.state,
         components=components,
+        hosts=sections.hosts,
         path=resolved,
         run_dir=run_dir,
         state_dir=paths.state_dir(resolved, sections.state.path),
@@ -253,25 +319,34 @@ def _models(sections: Sections, folder: Path) -> tuple[Model, ...]:
 
 
 def _components(sections: Sections, run_dir: Path) -> tuple[Component, ...]:
-    bus, head, transfer = sections.bus, sections.head, sections.transfer
-    roles = [(model, role) for model in sections.models for role in model.roles]
+    head = sections.head
+    hosts = {host.name: host for host in sections.hosts}
+    over_tcp = sections.bus.transport == "tcp" or len(hosts) > 1
+    roles = [
+        (model, role, host) for model in sections.models for role in model.roles for host in hosts_of(sections, role)
+    ]
+    begun: Counter[str] = Counter()
     rows: list[Component] = []
 
-    def add(name: str, kind: ComponentKind, port: int = 0, index: int = 0) -> Component:
+    def add(name: str, kind: ComponentKind, host: str, port: int = 0, index: int = 0) -> Component:
         others = sum(row.kind != "head" for row in rows)
         bound = port or (head.port if kind == "head" else head.port + 1 + others)
-        address = f"ipc://{run_dir}/{name}" if bus.transport == "ipc" else f"tcp://127.0.0.1:{bound}"
-        rows.append(Component(name=name, kind=kind, address=address, port=bound, index=index))
+        address, bind = f"ipc://{run_dir}/{name}", ""
+        if over_tcp:
+            section = hosts.get(host)
+            address = tcp_address(section.address if section else "127.0.0.1", bound)
+            bind = tcp_address(section.bind, bound) if section and section.bind else ""
+        rows.append(Component(name=name, kind=kind, address=address, bind=bind, port=bound, host=host, index=index))
         return rows[-1]
 
-    for pool in dict.fromkeys(_pool_of(role, transfer) for _, role in roles):
+    for pool, host in dict.fromkeys((pool_name(sections, role, host), host) for _, role, host in roles):
         if pool:
-            add(pool, "pool")
-    for model, role in roles:
+            add(pool, "pool", host)
+    for model, role, host in roles:
+        name = _role_name(sections, model, role)
         for index in range(role.count):
-            name = f"{_role_name(sections, model, role)}-{index}"
             rows[-1] = msgspec.structs.replace(
-                add(name, role.kind, role.port and role.port + index, index),
+                add(f"{name}-{begun[name]}", role.kind, host, role.port and role.port + index, index),
                 model=model.name,
                 device=role.device,
                 slots=role.slots,
@@ -279,25 +354,21 @@ def _components(sections: Sections, run_dir: Path) -> tuple[Component, ...]:
                 max_batch=role.max_batch,
                 checkpoint_s=role.checkpoint_s if role.kind == "denoiser" else 0.0,
                 restart=role.restart,
-                pool=_pool_of(role, transfer),
+                pool=pool_name(sections, role, host),
                 dtype=role.dtype or model.dtype,
                 quantization=role.quantization,
                 offload=role.offload,
             )
-    add("head", "head")
-    add("api", "api")
+            begun[name] += 1
+    add("head", "head", head_host(sections))
+    add("api", "api", head_host(sections))
     return tuple(rows)
-
-
-def _pool_of(role: RoleSection, transfer: TransferSection) -> str:
-    if role.kind not in STAGES:
-        return ""
-    return "pool" if BACKENDS[resolve_engine(transfer.engine)].shared_memory else f"pool-{role.kind}"
 
 
 def _check_sections(file: str, sections: Sections) -> None:
     """Raise `TopologyError` for the first thing that cannot work; looks at nothing but the file."""
     _check_api(file, sections)
+    check_hosts(file, sections)
     _check_network(file, sections)
     _check_size(file, sections)
     _check_cache(file, sections)
@@ -313,16 +384,32 @@ def _check_sections(file: str, sections: Sections) -> None:
 
 
 def _check_components(file: str, sections: Sections, components: tuple[Component, ...]) -> None:
-    """Raise `TopologyError` if two components, or a component and HTTP, share a port or need one above 65535."""
-    taken = {sections.api.port: "[api] port"}
-    for component in components:
-        if component.port > 65535:
-            problem = f"leads to port {component.port} for {component.name}"
-            raise TopologyError(file, "[head] port", problem, "choose a lower one")
-        other = taken.setdefault(component.port, component.name)
-        if other != component.name:
-            problem = f"{component.port} is used twice, by {other} and by {component.name}"
+    """Raise `TopologyError` if two components of a host, or one and HTTP, share a port or need one above 65535."""
+    taken = {(head_host(sections), sections.api.port): "[api] port"}
+    first_supervisor = sections.head.port + len(components)
+    ports = [(component.host, component.port, component.name) for component in components]
+    if len(sections.hosts) > 1:
+        hosts = enumerate(sections.hosts, start=first_supervisor)
+        ports += [(host.name, port, f"the supervisor of {host.name}") for port, host in hosts]
+    for host, port, name in ports:
+        if port > 65535:
+            raise TopologyError(file, "[head] port", f"leads to port {port} for {name}", "choose a lower one")
+        other = taken.setdefault((host, port), name)
+        if other != name:
+            on = f" on {host}" if host else ""
+            problem = f"{port} is used twice{on}, by {other} and by {name}"
             raise TopologyError(file, "port", problem, "give one of them another port")
+    names = {component.name for component in components}
+    for each in sections.hosts:
+        if each.name in names:
+            problem = f'has the name of the component "{each.name}"'
+            raise TopologyError(file, "[[hosts]]", problem, "give the host another name")
+        if (ports_ := port_range(each)) and len(sections.hosts) > 1:
+            for (host, port), name in taken.items():
+                if host == each.name and ports_[0] <= port <= ports_[1]:
+                    problem = f'= "{each.transfer_ports}" has port {port}, which {name} listens on'
+                    fix = "choose a range of ports that nothing else uses"
+                    raise TopologyError(file, f'[[hosts]] "{each.name}" transfer_ports', problem, fix)
 
 
 def _role_name(sections: Sections, model: ModelSection, role: RoleSection) -> str:
@@ -343,14 +430,6 @@ def _roles_label(sections: Sections, model: ModelSection) -> str:
     return "[[roles]]" if len(sections.models) == 1 else f'[[models.roles]] of "{model.name}"'
 
 
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach `host`."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _check_api(file: str, sections: Sections) -> None:
     api = sections.api
     if not is_loopback(api.host) and not api.keys_file:
@@ -360,7 +439,7 @@ def _check_api(file: str, sections: Sections) -> None:
         problem, fix = f'= "{api.public_url}" is not the URL of a site', 'write it as in "https://pictures.example.com"'
         raise TopologyError(file, "[api] public_url", problem, fix)
     for host in api.allowed_hosts:
-        if not _HOST.fullmatch(host):
+        if not HOST_ADDRESS.fullmatch(host):
             fix = 'write a name alone, as in "pictures.example.com"'
             raise TopologyError(file, "[api] allowed_hosts", f'have "{host}", which is not a host name', fix)
     if api.rate_limit:
@@ -380,7 +459,7 @@ def _is_site(text: str) -> bool:
 
 
 def _check_network(file: str, sections: Sections) -> None:
-    engine = resolve_engine(sections.transfer.engine)
+    engine = choose_engine(sections.transfer, pool_hosts(sections))
     if BACKENDS[engine].is_open_to_network and not sections.transfer.trusted_network:
         problem = "would let everybody who reaches this host read and write the pools' memory, for it has no keys"
         fix = (

@@ -32,6 +32,18 @@ RoleName = Annotated[
     ),
 ]
 
+HostName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[a-z][a-z0-9-]{0,31}$",
+        description="1 to 32 lower-case letters, digits and -, starting with a letter",
+    ),
+]
+HostNameOrRule = Annotated[str, Meta(description="the name of a [[hosts]] entry")]
+HostNames = Annotated[tuple[str, ...], Meta(description='a list of names of [[hosts]] entries, such as ["b", "c"]')]
+PortRange = Annotated[
+    str, Meta(pattern=r"^([0-9]{1,5}-[0-9]{1,5})?$", description='the first and the last port, as in "21000-21015"')
+]
 ModelName = Annotated[
     str,
     Meta(
@@ -162,6 +174,31 @@ class ModelSection(Section, frozen=True):
     """The processes that serve it; see `RoleSection`. For `[model]` they are written `[[roles]]`."""
 
 
+class HostSection(Section, frozen=True):
+    """One `[[hosts]]` entry: a machine. Without any, all components run on one machine, which needs no entry."""
+
+    name: HostName
+    """What `host` of other sections and `triptych up FILE --host NAME` call it."""
+    address: str
+    """Address or name by which the other hosts reach it. With loopback addresses for all, such as 127.0.0.2 and
+    127.0.0.3, one machine can try what several will do."""
+    public_key: str = ""
+    """Public half of its bus key, which `triptych keys FILE --host NAME` prints on that host; each host lets in only
+    the keys that are listed. Hosts with loopback addresses need none."""
+    bind: str = ""
+    """Where the mailboxes of its components listen: an address, an interface or "*"; "" = `address`."""
+    transfer_address: str = ""
+    """Address by which other hosts' pools reach its memory, such as that of a faster network; "" = `address`."""
+    transfer_ports: PortRange = ""
+    """Ports on which its pool listens for other pools, first and last, such as "21000-21015": what a firewall has to
+    let through. "" = any from 15000 to 17000. Each start takes two that are not in use, and a closed connection keeps
+    its own for a minute, so that 16 are a good number."""
+    ib_device: str = ""
+    """Its RDMA device; "" = that of `[transfer]`."""
+    pool_size: str = ""
+    """Memory of its buffer pool, with a unit; "" = that of `[transfer]`."""
+
+
 class ApiSection(Section, frozen=True):
     """`[api]`: the HTTP API."""
 
@@ -188,8 +225,12 @@ class ApiSection(Section, frozen=True):
 class HeadSection(Section, frozen=True):
     """`[head]`: the actor that accepts requests and schedules their jobs."""
 
+    host: HostNameOrRule = ""
+    """The `[[hosts]]` entry of the machine that runs the head and the API, and that has the journal and the artifacts;
+    "" = the only one."""
     port: Port = 5555
-    """First bus port; the k-th other component has `port + k`. Unused with `[bus] transport = "ipc"`."""
+    """First bus port; the k-th other component has `port + k`, and after the components come the supervisors of the
+    hosts. Unused with `[bus] transport = "ipc"`."""
     dispatch: DispatchName = "round_robin"
     """How an instance is chosen among those with free slots."""
     policy: SchedulingPolicyName = "fifo"
@@ -215,7 +256,8 @@ class TransferSection(Section, frozen=True):
     """`[transfer]`: how tensors go from one stage to the next."""
 
     engine: EngineName = AUTO
-    """`shm` shares the memory of one host, `mooncake` moves bytes, `auto` takes shm on one host."""
+    """`shm` shares the memory of one host, `mooncake` moves bytes; `auto` takes shm where all roles run on one host,
+    else mooncake. With `[[hosts]]` the roles of one host share memory in any case, and bytes move between hosts."""
     protocol: Literal["tcp", "rdma"] = "tcp"
     """Transport of mooncake."""
     trusted_network: bool = False
@@ -226,7 +268,7 @@ class TransferSection(Section, frozen=True):
     """Memory of each buffer pool, with a unit: B, KiB, MiB, GiB or TiB. The payload from one stage to the next may be
     as large as the largest power of two within half of it."""
     hostname: str = "127.0.0.1"
-    """Address by which peers reach this host's mooncake engine."""
+    """Address by which peers reach this host's mooncake engine; with `[[hosts]]` each has its own."""
     ib_device: str = ""
     """RDMA device; "" = the engine's choice."""
     pull_timeout_s: Seconds = 60.0
@@ -238,11 +280,6 @@ class TransferSection(Section, frozen=True):
     def pool_bytes(self) -> int:
         """`pool_size` in bytes."""
         return parse_size(self.pool_size)
-
-    @property
-    def largest_payload(self) -> int:
-        """Most bytes of a payload: a block of a pool is a power of two, within half of it."""
-        return 1 << (self.pool_bytes // 2).bit_length() >> 1
 
 
 class MemorySection(Section, frozen=True):
@@ -300,7 +337,7 @@ class BusSection(Section, frozen=True):
 
     transport: Literal["ipc", "tcp"] = "ipc"
     """Sockets in a private folder, or loopback TCP with CURVE: `triptych up` makes a key in the state folder, and only
-    processes that can read it may connect."""
+    processes that can read it may connect. With several `[[hosts]]` it is TCP in any case."""
 
 
 class StateSection(Section, frozen=True):
@@ -337,10 +374,15 @@ class RoleSection(Section, frozen=True):
 
     kind: RoleKind
     """The stage that it runs, or `monolithic` for the whole pipeline in one process."""
+    host: HostNameOrRule = ""
+    """The `[[hosts]]` entry of the machine that runs all its instances; "" = the only one."""
+    hosts: HostNames = ()
+    """Several machines in place of one `host`: each runs `count` instances."""
     count: Count = 1
-    """Number of instances."""
+    """Number of instances, on each host."""
     device: Device = "cpu"
-    """Torch device of every instance: `cpu`, `cuda:N`, or `cuda`: instance k has GPU k modulo the number of GPUs."""
+    """Torch device of every instance: `cpu`, `cuda:N`, or `cuda`: instance k on a host has GPU k modulo the number of
+    GPUs there."""
     slots: Count = 2
     """Requests that one instance takes at a time."""
     policy: SchedulingPolicyName = "fifo"
@@ -365,7 +407,7 @@ class RoleSection(Section, frozen=True):
     name: RoleName = ""
     """Instances are called NAME-0, NAME-1, ...; "" = the kind, with several models MODEL-KIND."""
     port: PortOrRule = 0
-    """Bus port of the first instance, counting up over `count`; 0 = by the rule at `[head] port`."""
+    """Bus port of the first instance on a host, counting up over `count`; 0 = by the rule at `[head] port`."""
     restart: Literal["permanent", "transient", "temporary"] = "permanent"
     """Restart always, only after an abnormal exit, or never."""
     dtype: Literal["", "float32", "float16", "bfloat16"] = ""
@@ -391,6 +433,11 @@ def parse_size(text: str) -> int:
     return size
 
 
+def largest_payload(pool_bytes: int) -> int:
+    """Return the most bytes of a payload: a block of a pool is a power of two, within half of it."""
+    return 1 << (pool_bytes // 2).bit_length() >> 1
+
+
 def parse_rate(text: str) -> tuple[int, float]:
     """Return the count and the seconds of a rate such as "60/min"; raises `ValueError` for anything else."""
     match = _RATE.fullmatch(text)
@@ -411,6 +458,7 @@ class Sections(msgspec.Struct, frozen=True, kw_only=True):
 
     models: tuple[ModelSection, ...]
     """From `[model]` and `[[roles]]`, or from `[[models]]`."""
+    hosts: tuple[HostSection, ...] = ()
     api: ApiSection = ApiSection()
     head: HeadSection = HeadSection()
     transfer: TransferSection = TransferSection()

@@ -39,7 +39,7 @@ class AdmissionLimits:
 def limits_of(topology: Topology) -> AdmissionLimits:
     """Return the limits of a topology."""
     has_pools = any(component.kind == "pool" for component in topology.components)
-    largest = topology.transfer.largest_payload if has_pools else 0
+    largest = topology.largest_payload if has_pools else 0
     return AdmissionLimits(topology.head.max_pending, topology.head.request_timeout_s, largest)
 
 

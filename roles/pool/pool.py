@@ -170,7 +170,7 @@ class BufferPool(Actor):
         if held is not None and held.capacity >= message.nbytes:
             return BlockLeased(self._lease_ref(held))
         # A payload larger than the smallest pool on its way could not reach the last stage.
-        largest = min(table.largest_block(zone), self.topology.transfer.largest_payload)
+        largest = min(table.largest_block(zone), self.topology.largest_payload)
         if message.nbytes > largest:
             return PoolFull(message.nbytes, table.free, largest)
         attempt = message.attempt

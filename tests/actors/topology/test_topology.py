@@ -12,8 +12,9 @@ from triptych.actors import AddressBook, Topology, TopologyError, load_topology
 from triptych.actors.command.preflight import has_accelerator, preflight
 from triptych.actors.errors import UnknownNameError
 from triptych.actors.runtime.address_book import supervisor_of
-from triptych.actors.topology import HeadSection, TransferSection, parse_size
+from triptych.actors.topology import HeadSection, parse_size
 from triptych.actors.topology.paths import MAX_SOCKET_PATH, private_dir, private_run_dir
+from triptych.actors.topology.sections import largest_payload
 
 Write = Callable[..., Path]
 
@@ -263,6 +264,125 @@ BROKEN = {
     "no rate": (MODEL + '[api]\nrate_limit = "many"\n' + THREE_ROLES, 'rate_limit = "many" is not a rate', '"60/min"'),
 }
 
+HOST_A = '[[hosts]]\nname = "a"\naddress = "10.0.0.1"\n'
+HOST_B = '[[hosts]]\nname = "b"\naddress = "10.0.0.2"\n'
+ON_HOSTS = """
+[[roles]]
+kind = "encoder"
+host = "a"
+[[roles]]
+kind = "denoiser"
+hosts = ["b", "a"]
+count = 2
+[[roles]]
+kind = "decoder"
+host = "b"
+"""
+HOSTS = MODEL + HOST_A + HOST_B + '[head]\nhost = "a"\n'
+TRUSTED = "[transfer]\ntrusted_network = true\n"
+BROKEN |= {
+    "a host without an address": (
+        MODEL + '[[hosts]]\nname = "a"\n' + THREE_ROLES,
+        "no. 1 lacks the key address",
+        "add",
+    ),
+    "a host of a strange name": (
+        HOSTS.replace('"b"', '"B.1"') + ON_HOSTS,
+        '[[hosts]] no. 2 name = "B.1"',
+        "lower-case",
+    ),
+    "two hosts of a name": (HOSTS.replace('"b"', '"a"') + ON_HOSTS, 'use the name "a" 2 times', "a name of its own"),
+    "two hosts of an address": (
+        HOSTS.replace(".2", ".1") + ON_HOSTS,
+        'use the address "10.0.0.1" 2 times',
+        "of its own",
+    ),
+    "two hosts of a key": (
+        HOSTS.replace("address", 'public_key = "k"\naddress') + ON_HOSTS,
+        'use the public key "k" 2 times',
+        "a public key of its own",
+    ),
+    "no address": (
+        HOSTS.replace("10.0.0.2", "tcp://b") + ON_HOSTS,
+        '"b" address = "tcp://b" is not an address',
+        "alone",
+    ),
+    "a loopback address among others": (
+        HOSTS.replace("10.0.0.2", "127.0.0.1") + ON_HOSTS,
+        '[[hosts]] "b" address = "127.0.0.1" is an address that a cannot reach',
+        "the other hosts",
+    ),
+    "a loopback transfer address": (
+        HOSTS.replace('"10.0.0.2"', '"10.0.0.2"\ntransfer_address = "localhost"') + ON_HOSTS,
+        '"b" transfer_address = "localhost" is an address that a cannot reach',
+        "leave it out",
+    ),
+    "an unknown host": (
+        HOSTS + TRUSTED + ON_HOSTS.replace('"a"', '"aa"'),
+        '[[roles]] kind = "encoder" host = "aa" is not a host',
+        "did you mean a?",
+    ),
+    "an unknown host of the head": (HOSTS.replace('host = "a"', 'host = "z"') + ON_HOSTS, '[head] host = "z"', "a, b"),
+    "a host without hosts": (MODEL + ON_HOSTS, 'host = "a", but there are no [[hosts]]', "add a [[hosts]]"),
+    "no host of the head": (
+        HOSTS.replace('[head]\nhost = "a"\n', "") + ON_HOSTS,
+        "[head] lacks the key host, with 2 [[hosts]]",
+        'write host = "a" there',
+    ),
+    "a role without a host": (
+        HOSTS + THREE_ROLES,
+        '[[roles]] kind = "encoder" lacks the key host, with 2 [[hosts]]',
+        'write host = "a" there',
+    ),
+    "host and hosts": (HOSTS + ON_HOSTS + 'hosts = ["a"]\n', 'kind = "decoder" has both host and hosts', "all of them"),
+    "a host twice": (HOSTS + ON_HOSTS.replace('["b", "a"]', '["b", "b"]'), 'hosts have "b" twice', "raise count"),
+    "shared memory between hosts": (
+        HOSTS + '[transfer]\nengine = "shm"\n' + ON_HOSTS,
+        '[transfer] engine = "shm" shares memory, which the roles on a and b cannot',
+        'write engine = "mooncake"',
+    ),
+    "mooncake between hosts": (
+        HOSTS + ON_HOSTS,
+        '[transfer] engine = "mooncake" would let everybody who reaches this host read and write',
+        "trusted_network = true",
+    ),
+    "one address for several hosts": (
+        HOSTS + TRUSTED + 'hostname = "10.0.0.1"\n' + ON_HOSTS,
+        '[transfer] hostname = "10.0.0.1" is one address for several hosts',
+        "transfer_address",
+    ),
+    "a port twice on a host": (
+        HOSTS + TRUSTED + ON_HOSTS + "port = 5557\n",
+        "port 5557 is used twice on b, by pool-b and by decoder-0",
+        "another port",
+    ),
+    "no range of ports": (
+        HOSTS.replace('"10.0.0.2"', '"10.0.0.2"\ntransfer_ports = "22-9"') + ON_HOSTS,
+        '[[hosts]] "b" transfer_ports = "22-9" is not a range',
+        '"21000-21015"',
+    ),
+    "a narrow range of ports": (
+        HOSTS.replace('"10.0.0.2"', '"10.0.0.2"\ntransfer_ports = "2100-2101"') + ON_HOSTS,
+        'transfer_ports = "2100-2101" is too narrow',
+        "give it 16",
+    ),
+    "a range of ports in use": (
+        HOSTS.replace('"10.0.0.2"', '"10.0.0.2"\ntransfer_ports = "5550-5570"') + TRUSTED + ON_HOSTS,
+        '[[hosts]] "b" transfer_ports = "5550-5570" has port',
+        "nothing else uses",
+    ),
+    "no size of a host's pool": (
+        HOSTS.replace('"10.0.0.2"', '"10.0.0.2"\npool_size = "big"') + TRUSTED + ON_HOSTS,
+        '[[hosts]] "b" pool_size = "big" is not a size',
+        '"256MiB"',
+    ),
+    "a host with the name of a component": (
+        HOSTS.replace('"b"', '"api"') + TRUSTED + ON_HOSTS.replace('"b"', '"api"'),
+        '[[hosts]] has the name of the component "api"',
+        "another name",
+    ),
+}
+
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_topology_is_one_sentence_with_file_key_and_fix(case: str, folder: Path) -> None:
@@ -300,6 +420,54 @@ def test_components_in_start_order_with_ports_by_rule(write: Write) -> None:
         ("api", "api", 5561, 0, ""),
     ]
     assert topology.component("denoiser-1").address == "tcp://127.0.0.1:5559"
+
+
+def test_each_host_has_its_components_its_pool_and_its_supervisor(write: Write) -> None:
+    hosts = f'{HOST_A}pool_size = "1GiB"\n{HOST_B}bind = "*"\n[[hosts]]\nname = "c"\naddress = "fd00::3"\n'
+    text = f'{hosts}[head]\nhost = "c"\n{TRUSTED}'
+    topology = load_topology(write(text, ON_HOSTS.replace("count = 2", "count = 2\nport = 7000")))
+    assert [(c.name, c.host, c.pool, c.index, c.address, c.bind) for c in topology.components] == [
+        ("pool-a", "a", "", 0, "tcp://10.0.0.1:5556", ""),
+        ("pool-b", "b", "", 0, "tcp://10.0.0.2:5557", "tcp://*:5557"),
+        ("encoder-0", "a", "pool-a", 0, "tcp://10.0.0.1:5558", ""),
+        ("denoiser-0", "b", "pool-b", 0, "tcp://10.0.0.2:7000", "tcp://*:7000"),
+        ("denoiser-1", "b", "pool-b", 1, "tcp://10.0.0.2:7001", "tcp://*:7001"),
+        ("denoiser-2", "a", "pool-a", 0, "tcp://10.0.0.1:7000", ""),
+        ("denoiser-3", "a", "pool-a", 1, "tcp://10.0.0.1:7001", ""),
+        ("decoder-0", "b", "pool-b", 0, "tcp://10.0.0.2:5563", "tcp://*:5563"),
+        ("head", "c", "", 0, "tcp://[fd00::3]:5555", ""),
+        ("api", "c", "", 0, "tcp://[fd00::3]:5564", ""),
+    ]
+    assert (topology.engine, topology.bus.transport, topology.head_host) == ("mooncake", "tcp", "c")
+    assert [c.name for c in topology.on_host("c")] == ["head", "api"]
+    assert topology.host_of(topology.component("pool-b")) == topology.hosts[1]
+    assert topology.pool_bytes(topology.component("pool-a")) == 1 << 30
+    assert topology.largest_payload == 128 << 20, "that of the smallest pool"
+    with pytest.raises(UnknownNameError, match=r"no host is called 'd' in .*; there are a, b, c"):
+        topology.on_host("d")
+    book = AddressBook(topology)
+    assert book.address("supervisor-b") == "tcp://10.0.0.2:5566"
+    assert book.bind_address("supervisor-b") == "tcp://*:5566"
+    assert book.bind_address("head") == book.address("head") == "tcp://[fd00::3]:5555"
+    assert book.address("supervisor-b.children") == f"ipc://{topology.run_dir}/supervisor-b"
+    assert book.component_of("supervisor-b.children") == "supervisor-b"
+    assert book.supervisors() == ("supervisor-a", "supervisor-b", "supervisor-c")
+
+
+def test_a_single_host_is_as_none_but_for_the_name_of_its_pool(write: Write) -> None:
+    topology = load_topology(write(HOST_A))
+    assert topology.component("head").address == f"ipc://{topology.run_dir}/head"
+    assert {component.host for component in topology.components} == {"a"}
+    assert topology.component("encoder-0").pool == "pool-a"
+    assert topology.engine == "shm"
+    assert AddressBook(topology).supervisors() == ()
+
+
+def test_roles_on_one_of_several_hosts_share_memory(write: Write) -> None:
+    roles = ON_HOSTS.replace('hosts = ["b", "a"]', 'host = "b"').replace('host = "a"', 'host = "b"')
+    topology = load_topology(write(f'{HOST_A}{HOST_B}[head]\nhost = "a"\n', roles))
+    assert (topology.engine, topology.bus.transport) == ("shm", "tcp")
+    assert [c.name for c in topology.components if c.kind == "pool"] == ["pool-b"]
 
 
 def test_an_explicit_port_counts_up_over_the_instances(write: Write) -> None:
@@ -523,7 +691,7 @@ def test_a_link_in_place_of_a_run_folder_is_refused(folder: Path) -> None:
     [("8KiB", 4 << 10), ("12287B", 4 << 10), ("16KiB", 8 << 10), ("256MiB", 128 << 20), ("1000MiB", 256 << 20)],
 )
 def test_a_payload_is_at_most_a_block_of_half_a_pool(pool_size: str, largest: int) -> None:
-    assert TransferSection(pool_size=pool_size).largest_payload == largest
+    assert largest_payload(parse_size(pool_size)) == largest
 
 
 def test_an_earlier_name_of_a_key_is_read_with_a_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
