@@ -16,7 +16,7 @@ from triptych.bus._errors import (
 )
 from triptych.bus._mailbox import Delivery, Mailbox
 from triptych.bus._outbox import Outbox, Reference
-from triptych.bus._sockets import CurveKeys, SocketOptions
+from triptych.bus._sockets import CurveKeys, HostKey, SocketOptions
 from triptych.bus._wire import Envelope, EnvelopeKind, Failure, FailureCode, Generation, Message, Sender
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "FailureCode",
     "Generation",
     "HandshakeRefusedError",
+    "HostKey",
     "Mailbox",
     "MailboxFullError",
     "Message",

@@ -8,7 +8,7 @@ class BusError(Exception):
 
 
 class AddressError(BusError):
-    """An address is malformed, taken, not to be bound, or tcp without CURVE keys."""
+    """An address is malformed, taken, not to be bound, tcp without CURVE keys, or that of no host of the system."""
 
 
 class MailboxFullError(BusError):
@@ -28,7 +28,7 @@ class UnreachableError(BusError):
 
 
 class HandshakeRefusedError(UnreachableError):
-    """The peer, or another process at its address, does not have this side's CURVE keys; nothing was sent."""
+    """One side does not accept the other's CURVE key: the text says whose, and what to do. Nothing was sent."""
 
 
 class _CodedError(BusError):

@@ -14,7 +14,7 @@ import zmq
 
 from triptych.bus import _inproc
 from triptych.bus._address import parse_address
-from triptych.bus._authenticator import CurveAuthenticator, shared_authenticator
+from triptych.bus._authenticator import CurveAuthenticator, open_authenticator
 from triptych.bus._binding import Binding
 from triptych.bus._dead_letters import DeadLetters
 from triptych.bus._errors import BusError, MessageTooLongError, RefusedError
@@ -156,7 +156,7 @@ class Mailbox:
         socket = open_socket(zmq.ROUTER, self._parsed, self.options)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if self._parsed.scheme == "tcp":
-            self._authenticator = shared_authenticator(self.options.zmq_context)
+            self._authenticator = open_authenticator(self.options.zmq_context, self.options.accepted_keys)
         try:
             self._binding = Binding(socket, self._parsed, self.address)
         except BaseException:
@@ -203,7 +203,7 @@ class Mailbox:
 
     def _close_authenticator(self) -> None:
         if self._authenticator is not None:
-            self._authenticator.close()
+            self._authenticator.close(self.options.accepted_keys)
             self._authenticator = None
 
     def _on_message(self, frames: list[bytes]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import zmq
 
+from triptych.backoff import backoff_s
 from triptych.bus import _inproc
 from triptych.bus._address import Address, parse_address
 from triptych.bus._dead_letters import DeadLetters
@@ -45,12 +46,16 @@ R = TypeVar("R", bound=Message)
 _EVENT: Final = struct.Struct("=Hi")
 _ESTABLISHED: Final = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
 _DISCONNECTED: Final = int(zmq.EVENT_DISCONNECTED)
-_REFUSED: Final = (int(zmq.EVENT_HANDSHAKE_FAILED_AUTH), int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL))
+_REFUSED_HERE: Final = int(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+_NO_CURVE: Final = int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
 _HANDSHAKE_BROKEN_OFF: Final = int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
 # A peer that cannot read our greeting closes the connection, and ZMQ tries again every 20 ms for ever. So does one that
 # dies in the middle of a handshake, but not this often within this many seconds.
 _MAX_FAILED_HANDSHAKES: Final = 3
 _FAILED_HANDSHAKES_WITHIN_S: Final = 1.0
+# ZMQ does not try again after a refusal, or does so 40 times a second: a new connection waits instead.
+_FIRST_PAUSE_S: Final = 0.1
+_LONGEST_PAUSE_S: Final = 2.0
 _keys = itertools.count(1)
 
 
@@ -97,7 +102,8 @@ class Reference:
 
     A peer that is not there yet is waited for. When an established connection is lost, the outstanding asks
     fail at once, whatever was still queued towards the dead incarnation is dropped, and the next use
-    connects anew: everything sent after the loss goes to the successor and nothing sent before it.
+    connects anew: everything sent after the loss goes to the successor and nothing sent before it. After a
+    refused handshake the next connection pauses first, longer after each one, and what is sent meanwhile waits.
     """
 
     def __init__(self, outbox: Outbox, name: str, address: str) -> None:
@@ -106,6 +112,8 @@ class Reference:
         self._outbox = outbox
         self._parsed: Address = parse_address(address)
         self._connection: _Connection | None = None
+        self._refusals = 0  # handshakes, since the last one that succeeded
+        self._refusal: HandshakeRefusedError | None = None
 
     async def ask(self, message: Message, *replies: type[R], timeout_s: float) -> R:
         """Send and wait for the answer, one of the types `replies`.
@@ -114,7 +122,8 @@ class Reference:
             AskTimeoutError: no answer within `timeout_s` seconds.
             MailboxFullError: the peer's queue, or the queue towards it, is full.
             UnreachableError: the connection was lost meanwhile; the peer may or may not have handled the message.
-            HandshakeRefusedError: the peer does not have the same keys; an `UnreachableError`.
+            HandshakeRefusedError: one side does not accept the other's key; an `UnreachableError`.
+            AddressError: there is no host of the system at the peer's address.
             RemoteError: the peer answered with a `Failure`, or with something else than `replies`.
             MessageTooLongError: it was not sent.
 
@@ -163,11 +172,20 @@ class Reference:
                 outbox.options,
                 dead_letters=outbox.dead_letters,
                 lost=self._on_lost,
+                refusal=self._refusal,
+                pause_s=self._pause_s(),
             )
         return connection
 
-    def _on_lost(self) -> None:
+    def _pause_s(self) -> float:
+        if not self._refusals:
+            return 0.0
+        return backoff_s(self._refusals - 1, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S)
+
+    def _on_lost(self, error: UnreachableError) -> None:
         self._connection = None
+        self._refusal = error if isinstance(error, HandshakeRefusedError) else None
+        self._refusals = self._refusals + 1 if self._refusal else 0
 
     def _disconnect(self) -> None:
         if self._connection is not None:
@@ -197,13 +215,18 @@ class _Connection:
         options: SocketOptions,
         *,
         dead_letters: DeadLetters,
-        lost: Callable[[], None],
+        lost: Callable[[UnreachableError], None],
+        refusal: HandshakeRefusedError | None,
+        pause_s: float,
     ) -> None:
         self._peer = f"{name} at {text}"
         self._inproc = address.target if address.scheme == "inproc" else None
         self._dead_letters = dead_letters
         self._high_water_mark = options.high_water_mark
         self._lost = lost
+        self._refusal = refusal  # of the connection before: why there is none yet
+        self._options = options
+        self._address = address
         self._asks: dict[int, _Ask] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
@@ -218,9 +241,13 @@ class _Connection:
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_LAST_MS)
         self._socket = socket
         self._monitor = self._watch(options.zmq_context, socket)
-        socket.connect(text)
         self._pump = Pump(socket, self._on_message)
         self._loop = self._pump.loop
+        self._connecting: asyncio.TimerHandle | None = None
+        if pause_s:
+            self._connecting = self._loop.call_later(pause_s, socket.connect, text)
+        else:
+            socket.connect(text)
 
     def check_room(self) -> None:
         """Raise `MailboxFullError` when `high_water_mark` asks are outstanding: so every answer has room."""
@@ -271,7 +298,7 @@ class _Connection:
             _inproc.watch(self._inproc, self._key, self._on_disconnected)
             return None
         endpoint = f"inproc://bus.monitor.{self._key}"
-        socket.monitor(endpoint, _ESTABLISHED | _DISCONNECTED | _HANDSHAKE_BROKEN_OFF | sum(_REFUSED))
+        socket.monitor(endpoint, _ESTABLISHED | _DISCONNECTED | _HANDSHAKE_BROKEN_OFF | _REFUSED_HERE | _NO_CURVE)
         events = context.socket(zmq.PAIR)
         events.setsockopt(zmq.RCVHWM, 0)  # no limit: at one, ZMQ's thread would block, and with it all sockets
         events.connect(endpoint)
@@ -286,10 +313,12 @@ class _Connection:
             self._unsent.clear()
         elif event == _DISCONNECTED and self._established:
             self._on_disconnected()
-        elif event in _REFUSED or (
+        elif event == _REFUSED_HERE:
+            self._on_refused(own_key=True)
+        elif event == _NO_CURVE or (
             event == _HANDSHAKE_BROKEN_OFF and value != errno.EAGAIN and self._handshake_keeps_failing()
         ):
-            self._on_refused()
+            self._on_refused(own_key=False)
 
     def _handshake_keeps_failing(self) -> bool:
         self._failed_handshakes.append(self._loop.time())
@@ -298,17 +327,32 @@ class _Connection:
             and self._failed_handshakes[-1] - self._failed_handshakes[0] < _FAILED_HANDSHAKES_WITHIN_S
         )
 
-    def _on_refused(self) -> None:
+    def _on_refused(self, *, own_key: bool) -> None:
         if not self._ended.is_set():
-            why = f"{self._peer} refuses the handshake: it has other keys, or somebody else has its address"
-            self._close(HandshakeRefusedError(why))
-            self._lost()
+            error = HandshakeRefusedError(self._why_refused(own_key=own_key))
+            self._close(error)
+            self._lost(error)
+
+    def _why_refused(self, *, own_key: bool) -> str:
+        curve, hosts = self._options.curve, self._options.hosts
+        if curve is None or not hosts:
+            return f"{self._peer} refuses the handshake: it has other keys, or somebody else has its address"
+        host = self._options.host_at(self._address)
+        if own_key:
+            here = next((each.name for each in hosts if each.public == curve.public), "this host")
+            what = f"host {host.name} refuses the key of host {here}"
+            fix = f"list public_key = {curve.public.decode()!r} for {here} there, and start {host.name} again"
+        else:
+            what = f"host {host.name} does not have the key that is listed for it here, {host.public.decode()!r}"
+            fix = "correct that and start again, or find out who else has its address"
+        return f"{self._peer}: {what}: {fix}"
 
     def _on_disconnected(self) -> None:
         if not self._ended.is_set():
             self._pump.drain()  # answers that had arrived before the loss count
-            self._close(UnreachableError(f"the connection to {self._peer} was lost"))
-            self._lost()
+            error = UnreachableError(f"the connection to {self._peer} was lost")
+            self._close(error)
+            self._lost(error)
 
     def _close(self, why: UnreachableError) -> None:
         if self._monitor is not None:
@@ -318,8 +362,9 @@ class _Connection:
         self._pump.close()
         if self._inproc is not None:
             _inproc.unwatch(self._inproc, self._key)
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._connecting):
+            if timer is not None:
+                timer.cancel()
         for ask in self._asks.values():
             _fail(ask, type(why)(str(why)))
         self._asks.clear()
@@ -374,13 +419,19 @@ class _Connection:
     def _expire(self) -> None:
         self._timer, self._timer_at = None, math.inf
         now = self._loop.time()
-        what = "no answer from" if self._established else "no connection to"
         for ask in self._asks.values():
             if ask.expires_at <= now:
-                _fail(ask, AskTimeoutError(f"{what} {self._peer} within {ask.timeout_s:g} s"))
+                _fail(ask, self._late_error(ask))
         waiting = [ask.expires_at for ask in self._asks.values() if not ask.answer.done()]
         if waiting:
             self._set_timer(min(waiting))
+
+    def _late_error(self, ask: _Ask) -> BusError:
+        if self._established:
+            return AskTimeoutError(f"no answer from {self._peer} within {ask.timeout_s:g} s")
+        if self._refusal is not None:
+            return HandshakeRefusedError(str(self._refusal))
+        return AskTimeoutError(f"no connection to {self._peer} within {ask.timeout_s:g} s")
 
 
 def _fail(ask: _Ask, error: BusError) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Final
 
 import msgspec
@@ -14,19 +15,15 @@ RECONNECT_FIRST_MS: Final = 20
 RECONNECT_LAST_MS: Final = 250
 _CONNECT_MS: Final = 1_000  # the kernel's own time-out doubles while a host is away
 _HANDSHAKE_MS: Final = 3_000  # a peer that sends nothing holds a descriptor this long
-_HEARTBEAT_EVERY_MS: Final = 1_000
-_HEARTBEAT_LOST_MS: Final = 3_000
+HEARTBEATS_LOST: Final = 3
+"""Heartbeats without an answer after which a connection is lost."""
 # ZMQ learns of room by half queues, so that two high-water marks always have room for one. A mailbox has more, so that
 # the answers to all asks of an outbox find room beside refused tells.
 _ROOM: Final = {int(zmq.DEALER): 2, int(zmq.ROUTER): 4}
 
 
 class CurveKeys(msgspec.Struct, frozen=True):
-    """The CURVE key pair that every process of a system has (`zmq.curve_keypair()`).
-
-    Both halves are secrets, and neither is ever sent in clear: a peer needs the public one to begin a handshake,
-    and the secret one to be let in.
-    """
+    """The CURVE key pair of a host, which all its processes have (`zmq.curve_keypair()`)."""
 
     public: bytes
     """Z85 text, 40 bytes."""
@@ -48,11 +45,27 @@ class CurveKeys(msgspec.Struct, frozen=True):
             raise ValueError("no CURVE key") from error
 
 
+class HostKey(msgspec.Struct, frozen=True):
+    """A host of the system, as the others know it."""
+
+    name: str
+    """Its name, for errors."""
+    address: str
+    """What stands for it in `tcp://ADDRESS:PORT`."""
+    public: bytes
+    """The public half of its key pair, Z85 text."""
+
+
 class SocketOptions(msgspec.Struct, frozen=True):
     """How a mailbox or an outbox sets up its sockets."""
 
     curve: CurveKeys | None = None
-    """Key pair, required for tcp; only who has the same one can connect."""
+    """Key pair of this host, required for tcp."""
+    hosts: tuple[HostKey, ...] = ()
+    """Every host of the system, this one included: only they may connect over tcp, and be connected to. Empty for a
+    system of one host, where only who has `curve` may."""
+    heartbeat_s: float = 1.0
+    """Seconds between two heartbeats of a tcp connection, which is lost after `HEARTBEATS_LOST` without an answer."""
     max_message_bytes: int = 1 << 20
     """Longest message, in bytes.
 
@@ -71,6 +84,22 @@ class SocketOptions(msgspec.Struct, frozen=True):
     def zmq_context(self) -> zmq.Context[zmq.Socket[bytes]]:
         """The context to make sockets in."""
         return self.context or zmq.Context.instance()
+
+    @property
+    def accepted_keys(self) -> frozenset[bytes]:
+        """The public keys of those who may connect over tcp."""
+        if self.hosts:
+            return frozenset(host.public for host in self.hosts)
+        return frozenset((self.curve.public,) if self.curve else ())
+
+    def host_at(self, address: Address) -> HostKey:
+        """Return the host of a tcp address, whose key a peer there must prove to have; raises `AddressError`."""
+        if self.curve is not None and not self.hosts:
+            return HostKey("", address.target, self.curve.public)
+        for host in self.hosts:
+            if host.address == address.target:
+                return host
+        raise AddressError(f"tcp://{address.target}:{address.port} is at no host of this system")
 
 
 DEFAULT_OPTIONS: Final = SocketOptions()
@@ -93,22 +122,32 @@ def open_socket(kind: int, address: Address, options: SocketOptions) -> zmq.Sock
     socket.setsockopt(zmq.MAXMSGSIZE, 2 * options.max_message_bytes)
     if address.scheme == "tcp":
         # A host that vanishes sends no FIN; a process that dies on this host always does.
-        socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_EVERY_MS)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_LOST_MS)
+        every_ms = max(round(options.heartbeat_s * 1000), 1)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, every_ms)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEATS_LOST * every_ms)
         socket.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_MS)
         socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
         socket.setsockopt(zmq.IPV6, int(":" in address.target))
         if curve is not None:
-            _encrypt(socket, kind, curve)
+            try:
+                _encrypt(socket, kind, curve, address, options)
+            except BaseException:
+                socket.close(linger=0)
+                raise
     return socket
 
 
-def _encrypt(socket: zmq.Socket[bytes], kind: int, curve: CurveKeys) -> None:
+def zap_domain(accepted: frozenset[bytes]) -> bytes:
+    """Return the name by which ZMQ asks `bus._authenticator` about a mailbox that accepts these keys."""
+    return hashlib.sha256(b" ".join(sorted(accepted))).hexdigest().encode()
+
+
+def _encrypt(socket: zmq.Socket[bytes], kind: int, curve: CurveKeys, address: Address, options: SocketOptions) -> None:
     socket.setsockopt(zmq.CURVE_PUBLICKEY, curve.public)
     socket.setsockopt(zmq.CURVE_SECRETKEY, curve.secret)
     if kind == zmq.ROUTER:
         socket.setsockopt(zmq.CURVE_SERVER, 1)
-        socket.setsockopt(zmq.ZAP_DOMAIN, curve.public)  # so that `bus._authenticator` knows which key is asked for
+        socket.setsockopt(zmq.ZAP_DOMAIN, zap_domain(options.accepted_keys))
         socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
     else:
-        socket.setsockopt(zmq.CURVE_SERVERKEY, curve.public)
+        socket.setsockopt(zmq.CURVE_SERVERKEY, options.host_at(address).public)
