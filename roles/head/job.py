@@ -327,6 +327,16 @@ class Request:
         timeout_s = self.times_out_at - self.created_at
         return self.deadline_s - (timeout_s - job.left_s) if self.deadline_s else None
 
+    def steps_left(self, job: Job) -> int | None:
+        """Return the denoising steps that one of its jobs still needs; None if unknown."""
+        steps = job.total_steps or self.steps
+        return steps - max(job.step, job.checkpoint.step if job.checkpoint else 0) if steps else None
+
+    @property
+    def step_kind(self) -> tuple[object, ...]:
+        """Return what the time of a step depends on."""
+        return self.inputs.get("height"), self.inputs.get("width"), self.inputs.get("num_frames")
+
     @property
     def deadline_met(self) -> bool | None:
         """Return whether it was done by its deadline; None without one, or while that is open."""

@@ -5,32 +5,25 @@ Each method for an event changes the state and queues effects, which the effect 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from typing import TypeAlias
 
-from triptych.actors.topology.sections import SchedulingPolicyName
 from triptych.engines.memory.buddy import block_bytes
 from triptych.engines.parameters.schema import Signature
 from triptych.engines.stages import Stage
-from triptych.roles.head.dispatch import DispatchPolicy
+from triptych.roles.head.dispatcher import Dispatcher
 from triptych.roles.head.effects import (
-    Assign,
-    AssignPreview,
     Cancel,
     Effect,
     NotifyWaiters,
-    Park,
-    ReleaseLeases,
     RestartInstance,
     SetInstanceAwake,
 )
 from triptych.roles.head.job import DONE, RUNNING, UPSTREAM, WAITING, Job, Request, State
-from triptych.roles.head.preemption import RunningDenoise, to_park
-from triptych.roles.head.previews import Preview, Previews
-from triptych.roles.head.registry import ExitCause, InstanceRegistry
+from triptych.roles.head.previews import Preview
+from triptych.roles.head.registry import ExitCause
 from triptych.roles.head.rolling_restart import next_to_restart
-from triptych.roles.head.stored_outputs import StoredOutputs, downstream_capacity
+from triptych.roles.head.scheduling_state import SchedulingState
 from triptych.roles.messages.common import Attempt, LeaseRef, Rebind, SchedulingHints, StoredPayload
 from triptych.roles.messages.requests import InstanceView, PreviewView
 from triptych.roles.messages.stages import (
@@ -48,7 +41,9 @@ from triptych.roles.messages.stages import (
     TransferPush,
 )
 from triptych.roles.previews import denoise_of
-from triptych.roles.scheduling_policy import MAX_PASSED_OVER, OwnerService, SchedulingFacts, StepTimes, overtaken, rank
+
+AttemptEnded: TypeAlias = StageFailed | StageReturned | StageCancelled | TransferFailed
+"""The reports of an attempt that has made nothing."""
 
 MAX_DEATHS = 2
 """A job that was running alone this often when its instance crashed counts as the cause, and fails. For a suspect,
@@ -90,67 +85,8 @@ def _why_convicted(job: Job, name: str) -> str:
     return f"{name} died while it computed this job alone, {others}"
 
 
-@dataclass(slots=True)
-class CompletionStats:
-    """Sums over completed jobs."""
-
-    completed: int = 0
-    latency_s: float = 0.0
-    """Sum over completed jobs only, so that fast failures do not lower the average."""
-
-    @property
-    def average_latency_s(self) -> float:
-        """Return the average latency; 0 before the first completion."""
-        return self.latency_s / self.completed if self.completed else 0.0
-
-
-@dataclass(slots=True)
-class JobScheduler:
-    """The requests, jobs and instances of one model, and the decisions about them."""
-
-    dispatch_policy: DispatchPolicy
-    """Chooses the instance of a job."""
-    policy: SchedulingPolicyName = "fifo"
-    """Chooses the next job of those that wait."""
-    max_pending: int = 256
-    max_attempts: int = 3
-    waiting_timeout_s: float = 0.0
-    """Most seconds that a stage may wait; 0 for no limit."""
-    running_timeout_s: float = 0.0
-    """Most seconds that a stage may run; 0 for no limit."""
-    heartbeat_timeout_s: float = 15.0
-    """Most seconds that an instance may be silent."""
-    preempt: bool = True
-    """Whether running denoises are parked for jobs of a higher priority."""
-    requests: dict[str, Request] = field(default_factory=dict)
-    by_key: dict[str, Request] = field(default_factory=dict)
-    """Requests by idempotency key."""
-    jobs: dict[str, Job] = field(default_factory=dict)
-    """Active jobs by id."""
-    registry: InstanceRegistry = field(default_factory=InstanceRegistry)
-    stored_outputs: StoredOutputs = field(init=False)
-    previews: Previews = field(default_factory=Previews)
-    tally: CompletionStats = field(default_factory=CompletionStats)
-    dirty: set[str] = field(default_factory=set)
-    """Ids of jobs that changed since the last write of the journal."""
-    effects: list[Effect] = field(default_factory=list)
-    model: str = ""
-    """Version of the weights for new jobs; "" until an instance has registered."""
-    refused: dict[str, str] = field(default_factory=dict)
-    """Refused instances: the version of their weights by name."""
-    reloading: bool = False
-    """Whether instances with earlier weights finish their jobs and restart."""
-    restarting: str = ""
-    """The instance that was told to restart and has not registered again yet."""
-    paused: bool = False
-    """Whether no job is started because the model sleeps or is to sleep. Started jobs go on."""
-    step_times: StepTimes = field(default_factory=StepTimes)
-    """Seconds of a denoising step, by the size of what is made."""
-    service: dict[Stage, OwnerService] = field(default_factory=lambda: {stage: OwnerService() for stage in Stage})
-    """Steps of the jobs that were assigned for each owner, by stage."""
-
-    def __post_init__(self) -> None:
-        self.stored_outputs = StoredOutputs(self.jobs)
+class JobScheduler(SchedulingState):
+    """The decisions about the requests, jobs and instances of one model."""
 
     # -- clients
 
@@ -275,10 +211,6 @@ class JobScheduler:
         """Return whether a job is under way: assigned to an instance, or between two stages."""
         return any(_has_started(job) for job in self.jobs.values())
 
-    def load(self) -> Counter[str]:
-        """Return the number of jobs and previews that are assigned to each instance, by name."""
-        return Counter(job.instance for job in self.jobs.values() if job.instance) + self.previews.load()
-
     def instance_views(self) -> tuple[InstanceView, ...]:
         """Return what clients may see of the instances."""
         running: dict[str, list[str]] = {}
@@ -342,7 +274,7 @@ class JobScheduler:
     def evict(self, pool: str, nbytes: int) -> int:
         """Release cached outputs in a pool that has no free block; return the bytes released."""
         leases = self.stored_outputs.evict(pool, nbytes)
-        self._give_back(leases)
+        self.give_back(leases)
         return sum(block_bytes(lease.nbytes) for lease in leases)
 
     def evict_checkpoints(self, pool: str, nbytes: int) -> int:
@@ -352,7 +284,7 @@ class JobScheduler:
         before = [job for job in self.jobs.values() if job.checkpoint]
         leases = self.stored_outputs.evict_checkpoints(pool, nbytes - freed)
         self.dirty.update(job.id for job in before if not job.checkpoint)
-        self._give_back(leases)
+        self.give_back(leases)
         return freed + sum(block_bytes(lease.nbytes) for lease in leases)
 
     def requeue_stored(self, pool: str, now: float) -> None:
@@ -365,12 +297,12 @@ class JobScheduler:
             return
         for job in list(self.jobs.values()):
             if not job.instance and job.lease and job.lease.pool == pool:
-                self._give_back(self.stored_outputs.drop(job))
+                self.give_back(self.stored_outputs.drop(job))
                 self._retry(job, f"{pool} was full, and its model is asleep", now, counts=False)
 
     def clear_cache(self) -> None:
         """Empty the prompt cache."""
-        self._give_back(self.stored_outputs.clear())
+        self.give_back(self.stored_outputs.clear())
         for request in self.requests.values():
             request.prompt_key = b""
 
@@ -447,7 +379,7 @@ class JobScheduler:
         return SchedulingHints(
             priority=request.priority,
             due_s=request.deadline_left_s(job),
-            steps=self._steps_left(job) or 0,
+            steps=request.steps_left(job) or 0,
             bucket=max(1, job.bucket),
             owner=request.owner,
         )
@@ -492,11 +424,11 @@ class JobScheduler:
         job = self._current(report.attempt, instance)
         if job is None or job.stage is not Stage.DENOISER:
             if not self.stored_outputs.needs(lease):
-                self._give_back((lease,))
+                self.give_back((lease,))
             return False
         if job.checkpoint and job.checkpoint.payload.lease == lease:  # told again
             return True
-        self._give_back(self.stored_outputs.put_checkpoint(job, report.step, report.stored))
+        self.give_back(self.stored_outputs.put_checkpoint(job, report.step, report.stored))
         self.dirty.add(job.id)
         return True
 
@@ -507,18 +439,18 @@ class JobScheduler:
         job = self._current(report.attempt, instance)
         if job is None or job.stage is not stage:
             if not self.stored_outputs.needs(report.stored.lease):
-                self._give_back((report.stored.lease,))
+                self.give_back((report.stored.lease,))
             return False
         self._let_go(job)
         job.stage_seconds[stage.value] = report.seconds
         if stage is Stage.DENOISER and job.total_steps:
             computed = max(1, job.total_steps - job.resumed_from)
-            self.step_times.learn(self._step_kind(job), report.seconds / computed)
+            self.step_times.learn(self.requests[job.request_id].step_kind, report.seconds / computed)
         job.advance(DONE[stage], now)
-        self._give_back(self.stored_outputs.put(job, stage, report.stored))
+        self.give_back(self.stored_outputs.put(job, stage, report.stored))
         if stage is Stage.ENCODER and self.stored_outputs.cache.capacity and job.model == self.model:
-            key = self._prompt_key(job)
-            self._give_back(
+            key = self.prompt_key(job)
+            self.give_back(
                 self.stored_outputs.offer(key, job.seed, report.stored, seed_independent=report.seed_independent)
             )
         job.advance(next(WAITING[p] for p, upstream in UPSTREAM.items() if upstream is stage), now)
@@ -532,7 +464,7 @@ class JobScheduler:
         wanted = self.requests[job.request_id].partial_images if job and job.stage is Stage.DENOISER else 0
         if job and self.previews.add(job, wanted, report.preview, report.stored):
             return True
-        self._give_back((report.stored.lease,))
+        self.give_back((report.stored.lease,))
         return False
 
     def finished(self, instance: str, report: StageFinished, now: float) -> bool:
@@ -553,12 +485,9 @@ class JobScheduler:
 
     def stage_failed(self, instance: str, report: StageFailed, now: float) -> bool:
         """Retry or fail a job whose stage raised."""
-        self.registry.credit(instance, report.issued)
-        if self._forget_preview(report.attempt):
-            return True
-        job = self._current(report.attempt, instance)
+        job, known = self._attempt_ended(instance, report)
         if job is None:
-            return False
+            return known
         if report.retryable:
             self._retry(job, f"{instance}: {report.error}", now)
         else:
@@ -568,32 +497,37 @@ class JobScheduler:
 
     def returned(self, instance: str, report: StageReturned, now: float) -> bool:
         """Let a job wait again that an instance returned because it ends, or parked."""
-        self.registry.credit(instance, report.issued)
-        if self._forget_preview(report.attempt):
-            return True
-        job = self._current(report.attempt, instance)
+        job, known = self._attempt_ended(instance, report)
         if job is None:
-            return False
+            return known
         why = "parked for a more urgent job" if job.parking else ExitCause.STOPPED.value
         self._retry(job, f"{instance}: {why}", now, counts=False)
         return True
 
     def cancelled(self, instance: str, report: StageCancelled) -> bool:
         """Record the credit of an attempt that was cancelled."""
-        self.registry.credit(instance, report.issued)
-        self._forget_preview(report.attempt)
+        self._attempt_ended(instance, report)
         return True
+
+    def _attempt_ended(self, instance: str, report: AttemptEnded) -> tuple[Job | None, bool]:
+        """Record the credit of an attempt that came to nothing, and forget it if it was a preview.
+
+        Returns:
+            The job whose current attempt it was, or None; and whether it was one that counted, of a job or a preview.
+        """
+        self.registry.credit(instance, report.issued)
+        if self._forget_preview(report.attempt):
+            return None, True
+        job = self._current(report.attempt, instance)
+        return job, job is not None
 
     def transfer_failed(self, instance: str, report: TransferFailed, now: float) -> bool:
         """Retry a job whose stored tensors could not be fetched."""
-        self.registry.credit(instance, report.issued)
-        if self._forget_preview(report.attempt):
-            return True
-        job = self._current(report.attempt, instance)
+        job, known = self._attempt_ended(instance, report)
         if job is None:
-            return False
+            return known
         if report.source_gone:
-            self._give_back(self.stored_outputs.drop_spoilt(job))
+            self.give_back(self.stored_outputs.drop_spoilt(job))
         job.transfers_lost += 1
         if job.transfers_lost > MAX_TRANSFERS_LOST:
             self.give_up(report.attempt, instance, report.reason, now)
@@ -633,215 +567,9 @@ class JobScheduler:
         return f": {instance.trouble}" if instance and instance.trouble else ""
 
     def dispatch(self, now: float) -> None:
-        """Assign waiting jobs to instances with credits, by the policies; a cached prompt skips the encoder."""
+        """Assign the jobs that can be assigned, and restart what the change to other weights asks for."""
         self._reload_next(now)
-        for stage in Stage:
-            while not (stage is Stage.ENCODER and self.paused) and self._dispatch_next(stage, now):
-                pass
-        while self._park_next():
-            pass
-        self._dispatch_previews()
-
-    def _park_next(self) -> bool:
-        """Tell an instance to park a denoise for a more urgent job; return whether there is one to park."""
-        if not self.preempt:
-            return False
-        stage, priority = Stage.DENOISER, {job.id: self.requests[job.request_id].priority for job in self.jobs.values()}
-        having = [job for job in self.jobs.values() if job.instance in self.registry.instances and job.stage is stage]
-        least = min((priority[job.id] for job in having), default=None)
-        if least is None or all(priority[u.id] <= least for u in self.jobs.values() if self._waits(u, stage)):
-            return False
-        if downstream_capacity(stage, self.jobs.values(), self.registry) < 0:
-            return False  # one that is parked gives its place to the other, but there is no place
-        queue = self._queue(stage, cached=False)
-        # A suspect gets an instance of its own: a place beside others does not serve it.
-        waiting = [facts for facts, job in queue if not job.suspect and not job.made_with_older_weights(self.model)]
-        closed = self._closed(stage)
-        running = [
-            running
-            for serial, job in enumerate(self.jobs.values())
-            if job.instance not in closed and (running := self._running(serial, job))
-        ]
-        candidates = [each for each in self.registry.candidates(stage, self.load()) if each.name not in closed]
-        free = sum(candidate.credits for candidate in candidates if candidate.model == self.model)
-        chosen = to_park(self.policy, waiting, running, free)
-        if chosen is None:
-            return False
-        job = list(self.jobs.values())[chosen.facts.serial]
-        job.parked += 1
-        job.parking = True
-        self.dirty.add(job.id)
-        self.effects.append(Park(job.instance, job.current_attempt))
-        return True
-
-    def _running(self, serial: int, job: Job) -> RunningDenoise | None:
-        """Describe a denoise of an instance that takes another job in its place; None for all other jobs."""
-        instance = self.registry.instances.get(job.instance)
-        if instance is None or job.stage is not Stage.DENOISER or not instance.serves(Stage.DENOISER):
-            return None
-        if instance.model != self.model or not instance.takes_jobs:
-            return None
-        return RunningDenoise(
-            self._facts(serial, job, Stage.DENOISER),
-            instance.name,
-            begun=job.running,
-            stores_checkpoints=instance.stores_checkpoints,
-            parked=job.parked,
-            parking=job.parking,
-            protected=job.aged,
-        )
-
-    def _dispatch_next(self, stage: Stage, now: float) -> bool:
-        """Assign the first job that waits for `stage` and that an instance can take; return whether there is one."""
-        if not any(self._waits(job, stage) for job in self.jobs.values()):
-            return False
-        caches = stage is Stage.ENCODER and self.stored_outputs.cache.capacity > 0
-        capacity = downstream_capacity(stage, self.jobs.values(), self.registry)
-        closed = self._closed(stage)
-        candidates = [c for c in self.registry.candidates(stage, self.load()) if c.name not in closed or not c.load]
-        if capacity < 1 or not (candidates or caches):
-            return False
-        encoding = {self._prompt_key(u) for u in self.jobs.values() if caches and u.instance and u.stage is stage}
-        # Without an instance only jobs with a cached prompt go on: do not order hundreds of others at each event.
-        queue = self._queue(stage, cached=not candidates)
-        for facts, job in queue:
-            if capacity < 1:
-                break
-            model = self._weights_for(job)
-            able = [c for c in candidates if (not c.load if job.suspect else c.name not in closed)]
-            alike = [candidate for candidate in able if candidate.model == model]
-            if caches and self._skip_encoder(job, now):
-                capacity -= 1
-            elif alike and not (caches and self._same_is_made(job, encoding)):
-                self._assign(job, stage, self.dispatch_policy.choose(job, self.requests[job.request_id], alike).name)
-                waiting = {f.serial: (f, u) for f, u in queue if self._waits(u, stage)}
-                passed = overtaken((f for f, _ in waiting.values()), [facts])
-                if passed is not None:
-                    waiting[passed][1].passed_over += 1
-                return True
-        return False
-
-    def _closed(self, stage: Stage) -> set[str]:
-        """Return the instances that are kept for suspects: those that have one, and the one reserved for the next.
-
-        The one with the least load is reserved while a suspect waits for the stage. As it gets nothing more, the least
-        load only falls, until the suspect has an idle instance.
-        """
-        suspects = [job for job in self.jobs.values() if job.suspect]
-        closed = {job.instance for job in suspects if job.instance}
-        models = {self._weights_for(job) for job in suspects if self._waits(job, stage)}
-        able = [i for i in self.registry.instances.values() if i.serves(stage) and i.takes_jobs and i.model in models]
-        if able:
-            load = self.load()
-            closed.add(min(able, key=lambda i: (load[i.name], i.last_served, i.name)).name)
-        return closed
-
-    def _weights_for(self, job: Job) -> str:
-        """Return the version of the weights that a job needs."""
-        return job.model if job.made_with_older_weights(self.model) else self.model
-
-    def _dispatch_previews(self) -> None:
-        """Assign waiting previews to decoders that have nothing else, while no job waits for one."""
-        waiting = self.previews.waiting()
-        if not waiting or any(self._waits(job, Stage.DECODER) for job in self.jobs.values()):
-            return
-        for preview in waiting:
-            job = self.jobs[preview.job_id]
-            candidates = self.registry.candidates(Stage.DECODER, self.load())
-            idle = [candidate for candidate in candidates if not candidate.load and candidate.model == job.model]
-            if idle:
-                name = self.dispatch_policy.choose(job, self.requests[job.request_id], idle).name
-                preview.instance = name
-                self.registry.charge(name)
-                self.effects.append(AssignPreview(name, preview.attempt))
-
-    def _waits(self, job: Job, stage: Stage) -> bool:
-        return job.state is WAITING[stage] and not job.instance
-
-    def _queue(self, stage: Stage, *, cached: bool) -> list[tuple[SchedulingFacts, Job]]:
-        """Return the jobs that wait for an instance of a stage, in the order of the policy.
-
-        Args:
-            stage: Any.
-            cached: Whether to leave out those whose prompt is not in the cache.
-        """
-        if self.policy == "fair":
-            self.service[stage].update({self.requests[job.request_id].owner for job in self.jobs.values()})
-        waiting = [
-            (self._facts(serial, job, stage), job)
-            for serial, job in enumerate(self.jobs.values())  # in the order of arrival
-            if self._waits(job, stage)
-            and not (cached and self.stored_outputs.cache.find(self._prompt_key(job), job.seed) is None)
-        ]
-        return sorted(waiting, key=lambda entry: rank(self.policy, entry[0]))
-
-    def _facts(self, serial: int, job: Job, stage: Stage) -> SchedulingFacts:
-        request = self.requests[job.request_id]
-        due_s = request.deadline_left_s(job)
-        return SchedulingFacts(
-            serial,
-            request.priority,
-            self.service[stage].of(request.owner),
-            sum(job.has_begun(stage) for job in request.jobs) if self.policy == "fair" else 0,
-            0 if stage is Stage.DECODER else self._steps_left(job),
-            self.step_times.expected(self._step_kind(job)),
-            job.left_s if due_s is None else due_s,
-            job.passed_over,
-        )
-
-    def _steps_left(self, job: Job) -> int | None:
-        """Return the denoising steps that a job still needs; None if unknown."""
-        steps = job.total_steps or self.requests[job.request_id].steps
-        return steps - max(job.step, job.checkpoint.step if job.checkpoint else 0) if steps else None
-
-    def _step_kind(self, job: Job) -> tuple[object, ...]:
-        """Return what the time of a step depends on."""
-        inputs = self.requests[job.request_id].inputs
-        return inputs.get("height"), inputs.get("width"), inputs.get("num_frames")
-
-    def _prompt_key(self, job: Job) -> bytes:
-        request = self.requests[job.request_id]
-        request.prompt_key = request.prompt_key or self.stored_outputs.cache.key(request.inputs)
-        return request.prompt_key
-
-    def _same_is_made(self, job: Job, encoding: set[bytes]) -> bool:
-        """Return whether an encoder makes outputs now that this job can share; if not, add its key to `encoding`."""
-        key = self._prompt_key(job)
-        waits = key in encoding and self.stored_outputs.cache.can_share(key, self.requests[job.request_id].inputs)
-        encoding.add(key)
-        return waits
-
-    def _assign(self, job: Job, stage: Stage, name: str) -> None:
-        job.instance = job.instances[stage.value] = name
-        job.aged = job.passed_over >= MAX_PASSED_OVER
-        instance, request = self.registry.instances[name], self.requests[job.request_id]
-        if job.model != instance.model:
-            self._give_back(self.stored_outputs.drop_checkpoint(job))
-        job.model = instance.model
-        if not job.bucket and instance.kind != Stage.ENCODER and stage is not Stage.DECODER:
-            job.bucket = instance.max_batch
-        if self.policy == "fair":
-            self.service[stage].add(request.owner, max(1, request.steps))
-        self.stored_outputs.cache.misses += stage is Stage.ENCODER and self.stored_outputs.cache.capacity > 0
-        self.registry.charge(name)
-        self.dirty.add(job.id)
-        self.effects.append(Assign(name, job.id))
-
-    def _skip_encoder(self, job: Job, now: float) -> bool:
-        """Skip the encoder if the cache has its outputs; return whether it did."""
-        found = self.stored_outputs.cache.find(self._prompt_key(job), job.seed)
-        if found is None:
-            return False
-        self.stored_outputs.cache.hits += 1
-        for kept in (job.instances, job.stage_seconds):
-            kept.pop(Stage.ENCODER.value, None)
-        self.stored_outputs.put(job, Stage.ENCODER, found)
-        job.uses_cached_prompt = True
-        job.model = self.model
-        job.transition(State.ENCODER_DONE, now, "prompt cache")
-        job.advance(State.DENOISING_WAITING, now)
-        self.dirty.add(job.id)
-        return True
+        Dispatcher(self).dispatch(now)
 
     def take_effects(self) -> list[Effect]:
         """Return the effects queued since the last call."""
@@ -878,7 +606,7 @@ class JobScheduler:
         instances = self.registry.instances.values()
         for job in [u for u in self.jobs.values() if u.made_with_older_weights(self.model) and not u.instance]:
             if not any(i.model == job.model and job.stage and i.serves(job.stage) for i in instances):
-                self._give_back(self.stored_outputs.drop(job))
+                self.give_back(self.stored_outputs.drop(job))
                 self._retry(job, "the model has changed", now, counts=False)
         if self.reloading and not self.restarting:
             self.reloading = any(i.model != self.model for i in instances)
@@ -898,7 +626,7 @@ class JobScheduler:
 
     def _preview_finished(self, preview: Preview, report: StageFinished) -> None:
         """Show a preview with its job."""
-        self._give_back(self.previews.remove(preview.attempt))
+        self.give_back(self.previews.remove(preview.attempt))
         job = self.jobs[preview.job_id]
         job.previews = sorted([*job.previews, PreviewView(preview.step, report.artifact)], key=lambda view: view.step)
         self.dirty.add(job.id)
@@ -907,7 +635,7 @@ class JobScheduler:
         """Forget a preview that came to nothing; return whether it was one."""
         preview = self.previews.get(attempt)
         if preview:
-            self._give_back(self.previews.remove(attempt))
+            self.give_back(self.previews.remove(attempt))
         return preview is not None
 
     def _drop_previews(self, doomed: Callable[[Preview], bool]) -> tuple[LeaseRef, ...]:
@@ -917,17 +645,13 @@ class JobScheduler:
             if preview.instance in self.registry.instances:
                 self.effects.append(Cancel(preview.instance, preview.attempt, "the preview is not wanted any more"))
         leases = tuple(preview.payload.lease for preview in gone)
-        self._give_back(leases)
+        self.give_back(leases)
         return leases
 
     def _let_go(self, job: Job) -> None:
         job.instance = ""
         job.step = 0
         job.parking = False
-
-    def _give_back(self, leases: tuple[LeaseRef, ...]) -> None:
-        if leases:
-            self.effects.append(ReleaseLeases(leases))
 
     def _retry(self, job: Job, cause: str, now: float, *, counts: bool = True, fatal: str = "") -> None:
         """Retry the job's stage, or fail the job when it has been tried too often, or for the reason `fatal`."""
@@ -962,7 +686,7 @@ class JobScheduler:
 
     def _end(self, job: Job, state: State, reason: str, now: float) -> None:
         self._let_go(job)
-        self._give_back(self.stored_outputs.drop(job))
+        self.give_back(self.stored_outputs.drop(job))
         self._drop_previews(lambda preview: preview.job_id == job.id)
         job.transition(state, now, reason)
         del self.jobs[job.id]

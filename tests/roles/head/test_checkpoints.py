@@ -6,6 +6,7 @@ import msgspec
 
 from tests.roles.factories import a_block, after, make_scheduler, registration, request, stored
 from triptych.engines.stages import Stage
+from triptych.roles.head.dispatcher import Dispatcher
 from triptych.roles.head.effects import ReleaseLeases
 from triptych.roles.head.job import Checkpoint, Job, State
 from triptych.roles.head.journal import decode_job, encode_job
@@ -124,7 +125,7 @@ def test_who_goes_on_from_a_checkpoint_is_scheduled_by_the_steps_that_are_left()
     scheduler, job = denoising()
     save(scheduler, job, 20, 2)
     scheduler.instance_down("denoiser-0", "killed", 3.0, ExitCause.CRASHED)
-    assert scheduler._facts(0, job, Stage.DENOISER).steps_left == 30
+    assert scheduler.requests["r"].steps_left(job) == 30
     after(scheduler)
     pushed = scheduler.message_for(job.current_attempt, scheduler.source_of(job.current_attempt, job.instance), None)
     assert pushed.hints.steps == 30
@@ -210,7 +211,7 @@ def test_other_weights_do_not_go_on_with_it() -> None:
     scheduler.register(registration("denoiser-0", generation=2), 4.0)
     scheduler.stored_outputs.put(job, Stage.ENCODER, a_block(9))
     job.model = "oldest"
-    scheduler._assign(job, Stage.DENOISER, "denoiser-0")
+    Dispatcher(scheduler)._assign(job, Stage.DENOISER, "denoiser-0")
     assert job.checkpoint is None
 
 
