@@ -3,6 +3,7 @@
 `sections` documents every key of the file; `paths` says where a system keeps its sockets and its state.
 """
 
+from triptych.actors.topology._agreement import agreement
 from triptych.actors.topology._hosts import is_loopback
 from triptych.actors.topology._model_identity import ModelIdentity
 from triptych.actors.topology._model_report import ModelProblem, ModelReport, ModelSummary
@@ -51,6 +52,7 @@ __all__ = [
     "RoleSection",
     "Topology",
     "TransferSection",
+    "agreement",
     "find_source",
     "free_port",
     "generate_topology",

@@ -8,6 +8,7 @@ from triptych.actors import Component
 from triptych.actors.child_state import GIVEN_UP_STATES
 from triptych.actors.runtime.system_messages import ChildReport
 from triptych.roles.head.served_models import ServedModels
+from triptych.roles.messages.stages import Hello
 
 
 def unavailable_reason(components: Iterable[Component], children: Iterable[ChildReport]) -> str:
@@ -29,13 +30,16 @@ def unavailable_reason(components: Iterable[Component], children: Iterable[Child
     return ""
 
 
-def not_ready_reasons(models: ServedModels, pools_missing: Iterable[str], journal_problem: str) -> tuple[str, ...]:
+def not_ready_reasons(
+    models: ServedModels, pools_missing: Iterable[str], journal_problem: str, mismatches: Iterable[str] = ()
+) -> tuple[str, ...]:
     """Return why requests cannot be served at present, a sentence each; empty if they can.
 
     Args:
         models: All served models.
         pools_missing: Names of the pools that have not answered.
         journal_problem: Why the journal cannot be written, "" while it can.
+        mismatches: Of instances that were refused, of `release_mismatch`.
     """
     reasons = []
     for served in models.all:
@@ -48,7 +52,7 @@ def not_ready_reasons(models: ServedModels, pools_missing: Iterable[str], journa
         reasons += [f"{i.name}: {i.problem}" for i in registry.instances.values() if i.problem]
         reasons += [weights_mismatch(name) for name in refused]
     reasons += [f"{pool} is not ready" for pool in pools_missing]
-    return (*reasons, *([journal_problem] if journal_problem else []))
+    return (*reasons, *mismatches, *([journal_problem] if journal_problem else []))
 
 
 def weights_mismatch(instance: str) -> str:
@@ -57,3 +61,27 @@ def weights_mismatch(instance: str) -> str:
         f"{instance} has other weights than the rest, because the model's files have changed: `triptych reload` takes "
         "them"
     )
+
+
+def release_mismatch(instance: str, hello: Hello, *, host: str, version: str, topology: str) -> str:
+    """Return why an instance cannot work with the head, "" if it can.
+
+    Args:
+        instance: Its name.
+        hello: What it runs.
+        host: The head's host, "" without `[[hosts]]`.
+        version: The head's.
+        topology: The digest of what the head has read of it.
+    """
+    there, here = (f" on host {name}" if name else "" for name in (hello.host, host))
+    if hello.version != version:
+        return (
+            f"{instance}{there} runs Triptych {hello.version}, and the head{here} {version}: install the same version "
+            "on all hosts"
+        )
+    if hello.topology != topology:
+        return (
+            f"{instance}{there} has read another topology ({hello.topology}) than the head{here} ({topology}): give "
+            "both the same file and start them again"
+        )
+    return ""

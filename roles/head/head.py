@@ -8,6 +8,7 @@ The actor only passes messages on: each handler calls the object that decides, a
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import time
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
@@ -18,9 +19,10 @@ from triptych.actors.runtime.system_messages import (
     SupervisorQuery,
     SupervisorReport,
 )
+from triptych.actors.topology import agreement
 from triptych.bus import BusError, RefusedError
 from triptych.engines.stages import Stage
-from triptych.roles.head.availability import not_ready_reasons, weights_mismatch
+from triptych.roles.head.availability import not_ready_reasons, release_mismatch, weights_mismatch
 from triptych.roles.head.effect_runner import EffectRunner
 from triptych.roles.head.effects import Effect, NotifyWaiters
 from triptych.roles.head.job import IllegalTransitionError
@@ -71,6 +73,8 @@ class Head(Actor):
         self.topology = topology
         self.timeline = timeline or Timeline()
         self.models = served_models_of(topology)
+        self._version = importlib.metadata.version("triptych")
+        self._mismatches: dict[str, str] = {}  # why instances were refused, by name
         self.requests = RequestStore(self, topology, self.models)
         self.model_manager = ModelManager(topology, self.models)
         pool_names = tuple(c.name for c in topology.components if c.kind == "pool")
@@ -208,7 +212,9 @@ class Head(Actor):
 
     async def cluster(self, _: requests.ClusterQuery) -> requests.ClusterView:
         """Return the state of the cluster."""
-        reasons = not_ready_reasons(self.models, self.monitor.pools_missing(), self.requests.journal_problem)
+        reasons = not_ready_reasons(
+            self.models, self.monitor.pools_missing(), self.requests.journal_problem, self._mismatches.values()
+        )
         return requests.ClusterView(
             ready=not reasons,
             reasons=reasons,
@@ -231,6 +237,21 @@ class Head(Actor):
         self.commit()
 
     # -- instances
+
+    async def hello(self, message: stages.Hello) -> stages.Acknowledged:
+        """Refuse an instance of another version, or one that has read another topology."""
+        name, generation = self._instance()
+        self._refuse_fenced(name, generation)
+        head = self.topology.component("head")
+        mismatch = release_mismatch(
+            name, message, host=head.host, version=self._version, topology=agreement(self.topology, name)
+        )
+        self._mismatches.pop(name, None)
+        if mismatch:
+            self._mismatches[name] = mismatch
+            self.log.warning("instance refused", instance=name, reason=mismatch)
+            raise RefusedError("other_release", mismatch)
+        return stages.Acknowledged()
 
     async def register(self, message: stages.RegisterInstance) -> stages.InstanceRegistered:
         """Register an instance."""

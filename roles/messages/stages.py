@@ -33,6 +33,20 @@ INSTANCE_ANSWER_S: Final = 5.0
 is asked again, and nothing is lost."""
 
 
+class Hello(Message):
+    """Say what an instance runs, before it registers. Asks for Acknowledged; refused with `other_release`.
+
+    Its fields are those of every later version, so that two versions understand each other as far as this.
+    """
+
+    version: Name
+    """Version of Triptych."""
+    topology: Name
+    """Digest of what the head must have read alike, of `actors.topology.agreement`."""
+    host: Name = ""
+    """The `[[hosts]]` entry that it runs on; "" without any."""
+
+
 class RegisterInstance(Message):
     """Register an instance; sent again to each new head. Asks for InstanceRegistered."""
 

@@ -7,14 +7,24 @@ which computes, and the transfer actor, which moves tensors; the three pass each
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import os
 import time
 from typing import Final
 
 from triptych.actors import Actor, Component, DeferredReply, Topology
 from triptych.actors.child_state import ChildState
+from triptych.actors.topology import agreement
 from triptych.backoff import backoff_s
-from triptych.bus import BusError, MailboxFullError, Message, Reference, RefusedError, RemoteError
+from triptych.bus import (
+    BusError,
+    HandshakeRefusedError,
+    MailboxFullError,
+    Message,
+    Reference,
+    RefusedError,
+    RemoteError,
+)
 from triptych.roles.messages import stages
 from triptych.roles.messages.common import Attempt, LeaseRef
 from triptych.roles.messages.pool import PoolFull, ReleaseBlocks, ReleasePreallocated
@@ -24,6 +34,7 @@ from triptych.roles.messages.stages import (
     AttemptQuery,
     AttemptsAssigned,
     BlocksOffered,
+    Hello,
     InstanceHeartbeat,
     InstanceRegistered,
     InstanceStopping,
@@ -81,6 +92,7 @@ class Instance(Actor):
         self.context = context
         self.attempts = context.attempts
         self.reporter = context.reporter
+        self._hello = Hello(importlib.metadata.version("triptych"), agreement(topology, component.name), component.host)
         self._shutdown_s = topology.supervision.shutdown_s
         self._heartbeat_every_s = topology.supervision.heartbeat_s
         self._client = PoolClient(self, component.pool, component.name)
@@ -369,11 +381,13 @@ class Instance(Actor):
         tries = 0
         while True:
             try:
+                await head.ask(self._hello, Acknowledged, timeout_s=HEAD_ANSWER_S)
                 return await head.ask(self._registration(), InstanceRegistered, timeout_s=HEAD_ANSWER_S)
             except BusError as error:
                 if is_fenced(error):
                     raise FencedError(f"the head has given this incarnation up ({error})") from error
                 self.log.info("not joined yet", error=str(error))
+                self._show_state(ChildState.JOINING, _why_not_joined(error))
             await asyncio.sleep(backoff_s(tries))
             tries += 1
 
@@ -426,3 +440,10 @@ class Instance(Actor):
     def _show_state(self, state: ChildState, detail: str = "") -> None:
         if not self._draining:
             self.set_state(state, detail)
+
+
+def _why_not_joined(error: BusError) -> str:
+    """Return what the status of an instance says that waits for the head."""
+    if isinstance(error, HandshakeRefusedError):
+        return str(error)
+    return error.detail if isinstance(error, RemoteError) else "waiting for the head"

@@ -76,7 +76,15 @@ class ScriptedHead(Actor):
         self.unknown: set[Attempt] = set()
         self.fenced = False
         self.forgets = False
+        self.refuses_hello = ""
         self.silent_on: type[Message] | None = None
+
+    async def hello(self, message: stages.Hello) -> stages.Acknowledged:
+        self._check()
+        await self.inbox.put(message)
+        if self.refuses_hello:
+            raise RefusedError("other_release", self.refuses_hello)
+        return stages.Acknowledged()
 
     async def register(self, message: stages.RegisterInstance) -> stages.InstanceRegistered:
         self._check()

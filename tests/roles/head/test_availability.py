@@ -4,7 +4,8 @@ import pytest
 
 from triptych.actors import Component
 from triptych.actors.runtime.system_messages import ChildReport
-from triptych.roles.head.availability import unavailable_reason
+from triptych.roles.head.availability import release_mismatch, unavailable_reason
+from triptych.roles.messages.stages import Hello
 
 
 def component(name: str, kind: str) -> Component:
@@ -31,3 +32,17 @@ COMPONENTS = [
 def test_nothing_can_be_served_without_a_pool_or_the_last_of_a_kind(states: dict[str, str], reason: str) -> None:
     children = [ChildReport(name, "", 0, 1, state, 5, "why", 0.0) for name, state in states.items()]
     assert unavailable_reason(COMPONENTS, children) == reason
+
+
+@pytest.mark.parametrize(
+    ("hello", "said"),
+    [
+        (Hello("2.1", "t", "b"), ""),
+        (Hello("2.0", "t", "b"), "d-0 on host b runs Triptych 2.0, and the head on host a 2.1: install the same"),
+        (Hello("2.1", "u", "b"), "d-0 on host b has read another topology (u) than the head on host a (t): give both"),
+    ],
+)
+def test_a_mismatch_says_which_host_runs_what(hello: Hello, said: str) -> None:
+    mismatch = release_mismatch("d-0", hello, host="a", version="2.1", topology="t")
+    assert mismatch.startswith(said)
+    assert bool(mismatch) == bool(said)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import time
 from collections.abc import Callable
 
@@ -10,6 +11,8 @@ import pytest
 
 from tests.roles.head.head_harness import BOUND_S, PNG, finished, run_scenario, running_head, stored
 from triptych.actors import Topology
+from triptych.actors.topology import agreement
+from triptych.bus import RemoteError
 from triptych.roles.head import effect_runner
 from triptych.roles.head import head as head_module
 from triptych.roles.head.admission import limits_of, make_request
@@ -158,5 +161,25 @@ def test_cancel_reaches_the_instance(topology: Callable[..., Topology]) -> None:
             view = await harness.head.ask(requests.CancelRequest("r"), requests.RequestView, timeout_s=BOUND_S)
             assert view.state == "CANCELLED"
             assert await asyncio.wait_for(harness.workers["encoder-0"].cancelled.get(), BOUND_S) == attempt
+
+    run_scenario(scenario())
+
+
+def test_an_instance_of_another_release_is_refused_in_words_until_it_runs_the_heads(
+    topology: Callable[..., Topology],
+) -> None:
+    async def scenario() -> None:
+        async with running_head(made := topology()) as harness:
+            version, digest = importlib.metadata.version("triptych"), agreement(made, "denoiser-0")
+            head = harness.head_as("denoiser-0")
+            with pytest.raises(RemoteError, match=r"denoiser-0 runs Triptych .*, and the head") as refused:
+                await head.ask(stages.Hello("0.0.1", digest), stages.Acknowledged, timeout_s=BOUND_S)
+            cluster = await harness.head.ask(requests.ClusterQuery(), requests.ClusterView, timeout_s=BOUND_S)
+            assert refused.value.detail in cluster.reasons
+            with pytest.raises(RemoteError, match="has read another topology"):
+                await head.ask(stages.Hello(version, "0"), stages.Acknowledged, timeout_s=BOUND_S)
+            await head.ask(stages.Hello(version, digest), stages.Acknowledged, timeout_s=BOUND_S)
+            cluster = await harness.head.ask(requests.ClusterQuery(), requests.ClusterView, timeout_s=BOUND_S)
+            assert not [reason for reason in cluster.reasons if "denoiser-0" in reason]
 
     run_scenario(scenario())

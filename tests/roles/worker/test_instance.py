@@ -453,7 +453,7 @@ def test_a_drain_without_a_head_waits_for_nobody(cluster: Any, denoise_gate: thr
     cluster(body)
 
 
-def test_an_instance_waits_for_a_head_that_comes_later(
+def test_an_instance_waits_for_a_head_that_comes_later_and_takes_it(
     run: Any,
     make_topology: Any,
     local_cluster: Any,
@@ -467,7 +467,14 @@ def test_an_instance_waits_for_a_head_that_comes_later(
         async with local_cluster(make_topology(tiny_model, kind="monolithic")) as h:
             runtime = await h.component("monolithic-0", build)
             assert [a.state for a in runtime.inspection().actors] == ["joining", "ready", "ready"]
-            await h.start(head := scripted_head())
+            head = scripted_head()
+            head.refuses_hello = "monolithic-0 runs Triptych 0.0.1, and the head another"
+            await h.start(head)
+            for _ in range(2):  # the second follows when the first one has been answered
+                await head.inbox.next(stages.Hello)
+            status = runtime.inspection().actors[0]
+            assert (status.state, status.detail) == ("joining", head.refuses_hello)
+            head.refuses_hello = ""
             await head.inbox.next(stages.RegisterInstance)
             await head.inbox.next(stages.InstanceHeartbeat)
             assert runtime.inspection().actors[0].state == "ready"
