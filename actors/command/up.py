@@ -17,7 +17,7 @@ from triptych.actors.errors import AlreadyRunningError, ForeignStateError, Start
 from triptych.actors.runtime import logs
 from triptych.actors.runtime.address_book import SUPERVISOR
 from triptych.actors.supervision import SupervisorProcess, die_with_parent
-from triptych.actors.topology import load_topology
+from triptych.actors.topology import Topology, load_topology
 
 
 def up(
@@ -31,6 +31,18 @@ def up(
             show_default=False,
         ),
     ] = "",
+    host: Annotated[
+        str,
+        typer.Option(
+            "--host",
+            metavar="NAME",
+            help="Run the components of this one of the [[hosts]]. The hosts may be started in any order.",
+            show_default=False,
+        ),
+    ] = "",
+    until_eof: Annotated[
+        bool, typer.Option("--until-eof", help="Also stop at the end of stdin, such as of an ssh session.")
+    ] = False,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"] | None,
         typer.Option(help="Default: warning on a terminal, else info; or TRIPTYCH_LOG_LEVEL.", show_default=False),
@@ -51,6 +63,8 @@ def up(
     triptych up examples/demo.toml --only denoiser-0
 
     triptych up examples/demo.toml --only head,api --log-level debug
+
+    triptych up examples/three-hosts.toml --host b
     """
     if parent:
         die_with_parent(signal.SIGTERM)
@@ -60,9 +74,15 @@ def up(
     _configure_logs(log_level or "", on_terminal=console.is_terminal)
     try:
         topology = load_topology(file)
+        _check_host(topology, host, only=only, file=str(file))
         display = make_display(console, topology)
         supervision = SupervisorProcess(
-            topology, only=_names(only), on_change=display.changed, side_task=display.announce_readiness
+            topology,
+            only=_names(only),
+            host=host,
+            until_eof=until_eof,
+            on_change=display.changed,
+            side_task=display.announce_readiness,
         )
         preflight(topology, supervision.components, file=str(file))
     except (TopologyError, UnknownNameError) as error:
@@ -75,6 +95,21 @@ def up(
     if supervision.problem:
         _fail(supervision.problem, code, reason_file)
     raise typer.Exit(code)
+
+
+def _check_host(topology: Topology, host: str, *, only: str, file: str) -> None:
+    """Raise `TopologyError` if the hosts of the topology and the options of the command do not fit together."""
+    names = ", ".join(each.name for each in topology.hosts)
+    if host and only:
+        problem = f"cannot be run with both --host {host} and --only {only}"
+        raise TopologyError(
+            file, "", problem, "components are on the host that the file gives them, so leave out --host"
+        )
+    if host and not topology.hosts:
+        raise TopologyError(file, "", "has no [[hosts]]", "run it without --host, or add a [[hosts]] for each machine")
+    if len(topology.hosts) > 1 and not host and not only:
+        fix = f"run `triptych up {file} --host NAME` on each, with its NAME"
+        raise TopologyError(file, "", f"has {len(topology.hosts)} hosts ({names})", fix)
 
 
 def _fail(sentence: str, code: int, reason_file: Path | None) -> NoReturn:

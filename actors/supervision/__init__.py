@@ -3,6 +3,7 @@
 | module | what |
 | --- | --- |
 | `_supervisor_process` | what `triptych up` runs: a supervisor, or one for each component of `--only` |
+| `_host_reporter` | on one of several hosts, answers for its supervisor over TCP |
 | `_supervisor`, `_child` | the supervisor actor, and its record of each child |
 | `_restart` | what to do when a child ends: one pure decision |
 | `_component_specs` | which code builds each kind of component |

@@ -11,7 +11,7 @@ from triptych.actors.supervision._child_process import EXIT_START_DELAYED, EXIT_
 from triptych.actors.supervision._restart import ChildExit, ExitKind, RestartHistory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from triptych.actors.supervision._component_specs import ComponentSpec
     from triptych.actors.topology import Component
@@ -145,19 +145,21 @@ class Child:
         )
 
 
-def unservable_reason(children: Iterable[ChildReport]) -> str:
-    """Return why a system can never serve as configured, "" while it may. Pure.
+def unservable_reason(children: Iterable[ChildReport], elsewhere: Collection[str] = ()) -> str:
+    """Return why a system, or the part of it on this host, can never serve as configured, "" while it may. Pure.
 
     It cannot serve when all instances of some kind are given up and at least one of them cannot start: its model,
     device or options are wrong, which waiting does not mend. Without a kind that only crashed too often, the rest goes
     on: it may have served before.
 
     Args:
-        children: All components of the system.
+        children: All components that run here.
+        elsewhere: Kinds of roles that other hosts have instances of, too. This host is of use as long as an instance
+            of any of them may run here.
     """
     kinds: dict[str, list[ChildReport]] = {}
     for child in children:
-        kinds.setdefault(child.kind, []).append(child)
+        kinds.setdefault("" if child.kind in elsewhere else child.kind, []).append(child)
     for of_kind in kinds.values():
         failed = [child for child in of_kind if child.state == ChildState.FAILED]
         if failed and all(child.state in GIVEN_UP_STATES for child in of_kind):

@@ -52,7 +52,8 @@ class Supervisor(Actor):
     """Runs components of one topology as child processes.
 
     Args:
-        name: "supervisor", or "supervisor-NAME" for a component on its own.
+        name: "supervisor", "supervisor-HOST.children" on one of several hosts, or "supervisor-NAME" for a component on
+            its own.
         topology: Of the whole system.
         components: Those to run here, in start order.
         specs: How each kind of component is built.
@@ -92,6 +93,8 @@ class Supervisor(Actor):
             period_s=options.period_s,
         )
         self._options = options
+        hosts = {component.host for component in components}
+        self._elsewhere = {c.kind for c in topology.components if c.slots and c.host not in hosts}
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -237,7 +240,8 @@ class Supervisor(Actor):
     def _retire(self, child: Child, state: ChildState, reason: str) -> None:
         child.state, child.reason = state, reason
         self._report_change(child)
-        self.problem = self.problem or unservable_reason(other.report() for other in self.children.values())
+        reports = [other.report() for other in self.children.values()]
+        self.problem = self.problem or unservable_reason(reports, self._elsewhere)
         if self.problem or all(other.state in FINAL_STATES for other in self.children.values()):
             self.done.set()
 

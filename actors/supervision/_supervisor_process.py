@@ -1,4 +1,4 @@
-"""What `triptych up` runs: one supervisor of all components, or with `--only` one for each component."""
+"""What `triptych up` runs: a supervisor of all components, of those of one host, or with `--only` one for each."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,11 +18,12 @@ from setproctitle import setproctitle
 from triptych.actors.errors import OF_THE_MACHINE, StartError
 from triptych.actors.runtime import diagnostics
 from triptych.actors.runtime.actor import Incarnation
-from triptych.actors.runtime.address_book import SUPERVISOR, AddressBook, supervisor_of
+from triptych.actors.runtime.address_book import CHILDREN, SUPERVISOR, AddressBook, supervisor_of
 from triptych.actors.runtime.bus_keys import make_bus_keys
 from triptych.actors.runtime.runtime import Runtime
 from triptych.actors.supervision._component_specs import COMPONENT_SPECS, PRELOAD
 from triptych.actors.supervision._generation_counter import GenerationCounter
+from triptych.actors.supervision._host_reporter import HostReporter
 from triptych.actors.supervision._launcher import Launcher, thread_environment, usable_cores
 from triptych.actors.supervision._ownership import Owner, lock_components, lock_folder
 from triptych.actors.supervision._process_tree import adopt_orphans, kill_orphans
@@ -32,6 +34,7 @@ from triptych.bus import AddressError, remove_if_stale
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
+    from triptych.actors.runtime.actor import Actor
     from triptych.actors.runtime.system_messages import ChildReport
     from triptych.actors.supervision._component_specs import ComponentSpec
     from triptych.actors.topology import Component, Topology
@@ -49,12 +52,14 @@ class SupervisorProcess:
     Args:
         topology: Of the whole system.
         only: Names of the components to run, each under a supervisor of its own; () runs all, under one.
+        host: Name of the one of several hosts whose components to run; "" without `[[hosts]]`.
+        until_eof: Whether the end of stdin asks it to stop, as SIGTERM does.
         specs: How each kind of component is built.
         preload: Modules that the zygote imports.
         on_change: Called with the report of a child whenever it changes.
         side_task: A coroutine function that runs on the same loop until the end.
 
-    Raises `UnknownNameError` for a name in `only` that the topology does not have.
+    Raises `UnknownNameError` for a name in `only`, or a host, that the topology does not have.
     """
 
     def __init__(
@@ -62,14 +67,19 @@ class SupervisorProcess:
         topology: Topology,
         *,
         only: Sequence[str] = (),
+        host: str = "",
+        until_eof: bool = False,
         specs: Mapping[str, ComponentSpec] = COMPONENT_SPECS,
         preload: Sequence[str] = PRELOAD,
         on_change: Callable[[ChildReport], None] | None = None,
         side_task: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         self.topology = topology
-        self.components = tuple(topology.component(name) for name in only) or topology.components
+        everything = topology.on_host(host) if host else topology.components
+        self.components = tuple(topology.component(name) for name in only) or everything
         self._only = bool(only)
+        self._host = host if len(topology.hosts) > 1 else ""
+        self._until_eof = until_eof
         self._specs = specs
         self._preload = preload
         self._on_change = on_change
@@ -87,7 +97,8 @@ class SupervisorProcess:
         Raises `AlreadyRunningError`, `ForeignStateError`, `PermissionError`, and `StartError` when a folder or the key
         of the bus cannot be used.
         """
-        setproctitle(f"triptych: {SUPERVISOR} of {self.topology.path.name}")
+        on = f" on {self._host}" if self._host else ""
+        setproctitle(f"triptych: {SUPERVISOR} of {self.topology.path.name}{on}")
         os.umask(0o077)  # for the children as well: only this user may read prompts and results
         adopt_orphans()
         try:
@@ -140,8 +151,9 @@ class SupervisorProcess:
         launcher = self._launcher(usable_cores())
         supervisors = self._supervisors(generations, launcher)
         generation = max(generations.next(supervisor.name) for supervisor in supervisors)
+        reporters: list[Actor] = [HostReporter(supervisor_of(self._host), supervisors[0])] if self._reports else []
         runtime = Runtime(
-            supervisors[::-1],  # the last to start drains first
+            [*reporters, *supervisors[::-1]],  # the last to start drains first
             Incarnation(AddressBook(self.topology), generation, kind=SUPERVISOR),
             shutdown_s=None,  # each child has its own bound
         )
@@ -151,6 +163,8 @@ class SupervisorProcess:
                 continue  # started under nohup: it is to outlive its terminal
             loop.add_signal_handler(number, self._on_stop_signal, number, runtime, supervisors)
         loop.add_signal_handler(signal.SIGUSR1, diagnostics.dump_tasks, runtime)
+        if self._until_eof:
+            threading.Thread(target=_stop_at_eof, args=(loop, runtime), name="stdin", daemon=True).start()
         async with runtime:
             supervisors[0].spawn(_kill_orphans_forever(supervisors, launcher), name="orphans")
             supervisors[0].spawn(self._side_task(), name="side task")
@@ -165,6 +179,11 @@ class SupervisorProcess:
         if self.problem:
             return EXIT_CANNOT_SERVE
         return EXIT_NOTHING_LEFT if nothing_left else 0
+
+    @property
+    def _reports(self) -> bool:
+        """Whether this is the supervisor of one of several hosts, which the others ask how it is."""
+        return bool(self._host) and not self._only
 
     def _launcher(self, cores: int) -> Launcher:
         forks = any(self._specs[c.kind].forked and not c.on_gpu for c in self.components)
@@ -183,6 +202,8 @@ class SupervisorProcess:
                 on_change=self._on_change,
             )
 
+        if self._reports:
+            return [supervisor(supervisor_of(self._host) + CHILDREN, self.components)]
         if not self._only:
             return [supervisor(SUPERVISOR, self.components)]
         return [supervisor(supervisor_of(component.name), [component]) for component in self.components]
@@ -195,6 +216,17 @@ class SupervisorProcess:
         _log.warning("asked again to stop, killing all children")
         for supervisor in supervisors:
             supervisor.kill_all()
+
+
+def _stop_at_eof(loop: asyncio.AbstractEventLoop, runtime: Runtime) -> None:
+    """Read stdin to its end on a thread, which suits a pipe, a file and a terminal alike; then ask to stop."""
+    try:
+        while os.read(0, 1 << 16):
+            pass
+    except OSError as error:  # a closed stdin or a terminal that is gone says no more, either
+        _log.info("stdin cannot be read", reason=str(error))
+    with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+        loop.call_soon_threadsafe(runtime.stop, "the end of stdin")
 
 
 async def _wait_all_done(supervisors: list[Supervisor]) -> None:

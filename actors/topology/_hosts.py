@@ -32,15 +32,28 @@ HOST_ADDRESS: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?
 
 def is_loopback(host: str) -> bool:
     """Return whether only this machine can reach `host`."""
+    return host == "localhost" or (is_ip(host) and ipaddress.ip_address(host).is_loopback)
+
+
+def is_ip(host: str) -> bool:
+    """Return whether `host` is an address and no name."""
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        ipaddress.ip_address(host)
     except ValueError:
         return False
+    return True
 
 
 def tcp_address(host: str, port: int) -> str:
     """Return the address of a mailbox on a host; IPv6 addresses get brackets."""
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def bind_host(host: HostSection) -> str:
+    """Return where the mailboxes of a host listen; ZMQ does not resolve names there."""
+    if host.bind or is_ip(host.address):
+        return host.bind or host.address
+    return "127.0.0.1" if is_loopback(host.address) else "*"
 
 
 def head_host(sections: Sections) -> str:

@@ -18,6 +18,7 @@ from triptych.actors.errors import TopologyError, UnknownNameError
 from triptych.actors.topology import paths
 from triptych.actors.topology._hosts import (
     HOST_ADDRESS,
+    bind_host,
     check_hosts,
     choose_engine,
     head_host,
@@ -256,7 +257,7 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
 
     def supervisor_bind(self, host: HostSection) -> str:
         """Return where that supervisor listens."""
-        return tcp_address(host.bind or host.address, self.supervisor_port(host.name))
+        return tcp_address(bind_host(host), self.supervisor_port(host.name))
 
     def pool_bytes(self, pool: Component) -> int:
         """Return the size of a pool in bytes."""
@@ -335,7 +336,8 @@ def _components(sections: Sections, run_dir: Path) -> tuple[Component, ...]:
         if over_tcp:
             section = hosts.get(host)
             address = tcp_address(section.address if section else "127.0.0.1", bound)
-            bind = tcp_address(section.bind, bound) if section and section.bind else ""
+            bind = tcp_address(bind_host(section), bound) if section else ""
+            bind = "" if bind == address else bind
         rows.append(Component(name=name, kind=kind, address=address, bind=bind, port=bound, host=host, index=index))
         return rows[-1]
 

@@ -186,7 +186,8 @@ class HostSection(Section, frozen=True):
     """Public half of its bus key, which `triptych keys FILE --host NAME` prints on that host; each host lets in only
     the keys that are listed. Hosts with loopback addresses need none."""
     bind: str = ""
-    """Where the mailboxes of its components listen: an address, an interface or "*"; "" = `address`."""
+    """Where the mailboxes of its components listen: an address, an interface or "*" for all; "" = `address`, or all
+    where that is a name."""
     transfer_address: str = ""
     """Address by which other hosts' pools reach its memory, such as that of a faster network; "" = `address`."""
     transfer_ports: PortRange = ""

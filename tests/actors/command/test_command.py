@@ -20,6 +20,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from tests.actors.conftest import THREE_ROLES
 from tests.actors.supervision.supervised import ROOT
 from triptych.actors import load_topology
 from triptych.actors.command import app
@@ -127,6 +128,20 @@ def test_up_refuses_an_unknown_component_and_a_missing_model(write: Write) -> No
     showing = runner.invoke(app, ["up", str(write(model='[model]\npath = "nowhere"\n'))])
     assert showing.exit_code == 2
     assert 'path = "nowhere" does not exist' in showing.stderr
+
+
+def test_up_says_what_to_type_for_several_hosts(write: Write) -> None:
+    hosts = "".join(f'[[hosts]]\nname = "{name}"\naddress = "127.0.0.{n}"\n' for n, name in enumerate("ab", start=2))
+    file = write(f'{hosts}[head]\nhost = "a"\n', THREE_ROLES.replace("kind", 'host = "b"\nkind'))
+    for options, sentence in (
+        ((), f"has 2 hosts (a, b): run `triptych up {file} --host NAME` on each"),
+        (("--host", "c"), "no host is called 'c'"),
+        (("--host", "a", "--only", "head"), "cannot be run with both --host a and --only head"),
+    ):
+        showing = runner.invoke(app, ["up", str(file), *options])
+        assert (showing.exit_code, sentence in showing.stderr) == (2, True), showing.stderr
+    showing = runner.invoke(app, ["up", str(write()), "--host", "a"])
+    assert (showing.exit_code, "has no [[hosts]]: run it without --host" in showing.stderr) == (2, True)
 
 
 def test_without_a_server_the_sentence_says_so(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """`triptych up`, but every component is a probe, forked from a zygote that has next to nothing to import.
 
-`python -m tests.actors.supervision.run_supervisor FILE [NAME,...]` writes each change of a child to stdout, one JSON
-array a line.
+`python -m tests.actors.supervision.run_supervisor FILE [NAME,...|host=NAME]` writes each change of a child to stdout,
+one JSON array a line.
 """
 
 from __future__ import annotations
@@ -24,9 +24,16 @@ def tell(report: ChildReport) -> None:
 
 if __name__ == "__main__":
     logs.configure("supervisor")
-    only = sys.argv[2].split(",") if len(sys.argv) > 2 else ()
+    part = sys.argv[2] if len(sys.argv) > 2 else ""
+    host = part.removeprefix("host=") if part.startswith("host=") else ""
     supervision = SupervisorProcess(
-        load_topology(sys.argv[1]), only=only, specs=PROBES, preload=("tests.actors.supervision.probe",), on_change=tell
+        load_topology(sys.argv[1]),
+        only=part.split(",") if part and not host else (),
+        host=host,
+        until_eof=bool(host),
+        specs=PROBES,
+        preload=("tests.actors.supervision.probe",),
+        on_change=tell,
     )
     code = supervision.run()
     if supervision.problem:

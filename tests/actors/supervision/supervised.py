@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,9 +34,13 @@ class Supervised:
         self.reports: list[ChildReport] = []
         self.lines: list[str] = []
         self._address_book = AddressBook(self.topology)
-        self._outbox = Outbox("test")
         self._news = asyncio.Condition()
         self._readers = [asyncio.create_task(self._read_reports()), asyncio.create_task(self._read_lines())]
+
+    @cached_property
+    def _outbox(self) -> Outbox:
+        """Made when the supervisor has made the key of the bus."""
+        return Outbox("test", options=self._address_book.socket_options)
 
     async def ask(self, name: str, message: Message, reply: type[R]) -> R:
         reference = self._outbox.reference(name, self._address_book.address(name))
@@ -123,8 +128,11 @@ class Supervised:
 
 
 @contextlib.asynccontextmanager
-async def supervised(file: Path, *names: str, nohup: bool = False) -> AsyncIterator[Supervised]:
-    """Supervise the components of a topology, or only some; at the end nothing of it is left."""
+async def supervised(file: Path, *names: str, host: str = "", nohup: bool = False) -> AsyncIterator[Supervised]:
+    """Supervise the components of a topology, or only some; at the end nothing of it is left.
+
+    Those of one host are supervised until the end of stdin, which is a pipe.
+    """
     process = await asyncio.create_subprocess_exec(
         *(("/usr/bin/nohup",) if nohup else ()),
         *(
@@ -132,10 +140,11 @@ async def supervised(file: Path, *names: str, nohup: bool = False) -> AsyncItera
             "-m",
             "tests.actors.supervision.run_supervisor",
             str(file),
-            *([",".join(names)] if names else []),
+            *([",".join(names)] if names else [f"host={host}"] if host else []),
         ),
         cwd=ROOT,
         env={**os.environ, "TRIPTYCH_LOG_LEVEL": "info"},
+        stdin=asyncio.subprocess.PIPE if host else None,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )

@@ -64,6 +64,19 @@ def test_a_system_can_never_serve_when_no_instance_of_a_kind_can_start(changed: 
     assert unservable_reason(reported(name, changed.get(name, "ready"), "why") for name in names) == problem
 
 
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"denoiser-0": "failed"}, ""),
+        ({"denoiser-0": "failed", "decoder-0": "gave_up"}, "denoiser-0 cannot start: why"),
+        ({"pool-b": "failed"}, "pool-b cannot start: why"),
+    ],
+)
+def test_a_host_is_of_use_while_an_instance_of_any_role_may_run_there(changed: dict[str, str], problem: str) -> None:
+    children = [reported(name, changed.get(name, "ready"), "why") for name in ("pool-b", "denoiser-0", "decoder-0")]
+    assert unservable_reason(children, {"encoder", "denoiser", "decoder"}) == problem
+
+
 def test_while_the_system_stops_an_instance_is_not_joining(child: Child) -> None:
     child.record_state("ready", "")
     child.record_state("joining", "waiting for the head", closing=True)

@@ -17,6 +17,7 @@ import pytest
 from tests.actors.conftest import THREE_ROLES
 from tests.actors.supervision.probe import Crash, CrashInTask, Hang, LeaveOrphan, OrphanLeft, Pong
 from tests.actors.supervision.supervised import Supervised, gone, supervised
+from tests.ports import free_ports
 from triptych.actors import load_topology
 from triptych.actors.runtime.system_messages import Inspect, Inspection, Shutdown, ShuttingDown
 from triptych.bus import BusError, UnreachableError
@@ -59,6 +60,27 @@ def test_all_components_start_run_and_drain_in_reverse_order(write: Write) -> No
             for name, report in before.items():
                 assert (seen.topology.state_dir / f"{name}.drained").read_text() == str(report.generation)
             assert not seen.topology.run_dir.exists()
+
+    run(scenario())
+
+
+def test_the_part_of_one_host_answers_over_tcp_and_ends_with_its_stdin(write: Write) -> None:
+    hosts = "".join(f'[[hosts]]\nname = "{name}"\naddress = "127.0.0.{n}"\n' for n, name in enumerate("ab", start=2))
+    roles = THREE_ROLES.replace("kind", 'host = "a"\nkind').replace('"a"\nkind = "denoiser"', '"b"\nkind = "denoiser"')
+    head = f'[head]\nhost = "a"\nport = {free_ports(9)}\n'
+
+    async def scenario() -> None:
+        file = write(f"{hosts}{head}[transfer]\ntrusted_network = true\n", roles)
+        async with supervised(file, host="b") as seen:
+            names = ("pool-b", "denoiser-0")
+            before = await seen.all_ready(*names)
+            assert list(await seen.report("supervisor-b")) == list(names)
+            assert (seen.topology.run_dir / "supervisor-b").is_socket(), "its children report to it within the host"
+            assert seen.process.stdin is not None
+            seen.process.stdin.close()
+            assert await seen.ended() == 0
+            for name, report in before.items():
+                assert (seen.topology.state_dir / f"{name}.drained").read_text() == str(report.generation)
 
     run(scenario())
 

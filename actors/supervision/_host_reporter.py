@@ -1,0 +1,26 @@
+"""Tells other hosts how the components of this one are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from triptych.actors.runtime.actor import Actor
+from triptych.actors.runtime.system_messages import SupervisorQuery, SupervisorReport
+
+if TYPE_CHECKING:
+    from triptych.actors.supervision._supervisor import Supervisor
+
+
+class HostReporter(Actor):
+    """Answers for the supervisor of one of several hosts, over TCP.
+
+    The supervisor itself has an ipc address, so that its children report to it however the network is.
+    """
+
+    def __init__(self, name: str, supervisor: Supervisor) -> None:
+        super().__init__(name)
+        self._supervisor = supervisor
+
+    async def report(self, message: SupervisorQuery) -> SupervisorReport:
+        """Return the report of every child."""
+        return await self._supervisor.report(message)
