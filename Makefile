@@ -12,7 +12,7 @@ PARALLEL ?= -n $(shell expr $$(nproc) + 1) --maxprocesses 4 --dist worksteal
 # Three wheels bring the same mooncake/ folder: one for hosts without an NVIDIA driver, one each for CUDA 12 and 13.
 MOONCAKE := $(shell tools/mooncake_extra.sh)
 
-.PHONY: help install demo serve test test-long test-families test-gpu check format bench bench-memory gpu-report gpu-report-here docs docs-serve clean
+.PHONY: help install demo serve test test-long test-families test-rdma test-gpu check format bench bench-memory gpu-report gpu-report-here docs docs-serve clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -34,13 +34,17 @@ serve: $(INSTALLED) ## Start the system of TOPOLOGY=examples/demo.toml and keep 
 	$(BIN)/triptych up $(TOPOLOGY)
 
 test: $(INSTALLED) ## All tests that need no GPU
-	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not families and not long"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not families and not long and not rdma"
 
 test-long: $(INSTALLED) ## chaos runs, pauses and the report for GPUs with tiny shapes: minutes
 	$(BIN)/python -m pytest -m "long and not gpu"
 
 test-families: $(INSTALLED) ## The same tests for every pipeline of diffusers, for when its version moves
 	$(BIN)/python -m pytest $(PARALLEL) -m "families and not gpu"
+
+test-rdma: $(INSTALLED) ## Tests over RDMA, with a device that the kernel of a QEMU guest makes; two minutes
+	tools/system_packages.sh qemu-system-x86_64:qemu-system-x86 rdma:iproute2
+	$(BIN)/python -m triptych.tools.rdma_guest $(BIN)/python -m pytest -s -m rdma tests/engines/transfer
 
 test-gpu: ## Tests that need a GPU; makes no environment: `make test-gpu PYTHON=python3` uses that one
 	$(PYTHON) -m pytest -m gpu tests/gpu

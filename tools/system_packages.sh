@@ -1,9 +1,16 @@
 #!/bin/sh
-# Installs what the wheels need from the system: mooncake links against libibverbs and libnuma.
+# Installs Debian packages: system_packages.sh [PROGRAM:PACKAGE ...] those of programs that are missing; without
+# arguments those that the wheels need: mooncake links against libibverbs and libnuma.
 set -eu
+PATH=$PATH:/usr/sbin:/sbin
 missing=""
-for pair in libibverbs.so.1:libibverbs1 libnuma.so.1:libnuma1; do
-    /sbin/ldconfig -p | grep -q "${pair%%:*}" || missing="$missing ${pair##*:}"
+if [ $# = 0 ]; then
+    for pair in libibverbs.so.1:libibverbs1 libnuma.so.1:libnuma1; do
+        ldconfig -p | grep -q "${pair%%:*}" || missing="$missing ${pair##*:}"
+    done
+fi
+for pair in "$@"; do
+    command -v "${pair%%:*}" >/dev/null || missing="$missing ${pair##*:}"
 done
 [ -z "$missing" ] && exit 0
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

@@ -63,7 +63,7 @@ class MooncakeBackend:
         self._session = session
         self._transport = transport
         self._ports = ports
-        self._rdma_requests_before = setup.rdma_requests()
+        self._rdma_activity_before = setup.rdma_activity()
         self._base = arena.base
         self._pid = os.getpid()
         self._met: set[str] = set()
@@ -82,8 +82,8 @@ class MooncakeBackend:
 
     def describe(self) -> str:
         """Describe the transport, with the counters that prove RDMA (hazard 2)."""
-        rdma = setup.rdma_requests() - self._rdma_requests_before
-        return f"{self._transport}, {rdma} RDMA requests served by this host since it started"
+        rdma = setup.rdma_activity() - self._rdma_activity_before
+        return f"{self._transport}, {rdma} RDMA requests or packets counted by this host since it started"
 
     def exposed(self) -> str:
         """Describe the ports through which anybody can read and write the arena (hazard 9)."""

@@ -54,7 +54,7 @@ def test_rdma_needs_a_device():
 
 def test_devices_and_their_counters_are_read(tmp_path):
     assert setup.infiniband_devices(tmp_path / "none") == []
-    assert setup.rdma_requests(tmp_path / "none") == 0
+    assert setup.rdma_activity(tmp_path / "none") == 0
     for port, reads in (("1", 40), ("2", 2)):
         counters = tmp_path / "mlx5_0" / "ports" / port / "hw_counters"
         counters.mkdir(parents=True)
@@ -62,7 +62,7 @@ def test_devices_and_their_counters_are_read(tmp_path):
         (counters / "rx_write_requests").write_text("100\n")
         (counters / "out_of_sequence").write_text("9999\n")
     assert setup.infiniband_devices(tmp_path) == ["mlx5_0"]
-    assert setup.rdma_requests(tmp_path) == 242
+    assert setup.rdma_activity(tmp_path) == 242
 
 
 def test_exactly_one_wheel_may_be_installed():
