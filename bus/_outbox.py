@@ -46,6 +46,7 @@ R = TypeVar("R", bound=Message)
 _EVENT: Final = struct.Struct("=Hi")
 _ESTABLISHED: Final = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
 _DISCONNECTED: Final = int(zmq.EVENT_DISCONNECTED)
+_RETRIES: Final = int(zmq.EVENT_CONNECT_RETRIED)
 _REFUSED_HERE: Final = int(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
 _NO_CURVE: Final = int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
 _HANDSHAKE_BROKEN_OFF: Final = int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
@@ -226,7 +227,9 @@ class _Connection:
         self._lost = lost
         self._refusal = refusal  # of the connection before: why there is none yet
         self._options = options
+        self._text = text
         self._address = address
+        self._endpoint = ""  # that ZMQ connects to
         self._asks: dict[int, _Ask] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
@@ -245,9 +248,9 @@ class _Connection:
         self._loop = self._pump.loop
         self._connecting: asyncio.TimerHandle | None = None
         if pause_s:
-            self._connecting = self._loop.call_later(pause_s, socket.connect, text)
+            self._connecting = self._loop.call_later(pause_s, self._connect)
         else:
-            socket.connect(text)
+            self._connect()
 
     def check_room(self) -> None:
         """Raise `MailboxFullError` when `high_water_mark` asks are outstanding: so every answer has room."""
@@ -298,7 +301,8 @@ class _Connection:
             _inproc.watch(self._inproc, self._key, self._on_disconnected)
             return None
         endpoint = f"inproc://bus.monitor.{self._key}"
-        socket.monitor(endpoint, _ESTABLISHED | _DISCONNECTED | _HANDSHAKE_BROKEN_OFF | _REFUSED_HERE | _NO_CURVE)
+        seen = _ESTABLISHED | _DISCONNECTED | _HANDSHAKE_BROKEN_OFF | _REFUSED_HERE | _NO_CURVE
+        socket.monitor(endpoint, seen | _RETRIES if self._options.locate else seen)
         events = context.socket(zmq.PAIR)
         events.setsockopt(zmq.RCVHWM, 0)  # no limit: at one, ZMQ's thread would block, and with it all sockets
         events.connect(endpoint)
@@ -313,12 +317,26 @@ class _Connection:
             self._unsent.clear()
         elif event == _DISCONNECTED and self._established:
             self._on_disconnected()
+        elif event == _RETRIES and not self._established:
+            self._connect()
         elif event == _REFUSED_HERE:
             self._on_refused(own_key=True)
         elif event == _NO_CURVE or (
             event == _HANDSHAKE_BROKEN_OFF and value != errno.EAGAIN and self._handshake_keeps_failing()
         ):
             self._on_refused(own_key=False)
+
+    def _connect(self) -> None:
+        """Connect to where the peer's host is now; what waits to be sent is not ZMQ's yet."""
+        endpoint = self._options.endpoint(self._address, self._text)
+        if endpoint == self._endpoint:
+            return
+        if self._endpoint:
+            self._socket.disconnect(self._endpoint)
+        if endpoint != self._text:
+            self._socket.setsockopt(zmq.IPV6, int("[" in endpoint))
+        self._socket.connect(endpoint)
+        self._endpoint = endpoint
 
     def _handshake_keeps_failing(self) -> bool:
         self._failed_handshakes.append(self._loop.time())

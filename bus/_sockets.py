@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -77,6 +78,9 @@ class SocketOptions(msgspec.Struct, frozen=True):
 
     As many messages always find room in the queue towards the peer; at twice as many it is full.
     """
+    locate: Callable[[str], str] | None = None
+    """Returns the present address of the host of a tcp address, where names are not for the system to resolve; asked
+    again at each try to connect, so that a host that has moved is found."""
     context: zmq.Context[zmq.Socket[bytes]] | None = None
     """None for `zmq.Context.instance()`."""
 
@@ -91,6 +95,13 @@ class SocketOptions(msgspec.Struct, frozen=True):
         if self.hosts:
             return frozenset(host.public for host in self.hosts)
         return frozenset((self.curve.public,) if self.curve else ())
+
+    def endpoint(self, address: Address, text: str) -> str:
+        """Return what ZMQ is to connect to for `address`, parsed from `text`."""
+        if address.scheme != "tcp" or self.locate is None:
+            return text
+        host = self.locate(address.target)
+        return f"tcp://[{host}]:{address.port}" if ":" in host else f"tcp://{host}:{address.port}"
 
     def host_at(self, address: Address) -> HostKey:
         """Return the host of a tcp address, whose key a peer there must prove to have; raises `AddressError`."""

@@ -241,3 +241,24 @@ async def relay(to: str) -> AsyncIterator[tuple[str, Callable[[], None]]]:
             task.cancel()
         for writer in writers:
             writer.close()
+
+
+def test_a_host_that_moves_is_found_at_its_new_address_while_its_peer_waits(run: Run) -> None:
+    """The addresses stand for nodes, and the name of the host for whichever it is on."""
+    port = free_address("b").rpartition(":")[2]
+    by_name = (*hosts("a"), HostKey("b", "host-b", KEYS["b"].public))
+    nodes = {"host-b": ADDRESSES["c"]}
+
+    async def scenario() -> None:
+        with asking(f"tcp://host-b:{port}", "a", by_name, locate=nodes.__getitem__) as peer:
+            asked = asyncio.ensure_future(ask(peer))
+            async with serving(f"tcp://{ADDRESSES['b']}:{port}", "b", by_name):
+                nodes["host-b"] = ADDRESSES["b"]
+                assert await asked == "b"
+                down = peer.down()
+            await down
+            nodes["host-b"] = ADDRESSES["c"]
+            async with serving(f"tcp://{ADDRESSES['c']}:{port}", "b", by_name):
+                assert await ask(peer) == "b"
+
+    run(scenario())
