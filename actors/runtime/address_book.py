@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from triptych.actors.errors import UnknownNameError
 from triptych.actors.runtime.bus_keys import read_bus_keys
+from triptych.actors.topology.placed_hosts import current_address, read_placed_hosts
 from triptych.bus import SocketOptions
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ class AddressBook:
 
         Raises `StartError` when the keys cannot be read.
         """
-        return SocketOptions(curve=read_bus_keys(self._topology) if self._topology else None)
+        keys = read_bus_keys(self._topology) if self._topology else None
+        return SocketOptions(curve=keys, locate=current_address if read_placed_hosts() else None)
 
     def component_of(self, sender: str) -> str:
         """Return the component or supervisor that an actor belongs to; "" for one that the topology does not know.

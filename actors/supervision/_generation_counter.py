@@ -17,10 +17,14 @@ _log = structlog.stdlib.get_logger("actors")
 
 
 class GenerationCounter:
-    """Counts generations, and keeps the last one of each component in a file of `folder`."""
+    """Counts generations, and keeps the last one of each component in a file of `folder`.
 
-    def __init__(self, folder: Path) -> None:
+    `clock_ahead_ms` is by how much the clock that they follow is ahead of this host's.
+    """
+
+    def __init__(self, folder: Path, clock_ahead_ms: int = 0) -> None:
         self._folder = private_dir(folder)
+        self._clock_ahead_ms = clock_ahead_ms
         self._last: dict[str, int] = {}
 
     def next(self, name: str) -> int:
@@ -28,7 +32,7 @@ class GenerationCounter:
 
         If it cannot be written, as on a full disk, the clock alone makes it unique.
         """
-        generation = next_generation(self._last.get(name, 0), time.time_ns() // 1_000_000)
+        generation = next_generation(self._last.get(name, 0), time.time_ns() // 1_000_000 + self._clock_ahead_ms)
         try:
             with (self._folder / f"{name}.lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)

@@ -29,6 +29,7 @@ from triptych.actors.supervision._ownership import Owner, lock_components, lock_
 from triptych.actors.supervision._process_tree import adopt_orphans, kill_orphans
 from triptych.actors.supervision._supervisor import Supervisor
 from triptych.actors.topology import paths
+from triptych.actors.topology.placed_hosts import read_placed_hosts
 from triptych.bus import AddressError, remove_if_stale
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class SupervisorProcess:
                     remove_if_stale(Path(component.address.removeprefix("ipc://")))
 
     async def _serve(self) -> int:
-        generations = GenerationCounter(self.topology.state_dir / "generations")
+        generations = self._generation_counter()
         launcher = self._launcher(usable_cores())
         supervisors = self._supervisors(generations, launcher)
         generation = max(generations.next(supervisor.name) for supervisor in supervisors)
@@ -184,6 +185,12 @@ class SupervisorProcess:
     def _reports(self) -> bool:
         """Whether this is the supervisor of one of several hosts, which the others ask how it is."""
         return bool(self._host) and not self._only
+
+    def _generation_counter(self) -> GenerationCounter:
+        placed = read_placed_hosts()
+        if placed is None:
+            return GenerationCounter(self.topology.state_dir / "generations")
+        return GenerationCounter(Path(placed.generations), placed.clock_ahead_ms)
 
     def _launcher(self, cores: int) -> Launcher:
         forks = any(self._specs[c.kind].forked and not c.on_gpu for c in self.components)

@@ -147,7 +147,10 @@ def _check_host(file: str, host: HostSection) -> None:
     where = f'[[hosts]] "{host.name}"'
     for key in ("address", "transfer_address"):
         value = getattr(host, key)
-        if (value or key == "address") and not HOST_ADDRESS.fullmatch(value):
+        if key == "address" and not value:
+            fix = "write it, or let Ray choose a node with `triptych up FILE --ray ADDRESS`"
+            raise TopologyError(file, where, "has no address", fix)
+        if value and not HOST_ADDRESS.fullmatch(value):
             fix = 'write an address or a name alone, as in "10.0.0.1"'
             raise TopologyError(file, f"{where} {key}", f'= "{value}" is not an address', fix)
     if host.pool_size:

@@ -33,6 +33,7 @@ from triptych.actors.topology._hosts import (
 from triptych.actors.topology._model_identity import ModelIdentity, identify_model
 from triptych.actors.topology._model_source import ModelSource, absolute, find_source
 from triptych.actors.topology._parser import parse_topology_file
+from triptych.actors.topology.placed_hosts import PlacedHosts, read_placed_hosts, with_placed_hosts
 from triptych.actors.topology.sections import (
     DENOISING_KINDS,
     LEAST_POOL_BYTES,
@@ -279,14 +280,18 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
         return next(model for model in self.models if model.name == component.model)
 
 
-def load_topology(path: Path | str) -> Topology:
+def load_topology(path: Path | str, placed: PlacedHosts | None = None) -> Topology:
     """Read and check a topology file; raises `TopologyError`, whose `str()` is one clear sentence.
 
-    What depends on this machine (model folder, mooncake, devices) is checked by `actors.command.preflight` instead, so
-    that any host can read any topology.
+    `placed` says where its hosts are; by default, what the engine says that has placed this process. What depends on
+    this machine (model folder, mooncake, devices) is checked by `actors.command.preflight` instead, so that any host
+    can read any topology.
     """
     file = Path(path)
     sections = parse_topology_file(file)
+    placed = placed or read_placed_hosts()
+    if placed is not None:
+        sections = with_placed_hosts(sections, placed)
     _check_sections(str(file), sections)
     resolved = file.resolve()
     run_dir = paths.run_dir(resolved)

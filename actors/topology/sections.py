@@ -179,8 +179,9 @@ class HostSection(Section, frozen=True):
 
     name: HostName
     """What `host` of other sections and `triptych up FILE --host NAME` call it."""
-    address: str
-    """Address or name by which the other hosts reach it. With loopback addresses for all, such as 127.0.0.2 and
+    address: str = ""
+    """Address or name by which the other hosts reach it; "" = that of the node that `triptych up FILE --ray` finds for
+    it, which may be another one later. With loopback addresses for all, such as 127.0.0.2 and
     127.0.0.3, one machine can try what several will do."""
     public_key: str = ""
     """Public half of its bus key, which `triptych keys FILE --host NAME` prints on that host; each host lets in only
