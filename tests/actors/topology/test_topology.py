@@ -283,8 +283,8 @@ TRUSTED = "[transfer]\ntrusted_network = true\n"
 BROKEN |= {
     "a host without an address": (
         MODEL + '[[hosts]]\nname = "a"\n' + THREE_ROLES,
-        "no. 1 lacks the key address",
-        "add",
+        '"a" has no address',
+        "--ray",
     ),
     "a host of a strange name": (
         HOSTS.replace('"b"', '"B.1"') + ON_HOSTS,
