@@ -12,7 +12,7 @@ PARALLEL ?= -n $(shell expr $$(nproc) + 1) --maxprocesses 4 --dist worksteal
 # Three wheels bring the same mooncake/ folder: one for hosts without an NVIDIA driver, one each for CUDA 12 and 13.
 MOONCAKE := $(shell tools/mooncake_extra.sh)
 
-.PHONY: help install demo serve test test-long test-families test-rdma test-gpu check format bench bench-memory gpu-report gpu-report-here docs docs-serve clean
+.PHONY: help install demo serve test test-packages test-long test-hosts test-families test-rdma test-gpu check format bench bench-memory gpu-report gpu-report-here docs docs-serve clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -33,11 +33,17 @@ demo: $(INSTALLED) ## An image through the running system, in out/demo.png
 serve: $(INSTALLED) ## Start the system of TOPOLOGY=examples/demo.toml and keep it running
 	$(BIN)/triptych up $(TOPOLOGY)
 
-test: $(INSTALLED) ## All tests that need no GPU
-	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not families and not long and not rdma"
+test: $(INSTALLED) test-packages ## All tests that need no GPU
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not families and not long and not hosts and not rdma"
+
+test-packages: # Some tests run on hosts that are made of namespaces
+	tools/system_packages.sh ip:iproute2 tc:iproute2 nft:nftables unshare:util-linux nsenter:util-linux
 
 test-long: $(INSTALLED) ## chaos runs, pauses and the report for GPUs with tiny shapes: minutes
 	$(BIN)/python -m pytest -m "long and not gpu"
+
+test-hosts: $(INSTALLED) test-packages ## Three hosts made of namespaces, with long cuts between them: minutes
+	$(BIN)/python -m pytest -m "hosts and not gpu"
 
 test-families: $(INSTALLED) ## The same tests for every pipeline of diffusers, for when its version moves
 	$(BIN)/python -m pytest $(PARALLEL) -m "families and not gpu"
