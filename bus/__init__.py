@@ -16,7 +16,7 @@ from triptych.bus._errors import (
 )
 from triptych.bus._mailbox import Delivery, Mailbox
 from triptych.bus._outbox import Outbox, Reference
-from triptych.bus._sockets import CurveKeys, HostKey, SocketOptions
+from triptych.bus._sockets import CurveKeys, HostKey, SocketOptions, is_public_key
 from triptych.bus._wire import Envelope, EnvelopeKind, Failure, FailureCode, Generation, Message, Sender
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "Sender",
     "SocketOptions",
     "UnreachableError",
+    "is_public_key",
     "parse_address",
     "remove_if_stale",
 ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Callable
 from typing import Final
 
 import msgspec
 import zmq
+from zmq.utils import z85
 
 from triptych.bus._address import Address
 from triptych.bus._errors import AddressError
@@ -15,6 +17,7 @@ from triptych.bus._errors import AddressError
 RECONNECT_FIRST_MS: Final = 20
 RECONNECT_LAST_MS: Final = 250
 _CONNECT_MS: Final = 1_000  # the kernel's own time-out doubles while a host is away
+_KEY_BYTES: Final = 32
 _HANDSHAKE_MS: Final = 3_000  # a peer that sends nothing holds a descriptor this long
 HEARTBEATS_LOST: Final = 3
 """Heartbeats without an answer after which a connection is lost."""
@@ -44,6 +47,14 @@ class CurveKeys(msgspec.Struct, frozen=True):
             return cls(zmq.curve_public(half), half)
         except zmq.ZMQError as error:
             raise ValueError("no CURVE key") from error
+
+
+def is_public_key(text: str) -> bool:
+    """Return whether a text is the public half of a key pair."""
+    try:
+        return len(z85.decode(text)) == _KEY_BYTES
+    except (ValueError, KeyError, struct.error, UnicodeEncodeError):
+        return False
 
 
 class HostKey(msgspec.Struct, frozen=True):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from triptych.actors.errors import TopologyError
+from triptych.actors.runtime.bus_keys import fix_unlisted, lists_keys
 from triptych.api.keys import ApiKeysError, load_api_keys
 from triptych.engines.backends import DEFAULT
 
@@ -32,6 +33,7 @@ def preflight(topology: Topology, components: Sequence[Component], *, file: str 
             _check_adapters(topology, model, file)
     if "api" in kinds:
         _check_keys(topology, file)
+    _check_bus_keys(topology, file)
     if any(component.quantization != "none" for component in components) and not _is_installed("torchao"):
         fix = 'install it with pip install "triptych[quantization]", or use "none"'
         raise TopologyError(file, "[[roles]] quantization", "needs torchao, which is missing", fix)
@@ -87,6 +89,13 @@ def _check_keys(topology: Topology, file: str) -> None:
         load_api_keys(topology.keys_path)
     except ApiKeysError as error:
         raise TopologyError(file, f'[api] keys_file = "{topology.api.keys_file}"', error.problem, error.fix) from error
+
+
+def _check_bus_keys(topology: Topology, file: str) -> None:
+    for host in topology.hosts if lists_keys(topology) else ():
+        if not host.public_key:
+            fix = fix_unlisted(topology, host.name)
+            raise TopologyError(file, f'[[hosts]] "{host.name}"', "lacks the key public_key", fix)
 
 
 def _is_installed(module: str) -> bool:

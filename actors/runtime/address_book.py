@@ -6,8 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 from triptych.actors.errors import UnknownNameError
-from triptych.actors.runtime.bus_keys import read_bus_keys
-from triptych.actors.topology.placed_hosts import current_address, read_placed_hosts
+from triptych.actors.runtime.bus_keys import bus_options, this_host
 from triptych.bus import SocketOptions
 
 if TYPE_CHECKING:
@@ -24,21 +23,23 @@ CHILDREN: Final = ".children"
 class AddressBook:
     """The addresses of actors, which follow from the topology alone.
 
-    `extra` adds addresses and overrides those of the topology; with `topology=None` there are no others.
+    `extra` adds addresses and overrides those of the topology; with `topology=None` there are no others. `host` is the
+    `[[hosts]]` entry of this process, by default `$TRIPTYCH_HOST`, or else the head's.
     """
 
-    def __init__(self, topology: Topology | None, extra: Mapping[str, str] | None = None) -> None:
+    def __init__(self, topology: Topology | None, extra: Mapping[str, str] | None = None, *, host: str = "") -> None:
         self._topology = topology
+        self._host = host
         self._run_dir: Path | None = topology.run_dir if topology else None
         self._addresses = {c.name: c.address for c in topology.components} if topology else {}
         self._bind = {c.name: c.bind for c in topology.components if c.bind} if topology else {}
         self._host_supervisors: tuple[str, ...] = ()
         if topology is not None and len(topology.hosts) > 1:
-            for host in topology.hosts:
-                name = supervisor_of(host.name)
-                self._addresses[name] = topology.supervisor_address(host)
+            for section in topology.hosts:
+                name = supervisor_of(section.name)
+                self._addresses[name] = topology.supervisor_address(section)
                 self._addresses[name + CHILDREN] = f"ipc://{topology.run_dir}/{name}"
-                self._bind[name] = topology.supervisor_bind(host)
+                self._bind[name] = topology.supervisor_bind(section)
                 self._host_supervisors += (name,)
         self._addresses.update(extra or {})
 
@@ -62,12 +63,13 @@ class AddressBook:
 
     @cached_property
     def socket_options(self) -> SocketOptions:
-        """What every mailbox and outbox of the system opens its sockets with: over tcp, the keys of the bus.
+        """What every mailbox and outbox of this process opens its sockets with: over tcp, the keys of the bus.
 
-        Raises `StartError` when the keys cannot be read.
+        Raises `StartError` when the keys cannot be read, `UnknownNameError` for a host that the topology does not have.
         """
-        keys = read_bus_keys(self._topology) if self._topology else None
-        return SocketOptions(curve=keys, locate=current_address if read_placed_hosts() else None)
+        if self._topology is None:
+            return SocketOptions()
+        return bus_options(self._topology, this_host(self._topology, self._host))
 
     def component_of(self, sender: str) -> str:
         """Return the component or supervisor that an actor belongs to; "" for one that the topology does not know.

@@ -80,6 +80,7 @@ class SupervisorProcess:
         self.components = tuple(topology.component(name) for name in only) or everything
         self._only = bool(only)
         self._host = host if len(topology.hosts) > 1 else ""
+        self._runs_on = host or next((component.host for component in self.components), "")
         self._until_eof = until_eof
         self._specs = specs
         self._preload = preload
@@ -105,7 +106,7 @@ class SupervisorProcess:
         try:
             with contextlib.ExitStack() as held:
                 self._acquire_folders(held)
-                make_bus_keys(self.topology)
+                make_bus_keys(self.topology, self._runs_on)
                 with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                     try:
                         return runner.run(self._serve())
@@ -155,7 +156,7 @@ class SupervisorProcess:
         reporters: list[Actor] = [HostReporter(supervisor_of(self._host), supervisors[0])] if self._reports else []
         runtime = Runtime(
             [*reporters, *supervisors[::-1]],  # the last to start drains first
-            Incarnation(AddressBook(self.topology), generation, kind=SUPERVISOR),
+            Incarnation(AddressBook(self.topology, host=self._runs_on), generation, kind=SUPERVISOR),
             shutdown_s=None,  # each child has its own bound
         )
         loop = asyncio.get_running_loop()

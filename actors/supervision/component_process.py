@@ -73,7 +73,7 @@ async def _run_component(options: argparse.Namespace) -> int:
     except (TopologyError, KeyError) as error:
         _log.error("cannot start", reason=str(error))
         return EXIT_START_FAILURE
-    address_book = AddressBook(topology)
+    address_book = AddressBook(topology, host=component.host)
     try:
         await _run(options, topology, component, address_book)
     except StartDelayedError as delay:

@@ -18,6 +18,7 @@ from triptych.actors.topology.sections import (
     TransferSection,
     parse_size,
 )
+from triptych.bus import is_public_key
 from triptych.engines.backends import AUTO, BACKENDS, resolve_engine
 
 if TYPE_CHECKING:
@@ -143,6 +144,13 @@ def _check_entries(file: str, hosts: tuple[HostSection, ...]) -> None:
                 raise TopologyError(file, "[[hosts]]", f'use the {key.replace("_", " ")} "{value}" {count} times', fix)
 
 
+def _check_public_key(file: str, where: str, host: HostSection) -> None:
+    if host.public_key and not is_public_key(host.public_key):
+        problem = f'= "{host.public_key}" is not a public key'
+        fix = f"run `triptych keys FILE --host {host.name}` on that host, and copy the line that it prints"
+        raise TopologyError(file, f"{where} public_key", problem, fix)
+
+
 def _check_host(file: str, host: HostSection) -> None:
     where = f'[[hosts]] "{host.name}"'
     for key in ("address", "transfer_address"):
@@ -153,6 +161,7 @@ def _check_host(file: str, host: HostSection) -> None:
         if value and not HOST_ADDRESS.fullmatch(value):
             fix = 'write an address or a name alone, as in "10.0.0.1"'
             raise TopologyError(file, f"{where} {key}", f'= "{value}" is not an address', fix)
+    _check_public_key(file, where, host)
     if host.pool_size:
         try:
             nbytes = parse_size(host.pool_size)

@@ -248,6 +248,11 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
         """Name of the host of the head and the API; "" without `[[hosts]]`."""
         return self.component("head").host
 
+    @property
+    def bus_heartbeat_s(self) -> float:
+        """Seconds between two heartbeats of a TCP connection of the bus."""
+        return self.bus.heartbeat_s or (0.5 if len(self.hosts) > 1 else 1.0)
+
     def supervisor_port(self, host: str) -> int:
         """Return the bus port of the supervisor of one of several hosts: they come after the components."""
         return self.head.port + len(self.components) + [each.name for each in self.hosts].index(host)

@@ -338,8 +338,15 @@ class BusSection(Section, frozen=True):
     """`[bus]`: how actors of different processes exchange messages."""
 
     transport: Literal["ipc", "tcp"] = "ipc"
-    """Sockets in a private folder, or loopback TCP with CURVE: `triptych up` makes a key in the state folder, and only
-    processes that can read it may connect. With several `[[hosts]]` it is TCP in any case."""
+    """Sockets in a private folder, or loopback TCP, which is encrypted with `keys`. With several `[[hosts]]` it is TCP
+    in any case."""
+    keys: str = ""
+    """File with the secret key of this host, of mode 0600, relative to the topology file; "{host}" in it stands for the
+    name of the host; "" = `bus.key` in the state folder. `triptych up` makes it for a system of one machine. With
+    several, `triptych keys FILE --host NAME` makes that of each, and `[[hosts]] public_key` lists the public halves."""
+    heartbeat_s: Annotated[float, Meta(ge=0, description="a number of seconds, or 0 for the rule")] = 0.0
+    """Seconds between two heartbeats of a TCP connection, which is lost after three without an answer; 0 = 0.5 with
+    several `[[hosts]]`, where a machine may vanish without a word, else 1."""
 
 
 class StateSection(Section, frozen=True):
