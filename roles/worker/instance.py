@@ -1,7 +1,8 @@
 """A role instance: registers with the head, takes attempts under its own credits, and reports how each ends.
 
 The `AttemptTracker` decides; the instance sends and receives the messages. The process also has the stream worker,
-which computes, and the transfer actor, which moves tensors; the three pass each attempt on to each other.
+which computes, and the transfer actor, which moves tensors; the three pass each attempt on to each other, and the last
+one has the instance report its end.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ class Instance(Actor):
         self._preallocation = Preallocation(topology.transfer.preallocated_slots)
         self._replenishing = asyncio.Lock()
         self._process = {component.name + STREAM, component.name + TRANSFER}
+        context.end_attempt = self._end_attempt
         self._draining = False
         self._leaving = False
         self._awake_target: bool | None = None
@@ -223,11 +225,6 @@ class Instance(Actor):
 
     # -- from this process
 
-    async def attempt_ended(self, report: EndReport) -> None:
-        """Report the end of an attempt, which returns its credit."""
-        self._check_sender()
-        self._carry_out(self.attempts.end(report))
-
     async def device_lost(self, message: DeviceLost) -> None:
         """End this process, which cannot compute any more."""
         self._check_sender()
@@ -249,6 +246,9 @@ class Instance(Actor):
             raise RefusedError("forbidden", f"{self.sender.name} is not an actor of {self.name}")
 
     # -- carrying out
+
+    def _end_attempt(self, report: EndReport) -> None:
+        self._carry_out(self.attempts.end(report))
 
     def _carry_out(self, messages: tuple[Message, ...]) -> None:
         """Send each message of the tracker to its receiver."""

@@ -22,7 +22,7 @@ from triptych.roles.messages.worker import (
     StorePreview,
 )
 from triptych.roles.timeline import Timeline
-from triptych.roles.worker.attempts import ActiveAttempt, AttemptTracker, Phase
+from triptych.roles.worker.attempts import ActiveAttempt, AttemptTracker, EndReport, Phase
 from triptych.roles.worker.reporter import Reporter
 
 STREAM: Final = ".stream"
@@ -62,15 +62,20 @@ class ProcessContext:
         """A problem that work waits for and that an operator may have to solve; a sentence, or ""."""
         self.lease_ahead: Callable[[ActiveAttempt], None] = _no_lease
         """Have a block leased for the outputs of an attempt that are nearly computed; set by the transfer actor."""
+        self.end_attempt: Callable[[EndReport], None] = _no_end
+        """Report the end of an attempt to the head, and return its credit; set by the instance."""
         self._loaded = asyncio.Event()
         self._mapped = asyncio.Event()
 
     def pass_on(self, sender: Actor, message: Message) -> None:
-        """Tell the actor of this process that `message` is for.
+        """Tell the actor of this process that `message` is for; the report of an attempt's end is for the head.
 
         An attempt's phase changes with the message that passes it on, so a cancellation reaches the actor that has it;
         if it arrives before that message, the actor sees `ActiveAttempt.cancelled`.
         """
+        if isinstance(message, EndReport):
+            self.end_attempt(message)
+            return
         if isinstance(message, CancelAttempt):
             suffix = STREAM if self.attempts.active[message.attempt].phase is Phase.RUNNING else TRANSFER
         else:
@@ -98,3 +103,7 @@ class ProcessContext:
 
 def _no_lease(_: ActiveAttempt) -> None:
     """Do nothing: the transfer actor has not started."""
+
+
+def _no_end(report: EndReport) -> None:
+    raise RuntimeError(f"{report.attempt} has ended in a process without an instance")

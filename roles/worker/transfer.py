@@ -1,8 +1,8 @@
 """The transfer actor: brings stored tensors in, puts outputs into blocks, writes finished media.
 
 It has a device stream of its own, so that the next attempt's tensors arrive while the present one computes. Each
-thing it is told to do is a task, which ends with exactly one message: to the stream worker, or the report of the
-attempt's end to the instance.
+thing it is told to do is a task, which ends with exactly one message: to the stream worker, or to the head, the report
+of the attempt's end.
 """
 
 from __future__ import annotations
@@ -186,6 +186,10 @@ class TransferActor(Actor):
             # Where this task was cancelled, its thread may still be writing.
             self._stops.pop(attempt).set()
         self.context.pass_on(self, answer)
+        if isinstance(answer, StageOutputsStored):
+            # The next stage does not wait for it: whatever becomes of this process, the block is the job's from now on.
+            stored = answer.stored
+            self._client.seal(stored.lease, stored.checksum, stored.nbytes)
 
     async def _store_checkpoint(self, message: StoreCheckpoint, before: asyncio.Task[None] | None) -> None:
         """Store a checkpoint, or leave it out; the last one of an attempt ends the attempt."""
@@ -253,8 +257,6 @@ class TransferActor(Actor):
             await asyncio.wait((ahead,))
         stored = await self._store(item, _Retry(message.deadline, stop))
         self._usual_nbytes = stored.nbytes
-        # It is reported meanwhile: whatever becomes of this process, the block is the job's from here on.
-        self._client.seal(stored.lease, stored.checksum, stored.nbytes)
         return self.context.attempts.stored(attempt, stored)
 
     async def _store(self, item: ActiveAttempt, retry: _Retry) -> StoredPayload:

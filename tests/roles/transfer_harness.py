@@ -55,8 +55,8 @@ class FakeInstance(Actor):
         self.inbox = inbox
         self.context = context
 
-    async def take(self, message: EndReport) -> None:
-        await self.inbox.put(message)
+    def _report(self, end: EndReport) -> None:
+        self.spawn(self.inbox.put(end), name="report")
 
     def tell(self, message: Any) -> None:
         item = self.context.attempts.active.get(message.attempt)
@@ -96,6 +96,7 @@ class TransferHarness:
         component = h.topology.component(name)
         self.context = ProcessContext(component)
         self.fake_instance = FakeInstance(name, inbox(), self.context)
+        self.context.end_attempt = self.fake_instance._report
         self.transfer = TransferActor(component, h.topology, self.context)
 
     async def start(self) -> TransferHarness:

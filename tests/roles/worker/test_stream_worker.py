@@ -67,6 +67,7 @@ class FakeInstance(Actor):
         super().__init__(name)
         self.inbox = inbox
         self.context = context
+        context.end_attempt = self._end_attempt
 
     async def started(self) -> None:
         self.spawn(self.context.reporter.run(self.deliver), name="reports")
@@ -75,7 +76,10 @@ class FakeInstance(Actor):
     def deliver(self, report: Any) -> Any:
         return self.reference("head").ask(report, Acknowledged, timeout_s=5)
 
-    async def take(self, message: EndReport | DeviceLost) -> None:
+    def _end_attempt(self, report: EndReport) -> None:
+        self.spawn(self.inbox.put(report), name="report")
+
+    async def take(self, message: DeviceLost) -> None:
         await self.inbox.put(message)
 
     def begin(
