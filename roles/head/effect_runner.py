@@ -75,7 +75,8 @@ class EffectRunner:
     def run(self, effects: Iterable[Effect]) -> None:
         """Start every effect."""
         ended: list[str] = []
-        for effect in effects:
+        # What a stage waits for is sent before memory is released that nothing waits for.
+        for effect in sorted(effects, key=lambda effect: isinstance(effect, ReleaseLeases)):
             match effect:
                 case Assign(instance, job_id):
                     attempt = self._models.scheduler_of(instance).jobs[job_id].current_attempt
