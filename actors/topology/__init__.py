@@ -8,6 +8,7 @@ from triptych.actors.topology._hosts import is_loopback
 from triptych.actors.topology._model_identity import ModelIdentity
 from triptych.actors.topology._model_report import ModelProblem, ModelReport, ModelSummary
 from triptych.actors.topology._model_source import INDEX_FILES, WEIGHT_SUFFIXES, ModelSource, find_source, snapshot
+from triptych.actors.topology._pools import INCOMING, largest_payload, pool_zones
 from triptych.actors.topology._topology import Component, Model, Topology, load_topology
 from triptych.actors.topology._writer import (
     free_port,
@@ -33,6 +34,7 @@ from triptych.actors.topology.sections import (
 
 __all__ = [
     "DENOISING_KINDS",
+    "INCOMING",
     "INDEX_FILES",
     "STAGES",
     "WEIGHT_SUFFIXES",
@@ -57,9 +59,11 @@ __all__ = [
     "free_port",
     "generate_topology",
     "is_loopback",
+    "largest_payload",
     "load_topology",
     "parse_rate",
     "parse_size",
+    "pool_zones",
     "relative_model_path",
     "snapshot",
     "topology_file_name",

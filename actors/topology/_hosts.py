@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Final
 from triptych.actors.errors import TopologyError
 from triptych.actors.topology._parser import did_you_mean
 from triptych.actors.topology.sections import (
-    LEAST_POOL_BYTES,
     STAGES,
     HostSection,
     RoleSection,
@@ -22,12 +21,16 @@ from triptych.bus import is_public_key
 from triptych.engines.backends import AUTO, BACKENDS, resolve_engine
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Sequence
 
 BETWEEN_HOSTS: Final = "mooncake"
 """The transfer backend that `[transfer] engine = "auto"` stands for where roles run on several hosts."""
+FIRST_TRANSFER_PORT: Final = 21_000
+TRANSFER_PORTS: Final = 16
 LEAST_TRANSFER_PORTS: Final = 4
 """A pool listens on two, and the two of the one before it may stay taken for a minute."""
+LEAST_HOST_POOL_BYTES: Final = 12_288
+"""Three pages: one for each zone that the pool of a host may have."""
 HOST_ADDRESS: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|[0-9a-fA-F:]+")
 
 
@@ -104,12 +107,14 @@ def pool_size(host: HostSection | None, transfer: TransferSection) -> str:
     return (host.pool_size if host is not None else "") or transfer.pool_size
 
 
-def port_range(host: HostSection | None) -> tuple[int, int] | None:
-    """Return the first and the last port on which the pool of a host listens for others; None for the engine's."""
-    if host is None or not host.transfer_ports:
-        return None
-    first, _, last = host.transfer_ports.partition("-")
-    return int(first), int(last)
+def transfer_ports(hosts: Sequence[HostSection], name: str) -> tuple[int, int]:
+    """Return the first and the last port on which the pool of a host listens for others."""
+    index = [host.name for host in hosts].index(name)
+    if written := hosts[index].transfer_ports:
+        first, _, last = written.partition("-")
+        return int(first), int(last)
+    begin = FIRST_TRANSFER_PORT + index * TRANSFER_PORTS
+    return begin, begin + TRANSFER_PORTS - 1
 
 
 def check_hosts(file: str, sections: Sections) -> None:
@@ -168,11 +173,11 @@ def _check_host(file: str, host: HostSection) -> None:
         except ValueError:
             problem, fix = f'= "{host.pool_size}" is not a size', 'write it as in "256MiB" or "1.5GiB"'
             raise TopologyError(file, f"{where} pool_size", problem, fix) from None
-        if nbytes < LEAST_POOL_BYTES:
-            problem = f'= "{host.pool_size}" is less than {LEAST_POOL_BYTES} bytes'
+        if nbytes < LEAST_HOST_POOL_BYTES:
+            problem = f'= "{host.pool_size}" is less than {LEAST_HOST_POOL_BYTES} bytes'
             raise TopologyError(file, f"{where} pool_size", problem, 'make it larger, as in "256MiB"')
-    if ports := port_range(host):
-        first, last = ports
+    if host.transfer_ports:
+        first, last = transfer_ports([host], host.name)
         if not 0 < first <= last <= 65535:
             problem, fix = f'= "{host.transfer_ports}" is not a range of ports', 'write it as in "21000-21015"'
             raise TopologyError(file, f"{where} transfer_ports", problem, fix)

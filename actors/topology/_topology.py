@@ -18,6 +18,7 @@ from triptych.actors.errors import TopologyError, UnknownNameError
 from triptych.actors.topology import paths
 from triptych.actors.topology._hosts import (
     HOST_ADDRESS,
+    LEAST_HOST_POOL_BYTES,
     bind_host,
     check_hosts,
     choose_engine,
@@ -27,12 +28,13 @@ from triptych.actors.topology._hosts import (
     pool_hosts,
     pool_name,
     pool_size,
-    port_range,
     tcp_address,
+    transfer_ports,
 )
 from triptych.actors.topology._model_identity import ModelIdentity, identify_model
 from triptych.actors.topology._model_source import ModelSource, absolute, find_source
 from triptych.actors.topology._parser import parse_topology_file
+from triptych.actors.topology._pools import largest_payload, pool_zones
 from triptych.actors.topology.placed_hosts import PlacedHosts, read_placed_hosts, with_placed_hosts
 from triptych.actors.topology.sections import (
     DENOISING_KINDS,
@@ -52,7 +54,6 @@ from triptych.actors.topology.sections import (
     SupervisionSection,
     TransferSection,
     cache_size,
-    largest_payload,
     parse_rate,
     parse_size,
 )
@@ -269,11 +270,20 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
         """Return the size of a pool in bytes."""
         return parse_size(pool_size(self.host_of(pool), self.transfer))
 
+    def zones(self, pool: Component) -> tuple[str, ...]:
+        """Return the zones of a pool, as `_pools.pool_zones` does."""
+        return pool_zones(self.components, pool.name)
+
     @property
     def largest_payload(self) -> int:
         """Most bytes of a payload from one stage to the next, which each pool must be able to hold."""
-        sizes = [self.pool_bytes(component) for component in self.components if component.kind == "pool"]
-        return largest_payload(min(sizes, default=self.transfer.pool_bytes))
+        pools = [component for component in self.components if component.kind == "pool"]
+        most = [largest_payload(self.pool_bytes(pool), len(self.zones(pool))) for pool in pools]
+        return min(most, default=largest_payload(self.transfer.pool_bytes))
+
+    def transfer_ports(self, host: str) -> tuple[int, int]:
+        """Return the first and the last port on which the pool of a host listens for other pools."""
+        return transfer_ports(self.hosts, host)
 
     def starts_asleep(self, component: Component) -> bool:
         """Return whether an instance loads its weights only when the head asks: not all models may fit into memory."""
@@ -416,10 +426,12 @@ def _check_components(file: str, sections: Sections, components: tuple[Component
         if each.name in names:
             problem = f'has the name of the component "{each.name}"'
             raise TopologyError(file, "[[hosts]]", problem, "give the host another name")
-        if (ports_ := port_range(each)) and len(sections.hosts) > 1:
+        if each.name in pool_hosts(sections) and len(pool_hosts(sections)) > 1:
+            first, last = transfer_ports(sections.hosts, each.name)
             for (host, port), name in taken.items():
-                if host == each.name and ports_[0] <= port <= ports_[1]:
-                    problem = f'= "{each.transfer_ports}" has port {port}, which {name} listens on'
+                if host == each.name and first <= port <= last:
+                    written = f'= "{each.transfer_ports}"' if each.transfer_ports else f"({first}-{last})"
+                    problem = f"{written} has port {port}, which {name} listens on"
                     fix = "choose a range of ports that nothing else uses"
                     raise TopologyError(file, f'[[hosts]] "{each.name}" transfer_ports', problem, fix)
 
@@ -488,8 +500,9 @@ def _check_size(file: str, sections: Sections) -> None:
     except ValueError:
         problem = f'= "{size}" is not a size'
         raise TopologyError(file, "[transfer] pool_size", problem, 'write it as in "256MiB" or "1.5GiB"') from None
-    if nbytes < LEAST_POOL_BYTES:
-        problem = f'= "{size}" is less than {LEAST_POOL_BYTES} bytes'
+    least = LEAST_HOST_POOL_BYTES if len(sections.hosts) > 1 else LEAST_POOL_BYTES
+    if nbytes < least:
+        problem = f'= "{size}" is less than {least} bytes'
         raise TopologyError(file, "[transfer] pool_size", problem, 'make it larger, as in "256MiB"')
 
 

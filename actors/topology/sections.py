@@ -192,9 +192,9 @@ class HostSection(Section, frozen=True):
     transfer_address: str = ""
     """Address by which other hosts' pools reach its memory, such as that of a faster network; "" = `address`."""
     transfer_ports: PortRange = ""
-    """Ports on which its pool listens for other pools, first and last, such as "21000-21015": what a firewall has to
-    let through. "" = any from 15000 to 17000. Each start takes two that are not in use, and a closed connection keeps
-    its own for a minute, so that 16 are a good number."""
+    """Ports on which its pool listens for other pools, first and last: what a firewall has to let through, and only
+    from the other hosts. "" = 16 ports, from 21000 on for the first host, from 21016 on for the second and so on. A
+    pool takes two of them, and others when it is restarted."""
     ib_device: str = ""
     """Its RDMA device; "" = that of `[transfer]`."""
     pool_size: str = ""
@@ -268,7 +268,8 @@ class TransferSection(Section, frozen=True):
     `docs/security.md`."""
     pool_size: str = "256MiB"
     """Memory of each buffer pool, with a unit: B, KiB, MiB, GiB or TiB. The payload from one stage to the next may be
-    as large as the largest power of two within half of it."""
+    as large as the largest power of two within half of it; within a third where a host has encoders and denoisers, and
+    others send to it as well."""
     hostname: str = "127.0.0.1"
     """Address by which peers reach this host's mooncake engine; with `[[hosts]]` each has its own."""
     ib_device: str = ""
@@ -440,11 +441,6 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise ValueError(f"{text!r} is not more than zero")
     return size
-
-
-def largest_payload(pool_bytes: int) -> int:
-    """Return the most bytes of a payload: a block of a pool is a power of two, within half of it."""
-    return 1 << (pool_bytes // 2).bit_length() >> 1
 
 
 def parse_rate(text: str) -> tuple[int, float]:

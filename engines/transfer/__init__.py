@@ -47,6 +47,7 @@ def open_backend(
     *,
     arena: Arena,
     hostname: str = "127.0.0.1",
+    ports: tuple[int, int] | None = None,
     protocol: str = "tcp",
     ib_device: str = "",
     faults: str = "",
@@ -58,6 +59,8 @@ def open_backend(
         engine: The name of the backend in `engines.backends.BACKENDS`, or "auto".
         arena: The memory that peers pull from and that pulls write to.
         hostname: The address by which peers reach this host.
+        ports: The first and the last of those to listen on for peers; None for the engine's choice. A process that
+            opens several backends gives all the same.
         protocol: The transport, "tcp" or "rdma"; ignored by backends that share memory.
         ib_device: The RDMA devices, comma-separated; "" for all.
         faults: Faults to inject, as `FaultRates.parse` reads them; "" in production.
@@ -67,11 +70,13 @@ def open_backend(
         TransferSetupError: The backend cannot work here; the message says what to install or to set.
     """
     chosen = FaultRates.parse(faults)
-    backend = _open(engine, arena, hostname, protocol, ib_device)
+    backend = _open(engine, arena, hostname, ports, protocol, ib_device)
     return FaultyBackend(backend, arena, chosen, seed) if faults else backend
 
 
-def _open(engine: str, arena: Arena, hostname: str, protocol: str, ib_device: str) -> TransferBackend:
+def _open(
+    engine: str, arena: Arena, hostname: str, ports: tuple[int, int] | None, protocol: str, ib_device: str
+) -> TransferBackend:
     spec = BACKENDS.get(resolve_engine(engine))
     if spec is None:
         known = ", ".join(f'"{name}"' for name in (AUTO, *BACKENDS))
@@ -79,5 +84,5 @@ def _open(engine: str, arena: Arena, hostname: str, protocol: str, ib_device: st
     # Import the module only here: a process that imports this package may still fork.
     module, _, function = spec.opener.partition(":")
     opener = getattr(importlib.import_module(module), function)
-    backend: TransferBackend = opener(arena, hostname=hostname, protocol=protocol, ib_device=ib_device)
+    backend: TransferBackend = opener(arena, hostname=hostname, ports=ports, protocol=protocol, ib_device=ib_device)
     return backend

@@ -27,7 +27,9 @@ _COMPLETED = 1
 _FAILED = -1
 
 
-def open_mooncake(arena: Arena, *, hostname: str, protocol: str, ib_device: str) -> MooncakeBackend:
+def open_mooncake(
+    arena: Arena, *, hostname: str, protocol: str, ib_device: str, ports: tuple[int, int] | None = None
+) -> MooncakeBackend:
     """Import Mooncake, start an engine on `hostname` and serve `arena` with it.
 
     Call it in the pool's own process, which must be a fresh interpreter, and off the event loop: registering memory for
@@ -38,7 +40,7 @@ def open_mooncake(arena: Arena, *, hostname: str, protocol: str, ib_device: str)
     """
     wheel = setup.check_wheels(setup.installed_wheels())
     setup.check_devices(protocol, ib_device, setup.infiniband_devices())
-    module = setup.import_engine(setup.environment(protocol, os.environ))
+    module = setup.import_engine(setup.environment(protocol, os.environ, ports))
     before = setup.listening_ports()
     engine = module.TransferEngine()
     if engine.initialize(hostname, "P2PHANDSHAKE", protocol, ib_device):
@@ -46,8 +48,8 @@ def open_mooncake(arena: Arena, *, hostname: str, protocol: str, ib_device: str)
     # Register the arena once and as a whole: the descriptor of registered memory is limited to 1 MiB (hazard 8).
     if engine.register_memory(arena.base, arena.nbytes):
         raise TransferSetupError(f"Mooncake cannot register {arena.nbytes} bytes over {protocol}: see ulimit -l")
-    ports = sorted({*setup.listening_ports()} - {*before})
-    return MooncakeBackend(engine, arena, f"{hostname}:{engine.get_rpc_port()}", f"{wheel} over {protocol}", ports)
+    opened = sorted({*setup.listening_ports()} - {*before})
+    return MooncakeBackend(engine, arena, f"{hostname}:{engine.get_rpc_port()}", f"{wheel} over {protocol}", opened)
 
 
 class MooncakeBackend:

@@ -24,6 +24,7 @@ INSTALL = (
 INFINIBAND = Path("/sys/class/infiniband")
 
 _FORCED = {"tcp": ("MC_FORCE_TCP", "MC_FORCE_HCA"), "rdma": ("MC_FORCE_HCA", "MC_FORCE_TCP")}
+_PORTS = ("MC_MIN_RPC_PORT", "MC_MAX_RPC_PORT")
 _LISTEN = "0A"  # TCP_LISTEN, as the kernel writes it
 _PROGRESS = "MC_TCP_PROGRESS_TIMEOUT_SEC"
 _TRANSFER = "MC_TRANSFER_TIMEOUT"
@@ -42,12 +43,13 @@ _DEFAULTS = {
 }
 
 
-def environment(protocol: str, current: Mapping[str, str]) -> dict[str, str]:
+def environment(protocol: str, current: Mapping[str, str], ports: tuple[int, int] | None = None) -> dict[str, str]:
     """Return the environment variables to set for a protocol; those that are set already are kept. Pure.
 
     Args:
         protocol: "tcp" or "rdma".
         current: The environment.
+        ports: The first and the last port to listen on, for the handshake and for the data of TCP.
 
     Raises:
         TransferSetupError: The protocol is unknown, or variables contradict it or each other.
@@ -59,6 +61,8 @@ def environment(protocol: str, current: Mapping[str, str]) -> dict[str, str]:
     if contradicted in current:
         raise TransferSetupError(f'{contradicted} is set, but transfer.protocol is "{protocol}": unset one')
     wanted = {forced: "1", **_DEFAULTS}
+    if ports is not None:
+        wanted |= dict(zip(_PORTS, map(str, ports), strict=True))
     settings = {name: current.get(name, value) for name, value in wanted.items()}
     if not 0 < _seconds(settings, _PROGRESS) < _seconds(settings, _TRANSFER):
         raise TransferSetupError(

@@ -14,7 +14,9 @@ PIECE = 16 << 20
 """Bytes that are copied between two looks at the clock: a pull exceeds its timeout by the copy of one at most."""
 
 
-def open_shm(arena: Arena, *, hostname: str, protocol: str, ib_device: str) -> ShmBackend:
+def open_shm(
+    arena: Arena, *, hostname: str, protocol: str, ib_device: str, ports: tuple[int, int] | None = None
+) -> ShmBackend:
     """Open the backend; it needs none of the network's settings."""
     return ShmBackend(arena)
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from triptych.actors import Actor, Component, DeferredReply, StartDelayedError, StartError, Topology
 from triptych.actors.errors import UnknownNameError
 from triptych.actors.runtime.system_messages import Inspect, Inspection
+from triptych.actors.topology import INCOMING
 from triptych.bus import BusError, MailboxFullError, Reference, RefusedError, UnreachableError
 from triptych.engines.memory.arena import Arena, ArenaError
 from triptych.engines.memory.buddy import PAGE
@@ -48,7 +50,7 @@ from triptych.roles.messages.pool import (
 )
 from triptych.roles.pool.client import FAULTS
 
-INCOMING = "incoming"
+DENOISED = "denoiser"
 CHECKPOINT = "checkpoint"
 LEASES_PER_REPORT = 2000
 """Leases in one LeaseReport: a message has at most 1 MiB."""
@@ -61,15 +63,16 @@ def build(component: Component, topology: Topology) -> list[Actor]:
     return [BufferPool(component, topology)]
 
 
-def zones(capacity: int, *, pool: str) -> dict[str, int]:
-    """Return the bytes reserved for the inputs of a stage whose outputs go to the same pool, by zone.
+def zones(capacity: int, needed: Collection[str]) -> dict[str, int]:
+    """Return the bytes set apart for each of the zones that a pool needs (`Topology.zones`): equal parts, whole pages.
 
-    A denoiser keeps its input until its output is stored, so outputs must never wait for memory that inputs take.
-    Encoders' outputs have half of the pool that all kinds share, incoming tensors half of the denoisers' pool. So
-    stored tensors only delay more of their own kind, and are released as the next stage proceeds.
+    A denoiser keeps its input until its output is stored, so outputs must never wait for memory that inputs take; and
+    what comes in must never wait for either, so that outputs can go on into another pool. So stored tensors only delay
+    more of their own kind, and are released as the next stage proceeds. The last zone, with the outputs of denoisers if
+    there are any, has the rest.
     """
-    zone = {"pool": "encoder", "pool-denoiser": INCOMING}.get(pool)
-    return {zone: capacity // 2 // PAGE * PAGE} if zone else {}
+    apart = sorted(needed, key=DENOISED.__eq__)[:-1]
+    return {zone: capacity // len(needed) // PAGE * PAGE for zone in apart}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +86,13 @@ class _Memory:
 
 
 class BufferPool(Actor):
-    """The actor of a pool: one per host; with mooncake one per kind of role, so that bytes are copied."""
+    """The actor of a pool: one per host; with mooncake and no `[[hosts]]` one per kind of role, so bytes are copied."""
 
     def __init__(self, component: Component, topology: Topology) -> None:
         super().__init__(component.name)
         self.topology = topology
-        self.capacity = topology.transfer.pool_bytes // PAGE * PAGE
+        self.component = component
+        self.capacity = topology.pool_bytes(component) // PAGE * PAGE
         self._kinds = {c.name: c.kind for c in topology.components}
         self._owners: dict[str, int] = {}
         self._filling: set[ByteRange] = set()
@@ -102,11 +106,13 @@ class BufferPool(Actor):
             StartError: The engine does not run here.
             StartDelayedError: There is too little memory now; other processes still map that of an earlier pool.
         """
-        size = self.topology.transfer.pool_size
         try:
             self._opened = await asyncio.to_thread(self._open)
         except ArenaError as error:
-            raise StartDelayedError(f"{error} ([transfer] pool_size is {size})") from error
+            host = self.topology.host_of(self.component)
+            where = f'[[hosts]] "{host.name}"' if host is not None and host.pool_size else "[transfer]"
+            size = (host.pool_size if host is not None else "") or self.topology.transfer.pool_size
+            raise StartDelayedError(f"{error} ({where} pool_size is {size})") from error
         except TransferSetupError as error:
             raise StartError(str(error)) from error
         self.log.info("pool is open", nbytes=self.capacity, transport=self._opened.backend.describe())
@@ -266,17 +272,24 @@ class BufferPool(Actor):
     # -- inside
 
     def _open(self) -> _Memory:
-        settings, engine = self.topology.transfer, self.topology.engine
+        topology, settings = self.topology, self.topology.transfer
+        host = topology.host_of(self.component)
+        hostname, ib_device, ports = settings.hostname, settings.ib_device, None
+        if host is not None:
+            hostname, ib_device = host.transfer_address or host.address, host.ib_device or ib_device
+            ports = topology.transfer_ports(host.name)
         arena = Arena.create(self.capacity)
         backend = open_backend(
-            engine,
+            topology.engine,
             arena=arena,
-            hostname=settings.hostname,
+            hostname=hostname,
+            ports=ports,
             protocol=settings.protocol,
-            ib_device=settings.ib_device,
+            ib_device=ib_device,
             faults=os.environ.get(FAULTS, ""),
         )
-        table = LeaseTable(self.capacity, generation=self.generation, zones=zones(self.capacity, pool=self.name))
+        apart = zones(self.capacity, topology.zones(self.component))
+        table = LeaseTable(self.capacity, generation=self.generation, zones=apart)
         return _Memory(arena, backend, table, PullExecutor(backend))
 
     @property

@@ -16,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.roles.factories import KINDS, SIGNATURE, make_scheduler, request
+from triptych.actors import Component
+from triptych.actors.topology import INCOMING, largest_payload, pool_zones
 from triptych.bus import Message
 from triptych.engines.memory.buddy import PAGE
 from triptych.engines.memory.leases import Lease, LeaseError, LeaseState, LeaseTable
@@ -29,7 +31,7 @@ from triptych.roles.messages.common import Artifact, Attempt, LeaseRef, StoredPa
 from triptych.roles.messages.pool import ReleaseBlocks
 from triptych.roles.messages.stages import RegisterInstance
 from triptych.roles.messages.worker import CancelAttempt, LoadInputs, RunStage, SaveArtifact, StoreOutputs
-from triptych.roles.pool.pool import INCOMING, zones
+from triptych.roles.pool.pool import zones
 from triptych.roles.worker.attempts import AttemptRefusedError, AttemptTracker, EndReport
 from triptych.roles.worker.preallocation import Preallocation
 
@@ -59,7 +61,10 @@ class Incarnation:
 
 
 class SimulatedCluster:
-    """The parts that decide, and tasks in place of their actors."""
+    """The parts that decide, and tasks in place of their actors.
+
+    With engine "shm" all instances share a pool, with "mooncake" those of a kind do, with "hosts" those of a number.
+    """
 
     def __init__(
         self,
@@ -75,8 +80,14 @@ class SimulatedCluster:
     ) -> None:
         self.choose = choose
         self.capacity = pages * PAGE
-        self.largest = 1 << (self.capacity // 2).bit_length() >> 1
         self.engine, self.preallocated, self.damage = engine, preallocated, damage
+        names = [(f"{kind}-{k}", kind) for kind in KINDS for k in range(count)]
+        self.components = [
+            Component(name=name, kind=kind, address="", port=0, pool=self.pool_of(name))  # type: ignore[arg-type]
+            for name, kind in names
+        ]
+        most = max(len(pool_zones(self.components, component.pool)) for component in self.components)
+        self.largest = largest_payload(self.capacity, most)
         self.slots = slots
         self.now = 0.0
         self.generation = 1
@@ -88,11 +99,10 @@ class SimulatedCluster:
         self.generations: dict[str, int] = {}
         self.instances: dict[str, Incarnation] = {}
         self.notified: list[str] = []
-        for kind in KINDS:
-            self.open_pool(self.pool_of(kind))
-        for kind in KINDS:
-            for k in range(count):
-                self.join(f"{kind}-{k}")
+        for pool in dict.fromkeys(component.pool for component in self.components):
+            self.open_pool(pool)
+        for name, _ in names:
+            self.join(name)
 
     # -- what comes from outside
 
@@ -260,12 +270,15 @@ class SimulatedCluster:
 
     # -- the pools
 
-    def pool_of(self, kind: str) -> str:
-        return "pool" if self.engine == "shm" else f"pool-{kind}"
+    def pool_of(self, name: str) -> str:
+        kind, _, number = name.partition("-")
+        return {"shm": "pool", "mooncake": f"pool-{kind}", "hosts": f"pool-{number}"}[self.engine]
 
     def open_pool(self, pool: str) -> None:
         self.generation += 1
-        table = LeaseTable(self.capacity, generation=self.generation, zones=zones(self.capacity, pool=pool))
+        table = LeaseTable(
+            self.capacity, generation=self.generation, zones=zones(self.capacity, pool_zones(self.components, pool))
+        )
         self.tables[pool], self.generations[pool] = table, self.generation
 
     def lease(self, owner: Incarnation, attempt: Attempt, nbytes: int, zone: str) -> LeaseRef | None:
@@ -307,7 +320,7 @@ class SimulatedCluster:
             self.generation,
             workload,
             Preallocation(0 if kind == "encoder" else self.preallocated),
-            self.pool_of(kind),
+            self.pool_of(name),
         )
         self.instances[name] = instance
         message = RegisterInstance(
@@ -512,8 +525,8 @@ class OvertakenError(Exception):
 @settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 1 << 30),
-    engine=st.sampled_from(["shm", "mooncake"]),
-    pages=st.integers(2, 48),
+    engine=st.sampled_from(["shm", "mooncake", "hosts"]),
+    pages=st.integers(3, 48),
     shape=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(0, 2)),
     cached=st.sampled_from([0, 4, 2]),
     asked=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.integers(1, 3), st.integers(0, 3)), max_size=14),
@@ -564,12 +577,12 @@ def strike(cluster: SimulatedCluster, what: str, number: int) -> Any:
     return blow
 
 
-@pytest.mark.parametrize("engine", ["shm", "mooncake"])
+@pytest.mark.parametrize("engine", ["shm", "mooncake", "hosts"])
 @pytest.mark.parametrize("seed", range(3))
 def test_outputs_of_half_a_pool_and_prompts_of_mixed_lengths_do_not_lock_it_up(seed: int, engine: str) -> None:
-    """Two denoisers of two slots whose outputs take half of the pool, among encoder outputs of three sizes."""
+    """Two denoisers of two slots whose outputs take all of their zone, among encoder outputs of three sizes."""
     cluster = SimulatedCluster(random.Random(seed), pages=128, engine=engine)
     for number in range(40):
-        cluster.submit(f"r{number}", cluster.choose.choice([2, 4, 16]) * PAGE, 64 * PAGE)
+        cluster.submit(f"r{number}", cluster.choose.choice([2, 4, 16]) * PAGE, cluster.largest)
     cluster.run([])
     assert {request.state for request in cluster.scheduler.requests.values()} == {State.DONE}

@@ -8,13 +8,12 @@ import pytest
 import structlog
 
 from tests.actors.conftest import THREE_ROLES
-from triptych.actors import AddressBook, Topology, TopologyError, load_topology
+from triptych.actors import AddressBook, Component, Topology, TopologyError, load_topology
 from triptych.actors.command.preflight import has_accelerator, preflight
 from triptych.actors.errors import UnknownNameError
 from triptych.actors.runtime.address_book import supervisor_of
-from triptych.actors.topology import HeadSection, parse_size
+from triptych.actors.topology import HeadSection, largest_payload, parse_size, pool_zones
 from triptych.actors.topology.paths import MAX_SOCKET_PATH, private_dir, private_run_dir
-from triptych.actors.topology.sections import largest_payload
 
 Write = Callable[..., Path]
 
@@ -371,6 +370,11 @@ BROKEN |= {
         '[[hosts]] "b" transfer_ports = "5550-5570" has port',
         "nothing else uses",
     ),
+    "a pool without room for its zones": (
+        HOSTS.replace('"10.0.0.2"', '"10.0.0.2"\npool_size = "8KiB"') + TRUSTED + ON_HOSTS,
+        '[[hosts]] "b" pool_size = "8KiB" is less than 12288 bytes',
+        "make it larger",
+    ),
     "no size of a host's pool": (
         HOSTS.replace('"10.0.0.2"', '"10.0.0.2"\npool_size = "big"') + TRUSTED + ON_HOSTS,
         '[[hosts]] "b" pool_size = "big" is not a size',
@@ -442,7 +446,12 @@ def test_each_host_has_its_components_its_pool_and_its_supervisor(write: Write) 
     assert [c.name for c in topology.on_host("c")] == ["head", "api"]
     assert topology.host_of(topology.component("pool-b")) == topology.hosts[1]
     assert topology.pool_bytes(topology.component("pool-a")) == 1 << 30
-    assert topology.largest_payload == 128 << 20, "that of the smallest pool"
+    assert [topology.zones(topology.component(f"pool-{name}")) for name in "ab"] == [
+        ("encoder", "denoiser"),
+        ("denoiser", "incoming"),
+    ]
+    assert topology.largest_payload == 128 << 20, "half of the smallest pool"
+    assert [topology.transfer_ports(name) for name in "ab"] == [(21000, 21015), (21016, 21031)]
     with pytest.raises(UnknownNameError, match=r"no host is called 'd' in .*; there are a, b, c"):
         topology.on_host("d")
     book = AddressBook(topology)
@@ -692,6 +701,33 @@ def test_a_link_in_place_of_a_run_folder_is_refused(folder: Path) -> None:
 )
 def test_a_payload_is_at_most_a_block_of_half_a_pool(pool_size: str, largest: int) -> None:
     assert largest_payload(parse_size(pool_size)) == largest
+
+
+@pytest.mark.parametrize(
+    ("hosts", "zones"),
+    [
+        ({"e": "a", "d": "a", "c": "a"}, {"a": ("encoder", "denoiser")}),
+        ({"e": "a", "d": "b", "c": "c"}, {"a": ("encoder",), "b": ("denoiser", "incoming"), "c": ("incoming",)}),
+        ({"e": "a", "d": "b", "c": "a"}, {"a": ("encoder", "incoming"), "b": ("denoiser", "incoming")}),
+        ({"e": "ab", "d": "ab", "c": "a"}, dict.fromkeys("ab", ("encoder", "denoiser", "incoming"))),
+        ({"e": "a", "d": "ab", "c": "b"}, {"a": ("encoder", "denoiser"), "b": ("denoiser", "incoming")}),
+    ],
+)
+def test_what_may_wait_for_another_in_a_pool_has_a_zone_of_its_own(
+    hosts: dict[str, str], zones: dict[str, tuple[str, ...]]
+) -> None:
+    kinds = {"e": "encoder", "d": "denoiser", "c": "decoder"}
+    components = [
+        Component(name=f"{kind}-{host}", kind=kinds[kind], address="", port=0, pool=f"pool-{host}")  # type: ignore[arg-type]
+        for kind, names in hosts.items()
+        for host in names
+    ]
+    assert {host: pool_zones(components, f"pool-{host}") for host in zones} == zones
+
+
+def test_a_payload_fits_into_a_third_where_a_pool_has_three_zones() -> None:
+    assert largest_payload(256 << 20, 3) == 64 << 20
+    assert largest_payload(256 << 20, 1) == 128 << 20, "it may go on into a pool with two"
 
 
 def test_an_earlier_name_of_a_key_is_read_with_a_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

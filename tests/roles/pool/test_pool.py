@@ -275,9 +275,10 @@ def test_a_pool_that_cannot_be_made_fails_its_start(run: Any, make_topology: Any
 
 def test_incoming_and_outgoing_blocks_have_zones_of_their_own() -> None:
     page = 4096
-    assert zones(6 * page, pool="pool") == {"encoder": 3 * page}
-    assert zones(7 * page, pool="pool-denoiser") == {"incoming": 3 * page}
-    assert zones(6 * page, pool="pool-encoder") == zones(6 * page, pool="pool-decoder") == {}
+    assert zones(6 * page, ("encoder", "denoiser")) == {"encoder": 3 * page}
+    assert zones(7 * page, ("denoiser", "incoming")) == {"incoming": 3 * page}
+    assert zones(6 * page, ("encoder",)) == zones(6 * page, ("incoming",)) == {}
+    assert zones(7 * page, ("encoder", "denoiser", "incoming")) == {"encoder": 2 * page, "incoming": 2 * page}
 
 
 def test_leases_are_reported_in_pages(
