@@ -20,13 +20,13 @@ def unavailable_reason(components: Iterable[Component], children: Iterable[Child
     """
     components = tuple(components)
     gone = {child.name: child.reason or child.state for child in children if child.state in GIVEN_UP_STATES}
-    for component in components:
-        if component.kind == "pool" and component.name in gone:
-            return f"{component.name} is not started any more ({gone[component.name]})"
     for kind in dict.fromkeys(component.kind for component in components if component.slots):
-        names = [component.name for component in components if component.kind == kind]
-        if all(name in gone for name in names):
-            return f"no {kind} is started any more ({names[0]}: {gone[names[0]]})"
+        of_kind = [component for component in components if component.kind == kind]
+        if all(component.name in gone or component.pool in gone for component in of_kind):
+            first = of_kind[0]
+            if first.pool in gone:
+                return f"{first.pool} is not started any more ({gone[first.pool]})"
+            return f"no {kind} is started any more ({first.name}: {gone[first.name]})"
     return ""
 
 
@@ -42,6 +42,8 @@ def not_ready_reasons(
         mismatches: Of instances that were refused, of `release_mismatch`.
     """
     reasons = []
+    pools_missing = tuple(pools_missing)
+    needs_pools = False
     for served in models.all:
         of = f" of {served.name}" if len(models.all) > 1 else ""
         registry, refused = served.scheduler.registry, served.scheduler.refused
@@ -51,7 +53,9 @@ def not_ready_reasons(
             reasons.append(f"the weights{of} have not been loaded yet")
         reasons += [f"{i.name}: {i.problem}" for i in registry.instances.values() if i.problem]
         reasons += [weights_mismatch(name) for name in refused]
-    reasons += [f"{pool} is not ready" for pool in pools_missing]
+        needs_pools |= bool(registry.missing_stages(without=pools_missing))
+    # Where other hosts can do all stages, the pool of one may be away.
+    reasons += [f"{pool} is not ready" for pool in pools_missing if needs_pools]
     return (*reasons, *mismatches, *([journal_problem] if journal_problem else []))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -245,8 +245,9 @@ class InstanceRegistry:
             instance.silent_s += listened_s
         return [instance for instance in self.instances.values() if instance.silent_s > timeout_s]
 
-    def missing_stages(self) -> list[str]:
-        """Return the stages without a registered instance."""
-        if any(i.kind == "monolithic" for i in self.instances.values()):
+    def missing_stages(self, without: Collection[str] = ()) -> list[str]:
+        """Return the stages without a registered instance, not counting those whose pools are in `without`."""
+        present = [i for i in self.instances.values() if i.pool not in without]
+        if any(i.kind == "monolithic" for i in present):
             return []
-        return [p.value for p in Stage if not any(i.serves(p) for i in self.instances.values())]
+        return [p.value for p in Stage if not any(i.serves(p) for i in present)]
