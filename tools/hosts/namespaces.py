@@ -100,7 +100,8 @@ class HostProcess(subprocess.Popen[str]):
         for pid in children:
             with suppress(ProcessLookupError):  # it ends in this moment
                 os.kill(pid, sig)
-        if not children or sig == signal.SIGCONT:  # it stops itself when its child stops
+        # It stops itself when its child stops.
+        if not children or sig in (signal.SIGCONT, signal.SIGKILL):
             super().send_signal(sig)
 
 
@@ -183,7 +184,7 @@ class Hosts:
 
     def popen(self, host: str, *command: str, **options: Any) -> HostProcess:
         """Start a command on a host, with the further arguments of `subprocess.Popen`; it ends with the host."""
-        process = HostProcess(self.command(host, *command), text=True, **options)
+        process = HostProcess(self.command(host, *command), **{"text": True, **options})
         self._processes.append((host, process))
         return process
 
@@ -300,9 +301,8 @@ class Hosts:
 
 
 def _reap(process: HostProcess) -> None:
-    """Wait for the end of a process whose host has ended."""
-    with suppress(ProcessLookupError):
-        os.kill(process.pid, signal.SIGCONT)
+    """Reap a process whose host has ended."""
+    process.kill()
     process.wait()
 
 

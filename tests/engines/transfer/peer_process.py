@@ -22,9 +22,15 @@ WAIT_S = 30.0
 class PeerProcess:
     """One peer; `session` and `base` are how others address its arena."""
 
-    def __init__(self, nbytes: int, environ: dict[str, str], settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        nbytes: int,
+        environ: dict[str, str],
+        settings: dict[str, Any],
+        popen: Callable[..., subprocess.Popen[str]] = subprocess.Popen,
+    ) -> None:
         self.nbytes = nbytes
-        self.process = subprocess.Popen(
+        self.process = popen(
             [sys.executable, str(SCRIPT), str(nbytes), json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -87,9 +93,14 @@ def until(condition: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
 
 
 @contextmanager
-def peer(nbytes: int = 1 << 20, environ: dict[str, str] | None = None, **settings: Any) -> Iterator[PeerProcess]:
+def peer(
+    nbytes: int = 1 << 20,
+    environ: dict[str, str] | None = None,
+    popen: Callable[..., subprocess.Popen[str]] = subprocess.Popen,
+    **settings: Any,
+) -> Iterator[PeerProcess]:
     """A peer that ends with the block. `settings` are the keywords of `open_backend`."""
-    started = PeerProcess(nbytes, environ or {}, settings)
+    started = PeerProcess(nbytes, environ or {}, settings, popen)
     try:
         yield started
     finally:
