@@ -41,3 +41,8 @@ def test_a_full_disk_takes_no_generation_away(folder: Path) -> None:
     first = generations.next("head")
     assert 0 < first < generations.next("head")
     assert not (folder / "head").exists()
+
+
+def test_a_host_whose_clock_is_behind_counts_by_the_clock_that_it_is_told(folder: Path) -> None:
+    on_time, behind = GenerationCounter(folder / "a"), GenerationCounter(folder / "b", clock_ahead_ms=3_600_000)
+    assert behind.next("head") > on_time.next("head") + 3_500_000
