@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from triptych.actors.errors import AlreadyRunningError, StartError, TopologyError
+from triptych.actors.errors import AlreadyRunningError, StartError, TopologyError, describe
 from triptych.actors.placement import ray_plan
 from triptych.actors.placement.ray_agent import RayAgent
 from triptych.actors.topology import load_topology
@@ -76,6 +76,8 @@ def run_on_ray(file: Path, address: str, say: Callable[[str, str], None], log_le
         raise StartError(f"there is no Ray cluster at {address} that this node is part of: {error}") from error
     try:
         return _Driver(topology, str(file), say, log_level).run()
+    except ray.exceptions.RayError as error:
+        raise StartError(f"the Ray cluster at {address} does not answer: {describe(error)}") from error
     finally:
         ray.shutdown()
 
@@ -232,6 +234,13 @@ class _Driver:
 
         try:
             lines, self._lines[host], code = ray.get(reference)
+        except ray.exceptions.ActorDiedError as error:  # for good: Ray restarts one that its node has taken along
+            why = f"the agent of {host} cannot run: {describe(error)}"
+            if host not in self._lines:
+                raise StartError(why) from error
+            self._say("", why)
+            self._codes[host] = 1
+            return
         except ray.exceptions.RayError:
             self._lines[host] = 0  # the agent after this one begins anew
             time.sleep(_LOOK_EVERY_S / 5)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from triptych.actors.errors import describe
-from triptych.actors.placement.host_process import HostProcess
+from triptych.actors.placement.placed_process import PlacedProcess
 from triptych.actors.placement.ray_plan import NAMESPACE, Order, command, environment, placed_addresses
 from triptych.actors.topology.paths import private_dir, run_dir
 from triptych.actors.topology.placed_hosts import PlacedHost, PlacedHosts, write_placed_hosts
@@ -21,7 +21,7 @@ from triptych.actors.topology.placed_hosts import PlacedHost, PlacedHosts, write
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from triptych.actors.placement.host_process import Report
+    from triptych.actors.placement.placed_process import Report
 
 _LOOK_EVERY_S: Final = 0.5
 _ASK_S: Final = 5.0
@@ -48,11 +48,11 @@ class RayAgent:
         self._priority = os.getpriority(os.PRIO_PROCESS, raylet)
         own = environment(os.environ, _environment_of(raylet), str(self._placed_hosts_file))
         # Where it has run before, it may run again, whatever keeps it from that now.
-        self._process = HostProcess(command(sys.executable, self._order), own, (0,) if was_moved else _FINAL)
+        self._process = PlacedProcess(command(sys.executable, self._order), own, (0,) if was_moved else _FINAL)
         threading.Thread(target=self._run, name="host", daemon=True).start()
 
     def poll(self, after: int, wait_s: float) -> Report:
-        """Return what the process has written from line `after` on, as `HostProcess.poll` does."""
+        """Return what the process has written from line `after` on, as `PlacedProcess.poll` does."""
         self._asked_at = time.monotonic()
         return self._process.poll(after, wait_s)
 
@@ -61,7 +61,7 @@ class RayAgent:
         return time.monotonic() - self._asked_at
 
     def stop(self, now: bool = False) -> None:
-        """End the process, as `HostProcess.stop` does."""
+        """End the process, as `PlacedProcess.stop` does."""
         self._process.stop(now=now)
 
     def clock_ms(self) -> int:

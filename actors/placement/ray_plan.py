@@ -155,7 +155,7 @@ def _at_most(value: object, wanted: int) -> bool:
 def command(python: str, order: Order) -> list[str]:
     """Return the command line that runs a host's part."""
     level = ["--log-level", order.log_level] if order.log_level else []
-    run = [python, "-m", "triptych.actors.command", "up", order.file]
+    run = [python, "-P", "-m", "triptych.actors.command", "up", order.file]
     return [*run, "--host", order.host, "--until-eof", *level]
 
 

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from triptych.actors.placement.host_process import HostProcess
+from triptych.actors.placement.placed_process import PlacedProcess
 
 UNTIL_EOF = "import sys; print('up', flush=True); sys.stdin.read(); print('drained', flush=True)"
 
 
-def process_of(code: str, final: tuple[int, ...] = (0,)) -> HostProcess:
-    return HostProcess([sys.executable, "-Sc", code], os.environ, final)
+def process_of(code: str, final: tuple[int, ...] = (0,)) -> PlacedProcess:
+    return PlacedProcess([sys.executable, "-Sc", code], os.environ, final)
 
 
-def until_over(process: HostProcess) -> tuple[list[str], int]:
+def until_over(process: PlacedProcess) -> tuple[list[str], int]:
     lines: list[str] = []
     after = 0
     while True:

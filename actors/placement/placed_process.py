@@ -34,7 +34,7 @@ class Report(NamedTuple):
     """Its last exit code, None unless it is over for good."""
 
 
-class HostProcess:
+class PlacedProcess:
     """Runs a command, and runs it again when it fails, with growing pauses, until it is told to stop.
 
     The command ends when its stdin does, which is a pipe from here: so it ends with this process, however that dies.
