@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from triptych.actors import AddressBook, Component, Topology
 from triptych.actors.child_state import GIVEN_UP_STATES, ChildState
+from triptych.actors.runtime.address_book import supervisor_of
 from triptych.actors.runtime.system_messages import (
     ChildReport,
     DeadLetterQuery,
@@ -27,7 +28,10 @@ PROBE_TIMEOUT_S = 1.0
 
 _PRIVATE = ("pid", "fd", "session", "base_address", "arena")
 
+_UP = (ChildState.READY, ChildState.ASLEEP)
+
 R = TypeVar("R", bound=Message)
+Reports = Mapping[str, SupervisorReport | None]
 
 
 class Readiness(NamedTuple):
@@ -48,26 +52,27 @@ class ClusterObserver:
 
     async def readiness(self) -> Readiness:
         """Ask the head, and the supervisors for children that are not started any more."""
-        head, children = await asyncio.gather(self._ask("head", ClusterQuery(), ClusterView), self._children())
-        return assess_readiness(head, children.values())
+        head, reports = await asyncio.gather(self._ask("head", ClusterQuery(), ClusterView), self._reports())
+        return assess_readiness(head, children_of(reports).values(), silent_hosts(self.topology, reports))
 
     async def give_up_reason(self, name: str) -> str:
         """Why a child is not started any more; "" while it is, or where that is not known."""
-        child = (await self._children()).get(name)
+        child = children_of(await self._reports()).get(name)
         return child.reason or child.state if child and child.state in GIVEN_UP_STATES else ""
 
     async def snapshot(self) -> dict[str, Any]:
         """Return the state of everything as plain data; takes at most about `PROBE_TIMEOUT_S`."""
         components = self.topology.components
         pools = [component.name for component in components if component.kind == "pool"]
-        head, children, inspections, letters, descriptions = await asyncio.gather(
+        head, reports, inspections, letters, descriptions = await asyncio.gather(
             self._ask("head", ClusterQuery(), ClusterView),
-            self._children(),
+            self._reports(),
             self._ask_all([component.name for component in components], Inspect(), Inspection),
             self._ask_all([component.name for component in components], DeadLetterQuery(), DeadLetterReport),
             self._ask_all(pools, PoolQuery(), PoolDescription),
         )
-        readiness = assess_readiness(head, children.values())
+        children = children_of(reports)
+        readiness = assess_readiness(head, children.values(), silent_hosts(self.topology, reports))
         instances = {instance.name: instance for instance in head.instances} if head else {}
         actors = [
             row
@@ -83,6 +88,7 @@ class ClusterObserver:
             "ready": readiness.ready,
             "reasons": readiness.reasons,
             "gave_up": readiness.gave_up,
+            "hosts": host_rows(self.topology, reports),
             "actors": actors,
             "pools": [
                 _public_view(found) if found else {"name": name, "transport": None, "state": ChildState.DOWN}
@@ -92,9 +98,9 @@ class ClusterObserver:
             "dead_letters": {name: to_builtins(report) for name, report in letters.items() if report},
         }
 
-    async def _children(self) -> dict[str, ChildReport]:
-        reports = await self._ask_all(self.address_book.supervisors(), SupervisorQuery(), SupervisorReport)
-        return {child.name: child for report in reports.values() if report for child in report.children}
+    async def _reports(self) -> Reports:
+        """Return what each supervisor says, by its name; None from one that does not answer."""
+        return await self._ask_all(self.address_book.supervisors(), SupervisorQuery(), SupervisorReport)
 
     async def _ask_all(self, names: Iterable[str], message: Message, reply: type[R]) -> dict[str, R | None]:
         names = tuple(names)
@@ -113,13 +119,54 @@ def _public_view(pool: PoolDescription) -> dict[str, Any]:
     return {key: value for key, value in to_builtins(pool).items() if key not in _PRIVATE}
 
 
-def assess_readiness(head: ClusterView | None, children: Collection[ChildReport]) -> Readiness:
-    """Decide by what the head says and by what was given up, which only an operator can bring back."""
+def children_of(reports: Reports) -> dict[str, ChildReport]:
+    """Return what supervisors know of each component, by name."""
+    return {child.name: child for report in reports.values() if report for child in report.children}
+
+
+def silent_hosts(topology: Topology, reports: Reports) -> list[str]:
+    """Return the names of the hosts of which no supervisor answers, where there are several."""
+    if len(topology.hosts) < 2:
+        return []
+    known = {topology.component(name).host for name in children_of(reports)}
+    answering = {host.name for host in topology.hosts if reports.get(supervisor_of(host.name))}
+    return [host.name for host in topology.hosts if host.name not in known | answering]
+
+
+def host_rows(topology: Topology, reports: Reports) -> list[dict[str, Any]]:
+    """Make a row for each host: "ready" if all its components are, "down" if no supervisor there answers."""
+    silent, children = silent_hosts(topology, reports), children_of(reports)
+    rows = []
+    for host in topology.hosts:
+        here = [component.name for component in topology.on_host(host.name)]
+        known = [children[name] for name in here if name in children]
+        up = len(known) == len(here) and all(child.state in _UP for child in known)
+        rows.append(
+            {
+                "name": host.name,
+                "address": host.address,
+                "state": ChildState.DOWN if host.name in silent else ChildState.READY if up else "not ready",
+                "components": here,
+                "restarts": sum(child.restarts for child in known),
+                "gave_up": [child.name for child in known if child.state in GIVEN_UP_STATES],
+            }
+        )
+    return rows
+
+
+def assess_readiness(
+    head: ClusterView | None, children: Collection[ChildReport], silent: Collection[str] = ()
+) -> Readiness:
+    """Decide by what the head says and by what was given up, which only an operator can bring back.
+
+    A host in `silent` is a reason to look, and not to refuse requests: that is for the head to say.
+    """
     gave_up = [f"{child.name}: {child.reason}" for child in children if child.state in GIVEN_UP_STATES]
     delayed = [
         f"{child.name} cannot start yet: {child.reason}" for child in children if child.state == ChildState.DELAYED
     ]
-    reasons = [*(head.reasons if head else ["the head does not answer"]), *gave_up, *delayed]
+    lost = [f"host {name} does not answer" for name in silent]
+    reasons = [*(head.reasons if head else ["the head does not answer"]), *gave_up, *delayed, *lost]
     return Readiness(head is not None and head.ready and not gave_up, reasons, gave_up)
 
 
@@ -137,7 +184,8 @@ def actor_rows(
         credit["start_s"] = child.start_s
     if inspection is None:
         return [{**unreachable_row(component, child), **credit}]
-    found: list[dict[str, Any]] = [{**to_builtins(status), "component": component.name} for status in inspection.actors]
+    place = {"component": component.name, "host": component.host}
+    found: list[dict[str, Any]] = [{**to_builtins(status), **place} for status in inspection.actors]
     for row in found[:1]:
         row.update(credit)
         if child is not None and row["state"] == child.state:  # its supervisor knows all actors of the process
@@ -151,6 +199,7 @@ def unreachable_row(component: Component, child: ChildReport | None) -> dict[str
         "name": component.name,
         "kind": component.kind,
         "component": component.name,
+        "host": component.host,
         "pid": 0,
         "generation": 0,
         "state": ChildState.DOWN,

@@ -190,8 +190,8 @@ def _cluster() -> dict[str, Any]:
     texts = {"type": "array", "items": _TEXT}
     head = {"anyOf": [shape(inspect.type_info(ClusterView)), {"type": "null"}]}
     fields = {
-        "ready": {"type": "boolean"}, "reasons": texts, "gave_up": texts, "actors": rows, "pools": rows, "head": head,
-        "dead_letters": {"type": "object"},
+        "ready": {"type": "boolean"}, "reasons": texts, "gave_up": texts, "hosts": rows, "actors": rows, "pools": rows,
+        "head": head, "dead_letters": {"type": "object"},
     }  # fmt: skip
     return {"type": "object", "properties": fields, "required": list(fields)}
 

@@ -15,7 +15,7 @@ from triptych.actors.child_state import ChildState
 from triptych.actors.command._console import styled, table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from rich.console import Console
     from rich.table import Table
@@ -38,6 +38,7 @@ class Display:
         self._all_ready = asyncio.Event()
         self._api_ready = asyncio.Event()
         self._begun = time.monotonic()
+        self._reasons: list[str] = []
 
     @contextlib.contextmanager
     def showing(self, components: Sequence[Component]) -> Iterator[None]:
@@ -69,11 +70,17 @@ class Display:
         """Print the URL once `GET /ready` says that the system takes requests."""
         if self._serves_http:
             await self._api_ready.wait()
-            await _until_ready(self.topology.url)
+            await _until_ready(self.topology.url, self.waiting)
             self.ready(f"[bold green]Triptych is ready[/] on [bold]{escape(self.topology.url)}[/]")
         else:
             await self._all_ready.wait()
             self.ready(f"[bold green]{escape(', '.join(self._states))} ready[/]")
+
+    def waiting(self, reasons: list[str]) -> None:
+        """Say what the system waits for, when that changes; with several hosts, the others are not shown here."""
+        if len(self.topology.hosts) > 1 and reasons != self._reasons:
+            self._reasons = reasons
+            self.console.print(f"[yellow]waiting for the hosts:[/] {escape('; '.join(reasons))}")
 
     def ready(self, sentence: str) -> None:
         """Say that everything is up."""
@@ -149,18 +156,22 @@ def line(report: ChildReport) -> str:
             return f"{name} [bold red]given up:[/] {reason}"
         case ChildState.BACKOFF if report.reason:
             return f"{name} [yellow]ended[/] ({reason}), starting it again"
+        case ChildState.JOINING if report.detail:
+            return f"{name} {styled(report.state)} [dim]({escape(report.detail)})[/]"
         case ChildState.STOPPED if report.reason:
             return f"{name} [dim]stopped[/] ({reason})"
         case state:
             return f"{name} {styled(state)}" + (f" [dim](pid {report.pid})[/]" if state == ChildState.LOADING else "")
 
 
-async def _until_ready(url: str) -> None:
+async def _until_ready(url: str, waiting: Callable[[list[str]], None]) -> None:
     async with httpx.AsyncClient(base_url=url, timeout=_READY_TIMEOUT_S) as http:
         while True:
             try:
-                if (await http.get("/ready")).is_success:
+                answer = await http.get("/ready")
+                if answer.is_success:
                     return
+                waiting(answer.json()["reasons"])
             except httpx.HTTPError:
                 pass  # the API restarts: its own line says so
             await asyncio.sleep(_READY_EVERY_S)

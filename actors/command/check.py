@@ -13,9 +13,10 @@ from rich.markup import escape
 
 from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, fail, stderr, stdout, table
 from triptych.actors.command.preflight import preflight
-from triptych.actors.errors import StartError, TopologyError
+from triptych.actors.errors import StartError, TopologyError, UnknownNameError
+from triptych.actors.runtime.bus_keys import this_host
 from triptych.actors.supervision import load_function, quiet_libraries
-from triptych.actors.topology import Component, Model, ModelReport, Topology, load_topology
+from triptych.actors.topology import Component, HostSection, Model, ModelReport, Topology, load_topology
 
 TopologyFile = Annotated[Path, typer.Argument(metavar="FILE", help="The topology, a TOML file.", show_default=False)]
 
@@ -40,15 +41,21 @@ def check(
             "--model", help="Also check the model: its files, its classes, and one tiny request. Takes seconds."
         ),
     ] = False,
+    host: Annotated[
+        str,
+        typer.Option(
+            "--host", metavar="NAME", help="This machine's [[hosts]] entry; default: TRIPTYCH_HOST, else the head's."
+        ),
+    ] = "",
     no_dry_run: Annotated[
         bool, typer.Option("--no-dry-run", help="With --model: do not load the model for a request.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Check a topology file, and list the processes that it leads to.
+    """Check a topology file, and list the processes that it leads to, and with [[hosts]] where each runs.
 
     Exits with 0 when everything can be served. Exits with 2 when the file cannot be run on this machine or a model
-    cannot be served, after one sentence for each problem.
+    cannot be served, after one sentence for each problem. With [[hosts]] a machine is checked for what runs on it.
 
     With --model it reads the configuration of all components and the headers of all weights, and compares them with the
     classes of the installed libraries. Then, if the weights fit into free memory, it loads them and makes one request
@@ -64,8 +71,9 @@ def check(
     """
     try:
         topology = load_topology(file)
-        preflight(topology, topology.components, file=str(file))
-    except TopologyError as error:
+        here = this_host(topology, host)
+        preflight(topology, topology.on_host(here) if here else topology.components, file=str(file))
+    except (TopologyError, UnknownNameError) as error:
         if as_json:
             _print_json(file, False, str(error), [])
             raise typer.Exit(EXIT_BAD_TOPOLOGY) from error
@@ -120,20 +128,50 @@ def _print_json(file: Path, ok: bool, problem: str, reports: list[ModelReport]) 
 
 
 def show(topology: Topology) -> None:
-    """Print the components of a topology."""
-    rows = [
-        (component.name, component.kind, escape(component.address), component.device if component.slots else "")
+    """Print the components of a topology, and where each runs if there are several hosts."""
+    console = stdout()
+    if topology.hosts:
+        rows = [_host_row(topology, host) for host in topology.hosts]
+        console.print(table(("host", "address", "components", "pool", "transfer ports", "supervisor"), rows))
+        console.print()
+    components = [
+        (
+            component.name,
+            *((component.host,) if topology.hosts else ()),
+            component.kind,
+            escape(component.address),
+            component.device if component.slots else "",
+        )
         for component in topology.components
     ]
-    console = stdout()
-    console.print(table(("name", "kind", "address", "device"), rows))
+    columns = ("name", *(("host",) if topology.hosts else ()), "kind", "address", "device")
+    console.print(table(columns, components))
     paths = ", ".join(str(model.path) for model in topology.models)
-    console.print(f"HTTP on {topology.url}, model {escape(paths)}")
-    if any(component.kind == "pool" for component in topology.components):
-        size, largest = topology.transfer.pool_size, topology.largest_payload
-        console.print(f"A pool of {size} takes up to {largest:,} bytes from one stage for the next")
-    if topology.backend.is_open_to_network:
+    on = f" of host {topology.head_host}" if len(topology.hosts) > 1 else ""
+    console.print(f"HTTP on {topology.url}{on}, model {escape(paths)}")
+    if pools := [component for component in topology.components if component.kind == "pool"]:
+        sizes = dict.fromkeys(topology.pool_size(pool) for pool in pools)
         console.print(
-            f"The pools' memory is open for reading and writing to whoever reaches {topology.engine}'s ports on this "
-            "host, which it opens on every interface: see docs/security.md"
+            f"A pool of {' or '.join(sizes)} takes up to {topology.largest_payload:,} bytes from one stage for the next"
         )
+    if topology.backend.is_open_to_network:
+        of = "its host" if topology.hosts else "this host"
+        console.print(
+            f"The pools' memory is open for reading and writing to whoever reaches {topology.engine}'s ports on {of}, "
+            "which it opens on every interface: see docs/security.md"
+        )
+
+
+def _host_row(topology: Topology, host: HostSection) -> tuple[str, ...]:
+    here = topology.on_host(host.name)
+    pool = next((component for component in here if component.kind == "pool"), None)
+    first, last = topology.transfer_ports(host.name)
+    several = len(topology.hosts) > 1
+    return (
+        host.name,
+        escape(host.address),
+        ", ".join(component.name for component in here if component.kind != "pool"),
+        f"{pool.name}, {topology.pool_size(pool)}" if pool else "",
+        f"{first}-{last}" if pool and topology.backend.is_open_to_network else "",
+        escape(topology.supervisor_address(host)) if several else "",
+    )

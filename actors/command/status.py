@@ -23,6 +23,7 @@ from triptych.actors.topology import load_topology
 from triptych.api.client import ClientError, authorization, read_json, timeout, unreachable
 
 _WATCH_EVERY_S: Final = 1.0
+_HOST_COLUMNS: Final = ("host", "state", "address", "components", "restarts", "given up")
 _COLUMNS: Final = ("name", "state", "pid", "restarts", "uptime", "mailbox", "slots", "detail")
 
 
@@ -98,13 +99,16 @@ def _shown(cluster: dict[str, Any], *, as_json: bool) -> RenderableType:
 def render(cluster: dict[str, Any]) -> RenderableType:
     """Return the answer of `GET /v1/cluster` as a table; fields that an API of another version lacks are left out."""
     actors = cluster.get("actors", ())
-    rows = [_row(actor, _start(actor, actors)) for actor in actors]
+    hosts = cluster.get("hosts", ())
+    rows = [_row(actor, _start(actor, actors), with_host=bool(hosts)) for actor in actors]
+    columns = ("name", *(("host",) if hosts else ()), *_COLUMNS[1:])
     reasons = "".join(f"\n  {escape(str(reason))}" for reason in cluster.get("reasons", ()))
     headline = "[green]ready[/]" if cluster.get("ready") else f"[red]not ready[/]{reasons}"
     pools = [_pool(pool) for pool in cluster.get("pools", ())]
     pools += _models((cluster.get("head") or {}).get("models") or {})
     pools += _prompt_cache((cluster.get("head") or {}).get("prompt_cache") or {})
-    return Group(Text.from_markup(headline), table(_COLUMNS, rows), *(Text.from_markup(pool) for pool in pools))
+    tables: list[RenderableType] = [table(_HOST_COLUMNS, map(_host, hosts)), Text()] if hosts else []
+    return Group(Text.from_markup(headline), *tables, table(columns, rows), *(Text.from_markup(pool) for pool in pools))
 
 
 def _start(actor: dict[str, Any], actors: Sequence[dict[str, Any]]) -> str:
@@ -122,11 +126,23 @@ def _start(actor: dict[str, Any], actors: Sequence[dict[str, Any]]) -> str:
     return ", ".join(shares)
 
 
-def _row(actor: dict[str, Any], start: str) -> tuple[str, ...]:
+def _host(host: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        escape(str(host.get("name", "?"))),
+        styled(str(host.get("state", "?"))),
+        escape(str(host.get("address", ""))),
+        escape(", ".join(host.get("components", ()))),
+        str(host.get("restarts", "")),
+        escape(", ".join(host.get("gave_up", ()))),
+    )
+
+
+def _row(actor: dict[str, Any], start: str, *, with_host: bool) -> tuple[str, ...]:
     depth, capacity = actor.get("mailbox_depth"), actor.get("mailbox_capacity")
     slots, credits_ = actor.get("slots"), actor.get("credits")
     return (
         escape(str(actor.get("name", "?"))),
+        *((escape(str(actor.get("host", ""))),) if with_host else ()),
         styled(str(actor.get("state", "?"))),
         str(actor.get("pid") or ""),
         str(actor.get("restarts", "")),

@@ -266,9 +266,13 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
         """Return where that supervisor listens."""
         return tcp_address(bind_host(host), self.supervisor_port(host.name))
 
+    def pool_size(self, pool: Component) -> str:
+        """Return the size of a pool, as it is written."""
+        return pool_size(self.host_of(pool), self.transfer)
+
     def pool_bytes(self, pool: Component) -> int:
         """Return the size of a pool in bytes."""
-        return parse_size(pool_size(self.host_of(pool), self.transfer))
+        return parse_size(self.pool_size(pool))
 
     def zones(self, pool: Component) -> tuple[str, ...]:
         """Return the zones of a pool, as `_pools.pool_zones` does."""

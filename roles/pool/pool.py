@@ -111,7 +111,7 @@ class BufferPool(Actor):
         except ArenaError as error:
             host = self.topology.host_of(self.component)
             where = f'[[hosts]] "{host.name}"' if host is not None and host.pool_size else "[transfer]"
-            size = (host.pool_size if host is not None else "") or self.topology.transfer.pool_size
+            size = self.topology.pool_size(self.component)
             raise StartDelayedError(f"{error} ({where} pool_size is {size})") from error
         except TransferSetupError as error:
             raise StartError(str(error)) from error

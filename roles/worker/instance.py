@@ -105,6 +105,8 @@ class Instance(Actor):
         self._leaving = False
         self._awake_target: bool | None = None
         """What the weights are changing to: True for awake, False for asleep; None while they do not change."""
+        elsewhere = topology.head_host if topology.head_host != component.host else ""
+        self._waiting = f"waiting for the head on host {elsewhere}" if elsewhere else "waiting for the head"
         self._idle = asyncio.Event()
         self._head_away = asyncio.Event()
         self._head_away.set()
@@ -112,7 +114,7 @@ class Instance(Actor):
     async def started(self) -> None:
         """Wait for the model and the pool, then register with the head as soon as there is one."""
         await self.context.until_ready()
-        self.set_state(ChildState.JOINING, "waiting for the head")
+        self.set_state(ChildState.JOINING, self._waiting)
         self.spawn(self.reporter.run(self._deliver), name="reports")
         self.spawn(self._stay_registered(), name="head")
 
@@ -373,7 +375,7 @@ class Instance(Actor):
             await self._send_heartbeats(head, lost)
             self._head_away.set()
             self.reporter.pause()
-            self._show_state(ChildState.JOINING, "waiting for the head")
+            self._show_state(ChildState.JOINING, self._waiting)
             self._client.undo_all()
             self._carry_out(self.attempts.drop_reservations())
 
@@ -387,7 +389,7 @@ class Instance(Actor):
                 if is_fenced(error):
                     raise FencedError(f"the head has given this incarnation up ({error})") from error
                 self.log.info("not joined yet", error=str(error))
-                self._show_state(ChildState.JOINING, _why_not_joined(error))
+                self._show_state(ChildState.JOINING, _why_not_joined(error) or self._waiting)
             await asyncio.sleep(backoff_s(tries))
             tries += 1
 
@@ -443,7 +445,7 @@ class Instance(Actor):
 
 
 def _why_not_joined(error: BusError) -> str:
-    """Return what the status of an instance says that waits for the head."""
+    """Return why an instance waits for the head, "" where that has only not come yet."""
     if isinstance(error, HandshakeRefusedError):
         return str(error)
-    return error.detail if isinstance(error, RemoteError) else "waiting for the head"
+    return error.detail if isinstance(error, RemoteError) else ""

@@ -8,6 +8,7 @@ import re
 import msgspec
 import pytest
 
+from triptych.actors import load_topology
 from triptych.actors.runtime.system_messages import (
     ActorStatus,
     ChildReport,
@@ -19,7 +20,7 @@ from triptych.actors.runtime.system_messages import (
     SupervisorReport,
 )
 from triptych.api.app import ROUTES
-from triptych.api.cluster_observer import actor_rows, assess_readiness
+from triptych.api.cluster_observer import actor_rows, assess_readiness, host_rows, silent_hosts
 from triptych.bus import DeadLetter, Mailbox
 from triptych.roles.messages import requests as wire
 from triptych.roles.messages.pool import PoolDescription, PoolQuery
@@ -312,6 +313,28 @@ async def test_a_child_that_its_supervisor_holds_for_ready_but_does_not_answer_i
     child = ChildReport("decoder-0", "decoder", 42, 3, "ready", 0, "", 1.0)
     (row,) = actor_rows(topology.component("decoder-0"), None, child, None)
     assert row["state"] == "down"
+
+
+def test_a_host_is_down_where_no_supervisor_answers_and_others_say_how_they_are(tmp_path):
+    hosts = "".join(f'[[hosts]]\nname = "{name}"\naddress = "10.0.0.{n}"\n' for n, name in enumerate("abc", start=1))
+    kinds = zip("abc", ("encoder", "denoiser", "decoder"), strict=True)
+    roles = "".join(f'[[roles]]\nhost = "{host}"\nkind = "{kind}"\n' for host, kind in kinds)
+    file = tmp_path / "hosts.toml"
+    file.write_text(f'[model]\npath = "."\n{hosts}[head]\nhost = "a"\n[transfer]\ntrusted_network = true\n{roles}')
+    topology = load_topology(file)
+    states = {"pool-b": "ready", "denoiser-0": "gave_up"}
+    children = tuple(ChildReport(name, "", 1, 1, state, 2, "", 1.0) for name, state in states.items())
+    up = tuple(ChildReport(c.name, c.kind, 1, 1, "ready", 0, "", 1.0) for c in topology.on_host("a"))
+    reports = {"supervisor-a": SupervisorReport(up), "supervisor-b": SupervisorReport(children), "supervisor-c": None}
+    rows = host_rows(topology, reports)
+    assert [(row["name"], row["state"], row["restarts"], row["gave_up"]) for row in rows] == [
+        ("a", "ready", 0, []),
+        ("b", "not ready", 4, ["denoiser-0"]),
+        ("c", "down", 0, []),
+    ]
+    assert silent_hosts(topology, reports) == ["c"]
+    answer = assess_readiness(wire.ClusterView(True, (), (), {}, 0, 0.0), up, ["c"])
+    assert answer == (True, ["host c does not answer"], []), "what is left may serve all stages"
 
 
 async def test_readiness_is_the_heads_word_unless_something_was_given_up():

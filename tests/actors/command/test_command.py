@@ -27,6 +27,7 @@ from triptych.actors.command import app
 from triptych.actors.command._display import Display, LiveDisplay, line
 from triptych.actors.command._progress import API_AWAY_TIMEOUT_S, wait_until_finished
 from triptych.actors.command.generate import output_paths, parse_settings, preview_path
+from triptych.actors.command.preflight import has_accelerator
 from triptych.actors.command.reload import summarize
 from triptych.actors.command.status import render
 from triptych.actors.runtime.system_messages import ChildReport
@@ -38,6 +39,10 @@ from triptych.roles.messages.weights import Reloading
 
 Write = Callable[..., Path]
 runner = CliRunner()
+
+
+TWO_HOSTS = "".join(f'[[hosts]]\nname = "{name}"\naddress = "127.0.0.{n}"\n' for n, name in enumerate("ab", start=2))
+TWO_HOSTS += '[head]\nhost = "a"\n'
 
 
 def report(name: str, state: str, reason: str = "", pid: int = 7) -> ChildReport:
@@ -97,6 +102,23 @@ def test_check_lists_the_components(write: Write) -> None:
     assert rows[-1][7] == "134,217,728"
 
 
+def test_check_says_what_each_host_runs_and_looks_at_this_machine_alone(write: Write) -> None:
+    roles = THREE_ROLES.replace("kind", 'host = "b"\nkind').replace('"b"\nkind = "encoder"', '"a"\nkind = "encoder"')
+    file = write(f"{TWO_HOSTS}[transfer]\ntrusted_network = true\n", roles + 'device = "cuda"\n')
+    showing = runner.invoke(app, ["check", str(file)])
+    assert showing.exit_code == 0, showing.stderr
+    rows = [row.split() for row in showing.stdout.splitlines()]
+    assert rows[1] == [
+        "a", "127.0.0.2", "encoder-0,", "head,", "api", "pool-a,", "256MiB", "21000-21015", "tcp://127.0.0.2:5562",
+    ]  # fmt: skip
+    assert ["decoder-0", "b", "decoder", "tcp://127.0.0.3:5560", "cuda"] in rows
+    if not has_accelerator():
+        showing = runner.invoke(app, ["check", str(file), "--host", "b"])
+        assert (showing.exit_code, "shows no such device" in showing.stderr) == (2, True)
+    showing = runner.invoke(app, ["check", str(file), "--host", "z"])
+    assert (showing.exit_code, "no host is called 'z'" in showing.stderr) == (2, True)
+
+
 def test_check_says_what_is_wrong_for_people_and_for_programs_with_one_exit_code(write: Write) -> None:
     file = write()
     showing = runner.invoke(app, ["check", str(file), "--model"])
@@ -131,8 +153,7 @@ def test_up_refuses_an_unknown_component_and_a_missing_model(write: Write) -> No
 
 
 def test_up_says_what_to_type_for_several_hosts(write: Write) -> None:
-    hosts = "".join(f'[[hosts]]\nname = "{name}"\naddress = "127.0.0.{n}"\n' for n, name in enumerate("ab", start=2))
-    file = write(f'{hosts}[head]\nhost = "a"\n', THREE_ROLES.replace("kind", 'host = "b"\nkind'))
+    file = write(TWO_HOSTS, THREE_ROLES.replace("kind", 'host = "b"\nkind'))
     for options, sentence in (
         ((), f"has 2 hosts (a, b): run `triptych up {file} --host NAME` on each"),
         (("--host", "c"), "no host is called 'c'"),
@@ -316,6 +337,19 @@ def test_status_shows_every_actor_and_why_it_is_not_ready() -> None:
     assert lines[6:] == ["pool: 3.0 MiB of 8.0 MiB free, shared memory", "other: down"]
 
 
+def test_status_shows_hosts_where_there_are_any() -> None:
+    console, text = shown_on(200)
+    hosts = [
+        {"name": "a", "state": "ready", "address": "10.0.0.1", "components": ["head", "api"], "restarts": 2},
+        {"name": "b", "state": "down", "address": "10.0.0.2", "components": ["d-0"], "restarts": 0, "gave_up": ["d-0"]},
+    ]
+    actors = [{"name": "d-0", "host": "b", "state": "down"}]
+    console.print(render({"ready": True, "reasons": [], "hosts": hosts, "actors": actors}))
+    rows = [row.split() for row in text.getvalue().splitlines()]
+    assert rows[2:4] == [["a", "ready", "10.0.0.1", "head,", "api", "2"], ["b", "down", "10.0.0.2", "d-0", "0", "d-0"]]
+    assert (rows[5][:3], rows[6]) == (["name", "host", "state"], ["d-0", "b", "down"])
+
+
 def test_status_shows_a_prompt_cache_where_there_is_one() -> None:
     console, text = shown_on()
     cache = {"entries": 3, "nbytes": 3 << 19, "capacity": 1 << 22, "hits": 40, "misses": 7}
@@ -323,6 +357,17 @@ def test_status_shows_a_prompt_cache_where_there_is_one() -> None:
         console.print(render({"ready": True, "actors": [], "head": head}))
     (line_of_it,) = [row for row in text.getvalue().splitlines() if "cache" in row]
     assert line_of_it == "prompt cache: 3 prompts in 1.5 MiB of 4.0 MiB, 40 hits, 7 misses"
+
+
+def test_the_api_says_which_hosts_it_waits_for_when_that_changes(write: Write) -> None:
+    console, text = shown_on(200)
+    display = Display(console, load_topology(write(TWO_HOSTS, THREE_ROLES.replace("kind", 'host = "b"\nkind'))))
+    for reasons in (["no encoder is ready"], ["no encoder is ready"], ["pool-b is not ready"]):
+        display.waiting(reasons)
+    assert text.getvalue().splitlines() == [
+        "waiting for the hosts: no encoder is ready",
+        "waiting for the hosts: pool-b is not ready",
+    ]
 
 
 def test_a_child_in_words() -> None:
