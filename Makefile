@@ -12,7 +12,7 @@ PARALLEL ?= -n $(shell expr $$(nproc) + 1) --maxprocesses 4 --dist worksteal
 # Three wheels bring the same mooncake/ folder: one for hosts without an NVIDIA driver, one each for CUDA 12 and 13.
 MOONCAKE := $(shell tools/mooncake_extra.sh)
 
-.PHONY: help install demo serve test test-packages test-long test-hosts test-families test-rdma test-ray test-gpu check format bench bench-memory gpu-report gpu-report-here docs docs-serve clean
+.PHONY: help install demo serve test test-packages test-long test-hosts test-families test-rdma test-placement test-ray test-gpu check format bench bench-memory gpu-report gpu-report-here docs docs-serve clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -34,7 +34,7 @@ serve: $(INSTALLED) ## Start the system of TOPOLOGY=examples/demo.toml and keep 
 	$(BIN)/triptych up $(TOPOLOGY)
 
 test: $(INSTALLED) test-packages ## All tests that need no GPU
-	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not families and not long and not hosts and not rdma and not ray"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not families and not long and not hosts and not rdma and not placement and not ray"
 
 test-packages: # Some tests run on hosts that are made of namespaces
 	tools/system_packages.sh ip:iproute2 tc:iproute2 nft:nftables unshare:util-linux nsenter:util-linux
@@ -51,6 +51,11 @@ test-families: $(INSTALLED) ## The same tests for every pipeline of diffusers, f
 test-rdma: $(INSTALLED) ## Tests over RDMA, with a device that the kernel of a QEMU guest makes; two minutes
 	tools/system_packages.sh qemu-system-x86_64:qemu-system-x86 rdma:iproute2
 	$(BIN)/python -m triptych.tools.rdma_guest $(BIN)/python -m pytest -s -m rdma tests/engines/transfer
+
+test-placement: $(INSTALLED) ## Hosts run over a real sshd and a real Slurm, manifests against all of Kubernetes' schemas
+	tools/system_packages.sh sshd:openssh-server slurmctld:slurmctld slurmd:slurmd srun:slurm-client
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt kubernetes-validate
+	$(BIN)/python -m pytest -m placement tests/placement tests/actors/placement
 
 test-ray: $(INSTALLED) test-packages ## Ray places the hosts, on three nodes made of namespaces; installs Ray (79 MB); minutes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'

@@ -18,6 +18,7 @@ from triptych.actors.command.add import add
 from triptych.actors.command.check import check
 from triptych.actors.command.generate import generate
 from triptych.actors.command.keys import keys
+from triptych.actors.command.manifests import manifests
 from triptych.actors.command.reload import reload
 from triptych.actors.command.sleep_wake import sleep, wake
 from triptych.actors.command.status import status
@@ -25,7 +26,9 @@ from triptych.actors.command.up import up
 
 __all__ = ["app", "main"]
 
-_COMMANDS: Final[tuple[Callable[..., None], ...]] = (up, check, add, keys, status, generate, reload, sleep, wake)
+_COMMANDS: Final[tuple[Callable[..., None], ...]] = (
+    *(up, check, add, keys, status, generate, reload, sleep, wake, manifests),
+)
 
 app = typer.Typer(
     name="triptych",

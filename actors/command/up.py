@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from collections.abc import Callable
@@ -9,15 +10,20 @@ from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
 from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, stdout
-from triptych.actors.command._display import make_display
+from triptych.actors.command._display import Display, make_display
 from triptych.actors.command.check import TopologyFile
 from triptych.actors.command.preflight import preflight
 from triptych.actors.errors import AlreadyRunningError, ForeignStateError, StartError, TopologyError, UnknownNameError
 from triptych.actors.placement.ray import run_on_ray
+from triptych.actors.placement.service_manager import StatusReporter
+from triptych.actors.placement.ssh import SshLauncher
 from triptych.actors.runtime import logs
 from triptych.actors.runtime.address_book import SUPERVISOR
+from triptych.actors.runtime.system_messages import ChildReport
 from triptych.actors.supervision import SupervisorProcess, die_with_parent
 from triptych.actors.topology import Topology, load_topology
 
@@ -54,6 +60,12 @@ def up(
             show_default=False,
         ),
     ] = "",
+    ssh: Annotated[
+        bool, typer.Option("--ssh", help="Run the supervisors of all [[hosts]] over ssh, and start them again.")
+    ] = False,
+    ssh_config: Annotated[
+        str, typer.Option(metavar="FILE", help="With --ssh: the configuration of ssh, as its -F.", show_default=False)
+    ] = "",
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"] | None,
         typer.Option(help="Default: warning on a terminal, else info; or TRIPTYCH_LOG_LEVEL.", show_default=False),
@@ -77,6 +89,8 @@ def up(
 
     triptych up examples/three-hosts.toml --host b
 
+    triptych up examples/three-hosts.toml --ssh
+
     triptych up examples/three-hosts.toml --ray 10.0.0.1:6379
     """
     if parent:
@@ -89,16 +103,21 @@ def up(
         _place(lambda: run_on_ray(file, ray, _say, log_level or ""), only or host, reason_file)
     try:
         topology = load_topology(file)
+        if ssh:
+            _check_ssh(topology, host or only, file=str(file))
+            raise typer.Exit(_run_over_ssh(topology, console, ssh_config))
         _check_host(topology, host, only=only, file=str(file))
         display = make_display(console, topology)
+        reporter = StatusReporter()
         supervision = SupervisorProcess(
             topology,
             only=_names(only),
             host=host,
             until_eof=until_eof,
-            on_change=display.changed,
-            side_task=display.announce_readiness,
+            on_change=lambda report: _tell(report, display, reporter),
+            side_task=lambda: _report(display, reporter),
         )
+        reporter.watch(component.name for component in supervision.components)
         preflight(topology, supervision.components, file=str(file))
     except (TopologyError, UnknownNameError) as error:
         _fail(str(error), EXIT_BAD_TOPOLOGY, reason_file)
@@ -110,6 +129,40 @@ def up(
     if supervision.problem:
         _fail(supervision.problem, code, reason_file)
     raise typer.Exit(code)
+
+
+def _tell(report: ChildReport, display: Display, reporter: StatusReporter) -> None:
+    display.changed(report)
+    reporter.changed(report)
+
+
+async def _report(display: Display, reporter: StatusReporter) -> None:
+    await asyncio.gather(display.announce_readiness(), reporter.run())
+
+
+def _check_ssh(topology: Topology, chosen: str, *, file: str) -> None:
+    """Raise `TopologyError` if there is nothing to reach over ssh, or only a part of it is asked for."""
+    if chosen:
+        problem, fix = f"is run on all hosts with --ssh, and here only as {chosen}", "leave out --host and --only"
+        raise TopologyError(file, "", problem, fix)
+    if not topology.hosts:
+        raise TopologyError(file, "", "has no [[hosts]]", "run it without --ssh, or add a [[hosts]] for each machine")
+
+
+def _run_over_ssh(topology: Topology, console: Console, config: str) -> int:
+    """Run the supervisors of all hosts until SIGINT, SIGTERM or SIGHUP; a second signal kills the ssh's."""
+    width = max(len(host.name) for host in topology.hosts)
+
+    def show(host: str, line: str) -> None:
+        console.print(Text.assemble((f"{host:<{width}} ", "bold"), line), soft_wrap=True)
+
+    async def run() -> int:
+        launcher = SshLauncher(topology, show, config=config, log_level=os.environ[logs.LEVEL_VARIABLE])
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, launcher.stop)
+        return await launcher.run()
+
+    return asyncio.run(run())
 
 
 def _place(run: Callable[[], int], contradiction: str, reason_file: Path | None) -> NoReturn:

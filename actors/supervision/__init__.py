@@ -18,7 +18,17 @@ from triptych.actors.supervision._child_process import module_command
 from triptych.actors.supervision._component_specs import COMPONENT_SPECS, PRELOAD, ComponentSpec, load_function
 from triptych.actors.supervision._launcher import NO_CUDA, QUIET, quiet_libraries
 from triptych.actors.supervision._process_tree import die_with_parent
-from triptych.actors.supervision._restart import RestartPolicy, Strategy, decide_restart
+from triptych.actors.supervision._restart import (
+    ChildExit,
+    ChildSpec,
+    ExitKind,
+    RestartPolicy,
+    Retire,
+    Strategy,
+    SupervisorSpec,
+    Wait,
+    decide_restart,
+)
 from triptych.actors.supervision._supervisor_process import SupervisorProcess
 
 __all__ = [
@@ -26,10 +36,16 @@ __all__ = [
     "NO_CUDA",
     "PRELOAD",
     "QUIET",
+    "ChildExit",
+    "ChildSpec",
     "ComponentSpec",
+    "ExitKind",
     "RestartPolicy",
+    "Retire",
     "Strategy",
     "SupervisorProcess",
+    "SupervisorSpec",
+    "Wait",
     "decide_restart",
     "die_with_parent",
     "load_function",

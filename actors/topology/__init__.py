@@ -8,11 +8,13 @@ from triptych.actors.topology._hosts import is_loopback
 from triptych.actors.topology._model_identity import ModelIdentity
 from triptych.actors.topology._model_report import ModelProblem, ModelReport, ModelSummary
 from triptych.actors.topology._model_source import INDEX_FILES, WEIGHT_SUFFIXES, ModelSource, find_source, snapshot
+from triptych.actors.topology._parser import load_toml
 from triptych.actors.topology._pools import INCOMING, largest_payload, pool_zones
 from triptych.actors.topology._topology import Component, Model, Topology, load_topology
 from triptych.actors.topology._writer import (
     free_port,
     generate_topology,
+    rebase_models,
     relative_model_path,
     topology_file_name,
     write_with_overrides,
@@ -60,10 +62,12 @@ __all__ = [
     "generate_topology",
     "is_loopback",
     "largest_payload",
+    "load_toml",
     "load_topology",
     "parse_rate",
     "parse_size",
     "pool_zones",
+    "rebase_models",
     "relative_model_path",
     "snapshot",
     "topology_file_name",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import socket
@@ -85,7 +86,7 @@ def write_with_overrides(file: Path, overrides: Mapping[str, Mapping[str, Any]],
     tables = load_toml(file)
     changed = merge(str(file), tables, overrides)
     for model in (changed.get("model", {}), *changed.get("models", [])):
-        _make_model_absolute(model, file.parent)
+        _make_model_absolute(model, file.parent, file.parent)
     _make_absolute(changed.get("state", {}), file.parent)
     _make_absolute(changed.get("api", {}), file.parent)
     changed.setdefault("state", {}).setdefault("path", str(folder / "state"))
@@ -109,6 +110,20 @@ def merge(file: str, tables: dict[str, Any], overrides: Mapping[str, Mapping[str
         else:
             merged.setdefault(section, {}).update(keys)
     return merged | lists
+
+
+def rebase_models(tables: Mapping[str, Any], here: Path, there: Path) -> dict[str, Any]:
+    """Return a copy of the tables in which relative paths of the models, their adapters and parts lie below `there`.
+
+    Args:
+        tables: Of a topology file in the folder `here`, where a path that is there is no id of a repository.
+        here: Absolute.
+        there: Absolute, perhaps of another machine.
+    """
+    moved = copy.deepcopy(dict(tables))
+    for model in (moved.get("model", {}), *moved.get("models", [])):
+        _make_model_absolute(model, there, here)
+    return moved
 
 
 def free_port() -> int:
@@ -154,12 +169,12 @@ def _merge_rows(file: str, key: str, rows: list[Any], overrides: Mapping[str, Ma
     return list(named.values())
 
 
-def _make_model_absolute(model: dict[str, Any], base: Path) -> None:
+def _make_model_absolute(model: dict[str, Any], base: Path, here: Path) -> None:
     # The id of a repository looks like a path, and is left as it is.
     ids = {
         key: model[key]
         for key in ("path", "config")
-        if is_repository(str(model.get(key))) and not (base / model[key]).exists()
+        if is_repository(str(model.get(key))) and not (here / model[key]).exists()
     }
     _make_absolute(model, base)
     if isinstance(components := model.get("components"), dict):

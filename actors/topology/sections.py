@@ -199,6 +199,14 @@ class HostSection(Section, frozen=True):
     """Its RDMA device; "" = that of `[transfer]`."""
     pool_size: str = ""
     """Memory of its buffer pool, with a unit; "" = that of `[transfer]`."""
+    ssh: str = ""
+    """Where `triptych up FILE --ssh` logs in, such as "triptych@node-7" or a `Host` of `~/.ssh/config`; "" =
+    `address`."""
+    ssh_command: str = "triptych"
+    """The command there, as the shell takes it, such as "~/triptych/.venv/bin/triptych"."""
+    ssh_folder: str = ""
+    """Folder there that the topology file is written to, and that its relative paths are relative to; "" = the same
+    path as here."""
 
 
 class ApiSection(Section, frozen=True):
