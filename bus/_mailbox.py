@@ -8,7 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Final, TypeAlias
 
 import zmq
 
@@ -18,6 +18,7 @@ from triptych.bus._authenticator import CurveAuthenticator, open_authenticator
 from triptych.bus._binding import Binding
 from triptych.bus._dead_letters import DeadLetters
 from triptych.bus._errors import BusError, MessageTooLongError, RefusedError
+from triptych.bus._local import LocalLink
 from triptych.bus._pump import Pump
 from triptych.bus._sockets import DEFAULT_OPTIONS, SocketOptions, open_socket
 from triptych.bus._wire import (
@@ -38,12 +39,16 @@ LINGER_MS: Final = 250
 _FENCED_SENDERS: Final = 4096  # generations remembered; more than any deployment has components
 
 
+Route: TypeAlias = bytes | LocalLink
+"""The way back to a sender: the identity of its socket, or the link of one on the same event loop."""
+
+
 class Delivery:
     """A message that arrived, and how to answer it."""
 
     __slots__ = ("_expires_at", "_mailbox", "_route", "answered", "envelope", "message")
 
-    def __init__(self, mailbox: Mailbox, route: bytes, envelope: Envelope, message: Message) -> None:
+    def __init__(self, mailbox: Mailbox, route: Route, envelope: Envelope, message: Message) -> None:
         self.envelope = envelope
         self.message = message
         self.answered = False
@@ -107,6 +112,8 @@ class Mailbox:
         component_of: returns the component of a sender, by which generations are compared; "" for a sender whose
             generation is not compared. By default every sender is a component.
         options: of its socket.
+        local: the open mailboxes of this event loop by address; it is one of them while it is open. Outboxes that were
+            given the same ones reach it without its socket.
 
     Raises:
         AddressError: malformed address.
@@ -124,6 +131,7 @@ class Mailbox:
         urgent: Mapping[type[Message], Callable[[Delivery], None]] | None = None,
         component_of: Callable[[str], str] = str,
         options: SocketOptions = DEFAULT_OPTIONS,
+        local: dict[str, Mailbox] | None = None,
     ) -> None:
         self.name = name
         self.address = address
@@ -142,6 +150,8 @@ class Mailbox:
         self._pump: Pump | None = None
         self._binding: Binding | None = None
         self._authenticator: CurveAuthenticator | None = None
+        self._local = local if local is not None else {}
+        self._links: list[LocalLink] = []
 
     @property
     def depth(self) -> int:
@@ -164,6 +174,13 @@ class Mailbox:
             self._close_authenticator()
             raise
         self._pump = Pump(socket, self._on_message)
+        self._local[self.address] = self
+
+    def link(self, on_answer: Callable[[list[bytes]], None], on_lost: Callable[[], None]) -> LocalLink:
+        """Connect an outbox of the same event loop."""
+        link = LocalLink(self._take, on_answer, on_lost, 2 * self.options.high_water_mark)
+        self._links.append(link)
+        return link
 
     async def receive(self) -> Delivery:
         """Return the next message, in order of arrival; one consumer at a time.
@@ -196,6 +213,9 @@ class Mailbox:
         self._binding.release()
         self._pump.close(LINGER_MS)
         self._pump = None
+        del self._local[self.address]
+        while self._links:
+            self._links.pop().lose()
         self._close_authenticator()
         if self._parsed.scheme == "inproc":
             _inproc.announce_closed(self._parsed.target)
@@ -208,13 +228,18 @@ class Mailbox:
 
     def _on_message(self, frames: list[bytes]) -> None:
         route, *rest = frames
+        self._take(route, rest)
+
+    def _take(self, route: Route, frames: list[bytes]) -> None:
+        if self._pump is None:
+            return  # it came over a link, and the mailbox has closed meanwhile
         try:
-            envelope, body = decode_envelope(rest)
+            envelope, body = decode_envelope(frames)
         except UnreadableError as error:
             self.dead_letters.add("unreadable", str(error))
             return
         try:
-            message = self._validate(envelope, body, len(rest[0]))
+            message = self._validate(envelope, body, len(frames[0]))
         except RefusedError as refused:
             self._refuse(route, envelope, FailureCode(refused.code), refused.detail)
             return
@@ -254,19 +279,23 @@ class Mailbox:
         if component and (newest or len(self._generations) < _FENCED_SENDERS):
             self._generations[component] = generation
 
-    def _refuse(self, route: bytes, envelope: Envelope, code: FailureCode, detail: str) -> None:
+    def _refuse(self, route: Route, envelope: Envelope, code: FailureCode, detail: str) -> None:
         self.dead_letters.add(code, detail, envelope)
         if envelope.kind is EnvelopeKind.ASK or envelope.kind is EnvelopeKind.TELL:
             self._answer(route, envelope, EnvelopeKind.FAILURE, Failure(code, detail))
 
-    def _answer(self, route: bytes, asked: Envelope, kind: EnvelopeKind, message: Message) -> None:
+    def _answer(self, route: Route, asked: Envelope, kind: EnvelopeKind, message: Message) -> None:
         number = next(self._message_ids)
         head = Envelope(asked.sender, self.name, kind, number, asked.message_id, 0.0, self.generation)
         if self._pump is None:
             self.dead_letters.add("mailbox_closed", "the answer came after the mailbox was closed", head)
             return
         try:
-            self._pump.send(route, encode(head, message, self.options.max_message_bytes))
+            frame = encode(head, message, self.options.max_message_bytes)
+            if isinstance(route, LocalLink):
+                route.answer(frame)
+            else:
+                self._pump.send(route, frame)
         except MessageTooLongError as error:
             self.dead_letters.add(FailureCode.INVALID_MESSAGE, f"the answer: {error}", head)
             self._answer(route, asked, EnvelopeKind.FAILURE, Failure(FailureCode.INVALID_MESSAGE, str(error)))

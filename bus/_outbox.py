@@ -8,8 +8,8 @@ import itertools
 import math
 import struct
 from collections import deque
-from collections.abc import Callable, Coroutine
-from typing import Any, Final, NamedTuple, TypeVar, cast
+from collections.abc import Callable, Coroutine, Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast
 
 import zmq
 
@@ -25,6 +25,7 @@ from triptych.bus._errors import (
     RemoteError,
     UnreachableError,
 )
+from triptych.bus._local import LocalLink
 from triptych.bus._pump import Pump
 from triptych.bus._sockets import DEFAULT_OPTIONS, RECONNECT_FIRST_MS, RECONNECT_LAST_MS, SocketOptions, open_socket
 from triptych.bus._wire import (
@@ -40,6 +41,9 @@ from triptych.bus._wire import (
     decoder_of,
     encode,
 )
+
+if TYPE_CHECKING:
+    from triptych.bus._mailbox import Mailbox
 
 R = TypeVar("R", bound=Message)
 
@@ -67,13 +71,21 @@ class Outbox:
         name: the sending actor's name.
         generation: its incarnation; 0 = an unfenced client.
         options: of its sockets.
+        local: the open mailboxes of the same event loop, by address; those are reached without sockets.
 
     """
 
-    def __init__(self, name: str, generation: int = 0, options: SocketOptions = DEFAULT_OPTIONS) -> None:
+    def __init__(
+        self,
+        name: str,
+        generation: int = 0,
+        options: SocketOptions = DEFAULT_OPTIONS,
+        local: Mapping[str, Mailbox] | None = None,
+    ) -> None:
         self.name = name
         self.generation = generation
         self.options = options
+        self.local: Mapping[str, Mailbox] = local if local is not None else {}
         self.dead_letters = DeadLetters()
         """Refused tells and late answers."""
         self.closed = False
@@ -175,6 +187,7 @@ class Reference:
                 lost=self._on_lost,
                 refusal=self._refusal,
                 pause_s=self._pause_s(),
+                mailbox=outbox.local.get(self.address),
             )
         return connection
 
@@ -202,7 +215,7 @@ class _Ask(NamedTuple):
 
 
 class _Connection:
-    """One connection to one peer: a DEALER, its monitor, and the asks that wait for an answer.
+    """One connection to one peer: a DEALER and its monitor, or a local link, and the asks that wait for an answer.
 
     It is not used again after a loss. A new one for each incarnation of the peer keeps its messages apart: ZMQ would
     send what is queued to the successor, after the asks had failed.
@@ -219,6 +232,7 @@ class _Connection:
         lost: Callable[[UnreachableError], None],
         refusal: HandshakeRefusedError | None,
         pause_s: float,
+        mailbox: Mailbox | None,
     ) -> None:
         self._peer = f"{name} at {text}"
         self._inproc = address.target if address.scheme == "inproc" else None
@@ -239,14 +253,19 @@ class _Connection:
         self._closed_here = False
         self._failed_handshakes: deque[float] = deque(maxlen=_MAX_FAILED_HANDSHAKES)
         self._key = next(_keys)
+        self._loop = asyncio.get_running_loop()
+        self._monitor: Pump | None = None
+        self._connecting: asyncio.TimerHandle | None = None
+        self._pump: Pump | LocalLink
+        if mailbox is not None:
+            self._pump, self._established = mailbox.link(self._on_message, self._on_disconnected), True
+            return
         socket = open_socket(zmq.DEALER, address, options)
         socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_FIRST_MS)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_LAST_MS)
         self._socket = socket
         self._monitor = self._watch(options.zmq_context, socket)
         self._pump = Pump(socket, self._on_message)
-        self._loop = self._pump.loop
-        self._connecting: asyncio.TimerHandle | None = None
         if pause_s:
             self._connecting = self._loop.call_later(pause_s, self._connect)
         else:

@@ -40,6 +40,7 @@ class ActorCell:
     Args:
         actor: not yet started.
         incarnation: of its component.
+        local: the open mailboxes of the process, by address.
         on_system: answers a system message on arrival, so it must not block.
         on_crash: told what went wrong when the actor cannot go on.
 
@@ -50,6 +51,7 @@ class ActorCell:
         actor: Actor,
         incarnation: Incarnation,
         *,
+        local: dict[str, Mailbox],
         on_system: Callable[[ActorCell, Delivery], None],
         on_crash: Callable[[Actor, BaseException], None],
     ) -> None:
@@ -65,10 +67,11 @@ class ActorCell:
             urgent=dict.fromkeys(SYSTEM_MESSAGES, self._answer_system_message),
             component_of=address_book.component_of,
             options=address_book.socket_options,
+            local=local,
         )
         actor.generation, actor.restarts = incarnation.generation, incarnation.restarts
         actor.address_book = address_book
-        actor.outbox = Outbox(actor.name, incarnation.generation, address_book.socket_options)
+        actor.outbox = Outbox(actor.name, incarnation.generation, address_book.socket_options, local)
         self._on_system = on_system
         self._crash: Callable[[BaseException], None] = lambda error: on_crash(actor, error)
         actor._on_crash = self._crash

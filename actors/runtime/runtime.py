@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from triptych.actors.runtime.actor import Actor, Incarnation
-    from triptych.bus import Delivery
+    from triptych.bus import Delivery, Mailbox
 
 _log = structlog.stdlib.get_logger("actors")
 
@@ -57,8 +57,9 @@ class Runtime:
         self._import_s = import_s
         self._started_at = time.monotonic()
         self._stop_reason: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        local: dict[str, Mailbox] = {}
         self._cells = [
-            ActorCell(actor, incarnation, on_system=self._answer_system_message, on_crash=self._on_crash)
+            ActorCell(actor, incarnation, local=local, on_system=self._answer_system_message, on_crash=self._on_crash)
             for actor in self.actors
         ]
         self.heartbeat: Heartbeat | None = None

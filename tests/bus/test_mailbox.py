@@ -77,6 +77,12 @@ async def serving(mailbox: Mailbox) -> AsyncIterator[Mailbox]:
         mailbox.close()
 
 
+@pytest.fixture(params=["over a socket", "within a loop"])
+def local(request: pytest.FixtureRequest) -> dict[str, Mailbox] | None:
+    """What mailbox and outbox share where they need no socket: all that they promise is the same."""
+    return {} if request.param == "within a loop" else None
+
+
 def adder(folder: Path, **options: Any) -> Mailbox:
     return Mailbox("adder", f"ipc://{folder}/adder", (Add, Grow), **options)
 
@@ -226,11 +232,11 @@ def test_the_generation_of_a_sender_that_is_no_component_counts_for_nothing(run:
     run(scenario())
 
 
-def test_an_urgent_message_is_answered_on_arrival_though_the_queue_is_full(run: Run, folder: Path) -> None:
+def test_an_urgent_message_is_answered_on_arrival_though_the_queue_is_full(run: Run, folder: Path, local: Any) -> None:
     async def scenario() -> None:
-        mailbox = Mailbox("adder", f"ipc://{folder}/adder", (Add,), capacity=2, urgent={Grow: answer})
+        mailbox = Mailbox("adder", f"ipc://{folder}/adder", (Add,), capacity=2, urgent={Grow: answer}, local=local)
         await mailbox.start()
-        outbox = Outbox("test")
+        outbox = Outbox("test", local=local)
         reference = outbox.reference("adder", mailbox.address)
         asks = [asyncio.ensure_future(reference.ask(Add(n, n), Sum, timeout_s=20)) for n in range(2)]
         for _ in range(3):  # nobody receives: only what is urgent is answered
@@ -244,11 +250,11 @@ def test_an_urgent_message_is_answered_on_arrival_though_the_queue_is_full(run: 
     run(scenario())
 
 
-def test_an_ask_whose_deadline_passes_in_the_queue_is_not_received(run: Run, folder: Path) -> None:
+def test_an_ask_whose_deadline_passes_in_the_queue_is_not_received(run: Run, folder: Path, local: Any) -> None:
     async def scenario() -> None:
-        mailbox = adder(folder)
+        mailbox = adder(folder, local=local)
         await mailbox.start()
-        outbox = Outbox("test")
+        outbox = Outbox("test", local=local)
         reference = outbox.reference("adder", mailbox.address)
         reference.tell(Add(0, 0))
         await mailbox.receive()  # so the connection stands, and the next ask is sent at once
@@ -263,11 +269,11 @@ def test_an_ask_whose_deadline_passes_in_the_queue_is_not_received(run: Run, fol
     run(scenario())
 
 
-def test_a_full_mailbox_tells_both_asker_and_teller(run: Run, folder: Path) -> None:
+def test_a_full_mailbox_tells_both_asker_and_teller(run: Run, folder: Path, local: Any) -> None:
     async def scenario() -> None:
-        mailbox = adder(folder, capacity=3)
+        mailbox = adder(folder, capacity=3, local=local)
         await mailbox.start()
-        outbox = Outbox("test")
+        outbox = Outbox("test", local=local)
         reference = outbox.reference("adder", mailbox.address)
         asks = [asyncio.ensure_future(reference.ask(Add(n, n), Sum, timeout_s=20)) for n in range(5)]
         refused, _ = await asyncio.wait(asks[3:])
@@ -321,10 +327,10 @@ def test_a_far_too_long_frame_costs_its_sender_the_connection(run: Run, folder: 
     run(scenario())
 
 
-def test_an_answer_that_is_too_long_reaches_the_asker_as_a_failure(run: Run, folder: Path) -> None:
+def test_an_answer_that_is_too_long_reaches_the_asker_as_a_failure(run: Run, folder: Path, local: Any) -> None:
     async def scenario() -> None:
-        async with serving(adder(folder, options=SocketOptions(max_message_bytes=10_000))) as mailbox:
-            outbox = Outbox("test")
+        async with serving(adder(folder, options=SocketOptions(max_message_bytes=10_000), local=local)) as mailbox:
+            outbox = Outbox("test", local=local)
             reference = outbox.reference("adder", mailbox.address)
             with pytest.raises(RemoteError, match="Blob has") as caught:
                 await reference.ask(Grow(20_000), Blob, timeout_s=20)
@@ -355,10 +361,10 @@ def test_a_handler_may_fail_an_ask_with_a_code_of_its_own(run: Run, folder: Path
     run(scenario())
 
 
-def test_a_refused_tell_is_a_dead_letter_of_its_sender(run: Run, folder: Path) -> None:
+def test_a_refused_tell_is_a_dead_letter_of_its_sender(run: Run, folder: Path, local: Any) -> None:
     async def scenario() -> None:
-        async with serving(adder(folder)) as mailbox:
-            outbox = Outbox("test")
+        async with serving(adder(folder, local=local)) as mailbox:
+            outbox = Outbox("test", local=local)
             reference = outbox.reference("adder", mailbox.address)
             reference.tell(Stranger("hello"))
             reference.tell(Add(1, 2))  # handled; a reply to a tell goes nowhere
@@ -369,11 +375,11 @@ def test_a_refused_tell_is_a_dead_letter_of_its_sender(run: Run, folder: Path) -
     run(scenario())
 
 
-def test_closing_answers_those_who_wait(run: Run, folder: Path) -> None:
+def test_closing_answers_those_who_wait(run: Run, folder: Path, local: Any) -> None:
     async def scenario() -> None:
-        mailbox = adder(folder, capacity=1)
+        mailbox = adder(folder, capacity=1, local=local)
         await mailbox.start()
-        outbox = Outbox("test")
+        outbox = Outbox("test", local=local)
         reference = outbox.reference("adder", mailbox.address)
         handled = asyncio.ensure_future(reference.ask(Add(0, 0), Sum, timeout_s=20))
         delivery = await mailbox.receive()
@@ -403,6 +409,43 @@ def test_an_answer_to_an_asker_that_has_gone_is_a_dead_letter(run: Run, folder: 
             Delivery(mailbox, b"no such route", asked, Add(1, 1)).reply(Sum(2))
             assert [letter.reason for letter in mailbox.dead_letters.recent] == ["peer_gone"]
             await still_adds(mailbox)
+
+    run(scenario())
+
+
+def test_an_answer_to_an_asker_of_the_same_loop_that_has_gone_is_a_dead_letter(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        local: dict[str, Mailbox] = {}
+        mailbox = adder(folder, local=local)
+        await mailbox.start()
+        outbox = Outbox("test", local=local)
+        ask = asyncio.ensure_future(outbox.reference("adder", mailbox.address).ask(Add(1, 1), Sum, timeout_s=20))
+        delivery = await mailbox.receive()
+        outbox.close()
+        answer(delivery)
+        assert [letter.reason for letter in mailbox.dead_letters.recent] == ["peer_gone"]
+        with pytest.raises(UnreachableError, match="this side closed"):
+            await ask
+        mailbox.close()
+
+    run(scenario())
+
+
+def test_the_messages_of_each_sender_stay_in_order_whichever_way_they_come(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        local: dict[str, Mailbox] = {}
+        mailbox = adder(folder, local=local)
+        await mailbox.start()
+        senders = [Outbox("near", local=local), Outbox("far")]
+        for number in range(50):
+            for outbox in senders:
+                outbox.reference("adder", mailbox.address).tell(Add(number, 0))
+        came = [await mailbox.receive() for _ in range(100)]
+        for outbox in senders:
+            found = [each.message for each in came if each.sender.name == outbox.name]
+            assert found == [Add(number, 0) for number in range(50)]
+            outbox.close()
+        mailbox.close()
 
     run(scenario())
 

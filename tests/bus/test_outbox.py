@@ -125,15 +125,16 @@ def test_every_transport_asks_tells_and_sees_the_peer_go(run: Run, folder: Path,
     run(scenario())
 
 
-@pytest.mark.parametrize("transport", ["inproc", "ipc"])
+@pytest.mark.parametrize("transport", ["inproc", "ipc", "none"])
 def test_a_mailbox_opened_again_is_reached_by_the_same_reference(run: Run, folder: Path, transport: str) -> None:
     address = f"inproc://{folder}" if transport == "inproc" else f"ipc://{folder}/echo"
+    local: dict[str, Mailbox] | None = {} if transport == "none" else None
 
     async def scenario() -> None:
-        with sending() as outbox:
+        with sending(local=local) as outbox:
             reference = outbox.reference("echo", address)
             for _ in range(5):
-                async with serving(address):
+                async with serving(address, local=local):
                     assert await reference.ask(Echo("hi"), Echoed, timeout_s=20) == Echoed("hi")
                     down = asyncio.ensure_future(reference.down())
                     await asyncio.sleep(0)
@@ -246,6 +247,23 @@ def test_the_queue_towards_a_peer_is_bounded(run: Run, folder: Path) -> None:
     run(scenario())
 
 
+def test_the_way_to_a_mailbox_of_the_same_loop_is_bounded(run: Run, folder: Path) -> None:
+    async def scenario() -> None:
+        local: dict[str, Mailbox] = {}
+        options = SocketOptions(high_water_mark=10)
+        async with serving(f"ipc://{folder}/echo", local=local, options=options) as mailbox:
+            with sending("test", options=options, local=local) as outbox:
+                reference = outbox.reference("echo", mailbox.address)
+                for _ in range(20):
+                    reference.tell(Echo("hi"))
+                with pytest.raises(MailboxFullError, match="queued"):
+                    reference.tell(Echo("hi"))
+                await asyncio.sleep(0)  # they arrive, and there is room again
+                assert await reference.ask(Echo("hi"), Echoed, timeout_s=20) == Echoed("hi")
+
+    run(scenario())
+
+
 def test_the_asks_outstanding_with_a_peer_are_bounded(run: Run, folder: Path) -> None:
     async def scenario() -> None:
         mailbox = Mailbox("echo", f"ipc://{folder}/echo", (Echo,))
@@ -299,15 +317,16 @@ def test_closing_ends_what_is_outstanding(run: Run, folder: Path) -> None:
     run(scenario())
 
 
-@pytest.mark.parametrize("transport", ["inproc", "ipc"])
+@pytest.mark.parametrize("transport", ["inproc", "ipc", "none"])
 def test_the_last_answer_arrives_though_the_mailbox_closes_behind_it(run: Run, folder: Path, transport: str) -> None:
     address = f"inproc://{folder}" if transport == "inproc" else f"ipc://{folder}/echo"
+    local: dict[str, Mailbox] | None = {} if transport == "none" else None
 
     async def scenario() -> None:
-        with sending() as outbox:
+        with sending(local=local) as outbox:
             reference = outbox.reference("echo", address)
             for _ in range(30):
-                mailbox = Mailbox("echo", address, (Echo,))
+                mailbox = Mailbox("echo", address, (Echo,), local=local)
                 await mailbox.start()
                 ask = asyncio.ensure_future(reference.ask(Echo("last"), Echoed, timeout_s=20))
                 await asyncio.sleep(0)

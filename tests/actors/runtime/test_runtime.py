@@ -57,6 +57,18 @@ def test_asks_tells_and_actors_among_each_other(folder: Path) -> None:
     run(scenario())
 
 
+def test_actors_of_one_runtime_need_no_socket_to_each_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        worker, peer = Worker("worker"), Worker("peer")
+        async with RuntimeHarness(folder, worker, peer).runtime:
+            monkeypatch.setattr("triptych.bus._outbox.open_socket", None)
+            reference = worker.reference("peer")
+            reference.tell(Tell("a"))
+            assert await reference.ask(Told(), Texts, timeout_s=5) == Texts(("a",))
+
+    run(scenario())
+
+
 def test_a_refusal_is_an_answer_and_no_crash(folder: Path) -> None:
     async def scenario() -> None:
         harness = RuntimeHarness(folder, Worker("worker"))
