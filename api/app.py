@@ -22,6 +22,7 @@ from triptych.api.models import get_model, list_models
 from triptych.api.openapi import get_openapi
 from triptych.api.operations import Endpoint
 from triptych.api.request_context import RequestContextMiddleware
+from triptych.api.request_events import get_request_events
 from triptych.api.requests import delete_request, get_request
 from triptych.api.services import ApiRequest, Services
 from triptych.api.videos import create_video, delete_video, get_video, get_video_content, list_videos
@@ -58,6 +59,7 @@ ROUTES: Final = [
     Route("/v1/models", list_models),
     Route("/v1/models/{name:path}", get_model),
     Route("/v1/requests/{request_id}", by_method(get=get_request, delete=delete_request)),
+    Route("/v1/requests/{request_id}/events", get_request_events),
     Route("/v1/cluster", get_cluster),
     Route("/live", is_live),
     Route("/ready", is_ready),

@@ -108,13 +108,17 @@ def error_response(error: ApiError) -> JSONResponse:
         headers["X-Should-Retry"] = "false"
     elif error.status != HTTPStatus.REQUEST_TIMEOUT:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s or RETRY_S))
-    body = {
+    return JSONResponse({"error": error_object(error)}, status_code=error.status, headers=headers)
+
+
+def error_object(error: ApiError) -> dict[str, str | None]:
+    """Return OpenAI's error object."""
+    return {
         "message": _truncate(error.message, _MAX_MESSAGE),
         "type": error_type(error.status),
         "param": None if error.param is None else _truncate(error.param, _MAX_PARAM),
         "code": error.code,
     }
-    return JSONResponse({"error": body}, status_code=error.status, headers=headers)
 
 
 def _truncate(text: str, most: int) -> str:

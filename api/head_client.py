@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 from typing import TypeVar
 
 import structlog
@@ -109,20 +110,42 @@ class HeadClient:
         """Wait until the request is terminal, None if that takes longer; a restarted head is asked again."""
         deadline = time.monotonic() + within_s
         while (remaining := deadline - time.monotonic()) > 0:
-            poll_s = min(LONG_POLL_S, remaining)
-            try:
-                view = await self.reference.ask(
-                    WaitRequest(request_id, poll_s, owner), RequestView, timeout_s=poll_s + POLL_GRACE_S
-                )
-            except (AskTimeoutError, MailboxFullError, UnreachableError):
-                await asyncio.sleep(RETRY_S)
-            except RemoteError as failure:
-                if failure.code not in ("stopping", "deadline_exceeded", "unavailable"):
-                    raise
-                await asyncio.sleep(RETRY_S)
-            else:
-                if view.terminal:
-                    return view
+            view = await self._poll(WaitRequest(request_id, min(LONG_POLL_S, remaining), owner))
+            if view is not None and view.terminal:
+                return view
+        return None
+
+    async def watch(self, request_id: str, owner: str = "", revision: str = "") -> AsyncIterator[RequestView]:
+        """Yield a request as it is, then at each change until it is terminal; a restarted head is asked again.
+
+        Of changes that come faster than they are taken, the last one is yielded. Where none comes, the same view is
+        yielded again each `LONG_POLL_S`, so that the caller can tell its client that it is still there.
+
+        Args:
+            request_id: The request.
+            owner: Who asks.
+            revision: The revision that is known already: the first view is the first with another one.
+        """
+        view = await self.query(request_id, owner)
+        if view.revision != revision or view.terminal:
+            yield view
+        while not view.terminal:
+            changed = await self._poll(WaitRequest(request_id, LONG_POLL_S, owner, view.revision))
+            if changed is not None:
+                view = changed
+                yield view
+
+    async def _poll(self, message: WaitRequest) -> RequestView | None:
+        """Wait once; returns None where the head could not answer, but will."""
+        timeout_s = message.timeout_s + POLL_GRACE_S
+        try:
+            return await self.reference.ask(message, RequestView, timeout_s=timeout_s)
+        except (AskTimeoutError, MailboxFullError, UnreachableError):
+            pass  # the head restarts, or has too much to do
+        except RemoteError as failure:
+            if failure.code not in ("stopping", "deadline_exceeded", "unavailable"):
+                raise
+        await asyncio.sleep(RETRY_S)
         return None
 
     async def _ask(self, message: Message, *replies: type[R]) -> R:

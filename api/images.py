@@ -11,6 +11,8 @@ from starlette.responses import Response
 
 from triptych.api.artifacts import read_file
 from triptych.api.errors import field_error
+from triptych.api.event_stream import event_stream
+from triptych.api.image_stream import EventPrefix, stream_images
 from triptych.api.media_request import MediaRequest, ParsedRequest, read_media_request
 from triptych.api.operations import Answer, RequestBody, operation
 from triptych.api.requests import idempotency_key, raise_unless_done, request_object, submit, wait
@@ -36,6 +38,8 @@ class ImageRequest(MediaRequest, frozen=True, kw_only=True):
     """By default the one that suits what the model makes."""
     output_compression: Annotated[int, Meta(ge=0, le=100)] | None = None
     """Of lossy formats: 100 is the best and largest."""
+    stream: bool | None = None
+    """Whether the images come as server-sent events, each as soon as it is done, and before it its `partial_images`."""
 
 
 class Image(msgspec.Struct, omit_defaults=True):
@@ -73,7 +77,7 @@ async def create_image(request: ApiRequest) -> Response:
 
     A client that hangs up cancels its request, unless it sent an Idempotency-Key to ask again with.
     """
-    return await _generate(request, await _read_image_request(request))
+    return await _generate(request, await _read_image_request(request), "image_generation")
 
 
 @operation(_ANSWERS, _ERRORS, headers=_HEADERS, body=RequestBody(ImageRequest, _FILES, required=("image",)))
@@ -82,7 +86,7 @@ async def create_image_edit(request: ApiRequest) -> Response:
     parsed = await _read_image_request(request)
     if parsed.inputs.get("image") is None:
         raise parsed.names.invalid("image", "is required")
-    return await _generate(request, parsed)
+    return await _generate(request, parsed, "image_edit")
 
 
 async def _read_image_request(request: ApiRequest) -> ParsedRequest[ImageRequest]:
@@ -95,12 +99,16 @@ async def _read_image_request(request: ApiRequest) -> ParsedRequest[ImageRequest
     return parsed
 
 
-async def _generate(request: ApiRequest, parsed: ParsedRequest[ImageRequest]) -> Response:
+async def _generate(request: ApiRequest, parsed: ParsedRequest[ImageRequest], prefix: EventPrefix) -> Response:
     fields = parsed.fields
     quality = fields.output_compression if fields.output_format in _LOSSY else None
     output = Output(fields.output_format or "", quality=0 if quality is None else max(1, quality))
     n = len(fields.seed) if isinstance(fields.seed, tuple) and "n" not in parsed.given else fields.n
     request_id = await submit(request, parsed, n=n, output=output)
+    if fields.stream:
+        return event_stream(
+            stream_images(request, request_id, prefix), request.state["services"].stopping, {"X-Request-Id": request_id}
+        )
     if _prefers_async(request):
         return await _accepted(request, request_id)
     view = await wait(request, request_id, cancels=not idempotency_key(request))

@@ -58,13 +58,11 @@ class NoEffectField(NamedTuple):
     advice: str
 
 
-_STREAM: Final = "nothing is streamed yet; send Prefer: respond-async, and ask GET /v1/requests/ID how far it is"
 NO_EFFECT_FIELDS: Final = {
     "background": NoEffectField(("auto", "opaque"), "images have no transparent background"),
     "input_fidelity": NoEffectField(("low",), "strength says how much of an image is kept, where a model has it"),
     "moderation": NoEffectField(("auto", "low"), "nothing is moderated here"),
     "quality": NoEffectField(("auto", "standard"), "num_inference_steps says how much work is put into an image"),
-    "stream": NoEffectField(("false", "0"), _STREAM),
     "style": NoEffectField(("natural", "vivid"), "the prompt says in which style"),
 }
 """By name; a parameter of the model goes before a field of the same name."""
@@ -257,6 +255,8 @@ def describe_type(kind: inspect.Type) -> str:
             return " or ".join(describe_type(one) for one in types if not isinstance(one, inspect.NoneType))
         case inspect.LiteralType(values):
             return f"one of {', '.join(sorted(map(str, values)))}"
+        case inspect.BoolType():
+            return "true or false"
         case inspect.StrType(least, most):
             bounds = f" of {least or 0} to {most} characters" if most else ""
             return f"text{bounds}"

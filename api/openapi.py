@@ -11,8 +11,9 @@ from starlette.routing import BaseRoute
 from starlette.schemas import BaseSchemaGenerator
 
 from triptych.api.access import OPEN_PATHS
+from triptych.api.event_stream import MEDIA_TYPE
 from triptych.api.media_request import NO_EFFECT_FIELDS
-from triptych.api.operations import FILE, OPERATIONS, Answer, Operation, RequestBody
+from triptych.api.operations import EVENTS, FILE, OPERATIONS, Answer, Operation, RequestBody
 from triptych.api.requests import IDEMPOTENCY_KEY, Deleted
 from triptych.api.responses import JSONResponse
 from triptych.api.services import ApiRequest
@@ -23,6 +24,7 @@ from triptych.roles.messages.requests import ClusterView, RequestView
 _REASONS: Final = {
     200: "OK",
     202: "Accepted, where the client said Prefer: respond-async: follow it at its Location",
+    204: "It has ended, and the client has all of it",
     206: "The part that was asked for",
     304: "The client has it",
     400: "The body or a header is malformed",
@@ -56,6 +58,7 @@ HEADERS: Final = {
         "1 to 255 visible ASCII characters: the same body under the same key is one request, until a day after its "
         "end ([state] keep_requests_s) or until max_requests others have ended since."
     ),
+    "Last-Event-ID": "The id of the last event that the client has: only later ones are sent.",
     "If-None-Match": "ETags that the client has: 304.",
     "If-Modified-Since": "A date: 304.",
     "If-Match": "ETags, or * for any: else 412.",
@@ -223,6 +226,8 @@ def _answer(status: int, schema: Answer) -> dict[str, Any]:
         files = {"schema": {"type": "string", "format": "binary"}}
         several = {"multipart/byteranges": files} if status == 206 else {}
         answer["content"] = {**{row.content_type: files for row in FORMATS.values()}, **several}
+    elif schema == EVENTS:
+        answer["content"] = {MEDIA_TYPE: {"schema": _TEXT}}
     elif schema:
         name = schema if isinstance(schema, str) else schema.__name__
         answer["content"] = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}

@@ -157,8 +157,8 @@ class Head(Actor):
         return DeferredReply(self.requests.view(self.requests.find(message)))
 
     async def wait(self, message: requests.WaitRequest) -> DeferredReply[requests.RequestView]:
-        """Answer when a request has ended, or at the timeout."""
-        return DeferredReply(self.requests.wait(self.requests.find(message), message.timeout_s))
+        """Answer when a request has ended, or has changed if that is asked for, or at the timeout."""
+        return DeferredReply(self.requests.wait(self.requests.find(message), message.timeout_s, message.revision))
 
     async def cancel(self, message: requests.CancelRequest) -> DeferredReply[requests.RequestView]:
         """Cancel a request."""
@@ -310,6 +310,7 @@ class Head(Actor):
         """Record a finished denoising step."""
         for scheduler in self.models.schedulers:
             scheduler.progress(message.attempt, message.step, message.total_steps)
+        self.requests.notify_watchers([message.attempt.job_id.rpartition("/")[0]])
 
     async def stage_outputs_stored(self, message: stages.StageOutputsStored) -> stages.Acknowledged:
         """Advance a job whose stage has stored its outputs."""

@@ -357,6 +357,11 @@ class Request:
         worst_first = (State.FAILED, State.TIMED_OUT, State.CANCELLED, State.DONE)
         return min((u.state for u in self.jobs), key=worst_first.index)
 
+    @property
+    def revision(self) -> str:
+        """Return what changes with each move, step and preview: `MOVES.STEP.PREVIEWS` of each job, with "-" between."""
+        return "-".join(f"{len(job.history)}.{job.step}.{len(job.previews)}" for job in self.jobs)
+
     def view(self, model: str = "") -> RequestView:
         """Return what clients may see; `model` is the name of its model for them."""
         return RequestView(
@@ -372,4 +377,5 @@ class Request:
             priority=self.priority,
             deadline_s=self.deadline_s or None,
             deadline_met=self.deadline_met,
+            revision=self.revision,
         )

@@ -60,6 +60,8 @@ class RequestStore:
         self._uploads = UploadStore(topology.state_dir / UPLOADS)
         self._ended: dict[str, asyncio.Event] = {}
         """Events for the waiters of requests, by request id."""
+        self._changed: dict[str, asyncio.Event] = {}
+        """Events for those who wait for the next change of a request, by request id."""
         self._unnotified: list[str] = []
         """Ids of ended requests whose waiters were not notified yet."""
         self._writes = self._synced_writes = 0
@@ -232,16 +234,27 @@ class RequestStore:
         served = self._models.by_key(request.model)
         return request.view(served.name if served else request.model)
 
-    async def wait(self, request: Request, timeout_s: float) -> requests.RequestView:
-        """Return the view of a request once it has ended, or after `timeout_s`; raises as `view`."""
+    async def wait(self, request: Request, timeout_s: float, revision: str = "") -> requests.RequestView:
+        """Return the view of a request once it has ended, or has another `revision`, or after `timeout_s`.
+
+        Raises as `view`.
+        """
         if self._models.scheduler_of_request(request.id):
-            event = self._ended.setdefault(request.id, asyncio.Event())
             try:
                 async with asyncio.timeout(timeout_s):
-                    await event.wait()
+                    while revision and revision == request.revision:
+                        await self._changed.setdefault(request.id, asyncio.Event()).wait()
+                    if request.terminal or not revision:
+                        await self._ended.setdefault(request.id, asyncio.Event()).wait()
             except TimeoutError:  # the view shows that it is still active
                 pass
         return await self.view(request)
+
+    def notify_watchers(self, changed: Iterable[str]) -> None:
+        """Notify those who wait for a change of these requests."""
+        for request_id in changed:
+            if event := self._changed.pop(request_id, None):
+                event.set()
 
     def notify_waiters(self, ended: Iterable[str]) -> None:
         """Notify the waiters of ended requests, as soon as their end is on the disk."""
@@ -352,6 +365,7 @@ class RequestStore:
         touched, jobs = [], []
         for scheduler in changed:
             ids = {job_id.rpartition("/")[0] for job_id in scheduler.dirty}
+            self.notify_watchers(ids)
             found = [scheduler.requests[id_] for id_ in ids if id_ in scheduler.requests]
             touched += found
             jobs += [job for request in found for job in request.jobs if job.id in scheduler.dirty]

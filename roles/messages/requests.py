@@ -89,6 +89,8 @@ class WaitRequest(Message):
     timeout_s: Seconds
     owner: Name = ""
     """As in QueryRequest."""
+    revision: Name = ""
+    """Answer as soon as the view has another revision, too; "" to wait for the end alone."""
 
 
 class CancelRequest(Message):
@@ -180,8 +182,9 @@ class JobView(Value):
     resumed_from: int = 0
     """Step of the checkpoint from which its last denoise went on; 0 if it began at the beginning."""
     steps_redone: int = 0
-    parked: int = 0
     """Steps that were computed again because an instance was lost."""
+    parked: int = 0
+    """How often its denoise was given back for a job of a higher priority."""
 
 
 class RequestView(Message):
@@ -204,6 +207,8 @@ class RequestView(Message):
     """As submitted; None without one."""
     deadline_met: bool | None = None
     """Whether it was done by its deadline; None without one, or while that is open."""
+    revision: Name = ""
+    """Changes with each move, step and preview of its jobs."""
 
 
 class DescribeModel(Message):

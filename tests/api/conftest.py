@@ -238,6 +238,7 @@ class FakeHead:
             output=submit.output,
             units=units[::-1],
             model=self.description.name,
+            revision="-".join(f"{len(job.history)}.{job.step}.{len(job.previews)}" for job in units[::-1]),
         )
 
     def _job(self, accepted: StoredRequest, index: int) -> wire.JobView:

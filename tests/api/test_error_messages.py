@@ -40,7 +40,7 @@ def model_with_images(fake_head):
         ({"colour": {}}, "colour", "colour must be text, a number, true, false, null, an image or a list of numbers"),
         ({"colour": 10**30}, "colour", "colour is out of range: at most 64 bits"),
         ({"output_compression": 50}, "output_compression", "must be 100 or left out unless output_format is jpeg"),
-        ({"stream": True}, "stream", "send Prefer: respond-async"),
+        ({"stream": "later"}, "stream", "must be true or false"),
         ({"partial_images": 4}, "partial_images", "partial_images must be a whole number from 0 to 3"),
         ({"quality": "high"}, "quality", "quality must be auto or standard, or left out: num_inference_steps says"),
         ({"background": "transparent"}, "background", "no transparent background"),

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from triptych.api.event_stream import ServerEvent, encode
+from triptych.api.request_events import Seen, changes, seen_of
+from triptych.roles.messages import requests as wire
+
+pytestmark = pytest.mark.anyio
+URL = "/v1/images/generations"
+ASYNC = {"Prefer": "respond-async"}
+
+
+def job(index: int, moves: int, step: int, previews: int) -> wire.JobView:
+    return wire.JobView(
+        index=index, seed=index, state="DENOISING_RUNNING", attempts=1, step=step, total_steps=20,
+        history=tuple(wire.Transition(f"STATE_{number}", float(number)) for number in range(moves)),
+        instances={}, stage_seconds={}, causes=(),
+        previews=tuple(
+            wire.PreviewView(number, wire.Artifact(f"r_{index}.{number}.png", "image/png", 1))
+            for number in range(previews)
+        ),
+    )  # fmt: skip
+
+
+def view(*jobs: wire.JobView) -> wire.RequestView:
+    return wire.RequestView("r", "DENOISING_RUNNING", False, 0.0, 0.0, {}, wire.Output(), jobs)
+
+
+def events(seen: str, *jobs: wire.JobView) -> list[tuple[str, object]]:
+    made = changes(view(*jobs), seen, lambda name: f"/{name}")
+    return [(event.name, {k: v for k, v in event.data.items() if k not in ("at", "reason")}) for event in made]
+
+
+def test_a_client_gets_what_it_has_not_seen():
+    assert events("2.3.1-1.0.0", job(0, 3, 4, 2), job(1, 1, 0, 0)) == [
+        ("state", {"index": 0, "state": "STATE_2"}),
+        ("step", {"index": 0, "step": 4, "total_steps": 20}),
+        ("partial_image", {"index": 0, "partial_image_index": 1, "step": 1, "url": "/r_0.1.png"}),
+    ]
+    assert events("3.4.2-1.0.0", job(0, 3, 4, 2), job(1, 1, 0, 0)) == []
+
+
+@pytest.mark.parametrize("revision", ["", "1.2.3"])
+def test_a_client_that_knows_nothing_of_this_request_gets_all(revision):
+    assert seen_of(revision, 2) == [Seen(), Seen()]
+    assert [name for name, _ in events(revision, job(0, 2, 0, 0), job(1, 1, 0, 0))] == ["state"] * 3
+
+
+def test_an_event_is_written_on_lines_of_its_own():
+    assert (
+        encode(ServerEvent("step", {"text": "a\nb"}, "1.2.3")) == b'id: 1.2.3\nevent: step\ndata: {"text":"a\\nb"}\n\n'
+    )
+    assert encode(ServerEvent("")) == b":\n\n"
+
+
+async def streamed(answer) -> list[tuple[str, dict]]:
+    found, name = [], ""
+    async for line in answer.aiter_lines():
+        if line.startswith("event: "):
+            name = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            found.append((name, json.loads(line.removeprefix("data: "))))
+    return found
+
+
+async def test_the_events_of_a_request_end_with_it(client, fake_head):
+    request_id = (await client.post(URL, json={"prompt": "x", "n": 2}, headers=ASYNC)).json()["id"]
+    answer = await client.get(f"/v1/requests/{request_id}/events")
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    found = [(line.partition(": ")[2]) for line in answer.text.splitlines() if line.startswith("event: ")]
+    assert found[-1] == "ended"
+    assert found.count("state") == 4
+    (last,) = (line.partition(": ")[2] for line in answer.text.splitlines() if line.startswith("id: "))
+    again = await client.get(f"/v1/requests/{request_id}/events", headers={"Last-Event-ID": last})
+    assert (again.status_code, again.content) == (204, b"")
+    damaged = await client.get(f"/v1/requests/{request_id}/events", headers={"Last-Event-ID": "1.2"})
+    assert damaged.status_code == 200
+    assert (await client.get("/v1/requests/req_none/events")).status_code == 404
+
+
+async def test_images_are_streamed_each_as_soon_as_it_is_done(client, fake_head):
+    body = {"prompt": "x", "n": 2, "stream": True, "seed": 5}
+    async with client.stream("POST", URL, json=body) as answer:
+        assert answer.headers["x-request-id"]
+        found = await streamed(answer)
+    assert [name for name, _ in found] == ["image_generation.completed"] * 2
+    assert {(event["index"], event["seed"]) for _, event in found} == {(0, 5), (1, 6)}
+    assert all(event["type"] == "image_generation.completed" and event["b64_json"] for _, event in found)
+    assert all(event["usage"]["total_tokens"] == 0 for _, event in found)
+
+
+async def test_a_failure_within_a_stream_is_its_last_event(client, fake_head):
+    fake_head.hold = True
+    answer = asyncio.create_task(client.post(URL, json={"prompt": "x", "stream": True}))
+    (wait,) = await fake_head.received(wire.WaitRequest)
+    fake_head.finish(wait.request_id, "FAILED", ("denoiser-0: out of paint",))
+    (event,) = [json.loads(line[6:]) for line in (await answer).text.splitlines() if line.startswith("data: ")]
+    assert event["type"] == "error"
+    assert "out of paint" in event["error"]["message"]
+    assert not [one for one in fake_head.seen if isinstance(one, wire.CancelRequest)]
