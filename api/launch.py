@@ -42,26 +42,15 @@ _QUERY_TIMEOUT_S: Final = 5.0
 _STOP_MARGIN_S: Final = 5.0
 
 
-class Cluster:
-    """A cluster that runs as long as its `launch` block; every method may be called concurrently."""
+class ClusterClient:
+    """A client of a running cluster; every method may be called concurrently."""
 
-    def __init__(
-        self,
-        topology: Topology,
-        process: asyncio.subprocess.Process,
-        api_key: str = "",
-        *,
-        reason_file: Path | None = None,
-    ) -> None:
+    def __init__(self, topology: Topology, api_key: str = "") -> None:
         self.topology = topology
-        self._reason_file = reason_file
         self.url = topology.url
         """Base URL of the API, such as http://127.0.0.1:8000."""
-        self.process = process
-        """The `triptych up` process."""
         self._api_key = api_key
         self._http = self.http_client()
-        self._outbox = Outbox("launch")
 
     def http_client(self, timeout_s: float | httpx.Timeout | None = None) -> httpx.AsyncClient:
         """Make a client of the API that sends the key; its `timeout_s` seconds are a few by default. Close it."""
@@ -168,6 +157,31 @@ class Cluster:
         except httpx.HTTPError as error:
             raise unreachable(self.url, error) from error
 
+    async def ready(self) -> bool:
+        """Whether `GET /ready` says that the cluster takes requests."""
+        try:
+            return (await self._http.get("/ready")).is_success
+        except httpx.HTTPError:
+            return False  # not listening yet is not ready either
+
+
+class Cluster(ClusterClient):
+    """A cluster that runs as long as its `launch` block."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        process: asyncio.subprocess.Process,
+        api_key: str = "",
+        *,
+        reason_file: Path | None = None,
+    ) -> None:
+        super().__init__(topology, api_key)
+        self._reason_file = reason_file
+        self.process = process
+        """The `triptych up` process."""
+        self._outbox = Outbox("launch")
+
     async def children(self) -> dict[str, ChildReport]:
         """Return what the supervisor knows of each component, by name; works while the API is down, too."""
         supervisor = self._outbox.reference(SUPERVISOR, AddressBook(self.topology).address(SUPERVISOR))
@@ -177,13 +191,6 @@ class Cluster:
     async def pid_of(self, name: str) -> int:
         """Return the process id of a component, 0 while it has no process; raises `KeyError` for an unknown name."""
         return (await self.children())[name].pid
-
-    async def ready(self) -> bool:
-        """Whether `GET /ready` says that the cluster takes requests."""
-        try:
-            return (await self._http.get("/ready")).is_success
-        except httpx.HTTPError:
-            return False  # not listening yet is not ready either
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Wait until the cluster is ready; raises `ClientError` when it ends, cannot become ready or takes longer."""

@@ -100,12 +100,12 @@ def write_with_overrides(file: Path, overrides: Mapping[str, Mapping[str, Any]],
 def merge(file: str, tables: dict[str, Any], overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return the tables with the keys of `overrides` in place of theirs. Pure.
 
-    Models are found by name, roles by name or kind; `file` is what an error calls the topology.
+    Models and hosts are found by name, roles by name or kind; `file` is what an error calls the topology.
     """
     merged = {key: dict(table) for key, table in tables.items() if not isinstance(table, list)}
     lists = {key: rows for key, rows in tables.items() if isinstance(rows, list)}
     for section, keys in overrides.items():
-        if section in ("roles", "models"):
+        if section in ("roles", "models", "hosts"):
             lists[section] = _merge_rows(file, section, lists.get(section, []), keys)
         else:
             merged.setdefault(section, {}).update(keys)

@@ -173,6 +173,10 @@ class Hosts:
         """Return the folder of this machine that a host has at `DISK`."""
         return self._folder / host
 
+    def root(self, host: str) -> Path:
+        """Return the root of the files of a host that runs, as this machine sees it."""
+        return Path(f"/proc/{self._pids[host]}/root")
+
     def command(self, host: str, *command: str) -> list[str]:
         """Return the command line of this machine that runs a command on a host, in its folder `/`.
 
