@@ -22,6 +22,7 @@ from tests.ports import free_ports
 from triptych.api.launch import Cluster, launch
 from triptych.bus import BusError
 from triptych.engines.parameters.serving_config import SERVING_CONFIG_NAME
+from triptych.tools.hosts.cluster import HostsCluster, launch_on_hosts
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("encoder", "denoiser", "decoder")
@@ -73,10 +74,20 @@ SHARED: dict[str, dict[str, Any]] = {
         "supervision": {"intensity": 100, "heartbeat_timeout_s": 5},
         "role_keys": {"denoiser": {"checkpoint_s": 0.1, "slots": 1}},
     },
+    # On three hosts that are namespaces of this machine; b and c each can do without the other.
+    "hosts": {
+        "family": "flux-any-steps",
+        "roles": {"encoder": 1, "denoiser": 1, "decoder": 1},
+        "hosts": {"encoder": ["a"], "denoiser": ["b", "c"], "decoder": ["a"]},
+        "head": {"host": "a"},
+        "transfer": {"trusted_network": True},
+        "supervision": {"intensity": 100, "heartbeat_timeout_s": 5},
+        "role_keys": {"denoiser": {"checkpoint_s": 0.1, "slots": 2}},
+    },
 }
 """The topologies of shared clusters."""
 
-Scenario = Callable[[Cluster], Coroutine[Any, Any, Any]]
+Scenario = Callable[[Any], Coroutine[Any, Any, Any]]
 
 
 class SharedClusters:
@@ -88,7 +99,7 @@ class SharedClusters:
         self._runner = asyncio.Runner()
         self._stack = AsyncExitStack()
         self._name = ""
-        self._cluster: Cluster | None = None
+        self._cluster: Cluster | HostsCluster | None = None
 
     def run(self, name: str, scenario: Scenario) -> Any:
         """Return what the scenario makes of the cluster of that name; it is ready when the scenario begins."""
@@ -104,7 +115,7 @@ class SharedClusters:
             self._name, self._cluster = name, await self._start(name)
         return await scenario(self._cluster)
 
-    async def _start(self, name: str) -> Cluster:
+    async def _start(self, name: str) -> Cluster | HostsCluster:
         sections = dict(SHARED[name])
         folder = self._folder / name
         shutil.rmtree(folder, ignore_errors=True)  # of one that a failed test has broken
@@ -117,17 +128,21 @@ class SharedClusters:
             family, roles = sections.pop("family", "flux"), sections.pop("roles", dict.fromkeys(STAGES, 1))
             model = any_steps(self._models("flux"), folder) if family == "flux-any-steps" else self._models(family)
             path = write_topology(folder, model, roles, sections)
+        if name == "hosts":
+            return await self._stack.enter_async_context(launch_on_hosts(path))
         return await self._stack.enter_async_context(launch(path, FREE_PORTS))
 
     async def _stop(self) -> None:
         cluster, self._cluster = self._cluster, None
         await self._stack.aclose()
-        if cluster:
+        if isinstance(cluster, HostsCluster):
+            assert set(cluster.exit_codes.values()) == {0}
+        elif cluster:
             assert cluster.process.returncode == 0
             assert not list(cluster.topology.run_dir.glob("*")), "its sockets are gone"
 
 
-async def all_ready(cluster: Cluster) -> bool:
+async def all_ready(cluster: Cluster | HostsCluster) -> bool:
     """Whether the cluster takes requests and each of its processes runs, in the end."""
     try:
         async with asyncio.timeout(BOUND_S):
@@ -140,7 +155,7 @@ async def all_ready(cluster: Cluster) -> bool:
         return False
 
 
-async def back(cluster: Cluster, name: str, *, after_generation: int) -> None:
+async def back(cluster: Cluster | HostsCluster, name: str, *, after_generation: int) -> None:
     """Until the component is ready in a later generation."""
     async with asyncio.timeout(BOUND_S):
         while True:
@@ -203,14 +218,17 @@ def write_topology(folder: Path, model: Path, roles: dict[str, int], sections: d
         "transfer": {"pool_size": "16MiB"},
     }
     sections = dict(sections)
-    role_keys = sections.pop("role_keys", {})
+    role_keys, hosts = sections.pop("role_keys", {}), sections.pop("hosts", {})
     lines = []
     for name, keys in {name: own.get(name, {}) | sections.get(name, {}) for name in own | sections}.items():
         lines.append(f"[{name}]")
         lines += [f"{key} = {_toml(value)}" for key, value in keys.items()]
     for kind, count in roles.items():
         lines += ["[[roles]]", f'kind = "{kind}"', f"count = {count}"]
+        lines += [f"hosts = {hosts[kind]}"] if hosts else []
         lines += [f"{key} = {_toml(value)}" for key, value in role_keys.get(kind, {}).items()]
+    for number, host in enumerate(sorted({host for names in hosts.values() for host in names}), start=2):
+        lines += ["[[hosts]]", f'name = "{host}"', f'address = "127.0.0.{number}"']
     path = folder / "topology.toml"
     path.write_text("\n".join(lines) + "\n")
     return path

@@ -45,10 +45,14 @@ class Clock:
         with self._file.open("r+b" if self._file.exists() else "wb") as file:
             file.write(struct.pack("=q", self.offset_s))
 
+    def environment(self) -> dict[str, str]:
+        """Return the variables with which a process has this clock."""
+        return {"LD_PRELOAD": str(self._library), _ENVIRONMENT: str(self._file)}
+
     @contextmanager
     def preloaded(self) -> Iterator[Self]:
         """Let processes that are started in the block use this clock."""
-        own = {"LD_PRELOAD": str(self._library), _ENVIRONMENT: str(self._file)}
+        own = self.environment()
         before = {name: os.environ.get(name) for name in own}
         os.environ.update(own)
         try:

@@ -42,11 +42,13 @@ class HostsCluster(ClusterClient):
 
     Attributes:
         hosts: where it runs. Faults of the network are theirs.
+        exit_codes: of the supervisor of each host, once it is closed.
     """
 
     def __init__(self, hosts: Hosts, topology: Topology, environments: Mapping[str, Mapping[str, str]]) -> None:
         self.hosts = hosts
         self._environments = environments
+        self.exit_codes: dict[str, int] = {}
         self._up: dict[str, HostProcess] = {}
         self._forward: HostProcess | None = None
         super().__init__(topology)
@@ -79,6 +81,11 @@ class HostsCluster(ClusterClient):
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             self._forward = self.hosts.popen(host, sys.executable, "-I", "-S", str(_FORWARD), *at, **pipes)
             wait_for(self._forward, "up")
+
+    def kill_host(self, host: str) -> None:
+        """Switch a host off."""
+        self.hosts.kill(host)
+        del self._up[host]
 
     def restart_host(self, host: str) -> None:
         """Start a host that was switched off, and the part of the system on it."""
@@ -125,7 +132,7 @@ class HostsCluster(ClusterClient):
             raise ClientError(f"not ready within {timeout_s:g} s: {await self._not_ready()}") from None
 
     async def close(self) -> None:
-        """Stop everything in order."""
+        """Stop everything in order; `exit_codes` says how each part ended."""
         self._asking.close()
         await self._http.aclose()
         for process in self._up.values():
@@ -137,6 +144,7 @@ class HostsCluster(ClusterClient):
                 await asyncio.to_thread(process.wait, patience)
             except subprocess.TimeoutExpired:
                 process.kill()
+        self.exit_codes = {host: process.wait() for host, process in self._up.items()}
         if self._forward:
             end_holder(self._forward)
 
