@@ -128,7 +128,7 @@ class ModelManager:
                 serving_config = await asyncio.to_thread(
                     load_serving_config, model.path, model.section.task, model.title
                 )
-                version = await asyncio.to_thread(model_version, model.files)
+                version = await asyncio.to_thread(model_version, model.files, by_content=len(self._topology.hosts) > 1)
             except (ModelError, OSError) as error:
                 raise RefusedError("model", str(error)) from error
             served.serving_config = serving_config

@@ -116,11 +116,14 @@ class StreamWorker(Actor):
         self._stream = DeviceStream(device, "compute")
         self._shared = devices.shares_gpu(self.component, self.topology.components, torch.cuda.device_count())
         self.start_s["device"] = time.monotonic() - began
-        version = await asyncio.to_thread(model_version, self.model.files)
+        version = await self._version_on_disk()
         if not self.topology.starts_asleep(self.component):
             self.start_s["weights"] = await self._bring(self._stream, version)
         self.context.model_known(version, str(device))
         self.spawn(self._serve(self._stream), name="stages")
+
+    async def _version_on_disk(self) -> str:
+        return await asyncio.to_thread(model_version, self.model.files, by_content=len(self.topology.hosts) > 1)
 
     async def _bring(self, stream: DeviceStream, version: str) -> float:
         """Load the weights, which are to be of that version, or bring them back; returns the seconds of it.
@@ -141,7 +144,7 @@ class StreamWorker(Actor):
             loaded = self._pipeline
             await stream.run(self._from_host, loaded)
         seconds, self._load_began = time.monotonic() - self._load_began, None
-        if version != await asyncio.to_thread(model_version, self.model.files):
+        if version != await self._version_on_disk():
             raise ModelChangedError("the files of the model changed while they were read, or while it slept")
         self.context.model_loaded(loaded.signature, loaded.placement.held_bytes)
         stages = [stage.value for stage in loaded.stages]

@@ -54,3 +54,20 @@ def test_an_adapter_is_part_of_it(tmp_path: Path) -> None:
     assert model_version([folder / "unet", lora]) != model_version([folder / "unet"])
     lora.unlink()
     assert model_version([folder / "unet", lora]) == model_version([folder / "unet"])
+
+
+def test_copies_on_several_hosts_are_compared_by_their_bytes(tmp_path: Path) -> None:
+    folders = written(tmp_path / "a"), written(tmp_path / "b")
+    for folder in folders:
+        (folder / "unet/model.safetensors").write_bytes(bytes(3 << 20))
+    retouch(folders[0] / "unet/model.safetensors")
+    before = model_version([folders[0]], by_content=True)
+    assert model_version([folders[1]], by_content=True) == before
+    assert model_version([folders[1]]) != model_version([folders[0]])
+    found = {before}
+    for name, at in (("model_index.json", 3), ("unet/model.safetensors", 0), ("unet/model.safetensors", -1)):
+        content = bytearray((folders[1] / name).read_bytes())
+        content[at] ^= 1
+        (folders[1] / name).write_bytes(content)
+        found.add(model_version([folders[1]], by_content=True))
+    assert len(found) == 4
