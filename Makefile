@@ -12,7 +12,7 @@ PARALLEL ?= -n $(shell expr $$(nproc) + 1) --maxprocesses 4 --dist worksteal
 # Three wheels bring the same mooncake/ folder: one for hosts without an NVIDIA driver, one each for CUDA 12 and 13.
 MOONCAKE := $(shell tools/mooncake_extra.sh)
 
-.PHONY: help install demo serve test test-packages test-long test-hosts test-families test-rdma test-placement test-ray test-gpu check format bench bench-memory gpu-report gpu-report-here docs docs-serve clean
+.PHONY: help install demo serve test test-packages test-long test-hosts test-families test-s3 test-rdma test-placement test-ray test-gpu check format bench bench-memory gpu-report gpu-report-here docs docs-serve clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -34,7 +34,7 @@ serve: $(INSTALLED) ## Start the system of TOPOLOGY=examples/demo.toml and keep 
 	$(BIN)/triptych up $(TOPOLOGY)
 
 test: $(INSTALLED) test-packages ## All tests that need no GPU
-	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not families and not long and not hosts and not rdma and not placement and not ray"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not families and not long and not hosts and not rdma and not placement and not ray and not s3"
 
 test-packages: # Some tests run on hosts that are made of namespaces
 	tools/system_packages.sh ip:iproute2 tc:iproute2 nft:nftables unshare:util-linux nsenter:util-linux
@@ -47,6 +47,13 @@ test-hosts: $(INSTALLED) test-packages ## Three hosts made of namespaces, with l
 
 test-families: $(INSTALLED) ## The same tests for every pipeline of diffusers, for when its version moves
 	$(BIN)/python -m pytest $(PARALLEL) -m "families and not gpu"
+
+test-s3: $(INSTALLED) $(VENV)-s3/bin/swift-proxy-server ## Tests against a real S3 server: OpenStack Swift, from PyPI, in an environment of its own
+	TRIPTYCH_S3_PYTHON=$(abspath $(VENV)-s3/bin/python) $(BIN)/python -m pytest -m s3
+
+$(VENV)-s3/bin/swift-proxy-server:
+	$(PYTHON) -m venv $(VENV)-s3
+	$(VENV)-s3/bin/pip install --quiet --disable-pip-version-check "swift==2.38.3"
 
 test-rdma: $(INSTALLED) ## Tests over RDMA, with a device that the kernel of a QEMU guest makes; two minutes
 	tools/system_packages.sh qemu-system-x86_64:qemu-system-x86 rdma:iproute2
@@ -98,4 +105,4 @@ docs-serve: $(INSTALLED) ## The same on http://127.0.0.1:8001, made anew at each
 	$(BIN)/python -m mkdocs serve --dev-addr 127.0.0.1:8001
 
 clean: ## Remove the environment and what was made
-	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-s3 out build *.egg-info .mypy_cache .ruff_cache

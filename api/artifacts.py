@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import os
 import re
-from email.utils import parsedate_to_datetime
-from typing import Final
+from collections.abc import Iterator
+from email.utils import formatdate, parsedate_to_datetime
+from pathlib import Path
+from typing import BinaryIO, Final
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from triptych.api.errors import ApiError, not_found
 from triptych.api.operations import FILE_ANSWERS, FILE_ERRORS, FILE_HEADERS, operation
 from triptych.api.services import ApiRequest
 from triptych.bus import RemoteError
-from triptych.roles.media.artifacts import ArtifactError, ArtifactMissingError
+from triptych.roles.media.artifacts import ArtifactError, ArtifactMissingError, ArtifactStore
+from triptych.roles.media.files import Entry
 from triptych.roles.media.formats import FORMATS
 from triptych.roles.messages.requests import RequestView
 
 GONE: Final = 410
+_HEADERS: Final = {"Cache-Control": "private, max-age=31536000, immutable", "X-Content-Type-Options": "nosniff"}
+_CHUNK_BYTES: Final = 1 << 18
 _RANGES: Final = re.compile(r"\s*bytes\s*=(?P<ranges>[-0-9,\s]+)", re.IGNORECASE)
 _RANGE: Final = re.compile(r"(?P<first>[0-9]{0,18})-(?P<last>[0-9]{0,18})")
 
@@ -74,32 +82,22 @@ async def read_file(request: ApiRequest, name: str) -> bytes:
 
 
 async def send_file(request: ApiRequest, name: str) -> Response:
-    """Make the response that is an artifact, a part of it, or 304; raises ApiError 404, 410, 412, 416."""
-    store = request.state["services"].artifacts
-    try:
-        path = store.path(name)
-        found = await asyncio.to_thread(path.stat)
-    except ArtifactError:
-        raise not_found(f"there is no file {name}") from None
-    except FileNotFoundError:
-        raise artifact_expired(name) from None
-    headers = {"Cache-Control": "private, max-age=31536000, immutable", "X-Content-Type-Options": "nosniff"}
-    media_type = FORMATS[path.suffix[1:]].content_type
-    response = FileResponse(path, media_type=media_type, headers=headers, stat_result=found)
+    """Make the response that is an artifact, a part of it, or 304; raises ApiError 404, 410, 412, 416, 503."""
+    response, size = await _file_response(request.state["services"].artifacts, name)
     etag, modified = response.headers["etag"], response.headers["last-modified"]
     match precondition(request.headers, etag, modified):
         case 304:
-            return Response(status_code=304, headers={**headers, "ETag": etag, "Last-Modified": modified})
+            return Response(status_code=304, headers={**_HEADERS, "ETag": etag, "Last-Modified": modified})
         case 412:
             raise ApiError(
                 412,
                 "the file has changed: get it without If-Match and If-Unmodified-Since",
                 code="changed",
             )
-    ranges = wanted_ranges(request.headers, etag, modified, found.st_size) if request.method == "GET" else ""
+    ranges = wanted_ranges(request.headers, etag, modified, size) if request.method == "GET" else ""
     if ranges is None:
-        error = ApiError(416, f"the file has {found.st_size} bytes, and none of those asked for", code="no_such_range")
-        error.headers["Content-Range"] = f"bytes */{found.st_size}"
+        error = ApiError(416, f"the file has {size} bytes, and none of those asked for", code="no_such_range")
+        error.headers["Content-Range"] = f"bytes */{size}"
         raise error
     asked = MutableHeaders(scope=request.scope)  # which the response reads
     if ranges:
@@ -107,6 +105,86 @@ async def send_file(request: ApiRequest, name: str) -> Response:
     else:
         del asked["range"]
     return response
+
+
+async def _file_response(store: ArtifactStore, name: str) -> tuple[FileResponse | ObjectResponse, int]:
+    """Make the response that is an artifact, and return its size as well."""
+    try:
+        entry, path, found = await asyncio.to_thread(_find, store, name)
+    except ArtifactMissingError:
+        raise artifact_expired(name) from None
+    except ArtifactError:
+        raise not_found(f"there is no file {name}") from None
+    media_type = FORMATS[name.rpartition(".")[2]].content_type
+    if path is None:
+        return ObjectResponse(store, entry, media_type), entry.nbytes
+    return FileResponse(path, media_type=media_type, headers=_HEADERS, stat_result=found), entry.nbytes
+
+
+def _find(store: ArtifactStore, name: str) -> tuple[Entry, Path | None, os.stat_result | None]:
+    entry, path = store.stat(name), store.path(name)
+    return entry, path, path.stat() if path is not None else None
+
+
+class ObjectResponse(Response):
+    """An artifact that no path leads to, or one range of it; of several ranges, all of it.
+
+    Args:
+        store: Has the artifact.
+        entry: What the store says of it.
+        media_type: Its content type.
+    """
+
+    def __init__(self, store: ArtifactStore, entry: Entry, media_type: str) -> None:
+        self._store = store
+        self._entry = entry
+        tag = hashlib.md5(f"{entry.modified_at}-{entry.nbytes}".encode(), usedforsecurity=False).hexdigest()
+        modified = formatdate(entry.modified_at, usegmt=True)
+        headers = {"Accept-Ranges": "bytes", "ETag": f'"{tag}"', "Last-Modified": modified, **_HEADERS}
+        super().__init__(media_type=media_type, headers={**headers, "Content-Length": str(entry.nbytes)})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it, in chunks as they come from the store."""
+        if scope["method"] == "HEAD":
+            await super().__call__(scope, receive, send)
+            return
+        start, end = single_range(Headers(scope=scope).get("range", ""), self._entry.nbytes)
+        headers = MutableHeaders(raw=list(self.raw_headers))
+        headers["Content-Length"] = str(end - start)
+        if part := end - start < self._entry.nbytes:
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{self._entry.nbytes}"
+        try:
+            file = await asyncio.to_thread(self._store.open, self._entry.name)
+        except ArtifactMissingError:
+            raise artifact_expired(self._entry.name) from None
+        response = StreamingResponse(_chunks(file, start, end), 206 if part else 200, headers)
+        await response(scope, receive, send)
+
+
+def _chunks(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
+    with file:
+        file.seek(start)
+        while start < end:
+            chunk = file.read(min(_CHUNK_BYTES, end - start))
+            if not chunk:  # the client sees that bytes are missing
+                raise EOFError(f"the file ends {end - start} bytes too soon")
+            start += len(chunk)
+            yield chunk
+
+
+def single_range(header: str, size: int) -> tuple[int, int]:
+    """Return the bytes that are to be sent, the second being the end; all for no or several ranges.
+
+    Args:
+        header: A Range header of `wanted_ranges`.
+        size: Of the file.
+    """
+    match = _RANGE.fullmatch(header.removeprefix("bytes="))
+    if match is None:
+        return 0, size
+    if not match["first"]:
+        return max(size - int(match["last"]), 0), size
+    return int(match["first"]), min(int(match["last"] or size) + 1, size)
 
 
 def precondition(headers: Headers, etag: str, modified: str) -> int | None:

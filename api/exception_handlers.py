@@ -14,11 +14,13 @@ from triptych.api.errors import CLIENT_CLOSED_REQUEST, HEAD_UNREACHABLE, ApiErro
 from triptych.api.responses import JSONResponse
 from triptych.api.services import ApiRequest
 from triptych.bus import BusError
+from triptych.roles.media.files import StoreUnavailableError
 
 log = structlog.stdlib.get_logger("api")
 
 OPERATOR_RETRY_S: Final = 60.0
 """After which a client may retry where an operator has to act."""
+STORE_RETRY_S: Final = 5.0
 
 
 async def on_api_error(request: ApiRequest, error: ApiError) -> JSONResponse:
@@ -45,6 +47,13 @@ async def on_bus_error(request: ApiRequest, error: BusError) -> JSONResponse:
     return error_response(mapped)
 
 
+async def on_store_unavailable(_: ApiRequest, error: StoreUnavailableError) -> JSONResponse:
+    """Answer that the place of `[store] url` cannot be reached now."""
+    log.warning("the store cannot be reached", error=str(error))
+    message = "the server's file store does not answer: retry later"
+    return error_response(ApiError(503, message, code="store_unavailable", retry_after_s=STORE_RETRY_S))
+
+
 async def on_client_disconnect(_: ApiRequest, _error: ClientDisconnect) -> JSONResponse:
     """Note in the access log that the client hung up within the body; nobody reads the answer."""
     message = "the client hung up within the body"
@@ -60,6 +69,7 @@ EXCEPTION_HANDLERS: Final[Mapping[type[Exception], Any]] = {
     ApiError: on_api_error,
     HTTPException: on_http_exception,
     BusError: on_bus_error,
+    StoreUnavailableError: on_store_unavailable,
     ClientDisconnect: on_client_disconnect,
     Exception: on_crash,
 }

@@ -13,9 +13,8 @@ from typing import cast
 
 import uvicorn
 
-from triptych.actors import Actor, Component, StartDelayedError, StartError, Topology
+from triptych.actors import Actor, Component, DeferredReply, StartDelayedError, StartError, Topology
 from triptych.actors.child_state import ChildState
-from triptych.actors.topology import parse_size
 from triptych.api.app import make_app
 from triptych.api.body_limiter import BodyLimiter
 from triptych.api.cluster_observer import ClusterObserver
@@ -23,18 +22,19 @@ from triptych.api.connections import ConnectionLimits, LimitedH11Protocol, conne
 from triptych.api.head_client import RETRY_S, HeadClient
 from triptych.api.keys import ApiKeys, ApiKeysError, load_api_keys
 from triptych.api.services import Services
+from triptych.api.store import StoreService
 from triptych.api.uploads import UploadService
 from triptych.bus import BusError
 from triptych.roles.media.artifacts import ARTIFACTS, ArtifactStore
-from triptych.roles.media.retention import StoreBounds
+from triptych.roles.media.files import Files
+from triptych.roles.media.location import store_files, upload_bounds
 from triptych.roles.media.uploads import UPLOADS, UploadStore
 from triptych.roles.messages.requests import ClusterQuery, ClusterView
+from triptych.roles.messages.store import ArtifactPartStored, GetUploadPart, PutArtifactPart, UploadPart
 
 HEAD_PING_TIMEOUT_S = 2.0
 """Of one ping to a head that may not be there yet."""
 PRUNE_EVERY_S = 600.0
-UPLOAD_TO_SUBMIT_S = 60.0
-"""Most seconds from when an image is kept to when its request is accepted."""
 DRAIN_SHARE = 0.7
 ABORT_SHARE = 0.2
 """Shares of `shutdown_s`: for requests to finish, and for telling the others that they did not."""
@@ -43,9 +43,13 @@ ABORT_SHARE = 0.2
 class ApiServer(Actor):
     """Serves HTTP from the moment that the head answers until it is told to stop."""
 
+    mailbox_capacity = 64
+    """Messages may be as large as the bus allows: they have parts of files."""
+
     def __init__(self, name: str, topology: Topology) -> None:
         super().__init__(name)
         self.topology = topology
+        self._store = StoreService(topology.state_dir / ARTIFACTS, topology.state_dir / UPLOADS)
         self._stopping = asyncio.Event()
         self._server: Server | None = None
         self._limits = ConnectionLimits(topology.api.max_connections)
@@ -61,12 +65,14 @@ class ApiServer(Actor):
         await self._wait_for(head)
         self._limits.limit = self._connection_limit()
         listener = listen(self.topology.api.host, self.topology.api.port)
-        uploads = self._upload_store()
+        artifact_files, upload_files = await self._open_stores()
+        bounds, needed_s = upload_bounds(self.topology)
+        uploads = UploadStore(upload_files, bounds, needed_s=needed_s)
         services = Services(
             self.topology,
             head,
             ClusterObserver(self.topology, self.address_book, self.reference),
-            ArtifactStore(self.topology.state_dir / ARTIFACTS),
+            ArtifactStore(artifact_files),
             UploadService(uploads),
             BodyLimiter(),
             self._stopping,
@@ -100,6 +106,14 @@ class ApiServer(Actor):
             _, unfinished = await asyncio.wait({self._serving}, timeout=shutdown_s * ABORT_SHARE)
         self._server.force_exit = bool(unfinished)  # a client does not read its answer
 
+    async def put_artifact_part(self, message: PutArtifactPart) -> DeferredReply[ArtifactPartStored]:
+        """Keep a part of an artifact that a decoder on another host has made."""
+        return DeferredReply(self._store.put(message))
+
+    async def get_upload_part(self, message: GetUploadPart) -> DeferredReply[UploadPart]:
+        """Read a part of an upload that an encoder on another host lacks."""
+        return DeferredReply(self._store.get(message))
+
     def stats(self) -> dict[str, int | float | str | bool]:
         """Return where it listens, and how many HTTP requests and connections are open."""
         state = self._server.server_state if self._server else None
@@ -108,6 +122,8 @@ class ApiServer(Actor):
             "requests": len(state.tasks) if state else 0,
             "connections": len(state.connections) if state else 0,
             "refused_connections": self._limits.refused,
+            "received_bytes": self._store.received_bytes,
+            "sent_bytes": self._store.sent_bytes,
         }
 
     def _connection_limit(self) -> int:
@@ -117,12 +133,15 @@ class ApiServer(Actor):
             self.log.warning("fewer connections than max_connections", most=most, open_files=files)
         return most
 
-    def _upload_store(self) -> UploadStore:
-        state = self.topology.state
-        # A request is submitted right after its images, and has ended once its time is over.
-        needed_s = self.topology.head.request_timeout_s + UPLOAD_TO_SUBMIT_S
-        limits = StoreBounds(needed_s + state.keep_uploads_s, state.max_uploads, parse_size(state.max_uploads_size))
-        return UploadStore(self.topology.state_dir / UPLOADS, limits, needed_s=needed_s)
+    async def _open_stores(self) -> tuple[Files, Files]:
+        """Return what keeps artifacts and uploads, which is there and writable; raises StartDelayedError."""
+        artifacts, uploads = store_files(self.topology, ARTIFACTS), store_files(self.topology, UPLOADS)
+        try:
+            for files in (artifacts, uploads):
+                await asyncio.to_thread(files.prepare)
+        except OSError as error:
+            raise StartDelayedError(f"files cannot be kept in {files.location}: {error}") from error
+        return artifacts, uploads
 
     async def _prune(self, uploads: UploadStore) -> None:
         """Remove uploads that no request can need any more, again and again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -42,6 +43,7 @@ def preflight(topology: Topology, components: Sequence[Component], *, file: str 
         fix = f'install it with pip install "{backend.install}", or use engine = "{DEFAULT}"'
         problem = f"needs the {engine} engine, which is missing"
         raise TopologyError(file, f'[transfer] engine = "{engine}"', problem, fix)
+    _check_store(topology, file)
     for component in components:
         if component.on_gpu and not has_accelerator():
             fix = 'use device = "cpu", or run it on a machine with an accelerator'
@@ -63,6 +65,15 @@ def _check_model(topology: Topology, model: Model, file: str) -> None:
     if any(path.suffix == ".gguf" for path in source.files) and not _is_installed("gguf"):
         fix = 'install it with pip install "triptych[gguf]"'
         raise TopologyError(file, f"{where} path", "needs the package gguf, which is missing", fix)
+
+
+def _check_store(topology: Topology, file: str) -> None:
+    where, folder = f'[store] url = "{topology.store.url}"', topology.store.folder
+    if topology.store.url and folder is None and not _is_installed("s3fs"):
+        raise TopologyError(file, where, "needs s3fs, which is missing", 'install it with pip install "triptych[s3]"')
+    if folder is not None and not (folder.is_dir() and os.access(folder, os.R_OK | os.W_OK | os.X_OK)):
+        fix = "mount the file system and make the folder, for the user of these processes"
+        raise TopologyError(file, where, "is not a folder that this user can write to", fix)
 
 
 def _check_adapters(topology: Topology, model: Model, file: str) -> None:

@@ -51,6 +51,7 @@ from triptych.actors.topology.sections import (
     SchedulingPolicyName,
     Sections,
     StateSection,
+    StoreSection,
     SupervisionSection,
     TransferSection,
     cache_size,
@@ -64,6 +65,7 @@ ComponentKind = RoleKind | Literal["pool", "head", "api"]
 
 _UNSAFE: Final = re.compile(r"[^a-z0-9_-]")
 """Characters that the name of a component cannot have: a point separates the name of an actor within it."""
+_BUCKET_URL: Final = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_][A-Za-z0-9_.=-]*)*/?")
 _MAX_ROLE_NAME: Final = 32
 """Most characters in the name of a role, so that the path of its socket is short enough."""
 
@@ -187,6 +189,7 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
     supervision: SupervisionSection
     bus: BusSection
     state: StateSection
+    store: StoreSection = StoreSection()
     components: tuple[Component, ...]
     """In start order: pools, role instances, head, api."""
     hosts: tuple[HostSection, ...] = ()
@@ -326,6 +329,7 @@ def load_topology(path: Path | str, placed: PlacedHosts | None = None) -> Topolo
         supervision=sections.supervision,
         bus=msgspec.structs.replace(sections.bus, transport=transport),
         state=sections.state,
+        store=sections.store,
         components=components,
         hosts=sections.hosts,
         path=resolved,
@@ -399,6 +403,7 @@ def _check_sections(file: str, sections: Sections) -> None:
     _check_size(file, sections)
     _check_cache(file, sections)
     _check_state(file, sections)
+    _check_store(file, sections)
     _check_memory(file, sections)
     _check_models(file, sections)
     for model in sections.models:
@@ -518,6 +523,19 @@ def _check_state(file: str, sections: Sections) -> None:
         except ValueError:
             fix = 'write it as in "512MiB" or "32GiB"'
             raise TopologyError(file, f"[state] {key}", f'= "{size}" is not a size', fix) from None
+
+
+def _check_store(file: str, sections: Sections) -> None:
+    url, folder = sections.store.url, sections.store.folder
+    fits = not url or (
+        _BUCKET_URL.fullmatch(url) if folder is None else folder.is_absolute() and ".." not in folder.parts
+    )
+    if not fits:
+        problem, fix = (
+            f'= "{url}" is no place for files',
+            'write it as in "/mnt/shared/triptych" or "s3://bucket/prefix"',
+        )
+        raise TopologyError(file, "[store] url", problem, fix)
 
 
 def _check_memory(file: str, sections: Sections) -> None:

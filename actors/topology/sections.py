@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal, TypeAlias
 
 import msgspec
@@ -76,6 +77,7 @@ else:  # Literals, so that an error lists the choices
 
 Hosts = Annotated[tuple[str, ...], Meta(description='a list of host names, such as ["pictures.example.com"]')]
 
+S3_SCHEME: Final = "s3://"
 LEAST_POOL_BYTES: Final = 8192
 """Two pages: one for the inputs of a stage, one for its outputs."""
 _UNITS: Final = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
@@ -387,6 +389,21 @@ class StateSection(Section, frozen=True):
     component. `python -m triptych.tools.trace` makes a trace of it that Perfetto opens."""
 
 
+class StoreSection(Section, frozen=True):
+    """`[store]`: where the images that clients send, and the results, are kept."""
+
+    url: str = ""
+    """A place that all hosts reach and that belongs to this system alone: a folder of a file system that all of them
+    mount at the same path, such as "/mnt/shared/triptych" or "file:///mnt/shared/triptych", or "s3://BUCKET/PREFIX",
+    which needs `pip install "triptych[s3]"`. "" = the state folder of the head's host; roles on other hosts then send
+    and ask for the files over the bus."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that `url` names; None if it names none."""
+        return None if not self.url or self.url.startswith(S3_SCHEME) else Path(self.url.removeprefix("file://"))
+
+
 class RoleSection(Section, frozen=True):
     """One `[[roles]]` entry (with several models `[[models.roles]]`): `count` equal instances of a role."""
 
@@ -479,3 +496,4 @@ class Sections(msgspec.Struct, frozen=True, kw_only=True):
     supervision: SupervisionSection = SupervisionSection()
     bus: BusSection = BusSection()
     state: StateSection = StateSection()
+    store: StoreSection = StoreSection()

@@ -21,10 +21,11 @@ from triptych.roles.head.job import Request
 from triptych.roles.head.journal import Journal, JournalError, prune
 from triptych.roles.head.served_models import ServedModel, ServedModels
 from triptych.roles.media.artifacts import ARTIFACTS, ArtifactError, ArtifactStore
+from triptych.roles.media.location import store_files
 from triptych.roles.media.retention import StoreBounds
 from triptych.roles.media.uploads import UPLOADS, UploadStore
 from triptych.roles.messages import requests
-from triptych.roles.messages.common import Attempt, Images, Tensors, Upload
+from triptych.roles.messages.common import Attempt, Upload, uploads_of
 from triptych.roles.previews import denoise_of, preview_id
 
 ByRequestId: TypeAlias = requests.QueryRequest | requests.WaitRequest | requests.CancelRequest | requests.DeleteRequest
@@ -56,8 +57,8 @@ class RequestStore:
         self._limits = limits_of(topology)
         self._journal_path = topology.state_dir / "journal.sqlite"
         self._journal: Journal | None = None
-        self._artifacts = ArtifactStore(topology.state_dir / ARTIFACTS)
-        self._uploads = UploadStore(topology.state_dir / UPLOADS)
+        self._artifacts = ArtifactStore(store_files(topology, ARTIFACTS))
+        self._uploads = UploadStore(store_files(topology, UPLOADS))
         self._ended: dict[str, asyncio.Event] = {}
         """Events for the waiters of requests, by request id."""
         self._changed: dict[str, asyncio.Event] = {}
@@ -307,7 +308,10 @@ class RequestStore:
 
     def _uploads_in_use(self) -> set[Upload]:
         return {
-            upload for request in self._models.requests.values() if not request.terminal for upload in _uploads(request)
+            upload
+            for request in self._models.requests.values()
+            if not request.terminal
+            for upload in uploads_of(request.inputs)
         }
 
     def _discard_files(self, request: Request, needed: set[Upload]) -> None:
@@ -315,7 +319,7 @@ class RequestStore:
             self._artifacts.discard(job.id)
             for preview in job.previews:
                 self._artifacts.discard(preview_id(job.id, preview.step))
-        for upload in _uploads(request) - needed:
+        for upload in uploads_of(request.inputs) - needed:
             self._uploads.discard(upload, saved_before=request.created_at)
 
     def discard_late(self, attempt: Attempt) -> None:
@@ -434,9 +438,3 @@ class RefusedSubmissionError(Exception):
         super().__init__(sentence)
         self.code = code
         self.retry_after_s = retry_after_s
-
-
-def _uploads(request: Request) -> set[Upload]:
-    values = request.inputs.values()
-    images = {upload for value in values if isinstance(value, Images) for upload in value.files}
-    return images | {value.file for value in values if isinstance(value, Tensors)}

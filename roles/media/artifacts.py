@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Container
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
-from triptych.roles.media.files import Entry, list_entries, write_atomic
+from triptych.roles.media.files import Entry, Files
 from triptych.roles.media.formats import FORMATS
 from triptych.roles.media.retention import StoreBounds, surplus
 from triptych.roles.messages.common import Artifact
 
 ARTIFACTS: Final = "artifacts"
-"""Folder of the artifact store, under the state folder."""
+"""Folder of the artifact store, under the state folder or `[store] url`."""
 
 # After the index, a preview has the step that it was made after.
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,100}/[0-9]{1,6}(?:\.[0-9]{1,10})?")
@@ -47,33 +47,45 @@ def artifact_name(job_id: str, output_format: str) -> str:
 
 
 class ArtifactStore:
-    """A folder of finished media. Every method blocks on the disk: call them off the event loop."""
+    """Finished media. Every method blocks on the disk or the network: call them off the event loop."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, files: Files) -> None:
+        self.files = files
 
     def save(self, job_id: str, output_format: str, data: bytes) -> Artifact:
         """Write a job's artifact; on return it is complete and on disk. Writing it again replaces it.
 
         Raises:
             ArtifactError: see `artifact_name`.
-            OSError: when the disk is full or the folder cannot be written; nothing is left behind.
+            OSError: as `Files.write`.
 
         """
         name = artifact_name(job_id, output_format)
-        write_atomic(self.folder / name, data)
+        self.files.write(name, data)
         return Artifact(name, FORMATS[output_format].content_type, len(data))
 
-    def path(self, name: str) -> Path:
-        """Return the path of the artifact of that name, whether or not it exists.
+    def path(self, name: str) -> Path | None:
+        """Return the path of the artifact of that name, whether or not it exists; None if no path leads to it.
 
         Raises:
             ArtifactError: when no artifact could have that name.
 
         """
-        if not _NAME.fullmatch(name):
-            raise ArtifactError(f"{name!r} is no artifact name")
-        return self.folder / name
+        return self.files.path(check_artifact_name(name))
+
+    def stat(self, name: str) -> Entry:
+        """Return size and age of an artifact; raises as `read`."""
+        try:
+            return self.files.stat(check_artifact_name(name))
+        except FileNotFoundError:
+            raise _missing(name) from None
+
+    def open(self, name: str) -> BinaryIO:
+        """Open an artifact to read parts of it; raises as `read`."""
+        try:
+            return self.files.open(check_artifact_name(name))
+        except FileNotFoundError:
+            raise _missing(name) from None
 
     def read(self, name: str) -> bytes:
         """Read a whole artifact.
@@ -81,23 +93,23 @@ class ArtifactStore:
         Raises:
             ArtifactMissingError: when there is none of that name.
             ArtifactError: when no artifact could have that name.
+            OSError: as `Files`.
 
         """
         try:
-            return self.path(name).read_bytes()
+            return self.files.read(check_artifact_name(name))
         except FileNotFoundError:
-            raise ArtifactMissingError(f"there is no artifact {name}") from None
+            raise _missing(name) from None
 
     def discard(self, job_id: str) -> None:
         """Remove a job's artifact, of whatever format; nothing where there is none.
 
         Raises:
             ArtifactError: see `artifact_name`.
-            OSError: when the folder cannot be written.
+            OSError: as `Files`.
 
         """
-        for output_format in FORMATS:
-            (self.folder / artifact_name(job_id, output_format)).unlink(missing_ok=True)
+        self.files.remove(artifact_name(job_id, output_format) for output_format in FORMATS)
 
     def prune(self, bounds: StoreBounds, *, now: float, needed: Container[str]) -> int:
         """Remove what passes the bounds, and half-written files that a dead process left.
@@ -111,17 +123,27 @@ class ArtifactStore:
             How many files were removed.
 
         Raises:
-            OSError: when the folder cannot be read or written.
+            OSError: as `Files`.
 
         """
 
         def stays(entry: Entry) -> bool:
             return entry.modified_at > now or entry.name.rpartition("_")[0] in needed
 
-        present = list_entries(self.folder)
+        present = self.files.entries()
         finished = [e for e in present if _NAME.fullmatch(e.name)]
         doomed = surplus(finished, bounds, now=now, needed=stays)
         doomed += [e.name for e in present if e.abandoned(now)]
-        for name in doomed:
-            (self.folder / name).unlink(missing_ok=True)
+        self.files.remove(doomed)
         return len(doomed)
+
+
+def check_artifact_name(name: str) -> str:
+    """Return a name that an artifact can have; raises ArtifactError for any other."""
+    if not _NAME.fullmatch(name):
+        raise ArtifactError(f"{name!r} is no artifact name")
+    return name
+
+
+def _missing(name: str) -> ArtifactMissingError:
+    return ArtifactMissingError(f"there is no artifact {name}")

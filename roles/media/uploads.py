@@ -9,10 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from triptych.roles.media.files import list_entries, write_atomic
+from triptych.roles.media.files import Files
 from triptych.roles.media.retention import NO_BOUNDS, StoreBounds, surplus
 from triptych.roles.messages.common import Upload
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 UPLOADS: Final = "uploads"
-"""Folder of the upload store, under the state folder."""
+"""Folder of the upload store, under the state folder or `[store] url`."""
 ENDINGS: Final[Mapping[str, str]] = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg", "WEBP": "webp"}
 """Pillow's names of the accepted formats, and the endings of their files. MPO is a JPEG with others behind it."""
 
@@ -38,13 +37,14 @@ class UploadsFullError(Exception):
 
 
 class UploadStore:
-    """A folder of uploads, written and pruned by one process, the API's, and read by all.
+    """Uploads, written and pruned by one process, the API's, and read by all.
 
-    Every method blocks on the disk: call them off the event loop. They may be called from several threads.
+    Every method blocks on the disk or the network: call them off the event loop. They may be called from several
+    threads.
     """
 
-    def __init__(self, folder: Path, bounds: StoreBounds = NO_BOUNDS, *, needed_s: float = 0.0) -> None:
-        self.folder = folder
+    def __init__(self, files: Files, bounds: StoreBounds = NO_BOUNDS, *, needed_s: float = 0.0) -> None:
+        self.files = files
         self.bounds = bounds
         self.needed_s = needed_s
         """An upload as young as this stays, whatever the bounds say."""
@@ -60,13 +60,13 @@ class UploadStore:
 
         Raises:
             UploadsFullError: when there is no room.
-            OSError: when the disk is full or the folder cannot be written; nothing is left behind.
+            OSError: as `Files.write`.
         """
         upload = Upload(f"{hashlib.sha256(data).hexdigest()}.{ending}", len(data))
-        path = self._path(upload)
+        name = check_upload_name(upload.name)
         # Locked against `prune`, which must not remove what has just been sent again.
         with self._lock:
-            known = path.is_file()
+            known = self._is_there(name)
             if not known and not self._fits(len(data)):
                 bounds = self.bounds
                 room = StoreBounds(bounds.max_age_s, bounds.max_count - 1, bounds.max_bytes - len(data))
@@ -78,25 +78,35 @@ class UploadStore:
                         f"max_uploads is {bounds.max_count} and max_uploads_size {bounds.max_bytes} bytes"
                     )
             # Written even where it is there: should that one be damaged, it is whole again.
-            write_atomic(path, data)
+            self.files.write(name, data)
             if not known:
                 self._held = (self._held[0] + 1, self._held[1] + len(data))
         return upload
+
+    def renew(self, upload: Upload) -> bool:
+        """Let the age of an upload start anew; returns False if it is not there as it was sent. Raises as `read`."""
+        name = check_upload_name(upload.name)
+        with self._lock:
+            try:
+                self.files.write(name, self.read(upload))
+            except UploadError:
+                return False
+        return True
 
     def read(self, upload: Upload) -> bytes:
         """Read a whole upload, just as it was sent.
 
         Raises:
             UploadError: when it is not there or not as it was sent, or no upload could have that name.
-            OSError: when the disk cannot be read.
+            OSError: as `Files`.
         """
-        path = self._path(upload)
+        name = check_upload_name(upload.name)
         try:
-            data = path.read_bytes()
+            data = self.files.read(name)
         except FileNotFoundError:
-            raise UploadError(f"the upload {upload.name} is not there any more: send the {_what(path)} again") from None
-        if len(data) != upload.nbytes or hashlib.sha256(data).hexdigest() != path.stem:
-            raise UploadError(f"the upload {upload.name} is damaged on the disk: send the {_what(path)} again")
+            raise missing_upload(name) from None
+        if len(data) != upload.nbytes or hashlib.sha256(data).hexdigest() != upload_digest(name):
+            raise UploadError(f"the upload {name} is damaged on the disk: send the {_what(name)} again")
         return data
 
     def open(self, upload: Upload) -> Image.Image:
@@ -122,12 +132,12 @@ class UploadStore:
 
         Raises:
             UploadError: when no upload could have that name.
-            OSError: when the folder cannot be read or written.
+            OSError: as `Files`.
         """
-        path = self._path(upload)
+        name = check_upload_name(upload.name)
         try:
-            if path.stat().st_mtime < saved_before:
-                path.unlink()
+            if self.files.stat(name).modified_at < saved_before:
+                self.files.remove((name,))
         except FileNotFoundError:  # pruned already
             return
 
@@ -137,12 +147,11 @@ class UploadStore:
             return self._prune(self.bounds, now)
 
     def _prune(self, bounds: StoreBounds, now: float) -> int:
-        present = list_entries(self.folder)
+        present = self.files.entries()
         stored = [entry for entry in present if _NAME.fullmatch(entry.name)]
         doomed = surplus(stored, bounds, now=now, needed=lambda entry: now - entry.modified_at <= self.needed_s)
         doomed += [entry.name for entry in present if entry.abandoned(now)]
-        for name in doomed:
-            (self.folder / name).unlink(missing_ok=True)
+        self.files.remove(doomed)
         kept = [entry.nbytes for entry in present if entry.name not in set(doomed)]
         self._held = (len(kept), sum(kept))
         return len(doomed)
@@ -151,11 +160,30 @@ class UploadStore:
         count, nbytes = self._held
         return count < self.bounds.max_count and nbytes + new <= self.bounds.max_bytes
 
-    def _path(self, upload: Upload) -> Path:
-        if not _NAME.fullmatch(upload.name):
-            raise UploadError(f"{upload.name!r} is no name of an upload")
-        return self.folder / upload.name
+    def _is_there(self, name: str) -> bool:
+        try:
+            self.files.stat(name)
+        except FileNotFoundError:
+            return False
+        return True
 
 
-def _what(path: Path) -> str:
-    return "file of tensors" if path.suffix == f".{TENSORS_ENDING}" else "image"
+def check_upload_name(name: str) -> str:
+    """Return a name that an upload can have; raises UploadError for any other."""
+    if not _NAME.fullmatch(name):
+        raise UploadError(f"{name!r} is no name of an upload")
+    return name
+
+
+def upload_digest(name: str) -> str:
+    """Return the SHA-256, in hex, of the upload of that name."""
+    return name.partition(".")[0]
+
+
+def missing_upload(name: str) -> UploadError:
+    """Make the error for an upload that is not kept any more."""
+    return UploadError(f"the upload {name} is not there any more: send the {_what(name)} again")
+
+
+def _what(name: str) -> str:
+    return "file of tensors" if name.endswith(f".{TENSORS_ENDING}") else "image"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Final, TypeAlias, dataclass_transform
 
 import msgspec
@@ -82,6 +83,12 @@ class Tensors(Value, tag=True):
 
 Input: TypeAlias = Scalar | Images | Numbers | Options | Json | Tensors
 """An input of a request. Files are sent as references."""
+
+
+def uploads_of(inputs: Mapping[str, object]) -> set[Upload]:
+    """Return the uploads that inputs refer to."""
+    images = {upload for value in inputs.values() if isinstance(value, Images) for upload in value.files}
+    return images | {value.file for value in inputs.values() if isinstance(value, Tensors)}
 
 
 class Output(Value):

@@ -4,7 +4,8 @@
     denoiser    instance -> LoadInputs -> transfer -> RunStage -> stream worker -> StoreOutputs -> transfer -> ...
     decoder     instance -> LoadInputs -> transfer -> RunStage -> stream worker -> SaveArtifact -> transfer -> ...
 
-The report that ends an attempt is the message that the head receives, of `roles.messages.stages`. Messages contain no
+An encoder on a host that lacks the uploads begins with FetchUploads -> transfer -> RunStage. The report that ends an
+attempt is the message that the head receives, of `roles.messages.stages`. Messages contain no
 tensors: they name the attempt, and the values are in its `ActiveAttempt`.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from triptych.bus import Message
 from triptych.engines.stages import Stage
-from triptych.roles.messages.common import Attempt, LeaseRef, Output, StoredPayload
+from triptych.roles.messages.common import Attempt, LeaseRef, Output, StoredPayload, Upload
 
 
 class LoadInputs(Message):
@@ -26,6 +27,15 @@ class LoadInputs(Message):
     """End of the wait for a pool that has ended, in seconds of this host's monotonic clock."""
     checkpoint: StoredPayload | None = None
     """What an earlier attempt has made so far; left out if it cannot be loaded."""
+
+
+class FetchUploads(Message):
+    """To the transfer actor: have the uploads that the attempt's inputs refer to on this host."""
+
+    attempt: Attempt
+    uploads: tuple[Upload, ...]
+    deadline: float
+    """End of the wait for a store that does not answer, in seconds of this host's monotonic clock."""
 
 
 class RunStage(Message):
@@ -64,7 +74,7 @@ class SaveArtifact(Message):
     attempt: Attempt
     output: Output
     deadline: float
-    """End of the wait for a full disk, in seconds of this host's monotonic clock."""
+    """End of the wait for a full disk or a store that does not answer, in seconds of this host's monotonic clock."""
 
 
 class CancelAttempt(Message):

@@ -23,6 +23,7 @@ from triptych.roles.messages.common import (
     Rebind,
     SchedulingHints,
     StoredPayload,
+    uploads_of,
 )
 from triptych.roles.messages.pool import ReleaseBlocks
 from triptych.roles.messages.stages import (
@@ -40,6 +41,7 @@ from triptych.roles.messages.stages import (
 )
 from triptych.roles.messages.worker import (
     CancelAttempt,
+    FetchUploads,
     LoadInputs,
     RunStage,
     SaveArtifact,
@@ -71,6 +73,8 @@ class Phase(StrEnum):
 
     LOADING = "loading"
     """The transfer actor fetches stored tensors."""
+    FETCHING = "fetching"
+    """The transfer actor brings the uploads that the inputs refer to."""
     RUNNING = "running"
     """The stream worker computes it, or has it in its queue."""
     STORING = "storing"
@@ -160,7 +164,7 @@ class ActiveAttempt:
 
     def left_s(self) -> float:
         """Return the estimated seconds that the attempt still takes; 0 if unknown, infinite if it has not begun."""
-        if self.phase is Phase.LOADING or (self.phase is Phase.RUNNING and self.began_at is None):
+        if self.phase in (Phase.LOADING, Phase.FETCHING) or (self.phase is Phase.RUNNING and self.began_at is None):
             return math.inf  # not begun: nothing is lost when it begins on another instance
         computed = self.step - self.resumed_from
         if self.phase is not Phase.RUNNING or self.began_at is None or computed <= 0:
@@ -180,10 +184,12 @@ class PreviewValues:
 class AttemptTracker:
     """The attempts of one incarnation of a role process. Used from the event loop's thread alone."""
 
-    def __init__(self, instance: str, kind: str, slots: int) -> None:
+    def __init__(self, instance: str, kind: str, slots: int, *, fetches_uploads: bool = False) -> None:
         self.instance = instance
         self.kind = kind
         self.slots = slots
+        self.fetches_uploads = fetches_uploads
+        """Whether uploads have to be brought to this host before a stage can read them."""
         self.taken = 0
         """Attempts taken so far."""
         self.ended = 0
@@ -249,7 +255,11 @@ class AttemptTracker:
         if item is None:
             return ()
         item.values, item.seed = dict(message.inputs), message.seed
-        return (*self._cancel_older(attempt), RunStage(attempt, item.stages[0]))
+        first: Message = RunStage(attempt, item.stages[0])
+        if self.fetches_uploads and (uploads := uploads_of(message.inputs)):
+            item.phase = Phase.FETCHING
+            first = FetchUploads(attempt, tuple(sorted(uploads, key=lambda upload: upload.name)), item.deadline)
+        return (*self._cancel_older(attempt), first)
 
     def push(self, message: TransferPush, now: float, *, preallocated: bool = False) -> tuple[Message, ...]:
         """Take a job that starts from stored tensors; nothing more happens when it is assigned already.
@@ -424,8 +434,8 @@ class AttemptTracker:
         return self._cancelled_report(self._item(attempt, "its last checkpoint was stored", Phase.STORING))
 
     def loaded(self, attempt: Attempt) -> NextStep:
-        """Return the stage to run on the loaded inputs."""
-        item = self._item(attempt, "inputs were loaded", Phase.LOADING)
+        """Return the stage to run on the loaded or fetched inputs."""
+        item = self._item(attempt, "inputs were loaded", Phase.LOADING, Phase.FETCHING)
         if item.cancelled:
             return self._cancelled_report(item)
         item.phase = Phase.RUNNING
@@ -443,13 +453,19 @@ class AttemptTracker:
         return StageFinished(attempt, item.stages[0], artifact, item.seconds, 0)
 
     def transfer_failed(
-        self, attempt: Attempt, reason: str, *, source_gone: bool = False, retryable: bool = True
+        self,
+        attempt: Attempt,
+        reason: str,
+        *,
+        source_gone: bool = False,
+        retryable: bool = True,
+        invalid_request: bool = False,
     ) -> StageFailed | TransferFailed:
-        """Report that loading, storing or saving failed."""
-        item = self._item(attempt, "a transfer failed", Phase.LOADING, Phase.STORING, Phase.SAVING)
+        """Report that fetching, loading, storing or saving failed."""
+        item = self._item(attempt, "a transfer failed", Phase.LOADING, Phase.FETCHING, Phase.STORING, Phase.SAVING)
         if item.phase is Phase.LOADING:
             return TransferFailed(attempt, reason, source_gone, 0)
-        return StageFailed(attempt, item.stages[0], reason, retryable, 0)
+        return StageFailed(attempt, item.stages[0], reason, retryable, 0, invalid_request)
 
     # -- inside
 

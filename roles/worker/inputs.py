@@ -9,12 +9,12 @@ from PIL import Image, ImageOps
 
 from triptych.engines.parameters.schema import MASKS, ParameterKind, Signature
 from triptych.roles.media.uploads import UploadError, UploadStore
-from triptych.roles.messages.common import Images, Json, Numbers, Options, Tensors, Upload
+from triptych.roles.messages.common import Images, Json, Numbers, Options, Tensors, Upload, uploads_of
 
 
 def has_files(inputs: Mapping[str, object]) -> bool:
     """Return whether an input refers to a file."""
-    return any(isinstance(value, Images | Tensors) for value in inputs.values())
+    return bool(uploads_of(inputs))
 
 
 def resolve_inputs(

@@ -26,6 +26,7 @@ from triptych.bus import (
     RefusedError,
     RemoteError,
 )
+from triptych.roles.media.location import has_store
 from triptych.roles.messages import stages
 from triptych.roles.messages.common import Attempt, LeaseRef
 from triptych.roles.messages.pool import PoolFull, ReleaseBlocks, ReleasePreallocated
@@ -75,7 +76,7 @@ def build(component: Component, topology: Topology) -> list[Actor]:
     from triptych.roles.worker.transfer import TransferActor
 
     timeline, writers = timeline_of(component, topology)
-    context = ProcessContext(component, timeline)
+    context = ProcessContext(component, timeline, fetches_uploads=not has_store(component, topology))
     return [
         Instance(component, topology, context),
         StreamWorker(component, topology, context),

@@ -13,6 +13,7 @@ from triptych.bus import Message
 from triptych.engines.parameters.schema import Signature
 from triptych.roles.messages.worker import (
     CancelAttempt,
+    FetchUploads,
     LoadInputs,
     RunStage,
     SaveArtifact,
@@ -30,6 +31,7 @@ TRANSFER: Final = ".transfer"
 _SUFFIXES: Final[dict[type[Message], str]] = {
     RunStage: STREAM,
     SetWeightsLoaded: STREAM,
+    FetchUploads: TRANSFER,
     LoadInputs: TRANSFER,
     StoreOutputs: TRANSFER,
     StoreCheckpoint: TRANSFER,
@@ -42,11 +44,13 @@ _SUFFIXES: Final[dict[type[Message], str]] = {
 class ProcessContext:
     """One role process: its attempts, its reports, and what has to be there before it can take work."""
 
-    def __init__(self, component: Component, timeline: Timeline | None = None) -> None:
+    def __init__(
+        self, component: Component, timeline: Timeline | None = None, *, fetches_uploads: bool = False
+    ) -> None:
         self.instance = component.name
         self.timeline = timeline or Timeline()
         """When the actors of this process did what."""
-        self.attempts = AttemptTracker(component.name, component.kind, component.slots)
+        self.attempts = AttemptTracker(component.name, component.kind, component.slots, fetches_uploads=fetches_uploads)
         self.reporter = Reporter(structlog.stdlib.get_logger("actor").bind(actor=component.name))
         self.signature = Signature()
         """What the loaded pipeline takes and makes."""

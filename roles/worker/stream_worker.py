@@ -29,7 +29,6 @@ from triptych.engines.steps.executor import StepExecutor, StepRound
 from triptych.engines.weights.model_version import model_version
 from triptych.engines.weights.placement import OutOfDeviceMemoryError
 from triptych.engines.weights.read_ahead import ReadProgress
-from triptych.roles.media.uploads import UPLOADS, UploadStore
 from triptych.roles.messages.common import Attempt, Images, Rebind, Tensors
 from triptych.roles.messages.stages import InstanceWakeChanged, StageFailed
 from triptych.roles.messages.worker import (
@@ -48,6 +47,7 @@ from triptych.roles.worker.model_loading import load_stages, weights_stats
 from triptych.roles.worker.process_context import ProcessContext
 from triptych.roles.worker.stage_run import Round, RunStep, StageRun
 from triptych.roles.worker.step_scheduler import StepScheduler
+from triptych.roles.worker.store_client import upload_store
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -73,7 +73,7 @@ class StreamWorker(Actor):
         self.topology = topology
         self.model = topology.model_of(component)
         self.context = context
-        self.uploads = UploadStore(topology.state_dir / UPLOADS)
+        self.uploads = upload_store(component, topology)
         self.stages_run = 0
         self.largest_batch = 0
         """Most denoises that took a step together."""

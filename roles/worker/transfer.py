@@ -1,4 +1,4 @@
-"""The transfer actor: brings stored tensors in, puts outputs into blocks, writes finished media.
+"""The transfer actor: brings stored tensors and uploads in, puts outputs into blocks, saves finished media.
 
 It has a device stream of its own, so that the next attempt's tensors arrive while the present one computes. Each
 thing it is told to do is a task, which ends with exactly one message: to the stream worker, or to the head, the report
@@ -14,7 +14,8 @@ import os
 import random
 import time
 from collections.abc import Awaitable, Callable
-from typing import Final
+from functools import partial
+from typing import Final, TypeVar
 
 import torch
 from msgspec.structs import replace
@@ -31,15 +32,17 @@ from triptych.engines.memory.streams import DeviceStream, LoadedPayload
 from triptych.engines.parameters.media import FRAMES_PER_S
 from triptych.engines.stages import Stage
 from triptych.engines.transfer import FaultRates
-from triptych.roles.media.artifacts import ARTIFACTS, ArtifactError, ArtifactStore
+from triptych.roles.media.artifacts import ArtifactError
 from triptych.roles.media.decoded import MediaError, nsfw_flag, to_media
-from triptych.roles.media.files import is_disk_full
+from triptych.roles.media.files import is_transient
+from triptych.roles.media.uploads import UploadError
 from triptych.roles.media.writers import default_format, encode
-from triptych.roles.messages.common import Artifact, Attempt, LeaseRef, StoredPayload
+from triptych.roles.messages.common import Attempt, LeaseRef, StoredPayload
 from triptych.roles.messages.pool import ReleaseBlocks
 from triptych.roles.messages.stages import PreviewStored, StageFinished, StageOutputsStored
 from triptych.roles.messages.worker import (
     CancelAttempt,
+    FetchUploads,
     LoadInputs,
     SaveArtifact,
     StoreCheckpoint,
@@ -50,6 +53,9 @@ from triptych.roles.pool.client import FAULTS, LeaseGoneError, PoolClient, PoolM
 from triptych.roles.worker import devices
 from triptych.roles.worker.attempts import ActiveAttempt, NextStep, PreviewValues, Snapshot
 from triptych.roles.worker.process_context import ProcessContext
+from triptych.roles.worker.store_client import StoreClient
+
+T = TypeVar("T")
 
 MAX_CHECKPOINT_MANIFEST: Final = 128 * 1024
 """Bytes; the head sends it in one message with the manifest of the encoder's output."""
@@ -60,10 +66,13 @@ FULL_PAUSE_S: Final = 0.1
 class TransferFailedError(Exception):
     """A transfer has failed."""
 
-    def __init__(self, reason: str, *, source_gone: bool = False, retryable: bool = True) -> None:
+    def __init__(
+        self, reason: str, *, source_gone: bool = False, retryable: bool = True, invalid_request: bool = False
+    ) -> None:
         super().__init__(reason)
         self.source_gone = source_gone
         self.retryable = retryable
+        self.invalid_request = invalid_request
 
 
 class TransferActor(Actor):
@@ -73,7 +82,7 @@ class TransferActor(Actor):
         super().__init__(f"{component.name}.transfer")
         self.component = component
         self.context = context
-        self.store = ArtifactStore(topology.state_dir / ARTIFACTS)
+        self.stores = StoreClient(self, component, topology)
         self._client = PoolClient(self, component.pool, component.name)
         self._stops: dict[Attempt, asyncio.Event] = {}
         self._ahead: dict[Attempt, asyncio.Task[None]] = {}
@@ -82,8 +91,8 @@ class TransferActor(Actor):
         """Size of the last outputs: the next ones mostly have the same."""
         self._checkpoints: dict[Attempt, asyncio.Task[None]] = {}
         """The checkpoint of each attempt that is put into a block at present."""
-        self._waiting_for_disk: dict[Attempt, str] = {}
-        """Attempts that wait for space on the disk, and the problem of each."""
+        self._waiting_for_store: dict[Attempt, str] = {}
+        """Attempts that wait for space on a disk or for the store to answer, and the problem of each."""
         self._stream: DeviceStream | None = None
         self._mapping: PoolMapping | None = None
         self._pinned = False
@@ -112,6 +121,7 @@ class TransferActor(Actor):
         async def retire(arena: Arena) -> None:
             await stream.run(_unmap, arena, stream)
 
+        self.spawn(self.stores.prune_copies(), name="prune copies")
         if self.component.pool:
             self._mapping = PoolMapping(self, self._client, adopt, retire)
             self.set_state(ChildState.LOADING, f"waiting for {self.component.pool}")
@@ -125,7 +135,7 @@ class TransferActor(Actor):
 
     def stats(self) -> dict[str, int | float | str | bool]:
         """How many transfers are under way, and on a GPU whether they go without a copy in between."""
-        return {"transfers": len(self._stops), "waiting_for_disk": len(self._waiting_for_disk), **self._pin_stats()}
+        return {"transfers": len(self._stops), "waiting_for_store": len(self._waiting_for_store), **self._pin_stats()}
 
     async def store_outputs(self, message: StoreOutputs) -> None:
         """Put the attempt's values into a block."""
@@ -134,6 +144,11 @@ class TransferActor(Actor):
     async def store_preview(self, message: StorePreview) -> None:
         """Put a preview into a block, and tell the head."""
         self.spawn(self._store_preview(message.preview), name=f"preview {message.preview}")
+
+    async def fetch_uploads(self, message: FetchUploads) -> None:
+        """Bring the uploads of an attempt to this host."""
+        nbytes = sum(upload.nbytes for upload in message.uploads)
+        self._begin("fetch", message.attempt, lambda stop: self._fetch_uploads(message, stop), nbytes)
 
     async def load_inputs(self, message: LoadInputs) -> None:
         """Fetch, verify and load stored tensors."""
@@ -173,7 +188,11 @@ class TransferActor(Actor):
         except TransferFailedError as problem:
             self.log.warning("transfer failed", attempt=str(attempt), reason=str(problem))
             answer = failed(
-                attempt, shorten(str(problem)), source_gone=problem.source_gone, retryable=problem.retryable
+                attempt,
+                shorten(str(problem)),
+                source_gone=problem.source_gone,
+                retryable=problem.retryable,
+                invalid_request=problem.invalid_request,
             )
         except RuntimeError as error:
             if not devices.is_out_of_memory(error):
@@ -421,43 +440,60 @@ class TransferActor(Actor):
 
     async def _save(self, message: SaveArtifact, stop: asyncio.Event) -> StageFinished:
         values = self.context.attempts.active[message.attempt].values
+        retry = _Retry(message.deadline, stop)
         try:
             output_format, data = await asyncio.to_thread(self._encode, message, values, stop)
-            artifact = await self._write(message, output_format, data, stop)
+            job_id, check = message.attempt.job_id, retry.check
+            # Its inputs stay in their pool meanwhile.
+            artifact = await self._once_stored(
+                message.attempt, retry, lambda: self.stores.save(job_id, output_format, data, check)
+            )
             artifact = replace(artifact, nsfw_content_detected=nsfw_flag(values))
         except (ArtifactError, MediaError) as error:
             raise TransferFailedError(str(error), retryable=False) from error
         except OSError as error:
-            raise TransferFailedError(f"the result cannot be written to {self.store.folder}: {error}") from error
-        finally:
-            self._note_full_disk(message.attempt, "")
+            raise TransferFailedError(f"the result cannot be written to {self.stores.location}: {error}") from error
         return self.context.attempts.saved(message.attempt, artifact)
 
-    async def _write(self, message: SaveArtifact, output_format: str, data: bytes, stop: asyncio.Event) -> Artifact:
-        """Write the artifact to the disk, once that has space; its inputs stay in their pool meanwhile."""
+    async def _fetch_uploads(self, message: FetchUploads, stop: asyncio.Event) -> NextStep:
         retry = _Retry(message.deadline, stop)
-        while True:
-            retry.check()
-            try:
-                return await asyncio.to_thread(self.store.save, message.attempt.job_id, output_format, data)
-            except OSError as error:
-                if not is_disk_full(error):
-                    raise
-                problem = f"results wait for space on the disk of {self.store.folder} ({error.strerror})"
-            self._note_full_disk(message.attempt, problem)
-            await retry.wait(problem)
+        try:
+            for upload in message.uploads:
+                fetch = partial(self.stores.fetch, upload, bytearray(), retry.check)
+                await self._once_stored(message.attempt, retry, fetch)
+        except UploadError as error:
+            raise TransferFailedError(str(error), retryable=False, invalid_request=True) from error
+        except OSError as error:
+            raise TransferFailedError(f"an upload cannot be brought to this host: {error}") from error
+        return self.context.attempts.loaded(message.attempt)
 
-    def _note_full_disk(self, attempt: Attempt, problem: str) -> None:
-        """Say once that work waits for the disk, and once that none does any more."""
+    async def _once_stored(self, attempt: Attempt, retry: _Retry, transfer: Callable[[], Awaitable[T]]) -> T:
+        """Save or fetch a file, once the disk has space and the store answers."""
+        try:
+            while True:
+                retry.check()
+                try:
+                    return await transfer()
+                except OSError as error:
+                    if not is_transient(error):
+                        raise
+                    problem = f"waiting for {self.stores.location} ({error.strerror})"
+                self._note_waiting(attempt, problem)
+                await retry.wait(problem)
+        finally:
+            self._note_waiting(attempt, "")
+
+    def _note_waiting(self, attempt: Attempt, problem: str) -> None:
+        """Say once that work waits for a disk or the store, and once that none does any more."""
         if problem:
-            self._waiting_for_disk[attempt] = problem
+            self._waiting_for_store[attempt] = problem
         else:
-            self._waiting_for_disk.pop(attempt, None)
-        before, self.context.trouble = self.context.trouble, next(iter(self._waiting_for_disk.values()), "")
+            self._waiting_for_store.pop(attempt, None)
+        before, self.context.trouble = self.context.trouble, next(iter(self._waiting_for_store.values()), "")
         if self.context.trouble and not before:
-            self.log.warning("disk is full", problem=problem)
+            self.log.warning("disk is full, or the store does not answer", problem=problem)
         elif before and not self.context.trouble:
-            self.log.info("no result waits for the disk any more")
+            self.log.info("nothing waits for a disk or the store any more")
 
     # -- inside
 

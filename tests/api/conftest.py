@@ -30,6 +30,7 @@ from triptych.engines.parameters.schema import Parameter, ParameterKind, Task
 from triptych.engines.parameters.serving_config import ParameterError
 from triptych.roles.head.admission import seeds_of
 from triptych.roles.media.artifacts import ArtifactStore
+from triptych.roles.media.files import LocalFiles
 from triptych.roles.media.uploads import UPLOADS, UploadStore
 from triptych.roles.messages import requests as wire
 
@@ -310,12 +311,12 @@ def topology(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def store(topology) -> ArtifactStore:
-    return ArtifactStore(topology.state_dir / "artifacts")
+    return ArtifactStore(LocalFiles(topology.state_dir / "artifacts"))
 
 
 @pytest.fixture
 def uploads(topology) -> UploadStore:
-    return UploadStore(topology.state_dir / UPLOADS)
+    return UploadStore(LocalFiles(topology.state_dir / UPLOADS))
 
 
 @pytest.fixture

@@ -207,13 +207,13 @@ async def test_500_without_a_traceback(client, fake_head, store):
     waiting = asyncio.create_task(client.post(URL, json={"prompt": "x"}))
     (wait,) = await fake_head.received(wire.WaitRequest)
     fake_head.finish(wait.request_id)
-    for file in list(store.folder.iterdir()):
+    for file in list(store.files.folder.iterdir()):
         file.unlink()
         file.mkdir()  # nothing that the API expects
     answer = await waiting
     check(answer, 500, "internal_error")
     assert "Traceback" not in answer.text
-    assert str(store.folder) not in answer.text
+    assert str(store.files.folder) not in answer.text
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ async def test_what_is_no_good_image(client, fake_head, uploads, data, status, w
         answer = await client.post(GENERATIONS, data={"prompt": "x"}, files={"last_image": data})
     check(answer, status, "last_image", words)
     assert not fake_head.journal
-    assert not uploads.folder.exists()
+    assert not uploads.files.folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ async def test_503_where_the_disk_is_full(client, fake_head, uploads, monkeypatc
 async def test_no_client_chooses_a_path(client, fake_head, uploads):
     files = {"image": ("../../../etc/cron.d/x.png", PNG)}
     await client.post(EDITS, data={"prompt": "x"}, files=files)
-    assert [path.suffix for path in uploads.folder.iterdir()] == [".png"]
+    assert [path.suffix for path in uploads.files.folder.iterdir()] == [".png"]
     forged = {"files": [{"name": "../journal.sqlite", "nbytes": 1}]}
     for value in (forged, ["Pictures", [["x", 1]]], Upload("x", 1).name):
         check(await client.post(GENERATIONS, json={"prompt": "x", "image": value}), 422, "image")

@@ -122,7 +122,7 @@ async def test_names_that_are_no_images(client, fake_head, name):
 
 async def test_an_image_is_served_under_its_exact_name_alone(client, fake_head, store):
     saved = store.save("req_1/0", "png", b"the bytes")
-    (store.folder.parent / "secret_0.png").write_bytes(b"not this")
+    (store.files.folder.parent / "secret_0.png").write_bytes(b"not this")
     answer = await client.get(f"/v1/images/{saved.name}")
     assert (answer.content, answer.headers["content-type"]) == (b"the bytes", "image/png")
     assert (await client.get("/v1/images/..%2Fsecret_0.png")).status_code == 404

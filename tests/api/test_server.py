@@ -149,11 +149,11 @@ async def test_uploads_that_no_request_can_need_are_removed(runtime, fake_head, 
     names = [uploads.save(data, "png").name for data in (b"old", b"needed", b"new")]
     keep_s = topology.head.request_timeout_s + 3600.0
     for name, age_s in zip(names, (keep_s + 60, keep_s - 60, 0), strict=True):
-        os.utime(uploads.folder / name, (time.time() - age_s,) * 2)
+        os.utime(uploads.files.folder / name, (time.time() - age_s,) * 2)
     async with runtime, asyncio.timeout(10):
-        while (uploads.folder / names[0]).exists():
+        while (uploads.files.folder / names[0]).exists():
             await remote.get("/live")
-    assert {path.name for path in uploads.folder.iterdir()} == set(names[1:])
+    assert {path.name for path in uploads.files.folder.iterdir()} == set(names[1:])
 
 
 def test_the_api_imports_no_torch():

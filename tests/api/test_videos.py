@@ -219,6 +219,6 @@ async def test_what_is_not_there(client, fake_head):
 
 async def test_a_file_that_is_gone(client, fake_head, store):
     made = (await client.post(URL, json={"prompt": "x"})).json()
-    for file in store.folder.iterdir():
+    for file in store.files.folder.iterdir():
         file.unlink()
     refused(await client.get(f"{URL}/{made['id']}/content"), 410, None)

@@ -324,8 +324,8 @@ def run_transfers(run: Any, make_topology: Any, local_cluster: Any, inbox: Any) 
                 for pool in pools:
                     await h.component(pool, build, generation=3)
 
-                async def open_transfer(name: str) -> Any:
-                    return await TransferHarness(h, name, inbox).start()
+                async def open_transfer(name: str, **elsewhere: Any) -> Any:
+                    return await TransferHarness(h, name, inbox, **elsewhere).start()
 
                 await body(h, open_transfer)
 

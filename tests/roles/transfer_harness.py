@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from triptych.actors import Actor
@@ -13,6 +15,7 @@ from triptych.roles.messages.pool import BlockLeased, BlocksReleased, LeaseBlock
 from triptych.roles.messages.stages import StageFailed, StageOutputsStored, TransferFailed
 from triptych.roles.messages.worker import (
     CancelAttempt,
+    FetchUploads,
     LoadInputs,
     RunStage,
     SaveArtifact,
@@ -33,7 +36,12 @@ VALUES: dict[str, object] = {
 }
 
 
-PHASES = {LoadInputs: Phase.LOADING, StoreOutputs: Phase.STORING, SaveArtifact: Phase.SAVING}
+PHASES = {
+    FetchUploads: Phase.FETCHING,
+    LoadInputs: Phase.LOADING,
+    StoreOutputs: Phase.STORING,
+    SaveArtifact: Phase.SAVING,
+}
 
 
 class FakeStream(Actor):
@@ -91,13 +99,14 @@ class FakeInstance(Actor):
 class TransferHarness:
     """One transfer actor, and the instance and the stream worker that it talks to."""
 
-    def __init__(self, h: Any, name: str, inbox: Any) -> None:
+    def __init__(self, h: Any, name: str, inbox: Any, host: str = "", state_dir: Path | None = None) -> None:
         self.h = h
-        component = h.topology.component(name)
+        component = msgspec.structs.replace(h.topology.component(name), host=host)
         self.context = ProcessContext(component)
         self.fake_instance = FakeInstance(name, inbox(), self.context)
         self.context.end_attempt = self.fake_instance._report
-        self.transfer = TransferActor(component, h.topology, self.context)
+        topology = msgspec.structs.replace(h.topology, state_dir=state_dir or h.topology.state_dir)
+        self.transfer = TransferActor(component, topology, self.context)
 
     async def start(self) -> TransferHarness:
         stream = FakeStream(f"{self.fake_instance.name}.stream", self.fake_instance.inbox)

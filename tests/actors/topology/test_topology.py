@@ -96,6 +96,21 @@ BROKEN = {
         '"256MiB"',
     ),
     "no size at all": (MODEL + '[transfer]\npool_size = "0MiB"\n' + THREE_ROLES, '"0MiB" is not a size', '"256MiB"'),
+    "a store in a relative folder": (
+        MODEL + '[store]\nurl = "shared"\n' + THREE_ROLES,
+        '[store] url = "shared" is no place for files',
+        '"/mnt/shared/triptych"',
+    ),
+    "no name of a bucket": (
+        MODEL + '[store]\nurl = "s3://My_Bucket/x"\n' + THREE_ROLES,
+        '[store] url = "s3://My_Bucket/x" is no place for files',
+        '"s3://bucket/prefix"',
+    ),
+    "a store above its folder": (
+        MODEL + '[store]\nurl = "file:///mnt/../etc"\n' + THREE_ROLES,
+        '[store] url = "file:///mnt/../etc" is no place for files',
+        '"/mnt/shared/triptych"',
+    ),
     "no size of a store": (
         MODEL + '[state]\nmax_artifacts_size = "much"\n' + THREE_ROLES,
         '[state] max_artifacts_size = "much" is not a',

@@ -22,6 +22,7 @@ from triptych.engines.parameters.schema import Parameter, ParameterKind, Signatu
 from triptych.roles.head.job import Request
 from triptych.roles.head.journal import Journal, decode_job, encode_job
 from triptych.roles.media.artifacts import ARTIFACTS, ArtifactStore
+from triptych.roles.media.files import LocalFiles
 from triptych.roles.media.uploads import UPLOADS, UploadStore
 from triptych.roles.messages import requests, stages
 from triptych.roles.messages.common import (
@@ -291,8 +292,8 @@ def test_requests_are_listed_by_owner_and_page(topology: Callable[..., Topology]
 def test_a_deleted_request_leaves_nothing_behind(topology: Callable[..., Topology]) -> None:
     async def scenario() -> None:
         async with running_head(topology()) as harness:
-            artifacts = ArtifactStore(harness.topology.state_dir / ARTIFACTS)
-            uploads = UploadStore(harness.topology.state_dir / UPLOADS)
+            artifacts = ArtifactStore(LocalFiles(harness.topology.state_dir / ARTIFACTS))
+            uploads = UploadStore(LocalFiles(harness.topology.state_dir / UPLOADS))
             own, shared = uploads.save(b"own", "png"), uploads.save(b"shared", "png")
 
             async def delete(id_: str) -> bool:
@@ -313,8 +314,8 @@ def test_a_deleted_request_leaves_nothing_behind(topology: Callable[..., Topolog
             async with asyncio.timeout(BOUND_S):
                 while artifacts.path("r_0.png").exists():  # noqa: ASYNC110  a file tells nobody that it goes
                     await asyncio.sleep(0)
-            assert sorted(path.name for path in artifacts.folder.iterdir()) == ["other_0.png"]
-            assert [path.name for path in uploads.folder.iterdir()] == [shared.name]
+            assert sorted(path.name for path in artifacts.files.folder.iterdir()) == ["other_0.png"]
+            assert [path.name for path in uploads.files.folder.iterdir()] == [shared.name]
             with pytest.raises(RemoteError, match="there is no request r"):
                 await harness.view("r")
             assert not await delete("r")

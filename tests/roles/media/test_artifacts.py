@@ -13,16 +13,16 @@ from triptych.roles.media.artifacts import (
     ArtifactStore,
     artifact_name,
 )
-from triptych.roles.media.files import Entry
+from triptych.roles.media.files import Entry, LocalFiles
 from triptych.roles.media.formats import FORMATS
 from triptych.roles.media.retention import StoreBounds, surplus
 
 
 @pytest.mark.parametrize("output_format", FORMATS)
 def test_every_format_has_names_of_its_own(tmp_path: Path, output_format: str) -> None:
-    artifact = ArtifactStore(tmp_path).save("r/0", output_format, b"bytes")
+    artifact = ArtifactStore(LocalFiles(tmp_path)).save("r/0", output_format, b"bytes")
     assert (artifact.name, artifact.content_type) == (f"r_0.{output_format}", FORMATS[output_format].content_type)
-    assert ArtifactStore(tmp_path).read(artifact.name) == b"bytes"
+    assert ArtifactStore(LocalFiles(tmp_path)).read(artifact.name) == b"bytes"
 
 
 def test_an_unknown_format_is_named() -> None:
@@ -31,16 +31,16 @@ def test_an_unknown_format_is_named() -> None:
 
 
 def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
-    store = ArtifactStore(tmp_path / "artifacts")
+    store = ArtifactStore(LocalFiles(tmp_path / "artifacts"))
     artifact = store.save("req-1/0", "png", b"bytes")
     assert (artifact.name, artifact.content_type, artifact.nbytes) == ("req-1_0.png", "image/png", 5)
     assert store.read(artifact.name) == b"bytes"
-    assert [p.name for p in store.folder.iterdir()] == ["req-1_0.png"]
+    assert [p.name for p in store.files.folder.iterdir()] == ["req-1_0.png"]
     assert store.path(artifact.name).stat().st_mode & 0o777 == 0o600
 
 
 def test_a_preview_is_a_file_beside_the_image_of_its_job(tmp_path: Path) -> None:
-    store = ArtifactStore(tmp_path)
+    store = ArtifactStore(LocalFiles(tmp_path))
     names = [store.save(job_id, "png", job_id.encode()).name for job_id in ("r/0", "r/0.1", "r/0.12", "r/1")]
     assert names == ["r_0.png", "r_0.1.png", "r_0.12.png", "r_1.png"]
     store.discard("r/0.1")
@@ -52,7 +52,7 @@ def test_a_preview_is_a_file_beside_the_image_of_its_job(tmp_path: Path) -> None
 
 
 def test_saving_again_replaces(tmp_path: Path) -> None:
-    store = ArtifactStore(tmp_path)
+    store = ArtifactStore(LocalFiles(tmp_path))
     store.save("r/0", "png", b"old")
     assert store.read(store.save("r/0", "png", b"new").name) == b"new"
 
@@ -82,7 +82,7 @@ def test_only_validated_ids_make_names(job_id: str) -> None:
 )
 def test_only_artifact_names_can_be_read(tmp_path: Path, name: str) -> None:
     with pytest.raises(ArtifactError):
-        ArtifactStore(tmp_path).read(name)
+        ArtifactStore(LocalFiles(tmp_path)).read(name)
 
 
 ids = st.builds("{}/{}".format, st.text("ab_-1", min_size=1, max_size=4), st.integers(0, 120))
@@ -95,11 +95,11 @@ def test_distinct_jobs_never_share_a_name(one: str, other: str) -> None:
 
 def test_one_that_was_never_written_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ArtifactMissingError, match="artifact r_0"):
-        ArtifactStore(tmp_path).read("r_0.png")
+        ArtifactStore(LocalFiles(tmp_path)).read("r_0.png")
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = ArtifactStore(tmp_path)
+    store = ArtifactStore(LocalFiles(tmp_path))
     store.save("r/0", "png", b"old")
 
     def full(_: int) -> None:
@@ -137,7 +137,7 @@ def test_surplus_keeps_what_is_needed_and_the_newest(found: list[Entry], bounds:
 
 
 def test_prune_removes_the_old_and_what_dead_writers_left(tmp_path: Path) -> None:
-    store = ArtifactStore(tmp_path)
+    store = ArtifactStore(LocalFiles(tmp_path))
     for k in range(4):
         store.save(f"r/{k}", "png", b"x")
         os.utime(tmp_path / f"r_{k}.png", (1000.0 + k, 1000.0 + k))
@@ -155,11 +155,11 @@ def test_prune_removes_the_old_and_what_dead_writers_left(tmp_path: Path) -> Non
 
 
 def test_there_is_nothing_to_prune_before_the_first_artifact(tmp_path: Path) -> None:
-    assert ArtifactStore(tmp_path / "none").prune(StoreBounds(1.0, 1, 1), now=0.0, needed=()) == 0
+    assert ArtifactStore(LocalFiles(tmp_path / "none")).prune(StoreBounds(1.0, 1, 1), now=0.0, needed=()) == 0
 
 
 def test_what_somebody_is_still_to_get_is_not_pruned(tmp_path: Path) -> None:
-    store = ArtifactStore(tmp_path)
+    store = ArtifactStore(LocalFiles(tmp_path))
     for job_id, at in (("a/0", 10.0), ("b_c/0", 20.0), ("b_c/1", 30.0), ("d/0", 40.0), ("new/0", 60.0)):
         os.utime(store.path(store.save(job_id, "png", b"xx").name), (at, at))
     assert store.prune(StoreBounds(1000.0, 3, 100), now=50.0, needed={"b_c"}) == 2

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from triptych.roles.media.files import LocalFiles
 from triptych.roles.media.retention import StoreBounds
 from triptych.roles.media.uploads import UploadError, UploadsFullError, UploadStore
 from triptych.roles.messages.common import Upload
@@ -22,12 +23,12 @@ def png(colour: tuple[int, int, int] = (1, 2, 3)) -> bytes:
 
 @pytest.fixture
 def store(tmp_path: Path) -> UploadStore:
-    return UploadStore(tmp_path / "uploads")
+    return UploadStore(LocalFiles(tmp_path / "uploads"))
 
 
 def age(store: UploadStore, upload: Upload, seconds: float) -> None:
     at = time.time() - seconds
-    os.utime(store.folder / upload.name, (at, at))
+    os.utime(store.files.folder / upload.name, (at, at))
 
 
 def test_an_upload_is_named_by_its_bytes_and_read_back(store: UploadStore) -> None:
@@ -36,8 +37,8 @@ def test_an_upload_is_named_by_its_bytes_and_read_back(store: UploadStore) -> No
     assert store.read(upload) == png()
     assert store.open(upload).getpixel((0, 0)) == (1, 2, 3)
     assert store.save(png(), "png") == upload
-    assert [path.name for path in store.folder.iterdir()] == [upload.name]
-    assert store.folder.stat().st_mode & 0o077 == 0
+    assert [path.name for path in store.files.folder.iterdir()] == [upload.name]
+    assert store.files.folder.stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_no_other_name_is_ever_a_path(store: UploadStore, name: str) -> None:
 
 def test_what_is_missing_or_damaged_is_not_read(store: UploadStore) -> None:
     upload = store.save(png(), "png")
-    path = store.folder / upload.name
+    path = store.files.folder / upload.name
     path.write_bytes(png((9, 9, 9)))
     assert len(png((9, 9, 9))) == upload.nbytes
     with pytest.raises(UploadError, match="damaged"):
@@ -87,12 +88,12 @@ def test_the_old_are_pruned_and_what_is_sent_again_is_young(store: UploadStore) 
     for upload in (first, second):
         age(store, upload, 100.0)
     store.save(png((1, 1, 1)), "png")
-    (store.folder / f".{'b' * 64}.png.1-1.tmp").write_bytes(b"half")
-    os.utime(store.folder / f".{'b' * 64}.png.1-1.tmp", (0, 0))
-    (store.folder / "notes.txt").write_text("of somebody else")
-    os.utime(store.folder / "notes.txt", (0, 0))
+    (store.files.folder / f".{'b' * 64}.png.1-1.tmp").write_bytes(b"half")
+    os.utime(store.files.folder / f".{'b' * 64}.png.1-1.tmp", (0, 0))
+    (store.files.folder / "notes.txt").write_text("of somebody else")
+    os.utime(store.files.folder / "notes.txt", (0, 0))
     assert store.prune(now=time.time()) == 2
-    assert {path.name for path in store.folder.iterdir()} == {second.name, third.name, "notes.txt"}
+    assert {path.name for path in store.files.folder.iterdir()} == {second.name, third.name, "notes.txt"}
 
 
 def test_nothing_is_pruned_where_there_is_nothing(store: UploadStore) -> None:
@@ -101,8 +102,8 @@ def test_nothing_is_pruned_where_there_is_nothing(store: UploadStore) -> None:
 
 @pytest.mark.parametrize("bounds", [StoreBounds(1e9, 1, 9999), StoreBounds(1e9, 9, 2 * len(png()) - 1)])
 def test_a_full_store_lets_go_of_what_no_request_needs_else_it_refuses(tmp_path: Path, bounds: StoreBounds) -> None:
-    UploadStore(tmp_path).save(png(), "png")
-    store = UploadStore(tmp_path, bounds, needed_s=50.0)  # what is there already counts
+    UploadStore(LocalFiles(tmp_path)).save(png(), "png")
+    store = UploadStore(LocalFiles(tmp_path), bounds, needed_s=50.0)  # what is there already counts
     with pytest.raises(UploadsFullError, match="1 uploads"):
         store.save(png((9, 9, 9)), "png")
     known = store.save(png(), "png")

@@ -14,11 +14,13 @@ from triptych.engines.stages import Stage
 from triptych.roles.messages.common import (
     Artifact,
     Attempt,
+    Images,
     LeaseRef,
     Output,
     Rebind,
     SchedulingHints,
     StoredPayload,
+    Upload,
 )
 from triptych.roles.messages.pool import ReleaseBlocks
 from triptych.roles.messages.stages import (
@@ -33,7 +35,14 @@ from triptych.roles.messages.stages import (
     TransferFailed,
     TransferPush,
 )
-from triptych.roles.messages.worker import CancelAttempt, LoadInputs, RunStage, SaveArtifact, StoreOutputs
+from triptych.roles.messages.worker import (
+    CancelAttempt,
+    FetchUploads,
+    LoadInputs,
+    RunStage,
+    SaveArtifact,
+    StoreOutputs,
+)
 from triptych.roles.worker.attempts import AttemptRefusedError, AttemptTracker, Phase, Snapshot, UnexpectedEventError
 
 ENDS = (TransferFailed, StageOutputsStored, StageFinished, StageFailed, StageReturned, StageCancelled)
@@ -470,10 +479,30 @@ def test_a_denoise_is_parked_once_its_checkpoint_is_stored_and_its_result_counts
         load.push(push(absent), NOW)
 
 
+def test_only_uploads_that_are_elsewhere_are_fetched_and_once_each() -> None:
+    upload = Upload(f"{'0' * 64}.png", 1)
+    message = msgspec.structs.replace(assign(W), inputs={"image": Images((upload, upload)), "prompt": "x"})
+    here, elsewhere = (AttemptTracker("x-0", "encoder", 1, fetches_uploads=remote) for remote in (False, True))
+    assert here.assign(message, NOW) == (RunStage(W, Stage.ENCODER),)
+    assert elsewhere.assign(message, NOW) == (FetchUploads(W, (upload,), NOW + LEFT_S),)
+    assert elsewhere.loaded(W) == RunStage(W, Stage.ENCODER)
+    plain = AttemptTracker("x-0", "encoder", 1, fetches_uploads=True)
+    assert plain.assign(assign(W), NOW) == (RunStage(W, Stage.ENCODER),)
+    gone = AttemptTracker("x-0", "encoder", 1, fetches_uploads=True)
+    gone.assign(message, NOW)
+    failed = gone.transfer_failed(W, "gone", retryable=False, invalid_request=True)
+    assert failed == StageFailed(W, Stage.ENCODER, "gone", False, 0, True)
+
+
 @pytest.mark.parametrize("phase", list(Phase))
 def test_cancel_ends_in_stage_cancelled_in_any_phase(phase: Phase) -> None:
-    load = AttemptTracker("x-0", "encoder" if phase is Phase.STORING else "decoder", 1)
-    if phase is Phase.STORING:
+    encodes = phase in (Phase.STORING, Phase.FETCHING)
+    load = AttemptTracker("x-0", "encoder" if encodes else "decoder", 1, fetches_uploads=phase is Phase.FETCHING)
+    if phase is Phase.FETCHING:
+        image = Images((Upload(f"{'0' * 64}.png", 1),))
+        (fetch,) = load.assign(msgspec.structs.replace(assign(W), inputs={"image": image}), NOW)
+        assert isinstance(fetch, FetchUploads)
+    elif phase is Phase.STORING:
         load.assign(assign(W), NOW)
         load.computed(W, 0.1)
     else:
@@ -486,6 +515,7 @@ def test_cancel_ends_in_stage_cancelled_in_any_phase(phase: Phase) -> None:
     load.cancel(W)
     passed_on = {
         Phase.LOADING: lambda: load.loaded(W),
+        Phase.FETCHING: lambda: load.loaded(W),
         Phase.RUNNING: lambda: load.computed(W, 0.1),
         Phase.STORING: lambda: load.stored(W, stored(1)),
         Phase.SAVING: lambda: load.saved(W, ARTIFACT),

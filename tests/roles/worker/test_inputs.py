@@ -15,6 +15,7 @@ from PIL import Image
 from triptych.engines.parameters.declarations import parameters_of_blocks
 from triptych.engines.parameters.schema import Parameter, ParameterKind, Signature
 from triptych.engines.partition.blocks import prune
+from triptych.roles.media.files import LocalFiles
 from triptych.roles.media.uploads import UploadError, UploadStore
 from triptych.roles.messages.common import Images, Input, Numbers, Upload
 from triptych.roles.worker.inputs import as_image, as_mask, resolve_inputs
@@ -26,7 +27,7 @@ ALPHA = ("QwenImageLayeredModularPipeline",)
 
 @pytest.fixture
 def store(tmp_path: Path) -> UploadStore:
-    return UploadStore(tmp_path / "uploads")
+    return UploadStore(LocalFiles(tmp_path / "uploads"))
 
 
 def sent(store: UploadStore, *images: Image.Image, form: str = "PNG", **options: Any) -> Images:
