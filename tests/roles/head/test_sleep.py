@@ -126,7 +126,7 @@ def test_an_instance_that_was_woken_makes_what_it_made_before(cluster: Any, monk
 
         await driver.ask("monolithic-0", stages.Sleep(), stages.Acknowledged)
         await driver.inbox.next(stages.InstanceWakeChanged)
-        monkeypatch.setattr("triptych.roles.worker.stream_worker.model_version", lambda files: "another")
+        monkeypatch.setattr("triptych.roles.worker.stream_worker.model_version", lambda files, by_content: "another")
         with pytest.raises(ModelChangedError, match="while it slept"):
             await worker._bring(worker._stream, worker.context.model)
 
