@@ -18,6 +18,7 @@ from triptych.api.errors import not_found
 from triptych.api.exception_handlers import EXCEPTION_HANDLERS
 from triptych.api.images import create_image, create_image_edit
 from triptych.api.keys import ApiKeys
+from triptych.api.metrics import get_metrics
 from triptych.api.models import get_model, list_models
 from triptych.api.openapi import get_openapi
 from triptych.api.operations import Endpoint
@@ -61,6 +62,7 @@ ROUTES: Final = [
     Route("/v1/requests/{request_id}", by_method(get=get_request, delete=delete_request)),
     Route("/v1/requests/{request_id}/events", get_request_events),
     Route("/v1/cluster", get_cluster),
+    Route("/metrics", get_metrics),
     Route("/live", is_live),
     Route("/ready", is_ready),
     Route("/health", get_health),

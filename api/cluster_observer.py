@@ -6,15 +6,20 @@ import asyncio
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+
 from triptych.actors import AddressBook, Component, Topology
 from triptych.actors.child_state import GIVEN_UP_STATES, ChildState
 from triptych.actors.runtime.address_book import supervisor_of
+from triptych.actors.runtime.metrics import merge
 from triptych.actors.runtime.system_messages import (
     ChildReport,
     DeadLetterQuery,
     DeadLetterReport,
     Inspect,
     Inspection,
+    MetricsQuery,
+    MetricsReport,
     SupervisorQuery,
     SupervisorReport,
 )
@@ -97,6 +102,21 @@ class ClusterObserver:
             "head": to_builtins(head),
             "dead_letters": {name: to_builtins(report) for name, report in letters.items() if report},
         }
+
+    async def metrics(self) -> list[Metric]:
+        """Return the metrics of all processes that answer, and what their supervisors know."""
+        names = [component.name for component in self.topology.components]
+        answers, reports = await asyncio.gather(self._ask_all(names, MetricsQuery(), MetricsReport), self._reports())
+        texts = {name: report.text for name, report in answers.items() if report}
+        up = GaugeMetricFamily("triptych_up", "Whether a component answers.", labels=["component"])
+        restarts = CounterMetricFamily(
+            "triptych_restarts", "How often the supervisor has restarted a component.", labels=["component"]
+        )
+        for name, report in answers.items():
+            up.add_metric([name], report is not None)
+        for child in children_of(reports).values():
+            restarts.add_metric([child.name], child.restarts)
+        return [*merge(texts), up, restarts]
 
     async def _reports(self) -> Reports:
         """Return what each supervisor says, by its name; None from one that does not answer."""

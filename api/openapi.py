@@ -13,7 +13,7 @@ from starlette.schemas import BaseSchemaGenerator
 from triptych.api.access import OPEN_PATHS
 from triptych.api.event_stream import MEDIA_TYPE
 from triptych.api.media_request import NO_EFFECT_FIELDS
-from triptych.api.operations import EVENTS, FILE, OPERATIONS, Answer, Operation, RequestBody
+from triptych.api.operations import EVENTS, FILE, OPERATIONS, TEXT, Answer, Operation, RequestBody
 from triptych.api.requests import IDEMPOTENCY_KEY, Deleted
 from triptych.api.responses import JSONResponse
 from triptych.api.services import ApiRequest
@@ -228,6 +228,8 @@ def _answer(status: int, schema: Answer) -> dict[str, Any]:
         answer["content"] = {**{row.content_type: files for row in FORMATS.values()}, **several}
     elif schema == EVENTS:
         answer["content"] = {MEDIA_TYPE: {"schema": _TEXT}}
+    elif schema == TEXT:
+        answer["content"] = {"text/plain": {"schema": _TEXT}}
     elif schema:
         name = schema if isinstance(schema, str) else schema.__name__
         answer["content"] = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}

@@ -14,9 +14,10 @@ E = TypeVar("E", bound=Endpoint)
 
 FILE: Final = "file"
 EVENTS: Final = "events"
+TEXT: Final = "text"
 Answer: TypeAlias = type[msgspec.Struct] | str | None
 """The struct of a JSON answer, or the name of its schema in `openapi.py`; FILE for media, EVENTS for server-sent
-events, None for no body."""
+events, TEXT, None for no body."""
 
 FILE_ANSWERS: Final[Mapping[int, Answer]] = {200: FILE, 206: FILE, 304: None}
 FILE_ERRORS: Final = (404, 410, 412, 416)

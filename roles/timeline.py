@@ -24,6 +24,7 @@ from msgspec import Meta
 
 from triptych.actors import Actor, Component, Topology
 from triptych.roles.messages.common import Attempt
+from triptych.roles.metrics import observe_span
 
 TIMELINE: Final = "timeline"
 """Folder of the timelines, under the state folder."""
@@ -113,7 +114,7 @@ class Timeline:
     """The events of this process that are not written yet. Used from the event loop's thread alone.
 
     Args:
-        on: Whether events are kept; else every method returns at once.
+        on: Whether events are kept; else they are only counted.
         capacity: Most events that wait to be written.
     """
 
@@ -149,10 +150,11 @@ class Timeline:
         nbytes: int = 0,
         error: str = "",
     ) -> None:
-        """Record something that began at `began` and ended at `ended`, or just now."""
+        """Record something that began at `began` and ended at `ended`, or just now, and count it in the metrics."""
+        ended = time.monotonic() if ended is None else ended
+        observe_span(track, name, max(0.0, ended - began), len(attempts), nbytes, failed=bool(error))
         if not self.on:
             return
-        ended = time.monotonic() if ended is None else ended
         ids = tuple(str(attempt) for attempt in attempts)
         self.add(
             Span(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,6 +15,8 @@ from triptych.actors.runtime.handlers import Handlers, read_handlers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from prometheus_client.metrics_core import Metric
 
     from triptych.actors.runtime.address_book import AddressBook
     from triptych.bus import Outbox, Reference, Sender
@@ -108,6 +110,10 @@ class Actor:
     def stats(self) -> dict[str, int | float | str | bool]:
         """Return more about the actor for an `Inspection`, such as its slots; must not block."""
         return {}
+
+    def metrics(self) -> Iterable[Metric]:
+        """Return what is to be read off the actor when metrics are asked for, such as lengths; must not block."""
+        return ()
 
     def watchdog(self) -> str | None:
         """Return a reason if work hangs, else None. Called before each heartbeat, which a reason withholds."""

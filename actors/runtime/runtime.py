@@ -13,7 +13,16 @@ from triptych.actors.child_state import ChildState
 from triptych.actors.errors import ActorCrashedError
 from triptych.actors.runtime._actor_cell import ActorCell
 from triptych.actors.runtime.heartbeat import Heartbeat
-from triptych.actors.runtime.system_messages import ActorStatus, Inspect, Inspection, Shutdown, ShuttingDown
+from triptych.actors.runtime.metrics import REGISTRY, actor_metrics, exposition
+from triptych.actors.runtime.system_messages import (
+    ActorStatus,
+    Inspect,
+    Inspection,
+    MetricsQuery,
+    MetricsReport,
+    Shutdown,
+    ShuttingDown,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -108,6 +117,11 @@ class Runtime:
         """Return the status of every actor."""
         return Inspection(tuple(self._status(cell) for cell in self._cells))
 
+    def metrics(self) -> str:
+        """Return the metrics of this process, in Prometheus' text format."""
+        own = (family for actor in self.actors for family in actor.metrics())
+        return exposition([*REGISTRY.collect(), *own, *actor_metrics(self.inspection().actors)])
+
     async def _start(self) -> None:
         for cell in self._cells:
             await cell.open()
@@ -158,6 +172,8 @@ class Runtime:
         message = delivery.message
         if isinstance(message, Inspect):
             delivery.reply(self.inspection())
+        elif isinstance(message, MetricsQuery):
+            delivery.reply(MetricsReport(self.metrics()))
         elif isinstance(message, Shutdown):
             delivery.reply(ShuttingDown())
             self.stop(f"shutdown asked of {cell.actor.name}: {message.reason}")

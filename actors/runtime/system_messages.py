@@ -61,6 +61,17 @@ class DeadLetterReport(Message):
     """The last ones, by time."""
 
 
+class MetricsQuery(Message):
+    """Ask an actor for the metrics of its process."""
+
+
+class MetricsReport(Message):
+    """The metrics of a process."""
+
+    text: str
+    """In Prometheus' text format."""
+
+
 class Shutdown(Message):
     """Ask a process to drain and end, as SIGTERM does. Whether it comes back is its supervisor's decision."""
 
@@ -130,4 +141,4 @@ class SupervisorReport(Message):
     """One for each component that it runs."""
 
 
-SYSTEM_MESSAGES: tuple[type[Message], ...] = (Inspect, DeadLetterQuery, Shutdown)
+SYSTEM_MESSAGES: tuple[type[Message], ...] = (Inspect, DeadLetterQuery, MetricsQuery, Shutdown)

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
+from prometheus_client.metrics_core import Metric
+
 from triptych.actors import Actor, Component, DeferredReply, StartDelayedError, StartError, Topology
 from triptych.actors.runtime.system_messages import (
     ChildReport,
@@ -25,7 +27,8 @@ from triptych.engines.stages import Stage
 from triptych.roles.head.availability import not_ready_reasons, release_mismatch, weights_mismatch
 from triptych.roles.head.effect_runner import EffectRunner
 from triptych.roles.head.effects import Effect, NotifyWaiters
-from triptych.roles.head.job import IllegalTransitionError
+from triptych.roles.head.head_metrics import StageTimes, head_metrics, observe_ended
+from triptych.roles.head.job import IllegalTransitionError, Request
 from triptych.roles.head.journal import JournalError
 from triptych.roles.head.model_manager import ModelManager
 from triptych.roles.head.monitor import Monitor
@@ -75,6 +78,7 @@ class Head(Actor):
         self.models = served_models_of(topology)
         self._version = importlib.metadata.version("triptych")
         self._mismatches: dict[str, str] = {}  # why instances were refused, by name
+        self._stage_times = StageTimes()
         self.requests = RequestStore(self, topology, self.models)
         self.model_manager = ModelManager(topology, self.models)
         pool_names = tuple(c.name for c in topology.components if c.kind == "pool")
@@ -112,6 +116,12 @@ class Head(Actor):
         """Return the number of requests in the journal that could not be read."""
         return {"journal_damaged": self.requests.damaged}
 
+    def metrics(self) -> Iterable[Metric]:
+        """Return the jobs that wait and run, the work that waits, and the prompt cache."""
+        active = ((self._model_name(request), request) for request in self.models.requests.values())
+        names = [served.name for served in self.models.all]
+        return head_metrics(active, names, self._stage_times, self.models.prompt_cache())
+
     def commit(self) -> None:
         """Carry out decisions: assign jobs, write changes to the journal, then run the effects."""
         now = time.time()
@@ -120,15 +130,21 @@ class Head(Actor):
             scheduler.dispatch(now)
         self.requests.save()
         effects = [effect for scheduler in self.models.schedulers for effect in scheduler.take_effects()]
-        if self.timeline.on:
-            self._record_ended(effects)
+        self._record_ended(effects)
         self.effect_runner.run(effects)
 
     def _record_ended(self, effects: Iterable[Effect]) -> None:
-        """Record the histories of requests that have ended."""
-        ended = [self.models.request(effect.request_id) for effect in effects if isinstance(effect, NotifyWaiters)]
-        for job in [job for request in ended if request for job in request.jobs]:
-            self.timeline.add(JobHistory(job=job.id, states=tuple((each.state, each.at) for each in job.history)))
+        """Count the requests that have ended, and record their histories."""
+        for effect in effects:
+            if isinstance(effect, NotifyWaiters) and (request := self.models.request(effect.request_id)):
+                observe_ended(self._model_name(request), request, self._stage_times)
+                for job in request.jobs:
+                    moves = tuple((each.state, each.at) for each in job.history)
+                    self.timeline.add(JobHistory(job=job.id, states=moves))
+
+    def _model_name(self, request: Request) -> str:
+        served = self.models.by_key(request.model)
+        return served.name if served else request.model
 
     # -- clients: requests
 

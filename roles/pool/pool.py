@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
 from triptych.actors import Actor, Component, DeferredReply, StartDelayedError, StartError, Topology
 from triptych.actors.errors import UnknownNameError
@@ -137,6 +139,14 @@ class BufferPool(Actor):
             "quarantined": len(table.in_state(LeaseState.QUARANTINED)),
             "transport": self._opened.backend.describe(),
         }
+
+    def metrics(self) -> Iterable[Metric]:
+        """Return how full the pool is."""
+        used = GaugeMetricFamily("triptych_pool_bytes", "Bytes of a pool by what they are.", labels=["state"])
+        if self._opened is not None:
+            used.add_metric(["leased"], self._opened.table.leased)
+            used.add_metric(["free"], self._opened.table.free)
+        return [used]
 
     def watchdog(self) -> str | None:
         """Return a reason when a transfer hangs for good, else None."""

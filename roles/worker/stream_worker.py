@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import ParamSpec, TypeVar, cast
 
 import torch
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
 from triptych.actors import Actor, Component, StartDelayedError, StartError, Topology
 from triptych.actors.child_state import ChildState
@@ -215,6 +216,17 @@ class StreamWorker(Actor):
             **{f"first_{stage}_s": seconds for stage, seconds in self.first_s.items()},
             **(devices.memory_stats(self._stream.device) if self._pipeline and self._stream else {}),
         }
+
+    def metrics(self) -> Iterable[Metric]:
+        """Return how many runs it holds, and the memory of its GPU."""
+        runs = GaugeMetricFamily("triptych_instance_runs", "Stages that an instance holds, by state.", labels=["state"])
+        waiting = sum(run.began is None for run in self._runs.values())
+        runs.add_metric(["waiting"], waiting)
+        runs.add_metric(["running"], len(self._runs) - waiting)
+        memory = GaugeMetricFamily("triptych_device_memory_bytes", "Memory of the GPU.", labels=["kind"])
+        for name, nbytes in (devices.memory_stats(self._stream.device) if self._stream else {}).items():
+            memory.add_metric([name.removeprefix("device_").removesuffix("_bytes")], float(nbytes))
+        return [runs, memory]
 
     def watchdog(self) -> str | None:
         """Say so when loading the model or one call to the device takes far longer than any should."""
