@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -24,7 +25,7 @@ from triptych.actors.runtime.system_messages import (
     SupervisorReport,
 )
 from triptych.api.responses import to_builtins
-from triptych.bus import BusError, Message, Reference
+from triptych.bus import BusError, HandshakeRefusedError, Message, Reference
 from triptych.roles.messages.pool import PoolDescription, PoolQuery
 from triptych.roles.messages.requests import ClusterQuery, ClusterView, InstanceView
 
@@ -54,11 +55,15 @@ class ClusterObserver:
         self.topology = topology
         self.address_book = address_book
         self.reference = reference
+        self._refusals: dict[
+            str, str
+        ] = {}  # why the last handshake with an actor was refused, "" if it was not, by its name
 
     async def readiness(self) -> Readiness:
         """Ask the head, and the supervisors for children that are not started any more."""
         head, reports = await asyncio.gather(self._ask("head", ClusterQuery(), ClusterView), self._reports())
-        return assess_readiness(head, children_of(reports).values(), silent_hosts(self.topology, reports))
+        silent = silent_hosts(self.topology, reports)
+        return assess_readiness(head, children_of(reports).values(), silent, self._refusals)
 
     async def give_up_reason(self, name: str) -> str:
         """Why a child is not started any more; "" while it is, or where that is not known."""
@@ -77,7 +82,8 @@ class ClusterObserver:
             self._ask_all(pools, PoolQuery(), PoolDescription),
         )
         children = children_of(reports)
-        readiness = assess_readiness(head, children.values(), silent_hosts(self.topology, reports))
+        silent = silent_hosts(self.topology, reports)
+        readiness = assess_readiness(head, children.values(), silent, self._refusals)
         instances = {instance.name: instance for instance in head.instances} if head else {}
         actors = [
             row
@@ -128,10 +134,13 @@ class ClusterObserver:
         return dict(zip(names, answers, strict=True))
 
     async def _ask(self, name: str, message: Message, reply: type[R]) -> R | None:
+        answer, refusal = None, ""
         try:
-            return await self.reference(name).ask(message, reply, timeout_s=PROBE_TIMEOUT_S)
-        except BusError:  # the caller shows an actor that does not answer as down
-            return None
+            answer = await self.reference(name).ask(message, reply, timeout_s=PROBE_TIMEOUT_S)
+        except BusError as error:  # the caller shows an actor that does not answer as down
+            refusal = str(error) if isinstance(error, HandshakeRefusedError) else ""
+        self._refusals[name] = refusal
+        return answer
 
 
 def _public_view(pool: PoolDescription) -> dict[str, Any]:
@@ -175,17 +184,22 @@ def host_rows(topology: Topology, reports: Reports) -> list[dict[str, Any]]:
 
 
 def assess_readiness(
-    head: ClusterView | None, children: Collection[ChildReport], silent: Collection[str] = ()
+    head: ClusterView | None,
+    children: Collection[ChildReport],
+    silent: Collection[str] = (),
+    refusals: Mapping[str, str] = MappingProxyType({}),
 ) -> Readiness:
     """Decide by what the head says and by what was given up, which only an operator can bring back.
 
-    A host in `silent` is a reason to look, and not to refuse requests: that is for the head to say.
+    A host in `silent` is a reason to look, and not to refuse requests: that is for the head to say. `refusals` has
+    sentences of refused handshakes, by the name of the actor that was asked.
     """
     gave_up = [f"{child.name}: {child.reason}" for child in children if child.state in GIVEN_UP_STATES]
     delayed = [
         f"{child.name} cannot start yet: {child.reason}" for child in children if child.state == ChildState.DELAYED
     ]
-    lost = [f"host {name} does not answer" for name in silent]
+    why = {name: refusals.get(supervisor_of(name), "") for name in silent}
+    lost = [f"host {name} does not answer{why[name] and f': {why[name]}'}" for name in silent]
     reasons = [*(head.reasons if head else ["the head does not answer"]), *gave_up, *delayed, *lost]
     return Readiness(head is not None and head.ready and not gave_up, reasons, gave_up)
 

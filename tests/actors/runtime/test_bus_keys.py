@@ -17,6 +17,7 @@ from triptych.actors.command.preflight import preflight
 from triptych.actors.runtime.bus_keys import bus_options, make_bus_keys, read_bus_keys
 from triptych.actors.runtime.runtime import Runtime
 from triptych.actors.topology import free_port
+from triptych.api.cluster_observer import ClusterObserver
 from triptych.bus import CurveKeys, HandshakeRefusedError, Message, Outbox
 
 Write = Callable[..., Path]
@@ -186,5 +187,34 @@ def test_a_host_that_is_taken_out_of_the_list_is_refused_by_name_from_the_next_s
             await ask("b")
             with pytest.raises(HandshakeRefusedError, match="host a refuses the key of host c"):
                 await ask("c")
+
+    asyncio.run(asyncio.wait_for(scenario(), BOUND_S))
+
+
+async def _readiness(topology: Topology, host: str) -> list[str]:
+    address_book = AddressBook(topology, host=host)
+    outbox = Outbox("api", options=address_book.socket_options)
+    try:
+        observer = ClusterObserver(
+            topology, address_book, lambda name: outbox.reference(name, address_book.address(name))
+        )
+        return (await observer.readiness()).reasons
+    finally:
+        outbox.close()
+
+
+def test_a_host_that_refuses_the_heads_is_said_to_be_silent_for_that(write: Write) -> None:
+    blank = with_hosts(write, {})
+    lines = {host: line_of(blank, host) for host in ADDRESSES}
+    formerly = with_hosts(write, lines)
+    line_of(blank, "a", "--force")
+    topology = with_hosts(write, {**lines, "a": line_of(blank, "a")})
+
+    async def scenario() -> None:
+        async with Runtime([Head("supervisor-c")], Incarnation(AddressBook(formerly, host="c"))):
+            reasons = await _readiness(topology, "a")
+            assert "host b does not answer" in reasons
+            (said,) = [reason for reason in reasons if reason.startswith("host c does not answer: supervisor-c at ")]
+            assert "host c refuses the key of host a: list public_key" in said
 
     asyncio.run(asyncio.wait_for(scenario(), BOUND_S))
