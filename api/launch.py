@@ -292,6 +292,9 @@ async def launch(
         if overrides:
             file = write_with_overrides(file, overrides, Path(folder))
         topology = load_topology(file)
+        if len(topology.hosts) > 1:
+            fix = "start each with `triptych up FILE --host NAME`, and send requests to its API"
+            raise TopologyError(str(path), "", f"has {len(topology.hosts)} hosts, and this starts one machine", fix)
         key = api_key or os.environ.get(KEY_VARIABLE, "") or _first_key(topology)
         reason_file = Path(folder) / "reason"
         options = ("--parent", str(os.getpid()), "--reason-file", str(reason_file))

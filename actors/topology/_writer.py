@@ -28,7 +28,7 @@ _ENCODED_PROMPT_BYTES: Final = 32 * _MIB
 """Bytes of an encoded prompt: 512 tokens of 4096 floats, with and without guidance, rounded up."""
 _PAYLOADS_IN_FLIGHT: Final = 4
 """Payloads that each half of a pool should have room for: two requests of two stages."""
-_PATH_KEYS: Final = frozenset({"path", "path_2", "keys_file", "config"})
+_PATH_KEYS: Final = frozenset({"path", "path_2", "keys_file", "keys", "config"})
 
 
 def generate_topology(section: ModelSection, summary: ModelSummary) -> str:
@@ -89,6 +89,7 @@ def write_with_overrides(file: Path, overrides: Mapping[str, Mapping[str, Any]],
         _make_model_absolute(model, file.parent, file.parent)
     _make_absolute(changed.get("state", {}), file.parent)
     _make_absolute(changed.get("api", {}), file.parent)
+    _make_absolute(changed.get("bus", {}), file.parent)
     changed.setdefault("state", {}).setdefault("path", str(folder / "state"))
     if changed.get("api", {}).get("port") == 0:
         changed["api"]["port"] = free_port()

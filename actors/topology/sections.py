@@ -296,7 +296,7 @@ class TransferSection(Section, frozen=True):
 
 
 class MemorySection(Section, frozen=True):
-    """`[memory]`: how much memory the weights of all models may take together.
+    """`[memory]`: how much memory the weights of all models may take together, on each host.
 
     With a bound, each model is loaded once at the start, one after the other. If there is no room for all, the least
     recently used models sleep: weights on the CPU are dropped and read again later, weights on a GPU move to the memory

@@ -17,7 +17,7 @@ from triptych.roles.head.served_models import ServedModel, ServedModels
 RETRY_S = 5.0
 """Seconds between two tries to wake an instance that found too little memory."""
 BytesByDevice = Mapping[str, int]
-"""Bytes of weights by device."""
+"""Bytes of weights by device; with `[[hosts]]` a device is that of a host, as in "cuda:0@b"."""
 
 
 class ResidencyState(StrEnum):
@@ -148,6 +148,7 @@ class ResidencyManager:
         self._budgets = {"cpu": topology.memory.host_bytes, "cuda": topology.memory.card_bytes}
         self._turn_s = topology.memory.turn_s
         self._roles = {served.key: _roles(topology.components, served) for served in models.all}
+        self._hosts = {component.name: component.host for component in topology.components}
         self._decided: dict[str, bool] = {}
         self._to_wake_since: dict[str, float] = {}
         self._awake_since: dict[str, float] = {}
@@ -244,9 +245,19 @@ class ResidencyManager:
         """Return the bytes for each instance of the topology, by its device."""
         there = served.scheduler.registry.instances
         return [
-            {(there[c.name].device if c.name in there else "") or c.device: self._need(served, c.name)}
+            {self._device(c.name, (there[c.name].device if c.name in there else "") or c.device): need}
             for c in self._roles[served.key]
+            for need in [self._need(served, c.name)]
         ]
+
+    def _device(self, name: str, device: str) -> str:
+        """Return the device of an instance, as `BytesByDevice` has it."""
+        host = self._hosts.get(name, "")
+        return f"{device}@{host}" if host else device
+
+    def _budget(self, device: str) -> int:
+        """Return the most bytes on a device, 0 for no bound."""
+        return self._budgets.get(device.partition("@")[0].partition(":")[0], 0)
 
     def _need(self, served: ServedModel, name: str) -> int:
         """Return the bytes that an instance needs; before its first load, its share of the model's files.
@@ -255,14 +266,14 @@ class ResidencyManager:
         """
         instance = served.scheduler.registry.instances.get(name)
         if instance and instance.wake_error and not instance.awake:
-            return self._budgets.get(instance.device.partition(":")[0], 0)
+            return self._budget(instance.device)
         kinds = {component.kind for component in self._roles[served.key]}
         return self._weights.get(name) or served.weight_file_bytes // len(kinds)
 
     def _budgets_of(self, needs: Iterable[BytesByDevice]) -> BytesByDevice:
         """Return the budgets of the devices in `needs`."""
         devices = {device for each in needs for device in each}
-        bounds = {device: self._budgets.get(device.partition(":")[0], 0) for device in devices}
+        bounds = {device: self._budget(device) for device in devices}
         return {device: nbytes for device, nbytes in bounds.items() if nbytes}
 
     def _wake(self, served: ServedModel, now: float) -> None:
@@ -273,7 +284,7 @@ class ResidencyManager:
             if instance.wake_error and now - self._tried.get(instance.name, -RETRY_S) < RETRY_S:
                 continue
             held, leaving = self._neighbours_memory(instance)
-            need = {instance.device: self._need(served, instance.name)}
+            need = {self._device(instance.name, instance.device): self._need(served, instance.name)}
             if leaving and overcommitted(need, held, self._budgets_of([need])):
                 continue
             self._tried[instance.name] = now
@@ -284,9 +295,14 @@ class ResidencyManager:
         others = [
             (s, i) for s in self._models.all for i in s.scheduler.registry.instances.values() if i is not instance
         ]
-        held: list[BytesByDevice] = [{i.device: self._need(served, i.name)} for served, i in others if i.has_weights]
+        held: list[BytesByDevice] = [
+            {self._device(i.name, i.device): self._need(served, i.name)} for served, i in others if i.has_weights
+        ]
+        here = self._device(instance.name, instance.device)
         leaving = any(
-            i.awake and i.device == instance.device and not (i.draining or self._decided.get(served.key, True))
+            i.awake
+            and self._device(i.name, i.device) == here
+            and not (i.draining or self._decided.get(served.key, True))
             for served, i in others
         )
         return held, leaving

@@ -16,7 +16,7 @@ import httpx
 import numpy as np
 
 from tests.ports import free_ports
-from tests.system.conftest import BOUND_S, ROOT
+from tests.system.conftest import ROOT
 from tests.system.reference import diffusers_reference, pixels_of_answer
 from triptych.actors.supervision import module_command
 from triptych.actors.topology import free_port
@@ -24,6 +24,8 @@ from triptych.engines.parameters.serving_config import load_serving_config
 
 PROMPT = "a large red circle on the left of a blue background"
 HOSTS = ("a", "b", "c")
+BOUND_S = 240.0
+"""Longest wait for what must come: three supervisors import the same libraries at once."""
 TOPOLOGY = """
 [model]
 path = "{model}"

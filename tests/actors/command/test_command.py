@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from tests.actors.conftest import THREE_ROLES
 from tests.actors.supervision.supervised import ROOT
-from triptych.actors import load_topology
+from triptych.actors import TopologyError, load_topology
 from triptych.actors.command import app
 from triptych.actors.command._display import Display, LiveDisplay, line
 from triptych.actors.command._progress import API_AWAY_TIMEOUT_S, wait_until_finished
@@ -34,7 +34,7 @@ from triptych.actors.runtime.system_messages import ChildReport
 from triptych.actors.supervision import module_command
 from triptych.actors.topology import free_port
 from triptych.api.client import ClientError, GeneratedImage, format_of, read_images, request_body
-from triptych.api.launch import cannot_become_ready, describe_children
+from triptych.api.launch import cannot_become_ready, describe_children, launch
 from triptych.roles.messages.weights import Reloading
 
 Write = Callable[..., Path]
@@ -163,6 +163,12 @@ def test_up_says_what_to_type_for_several_hosts(write: Write) -> None:
         assert (showing.exit_code, sentence in showing.stderr) == (2, True), showing.stderr
     showing = runner.invoke(app, ["up", str(write()), "--host", "a"])
     assert (showing.exit_code, "has no [[hosts]]: run it without --host" in showing.stderr) == (2, True)
+
+
+def test_launch_starts_one_machine(write: Write) -> None:
+    file = write(TWO_HOSTS, THREE_ROLES.replace("kind", 'host = "b"\nkind'))
+    with pytest.raises(TopologyError, match="has 2 hosts, and this starts one machine: start each with `triptych up"):
+        asyncio.run(launch(file).__aenter__())
 
 
 def test_without_a_server_the_sentence_says_so(folder: Path) -> None:

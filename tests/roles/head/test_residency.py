@@ -148,3 +148,22 @@ def test_a_model_that_cannot_be_woken_does_not_keep_others_from_being(tmp_path: 
     b.scheduler.accept(request(), 8.0)
     assert told(10.9) == set()
     assert told(11.2) == {("b-monolithic-0", True)}, "it has had its turn"
+
+
+def test_the_memory_of_each_host_is_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "two.toml"
+    hosts = '[[hosts]]\nname = "h"\naddress = "10.0.0.1"\n[[hosts]]\nname = "i"\naddress = "10.0.0.2"\n'
+    on = {kind: f'kind = "{kind}"\nhost = "{"i" if kind == "monolithic" else "h"}"' for kind in (*KINDS, "monolithic")}
+    text = TWO.replace('"1KiB"', '"3MiB"')
+    for kind, keys in on.items():
+        text = text.replace(f'kind = "{kind}"', keys)
+    file.write_text(f'{hosts}[head]\nhost = "h"\n{text}')
+    models = served_models_of(load_topology(file))
+    residency = ResidencyManager(load_topology(file), models)
+    for served in models.all:
+        served.weight_file_bytes = 3 << 20
+    for name in ("a-encoder-0", "a-denoiser-0", "a-decoder-0", "b-monolithic-0"):
+        message = replace(registration(name), kind=name.split("-")[1], awake=False)
+        models.scheduler_of(name).register(message, 0.0)
+    residency.update(0.0)
+    assert all(residency._decided.values()), "both have what they need: 3 MiB on each host"
