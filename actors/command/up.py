@@ -193,7 +193,7 @@ def _check_host(topology: Topology, host: str, *, only: str, file: str) -> None:
     if host and not topology.hosts:
         raise TopologyError(file, "", "has no [[hosts]]", "run it without --host, or add a [[hosts]] for each machine")
     if len(topology.hosts) > 1 and not host and not only:
-        fix = f"run `triptych up {file} --host NAME` on each, with its NAME"
+        fix = f"run `triptych up {file} --host NAME` on each, or have them started with --ssh or --ray ADDRESS"
         raise TopologyError(file, "", f"has {len(topology.hosts)} hosts ({names})", fix)
 
 
