@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -128,13 +128,14 @@ class Supervised:
 
 
 @contextlib.asynccontextmanager
-async def supervised(file: Path, *names: str, host: str = "", nohup: bool = False) -> AsyncIterator[Supervised]:
+async def supervised(file: Path, *names: str, host: str = "", under: Sequence[str] = ()) -> AsyncIterator[Supervised]:
     """Supervise the components of a topology, or only some; at the end nothing of it is left.
 
-    Those of one host are supervised until the end of stdin, which is a pipe.
+    Those of one host are supervised until the end of stdin, which is a pipe. `under` is a command that runs the
+    supervisor.
     """
     process = await asyncio.create_subprocess_exec(
-        *(("/usr/bin/nohup",) if nohup else ()),
+        *under,
         *(
             sys.executable,
             "-m",

@@ -7,6 +7,8 @@ import os
 import resource
 import signal
 import stat
+import subprocess
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 
 from tests.actors.conftest import THREE_ROLES
 from tests.actors.supervision.probe import Crash, CrashInTask, Hang, LeaveOrphan, OrphanLeft, Pong
-from tests.actors.supervision.supervised import Supervised, gone, supervised
+from tests.actors.supervision.supervised import PATIENCE_S, Supervised, gone, supervised
 from tests.ports import free_ports
 from triptych.actors import load_topology
 from triptych.actors.runtime.system_messages import Inspect, Inspection, Shutdown, ShuttingDown
@@ -252,7 +254,7 @@ def test_a_start_that_a_full_disk_prevents_is_tried_again_and_does_not_count(wri
 
 def test_a_process_is_started_once_there_is_memory_for_it_and_nohup_is_honoured(write: Write) -> None:
     async def scenario() -> None:
-        async with supervised(write(supervision(intensity=1)), "encoder-0", nohup=True) as seen:
+        async with supervised(write(supervision(intensity=1)), "encoder-0", under=("/usr/bin/nohup",)) as seen:
             before = await seen.until("encoder-0", "ready")
             limits = resource.prlimit(seen.process.pid, resource.RLIMIT_NOFILE)
             resource.prlimit(seen.process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
@@ -357,6 +359,35 @@ def test_what_a_dead_child_had_started_does_not_outlive_it(write: Write) -> None
             os.kill(first.pid, signal.SIGKILL)
             await gone(orphan.pid)
             await seen.until("encoder-0", "ready", after=first.generation)
+
+    run(scenario())
+
+
+def only_child(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+
+
+def until_reaped(entry: Path) -> None:
+    while entry.exists():  # as that of a zombie would for ever
+        time.sleep(0.05)
+
+
+def test_as_the_first_process_of_a_container_it_reaps_what_others_have_left(write: Write) -> None:
+    user = () if os.geteuid() == 0 else ("--user", "--map-root-user")
+    under = ("unshare", *user, "--pid", "--fork", "--kill-child", "--mount-proc")
+    if subprocess.run((*under, "true"), check=False).returncode:
+        pytest.skip("this user may make no namespaces")
+
+    async def scenario() -> None:
+        async with supervised(write(), "encoder-0", under=under) as seen:
+            await seen.until("encoder-0", "ready")
+            assert (await seen.ping("encoder-0")).parent == 1
+            orphan = await seen.ask("encoder-0", LeaveOrphan(), OrphanLeft)
+            first = only_child(seen.process.pid)
+            async with asyncio.timeout(PATIENCE_S):
+                await asyncio.to_thread(until_reaped, Path(f"/proc/{first}/root/proc/{orphan.pid}"))
+            os.kill(first, signal.SIGTERM)
+            assert await seen.ended() == 0
 
     run(scenario())
 
