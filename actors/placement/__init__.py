@@ -8,5 +8,5 @@ carries a message or a tensor of the system, or restarts one of its roles.
 | `ssh` | `triptych up FILE --ssh`: one ssh for each host |
 | `kubernetes` | the objects of `triptych manifests FILE`, from a topology |
 | `service_manager` | what systemd, or a probe of Kubernetes, is told of a supervisor |
-| `host_process`, `ray_plan`, `ray_agent`, `ray` | an agent of Ray for each host, and the process that it runs |
+| `placed_process`, `ray_plan`, `ray_agent`, `ray` | an agent of Ray for each host, and the process that it runs |
 """

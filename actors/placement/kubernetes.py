@@ -20,6 +20,7 @@ import yaml
 
 from triptych.actors.errors import TopologyError
 from triptych.actors.placement.service_manager import STATUS_VARIABLE
+from triptych.actors.runtime.bus_keys import HOST_VARIABLE
 from triptych.actors.topology import HostSection, rebase_models
 
 if TYPE_CHECKING:
@@ -253,6 +254,7 @@ class _Pod:
             "command": command,
             "env": [
                 {"name": "TRIPTYCH_STATE_DIR", "value": str(_STATE_MOUNT / "state")},
+                *([{"name": HOST_VARIABLE, "value": self.host}] if self.host else []),  # for commands in the pod
                 {"name": "XDG_RUNTIME_DIR", "value": str(_RUN_DIR)},
                 {"name": STATUS_VARIABLE, "value": str(_STATUS_FILE)},
                 {"name": "HOME", "value": "/tmp"},  # noqa: S108  of the container

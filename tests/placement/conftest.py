@@ -28,6 +28,9 @@ class Machine:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.mark = uuid.uuid4().hex
+        self.bus_port = free_ports(10)
+        self.http_port = free_ports(1)
+        self.url = f"http://127.0.0.1:{self.http_port}"
         self.environment = {
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(ROOT),
@@ -48,13 +51,14 @@ class Machine:
                 continue  # it has ended, or belongs to another user
         return found
 
-    def topology(self, *hosts: str, http: int, extra: dict[str, str] | None = None) -> Path:
-        """Write the demo model on hosts of loopback addresses: the first has the head, the last the denoiser."""
+    def topology(self, hosts: dict[str, str], *, extra: str = "", sections: str = "") -> Path:
+        """Write the demo model on hosts, by their addresses: the first has the head, the last the denoiser.
+
+        `extra` are lines of each `[[hosts]]` entry, `sections` other sections.
+        """
         head, *_, last = hosts
-        first = free_ports(10)
         entries = "".join(
-            f'[[hosts]]\nname = "{name}"\naddress = "127.0.0.{number}"\n{(extra or {}).get(name, "")}\n'
-            for number, name in enumerate(hosts, start=11)
+            f'[[hosts]]\nname = "{name}"\naddress = "{address}"\n{extra}\n' for name, address in hosts.items()
         )
         roles = "".join(
             f'[[roles]]\nkind = "{kind}"\nhost = "{host}"\n'
@@ -62,9 +66,9 @@ class Machine:
         )
         file = self.folder / "hosts.toml"
         file.write_text(
-            f'[model]\npath = "{ROOT}/examples/shapes"\ndtype = "float32"\n[api]\nport = {http}\n'
-            f'[head]\nhost = "{head}"\nport = {first}\n[transfer]\ntrusted_network = true\npool_size = "16MiB"\n'
-            f"{entries}{roles}"
+            f'[model]\npath = "{ROOT}/examples/shapes"\ndtype = "float32"\n[transfer]\ntrusted_network = true\n'
+            f'pool_size = "16MiB"\n[head]\nhost = "{head}"\nport = {self.bus_port}\n[api]\nport = {self.http_port}\n'
+            f"{sections}{entries}{roles}"
         )
         return file
 

@@ -13,10 +13,10 @@ import httpx
 import pytest
 
 from tests.placement.conftest import COMMAND, Machine, until
-from tests.ports import free_ports
 
 pytestmark = [pytest.mark.placement, pytest.mark.timeout(400)]
 READY_S = 240
+HOSTS = {"a": "127.0.0.11", "b": "127.0.0.12"}
 
 
 class Launcher:
@@ -65,11 +65,9 @@ def image(url: str) -> str:
 def test_hosts_run_over_ssh_come_back_after_a_lost_connection_and_end_together(
     machine: Machine, ssh_config: Path
 ) -> None:
-    port = free_ports(1)
     words = " ".join(f"{key}={value}" for key, value in machine.environment.items())
     entry = f"ssh = 'far'\nssh_command = 'env {words} {COMMAND}'\nssh_folder = '{machine.folder}/there'"
-    file = machine.topology("a", "b", http=port, extra=dict.fromkeys("ab", entry))
-    url = f"http://127.0.0.1:{port}"
+    file, url = machine.topology(HOSTS, extra=entry), machine.url
     launcher = Launcher(file, ssh_config)
     try:
         until(lambda: ready(url) or launcher.process.poll() is not None, READY_S)
@@ -94,7 +92,7 @@ def test_hosts_run_over_ssh_come_back_after_a_lost_connection_and_end_together(
 
 def test_hosts_end_with_the_one_that_runs_them(machine: Machine, ssh_config: Path) -> None:
     entry = f"ssh_command = 'env MARK={machine.mark} sh -c \"cat > /dev/null\"'"
-    file = machine.topology("a", "b", http=free_ports(1), extra=dict.fromkeys("ab", entry))
+    file = machine.topology(HOSTS, extra=entry)
     launcher = Launcher(file, ssh_config)
     until(lambda: len(machine.pids()) >= 2, 60)
     launcher.process.kill()
@@ -105,7 +103,7 @@ def test_hosts_end_with_the_one_that_runs_them(machine: Machine, ssh_config: Pat
     ("command", "said"), [("/no/such/triptych", "the command is not there"), ('sh -c "exit 2"', "it cannot serve")]
 )
 def test_what_can_never_run_is_given_up(machine: Machine, ssh_config: Path, command: str, said: str) -> None:
-    file = machine.topology("a", "b", http=free_ports(1), extra=dict.fromkeys("ab", f"ssh_command = '{command}'"))
+    file = machine.topology(HOSTS, extra=f"ssh_command = '{command}'")
     launcher = Launcher(file, ssh_config)
     assert launcher.ended(60) == 2
     assert launcher.shows(f"a given up: {said}")

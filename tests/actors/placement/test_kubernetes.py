@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -255,6 +257,25 @@ def test_a_pod_has_the_gpus_the_time_and_the_command_of_its_host(file: Path) -> 
     # Kinds of components stop one after the other: pool and denoisers, and on the head's host four.
     assert (b["terminationGracePeriodSeconds"], a["terminationGracePeriodSeconds"]) == (2 * 20 + 10, 4 * 20 + 10 + 3)
     assert "volumeClaimTemplates" not in named(manifests, "StatefulSet", "triptych-b")["spec"]
+
+
+def test_probes_tell_a_supervisor_that_waits_from_one_that_hangs(file: Path, tmp_path: Path) -> None:
+    container = _container(named(made(file), "StatefulSet", "triptych-b"))
+    status = tmp_path / "status"
+
+    def succeed() -> list[bool]:
+        probes = ("startupProbe", "livenessProbe", "readinessProbe")
+        commands = [container[probe]["exec"]["command"] for probe in probes]
+        here = [[word.replace("/run/triptych/status", str(status)) for word in command] for command in commands]
+        return [not subprocess.run(command, capture_output=True, check=False).returncode for command in here]
+
+    assert succeed() == [False, False, False]
+    status.write_text("waiting: denoiser-0 loading\n")
+    assert succeed() == [True, True, False]
+    status.write_text("ready: pool-b, denoiser-0\n")
+    assert succeed() == [True, True, True]
+    os.utime(status, (0, 0))
+    assert succeed() == [True, False, True]
 
 
 def test_the_bus_is_open_to_the_pods_alone_and_the_api_to_all(file: Path) -> None:
