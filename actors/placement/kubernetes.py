@@ -37,7 +37,6 @@ MAX_ROLES: Final = 10
 """Most roles of a DisaggregatedSet; it has two at least."""
 USER: Final = 10001
 """User of the container, as in the Containerfile."""
-TRANSFER_PORTS: Final = "21000-21015"
 DRAIN_FIRST_S: Final = 3
 """Seconds for which the head's pod goes on taking requests, until no Service leads to it any more."""
 _STOP_MARGIN_S: Final = 10
@@ -113,7 +112,6 @@ def cluster_topology(file: str, tables: Mapping[str, Any], options: ManifestOpti
         for key in ("ssh", "ssh_command", "ssh_folder", "transfer_address"):
             host.pop(key, None)
         host |= {"address": name, "bind": "*"}
-        host.setdefault("transfer_ports", TRANSFER_PORTS)
     if changed.get("hosts"):
         bus["keys"] = str(_KEYS_DIR / _BUS_KEY)
     return tomli_w.dumps(changed)
@@ -414,8 +412,8 @@ def _ranges(topology: Topology) -> list[tuple[int, int]]:
         return []
     bus = [component.port for component in topology.components if component.kind != "api"]
     bus += [topology.supervisor_port(host.name) for host in topology.hosts]
-    pools = [tuple(map(int, host.transfer_ports.split("-"))) for host in topology.hosts]
-    return list(dict.fromkeys([(min(bus), max(bus)), *((first, last) for first, last in pools)]))
+    pools = [topology.transfer_ports(host.name) for host in topology.hosts]
+    return list(dict.fromkeys([(min(bus), max(bus)), *pools]))
 
 
 def _disruption_budget(options: ManifestOptions) -> Manifest:
