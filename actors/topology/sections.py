@@ -257,7 +257,7 @@ class HeadSection(Section, frozen=True):
     waiting_timeout_s: SecondsOrNone = 0.0
     """Most seconds that a stage may wait for an instance; 0 = no separate bound."""
     running_timeout_s: SecondsOrNone = 0.0
-    """Most seconds that a stage may run; 0 = no separate bound."""
+    """Most seconds that a stage may run, with the turns that its instance gives to others; 0 = no separate bound."""
     max_pending: Count = 256
     """Most requests that may be pending; beyond it the API answers 429."""
     max_attempts: Count = 3
