@@ -141,7 +141,7 @@ class Instance(Actor):
         return {
             "slots": load.slots,
             "credits": load.issued - load.taken,
-            "in_hand": len(load.active),
+            "active": len(load.active),
             "taken": load.taken,
             "reserved": len(load.reservations),
             "reports_pending": len(self.reporter.pending),

@@ -206,7 +206,7 @@ class StreamWorker(Actor):
             "device": str(self._stream.device) if self._stream else self.component.device,
             "running": ", ".join(str(run.attempt) for run in self._current),
             "queued": sum(run.began is None for run in self._runs.values()),
-            "panels_run": self.stages_run,
+            "stages_run": self.stages_run,
             "largest_batch": self.largest_batch,
             "components": ", ".join(sorted(self._pipeline.components)) if self._pipeline else "",
             "weights_read_bytes": self._reading.read,

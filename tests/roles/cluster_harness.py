@@ -74,7 +74,7 @@ class ClusterDriver:
     async def at_rest(self, instance: str) -> None:
         """Everything that was taken has ended, and nothing of it is kept."""
         facts = await self.stats(instance)
-        assert (facts["in_hand"], facts["credits"]) == (0, facts["slots"])
+        assert (facts["active"], facts["credits"]) == (0, facts["slots"])
 
     async def encoded(self, of: Attempt, **changes: Any) -> StoredPayload:
         await self.assign("encoder-0", of, **changes)

@@ -124,7 +124,7 @@ def test_equal_prompts_at_the_same_time_are_encoded_once(on_cluster: Callable[..
 async def stages_run(cluster: Cluster, kind: str) -> int:
     actors = {actor["name"]: actor for actor in (await cluster.status())["actors"]}
     workers = [c.name for c in cluster.topology.components if c.kind == kind]
-    return sum(actors[f"{name}.stream"]["facts"]["panels_run"] for name in workers)
+    return sum(actors[f"{name}.stream"]["facts"]["stages_run"] for name in workers)
 
 
 async def every_request_is_encoded(cluster: Cluster) -> None:

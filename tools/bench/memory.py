@@ -149,6 +149,6 @@ async def _measure(cluster: Cluster) -> dict[str, ProcessMemory]:
 async def _components(cluster: Cluster, weights: dict[str, float]) -> dict[str, tuple[str, ...]]:
     """Return the components with weights that each role reports as loaded, by the name of the role."""
     actors = (await cluster.status())["actors"]
-    facts = {row["component"]: row["facts"] for row in actors if "panels_run" in row.get("facts", {})}
+    facts = {row["component"]: row["facts"] for row in actors if "stages_run" in row.get("facts", {})}
     named = {name: said["components"].split(", ") for name, said in facts.items()}
     return {name: tuple(part for part in parts if weights.get(part)) for name, parts in named.items()}

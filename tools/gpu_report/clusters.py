@@ -249,7 +249,7 @@ async def report_memory(context: RowContext, cluster: Cluster) -> None:
     facts = {
         row["component"]: row["facts"]
         for row in (await cluster.status())["actors"]
-        if "panels_run" in row.get("facts", {})
+        if "stages_run" in row.get("facts", {})
     }
     children = await cluster.children()
     on_gpu = _by_process()

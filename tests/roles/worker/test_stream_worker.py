@@ -145,7 +145,7 @@ def test_the_stages_make_an_image_of_each_others_outputs(on_worker: Any) -> None
         assert steps == [StageProgress(attempt(1), step, 3) for step in (1, 2, 3)]
         (image,) = fake_instance.values(1)["images"]
         assert isinstance(image, Image.Image)
-        assert worker.stats()["panels_run"] == 3
+        assert worker.stats()["stages_run"] == 3
         assert worker.watchdog() is None
 
     on_worker(body)
