@@ -3,7 +3,10 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import dataclasses
+import gc
 import threading
+import traceback
+import weakref
 
 import pytest
 import torch
@@ -190,6 +193,28 @@ def test_an_error_reaches_the_caller_and_the_stream_lives_on(stream):
         return await stream.run(lambda: 5)
 
     assert asyncio.run(calls()) == 5
+
+
+def test_an_error_that_was_handled_keeps_nothing_alive(stream):
+    def fail(tensor: torch.Tensor) -> None:
+        raise MemoryError(f"{tensor.numel()} elements are too many")
+
+    async def calls():
+        tensor = torch.zeros(8)
+        held = weakref.ref(tensor)
+        try:
+            await stream.run(fail, tensor)
+        except MemoryError as error:
+            traceback.clear_frames(error.__traceback__)
+        del tensor
+        await stream.run(int)  # the thread has let go of the call before
+        return held()
+
+    gc.disable()
+    try:
+        assert asyncio.run(calls()) is None
+    finally:
+        gc.enable()
 
 
 def test_a_call_that_was_cancelled_before_it_began_never_runs(stream):
