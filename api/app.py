@@ -24,9 +24,10 @@ from triptych.api.openapi import get_openapi
 from triptych.api.operations import Endpoint
 from triptych.api.request_context import RequestContextMiddleware
 from triptych.api.request_events import get_request_events
+from triptych.api.request_list import list_requests
 from triptych.api.requests import delete_request, get_request
 from triptych.api.services import ApiRequest, Services
-from triptych.api.videos import create_video, delete_video, get_video, get_video_content, list_videos
+from triptych.api.videos import cancel_video, create_video, delete_video, get_video, get_video_content, list_videos
 
 _INSTEAD: Final = {
     "/v1/images/variations": "there are no variations: send the image to POST /v1/images/edits, with a strength",
@@ -56,9 +57,11 @@ ROUTES: Final = [
     Route("/v1/images/{name}", get_file),
     Route("/v1/videos", by_method(get=list_videos, post=create_video)),
     Route("/v1/videos/{video_id}", by_method(get=get_video, delete=delete_video)),
+    Route("/v1/videos/{video_id}/cancel", by_method(post=cancel_video)),
     Route("/v1/videos/{video_id}/content", get_video_content),
     Route("/v1/models", list_models),
     Route("/v1/models/{name:path}", get_model),
+    Route("/v1/requests", list_requests),
     Route("/v1/requests/{request_id}", by_method(get=get_request, delete=delete_request)),
     Route("/v1/requests/{request_id}/events", get_request_events),
     Route("/v1/cluster", get_cluster),

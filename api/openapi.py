@@ -187,6 +187,16 @@ def _request() -> dict[str, Any]:
     return {"type": "object", "properties": fields, "required": list(fields)}
 
 
+def _request_list() -> dict[str, Any]:
+    """`api.request_list.list_requests`."""
+    id_ = {"type": ["string", "null"]}
+    fields = {
+        "object": {"const": "list"}, "data": _list({"$ref": "#/components/schemas/Request"}),
+        "first_id": id_, "last_id": id_, "has_more": {"type": "boolean"},
+    }  # fmt: skip
+    return {"type": "object", "properties": fields, "required": list(fields)}
+
+
 def _cluster() -> dict[str, Any]:
     """`api.cluster_observer.ClusterObserver.snapshot`."""
     rows = {"type": "array", "items": {"type": "object"}}
@@ -269,7 +279,13 @@ def document(routes: Sequence[BaseRoute], *, keyed: bool = False) -> dict[str, A
     structs = dict.fromkeys(answer for answer in answers if isinstance(answer, type))
     _, schemas = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
     either = [{"$ref": f"#/components/schemas/{name}"} for name in ("Request", Deleted.__name__)]
-    own = {"Request": _request(), "Cluster": _cluster(), "RequestOrDeleted": {"anyOf": either}, "Error": _ERROR}
+    own = {
+        "RequestList": _request_list(),
+        "Request": _request(),
+        "Cluster": _cluster(),
+        "RequestOrDeleted": {"anyOf": either},
+        "Error": _ERROR,
+    }
     return {
         "openapi": "3.1.0",
         "info": {"title": "Triptych", "version": "1"},

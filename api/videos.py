@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import Annotated, Final, Literal
 
@@ -12,8 +11,9 @@ from starlette.responses import Response
 
 from triptych.api.artifacts import send_file
 from triptych.api.errors import ApiError, field_error, not_found
-from triptych.api.media_request import FieldNames, MediaRequest, Seed, read_media_request, validation_error
+from triptych.api.media_request import FieldNames, MediaRequest, Seed, read_media_request
 from triptych.api.operations import FILE_ANSWERS, FILE_ERRORS, FILE_HEADERS, RequestBody, operation
+from triptych.api.request_list import ListQuery, list_page, read_query, views_of
 from triptych.api.requests import Deleted, failure_reason, submit, with_request_id
 from triptych.api.responses import JSONResponse
 from triptych.api.services import ApiRequest
@@ -21,10 +21,12 @@ from triptych.bus import RemoteError
 from triptych.engines.parameters.schema import FRAME_RATE_NAMES
 from triptych.roles.head.job import State
 from triptych.roles.messages.common import Input, Output
-from triptych.roles.messages.requests import JobView, ListRequests, ModelDescription, RequestView
+from triptych.roles.messages.requests import JobView, ModelDescription, RequestView
 
 MAX_SECONDS = 3600.0
 FORMAT = "mp4"
+POLL_AFTER_MS = 500
+"""What OpenAI's clients wait before they ask again; theirs is a second."""
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
 """OpenAI's words; one that was cancelled has failed, and its error says so."""
@@ -86,14 +88,6 @@ class VideoList(msgspec.Struct):
     object: Literal["list"] = "list"
 
 
-class ListQuery(msgspec.Struct, frozen=True):
-    """Which part of the list."""
-
-    after: Annotated[str, Meta(description="The id that the list goes on after.")] = ""
-    limit: Annotated[int, Meta(ge=1, le=100, description="Most of them.")] = 20
-    order: Annotated[Literal["asc", "desc"], Meta(description="By age.")] = "desc"
-
-
 class ContentQuery(msgspec.Struct, frozen=True):
     """Which file."""
 
@@ -103,26 +97,12 @@ class ContentQuery(msgspec.Struct, frozen=True):
 @operation({200: VideoList}, (404, 422, 503), query=ListQuery)
 async def list_videos(request: ApiRequest) -> JSONResponse:
     """List videos page by page, the newest first unless asked otherwise."""
-    head, owner = request.state["services"].head, request.state["owner"]
-    try:
-        query = msgspec.convert(dict(request.query_params), ListQuery, strict=False)
-    except msgspec.ValidationError as error:
-        raise validation_error(error, ListQuery) from None
-    described = {one.name: one for one in await head.models() if one.medium == "video"}
-    try:
-        found = await head.list_requests(ListRequests(owner, query.after, query.limit, query.order == "desc"))
-    except RemoteError as error:
-        if error.code != "not_found":
-            raise
-        raise not_found(f"there is no video {query.after}", param="after") from None
-    ids = found.request_ids if described else ()
-    videos = []
-    for view in await asyncio.gather(*(head.query(id_, owner) for id_ in ids), return_exceptions=True):
-        if isinstance(view, RequestView):
-            if view.model in described:
-                videos.append(video_object(view, described[view.model]))
-        elif not (isinstance(view, RemoteError) and view.code == "not_found"):  # deleted meanwhile
-            raise view
+    models = await request.state["services"].head.models()
+    described = {one.name: one for one in models if one.medium == "video"}
+    query = read_query(request, ListQuery)
+    found = await list_page(request, query, of="video")
+    views = await views_of(request, found.request_ids if described else ())
+    videos = [video_object(view, described[view.model]) for view in views if view.model in described]
     first_id, last_id = (videos[0].id, videos[-1].id) if videos else (None, None)
     return JSONResponse(VideoList(videos, first_id, last_id, found.has_more and bool(videos)))
 
@@ -153,6 +133,14 @@ async def delete_video(request: ApiRequest) -> JSONResponse:
     if not await request.state["services"].head.delete(view.request_id, request.state["owner"]):
         raise not_found(f"there is no video {view.request_id}")
     return JSONResponse(Deleted(view.request_id, "video.deleted"))
+
+
+@operation({200: Video}, (404, 503))
+async def cancel_video(request: ApiRequest) -> JSONResponse:
+    """Cancel a video, and keep what is known of it; one that has ended stays as it is."""
+    view, description = await find_video(request)
+    head, owner = request.state["services"].head, request.state["owner"]
+    return video_response(await head.cancel(view.request_id, owner), description)
 
 
 @operation(FILE_ANSWERS, (*FILE_ERRORS, 409, 422, 503), headers=FILE_HEADERS, query=ContentQuery)
@@ -221,7 +209,10 @@ def nearest_frame_count(count: float, description: ModelDescription) -> int:
 
 def video_response(view: RequestView, description: ModelDescription) -> JSONResponse:
     """Make the response."""
-    return JSONResponse(video_object(view, description), headers={"X-Request-Id": view.request_id})
+    headers = {"X-Request-Id": view.request_id}
+    if not view.terminal:
+        headers["openai-poll-after-ms"] = str(POLL_AFTER_MS)
+    return JSONResponse(video_object(view, description), headers=headers)
 
 
 def video_object(view: RequestView, description: ModelDescription) -> Video:

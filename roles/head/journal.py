@@ -309,13 +309,20 @@ class Journal:
         """Return the request of that idempotency key, or None."""
         return next(iter(self._read("WHERE idempotency_key = ?", (idempotency_key,))), None)
 
-    def ids(self, owner: str, *, after: Request | None, limit: int, newest_first: bool) -> list[str]:
-        """Return at most `limit` ids of an owner's requests ("" for all owners), by age, after the request `after`."""
+    def ids(
+        self, owner: str, *, after: Request | None, limit: int, newest_first: bool, active: bool | None = None
+    ) -> list[str]:
+        """Return at most `limit` ids of an owner's requests ("" for all owners), by age, after the request `after`.
+
+        `active` selects those that have not ended, or that have.
+        """
         order, beyond = ("DESC", "<") if newest_first else ("ASC", ">")
         conditions, values = ["TRUE"], list[str | float]()
         if owner:
             conditions.append("owner = ?")
             values.append(owner)
+        if active is not None:
+            conditions.append("finished_at = 0" if active else "finished_at > 0")
         if after:
             conditions.append(f"(created_at, id) {beyond} (?, ?)")
             values += [after.created_at, after.id]

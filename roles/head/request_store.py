@@ -195,7 +195,11 @@ class RequestStore:
             if message.after and (after is None or message.owner not in ("", after.owner)):
                 raise RefusedError("not_found", f"there is no request {message.after}")
             ids = self._open_journal.ids(
-                message.owner, after=after, limit=message.limit + 1, newest_first=message.newest_first
+                message.owner,
+                after=after,
+                limit=message.limit + 1,
+                newest_first=message.newest_first,
+                active=message.active,
             )
         except JournalError as error:
             raise RefusedError("unavailable", str(error)) from error

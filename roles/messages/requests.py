@@ -111,6 +111,8 @@ class ListRequests(Message):
     """The list starts after this id; "" for the first page."""
     limit: Annotated[int, Meta(ge=0, le=1000)] = 20
     newest_first: bool = True
+    active: bool | None = None
+    """Only those that have not ended, or only those that have; None for both."""
 
 
 class RequestList(Message):

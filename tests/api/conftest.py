@@ -187,7 +187,11 @@ class FakeHead:
         delivery.reply(wire.RequestDeleted(existed))
 
     def _list(self, delivery: Delivery, message: wire.ListRequests) -> None:
-        ids = [id_ for id_, accepted in self.journal.items() if message.owner in ("", accepted.submit.owner)]
+        ids = [
+            id_
+            for id_, accepted in self.journal.items()
+            if message.owner in ("", accepted.submit.owner) and message.active is not accepted.ended.is_set()
+        ]
         ids = ids[::-1] if message.newest_first else ids
         if message.after and message.after not in ids:
             delivery.fail("not_found", f"there is no request {message.after}")

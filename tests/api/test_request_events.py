@@ -82,6 +82,22 @@ async def test_the_events_of_a_request_end_with_it(client, fake_head):
     assert (await client.get("/v1/requests/req_none/events")).status_code == 404
 
 
+async def test_requests_are_listed_by_page_and_by_whether_they_have_ended(client, fake_head):
+    ended = [(await client.post(URL, json={"prompt": f"{k}"}, headers=ASYNC)).json()["id"] for k in range(2)]
+    fake_head.hold = True
+    active = (await client.post(URL, json={"prompt": "x"}, headers=ASYNC)).json()["id"]
+    page = (await client.get("/v1/requests", params={"limit": 2})).json()
+    assert [one["id"] for one in page["data"]] == [active, ended[1]]
+    assert (page["object"], page["first_id"], page["last_id"], page["has_more"]) == ("list", active, ended[1], True)
+    rest = (await client.get("/v1/requests", params={"after": page["last_id"]})).json()
+    assert ([one["id"] for one in rest["data"]], rest["has_more"]) == ([ended[0]], False)
+    for status, ids in (("active", [active]), ("ended", ended[::-1]), ("all", [active, *ended[::-1]])):
+        shown = (await client.get("/v1/requests", params={"status": status})).json()
+        assert [one["id"] for one in shown["data"]] == ids
+    refused = await client.get("/v1/requests", params={"status": "lost"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (422, "status")
+
+
 async def test_images_are_streamed_each_as_soon_as_it_is_done(client, fake_head):
     body = {"prompt": "x", "n": 2, "stream": True, "seed": 5}
     async with client.stream("POST", URL, json=body) as answer:

@@ -101,6 +101,17 @@ async def test_one_that_ends_without_a_file_says_why(client, fake_head, state, w
     refused(await client.get(f"{URL}/{job['id']}/content"), 409, None, word)
 
 
+async def test_cancel_keeps_what_is_known_and_ends_the_polling(client, fake_head):
+    fake_head.hold = True
+    begun = await client.post(URL, json={"prompt": "x"})
+    assert int(begun.headers["openai-poll-after-ms"]) > 0
+    for _ in range(2):
+        answer = await client.post(f"{URL}/{begun.json()['id']}/cancel")
+        assert (answer.json()["status"], answer.json()["error"]["code"]) == ("failed", "cancelled")
+        assert "openai-poll-after-ms" not in answer.headers
+    assert (await client.post(f"{URL}/video_none/cancel")).status_code == 404
+
+
 @pytest.mark.parametrize("hold", [True, False])
 async def test_delete_removes_it_also_while_it_runs(client, fake_head, hold):
     fake_head.hold = hold

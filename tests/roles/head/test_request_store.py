@@ -281,6 +281,8 @@ def test_requests_are_listed_by_owner_and_page(topology: Callable[..., Topology]
             assert await listed("") == (("d", "c", "b", "a"), False)
             assert await listed("carol") == ((), False)
             assert await listed(limit=2) == (("d", "c"), True)
+            assert await listed(active=True) == (("d", "a"), False)
+            assert await listed("", active=False) == (("c",), False)
             assert await listed(after="c") == (("a",), False)
             assert await listed(after="a", newest_first=False) == (("c", "d"), False)
             with pytest.raises(RemoteError, match="there is no request b"):
