@@ -132,6 +132,8 @@ class ChildReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     actors tell, such as "weights". Empty until it has started."""
     detail: str = ""
     """More about the state of the process, such as "denoiser-0.stream: 3.1 of 24.0 GB" while it loads."""
+    silence_s: float = 0.0
+    """Seconds since its last heartbeat, or since its launch."""
 
 
 class SupervisorReport(Message):

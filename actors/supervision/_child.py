@@ -142,6 +142,7 @@ class Child:
             started_at=self.started_at,
             start_s=self.start_s,
             detail=self.detail if self.running else "",
+            silence_s=time.monotonic() - self._last_heartbeat_at if self.running else 0.0,
         )
 
 

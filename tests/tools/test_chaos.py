@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
+from triptych.actors.child_state import ChildState
+from triptych.actors.runtime.system_messages import ChildReport
 from triptych.actors.topology import load_topology
 from triptych.api.launch import Cluster
 from triptych.engines.transfer import FaultRates
@@ -29,7 +31,7 @@ from triptych.tools.chaos import invariants
 from triptych.tools.chaos.__main__ import app
 from triptych.tools.chaos.clock import Clock
 from triptych.tools.chaos.faults import FAULTS, transfer_keys, transfer_rates, why_unsupported
-from triptych.tools.chaos.injector import InjectedFault, trigger_is_met
+from triptych.tools.chaos.injector import InjectedFault, has_recovered, trigger_is_met
 from triptych.tools.chaos.load import LoadGenerator, Outcome
 from triptych.tools.chaos.plan import IMAGES, PlannedFault, PlannedRequest, make_plan
 from triptych.tools.chaos.report import FailedRequest, StepsRedone, failures, percentile, show, summary
@@ -257,6 +259,20 @@ def test_the_moment_is_the_victims_own() -> None:
     assert falls("head", "running")
     assert falls("pool", "stored")
     assert not falls("head", "idle")
+
+
+def test_a_victim_is_hit_again_only_after_its_supervisor_has_heard_it() -> None:
+    def child(generation: int, state: ChildState = ChildState.READY, silence_s: float = 0.1) -> ChildReport:
+        return ChildReport("a", "encoder", 7, generation, state, 0, "", 0.0, silence_s=silence_s)
+
+    def recovered(now: ChildReport, *, lethal: bool) -> bool:
+        return has_recovered(child(1), now, since_s=0.5, lethal=lethal)
+
+    assert recovered(child(1), lethal=False)
+    assert not recovered(child(1, silence_s=2.0), lethal=False), "a second stall would make one of twice the length"
+    assert not recovered(child(1), lethal=True)
+    assert recovered(child(2, silence_s=2.0), lethal=True)
+    assert not recovered(child(2, ChildState.STARTING), lethal=True)
 
 
 def test_percentiles_are_of_the_nearest_rank() -> None:

@@ -86,12 +86,14 @@ class FaultInjector:
         if victim is None:
             injection.recovery_s = 0.0
         else:
-            await self._wait_for_recovery(victim, injection, began)
+            await self._wait_for_recovery(victim, injection, began, ended=time.monotonic())
 
-    async def _wait_for_recovery(self, before: ChildReport, injection: InjectedFault, began: float) -> None:
+    async def _wait_for_recovery(
+        self, before: ChildReport, injection: InjectedFault, began: float, ended: float
+    ) -> None:
         while time.monotonic() - began < RECOVERY_TIMEOUT_S:
             now = (await self._children())[before.name]
-            if now.state == ChildState.READY and (now.generation > before.generation or not injection.lethal):
+            if has_recovered(before, now, since_s=time.monotonic() - ended, lethal=injection.lethal):
                 injection.recovery_s = time.monotonic() - began
                 return
             await asyncio.sleep(POLL_S)
@@ -120,6 +122,16 @@ class FaultInjector:
             if trigger_is_met(planned, view):
                 return
             await asyncio.sleep(POLL_S / 4)
+
+
+def has_recovered(before: ChildReport, now: ChildReport, *, since_s: float, lethal: bool) -> bool:
+    """Whether the victim of a fault that ended `since_s` seconds ago is as before; pure.
+
+    One that lives on must have been heard since: otherwise the supervisor would count the next fault with this one.
+    """
+    if now.state != ChildState.READY:
+        return False
+    return now.generation > before.generation if lethal else now.silence_s < since_s
 
 
 def trigger_is_met(planned: PlannedFault, view: ClusterView) -> bool:
