@@ -16,10 +16,11 @@ from triptych.bus._errors import (
 )
 from triptych.bus._mailbox import Delivery, Mailbox
 from triptych.bus._outbox import Outbox, Reference
-from triptych.bus._sockets import CurveKeys, HostKey, SocketOptions, is_public_key
+from triptych.bus._sockets import HEARTBEATS_LOST, CurveKeys, HostKey, SocketOptions, is_public_key
 from triptych.bus._wire import Envelope, EnvelopeKind, Failure, FailureCode, Generation, Message, Sender
 
 __all__ = [
+    "HEARTBEATS_LOST",
     "Address",
     "AddressError",
     "AskTimeoutError",

@@ -8,6 +8,7 @@ topology of its own, or ends the cluster, launches one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Coroutine, Iterator, Mapping
@@ -159,9 +160,10 @@ async def back(cluster: Cluster | HostsCluster, name: str, *, after_generation: 
     """Until the component is ready in a later generation."""
     async with asyncio.timeout(BOUND_S):
         while True:
-            child = (await cluster.children())[name]
-            if child.generation > after_generation and child.state == "ready":
-                return
+            with contextlib.suppress(BusError):  # its host is down
+                child = (await cluster.children())[name]
+                if child.generation > after_generation and child.state == "ready":
+                    return
             await asyncio.sleep(0.02)
 
 

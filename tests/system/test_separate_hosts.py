@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.system.conftest import BOUND_S, back
+from tests.system.conftest import BOUND_S, ROOT, back
 from tests.system.reference import diffusers_reference, pixels
 from triptych.engines.parameters.serving_config import load_serving_config
 from triptych.tools.chaos.clock import Clock
@@ -134,7 +137,7 @@ def test_the_clocks_of_hosts_may_differ_by_an_hour(topology_file: Callable[..., 
         clock.step(hours * 3600)
         clocks[host] = clock.environment()
     path = topology_file(
-        hosts={"encoder": ["a"], "denoiser": ["b"], "decoder": ["c"]},
+        hosts={"encoder": ["c"], "denoiser": ["b"], "decoder": ["a"]},
         head={"host": "a"},
         transfer={"trusted_network": True},
     )
@@ -201,3 +204,17 @@ async def everything_ready(cluster: HostsCluster) -> None:
             if status["ready"] and {instance["name"] for instance in instances} == names:
                 return
             await asyncio.sleep(0.05)
+
+
+@pytest.mark.hosts
+@pytest.mark.timeout(560)
+def test_a_storm_of_faults_of_hosts_and_their_network_breaks_no_promise(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    command = (sys.executable, "-m", "triptych.tools.chaos", "--hosts", "3", "--json", str(report))
+    options = ("--seed", "7", "--duration", "30", "--rate", "2", "--every", "3", "--bound", "120")
+    storm = subprocess.run([*command, *options], cwd=ROOT, check=False)
+    found = json.loads(report.read_text())
+    assert {name: broken for name, broken in found["invariants"].items() if broken} == {}
+    assert storm.returncode == 0
+    assert found["accepted"] > 20
+    assert sum(found["faults"].values()) >= 5

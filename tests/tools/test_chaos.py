@@ -30,7 +30,7 @@ from triptych.roles.messages.requests import ClusterView, InstanceView
 from triptych.tools.chaos import invariants
 from triptych.tools.chaos.__main__ import app
 from triptych.tools.chaos.clock import Clock
-from triptych.tools.chaos.faults import FAULTS, transfer_keys, transfer_rates, why_unsupported
+from triptych.tools.chaos.faults import FAULTS, components_of_victim, transfer_keys, transfer_rates, why_unsupported
 from triptych.tools.chaos.injector import InjectedFault, has_recovered, trigger_is_met
 from triptych.tools.chaos.load import LoadGenerator, Outcome
 from triptych.tools.chaos.plan import IMAGES, PlannedFault, PlannedRequest, make_plan
@@ -124,6 +124,38 @@ def test_who_does_not_come_back_or_restarts_unasked_is_seen() -> None:
     assert len(invariants.only_victims_restarted({"a": 2, "b": 1}, [injection()], [42])) == 3
     full = InjectedFault("full", "system", 0.0, lethal=False)
     assert len(invariants.only_victims_restarted({"a": 2, "b": 1}, [injection(), full], [])) == 1, "b was not struck"
+
+
+def test_instances_may_restart_once_for_a_cut_and_a_host_that_was_off_counts_anew() -> None:
+    cut = InjectedFault("isolate", "b", 0.0, lethal=False, may_restart=("a", "c"))
+    off = InjectedFault("host", "b", 0.0, lethal=False, counts_anew=("a",))
+    broken = invariants.only_victims_restarted
+    assert broken({"a": 1, "b": 0}, [cut], []) == []
+    assert len(broken({"a": 2, "b": 1}, [cut], [])) == 2
+    assert broken({"a": 0}, [injection(), cut, off], []) == []
+    assert broken({"a": 1}, [injection(), off, injection()], []) == []
+    assert len(broken({"a": 2}, [injection(), off, injection()], [])) == 1
+
+
+def test_a_fault_of_hosts_hits_what_runs_there_and_what_it_parts_from_the_head() -> None:
+    topology = load_topology("examples/chaos-hosts.toml")
+    on = {name: [component.name for component in topology.on_host(name)] for name in ("a", "b", "c")}
+    everything = [component.name for component in topology.components]
+    assert components_of_victim(topology, "host", "b") == on["b"]
+    assert components_of_victim(topology, "host", "a") == on["a"]
+    assert components_of_victim(topology, "flap", "a") == everything
+    assert set(components_of_victim(topology, "cut", "b-c")) == {*on["b"], *on["c"]}
+    assert components_of_victim(topology, "oneway", "c>b") == components_of_victim(topology, "oneway", "b>c")
+    assert components_of_victim(topology, "kill", "encoder-0") == ["encoder-0"]
+    assert FAULTS["cut"].victims(topology) == ["a-b", "a-c", "b-c"]
+    assert not any(FAULTS[fault].victims(load_topology("examples/chaos.toml")) for fault in ("host", "cut", "oneway"))
+
+
+@pytest.mark.parametrize("options", [["examples/chaos-hosts.toml"], ["--hosts", "2"]])
+def test_a_topology_runs_on_as_many_hosts_as_it_has(options: list[str]) -> None:
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 2
+    assert "has 3 [[hosts]]" in result.output
 
 
 def test_an_innocent_failure_is_seen() -> None:

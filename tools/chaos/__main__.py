@@ -22,7 +22,7 @@ from rich.progress import Progress
 from triptych.actors.errors import TopologyError
 from triptych.actors.topology import load_topology
 from triptych.api.client import ClientError
-from triptych.api.launch import Cluster, launch
+from triptych.api.launch import launch
 from triptych.engines.parameters.serving_config import SERVING_CONFIG_NAME
 from triptych.roles.pool.client import FAULTS as FAULTS_VARIABLE
 from triptych.tools.chaos import invariants
@@ -46,6 +46,7 @@ from triptych.tools.chaos.monitor import (
 )
 from triptych.tools.chaos.plan import (
     CHANGED,
+    HOST_POOL_SIZE,
     POOL_SIZE,
     RANGES,
     ImageCase,
@@ -53,6 +54,9 @@ from triptych.tools.chaos.plan import (
     make_plan,
 )
 from triptych.tools.chaos.report import ChaosReport, show, summary
+from triptych.tools.chaos.target import LocalTarget, Target
+from triptych.tools.hosts import HostsError, enter_switch
+from triptych.tools.hosts.cluster import launch_on_hosts
 
 CLIENT_PATIENCE_S = 90.0
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
@@ -62,11 +66,19 @@ console = Console()
 @app.command(
     epilog="Examples: python -m triptych.tools.chaos examples/chaos.toml --seed 7 --duration 60 --rate 4 --faults all"
     " --json report.json  ·  python -m triptych.tools.chaos examples/chaos.toml --faults kill,head"
+    "  ·  python -m triptych.tools.chaos --hosts 3 --faults all --bound 60"
 )
 def main(
-    topology: Annotated[Path, typer.Argument(help="What to start and inject faults into.")] = Path(
-        "examples/chaos.toml"
-    ),
+    topology: Annotated[
+        Path | None,
+        typer.Argument(
+            help="What to start and inject faults into; by default examples/chaos.toml, with --hosts chaos-hosts.toml.",
+            show_default=False,
+        ),
+    ] = None,
+    hosts: Annotated[
+        int, typer.Option(help="Run on so many hosts, as [[hosts]] of TOPOLOGY, which are namespaces of this machine.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="The same seed plans the same load and the same faults.")] = 7,
     duration: Annotated[float, typer.Option(help="Seconds of load.", min=5, max=3600)] = 60.0,
     rate: Annotated[float, typer.Option(help="Requests a second.", min=0.1, max=50)] = 4.0,
@@ -76,15 +88,21 @@ def main(
     json: Annotated[Path | None, typer.Option("--json", help="Write the report here as well.")] = None,
 ) -> None:
     """Start TOPOLOGY, send a seeded load, inject faults, and check that no accepted request was lost."""
+    topology = topology or Path("examples/chaos-hosts.toml" if hosts else "examples/chaos.toml")
     chosen = list(FAULTS) if faults == "all" else faults.split(",")
     if unknown := [fault for fault in chosen if fault not in FAULTS]:
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(FAULTS)}", param_hint="--faults")
     try:
+        parsed = load_topology(topology)
+        if len(parsed.hosts) != hosts:
+            raise typer.BadParameter(f"{topology} has {len(parsed.hosts)} [[hosts]]", param_hint="--hosts")
+        if hosts:
+            enter_switch()
         with tempfile.TemporaryDirectory(prefix="triptych-chaos-") as name, ExitStack() as stack:
             folder = Path(name)
             (folder / "state").mkdir(mode=0o700)
             stack.enter_context(small_disk(folder / "state"))
-            problems = why_unsupported(chosen, load_topology(topology).engine, folder / "state")
+            problems = why_unsupported(chosen, parsed.engine, folder / "state")
             for fault, problem in problems.items():
                 if faults != "all":
                     raise typer.BadParameter(f"{fault!r} is not possible: {problem}", param_hint="--faults")
@@ -92,7 +110,7 @@ def main(
             can = [fault for fault in chosen if fault not in problems]
             clock = stack.enter_context(Clock(folder).preloaded()) if "clock" in can else None
             report = asyncio.run(run(topology, folder, clock, seed, duration, rate, every, can, bound))
-    except (ClientError, TopologyError) as error:
+    except (ClientError, HostsError, TopologyError) as error:
         console.print(f"[red]{error}[/red]")
         raise typer.Exit(2) from error
     show(report, console)
@@ -117,22 +135,29 @@ async def run(
     The model goes to `folder`, whose "state" is there. The cluster has the clock of the machine where `clock` is None.
     Raises `ClientError` and `TopologyError`.
     """
-    own: dict[str, dict[str, object]] = {
-        "api": {"port": 0},
-        "state": {"path": str(folder / "state")},
-        "model": {"path": str(_copy_model_with_wide_ranges(topology, folder / "model"))},
-        "transfer": {"pool_size": POOL_SIZE, **transfer_keys(faults)},
-    }
     parsed = load_topology(topology)
+    own: dict[str, dict[str, object]] = {
+        "model": {"path": str(_copy_model_with_wide_ranges(topology, folder / "model"))},
+        "transfer": {"pool_size": HOST_POOL_SIZE if parsed.hosts else POOL_SIZE, **transfer_keys(faults)},
+    }
     victims = {fault: FAULTS[fault].victims(parsed) for fault in faults}
     plan = make_plan(seed, duration_s, rate, every_s, faults, victims)
-    asked = {planned.image for planned in plan.requests} | set(CHANGED)
+    asked = sorted({planned.image for planned in plan.requests} | set(CHANGED))
+    rates = {FAULTS_VARIABLE: transfer_rates(faults)}
+    if parsed.hosts:
+        environment = rates | (clock.environment() if clock else {})
+        environments = {host.name: environment for host in parsed.hosts}
+        disks = folder / "state"
+        async with launch_on_hosts(topology, own, shared=[folder], environments=environments, disks=disks) as target:
+            baseline = {image: await digest(target, image) for image in asked}
+            return await run_load(target, plan, seed, duration_s, bound_s, baseline, clock)
+    own |= {"api": {"port": 0}, "state": {"path": str(folder / "state")}}
     async with launch(topology, own) as baseline_cluster:
-        baseline = {image: await digest(baseline_cluster, image) for image in sorted(asked)}
-    os.environ[FAULTS_VARIABLE] = transfer_rates(faults)
+        baseline = {image: await digest(LocalTarget(baseline_cluster), image) for image in asked}
+    os.environ.update(rates)
     try:
         async with launch(topology, own) as cluster:
-            report = await run_load(cluster, plan, seed, duration_s, bound_s, baseline, clock)
+            report = await run_load(LocalTarget(cluster), plan, seed, duration_s, bound_s, baseline, clock)
     finally:
         del os.environ[FAULTS_VARIABLE]
     if "kill" in faults:
@@ -154,14 +179,14 @@ def _copy_model_with_wide_ranges(topology: Path, folder: Path) -> Path:
     return folder
 
 
-async def digest(cluster: Cluster, image: ImageCase) -> str:
+async def digest(cluster: Target, image: ImageCase) -> str:
     """Make an image and return the SHA-256 of its file."""
     made = await cluster.generate(image.prompt, seed=image.seed, steps=image.steps, size=f"{image.side}x{image.side}")
     return hashlib.sha256(made.data).hexdigest()
 
 
 async def run_load(
-    cluster: Cluster,
+    cluster: Target,
     plan: Plan,
     seed: int,
     duration_s: float,

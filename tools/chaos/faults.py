@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Final
 
@@ -20,10 +21,12 @@ import zmq
 
 from triptych.actors import AddressBook, Topology
 from triptych.actors.runtime.system_messages import ChildReport
-from triptych.api.launch import Cluster
+from triptych.bus import HEARTBEATS_LOST, parse_address
 from triptych.engines.backends import BACKENDS
 from triptych.tools.chaos.clock import Clock
-from triptych.tools.procfs import children_of
+from triptych.tools.chaos.target import Target
+from triptych.tools.hosts import NetworkFault
+from triptych.tools.hosts.cluster import HostsCluster
 
 PAUSE_PAST_TIMEOUT_S: Final = 2.0
 """Seconds by which a pause of the whole system is longer than the heartbeat timeout."""
@@ -35,13 +38,22 @@ BUSY_PROCESSES: Final = 4
 HOUR_S: Final = 3600
 SYSTEM: Final = "system"
 """The victim of a fault of the whole system."""
+OFF_S: Final = 1.0
+"""Seconds for which a host is switched off."""
+CUT_SHARES: Final = (0.3, 2.0)
+"""Length of a cut, as a share of the time after which a silent host is lost: one that nobody notices, and one that
+everybody does."""
+WEATHER_S: Final = 5.0
+"""Seconds for which packets are lost or late."""
+LOST_PERCENT: Final = 5
+LATE_S: Final = 0.02
 
 
 @dataclass(slots=True)
 class FaultContext:
     """What an injection has access to."""
 
-    cluster: Cluster
+    cluster: Target
     address_book: AddressBook
     rng: random.Random
     clock: Clock | None
@@ -50,6 +62,8 @@ class FaultContext:
 
 Inject = Callable[[FaultContext, ChildReport | None], Awaitable[None]]
 """Injects a fault into a component, or into the whole system (None); returns when it is over."""
+InjectIntoHosts = Callable[[FaultContext, HostsCluster, list[str]], Awaitable[None]]
+"""The same for the hosts that a victim names, or the network between them."""
 
 
 async def _nothing(_: FaultContext, __: ChildReport | None) -> None:
@@ -63,6 +77,8 @@ class Fault:
     victims: Callable[[Topology], list[str]] = lambda _: []
     """Names of the components that it may hit; a name that occurs twice is hit twice as often."""
     inject: Inject = _nothing
+    into_hosts: InjectIntoHosts | None = None
+    """Set in place of `inject` where the victim is a host, "a", two of them, "a-b", or the way between them, "a>b"."""
     lethal: bool = False
     """Whether the victim's process has to be replaced."""
     why_unsupported: Callable[[str, Path], str] = lambda _, __: ""
@@ -91,23 +107,52 @@ def _system(_: Topology) -> list[str]:
     return [SYSTEM]
 
 
+def _hosts(topology: Topology) -> list[str]:
+    return [host.name for host in topology.hosts]
+
+
+def _pairs(topology: Topology) -> list[str]:
+    return [f"{one}-{other}" for one, other in combinations(_hosts(topology), 2)]
+
+
+def _ways(topology: Topology) -> list[str]:
+    return [f"{sender}>{receiver}" for sender, receiver in permutations(_hosts(topology), 2)]
+
+
+def hosts_of_victim(victim: str) -> list[str]:
+    """Return the hosts that the victim of a fault into hosts names; pure."""
+    return re.split("[->]", victim)
+
+
+def components_of_victim(topology: Topology, fault: str, victim: str) -> list[str]:
+    """Return the components that a fault hits, in the order of the topology; pure.
+
+    Those of a host that is switched off, and those that a fault of the network may part from the head.
+    """
+    if FAULTS[fault].into_hosts is None:
+        return [victim] if victim != SYSTEM else [c.name for c in topology.components]
+    hosts = set(hosts_of_victim(victim))
+    if topology.head_host in hosts and len(hosts) == 1 and fault != "host":
+        hosts.update(_hosts(topology))
+    return [c.name for c in topology.components if c.host in hosts]
+
+
 def _send(number: signal.Signals) -> Inject:
-    async def inject(_: FaultContext, victim: ChildReport | None) -> None:
-        os.kill(_pid(victim), number)
+    async def inject(context: FaultContext, victim: ChildReport | None) -> None:
+        os.kill(_pid(context, victim), number)
 
     return inject
 
 
 async def _stall(context: FaultContext, victim: ChildReport | None) -> None:
     """Stop a process for less than the heartbeat timeout."""
-    with _suspended([_pid(victim)]):
+    with _suspended([_pid(context, victim)]):
         await asyncio.sleep(STALL_SHARE * context.cluster.topology.supervision.heartbeat_timeout_s)
 
 
 async def _pause(context: FaultContext, _: ChildReport | None) -> None:
     """Stop every process for longer than the heartbeat timeout, as a suspended machine does."""
-    supervisor = context.cluster.process.pid
-    with _suspended([supervisor, *children_of(supervisor)]):
+    with _suspended(context.cluster.process_ids()):
         await asyncio.sleep(context.cluster.topology.supervision.heartbeat_timeout_s + PAUSE_PAST_TIMEOUT_S)
 
 
@@ -139,6 +184,31 @@ async def _send_garbage_to(context: FaultContext, victim: ChildReport | None) ->
         await asyncio.to_thread(_send_garbage, context, victim.name)
 
 
+def _for_a_while(begin: Callable[[HostsCluster, list[str]], NetworkFault], seconds: float = 0.0) -> InjectIntoHosts:
+    """Return what begins a fault of the network, and heals it after some time: by default that of a cut."""
+
+    async def inject(context: FaultContext, cluster: HostsCluster, hosts: list[str]) -> None:
+        length_s = seconds or context.rng.choice(CUT_SHARES) * HEARTBEATS_LOST * cluster.topology.bus_heartbeat_s
+        fault = await asyncio.to_thread(begin, cluster, hosts)
+        try:
+            await asyncio.sleep(length_s)
+        finally:
+            await asyncio.to_thread(fault.heal)
+
+    return inject
+
+
+async def _switch_off(_: FaultContext, cluster: HostsCluster, hosts: list[str]) -> None:
+    """Switch a host off and on again."""
+    await asyncio.to_thread(cluster.kill_host, hosts[0])
+    await asyncio.sleep(OFF_S)
+    await asyncio.to_thread(cluster.restart_host, hosts[0])
+
+
+async def _flap(_: FaultContext, cluster: HostsCluster, hosts: list[str]) -> None:
+    await asyncio.to_thread(cluster.hosts.flap, hosts[0])
+
+
 FAULTS: Final[dict[str, Fault]] = {
     "kill": Fault(_roles, _send(signal.SIGKILL), lethal=True),
     "stop": Fault(_roles, _send(signal.SIGSTOP), lethal=True),
@@ -153,6 +223,17 @@ FAULTS: Final[dict[str, Fault]] = {
     "full": Fault(_system, _fill_disk, why_unsupported=lambda _, state: _why_no_small_disk(state)),
     "busy": Fault(_system, _load_cpu),
     "garbage": Fault(_all, _send_garbage_to),
+    "host": Fault(_hosts, into_hosts=_switch_off),
+    "isolate": Fault(_hosts, into_hosts=_for_a_while(lambda cluster, hosts: cluster.hosts.isolate(hosts[0]))),
+    "cut": Fault(_pairs, into_hosts=_for_a_while(lambda cluster, hosts: cluster.hosts.partition(*hosts))),
+    "oneway": Fault(_ways, into_hosts=_for_a_while(lambda cluster, hosts: cluster.hosts.one_way(*hosts))),
+    "flap": Fault(_hosts, into_hosts=_flap),
+    "loss": Fault(
+        _hosts, into_hosts=_for_a_while(lambda cluster, hosts: cluster.hosts.lose(LOST_PERCENT, hosts[0]), WEATHER_S)
+    ),
+    "slow": Fault(
+        _hosts, into_hosts=_for_a_while(lambda cluster, hosts: cluster.hosts.delay(hosts[0], LATE_S, LATE_S), WEATHER_S)
+    ),
     # Bytes change or are missing.
     "transfer": Fault(rates="flip:0.02,short:0.02"),
     # They come seconds after the receiver has given them up: early, since one that is held up holds up those behind it.
@@ -197,10 +278,10 @@ def _succeeds(command: list[str]) -> bool:
     return subprocess.run(command, check=False, capture_output=True).returncode == 0  # noqa: S603 - our own command
 
 
-def _pid(victim: ChildReport | None) -> int:
+def _pid(context: FaultContext, victim: ChildReport | None) -> int:
     if victim is None:
         raise ValueError("this fault needs a victim process")
-    return victim.pid
+    return context.cluster.process_id(victim)
 
 
 @contextmanager
@@ -245,20 +326,19 @@ def _why_no_small_disk(state: Path) -> str:
 def _send_garbage(context: FaultContext, name: str) -> None:
     with zmq.Context() as sockets, sockets.socket(zmq.DEALER) as dealer:
         dealer.linger = 200
-        if (
-            keys := context.address_book.socket_options.curve
-        ):  # from within: from without nothing reaches a mailbox over tcp
+        address, options = context.address_book.address(name), context.address_book.socket_options
+        if keys := options.curve:  # from within: from without nothing reaches a mailbox over tcp
+            host = options.host_at(parse_address(address))
             dealer.curve_publickey, dealer.curve_secretkey, dealer.curve_serverkey = (
                 keys.public,
                 keys.secret,
-                keys.public,
+                host.public,
             )
-        dealer.connect(context.address_book.address(name))
+        dealer.connect(address)
         for _ in range(20):
             dealer.send_multipart([context.rng.randbytes(context.rng.randrange(1, 200)) for _ in range(2)])
-    api = context.cluster.topology.api
     try:
-        with socket.create_connection((api.host, api.port), timeout=5) as raw:
+        with context.cluster.connect_to_api() as raw:
             raw.sendall(context.rng.randbytes(300) + b"\r\n\r\n")
     except OSError:  # the API may be down or stopped by another fault
         return

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from triptych.actors import AddressBook
 from triptych.actors.child_state import ChildState
 from triptych.actors.runtime.system_messages import ChildReport
-from triptych.api.launch import Cluster
 from triptych.bus import BusError, Outbox
 from triptych.roles.head.job import RUNNING, State
 from triptych.roles.messages.requests import ClusterQuery, ClusterView
 from triptych.tools.chaos.clock import Clock
-from triptych.tools.chaos.faults import FAULTS, SYSTEM, FaultContext
+from triptych.tools.chaos.faults import FAULTS, SYSTEM, FaultContext, components_of_victim, hosts_of_victim
 from triptych.tools.chaos.plan import PlannedFault
+from triptych.tools.chaos.target import Target
+from triptych.tools.hosts.cluster import HostsCluster
 
 POLL_S = 0.02
 TRIGGER_TIMEOUT_S = 5.0
@@ -40,12 +41,17 @@ class InjectedFault:
     """Whether the victim had a job assigned."""
     recovery_s: float | None = None
     """Seconds until the victim was ready again; None if it was not seen ready."""
+    may_restart: tuple[str, ...] = ()
+    """Components, besides the victim, whose process may be replaced because of it: instances that it parted from the
+    head."""
+    counts_anew: tuple[str, ...] = ()
+    """Components whose supervisor was itself replaced, and knows of no earlier restarts."""
 
 
 class FaultInjector:
     """Injects faults into the components of one cluster."""
 
-    def __init__(self, cluster: Cluster, seed: int, clock: Clock | None = None) -> None:
+    def __init__(self, cluster: Target, seed: int, clock: Clock | None = None) -> None:
         self._cluster = cluster
         address_book = AddressBook(cluster.topology)
         self._context = FaultContext(cluster, address_book, random.Random(seed), clock)
@@ -60,27 +66,26 @@ class FaultInjector:
 
     async def inject(self, planned: PlannedFault) -> None:
         """Wait for the trigger, inject, and wait until the victim has recovered; repeat if the plan says so."""
-        # One fault at a time for each victim, which must be running; the end of a pause continues stalled ones.
-        at_once = (
-            self._victim_locks.values()
-            if planned.fault == "pause"
-            else [self._victim_locks.get(planned.victim, asyncio.Lock())]
-        )
+        # One fault at a time for each component, which must be running; the end of a pause continues stalled ones.
+        alone = planned.victim != SYSTEM or planned.fault == "pause"
+        hit = components_of_victim(self._cluster.topology, planned.fault, planned.victim) if alone else []
         async with AsyncExitStack() as stack:
-            for lock in at_once:
-                await stack.enter_async_context(lock)
+            for name in hit:
+                await stack.enter_async_context(self._victim_locks[name])
             await self._wait_for_trigger(planned)
             for _ in range(1 + planned.twice):
                 await self._inject(planned)
 
     async def _inject(self, planned: PlannedFault) -> None:
         fault = FAULTS[planned.fault]
-        victim = None if planned.victim == SYSTEM else (await self._children())[planned.victim]
         at = time.time() + (self._context.clock.offset_s if self._context.clock else 0)
-        injection = InjectedFault(
-            planned.fault, planned.victim, at, fault.lethal, hit=await self._has_assigned(planned.victim)
-        )
+        hit = await self._has_assigned(planned.victim)
+        injection = InjectedFault(planned.fault, planned.victim, at, fault.lethal, hit=hit)
         self.injected.append(injection)
+        if fault.into_hosts is not None:
+            await self._inject_into_hosts(planned, injection)
+            return
+        victim = None if planned.victim == SYSTEM else await self._child(planned.victim)
         began = time.monotonic()
         await fault.inject(self._context, victim)
         if victim is None:
@@ -88,36 +93,65 @@ class FaultInjector:
         else:
             await self._wait_for_recovery(victim, injection, began, ended=time.monotonic())
 
+    async def _inject_into_hosts(self, planned: PlannedFault, injection: InjectedFault) -> None:
+        into_hosts, cluster = FAULTS[planned.fault].into_hosts, self._cluster
+        if into_hosts is None or not isinstance(cluster, HostsCluster):
+            raise ValueError(f"{planned.fault} needs several hosts")
+        topology = cluster.topology
+        hit = components_of_victim(topology, planned.fault, planned.victim)
+        hosts = hosts_of_victim(planned.victim)
+        instances = tuple(name for name in hit if topology.component(name).slots)
+        if planned.fault == "host":
+            injection.counts_anew = tuple(hit)
+        elif topology.head_host in hosts or len(hosts) == 1:
+            injection.may_restart = instances
+        began = time.monotonic()
+        await into_hosts(self._context, cluster, hosts)
+        if await self._joined(instances, began):
+            injection.recovery_s = time.monotonic() - began
+
+    async def _joined(self, instances: tuple[str, ...], began: float) -> bool:
+        """Wait until the head has all these instances and its supervisors say so; returns whether it came to that."""
+        while time.monotonic() - began < RECOVERY_TIMEOUT_S:
+            ready = [(await self._child(name)).state == ChildState.READY for name in instances]
+            view = await self._look()
+            if all(ready) and view and set(instances) <= {instance.name for instance in view.instances}:
+                return True
+            await asyncio.sleep(POLL_S)
+        return False
+
     async def _wait_for_recovery(
         self, before: ChildReport, injection: InjectedFault, began: float, ended: float
     ) -> None:
         while time.monotonic() - began < RECOVERY_TIMEOUT_S:
-            now = (await self._children())[before.name]
+            now = await self._child(before.name)
             if has_recovered(before, now, since_s=time.monotonic() - ended, lethal=injection.lethal):
                 injection.recovery_s = time.monotonic() - began
                 return
             await asyncio.sleep(POLL_S)
 
-    async def _children(self) -> dict[str, ChildReport]:
+    async def _child(self, name: str) -> ChildReport:
         while True:
             try:
-                return await self._cluster.children()
-            except BusError:  # the whole system is paused: ask again
+                return await self._cluster.child(name)
+            except BusError:  # its host, or the whole system, is paused or off: ask again
                 await asyncio.sleep(POLL_S)
 
-    async def _has_assigned(self, victim: str) -> bool:
+    async def _look(self) -> ClusterView | None:
         try:
-            view = await self._head.ask(ClusterQuery(), ClusterView, timeout_s=1.0)
-        except BusError:  # without a head nobody knows
-            return False
-        return any(instance.name == victim and instance.running for instance in view.instances)
+            return await self._head.ask(ClusterQuery(), ClusterView, timeout_s=1.0)
+        except BusError:  # a head that is down says nothing
+            return None
+
+    async def _has_assigned(self, victim: str) -> bool:
+        view = await self._look()
+        return view is not None and any(instance.name == victim and instance.running for instance in view.instances)
 
     async def _wait_for_trigger(self, planned: PlannedFault) -> None:
         began = time.monotonic()
         while planned.trigger != "any" and time.monotonic() - began < TRIGGER_TIMEOUT_S:
-            try:
-                view = await self._head.ask(ClusterQuery(), ClusterView, timeout_s=1.0)
-            except BusError:  # a head that is down has no moments: look again
+            view = await self._look()
+            if view is None:  # a head that is down has no moments: look again
                 continue
             if trigger_is_met(planned, view):
                 return

@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 
-from triptych.api.launch import Cluster
 from triptych.tools.chaos.plan import ImageCase, PlannedRequest
+from triptych.tools.chaos.target import Target
 
 PAUSE_S = 0.1
 IN_FLIGHT = 64
@@ -48,7 +48,7 @@ def request_body(image: ImageCase) -> dict[str, object]:
 class LoadGenerator:
     """Sends requests to a cluster."""
 
-    def __init__(self, cluster: Cluster, key: str, patience_s: float) -> None:
+    def __init__(self, cluster: Target, key: str, patience_s: float) -> None:
         self._key = key
         self._patience_s = patience_s
         self._in_flight = asyncio.Semaphore(IN_FLIGHT)

@@ -24,7 +24,8 @@ from triptych.roles.head.job import TERMINAL_STATES, State
 from triptych.roles.messages.pool import LeaseQuery, LeaseReport, LeaseView
 from triptych.tools.chaos.load import request_body
 from triptych.tools.chaos.plan import CHANGED, ImageCase
-from triptych.tools.procfs import children_of, stat
+from triptych.tools.chaos.target import Target
+from triptych.tools.procfs import stat
 
 SAMPLE_INTERVAL_S = 0.5
 IDLE_TIMEOUT_S = 20.0
@@ -36,7 +37,7 @@ CHANGED_POOL = "1MiB"
 class MailboxMonitor:
     """Samples every mailbox while the cluster runs."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Target) -> None:
         self._cluster = cluster
         self.depths: dict[str, tuple[int, int]] = {}
         """Actor to the greatest depth of its mailbox, and its capacity."""
@@ -54,11 +55,11 @@ class MailboxMonitor:
             await asyncio.sleep(SAMPLE_INTERVAL_S)
 
     def zombies(self) -> list[int]:
-        """List the children of the supervisor that have ended and were not reaped."""
-        return [child for child in children_of(self._cluster.process.pid) if stat(child)[0] == "Z"]
+        """List the processes of the cluster that have ended and were not reaped."""
+        return [pid for pid in self._cluster.process_ids() if stat(pid)[0] == "Z"]
 
 
-async def wait_until_idle(cluster: Cluster) -> tuple[list[dict[str, Any]], list[LeaseView], int]:
+async def wait_until_idle(cluster: Target) -> tuple[list[dict[str, Any]], list[LeaseView], int]:
     """Return the pools, their leases, and the number of leases of the prompt cache.
 
     Seen once it has all that are held for a request, or as they are after IDLE_TIMEOUT_S seconds.
@@ -86,7 +87,7 @@ async def wait_until_idle(cluster: Cluster) -> tuple[list[dict[str, Any]], list[
         outbox.close()
 
 
-def journal_keys(cluster: Cluster) -> dict[str, str]:
+def journal_keys(cluster: Target) -> dict[str, str]:
     """Return the idempotency key of every request in the journal, by request id."""
     path = cluster.topology.state_dir / "journal.sqlite"
     with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as journal:

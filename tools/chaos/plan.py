@@ -28,6 +28,8 @@ RANGES = {"num_inference_steps": [1, 1000], "height": [64, 512, 8], "width": [64
 """The ranges that the model's serving config has to allow."""
 POOL_SIZE = "256KiB"
 """The largest payload takes half of it, so that the pool is nearly full at times."""
+HOST_POOL_SIZE = "512KiB"
+"""The same where a host has one pool for what its encoders and denoisers make, and for what comes in."""
 PRIORITIES = {0: 8, 1: 1, -1: 1}
 """How often a request has a priority."""
 DEADLINES_S = {None: 3, 2.0: 1, 10.0: 1}

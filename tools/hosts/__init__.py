@@ -8,9 +8,10 @@
 | `network` | the switch between them, and its faults |
 | `init` | the first process of a host |
 | `wire` | a wire that takes its time |
+| `cluster`, `forward` | a whole system on hosts, and how a client outside of them reaches its API |
 """
 
-from triptych.tools.hosts.namespaces import DISK, HostProcess, Hosts, HostsError, why_unsupported
+from triptych.tools.hosts.namespaces import DISK, HostProcess, Hosts, HostsError, enter_switch, why_unsupported
 from triptych.tools.hosts.network import NetworkFault
 
-__all__ = ["DISK", "HostProcess", "Hosts", "HostsError", "NetworkFault", "why_unsupported"]
+__all__ = ["DISK", "HostProcess", "Hosts", "HostsError", "NetworkFault", "enter_switch", "why_unsupported"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,7 @@ class HostsCluster(ClusterClient):
 
     Attributes:
         hosts: where it runs. Faults of the network are theirs.
+        topology: the paths in it are those of this machine.
         exit_codes: of the supervisor of each host, once it is closed.
     """
 
@@ -57,8 +59,12 @@ class HostsCluster(ClusterClient):
     def http_client(self, timeout_s: float | httpx.Timeout | None = None) -> httpx.AsyncClient:
         """Make a client of the API on the head's host. Close it."""
         bounds = timeout() if timeout_s is None else timeout_s
-        transport = httpx.AsyncHTTPTransport(uds=str(self.hosts.disk(self.topology.head_host) / _SOCKET))
+        transport = httpx.AsyncHTTPTransport(uds=self._api_socket)
         return httpx.AsyncClient(base_url=self.url, timeout=bounds, transport=transport)
+
+    @property
+    def _api_socket(self) -> str:
+        return str(self.hosts.disk(self.topology.head_host) / _SOCKET)
 
     def start(self, host: str) -> None:
         """Start the part of the system that runs on a host, which runs."""
@@ -119,6 +125,22 @@ class HostsCluster(ClusterClient):
         """Return what this machine calls the process of a component, 0 if it has ended."""
         return self.hosts.outer_pids(self.topology.component(child.name).host).get(child.pid, 0)
 
+    def process_ids(self) -> list[int]:
+        """Return what this machine calls the processes of the system, on all hosts that run."""
+        hosts = tuple(self._up)
+        return [pid for host in hosts for inner, pid in self.hosts.outer_pids(host).items() if inner != 1]
+
+    def connect_to_api(self) -> socket.socket:
+        """Connect to the port of the API; raises OSError."""
+        raw = socket.socket(socket.AF_UNIX)
+        try:
+            raw.settimeout(_QUERY_TIMEOUT_S)
+            raw.connect(self._api_socket)
+        except OSError:
+            raw.close()
+            raise
+        return raw
+
     async def wait_ready(self, timeout_s: float) -> None:
         """Wait until the system is ready; raises `ClientError` when a part of it ends, or it takes longer."""
         try:
@@ -161,6 +183,7 @@ async def launch_on_hosts(
     *,
     shared: Iterable[Path] = (),
     environments: Mapping[str, Mapping[str, str]] | None = None,
+    disks: Path | None = None,
     ready_timeout_s: float = 300.0,
 ) -> AsyncIterator[HostsCluster]:
     """Run a topology with `[[hosts]]` on hosts made for it, and yield it once it is ready.
@@ -173,6 +196,7 @@ async def launch_on_hosts(
         overrides: keys of the file that are changed, as for `api.launch.launch`.
         shared: folders that every host sees, besides those of the models.
         environments: further variables for the processes of a host, by its name.
+        disks: folder of this machine for the disks of the hosts; by default one that goes with them.
         ready_timeout_s: seconds until it must be ready.
 
     Raises:
@@ -190,7 +214,7 @@ async def launch_on_hosts(
         folders = [folder, *shared, *(files for model in written.models for files in model.files)]
         models = (overrides or {}).get("model", {})
         folders += [Path(str(models["path"]))] if "path" in models else []
-        hosts = stack.enter_context(Hosts(names, shared=folders))
+        hosts = stack.enter_context(Hosts(names, shared=folders, disks=disks))
         rows: dict[str, object] = {}
         for name in names:
             key = hosts.disk(name) / _KEY
@@ -199,8 +223,10 @@ async def launch_on_hosts(
         own: dict[str, Any] = {"hosts": rows, "bus": {"keys": f"{DISK}/{_KEY}"}, "state": {"path": f"{DISK}/state"}}
         changed = {section: {**own.get(section, {}), **keys} for section, keys in (overrides or {}).items()}
         topology = load_topology(write_with_overrides(file, {**own, **changed}, folder))
-        state = hosts.disk(topology.head_host) / "state"
-        cluster = HostsCluster(hosts, msgspec.structs.replace(topology, state_dir=state), environments or {})
+        disk = hosts.disk(topology.head_host)
+        bus = msgspec.structs.replace(topology.bus, keys=str(disk / _KEY))
+        seen = msgspec.structs.replace(topology, state_dir=disk / "state", bus=bus)
+        cluster = HostsCluster(hosts, seen, environments or {})
         try:
             for name in names:
                 cluster.start(name)

@@ -46,6 +46,10 @@ _OWN: Final = {
     "XDG_STATE_HOME": f"{DISK}/state",
 }
 """Environment of the processes of a host."""
+_INSIDE: Final = "TRIPTYCH_HOSTS_SWITCH"
+"""Set where this process is in the namespace of the switch."""
+_OBSERVER: Final = 254
+"""Last number of the address that this process has there."""
 _INIT: Final = Path(__file__).with_name("init.py")
 _SPACES: Final = ("--net", "--mount", "--uts", "--pid", "--ipc")
 _NO_NAMESPACES: Final = """\
@@ -86,6 +90,21 @@ def _user_namespace() -> tuple[tuple[str, ...], str]:
     return (), problem
 
 
+def enter_switch() -> None:
+    """Run this program again in a network namespace that becomes the switch of the hosts it makes.
+
+    So it reaches all of them by their addresses, and no fault between them is in its way. It is for programs, at their
+    start: it does not return in the process that calls it first. Raises `HostsError`.
+    """
+    if os.environ.get(_INSIDE):
+        return
+    if problem := why_unsupported():
+        raise HostsError(problem)
+    command = ["unshare", *_user_namespace()[0], "-n", "-m", sys.executable, *sys.orig_argv[1:]]
+    environment = {**os.environ, _INSIDE: "1", "PATH": search_path()}
+    os.execvpe(command[0], command, environment)  # noqa: S606 - ourselves
+
+
 class HostProcess(subprocess.Popen[str]):
     """A process on a host.
 
@@ -100,9 +119,10 @@ class HostProcess(subprocess.Popen[str]):
         for pid in children:
             with suppress(ProcessLookupError):  # it ends in this moment
                 os.kill(pid, sig)
-        # It stops itself when its child stops.
-        if not children or sig in (signal.SIGCONT, signal.SIGKILL):
+        if not children or sig == signal.SIGKILL:
             super().send_signal(sig)
+        elif sig != signal.SIGSTOP:  # it stops itself when its child stops
+            super().send_signal(signal.SIGCONT)
 
 
 class Hosts:
@@ -116,6 +136,7 @@ class Hosts:
         names: of the hosts, at most 8 letters and digits each.
         shared: folders that every host sees under the same path, read-only: models, topologies.
         network: first three numbers of the addresses.
+        disks: folder of this machine for the disks of the hosts; by default one that goes with them.
         user_namespace: whether they are made in a user namespace, as for a user who is not root; by default only
             where that is needed.
         environment: further variables of every process.
@@ -131,10 +152,12 @@ class Hosts:
         shared: Iterable[Path] = (),
         network: str = "10.77.0",
         environment: Mapping[str, str] | None = None,
+        disks: Path | None = None,
         user_namespace: bool = False,
     ) -> None:
         self.names = tuple(names)
         self._network = network
+        self._disks = disks
         self._user_namespace = user_namespace
         self._environment = {"PATH": search_path(), **(environment or {}), **_OWN}
         # The interpreter and this package may lie below a folder that is hidden.
@@ -149,13 +172,17 @@ class Hosts:
         if problem := why_unsupported():
             raise HostsError(problem)
         with ExitStack() as stack:
-            self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="triptych-hosts-")))
-            options = ("-U", "-r") if self._user_namespace else _user_namespace()[0]
-            holder = start_holder(["unshare", *options, "-n", "sh", "-c", "echo up; exec cat"], "up")
-            stack.callback(end_holder, holder)
-            self._user = ("--user", "--preserve-credentials") if options else ()
-            self._enter_switch = ("nsenter", "-t", f"{holder.pid}", *self._user, "--net")
-            self.switch = Switch(self._enter_switch)
+            own = stack.enter_context(tempfile.TemporaryDirectory(prefix="triptych-hosts-"))
+            self._folder = self._disks or Path(own)
+            self._user: tuple[str, ...] = ()
+            self._enter_switch: tuple[str, ...] = ()
+            if not os.environ.get(_INSIDE):
+                options = ("-U", "-r") if self._user_namespace else _user_namespace()[0]
+                holder = start_holder(["unshare", *options, "-n", "sh", "-c", "echo up; exec cat"], "up")
+                stack.callback(end_holder, holder)
+                self._user = ("--user", "--preserve-credentials") if options else ()
+                self._enter_switch = ("nsenter", "-t", f"{holder.pid}", *self._user, "--net")
+            self.switch = Switch(self._enter_switch, f"{self._network}.{_OBSERVER}/24")
             stack.callback(self.switch.close)
             stack.callback(self._end_all)
             self.start(*self.names)
@@ -229,7 +256,7 @@ class Hosts:
 
     def start(self, *hosts: str) -> None:
         """Start hosts that do not run; what was on their disks is there."""
-        user = () if not self._user else self._enter_switch
+        user = self._enter_switch if self._user else ()
         for host in hosts:
             self.disk(host).mkdir(exist_ok=True, mode=0o700)
             settings = {

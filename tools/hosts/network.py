@@ -49,16 +49,22 @@ class Switch:
     """A bridge in a network namespace of its own; faults may overlap. Every method may be called from any thread.
 
     Args:
-        enter: the command line that runs what is appended to it in the namespace of the switch.
+        enter: the command line that runs what is appended to it in the namespace of the switch; () in that namespace.
+        address: of the switch itself, with the length of the network's prefix.
     """
 
-    def __init__(self, enter: Sequence[str]) -> None:
+    def __init__(self, enter: Sequence[str], address: str) -> None:
         self._enter = tuple(enter)
         self._lock = RLock()
         self._rules: list[tuple[str, ...]] = []
         self._faults: list[NetworkFault] = []
         self._wires: dict[str, subprocess.Popen[str]] = {}
-        self.ip(f"link add name {_BRIDGE} type bridge mcast_snooping 0", f"link set dev {_BRIDGE} addrgenmode none up")
+        self.ip(
+            f"link add name {_BRIDGE} type bridge mcast_snooping 0",
+            f"link set dev {_BRIDGE} addrgenmode none up",
+            f"addr add {address} dev {_BRIDGE}",
+            "link set lo up",
+        )
 
     def ip(self, *commands: str) -> None:
         """Run commands of `ip`, in one process."""
@@ -134,9 +140,10 @@ class Switch:
             fault.heal()
 
     def close(self) -> None:
-        """End the wires; the kernel ends the rest."""
+        """End it."""
         for wire in self._wires.values():
             end_holder(wire)
+        self.ip(f"link del dev {_BRIDGE}")
 
     def _began(self, heal: Callable[[], object]) -> NetworkFault:
         def ended() -> None:
