@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import pytest
 
@@ -23,6 +24,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(path for path in (_ROOT, os.environ.g
 os.environ.update(mooncake_environment())
 
 _SYSTEM = Path(__file__).parent / "system"
+_S3_PYTHON = Path(os.environ.get("TRIPTYCH_S3_PYTHON", f"{_ROOT}/.venv-s3/bin/python"))
+"""An interpreter that has OpenStack Swift, which `make test-s3` installs."""
+S3_BUCKET = "pictures"
 
 Models = Callable[[str], Path]
 
@@ -108,3 +112,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("shared_cluster"):  # whoever comes first starts it, with up to thirty processes
             item.add_marker(pytest.mark.timeout(300))
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Popen[str]]:
+    """A real S3 server with an empty bucket, and the environment that leads to it."""
+    from triptych.roles.media.s3 import S3Files
+
+    if not _S3_PYTHON.exists():
+        pytest.skip("needs OpenStack Swift: run `make test-s3`")
+    arguments = [str(_S3_PYTHON), "-W", "ignore", str(Path(__file__).with_name("s3_server.py"))]
+    with (
+        Popen([*arguments, str(tmp_path_factory.mktemp("swift"))], stdin=PIPE, stdout=PIPE, text=True) as server,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        assert server.stdout is not None
+        patch.setenv("AWS_ENDPOINT_URL", server.stdout.readline().strip())
+        for name, value in (("ACCESS_KEY_ID", "test:tester"), ("SECRET_ACCESS_KEY", "testing"), ("REGION", "local")):
+            patch.setenv(f"AWS_{name}", value)
+        S3Files(f"s3://{S3_BUCKET}")._s3.mkdir(S3_BUCKET)
+        yield server
+        server.kill()

@@ -27,6 +27,7 @@ EXAMPLES = """examples:
   python -m triptych.tools.trace STATE_DIR --from 10 --seconds 2    two seconds of it, from the tenth on
   python -m triptych.tools.trace STATE_DIR --request req-7          one request
   python -m triptych.tools.trace STATE_DIR --picture out/trace.svg  a picture as well
+  python -m triptych.tools.trace A_STATE_DIR B_STATE_DIR            copies of two hosts' folders, in one trace
 
 Open the trace in https://ui.perfetto.dev, which reads it in the browser, or in chrome://tracing. The timeline of a
 running system can be read, too; its last half second is not on the disk yet.
@@ -87,25 +88,27 @@ class TraceEvent(msgspec.Struct, omit_defaults=True):
 # -- reading
 
 
-def read_timelines(state_dir: Path) -> list[ProcessTimeline]:
-    """Read the timelines of a state folder, in the order of their rows.
+def read_timelines(*state_dirs: Path) -> list[ProcessTimeline]:
+    """Read the timelines of state folders, one of each host, in the order of their rows.
 
     Raises:
         TraceError: There is none, or a file is not one.
     """
-    folder = state_dir / TIMELINE
-    try:
-        found = sorted((key, path) for path in folder.iterdir() if (key := timeline_file(path.name)))
-    except OSError as error:
-        raise TraceError(
-            f"{state_dir} has no timeline ({error.strerror}): write timeline = true below [state] in the topology, "
-            "restart the system and send requests"
-        ) from error
     runs: dict[tuple[str, int], ProcessTimeline] = {}
-    for _, path in found:
-        _read_file(path, runs)
-    if not runs:
-        raise TraceError(f"{folder} has no timeline")
+    for state_dir in state_dirs:
+        folder = state_dir / TIMELINE
+        try:
+            found = sorted((key, path) for path in folder.iterdir() if (key := timeline_file(path.name)))
+        except OSError as error:
+            raise TraceError(
+                f"{state_dir} has no timeline ({error.strerror}): write timeline = true below [state] in the topology, "
+                "restart the system and send requests"
+            ) from error
+        before = len(runs)
+        for _, path in found:
+            _read_file(path, runs)
+        if len(runs) == before:
+            raise TraceError(f"{folder} has no timeline")
     kinds = {kind: row for row, kind in enumerate(_KINDS)}
     return sorted(
         runs.values(),
@@ -400,7 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the trace, and say what is in it; 1 with a sentence if there is nothing to write."""
     options = _parse(arguments)
     try:
-        timelines = read_timelines(options.state_dir)
+        timelines = read_timelines(*options.state_dirs)
         chosen = select(slices_of(timelines), request=options.request, begin_s=options.begin_s, seconds=options.seconds)
         events = chrome_trace(timelines, chosen)
         write_trace(options.output, events)
@@ -426,7 +429,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("state_dir", type=Path, help="the state folder of a system with [state] timeline = true")
+    parser.add_argument(
+        "state_dirs",
+        metavar="STATE_DIR",
+        type=Path,
+        nargs="+",
+        help="the state folder of a system with [state] timeline = true; of several hosts, a copy of each one's",
+    )
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("out/trace.json"), help="the trace (default: out/trace.json)"
     )

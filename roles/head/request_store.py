@@ -35,6 +35,8 @@ SubmitAnswer: TypeAlias = requests.RequestAccepted | requests.RequestRejected
 OTHER_MODEL: Final = "it was accepted for another model than the one that is served now: send it again"
 RETRY_WRITE_S: Final = 5.0
 """Seconds after which a client may retry when the journal cannot be written."""
+MAX_REMOVALS: Final = 2
+"""Threads that remove files at a time: a bucket that does not answer must not keep the journal from being written."""
 RESTARTED_S: Final = 60.0
 """Seconds after which a client may retry when an operator has to restart the server."""
 
@@ -68,6 +70,7 @@ class RequestStore:
         self._writes = self._synced_writes = 0
         """Number of transactions of the journal, and of those that are on the disk."""
         self._syncing = asyncio.Lock()
+        self._removing = asyncio.Semaphore(MAX_REMOVALS)
 
     # -- start and end
 
@@ -299,7 +302,8 @@ class RequestStore:
         used = self._uploads_in_use()
         try:
             # The files first: after a crash, a request that is still in the journal can be deleted again.
-            await asyncio.to_thread(self._discard_files, request, used)
+            async with self._removing:
+                await asyncio.to_thread(self._discard_files, request, used)
             self._open_journal.delete(request.id)
             self._writes += 1
             await self.synced()
@@ -339,7 +343,8 @@ class RequestStore:
 
     async def _discard(self, attempt: Attempt) -> None:
         try:
-            await asyncio.to_thread(self._artifacts.discard, attempt.job_id)
+            async with self._removing:
+                await asyncio.to_thread(self._artifacts.discard, attempt.job_id)
         except (ArtifactError, OSError) as error:  # pruning removes it later
             self._actor.log.warning("artifact not removed", attempt=str(attempt), error=str(error))
 

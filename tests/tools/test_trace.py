@@ -41,12 +41,15 @@ def write(tmp_path: Path) -> Any:
     return write_one
 
 
-def test_the_processes_of_a_host_share_a_clock_and_others_go_by_the_wall(write: Any) -> None:
+def test_the_processes_of_a_host_share_a_clock_and_others_go_by_the_wall(write: Any, tmp_path: Path) -> None:
     # The second one began after the clock was set back by ten minutes: its monotonic time says that it was later.
     write(process("encoder-0"), span("encoder", 11.0, 12.0))
     write(process("denoiser-0", monotonic_s=12.5, unix_s=1002.5 - 600), span("denoiser", 13.0, 14.0))
     state = write(process("decoder-0", boot="other", monotonic_s=1.0, unix_s=1004.0), span("decoder", 1.5, 2.0))
-    rows = slices_of(read_timelines(state))
+    elsewhere = tmp_path / "copy of another host's" / TIMELINE
+    elsewhere.mkdir(parents=True)
+    (state / TIMELINE / "decoder-0.1.jsonl").rename(elsewhere / "decoder-0.1.jsonl")
+    rows = slices_of(read_timelines(state, elsewhere.parent))
     assert [[(each.name, each.began, each.ended) for each in row] for row in rows] == [
         [("encoder", 1001.0, 1002.0)],
         [("denoiser", 1003.0, 1004.0)],

@@ -4,9 +4,8 @@ import errno
 import hashlib
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from subprocess import PIPE, Popen
+from subprocess import Popen
 
 import pytest
 from hypothesis import given
@@ -23,29 +22,7 @@ from triptych.roles.media.files import (
 )
 from triptych.roles.media.s3 import S3Files
 
-ROOT = Path(__file__).parents[3]
-S3_PYTHON = Path(os.environ.get("TRIPTYCH_S3_PYTHON", ROOT / ".venv-s3" / "bin" / "python"))
-"""An interpreter that has OpenStack Swift, which `make test-s3` installs."""
 DATA = bytes(range(256)) * 4
-
-
-@pytest.fixture(scope="module")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Popen[str]]:
-    """A real S3 server, and the environment that leads to it."""
-    if not S3_PYTHON.exists():
-        pytest.skip("needs OpenStack Swift: run `make test-s3`")
-    arguments = [str(S3_PYTHON), "-W", "ignore", str(Path(__file__).with_name("s3_server.py"))]
-    with (
-        Popen([*arguments, str(tmp_path_factory.mktemp("swift"))], stdin=PIPE, stdout=PIPE, text=True) as server,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        assert server.stdout is not None
-        patch.setenv("AWS_ENDPOINT_URL", server.stdout.readline().strip())
-        for name, value in (("ACCESS_KEY_ID", "test:tester"), ("SECRET_ACCESS_KEY", "testing"), ("REGION", "local")):
-            patch.setenv(f"AWS_{name}", value)
-        S3Files("s3://pictures/x")._s3.mkdir("pictures")
-        yield server
-        server.kill()
 
 
 @pytest.fixture(params=["folder", "shared", pytest.param("s3", marks=pytest.mark.s3)])
