@@ -167,15 +167,15 @@ def test_a_node_that_is_switched_off_under_load_loses_no_request_and_its_host_go
     up = cluster.up()
     node = up.until(r"c is on (10\.77\.0\.\d)")[1]
     victim = next(name for name in "bc" if cluster.hosts.address(name) == node)
-    load = cluster.load(60)
+    load = cluster.load(40)
     load.until("^ten$")
     cluster.hosts.kill(victim)
     assert up.until(rf"c goes from {re.escape(node)} to (\S+)")[1] != node
-    assert load.until(r"^\{.*").string == "{200: 60} 1"
+    assert load.until(r"^\{.*").string == "{200: 40} 1"
     assert load.end() == 0
     up.until("c | denoiser-1 .* ready")
-    again = cluster.load(12)
-    assert again.until(r"^\{.*").string == "{200: 12} 1"
+    again = cluster.load(6)
+    assert again.until(r"^\{.*").string == "{200: 6} 1"
     up.process.send_signal(signal.SIGINT)
     assert up.end() == 0, up.seen[-40:]
     assert cluster.left() == "[] []"
