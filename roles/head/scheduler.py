@@ -362,12 +362,10 @@ class JobScheduler(SchedulingState):
         return TransferPush(attempt, source, target, request.output, job.left_s, rebind, hints, previews, checkpoint)
 
     def _checkpoint_for(self, job: Job) -> StoredPayload | None:
-        """Return the checkpoint that a job's instance can go on from: one in the pool that it maps."""
+        """Return the checkpoint that a job's instance can go on from, in whichever pool it is."""
         if job.stage is not Stage.DENOISER:
             return None
         checkpoint = job.checkpoint
-        if checkpoint and self.registry.needs_block(job.instance, checkpoint.payload.lease):
-            checkpoint = None
         job.resumed_from = checkpoint.step if checkpoint else 0
         job.steps_redone += max(0, job.steps_lost_at - job.resumed_from)
         job.steps_lost_at = job.resumed_from

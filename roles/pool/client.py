@@ -38,6 +38,8 @@ BATCH: Final = 256
 """Most blocks that one message releases."""
 AHEAD: Final = 1
 """`LeaseBlock.number` of a block that is leased while its bytes are still computed."""
+RESUMED: Final = 2
+"""`LeaseBlock.number` of a block for a checkpoint that comes from another pool."""
 FAULTS: Final = "TRIPTYCH_TRANSFER_FAULTS"
 """Environment variable that makes transfers fail in tests, as `engines.transfer.FaultRates` reads it."""
 

@@ -49,7 +49,7 @@ from triptych.roles.messages.worker import (
     StoreOutputs,
     StorePreview,
 )
-from triptych.roles.pool.client import FAULTS, LeaseGoneError, PoolClient, PoolMapping, pool_full_reason
+from triptych.roles.pool.client import FAULTS, RESUMED, LeaseGoneError, PoolClient, PoolMapping, pool_full_reason
 from triptych.roles.worker import devices
 from triptych.roles.worker.attempts import ActiveAttempt, NextStep, PreviewValues, Snapshot
 from triptych.roles.worker.process_context import ProcessContext
@@ -345,10 +345,12 @@ class TransferActor(Actor):
         finally:
             del self.context.attempts.previews[preview]
 
-    async def _lease(self, attempt: Attempt, nbytes: int, retry: _Retry) -> LeaseRef:
+    async def _lease(
+        self, attempt: Attempt, nbytes: int, retry: _Retry, *, incoming: bool = False, number: int = 0
+    ) -> LeaseRef:
         while True:
             try:
-                answer = await self._client.lease(attempt, nbytes)
+                answer = await self._client.lease(attempt, nbytes, incoming=incoming, number=number)
             except RemoteError as error:
                 raise TransferFailedError(f"{self._client.pool} gives no block: {error.detail}") from error
             except BusError as error:
@@ -363,7 +365,7 @@ class TransferActor(Actor):
             try:
                 await retry.wait(problem, longest_s)
             except TransferFailedError:
-                self._client.undo(attempt)
+                self._client.undo(attempt, number)
                 raise
 
     async def _load(self, message: LoadInputs, stop: asyncio.Event) -> NextStep:
@@ -386,20 +388,29 @@ class TransferActor(Actor):
         item = self.context.attempts.active[message.attempt]
         item.values, item.ready = loaded.values, loaded.event
         if message.checkpoint is not None and not stop.is_set():
-            await self._load_checkpoint(item, message.checkpoint)
+            await self._load_checkpoint(item, message.checkpoint, retry)
         return self.context.attempts.loaded(message.attempt)
 
-    async def _load_checkpoint(self, item: ActiveAttempt, checkpoint: StoredPayload) -> None:
+    async def _load_checkpoint(self, item: ActiveAttempt, checkpoint: StoredPayload, retry: _Retry) -> None:
         """Load what an earlier attempt has made; if it is gone or damaged, the denoise begins at the beginning."""
+        lease = checkpoint.lease
         try:
-            block = await self._mapped.block(checkpoint.lease, checkpoint.nbytes)
+            if lease.pool != self._client.pool:  # of a denoiser on another host
+                lease = await self._lease(item.attempt, checkpoint.nbytes, retry, incoming=True, number=RESUMED)
+                await self._copy(item.attempt, checkpoint, lease, retry)
+            block = await self._mapped.block(lease, checkpoint.nbytes)
             loaded = await self._device.load(checkpoint.manifest, block, checkpoint.checksum)
             if not loaded.event.passed:
                 await self._device.run(loaded.event.synchronize)
-        except (ChecksumMismatchError, CodecError, BusError, LeaseGoneError, ArenaError) as error:
+        except (
+            ChecksumMismatchError, CodecError, BusError, LeaseGoneError, ArenaError, TransferFailedError
+        ) as error:  # fmt: skip
             self.log.warning("checkpoint not loaded", attempt=str(item.attempt), reason=str(error))
         else:
             item.resume, item.ready = loaded.values, loaded.event
+        finally:
+            if lease is not checkpoint.lease:
+                self._client.release(lease)
 
     async def _fetch(self, message: LoadInputs, retry: _Retry) -> LoadedPayload:
         lease = await self._pull(message, retry)
@@ -419,15 +430,17 @@ class TransferActor(Actor):
             raise TransferFailedError(
                 f"{self.component.name} does not map {source.lease.pool}, and has no block for it"
             )
+        await self._copy(message.attempt, source, target, retry)
+        return target
+
+    async def _copy(self, attempt: Attempt, source: StoredPayload, target: LeaseRef, retry: _Retry) -> None:
+        """Have the own pool copy the bytes of another one into `target`. Raises TransferFailedError."""
         try:
-            await self._client.pull(
-                message.attempt, source.lease, target, source.nbytes, min(self._pull_s, retry.left_s)
-            )
+            await self._client.pull(attempt, source.lease, target, source.nbytes, min(self._pull_s, retry.left_s))
         except RemoteError as error:
             raise TransferFailedError(error.detail, source_gone=error.code == "source_gone") from error
         except BusError as error:
             raise TransferFailedError(f"{self._client.pool} does not answer: {error}") from error
-        return target
 
     async def _block(self, lease: LeaseRef, nbytes: int, retry: _Retry) -> torch.Tensor:
         while True:

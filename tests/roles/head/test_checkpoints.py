@@ -179,8 +179,8 @@ def test_a_checkpoint_outlives_the_outputs_of_the_encoder_which_are_the_same_aga
     scheduler.stored("encoder-0", stored(job.current_attempt, "encoder", 5), 4.0)
     assert job.checkpoint == Checkpoint(20, far)
     after(scheduler)
-    assert begin(scheduler, job, 1).checkpoint is None, "this instance does not map that pool"
-    assert job.resumed_from == 0
+    assert begin(scheduler, job, 21).checkpoint == far, "its pool copies it"
+    assert job.resumed_from == 20
 
 
 def test_a_checkpoint_outlives_damaged_outputs_of_the_encoder() -> None:

@@ -467,6 +467,31 @@ def test_what_lies_in_another_pool_is_pulled_into_the_own_one(run_transfers: Any
     run_transfers(body, **APART)
 
 
+def test_a_checkpoint_in_another_pool_is_pulled_or_left_out(run_transfers: Any) -> None:
+    async def body(h: Any, open_transfer: Any) -> None:
+        encoder, denoiser = await open_transfer("encoder-0"), await open_transfer("denoiser-0")
+        encoder.begin()
+        stored = await encoder.store_outputs()
+
+        async def resumed(checkpoint: StoredPayload) -> dict[str, object] | None:
+            target = await denoiser.fake_instance.lease("pool-denoiser", stored.nbytes, incoming=True)
+            denoiser.begin(W, nothing=True)
+            denoiser.fake_instance.tell(LoadInputs(W, stored, target, FAR, checkpoint))
+            await denoiser.fake_instance.inbox.next(RunStage)
+            assert same(denoiser.values(), VALUES)
+            await denoiser.fake_instance.until("pool-denoiser", 0)
+            return denoiser.context.attempts.active[W].resume
+
+        resume = await resumed(stored)
+        assert resume is not None
+        assert same(resume, VALUES)
+        gone = msgspec.structs.replace(stored.lease, pool_generation=0)
+        assert await resumed(msgspec.structs.replace(stored, lease=gone)) is None
+        assert await resumed(msgspec.structs.replace(stored, nbytes=1 << 40)) is None, "it fits into no pool"
+
+    run_transfers(body, **APART)
+
+
 def test_a_target_is_released_whatever_happens(run_transfers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "POOL_ANSWER_S", 1.0)
 
