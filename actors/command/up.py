@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -25,7 +26,7 @@ from triptych.actors.runtime import logs
 from triptych.actors.runtime.address_book import SUPERVISOR
 from triptych.actors.runtime.system_messages import ChildReport
 from triptych.actors.supervision import SupervisorProcess, die_with_parent
-from triptych.actors.topology import Topology, load_topology
+from triptych.actors.topology import Topology, bind_host, is_ip, load_topology
 
 
 def up(
@@ -118,9 +119,12 @@ def up(
             side_task=lambda: _report(display, reporter),
         )
         reporter.watch(component.name for component in supervision.components)
+        _check_address(topology, supervision.components[0].host)
         preflight(topology, supervision.components, file=str(file))
     except (TopologyError, UnknownNameError) as error:
         _fail(str(error), EXIT_BAD_TOPOLOGY, reason_file)
+    except StartError as error:
+        _fail(str(error), EXIT_FAILED, reason_file)
     try:
         with display.showing(supervision.components):
             code = supervision.run()
@@ -195,6 +199,30 @@ def _check_host(topology: Topology, host: str, *, only: str, file: str) -> None:
     if len(topology.hosts) > 1 and not host and not only:
         fix = f"run `triptych up {file} --host NAME` on each, or have them started with --ssh or --ray ADDRESS"
         raise TopologyError(file, "", f"has {len(topology.hosts)} hosts ({names})", fix)
+
+    spread = sorted({topology.component(name).host for name in _names(only)})
+    if len(spread) > 1:
+        problem = f"cannot be run here with --only {only}, which are on the hosts {' and '.join(spread)}"
+        raise TopologyError(file, "", problem, "name components of one host")
+
+
+def _check_address(topology: Topology, name: str) -> None:
+    """Raise `StartError` if the mailboxes of one of several hosts cannot listen on this machine, at least not yet."""
+    if len(topology.hosts) < 2:
+        return
+    host = topology.host(name)
+    address = bind_host(host)
+    if not is_ip(address):  # "*", or an interface
+        return
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError as error:
+            key, fix = ("bind", "correct it") if host.bind else ("address", 'write bind = "*" if others reach it there')
+            raise StartError(
+                f'[[hosts]] "{name}" {key} = "{address}" cannot be listened on by this machine ({error.strerror}): '
+                f"run it on host {name}, or {fix}."
+            ) from error
 
 
 def _fail(sentence: str, code: int, reason_file: Path | None) -> NoReturn:

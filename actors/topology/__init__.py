@@ -4,7 +4,7 @@
 """
 
 from triptych.actors.topology._agreement import agreement
-from triptych.actors.topology._hosts import is_loopback
+from triptych.actors.topology._hosts import bind_host, is_ip, is_loopback
 from triptych.actors.topology._model_identity import ModelIdentity
 from triptych.actors.topology._model_report import ModelProblem, ModelReport, ModelSummary
 from triptych.actors.topology._model_source import INDEX_FILES, WEIGHT_SUFFIXES, ModelSource, find_source, snapshot
@@ -59,9 +59,11 @@ __all__ = [
     "Topology",
     "TransferSection",
     "agreement",
+    "bind_host",
     "find_source",
     "free_port",
     "generate_topology",
+    "is_ip",
     "is_loopback",
     "largest_payload",
     "load_toml",

@@ -444,17 +444,17 @@ class Head(Actor):
 
     async def _children(self) -> list[ChildReport]:
         """Return the child reports of all supervisors."""
-        children: list[ChildReport] = []
-        for name in self.address_book.supervisors():
-            try:
-                report = await self.reference(name).ask(
-                    SupervisorQuery(), SupervisorReport, timeout_s=SUPERVISOR_QUERY_EVERY_S
-                )
-            except BusError as error:  # a crashed supervisor may have left its socket
-                self.log.debug("a supervisor does not answer", supervisor=name, error=str(error))
-            else:
-                children += report.children
-        return children
+        reports = await asyncio.gather(*(self._report_of(name) for name in self.address_book.supervisors()))
+        return [child for report in reports if report for child in report.children]
+
+    async def _report_of(self, supervisor: str) -> SupervisorReport | None:
+        try:
+            return await self.reference(supervisor).ask(
+                SupervisorQuery(), SupervisorReport, timeout_s=SUPERVISOR_QUERY_EVERY_S
+            )
+        except BusError as error:  # its host is away, or it has crashed and left its socket
+            self.log.debug("a supervisor does not answer", supervisor=supervisor, error=str(error))
+            return None
 
 
 def listening_s(slept_s: float) -> float:

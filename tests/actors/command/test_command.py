@@ -158,11 +158,19 @@ def test_up_says_what_to_type_for_several_hosts(write: Write) -> None:
         ((), f"has 2 hosts (a, b): run `triptych up {file} --host NAME` on each"),
         (("--host", "c"), "no host is called 'c'"),
         (("--host", "a", "--only", "head"), "cannot be run with both --host a and --only head"),
+        (("--only", "head,decoder-0"), "which are on the hosts a and b: name components of one host"),
     ):
         showing = runner.invoke(app, ["up", str(file), *options])
         assert (showing.exit_code, sentence in showing.stderr) == (2, True), showing.stderr
     showing = runner.invoke(app, ["up", str(write()), "--host", "a"])
     assert (showing.exit_code, "has no [[hosts]]: run it without --host" in showing.stderr) == (2, True)
+
+
+def test_up_says_when_this_machine_is_not_the_host(write: Write) -> None:
+    file = write(TWO_HOSTS.replace("127.0.0.", "192.0.2."), THREE_ROLES.replace("kind", 'host = "b"\nkind'))
+    showing = runner.invoke(app, ["up", str(file), "--host", "b"])
+    problem = '[[hosts]] "b" address = "192.0.2.3" cannot be listened on by this machine (Cannot assign requested'
+    assert (showing.exit_code, problem in showing.stderr) == (1, True), showing.stderr
 
 
 def test_launch_starts_one_machine(write: Write) -> None:
