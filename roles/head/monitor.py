@@ -85,9 +85,13 @@ class Monitor:
                 continue
             tries = 0
             self._pools[name] = found.generation
+            for scheduler in self._models.schedulers:
+                scheduler.registry.pools_away.discard(name)
             self._forget_older(name, found.generation)
             await lost
             del self._pools[name]
+            for scheduler in self._models.schedulers:
+                scheduler.registry.pools_away.add(name)
             self._actor.log.warning("pool down", pool=name)
             self._forget_older(name, found.generation + 1)
 

@@ -121,6 +121,8 @@ class InstanceRegistry:
         self.configured = dict(configured or {})
         """Slots of all instances of the topology, by stage."""
         self.instances: dict[str, InstanceRecord] = {}
+        self.pools_away: set[str] = set()
+        """Pools that have ended and are not back: instances that use one of them get no jobs."""
         self._fenced: dict[str, int] = {}
         self._turns = 0
 
@@ -181,7 +183,7 @@ class InstanceRegistry:
         return [
             Candidate(i.name, i.credits, i.slots, load.get(i.name, 0), i.last_served, i.model)
             for i in self.instances.values()
-            if i.credits > 0 and i.takes_jobs and i.serves(stage)
+            if i.credits > 0 and i.takes_jobs and i.pool not in self.pools_away and i.serves(stage)
         ]
 
     def charge(self, name: str) -> None:

@@ -133,5 +133,9 @@ def test_pools_may_come_and_go_while_their_leases_are_listed(
             harness.actor.monitor._pools["another"] = 1
             await harness.kill_pool()
             await looking
+            while "pool" not in harness.actor.monitor.pools_missing():
+                await harness.head.ask(requests.ClusterQuery(), requests.ClusterView, timeout_s=BOUND_S)
+            (scheduler,) = harness.actor.models.schedulers
+            assert scheduler.registry.pools_away == {"pool"}, "who uses it gets no jobs"
 
     run_scenario(scenario())

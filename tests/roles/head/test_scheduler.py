@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from tests.roles.factories import KINDS, a_block, after, failed, finished, make_scheduler, registration, request, stored
@@ -441,3 +442,14 @@ def test_every_slot_of_a_denoiser_is_used_however_few_the_decoder_has() -> None:
     for k, job in enumerate(scheduler.jobs.values()):
         assert scheduler.stored("encoder-0", stored(job.current_attempt, "encoder", k), 1.0)
     assert len(after(scheduler)) == 8
+
+
+def test_instances_whose_pool_has_ended_get_no_jobs_until_it_is_back(scheduler: JobScheduler) -> None:
+    other = msgspec.structs.replace(registration("encoder-1"), pool="pool-b")
+    scheduler.register(other, 0.0)
+    scheduler.registry.pools_away.add("pool")
+    for id_ in "abc":
+        scheduler.accept(request(id_), 0.0)
+    assert [effect for effect in after(scheduler) if isinstance(effect, Assign)] == [Assign("encoder-1", "a/0")]
+    scheduler.registry.pools_away.clear()
+    assert {effect.instance for effect in after(scheduler) if isinstance(effect, Assign)} == {"encoder-0"}
