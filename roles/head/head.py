@@ -328,7 +328,7 @@ class Head(Actor):
             scheduler.progress(message.attempt, message.step, message.total_steps)
         self.requests.notify_watchers([message.attempt.job_id.rpartition("/")[0]])
 
-    async def stage_outputs_stored(self, message: stages.StageOutputsStored) -> stages.Acknowledged:
+    async def stage_outputs_stored(self, message: stages.StageOutputsStored) -> DeferredReply[stages.Acknowledged]:
         """Advance a job whose stage has stored its outputs."""
         if message.stage is Stage.DECODER:
             raise RefusedError("invalid", "a decoder writes an artifact, and stores no outputs in a pool")
@@ -341,38 +341,43 @@ class Head(Actor):
         self.commit()
         return stages.Acknowledged()
 
-    async def checkpoint_stored(self, message: stages.CheckpointStored) -> stages.Acknowledged:
+    async def checkpoint_stored(self, message: stages.CheckpointStored) -> DeferredReply[stages.Acknowledged]:
         """Record what a denoise has made so far."""
         return self._apply_report(message, lambda scheduler, name, _now: scheduler.checkpoint_stored(name, message))
 
-    async def stage_finished(self, message: stages.StageFinished) -> stages.Acknowledged:
+    async def stage_finished(self, message: stages.StageFinished) -> DeferredReply[stages.Acknowledged]:
         """Complete a job whose artifact is written."""
         answer = self._apply_report(message, lambda scheduler, name, now: scheduler.finished(name, message, now))
         self.requests.discard_late(message.attempt)
         return answer
 
-    async def stage_failed(self, message: stages.StageFailed) -> stages.Acknowledged:
+    async def stage_failed(self, message: stages.StageFailed) -> DeferredReply[stages.Acknowledged]:
         """Retry or fail a job whose stage raised."""
         return self._apply_report(message, lambda scheduler, name, now: scheduler.stage_failed(name, message, now))
 
-    async def transfer_failed(self, message: stages.TransferFailed) -> stages.Acknowledged:
+    async def transfer_failed(self, message: stages.TransferFailed) -> DeferredReply[stages.Acknowledged]:
         """Retry a job whose stored tensors could not be fetched."""
         return self._apply_report(message, lambda scheduler, name, now: scheduler.transfer_failed(name, message, now))
 
-    async def stage_returned(self, message: stages.StageReturned) -> stages.Acknowledged:
+    async def stage_returned(self, message: stages.StageReturned) -> DeferredReply[stages.Acknowledged]:
         """Let a job wait again that an instance returned because it ends, or parked."""
         return self._apply_report(message, lambda scheduler, name, now: scheduler.returned(name, message, now))
 
-    async def stage_cancelled(self, message: stages.StageCancelled) -> stages.Acknowledged:
+    async def stage_cancelled(self, message: stages.StageCancelled) -> DeferredReply[stages.Acknowledged]:
         """Record that an attempt was cancelled."""
         self.requests.discard_late(message.attempt)
         return self._apply_report(message, lambda scheduler, name, _now: scheduler.cancelled(name, message))
 
-    def _apply_report(self, report: Report, apply: Callable[[JobScheduler, str, float], bool]) -> stages.Acknowledged:
-        """Apply a report to its scheduler; the answer lets the instance forget the report."""
+    def _apply_report(
+        self, report: Report, apply: Callable[[JobScheduler, str, float], bool]
+    ) -> DeferredReply[stages.Acknowledged]:
+        """Apply a report to its scheduler; the answer lets the instance forget the report.
+
+        It is sent after the messages that follow from the report, which the next stage waits for.
+        """
         self._record(report, apply)
         self.commit()
-        return stages.Acknowledged()
+        return DeferredReply(_acknowledged())
 
     def _record(self, report: Report, apply: Callable[[JobScheduler, str, float], bool]) -> None:
         name, _ = self._instance()
@@ -455,6 +460,10 @@ class Head(Actor):
         except BusError as error:  # its host is away, or it has crashed and left its socket
             self.log.debug("a supervisor does not answer", supervisor=supervisor, error=str(error))
             return None
+
+
+async def _acknowledged() -> stages.Acknowledged:
+    return stages.Acknowledged()
 
 
 def listening_s(slept_s: float) -> float:

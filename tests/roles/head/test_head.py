@@ -6,13 +6,14 @@ import asyncio
 import importlib.metadata
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from tests.roles.head.head_harness import BOUND_S, PNG, finished, run_scenario, running_head, stored
 from triptych.actors import Topology
 from triptych.actors.topology import agreement
-from triptych.bus import RemoteError
+from triptych.bus import Mailbox, Message, Reference, RemoteError
 from triptych.roles.head import effect_runner
 from triptych.roles.head import head as head_module
 from triptych.roles.head.admission import limits_of, make_request
@@ -44,6 +45,40 @@ def test_a_request_goes_from_stage_to_stage_and_who_waits_for_it_is_notified(top
             assert (await waiting).state == "DONE"
             early = await harness.head.ask(requests.WaitRequest("r", 0.0), requests.RequestView, timeout_s=BOUND_S)
             assert early.terminal
+
+    run_scenario(scenario())
+
+
+def test_the_next_stage_is_sent_before_anything_that_it_does_not_wait_for(
+    topology: Callable[..., Topology], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[str] = []
+    ask, answer = Reference._frame, Mailbox._answer
+
+    def asks(self: Reference, kind: Any, number: int, timeout_s: float, message: Message) -> bytes:
+        if self._outbox.name == "head":
+            sent.append(type(message).__name__)
+        return ask(self, kind, number, timeout_s, message)
+
+    def answers(self: Mailbox, route: Any, asked: Any, kind: Any, message: Message) -> None:
+        if self.name == "head":
+            sent.append(type(message).__name__)
+        answer(self, route, asked, kind, message)
+
+    monkeypatch.setattr(Reference, "_frame", asks)
+    monkeypatch.setattr(Mailbox, "_answer", answers)
+
+    async def scenario() -> None:
+        async with running_head(topology(lora='prompt_cache = "0"')) as harness:
+            for name in harness.workers:
+                await harness.register(name)
+            await harness.submit()
+            await harness.report(stored(await harness.next_attempt("encoder-0"), "encoder", 1))
+            attempt = await harness.next_attempt("denoiser-0")
+            sent.clear()
+            await harness.report(stored(attempt, "denoiser", 2))
+            assert set(sent) >= {"TransferPush", "ReleaseBlocks", "Acknowledged"}
+            assert sent[0] == "TransferPush"
 
     run_scenario(scenario())
 
