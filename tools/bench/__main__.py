@@ -1,4 +1,4 @@
-"""`python -m triptych.tools.bench bus|transfer|overhead|memory|steps`: one JSON line for each case."""
+"""`python -m triptych.tools.bench bus|transfer|overhead|memory|steps|hosts`: one JSON line for each case."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ _BENCHES = {
     "transfer": "tensor bytes between two processes, for each backend",
     "overhead": "a whole request, against the pipeline in one process",
     "memory": "what each process holds in memory, against the pipeline in one process",
+    "hosts": "three hosts, as namespaces: mooncake between them, and the loss of one under load, against the goals",
     "steps": "denoising steps: batches, policies, cancellation, and what stepping costs",
 }
 _ROUNDS = 5
@@ -41,7 +42,7 @@ def main() -> None:
         choices=sorted(_BENCHES),
         help="; ".join(f"{name}: {text}" for name, text in _BENCHES.items()),
     )
-    parser.add_argument("--rounds", type=int, help="rounds for each side (default: 5; memory: 1)")
+    parser.add_argument("--rounds", type=int, help="rounds for each side (default: 5; hosts: 3; memory: 1)")
     parser.add_argument("--markdown", type=Path, help="write the page here as well (memory)")
     arguments = parser.parse_args()
     if arguments.rounds is not None and arguments.rounds < 1:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from statistics import median
-from typing import Any, TextIO, cast
+from typing import Any, NamedTuple, TextIO, cast
 
 from triptych.actors.supervision import module_command
 from triptych.tools.bench.report import compare
@@ -33,7 +33,7 @@ Timed = Callable[[], float]
 def run(rounds: int) -> Iterable[dict[str, object]]:
     """Measure all cases, `rounds` times each, and yield a row for each of them; times in ms, ratio = peer / ours."""
     yield from _shm(rounds)
-    yield from _mooncake(rounds)
+    yield from compare_pulls("transfer", rounds, Place(), Place())
 
 
 def _row(case: str, peer: str, ours: list[float], theirs: list[float]) -> dict[str, object]:
@@ -118,25 +118,47 @@ class _ShmHop:
         self.pair.close()
 
 
-def _mooncake(rounds: int) -> Iterator[dict[str, object]]:
+class Place(NamedTuple):
+    """Where a process of a pair runs."""
+
+    address: str = "127.0.0.1"
+    """By which the other reaches it."""
+    popen: Callable[..., subprocess.Popen[str]] = subprocess.Popen
+
+
+def compare_pulls(bench: str, rounds: int, server: Place, client: Place) -> Iterator[dict[str, object]]:
+    """Compare pulls of a pool from another with what Mooncake takes, in its way and with its own settings."""
     from triptych.engines.transfer.mooncake_setup import environment
 
     settings = environment("tcp", {})
     plain = {"MC_FORCE_TCP": "1", "MC_LOG_LEVEL": "ERROR"}
-    with _pair("ours", settings) as ours, _pair("raw", settings) as same, _pair("raw", plain) as raw:
+    places = (server, client)
+    with (
+        _pair("ours", settings, *places) as ours,
+        _pair("raw", settings, *places) as same,
+        _pair("raw", plain, *places) as raw,
+    ):
         for label, nbytes in SIZES.items():
             sides = [partial(pair, nbytes) for pair in (ours, same, raw)]
             mine, with_ours, with_defaults = _interleaved(rounds, *sides)
-            yield _row(f"mooncake pull {label}", "transfer_sync_read with our settings", mine, with_ours)
-            yield _row(f"mooncake pull {label}", "transfer_sync_read with its defaults", mine, with_defaults)
+            for name, theirs in {"our settings": with_ours, "its defaults": with_defaults}.items():
+                yield compare(
+                    bench,
+                    f"mooncake pull {label}",
+                    "ms",
+                    ours=mine,
+                    peer=f"transfer_sync_read with {name}",
+                    peer_values=theirs,
+                    higher_is_better=False,
+                )
 
 
 @contextmanager
-def _pair(kind: str, settings: dict[str, str]) -> Iterator[Callable[[int], float]]:
+def _pair(kind: str, settings: dict[str, str], serving: Place, pulling: Place) -> Iterator[Callable[[int], float]]:
     """Start a process that serves an arena and one that pulls from it; the result pulls and returns the seconds."""
-    with _process(kind, settings, "serve") as server:
+    with _process(kind, settings, serving, "serve") as server:
         session, address = server.readline().split()
-        with _process(kind, settings, "pull", session, address) as client:
+        with _process(kind, settings, pulling, "pull", session, address) as client:
 
             def pull(nbytes: int) -> float:
                 client.write(f"{nbytes}\n")
@@ -162,10 +184,10 @@ class _Process:
 
 
 @contextmanager
-def _process(kind: str, settings: dict[str, str], *arguments: str) -> Iterator[_Process]:
+def _process(kind: str, settings: dict[str, str], place: Place, *arguments: str) -> Iterator[_Process]:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("MC_")}
-    command = [*module_command("triptych.tools.bench.transfer"), kind, *arguments]
-    with subprocess.Popen(  # noqa: S603 - our own command
+    command = [*module_command("triptych.tools.bench.transfer"), "--hostname", place.address, kind, *arguments]
+    with place.popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ | settings
     ) as process:
         try:
@@ -179,7 +201,7 @@ def _ours(arguments: argparse.Namespace) -> None:
     from triptych.engines.transfer import PullExecutor, open_backend
 
     arena = Arena.create(ARENA)
-    backend = open_backend("mooncake", arena=arena)
+    backend = open_backend("mooncake", arena=arena, hostname=arguments.hostname)
     if arguments.mode == "serve":
         _serve(backend.session, backend.base)
         return
@@ -202,10 +224,10 @@ def _raw(arguments: argparse.Namespace) -> None:
 
     arena = Arena.create(ARENA)
     engine: Any = TransferEngine()
-    if engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") or engine.register_memory(arena.base, ARENA):
+    if engine.initialize(arguments.hostname, "P2PHANDSHAKE", "tcp", "") or engine.register_memory(arena.base, ARENA):
         raise RuntimeError("Mooncake cannot start")
     if arguments.mode == "serve":
-        _serve(f"127.0.0.1:{engine.get_rpc_port()}", arena.base)
+        _serve(f"{arguments.hostname}:{engine.get_rpc_port()}", arena.base)
         return
     for line in sys.stdin:
         start = time.perf_counter()
@@ -223,6 +245,7 @@ def _serve(session: str, base: int) -> None:
 
 def _main() -> None:
     parser = argparse.ArgumentParser(description="One process of the mooncake cases.")
+    parser.add_argument("--hostname", default="127.0.0.1")
     parser.add_argument("kind", choices=["ours", "raw"])
     parser.add_argument("mode", choices=["serve", "pull"])
     parser.add_argument("session", nargs="?", default="")

@@ -23,7 +23,7 @@ from triptych.tools.hosts.cluster import HostsCluster
 POLL_S = 0.02
 TRIGGER_TIMEOUT_S = 5.0
 """Most seconds to wait for a trigger; then the fault is injected anyway."""
-RECOVERY_TIMEOUT_S = 60.0
+RECOVERY_TIMEOUT_S = 120.0
 _WITH_STORED_OUTPUTS = (State.DENOISING_WAITING, State.DENOISING_RUNNING, State.DECODER_WAITING)
 
 
@@ -85,7 +85,7 @@ class FaultInjector:
         if fault.into_hosts is not None:
             await self._inject_into_hosts(planned, injection)
             return
-        victim = None if planned.victim == SYSTEM else await self._child(planned.victim)
+        victim = None if planned.victim == SYSTEM else await self._running(planned.victim)
         began = time.monotonic()
         await fault.inject(self._context, victim)
         if victim is None:
@@ -107,13 +107,13 @@ class FaultInjector:
             injection.may_restart = instances
         began = time.monotonic()
         await into_hosts(self._context, cluster, hosts)
-        if await self._joined(instances, began):
+        if await self._joined(hit, instances, began):
             injection.recovery_s = time.monotonic() - began
 
-    async def _joined(self, instances: tuple[str, ...], began: float) -> bool:
-        """Wait until the head has all these instances and its supervisors say so; returns whether it came to that."""
+    async def _joined(self, components: list[str], instances: tuple[str, ...], began: float) -> bool:
+        """Wait until all are ready, and the head has those that are instances; return whether it came to that."""
         while time.monotonic() - began < RECOVERY_TIMEOUT_S:
-            ready = [(await self._child(name)).state == ChildState.READY for name in instances]
+            ready = [(await self._child(name)).state == ChildState.READY for name in components]
             view = await self._look()
             if all(ready) and view and set(instances) <= {instance.name for instance in view.instances}:
                 return True
@@ -136,6 +136,13 @@ class FaultInjector:
                 return await self._cluster.child(name)
             except BusError:  # its host, or the whole system, is paused or off: ask again
                 await asyncio.sleep(POLL_S)
+
+    async def _running(self, name: str) -> ChildReport:
+        while True:
+            child = await self._child(name)
+            if child.pid:
+                return child
+            await asyncio.sleep(POLL_S)
 
     async def _look(self) -> ClusterView | None:
         try:

@@ -122,8 +122,11 @@ class HostsCluster(ClusterClient):
         return (await reference.ask(SupervisorQuery(), SupervisorReport, timeout_s=_QUERY_TIMEOUT_S)).children
 
     def process_id(self, child: ChildReport) -> int:
-        """Return what this machine calls the process of a component, 0 if it has ended."""
-        return self.hosts.outer_pids(self.topology.component(child.name).host).get(child.pid, 0)
+        """Return what this machine calls the process of a component; raises `ProcessLookupError` if it has ended."""
+        pids = self.hosts.outer_pids(self.topology.component(child.name).host)
+        if child.pid not in pids:
+            raise ProcessLookupError(f"{child.name} has ended")
+        return pids[child.pid]
 
     def process_ids(self) -> list[int]:
         """Return what this machine calls the processes of the system, on all hosts that run."""
