@@ -68,7 +68,9 @@ class Display:
 
     async def announce_readiness(self) -> None:
         """Print the URL once `GET /ready` says that the system takes requests."""
-        if self._serves_http:
+        if not self._states:
+            self.ready("[bold green]Ready[/], with no component of the topology on this host,")
+        elif self._serves_http:
             await self._api_ready.wait()
             await _until_ready(self.topology.url, self.waiting)
             self.ready(f"[bold green]Triptych is ready[/] on [bold]{escape(self.topology.url)}[/]")

@@ -119,7 +119,7 @@ def up(
             side_task=lambda: _report(display, reporter),
         )
         reporter.watch(component.name for component in supervision.components)
-        _check_address(topology, supervision.components[0].host)
+        _check_address(topology, host or supervision.components[0].host)
         preflight(topology, supervision.components, file=str(file))
     except (TopologyError, UnknownNameError) as error:
         _fail(str(error), EXIT_BAD_TOPOLOGY, reason_file)

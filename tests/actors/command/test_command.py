@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from tests.actors.conftest import THREE_ROLES
 from tests.actors.supervision.supervised import ROOT
+from tests.ports import free_ports
 from triptych.actors import TopologyError, load_topology
 from triptych.actors.command import app
 from triptych.actors.command._display import Display, LiveDisplay, line
@@ -171,6 +172,18 @@ def test_up_says_when_this_machine_is_not_the_host(write: Write) -> None:
     showing = runner.invoke(app, ["up", str(file), "--host", "b"])
     problem = '[[hosts]] "b" address = "192.0.2.3" cannot be listened on by this machine (Cannot assign requested'
     assert (showing.exit_code, problem in showing.stderr) == (1, True), showing.stderr
+
+
+def test_a_host_without_components_waits_for_its_end(write: Write) -> None:
+    third = '[[hosts]]\nname = "c"\naddress = "127.0.0.4"\n'
+    file = write(f"{third}{TWO_HOSTS}port = {free_ports(9)}\n", THREE_ROLES.replace("kind", 'host = "b"\nkind'))
+    command = (*module_command("triptych.actors.command"), "up", str(file), "--host", "c", "--until-eof")
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("Ready, with no component of the topology on this host, after")
+        process.communicate(timeout=60)
+    assert process.returncode == 0
 
 
 def test_launch_starts_one_machine(write: Write) -> None:
