@@ -21,6 +21,8 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from triptych.roles.timeline import TIMELINE, JobHistory, Line, Lost, Span, TimelineProcess, timeline_file
+from triptych.tools.command import make_parser
+from triptych.tools.command import seconds as seconds_type
 
 EXAMPLES = """examples:
   python -m triptych.tools.trace ~/.local/state/triptych/demo -o out/trace.json
@@ -423,12 +425,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m triptych.tools.trace",
-        description="Write the recorded timeline of a system as a trace for Perfetto.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("trace", "Write the recorded timeline of a system as a trace for Perfetto.", EXAMPLES)
     parser.add_argument(
         "state_dirs",
         metavar="STATE_DIR",
@@ -441,18 +438,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--request", default="", help="only this request, or this job of one (ID/INDEX)")
     parser.add_argument(
-        "--from", dest="begin_s", type=_seconds, default=0.0, help="leave out this many seconds at the beginning"
+        "--from", dest="begin_s", type=seconds_type, default=0.0, help="leave out this many seconds at the beginning"
     )
-    parser.add_argument("--seconds", type=_seconds, default=math.inf, help="only so many seconds (default: all)")
+    parser.add_argument("--seconds", type=seconds_type, default=math.inf, help="only so many seconds (default: all)")
     parser.add_argument("--picture", type=Path, help="draw an SVG as well")
     return parser.parse_args(arguments)
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not (math.isfinite(seconds) and seconds >= 0):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds, at least 0")
-    return seconds
 
 
 if __name__ == "__main__":

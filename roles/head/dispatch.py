@@ -31,10 +31,12 @@ class Candidate:
     """Serial number of the last assignment to it, 0 for never."""
     model: str = ""
     """Version of its weights."""
+    pool: str = ""
+    """The pool that it maps."""
 
 
 class DispatchPolicy:
-    """To the instance that was served least recently."""
+    """Chooses the instance of a job."""
 
     def choose(self, job: Job, request: Request, candidates: Sequence[Candidate]) -> Candidate:
         """Choose the instance that gets a job.
@@ -44,27 +46,69 @@ class DispatchPolicy:
             request: The request of the job.
             candidates: At least one; all have the weights that the job needs.
         """
-        return min(candidates, key=lambda c: (c.last_served, c.name))
+        raise NotImplementedError
 
 
-class MaxFreeSlots(DispatchPolicy):
+class OrderedPolicy(DispatchPolicy):
+    """To the first instance in an order, or to the first in a pool with tensors of the job if it has no more load.
+
+    The order is the same for all jobs, so that the head keeps the instances in it, and `candidates` need not have more
+    than the first of all and the first of each pool.
+    """
+
+    def order(self, candidate: Candidate) -> tuple[float | str, ...]:
+        """Return what orders the instances, the lowest first; no two have the same."""
+        raise NotImplementedError
+
+    def load(self, candidate: Candidate) -> float:
+        """Return the load that a nearer instance must not exceed: the share of its slots in use."""
+        return candidate.load / max(candidate.slots, 1)
+
+    def choose(self, job: Job, request: Request, candidates: Sequence[Candidate]) -> Candidate:
+        """Choose the first, or a near one: one that shares the pool with the checkpoint or the input of the job."""
+        first = min(candidates, key=self.order)
+        for pool in pools_of(job):
+            near = min((c for c in candidates if c.pool == pool), key=self.order, default=None)
+            if near and self.load(near) <= self.load(first):
+                return near
+        return first
+
+
+class RoundRobin(OrderedPolicy):
+    """To the instance that was served least recently."""
+
+    def order(self, candidate: Candidate) -> tuple[float | str, ...]:
+        """Order by the last assignment."""
+        return (candidate.last_served, candidate.name)
+
+
+class MaxFreeSlots(OrderedPolicy):
     """To the instance with the most credits; in turn among equals."""
 
-    def choose(self, job: Job, request: Request, candidates: Sequence[Candidate]) -> Candidate:
-        """Choose the instance with the most credits."""
-        return min(candidates, key=lambda c: (-c.credits, c.last_served, c.name))
+    def order(self, candidate: Candidate) -> tuple[float | str, ...]:
+        """Order by credits."""
+        return (-candidate.credits, candidate.last_served, candidate.name)
+
+    def load(self, candidate: Candidate) -> float:
+        """Return how few credits it has."""
+        return -candidate.credits
 
 
-class LeastLoaded(DispatchPolicy):
+class LeastLoaded(OrderedPolicy):
     """To the instance with the smallest share of its slots in use; in turn among equals."""
 
-    def choose(self, job: Job, request: Request, candidates: Sequence[Candidate]) -> Candidate:
-        """Choose the instance with the lowest load."""
-        return min(candidates, key=lambda c: (c.load / max(c.slots, 1), c.last_served, c.name))
+    def order(self, candidate: Candidate) -> tuple[float | str, ...]:
+        """Order by load."""
+        return (self.load(candidate), candidate.last_served, candidate.name)
+
+
+def pools_of(job: Job) -> tuple[str, ...]:
+    """Return the pools from whose instances a job has the shortest way: that of its checkpoint, that of its input."""
+    return tuple(dict.fromkeys(lease.pool for lease in reversed(job.leases)))
 
 
 POLICIES: Final[Mapping[DispatchName, DispatchPolicy]] = {
-    "round_robin": DispatchPolicy(),
+    "round_robin": RoundRobin(),
     "max_free_slots": MaxFreeSlots(),
     "least_loaded": LeastLoaded(),
 }

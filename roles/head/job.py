@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
+from typing import Final
 
 from triptych.actors.topology import ModelIdentity
 from triptych.engines.stages import Stage
@@ -119,6 +120,17 @@ class Checkpoint:
     payload: StoredPayload
 
 
+@dataclass(slots=True, eq=False)
+class Clock:
+    """Seconds that a scheduler has counted, so that changes of the system clock do not affect its jobs."""
+
+    now: float = 0.0
+
+
+STOPPED: Final = Clock()
+"""The clock of jobs that no scheduler has."""
+
+
 @dataclass(slots=True)
 class Job:
     """One image or video of a request, on its way through the stages."""
@@ -127,11 +139,12 @@ class Job:
     request_id: str
     index: int
     seed: int
-    left_s: float = 600.0
-    """Seconds until it is TIMED_OUT; counted down, so that changes of the system clock do not affect it."""
+    expires_at: float = 600.0
+    """When it is TIMED_OUT, on its clock."""
     state: State = State.PENDING
-    stage_s: float = 0.0
-    """Seconds in its present state."""
+    entered_at: float = 0.0
+    """When it came into its present state, on its clock."""
+    clock: Clock = field(default=STOPPED, repr=False, compare=False)
     attempt: int = 0
     history: list[Transition] = field(default_factory=list)
     stored: StoredOutput | None = None
@@ -185,6 +198,23 @@ class Job:
     """Whether it failed because the pipeline cannot run with its inputs."""
 
     @property
+    def left_s(self) -> float:
+        """Return the seconds until it is TIMED_OUT."""
+        return self.expires_at - self.clock.now
+
+    @property
+    def stage_s(self) -> float:
+        """Return the seconds in its present state."""
+        return self.clock.now - self.entered_at
+
+    def set_clock(self, clock: Clock) -> None:
+        """Go on by another clock, with the same time left."""
+        difference = clock.now - self.clock.now
+        self.expires_at += difference
+        self.entered_at += difference
+        self.clock = clock
+
+    @property
     def current_attempt(self) -> Attempt:
         """Return the current attempt."""
         return Attempt(self.id, self.attempt)
@@ -229,7 +259,7 @@ class Job:
         if target not in LEGAL_TRANSITIONS[self.state]:
             raise IllegalTransitionError(self.id, self.state, target)
         self.state = target
-        self.stage_s = 0.0
+        self.entered_at = self.clock.now
         self.passed_over = 0
         self.history.append(Transition(target.value, at, reason))
 
@@ -299,7 +329,7 @@ class Request:
     output: Output
     created_at: float
     times_out_at: float
-    """Unix seconds, set at acceptance; `Job.left_s` is what is enforced."""
+    """Unix seconds, set at acceptance; `Job.expires_at` is what is enforced."""
     jobs: list[Job]
     idempotency_key: str = ""
     digest: str = ""
@@ -322,10 +352,14 @@ class Request:
     prompt_key: bytes = b""
     """Key of the prompt cache; computed at first use."""
 
+    def due_at(self, job: Job) -> float:
+        """Return when one of its jobs is due, on the clock of the job: at the deadline, without one at the timeout."""
+        timeout_s = self.times_out_at - self.created_at
+        return job.expires_at - timeout_s + self.deadline_s if self.deadline_s else job.expires_at
+
     def deadline_left_s(self, job: Job) -> float | None:
         """Return the seconds until the deadline, below 0 after it, as counted for one of its jobs; None without one."""
-        timeout_s = self.times_out_at - self.created_at
-        return self.deadline_s - (timeout_s - job.left_s) if self.deadline_s else None
+        return self.due_at(job) - job.clock.now if self.deadline_s else None
 
     def steps_left(self, job: Job) -> int | None:
         """Return the denoising steps that one of its jobs still needs; None if unknown."""

@@ -149,7 +149,7 @@ class _JobRow(msgspec.Struct):
     shared_deaths: int = 0
 
 
-_RENAMED: Final = frozenset({"staged", "borrows", "at_fault"})
+_RENAMED: Final = frozenset({"left_s", "stage_s", "staged", "borrows", "at_fault"})
 _SAME: Final = tuple(name for name in _JobRow.__struct_fields__ if name not in _RENAMED)
 _body = msgspec.msgpack.Decoder(_Body)
 _job_row = msgspec.msgpack.Decoder(_JobRow)
@@ -159,7 +159,14 @@ def encode_job(job: Job) -> bytes:
     """Encode a job for its row."""
     fields = {name: getattr(job, name) for name in _SAME}
     staged = {job.stored.stage: job.stored.payload} if job.stored else {}
-    row = _JobRow(**fields, staged=staged, borrows=job.uses_cached_prompt, at_fault=job.invalid_request)
+    row = _JobRow(
+        **fields,
+        left_s=job.left_s,
+        stage_s=job.stage_s,
+        staged=staged,
+        borrows=job.uses_cached_prompt,
+        at_fault=job.invalid_request,
+    )
     return msgspec.msgpack.encode(row)
 
 
@@ -167,7 +174,8 @@ def decode_job(body: bytes) -> Job:
     """Decode the job of a row; raises ValueError if it is invalid."""
     row = _job_row.decode(body)
     stored = [StoredOutput(stage, payload) for stage, payload in row.staged.items()]
-    job = Job(**{name: getattr(row, name) for name in _SAME})
+    fields = {name: getattr(row, name) for name in _SAME}
+    job = Job(**fields, expires_at=row.left_s, entered_at=-row.stage_s)
     job.stored = stored[-1] if stored else None
     job.uses_cached_prompt, job.invalid_request = row.borrows, row.at_fault
     return job

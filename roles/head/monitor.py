@@ -86,12 +86,12 @@ class Monitor:
             tries = 0
             self._pools[name] = found.generation
             for scheduler in self._models.schedulers:
-                scheduler.registry.pools_away.discard(name)
+                scheduler.registry.set_pool_away(name, away=False)
             self._forget_older(name, found.generation)
             await lost
             del self._pools[name]
             for scheduler in self._models.schedulers:
-                scheduler.registry.pools_away.add(name)
+                scheduler.registry.set_pool_away(name, away=True)
             self._actor.log.warning("pool down", pool=name)
             self._forget_older(name, found.generation + 1)
 

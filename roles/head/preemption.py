@@ -5,7 +5,7 @@ A parked denoise stores a checkpoint and goes back to the jobs that wait; any in
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -71,10 +71,12 @@ def to_park(
         return None
     urgent = max(facts.priority for facts in unserved)
     busy = {each.instance for each in running if each.parking}
-    candidates = [
-        each for each in running if each.instance not in busy and each.facts.priority < urgent and each.may_park
-    ]
-    return min(candidates, key=_order, default=None)
+    return least_worth(each for each in running if each.instance not in busy and each.facts.priority < urgent)
+
+
+def least_worth(running: Iterable[RunningDenoise]) -> RunningDenoise | None:
+    """Return the one to park first of those that may be parked; None if none may."""
+    return min((each for each in running if each.may_park), key=_order, default=None)
 
 
 def _order(each: RunningDenoise) -> tuple[float, ...]:

@@ -6,8 +6,7 @@ never delays or fails the job that it is of.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 from triptych.roles.head.job import Job
@@ -37,10 +36,19 @@ class Preview:
 
 
 class Previews:
-    """The previews that wait for a decoder, or are at one, oldest first."""
+    """The previews that wait for a decoder, or are at one, oldest first.
 
-    def __init__(self) -> None:
+    Args:
+        load_changed: Called with the name of an instance that was given a preview, or has lost one.
+    """
+
+    def __init__(self, load_changed: Callable[[str], None]) -> None:
+        self._load_changed = load_changed
         self._by_id: dict[str, Preview] = {}
+        self._waiting: dict[str, Preview] = {}
+        self._by_job: dict[str, dict[str, Preview]] = {}
+        self._by_instance: dict[str, dict[str, Preview]] = {}
+        self._leases: set[LeaseRef] = set()
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -54,16 +62,25 @@ class Previews:
             attempt: Of the preview.
             payload: What its denoiser has stored.
         """
-        steps = {preview.step for preview in job.previews}
-        steps |= {preview.step for preview in self._by_id.values() if preview.job_id == job.id}
+        steps = {view.step for view in job.previews} | {preview.step for preview in self.of_job(job.id)}
         if denoise_of(attempt)[1] in {0, *steps} or len(steps) >= wanted:
             return False  # no preview, or one that an earlier attempt has made
-        self._by_id[attempt.job_id] = Preview(attempt, payload)
+        preview = Preview(attempt, payload)
+        self._by_id[attempt.job_id] = self._waiting[attempt.job_id] = preview
+        self._by_job.setdefault(job.id, {})[attempt.job_id] = preview
+        self._leases.add(payload.lease)
         return True
 
-    def waiting(self) -> list[Preview]:
+    def waiting(self) -> tuple[Preview, ...]:
         """Return those that no decoder has, oldest first."""
-        return [preview for preview in self._by_id.values() if not preview.instance]
+        return tuple(self._waiting.values())
+
+    def assign(self, preview: Preview, instance: str) -> None:
+        """Give a waiting preview to a decoder."""
+        preview.instance = instance
+        del self._waiting[preview.attempt.job_id]
+        self._by_instance.setdefault(instance, {})[preview.attempt.job_id] = preview
+        self._load_changed(instance)
 
     def find(self, attempt: Attempt, instance: str) -> Preview | None:
         """Return the preview of that attempt if it is assigned to the instance."""
@@ -75,24 +92,36 @@ class Previews:
         preview = self._by_id.get(attempt.job_id)
         return preview if preview and preview.attempt == attempt else None
 
-    def load(self) -> Counter[str]:
-        """Return how many each instance has, by name."""
-        return Counter(preview.instance for preview in self._by_id.values() if preview.instance)
+    def load(self, instance: str) -> int:
+        """Return how many an instance has."""
+        return len(self._by_instance.get(instance, ()))
+
+    def of_job(self, job_id: str) -> tuple[Preview, ...]:
+        """Return those of a job."""
+        return tuple(self._by_job.get(job_id, {}).values())
+
+    def on(self, instance: str) -> tuple[Preview, ...]:
+        """Return those that an instance has."""
+        return tuple(self._by_instance.get(instance, {}).values())
+
+    def stored_in(self, pool: str) -> tuple[Preview, ...]:
+        """Return those that a pool has."""
+        return tuple(preview for preview in self._by_id.values() if preview.payload.lease.pool == pool)
 
     @property
-    def leases(self) -> set[LeaseRef]:
+    def leases(self) -> Set[LeaseRef]:
         """Return the blocks that previews need."""
-        return {preview.payload.lease for preview in self._by_id.values()}
+        return self._leases
 
-    def remove(self, attempt: Attempt) -> tuple[LeaseRef, ...]:
+    def remove(self, preview: Preview) -> LeaseRef:
         """Forget a preview; return the lease to release."""
-        if self.get(attempt) is None:
-            return ()
-        return (self._by_id.pop(attempt.job_id).payload.lease,)
-
-    def remove_if(self, doomed: Callable[[Preview], bool]) -> list[Preview]:
-        """Forget some previews and return them: their leases are to be released, and their decoders told."""
-        gone = [preview for preview in self._by_id.values() if doomed(preview)]
-        for preview in gone:
-            del self._by_id[preview.attempt.job_id]
-        return gone
+        id_, job_id = preview.attempt.job_id, preview.job_id
+        del self._by_id[id_], self._by_job[job_id][id_]
+        if not self._by_job[job_id]:
+            del self._by_job[job_id]
+        self._waiting.pop(id_, None)
+        if preview.instance:
+            del self._by_instance[preview.instance][id_]
+            self._load_changed(preview.instance)
+        self._leases.discard(preview.payload.lease)
+        return preview.payload.lease

@@ -42,6 +42,9 @@ class PromptCache:
         self._entries: dict[bytes, StoredPayload] = {}
         self._keys: dict[LeaseRef, bytes] = {}
         self._unshared: dict[bytes, None] = {}
+        self._prompts: dict[bytes, bytes] = {}
+        """The key without a seed of each entry."""
+        self._changed: set[bytes] = set()
 
     def __contains__(self, lease: LeaseRef) -> bool:
         return lease in self._keys
@@ -91,9 +94,21 @@ class PromptCache:
 
     # -- entries
 
+    def _candidates(self, key: bytes, seed: int) -> tuple[bytes, ...]:
+        return (key, _seeded(key, seed)) if key in self._unshared else (key,)
+
+    def has(self, key: bytes, seed: int) -> bool:
+        """Return whether there are outputs for every seed, or for this one; this is no use of them."""
+        return any(candidate in self._entries for candidate in self._candidates(key, seed))
+
+    def take_changed(self) -> set[bytes]:
+        """Return the keys of which `has` or `can_share` may return something else than at the last call."""
+        changed, self._changed = self._changed, set()
+        return changed
+
     def find(self, key: bytes, seed: int) -> StoredPayload | None:
         """Return the cached outputs for every seed, else for this one, else None."""
-        for candidate in (key, _seeded(key, seed)) if key in self._unshared else (key,):
+        for candidate in self._candidates(key, seed):
             if stored := self._entries.pop(candidate, None):
                 self._entries[candidate] = stored
                 return stored
@@ -104,9 +119,11 @@ class PromptCache:
         fits = block_bytes(stored.nbytes) <= self.capacity
         if not (seed_independent and fits):
             self._unshare(key)
-        key = key if seed_independent else _seeded(key, seed)
+        prompt, key = key, key if seed_independent else _seeded(key, seed)
         if not fits or key in self._entries:
             return ()
+        self._prompts[key] = prompt
+        self._changed.add(prompt)
         self._entries[key] = stored
         self._keys[stored.lease] = key
         self.nbytes += block_bytes(stored.nbytes)
@@ -123,11 +140,15 @@ class PromptCache:
         for lease in leases:
             if key := self._keys.pop(lease, None):
                 self.nbytes -= block_bytes(self._entries.pop(key).nbytes)
+                self._changed.add(self._prompts.pop(key))
 
     def _unshare(self, key: bytes) -> None:
         self._unshared[key] = None
+        self._changed.add(key)
         if len(self._unshared) > MAX_UNSHARED_KEYS:
-            del self._unshared[next(iter(self._unshared))]
+            oldest = next(iter(self._unshared))
+            del self._unshared[oldest]
+            self._changed.add(oldest)
 
 
 def _seeded(key: bytes, seed: int) -> bytes:

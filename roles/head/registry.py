@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final
 
 from triptych.engines.parameters.schema import Signature
 from triptych.engines.stages import Stage
@@ -12,6 +14,8 @@ from triptych.roles.head.dispatch import Candidate
 from triptych.roles.messages.common import LeaseRef
 from triptych.roles.messages.requests import InstanceView
 from triptych.roles.messages.stages import RegisterInstance
+
+_STAGES: Final = {stage.value: stage for stage in Stage} | {"monolithic": Stage.ENCODER}
 
 
 class ExitCause(StrEnum):
@@ -96,8 +100,17 @@ class InstanceRecord:
         return ExitCause.STALLED if self.silent_s >= stalled_after_s else ExitCause.CRASHED
 
     def serves(self, stage: Stage) -> bool:
-        """Return whether it takes jobs at `stage`. A monolithic instance takes a job at its first stage, for all."""
-        return self.kind == stage.value or (self.kind == "monolithic" and stage is Stage.ENCODER)
+        """Return whether it takes jobs at `stage`."""
+        return _STAGES.get(self.kind) is stage
+
+    @property
+    def stage(self) -> Stage | None:
+        """The stage at which it takes jobs. A monolithic instance takes a job at its first stage, for all."""
+        return _STAGES.get(self.kind)
+
+    def candidate(self, load: int) -> Candidate:
+        """Return it as dispatch policies see it; `load` is the number of jobs that are assigned to it."""
+        return Candidate(self.name, self.credits, self.slots, load, self.last_served, self.model, self.pool)
 
     def view(self, running: Iterable[str]) -> InstanceView:
         """Return what `/v1/cluster` shows, with the ids of the jobs that are assigned to it."""
@@ -123,8 +136,21 @@ class InstanceRegistry:
         self.instances: dict[str, InstanceRecord] = {}
         self.pools_away: set[str] = set()
         """Pools that have ended and are not back: instances that use one of them get no jobs."""
+        self.changed: set[str] = set()
+        """Names of instances that may have come, gone or changed since somebody has looked."""
+        self.version = 0
+        """Counts changes other than those of credits and load."""
+        self._slots: Counter[Stage | None] = Counter()
+        """Slots of the registered instances, by stage."""
+        self._kinds: Counter[str] = Counter()
+        """Number of registered instances of each kind."""
         self._fenced: dict[str, int] = {}
         self._turns = 0
+
+    def note_change(self, name: str) -> None:
+        """Note that an instance has come or gone, or takes other jobs than before."""
+        self.changed.add(name)
+        self.version += 1
 
     def register(self, registration: RegisterInstance) -> InstanceRecord:
         """Add an incarnation, in place of an earlier one of that name."""
@@ -148,7 +174,10 @@ class InstanceRegistry:
             stores_checkpoints=registration.stores_checkpoints,
             weights=registration.weights,
         )
+        self.remove(registration.name)
         self.instances[registration.name] = instance
+        self._slots[instance.stage] += instance.slots
+        self._kinds[instance.kind] += 1
         return instance
 
     def generation(self, name: str) -> int:
@@ -171,20 +200,28 @@ class InstanceRegistry:
 
     def remove(self, name: str) -> InstanceRecord | None:
         """Remove an instance that has ended."""
-        return self.instances.pop(name, None)
+        self.note_change(name)
+        if instance := self.instances.pop(name, None):
+            self._slots[instance.stage] -= instance.slots
+            self._kinds[instance.kind] -= 1
+        return instance
 
     def credit(self, name: str, issued: int) -> None:
         """Record the credits that an instance has issued; a smaller number than before changes nothing."""
         if instance := self.instances.get(name):
             instance.issued = max(instance.issued, issued)
+            self.changed.add(name)
 
-    def candidates(self, stage: Stage, load: Mapping[str, int]) -> list[Candidate]:
-        """Return the instances that would take a job for `stage` now; `load` is the number of jobs of each, by name."""
-        return [
-            Candidate(i.name, i.credits, i.slots, load.get(i.name, 0), i.last_served, i.model)
-            for i in self.instances.values()
-            if i.credits > 0 and i.takes_jobs and i.pool not in self.pools_away and i.serves(stage)
-        ]
+    def takes_jobs(self, instance: InstanceRecord) -> bool:
+        """Return whether an instance would take a job for its stage now."""
+        return instance.credits > 0 and instance.takes_jobs and instance.pool not in self.pools_away
+
+    def set_pool_away(self, pool: str, *, away: bool) -> None:
+        """Record that a pool has ended, or is back."""
+        (self.pools_away.add if away else self.pools_away.discard)(pool)
+        for instance in self.instances.values():
+            if instance.pool == pool:
+                self.note_change(instance.name)
 
     def charge(self, name: str) -> None:
         """Spend one credit of an instance, for a job that is assigned to it."""
@@ -192,11 +229,13 @@ class InstanceRegistry:
         self._turns += 1
         instance.spent += 1
         instance.last_served = self._turns
+        self.changed.add(name)
 
     def refund(self, name: str, generation: int) -> None:
         """Return the credit of an attempt that an incarnation did not take; a later incarnation was never charged."""
         if instance := self.incarnation(name, generation):
             instance.spent -= 1
+            self.changed.add(name)
 
     def offer(self, name: str, generation: int, blocks: Iterable[LeaseRef]) -> None:
         """Record the preallocated blocks of an instance."""
@@ -223,11 +262,13 @@ class InstanceRegistry:
         """Assign no more jobs to this incarnation of an instance."""
         if instance := self.instances.get(name):
             instance.draining = True
+            self.note_change(name)
 
     def leave(self, name: str, generation: int) -> None:
         """Note that an incarnation was asked to end: assign it no more jobs, and do not count its end as a crash."""
         if instance := self.incarnation(name, generation):
             instance.draining = instance.leaving = True
+            self.note_change(name)
 
     def heard(self, name: str, generation: int, trouble: str = "") -> bool:
         """Record a heartbeat; return False when that incarnation is not registered."""
@@ -239,7 +280,7 @@ class InstanceRegistry:
 
     def slots(self, stage: Stage) -> int:
         """Return the slots of all registered instances of `stage`."""
-        return sum(i.slots for i in self.instances.values() if i.serves(stage))
+        return self._slots[stage]
 
     def silent(self, listened_s: float, timeout_s: float) -> list[InstanceRecord]:
         """Add `listened_s` to the silence of every instance; return those silent for longer than `timeout_s`."""
@@ -249,7 +290,5 @@ class InstanceRegistry:
 
     def missing_stages(self, without: Collection[str] = ()) -> list[str]:
         """Return the stages without a registered instance, not counting those whose pools are in `without`."""
-        present = [i for i in self.instances.values() if i.pool not in without]
-        if any(i.kind == "monolithic" for i in present):
-            return []
-        return [p.value for p in Stage if not any(i.serves(p) for i in present)]
+        kinds = Counter(i.kind for i in self.instances.values() if i.pool not in without) if without else self._kinds
+        return [] if kinds["monolithic"] else [stage.value for stage in Stage if not kinds[stage.value]]

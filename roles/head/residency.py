@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import inf
 
 from triptych.actors import Component, Topology
 from triptych.engines.stages import Stage
 from triptych.roles.head.registry import InstanceRecord
 from triptych.roles.head.served_models import ServedModel, ServedModels
 
+PLAN_EVERY_S = 0.2
+"""Seconds for which a plan holds if no instance has changed and no model has come to, or run out of, work. The plan
+looks at all instances; what else it goes by is time."""
 RETRY_S = 5.0
 """Seconds between two tries to wake an instance that found too little memory."""
 BytesByDevice = Mapping[str, int]
@@ -149,6 +153,8 @@ class ResidencyManager:
         self._turn_s = topology.memory.turn_s
         self._roles = {served.key: _roles(topology.components, served) for served in models.all}
         self._hosts = {component.name: component.host for component in topology.components}
+        self._kinds = {key: len({role.kind for role in roles}) for key, roles in self._roles.items()}
+        """Number of kinds of roles of a model, by its key."""
         self._decided: dict[str, bool] = {}
         self._to_wake_since: dict[str, float] = {}
         self._awake_since: dict[str, float] = {}
@@ -159,6 +165,8 @@ class ResidencyManager:
         """When an instance was last told to wake."""
         self._weights: dict[str, int] = {}
         """Bytes of weights by instance, as last reported."""
+        self._planned_at = -inf
+        self._planned_for: object = None
 
     def state(self, served: ServedModel) -> ResidencyState:
         """Return the state of a model."""
@@ -182,7 +190,15 @@ class ResidencyManager:
         self._wake_requested.add(served.key)
 
     def update(self, now: float) -> None:
-        """Plan, and carry it out; `now` is in seconds of a monotonic clock."""
+        """Plan, and carry it out, if the last plan is old or of another situation; `now` is of a monotonic clock."""
+        situation = [(s.registry.version, s.begun, bool(s.jobs)) for s in self._models.schedulers]
+        asked = (frozenset(self._sleep_requested), frozenset(self._wake_requested))
+        if now - self._planned_at < PLAN_EVERY_S and (situation, asked) == self._planned_for:
+            return
+        self._planned_at, self._planned_for = now, (situation, asked)
+        self._plan(now)
+
+    def _plan(self, now: float) -> None:
         present = [served for served in self._models.all if served.scheduler.registry.instances]
         residents = [self._resident(served, now) for served in present]
         made = plan_residency(residents, self._budgets_of([resident.needs for resident in residents]), self._turn_s)
@@ -267,8 +283,7 @@ class ResidencyManager:
         instance = served.scheduler.registry.instances.get(name)
         if instance and instance.wake_error and not instance.awake:
             return self._budget(instance.device)
-        kinds = {component.kind for component in self._roles[served.key]}
-        return self._weights.get(name) or served.weight_file_bytes // len(kinds)
+        return self._weights.get(name) or served.weight_file_bytes // self._kinds[served.key]
 
     def _budgets_of(self, needs: Iterable[BytesByDevice]) -> BytesByDevice:
         """Return the budgets of the devices in `needs`."""
@@ -321,8 +336,8 @@ def _sum(needs: Iterable[BytesByDevice]) -> BytesByDevice:
 
 
 def _may_sleep(served: ServedModel) -> list[InstanceRecord]:
-    load = served.scheduler.load()
-    return [i for i in served.scheduler.registry.instances.values() if i.awake and not (load[i.name] or i.draining)]
+    scheduler = served.scheduler
+    return [i for i in scheduler.registry.instances.values() if i.awake and not (i.draining or scheduler.load(i.name))]
 
 
 def _covers_all_stages(instances: Collection[InstanceRecord], *, awake: bool) -> bool:

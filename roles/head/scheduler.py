@@ -5,7 +5,7 @@ Each method for an event changes the state and queues effects, which the effect 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from typing import TypeAlias
 
 from triptych.engines.memory.buddy import block_bytes
@@ -76,10 +76,6 @@ class SourceGoneError(Exception):
         super().__init__("its stored tensors are gone")
 
 
-def _has_started(job: Job) -> bool:
-    return bool(job.instance or job.stored) or job.state not in (State.PENDING, State.ENCODER_WAITING)
-
-
 def _why_convicted(job: Job, name: str) -> str:
     others = f"after {job.shared_deaths} instances that died while they computed it among others"
     return f"{name} died while it computed this job alone, {others}"
@@ -99,12 +95,14 @@ class JobScheduler(SchedulingState):
         self.requests[request.id] = request
         if request.idempotency_key:
             self.by_key[request.idempotency_key] = request
-        self.jobs.update({job.id: job for job in request.jobs if not job.terminal})
+        for job in request.jobs:
+            if not job.terminal:
+                self.add(job)
         for job in request.jobs:
             if job.state is State.PENDING:
                 job.attempt = 1
                 job.advance(State.ENCODER_WAITING, now)
-                self.dirty.add(job.id)
+                self.changed(job)
 
     def resume(self, request: Request, pools: Collection[str], instances: Collection[str], now: float) -> None:
         """Add an active request of an earlier head.
@@ -169,10 +167,10 @@ class JobScheduler(SchedulingState):
         if registration.awake or registration.weights:
             self._update_signature(registration.kind, registration.signature)
         assigned = set(registration.running)
-        for job in [u for u in self.jobs.values() if u.instance == registration.name]:
+        for job in self.jobs.on(registration.name):
             if job.current_attempt not in assigned:
                 self._retry(job, f"{registration.name} came back without it", now, counts=False)
-        self._drop_previews(lambda p: p.instance == registration.name and p.attempt not in assigned)
+        self._drop_previews(p for p in self.previews.on(registration.name) if p.attempt not in assigned)
         return tuple(w for w in registration.running if not self._is_assigned(registration.name, w))
 
     def _update_signature(self, kind: str, signature: Signature) -> None:
@@ -186,6 +184,7 @@ class JobScheduler(SchedulingState):
             instance = self.registry.instances[name]
             if instance.awake != awake and not instance.changing_to:
                 instance.changing_to = "wake" if awake else "sleep"
+                self.registry.note_change(name)
                 self.effects.append(SetInstanceAwake(name, awake))
 
     def wake_changed(self, name: str, generation: int, report: InstanceWakeChanged) -> bool:
@@ -196,6 +195,7 @@ class JobScheduler(SchedulingState):
         instance.changing_to = ""
         instance.awake = report.awake
         instance.wake_error = report.trouble
+        self.registry.note_change(name)
         if report.awake:
             instance.signature, instance.weights = report.signature, report.weights
             self._update_signature(instance.kind, report.signature)
@@ -205,23 +205,22 @@ class JobScheduler(SchedulingState):
         """Record that an instance could not be told to sleep or wake, or refused."""
         if instance := self.registry.incarnation(name, generation):
             instance.changing_to = ""
+            self.registry.note_change(name)
 
     @property
     def begun(self) -> bool:
         """Return whether a job is under way: assigned to an instance, or between two stages."""
-        return any(_has_started(job) for job in self.jobs.values())
+        return self.jobs.begun > 0
 
     def instance_views(self) -> tuple[InstanceView, ...]:
         """Return what clients may see of the instances."""
-        running: dict[str, list[str]] = {}
-        for job in self.jobs.values():
-            running.setdefault(job.instance, []).append(job.id)
-        return tuple(i.view(running.get(i.name, ())) for i in self.registry.instances.values())
+        return tuple(i.view(job.id for job in self.jobs.on(i.name)) for i in self.registry.instances.values())
 
     @property
     def waiting_s(self) -> float | None:
         """Return the seconds that the oldest unassigned job has waited; None if there is none."""
-        return max((job.stage_s for job in self.jobs.values() if not job.instance), default=None)
+        since = self.jobs.unassigned_since
+        return None if since is None else self.jobs.clock.now - since
 
     def instance_down(self, name: str, cause: str, now: float, end: ExitCause = ExitCause.CRASHED) -> None:
         """Remove an instance that has ended, and retry its jobs.
@@ -229,7 +228,7 @@ class JobScheduler(SchedulingState):
         Only a crash counts as a failure of the job, and not while it computed several: one of them may be the cause.
         """
         self.registry.remove(name)
-        assigned = [job for job in self.jobs.values() if job.instance == name]
+        assigned = self.jobs.on(name)
         computed = sum(job.running for job in assigned)
         crashed = end is ExitCause.CRASHED
         if crashed and computed > 1:
@@ -242,7 +241,7 @@ class JobScheduler(SchedulingState):
             job.deaths += died
             job.stalls += job.running and end is ExitCause.STALLED
             self._retry(job, f"{name}: {cause}", now, counts=crashed and not shared, fatal=fatal)
-        self._drop_previews(lambda preview: preview.instance == name)
+        self._drop_previews(self.previews.on(name))
 
     def connection_lost(self, name: str, generation: int, now: float) -> bool:
         """Handle the end of an incarnation's process; return False if it is not registered any more."""
@@ -264,12 +263,14 @@ class JobScheduler(SchedulingState):
 
     def pool_down(self, pool: str, older_than: int, now: float) -> None:
         """Handle the loss of the tensors stored in earlier generations of a pool."""
-        for job in self.stored_outputs.lose(pool, older_than):
-            self.dirty.add(job.id)
+        losers = self.stored_outputs.lose(pool, older_than)
+        self.jobs.refile_all()  # others may have lost their checkpoints
+        for job in losers:
+            self.changed(job)
             # The instance that has the job may have loaded it already, and reports if it has not.
             if not job.instance:
                 self._retry(job, f"{pool}: its stored tensors are gone", now, counts=False)
-        self._drop_previews(lambda p: p.payload.lease.pool == pool and p.payload.lease.pool_generation < older_than)
+        self._drop_previews(p for p in self.previews.stored_in(pool) if p.payload.lease.pool_generation < older_than)
 
     def evict(self, pool: str, nbytes: int) -> int:
         """Release cached outputs in a pool that has no free block; return the bytes released."""
@@ -279,11 +280,13 @@ class JobScheduler(SchedulingState):
 
     def evict_checkpoints(self, pool: str, nbytes: int) -> int:
         """Release previews that wait, and checkpoints, in a pool that has no free block; return the bytes released."""
-        dropped = self._drop_previews(lambda p: not p.instance and p.payload.lease.pool == pool)
+        dropped = self._drop_previews(p for p in self.previews.stored_in(pool) if not p.instance)
         freed = sum(block_bytes(lease.nbytes) for lease in dropped)
         before = [job for job in self.jobs.values() if job.checkpoint]
         leases = self.stored_outputs.evict_checkpoints(pool, nbytes - freed)
-        self.dirty.update(job.id for job in before if not job.checkpoint)
+        for job in before:
+            if not job.checkpoint:
+                self.changed(job)
         self.give_back(leases)
         return freed + sum(block_bytes(lease.nbytes) for lease in leases)
 
@@ -305,6 +308,7 @@ class JobScheduler(SchedulingState):
         self.give_back(self.stored_outputs.clear())
         for request in self.requests.values():
             request.prompt_key = b""
+        self.jobs.refile_all()
 
     def requeue_orphans(self, now: float) -> None:
         """Retry the jobs that no instance has claimed after a restart of the head."""
@@ -369,7 +373,7 @@ class JobScheduler(SchedulingState):
         job.resumed_from = checkpoint.step if checkpoint else 0
         job.steps_redone += max(0, job.steps_lost_at - job.resumed_from)
         job.steps_lost_at = job.resumed_from
-        self.dirty.add(job.id)
+        self.changed(job)
         return checkpoint.payload if checkpoint else None
 
     def _hints(self, job: Job) -> SchedulingHints:
@@ -404,7 +408,7 @@ class JobScheduler(SchedulingState):
         if job.state is not RUNNING[stage]:
             job.advance(RUNNING[stage], now)
         job.instances[stage.value] = name
-        self.dirty.add(job.id)
+        self.changed(job)
         return True
 
     def progress(self, attempt: Attempt, step: int, total_steps: int) -> None:
@@ -427,7 +431,7 @@ class JobScheduler(SchedulingState):
         if job.checkpoint and job.checkpoint.payload.lease == lease:  # told again
             return True
         self.give_back(self.stored_outputs.put_checkpoint(job, report.step, report.stored))
-        self.dirty.add(job.id)
+        self.changed(job)
         return True
 
     def stored(self, instance: str, report: StageOutputsStored, now: float) -> bool:
@@ -452,8 +456,8 @@ class JobScheduler(SchedulingState):
                 self.stored_outputs.offer(key, job.seed, report.stored, seed_independent=report.seed_independent)
             )
         job.advance(next(WAITING[p] for p, upstream in UPSTREAM.items() if upstream is stage), now)
-        self._drop_previews(lambda preview: preview.job_id == job.id and not preview.instance)
-        self.dirty.add(job.id)
+        self._drop_previews(preview for preview in self.previews.of_job(job.id) if not preview.instance)
+        self.changed(job)
         return True
 
     def preview_stored(self, instance: str, report: PreviewStored) -> bool:
@@ -544,20 +548,18 @@ class JobScheduler(SchedulingState):
 
     def elapse(self, seconds: float, now: float) -> None:
         """Add `seconds` to all clocks; time out the jobs that exceed a limit of their request or stage."""
-        for job in list(self.jobs.values()):
-            job.left_s -= seconds
-            job.stage_s += seconds
+        self.jobs.clock.now += seconds
+        for job in self.jobs.take_expired():
             bound_s = self.running_timeout_s if job.running else self.waiting_timeout_s
             if job.left_s <= 0:
                 request = self.requests[job.request_id]
                 given_s = request.times_out_at - request.created_at
                 bound = f"[head] request_timeout_s = {given_s:g}"
                 reason = f"still {job.state} after {given_s - job.left_s:.3g} s ({bound}){self._trouble(job)}"
-                self._stop(job, State.TIMED_OUT, reason, now)
-            elif bound_s and job.stage_s >= bound_s:
+            else:
                 key = "running_timeout_s" if job.running else "waiting_timeout_s"
                 reason = f"{job.state} for {job.stage_s:.3g} s ([head] {key} = {bound_s:g}){self._trouble(job)}"
-                self._stop(job, State.TIMED_OUT, reason, now)
+            self._stop(job, State.TIMED_OUT, reason, now)
 
     def _trouble(self, job: Job) -> str:
         """Return the problem that the job's instance waits for, as an addition to a sentence."""
@@ -576,10 +578,7 @@ class JobScheduler(SchedulingState):
 
     def counts(self) -> dict[str, int]:
         """Return the number of active jobs by state."""
-        counts: dict[str, int] = {}
-        for job in self.jobs.values():
-            counts[job.state.value] = counts.get(job.state.value, 0) + 1
-        return counts
+        return {state.value: number for state, number in self.jobs.counts.items()}
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Remove those of the requests that are terminal."""
@@ -602,15 +601,16 @@ class JobScheduler(SchedulingState):
         if not self.model:
             return
         instances = self.registry.instances.values()
-        for job in [u for u in self.jobs.values() if u.made_with_older_weights(self.model) and not u.instance]:
-            if not any(i.model == job.model and job.stage and i.serves(job.stage) for i in instances):
+        for job in self.jobs.with_other_weights(self.model):
+            able = (i for i in instances if i.model == job.model and job.stage and i.serves(job.stage))
+            if not (job.instance or any(able)):
                 self.give_back(self.stored_outputs.drop(job))
                 self._retry(job, "the model has changed", now, counts=False)
         if self.reloading and not self.restarting:
             self.reloading = any(i.model != self.model for i in instances)
             if chosen := next_to_restart(instances, self.jobs.values(), self.model):
                 self.restarting = chosen.name
-                chosen.draining = True
+                self.registry.drain(chosen.name)
                 self.effects.append(RestartInstance(chosen.name))
 
     # -- inside
@@ -624,27 +624,27 @@ class JobScheduler(SchedulingState):
 
     def _preview_finished(self, preview: Preview, report: StageFinished) -> None:
         """Show a preview with its job."""
-        self.give_back(self.previews.remove(preview.attempt))
+        self.give_back((self.previews.remove(preview),))
         job = self.jobs[preview.job_id]
         job.previews = sorted([*job.previews, PreviewView(preview.step, report.artifact)], key=lambda view: view.step)
-        self.dirty.add(job.id)
+        self.changed(job)
 
     def _forget_preview(self, attempt: Attempt) -> bool:
         """Forget a preview that came to nothing; return whether it was one."""
         preview = self.previews.get(attempt)
         if preview:
-            self.give_back(self.previews.remove(attempt))
+            self.give_back((self.previews.remove(preview),))
         return preview is not None
 
-    def _drop_previews(self, doomed: Callable[[Preview], bool]) -> tuple[LeaseRef, ...]:
+    def _drop_previews(self, doomed: Iterable[Preview]) -> tuple[LeaseRef, ...]:
         """Forget previews and tell their decoders; return their leases, which are released."""
-        gone = self.previews.remove_if(doomed)
-        for preview in gone:
+        leases: list[LeaseRef] = []
+        for preview in doomed:
+            leases.append(self.previews.remove(preview))
             if preview.instance in self.registry.instances:
                 self.effects.append(Cancel(preview.instance, preview.attempt, "the preview is not wanted any more"))
-        leases = tuple(preview.payload.lease for preview in gone)
-        self.give_back(leases)
-        return leases
+        self.give_back(tuple(leases))
+        return tuple(leases)
 
     def _let_go(self, job: Job) -> None:
         job.instance = ""
@@ -668,7 +668,7 @@ class JobScheduler(SchedulingState):
         target = WAITING[job.resume_stage(stage)]
         if job.state is not target:
             job.transition(target, now, cause)
-        self.dirty.add(job.id)
+        self.changed(job)
 
     def _why_given_up(self, job: Job) -> str:
         if job.deaths >= MAX_DEATHS:
@@ -685,10 +685,10 @@ class JobScheduler(SchedulingState):
     def _end(self, job: Job, state: State, reason: str, now: float) -> None:
         self._let_go(job)
         self.give_back(self.stored_outputs.drop(job))
-        self._drop_previews(lambda preview: preview.job_id == job.id)
+        self._drop_previews(self.previews.of_job(job.id))
         job.transition(state, now, reason)
-        del self.jobs[job.id]
-        self.dirty.add(job.id)
+        self.remove(job)
+        self.changed(job)
         request = self.requests[job.request_id]
         if state is State.DONE:
             self.tally.completed += 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from typing import Final
 
 from triptych.engines.memory.buddy import block_bytes
 from triptych.engines.stages import Stage
-from triptych.roles.head.job import RUNNING, STAGE_OF, UPSTREAM, WAITING, Checkpoint, Job, StoredOutput
+from triptych.roles.head.active_jobs import ActiveJobs
+from triptych.roles.head.job import UPSTREAM, Checkpoint, Job, StoredOutput
 from triptych.roles.head.prompt_cache import PromptCache
 from triptych.roles.head.registry import InstanceRegistry
 from triptych.roles.messages.common import LeaseRef, StoredPayload
@@ -32,10 +34,21 @@ class StoredOutputs:
     def __init__(self, jobs: Mapping[str, Job], cache: PromptCache | None = None) -> None:
         self.cache = PromptCache() if cache is None else cache
         self._jobs = jobs
+        self._users: Counter[LeaseRef] = Counter()
+        """How many jobs need a block."""
+
+    def add(self, job: Job) -> None:
+        """Count the blocks that a new active job needs."""
+        self._users.update(job.leases)
 
     def needs(self, lease: LeaseRef) -> bool:
         """Return whether a job or the cache needs the block."""
-        return lease in self.cache or any(lease in job.leases for job in self._jobs.values())
+        return lease in self._users or lease in self.cache
+
+    def _unuse(self, lease: LeaseRef) -> None:
+        self._users[lease] -= 1
+        if not self._users[lease]:
+            del self._users[lease]
 
     @property
     def leases(self) -> set[LeaseRef]:
@@ -44,13 +57,14 @@ class StoredOutputs:
 
     @property
     def _used(self) -> set[LeaseRef]:
-        return {lease for job in self._jobs.values() for lease in job.leases}
+        return set(self._users)
 
     def put(self, job: Job, stage: Stage, payload: StoredPayload) -> tuple[LeaseRef, ...]:
         """Set the stored output of a job, in place of the previous one; return the leases to release."""
         # What is encoded again is the same, so that the denoise can still go on.
         freed = self._drop_output(job) if stage is Stage.ENCODER else self.drop(job)
         job.stored = StoredOutput(stage, payload)
+        self._users[payload.lease] += 1
         return freed
 
     def drop(self, job: Job) -> tuple[LeaseRef, ...]:
@@ -66,18 +80,25 @@ class StoredOutputs:
     def _drop_output(self, job: Job) -> tuple[LeaseRef, ...]:
         lease = job.lease
         job.forget_stored()
-        return () if lease is None or self.needs(lease) else (lease,)
+        if lease is None:
+            return ()
+        self._unuse(lease)
+        return () if self.needs(lease) else (lease,)
 
     def put_checkpoint(self, job: Job, step: int, payload: StoredPayload) -> tuple[LeaseRef, ...]:
         """Set the checkpoint of a job, in place of the previous one; return the leases to release."""
         freed = self.drop_checkpoint(job)
         job.checkpoint = Checkpoint(step, payload)
+        self._users[payload.lease] += 1
         return freed
 
     def drop_checkpoint(self, job: Job) -> tuple[LeaseRef, ...]:
         """Remove the checkpoint of a job, which then begins its denoise again; return the leases to release."""
         checkpoint, job.checkpoint = job.checkpoint, None
-        return (checkpoint.payload.lease,) if checkpoint else ()
+        if checkpoint is None:
+            return ()
+        self._unuse(checkpoint.payload.lease)
+        return (checkpoint.payload.lease,)
 
     def evict_checkpoints(self, pool: str, nbytes: int) -> tuple[LeaseRef, ...]:
         """Remove checkpoints of `nbytes` bytes, those of running jobs first; return the leases to release."""
@@ -125,14 +146,14 @@ class StoredOutputs:
         self.cache.drop([lease for lease in self.cache.leases if gone(lease)])
         for job in self._jobs.values():
             if job.checkpoint and gone(job.checkpoint.payload.lease):
-                job.checkpoint = None
+                self.drop_checkpoint(job)
         losers = [job for job in self._jobs.values() if job.lease and gone(job.lease)]
         for job in losers:
-            job.forget_stored()
+            self._drop_output(job)
         return losers
 
 
-def downstream_capacity(stage: Stage, jobs: Collection[Job], registry: InstanceRegistry) -> int:
+def downstream_capacity(stage: Stage, jobs: ActiveJobs, registry: InstanceRegistry) -> int:
     """Return how many more jobs may be stored for the stage after `stage`; may be negative."""
     after = next((p for p, upstream in UPSTREAM.items() if upstream is stage), None)
     if after is None:
@@ -141,8 +162,6 @@ def downstream_capacity(stage: Stage, jobs: Collection[Job], registry: InstanceR
     slots = registry.slots(after) or registry.configured.get(after, 0)
     if not slots:
         return UNBOUNDED
-    under_way = {WAITING[after], RUNNING[after], RUNNING[stage]}
-    ahead = sum(u.state in under_way or (STAGE_OF.get(u.state) is stage and bool(u.instance)) for u in jobs)
     # Few decoders keep up with many denoises in turns or batches, and must not leave slots of denoisers empty.
     ahead_of_slots = max(slots, registry.slots(stage)) if stage is Stage.DENOISER else slots
-    return LOOKAHEAD * slots + ahead_of_slots - ahead
+    return LOOKAHEAD * slots + ahead_of_slots - jobs.under_way(stage, after)

@@ -8,7 +8,7 @@ from triptych.actors import Model
 from triptych.actors.topology import ModelSection, RoleSection
 from triptych.engines.parameters.schema import Parameter, ParameterKind, Signature
 from triptych.engines.stages import Stage
-from triptych.roles.head.dispatch import POLICIES
+from triptych.roles.head.dispatch import POLICIES, DispatchPolicy
 from triptych.roles.head.effects import Effect
 from triptych.roles.head.job import Job, Request
 from triptych.roles.head.prompt_cache import PromptCache
@@ -26,8 +26,10 @@ SIGNATURE = Signature(
 )
 
 
-def make_scheduler(*, cache: int = 0, **options: float | str) -> JobScheduler:
-    scheduler = JobScheduler(POLICIES["round_robin"], **options)  # type: ignore[arg-type]
+def make_scheduler(
+    *, cache: int = 0, dispatch_policy: DispatchPolicy = POLICIES["round_robin"], **options: float | str
+) -> JobScheduler:
+    scheduler = JobScheduler(dispatch_policy, **options)  # type: ignore[arg-type]
     scheduler.stored_outputs.cache = PromptCache(cache, "tiny")
     return scheduler
 

@@ -8,7 +8,8 @@ from typing import get_args
 import pytest
 
 from triptych.actors.topology.sections import SchedulingPolicyName
-from triptych.tools.simulate import Costs, Simulation, System, main, make_trace, percentile, summarize
+from triptych.tools.simulate.__main__ import main
+from triptych.tools.simulate.policies import Costs, Simulation, System, make_trace, percentile, summarize
 
 COSTS = Costs()
 
@@ -36,11 +37,32 @@ def test_every_request_ends_and_an_idle_system_takes_the_time_alone(policy: Sche
 
 
 def test_the_command_prints_a_line_for_each_policy(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--requests", "20", "--load", "0.5", "--json", "--policy", "fifo", "--policy", "fair"]) == 0
+    trace = ["policies", "--requests", "20", "--load", "0.5"]
+    assert main([*trace, "--json", "--policy", "fifo", "--policy", "fair"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["policy"] for row in rows] == ["fifo", "fair"]
-    assert main(["--requests", "20", "--load", "0.5"]) == 0
+    assert main(trace) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1 + 2 + 4
+
+
+def test_the_real_head_is_driven_without_a_bus_and_ends_all_requests(capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "--instances",
+        "3",
+        "20",
+        "--in-flight",
+        "30",
+        "--requests",
+        "40",
+        "--priorities",
+        "2",
+        "--together",
+        "3",
+    ]
+    assert main(["head", *options, "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["instances"] for row in rows] == [3, 20]
+    assert all(row["requests"] >= 40 and row["event_us"] > 0 for row in rows)
 
 
 def test_a_percentile_is_a_value_that_was_there() -> None:

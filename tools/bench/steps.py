@@ -1,7 +1,7 @@
 """Measure the step scheduler: batches, the cost of stepping, policies, cancellation and checkpoints.
 
 The demo model is served by real clusters of three roles, which run all the time and are asked in turn; the peer is
-diffusers in one process. One thread for each process. Deadlines are measured by `tools.simulate`.
+diffusers in one process. One thread for each process. Deadlines are measured by `tools.simulate.policies`.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from triptych.roles.worker.step_scheduler import StepScheduler
 from triptych.roles.worker.stream_worker import SHORT_STEPS_S
 from triptych.tools.bench.clusters import stdout_to_stderr, write_topology
 from triptych.tools.bench.report import compare
-from triptych.tools.simulate import DEADLINE_FACTOR
-from triptych.tools.simulate import STEPS as MIX
+from triptych.tools.simulate.policies import DEADLINE_FACTOR
+from triptych.tools.simulate.policies import STEPS as MIX
 
 ROUNDS: Final = 5
 MODEL: Final = Path(str(files("triptych"))) / "examples" / "shapes"

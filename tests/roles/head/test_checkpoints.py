@@ -202,7 +202,9 @@ def test_other_weights_do_not_go_on_with_it() -> None:
     save(scheduler, job, 20, 2)
     scheduler.instance_down("denoiser-0", "killed", 3.0, ExitCause.CRASHED)
     job.model = "older"
+    scheduler.changed(job)
     scheduler.registry.instances["denoiser-1"].model = "older"
+    scheduler.registry.note_change("denoiser-1")
     after(scheduler)
     assert job.checkpoint, "the same weights"
     scheduler.instance_down("denoiser-1", "killed", 3.0, ExitCause.CRASHED)

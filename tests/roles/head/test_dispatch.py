@@ -71,8 +71,7 @@ def test_a_policy_may_go_by_the_inputs_of_a_request() -> None:
             kept = [candidate for candidate in candidates if candidate.name == request.inputs.get("lora")]
             return (kept or candidates)[0]
 
-    scheduler = make_scheduler()
-    scheduler.dispatch_policy = Affinity()
+    scheduler = make_scheduler(dispatch_policy=Affinity())
     for name in ("encoder-0", "encoder-1"):
         scheduler.register(registration(name), 0.0)
     for id_, inputs in (("inked", {"lora": "encoder-1"}), ("plain", {})):

@@ -124,7 +124,8 @@ def test_a_step_of_the_clock_neither_ends_a_request_nor_keeps_it(
             assert (await harness.view()).state == "ENCODER_RUNNING"
             job = harness.actor.models.all[0].scheduler.jobs["r/0"]
             assert job.left_s <= 500 - TICK_S, "it has what it had left, and no more"
-            job.left_s = 2 * TICK_S
+            job.expires_at = job.clock.now + 2 * TICK_S
+            harness.actor.models.all[0].scheduler.changed(job)
             view = await harness.head.ask(
                 requests.WaitRequest("r", BOUND_S), requests.RequestView, timeout_s=2 * BOUND_S
             )

@@ -19,7 +19,7 @@ from triptych.roles.messages.common import LeaseRef, Output, StoredPayload
 
 
 def job_in(state: State) -> Job:
-    return Job("r/0", "r", 0, 7, left_s=100.0, state=state)
+    return Job("r/0", "r", 0, 7, expires_at=100.0, state=state)
 
 
 def stored(n: int = 0) -> StoredPayload:

@@ -179,9 +179,11 @@ def test_nothing_is_parked_without_need() -> None:
     assert denoised(scheduler, "high", 1)[1] == []
     scheduler = scheduler_of()
     scheduler.registry.instances["denoiser-0"].model = "older"
+    scheduler.registry.note_change("denoiser-0")
     assert denoised(scheduler, "high", 1)[1] == []
     scheduler = scheduler_of()
     scheduler.jobs["low0/0"].shared_deaths = SUSPECT_AFTER
+    scheduler.changed(scheduler.jobs["low0/0"])
     assert denoised(scheduler, "high", 1)[1] == [], "it is computed alone: its slot would serve nobody"
     scheduler = scheduler_of(slots=2)
     assert len(denoised(scheduler, "high", 1)[1]) == 1

@@ -188,7 +188,7 @@ def test_after_a_change_of_the_topology_pending_requests_are_repeated_or_fail_wi
         with sqlite3.connect(harness.topology.state_dir / "journal.sqlite") as db:
             (body,) = db.execute("SELECT body FROM units WHERE id = 'late/0'").fetchone()
             job = decode_job(body)
-            job.left_s, job.instance = 0.0, "gone-0"
+            job.expires_at, job.instance = 0.0, "gone-0"
             db.execute("UPDATE units SET body = ? WHERE id = 'late/0'", (encode_job(job),))
         async with running_head(load_topology(path), generation=2, pool=Pool("pool-encoder")) as harness:
             view = await harness.view("inked")

@@ -165,6 +165,7 @@ def test_an_instance_is_reserved_for_a_suspect_and_takes_nothing_beside_it() -> 
     scheduler.accept(request("s"), 0.0)
     scheduler.accept(request("t", n=3), 0.0)
     scheduler.jobs["s/0"].shared_deaths = SUSPECT_AFTER
+    scheduler.changed(scheduler.jobs["s/0"])
 
     def end(job_id: str, issued: int) -> list[Effect]:
         job = scheduler.jobs[job_id]
@@ -196,7 +197,7 @@ def test_an_orderly_end_is_not_the_works_fault_however_often(scheduler: JobSched
         scheduler.registry.leave("denoiser-0", generation - 1)
         assert not scheduler.registry.instances["denoiser-0"].draining, "an earlier incarnation said so"
         scheduler.registry.leave("denoiser-0", generation)
-        assert not scheduler.registry.candidates(Stage.DENOISER, scheduler.load())
+        assert not scheduler.free_instances().any(Stage.DENOISER, "")
         if generation % 2:
             assert scheduler.returned("denoiser-0", StageReturned(job.current_attempt, 3), 4.0)
             assert not job.instance
@@ -309,7 +310,8 @@ def test_cancel_stops_the_work_and_returns_the_leases(scheduler: JobScheduler) -
 
 def test_a_request_times_out_by_elapsed_time_and_by_no_clock(scheduler: JobScheduler) -> None:
     job = to_denoiser(scheduler)
-    scheduler.requests["r"].times_out_at = job.left_s = 10.0
+    scheduler.requests["r"].times_out_at = job.expires_at = 10.0
+    scheduler.changed(job)
     scheduler.elapse(9.9, now=1e12)
     assert not job.terminal
     scheduler.elapse(0.1, now=-1e12)
@@ -323,6 +325,7 @@ def test_a_stage_times_out_by_itself_where_it_has_a_bound() -> None:
     scheduler.accept(request("runs"), 0.0)
     runs = scheduler.jobs["runs/0"]
     runs.instance = "encoder-0"
+    scheduler.changed(runs)
     assert scheduler.started(runs.current_attempt, "encoder-0", Stage.ENCODER, 1.0)
     scheduler.elapse(4.0, 5.0)
     assert runs.stage_s == 4.0
@@ -447,9 +450,9 @@ def test_every_slot_of_a_denoiser_is_used_however_few_the_decoder_has() -> None:
 def test_instances_whose_pool_has_ended_get_no_jobs_until_it_is_back(scheduler: JobScheduler) -> None:
     other = msgspec.structs.replace(registration("encoder-1"), pool="pool-b")
     scheduler.register(other, 0.0)
-    scheduler.registry.pools_away.add("pool")
+    scheduler.registry.set_pool_away("pool", away=True)
     for id_ in "abc":
         scheduler.accept(request(id_), 0.0)
     assert [effect for effect in after(scheduler) if isinstance(effect, Assign)] == [Assign("encoder-1", "a/0")]
-    scheduler.registry.pools_away.clear()
+    scheduler.registry.set_pool_away("pool", away=False)
     assert {effect.instance for effect in after(scheduler) if isinstance(effect, Assign)} == {"encoder-0"}

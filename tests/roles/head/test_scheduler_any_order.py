@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import get_args
+from typing import Any, get_args
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -21,6 +21,7 @@ from triptych.roles.messages.common import Artifact, Attempt, LeaseRef
 from triptych.roles.messages.stages import (
     CheckpointStored,
     PreviewStored,
+    RegisterInstance,
     StageFailed,
     StageFinished,
     StageOutputsStored,
@@ -40,7 +41,7 @@ class Traffic(RuleBasedStateMachine):
 
     @initialize(blocks=st.sampled_from([0, 1, 2, 100]), policy=st.sampled_from(get_args(SchedulingPolicyName)))
     def start(self, blocks: int, policy: SchedulingPolicyName) -> None:
-        self.scheduler = make_scheduler(max_attempts=3, cache=blocks * PAGE, policy=policy)
+        self.scheduler = self._made(max_attempts=3, cache=blocks * PAGE, policy=policy)
         self.now = 0.0
         self.leases = 0
         self.pool_generation = 1
@@ -55,11 +56,17 @@ class Traffic(RuleBasedStateMachine):
             for k in range(2):
                 self._join(f"{kind}-{k}")
 
+    def _made(self, **options: Any) -> JobScheduler:
+        return make_scheduler(**options)
+
     def _join(self, name: str) -> None:
         self.generation += 1
         self.assigned[name], self.issued[name] = set(), 2
-        self.scheduler.register(registration(name, generation=self.generation, slots=2), self.now)
+        self.scheduler.register(self._registration(name), self.now)
         self._carry_out()
+
+    def _registration(self, name: str) -> RegisterInstance:
+        return registration(name, generation=self.generation, slots=2)
 
     def _carry_out(self) -> None:
         self.now += 1.0
@@ -97,13 +104,14 @@ class Traffic(RuleBasedStateMachine):
         seed=st.integers(0, 1),
         previews=st.integers(0, 2),
         shared_deaths=st.sampled_from([0, 0, 1, SUSPECT_AFTER]),
+        deadline_s=st.sampled_from([0.0, 3.0, 60.0]),
     )
-    def submit(self, n: int, prompt: str, seed: int, previews: int, shared_deaths: int) -> str:
+    def submit(self, n: int, prompt: str, seed: int, previews: int, shared_deaths: int, deadline_s: float) -> str:
         id_ = f"r{len(self.scheduler.requests)}"
         steps = len(self.scheduler.requests)  # which no encoder reads
         asked = request(id_, n, at=self.now, seed=seed, prompt=prompt, num_inference_steps=steps)
         asked.steps, asked.priority, asked.owner = steps, seed % 3, prompt
-        asked.partial_images = previews
+        asked.partial_images, asked.deadline_s = previews, deadline_s
         for job in asked.jobs:
             job.shared_deaths = shared_deaths
         self.scheduler.accept(asked, self.now)
@@ -260,16 +268,14 @@ class Traffic(RuleBasedStateMachine):
 
     @invariant()
     def no_instance_is_overcommitted(self) -> None:
-        load = self.scheduler.load()
         for instance in self.scheduler.registry.instances.values():
             assert instance.credits >= 0
-            assert load[instance.name] <= instance.slots
+            assert self.scheduler.load(instance.name) <= instance.slots
 
     @invariant()
     def a_suspect_has_its_instance_alone(self) -> None:
-        load = self.scheduler.load()
         for job in self.scheduler.jobs.values():
-            assert not (job.suspect and job.instance) or load[job.instance] == 1
+            assert not (job.suspect and job.instance) or self.scheduler.load(job.instance) == 1
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):

@@ -1,4 +1,4 @@
-"""Compare scheduling policies on a simulated system: `python -m triptych.tools.simulate`.
+"""Compare scheduling policies on a simulated system: `python -m triptych.tools.simulate policies`.
 
 A discrete-event simulation. It decides with the objects that decide in a system: `JobScheduler` in the head and a
 `StepScheduler` in each instance, both by the policies of `roles.scheduling_policy`. The time of a stage or a step comes
@@ -12,7 +12,6 @@ import heapq
 import json
 import random
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from triptych.roles.messages.common import Artifact, Attempt, LeaseRef, Output, 
 from triptych.roles.messages.stages import RegisterInstance, StageFinished, StageOutputsStored
 from triptych.roles.worker.attempts import STAGES_OF_ROLE, ActiveAttempt, Phase
 from triptych.roles.worker.step_scheduler import StepScheduler
+from triptych.tools.command import Commands, above_zero, add_subcommand, at_least_one, share, table
 
 SIZES: Final = {512: 4, 768: 3, 1024: 3}
 """Sides of the square images in pixels, and how often each is asked for."""
@@ -41,12 +41,12 @@ DEADLINE_FACTOR: Final = 3.0
 _TIMEOUT_S: Final = 1e7
 """The timeout of a request: none is to time out."""
 _BISECTIONS: Final = 12
-_EXAMPLES: Final = """\
+EXAMPLES: Final = """\
 examples:
-  python -m triptych.tools.simulate                               every policy, where fifo meets 60 % of the deadlines
-  python -m triptych.tools.simulate --load 0.8 --json | jq .      at 80 % of the capacity, as JSON lines
-  python -m triptych.tools.simulate --slots 4 --max-batch 4       with batches of four
-  python -m triptych.tools.simulate --requests 100 --seed 3       another, shorter trace
+  python -m triptych.tools.simulate policies                          every policy at 60 % of deadlines met
+  python -m triptych.tools.simulate policies --load 0.8 --json | jq . at 80 % of the capacity, as JSON lines
+  python -m triptych.tools.simulate policies --slots 4 --max-batch 4  with batches of four
+  python -m triptych.tools.simulate policies --requests 100 --seed 3 another, shorter trace
 
 Times are simulated seconds. slowdown_4 is the 95th percentile, over requests of 4 steps, of the time that they took
 divided by their time alone.
@@ -350,60 +350,28 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"policy": name, "load": round(load, 3), "requests": len(trace), **figures}
 
 
-def table(found: Sequence[dict[str, Any]]) -> str:
-    """Return rows as a table in Markdown."""
-    names = list(found[0])
-    lines = [names, ["---"] * len(names), *([str(row[name]) for name in names] for row in found)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def run(options: argparse.Namespace) -> None:
     """Simulate, and print a row for each policy."""
-    options = _parse(arguments)
     if options.json:
         for row in rows(options):
             print(json.dumps(row), flush=True)
-        return 0
+        return
     mix = Counter(arrival.steps for arrival in make_trace(options.requests, 1.0, options.seed))
     print(f"simulated, {options.requests} requests of {', '.join(f'{k} steps: {v}' for k, v in sorted(mix.items()))}")
     print(table(list(rows(options))))
-    return 0
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m triptych.tools.simulate",
-        description="Compare scheduling policies on a simulated system.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_command(commands: Commands) -> None:
+    """Add the command `policies`."""
+    parser = add_subcommand(commands, "policies", "compare scheduling policies on a simulated system", EXAMPLES, run)
     parser.add_argument("--policy", action="append", choices=get_args(SchedulingPolicyName), help="default: all")
-    parser.add_argument("--requests", type=_count, default=1000, help="length of the trace (default: 1000)")
-    parser.add_argument("--load", type=float, help="work that arrives, as a share of the capacity without batches")
+    parser.add_argument("--requests", type=at_least_one, default=1000, help="length of the trace (default: 1000)")
+    parser.add_argument("--load", type=above_zero, help="work that arrives, as a share of the capacity without batches")
     parser.add_argument(
-        "--attainment", type=float, default=0.6, help="without --load: where fifo meets this share (default: 0.6)"
+        "--attainment", type=share, default=0.6, help="without --load: where fifo meets this share (default: 0.6)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the trace (default: 0)")
-    parser.add_argument("--denoisers", type=_count, default=1, help="instances (default: 1)")
-    parser.add_argument("--slots", type=_count, default=8, help="of each denoiser (default: 8)")
-    parser.add_argument("--max-batch", type=_count, default=1, help="of each denoiser (default: 1)")
+    parser.add_argument("--denoisers", type=at_least_one, default=1, help="instances (default: 1)")
+    parser.add_argument("--slots", type=at_least_one, default=8, help="of each denoiser (default: 8)")
+    parser.add_argument("--max-batch", type=at_least_one, default=1, help="of each denoiser (default: 1)")
     parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
-    options = parser.parse_args(arguments)
-    if options.load is not None and options.load <= 0:
-        parser.error("--load must be above 0")
-    if not 0 < options.attainment < 1:
-        parser.error("--attainment must be between 0 and 1")
-    if options.max_batch > options.slots:
-        parser.error("--max-batch must be at most --slots")
-    return options
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
-if __name__ == "__main__":
-    sys.exit(main())
