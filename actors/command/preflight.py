@@ -43,7 +43,8 @@ def preflight(topology: Topology, components: Sequence[Component], *, file: str 
         fix = f'install it with pip install "{backend.install}", or use engine = "{DEFAULT}"'
         problem = f"needs the {engine} engine, which is missing"
         raise TopologyError(file, f'[transfer] engine = "{engine}"', problem, fix)
-    _check_store(topology, file)
+    if kinds - {"pool", "denoiser"}:
+        _check_store(topology, file)
     for component in components:
         if component.on_gpu and not has_accelerator():
             fix = 'use device = "cpu", or run it on a machine with an accelerator'

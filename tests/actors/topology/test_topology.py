@@ -623,6 +623,23 @@ def test_preflight_wants_the_mooncake_wheel(write: Write, monkeypatch: pytest.Mo
     preflight(load_topology(write()), topology.components[3:4])
 
 
+def test_preflight_wants_what_the_store_needs_where_it_is_used(
+    write: Write, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topology = load_topology(write(f'[store]\nurl = "{folder / "shared"}"\n'))
+    api = [topology.component("api")]
+    with pytest.raises(TopologyError, match="is not a folder that this user can write to: mount the file system"):
+        preflight(topology, api)
+    (folder / "shared").mkdir()
+    preflight(topology, api)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    topology = load_topology(write('[store]\nurl = "s3://bucket/x"\n'))
+    with pytest.raises(
+        TopologyError, match=r"needs s3fs, which is missing: install it with pip install .triptych\[s3\]"
+    ):
+        preflight(topology, api)
+
+
 def test_the_scheduler_of_a_model_is_a_table_of_options(write: Write) -> None:
     table = '[model.scheduler]\nclass = "euler"\nuse_karras_sigmas = true\nsigmas = [1, 0.5]\n'
     topology = load_topology(write(model=MODEL + "vae_tiling = true\n" + table))
