@@ -40,6 +40,12 @@ def test_what_the_operator_has_set_is_kept():
     assert settings["MC_DISABLE_METACACHE"] == "1"
 
 
+def test_both_ports_of_an_engine_are_bounded_where_the_host_says_so():
+    assert "MC_MIN_RPC_PORT" not in setup.environment("tcp", {})
+    settings = setup.environment("tcp", {}, (21000, 21015))
+    assert (settings["MC_MIN_RPC_PORT"], settings["MC_MAX_RPC_PORT"]) == ("21000", "21015")
+
+
 def test_other_protocols_are_refused():
     assert '"carrier"' in refusal(setup.environment, "carrier", {})
 
