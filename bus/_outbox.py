@@ -381,7 +381,7 @@ class _Connection:
             fix = f"list public_key = {curve.public.decode()!r} for {here} there, and start {host.name} again"
         else:
             what = f"host {host.name} does not have the key that is listed for it here, {host.public.decode()!r}"
-            fix = "correct that and start again, or find out who else has its address"
+            fix = "correct that public_key and start again, or find out who else has its address"
         return f"{self._peer}: {what}: {fix}"
 
     def _on_disconnected(self) -> None:
