@@ -81,11 +81,12 @@ format: $(INSTALLED) ## Format, and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## The benchmarks, as JSON lines
+bench: $(INSTALLED) test-packages ## The benchmarks, as JSON lines
 	$(BIN)/python -m triptych.tools.bench bus
 	$(BIN)/python -m triptych.tools.bench transfer
 	$(BIN)/python -m triptych.tools.bench overhead
 	$(BIN)/python -m triptych.tools.bench steps
+	$(BIN)/python -m triptych.tools.bench hosts
 
 bench-memory: $(INSTALLED) ## What each process holds in memory, in docs/memory.md; some five minutes and 10 GiB
 	$(BIN)/python -m triptych.tools.bench memory --markdown docs/memory.md

@@ -79,7 +79,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "hosts": {
         "family": "flux-any-steps",
         "roles": {"encoder": 1, "denoiser": 1, "decoder": 1},
-        "hosts": {"encoder": ["a"], "denoiser": ["b", "c"], "decoder": ["a"]},
+        "hosts": {"encoder": ["a"], "denoiser": ["b", "c"], "decoder": ["a", "c"]},
         "head": {"host": "a"},
         "transfer": {"trusted_network": True},
         "supervision": {"intensity": 100, "heartbeat_timeout_s": 5},

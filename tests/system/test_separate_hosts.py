@@ -1,4 +1,7 @@
-"""A system on three hosts: head and encoder on a, denoisers on b and c. Nothing accepted is lost with one of them."""
+"""A system on three hosts, of which any may be lost without a request.
+
+a has the head, the encoder and a decoder, b a denoiser, c another denoiser and another decoder.
+"""
 
 from __future__ import annotations
 
@@ -137,7 +140,7 @@ def test_the_clocks_of_hosts_may_differ_by_an_hour(topology_file: Callable[..., 
         clock.step(hours * 3600)
         clocks[host] = clock.environment()
     path = topology_file(
-        hosts={"encoder": ["c"], "denoiser": ["b"], "decoder": ["a"]},
+        hosts={"encoder": ["a"], "denoiser": ["b"], "decoder": ["c"]},
         head={"host": "a"},
         transfer={"trusted_network": True},
     )
