@@ -94,7 +94,7 @@ def cluster_topology(file: str, tables: Mapping[str, Any], options: ManifestOpti
         options: About the cluster.
 
     Raises:
-        TopologyError: a name that Kubernetes does not take.
+        TopologyError: a host without a key, or a name that Kubernetes does not take.
     """
     changed = rebase_models(tables, Path(file).resolve().parent, Path(options.models_path))
     api, bus = changed.setdefault("api", {}), changed.setdefault("bus", {})
@@ -109,10 +109,13 @@ def cluster_topology(file: str, tables: Mapping[str, Any], options: ManifestOpti
         if not _NAME.fullmatch(name) or len(name) > most:
             problem = f"leads to {name}, which is not a name of at most {most} letters, digits and -"
             raise TopologyError(file, f'[[hosts]] "{host["name"]}"', problem, "give it a shorter one, or use --name")
+        if len(changed["hosts"]) > 1 and not host.get("public_key"):
+            fix = f"run `triptych keys {file} --host {host['name']}`, and add the line that it prints"
+            raise TopologyError(file, f'[[hosts]] "{host["name"]}"', "lacks the key public_key", fix)
         for key in ("ssh", "ssh_command", "ssh_folder", "transfer_address"):
             host.pop(key, None)
         host |= {"address": name, "bind": "*"}
-    if changed.get("hosts"):
+    if len(changed.get("hosts", ())) > 1:
         bus["keys"] = str(_KEYS_DIR / _BUS_KEY)
     return tomli_w.dumps(changed)
 
@@ -145,7 +148,7 @@ def make_secrets(topology: Topology, options: ManifestOptions) -> list[Manifest]
 
     They are not among `make_manifests`, so that applying those again leaves the keys alone.
     """
-    bus = [(f"{options.name}-{host.name}-bus", _BUS_KEY) for host in topology.hosts]
+    bus = [(f"{options.name}-{host.name}-bus", _BUS_KEY) for host in _hosts_with_keys(topology)]
     return [
         _object(options, "v1", "Secret", name) | {"type": "Opaque", "stringData": {key: _TEMPLATE}}
         for name, key in (*bus, (f"{options.name}-api", _API_KEYS))
@@ -328,7 +331,7 @@ class _Pod:
 
     @property
     def _volumes(self) -> list[Manifest]:
-        bus = [{"secret": {"name": f"{self.name}-bus"}}] if self.host else []
+        bus = [{"secret": {"name": f"{self.name}-bus"}}] if _hosts_with_keys(self._topology) else []
         api = [{"secret": {"name": f"{self.options.name}-api"}}] if self.is_head else []
         volumes: list[Manifest] = [
             {"name": "topology", "configMap": {"name": f"{self.options.name}-topology"}},
@@ -351,6 +354,11 @@ _CLOSED: Final[Manifest] = {
     "readOnlyRootFilesystem": True,
     "capabilities": {"drop": ["ALL"]},
 }
+
+
+def _hosts_with_keys(topology: Topology) -> tuple[HostSection, ...]:
+    """Return the hosts that have a key of the bus: none of a single one, which reaches nobody."""
+    return topology.hosts if len(topology.hosts) > 1 else ()
 
 
 def _labels(options: ManifestOptions) -> dict[str, str]:

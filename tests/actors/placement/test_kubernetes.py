@@ -299,6 +299,20 @@ def test_a_topology_without_hosts_is_one_pod(file: Path) -> None:
     assert [_name(secret) for secret in secrets] == ["triptych-api"]
 
 
+def test_a_single_host_needs_no_key_of_the_bus(file: Path) -> None:
+    file.write_text('[model]\npath = "flux"\n[[hosts]]\nname = "a"\naddress = "a"\n[[roles]]\nkind = "monolithic"\n')
+    manifests, secrets = made(file), made(file, "--secrets")
+    check(manifests, secrets)
+    assert [_name(secret) for secret in secrets] == ["triptych-api"]
+
+
+def test_a_host_without_a_key_is_refused(file: Path) -> None:
+    file.write_text(THREE.replace("public_key", "# public_key"))
+    showing = CliRunner().invoke(app, ["manifests", str(file)])
+    said = showing.output.replace("\n", "")
+    assert (showing.exit_code, '"a" lacks the key public_key: run `triptych keys' in said) == (2, True)
+
+
 def test_a_changed_topology_is_another_pod(file: Path) -> None:
     before = pods(made(file))
     file.write_text(THREE.replace("shutdown_s = 20", "shutdown_s = 20\nintensity = 6"))
