@@ -187,13 +187,13 @@ class SshLauncher:
             history = decision.history
             delays = delays + 1 if ended.kind is ExitKind.START_DELAYED else 0
             for action in decision.actions:
-                if isinstance(action, Wait):
-                    self._show(host.name, f"{ended.reason}; trying again in {action.seconds:.1f} s")
-                    with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._stopping.wait(), action.seconds)
-                elif isinstance(action, Retire):
+                if isinstance(action, Retire):
                     self._give_up(host, action.reason)
                     return
+            pause = sum(action.seconds for action in decision.actions if isinstance(action, Wait))
+            self._show(host.name, f"{ended.reason}; starting it again{f' in {pause:.1f} s' if pause else ''}")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), pause)
 
     def _give_up(self, host: HostSection, reason: str) -> None:
         self._failed.add(host.name)
