@@ -59,8 +59,8 @@ test-rdma: $(INSTALLED) ## Tests over RDMA, with a device that the kernel of a Q
 	tools/system_packages.sh qemu-system-x86_64:qemu-system-x86 rdma:iproute2
 	$(BIN)/python -m triptych.tools.rdma_guest $(BIN)/python -m pytest -s -m rdma tests/engines/transfer
 
-test-placement: $(INSTALLED) ## Hosts run over a real sshd and a real Slurm, manifests against all of Kubernetes' schemas
-	tools/system_packages.sh sshd:openssh-server slurmctld:slurmctld slurmd:slurmd srun:slurm-client
+test-placement: $(INSTALLED) test-packages ## Hosts run over a real sshd and a real Slurm, manifests against all of Kubernetes' schemas
+	tools/system_packages.sh sshd:openssh-server ps:procps slurmctld:slurmctld slurmd:slurmd srun:slurm-client
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt kubernetes-validate
 	$(BIN)/python -m pytest -m placement tests/placement tests/actors/placement
 

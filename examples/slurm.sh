@@ -2,7 +2,7 @@
 # Runs a topology under Slurm, a job for each of its hosts, which are named like the nodes:
 #
 #   SBATCH_GPUS_PER_NODE=4 examples/slurm.sh three-hosts.toml a b c
-#   scancel --name triptych-a,triptych-b,triptych-c
+#   scancel --name triptych
 #
 # The topology, its models and its keys lie where every node sees them, the state of a host on a disk of its node. The jobs
 # may start in any order. The job of a lost node is queued again by Slurm, and runs when its node is back; within one job of
@@ -12,7 +12,7 @@ set -eu
 file=$(realpath -- "$1")
 shift
 for host in "$@"; do
-    sbatch --job-name="triptych-$host" --nodelist="$host" --nodes=1 --ntasks=1 --requeue \
+    sbatch --job-name=triptych --nodelist="$host" --nodes=1 --ntasks=1 --requeue \
         --open-mode=append --output="${LOGS:-$PWD}/triptych-$host.log" <<END
 #!/bin/bash
 pause=1

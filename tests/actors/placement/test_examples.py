@@ -51,13 +51,13 @@ def test_the_script_for_slurm_submits_a_job_for_each_host(tmp_path: Path) -> Non
     """A program in place of sbatch takes what it is given; a real Slurm is in tests/placement."""
     sbatch = tmp_path / "sbatch"
     sbatch.write_text(
-        f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/"$1".words; bash -n || echo broken > {tmp_path}/bad\n'
+        f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/"$2".words; bash -n || echo broken > {tmp_path}/bad\n'
     )
     sbatch.chmod(0o755)
     (tmp_path / "t x.toml").touch()
     command = ["bash", "-eu", SLURM, tmp_path / "t x.toml", "b", "c"]
     subprocess.run(command, check=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, cwd=tmp_path)
-    words = (tmp_path / "--job-name=triptych-c.words").read_text().splitlines()
+    words = (tmp_path / "--nodelist=c.words").read_text().splitlines()
     assert {"--nodelist=c", "--requeue", "--ntasks=1"} <= set(words)
     assert not (tmp_path / "bad").exists()
 
