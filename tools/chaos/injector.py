@@ -107,13 +107,16 @@ class FaultInjector:
             injection.may_restart = instances
         began = time.monotonic()
         await into_hosts(self._context, cluster, hosts)
-        if await self._joined(hit, instances, began):
+        if await self._joined(cluster, hit, instances, began):
             injection.recovery_s = time.monotonic() - began
 
-    async def _joined(self, components: list[str], instances: tuple[str, ...], began: float) -> bool:
+    async def _joined(
+        self, cluster: HostsCluster, components: list[str], instances: tuple[str, ...], began: float
+    ) -> bool:
         """Wait until all are ready, and the head has those that are instances; return whether it came to that."""
         while time.monotonic() - began < RECOVERY_TIMEOUT_S:
-            ready = [(await self._child(name)).state == ChildState.READY for name in components]
+            await asyncio.to_thread(cluster.start_ended)  # one that was started while the disk was full
+            ready = [await self._is_ready(name) for name in components]
             view = await self._look()
             if all(ready) and view and set(instances) <= {instance.name for instance in view.instances}:
                 return True
@@ -136,6 +139,12 @@ class FaultInjector:
                 return await self._cluster.child(name)
             except BusError:  # its host, or the whole system, is paused or off: ask again
                 await asyncio.sleep(POLL_S)
+
+    async def _is_ready(self, name: str) -> bool:
+        try:
+            return (await self._cluster.child(name)).state == ChildState.READY
+        except BusError:  # its supervisor has not started
+            return False
 
     async def _running(self, name: str) -> ChildReport:
         while True:

@@ -98,6 +98,12 @@ class HostsCluster(ClusterClient):
         self.hosts.start(host)
         self.start(host)
 
+    def start_ended(self) -> None:
+        """Start the parts again that have ended, as a service manager does."""
+        for host, process in tuple(self._up.items()):
+            if process.poll() is not None:
+                self.start(host)
+
     def log(self, host: str) -> str:
         """Return what the processes of a host have written."""
         return (self.hosts.disk(host) / _LOG).read_text()
