@@ -85,6 +85,7 @@ class Head(Actor):
         self.effect_runner = EffectRunner(
             self, self.models, notify=self.requests.notify_waiters, on_outcome=self.commit
         )
+        self._accepting: asyncio.Task[JournalError | None] | None = None
         self.monitor = Monitor(self, self.models, pool_names, self.effect_runner, self.commit)
 
     async def started(self) -> None:
@@ -149,16 +150,30 @@ class Head(Actor):
     # -- clients: requests
 
     async def submit(self, message: requests.SubmitRequest) -> DeferredReply[SubmitAnswer]:
-        """Accept a request: check it, write it to the journal, start it."""
+        """Accept a request: check it, write it to the journal with others that came just now, start it."""
         answer = self.requests.accept(message)
-        if isinstance(answer, requests.RequestAccepted):
-            self.commit()
-        return DeferredReply(self._once_durable(message, answer))
+        if self.requests.has_accepted and self._accepting is None:
+            self._accepting = self.spawn(self._start_accepted(), name="accept")
+        return DeferredReply(self._once_durable(message, answer, self._accepting))
 
-    async def _once_durable(self, message: requests.SubmitRequest, answer: SubmitAnswer) -> SubmitAnswer:
+    async def _start_accepted(self) -> JournalError | None:
+        """Write and start what was accepted while the mailbox had messages; return why that failed."""
+        self._accepting = None
+        try:
+            self.requests.write_accepted()
+        except JournalError as error:
+            return error
+        self.commit()
+        return None
+
+    async def _once_durable(
+        self, message: requests.SubmitRequest, answer: SubmitAnswer, writing: asyncio.Task[JournalError | None] | None
+    ) -> SubmitAnswer:
         """Return the answer once the request is on the disk."""
         if isinstance(answer, requests.RequestRejected):
             return answer
+        if writing and (refused := await asyncio.shield(writing)):
+            return self.requests.not_accepted(refused)
         try:
             await self.requests.synced()
         except JournalError as error:

@@ -242,15 +242,16 @@ class Journal:
 
     # -- writing
 
-    def accept(self, request: Request) -> None:
-        """Write a new request.
+    def accept(self, *requests: Request) -> None:
+        """Write new requests, all or none.
 
         Raises:
-            JournalError: The disk fails, or there is a request of that id or key.
+            JournalError: The disk fails, or there is a request of such an id or key.
         """
         with self._writing():
-            self._db.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?)", _request_row(request))
-            self._write_jobs(request.jobs)
+            rows = [_request_row(request) for request in requests]
+            self._db.executemany("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?)", rows)
+            self._write_jobs(job for request in requests for job in request.jobs)
 
     def save(self, requests: Iterable[Request], jobs: Iterable[Job]) -> None:
         """Write changed requests and jobs; of a request only its end changes."""

@@ -67,6 +67,8 @@ class RequestStore:
         """Events for those who wait for the next change of a request, by request id."""
         self._unnotified: list[str] = []
         """Ids of ended requests whose waiters were not notified yet."""
+        self._accepted: dict[str, tuple[Request, ServedModel]] = {}
+        """Requests that are not in the journal yet, by id; their clients were not answered."""
         self._writes = self._synced_writes = 0
         """Number of transactions of the journal, and of those that are on the disk."""
         self._syncing = asyncio.Lock()
@@ -118,7 +120,7 @@ class RequestStore:
     # -- accepting
 
     def accept(self, message: requests.SubmitRequest) -> SubmitAnswer:
-        """Check a request, write it to the journal and start it; answer the client only after `synced`."""
+        """Check a request, which `write_accepted` writes and starts; answer the client only after `synced`."""
         served = self._models.find(message.model)
         if served is None:
             return requests.RequestRejected("model_not_found", self._models.unknown(message.model), param="model")
@@ -141,7 +143,7 @@ class RequestStore:
         Raises:
             ParameterError: An input is at fault.
             RefusedSubmissionError: The request cannot be accepted now.
-            JournalError: The journal cannot be written.
+            JournalError: The journal cannot be read.
         """
         if known := self._find_by_key(idempotency_key(message)):
             if known.digest == digest(message):
@@ -150,21 +152,38 @@ class RequestStore:
         if served.unavailable_reason:
             sentence = f"{served.unavailable_reason}: the server has to be restarted"
             raise RefusedSubmissionError("unavailable", sentence, RESTARTED_S)
-        if self._models.scheduler_of_request(message.request_id) or self._open_journal.find(message.request_id):
+        id_ = message.request_id
+        if id_ in self._accepted or self._models.scheduler_of_request(id_) or self._open_journal.find(id_):
             raise request_id_error()
         now = time.time()
         request = make_request(message, served, self._limits, now)
         pending, most = self._models.jobs_count, self._limits.max_pending
+        pending += sum(len(accepted.jobs) for accepted, _ in self._accepted.values())
         if pending + message.n > most:
             raise RefusedSubmissionError(
                 "full",
                 f"{pending} of at most {most} images are under way, and {message.n} more do not fit: retry later",
                 max(1.0, served.scheduler.tally.average_latency_s),
             )
-        self._open_journal.accept(request)
-        self._writes += 1
-        served.scheduler.accept(request, now)
+        self._accepted[request.id] = (request, served)
         return request.id
+
+    @property
+    def has_accepted(self) -> bool:
+        """Return whether there are requests for `write_accepted`."""
+        return bool(self._accepted)
+
+    def write_accepted(self) -> None:
+        """Write the requests that were accepted since the last call to the journal, and start them.
+
+        Raises:
+            JournalError: None of them was written, and none is started.
+        """
+        accepted, self._accepted = self._accepted, {}
+        self._open_journal.accept(*(request for request, _ in accepted.values()))
+        self._writes += 1
+        for request, served in accepted.values():
+            served.scheduler.accept(request, time.time())
 
     def not_accepted(self, error: JournalError) -> requests.RequestRejected:
         """Return the answer to a request that could not be written to the journal."""
@@ -221,7 +240,10 @@ class RequestStore:
         return self._models.request(request_id) or self._open_journal.find(request_id)
 
     def _find_by_key(self, key: str) -> Request | None:
-        return (self._models.request_of_key(key) or self._open_journal.find_key(key)) if key else None
+        if not key:
+            return None
+        new = (request for request, _ in self._accepted.values() if request.idempotency_key == key)
+        return next(new, None) or self._models.request_of_key(key) or self._open_journal.find_key(key)
 
     # -- telling
 

@@ -218,7 +218,10 @@ class SimulatedCluster:
             self.head.spawn(self._reply(reply.coroutine), name="reply")
 
     async def _reply(self, reply: Coroutine[Any, Any, Message]) -> None:
-        if isinstance(await reply, requests.RequestView):
+        answer = await reply
+        if isinstance(answer, requests.RequestAccepted):
+            await self._handle("api", self.head.wait, requests.WaitRequest(answer.request_id, _WAIT_S))
+        if isinstance(answer, requests.RequestView):
             self.completed += 1
             self._after(0.0, self._submit)
 
@@ -229,14 +232,13 @@ class SimulatedCluster:
     # -- clients
 
     async def _submit(self) -> None:
-        """Submit a request, and wait for its end."""
+        """Submit a request; `_reply` waits for its end."""
         number = next(self._numbers)
         inputs: dict[str, Input] = {"prompt": f"request {number}", "num_inference_steps": STEPS}
         priority = number % self.scenario.priorities
         id_ = f"r{number}"
         message = requests.SubmitRequest(id_, inputs, number, 1, Output("png"), priority=priority)
         await self._handle("api", self.head.submit, message)
-        await self._handle("api", self.head.wait, requests.WaitRequest(id_, _WAIT_S))
 
     # -- instances
 
@@ -257,8 +259,7 @@ class SimulatedCluster:
         seconds = self.scenario.stage_s(stage) * factor
         self._after(0.0, lambda: self._started(name, stage, attempt))
         if stage is Stage.DENOISER:
-            for step in range(1, STEPS + 1):
-                self._after(seconds * step / STEPS, lambda step=step: self._step(name, attempt, step))  # type: ignore[misc]
+            self._after(seconds / STEPS, lambda: self._step(name, attempt, 1, seconds / STEPS))
         self._after(seconds, lambda: self._end(name, stage, attempt))
 
     def park(self, name: str, attempt: Attempt) -> None:
@@ -268,9 +269,11 @@ class SimulatedCluster:
     async def _started(self, name: str, stage: Stage, attempt: Attempt) -> None:
         await self._handle(name, self.head.stage_started, stages.StageStarted(attempt, stage))
 
-    async def _step(self, name: str, attempt: Attempt, step: int) -> None:
+    async def _step(self, name: str, attempt: Attempt, step: int, step_s: float) -> None:
         if attempt in self._running:
             await self._handle(name, self.head.stage_progress, stages.StageProgress(attempt, step, STEPS))
+            if step < STEPS:
+                self._after(step_s, lambda: self._step(name, attempt, step + 1, step_s))
 
     async def _return(self, name: str, attempt: Attempt) -> None:
         if self._running.pop(attempt, ""):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -14,10 +15,11 @@ from tests.roles.factories import after, make_scheduler, registration, request, 
 from triptych.actors import TopologyError, load_topology
 from triptych.actors.topology.sections import DispatchName, SchedulingPolicyName
 from triptych.engines.stages import Stage
-from triptych.roles.head.dispatch import POLICIES, Candidate, DispatchPolicy
+from triptych.roles.head.dispatch import POLICIES, Candidate, DispatchPolicy, pools_of
 from triptych.roles.head.effects import Assign
-from triptych.roles.head.job import Job, Request
-from triptych.roles.messages.common import SchedulingHints
+from triptych.roles.head.free_instances import FreeInstances
+from triptych.roles.head.job import Checkpoint, Job, Request, StoredOutput
+from triptych.roles.messages.common import LeaseRef, SchedulingHints, StoredPayload
 from triptych.roles.scheduling_policy import MAX_PASSED_OVER
 
 candidates = st.lists(
@@ -53,6 +55,44 @@ def test_max_free_slots_takes_the_most_credits_then_turns() -> None:
 
 def test_least_loaded_counts_shares_not_jobs() -> None:
     assert chosen("least_loaded", at("a", slots=2, load=1), at("b", slots=8, load=2)).name == "b"
+
+
+@given(candidates, st.sampled_from(get_args(DispatchName)))
+def test_the_first_of_all_and_of_each_pool_are_as_good_as_all(choices: list[Candidate], policy: DispatchName) -> None:
+    choices = [replace(each, name=f"{each.name}{k}", pool=f"pool-{k % 3}") for k, each in enumerate(choices)]
+    job = request().jobs[0]
+    job.stored = StoredOutput(Stage.ENCODER, stored_in("pool-1"))
+    job.checkpoint = Checkpoint(3, stored_in("pool-2"))
+    free = FreeInstances(POLICIES[policy])
+    for each in choices:
+        free.file(each.name, Stage.DENOISER, each)
+    contenders = free.contenders(Stage.DENOISER, "", pools_of(job))
+    assert len(contenders) <= 3
+    found = POLICIES[policy].choose(REQUEST.jobs[0], REQUEST, choices)
+    assert POLICIES[policy].choose(REQUEST.jobs[0], REQUEST, contenders) == found
+    near = POLICIES[policy].choose(job, REQUEST, choices)
+    assert POLICIES[policy].choose(job, REQUEST, contenders) == near
+
+
+def stored_in(pool: str) -> StoredPayload:
+    return StoredPayload(LeaseRef(pool, 1, 1, 0, 64), b"", 0, 64)
+
+
+@pytest.mark.parametrize("policy", get_args(DispatchName))
+def test_where_loads_are_equal_the_instance_that_shares_the_pool_gets_the_job(policy: DispatchName) -> None:
+    job = request().jobs[0]
+    job.stored = StoredOutput(Stage.ENCODER, stored_in("pool-a"))
+    far, near, busy = (
+        replace(at("far", free=2), pool="pool-b"),
+        replace(at("near", free=2, last=5), pool="pool-a"),
+        replace(at("near", free=1, load=1, last=5), pool="pool-a"),
+    )
+    choose = POLICIES[policy].choose
+    assert choose(job, REQUEST, [far, near]) == near
+    assert choose(job, REQUEST, [far, busy]) == far, "it has more to do"
+    assert choose(REQUEST.jobs[0], REQUEST, [far, near]) == far, "nothing is stored"
+    job.checkpoint = Checkpoint(3, stored_in("pool-b"))
+    assert choose(job, REQUEST, [near, far]) == far, "a checkpoint saves more than the transfer of the input"
 
 
 @given(candidates)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.roles.head.head_harness import BOUND_S, SIGNATURE, HeadHarness, Pool, run_scenario, running_head, stored
+from tests.roles.head.head_harness import BOUND_S, PNG, SIGNATURE, HeadHarness, Pool, run_scenario, running_head, stored
 from triptych.actors import AddressBook, Topology, load_topology
 from triptych.actors.runtime.system_messages import (
     Inspect,
@@ -20,7 +20,7 @@ from triptych.bus import Outbox, RemoteError
 from triptych.engines.parameters.lora import PARAMETERS
 from triptych.engines.parameters.schema import Parameter, ParameterKind, Signature
 from triptych.roles.head.job import Request
-from triptych.roles.head.journal import Journal, decode_job, encode_job
+from triptych.roles.head.journal import Journal, JournalError, decode_job, encode_job
 from triptych.roles.media.artifacts import ARTIFACTS, ArtifactStore
 from triptych.roles.media.files import LocalFiles
 from triptych.roles.media.uploads import UPLOADS, UploadStore
@@ -325,3 +325,37 @@ def test_a_deleted_request_leaves_nothing_behind(topology: Callable[..., Topolog
         async with running_head(topology(), generation=2) as harness:
             with pytest.raises(RemoteError, match="there is no request r"):
                 await harness.view("r")
+
+
+def test_what_comes_together_is_accepted_in_one_transaction_and_refused_together(
+    topology: Callable[..., Topology], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[list[str]] = []
+    accept = Journal.accept
+    broken = JournalError("the disk is full")
+
+    def counted(journal: Journal, *accepted: Request) -> None:
+        written.append([request.id for request in accepted])
+        if "r3" in written[-1]:
+            raise broken
+        accept(journal, *accepted)
+
+    async def scenario() -> None:
+        async with running_head(topology()) as harness:
+            monkeypatch.setattr(Journal, "accept", counted)
+            await harness.register("encoder-0")
+
+            async def submit_together(*ids: str) -> list[Any]:
+                messages = [requests.SubmitRequest(id_, {"prompt": "x"}, 7, 1, PNG, f"key {id_[0]}") for id_ in ids]
+                replies = [await harness.actor.submit(message) for message in messages]  # in one turn of the loop
+                return await asyncio.gather(*(reply.coroutine for reply in replies))
+
+            answers = await submit_together("a1", "b1", "a1", "a2")
+            assert written == [["a1", "b1"]]
+            assert [answer.request_id for answer in answers] == ["a1", "b1", "a1", "a1"], "the same keys"
+            assert (await harness.view("b1")).state == "ENCODER_WAITING"
+            refused = await submit_together("r3", "c1")
+            assert [answer.code for answer in refused] == ["unavailable", "unavailable"]
+            assert list(harness.actor.models.requests) == ["a1", "b1"]
+
+    run_scenario(scenario())
