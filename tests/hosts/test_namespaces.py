@@ -95,7 +95,7 @@ def test_a_host_shares_no_folder_no_process_and_no_route_with_others(hosts: Host
         assert hosts.run(name, "ip", "route").splitlines() == [
             f"10.77.0.0/24 dev eth0 proto kernel scope link src {hosts.address(name)} "
         ]
-        assert set(hosts.outer_pids(name)) == {1}, "and nothing else runs there"
+        until(lambda name=name: set(hosts.outer_pids(name)) == {1})  # nothing else runs there
 
 
 def test_what_is_shared_is_seen_under_its_path_and_cannot_be_written(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_signals_reach_the_process_on_the_host(hosts: Hosts) -> None:
     with process:
         process.terminate()
         assert process.wait() == -signal.SIGTERM
-    assert set(hosts.outer_pids("a")) == {1}
+    until(lambda: set(hosts.outer_pids("a")) == {1})
 
 
 def test_a_killed_host_is_started_again_with_its_disk_and_address(hosts: Hosts) -> None:
