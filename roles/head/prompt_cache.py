@@ -128,11 +128,9 @@ class PromptCache:
         self._keys[stored.lease] = key
         self.nbytes += block_bytes(stored.nbytes)
         gone: list[LeaseRef] = []
-        for lease in self.leases:
-            if self.nbytes <= self.capacity:
-                break
-            gone.append(lease)
-            self.drop((lease,))
+        while self.nbytes > self.capacity:
+            gone.append(next(iter(self._entries.values())).lease)
+            self.drop(gone[-1:])
         return tuple(gone)
 
     def drop(self, leases: Iterable[LeaseRef]) -> None:
