@@ -338,6 +338,9 @@ class SupervisionSection(Section, frozen=True):
     """Seconds without a heartbeat after which a started process counts as hung, and is killed and restarted."""
     start_timeout_s: Seconds = 600.0
     """The same while a process starts: importing, loading weights and compiling may block it for minutes."""
+    host_lost_s: Seconds = 60.0
+    """Seconds for which an instance that cannot reach the head goes on with what it has. Then it stops, to free the
+    device: if its host was cut off, other instances have those jobs by now."""
 
     @property
     def heartbeat_s(self) -> float:

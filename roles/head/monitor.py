@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable
+from typing import Final
 
 from triptych.actors import Actor
 from triptych.backoff import backoff_s
-from triptych.bus import BusError
+from triptych.bus import BusError, UnreachableError
 from triptych.roles.head.effect_runner import EffectRunner
 from triptych.roles.head.reclaim import suspects, unneeded
 from triptych.roles.head.served_models import ServedModels
@@ -16,6 +17,9 @@ from triptych.roles.messages import pool as pools
 from triptych.roles.messages import stages
 from triptych.roles.messages.common import LeaseRef
 from triptych.roles.messages.stages import INSTANCE_ANSWER_S
+
+ASK_AGAIN_S: Final = 0.2
+"""How long a pool whose connection was lost may take to answer before what it has is made again."""
 
 
 class Monitor:
@@ -92,8 +96,27 @@ class Monitor:
             del self._pools[name]
             for scheduler in self._models.schedulers:
                 scheduler.registry.set_pool_away(name, away=True)
+            if await self._is_still_there(name, found.generation):
+                self._actor.log.info("connection to a pool was lost", pool=name)
+                continue
             self._actor.log.warning("pool down", pool=name)
             self._forget_older(name, found.generation + 1)
+
+    async def _is_still_there(self, name: str, generation: int) -> bool:
+        """Ask a pool again whose connection was lost, before its tensors are forgotten; only the connection may be."""
+        try:
+            async with asyncio.timeout(ASK_AGAIN_S):
+                while True:
+                    try:
+                        found = await self._actor.reference(name).ask(
+                            pools.PoolQuery(), pools.PoolDescription, timeout_s=ASK_AGAIN_S
+                        )
+                    except UnreachableError:
+                        await asyncio.sleep(ASK_AGAIN_S / 10)
+                    else:
+                        return found.generation == generation
+        except (TimeoutError, BusError):  # as if it had ended: what it has is made again
+            return False
 
     def _forget_older(self, pool: str, generation: int) -> None:
         for scheduler in self._models.schedulers:

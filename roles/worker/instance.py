@@ -97,6 +97,7 @@ class Instance(Actor):
         self._hello = Hello(importlib.metadata.version("triptych"), agreement(topology, component.name), component.host)
         self._shutdown_s = topology.supervision.shutdown_s
         self._heartbeat_every_s = topology.supervision.heartbeat_s
+        self._host_lost_s = topology.supervision.host_lost_s
         self._client = PoolClient(self, component.pool, component.name)
         self._preallocation = Preallocation(topology.transfer.preallocated_slots)
         self._replenishing = asyncio.Lock()
@@ -360,10 +361,12 @@ class Instance(Actor):
     async def _stay_registered(self) -> None:
         """Register with the head, and with each one that replaces it; never returns."""
         head = self.reference("head")
+        stopping = self.spawn(self._stop_without_head(), name="host lost")
         while True:
             # Watch before asking, so that the end of the head right after its answer is not missed.
             lost = self.spawn(head.down(), name="head down")
             registered = await self._register(head)
+            stopping.cancel()
             for attempt in registered.unknown:
                 self._drop(attempt)
             for started in self.attempts.begun():  # which the head before may not have written down
@@ -379,6 +382,14 @@ class Instance(Actor):
             self._show_state(ChildState.JOINING, self._waiting)
             self._client.undo_all()
             self._carry_out(self.attempts.drop_reservations())
+            stopping = self.spawn(self._stop_without_head(), name="host lost")
+
+    async def _stop_without_head(self) -> None:
+        """Stop computing once the head has been away for `[supervision] host_lost_s`; it gets the attempts back."""
+        await asyncio.sleep(self._host_lost_s)
+        if self.attempts.active:
+            self.log.warning("the head is away: attempts are stopped", seconds=self._host_lost_s)
+            self._carry_out(self.attempts.return_to_head(None))
 
     async def _register(self, head: Reference) -> InstanceRegistered:
         tries = 0

@@ -296,8 +296,11 @@ def cluster(run: Any, make_topology: Any, local_cluster: Any, scripted_head: Any
 
 @pytest.fixture
 def denoise_gate(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Holds every denoise after its first step until it is opened."""
+    """Holds every denoise after its first step, of which it tells, until it is opened."""
     from triptych.engines.steps.denoising import Denoising
+    from triptych.roles.worker import stream_worker
+
+    monkeypatch.setattr(stream_worker, "SHORT_STEPS_S", 0.0)  # else it would take the second step before it tells
 
     opened, advance = threading.Event(), Denoising.advance
 

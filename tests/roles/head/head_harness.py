@@ -46,6 +46,7 @@ class Pool(Actor):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.refuses = 0
+        self.says_generation = 1
         self.silent = False
         self.asked_for_leases = asyncio.Event()
         self.held: tuple[pools.LeaseView, ...] = ()
@@ -55,7 +56,7 @@ class Pool(Actor):
         if self.refuses:
             self.refuses -= 1
             raise RefusedError("not_ready", "it opens")
-        return pools.PoolDescription(self.name, 1, 64, 64, 0, "", 0, "none")
+        return pools.PoolDescription(self.name, self.says_generation, 64, 64, 0, "", 0, "none")
 
     async def leases(self, _: pools.LeaseQuery) -> pools.LeaseReport:
         self.asked_for_leases.set()
@@ -134,6 +135,7 @@ class HeadHarness:
         self.topology = actor.topology
         self.outboxes: dict[tuple[str, int], Outbox] = {}
         self.kill_pool: Callable[[], Coroutine[Any, Any, None]]
+        self.start_pool: Callable[[Pool], Runtime]
 
     async def submit(
         self, id_: str = "r", *, key: str = "", n: int = 1, output: Output = PNG, owner: str = "", **inputs: Any
@@ -191,6 +193,7 @@ async def running_head(
     ):
         harness = HeadHarness(head, outbox.reference("head", address_book.address("head")), pool, workers)
         harness.kill_pool = pools_process._close
+        harness.start_pool = lambda again: Runtime([again], Incarnation(address_book, generation))
         yield harness
         for each in (outbox, *harness.outboxes.values()):
             each.close()

@@ -11,6 +11,7 @@ import pytest
 from tests.roles.head.head_harness import BOUND_S, Pool, run_scenario, running_head
 from triptych.actors import Topology
 from triptych.bus import RemoteError
+from triptych.engines.stages import Stage
 from triptych.roles.head import monitor
 from triptych.roles.head.head import TICK_S
 from triptych.roles.messages import pool as pools
@@ -18,6 +19,7 @@ from triptych.roles.messages import requests, stages
 from triptych.roles.messages.common import (
     Attempt,
     LeaseRef,
+    StoredPayload,
 )
 
 
@@ -95,6 +97,30 @@ def test_a_pool_that_refuses_is_asked_again_after_ever_longer_pauses(
             while harness.actor.monitor.pools_missing():
                 await harness.head.ask(requests.ClusterQuery(), requests.ClusterView, timeout_s=BOUND_S)
         assert pauses == [0, 1, 2]
+
+    run_scenario(scenario())
+
+
+@pytest.mark.parametrize(("generation", "goes_on_at"), [(1, "denoiser-0"), (2, "encoder-0")])
+def test_a_pool_whose_connection_was_lost_is_asked_before_what_it_has_is_made_again(
+    topology: Callable[..., Topology], monkeypatch: pytest.MonkeyPatch, generation: int, goes_on_at: str
+) -> None:
+    monkeypatch.setattr(monitor, "ASK_AGAIN_S", BOUND_S)
+
+    async def scenario() -> None:
+        async with running_head(topology(supervision="")) as harness, asyncio.timeout(BOUND_S):
+            while harness.actor.monitor.pools_missing():
+                await harness.head.ask(requests.ClusterQuery(), requests.ClusterView, timeout_s=BOUND_S)
+            encoded = await harness.first_attempt()
+            stored = StoredPayload(LeaseRef("pool", 1, 7, 0, 64), b"", 0, 64)
+            await harness.report(stages.StageOutputsStored(encoded, Stage.ENCODER, stored, 0.1, issued=3))
+            await harness.kill_pool()
+            again = Pool("pool")
+            again.says_generation = generation
+            async with harness.start_pool(again):
+                await harness.register("denoiser-0")
+                assert (await harness.next_attempt(goes_on_at)).number == generation
+                assert not harness.actor.monitor.pools_missing()
 
     run_scenario(scenario())
 

@@ -274,6 +274,25 @@ def test_a_head_that_comes_back_finds_the_attempts_as_they_were(
     cluster(body)
 
 
+def test_an_instance_that_has_lost_the_head_for_long_stops_and_gives_its_attempts_back(
+    cluster: Any, denoise_gate: threading.Event
+) -> None:
+    async def body(driver: ClusterDriver) -> None:
+        await driver.join("encoder-0", "denoiser-0")
+        source = await driver.encoded(attempt(0), num_inference_steps=20)
+        await driver.push("denoiser-0", attempt(0), source)
+        await driver.inbox.next(stages.StageProgress)
+        denoiser = driver.h.actors["denoiser-0"]
+        denoiser._host_lost_s = 0.0
+        await denoiser._stop_without_head()
+        denoise_gate.set()
+        assert (await driver.inbox.next(stages.StageReturned)).attempt == attempt(0)
+        await driver.release(source.lease)
+        await driver.at_rest("denoiser-0")
+
+    cluster(body)
+
+
 async def at(driver: ClusterDriver, instance: str, **expected: Any) -> bool:
     facts = await driver.stats(instance)
     return all(facts[name] == value for name, value in expected.items())
