@@ -1,6 +1,6 @@
 """One system of three hosts, here three addresses of loopback, each with a supervisor of its own.
 
-`tests/hosts` has hosts that are namespaces, and faults of the network between them.
+`test_separate_hosts.py` has hosts that are namespaces, and faults of the network between them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 
 from tests.ports import free_ports
 from tests.system.conftest import ROOT
@@ -53,6 +54,7 @@ host = "c"
 """
 
 
+@pytest.mark.hosts
 def test_three_hosts_in_any_order_make_the_image_of_one_process_and_do_without_one_of_them(
     tmp_path: Path, models: Callable[[str], Path]
 ) -> None:

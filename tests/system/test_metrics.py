@@ -55,6 +55,7 @@ def test_each_metric_moves_when_it_should(on_cluster: Callable[..., Any]) -> Non
             children = await cluster.children()
             os.kill(children["denoiser-0"].pid, signal.SIGKILL)
             await back(cluster, "denoiser-0", after_generation=children["denoiser-0"].generation)
+            await until(http, lambda found: found["vllm:num_requests_running"] == 2)
             for id_ in ids:
                 await http.delete(f"/v1/requests/{id_}")
             await cluster.wait_ready(BOUND_S)

@@ -77,7 +77,7 @@ def main(
         ),
     ] = None,
     hosts: Annotated[
-        int, typer.Option(help="Run on so many hosts, as [[hosts]] of TOPOLOGY, which are namespaces of this machine.")
+        int, typer.Option(help="Run on so many hosts, those of TOPOLOGY, which are namespaces of this machine.")
     ] = 0,
     seed: Annotated[int, typer.Option(help="The same seed plans the same load and the same faults.")] = 7,
     duration: Annotated[float, typer.Option(help="Seconds of load.", min=5, max=3600)] = 60.0,
