@@ -44,7 +44,7 @@ def check(
     host: Annotated[
         str,
         typer.Option(
-            "--host", metavar="NAME", help="This machine's [[hosts]] entry; default: TRIPTYCH_HOST, else the head's."
+            "--host", metavar="NAME", help="This machine's [\\[hosts]] entry; default: TRIPTYCH_HOST, else the head's."
         ),
     ] = "",
     no_dry_run: Annotated[
@@ -52,10 +52,10 @@ def check(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Check a topology file, and list the processes that it leads to, and with [[hosts]] where each runs.
+    """Check a topology file, and list the processes that it leads to, and with several hosts where each runs.
 
     Exits with 0 when everything can be served. Exits with 2 when the file cannot be run on this machine or a model
-    cannot be served, after one sentence for each problem. With [[hosts]] a machine is checked for what runs on it.
+    cannot be served, after one sentence for each problem. With several hosts a machine is checked for what runs on it.
 
     With --model it reads the configuration of all components and the headers of all weights, and compares them with the
     classes of the installed libraries. Then, if the weights fit into free memory, it loads them and makes one request

@@ -18,7 +18,7 @@ def keys(
     host: Annotated[
         str,
         typer.Option(
-            "--host", metavar="NAME", help="This machine's [[hosts]] entry; default: TRIPTYCH_HOST, else the head's."
+            "--host", metavar="NAME", help="This machine's [\\[hosts]] entry; default: TRIPTYCH_HOST, else the head's."
         ),
     ] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace the key that is there.")] = False,

@@ -45,7 +45,7 @@ def up(
         typer.Option(
             "--host",
             metavar="NAME",
-            help="Run the components of this one of the [[hosts]]. The hosts may be started in any order.",
+            help="Run the components of this one of the [\\[hosts]]. The hosts may be started in any order.",
             show_default=False,
         ),
     ] = "",
@@ -57,12 +57,12 @@ def up(
         typer.Option(
             "--ray",
             metavar="ADDRESS",
-            help="Let a Ray cluster (HOST:PORT of its head, or auto) choose a node for each of the [[hosts]].",
+            help="Let a Ray cluster (HOST:PORT of its head, or auto) choose a node for each of the [\\[hosts]].",
             show_default=False,
         ),
     ] = "",
     ssh: Annotated[
-        bool, typer.Option("--ssh", help="Run the supervisors of all [[hosts]] over ssh, and start them again.")
+        bool, typer.Option("--ssh", help="Run the supervisors of all [\\[hosts]] over ssh, and start them again.")
     ] = False,
     ssh_config: Annotated[
         str, typer.Option(metavar="FILE", help="With --ssh: the configuration of ssh, as its -F.", show_default=False)
