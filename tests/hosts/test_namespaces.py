@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from triptych.tools.hosts import DISK, Hosts, NetworkFault, why_unsupported
+from triptych.tools.hosts import DISK, Hosts, NetworkFault, resume, why_unsupported
 
 PYTHON = (sys.executable, "-I", "-S", "-u", "-c")
 LISTEN = """
@@ -207,6 +207,27 @@ def test_signals_reach_the_process_on_the_host(hosts: Hosts) -> None:
         process.terminate()
         assert process.wait() == -signal.SIGTERM
     until(lambda: set(hosts.outer_pids("a")) == {1})
+
+
+def test_a_process_that_was_stopped_from_outside_goes_on_and_its_end_is_seen(hosts: Hosts) -> None:
+    process = hosts.popen("a", "cat", stdin=-1, stdout=-1)
+    process.stdin.write("hello\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "hello\n"
+    inner = next(pid for pid in map(int, _children(process.pid)))
+    os.kill(inner, signal.SIGSTOP)
+    until(lambda: _state(process.pid) == "T")  # nsenter stops itself with its child
+    resume(inner)
+    process.stdin.close()
+    assert process.wait(timeout=30) == 0
+
+
+def _children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_a_killed_host_is_started_again_with_its_disk_and_address(hosts: Hosts) -> None:

@@ -25,7 +25,7 @@ from triptych.bus import HEARTBEATS_LOST, parse_address
 from triptych.engines.backends import BACKENDS
 from triptych.tools.chaos.clock import Clock
 from triptych.tools.chaos.target import Target
-from triptych.tools.hosts import NetworkFault
+from triptych.tools.hosts import NetworkFault, resume
 from triptych.tools.hosts.cluster import HostsCluster
 
 PAUSE_PAST_TIMEOUT_S: Final = 2.0
@@ -293,7 +293,7 @@ def _suspended(pids: list[int]) -> Iterator[None]:
         yield
     finally:
         for pid in held:
-            _send_signal(pid, signal.SIGCONT)
+            resume(pid)
 
 
 def _send_signal(pid: int, number: signal.Signals) -> bool:

@@ -11,7 +11,7 @@
 | `cluster`, `forward` | a whole system on hosts, and how a client outside of them reaches its API |
 """
 
-from triptych.tools.hosts.namespaces import DISK, HostProcess, Hosts, HostsError, enter_switch, why_unsupported
+from triptych.tools.hosts.namespaces import DISK, HostProcess, Hosts, HostsError, enter_switch, resume, why_unsupported
 from triptych.tools.hosts.network import NetworkFault
 
-__all__ = ["DISK", "HostProcess", "Hosts", "HostsError", "NetworkFault", "enter_switch", "why_unsupported"]
+__all__ = ["DISK", "HostProcess", "Hosts", "HostsError", "NetworkFault", "enter_switch", "resume", "why_unsupported"]

@@ -105,6 +105,17 @@ def enter_switch() -> None:
     os.execvpe(command[0], command, environment)  # noqa: S606 - ourselves
 
 
+def resume(pid: int) -> None:
+    """Send SIGCONT to a process, and to the `nsenter` above it if it is on a host, which has stopped itself with it."""
+    parent = 0
+    with suppress(FileNotFoundError, ProcessLookupError):  # it has been killed meanwhile
+        os.kill(pid, signal.SIGCONT)
+        parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    with suppress(FileNotFoundError, ProcessLookupError):
+        if parent > 1 and Path(f"/proc/{parent}/comm").read_text().strip() == "nsenter":
+            os.kill(parent, signal.SIGCONT)
+
+
 class HostProcess(subprocess.Popen[str]):
     """A process on a host.
 
