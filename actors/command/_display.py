@@ -17,7 +17,7 @@ from triptych.actors.command._console import styled, table
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.table import Table
 
     from triptych.actors.runtime.system_messages import ChildReport
@@ -64,7 +64,11 @@ class Display:
 
     def show(self, report: ChildReport) -> None:
         """Print a change of state."""
-        self.console.print(line(report))
+        self._print(line(report))
+
+    def _print(self, text: RenderableType) -> None:
+        with contextlib.suppress(OSError):  # who reads it has gone, or its disk is full: what runs goes on
+            self.console.print(text)
 
     async def announce_readiness(self) -> None:
         """Print the URL once `GET /ready` says that the system takes requests."""
@@ -82,11 +86,11 @@ class Display:
         """Say what the system waits for, when that changes; with several hosts, the others are not shown here."""
         if len(self.topology.hosts) > 1 and reasons != self._reasons:
             self._reasons = reasons
-            self.console.print(f"[yellow]waiting for the hosts:[/] {escape('; '.join(reasons))}")
+            self._print(f"[yellow]waiting for the hosts:[/] {escape('; '.join(reasons))}")
 
     def ready(self, sentence: str) -> None:
         """Say that everything is up."""
-        self.console.print(f"{sentence} after {time.monotonic() - self._begun:.1f} s. Ctrl-C stops it.")
+        self._print(f"{sentence} after {time.monotonic() - self._begun:.1f} s. Ctrl-C stops it.")
 
 
 class LiveDisplay(Display):
@@ -108,10 +112,10 @@ class LiveDisplay(Display):
         """Redraw the table; after the start, print the change."""
         self._reports[report.name] = report
         if not self._starting:
-            self.console.print(line(report))
+            self._print(line(report))
             return
         if report.reason:
-            self.console.print(line(report))  # above the table, where it stays
+            self._print(line(report))  # above the table, where it stays
         self._live.update(self._table(), refresh=True)
 
     def progressed(self, report: ChildReport) -> None:
@@ -124,7 +128,7 @@ class LiveDisplay(Display):
         """Leave the last table on the screen, and go on with lines."""
         self._starting = False
         self._live.stop()
-        self.console.print(self._table())
+        self._print(self._table())
         super().ready(sentence)
 
     def _table(self) -> Table:

@@ -50,6 +50,17 @@ def report(name: str, state: str, reason: str = "", pid: int = 7) -> ChildReport
     return ChildReport(name, name.partition("-")[0], pid, 1, state, 0, reason, 0.0)
 
 
+def test_a_full_disk_under_what_it_prints_ends_nothing(write: Write) -> None:
+    full = Path("/dev/full").open("w", buffering=1)  # noqa: SIM115 - closing it fails, too
+    topology = load_topology(write())
+    display = Display(Console(file=full), topology)
+    with display.showing(topology.components):
+        display.changed(report("denoiser-0", "ready"))
+        display.ready("Ready")
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
+
+
 def test_every_command_has_an_example_in_its_help() -> None:
     commands = [command.callback.__name__ for command in app.registered_commands if command.callback]
     assert {"up", "check", "status", "generate"} < set(commands)
