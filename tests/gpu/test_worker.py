@@ -13,7 +13,7 @@ require()
 
 import msgspec
 
-from tests.roles.worker.test_stream_worker import COMPUTED, INPUTS, FakeInstance, attempt, stream_worker
+from tests.roles.worker.stream_worker_harness import COMPUTED, INPUTS, FakeInstance, attempt, stream_worker
 from triptych.engines.memory.streams import StreamEvent
 from triptych.engines.stages import Stage
 from triptych.roles.messages.stages import StageFailed
