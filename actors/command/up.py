@@ -101,7 +101,7 @@ def up(
     console = stdout()
     _configure_logs(log_level or "", on_terminal=console.is_terminal)
     if ray:
-        _place(lambda: run_on_ray(file, ray, _say, log_level or ""), only or host, reason_file)
+        _place(lambda: run_on_ray(file, ray, _say, log_level or ""), only or host or ssh, reason_file)
     try:
         topology = load_topology(file)
         if ssh:
@@ -169,10 +169,12 @@ def _run_over_ssh(topology: Topology, console: Console, config: str) -> int:
     return asyncio.run(run())
 
 
-def _place(run: Callable[[], int], contradiction: str, reason_file: Path | None) -> NoReturn:
+def _place(run: Callable[[], int], contradiction: object, reason_file: Path | None) -> NoReturn:
     """Let an engine place the hosts, and exit as it ends."""
     if contradiction:
-        fail("an engine that places the hosts places all of them: leave out --host and --only", EXIT_BAD_TOPOLOGY)
+        fail(
+            "an engine that places the hosts places all of them: leave out --host, --only and --ssh", EXIT_BAD_TOPOLOGY
+        )
     try:
         raise typer.Exit(run())
     except TopologyError as error:

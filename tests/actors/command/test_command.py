@@ -61,6 +61,12 @@ def test_a_full_disk_under_what_it_prints_ends_nothing(write: Write) -> None:
         full.close()
 
 
+@pytest.mark.parametrize("option", [("--host", "a"), ("--only", "head"), ("--ssh",)])
+def test_ray_is_asked_for_all_hosts_and_alone(write: Write, option: tuple[str, ...]) -> None:
+    done = runner.invoke(app, ["up", str(write()), "--ray", "127.0.0.1:1", *option])
+    assert (done.exit_code, "leave out --host, --only and --ssh" in " ".join(done.output.split())) == (2, True)
+
+
 def test_every_command_has_an_example_in_its_help() -> None:
     commands = [command.callback.__name__ for command in app.registered_commands if command.callback]
     assert {"up", "check", "status", "generate"} < set(commands)
