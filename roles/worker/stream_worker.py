@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 OVERDUE_HEARTBEATS = 8.0
 """A call to the device that takes this many heartbeat timeouts is taken for hung."""
-SHORT_STEPS_S = 0.05
+SHORT_STEPS_S = 0.1
 """Steps of a run that has the device to itself are taken in one call to its thread, for so long; see `_alone_s`."""
 PROGRESS_EVERY_S = 1.0
 PROGRESS_LOG_EVERY_S = 10.0
