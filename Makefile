@@ -12,7 +12,7 @@ PARALLEL ?= -n $(shell expr $$(nproc) + 1) --maxprocesses 4 --dist worksteal
 # Three wheels bring the same mooncake/ folder: one for hosts without an NVIDIA driver, one each for CUDA 12 and 13.
 MOONCAKE := $(shell tools/mooncake_extra.sh)
 
-.PHONY: help install demo serve test test-packages test-long test-hosts test-families test-s3 test-rdma test-placement test-ray test-gpu check format bench bench-memory gpu-report gpu-report-here docs docs-serve clean
+.PHONY: help install demo serve test test-packages test-long test-hosts test-families test-s3 test-rdma test-placement test-ray test-page test-gpu check format bench bench-memory gpu-report gpu-report-here docs docs-serve clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -34,7 +34,7 @@ serve: $(INSTALLED) ## Start the system of TOPOLOGY=examples/demo.toml and keep 
 	$(BIN)/triptych up $(TOPOLOGY)
 
 test: $(INSTALLED) test-packages ## All tests that need no GPU
-	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not families and not long and not hosts and not rdma and not placement and not ray and not s3"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not families and not long and not hosts and not rdma and not placement and not ray and not s3 and not page"
 
 test-packages: # Some tests run on hosts that are made of namespaces
 	tools/system_packages.sh ip:iproute2 tc:iproute2 nft:nftables unshare:util-linux nsenter:util-linux
@@ -67,6 +67,14 @@ test-placement: $(INSTALLED) test-packages ## Hosts run over a real sshd and a r
 test-ray: $(INSTALLED) test-packages ## Ray places the hosts, on three nodes made of namespaces; installs Ray (79 MB); minutes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
 	$(BIN)/python -m pytest -m ray tests/hosts/test_ray.py
+
+test-page: $(INSTALLED) ## The page in headless Chromium, with real clicks and axe-core; two minutes
+	tools/system_packages.sh chromium:chromium
+	$(BIN)/python -m pytest -m page tests/page
+
+page-pictures: $(INSTALLED) # Those of the documentation, in docs/images
+	tools/system_packages.sh chromium:chromium
+	TRIPTYCH_PAGE_PICTURES=docs/images $(BIN)/python -m pytest -m page tests/page/test_pictures.py
 
 test-gpu: ## Tests that need a GPU; makes no environment: `make test-gpu PYTHON=python3` uses that one
 	$(PYTHON) -m pytest -m gpu tests/gpu

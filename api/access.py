@@ -15,10 +15,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from triptych.actors.topology import ApiSection, is_loopback, parse_rate
 from triptych.api.errors import ApiError, error_response
 from triptych.api.keys import ApiClient, ApiKeys
+from triptych.api.page import FILES
 from triptych.roles.messages.common import MAX_PRIORITY
 
-OPEN_PATHS: Final = frozenset({"/live", "/ready", "/health"})
-"""Paths for probes, which need no key."""
+OPEN_PATHS: Final = frozenset({"/live", "/ready", "/health", *FILES})
+"""Paths of probes and of the files of the page, which need no key."""
 ANYBODY: Final = ApiClient("", MAX_PRIORITY)
 """Whoever asks without a key."""
 _MISDIRECTED: Final = 421

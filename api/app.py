@@ -22,6 +22,7 @@ from triptych.api.metrics import get_metrics
 from triptych.api.models import get_model, list_models
 from triptych.api.openapi import get_openapi
 from triptych.api.operations import Endpoint
+from triptych.api.page import FILES, get_page_file
 from triptych.api.request_context import RequestContextMiddleware
 from triptych.api.request_events import get_request_events
 from triptych.api.request_list import list_requests
@@ -70,6 +71,7 @@ ROUTES: Final = [
     Route("/ready", is_ready),
     Route("/health", get_health),
     Route("/openapi.json", get_openapi, include_in_schema=False),
+    *(Route(path, get_page_file, include_in_schema=False) for path in FILES),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import httpx
 import msgspec
@@ -196,3 +197,13 @@ async def test_a_client_waits_for_its_own_requests_alone(with_key, fake_head):
     await with_key(ALICE).post(URL, json={"prompt": "x"})
     (wait,) = await fake_head.received(wire.WaitRequest)
     assert wait.owner == "alice"
+
+
+async def test_the_page_needs_no_key_and_what_it_calls_does(with_key, fake_head):
+    client = with_key("")
+    page = await client.get("/")
+    assert page.status_code == 200
+    script = re.search(r'src="(page/[^"]+)"', page.text)
+    assert (await client.get(f"/{script[1]}")).status_code == 200
+    assert (await client.get("/v1/models")).status_code == 401
+    assert (await client.get("/", headers={"Host": "evil.example"})).status_code == 421

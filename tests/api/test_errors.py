@@ -157,7 +157,7 @@ async def test_404_for_another_model(client, fake_head):
 @pytest.mark.parametrize(
     ("path", "param"),
     [
-        ("/", None), ("//v1/models", None), ("/v1/images", None), ("/v1/requests/nothing", None),
+        ("/nothing", None), ("//v1/models", None), ("/v1/images", None), ("/v1/requests/nothing", None),
         ("/v1/models/", "model"), ("/v1/models/nothing", "model"),
     ],
 )  # fmt: skip

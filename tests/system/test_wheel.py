@@ -34,6 +34,7 @@ def test_the_wheel_installs_one_package_that_runs_the_demo_without_a_checkout(tm
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     subprocess.run(demo, check=True, cwd=tmp_path, env=environment)
     assert (tmp_path / "out" / "demo.png").stat().st_size > 1000
+    assert (installed / "triptych" / "api" / "page_files" / "index.html").is_file()
     where = "import triptych; print(triptych.__file__)"
     shown = subprocess.run(
         [sys.executable, "-P", "-c", where], check=True, env=environment, capture_output=True, text=True

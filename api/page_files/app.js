@@ -1,0 +1,83 @@
+// The page: its sections, what they share, and what is asked of the server again and again.
+
+import { askForKey, currentKey, getJson } from "./api.js";
+import { Composer } from "./composer.js";
+import { pause } from "./dom.js";
+import { Gallery } from "./gallery.js";
+import { Viewer } from "./viewer.js";
+
+const STATUS_MS = 5000;
+const MODELS_MS = 2000;
+
+/** Mount what a module of the page exports; returns the function that stops it. A module that is missing shows nothing. */
+function mount(module, name, ...values) {
+  const stopping = import(module).then((found) => found[name](...values), (error) => console.warn(error));
+  return () => stopping.then((stop) => stop?.());
+}
+
+const mountTimeline = (element, requestId) => mount("./timeline.js", "mountTimeline", element, requestId);
+
+let gallery;
+let viewer;
+const composer = new Composer({ onrequest: (request) => gallery.add(request) });
+gallery = new Gallery({ onopen: (tile) => viewer.open(tile), onchange: (entry) => viewer.changed(entry) });
+viewer = new Viewer({ composer, gallery, mountTimeline });
+
+let stopCluster = null;
+function showSection() {
+  const chosen = location.hash === "#/system" ? "system" : "create";
+  for (const link of document.querySelectorAll("nav a")) {
+    if (link.dataset.section === chosen) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  for (const section of document.querySelectorAll("main > section")) section.hidden = section.id !== chosen;
+  if (chosen === "system") stopCluster ??= mount("./cluster.js", "mountCluster", document.getElementById("cluster"));
+  else {
+    stopCluster?.();
+    stopCluster = null;
+  }
+}
+addEventListener("hashchange", showSection);
+showSection();
+
+const keyButton = document.getElementById("key-button");
+keyButton.hidden = !currentKey();
+keyButton.addEventListener("click", async () => (await askForKey("", true)) && location.reload());
+
+const status = document.querySelector("#status [role=status]");
+async function watchStatus() {
+  for (;;) {
+    const { text, level, title } = await statusNow();
+    if (status.textContent !== text) status.textContent = text;
+    status.parentElement.dataset.level = level;
+    status.parentElement.title = title;
+    await pause(STATUS_MS);
+  }
+}
+
+async function statusNow() {
+  try {
+    const { status: word, reasons } = await (await fetch(new URL("ready", document.baseURI))).json();
+    return word === "ready"
+      ? { text: "Ready", level: "good", title: reasons.join("\n") }
+      : { text: "Not ready", level: "warn", title: reasons.join("\n") };
+  } catch {
+    return { text: "No connection", level: "bad", title: "The server does not answer." };
+  }
+}
+
+/** Get the models until all of them say what they take. */
+async function watchModels() {
+  for (let shown = ""; ; await pause(MODELS_MS)) {
+    const { data } = await getJson("v1/models").catch((error) => (console.warn(error), { data: [] }));
+    if (!data.length) continue;
+    gallery.setModels(data);
+    if (shown !== JSON.stringify(data)) composer.setModels(data);
+    shown = JSON.stringify(data);
+    if (!gallery.loaded) await gallery.load().catch((error) => composer.showProblem(error.message));
+    if (data.every(({ parameters }) => parameters.length)) return;
+  }
+}
+
+watchStatus();
+watchModels();

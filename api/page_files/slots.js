@@ -1,0 +1,84 @@
+// Images of a request: chosen, dropped or pasted, one slot for each input of the model that takes some.
+
+import { announce, button, el, labelOf } from "./dom.js";
+
+const TYPES = "image/png,image/jpeg,image/webp";
+
+/** A place for the images of one parameter. */
+export class Slot {
+  constructor(parameter, { needed = false, onchange }) {
+    this.parameter = parameter;
+    this.name = parameter.name;
+    this.many = parameter.kind === "images";
+    this.files = [];
+    this.onchange = onchange;
+    this.input = el("input", {
+      type: "file",
+      class: "visually-hidden",
+      accept: TYPES,
+      multiple: this.many,
+      onchange: () => (this.add([...this.input.files]), (this.input.value = "")),
+    });
+    this.thumbs = el("div", { class: "thumbs" });
+    this.extra = el("div", { class: "extra" });
+    const text = `${labelOf(this.name)}${needed ? " (needed)" : ""}`;
+    this.node = el(
+      "div",
+      { class: "slot", "data-slot": this.name },
+      this.thumbs,
+      el("label", { class: "choose" }, this.input, el("span", {}, `+ ${text}`)),
+      this.extra,
+    );
+    this.node.slot_ = this;
+  }
+
+  /** Take images; a slot of one image keeps the last. */
+  add(files) {
+    const images = files.filter((file) => TYPES.includes(file.type));
+    if (images.length < files.length) announce("Images are PNG, JPEG or WebP.");
+    if (images.length) this.set(this.many ? [...this.files, ...images] : images.slice(-1));
+  }
+
+  /** Replace the images. */
+  set(files) {
+    for (const image of this.thumbs.querySelectorAll("img")) URL.revokeObjectURL(image.src);
+    this.files = files;
+    this.thumbs.replaceChildren(
+      ...files.map((file) =>
+        el(
+          "div",
+          { class: "thumb" },
+          el("img", { src: URL.createObjectURL(file), alt: file.name }),
+          button("×", () => this.set(this.files.filter((other) => other !== file)), {
+            "aria-label": `Remove ${labelOf(this.name).toLowerCase()} ${file.name}`,
+          }),
+        ),
+      ),
+    );
+    this.node.classList.toggle("filled", files.length > 0);
+    this.onchange?.(this);
+  }
+}
+
+/** Let the whole page take dropped and pasted images: those over a slot go there, others to the first. */
+export function takeDrops(slots) {
+  const files = (event) => [...(event.dataTransfer ?? event.clipboardData).files];
+  let depth = 0;
+  const over = (by) => document.body.classList.toggle("dropping", (depth = Math.max(0, depth + by)) > 0);
+  addEventListener("dragenter", (event) => event.dataTransfer.types.includes("Files") && over(1));
+  addEventListener("dragleave", (event) => event.dataTransfer.types.includes("Files") && over(-1));
+  addEventListener("dragover", (event) => event.dataTransfer.types.includes("Files") && event.preventDefault());
+  addEventListener("drop", (event) => {
+    if (!event.dataTransfer.types.includes("Files")) return;
+    event.preventDefault();
+    over(-depth);
+    const slot = event.target.closest?.(".slot")?.slot_ ?? slots()[0];
+    if (slot) slot.add(files(event));
+    else announce("This model takes no images.");
+  });
+  addEventListener("paste", (event) => {
+    if (!files(event).length || !slots().length || document.querySelector("dialog[open]")) return;
+    event.preventDefault();
+    slots()[0].add(files(event));
+  });
+}
