@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import re
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from email.utils import formatdate, parsedate_to_datetime
-from pathlib import Path
 from typing import BinaryIO, Final
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.datastructures import Headers
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from triptych.api.errors import ApiError, not_found
@@ -25,6 +25,8 @@ from triptych.roles.media.formats import FORMATS
 from triptych.roles.messages.requests import RequestView
 
 GONE: Final = 410
+MAX_RANGES: Final = 100
+"""Of one request; for more than that the whole file is sent."""
 _HEADERS: Final = {"Cache-Control": "private, max-age=31536000, immutable", "X-Content-Type-Options": "nosniff"}
 _CHUNK_BYTES: Final = 1 << 18
 _RANGES: Final = re.compile(r"\s*bytes\s*=(?P<ranges>[-0-9,\s]+)", re.IGNORECASE)
@@ -82,109 +84,117 @@ async def read_file(request: ApiRequest, name: str) -> bytes:
 
 
 async def send_file(request: ApiRequest, name: str) -> Response:
-    """Make the response that is an artifact, a part of it, or 304; raises ApiError 404, 410, 412, 416, 503."""
-    response, size = await _file_response(request.state["services"].artifacts, name)
-    etag, modified = response.headers["etag"], response.headers["last-modified"]
+    """Make the response that is an artifact, parts of it, or 304; raises ApiError 404, 410, 412, 416, 503."""
+    store = request.state["services"].artifacts
+    try:
+        entry = await asyncio.to_thread(store.stat, name)
+    except ArtifactMissingError:
+        raise artifact_expired(name) from None
+    except ArtifactError:
+        raise not_found(f"there is no file {name}") from None
+    etag, modified = entry_etag(entry), formatdate(entry.modified_at, usegmt=True)
+    headers = {**_HEADERS, "ETag": etag, "Last-Modified": modified}
     match precondition(request.headers, etag, modified):
         case 304:
-            return Response(status_code=304, headers={**_HEADERS, "ETag": etag, "Last-Modified": modified})
+            return Response(status_code=304, headers=headers)
         case 412:
             raise ApiError(
                 412,
                 "the file has changed: get it without If-Match and If-Unmodified-Since",
                 code="changed",
             )
-    ranges = wanted_ranges(request.headers, etag, modified, size) if request.method == "GET" else ""
+    ranges = wanted_ranges(request.headers, etag, modified, entry.nbytes) if request.method == "GET" else []
     if ranges is None:
-        error = ApiError(416, f"the file has {size} bytes, and none of those asked for", code="no_such_range")
-        error.headers["Content-Range"] = f"bytes */{size}"
+        error = ApiError(416, f"the file has {entry.nbytes} bytes, and none of those asked for", code="no_such_range")
+        error.headers["Content-Range"] = f"bytes */{entry.nbytes}"
         raise error
-    asked = MutableHeaders(scope=request.scope)  # which the response reads
-    if ranges:
-        asked["range"] = ranges
-    else:
-        del asked["range"]
-    return response
-
-
-async def _file_response(store: ArtifactStore, name: str) -> tuple[FileResponse | ObjectResponse, int]:
-    """Make the response that is an artifact, and return its size as well."""
-    try:
-        entry, path, found = await asyncio.to_thread(_find, store, name)
-    except ArtifactMissingError:
-        raise artifact_expired(name) from None
-    except ArtifactError:
-        raise not_found(f"there is no file {name}") from None
     media_type = FORMATS[name.rpartition(".")[2]].content_type
-    if path is None:
-        return ObjectResponse(store, entry, media_type), entry.nbytes
-    return FileResponse(path, media_type=media_type, headers=_HEADERS, stat_result=found), entry.nbytes
+    return FileResponse(store, entry, media_type, {"Accept-Ranges": "bytes", **headers}, ranges)
 
 
-def _find(store: ArtifactStore, name: str) -> tuple[Entry, Path | None, os.stat_result | None]:
-    entry, path = store.stat(name), store.path(name)
-    return entry, path, path.stat() if path is not None else None
+def entry_etag(entry: Entry) -> str:
+    """Return the ETag of a file."""
+    return f'"{hashlib.md5(f"{entry.modified_at}-{entry.nbytes}".encode(), usedforsecurity=False).hexdigest()}"'
 
 
-class ObjectResponse(Response):
-    """An artifact that no path leads to, or one range of it; of several ranges, all of it.
+class FileResponse(Response):
+    """An artifact, or ranges of it: one, or several as multipart/byteranges. Read from the store while it is sent.
 
     Args:
         store: Has the artifact.
         entry: What the store says of it.
         media_type: Its content type.
+        headers: Of the answer.
+        ranges: Which parts; none for all of it.
     """
 
-    def __init__(self, store: ArtifactStore, entry: Entry, media_type: str) -> None:
+    def __init__(
+        self, store: ArtifactStore, entry: Entry, media_type: str, headers: Mapping[str, str], ranges: Sequence[Range]
+    ) -> None:
         self._store = store
         self._entry = entry
-        tag = hashlib.md5(f"{entry.modified_at}-{entry.nbytes}".encode(), usedforsecurity=False).hexdigest()
-        modified = formatdate(entry.modified_at, usegmt=True)
-        headers = {"Accept-Ranges": "bytes", "ETag": f'"{tag}"', "Last-Modified": modified, **_HEADERS}
-        super().__init__(media_type=media_type, headers={**headers, "Content-Length": str(entry.nbytes)})
+        self._parts: list[bytes | Range] = [*(ranges or [Range(0, entry.nbytes)])]
+        super().__init__(status_code=206 if ranges else 200, media_type=media_type, headers=dict(headers))
+        if len(ranges) == 1:
+            self.headers["Content-Range"] = ranges[0].content_range(entry.nbytes)
+        elif ranges:
+            boundary = secrets.token_hex(13)
+            self._parts = byteranges(ranges, entry.nbytes, media_type, boundary)
+            self.headers["Content-Type"] = f"multipart/byteranges; boundary={boundary}"
+        self.headers["Content-Length"] = str(sum(map(len, self._parts)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it, in chunks as they come from the store."""
         if scope["method"] == "HEAD":
             await super().__call__(scope, receive, send)
             return
-        start, end = single_range(Headers(scope=scope).get("range", ""), self._entry.nbytes)
-        headers = MutableHeaders(raw=list(self.raw_headers))
-        headers["Content-Length"] = str(end - start)
-        if part := end - start < self._entry.nbytes:
-            headers["Content-Range"] = f"bytes {start}-{end - 1}/{self._entry.nbytes}"
         try:
             file = await asyncio.to_thread(self._store.open, self._entry.name)
         except ArtifactMissingError:
             raise artifact_expired(self._entry.name) from None
-        response = StreamingResponse(_chunks(file, start, end), 206 if part else 200, headers)
+        response = StreamingResponse(_chunks(file, self._parts), self.status_code, self.headers)
         await response(scope, receive, send)
 
 
-def _chunks(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
+@dataclass(frozen=True, order=True, slots=True)
+class Range:
+    """Bytes of a file."""
+
+    start: int
+    end: int
+    """The one after the last."""
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def content_range(self, size: int) -> str:
+        """Return the Content-Range of these bytes of a file of that size."""
+        return f"bytes {self.start}-{self.end - 1}/{size}"
+
+
+def byteranges(ranges: Sequence[Range], size: int, media_type: str, boundary: str) -> list[bytes | Range]:
+    """Return the body of a multipart/byteranges: what stands between the ranges, and the ranges."""
+    body: list[bytes | Range] = []
+    for part in ranges:
+        lines = (f"--{boundary}", f"Content-Type: {media_type}", f"Content-Range: {part.content_range(size)}", "", "")
+        body += ["\r\n".join(lines).encode(), part, b"\r\n"]
+    return [*body, f"--{boundary}--\r\n".encode()]
+
+
+def _chunks(file: BinaryIO, parts: Iterable[bytes | Range]) -> Iterator[bytes]:
     with file:
-        file.seek(start)
-        while start < end:
-            chunk = file.read(min(_CHUNK_BYTES, end - start))
-            if not chunk:  # the client sees that bytes are missing
-                raise EOFError(f"the file ends {end - start} bytes too soon")
-            start += len(chunk)
-            yield chunk
-
-
-def single_range(header: str, size: int) -> tuple[int, int]:
-    """Return the bytes that are to be sent, the second being the end; all for no or several ranges.
-
-    Args:
-        header: A Range header of `wanted_ranges`.
-        size: Of the file.
-    """
-    match = _RANGE.fullmatch(header.removeprefix("bytes="))
-    if match is None:
-        return 0, size
-    if not match["first"]:
-        return max(size - int(match["last"]), 0), size
-    return int(match["first"]), min(int(match["last"] or size) + 1, size)
+        for part in parts:
+            if isinstance(part, bytes):
+                yield part
+                continue
+            file.seek(part.start)
+            left = len(part)
+            while left:
+                chunk = file.read(min(_CHUNK_BYTES, left))
+                if not chunk:  # the client sees that bytes are missing
+                    raise EOFError(f"the file ends {left} bytes too soon")
+                left -= len(chunk)
+                yield chunk
 
 
 def precondition(headers: Headers, etag: str, modified: str) -> int | None:
@@ -211,23 +221,24 @@ def precondition(headers: Headers, etag: str, modified: str) -> int | None:
     return None
 
 
-def wanted_ranges(headers: Headers, etag: str, modified: str, size: int) -> str | None:
-    """Reduce the Range of a GET to what of it can be sent.
+def wanted_ranges(headers: Headers, etag: str, modified: str, size: int) -> list[Range] | None:
+    """Return which bytes the Range of a GET asks for.
 
     Returns:
-        A Range header of satisfiable ranges alone; "" where the whole file is to be sent, since nothing else was asked
-        for or it is no range of bytes; None where no range that was asked for has a byte of the file (416).
+        Ranges that have bytes of the file, in order and without an overlap; none where the whole file is to be sent,
+        since nothing else was asked for, it is no range of bytes, or there are too many; None where no range that was
+        asked for has a byte of the file (416).
     """
     unless = headers.get("if-range")
     match = _RANGES.fullmatch(headers.get("range", ""))
     if match is None or (unless is not None and unless not in (etag, modified)):
-        return ""
+        return []
     parts = [part.strip() for part in match["ranges"].split(",") if part.strip()]
-    ranges = [_RANGE.fullmatch(part) for part in parts]
-    if not ranges or not all(found and _is_range(found) for found in ranges):
-        return ""
-    satisfiable = [found[0] for found in ranges if found and _has_bytes(found, size)]
-    return f"bytes={','.join(satisfiable)}" if satisfiable else None
+    found = [_RANGE.fullmatch(part) for part in parts]
+    if not 0 < len(found) <= MAX_RANGES or not all(each and _is_range(each) for each in found):
+        return []
+    ranges = sorted(_range(each, size) for each in found if each and _has_bytes(each, size))
+    return _without_overlaps(ranges) or None
 
 
 def _is_range(found: re.Match[str]) -> bool:
@@ -237,6 +248,22 @@ def _is_range(found: re.Match[str]) -> bool:
 
 def _has_bytes(found: re.Match[str], size: int) -> bool:
     return int(found["first"]) < size if found["first"] else int(found["last"]) > 0 and size > 0
+
+
+def _range(found: re.Match[str], size: int) -> Range:
+    if not found["first"]:
+        return Range(max(size - int(found["last"]), 0), size)
+    return Range(int(found["first"]), min(int(found["last"] or size) + 1, size))
+
+
+def _without_overlaps(ranges: Iterable[Range]) -> list[Range]:
+    joined: list[Range] = []
+    for each in ranges:
+        if joined and each.start <= joined[-1].end:
+            joined[-1] = Range(joined[-1].start, max(joined[-1].end, each.end))
+        else:
+            joined.append(each)
+    return joined
 
 
 def _tags(header: str) -> list[str]:
