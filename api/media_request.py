@@ -32,8 +32,9 @@ MAX_OPTIONS: Final = 64
 MAX_DOCUMENT: Final = 32_768
 """Characters of an input that is JSON."""
 MAX_DEPTH: Final = 8
-ALIASES: Final = {"mask": "mask_image", "input_reference": "image", "images": "image"}
-"""OpenAI's names of inputs, and diffusers'; for models that have none of the former."""
+ALIASES: Final = {"mask": ("mask_image",), "input_reference": ("image", "video"), "images": ("image",)}
+"""OpenAI's names of inputs, and diffusers', of which the first that a model has is meant; for models that have none of
+the former."""
 
 Text: TypeAlias = Annotated[str, Meta(max_length=MAX_TEXT)]
 Integer: TypeAlias = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
@@ -130,6 +131,7 @@ class FieldNames:
 
 
 R = TypeVar("R", bound=MediaRequest, covariant=True)
+S = TypeVar("S", bound=msgspec.Struct)
 
 _TYPED_INPUTS: Final = ("prompt", "num_inference_steps", "guidance_scale", "negative_prompt")
 """Fields of `MediaRequest` that are inputs of the pipeline."""
@@ -189,6 +191,15 @@ async def read_media_request(
     return ParsedRequest(parsed, frozenset(fields), inputs, names)
 
 
+async def read_fields(request: ApiRequest, kind: type[S]) -> S:
+    """Read a body that has the fields of `kind` and no others; raises ApiError as `read_media_request` does."""
+    async with read_body(request) as body:
+        for name in sorted(body.fields.keys() - set(kind.__struct_fields__)):
+            raise field_error(name, f"cannot be given here: this takes {', '.join(kind.__struct_fields__)}")
+        given = {name: value for name, value in body.fields.items() if value is not None}
+        return _convert_fields(given, kind, as_text=body.is_form)
+
+
 async def _model_inputs(
     request: ApiRequest, fields: Mapping[str, object], typed: frozenset[str]
 ) -> tuple[Mapping[str, ParameterKind], tuple[Task, ...]]:
@@ -214,7 +225,8 @@ def _by_parameter(
     named: dict[str, _ClientField] = {}
     for sent, value in fields.items():
         field = _without_brackets(sent)
-        name = field if field in kinds else ALIASES.get(field, field)
+        meant = (field, *ALIASES.get(field, ()))
+        name = next((name for name in meant if name in kinds), (meant[1:] or meant)[0])
         if name in named:
             raise field_error(field, f"is given twice, also as {named[name].name}: give one of them")
         names.learn(name, field)
@@ -226,7 +238,7 @@ def _without_brackets(name: str) -> str:
     return name.removesuffix("[]")
 
 
-def _convert_fields(fields: dict[str, object], kind: type[R], *, as_text: bool) -> R:
+def _convert_fields(fields: dict[str, object], kind: type[S], *, as_text: bool) -> S:
     if as_text and isinstance(seeds := fields.get("seed"), str) and "," in seeds:
         fields["seed"] = [seed.strip() for seed in seeds.strip("[] ").split(",")]
     try:
@@ -282,7 +294,8 @@ async def _convert_inputs(
     for name, (param, value) in fields.items():
         kind = kinds.get(name)
         if kind in IMAGE_KINDS and value is not None:
-            values[name], sizes[name] = await uploads.save(param, _image_sources(param, value, kind))
+            video = kind is ParameterKind.IMAGE_LIST
+            values[name], sizes[name] = await uploads.save(param, _image_sources(param, value, kind), video=video)
         elif kind is ParameterKind.TENSORS and value is not None:
             values[name] = await uploads.save_tensors(param, _tensor_source(param, value))
         elif value is not None and KNOWN_KINDS.get(name) in IMAGE_KINDS:

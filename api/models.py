@@ -30,6 +30,8 @@ class ParameterObject(msgspec.Struct):
     maximum: int | float | UnsetType = UNSET
     multiple_of: int | float | UnsetType = UNSET
     one_more_than_multiple_of: int | UnsetType = UNSET
+    video: bool | UnsetType = UNSET
+    """True, of images: a video file will do as well; its frames are the images."""
     many: bool | UnsetType = UNSET
     """Whether a list of such numbers will do as well."""
     choices: tuple[str, ...] | UnsetType = UNSET
@@ -109,6 +111,7 @@ def parameter_object(parameter: Parameter, limits: tuple[float, ...]) -> Paramet
         parameter.required,
         **dict(zip(_LIMITS, bounds, strict=False)),
         one_more_than_multiple_of=parameter.every or UNSET,
+        video=parameter.kind is ParameterKind.IMAGE_LIST or UNSET,
         many=parameter.many or UNSET,
         choices=parameter.choices or UNSET,
         nullable=parameter.nullable or UNSET,

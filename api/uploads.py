@@ -1,4 +1,4 @@
-"""Images and tensors of a request: checked by their content and put into the upload store."""
+"""Images, videos and tensors of a request: checked by their content and put into the upload store."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import asyncio
 import binascii
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Final, NamedTuple, TypeAlias
 
 import safetensors
@@ -19,7 +20,8 @@ from starlette.datastructures import UploadFile
 from triptych.api.errors import ApiError, field_error
 from triptych.roles.media.files import is_disk_full
 from triptych.roles.media.uploads import ENDINGS, TENSORS_ENDING, UploadsFullError, UploadStore
-from triptych.roles.messages.common import Images, Tensors, Upload
+from triptych.roles.media.video_input import VideoError, VideoLimits, check_video, video_ending
+from triptych.roles.messages.common import Images, Input, Tensors, Upload, uploads_of
 
 log = structlog.stdlib.get_logger("api")
 
@@ -30,6 +32,7 @@ MAX_TOTAL_PIXELS: Final = 4 * MAX_PIXELS
 MAX_FILES: Final = 16
 MAX_FRAMES: Final = 256
 """Of an input that is a video."""
+VIDEO_LIMITS: Final = VideoLimits(frames=MAX_FRAMES, pixels=MAX_TOTAL_PIXELS)
 MAX_CONCURRENT_DECODES: Final = 4
 
 MAX_HEADER_BYTES: Final = 1 << 16
@@ -45,6 +48,12 @@ _DATA_URL: Final = re.compile(r"data:[^,]{0,255};base64,", re.IGNORECASE)
 _REMOTE_URL: Final = re.compile(r"(?:https?|ftp|file|s3|gs):", re.IGNORECASE)
 _BASE64_CHUNK: Final = 1 << 20
 _MAGIC: Final = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
+_VIDEO_ERRORS: Final = {
+    "too_large": (413, "too_long"),
+    "unsupported": (415, "unsupported_media_type"),
+    "damaged": (422, "invalid_value"),
+}
+"""Status and code of an error of `roles.media.video_input`."""
 _FORMATS: Final = [name for name in ENDINGS if name != "MPO"]
 
 
@@ -66,23 +75,26 @@ class UploadService:
         # An image of the largest size is 256 MB when it is decoded.
         self._decoding = asyncio.Semaphore(MAX_CONCURRENT_DECODES)
 
-    async def save(self, param: str, sources: Sequence[Source]) -> tuple[Images, ImageSize]:
-        """Check images and keep them; returns the size of the first as well.
+    async def save(self, param: str, sources: Sequence[Source], *, video: bool = False) -> tuple[Images, ImageSize]:
+        """Check images, or a video where the input takes one, and keep them; returns the size of the first as well.
 
         Raises ApiError that names `param`: 413 (too large), 415 (another format), 422 (no image), 503 (no room).
         """
         files, sizes, left = [], [], MAX_TOTAL_PIXELS
         for source in sources:
-            file, size = await self._save_one(param, source, left)
+            data = await _read(param, source)
+            ending = video_ending(data) if video else ""
+            if ending and len(sources) > 1:
+                raise field_error(param, f"must be one video, or images, and {len(sources)} files were given")
+            async with self._decoding:
+                if ending:
+                    file, size = await asyncio.to_thread(self._check_and_save_video, data, param, ending)
+                else:
+                    file, size = await asyncio.to_thread(self._check_and_save, data, param, left, video=video)
             files.append(file)
             sizes.append(size)
             left -= size.width * size.height
         return Images(tuple(files)), sizes[0]
-
-    async def _save_one(self, param: str, source: Source, left: int) -> tuple[Upload, ImageSize]:
-        data = await _read(param, source)
-        async with self._decoding:
-            return await asyncio.to_thread(self._check_and_save, data, param, left)
 
     async def save_tensors(self, param: str, source: Source) -> Tensors:
         """Check a safetensors file and keep it.
@@ -96,24 +108,58 @@ class UploadService:
             names = await asyncio.to_thread(check_safetensors, data, param)
             return Tensors(await asyncio.to_thread(self._save, data, param, TENSORS_ENDING), names)
 
-    def _check_and_save(self, data: bytes, param: str, left: int) -> tuple[Upload, ImageSize]:
-        ending, size = check_image(data, param, left)
+    async def renew(self, inputs: Mapping[str, Input]) -> None:
+        """Keep the files of earlier inputs for a new request that has them, too.
+
+        Raises ApiError that names the input: 410 (a file is not kept any more), 503 (no room).
+        """
+        for name, value in inputs.items():
+            for upload in uploads_of({name: value}):
+                async with self._decoding:
+                    if not await asyncio.to_thread(self._renew, name, upload):
+                        predicate = "is not kept any more: send it again, in a request of its own"
+                        raise field_error(name, predicate, status=410, code="upload_expired")
+
+    def _renew(self, param: str, upload: Upload) -> bool:
+        with _storing(param):
+            return self.store.renew(upload)
+
+    def _check_and_save(self, data: bytes, param: str, left: int, *, video: bool) -> tuple[Upload, ImageSize]:
+        ending, size = check_image(data, param, left, video=video)
         return replace(self._save(data, param, ending), pixels=size.width * size.height), size
 
-    def _save(self, data: bytes, param: str, ending: str) -> Upload:
+    def _check_and_save_video(self, data: bytes, param: str, ending: str) -> tuple[Upload, ImageSize]:
+        if len(data) > MAX_FILE_BYTES:
+            raise _too_large(param)
         try:
+            info = check_video(data, VIDEO_LIMITS)
+        except VideoError as error:
+            status, code = _VIDEO_ERRORS[error.code]
+            raise field_error(param, str(error), status=status, code=code) from None
+        pixels = info.frames * info.width * info.height
+        return replace(self._save(data, param, ending), pixels=pixels), ImageSize(info.width, info.height)
+
+    def _save(self, data: bytes, param: str, ending: str) -> Upload:
+        with _storing(param):
             return self.store.save(data, ending)
-        except UploadsFullError as error:
-            log.warning("an upload was refused", reason=str(error))
-            predicate = "cannot be kept, the server has no room for more files: retry later"
-            raise field_error(param, predicate, status=503, code="full", retry_s=60.0) from None
-        except OSError as error:
-            log.warning("an upload cannot be kept", error=str(error))
-            if is_disk_full(error):
-                predicate, code, retry_s = "cannot be kept, the server's disk is full: retry later", "disk_full", 60.0
-            else:
-                predicate, code, retry_s = "cannot be kept on the server's disk: retry later", "unavailable", 5.0
-            raise field_error(param, predicate, status=503, code=code, retry_s=retry_s) from None
+
+
+@contextmanager
+def _storing(param: str) -> Iterator[None]:
+    """Turn what the upload store raises into ApiError 503."""
+    try:
+        yield
+    except UploadsFullError as error:
+        log.warning("an upload was refused", reason=str(error))
+        predicate = "cannot be kept, the server has no room for more files: retry later"
+        raise field_error(param, predicate, status=503, code="full", retry_s=60.0) from None
+    except OSError as error:
+        log.warning("an upload cannot be kept", error=str(error))
+        if is_disk_full(error):
+            predicate, code, retry_s = "cannot be kept, the server's disk is full: retry later", "disk_full", 60.0
+        else:
+            predicate, code, retry_s = "cannot be kept on the server's disk: retry later", "unavailable", 5.0
+        raise field_error(param, predicate, status=503, code=code, retry_s=retry_s) from None
 
 
 async def _read(param: str, source: Source) -> bytes:
@@ -149,7 +195,7 @@ def _decode_chunks(encoded: bytes) -> Iterator[bytes]:
         yield binascii.a2b_base64(piece, strict_mode=True)
 
 
-def check_image(data: bytes, param: str, left: int = MAX_TOTAL_PIXELS) -> tuple[str, ImageSize]:
+def check_image(data: bytes, param: str, left: int = MAX_TOTAL_PIXELS, *, video: bool = False) -> tuple[str, ImageSize]:
     """Decode an image to see that it can be.
 
     What it is shows in its bytes, whatever it is called. Its size is bounded before it is decoded.
@@ -158,6 +204,7 @@ def check_image(data: bytes, param: str, left: int = MAX_TOTAL_PIXELS) -> tuple[
         data: Its bytes.
         param: What a refusal names.
         left: How many pixels the input may still have.
+        video: Whether it might as well have been a video.
 
     Returns:
         The ending of its format, and the size of the upright image.
@@ -175,7 +222,7 @@ def check_image(data: bytes, param: str, left: int = MAX_TOTAL_PIXELS) -> tuple[
     except UnidentifiedImageError as error:
         if data.startswith(_MAGIC):
             raise _damaged(param, error) from error
-        predicate = "must be an image, a PNG, JPEG or WebP"
+        predicate = f"must be an image, a PNG, JPEG or WebP{', or a video, an MP4 or WebM' if video else ''}"
         raise field_error(param, predicate, status=415, code="unsupported_media_type") from None
     except Exception as error:  # Pillow raises whatever its parsers run into
         raise _damaged(param, error) from error

@@ -1,4 +1,4 @@
-"""Images and tensors that clients sent, kept as files under the digest of their bytes until no request needs them."""
+"""Images, videos and tensors that clients sent, kept as files under the digest of their bytes while they are needed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ ENDINGS: Final[Mapping[str, str]] = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg"
 """Pillow's names of the accepted formats, and the endings of their files. MPO is a JPEG with others behind it."""
 
 TENSORS_ENDING: Final = "safetensors"
+VIDEO_ENDINGS: Final = ("mp4", "webm")
 
-_NAME: Final = re.compile(r"(?P<digest>[0-9a-f]{64})\.(?:png|jpeg|webp|safetensors)")
+_NAME: Final = re.compile(r"(?P<digest>[0-9a-f]{64})\.(?:png|jpeg|webp|safetensors|mp4|webm)")
 
 
 class UploadError(ValueError):
@@ -56,7 +57,7 @@ class UploadStore:
 
         Args:
             data: Its bytes, which have been checked.
-            ending: Of its format, of `ENDINGS` or `TENSORS_ENDING`.
+            ending: Of its format, of `ENDINGS` or `VIDEO_ENDINGS`, or `TENSORS_ENDING`.
 
         Raises:
             UploadsFullError: when there is no room.
@@ -185,5 +186,12 @@ def missing_upload(name: str) -> UploadError:
     return UploadError(f"the upload {name} is not there any more: send the {_what(name)} again")
 
 
+def is_video(upload: Upload) -> bool:
+    """Return whether an upload is a video."""
+    return upload.name.endswith(VIDEO_ENDINGS)
+
+
 def _what(name: str) -> str:
+    if name.endswith(VIDEO_ENDINGS):
+        return "video"
     return "file of tensors" if name.endswith(f".{TENSORS_ENDING}") else "image"

@@ -45,11 +45,11 @@ class Upload(Value):
     """SHA-256 of the bytes in hex, and the ending of its format."""
     nbytes: Natural
     pixels: Natural = 0
-    """Of the image; 0 where unknown."""
+    """Of the image, or of all frames of the video; 0 where unknown."""
 
 
 class Images(Value, tag="Pictures"):
-    """An input that is one image, or several in order."""
+    """An input that is one image, or several in order; or one video, whose frames they are."""
 
     files: tuple[Upload, ...]
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Final
 
 from PIL import Image, ImageOps
 
 from triptych.engines.parameters.schema import MASKS, ParameterKind, Signature
-from triptych.roles.media.uploads import UploadError, UploadStore
+from triptych.roles.media.uploads import UploadError, UploadStore, is_video
+from triptych.roles.media.video_input import VideoError, VideoLimits, read_video
 from triptych.roles.messages.common import Images, Json, Numbers, Options, Tensors, Upload, uploads_of
+
+VIDEO_LIMITS: Final = VideoLimits(seconds=300)
+"""Of a video that the API has decoded once; this machine may be slower, or busy."""
 
 
 def has_files(inputs: Mapping[str, object]) -> bool:
@@ -30,8 +35,8 @@ def resolve_inputs(
 
     Returns:
         The inputs. Images are upright `PIL.Image.Image`, "L" for a mask, else "RGBA" with `alpha` or "RGB"; or
-        lists of them. Numbers are a list, or a tuple of integers for a pair. Options are a dict, and JSON is decoded.
-        Each tensor of a file of tensors is a separate input, on the CPU, unchanged.
+        lists of them, such as the frames of a video. Numbers are a list, or a tuple of integers for a pair. Options
+        are a dict, and JSON is decoded. Each tensor of a file of tensors is a separate input, on the CPU, unchanged.
 
     Raises:
         UploadError: A file is missing or damaged, or there are several images where the pipeline takes one.
@@ -61,7 +66,8 @@ def _images(
     name: str, value: Images, kind: ParameterKind, store: UploadStore, *, alpha: bool
 ) -> Image.Image | list[Image.Image]:
     mask = name in MASKS
-    found = [as_mask(image) if mask else as_image(image, alpha=alpha) for image in map(store.open, value.files)]
+    opened = (image for file in value.files for image in _open(file, store))
+    found = [as_mask(image) if mask else as_image(image, alpha=alpha) for image in opened]
     if kind is ParameterKind.IMAGE_LIST or len(found) > 1:
         if kind is ParameterKind.IMAGE:
             raise UploadError(f"{name} is one image, {len(found)} were given")
@@ -69,6 +75,17 @@ def _images(
     if not found:
         raise UploadError(f"{name} is empty")
     return found[0]
+
+
+def _open(file: Upload, store: UploadStore) -> Iterator[Image.Image]:
+    """Yield the image of a file, or the frames of a video."""
+    if not is_video(file):
+        yield store.open(file)
+        return
+    try:
+        yield from read_video(store.read(file), VIDEO_LIMITS)
+    except VideoError as error:
+        raise UploadError(f"the upload {file.name} {error}") from error
 
 
 def _tensors(file: Upload, store: UploadStore) -> dict[str, object]:

@@ -1,0 +1,100 @@
+"""Videos of clients: which are read, what becomes of their frames, and what is refused."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.video_files import COLOURS, film, turned
+from triptych.roles.media.video_input import (
+    DEMUXERS,
+    VideoError,
+    VideoInfo,
+    VideoLimits,
+    _frames,
+    check_video,
+    read_video,
+    video_ending,
+)
+
+
+def frames(data: bytes, **limits: int) -> list[Image.Image]:
+    """As the child reads them, without a child."""
+    return list(_frames(io.BytesIO(data), DEMUXERS[video_ending(data)], VideoLimits(**limits)))
+
+
+def plain(images: list[Image.Image]) -> list[np.ndarray]:
+    return [np.asarray(image).mean(axis=(0, 1)) for image in images]
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "ending"),
+    [
+        ("mp4", "libx264", "mp4"),
+        ("mov", "mpeg4", "mp4"),
+        ("webm", "libvpx-vp9", "webm"),
+        ("matroska", "libx264", "webm"),
+    ],
+)
+def test_containers_are_known_by_content_and_their_frames_are_read(container: str, codec: str, ending: str) -> None:
+    data = film(4, container=container, codec=codec)
+    assert video_ending(data) == ending
+    found = frames(data)
+    assert {image.size for image in found} == {(32, 16)}
+    np.testing.assert_allclose(plain(found), [*COLOURS, COLOURS[0]], atol=12)
+
+
+def test_sound_beside_the_frames_is_ignored() -> None:
+    assert len(frames(film(sound=True))) == 3
+
+
+def test_frames_are_turned_upright() -> None:
+    (image,) = frames(turned(film(1)))
+    assert image.size == (16, 32)
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"frames": 2}, "at most 2 frames"),
+        ({"frame_pixels": 500}, "at most 500 pixels in a frame"),
+        ({"pixels": 1000}, "at most 1000 pixels in all its frames together"),
+    ],
+)
+def test_what_is_beyond_a_limit_is_refused(limits: dict[str, int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        frames(film(3), **limits)
+    assert len(frames(film(2), frames=2, frame_pixels=512, pixels=1024)) == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "words"),
+    [
+        (film(container="mov", codec="mjpeg"), "unsupported", "is mjpeg: send one of av1, h264"),
+        (film(0, sound=True), "damaged", "has no video"),
+    ],
+    ids=["another codec", "sound alone"],
+)
+def test_what_is_no_video_that_is_taken(data: bytes, code: str, words: str) -> None:
+    with pytest.raises(VideoError, match=words) as refused:
+        frames(data)
+    assert refused.value.code == code
+
+
+def test_a_child_reads_the_frames_and_its_errors_are_ours() -> None:
+    data = film(3)
+    assert check_video(data, VideoLimits()) == VideoInfo(3, 32, 16)
+    found = read_video(data, VideoLimits())
+    assert [image.tobytes() for image in found] == [image.tobytes() for image in frames(data)]
+    for bad, limits, code, words in (
+        (data, VideoLimits(frames=2), "too_large", "at most 2 frames"),
+        (data[:300], VideoLimits(), "damaged", "damaged or not complete"),
+        (data, VideoLimits(seconds=0), "too_large", "within 0 s"),
+        (b"GIF89a", VideoLimits(), "unsupported", "must be a video"),
+    ):
+        with pytest.raises(VideoError, match=words) as refused:
+            check_video(bad, limits)
+        assert refused.value.code == code
