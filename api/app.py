@@ -28,11 +28,18 @@ from triptych.api.request_events import get_request_events
 from triptych.api.request_list import list_requests
 from triptych.api.requests import delete_request, get_request
 from triptych.api.services import ApiRequest, Services
-from triptych.api.videos import cancel_video, create_video, delete_video, get_video, get_video_content, list_videos
+from triptych.api.videos import (
+    cancel_video,
+    create_video,
+    delete_video,
+    get_video,
+    get_video_content,
+    list_videos,
+    remix_video,
+)
 
 _INSTEAD: Final = {
     "/v1/images/variations": "there are no variations: send the image to POST /v1/images/edits, with a strength",
-    "/v1/videos/{video_id}/remix": "there is no remix: send the prompt anew to POST /v1/videos, with another seed",
 }
 """Paths of OpenAI's API that are not here, and what to do instead."""
 
@@ -60,6 +67,7 @@ ROUTES: Final = [
     Route("/v1/videos/{video_id}", by_method(get=get_video, delete=delete_video)),
     Route("/v1/videos/{video_id}/cancel", by_method(post=cancel_video)),
     Route("/v1/videos/{video_id}/content", get_video_content),
+    Route("/v1/videos/{video_id}/remix", by_method(post=remix_video)),
     Route("/v1/models", list_models),
     Route("/v1/models/{name:path}", get_model),
     Route("/v1/requests", list_requests),

@@ -97,29 +97,33 @@ def _body(body: RequestBody) -> dict[str, Any]:
     _, schemas = msgspec.json.schema_components([body.fields], ref_template="{name}")
     own = schemas[body.fields.__name__]
     no_effect = {
-        name: {"enum": list(field.values), "description": field.advice} for name, field in NO_EFFECT_FIELDS.items()
+        name: {"enum": list(field.values), "description": field.advice}
+        for name, field in NO_EFFECT_FIELDS.items()
+        if not body.closed
     }
+    tensors = {} if body.closed else {TENSORS: {"type": "string", "description": _TENSORS}}
+    others = {"additionalProperties": False} if body.closed else {"description": _EXTRA_FIELDS_TEXT}
     fields = {name: _without_null(schema) for name, schema in own["properties"].items()}
     needed = [*own.get("required", ()), *body.required]
     whole = {
         **fields,
         **{name: {**schema, "enum": _with_plain(schema["enum"])} for name, schema in no_effect.items()},
         **{name: {"anyOf": [_BASE64, _list(_BASE64)], "description": text} for name, text in body.images.items()},
-        TENSORS: {"type": "string", "contentEncoding": "base64", "description": _TENSORS},
+        **{name: {**schema, "contentEncoding": "base64"} for name, schema in tensors.items()},
     }
     in_json = {
         name: schema if name in needed else {"anyOf": [schema, {"type": "null"}]} for name, schema in whole.items()
     }
     files = _list({"type": "string", "format": "binary"})
     in_form = {**fields, **no_effect, **{name: {**files, "description": text} for name, text in body.images.items()}}
-    in_form[TENSORS] = {"type": "string", "format": "binary", "description": _TENSORS}
+    in_form |= {name: {**schema, "format": "binary"} for name, schema in tensors.items()}
     return {
         "required": True,
         "content": {
             media: {
                 "schema": {
                     "type": "object",
-                    "description": _EXTRA_FIELDS_TEXT,
+                    **others,
                     "properties": properties,
                     "required": needed,
                 }

@@ -34,6 +34,8 @@ class RequestBody(NamedTuple):
     """Fields that are images, and what they are for."""
     required: tuple[str, ...] = ()
     """Names of those that must be given, beside what `fields` requires."""
+    closed: bool = False
+    """Whether there are no other fields; else any other one is a parameter of the model."""
 
 
 @dataclass(frozen=True)

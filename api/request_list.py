@@ -56,10 +56,24 @@ def read_query(request: ApiRequest, kind: type[Q]) -> Q:
 
 
 async def list_page(
-    request: ApiRequest, query: ListQuery, *, of: str = "request", active: bool | None = None
+    request: ApiRequest,
+    query: ListQuery,
+    *,
+    of: str = "request",
+    active: bool | None = None,
+    output_format: str = "",
 ) -> RequestList:
-    """Return the ids of a page; raises ApiError 404 where `after` is none of the client's."""
-    message = ListRequests(request.state["owner"], query.after, query.limit, query.order == "desc", active)
+    """Return the ids of a page; raises ApiError 404 where `after` is none of the client's.
+
+    Args:
+        request: Of the client.
+        query: Which page.
+        of: What is listed, for the error.
+        active: Only those that have not ended, or only those that have.
+        output_format: Only those whose files have it.
+    """
+    newest_first = query.order == "desc"
+    message = ListRequests(request.state["owner"], query.after, query.limit, newest_first, active, output_format)
     try:
         return await request.state["services"].head.list_requests(message)
     except RemoteError as error:

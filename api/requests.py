@@ -94,8 +94,17 @@ def input_view(value: Input) -> object:
             return value
 
 
-async def submit(request: ApiRequest, parsed: ParsedRequest[MediaRequest], *, n: int, output: Output) -> str:
+async def submit(
+    request: ApiRequest, parsed: ParsedRequest[MediaRequest], *, n: int, output: Output, remixed_from: str = ""
+) -> str:
     """Have the head accept a request; returns the id that it has there.
+
+    Args:
+        request: Of the client.
+        parsed: What it asks for.
+        n: How many images or videos.
+        output: How each is written.
+        remixed_from: Id of the request that has the same inputs but for the prompt, if any.
 
     Raises:
         ApiError: The head refuses it, or its priority is higher than the key allows (403).
@@ -120,6 +129,7 @@ async def submit(request: ApiRequest, parsed: ParsedRequest[MediaRequest], *, n:
         priority=priority,
         deadline_s=parsed.fields.deadline_s or 0.0,
         partial_images=parsed.fields.partial_images or 0,
+        remixed_from=remixed_from,
     )
     try:
         answer = await head.submit(message)

@@ -24,6 +24,7 @@ from triptych.api.keys import ApiKeys, ApiKeysError, load_api_keys
 from triptych.api.services import Services
 from triptych.api.store import StoreService
 from triptych.api.uploads import UploadService
+from triptych.api.video_variants import VideoVariants
 from triptych.bus import BusError
 from triptych.roles.media.artifacts import ARTIFACTS, ArtifactStore
 from triptych.roles.media.files import Files
@@ -68,12 +69,14 @@ class ApiServer(Actor):
         artifact_files, upload_files = await self._open_stores()
         bounds, needed_s = upload_bounds(self.topology)
         uploads = UploadStore(upload_files, bounds, needed_s=needed_s)
+        artifacts = ArtifactStore(artifact_files)
         services = Services(
             self.topology,
             head,
             ClusterObserver(self.topology, self.address_book, self.reference),
-            ArtifactStore(artifact_files),
+            artifacts,
             UploadService(uploads),
+            VideoVariants(artifacts),
             BodyLimiter(),
             self._stopping,
         )

@@ -13,6 +13,7 @@ from triptych.api.body_limiter import BodyLimiter
 from triptych.api.cluster_observer import ClusterObserver
 from triptych.api.head_client import HeadClient
 from triptych.api.uploads import UploadService
+from triptych.api.video_variants import VideoVariants
 from triptych.roles.media.artifacts import ArtifactStore
 
 
@@ -25,6 +26,7 @@ class Services:
     cluster: ClusterObserver
     artifacts: ArtifactStore
     uploads: UploadService
+    variants: VideoVariants
     body_limiter: BodyLimiter
     stopping: asyncio.Event
     """Set once the server stops: requests that still wait for images are answered 503."""

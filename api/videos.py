@@ -1,4 +1,4 @@
-"""POST /v1/videos, GET and DELETE: OpenAI's videos API."""
+"""OpenAI's videos API: a video is a request for an MP4."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ import msgspec
 from msgspec import Meta
 from starlette.responses import Response
 
-from triptych.api.artifacts import send_file
+from triptych.api.artifacts import artifact_expired, send_file
 from triptych.api.errors import ApiError, field_error, not_found
-from triptych.api.media_request import FieldNames, MediaRequest, Seed, read_media_request
+from triptych.api.media_request import (
+    FieldNames,
+    MediaRequest,
+    ParsedRequest,
+    Seed,
+    read_fields,
+    read_media_request,
+)
 from triptych.api.operations import FILE_ANSWERS, FILE_ERRORS, FILE_HEADERS, RequestBody, operation
 from triptych.api.request_list import ListQuery, list_page, read_query, views_of
 from triptych.api.requests import Deleted, failure_reason, submit, with_request_id
@@ -19,7 +26,9 @@ from triptych.api.responses import JSONResponse
 from triptych.api.services import ApiRequest
 from triptych.bus import RemoteError
 from triptych.engines.parameters.schema import FRAME_RATE_NAMES
+from triptych.engines.parameters.validation import MAX_TEXT
 from triptych.roles.head.job import State
+from triptych.roles.media.artifacts import ArtifactMissingError
 from triptych.roles.messages.common import Input, Output
 from triptych.roles.messages.requests import JobView, ModelDescription, RequestView
 
@@ -41,7 +50,11 @@ _STATUS: Final[Mapping[State, Status]] = {
 }
 """Every other state is "in_progress"."""
 _AFTER_STEPS: Final = (State.DENOISING_DONE, State.DECODER_WAITING, State.DECODER_RUNNING)
-_FILES: Final = {"input_reference": "The first frame.", "last_image": "The last frame."}
+_FILES: Final = {
+    "input_reference": "The first frame; or the video to start from, where the model takes one.",
+    "last_image": "The last frame.",
+    "video": "The video to start from, an MP4 or WebM, or its frames; where the model takes one.",
+}
 
 
 class VideoRequest(MediaRequest, frozen=True, kw_only=True):
@@ -50,6 +63,12 @@ class VideoRequest(MediaRequest, frozen=True, kw_only=True):
     seed: Seed | None = None
     seconds: Annotated[float, Meta(gt=0, le=MAX_SECONDS)] | None = None
     """In place of `num_frames`."""
+
+
+class RemixRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of a remix."""
+
+    prompt: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT)]
 
 
 class VideoError(msgspec.Struct):
@@ -74,6 +93,10 @@ class Video(msgspec.Struct):
     """A number in a string, as in OpenAI's API; None where the number of frames is unknown."""
     size: str | None
     """WIDTHxHEIGHT in pixels; None where the model chooses."""
+    prompt: str | None
+    expires_at: int | None
+    """Unix seconds until which its file is kept, unless there are too many; None without a file."""
+    remixed_from_video_id: str | None
     error: VideoError | None = None
     object: Literal["video"] = "video"
 
@@ -91,18 +114,23 @@ class VideoList(msgspec.Struct):
 class ContentQuery(msgspec.Struct, frozen=True):
     """Which file."""
 
-    variant: Annotated[Literal["video"], Meta(description="Which file of the video.")] = "video"
+    variant: Annotated[
+        Literal["video", "thumbnail", "spritesheet"],
+        Meta(
+            description="video, an MP4; thumbnail, a WebP of the first frame; spritesheet, a JPEG of up to 25 frames "
+            "at equal distances, five in a row."
+        ),
+    ] = "video"
 
 
 @operation({200: VideoList}, (404, 422, 503), query=ListQuery)
 async def list_videos(request: ApiRequest) -> JSONResponse:
     """List videos page by page, the newest first unless asked otherwise."""
-    models = await request.state["services"].head.models()
-    described = {one.name: one for one in models if one.medium == "video"}
     query = read_query(request, ListQuery)
-    found = await list_page(request, query, of="video")
-    views = await views_of(request, found.request_ids if described else ())
-    videos = [video_object(view, described[view.model]) for view in views if view.model in described]
+    found = await list_page(request, query, of="video", output_format=FORMAT)
+    views = await views_of(request, found.request_ids)
+    described = {one.name: one for one in await request.state["services"].head.models()} if views else {}
+    videos = [video_object(request, view, described.get(view.model)) for view in views]
     first_id, last_id = (videos[0].id, videos[-1].id) if videos else (None, None)
     return JSONResponse(VideoList(videos, first_id, last_id, found.has_more and bool(videos)))
 
@@ -116,63 +144,96 @@ async def create_video(request: ApiRequest) -> JSONResponse:
     check_medium(description)
     parsed.inputs.update(frames_for_duration(parsed.fields.seconds, parsed.inputs, description, parsed.names))
     request_id = await submit(request, parsed, n=1, output=Output(FORMAT))
-    view = await request.state["services"].head.query(request_id, request.state["owner"])
-    return video_response(view, description)
+    return await _video_response(request, await _query(request, request_id))
+
+
+@operation({200: Video}, (404, 409, 410), headers=("Idempotency-Key",), body=RequestBody(RemixRequest, {}, closed=True))
+async def remix_video(request: ApiRequest) -> JSONResponse:
+    """Begin a video like another one, with its seed and all its parameters but the prompt."""
+    view = await find_video(request)
+    body = await read_fields(request, RemixRequest)
+    await request.state["services"].uploads.renew(view.inputs)
+    fields = VideoRequest(prompt=body.prompt, model=view.model, seed=view.units[0].seed)
+    parsed = ParsedRequest(fields, frozenset({"prompt"}), {**view.inputs, "prompt": body.prompt}, FieldNames())
+    request_id = await submit(request, parsed, n=1, output=view.output, remixed_from=view.request_id)
+    return await _video_response(request, await _query(request, request_id))
 
 
 @operation({200: Video}, (404, 503))
 async def get_video(request: ApiRequest) -> JSONResponse:
     """Show how far a video is."""
-    return video_response(*await find_video(request))
+    return await _video_response(request, await find_video(request))
 
 
 @operation({200: Deleted}, (404, 503))
 async def delete_video(request: ApiRequest) -> JSONResponse:
-    """Cancel a video and remove it, its prompt and its file."""
-    view, _ = await find_video(request)
+    """Cancel a video and remove it, its prompt and its files."""
+    view = await find_video(request)
     if not await request.state["services"].head.delete(view.request_id, request.state["owner"]):
-        raise not_found(f"there is no video {view.request_id}")
+        raise _no_video(view.request_id)
     return JSONResponse(Deleted(view.request_id, "video.deleted"))
 
 
 @operation({200: Video}, (404, 503))
 async def cancel_video(request: ApiRequest) -> JSONResponse:
     """Cancel a video, and keep what is known of it; one that has ended stays as it is."""
-    view, description = await find_video(request)
+    view = await find_video(request)
     head, owner = request.state["services"].head, request.state["owner"]
-    return video_response(await head.cancel(view.request_id, owner), description)
+    return await _video_response(request, await head.cancel(view.request_id, owner))
 
 
 @operation(FILE_ANSWERS, (*FILE_ERRORS, 409, 422, 503), headers=FILE_HEADERS, query=ContentQuery)
 async def get_video_content(request: ApiRequest) -> Response:
-    """Return the finished file; 409 while there is none."""
-    view, description = await find_video(request)
-    variant = request.query_params.get("variant", "video")
-    if variant != "video":
-        raise field_error("variant", "must be video or left out: there is nothing else of it")
+    """Return the finished file, or a picture of it; 409 while there is none."""
+    variant = read_query(request, ContentQuery).variant
+    view = await find_video(request)
     artifact = view.units[0].artifact
     if artifact is None:
-        job = video_object(view, description)
+        job = video_object(request, view, None)
         message = f"the video is {job.status.replace('_', ' ')}"
         if job.error:
             message += f": {job.error.message}"
         raise with_request_id(view.request_id, ApiError(409, message, code=job.status))
-    return await send_file(request, artifact.name)
+    name = artifact.name if variant == "video" else await _variant_of(request, view, artifact.name, variant)
+    return await send_file(request, name)
 
 
-async def find_video(request: ApiRequest) -> tuple[RequestView, ModelDescription]:
+async def _variant_of(request: ApiRequest, view: RequestView, artifact: str, variant: str) -> str:
+    """Return the name of the file of a variant; raises ApiError 404 where the video is deleted meanwhile, and 410."""
+    variants, job_id = request.state["services"].variants, f"{view.request_id}/{view.units[0].index}"
+    try:
+        name, is_new = await variants.find_or_make(artifact, job_id, variant)
+    except ArtifactMissingError:
+        raise artifact_expired(artifact) from None
+    if is_new:
+        try:
+            await find_video(request)
+        except ApiError:  # nobody would remove the new file
+            await variants.discard(job_id, variant)
+            raise
+    return name
+
+
+async def find_video(request: ApiRequest) -> RequestView:
     """Find the job of the path; raises ApiError 404."""
     request_id = request.path_params["video_id"]
-    view = await request.state["services"].head.query(request_id, request.state["owner"])
     try:
-        description = await request.state["services"].head.kept_description(view.model)
+        view = await _query(request, request_id)
     except RemoteError as error:
-        if error.code != "model_not_found":
+        if error.code != "not_found":
             raise
-        raise not_found(f"there is no video {request_id}") from None
-    if description.parameters and description.medium != "video":
-        raise not_found(f"there is no video {request_id}")
-    return view, description
+        raise _no_video(request_id) from None
+    if view.output.format != FORMAT:
+        raise _no_video(request_id)
+    return view
+
+
+async def _query(request: ApiRequest, request_id: str) -> RequestView:
+    return await request.state["services"].head.query(request_id, request.state["owner"])
+
+
+def _no_video(request_id: str) -> ApiError:
+    return not_found(f"there is no video {request_id}")
 
 
 def check_medium(description: ModelDescription) -> None:
@@ -207,31 +268,41 @@ def nearest_frame_count(count: float, description: ModelDescription) -> int:
     return 1 + every * max(0, round((count - 1) / every))
 
 
-def video_response(view: RequestView, description: ModelDescription) -> JSONResponse:
-    """Make the response."""
+async def _video_response(request: ApiRequest, view: RequestView) -> JSONResponse:
+    try:
+        description = await request.state["services"].head.kept_description(view.model)
+    except RemoteError as error:
+        if error.code != "model_not_found":
+            raise
+        description = None
     headers = {"X-Request-Id": view.request_id}
     if not view.terminal:
         headers["openai-poll-after-ms"] = str(POLL_AFTER_MS)
-    return JSONResponse(video_object(view, description), headers=headers)
+    return JSONResponse(video_object(request, view, description), headers=headers)
 
 
-def video_object(view: RequestView, description: ModelDescription) -> Video:
-    """Describe a request as OpenAI's video object."""
-    inputs: dict[str, Input] = {**description.defaults, **view.inputs}
-    height, width = inputs.get("height"), inputs.get("width")
-    count = inputs.get("num_frames")
-    fps = view.output.fps or description.fps
-    lasts = count / fps if isinstance(count, int) and fps else None
-    job = view.units[0]
+def video_object(request: ApiRequest, view: RequestView, description: ModelDescription | None) -> Video:
+    """Describe a request as OpenAI's video object; without a description of its model where that is served no more."""
+    inputs: dict[str, object] = {}
+    if description is not None:
+        inputs = {**{each.name: each.default for each in description.parameters}, **description.defaults}
+    inputs |= view.inputs
+    height, width, count, prompt = (inputs.get(name) for name in ("height", "width", "num_frames", "prompt"))
+    fps = view.output.fps or (description.fps if description else 0)
+    job, state = view.units[0], request.state["services"].topology.state
+    kept_s = min(state.keep_artifacts_s, state.keep_requests_s)
     return Video(
         id=view.request_id,
         status=status(view),
         progress=progress(job),
         created_at=int(view.created_at),
         completed_at=int(view.finished_at) if job.artifact else None,
-        model=description.name,
-        seconds=None if lasts is None else f"{lasts:.3g}",
+        model=view.model,
+        seconds=f"{round(count / fps, 2):g}" if isinstance(count, int) and fps else None,
         size=f"{width}x{height}" if width and height else None,
+        prompt=prompt if isinstance(prompt, str) else None,
+        expires_at=int(view.finished_at + kept_s) if job.artifact else None,
+        remixed_from_video_id=view.remixed_from or None,
         error=VideoError(view.state.lower(), failure_reason(view) or "no reason is known")
         if status(view) == "failed"
         else None,

@@ -85,6 +85,7 @@ def make_request(message: SubmitRequest, served: ServedModel, limits: AdmissionL
         deadline_s=message.deadline_s,
         steps=steps_of(inputs, served),
         partial_images=message.partial_images,
+        remixed_from=message.remixed_from,
     )
 
 
@@ -124,6 +125,8 @@ def digest(message: SubmitRequest) -> str:
         body += (message.model,)
     if message.partial_images:
         body += (message.partial_images,)
+    if message.remixed_from:
+        body += (message.remixed_from,)
     if message.priority or message.deadline_s:
         body += (message.priority, message.deadline_s)
     return hashlib.sha256(msgspec.json.encode(body)).hexdigest()

@@ -349,6 +349,8 @@ class Request:
     """Denoising steps of each job; 0 if unknown."""
     partial_images: int = 0
     """Most previews of each job."""
+    remixed_from: str = ""
+    """Id of the request whose inputs it has, with another prompt; "" for none."""
     prompt_key: bytes = b""
     """Key of the prompt cache; computed at first use."""
 
@@ -412,4 +414,5 @@ class Request:
             deadline_s=self.deadline_s or None,
             deadline_met=self.deadline_met,
             revision=self.revision,
+            remixed_from=self.remixed_from,
         )

@@ -70,7 +70,12 @@ ALTER TABLE requests ADD COLUMN owner TEXT NOT NULL DEFAULT '';
 CREATE INDEX by_owner ON requests(owner, created_at, id);
 CREATE INDEX by_age ON requests(created_at, id);
 """
-_STEPS: Final = (_SCHEMA, _DAMAGED, _OWNERS)
+_FORMATS = """
+ALTER TABLE requests ADD COLUMN output_format TEXT NOT NULL DEFAULT '';
+UPDATE requests SET output_format = format_of(body);
+CREATE INDEX by_format ON requests(output_format, created_at, id);
+"""
+_STEPS: Final = (_SCHEMA, _DAMAGED, _OWNERS, _FORMATS)
 """The step from each schema version to the next."""
 SCHEMA_VERSION: Final = len(_STEPS)
 _INCREMENTAL: Final = 2
@@ -102,6 +107,7 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
     deadline_s: float = 0.0
     steps: int = 0
     partial_images: int = 0
+    remixed_from: str = ""
 
 
 class _JobRow(msgspec.Struct):
@@ -233,6 +239,7 @@ class Journal:
         # Free the space of deleted rows in small steps: see `prune`. A file with tables needs a VACUUM to allow that.
         self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")
         if version < SCHEMA_VERSION:
+            self._db.create_function("format_of", 1, _format_of)
             self._db.executescript(f"BEGIN;{''.join(_STEPS[version:])}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
         if _pragma(self._db, "auto_vacuum") != _INCREMENTAL:
             with contextlib.suppress(sqlite3.OperationalError):  # too little space: retried at the next start
@@ -250,7 +257,7 @@ class Journal:
         """
         with self._writing():
             rows = [_request_row(request) for request in requests]
-            self._db.executemany("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?)", rows)
+            self._db.executemany("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
             self._write_jobs(job for request in requests for job in request.jobs)
 
     def save(self, requests: Iterable[Request], jobs: Iterable[Job]) -> None:
@@ -272,7 +279,7 @@ class Journal:
         """Check that the journal can be written: write a request and remove it."""
         request = Request(" probe", {}, Output(), 0.0, 0.0, [Job(" probe/0", " probe", 0, 0, 0.0)])
         with self._writing():
-            self._db.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?)", _request_row(request))
+            self._db.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?)", _request_row(request))
             self._write_jobs(request.jobs)
             self._db.execute("DELETE FROM requests WHERE id = ?", (request.id,))
 
@@ -319,17 +326,27 @@ class Journal:
         return next(iter(self._read("WHERE idempotency_key = ?", (idempotency_key,))), None)
 
     def ids(
-        self, owner: str, *, after: Request | None, limit: int, newest_first: bool, active: bool | None = None
+        self,
+        owner: str,
+        *,
+        after: Request | None,
+        limit: int,
+        newest_first: bool,
+        active: bool | None = None,
+        output_format: str = "",
     ) -> list[str]:
         """Return at most `limit` ids of an owner's requests ("" for all owners), by age, after the request `after`.
 
-        `active` selects those that have not ended, or that have.
+        `active` selects those that have not ended, or that have; `output_format` those that asked for this format.
         """
         order, beyond = ("DESC", "<") if newest_first else ("ASC", ">")
         conditions, values = ["TRUE"], list[str | float]()
         if owner:
             conditions.append("owner = ?")
             values.append(owner)
+        if output_format:
+            conditions.append("output_format = ?")
+            values.append(output_format)
         if active is not None:
             conditions.append("finished_at = 0" if active else "finished_at > 0")
         if after:
@@ -388,6 +405,7 @@ class Journal:
                 deadline_s=held.deadline_s,
                 steps=held.steps,
                 partial_images=held.partial_images,
+                remixed_from=held.remixed_from,
             )
         except (ValueError, TypeError) as error:  # msgspec and the codecs raise subclasses of these
             return str(error)
@@ -534,7 +552,15 @@ def _text(value: bytes | str) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
-def _request_row(request: Request) -> tuple[str, str | None, float, float, bytes, str]:
+def _format_of(body: bytes) -> str:
+    """Return the output format of a request that an earlier version wrote; "" where its row is damaged."""
+    try:
+        return _body.decode(body).output_format
+    except (ValueError, TypeError):  # as in `Journal._decoded`, which sets the request aside when it is read
+        return ""
+
+
+def _request_row(request: Request) -> tuple[str, str | None, float, float, bytes, str, str]:
     output = request.output
     body = _Body(
         request.inputs,
@@ -549,6 +575,7 @@ def _request_row(request: Request) -> tuple[str, str | None, float, float, bytes
         request.deadline_s,
         request.steps,
         request.partial_images,
+        request.remixed_from,
     )
     return (
         request.id,
@@ -557,4 +584,5 @@ def _request_row(request: Request) -> tuple[str, str | None, float, float, bytes
         request.finished_at,
         msgspec.msgpack.encode(body),
         request.owner,
+        output.format,
     )

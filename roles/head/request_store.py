@@ -222,6 +222,7 @@ class RequestStore:
                 limit=message.limit + 1,
                 newest_first=message.newest_first,
                 active=message.active,
+                output_format=message.output_format,
             )
         except JournalError as error:
             raise RefusedError("unavailable", str(error)) from error

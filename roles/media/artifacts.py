@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -15,9 +15,13 @@ from triptych.roles.messages.common import Artifact
 ARTIFACTS: Final = "artifacts"
 """Folder of the artifact store, under the state folder or `[store] url`."""
 
-# After the index, a preview has the step that it was made after.
-_JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,100}/[0-9]{1,6}(?:\.[0-9]{1,10})?")
-_NAME = re.compile(rf"[A-Za-z0-9_-]{{1,100}}_[0-9]{{1,6}}(?:\.[0-9]{{1,10}})?\.(?:{'|'.join(FORMATS)})")
+VARIANTS: Final[Mapping[str, str]] = {"thumbnail": "webp", "spritesheet": "jpeg"}
+"""What is made of a finished video, and the output format of it."""
+
+# After the index, a preview has the step that it was made after, and a variant its name.
+_SUFFIX: Final = rf"(?:\.(?:[0-9]{{1,10}}|{'|'.join(VARIANTS)}))?"
+_JOB_ID = re.compile(rf"[A-Za-z0-9_-]{{1,100}}/[0-9]{{1,6}}{_SUFFIX}")
+_NAME = re.compile(rf"[A-Za-z0-9_-]{{1,100}}_[0-9]{{1,6}}{_SUFFIX}\.(?:{'|'.join(FORMATS)})")
 
 
 class ArtifactError(Exception):
@@ -31,12 +35,13 @@ class ArtifactMissingError(ArtifactError):
 def artifact_name(job_id: str, output_format: str) -> str:
     """Return the file name of a job's artifact, such as `req-1_0.png` for `req-1/0`.
 
-    A preview of that job, `req-1/0.12`, has the name `req-1_0.12.png`. Distinct jobs give distinct names, since the
-    part after the last `_` is the index, with the step of a preview.
+    A preview of that job, `req-1/0.12`, has the name `req-1_0.12.png`, and a variant, `req-1/0.thumbnail`, the name
+    `req-1_0.thumbnail.webp`. Distinct jobs give distinct names, since the part after the last `_` is the index, with
+    the step of a preview or the name of a variant.
 
     Raises:
-        ArtifactError: when the id is not `REQUEST_ID/INDEX` or `REQUEST_ID/INDEX.STEP` in letters, digits, `_` and
-            `-`, or the format is not one of `FORMATS`.
+        ArtifactError: when the id is not `REQUEST_ID/INDEX`, `REQUEST_ID/INDEX.STEP` or `REQUEST_ID/INDEX.VARIANT` in
+            letters, digits, `_` and `-`, or the format is not one of `FORMATS`.
 
     """
     if not _JOB_ID.fullmatch(job_id):
@@ -44,6 +49,11 @@ def artifact_name(job_id: str, output_format: str) -> str:
     if output_format not in FORMATS:
         raise ArtifactError(f"output format {output_format!r} is none of {', '.join(FORMATS)}")
     return f"{job_id.replace('/', '_')}.{output_format}"
+
+
+def variant_id(job_id: str, variant: str) -> str:
+    """Return the id under which a variant of a job's video is saved."""
+    return f"{job_id}.{variant}"
 
 
 class ArtifactStore:
@@ -102,14 +112,17 @@ class ArtifactStore:
             raise _missing(name) from None
 
     def discard(self, job_id: str) -> None:
-        """Remove a job's artifact, of whatever format; nothing where there is none.
+        """Remove a job's artifact, of whatever format, and its variants; nothing where there is none.
 
         Raises:
             ArtifactError: see `artifact_name`.
             OSError: as `Files`.
 
         """
-        self.files.remove(artifact_name(job_id, output_format) for output_format in FORMATS)
+        names = [artifact_name(job_id, output_format) for output_format in FORMATS]
+        if "." not in job_id:
+            names += [artifact_name(variant_id(job_id, name), VARIANTS[name]) for name in VARIANTS]
+        self.files.remove(names)
 
     def prune(self, bounds: StoreBounds, *, now: float, needed: Container[str]) -> int:
         """Remove what passes the bounds, and half-written files that a dead process left.

@@ -49,6 +49,8 @@ class SubmitRequest(Message):
     """Seconds from acceptance in which the client wants the result; 0 without a deadline. It orders jobs, ends none."""
     partial_images: Annotated[int, Meta(ge=0, le=MAX_PARTIAL_IMAGES)] = 0
     """Most previews of each image while it is denoised."""
+    remixed_from: Name = ""
+    """Id of the request whose inputs it has, with another prompt; "" for none."""
 
 
 class RequestAccepted(Message):
@@ -113,6 +115,8 @@ class ListRequests(Message):
     newest_first: bool = True
     active: bool | None = None
     """Only those that have not ended, or only those that have; None for both."""
+    output_format: Name = ""
+    """Only those whose `Output.format` this is; "" for all."""
 
 
 class RequestList(Message):
@@ -211,6 +215,8 @@ class RequestView(Message):
     """Whether it was done by its deadline; None without one, or while that is open."""
     revision: Name = ""
     """Changes with each move, step and preview of its jobs."""
+    remixed_from: Name = ""
+    """As submitted."""
 
 
 class DescribeModel(Message):

@@ -25,12 +25,14 @@ from triptych.api.head_client import HeadClient
 from triptych.api.server import build
 from triptych.api.services import Services
 from triptych.api.uploads import UploadService
+from triptych.api.video_variants import VideoVariants
 from triptych.bus import Delivery, Mailbox, Outbox
 from triptych.engines.parameters.schema import Parameter, ParameterKind, Task
 from triptych.engines.parameters.serving_config import ParameterError
 from triptych.roles.head.admission import seeds_of
 from triptych.roles.media.artifacts import ArtifactStore
 from triptych.roles.media.files import LocalFiles
+from triptych.roles.media.formats import FORMATS
 from triptych.roles.media.uploads import UPLOADS, UploadStore
 from triptych.roles.messages import requests as wire
 
@@ -54,8 +56,18 @@ def anyio_backend():
 
 
 def stored_format(submit: wire.SubmitRequest) -> str:
-    """the fake head knows images alone."""
-    return submit.output.format if submit.output.format in ("png", "jpeg", "webp") else "png"
+    """The fake head knows images and videos alone."""
+    return submit.output.format if submit.output.format in ("png", "jpeg", "webp", "mp4") else "png"
+
+
+def stored_file(submit: wire.SubmitRequest, colour: int) -> bytes:
+    if stored_format(submit) == "mp4":
+        from tests.video_files import film  # imports FFmpeg
+
+        return film()
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8), (colour, 0, 0)).save(image, stored_format(submit))
+    return image.getvalue()
 
 
 @dataclass
@@ -127,9 +139,8 @@ class FakeHead:
         if state == "DONE":
             for index in range(accepted.submit.n):
                 colour = seeds_of(accepted.submit.seed, accepted.submit.n)[index] % 256
-                image = io.BytesIO()
-                Image.new("RGB", (8, 8), (colour, 0, 0)).save(image, stored_format(accepted.submit))
-                self.store.save(f"{request_id}/{index}", stored_format(accepted.submit), image.getvalue())
+                data = stored_file(accepted.submit, colour)
+                self.store.save(f"{request_id}/{index}", stored_format(accepted.submit), data)
         accepted.ended.set()
 
     def _run(self, coroutine) -> None:
@@ -183,6 +194,8 @@ class FakeHead:
     def _delete(self, delivery: Delivery, message: wire.DeleteRequest) -> None:
         existed = self._finds(message)
         if existed:
+            for index in range(self.journal[message.request_id].submit.n):
+                self.store.discard(f"{message.request_id}/{index}")
             del self.journal[message.request_id]
         delivery.reply(wire.RequestDeleted(existed))
 
@@ -190,7 +203,9 @@ class FakeHead:
         ids = [
             id_
             for id_, accepted in self.journal.items()
-            if message.owner in ("", accepted.submit.owner) and message.active is not accepted.ended.is_set()
+            if message.owner in ("", accepted.submit.owner)
+            and message.active is not accepted.ended.is_set()
+            and message.output_format in ("", accepted.submit.output.format)
         ]
         ids = ids[::-1] if message.newest_first else ids
         if message.after and message.after not in ids:
@@ -244,6 +259,7 @@ class FakeHead:
             units=units[::-1],
             model=self.description.name,
             revision="-".join(f"{len(job.history)}.{job.step}.{len(job.previews)}" for job in units[::-1]),
+            remixed_from=submit.remixed_from,
         )
 
     def _job(self, accepted: StoredRequest, index: int) -> wire.JobView:
@@ -264,7 +280,7 @@ class FakeHead:
             instances={"denoiser": "denoiser-0"},
             stage_seconds={"denoiser": 0.25},
             causes=accepted.causes,
-            artifact=wire.Artifact(name, f"image/{stored_format(submit)}", 1) if done else None,
+            artifact=wire.Artifact(name, FORMATS[stored_format(submit)].content_type, 1) if done else None,
             at_fault=accepted.at_fault,
             previews=tuple(
                 wire.PreviewView(step, wire.Artifact(f"{submit.request_id}_{index}.{step}.png", "image/png", 1))
@@ -347,7 +363,8 @@ async def services(topology, outbox, store, uploads) -> Services:
 
     head = HeadClient(reference("head"), patience_s=1.0)
     cluster = ClusterObserver(topology, address_book, reference)
-    return Services(topology, head, cluster, store, UploadService(uploads), BodyLimiter(), asyncio.Event())
+    variants = VideoVariants(store)
+    return Services(topology, head, cluster, store, UploadService(uploads), variants, BodyLimiter(), asyncio.Event())
 
 
 @pytest.fixture

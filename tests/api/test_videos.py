@@ -1,7 +1,8 @@
-"""Videos are jobs: begun, asked about, fetched, cancelled."""
+"""Videos are jobs: begun, asked about, fetched, remixed, cancelled, removed."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 
@@ -9,6 +10,7 @@ import msgspec
 import pytest
 from PIL import Image
 
+from tests.video_files import film
 from triptych.engines.parameters.schema import Parameter, ParameterKind
 from triptych.roles.messages import requests as wire
 
@@ -63,15 +65,16 @@ async def test_a_video_is_a_job_from_its_beginning_to_its_file(client, fake_head
     assert job == {
         "id": submit.request_id, "object": "video", "status": "in_progress", "progress": 50, "model": "tiny/shapes",
         "created_at": job["created_at"], "completed_at": None, "seconds": "2.06", "size": "64x32", "error": None,
+        "prompt": "x", "expires_at": None, "remixed_from_video_id": None,
     }  # fmt: skip
     refused(await client.get(f"{URL}/{job['id']}/content"), 409, None, "in progress")
     fake_head.finish(job["id"])
     done = (await client.get(f"{URL}/{job['id']}")).json()
     assert (done["status"], done["progress"]) == ("completed", 100)
     assert done["completed_at"] >= done["created_at"]
+    assert done["expires_at"] == done["completed_at"] + 86_400, "the request is kept for a day, the file for a week"
     content = await client.get(f"{URL}/{job['id']}/content")
-    assert content.headers["content-type"] == "image/png"  # what the fake head writes
-    assert Image.open(io.BytesIO(content.content)).size == (8, 8)
+    assert (content.headers["content-type"], content.content) == ("video/mp4", film())
 
 
 @pytest.mark.parametrize(
@@ -150,8 +153,6 @@ async def test_a_list_names_what_is_wrong_with_its_query(client, fake_head, quer
 
 
 async def test_what_openai_has_and_this_has_not_says_what_to_do(client, fake_head):
-    job = (await client.post(URL, json={"prompt": "x"})).json()
-    refused(await client.post(f"{URL}/{job['id']}/remix", json={"prompt": "y"}), 404, None, "POST /v1/videos")
     refused(await client.post("/v1/images/variations", json={}), 404, None, "POST /v1/images/edits")
 
 
@@ -209,7 +210,9 @@ async def test_a_model_of_images_makes_no_videos(client, fake_head):
     fake_head.description = msgspec.structs.replace(fake_head.description, medium="image")
     refused(await client.post(URL, json={"prompt": "x"}), 422, "model", "/v1/images/generations")
     made = (await client.post("/v1/images/generations", json={"prompt": "x"})).json()
-    refused(await client.get(f"{URL}/{made['id']}"), 404, None)
+    for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/content"), ("POST", "/cancel"), ("POST", "/remix")):
+        refused(await client.request(method, f"{URL}/{made['id']}{path}"), 404, None)
+    assert len(fake_head.journal) == 1
 
 
 async def test_503_before_the_model_is_known(client, fake_head):
@@ -224,7 +227,7 @@ async def test_what_is_not_there(client, fake_head):
         refused(await client.request(method, f"{URL}/{path}"), 404, None)
     refused(await client.post(URL, json={"prompt": "x", "model": "sora-2"}), 404, "model", "sora-2")
     made = (await client.post(URL, json={"prompt": "x"})).json()
-    refused(await client.get(f"{URL}/{made['id']}/content", params={"variant": "thumbnail"}), 422, "variant")
+    refused(await client.get(f"{URL}/{made['id']}/content", params={"variant": "poster"}), 422, "variant", "one of")
     refused(await client.post(f"{URL}/{made['id']}"), 405, None)
 
 
@@ -232,4 +235,91 @@ async def test_a_file_that_is_gone(client, fake_head, store):
     made = (await client.post(URL, json={"prompt": "x"})).json()
     for file in store.files.folder.iterdir():
         file.unlink()
-    refused(await client.get(f"{URL}/{made['id']}/content"), 410, None)
+    for variant in ("video", "thumbnail", "spritesheet"):
+        refused(await client.get(f"{URL}/{made['id']}/content", params={"variant": variant}), 410, None)
+
+
+async def test_a_variant_is_made_once_and_goes_with_its_video(client, store):
+    made = (await client.post(URL, json={"prompt": "x"})).json()
+    url = f"{URL}/{made['id']}/content"
+    asked = [client.get(url, params={"variant": "thumbnail"}) for _ in range(4)]
+    answers = await asyncio.gather(*asked)
+    assert len({answer.content for answer in answers}) == 1
+    assert {answer.headers["etag"] for answer in answers} == {answers[0].headers["etag"]}, "one file"
+    sheet = await client.get(url, params={"variant": "spritesheet"}, headers={"Range": "bytes=0-3"})
+    assert (sheet.status_code, sheet.content) == (206, b"\xff\xd8\xff\xe0")
+    name = f"{made['id']}_0"
+    files = [f"{name}.mp4", f"{name}.spritesheet.jpeg", f"{name}.thumbnail.webp"]
+    assert sorted(path.name for path in store.files.folder.iterdir()) == files
+    await client.delete(f"{URL}/{made['id']}")
+    assert not list(store.files.folder.iterdir())
+
+
+async def test_a_variant_of_a_video_that_is_deleted_meanwhile_stays_nowhere(client, fake_head, store, monkeypatch):
+    made = (await client.post(URL, json={"prompt": "x"})).json()
+    save = store.save
+
+    def deleted_first(*args):
+        del fake_head.journal[made["id"]]
+        store.discard(f"{made['id']}/0")
+        return save(*args)
+
+    monkeypatch.setattr(store, "save", deleted_first)
+    refused(await client.get(f"{URL}/{made['id']}/content", params={"variant": "thumbnail"}), 404, None)
+    assert not list(store.files.folder.iterdir())
+
+
+async def test_a_remix_has_all_of_the_other_one_but_the_prompt(client, fake_head, uploads):
+    files = {"input_reference": png()}
+    sent = {"prompt": "x", "seconds": "0.5", "fps": "8", "seed": "3"}
+    old = (await client.post(URL, data=sent, files=files)).json()
+    new = await client.post(f"{URL}/{old['id']}/remix", json={"prompt": "y"})
+    assert new.status_code == 200, new.text
+    assert (new.json()["prompt"], new.json()["remixed_from_video_id"]) == ("y", old["id"])
+    first, second = await fake_head.received(wire.SubmitRequest, 2)
+    assert (second.inputs, second.seed) == ({**first.inputs, "prompt": "y"}, 3)
+    assert second.output == first.output
+    uploads.files.remove(path.name for path in uploads.files.folder.iterdir())
+    answer = await client.post(f"{URL}/{old['id']}/remix", json={"prompt": "y"})
+    refused(answer, 410, "image", "is not kept any more")
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({}, "prompt", "is required"),
+        ({"prompt": ""}, "prompt", "text of 1 to"),
+        ({"prompt": "y", "size": "8x8"}, "size", "cannot be given here: this takes prompt"),
+    ],
+)
+async def test_a_remix_takes_a_prompt_alone(client, fake_head, body, param, words):
+    old = (await client.post(URL, json={"prompt": "x"})).json()
+    refused(await client.post(f"{URL}/{old['id']}/remix", json=body), 422, param, words)
+    assert len(fake_head.journal) == 1
+
+
+async def test_images_among_the_videos_do_not_end_the_list(client, fake_head):
+    first = (await client.post(URL, json={"prompt": "x"})).json()["id"]
+    for _ in range(3):
+        await client.post("/v1/images/generations", json={"prompt": "x"})
+    last = (await client.post(URL, json={"prompt": "x"})).json()["id"]
+    page = (await client.get(URL, params={"limit": 1})).json()
+    assert ([video["id"] for video in page["data"]], page["has_more"]) == ([last], True)
+    page = (await client.get(URL, params={"limit": 1, "after": last})).json()
+    assert ([video["id"] for video in page["data"]], page["has_more"]) == ([first], False)
+
+
+async def test_videos_of_a_model_that_is_served_no_more_are_still_there(client, fake_head, services):
+    made = (await client.post(URL, json={"prompt": "x", "num_frames": 17})).json()
+    view = fake_head.view
+    fake_head.view = lambda request_id: msgspec.structs.replace(view(request_id), model="another")
+    services.head.forget_descriptions()
+    shown = (await client.get(f"{URL}/{made['id']}")).json()
+    assert (shown["status"], shown["model"], shown["seconds"]) == ("completed", "another", None)
+    assert (await client.get(URL)).json()["data"] == [shown]
+
+
+async def test_a_long_video_has_plain_seconds(client, fake_head):
+    fake_head.description = msgspec.structs.replace(fake_head.description, fps=1.0)
+    made = (await client.post(URL, json={"prompt": "x", "num_frames": 2001})).json()
+    assert made["seconds"] == "2001"

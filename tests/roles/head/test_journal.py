@@ -40,6 +40,7 @@ def test_what_was_accepted_and_saved_comes_back_whole(tmp_path: Path) -> None:
     request = a_request(key="k")
     request.owner = "alice"
     request.priority, request.deadline_s, request.steps = 7, 2.5, 28
+    request.remixed_from = "r0"
     journal = Journal(tmp_path / "j.sqlite")
     journal.accept(request)
     job = request.jobs[1]
@@ -61,13 +62,16 @@ def test_requests_are_named_by_owner_and_age_whether_they_have_ended_or_not(tmp_
     for k, owner in enumerate(("alice", "bob", "alice", "alice")):
         request = a_request(f"r{k}", created_at=float(k // 2))
         request.owner = owner
+        request.output = Output("mp4" if k in (0, 3) else "png")
         journal.accept(request)
     request.finished_at = 5.0
     journal.save([request], [])
 
-    def ids(owner: str = "alice", after: str = "", limit: int = 9, *, newest_first: bool = True) -> list[str]:
+    def ids(
+        owner: str = "alice", after: str = "", limit: int = 9, *, newest_first: bool = True, output_format: str = ""
+    ) -> list[str]:
         found = journal.find(after) if after else None
-        return journal.ids(owner, after=found, limit=limit, newest_first=newest_first)
+        return journal.ids(owner, after=found, limit=limit, newest_first=newest_first, output_format=output_format)
 
     assert ids() == ["r3", "r2", "r0"]
     assert ids("") == ["r3", "r2", "r1", "r0"]
@@ -75,6 +79,8 @@ def test_requests_are_named_by_owner_and_age_whether_they_have_ended_or_not(tmp_
     assert ids(limit=2) == ["r3", "r2"]
     assert ids(after="r3") == ["r2", "r0"]
     assert ids(after="r0", newest_first=False) == ["r2", "r3"]
+    assert ids(output_format="mp4") == ["r3", "r0"]
+    assert ids(output_format="mp4", after="r3", limit=1) == ["r0"], "what is between them does not count"
     journal.close()
 
 
@@ -110,7 +116,9 @@ def test_a_request_in_flight_that_an_earlier_version_wrote_comes_back_with_every
     path = tmp_path / "j.sqlite"
     Journal(path).close()
     with sqlite3.connect(path) as db:
-        db.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?)", ("old", "alice/k", 1.0, 0.0, OLD_REQUEST, "alice"))
+        columns = "id, idempotency_key, created_at, finished_at, body, owner"
+        row = ("old", "alice/k", 1.0, 0.0, OLD_REQUEST, "alice")
+        db.execute(f"INSERT INTO requests ({columns}) VALUES (?, ?, ?, ?, ?, ?)", row)
         db.executemany("INSERT INTO units VALUES (?, 'old', ?)", [(f"old/{k}", row) for k, row in enumerate(OLD_UNITS)])
     journal = Journal(path)
     (found,) = journal.active()
@@ -276,11 +284,14 @@ def test_a_journal_of_the_version_before_is_taken_over(tmp_path: Path) -> None:
     with sqlite3.connect(path) as db:
         db.executescript(
             "DROP TABLE damaged; DROP INDEX by_owner; DROP INDEX by_age; ALTER TABLE requests DROP COLUMN owner; "
+            "DROP INDEX by_format; ALTER TABLE requests DROP COLUMN output_format; "
             "PRAGMA user_version=1; PRAGMA auto_vacuum=NONE;"
         )
         db.execute("VACUUM")
     journal = Journal(path)
     assert journal.find_key("k") == request
+    for output_format, found in (("png", ["r"]), ("mp4", [])):
+        assert journal.ids("", after=None, limit=9, newest_first=True, output_format=output_format) == found
     assert journal.damaged == 0
     (mode,) = journal._db.execute("PRAGMA auto_vacuum").fetchone()
     assert mode == 2

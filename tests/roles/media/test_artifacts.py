@@ -51,6 +51,19 @@ def test_a_preview_is_a_file_beside_the_image_of_its_job(tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
+def test_a_variant_is_a_file_beside_its_video_and_goes_with_it(tmp_path: Path) -> None:
+    store = ArtifactStore(LocalFiles(tmp_path))
+    for job_id, output_format in (("r/0", "mp4"), ("r/0.thumbnail", "webp"), ("r/0.spritesheet", "jpeg")):
+        store.save(job_id, output_format, b"bytes")
+    store.save("r/1.thumbnail", "webp", b"of another one")
+    assert store.read("r_0.thumbnail.webp") == b"bytes"
+    assert store.prune(StoreBounds(0, 0, 0), now=4e9, needed={"r"}) == 0
+    store.discard("r/0")
+    assert [path.name for path in tmp_path.iterdir()] == ["r_1.thumbnail.webp"]
+    store.discard("r/1.thumbnail")
+    assert not list(tmp_path.iterdir())
+
+
 def test_saving_again_replaces(tmp_path: Path) -> None:
     store = ArtifactStore(LocalFiles(tmp_path))
     store.save("r/0", "png", b"old")
@@ -58,7 +71,23 @@ def test_saving_again_replaces(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "job_id", ["", "r", "../x/0", "r/../0", "r/0/1", "r/x", "r/0.", "r/0.x", "r/0.1.2", "a b/0", "r/0\n", "é/0", "/0"]
+    "job_id",
+    [
+        "",
+        "r",
+        "../x/0",
+        "r/../0",
+        "r/0/1",
+        "r/x",
+        "r/0.",
+        "r/0.x",
+        "r/0.1.2",
+        "r/0.poster",
+        "a b/0",
+        "r/0\n",
+        "é/0",
+        "/0",
+    ],
 )
 def test_only_validated_ids_make_names(job_id: str) -> None:
     with pytest.raises(ArtifactError):
