@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import httpx
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from triptych.actors.command._console import stderr
@@ -23,6 +24,7 @@ def wait_until_finished(
     request: dict[str, Any],
     pause: Callable[[float], None] = time.sleep,
     look: Callable[[dict[str, Any]], None] = lambda _: None,
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Wait until a request ends, and show how far it is.
 
@@ -31,6 +33,7 @@ def wait_until_finished(
         request: As `GET /v1/requests/{id}` answers.
         pause: Called with the seconds to sleep.
         look: Called with the request each time that it was asked for.
+        console: Where the bar is shown; it is on stderr.
 
     Returns:
         The request as it ended.
@@ -40,7 +43,7 @@ def wait_until_finished(
     """
     columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # On stderr, and removed at the end, so that stdout has nothing but what was asked for.
-    with Progress(*columns, console=stderr(), transient=True) as progress:
+    with Progress(*columns, console=console or stderr(), transient=True) as progress:
         bar = progress.add_task(state_in_words(request), total=None)
         while not request["terminal"]:
             pause(POLL_EVERY_S)

@@ -7,13 +7,15 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NamedTuple
 
 import httpx
 import typer
+from rich.console import Console
 from rich.markup import escape
 
 from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, EXIT_FAILED, EXIT_INTERRUPTED, fail, stderr, stdout
+from triptych.actors.command._draw import Draw, Sheet, open_canvas, read_image
 from triptych.actors.command._progress import wait_until_finished
 from triptych.actors.errors import TopologyError
 from triptych.actors.topology import load_topology
@@ -66,7 +68,13 @@ def generate(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="Where to write it.", show_default="picture.png, video.mp4"),
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="Where to write it; default: picture.png, video.mp4 or sound.wav, as the model makes it.",
+            show_default=False,
+        ),
     ] = None,
     size: Annotated[
         str, typer.Option(metavar="WIDTHxHEIGHT", help="In pixels; default: the model's own.", show_default=False)
@@ -123,6 +131,13 @@ def generate(
     preview: Annotated[
         bool, typer.Option("--preview", help="Save partial images as they come, as NAME.step-STEP.png.")
     ] = False,
+    draw: Annotated[
+        Draw,
+        typer.Option(
+            help="Draw the image and its partial images in the terminal: as it can (auto asks it), with kitty's"
+            " graphics protocol, as sixels, as half blocks, or not.",
+        ),
+    ] = "auto",
     topology: Annotated[
         Path | None,
         typer.Option(
@@ -163,13 +178,15 @@ def generate(
         "n": count,
     } | options
     extra = {**parse_settings(more or [], out, by_option), **options, "image": image or None}
+    show = _show("off" if as_json else draw, save=preview)
+    extra |= {"partial_images": MAX_PARTIAL_IMAGES} if show.sheet and "partial_images" not in extra else {}
     try:
         body = request_body(prompt, size=size or None, steps=steps, seed=seeds, extra=extra, n=count)
     except OSError as error:
         fail(f"{error.filename} cannot be read: {error.strerror}.", EXIT_FAILED)
     try:
         target = load_topology(topology).url if topology and not url else base_url(url)
-        request, files = _make(target, api_key(key_file), body, out)
+        request, files = _make(target, api_key(key_file), body, out, show)
         written = [result.save(path) for result, path in zip(files, output_paths(request, out), strict=True)]
     except TopologyError as error:
         fail(str(error), EXIT_BAD_TOPOLOGY)
@@ -182,8 +199,14 @@ def generate(
     if as_json:
         print(json.dumps({**request, "files": [str(path) for path in written]}))
         return
+    _print_saved(files, written, show, time.monotonic() - begun)
+
+
+def _print_saved(files: Sequence[GeneratedImage], written: Sequence[Path], show: Show, seconds: float) -> None:
+    for index, result in enumerate(files):
+        show.draw(index, len(files), result.data)
     for result, path in zip(files, written, strict=True):
-        about = f"{len(result.data) / 1024:.0f} KiB, {time.monotonic() - begun:.1f} s"
+        about = f"{len(result.data) / 1024:.0f} KiB, {seconds:.1f} s"
         stdout().print(f"[green]saved[/] {escape(str(path))} ({about}, request {escape(result.request_id)})")
         if result.nsfw_content_detected:
             stdout().print("[yellow]The model's safety checker made the image black: try another seed or prompt.[/]")
@@ -269,16 +292,37 @@ def preview_path(preview: Mapping[str, Any], out: Path | None, index: int, count
     return path.with_name(f"{stem}.step-{preview['step']}{path.suffix}")
 
 
-class PreviewSaver:
-    """Writes the previews of a request that it has not written yet."""
+class Show(NamedTuple):
+    """Where a request is shown while it runs, and whether its previews are saved."""
 
-    def __init__(self, http: httpx.Client, out: Path | None) -> None:
+    console: Console
+    save: bool
+    sheet: Sheet | None
+
+    def draw(self, index: int, count: int, data: bytes) -> None:
+        """Draw the file of one of `count` images, if it is one."""
+        image = read_image(data) if self.sheet else None
+        if self.sheet is not None and image is not None:
+            self.sheet.draw(index, count, image)
+
+
+def _show(draw: Draw, *, save: bool) -> Show:
+    console = stderr()
+    canvas = open_canvas(draw, console)
+    return Show(console, save, Sheet(canvas) if canvas else None)
+
+
+class PreviewFeed:
+    """Fetches the previews of a request that it does not know yet, saves them and draws them."""
+
+    def __init__(self, http: httpx.Client, out: Path | None, show: Show) -> None:
         self._http = http
         self._out = out
+        self._show = show
         self._known: set[str] = set()
 
-    def save_new(self, request: Mapping[str, Any]) -> None:
-        """Write new previews; raises OSError and httpx.HTTPError. One that is not kept any more is left out."""
+    def take_new(self, request: Mapping[str, Any]) -> None:
+        """Take new previews; raises OSError and httpx.HTTPError. One that is not kept any more is left out."""
         for unit in request["units"]:
             for preview in unit.get("previews", ()):
                 name = preview["artifact"]["name"]
@@ -287,19 +331,29 @@ class PreviewSaver:
                 self._known.add(name)
                 file = self._http.get(f"/v1/images/{name}")
                 if file.is_success:
-                    path = preview_path(preview, self._out, unit["index"], len(request["units"]))
-                    path.write_bytes(file.content)
-                    stderr().print(f"[dim]preview[/] {escape(str(path))} (step {preview['step']})")
+                    self._take(preview, unit["index"], len(request["units"]), file.content)
+
+    def _take(self, preview: Mapping[str, Any], index: int, count: int, data: bytes) -> None:
+        if self._show.save:
+            path = preview_path(preview, self._out, index, count)
+            path.write_bytes(data)
+            self._show.console.print(f"[dim]preview[/] {escape(str(path))} (step {preview['step']})")
+            if self._show.sheet:
+                self._show.sheet.leave()
+        self._show.draw(index, count, data)
 
 
-def _make(url: str, key: str, body: dict[str, object], out: Path | None) -> tuple[dict[str, Any], list[GeneratedImage]]:
+def _make(
+    url: str, key: str, body: dict[str, object], out: Path | None, show: Show
+) -> tuple[dict[str, Any], list[GeneratedImage]]:
     """Send the request and wait; return it as it ended, and the file of each of its images."""
     with httpx.Client(base_url=url, timeout=timeout(GENERATE_TIMEOUT_S), headers=authorization(key)) as http:
         try:
             answer = http.post("/v1/images/generations", json=body, headers={"Prefer": "respond-async"})
             request = read_json(answer)
             try:
-                request = wait_until_finished(http, request, look=PreviewSaver(http, out).save_new)
+                look = PreviewFeed(http, out, show).take_new
+                request = wait_until_finished(http, request, look=look, console=show.console)
             except KeyboardInterrupt:
                 http.delete(f"/v1/requests/{request['id']}")
                 raise

@@ -15,7 +15,8 @@ from PIL import Image
 
 from tests.system.conftest import BOUND_S
 from tests.system.reference import pixels
-from triptych.actors.command.generate import PreviewSaver
+from triptych.actors.command._console import stderr
+from triptych.actors.command.generate import PreviewFeed, Show
 from triptych.api.launch import Cluster
 
 STEPS = 4000
@@ -33,9 +34,9 @@ async def until(http: httpx.AsyncClient, request_id: str, look: Callable[[dict[s
 
 def save_as_the_command_does(url: str, request_id: str, out: Path) -> None:
     with httpx.Client(base_url=url, timeout=BOUND_S) as http:
-        saver = PreviewSaver(http, out)
+        feed = PreviewFeed(http, out, Show(stderr(), save=True, sheet=None))
         for _ in range(2):  # each is saved once
-            saver.save_new(http.get(f"/v1/requests/{request_id}").json())
+            feed.take_new(http.get(f"/v1/requests/{request_id}").json())
 
 
 @pytest.mark.shared_cluster("killed")

@@ -500,7 +500,7 @@ def test_waiting_for_readiness_is_hopeless_when_nothing_moves_any_more(states: l
 def test_priority_and_deadline_are_fields_of_the_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[dict[str, object]] = []
 
-    def make(_url: str, _key: str, body: dict[str, object], _out: Path | None) -> None:
+    def make(_url: str, _key: str, body: dict[str, object], _out: Path | None, _show: object) -> None:
         sent.append(body)
         raise ClientError("enough")
 
