@@ -14,9 +14,9 @@ from typing import Annotated, Any, Final
 import typer
 
 from triptych.actors.command._console import EXIT_INTERRUPTED, fail, stdout
-from triptych.actors.command.add import add
 from triptych.actors.command.check import check
 from triptych.actors.command.generate import generate
+from triptych.actors.command.init import init
 from triptych.actors.command.keys import keys
 from triptych.actors.command.manifests import manifests
 from triptych.actors.command.reload import reload
@@ -27,8 +27,10 @@ from triptych.actors.command.up import up
 __all__ = ["app", "main"]
 
 _COMMANDS: Final[tuple[Callable[..., None], ...]] = (
-    *(up, check, add, keys, status, generate, reload, sleep, wake, manifests),
+    *(init, check, up, status, generate, reload, sleep, wake, keys, manifests),
 )
+_WITHOUT_ARGUMENTS: Final = (status,)
+"""Commands that do something without any argument."""
 
 app = typer.Typer(
     name="triptych",
@@ -71,7 +73,8 @@ def _ended_by_ctrl_c(command: Callable[..., None]) -> Callable[..., None]:
 
 
 for _command in _COMMANDS:
-    app.command(no_args_is_help=_command is not status)(_ended_by_ctrl_c(_command))
+    app.command(no_args_is_help=_command not in _WITHOUT_ARGUMENTS)(_ended_by_ctrl_c(_command))
+app.command("add", hidden=True, no_args_is_help=True)(_ended_by_ctrl_c(init))  # what init was called before
 
 
 def main() -> None:

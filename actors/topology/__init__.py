@@ -12,6 +12,7 @@ from triptych.actors.topology._parser import load_toml
 from triptych.actors.topology._pools import INCOMING, largest_payload, pool_zones
 from triptych.actors.topology._topology import Component, Model, Topology, load_topology
 from triptych.actors.topology._writer import (
+    for_device,
     free_port,
     generate_topology,
     rebase_models,
@@ -61,6 +62,7 @@ __all__ = [
     "agreement",
     "bind_host",
     "find_source",
+    "for_device",
     "free_port",
     "generate_topology",
     "is_ip",

@@ -1,4 +1,4 @@
-"""What is known of a model before it is served: for `triptych add` and `triptych check --model`."""
+"""What is known of a model before it is served: for `triptych init` and `triptych check --model`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import msgspec
 
 
 class ModelSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """What `triptych add` needs to know of a model to write a topology for it."""
+    """What `triptych init` needs to know of a model to write a topology for it."""
 
     pipeline: str
     """Its class."""
@@ -20,8 +20,12 @@ class ModelSummary(msgspec.Struct, frozen=True, kw_only=True):
     """Defaults of its parameters, by name."""
     weights: dict[str, int] = {}
     """Bytes of the weight files of each component."""
-    gpus: int = 0
-    """CUDA devices of this machine."""
+    elements: dict[str, int] = {}
+    """How many numbers the weights of each component have; of a checkpoint in one file, all of them under its name."""
+    stages: dict[str, tuple[str, ...]] = {}
+    """Names of the components that each stage loads."""
+    gpus: tuple[int, ...] = ()
+    """Bytes of memory of each CUDA device of this machine; 0 where it is not known."""
 
 
 class ModelProblem(msgspec.Struct, frozen=True):

@@ -138,7 +138,7 @@ def _config(section: ModelSection, base: Path) -> Path:
         problem = f"is missing: {section.path} has weights, but no configurations and no tokenizers"
         fix = (
             "give the folder or the repository of a model of the same kind in the layout of diffusers, without its"
-            f" weights if you like; `triptych add {section.path}` says which"
+            f" weights if you like; `triptych init {section.path}` says which"
         )
         raise _MissingError(problem, fix)
     folder = _folder(section.config, base, section.revision)

@@ -7,8 +7,9 @@ import os
 import re
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
+import msgspec
 import tomli_w
 
 from triptych.actors.errors import TopologyError
@@ -16,7 +17,7 @@ from triptych.actors.topology._model_source import absolute, is_repository
 from triptych.actors.topology._parser import did_you_mean, load_toml
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from triptych.actors.topology._model_report import ModelSummary
     from triptych.actors.topology.sections import ModelSection
@@ -28,26 +29,117 @@ _ENCODED_PROMPT_BYTES: Final = 32 * _MIB
 """Bytes of an encoded prompt: 512 tokens of 4096 floats, with and without guidance, rounded up."""
 _PAYLOADS_IN_FLIGHT: Final = 4
 """Payloads that each half of a pool should have room for: two requests of two stages."""
+_WEIGHTS_SHARE: Final = 0.8
+"""Share of a GPU's memory that weights may take; the rest is for what is computed."""
 _PATH_KEYS: Final = frozenset({"path", "path_2", "keys_file", "keys", "config"})
 
 
+def for_device(summary: ModelSummary, device: Literal["auto", "cpu", "cuda"]) -> ModelSummary:
+    """Return the summary for a machine whose roles compute on such devices; "cuda" is a GPU of unknown memory. Pure."""
+    if device == "cpu":
+        return msgspec.structs.replace(summary, gpus=())
+    return summary if device == "auto" or summary.gpus else msgspec.structs.replace(summary, gpus=(0,))
+
+
 def generate_topology(section: ModelSection, summary: ModelSummary) -> str:
-    """Return a topology for a model, as TOML. Pure.
+    """Return a topology for a model, as TOML with the reasons as comments. Pure.
 
     Args:
         section: The model: its path, and what else the user asked for.
-        summary: What is known of it.
+        summary: What is known of it and of the machine.
     """
     model = {"path": section.path, "revision": section.revision, "config": section.config or summary.config}
-    tables = {
-        "model": {key: value for key, value in model.items() if value}
-        | {"dtype": "bfloat16" if summary.gpus else "float32"},
-        "transfer": {"pool_size": _size(estimate_pool_bytes(summary.defaults))},
-    }
-    comments = "".join(f"# {line}\n" for line in _header_comments(summary))
-    roles = _roles(disaggregated=summary.disaggregated, gpus=summary.gpus)
+    if summary.gpus:
+        dtype, why = "bfloat16", "the type that GPUs are fast with, at half the memory of float32"
+    else:
+        dtype, why = "float32", "the type that a CPU is fast with"
+    pool = _size(estimate_pool_bytes(summary.defaults))
     # A table for each role, where tomli_w would write them as one inline array.
-    return "\n".join([comments, tomli_w.dumps(tables), *(f"[[roles]]\n{tomli_w.dumps(role)}" for role in roles)])
+    parts = [
+        _comments(_header_comments(summary)),
+        _table("[model]", {key: value for key, value in model.items() if value})
+        + _comments([why])
+        + tomli_w.dumps({"dtype": dtype}),
+        _table("[transfer]", {"pool_size": pool}, "room for some requests of the usual size between two stages"),
+        *(_table("[[roles]]", keys, why) for keys, why in plan_roles(summary)),
+    ]
+    return "\n".join(parts)
+
+
+def _table(header: str, keys: Mapping[str, object], why: str = "") -> str:
+    return f"{header}\n{_comments([why] if why else [])}{tomli_w.dumps(keys)}"
+
+
+def plan_roles(summary: ModelSummary) -> list[tuple[dict[str, object], str]]:
+    """Return the keys of each role, and why: by the GPUs, their memory, and the weights of each stage. Pure."""
+    stages = ["encoder", "denoiser", "decoder"] if summary.disaggregated else ["monolithic"]
+    if not summary.gpus:
+        return [({"kind": stage}, f"on the CPU: {_weights_of(summary, stage, 4)}") for stage in stages]
+    main = "denoiser" if summary.disaggregated else "monolithic"
+    weights = {stage: _bytes_of(summary, stage, 2) for stage in stages}
+    spread = len(summary.gpus) > 1
+    # The last GPU has the encoder and the decoder for itself where they do not fit beside a denoiser.
+    apart = spread and summary.disaggregated and not _fits(sum(weights.values()), summary.gpus[0])
+    denoisers = len(summary.gpus) - apart
+    last = len(summary.gpus) - 1
+    others = [stage for stage in stages if stage != main]
+    resting = _offloaded(weights, others if apart else stages, summary.gpus[last if apart else 0])
+    if apart and not _fits(weights[main], min(summary.gpus[:last])):
+        resting.add(main)
+    roles = []
+    for stage in stages:
+        gpu = last if apart and stage != main else 0
+        keys: dict[str, object] = {"kind": stage, "device": f"cuda:{gpu}"}
+        why = f"{_weights_of(summary, stage, 2)}, on a GPU of {_memory(summary.gpus[gpu])}"
+        if stage == main and denoisers > 1:
+            keys |= {"count": denoisers, "device": "cuda"}
+            why = f"{_weights_of(summary, stage, 2)}, on {denoisers} GPUs of {_memory(min(summary.gpus[:denoisers]))}"
+        if stage in resting:
+            keys["offload"] = "group"
+            why += "; they rest on the host, since not all fit there with room to compute"
+        elif apart and stage != main:
+            why += ", apart from the denoisers, beside which they would not fit"
+        roles.append((keys, why))
+    return roles
+
+
+def _fits(nbytes: int, gpu: int) -> bool:
+    """Return whether weights fit into the memory of a GPU, with room to compute; a memory of 0 is not known."""
+    return not gpu or nbytes <= _WEIGHTS_SHARE * gpu
+
+
+def _offloaded(weights: Mapping[str, int], stages: Sequence[str], gpu: int) -> set[str]:
+    """Return the stages whose weights rest on the host, so that the others of a GPU fit: shortest runs first."""
+    resting: set[str] = set()
+    for stage in ("encoder", "decoder", "denoiser", "monolithic"):
+        if _fits(sum(weights[each] for each in stages if each not in resting), gpu):
+            break
+        if stage in stages:
+            resting.add(stage)
+    return resting
+
+
+def _bytes_of(summary: ModelSummary, stage: str, width: int) -> int:
+    """Return the bytes of a stage's weights once they are loaded, with so many bytes each; 0 if they are not known."""
+    if stage == "monolithic":
+        return width * sum(summary.elements.values())
+    return width * sum(summary.elements.get(name, 0) for name in summary.stages.get(stage, ()))
+
+
+def _weights_of(summary: ModelSummary, stage: str, width: int) -> str:
+    nbytes = _bytes_of(summary, stage, width)
+    return f"{_memory(nbytes)} of weights" if nbytes else "weights of unknown size"
+
+
+def _memory(nbytes: int) -> str:
+    """Say how much memory something has or takes."""
+    if not nbytes:
+        return "unknown memory"
+    return f"{nbytes / (1 << 30):.1f} GiB" if nbytes >= 1 << 30 else f"{nbytes / _MIB:.1f} MiB"
+
+
+def _comments(sentences: Iterable[str]) -> str:
+    return "".join(f"# {sentence}\n" for sentence in sentences)
 
 
 def estimate_pool_bytes(defaults: Mapping[str, object]) -> int:
@@ -141,16 +233,6 @@ def _header_comments(summary: ModelSummary) -> list[str]:
         *([f"Weights on disk: {', '.join(sizes)}."] if sizes else []),
         "Every key and its default: actors/topology/sections.py.",
     ]
-
-
-def _roles(*, disaggregated: bool, gpus: int) -> list[dict[str, object]]:
-    device: dict[str, object] = {"device": "cuda:0"} if gpus else {}
-    if not disaggregated:
-        return [{"kind": "monolithic", **device}]
-    denoiser: dict[str, object] = {"kind": "denoiser", **device}
-    if gpus > 1:
-        denoiser |= {"count": gpus, "device": "cuda"}
-    return [{"kind": "encoder", **device}, denoiser, {"kind": "decoder", **device}]
 
 
 def _size(nbytes: int) -> str:

@@ -113,6 +113,22 @@ def tasks_of(model: Path, options: ModelOptions = DEFAULTS) -> tuple[Task, ...]:
     return class_tasks(cls, _medium(cls))
 
 
+def stage_components(model: Path, options: ModelOptions = DEFAULTS) -> dict[Stage, frozenset[str]]:
+    """Return the names of the components that each stage of a model loads, in a process of its own.
+
+    Raises:
+        ModelError: As `strategy_for`, or its pipeline cannot be cut.
+    """
+    if strategy_for(model, options) is PartitionStrategy.MODULAR:
+        cut = load_modular_partition(model, options)
+        return {
+            stage: frozenset(cut.pipeline(blocks).pretrained_component_names) for stage, blocks in cut.blocks_of.items()
+        }
+    index = load_index(model)
+    partition = classic_partition(classic_class(index, options), index)
+    return {stage: partition.needed(stage) for stage in Stage}
+
+
 def strategy_in_process(strategy: PartitionStrategy, stages: Collection[Stage]) -> PartitionStrategy:
     """Return the partition in a process with some stages: with all of them, a classic pipeline need not be cut."""
     return (

@@ -1,8 +1,10 @@
-"""Summarize a model for the topology that `triptych add` writes; see `actors.topology._writer`."""
+"""Summarize a model for the topology that `triptych init` writes; see `actors.topology._writer`."""
 
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,16 @@ import torch
 from triptych.actors.topology import INDEX_FILES, ModelSection, ModelSource, ModelSummary, find_source, snapshot
 from triptych.engines.model_options import ModelOptions
 from triptych.engines.parameters.serving_config import load_index, load_serving_config
-from triptych.engines.partition.strategy import PartitionStrategy, classic_class, describe_serving, strategy_for
-from triptych.engines.stages import ModelError
-from triptych.engines.weights.files import component_files
+from triptych.engines.partition.strategy import (
+    PartitionStrategy,
+    classic_class,
+    describe_serving,
+    stage_components,
+    strategy_for,
+)
+from triptych.engines.stages import ModelError, Stage
+from triptych.engines.weights.files import WeightFiles, component_files
+from triptych.engines.weights.inspection import read_headers
 from triptych.engines.weights.single_files import configuration_of
 
 _CONFIGURATION = '--include "*.json" --include "*.txt" --include "*.model"'
@@ -49,7 +58,9 @@ def summarize_model(section: ModelSection, base: Path) -> tuple[ModelSummary, st
             config=section.config,
             defaults=_defaults(source.folder, index),
             weights=_weights(source, index, options),
-            gpus=torch.cuda.device_count(),
+            elements=_elements(source, index, options),
+            stages=_stages(source, options),
+            gpus=tuple(torch.cuda.get_device_properties(gpu).total_memory for gpu in range(torch.cuda.device_count())),
         )
     except ModelError as error:
         return nothing, str(error)
@@ -84,12 +95,40 @@ def _defaults(folder: Path, index: dict[str, object]) -> dict[str, object]:
 
 
 def _weights(source: ModelSource, index: dict[str, object], options: ModelOptions) -> dict[str, int]:
-    found = {}
-    for name, entry in index.items():
-        if isinstance(entry, list) and entry[:2] != [None, None]:
-            files = component_files(name, source.folder / name, options).files
-            if files and files[0] != source.checkpoint:
-                found[name] = sum(file.stat().st_size for file in files if file.is_file())
+    found = {
+        name: sum(file.stat().st_size for file in files.files if file.is_file())
+        for name, files in _files(source, index, options)
+    }
     if source.checkpoint is not None:
         found[source.checkpoint.name] = source.checkpoint.stat().st_size
     return found
+
+
+def _elements(source: ModelSource, index: dict[str, object], options: ModelOptions) -> dict[str, int]:
+    """Count the numbers of the weights, by the headers of the files; two bytes each in a file of another kind."""
+    all_files = dict(_files(source, index, options))
+    if source.checkpoint is not None:
+        all_files[source.checkpoint.name] = WeightFiles(files=(source.checkpoint,))
+    found = {}
+    for name, files in all_files.items():
+        tensors, _ = read_headers(files)  # what is wrong with a file is for `triptych check --model` to say
+        sizes = sum(file.stat().st_size for file in files.files if file.is_file())
+        found[name] = sum(math.prod(tensor.shape) for tensor in tensors.values()) or sizes // 2
+    return found
+
+
+def _stages(source: ModelSource, options: ModelOptions) -> dict[str, tuple[str, ...]]:
+    """Return what each stage loads; a checkpoint in one file counts for the denoiser, which has most of it."""
+    found = {stage.value: tuple(sorted(names)) for stage, names in stage_components(source.folder, options).items()}
+    if source.checkpoint is not None:
+        found[Stage.DENOISER] += (source.checkpoint.name,)
+    return found
+
+
+def _files(source: ModelSource, index: dict[str, object], options: ModelOptions) -> Iterator[tuple[str, WeightFiles]]:
+    """Yield each component with weight files of its own."""
+    for name, entry in index.items():
+        if isinstance(entry, list) and entry[:2] != [None, None]:
+            files = component_files(name, source.folder / name, options)
+            if files.files and files.files[0] != source.checkpoint:
+                yield name, files

@@ -53,7 +53,7 @@ def test_a_checkpoint_needs_a_folder_of_configurations(folder: Path) -> None:
     source = found(folder, path="x.safetensors")
     assert source.key == "config"
     assert "has weights, but no configurations" in source.problem
-    assert "triptych add x.safetensors" in source.fix
+    assert "triptych init x.safetensors" in source.fix
     (folder / "empty").mkdir()
     assert "is not a model in the layout of diffusers" in found(folder, path="x.safetensors", config="empty").problem
     assert "which base is not" in found(folder, path="base", config="base").problem

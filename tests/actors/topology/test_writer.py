@@ -1,10 +1,11 @@
-"""Topology files that are written: those of `triptych add`, and those with overrides."""
+"""Topology files that are written: those of `triptych init`, and those with overrides."""
 
 from __future__ import annotations
 
 import tomllib
 from pathlib import Path
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
@@ -15,6 +16,7 @@ from triptych.actors.topology import (
     ModelSection,
     ModelSummary,
     RoleSection,
+    for_device,
     generate_topology,
     relative_model_path,
     topology_file_name,
@@ -33,20 +35,73 @@ def roles_of(facts: ModelSummary, folder: Path, section: ModelSection | None = N
     return model.section.roles
 
 
+GIB = 1 << 30
+STAGES = {"encoder": ("t5",), "denoiser": ("dit",), "decoder": ("vae",)}
+
+
+def planned(gpus: tuple[int, ...], folder: Path, **gibibytes: float) -> list[tuple[str, int, str, str]]:
+    """Kind, count, device and offload of each role, for weights of so many GiB in bfloat16."""
+    elements = {name: int(size * GIB / 2) for name, size in gibibytes.items()}
+    facts = ModelSummary(
+        pipeline="",
+        disaggregated=True,
+        sentence="",
+        elements=elements,
+        stages=STAGES,
+        gpus=tuple(n * GIB for n in gpus),
+    )
+    return [(role.kind, role.count, role.device, role.offload) for role in roles_of(facts, folder)]
+
+
 def test_roles_are_those_of_the_pipeline_and_the_devices(folder: Path) -> None:
-    def said(gpus: int, *, disaggregated: bool = True) -> list[tuple[str, int, str]]:
+    def said(*gpus: int, disaggregated: bool = True) -> list[tuple[str, int, str]]:
         facts = ModelSummary(pipeline="", disaggregated=disaggregated, sentence="", gpus=gpus)
         return [(role.kind, role.count, role.device) for role in roles_of(facts, folder)]
 
-    assert said(0) == [("encoder", 1, "cpu"), ("denoiser", 1, "cpu"), ("decoder", 1, "cpu")]
-    assert said(1) == [("encoder", 1, "cuda:0"), ("denoiser", 1, "cuda:0"), ("decoder", 1, "cuda:0")]
-    assert said(4) == [("encoder", 1, "cuda:0"), ("denoiser", 4, "cuda"), ("decoder", 1, "cuda:0")]
-    assert said(2, disaggregated=False) == [("monolithic", 1, "cuda:0")]
+    assert said() == [("encoder", 1, "cpu"), ("denoiser", 1, "cpu"), ("decoder", 1, "cpu")]
+    assert said(8 * GIB) == [("encoder", 1, "cuda:0"), ("denoiser", 1, "cuda:0"), ("decoder", 1, "cuda:0")]
+    assert said(*[0] * 4) == [("encoder", 1, "cuda:0"), ("denoiser", 4, "cuda"), ("decoder", 1, "cuda:0")]
+    assert said(0, 0, disaggregated=False) == [("monolithic", 2, "cuda")]
+
+
+def test_memory_decides_what_shares_a_gpu_and_what_rests_on_the_host(folder: Path) -> None:
+    flux = {"t5": 9.3, "dit": 22.2, "vae": 0.2}
+    assert planned((80,), folder, **flux) == [
+        ("encoder", 1, "cuda:0", "none"), ("denoiser", 1, "cuda:0", "none"), ("decoder", 1, "cuda:0", "none"),
+    ], "all fit"  # fmt: skip
+    assert planned((32,), folder, **flux) == [
+        ("encoder", 1, "cuda:0", "group"), ("denoiser", 1, "cuda:0", "none"), ("decoder", 1, "cuda:0", "none"),
+    ], "what runs shortest rests on the host"  # fmt: skip
+    assert planned((16,), folder, **flux) == [
+        ("encoder", 1, "cuda:0", "group"), ("denoiser", 1, "cuda:0", "group"), ("decoder", 1, "cuda:0", "group"),
+    ]  # fmt: skip
+    assert planned((32, 32, 32), folder, **flux) == [
+        ("encoder", 1, "cuda:2", "none"), ("denoiser", 2, "cuda", "none"), ("decoder", 1, "cuda:2", "none"),
+    ], "the last GPU has what does not fit beside a denoiser"  # fmt: skip
+    assert planned((16, 16), folder, **flux)[1] == ("denoiser", 1, "cuda:0", "group")
+
+
+def test_the_device_may_be_chosen_for_another_machine() -> None:
+    here = ModelSummary(pipeline="", disaggregated=True, sentence="", gpus=(8 * GIB,))
+    assert [for_device(here, device).gpus for device in ("auto", "cuda", "cpu")] == [(8 * GIB,), (8 * GIB,), ()]
+    assert [for_device(FLUX, device).gpus for device in ("auto", "cuda", "cpu")] == [(), (0,), ()]
+
+
+def test_the_file_says_why(folder: Path) -> None:
+    elements = {"t5": 2 * GIB, "dit": 8 * GIB, "vae": 1 << 20}
+    facts = ModelSummary(pipeline="", disaggregated=True, sentence="P", elements=elements, stages=STAGES)
+    on_cpu = generate_topology(ModelSection(path="m"), facts)
+    assert '[[roles]]\n# on the CPU: 4.0 MiB of weights\nkind = "decoder"\n' in on_cpu
+    on_gpus = generate_topology(ModelSection(path="m"), msgspec.structs.replace(facts, gpus=(16 * GIB, 16 * GIB)))
+    assert "# 16.0 GiB of weights, on a GPU of 16.0 GiB; they rest on the host, since not all fit there" in on_gpus
+    assert (
+        "# 4.0 GiB of weights, on a GPU of 16.0 GiB, apart from the denoisers, beside which they would not" in on_gpus
+    )
 
 
 def test_the_file_names_the_model_asked_for_and_what_was_found(folder: Path) -> None:
     facts = ModelSummary(
-        pipeline="P", disaggregated=True, sentence="P, by a route", config="a/b", weights={"unet": 5 << 30}, gpus=1
+        pipeline="P", disaggregated=True, sentence="P, by a route", config="a/b", weights={"unet": 5 << 30}, gpus=(0,)
     )
     text = generate_topology(ModelSection(path='x "1".safetensors', revision="v2"), facts)
     assert "# P, by a route.\n# Weights on disk: unet 5.0 GiB.\n" in text
@@ -80,7 +135,7 @@ def test_names_and_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_file_that_is_there_is_not_written_over(folder: Path) -> None:
     file = folder / "x.toml"
     file.write_text("mine")
-    shown = CliRunner().invoke(app, ["add", "people/tiny", "-o", str(file)])
+    shown = CliRunner().invoke(app, ["init", "people/tiny", "-o", str(file)])
     assert shown.exit_code == 1
     assert "replace it with --force" in shown.stderr
     assert file.read_text() == "mine"

@@ -259,12 +259,12 @@ def test_a_component_of_bitsandbytes_is_refused_on_the_cpu(models: Models, tmp_p
     load(model, Stage.DECODER)
 
 
-# triptych add -----------------------------------------------------------------------------------------------------
+# triptych init -----------------------------------------------------------------------------------------------------
 
 
-def test_add_writes_a_topology_that_check_takes(models: Models, tmp_path: Path) -> None:
+def test_init_writes_a_topology_that_check_takes(models: Models, tmp_path: Path) -> None:
     file = tmp_path / "made.toml"
-    shown = CliRunner().invoke(app, ["add", str(models("wan")), "-o", str(file)])
+    shown = CliRunner().invoke(app, ["init", str(models("wan")), "-o", str(file)])
     assert shown.exit_code == 0, shown.stderr
     assert f"triptych up {file}" in shown.stdout
     topology = load_topology(file)
@@ -274,20 +274,20 @@ def test_add_writes_a_topology_that_check_takes(models: Models, tmp_path: Path) 
     assert "# WanPipeline, by the modular partition" in file.read_text()
 
 
-def test_add_says_which_configurations_a_checkpoint_needs(
+def test_init_says_which_configurations_a_checkpoint_needs(
     sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     model, out = tmp_path / "tiny.safetensors", tmp_path / "made.toml"
     save_sdxl(sdxl, model)
-    shown = CliRunner().invoke(app, ["add", str(model), "-o", str(out)])
+    shown = CliRunner().invoke(app, ["init", str(model), "-o", str(out)])
     assert shown.exit_code == 2
     assert 'hf download stabilityai/stable-diffusion-xl-base-1.0 --include "*.json"' in shown.stderr
     repository = tmp_path / "hub" / "models--stabilityai--stable-diffusion-xl-base-1.0"
     without_weights(sdxl, repository / "snapshots" / "0123abc")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0123abc")
-    assert CliRunner().invoke(app, ["add", str(model), "-o", str(out)]).exit_code == 0
+    assert CliRunner().invoke(app, ["init", str(model), "-o", str(out)]).exit_code == 0
     (found,) = load_topology(out).models
     assert (found.section.path, found.section.config) == (
         "tiny.safetensors",

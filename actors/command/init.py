@@ -1,10 +1,10 @@
-"""`triptych add`: write a topology for a model."""
+"""`triptych init`: write a topology for a model and this machine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import typer
 from rich.markup import escape
@@ -15,6 +15,7 @@ from triptych.actors.supervision import load_function, quiet_libraries
 from triptych.actors.topology import (
     ModelSection,
     ModelSummary,
+    for_device,
     generate_topology,
     relative_model_path,
     topology_file_name,
@@ -24,7 +25,7 @@ SUMMARIZE_MODEL: Final = "triptych.roles.worker.model_summary:summarize_model"
 """Returns a `ModelSummary` and why the model cannot be served, or ""; it imports the large libraries."""
 
 
-def add(
+def init(
     model: Annotated[
         str,
         typer.Argument(
@@ -43,20 +44,27 @@ def add(
         typer.Option(help="With a checkpoint: folder or repository with the configurations of a model of its kind."),
     ] = "",
     revision: Annotated[str, typer.Option(help="Branch, tag or commit of a repository.")] = "",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        typer.Option(
+            help="Where roles compute: on the GPUs that this machine has, else on the CPU; or on one of these."
+        ),
+    ] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write a topology for a model, with roles for the devices of this machine.
+    """Write a topology for a model and the GPUs of this machine, with a comment for each choice.
 
-    Nothing is downloaded: if files are missing, the error names the command that downloads them. Exits with 2 when the
-    model cannot be served, and with 1 when the topology cannot be written.
+    The number of GPUs, their memory and the weights of each stage, as the headers of the files say, decide which role
+    runs where. Nothing is downloaded: if files are missing, the error names the command that downloads them. Exits with
+    2 when the model cannot be served, and with 1 when the topology cannot be written.
 
     [bold]Examples[/]
 
-    triptych add /models/FLUX.1-dev -o flux.toml
+    triptych init /models/FLUX.1-dev -o flux.toml
 
-    triptych add stabilityai/sdxl-turbo
+    triptych init stabilityai/sdxl-turbo
 
-    triptych add juggernautXL.safetensors --config stabilityai/stable-diffusion-xl-base-1.0
+    triptych init juggernautXL.safetensors --config stabilityai/stable-diffusion-xl-base-1.0
     """
     file = output or Path(topology_file_name(model))
     if file.exists() and not force:
@@ -75,7 +83,7 @@ def add(
         fail(str(error), EXIT_BAD_TOPOLOGY)
     if problem:
         fail(problem, EXIT_BAD_TOPOLOGY)
-    text = generate_topology(section, facts)
+    text = generate_topology(section, for_device(facts, device))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
