@@ -12,9 +12,11 @@ from collections.abc import Callable
 from typing import Annotated, Any, Final
 
 import typer
+from typer._completion_classes import completion_init
 
 from triptych.actors.command._console import EXIT_INTERRUPTED, fail, stdout
 from triptych.actors.command.check import check
+from triptych.actors.command.completion import completion
 from triptych.actors.command.generate import generate
 from triptych.actors.command.init import init
 from triptych.actors.command.keys import keys
@@ -27,7 +29,7 @@ from triptych.actors.command.up import up
 __all__ = ["app", "main"]
 
 _COMMANDS: Final[tuple[Callable[..., None], ...]] = (
-    *(init, check, up, status, generate, reload, sleep, wake, keys, manifests),
+    *(init, check, up, status, generate, reload, sleep, wake, keys, manifests, completion),
 )
 _WITHOUT_ARGUMENTS: Final = (status,)
 """Commands that do something without any argument."""
@@ -79,4 +81,5 @@ app.command("add", hidden=True, no_args_is_help=True)(_ended_by_ctrl_c(init))  #
 
 def main() -> None:
     """Run the command line of this process, and exit."""
+    completion_init()
     app()
