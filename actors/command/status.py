@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NamedTuple, NoReturn
 
 import httpx
 import typer
@@ -16,7 +16,8 @@ from rich.markup import escape
 from rich.text import Text
 
 from triptych.actors.child_state import ChildState
-from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, stdout, styled, table
+from triptych.actors.command._activity import Look, Queue, Rates, queues, rates, read_look
+from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, stderr, stdout, styled, table
 from triptych.actors.command.generate import KeyFile, Url, api_key, base_url
 from triptych.actors.errors import TopologyError
 from triptych.actors.topology import load_topology
@@ -25,6 +26,8 @@ from triptych.api.client import ClientError, authorization, read_json, timeout, 
 _WATCH_EVERY_S: Final = 1.0
 _HOST_COLUMNS: Final = ("host", "state", "address", "components", "restarts", "given up")
 _COLUMNS: Final = ("name", "state", "pid", "restarts", "uptime", "mailbox", "slots", "detail")
+_QUEUE_COLUMNS: Final = ("stage", "waiting", "running", "predicted")
+_UP: Final = (ChildState.READY, ChildState.ASLEEP)
 
 
 def status(
@@ -34,10 +37,12 @@ def status(
     ] = None,
     url: Url = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer of the API.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Refresh every second until Ctrl-C.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Refresh every second until Ctrl-C; a line each where that is no terminal.")
+    ] = False,
     key_file: KeyFile = None,
 ) -> None:
-    """Show every actor of a running system.
+    """Show every host and actor of a running system, its queues, and with --watch what it does in a second.
 
     Exits with 1 when the API cannot be reached.
 
@@ -61,39 +66,118 @@ def status(
             if watch:
                 _watch(http, target, as_json=as_json)
             else:
-                stdout().print(_shown(_look(http, target), as_json=as_json), soft_wrap=as_json)
+                seen = _look(http, target)
+                stdout().print(
+                    Text(json.dumps(seen.cluster, indent=2)) if as_json else render_seen(seen), soft_wrap=as_json
+                )
         except ClientError as error:
             fail(str(error), EXIT_FAILED)
         except KeyboardInterrupt:
             return  # this is how --watch ends
 
 
+class Seen(NamedTuple):
+    """What was seen of a system at one moment."""
+
+    cluster: dict[str, Any]
+    """The answer of `GET /v1/cluster`."""
+    look: Look | None
+    """Its metrics; None from an API that has none."""
+    rates: Rates | None = None
+    """Since the look before."""
+
+
 def _watch(http: httpx.Client, url: str, *, as_json: bool) -> None:
     console = stdout()
-    if not console.is_terminal:  # one answer after the other, as a log
-        while True:
-            console.print(_shown(_look(http, url), as_json=as_json), soft_wrap=as_json)
-            time.sleep(_WATCH_EVERY_S)
-    with Live(console=console, auto_refresh=False, screen=False) as live:
-        while True:
-            try:
-                live.update(_shown(_look(http, url), as_json=as_json), refresh=True)
-            except ClientError as error:  # it may come back, so go on watching
-                live.update(Text(str(error), style="red"), refresh=True)
-            time.sleep(_WATCH_EVERY_S)
+    if as_json or not console.is_terminal:
+        _print_lines(http, url, as_json=as_json)
+    with Live(console=console, auto_refresh=False, screen=False, vertical_overflow="crop") as live:
+        for seen in _looks(http, url):
+            live.update(render_seen(seen) if isinstance(seen, Seen) else Text(seen, style="red"), refresh=True)
 
 
-def _look(http: httpx.Client, url: str) -> dict[str, Any]:
+def _print_lines(http: httpx.Client, url: str, *, as_json: bool) -> NoReturn:
+    """Print a line for each look, as a log."""
+    while True:
+        for seen in _looks(http, url):
+            if isinstance(seen, str):
+                stderr().print(seen, style="red", markup=False)
+            else:
+                print(json.dumps(seen.cluster) if as_json else summarize(seen), flush=True)
+
+
+def _looks(http: httpx.Client, url: str) -> Iterator[Seen | str]:
+    """Yield what is seen each second; a sentence where the API does not answer: it may come back."""
+    before: Look | None = None
+    while True:
+        try:
+            seen = _look(http, url)
+            if before is not None and seen.look is not None:
+                seen = seen._replace(rates=rates(before, seen.look))
+            before = seen.look
+            yield seen
+        except ClientError as error:
+            yield str(error)
+        time.sleep(_WATCH_EVERY_S)
+
+
+def _look(http: httpx.Client, url: str) -> Seen:
     try:
-        return read_json(http.get("/v1/cluster"))
+        cluster = read_json(http.get("/v1/cluster"))
+        metrics = http.get("/metrics")
     except httpx.HTTPError as error:
         raise unreachable(url, error) from error
+    return Seen(cluster, read_look(metrics.text, time.monotonic()) if metrics.is_success else None)
 
 
-def _shown(cluster: dict[str, Any], *, as_json: bool) -> RenderableType:
-    if as_json:
-        return Text(json.dumps(cluster, indent=2))
-    return render(cluster)
+def render_seen(seen: Seen) -> RenderableType:
+    """Return everything that is known of a system, as tables."""
+    if seen.look is None:
+        return render(seen.cluster)
+    found = queues(seen.look)
+    several = len({queue.model for queue in found}) > 1
+    rows = [(*((escape(queue.model),) if several else ()), *_queue(queue)) for queue in found]
+    columns = (*(("model",) if several else ()), *_QUEUE_COLUMNS)
+    activity: list[RenderableType] = [table(columns, rows)]
+    if seen.rates is not None:
+        activity.append(Text(_rates(seen.rates)))
+    return Group(*activity, Text(), render(seen.cluster))
+
+
+def summarize(seen: Seen) -> str:
+    """Return what is known of a system, in one line. Pure."""
+    actors, hosts = seen.cluster.get("actors", ()), seen.cluster.get("hosts", ())
+    up = sum(actor.get("state") in _UP for actor in actors)
+    parts = ["ready" if seen.cluster.get("ready") else "not ready", f"{up} of {len(actors)} actors"]
+    if hosts:
+        parts.append(f"{sum(host.get('state') == ChildState.READY for host in hosts)} of {len(hosts)} hosts")
+    if seen.look is not None:
+        found = queues(seen.look)
+        waiting, running = sum(queue.waiting for queue in found), sum(queue.running for queue in found)
+        parts.append(f"{waiting} jobs wait, {running} run")
+    if seen.rates is not None:
+        parts.append(_rates(seen.rates))
+    if reasons := seen.cluster.get("reasons"):
+        parts.append("; ".join(map(str, reasons)))
+    return ", ".join(parts)
+
+
+def _queue(queue: Queue) -> tuple[str, ...]:
+    return queue.stage, str(queue.waiting), str(queue.running), f"{queue.queued_s:.1f} s" if queue.waiting else ""
+
+
+def _rates(found: Rates) -> str:
+    """Say what was done in a second."""
+    done = found.requests.get("done", 0.0)
+    ended = [
+        f"{rate:.1f} {outcome.replace('_', ' ')}/s"
+        for outcome, rate in found.requests.items()
+        if rate and outcome != "done"
+    ]
+    batch = f" of {found.batch:.1f} requests" if found.batch > 1 else ""
+    return ", ".join(
+        [f"{done:.1f} requests/s", *ended, f"{found.steps:.1f} steps/s{batch}", f"{_size(int(found.nbytes))}/s"]
+    )
 
 
 def render(cluster: dict[str, Any]) -> RenderableType:
