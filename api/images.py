@@ -15,7 +15,7 @@ from triptych.api.event_stream import event_stream
 from triptych.api.image_stream import EventPrefix, stream_images
 from triptych.api.media_request import MediaRequest, ParsedRequest, read_media_request
 from triptych.api.operations import Answer, RequestBody, operation
-from triptych.api.requests import idempotency_key, raise_unless_done, request_object, submit, wait
+from triptych.api.requests import idempotency_key, raise_unless_done, request_object, submit, submit_and_view, wait
 from triptych.api.responses import JSONResponse
 from triptych.api.services import ApiRequest
 from triptych.api.urls import artifact_url, request_url
@@ -104,13 +104,13 @@ async def _generate(request: ApiRequest, parsed: ParsedRequest[ImageRequest], pr
     quality = fields.output_compression if fields.output_format in _LOSSY else None
     output = Output(fields.output_format or "", quality=0 if quality is None else max(1, quality))
     n = len(fields.seed) if isinstance(fields.seed, tuple) and "n" not in parsed.given else fields.n
+    if not fields.stream and _prefers_async(request):
+        return _accepted(request, await submit_and_view(request, parsed, n=n, output=output))
     request_id = await submit(request, parsed, n=n, output=output)
     if fields.stream:
         return event_stream(
             stream_images(request, request_id, prefix), request.state["services"].stopping, {"X-Request-Id": request_id}
         )
-    if _prefers_async(request):
-        return await _accepted(request, request_id)
     view = await wait(request, request_id, cancels=not idempotency_key(request))
     return await _images_response(request, view, as_urls=fields.response_format == "url")
 
@@ -121,13 +121,12 @@ def _prefers_async(request: ApiRequest) -> bool:
     return "respond-async" in (preference.partition(";")[0].strip().lower() for preference in preferences)
 
 
-async def _accepted(request: ApiRequest, request_id: str) -> Response:
+def _accepted(request: ApiRequest, view: RequestView) -> Response:
     """Answer 202, with the request as it is now and the URL to follow it."""
-    view = await request.state["services"].head.query(request_id, request.state["owner"])
     headers = {
-        "Location": request_url(request, request_id),
+        "Location": request_url(request, view.request_id),
         "Preference-Applied": "respond-async",
-        "X-Request-Id": request_id,
+        "X-Request-Id": view.request_id,
     }
     return JSONResponse(request_object(request, view), status_code=202, headers=headers)
 

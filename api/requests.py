@@ -21,7 +21,7 @@ from triptych.api.urls import artifact_url
 from triptych.bus import AskTimeoutError, UnreachableError
 from triptych.roles.head.job import State
 from triptych.roles.messages.common import Images, Input, Json, Numbers, Options, Output, Tensors
-from triptych.roles.messages.requests import RequestRejected, RequestView, SubmitRequest
+from triptych.roles.messages.requests import RequestAccepted, RequestRejected, RequestView, SubmitRequest
 
 WAIT_MARGIN_S: Final = 15.0
 """The head times requests out by itself; this much later the wait for it ends too."""
@@ -94,10 +94,15 @@ def input_view(value: Input) -> object:
             return value
 
 
-async def submit(
+async def submit(request: ApiRequest, parsed: ParsedRequest[MediaRequest], *, n: int, output: Output) -> str:
+    """Have the head accept a request; returns the id that it has there. Raises as `submit_and_view`."""
+    return (await _submit(request, parsed, n=n, output=output)).request_id
+
+
+async def submit_and_view(
     request: ApiRequest, parsed: ParsedRequest[MediaRequest], *, n: int, output: Output, remixed_from: str = ""
-) -> str:
-    """Have the head accept a request; returns the id that it has there.
+) -> RequestView:
+    """Have the head accept a request; returns it as it is now.
 
     Args:
         request: Of the client.
@@ -109,6 +114,21 @@ async def submit(
     Raises:
         ApiError: The head refuses it, or its priority is higher than the key allows (403).
     """
+    answer = await _submit(request, parsed, n=n, output=output, remixed_from=remixed_from, wants_view=True)
+    if answer.view is None:
+        raise RuntimeError(f"the head has accepted {answer.request_id} and shows no view of it")
+    return answer.view
+
+
+async def _submit(
+    request: ApiRequest,
+    parsed: ParsedRequest[MediaRequest],
+    *,
+    n: int,
+    output: Output,
+    remixed_from: str = "",
+    wants_view: bool = False,
+) -> RequestAccepted:
     head, state = request.state["services"].head, request.state
     key = idempotency_key(request)
     priority = parsed.fields.priority or 0
@@ -130,6 +150,7 @@ async def submit(
         deadline_s=parsed.fields.deadline_s or 0.0,
         partial_images=parsed.fields.partial_images or 0,
         remixed_from=remixed_from,
+        wants_view=wants_view,
     )
     try:
         answer = await head.submit(message)
@@ -139,7 +160,7 @@ async def submit(
         raise
     if isinstance(answer, RequestRejected):
         raise parsed.names.rejected(answer)
-    return answer.request_id
+    return answer
 
 
 def choose_seed(wanted: int | tuple[int, ...] | None, idempotency_key: str) -> int | tuple[int, ...]:

@@ -21,7 +21,7 @@ from triptych.api.media_request import (
 )
 from triptych.api.operations import FILE_ANSWERS, FILE_ERRORS, FILE_HEADERS, RequestBody, operation
 from triptych.api.request_list import ListQuery, list_page, read_query, views_of
-from triptych.api.requests import Deleted, failure_reason, submit, with_request_id
+from triptych.api.requests import Deleted, failure_reason, submit_and_view, with_request_id
 from triptych.api.responses import JSONResponse
 from triptych.api.services import ApiRequest
 from triptych.bus import RemoteError
@@ -143,8 +143,7 @@ async def create_video(request: ApiRequest) -> JSONResponse:
     description = await request.state["services"].head.kept_description(parsed.fields.model or "")
     check_medium(description)
     parsed.inputs.update(frames_for_duration(parsed.fields.seconds, parsed.inputs, description, parsed.names))
-    request_id = await submit(request, parsed, n=1, output=Output(FORMAT))
-    return await _video_response(request, await _query(request, request_id))
+    return await _video_response(request, await submit_and_view(request, parsed, n=1, output=Output(FORMAT)))
 
 
 @operation({200: Video}, (404, 409, 410), headers=("Idempotency-Key",), body=RequestBody(RemixRequest, {}, closed=True))
@@ -155,8 +154,8 @@ async def remix_video(request: ApiRequest) -> JSONResponse:
     await request.state["services"].uploads.renew(view.inputs)
     fields = VideoRequest(prompt=body.prompt, model=view.model, seed=view.units[0].seed)
     parsed = ParsedRequest(fields, frozenset({"prompt"}), {**view.inputs, "prompt": body.prompt}, FieldNames())
-    request_id = await submit(request, parsed, n=1, output=view.output, remixed_from=view.request_id)
-    return await _video_response(request, await _query(request, request_id))
+    remixed = await submit_and_view(request, parsed, n=1, output=view.output, remixed_from=view.request_id)
+    return await _video_response(request, remixed)
 
 
 @operation({200: Video}, (404, 503))

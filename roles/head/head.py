@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
+import msgspec
 from prometheus_client.metrics_core import Metric
 
 from triptych.actors import Actor, Component, DeferredReply, StartDelayedError, StartError, Topology
@@ -181,6 +182,9 @@ class Head(Actor):
                 self.requests.cancel(message.request_id, "it could not be put on the disk")
                 self.commit()
             return self.requests.not_accepted(error)
+        if message.wants_view:
+            request = self.requests.find(requests.QueryRequest(answer.request_id))
+            return msgspec.structs.replace(answer, view=await self.requests.view(request))
         return answer
 
     async def query(self, message: requests.QueryRequest) -> DeferredReply[requests.RequestView]:

@@ -51,6 +51,8 @@ class SubmitRequest(Message):
     """Most previews of each image while it is denoised."""
     remixed_from: Name = ""
     """Id of the request whose inputs it has, with another prompt; "" for none."""
+    wants_view: bool = False
+    """Whether RequestAccepted is to have the view."""
 
 
 class RequestAccepted(Message):
@@ -60,6 +62,8 @@ class RequestAccepted(Message):
     """Not the submitted id when the idempotency key was already known."""
     description_version: Name = ""
     """`ModelDescription.version` of the model at present; a description with another version is out of date."""
+    view: RequestView | None = None
+    """The request as it is now, if SubmitRequest asked for it."""
 
 
 class RequestRejected(Message):

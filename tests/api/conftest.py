@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 from PIL import Image
 
@@ -160,7 +161,10 @@ class FakeHead:
     async def _answer(self, delivery: Delivery) -> None:
         match delivery.message:
             case wire.SubmitRequest() as message:
-                delivery.reply(self._submit(message))
+                answer = self._submit(message)
+                if message.wants_view and isinstance(answer, wire.RequestAccepted):
+                    answer = msgspec.structs.replace(answer, view=self.view(answer.request_id))
+                delivery.reply(answer)
             case wire.DescribeModel(model) if model not in ("", self.description.name):
                 delivery.fail("model_not_found", f"the model {model!r} is not served here")
             case wire.DescribeModel():
