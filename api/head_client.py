@@ -10,6 +10,7 @@ from typing import TypeVar
 import structlog
 
 from triptych.bus import AskTimeoutError, BusError, MailboxFullError, Message, Reference, RemoteError, UnreachableError
+from triptych.roles.messages.common import MAX_NAME
 from triptych.roles.messages.requests import (
     CancelRequest,
     DeleteRequest,
@@ -63,6 +64,8 @@ class HeadClient:
 
     async def query(self, request_id: str, owner: str) -> RequestView:
         """Return a request as it is now."""
+        if len(request_id) > MAX_NAME:  # as the bus would refuse it
+            raise RemoteError("not_found", f"there is no request {request_id}: an id is at most {MAX_NAME} characters")
         return await self._ask(QueryRequest(request_id, owner), RequestView)
 
     async def cancel(self, request_id: str, owner: str, reason: str = "cancelled by the client") -> RequestView:

@@ -15,7 +15,8 @@ MAX_PARTIAL_IMAGES: Final = 3
 """Most previews of one image, as in OpenAI's API."""
 
 # The ranges that the decoder accepts: it refuses a message with another value, so that no handler receives it.
-Name = Annotated[str, Meta(max_length=128)]
+MAX_NAME: Final = 128
+Name = Annotated[str, Meta(max_length=MAX_NAME)]
 """Of a component, a request, a job, a file, a state."""
 Natural = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 """Bytes, offsets, steps, credits and whatever else is counted."""
