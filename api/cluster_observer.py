@@ -32,7 +32,8 @@ from triptych.roles.messages.requests import ClusterQuery, ClusterView, Instance
 PROBE_TIMEOUT_S = 1.0
 """A healthy actor answers within milliseconds; one that does not is shown as down."""
 
-_PRIVATE = ("pid", "fd", "session", "base_address", "arena")
+PRIVATE = ("pid", "fd", "session", "base_address", "arena")
+"""What is not shown of a pool."""
 
 _UP = (ChildState.READY, ChildState.ASLEEP)
 
@@ -145,7 +146,7 @@ class ClusterObserver:
 
 def _public_view(pool: PoolDescription) -> dict[str, Any]:
     """Describe a pool without what others would need to reach into its memory."""
-    return {key: value for key, value in to_builtins(pool).items() if key not in _PRIVATE}
+    return {key: value for key, value in to_builtins(pool).items() if key not in PRIVATE}
 
 
 def children_of(reports: Reports) -> dict[str, ChildReport]:

@@ -14,7 +14,7 @@ from triptych.api.errors import field_error
 from triptych.api.event_stream import event_stream
 from triptych.api.image_stream import EventPrefix, stream_images
 from triptych.api.media_request import MediaRequest, ParsedRequest, read_media_request
-from triptych.api.operations import Answer, RequestBody, operation
+from triptych.api.operations import EVENTS, Answer, RequestBody, operation
 from triptych.api.requests import idempotency_key, raise_unless_done, request_object, submit, submit_and_view, wait
 from triptych.api.responses import JSONResponse
 from triptych.api.services import ApiRequest
@@ -61,7 +61,7 @@ class ImagesResponse(msgspec.Struct):
     data: list[Image]
 
 
-_ANSWERS: Final[dict[int, Answer]] = {200: ImagesResponse, 202: "Request"}
+_ANSWERS: Final[dict[int, Answer]] = {200: (ImagesResponse, EVENTS), 202: "Request"}
 _LOSSY: Final = tuple(name for name in REQUESTED_FORMATS if FORMATS[name].lossy)
 _ERRORS: Final = (409, 410, 500, 504)
 _HEADERS: Final = ("Prefer", "Idempotency-Key")

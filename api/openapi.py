@@ -10,15 +10,18 @@ from msgspec import inspect
 from starlette.routing import BaseRoute
 from starlette.schemas import BaseSchemaGenerator
 
+from triptych.actors.runtime.system_messages import ActorStatus, DeadLetterReport
 from triptych.api.access import OPEN_PATHS
+from triptych.api.cluster_observer import PRIVATE
 from triptych.api.event_stream import MEDIA_TYPE
 from triptych.api.media_request import NO_EFFECT_FIELDS
-from triptych.api.operations import EVENTS, FILE, OPERATIONS, TEXT, Answer, Operation, RequestBody
+from triptych.api.operations import EVENTS, FILE, OPERATIONS, TEXT, Answer, OneAnswer, Operation, RequestBody
 from triptych.api.requests import IDEMPOTENCY_KEY, Deleted
 from triptych.api.responses import JSONResponse
 from triptych.api.services import ApiRequest
 from triptych.engines.parameters.schema import TENSORS
 from triptych.roles.media.formats import FORMATS
+from triptych.roles.messages.pool import PoolDescription
 from triptych.roles.messages.requests import ClusterView, RequestView
 
 _REASONS: Final = {
@@ -29,7 +32,7 @@ _REASONS: Final = {
     304: "The client has it",
     400: "The body or a header is malformed",
     401: "No key, or none of the server's",
-    403: "From a page of another site",
+    403: "From a page of another site, or a priority that the key does not allow",
     404: "Not there, or somebody else's",
     408: "The body came too slowly",
     409: "Cancelled, not finished yet, or an Idempotency-Key that came with another body",
@@ -66,6 +69,34 @@ HEADERS: Final = {
     "Range": "bytes=0-99: 206.",
     "If-Range": "The ETag that the Range is of.",
 }
+_DATE: Final = {"type": "string", "description": "A date as HTTP has it."}
+_COUNT: Final = {"type": "integer", "minimum": 0}
+ANSWER_HEADERS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "X-Request-Id": {**_TEXT, "description": "Under which the server logs; of a request for media its id."},
+    "traceparent": {**_TEXT, "description": "The W3C trace context."},
+    "X-Should-Retry": {"type": "string", "enum": ["false"], "description": "The same again would fail again."},
+    "Retry-After": {**_COUNT, "description": "Seconds after which to retry."},
+    "WWW-Authenticate": {"type": "string", "enum": ["Bearer"]},
+    "Location": {**_TEXT, "description": "The URL of the request."},
+    "Preference-Applied": {"type": "string", "enum": ["respond-async"]},
+    "ETag": _TEXT,
+    "Last-Modified": _DATE,
+    "Cache-Control": _TEXT,
+    "Accept-Ranges": {"type": "string", "enum": ["bytes"]},
+    "Content-Range": {**_TEXT, "description": "Which bytes of how many; of several ranges in each part."},
+    "openai-poll-after-ms": {**_COUNT, "description": "When to ask again; left out once the video has ended."},
+}
+"""Headers of answers, each by its name with its schema."""
+_ALWAYS: Final = ("X-Request-Id", "traceparent")
+_STORED: Final = ("ETag", "Last-Modified", "Cache-Control")
+_BY_STATUS: Final[Mapping[int, Sequence[str]]] = {
+    202: ("Location", "Preference-Applied"),
+    304: _STORED,
+    401: ("WWW-Authenticate",),
+    416: ("Content-Range",),
+}
+_RETRY: Final[Mapping[int, Sequence[str]]] = {408: (), 429: ("Retry-After",), 503: ("Retry-After",)}
+"""What errors that may pass have in place of X-Should-Retry."""
 _KEY: Final = {"type": "string", "pattern": f"^{IDEMPOTENCY_KEY.pattern}$"}
 
 
@@ -165,6 +196,8 @@ def shape(kind: inspect.Type) -> dict[str, Any]:
             return {"type": "array", "items": shape(item)}
         case inspect.DictType(value_type=value):
             return {"type": "object", "additionalProperties": shape(value)}
+        case inspect.EnumType(cls=enum):
+            return {"enum": [member.value for member in enum]}
     return msgspec.json.schema(_SIMPLE[type(kind)])
 
 
@@ -187,30 +220,60 @@ def _request() -> dict[str, Any]:
     artifact = next(one for one in unit["artifact"]["anyOf"] if "properties" in one)
     for made in (artifact, unit["previews"]["items"]["properties"]["artifact"]):
         made["properties"]["url"] = _TEXT
-    fields = {"id": _TEXT, "object": {"const": "request"}, **fields}
-    return {"type": "object", "properties": fields, "required": list(fields)}
+    return _object({"id": _TEXT, "object": {"const": "request"}, **fields})
 
 
 def _request_list() -> dict[str, Any]:
     """`api.request_list.list_requests`."""
     id_ = {"type": ["string", "null"]}
-    fields = {
-        "object": {"const": "list"}, "data": _list({"$ref": "#/components/schemas/Request"}),
-        "first_id": id_, "last_id": id_, "has_more": {"type": "boolean"},
-    }  # fmt: skip
-    return {"type": "object", "properties": fields, "required": list(fields)}
+    return _object(
+        {
+            "object": {"const": "list"},
+            "data": _list({"$ref": "#/components/schemas/Request"}),
+            "first_id": id_,
+            "last_id": id_,
+            "has_more": {"type": "boolean"},
+        }
+    )
 
 
 def _cluster() -> dict[str, Any]:
     """`api.cluster_observer.ClusterObserver.snapshot`."""
-    rows = {"type": "array", "items": {"type": "object"}}
-    texts = {"type": "array", "items": _TEXT}
-    head = {"anyOf": [shape(inspect.type_info(ClusterView)), {"type": "null"}]}
-    fields = {
-        "ready": {"type": "boolean"}, "reasons": texts, "gave_up": texts, "hosts": rows, "actors": rows, "pools": rows,
-        "head": head, "dead_letters": {"type": "object"},
+    texts = _list(_TEXT)
+    host = {
+        "name": _TEXT, "address": _TEXT, "state": _TEXT, "components": texts, "restarts": _COUNT, "gave_up": texts,
     }  # fmt: skip
-    return {"type": "object", "properties": fields, "required": list(fields)}
+    of_component = {"component": _TEXT, "host": _TEXT}
+    of_instance = {"credits": _COUNT, "slots": _COUNT, "running": texts, "start_s": {"type": "object"}}
+    status = _properties(ActorStatus)
+    pool = {name: schema for name, schema in _properties(PoolDescription).items() if name not in PRIVATE}
+    pool |= {"transport": {"type": ["string", "null"]}, "state": _TEXT}  # of one that does not answer
+    always = ("name", "kind", "pid", "generation", "state", "detail", "restarts", *of_component)
+    fields = {
+        "ready": {"type": "boolean"},
+        "reasons": texts,
+        "gave_up": texts,
+        "hosts": _list(_object(host)),
+        "actors": _list(_object({**status, **of_component, **of_instance}, always)),
+        "pools": _list(_object(pool, ("name", "transport"))),
+        "head": {"anyOf": [shape(inspect.type_info(ClusterView)), {"type": "null"}]},
+        "dead_letters": {"type": "object", "additionalProperties": shape(inspect.type_info(DeadLetterReport))},
+    }
+    return _object(fields)
+
+
+def _object(properties: Mapping[str, Any], required: Iterable[str] | None = None) -> dict[str, Any]:
+    """Describe an object; by default each of its properties is always there."""
+    return {
+        "type": "object",
+        "properties": dict(properties),
+        "required": list(properties if required is None else required),
+    }
+
+
+def _properties(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    properties: dict[str, Any] = shape(inspect.type_info(kind))["properties"]
+    return properties
 
 
 _SCHEMAS: Final = BaseSchemaGenerator()
@@ -223,7 +286,7 @@ _ERROR: Final = {
             "required": ["message", "type", "param", "code"],
             "properties": {
                 "message": {**_TEXT, "description": "Names the field as it was sent, and says what to send."},
-                "type": _TEXT,
+                "type": {"enum": ["invalid_request_error", "rate_limit_error", "server_error"]},
                 "param": {"type": ["string", "null"], "description": "The field at fault."},
                 "code": _TEXT,
             },
@@ -232,28 +295,44 @@ _ERROR: Final = {
 }
 
 
-def _answer(status: int, schema: Answer) -> dict[str, Any]:
-    answer: dict[str, Any] = {"description": _REASONS[status], "headers": {"X-Request-Id": {"schema": _TEXT}}}
-    if status in (429, 503):
-        answer["headers"]["Retry-After"] = {"schema": {"type": "integer"}}
-    if schema == FILE:
+def _answer(status: int, answer: Answer, headers: Sequence[str]) -> dict[str, Any]:
+    kinds = answer if isinstance(answer, tuple) else (answer,)
+    content: dict[str, Any] = {}
+    for kind in kinds:
+        content |= _content(status, kind)
+    names = [*_ALWAYS, *_headers_by_status(status, kinds)]
+    sent = {name: {"schema": ANSWER_HEADERS[name], "required": name not in headers} for name in (*names, *headers)}
+    return {"description": _REASONS[status], "headers": sent, **({"content": content} if content else {})}
+
+
+def _headers_by_status(status: int, kinds: Sequence[OneAnswer]) -> Sequence[str]:
+    if "Error" in kinds:
+        return [*_BY_STATUS.get(status, ()), *_RETRY.get(status, ("X-Should-Retry",))]
+    if FILE in kinds:
+        return [*_STORED, "Accept-Ranges"]
+    return _BY_STATUS.get(status, ())
+
+
+def _content(status: int, kind: OneAnswer) -> dict[str, Any]:
+    if kind == FILE:
         files = {"schema": {"type": "string", "format": "binary"}}
         several = {"multipart/byteranges": files} if status == 206 else {}
-        answer["content"] = {**{row.content_type: files for row in FORMATS.values()}, **several}
-    elif schema == EVENTS:
-        answer["content"] = {MEDIA_TYPE: {"schema": _TEXT}}
-    elif schema == TEXT:
-        answer["content"] = {"text/plain": {"schema": _TEXT}}
-    elif schema:
-        name = schema if isinstance(schema, str) else schema.__name__
-        answer["content"] = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
-    return answer
+        return {**{row.content_type: files for row in FORMATS.values()}, **several}
+    if kind == EVENTS:
+        return {MEDIA_TYPE: {"schema": {**_TEXT, "description": "Server-sent events, whose data is JSON."}}}
+    if kind == TEXT:
+        return {"text/plain": {"schema": _TEXT}}
+    if kind is None:
+        return {}
+    name = kind if isinstance(kind, str) else kind.__name__
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
 
 
-def _operation(path: str, operation: Operation, *, keyed: bool) -> dict[str, Any]:
+def _operation(path: str, method: str, operation: Operation, *, keyed: bool) -> dict[str, Any]:
     needs_key = keyed and path not in OPEN_PATHS
-    errors = {*operation.errors, *((401, 429) if needs_key else ())} - operation.answers.keys()
-    answers: dict[int, Answer] = {**operation.answers, **dict.fromkeys(errors, "Error")}
+    errors = {*operation.errors, *((401,) if needs_key else ()), *((429,) if method == "post" else ())}
+    answers: dict[int, tuple[Answer, Sequence[str]]] = dict.fromkeys(errors, ("Error", ()))
+    answers |= {status: (answer, operation.answer_headers) for status, answer in operation.answers.items()}
     names = [part[1:-1] for part in path.split("/") if part.startswith("{")]
     parameters = [_parameter(name, "path", _TEXT, "") for name in names]
     parameters += _query(operation.query) if operation.query else []
@@ -263,7 +342,7 @@ def _operation(path: str, operation: Operation, *, keyed: bool) -> dict[str, Any
         "summary": operation.summary,
         **({"parameters": parameters} if parameters else {}),
         **({"requestBody": _body(operation.body)} if operation.body else {}),
-        "responses": {str(status): _answer(status, answers[status]) for status in sorted(answers)},
+        "responses": {str(status): _answer(status, *answers[status]) for status in sorted(answers)},
         "security": [{"key": []}] if needs_key else [],
     }
 
@@ -278,9 +357,10 @@ def document(routes: Sequence[BaseRoute], *, keyed: bool = False) -> dict[str, A
     endpoints = [(path, method, OPERATIONS[func]) for path, method, func in _SCHEMAS.get_endpoints(list(routes))]
     paths: dict[str, dict[str, Any]] = {}
     for path, method, operation in endpoints:
-        paths.setdefault(path, {})[method] = _operation(path, operation, keyed=keyed)
+        paths.setdefault(path, {})[method] = _operation(path, method, operation, keyed=keyed)
     answers = [answer for *_, operation in endpoints for answer in operation.answers.values()]
-    structs = dict.fromkeys(answer for answer in answers if isinstance(answer, type))
+    kinds = [kind for answer in answers for kind in (answer if isinstance(answer, tuple) else (answer,))]
+    structs = dict.fromkeys(kind for kind in kinds if isinstance(kind, type))
     _, schemas = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
     either = [{"$ref": f"#/components/schemas/{name}"} for name in ("Request", Deleted.__name__)]
     own = {

@@ -49,6 +49,7 @@ _STATUS: Final[Mapping[State, Status]] = {
     State.CANCELLED: "failed",
 }
 """Every other state is "in_progress"."""
+_POLL: Final = ("openai-poll-after-ms",)
 _AFTER_STEPS: Final = (State.DENOISING_DONE, State.DECODER_WAITING, State.DECODER_RUNNING)
 _FILES: Final = {
     "input_reference": "The first frame; or the video to start from, where the model takes one.",
@@ -135,7 +136,13 @@ async def list_videos(request: ApiRequest) -> JSONResponse:
     return JSONResponse(VideoList(videos, first_id, last_id, found.has_more and bool(videos)))
 
 
-@operation({200: Video}, (409,), headers=("Idempotency-Key",), body=RequestBody(VideoRequest, _FILES))
+@operation(
+    {200: Video},
+    (409,),
+    headers=("Idempotency-Key",),
+    answer_headers=_POLL,
+    body=RequestBody(VideoRequest, _FILES),
+)
 async def create_video(request: ApiRequest) -> JSONResponse:
     """Begin a video, and answer at once with the job."""
     # OpenAI's `seconds` is a text in JSON, too.
@@ -158,7 +165,7 @@ async def remix_video(request: ApiRequest) -> JSONResponse:
     return await _video_response(request, remixed)
 
 
-@operation({200: Video}, (404, 503))
+@operation({200: Video}, (404, 503), answer_headers=_POLL)
 async def get_video(request: ApiRequest) -> JSONResponse:
     """Show how far a video is."""
     return await _video_response(request, await find_video(request))
@@ -173,7 +180,7 @@ async def delete_video(request: ApiRequest) -> JSONResponse:
     return JSONResponse(Deleted(view.request_id, "video.deleted"))
 
 
-@operation({200: Video}, (404, 503))
+@operation({200: Video}, (404, 503), answer_headers=_POLL)
 async def cancel_video(request: ApiRequest) -> JSONResponse:
     """Cancel a video, and keep what is known of it; one that has ended stays as it is."""
     view = await find_video(request)

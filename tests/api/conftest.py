@@ -17,12 +17,14 @@ import msgspec
 import pytest
 from PIL import Image
 
+from tests.contract import Contract
 from triptych.actors import AddressBook, Incarnation, load_topology
 from triptych.actors.runtime.runtime import Runtime
-from triptych.api.app import make_app
+from triptych.api.app import ROUTES, make_app
 from triptych.api.body_limiter import BodyLimiter
 from triptych.api.cluster_observer import ClusterObserver
 from triptych.api.head_client import HeadClient
+from triptych.api.openapi import document
 from triptych.api.server import build
 from triptych.api.services import Services
 from triptych.api.uploads import UploadService
@@ -38,6 +40,7 @@ from triptych.roles.media.uploads import UPLOADS, UploadStore
 from triptych.roles.messages import requests as wire
 
 BOUND_S = 10.0
+CONTRACT = Contract(document(ROUTES, keyed=True))
 MESSAGES = (
     wire.SubmitRequest,
     wire.WaitRequest,
@@ -378,9 +381,14 @@ async def app(services):
 
 @pytest.fixture
 async def client(app):
-    """In this process, without a socket; a crash is an answer here, as it is to a client."""
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=BOUND_S) as client:
+    """In this process, without a socket; a crash is an answer here, as it is to a client.
+
+    Every answer is held against the OpenAPI document.
+    """
+    transport, hooks = httpx.ASGITransport(app, raise_app_exceptions=False), {"response": [CONTRACT.check]}
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://127.0.0.1", timeout=BOUND_S, event_hooks=hooks
+    ) as client:
         yield client
 
 
