@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Sequence
 
 from triptych.engines.stages import Stage
+from triptych.roles.head import runs
 from triptych.roles.head.active_jobs import Bucket, PromptState, Waiting
 from triptych.roles.head.dispatch import pools_of
 from triptych.roles.head.effects import Assign, AssignPreview, Park
@@ -56,7 +57,7 @@ class Dispatcher:
         if stage is Stage.ENCODER and self._skip_encoder(job, now):
             return True
         serial = state.jobs.serial(job)
-        self._assign(job, stage, self._choose(job, stage, closed))
+        self._assign(job, stage, self._choose(job, stage, closed), now)
         if (oldest := queue.oldest) and oldest.serial < serial:  # the one that `overtaken` names
             oldest.job.passed_over += 1
             state.jobs.refile(oldest.job)
@@ -189,9 +190,10 @@ class Dispatcher:
 
     # -- what is done with a job
 
-    def _assign(self, job: Job, stage: Stage, name: str) -> None:
+    def _assign(self, job: Job, stage: Stage, name: str, now: float) -> None:
         state = self._state
         job.instance = job.instances[stage.value] = name
+        runs.assign(job.runs, stage, name, job.attempt, now)
         job.aged = job.passed_over >= MAX_PASSED_OVER
         instance, request = state.registry.instances[name], state.requests[job.request_id]
         if job.model != instance.model:

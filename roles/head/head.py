@@ -338,13 +338,18 @@ class Head(Actor):
         Nothing follows from it, so it is written with the next change, or at the next tick. If this head ends before,
         the instance says it again to the next one.
         """
-        self._record(message, lambda scheduler, name, now: scheduler.started(message.attempt, name, message.stage, now))
+        self._record(
+            message,
+            lambda scheduler, name, now: scheduler.started(
+                message.attempt, name, message.stage, now, message.waited_s
+            ),
+        )
         return stages.Acknowledged()
 
     async def stage_progress(self, message: stages.StageProgress) -> None:
         """Record a finished denoising step."""
         for scheduler in self.models.schedulers:
-            scheduler.progress(message.attempt, message.step, message.total_steps)
+            scheduler.progress(message.attempt, message.step, message.total_steps, time.time())
         self.requests.notify_watchers([message.attempt.job_id.rpartition("/")[0]])
 
     async def stage_outputs_stored(self, message: stages.StageOutputsStored) -> DeferredReply[stages.Acknowledged]:

@@ -13,7 +13,7 @@ from typing import Final
 from triptych.actors.topology import ModelIdentity
 from triptych.engines.stages import Stage
 from triptych.roles.messages.common import Artifact, Attempt, Input, LeaseRef, Output, StoredPayload
-from triptych.roles.messages.requests import JobView, PreviewView, RequestView, Transition
+from triptych.roles.messages.requests import JobView, PreviewView, RequestView, RunView, Transition
 
 
 class State(StrEnum):
@@ -192,6 +192,8 @@ class Job:
     """Its partial images so far, by step."""
     uses_cached_prompt: bool = False
     """Whether its encoder output was made for another job of an equal prompt, and must be adapted to this one."""
+    runs: list[RunView] = field(default_factory=list)
+    """Every try of an instance at one of its stages: see `roles.head.runs`."""
     model: str = ""
     """Version of the weights that its stored tensors were made with; "" before the first encode."""
     invalid_request: bool = False
@@ -317,6 +319,7 @@ class Job:
             resumed_from=self.resumed_from,
             steps_redone=self.steps_redone,
             parked=self.parked,
+            runs=tuple(self.runs),
         )
 
 

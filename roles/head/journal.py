@@ -23,7 +23,7 @@ from triptych.roles.head.job import Checkpoint, Job, Request, State, StoredOutpu
 from triptych.roles.media.files import sync_folder
 from triptych.roles.media.retention import StoreBounds
 from triptych.roles.messages.common import Artifact, Input, Output, StoredPayload
-from triptych.roles.messages.requests import PreviewView, Transition
+from triptych.roles.messages.requests import PreviewView, RunView, Transition
 
 BATCH: Final = 50
 """Requests removed by one transaction, which blocks a writer for about a millisecond."""
@@ -153,6 +153,7 @@ class _JobRow(msgspec.Struct):
     steps_redone: int = 0
     parked: int = 0
     shared_deaths: int = 0
+    runs: list[RunView] = msgspec.field(default_factory=list)
 
 
 _RENAMED: Final = frozenset({"left_s", "stage_s", "staged", "borrows", "at_fault"})

@@ -11,6 +11,7 @@ from typing import TypeAlias
 from triptych.engines.memory.buddy import block_bytes
 from triptych.engines.parameters.schema import Signature
 from triptych.engines.stages import Stage
+from triptych.roles.head import runs
 from triptych.roles.head.dispatcher import Dispatcher
 from triptych.roles.head.effects import (
     Cancel,
@@ -398,8 +399,8 @@ class JobScheduler(SchedulingState):
         if job := self._current(attempt, name):
             self._retry(job, f"{name}: {cause}", now, counts=code not in UNCOUNTED_REFUSALS)
 
-    def started(self, attempt: Attempt, name: str, stage: Stage, now: float) -> bool:
-        """Record that the stage runs."""
+    def started(self, attempt: Attempt, name: str, stage: Stage, now: float, waited_s: float = 0.0) -> bool:
+        """Record that the stage runs, for which its instance had the inputs since `waited_s` seconds."""
         if self.previews.find(attempt, name):
             return True
         job = self._current(attempt, name)
@@ -408,16 +409,19 @@ class JobScheduler(SchedulingState):
         if job.state is not RUNNING[stage]:
             job.advance(RUNNING[stage], now)
         job.instances[stage.value] = name
+        runs.start(job.runs, stage, now, waited_s)
         self.changed(job)
         return True
 
-    def progress(self, attempt: Attempt, step: int, total_steps: int) -> None:
+    def progress(self, attempt: Attempt, step: int, total_steps: int, now: float) -> None:
         """Record a finished denoising step."""
         job = self.jobs.get(attempt.job_id)
         if job and job.attempt == attempt.number:
             if step <= job.resumed_from:  # it could not load the checkpoint
                 job.steps_redone += job.resumed_from
                 job.resumed_from = 0
+            if step > job.step:  # else one that was overtaken
+                runs.step(job.runs, step, now)
             job.step, job.total_steps = step, total_steps
 
     def checkpoint_stored(self, instance: str, report: CheckpointStored) -> bool:
@@ -443,6 +447,7 @@ class JobScheduler(SchedulingState):
             if not self.stored_outputs.needs(report.stored.lease):
                 self.give_back((report.stored.lease,))
             return False
+        runs.end(job.runs, now, seconds=report.seconds)
         self._let_go(job)
         job.stage_seconds[stage.value] = report.seconds
         if stage is Stage.DENOISER and job.total_steps:
@@ -478,6 +483,7 @@ class JobScheduler(SchedulingState):
         job = self._current(report.attempt, instance)
         if job is None:
             return False
+        runs.end(job.runs, now, seconds=report.seconds)
         job.stage_seconds[report.stage.value] = report.seconds
         job.artifact = report.artifact
         if job.state is not State.DECODER_RUNNING:
@@ -658,6 +664,7 @@ class JobScheduler(SchedulingState):
             job.steps_lost_at = max(job.step, job.resumed_from)
         elif stage is Stage.DECODER and job.resume_stage(stage) is not stage:
             job.steps_lost_at = job.total_steps
+        runs.end(job.runs, now, reason=cause)
         self._let_go(job)
         job.causes.append(cause)
         job.failures += counts
@@ -683,6 +690,7 @@ class JobScheduler(SchedulingState):
         self._end(job, state, reason, now)
 
     def _end(self, job: Job, state: State, reason: str, now: float) -> None:
+        runs.end(job.runs, now, reason=reason)
         self._let_go(job)
         self.give_back(self.stored_outputs.drop(job))
         self._drop_previews(self.previews.of_job(job.id))

@@ -158,6 +158,35 @@ class Transition(Value):
     reason: str = ""
 
 
+class StepMark(Value):
+    """A denoising step that has ended."""
+
+    step: int
+    at: float
+    """Unix seconds."""
+
+
+class RunView(Value):
+    """One run: a stage of an attempt on an instance. Times are Unix seconds by the head's clock, 0 before they come."""
+
+    stage: str
+    instance: str
+    attempt: int
+    assigned_at: float
+    """When the job left the queue of the stage."""
+    loaded_at: float = 0.0
+    """When the instance had its inputs."""
+    started_at: float = 0.0
+    """When it began to compute."""
+    computed_at: float = 0.0
+    """When it had computed; the outputs were stored, or the artifact written, from then on."""
+    ended_at: float = 0.0
+    reason: str = ""
+    """Why it came to nothing; "" if it did not."""
+    steps: tuple[StepMark, ...] = ()
+    """Of a denoise, oldest first; of many steps, some at equal distances."""
+
+
 class PreviewView(Value):
     """What a job would have been after one of its steps."""
 
@@ -195,6 +224,8 @@ class JobView(Value):
     """Steps that were computed again because an instance was lost."""
     parked: int = 0
     """How often its denoise was given back for a job of a higher priority."""
+    runs: tuple[RunView, ...] = ()
+    """Every try of an instance at one of its stages, with its times, oldest first; the newest `MAX_RUNS`."""
 
 
 class RequestView(Message):

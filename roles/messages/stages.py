@@ -232,6 +232,8 @@ class StageStarted(Message):
 
     attempt: Attempt
     stage: Stage
+    waited_s: Seconds = 0.0
+    """Seconds that the instance had its inputs and did not compute it, because of others."""
 
 
 class StageProgress(Message):

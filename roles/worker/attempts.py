@@ -151,6 +151,10 @@ class ActiveAttempt:
     """Whether it is stopped so that another instance takes it."""
     parking: bool = False
     """Whether it is to be given back for a more urgent job, once a checkpoint of it is stored."""
+    loaded_at: float = 0.0
+    """When it had its inputs, in seconds of this host's monotonic clock."""
+    waited_s: float = 0.0
+    """Seconds from then to the beginning of its first stage."""
     began_at: float | None = None
     """When the current stage began to compute, in seconds of a monotonic clock."""
     stepped_at: float = 0.0
@@ -215,7 +219,9 @@ class AttemptTracker:
     def begun(self) -> tuple[StageStarted, ...]:
         """Return what a new head is told of the stages that have begun."""
         return tuple(
-            StageStarted(item.attempt, item.stages[0]) for item in self.active.values() if item.began_at is not None
+            StageStarted(item.attempt, item.stages[0], item.waited_s)
+            for item in self.active.values()
+            if item.began_at is not None
         )
 
     # -- the instance: what the head sends
@@ -372,8 +378,9 @@ class AttemptTracker:
     def started(self, attempt: Attempt, stage: Stage, now: float) -> StageStarted:
         """Record that the stage is about to run."""
         item = self._item(attempt, "a stage started", Phase.RUNNING)
+        item.waited_s = max(0.0, now - item.loaded_at) if item.began_at is None else 0.0
         item.began_at, item.step, item.total_steps = now, 0, 0
-        return StageStarted(attempt, stage)
+        return StageStarted(attempt, stage, item.waited_s)
 
     def stepped(self, attempt: Attempt, step: int, total_steps: int, now: float) -> StageProgress:
         """Record a finished denoising step."""
@@ -433,12 +440,12 @@ class AttemptTracker:
         """Report that nothing more is done for an interrupted denoise."""
         return self._cancelled_report(self._item(attempt, "its last checkpoint was stored", Phase.STORING))
 
-    def loaded(self, attempt: Attempt) -> NextStep:
+    def loaded(self, attempt: Attempt, now: float) -> NextStep:
         """Return the stage to run on the loaded or fetched inputs."""
         item = self._item(attempt, "inputs were loaded", Phase.LOADING, Phase.FETCHING)
         if item.cancelled:
             return self._cancelled_report(item)
-        item.phase = Phase.RUNNING
+        item.phase, item.loaded_at = Phase.RUNNING, now
         return RunStage(attempt, item.stages[0])
 
     def stored(self, attempt: Attempt, stored: StoredPayload) -> StageOutputsStored:
@@ -483,6 +490,7 @@ class AttemptTracker:
         self.taken += 1
         item = ActiveAttempt(attempt, phase, STAGES_OF_ROLE[self.kind], message.output, now + message.left_s)
         item.hints, item.due = hints, math.inf if hints.due_s is None else now + hints.due_s
+        item.loaded_at = now
         self.active[attempt] = item
         return item
 

@@ -389,7 +389,7 @@ class TransferActor(Actor):
         item.values, item.ready = loaded.values, loaded.event
         if message.checkpoint is not None and not stop.is_set():
             await self._load_checkpoint(item, message.checkpoint, retry)
-        return self.context.attempts.loaded(message.attempt)
+        return self.context.attempts.loaded(message.attempt, time.monotonic())
 
     async def _load_checkpoint(self, item: ActiveAttempt, checkpoint: StoredPayload, retry: _Retry) -> None:
         """Load what an earlier attempt has made; if it is gone or damaged, the denoise begins at the beginning."""
@@ -478,7 +478,7 @@ class TransferActor(Actor):
             raise TransferFailedError(str(error), retryable=False, invalid_request=True) from error
         except OSError as error:
             raise TransferFailedError(f"an upload cannot be brought to this host: {error}") from error
-        return self.context.attempts.loaded(message.attempt)
+        return self.context.attempts.loaded(message.attempt, time.monotonic())
 
     async def _once_stored(self, attempt: Attempt, retry: _Retry, transfer: Callable[[], Awaitable[T]]) -> T:
         """Save or fetch a file, once the disk has space and the store answers."""

@@ -425,7 +425,7 @@ class SimulatedCluster:
         if problem:
             passed_on: Message = load.transfer_failed(attempt, problem, source_gone=source_gone)
         else:
-            passed_on = load.loaded(attempt)
+            passed_on = load.loaded(attempt, self.now)
         self.tasks.append(self.pass_on(instance, passed_on))
 
     def pull(self, attempt: Attempt, target: LeaseRef) -> str:

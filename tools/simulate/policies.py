@@ -269,7 +269,7 @@ class Simulation:
             run.done += 1
             if instance.stage is Stage.DENOISER:
                 instance.steps.stepped(attempt, run.done, run.steps, run.size)
-                self.head.progress(attempt, run.done, run.steps)
+                self.head.progress(attempt, run.done, run.steps, self.now)
         if instance.stage is Stage.DENOISER:
             instance.steps.ran(attempts, seconds)
         for attempt in attempts:

@@ -36,7 +36,7 @@ def begin(scheduler: JobScheduler, job: Job, step: int) -> TransferPush:
     pushed = scheduler.message_for(job.current_attempt, scheduler.source_of(job.current_attempt, job.instance), None)
     assert isinstance(pushed, TransferPush)
     scheduler.started(job.current_attempt, job.instance, Stage.DENOISER, 2.0)
-    scheduler.progress(job.current_attempt, step, 50)
+    scheduler.progress(job.current_attempt, step, 50, 2.0)
     return pushed
 
 

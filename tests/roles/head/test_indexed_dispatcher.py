@@ -88,7 +88,7 @@ class Lockstep(Traffic):
     def progress(self, data: st.DataObject, steps: int) -> None:
         held = [attempt for name, held in self.assigned.items() for attempt in held if name.startswith("denoiser")]
         attempt = data.draw(st.sampled_from(sorted(held, key=str)))
-        self.scheduler.progress(attempt, data.draw(st.integers(1, steps)), steps)
+        self.scheduler.progress(attempt, data.draw(st.integers(1, steps)), steps, self.now)
         self._carry_out()
 
     @rule(kind=st.sampled_from(KINDS), several=st.booleans())

@@ -112,7 +112,7 @@ def scheduler_of(*, slots: int = 1, **options: bool) -> JobScheduler:
     for k in range(slots):
         job, _ = denoised(scheduler, f"low{k}", 0)
         pushed(scheduler, job)
-        scheduler.progress(job.current_attempt, 10, 50)
+        scheduler.progress(job.current_attempt, 10, 50, 2.0)
     return scheduler
 
 
@@ -139,7 +139,7 @@ def test_a_parked_job_keeps_its_checkpoint_waits_again_and_has_not_failed() -> N
     assert effects == [Park("denoiser-0", low.current_attempt)]
     assert after(scheduler) == [], "it is told once"
     assert scheduler.checkpoint_stored("denoiser-0", CheckpointStored(low.current_attempt, 12, a_block(7)))
-    scheduler.progress(low.current_attempt, 12, 50)
+    scheduler.progress(low.current_attempt, 12, 50, 2.0)
     assert scheduler.returned("denoiser-0", StageReturned(low.current_attempt, 2), 3.0)
     assert after(scheduler) == [Assign("denoiser-0", "high/0")]
     assert (low.state, low.failures, low.deaths, low.parked, low.parking) == (State.DENOISING_WAITING, 0, 0, 1, False)
@@ -163,7 +163,7 @@ def test_a_job_is_not_parked_for_ever() -> None:
         scheduler.stored("denoiser-0", stored(high.current_attempt, "denoiser", 90 + k, 3 + 2 * k), 4.0)
         after(scheduler)
         pushed(scheduler, low)
-        scheduler.progress(low.current_attempt, 10, 50)
+        scheduler.progress(low.current_attempt, 10, 50, 2.0)
     _, effects = denoised(scheduler, "high", 1)
     assert effects == []
 

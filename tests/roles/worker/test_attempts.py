@@ -118,7 +118,7 @@ def test_a_decoder_goes_from_a_stored_block_to_a_file() -> None:
     load.reserve(W, target)
     assert load.push(push(W, target), NOW) == (LoadInputs(W, stored(1), target, DEADLINE),)
     assert load.push(push(W, target), NOW) == (), "asked again"
-    assert load.loaded(W) == RunStage(W, Stage.DECODER)
+    assert load.loaded(W, NOW) == RunStage(W, Stage.DECODER)
     assert load.computed(W, 0.25) == SaveArtifact(W, Output("png"), DEADLINE)
     assert load.end(load.saved(W, ARTIFACT)) == (StageFinished(W, Stage.DECODER, ARTIFACT, 0.25, 2),)
 
@@ -393,7 +393,7 @@ class Life(RuleBasedStateMachine):
             case RunStage(), _:
                 passed_on = load.stage_failed(attempt, "ValueError: no", invalid_request=True)
             case LoadInputs(), "done":
-                passed_on = load.loaded(attempt)
+                passed_on = load.loaded(attempt, NOW)
             case StoreOutputs(), "done":
                 passed_on = load.stored(attempt, stored(self.number()))
             case SaveArtifact(), "done":
@@ -435,7 +435,7 @@ def test_an_instance_that_has_to_end_returns_attempts_that_would_not_finish_in_t
     slow, quick, new, queued = (Attempt(f"r/{k}", 1) for k in range(4))
     for attempt in (slow, quick, new, queued):
         load.push(push(attempt), NOW)
-        load.loaded(attempt)
+        load.loaded(attempt, NOW)
     for attempt, steps in ((slow, 60), (quick, 4)):
         load.started(attempt, Stage.DENOISER, 100.0)
         assert load.stepped(attempt, 2, steps, 102.0) == StageProgress(attempt, 2, steps)
@@ -454,7 +454,7 @@ def test_a_denoise_is_parked_once_its_checkpoint_is_stored_and_its_result_counts
     saved, unsaved, done, queued, unwanted, absent = (Attempt(f"r/{k}", 1) for k in range(6))
     for attempt in (saved, unsaved, done, queued, unwanted):
         load.push(push(attempt), NOW)
-        load.loaded(attempt)
+        load.loaded(attempt, NOW)
         if attempt is not queued:
             load.started(attempt, Stage.DENOISER, 100.0)
     assert load.park(queued) == (CancelAttempt(queued),), "it has nothing to lose"
@@ -485,7 +485,7 @@ def test_only_uploads_that_are_elsewhere_are_fetched_and_once_each() -> None:
     here, elsewhere = (AttemptTracker("x-0", "encoder", 1, fetches_uploads=remote) for remote in (False, True))
     assert here.assign(message, NOW) == (RunStage(W, Stage.ENCODER),)
     assert elsewhere.assign(message, NOW) == (FetchUploads(W, (upload,), NOW + LEFT_S),)
-    assert elsewhere.loaded(W) == RunStage(W, Stage.ENCODER)
+    assert elsewhere.loaded(W, NOW) == RunStage(W, Stage.ENCODER)
     plain = AttemptTracker("x-0", "encoder", 1, fetches_uploads=True)
     assert plain.assign(assign(W), NOW) == (RunStage(W, Stage.ENCODER),)
     gone = AttemptTracker("x-0", "encoder", 1, fetches_uploads=True)
@@ -508,16 +508,28 @@ def test_cancel_ends_in_stage_cancelled_in_any_phase(phase: Phase) -> None:
     else:
         load.push(push(W), NOW)
     if phase in (Phase.RUNNING, Phase.SAVING):
-        load.loaded(W)
+        load.loaded(W, NOW)
     if phase is Phase.SAVING:
         load.computed(W, 0.1)
     assert load.active[W].phase is phase
     load.cancel(W)
     passed_on = {
-        Phase.LOADING: lambda: load.loaded(W),
-        Phase.FETCHING: lambda: load.loaded(W),
+        Phase.LOADING: lambda: load.loaded(W, NOW),
+        Phase.FETCHING: lambda: load.loaded(W, NOW),
         Phase.RUNNING: lambda: load.computed(W, 0.1),
         Phase.STORING: lambda: load.stored(W, stored(1)),
         Phase.SAVING: lambda: load.saved(W, ARTIFACT),
     }[phase]()
     assert load.end(passed_on)[-1] == StageCancelled(W, 2)
+
+
+def test_a_stage_that_starts_says_how_long_it_had_its_inputs_and_waited() -> None:
+    load = AttemptTracker("denoiser-0", "denoiser", 2)
+    load.push(push(W), NOW)
+    load.loaded(W, NOW + 1.0)
+    assert load.started(W, Stage.DENOISER, NOW + 3.0) == StageStarted(W, Stage.DENOISER, 2.0)
+    assert load.begun() == (StageStarted(W, Stage.DENOISER, 2.0),)
+    whole = AttemptTracker("monolithic-0", "monolithic", 1)
+    whole.assign(assign(W), NOW)
+    waited = [whole.started(W, stage, NOW + 5.0).waited_s for stage in (Stage.ENCODER, Stage.DENOISER)]
+    assert waited == [5.0, 0.0], "only its first stage waited"
