@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 from triptych.api.access import AccessMiddleware
 from triptych.api.artifacts import get_file
 from triptych.api.cluster import get_cluster, get_health, is_live, is_ready
+from triptych.api.cluster_events import get_cluster_events
 from triptych.api.errors import not_found
 from triptych.api.exception_handlers import EXCEPTION_HANDLERS
 from triptych.api.images import create_image, create_image_edit
@@ -74,6 +75,7 @@ ROUTES: Final = [
     Route("/v1/requests/{request_id}", by_method(get=get_request, delete=delete_request)),
     Route("/v1/requests/{request_id}/events", get_request_events),
     Route("/v1/cluster", get_cluster),
+    Route("/v1/cluster/events", get_cluster_events),
     Route("/metrics", get_metrics),
     Route("/live", is_live),
     Route("/ready", is_ready),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
@@ -23,6 +24,7 @@ from triptych.actors.runtime.system_messages import (
     MetricsReport,
     SupervisorQuery,
     SupervisorReport,
+    SupervisorWait,
 )
 from triptych.api.responses import to_builtins
 from triptych.bus import BusError, HandshakeRefusedError, Message, Reference
@@ -31,6 +33,9 @@ from triptych.roles.messages.requests import ClusterQuery, ClusterView, Instance
 
 PROBE_TIMEOUT_S = 1.0
 """A healthy actor answers within milliseconds; one that does not is shown as down."""
+
+SUPERVISOR_WAIT_S = 20.0
+"""Of one wait for a change; short, for the case of a supervisor that is gone while its connection seems up."""
 
 PRIVATE = ("pid", "fd", "session", "base_address", "arena")
 """What is not shown of a pool."""
@@ -59,16 +64,18 @@ class ClusterObserver:
         self._refusals: dict[
             str, str
         ] = {}  # why the last handshake with an actor was refused, "" if it was not, by its name
+        self._shared: asyncio.Task[dict[str, Any]] | None = None
+        self._shared_at = 0.0
 
     async def readiness(self) -> Readiness:
         """Ask the head, and the supervisors for children that are not started any more."""
-        head, reports = await asyncio.gather(self._ask("head", ClusterQuery(), ClusterView), self._reports())
+        head, reports = await asyncio.gather(self._ask("head", ClusterQuery(), ClusterView), self.reports())
         silent = silent_hosts(self.topology, reports)
         return assess_readiness(head, children_of(reports).values(), silent, self._refusals)
 
     async def give_up_reason(self, name: str) -> str:
         """Why a child is not started any more; "" while it is, or where that is not known."""
-        child = children_of(await self._reports()).get(name)
+        child = children_of(await self.reports()).get(name)
         return child.reason or child.state if child and child.state in GIVEN_UP_STATES else ""
 
     async def snapshot(self) -> dict[str, Any]:
@@ -77,7 +84,7 @@ class ClusterObserver:
         pools = [component.name for component in components if component.kind == "pool"]
         head, reports, inspections, letters, descriptions = await asyncio.gather(
             self._ask("head", ClusterQuery(), ClusterView),
-            self._reports(),
+            self.reports(),
             self._ask_all([component.name for component in components], Inspect(), Inspection),
             self._ask_all([component.name for component in components], DeadLetterQuery(), DeadLetterReport),
             self._ask_all(pools, PoolQuery(), PoolDescription),
@@ -110,10 +117,25 @@ class ClusterObserver:
             "dead_letters": {name: to_builtins(report) for name, report in letters.items() if report},
         }
 
+    async def shared_snapshot(self, since: float) -> tuple[float, dict[str, Any]]:
+        """Return a snapshot that was begun at or after `since`, and when; those who ask together get the same one.
+
+        Both are seconds of this host's monotonic clock.
+        """
+        if self._shared is None or self._shared_at < since:
+            self._shared, self._shared_at = asyncio.create_task(self.snapshot()), time.monotonic()
+        task, began_at = self._shared, self._shared_at
+        return began_at, await asyncio.shield(task)
+
+    async def wait_for_change(self, supervisor: str, revision: int) -> SupervisorReport | None:
+        """Return what a supervisor says once that is another revision, or after a while; None if it does not answer."""
+        wait = SupervisorWait(revision, SUPERVISOR_WAIT_S)
+        return await self._ask(supervisor, wait, SupervisorReport, SUPERVISOR_WAIT_S + PROBE_TIMEOUT_S)
+
     async def metrics(self) -> list[Metric]:
         """Return the metrics of all processes that answer, and what their supervisors know."""
         names = [component.name for component in self.topology.components]
-        answers, reports = await asyncio.gather(self._ask_all(names, MetricsQuery(), MetricsReport), self._reports())
+        answers, reports = await asyncio.gather(self._ask_all(names, MetricsQuery(), MetricsReport), self.reports())
         texts = {name: report.text for name, report in answers.items() if report}
         up = GaugeMetricFamily("triptych_up", "Whether a component answers.", labels=["component"])
         restarts = CounterMetricFamily(
@@ -125,7 +147,7 @@ class ClusterObserver:
             restarts.add_metric([child.name], child.restarts)
         return [*merge(texts), up, restarts]
 
-    async def _reports(self) -> Reports:
+    async def reports(self) -> Reports:
         """Return what each supervisor says, by its name; None from one that does not answer."""
         return await self._ask_all(self.address_book.supervisors(), SupervisorQuery(), SupervisorReport)
 
@@ -134,10 +156,10 @@ class ClusterObserver:
         answers = await asyncio.gather(*(self._ask(name, message, reply) for name in names))
         return dict(zip(names, answers, strict=True))
 
-    async def _ask(self, name: str, message: Message, reply: type[R]) -> R | None:
+    async def _ask(self, name: str, message: Message, reply: type[R], timeout_s: float = PROBE_TIMEOUT_S) -> R | None:
         answer, refusal = None, ""
         try:
-            answer = await self.reference(name).ask(message, reply, timeout_s=PROBE_TIMEOUT_S)
+            answer = await self.reference(name).ask(message, reply, timeout_s=timeout_s)
         except BusError as error:  # the caller shows an actor that does not answer as down
             refusal = str(error) if isinstance(error, HandshakeRefusedError) else ""
         self._refusals[name] = refusal

@@ -107,6 +107,14 @@ class SupervisorQuery(Message):
     """Ask a supervisor for its children."""
 
 
+class SupervisorWait(Message):
+    """Ask a supervisor for its children as soon as one of them has changed, or after `timeout_s`."""
+
+    revision: int
+    """Of the last report; any other one is answered at once, such as -1."""
+    timeout_s: float
+
+
 class ChildReport(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One child of a supervisor."""
 
@@ -141,6 +149,8 @@ class SupervisorReport(Message):
 
     children: tuple[ChildReport, ...]
     """One for each component that it runs."""
+    revision: int = 0
+    """Changes with each change of a child."""
 
 
 SYSTEM_MESSAGES: tuple[type[Message], ...] = (Inspect, DeadLetterQuery, MetricsQuery, Shutdown)

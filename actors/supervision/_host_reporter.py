@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from triptych.actors.runtime.actor import Actor
-from triptych.actors.runtime.system_messages import SupervisorQuery, SupervisorReport
+from triptych.actors.runtime.handlers import DeferredReply
+from triptych.actors.runtime.system_messages import SupervisorQuery, SupervisorReport, SupervisorWait
 
 if TYPE_CHECKING:
     from triptych.actors.supervision._supervisor import Supervisor
@@ -24,3 +25,7 @@ class HostReporter(Actor):
     async def report(self, message: SupervisorQuery) -> SupervisorReport:
         """Return the report of every child."""
         return await self._supervisor.report(message)
+
+    async def wait(self, message: SupervisorWait) -> DeferredReply[SupervisorReport]:
+        """Return the report of every child once one of them has changed."""
+        return await self._supervisor.wait(message)

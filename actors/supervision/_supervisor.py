@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from triptych.actors.child_state import FINAL_STATES, ChildState
 from triptych.actors.errors import OF_THE_MACHINE
 from triptych.actors.runtime.actor import Actor
+from triptych.actors.runtime.handlers import DeferredReply
 from triptych.actors.runtime.system_messages import (
     Ack,
     ChildHeartbeat,
@@ -19,6 +20,7 @@ from triptych.actors.runtime.system_messages import (
     ChildStateChanged,
     SupervisorQuery,
     SupervisorReport,
+    SupervisorWait,
 )
 from triptych.actors.supervision._child import Child, unservable_reason
 from triptych.actors.supervision._child_process import ChildProcess
@@ -83,6 +85,9 @@ class Supervisor(Actor):
         self._generations = generations
         self._launcher = launcher
         self._on_change = on_change
+        self._changed = asyncio.Event()
+        """Set at the next change of a child, and replaced by another one then."""
+        self._revision = 0
         self._closing = False
         self._group = asyncio.Lock()
         options = topology.supervision
@@ -133,7 +138,23 @@ class Supervisor(Actor):
 
     async def report(self, message: SupervisorQuery) -> SupervisorReport:
         """Return the report of every child."""
-        return SupervisorReport(tuple(child.report() for child in self.children.values()))
+        return self._full_report()
+
+    async def wait(self, message: SupervisorWait) -> DeferredReply[SupervisorReport]:
+        """Return the report of every child once one of them has changed."""
+        return DeferredReply(self._report_once_changed(message))
+
+    async def _report_once_changed(self, message: SupervisorWait) -> SupervisorReport:
+        try:
+            async with asyncio.timeout(message.timeout_s):
+                while message.revision == self._revision:
+                    await self._changed.wait()
+        except TimeoutError:  # the report says that nothing has changed
+            pass
+        return self._full_report()
+
+    def _full_report(self) -> SupervisorReport:
+        return SupervisorReport(tuple(child.report() for child in self.children.values()), self._revision)
 
     def kill_all(self) -> None:
         """Send SIGKILL to every child, without a drain."""
@@ -246,6 +267,9 @@ class Supervisor(Actor):
             self.done.set()
 
     def _report_change(self, child: Child) -> None:
+        self._revision += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
         if self._on_change is not None:
             self._on_change(child.report())
 

@@ -340,9 +340,7 @@ class Head(Actor):
         """
         self._record(
             message,
-            lambda scheduler, name, now: scheduler.started(
-                message.attempt, name, message.stage, now, message.waited_s
-            ),
+            lambda scheduler, name, now: scheduler.started(message.attempt, name, message.stage, now, message.waited_s),
         )
         return stages.Acknowledged()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -96,5 +98,32 @@ def test_a_client_that_hangs_up_on_a_stream_cancels_its_request(on_cluster: Call
                     *_, (_, name, request) = [event async for event in sent_events(answer)]
         assert (name, request["state"]) == ("ended", "CANCELLED")
         assert request["units"][0]["history"][-1]["reason"] == "the client hung up"
+
+    on_cluster(scenario)
+
+
+@pytest.mark.shared_cluster("killed")
+def test_a_killed_process_is_seen_to_fall_and_to_come_back(on_cluster: Callable[..., Any]) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        victim = (await cluster.children())["denoiser-1"]
+        async with (
+            asyncio.timeout(BOUND_S),
+            httpx.AsyncClient(base_url=cluster.url, timeout=BOUND_S) as http,
+            http.stream("GET", "/v1/cluster/events") as answer,
+        ):
+            events = sent_events(answer)
+            _, name, first = await anext(events)
+            assert (name, first["ready"]) == ("cluster", True)
+            os.kill(victim.pid, signal.SIGKILL)
+            changes = []
+            async for _, name, row in events:
+                changes += [row] if name == "component" else []
+                if changes and changes[-1]["state"] == "ready":
+                    break
+        assert {row["component"] for row in changes} == {"denoiser-1"}
+        assert changes[0]["state"] != "ready"
+        assert changes[0]["reason"] == "killed by SIGKILL"
+        assert (changes[-1]["restarts"], changes[-1]["pid"] > 0) == (victim.restarts + 1, True)
+        assert changes[-1]["generation"] > victim.generation
 
     on_cluster(scenario)

@@ -20,7 +20,14 @@ from tests.actors.supervision.probe import Crash, CrashInTask, Hang, LeaveOrphan
 from tests.actors.supervision.supervised import PATIENCE_S, Supervised, gone, supervised
 from tests.ports import free_ports
 from triptych.actors import load_topology
-from triptych.actors.runtime.system_messages import Inspect, Inspection, Shutdown, ShuttingDown
+from triptych.actors.runtime.system_messages import (
+    Inspect,
+    Inspection,
+    Shutdown,
+    ShuttingDown,
+    SupervisorReport,
+    SupervisorWait,
+)
 from triptych.bus import BusError, UnreachableError
 from triptych.tools.hosts import why_unsupported
 
@@ -92,9 +99,17 @@ def test_a_killed_child_comes_back_with_a_higher_generation(write: Write) -> Non
         async with supervised(write(), *ROLES) as seen:
             before = await seen.all_ready(*ROLES)
             os.kill(before["denoiser-0"].pid, signal.SIGKILL)
+            told = SupervisorReport((before["denoiser-0"],), -1)
+            while told.children[0].state == "ready":  # it tells that it has started, too
+                wait = SupervisorWait(told.revision, PATIENCE_S)
+                told = await seen.ask("supervisor-denoiser-0", wait, SupervisorReport)
+            assert (told.children[0].name, told.children[0].reason) == ("denoiser-0", "killed by SIGKILL")
             after = await seen.until("denoiser-0", "ready", after=before["denoiser-0"].generation)
             assert (after.restarts, after.reason) == (1, "killed by SIGKILL")
             assert (await seen.ping("denoiser-0")).pid == after.pid
+            same = await seen.ask("supervisor-encoder-0", SupervisorWait(-1, 0.0), SupervisorReport)
+            quiet = await seen.ask("supervisor-encoder-0", SupervisorWait(same.revision, 0.0), SupervisorReport)
+            assert quiet.revision == same.revision, "nothing has changed"
             for sibling in ("encoder-0", "decoder-0"):
                 assert (await seen.ping(sibling)).generation == before[sibling].generation
 

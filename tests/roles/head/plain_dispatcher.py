@@ -100,7 +100,9 @@ class PlainDispatcher(Dispatcher):
             if caches and self._skip_encoder(job, now):
                 return True
             if alike and not (caches and self._same_is_made(job, encoding)):
-                self._assign(job, stage, state.dispatch_policy.choose(job, state.requests[job.request_id], alike).name)
+                self._assign(
+                    job, stage, state.dispatch_policy.choose(job, state.requests[job.request_id], alike).name, now
+                )
                 waiting = {f.serial: (f, u) for f, u in queue if self._waits(u, stage)}
                 passed = overtaken((f for f, _ in waiting.values()), [facts])
                 if passed is not None:

@@ -213,7 +213,7 @@ def test_other_weights_do_not_go_on_with_it() -> None:
     scheduler.register(registration("denoiser-0", generation=2), 4.0)
     scheduler.stored_outputs.put(job, Stage.ENCODER, a_block(9))
     job.model = "oldest"
-    Dispatcher(scheduler)._assign(job, Stage.DENOISER, "denoiser-0")
+    Dispatcher(scheduler)._assign(job, Stage.DENOISER, "denoiser-0", 5.0)
     assert job.checkpoint is None
 
 

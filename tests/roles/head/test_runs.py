@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from tests.roles.factories import after, finished, make_scheduler, registration, request, stored
@@ -82,7 +84,7 @@ def test_the_marks_of_many_steps_are_at_equal_distances(steps: int) -> None:
     assert (marks[0], marks[-1]) == (1, steps)
     assert len(marks) <= MAX_MARKS + 1
     assert len(marks) >= min(steps, MAX_MARKS // 2)
-    assert len({b - a for a, b in zip(marks[:-1], marks[1:-1], strict=False)}) <= 1
+    assert len({after - before for before, after in pairwise(marks[:-1])}) <= 1
 
 
 def test_only_the_newest_runs_are_kept_and_what_is_told_after_the_end_changes_nothing() -> None:
