@@ -187,19 +187,24 @@ class Mailbox:
 
         An ask whose deadline has passed while it waited is refused. Raises `BusError` once the mailbox is closed.
         """
-        while True:
-            while not self._queue:
-                if self._pump is None:
-                    raise BusError(f"mailbox {self.name} is not open")
-                self._consumer = self._pump.loop.create_future()
-                try:
-                    await self._consumer
-                finally:
-                    self._consumer = None
+        while (delivery := self.receive_nowait()) is None:
+            if self._pump is None:
+                raise BusError(f"mailbox {self.name} is not open")
+            self._consumer = self._pump.loop.create_future()
+            try:
+                await self._consumer
+            finally:
+                self._consumer = None
+        return delivery
+
+    def receive_nowait(self) -> Delivery | None:
+        """As `receive`, but return None if no message waits."""
+        while self._queue:
             delivery = self._queue.popleft()
             if not delivery.expired:
                 return delivery
             delivery.refuse(FailureCode.DEADLINE_EXCEEDED, "the deadline passed while it waited")
+        return None
 
     def close(self) -> None:
         """Stop receiving, answer "stopping" to what still waits, remove the ipc file; at once, idempotent.

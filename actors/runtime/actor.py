@@ -97,6 +97,12 @@ class Actor:
         """
         return current_sender.get()
 
+    def caught_up(self) -> None:
+        """Do what is done once for all messages that waited: called when none waits any more, or many were handled.
+
+        Under load it is called for groups of messages, and at rest after each one.
+        """
+
     async def started(self) -> None:
         """Load what the actor needs; the actor is ready when this returns, unless it has set another state.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
@@ -54,8 +55,8 @@ Report: TypeAlias = (
 TICK_S = 0.25
 RECLAIM_EVERY_S = 5.0
 """Seconds between two searches for blocks that no job needs."""
-SAVE_TIMEOUTS_EVERY_S = 10.0
-"""Seconds between two writes of the time that active requests have left."""
+SAVED_PARTS = 40
+"""Ticks, 10 s, from one write of the time that a request has left to the next; each writes a part of the requests."""
 PRUNE_EVERY_S = 60.0
 SUPERVISOR_QUERY_EVERY_S = 1.0
 """Seconds between two queries of the supervisors while a component is missing, and the timeout of a query."""
@@ -86,7 +87,7 @@ class Head(Actor):
         self.effect_runner = EffectRunner(
             self, self.models, notify=self.requests.notify_waiters, on_outcome=self.commit
         )
-        self._accepting: asyncio.Task[JournalError | None] | None = None
+        self._group = _Group()
         self.monitor = Monitor(self, self.models, pool_names, self.effect_runner, self.commit)
 
     async def started(self) -> None:
@@ -124,6 +125,20 @@ class Head(Actor):
         names = [served.name for served in self.models.all]
         return head_metrics(active, names, self._stage_times, self.models.prompt_cache())
 
+    def caught_up(self) -> None:
+        """Write the requests that were accepted and the reports that came, together, and carry out what follows."""
+        if not self._group.changed:
+            return
+        group, self._group = self._group, _Group()
+        if self.requests.has_accepted:
+            try:
+                self.requests.write_accepted()
+            except JournalError as error:
+                group.refused = error
+        self.commit()
+        # Answers go out after the messages that the next stages wait for, whose tasks have just been made.
+        asyncio.get_running_loop().call_soon(group.committed.set)
+
     def commit(self) -> None:
         """Carry out decisions: assign jobs, write changes to the journal, then run the effects."""
         now = time.time()
@@ -151,30 +166,19 @@ class Head(Actor):
     # -- clients: requests
 
     async def submit(self, message: requests.SubmitRequest) -> DeferredReply[SubmitAnswer]:
-        """Accept a request: check it, write it to the journal with others that came just now, start it."""
+        """Accept a request: check it; `caught_up` writes it to the journal and starts it."""
         answer = self.requests.accept(message)
-        if self.requests.has_accepted and self._accepting is None:
-            self._accepting = self.spawn(self._start_accepted(), name="accept")
-        return DeferredReply(self._once_durable(message, answer, self._accepting))
+        self._group.changed |= self.requests.has_accepted
+        return DeferredReply(self._once_durable(message, answer, self._group))
 
-    async def _start_accepted(self) -> JournalError | None:
-        """Write and start what was accepted while the mailbox had messages; return why that failed."""
-        self._accepting = None
-        try:
-            self.requests.write_accepted()
-        except JournalError as error:
-            return error
-        self.commit()
-        return None
-
-    async def _once_durable(
-        self, message: requests.SubmitRequest, answer: SubmitAnswer, writing: asyncio.Task[JournalError | None] | None
-    ) -> SubmitAnswer:
+    async def _once_durable(self, message: requests.SubmitRequest, answer: SubmitAnswer, group: _Group) -> SubmitAnswer:
         """Return the answer once the request is on the disk."""
         if isinstance(answer, requests.RequestRejected):
             return answer
-        if writing and (refused := await asyncio.shield(writing)):
-            return self.requests.not_accepted(refused)
+        if group.changed:
+            await group.committed.wait()
+        if group.refused:
+            return self.requests.not_accepted(group.refused)
         try:
             await self.requests.synced()
         except JournalError as error:
@@ -393,13 +397,13 @@ class Head(Actor):
     def _apply_report(
         self, report: Report, apply: Callable[[JobScheduler, str, float], bool]
     ) -> DeferredReply[stages.Acknowledged]:
-        """Apply a report to its scheduler; the answer lets the instance forget the report.
+        """Apply a report to its scheduler, for `caught_up`; the answer lets the instance forget the report.
 
         It is sent after the messages that follow from the report, which the next stage waits for.
         """
         self._record(report, apply)
-        self.commit()
-        return DeferredReply(_acknowledged())
+        self._group.changed = True
+        return DeferredReply(_acknowledged(self._group))
 
     def _record(self, report: Report, apply: Callable[[JobScheduler, str, float], bool]) -> None:
         name, _ = self._instance()
@@ -429,10 +433,10 @@ class Head(Actor):
 
     async def _clock_loop(self) -> None:
         # Decisions use elapsed time; wall clock time is only for views and the journal.
-        awake_at = probed_at = reclaimed_at = saved_at = time.monotonic()
+        awake_at = probed_at = reclaimed_at = time.monotonic()
         listened_s = 0.0
         resumed = self.models.jobs_count > 0
-        while True:
+        for part in itertools.cycle(range(SAVED_PARTS)):
             await asyncio.sleep(TICK_S)
             asleep_at, awake_at = awake_at, time.monotonic()
             heard_s = listening_s(awake_at - asleep_at)
@@ -449,9 +453,7 @@ class Head(Actor):
             if not resumed and awake_at - reclaimed_at > RECLAIM_EVERY_S:
                 reclaimed_at = awake_at
                 self.spawn(self.monitor.reclaim(), name="reclaim")
-            if awake_at - saved_at > SAVE_TIMEOUTS_EVERY_S:
-                saved_at = awake_at
-                self.requests.save_all()
+            self.requests.save_part(part, SAVED_PARTS)  # thousands at once would keep the head for a second
             if self.requests.journal_problem and awake_at - probed_at > PROBE_EVERY_S:
                 probed_at = awake_at
                 self.requests.probe()
@@ -484,7 +486,18 @@ class Head(Actor):
             return None
 
 
-async def _acknowledged() -> stages.Acknowledged:
+class _Group:
+    """The requests and reports since the last `caught_up`, which go to the journal in one transaction."""
+
+    def __init__(self) -> None:
+        self.changed = False
+        self.committed = asyncio.Event()
+        self.refused: JournalError | None = None
+        """Why the requests could not be written."""
+
+
+async def _acknowledged(group: _Group) -> stages.Acknowledged:
+    await group.committed.wait()
     return stages.Acknowledged()
 
 

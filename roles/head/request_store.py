@@ -417,8 +417,12 @@ class RequestStore:
 
     def save_all(self) -> None:
         """Write every active job, even unchanged ones, to record the time that it has left."""
+        self.save_part(0, 1)
+
+    def save_part(self, part: int, parts: int) -> None:
+        """Write the active jobs of one of so many parts, counted from 0; a job is always of the same part."""
         for scheduler in self._models.schedulers:
-            scheduler.dirty.update(scheduler.jobs)
+            scheduler.dirty.update(job_id for job_id in scheduler.jobs if hash(job_id) % parts == part)
         self.save()
 
     async def synced(self) -> None:

@@ -56,8 +56,6 @@ def test_the_real_head_is_driven_without_a_bus_and_ends_all_requests(capsys: pyt
         "40",
         "--priorities",
         "2",
-        "--together",
-        "3",
     ]
     assert main(["head", *options, "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

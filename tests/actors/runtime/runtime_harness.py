@@ -70,6 +70,7 @@ class Worker(Actor):
         self.gate = asyncio.Event()
         self.entered = asyncio.Event()
         self.texts: list[str] = []
+        self.texts_when_caught_up: list[int] = []
         self.drained = False
 
     async def started(self) -> None:
@@ -78,6 +79,9 @@ class Worker(Actor):
 
     async def stopping(self) -> None:
         self.drained = True
+
+    def caught_up(self) -> None:
+        self.texts_when_caught_up.append(len(self.texts))
 
     async def work(self, message: Work) -> Done:
         match message.text:

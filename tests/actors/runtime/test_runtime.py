@@ -40,6 +40,26 @@ from triptych.bus import (
 )
 
 
+def test_an_actor_learns_once_that_it_has_handled_all_that_waited(folder: Path) -> None:
+    async def scenario() -> None:
+        worker = Worker("worker")
+        harness = RuntimeHarness(folder, worker)
+        async with harness.runtime:
+            reference = harness.reference("worker")
+            busy = asyncio.create_task(ask(reference, "wait"))
+            await worker.entered.wait()
+            before = len(worker.texts_when_caught_up)
+            for text in ("a", "b", "c"):
+                reference.tell(Tell(text))
+            await until_queued(reference, 3)
+            worker.gate.set()
+            await busy
+            assert await reference.ask(Told(), Texts, timeout_s=5) == Texts(("a", "b", "c"))
+            assert worker.texts_when_caught_up[before] == 3
+
+    run(scenario())
+
+
 def test_asks_tells_and_actors_among_each_other(folder: Path) -> None:
     async def scenario() -> None:
         worker, peer = Worker("worker"), Worker("peer")

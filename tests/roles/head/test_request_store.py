@@ -5,21 +5,22 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 import pytest
 
 from tests.roles.head.head_harness import BOUND_S, PNG, SIGNATURE, HeadHarness, Pool, run_scenario, running_head, stored
 from triptych.actors import AddressBook, Topology, load_topology
+from triptych.actors.runtime.actor import current_sender
 from triptych.actors.runtime.system_messages import (
     Inspect,
     Inspection,
 )
-from triptych.bus import Outbox, RemoteError
+from triptych.bus import Outbox, RemoteError, Sender
 from triptych.engines.parameters.lora import PARAMETERS
 from triptych.engines.parameters.schema import Parameter, ParameterKind, Signature
-from triptych.roles.head.job import Request
+from triptych.roles.head.job import Job, Request
 from triptych.roles.head.journal import Journal, JournalError, decode_job, encode_job
 from triptych.roles.media.artifacts import ARTIFACTS, ArtifactStore
 from triptych.roles.media.files import LocalFiles
@@ -347,7 +348,8 @@ def test_what_comes_together_is_accepted_in_one_transaction_and_refused_together
 
             async def submit_together(*ids: str) -> list[Any]:
                 messages = [requests.SubmitRequest(id_, {"prompt": "x"}, 7, 1, PNG, f"key {id_[0]}") for id_ in ids]
-                replies = [await harness.actor.submit(message) for message in messages]  # in one turn of the loop
+                replies = [await harness.actor.submit(message) for message in messages]
+                harness.actor.caught_up()
                 return await asyncio.gather(*(reply.coroutine for reply in replies))
 
             answers = await submit_together("a1", "b1", "a1", "a2")
@@ -357,5 +359,33 @@ def test_what_comes_together_is_accepted_in_one_transaction_and_refused_together
             refused = await submit_together("r3", "c1")
             assert [answer.code for answer in refused] == ["unavailable", "unavailable"]
             assert list(harness.actor.models.requests) == ["a1", "b1"]
+
+    run_scenario(scenario())
+
+
+def test_reports_that_come_together_are_written_in_one_transaction(
+    topology: Callable[..., Topology], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    save = Journal.save
+
+    def counted(journal: Journal, changed: Iterable[Request], jobs: Iterable[Job]) -> None:
+        written.append(len(saved := list(jobs)))
+        save(journal, changed, saved)
+
+    async def scenario() -> None:
+        async with running_head(topology()) as harness:
+            await harness.register("encoder-0")
+            for id_ in ("a", "b"):
+                await harness.submit(id_, prompt=id_)
+            attempts = [await harness.next_attempt("encoder-0") for _ in range(2)]
+            monkeypatch.setattr(Journal, "save", counted)
+            current_sender.set(Sender("encoder-0", 1))
+            reports = [stored(attempt, "encoder", number) for number, attempt in enumerate(attempts)]
+            replies = [await harness.actor.stage_outputs_stored(report) for report in reports]
+            assert written == []
+            harness.actor.caught_up()
+            assert written == [2]
+            assert len(await asyncio.gather(*(reply.coroutine for reply in replies))) == 2
 
     run_scenario(scenario())
