@@ -20,6 +20,7 @@ from triptych.actors.runtime.system_messages import (
 from triptych.bus import Outbox, RemoteError, Sender
 from triptych.engines.parameters.lora import PARAMETERS
 from triptych.engines.parameters.schema import Parameter, ParameterKind, Signature
+from triptych.engines.stages import Stage
 from triptych.roles.head.job import Job, Request
 from triptych.roles.head.journal import Journal, JournalError, decode_job, encode_job
 from triptych.roles.media.artifacts import ARTIFACTS, ArtifactStore
@@ -381,7 +382,7 @@ def test_reports_that_come_together_are_written_in_one_transaction(
             attempts = [await harness.next_attempt("encoder-0") for _ in range(2)]
             monkeypatch.setattr(Journal, "save", counted)
             current_sender.set(Sender("encoder-0", 1))
-            reports = [stored(attempt, "encoder", number) for number, attempt in enumerate(attempts)]
+            reports = [stored(attempt, Stage.ENCODER, number) for number, attempt in enumerate(attempts, start=1)]
             replies = [await harness.actor.stage_outputs_stored(report) for report in reports]
             assert written == []
             harness.actor.caught_up()
