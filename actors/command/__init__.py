@@ -20,6 +20,7 @@ from triptych.actors.command.completion import completion
 from triptych.actors.command.generate import generate
 from triptych.actors.command.init import init
 from triptych.actors.command.keys import keys
+from triptych.actors.command.logs import logs
 from triptych.actors.command.manifests import manifests
 from triptych.actors.command.reload import reload
 from triptych.actors.command.sleep_wake import sleep, wake
@@ -29,9 +30,9 @@ from triptych.actors.command.up import up
 __all__ = ["app", "main"]
 
 _COMMANDS: Final[tuple[Callable[..., None], ...]] = (
-    *(init, check, up, status, generate, reload, sleep, wake, keys, manifests, completion),
+    *(init, check, up, status, logs, generate, reload, sleep, wake, keys, manifests, completion),
 )
-_WITHOUT_ARGUMENTS: Final = (status,)
+_WITHOUT_ARGUMENTS: Final = (status, logs)
 """Commands that do something without any argument."""
 
 app = typer.Typer(

@@ -161,7 +161,7 @@ def _run_over_ssh(topology: Topology, console: Console, config: str) -> int:
         console.print(Text.assemble((f"{host:<{width}} ", "bold"), line), soft_wrap=True)
 
     async def run() -> int:
-        launcher = SshLauncher(topology, show, config=config, log_level=os.environ[logs.LEVEL_VARIABLE])
+        launcher = SshLauncher(topology, show, config=config, log_level=os.environ[logs.SHOWN_VARIABLE])
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, launcher.stop)
         return await launcher.run()
@@ -238,6 +238,8 @@ def _names(only: str) -> tuple[str, ...]:
 
 
 def _configure_logs(level: str, *, on_terminal: bool) -> None:
-    chosen = level or os.environ.get(logs.LEVEL_VARIABLE, "") or ("warning" if on_terminal else "info")
-    os.environ[logs.LEVEL_VARIABLE] = chosen  # for the children, too
+    """Show warnings alone on a terminal, and keep more in the files, unless a level was chosen."""
+    chosen = level or os.environ.get(logs.LEVEL_VARIABLE, "")
+    os.environ[logs.LEVEL_VARIABLE] = chosen or "info"  # for the children, too
+    os.environ[logs.SHOWN_VARIABLE] = chosen or ("warning" if on_terminal else "info")
     logs.configure(SUPERVISOR)

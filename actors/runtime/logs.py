@@ -1,4 +1,4 @@
-"""Logging of a process: pretty on a terminal, one JSON object a line otherwise.
+"""Logging of a process: on stderr pretty on a terminal, else one JSON object a line; the last lines in a file, too.
 
 Every line names the process and its generation; within a handler it also names the request, when the message has
 a `request_id`. Libraries that use the standard `logging` come out the same way.
@@ -13,10 +13,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
+from triptych.actors.runtime.log_files import LogHandler
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     from structlog.typing import EventDict, WrappedLogger
 
 LEVEL_VARIABLE: Final = "TRIPTYCH_LOG_LEVEL"
+SHOWN_VARIABLE: Final = "TRIPTYCH_LOG_SHOWN"
+"""The least level of lines on stderr, where the file has more."""
 
 
 def configure(name: str, generation: int = 0, *, level: str = "") -> None:
@@ -27,18 +34,7 @@ def configure(name: str, generation: int = 0, *, level: str = "") -> None:
         generation: of the component, left out if 0.
         level: "debug", "info", "warning" or "error"; "" = `$TRIPTYCH_LOG_LEVEL`, else "info".
     """
-    facts: dict[str, Any] = {"process": name} | ({"generation": generation} if generation else {})
-
-    def add_facts(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-        return {**facts, **event}
-
-    shared: list[Any] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.stdlib.add_log_level,
-        structlog.stdlib.PositionalArgumentsFormatter(),
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        add_facts,
-    ]
+    shared = _shared_processors(name, generation)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
@@ -49,12 +45,8 @@ def configure(name: str, generation: int = 0, *, level: str = "") -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
     )
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_renderers()],
-        )
-    )
+    handler.setLevel((os.environ.get(SHOWN_VARIABLE, "") or "notset").upper())
+    handler.setFormatter(_formatter(shared, on_terminal=sys.stderr.isatty()))
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel((level or os.environ.get(LEVEL_VARIABLE, "") or "info").upper())
@@ -62,7 +54,58 @@ def configure(name: str, generation: int = 0, *, level: str = "") -> None:
         logging.getLogger(chatty).setLevel(max(root.level, logging.WARNING))
 
 
-def _renderers() -> list[Any]:
-    if sys.stderr.isatty():
-        return [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
-    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+def keep(folder: Path, name: str, generation: int, nbytes: int) -> Callable[[], None]:
+    """Append the lines of this process to its log in a folder, too, until the result is called; after `configure`.
+
+    Args:
+        folder: Of the logs, in the state folder.
+        name: of the component.
+        generation: of the component.
+        nbytes: Most bytes that are kept; 0 for none.
+    """
+    if not nbytes:
+        return _keep_nothing
+    try:
+        handler = LogHandler(folder, name, nbytes)
+    except OSError as error:  # such as a full disk: what runs is worth more than its log
+        structlog.stdlib.get_logger("actors").warning("this process keeps no log", reason=str(error))
+        return _keep_nothing
+    handler.setFormatter(_formatter(_shared_processors(name, generation), on_terminal=False))
+    root = logging.getLogger()
+    root.addHandler(handler)
+
+    def stop() -> None:
+        root.removeHandler(handler)
+        handler.close()
+
+    return stop
+
+
+def _keep_nothing() -> None:
+    """No-op."""
+
+
+def _shared_processors(name: str, generation: int) -> list[Any]:
+    """Return what every line goes through, of our own loggers and of those of libraries."""
+    facts: dict[str, Any] = {"process": name} | ({"generation": generation} if generation else {})
+
+    def add_facts(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        return {**facts, **event}
+
+    return [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.PositionalArgumentsFormatter(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        add_facts,
+    ]
+
+
+def _formatter(shared: list[Any], *, on_terminal: bool) -> logging.Formatter:
+    renderers: list[Any] = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    if on_terminal:
+        renderers = [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
+    )

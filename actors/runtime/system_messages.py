@@ -153,4 +153,22 @@ class SupervisorReport(Message):
     """Changes with each change of a child."""
 
 
+class LogQuery(Message):
+    """Ask a supervisor for lines that one of its components, or it itself, has logged."""
+
+    name: str
+    """Of the component or the supervisor."""
+    position: str
+    """Of the `LogPart` before, "" for the last lines."""
+
+
+class LogPart(Message):
+    """Some lines of a log."""
+
+    lines: str
+    """JSON objects, each with a newline; or text, where a crash has cut a line."""
+    position: str
+    """Where the next part begins, "" if there is no log."""
+
+
 SYSTEM_MESSAGES: tuple[type[Message], ...] = (Inspect, DeadLetterQuery, MetricsQuery, Shutdown)

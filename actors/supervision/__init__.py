@@ -17,6 +17,7 @@
 from triptych.actors.supervision._child_process import module_command
 from triptych.actors.supervision._component_specs import COMPONENT_SPECS, PRELOAD, ComponentSpec, load_function
 from triptych.actors.supervision._launcher import NO_CUDA, QUIET, quiet_libraries
+from triptych.actors.supervision._ownership import running_systems
 from triptych.actors.supervision._process_tree import die_with_parent
 from triptych.actors.supervision._restart import (
     ChildExit,
@@ -51,4 +52,5 @@ __all__ = [
     "load_function",
     "module_command",
     "quiet_libraries",
+    "running_systems",
 ]

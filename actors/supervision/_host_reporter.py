@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from triptych.actors.runtime.actor import Actor
 from triptych.actors.runtime.handlers import DeferredReply
-from triptych.actors.runtime.system_messages import SupervisorQuery, SupervisorReport, SupervisorWait
+from triptych.actors.runtime.system_messages import LogPart, LogQuery, SupervisorQuery, SupervisorReport, SupervisorWait
 
 if TYPE_CHECKING:
     from triptych.actors.supervision._supervisor import Supervisor
@@ -29,3 +29,7 @@ class HostReporter(Actor):
     async def wait(self, message: SupervisorWait) -> DeferredReply[SupervisorReport]:
         """Return the report of every child once one of them has changed."""
         return await self._supervisor.wait(message)
+
+    async def logs(self, message: LogQuery) -> LogPart:
+        """Return lines of the log of a child or of the supervisor."""
+        return await self._supervisor.logs(message)

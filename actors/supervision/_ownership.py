@@ -10,17 +10,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from triptych.actors.errors import AlreadyRunningError, ForeignStateError
-from triptych.actors.topology import ModelIdentity
+from triptych.actors.topology import ModelIdentity, paths
 from triptych.actors.topology.paths import OWNER_RECORD
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
 
 class Owner(msgspec.Struct, frozen=True, kw_only=True):
@@ -190,3 +190,16 @@ def same_file(descriptor: int, file: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), file.stat())
     except FileNotFoundError:
         return False
+
+
+def running_systems() -> list[Owner]:
+    """Return the owners of the run folders of the systems that this user runs on this machine."""
+    found = []
+    for folder in paths.run_dirs():
+        try:
+            owner = msgspec.json.decode((folder / OWNER_RECORD).read_bytes(), type=Owner)
+        except (OSError, msgspec.DecodeError):  # it ends just now, or has crashed
+            continue
+        if Path(f"/proc/{owner.pid}").is_dir():
+            found.append(owner)
+    return found

@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Final
 from triptych.actors.child_state import FINAL_STATES, ChildState
 from triptych.actors.errors import OF_THE_MACHINE
 from triptych.actors.runtime.actor import Actor
+from triptych.actors.runtime.address_book import CHILDREN
 from triptych.actors.runtime.handlers import DeferredReply
+from triptych.actors.runtime.log_files import log_path, read_part
 from triptych.actors.runtime.system_messages import (
     Ack,
     ChildHeartbeat,
     ChildReport,
     ChildStateChanged,
+    LogPart,
+    LogQuery,
     SupervisorQuery,
     SupervisorReport,
     SupervisorWait,
@@ -155,6 +159,11 @@ class Supervisor(Actor):
 
     def _full_report(self) -> SupervisorReport:
         return SupervisorReport(tuple(child.report() for child in self.children.values()), self._revision)
+
+    async def logs(self, message: LogQuery) -> LogPart:
+        """Return lines of the log of a child or of this supervisor; none of any other name."""
+        known = message.name in self.children or message.name in (self.name, self.name.removesuffix(CHILDREN))
+        return read_part(log_path(self._topology.log_dir, message.name), message.position) if known else LogPart("", "")
 
     def kill_all(self) -> None:
         """Send SIGKILL to every child, without a drain."""

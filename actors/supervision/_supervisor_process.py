@@ -16,7 +16,7 @@ import uvloop
 from setproctitle import setproctitle
 
 from triptych.actors.errors import OF_THE_MACHINE, StartError
-from triptych.actors.runtime import diagnostics
+from triptych.actors.runtime import diagnostics, logs
 from triptych.actors.runtime.actor import Incarnation
 from triptych.actors.runtime.address_book import CHILDREN, SUPERVISOR, AddressBook, supervisor_of
 from triptych.actors.runtime.bus_keys import make_bus_keys
@@ -106,6 +106,7 @@ class SupervisorProcess:
         try:
             with contextlib.ExitStack() as held:
                 self._acquire_folders(held)
+                held.callback(logs.keep(self.topology.log_dir, self._log_name, 0, self.topology.log_bytes))
                 make_bus_keys(self.topology, self._runs_on)
                 with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                     try:
@@ -186,6 +187,13 @@ class SupervisorProcess:
     def _reports(self) -> bool:
         """Whether this is the supervisor of one of several hosts, which the others ask how it is."""
         return bool(self._host) and not self._only
+
+    @property
+    def _log_name(self) -> str:
+        """The name of this process in its log: with `--only` that of the first component's supervisor."""
+        if self._reports:
+            return supervisor_of(self._host)
+        return supervisor_of(self.components[0].name) if self._only else SUPERVISOR
 
     def _generation_counter(self) -> GenerationCounter:
         placed = read_placed_hosts()

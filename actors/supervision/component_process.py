@@ -70,6 +70,7 @@ async def _run_component(options: argparse.Namespace) -> int:
     try:
         topology = load_topology(options.topology)
         component = topology.component(options.name)
+        logs.keep(topology.log_dir, options.name, options.generation, topology.log_bytes)
     except (TopologyError, KeyError) as error:
         _log.error("cannot start", reason=str(error))
         return EXIT_START_FAILURE

@@ -57,6 +57,7 @@ from triptych.actors.topology.sections import (
     cache_size,
     parse_rate,
     parse_size,
+    size_or_none,
 )
 from triptych.engines.backends import BACKENDS, DEFAULT, BackendSpec
 from triptych.engines.step_cache_options import StepCacheError, parse_step_cache
@@ -268,6 +269,16 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
     def supervisor_bind(self, host: HostSection) -> str:
         """Return where that supervisor listens."""
         return tcp_address(bind_host(host), self.supervisor_port(host.name))
+
+    @property
+    def log_dir(self) -> Path:
+        """The folder of the logs of this host's processes."""
+        return self.state_dir / "logs"
+
+    @property
+    def log_bytes(self) -> int:
+        """Most bytes that are kept of the log of each process, 0 for none."""
+        return size_or_none(self.state.log_size)
 
     def pool_size(self, pool: Component) -> str:
         """Return the size of a pool, as it is written."""
@@ -523,6 +534,11 @@ def _check_state(file: str, sections: Sections) -> None:
         except ValueError:
             fix = 'write it as in "512MiB" or "32GiB"'
             raise TopologyError(file, f"[state] {key}", f'= "{size}" is not a size', fix) from None
+    try:
+        size_or_none(sections.state.log_size)
+    except ValueError:
+        problem, fix = f'= "{sections.state.log_size}" is not a size', 'write it as in "4MiB", or "0" for none'
+        raise TopologyError(file, "[state] log_size", problem, fix) from None
 
 
 def _check_store(file: str, sections: Sections) -> None:

@@ -17,12 +17,23 @@ _MAX_NAME_LENGTH: Final = 64  # supervisor- + a role name of 32 + an index, and 
 
 def run_dir(topology: Path) -> Path:
     """Return the folder of the sockets: under `$XDG_RUNTIME_DIR` if that is short enough, else /tmp/triptych-UID."""
-    base = os.environ.get("XDG_RUNTIME_DIR", "")
-    if base:
-        folder = Path(base).absolute() / "triptych" / fingerprint(topology)
-        if len(os.fsencode(folder)) + 1 + _MAX_NAME_LENGTH <= MAX_SOCKET_PATH:
-            return folder
-    return Path(f"/tmp/triptych-{os.getuid()}") / fingerprint(topology)  # noqa: S108  made private by private_dir
+    name = fingerprint(topology)
+    for base in _run_bases():
+        if len(os.fsencode(base / name)) + 1 + _MAX_NAME_LENGTH <= MAX_SOCKET_PATH:
+            return base / name
+    return _run_bases()[-1] / name
+
+
+def run_dirs() -> list[Path]:
+    """Return the run folders of this user that are there."""
+    mine = [base for base in _run_bases() if base.is_dir() and base.lstat().st_uid == os.getuid()]
+    return sorted(folder for base in mine for folder in base.iterdir())
+
+
+def _run_bases() -> tuple[Path, ...]:
+    usual = Path(f"/tmp/triptych-{os.getuid()}")  # noqa: S108  made private by private_dir
+    wanted = os.environ.get("XDG_RUNTIME_DIR", "")
+    return (Path(wanted).absolute() / "triptych", usual) if wanted else (usual,)
 
 
 def state_dir(topology: Path, configured: str) -> Path:

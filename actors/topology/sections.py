@@ -387,6 +387,9 @@ class StateSection(Section, frozen=True):
     """Most images of clients that are kept; if active requests may need that many, more are refused."""
     max_uploads_size: str = "16GiB"
     """Most bytes of images of clients that are kept, with a unit."""
+    log_size: str = "4MiB"
+    """Most bytes that are kept of what each process logs, with a unit, in the folder `logs`, for `triptych logs`; "0" =
+    none. stderr has every line as well."""
     timeline: bool = False
     """Whether the head and the roles record when they did what, in the folder `timeline`: at most 64 MiB for each
     component. `python -m triptych.tools.trace` makes a trace of it that Perfetto opens."""
@@ -471,6 +474,11 @@ def parse_size(text: str) -> int:
     return size
 
 
+def size_or_none(text: str) -> int:
+    """Return the bytes of a size, 0 for "0"; raises `ValueError` as `parse_size` does."""
+    return 0 if text.strip() == "0" else parse_size(text)
+
+
 def parse_rate(text: str) -> tuple[int, float]:
     """Return the count and the seconds of a rate such as "60/min"; raises `ValueError` for anything else."""
     match = _RATE.fullmatch(text)
@@ -483,7 +491,7 @@ def cache_size(text: str, pool_bytes: int, models: int = 1) -> int:
     """Return the bytes of the prompt cache of one of `models` models; raises `ValueError` as `parse_size` does."""
     if not text:
         return pool_bytes // 4 // models
-    return 0 if text.strip() == "0" else parse_size(text)
+    return size_or_none(text)
 
 
 class Sections(msgspec.Struct, frozen=True, kw_only=True):

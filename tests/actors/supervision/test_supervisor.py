@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import resource
 import signal
@@ -14,15 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.actors.conftest import THREE_ROLES
 from tests.actors.supervision.probe import Crash, CrashInTask, Hang, LeaveOrphan, OrphanLeft, Pong
 from tests.actors.supervision.supervised import PATIENCE_S, Supervised, gone, supervised
 from tests.ports import free_ports
 from triptych.actors import load_topology
+from triptych.actors.command import app
 from triptych.actors.runtime.system_messages import (
     Inspect,
     Inspection,
+    LogPart,
+    LogQuery,
     Shutdown,
     ShuttingDown,
     SupervisorReport,
@@ -85,6 +90,15 @@ def test_the_part_of_one_host_answers_over_tcp_and_ends_with_its_stdin(write: Wr
             before = await seen.all_ready(*names)
             assert list(await seen.report("supervisor-b")) == list(names)
             assert (seen.topology.run_dir / "supervisor-b").is_socket(), "its children report to it within the host"
+            part = await seen.ask("supervisor-b", LogQuery("supervisor-b", ""), LogPart)
+            assert "child has started" in part.lines
+            assert (await seen.ask("supervisor-b", LogQuery("supervisor-b", part.position), LogPart)).lines == ""
+            for other in ("encoder-0", "../bus.key"):
+                assert await seen.ask("supervisor-b", LogQuery(other, "x"), LogPart) == LogPart("", "")
+            command = ("logs", "denoiser", "--topology", str(file), "--host", "b")
+            shown = await asyncio.to_thread(CliRunner().invoke, app, command)
+            assert (shown.exit_code, "host a does not answer" in shown.stderr) == (0, True)
+            assert "child=denoiser-0" in shown.stdout
             assert seen.process.stdin is not None
             seen.process.stdin.close()
             assert await seen.ended() == 0
@@ -106,6 +120,12 @@ def test_a_killed_child_comes_back_with_a_higher_generation(write: Write) -> Non
             assert (told.children[0].name, told.children[0].reason) == ("denoiser-0", "killed by SIGKILL")
             after = await seen.until("denoiser-0", "ready", after=before["denoiser-0"].generation)
             assert (after.restarts, after.reason) == (1, "killed by SIGKILL")
+            file = str(seen.topology.path)
+            command = ("logs", "denoiser-0", "--topology", file, "--json")
+            shown = await asyncio.to_thread(CliRunner().invoke, app, command)
+            lines = [json.loads(line) for line in shown.stdout.splitlines()]
+            assert "killed by SIGKILL" in [line.get("reason") for line in lines]
+            assert not [line for line in lines if line["process"] == "encoder-0"]
             assert (await seen.ping("denoiser-0")).pid == after.pid
             same = await seen.ask("supervisor-encoder-0", SupervisorWait(-1, 0.0), SupervisorReport)
             quiet = await seen.ask("supervisor-encoder-0", SupervisorWait(same.revision, 0.0), SupervisorReport)
@@ -123,6 +143,11 @@ def test_a_crash_is_reported_with_what_was_raised(write: Write) -> None:
             await crash(seen, "encoder-0")
             second = await seen.until("encoder-0", "ready", after=first.generation)
             assert second.reason == "exit code 70: ValueError: out of paper"
+            command = ("logs", "encoder-0", "--level", "error", "--topology", str(seen.topology.path))
+            shown = await asyncio.to_thread(CliRunner().invoke, app, command)
+            assert "ValueError: out of paper" in shown.stdout, "what it logged is there though it has died"
+            assert f"generation={first.generation}" in shown.stdout
+            assert "[info" not in shown.stdout
             seen.tell("encoder-0", CrashInTask("out of ink"))
             third = await seen.until("encoder-0", "ready", after=second.generation)
             assert third.reason == "exit code 70: ValueError: out of ink"

@@ -28,6 +28,11 @@ BROKEN = {
         "[supervison] is not a section",
         "did you mean supervision?",
     ),
+    "a log of no size": (
+        MODEL + '[state]\nlog_size = "much"\n' + THREE_ROLES,
+        '[state] log_size = "much" is not a size',
+        'write it as in "4MiB", or "0" for none',
+    ),
     "both ways": (MODEL + THREE_ROLES + TWO, "[model] stands beside [[models]]", "with [[models.roles]] below it"),
     "roles of none": (THREE_ROLES + TWO, "[[roles]] stands beside [[models]]", "with [[models.roles]] below it"),
     "no models": ("models = []\n", "has no [model] section", 'path = "the folder of a model"'),
