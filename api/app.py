@@ -15,10 +15,12 @@ from triptych.api.access import AccessMiddleware
 from triptych.api.artifacts import get_file
 from triptych.api.cluster import get_cluster, get_health, is_live, is_ready
 from triptych.api.cluster_events import get_cluster_events
+from triptych.api.discovery import get_model_info, get_server_info, get_version
 from triptych.api.errors import not_found
 from triptych.api.exception_handlers import EXCEPTION_HANDLERS
 from triptych.api.images import create_image, create_image_edit
 from triptych.api.keys import ApiKeys
+from triptych.api.lightx2v import LIGHTX2V_ROUTES
 from triptych.api.metrics import get_metrics
 from triptych.api.models import get_model, list_models
 from triptych.api.openapi import get_openapi
@@ -74,12 +76,16 @@ ROUTES: Final = [
     Route("/v1/requests", list_requests),
     Route("/v1/requests/{request_id}", by_method(get=get_request, delete=delete_request)),
     Route("/v1/requests/{request_id}/events", get_request_events),
+    *LIGHTX2V_ROUTES,
     Route("/v1/cluster", get_cluster),
     Route("/v1/cluster/events", get_cluster_events),
     Route("/metrics", get_metrics),
     Route("/live", is_live),
     Route("/ready", is_ready),
     Route("/health", get_health),
+    Route("/version", get_version),
+    Route("/server_info", get_server_info),
+    Route("/model_info", get_model_info),
     Route("/openapi.json", get_openapi, include_in_schema=False),
     *(Route(path, get_page_file, include_in_schema=False) for path in FILES),
 ]

@@ -13,6 +13,8 @@ from triptych.bus import AskTimeoutError, BusError, MailboxFullError, Message, R
 from triptych.roles.messages.common import MAX_NAME
 from triptych.roles.messages.requests import (
     CancelRequest,
+    ClusterQuery,
+    ClusterView,
     DeleteRequest,
     DescribeModel,
     ListModels,
@@ -108,6 +110,10 @@ class HeadClient:
     def forget_descriptions(self) -> None:
         """Ask the head again for the next description."""
         self._descriptions.clear()
+
+    async def cluster(self) -> ClusterView:
+        """Return the jobs and instances of the cluster."""
+        return await self._ask(ClusterQuery(), ClusterView)
 
     async def wait(self, request_id: str, within_s: float, owner: str = "") -> RequestView | None:
         """Wait until the request is terminal, None if that takes longer; a restarted head is asked again."""

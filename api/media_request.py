@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta, inspect
@@ -42,6 +42,7 @@ ScalarInput: TypeAlias = Text | Integer | float | bool | None
 OptionValue: TypeAlias = Annotated[str, Meta(max_length=1024)] | Integer | float | bool | None
 Seed: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_SEED)]
 Seeds: TypeAlias = Annotated[tuple[Seed, ...], Meta(min_length=1, max_length=MAX_SEEDS)]
+Steps: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 DeadlineSeconds: TypeAlias = Annotated[float, Meta(gt=0, le=604_800)]
 _SIZE = re.compile(r"(?P<width>[1-9][0-9]{0,4})x(?P<height>[1-9][0-9]{0,4})")
 _FIELD = re.compile(r" - at `\$\.(?P<name>\w+)")
@@ -66,7 +67,6 @@ NO_EFFECT_FIELDS: Final = {
     "quality": NoEffectField(("auto", "standard"), "num_inference_steps says how much work is put into an image"),
     "style": NoEffectField(("natural", "vivid"), "the prompt says in which style"),
 }
-"""By name; a parameter of the model goes before a field of the same name."""
 
 
 class MediaRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +74,13 @@ class MediaRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     Any other field is an input of the pipeline; the head refuses it if the pipeline has none of that name.
     """
+
+    aliases: ClassVar[Mapping[str, tuple[str, ...]]] = ALIASES
+    """Names of inputs by other names of clients."""
+    no_effect: ClassVar[Mapping[str, NoEffectField]] = NO_EFFECT_FIELDS
+    """By name; a parameter of the model goes before a field of the same name."""
+    empty_is_absent: ClassVar[bool] = False
+    """Whether null, "" and [] are the same as not given, for inputs that null means something for, too."""
 
     prompt: Text | None = None
     """Left out where a model takes none, which the head checks."""
@@ -85,7 +92,7 @@ class MediaRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Accepted for compatibility, and not kept."""
     seed: Seed | Seeds | None = None
     """Of the first image, the next has the next; or a list with one for each."""
-    num_inference_steps: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
+    num_inference_steps: Steps | None = None
     guidance_scale: float | None = None
     negative_prompt: Text | None = None
     priority: Priority | None = None
@@ -165,10 +172,15 @@ async def read_media_request(
     415 (neither JSON nor a form, or no image in a format that is taken), 422 (a wrong value), 429 and 503 (no room).
     """
     names = names or FieldNames()
-    typed = frozenset(kind.__struct_fields__)
+    typed = frozenset(kind.__struct_encode_fields__)
     async with read_body(request) as body:
-        kinds, tasks = await _model_inputs(request, body.fields, typed)
-        sent = _by_parameter(body.fields, kinds, names)
+        given = {
+            name: value
+            for name, value in body.fields.items()
+            if not kind.empty_is_absent or value not in (None, "", [])
+        }
+        kinds, tasks = await _model_inputs(request, given, typed)
+        sent = _by_parameter(given, kinds, names, kind.aliases)
         for name, field in sent.items():
             if _has_files(field.value) and kinds.get(name) not in _FILE_KINDS:
                 raise field_error(field.name, f"takes no image{_image_inputs_hint(kinds, tasks)}")
@@ -178,8 +190,8 @@ async def read_media_request(
             name: value for name in _TYPED_INPUTS if (value := getattr(parsed, name)) is not None
         }
         others = {name: field for name, field in sent.items() if name not in typed}
-        for name in NO_EFFECT_FIELDS.keys() & others.keys() - kinds.keys():
-            check_no_effect(others.pop(name), NO_EFFECT_FIELDS[name])
+        for name in kind.no_effect.keys() & others.keys() - kinds.keys():
+            check_no_effect(others.pop(name), kind.no_effect[name])
         uploads = request.state["services"].uploads
         inputs |= await _convert_inputs(others, kinds, tasks, uploads, is_form=body.is_form)
     if len(inputs) > MAX_INPUTS:
@@ -219,13 +231,16 @@ class _ClientField(NamedTuple):
 
 
 def _by_parameter(
-    fields: Mapping[str, object], kinds: Mapping[str, ParameterKind], names: FieldNames
+    fields: Mapping[str, object],
+    kinds: Mapping[str, ParameterKind],
+    names: FieldNames,
+    aliases: Mapping[str, tuple[str, ...]],
 ) -> dict[str, _ClientField]:
     """Return the fields by the names that the model has for them."""
     named: dict[str, _ClientField] = {}
     for sent, value in fields.items():
         field = _without_brackets(sent)
-        meant = (field, *ALIASES.get(field, ()))
+        meant = (field, *aliases.get(field, ()))
         name = next((name for name in meant if name in kinds), (meant[1:] or meant)[0])
         if name in named:
             raise field_error(field, f"is given twice, also as {named[name].name}: give one of them")
@@ -252,7 +267,7 @@ def validation_error(error: msgspec.ValidationError, kind: type[msgspec.Struct])
     if missing := _MISSING.search(str(error)):
         return field_error(missing["name"], "is required")
     at = _FIELD.search(str(error))
-    types = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    types = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
     if at is None or at["name"] not in types:
         raise error
     return field_error(at["name"], f"must be {describe_type(inspect.type_info(types[at['name']]))}")
@@ -272,6 +287,8 @@ def describe_type(kind: inspect.Type) -> str:
         case inspect.StrType(least, most):
             bounds = f" of {least or 0} to {most} characters" if most else ""
             return f"text{bounds}"
+        case inspect.TupleType(items):
+            return f"a list of {len(items)}, each {describe_type(items[0])}"
         case inspect.VarTupleType(min_length=least, max_length=most):
             return f"a list of {least or 0} to {most} of them"
         case inspect.IntType(ge=least, le=most):
@@ -432,7 +449,8 @@ def _to_numbers(name: str, value: list[Any]) -> Numbers:
 def check_no_effect(field: _ClientField, no_effect: NoEffectField) -> None:
     """Raise ApiError 422 where a field of OpenAI's that has no effect here asks for one."""
     if field.value is not None and str(field.value).lower() not in no_effect.values:
-        raise field_error(field.name, f"must be {' or '.join(no_effect.values)}, or left out: {no_effect.advice}")
+        words = [" or ".join(no_effect.values), "or left out"] if no_effect.values else ["left out"]
+        raise field_error(field.name, f"must be {', '.join(words)}: {no_effect.advice}")
 
 
 def parse_size(size: str, inputs: dict[str, PipelineInput], names: FieldNames) -> dict[str, PipelineInput]:

@@ -14,7 +14,7 @@ from triptych.actors.runtime.system_messages import ActorStatus, DeadLetterRepor
 from triptych.api.access import OPEN_PATHS
 from triptych.api.cluster_observer import PRIVATE
 from triptych.api.event_stream import MEDIA_TYPE
-from triptych.api.media_request import NO_EFFECT_FIELDS
+from triptych.api.media_request import MediaRequest
 from triptych.api.operations import EVENTS, FILE, OPERATIONS, TEXT, Answer, OneAnswer, Operation, RequestBody
 from triptych.api.requests import IDEMPOTENCY_KEY, Deleted
 from triptych.api.responses import JSONResponse
@@ -129,8 +129,8 @@ def _body(body: RequestBody) -> dict[str, Any]:
     own = schemas[body.fields.__name__]
     no_effect = {
         name: {"enum": list(field.values), "description": field.advice}
-        for name, field in NO_EFFECT_FIELDS.items()
-        if not body.closed
+        for name, field in (body.fields.no_effect.items() if issubclass(body.fields, MediaRequest) else ())
+        if field.values
     }
     tensors = {} if body.closed else {TENSORS: {"type": "string", "description": _TENSORS}}
     others = {"additionalProperties": False} if body.closed else {"description": _EXTRA_FIELDS_TEXT}
@@ -365,6 +365,7 @@ def document(routes: Sequence[BaseRoute], *, keyed: bool = False) -> dict[str, A
     either = [{"$ref": f"#/components/schemas/{name}"} for name in ("Request", Deleted.__name__)]
     own = {
         "RequestList": _request_list(),
+        "TaskList": {"type": "object", "additionalProperties": {"$ref": "#/components/schemas/TaskStatus"}},
         "Request": _request(),
         "Cluster": _cluster(),
         "RequestOrDeleted": {"anyOf": either},

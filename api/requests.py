@@ -94,9 +94,21 @@ def input_view(value: Input) -> object:
             return value
 
 
-async def submit(request: ApiRequest, parsed: ParsedRequest[MediaRequest], *, n: int, output: Output) -> str:
-    """Have the head accept a request; returns the id that it has there. Raises as `submit_and_view`."""
-    return (await _submit(request, parsed, n=n, output=output)).request_id
+async def submit(
+    request: ApiRequest, parsed: ParsedRequest[MediaRequest], *, n: int, output: Output, request_id: str = ""
+) -> str:
+    """Have the head accept a request; returns the id that it has there.
+
+    Args:
+        request: Of the client.
+        parsed: What it asks for.
+        n: How many images or videos.
+        output: How each is written.
+        request_id: The id that it is to have; sent again, it is the same request. By default a new one.
+
+    Raises as `submit_and_view`.
+    """
+    return (await _submit(request, parsed, n=n, output=output, request_id=request_id)).request_id
 
 
 async def submit_and_view(
@@ -126,17 +138,18 @@ async def _submit(
     *,
     n: int,
     output: Output,
+    request_id: str = "",
     remixed_from: str = "",
     wants_view: bool = False,
 ) -> RequestAccepted:
     head, state = request.state["services"].head, request.state
-    key = idempotency_key(request)
+    key = idempotency_key(request) or request_id
     priority = parsed.fields.priority or 0
     if priority > state["max_priority"]:
         predicate = f"must be at most {state['max_priority']} for the key of {state['owner']}"
         raise field_error("priority", predicate, status=403, code="priority_not_allowed")
     message = SubmitRequest(
-        request_id=state["request_id"],
+        request_id=request_id or state["request_id"],
         inputs=parsed.inputs,
         seed=choose_seed(parsed.fields.seed, key),
         n=n,

@@ -33,8 +33,9 @@ def operations_of(described: dict[str, Any]) -> list[dict[str, Any]]:
 
 def test_every_endpoint_is_declared_with_its_answers() -> None:
     routes = [route for route in ROUTES if isinstance(route, Route)]
-    hidden = {route.path for route in routes if route.path.startswith("/v1/") and not route.include_in_schema}
-    assert hidden <= UNSUPPORTED, "all that clients may call is in the document"
+    documented = {route.endpoint for route in routes if route.include_in_schema}
+    hidden = {route.path for route in routes if route.path.startswith("/v1/") and route.endpoint not in documented}
+    assert hidden <= UNSUPPORTED, "all that clients may call is in the document, under one of its paths"
     endpoints = BaseSchemaGenerator().get_endpoints(list(ROUTES))
     undeclared = [f"{method} {path}" for path, method, endpoint in endpoints if endpoint not in OPERATIONS]
     assert not undeclared, "declare them with api.operations.operation"
