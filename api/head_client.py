@@ -30,6 +30,14 @@ from triptych.roles.messages.requests import (
     SubmitRequest,
     WaitRequest,
 )
+from triptych.roles.messages.webhooks import (
+    DueWebhook,
+    Outcome,
+    TakeWebhooks,
+    WebhookRecorded,
+    WebhooksDue,
+    WebhookTried,
+)
 
 R = TypeVar("R", bound=Message)
 log = structlog.stdlib.get_logger("api")
@@ -119,7 +127,7 @@ class HeadClient:
         """Wait until the request is terminal, None if that takes longer; a restarted head is asked again."""
         deadline = time.monotonic() + within_s
         while (remaining := deadline - time.monotonic()) > 0:
-            view = await self._poll(WaitRequest(request_id, min(LONG_POLL_S, remaining), owner))
+            view = await self._wait(WaitRequest(request_id, min(LONG_POLL_S, remaining), owner))
             if view is not None and view.terminal:
                 return view
         return None
@@ -139,16 +147,30 @@ class HeadClient:
         if view.revision != revision or view.terminal:
             yield view
         while not view.terminal:
-            changed = await self._poll(WaitRequest(request_id, LONG_POLL_S, owner, view.revision))
+            changed = await self._wait(WaitRequest(request_id, LONG_POLL_S, owner, view.revision))
             if changed is not None:
                 view = changed
                 yield view
 
-    async def _poll(self, message: WaitRequest) -> RequestView | None:
-        """Wait once; returns None where the head could not answer, but will."""
-        timeout_s = message.timeout_s + POLL_GRACE_S
+    async def _wait(self, message: WaitRequest) -> RequestView | None:
+        return await self._poll(message, RequestView, message.timeout_s)
+
+    async def take_webhooks(self, sending: tuple[str, ...], limit: int) -> tuple[DueWebhook, ...]:
+        """Wait for webhooks that are due, at most `limit` and none of `sending`; () after a while or without a head."""
+        found = await self._poll(TakeWebhooks(sending, limit, LONG_POLL_S), WebhooksDue, LONG_POLL_S)
+        return found.webhooks if found else ()
+
+    async def webhook_tried(self, webhook: DueWebhook, outcome: Outcome) -> float | None:
+        """Have the head record an attempt, and wait as long as it takes; returns the seconds until the next one."""
+        message = WebhookTried(webhook.request_id, webhook.attempts, outcome)
+        while (recorded := await self._poll(message, WebhookRecorded, 0.0)) is None:
+            pass
+        return recorded.retry_s
+
+    async def _poll(self, message: Message, reply: type[R], timeout_s: float) -> R | None:
+        """Ask once, for an answer within `timeout_s`; returns None where the head could not answer, but will."""
         try:
-            return await self.reference.ask(message, RequestView, timeout_s=timeout_s)
+            return await self.reference.ask(message, reply, timeout_s=timeout_s + POLL_GRACE_S)
         except (AskTimeoutError, MailboxFullError, UnreachableError):
             pass  # the head restarts, or has too much to do
         except RemoteError as failure:

@@ -65,20 +65,8 @@ def load_api_keys(path: Path) -> ApiKeys:
         ApiKeysError: It cannot be read, others may read it, or a line of it is no `name:key`, or has a limit that is
             none.
     """
-    try:
-        with path.open("rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            if mode & 0o077:
-                raise ApiKeysError(f"can be read by others (its mode is {mode:04o})", f"chmod 600 {path}")
-            lines = file.read().decode().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", "") or str(error)
-        raise ApiKeysError(f"cannot be read ({reason})", "give the path of a text file of mode 0600") from error
     keys: dict[str, ApiClient] = {}
-    for number, line in enumerate(lines, start=1):
-        text = line.strip()
-        if not text or text.startswith("#"):
-            continue
+    for number, text in read_secret_lines(path):
         name, colon, rest = (part.strip() for part in text.partition(":"))
         key, _, limit = (part.strip() for part in rest.partition(" "))
         if not colon or not _NAME.fullmatch(name):
@@ -98,6 +86,25 @@ def load_api_keys(path: Path) -> ApiKeys:
     if not keys:
         raise ApiKeysError("holds no key", f"write a line name:key, with a key from {ADVICE}")
     return ApiKeys(keys)
+
+
+def read_secret_lines(path: Path) -> list[tuple[int, str]]:
+    """Read a file that nobody else may read: its lines with their numbers, without comments and empty ones.
+
+    Raises:
+        ApiKeysError: It cannot be read, or others may read it.
+    """
+    try:
+        with path.open("rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            if mode & 0o077:
+                raise ApiKeysError(f"can be read by others (its mode is {mode:04o})", f"chmod 600 {path}")
+            lines = file.read().decode().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", "") or str(error)
+        raise ApiKeysError(f"cannot be read ({reason})", "give the path of a text file of mode 0600") from error
+    texts = enumerate(map(str.strip, lines), start=1)
+    return [(number, text) for number, text in texts if text and not text.startswith("#")]
 
 
 def read_client_key(path: Path) -> str:

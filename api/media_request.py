@@ -24,6 +24,7 @@ from triptych.engines.parameters.validation import MAX_TEXT
 from triptych.roles.messages.common import MAX_PARTIAL_IMAGES, MAX_SEED, Json, Numbers, Options, Priority, Scalar
 from triptych.roles.messages.common import Input as PipelineInput
 from triptych.roles.messages.requests import RequestRejected
+from triptych.roles.messages.webhooks import WebhookUrl
 
 MAX_INPUTS: Final = 64
 MAX_SEEDS: Final = 10
@@ -101,6 +102,8 @@ class MediaRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds in which the result is wanted; `[head] policy = "deadline"` goes by it. Nothing ends because of it."""
     partial_images: Annotated[int, Meta(ge=0, le=MAX_PARTIAL_IMAGES)] | None = None
     """Most previews of each image while it is made; `GET /v1/requests/{id}` lists them."""
+    webhook_url: WebhookUrl | None = None
+    """Called with the request once it has ended, if the server lists its host."""
 
 
 class FieldNames:

@@ -7,6 +7,8 @@ import hashlib
 import json
 import re
 import secrets
+from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -18,6 +20,7 @@ from triptych.api.operations import operation
 from triptych.api.responses import JSONResponse, to_builtins
 from triptych.api.services import ApiRequest
 from triptych.api.urls import artifact_url
+from triptych.api.webhook_targets import WebhookTargetError, check_webhook_url
 from triptych.bus import AskTimeoutError, UnreachableError
 from triptych.roles.head.job import State
 from triptych.roles.messages.common import Images, Input, Json, Numbers, Options, Output, Tensors
@@ -63,6 +66,11 @@ async def delete_request(request: ApiRequest) -> JSONResponse:
 
 def request_object(request: ApiRequest, view: RequestView) -> dict[str, object]:
     """Show the view by field name, its artifacts with their URLs."""
+    return show_request(view, partial(artifact_url, request))
+
+
+def show_request(view: RequestView, file_url: Callable[[str], str]) -> dict[str, object]:
+    """Show the view by field name; `file_url` makes the URL of an artifact of its name."""
     fields: dict[str, object] = to_builtins(view)
     del fields["request_id"]
     fields["inputs"] = {name: input_view(value) for name, value in view.inputs.items()}
@@ -70,9 +78,9 @@ def request_object(request: ApiRequest, view: RequestView) -> dict[str, object]:
     for job in view.units:
         row = to_builtins(job)
         if job.artifact is not None:
-            row["artifact"]["url"] = artifact_url(request, job.artifact.name)
+            row["artifact"]["url"] = file_url(job.artifact.name)
         for preview in row["previews"]:
-            preview["artifact"]["url"] = artifact_url(request, preview["artifact"]["name"])
+            preview["artifact"]["url"] = file_url(preview["artifact"]["name"])
         units.append(row)
     return {"id": view.request_id, "object": "request", **fields, "units": units}
 
@@ -124,7 +132,7 @@ async def submit_and_view(
         remixed_from: Id of the request that has the same inputs but for the prompt, if any.
 
     Raises:
-        ApiError: The head refuses it, or its priority is higher than the key allows (403).
+        ApiError: The head refuses it, its priority is higher than the key allows (403), or its webhook is not called.
     """
     answer = await _submit(request, parsed, n=n, output=output, remixed_from=remixed_from, wants_view=True)
     if answer.view is None:
@@ -148,6 +156,8 @@ async def _submit(
     if priority > state["max_priority"]:
         predicate = f"must be at most {state['max_priority']} for the key of {state['owner']}"
         raise field_error("priority", predicate, status=403, code="priority_not_allowed")
+    if parsed.fields.webhook_url:
+        check_webhook(request, parsed.fields.webhook_url)
     message = SubmitRequest(
         request_id=request_id or state["request_id"],
         inputs=parsed.inputs,
@@ -164,6 +174,7 @@ async def _submit(
         partial_images=parsed.fields.partial_images or 0,
         remixed_from=remixed_from,
         wants_view=wants_view,
+        webhook_url=parsed.fields.webhook_url or "",
     )
     try:
         answer = await head.submit(message)
@@ -174,6 +185,17 @@ async def _submit(
     if isinstance(answer, RequestRejected):
         raise parsed.names.rejected(answer)
     return answer
+
+
+def check_webhook(request: ApiRequest, url: str) -> None:
+    """Raise ApiError 422 unless a URL may be called, with a signature that its client can check."""
+    services, owner = request.state["services"], request.state["owner"]
+    try:
+        check_webhook_url(url, services.topology.webhooks.hosts)
+    except WebhookTargetError as error:
+        raise field_error("webhook_url", str(error)) from None
+    if not services.webhook_keys.of(owner):
+        raise field_error("webhook_url", f"cannot be called: [webhooks] keys_file has no secret for {owner}")
 
 
 def choose_seed(wanted: int | tuple[int, ...] | None, idempotency_key: str) -> int | tuple[int, ...]:

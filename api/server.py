@@ -25,6 +25,8 @@ from triptych.api.services import Services
 from triptych.api.store import StoreService
 from triptych.api.uploads import UploadService
 from triptych.api.video_variants import VideoVariants
+from triptych.api.webhook_keys import WebhookKeys, load_webhook_keys
+from triptych.api.webhooks import WebhookSender
 from triptych.bus import BusError
 from triptych.roles.media.artifacts import ARTIFACTS, ArtifactStore
 from triptych.roles.media.files import Files
@@ -61,7 +63,7 @@ class ApiServer(Actor):
 
         Raises StartDelayedError when the port is taken, StartError when the keys cannot be read.
         """
-        keys = read_api_keys(self.topology)
+        keys, webhook_keys = read_api_keys(self.topology), read_webhook_keys(self.topology)
         head = HeadClient(self.reference("head"))
         await self._wait_for(head)
         self._limits.limit = self._connection_limit()
@@ -79,6 +81,7 @@ class ApiServer(Actor):
             VideoVariants(artifacts),
             BodyLimiter(),
             self._stopping,
+            webhook_keys,
         )
         self._server = Server(
             uvicorn.Config(
@@ -95,6 +98,8 @@ class ApiServer(Actor):
         )
         self._serving = self.spawn(self._server.serve(sockets=[listener]), name="http")
         self.spawn(self._prune(uploads), name="prune")
+        if self.topology.webhooks.hosts:
+            self.spawn(WebhookSender(self.topology, head, webhook_keys).run(), name="webhooks")
         self.log.info("listening", url=self.topology.url)
 
     async def stopping(self) -> None:
@@ -204,6 +209,16 @@ def read_api_keys(topology: Topology) -> ApiKeys | None:
         return load_api_keys(topology.keys_path)
     except ApiKeysError as error:
         raise StartError(f"[api] keys_file {topology.keys_path} {error}") from error
+
+
+def read_webhook_keys(topology: Topology) -> WebhookKeys:
+    """Read the secrets that sign webhooks; raises StartError."""
+    if topology.webhook_keys_path is None:
+        return WebhookKeys({})
+    try:
+        return load_webhook_keys(topology.webhook_keys_path)
+    except ApiKeysError as error:
+        raise StartError(f"[webhooks] keys_file {topology.webhook_keys_path} {error}") from error
 
 
 def build(component: Component, topology: Topology) -> list[Actor]:

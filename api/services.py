@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias, TypedDict
 
 from starlette.requests import Request
@@ -14,6 +14,7 @@ from triptych.api.cluster_observer import ClusterObserver
 from triptych.api.head_client import HeadClient
 from triptych.api.uploads import UploadService
 from triptych.api.video_variants import VideoVariants
+from triptych.api.webhook_keys import WebhookKeys
 from triptych.roles.media.artifacts import ArtifactStore
 
 
@@ -30,6 +31,8 @@ class Services:
     body_limiter: BodyLimiter
     stopping: asyncio.Event
     """Set once the server stops: requests that still wait for images are answered 503."""
+    webhook_keys: WebhookKeys = field(default_factory=lambda: WebhookKeys({}))
+    """They sign webhooks."""
 
 
 class RequestState(TypedDict):

@@ -5,10 +5,14 @@ from __future__ import annotations
 from triptych.api.services import ApiRequest
 
 
+def join_url(site: str, path: str, name: str = "") -> str:
+    """Return the URL of a path, or of a name below it, of a site."""
+    return site.rstrip("/") + path + name
+
+
 def url_of(request: ApiRequest, path: str) -> str:
     """Return the URL of a path; it starts with `[api] public_url`, else where the client connected."""
-    public_url = request.state["services"].topology.api.public_url
-    return (public_url or str(request.base_url)).rstrip("/") + path
+    return join_url(request.state["services"].topology.api.public_url or str(request.base_url), path)
 
 
 def request_url(request: ApiRequest, request_id: str) -> str:

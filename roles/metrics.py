@@ -60,6 +60,9 @@ STAGE_SECONDS: Final = Histogram(
     buckets=_SECONDS,
     registry=REGISTRY,
 )
+WEBHOOKS: Final = Counter(
+    "triptych_webhooks", "Attempts to send a webhook: delivered, failed or given_up.", ["outcome"], registry=REGISTRY
+)
 RECOVERY_SECONDS: Final = Histogram(
     "triptych_recovery_seconds",
     "Seconds from the loss of a stage, or of its input, to its next run.",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from triptych.actors.errors import TopologyError
 from triptych.actors.runtime.bus_keys import fix_unlisted, lists_keys
 from triptych.api.keys import ApiKeysError, load_api_keys
+from triptych.api.webhook_keys import load_webhook_keys
 from triptych.engines.backends import DEFAULT
 
 if TYPE_CHECKING:
@@ -95,12 +96,16 @@ def _check_adapters(topology: Topology, model: Model, file: str) -> None:
 
 
 def _check_keys(topology: Topology, file: str) -> None:
-    if topology.keys_path is None:
-        return
-    try:
-        load_api_keys(topology.keys_path)
-    except ApiKeysError as error:
-        raise TopologyError(file, f'[api] keys_file = "{topology.api.keys_file}"', error.problem, error.fix) from error
+    for section, written, path, load in (
+        ("api", topology.api.keys_file, topology.keys_path, load_api_keys),
+        ("webhooks", topology.webhooks.keys_file, topology.webhook_keys_path, load_webhook_keys),
+    ):
+        try:
+            if path is not None:
+                load(path)
+        except ApiKeysError as error:
+            where = f'[{section}] keys_file = "{written}"'
+            raise TopologyError(file, where, error.problem, error.fix) from error
 
 
 def _check_bus_keys(topology: Topology, file: str) -> None:

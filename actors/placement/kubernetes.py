@@ -52,6 +52,7 @@ _STATUS_FILE: Final = _RUN_DIR / "status"
 _TOPOLOGY: Final = "topology.toml"
 _BUS_KEY: Final = "bus.key"
 _API_KEYS: Final = "api.keys"
+_WEBHOOK_KEYS: Final = "webhook.keys"
 _TEMPLATE: Final = "REPLACE THIS"
 
 
@@ -101,6 +102,8 @@ def cluster_topology(file: str, tables: Mapping[str, Any], options: ManifestOpti
     api["host"] = "0.0.0.0"  # noqa: S104  of the pod; a policy and keys keep others out
     api["keys_file"] = str(_KEYS_DIR / _API_KEYS)
     api["allowed_hosts"] = list(dict.fromkeys([*api.get("allowed_hosts", ()), *_service_names(options)]))
+    if "webhooks" in changed:
+        changed["webhooks"]["keys_file"] = str(_KEYS_DIR / _WEBHOOK_KEYS)
     changed.get("state", {}).pop("path", None)  # TRIPTYCH_STATE_DIR
     changed.get("transfer", {}).pop("hostname", None)
     for host in changed.get("hosts", ()):
@@ -148,10 +151,11 @@ def make_secrets(topology: Topology, options: ManifestOptions) -> list[Manifest]
 
     They are not among `make_manifests`, so that applying those again leaves the keys alone.
     """
-    bus = [(f"{options.name}-{host.name}-bus", _BUS_KEY) for host in _hosts_with_keys(topology)]
+    bus = [(f"{options.name}-{host.name}-bus", (_BUS_KEY,)) for host in _hosts_with_keys(topology)]
+    of_api = (_API_KEYS, _WEBHOOK_KEYS) if topology.webhooks.hosts else (_API_KEYS,)
     return [
-        _object(options, "v1", "Secret", name) | {"type": "Opaque", "stringData": {key: _TEMPLATE}}
-        for name, key in (*bus, (f"{options.name}-api", _API_KEYS))
+        _object(options, "v1", "Secret", name) | {"type": "Opaque", "stringData": dict.fromkeys(keys, _TEMPLATE)}
+        for name, keys in (*bus, (f"{options.name}-api", of_api))
     ]
 
 

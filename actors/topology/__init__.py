@@ -4,7 +4,7 @@
 """
 
 from triptych.actors.topology._agreement import agreement
-from triptych.actors.topology._hosts import bind_host, is_ip, is_loopback
+from triptych.actors.topology._hosts import bind_host, is_ip, is_loopback, is_network
 from triptych.actors.topology._model_identity import ModelIdentity
 from triptych.actors.topology._model_report import ModelProblem, ModelReport, ModelSummary
 from triptych.actors.topology._model_source import INDEX_FILES, WEIGHT_SUFFIXES, ModelSource, find_source, snapshot
@@ -32,6 +32,7 @@ from triptych.actors.topology.sections import (
     RoleSection,
     StoreSection,
     TransferSection,
+    WebhooksSection,
     parse_rate,
     parse_size,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "StoreSection",
     "Topology",
     "TransferSection",
+    "WebhooksSection",
     "agreement",
     "bind_host",
     "find_source",
@@ -67,6 +69,7 @@ __all__ = [
     "generate_topology",
     "is_ip",
     "is_loopback",
+    "is_network",
     "largest_payload",
     "load_toml",
     "load_topology",

@@ -48,6 +48,15 @@ def is_ip(host: str) -> bool:
     return True
 
 
+def is_network(text: str) -> bool:
+    """Return whether `text` is an address, or a network such as 10.0.0.0/8."""
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        return False
+    return True
+
+
 def tcp_address(host: str, port: int) -> str:
     """Return the address of a mailbox on a host; IPv6 addresses get brackets."""
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"

@@ -25,6 +25,7 @@ from triptych.actors.topology._hosts import (
     head_host,
     hosts_of,
     is_loopback,
+    is_network,
     pool_hosts,
     pool_name,
     pool_size,
@@ -54,6 +55,7 @@ from triptych.actors.topology.sections import (
     StoreSection,
     SupervisionSection,
     TransferSection,
+    WebhooksSection,
     cache_size,
     parse_rate,
     parse_size,
@@ -191,6 +193,7 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
     bus: BusSection
     state: StateSection
     store: StoreSection = StoreSection()
+    webhooks: WebhooksSection = WebhooksSection()
     components: tuple[Component, ...]
     """In start order: pools, role instances, head, api."""
     hosts: tuple[HostSection, ...] = ()
@@ -205,7 +208,15 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def keys_path(self) -> Path | None:
         """Absolute path of the file of API keys; None without keys."""
-        return (self.path.parent / Path(self.api.keys_file).expanduser()).resolve() if self.api.keys_file else None
+        return self._absolute(self.api.keys_file) if self.api.keys_file else None
+
+    @property
+    def webhook_keys_path(self) -> Path | None:
+        """Absolute path of the file of secrets that sign webhooks; None without webhooks."""
+        return self._absolute(self.webhooks.keys_file) if self.webhooks.keys_file else None
+
+    def _absolute(self, file: str) -> Path:
+        return (self.path.parent / Path(file).expanduser()).resolve()
 
     @property
     def engine(self) -> str:
@@ -341,6 +352,7 @@ def load_topology(path: Path | str, placed: PlacedHosts | None = None) -> Topolo
         bus=msgspec.structs.replace(sections.bus, transport=transport),
         state=sections.state,
         store=sections.store,
+        webhooks=sections.webhooks,
         components=components,
         hosts=sections.hosts,
         path=resolved,
@@ -409,6 +421,7 @@ def _components(sections: Sections, run_dir: Path) -> tuple[Component, ...]:
 def _check_sections(file: str, sections: Sections) -> None:
     """Raise `TopologyError` for the first thing that cannot work; looks at nothing but the file."""
     _check_api(file, sections)
+    _check_webhooks(file, sections)
     check_hosts(file, sections)
     _check_network(file, sections)
     _check_size(file, sections)
@@ -492,6 +505,22 @@ def _check_api(file: str, sections: Sections) -> None:
         except ValueError:
             problem, fix = f'= "{api.rate_limit}" is not a rate', 'write it as in "60/min", with s, min, h or day'
             raise TopologyError(file, "[api] rate_limit", problem, fix) from None
+
+
+def _check_webhooks(file: str, sections: Sections) -> None:
+    webhooks, kept_s = sections.webhooks, sections.state.keep_requests_s
+    for host in webhooks.hosts:
+        if not (is_network(host) or HOST_ADDRESS.fullmatch(host.removeprefix("*."))):
+            problem = f'have "{host}", which is not a host name, an address or a network'
+            fix = 'write it as in "hooks.example.com", "*.example.com", "10.0.0.7" or "10.0.0.0/8"'
+            raise TopologyError(file, "[webhooks] hosts", problem, fix)
+    if webhooks.hosts and not webhooks.keys_file:
+        fix = 'add keys_file = "a file with a line whsec_..." to it, as docs/http-api.md shows'
+        raise TopologyError(file, "[webhooks]", "has hosts, and no secret to sign with", fix)
+    if webhooks.hosts and webhooks.give_up_s > kept_s:
+        problem = f"= {webhooks.give_up_s:g} is longer than ended requests are kept"
+        fix = f"make it at most [state] keep_requests_s = {kept_s:g}"
+        raise TopologyError(file, "[webhooks] give_up_s", problem, fix)
 
 
 def _is_site(text: str) -> bool:

@@ -76,6 +76,10 @@ else:  # Literals, so that an error lists the choices
     EngineName = Literal[(AUTO, *BACKENDS)]
 
 Hosts = Annotated[tuple[str, ...], Meta(description='a list of host names, such as ["pictures.example.com"]')]
+WebhookHosts = Annotated[
+    tuple[str, ...],
+    Meta(description='a list of host names, addresses and networks, such as ["hooks.example.com", "10.0.0.0/8"]'),
+]
 
 S3_SCHEME: Final = "s3://"
 LEAST_POOL_BYTES: Final = 8192
@@ -232,6 +236,24 @@ class ApiSection(Section, frozen=True):
     min, h and day; "" = no limit."""
     max_connections: Count = 1024
     """Most open connections; any more are answered with 503."""
+
+
+class WebhooksSection(Section, frozen=True):
+    """`[webhooks]`: calls to `webhook_url` of a request once it has ended; without `hosts` there are none."""
+
+    hosts: WebhookHosts = ()
+    """Who may be called: names ("hooks.example.com", or "*.example.com" for all below it), addresses and networks
+    ("10.0.0.0/8"). A name that leads to an address of a private network is called only if that address is listed too.
+    All but loopback is called over https."""
+    keys_file: str = ""
+    """File with the secrets that sign them, `whsec_` and base64 of 24 to 64 bytes in a line, relative to the topology
+    file, of mode 0600. A line `name:whsec_...` is for the API key of that name. Of several, each signs."""
+    timeout_s: Seconds = 15.0
+    """Seconds that a receiver has to answer."""
+    retry_s: Seconds = 5.0
+    """Seconds until the second attempt; twice as many until each further one, at most an hour."""
+    give_up_s: Seconds = 43_200.0
+    """Seconds after the end of a request in which its webhook is tried; at most `[state] keep_requests_s`."""
 
 
 class HeadSection(Section, frozen=True):
@@ -501,6 +523,7 @@ class Sections(msgspec.Struct, frozen=True, kw_only=True):
     """From `[model]` and `[[roles]]`, or from `[[models]]`."""
     hosts: tuple[HostSection, ...] = ()
     api: ApiSection = ApiSection()
+    webhooks: WebhooksSection = WebhooksSection()
     head: HeadSection = HeadSection()
     transfer: TransferSection = TransferSection()
     memory: MemorySection = MemorySection()

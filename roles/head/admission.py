@@ -86,6 +86,7 @@ def make_request(message: SubmitRequest, served: ServedModel, limits: AdmissionL
         steps=steps_of(inputs, served),
         partial_images=message.partial_images,
         remixed_from=message.remixed_from,
+        webhook_url=message.webhook_url,
     )
 
 
@@ -129,6 +130,8 @@ def digest(message: SubmitRequest) -> str:
         body += (message.remixed_from,)
     if message.priority or message.deadline_s:
         body += (message.priority, message.deadline_s)
+    if message.webhook_url:
+        body += (message.webhook_url,)
     return hashlib.sha256(msgspec.json.encode(body)).hexdigest()
 
 

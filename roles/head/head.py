@@ -39,6 +39,7 @@ from triptych.roles.head.scheduler import JobScheduler
 from triptych.roles.head.served_models import served_models_of
 from triptych.roles.messages import pool as pools
 from triptych.roles.messages import requests, stages
+from triptych.roles.messages.webhooks import TakeWebhooks, WebhookRecorded, WebhooksDue, WebhookTried
 from triptych.roles.messages.weights import ModelStatus, Reloading, ReloadModel, SleepModel, WakeModel
 from triptych.roles.timeline import JobHistory, Timeline, timeline_of
 
@@ -217,6 +218,16 @@ class Head(Actor):
             self.requests.cancel(request.id, "deleted by the client")
             self.commit()
         return DeferredReply(self.requests.delete(request))
+
+    # -- webhooks
+
+    async def take_webhooks(self, message: TakeWebhooks) -> DeferredReply[WebhooksDue]:
+        """Answer with the webhooks that are due, when there are some or at the timeout."""
+        return DeferredReply(self.requests.take_webhooks(message))
+
+    async def webhook_tried(self, message: WebhookTried) -> WebhookRecorded:
+        """Record an attempt to send a webhook."""
+        return self.requests.webhook_tried(message)
 
     # -- clients: models and the cluster
 

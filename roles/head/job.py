@@ -354,6 +354,8 @@ class Request:
     """Most previews of each job."""
     remixed_from: str = ""
     """Id of the request whose inputs it has, with another prompt; "" for none."""
+    webhook_url: str = ""
+    """Called once it has ended; "" for none."""
     prompt_key: bytes = b""
     """Key of the prompt cache; computed at first use."""
 
@@ -418,4 +420,5 @@ class Request:
             deadline_met=self.deadline_met,
             revision=self.revision,
             remixed_from=self.remixed_from,
+            webhook_url=self.webhook_url,
         )

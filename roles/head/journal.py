@@ -13,7 +13,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -75,7 +75,15 @@ ALTER TABLE requests ADD COLUMN output_format TEXT NOT NULL DEFAULT '';
 UPDATE requests SET output_format = format_of(body);
 CREATE INDEX by_format ON requests(output_format, created_at, id);
 """
-_STEPS: Final = (_SCHEMA, _DAMAGED, _OWNERS, _FORMATS)
+# Webhooks that have not arrived, of active requests too.
+_WEBHOOKS = """
+CREATE TABLE webhooks (
+    request_id TEXT PRIMARY KEY REFERENCES requests(id) ON DELETE CASCADE,
+    attempts INTEGER NOT NULL,
+    next_at REAL NOT NULL
+) WITHOUT ROWID;
+"""
+_STEPS: Final = (_SCHEMA, _DAMAGED, _OWNERS, _FORMATS, _WEBHOOKS)
 """The step from each schema version to the next."""
 SCHEMA_VERSION: Final = len(_STEPS)
 _INCREMENTAL: Final = 2
@@ -108,6 +116,7 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
     steps: int = 0
     partial_images: int = 0
     remixed_from: str = ""
+    webhook_url: str = ""
 
 
 class _JobRow(msgspec.Struct):
@@ -188,6 +197,19 @@ def decode_job(body: bytes) -> Job:
     return job
 
 
+class PendingWebhook(NamedTuple):
+    """A webhook of an ended request that has not arrived."""
+
+    request_id: str
+    owner: str
+    attempts: int
+    """Those that have failed."""
+    ended_at: float
+    """Unix seconds."""
+    next_at: float
+    """Unix seconds."""
+
+
 class Journal:
     """The head's database of requests. Call its methods from any thread, one at a time; `sync` beside the others.
 
@@ -260,6 +282,8 @@ class Journal:
             rows = [_request_row(request) for request in requests]
             self._db.executemany("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
             self._write_jobs(job for request in requests for job in request.jobs)
+            called = [(request.id,) for request in requests if request.webhook_url]
+            self._db.executemany("INSERT INTO webhooks VALUES (?, 0, 0)", called)
 
     def save(self, requests: Iterable[Request], jobs: Iterable[Job]) -> None:
         """Write changed requests and jobs; of a request only its end changes."""
@@ -275,6 +299,18 @@ class Journal:
         with self._writing():
             self._db.execute("DELETE FROM requests WHERE id = ?", (request_id,))
             self._db.execute("DELETE FROM damaged WHERE request_id = CAST(? AS BLOB)", (request_id,))
+
+    def retry_webhook(self, request_id: str, attempts: int, next_at: float) -> None:
+        """Write how many attempts of a webhook have failed, and when the next one is due (unix seconds)."""
+        with self._writing():
+            self._db.execute(
+                "UPDATE webhooks SET attempts = ?, next_at = ? WHERE request_id = ?", (attempts, next_at, request_id)
+            )
+
+    def forget_webhook(self, request_id: str) -> None:
+        """Remove a webhook that has arrived, or is given up."""
+        with self._writing():
+            self._db.execute("DELETE FROM webhooks WHERE request_id = ?", (request_id,))
 
     def probe(self) -> None:
         """Check that the journal can be written: write a request and remove it."""
@@ -361,6 +397,25 @@ class Journal:
         except sqlite3.Error as error:
             raise self._unreadable(error) from error
 
+    def webhooks(self, limit: int) -> list[PendingWebhook]:
+        """Return the webhooks of ended requests that have not arrived, at most `limit`, the next one due first."""
+        return self._webhooks("TRUE ORDER BY w.next_at LIMIT ?", limit)
+
+    def webhook(self, request_id: str) -> PendingWebhook | None:
+        """Return the webhook of an ended request; None if it has arrived, is given up, or never was."""
+        return next(iter(self._webhooks("w.request_id = ?", request_id)), None)
+
+    def _webhooks(self, where: str, value: str | int) -> list[PendingWebhook]:
+        query = (
+            "SELECT w.request_id, r.owner, w.attempts, r.finished_at, w.next_at FROM webhooks w "  # noqa: S608
+            f"JOIN requests r ON r.id = w.request_id WHERE r.finished_at > 0 AND {where}"
+        )
+        try:
+            rows = self._db.execute(query, (value,)).fetchall()
+        except sqlite3.Error as error:
+            raise self._unreadable(error) from error
+        return [PendingWebhook(_text(id_), _text(owner), *rest) for id_, owner, *rest in rows]
+
     def is_quarantined(self, request_id: str) -> bool:
         """Return whether a request of that id was quarantined."""
         try:
@@ -407,6 +462,7 @@ class Journal:
                 steps=held.steps,
                 partial_images=held.partial_images,
                 remixed_from=held.remixed_from,
+                webhook_url=held.webhook_url,
             )
         except (ValueError, TypeError) as error:  # msgspec and the codecs raise subclasses of these
             return str(error)
@@ -577,6 +633,7 @@ def _request_row(request: Request) -> tuple[str, str | None, float, float, bytes
         request.steps,
         request.partial_images,
         request.remixed_from,
+        request.webhook_url,
     )
     return (
         request.id,

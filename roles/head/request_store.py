@@ -20,12 +20,14 @@ from triptych.roles.head.admission import digest, idempotency_key, limits_of, ma
 from triptych.roles.head.job import Request
 from triptych.roles.head.journal import Journal, JournalError, prune
 from triptych.roles.head.served_models import ServedModel, ServedModels
+from triptych.roles.head.webhooks import WebhookQueue
 from triptych.roles.media.artifacts import ARTIFACTS, ArtifactError, ArtifactStore
 from triptych.roles.media.location import store_files
 from triptych.roles.media.retention import StoreBounds
 from triptych.roles.media.uploads import UPLOADS, UploadStore
 from triptych.roles.messages import requests
 from triptych.roles.messages.common import Attempt, Upload, uploads_of
+from triptych.roles.messages.webhooks import TakeWebhooks, WebhookRecorded, WebhooksDue, WebhookTried
 from triptych.roles.previews import denoise_of, preview_id
 
 ByRequestId: TypeAlias = requests.QueryRequest | requests.WaitRequest | requests.CancelRequest | requests.DeleteRequest
@@ -59,6 +61,7 @@ class RequestStore:
         self._limits = limits_of(topology)
         self._journal_path = topology.state_dir / "journal.sqlite"
         self._journal: Journal | None = None
+        self._webhooks: WebhookQueue | None = None
         self._artifacts = ArtifactStore(store_files(topology, ARTIFACTS))
         self._uploads = UploadStore(store_files(topology, UPLOADS))
         self._ended: dict[str, asyncio.Event] = {}
@@ -84,6 +87,7 @@ class RequestStore:
         """
         # In a thread, so that heartbeats go on while a large journal is opened.
         self._journal = await asyncio.to_thread(Journal, self._journal_path, self._log_damage)
+        self._webhooks = WebhookQueue(self._topology.webhooks, self._journal)
         now = time.time()
         for request in await asyncio.to_thread(self._journal.active):
             self._resume(request, now)
@@ -301,11 +305,40 @@ class RequestStore:
             self._journal_failed(error)
             self._unnotified += ended
             return
+        called = any(request.webhook_url for id_ in ended if (request := self._models.request(id_)))
         for scheduler in self._models.schedulers:  # from here on the journal has them
             scheduler.forget(ended)
         for request_id in ended:
             if event := self._ended.pop(request_id, None):
                 event.set()
+        if called and self._webhooks:
+            self._webhooks.notify()
+
+    # -- webhooks
+
+    async def take_webhooks(self, message: TakeWebhooks) -> WebhooksDue:
+        """Return the webhooks that are due, as soon as there are some, or after `timeout_s`.
+
+        Raises:
+            RefusedError: `unavailable` where the journal cannot be read.
+        """
+        try:
+            return await self._webhook_queue.take(message)
+        except JournalError as error:
+            raise RefusedError("unavailable", str(error)) from error
+
+    def webhook_tried(self, message: WebhookTried) -> WebhookRecorded:
+        """Record an attempt to send a webhook; raises as `take_webhooks`."""
+        try:
+            return self._webhook_queue.tried(message)
+        except JournalError as error:
+            raise RefusedError("unavailable", str(error)) from error
+
+    @property
+    def _webhook_queue(self) -> WebhookQueue:
+        if self._webhooks is None:
+            raise JournalError("the journal is not open yet")
+        return self._webhooks
 
     # -- ending
 

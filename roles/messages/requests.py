@@ -22,6 +22,7 @@ from triptych.roles.messages.common import (
     Seed,
     Value,
 )
+from triptych.roles.messages.webhooks import WebhookUrl
 
 Key = Annotated[str, Meta(max_length=1024)]
 Reason = Annotated[str, Meta(max_length=1024)]
@@ -53,6 +54,8 @@ class SubmitRequest(Message):
     """Id of the request whose inputs it has, with another prompt; "" for none."""
     wants_view: bool = False
     """Whether RequestAccepted is to have the view."""
+    webhook_url: WebhookUrl = ""
+    """Called once the request has ended; "" for none."""
 
 
 class RequestAccepted(Message):
@@ -252,6 +255,8 @@ class RequestView(Message):
     """Changes with each move, step and preview of its jobs."""
     remixed_from: Name = ""
     """As submitted."""
+    webhook_url: str = ""
+    """Called once it has ended; "" for none."""
 
 
 class DescribeModel(Message):

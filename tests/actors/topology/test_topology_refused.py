@@ -278,6 +278,21 @@ BROKEN = {
         "write a name alone",
     ),
     "no list of hosts": (MODEL + '[api]\nallowed_hosts = "a"\n' + THREE_ROLES, "does not fit", "a list of host names"),
+    "no host of a webhook": (
+        MODEL + '[webhooks]\nhosts = ["https://a"]\n' + THREE_ROLES,
+        '[webhooks] hosts have "https://a", which is not a host name, an address or a network',
+        '"10.0.0.0/8"',
+    ),
+    "webhooks without a secret": (
+        MODEL + '[webhooks]\nhosts = ["a", "*.b.c", "10.0.0.0/8", "::1"]\n' + THREE_ROLES,
+        "has hosts, and no secret to sign with",
+        "add keys_file",
+    ),
+    "webhooks for longer than requests": (
+        MODEL + '[webhooks]\nhosts = ["a"]\nkeys_file = "k"\ngive_up_s = 1e9\n' + THREE_ROLES,
+        "give_up_s = 1e+09 is longer than ended requests are kept",
+        "at most [state] keep_requests_s = 86400",
+    ),
     "no rate": (MODEL + '[api]\nrate_limit = "many"\n' + THREE_ROLES, 'rate_limit = "many" is not a rate', '"60/min"'),
 }
 

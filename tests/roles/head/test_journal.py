@@ -284,7 +284,7 @@ def test_a_journal_of_the_version_before_is_taken_over(tmp_path: Path) -> None:
     with sqlite3.connect(path) as db:
         db.executescript(
             "DROP TABLE damaged; DROP INDEX by_owner; DROP INDEX by_age; ALTER TABLE requests DROP COLUMN owner; "
-            "DROP INDEX by_format; ALTER TABLE requests DROP COLUMN output_format; "
+            "DROP INDEX by_format; ALTER TABLE requests DROP COLUMN output_format; DROP TABLE webhooks; "
             "PRAGMA user_version=1; PRAGMA auto_vacuum=NONE;"
         )
         db.execute("VACUUM")
