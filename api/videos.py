@@ -289,9 +289,10 @@ async def _video_response(request: ApiRequest, view: RequestView) -> JSONRespons
 
 def video_object(request: ApiRequest, view: RequestView, description: ModelDescription | None) -> Video:
     """Describe a request as OpenAI's video object; without a description of its model where that is served no more."""
-    inputs: dict[str, object] = {}
+    taken = {each.name: each.default for each in description.parameters} if description else {}
+    inputs: dict[str, object] = dict(taken)
     if description is not None:
-        inputs = {**{each.name: each.default for each in description.parameters}, **description.defaults}
+        inputs |= {name: value for name, value in description.defaults.items() if name in taken}
     inputs |= view.inputs
     height, width, count, prompt = (inputs.get(name) for name in ("height", "width", "num_frames", "prompt"))
     fps = view.output.fps or (description.fps if description else 0)

@@ -164,7 +164,8 @@ def main() -> None:
     except VideoError as error:
         report = _Failure(error.code, str(error))
     except (av.FFmpegError, ValueError) as error:
-        report = _Failure("damaged", f"is damaged or not complete ({error}): send the whole file")
+        why = getattr(error, "strerror", None) or error
+        report = _Failure("damaged", f"is damaged or not complete ({why}): send the whole file")
     except MemoryError:
         report = _Failure("too_large", "needs too much memory to be decoded: send a smaller one")
     sys.stderr.buffer.write(b"\n" + msgspec.json.encode(report))
@@ -173,12 +174,13 @@ def main() -> None:
 def _decode(demuxer: str, limits: VideoLimits, frames: BinaryIO | None) -> VideoInfo:
     """Decode stdin, and write the pixels of its frames one after the other. Raises as `_frames`."""
     count, size = 0, (0, 0)
-    for image in _frames(sys.stdin.buffer, demuxer, limits):
-        if count and image.size != size:
+    for frame in _frames(sys.stdin.buffer, demuxer, limits):
+        sides = (frame.height, frame.width) if _turns(frame) % 2 else (frame.width, frame.height)
+        if count and sides != size:
             raise VideoError("unsupported", "must have frames of one size")
-        count, size = count + 1, image.size
+        count, size = count + 1, sides
         if frames is not None:
-            frames.write(image.tobytes())
+            frames.write(_upright(frame).tobytes())
     if not count:
         raise VideoError("damaged", "has no frames")
     if frames is not None:
@@ -202,7 +204,7 @@ def _confine(limits: VideoLimits) -> None:
         resource.setrlimit(what, (soft, hard))
 
 
-def _frames(file: BinaryIO, demuxer: str, limits: VideoLimits) -> Iterator[Image.Image]:
+def _frames(file: BinaryIO, demuxer: str, limits: VideoLimits) -> Iterator[VideoFrame]:
     import av
 
     options = {
@@ -230,7 +232,7 @@ def _frames(file: BinaryIO, demuxer: str, limits: VideoLimits) -> Iterator[Image
             _check_frame(frame, limits)
             if pixels > limits.pixels:
                 raise VideoError("too_large", f"must have at most {limits.pixels} pixels in all its frames together")
-            yield _upright(frame)
+            yield frame
 
 
 def _check_frame(frame: VideoFrame | VideoCodecContext, limits: VideoLimits) -> None:
@@ -240,8 +242,13 @@ def _check_frame(frame: VideoFrame | VideoCodecContext, limits: VideoLimits) -> 
 
 def _upright(frame: VideoFrame) -> Image.Image:
     image = cast(Image.Image, frame.to_image(threads=1))  # type: ignore[no-untyped-call]
-    turn = _TURNS[round(frame.rotation / 90) % 4]
+    turn = _TURNS[_turns(frame)]
     return image if turn is None else image.transpose(turn)
+
+
+def _turns(frame: VideoFrame) -> int:
+    """Return how often a frame is to be turned by 90 degrees counterclockwise, below 4."""
+    return round(frame.rotation / 90) % 4
 
 
 if __name__ == "__main__":

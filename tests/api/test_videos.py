@@ -319,6 +319,21 @@ async def test_videos_of_a_model_that_is_served_no_more_are_still_there(client, 
     assert (await client.get(URL)).json()["data"] == [shown]
 
 
+async def test_what_the_model_chooses_is_shown_where_it_is_known(client, fake_head, services):
+    parameters = (*PARAMETERS[:3], Parameter("num_frames", ParameterKind.INTEGER, 81), *PARAMETERS[4:])
+    sides = tuple(Parameter(name, ParameterKind.INTEGER) for name in ("height", "width"))
+    fake_head.description = msgspec.structs.replace(fake_head.description, parameters=(*parameters, *sides))
+    made = (await client.post(URL, json={"prompt": "x"})).json()
+    assert (made["seconds"], made["size"]) == ("5.06", "48x64")
+    # A model that makes as many frames as it is sent takes no number of them, whatever its serving config has.
+    fake_head.description = msgspec.structs.replace(
+        fake_head.description, parameters=PARAMETERS[4:], defaults={"num_frames": 5}, version="2"
+    )
+    services.head.forget_descriptions()
+    made = (await client.post(URL, json={"prompt": "y"})).json()
+    assert (made["seconds"], made["size"]) == (None, None)
+
+
 async def test_a_long_video_has_plain_seconds(client, fake_head):
     fake_head.description = msgspec.structs.replace(fake_head.description, fps=1.0)
     made = (await client.post(URL, json={"prompt": "x", "num_frames": 2001})).json()

@@ -12,6 +12,7 @@ from typing import Any
 import av
 import httpx
 import numpy as np
+import openai
 import pytest
 import torch
 from diffusers import WanPipeline
@@ -127,6 +128,38 @@ def test_a_video_is_a_file_that_plays_with_the_frames_that_diffusers_makes_alone
     # Random pixels: chroma is halved, but the brightness of each frame is there.
     ours, theirs = decoded(film).mean(axis=-1).ravel(), expected.mean(axis=-1).ravel()
     assert np.corrcoef(ours, theirs)[0, 1] > 0.85
+
+
+@pytest.mark.shared_cluster("models")
+@pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
+def test_openais_client_does_with_videos_all_that_it_can(on_cluster: Callable[..., Any]) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        server = {"base_url": f"{cluster.url}/v1", "api_key": "none", "timeout": BOUND_S, "max_retries": 0}
+        async with openai.AsyncOpenAI(**server) as client:
+            videos = client.videos
+            made = await videos.create_and_poll(
+                model="wan", prompt=PROMPT, seconds="0.3", extra_body={"seed": SEED}, poll_interval_ms=20
+            )
+            assert (made.status, made.prompt, made.seconds, made.error) == ("completed", PROMPT, "0.31", None)
+            film = decoded((await videos.download_content(made.id)).content)
+            thumbnail = (await videos.download_content(made.id, variant="thumbnail")).content
+            sheet = (await videos.download_content(made.id, variant="spritesheet")).content
+            height, width = film.shape[1:3]
+            assert Image.open(io.BytesIO(thumbnail)).size == (width, height)
+            assert Image.open(io.BytesIO(sheet)).size == (5 * width, height)
+
+            remix = await videos.poll((await videos.remix(made.id, prompt="a small ship")).id, poll_interval_ms=20)
+            assert (remix.status, remix.remixed_from_video_id, remix.seconds) == ("completed", made.id, "0.31")
+            assert not np.array_equal(decoded((await videos.download_content(remix.id)).content), film)
+            await videos.delete(made.id)
+            with pytest.raises(openai.NotFoundError):
+                await videos.download_content(made.id, variant="thumbnail")
+            ids = [video.id async for video in await videos.list(limit=1)]
+            assert ids[0] == remix.id
+            assert made.id not in ids
+            await videos.delete(remix.id)
+
+    on_cluster(scenario)
 
 
 @pytest.mark.shared_cluster("models")

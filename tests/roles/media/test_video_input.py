@@ -15,6 +15,7 @@ from triptych.roles.media.video_input import (
     VideoInfo,
     VideoLimits,
     _frames,
+    _upright,
     check_video,
     read_video,
     video_ending,
@@ -23,7 +24,7 @@ from triptych.roles.media.video_input import (
 
 def frames(data: bytes, **limits: int) -> list[Image.Image]:
     """As the child reads them, without a child."""
-    return list(_frames(io.BytesIO(data), DEMUXERS[video_ending(data)], VideoLimits(**limits)))
+    return [_upright(frame) for frame in _frames(io.BytesIO(data), DEMUXERS[video_ending(data)], VideoLimits(**limits))]
 
 
 def plain(images: list[Image.Image]) -> list[np.ndarray]:
@@ -87,11 +88,12 @@ def test_what_is_no_video_that_is_taken(data: bytes, code: str, words: str) -> N
 def test_a_child_reads_the_frames_and_its_errors_are_ours() -> None:
     data = film(3)
     assert check_video(data, VideoLimits()) == VideoInfo(3, 32, 16)
+    assert check_video(turned(data), VideoLimits()) == VideoInfo(3, 16, 32)
     found = read_video(data, VideoLimits())
     assert [image.tobytes() for image in found] == [image.tobytes() for image in frames(data)]
     for bad, limits, code, words in (
         (data, VideoLimits(frames=2), "too_large", "at most 2 frames"),
-        (data[:300], VideoLimits(), "damaged", "damaged or not complete"),
+        (data[:300], VideoLimits(), "damaged", r"damaged or not complete \([A-Z][a-z ]*\): send"),
         (data, VideoLimits(seconds=0), "too_large", "within 0 s"),
         (b"GIF89a", VideoLimits(), "unsupported", "must be a video"),
     ):

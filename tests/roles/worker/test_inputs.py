@@ -12,6 +12,7 @@ import pytest
 from diffusers.utils import load_image
 from PIL import Image
 
+from tests.video_files import COLOURS, film
 from triptych.engines.parameters.declarations import parameters_of_blocks
 from triptych.engines.parameters.schema import Parameter, ParameterKind, Signature
 from triptych.engines.partition.blocks import prune
@@ -75,6 +76,17 @@ def test_one_file_is_an_image_and_several_are_a_list(store: UploadStore) -> None
         resolve_inputs({"last_image": two}, store, kinds)
     with pytest.raises(UploadError, match="image is empty"):
         resolve_inputs({"image": Images(())}, store, kinds)
+
+
+def test_a_video_is_its_frames(store: UploadStore) -> None:
+    kinds = signature(video=ParameterKind.IMAGE_LIST, mask=ParameterKind.IMAGE_LIST)
+    sent_video = Images((store.save(film(), "mp4"),))
+    resolved = resolve_inputs({"video": sent_video, "mask": sent_video}, store, kinds)
+    assert [(image.mode, image.size) for image in resolved["video"]] == [("RGB", (32, 16))] * 3  # type: ignore[attr-defined]
+    assert {image.mode for image in resolved["mask"]} == {"L"}  # type: ignore[attr-defined]
+    np.testing.assert_allclose([image.mean(axis=(0, 1)) for image in pixels(resolved["video"])], COLOURS, atol=12)
+    with pytest.raises(UploadError, match=r"the upload [0-9a-f]*.mp4 has no video"):
+        resolve_inputs({"video": Images((store.save(film(0, sound=True), "mp4"),))}, store, kinds)
 
 
 def test_a_missing_file_is_the_requests_own_fault(store: UploadStore) -> None:
