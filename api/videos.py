@@ -153,7 +153,13 @@ async def create_video(request: ApiRequest) -> JSONResponse:
     return await _video_response(request, await submit_and_view(request, parsed, n=1, output=Output(FORMAT)))
 
 
-@operation({200: Video}, (404, 409, 410), headers=("Idempotency-Key",), body=RequestBody(RemixRequest, {}, closed=True))
+@operation(
+    {200: Video},
+    (404, 409, 410),
+    headers=("Idempotency-Key",),
+    answer_headers=_POLL,
+    body=RequestBody(RemixRequest, {}, closed=True),
+)
 async def remix_video(request: ApiRequest) -> JSONResponse:
     """Begin a video like another one, with its seed and all its parameters but the prompt."""
     view = await find_video(request)
