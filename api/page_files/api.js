@@ -136,9 +136,14 @@ async function* eventsOf(body) {
 
 const blobs = new Map();
 
+/** Return the path of a file of a request. */
+export function mediaPath(name) {
+  return `v1/images/${encodeURIComponent(name)}`;
+}
+
 /** Return a URL by which elements can show a file of a request; with a key the file is fetched with it. */
 export async function mediaUrl(name) {
-  const path = `v1/images/${encodeURIComponent(name)}`;
+  const path = mediaPath(name);
   if (!currentKey()) return new URL(path, document.baseURI).href;
   if (!blobs.has(name)) {
     blobs.set(name, call(path).then((answer) => answer.blob()).then((blob) => URL.createObjectURL(blob)));

@@ -11,7 +11,7 @@ const MODELS_MS = 2000;
 
 /** Mount what a module of the page exports; returns the function that stops it. A module that is missing shows nothing. */
 function mount(module, name, ...values) {
-  const stopping = import(module).then((found) => found[name](...values), (error) => console.warn(error));
+  const stopping = import(module).then((found) => found[name](...values), () => null);
   return () => stopping.then((stop) => stop?.());
 }
 
@@ -19,7 +19,7 @@ const mountTimeline = (element, requestId) => mount("./timeline.js", "mountTimel
 
 let gallery;
 let viewer;
-const composer = new Composer({ onrequest: (request) => gallery.add(request) });
+const composer = new Composer({ onrequest: (request) => gallery.add(request).tiles[0].node.scrollIntoView({ block: "nearest" }) });
 gallery = new Gallery({ onopen: (tile) => viewer.open(tile), onchange: (entry) => viewer.changed(entry) });
 viewer = new Viewer({ composer, gallery, mountTimeline });
 

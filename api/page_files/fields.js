@@ -5,6 +5,7 @@ import { el, labelOf } from "./dom.js";
 /** Names of the parameters that are always in sight, in order; the others are under "More parameters". */
 export const MAIN = ["num_frames", "num_inference_steps", "guidance_scale", "seed", "n"];
 const IMAGES = new Set(["image", "images"]);
+const MOST_OPTIONS = 16;
 const LONG = /prompt|lyrics|instruction/;
 
 /** Whether a parameter is one image, or several. */
@@ -14,9 +15,10 @@ export function takesImages(parameter) {
 
 /** Say the limits of a number, "" where there are none. */
 export function limitsOf({ minimum, maximum, multiple_of: every, one_more_than_multiple_of: after }) {
+  if (minimum !== undefined && minimum === maximum) return "";
   const range =
-    minimum !== undefined && maximum !== undefined ? (minimum === maximum ? "" : `${minimum}–${maximum}`)
-    : minimum !== undefined ? `from ${minimum}`
+    minimum !== undefined && maximum !== undefined ? `${minimum}–${maximum}`
+    : minimum ? `from ${minimum}`
     : maximum !== undefined ? `to ${maximum}`
     : "";
   const step = every > 1 ? `by ${every}` : after ? `1 + ${after}k` : "";
@@ -71,13 +73,13 @@ function inputOf(parameter, id) {
       disabled: fixed,
     });
   }
-  if (kind === "boolean") return select(common, [["", `Default${fallback && ` (${fallback})`}`], ["true", "Yes"], ["false", "No"]]);
+  if (kind === "boolean") return select(common, [["", `Default${fallback && `: ${fallback}`}`], ["true", "Yes"], ["false", "No"]]);
   if (choices && kind !== "tensors") {
-    return select(common, [["", fallback ? `Default (${fallback})` : "Default"], ...choices.map((name) => [name, name])]);
+    return select(common, [["", fallback ? `Default: ${fallback}` : "Default"], ...choices.map((name) => [name, name])]);
   }
   if (kind === "tensors") return el("input", { ...common, type: "file", accept: ".safetensors" });
   if (["json", "options", "texts"].includes(kind) || LONG.test(parameter.name)) {
-    return el("textarea", { ...common, rows: 2, placeholder: fallback || (kind === "options" ? '{"name": 1.0}' : "") });
+    return el("textarea", { ...common, rows: 2, placeholder: fallback || (kind === "options" ? '{"option": value}' : "") });
   }
   return el("input", { ...common, type: "text", placeholder: fallback || (kind === "numbers" ? "1.0, 0.5" : "") });
 }
@@ -94,7 +96,7 @@ function placeholderOf({ default: value, kind }) {
 
 function optionNames({ options }) {
   const names = new Set(Object.values(options ?? {}).flatMap((each) => Object.keys(each)));
-  return names.size ? `Options: ${[...names].sort().join(", ")}.` : "";
+  return names.size && names.size <= MOST_OPTIONS ? `Options: ${[...names].sort().join(", ")}.` : "";
 }
 
 /** Return what a form sends; a text with several lines is a list where the parameter takes one. */

@@ -137,14 +137,14 @@ class Tile {
 }
 
 function factsOf(request, unit) {
-  const { width, height, num_inference_steps: steps } = request.inputs;
+  const { width, height, num_frames: frames, num_inference_steps: steps } = request.inputs;
   const took = request.terminal && unit.state === DONE ? duration(request.finished_at - request.created_at) : "";
-  return [width && height && `${width} × ${height}`, steps && `${steps} steps`, `seed ${unit.seed}`, took]
+  return [width && height && `${width} × ${height}`, frames && `${frames} frames`, steps && `${steps} steps`, `seed ${unit.seed}`, took]
     .filter(Boolean)
     .join(" · ");
 }
 
-/** The wall of tiles. */
+/** The list of tiles. */
 export class Gallery {
   constructor({ onopen, onchange }) {
     this.onopen = onopen;
@@ -202,9 +202,10 @@ export class Gallery {
     return [...this.entries.keys()].reduce((one, other) => (one > other ? one : other), "");
   }
 
-  /** Hang a request on the wall. */
+  /** Show a request. */
   add(request, { newest = true } = {}) {
-    if (this.entries.has(request.id)) return;
+    const known = this.entries.get(request.id);
+    if (known) return known;
     const entry = { id: request.id, request, abort: new AbortController() };
     const units = request.units.toSorted((one, other) => one.index - other.index);
     entry.tiles = units.map((unit) => new Tile(entry, unit, this));
@@ -217,6 +218,7 @@ export class Gallery {
       this.waiting.push(entry);
       this.followNext();
     }
+    return entry;
   }
 
   followNext() {

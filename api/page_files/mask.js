@@ -22,12 +22,29 @@ async function load(file) {
   return image;
 }
 
+/** Make stripes that are seen on images of any colour. */
+function stripes(side) {
+  const tile = el("canvas", { width: side, height: side });
+  const context = tile.getContext("2d");
+  context.fillStyle = "#fff";
+  context.fillRect(0, 0, side, side);
+  context.strokeStyle = "#111";
+  context.lineWidth = side / 3;
+  for (const shift of [-side, 0, side]) {
+    context.beginPath();
+    context.moveTo(shift - side, 2 * side);
+    context.lineTo(shift + 2 * side, -side);
+    context.stroke();
+  }
+  return tile;
+}
+
 class Painter {
   constructor(image) {
     this.image = image;
     this.canvas = el("canvas", { width: image.naturalWidth, height: image.naturalHeight, "aria-label": "Mask" });
     this.context = this.canvas.getContext("2d", { willReadFrequently: true });
-    this.color = getComputedStyle(document.documentElement).getPropertyValue("--accent").trim();
+    this.paint = this.context.createPattern(stripes(Math.max(4, Math.round(this.canvas.width / 40))), "repeat");
     this.undos = [];
     image.alt = "The image to paint on";
     image.classList.toggle("small-image", image.naturalWidth < 200);
@@ -114,7 +131,7 @@ class Painter {
 
   pen() {
     this.context.globalCompositeOperation = this.eraser.checked ? "destination-out" : "source-over";
-    this.context.fillStyle = this.context.strokeStyle = this.color;
+    this.context.fillStyle = this.context.strokeStyle = this.paint;
   }
 
   line([fromX, fromY], [toX, toY]) {
@@ -142,7 +159,7 @@ class Painter {
 
   invert() {
     this.context.globalCompositeOperation = "xor";
-    this.context.fillStyle = this.color;
+    this.context.fillStyle = this.paint;
     this.context.fillRect(0, 0, this.canvas.width, this.canvas.height);
   }
 
@@ -154,7 +171,7 @@ class Painter {
     for (let at = 0; at < pixels.data.length; at += 4) pixels.data[at + 3] = pixels.data[at] > 127 ? 255 : 0;
     this.context.putImageData(pixels, 0, 0);
     this.context.globalCompositeOperation = "source-in";
-    this.context.fillStyle = this.color;
+    this.context.fillStyle = this.paint;
     this.context.fillRect(0, 0, width, height);
   }
 

@@ -21,12 +21,14 @@ export class Slot {
     });
     this.thumbs = el("div", { class: "thumbs" });
     this.extra = el("div", { class: "extra" });
-    const text = `${labelOf(this.name)}${needed ? " (needed)" : ""}`;
+    this.label = labelOf(this.name);
+    this.words = el("span", {}, `+ ${this.label}${needed ? " (needed)" : ""}`);
+    this.wanted = this.words.textContent;
     this.node = el(
       "div",
       { class: "slot", "data-slot": this.name },
       this.thumbs,
-      el("label", { class: "choose" }, this.input, el("span", {}, `+ ${text}`)),
+      el("label", { class: "choose" }, this.input, this.words),
       this.extra,
     );
     this.node.slot_ = this;
@@ -50,12 +52,14 @@ export class Slot {
           { class: "thumb" },
           el("img", { src: URL.createObjectURL(file), alt: file.name }),
           button("×", () => this.set(this.files.filter((other) => other !== file)), {
-            "aria-label": `Remove ${labelOf(this.name).toLowerCase()} ${file.name}`,
+            "aria-label": `Remove ${this.label.toLowerCase()} ${file.name}`,
           }),
         ),
       ),
     );
     this.node.classList.toggle("filled", files.length > 0);
+    const another = `${this.many ? "+ Another" : "Another"} ${this.label.toLowerCase()}`;
+    this.words.textContent = files.length ? another : this.wanted;
     this.onchange?.(this);
   }
 }

@@ -1,6 +1,6 @@
 // One image and all that is known of it, with what can be done with it.
 
-import { mediaUrl } from "./api.js";
+import { call, mediaPath, mediaUrl } from "./api.js";
 import { announce, button, duration, el, labelOf, moment } from "./dom.js";
 import { makeMedia, makePanels, progressOf, reasonOf } from "./gallery.js";
 
@@ -128,7 +128,7 @@ export class Viewer {
   }
 
   async edit(artifact) {
-    const blob = await (await fetch(await mediaUrl(artifact.name))).blob();
+    const blob = await (await call(mediaPath(artifact.name))).blob();
     this.dialog.close();
     this.composer.useImage(new File([blob], artifact.name, { type: blob.type }));
     document.getElementById("prompt").focus();

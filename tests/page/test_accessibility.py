@@ -11,7 +11,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
 from tests.page.conftest import DESKTOP, PHONE
-from tests.page.test_page import generate, picture, png, tiles
+from tests.page.test_page import MANY, generate, picture, png, tiles
 from tests.system.conftest import BOUND_S
 from triptych.api.launch import Cluster
 
@@ -35,7 +35,7 @@ def test_axe_finds_nothing(
     check(page)
     generate(page, Steps="4")
     expect(tiles(page, "DONE")).to_have_count(1)
-    generate(page, Steps="20000")
+    generate(page, Steps=MANY)
     expect(tiles(page, "DENOISING_RUNNING").locator("img")).to_be_visible()
     page.get_by_role("button", name="More parameters").click()
     check(page)

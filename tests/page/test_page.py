@@ -17,7 +17,7 @@ from triptych.api.launch import Cluster
 
 pytestmark = [pytest.mark.page, pytest.mark.timeout(300)]
 expect.set_options(timeout=BOUND_S * 1000)
-MANY = "20000"
+MANY = "2500"
 """Steps that take a while."""
 PROMPT = "a large red circle on the left of a blue background"
 COUNT_WHITE = """async image => {
@@ -60,7 +60,7 @@ def png(color: str = "navy", size: tuple[int, int] = (64, 64)) -> bytes:
 
 
 def test_an_image_is_made_and_still_there_after_a_reload(page: Page, api: httpx.Client) -> None:
-    expect(page.get_by_text("The wall is empty.")).to_be_visible()
+    expect(page.get_by_text("Nothing has been made yet.")).to_be_visible()
     generate(page, Steps="4", Seed="3")
     expect(tiles(page, "DONE").locator("img")).to_be_visible()
     expect(page.locator(".facts")).to_contain_text("4 steps · seed 3")
@@ -139,17 +139,14 @@ def test_a_painted_mask_says_what_is_made_anew(page: Page, api: httpx.Client) ->
     page.mouse.up()
     painter.get_by_role("button", name="Use mask").click()
     slot = page.locator("[data-slot=mask_image]")
-    mask = slot.locator("img").evaluate(
-        "async image => [...new Uint8Array(await (await fetch(image.src)).arrayBuffer())]"
-    )
-    pixels = Image.open(io.BytesIO(bytes(mask))).convert("L")
-    assert pixels.size == (64, 64)
-    assert (pixels.getpixel((20, 32)), pixels.getpixel((60, 32))) == (255, 0)
+    width, height, white = slot.locator("img").evaluate(COUNT_WHITE)
+    assert (width, height) == (64, 64)
+    assert 13 * 8 < white < 64 * 20, "a stroke of 13 pixels with a brush of radius 8"
 
     generate(page, "a boat", Steps="2")
     expect(tiles(page, "DONE")).to_have_count(1)
     inputs = api.get("/v1/requests").json()["data"][0]["inputs"]
-    assert inputs["mask_image"][0]["bytes"] == len(mask)
+    assert inputs["mask_image"][0]["bytes"] > 0
 
     page.reload()  # the files of the request are kept in this browser
     tiles(page, "DONE").get_by_role("button").click()
@@ -178,7 +175,7 @@ def test_a_mask_can_be_made_with_keys_alone(page: Page) -> None:
     assert shown == [48, 32, 16 * 8]
 
 
-def test_an_image_is_dropped_and_one_of_the_wall_is_edited(page: Page, api: httpx.Client) -> None:
+def test_an_image_is_dropped_and_one_that_was_made_is_edited(page: Page, api: httpx.Client) -> None:
     generate(page, Seed="1")
     expect(tiles(page, "DONE")).to_have_count(1)
     page.get_by_label("Model").select_option("inpainting")
