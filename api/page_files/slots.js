@@ -1,8 +1,9 @@
-// Images of a request: chosen, dropped or pasted, one slot for each input of the model that takes some.
+// Images of a request, and videos as their frames: chosen, dropped or pasted, one slot for each input of the model that takes some.
 
 import { announce, button, el, labelOf } from "./dom.js";
 
-const TYPES = "image/png,image/jpeg,image/webp";
+const IMAGES = ["image/png", "image/jpeg", "image/webp"];
+const VIDEOS = ["video/mp4", "video/webm"];
 
 /** A place for the images of one parameter. */
 export class Slot {
@@ -10,12 +11,13 @@ export class Slot {
     this.parameter = parameter;
     this.name = parameter.name;
     this.many = parameter.kind === "images";
+    this.types = parameter.video ? [...IMAGES, ...VIDEOS] : IMAGES;
     this.files = [];
     this.onchange = onchange;
     this.input = el("input", {
       type: "file",
       class: "visually-hidden",
-      accept: TYPES,
+      accept: this.types.join(),
       multiple: this.many,
       onchange: () => (this.add([...this.input.files]), (this.input.value = "")),
     });
@@ -36,21 +38,25 @@ export class Slot {
 
   /** Take images; a slot of one image keeps the last. */
   add(files) {
-    const images = files.filter((file) => TYPES.includes(file.type));
-    if (images.length < files.length) announce("Images are PNG, JPEG or WebP.");
-    if (images.length) this.set(this.many ? [...this.files, ...images] : images.slice(-1));
+    const taken = files.filter(({ type }) => this.types.includes(type));
+    if (taken.length < files.length) announce("Images are PNG, JPEG or WebP.");
+    const video = taken.find(({ type }) => VIDEOS.includes(type));
+    if (video) this.set([video]);
+    else if (taken.length) this.set(this.many ? [...this.files, ...taken] : taken.slice(-1));
   }
 
   /** Replace the images. */
   set(files) {
-    for (const image of this.thumbs.querySelectorAll("img")) URL.revokeObjectURL(image.src);
+    for (const image of this.thumbs.querySelectorAll("img, video")) URL.revokeObjectURL(image.src);
     this.files = files;
     this.thumbs.replaceChildren(
       ...files.map((file) =>
         el(
           "div",
           { class: "thumb" },
-          el("img", { src: URL.createObjectURL(file), alt: file.name }),
+          VIDEOS.includes(file.type)
+            ? el("video", { src: URL.createObjectURL(file), "aria-label": file.name })
+            : el("img", { src: URL.createObjectURL(file), alt: file.name }),
           button("×", () => this.set(this.files.filter((other) => other !== file)), {
             "aria-label": `Remove ${this.label.toLowerCase()} ${file.name}`,
           }),

@@ -143,7 +143,7 @@ def test_a_painted_mask_says_what_is_made_anew(page: Page, api: httpx.Client) ->
     assert (width, height) == (64, 64)
     assert 13 * 8 < white < 64 * 20, "a stroke of 13 pixels with a brush of radius 8"
 
-    generate(page, "a boat", Steps="2")
+    generate(page, "a boat", Steps="4")
     expect(tiles(page, "DONE")).to_have_count(1)
     inputs = api.get("/v1/requests").json()["data"][0]["inputs"]
     assert inputs["mask_image"][0]["bytes"] > 0
