@@ -102,7 +102,8 @@ async def _read_image_request(request: ApiRequest) -> ParsedRequest[ImageRequest
 async def _generate(request: ApiRequest, parsed: ParsedRequest[ImageRequest], prefix: EventPrefix) -> Response:
     fields = parsed.fields
     quality = fields.output_compression if fields.output_format in _LOSSY else None
-    output = Output(fields.output_format or "", quality=0 if quality is None else max(1, quality))
+    quality = 0 if quality is None else max(1, quality)
+    output = Output(fields.output_format or "", quality=quality, metadata=fields.metadata)
     n = len(fields.seed) if isinstance(fields.seed, tuple) and "n" not in parsed.given else fields.n
     if not fields.stream and _prefers_async(request):
         return _accepted(request, await submit_and_view(request, parsed, n=n, output=output))

@@ -104,6 +104,8 @@ class MediaRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Most previews of each image while it is made; `GET /v1/requests/{id}` lists them."""
     webhook_url: WebhookUrl | None = None
     """Called with the request once it has ended, if the server lists its host."""
+    metadata: bool | None = None
+    """Whether the file says what it is made from; by default as `[head] metadata` of the topology."""
 
 
 class FieldNames:

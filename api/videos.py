@@ -150,7 +150,8 @@ async def create_video(request: ApiRequest) -> JSONResponse:
     description = await request.state["services"].head.kept_description(parsed.fields.model or "")
     check_medium(description)
     parsed.inputs.update(frames_for_duration(parsed.fields.seconds, parsed.inputs, description, parsed.names))
-    return await _video_response(request, await submit_and_view(request, parsed, n=1, output=Output(FORMAT)))
+    output = Output(FORMAT, metadata=parsed.fields.metadata)
+    return await _video_response(request, await submit_and_view(request, parsed, n=1, output=output))
 
 
 @operation(

@@ -284,6 +284,9 @@ class HeadSection(Section, frozen=True):
     """Most requests that may be pending; beyond it the API answers 429."""
     max_attempts: Count = 3
     """Attempts of a job before it fails, with the cause of each."""
+    metadata: bool = True
+    """Whether a file says what it is made from: prompt, seed, parameters and model. The `metadata` of a request goes
+    before it; see docs/http-api.md."""
 
 
 class TransferSection(Section, frozen=True):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final, cast
 
 import msgspec
+from msgspec.structs import replace
 
 from triptych.actors import Topology
 from triptych.engines.parameters.lora import check_lora
@@ -34,13 +35,15 @@ class AdmissionLimits:
     """Seconds that a request has from its acceptance to its end."""
     largest_payload: int
     """Most bytes that one stage can pass to the next; 0 where there are no pools."""
+    metadata: bool = True
+    """Whether files say what they are made from, unless the request says otherwise."""
 
 
 def limits_of(topology: Topology) -> AdmissionLimits:
     """Return the limits of a topology."""
     has_pools = any(component.kind == "pool" for component in topology.components)
     largest = topology.largest_payload if has_pools else 0
-    return AdmissionLimits(topology.head.max_pending, topology.head.request_timeout_s, largest)
+    return AdmissionLimits(topology.head.max_pending, topology.head.request_timeout_s, largest, topology.head.metadata)
 
 
 def make_request(message: SubmitRequest, served: ServedModel, limits: AdmissionLimits, now: float) -> Request:
@@ -66,6 +69,8 @@ def make_request(message: SubmitRequest, served: ServedModel, limits: AdmissionL
     if limits.largest_payload:
         _check_payload(inputs, signature, limits.largest_payload)
     output = resolve_output(message.output, signature, message.inputs, inputs)
+    if output.metadata is None:
+        output = replace(output, metadata=limits.metadata)
     check_lora(inputs, served.lora_names, served.name)
     seeds = seeds_of(secrets.randbits(32) if message.seed is None else message.seed, message.n)
     id_ = message.request_id
@@ -121,7 +126,11 @@ def idempotency_key(message: SubmitRequest) -> str:
 
 def digest(message: SubmitRequest) -> str:
     """Return the digest of the body, which is equal for a retry."""
-    body: tuple[object, ...] = (sorted(message.inputs.items()), message.seed, message.n, message.output)
+    output = message.output
+    how = (output.format, output.fps, output.quality)
+    body: tuple[object, ...] = (sorted(message.inputs.items()), message.seed, message.n, how)
+    if output.metadata is not None:
+        body += ("metadata", output.metadata)
     if message.model:
         body += (message.model,)
     if message.partial_images:

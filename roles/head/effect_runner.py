@@ -100,14 +100,14 @@ class EffectRunner:
     # -- assigning
 
     async def _assign(self, instance: str, attempt: Attempt) -> None:
-        scheduler = self._models.scheduler_of(instance)
+        scheduler, served = self._models.scheduler_of(instance), self._models.of(instance)
         sent_to = scheduler.registry.generation(instance)
         try:
             source = scheduler.source_of(attempt, instance)
             target = None
             if source and scheduler.registry.needs_block(instance, source.lease):
                 target = await self._target(scheduler, instance, attempt, source)
-            message = scheduler.message_for(attempt, source, target)
+            message = scheduler.message_for(attempt, source, target, served.name if served else "")
             await self._ask(scheduler, instance, attempt, message, stages.StageTaken)
         except SupersededError:
             scheduler.registry.refund(instance, sent_to)

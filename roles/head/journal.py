@@ -117,6 +117,7 @@ class _Body(msgspec.Struct, frozen=True, array_like=True):
     partial_images: int = 0
     remixed_from: str = ""
     webhook_url: str = ""
+    metadata: bool | None = None
 
 
 class _JobRow(msgspec.Struct):
@@ -447,7 +448,7 @@ class Journal:
             request = Request(
                 id=id_.decode(),
                 inputs=held.inputs,
-                output=Output(held.output_format, held.fps, held.quality),
+                output=Output(held.output_format, held.fps, held.quality, held.metadata),
                 created_at=float(created_at),
                 times_out_at=held.deadline,
                 jobs=jobs,
@@ -634,6 +635,7 @@ def _request_row(request: Request) -> tuple[str, str | None, float, float, bytes
         request.partial_images,
         request.remixed_from,
         request.webhook_url,
+        output.metadata,
     )
     return (
         request.id,

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Final
 
+from msgspec.structs import replace
+
 from triptych.engines.parameters.schema import FRAME_RATE_NAMES, LATENT, OUTPUT_TYPE, Signature
 from triptych.engines.parameters.serving_config import ParameterError
 from triptych.roles.media.formats import FORMATS, LATENTS_FORMAT, formats_for
@@ -38,7 +40,7 @@ def resolve_output(
             raise ParameterError(OUTPUT_TYPE, f"must be {LATENT}, or left out.")
         if asked.format not in ("", LATENTS_FORMAT):
             raise ParameterError(OUTPUT_TYPE, f"cannot be {LATENT} beside a file of the format {asked.format}.")
-        return Output(LATENTS_FORMAT)
+        return Output(LATENTS_FORMAT, metadata=asked.metadata)
     known = bool(signature.parameters)
     if known and asked.format:
         holds = formats_for(signature.medium, inputs.get("num_frames"))
@@ -49,8 +51,8 @@ def resolve_output(
     if asked.format and asked.format not in FORMATS:
         raise ParameterError("output_format", f"must be {_or(tuple(FORMATS))}.")
     if known and signature.medium != "video":
-        return Output(asked.format, quality=asked.quality)
-    return Output(asked.format, _fps(asked.fps, given, inputs) or signature.fps, asked.quality)
+        return replace(asked, fps=0.0)
+    return replace(asked, fps=_fps(asked.fps, given, inputs) or signature.fps)
 
 
 def _fps(asked: float, *in_turn: Mapping[str, object]) -> float:

@@ -25,7 +25,7 @@ from triptych.roles.head.previews import Preview
 from triptych.roles.head.registry import ExitCause
 from triptych.roles.head.rolling_restart import next_to_restart
 from triptych.roles.head.scheduling_state import SchedulingState
-from triptych.roles.messages.common import Attempt, LeaseRef, Rebind, SchedulingHints, StoredPayload
+from triptych.roles.messages.common import Attempt, LeaseRef, Provenance, Rebind, SchedulingHints, StoredPayload
 from triptych.roles.messages.requests import InstanceView, PreviewView
 from triptych.roles.messages.stages import (
     CheckpointStored,
@@ -342,7 +342,7 @@ class JobScheduler(SchedulingState):
         return job.stored.payload
 
     def message_for(
-        self, attempt: Attempt, source: StoredPayload | None, target: LeaseRef | None
+        self, attempt: Attempt, source: StoredPayload | None, target: LeaseRef | None, model: str = ""
     ) -> StageAssign | TransferPush:
         """Return the message that sends an attempt to its instance.
 
@@ -350,6 +350,7 @@ class JobScheduler(SchedulingState):
             attempt: A current one; SupersededError is raised for any other.
             source: As `source_of` returned it.
             target: The block that the source is copied to; None if the instance maps the source.
+            model: The name of the model for clients.
         """
         if (preview := self.previews.get(attempt)) and source:
             of = self.jobs[preview.job_id]
@@ -359,12 +360,25 @@ class JobScheduler(SchedulingState):
             raise SupersededError
         request = self.requests[job.request_id]
         if source is None:
-            return StageAssign(attempt, request.inputs, job.seed, request.output, job.left_s, hints=self._hints(job))
+            return StageAssign(attempt, request.inputs, job.seed, request.output, job.left_s, self._hints(job), model)
         rebind = Rebind(request.inputs, job.seed) if job.uses_cached_prompt and job.stage is Stage.DENOISER else None
         previews = request.partial_images if job.stage is Stage.DENOISER else 0
         checkpoint = self._checkpoint_for(job)
         hints = self._hints(job)
-        return TransferPush(attempt, source, target, request.output, job.left_s, rebind, hints, previews, checkpoint)
+        writes_file = job.stage is Stage.DECODER and request.output.metadata
+        provenance = Provenance(model, request.inputs, job.seed) if writes_file else None
+        return TransferPush(
+            attempt,
+            source,
+            target,
+            request.output,
+            job.left_s,
+            rebind,
+            hints,
+            previews,
+            checkpoint,
+            provenance,
+        )
 
     def _checkpoint_for(self, job: Job) -> StoredPayload | None:
         """Return the checkpoint that a job's instance can go on from, in whichever pool it is."""

@@ -7,7 +7,7 @@ import io
 import wave
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Final, TypeAlias
 
@@ -17,6 +17,7 @@ from safetensors.torch import save
 
 from triptych.roles.media.decoded import Audio, Check, Latents, Media, MediaError, Stills, VideoFrames
 from triptych.roles.media.formats import FORMATS, Content, can_hold, default_for
+from triptych.roles.media.metadata import FileMetadata, image_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,8 @@ class WriteOptions:
     """Called between two frames; what it raises ends the writing."""
     quality: int = 0
     """Of a lossy format, 1 to 100; 0 for 95."""
+    metadata: FileMetadata | None = None
+    """What the file says of itself; None for nothing."""
 
 
 Write: TypeAlias = Callable[[Any, WriteOptions], bytes]
@@ -54,7 +57,15 @@ _UNIX: Final = 3
 _READABLE: Final = 0o644 << 16
 
 
-def encode(media: Media, output_format: str, fps: float, check: Check = lambda: None, *, quality: int = 0) -> bytes:
+def encode(
+    media: Media,
+    output_format: str,
+    fps: float,
+    check: Check = lambda: None,
+    *,
+    quality: int = 0,
+    metadata: FileMetadata | None = None,
+) -> bytes:
     """Write media to the bytes of a file.
 
     Args:
@@ -65,6 +76,7 @@ def encode(media: Media, output_format: str, fps: float, check: Check = lambda: 
         fps: Frames per second of a video.
         check: Called between two frames; what it raises ends the writing.
         quality: Of a lossy format, 1 to 100; 0 for 95.
+        metadata: What the file says of itself; formats that have no place for it leave it out.
 
     Raises:
         MediaError: The format cannot hold such media, or is unknown.
@@ -76,7 +88,7 @@ def encode(media: Media, output_format: str, fps: float, check: Check = lambda: 
         raise MediaError(f"the decoder made {_describe(media)}, which a file of the format {output_format} cannot hold")
     module, _, name = FORMATS[output_format].writer.partition(":")
     write: Write = getattr(importlib.import_module(f"{__package__}.{module}"), name)
-    return write(media, WriteOptions(output_format, fps, check, quality))
+    return write(media, WriteOptions(output_format, fps, check, quality, metadata))
 
 
 def content_of(media: Media) -> Content:
@@ -113,7 +125,7 @@ def _describe(media: Media) -> str:
 
 def write_image(media: Stills | VideoFrames, options: WriteOptions) -> bytes:
     """Write an image, or a video as one that moves."""
-    return _save(list(_images(media, options.check)), options.format, options.fps, options.quality)
+    return _save(list(_images(media, options.check)), options)
 
 
 def _images(media: Stills | VideoFrames, check: Check) -> Iterator[Image.Image]:
@@ -122,10 +134,11 @@ def _images(media: Stills | VideoFrames, check: Check) -> Iterator[Image.Image]:
         yield image
 
 
-def _save(images: Sequence[Image.Image], output_format: str, fps: float, quality: int = 0) -> bytes:
-    settings = {**_IMAGES[output_format]}
-    if quality and FORMATS[output_format].lossy:
-        settings["quality"] = quality
+def _save(images: Sequence[Image.Image], options: WriteOptions) -> bytes:
+    output_format, fps = options.format, options.fps
+    settings = {**_IMAGES[output_format], **image_settings(output_format, options.metadata)}
+    if options.quality and FORMATS[output_format].lossy:
+        settings["quality"] = options.quality
     if len(images) > 1:
         duration = _hundredths(len(images), fps) if output_format == "gif" else 1000 / fps
         settings |= {"save_all": True, "append_images": images[1:], "duration": duration, "loop": 0}
@@ -137,7 +150,7 @@ def _save(images: Sequence[Image.Image], output_format: str, fps: float, quality
         has_alpha = output_format != "jpeg" and image.has_transparency_data
         image = image.convert("RGBA" if has_alpha else "RGB")
     buffer = io.BytesIO()
-    image.save(buffer, **settings)  # type: ignore[arg-type]  # a table of keyword arguments
+    image.save(buffer, **settings)
     return buffer.getvalue()
 
 
@@ -149,11 +162,12 @@ def _hundredths(frames: int, fps: float) -> list[int]:
 
 def write_zip(media: Stills | VideoFrames, options: WriteOptions) -> bytes:
     """Write an archive with a PNG for each image or frame, and the sound if there is any."""
+    as_png = replace(options, format="png")
     buffer = io.BytesIO()
     # Stored, because a PNG does not get any smaller.
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for number, image in enumerate(_images(media, options.check)):
-            archive.writestr(_entry(f"{number:05}.png"), _save([image], "png", options.fps))
+            archive.writestr(_entry(f"{number:05}.png"), _save([image], as_png))
         if isinstance(media, VideoFrames) and media.sound is not None:
             archive.writestr(_entry("sound.wav"), write_wav(media.sound, options))
     return buffer.getvalue()

@@ -101,6 +101,19 @@ class Output(Value):
     """Frames per second of a video; 0 for the pipeline's default, and for other media."""
     quality: Annotated[int, Meta(ge=0, le=100)] = 0
     """Of "jpeg" and "webp", 1 to 100; 0 for the default of the store."""
+    metadata: bool | None = None
+    """Whether the file says what it is made from; None for the default of the topology."""
+
+
+class Provenance(Value):
+    """What a file is made from, for its metadata."""
+
+    model: str
+    """Name of the model for clients."""
+    inputs: dict[str, Input]
+    """All inputs of the request, with the defaults of the model's serving config."""
+    seed: Seed
+    """Seed of the job."""
 
 
 class Rebind(Value):

@@ -18,6 +18,7 @@ from triptych.roles.messages.common import (
     Name,
     Natural,
     Output,
+    Provenance,
     Rebind,
     SchedulingHints,
     Seconds,
@@ -129,6 +130,8 @@ class StageAssign(Message):
     left_s: Seconds
     """Seconds after which the result is of no use."""
     hints: SchedulingHints = SchedulingHints()
+    model: str = ""
+    """Name of the model for clients."""
 
 
 class TransferAlloc(Message):
@@ -177,6 +180,8 @@ class TransferPush(Message):
     """Most previews that a denoiser stores on its way."""
     checkpoint: StoredPayload | None = None
     """What an earlier attempt at the stage has made so far, in the instance's pool; None to start from `source`."""
+    provenance: Provenance | None = None
+    """For a decoder, unless the file is to have no metadata."""
 
 
 class AttemptQuery(Message):

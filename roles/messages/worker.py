@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from triptych.bus import Message
 from triptych.engines.stages import Stage
-from triptych.roles.messages.common import Attempt, LeaseRef, Output, StoredPayload, Upload
+from triptych.roles.messages.common import Attempt, LeaseRef, Output, Provenance, StoredPayload, Upload
 
 
 class LoadInputs(Message):
@@ -75,6 +75,8 @@ class SaveArtifact(Message):
     output: Output
     deadline: float
     """End of the wait for a full disk or a store that does not answer, in seconds of this host's monotonic clock."""
+    provenance: Provenance | None = None
+    """What the file is made from; None for a file without metadata."""
 
 
 class CancelAttempt(Message):

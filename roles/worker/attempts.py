@@ -20,6 +20,7 @@ from triptych.roles.messages.common import (
     Attempt,
     LeaseRef,
     Output,
+    Provenance,
     Rebind,
     SchedulingHints,
     StoredPayload,
@@ -131,6 +132,8 @@ class ActiveAttempt:
     """Seed of the job; the encoder makes its generator from it."""
     rebind: Rebind | None = None
     """Adapts loaded values to this attempt if they were made for another request."""
+    provenance: Provenance | None = None
+    """What its file is made from; None for a file without metadata, and for attempts that write none."""
     ready: StreamEvent | None = None
     """Recorded after the work that makes `values`: wait for it before using them on another stream."""
     block: LeaseRef | None = None
@@ -261,6 +264,8 @@ class AttemptTracker:
         if item is None:
             return ()
         item.values, item.seed = dict(message.inputs), message.seed
+        if message.output.metadata:
+            item.provenance = Provenance(message.model, message.inputs, message.seed)
         first: Message = RunStage(attempt, item.stages[0])
         if self.fetches_uploads and (uploads := uploads_of(message.inputs)):
             item.phase = Phase.FETCHING
@@ -294,7 +299,7 @@ class AttemptTracker:
         item = self._take(message, Phase.LOADING, now)
         if item is None:
             return ()
-        item.rebind, item.previews = message.rebind, message.partial_images
+        item.rebind, item.previews, item.provenance = message.rebind, message.partial_images, message.provenance
         reserved = self.reservations.pop(attempt, None)
         unused = (ReleaseBlocks((reserved,)),) if reserved is not None and reserved != message.target else ()
         return (
@@ -402,7 +407,7 @@ class AttemptTracker:
             return RunStage(attempt, left[0])
         if done is Stage.DECODER:
             item.phase = Phase.SAVING
-            return SaveArtifact(attempt, item.output, item.deadline)
+            return SaveArtifact(attempt, item.output, item.deadline, item.provenance)
         item.phase = Phase.STORING
         return StoreOutputs(attempt, item.deadline)
 

@@ -35,6 +35,7 @@ from triptych.engines.transfer import FaultRates
 from triptych.roles.media.artifacts import ArtifactError
 from triptych.roles.media.decoded import MediaError, nsfw_flag, to_media
 from triptych.roles.media.files import is_transient
+from triptych.roles.media.metadata import file_metadata
 from triptych.roles.media.uploads import UploadError
 from triptych.roles.media.writers import default_format, encode
 from triptych.roles.messages.common import Attempt, LeaseRef, StoredPayload
@@ -547,7 +548,11 @@ class TransferActor(Actor):
         output_format = message.output.format or default_format(media)
         # A head that accepted the request before any instance had come did not know the pipeline's own rate.
         fps = message.output.fps or self.context.signature.fps or FRAMES_PER_S
-        return output_format, encode(media, output_format, fps, check, quality=message.output.quality)
+        provenance, parameters = message.provenance, self.context.signature.parameters
+        metadata = file_metadata(provenance, media, parameters) if provenance else None
+        return output_format, encode(
+            media, output_format, fps, check, quality=message.output.quality, metadata=metadata
+        )
 
 
 class _Retry:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
+import json
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.system.reference import diffusers_reference, pixels
 from triptych.api.launch import Cluster
@@ -71,6 +75,27 @@ def test_n_images_are_n_runs(on_http: Callable[..., Any]) -> None:
         ]
         assert [image["b64_json"] for image in together] == [image["b64_json"] for image in alone]
         assert len({image["b64_json"] for image in together}) == 3
+
+    on_http(scenario)
+
+
+@pytest.mark.shared_cluster("flux")
+def test_a_file_says_what_it_is_made_from(on_http: Callable[..., Any]) -> None:
+    async def scenario(http: httpx.AsyncClient) -> None:
+        async def made(**body: object) -> bytes:
+            answer = (await http.post("/v1/images/generations", json=body)).raise_for_status()
+            return base64.b64decode(answer.json()["data"][0]["b64_json"])
+
+        file = await made(prompt=PROMPT, seed=5)
+        image: Any = Image.open(io.BytesIO(file))
+        (model,) = (await http.get("/v1/models")).json()["data"]
+        prompt, line = image.text["parameters"].split("\n")
+        assert prompt == PROMPT
+        assert line.startswith("Steps: 4, ")
+        assert f"Seed: 5, Size: 64x64, Model: {model['id']}" in line
+        assert await made(**json.loads(image.text["triptych"])) == file, "it is a request that makes the same file"
+        plain: Any = Image.open(io.BytesIO(await made(prompt=PROMPT, seed=5, metadata=False)))
+        assert (plain.text, plain.tobytes()) == ({}, image.tobytes())
 
     on_http(scenario)
 

@@ -23,7 +23,7 @@ from triptych.bus import RemoteError
 from triptych.engines.parameters.lora import PARAMETERS
 from triptych.engines.parameters.schema import Parameter, ParameterKind, Signature
 from triptych.engines.parameters.validation import ParameterError
-from triptych.roles.head.admission import AdmissionLimits, make_request, seeds_of
+from triptych.roles.head.admission import AdmissionLimits, digest, make_request, seeds_of
 from triptych.roles.messages import requests
 from triptych.roles.messages.common import (
     MAX_SEED,
@@ -157,16 +157,16 @@ def test_the_output_is_resolved_when_the_request_is_accepted(topology: Callable[
     async def scenario() -> None:
         async with running_head(topology()) as harness:
             await harness.submit("early", output=Output("mp4"))
-            assert (await harness.view("early")).output == Output("mp4"), "nobody knows yet what is made"
+            assert (await harness.view("early")).output == Output("mp4", metadata=True), "nobody knows yet what is made"
             await harness.register("encoder-0", signature=VIDEO)
             rejected = await harness.submit("a", output=Output("wav"))
             assert (rejected.code, rejected.param) == ("invalid", "output_format")
             rejected = await harness.submit("a", frame_rate=500.0)
             assert (rejected.code, rejected.param) == ("invalid", "frame_rate")
             await harness.submit("a", output=Output("mp4"))
-            assert (await harness.view("a")).output == Output("mp4", 24.0)
+            assert (await harness.view("a")).output == Output("mp4", 24.0, metadata=True)
             await harness.submit("b", output=Output(), frame_rate=30)
-            assert (await harness.view("b")).output == Output("", 30.0)
+            assert (await harness.view("b")).output == Output("", 30.0, metadata=True)
 
     run_scenario(scenario())
 
@@ -287,3 +287,23 @@ def test_a_request_has_what_it_is_scheduled_by() -> None:
     assert made() == (3, 9.0, 0), "the pipeline has no default"
     served.serving_config = msgspec.structs.replace(served.serving_config, defaults={"num_inference_steps": 28})
     assert made() == (3, 9.0, 28)
+
+
+def test_a_file_says_what_it_is_made_from_unless_the_request_or_the_topology_says_otherwise() -> None:
+    (served,) = single_model(make_scheduler()).all
+    served.scheduler.register(registration("denoiser-0"), 0.0)
+
+    def made(default: bool, asked: bool | None) -> bool | None:
+        message = requests.SubmitRequest("r", {"prompt": "x"}, output=Output(metadata=asked))
+        return make_request(message, served, AdmissionLimits(9, 60.0, 0, default), 0.0).output.metadata
+
+    assert [made(*each) for each in ((True, None), (False, None), (True, False), (False, True))] == [
+        True, False, False, True,
+    ]  # fmt: skip
+
+
+def test_a_retry_has_the_digest_of_the_release_that_accepted_it() -> None:
+    message = requests.SubmitRequest("r", {"prompt": "x"}, 7, 2, Output("webp", 24.0, 90))
+    assert digest(message) == "0a8268679b9134ffc275eb0fb20b3b7834aaa73db02527c05293c82a5bcef488"
+    other = msgspec.structs.replace(message, output=Output("webp", 24.0, 90, metadata=False))
+    assert digest(other) != digest(message)

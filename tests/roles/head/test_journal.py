@@ -38,6 +38,7 @@ def a_request(id_: str = "r1", *, key: str = "", created_at: float = 1.0) -> Req
 
 def test_what_was_accepted_and_saved_comes_back_whole(tmp_path: Path) -> None:
     request = a_request(key="k")
+    request.output = Output("jpeg", 0.0, 90, metadata=False)
     request.owner = "alice"
     request.priority, request.deadline_s, request.steps = 7, 2.5, 28
     request.remixed_from = "r0"

@@ -17,6 +17,7 @@ from triptych.roles.messages.common import (
     Images,
     LeaseRef,
     Output,
+    Provenance,
     Rebind,
     SchedulingHints,
     StoredPayload,
@@ -131,6 +132,20 @@ def test_a_monolithic_instance_runs_every_stage_on_the_same_values() -> None:
     assert load.computed(W, 0.2) == RunStage(W, Stage.DECODER)
     assert load.computed(W, 0.3) == SaveArtifact(W, Output("png"), DEADLINE)
     assert load.end(load.saved(W, ARTIFACT)) == (StageFinished(W, Stage.DECODER, ARTIFACT, 0.3, 2),)
+
+
+def test_what_a_file_is_made_from_goes_to_who_writes_it() -> None:
+    made = Provenance("shapes", {"prompt": "a red circle"}, 5)
+    decoder = AttemptTracker("decoder-0", "decoder", 1)
+    decoder.push(msgspec.structs.replace(push(W), provenance=made), NOW)
+    decoder.loaded(W)
+    assert decoder.computed(W, 0.1) == SaveArtifact(W, Output("png"), DEADLINE, made)
+    alone = AttemptTracker("monolithic-0", "monolithic", 2)
+    output = Output("png", metadata=True)
+    alone.assign(msgspec.structs.replace(assign(W), output=output, model="shapes"), NOW)
+    for seconds in (0.1, 0.2):
+        alone.computed(W, seconds)
+    assert alone.computed(W, 0.3) == SaveArtifact(W, output, DEADLINE, made)
 
 
 def test_an_attempt_beyond_the_slots_is_not_taken() -> None:
