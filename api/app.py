@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Final
 
 from starlette.applications import Starlette
 from starlette.endpoints import HTTPEndpoint
-from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -16,9 +14,8 @@ from triptych.api.artifacts import get_file
 from triptych.api.cluster import get_cluster, get_health, is_live, is_ready
 from triptych.api.cluster_events import get_cluster_events
 from triptych.api.discovery import get_model_info, get_server_info, get_version
-from triptych.api.errors import not_found
 from triptych.api.exception_handlers import EXCEPTION_HANDLERS
-from triptych.api.images import create_image, create_image_edit
+from triptych.api.images import create_image, create_image_edit, create_image_variation
 from triptych.api.keys import ApiKeys
 from triptych.api.lightx2v import LIGHTX2V_ROUTES
 from triptych.api.metrics import get_metrics
@@ -30,7 +27,7 @@ from triptych.api.request_context import RequestContextMiddleware
 from triptych.api.request_events import get_request_events
 from triptych.api.request_list import list_requests
 from triptych.api.requests import delete_request, get_request
-from triptych.api.services import ApiRequest, Services
+from triptych.api.services import Services
 from triptych.api.videos import (
     cancel_video,
     create_video,
@@ -40,16 +37,6 @@ from triptych.api.videos import (
     list_videos,
     remix_video,
 )
-
-_INSTEAD: Final = {
-    "/v1/images/variations": "there are no variations: send the image to POST /v1/images/edits, with a strength",
-}
-"""Paths of OpenAI's API that are not here, and what to do instead."""
-
-
-async def unsupported(_: ApiRequest, *, instead: str) -> Response:
-    """Answer 404 with what to do instead."""
-    raise not_found(instead, code="unsupported")
 
 
 def by_method(**endpoints: Endpoint) -> type[HTTPEndpoint]:
@@ -61,10 +48,7 @@ ROUTES: Final = [
     # With `methods=["POST"]` a GET would go on to /v1/images/{name}.
     Route("/v1/images/generations", by_method(post=create_image)),
     Route("/v1/images/edits", by_method(post=create_image_edit)),
-    *(
-        Route(path, partial(unsupported, instead=text), methods=["POST"], include_in_schema=False)
-        for path, text in _INSTEAD.items()
-    ),
+    Route("/v1/images/variations", by_method(post=create_image_variation)),
     Route("/v1/images/{name}", get_file),
     Route("/v1/videos", by_method(get=list_videos, post=create_video)),
     Route("/v1/videos/{video_id}", by_method(get=get_video, delete=delete_video)),

@@ -22,7 +22,7 @@ NO_TOKENS: Final[Mapping[str, object]] = {
     "total_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
 }
-"""OpenAI's `usage`: nothing here is counted in tokens."""
+"""OpenAI's `usage`, which its clients read of each event: nothing here is counted in tokens."""
 
 
 async def stream_images(request: ApiRequest, request_id: str, prefix: EventPrefix) -> AsyncIterator[ServerEvent]:
@@ -67,17 +67,22 @@ def _made(view: RequestView) -> list[tuple[int, int | None, Artifact]]:
 
 async def _image(request: ApiRequest, view: RequestView, unit: int, artifact: Artifact) -> dict[str, Any]:
     job = view.units[unit]
-    height, width = view.inputs.get("height"), view.inputs.get("width")
     return {
         "b64_json": await read_file(request, artifact.name),
         "created_at": int(time.time()),
-        "size": f"{width}x{height}" if width and height else "auto",
+        "size": requested_size(view) or "auto",
         "quality": "auto",
         "background": "opaque",
         "output_format": artifact.content_type.rpartition("/")[2],
         "index": job.index,
         "seed": job.seed,
     }
+
+
+def requested_size(view: RequestView) -> str | None:
+    """Return WIDTHxHEIGHT in pixels; None where the model chooses."""
+    height, width = view.inputs.get("height"), view.inputs.get("width")
+    return f"{width}x{height}" if width and height else None
 
 
 def _event(name: str, fields: dict[str, Any]) -> ServerEvent:

@@ -1,4 +1,4 @@
-"""POST /v1/images/generations and /v1/images/edits: images, and with `Prefer: respond-async` where they will be."""
+"""POST /v1/images/generations, edits, variations: images, and with `Prefer: respond-async` where they will be."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from starlette.responses import Response
 from triptych.api.artifacts import read_file
 from triptych.api.errors import field_error
 from triptych.api.event_stream import event_stream
-from triptych.api.image_stream import EventPrefix, stream_images
+from triptych.api.image_stream import EventPrefix, requested_size, stream_images
 from triptych.api.media_request import MediaRequest, ParsedRequest, read_media_request
 from triptych.api.operations import EVENTS, Answer, RequestBody, operation
 from triptych.api.requests import idempotency_key, raise_unless_done, request_object, submit, submit_and_view, wait
 from triptych.api.responses import JSONResponse
 from triptych.api.services import ApiRequest
 from triptych.api.urls import artifact_url, request_url
+from triptych.engines.parameters.schema import TENSORS, names
 from triptych.roles.media.formats import FORMATS, REQUESTED_FORMATS
 from triptych.roles.messages.common import Output
 from triptych.roles.messages.requests import RequestView
@@ -52,13 +53,16 @@ class Image(msgspec.Struct, omit_defaults=True):
     """True: the safety checker of the model has made the image black; left out where the model has none."""
 
 
-class ImagesResponse(msgspec.Struct):
-    """OpenAI's answer, with the id of the request."""
+class ImagesResponse(msgspec.Struct, omit_defaults=True):
+    """OpenAI's answer, with the id of the request. There is no `usage`, since nothing is counted in tokens."""
 
     created: int
     """Unix seconds."""
     id: str
     data: list[Image]
+    output_format: str | None = None
+    size: str | None = None
+    """WIDTHxHEIGHT in pixels; left out where the model chooses."""
 
 
 _ANSWERS: Final[dict[int, Answer]] = {200: (ImagesResponse, EVENTS), 202: "Request"}
@@ -69,6 +73,7 @@ _FILES: Final = {
     "image": "An image, PNG, JPEG or WebP; or several of them.",
     "mask": "What of the image to paint anew: what is transparent, else what is white. As large as the image.",
 }
+_ONE_IMAGE: Final = {"image": "The image, PNG, JPEG or WebP."}
 
 
 @operation(_ANSWERS, _ERRORS, headers=_HEADERS, body=RequestBody(ImageRequest, _FILES))
@@ -83,10 +88,26 @@ async def create_image(request: ApiRequest) -> Response:
 @operation(_ANSWERS, _ERRORS, headers=_HEADERS, body=RequestBody(ImageRequest, _FILES, required=("image",)))
 async def create_image_edit(request: ApiRequest) -> Response:
     """Make images of an image, within a mask or all over, and wait for them."""
+    return await _generate(request, await _read_edit(request), "image_edit")
+
+
+@operation(_ANSWERS, _ERRORS, headers=_HEADERS, body=RequestBody(ImageRequest, _ONE_IMAGE, required=("image",)))
+async def create_image_variation(request: ApiRequest) -> Response:
+    """Make images like an image, without a prompt, and wait for them."""
+    parsed = await _read_edit(request)
+    if parsed.inputs.keys().isdisjoint(("prompt", TENSORS)):
+        description = await request.state["services"].head.kept_description(parsed.fields.model or "")
+        taken = names(description.parameters)
+        if not taken or "prompt" in taken:
+            parsed.inputs["prompt"] = ""
+    return await _generate(request, parsed, "image_edit")
+
+
+async def _read_edit(request: ApiRequest) -> ParsedRequest[ImageRequest]:
     parsed = await _read_image_request(request)
     if parsed.inputs.get("image") is None:
         raise parsed.names.invalid("image", "is required")
-    return await _generate(request, parsed, "image_edit")
+    return parsed
 
 
 async def _read_image_request(request: ApiRequest) -> ParsedRequest[ImageRequest]:
@@ -145,5 +166,8 @@ async def _images_response(request: ApiRequest, view: RequestView, *, as_urls: b
         else:
             image.b64_json = await read_file(request, job.artifact.name)
         images.append(image)
-    content = ImagesResponse(int(view.finished_at or time.time()), view.request_id, images)
+    first = view.units[0].artifact
+    output_format = first.name.rpartition(".")[2] if first else None
+    created = int(view.finished_at or time.time())
+    content = ImagesResponse(created, view.request_id, images, output_format, requested_size(view))
     return JSONResponse(content, headers={"X-Request-Id": view.request_id})

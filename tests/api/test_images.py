@@ -32,7 +32,8 @@ async def test_an_image_comes_back_inline(client, fake_head):
     )
     assert answer.status_code == 200, answer.text
     body = answer.json()
-    assert set(body) == {"created", "id", "data"}
+    assert body.keys() == {"created", "id", "data", "output_format", "size"}
+    assert (body["output_format"], body["size"]) == ("png", "64x48")
     assert answer.headers["x-request-id"] == body["id"]
     (image,) = body["data"]
     assert image["seed"] == 7

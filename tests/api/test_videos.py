@@ -152,10 +152,6 @@ async def test_a_list_names_what_is_wrong_with_its_query(client, fake_head, quer
     refused(await client.get(URL, params=query), status, param, words)
 
 
-async def test_what_openai_has_and_this_has_not_says_what_to_do(client, fake_head):
-    refused(await client.post("/v1/images/variations", json={}), 404, None, "POST /v1/images/edits")
-
-
 async def test_a_form_with_a_first_and_a_last_frame(client, fake_head, uploads):
     files = {"input_reference": png(), "last_image": png()}
     answer = await client.post(URL, data={"prompt": "x", "seconds": "0.5", "fps": "8", "seed": "3"}, files=files)

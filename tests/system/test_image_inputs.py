@@ -51,6 +51,8 @@ def test_image_to_image_in_json_and_in_a_form(
                 await http.post("/v1/images/generations", json={**body, "image": f"data:image/png;base64,{text}"}),
                 await http.post("/v1/images/edits", data=body, files={"image": png(input_image())}),
             ]
+            form = {"model": name, "seed": SEED, "strength": 0.7}
+            varied = await http.post("/v1/images/variations", data=form, files={"image": png(input_image())})
             ours = await cluster.generate(PROMPT, model=name, seed=SEED, strength=0.7, image=file)
             view = await cluster.request(ours.request_id)
             assert [shown["bytes"] for shown in view["inputs"]["image"]] == [len(png(input_image()))]
@@ -58,12 +60,14 @@ def test_image_to_image_in_json_and_in_a_form(
             await an_image_that_is_gone_fails_at_once(
                 http, cluster.topology.state_dir / "uploads", body | {"image": text}
             )
-            return [*(pixels_of_answer(answer) for answer in made), pixels(ours)]
+            return [*(pixels_of_answer(answer) for answer in (varied, *made)), pixels(ours)]
 
-    made = on_cluster(through_processes)
-    expected = plain("FluxModularPipeline", models("flux-kl"), image=input_image(), strength=0.7)["images"][0]
-    for ours in made:
-        assert np.array_equal(ours, np.asarray(expected))
+    varied, *made = on_cluster(through_processes)
+    for prompt, images in (("", [varied]), (PROMPT, made)):
+        inputs = {"prompt": prompt, "image": input_image(), "strength": 0.7}
+        expected = plain("FluxModularPipeline", models("flux-kl"), **inputs)["images"][0]
+        for ours in images:
+            assert np.array_equal(ours, np.asarray(expected))
 
 
 async def an_image_that_is_gone_fails_at_once(http: httpx.AsyncClient, uploads: Path, body: dict[str, Any]) -> None:
