@@ -6,14 +6,22 @@ import os
 import re
 import secrets
 import time
+from typing import Final
 
 import structlog
+from prometheus_client import Counter
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from triptych.actors.runtime.metrics import REGISTRY
+from triptych.api.errors import CLIENT_CLOSED_REQUEST
 from triptych.api.services import RequestState, Services
 
 log = structlog.stdlib.get_logger("api")
+ANSWERS: Final = Counter(
+    "triptych_http_responses", "Answers of the API below /v1/, by HTTP status.", ["method", "status"], registry=REGISTRY
+)
+_METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 # https://www.w3.org/TR/trace-context/, version 00.
 _TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 
@@ -61,7 +69,10 @@ class RequestContextMiddleware:
         try:
             await self.app(scope, receive, send_with_headers)
         finally:
+            status = status or CLIENT_CLOSED_REQUEST
             if scope["path"].startswith("/v1/"):
+                method = scope["method"] if scope["method"] in _METHODS else "other"  # a client may call it anything
+                ANSWERS.labels(method, str(status)).inc()
                 log.info(
                     "http",
                     method=scope["method"],

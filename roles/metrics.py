@@ -32,7 +32,7 @@ INSTANCE_SECONDS: Final = Histogram(
 )
 TRANSFER_SECONDS: Final = Histogram(
     "triptych_transfer_seconds",
-    "Seconds of a transfer of tensors or a file: store, load, save, checkpoint or preview.",
+    "Seconds of a transfer of tensors or a file: store, load, fetch, save, checkpoint or preview.",
     ["transfer"],
     buckets=_TRANSFER_SECONDS,
     registry=REGISTRY,
@@ -41,6 +41,8 @@ TRANSFER_BYTES: Final = Counter("triptych_transfer_bytes", "Bytes of those trans
 TRANSFER_FAILURES: Final = Counter(
     "triptych_transfer_failures", "Transfers that failed or were cancelled.", ["transfer"], registry=REGISTRY
 )
+TRANSFERS: Final = ("store", "load", "fetch", "save", "checkpoint", "preview")
+"""What a transfer may be."""
 
 REQUESTS: Final = Counter("triptych_requests", "Requests that have ended.", ["model", "outcome"], registry=REGISTRY)
 REQUEST_SECONDS: Final = Histogram(
@@ -55,7 +57,7 @@ WAIT_SECONDS: Final = Histogram(
 )
 STAGE_SECONDS: Final = Histogram(
     "triptych_stage_seconds",
-    "Seconds that an instance had a job.",
+    "Seconds of the computation of a stage, turns of other requests included.",
     ["model", "stage"],
     buckets=_SECONDS,
     registry=REGISTRY,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
-from prometheus_client import CollectorRegistry, disable_created_metrics
+from prometheus_client import CollectorRegistry, ProcessCollector, disable_created_metrics
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
@@ -18,7 +18,9 @@ from triptych.actors.runtime.system_messages import ActorStatus
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 REGISTRY: Final = CollectorRegistry()
-"""Counters and histograms of this process. They begin at zero with each incarnation, as Prometheus expects."""
+"""What this process has counted and measured, and its memory and processor time. It begins at zero with each
+incarnation, as Prometheus expects."""
+ProcessCollector(registry=REGISTRY)
 
 
 class _Families:

@@ -29,7 +29,13 @@ from triptych.engines.stages import Stage
 from triptych.roles.head.availability import not_ready_reasons, release_mismatch, weights_mismatch
 from triptych.roles.head.effect_runner import EffectRunner
 from triptych.roles.head.effects import Effect, NotifyWaiters
-from triptych.roles.head.head_metrics import StageTimes, head_metrics, observe_ended
+from triptych.roles.head.head_metrics import (
+    StageTimes,
+    count_from_zero,
+    head_metrics,
+    instance_metrics,
+    observe_ended,
+)
 from triptych.roles.head.job import IllegalTransitionError, Request
 from triptych.roles.head.journal import JournalError
 from triptych.roles.head.model_manager import ModelManager
@@ -99,6 +105,7 @@ class Head(Actor):
             StartDelayedError: The journal is locked, the disk is full, or the folder of a model is missing.
         """
         await self.model_manager.read()
+        count_from_zero(served.name for served in self.models.all)
         try:
             await self.requests.open()
         except JournalError as error:
@@ -121,10 +128,12 @@ class Head(Actor):
         return {"journal_damaged": self.requests.damaged}
 
     def metrics(self) -> Iterable[Metric]:
-        """Return the jobs that wait and run, the work that waits, and the prompt cache."""
+        """Return the jobs that wait and run, the work that waits, the prompt cache, and the instances."""
         active = ((self._model_name(request), request) for request in self.models.requests.values())
         names = [served.name for served in self.models.all]
-        return head_metrics(active, names, self._stage_times, self.models.prompt_cache())
+        instances = ((served.name, view) for served in self.models.all for view in served.scheduler.instance_views())
+        yield from head_metrics(active, names, self._stage_times, self.models.prompt_cache())
+        yield from instance_metrics(names, instances)
 
     def caught_up(self) -> None:
         """Write the requests that were accepted and the reports that came, together, and carry out what follows."""

@@ -1,4 +1,4 @@
-"""The head's metrics: of requests that have ended, and of the jobs that wait and run now."""
+"""The head's metrics: of requests that have ended, of the jobs that wait and run now, and of the instances."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from itertools import pairwise
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from triptych.engines.stages import Stage
-from triptych.roles.head.job import HAPPY_PATH, RUNNING, STAGE_OF, WAITING, Job, Request, State
-from triptych.roles.messages.requests import PromptCacheView
+from triptych.roles.head.job import HAPPY_PATH, RUNNING, STAGE_OF, TERMINAL_STATES, WAITING, Job, Request, State
+from triptych.roles.messages.requests import InstanceView, PromptCacheView
 from triptych.roles.metrics import RECOVERY_SECONDS, REQUEST_SECONDS, REQUESTS, STAGE_SECONDS, WAIT_SECONDS
 
 _SMOOTHING = 0.2
@@ -25,17 +25,24 @@ class StageTimes:
 
     def learn(self, model: str, job: Job) -> None:
         """Learn from a job that is done."""
-        for stage in Stage:
-            seconds = job.stage_seconds.get(stage.value)
-            if seconds is not None:
-                each = seconds / max(1, job.total_steps) if stage is Stage.DENOISER else seconds
-                known = self._seconds.get((model, stage), each)
-                self._seconds[model, stage] = known + _SMOOTHING * (each - known)
+        for stage, seconds in dict(computed(job)).items():
+            each = seconds / max(1, job.total_steps - job.resumed_from) if stage is Stage.DENOISER else seconds
+            known = self._seconds.get((model, stage), each)
+            self._seconds[model, stage] = known + _SMOOTHING * (each - known)
 
     def expected(self, model: str, stage: Stage, request: Request, job: Job) -> float:
         """Return the seconds that a stage of a job will compute; 0 while nothing is known."""
         steps = (request.steps_left(job) or 1) if stage is Stage.DENOISER else 1
         return steps * self._seconds.get((model, stage), 0.0)
+
+
+def count_from_zero(models: Iterable[str]) -> None:
+    """Begin at 0 what is rare, so that the first time already shows as an increase."""
+    for model in models:
+        for state in TERMINAL_STATES:
+            REQUESTS.labels(model, state.value.lower())
+        for stage in Stage:
+            RECOVERY_SECONDS.labels(model, stage.value)
 
 
 def observe_ended(model: str, request: Request, times: StageTimes) -> None:
@@ -48,8 +55,8 @@ def observe_ended(model: str, request: Request, times: StageTimes) -> None:
             WAIT_SECONDS.labels(model, stage.value).observe(seconds)
         for stage, seconds in recoveries(job):
             RECOVERY_SECONDS.labels(model, stage.value).observe(seconds)
-        for stage_name, seconds in job.stage_seconds.items():
-            STAGE_SECONDS.labels(model, stage_name).observe(seconds)
+        for stage, seconds in computed(job):
+            STAGE_SECONDS.labels(model, stage.value).observe(seconds)
         if job.state is State.DONE:
             times.learn(model, job)
 
@@ -60,6 +67,13 @@ def waits(job: Job) -> Iterator[tuple[Stage, float]]:
         stage = STAGE_OF.get(State(move.state))
         if stage and move.state == WAITING[stage] and following.state == RUNNING[stage]:
             yield stage, max(0.0, following.at - move.at)
+
+
+def computed(job: Job) -> Iterator[tuple[Stage, float]]:
+    """Yield each run of a stage that has made something, and the seconds of its computation."""
+    for run in job.runs:
+        if run.computed_at and not run.reason:
+            yield Stage(run.stage), max(0.0, run.computed_at - run.started_at)
 
 
 def recoveries(job: Job) -> Iterator[tuple[Stage, float]]:
@@ -93,14 +107,14 @@ def head_metrics(
     jobs, queued = Counter[tuple[str, str, str]](), defaultdict[tuple[str, str], float](float)
     for model, request in requests:
         for job in request.jobs:
-            if (stage := job.stage) is not None:
-                jobs[model, stage.value, "running" if job.running else "waiting"] += 1
-                if not job.running:
-                    queued[model, stage.value] += times.expected(model, stage, request, job)
+            if job.stage is not None:
+                jobs[model, job.stage.value, "running" if job.running else "waiting"] += 1
+            for stage in stages_ahead(job):
+                queued[model, stage.value] += times.expected(model, stage, request, job)
     depth = GaugeMetricFamily("triptych_jobs", "Jobs by stage, waiting or running.", labels=["model", "stage", "state"])
     work = GaugeMetricFamily(
         "triptych_queued_seconds",
-        "Predicted seconds of computation of the jobs that wait for a stage, for one instance: what to scale by.",
+        "Predicted seconds of one instance for the jobs that have yet to begin a stage: what to scale by.",
         labels=["model", "stage"],
     )
     for model in models:
@@ -120,3 +134,40 @@ def head_metrics(
     yield CounterMetricFamily("triptych_prompt_cache_hits", "Jobs that needed no encoder.", value=cache.hits)
     yield CounterMetricFamily("triptych_prompt_cache_misses", "Jobs sent to an encoder.", value=cache.misses)
     yield GaugeMetricFamily("triptych_prompt_cache_bytes", "Bytes of cached encoder outputs.", value=cache.nbytes)
+
+
+def stages_ahead(job: Job) -> tuple[Stage, ...]:
+    """Return the stages that a job has yet to begin, also those that it does not wait for yet.
+
+    A slow stage holds back those before it, so the jobs that will need it mostly wait at the first one.
+    """
+    return tuple(stage for stage in Stage if _position(job.state) < HAPPY_PATH.index(RUNNING[stage]))
+
+
+def instance_metrics(models: Iterable[str], instances: Iterable[tuple[str, InstanceView]]) -> Iterator[Metric]:
+    """Yield how many instances serve each stage, and their slots. A monolithic one serves all three.
+
+    Args:
+        models: The names of all models.
+        instances: Those that have registered, each with the name of its model.
+    """
+    count, slots = Counter[tuple[str, str, str]](), Counter[tuple[str, str, str]]()
+    for model, instance in instances:
+        for stage in Stage if instance.kind == "monolithic" else (Stage(instance.kind),):
+            count[model, stage.value, "awake" if instance.awake else "asleep"] += 1
+            slots[model, stage.value, "free"] += instance.credits
+            slots[model, stage.value, "taken"] += len(instance.running)
+    labels = ["model", "stage", "state"]
+    serving = GaugeMetricFamily(
+        "triptych_instances",
+        "Instances that serve a stage, with their weights in memory (awake) or not.",
+        labels=labels,
+    )
+    places = GaugeMetricFamily("triptych_slots", "Places for jobs of those instances.", labels=labels)
+    for model in models:
+        for stage in Stage:
+            for state in ("awake", "asleep"):
+                serving.add_metric([model, stage.value, state], count[model, stage.value, state])
+            for state in ("free", "taken"):
+                places.add_metric([model, stage.value, state], slots[model, stage.value, state])
+    yield from (serving, places)

@@ -50,6 +50,7 @@ from triptych.roles.messages.worker import (
     StoreOutputs,
     StorePreview,
 )
+from triptych.roles.metrics import TRANSFER_FAILURES, TRANSFERS
 from triptych.roles.pool.client import FAULTS, RESUMED, LeaseGoneError, PoolClient, PoolMapping, pool_full_reason
 from triptych.roles.worker import devices
 from triptych.roles.worker.attempts import ActiveAttempt, NextStep, PreviewValues, Snapshot
@@ -101,6 +102,8 @@ class TransferActor(Actor):
         self._faults = FaultRates.parse(os.environ.get(FAULTS, ""))
         self._pull_s = topology.transfer.pull_timeout_s
         self._chance = random.Random(component.name)  # noqa: S311  for drills
+        for transfer in TRANSFERS:  # from 0, so that the first failure already shows as an increase
+            TRANSFER_FAILURES.labels(transfer)
 
     async def started(self) -> None:
         """Map the pool's memory, once the pool is there.

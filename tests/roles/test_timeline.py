@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from triptych.actors.runtime.metrics import REGISTRY
 from triptych.roles.messages.common import Attempt
 from triptych.roles.timeline import (
     MAX_FILES,
@@ -140,3 +141,22 @@ def test_a_disk_that_cannot_be_written_ends_the_timeline_and_nothing_else(
             await h.stop(writer.name)
 
     run(body())
+
+
+def test_what_takes_time_is_counted_also_where_nothing_is_kept() -> None:
+    def counted(name: str, **labels: str) -> float:
+        return REGISTRY.get_sample_value(name, labels) or 0.0
+
+    timeline, attempt = Timeline(), Attempt("r/0", 1)
+    names = ("seconds_count", "bytes_total", "failures_total")
+    before = [counted(f"triptych_transfer_{name}", transfer="load") for name in names]
+    steps, batched = counted("triptych_step_seconds_count"), counted("triptych_batch_size_sum")
+    with timeline.measure("transfer", "load", attempt, nbytes=6):
+        pass
+    with pytest.raises(ValueError, match="broken"), timeline.measure("transfer", "load", attempt, nbytes=7):
+        raise ValueError("broken")
+    timeline.span("compute", "step", 1.0, attempt, attempt)
+    after = [counted(f"triptych_transfer_{name}", transfer="load") for name in names]
+    assert [now - then for now, then in zip(after, before, strict=True)] == [1, 6, 1]
+    assert counted("triptych_step_seconds_count") == steps + 1
+    assert counted("triptych_batch_size_sum") == batched + 2

@@ -15,6 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.system.conftest import BOUND_S, back
 from triptych.api.launch import Cluster
+from triptych.roles.messages.common import Attempt
+from triptych.roles.messages.stages import StageTaken
 
 ASYNC = {"Prefer": "respond-async"}
 
@@ -66,20 +68,32 @@ def test_each_metric_moves_when_it_should(on_cluster: Callable[..., Any]) -> Non
             await cluster.wait_ready(BOUND_S)
             cancelled = before["triptych_requests_total cancelled"] + 3
             after = await until(http, lambda found: found["triptych_requests_total cancelled"] == cancelled)
+            (head,) = [one for one in cluster.topology.components if one.kind == "head"]
+            cluster._outbox.reference("head", head.address).tell(StageTaken(Attempt("nobody/0", 1)))
+            await until(http, lambda found: found["triptych_dead_letters_total"] > after["triptych_dead_letters_total"])
+            decoder = await cluster.pid_of("decoder-0")
+            os.kill(decoder, signal.SIGSTOP)
+            silent = await metrics(http)
+            os.kill(decoder, signal.SIGCONT)
+            await cluster.wait_ready(BOUND_S)
+        assert silent["triptych_up"] == after["triptych_up"] - 1
+        assert silent["triptych_instances"] == after["triptych_instances"] == 4
         assert after["triptych_requests_total done"] == before["triptych_requests_total done"] + 2
         assert after["triptych_restarts_total"] == before["triptych_restarts_total"] + 1
         rises = (
             "triptych_request_seconds_count", "triptych_stage_wait_seconds_count", "triptych_stage_seconds_count",
             "triptych_recovery_seconds_count", "triptych_prompt_cache_hits_total", "triptych_prompt_cache_misses_total",
+            "triptych_http_responses_total",
         )  # fmt: skip
         assert [name for name in rises if not after[name] > before[name]] == []
         rose_before_the_kill = (
             "triptych_step_seconds_count", "triptych_batch_size_count", "triptych_instance_stage_seconds_count",
             "triptych_transfer_seconds_count", "triptych_transfer_bytes_total", "triptych_instance_runs",
-            "triptych_jobs", "triptych_queued_seconds", "triptych_pool_bytes",
+            "triptych_jobs", "triptych_queued_seconds", "triptych_pool_bytes", "triptych_slots",
+            "triptych_prompt_cache_bytes", "process_resident_memory_bytes", "process_cpu_seconds_total",
         )  # fmt: skip
         assert [name for name in rose_before_the_kill if not during[name] > 0] == []
         assert after["triptych_jobs"] == 0
-        assert {"triptych_mailbox_depth", "triptych_dead_letters_total", "triptych_up"} <= during.keys()
+        assert {"triptych_mailbox_depth", "triptych_transfer_failures_total"} <= during.keys()
 
     on_cluster(scenario)
