@@ -12,7 +12,7 @@ PARALLEL ?= -n $(shell expr $$(nproc) + 1) --maxprocesses 4 --dist worksteal
 # Three wheels bring the same mooncake/ folder: one for hosts without an NVIDIA driver, one each for CUDA 12 and 13.
 MOONCAKE := $(shell tools/mooncake_extra.sh)
 
-.PHONY: help install demo serve test test-packages test-long test-hosts test-families test-s3 test-rdma test-placement test-ray test-page test-gpu check format bench bench-memory gpu-report gpu-report-here docs docs-serve clean
+.PHONY: help install demo serve test test-packages test-long test-hosts test-families test-s3 test-rdma test-prometheus test-placement test-ray test-page test-gpu check format bench bench-memory gpu-report gpu-report-here docs docs-serve clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -34,7 +34,7 @@ serve: $(INSTALLED) ## Start the system of TOPOLOGY=examples/demo.toml and keep 
 	$(BIN)/triptych up $(TOPOLOGY)
 
 test: $(INSTALLED) test-packages ## All tests that need no GPU
-	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not families and not long and not hosts and not rdma and not placement and not ray and not s3 and not page"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not families and not long and not hosts and not rdma and not placement and not ray and not s3 and not page and not prometheus"
 
 test-packages: # Some tests run on hosts that are made of namespaces
 	tools/system_packages.sh ip:iproute2 tc:iproute2 nft:nftables unshare:util-linux nsenter:util-linux
@@ -58,6 +58,10 @@ $(VENV)-s3/bin/swift-proxy-server:
 test-rdma: $(INSTALLED) ## Tests over RDMA, with a device that the kernel of a QEMU guest makes; two minutes
 	tools/system_packages.sh qemu-system-x86_64:qemu-system-x86 rdma:iproute2
 	$(BIN)/python -m triptych.tools.rdma_guest $(BIN)/python -m pytest -s -m rdma tests/engines/transfer
+
+test-prometheus: $(INSTALLED) ## The dashboard and the alerts of examples/ against a real Prometheus that scrapes a system under load
+	tools/system_packages.sh prometheus:prometheus promtool:prometheus
+	$(BIN)/python -m pytest -m prometheus tests/system/test_prometheus.py
 
 test-placement: $(INSTALLED) test-packages ## Hosts run over a real sshd and a real Slurm, manifests against all of Kubernetes' schemas
 	tools/system_packages.sh sshd:openssh-server ps:procps slurmctld:slurmctld slurmd:slurmd srun:slurm-client
