@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import secrets
 import time
 from typing import Final
@@ -16,27 +14,26 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from triptych.actors.runtime.metrics import REGISTRY
 from triptych.api.errors import CLIENT_CLOSED_REQUEST
 from triptych.api.services import RequestState, Services
+from triptych.roles.tracing import (
+    REQUEST_ID_PREFIX,
+    TraceContext,
+    TraceSpan,
+    is_sampled,
+    new_span_id,
+    read_traceparent,
+    traced_request_id,
+)
 
 log = structlog.stdlib.get_logger("api")
 ANSWERS: Final = Counter(
     "triptych_http_responses", "Answers of the API below /v1/, by HTTP status.", ["method", "status"], registry=REGISTRY
 )
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-# https://www.w3.org/TR/trace-context/, version 00.
-_TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 
 
 def new_request_id() -> str:
     """Make an id that is unique and sorts by time: 48 bits of unix milliseconds, then 80 random bits."""
-    return f"req_{time.time_ns() // 1_000_000:012x}{secrets.token_hex(10)}"
-
-
-def child_traceparent(traceparent: str) -> str:
-    """Return a new span of the trace of a W3C `traceparent` header; one that cannot be read starts a new trace."""
-    match = _TRACEPARENT.fullmatch(traceparent)
-    if match is None or not int(match[1], 16) or not int(match[2], 16):
-        return f"00-{os.urandom(16).hex()}-{os.urandom(8).hex()}-01"
-    return f"00-{match[1]}-{os.urandom(8).hex()}-{match[3]}"
+    return f"{REQUEST_ID_PREFIX}{time.time_ns() // 1_000_000:012x}{secrets.token_hex(10)}"
 
 
 class RequestContextMiddleware:
@@ -53,7 +50,11 @@ class RequestContextMiddleware:
             return
         started, status = time.monotonic(), 0
         request_id = new_request_id()
-        traceparent = child_traceparent(Headers(scope=scope).get("traceparent", ""))
+        exporter, share = self.services.exporter, self.services.topology.otel.sample
+        client = read_traceparent(Headers(scope=scope).get("traceparent", ""))
+        trace = child_of(client, request_id, share if exporter and begins_trace(scope) else 0.0)
+        if exporter and trace.sampled:
+            request_id = traced_request_id(trace)
         state: RequestState = {"services": self.services, "request_id": request_id, "owner": "", "max_priority": 0}
         scope["state"] = state
 
@@ -63,13 +64,13 @@ class RequestContextMiddleware:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers.setdefault("X-Request-Id", request_id)
-                headers["traceparent"] = traceparent
+                headers["traceparent"] = trace.traceparent
             await send(message)
 
         try:
             await self.app(scope, receive, send_with_headers)
         finally:
-            status = status or CLIENT_CLOSED_REQUEST
+            seconds, status = time.monotonic() - started, status or CLIENT_CLOSED_REQUEST
             if scope["path"].startswith("/v1/"):
                 method = scope["method"] if scope["method"] in _METHODS else "other"  # a client may call it anything
                 ANSWERS.labels(method, str(status)).inc()
@@ -78,8 +79,48 @@ class RequestContextMiddleware:
                     method=scope["method"],
                     path=scope["path"],
                     status=status,
-                    seconds=round(time.monotonic() - started, 4),
+                    seconds=round(seconds, 4),
                     **({"owner": owner} if (owner := state["owner"]) else {}),
                     request_id=request_id,
-                    traceparent=traceparent,
+                    traceparent=trace.traceparent,
                 )
+            if exporter and trace.sampled:
+                exporter.export([http_span(trace, client.span_id if client else "", scope, status, seconds)])
+
+
+def begins_trace(scope: Scope) -> bool:
+    """Return whether an HTTP request without a trace may begin one: those that look at something do not."""
+    path: str = scope["path"]
+    return scope["method"] == "POST" and path.startswith("/v1/")
+
+
+def child_of(client: TraceContext | None, request_id: str, share: float) -> TraceContext:
+    """Return the context of the span of an HTTP request.
+
+    Args:
+        client: That of the client; None to begin a trace, with the digits of the request's id.
+        request_id: As `new_request_id` makes it.
+        share: Of the traces that are begun, which are exported.
+    """
+    if client is not None:
+        return client._replace(span_id=new_span_id())
+    trace_id = request_id.removeprefix(REQUEST_ID_PREFIX)
+    return TraceContext(trace_id, new_span_id(), is_sampled(trace_id, share))
+
+
+def http_span(trace: TraceContext, parent_id: str, scope: Scope, status: int, seconds: float) -> TraceSpan:
+    """Return the span of an HTTP request that has been answered just now."""
+    route = scope["path"] if "endpoint" in scope else ""
+    for name, value in scope.get("path_params", {}).items():
+        route = route.replace(str(value), f"{{{name}}}")  # or each request would have a name of its own
+    ended = time.time()
+    return TraceSpan(
+        trace,
+        f"{scope['method']} {route}".rstrip(),
+        ended - seconds,
+        ended,
+        parent_id,
+        {"http.request.method": scope["method"], "url.path": scope["path"], "http.response.status_code": status},
+        f"status {status}" if status >= 500 else "",
+        server=True,
+    )

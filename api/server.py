@@ -34,6 +34,7 @@ from triptych.roles.media.location import store_files, upload_bounds
 from triptych.roles.media.uploads import UPLOADS, UploadStore
 from triptych.roles.messages.requests import ClusterQuery, ClusterView
 from triptych.roles.messages.store import ArtifactPartStored, GetUploadPart, PutArtifactPart, UploadPart
+from triptych.roles.trace_exporter import TraceExporter, exporter_of
 
 HEAD_PING_TIMEOUT_S = 2.0
 """Of one ping to a head that may not be there yet."""
@@ -49,8 +50,9 @@ class ApiServer(Actor):
     mailbox_capacity = 64
     """Messages may be as large as the bus allows: they have parts of files."""
 
-    def __init__(self, name: str, topology: Topology) -> None:
+    def __init__(self, name: str, topology: Topology, exporter: TraceExporter | None = None) -> None:
         super().__init__(name)
+        self._exporter = exporter
         self.topology = topology
         self._store = StoreService(topology.state_dir / ARTIFACTS, topology.state_dir / UPLOADS)
         self._stopping = asyncio.Event()
@@ -82,6 +84,7 @@ class ApiServer(Actor):
             BodyLimiter(),
             self._stopping,
             webhook_keys,
+            exporter=self._exporter,
         )
         self._server = Server(
             uvicorn.Config(
@@ -223,4 +226,5 @@ def read_webhook_keys(topology: Topology) -> WebhookKeys:
 
 def build(component: Component, topology: Topology) -> list[Actor]:
     """Make the actors of the api process."""
-    return [ApiServer(component.name, topology)]
+    exporter = exporter_of(component, topology)
+    return [ApiServer(component.name, topology, exporter), *([exporter] if exporter else [])]

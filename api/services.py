@@ -16,6 +16,7 @@ from triptych.api.uploads import UploadService
 from triptych.api.video_variants import VideoVariants
 from triptych.api.webhook_keys import WebhookKeys
 from triptych.roles.media.artifacts import ArtifactStore
+from triptych.roles.trace_exporter import TraceExporter
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Services:
     """Set once the server stops: requests that still wait for images are answered 503."""
     webhook_keys: WebhookKeys = field(default_factory=lambda: WebhookKeys({}))
     """They sign webhooks."""
+    exporter: TraceExporter | None = None
+    """Of the spans of this process; None without traces."""
 
 
 class RequestState(TypedDict):

@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,17 @@ from msgspec import Meta
 from triptych.actors import Actor, Component, Topology
 from triptych.roles.messages.common import Attempt
 from triptych.roles.metrics import observe_span
+from triptych.roles.previews import denoise_of, is_preview
+from triptych.roles.trace_exporter import TraceExporter
+from triptych.roles.tracing import (
+    AttributeValue,
+    TraceContext,
+    TraceSpan,
+    attempt_name,
+    context_of,
+    new_span_id,
+    span_id_of,
+)
 
 TIMELINE: Final = "timeline"
 """Folder of the timelines, under the state folder."""
@@ -33,6 +44,8 @@ SUFFIX: Final = ".timeline"
 MAX_BUFFERED: Final = 16_384
 """Most events in memory; more are counted as lost."""
 WRITE_EVERY_S: Final = 0.5
+RUN: Final = "run"
+"""Name of the span of a whole stage in a trace, where the attempt has the name of the stage."""
 PART_BYTES: Final = 16 << 20
 """Size from which the next file of a process is begun."""
 MAX_FILES: Final = 4
@@ -116,10 +129,21 @@ class Timeline:
     Args:
         on: Whether events are kept; else they are only counted.
         capacity: Most events that wait to be written.
+        exporter: Gets the spans of requests that are traced, too.
+        instance: Whose they are.
     """
 
-    def __init__(self, *, on: bool = False, capacity: int = MAX_BUFFERED) -> None:
+    def __init__(
+        self,
+        *,
+        on: bool = False,
+        capacity: int = MAX_BUFFERED,
+        exporter: TraceExporter | None = None,
+        instance: str = "",
+    ) -> None:
         self.on = on
+        self._exporter = exporter
+        self._instance = instance
         self.recorded = 0
         """Events recorded so far, lost ones included."""
         self.lost = 0
@@ -153,22 +177,23 @@ class Timeline:
         """Record something that began at `began` and ended at `ended`, or just now, and count it in the metrics."""
         ended = time.monotonic() if ended is None else ended
         observe_span(track, name, max(0.0, ended - began), len(attempts), nbytes, failed=bool(error))
-        if not self.on:
+        if not (self.on or self._exporter):
             return
-        ids = tuple(str(attempt) for attempt in attempts)
-        self.add(
-            Span(
-                track=track,
-                name=name,
-                began=began,
-                ended=max(began, ended),
-                attempts=ids,
-                step=step,
-                total_steps=total_steps,
-                nbytes=nbytes,
-                error=error[:160],
-            )
+        event = Span(
+            track=track,
+            name=name,
+            began=began,
+            ended=max(began, ended),
+            attempts=tuple(str(attempt) for attempt in attempts),
+            step=step,
+            total_steps=total_steps,
+            nbytes=nbytes,
+            error=error[:160],
         )
+        self.add(event)
+        if self._exporter:
+            offset = time.time() - time.monotonic()
+            self._exporter.export(trace_spans(event, attempts, self._instance, offset))
 
     @contextmanager
     def measure(self, track: Track, name: str, *attempts: Attempt, nbytes: int = 0) -> Iterator[Measured]:
@@ -189,6 +214,36 @@ class Timeline:
             events.append(Lost(events=self.lost - self._told))
             self._told = self.lost
         return events
+
+
+def trace_spans(event: Span, attempts: Sequence[Attempt], instance: str, offset: float) -> Iterator[TraceSpan]:
+    """Yield the spans of an event in the traces of its attempts: one for each that is traced.
+
+    Args:
+        event: What an instance has done.
+        attempts: Whom it was for.
+        instance: Name of the instance.
+        offset: Seconds from CLOCK_MONOTONIC to those since 1970.
+    """
+    facts = {"bytes": event.nbytes, "step": event.step, "steps": event.total_steps}
+    known: dict[str, AttributeValue] = {f"triptych.{key}": value for key, value in facts.items() if value}
+    if event.track == "compute":
+        known["triptych.batch"] = len(attempts)
+    for attempt in attempts:
+        context = context_of(attempt.job_id)
+        if context is None:
+            continue
+        # The head knows no attempts of previews, which are decoded between other work.
+        parent = denoise_of(attempt)[0].job_id if is_preview(attempt) else attempt_name(attempt, instance)
+        yield TraceSpan(
+            TraceContext(context.trace_id, new_span_id()),
+            RUN if event.track == "stage" else event.name,
+            event.began + offset,
+            event.ended + offset,
+            span_id_of(parent),
+            {"triptych.instance": instance, "triptych.attempt": attempt.number, **known},
+            event.error,
+        )
 
 
 def timeline_file(name: str) -> tuple[str, int, int] | None:
@@ -288,10 +343,19 @@ class TimelineWriter(Actor):
             self.log.warning("the timeline ends here", folder=str(self._folder), error=str(error))
 
 
-def timeline_of(component: Component, topology: Topology) -> tuple[Timeline, list[Actor]]:
-    """Return the timeline of a process, and the actors that write it: none if the topology does not ask for it."""
-    timeline = Timeline(on=topology.state.timeline)
-    return timeline, [TimelineWriter(component, topology, timeline)] if timeline.on else []
+def timeline_of(
+    component: Component, topology: Topology, exporter: TraceExporter | None = None
+) -> tuple[Timeline, list[Actor]]:
+    """Return the timeline of a process, and the actors that write and export it: none unless the topology asks for it.
+
+    Args:
+        component: The process.
+        topology: The topology.
+        exporter: Of its spans.
+    """
+    timeline = Timeline(on=topology.state.timeline, exporter=exporter, instance=component.name)
+    writers: list[Actor] = [TimelineWriter(component, topology, timeline)] if timeline.on else []
+    return timeline, [*writers, *([exporter] if exporter else [])]
 
 
 def _boot_id() -> str:

@@ -11,6 +11,7 @@ WITHOUT_TENSORS = (
     "bus",
     "actors",
     "roles.head.head",
+    "roles.timeline",
     "roles.media.artifacts",
     "roles.pool.pool",
     "api.server",
@@ -18,8 +19,8 @@ WITHOUT_TENSORS = (
 )
 
 
-def test_what_does_no_tensor_work_starts_without_torch_and_ffmpeg() -> None:
+def test_what_does_no_tensor_work_starts_without_torch_and_ffmpeg_and_nothing_with_opentelemetry() -> None:
     modules = ", ".join(f"triptych.{name}" for name in WITHOUT_TENSORS)
-    program = f"import sys, {modules}; print({{'torch', 'av'}} & sys.modules.keys())"
+    program = f"import sys, {modules}; print({{'torch', 'av', 'opentelemetry'}} & sys.modules.keys())"
     started = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
     assert started.stdout.strip() == "set()"

@@ -44,6 +44,9 @@ def preflight(topology: Topology, components: Sequence[Component], *, file: str 
         fix = f'install it with pip install "{backend.install}", or use engine = "{DEFAULT}"'
         problem = f"needs the {engine} engine, which is missing"
         raise TopologyError(file, f'[transfer] engine = "{engine}"', problem, fix)
+    if topology.otel.endpoint and not _is_installed("opentelemetry.exporter.otlp.proto.http"):
+        fix = 'install it with pip install "triptych[otel]"'
+        raise TopologyError(file, "[otel] endpoint", "needs OpenTelemetry, which is missing", fix)
     if kinds - {"pool", "denoiser"}:
         _check_store(topology, file)
     for component in components:
@@ -116,4 +119,7 @@ def _check_bus_keys(topology: Topology, file: str) -> None:
 
 
 def _is_installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # what it is a part of is missing
+        return False

@@ -47,6 +47,7 @@ from triptych.actors.topology.sections import (
     HostSection,
     MemorySection,
     ModelSection,
+    OtelSection,
     RoleKind,
     RoleSection,
     SchedulingPolicyName,
@@ -194,6 +195,7 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
     state: StateSection
     store: StoreSection = StoreSection()
     webhooks: WebhooksSection = WebhooksSection()
+    otel: OtelSection = OtelSection()
     components: tuple[Component, ...]
     """In start order: pools, role instances, head, api."""
     hosts: tuple[HostSection, ...] = ()
@@ -353,6 +355,7 @@ def load_topology(path: Path | str, placed: PlacedHosts | None = None) -> Topolo
         state=sections.state,
         store=sections.store,
         webhooks=sections.webhooks,
+        otel=sections.otel,
         components=components,
         hosts=sections.hosts,
         path=resolved,
@@ -495,6 +498,9 @@ def _check_api(file: str, sections: Sections) -> None:
     if api.public_url and not _is_site(api.public_url):
         problem, fix = f'= "{api.public_url}" is not the URL of a site', 'write it as in "https://pictures.example.com"'
         raise TopologyError(file, "[api] public_url", problem, fix)
+    if sections.otel.endpoint and not _is_site(sections.otel.endpoint):
+        problem, fix = f'= "{sections.otel.endpoint}" is not a URL', 'write it as in "http://127.0.0.1:4318"'
+        raise TopologyError(file, "[otel] endpoint", problem, fix)
     for host in api.allowed_hosts:
         if not HOST_ADDRESS.fullmatch(host):
             fix = 'write a name alone, as in "pictures.example.com"'

@@ -62,6 +62,7 @@ Components = Annotated[
     dict[str, str], Meta(description='a table of files or folders, as in transformer = "flux.safetensors"')
 ]
 Scale = Annotated[float, Meta(ge=-4, le=4, description="a number from -4 to 4")]
+Share = Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1")]
 OptionValue = bool | int | float | str | tuple[int | float, ...]
 Options = Annotated[
     dict[str, OptionValue],
@@ -435,6 +436,16 @@ class StoreSection(Section, frozen=True):
         return None if not self.url or self.url.startswith(S3_SCHEME) else Path(self.url.removeprefix("file://"))
 
 
+class OtelSection(Section, frozen=True):
+    """`[otel]`: where the traces of requests go, as OpenTelemetry has them. It needs `pip install "triptych[otel]"`."""
+
+    endpoint: str = ""
+    """URL of a receiver of OTLP over HTTP, such as "http://127.0.0.1:4318", without `/v1/traces`; "" = that of the
+    environment variable `OTEL_EXPORTER_OTLP_ENDPOINT`; without either there are no traces."""
+    sample: Share = 1.0
+    """Which share of the requests is traced. A client that sends a `traceparent` decides about its own."""
+
+
 class RoleSection(Section, frozen=True):
     """One `[[roles]]` entry (with several models `[[models.roles]]`): `count` equal instances of a role."""
 
@@ -534,3 +545,4 @@ class Sections(msgspec.Struct, frozen=True, kw_only=True):
     bus: BusSection = BusSection()
     state: StateSection = StateSection()
     store: StoreSection = StoreSection()
+    otel: OtelSection = OtelSection()

@@ -18,6 +18,7 @@ import msgspec
 from prometheus_client.metrics_core import Metric
 
 from triptych.actors import Actor, Component, DeferredReply, StartDelayedError, StartError, Topology
+from triptych.actors.errors import UnknownNameError
 from triptych.actors.runtime.system_messages import (
     ChildReport,
     SupervisorQuery,
@@ -40,6 +41,7 @@ from triptych.roles.head.job import IllegalTransitionError, Request
 from triptych.roles.head.journal import JournalError
 from triptych.roles.head.model_manager import ModelManager
 from triptych.roles.head.monitor import Monitor
+from triptych.roles.head.request_spans import request_spans
 from triptych.roles.head.request_store import RequestStore, SubmitAnswer
 from triptych.roles.head.scheduler import JobScheduler
 from triptych.roles.head.served_models import served_models_of
@@ -48,6 +50,7 @@ from triptych.roles.messages import requests, stages
 from triptych.roles.messages.webhooks import TakeWebhooks, WebhookRecorded, WebhooksDue, WebhookTried
 from triptych.roles.messages.weights import ModelStatus, Reloading, ReloadModel, SleepModel, WakeModel
 from triptych.roles.timeline import JobHistory, Timeline, timeline_of
+from triptych.roles.trace_exporter import TraceExporter, exporter_of
 
 Report: TypeAlias = (
     stages.CheckpointStored
@@ -73,17 +76,21 @@ PROBE_EVERY_S = 1.0
 
 def build(component: Component, topology: Topology) -> list[Actor]:
     """Make the actors of the head's process."""
-    timeline, writers = timeline_of(component, topology)
-    return [Head(topology, timeline), *writers]
+    exporter = exporter_of(component, topology)
+    timeline, writers = timeline_of(component, topology, exporter)
+    return [Head(topology, timeline, exporter), *writers]
 
 
 class Head(Actor):
     """The head actor, one per cluster: receives the messages of clients and the reports of instances."""
 
-    def __init__(self, topology: Topology, timeline: Timeline | None = None) -> None:
+    def __init__(
+        self, topology: Topology, timeline: Timeline | None = None, exporter: TraceExporter | None = None
+    ) -> None:
         super().__init__("head")
         self.topology = topology
         self.timeline = timeline or Timeline()
+        self._exporter = exporter
         self.models = served_models_of(topology)
         self._version = importlib.metadata.version("triptych")
         self._mismatches: dict[str, str] = {}  # why instances were refused, by name
@@ -165,9 +172,17 @@ class Head(Actor):
         for effect in effects:
             if isinstance(effect, NotifyWaiters) and (request := self.models.request(effect.request_id)):
                 observe_ended(self._model_name(request), request, self._stage_times)
+                if self._exporter:
+                    self._exporter.export(request_spans(request, self._model_name(request), self._kind_of))
                 for job in request.jobs:
                     moves = tuple((each.state, each.at) for each in job.history)
                     self.timeline.add(JobHistory(job=job.id, states=moves))
+
+    def _kind_of(self, instance: str) -> str:
+        try:
+            return self.topology.component(instance).kind
+        except UnknownNameError:  # of an earlier topology
+            return "attempt"
 
     def _model_name(self, request: Request) -> str:
         served = self.models.by_key(request.model)

@@ -16,6 +16,8 @@ MAX_RUNS: Final = 64
 """Most runs of a job that are kept, the newest: a job that is parked or lost again and again has more."""
 MAX_MARKS: Final = 48
 """Most steps of a run whose times are kept."""
+PARKED: Final = "parked for a more urgent job"
+"""End of the reason of a run that was."""
 
 
 def assign(runs: list[RunView], stage: Stage, instance: str, attempt: int, now: float) -> None:

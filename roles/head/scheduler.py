@@ -522,7 +522,7 @@ class JobScheduler(SchedulingState):
         job, known = self._attempt_ended(instance, report)
         if job is None:
             return known
-        why = "parked for a more urgent job" if job.parking else ExitCause.STOPPED.value
+        why = runs.PARKED if job.parking else ExitCause.STOPPED.value
         self._retry(job, f"{instance}: {why}", now, counts=False)
         return True
 

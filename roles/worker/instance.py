@@ -53,6 +53,7 @@ from triptych.roles.messages.stages import (
 from triptych.roles.messages.worker import DeviceLost, SetWeightsLoaded
 from triptych.roles.pool.client import PoolClient, pool_full_reason
 from triptych.roles.timeline import timeline_of
+from triptych.roles.trace_exporter import exporter_of
 from triptych.roles.worker.attempts import AttemptRefusedError, EndReport
 from triptych.roles.worker.preallocation import Preallocation
 from triptych.roles.worker.process_context import STREAM, TRANSFER, ProcessContext
@@ -71,11 +72,11 @@ class DeviceLostError(Exception):
 
 
 def build(component: Component, topology: Topology) -> list[Actor]:
-    """Make the three actors of a role process, and one more that writes the timeline if the topology asks for it."""
+    """Make the three actors of a role process, and those that write its timeline if the topology asks for it."""
     from triptych.roles.worker.stream_worker import StreamWorker
     from triptych.roles.worker.transfer import TransferActor
 
-    timeline, writers = timeline_of(component, topology)
+    timeline, writers = timeline_of(component, topology, exporter_of(component, topology))
     context = ProcessContext(component, timeline, fetches_uploads=not has_store(component, topology))
     return [
         Instance(component, topology, context),

@@ -123,6 +123,8 @@ class SharedClusters:
         folder.mkdir()
         if name == "mooncake":
             sections["head"] = {"port": free_ports(9)}
+        if name == "killed":  # where no client sends a trace, none goes there
+            sections["otel"] = {"endpoint": f"http://127.0.0.1:{free_ports(1)}", "sample": 0.0}
         if name == "models":
             path = write_models(folder, MODELS, self._models)
         else:

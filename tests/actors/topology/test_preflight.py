@@ -75,6 +75,19 @@ def test_preflight_wants_torchao(write: Write, monkeypatch: pytest.MonkeyPatch) 
     preflight(topology, [topology.component("encoder-0")])
 
 
+def test_preflight_wants_opentelemetry_where_traces_go_somewhere(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    topology = load_topology(write('[otel]\nendpoint = "http://127.0.0.1:4318"\n'))
+    preflight(topology, topology.components)
+
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(name)  # as find_spec does for what a missing package would have in it
+
+    monkeypatch.setattr("importlib.util.find_spec", missing)
+    with pytest.raises(TopologyError, match=r'needs OpenTelemetry.*pip install "triptych\[otel\]"'):
+        preflight(topology, topology.components)
+    preflight(load_topology(write()), topology.components)
+
+
 @pytest.mark.skipif(has_accelerator(), reason="this machine has one")
 def test_preflight_wants_the_device(write: Write) -> None:
     topology = load_topology(write(roles=THREE_ROLES.replace('"denoiser"', '"denoiser"\ndevice = "cuda:1"')))

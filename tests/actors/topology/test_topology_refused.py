@@ -272,6 +272,12 @@ BROKEN = {
         'public_url = "http://[" is not the URL',
         "https://",
     ),
+    "no receiver of traces": (
+        MODEL + '[otel]\nendpoint = "127.0.0.1:4318"\n' + THREE_ROLES,
+        '[otel] endpoint = "127.0.0.1:4318" is not a URL',
+        "http://127.0.0.1:4318",
+    ),
+    "more than all": (MODEL + "[otel]\nsample = 1.5\n" + THREE_ROLES, "[otel] sample", "a number from 0 to 1"),
     "no host": (
         MODEL + '[api]\nallowed_hosts = ["http://a"]\n' + THREE_ROLES,
         'allowed_hosts have "http://a"',
