@@ -15,6 +15,7 @@ import typer
 from typer._completion_classes import completion_init
 
 from triptych.actors.command._console import EXIT_INTERRUPTED, fail, stdout
+from triptych.actors.command.bench import bench
 from triptych.actors.command.check import check
 from triptych.actors.command.completion import completion
 from triptych.actors.command.generate import generate
@@ -30,9 +31,9 @@ from triptych.actors.command.up import up
 __all__ = ["app", "main"]
 
 _COMMANDS: Final[tuple[Callable[..., None], ...]] = (
-    *(init, check, up, status, logs, generate, reload, sleep, wake, keys, manifests, completion),
+    *(init, check, up, status, logs, generate, bench, reload, sleep, wake, keys, manifests, completion),
 )
-_WITHOUT_ARGUMENTS: Final = (status, logs)
+_WITHOUT_ARGUMENTS: Final = (status, logs, bench)
 """Commands that do something without any argument."""
 
 app = typer.Typer(
