@@ -12,7 +12,7 @@ PARALLEL ?= -n $(shell expr $$(nproc) + 1) --maxprocesses 4 --dist worksteal
 # Three wheels bring the same mooncake/ folder: one for hosts without an NVIDIA driver, one each for CUDA 12 and 13.
 MOONCAKE := $(shell tools/mooncake_extra.sh)
 
-.PHONY: help install demo serve test test-packages test-long test-hosts test-families test-s3 test-rdma test-prometheus test-placement test-ray test-page test-gpu check format bench bench-memory gpu-report gpu-report-here docs docs-serve clean
+.PHONY: help install demo serve test test-packages test-long test-hosts test-families test-s3 test-clients test-rdma test-prometheus test-placement test-ray test-page test-gpu check format bench bench-memory gpu-report gpu-report-here docs docs-serve clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -54,6 +54,10 @@ test-s3: $(INSTALLED) $(VENV)-s3/bin/swift-proxy-server ## Tests against a real 
 $(VENV)-s3/bin/swift-proxy-server:
 	$(PYTHON) -m venv $(VENV)-s3
 	$(VENV)-s3/bin/pip install --quiet --disable-pip-version-check "swift==2.38.3"
+
+test-clients: $(INSTALLED) ## Clients in other languages of examples/clients against a running system
+	tools/system_packages.sh curl:curl node:nodejs go:golang-go
+	$(BIN)/python -m pytest -m clients tests/system/test_client_examples.py
 
 test-rdma: $(INSTALLED) ## Tests over RDMA, with a device that the kernel of a QEMU guest makes; two minutes
 	tools/system_packages.sh qemu-system-x86_64:qemu-system-x86 rdma:iproute2
