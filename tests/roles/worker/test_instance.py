@@ -33,7 +33,8 @@ def test_three_stages_make_the_image_that_one_process_makes(
         )
         assert all(registration.signature.parameter("num_inference_steps") for registration in registrations)
         first = await driver.encoded(attempt(0))
-        assert await driver.inbox.next(stages.StageStarted) == stages.StageStarted(attempt(0), "encoder")
+        started = await driver.inbox.next(stages.StageStarted)
+        assert (started.attempt, started.stage) == (attempt(0), "encoder")
         await driver.push("denoiser-0", attempt(0), first)
         report = await driver.inbox.next(stages.StageOutputsStored)
         assert (report.stage, report.issued, report.seconds > 0) == ("denoiser", 3, True)
@@ -261,7 +262,8 @@ def test_a_head_that_comes_back_finds_the_attempts_as_they_were(
         assert set(registration.running) >= {attempt(0), attempt(1)}
         assert registration.taken == 2
         assert registrations["encoder-0"].running == ()
-        assert await second.inbox.next(stages.StageStarted) == stages.StageStarted(attempt(0), Stage.DENOISER)
+        started = await second.inbox.next(stages.StageStarted)
+        assert (started.attempt, started.stage) == (attempt(0), Stage.DENOISER)
         denoise_gate.set()
         stored = await second.inbox.next(stages.StageOutputsStored)
         assert stored.attempt == attempt(0)

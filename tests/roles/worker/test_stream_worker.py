@@ -46,7 +46,8 @@ def test_the_stages_make_an_image_of_each_others_outputs(on_worker: Any) -> None
         fake_instance.begin(1, INPUTS, seed=3)
         for stage in Stage:
             fake_instance.run(1, stage)
-            assert await fake_instance.inbox.next(StageStarted) == StageStarted(attempt(1), stage)
+            started = await fake_instance.inbox.next(StageStarted)
+            assert (started.attempt, started.stage) == (attempt(1), stage)
             passed_on = await fake_instance.inbox.next(COMPUTED)
             assert isinstance(passed_on, SaveArtifact if stage is Stage.DECODER else StoreOutputs)
             assert worker.context.attempts.active[attempt(1)].seconds > 0
