@@ -1,8 +1,9 @@
 """Say in a file what it is made from, where other programs look for it.
 
 Most of them read AUTOMATIC1111's text: the prompt, the negative prompt, and a line of `Name: value`. It is where that
-program puts it: the chunk `parameters` of a PNG, the EXIF UserComment of a JPEG or WebP, the comment of a GIF. A PNG
-also has the request as JSON, in the chunk `triptych`. The same provenance gives the same bytes: no time, no version.
+program puts it: the chunk `parameters` of a PNG, the EXIF UserComment of a JPEG or WebP, the comment of a GIF or
+MP4. The request as JSON is in the chunk `triptych` of a PNG, and in the description of an MP4. The same provenance
+gives the same bytes: no time, no version.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ _FIRST: Final[Mapping[str, str]] = {STEPS: "Steps", "scheduler": "Sampler", GUID
 _NAMES: Final[Mapping[str, str]] = {**_FIRST, "strength": "Denoising strength"}
 """AUTOMATIC1111's names of parameters; others have their own."""
 _SIDES: Final = ("height", "width")
+_MAX_TITLE: Final = 200
+"""Characters; the comment has all of the prompt."""
 _MAX_JPEG_EXIF: Final = 65_533
 """Bytes that fit into one segment of a JPEG."""
 _DIRECTORY: Final = ">HHHLLL"
@@ -140,6 +143,13 @@ def image_settings(output_format: str, metadata: FileMetadata | None) -> dict[st
             return {} if output_format == "jpeg" and len(written) > _MAX_JPEG_EXIF else {"exif": written}
         case _:
             return {}
+
+
+def mp4_tags(metadata: FileMetadata) -> dict[str, str]:
+    """Return the tags of an MP4: the prompt as its title, the text as its comment, the JSON as its description."""
+    prompt = json.loads(metadata.request).get("prompt")
+    title = {"title": prompt.replace("\0", "")[:_MAX_TITLE]} if isinstance(prompt, str) else {}
+    return {**title, "comment": metadata.text, "description": metadata.request}
 
 
 def _exif(text: str) -> bytes:

@@ -23,6 +23,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from av.video.stream import VideoStream
 
 from triptych.roles.media.decoded import Audio, Check, VideoFrames
+from triptych.roles.media.metadata import mp4_tags
 from triptych.roles.media.writers import WriteOptions
 
 _Packet: TypeAlias = "Packet[VideoStream] | Packet[AudioStream]"
@@ -57,6 +58,8 @@ def write_mp4(video: VideoFrames, options: WriteOptions) -> bytes:
         path = f"/proc/self/fd/{descriptor}"
         pace = exact_rate(options.fps)
         with av.open(path, "w", format="mp4", options=_MP4 | {"movie_timescale": _timescale(pace)}) as container:
+            if options.metadata is not None:
+                container.metadata.update(mp4_tags(options.metadata))
             stream = container.add_stream("libx264", rate=pace)
             packets: list[_Packet] = [*_video_packets(stream, video.frames, options.check)]
             if video.sound is not None:

@@ -141,7 +141,11 @@ def test_openais_client_does_with_videos_all_that_it_can(on_cluster: Callable[..
                 model="wan", prompt=PROMPT, seconds="0.3", extra_body={"seed": SEED}, poll_interval_ms=20
             )
             assert (made.status, made.prompt, made.seconds, made.error) == ("completed", PROMPT, "0.31", None)
-            film = decoded((await videos.download_content(made.id)).content)
+            data = (await videos.download_content(made.id)).content
+            film = decoded(data)
+            with av.open(io.BytesIO(data)) as container:
+                assert container.metadata["title"] == PROMPT
+                assert f"Seed: {SEED}" in container.metadata["comment"]
             thumbnail = (await videos.download_content(made.id, variant="thumbnail")).content
             sheet = (await videos.download_content(made.id, variant="spritesheet")).content
             height, width = film.shape[1:3]

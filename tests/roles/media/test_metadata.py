@@ -7,13 +7,14 @@ import json
 import zipfile
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
 from triptych.engines.parameters.schema import Parameter, ParameterKind
 from triptych.roles.media.decoded import Stills, VideoFrames
-from triptych.roles.media.metadata import FileMetadata, file_metadata
+from triptych.roles.media.metadata import FileMetadata, file_metadata, mp4_tags
 from triptych.roles.media.writers import encode
 from triptych.roles.messages.common import Images, Input, Json, Numbers, Options, Provenance, Upload
 
@@ -82,6 +83,21 @@ def test_the_pipelines_own_steps_and_guidance_are_said_unless_an_alias_was_given
     )
     given = file_metadata(Provenance("m", {"true_cfg_scale": 2.0, "num_inference_steps": 3}, 1), IMAGE, parameters)
     assert given.text == "Steps: 3, Seed: 1, Size: 16x8, Model: m, true_cfg_scale: 2.0"
+
+
+def test_a_video_has_it_as_tags_and_the_same_frames_without() -> None:
+    metadata = told(**INPUTS)
+    data, plain = (encode(FILM, "mp4", 8.0, metadata=each) for each in (metadata, None))
+    assert data == encode(FILM, "mp4", 8.0, metadata=told(**INPUTS))
+    with av.open(io.BytesIO(data)) as container, av.open(io.BytesIO(plain)) as other:
+        tags = container.metadata
+        assert (tags["title"], tags["comment"]) == (INPUTS["prompt"], TEXT)
+        assert tags["description"] == metadata.request
+        assert not {"title", "comment", "description", "encoder"} & other.metadata.keys()
+        frames = [[frame.to_ndarray().tobytes() for frame in each.decode(video=0)] for each in (container, other)]
+    assert frames[0] == frames[1]
+    assert mp4_tags(told(prompt="x\0" * 300))["title"] == "x" * 200
+    assert "title" not in mp4_tags(told())
 
 
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp", "gif"])
