@@ -179,9 +179,8 @@ def write_with_overrides(file: Path, overrides: Mapping[str, Mapping[str, Any]],
     changed = merge(str(file), tables, overrides)
     for model in (changed.get("model", {}), *changed.get("models", [])):
         _make_model_absolute(model, file.parent, file.parent)
-    _make_absolute(changed.get("state", {}), file.parent)
-    _make_absolute(changed.get("api", {}), file.parent)
-    _make_absolute(changed.get("bus", {}), file.parent)
+    for section in ("state", "api", "webhooks", "bus"):
+        _make_absolute(changed.get(section, {}), file.parent)
     changed.setdefault("state", {}).setdefault("path", str(folder / "state"))
     if changed.get("api", {}).get("port") == 0:
         changed["api"]["port"] = free_port()

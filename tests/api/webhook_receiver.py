@@ -1,4 +1,6 @@
-"""A receiver of webhooks on loopback: Starlette on uvicorn. As a program it prints what comes, a JSON object a line.
+"""A receiver of webhooks on loopback: Starlette on uvicorn.
+
+As a program it prints its port, then what comes, a JSON object a line.
 
 python -m tests.api.webhook_receiver PORT STATUS
 """
@@ -83,7 +85,7 @@ async def main(port: int, status: int) -> None:
         json.dumps({"headers": received.headers, "body": received.body.decode()}), flush=True
     )
     async with receiver.serving(port):
-        print("listening", flush=True)
+        print(receiver.port, flush=True)
         await asyncio.Event().wait()
 
 

@@ -30,6 +30,7 @@ STAGES = ("encoder", "denoiser", "decoder")
 FREE_PORTS = {"api": {"port": 0}}
 BOUND_S = 60.0
 """Longest wait for what must come: importing libraries anew takes seconds, and more on a busy machine."""
+WEBHOOK_SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 MANY_STEPS = 100_000
 """Steps that nobody waits for."""
 
@@ -74,6 +75,7 @@ SHARED: dict[str, dict[str, Any]] = {
         "roles": {"encoder": 1, "denoiser": 2, "decoder": 1},
         "supervision": {"intensity": 100, "heartbeat_timeout_s": 5},
         "role_keys": {"denoiser": {"checkpoint_s": 0.1, "slots": 1}},
+        "webhooks": {"hosts": ["127.0.0.1"], "keys_file": "webhook.keys", "retry_s": 0.1},
     },
     # On three hosts that are namespaces of this machine; b and c each can do without the other.
     "hosts": {
@@ -121,6 +123,8 @@ class SharedClusters:
         folder = self._folder / name
         shutil.rmtree(folder, ignore_errors=True)  # of one that a failed test has broken
         folder.mkdir()
+        (folder / "webhook.keys").touch(mode=0o600)
+        (folder / "webhook.keys").write_text(WEBHOOK_SECRET)
         if name == "mooncake":
             sections["head"] = {"port": free_ports(9)}
         if name == "killed":  # where no client sends a trace, none goes there

@@ -247,6 +247,15 @@ def test_pods_read_a_topology_whose_addresses_are_their_services(file: Path, tmp
         assert (service["clusterIP"], service["publishNotReadyAddresses"]) == ("None", True)
 
 
+def test_the_secret_that_signs_webhooks_lies_beside_the_keys_of_the_api(file: Path, tmp_path: Path) -> None:
+    file.write_text('[webhooks]\nhosts = ["a.example"]\nkeys_file = "mine"\n' + THREE)
+    written = tmp_path / "pods.toml"
+    written.write_text(named(made(file), "ConfigMap", "triptych-topology")["data"]["topology.toml"])
+    assert load_topology(written).webhooks.keys_file == "/run/triptych/keys/webhook.keys"
+    secret = named(made(file, "--secrets"), "Secret", "triptych-api")
+    assert secret["stringData"].keys() == {"api.keys", "webhook.keys"}
+
+
 def test_a_pod_has_the_gpus_the_time_and_the_command_of_its_host(file: Path) -> None:
     manifests = made(file)
     a, b, c = (named(manifests, "StatefulSet", f"triptych-{host}")["spec"]["template"]["spec"] for host in "abc")

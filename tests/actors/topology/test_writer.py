@@ -159,7 +159,9 @@ def test_adapters_of_a_topology_stay_where_they_are(folder: Path) -> None:
 
 def test_overrides_change_keys_and_roles_by_name(folder: Path) -> None:
     file = folder / "demo.toml"
-    file.write_text(f'[model]\npath = "models/x"\n[bus]\nkeys = "k"\n[api]\nport = 8001\n{THREE_ROLES}')
+    file.write_text(
+        f'[model]\npath = "models/x"\n[bus]\nkeys = "k"\n[webhooks]\nkeys_file = "w"\n[api]\nport = 8001\n{THREE_ROLES}'
+    )
     changes = {"api": {"port": 0}, "head": {"max_pending": 2}, "roles": {"denoiser": {"count": 3}}}
     (folder / "out").mkdir()
     (folder / "models" / "x").mkdir(parents=True)  # what is not there could be the id of a repository
@@ -167,6 +169,7 @@ def test_overrides_change_keys_and_roles_by_name(folder: Path) -> None:
     assert topology.models[0].path == folder.resolve() / "models" / "x"
     assert topology.head.max_pending == 2
     assert topology.bus.keys == str(folder / "k"), "as in the folder of the file"
+    assert topology.webhook_keys_path == (folder / "w").resolve()
     assert topology.api.port not in (0, 8001)
     assert [role.count for role in topology.models[0].section.roles] == [1, 3, 1]
     assert topology.state_dir == (folder / "out" / "state").resolve()
