@@ -50,13 +50,13 @@ def save(page: Page, path: Path) -> None:
 
 def test_pictures(cluster: Cluster, api: httpx.Client, open_page: Callable[..., Page], folder: Path) -> None:
     for seed, prompt in enumerate(PROMPTS):
-        body = {"prompt": prompt, "seed": seed, "num_inference_steps": 8}
+        body = {"prompt": prompt, "seed": seed, "num_inference_steps": 16}
         api.post("/v1/images/generations", json=body).raise_for_status()
     desktop = {"viewport": {"width": 1280, "height": 860}}
     light = open_page(cluster.url, **desktop)
     expect(tiles(light, "DONE")).to_have_count(len(PROMPTS))
     light.locator("#composer[data-state=ready]").wait_for()
-    generate(light, "a large green circle in the centre of a yellow background", Steps="4000", Seed="7")
+    generate(light, "a large green circle in the centre of a yellow background", Steps="2500", Seed="7")
     expect(tiles(light, "DENOISING_RUNNING").locator("img")).to_be_visible()
     expect(light.locator(".words").first).to_contain_text("Denoising")
     save(light, folder / "page-light.png")
