@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 from collections.abc import Mapping
 from email.utils import formatdate
@@ -40,11 +41,18 @@ _TYPES: Final = {
 }
 
 
-class PageFile(NamedTuple):
-    """A file of the page, as it is sent."""
+class Variant(NamedTuple):
+    """A file of the page as it is sent, plain or compressed."""
 
     content: bytes
     headers: Mapping[str, str]
+
+
+class PageFile(NamedTuple):
+    """A file of the page."""
+
+    plain: Variant
+    gzip: Variant
 
 
 def read_files(folder: Path = FOLDER) -> dict[str, PageFile]:
@@ -58,9 +66,11 @@ def read_files(folder: Path = FOLDER) -> dict[str, PageFile]:
 
 def _read(path: Path) -> PageFile:
     content = path.read_bytes()
+    digest = hashlib.blake2s(content, digest_size=12).hexdigest()
     headers = {
         "Content-Type": _TYPES[path.suffix],
-        "ETag": f'"{hashlib.blake2s(content, digest_size=12).hexdigest()}"',
+        "ETag": f'"{digest}"',
+        "Vary": "Accept-Encoding",
         "Last-Modified": formatdate(path.stat().st_mtime, usegmt=True),
         # Browsers ask each time, and get 304 until the server is another version.
         "Cache-Control": "no-cache",
@@ -69,7 +79,8 @@ def _read(path: Path) -> PageFile:
         "Referrer-Policy": "same-origin",
         "X-Content-Type-Options": "nosniff",
     }
-    return PageFile(content, headers)
+    compressed = {**headers, "ETag": f'"{digest}-gzip"', "Content-Encoding": "gzip"}
+    return PageFile(Variant(content, headers), Variant(gzip.compress(content, mtime=0), compressed))
 
 
 FILES: Final = read_files()
@@ -78,7 +89,8 @@ FILES: Final = read_files()
 
 async def get_page_file(request: ApiRequest) -> Response:
     """Return a file of the page."""
-    content, headers = FILES[request.scope["path"]]
+    file = FILES[request.scope["path"]]
+    content, headers = file.gzip if "gzip" in request.headers.get("accept-encoding", "") else file.plain
     if precondition(request.headers, headers["ETag"], headers["Last-Modified"]) == 304:
         return Response(status_code=304, headers=headers)
     return Response(content, headers=headers)

@@ -13,7 +13,7 @@ from triptych.api.page import FILES, FOLDER, POLICY
 pytestmark = pytest.mark.anyio
 ROOT = Path(__file__).parents[2]
 MAX_BYTES = 100_000
-"""Of all files together."""
+"""Of all files together, as browsers get them."""
 
 
 async def test_the_page_is_sent_once_and_then_only_asked_for(client):
@@ -24,7 +24,15 @@ async def test_the_page_is_sent_once_and_then_only_asked_for(client):
     assert answer.headers["cache-control"] == "no-cache"
     again = await client.get("/", headers={"If-None-Match": answer.headers["etag"]})
     assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", answer.headers["etag"])
-    assert (await client.head("/")).headers["content-length"] == str(len(answer.content))
+    assert (await client.head("/")).headers["content-length"] == str(len(FILES["/"].gzip.content))
+
+
+async def test_who_takes_no_compressed_files_gets_plain_ones(client):
+    packed, plain = await client.get("/"), await client.get("/", headers={"Accept-Encoding": "identity"})
+    assert (packed.headers["content-encoding"], packed.headers["vary"]) == ("gzip", "Accept-Encoding")
+    assert "content-encoding" not in plain.headers
+    assert packed.content == plain.content == FILES["/"].plain.content
+    assert packed.headers["etag"] != plain.headers["etag"]
 
 
 async def test_what_is_no_file_of_the_page_is_not_there(client):
@@ -33,8 +41,8 @@ async def test_what_is_no_file_of_the_page_is_not_there(client):
 
 
 async def test_every_file_that_the_page_asks_for_is_sent(client):
-    for path, (content, _) in FILES.items():
-        text = content.decode()
+    for path, file in FILES.items():
+        text = file.plain.content.decode()
         linked = re.findall(r'(?:href|src)="(page/[^"#]+)"', text) if path == "/" else []
         imported = re.findall(r'from "\./([\w.-]+\.js)"', text) if path.endswith(".js") else []
         for name in (*linked, *(f"page/{name}" for name in imported)):
@@ -44,15 +52,15 @@ async def test_every_file_that_the_page_asks_for_is_sent(client):
 
 
 def test_the_page_needs_no_other_host_and_nothing_inline():
-    for path, (content, _) in FILES.items():
-        text = content.decode()
+    for path, file in FILES.items():
+        text = file.plain.content.decode()
         assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text), path
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(", text), path
         assert not re.search(r"<style|\sstyle=|\son\w+=\"|<script(?! type=\"module\" src=)", text), path
 
 
 def test_the_page_is_small():
-    assert sum(len(file.content) for file in FILES.values()) < MAX_BYTES
+    assert sum(len(file.gzip.content) for file in FILES.values()) < MAX_BYTES
 
 
 def test_the_wheel_has_the_files_of_the_page():

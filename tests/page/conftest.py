@@ -67,7 +67,7 @@ def cluster(
     background: Background, models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("page")
-    shapes = any_steps(ROOT / "examples" / "shapes", folder)
+    shapes = any_steps(ROOT / "examples" / "shapes", folder)  # so many that an image can be seen to become one
     file = write_models(folder, MODELS, lambda family: shapes if family == "shapes" else models(family))
     with launched(background, file) as cluster:
         yield cluster
