@@ -52,6 +52,8 @@ class AccessMiddleware:
 
     def _admit(self, scope: Scope) -> ApiClient:
         headers = Headers(scope=scope)
+        if len(hosts := headers.getlist("host")) > 1:
+            raise ApiError(400, f"a request must have one Host header, not {len(hosts)}", code="invalid_header")
         check_host(headers.get("host", ""), self.names, any_address=is_unspecified(self.api.host))
         if (origin := headers.get("origin")) is not None:
             check_origin(origin, headers.get("host", ""), self.sites)

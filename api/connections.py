@@ -1,13 +1,14 @@
-"""Limit connections: their number, and the time in which the headers of a request must arrive."""
+"""Limit connections: their number, and the length of a request's headers and the time in which they must arrive."""
 
 from __future__ import annotations
 
 import asyncio
 import resource
+from http import HTTPStatus
 from typing import Any, Final
 
 import structlog
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from triptych.api.errors import ApiError, error_response
 
@@ -15,6 +16,8 @@ log = structlog.stdlib.get_logger("api")
 
 HEADER_TIMEOUT_S: Final = 10.0
 """From the opening of a connection, or the end of the previous answer, to the end of a request's headers."""
+MAX_HEADER_BYTES: Final = 1 << 16
+"""Of the target and all headers of a request; llhttp, which parses them, has no limit of its own."""
 REFUSAL_TIMEOUT_S: Final = 1.0
 """The same for a connection beyond the limit."""
 MAX_REFUSALS: Final = 64
@@ -56,14 +59,17 @@ class ConnectionLimits:
             self._logged_at, self._logged = now, self.refused
 
 
-class LimitedH11Protocol(H11Protocol):
-    """uvicorn's HTTP protocol with a connection limit and a header timeout."""
+class LimitedProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP protocol with limits of connections and of headers."""
 
     def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._limits = limits
         self._header_timeout_s = limits.header_timeout_s
         self._header_timer: asyncio.TimerHandle | None = None
+        self._in_headers = False
+        self._header_bytes = 0
+        self._kept_bytes = 0  # by the parser, of a header that is not whole yet; at most a read more
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin; a connection beyond the limit gets an answer that says so, if it sends a request soon."""
@@ -87,8 +93,56 @@ class LimitedH11Protocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Handle bytes of the client."""
+        self._kept_bytes += len(data)
         super().data_received(data)
+        if self._kept_bytes > MAX_HEADER_BYTES:
+            self._refuse(_TOO_LONG)
         self._watch_headers()
+
+    def on_message_begin(self) -> None:
+        """Begin a request."""
+        super().on_message_begin()
+        self._in_headers, self._header_bytes, self._kept_bytes = True, 0, 0
+
+    def on_url(self, url: bytes) -> None:
+        """Take the target, or a part of it."""
+        self._count(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header, of the head or behind a body in chunks."""
+        self._count(name, value)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Serve the request."""
+        super().on_headers_complete()
+        self._in_headers, self._kept_bytes = False, 0
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of the body."""
+        self._kept_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Note that the body is whole."""
+        self._kept_bytes = 0
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, or has too long headers, and close."""
+        self._refuse(_TOO_LONG if self._header_bytes > MAX_HEADER_BYTES else _MALFORMED)
+
+    def _count(self, *parts: bytes) -> None:
+        self._kept_bytes = 0
+        self._header_bytes += sum(map(len, parts))
+        if self._header_bytes > MAX_HEADER_BYTES:
+            raise ValueError("the headers are too long")  # which ends the parser, and becomes send_400_response
+
+    def _refuse(self, answer: bytes) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(answer)
+            self.transport.close()
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""
@@ -111,16 +165,23 @@ class LimitedH11Protocol(H11Protocol):
         self._header_timer = None
         if self.transport.is_closing():
             return
-        if self.conn.trailing_data[0]:  # a client that has sent nothing is not answered
-            self.transport.write(_TIMEOUT_RESPONSE)
-        self.transport.close()
+        if self._in_headers:
+            self._refuse(_TIMEOUT)
+        self.transport.close()  # a client that has sent nothing is not answered
 
 
-def _timeout_response() -> bytes:
-    answer = error_response(ApiError(408, "the headers of the request did not arrive in time: retry", code="timeout"))
+def _closing_answer(error: ApiError) -> bytes:
+    answer = error_response(error)
     body = bytes(answer.body)
-    head = f"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-    return head.encode() + b"Connection: close\r\n\r\n" + body
+    lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}", "Connection: close"]
+    lines += [f"{name}: {value}" for name, value in answer.headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-_TIMEOUT_RESPONSE: Final = _timeout_response()
+_TIMEOUT: Final = _closing_answer(
+    ApiError(408, "the headers of the request did not arrive in time: retry", code="timeout")
+)
+_MALFORMED: Final = _closing_answer(ApiError(400, "this is no HTTP request", code="malformed"))
+_TOO_LONG: Final = _closing_answer(
+    ApiError(431, f"the headers of a request must be at most {MAX_HEADER_BYTES} bytes", code="too_long")
+)

@@ -18,7 +18,7 @@ from triptych.actors.child_state import ChildState
 from triptych.api.app import make_app
 from triptych.api.body_limiter import BodyLimiter
 from triptych.api.cluster_observer import ClusterObserver
-from triptych.api.connections import ConnectionLimits, LimitedH11Protocol, connection_limit, raise_file_limit
+from triptych.api.connections import ConnectionLimits, LimitedProtocol, connection_limit, raise_file_limit
 from triptych.api.head_client import RETRY_S, HeadClient
 from triptych.api.keys import ApiKeys, ApiKeysError, load_api_keys
 from triptych.api.services import Services
@@ -89,7 +89,7 @@ class ApiServer(Actor):
         self._server = Server(
             uvicorn.Config(
                 make_app(services, keys),
-                http=cast(type[asyncio.Protocol], partial(LimitedH11Protocol, limits=self._limits)),
+                http=cast(type[asyncio.Protocol], partial(LimitedProtocol, limits=self._limits)),
                 lifespan="off",
                 ws="none",
                 log_config=None,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import resource
@@ -223,3 +224,63 @@ def test_refusals_are_logged_once_a_second(monkeypatch):
     for now in (0.0, 0.1, 0.2, 1.0, 1.1, 2.5):
         limits.refuse(3, now)
     assert lines == [1, 3, 2]
+
+
+async def sent_raw(port: int, *parts: bytes) -> bytes:
+    """What the server answers to bytes, until it closes the connection."""
+    reader, writer = await asyncio.open_connection(HOST, port)
+    for part in parts:
+        writer.write(part)
+        await writer.drain()
+    answer = await read_all(reader)
+    writer.close()
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET /live HTTP/1.1\r\nHost: 127.0.0.1\r\nX A: b\r\n\r\n", 400),
+        (b"GET /live HTTP/1.1\r\nHost: 127.0.0.1\r\nX-A: a\0b\r\n\r\n", 400),
+        (b"GET /live HTTP/1.1\r\nHost: 127.0.0.1\r\nHost: a\r\nConnection: close\r\n\r\n", 400),
+        (b"GET /live HTTP/1.1\r\nConnection: close\r\n\r\n", 421),
+        (b"POST /v1/videos HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+        (b"POST /v1/videos HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n", 400),
+        (b"GET /live HTTP/1.1\r\nHost: 127.0.0.1\r\nX-A: " + b"y" * 70_000 + b"\r\n\r\n", 431),
+        (b"GET /" + b"y" * 70_000 + b" HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", 431),
+        (b"GET /live HTTP/1.1\r\nHost: 127.0.0.1\r\n" + b"X-A: y\r\n" * 20_000 + b"\r\n", 431),
+    ],
+    ids=lambda value: str(value)[:60] if isinstance(value, bytes) else str(value),
+)  # fmt: skip
+async def test_what_is_no_request_or_too_long_is_answered_with_an_error(runtime, fake_head, topology, head, status):
+    async with runtime:
+        answer = await sent_raw(topology.api.port, head)
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode()), answer[:300]
+    headers, _, text = answer.partition(b"\r\n\r\n")
+    assert b"application/json" in headers
+    assert json.loads(text)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /live HTTP/1.1\r\nX-A: ",
+        b"POST /v1/videos HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked"
+        b"\r\n\r\n0\r\nX-A: ",
+    ],
+    ids=["head", "trailer"],
+)
+async def test_a_header_without_an_end_is_not_kept(runtime, fake_head, topology, head):
+    async with runtime:
+        with pytest.raises(ConnectionError):  # it is closed before all of that is read
+            await sent_raw(topology.api.port, head, *[b"y" * 1_000_000] * 30)
+
+
+async def test_requests_that_come_together_are_answered_in_order(runtime, fake_head, topology):
+    ask = b"GET /v1/requests/r%d HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    last = b"GET /live HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+    async with runtime:
+        answers = await sent_raw(topology.api.port, b"".join(ask % number for number in range(20)) + last)
+    assert [int(found) for found in re.findall(rb"no such request: r(\d+)", answers)] == list(range(20))
+    assert answers.endswith(b'{"status":"live"}')
