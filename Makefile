@@ -12,7 +12,7 @@ PARALLEL ?= -n $(shell expr $$(nproc) + 1) --maxprocesses 4 --dist worksteal
 # Three wheels bring the same mooncake/ folder: one for hosts without an NVIDIA driver, one each for CUDA 12 and 13.
 MOONCAKE := $(shell tools/mooncake_extra.sh)
 
-.PHONY: help install demo serve test test-packages test-long test-hosts test-families test-s3 test-clients test-rdma test-prometheus test-placement test-ray test-page test-gpu check format bench bench-memory gpu-report gpu-report-here docs docs-serve clean
+.PHONY: help install demo serve test test-packages test-long test-hosts test-families test-s3 test-clients test-rdma test-prometheus test-placement test-ray test-page test-contract test-gpu check format bench bench-http bench-memory gpu-report gpu-report-here docs docs-serve clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -34,7 +34,7 @@ serve: $(INSTALLED) ## Start the system of TOPOLOGY=examples/demo.toml and keep 
 	$(BIN)/triptych up $(TOPOLOGY)
 
 test: $(INSTALLED) test-packages ## All tests that need no GPU
-	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not families and not long and not hosts and not rdma and not placement and not ray and not s3 and not page and not prometheus"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not families and not long and not hosts and not rdma and not placement and not ray and not s3 and not page and not prometheus and not contract"
 
 test-packages: # Some tests run on hosts that are made of namespaces
 	tools/system_packages.sh ip:iproute2 tc:iproute2 nft:nftables unshare:util-linux nsenter:util-linux
@@ -84,6 +84,9 @@ page-pictures: $(INSTALLED) # Those of the documentation, in docs/images
 	tools/system_packages.sh chromium:chromium
 	TRIPTYCH_PAGE_PICTURES=docs/images $(BIN)/python -m pytest -m page tests/page/test_pictures.py
 
+test-contract: $(INSTALLED) ## What the OpenAPI document allows, and what it does not, sent to running systems by schemathesis; minutes
+	$(BIN)/python -m pytest -m contract tests/system/test_schemathesis.py
+
 test-gpu: ## Tests that need a GPU; makes no environment: `make test-gpu PYTHON=python3` uses that one
 	$(PYTHON) -m pytest -m gpu tests/gpu
 
@@ -104,6 +107,13 @@ bench: $(INSTALLED) test-packages ## The benchmarks, as JSON lines
 	$(BIN)/python -m triptych.tools.bench steps
 	$(BIN)/python -m triptych.tools.bench hosts
 
+bench-http: $(INSTALLED) $(VENV)-ray/bin/serve ## HTTP against Ray Serve, which is installed in an environment of its own (some 400 MB); minutes
+	TRIPTYCH_RAY_PYTHON=$(abspath $(VENV)-ray/bin/python) $(BIN)/python -m triptych.tools.bench http
+
+$(VENV)-ray/bin/serve:
+	$(PYTHON) -m venv $(VENV)-ray
+	$(VENV)-ray/bin/pip install --quiet --disable-pip-version-check "$$(grep '^ray==' constraints.txt | sed 's/ray/ray[serve]/')"
+
 bench-memory: $(INSTALLED) ## What each process holds in memory, in docs/memory.md; some five minutes and 10 GiB
 	$(BIN)/python -m triptych.tools.bench memory --markdown docs/memory.md
 
@@ -122,4 +132,4 @@ docs-serve: $(INSTALLED) ## The same on http://127.0.0.1:8001, made anew at each
 	$(BIN)/python -m mkdocs serve --dev-addr 127.0.0.1:8001
 
 clean: ## Remove the environment and what was made
-	rm -rf $(VENV) $(VENV)-s3 out build *.egg-info .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-s3 $(VENV)-ray out build *.egg-info .mypy_cache .ruff_cache

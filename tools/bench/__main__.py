@@ -1,4 +1,4 @@
-"""`python -m triptych.tools.bench bus|transfer|overhead|memory|steps|hosts`: one JSON line for each case."""
+"""`python -m triptych.tools.bench bus|transfer|overhead|memory|steps|hosts|http`: one JSON line for each case."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ _BENCHES = {
     "overhead": "a whole request, against the pipeline in one process",
     "memory": "what each process holds in memory, against the pipeline in one process",
     "hosts": "three hosts, as namespaces: mooncake between them, and the loss of one under load, against the goals",
+    "http": "requests accepted over HTTP against Ray Serve, clients with event streams, the page, against the goals",
     "steps": "denoising steps: batches, policies, cancellation, and what stepping costs",
 }
 _ROUNDS = 5
@@ -42,7 +43,8 @@ def main() -> None:
         choices=sorted(_BENCHES),
         help="; ".join(f"{name}: {text}" for name, text in _BENCHES.items()),
     )
-    parser.add_argument("--rounds", type=int, help="rounds for each side (default: 5; hosts: 3; memory: 1)")
+    parser.add_argument("--rounds", type=int, help="rounds for each side (default: 5; hosts, http: 3; memory: 1)")
+    parser.add_argument("--seconds", type=float, help="length of the load with event streams (http; default: 60)")
     parser.add_argument("--markdown", type=Path, help="write the page here as well (memory)")
     arguments = parser.parse_args()
     if arguments.rounds is not None and arguments.rounds < 1:
@@ -51,8 +53,11 @@ def main() -> None:
     module = importlib.import_module(f"triptych.tools.bench.{arguments.bench}")
     if arguments.markdown and not hasattr(module, "markdown"):
         parser.error(f"{arguments.bench} has no page")
+    options = {} if arguments.seconds is None else {"seconds": arguments.seconds}
+    if options and not hasattr(module, "SECONDS"):
+        parser.error(f"{arguments.bench} has no load of so many seconds")
     cases = []
-    for case in module.run(arguments.rounds or getattr(module, "ROUNDS", _ROUNDS)):
+    for case in module.run(arguments.rounds or getattr(module, "ROUNDS", _ROUNDS), **options):
         print(json.dumps(case), flush=True)
         cases.append(case)
     if arguments.markdown:
