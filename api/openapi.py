@@ -277,6 +277,12 @@ def _properties(kind: type[msgspec.Struct]) -> dict[str, Any]:
 
 
 _SCHEMAS: Final = BaseSchemaGenerator()
+_EVENT: Final = {
+    "type": "object",
+    "description": "Each server-sent event.",
+    "properties": {"event": _TEXT, "id": _TEXT, "data": {"type": "string", "contentMediaType": "application/json"}},
+    "required": ["event", "data"],
+}
 _ERROR: Final = {
     "type": "object",
     "required": ["error"],
@@ -319,7 +325,7 @@ def _content(status: int, kind: OneAnswer) -> dict[str, Any]:
         several = {"multipart/byteranges": files} if status == 206 else {}
         return {**{row.content_type: files for row in FORMATS.values()}, **several}
     if kind == EVENTS:
-        return {MEDIA_TYPE: {"schema": {**_TEXT, "description": "Server-sent events, whose data is JSON."}}}
+        return {MEDIA_TYPE: {"schema": _EVENT}}
     if kind == TEXT:
         return {"text/plain": {"schema": _TEXT}}
     if kind is None:
