@@ -7,6 +7,7 @@ import os
 import signal
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,6 +19,7 @@ from triptych.api.launch import Cluster
 from triptych.roles.messages.common import Attempt
 from triptych.roles.messages.stages import StageTaken
 
+PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
 ASYNC = {"Prefer": "respond-async"}
 
 
@@ -32,6 +34,13 @@ async def metrics(http: httpx.AsyncClient) -> dict[str, float]:
             if outcome := sample.labels.get("outcome"):
                 sums[f"{sample.name} {outcome}"] += sample.value
     return sums
+
+
+async def undocumented(http: httpx.AsyncClient) -> list[str]:
+    """The metrics that docs/metrics.md does not name."""
+    families = text_string_to_metric_families((await http.get("/metrics")).text)
+    names = [f"{family.name}_total" if family.type == "counter" else family.name for family in families]
+    return [name for name in names if f"`{name}`" not in PAGE and not name.startswith("process_")]
 
 
 async def until(http: httpx.AsyncClient, condition: Callable[[dict[str, float]], bool]) -> dict[str, float]:
@@ -68,6 +77,7 @@ def test_each_metric_moves_when_it_should(on_cluster: Callable[..., Any]) -> Non
             await cluster.wait_ready(BOUND_S)
             cancelled = before["triptych_requests_total cancelled"] + 3
             after = await until(http, lambda found: found["triptych_requests_total cancelled"] == cancelled)
+            assert await undocumented(http) == []
             (head,) = [one for one in cluster.topology.components if one.kind == "head"]
             cluster._outbox.reference("head", head.address).tell(StageTaken(Attempt("nobody/0", 1)))
             await until(http, lambda found: found["triptych_dead_letters_total"] > after["triptych_dead_letters_total"])

@@ -76,11 +76,14 @@ async def prometheus(folder: Path, api: str) -> AsyncIterator[httpx.AsyncClient]
 
 
 async def value_of(client: httpx.AsyncClient, expression: str) -> list[float]:
-    """The values of an expression now that are numbers; [] also while Prometheus does not listen yet."""
+    """The values of an expression now that are numbers; [] also while Prometheus starts."""
     try:
-        answer = (await client.get("/api/v1/query", params={"query": expression})).json()
+        response = await client.get("/api/v1/query", params={"query": expression})
     except httpx.TransportError:
         return []
+    if response.status_code == 503:
+        return []
+    answer = response.json()
     assert answer["status"] == "success", (expression, answer)
     return [found for one in answer["data"]["result"] if math.isfinite(found := float(one["value"][1]))]
 
