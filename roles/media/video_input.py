@@ -93,8 +93,8 @@ def check_video(data: bytes, limits: VideoLimits) -> VideoInfo:
     return info
 
 
-def read_video(data: bytes, limits: VideoLimits) -> list[Image.Image]:
-    """Decode the frames of a video, "RGB" and upright. Call it off the event loop.
+def read_video(data: bytes, limits: VideoLimits) -> Iterator[Image.Image]:
+    """Decode a video and yield its frames, "RGB" and upright. Call it off the event loop.
 
     Raises:
         VideoError: See `check_video`.
@@ -103,7 +103,8 @@ def read_video(data: bytes, limits: VideoLimits) -> list[Image.Image]:
     size, nbytes = (info.width, info.height), 3 * info.width * info.height
     if len(pixels) != info.frames * nbytes:
         raise VideoError("damaged", "could not be decoded: frames are missing")
-    return [Image.frombytes("RGB", size, memoryview(pixels)[at : at + nbytes]) for at in range(0, len(pixels), nbytes)]
+    for at in range(0, len(pixels), nbytes):
+        yield Image.frombytes("RGB", size, memoryview(pixels)[at : at + nbytes])
 
 
 def _run(data: bytes, limits: VideoLimits, wanted: Literal["check", "read"]) -> tuple[VideoInfo, bytes]:
