@@ -195,7 +195,10 @@ def check_webhook(request: ApiRequest, url: str) -> None:
     except WebhookTargetError as error:
         raise field_error("webhook_url", str(error)) from None
     if not services.webhook_keys.of(owner):
-        raise field_error("webhook_url", f"cannot be called: [webhooks] keys_file has no secret for {owner}")
+        raise field_error(
+            "webhook_url",
+            f"cannot be called: [webhooks] keys_file has no secret for {owner or 'clients without a key'}",
+        )
 
 
 def choose_seed(wanted: int | tuple[int, ...] | None, idempotency_key: str) -> int | tuple[int, ...]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import ssl
 from pathlib import Path
 
+import httpx
 import msgspec
 import pytest
 from standardwebhooks import Webhook, WebhookVerificationError
@@ -15,7 +17,7 @@ from triptych.actors.topology import WebhooksSection
 from triptych.api.keys import ApiKeysError
 from triptych.api.webhook_keys import WebhookKeys, load_webhook_keys, signature_headers
 from triptych.api.webhook_targets import WebhookTargetError, check_address, check_webhook_url
-from triptych.api.webhooks import WebhookSender
+from triptych.api.webhooks import WebhookSender, post
 from triptych.roles.messages import requests as wire
 from triptych.roles.messages.webhooks import DueWebhook
 
@@ -246,6 +248,25 @@ async def test_what_the_topology_lists_no_longer_is_not_called(send) -> None:
         # A name that resolves to loopback, which is not listed.
         private = named.replace("http://localhost", "https://localhost.localdomain")
         assert await (await send(private, hosts=("*.localdomain",))).outcome() in ("refused", "failed")
+
+
+@pytest.mark.anyio
+async def test_an_address_is_called_beside_the_name_that_its_certificate_has_to_be_of() -> None:
+    """Of a receiver whose certificate, valid until 2120, is of hooks.test."""
+    certificate = Path(__file__).with_name("hooks_test.pem")
+    trusting = ssl.create_default_context(cafile=certificate)
+    receiver = Receiver()
+    async with receiver.serving(certificate=certificate) as url, httpx.AsyncClient(verify=trusting) as client:
+        for name in ("hooks.test", "other.test"):
+            target = check_webhook_url(url.replace("127.0.0.1", name), ("*.test", "hooks.test"))
+            sending = post(client, target, ["127.0.0.1"], b"{}", {})
+            if name == "hooks.test":
+                assert await sending == 204
+            else:
+                with pytest.raises(httpx.ConnectError, match=r"certificate is not valid for 'other\.test'"):
+                    await sending
+    (received,) = receiver.received
+    assert received.headers["host"] == f"hooks.test:{receiver.port}"
 
 
 # -- what a request asks for

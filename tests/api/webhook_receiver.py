@@ -13,6 +13,7 @@ import json
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import uvicorn
@@ -62,16 +63,16 @@ class Receiver:
         return self.received
 
     @contextlib.asynccontextmanager
-    async def serving(self, port: int = 0) -> AsyncIterator[str]:
-        """Listen; yields the URL."""
+    async def serving(self, port: int = 0, certificate: Path | None = None) -> AsyncIterator[str]:
+        """Listen, with TLS where there is a certificate; yields the URL."""
         listener = socket.create_server(("127.0.0.1", port))
         self.port = listener.getsockname()[1]
         app = Starlette(routes=[Route("/hook", self._hook, methods=["POST"])])
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", ssl_certfile=certificate))
         server.capture_signals = contextlib.nullcontext
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:
-            yield f"http://127.0.0.1:{self.port}/hook"
+            yield f"{'https' if certificate else 'http'}://127.0.0.1:{self.port}/hook"
         finally:
             self.answering.set()
             server.should_exit = server.force_exit = True
