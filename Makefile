@@ -34,7 +34,7 @@ serve: $(INSTALLED) ## Start the system of TOPOLOGY=examples/demo.toml and keep 
 	$(BIN)/triptych up $(TOPOLOGY)
 
 test: $(INSTALLED) test-packages ## All tests that need no GPU
-	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not families and not long and not hosts and not rdma and not placement and not ray and not s3 and not page and not prometheus and not contract"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not families and not long and not hosts and not rdma and not placement and not ray and not s3 and not clients and not page and not prometheus and not contract"
 
 test-packages: # Some tests run on hosts that are made of namespaces
 	tools/system_packages.sh ip:iproute2 tc:iproute2 nft:nftables unshare:util-linux nsenter:util-linux

@@ -43,6 +43,8 @@ _ROWS_BELOW: Final = 3
 _CHUNK: Final = 4096
 """Most bytes of base64 in one command of kitty's protocol."""
 _SIXEL_ROWS: Final = 6
+_NO_PIXEL: Final = 63
+"""The character of a sixel without any of its six pixels; each adds its bit."""
 _COLOURS: Final = 256
 
 
@@ -160,8 +162,10 @@ def sixels(image: Image) -> str:
     for top in range(0, height, _SIXEL_ROWS):
         band = pixels[top : top + _SIXEL_ROWS]
         bits = (1 << np.arange(len(band), dtype=np.uint8))[:, None]
-        rows = [(colour, ((band == colour) * bits).sum(0, dtype=np.uint8) + 63) for colour in np.unique(band)]
-        bands.append("$".join(f"#{colour}{_runs(row.tobytes().decode())}" for colour, row in rows))
+        colours = np.unique(band)
+        rows = ((band == colours[:, None, None]) * bits).sum(1, dtype=np.uint8) + _NO_PIXEL
+        texts = (row.tobytes().decode().rstrip(chr(_NO_PIXEL)) for row in rows)
+        bands.append("$".join(f"#{colour}{_runs(text)}" for colour, text in zip(colours, texts, strict=True)))
     return "".join([*parts, "-".join(bands), "\x1b\\"])
 
 
@@ -176,11 +180,19 @@ class Sheet:
     def __init__(self, canvas: Canvas) -> None:
         self._canvas = canvas
         self._images: dict[int, Image] = {}
+        self._count = 0
 
-    def draw(self, index: int, count: int, image: Image) -> None:
-        """Draw all of `count` images that there are, with `image` as that of the job `index`."""
-        self._images[index] = image
-        self._canvas.draw(side_by_side([self._images.get(each) for each in range(count)]))
+    def put(self, index: int, count: int, data: bytes) -> None:
+        """Take a file as the newest of one of `count` jobs, if it has an image; `draw` shows it."""
+        image = read_image(data)
+        if image is not None:
+            self._images[index] = image
+            self._count = count
+
+    def draw(self) -> None:
+        """Draw all images that there are."""
+        if self._images:
+            self._canvas.draw(side_by_side([self._images.get(each) for each in range(self._count)]))
 
     def leave(self) -> None:
         """Keep what is drawn, as `Canvas.leave`."""

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, EXIT_FAILED, EXIT_INTERRUPTED, fail, stderr, stdout
-from triptych.actors.command._draw import Draw, Sheet, open_canvas, read_image
+from triptych.actors.command._draw import Draw, Sheet, open_canvas
 from triptych.actors.command._progress import wait_until_finished
 from triptych.actors.errors import TopologyError
 from triptych.actors.topology import load_topology
@@ -203,8 +203,10 @@ def generate(
 
 
 def _print_saved(files: Sequence[GeneratedImage], written: Sequence[Path], show: Show, seconds: float) -> None:
-    for index, result in enumerate(files):
-        show.draw(index, len(files), result.data)
+    if show.sheet:
+        for index, result in enumerate(files):
+            show.sheet.put(index, len(files), result.data)
+        show.sheet.draw()
     for result, path in zip(files, written, strict=True):
         about = f"{len(result.data) / 1024:.0f} KiB, {seconds:.1f} s"
         stdout().print(f"[green]saved[/] {escape(str(path))} ({about}, request {escape(result.request_id)})")
@@ -299,12 +301,6 @@ class Show(NamedTuple):
     save: bool
     sheet: Sheet | None
 
-    def draw(self, index: int, count: int, data: bytes) -> None:
-        """Draw the file of one of `count` images, if it is one."""
-        image = read_image(data) if self.sheet else None
-        if self.sheet is not None and image is not None:
-            self.sheet.draw(index, count, image)
-
 
 def _show(draw: Draw, *, save: bool) -> Show:
     console = stderr()
@@ -323,24 +319,28 @@ class PreviewFeed:
 
     def take_new(self, request: Mapping[str, Any]) -> None:
         """Take new previews; raises OSError and httpx.HTTPError. One that is not kept any more is left out."""
-        for unit in request["units"]:
-            for preview in unit.get("previews", ()):
-                name = preview["artifact"]["name"]
-                if name in self._known:
-                    continue
-                self._known.add(name)
-                file = self._http.get(f"/v1/images/{name}")
-                if file.is_success:
-                    self._take(preview, unit["index"], len(request["units"]), file.content)
+        sheet, count = self._show.sheet, len(request["units"])
+        new = [(unit["index"], preview) for unit in request["units"] for preview in self._new(unit)]
+        for index, preview in new:
+            file = self._http.get(f"/v1/images/{preview['artifact']['name']}")
+            if file.is_success and self._show.save:
+                self._save(preview, index, count, file.content)
+            if file.is_success and sheet:
+                sheet.put(index, count, file.content)
+        if new and sheet:
+            sheet.draw()
 
-    def _take(self, preview: Mapping[str, Any], index: int, count: int, data: bytes) -> None:
-        if self._show.save:
-            path = preview_path(preview, self._out, index, count)
-            path.write_bytes(data)
-            self._show.console.print(f"[dim]preview[/] {escape(str(path))} (step {preview['step']})")
-            if self._show.sheet:
-                self._show.sheet.leave()
-        self._show.draw(index, count, data)
+    def _new(self, unit: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        new = [preview for preview in unit.get("previews", ()) if preview["artifact"]["name"] not in self._known]
+        self._known.update(preview["artifact"]["name"] for preview in new)
+        return new
+
+    def _save(self, preview: Mapping[str, Any], index: int, count: int, data: bytes) -> None:
+        path = preview_path(preview, self._out, index, count)
+        path.write_bytes(data)
+        self._show.console.print(f"[dim]preview[/] {escape(str(path))} (step {preview['step']})")
+        if self._show.sheet:
+            self._show.sheet.leave()
 
 
 def _make(

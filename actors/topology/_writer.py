@@ -226,7 +226,7 @@ def free_port() -> int:
 
 
 def _header_comments(summary: ModelSummary) -> list[str]:
-    sizes = [f"{name} {nbytes / (1 << 30):.1f} GiB" for name, nbytes in summary.weights.items()]
+    sizes = [f"{name} {_memory(nbytes)}" for name, nbytes in summary.weights.items()]
     return [
         f"{summary.sentence}.",
         *([f"Weights on disk: {', '.join(sizes)}."] if sizes else []),
