@@ -1,4 +1,8 @@
-"""Draw images in a terminal: by kitty's graphics protocol, as sixels, or as half blocks in 24-bit colour."""
+"""Draw images in a terminal: by kitty's graphics protocol, as sixels, or as half blocks in 24-bit colour.
+
+The packages that do this were no help: textual-image needs Python 3.12 and asks the terminal when it is imported,
+term-image needs an old Pillow.
+"""
 
 from __future__ import annotations
 
