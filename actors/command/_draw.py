@@ -1,7 +1,7 @@
 """Draw images in a terminal: by kitty's graphics protocol, as sixels, or as half blocks in 24-bit colour.
 
-The packages that do this were no help: textual-image needs Python 3.12 and asks the terminal when it is imported,
-term-image needs an old Pillow.
+The package for it, textual-image, asks the terminal on stdout when it is imported, whatever was chosen, and its newer
+versions need Python 3.12.
 """
 
 from __future__ import annotations
