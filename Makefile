@@ -82,7 +82,7 @@ test-page: $(INSTALLED) ## The page in headless Chromium, with real clicks and a
 
 page-pictures: $(INSTALLED) # Those of the documentation, in docs/images
 	tools/system_packages.sh chromium:chromium
-	TRIPTYCH_PAGE_PICTURES=docs/images $(BIN)/python -m pytest -m page tests/page/test_pictures.py
+	TRIPTYCH_PAGE_PICTURES=docs/images $(BIN)/python -m pytest -m page tests/page/test_pictures.py tests/page/test_map_pictures.py
 
 test-contract: $(INSTALLED) ## What the OpenAPI document allows, and what it does not, sent to running systems by schemathesis; minutes
 	$(BIN)/python -m pytest -m contract tests/system/test_schemathesis.py

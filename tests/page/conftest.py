@@ -15,7 +15,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
-from tests.system.conftest import BOUND_S, FREE_PORTS, ROOT, SharedModel, any_steps, write_models
+from tests.system.conftest import BOUND_S, FREE_PORTS, ROOT, SharedModel, any_steps, write_models, write_topology
 from triptych.api.launch import Cluster, launch
 
 MODELS = {
@@ -132,3 +132,33 @@ def page(open_page: Callable[..., Page], cluster: Cluster, api: httpx.Client) ->
     page = open_page(cluster.url)
     page.locator("#composer[data-state=ready]").wait_for()
     return page
+
+
+@pytest.fixture(scope="session")
+def small(
+    background: Background, models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
+    """One model, with two denoisers of two slots each."""
+    folder = tmp_path_factory.mktemp("map")
+    shapes = any_steps(ROOT / "examples" / "shapes", folder)
+    sections: dict[str, dict[str, Any]] = {
+        "supervision": {"intensity": 100},
+        "role_keys": {"denoiser": {"slots": 2, "checkpoint_s": 0.1}},
+    }
+    roles = {"encoder": 1, "denoiser": 2, "decoder": 1}
+    with launched(background, write_topology(folder, shapes, roles, sections)) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def made(small: Cluster) -> Iterator[httpx.Client]:
+    """Its API."""
+    with httpx.Client(base_url=small.url, timeout=BOUND_S) as client:
+        yield client
+        remove_all(client)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where pictures go."""
+    return Path(os.environ.get("TRIPTYCH_PAGE_PICTURES", tmp_path))

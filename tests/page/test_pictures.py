@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,11 +34,6 @@ PROMPTS = (
     "a large blue circle on the right of a white background",
     "a large yellow triangle in the centre of a blue background",
 )
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return Path(os.environ.get("TRIPTYCH_PAGE_PICTURES", tmp_path))
 
 
 def save(page: Page, path: Path) -> None:
