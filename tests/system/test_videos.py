@@ -163,6 +163,12 @@ def test_openais_client_does_with_videos_all_that_it_can(on_cluster: Callable[..
             assert made.id not in ids
             await videos.delete(remix.id)
 
+            running = await videos.create(model="wan", prompt=PROMPT, extra_body={"num_inference_steps": 50})
+            assert running.status != "completed"
+            assert (await videos.delete(running.id)).deleted
+            with pytest.raises(openai.NotFoundError):
+                await videos.retrieve(running.id)
+
     on_cluster(scenario)
 
 
