@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.actors.command.terminal import KITTY, Screen, run_on_terminal
+from tests.actors.command.terminal import KITTY, NEITHER, Screen, run_on_terminal
 from tests.system.conftest import BOUND_S
+from triptych.actors.command._draw import read_image
 from triptych.api.launch import Cluster
 
 COMMAND = (sys.executable, "-P", "-m", "triptych.actors.command")
@@ -92,5 +93,24 @@ def test_logs_are_those_of_the_system_that_runs(on_cluster: Callable[..., Any]) 
         wanted = ("logs", "api", "--topology", file, "-f", "--json")
         code, lines = await output_of(*wanted, until=lambda lines: any(made.request_id in line for line in lines))
         assert (code, {json.loads(line)["process"] for line in lines} <= {"api", "supervisor"}) == (0, True), lines
+
+    on_cluster(scenario)
+
+
+@pytest.mark.shared_cluster("models")
+def test_videos_are_drawn_and_measured_too(on_cluster: Callable[..., Any], tmp_path: Path) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        file = tmp_path / "x.mp4"
+        few = ("--model", "wan", "--steps", "1", "--set", "num_frames=5")
+        arguments = ("generate", "a red circle", "--url", cluster.url, *few, "-o", str(file))
+        output, code = await asyncio.to_thread(run_on_terminal, (*COMMAND, *arguments), NEITHER)
+        assert code == 0, output
+        first = read_image(file.read_bytes())
+        assert first is not None
+        drawn = Screen().feed(output).block_pixels()
+        height, width, _ = drawn.shape
+        assert np.array_equal(drawn, np.asarray(first.resize((width, height)))), "its first frame"
+        code, lines = await output_of("bench", cluster.url, "--videos", "-n", "1", "--json", *few)
+        assert (code, json.loads(lines[-1])["summary"]["outcomes"]) == (0, {"done": 1}), lines
 
     on_cluster(scenario)

@@ -76,6 +76,7 @@ def test_every_command_has_an_example_in_its_help() -> None:
         assert "Example" in showing.stdout
         assert f"triptych {command} " in showing.stdout
         assert " [] " not in showing.stdout, "[[hosts]] is markup unless it is written with a backslash"
+        assert "(picture.png" not in showing.stdout, "a default in brackets reads as a pair"
 
 
 def test_the_command_alone_shows_help_and_says_its_version() -> None:
