@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Final
 
 from starlette.applications import Starlette
-from starlette.endpoints import HTTPEndpoint
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -21,7 +20,7 @@ from triptych.api.lightx2v import LIGHTX2V_ROUTES
 from triptych.api.metrics import get_metrics
 from triptych.api.models import get_model, list_models
 from triptych.api.openapi import get_openapi
-from triptych.api.operations import Endpoint
+from triptych.api.operations import by_method
 from triptych.api.page import FILES, get_page_file
 from triptych.api.request_context import RequestContextMiddleware
 from triptych.api.request_events import get_request_events
@@ -37,12 +36,6 @@ from triptych.api.videos import (
     list_videos,
     remix_video,
 )
-
-
-def by_method(**endpoints: Endpoint) -> type[HTTPEndpoint]:
-    """Make one endpoint of several, such as `by_method(get=list_videos, post=create_video)`."""
-    return type("ByMethod", (HTTPEndpoint,), {method: staticmethod(endpoint) for method, endpoint in endpoints.items()})
-
 
 ROUTES: Final = [
     # With `methods=["POST"]` a GET would go on to /v1/images/{name}.

@@ -22,7 +22,16 @@ from starlette.routing import Route
 from triptych.api.artifacts import get_file, send_file
 from triptych.api.errors import ApiError, field_error, not_found
 from triptych.api.media_request import FieldNames, MediaRequest, NoEffectField, Steps, read_media_request
-from triptych.api.operations import FILE, FILE_ANSWERS, FILE_ERRORS, FILE_HEADERS, Endpoint, RequestBody, operation
+from triptych.api.operations import (
+    FILE,
+    FILE_ANSWERS,
+    FILE_ERRORS,
+    FILE_HEADERS,
+    Endpoint,
+    RequestBody,
+    by_method,
+    operation,
+)
 from triptych.api.request_list import ListQuery, list_page, read_query, views_of
 from triptych.api.requests import failure_reason, raise_unless_done, submit, wait, with_request_id
 from triptych.api.responses import JSONResponse
@@ -211,6 +220,12 @@ async def create_image_task_sync(request: ApiRequest) -> Response:
 async def create_video_task(request: ApiRequest) -> JSONResponse:
     """Begin a video, and answer at once with its task."""
     return _accepted(request, *await _begin(request, VideoTask, _VIDEO))
+
+
+@operation({200: TaskResponse}, (409,), headers=_HEADERS, body=RequestBody(VideoTask, _FILES))
+async def create_task(request: ApiRequest) -> JSONResponse:
+    """Begin a video, as at /v1/tasks/video/."""
+    return await create_video_task(request)
 
 
 async def _begin(request: ApiRequest, kind: type[T], output: Output) -> tuple[str, T]:
@@ -427,14 +442,14 @@ def _route(path: str, endpoint: Endpoint, method: str, *others: str) -> list[Rou
     return [Route(path, endpoint, methods=[method]), *more]
 
 
+_TASKS: Final = by_method(get=list_tasks, post=create_task)
 LIGHTX2V_ROUTES: Final = [
     # LightX2V's paths end in a slash where they have no id.
     *_route("/v1/tasks/image/", create_image_task, "POST", "/v1/tasks/image", "/v1/tasks/image/form"),
     *_route("/v1/tasks/image/sync", create_image_task_sync, "POST"),
     *_route("/v1/tasks/video/", create_video_task, "POST", "/v1/tasks/video", "/v1/tasks/video/form"),
-    *_route("/v1/tasks/", list_tasks, "GET", "/v1/tasks"),
-    Route("/v1/tasks/", create_video_task, methods=["POST"], include_in_schema=False),
-    Route("/v1/tasks", create_video_task, methods=["POST"], include_in_schema=False),
+    Route("/v1/tasks/", _TASKS),
+    Route("/v1/tasks", _TASKS, include_in_schema=False),
     *_route("/v1/tasks/queue/status", get_queue_status, "GET"),
     *_route("/v1/service/status", get_service_status, "GET"),
     *_route("/v1/tasks/all/running", delete_running_tasks, "DELETE"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
+from starlette.endpoints import HTTPEndpoint
 from starlette.responses import Response
 
 Endpoint: TypeAlias = Callable[[Any], Awaitable[Response]]
@@ -85,3 +86,8 @@ def operation(
         return endpoint
 
     return declare
+
+
+def by_method(**endpoints: Endpoint) -> type[HTTPEndpoint]:
+    """Make one endpoint of several, such as `by_method(get=list_videos, post=create_video)`."""
+    return type("ByMethod", (HTTPEndpoint,), {method: staticmethod(endpoint) for method, endpoint in endpoints.items()})
