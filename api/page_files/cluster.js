@@ -178,7 +178,7 @@ class ClusterMap {
     const up = isUp(groupOf(now.state));
     now.awayAt = up ? 0 : before && isUp(groupOf(before.state)) ? performance.now() : before?.awayAt;
     const away = up && before?.awayAt ? (performance.now() - before.awayAt) / 1000 : 0;
-    if (row.reason === "") now.reason = before?.reason ?? row.detail;
+    if (row.reason === "") now.reason = before?.reason || (["down", "gone"].includes(groupOf(now.state)) ? row.detail : "");
     if (up) now.upGeneration = now.generation;
     this.processes.set(name, now);
     const card = this.cards.get(name) ?? this.addCard(now);
@@ -300,6 +300,7 @@ function makeHost({ name, address }, id) {
         state.replaceChildren(icon(node.dataset.group), text);
       }
       for (const list of [services, instances, pools]) list.hidden = !list.children.length;
+      instances.dataset.alike = new Set([...instances.children].map((card) => card.dataset.kind)).size === 1;
     },
   };
 }
@@ -340,8 +341,9 @@ class Card {
     const detail = row.detail && row.detail !== row.reason ? row.detail : "";
     setText(this.reason, group === "up" ? "" : group === "coming" ? detail : row.reason || detail);
     const uptime = isUp(group) && row.uptime_s ? `up ${since(row.uptime_s)}, ` : "";
-    setText(this.life, `${uptime}${count(row.restarts, "restart")}`);
-    setText(this.generation, row.generation ? `generation ${row.generation}` : "not started yet");
+    // Of one that nobody knows, as while its host is away, there is no number.
+    setText(this.life, row.generation ? `${uptime}${count(row.restarts, "restart")}` : "");
+    setText(this.generation, row.generation ? `generation ${row.generation}` : "");
     this.node.dataset.generation = row.generation;
   }
 
