@@ -90,7 +90,7 @@ def svg(results: Sequence[Result], summary: Summary, title: str) -> str:
             _text(x(due_s), _HEIGHT - _BOTTOM + 18, f"{due_s:.1f} s", anchor="middle"),
         ]
     parts.append(_text(_LEFT + across / 2, _HEIGHT - 10, "when a request was due", anchor="middle"))
-    for name in ("p50", "p95", "p99"):
+    for name in ("p50", "p99"):
         if name in summary.seconds:
             at = y(summary.seconds[name])
             line = f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}" stroke="#111827"'
