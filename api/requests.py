@@ -212,8 +212,10 @@ def choose_seed(wanted: int | tuple[int, ...] | None, idempotency_key: str) -> i
 
 def idempotency_key(request: ApiRequest) -> str:
     """Return the Idempotency-Key header, empty if there is none."""
-    key = request.headers.get("idempotency-key", "")
-    if key and not IDEMPOTENCY_KEY.fullmatch(key):
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return ""
+    if not IDEMPOTENCY_KEY.fullmatch(key):  # an empty one, too: who sends it means to retry, and could not
         raise ApiError(400, "Idempotency-Key takes 1 to 255 visible ASCII characters", code="invalid_header")
     return key
 

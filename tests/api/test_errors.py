@@ -107,6 +107,8 @@ async def test_numbers_out_of_range_are_refused(client, fake_head, number):
 
 
 async def test_400_for_a_key_that_is_no_header_value(client, fake_head):
+    empty = await client.post(URL, json={"prompt": "x"}, headers={"Idempotency-Key": ""})
+    check(empty, 400, "invalid_header")
     answer = await client.post(URL, json={"prompt": "x"}, headers={"Idempotency-Key": "k" * 256})
     check(answer, 400, "invalid_header")
 
