@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from starlette.responses import Response
@@ -18,8 +18,13 @@ class JSONResponse(Response):
         return msgspec.json.encode(content)
 
 
+_PLAIN: Final = frozenset({str, int, float, bool, bytes, type(None)})
+
+
 def to_builtins(value: object) -> Any:
     """Turn bus messages into dicts by field name; on the wire they are arrays."""
+    if type(value) in _PLAIN:  # most are
+        return value
     if isinstance(value, msgspec.Struct):
         return {field: to_builtins(getattr(value, field)) for field in value.__struct_fields__}
     if isinstance(value, dict):

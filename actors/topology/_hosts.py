@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections import Counter
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from triptych.actors.errors import TopologyError
@@ -34,6 +35,7 @@ LEAST_HOST_POOL_BYTES: Final = 12_288
 HOST_ADDRESS: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|[0-9a-fA-F:]+")
 
 
+@lru_cache(maxsize=64)  # each request is asked for its Host
 def is_loopback(host: str) -> bool:
     """Return whether only this machine can reach `host`."""
     return host == "localhost" or (is_ip(host) and ipaddress.ip_address(host).is_loopback)
