@@ -109,6 +109,10 @@ def test_images_of_images(with_client: Callable[[Scenario], None]) -> None:
             output_format="webp", extra_body={"num_inference_steps": 2, "strength": 1.0},
         )  # fmt: skip
         assert [opened(image.b64_json).format for image in made.data] == ["WEBP"] * 2
+        varied = await client.images.create_variation(
+            image=png(input_image()), model="image-to-image", n=2, extra_body={"strength": "0.7"}
+        )
+        assert len({image.b64_json for image in varied.data}) == 2
 
     with_client(scenario)
 
@@ -121,8 +125,12 @@ def test_videos(with_client: Callable[[Scenario], None]) -> None:
         content = (await client.videos.download_content(video.id)).content
         with av.open(io.BytesIO(content)) as container:
             assert container.streams.video[0].frames == 5
-        other = await client.videos.create(prompt=PROMPT, model=VIDEO_MODEL, extra_body=short)
+        for variant in ("thumbnail", "spritesheet"):
+            still = (await client.videos.download_content(video.id, variant=variant)).content
+            assert Image.open(io.BytesIO(still)).width % 16 == 0
+        other = await client.videos.remix(video.id, prompt="a small green triangle")
         assert (await client.videos.poll(other.id)).status == "completed"
+        assert other.remixed_from_video_id == video.id
         page = await client.videos.list(limit=1)
         assert [each.id for each in page.data] == [other.id]
         following = await client.videos.list(after=other.id, limit=1, order="desc")
