@@ -56,7 +56,9 @@ export class Viewer {
       this.facts(request, unit),
       timeline,
     ];
+    const focused = this.details.contains(document.activeElement); // on a button that goes, such as "Cancel"
     this.details.replaceChildren(...parts);
+    if (focused) this.details.querySelector("button").focus();
     this.stopTimeline = this.mountTimeline(timeline, request.id);
     this.shown = "";
     this.renderProgress();
