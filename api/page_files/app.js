@@ -1,6 +1,7 @@
 // The page: its sections, what they share, and what is asked of the server again and again.
 
 import { askForKey, currentKey, getJson } from "./api.js";
+import { mountCluster } from "./cluster.js";
 import { Composer } from "./composer.js";
 import { pause } from "./dom.js";
 import { Gallery } from "./gallery.js";
@@ -9,19 +10,11 @@ import { Viewer } from "./viewer.js";
 const STATUS_MS = 5000;
 const MODELS_MS = 2000;
 
-/** Mount what a module of the page exports; returns the function that stops it. A module that is missing shows nothing. */
-function mount(module, name, ...values) {
-  const stopping = import(module).then((found) => found[name](...values), () => null);
-  return () => stopping.then((stop) => stop?.());
-}
-
-const mountTimeline = (element, requestId) => mount("./timeline.js", "mountTimeline", element, requestId);
-
 let gallery;
 let viewer;
 const composer = new Composer({ onrequest: (request) => gallery.add(request).tiles[0].node.scrollIntoView({ block: "nearest" }) });
 gallery = new Gallery({ onopen: (tile) => viewer.open(tile), onchange: (entry) => viewer.changed(entry) });
-viewer = new Viewer({ composer, gallery, mountTimeline });
+viewer = new Viewer({ composer, gallery });
 
 let stopCluster = null;
 function showSection() {
@@ -31,7 +24,7 @@ function showSection() {
     else link.removeAttribute("aria-current");
   }
   for (const section of document.querySelectorAll("main > section")) section.hidden = section.id !== chosen;
-  if (chosen === "system") stopCluster ??= mount("./cluster.js", "mountCluster", document.getElementById("cluster"));
+  if (chosen === "system") stopCluster ??= mountCluster(document.getElementById("cluster"));
   else {
     stopCluster?.();
     stopCluster = null;

@@ -3,13 +3,14 @@
 import { call, mediaPath, mediaUrl } from "./api.js";
 import { announce, button, duration, el, labelOf, moment } from "./dom.js";
 import { makeMedia, makePanels, progressOf, reasonOf } from "./gallery.js";
+import { mountTimeline } from "./timeline.js";
 
 const NOT_PARAMETERS = new Set(["prompt", "width", "height"]);
 
 /** The dialog in which an image is looked at. */
 export class Viewer {
-  constructor({ composer, gallery, mountTimeline }) {
-    Object.assign(this, { composer, gallery, mountTimeline });
+  constructor({ composer, gallery }) {
+    Object.assign(this, { composer, gallery });
     this.stage = el("div", { class: "stage" });
     this.details = el("div", { class: "details" });
     this.dialog = el(
@@ -59,7 +60,7 @@ export class Viewer {
     const focused = this.details.contains(document.activeElement); // on a button that goes, such as "Cancel"
     this.details.replaceChildren(...parts);
     if (focused) this.details.querySelector("button").focus();
-    this.stopTimeline = this.mountTimeline(timeline, request.id);
+    this.stopTimeline = mountTimeline(timeline, request.id);
     this.shown = "";
     this.renderProgress();
   }

@@ -38,9 +38,8 @@ PROMPTS = (
 
 def save(page: Page, path: Path) -> None:
     image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-    image.save(path, optimize=True)
-    if path.stat().st_size >= MAX_BYTES:  # fewer colours, and what is of one colour stays so
-        image.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(path, optimize=True)
+    # Six bits of each colour: nobody sees it, and the file is half as large.
+    image.point(lambda value: value & 0xFC | value >> 6).save(path, optimize=True)
     assert path.stat().st_size < MAX_BYTES
 
 
