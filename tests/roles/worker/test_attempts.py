@@ -138,7 +138,7 @@ def test_what_a_file_is_made_from_goes_to_who_writes_it() -> None:
     made = Provenance("shapes", {"prompt": "a red circle"}, 5)
     decoder = AttemptTracker("decoder-0", "decoder", 1)
     decoder.push(msgspec.structs.replace(push(W), provenance=made), NOW)
-    decoder.loaded(W)
+    decoder.loaded(W, NOW)
     assert decoder.computed(W, 0.1) == SaveArtifact(W, Output("png"), DEADLINE, made)
     alone = AttemptTracker("monolithic-0", "monolithic", 2)
     output = Output("png", metadata=True)
