@@ -403,6 +403,9 @@ class Life(RuleBasedStateMachine):
                 load.started(attempt, stage, 1.0)
                 load.stepped(attempt, 1, 1, 2.0)
                 passed_on: Message = load.computed(attempt, 0.1)
+                if attempt in self.given_back and not load.active[attempt].cancelled:  # done before it was parked
+                    self.given_back.remove(attempt)
+                    self.told_to_stop.discard(attempt)
             case RunStage(), "cancelled" if attempt in self.told_to_stop:
                 passed_on = load.stopped(attempt)
             case RunStage(), _:
