@@ -9,7 +9,7 @@ from typing import Final
 
 from triptych.actors import Actor
 from triptych.backoff import backoff_s
-from triptych.bus import BusError, UnreachableError
+from triptych.bus import AskTimeoutError, BusError, UnreachableError
 from triptych.roles.head.effect_runner import EffectRunner
 from triptych.roles.head.reclaim import suspects, unneeded
 from triptych.roles.head.served_models import ServedModels
@@ -109,10 +109,12 @@ class Monitor:
                 while True:
                     try:
                         found = await self._actor.reference(name).ask(
-                            pools.PoolQuery(), pools.PoolDescription, timeout_s=ASK_AGAIN_S
+                            pools.PoolQuery(), pools.PoolDescription, timeout_s=ASK_AGAIN_S / 4
                         )
                     except UnreachableError:
                         await asyncio.sleep(ASK_AGAIN_S / 10)
+                    except AskTimeoutError:  # it may have reached the mailbox of the pool that has just ended
+                        continue
                     else:
                         return found.generation == generation
         except (TimeoutError, BusError):  # as if it had ended: what it has is made again

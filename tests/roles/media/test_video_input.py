@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.video_files import COLOURS, film, turned
+from triptych.roles.media import video_input
 from triptych.roles.media.video_input import (
     DEMUXERS,
     VideoError,
@@ -94,9 +95,15 @@ def test_a_child_reads_the_frames_and_its_errors_are_ours() -> None:
     for bad, limits, code, words in (
         (data, VideoLimits(frames=2), "too_large", "at most 2 frames"),
         (data[:300], VideoLimits(), "damaged", r"damaged or not complete \([A-Z][a-z ]*\): send"),
-        (data, VideoLimits(seconds=0), "too_large", "within 0 s"),
         (b"GIF89a", VideoLimits(), "unsupported", "must be a video"),
     ):
         with pytest.raises(VideoError, match=words) as refused:
             check_video(bad, limits)
         assert refused.value.code == code
+
+
+def test_a_video_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_input, "_LEFT_TO_START_S", 0)
+    with pytest.raises(VideoError, match="within 0 s") as refused:
+        check_video(film(3), VideoLimits(seconds=0))
+    assert refused.value.code == "too_large"
