@@ -13,6 +13,7 @@ import torch
 
 from triptych.engines.codec.checksum import ChecksumMismatchError, checksum
 from triptych.engines.codec.codec import CodecError, pack
+from triptych.engines.memory import streams
 from triptych.engines.memory.arena import Arena
 from triptych.engines.memory.streams import DeviceStream, StreamEvent, iter_tensors
 
@@ -26,8 +27,9 @@ def use(stream, loaded):
     return loaded.values
 
 
-@pytest.fixture
-def stream():
+@pytest.fixture(params=[streams.SHORT, 0], ids=["short copies at once", "all on its thread"])
+def stream(request, monkeypatch):
+    monkeypatch.setattr(streams, "SHORT", request.param)
     stream = DeviceStream(CPU, "test.transfer")
     yield stream
     stream.close()
@@ -282,3 +284,33 @@ def test_tensors_are_found_wherever_values_can_hold_them():
     tensors = [torch.full((), float(number)) for number in range(4)]
     values = {"a": tensors[0], "b": [tensors[1], (tensors[2], "x")], "c": Output(tensors[3], "y"), "d": Output}
     assert [tensor.item() for tensor in iter_tensors(values)] == [0, 1, 2, 3]
+
+
+def test_a_short_copy_is_made_at_once_unless_the_thread_has_something_to_do(monkeypatch):
+    threads = []
+    monkeypatch.setattr(DeviceStream, "_store", lambda *_: threads.append(threading.get_ident()))
+    stream = DeviceStream(torch.device("cpu"), "test")
+    packed, block = pack({"latents": torch.ones(10)}), torch.empty(100, dtype=torch.uint8)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def work():
+        begun.set()
+        assert go_on.wait(10)
+
+    async def scenario():
+        await stream.store(packed, block)
+        busy = asyncio.create_task(stream.run(work))
+        await asyncio.to_thread(begun.wait)
+        waits = asyncio.create_task(stream.store(packed, block))
+        await asyncio.sleep(0)
+        assert len(threads) == 1
+        go_on.set()
+        await asyncio.gather(busy, waits)
+        while stream._busy:  # its thread goes on for a moment after its last call
+            await asyncio.sleep(0)
+        await stream.store(packed, block)
+
+    asyncio.run(scenario())
+    here = threading.get_ident()
+    assert [thread == here for thread in threads] == [True, False, True]
+    stream.close()
