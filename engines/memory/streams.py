@@ -217,14 +217,16 @@ class DeviceStream:
             self._busy = False
             return
         try:
-            self._ready.result()
-            value = call()
+            try:
+                self._ready.result()
+                value = call()
+            finally:
+                self._busy = False  # before whoever waits for it goes on
         except BaseException as error:  # noqa: BLE001 - it is raised where the result is awaited
             loop.call_soon_threadsafe(_set, result.set_exception, result, error)
         else:
             loop.call_soon_threadsafe(_set, result.set_result, result, value)
         finally:
-            self._busy = False
             del result, call  # as in `run`
 
     def _pack(

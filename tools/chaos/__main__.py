@@ -59,6 +59,7 @@ from triptych.tools.hosts import HostsError, enter_switch
 from triptych.tools.hosts.cluster import launch_on_hosts
 
 CLIENT_PATIENCE_S = 90.0
+"""Seconds after which a client takes its request for lost; more where victims may take long to be back."""
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 console = Console()
 
@@ -195,7 +196,8 @@ async def run_load(
     clock: Clock | None,
 ) -> ChaosReport:
     """Run the load and inject the faults, wait until the cluster is idle, then check the invariants."""
-    clients = LoadGenerator(cluster, f"chaos-{seed}-{os.getpid()}", patience_s=CLIENT_PATIENCE_S)
+    patience_s = max(CLIENT_PATIENCE_S, 3 * bound_s)
+    clients = LoadGenerator(cluster, f"chaos-{seed}-{os.getpid()}", patience_s=patience_s)
     injector, watch = FaultInjector(cluster, seed, clock), MailboxMonitor(cluster)
     began = time.monotonic()
     watching = asyncio.create_task(watch.run())

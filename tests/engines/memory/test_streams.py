@@ -306,8 +306,6 @@ def test_a_short_copy_is_made_at_once_unless_the_thread_has_something_to_do(monk
         assert len(threads) == 1
         go_on.set()
         await asyncio.gather(busy, waits)
-        while stream._busy:  # its thread goes on for a moment after its last call
-            await asyncio.sleep(0)
         await stream.store(packed, block)
 
     asyncio.run(scenario())
