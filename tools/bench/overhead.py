@@ -1,7 +1,7 @@
 """Compare an image made by three processes with one made by one process behind the same API.
 
 The model is tiny, so that what is measured is the way and not the work. Both clusters run all the time and are asked in
-turn.
+turn: image by image where there is one at a time, since the speed of a machine changes within seconds.
 """
 
 from __future__ import annotations
@@ -70,11 +70,14 @@ async def _measure(folder: Path, rounds: int) -> Latencies:
         }
         for number in range(rounds + 1):
             for case, in_flight in CASES.items():
-                for side, cluster in clusters.items():
-                    taken = await _images(cluster, in_flight)
-                    # The first round warms up.
-                    if number:
-                        latencies[side, case].append(taken)
+                if in_flight == 1:
+                    taken = await _in_turn(clusters)
+                else:
+                    taken = {side: await _images(cluster, in_flight) for side, cluster in clusters.items()}
+                # The first round warms up.
+                if number:
+                    for side in clusters:
+                        latencies[side, case].append(taken[side])
     return latencies
 
 
@@ -83,16 +86,29 @@ def _topology(folder: Path, model: Path, kinds: tuple[str, ...]) -> Path:
     return write_topology(folder, model, "float32", dict.fromkeys(kinds, 1), slots=8, prompt_cache="0")
 
 
+async def _in_turn(clusters: dict[str, Cluster]) -> dict[str, list[float]]:
+    """Make `IMAGES` images in each cluster, in turn, each first as often; return the milliseconds that each took."""
+    taken: dict[str, list[float]] = {side: [] for side in clusters}
+    sides = list(clusters)
+    for seed in range(IMAGES):
+        for side in sides:
+            taken[side].append(await _image(clusters[side], seed))
+        sides.reverse()
+    return taken
+
+
 async def _images(cluster: Cluster, in_flight: int) -> list[float]:
     """Make `IMAGES` images with `in_flight` at a time; return the milliseconds that each took."""
     seeds = iter(range(IMAGES))
-    taken: list[float] = []
 
-    async def client() -> None:
-        for seed in seeds:
-            started = time.perf_counter()
-            await cluster.generate("a large red circle", seed=seed)
-            taken.append((time.perf_counter() - started) * 1e3)
+    async def client() -> list[float]:
+        return [await _image(cluster, seed) for seed in seeds]
 
-    await asyncio.gather(*(client() for _ in range(in_flight)))
-    return taken
+    found = await asyncio.gather(*(client() for _ in range(in_flight)))
+    return [each for taken in found for each in taken]
+
+
+async def _image(cluster: Cluster, seed: int) -> float:
+    started = time.perf_counter()
+    await cluster.generate("a large red circle", seed=seed)
+    return (time.perf_counter() - started) * 1e3
