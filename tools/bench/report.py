@@ -17,9 +17,13 @@ def compare(
     peer_values: Sequence[float],
     higher_is_better: bool = True,
 ) -> dict[str, Any]:
-    """Make the row of a case: the medians of interleaved rounds, and `ratio` > 1 where ours is better."""
+    """Make the row of a case: the medians of interleaved rounds, and `ratio` > 1 where ours is better.
+
+    `ratio` is None where it would be infinite, as for no step that is computed again.
+    """
     mine, theirs = statistics.median(ours), statistics.median(peer_values)
-    ratio = mine / theirs if higher_is_better else theirs / mine
+    over, under = (mine, theirs) if higher_is_better else (theirs, mine)
+    ratio = over / under if under else None
     return {
         "bench": bench,
         "case": case,
@@ -27,7 +31,7 @@ def compare(
         "ours": _rounded(mine),
         "peer": peer,
         "peer_value": _rounded(theirs),
-        "ratio": _rounded(ratio),
+        "ratio": None if ratio is None else _rounded(ratio),
     }
 
 
