@@ -444,7 +444,8 @@ class StreamWorker(Actor):
             return 0.0
         if any(run.resumes or run.item.previews for run in runs):
             return 0.0
-        return min(SHORT_STEPS_S, self.component.checkpoint_s or SHORT_STEPS_S)
+        # A checkpoint is made between two calls: work after it is lost with the process.
+        return min(SHORT_STEPS_S, self.component.checkpoint_s / 4 or SHORT_STEPS_S)
 
     def _is_interrupted(self) -> bool:
         """Whether a run or a change of the weights has come, or a run is to stop; any thread may ask."""
