@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import re
 import secrets
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from triptych.api.urls import artifact_url
 from triptych.api.webhook_targets import WebhookTargetError, check_webhook_url
 from triptych.bus import AskTimeoutError, UnreachableError
 from triptych.roles.head.job import State
-from triptych.roles.messages.common import Images, Input, Json, Numbers, Options, Output, Tensors
+from triptych.roles.messages.common import Images, Input, Output, Tensors, plain_value
 from triptych.roles.messages.requests import RequestAccepted, RequestRejected, RequestView, SubmitRequest
 
 WAIT_MARGIN_S: Final = 15.0
@@ -92,14 +91,8 @@ def input_view(value: Input) -> object:
             return [{"name": file.name, "bytes": file.nbytes} for file in files]
         case Tensors(file, names):
             return {"name": file.name, "bytes": file.nbytes, "tensors": list(names)}
-        case Numbers(values):
-            return list(values)
-        case Options(options):
-            return options
-        case Json(text):
-            return json.loads(text)
         case _:
-            return value
+            return plain_value(value)
 
 
 async def submit(

@@ -19,6 +19,12 @@ from triptych.actors.supervision import load_function, quiet_libraries
 from triptych.actors.topology import Component, HostSection, Model, ModelReport, Topology, load_topology
 
 TopologyFile = Annotated[Path, typer.Argument(metavar="FILE", help="The topology, a TOML file.", show_default=False)]
+HostName = Annotated[
+    str,
+    typer.Option(
+        "--host", metavar="NAME", help="This machine's [\\[hosts]] entry; default: TRIPTYCH_HOST, else the head's."
+    ),
+]
 
 CHECK_MODEL: Final = "triptych.roles.worker.model_check:check_model"
 """The `CheckModel`; it imports the large libraries."""
@@ -41,12 +47,7 @@ def check(
             "--model", help="Also check the model: its files, its classes, and one tiny request. Takes seconds."
         ),
     ] = False,
-    host: Annotated[
-        str,
-        typer.Option(
-            "--host", metavar="NAME", help="This machine's [\\[hosts]] entry; default: TRIPTYCH_HOST, else the head's."
-        ),
-    ] = "",
+    host: HostName = "",
     no_dry_run: Annotated[
         bool, typer.Option("--no-dry-run", help="With --model: do not load the model for a request.")
     ] = False,

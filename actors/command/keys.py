@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, stderr
-from triptych.actors.command.check import TopologyFile
+from triptych.actors.command.check import HostName, TopologyFile
 from triptych.actors.errors import StartError, TopologyError, UnknownNameError
 from triptych.actors.runtime.bus_keys import bus_keys_path, read_key, this_host, write_new_key
 from triptych.actors.topology import load_topology
@@ -15,12 +15,7 @@ from triptych.actors.topology import load_topology
 
 def keys(
     file: TopologyFile,
-    host: Annotated[
-        str,
-        typer.Option(
-            "--host", metavar="NAME", help="This machine's [\\[hosts]] entry; default: TRIPTYCH_HOST, else the head's."
-        ),
-    ] = "",
+    host: HostName = "",
     force: Annotated[bool, typer.Option("--force", help="Replace the key that is there.")] = False,
 ) -> None:
     """Make the secret key of a host, and print the line with its public half for the topology.

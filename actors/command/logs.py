@@ -14,6 +14,7 @@ import typer
 
 from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, stderr, stdout
 from triptych.actors.command._running import actor_names, topology_of
+from triptych.actors.command.check import HostName
 from triptych.actors.errors import StartError, TopologyError, UnknownNameError
 from triptych.actors.runtime.address_book import SUPERVISOR, AddressBook, supervisor_of
 from triptych.actors.runtime.bus_keys import this_host
@@ -52,12 +53,7 @@ def logs(
             show_default=False,
         ),
     ] = None,
-    host: Annotated[
-        str,
-        typer.Option(
-            "--host", metavar="NAME", help="This machine's [\\[hosts]] entry; default: TRIPTYCH_HOST, else the head's."
-        ),
-    ] = "",
+    host: HostName = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the lines as they were logged, as JSON.")] = False,
 ) -> None:
     """Show the last lines that the processes of a system have logged, also those of processes that have died.

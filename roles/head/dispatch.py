@@ -7,6 +7,7 @@ the instance that has the job's adapter.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -35,9 +36,10 @@ class Candidate:
     """The pool that it maps."""
 
 
-class DispatchPolicy:
+class DispatchPolicy(ABC):
     """Chooses the instance of a job."""
 
+    @abstractmethod
     def choose(self, job: Job, request: Request, candidates: Sequence[Candidate]) -> Candidate:
         """Choose the instance that gets a job.
 
@@ -46,7 +48,6 @@ class DispatchPolicy:
             request: The request of the job.
             candidates: At least one; all have the weights that the job needs.
         """
-        raise NotImplementedError
 
 
 class OrderedPolicy(DispatchPolicy):
@@ -56,9 +57,9 @@ class OrderedPolicy(DispatchPolicy):
     than the first of all and the first of each pool.
     """
 
+    @abstractmethod
     def order(self, candidate: Candidate) -> tuple[float | str, ...]:
         """Return what orders the instances, the lowest first; no two have the same."""
-        raise NotImplementedError
 
     def load(self, candidate: Candidate) -> float:
         """Return the load that a nearer instance must not exceed: the share of its slots in use."""

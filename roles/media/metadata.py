@@ -20,7 +20,7 @@ from triptych.engines.parameters.aliases import GUIDANCE_SCALE
 from triptych.engines.parameters.schema import Parameter
 from triptych.engines.parameters.serving_config import STEPS
 from triptych.roles.media.decoded import Media, Stills, VideoFrames
-from triptych.roles.messages.common import Images, Json, Numbers, Options, Provenance, Tensors
+from triptych.roles.messages.common import Images, Input, Provenance, Tensors, plain_value
 
 _SHOWN_DEFAULTS: Final[tuple[str, ...]] = (STEPS, GUIDANCE_SCALE)
 """Parameters that are written even where the pipeline's own default was taken."""
@@ -65,7 +65,7 @@ def file_metadata(provenance: Provenance, media: Media, parameters: Collection[P
     )
 
 
-def _plain(value: object) -> object:
+def _plain(value: Input) -> object:
     """Return an input as JSON has it."""
     match value:
         case Images(files):
@@ -73,14 +73,8 @@ def _plain(value: object) -> object:
             return names[0] if len(names) == 1 else names
         case Tensors(file):
             return file.name
-        case Numbers(values):
-            return list(values)
-        case Options(options):
-            return options
-        case Json(text):
-            return json.loads(text)
         case _:
-            return value
+            return plain_value(value)
 
 
 def _size(media: Media) -> str:

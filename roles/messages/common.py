@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Final, TypeAlias, dataclass_transform
 
@@ -84,6 +85,19 @@ class Tensors(Value, tag=True):
 
 Input: TypeAlias = Scalar | Images | Numbers | Options | Json | Tensors
 """An input of a request. Files are sent as references."""
+
+
+def plain_value(value: Scalar | Numbers | Options | Json) -> object:
+    """Return an input without files as JSON has it."""
+    match value:
+        case Numbers(values):
+            return list(values)
+        case Options(options):
+            return options
+        case Json(text):
+            return json.loads(text)
+        case _:
+            return value
 
 
 def uploads_of(inputs: Mapping[str, object]) -> set[Upload]:

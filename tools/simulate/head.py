@@ -115,7 +115,7 @@ class _Peer:
                     del self._cluster.leases[lease.lease_id]
                 return pools.BlocksReleased(len(message.leases))
             case _:
-                raise NotImplementedError(type(message).__name__)
+                raise TypeError(f"no instance or pool is asked {type(message).__name__}")
 
     def tell(self, message: Message) -> None:
         """Park what is to be parked."""
