@@ -302,14 +302,14 @@ def denoise_gate(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(stream_worker, "SHORT_STEPS_S", 0.0)  # else it would take the second step before it tells
 
-    opened, advance = threading.Event(), Denoising.advance
+    opened, proceed = threading.Event(), Denoising.proceed
 
-    def held(self: Any) -> bool:
+    def held(self: Any) -> Any:
         if self.step == 1:
             assert opened.wait(30)
-        return advance(self)
+        return proceed(self)
 
-    monkeypatch.setattr(Denoising, "advance", held)
+    monkeypatch.setattr(Denoising, "proceed", held)
     yield opened
     opened.set()
 
