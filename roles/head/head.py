@@ -102,6 +102,8 @@ class Head(Actor):
             self, self.models, notify=self.requests.notify_waiters, on_outcome=self.commit
         )
         self._group = _Group()
+        self._unwritten: list[_Group] = []
+        """Earlier ones, while the journal cannot be written."""
         self.monitor = Monitor(self, self.models, pool_names, self.effect_runner, self.commit)
 
     async def started(self) -> None:
@@ -152,20 +154,28 @@ class Head(Actor):
                 self.requests.write_accepted()
             except JournalError as error:
                 group.refused = error
+        self._unwritten.append(group)
         self.commit()
         # Answers go out after the messages that the next stages wait for, whose tasks have just been made.
-        asyncio.get_running_loop().call_soon(group.committed.set)
+        asyncio.get_running_loop().call_soon(group.accepted.set)
 
     def commit(self) -> None:
-        """Carry out decisions: assign jobs, write changes to the journal, then run the effects."""
+        """Carry out decisions: assign jobs, write changes to the journal, then run the effects.
+
+        Reports are acknowledged once they are written; while the journal cannot be written, they come again.
+        """
         now = time.time()
         self.model_manager.residency.update(time.monotonic())
         for scheduler in self.models.schedulers:
             scheduler.dispatch(now)
-        self.requests.save()
+        written = self.requests.save()
         effects = [effect for scheduler in self.models.schedulers for effect in scheduler.take_effects()]
         self._record_ended(effects)
         self.effect_runner.run(effects)
+        if written and self._unwritten:
+            groups, self._unwritten = self._unwritten, []
+            for group in groups:  # after the effects' messages, as in `caught_up`
+                asyncio.get_running_loop().call_soon(group.written.set)
 
     def _record_ended(self, effects: Iterable[Effect]) -> None:
         """Count the requests that have ended, and record their histories."""
@@ -174,7 +184,7 @@ class Head(Actor):
                 observe_ended(self._model_name(request), request, self._stage_times)
                 if self._exporter:
                     self._exporter.export(request_spans(request, self._model_name(request), self._kind_of))
-                for job in request.jobs:
+                for job in request.jobs if self.timeline.on else ():
                     moves = tuple((each.state, each.at) for each in job.history)
                     self.timeline.add(JobHistory(job=job.id, states=moves))
 
@@ -201,7 +211,7 @@ class Head(Actor):
         if isinstance(answer, requests.RequestRejected):
             return answer
         if group.changed:
-            await group.committed.wait()
+            await group.accepted.wait()
         if group.refused:
             return self.requests.not_accepted(group.refused)
         try:
@@ -526,13 +536,16 @@ class _Group:
 
     def __init__(self) -> None:
         self.changed = False
-        self.committed = asyncio.Event()
+        self.accepted = asyncio.Event()
+        """Set once the requests are in the journal, or are refused."""
         self.refused: JournalError | None = None
         """Why the requests could not be written."""
+        self.written = asyncio.Event()
+        """Set once the reports are in the journal."""
 
 
 async def _acknowledged(group: _Group) -> stages.Acknowledged:
-    await group.committed.wait()
+    await group.written.wait()
     return stages.Acknowledged()
 
 

@@ -276,6 +276,11 @@ class Job:
         for state in HAPPY_PATH[HAPPY_PATH.index(self.state) + 1 : HAPPY_PATH.index(target) + 1]:
             self.transition(state, at)
 
+    def begin(self, at: float) -> None:
+        """Let a pending job wait for its first stage."""
+        self.attempt = 1
+        self.advance(State.ENCODER_WAITING, at)
+
     def resume_stage(self, stage: Stage) -> Stage:
         """Return the stage to restart from when `stage` was lost: the latest one whose inputs are still stored."""
         while stage in UPSTREAM and not (self.stored and self.stored.stage is UPSTREAM[stage]):

@@ -74,7 +74,8 @@ class RequestStore:
         """Requests that are not in the journal yet, by id; their clients were not answered."""
         self._writes = self._synced_writes = 0
         """Number of transactions of the journal, and of those that are on the disk."""
-        self._syncing = asyncio.Lock()
+        self._syncing: asyncio.Task[None] | None = None
+        """The `sync` that runs now."""
         self._removing = asyncio.Semaphore(MAX_REMOVALS)
 
     # -- start and end
@@ -161,6 +162,8 @@ class RequestStore:
             raise request_id_error()
         now = time.time()
         request = make_request(message, served, self._limits, now)
+        for job in request.jobs:  # so that the journal need not be told again when they wait
+            job.begin(now)
         pending, most = self._models.jobs_count, self._limits.max_pending
         pending += sum(len(accepted.jobs) for accepted, _ in self._accepted.values())
         if pending + message.n > most:
@@ -426,11 +429,11 @@ class RequestStore:
 
     # -- the journal
 
-    def save(self) -> None:
-        """Write the changes since the last call; after a failure, the next call writes them."""
+    def save(self) -> bool:
+        """Write the changes since the last call, and return whether that was possible; else the next call does it."""
         changed = [scheduler for scheduler in self._models.schedulers if scheduler.dirty]
         if self._journal is None or not changed:
-            return
+            return not changed
         touched, jobs = [], []
         for scheduler in changed:
             ids = {job_id.rpartition("/")[0] for job_id in scheduler.dirty}
@@ -442,11 +445,12 @@ class RequestStore:
             self._journal.save(touched, jobs)
         except JournalError as error:
             self._journal_failed(error)
-            return
+            return False
         self._writes += 1
         self._journal_recovered()
         for scheduler in changed:
             scheduler.dirty.clear()
+        return True
 
     def save_all(self) -> None:
         """Write every active job, even unchanged ones, to record the time that it has left."""
@@ -465,11 +469,18 @@ class RequestStore:
             JournalError: The disk fails.
         """
         wanted = self._writes
-        async with self._syncing:
-            if self._synced_writes < wanted:
-                written = self._writes
-                await asyncio.to_thread(self._open_journal.sync)
-                self._synced_writes = written
+        while self._synced_writes < wanted:
+            if self._syncing is None:
+                self._syncing = asyncio.create_task(self._sync())
+            await asyncio.shield(self._syncing)  # others wait for it, too
+
+    async def _sync(self) -> None:
+        written = self._writes
+        try:
+            await asyncio.to_thread(self._open_journal.sync)
+        finally:
+            self._syncing = None
+        self._synced_writes = written
 
     def probe(self) -> None:
         """Check whether a failed journal can be written again."""

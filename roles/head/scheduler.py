@@ -92,18 +92,16 @@ class JobScheduler(SchedulingState):
         return len(self.jobs) + n <= self.max_pending
 
     def accept(self, request: Request, now: float) -> None:
-        """Add a request that is in the journal; its pending jobs start to wait."""
+        """Add a request that is in the journal; jobs that are still pending start to wait."""
         self.requests[request.id] = request
         if request.idempotency_key:
             self.by_key[request.idempotency_key] = request
         for job in request.jobs:
+            if job.state is State.PENDING:
+                job.begin(now)
+                self.dirty.add(job.id)
             if not job.terminal:
                 self.add(job)
-        for job in request.jobs:
-            if job.state is State.PENDING:
-                job.attempt = 1
-                job.advance(State.ENCODER_WAITING, now)
-                self.changed(job)
 
     def resume(self, request: Request, pools: Collection[str], instances: Collection[str], now: float) -> None:
         """Add an active request of an earlier head.

@@ -106,6 +106,24 @@ def test_a_head_that_cannot_write_accepts_nothing_reports_no_end_and_recovers_by
     run_scenario(scenario())
 
 
+def test_a_report_is_acknowledged_once_it_is_in_the_journal(topology: Callable[..., Topology]) -> None:
+    async def scenario() -> None:
+        async with running_head(topology()) as harness:
+            encoded = await harness.first_attempt()
+            report = stored(encoded, Stage.ENCODER, 1)
+            with sqlite3.connect(harness.topology.state_dir / "journal.sqlite") as other:
+                other.execute("ALTER TABLE units RENAME TO elsewhere")
+            reporting = asyncio.create_task(harness.report(report))
+            while not harness.actor.requests.journal_problem:
+                await harness.head.ask(requests.ClusterQuery(), requests.ClusterView, timeout_s=BOUND_S)
+            assert not reporting.done()
+            with sqlite3.connect(harness.topology.state_dir / "journal.sqlite") as other:
+                other.execute("ALTER TABLE elsewhere RENAME TO units")
+            await reporting
+
+    run_scenario(scenario())
+
+
 def test_a_large_journal_is_read_while_the_head_lives_and_old_keys_count_at_once(
     topology: Callable[..., Topology], monkeypatch: pytest.MonkeyPatch
 ) -> None:
