@@ -143,6 +143,8 @@ class ActorCell:
             delivery = self.mailbox.receive_nowait() if handled < MAX_HANDLED else None
             if delivery is None:
                 self.actor.caught_up()
+                if handled == MAX_HANDLED:
+                    await asyncio.sleep(0)  # what follows goes out before the next messages are handled
                 handled, delivery = 0, await self.mailbox.receive()
             handled += 1
             current_sender.set(delivery.sender)

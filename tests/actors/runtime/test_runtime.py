@@ -26,6 +26,7 @@ from tests.actors.runtime.runtime_harness import (
     run,
     until_queued,
 )
+from triptych.actors.runtime import _actor_cell
 from triptych.actors.runtime.system_messages import (
     DeadLetterQuery,
     DeadLetterReport,
@@ -56,6 +57,34 @@ def test_an_actor_learns_once_that_it_has_handled_all_that_waited(folder: Path) 
             await busy
             assert await reference.ask(Told(), Texts, timeout_s=5) == Texts(("a", "b", "c"))
             assert worker.texts_when_caught_up[before] == 3
+
+    run(scenario())
+
+
+def test_a_full_mailbox_does_not_keep_the_loop_from_its_other_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_actor_cell, "MAX_HANDLED", 2)
+    texts_at_turns: list[int] = []
+
+    async def scenario() -> None:
+        worker = Worker("worker")
+        harness = RuntimeHarness(folder, worker)
+        async with harness.runtime:
+            reference = harness.reference("worker")
+            busy = asyncio.create_task(ask(reference, "wait"))
+            await worker.entered.wait()
+            for text in ("a", "b", "c"):
+                reference.tell(Tell(text))
+            await until_queued(reference, 3)
+            loop = asyncio.get_running_loop()
+            monkeypatch.setattr(
+                worker, "caught_up", lambda: loop.call_soon(lambda: texts_at_turns.append(len(worker.texts)))
+            )
+            worker.gate.set()
+            await busy
+            assert await reference.ask(Told(), Texts, timeout_s=5) == Texts(("a", "b", "c"))
+            assert texts_at_turns[0] == 1, "after the first two messages"
 
     run(scenario())
 
