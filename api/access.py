@@ -37,6 +37,7 @@ class AccessMiddleware:
         self.clock = clock
         self.sites = own_host_names(api)
         self.names = self.sites | {api.host.lower()}
+        self.any_address = is_unspecified(api.host)
         self._buckets: dict[str, TokenBucket] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,7 +55,7 @@ class AccessMiddleware:
         headers = Headers(scope=scope)
         if len(hosts := headers.getlist("host")) > 1:
             raise ApiError(400, f"a request must have one Host header, not {len(hosts)}", code="invalid_header")
-        check_host(headers.get("host", ""), self.names, any_address=is_unspecified(self.api.host))
+        check_host(headers.get("host", ""), self.names, any_address=self.any_address)
         if (origin := headers.get("origin")) is not None:
             check_origin(origin, headers.get("host", ""), self.sites)
         if self.keys is None:

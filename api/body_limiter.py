@@ -41,7 +41,8 @@ class BodyLimiter:
                     raise ApiError(413, f"the body must be at most {limit} bytes", code="too_long")
                 if self.buffered > self.limit:
                     raise ApiError(429, "too much is being sent at once: retry later", code="full")
-                timer.reschedule(began + BODY_TIMEOUT_S + received / MIN_BYTES_PER_S)
+                if received >= MIN_BYTES_PER_S:
+                    timer.reschedule(began + BODY_TIMEOUT_S + received / MIN_BYTES_PER_S)
                 yield chunk
             timer.reschedule(None)
 

@@ -70,9 +70,9 @@ def request_object(request: ApiRequest, view: RequestView) -> dict[str, object]:
 
 def show_request(view: RequestView, file_url: Callable[[str], str]) -> dict[str, object]:
     """Show the view by field name; `file_url` makes the URL of an artifact of its name."""
-    fields: dict[str, object] = to_builtins(view)
-    del fields["request_id"]
-    fields["inputs"] = {name: input_view(value) for name, value in view.inputs.items()}
+    apart = ("request_id", "inputs", "units")
+    fields = {name: to_builtins(getattr(view, name)) for name in view.__struct_fields__ if name not in apart}
+    inputs = {name: input_view(value) for name, value in view.inputs.items()}
     units = []
     for job in view.units:
         row = to_builtins(job)
@@ -81,7 +81,7 @@ def show_request(view: RequestView, file_url: Callable[[str], str]) -> dict[str,
         for preview in row["previews"]:
             preview["artifact"]["url"] = file_url(preview["artifact"]["name"])
         units.append(row)
-    return {"id": view.request_id, "object": "request", **fields, "units": units}
+    return {"id": view.request_id, "object": "request", **fields, "inputs": inputs, "units": units}
 
 
 def input_view(value: Input) -> object:

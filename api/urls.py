@@ -12,7 +12,8 @@ def join_url(site: str, path: str, name: str = "") -> str:
 
 def url_of(request: ApiRequest, path: str) -> str:
     """Return the URL of a path; it starts with `[api] public_url`, else where the client connected."""
-    return join_url(request.state["services"].topology.api.public_url or str(request.base_url), path)
+    public_url = request.state["services"].topology.api.public_url
+    return join_url(public_url or f"{request.scope['scheme']}://{request.headers['host']}", path)
 
 
 def request_url(request: ApiRequest, request_id: str) -> str:

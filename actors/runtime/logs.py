@@ -70,8 +70,10 @@ def keep(folder: Path, name: str, generation: int, nbytes: int) -> Callable[[], 
     except OSError as error:  # such as a full disk: what runs is worth more than its log
         structlog.stdlib.get_logger("actors").warning("this process keeps no log", reason=str(error))
         return _keep_nothing
-    handler.setFormatter(_formatter(_shared_processors(name, generation), on_terminal=False))
     root = logging.getLogger()
+    shown = root.handlers[0].formatter if root.handlers else None
+    kept = shown if isinstance(shown, _JsonFormatter) else _formatter(_shared_processors(name, generation))
+    handler.setFormatter(kept)
     root.addHandler(handler)
 
     def stop() -> None:
@@ -101,11 +103,24 @@ def _shared_processors(name: str, generation: int) -> list[Any]:
     ]
 
 
-def _formatter(shared: list[Any], *, on_terminal: bool) -> logging.Formatter:
+class _JsonFormatter(structlog.stdlib.ProcessorFormatter):
+    """Formats a record once for all handlers."""
+
+    _last: tuple[logging.LogRecord, str] | None = None
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        if self._last is None or self._last[0] is not record:
+            self._last = (record, super().format(record))
+        return self._last[1]
+
+
+def _formatter(shared: list[Any], *, on_terminal: bool = False) -> structlog.stdlib.ProcessorFormatter:
+    kind = structlog.stdlib.ProcessorFormatter if on_terminal else _JsonFormatter
     renderers: list[Any] = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     if on_terminal:
         renderers = [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
-    return structlog.stdlib.ProcessorFormatter(
+    return kind(
         foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
     )
