@@ -28,8 +28,7 @@ async def get_cluster_events(request: ApiRequest) -> Response:
     `cluster` is what GET /v1/cluster shows, at once and each second; `component` is one process whose state has
     changed, as soon as its supervisor knows.
     """
-    services = request.state["services"]
-    return event_stream(ClusterEvents(services.cluster).stream(), services.stopping)
+    return event_stream(request, ClusterEvents(request.state["services"].cluster).stream())
 
 
 class ClusterEvents:

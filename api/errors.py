@@ -16,6 +16,7 @@ CLIENT_CLOSED_REQUEST = 499
 HEAD_UNREACHABLE = "head_unreachable"
 RETRY_S = 1.0
 """After which a client may retry, where nothing better is known."""
+STORE_RETRY_S = 5.0
 _RETRYABLE = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
 _MAX_MESSAGE = 2000
 _MAX_PARAM = 200
@@ -78,6 +79,12 @@ def from_bus(error: BusError) -> ApiError:
             return ApiError(503, message, code="unavailable")
         case _:
             return ApiError(500, "the head failed on this request", code="internal_error")
+
+
+def store_unavailable() -> ApiError:
+    """Make a 503: the place of `[store] url` cannot be reached now."""
+    message = "the server's file store does not answer: retry later"
+    return ApiError(503, message, code="store_unavailable", retry_after_s=STORE_RETRY_S)
 
 
 def from_http(error: HTTPException, method: str, path: str) -> ApiError:

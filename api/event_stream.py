@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import NamedTuple
 
 import msgspec
 from starlette.responses import StreamingResponse
+
+from triptych.api.services import ApiRequest
 
 MEDIA_TYPE = "text/event-stream"
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -37,24 +39,52 @@ def encode(event: ServerEvent) -> bytes:
 
 
 def event_stream(
-    events: AsyncIterator[ServerEvent], stopping: asyncio.Event, headers: Mapping[str, str] | None = None
+    request: ApiRequest,
+    events: AsyncIterator[ServerEvent],
+    headers: Mapping[str, str] | None = None,
+    *,
+    at_stop: ServerEvent | None = None,
+    on_disconnect: Callable[[], None] | None = None,
 ) -> StreamingResponse:
-    """Make the answer that sends events as they come; it ends with them, or once the server is `stopping`."""
-    body = _body(events, stopping)
+    """Make the answer that sends events as they come; it ends with them, or once the server stops.
+
+    Args:
+        request: Of the client; HEAD gets the headers alone.
+        events: What is sent.
+        headers: Beside those of every stream.
+        at_stop: Sent last where the server stops before `events` end.
+        on_disconnect: Called where the client hangs up before `events` end.
+    """
+    body: AsyncIterator[bytes] | tuple[bytes, ...] = ()
+    if request.method != "HEAD":
+        body = _body(events, request.state["services"].stopping, at_stop, on_disconnect)
     return StreamingResponse(body, media_type=MEDIA_TYPE, headers={**_HEADERS, **(headers or {})})
 
 
-async def _body(events: AsyncIterator[ServerEvent], stopping: asyncio.Event) -> AsyncIterator[bytes]:
+async def _body(
+    events: AsyncIterator[ServerEvent],
+    stopping: asyncio.Event,
+    at_stop: ServerEvent | None,
+    on_disconnect: Callable[[], None] | None,
+) -> AsyncIterator[bytes]:
     stopped = asyncio.ensure_future(stopping.wait())
     following: asyncio.Future[ServerEvent | None] | None = None
     try:
         while True:
             following = asyncio.ensure_future(anext(events, None))
             await asyncio.wait({following, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            if not following.done() or (event := following.result()) is None:
+            if not following.done():
+                if at_stop is not None:
+                    yield encode(at_stop)
+                return
+            if (event := following.result()) is None:
                 return
             yield encode(event)
-    finally:  # also when the client has hung up: what makes the events learns of it by its cancellation
+    except (asyncio.CancelledError, GeneratorExit):  # nobody reads any more
+        if on_disconnect is not None and not stopping.is_set():
+            on_disconnect()
+        raise
+    finally:
         stopped.cancel()
         if following is not None:
             following.cancel()

@@ -10,7 +10,15 @@ import structlog
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from triptych.api.errors import CLIENT_CLOSED_REQUEST, HEAD_UNREACHABLE, ApiError, error_response, from_bus, from_http
+from triptych.api.errors import (
+    CLIENT_CLOSED_REQUEST,
+    HEAD_UNREACHABLE,
+    ApiError,
+    error_response,
+    from_bus,
+    from_http,
+    store_unavailable,
+)
 from triptych.api.responses import JSONResponse
 from triptych.api.services import ApiRequest
 from triptych.bus import BusError
@@ -20,7 +28,6 @@ log = structlog.stdlib.get_logger("api")
 
 OPERATOR_RETRY_S: Final = 60.0
 """After which a client may retry where an operator has to act."""
-STORE_RETRY_S: Final = 5.0
 
 
 async def on_api_error(request: ApiRequest, error: ApiError) -> JSONResponse:
@@ -50,8 +57,7 @@ async def on_bus_error(request: ApiRequest, error: BusError) -> JSONResponse:
 async def on_store_unavailable(_: ApiRequest, error: StoreUnavailableError) -> JSONResponse:
     """Answer that the place of `[store] url` cannot be reached now."""
     log.warning("the store cannot be reached", error=str(error))
-    message = "the server's file store does not answer: retry later"
-    return error_response(ApiError(503, message, code="store_unavailable", retry_after_s=STORE_RETRY_S))
+    return error_response(store_unavailable())
 
 
 async def on_client_disconnect(_: ApiRequest, _error: ClientDisconnect) -> JSONResponse:

@@ -139,11 +139,15 @@ class HeadClient:
         yielded again each `LONG_POLL_S`, so that the caller can tell its client that it is still there.
 
         Args:
-            request_id: The request.
+            request_id: The request, one that the head has accepted.
             owner: Who asks.
             revision: The revision that is known already: the first view is the first with another one.
+
+        Raises:
+            RemoteError: "not_found" once the request is deleted.
         """
-        view = await self.query(request_id, owner)
+        while (view := await self._poll(QueryRequest(request_id, owner), RequestView, 0.0)) is None:
+            pass
         if view.revision != revision or view.terminal:
             yield view
         while not view.terminal:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Mapping
+from functools import partial
 from typing import Any, Final, Literal
 
+import structlog
+from starlette.responses import Response
+
 from triptych.api.artifacts import read_file
-from triptych.api.errors import ApiError, error_object
-from triptych.api.event_stream import ALIVE, ServerEvent
-from triptych.api.requests import idempotency_key, raise_unless_done
+from triptych.api.errors import ApiError, error_object, from_bus, store_unavailable
+from triptych.api.event_stream import ALIVE, ServerEvent, event_stream
+from triptych.api.requests import idempotency_key, raise_unless_done, stopping_error
 from triptych.api.services import ApiRequest
+from triptych.bus import BusError
+from triptych.roles.media.files import StoreUnavailableError
 from triptych.roles.messages.common import Artifact
 from triptych.roles.messages.requests import RequestView
+
+log = structlog.stdlib.get_logger("api")
 
 EventPrefix = Literal["image_generation", "image_edit"]
 
@@ -25,48 +33,62 @@ NO_TOKENS: Final[Mapping[str, object]] = {
 """OpenAI's `usage`, which its clients read of each event: nothing here is counted in tokens."""
 
 
-async def stream_images(request: ApiRequest, request_id: str, prefix: EventPrefix) -> AsyncIterator[ServerEvent]:
-    """Yield PREFIX.partial_image and PREFIX.completed events, with `index` and `seed` beside OpenAI's fields.
+def stream_images(request: ApiRequest, request_id: str, prefix: EventPrefix) -> Response:
+    """Answer with PREFIX.partial_image and PREFIX.completed events, with `index` and `seed` beside OpenAI's fields.
 
     A failure is an `error` event, which is the last one. A client that hangs up cancels its request, unless it sent an
-    Idempotency-Key to ask again with.
+    Idempotency-Key to ask again with; whatever else ends the stream leaves the request as it is.
     """
-    head, sent, ended = request.state["services"].head, set[str](), False
+    cancel = partial(request.state["services"].head.cancel_later, request_id, "the client hung up")
+    return event_stream(
+        request,
+        _events(request, request_id, prefix),
+        {"X-Request-Id": request_id},
+        at_stop=_error_event(stopping_error(request_id)),
+        on_disconnect=None if idempotency_key(request) else cancel,
+    )
+
+
+async def _events(request: ApiRequest, request_id: str, prefix: EventPrefix) -> AsyncIterator[ServerEvent]:
+    head, sent = request.state["services"].head, set[str]()
     try:
         async for view in head.watch(request_id, request.state["owner"]):
-            found = [(name, number, artifact) for name, number, artifact in _made(view) if artifact.name not in sent]
-            for unit, number, artifact in found:
+            found = [(position, number, made) for position, number, made in _made(view) if made.name not in sent]
+            for position, number, artifact in found:
                 sent.add(artifact.name)
-                fields = await _image(request, view, unit, artifact)
+                fields = await _image(request, view, position, artifact)
                 if number is None:
                     yield _event(f"{prefix}.completed", {**fields, "usage": NO_TOKENS})
                 else:
                     yield _event(f"{prefix}.partial_image", {**fields, "partial_image_index": number})
             if not found:
                 yield ALIVE
-            ended = view.terminal
-            if ended:
+            if view.terminal:
                 raise_unless_done(view)
     except ApiError as error:
-        yield _event("error", {"error": error_object(error)})
-    finally:
-        if not ended and not idempotency_key(request):
-            head.cancel_later(request_id, "the client hung up")
+        yield _error_event(error)
+    except BusError as error:
+        log.warning("a stream of images ends", request_id=request_id, error=repr(error))
+        yield _error_event(from_bus(error))
+    except StoreUnavailableError as error:
+        log.warning("a stream of images ends", request_id=request_id, error=repr(error))
+        yield _error_event(store_unavailable())
 
 
 def _made(view: RequestView) -> list[tuple[int, int | None, Artifact]]:
     """Return the position of each job that has made something, the number of the partial image, and the file."""
-    partial = [
-        (unit, number, preview.artifact)
-        for unit, job in enumerate(view.units)
+    partial_images = [
+        (position, number, preview.artifact)
+        for position, job in enumerate(view.units)
         for number, preview in enumerate(job.previews)
         if job.artifact is None
     ]
-    return [*partial, *((unit, None, job.artifact) for unit, job in enumerate(view.units) if job.artifact)]
+    finished = [(position, None, job.artifact) for position, job in enumerate(view.units) if job.artifact]
+    return [*partial_images, *finished]
 
 
-async def _image(request: ApiRequest, view: RequestView, unit: int, artifact: Artifact) -> dict[str, Any]:
-    job = view.units[unit]
+async def _image(request: ApiRequest, view: RequestView, position: int, artifact: Artifact) -> dict[str, Any]:
+    job = view.units[position]
     return {
         "b64_json": await read_file(request, artifact.name),
         "created_at": int(time.time()),
@@ -87,3 +109,7 @@ def requested_size(view: RequestView) -> str | None:
 
 def _event(name: str, fields: dict[str, Any]) -> ServerEvent:
     return ServerEvent(name, {"type": name, **fields})
+
+
+def _error_event(error: ApiError) -> ServerEvent:
+    return _event("error", {"error": error_object(error)})

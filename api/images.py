@@ -11,7 +11,6 @@ from starlette.responses import Response
 
 from triptych.api.artifacts import read_file
 from triptych.api.errors import field_error
-from triptych.api.event_stream import event_stream
 from triptych.api.image_stream import EventPrefix, requested_size, stream_images
 from triptych.api.media_request import MediaRequest, ParsedRequest, read_media_request
 from triptych.api.operations import EVENTS, Answer, RequestBody, operation
@@ -130,9 +129,7 @@ async def _generate(request: ApiRequest, parsed: ParsedRequest[ImageRequest], pr
         return _accepted(request, await submit_and_view(request, parsed, n=n, output=output))
     request_id = await submit(request, parsed, n=n, output=output)
     if fields.stream:
-        return event_stream(
-            stream_images(request, request_id, prefix), request.state["services"].stopping, {"X-Request-Id": request_id}
-        )
+        return stream_images(request, request_id, prefix)
     view = await wait(request, request_id, cancels=not idempotency_key(request))
     return await _images_response(request, view, as_urls=fields.response_format == "url")
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from typing import Final, NamedTuple
 
+import structlog
 from starlette.responses import Response
 
 from triptych.api.event_stream import ALIVE, ServerEvent, event_stream
@@ -14,7 +15,10 @@ from triptych.api.operations import EVENTS, operation
 from triptych.api.requests import request_object
 from triptych.api.services import ApiRequest
 from triptych.api.urls import artifact_url
+from triptych.bus import BusError
 from triptych.roles.messages.requests import JobView, RequestView
+
+log = structlog.stdlib.get_logger("api")
 
 _REVISION: Final = re.compile(r"[0-9]{1,9}\.[0-9]{1,9}\.[0-9]{1,9}(-[0-9]{1,9}\.[0-9]{1,9}\.[0-9]{1,9}){0,63}")
 
@@ -40,21 +44,24 @@ async def get_request_events(request: ApiRequest) -> Response:
     if view.terminal and revision == view.revision:
         return Response(status_code=204)  # which ends the attempts of an EventSource to connect again
     events = _events(request, view.request_id, revision if _REVISION.fullmatch(revision) else "")
-    return event_stream(events, request.state["services"].stopping)
+    return event_stream(request, events)
 
 
 async def _events(request: ApiRequest, request_id: str, revision: str) -> AsyncIterator[ServerEvent]:
     head, owner = request.state["services"].head, request.state["owner"]
-    async for view in head.watch(request_id, owner, revision):
-        if view.revision == revision and not view.terminal:
-            yield ALIVE
-            continue
-        events = [*changes(view, revision, partial(artifact_url, request)), *_end(request, view)]
-        for event in events[:-1]:
-            yield event
-        for event in events[-1:]:
-            yield event._replace(id=view.revision)
-        revision = view.revision
+    try:
+        async for view in head.watch(request_id, owner, revision):
+            if view.revision == revision and not view.terminal:
+                yield ALIVE
+                continue
+            events = [*changes(view, revision, partial(artifact_url, request)), *_end(request, view)]
+            for event in events[:-1]:
+                yield event
+            for event in events[-1:]:
+                yield event._replace(id=view.revision)
+            revision = view.revision
+    except BusError as error:  # such as a request that was deleted; a client that connects again is told so
+        log.info("a stream of events ends", request_id=request_id, error=repr(error))
 
 
 def changes(view: RequestView, revision: str, url_of: Callable[[str], str]) -> Iterator[ServerEvent]:

@@ -235,8 +235,7 @@ async def wait(request: ApiRequest, request_id: str, *, cancels: bool) -> Reques
                 await services.head.cancel(request_id, owner, "the client hung up")
             raise ApiError(CLIENT_CLOSED_REQUEST, "the client hung up", code="client_closed_request")
         else:
-            message = f"the server is stopping; the request goes on: ask GET /v1/requests/{request_id}"
-            raise with_request_id(request_id, ApiError(503, message, code="stopping", retry_after_s=1.0))
+            raise stopping_error(request_id)
     finally:
         for task in (terminal, disconnected, stopping):
             task.cancel()
@@ -244,6 +243,12 @@ async def wait(request: ApiRequest, request_id: str, *, cancels: bool) -> Reques
         message = f"no answer within {within_s:.0f} s; ask GET /v1/requests/{request_id}"
         raise with_request_id(request_id, ApiError(504, message, code="timed_out"))
     return view
+
+
+def stopping_error(request_id: str) -> ApiError:
+    """Make a 503 for who waits for a request while the server stops."""
+    message = f"the server is stopping; the request goes on: ask GET /v1/requests/{request_id}"
+    return with_request_id(request_id, ApiError(503, message, code="stopping", retry_after_s=1.0))
 
 
 async def wait_for_disconnect(request: ApiRequest) -> None:

@@ -103,6 +103,8 @@ class FakeHead:
         self.description = DESCRIPTION
         self.steps = (2, 4)
         self.unresponsive = False
+        self.failures: dict[type, list[str]] = {}
+        """Codes with which the next messages of a type are refused."""
         self.ready = True
         self.reasons: tuple[str, ...] = ()
         self._news = asyncio.Condition()
@@ -162,6 +164,9 @@ class FakeHead:
                 self._run(self._answer(delivery))
 
     async def _answer(self, delivery: Delivery) -> None:
+        if codes := self.failures.get(type(delivery.message)):
+            delivery.fail(codes.pop(0), "the test says so")
+            return
         match delivery.message:
             case wire.SubmitRequest() as message:
                 answer = self._submit(message)

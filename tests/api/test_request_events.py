@@ -3,10 +3,13 @@ from __future__ import annotations
 import asyncio
 import json
 
+import httpx
 import pytest
 
+from tests.api.conftest import BOUND_S
 from triptych.api.event_stream import ServerEvent, encode
 from triptych.api.request_events import Seen, changes, seen_of
+from triptych.roles.media.files import StoreUnavailableError
 from triptych.roles.messages import requests as wire
 
 pytestmark = pytest.mark.anyio
@@ -118,3 +121,48 @@ async def test_a_failure_within_a_stream_is_its_last_event(client, fake_head):
     assert event["type"] == "error"
     assert "out of paint" in event["error"]["message"]
     assert not [one for one in fake_head.seen if isinstance(one, wire.CancelRequest)]
+
+
+async def test_a_head_that_cannot_answer_for_a_moment_ends_no_stream(client, fake_head):
+    fake_head.failures[wire.QueryRequest] = ["unavailable", "stopping"]
+    answer = await client.post(URL, json={"prompt": "x", "stream": True})
+    assert [line[7:] for line in answer.text.splitlines() if line.startswith("event: ")] == [
+        "image_generation.completed"
+    ]
+
+
+@pytest.mark.parametrize("code", ["not_found", "store_unavailable"])
+async def test_what_fails_beside_the_request_ends_its_stream_with_an_error(app, fake_head, monkeypatch, store, code):
+    def unavailable(_name: str) -> bytes:
+        raise StoreUnavailableError("nobody there")
+
+    if code == "not_found":  # it is deleted while somebody waits for it
+        fake_head.hold, fake_head.failures = True, {wire.WaitRequest: ["not_found"]}
+    else:
+        monkeypatch.setattr(store, "read", unavailable)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
+        answer = await client.post(URL, json={"prompt": "x", "stream": True})
+    last = answer.text.strip().rpartition("\n\n")[2]
+    assert last.startswith("event: error\n")
+    assert json.loads(last.partition("data: ")[2])["error"]["code"] == code
+    assert not [one for one in fake_head.seen if isinstance(one, wire.CancelRequest)]
+
+
+async def test_the_events_of_a_request_end_when_it_is_deleted(app, fake_head):
+    fake_head.hold, fake_head.failures = True, {wire.WaitRequest: ["not_found"]}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
+        request_id = (await client.post(URL, json={"prompt": "x"}, headers=ASYNC)).json()["id"]
+        answer = await client.get(f"/v1/requests/{request_id}/events")
+    assert "event: state" in answer.text
+    assert "event: ended" not in answer.text
+
+
+async def test_to_head_a_stream_is_its_headers_alone(client, fake_head):
+    fake_head.hold = True
+    request_id = (await client.post(URL, json={"prompt": "x"}, headers=ASYNC)).json()["id"]
+    async with asyncio.timeout(BOUND_S):
+        for path in (f"/v1/requests/{request_id}/events", "/v1/cluster/events"):
+            answer = await client.head(path)
+            assert (answer.status_code, answer.content) == (200, b"")
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            assert "content-length" not in answer.headers

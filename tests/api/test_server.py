@@ -73,10 +73,11 @@ def test_an_address_of_another_machine_is_said_in_words():
         listen("192.0.2.1", 8000)
 
 
-async def test_a_client_that_hangs_up_cancels(runtime, fake_head, topology):
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_hangs_up_cancels(runtime, fake_head, topology, stream):
     fake_head.hold = True
     async with runtime:
-        wait = await hang_up(fake_head, topology.url)
+        wait = await hang_up(fake_head, topology.url, stream=stream)
         (cancel,) = await fake_head.received(wire.CancelRequest)
     assert cancel.request_id == wait.request_id
 
@@ -119,10 +120,25 @@ async def test_what_cannot_finish_in_time_is_told_where_to_ask(runtime, fake_hea
     assert not [message for message in fake_head.seen if isinstance(message, wire.CancelRequest)]
 
 
-async def hang_up(fake_head, url: str, headers: dict[str, str] | None = None) -> wire.WaitRequest:
+async def test_a_stream_that_cannot_finish_in_time_says_where_to_ask(runtime, fake_head, remote):
+    fake_head.hold = True
+    async with runtime:
+        asking = asyncio.create_task(remote.post(URL, json={"prompt": "x", "stream": True}))
+        (wait,) = await fake_head.received(wire.WaitRequest)
+    last = (await asking).text.strip().rpartition("\n\n")[2]
+    assert last.startswith("event: error\ndata: ")
+    error = json.loads(last.partition("data: ")[2])["error"]
+    assert (error["type"], error["code"]) == ("server_error", "stopping")
+    assert f"/v1/requests/{wait.request_id}" in error["message"]
+    assert not [message for message in fake_head.seen if isinstance(message, wire.CancelRequest)]
+
+
+async def hang_up(
+    fake_head, url: str, headers: dict[str, str] | None = None, *, stream: bool = False
+) -> wire.WaitRequest:
     """Ask for an image, and close the connection once the head is asked for it."""
     async with httpx.AsyncClient(base_url=url) as client:
-        asking = asyncio.create_task(client.post(URL, json={"prompt": "x"}, headers=headers))
+        asking = asyncio.create_task(client.post(URL, json={"prompt": "x", "stream": stream}, headers=headers))
         (wait,) = await fake_head.received(wire.WaitRequest)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
