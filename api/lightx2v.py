@@ -32,20 +32,22 @@ from triptych.api.operations import (
     by_method,
     operation,
 )
-from triptych.api.request_list import ListQuery, list_page, read_query, views_of
-from triptych.api.requests import failure_reason, raise_unless_done, submit, wait, with_request_id
+from triptych.api.request_list import ListQuery, gather_found, list_page, read_query, views_of
+from triptych.api.requests import failure_reason, idempotency_key, raise_unless_done, submit, wait, with_request_id
 from triptych.api.responses import JSONResponse
 from triptych.api.services import ApiRequest
 from triptych.bus import RemoteError
 from triptych.roles.head.job import RUNNING, State
 from triptych.roles.messages.common import Input, Output
 from triptych.roles.messages.requests import ClusterView, ListRequests, ModelDescription, RequestView
+from triptych.roles.tracing import REQUEST_ID_PATTERN
 
 MAX_SIDE: Final = 65_535
 MAX_LISTED: Final = 100
+LISTED_AT_ONCE: Final = 1000
 _SIDE_STEP: Final = 16
 """Sides are multiples of it, where the model says nothing else."""
-_OWN_ID: Final = re.compile(r"(?:req|task)_[0-9a-f]{32}")
+_OWN_ID: Final = re.compile(rf"{REQUEST_ID_PATTERN}|task_[0-9a-f]{{32}}")
 _RATIO: Final = re.compile(r"([1-9][0-9]?):([1-9][0-9]?)")
 _VIDEO: Final = Output("mp4")
 
@@ -181,7 +183,14 @@ class ServiceStatus(msgspec.Struct):
 class SyncQuery(msgspec.Struct, frozen=True):
     """How long to wait."""
 
-    timeout_seconds: Annotated[float, Meta(gt=0, le=86_400, description="Then the task is cancelled.")] = 600.0
+    timeout_seconds: Annotated[
+        float,
+        Meta(
+            gt=0,
+            le=86_400,
+            description="Then the task is cancelled, unless it came with a task_id or an Idempotency-Key.",
+        ),
+    ] = 600.0
     poll_interval_seconds: Annotated[float, Meta(gt=0, le=86_400, description="Taken and not used.")] = 0.5
 
 
@@ -197,15 +206,23 @@ async def create_image_task(request: ApiRequest) -> JSONResponse:
 
 @operation({200: FILE}, (409, 410, 500, 504), headers=_HEADERS, query=SyncQuery, body=RequestBody(ImageTask, _FILES))
 async def create_image_task_sync(request: ApiRequest) -> Response:
-    """Make an image, and answer with its file."""
+    """Make an image, and answer with its file.
+
+    A client that hangs up cancels its task, unless it named it by task_id or Idempotency-Key to ask again with.
+    """
     within_s = read_query(request, SyncQuery).timeout_seconds
-    request_id, _ = await _begin(request, ImageTask, Output())
+    request_id, fields = await _begin(request, ImageTask, Output())
+    cancels = not (idempotency_key(request) or fields.task_id)
     try:
         async with asyncio.timeout(within_s):
-            view = await wait(request, request_id, cancels=True)
+            view = await wait(request, request_id, cancels=cancels)
     except TimeoutError:
-        await request.state["services"].head.cancel(request_id, request.state["owner"], "the client's time is up")
-        message = f"the task took longer than timeout_seconds, {within_s:g}, and is cancelled"
+        message = f"the task took longer than timeout_seconds, {within_s:g}, and "
+        if cancels:
+            await request.state["services"].head.cancel(request_id, request.state["owner"], "the client's time is up")
+            message += "is cancelled"
+        else:
+            message += f"goes on: send it again, or ask GET /v1/tasks/{request_id}/status"
         raise with_request_id(request_id, ApiError(504, message, code="timed_out")) from None
     raise_unless_done(view)
     artifact = view.units[0].artifact
@@ -241,7 +258,12 @@ async def _begin(request: ApiRequest, kind: type[T], output: Output) -> tuple[st
     if fields.target_shape:
         parsed.inputs.update(sides_of(fields.target_shape, parsed.inputs, parsed.names))
     own = request_id_of(request.state["owner"], fields.task_id) if fields.task_id else ""
-    return await submit(request, parsed, n=1, output=output, request_id=own), fields
+    try:
+        return await submit(request, parsed, n=1, output=output, request_id=own), fields
+    except ApiError as error:
+        if error.code != "conflict" or not own or idempotency_key(request):
+            raise
+        raise field_error("task_id", "came with another body before", status=409, code="conflict") from None
 
 
 def _accepted(request: ApiRequest, request_id: str, fields: VideoTask) -> JSONResponse:
@@ -296,8 +318,12 @@ async def delete_task(request: ApiRequest) -> JSONResponse:
 async def delete_running_tasks(request: ApiRequest) -> JSONResponse:
     """Stop all tasks of the client that have not ended."""
     head, owner = request.state["services"].head, request.state["owner"]
-    found = await head.list_requests(ListRequests(owner, limit=1000, active=True))
-    await asyncio.gather(*(head.cancel(id_, owner) for id_ in found.request_ids))
+    ids, has_more = list[str](), True
+    while has_more:
+        found = await head.list_requests(ListRequests(owner, ids[-1] if ids else "", LISTED_AT_ONCE, active=True))
+        ids += found.request_ids
+        has_more = found.has_more
+    await gather_found(head.cancel(id_, owner) for id_ in ids)
     return JSONResponse(StopTaskResponse("success", "All tasks stopped successfully."))
 
 

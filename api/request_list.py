@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -85,8 +85,16 @@ async def list_page(
 async def views_of(request: ApiRequest, ids: Sequence[str]) -> list[RequestView]:
     """Return the requests of these ids, without those that have been removed meanwhile."""
     head, owner = request.state["services"].head, request.state["owner"]
+    return await gather_found(head.query(id_, owner) for id_ in ids)
+
+
+async def gather_found(asks: Iterable[Awaitable[RequestView]]) -> list[RequestView]:
+    """Return the views that the head is asked for, without those of requests that have been removed meanwhile.
+
+    Raises what one of the asks has raised once all of them have ended.
+    """
     views = []
-    for view in await asyncio.gather(*(head.query(id_, owner) for id_ in ids), return_exceptions=True):
+    for view in await asyncio.gather(*asks, return_exceptions=True):
         if isinstance(view, RequestView):
             views.append(view)
         elif not (isinstance(view, RemoteError) and view.code == "not_found"):

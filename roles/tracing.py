@@ -31,6 +31,8 @@ _TRACEPARENT: Final = re.compile(
     r"(?P<version>[0-9a-f]{2})-(?P<trace>[0-9a-f]{32})-(?P<span>[0-9a-f]{16})-(?P<flags>[0-9a-f]{2})(?P<more>-.*)?"
 )
 REQUEST_ID_PREFIX: Final = "req_"
+REQUEST_ID_PATTERN: Final = rf"{REQUEST_ID_PREFIX}[0-9a-f]{{32}}(?:-[0-9a-f]{{16}})?"
+"""The ids that the API gives to requests, traced or not."""
 _REQUEST_ID: Final = re.compile(rf"{REQUEST_ID_PREFIX}(?P<trace>[0-9a-f]{{32}})-(?P<span>[0-9a-f]{{16}})")
 
 

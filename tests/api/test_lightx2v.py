@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -12,6 +13,7 @@ from tests.api.image_inputs import MASK, PNG, text
 from triptych.api.lightx2v import QueueStatus, nearest_side, queue_status, request_id_of, size_of_ratio
 from triptych.engines.parameters.schema import Parameter, ParameterKind
 from triptych.roles.messages import requests as wire
+from triptych.roles.tracing import TraceContext, traced_request_id
 
 pytestmark = pytest.mark.anyio
 IMAGE, VIDEO = "/v1/tasks/image/", "/v1/tasks/video/"
@@ -75,6 +77,18 @@ async def test_a_task_from_its_beginning_to_its_file(client, fake_head):
     for url in (f"/v1/tasks/{task['task_id']}/result", f"/v1/files/download/{status['save_result_path']}"):
         assert Image.open(io.BytesIO((await client.get(url)).content)).getpixel((0, 0)) == (42, 0, 0)
     assert task["task_id"] in (await client.get("/v1/tasks/")).json()
+
+
+async def test_a_traced_task_is_found_by_its_id(client, fake_head, services):
+    object.__setattr__(services, "exporter", SimpleNamespace(export=lambda _spans: None))
+    context = TraceContext("a" * 32, "b" * 16)
+    assert request_id_of("", traced_request_id(context)) == traced_request_id(context)
+    task_id = (await client.post(IMAGE, json={"prompt": "x"}, headers={"traceparent": context.traceparent})).json()[
+        "task_id"
+    ]
+    assert task_id.startswith(f"req_{context.trace_id}-")
+    assert (await client.get(f"/v1/tasks/{task_id}/status")).json()["status"] == "completed"
+    assert (await client.get(f"/v1/tasks/{task_id}/result")).status_code == 200
 
 
 async def test_images_come_as_base64_or_as_files_of_a_form(client, fake_head):
@@ -152,7 +166,9 @@ async def test_a_client_may_name_its_task_and_finds_only_its_own(client, fake_he
     body = {"prompt": "x", "task_id": "cat 1"}
     first, again = await client.post(IMAGE, json=body), await client.post(IMAGE, json=body)
     assert first.json() == again.json() == {"task_id": "cat 1", "task_status": "pending", "save_result_path": "cat 1"}
-    assert (await client.post(IMAGE, json={**body, "prompt": "y"})).status_code == 409
+    refused = await client.post(IMAGE, json={**body, "prompt": "y"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (409, "task_id")
+    assert refused.json()["error"]["message"] == "task_id came with another body before"
     assert len(fake_head.journal) == 1
     status = (await client.get("/v1/tasks/cat%201/status")).json()
     assert (status["task_id"], status["status"]) == ("cat 1", "processing")
@@ -172,6 +188,20 @@ async def test_a_task_is_stopped_once(client, fake_head):
     assert fake_head.journal[other].state == "CANCELLED"
 
 
+async def test_all_tasks_are_stopped_however_many_there_are(client, fake_head, monkeypatch):
+    monkeypatch.setattr("triptych.api.lightx2v.LISTED_AT_ONCE", 2)
+    fake_head.hold = True
+    for _ in range(5):
+        await client.post(IMAGE, json={"prompt": "x"})
+    fake_head.failures[wire.CancelRequest] = ["not_found"]
+    assert (await client.delete("/v1/tasks/all/running")).status_code == 200
+    assert sorted(task.state for task in fake_head.journal.values()) == [*["CANCELLED"] * 4, "DENOISING_RUNNING"]
+    await client.post(IMAGE, json={"prompt": "x"})
+    fake_head.failures[wire.CancelRequest] = ["unavailable"]
+    assert (await client.delete("/v1/tasks/all/running")).status_code == 503
+    assert len([task for task in fake_head.journal.values() if task.state == "CANCELLED"]) == 5
+
+
 async def test_what_failed_says_why(client, fake_head):
     fake_head.hold = True
     task_id = (await client.post(IMAGE, json={"prompt": "x"})).json()["task_id"]
@@ -189,6 +219,10 @@ async def test_who_waits_gets_the_file_or_a_timeout(client, fake_head):
     late = await client.post(f"{IMAGE}sync", params={"timeout_seconds": 0.05}, json={"prompt": "x"})
     assert (late.status_code, late.json()["error"]["code"]) == (504, "timed_out")
     assert fake_head.journal[late.headers["x-request-id"]].state == "CANCELLED"
+    for body, headers in (({"prompt": "x", "task_id": "cat"}, {}), ({"prompt": "x"}, {"Idempotency-Key": "k"})):
+        late = await client.post(f"{IMAGE}sync", params={"timeout_seconds": 0.05}, json=body, headers=headers)
+        assert late.status_code == 504
+        assert fake_head.journal[late.headers["x-request-id"]].state != "CANCELLED", "it can be asked for again"
     bad = await client.post(f"{IMAGE}sync", params={"timeout_seconds": 0}, json={"prompt": "x"})
     assert (bad.status_code, bad.json()["error"]["param"]) == (422, "timeout_seconds")
 
