@@ -274,5 +274,5 @@ def _is_later(modified: str, since: str) -> bool | None:
     """Whether a date is after another one; None where the other is none, which then says nothing."""
     try:
         return parsedate_to_datetime(modified) > parsedate_to_datetime(since)
-    except (ValueError, TypeError):  # no date; or one without a zone, which cannot be compared
+    except (ValueError, TypeError, OverflowError):  # no date; one without a zone; one of a year that is none
         return None

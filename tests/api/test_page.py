@@ -24,6 +24,8 @@ async def test_the_page_is_sent_once_and_then_only_asked_for(client):
     assert answer.headers["cache-control"] == "no-cache"
     again = await client.get("/", headers={"If-None-Match": answer.headers["etag"]})
     assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", answer.headers["etag"])
+    no_date = await client.get("/", headers={"If-Modified-Since": f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT"})
+    assert no_date.status_code == 200
     assert (await client.head("/")).headers["content-length"] == str(len(FILES["/"].gzip.content))
 
 

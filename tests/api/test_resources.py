@@ -324,6 +324,8 @@ async def test_a_file_is_sent_again_only_if_it_is_another(client, fake_head, sto
         ({"If-Modified-Since": modified}, 304),
         ({"If-Modified-Since": "Mon, 01 Jan 2001 00:00:00 GMT"}, 200),
         ({"If-Modified-Since": "yesterday"}, 200),
+        ({"If-Modified-Since": f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT"}, 200),
+        ({"If-Unmodified-Since": f"Mon, 01 Jan 2001 00:00:00 +{'9' * 20}"}, 200),
         ({"If-Match": '"other"'}, 412),
         ({"If-Match": f"{etag}"}, 200),
         ({"If-Match": "*"}, 200),
