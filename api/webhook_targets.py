@@ -16,6 +16,9 @@ import httpx
 from triptych.actors.topology import is_ip, is_loopback, is_network
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
+MAX_PORT: Final = 65_535
+_NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
+"""RFC 6052: a gateway of the network connects to the address of IPv4 in the last 32 bits."""
 _EXAMPLE: Final = "as in https://hooks.example.com/path"
 
 
@@ -54,6 +57,8 @@ def check_webhook_url(text: str, hosts: Sequence[str]) -> WebhookTarget:
         raise WebhookTargetError(f"must be a URL that begins with https://, {_EXAMPLE}")
     if url.userinfo:
         raise WebhookTargetError("must have no user and password in it: the receiver knows us by the signature")
+    if url.port is not None and not 1 <= url.port <= MAX_PORT:
+        raise WebhookTargetError(f"must have a port from 1 to {MAX_PORT}, not {url.port}")
     if not _is_listed(host, hosts):
         raise WebhookTargetError(f"leads to {host}, which is none of the server's [webhooks] hosts")
     if url.scheme == "http" and not is_loopback(host):
@@ -91,7 +96,10 @@ def _in_listed_network(address: Address, hosts: Sequence[str]) -> bool:
 
 
 def _address(text: str) -> Address:
-    """Return an address; that of IPv4 where IPv6 only wraps it."""
+    """Return an address; that of IPv4 where IPv6 only wraps it: mapped, or for a gateway (NAT64, 6to4)."""
     address = ipaddress.ip_address(text)
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return mapped or address
+    if isinstance(address, ipaddress.IPv4Address):
+        return address
+    if address in _NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour or address

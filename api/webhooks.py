@@ -35,7 +35,7 @@ log = structlog.stdlib.get_logger("api")
 
 MAX_SENDING: Final = 16
 """Webhooks that are sent at a time."""
-RETRY_S: Final = 1.0
+HEAD_RETRY_S: Final = 1.0
 """Seconds until the head is asked again when it does not answer."""
 _GONE: Final = 410
 _TYPES: Final = {State.DONE: "request.completed", State.CANCELLED: "request.cancelled"}
@@ -72,9 +72,8 @@ class WebhookSender:
         # Certificates of the system, with $SSL_CERT_FILE; no proxy of the environment, which would choose the address.
         tls = await asyncio.to_thread(ssl.create_default_context)
         no_limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        timeout = httpx.Timeout(self._settings.timeout_s)
         async with (
-            httpx.AsyncClient(verify=tls, timeout=timeout, limits=no_limits, trust_env=False) as client,
+            httpx.AsyncClient(verify=tls, limits=no_limits, trust_env=False) as client,
             asyncio.TaskGroup() as tasks,
         ):
             while True:
@@ -114,28 +113,27 @@ class WebhookSender:
                 log.info("a webhook waits for the head", request_id=request_id, reason=str(error))
             except BusError as error:
                 log.info("a webhook waits for the head", request_id=request_id, reason=str(error))
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(HEAD_RETRY_S)
 
     async def _attempt(self, client: httpx.AsyncClient, view: RequestView, secrets: Sequence[bytes]) -> Result:
         if not secrets:
             return Result("refused", "the keys file has no secret for this client any more")
-        body, now = payload(view, self._file_url), int(time.time())
-        headers = {"Content-Type": "application/json", **signature_headers(secrets, view.request_id, now, body)}
+        timeout_s = self._settings.timeout_s
         try:
+            body, now = payload(view, self._file_url), int(time.time())
+            headers = {"Content-Type": "application/json", **signature_headers(secrets, view.request_id, now, body)}
             target = check_webhook_url(view.webhook_url, self._settings.hosts)
-            async with asyncio.timeout(self._settings.timeout_s):
+            async with asyncio.timeout(timeout_s):
                 addresses = await self._addresses(target)
-                return result_of(await post(client, target, addresses, body, headers))
+                return result_of(await post(client, target, addresses, body, headers, timeout_s))
         except WebhookTargetError as error:
             return Result("refused", f"the URL {error}")
         except TimeoutError:
-            return Result("failed", f"no answer within {self._settings.timeout_s:g} s")
-        except (
-            httpx.HTTPError,
-            httpx.InvalidURL,
-            OSError,
-            UnicodeError,
-        ) as error:  # the last of names with long labels
+            return Result("failed", f"no answer within {timeout_s:g} s")
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:  # the last: long labels
+            return Result("failed", f"{type(error).__name__}: {error}")
+        except Exception as error:  # it is tried again after a restart, and would end the API each time
+            log.exception("a webhook cannot be sent", request_id=view.request_id)
             return Result("failed", f"{type(error).__name__}: {error}")
 
     async def _addresses(self, target: WebhookTarget) -> list[str]:
@@ -152,29 +150,44 @@ def payload(view: RequestView, file_url: Callable[[str], str]) -> bytes:
 
 
 async def post(
-    client: httpx.AsyncClient, target: WebhookTarget, addresses: Sequence[str], body: bytes, headers: dict[str, str]
+    client: httpx.AsyncClient,
+    target: WebhookTarget,
+    addresses: Sequence[str],
+    body: bytes,
+    headers: dict[str, str],
+    timeout_s: float,
 ) -> int:
     """POST to the first of the addresses that can be connected to; returns the status, and reads no more.
+
+    Each address gets an equal share of `timeout_s` to be connected to, so that one that never answers leaves time for
+    the next.
 
     Raises:
         httpx.HTTPError: None of them can be, or there is no answer.
     """
+    timeout = httpx.Timeout(timeout_s, connect=timeout_s / len(addresses))
     *others, last = addresses
     for address in others:
         try:
-            return await _post_to(client, target, address, body, headers)
-        except httpx.ConnectError:
+            return await _post_to(client, target, address, body, headers, timeout)
+        except (httpx.ConnectError, httpx.ConnectTimeout):
             pass  # the name has further addresses
-    return await _post_to(client, target, last, body, headers)
+    return await _post_to(client, target, last, body, headers, timeout)
 
 
 async def _post_to(
-    client: httpx.AsyncClient, target: WebhookTarget, address: str, body: bytes, headers: dict[str, str]
+    client: httpx.AsyncClient,
+    target: WebhookTarget,
+    address: str,
+    body: bytes,
+    headers: dict[str, str],
+    timeout: httpx.Timeout,
 ) -> int:
     # The address that was checked, and no second look-up; the certificate has to be of the name all the same.
     url = target.url.copy_with(host=address)
     named = {**headers, "Host": target.url.netloc.decode("ascii")}
-    request = client.build_request("POST", url, content=body, headers=named, extensions={"sni_hostname": target.host})
+    sni = {"sni_hostname": target.host}
+    request = client.build_request("POST", url, content=body, headers=named, timeout=timeout, extensions=sni)
     answer = await client.send(request, stream=True, follow_redirects=False)
     await answer.aclose()
     return answer.status_code
