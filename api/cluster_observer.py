@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
@@ -43,6 +43,7 @@ PRIVATE = ("pid", "fd", "session", "base_address", "arena")
 _UP = (ChildState.READY, ChildState.ASLEEP)
 
 R = TypeVar("R", bound=Message)
+T = TypeVar("T")
 Reports = Mapping[str, SupervisorReport | None]
 
 
@@ -52,6 +53,22 @@ class Readiness(NamedTuple):
     ready: bool
     reasons: list[str]
     gave_up: list[str]
+
+
+class _Shared(Generic[T]):
+    """What a call returns, for all who want it at about the same time."""
+
+    def __init__(self, call: Callable[[], Coroutine[Any, Any, T]]) -> None:
+        self._call = call
+        self._task: asyncio.Task[T] | None = None
+        self._began_at = 0.0
+
+    async def get(self, since: float) -> tuple[float, T]:
+        """Return the result of a call that was begun at or after `since`, and when."""
+        if self._task is None or self._began_at < since:
+            self._task, self._began_at = asyncio.create_task(self._call()), time.monotonic()
+        task, began_at = self._task, self._began_at
+        return began_at, await asyncio.shield(task)
 
 
 class ClusterObserver:
@@ -64,8 +81,8 @@ class ClusterObserver:
         self._refusals: dict[
             str, str
         ] = {}  # why the last handshake with an actor was refused, "" if it was not, by its name
-        self._shared: asyncio.Task[dict[str, Any]] | None = None
-        self._shared_at = 0.0
+        self._snapshot = _Shared(self.snapshot)
+        self._readiness = _Shared(self.readiness)
 
     async def readiness(self) -> Readiness:
         """Ask the head, and the supervisors for children that are not started any more."""
@@ -122,10 +139,11 @@ class ClusterObserver:
 
         Both are seconds of this host's monotonic clock.
         """
-        if self._shared is None or self._shared_at < since:
-            self._shared, self._shared_at = asyncio.create_task(self.snapshot()), time.monotonic()
-        task, began_at = self._shared, self._shared_at
-        return began_at, await asyncio.shield(task)
+        return await self._snapshot.get(since)
+
+    async def shared_readiness(self, since: float) -> Readiness:
+        """Return what `readiness` said when asked at or after `since`, as `shared_snapshot` does."""
+        return (await self._readiness.get(since))[1]
 
     async def wait_for_change(self, supervisor: str, revision: int) -> SupervisorReport | None:
         """Return what a supervisor says once that is another revision, or after a while; None if it does not answer."""

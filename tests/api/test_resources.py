@@ -220,7 +220,16 @@ async def test_live_needs_nobody(client):
     assert (await client.get("/live")).status_code == 200
 
 
-async def test_ready_when_the_head_says_so(client, fake_head):
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+async def test_probes_share_what_the_actors_are_asked(client, fake_head, monkeypatch, path):
+    monkeypatch.setattr("triptych.api.cluster.PROBE_AGE_S", 60.0)
+    answers = await asyncio.gather(*(client.get(path) for _ in range(20)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert len(await fake_head.received(wire.ClusterQuery)) == 1
+
+
+async def test_ready_when_the_head_says_so(client, fake_head, monkeypatch):
+    monkeypatch.setattr("triptych.api.cluster.PROBE_AGE_S", 0.0)
     fake_head.ready, fake_head.reasons = False, ("no denoiser is ready",)
     answer = await client.get("/ready")
     assert (answer.status_code, answer.json()["reasons"]) == (503, ["no denoiser is ready"])
@@ -229,7 +238,8 @@ async def test_ready_when_the_head_says_so(client, fake_head):
     assert (answer.status_code, answer.json()["reasons"]) == (200, [])
 
 
-async def test_ready_names_whom_the_supervisor_gave_up_on(client, fake_head, topology):
+async def test_ready_names_whom_the_supervisor_gave_up_on(client, fake_head, topology, monkeypatch):
+    monkeypatch.setattr("triptych.api.cluster.PROBE_AGE_S", 0.0)
     async with supervisor(topology, GAVE_UP):
         answer = await client.get("/ready")
         assert (answer.status_code, answer.json()["gave_up"]) == (503, [SENTENCE])
