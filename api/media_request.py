@@ -97,7 +97,8 @@ class MediaRequest(msgspec.Struct, frozen=True, kw_only=True):
     guidance_scale: float | None = None
     negative_prompt: Text | None = None
     priority: Priority | None = None
-    """A higher one goes first; by default 0. A key of the API may set no higher one than its own limit."""
+    """A higher one goes first; by default 0. A key of the API may set no higher one than its own limit, which is the
+    default where it is lower."""
     deadline_s: DeadlineSeconds | None = None
     """Seconds in which the result is wanted; `[head] policy = "deadline"` goes by it. Nothing ends because of it."""
     partial_images: Annotated[int, Meta(ge=0, le=MAX_PARTIAL_IMAGES)] | None = None

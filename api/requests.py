@@ -145,7 +145,8 @@ async def _submit(
 ) -> RequestAccepted:
     head, state = request.state["services"].head, request.state
     key = idempotency_key(request) or request_id
-    priority = parsed.fields.priority or 0
+    wanted = parsed.fields.priority
+    priority = min(0, state["max_priority"]) if wanted is None else wanted
     if priority > state["max_priority"]:
         predicate = f"must be at most {state['max_priority']} for the key of {state['owner']}"
         raise field_error("priority", predicate, status=403, code="priority_not_allowed")

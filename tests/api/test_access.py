@@ -19,7 +19,7 @@ from triptych.roles.messages import requests as wire
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/images/generations"
-ALICE, BOB = "alice-0123456789abcdef", "bob-0123456789abcdef"
+ALICE, BOB, LAST = "alice-0123456789abcdef", "bob-0123456789abcdef", "last-0123456789abcdef"
 
 
 @pytest.fixture
@@ -45,7 +45,8 @@ async def client_of(services, fake_head):
 
 @pytest.fixture
 def with_key(client_of):
-    return lambda key: client_of(key, keys={ALICE: ApiClient("alice"), BOB: ApiClient("bob", 5)})
+    clients = {ALICE: ApiClient("alice"), BOB: ApiClient("bob", 5), LAST: ApiClient("last", -5)}
+    return lambda key: client_of(key, keys=clients)
 
 
 @pytest.mark.parametrize("sent", ["", "Bearer", "Bearer wrong", f"Basic {ALICE}", f"Bearer {ALICE}x", "Bearer \xe9"])
@@ -101,6 +102,9 @@ async def test_a_key_lowers_its_priority_and_raises_it_as_far_as_it_may(with_key
     for key in allowed:
         refused = await with_key(key).post(URL, json={"prompt": "x", "priority": 6})
         assert (refused.status_code, refused.json()["error"]["param"]) == (403, "priority")
+    for key, default in ((ALICE, 0), (BOB, 0), (LAST, -5)):
+        made = (await with_key(key).post(URL, json={"prompt": "x"})).json()
+        assert fake_head.journal[made["id"]].submit.priority == default
     made = (await client.post(URL, json={"prompt": "x", "priority": 100})).json()
     assert fake_head.journal[made["id"]].submit.priority == 100, "without keys everybody is the operator"
 
