@@ -121,7 +121,7 @@ class UploadService:
                         raise field_error(name, predicate, status=410, code="upload_expired")
 
     def _renew(self, param: str, upload: Upload) -> bool:
-        with _storing(param):
+        with storing(param):
             return self.store.renew(upload)
 
     def _check_and_save(self, data: bytes, param: str, left: int, *, video: bool) -> tuple[Upload, ImageSize]:
@@ -140,13 +140,13 @@ class UploadService:
         return replace(self._save(data, param, ending), pixels=pixels), ImageSize(info.width, info.height)
 
     def _save(self, data: bytes, param: str, ending: str) -> Upload:
-        with _storing(param):
+        with storing(param):
             return self.store.save(data, ending)
 
 
 @contextmanager
-def _storing(param: str) -> Iterator[None]:
-    """Turn what the upload store raises into ApiError 503."""
+def storing(param: str) -> Iterator[None]:
+    """Turn what a store raises that has no room for a file into ApiError 503, which names `param`."""
     try:
         yield
     except UploadsFullError as error:
@@ -154,7 +154,7 @@ def _storing(param: str) -> Iterator[None]:
         predicate = "cannot be kept, the server has no room for more files: retry later"
         raise field_error(param, predicate, status=503, code="full", retry_s=60.0) from None
     except OSError as error:
-        log.warning("an upload cannot be kept", error=str(error))
+        log.warning("a file cannot be kept", param=param, error=str(error))
         if is_disk_full(error):
             predicate, code, retry_s = "cannot be kept, the server's disk is full: retry later", "disk_full", 60.0
         else:

@@ -6,6 +6,7 @@ import asyncio
 from typing import Final
 from weakref import WeakValueDictionary
 
+from triptych.api.uploads import storing
 from triptych.roles.media.artifacts import VARIANTS, ArtifactMissingError, ArtifactStore, artifact_name, variant_id
 
 MAX_CONCURRENT: Final = 2
@@ -34,6 +35,7 @@ class VideoVariants:
 
         Raises:
             ArtifactMissingError: The video is not kept any more.
+            ApiError: 503, the store has no room.
             OSError: As `roles.media.files.Files`.
         """
         name = artifact_name(variant_id(job_id, variant), VARIANTS[variant])
@@ -53,7 +55,8 @@ class VideoVariants:
 
         with self._store.open(video) as file:
             data = MAKERS[variant](file)
-        self._store.save(variant_id(job_id, variant), VARIANTS[variant], data)
+        with storing("variant"):
+            self._store.save(variant_id(job_id, variant), VARIANTS[variant], data)
 
     async def discard(self, job_id: str, variant: str) -> None:
         """Remove a variant."""

@@ -24,7 +24,7 @@ from triptych.api.request_list import ListQuery, list_page, read_query, views_of
 from triptych.api.requests import Deleted, failure_reason, submit_and_view, with_request_id
 from triptych.api.responses import JSONResponse
 from triptych.api.services import ApiRequest
-from triptych.bus import RemoteError
+from triptych.bus import BusError, RemoteError
 from triptych.engines.parameters.schema import FRAME_RATE_NAMES
 from triptych.engines.parameters.validation import MAX_TEXT
 from triptych.roles.head.job import State
@@ -197,7 +197,7 @@ async def cancel_video(request: ApiRequest) -> JSONResponse:
 
 @operation(FILE_ANSWERS, (*FILE_ERRORS, 409, 422, 503), headers=FILE_HEADERS, query=ContentQuery)
 async def get_video_content(request: ApiRequest) -> Response:
-    """Return the finished file, or a picture of it; 409 while there is none."""
+    """Return the finished file, or an image of it; 409 while there is none."""
     variant = read_query(request, ContentQuery).variant
     view = await find_video(request)
     artifact = view.units[0].artifact
@@ -212,7 +212,7 @@ async def get_video_content(request: ApiRequest) -> Response:
 
 
 async def _variant_of(request: ApiRequest, view: RequestView, artifact: str, variant: str) -> str:
-    """Return the name of the file of a variant; raises ApiError 404 where the video is deleted meanwhile, and 410."""
+    """Return the name of the file of a variant; raises ApiError 404 where the video is deleted meanwhile, 410, 503."""
     variants, job_id = request.state["services"].variants, f"{view.request_id}/{view.units[0].index}"
     try:
         name, is_new = await variants.find_or_make(artifact, job_id, variant)
@@ -221,7 +221,7 @@ async def _variant_of(request: ApiRequest, view: RequestView, artifact: str, var
     if is_new:
         try:
             await find_video(request)
-        except ApiError:  # nobody would remove the new file
+        except (ApiError, BusError):  # nobody would remove the new file
             await variants.discard(job_id, variant)
             raise
     return name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import io
 
 import msgspec
@@ -263,6 +264,27 @@ async def test_a_variant_of_a_video_that_is_deleted_meanwhile_stays_nowhere(clie
     monkeypatch.setattr(store, "save", deleted_first)
     refused(await client.get(f"{URL}/{made['id']}/content", params={"variant": "thumbnail"}), 404, None)
     assert not list(store.files.folder.iterdir())
+
+
+async def test_a_variant_that_cannot_be_kept_or_asked_about_leaves_nothing(client, fake_head, store, monkeypatch):
+    made = (await client.post(URL, json={"prompt": "x"})).json()
+    save, url = store.save, f"{URL}/{made['id']}/content"
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "save", full)
+    answer = await client.get(url, params={"variant": "thumbnail"})
+    refused(answer, 503, "variant", "the server's disk is full: retry later")
+    assert answer.json()["error"]["code"] == "disk_full"
+
+    def unanswered(*args):
+        fake_head.failures[wire.QueryRequest] = ["unavailable"]
+        return save(*args)
+
+    monkeypatch.setattr(store, "save", unanswered)
+    refused(await client.get(url, params={"variant": "thumbnail"}), 503, None)
+    assert [path.suffix for path in store.files.folder.iterdir()] == [".mp4"]
 
 
 async def test_a_remix_has_all_of_the_other_one_but_the_prompt(client, fake_head, uploads):
