@@ -77,7 +77,7 @@ class RequestContextMiddleware:
                 log.info(
                     "http",
                     method=scope["method"],
-                    path=scope["path"],
+                    path=printable(scope["path"]),
                     status=status,
                     seconds=round(seconds, 4),
                     **({"owner": owner} if (owner := state["owner"]) else {}),
@@ -86,6 +86,11 @@ class RequestContextMiddleware:
                 )
             if exporter and trace.sampled:
                 exporter.export([http_span(trace, client.span_id if client else "", scope, status, seconds)])
+
+
+def printable(text: str) -> str:
+    r"""Return a text with each character that is not printable escaped, as in \x1b: terminals obey some of them."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def begins_trace(scope: Scope) -> bool:

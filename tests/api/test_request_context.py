@@ -33,6 +33,14 @@ def test_a_client_decides_about_its_own_trace_and_a_share_of_the_others_is_expor
     assert not child_of(None, request_id, 0.0).sampled
 
 
+@pytest.mark.anyio
+async def test_a_path_writes_no_control_sequences_to_a_log(client, monkeypatch) -> None:
+    paths = []
+    monkeypatch.setattr("triptych.api.request_context.log.info", lambda _event, **facts: paths.append(facts["path"]))
+    await client.get("/v1/%1b]0;x%07/%C2%9B2J/%E5%9B%BE a")
+    assert paths == ["/v1/\\x1b]0;x\\x07/\\x9b2J/\u56fe a"]
+
+
 @pytest.mark.parametrize(
     ("asked", "name"),
     [
