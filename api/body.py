@@ -18,9 +18,9 @@ MAX_TEXT_BYTES = 1 << 19
 """Of a body without its images. Half of what a mailbox takes, so that nothing here is too long for the bus."""
 MAX_JSON_BYTES = 1 << 26
 MAX_FORM_BYTES = 1 << 27
-MAX_FILES = 512
+MAX_FORM_FILES = 512
 """Of a form."""
-MAX_FIELDS = 128
+MAX_FORM_FIELDS = 128
 """Of a form, beside its files."""
 _LONE_SURROGATE = re.compile(
     rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
@@ -87,7 +87,7 @@ def _decode(name: str, value: msgspec.Raw) -> object:
 
 async def _read_form(headers: Headers, chunks: AsyncGenerator[bytes, None], stack: AsyncExitStack) -> dict[str, object]:
     parser = _CompleteFormParser(
-        headers, chunks, max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_TEXT_BYTES
+        headers, chunks, max_files=MAX_FORM_FILES, max_fields=MAX_FORM_FIELDS, max_part_size=MAX_TEXT_BYTES
     )
     try:
         form = await parser.parse()

@@ -14,7 +14,7 @@ CLIENT_CLOSED_REQUEST = 499
 """nginx's number for it. Only the access log shows it."""
 
 HEAD_UNREACHABLE = "head_unreachable"
-RETRY_S = 1.0
+DEFAULT_RETRY_AFTER_S = 1.0
 """After which a client may retry, where nothing better is known."""
 STORE_RETRY_S = 5.0
 _RETRYABLE = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
@@ -114,7 +114,7 @@ def error_response(error: ApiError) -> JSONResponse:
     if error.status not in _RETRYABLE:
         headers["X-Should-Retry"] = "false"
     elif error.status != HTTPStatus.REQUEST_TIMEOUT:
-        headers["Retry-After"] = str(math.ceil(error.retry_after_s or RETRY_S))
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s or DEFAULT_RETRY_AFTER_S))
     return JSONResponse({"error": error_object(error)}, status_code=error.status, headers=headers)
 
 

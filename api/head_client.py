@@ -47,7 +47,7 @@ ANSWER_TIMEOUT_S = 5.0
 LONG_POLL_S = 20.0
 """One long poll; short, for the case of a head that is gone while its connection seems up."""
 POLL_GRACE_S = 5.0
-RETRY_S = 0.1
+ASK_AGAIN_S = 0.1
 
 
 class HeadClient:
@@ -180,7 +180,7 @@ class HeadClient:
         except RemoteError as failure:
             if failure.code not in ("stopping", "deadline_exceeded", "unavailable"):
                 raise
-        await asyncio.sleep(RETRY_S)
+        await asyncio.sleep(ASK_AGAIN_S)
         return None
 
     async def _ask(self, message: Message, *replies: type[R]) -> R:
@@ -188,8 +188,8 @@ class HeadClient:
         while True:
             remaining = deadline - time.monotonic()
             try:
-                return await self.reference.ask(message, *replies, timeout_s=max(remaining, RETRY_S))
+                return await self.reference.ask(message, *replies, timeout_s=max(remaining, ASK_AGAIN_S))
             except UnreachableError:
-                if remaining < 2 * RETRY_S:
+                if remaining < 2 * ASK_AGAIN_S:
                     raise
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(ASK_AGAIN_S)

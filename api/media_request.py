@@ -18,7 +18,7 @@ from starlette.datastructures import UploadFile
 from triptych.api.body import MAX_TEXT_BYTES, read_body
 from triptych.api.errors import ApiError, field_error
 from triptych.api.services import ApiRequest
-from triptych.api.uploads import MAX_FILES, MAX_FRAMES, ImageSize, Source, UploadService
+from triptych.api.uploads import MAX_FRAMES, MAX_IMAGES, ImageSize, Source, UploadService
 from triptych.engines.parameters.schema import IMAGE_KINDS, KIND_DESCRIPTIONS, KNOWN_KINDS, ParameterKind, Task
 from triptych.engines.parameters.validation import MAX_TEXT
 from triptych.roles.messages.common import MAX_PARTIAL_IMAGES, MAX_SEED, Json, Numbers, Options, Priority, Scalar
@@ -354,7 +354,7 @@ def _image_sources(name: str, value: object, kind: ParameterKind | None) -> list
     sources = [_image_source(name, item) for item in given]
     if kind is ParameterKind.IMAGE and len(sources) > 1:
         raise field_error(name, f"must be one image, and {len(sources)} were given")
-    most = MAX_FRAMES if kind is ParameterKind.IMAGE_LIST else MAX_FILES
+    most = MAX_FRAMES if kind is ParameterKind.IMAGE_LIST else MAX_IMAGES
     if len(sources) > most:
         raise field_error(name, f"must be at most {most} images, and {len(sources)} were given")
     return sources

@@ -41,7 +41,7 @@ _TYPES: Final = {
 }
 
 
-class Variant(NamedTuple):
+class Representation(NamedTuple):
     """A file of the page as it is sent, plain or compressed."""
 
     content: bytes
@@ -51,8 +51,8 @@ class Variant(NamedTuple):
 class PageFile(NamedTuple):
     """A file of the page."""
 
-    plain: Variant
-    gzip: Variant
+    plain: Representation
+    gzip: Representation
 
 
 def read_files(folder: Path = FOLDER) -> dict[str, PageFile]:
@@ -80,7 +80,7 @@ def _read(path: Path) -> PageFile:
         "X-Content-Type-Options": "nosniff",
     }
     compressed = {**headers, "ETag": f'"{digest}-gzip"', "Content-Encoding": "gzip"}
-    return PageFile(Variant(content, headers), Variant(gzip.compress(content, mtime=0), compressed))
+    return PageFile(Representation(content, headers), Representation(gzip.compress(content, mtime=0), compressed))
 
 
 FILES: Final = read_files()

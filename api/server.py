@@ -19,7 +19,7 @@ from triptych.api.app import make_app
 from triptych.api.body_limiter import BodyLimiter
 from triptych.api.cluster_observer import ClusterObserver
 from triptych.api.connections import ConnectionLimits, LimitedProtocol, connection_limit, raise_file_limit
-from triptych.api.head_client import RETRY_S, HeadClient
+from triptych.api.head_client import ASK_AGAIN_S, HeadClient
 from triptych.api.keys import ApiKeys, ApiKeysError, load_api_keys
 from triptych.api.services import Services
 from triptych.api.store import StoreService
@@ -173,7 +173,7 @@ class ApiServer(Actor):
                 await head.reference.ask(ClusterQuery(), ClusterView, timeout_s=HEAD_PING_TIMEOUT_S)
             except BusError as error:
                 self.log.info("waiting for the head", reason=str(error))
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(ASK_AGAIN_S)
             else:
                 return
 

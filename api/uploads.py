@@ -29,13 +29,13 @@ MAX_FILE_BYTES: Final = 32 << 20
 MAX_PIXELS: Final = 64_000_000
 MAX_TOTAL_PIXELS: Final = 4 * MAX_PIXELS
 """Of all images of one input."""
-MAX_FILES: Final = 16
+MAX_IMAGES: Final = 16
 MAX_FRAMES: Final = 256
 """Of an input that is a video."""
 VIDEO_LIMITS: Final = VideoLimits(frames=MAX_FRAMES, pixels=MAX_TOTAL_PIXELS)
 MAX_CONCURRENT_DECODES: Final = 4
 
-MAX_HEADER_BYTES: Final = 1 << 16
+MAX_TENSORS_HEADER_BYTES: Final = 1 << 16
 MAX_TENSORS: Final = 32
 MAX_DIMENSIONS: Final = 8
 MAX_NAME: Final = 128
@@ -284,8 +284,9 @@ def check_safetensors(data: bytes, param: str) -> tuple[str, ...]:
     without elements or of too many dimensions.
     """
     # Its first 8 bytes say how long the header is, which is JSON; the library's own bound is far higher.
-    if len(data) < 8 or int.from_bytes(data[:8], "little") > MAX_HEADER_BYTES:
-        raise field_error(param, f"must be a safetensors file, with a header of at most {MAX_HEADER_BYTES} bytes")
+    if len(data) < 8 or int.from_bytes(data[:8], "little") > MAX_TENSORS_HEADER_BYTES:
+        predicate = f"must be a safetensors file, with a header of at most {MAX_TENSORS_HEADER_BYTES} bytes"
+        raise field_error(param, predicate)
     try:
         found = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
