@@ -16,6 +16,7 @@ import httpx
 
 from triptych.api.client import ClientError, read_json
 
+from triptych.percentile import percentile
 Arrivals = Literal["poisson", "constant"]
 
 DONE: Final = "done"
@@ -23,7 +24,7 @@ UNFINISHED: Final = "unfinished"
 """It was open when the load was ended."""
 _UNSENT: Final = "unsent"
 """Too many were open."""
-_FRACTIONS: Final = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
+_PERCENTILES: Final = (50, 90, 95, 99)
 _POLL_S: Final = 0.5
 _POLL_HEADER: Final = "openai-poll-after-ms"
 
@@ -199,7 +200,8 @@ def summarize(results: Sequence[Result]) -> Summary:
     span_s = max((result.due_s for result in results), default=0.0)
     seconds = {}
     if done:
-        seconds = {"mean": sum(done) / len(done), **{name: percentile(done, at) for name, at in _FRACTIONS.items()}}
+        seconds = {"mean": sum(done) / len(done)}
+        seconds |= {f"p{percent}": percentile(done, percent) for percent in _PERCENTILES}
         seconds["max"] = done[-1]
     return Summary(
         dict(Counter(result.outcome for result in results)),
@@ -209,11 +211,3 @@ def summarize(results: Sequence[Result]) -> Summary:
         seconds,
         max((result.late_s for result in results), default=0.0),
     )
-
-
-def percentile(ordered: Sequence[float], fraction: float) -> float:
-    """Return the value below which a fraction of the ordered values lies, with lines between them. Pure."""
-    place = fraction * (len(ordered) - 1)
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])

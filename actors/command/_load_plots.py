@@ -6,7 +6,8 @@ import html
 from collections.abc import Sequence
 from typing import Final
 
-from triptych.actors.command._load import DONE, Result, Summary, percentile
+from triptych.actors.command._load import DONE, Result, Summary
+from triptych.percentile import percentile
 
 _BINS: Final = 12
 _BAR: Final = 40
@@ -48,7 +49,7 @@ def course(results: Sequence[Result]) -> str:
     places: list[list[float]] = [[] for _ in range(_COLUMNS)]
     for result in done:
         places[min(int(result.due_s / end * _COLUMNS), _COLUMNS - 1)].append(result.seconds)
-    medians = [percentile(sorted(place), 0.5) if place else None for place in places]
+    medians = [percentile(place, 50) if place else None for place in places]
     most = max(median for median in medians if median is not None) or 1.0
     return "".join(
         " " if median is None else _LEVELS[min(int(median / most * len(_LEVELS)), len(_LEVELS) - 1)]

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from triptych.actors.runtime.actor import Actor, Incarnation
 
 _MAX_RECENT_DEAD_LETTERS: Final = 100
-MAX_HANDLED: Final = 64  # messages between two calls of `Actor.caught_up`: some 3 ms of the head
+MAX_HANDLED: Final = 64
+"""Most messages between two calls of `Actor.caught_up`: some 3 ms of the head."""
 
 
 class ActorCell:

@@ -34,7 +34,7 @@ from triptych.tools.chaos.faults import FAULTS, components_of_victim, transfer_k
 from triptych.tools.chaos.injector import InjectedFault, has_recovered, trigger_is_met
 from triptych.tools.chaos.load import LoadGenerator, Outcome
 from triptych.tools.chaos.plan import IMAGES, PlannedFault, PlannedRequest, make_plan
-from triptych.tools.chaos.report import FailedRequest, StepsRedone, failures, percentile, show, summary
+from triptych.tools.chaos.report import FailedRequest, StepsRedone, failures, show, summary
 
 HAPPY_PATH = (
     "ENCODER_WAITING", "ENCODER_RUNNING", "ENCODER_DONE", "DENOISING_WAITING", "DENOISING_RUNNING",
@@ -305,9 +305,3 @@ def test_a_victim_is_hit_again_only_after_its_supervisor_has_heard_it() -> None:
     assert not recovered(child(1), lethal=True)
     assert recovered(child(2, silence_s=2.0), lethal=True)
     assert not recovered(child(2, ChildState.STARTING), lethal=True)
-
-
-def test_percentiles_are_of_the_nearest_rank() -> None:
-    assert percentile([3.0, 1.0, 2.0], 50) == 2.0
-    assert percentile(range(1, 101), 99) == 99
-    assert percentile([], 99) == 0.0

@@ -9,7 +9,7 @@ import pytest
 
 from triptych.actors.topology.sections import SchedulingPolicyName
 from triptych.tools.simulate.__main__ import main
-from triptych.tools.simulate.policies import Costs, Simulation, System, make_trace, percentile, summarize
+from triptych.tools.simulate.policies import Costs, Simulation, System, make_trace, summarize
 
 COSTS = Costs()
 
@@ -61,8 +61,3 @@ def test_the_real_head_is_driven_without_a_bus_and_ends_all_requests(capsys: pyt
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["instances"] for row in rows] == [3, 20]
     assert all(row["requests"] >= 40 and row["event_us"] > 0 for row in rows)
-
-
-def test_a_percentile_is_a_value_that_was_there() -> None:
-    ordered = [1.0, 2.0, 3.0, 4.0]
-    assert [percentile(ordered, share) for share in (0.25, 0.5, 0.95, 1.0)] == [1.0, 2.0, 4.0, 4.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from triptych.actors.supervision import module_command
+from triptych.engines.parameters.serving_config import SERVING_CONFIG_NAME
 
 
 @contextmanager
@@ -29,6 +31,14 @@ def make_model(folder: Path, *options: str) -> None:
     """Run `tools.make_model` in another process, so that its memory is not measured with the benchmark's."""
     command = (*module_command("triptych.tools.make_model"), str(folder), *options)
     subprocess.run(command, check=True)  # noqa: S603 - our own command
+
+
+def allow_steps(model: Path, most: int) -> None:
+    """Let requests ask the model in a folder for up to so many steps."""
+    file = model / SERVING_CONFIG_NAME
+    settings = json.loads(file.read_text())
+    settings["ranges"]["num_inference_steps"] = [1, most]
+    file.write_text(json.dumps(settings))
 
 
 def write_topology(

@@ -6,7 +6,6 @@ The program reaches the hosts from their switch, so that no fault is between it 
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 import tempfile
 import time
@@ -18,9 +17,8 @@ from typing import Any, Final
 
 from triptych.actors import AddressBook
 from triptych.bus import HEARTBEATS_LOST, BusError, Outbox, Reference
-from triptych.engines.parameters.serving_config import SERVING_CONFIG_NAME
 from triptych.roles.messages.requests import ClusterQuery, ClusterView
-from triptych.tools.bench.clusters import make_model, stdout_to_stderr
+from triptych.tools.bench.clusters import allow_steps, make_model, stdout_to_stderr
 from triptych.tools.bench.report import compare
 from triptych.tools.bench.transfer import Place, compare_pulls
 from triptych.tools.hosts import HostProcess, Hosts, enter_switch
@@ -92,7 +90,7 @@ def _place(hosts: Hosts, host: str) -> Place:
 
 async def _losses(folder: Path, rounds: int) -> Values:
     await asyncio.to_thread(make_model, folder / "model", "--family", "flux")
-    _allow_steps(folder / "model" / SERVING_CONFIG_NAME)
+    allow_steps(folder / "model", STEPS)
     addresses = enumerate(_NAMES, start=2)
     hosts = "\n".join(f'[[hosts]]\nname = "{name}"\naddress = "127.0.0.{n}"' for n, name in addresses)
     topology = folder / "topology.toml"
@@ -110,12 +108,6 @@ async def _losses(folder: Path, rounds: int) -> Values:
         finally:
             outbox.close()
     return values
-
-
-def _allow_steps(serving_config: Path) -> None:
-    settings = json.loads(serving_config.read_text())
-    settings["ranges"]["num_inference_steps"] = [1, STEPS]
-    serving_config.write_text(json.dumps(settings))
 
 
 async def _killed(cluster: HostsCluster, head: Reference, values: Values) -> None:

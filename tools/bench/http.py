@@ -28,10 +28,9 @@ import uvloop
 
 from triptych.actors.topology import free_port
 from triptych.api.launch import Cluster, launch
-from triptych.engines.parameters.serving_config import SERVING_CONFIG_NAME
-from triptych.tools.bench.clusters import make_model, stdout_to_stderr
+from triptych.percentile import percentile
+from triptych.tools.bench.clusters import allow_steps, make_model, stdout_to_stderr
 from triptych.tools.bench.http_load import connect, rate, request_bytes
-from triptych.tools.bench.overhead import quantile
 from triptych.tools.bench.report import compare
 from triptych.tools.procfs import process_memory
 
@@ -88,7 +87,7 @@ def run(rounds: int, seconds: float = SECONDS) -> Iterator[dict[str, Any]]:
         folder = Path(name)
         with stdout_to_stderr():
             make_model(folder / "model", "--family", "flux")
-            _allow_steps(folder / "model" / SERVING_CONFIG_NAME)
+            allow_steps(folder / "model", _MANY_STEPS)
         with stdout_to_stderr(), _ray_serve() as ray_port:
             rates = uvloop.run(_accepted(_write(folder, "accept", 10_000_000), ray_port, rounds))
         for in_flight in _IN_FLIGHT:
@@ -115,12 +114,6 @@ def _write(folder: Path, name: str, max_pending: int) -> Path:
     file = folder / f"{name}.toml"
     file.write_text(_TOPOLOGY.format(model=folder / "model", state=folder / name, max_pending=max_pending))
     return file
-
-
-def _allow_steps(serving_config: Path) -> None:
-    settings = json.loads(serving_config.read_text())
-    settings["ranges"]["num_inference_steps"] = [1, _MANY_STEPS]
-    serving_config.write_text(json.dumps(settings))
 
 
 # -- accepted requests
@@ -323,8 +316,8 @@ def _load_rows(load: _Load, seconds: float) -> Iterator[dict[str, Any]]:
         "refused": load.outcomes["refused"],
         "errors": errors,
         "least_open_streams": min(load.open_streams),
-        "p50_ms": round(quantile(load.seconds, 0.5) * 1e3, 1) if load.seconds else None,
-        "p99_ms": round(quantile(load.seconds, 0.99) * 1e3, 1) if load.seconds else None,
+        "p50_ms": round(percentile(load.seconds, 50) * 1e3, 1) if load.seconds else None,
+        "p99_ms": round(percentile(load.seconds, 99) * 1e3, 1) if load.seconds else None,
     }
     for name, mib in load.memory.items():
         start, middle, end = mib[0], mib[len(mib) // 2], mib[-1]

@@ -7,7 +7,6 @@ turn: image by image where there is one at a time, since the speed of a machine 
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import tempfile
 import time
@@ -16,6 +15,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from triptych.api.launch import Cluster, launch
+from triptych.percentile import percentile
 from triptych.tools.bench.clusters import make_model, stdout_to_stderr, write_topology
 from triptych.tools.bench.report import compare
 
@@ -25,13 +25,13 @@ CASES = {"one at a time": 1, "8 in flight": 8}
 STAGES = ("encoder", "denoiser", "decoder")
 PEER = "monolithic"
 SIDES = {"three": STAGES, PEER: (PEER,)}
-QUANTILES = {"p50": 0.50, "p99": 0.99}
+PERCENTILES = (50, 99)
 
 Latencies = dict[tuple[str, str], list[list[float]]]
 
 
 def run(rounds: int) -> Iterable[dict[str, object]]:
-    """Measure all cases, `rounds` times each, and yield a row for each quantile; times in ms, ratio = peer / ours."""
+    """Measure all cases, `rounds` times each, and yield a row for each percentile; times in ms, ratio = peer / ours."""
     # One thread for each process: four with as many as there are cores would wait for each other in spin locks.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory(prefix="overhead-") as folder, stdout_to_stderr():
@@ -39,18 +39,13 @@ def run(rounds: int) -> Iterable[dict[str, object]]:
     return _rows(latencies)
 
 
-def quantile(values: list[float], q: float) -> float:
-    """Return the `q` quantile by nearest rank, with `q` in (0, 1]."""
-    return sorted(values)[max(0, math.ceil(q * len(values)) - 1)]
-
-
 def _rows(latencies: Latencies) -> Iterator[dict[str, object]]:
     for case in CASES:
-        for label, q in QUANTILES.items():
-            ours, theirs = ([quantile(taken, q) for taken in latencies[side, case]] for side in SIDES)
+        for percent in PERCENTILES:
+            ours, theirs = ([percentile(taken, percent) for taken in latencies[side, case]] for side in SIDES)
             yield compare(
                 "overhead",
-                f"{case}, {label}",
+                f"{case}, p{percent}",
                 "ms",
                 ours=ours,
                 peer=PEER,

@@ -40,7 +40,7 @@ from triptych.roles.messages.pool import PoolDescription, PoolQuery
 from triptych.roles.worker.attempts import ActiveAttempt, Phase
 from triptych.roles.worker.step_scheduler import StepScheduler
 from triptych.roles.worker.stream_worker import SHORT_STEPS_S
-from triptych.tools.bench.clusters import stdout_to_stderr, write_topology
+from triptych.tools.bench.clusters import allow_steps, stdout_to_stderr, write_topology
 from triptych.tools.bench.report import compare
 from triptych.tools.simulate.policies import DEADLINE_FACTOR
 from triptych.tools.simulate.policies import STEPS as MIX
@@ -124,7 +124,9 @@ PEER: Final = f"diffusers, num_images_per_prompt = {IN_FLIGHT}"
 
 
 async def _measure(folder: Path, rounds: int) -> Values:
-    model = _any_steps(folder)
+    model = folder / "model"
+    shutil.copytree(MODEL, model)
+    allow_steps(model, ENDLESS_STEPS)
     local = _Local(model)
     values: Values = defaultdict(list)
     async with AsyncExitStack() as stack:
@@ -160,16 +162,6 @@ async def _measure(folder: Path, rounds: int) -> Values:
     for policy in POLICIES:
         values[f"mean of all, {policy} / fifo"] = values["mean of all, fifo"]
     return values
-
-
-def _any_steps(folder: Path) -> Path:
-    """Copy the demo model with a serving config that allows any number of steps."""
-    copy = folder / "model"
-    shutil.copytree(MODEL, copy)
-    config = json.loads((copy / "triptych.json").read_text())
-    config["ranges"]["num_inference_steps"] = [1, ENDLESS_STEPS]
-    (copy / "triptych.json").write_text(json.dumps(config))
-    return copy
 
 
 async def _throughput(clusters: dict[str, Cluster], local: _Local, values: Values) -> None:

@@ -12,6 +12,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from triptych.percentile import percentile
 from triptych.roles.head.job import State
 from triptych.tools.chaos.injector import InjectedFault
 from triptych.tools.chaos.invariants import first_job
@@ -158,12 +159,6 @@ def steps_redone(outcomes: Iterable[Outcome]) -> StepsRedone:
 def _share_met(outcomes: Iterable[Outcome]) -> float | None:
     met = [o.final_view["deadline_met"] for o in outcomes if o.final_view.get("deadline_met") is not None]
     return sum(met) / len(met) if met else None
-
-
-def percentile(values: Iterable[float], percent: int) -> float:
-    """Return a percentile by nearest rank; 0 if there are no values."""
-    ranked = sorted(values)
-    return ranked[max(0, -(-len(ranked) * percent // 100) - 1)] if ranked else 0.0
 
 
 def _faults(injected: Iterable[InjectedFault]) -> list[str]:

@@ -164,7 +164,6 @@ class SimulatedCluster:
         """Messages that the head has handled."""
         self.decisions: list[float] = []
         """Simulated seconds from the arrival of each message to the end of its decision."""
-        self.commits = 0
         self._random = random.Random(0)
         self._numbers = count(1)
         self._queue: list[tuple[float, int, Callable[[], Coroutine[Any, Any, None]]]] = []

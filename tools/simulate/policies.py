@@ -21,6 +21,7 @@ from typing import Any, Final, get_args
 from triptych.actors.topology.sections import SchedulingPolicyName
 from triptych.engines.parameters.schema import Signature
 from triptych.engines.stages import Stage
+from triptych.percentile import percentile
 from triptych.roles.head.dispatch import POLICIES
 from triptych.roles.head.effects import Assign
 from triptych.roles.head.job import Job, Request
@@ -300,7 +301,7 @@ def _registration(name: str, stage: Stage, slots: int, max_batch: int) -> Regist
 
 def summarize(outcomes: Sequence[Outcome], costs: Costs) -> dict[str, float]:
     """Return the figures of a run: attainment from 0 to 1, latencies in seconds, requests per second."""
-    latencies = sorted(outcome.latency_s for outcome in outcomes)
+    latencies = [outcome.latency_s for outcome in outcomes]
     begin = min(outcome.arrival.at for outcome in outcomes)
     end = max(outcome.arrival.at + outcome.latency_s for outcome in outcomes)
     short = [
@@ -310,18 +311,13 @@ def summarize(outcomes: Sequence[Outcome], costs: Costs) -> dict[str, float]:
     ]
     return {
         "attainment": round(sum(outcome.met for outcome in outcomes) / len(outcomes), 4),
-        "p50_s": round(percentile(latencies, 0.50), 3),
-        "p95_s": round(percentile(latencies, 0.95), 3),
-        "p99_s": round(percentile(latencies, 0.99), 3),
+        "p50_s": round(percentile(latencies, 50), 3),
+        "p95_s": round(percentile(latencies, 95), 3),
+        "p99_s": round(percentile(latencies, 99), 3),
         "mean_s": round(statistics.fmean(latencies), 3),
         "throughput_per_s": round(len(outcomes) / (end - begin), 4),
-        "slowdown_4": round(percentile(sorted(short), 0.95), 2) if short else 0.0,
+        "slowdown_4": round(percentile(short, 95), 2),
     }
-
-
-def percentile(ordered: Sequence[float], share: float) -> float:
-    """Return the smallest of ordered values that at least that share of them does not exceed."""
-    return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
 
 
 def load_of_attainment(attainment: float, requests: int, seed: int, system: System) -> float:

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import httpx
 import pytest
 
-from triptych.actors.command._load import DONE, Answer, Load, Result, due_times, percentile, send_video, summarize
+from triptych.actors.command._load import DONE, Answer, Load, Result, due_times, send_video, summarize
 from triptych.actors.command._load_plots import bar, course, histogram, svg
 
 
@@ -95,11 +95,8 @@ def test_results_are_summed_up() -> None:
     assert (summary.offered_per_s, summary.late_s) == (10.0, 0.2)
     assert summary.duration_s == pytest.approx(1.9)
     assert summary.done_per_s == pytest.approx(10 / 1.9)
-    assert summary.seconds == pytest.approx(
-        {"mean": 0.55, "p50": 0.55, "p90": 0.91, "p95": 0.955, "p99": 0.991, "max": 1.0}
-    )
+    assert summary.seconds == pytest.approx({"mean": 0.55, "p50": 0.5, "p90": 0.9, "p95": 1.0, "p99": 1.0, "max": 1.0})
     assert summarize([]).seconds == {}
-    assert [percentile([1.0], 0.5), percentile([1.0, 3.0], 0.5)] == [1.0, 2.0]
 
 
 def test_plots_have_every_request() -> None:
