@@ -17,7 +17,7 @@ from triptych.actors.errors import TopologyError
 from triptych.actors.runtime.address_book import SUPERVISOR, AddressBook
 from triptych.actors.runtime.system_messages import ChildReport, SupervisorQuery, SupervisorReport
 from triptych.actors.supervision import module_command
-from triptych.actors.topology import Topology, load_topology, write_with_overrides
+from triptych.actors.topology import Topology, load_topology, stop_bound_s, write_with_overrides
 from triptych.api.client import (
     GENERATE_TIMEOUT_S,
     KEY_VARIABLE,
@@ -219,7 +219,7 @@ class Cluster(ClusterClient):
         if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):  # it ended by itself in this moment
                 self.process.terminate()
-        patience = self.topology.supervision.shutdown_s * len(self.topology.components) + _STOP_MARGIN_S
+        patience = stop_bound_s(self.topology) + _STOP_MARGIN_S
         try:
             await asyncio.wait_for(self.process.wait(), patience)
         except TimeoutError:

@@ -8,7 +8,6 @@ own gives each pod the name that stands as `address` in the topology, whatever n
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 import re
 from pathlib import Path, PurePosixPath
@@ -21,12 +20,12 @@ import yaml
 from triptych.actors.errors import TopologyError
 from triptych.actors.placement.service_manager import STATUS_VARIABLE
 from triptych.actors.runtime.bus_keys import HOST_VARIABLE
-from triptych.actors.topology import HostSection, rebase_models
+from triptych.actors.topology import HostSection, gpu_count, rebase_models, stop_bound_s
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from triptych.actors.topology import Component, Topology
+    from triptych.actors.topology import Topology
 
 Manifest = dict[str, Any]
 """One object, as in YAML."""
@@ -165,25 +164,6 @@ def as_yaml(manifests: Iterable[Manifest], comment: str = "") -> str:
     return head + yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, width=110, explicit_start=True)
 
 
-def gpu_count(components: Sequence[Component]) -> int:
-    """Return the GPUs that the components of a host need: as many as the highest number that one of them names.
-
-    `cuda` stands for the GPU of the instance's number, so that two roles of four instances share four.
-    """
-    needed = 0
-    for component in components:
-        if component.on_gpu:
-            number = component.device.partition(":")[2]
-            needed = max(needed, 1 + (int(number) if number else component.index))
-    return needed
-
-
-def grace_period_s(topology: Topology, components: Sequence[Component]) -> int:
-    """Return the seconds from the end of a pod's drain to SIGKILL: kinds of components stop one after the other."""
-    groups = sum(1 for _ in itertools.groupby(component.kind for component in components))
-    return math.ceil(groups * topology.supervision.shutdown_s) + _STOP_MARGIN_S
-
-
 class _Pod:
     """The pod of one host, and what its objects have in common."""
 
@@ -248,7 +228,9 @@ class _Pod:
 
     @property
     def _grace_s(self) -> int:
-        return grace_period_s(self._topology, self.components) + (DRAIN_FIRST_S if self.is_head else 0)
+        """Seconds from the deletion of the pod to SIGKILL."""
+        bound_s = math.ceil(stop_bound_s(self._topology, self.host)) + _STOP_MARGIN_S
+        return bound_s + (DRAIN_FIRST_S if self.is_head else 0)
 
     @property
     def _container(self) -> Manifest:

@@ -19,7 +19,7 @@ import msgspec
 from triptych.actors.errors import AlreadyRunningError, StartError, TopologyError, describe
 from triptych.actors.placement import ray_plan
 from triptych.actors.placement.ray_agent import RayAgent
-from triptych.actors.topology import load_topology
+from triptych.actors.topology import load_topology, stop_bound_s
 from triptych.actors.topology.placed_hosts import PlacedHosts
 from triptych.bus import CurveKeys
 
@@ -272,7 +272,7 @@ class _Driver:
         asked = self._stop_requests
         for agent in self._agents.values():
             agent.stop.remote()
-        until = time.monotonic() + self._topology.supervision.shutdown_s + _SLACK_S
+        until = time.monotonic() + stop_bound_s(self._topology) + _SLACK_S
         polls = {self._poll(host, 1.0): host for host in self._agents if host not in self._codes}
         while polls and time.monotonic() < until:
             if self._stop_requests > max(asked, 1):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from triptych.actors.errors import TopologyError
+from triptych.actors.topology import gpu_count
 from triptych.actors.topology.paths import fingerprint
 from triptych.actors.topology.placed_hosts import VARIABLE
 
@@ -91,11 +92,7 @@ def bundle(topology: Topology, host: str, pin: str = "") -> Bundle:
     `device = "cuda"` counts from 0 within what Ray assigns, and so does `cuda:N`.
     """
     roles = [component for component in topology.on_host(host) if component.slots]
-    gpus = (
-        max((c.index if c.device == "cuda" else int(c.device[5:])) + 1 if c.on_gpu else 0 for c in roles)
-        if roles
-        else 0
-    )
+    gpus = gpu_count(roles)
     cpus = sum(not component.on_gpu for component in roles)
     wanted = {"GPU": float(gpus), "CPU": float(max(cpus, 0 if gpus else 1))}
     if pin:

@@ -29,6 +29,7 @@ from triptych.actors.supervision import (
     decide_restart,
 )
 
+from triptych.actors.topology import stop_bound_s
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -129,13 +130,6 @@ def exit_of(host: str, code: int, lasted_s: float, *, at: float, period_s: float
     else:
         reason = f"it ended with exit code {code}" if code >= 0 else f"ssh was ended by {signal.Signals(-code).name}"
     return ChildExit(host, kind, at, reason)
-
-
-def stop_bound_s(topology: Topology) -> float:
-    """Return the seconds that a host may take to stop: its kinds of components do so one after the other. Pure."""
-    kinds = {(component.host, component.kind) for component in topology.components}
-    most = max(sum(host == name for host, _ in kinds) for name, _ in kinds)
-    return most * topology.supervision.shutdown_s
 
 
 class SshLauncher:

@@ -4,6 +4,7 @@
 """
 
 from triptych.actors.topology._agreement import agreement
+from triptych.actors.topology._demands import gpu_count, stop_bound_s
 from triptych.actors.topology._hosts import bind_host, is_ip, is_loopback, is_network
 from triptych.actors.topology._model_identity import ModelIdentity
 from triptych.actors.topology._model_report import ModelProblem, ModelReport, ModelSummary
@@ -67,6 +68,7 @@ __all__ = [
     "for_device",
     "free_port",
     "generate_topology",
+    "gpu_count",
     "is_ip",
     "is_loopback",
     "is_network",
@@ -79,6 +81,7 @@ __all__ = [
     "rebase_models",
     "relative_model_path",
     "snapshot",
+    "stop_bound_s",
     "topology_file_name",
     "write_with_overrides",
 ]

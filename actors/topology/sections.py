@@ -358,8 +358,8 @@ class SupervisionSection(Section, frozen=True):
     period_s: Seconds = 30.0
     """Seconds over which `intensity` counts restarts."""
     shutdown_s: Seconds = 10.0
-    """Seconds from SIGTERM, which starts the drain, to SIGKILL. A denoise that takes longer is repeated from its start:
-    where that costs minutes of a GPU, set the duration of one denoise."""
+    """Seconds from SIGTERM, which starts the drain, to SIGKILL. A denoise that takes longer is given back with a
+    checkpoint of all its steps, where `checkpoint_s` is above 0; else it begins again."""
     heartbeat_timeout_s: Seconds = 15.0
     """Seconds without a heartbeat after which a started process counts as hung, and is killed and restarted."""
     start_timeout_s: Seconds = 600.0

@@ -21,7 +21,7 @@ from triptych.actors.runtime.address_book import CHILDREN, supervisor_of
 from triptych.actors.runtime.bus_keys import read_key, write_new_key
 from triptych.actors.runtime.system_messages import ChildReport, SupervisorQuery, SupervisorReport
 from triptych.actors.supervision import module_command
-from triptych.actors.topology import Topology, load_topology, write_with_overrides
+from triptych.actors.topology import Topology, load_topology, stop_bound_s, write_with_overrides
 from triptych.actors.topology.paths import fingerprint
 from triptych.api.client import ClientError, timeout
 from triptych.api.launch import ClusterClient
@@ -168,8 +168,7 @@ class HostsCluster(ClusterClient):
         await self._http.aclose()
         for process in self._up.values():
             process.terminate()
-        supervision = self.topology.supervision
-        patience = supervision.shutdown_s * len(self.topology.components) + _STOP_MARGIN_S
+        patience = stop_bound_s(self.topology) + _STOP_MARGIN_S
         for process in self._up.values():
             try:
                 await asyncio.to_thread(process.wait, patience)

@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 from tests.actors.placement import published
 from triptych.actors import load_topology
 from triptych.actors.command import app
-from triptych.actors.placement.kubernetes import gpu_count
 
 Manifest = dict[str, Any]
 KINDS = ("statefulset", "disaggregatedset")
@@ -348,9 +347,3 @@ def test_a_disaggregated_set_of_one_host_is_refused(file: Path) -> None:
     file.write_text('[model]\npath = "flux"\n[[roles]]\nkind = "monolithic"\n')
     showing = CliRunner().invoke(app, ["manifests", str(file), "--kind", "disaggregatedset"])
     assert (showing.exit_code, "2 to 10 roles" in showing.output) == (2, True)
-
-
-def test_gpus_of_a_host_are_those_that_its_components_name(file: Path) -> None:
-    topology = load_topology(file)
-    assert [gpu_count(topology.on_host(host)) for host in "abc"] == [2, 4, 4]
-    assert gpu_count([component for component in topology.components if component.kind == "decoder"]) == 0

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from triptych.actors.placement.ssh import exit_of, printable, remote_command, ssh_command, stop_bound_s
+from triptych.actors.placement.ssh import exit_of, printable, remote_command, ssh_command
 from triptych.actors.supervision import ExitKind
-from triptych.actors.topology import HostSection, load_topology
+from triptych.actors.topology import HostSection
 
 CONTENT = b"a topology\n" * 10_000
 ECHO = 'sh -c \'printf "%s\\n" "$@"; cat\' --'
@@ -80,14 +80,3 @@ def test_only_what_can_never_run_is_not_tried_again(code: int, lasted_s: float, 
 
 def test_a_line_of_another_machine_holds_no_command_for_the_terminal() -> None:
     assert printable(b"ready \x1b[2J\x07\xff on\tport") == "ready [2J\N{REPLACEMENT CHARACTER} on port"
-
-
-def test_a_host_may_take_as_long_as_its_kinds_of_components_do_one_after_the_other(tmp_path: Path) -> None:
-    file = tmp_path / "t.toml"
-    file.write_text(
-        '[model]\npath = "."\n[head]\nhost = "a"\n[supervision]\nshutdown_s = 7\n[transfer]\ntrusted_network = true\n'
-        '[[hosts]]\nname = "a"\naddress = "127.0.0.2"\n[[hosts]]\nname = "b"\naddress = "127.0.0.3"\n'
-        '[[roles]]\nkind = "encoder"\nhost = "a"\n[[roles]]\nkind = "denoiser"\nhost = "b"\ncount = 3\n'
-        '[[roles]]\nkind = "decoder"\nhost = "a"\n'
-    )
-    assert stop_bound_s(load_topology(file)) == 5 * 7  # pool, encoder, decoder, head, API
