@@ -18,11 +18,11 @@ def topology_of(file: Path | None) -> Topology:
     """
     running = {owner.topology: Path(owner.state_dir) for owner in running_systems()}
     if file is None and len(running) != 1:
-        which = ", ".join(running)
-        problem = f"is not given, and {len(running) or 'no'} systems run here"
-        raise TopologyError(
-            "--topology", "", problem, f"name one of {which}" if running else "name that of one that ran"
-        )
+        if running:
+            problem, fix = f"is not given, and {len(running)} systems run here", f"name one of {', '.join(running)}"
+        else:
+            problem, fix = "is not given, and no system runs here", "give the FILE of the system whose logs you want"
+        raise TopologyError("--topology", "", problem, fix)
     topology = load_topology(file or Path(next(iter(running))))
     return msgspec.structs.replace(topology, state_dir=running.get(str(topology.path), topology.state_dir))
 

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
-import structlog
 import typer
 
 from triptych.actors.command._console import EXIT_BAD_TOPOLOGY, EXIT_FAILED, fail, stderr, stdout
@@ -19,6 +18,7 @@ from triptych.actors.errors import StartError, TopologyError, UnknownNameError
 from triptych.actors.runtime.address_book import SUPERVISOR, AddressBook, supervisor_of
 from triptych.actors.runtime.bus_keys import this_host
 from triptych.actors.runtime.log_files import log_path, logged_names, read_part
+from triptych.actors.runtime.logs import printable, terminal_renderer
 from triptych.actors.runtime.system_messages import LogPart, LogQuery
 from triptych.actors.topology import Topology
 from triptych.bus import BusError, Outbox
@@ -78,6 +78,10 @@ def logs(
         fail(str(error), EXIT_BAD_TOPOLOGY)
     except StartError as error:
         fail(str(error), EXIT_FAILED)
+    except OSError as error:
+        if error.filename is None:  # of what it prints to
+            raise
+        fail(f"{error.filename} cannot be read: {error.strerror}.", EXIT_FAILED)
     except KeyboardInterrupt:
         return  # this is how --follow ends
 
@@ -198,9 +202,7 @@ async def _show(topology: Topology, host: str, actor: str, *, follow: bool, leve
 
 
 def _print(lines: Iterable[LogLine] | Sequence[LogLine], *, raw: bool) -> None:
-    renderer = structlog.dev.ConsoleRenderer(
-        colors=stdout().color_system is not None, exception_formatter=structlog.dev.plain_traceback
-    )
+    render = terminal_renderer(colors=stdout().color_system is not None)
     for line in lines:
-        text = line.text if raw or not line.fields else renderer(None, "", dict(line.fields))
-        print(text, flush=True)
+        text = render(None, "", dict(line.fields)) if line.fields else printable(line.text)
+        print(line.text if raw else text, flush=True)

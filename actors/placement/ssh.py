@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 import structlog
 
+from triptych.actors.runtime.logs import printable
 from triptych.actors.supervision import (
     ChildExit,
     ChildSpec,
@@ -28,8 +29,8 @@ from triptych.actors.supervision import (
     Wait,
     decide_restart,
 )
-
 from triptych.actors.topology import stop_bound_s
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -246,15 +247,14 @@ class SshLauncher:
             if len(rest) > _CHUNK:
                 lines, rest = [*lines, rest], b""
             for line in lines:
-                self._show(host, printable(line))
+                self._show(host, shown(line))
         if rest:
-            self._show(host, printable(rest))
+            self._show(host, shown(rest))
 
 
-def printable(line: bytes) -> str:
-    """Return a line of another machine without what a terminal would take for a command. Pure."""
-    text = line.decode(errors="replace").expandtabs()
-    return "".join(character for character in text if character.isprintable())
+def shown(line: bytes) -> str:
+    """Return a line of another machine as it is shown here. Pure."""
+    return printable(line.decode(errors="replace").expandtabs())
 
 
 def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:

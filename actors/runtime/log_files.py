@@ -6,6 +6,7 @@ place of the one before, and a new file begins.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -38,11 +39,12 @@ class LogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line at once, as one piece."""
         data = f"{self.format(record)}\n".encode(errors="replace")
-        try:
-            if self._size and self._size + len(data) > self._most:
+        if self._size and self._size + len(data) > self._most:
+            with contextlib.suppress(OSError):  # the lines go on in the old file until there can be a new one
                 self._begin_anew()
+        try:
             self._size += os.write(self._descriptor, data)
-        except OSError:  # the disk is full, or the folder gone: stderr has the line, and the process goes on
+        except OSError:  # the disk is full: stderr has the line, and the process goes on
             return
 
     def close(self) -> None:
@@ -51,7 +53,8 @@ class LogHandler(logging.Handler):
         super().close()
 
     def _begin_anew(self) -> None:
-        self._file.rename(earlier(self._file))
+        with contextlib.suppress(FileNotFoundError):  # renamed before, when no new file could be opened
+            self._file.rename(earlier(self._file))
         anew = self._open()
         os.close(self._descriptor)
         self._descriptor, self._size = anew, 0

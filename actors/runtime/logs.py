@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 LEVEL_VARIABLE: Final = "TRIPTYCH_LOG_LEVEL"
 SHOWN_VARIABLE: Final = "TRIPTYCH_LOG_SHOWN"
 """The least level of lines on stderr, where the file has more."""
+_OF_SEVERAL_LINES: Final = ("exception", "stack")
 
 
 def configure(name: str, generation: int = 0, *, level: str = "") -> None:
@@ -117,10 +118,32 @@ class _JsonFormatter(structlog.stdlib.ProcessorFormatter):
 
 def _formatter(shared: list[Any], *, on_terminal: bool = False) -> structlog.stdlib.ProcessorFormatter:
     kind = structlog.stdlib.ProcessorFormatter if on_terminal else _JsonFormatter
-    renderers: list[Any] = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-    if on_terminal:
-        renderers = [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
     return kind(
         foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
-        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.format_exc_info,
+            terminal_renderer(colors=True) if on_terminal else structlog.processors.JSONRenderer(),
+        ],
     )
+
+
+def terminal_renderer(*, colors: bool) -> Callable[[WrappedLogger, str, EventDict], str]:
+    """Return the processor that renders an event for a terminal; texts in it, which may be of a client, are escaped."""
+    renderer = structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)
+
+    def render(logger: WrappedLogger, method: str, event: EventDict) -> str:
+        return str(renderer(logger, method, {name: _escaped(name, value) for name, value in event.items()}))
+
+    return render
+
+
+def _escaped(name: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return "\n".join(map(printable, value.split("\n"))) if name in _OF_SEVERAL_LINES else printable(value)
+
+
+def printable(text: str) -> str:
+    r"""Return a text with what a terminal may take for a command written as in Python: `\x1b`. Pure."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)

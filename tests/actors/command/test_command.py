@@ -31,6 +31,7 @@ from triptych.actors.command.generate import output_paths, parse_settings, previ
 from triptych.actors.command.preflight import has_accelerator
 from triptych.actors.command.reload import summarize
 from triptych.actors.command.status import render
+from triptych.actors.runtime.log_files import log_path
 from triptych.actors.runtime.system_messages import ChildReport
 from triptych.actors.supervision import module_command
 from triptych.actors.topology import free_port
@@ -512,3 +513,31 @@ def test_priority_and_deadline_are_fields_of_the_request(folder: Path, monkeypat
     assert {name: sent[0][name] for name in ("priority", "deadline_s")} == {"priority": -3, "deadline_s": 2.5}
     assert not {"priority", "deadline_s"} & sent[1].keys(), "what is not given is left to the server"
     assert runner.invoke(app, [*arguments, "--priority", "101"]).exit_code == 2
+def test_logs_are_shown_without_what_a_terminal_takes_for_a_command(write: Write) -> None:
+    file = write()
+    folder = load_topology(file).log_dir
+    folder.mkdir(parents=True)
+    event = {"event": "served\x07", "level": "error", "path": "/\x1b[2J", "exception": "first\nsecond \x1b[2J"}
+    log_path(folder, "api").write_text(json.dumps(event) + "\n" + '{"cut \x1b[2J\n')
+    showing = runner.invoke(app, ["logs", "--topology", str(file)])
+    assert showing.exit_code == 0, showing.stderr
+    first, *others = showing.stdout.splitlines()
+    assert r"served\x07" in first
+    assert r"path=/\x1b[2J" in first
+    assert others == ["first", r"second \x1b[2J", r'{"cut \x1b[2J']
+
+
+def test_a_log_that_cannot_be_read_is_one_sentence(write: Write) -> None:
+    file = write()
+    log = log_path(load_topology(file).log_dir, "api")
+    log.mkdir(parents=True)
+    showing = runner.invoke(app, ["logs", "--topology", str(file)])
+    assert (showing.exit_code, showing.stderr) == (1, f"{log} cannot be read: Is a directory.\n")
+
+
+def test_logs_of_no_system_want_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triptych.actors.command._running.running_systems", list)  # others may run some here
+    showing = runner.invoke(app, ["logs"])
+    assert (showing.exit_code, "no system runs here: give the FILE of the system" in showing.stderr) == (2, True)
+
+

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from triptych.actors.placement.ssh import exit_of, printable, remote_command, ssh_command
+from triptych.actors.placement.ssh import exit_of, remote_command, shown, ssh_command
 from triptych.actors.supervision import ExitKind
 from triptych.actors.topology import HostSection
 
@@ -79,4 +79,4 @@ def test_only_what_can_never_run_is_not_tried_again(code: int, lasted_s: float, 
 
 
 def test_a_line_of_another_machine_holds_no_command_for_the_terminal() -> None:
-    assert printable(b"ready \x1b[2J\x07\xff on\tport") == "ready [2J\N{REPLACEMENT CHARACTER} on port"
+    assert shown(b"ready \x1b[2J\x07\xff on\tport") == "ready \\x1b[2J\\x07\N{REPLACEMENT CHARACTER} on port"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,9 +106,27 @@ def test_a_log_is_private_and_a_missing_one_is_empty(handler: LogHandler, tmp_pa
 
 
 def test_a_full_disk_ends_nothing(handler: LogHandler, tmp_path: Path) -> None:
+    write(handler, "first")
     full = os.open("/dev/full", os.O_WRONLY)
     os.dup2(full, handler._descriptor)
     os.close(full)
     write(handler, "lost")
     log_path(tmp_path / "logs", "head").unlink()
     write(handler, "x" * 300)
+    assert read_all(log_path(tmp_path / "logs", "head"))[0] == ["x" * 300], "a new file, when there is room again"
+
+
+def test_lines_go_on_in_the_old_file_until_there_can_be_a_new_one(handler: LogHandler, tmp_path: Path) -> None:
+    file = log_path(tmp_path / "logs", "head")
+    texts = [f"line {number:03d}" for number in range(20)]
+    write(handler, *texts[:5])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))  # what is open stays so
+    try:
+        write(handler, *texts[5:15])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert read_all(file)[0] == texts[:15]
+    write(handler, *texts[15:])
+    assert read_all(file)[0] == texts
+    assert file.read_text().splitlines() == texts[15:]

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import subprocess
 import sys
 
 from tests.actors.supervision.supervised import ROOT
 
+FROM_A_CLIENT = """
+import structlog
+from triptych.actors.runtime import logs
+logs.configure("api")
+try:
+    raise ValueError("first\\nsecond \\x1b]0;title\\x07")
+except ValueError:
+    structlog.stdlib.get_logger("api").exception("refused", path="/\\x1b[2Jx")
+"""
 LOGGING = """
 import logging, structlog
 from triptych.actors.runtime import logs
@@ -22,6 +33,19 @@ try:
 except ValueError:
     log.exception("crashed")
 """
+
+
+def test_a_terminal_gets_no_command_that_a_client_has_sent() -> None:
+    master, slave = pty.openpty()
+    try:
+        subprocess.run([sys.executable, "-c", FROM_A_CLIENT], cwd=ROOT, stderr=slave, check=True)
+        shown = os.read(master, 1 << 16).decode().replace("\r\n", "\n")
+    finally:
+        os.close(master)
+        os.close(slave)
+    assert "/\\x1b[2Jx" in shown
+    assert "ValueError: first\nsecond \\x1b]0;title\\x07" in shown, "a traceback keeps its lines"
+    assert not any(command in shown for command in ("\x1b[2J", "\x1b]0", "\x07"))
 
 
 def test_logs_are_json_lines_with_process_generation_and_request() -> None:
