@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
+import tomllib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -18,6 +25,7 @@ from triptych.actors.placement.kubernetes import USER
 ROOT = Path(__file__).parents[3]
 UNIT = ROOT / "examples" / "triptych@.service"
 SLURM = ROOT / "examples" / "slurm.sh"
+CLIENT = ROOT / "examples" / "clients" / "generate.sh"
 
 
 def options_of_up() -> str:
@@ -48,17 +56,24 @@ def test_the_unit_runs_an_option_that_there_is() -> None:
 
 
 def test_the_script_for_slurm_submits_a_job_for_each_host(tmp_path: Path) -> None:
-    """A program in place of sbatch takes what it is given; a real Slurm is in tests/placement."""
-    sbatch = tmp_path / "sbatch"
-    sbatch.write_text(
-        f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/"$2".words; bash -n || echo broken > {tmp_path}/bad\n'
-    )
-    sbatch.chmod(0o755)
-    (tmp_path / "t x.toml").touch()
-    command = ["bash", "-eu", SLURM, tmp_path / "t x.toml", "b", "c"]
+    """Programs in place of sbatch and srun take what they are given; a real Slurm is in tests/placement."""
+    programs = {
+        "sbatch": f'printf "%s\\n" "$@" > {tmp_path}/"$2".words; host=${{2#*=}} bash || [ $? = 2 ]',
+        "srun": f'printf "%s\\n" "$@" > {tmp_path}/"$host".run; exit 2',
+    }
+    for name, text in programs.items():
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\n{text}\n")
+        program.chmod(0o755)
+    file = tmp_path / "t $(touch 'bad') \"x\".toml"
+    file.touch()
+    command = ["bash", "-eu", SLURM, file, "b", "c"]
     subprocess.run(command, check=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, cwd=tmp_path)
     words = (tmp_path / "--nodelist=c.words").read_text().splitlines()
     assert {"--nodelist=c", "--requeue", "--ntasks=1"} <= set(words)
+    for host in "bc":
+        run = (tmp_path / f"{host}.run").read_text().splitlines()
+        assert run == ["--cpu-bind=none", "triptych", "up", str(file), "--host", host]
     assert not (tmp_path / "bad").exists()
 
 
@@ -70,3 +85,47 @@ def test_the_image_copies_what_is_there_and_runs_as_the_user_of_the_manifests() 
     links = [link.name for link in (ROOT / "triptych").iterdir() if link.is_symlink()]
     assert set(links) <= set(copied)
     assert f"USER {USER}:{USER}" in lines
+
+
+def test_the_image_has_what_a_topology_can_ask_for() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (wanted,) = (re.findall(r"^triptych\[(.*)\]$", line) for line in extras["dev"] if line.startswith("triptych["))
+    (installed,) = re.findall(r'"\.\[\$MOONCAKE,(.*)\]"', (ROOT / "Containerfile").read_text())
+    assert installed.split(",") == wanted[0].split(",")
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not here")
+def test_the_client_with_curl_shows_nobody_its_key(tmp_path: Path) -> None:
+    key = r'a-"key"-with\signs'
+    seen: list[object] = []
+
+    class Api(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.extend([self.headers["Authorization"], body["prompt"], _shown_to_everybody("signs")])
+            answer = json.dumps({"data": [{"b64_json": base64.b64encode(b"png").decode()}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Api) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        environment = {"PATH": os.environ["PATH"], "TRIPTYCH_URL": url, "TRIPTYCH_API_KEY": key}
+        command = ["sh", CLIENT, r'a "red" \circle', tmp_path / "x.png"]
+        subprocess.run(command, check=True, env=environment, timeout=60)
+        server.shutdown()
+    assert seen == [f"Bearer {key}", r'a "red" \circle', []]
+    assert (tmp_path / "x.png").read_bytes() == b"png"
+
+
+def _shown_to_everybody(part: str) -> list[str]:
+    """The command lines of this machine that have a text."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            found.append(file.read_text(errors="replace"))
+    return [line for line in found if part in line and "curl" in line]
