@@ -6,6 +6,7 @@ Latency counts from the moment at which a request was due, so that a server that
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import random
 from collections import Counter
@@ -15,8 +16,8 @@ from typing import Final, Literal, NamedTuple
 import httpx
 
 from triptych.api.client import ClientError, read_json
-
 from triptych.percentile import percentile
+
 Arrivals = Literal["poisson", "constant"]
 
 DONE: Final = "done"
@@ -27,6 +28,7 @@ _UNSENT: Final = "unsent"
 _PERCENTILES: Final = (50, 90, 95, 99)
 _POLL_S: Final = 0.5
 _POLL_HEADER: Final = "openai-poll-after-ms"
+_DELETE_TIMEOUT_S: Final = 3.0
 
 
 class Answer(NamedTuple):
@@ -154,7 +156,7 @@ async def send_image(http: httpx.AsyncClient, body: dict[str, object]) -> Answer
 
 
 async def send_video(http: httpx.AsyncClient, body: dict[str, object]) -> Answer:
-    """Ask for a video, and ask how it is until it has ended; raises as `send_image`."""
+    """Ask for a video, and ask how it is until it has ended; delete it when cancelled. Raises as `send_image`."""
     answer = await http.post("/v1/videos", json=body)
     while not (refused := _refused(answer)):
         video = read_json(answer)
@@ -162,9 +164,23 @@ async def send_video(http: httpx.AsyncClient, body: dict[str, object]) -> Answer
             return Answer(DONE, str(video["id"]))
         if video["status"] == "failed":
             return Answer("failed", str(video["id"]), str((video.get("error") or {}).get("message", "")))
-        await asyncio.sleep(float(answer.headers.get(_POLL_HEADER, 1000 * _POLL_S)) / 1000)
-        answer = await http.get(f"/v1/videos/{video['id']}")
+        try:
+            await asyncio.sleep(float(answer.headers.get(_POLL_HEADER, 1000 * _POLL_S)) / 1000)
+            answer = await http.get(f"/v1/videos/{video['id']}")
+        except asyncio.CancelledError:  # by Ctrl-C or --timeout, or by both
+            deletion = asyncio.create_task(_delete_video(http, str(video["id"])))
+            while not deletion.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait({deletion})
+            raise
     return refused
+
+
+async def _delete_video(http: httpx.AsyncClient, video_id: str) -> None:
+    """Cancel a video that nobody waits for any more, if that takes some seconds at most."""
+    with contextlib.suppress(httpx.HTTPError, TimeoutError):  # the load is over: there is nobody to tell
+        async with asyncio.timeout(_DELETE_TIMEOUT_S):
+            await http.delete(f"/v1/videos/{video_id}")
 
 
 def _refused(answer: httpx.Response) -> Answer | None:

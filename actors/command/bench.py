@@ -89,8 +89,7 @@ def bench(
 
     triptych bench --videos --rate 0.1 --set num_frames=9 --json | jq .outcome
     """
-    target = base_url(url)
-    extra = parse_settings(more or []) | ({"model": model} if model else {})
+    extra = parse_settings(more or [], sends_files=False) | ({"model": model} if model else {})
     prompts = prompt or [_PROMPT]
 
     def body(number: int) -> dict[str, object]:
@@ -100,6 +99,7 @@ def bench(
     due = itertools.takewhile(lambda at: at < seconds, itertools.islice(due_times(arrivals, rate, seed), count))
     console = stderr()
     try:
+        target = base_url(url)
         if svg_file is not None:
             svg_file.touch()
         headers = authorization(api_key(key_file))
@@ -156,24 +156,32 @@ class _Bench:
         self._send_one = send_video if videos else send_image
         self._as_json = as_json
         self._status: Status | None = None
+        self._stop = asyncio.Event()
+        self._unread: OSError | None = None
+        """Why a result could not be printed."""
         self.load = Load(self._send, timeout_s=timeout_s, most_open=most_open, on_result=self._came)
 
     async def run(self, due: Iterable[float], console: Console) -> bool:
-        """Run the load, and return whether Ctrl-C ended it."""
-        stop = asyncio.Event()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
+        """Run the load, and return whether Ctrl-C ended it; raises OSError when its results cannot be printed."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self._stop.set)
         with console.status("Sending") as self._status:
             async with self._http:
-                await self.load.run(due, stop)
-        return stop.is_set()
+                await self.load.run(due, self._stop)
+        if self._unread is not None:
+            raise self._unread
+        return self._stop.is_set()
 
     async def _send(self, number: int) -> Answer:
         return await self._send_one(self._http, self._body(number))
 
     def _came(self, result: Result) -> None:
         self._done += result.outcome == DONE
-        if self._as_json:
-            print(json.dumps(result._asdict()), flush=True)
+        if self._as_json and self._unread is None:
+            try:
+                print(json.dumps(result._asdict()), flush=True)
+            except OSError as error:  # such as of a pipe that nobody reads: `run` raises it
+                self._unread = error
+                self._stop.set()
         if self._status is not None:
             others = len(self.load.results) - self._done
             self._status.update(f"{self._done} done, {others} otherwise, {self.load.open} open")

@@ -37,11 +37,14 @@ from triptych.roles.messages.common import MAX_PARTIAL_IMAGES, MAX_PRIORITY
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 URL_VARIABLE: Final = "TRIPTYCH_URL"
+_PORTS: Final = 1 << 16
 _FILES: Final = {"image": "--image", "mask": "--mask", "last_image": "--last-image"}
 
 Url = Annotated[
     str,
-    typer.Option("--url", help="Base URL of the API.", envvar=URL_VARIABLE, show_default=DEFAULT_URL),
+    typer.Option(
+        "--url", help=f"Base URL of the API; default: {URL_VARIABLE}, else {DEFAULT_URL}.", show_default=False
+    ),
 ]
 
 KeyFile = Annotated[
@@ -194,8 +197,6 @@ def generate(
         fail(str(error), EXIT_FAILED)
     except OSError as error:
         fail(f"{error.filename} cannot be written: {error.strerror}.", EXIT_FAILED)
-    except KeyboardInterrupt:
-        fail("Interrupted; the request is cancelled.", EXIT_INTERRUPTED)
     if as_json:
         print(json.dumps({**request, "files": [str(path) for path in written]}))
         return
@@ -238,14 +239,25 @@ def read_seeds(text: str) -> int | list[int] | None:
 
 
 def base_url(url: str) -> str:
-    """Return the given or the default URL, without a slash at the end."""
-    return (url or os.environ.get(URL_VARIABLE, "") or DEFAULT_URL).rstrip("/")
+    """Return the given or the default URL, without a slash at the end. Raises `ClientError` for what is no URL."""
+    chosen = (url or os.environ.get(URL_VARIABLE, "") or DEFAULT_URL).rstrip("/")
+    try:
+        parsed = httpx.URL(chosen)
+        usable = parsed.scheme in ("http", "https") and bool(parsed.host) and (parsed.port or 1) < _PORTS
+    except httpx.InvalidURL:
+        usable = False
+    if not usable:
+        raise ClientError(f"{chosen!r} is no URL: write it as in {DEFAULT_URL}")
+    return chosen
 
 
 def api_key(file: Path | None) -> str:
-    """Return the key of a file, or of the environment; "" for none. Raises `ClientError` for an unusable file."""
+    """Return the key of a file, or of the environment; "" for none. Raises `ClientError` for an unusable one."""
     if file is None:
-        return os.environ.get(KEY_VARIABLE, "").strip()
+        key = os.environ.get(KEY_VARIABLE, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise ClientError(f"{KEY_VARIABLE} holds no key: all characters of one are visible ASCII.")
+        return key
     try:
         return read_client_key(file)
     except ApiKeysError as error:
@@ -253,15 +265,20 @@ def api_key(file: Path | None) -> str:
 
 
 def parse_settings(
-    pairs: Sequence[str], out: Path | None = None, by_option: Mapping[str, object] | None = None
+    pairs: Sequence[str],
+    out: Path | None = None,
+    by_option: Mapping[str, object] | None = None,
+    *,
+    sends_files: bool = True,
 ) -> dict[str, object]:
     """Read NAME=VALUE pairs: a value is JSON (a number, true, false, a list), else text.
 
-    `out` is the file to write, whose suffix chooses the format; `by_option` are the values given by other options.
+    `out` is the file to write, whose suffix chooses the format; `by_option` are the values given by other options;
+    `sends_files` is whether the command has options for files.
 
     Raises `typer.BadParameter` for a pair that is malformed, is in `by_option` already, or contradicts `out`.
     """
-    read = dict(_parse_setting(pair) for pair in pairs)
+    read = dict(_parse_setting(pair, sends_files=sends_files) for pair in pairs)
     for name in read:
         if (by_option or {}).get(name) is not None:
             raise typer.BadParameter(f"{name} is already given by its own option", param_hint="--set")
@@ -275,12 +292,13 @@ def parse_settings(
     return read
 
 
-def _parse_setting(pair: str) -> tuple[str, object]:
+def _parse_setting(pair: str, *, sends_files: bool) -> tuple[str, object]:
     name, equals, text = pair.partition("=")
     if not name or not equals:
         raise typer.BadParameter(f"{pair!r} is not NAME=VALUE", param_hint="--set")
     if name in _FILES:
-        raise typer.BadParameter(f"{name} is a file: give it with {_FILES[name]}", param_hint="--set")
+        fix = f"give it with {_FILES[name]}" if sends_files else "bench sends no files"
+        raise typer.BadParameter(f"{name} is a file: {fix}", param_hint="--set")
     try:
         return name, json.loads(text)
     except ValueError:
@@ -355,8 +373,8 @@ def _make(
                 look = PreviewFeed(http, out, show).take_new
                 request = wait_until_finished(http, request, look=look, console=show.console)
             except KeyboardInterrupt:
-                http.delete(f"/v1/requests/{request['id']}")
-                raise
+                read_json(http.delete(f"/v1/requests/{request['id']}"))
+                fail("Interrupted; the request is cancelled.", EXIT_INTERRUPTED)
             files = [http.get(f"/v1/images/{unit['artifact']['name']}") for unit in request["units"]]
         except httpx.HTTPError as error:
             raise unreachable(url, error) from error

@@ -232,6 +232,33 @@ def test_a_request_says_only_what_was_given() -> None:
     body = request_body("a cat", size=None, steps=4, seed=0, extra={"guidance_scale": 2.0})
     assert body == {
         "prompt": "a cat",
+def test_a_file_that_is_given_goes_before_the_url_of_the_environment(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("TRIPTYCH_URL", "http://127.0.0.1:1")
+    file = str(write(f"[api]\nport = {url.rpartition(':')[2]}\n"))
+    for command in (["status", file], ["generate", "a cat", "--topology", file]):
+        assert f"{url} cannot be reached" in runner.invoke(app, command).stderr
+    assert "http://127.0.0.1:1 cannot be reached" in runner.invoke(app, ["status"]).stderr
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:abc", "http://127.0.0.1:99999", "127.0.0.1:8000", "http://"])
+def test_what_is_no_url_is_one_sentence(url: str) -> None:
+    for command in (["status", "--url", url], ["generate", "a cat", "--url", url], ["bench", url]):
+        showing = runner.invoke(app, command)
+        assert (showing.exit_code, showing.stderr) == (
+            1, f"{url.rstrip('/')!r} is no URL: write it as in http://127.0.0.1:8000\n",
+        )  # fmt: skip
+
+
+def test_a_key_that_no_header_can_have_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIPTYCH_API_KEY", "schl\u00fcssel")
+    for command in (["status"], ["generate", "a cat"], ["bench"]):
+        showing = runner.invoke(app, command)
+        assert (showing.exit_code, "TRIPTYCH_API_KEY holds no key" in showing.stderr) == (1, True)
+
+
         "n": 1,
         "response_format": "b64_json",
         "num_inference_steps": 4,
@@ -311,6 +338,11 @@ def test_several_images_have_names_of_their_own() -> None:
     one = {"artifact": {"content_type": "image/webp", "name": "req_0.webp"}}
     assert output_paths({"units": [one]}, None) == [Path("picture.webp")]
     assert output_paths({"units": [one]}, Path("a.png")) == [Path("a.png")]
+def test_bench_sends_no_files() -> None:
+    showing = runner.invoke(app, ["bench", "--set", "image=cat.png"])
+    assert (showing.exit_code, "image is a file: bench sends no files" in " ".join(showing.stderr.split())) == (2, True)
+
+
     assert output_paths({"units": [one, one]}, Path("a.png")) == [Path("a-0.png"), Path("a-1.png")]
 
 

@@ -83,6 +83,37 @@ def test_a_video_is_asked_for_until_it_has_ended() -> None:
     asyncio.run(scenario())
 
 
+def test_a_video_that_nobody_waits_for_any_more_is_deleted() -> None:
+    deleted: list[str] = []
+
+    async def scenario() -> None:
+        asked, deleting, answered = (asyncio.Event() for _ in range(3))
+
+        async def answer(request: httpx.Request) -> httpx.Response:
+            if request.method == "GET":
+                asked.set()
+            if request.method == "DELETE":
+                deleting.set()
+                await answered.wait()
+                deleted.append(request.url.path)
+            return httpx.Response(200, json={"id": "v1", "status": "queued"}, headers={"openai-poll-after-ms": "1"})
+
+        async with httpx.AsyncClient(base_url="http://x", transport=httpx.MockTransport(answer)) as http:
+            task = asyncio.create_task(send_video(http, {"prompt": "x"}))
+            async with asyncio.timeout(30):
+                await asked.wait()
+                task.cancel()  # as by --timeout
+                await deleting.wait()
+                task.cancel()  # as by Ctrl-C
+                await asyncio.wait({task}, timeout=0)
+                answered.set()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+
+    asyncio.run(scenario())
+    assert deleted == ["/v1/videos/v1"]
+
+
 RESULTS = [
     *(Result(n, n / 10, 0.0, 0.1 * (n + 1), DONE, f"r{n}", "") for n in range(10)),
     Result(10, 1.0, 0.2, 0.5, "http_429", "", "<busy>"),
