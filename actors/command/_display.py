@@ -177,7 +177,17 @@ async def _until_ready(url: str, waiting: Callable[[list[str]], None]) -> None:
                 answer = await http.get("/ready")
                 if answer.is_success:
                     return
-                waiting(answer.json()["reasons"])
+                if reasons := _reasons(answer):
+                    waiting(reasons)
             except httpx.HTTPError:
                 pass  # the API restarts: its own line says so
             await asyncio.sleep(_READY_EVERY_S)
+
+
+def _reasons(answer: httpx.Response) -> list[str]:
+    """Return why the system is not ready; none in another answer, such as that of too many connections."""
+    try:
+        body = answer.json()
+    except ValueError:
+        return []
+    return [str(reason) for reason in body.get("reasons", ())] if isinstance(body, dict) else []

@@ -74,14 +74,14 @@ def check(
         topology = load_topology(file)
         here = this_host(topology, host)
         preflight(topology, topology.on_host(here) if here else topology.components, file=str(file))
-    except (TopologyError, UnknownNameError) as error:
+        if not as_json:
+            show(topology)
+        reports = _look_at_models(topology, dry_run=not no_dry_run) if model else []
+    except (TopologyError, UnknownNameError, StartError) as error:
         if as_json:
             _print_json(file, False, str(error), [])
             raise typer.Exit(EXIT_BAD_TOPOLOGY) from error
         fail(str(error), EXIT_BAD_TOPOLOGY)
-    if not as_json:
-        show(topology)
-    reports = _look_at_models(topology, dry_run=not no_dry_run) if model else []
     ok = all(report.ok for report in reports)
     if as_json:
         _print_json(file, ok, "", reports)
@@ -92,20 +92,15 @@ def check(
 
 
 def _look_at_models(topology: Topology, *, dry_run: bool) -> list[ModelReport]:
+    """Check all models; raises `StartError` if what checks them cannot be loaded."""
     quiet_libraries()
-    console = stderr()
-    try:
-        check_model: CheckModel = load_function(CHECK_MODEL)
-        with console.status("") as status:
+    check_model: CheckModel = load_function(CHECK_MODEL)
+    with stderr().status("") as status:
 
-            def say(what: str) -> None:
-                status.update(escape(what))
+        def say(what: str) -> None:
+            status.update(escape(what))
 
-            return [
-                check_model(model, _served_by(topology, model), dry_run=dry_run, say=say) for model in topology.models
-            ]
-    except StartError as error:
-        fail(str(error), EXIT_BAD_TOPOLOGY)
+        return [check_model(model, _served_by(topology, model), dry_run=dry_run, say=say) for model in topology.models]
 
 
 def _served_by(topology: Topology, model: Model) -> list[Component]:

@@ -25,7 +25,7 @@ from tests.actors.supervision.supervised import ROOT
 from tests.ports import free_ports
 from triptych.actors import TopologyError, load_topology
 from triptych.actors.command import app
-from triptych.actors.command._display import Display, LiveDisplay, line
+from triptych.actors.command._display import Display, LiveDisplay, _until_ready, line
 from triptych.actors.command._progress import API_AWAY_TIMEOUT_S, wait_until_finished
 from triptych.actors.command.generate import output_paths, parse_settings, preview_path
 from triptych.actors.command.preflight import has_accelerator
@@ -156,6 +156,16 @@ def test_check_says_what_is_wrong_for_people_and_for_programs_with_one_exit_code
     assert 'dispatch = "robin" is not known' in told["problem"]
 
 
+def test_check_says_as_json_that_models_cannot_be_looked_at(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["triptych.actors.command.check"], "CHECK_MODEL", "no_such_module:check")
+    showing = runner.invoke(app, ["check", str(write()), "--model", "--json"])
+    told = json.loads(showing.stdout)
+    assert (showing.exit_code, told["ok"], told["models"]) == (2, False, [])
+    assert "no_such_module:check cannot be imported" in told["problem"]
+    showing = runner.invoke(app, ["check", str(write()), "--model"])
+    assert (showing.exit_code, "no_such_module:check cannot be imported" in showing.stderr) == (2, True)
+
+
 @pytest.mark.parametrize("command", ["check", "up", "status"])
 def test_a_broken_topology_is_one_sentence_and_exit_code_2(write: Write, command: str) -> None:
     showing = runner.invoke(app, [command, str(write("[head]\ndispatch = 'robin'\n"))])
@@ -222,16 +232,6 @@ def test_without_a_server_the_sentence_says_so(folder: Path) -> None:
     assert not list(folder.iterdir())
 
 
-def test_generate_wants_a_folder_that_is_there(folder: Path) -> None:
-    showing = runner.invoke(app, ["generate", "a cat", "-o", str(folder / "none" / "cat.png")])
-    assert showing.exit_code == 1
-    assert "make it first" in showing.stderr
-
-
-def test_a_request_says_only_what_was_given() -> None:
-    body = request_body("a cat", size=None, steps=4, seed=0, extra={"guidance_scale": 2.0})
-    assert body == {
-        "prompt": "a cat",
 def test_a_file_that_is_given_goes_before_the_url_of_the_environment(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,6 +259,16 @@ def test_a_key_that_no_header_can_have_is_one_sentence(monkeypatch: pytest.Monke
         assert (showing.exit_code, "TRIPTYCH_API_KEY holds no key" in showing.stderr) == (1, True)
 
 
+def test_generate_wants_a_folder_that_is_there(folder: Path) -> None:
+    showing = runner.invoke(app, ["generate", "a cat", "-o", str(folder / "none" / "cat.png")])
+    assert showing.exit_code == 1
+    assert "make it first" in showing.stderr
+
+
+def test_a_request_says_only_what_was_given() -> None:
+    body = request_body("a cat", size=None, steps=4, seed=0, extra={"guidance_scale": 2.0})
+    assert body == {
+        "prompt": "a cat",
         "n": 1,
         "response_format": "b64_json",
         "num_inference_steps": 4,
@@ -328,6 +338,11 @@ def test_settings_are_json_or_text() -> None:
         assert says in " ".join(showing.stderr.replace("│", " ").split())
 
 
+def test_bench_sends_no_files() -> None:
+    showing = runner.invoke(app, ["bench", "--set", "image=cat.png"])
+    assert (showing.exit_code, "image is a file: bench sends no files" in " ".join(showing.stderr.split())) == (2, True)
+
+
 def test_an_ending_that_is_no_format_is_refused_before_anything_is_made() -> None:
     showing = runner.invoke(app, ["generate", "a cat", "-o", "a.bmp"])
     assert showing.exit_code == 2
@@ -338,11 +353,6 @@ def test_several_images_have_names_of_their_own() -> None:
     one = {"artifact": {"content_type": "image/webp", "name": "req_0.webp"}}
     assert output_paths({"units": [one]}, None) == [Path("picture.webp")]
     assert output_paths({"units": [one]}, Path("a.png")) == [Path("a.png")]
-def test_bench_sends_no_files() -> None:
-    showing = runner.invoke(app, ["bench", "--set", "image=cat.png"])
-    assert (showing.exit_code, "image is a file: bench sends no files" in " ".join(showing.stderr.split())) == (2, True)
-
-
     assert output_paths({"units": [one, one]}, Path("a.png")) == [Path("a-0.png"), Path("a-1.png")]
 
 
@@ -449,6 +459,30 @@ def test_the_api_says_which_hosts_it_waits_for_when_that_changes(write: Write) -
     ]
 
 
+def test_an_answer_without_reasons_does_not_end_the_wait_for_readiness() -> None:
+    waiting: list[list[str]] = []
+    answers = [
+        (503, b'{"error": {"message": "the server has too many connections: retry later"}}'),
+        (503, b"no JSON, as of a proxy"),
+        (503, b'{"reasons": ["no encoder is ready"]}'),
+        (200, b"{}"),
+    ]
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        status, body = answers.pop(0)
+        writer.write(f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+        writer.close()
+
+    async def scenario() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        async with server:
+            await _until_ready(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", waiting.append)
+
+    asyncio.run(scenario())
+    assert (waiting, answers) == ([["no encoder is ready"]], [])
+
+
 def test_a_child_in_words() -> None:
     console, text = shown_on()
     for showing in (
@@ -512,6 +546,34 @@ def test_the_live_display_redraws_a_table_and_keeps_what_went_wrong(write: Write
     assert "starting it again" in showing.rpartition("all is well")[2]
 
 
+def test_logs_are_shown_without_what_a_terminal_takes_for_a_command(write: Write) -> None:
+    file = write()
+    folder = load_topology(file).log_dir
+    folder.mkdir(parents=True)
+    event = {"event": "served\x07", "level": "error", "path": "/\x1b[2J", "exception": "first\nsecond \x1b[2J"}
+    log_path(folder, "api").write_text(json.dumps(event) + "\n" + '{"cut \x1b[2J\n')
+    showing = runner.invoke(app, ["logs", "--topology", str(file)])
+    assert showing.exit_code == 0, showing.stderr
+    first, *others = showing.stdout.splitlines()
+    assert r"served\x07" in first
+    assert r"path=/\x1b[2J" in first
+    assert others == ["first", r"second \x1b[2J", r'{"cut \x1b[2J']
+
+
+def test_a_log_that_cannot_be_read_is_one_sentence(write: Write) -> None:
+    file = write()
+    log = log_path(load_topology(file).log_dir, "api")
+    log.mkdir(parents=True)
+    showing = runner.invoke(app, ["logs", "--topology", str(file)])
+    assert (showing.exit_code, showing.stderr) == (1, f"{log} cannot be read: Is a directory.\n")
+
+
+def test_logs_of_no_system_want_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triptych.actors.command._running.running_systems", list)  # others may run some here
+    showing = runner.invoke(app, ["logs"])
+    assert (showing.exit_code, "no system runs here: give the FILE of the system" in showing.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("states", "hopeless"),
     [
@@ -545,31 +607,3 @@ def test_priority_and_deadline_are_fields_of_the_request(folder: Path, monkeypat
     assert {name: sent[0][name] for name in ("priority", "deadline_s")} == {"priority": -3, "deadline_s": 2.5}
     assert not {"priority", "deadline_s"} & sent[1].keys(), "what is not given is left to the server"
     assert runner.invoke(app, [*arguments, "--priority", "101"]).exit_code == 2
-def test_logs_are_shown_without_what_a_terminal_takes_for_a_command(write: Write) -> None:
-    file = write()
-    folder = load_topology(file).log_dir
-    folder.mkdir(parents=True)
-    event = {"event": "served\x07", "level": "error", "path": "/\x1b[2J", "exception": "first\nsecond \x1b[2J"}
-    log_path(folder, "api").write_text(json.dumps(event) + "\n" + '{"cut \x1b[2J\n')
-    showing = runner.invoke(app, ["logs", "--topology", str(file)])
-    assert showing.exit_code == 0, showing.stderr
-    first, *others = showing.stdout.splitlines()
-    assert r"served\x07" in first
-    assert r"path=/\x1b[2J" in first
-    assert others == ["first", r"second \x1b[2J", r'{"cut \x1b[2J']
-
-
-def test_a_log_that_cannot_be_read_is_one_sentence(write: Write) -> None:
-    file = write()
-    log = log_path(load_topology(file).log_dir, "api")
-    log.mkdir(parents=True)
-    showing = runner.invoke(app, ["logs", "--topology", str(file)])
-    assert (showing.exit_code, showing.stderr) == (1, f"{log} cannot be read: Is a directory.\n")
-
-
-def test_logs_of_no_system_want_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("triptych.actors.command._running.running_systems", list)  # others may run some here
-    showing = runner.invoke(app, ["logs"])
-    assert (showing.exit_code, "no system runs here: give the FILE of the system" in showing.stderr) == (2, True)
-
-
