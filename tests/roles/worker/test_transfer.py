@@ -112,6 +112,8 @@ def test_what_was_stored_is_reported_before_it_is_sealed_and_sealed_before_the_p
         encoder.fake_instance.tell(StoreOutputs(W, FAR))
         stored = (await encoder.fake_instance.inbox.next(StageOutputsStored)).stored
         stopping = asyncio.create_task(encoder.transfer.stopping())
+        await asyncio.sleep(0)
+        assert not stopping.done(), "it waits for the seal"
         go_on.set()
         await stopping
         (view,) = (await encoder.fake_instance.leases("pool")).leases
