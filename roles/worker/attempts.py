@@ -133,7 +133,7 @@ class ActiveAttempt:
     rebind: Rebind | None = None
     """Adapts loaded values to this attempt if they were made for another request."""
     provenance: Provenance | None = None
-    """What its file is made from; None for a file without metadata, and for attempts that write none."""
+    """What the file that it writes is made from; None for a file without metadata, and if it writes none."""
     ready: StreamEvent | None = None
     """Recorded after the work that makes `values`: wait for it before using them on another stream."""
     block: LeaseRef | None = None
@@ -264,7 +264,7 @@ class AttemptTracker:
         if item is None:
             return ()
         item.values, item.seed = dict(message.inputs), message.seed
-        if message.output.metadata:
+        if message.output.metadata and item.stages[-1] is Stage.DECODER:
             item.provenance = Provenance(message.model, message.inputs, message.seed)
         first: Message = RunStage(attempt, item.stages[0])
         if self.fetches_uploads and (uploads := uploads_of(message.inputs)):

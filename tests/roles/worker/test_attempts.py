@@ -146,6 +146,9 @@ def test_what_a_file_is_made_from_goes_to_who_writes_it() -> None:
     for seconds in (0.1, 0.2):
         alone.computed(W, seconds)
     assert alone.computed(W, 0.3) == SaveArtifact(W, output, DEADLINE, made)
+    encoder = AttemptTracker("encoder-0", "encoder", 1)
+    encoder.assign(msgspec.structs.replace(assign(W), output=output, model="shapes"), NOW)
+    assert encoder.active[W].provenance is None, "it writes no file"
 
 
 def test_an_attempt_beyond_the_slots_is_not_taken() -> None:
