@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from PIL import Image
 
 from triptych.engines.codec.checksum import ChecksumMismatchError, checksum
 from triptych.engines.codec.codec import CodecError, pack
@@ -312,3 +313,36 @@ def test_a_short_copy_is_made_at_once_unless_the_thread_has_something_to_do(monk
     here = threading.get_ident()
     assert [thread == here for thread in threads] == [True, False, True]
     stream.close()
+
+
+@pytest.mark.parametrize(
+    ("values", "at_once"),
+    [
+        ({"latents": torch.ones(8, 8).t(), "names": ["a", ("b", None)], "generator": torch.Generator()}, True),
+        ({"latents": torch.ones(1 << 10, 1 << 11).t()}, False),
+        ({"more": [{"latents": torch.ones(1 << 17)}]}, False),
+        ({"image": Image.new("RGB", (4, 4))}, False),
+        ({"prompt": "x" * (streams.SHORT + 1)}, False),
+    ],
+    ids=["small", "transposed", "nested", "image", "text"],
+)
+def test_it_is_the_values_that_decide_whether_a_payload_is_packed_at_once(monkeypatch, values, at_once):
+    threads = []
+    monkeypatch.setattr(streams, "pack", lambda given: threads.append(threading.get_ident()) or pack(given))
+    stream = DeviceStream(CPU, "test")
+
+    async def scenario():
+        await stream.run(int)  # its thread has begun, and does nothing
+        for block in (torch.empty(4096, dtype=torch.uint8), None):
+            await stream.pack(values, block)
+
+    asyncio.run(scenario())
+    assert [thread == threading.get_ident() for thread in threads] == [at_once, at_once]
+    stream.close()
+
+
+def test_a_payload_that_holds_itself_is_refused(stream):
+    values = {"names": []}
+    values["names"].append(values)
+    with pytest.raises(CodecError, match="nested deeper"):
+        asyncio.run(stream.pack(values))
