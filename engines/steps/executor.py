@@ -53,6 +53,15 @@ class StepRound:
     ended: float
 
 
+class AloneKey(NamedTuple):
+    """The batch key of a run whose last call was computed alone: no other run has an equal one."""
+
+    run: int
+    """Its `id`, which a later run may have again."""
+    number: int
+    """Of the call in the step."""
+
+
 class WaitingCall(NamedTuple):
     """A call that waits and can be merged with others."""
 
@@ -138,7 +147,7 @@ class StepExecutor:
                 waiting = None
                 self._prober.note_alone(call, str(error))
             if waiting is None:
-                call.run.batch_key = (id(call.run), call.number)
+                call.run.batch_key = AloneKey(id(call.run), call.number)
                 self._compute_alone(call)
             else:
                 key = (id(call.module), call.run.adapters, call.run.bucket, waiting.arguments.outline)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from triptych.actors.topology.sections import SchedulingPolicyName
 from triptych.engines.stages import Stage
+from triptych.engines.steps.executor import AloneKey
 from triptych.roles.messages.common import Attempt, SchedulingHints
 from triptych.roles.scheduling_policy import OwnerService, SchedulingFacts, StepTimes, overtaken, rank
 from triptych.roles.worker.attempts import ActiveAttempt
@@ -34,6 +35,8 @@ class _HeldRun:
     """Of the attempt, with the stages that follow here; None while unknown."""
     batch_key: Hashable = None
     """What has to be equal in a batch; None while unknown."""
+    alone: StepTimes = field(default_factory=StepTimes)
+    """Of its own steps, while they are computed alone; nobody needs them when it has ended."""
     served: int = 0
     passed_over: int = 0
 
@@ -117,8 +120,14 @@ class StepScheduler:
 
     def ran(self, attempts: tuple[Attempt, ...], seconds: float) -> None:
         """Record the duration of a denoising step that these runs took together."""
-        for kind in {_ANY_STEP, *(run.batch_key for a in attempts if (run := self._held.get(a)) and run.batch_key)}:
-            self._times.learn(kind, seconds)
+        runs = [run for attempt in attempts if (run := self._held.get(attempt)) and run.batch_key is not None]
+        self._times.learn(_ANY_STEP, seconds)
+        for times, kind in {(self._times_of(run), run.batch_key) for run in runs}:
+            times.learn(kind, seconds)
+
+    def _times_of(self, run: _HeldRun) -> StepTimes:
+        """Return the times that the batch key of a run is a kind of."""
+        return run.alone if isinstance(run.batch_key, AloneKey) else self._times
 
     def _batch(self, order: list[_HeldRun]) -> list[_HeldRun]:
         """Return the first run, and those after it that may share its batch."""
@@ -137,7 +146,7 @@ class StepScheduler:
         return chosen
 
     def _facts(self, run: _HeldRun, now: float) -> SchedulingFacts:
-        step_s = self._times.expected(run.batch_key) if run.batch_key is not None else None
+        step_s = self._times_of(run).expected(run.batch_key)
         return SchedulingFacts(
             serial=run.serial,
             priority=run.hints.priority,

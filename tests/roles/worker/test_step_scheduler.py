@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from triptych.actors.topology.sections import SchedulingPolicyName
 from triptych.engines.stages import Stage
+from triptych.engines.steps.executor import AloneKey
 from triptych.roles.messages.common import Attempt, Output, SchedulingHints
 from triptych.roles.scheduling_policy import MAX_PASSED_OVER
 from triptych.roles.worker.attempts import ActiveAttempt, Phase
@@ -162,3 +163,26 @@ def test_the_deadline_of_a_run_without_one_is_its_timeout() -> None:
     scheduler.add(held(0, due=float("inf")))
     scheduler.add(held(1, due=1e8))
     assert numbers(scheduler.next(0.0)) == [1]
+
+
+def test_the_time_of_a_run_that_is_computed_alone_is_its_own_and_ends_with_it() -> None:
+    scheduler = StepScheduler("shortest_remaining", 1)
+    again = AloneKey(7, 0)
+
+    def take(number: int, key: AloneKey, seconds: float) -> None:
+        scheduler.add(held(number, steps=9))
+        scheduler.stepped(attempt(number), 5, 9, key)
+        scheduler.ran((attempt(number),), seconds)
+
+    take(0, again, 100.0)
+    scheduler.remove(attempt(0))
+    for number in range(1, 40):
+        take(number, AloneKey(number + 7, 0), 0.01)
+        scheduler.remove(attempt(number))
+    scheduler.add(held(40, steps=4))
+    scheduler.stepped(attempt(40), 5, 9, again)  # its `id` is that of the slow one
+    scheduler.add(held(41, steps=5))
+    assert numbers(scheduler.next(0.0)) == [40]
+    take(42, AloneKey(99, 0), 5.0)
+    take(43, AloneKey(98, 0), 0.001)
+    assert numbers(scheduler.next(0.0)) == [43]
