@@ -41,7 +41,7 @@ TRANSFER_BYTES: Final = Counter("triptych_transfer_bytes", "Bytes of those trans
 TRANSFER_FAILURES: Final = Counter(
     "triptych_transfer_failures", "Transfers that failed or were cancelled.", ["transfer"], registry=REGISTRY
 )
-TRANSFERS: Final = ("store", "load", "fetch", "save", "checkpoint", "preview")
+TRANSFERS: Final = ("store", "load", "fetch", "read", "save", "checkpoint", "preview")
 """What a transfer may be."""
 
 REQUESTS: Final = Counter("triptych_requests", "Requests that have ended.", ["model", "outcome"], registry=REGISTRY)

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import os
 import resource
+import select
 import signal
+import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, BinaryIO, Final, Literal, TypeAlias, cast
+from io import FileIO
+from typing import IO, TYPE_CHECKING, Annotated, BinaryIO, Final, Literal, Self, TypeAlias, cast
 
 import msgspec
+from msgspec import Meta
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -31,6 +36,12 @@ _MEMORY_BYTES: Final = 2 << 30
 _OPEN_FILES: Final = 16
 _LEFT_TO_START_S: Final = 30.0
 """Beside the decoding: an interpreter starts, and the machine may have other work."""
+_CHECK_EVERY_S: Final = 0.1
+"""Seconds within which the child ends, however long it decodes, when nobody wants the video any more."""
+_TO_END_S: Final = 10.0
+"""For a child that has closed its stdout."""
+_LENGTH: Final = struct.Struct("<H")
+"""Precedes each message of the child, in bytes of JSON."""
 _ENVIRONMENT: Final = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONPATH")
 """Variables that the child gets; others may be secrets."""
 _TURNS: Final = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
@@ -67,6 +78,13 @@ class VideoInfo(msgspec.Struct, frozen=True):
     """Of the upright frames, in pixels."""
 
 
+class _Frame(msgspec.Struct, frozen=True, tag=True):
+    """The pixels of a frame follow: "RGB", row by row."""
+
+    width: Annotated[int, Meta(ge=1)]
+    height: Annotated[int, Meta(ge=1)]
+
+
 class _Failure(msgspec.Struct, frozen=True, tag=True):
     code: Code
     message: str
@@ -74,6 +92,10 @@ class _Failure(msgspec.Struct, frozen=True, tag=True):
 
 class _Success(msgspec.Struct, frozen=True, tag=True):
     info: VideoInfo
+
+
+def no_check() -> None:
+    """Let the decoding go on."""
 
 
 def video_ending(data: bytes) -> str:
@@ -89,55 +111,120 @@ def check_video(data: bytes, limits: VideoLimits) -> VideoInfo:
     Raises:
         VideoError: It is damaged, not of a codec of `CODECS`, or beyond a limit.
     """
-    info, _ = _run(data, limits, "check")
-    return info
+    with _Child(data, limits, "check", no_check) as child:
+        message = child.receive()
+    if not isinstance(message, _Success):
+        raise _broken()
+    return message.info
 
 
-def read_video(data: bytes, limits: VideoLimits) -> Iterator[Image.Image]:
-    """Decode a video and yield its frames, "RGB" and upright. Call it off the event loop.
+def read_video(data: bytes, limits: VideoLimits, check: Callable[[], None] = no_check) -> Iterator[Image.Image]:
+    """Decode a video and yield its frames, "RGB" and upright, each as it is decoded. Call it off the event loop.
+
+    Args:
+        data: The file.
+        limits: What it may be.
+        check: Called several times a second; what it raises ends the decoding.
 
     Raises:
         VideoError: See `check_video`.
     """
-    info, pixels = _run(data, limits, "read")
-    size, nbytes = (info.width, info.height), 3 * info.width * info.height
-    if len(pixels) != info.frames * nbytes:
-        raise VideoError("damaged", "could not be decoded: frames are missing")
-    for at in range(0, len(pixels), nbytes):
-        yield Image.frombytes("RGB", size, memoryview(pixels)[at : at + nbytes])
+    frames, pixels = 0, 0
+    with _Child(data, limits, "read", check) as child:
+        while isinstance(message := child.receive(), _Frame):
+            frames, pixels = frames + 1, pixels + message.width * message.height
+            if frames > limits.frames or pixels > limits.pixels:  # which the child has to see to
+                raise _broken()
+            nbytes = 3 * message.width * message.height
+            yield Image.frombytes("RGB", (message.width, message.height), child.read(nbytes))
+    if message.info.frames != frames:
+        raise _broken()
 
 
-def _run(data: bytes, limits: VideoLimits, wanted: Literal["check", "read"]) -> tuple[VideoInfo, bytes]:
-    ending = video_ending(data)
-    if not ending:
-        raise VideoError("unsupported", "must be a video, an MP4 or WebM")
-    arguments = (msgspec.json.encode(limits).decode(), DEMUXERS[ending], wanted)
-    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    with _as_file(data) as file:
-        try:
-            child = subprocess.run(  # noqa: S603  our own module, with arguments of our own
+class _Child:
+    """A process that decodes one video. It is a context: the process has ended when that is left.
+
+    Args:
+        data: The file.
+        limits: What it may be.
+        wanted: Whether the frames are to be read, or only to be decoded.
+        check: Called while the child is waited for; what it raises ends the waiting.
+
+    Raises:
+        VideoError: It is of no container of `DEMUXERS`.
+    """
+
+    def __init__(
+        self, data: bytes, limits: VideoLimits, wanted: Literal["check", "read"], check: Callable[[], None]
+    ) -> None:
+        ending = video_ending(data)
+        if not ending:
+            raise VideoError("unsupported", "must be a video, an MP4 or WebM")
+        self._limits, self._check = limits, check
+        self._end = time.monotonic() + limits.seconds + _LEFT_TO_START_S
+        arguments = (msgspec.json.encode(limits).decode(), DEMUXERS[ending], wanted)
+        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+        with _as_file(data) as file:
+            self._process = subprocess.Popen(  # noqa: S603  our own module, with arguments of our own
                 (sys.executable, "-P", "-m", "triptych.roles.media.video_input", *arguments),
                 stdin=file,
-                capture_output=True,
-                timeout=limits.seconds + _LEFT_TO_START_S,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,  # a pipe that nobody empties would hold it up
+                bufsize=0,
                 env=environment,
-                check=False,
             )
+        self._stdout = cast(FileIO, self._process.stdout)
+        self._readable = select.poll()
+        self._readable.register(self._stdout, select.POLLIN)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._stdout.close()
+
+    def receive(self) -> _Frame | _Success:
+        """Return what the child says next. Raises VideoError, which may be what it says."""
+        (nbytes,) = _LENGTH.unpack(self.read(_LENGTH.size))
+        try:
+            message = msgspec.json.decode(self.read(nbytes), type=_Frame | _Success | _Failure)
+        except msgspec.MsgspecError:
+            raise _broken() from None
+        if isinstance(message, _Failure):
+            raise VideoError(message.code, message.message)
+        return message
+
+    def read(self, nbytes: int) -> bytearray:
+        """Return the next bytes that the child writes, just so many. Raises VideoError if it ends or takes too long."""
+        data, count = bytearray(nbytes), 0
+        while count < nbytes:
+            self._check()
+            left_s = self._end - time.monotonic()
+            if left_s <= 0:
+                raise self._too_slow()
+            if self._readable.poll(1000 * min(left_s, _CHECK_EVERY_S)):
+                read = self._stdout.readinto(memoryview(data)[count:])
+                if not read:
+                    raise self._ended()
+                count += read
+        return data
+
+    def _ended(self) -> VideoError:
+        """Return why the child closed its stdout before it was done: a limit or a signal has ended it."""
+        try:
+            code = self._process.wait(_TO_END_S)
         except subprocess.TimeoutExpired:
-            raise _too_slow(limits) from None
-    try:
-        report = msgspec.json.decode(child.stderr.rpartition(b"\n")[2], type=_Success | _Failure)
-    except msgspec.MsgspecError:  # it was ended by a limit or by a signal
-        if child.returncode == -signal.SIGXCPU:
-            raise _too_slow(limits) from None
-        raise VideoError("damaged", "could not be decoded") from None
-    if isinstance(report, _Failure):
-        raise VideoError(report.code, report.message)
-    return report.info, child.stdout
+            return _broken()
+        return self._too_slow() if code == -signal.SIGXCPU else _broken()
+
+    def _too_slow(self) -> VideoError:
+        return VideoError("too_large", f"must be decoded within {self._limits.seconds} s: send a smaller one")
 
 
-def _too_slow(limits: VideoLimits) -> VideoError:
-    return VideoError("too_large", f"must be decoded within {limits.seconds} s: send a smaller one")
+def _broken() -> VideoError:
+    return VideoError("damaged", "could not be decoded")
 
 
 @contextmanager
@@ -153,15 +240,16 @@ def _as_file(data: bytes) -> Iterator[IO[bytes]]:
 
 
 def main() -> None:
-    """Decode stdin: write the frames to stdout if they are wanted, and a report to stderr, after a newline."""
+    """Decode stdin: write to stdout what `_Child` receives, the frames if they are wanted and a report."""
     import av
 
     limits = msgspec.json.decode(sys.argv[1], type=VideoLimits)
     demuxer, wanted = sys.argv[2:]
     _confine(limits)
     report: _Success | _Failure
+    stdout = sys.stdout.buffer
     try:
-        report = _Success(_decode(demuxer, limits, sys.stdout.buffer if wanted == "read" else None))
+        report = _Success(_decode(demuxer, limits, stdout if wanted == "read" else None))
     except VideoError as error:
         report = _Failure(error.code, str(error))
     except (av.FFmpegError, ValueError) as error:
@@ -169,23 +257,29 @@ def main() -> None:
         report = _Failure("damaged", f"is damaged or not complete ({why}): send the whole file")
     except MemoryError:
         report = _Failure("too_large", "needs too much memory to be decoded: send a smaller one")
-    sys.stderr.buffer.write(b"\n" + msgspec.json.encode(report))
+    _send(stdout, report)
+    stdout.flush()
 
 
-def _decode(demuxer: str, limits: VideoLimits, frames: BinaryIO | None) -> VideoInfo:
-    """Decode stdin, and write the pixels of its frames one after the other. Raises as `_frames`."""
+def _send(stdout: BinaryIO, message: _Frame | _Success | _Failure) -> None:
+    data = msgspec.json.encode(message)
+    stdout.write(_LENGTH.pack(len(data)) + data)
+
+
+def _decode(demuxer: str, limits: VideoLimits, stdout: BinaryIO | None) -> VideoInfo:
+    """Decode stdin, and write its frames one after the other. Raises as `_frames`."""
     count, size = 0, (0, 0)
     for frame in _frames(sys.stdin.buffer, demuxer, limits):
         sides = (frame.height, frame.width) if _turns(frame) % 2 else (frame.width, frame.height)
         if count and sides != size:
             raise VideoError("unsupported", "must have frames of one size")
         count, size = count + 1, sides
-        if frames is not None:
-            frames.write(_upright(frame).tobytes())
+        if stdout is not None:
+            pixels = _upright(frame).tobytes()
+            _send(stdout, _Frame(*sides))
+            stdout.write(pixels)
     if not count:
         raise VideoError("damaged", "has no frames")
-    if frames is not None:
-        frames.flush()
     return VideoInfo(count, *size)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 from PIL import Image, ImageOps
 
 from triptych.engines.parameters.schema import MASKS, ParameterKind, Signature
 from triptych.roles.media.uploads import UploadError, UploadStore, is_video
-from triptych.roles.media.video_input import VideoError, VideoLimits, read_video
+from triptych.roles.media.video_input import VideoError, VideoLimits, no_check, read_video
 from triptych.roles.messages.common import Images, Json, Numbers, Options, Tensors, Upload, uploads_of
 
 VIDEO_LIMITS: Final = VideoLimits(seconds=300)
@@ -23,7 +23,12 @@ def has_files(inputs: Mapping[str, object]) -> bool:
 
 
 def resolve_inputs(
-    inputs: Mapping[str, object], store: UploadStore, signature: Signature, *, alpha: bool = False
+    inputs: Mapping[str, object],
+    store: UploadStore,
+    signature: Signature,
+    *,
+    alpha: bool = False,
+    check: Callable[[], None] = no_check,
 ) -> dict[str, object]:
     """Load the files that inputs of a request refer to. Files block on the disk: then call it off the event loop.
 
@@ -32,6 +37,7 @@ def resolve_inputs(
         store: Has the files.
         signature: Of the pipeline: says whether an input is one image or a list.
         alpha: Whether the model takes images with an alpha channel.
+        check: Called for each file, and several times a second during a video; what it raises ends the loading.
 
     Returns:
         The inputs. Images are upright `PIL.Image.Image`, "L" for a mask, else "RGBA" with `alpha` or "RGB"; or
@@ -48,12 +54,13 @@ def resolve_inputs(
         kind = parameter.kind if parameter else ParameterKind.IMAGES
         match value:
             case Images():
-                resolved[name] = _images(name, value, kind, store, alpha=alpha)
+                resolved[name] = _images(name, value, kind, store, alpha=alpha, check=check)
             case Numbers(values):
                 resolved[name] = tuple(int(number) for number in values) if kind is ParameterKind.PAIR else list(values)
             case Options(options):
                 resolved[name] = dict(options)
             case Tensors(file):
+                check()
                 resolved |= _tensors(file, store)
             case Json(text):
                 resolved[name] = json.loads(text)
@@ -63,10 +70,16 @@ def resolve_inputs(
 
 
 def _images(
-    name: str, value: Images, kind: ParameterKind, store: UploadStore, *, alpha: bool
+    name: str,
+    value: Images,
+    kind: ParameterKind,
+    store: UploadStore,
+    *,
+    alpha: bool,
+    check: Callable[[], None],
 ) -> Image.Image | list[Image.Image]:
     mask = name in MASKS
-    opened = (image for file in value.files for image in _open(file, store))
+    opened = (image for file in value.files for image in _open(file, store, check))
     found = [as_mask(image) if mask else as_image(image, alpha=alpha) for image in opened]
     if kind is ParameterKind.IMAGE_LIST or len(found) > 1:
         if kind is ParameterKind.IMAGE:
@@ -77,13 +90,14 @@ def _images(
     return found[0]
 
 
-def _open(file: Upload, store: UploadStore) -> Iterator[Image.Image]:
+def _open(file: Upload, store: UploadStore, check: Callable[[], None]) -> Iterator[Image.Image]:
     """Yield the image of a file, or the frames of a video."""
+    check()
     if not is_video(file):
         yield store.open(file)
         return
     try:
-        yield from read_video(store.read(file), VIDEO_LIMITS)
+        yield from read_video(store.read(file), VIDEO_LIMITS, check)
     except VideoError as error:
         raise UploadError(f"the upload {file.name} {error}") from error
 

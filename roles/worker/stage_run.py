@@ -11,6 +11,10 @@ from triptych.roles.messages.common import Attempt
 from triptych.roles.worker.attempts import ActiveAttempt
 
 
+class RunLeftError(Exception):
+    """Files are read for a run that has ended."""
+
+
 @dataclass(slots=True, eq=False)
 class StageRun:
     """One stage of an attempt, from its place among the waiting runs to its outputs."""
@@ -21,6 +25,10 @@ class StageRun:
     """When its first round began, in seconds of a monotonic clock; None while it waits."""
     denoising: Denoising | None = None
     """Set once a denoise is prepared."""
+    inputs: dict[str, object] | None = None
+    """What an encode computes with, if files had to be read for it."""
+    unreadable: Exception | None = None
+    """Why those files could not be read."""
     outputs: dict[str, object] | None = None
     """What an encode or a decode has made."""
     saved_at: float = 0.0
@@ -29,11 +37,18 @@ class StageRun:
     """Whether it goes on from a checkpoint, whose steps its next round skips."""
     seed_independent: bool = False
     """Whether the outputs of an encode are the same for every seed."""
+    left: bool = False
+    """Whether it has ended or was stopped, so that nobody needs its files any more."""
 
     @property
     def attempt(self) -> Attempt:
         """Return its attempt."""
         return self.item.attempt
+
+    def check(self) -> None:
+        """Raise RunLeftError if nobody waits for it any more; any thread may ask."""
+        if self.left:
+            raise RunLeftError(str(self.attempt))
 
     def result(self) -> dict[str, object]:
         """Return its outputs; raises RuntimeError unless it has ended."""

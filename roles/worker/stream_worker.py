@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar, cast
 
@@ -30,6 +31,7 @@ from triptych.engines.steps.executor import StepExecutor, StepRound
 from triptych.engines.weights.model_version import model_version
 from triptych.engines.weights.placement import OutOfDeviceMemoryError
 from triptych.engines.weights.read_ahead import ReadProgress
+from triptych.roles.media.video_input import no_check
 from triptych.roles.messages.common import Attempt, Images, Rebind, Tensors
 from triptych.roles.messages.stages import InstanceWakeChanged, StageFailed
 from triptych.roles.messages.worker import (
@@ -57,6 +59,8 @@ OVERDUE_HEARTBEATS = 8.0
 """A call to the device that takes this many heartbeat timeouts is taken for hung."""
 SHORT_STEPS_S = 0.1
 """Steps of a run that has the device to itself are taken in one call to its thread, for so long; see `_alone_s`."""
+MAX_READERS = 4
+"""Runs whose files are read at a time."""
 PROGRESS_EVERY_S = 1.0
 PROGRESS_LOG_EVERY_S = 10.0
 
@@ -85,6 +89,7 @@ class StreamWorker(Actor):
         self._scheduler = StepScheduler(component.policy, component.max_batch)
         """Those among them that have a step to take."""
         self._executor = StepExecutor()
+        self._readers = ThreadPoolExecutor(MAX_READERS, thread_name_prefix="inputs")
         self._weights_changes: deque[SetWeightsLoaded] = deque()
         self._wake = asyncio.Event()
         self._interrupted = False
@@ -249,8 +254,28 @@ class StreamWorker(Actor):
         if item.cancelled:  # its CancelAttempt has overtaken it
             self._pass_on(self.context.attempts.stopped(message.attempt))
             return
-        self._runs[message.attempt] = StageRun(item, message.stage)
-        self._scheduler.add(item)
+        run = self._runs[message.attempt] = StageRun(item, message.stage)
+        if run.stage is Stage.ENCODER and self._pipeline is not None and has_files(item.values):
+            self.spawn(self._read_files(run, self._pipeline), name=f"files of {message.attempt}")
+        else:
+            self._schedule_run(run)
+
+    async def _read_files(self, run: StageRun, pipeline: StagePipeline) -> None:
+        """Read the files of a run and schedule it then: a video takes up to minutes, and others compute meanwhile."""
+        read = partial(self._resolve, run.item.values, pipeline, run.check)
+        try:
+            with self.context.timeline.measure("transfer", "read", run.attempt):
+                run.inputs = await asyncio.get_running_loop().run_in_executor(self._readers, read)
+        except Exception as error:  # noqa: BLE001 - it ends this run alone, in its turn
+            run.unreadable = error
+        except asyncio.CancelledError:
+            run.left = True
+            raise
+        if not run.left:
+            self._schedule_run(run)
+
+    def _schedule_run(self, run: StageRun) -> None:
+        self._scheduler.add(run.item)
         self._interrupted = True
         self._wake.set()
 
@@ -457,7 +482,11 @@ class StreamWorker(Actor):
         if item.ready is not None:
             stream.wait(item.ready, item.values)
         if run.stage is Stage.ENCODER:
-            inputs = await self._inputs(item.values, pipeline)
+            if run.unreadable is not None:
+                raise run.unreadable
+            inputs, run.inputs = run.inputs, None
+            if inputs is None:
+                inputs = self._resolve(item.values, pipeline, run.check)
             self.context.lease_ahead(item)
             run.outputs = await self._call(stream, pipeline.encode, inputs, item.seed)
             run.seed_independent = pipeline.seed_independent
@@ -580,6 +609,7 @@ class StreamWorker(Actor):
     def _leave(self, run: StageRun) -> None:
         if run.began is not None:
             self.context.timeline.span("stage", run.stage.value, run.began, run.attempt)
+        run.left = True
         self._scheduler.remove(run.attempt)
         del self._runs[run.attempt]
 
@@ -629,13 +659,14 @@ class StreamWorker(Actor):
         """Adapt cached encoder outputs to this request: its seed and the inputs that only pass the encoder."""
         # The encoder has seen to the files: they need not be read again.
         plain = {name: value for name, value in rebind.inputs.items() if not isinstance(value, Images | Tensors)}
-        inputs = await self._inputs(plain, pipeline)
+        inputs = self._resolve(plain, pipeline, no_check)
         return await self._call(stream, pipeline.rebind, values, inputs, rebind.seed)
 
-    async def _inputs(self, given: Mapping[str, object], pipeline: StagePipeline) -> dict[str, object]:
-        """Give the inputs of a request as the pipeline takes them; only files are worth another thread."""
-        read = partial(resolve_inputs, given, self.uploads, pipeline.signature, alpha=pipeline.alpha)
-        return await asyncio.to_thread(read) if has_files(given) else read()
+    def _resolve(
+        self, given: Mapping[str, object], pipeline: StagePipeline, check: Callable[[], None]
+    ) -> dict[str, object]:
+        """Return the inputs of a request as the pipeline takes them; only files need another thread."""
+        return resolve_inputs(given, self.uploads, pipeline.signature, alpha=pipeline.alpha, check=check)
 
     async def _until(self, stream: DeviceStream, event: StreamEvent) -> None:
         """Wait for an event of the device; on the CPU it has passed, and no thread has to be waited for."""

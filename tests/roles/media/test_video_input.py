@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import signal
+import subprocess
+import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from PIL import Image
 from tests.video_files import COLOURS, film, turned
 from triptych.roles.media import video_input
 from triptych.roles.media.video_input import (
+    _LENGTH,
     DEMUXERS,
     VideoError,
     VideoInfo,
@@ -107,3 +112,61 @@ def test_a_video_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(VideoError, match="within 0 s") as refused:
         check_video(film(3), VideoLimits(seconds=0))
     assert refused.value.code == "too_large"
+
+
+class UnwantedError(Exception):
+    pass
+
+
+def test_frames_come_as_they_are_decoded_and_the_child_ends_when_they_are_not_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    children: list[subprocess.Popen[bytes]] = []
+
+    class Recorded(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            children.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    data = film(8, (320, 240))  # no pipe holds so many frames: the child cannot end before they are read
+    found = read_video(data, VideoLimits())
+    assert next(found).size == (320, 240)
+    assert children[0].poll() is None
+    found.close()  # type: ignore[attr-defined]
+    assert children[0].returncode == -signal.SIGKILL
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise UnwantedError
+
+    with pytest.raises(UnwantedError):
+        list(read_video(data, VideoLimits(), check))
+    assert children[1].returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "",
+        "{}",
+        '{"type":"_Frame","width":70000,"height":70000}',
+        '{"type":"_Frame","width":4,"height":-4}',
+        '{"type":"_Frame","width":4,"height":4}',
+        '{"type":"_Success","info":{"frames":2,"width":4,"height":4}}',
+    ],
+)
+def test_what_a_child_says_is_not_trusted(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    written = _LENGTH.pack(len(said)) + said.encode() if said else b""
+    program = f"import sys; sys.stdout.buffer.write({written!r})"
+    start = subprocess.Popen
+
+    def popen(_: Any, **options: Any) -> subprocess.Popen[bytes]:
+        return start((sys.executable, "-I", "-S", "-c", program), **options)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with pytest.raises(VideoError, match="could not be decoded"):
+        list(read_video(film(3), VideoLimits()))

@@ -21,8 +21,10 @@ from tests.roles.worker.stream_worker_harness import (
     INPUTS,
     FakeInstance,
     attempt,
+    denoised,
     encoded,
     out_of_memory,
+    told,
     until,
 )
 from triptych.actors import StartDelayedError, StartError
@@ -36,7 +38,9 @@ from triptych.roles.messages.worker import (
     SaveArtifact,
     StoreOutputs,
 )
+from triptych.roles.worker import stream_worker
 from triptych.roles.worker.process_context import ProcessContext
+from triptych.roles.worker.stage_run import RunLeftError
 from triptych.roles.worker.stream_worker import StreamWorker
 
 
@@ -174,6 +178,39 @@ def test_an_image_that_is_gone_is_the_requests_fault_and_one_that_is_there_is_re
         fake_instance.run(2, Stage.ENCODER)
         failed = await fake_instance.inbox.next(StageFailed)
         assert "takes no image" in failed.error  # this model makes images of text alone, but it has been read
+
+    on_worker(body)
+
+
+def test_files_are_read_while_others_compute_and_a_stop_is_answered_meanwhile(
+    on_worker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, ended = threading.Event(), threading.Event()
+
+    def gated(*_: Any, check: Any, **__: Any) -> dict[str, object]:
+        assert go_on.wait(30)
+        try:
+            check()
+        except RunLeftError:
+            ended.set()
+            raise
+        return {}
+
+    async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
+        await encoded(fake_instance, worker, 1)
+        resolve = stream_worker.resolve_inputs
+        monkeypatch.setattr(stream_worker, "resolve_inputs", gated)
+        fake_instance.begin(2, {**INPUTS, "image": Images((Upload(f"{'a' * 64}.png", 3),))})
+        fake_instance.run(2, Stage.ENCODER)
+        await denoised(fake_instance, 1)
+        assert await told(fake_instance, 3) == [(1, 1), (1, 2), (1, 3)]
+        fake_instance.stop(2)
+        assert await fake_instance.inbox.next(StageCancelled) == StageCancelled(attempt(2), 0)
+        assert attempt(2) not in [m.attempt for m in fake_instance.inbox.of(StageStarted)]
+        go_on.set()
+        assert await asyncio.to_thread(ended.wait, 30), "who reads for it is told"
+        monkeypatch.setattr(stream_worker, "resolve_inputs", resolve)
+        await encoded(fake_instance, worker, 3)
 
     on_worker(body)
 
