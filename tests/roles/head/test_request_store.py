@@ -346,6 +346,8 @@ def test_a_deleted_request_leaves_nothing_behind(topology: Callable[..., Topolog
             with pytest.raises(RemoteError, match="there is no request r"):
                 await harness.view("r")
 
+    run_scenario(scenario())
+
 
 def test_what_comes_together_is_accepted_in_one_transaction_and_refused_together(
     topology: Callable[..., Topology], monkeypatch: pytest.MonkeyPatch

@@ -123,6 +123,8 @@ def test_what_was_stored_is_reported_before_it_is_sealed_and_sealed_before_the_p
         await encoder.fake_instance.release(stored.lease)  # which nobody needs any more
         await encoder.transfer.stopping()
 
+    run_transfers(body)
+
 
 def test_a_checkpoint_is_stored_beside_the_run_and_loaded_with_the_inputs(run_transfers: Any) -> None:
     async def body(h: Any, open_transfer: Any) -> None:
