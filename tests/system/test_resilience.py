@@ -308,6 +308,7 @@ def test_a_short_storm_of_every_fault_breaks_no_promise(tmp_path: Path) -> None:
     )
     found = json.loads(report.read_text())
     assert {name: broken for name, broken in found["invariants"].items() if broken} == {}
+    assert len(found["invariants"]) == 12
     assert storm.returncode == 0
     assert found["accepted"] > 20
     assert sum(found["faults"].values()) >= 5

@@ -31,7 +31,7 @@ from triptych.tools.chaos import invariants
 from triptych.tools.chaos.__main__ import app
 from triptych.tools.chaos.clock import Clock
 from triptych.tools.chaos.faults import FAULTS, components_of_victim, transfer_keys, transfer_rates, why_unsupported
-from triptych.tools.chaos.injector import InjectedFault, has_recovered, trigger_is_met
+from triptych.tools.chaos.injector import FaultInjector, InjectedFault, has_recovered, trigger_is_met
 from triptych.tools.chaos.load import LoadGenerator, Outcome
 from triptych.tools.chaos.plan import IMAGES, PlannedFault, PlannedRequest, make_plan
 from triptych.tools.chaos.report import FailedRequest, StepsRedone, failures, show, summary
@@ -202,6 +202,49 @@ def test_the_report_has_the_steps_that_were_redone_and_where_jobs_went_on() -> N
     show(report, console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "11 of 300 denoising steps redone, in 2 jobs; 2 went on from a checkpoint: 9 of 100, 80 of 100" in shown
+
+
+class OneProcess:
+    """A target with one component, a process that reads its stdin to the end."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.topology = load_topology("examples/chaos.toml")
+        self.process = process
+        self.asked: list[float] = []
+
+    async def child(self, name: str) -> ChildReport:
+        self.asked.append(time.time())
+        generation = 1 if self.process.poll() is None else 2
+        return ChildReport(name, "denoiser", self.process.pid, generation, ChildState.READY, 0, "", 0.0, silence_s=0.0)
+
+    def process_id(self, child: ChildReport) -> int:
+        return child.pid
+
+
+def test_a_fault_is_dated_when_nothing_is_left_to_ask() -> None:
+    async def scenario(target: OneProcess) -> None:
+        injector = FaultInjector(cast("Any", target), seed=0)
+        try:
+            await injector.inject(PlannedFault(0.0, "kill", "denoiser-0", "any", False))
+        finally:
+            injector.close()
+        (injected,) = injector.injected
+        assert injected.recovery_s is not None
+        assert injected.at >= target.asked[0], "the head, which is not there, was asked for a second before"
+
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        asyncio.run(scenario(OneProcess(process)))
+
+
+@pytest.mark.parametrize("step_s", [0.0, 3600.0, -3600.0])
+def test_a_step_of_the_clock_is_no_delay(step_s: float) -> None:
+    ended = outcome(("DENOISING_RUNNING", "DENOISING_WAITING", "DENOISING_RUNNING", "DONE"))
+    moves = ended.final_view["units"][0]["history"]
+    moves[1] |= {"at": 2.5, "reason": "a: its process ended"}
+    moves[2] |= {"at": 3.0 + step_s}
+    kill = InjectedFault("kill", "a", 2.0, lethal=True, recovery_s=1.0)
+    report = summary(7, 60.0, [ended], [kill], 1, {name: [] for name in INVARIANTS})
+    assert (report.seen_p99_s, report.redispatched_p99_s) == (0.5, None if step_s else 0.5)
 
 
 def test_a_mailbox_over_its_bound_is_seen() -> None:

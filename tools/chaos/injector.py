@@ -78,14 +78,16 @@ class FaultInjector:
 
     async def _inject(self, planned: PlannedFault) -> None:
         fault = FAULTS[planned.fault]
-        at = time.time() + (self._context.clock.offset_s if self._context.clock else 0)
+        of_process = planned.victim != SYSTEM and fault.into_hosts is None
         hit = await self._has_assigned(planned.victim)
+        victim = await self._running(planned.victim) if of_process else None
+        # Dated once nothing is left to ask: the report counts from here until the head has seen it.
+        at = time.time() + (self._context.clock.offset_s if self._context.clock else 0)
         injection = InjectedFault(planned.fault, planned.victim, at, fault.lethal, hit=hit)
         self.injected.append(injection)
         if fault.into_hosts is not None:
             await self._inject_into_hosts(planned, injection)
             return
-        victim = None if planned.victim == SYSTEM else await self._running(planned.victim)
         began = time.monotonic()
         await fault.inject(self._context, victim)
         if victim is None:

@@ -175,15 +175,15 @@ def _delays(outcomes: Iterable[Outcome], injected: Sequence[InjectedFault]) -> t
             if not (running["state"].endswith("RUNNING") and "process ended" in waiting["reason"]):
                 continue
             victim = waiting["reason"].partition(":")[0]
-            # Where the clock was set in between, the difference means nothing.
+            # Where the clock was set in between, a difference means nothing.
             before = [
                 b for b in injected if b.victim == victim and b.lethal and 0 <= waiting["at"] - b.at < MAX_DELAY_S
             ]
             # Only a kill ends a process at once: one that is stopped or asked to end takes its time.
             if before and before[-1].fault == "kill":
                 seen.append(waiting["at"] - before[-1].at)
-                again = [m["at"] for m in moves[k + 2 :] if m["state"].endswith("RUNNING")][:1]
-                redispatched += [at - waiting["at"] for at in again]
+                again = [m["at"] - waiting["at"] for m in moves[k + 2 :] if m["state"].endswith("RUNNING")][:1]
+                redispatched += [delay for delay in again if 0 <= delay < MAX_DELAY_S]
     return seen, redispatched
 
 
