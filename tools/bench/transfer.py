@@ -41,10 +41,15 @@ def _row(case: str, peer: str, ours: list[float], theirs: list[float]) -> dict[s
 
 
 def _interleaved(rounds: int, *sides: Timed) -> list[list[float]]:
-    """Run the sides in turn; return milliseconds, the median of a few repetitions, for each side and round."""
+    """Run the sides in turn, last side first in every other round.
+
+    Returns milliseconds, the median of a few repetitions, for each side and round.
+    """
     taken: list[list[float]] = [[] for _ in sides]
+    order = list(zip(sides, taken, strict=True))
     for number in range(rounds + 1):
-        for side, times in zip(sides, taken, strict=True):
+        order.reverse()
+        for side, times in order:
             value = median(side() for _ in range(REPETITIONS)) * 1e3
             # The first round warms up.
             if number:
