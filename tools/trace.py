@@ -2,7 +2,7 @@
 
 A system records it while its topology says `[state] timeline = true` (`roles/timeline.py`). The trace is in Chrome's
 Trace Event Format: one process for each run of a component, threads for its stages, steps and transfers, arrows from
-each stage and transfer of a job to the next. `--picture` draws the same as an SVG.
+each stage and transfer of a job to the next. `--svg` draws the same as an SVG.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EXAMPLES = """examples:
   python -m triptych.tools.trace ~/.local/state/triptych/demo -o out/trace.json
   python -m triptych.tools.trace STATE_DIR --from 10 --seconds 2    two seconds of it, from the tenth on
   python -m triptych.tools.trace STATE_DIR --request req-7          one request
-  python -m triptych.tools.trace STATE_DIR --picture out/trace.svg  a picture as well
+  python -m triptych.tools.trace STATE_DIR --svg out/trace.svg      as an SVG as well
   python -m triptych.tools.trace A_STATE_DIR B_STATE_DIR            copies of two hosts' folders, in one trace
 
 Open the trace in https://ui.perfetto.dev, which reads it in the browser, or in chrome://tracing. The timeline of a
@@ -308,14 +308,14 @@ def write_trace(path: Path, events: Iterable[TraceEvent]) -> None:
     path.write_bytes(msgspec.json.encode({"displayTimeUnit": "ms", "traceEvents": list(events)}))
 
 
-# -- the picture
+# -- the SVG
 
 _COLOURS: Final = ("#4269d0", "#e8893a", "#3ca951", "#ff725c", "#9c6ade", "#2aa6a6", "#c9a227", "#97564d")
 _WIDTH, _LABELS, _LANE, _GAP, _TOP = 1060, 172, 20, 12, 30
 _PICTURED: Final = ("stage", "compute", "transfer")
 
 
-def picture(timelines: Sequence[ProcessTimeline], slices: Sequence[Sequence[Slice]]) -> str:
+def draw_svg(timelines: Sequence[ProcessTimeline], slices: Sequence[Sequence[Slice]]) -> str:
     """Draw the roles' slices as an SVG: a lane for stages, one for steps, one for transfers; a colour for each job."""
     rows = []
     for run, row in zip(timelines, slices, strict=True):
@@ -409,9 +409,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = select(slices_of(timelines), request=options.request, begin_s=options.begin_s, seconds=options.seconds)
         events = chrome_trace(timelines, chosen)
         write_trace(options.output, events)
-        if options.picture:
-            options.picture.parent.mkdir(parents=True, exist_ok=True)
-            options.picture.write_text(picture(timelines, chosen))
+        if options.svg:
+            options.svg.parent.mkdir(parents=True, exist_ok=True)
+            options.svg.write_text(draw_svg(timelines, chosen))
     except (TraceError, OSError) as error:
         print(f"trace: {error}", file=sys.stderr)
         return 1
@@ -441,7 +441,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--from", dest="begin_s", type=seconds_type, default=0.0, help="leave out this many seconds at the beginning"
     )
     parser.add_argument("--seconds", type=seconds_type, default=math.inf, help="only so many seconds (default: all)")
-    parser.add_argument("--picture", type=Path, help="draw an SVG as well")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw an SVG as well")
     return parser.parse_args(arguments)
 
 

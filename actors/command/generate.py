@@ -75,7 +75,7 @@ def generate(
             "--out",
             "-o",
             metavar="FILE",
-            help="Where to write it; default: picture.png, video.mp4 or sound.wav, as the model makes it.",
+            help="Where to write it; default: image.png, video.mp4 or sound.wav, as the model makes it.",
             show_default=False,
         ),
     ] = None,
@@ -220,7 +220,7 @@ def output_paths(request: Mapping[str, Any], out: Path | None) -> list[Path]:
     artifacts = [unit["artifact"] for unit in request["units"]]
     if out is None:
         kind = str(artifacts[0]["content_type"]).partition("/")[0]
-        stem = {"image": "picture", "video": "video", "audio": "sound"}.get(kind, "frames")
+        stem = {"image": "image", "video": "video", "audio": "sound"}.get(kind, "frames")
         out = Path(f"{stem}{Path(artifacts[0]['name']).suffix}")
     if len(artifacts) == 1:
         return [out]

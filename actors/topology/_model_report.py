@@ -32,7 +32,7 @@ class ModelProblem(msgspec.Struct, frozen=True):
     """Something wrong with a model, or worth knowing before it is served."""
 
     where: str
-    """A component, a LoRA, "index", "card", "cache" or "dry run"."""
+    """A component, a LoRA, "index", "serving config", "cache" or "dry run"."""
     problem: str
     """One sentence, with what to do about it."""
     fatal: bool

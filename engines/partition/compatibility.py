@@ -275,7 +275,7 @@ def _config_findings(
     else:
         taken = set(inspect.signature(classic_class(index, options).__call__).parameters)
     for sentence in load_serving_config(model).misspellings(taken, model / SERVING_CONFIG_NAME):
-        yield Finding("card", sentence, fatal=False)
+        yield Finding("serving config", sentence, fatal=False)
 
 
 def _loaded(entry: ComponentEntry, cls: Any) -> Iterator[Finding]:

@@ -250,7 +250,7 @@ def _config_findings(model: Path) -> Iterator[Finding]:
         load_serving_config(model)
     except ModelError as error:
         if SERVING_CONFIG_NAME in str(error):  # an error about a tokenizer is reported with that component
-            yield Finding("card", str(error))
+            yield Finding("serving config", str(error))
 
 
 def _component_findings(entry: ComponentEntry, options: ModelOptions) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Pictures of a finished video: a thumbnail, and a sheet with frames of all of it. Read from its MP4 with PyAV."""
+"""Images of a finished video: a thumbnail, and a sheet with frames of all of it. Read from its MP4 with PyAV."""
 
 from __future__ import annotations
 

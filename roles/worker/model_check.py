@@ -87,7 +87,8 @@ def _relevant(found: Sequence[Finding], fitted: CompatibilityReport) -> list[Fin
 
     matter = []
     for finding in dict.fromkeys(found):
-        is_ours = finding.where in fitted.needed or finding.where in ("index", "card") or "LoRA" in finding.where
+        of_model = finding.where in ("index", "serving config") or "LoRA" in finding.where
+        is_ours = of_model or finding.where in fitted.needed
         matter.append(finding if is_ours or not fitted.needed else msgspec.structs.replace(finding, fatal=False))
     return matter
 

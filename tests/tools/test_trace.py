@@ -127,7 +127,7 @@ def test_a_request_or_a_time_can_be_chosen(write: Any) -> None:
         select(rows, request="x")
 
 
-def test_the_picture_is_svg_whatever_the_names_are(write: Any, tmp_path: Path) -> None:
+def test_the_drawing_is_svg_whatever_the_names_are(write: Any, tmp_path: Path) -> None:
     evil = '</text><script>"&\x07'
     state = write(
         process("denoiser-0"),
@@ -135,9 +135,9 @@ def test_the_picture_is_svg_whatever_the_names_are(write: Any, tmp_path: Path) -
         span("step", 11.0, 11.5, "r/0#1", "s/0#1", track="compute"),
         span("load", 11.4, 11.4, "s/0#1", track="transfer"),
     )
-    picture = tmp_path / "trace.svg"
-    assert trace.main([str(state), "-o", str(tmp_path / "t.json"), "--picture", str(picture)]) == 0
-    drawn = ET.parse(picture).getroot()
+    drawing = tmp_path / "trace.svg"
+    assert trace.main([str(state), "-o", str(tmp_path / "t.json"), "--svg", str(drawing)]) == 0
+    drawn = ET.parse(drawing).getroot()
     assert not [node for node in drawn.iter() if node.tag.endswith("script")]
     assert evil[:-1] in "".join(node.text or "" for node in drawn.iter())
     widths = [float(node.attrib["width"]) for node in drawn.iter() if node.tag.endswith("rect")]

@@ -77,7 +77,13 @@ def test_every_command_has_an_example_in_its_help() -> None:
         assert "Example" in showing.stdout
         assert f"triptych {command} " in showing.stdout
         assert " [] " not in showing.stdout, "[[hosts]] is markup unless it is written with a backslash"
-        assert "(picture.png" not in showing.stdout, "a default in brackets reads as a pair"
+        assert "(image.png" not in showing.stdout, "a default in brackets reads as a pair"
+
+
+def test_the_page_on_running_a_system_has_every_command() -> None:
+    page = (ROOT / "docs" / "operating.md").read_text()
+    names = [command.callback.__name__ for command in app.registered_commands if command.callback]
+    assert not [name for name in names if f"`triptych {name}" not in page]
 
 
 def test_the_command_alone_shows_help_and_says_its_version() -> None:
@@ -351,14 +357,14 @@ def test_an_ending_that_is_no_format_is_refused_before_anything_is_made() -> Non
 
 def test_several_images_have_names_of_their_own() -> None:
     one = {"artifact": {"content_type": "image/webp", "name": "req_0.webp"}}
-    assert output_paths({"units": [one]}, None) == [Path("picture.webp")]
+    assert output_paths({"units": [one]}, None) == [Path("image.webp")]
     assert output_paths({"units": [one]}, Path("a.png")) == [Path("a.png")]
     assert output_paths({"units": [one, one]}, Path("a.png")) == [Path("a-0.png"), Path("a-1.png")]
 
 
 def test_a_preview_is_called_after_its_image_and_step() -> None:
     preview = {"step": 12, "artifact": {"content_type": "image/webp", "name": "req_1.12.webp"}}
-    assert preview_path(preview, None, 1, 1) == Path("picture.step-12.webp")
+    assert preview_path(preview, None, 1, 1) == Path("image.step-12.webp")
     assert preview_path(preview, Path("out/a.png"), 1, 2) == Path("out/a-1.step-12.png")
 
 

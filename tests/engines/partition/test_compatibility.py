@@ -82,7 +82,7 @@ def test_missing_classes_tokenizers_and_serving_configs_are_all_checked(flux: Pa
 def test_a_default_that_is_misspelt_is_named_with_what_it_means(flux: Path) -> None:
     change(flux / "triptych.json", defaults={"hieght": 64, "width": 64})
     (found,) = check_compatibility(flux).findings
-    assert (found.where, found.fatal) == ("card", False)
+    assert (found.where, found.fatal) == ("serving config", False)
     assert found.problem.endswith('have "hieght": did you mean "height"?')
 
 
