@@ -12,14 +12,14 @@ PARALLEL ?= -n $(shell expr $$(nproc) + 1) --maxprocesses 4 --dist worksteal
 # Three wheels bring the same mooncake/ folder: one for hosts without an NVIDIA driver, one each for CUDA 12 and 13.
 MOONCAKE := $(shell tools/mooncake_extra.sh)
 
-.PHONY: help install demo serve test test-packages test-long test-hosts test-families test-s3 test-clients test-rdma test-prometheus test-placement test-ray test-page test-contract test-gpu check format bench bench-http bench-memory gpu-report gpu-report-here docs docs-serve clean
+.PHONY: help install demo serve test test-packages test-long test-hosts test-families test-s3 test-clients test-rdma test-prometheus test-placement test-ray test-page page-pictures test-contract test-gpu check format bench bench-http bench-memory gpu-report gpu-report-here docs docs-serve clean
 
 help: ## This list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
 $(INSTALLED): pyproject.toml constraints.txt tools/system_packages.sh tools/mooncake_extra.sh
 	tools/system_packages.sh
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench,docs,$(MOONCAKE)]'
@@ -110,9 +110,10 @@ bench: $(INSTALLED) test-packages ## The benchmarks, as JSON lines
 bench-http: $(INSTALLED) $(VENV)-ray/bin/serve ## HTTP against Ray Serve, which is installed in an environment of its own (some 400 MB); minutes
 	TRIPTYCH_RAY_PYTHON=$(abspath $(VENV)-ray/bin/python) $(BIN)/python -m triptych.tools.bench http
 
-$(VENV)-ray/bin/serve:
+$(VENV)-ray/bin/serve: constraints.txt
 	$(PYTHON) -m venv $(VENV)-ray
 	$(VENV)-ray/bin/pip install --quiet --disable-pip-version-check "$$(grep '^ray==' constraints.txt | sed 's/ray/ray[serve]/')"
+	touch $@
 
 bench-memory: $(INSTALLED) ## What each process holds in memory, in docs/memory.md; some five minutes and 10 GiB
 	$(BIN)/python -m triptych.tools.bench memory --markdown docs/memory.md

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Installs Debian packages: system_packages.sh [PROGRAM:PACKAGE ...] those of programs that are missing; without
-# arguments those that the wheels need: mooncake links against libibverbs and libnuma.
+# arguments those that the environment needs: mooncake links against libibverbs and libnuma, and Debian has what `venv`
+# needs of its Python ($PYTHON) in a package of its own.
 set -eu
 PATH=$PATH:/usr/sbin:/sbin
 missing=""
@@ -8,6 +9,8 @@ if [ $# = 0 ]; then
     for pair in libibverbs.so.1:libibverbs1 libnuma.so.1:libnuma1; do
         ldconfig -p | grep -q "${pair%%:*}" || missing="$missing ${pair##*:}"
     done
+    python=${PYTHON:-python3}
+    [ -x "${VENV:-.venv}/bin/pip" ] || "$python" -c "import ensurepip" 2>/dev/null || missing="$missing $(basename "$python")-venv"
 fi
 for pair in "$@"; do
     command -v "${pair%%:*}" >/dev/null || missing="$missing ${pair##*:}"
