@@ -87,10 +87,6 @@ class JobScheduler(SchedulingState):
 
     # -- clients
 
-    def has_capacity(self, n: int) -> bool:
-        """Return whether n more jobs fit under `max_pending`."""
-        return len(self.jobs) + n <= self.max_pending
-
     def accept(self, request: Request, now: float) -> None:
         """Add a request that is in the journal; jobs that are still pending start to wait."""
         self.requests[request.id] = request

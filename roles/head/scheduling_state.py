@@ -44,7 +44,6 @@ class SchedulingState:
     """Chooses the instance of a job."""
     policy: SchedulingPolicyName = "fifo"
     """Chooses the next job of those that wait."""
-    max_pending: int = 256
     max_attempts: int = 3
     waiting_timeout_s: float = 0.0
     """Most seconds that a stage may wait; 0 for no limit."""

@@ -277,7 +277,6 @@ def _scheduler(topology: Topology, model: Model) -> JobScheduler:
     return JobScheduler(
         POLICIES[settings.dispatch],
         settings.policy,
-        max_pending=settings.max_pending,
         max_attempts=settings.max_attempts,
         waiting_timeout_s=settings.waiting_timeout_s,
         running_timeout_s=settings.running_timeout_s,

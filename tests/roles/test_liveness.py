@@ -93,7 +93,7 @@ class SimulatedCluster:
         self.generation = 1
         self.tasks: list[Steps] = []
         self.sizes: dict[tuple[str, str], int] = {}
-        self.scheduler: JobScheduler = make_scheduler(cache=cache, max_attempts=1000, max_pending=1000)
+        self.scheduler: JobScheduler = make_scheduler(cache=cache, max_attempts=1000)
         self.scheduler.registry = InstanceRegistry(dict.fromkeys(Stage, count * slots))
         self.tables: dict[str, LeaseTable] = {}
         self.generations: dict[str, int] = {}

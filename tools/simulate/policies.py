@@ -172,7 +172,7 @@ class Simulation:
         slots = {Stage.ENCODER: 2, Stage.DENOISER: system.slots, Stage.DECODER: 2}
         counts = {stage: system.denoisers if stage is Stage.DENOISER else 1 for stage in Stage}
         registry = InstanceRegistry({stage: slots[stage] * counts[stage] for stage in Stage})
-        self.head = JobScheduler(POLICIES["least_loaded"], system.policy, max_pending=1 << 30, registry=registry)
+        self.head = JobScheduler(POLICIES["least_loaded"], system.policy, registry=registry)
         self._instances: dict[str, _Instance] = {}
         for stage in Stage:
             policy, max_batch = (system.policy, system.max_batch) if stage is Stage.DENOISER else ("fifo", 1)
