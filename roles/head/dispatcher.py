@@ -1,7 +1,7 @@
 """Assign waiting jobs to instances: what is dispatched, parked and reserved. Pure.
 
 The scheduling policy orders the jobs that wait for a stage (`roles.scheduling_policy`), the dispatch policy chooses the
-instance (`dispatch.py`), and `preemption.py` the denoise that gives its place to a more urgent job.
+instance (`dispatch.py`), and `preemption.py` which of some denoises gives its place to a more urgent job.
 """
 
 from __future__ import annotations

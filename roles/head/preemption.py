@@ -1,16 +1,16 @@
-"""Which running denoise is parked for a more urgent job that waits. Pure.
+"""Which of some running denoises is parked for a more urgent job. Pure.
 
-A parked denoise stores a checkpoint and goes back to the jobs that wait; any instance goes on with it.
+A parked denoise stores a checkpoint and goes back to the jobs that wait; any instance goes on with it. For which job
+one is parked, and which denoises can give it their place, `Dispatcher` decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from triptych.actors.topology.sections import SchedulingPolicyName
-from triptych.roles.scheduling_policy import MAX_PASSED_OVER, SchedulingFacts, rank
+from triptych.roles.scheduling_policy import MAX_PASSED_OVER, SchedulingFacts
 
 MAX_PARKED: Final = 2
 """A job that was told this often to park is not told again."""
@@ -49,29 +49,6 @@ class RunningDenoise:
             return True
         enough = facts.steps_left is not None and facts.steps_left >= MIN_STEPS_LEFT
         return enough and (facts.remaining_s is None or facts.remaining_s >= MIN_LEFT_S)
-
-
-def to_park(
-    policy: SchedulingPolicyName, waiting: Collection[SchedulingFacts], running: Collection[RunningDenoise], free: int
-) -> RunningDenoise | None:
-    """Return the denoise to park next; None if none is.
-
-    It is one of a lower priority than a job that waits and that neither a free credit nor an earlier parking serves;
-    of the lowest priority, and of those the one with the most left. An instance parks one at a time.
-
-    Args:
-        policy: Orders the waiting jobs.
-        waiting: The jobs that wait for their denoise.
-        running: The denoises that instances have.
-        free: Free credits of instances.
-    """
-    served = free + sum(each.parking for each in running)
-    unserved = sorted(waiting, key=lambda facts: rank(policy, facts))[served:]
-    if not unserved:
-        return None
-    urgent = max(facts.priority for facts in unserved)
-    busy = {each.instance for each in running if each.parking}
-    return least_worth(each for each in running if each.instance not in busy and each.facts.priority < urgent)
 
 
 def least_worth(running: Iterable[RunningDenoise]) -> RunningDenoise | None:

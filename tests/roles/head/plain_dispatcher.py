@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from triptych.actors.topology.sections import SchedulingPolicyName
 from triptych.engines.stages import Stage
 from triptych.roles.head.dispatch import Candidate
 from triptych.roles.head.dispatcher import Dispatcher
 from triptych.roles.head.effects import AssignPreview, Park
 from triptych.roles.head.job import RUNNING, UPSTREAM, WAITING, Job
-from triptych.roles.head.preemption import RunningDenoise, to_park
+from triptych.roles.head.preemption import RunningDenoise, least_worth
 from triptych.roles.head.stored_outputs import LOOKAHEAD, UNBOUNDED
 from triptych.roles.scheduling_policy import SchedulingFacts, overtaken, rank
 
@@ -51,7 +54,7 @@ class PlainDispatcher(Dispatcher):
         ]
         candidates = [each for each in self._candidates(stage) if each.name not in closed]
         free = sum(candidate.credits for candidate in candidates if candidate.model == state.model)
-        chosen = to_park(state.policy, waiting, running, free)
+        chosen = _to_park(state.policy, waiting, running, free)
         if chosen is None:
             return False
         job = list(state.jobs.values())[chosen.facts.serial]
@@ -206,3 +209,25 @@ class PlainDispatcher(Dispatcher):
         ahead = sum(u.state in under_way or (u.stage is stage and bool(u.instance)) for u in jobs)
         here = sum(i.slots for i in instances if i.serves(stage))
         return LOOKAHEAD * slots + (max(slots, here) if stage is Stage.DENOISER else slots) - ahead
+
+
+def _to_park(
+    policy: SchedulingPolicyName, waiting: Collection[SchedulingFacts], running: Collection[RunningDenoise], free: int
+) -> RunningDenoise | None:
+    """Return the denoise to park next; None if none is.
+
+    It is one of a lower priority than a job that waits and that neither a free credit nor an earlier parking serves.
+
+    Args:
+        policy: Orders the waiting jobs.
+        waiting: The jobs that wait for their denoise.
+        running: The denoises that instances have.
+        free: Free credits of instances.
+    """
+    served = free + sum(each.parking for each in running)
+    unserved = sorted(waiting, key=lambda facts: rank(policy, facts))[served:]
+    if not unserved:
+        return None
+    urgent = max(facts.priority for facts in unserved)
+    busy = {each.instance for each in running if each.parking}
+    return least_worth(each for each in running if each.instance not in busy and each.facts.priority < urgent)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import get_args
-
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.roles.factories import a_block, after, make_scheduler, registration, scheduled, stored
-from triptych.actors.topology.sections import SchedulingPolicyName
 from triptych.engines.stages import Stage
 from triptych.roles.head.effects import Assign, Effect, Park
 from triptych.roles.head.job import SUSPECT_AFTER, Job, State
-from triptych.roles.head.preemption import MAX_PARKED, MIN_LEFT_S, MIN_STEPS_LEFT, RunningDenoise, to_park
+from triptych.roles.head.preemption import MAX_PARKED, MIN_LEFT_S, MIN_STEPS_LEFT, RunningDenoise, least_worth
 from triptych.roles.head.scheduler import JobScheduler
 from triptych.roles.messages.stages import CheckpointStored, StageReturned, TransferPush
 from triptych.roles.scheduling_policy import MAX_PASSED_OVER, SchedulingFacts
 
-POLICIES = st.sampled_from(get_args(SchedulingPolicyName))
 FACTS = st.builds(
     SchedulingFacts,
     serial=st.integers(0, 1000),
@@ -37,29 +32,16 @@ RUNNING = st.builds(
     parking=st.booleans(),
     protected=st.booleans(),
 )
-WAITING = st.lists(FACTS, max_size=4)
 
 
-def distinct(
-    waiting: list[SchedulingFacts], running: list[RunningDenoise]
-) -> tuple[list[SchedulingFacts], list[RunningDenoise]]:
-    count = len(running)
-    jobs = [replace(each, facts=replace(each.facts, serial=k)) for k, each in enumerate(running)]
-    return [replace(facts, serial=count + k) for k, facts in enumerate(waiting)], jobs
-
-
-@given(policy=POLICIES, waiting=WAITING, running=st.lists(RUNNING, max_size=6), free=st.integers(0, 2))
-def test_only_what_may_be_is_parked_and_only_for_a_higher_priority(
-    policy: SchedulingPolicyName, waiting: list[SchedulingFacts], running: list[RunningDenoise], free: int
-) -> None:
-    waiting, running = distinct(waiting, running)
-    chosen = to_park(policy, waiting, running, free)
+@given(running=st.lists(RUNNING, max_size=6))
+def test_only_what_may_be_is_parked(running: list[RunningDenoise]) -> None:
+    chosen = least_worth(running)
     if chosen is None:
+        assert not any(each.may_park for each in running)
         return
     assert chosen in running
-    assert any(facts.priority > chosen.facts.priority for facts in waiting)
-    assert len(waiting) > free + sum(each.parking for each in running)
-    assert not any(each.parking and each.instance == chosen.instance for each in running)
+    assert all(chosen.facts.priority <= each.facts.priority for each in running if each.may_park)
     assert chosen.stores_checkpoints
     assert not chosen.protected
     assert chosen.parked < MAX_PARKED
@@ -70,46 +52,23 @@ def test_only_what_may_be_is_parked_and_only_for_a_higher_priority(
         assert chosen.facts.remaining_s is None or chosen.facts.remaining_s >= MIN_LEFT_S
 
 
-@given(policy=POLICIES, waiting=WAITING, running=st.lists(RUNNING, max_size=6))
-def test_nobody_is_parked_for_ever_and_an_instance_parks_one_at_a_time(
-    policy: SchedulingPolicyName, waiting: list[SchedulingFacts], running: list[RunningDenoise]
-) -> None:
-    waiting, running = distinct(waiting, running)
-    told = dict.fromkeys(range(len(running)), 0)
-    for _ in range(MAX_PARKED + 1):
-        parked = []
-        while chosen := to_park(policy, waiting, running, 0):
-            running[chosen.facts.serial] = replace(chosen, parking=True, parked=chosen.parked + 1)
-            told[chosen.facts.serial] += 1
-            parked.append(chosen.instance)
-        assert len(parked) == len(set(parked))
-        running = [replace(each, parking=False) for each in running]  # all come back and run again
-    assert max(told.values(), default=0) <= MAX_PARKED
-    assert to_park(policy, waiting, [replace(each, parking=False, parked=MAX_PARKED) for each in running], 0) is None
-
-
 def test_the_least_urgent_is_parked_and_of_those_the_one_with_the_most_left() -> None:
-    def running(serial: int, priority: int, steps_left: int, on: str = "a", *, begun: bool = True) -> RunningDenoise:
-        return RunningDenoise(SchedulingFacts(serial, priority, steps_left=steps_left, step_s=1.0), on, begun)
+    def running(serial: int, priority: int, steps_left: int, *, begun: bool = True) -> RunningDenoise:
+        return RunningDenoise(SchedulingFacts(serial, priority, steps_left=steps_left, step_s=1.0), "a", begun)
 
-    urgent = [SchedulingFacts(9, 5)]
-    short, long, low = running(0, 1, 10), running(1, 1, 40), running(2, 0, 8, "b")
-    assert to_park("fifo", urgent, [short, long, low], 0) == low
-    assert to_park("fifo", urgent, [short, long], 0) == long
-    assert to_park("fifo", urgent, [short, long, waits := running(3, 1, 5, begun=False)], 0) == waits
-    assert to_park("fifo", urgent, [short, long], 1) is None, "a slot is free"
-    assert to_park("fifo", urgent, [short, replace(long, parking=True), low], 0) is None, "it gets the slot of that one"
-    assert to_park("fifo", [*urgent, SchedulingFacts(10, 5)], [replace(long, parking=True), short, low], 0) == low
-    assert to_park("fifo", [SchedulingFacts(9, 1)], [short, long], 0) is None
-    assert to_park("fifo", urgent, [running(0, 0, MIN_STEPS_LEFT - 1)], 0) is None
+    short, long, low = running(0, 1, 10), running(1, 1, 40), running(2, 0, 8)
+    assert least_worth([short, long, low]) == low
+    assert least_worth([short, long]) == long
+    assert least_worth([short, long, waits := running(3, 1, 5, begun=False)]) == waits
+    assert least_worth([running(0, 0, MIN_STEPS_LEFT - 1)]) is None
 
 
-def scheduler_of(*, slots: int = 1, **options: bool) -> JobScheduler:
-    """One denoiser, which has as many jobs of 50 steps as it has slots, begun at step 10."""
+def scheduler_of(*, slots: int = 1, denoisers: int = 1, **options: bool) -> JobScheduler:
+    """Denoisers that have as many jobs of 50 steps as they have slots, begun at step 10."""
     scheduler = make_scheduler(**options)
-    for name in ("encoder-0", "denoiser-0", "decoder-0"):
-        scheduler.register(registration(name, slots=slots if name == "denoiser-0" else 4), 0.0)
-    for k in range(slots):
+    for name in ("encoder-0", *(f"denoiser-{k}" for k in range(denoisers)), "decoder-0"):
+        scheduler.register(registration(name, slots=slots if name.startswith("denoiser") else 4), 0.0)
+    for k in range(slots * denoisers):
         job, _ = denoised(scheduler, f"low{k}", 0)
         pushed(scheduler, job)
         scheduler.progress(job.current_attempt, 10, 50, 2.0)
@@ -198,3 +157,12 @@ def test_a_run_that_ends_before_it_is_parked_counts() -> None:
     assert low.state is State.DECODER_WAITING
     assert not low.parking
     assert Assign("denoiser-0", "high/0") in after(scheduler)
+
+
+def test_each_of_those_that_wait_has_another_denoise_parked_for_it() -> None:
+    scheduler = scheduler_of(denoisers=2)
+    lows = [scheduler.jobs[f"low{k}/0"] for k in range(2)]
+    effects = [effect for k in range(2) for effect in denoised(scheduler, f"high{k}", 1)[1]]
+    assert {effect.instance for effect in effects if isinstance(effect, Park)} == {job.instance for job in lows}
+    assert len(effects) == 2
+    assert denoised(scheduler, "high", 1)[1] == [], "each instance parks one"
