@@ -83,7 +83,12 @@ CREATE TABLE webhooks (
     next_at REAL NOT NULL
 ) WITHOUT ROWID;
 """
-_STEPS: Final = (_SCHEMA, _DAMAGED, _OWNERS, _FORMATS, _WEBHOOKS)
+# What is due is found without a look at the webhooks of active requests, which are due never: 9e999 is infinity.
+_WEBHOOKS_DUE = """
+UPDATE webhooks SET next_at = 9e999 WHERE request_id IN (SELECT id FROM requests WHERE finished_at = 0);
+CREATE INDEX webhooks_due ON webhooks(next_at);
+"""
+_STEPS: Final = (_SCHEMA, _DAMAGED, _OWNERS, _FORMATS, _WEBHOOKS, _WEBHOOKS_DUE)
 """The step from each schema version to the next."""
 SCHEMA_VERSION: Final = len(_STEPS)
 _INCREMENTAL: Final = 2
@@ -208,7 +213,7 @@ class PendingWebhook(NamedTuple):
     ended_at: float
     """Unix seconds."""
     next_at: float
-    """Unix seconds."""
+    """Unix seconds; 0 before the first attempt."""
 
 
 class Journal:
@@ -284,14 +289,19 @@ class Journal:
             self._db.executemany("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
             self._write_jobs(job for request in requests for job in request.jobs)
             called = [(request.id,) for request in requests if request.webhook_url]
-            self._db.executemany("INSERT INTO webhooks VALUES (?, 0, 0)", called)
+            self._db.executemany("INSERT INTO webhooks VALUES (?, 0, 9e999)", called)
 
     def save(self, requests: Iterable[Request], jobs: Iterable[Job]) -> None:
-        """Write changed requests and jobs; of a request only its end changes."""
+        """Write changed requests and jobs; of a request only its end changes, with which its webhook is due."""
+        ended = [request for request in requests if request.finished_at]
         with self._writing():
             self._db.executemany(
                 "UPDATE requests SET finished_at = ? WHERE id = ?",
-                [(request.finished_at, request.id) for request in requests if request.finished_at],
+                [(request.finished_at, request.id) for request in ended],
+            )
+            self._db.executemany(
+                "UPDATE webhooks SET next_at = 0 WHERE request_id = ? AND next_at = 9e999",
+                [(request.id,) for request in ended if request.webhook_url],
             )
             self._write_jobs(jobs)
 
@@ -409,7 +419,7 @@ class Journal:
     def _webhooks(self, where: str, value: str | int) -> list[PendingWebhook]:
         query = (
             "SELECT w.request_id, r.owner, w.attempts, r.finished_at, w.next_at FROM webhooks w "  # noqa: S608
-            f"JOIN requests r ON r.id = w.request_id WHERE r.finished_at > 0 AND {where}"
+            f"JOIN requests r ON r.id = w.request_id WHERE w.next_at < 9e999 AND {where}"
         )
         try:
             rows = self._db.execute(query, (value,)).fetchall()

@@ -12,7 +12,15 @@ import pytest
 from triptych.actors.topology import ModelIdentity
 from triptych.engines.stages import Stage
 from triptych.roles.head.job import Job, Request, State, StoredOutput
-from triptych.roles.head.journal import SCHEMA_VERSION, Journal, JournalError, decode_job, encode_job, prune
+from triptych.roles.head.journal import (
+    SCHEMA_VERSION,
+    Journal,
+    JournalError,
+    PendingWebhook,
+    decode_job,
+    encode_job,
+    prune,
+)
 from triptych.roles.media.retention import StoreBounds
 from triptych.roles.messages.common import (
     Artifact,
@@ -349,3 +357,38 @@ def test_the_same_key_cannot_be_accepted_twice(tmp_path: Path) -> None:
     journal.accept(a_request("a", key="k"))
     with pytest.raises(JournalError):
         journal.accept(a_request("b", key="k"))
+
+
+def test_webhooks_that_are_due_are_found_by_an_index_without_those_of_active_requests(tmp_path: Path) -> None:
+    journal = Journal(path := tmp_path / "j.sqlite")
+    for id_ in ("active", "new", "tried"):
+        request = a_request(id_)
+        request.webhook_url = "https://a/"
+        journal.accept(request)
+        if id_ != "active":
+            request.finished_at = 10.0
+            journal.save([request], [])
+    journal.retry_webhook("tried", 1, 77.0)
+    journal.save([request], [])  # a second time, after an attempt
+    due = [PendingWebhook("new", "", 0, 10.0, 0.0), PendingWebhook("tried", "", 1, 10.0, 77.0)]
+    assert journal.webhooks(9) == due
+    asked: list[str] = []
+    journal._db.set_trace_callback(asked.append)
+    journal.webhooks(9)
+    journal._db.set_trace_callback(None)
+    plan = b"; ".join(row[-1] for row in journal._db.execute(f"EXPLAIN QUERY PLAN {asked[-1]}"))
+    assert b"SEARCH w USING INDEX webhooks_due" in plan
+    assert b"SCAN" not in plan
+    assert b"TEMP B-TREE" not in plan
+    journal.close()
+    with sqlite3.connect(path) as db:  # as an earlier version wrote them
+        db.executescript(
+            "DROP INDEX webhooks_due; UPDATE webhooks SET next_at = 0 WHERE attempts = 0; PRAGMA user_version=5;"
+        )
+    journal = Journal(path)
+    assert journal.webhooks(9) == due
+    assert journal.webhook("active") is None
+    (active,) = journal.active()
+    active.finished_at = 99.0
+    journal.save([active], [])
+    assert journal.webhook("active") == PendingWebhook("active", "", 0, 99.0, 0.0)
