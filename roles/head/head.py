@@ -498,6 +498,7 @@ class Head(Actor):
             if not resumed and awake_at - reclaimed_at > RECLAIM_EVERY_S:
                 reclaimed_at = awake_at
                 self.spawn(self.monitor.reclaim(), name="reclaim")
+            self.requests.check_synced()  # it crashes this head: the next one reads what there is
             self.requests.save_part(part, SAVED_PARTS)  # thousands at once would keep the head for a second
             if self.requests.journal_problem and awake_at - probed_at > PROBE_EVERY_S:
                 probed_at = awake_at

@@ -232,12 +232,16 @@ class Journal:
         self.path = path
         self.damaged = 0
         """Requests quarantined so far, by this and earlier processes."""
+        self.unsynced = ""
+        """Why a `sync` has failed, a sentence; "" if none has."""
         self._on_damage = on_damage
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = _connect(path)
             self._prepare()
             self.probe()
+            # A process before may have failed to sync the log: what is read from it is written, and synced, elsewhere.
+            _checkpoint(self._db, "TRUNCATE")
             # Keep the log open, so that `sync` needs no lock of the database.
             self._log = os.open(f"{path}-wal", os.O_RDONLY)
             self.sync()
@@ -335,12 +339,16 @@ class Journal:
         """Return when all writes so far are on the disk. It blocks, and may run beside other calls.
 
         Raises:
-            JournalError: The disk fails.
+            JournalError: The disk fails, or did at an earlier call: the kernel says only once that bytes were lost, so
+                that a journal has to be opened anew to know which it has.
         """
+        if self.unsynced:
+            raise JournalError(self.unsynced)
         try:
             os.fdatasync(self._log)
         except OSError as error:
-            raise JournalError(f"the journal {self.path} cannot be written ({error})") from error
+            self.unsynced = f"the journal {self.path} cannot be put on the disk ({error}): the head opens it anew"
+            raise JournalError(self.unsynced) from error
         if os.fstat(self._log).st_size > CHECKPOINT_BYTES:
             with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(_connect(self.path)) as db:
                 _checkpoint(db, "PASSIVE")  # if it is locked, a later call does it

@@ -482,6 +482,11 @@ class RequestStore:
             self._syncing = None
         self._synced_writes = written
 
+    def check_synced(self) -> None:
+        """Raise JournalError if the journal is to be opened anew, because a `sync` has failed."""
+        if self._open_journal.unsynced:
+            raise JournalError(self._open_journal.unsynced)
+
     def probe(self) -> None:
         """Check whether a failed journal can be written again."""
         try:

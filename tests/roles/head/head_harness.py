@@ -136,6 +136,8 @@ class HeadHarness:
         self.outboxes: dict[tuple[str, int], Outbox] = {}
         self.kill_pool: Callable[[], Coroutine[Any, Any, None]]
         self.start_pool: Callable[[Pool], Runtime]
+        self.ended: Callable[[], Coroutine[Any, Any, str]]
+        """Returns when the head stops; raises what it has crashed of."""
 
     async def submit(
         self, id_: str = "r", *, key: str = "", n: int = 1, output: Output = PNG, owner: str = "", **inputs: Any
@@ -189,11 +191,12 @@ async def running_head(
     async with (
         Runtime([pool], Incarnation(address_book, generation)) as pools_process,
         Runtime(list(workers.values()), Incarnation(address_book, generation)),
-        Runtime([head], Incarnation(address_book, generation)),
+        Runtime([head], Incarnation(address_book, generation)) as head_process,
     ):
         harness = HeadHarness(head, outbox.reference("head", address_book.address("head")), pool, workers)
         harness.kill_pool = pools_process._close
         harness.start_pool = lambda again: Runtime([again], Incarnation(address_book, generation))
+        harness.ended = head_process.wait
         yield harness
         for each in (outbox, *harness.outboxes.values()):
             each.close()

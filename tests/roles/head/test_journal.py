@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import sqlite3
 import subprocess
@@ -392,3 +394,27 @@ def test_webhooks_that_are_due_are_found_by_an_index_without_those_of_active_req
     active.finished_at = 99.0
     journal.save([active], [])
     assert journal.webhook("active") == PendingWebhook("active", "", 0, 99.0, 0.0)
+
+
+def test_after_a_sync_has_failed_only_a_journal_that_is_opened_anew_is_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fdatasync, failures = os.fdatasync, [OSError(errno.EIO, "Input/output error")]
+
+    def failing_once(file: int) -> None:
+        if failures:
+            raise failures.pop()
+        fdatasync(file)
+
+    journal = Journal(path := tmp_path / "j.sqlite")
+    monkeypatch.setattr(os, "fdatasync", failing_once)
+    journal.accept(a_request())
+    for _ in range(2):
+        with pytest.raises(JournalError, match=r"cannot be put on the disk .*Input/output error"):
+            journal.sync()
+    log = Path(f"{path}-wal")
+    assert log.stat().st_size
+    again = Journal(path)
+    assert not log.stat().st_size, "all that was in it is in the file, which is synced"
+    again.sync()
+    assert [request.id for request in again.active()] == ["r1"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Coroutine, Iterable
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.roles.head.head_harness import BOUND_S, PNG, SIGNATURE, HeadHarness, Pool, run_scenario, running_head, stored
-from triptych.actors import AddressBook, Topology, load_topology
+from triptych.actors import ActorCrashedError, AddressBook, Topology, load_topology
 from triptych.actors.runtime.actor import current_sender
 from triptych.actors.runtime.system_messages import (
     Inspect,
@@ -120,6 +122,29 @@ def test_a_report_is_acknowledged_once_it_is_in_the_journal(topology: Callable[.
             with sqlite3.connect(harness.topology.state_dir / "journal.sqlite") as other:
                 other.execute("ALTER TABLE elsewhere RENAME TO units")
             await reporting
+
+    run_scenario(scenario())
+
+
+def test_a_head_whose_disk_has_lost_what_was_written_promises_nothing_and_ends(
+    topology: Callable[..., Topology], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fdatasync, failures = os.fdatasync, [OSError(errno.EIO, "Input/output error")]
+
+    def failing_once(file: int) -> None:
+        if failures:
+            raise failures.pop()
+        fdatasync(file)
+
+    async def scenario() -> None:
+        with pytest.raises(ActorCrashedError, match="the head opens it anew"):  # noqa: PT012  it ends meanwhile
+            async with running_head(topology()) as harness:
+                monkeypatch.setattr(os, "fdatasync", failing_once)
+                assert (await harness.submit()).code == "unavailable"
+                with pytest.raises(ActorCrashedError):
+                    await asyncio.wait_for(harness.ended(), BOUND_S)
+        async with running_head(topology(), generation=2) as harness:
+            assert (await harness.view()).state == "CANCELLED"
 
     run_scenario(scenario())
 
