@@ -9,7 +9,9 @@ from itertools import pairwise
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from triptych.engines.stages import Stage
-from triptych.roles.head.job import HAPPY_PATH, RUNNING, STAGE_OF, TERMINAL_STATES, WAITING, Job, Request, State
+from triptych.roles.head import runs
+from triptych.roles.head.job import HAPPY_PATH, RUNNING, STAGE_OF, TERMINAL_STATES, Job, Request, State
+from triptych.roles.head.registry import ExitCause
 from triptych.roles.messages.requests import InstanceView, PromptCacheView
 from triptych.roles.metrics import RECOVERY_SECONDS, REQUEST_SECONDS, REQUESTS, STAGE_SECONDS, WAIT_SECONDS
 
@@ -62,26 +64,35 @@ def observe_ended(model: str, request: Request, times: StageTimes) -> None:
 
 
 def waits(job: Job) -> Iterator[tuple[Stage, float]]:
-    """Yield each stage that the job waited for, and for how many seconds."""
-    for move, following in pairwise(job.history):
-        stage = STAGE_OF.get(State(move.state))
-        if stage and move.state == WAITING[stage] and following.state == RUNNING[stage]:
-            yield stage, max(0.0, following.at - move.at)
+    """Yield each stage that the job waited for, and for how many seconds until an instance was assigned."""
+    ended_at = 0.0
+    for run in job.runs:
+        yield Stage(run.stage), max(0.0, run.assigned_at - runs.unassigned_since(job.history, run, ended_at))
+        ended_at = run.ended_at
 
 
 def computed(job: Job) -> Iterator[tuple[Stage, float]]:
-    """Yield each run of a stage that has made something, and the seconds of its computation."""
-    for run in job.runs:
-        if run.computed_at and not run.reason:
-            yield Stage(run.stage), max(0.0, run.computed_at - run.started_at)
+    """Yield each run of a stage that has made something, and the seconds of its computation.
+
+    The last of a stage has those that its instance has measured; for others there are the times of the head alone.
+    """
+    made = [run for run in job.runs if run.computed_at and not run.reason]
+    last = {run.stage: run for run in made}
+    for run in made:
+        seconds = max(0.0, run.computed_at - run.started_at)
+        yield Stage(run.stage), job.stage_seconds.get(run.stage, seconds) if run is last[run.stage] else seconds
 
 
 def recoveries(job: Job) -> Iterator[tuple[Stage, float]]:
-    """Yield each stage that ran, or was to run, when the job went back, and the seconds until it ran again."""
+    """Yield each stage that ran, or was to run, when the job went back, and the seconds until it ran again.
+
+    Where an instance gave the job back, because it parked it or was asked to end, nothing was lost.
+    """
     lost: dict[Stage, float] = {}
     for move, following in pairwise(job.history):
         stage = STAGE_OF.get(State(move.state))
-        if stage and HAPPY_PATH.index(State(move.state)) > _position(following.state):
+        given_back = following.reason.endswith((runs.PARKED, ExitCause.STOPPED))
+        if stage and not given_back and HAPPY_PATH.index(State(move.state)) > _position(following.state):
             lost.setdefault(stage, following.at)
         running = STAGE_OF.get(State(following.state))
         if running in lost and following.state == RUNNING[running]:
@@ -156,7 +167,7 @@ def instance_metrics(models: Iterable[str], instances: Iterable[tuple[str, Insta
         for stage in Stage if instance.kind == "monolithic" else (Stage(instance.kind),):
             count[model, stage.value, "awake" if instance.awake else "asleep"] += 1
             slots[model, stage.value, "free"] += instance.credits
-            slots[model, stage.value, "taken"] += len(instance.running)
+            slots[model, stage.value, "taken"] += instance.slots - instance.credits  # previews take some too
     labels = ["model", "stage", "state"]
     serving = GaugeMetricFamily(
         "triptych_instances",

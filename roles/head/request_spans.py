@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import groupby
 
-from triptych.roles.head.job import WAITING, Job, Request, State
-from triptych.roles.head.runs import PARKED
+from triptych.roles.head import runs
+from triptych.roles.head.job import Job, Request, State
 from triptych.roles.messages.common import Attempt
 from triptych.roles.messages.requests import RunView
 from triptych.roles.tracing import (
@@ -57,13 +57,13 @@ def _job_spans(parent: TraceContext, request: Request, job: Job, kind_of: Callab
     yield TraceSpan(own, "job", request.created_at, ended, parent.span_id, facts, _error(job))
     free_since = 0.0
     # A monolithic instance has a run for each stage of one attempt.
-    for (number, instance), runs in groupby(job.runs, key=lambda run: (run.attempt, run.instance)):
-        whole = [*runs]
+    for (number, instance), parts in groupby(job.runs, key=lambda run: (run.attempt, run.instance)):
+        whole = [*parts]
         first, last = whole[0], whole[-1]
         yield _wait(own, job, first, free_since)
         free_since = last.ended_at
         made = TraceContext(own.trace_id, span_id_of(attempt_name(Attempt(job.id, number), instance)))
-        parked, cancelled = last.reason.endswith(PARKED), job.state is State.CANCELLED and last is job.runs[-1]
+        parked, cancelled = last.reason.endswith(runs.PARKED), job.state is State.CANCELLED and last is job.runs[-1]
         error = "" if parked or cancelled else last.reason
         facts = {"triptych.instance": instance, "triptych.attempt": number, "triptych.parked": parked}
         yield TraceSpan(made, kind_of(instance), first.assigned_at, last.ended_at, own.span_id, facts, error)
@@ -71,8 +71,7 @@ def _job_spans(parent: TraceContext, request: Request, job: Job, kind_of: Callab
 
 def _wait(parent: TraceContext, job: Job, run: RunView, free_since: float) -> TraceSpan:
     """Return the span from when a job had no instance, at the earliest from `free_since`, to a run."""
-    began = [move.at for move in job.history if move.state in WAITING.values() and move.at <= run.assigned_at]
-    began_at = max([free_since, *began[-1:]]) or run.assigned_at
+    began_at = runs.unassigned_since(job.history, run, free_since)
     made = TraceContext(parent.trace_id, new_span_id())
     return TraceSpan(made, "wait", began_at, run.assigned_at, parent.span_id, {"triptych.stage": run.stage})
 

@@ -5,12 +5,14 @@ A run is assigned, has its inputs, computes, and ends. What a run was not told k
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from msgspec.structs import replace
 
 from triptych.engines.stages import Stage
-from triptych.roles.messages.requests import RunView, StepMark
+from triptych.roles.head.job import WAITING
+from triptych.roles.messages.requests import RunView, StepMark, Transition
 
 MAX_RUNS: Final = 64
 """Most runs of a job that are kept, the newest: a job that is parked or lost again and again has more."""
@@ -82,6 +84,18 @@ def end(runs: list[RunView], now: float, *, seconds: float = 0.0, reason: str = 
         run = replace(run, started_at=run.started_at or max(run.assigned_at, now - seconds))
         run = replace(run, loaded_at=run.loaded_at or run.started_at, computed_at=min(now, run.started_at + seconds))
     runs[-1] = replace(run, ended_at=now, reason=reason)
+
+
+def unassigned_since(history: Iterable[Transition], run: RunView, ended_at: float) -> float:
+    """Return when a job last came to wait before a run was assigned, in Unix seconds.
+
+    Args:
+        history: Of the job.
+        run: One of its runs.
+        ended_at: When the run before it ended; 0 if it is the first.
+    """
+    came = [move.at for move in history if move.state in WAITING.values() and move.at <= run.assigned_at]
+    return max([ended_at, *came[-1:]]) or run.assigned_at
 
 
 def _open(runs: list[RunView]) -> RunView | None:
