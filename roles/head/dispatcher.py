@@ -177,7 +177,7 @@ class Dispatcher:
     def _dispatch_previews(self) -> None:
         """Assign waiting previews to decoders that have nothing else, while no job waits for one."""
         state = self._state
-        if state.jobs.waiting[Stage.DECODER]:
+        if state.jobs.waiting[Stage.DECODER] or not state.free_instances().any_idle(Stage.DECODER):
             return
         for preview in state.previews.waiting():
             job = state.jobs[preview.job_id]
@@ -187,6 +187,8 @@ class Dispatcher:
                 state.previews.assign(preview, name)
                 state.registry.charge(name)
                 state.effects.append(AssignPreview(name, preview.attempt))
+                if not state.free_instances().any_idle(Stage.DECODER):
+                    return
 
     # -- what is done with a job
 

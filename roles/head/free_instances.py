@@ -30,6 +30,8 @@ class FreeInstances:
         self._groups: dict[_Group, _Ordered] = {}
         self._filed: dict[str, tuple[Stage, Candidate]] = {}
         self._credits: Counter[tuple[Stage, str]] = Counter()
+        self._idle: Counter[Stage] = Counter()
+        """How many of a stage have no job, whichever weights they have."""
 
     def file(self, name: str, stage: Stage, candidate: Candidate) -> None:
         """Record an instance that would take a job, in place of what was known of it."""
@@ -40,6 +42,7 @@ class FreeInstances:
         for group in _groups_of(stage, candidate):
             insort(self._groups.setdefault(group, []), (self._order(candidate), candidate), key=_first)
         self._credits[stage, candidate.model] += candidate.credits
+        self._idle[stage] += not candidate.load
 
     def remove(self, name: str) -> None:
         """Record that an instance takes no job now."""
@@ -53,6 +56,7 @@ class FreeInstances:
             if not members:
                 del self._groups[group]
         self._credits[stage, candidate.model] -= candidate.credits
+        self._idle[stage] -= not candidate.load
 
     def _order(self, candidate: Candidate) -> tuple[float | str, ...]:
         return self._ordered.order(candidate) if self._ordered else (candidate.name,)
@@ -80,6 +84,10 @@ class FreeInstances:
     def any(self, stage: Stage, model: str, closed: Collection[str] = (), *, idle: bool = False) -> bool:
         """Return whether there is one."""
         return next(self._members((stage, model, "", idle), closed), None) is not None
+
+    def any_idle(self, stage: Stage) -> bool:
+        """Return whether there is one without a job, whichever weights it has."""
+        return self._idle[stage] > 0
 
     def credits(self, stage: Stage, model: str, closed: Collection[str] = ()) -> int:
         """Return how many jobs they would take together."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from tests.roles.factories import KINDS, a_block, after, finished, make_schedule
 from triptych.engines.stages import Stage
 from triptych.roles.head.effects import Assign, AssignPreview, Cancel, ReleaseLeases
 from triptych.roles.head.job import Job
+from triptych.roles.head.previews import Previews
 from triptych.roles.head.registry import ExitCause
 from triptych.roles.head.scheduler import JobScheduler, SupersededError
 from triptych.roles.messages.common import Artifact, Attempt
@@ -198,3 +201,17 @@ def test_a_decoder_that_comes_back_without_a_preview_does_not_get_it_again(sched
     assert scheduler.register(registration("decoder-0", generation=3, slots=2), 6.0) == ()
     assert not scheduler.is_current(preview, "decoder-0")
     assert scheduler.register(registration("decoder-0", generation=3, slots=2, running=(preview,)), 7.0) == (preview,)
+
+
+def test_while_no_decoder_is_idle_the_previews_that_wait_are_not_looked_at(
+    scheduler: JobScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = denoising(scheduler, previews=3)
+    previews = [store_preview(scheduler, job, step, 10 + step) for step in (1, 2, 3)]
+    monkeypatch.setattr(Previews, "waiting", waiting := Mock(wraps=scheduler.previews.waiting))
+    assert after(scheduler) == [AssignPreview("decoder-0", previews[0])]
+    assert waiting.call_count == 1
+    assert after(scheduler) == []
+    assert waiting.call_count == 1
+    scheduler.finished("decoder-0", an_image(previews[0]), 5.0)
+    assert AssignPreview("decoder-0", previews[1]) in after(scheduler)
