@@ -17,6 +17,9 @@ from typing import Final, NamedTuple, TypeVar
 from triptych.engines.stages import Stage
 from triptych.roles.head.job import RUNNING, STAGE_OF, WAITING, Clock, Job, State
 
+SPARE_EXPIRIES: Final = 64
+"""Outdated entries of a heap that are not worth to rebuild it."""
+
 K = TypeVar("K")
 _NOT_BEGUN: Final = frozenset({State.PENDING, State.ENCODER_WAITING})
 _STAGE_WAITED_FOR: Final = {state: stage for stage, state in WAITING.items()}
@@ -216,7 +219,7 @@ class ActiveJobs(Mapping[str, Job]):
         self._unassigned: list[tuple[float, int]] = []
         """When jobs without an instance came into their state, earliest first."""
         self._expiries: list[tuple[float, int, str]] = []
-        """A heap of times at which jobs time out; those of earlier states are skipped."""
+        """A heap of times at which jobs time out; those of earlier states, and of jobs that have ended, are skipped."""
 
     # -- by id
 
@@ -248,6 +251,7 @@ class ActiveJobs(Mapping[str, Job]):
         """Remove a job."""
         del self._jobs[job.id]
         self._unfile(self._entries.pop(job.id))
+        self._trim_expiries()
 
     def refile(self, job: Job) -> None:
         """Bring the indexes up to date with a job that may have changed; no-op if it is not active."""
@@ -362,6 +366,13 @@ class ActiveJobs(Mapping[str, Job]):
         if place.expires_at != entry.expires_at:
             entry.expires_at = place.expires_at
             heapq.heappush(self._expiries, (place.expires_at, entry.serial, id_))
+            self._trim_expiries()
+
+    def _trim_expiries(self) -> None:
+        """Rebuild the heap once most of it is of jobs that have ended, and of earlier states."""
+        if len(self._expiries) > 2 * len(self._entries) + SPARE_EXPIRIES:
+            self._expiries = [(entry.expires_at, entry.serial, id_) for id_, entry in self._entries.items()]
+            heapq.heapify(self._expiries)
 
     def _unfile(self, entry: _Entry) -> None:
         job, id_, place = entry.job, entry.job.id, entry.place

@@ -16,6 +16,8 @@ from triptych.engines.parameters.schema import Signature, names
 from triptych.roles.messages.common import Images, Input, LeaseRef, StoredPayload, Tensors
 from triptych.roles.messages.requests import PromptCacheView
 
+MAX_ENTRIES: Final = 16_384
+"""Most outputs that are kept, however small: the head has a manifest and some keys for each."""
 MAX_UNSHARED_KEYS: Final = 1024
 """Most keys that are remembered because their outputs depend on the seed or were not kept."""
 
@@ -24,7 +26,7 @@ class PromptCache:
     """A cache of encoder outputs by their inputs; evicts the least recently used.
 
     Args:
-        capacity: Most bytes that the blocks may take; 0 turns the cache off.
+        capacity: Most bytes that the blocks may take, of which there are at most `MAX_ENTRIES`; 0 turns the cache off.
         name: Name and dtype of the model, a part of the keys.
     """
 
@@ -128,7 +130,7 @@ class PromptCache:
         self._keys[stored.lease] = key
         self.nbytes += block_bytes(stored.nbytes)
         gone: list[LeaseRef] = []
-        while self.nbytes > self.capacity:
+        while self.nbytes > self.capacity or len(self) > MAX_ENTRIES:
             gone.append(next(iter(self._entries.values())).lease)
             self.drop(gone[-1:])
         return tuple(gone)

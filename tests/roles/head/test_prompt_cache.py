@@ -8,6 +8,7 @@ import pytest
 from tests.roles.factories import SIGNATURE, a_block, after, finished, make_scheduler, registration, request, stored
 from triptych.engines.memory.buddy import PAGE
 from triptych.engines.parameters.schema import Parameter, ParameterKind, Signature
+from triptych.roles.head import prompt_cache
 from triptych.roles.head.effects import Assign, ReleaseLeases
 from triptych.roles.head.job import Job, State
 from triptych.roles.head.prompt_cache import MAX_UNSHARED_KEYS, PromptCache
@@ -79,6 +80,13 @@ def test_the_least_recently_used_goes_when_the_bytes_are_used_up() -> None:
     assert (len(cache), cache.nbytes) == (2, 2 * PAGE)
     assert keep(cache, "c", 4) == [], "what is kept already is not kept twice"
     assert a_block(4).lease not in cache
+
+
+def test_the_least_recently_used_goes_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_cache, "MAX_ENTRIES", 2)
+    cache = a_cache(blocks=9)
+    assert [keep(cache, prompt, number) for number, prompt in enumerate("abc", start=1)] == [[], [], [1]]
+    assert (len(cache), cache.nbytes) == (2, 2 * PAGE)
 
 
 def test_bytes_are_counted_as_the_pool_gives_them() -> None:
