@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,6 @@ from triptych.actors import Topology
 from triptych.bus import RemoteError
 from triptych.engines.stages import Stage
 from triptych.roles.head import monitor
-from triptych.roles.head.head import TICK_S
 from triptych.roles.messages import pool as pools
 from triptych.roles.messages import requests, stages
 from triptych.roles.messages.common import (
@@ -53,14 +53,21 @@ def test_an_instance_that_falls_silent_is_fenced(topology: Callable[..., Topolog
 
 
 def test_after_a_pause_of_the_machine_no_instance_is_fenced_before_its_heartbeat(
-    topology: Callable[..., Topology],
+    topology: Callable[..., Topology], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    paused_s = [0.0]
+    clock = SimpleNamespace(time=time.time, monotonic=lambda: time.monotonic() + sum(paused_s))
+    monkeypatch.setattr("triptych.roles.head.head.time", clock)
+
     async def scenario() -> None:
-        async with running_head(topology()) as harness:
+        async with running_head(topology(supervision="heartbeat_timeout_s = 60")) as harness:
             await harness.first_attempt()
+            (scheduler,) = harness.actor.models.schedulers
             for _ in range(2):
-                time.sleep(1.5)  # noqa: ASYNC251  nothing in this process runs, as when the machine is stopped
-                await asyncio.sleep(TICK_S)
+                paused_s.append(100.0)  # the next tick comes late by as much
+                async with asyncio.timeout(BOUND_S):
+                    while scheduler.jobs.clock.now < sum(paused_s):
+                        await harness.view()
                 await harness.report(stages.InstanceHeartbeat(), "encoder-0")
             assert (await harness.view()).units[0].attempts == 1
 

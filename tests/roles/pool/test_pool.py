@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeAlias
 
@@ -32,12 +33,12 @@ from triptych.roles.messages.pool import (
     SealBlock,
 )
 from triptych.roles.pool import pool as pool_module
-from triptych.roles.pool.client import FAULTS
 from triptych.roles.pool.pool import BufferPool, build, zones
 
 W = Attempt("r/0", 1)
 BLOCK = 1 << 16
 CAPACITY = 4 << 20
+PATIENCE_S = 30.0
 
 
 class Role(Actor):
@@ -330,6 +331,22 @@ class PoolPair:
         return found._store.arena.view(lease.offset, lease.nbytes)
 
 
+class Gate:
+    """A real backend in front of which pulls wait until a test opens it."""
+
+    def __init__(self, pool: BufferPool) -> None:
+        self.opened = threading.Event()
+        self._backend = pool._store.transfers.backend
+        pool._store.transfers.backend = self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def pull(self, *arguments: Any) -> None:
+        assert self.opened.wait(PATIENCE_S)
+        self._backend.pull(*arguments)
+
+
 TwoPools: TypeAlias = Callable[[PoolPair, LeaseRef], Coroutine[Any, Any, None]]
 
 
@@ -437,17 +454,17 @@ def test_a_source_that_does_not_answer_is_not_read_from(with_two_pools: Any, mon
 def test_a_block_that_is_being_filled_is_not_given_to_others_when_it_is_released(
     with_two_pools: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(FAULTS, "delay:1:0.3")
     monkeypatch.setattr(pool_module, "SWEEP_S", 0.01)
 
     async def body(two: PoolPair, source: LeaseRef) -> None:
-        target = await two.target()
-        pulling = asyncio.ensure_future(two.client.pull(source, target))
+        gate, target = Gate(two.pools[1]), await two.target()
+        pulling = asyncio.ensure_future(two.client.pull(source, target, timeout_s=PATIENCE_S))
         await two.client.until(lambda _: two.pools[1]._filling, "pool-denoiser")
         with pytest.raises(RemoteError, match="being filled"):
             await two.client.pull(source, target)
         assert await two.client.release(target) == 1
         assert (await two.client.report("pool-denoiser")).leases[0].state == "quarantined"
+        gate.opened.set()
         await pulling
         await two.client.until(lambda r: not r.leases, "pool-denoiser")
         await two.client.describe("pool-denoiser")
@@ -458,32 +475,32 @@ def test_a_block_that_is_being_filled_is_not_given_to_others_when_it_is_released
 def test_a_block_that_may_still_be_written_to_is_in_quarantine_until_it_is_not(
     with_two_pools: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(FAULTS, "delay:1:0.4")
     monkeypatch.setattr(pool_module, "QUARANTINE_S", 0.0)
     monkeypatch.setattr(pool_module, "SWEEP_S", 0.01)
 
     async def body(two: PoolPair, source: LeaseRef) -> None:
-        target = await two.target()
+        gate, target = Gate(two.pools[1]), await two.target()
         with pytest.raises(RemoteError) as refusal:
             await two.client.pull(source, target, timeout_s=0.1)
         assert refusal.value.code == "transfer_failed"
         assert (await two.client.report("pool-denoiser")).leases[0].state == "quarantined"
         assert await two.client.release(target) == 0
         assert (await two.client.describe("pool-denoiser")).leased == BLOCK
+        gate.opened.set()
         await two.client.until(lambda r: not r.leases, "pool-denoiser")
         assert (await two.client.describe("pool-denoiser")).free == CAPACITY
 
     with_two_pools(body)
 
 
-def test_a_pool_answers_while_it_fetches(with_two_pools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(FAULTS, "delay:1:0.3")
-
+def test_a_pool_answers_while_it_fetches(with_two_pools: Any) -> None:
     async def body(two: PoolPair, source: LeaseRef) -> None:
-        pulling = asyncio.ensure_future(two.client.pull(source, await two.target()))
+        gate = Gate(two.pools[1])
+        pulling = asyncio.ensure_future(two.client.pull(source, await two.target(), timeout_s=PATIENCE_S))
         await two.client.until(lambda _: two.pools[1]._filling, "pool-denoiser")
         await two.client.lease("pool-denoiser", owner="denoiser-0", attempt=Attempt("r/1", 1))
         assert not pulling.done()
+        gate.opened.set()
         await pulling
 
     with_two_pools(body)
