@@ -72,8 +72,9 @@ def changes(view: RequestView, revision: str, url_of: Callable[[str], str]) -> I
         revision: The one that the client knows; "" for none.
         url_of: Makes the URL of an artifact of its name.
     """
-    for job, seen in zip(view.units, seen_of(revision, len(view.units)), strict=True):
-        yield from _changes_of(job, seen, url_of)
+    jobs = len(view.units)
+    for job, seen, now in zip(view.units, seen_of(revision, jobs), seen_of(view.revision, jobs), strict=True):
+        yield from _changes_of(job, seen, now.moves, url_of)
 
 
 def seen_of(revision: str, jobs: int) -> list[Seen]:
@@ -82,8 +83,9 @@ def seen_of(revision: str, jobs: int) -> list[Seen]:
     return known if len(known) == jobs else [Seen()] * jobs
 
 
-def _changes_of(job: JobView, seen: Seen, url_of: Callable[[str], str]) -> Iterator[ServerEvent]:
-    for move in job.history[seen.moves :]:
+def _changes_of(job: JobView, seen: Seen, moves: int, url_of: Callable[[str], str]) -> Iterator[ServerEvent]:
+    missed = moves - seen.moves  # counted from the end: a very long history has not all of them
+    for move in job.history[max(0, len(job.history) - missed) :]:
         fields = {"index": job.index, "state": move.state, "at": move.at, "reason": move.reason}
         yield ServerEvent("state", fields)
     if job.step not in (0, seen.step) and job.total_steps:

@@ -73,6 +73,11 @@ SUSPECT_AFTER = 2
 """A job that was running this often when its instance crashed with others on it is a suspect. Once says little: kills
 from outside are common, and any of the others may be the cause."""
 
+MAX_MOVES: Final = 256
+"""Most transitions of a job that are kept, the first and the last ones: one that is lost again and again has more."""
+MAX_CAUSES: Final = 64
+"""Most causes of a job that are kept, the first and the last ones: a refusal that does not count adds one too."""
+
 _ENDS = frozenset({State.FAILED, State.TIMED_OUT, State.CANCELLED})
 # A cached prompt skips the encoder.
 _SHORTCUTS = {State.ENCODER_WAITING: {State.ENCODER_DONE}}
@@ -147,6 +152,8 @@ class Job:
     clock: Clock = field(default=STOPPED, repr=False, compare=False)
     attempt: int = 0
     history: list[Transition] = field(default_factory=list)
+    moves_left_out: int = 0
+    """Transitions between those of `history`, which are not kept."""
     stored: StoredOutput | None = None
     """The input of its next stage; only the output of the latest stage is kept. The one record of its block."""
     checkpoint: Checkpoint | None = None
@@ -163,7 +170,7 @@ class Job:
     """The last instance of each stage, by stage."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
     causes: list[str] = field(default_factory=list)
-    """Why earlier attempts ended, oldest first."""
+    """Why earlier attempts ended, oldest first; `add_cause` adds one."""
     failures: int = 0
     """Attempts that the request or its instance ended; losses of a transfer, pool or head do not count."""
     transfers_lost: int = 0
@@ -226,6 +233,11 @@ class Job:
         return bool(self.model and self.model != model and (self.stored or self.instance))
 
     @property
+    def moves(self) -> int:
+        """Return the number of its transitions."""
+        return len(self.history) + self.moves_left_out
+
+    @property
     def terminal(self) -> bool:
         """Return whether its state is final."""
         return self.state in TERMINAL_STATES
@@ -264,6 +276,7 @@ class Job:
         self.entered_at = self.clock.now
         self.passed_over = 0
         self.history.append(Transition(target.value, at, reason))
+        self.moves_left_out += _shorten(self.history, MAX_MOVES)
 
     def advance(self, target: State, at: float) -> None:
         """Advance along the happy path up to and including `target`; no-op when already there.
@@ -298,6 +311,11 @@ class Job:
         checkpoint = (self.checkpoint.payload.lease,) if self.checkpoint else ()
         return (*((self.lease,) if self.lease else ()), *checkpoint)
 
+    def add_cause(self, cause: str) -> None:
+        """Record why an attempt has ended."""
+        self.causes.append(cause)
+        _shorten(self.causes, MAX_CAUSES)
+
     def forget_stored(self) -> None:
         """Forget the stored output."""
         self.stored = None
@@ -326,6 +344,13 @@ class Job:
             parked=self.parked,
             runs=tuple(self.runs),
         )
+
+
+def _shorten(kept: list[Transition] | list[str], most: int) -> int:
+    """Remove what is too much from the middle of a list; return how many that were."""
+    surplus = max(0, len(kept) - most)
+    del kept[most // 2 : most // 2 + surplus]
+    return surplus
 
 
 @dataclass(slots=True)
@@ -406,7 +431,7 @@ class Request:
     @property
     def revision(self) -> str:
         """Return what changes with each move, step and preview: `MOVES.STEP.PREVIEWS` of each job, with "-" between."""
-        return "-".join(f"{len(job.history)}.{job.step}.{len(job.previews)}" for job in self.jobs)
+        return "-".join(f"{job.moves}.{job.step}.{len(job.previews)}" for job in self.jobs)
 
     def view(self, model: str = "") -> RequestView:
         """Return what clients may see; `model` is the name of its model for them."""

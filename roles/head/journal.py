@@ -169,6 +169,7 @@ class _JobRow(msgspec.Struct):
     parked: int = 0
     shared_deaths: int = 0
     runs: list[RunView] = msgspec.field(default_factory=list)
+    moves_left_out: int = 0
 
 
 _RENAMED: Final = frozenset({"left_s", "stage_s", "staged", "borrows", "at_fault"})

@@ -555,7 +555,7 @@ class JobScheduler(SchedulingState):
         """Fail a job that would fail on every instance; forget a preview."""
         self._forget_preview(attempt)
         if job := self._current(attempt, name):
-            job.causes.append(f"{name}: {reason}")
+            job.add_cause(f"{name}: {reason}")
             self._end(job, State.FAILED, reason, now)
 
     # -- time
@@ -674,7 +674,7 @@ class JobScheduler(SchedulingState):
             job.steps_lost_at = job.total_steps
         runs.end(job.runs, now, reason=cause)
         self._let_go(job)
-        job.causes.append(cause)
+        job.add_cause(cause)
         job.failures += counts
         if fatal or job.failures >= self.max_attempts or job.deaths >= MAX_DEATHS or job.stalls >= MAX_STALLS:
             self._end(job, State.FAILED, fatal or self._why_given_up(job), now)

@@ -207,11 +207,12 @@ class JobView(Value):
     step: int
     total_steps: int
     history: tuple[Transition, ...]
+    """Oldest first; of very many, the first and the last."""
     instances: dict[str, str]
     """Stage to the name of the instance that ran it last."""
     stage_seconds: dict[str, float]
     causes: tuple[str, ...]
-    """Why earlier attempts ended, oldest first."""
+    """Why earlier attempts ended, oldest first; of very many, the first and the last."""
     artifact: Artifact | None = None
     at_fault: bool = False
     """Whether it failed because the pipeline cannot run with its inputs."""

@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import httpx
+import msgspec
 import pytest
 
 from tests.api.conftest import BOUND_S
@@ -30,7 +31,8 @@ def job(index: int, moves: int, step: int, previews: int) -> wire.JobView:
 
 
 def view(*jobs: wire.JobView) -> wire.RequestView:
-    return wire.RequestView("r", "DENOISING_RUNNING", False, 0.0, 0.0, {}, wire.Output(), jobs)
+    revision = "-".join(f"{len(job.history)}.{job.step}.{len(job.previews)}" for job in jobs)
+    return wire.RequestView("r", "DENOISING_RUNNING", False, 0.0, 0.0, {}, wire.Output(), jobs, revision=revision)
 
 
 def events(seen: str, *jobs: wire.JobView) -> list[tuple[str, object]]:
@@ -45,6 +47,12 @@ def test_a_client_gets_what_it_has_not_seen():
         ("partial_image", {"index": 0, "partial_image_index": 1, "step": 1, "url": "/r_0.1.png"}),
     ]
     assert events("3.4.2-1.0.0", job(0, 3, 4, 2), job(1, 1, 0, 0)) == []
+
+
+def test_of_a_history_that_was_shortened_a_client_gets_the_moves_that_are_new_to_it():
+    long = msgspec.structs.replace(view(job(0, 4, 0, 0)), revision="900.0.0")
+    for seen, count in (("898.0.0", 2), ("900.0.0", 0), ("12.0.0", 4), ("", 4)):
+        assert len([*changes(long, seen, str)]) == count
 
 
 @pytest.mark.parametrize("revision", ["", "1.2.3"])

@@ -8,6 +8,8 @@ from triptych.engines.stages import Stage
 from triptych.roles.head.job import (
     HAPPY_PATH,
     LEGAL_TRANSITIONS,
+    MAX_CAUSES,
+    MAX_MOVES,
     TERMINAL_STATES,
     IllegalTransitionError,
     Job,
@@ -106,3 +108,18 @@ def test_a_request_says_at_its_end_whether_it_met_its_deadline(
         "r", {}, Output("png"), 10.0, 610.0, [job_in(state)], finished_at=finished_at, deadline_s=deadline_s
     )
     assert (ended.view().deadline_s, ended.view().deadline_met) == (deadline_s or None, met)
+
+
+def test_of_a_job_that_is_lost_again_and_again_the_first_and_the_last_moves_and_causes_are_kept() -> None:
+    job = job_in(State.PENDING)
+    job.advance(State.DECODER_WAITING, 0.0)
+    revisions = set[str]()
+    for k in range(1000):
+        job.add_cause(f"cause {k}")
+        job.transition(State.DECODER_RUNNING, float(k))
+        job.transition(State.DECODER_WAITING, float(k), f"cause {k}")
+        revisions.add(Request("r", {}, Output(), 0.0, 9.0, [job]).revision)
+    assert (len(job.causes), job.causes[0], job.causes[-1]) == (MAX_CAUSES, "cause 0", "cause 999")
+    first, *_, last = job.history
+    assert (len(job.history), first.state, last.reason) == (MAX_MOVES, "ENCODER_WAITING", "cause 999")
+    assert (job.moves, len(revisions)) == (2007, 1000), "who waits for a change still sees each"

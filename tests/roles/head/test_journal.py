@@ -195,7 +195,7 @@ def test_a_request_in_flight_that_an_earlier_version_wrote_comes_back_with_every
     with sqlite3.connect(path) as db:
         written = [msgspec.msgpack.decode(body) for (body,) in db.execute("SELECT body FROM units ORDER BY id")]
     new = {"bucket": 0, "previews": [], "checkpoint": None, "resumed_from": 0, "steps_lost_at": 0, "steps_redone": 0}
-    new |= {"parked": 0, "shared_deaths": 0, "runs": []}
+    new |= {"parked": 0, "shared_deaths": 0, "runs": [], "moves_left_out": 0}
     assert [row | new for row in map(msgspec.msgpack.decode, OLD_UNITS)] == written
 
 
