@@ -136,7 +136,8 @@ class HeadClient:
         """Yield a request as it is, then at each change until it is terminal; a restarted head is asked again.
 
         Of changes that come faster than they are taken, the last one is yielded. Where none comes, the same view is
-        yielded again each `LONG_POLL_S`, so that the caller can tell its client that it is still there.
+        yielded again each `LONG_POLL_S`, so that the caller can tell its client that it is still there. Only the view
+        that is there at first, and that of the end, have inputs and runs.
 
         Args:
             request_id: The request, one that the head has accepted.

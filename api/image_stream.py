@@ -18,7 +18,7 @@ from triptych.api.services import ApiRequest
 from triptych.bus import BusError
 from triptych.roles.media.files import StoreUnavailableError
 from triptych.roles.messages.common import Artifact
-from triptych.roles.messages.requests import RequestView
+from triptych.roles.messages.requests import JobView, RequestView
 
 log = structlog.stdlib.get_logger("api")
 
@@ -51,12 +51,14 @@ def stream_images(request: ApiRequest, request_id: str, prefix: EventPrefix) -> 
 
 async def _events(request: ApiRequest, request_id: str, prefix: EventPrefix) -> AsyncIterator[ServerEvent]:
     head, sent = request.state["services"].head, set[str]()
+    size = ""
     try:
         async for view in head.watch(request_id, request.state["owner"]):
+            size = size or requested_size(view) or "auto"  # of the first view: later ones have no inputs
             found = [(position, number, made) for position, number, made in _made(view) if made.name not in sent]
             for position, number, artifact in found:
                 sent.add(artifact.name)
-                fields = await _image(request, view, position, artifact)
+                fields = await _image(request, view.units[position], size, artifact)
                 if number is None:
                     yield _event(f"{prefix}.completed", {**fields, "usage": NO_TOKENS})
                 else:
@@ -87,12 +89,11 @@ def _made(view: RequestView) -> list[tuple[int, int | None, Artifact]]:
     return [*partial_images, *finished]
 
 
-async def _image(request: ApiRequest, view: RequestView, position: int, artifact: Artifact) -> dict[str, Any]:
-    job = view.units[position]
+async def _image(request: ApiRequest, job: JobView, size: str, artifact: Artifact) -> dict[str, Any]:
     return {
         "b64_json": await read_file(request, artifact.name),
         "created_at": int(time.time()),
-        "size": requested_size(view) or "auto",
+        "size": size,
         "quality": "auto",
         "background": "opaque",
         "output_format": artifact.content_type.rpartition("/")[2],

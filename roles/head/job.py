@@ -321,8 +321,8 @@ class Job:
         self.stored = None
         self.uses_cached_prompt = False
 
-    def view(self) -> JobView:
-        """Return what clients may see."""
+    def view(self, *, brief: bool = False) -> JobView:
+        """Return what clients may see; a `brief` view leaves its runs out."""
         return JobView(
             index=self.index,
             seed=self.seed,
@@ -342,7 +342,7 @@ class Job:
             resumed_from=self.resumed_from,
             steps_redone=self.steps_redone,
             parked=self.parked,
-            runs=tuple(self.runs),
+            runs=() if brief else tuple(self.runs),
         )
 
 
@@ -433,8 +433,14 @@ class Request:
         """Return what changes with each move, step and preview: `MOVES.STEP.PREVIEWS` of each job, with "-" between."""
         return "-".join(f"{job.moves}.{job.step}.{len(job.previews)}" for job in self.jobs)
 
-    def view(self, model: str = "") -> RequestView:
-        """Return what clients may see; `model` is the name of its model for them."""
+    def view(self, model: str = "", *, brief: bool = False) -> RequestView:
+        """Return what clients may see.
+
+        Args:
+            model: The name of its model for them.
+            brief: Whether to leave out inputs and runs, the largest parts, while it is active.
+        """
+        brief = brief and not self.terminal
         return RequestView(
             request_id=self.id,
             model=model,
@@ -442,9 +448,9 @@ class Request:
             terminal=self.terminal,
             created_at=self.created_at,
             finished_at=self.finished_at,
-            inputs=self.inputs,
+            inputs={} if brief else self.inputs,
             output=self.output,
-            units=tuple(job.view() for job in self.jobs),
+            units=tuple(job.view(brief=brief) for job in self.jobs),
             priority=self.priority,
             deadline_s=self.deadline_s or None,
             deadline_met=self.deadline_met,

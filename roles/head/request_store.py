@@ -255,8 +255,10 @@ class RequestStore:
 
     # -- telling
 
-    async def view(self, request: Request) -> requests.RequestView:
+    async def view(self, request: Request, *, brief: bool = False) -> requests.RequestView:
         """Return the view of a request; that of an ended request only once its end is on the disk.
+
+        With `brief`, that of an active one has no inputs and no runs.
 
         Raises:
             RefusedError: `unavailable` while its end cannot be written to the journal.
@@ -270,12 +272,12 @@ class RequestStore:
             except JournalError as error:
                 raise RefusedError("unavailable", f"{not_yet}: {error}") from error
         served = self._models.by_key(request.model)
-        return request.view(served.name if served else request.model)
+        return request.view(served.name if served else request.model, brief=brief)
 
     async def wait(self, request: Request, timeout_s: float, revision: str = "") -> requests.RequestView:
         """Return the view of a request once it has ended, or has another `revision`, or after `timeout_s`.
 
-        Raises as `view`.
+        With a `revision` it is brief, since one follows another. Raises as `view`.
         """
         if self._models.scheduler_of_request(request.id):
             try:
@@ -286,7 +288,7 @@ class RequestStore:
                         await self._ended.setdefault(request.id, asyncio.Event()).wait()
             except TimeoutError:  # the view shows that it is still active
                 pass
-        return await self.view(request)
+        return await self.view(request, brief=bool(revision))
 
     def notify_watchers(self, changed: Iterable[str]) -> None:
         """Notify those who wait for a change of these requests."""

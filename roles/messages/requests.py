@@ -99,7 +99,8 @@ class WaitRequest(Message):
     owner: Name = ""
     """As in QueryRequest."""
     revision: Name = ""
-    """Answer as soon as the view has another revision, too; "" to wait for the end alone."""
+    """Answer as soon as the view has another revision, too; "" to wait for the end alone. With a revision, the view of
+    an active request has no inputs and no runs."""
 
 
 class CancelRequest(Message):

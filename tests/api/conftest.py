@@ -195,7 +195,9 @@ class FakeHead:
             case wire.WaitRequest(request_id, timeout_s):
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.journal[request_id].ended.wait(), timeout_s)
-                delivery.reply(self.view(request_id))
+                view = self.view(request_id)
+                brief = bool(message.revision) and not view.terminal
+                delivery.reply(msgspec.structs.replace(view, inputs={}) if brief else view)
             case wire.QueryRequest(request_id):
                 delivery.reply(self.view(request_id))
             case wire.CancelRequest(request_id):

@@ -435,3 +435,26 @@ def test_reports_that_come_together_are_written_in_one_transaction(
             assert len(await asyncio.gather(*(reply.coroutine for reply in replies))) == 2
 
     run_scenario(scenario())
+
+
+def test_who_follows_a_request_is_told_its_inputs_and_runs_when_it_has_ended(topology: Callable[..., Topology]) -> None:
+    async def scenario() -> None:
+        async with running_head(topology()) as harness:
+
+            async def wait(revision: str, timeout_s: float = BOUND_S) -> requests.RequestView:
+                message = requests.WaitRequest("r", timeout_s, revision=revision)
+                return await harness.head.ask(message, requests.RequestView, timeout_s=2 * BOUND_S)
+
+            attempt = await harness.first_attempt()
+            before = await harness.view()
+            changed, _ = await asyncio.gather(
+                wait(before.revision), harness.report(stages.StageStarted(attempt, "encoder"), "encoder-0")
+            )
+            assert (changed.state, changed.inputs, changed.units[0].runs) == ("ENCODER_RUNNING", {}, ())
+            assert len(changed.units[0].history) == len(before.units[0].history) + 1
+            whole = await wait("", 0.0)
+            assert (whole.inputs, len(whole.units[0].runs)) == (before.inputs, 1)
+            await harness.head.ask(requests.CancelRequest("r"), requests.RequestView, timeout_s=BOUND_S)
+            assert (await wait(whole.revision)).inputs == before.inputs
+
+    run_scenario(scenario())
