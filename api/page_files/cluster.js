@@ -1,10 +1,9 @@
 // The live map: hosts, the processes on them, their queues, credits and pools. What falls is seen to fall and to come back.
 
 import { follow } from "./api.js";
-import { duration, el } from "./dom.js";
+import { STAGES, STATE_OF_STAGE } from "./constants.js";
+import { CROSS, duration, el, makeIcon, setText } from "./dom.js";
 
-const STAGES = ["encoder", "denoiser", "decoder"];
-const STATES_OF_STAGE = { encoder: "ENCODER", denoiser: "DENOISING", decoder: "DECODER" };
 const SERVICES = ["api", "head", "pool"];
 const SILENT_MS = 4000;
 const LOG_LENGTH = 8;
@@ -21,7 +20,7 @@ const GROUPS = {
   leaving: { states: ["draining", "stopped"], path: "M1.5 1.5h13v13h-13zM4 4v8h8V4z" },
   down: {
     states: ["down", "backoff", "delayed", "crashed", "hung"],
-    path: "M3.2 1.4 8 6.2l4.8-4.8 1.8 1.8L9.8 8l4.8 4.8-1.8 1.8L8 9.8l-4.8 4.8-1.8-1.8L6.2 8 1.4 3.2z",
+    path: CROSS,
   },
   gone: { states: ["failed", "gave_up"], path: "M5 1h6l4 4v6l-4 4H5l-4-4V5zM4 7v2h8V7z" },
 };
@@ -217,7 +216,7 @@ class ClusterMap {
     const states = head?.states ?? {};
     for (const [stage, queue] of this.stages) {
       const instances = actors.filter(({ kind, slots }) => kind === stage && slots !== undefined);
-      const named = STATES_OF_STAGE[stage];
+      const named = STATE_OF_STAGE[stage];
       const here = (states[`${named}_WAITING`] ?? 0) + (states[`${named}_RUNNING`] ?? 0) + (stage === "encoder" ? states.PENDING ?? 0 : 0);
       const assigned = instances.reduce((sum, { running }) => sum + running.length, 0) || states[`${named}_RUNNING`] || 0;
       queue.show(Math.max(0, here - assigned), assigned);
@@ -381,20 +380,7 @@ class Card {
 }
 
 function icon(group) {
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
-  for (const [name, value] of Object.entries({ viewBox: "0 0 16 16", class: "map-icon", "aria-hidden": "true" })) {
-    svg.setAttribute(name, value);
-  }
-  path.setAttribute("d", GROUPS[group].path);
-  path.setAttribute("fill-rule", "evenodd");
-  svg.append(path);
-  return svg;
-}
-
-/** Change a text only where it is another one, so that nothing is announced or selected anew. */
-function setText(node, text) {
-  if (node.textContent !== text) node.textContent = text;
+  return makeIcon(GROUPS[group].path);
 }
 
 function count(number, one, many = `${one}s`) {

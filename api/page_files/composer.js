@@ -1,18 +1,17 @@
 // The prompt box: what the chosen model takes, and the requests that are made of it.
 
 import { call } from "./api.js";
+import { MAX_IMAGES, MAX_PARTIAL_IMAGES, OUTPUT_FORMATS } from "./constants.js";
 import { announce, button, el, labelOf } from "./dom.js";
 import { MAIN, limitsOf, makeField, takesImages } from "./fields.js";
 import { filesOf, keepFiles } from "./kept.js";
 import { paintMask } from "./mask.js";
 import { Slot, takeDrops } from "./slots.js";
 
-const FORMATS = { image: ["png", "jpeg", "webp"], video: ["mp4", "gif", "webp"], audio: ["wav"] };
-const PARTIAL_IMAGES = 3;
 const MASK = "mask_image";
 const OWN = [
   { name: "seed", kind: "integer", minimum: 0, default: "random" },
-  { name: "n", kind: "integer", minimum: 1, maximum: 10, default: 1 },
+  { name: "n", kind: "integer", minimum: 1, maximum: MAX_IMAGES, default: 1 },
 ];
 
 /** The prompt box; calls `onrequest` with each request that the server has accepted. */
@@ -174,7 +173,7 @@ export class Composer {
   }
 
   async send(form) {
-    form.set("partial_images", String(PARTIAL_IMAGES));
+    form.set("partial_images", String(MAX_PARTIAL_IMAGES));
     this.clearProblem();
     this.generate.disabled = true;
     try {
@@ -216,7 +215,7 @@ function nameOf({ id, state }) {
 }
 
 function formatOf({ medium }) {
-  return { name: "output_format", kind: "text", choices: FORMATS[medium] ?? FORMATS.image, default: null };
+  return { name: "output_format", kind: "text", choices: OUTPUT_FORMATS[medium] ?? OUTPUT_FORMATS.image, default: null };
 }
 
 /** Make one cell of width and height. */

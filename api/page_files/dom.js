@@ -17,6 +17,27 @@ export function button(text, onclick, attributes = {}) {
   return el("button", { type: "button", onclick, ...attributes }, text);
 }
 
+/** Change a text only where it is another one, so that nothing is announced or selected anew. */
+export function setText(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+/** The outline of a cross: of what has fallen, or was lost. */
+export const CROSS = "M3.2 1.4 8 6.2l4.8-4.8 1.8 1.8L9.8 8l4.8 4.8-1.8 1.8L8 9.8l-4.8 4.8-1.8-1.8L6.2 8 1.4 3.2z";
+
+/** Make an icon from its outline, in a square of 16. */
+export function makeIcon(outline) {
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+  for (const [name, value] of Object.entries({ viewBox: "0 0 16 16", class: "map-icon", "aria-hidden": "true" })) {
+    svg.setAttribute(name, value);
+  }
+  path.setAttribute("d", outline);
+  path.setAttribute("fill-rule", "evenodd");
+  svg.append(path);
+  return svg;
+}
+
 const LABELS = {
   num_inference_steps: "Steps",
   guidance_scale: "Guidance",

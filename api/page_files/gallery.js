@@ -1,13 +1,14 @@
 // The gallery: what the server has made and is making, the newest first. Requests in progress are followed as they move.
 
 import { call, follow, forgetMedia, getJson, mediaUrl } from "./api.js";
+import { STATE_OF_STAGE } from "./constants.js";
 import { announce, duration, el } from "./dom.js";
 import { forgetFiles } from "./kept.js";
 
 const PAGE = 24;
 const REFRESH_MS = 5000;
 const STREAMS = 3; // browsers open six connections to a server, and the rest of the page needs some
-const STAGES = ["ENCODER", "DENOISING", "DECODER"];
+const STATES = Object.values(STATE_OF_STAGE);
 const WORDS = { ENCODER: ["an encoder", "Encoding"], DENOISING: ["a denoiser", "Denoising"], DECODER: ["a decoder", "Decoding"] };
 const ENDS = { FAILED: "Failed", TIMED_OUT: "Timed out", CANCELLED: "Cancelled" };
 const DONE = "DONE";
@@ -17,9 +18,9 @@ export function progressOf({ state, step, total_steps: total }) {
   if (state === DONE) return { shares: [1, 1, 1], text: "Done" };
   if (ENDS[state]) return { shares: [0, 0, 0], text: ENDS[state] };
   const [stage, phase] = state.split("_");
-  const at = STAGES.indexOf(stage);
+  const at = STATES.indexOf(stage);
   if (at < 0) return { shares: [0, 0, 0], text: "Waiting" };
-  const shares = STAGES.map((_, index) => (index < at || (index === at && phase === DONE) ? 1 : 0));
+  const shares = STATES.map((_, index) => (index < at || (index === at && phase === DONE) ? 1 : 0));
   if (stage === "DENOISING" && total && phase !== DONE) shares[1] = step / total;
   if (phase === "WAITING") return { shares, text: `Waiting for ${WORDS[stage][0]}` };
   if (phase === "RUNNING" && stage !== "DENOISING") shares[at] = 0.5;
@@ -73,11 +74,11 @@ class Tile {
     this.gallery = gallery;
     this.panels = makePanels();
     this.words = el("p", { class: "words" });
-    this.picture = el("div", { class: "picture" });
+    this.media = el("div", { class: "media" });
     this.frame = el(
       "button",
       { type: "button", class: "frame", onclick: () => gallery.onopen(this) },
-      this.picture,
+      this.media,
       (this.doing = el("div", { class: "doing" }, this.panels.node, this.words)),
     );
     this.facts = el("p", { class: "facts" });
@@ -124,7 +125,7 @@ class Tile {
     this.shown = artifact.name;
     try {
       const media = await makeMedia(artifact, "");
-      if (this.shown === artifact.name) this.picture.replaceChildren(media);
+      if (this.shown === artifact.name) this.media.replaceChildren(media);
     } catch {
       if (this.shown !== artifact.name) return; // a preview that the image has overtaken
       this.shown = "";

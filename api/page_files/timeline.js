@@ -1,15 +1,14 @@
 // The timeline of a request: for each image, when each stage waited, had its tensors brought, computed and stored.
 
 import { call, follow } from "./api.js";
-import { el } from "./dom.js";
+import { STAGES, STATE_OF_STAGE } from "./constants.js";
+import { CROSS, el, makeIcon, setText } from "./dom.js";
 
-const STAGES = ["encoder", "denoiser", "decoder"];
-const STAGE_OF = { PENDING: "encoder", ENCODER: "encoder", DENOISING: "denoiser", DECODER: "decoder" };
+const STAGE_OF = { PENDING: "encoder", ...Object.fromEntries(STAGES.map((stage) => [STATE_OF_STAGE[stage], stage])) };
 const RELOAD_MS = 250;
 const REDRAW_MS = 100;
 const MOST_JOBS = 8;
 const LEAST_S = 0.0005; // shorter phases of a run are left out
-const CROSS = "M3.2 1.4 8 6.2l4.8-4.8 1.8 1.8L9.8 8l4.8 4.8-1.8 1.8L8 9.8l-4.8 4.8-1.8-1.8L6.2 8 1.4 3.2z";
 
 /** Return the rows of one image: for each stage its phases, in seconds since the request was made.
  *
@@ -265,7 +264,7 @@ class Row {
   showLosses(losses, length) {
     const marks = [...this.track.querySelectorAll(":scope > .lost-mark")];
     losses.forEach((loss, index) => {
-      const mark = marks[index] ?? el("span", { class: "lost-mark" }, cross());
+      const mark = marks[index] ?? el("span", { class: "lost-mark" }, makeIcon(CROSS));
       if (!marks[index]) this.track.append(mark);
       mark.style.setProperty("--at", loss.from / length);
     });
@@ -361,17 +360,4 @@ function makeLegend() {
   const entries = [["queued", "waits"], ["transfer", "tensors move"], ["computing", "computes, steps marked"], ["computing", "was lost", true]];
   return el("p", { class: "timeline-legend" },
     entries.map(([phase, text, lost]) => el("span", {}, el("i", { class: "bar", "data-phase": phase, "data-lost": String(Boolean(lost)) }), text)));
-}
-
-function cross() {
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
-  for (const [name, value] of Object.entries({ viewBox: "0 0 16 16", class: "map-icon", "aria-hidden": "true" })) svg.setAttribute(name, value);
-  path.setAttribute("d", CROSS);
-  svg.append(path);
-  return svg;
-}
-
-function setText(node, text) {
-  if (node.textContent !== text) node.textContent = text;
 }

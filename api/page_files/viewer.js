@@ -72,10 +72,10 @@ export class Viewer {
     this.words.textContent = progress.text;
     const artifact = unit.artifact ?? unit.preview ?? unit.previews.at(-1)?.artifact;
     if (unit.state !== "DONE" && !this.stage.contains(this.words)) {
-      this.picture = el("div", { class: "picture" });
+      this.media = el("div", { class: "media" });
       const reason = this.ended ? reasonOf(unit) : "";
       const doing = el("div", { class: "doing" }, !this.ended && this.panels.node, this.words, reason && el("p", { class: "reason" }, reason));
-      this.stage.replaceChildren(this.picture, doing);
+      this.stage.replaceChildren(this.media, doing);
     }
     if (artifact) this.show(artifact, title, unit.state === "DONE");
   }
@@ -86,7 +86,7 @@ export class Viewer {
     const media = await makeMedia(artifact, title, { large: true }).catch(() => el("p", { class: "words" }, "This file is not kept any more"));
     if (this.shown !== artifact.name) return;
     if (done) this.stage.replaceChildren(media);
-    else this.picture.replaceChildren(media);
+    else this.media.replaceChildren(media);
   }
 
   actions(request, unit) {

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path, PurePosixPath
 
+import msgspec
 import pytest
 
+from triptych.api.images import ImageRequest
 from triptych.api.page import FILES, FOLDER, POLICY
+from triptych.roles.head.job import RUNNING
+from triptych.roles.media.formats import formats_for
+from triptych.roles.messages.common import MAX_PARTIAL_IMAGES, MAX_PRIORITY
 
 pytestmark = pytest.mark.anyio
 ROOT = Path(__file__).parents[2]
@@ -71,3 +77,20 @@ def test_the_wheel_has_the_files_of_the_page():
     names = [path.relative_to(FOLDER.parent) for path in FOLDER.iterdir()]
     assert len(names) == len(FILES)
     assert all(any(PurePosixPath(name).match(pattern) for pattern in patterns) for name in names)
+
+
+def test_what_the_page_repeats_of_the_api_is_as_the_api_has_it():
+    text = FILES["/page/constants.js"].plain.content.decode()
+    numbers = {name: int(value) for name, value in re.findall(r"const (\w+) = (\d+);", text)}
+    fields = msgspec.json.schema(ImageRequest)["$defs"]["ImageRequest"]["properties"]
+    assert numbers == {
+        "MAX_IMAGES": fields["n"]["maximum"],
+        "MAX_PARTIAL_IMAGES": MAX_PARTIAL_IMAGES,
+        "MAX_PRIORITY": MAX_PRIORITY,
+    }
+    states = dict(re.findall(r'(\w+): "(\w+)"', text))
+    assert {stage: f"{state}_RUNNING" for stage, state in states.items()} == RUNNING
+    formats = {medium: json.loads(names) for medium, names in re.findall(r"(\w+): (\[.*\]),", text)}
+    assert set(formats) == {"image", "video", "audio"}
+    for medium, names in formats.items():
+        assert set(names) <= set(formats_for(medium)), medium

@@ -11,7 +11,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
 from tests.page.conftest import DESKTOP, PHONE
-from tests.page.test_page import MANY, generate, picture, png, tiles
+from tests.page.test_page import MANY, generate, image_file, png, tiles
 from tests.system.conftest import BOUND_S
 from triptych.api.launch import Cluster
 
@@ -54,7 +54,7 @@ def test_axe_finds_nothing(
     found += violations(page, "image")
     page.keyboard.press("Escape")
     page.get_by_label("Model").select_option("inpainting")
-    page.locator("[data-slot=image] input").set_input_files(picture(png()))
+    page.locator("[data-slot=image] input").set_input_files(image_file(png()))
     page.get_by_role("button", name="Paint a mask").click()
     page.get_by_text("By numbers").click()
     found += violations(page, "painter")

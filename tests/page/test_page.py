@@ -48,7 +48,7 @@ def tiles(page: Page, state: str = "") -> Locator:
     return page.locator(f".tile[data-state={state}]" if state else ".tile")
 
 
-def picture(data: bytes, size: tuple[int, int] = (64, 64)) -> dict[str, object]:
+def image_file(data: bytes, size: tuple[int, int] = (64, 64)) -> dict[str, object]:
     """A file for a form."""
     return {"name": "start.png", "mimeType": "image/png", "buffer": data}
 
@@ -128,7 +128,7 @@ def test_again_vary_seed_download_and_delete(page: Page, api: httpx.Client) -> N
 
 def test_a_painted_mask_says_what_is_made_anew(page: Page, api: httpx.Client) -> None:
     page.get_by_label("Model").select_option("inpainting")
-    page.locator("[data-slot=image] input").set_input_files(picture(png()))
+    page.locator("[data-slot=image] input").set_input_files(image_file(png()))
     page.get_by_role("button", name="Paint a mask").click()
     painter = page.get_by_role("dialog")
     box = painter.locator("canvas").bounding_box()
@@ -157,7 +157,7 @@ def test_a_painted_mask_says_what_is_made_anew(page: Page, api: httpx.Client) ->
 
 def test_a_mask_can_be_made_with_keys_alone(page: Page) -> None:
     page.get_by_label("Model").select_option("inpainting")
-    page.locator("[data-slot=image] input").set_input_files(picture(png(size=(48, 32))))
+    page.locator("[data-slot=image] input").set_input_files(image_file(png(size=(48, 32))))
     page.get_by_role("button", name="Paint a mask").focus()
     page.keyboard.press("Enter")
     painter = page.get_by_role("dialog")

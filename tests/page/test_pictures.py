@@ -12,7 +12,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect
 
 from tests.page.conftest import PHONE
-from tests.page.test_page import generate, picture, tiles
+from tests.page.test_page import generate, image_file, tiles
 from tests.system.conftest import BOUND_S
 from triptych.api.launch import Cluster
 
@@ -71,7 +71,7 @@ def test_pictures(cluster: Cluster, api: httpx.Client, open_page: Callable[..., 
     first = api.get("/v1/requests", params={"order": "asc"}).json()["data"][0]
     start = api.get(f"/v1/images/{first['units'][0]['artifact']['name']}").content
     light.get_by_label("Model").select_option("inpainting")
-    light.locator("[data-slot=image] input").set_input_files(picture(start))
+    light.locator("[data-slot=image] input").set_input_files(image_file(start))
     light.get_by_role("button", name="Paint a mask").click()
     box = light.locator("canvas").bounding_box()
     assert box
