@@ -9,6 +9,7 @@ import { paintMask } from "./mask.js";
 import { Slot, takeDrops } from "./slots.js";
 
 const MASK = "mask_image";
+const MISSING = "The images of that request are not in this browser: add them again.";
 const OWN = [
   { name: "seed", kind: "integer", minimum: 0, default: "random" },
   { name: "n", kind: "integer", minimum: 1, maximum: MAX_IMAGES, default: 1 },
@@ -33,7 +34,7 @@ export class Composer {
     this.prompt.addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || event.shiftKey || event.isComposing || matchMedia("(pointer: coarse)").matches) return;
       event.preventDefault();
-      this.composer.requestSubmit();
+      if (!event.repeat) this.composer.requestSubmit();
     });
     takeDrops(() => this.slots);
   }
@@ -114,8 +115,9 @@ export class Composer {
     this.moreButton.setAttribute("aria-expanded", String(shown));
   }
 
-  /** Send what is in the box. */
+  /** Send what is in the box: one request at a time, since Enter gets here while the button is disabled, too. */
   async submit() {
+    if (this.generate.disabled || !this.card) return;
     const form = new FormData();
     if (!this.prompt.disabled && this.prompt.value.trim()) form.set("prompt", this.prompt.value.trim());
     for (const field of this.fields) {
@@ -127,14 +129,16 @@ export class Composer {
     await this.send(form);
   }
 
-  /** Make a request again with another seed. */
+  /** Make a request again with another seed; without the images that it was made of, say so and send nothing. */
   async vary(request) {
+    const files = await this.filesFor(request);
+    if (!files) return this.showProblem(MISSING);
     const form = new FormData();
     for (const [name, value] of Object.entries(request.inputs)) {
       if (value === null || areFiles(value)) continue;
       form.set(name, typeof value === "object" ? JSON.stringify(value) : String(value));
     }
-    for (const [name, file] of await this.filesFor(request)) form.append(name, file, file.name);
+    for (const [name, file] of files) form.append(name, file, file.name);
     form.set("model", request.model);
     if (request.output.format) form.set("output_format", request.output.format);
     form.set("n", String(request.units.length));
@@ -149,7 +153,8 @@ export class Composer {
     this.field("seed")?.write(unit.seed);
     if (request.output.format) this.field("output_format")?.write(request.output.format);
     const files = await this.filesFor(request);
-    for (const slot of this.slots) slot.set(files.filter(([name]) => name === slot.name).map(([, file]) => file));
+    for (const slot of this.slots) slot.set((files ?? []).filter(([name]) => name === slot.name).map(([, file]) => file));
+    if (!files) this.showProblem(MISSING);
     this.composer.scrollIntoView({ block: "start" });
     this.prompt.focus();
   }
@@ -161,11 +166,11 @@ export class Composer {
     return Boolean(slot);
   }
 
+  /** Return names and files of the images that a request was made of; null where it has some that are not in this browser. */
   async filesFor(request) {
-    const needed = Object.values(request.inputs).some(areFiles);
-    const files = needed ? await filesOf(request.id) : [];
-    if (needed && !files.length) this.showProblem("The images of that request are not in this browser: add them again.");
-    return files;
+    if (!Object.values(request.inputs).some(areFiles)) return [];
+    const files = await filesOf(request.id);
+    return files.length ? files : null;
   }
 
   field(name) {
@@ -197,8 +202,8 @@ export class Composer {
   showProblem(message, name = null) {
     this.problem.textContent = message;
     const input = name === "prompt" ? this.prompt : (this.field(name)?.input ?? this.slotsOf.get(name)?.input);
-    if (!input) return;
-    if (this.more.contains(input)) this.showMore(true);
+    if (!input) return this.problem.scrollIntoView({ block: "nearest" });
+    this.reveal(input);
     input.setAttribute("aria-invalid", "true");
     input.focus();
   }
