@@ -1,7 +1,7 @@
 // The prompt box: what the chosen model takes, and the requests that are made of it.
 
 import { call } from "./api.js";
-import { MAX_IMAGES, MAX_PARTIAL_IMAGES, OUTPUT_FORMATS } from "./constants.js";
+import { MAX_IMAGES, MAX_PARTIAL_IMAGES, MAX_PRIORITY, OUTPUT_FORMATS } from "./constants.js";
 import { announce, button, el, labelOf } from "./dom.js";
 import { MAIN, limitsOf, makeField, takesImages } from "./fields.js";
 import { filesOf, keepFiles } from "./kept.js";
@@ -13,6 +13,10 @@ const MISSING = "The images of that request are not in this browser: add them ag
 const OWN = [
   { name: "seed", kind: "integer", minimum: 0, default: "random" },
   { name: "n", kind: "integer", minimum: 1, maximum: MAX_IMAGES, default: 1 },
+];
+const SCHEDULING = [
+  { name: "priority", kind: "integer", minimum: -MAX_PRIORITY, maximum: MAX_PRIORITY, default: 0, description: "A higher one goes first." },
+  { name: "deadline_s", kind: "number", minimum: 0, description: "Seconds from now in which the result is wanted." },
 ];
 
 /** The prompt box; calls `onrequest` with each request that the server has accepted. */
@@ -27,7 +31,7 @@ export class Composer {
       this[id.replace(/-(\w)/, (_, letter) => letter.toUpperCase())] = document.getElementById(id);
     }
     this.composer.addEventListener("submit", (event) => (event.preventDefault(), this.submit()));
-    this.composer.addEventListener("invalid", (event) => this.more.contains(event.target) && this.showMore(true), true);
+    this.composer.addEventListener("invalid", (event) => this.reveal(event.target), true);
     this.composer.addEventListener("input", () => this.clearProblem());
     this.moreButton.addEventListener("click", () => this.showMore(this.more.hidden));
     this.model.addEventListener("change", () => this.choose(this.model.value));
@@ -74,10 +78,13 @@ export class Composer {
     const main = MAIN.map((name) => rest.find((parameter) => parameter.name === name)).filter(Boolean);
     const cells = main.map((parameter) => makeField(parameter, { compact: true }));
     const others = rest.filter((parameter) => !main.includes(parameter)).map((parameter) => makeField(parameter));
+    const scheduling = SCHEDULING.map((parameter) => makeField(parameter));
     const size = sizeFields(parameters);
-    this.fields = [...size.fields, ...cells, ...others];
+    this.fields = [...size.fields, ...cells, ...others, ...scheduling];
     this.cells.replaceChildren(...[size.node, ...cells.map(({ node }) => node)].filter(Boolean));
-    this.more.replaceChildren(...others.map(({ node }) => node));
+    const open = this.more.querySelector("details")?.open;
+    const fold = el("details", { open }, el("summary", {}, "Advanced"), el("div", { class: "fields" }, scheduling.map(({ node }) => node)));
+    this.more.replaceChildren(...others.map(({ node }) => node), fold);
   }
 
   makeSlots(parameters, files) {
@@ -115,6 +122,14 @@ export class Composer {
     this.moreButton.setAttribute("aria-expanded", String(shown));
   }
 
+  /** Open what a field is folded away in. */
+  reveal(input) {
+    if (!this.more.contains(input)) return;
+    this.showMore(true);
+    const fold = input.closest("details");
+    if (fold) fold.open = true;
+  }
+
   /** Send what is in the box: one request at a time, since Enter gets here while the button is disabled, too. */
   async submit() {
     if (this.generate.disabled || !this.card) return;
@@ -141,6 +156,7 @@ export class Composer {
     for (const [name, file] of files) form.append(name, file, file.name);
     form.set("model", request.model);
     if (request.output.format) form.set("output_format", request.output.format);
+    for (const { name } of SCHEDULING) if (request[name]) form.set(name, String(request[name]));
     form.set("n", String(request.units.length));
     await this.send(form);
   }
@@ -149,9 +165,9 @@ export class Composer {
   async useAgain(request, unit) {
     this.choose(request.model);
     this.prompt.value = request.inputs.prompt ?? "";
-    for (const field of this.fields) field.write(request.inputs[field.name]);
-    this.field("seed")?.write(unit.seed);
-    if (request.output.format) this.field("output_format")?.write(request.output.format);
+    const { inputs, output, priority, deadline_s } = request;
+    const values = { ...inputs, seed: unit.seed, output_format: output.format, priority: priority || "", deadline_s };
+    for (const field of this.fields) field.write(values[field.name]);
     const files = await this.filesFor(request);
     for (const slot of this.slots) slot.set((files ?? []).filter(([name]) => name === slot.name).map(([, file]) => file));
     if (!files) this.showProblem(MISSING);

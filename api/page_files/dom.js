@@ -50,6 +50,7 @@ const LABELS = {
   lora_scale: "LoRA scale",
   output_format: "File format",
   n: "Images",
+  deadline_s: "Deadline",
 };
 
 /** Return how people read the name of a parameter. */

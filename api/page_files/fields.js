@@ -17,7 +17,8 @@ export function takesImages(parameter) {
 export function limitsOf({ minimum, maximum, multiple_of: every, one_more_than_multiple_of: after }) {
   if (minimum !== undefined && minimum === maximum) return "";
   const range =
-    minimum !== undefined && maximum !== undefined ? `${minimum}–${maximum}`
+    minimum < 0 && maximum !== undefined ? `${minimum} to ${maximum}`
+    : minimum !== undefined && maximum !== undefined ? `${minimum}–${maximum}`
     : minimum ? `from ${minimum}`
     : maximum !== undefined ? `to ${maximum}`
     : "";

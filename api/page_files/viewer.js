@@ -147,6 +147,8 @@ export class Viewer {
         .filter(([name, value]) => !NOT_PARAMETERS.has(name) && value !== null && value !== "")
         .map(([name, value]) => [labelOf(name), said(value)]),
       ["Model", request.model],
+      request.priority && ["Priority", request.priority],
+      request.deadline_s && ["Deadline", duration(request.deadline_s) + ({ true: ", kept", false: ", missed" }[request.deadline_met] ?? "")],
       ["Accepted", moment(request.created_at)],
       took > 0 && ["Took", duration(took)],
       ["Request", request.id],
