@@ -6,6 +6,7 @@ import { makeMedia, makePanels, progressOf, reasonOf } from "./gallery.js";
 import { mountTimeline } from "./timeline.js";
 
 const NOT_PARAMETERS = new Set(["prompt", "width", "height"]);
+const LEFT = "left";
 
 /** The dialog in which an image is looked at. */
 export class Viewer {
@@ -29,6 +30,7 @@ export class Viewer {
   /** Show the image of a tile of the gallery. */
   open(tile) {
     this.tile = tile;
+    this.dialog.returnValue = "";
     this.render();
     if (!this.dialog.open) this.dialog.showModal();
   }
@@ -93,7 +95,7 @@ export class Viewer {
     const done = unit.state === "DONE";
     const run = (work) => () => work().catch((error) => (this.problem.textContent = error.message));
     const here = [
-      button("Use again", run(() => (this.dialog.close(), this.composer.useAgain(request, unit)))),
+      button("Use again", run(() => (this.leave(), this.composer.useAgain(request, unit)))),
       button("Vary seed", run(() => (this.dialog.close(), this.composer.vary(request)))),
     ];
     if (done) here.push(this.downloadLink(unit.artifact));
@@ -132,7 +134,7 @@ export class Viewer {
 
   async edit(artifact) {
     const blob = await (await call(mediaPath(artifact.name))).blob();
-    this.dialog.close();
+    this.leave();
     this.composer.useImage(new File([blob], artifact.name, { type: blob.type }));
     document.getElementById("prompt").focus();
   }
@@ -162,12 +164,17 @@ export class Viewer {
     if (node?.tile) this.open(node.tile);
   }
 
+  /** Close in favour of the prompt box: the event `close` comes after that has got the focus, and leaves it there. */
+  leave() {
+    this.dialog.close(LEFT);
+  }
+
   closed() {
     this.stopTimeline?.();
     this.stopTimeline = null;
     this.stage.replaceChildren();
     this.details.replaceChildren();
-    this.tile.frame.focus({ preventScroll: true });
+    if (this.dialog.returnValue !== LEFT) this.tile.frame.focus({ preventScroll: true });
   }
 }
 
