@@ -152,6 +152,13 @@ export async function mediaUrl(name) {
   return blobs.get(name);
 }
 
+/** Say why the file of a request cannot be shown. An element that cannot load it does not know: the server is asked. */
+export async function mediaProblem(name, error) {
+  const ask = () => call(mediaPath(name), { headers: { Range: "bytes=0-0" } });
+  const reason = error instanceof ApiError ? error : await ask().then(() => error, (refusal) => refusal);
+  return [404, 410].includes(reason.status) ? "This file is not kept any more" : reason.message;
+}
+
 /** Give the memory of a file back. */
 export function forgetMedia(name) {
   blobs.get(name)?.then((url) => URL.revokeObjectURL(url), () => {});

@@ -1,6 +1,6 @@
 // The gallery: what the server has made and is making, the newest first. Requests in progress are followed as they move.
 
-import { call, follow, forgetMedia, getJson, mediaUrl } from "./api.js";
+import { call, follow, forgetMedia, getJson, mediaProblem, mediaUrl } from "./api.js";
 import { STATE_OF_STAGE } from "./constants.js";
 import { announce, duration, el } from "./dom.js";
 import { forgetFiles } from "./kept.js";
@@ -126,13 +126,13 @@ class Tile {
     try {
       const media = await makeMedia(artifact, "");
       if (this.shown === artifact.name) this.media.replaceChildren(media);
-    } catch {
+    } catch (error) {
       if (this.shown !== artifact.name) return; // a preview that the image has overtaken
       this.shown = "";
       if (this.unit.state !== DONE) return;
       this.doing.hidden = false;
       this.panels.node.hidden = true;
-      this.words.textContent = "This file is not kept any more";
+      this.words.textContent = await mediaProblem(artifact.name, error);
     }
   }
 }

@@ -118,15 +118,22 @@ class Timeline {
         await follow(`${this.path}/events`, (name, data) => this.take(name, data), signal);
       }
     } catch (error) {
-      if (!signal.aborted) this.head.textContent = error.message;
+      this.fail(error);
     } finally {
       clearInterval(this.redrawing);
     }
   }
 
+  /** Say what has gone wrong, until the next answer. */
+  fail(error) {
+    if (this.following.signal.aborted) return;
+    this.problem = error.message;
+    setText(this.head, this.problem);
+  }
+
   take(name, data) {
     if (name === "ended") this.show(data);
-    else this.reloading ??= setTimeout(() => this.load().catch(() => {}).finally(() => (this.reloading = null)), RELOAD_MS);
+    else this.reloading ??= setTimeout(() => this.load().catch((error) => this.request.terminal || this.fail(error)).finally(() => (this.reloading = null)), RELOAD_MS);
   }
 
   async load() {
@@ -139,6 +146,7 @@ class Timeline {
 
   show(request) {
     this.request = request;
+    this.problem = "";
     if (request.terminal) clearInterval(this.redrawing);
     this.draw();
     this.fillTable();
@@ -153,7 +161,7 @@ class Timeline {
     const now = this.now();
     const length = Math.max(now - request.created_at, 0.001);
     const runs = request.units.some((job) => job.runs.length);
-    setText(this.head, `${wordOf(request)} ${request.terminal ? "in" : "for"} ${secondsOf(length)}${runs || !request.terminal ? "" : ": its times were not recorded"}`);
+    setText(this.head, this.problem || `${wordOf(request)} ${request.terminal ? "in" : "for"} ${secondsOf(length)}${runs || !request.terminal ? "" : ": its times were not recorded"}`);
     const shown = request.units.slice(0, MOST_JOBS);
     for (const job of shown) {
       if (!this.jobs.has(job.index)) this.jobs.set(job.index, this.addJob(job, request.units.length > 1));

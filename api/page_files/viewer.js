@@ -1,6 +1,6 @@
 // One image and all that is known of it, with what can be done with it.
 
-import { call, mediaPath, mediaUrl } from "./api.js";
+import { call, mediaPath, mediaProblem, mediaUrl } from "./api.js";
 import { announce, button, duration, el, labelOf, moment } from "./dom.js";
 import { makeMedia, makePanels, progressOf, reasonOf } from "./gallery.js";
 import { mountTimeline } from "./timeline.js";
@@ -85,7 +85,8 @@ export class Viewer {
   async show(artifact, title, done) {
     if (this.shown === artifact.name) return;
     this.shown = artifact.name;
-    const media = await makeMedia(artifact, title, { large: true }).catch(() => el("p", { class: "words" }, "This file is not kept any more"));
+    const media = await makeMedia(artifact, title, { large: true }).catch(async (error) =>
+      el("p", { class: "words" }, await mediaProblem(artifact.name, error)));
     if (this.shown !== artifact.name) return;
     if (done) this.stage.replaceChildren(media);
     else this.media.replaceChildren(media);
