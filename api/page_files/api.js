@@ -95,7 +95,10 @@ function showKeyDialog(refused) {
   });
 }
 
-/** Follow server-sent events of `path` until the event `ended`, over lost connections; returns when there are no more. */
+/**
+ * Follow server-sent events of `path` until the event `ended`, over lost connections; returns when there are no more.
+ * Throws what the server refuses, and what `onEvent` throws.
+ */
 export async function follow(path, onEvent, signal) {
   let lastId = "";
   while (!signal.aborted) {
@@ -109,28 +112,39 @@ export async function follow(path, onEvent, signal) {
       }
     } catch (error) {
       if (signal.aborted) return;
-      if (error instanceof ApiError && error.status >= 400 && error.status < 500 && error.status !== 429) throw error;
+      if (!isPassing(error)) throw error;
     }
     await pause(1000, signal);
   }
 }
 
+/** Whether it may go well the next time: no connection, too many requests, or a server that is not up. */
+function isPassing(error) {
+  return error instanceof ApiError && (error.status < 400 || error.status === 429 || error.status >= 500);
+}
+
 async function* eventsOf(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    const blocks = (text + value).split("\n\n");
-    text = blocks.pop();
-    for (const block of blocks) {
-      const fields = {};
-      for (const line of block.split("\n")) {
-        const colon = line.indexOf(":");
-        fields[line.slice(0, colon)] = line.slice(colon + 1).trimStart();
+  try {
+    for (;;) {
+      const { value, done } = await reader.read().catch(() => {
+        throw new ApiError(0, { message: "The connection was lost." });
+      });
+      if (done) return;
+      const blocks = (text + value).split("\n\n");
+      text = blocks.pop();
+      for (const block of blocks) {
+        const fields = {};
+        for (const line of block.split("\n")) {
+          const colon = line.indexOf(":");
+          fields[line.slice(0, colon)] = line.slice(colon + 1).trimStart();
+        }
+        if (fields.data) yield fields;
       }
-      if (fields.data) yield fields;
     }
+  } finally {
+    reader.cancel().catch(() => {}); // it rejects where the connection was lost: there is nothing left to end
   }
 }
 
