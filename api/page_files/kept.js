@@ -1,12 +1,16 @@
 // The images that requests of this browser were made of, so that one can be made again: the server does not give them back.
 
 const MOST = 40;
-const STORE = "files";
+const VERSION = 2;
+const STORE = "requests"; // with the time at which each was kept, which their ids do not tell
 
 function opened() {
   return new Promise((resolve, reject) => {
-    const opening = indexedDB.open("triptych", 1);
-    opening.onupgradeneeded = () => opening.result.createObjectStore(STORE);
+    const opening = indexedDB.open("triptych", VERSION);
+    opening.onupgradeneeded = () => {
+      for (const name of opening.result.objectStoreNames) opening.result.deleteObjectStore(name);
+      opening.result.createObjectStore(STORE).createIndex("at", "at");
+    };
     opening.onsuccess = () => resolve(opening.result);
     opening.onerror = () => reject(opening.error);
   });
@@ -22,13 +26,13 @@ async function within(mode, work) {
   });
 }
 
-/** Keep the files of a request, and forget those of the oldest. Ids sort by time. */
+/** Keep the files of a request, and forget those that have been kept for longest. */
 export async function keepFiles(id, entries) {
   try {
-    const ids = await within("readonly", (store) => store.getAllKeys());
+    const ids = await within("readonly", (store) => store.index("at").getAllKeys());
     await within("readwrite", (store) => {
       for (const old of ids.slice(0, Math.max(0, ids.length - MOST + 1))) store.delete(old);
-      store.put(entries, id);
+      store.put({ at: Date.now(), entries }, id);
     });
   } catch (error) {
     console.warn("the images are not kept for later", error); // a private window, or a full disk: the request goes on
@@ -38,7 +42,7 @@ export async function keepFiles(id, entries) {
 /** Return names and files of a request, [] where they are not kept. */
 export async function filesOf(id) {
   try {
-    return (await within("readonly", (store) => store.get(id))) ?? [];
+    return (await within("readonly", (store) => store.get(id)))?.entries ?? [];
   } catch (error) {
     console.warn("kept images cannot be read", error); // as above
     return [];
