@@ -59,7 +59,7 @@ async function statusNow() {
   }
 }
 
-/** Get the models until all of them say what they take. */
+/** Get the models until all of them say what they take, and the gallery until it is there. */
 async function watchModels() {
   for (let shown = ""; ; await pause(MODELS_MS)) {
     const { data } = await getJson("v1/models").catch((error) => (console.warn(error), { data: [] }));
@@ -67,8 +67,8 @@ async function watchModels() {
     gallery.setModels(data);
     if (shown !== JSON.stringify(data)) composer.setModels(data);
     shown = JSON.stringify(data);
-    if (!gallery.loaded) await gallery.load().catch((error) => composer.showProblem(error.message));
-    if (data.every(({ parameters }) => parameters.length)) return;
+    if (!gallery.loaded) await gallery.load();
+    if (gallery.loaded && data.every(({ parameters }) => parameters.length)) return;
   }
 }
 

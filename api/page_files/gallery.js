@@ -145,6 +145,11 @@ function factsOf(request, unit) {
     .join(" · ");
 }
 
+/** Whether a request is before another one in the list of the server. */
+function isNewer(one, other) {
+  return one.created_at > other.created_at || (one.created_at === other.created_at && one.id > other.id);
+}
+
 /** The list of tiles. */
 export class Gallery {
   constructor({ onopen, onchange }) {
@@ -153,11 +158,13 @@ export class Gallery {
     this.list = document.getElementById("gallery");
     this.empty = document.getElementById("empty");
     this.older = document.getElementById("older");
+    this.problem = document.getElementById("gallery-problem");
     this.entries = new Map();
     this.cards = new Map();
     this.waiting = [];
     this.streams = 0;
-    this.older.addEventListener("click", () => this.load(this.last));
+    this.drops = 0;
+    this.older.addEventListener("click", () => this.load());
     document.addEventListener("visibilitychange", () => this.refresh());
     setInterval(() => this.refresh(), REFRESH_MS);
   }
@@ -173,24 +180,42 @@ export class Gallery {
     return side("width") / side("height") || 1;
   }
 
-  /** Get a page of requests, those after an id. */
-  async load(after = "") {
-    const page = await getJson(`v1/requests?limit=${PAGE}${after && `&after=${encodeURIComponent(after)}`}`);
-    for (const request of page.data) this.add(request, { newest: false });
-    this.last = page.last_id ?? this.last;
-    this.older.hidden = !page.has_more;
-    this.loaded = true;
-    this.showEmpty();
+  /** Get the next page of requests, those that are older than all here. */
+  async load() {
+    try {
+      const page = await this.nextPage();
+      for (const request of page.data) this.add(request);
+      this.older.hidden = !page.has_more;
+      this.loaded = true;
+      this.problem.textContent = "";
+      this.showEmpty();
+    } catch (error) {
+      this.problem.textContent = error.message;
+    }
+  }
+
+  async nextPage() {
+    for (;;) {
+      const { oldest } = this;
+      try {
+        return await getJson(`v1/requests?limit=${PAGE}${oldest ? `&after=${encodeURIComponent(oldest.id)}` : ""}`);
+      } catch (error) {
+        if (error.status !== 404 || !oldest) throw error;
+        this.drop(oldest); // somebody else has deleted it: the list goes on after the one before
+      }
+    }
   }
 
   /** Look for requests that others have made meanwhile. */
   async refresh() {
     if (!this.loaded || document.hidden || this.refreshing) return;
     this.refreshing = true;
+    const { drops } = this;
     try {
       const { data } = await getJson(`v1/requests?limit=${PAGE}`);
-      for (const request of data.toReversed()) {
-        if (request.id > this.newest) this.add(request);
+      if (drops !== this.drops) return; // one of them may be deleted by now: the next turn asks again
+      for (const request of data) {
+        if (this.older.hidden || !this.oldest || isNewer(request, this.oldest.request)) this.add(request);
       }
     } catch {
       // The status line says that the server does not answer; the next turn asks again.
@@ -199,21 +224,20 @@ export class Gallery {
     }
   }
 
-  get newest() {
-    return [...this.entries.keys()].reduce((one, other) => (one > other ? one : other), "");
+  get oldest() {
+    return this.list.lastElementChild?.tile.entry;
   }
 
-  /** Show a request. */
-  add(request, { newest = true } = {}) {
+  /** Show a request among the others, by its age. */
+  add(request) {
     const known = this.entries.get(request.id);
     if (known) return known;
     const entry = { id: request.id, request, abort: new AbortController() };
     const units = request.units.toSorted((one, other) => one.index - other.index);
     entry.tiles = units.map((unit) => new Tile(entry, unit, this));
     this.entries.set(request.id, entry);
-    const nodes = entry.tiles.map(({ node }) => node);
-    if (newest) this.list.prepend(...nodes);
-    else this.list.append(...nodes);
+    const next = [...this.list.children].find(({ tile }) => isNewer(request, tile.request)) ?? null;
+    for (const { node } of entry.tiles) this.list.insertBefore(node, next);
     this.showEmpty();
     if (!request.terminal) {
       this.waiting.push(entry);
@@ -266,6 +290,7 @@ export class Gallery {
   }
 
   drop(entry) {
+    this.drops += 1;
     entry.abort.abort();
     this.entries.delete(entry.id);
     this.waiting = this.waiting.filter((other) => other !== entry);
