@@ -44,6 +44,7 @@ def test_axe_finds_nothing(
     generate(page, Steps=MANY)
     expect(tiles(page, "DENOISING_RUNNING").locator("img")).to_be_visible()
     page.get_by_role("button", name="More parameters").click()
+    page.get_by_text("Advanced", exact=True).click()
     found += violations(page, "gallery")
     tiles(page, "DENOISING_RUNNING").get_by_role("button").click()
     found += violations(page, "in progress")

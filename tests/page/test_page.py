@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from PIL import Image
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Route, expect
 
 from tests.page.conftest import PHONE, Background, launched
-from tests.system.conftest import BOUND_S, write_topology
+from tests.system.conftest import BOUND_S, SharedModel, write_models
 from triptych.api.launch import Cluster
 
 pytestmark = [pytest.mark.page, pytest.mark.timeout(300)]
@@ -20,6 +22,12 @@ expect.set_options(timeout=BOUND_S * 1000)
 MANY = "2500"
 """Steps that take a while."""
 PROMPT = "a large red circle on the left of a blue background"
+LIST = re.compile(r"/v1/requests\?")
+"""Of the gallery."""
+RESTARTING: dict[str, dict[str, Any]] = {
+    "error": {"message": "The head restarts.", "type": "server_error", "param": None, "code": "unavailable"}
+}
+"""An error of the API."""
 COUNT_WHITE = """async image => {
     await image.decode();
     const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight), context = canvas.getContext("2d");
@@ -46,6 +54,11 @@ def generate(page: Page, prompt: str = PROMPT, **fields: str) -> None:
 
 def tiles(page: Page, state: str = "") -> Locator:
     return page.locator(f".tile[data-state={state}]" if state else ".tile")
+
+
+def look_for_others(page: Page) -> None:
+    """Have the gallery ask now what others have made, as when its tab is looked at again."""
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
 
 
 def image_file(data: bytes, size: tuple[int, int] = (64, 64)) -> dict[str, object]:
@@ -108,6 +121,7 @@ def test_again_vary_seed_download_and_delete(page: Page, api: httpx.Client) -> N
     assert waiting.value.path().read_bytes() == api.get(f"/v1/images/{name}").content
 
     dialog.get_by_role("button", name="Use again").click()
+    expect(page.get_by_label("Prompt", exact=True)).to_be_focused()
     expect(page.get_by_label("Prompt", exact=True)).to_have_value(PROMPT)
     expect(page.get_by_label("Steps", exact=True)).to_have_value("7")
     expect(page.get_by_label("Seed", exact=True)).to_have_value("11")
@@ -189,6 +203,7 @@ def test_an_image_is_dropped_and_one_that_was_made_is_edited(page: Page, api: ht
     tiles(page).get_by_role("button").click()
     page.get_by_role("button", name="Edit").click()
     expect(page.locator("[data-slot=image] img")).to_have_count(1)
+    expect(page.get_by_label("Prompt", exact=True)).to_be_focused()
     expect(page.get_by_alt_text("dropped.png")).to_have_count(0)
     page.get_by_role("button", name="Remove image").click()
     expect(page.locator("[data-slot=image] img")).to_have_count(0)
@@ -269,9 +284,8 @@ def test_where_a_key_is_needed_it_is_asked_for_and_kept_in_the_tab(
     key = "ada-0123456789abcdef"
     (tmp_path / "keys").write_text(f"ada:{key}\n")
     (tmp_path / "keys").chmod(0o600)
-    file = write_topology(
-        tmp_path, models("flux"), dict.fromkeys(("encoder", "denoiser", "decoder"), 1), {"api": {"keys_file": "keys"}}
-    )
+    file = write_models(tmp_path, {"sdxl": SharedModel("sdxl", task="any")}, models)
+    file.write_text(f'{file.read_text()}[api]\nkeys_file = "keys"\n')
     with launched(background, file) as cluster:
         page = open_page(cluster.url)
         dialog = page.get_by_role("dialog", name="API key")
@@ -289,3 +303,158 @@ def test_where_a_key_is_needed_it_is_asked_for_and_kept_in_the_tab(
         with page.expect_download() as waiting:
             page.get_by_role("link", name="Download").click()
         assert waiting.value.path().read_bytes().startswith(b"\x89PNG")
+        page.get_by_role("button", name="Edit").click()
+        expect(page.locator("[data-slot=image] img")).to_be_visible()
+        assert page.locator("[data-slot=image] img").evaluate(COUNT_WHITE)[:2] == [64, 64]
+
+
+def test_without_its_images_a_request_is_not_made_again(page: Page, api: httpx.Client) -> None:
+    files = {name: (f"{name}.png", png(), "image/png") for name in ("image", "mask_image")}
+    form = {"model": "inpainting", "prompt": "made elsewhere", "num_inference_steps": "4"}
+    api.post("/v1/images/generations", data=form, files=files).raise_for_status()
+    look_for_others(page)
+    for name in ("Vary seed", "Use again"):
+        tiles(page, "DONE").get_by_role("button").click()
+        page.get_by_role("dialog").get_by_role("button", name=name).click()
+        expect(page.locator("#problem")).to_contain_text("not in this browser")
+        page.get_by_label("Prompt", exact=True).fill("something else")
+        expect(page.locator("#problem")).to_be_empty()
+    assert len(api.get("/v1/requests").json()["data"]) == 1
+
+
+def test_enter_sends_one_request(page: Page, api: httpx.Client) -> None:
+    page.route("**/v1/models", lambda route: route.fulfill(json={"object": "list", "data": []}))
+    page.reload()
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.keyboard.press("Enter")  # no model is known yet
+    page.unroute("**/v1/models")
+    page.locator("#composer[data-state=ready]").wait_for()
+    sent = list[Route]()
+    page.route("**/v1/images/generations", lambda route: sent.append(route))
+    with page.expect_request("**/v1/images/generations"):
+        page.keyboard.down("Enter")
+    page.keyboard.down("Enter")  # it is held
+    page.keyboard.up("Enter")
+    page.keyboard.press("Enter")  # the first one has no answer yet
+    sent[0].continue_()
+    expect(tiles(page, "DONE")).to_have_count(1)
+    assert len(sent) == 1
+
+
+def test_the_gallery_is_loaded_although_it_failed_once(page: Page, api: httpx.Client) -> None:
+    api.post("/v1/images/generations", json={"prompt": PROMPT, "num_inference_steps": 1}).raise_for_status()
+    page.route(LIST, lambda route: route.fulfill(status=503, json=RESTARTING), times=1)
+    page.reload()
+    expect(tiles(page, "DONE")).to_have_count(1)
+    expect(page.locator("#gallery-problem")).to_be_empty()
+
+
+def test_requests_are_shown_by_their_age_whatever_their_ids_are(page: Page, api: httpx.Client) -> None:
+    task = {"task_id": "zebra", "prompt": "a task with a name", "model": "shapes", "infer_steps": 1}
+    api.post("/v1/tasks/image/", json=task).raise_for_status()
+    look_for_others(page)
+    expect(tiles(page, "DONE")).to_have_count(1)
+    body = {"prompt": "one without", "num_inference_steps": 1}
+    api.post("/v1/images/generations", json=body).raise_for_status()
+    look_for_others(page)
+    expect(tiles(page, "DONE").locator(".prompt")).to_have_text(["one without", "a task with a name"])
+
+
+def test_older_requests_follow_on_those_that_are_left(
+    cluster: Cluster, api: httpx.Client, open_page: Callable[..., Page]
+) -> None:
+    for number in range(26):
+        body = {"prompt": f"number {number}", "num_inference_steps": 1}
+        api.post("/v1/images/generations", json=body).raise_for_status()
+    page = open_page(cluster.url)
+    expect(tiles(page)).to_have_count(24)
+    tiles(page).last.get_by_role("button").click()
+    page.get_by_role("button", name="Delete").click()
+    page.get_by_role("button", name="Delete for good?").click()
+    expect(tiles(page)).to_have_count(23)
+    elsewhere = tiles(page).last.get_attribute("data-request")
+    api.delete(f"/v1/requests/{elsewhere}").raise_for_status()
+    page.route(LIST, lambda route: route.fulfill(status=503, json=RESTARTING), times=1)
+    older = page.get_by_role("button", name="Show older")
+    older.click()
+    expect(page.locator("#gallery-problem")).to_have_text(RESTARTING["error"]["message"])
+    older.click()
+    expect(tiles(page)).to_have_count(24)
+    expect(tiles(page).last.locator(".prompt")).to_have_text("number 0")
+    expect(older).to_be_hidden()
+    expect(page.locator("#gallery-problem")).to_be_empty()
+
+
+def test_the_images_of_the_oldest_requests_are_forgotten_first(page: Page) -> None:
+    kept = page.evaluate(
+        """async () => {
+            const {filesOf, keepFiles} = await import("/page/kept.js");
+            const ids = Array.from({length: 41}, (_, number) => `req_${99 - number}`);
+            for (const id of ids) {
+                const now = Date.now();
+                await keepFiles(id, [["image", new File([id], "a.png")]]);
+                while (Date.now() === now);
+            }
+            return Promise.all(ids.map(async id => (await filesOf(id)).length));
+        }"""
+    )
+    assert kept == [0, *[1] * 40]
+
+
+def test_an_error_of_the_page_ends_the_following_of_events(page: Page) -> None:
+    with page.expect_event("requestfailed", lambda request: request.url.endswith("/v1/cluster/events")):
+        ended = page.evaluate(
+            """() => import("/page/api.js").then(({follow}) => new Promise(resolve => {
+                let events = 0;
+                const take = () => { if (events++) resolve("it went on"); throw new Error("an error"); };
+                follow("v1/cluster/events", take, new AbortController().signal).catch(error => resolve(error.message));
+            }))"""
+        )
+    assert ended == "an error"
+
+
+def test_why_a_file_is_not_shown_is_said(page: Page, api: httpx.Client) -> None:
+    files, answer = "**/v1/images/*.png", {"status": 503, "json": RESTARTING}
+    page.route(files, lambda route: route.fulfill(**answer))
+    api.post("/v1/images/generations", json={"prompt": PROMPT, "num_inference_steps": 1}).raise_for_status()
+    for status, words in ((503, RESTARTING["error"]["message"]), (410, "This file is not kept any more")):
+        answer["status"] = status
+        page.reload()
+        expect(tiles(page).locator(".words")).to_have_text(words)
+        tiles(page).get_by_role("button").click()
+        expect(page.locator(".viewer > .stage")).to_have_text(words)
+
+
+def test_what_keeps_a_timeline_from_going_on_is_said(page: Page) -> None:
+    generate(page, Steps="20000")
+    tiles(page, "DENOISING_RUNNING").get_by_role("button").click()
+    head = page.locator(".timeline-head")
+    expect(head).to_contain_text("Under way for")
+    one = re.compile("/v1/requests/[^/]+$")
+    page.route(one, lambda route: route.fulfill(status=503, json=RESTARTING))
+    expect(head).to_have_text(RESTARTING["error"]["message"])
+    page.unroute(one)
+    expect(head).to_contain_text("Under way for")
+
+
+def test_a_priority_and_a_deadline_are_under_advanced(page: Page, api: httpx.Client) -> None:
+    page.get_by_role("button", name="More parameters").click()
+    priority, deadline = page.get_by_label("Priority", exact=True), page.get_by_label("Deadline", exact=True)
+    expect(priority).to_be_hidden()
+    fold = page.get_by_text("Advanced", exact=True)
+    fold.click()
+    priority.fill("101")
+    fold.click()
+    generate(page, Steps="1")
+    expect(priority).to_be_focused()  # it is shown again, since it is wrong
+    priority.fill("7")
+    deadline.fill("60")
+    generate(page)
+    expect(tiles(page, "DONE")).to_have_count(1)
+    (request,) = api.get("/v1/requests").json()["data"]
+    assert (request["priority"], request["deadline_s"]) == (7, 60)
+    priority.fill("")
+    tiles(page).get_by_role("button").click()
+    page.get_by_role("dialog").get_by_role("button", name="Use again").click()
+    expect(priority).to_have_value("7")
+    expect(deadline).to_have_value("60")
