@@ -375,10 +375,16 @@ async def services(topology, outbox, store, uploads) -> Services:
     def reference(name: str):
         return outbox.reference(name, address_book.address(name))
 
-    head = HeadClient(reference("head"), patience_s=1.0)
+    head = HeadClient(reference("head"), patience_s=BOUND_S)
     cluster = ClusterObserver(topology, address_book, reference)
     variants = VideoVariants(store)
     return Services(topology, head, cluster, store, UploadService(uploads), variants, BodyLimiter(), asyncio.Event())
+
+
+@pytest.fixture
+async def impatient(services):
+    """For tests of a head that does not answer: others wait for it as long as it takes on a busy machine."""
+    services.head.patience_s = 0.3
 
 
 @pytest.fixture

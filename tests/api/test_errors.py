@@ -198,6 +198,7 @@ async def test_what_the_head_refuses(client, fake_head, rejection, status, code,
     assert answer.headers.get("retry-after") == retry_after
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_503_without_a_head(client):
     answer = await client.post(URL, json={"prompt": "x"})
     check(answer, 503, "head_unreachable")

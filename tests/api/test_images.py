@@ -203,6 +203,7 @@ async def test_a_head_that_dies_with_the_submission_gets_it_again_and_makes_one_
     assert list(fake_head.journal) == [answer.json()["id"]]
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("key", [{}, {"Idempotency-Key": "k"}])
 async def test_what_nobody_can_ask_for_again_is_cancelled(client, fake_head, key):
     fake_head.unresponsive = True

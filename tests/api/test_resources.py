@@ -85,6 +85,7 @@ async def test_delete_removes_what_has_ended(client, fake_head):
     assert (await client.delete(f"/v1/requests/{made['id']}")).status_code == 404
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_a_head_that_was_given_up_is_called_that(client, topology):
     gave_up = ChildReport("head", "head", 0, 9, "gave_up", 5, "5 restarts within 30 s", 1.0)
     async with supervisor(topology, gave_up):
