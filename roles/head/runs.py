@@ -1,6 +1,8 @@
-"""The runs of a job: which instance had which of its stages, and when. Pure.
+"""The runs of a job as the head sees them: which instance had which of its stages, and when. Pure.
 
-A run is assigned, has its inputs, computes, and ends. What a run was not told keeps the time 0.
+A run is one stage of an attempt. Here it begins as the job is assigned to an instance, and then has its inputs,
+computes, and ends; what was not told of it keeps the time 0. The same run on its instance, where it begins with its
+first round, is `roles.worker.stage_run.StageRun`, and the span `roles.timeline.RUN` in a trace.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The state of the runs on a device: a run is one stage of an attempt, a round the step that some of them took."""
+"""The state of the runs on a device: a run is one stage of an attempt, a round the step that some of them took.
+
+The head's record of a run (`roles.head.runs`) begins before, when it assigns the job.
+"""
 
 from __future__ import annotations
 
