@@ -20,7 +20,7 @@ from starlette.datastructures import UploadFile
 from triptych.api.errors import ApiError, field_error
 from triptych.roles.media.files import is_disk_full
 from triptych.roles.media.uploads import ENDINGS, TENSORS_ENDING, UploadsFullError, UploadStore
-from triptych.roles.media.video_input import VideoError, VideoLimits, check_video, video_ending
+from triptych.roles.media.video_input import VideoInputError, VideoLimits, check_video, video_ending
 from triptych.roles.messages.common import Images, Input, Tensors, Upload, uploads_of
 
 log = structlog.stdlib.get_logger("api")
@@ -133,7 +133,7 @@ class UploadService:
             raise _too_large(param)
         try:
             info = check_video(data, VIDEO_LIMITS)
-        except VideoError as error:
+        except VideoInputError as error:
             status, code = _VIDEO_ERRORS[error.code]
             raise field_error(param, str(error), status=status, code=code) from None
         pixels = info.frames * info.width * info.height

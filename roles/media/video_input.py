@@ -49,7 +49,7 @@ _TURNS: Final = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Im
 Code: TypeAlias = Literal["too_large", "unsupported", "damaged"]
 
 
-class VideoError(ValueError):
+class VideoInputError(ValueError):
     """A video is not decoded; the message says why, without a subject: "must have at most 256 frames"."""
 
     def __init__(self, code: Code, message: str) -> None:
@@ -109,7 +109,7 @@ def check_video(data: bytes, limits: VideoLimits) -> VideoInfo:
     """Decode a video to see that it can be, and throw the frames away. It blocks, as `read_video` does.
 
     Raises:
-        VideoError: It is damaged, not of a codec of `CODECS`, or beyond a limit.
+        VideoInputError: It is damaged, not of a codec of `CODECS`, or beyond a limit.
     """
     with _Child(data, limits, "check", no_check) as child:
         message = child.receive()
@@ -127,7 +127,7 @@ def read_video(data: bytes, limits: VideoLimits, check: Callable[[], None] = no_
         check: Called several times a second; what it raises ends the decoding.
 
     Raises:
-        VideoError: See `check_video`.
+        VideoInputError: See `check_video`.
     """
     frames, pixels = 0, 0
     with _Child(data, limits, "read", check) as child:
@@ -151,7 +151,7 @@ class _Child:
         check: Called while the child is waited for; what it raises ends the waiting.
 
     Raises:
-        VideoError: It is of no container of `DEMUXERS`.
+        VideoInputError: It is of no container of `DEMUXERS`.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class _Child:
     ) -> None:
         ending = video_ending(data)
         if not ending:
-            raise VideoError("unsupported", "must be a video, an MP4 or WebM")
+            raise VideoInputError("unsupported", "must be a video, an MP4 or WebM")
         self._limits, self._check = limits, check
         self._end = time.monotonic() + limits.seconds + _LEFT_TO_START_S
         arguments = (msgspec.json.encode(limits).decode(), DEMUXERS[ending], wanted)
@@ -186,18 +186,18 @@ class _Child:
         self._stdout.close()
 
     def receive(self) -> _Frame | _Success:
-        """Return what the child says next. Raises VideoError, which may be what it says."""
+        """Return what the child says next. Raises VideoInputError, which may be what it says."""
         (nbytes,) = _LENGTH.unpack(self.read(_LENGTH.size))
         try:
             message = msgspec.json.decode(self.read(nbytes), type=_Frame | _Success | _Failure)
         except msgspec.MsgspecError:
             raise _broken() from None
         if isinstance(message, _Failure):
-            raise VideoError(message.code, message.message)
+            raise VideoInputError(message.code, message.message)
         return message
 
     def read(self, nbytes: int) -> bytearray:
-        """Return the next bytes that the child writes, just so many. Raises VideoError if it ends or takes too long."""
+        """Return the next bytes of the child, just so many; raises VideoInputError if it ends or is too slow."""
         data, count = bytearray(nbytes), 0
         while count < nbytes:
             self._check()
@@ -211,7 +211,7 @@ class _Child:
                 count += read
         return data
 
-    def _ended(self) -> VideoError:
+    def _ended(self) -> VideoInputError:
         """Return why the child closed its stdout before it was done: a limit or a signal has ended it."""
         try:
             code = self._process.wait(_TO_END_S)
@@ -219,12 +219,12 @@ class _Child:
             return _broken()
         return self._too_slow() if code == -signal.SIGXCPU else _broken()
 
-    def _too_slow(self) -> VideoError:
-        return VideoError("too_large", f"must be decoded within {self._limits.seconds} s: send a smaller one")
+    def _too_slow(self) -> VideoInputError:
+        return VideoInputError("too_large", f"must be decoded within {self._limits.seconds} s: send a smaller one")
 
 
-def _broken() -> VideoError:
-    return VideoError("damaged", "could not be decoded")
+def _broken() -> VideoInputError:
+    return VideoInputError("damaged", "could not be decoded")
 
 
 @contextmanager
@@ -250,7 +250,7 @@ def main() -> None:
     stdout = sys.stdout.buffer
     try:
         report = _Success(_decode(demuxer, limits, stdout if wanted == "read" else None))
-    except VideoError as error:
+    except VideoInputError as error:
         report = _Failure(error.code, str(error))
     except (av.FFmpegError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
@@ -272,14 +272,14 @@ def _decode(demuxer: str, limits: VideoLimits, stdout: BinaryIO | None) -> Video
     for frame in _frames(sys.stdin.buffer, demuxer, limits):
         sides = (frame.height, frame.width) if _turns(frame) % 2 else (frame.width, frame.height)
         if count and sides != size:
-            raise VideoError("unsupported", "must have frames of one size")
+            raise VideoInputError("unsupported", "must have frames of one size")
         count, size = count + 1, sides
         if stdout is not None:
             pixels = _upright(frame).tobytes()
             _send(stdout, _Frame(*sides))
             stdout.write(pixels)
     if not count:
-        raise VideoError("damaged", "has no frames")
+        raise VideoInputError("damaged", "has no frames")
     return VideoInfo(count, *size)
 
 
@@ -311,11 +311,11 @@ def _frames(file: BinaryIO, demuxer: str, limits: VideoLimits) -> Iterator[Video
     }
     with av.open(file, "r", format=demuxer, options=options, metadata_errors="replace") as container:
         if not container.streams.video:
-            raise VideoError("damaged", "has no video, or is not complete")
+            raise VideoInputError("damaged", "has no video, or is not complete")
         stream = container.streams.video[0]
         codec = stream.codec_context.codec.canonical_name if stream.codec_context else "an unknown codec"
         if codec not in CODECS:
-            raise VideoError("unsupported", f"is {codec}: send one of {', '.join(sorted(CODECS))}")
+            raise VideoInputError("unsupported", f"is {codec}: send one of {', '.join(sorted(CODECS))}")
         _check_frame(stream.codec_context, limits)
         stream.codec_context.thread_count = 1
         stream.codec_context.options = {"max_pixels": options["max_pixels"]}
@@ -323,16 +323,18 @@ def _frames(file: BinaryIO, demuxer: str, limits: VideoLimits) -> Iterator[Video
         for count, frame in enumerate(container.decode(stream)):
             pixels += frame.width * frame.height
             if count == limits.frames:
-                raise VideoError("too_large", f"must have at most {limits.frames} frames")
+                raise VideoInputError("too_large", f"must have at most {limits.frames} frames")
             _check_frame(frame, limits)
             if pixels > limits.pixels:
-                raise VideoError("too_large", f"must have at most {limits.pixels} pixels in all its frames together")
+                raise VideoInputError(
+                    "too_large", f"must have at most {limits.pixels} pixels in all its frames together"
+                )
             yield frame
 
 
 def _check_frame(frame: VideoFrame | VideoCodecContext, limits: VideoLimits) -> None:
     if frame.width * frame.height > limits.frame_pixels:
-        raise VideoError("too_large", f"must have at most {limits.frame_pixels} pixels in a frame")
+        raise VideoInputError("too_large", f"must have at most {limits.frame_pixels} pixels in a frame")
 
 
 def _upright(frame: VideoFrame) -> Image.Image:

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from triptych.engines.parameters.schema import MASKS, ParameterKind, Signature
 from triptych.roles.media.uploads import UploadError, UploadStore, is_video
-from triptych.roles.media.video_input import VideoError, VideoLimits, no_check, read_video
+from triptych.roles.media.video_input import VideoInputError, VideoLimits, no_check, read_video
 from triptych.roles.messages.common import Images, Json, Numbers, Options, Tensors, Upload, uploads_of
 
 VIDEO_LIMITS: Final = VideoLimits(seconds=300)
@@ -98,7 +98,7 @@ def _open(file: Upload, store: UploadStore, check: Callable[[], None]) -> Iterat
         return
     try:
         yield from read_video(store.read(file), VIDEO_LIMITS, check)
-    except VideoError as error:
+    except VideoInputError as error:
         raise UploadError(f"the upload {file.name} {error}") from error
 
 

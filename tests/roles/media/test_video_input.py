@@ -17,8 +17,8 @@ from triptych.roles.media import video_input
 from triptych.roles.media.video_input import (
     _LENGTH,
     DEMUXERS,
-    VideoError,
     VideoInfo,
+    VideoInputError,
     VideoLimits,
     _frames,
     _upright,
@@ -86,7 +86,7 @@ def test_what_is_beyond_a_limit_is_refused(limits: dict[str, int], words: str) -
     ids=["another codec", "sound alone"],
 )
 def test_what_is_no_video_that_is_taken(data: bytes, code: str, words: str) -> None:
-    with pytest.raises(VideoError, match=words) as refused:
+    with pytest.raises(VideoInputError, match=words) as refused:
         frames(data)
     assert refused.value.code == code
 
@@ -102,14 +102,14 @@ def test_a_child_reads_the_frames_and_its_errors_are_ours() -> None:
         (data[:300], VideoLimits(), "damaged", r"damaged or not complete \([A-Z][a-z ]*\): send"),
         (b"GIF89a", VideoLimits(), "unsupported", "must be a video"),
     ):
-        with pytest.raises(VideoError, match=words) as refused:
+        with pytest.raises(VideoInputError, match=words) as refused:
             check_video(bad, limits)
         assert refused.value.code == code
 
 
 def test_a_video_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video_input, "_LEFT_TO_START_S", 0)
-    with pytest.raises(VideoError, match="within 0 s") as refused:
+    with pytest.raises(VideoInputError, match="within 0 s") as refused:
         check_video(film(3), VideoLimits(seconds=0))
     assert refused.value.code == "too_large"
 
@@ -168,5 +168,5 @@ def test_what_a_child_says_is_not_trusted(monkeypatch: pytest.MonkeyPatch, said:
         return start((sys.executable, "-I", "-S", "-c", program), **options)
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    with pytest.raises(VideoError, match="could not be decoded"):
+    with pytest.raises(VideoInputError, match="could not be decoded"):
         list(read_video(film(3), VideoLimits()))
