@@ -25,9 +25,7 @@ COMMAND = (sys.executable, "-P", "-m", "triptych.actors.command")
 
 async def output_of(*arguments: str, until: Callable[[list[str]], bool] | None = None) -> tuple[int, list[str]]:
     """Run a command in a pipe, and interrupt it once its lines are as wanted."""
-    process = await asyncio.create_subprocess_exec(
-        *COMMAND, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-    )
+    process = await asyncio.create_subprocess_exec(*COMMAND, *arguments, stdout=asyncio.subprocess.PIPE)
     lines: list[str] = []
     assert process.stdout is not None
     async with asyncio.timeout(BOUND_S):
