@@ -17,6 +17,7 @@ import httpx
 from triptych.actors import AddressBook
 from triptych.actors.child_state import ChildState
 from triptych.api.client import ClientError
+from triptych.api.cluster import PROBE_AGE_S
 from triptych.api.launch import Cluster, launch
 from triptych.bus import Outbox
 from triptych.engines.backends import BACKENDS
@@ -155,6 +156,7 @@ async def _not_made(http: httpx.AsyncClient, request_id: str, digest: str) -> st
 
 
 async def _ready_names(cluster: Cluster, victim: str) -> list[str]:
+    await asyncio.sleep(PROBE_AGE_S)  # from then on no answer is from before
     async with cluster.http_client() as http:
         answer = await http.get("/ready")
     if answer.status_code == 503 and victim in answer.text:
