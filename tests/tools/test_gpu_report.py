@@ -224,7 +224,8 @@ def test_a_row_measures(row: object, scratch: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(gpu_tests, "FOLDERS", ("tests/engines/test_streams_gpu.py",))
     monkeypatch.setenv("TRIPTYCH_LOG_LEVEL", "warning")
     values: list[Measured] = []
-    ended = run(one, Settings("cpu", False, str(scratch), 400.0), values.append)
+    with attention_backend("native"):  # a row has a process of its own, and sets the backend of the whole process
+        ended = run(one, Settings("cpu", False, str(scratch), 400.0), values.append)
     assert ended == RowEnd(Status.DONE)
     shown = {measured.what: measured.value for measured in values}
     assert shown.keys() >= SHOWN[one.name]
@@ -234,7 +235,7 @@ def test_a_row_measures(row: object, scratch: Path, monkeypatch: pytest.MonkeyPa
 def test_the_options_change_the_denoisers(scratch: Path) -> None:
     values: list[Measured] = []
     settings = Settings("cpu", False, str(scratch), 100.0, attention="_native_math")
-    with attention_backend("native"):  # a row has a process of its own, and sets the backend of the whole process
+    with attention_backend("native"):  # as above
         assert run(chosen("flux")[0], settings, values.append) == RowEnd(Status.DONE)
     (note,) = [measured.note for measured in values if measured.what == "an image, our engine"]
     assert "attention _native_math" in note
