@@ -119,7 +119,7 @@ def test_the_timeline_of_a_finished_and_of_a_running_request(
 ) -> None:
     page = open_page(small.url)
     page.locator("#composer[data-state=ready]").wait_for()
-    generate(page, PROMPT, Steps="8", Seed="3")
+    generate(page, "a prompt that no test has sent before", Steps="8", Seed="3")
     expect(tiles(page, "DONE")).to_have_count(1)
     tiles(page).get_by_role("button").click()
     chart = page.locator(".request-timeline")
