@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -350,7 +351,7 @@ def test_the_gallery_is_loaded_although_it_failed_once(page: Page, api: httpx.Cl
 
 
 def test_requests_are_shown_by_their_age_whatever_their_ids_are(page: Page, api: httpx.Client) -> None:
-    task = {"task_id": "zebra", "prompt": "a task with a name", "model": "shapes", "infer_steps": 1}
+    task = {"task_id": str(uuid4()), "prompt": "a task with a name", "model": "shapes", "infer_steps": 1}
     api.post("/v1/tasks/image/", json=task).raise_for_status()
     look_for_others(page)
     expect(tiles(page, "DONE")).to_have_count(1)
