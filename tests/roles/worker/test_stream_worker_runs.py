@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -34,12 +36,27 @@ from triptych.roles.worker.attempts import Phase
 from triptych.roles.worker.stream_worker import StreamWorker
 
 
-def test_a_denoise_is_stopped_between_two_steps(on_worker: Any) -> None:
+@pytest.fixture
+def second_step(at_step: dict[tuple[int, int], Any]) -> Any:
+    """`async with second_step:` holds the first denoise at its second step, however fast the steps are."""
+    reached, go_on = threading.Event(), threading.Event()
+    at_step[0, 2] = lambda: (reached.set(), go_on.wait(30))
+
+    @asynccontextmanager
+    async def held() -> AsyncIterator[None]:
+        assert await asyncio.to_thread(reached.wait, 30)
+        yield
+        go_on.set()
+
+    return held()
+
+
+def test_a_denoise_is_stopped_between_two_steps(on_worker: Any, second_step: Any) -> None:
     async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
         await encoded(fake_instance, worker, 1, num_inference_steps=50)
         fake_instance.run(1, Stage.DENOISER)
-        await fake_instance.inbox.next(StageProgress)
-        fake_instance.stop(1)
+        async with second_step:
+            fake_instance.stop(1)
         assert await fake_instance.inbox.next(StageCancelled) == StageCancelled(attempt(1), 0)
         assert len(fake_instance.inbox.of(StageProgress)) < 50
         assert not isinstance(fake_instance.values(1).get("latents"), torch.Tensor)
@@ -75,15 +92,15 @@ def test_a_denoise_is_saved_while_it_runs_and_goes_on_from_there(on_worker: Any)
     on_worker(body, checkpoint_s=1e-9)
 
 
-def test_a_denoise_that_another_instance_is_to_take_is_saved_before_it_ends(on_worker: Any) -> None:
+def test_a_denoise_that_another_instance_is_to_take_is_saved_before_it_ends(on_worker: Any, second_step: Any) -> None:
     async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
         for number in (1, 2):
             await encoded(fake_instance, worker, number, num_inference_steps=50)
         fake_instance.run(1, Stage.DENOISER)
-        await fake_instance.inbox.next(StageProgress)
         item = worker.context.attempts.active[attempt(1)]
-        item.returned = True
-        fake_instance.stop(1)
+        async with second_step:
+            item.returned = True
+            fake_instance.stop(1)
         assert await fake_instance.inbox.next(StoreCheckpoint) == StoreCheckpoint(attempt(1), returns=True)
         assert item.phase is Phase.STORING
         assert item.snapshot is not None
@@ -96,16 +113,19 @@ def test_a_denoise_that_another_instance_is_to_take_is_saved_before_it_ends(on_w
     on_worker(body, checkpoint_s=1e9)
 
 
-def test_a_denoise_that_is_to_be_parked_is_saved_also_while_another_goes_first(on_worker: Any) -> None:
+def test_a_denoise_that_is_to_be_parked_is_saved_also_while_another_goes_first(
+    on_worker: Any, second_step: Any
+) -> None:
     async def body(fake_instance: FakeInstance, worker: StreamWorker) -> None:
         for number in (1, 2):
             await encoded(fake_instance, worker, number, num_inference_steps=50)
         fake_instance.run(1, Stage.DENOISER)
-        await fake_instance.inbox.next(StageProgress)
         items = worker.context.attempts.active
-        items[attempt(2)].hints = SchedulingHints(priority=1, steps=50)
-        items[attempt(1)].parking = True
-        fake_instance.run(2, Stage.DENOISER)
+        async with second_step:
+            items[attempt(2)].hints = SchedulingHints(priority=1, steps=50)
+            items[attempt(1)].parking = True
+            fake_instance.run(2, Stage.DENOISER)
+            await until(fake_instance, worker, running=1, queued=1)
         assert await fake_instance.inbox.next(StoreCheckpoint) == StoreCheckpoint(attempt(1))
         snapshot = items[attempt(1)].snapshot
         assert snapshot is not None
