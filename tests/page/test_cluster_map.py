@@ -8,6 +8,7 @@ import re
 import signal
 from collections.abc import Callable
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -119,7 +120,7 @@ def test_the_timeline_of_a_finished_and_of_a_running_request(
 ) -> None:
     page = open_page(small.url)
     page.locator("#composer[data-state=ready]").wait_for()
-    generate(page, "a prompt that no test has sent before", Steps="8", Seed="3")
+    generate(page, f"a prompt that is not cached: {uuid4()}", Steps="8", Seed="3")
     expect(tiles(page, "DONE")).to_have_count(1)
     tiles(page).get_by_role("button").click()
     chart = page.locator(".request-timeline")
@@ -136,8 +137,11 @@ def test_the_timeline_of_a_finished_and_of_a_running_request(
     tracks.nth(0).focus()
     page.keyboard.press("Tab")
     expect(chart.locator(".timeline-tip")).to_contain_text("computed")
-    page.keyboard.press("ArrowRight")
-    expect(chart.locator(".timeline-tip")).to_contain_text("stored")
+    sentences = (tracks.nth(1).get_attribute("aria-label") or "").partition(": ")[2].split("; ")
+    for key, sentence in (("ArrowLeft", sentences[0]), ("ArrowRight", sentences[-1])):
+        for _ in sentences:
+            page.keyboard.press(key)
+        expect(chart.locator(".timeline-tip")).to_have_text(sentence)
     page.keyboard.press("Escape")
     expect(chart.locator(".timeline-tip")).to_be_hidden()
     chart.get_by_text("All times").click()
