@@ -348,13 +348,15 @@ class JobScheduler(SchedulingState):
         """
         if (preview := self.previews.get(attempt)) and source:
             of = self.jobs[preview.job_id]
-            return TransferPush(attempt, source, target, self.requests[of.request_id].output, of.left_s)
+            request = self.requests[of.request_id]
+            return TransferPush(attempt, source, target, request.output, of.left_s, accepted_at=request.created_at)
         job = self.jobs.get(attempt.job_id)
         if job is None or job.current_attempt != attempt:
             raise SupersededError
         request = self.requests[job.request_id]
         if source is None:
-            return StageAssign(attempt, request.inputs, job.seed, request.output, job.left_s, self._hints(job), model)
+            hints, accepted_at = self._hints(job), request.created_at
+            return StageAssign(attempt, request.inputs, job.seed, request.output, job.left_s, hints, model, accepted_at)
         rebind = Rebind(request.inputs, job.seed) if job.uses_cached_prompt and job.stage is Stage.DENOISER else None
         previews = request.partial_images if job.stage is Stage.DENOISER else 0
         checkpoint = self._checkpoint_for(job)
@@ -372,6 +374,7 @@ class JobScheduler(SchedulingState):
             previews,
             checkpoint,
             provenance,
+            request.created_at,
         )
 
     def _checkpoint_for(self, job: Job) -> StoredPayload | None:

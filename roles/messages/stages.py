@@ -132,6 +132,8 @@ class StageAssign(Message):
     hints: SchedulingHints = SchedulingHints()
     model: str = ""
     """Name of the model for clients."""
+    accepted_at: float = 0.0
+    """When the request was accepted, in unix seconds: one that was deleted may have had the same id."""
 
 
 class TransferAlloc(Message):
@@ -182,6 +184,8 @@ class TransferPush(Message):
     """What an earlier attempt at the stage has made so far, in the instance's pool; None to start from `source`."""
     provenance: Provenance | None = None
     """For a decoder, unless the file is to have no metadata."""
+    accepted_at: float = 0.0
+    """When the request was accepted, in unix seconds: one that was deleted may have had the same id."""
 
 
 class AttemptQuery(Message):

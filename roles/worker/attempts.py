@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 from msgspec.structs import replace
 
@@ -53,6 +53,7 @@ from triptych.roles.messages.worker import (
 if TYPE_CHECKING:
     from triptych.engines.memory.streams import StreamEvent
 
+V = TypeVar("V")
 EndReport: TypeAlias = (
     StageOutputsStored | StageFinished | StageFailed | TransferFailed | StageCancelled | StageReturned
 )
@@ -163,6 +164,8 @@ class ActiveAttempt:
     stepped_at: float = 0.0
     step: int = 0
     total_steps: int = 0
+    accepted_at: float = 0.0
+    """When its request was accepted, in unix seconds."""
     hints: SchedulingHints = field(default_factory=SchedulingHints)
     previews: int = 0
     """Most previews that its denoise stores."""
@@ -207,7 +210,8 @@ class AttemptTracker:
         self.previews: dict[Attempt, PreviewValues] = {}
         """Previews that the transfer actor stores, by their own attempts."""
         self._cancelled: dict[Attempt, None] = {}
-        self._ended: dict[Attempt, None] = {}
+        self._ended: dict[Attempt, float] = {}
+        """When the requests of ended attempts were accepted."""
 
     @property
     def issued(self) -> int:
@@ -292,7 +296,7 @@ class AttemptTracker:
                 f"{self.instance} is a {self.kind}: it starts from inputs, not from stored tensors",
             )
         kept = preallocated or message.target in (None, self.reservations.get(attempt))
-        if not kept and not any(attempt in known for known in (self.active, self._ended, self._cancelled)):
+        if not (kept or attempt in self.active or attempt in self._cancelled or self._has_ended(message)):
             raise AttemptRefusedError(
                 "block_gone", f"{self.instance} no longer keeps the block that {attempt} was to come into"
             )
@@ -310,7 +314,7 @@ class AttemptTracker:
 
     def cancel(self, attempt: Attempt) -> tuple[Message, ...]:
         """Stop `attempt` as soon as its phase allows; it will not be taken again."""
-        _remember(self._cancelled, attempt)
+        _remember(self._cancelled, attempt, None)
         item = self.active.get(attempt)
         if item is None:
             target = self.reservations.pop(attempt, None)
@@ -375,7 +379,7 @@ class AttemptTracker:
         released: tuple[Message, ...] = (ReleaseBlocks(tuple(unused)),) if unused else ()
         del self.active[item.attempt]
         self.ended += 1
-        _remember(self._ended, item.attempt)
+        _remember(self._ended, item.attempt, item.accepted_at)
         return (*released, replace(report, issued=self.issued))
 
     # -- the stream worker
@@ -486,18 +490,26 @@ class AttemptTracker:
         attempt, hints = message.attempt, message.hints
         if attempt in self._cancelled:
             raise AttemptRefusedError("cancelled", f"{attempt} was cancelled")
-        if attempt in self.active or attempt in self._ended:  # asked again, because the answer was late
+        if self._has_ended(message):  # asked again, because the answer was late
             return None
+        if item := self.active.get(attempt):
+            if item.accepted_at == message.accepted_at:  # asked again, too
+                return None
+            raise AttemptRefusedError("cancelled", f"{attempt} of a request that was deleted has not ended yet")
         if len(self.active) >= self.slots:
             raise AttemptRefusedError(
                 "no_credit", f"{self.instance} has {len(self.active)} attempts assigned and {self.slots} slots"
             )
         self.taken += 1
         item = ActiveAttempt(attempt, phase, STAGES_OF_ROLE[self.kind], message.output, now + message.left_s)
+        item.accepted_at = message.accepted_at
         item.hints, item.due = hints, math.inf if hints.due_s is None else now + hints.due_s
         item.loaded_at = now
         self.active[attempt] = item
         return item
+
+    def _has_ended(self, message: StageAssign | TransferPush) -> bool:
+        return self._ended.get(message.attempt) == message.accepted_at
 
     def _cancel_older(self, attempt: Attempt) -> tuple[Message, ...]:
         """Cancel older attempts at the same job, which `attempt` supersedes."""
@@ -520,7 +532,7 @@ class AttemptTracker:
         return (StageReturned if item.returned else StageCancelled)(item.attempt, 0)
 
 
-def _remember(memory: dict[Attempt, None], attempt: Attempt) -> None:
-    memory[attempt] = None
+def _remember(memory: dict[Attempt, V], attempt: Attempt, value: V) -> None:
+    memory[attempt] = value
     if len(memory) > _REMEMBERED:
         del memory[next(iter(memory))]

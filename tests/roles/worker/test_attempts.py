@@ -175,6 +175,17 @@ def test_an_attempt_that_has_ended_is_not_taken_again_when_the_head_asks_again()
     assert (load.taken, load.assigned) == (1, ())
 
 
+def test_an_id_that_a_deleted_request_had_is_taken_as_a_new_one() -> None:
+    load = AttemptTracker("encoder-0", "encoder", 2)
+    first, second = (msgspec.structs.replace(assign(W), accepted_at=at) for at in (1.0, 2.0))
+    load.assign(first, NOW)
+    with pytest.raises(AttemptRefusedError, match="has not ended"):
+        load.assign(second, NOW)
+    load.end(StageFailed(W, Stage.ENCODER, "boom", True, 0))
+    assert load.assign(second, NOW) == (RunStage(W, Stage.ENCODER),)
+    assert (load.assign(second, NOW), load.taken) == ((), 2)
+
+
 @pytest.mark.parametrize("kind", ["encoder", "monolithic"])
 def test_a_role_that_starts_from_inputs_takes_no_push(kind: str) -> None:
     with pytest.raises(AttemptRefusedError, match="starts from inputs"):
