@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 LEVEL_VARIABLE: Final = "TRIPTYCH_LOG_LEVEL"
 SHOWN_VARIABLE: Final = "TRIPTYCH_LOG_SHOWN"
 """The least level of lines on stderr, where the file has more."""
+_LINE: Final = "formatted_line"
 _OF_SEVERAL_LINES: Final = ("exception", "stack")
 
 
@@ -107,13 +108,11 @@ def _shared_processors(name: str, generation: int) -> list[Any]:
 class _JsonFormatter(structlog.stdlib.ProcessorFormatter):
     """Formats a record once for all handlers."""
 
-    _last: tuple[logging.LogRecord, str] | None = None
-
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line."""
-        if self._last is None or self._last[0] is not record:
-            self._last = (record, super().format(record))
-        return self._last[1]
+        """Return the line, which the record keeps: to keep the record would keep the frames of its exception."""
+        line: str = record.__dict__.get(_LINE) or super().format(record)
+        record.__dict__[_LINE] = line
+        return line
 
 
 def _formatter(shared: list[Any], *, on_terminal: bool = False) -> structlog.stdlib.ProcessorFormatter:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pty
 import subprocess
 import sys
+import weakref
 
 from tests.actors.supervision.supervised import ROOT
+from triptych.actors.runtime import logs
 
 FROM_A_CLIENT = """
 import structlog
@@ -63,3 +66,13 @@ def test_logs_are_json_lines_with_process_generation_and_request() -> None:
     }
     assert (library["event"], library["process"], library["level"]) == ("from elsewhere", "head", "warning")
     assert "ValueError: boom" in crashed["exception"]
+
+
+def test_a_line_is_made_once_for_all_handlers_and_nothing_else_is_kept_of_a_record() -> None:
+    formatter = logs._formatter([])
+    record = logging.LogRecord("library", logging.INFO, "", 0, "text", None, None)
+    line = formatter.format(record)
+    assert formatter.format(record) is line
+    kept = weakref.ref(record)
+    del record
+    assert kept() is None
