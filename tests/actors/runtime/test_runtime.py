@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -41,20 +43,27 @@ from triptych.bus import (
 )
 
 
+@asynccontextmanager
+async def three_texts_wait(folder: Path) -> AsyncIterator[tuple[Worker, Reference]]:
+    """A worker that waits at its gate, while three texts wait for it."""
+    worker = Worker("worker")
+    harness = RuntimeHarness(folder, worker)
+    async with harness.runtime:
+        reference = harness.reference("worker")
+        busy = asyncio.create_task(ask(reference, "wait"))
+        await worker.entered.wait()
+        for text in ("a", "b", "c"):
+            reference.tell(Tell(text))
+        await until_queued(reference, 3)
+        yield worker, reference
+        await busy
+
+
 def test_an_actor_learns_once_that_it_has_handled_all_that_waited(folder: Path) -> None:
     async def scenario() -> None:
-        worker = Worker("worker")
-        harness = RuntimeHarness(folder, worker)
-        async with harness.runtime:
-            reference = harness.reference("worker")
-            busy = asyncio.create_task(ask(reference, "wait"))
-            await worker.entered.wait()
+        async with three_texts_wait(folder) as (worker, reference):
             before = len(worker.texts_when_caught_up)
-            for text in ("a", "b", "c"):
-                reference.tell(Tell(text))
-            await until_queued(reference, 3)
             worker.gate.set()
-            await busy
             assert await reference.ask(Told(), Texts, timeout_s=5) == Texts(("a", "b", "c"))
             assert worker.texts_when_caught_up[before] == 3
 
@@ -68,21 +77,12 @@ def test_a_full_mailbox_does_not_keep_the_loop_from_its_other_work(
     texts_at_turns: list[int] = []
 
     async def scenario() -> None:
-        worker = Worker("worker")
-        harness = RuntimeHarness(folder, worker)
-        async with harness.runtime:
-            reference = harness.reference("worker")
-            busy = asyncio.create_task(ask(reference, "wait"))
-            await worker.entered.wait()
-            for text in ("a", "b", "c"):
-                reference.tell(Tell(text))
-            await until_queued(reference, 3)
+        async with three_texts_wait(folder) as (worker, reference):
             loop = asyncio.get_running_loop()
             monkeypatch.setattr(
                 worker, "caught_up", lambda: loop.call_soon(lambda: texts_at_turns.append(len(worker.texts)))
             )
             worker.gate.set()
-            await busy
             assert await reference.ask(Told(), Texts, timeout_s=5) == Texts(("a", "b", "c"))
             assert texts_at_turns[0] == 1, "after the first two messages"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -213,3 +215,15 @@ def finished(attempt: Attempt) -> stages.StageFinished:
 def stored(attempt: Attempt, stage: str, number: int) -> stages.StageOutputsStored:
     block = StoredPayload(LeaseRef("pool", 1, number, 0, 64), b"", 0, 64)
     return stages.StageOutputsStored(attempt, stage, block, 0.1, 3)
+
+
+def fail_the_next_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have one sync of a file fail as on a broken disk."""
+    fdatasync, failures = os.fdatasync, [OSError(errno.EIO, "Input/output error")]
+
+    def failing_once(file: int) -> None:
+        if failures:
+            raise failures.pop()
+        fdatasync(file)
+
+    monkeypatch.setattr(os, "fdatasync", failing_once)

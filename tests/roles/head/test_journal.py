@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import errno
-import os
 import signal
 import sqlite3
 import subprocess
@@ -11,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests.roles.head.head_harness import fail_the_next_sync
 from triptych.actors.topology import ModelIdentity
 from triptych.engines.stages import Stage
 from triptych.roles.head.job import Job, Request, State, StoredOutput
@@ -399,15 +398,8 @@ def test_webhooks_that_are_due_are_found_by_an_index_without_those_of_active_req
 def test_after_a_sync_has_failed_only_a_journal_that_is_opened_anew_is_synced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fdatasync, failures = os.fdatasync, [OSError(errno.EIO, "Input/output error")]
-
-    def failing_once(file: int) -> None:
-        if failures:
-            raise failures.pop()
-        fdatasync(file)
-
     journal = Journal(path := tmp_path / "j.sqlite")
-    monkeypatch.setattr(os, "fdatasync", failing_once)
+    fail_the_next_sync(monkeypatch)
     journal.accept(a_request())
     for _ in range(2):
         with pytest.raises(JournalError, match=r"cannot be put on the disk .*Input/output error"):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
 import sqlite3
 import threading
 from collections.abc import Callable, Coroutine, Iterable
@@ -12,7 +10,17 @@ from typing import Any
 
 import pytest
 
-from tests.roles.head.head_harness import BOUND_S, PNG, SIGNATURE, HeadHarness, Pool, run_scenario, running_head, stored
+from tests.roles.head.head_harness import (
+    BOUND_S,
+    PNG,
+    SIGNATURE,
+    HeadHarness,
+    Pool,
+    fail_the_next_sync,
+    run_scenario,
+    running_head,
+    stored,
+)
 from triptych.actors import ActorCrashedError, AddressBook, Topology, load_topology
 from triptych.actors.runtime.actor import current_sender
 from triptych.actors.runtime.system_messages import (
@@ -129,17 +137,10 @@ def test_a_report_is_acknowledged_once_it_is_in_the_journal(topology: Callable[.
 def test_a_head_whose_disk_has_lost_what_was_written_promises_nothing_and_ends(
     topology: Callable[..., Topology], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fdatasync, failures = os.fdatasync, [OSError(errno.EIO, "Input/output error")]
-
-    def failing_once(file: int) -> None:
-        if failures:
-            raise failures.pop()
-        fdatasync(file)
-
     async def scenario() -> None:
         with pytest.raises(ActorCrashedError, match="the head opens it anew"):  # noqa: PT012  it ends meanwhile
             async with running_head(topology()) as harness:
-                monkeypatch.setattr(os, "fdatasync", failing_once)
+                fail_the_next_sync(monkeypatch)
                 assert (await harness.submit()).code == "unavailable"
                 with pytest.raises(ActorCrashedError):
                     await asyncio.wait_for(harness.ended(), BOUND_S)
