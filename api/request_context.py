@@ -11,6 +11,7 @@ from prometheus_client import Counter
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from triptych.actors.runtime.logs import printable
 from triptych.actors.runtime.metrics import REGISTRY
 from triptych.api.errors import CLIENT_CLOSED_REQUEST
 from triptych.api.services import RequestState, Services
@@ -86,11 +87,6 @@ class RequestContextMiddleware:
                 )
             if exporter and trace.sampled:
                 exporter.export([http_span(trace, client.span_id if client else "", scope, status, seconds)])
-
-
-def printable(text: str) -> str:
-    r"""Return a text with each character that is not printable escaped, as in \x1b: terminals obey some of them."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def begins_trace(scope: Scope) -> bool:
