@@ -282,14 +282,18 @@ class Packer:
         if name is None or value.layout is not torch.strided or value.is_meta or value.is_nested:
             kind = f"{value.dtype} ({value.layout}, {value.device})"
             raise CodecError(f"{path} is a torch.Tensor of {kind}, which cannot be packed.")
-        dense = value.detach().resolve_conj().resolve_neg()
-        if dense.element_size() == 1:
-            dense = dense.view(torch.uint8)  # Some one-byte dtypes cannot be copied as themselves.
-        order = _memory_order(dense)
-        flat = dense.permute(order or tuple(range(dense.dim()))).contiguous().reshape(-1)
-        # An expanded single element counts as contiguous with a stride of 0, but cannot be viewed as bytes.
-        data = flat.as_strided(flat.shape, (1,)).view(torch.uint8)
-        return m.Tensor(name, tuple(value.shape), self._span(data), order)
+        dense = value.detach()
+        order: tuple[int, ...] = ()
+        if not dense.is_contiguous() or dense.is_conj() or dense.is_neg():
+            dense = dense.resolve_conj().resolve_neg()
+            if dense.element_size() == 1:
+                dense = dense.view(torch.uint8)  # Some one-byte dtypes cannot be copied as themselves.
+            order = _memory_order(dense)
+            dense = dense.permute(order or tuple(range(dense.dim()))).contiguous()
+        flat = dense.view(-1)
+        if flat.numel() == 1:  # an expanded one counts as contiguous with a stride of 0, but cannot be viewed as bytes
+            flat = flat.as_strided((1,), (1,))
+        return m.Tensor(name, tuple(value.shape), self._span(flat.view(torch.uint8)), order)
 
     def _array(self, value: np.ndarray[Any, Any] | np.generic, path: str) -> m.Node:
         scalar = isinstance(value, np.generic)
@@ -403,6 +407,7 @@ class Unpacker:
         self.device = device
         self.owned = owned
         self.end = 0
+        self._on_cpu = device.type == "cpu"
 
     def unpack(self, node: m.Dict) -> dict[str, object]:
         """Return the values of a payload by name.
@@ -497,7 +502,7 @@ class Unpacker:
             raise CodecError(f"{node.name} cannot be made of {sorted(fields)}: {error}") from error
 
     def _owned(self, data: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "cpu":
+        if self._on_cpu:
             return data if self.owned else data.clone()
         return data.to(self.device, non_blocking=self.memory.is_pinned())
 
@@ -540,7 +545,8 @@ def _check_manifest_depth(depth: int) -> None:
 
 def _check_size(shape: tuple[int, ...], itemsize: int, nbytes: int) -> None:
     # Treat a dimension of 0 as 1: the product would be 0, but the strides of the others could still overflow.
-    if math.prod(max(size, 1) for size in shape) >= 2**62 or math.prod(shape) * itemsize != nbytes:
+    too_long = 0 in shape and math.prod(max(size, 1) for size in shape) >= 2**62
+    if too_long or math.prod(shape) * itemsize != nbytes:
         raise CodecError(f"The shape {shape} with {itemsize} bytes an element does not take {nbytes} bytes.")
 
 

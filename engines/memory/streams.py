@@ -115,8 +115,7 @@ class DeviceStream:
         """As `run`, but where a copy is short and nothing else is under way, make it here."""
         if self._calls or self._busy or nbytes > SHORT or self.device.type != "cpu":
             return await self.run(function, *args, **kwargs)
-        with torch.no_grad():
-            return function(*args, **kwargs)
+        return function(*args, **kwargs)
 
     async def store(self, packed: Packed, block: torch.Tensor, after: StreamEvent | None = None) -> int:
         """Copy a packed payload into a block.
@@ -248,14 +247,14 @@ class DeviceStream:
             raise ValueError(f"the payload takes {packed.nbytes} bytes, but the block has {block.numel()}")
         if after is not None:
             self.wait(after, packed.tensors)
-        running = RunningChecksum()
-        end = 0
+        running, memory, end = RunningChecksum(), block.numpy(), 0
         for offset, tensor in zip(packed.offsets, packed.tensors, strict=True):
-            # Zero the gaps: they are hashed, and must not take bytes of an earlier request to another process.
-            running.update(block[end:offset].zero_().numpy())
-            end = offset + tensor.numel()
-            if tensor.device.type == "cpu":
-                running.copy(block[offset:end].numpy(), tensor.numpy())
+            if gap := offset - end:  # it is hashed, and must not take bytes of an earlier request to another process
+                memory[end:offset] = 0
+                running.update(memory[end:offset])
+            end += gap + tensor.numel()
+            if tensor.is_cpu:
+                running.copy(memory[offset:end], tensor.numpy())
             else:
                 self._copy_from_device(tensor, block[offset:end], running)
         return running.value
@@ -279,7 +278,7 @@ class DeviceStream:
         return self._bounce
 
     def _load(self, manifest: bytes, block: torch.Tensor, checksum: int, pulled: bool) -> LoadedPayload:
-        if block.is_pinned():
+        if self.device.type == "cuda" and block.is_pinned():
             return self._load_from_pinned(manifest, block, checksum, pulled)
         # On CUDA, the allocator reuses pinned memory only after the copies from it have ended.
         memory = _pinned(block.numel()) if self.device.type == "cuda" else self._memory.take(block.numel())

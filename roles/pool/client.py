@@ -243,17 +243,21 @@ class PoolMapping:
             BusError: The pool does not answer.
             ArenaError: The memory of the pool cannot be mapped.
         """
-        async with self._lock:
-            if self._arena is None or self._generation != lease.pool_generation or self._arena.stale:
-                await self._renew()
-            if self._arena is None or self._generation != lease.pool_generation:
-                raise LeaseGoneError(
-                    f"{self._client.pool} is at generation {self._generation}, the block is of {lease.pool_generation}"
-                )
-            try:
-                return self._arena.tensor(lease.offset, nbytes)
-            except ArenaError as error:
-                raise LeaseGoneError(str(error)) from error
+        if not self._maps(lease):
+            async with self._lock:
+                if not self._maps(lease):
+                    await self._renew()
+        if self._arena is None or self._generation != lease.pool_generation:
+            raise LeaseGoneError(
+                f"{self._client.pool} is at generation {self._generation}, the block is of {lease.pool_generation}"
+            )
+        try:
+            return self._arena.tensor(lease.offset, nbytes)
+        except ArenaError as error:
+            raise LeaseGoneError(str(error)) from error
+
+    def _maps(self, lease: LeaseRef) -> bool:
+        return self._arena is not None and self._generation == lease.pool_generation and not self._arena.stale
 
     async def open(self) -> None:
         """Map the pool's memory. Raises BusError and ArenaError."""
