@@ -381,7 +381,7 @@ class Head(Actor):
         name, generation = self._instance()
         self._scheduler_of(name).registry.offer(name, generation, message.blocks)
 
-    async def stage_started(self, message: stages.StageStarted) -> stages.Acknowledged:
+    async def stage_started(self, message: stages.StageStarted) -> None:
         """Record that a stage runs.
 
         Nothing follows from it, so it is written with the next change, or at the next tick. If this head ends before,
@@ -391,7 +391,6 @@ class Head(Actor):
             message,
             lambda scheduler, name, now: scheduler.started(message.attempt, name, message.stage, now, message.waited_s),
         )
-        return stages.Acknowledged()
 
     async def stage_progress(self, message: stages.StageProgress) -> None:
         """Record a finished denoising step."""

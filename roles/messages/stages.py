@@ -237,7 +237,7 @@ class TransferFailed(Message):
 
 
 class StageStarted(Message):
-    """The stage is about to run."""
+    """The stage is about to run. Sent without an answer: an instance says it again to a head that it registers with."""
 
     attempt: Attempt
     stage: Stage

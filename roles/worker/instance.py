@@ -104,6 +104,7 @@ class Instance(Actor):
         self._replenishing = asyncio.Lock()
         self._process = {component.name + STREAM, component.name + TRANSFER}
         context.end_attempt = self._end_attempt
+        context.tell_head = self._tell_head
         self._draining = False
         self._leaving = False
         self._awake_target: bool | None = None
@@ -270,11 +271,12 @@ class Instance(Actor):
             self._idle.set()
 
     def _tell_head(self, message: Message) -> None:
+        """Tell the head what a later message says again, or the next registration."""
         if self._head_away.is_set():
             return
         try:
             self.reference("head").tell(message)
-        except MailboxFullError:  # the next message replaces it
+        except MailboxFullError:
             self.log.debug("not told", message=type(message).__name__)
 
     def _drop(self, attempt: Attempt) -> None:
@@ -370,10 +372,10 @@ class Instance(Actor):
             stopping.cancel()
             for attempt in registered.unknown:
                 self._drop(attempt)
-            for started in self.attempts.begun():  # which the head before may not have written down
-                self.reporter.add(started)
-            self.reporter.resume()
             self._head_away.clear()
+            for started in self.attempts.begun():  # which the head before may not have written down
+                self._tell_head(started)
+            self.reporter.resume()
             self._offer()
             self._show_wake_state()
             self.log.info("joined", unknown=len(registered.unknown))

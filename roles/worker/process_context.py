@@ -68,6 +68,8 @@ class ProcessContext:
         """Have a block leased for the outputs of an attempt that are nearly computed; set by the transfer actor."""
         self.end_attempt: Callable[[EndReport], None] = _no_end
         """Report the end of an attempt to the head, and return its credit; set by the instance."""
+        self.tell_head: Callable[[Message], None] = _no_head
+        """Tell the head how far a stage is, if the head is there; set by the instance."""
         self._loaded = asyncio.Event()
         self._mapped = asyncio.Event()
 
@@ -107,6 +109,10 @@ class ProcessContext:
 
 def _no_lease(_: ActiveAttempt) -> None:
     """Do nothing: the transfer actor has not started."""
+
+
+def _no_head(_: Message) -> None:
+    """Do nothing: the instance has not joined."""
 
 
 def _no_end(report: EndReport) -> None:

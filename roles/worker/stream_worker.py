@@ -21,7 +21,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from triptych.actors import Actor, Component, StartDelayedError, StartError, Topology
 from triptych.actors.child_state import ChildState
 from triptych.actors.errors import describe
-from triptych.bus import MailboxFullError, Message
+from triptych.bus import Message
 from triptych.engines.memory.streams import DeviceStream, StreamEvent
 from triptych.engines.pipelines.pipeline import StagePipeline
 from triptych.engines.stages import ModelError, Stage
@@ -420,7 +420,8 @@ class StreamWorker(Actor):
         for run in runs:
             if run.began is None:
                 run.began = run.saved_at = time.monotonic()
-                self.context.reporter.add(self.context.attempts.started(run.attempt, run.stage, run.began))
+                started = self.context.attempts.started(run.attempt, run.stage, run.began)
+                asyncio.get_running_loop().call_soon(self.context.tell_head, started)  # once the stage computes
                 try:
                     await self._begin(run, stream, pipeline)
                 except Exception as error:  # noqa: BLE001 - it ends this run alone, and is reported as its failure
@@ -681,13 +682,8 @@ class StreamWorker(Actor):
             self._call_began = None
 
     def _progress(self, attempt: Attempt, step: int, total_steps: int | None) -> None:
-        """Note a step that is done, and tell the head if it is there and has room."""
+        """Note a step that is done, and tell the head."""
         progress = self.context.attempts.stepped(attempt, step, total_steps or 0, time.monotonic())
         if step + 1 == total_steps:
             self.context.lease_ahead(self.context.attempts.active[attempt])
-        if self.context.reporter.paused:
-            return
-        try:
-            self.reference("head").tell(progress)
-        except MailboxFullError:  # the next step says how far it has come
-            self.log.debug("progress not told", attempt=str(attempt), step=step)
+        self.context.tell_head(progress)

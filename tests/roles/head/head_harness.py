@@ -167,6 +167,9 @@ class HeadHarness:
 
     async def report(self, message: Any, instance: str = "", generation: int = 1) -> None:
         head = self.head_as(instance or f"{message.stage}-0", generation)
+        if isinstance(message, stages.StageStarted):  # which has no answer; that to what follows comes after it
+            head.tell(message)
+            message = stages.InstanceHeartbeat()
         await head.ask(message, stages.Acknowledged, timeout_s=BOUND_S)
 
     async def first_attempt(self, *, generation: int = 1) -> Attempt:

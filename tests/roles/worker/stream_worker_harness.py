@@ -8,6 +8,7 @@ import torch
 
 from triptych.actors import Actor
 from triptych.actors.runtime.system_messages import Inspect, Inspection
+from triptych.bus import Message
 from triptych.engines.stages import Stage
 from triptych.roles.messages.common import Attempt, Output, Rebind, SchedulingHints
 from triptych.roles.messages.stages import Acknowledged, StageProgress, StageStarted
@@ -59,6 +60,7 @@ class FakeInstance(Actor):
         self.inbox = inbox
         self.context = context
         context.end_attempt = self._end_attempt
+        context.tell_head = self._tell_head
 
     async def started(self) -> None:
         self.spawn(self.context.reporter.run(self.deliver), name="reports")
@@ -66,6 +68,9 @@ class FakeInstance(Actor):
 
     def deliver(self, report: Any) -> Any:
         return self.reference("head").ask(report, Acknowledged, timeout_s=5)
+
+    def _tell_head(self, message: Message) -> None:
+        self.reference("head").tell(message)
 
     def _end_attempt(self, report: EndReport) -> None:
         self.spawn(self.inbox.put(report), name="report")
