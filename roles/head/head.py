@@ -155,27 +155,36 @@ class Head(Actor):
             except JournalError as error:
                 group.refused = error
         self._unwritten.append(group)
+        self._decide()
+        self.effect_runner.run(each for scheduler in self.models.schedulers for each in scheduler.take_assignments())
+        # The next stages wait for these messages, whose tasks have just been made: all else comes after them. A head
+        # that ends in between has a successor that does not know of them, and has the instances drop the attempts.
+        self.spawn(self._commit(group), name="commit")
+
+    async def _commit(self, group: _Group) -> None:
         self.commit()
-        # Answers go out after the messages that the next stages wait for, whose tasks have just been made.
-        asyncio.get_running_loop().call_soon(group.accepted.set)
+        group.accepted.set()
 
     def commit(self) -> None:
         """Carry out decisions: assign jobs, write changes to the journal, then run the effects.
 
         Reports are acknowledged once they are written; while the journal cannot be written, they come again.
         """
-        now = time.time()
-        self.model_manager.residency.update(time.monotonic())
-        for scheduler in self.models.schedulers:
-            scheduler.dispatch(now)
+        self._decide()
         written = self.requests.save()
         effects = [effect for scheduler in self.models.schedulers for effect in scheduler.take_effects()]
         self._record_ended(effects)
         self.effect_runner.run(effects)
         if written and self._unwritten:
             groups, self._unwritten = self._unwritten, []
-            for group in groups:  # after the effects' messages, as in `caught_up`
+            for group in groups:  # after the effects' messages, whose tasks have just been made
                 asyncio.get_running_loop().call_soon(group.written.set)
+
+    def _decide(self) -> None:
+        now = time.time()
+        self.model_manager.residency.update(time.monotonic())
+        for scheduler in self.models.schedulers:
+            scheduler.dispatch(now)
 
     def _record_ended(self, effects: Iterable[Effect]) -> None:
         """Count the requests that have ended, and record their histories."""

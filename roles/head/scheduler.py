@@ -14,6 +14,7 @@ from triptych.engines.stages import Stage
 from triptych.roles.head import runs
 from triptych.roles.head.dispatcher import Dispatcher
 from triptych.roles.head.effects import (
+    Assign,
     Cancel,
     Effect,
     NotifyWaiters,
@@ -589,6 +590,13 @@ class JobScheduler(SchedulingState):
         """Assign the jobs that can be assigned, and restart what the change to other weights asks for."""
         self._reload_next(now)
         Dispatcher(self).dispatch(now)
+
+    def take_assignments(self) -> list[Effect]:
+        """Return the assignments among the effects, which `take_effects` then leaves out."""
+        assignments: list[Effect] = [effect for effect in self.effects if isinstance(effect, Assign)]
+        if assignments:
+            self.effects = [effect for effect in self.effects if not isinstance(effect, Assign)]
+        return assignments
 
     def take_effects(self) -> list[Effect]:
         """Return the effects queued since the last call."""

@@ -27,10 +27,11 @@ from triptych.actors.runtime.system_messages import (
     Inspect,
     Inspection,
 )
-from triptych.bus import Outbox, RemoteError, Sender
+from triptych.bus import BusError, Outbox, RemoteError, Sender
 from triptych.engines.parameters.lora import PARAMETERS
 from triptych.engines.parameters.schema import Parameter, ParameterKind, Signature
 from triptych.engines.stages import Stage
+from triptych.roles.head.effect_runner import EffectRunner
 from triptych.roles.head.job import Job, Request
 from triptych.roles.head.journal import Journal, JournalError, decode_job, encode_job
 from triptych.roles.media.artifacts import ARTIFACTS, ArtifactStore
@@ -432,8 +433,42 @@ def test_reports_that_come_together_are_written_in_one_transaction(
             replies = [await harness.actor.stage_outputs_stored(report) for report in reports]
             assert written == []
             harness.actor.caught_up()
-            assert written == [2]
             assert len(await asyncio.gather(*(reply.coroutine for reply in replies))) == 2
+            assert written == [2]
+
+    run_scenario(scenario())
+
+
+def test_an_assignment_is_sent_before_it_is_written_and_a_head_that_does_not_know_it_has_it_dropped(
+    topology: Callable[..., Topology], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    ask = EffectRunner._ask
+
+    def asked(runner: EffectRunner, scheduler: Any, instance: str, *what: Any) -> Any:
+        done.append(instance)
+        return ask(runner, scheduler, instance, *what)
+
+    def unwritten(*_: Any) -> None:
+        done.append("journal")
+        raise JournalError("the disk is full")
+
+    async def scenario() -> None:
+        with monkeypatch.context() as patches:
+            async with running_head(topology()) as harness:
+                attempt = await harness.first_attempt()
+                await harness.register("denoiser-0")
+                patches.setattr(EffectRunner, "_ask", asked)
+                patches.setattr(Journal, "save", unwritten)
+                report = asyncio.create_task(harness.report(stored(attempt, "encoder", 1)))
+                assert await harness.next_attempt("denoiser-0") == attempt
+                assert done[:2] == ["denoiser-0", "journal"]
+        assert isinstance((await asyncio.gather(report, return_exceptions=True))[0], BusError)
+        async with running_head(topology(), generation=2) as harness:
+            assert (await harness.register("denoiser-0", generation=2, running=(attempt,))).unknown == (attempt,)
+            assert (await harness.register("encoder-0", generation=2, running=(attempt,))).unknown == ()
+            await harness.report(stored(attempt, "encoder", 1), generation=2)
+            assert await harness.next_attempt("denoiser-0") == attempt
 
     run_scenario(scenario())
 
