@@ -16,6 +16,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from triptych.engines.stages import Stage
 from triptych.roles.head.job import RUNNING, STAGE_OF, WAITING, Clock, Job, State
+from triptych.roles.messages.common import Attempt
 
 SPARE_EXPIRIES: Final = 64
 """Outdated entries of a heap that are not worth to rebuild it."""
@@ -238,6 +239,11 @@ class ActiveJobs(Mapping[str, Job]):
     def values(self) -> ValuesView[Job]:
         """Return the jobs."""
         return self._jobs.values()
+
+    def find(self, attempt: Attempt, instance: str) -> Job | None:
+        """Return the job whose current attempt that is, if it is assigned to the instance."""
+        job = self._jobs.get(attempt.job_id)
+        return job if job and job.current_attempt == attempt and job.instance == instance else None
 
     def add(self, job: Job) -> None:
         """Add a job, the youngest."""

@@ -167,7 +167,7 @@ class JobScheduler(SchedulingState):
             if job.current_attempt not in assigned:
                 self._retry(job, f"{registration.name} came back without it", now, counts=False)
         self._drop_previews(p for p in self.previews.on(registration.name) if p.attempt not in assigned)
-        return tuple(w for w in registration.running if not self._is_assigned(registration.name, w))
+        return tuple(w for w in registration.running if not self.is_current(w, registration.name))
 
     def _update_signature(self, kind: str, signature: Signature) -> None:
         """Record which inputs encoders read; an encoder that has never loaded its weights does not know."""
@@ -314,10 +314,6 @@ class JobScheduler(SchedulingState):
 
     # -- what is sent for an attempt
 
-    def is_current(self, attempt: Attempt, name: str) -> bool:
-        """Return whether the attempt is still assigned to that instance."""
-        return self._is_assigned(name, attempt)
-
     def source_of(self, attempt: Attempt, name: str) -> StoredPayload | None:
         """Return the stored outputs that an attempt needs; None for a first stage.
 
@@ -327,7 +323,7 @@ class JobScheduler(SchedulingState):
         """
         if preview := self.previews.find(attempt, name):
             return preview.payload
-        job = self._current(attempt, name)
+        job = self.jobs.find(attempt, name)
         if job is None:
             raise SupersededError
         if job.stage is None or job.stage is Stage.ENCODER:
@@ -408,14 +404,14 @@ class JobScheduler(SchedulingState):
         if code != "no_credit":
             self.registry.refund(name, self.registry.generation(name))
         self._forget_preview(attempt)
-        if job := self._current(attempt, name):
+        if job := self.jobs.find(attempt, name):
             self._retry(job, f"{name}: {cause}", now, counts=code not in UNCOUNTED_REFUSALS)
 
     def started(self, attempt: Attempt, name: str, stage: Stage, now: float, waited_s: float = 0.0) -> bool:
         """Record that the stage runs, for which its instance had the inputs since `waited_s` seconds."""
         if self.previews.find(attempt, name):
             return True
-        job = self._current(attempt, name)
+        job = self.jobs.find(attempt, name)
         if job is None:
             return False
         if job.state is not RUNNING[stage]:
@@ -439,7 +435,7 @@ class JobScheduler(SchedulingState):
     def checkpoint_stored(self, instance: str, report: CheckpointStored) -> bool:
         """Record the newest checkpoint of a denoise."""
         lease = report.stored.lease
-        job = self._current(report.attempt, instance)
+        job = self.jobs.find(report.attempt, instance)
         if job is None or job.stage is not Stage.DENOISER:
             if not self.stored_outputs.needs(lease):
                 self.give_back((lease,))
@@ -454,7 +450,7 @@ class JobScheduler(SchedulingState):
         """Record stored outputs; the job waits for its next stage."""
         stage = report.stage
         self.registry.credit(instance, report.issued)
-        job = self._current(report.attempt, instance)
+        job = self.jobs.find(report.attempt, instance)
         if job is None or job.stage is not stage:
             if not self.stored_outputs.needs(report.stored.lease):
                 self.give_back((report.stored.lease,))
@@ -481,7 +477,7 @@ class JobScheduler(SchedulingState):
 
     def preview_stored(self, instance: str, report: PreviewStored) -> bool:
         """Keep a stored preview until a decoder has nothing else to do."""
-        job = self._current(denoise_of(report.preview)[0], instance)
+        job = self.jobs.find(denoise_of(report.preview)[0], instance)
         wanted = self.requests[job.request_id].partial_images if job and job.stage is Stage.DENOISER else 0
         if job and self.previews.add(job, wanted, report.preview, report.stored):
             return True
@@ -494,7 +490,7 @@ class JobScheduler(SchedulingState):
         if preview := self.previews.find(report.attempt, instance):
             self._preview_finished(preview, report)
             return True
-        job = self._current(report.attempt, instance)
+        job = self.jobs.find(report.attempt, instance)
         if job is None:
             return False
         runs.end(job.runs, now, seconds=report.seconds)
@@ -540,7 +536,7 @@ class JobScheduler(SchedulingState):
         self.registry.credit(instance, report.issued)
         if self._forget_preview(report.attempt):
             return None, True
-        job = self._current(report.attempt, instance)
+        job = self.jobs.find(report.attempt, instance)
         return job, job is not None
 
     def transfer_failed(self, instance: str, report: TransferFailed, now: float) -> bool:
@@ -560,7 +556,7 @@ class JobScheduler(SchedulingState):
     def give_up(self, attempt: Attempt, name: str, reason: str, now: float) -> None:
         """Fail a job that would fail on every instance; forget a preview."""
         self._forget_preview(attempt)
-        if job := self._current(attempt, name):
+        if job := self.jobs.find(attempt, name):
             job.add_cause(f"{name}: {reason}")
             self._end(job, State.FAILED, reason, now)
 
@@ -641,13 +637,6 @@ class JobScheduler(SchedulingState):
                 self.effects.append(RestartInstance(chosen.name))
 
     # -- inside
-
-    def _current(self, attempt: Attempt, name: str) -> Job | None:
-        job = self.jobs.get(attempt.job_id)
-        return job if job and job.current_attempt == attempt and job.instance == name else None
-
-    def _is_assigned(self, name: str, attempt: Attempt) -> bool:
-        return self._current(attempt, name) is not None or self.previews.find(attempt, name) is not None
 
     def _preview_finished(self, preview: Preview, report: StageFinished) -> None:
         """Show a preview with its job."""

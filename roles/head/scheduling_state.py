@@ -18,7 +18,7 @@ from triptych.roles.head.job import WAITING, Clock, Job, Request
 from triptych.roles.head.previews import Previews
 from triptych.roles.head.registry import InstanceRegistry
 from triptych.roles.head.stored_outputs import StoredOutputs
-from triptych.roles.messages.common import LeaseRef
+from triptych.roles.messages.common import Attempt, LeaseRef
 from triptych.roles.scheduling_policy import MAX_PASSED_OVER, OwnerService, SchedulingFacts, StepTimes
 
 
@@ -121,6 +121,10 @@ class SchedulingState:
     def load(self, instance: str) -> int:
         """Return the number of jobs and previews that are assigned to an instance."""
         return self.jobs.load(instance) + self.previews.load(instance)
+
+    def is_current(self, attempt: Attempt, instance: str) -> bool:
+        """Return whether the attempt, of a job or a preview, is still assigned to that instance."""
+        return self.jobs.find(attempt, instance) is not None or self.previews.find(attempt, instance) is not None
 
     def free_instances(self) -> FreeInstances:
         """Return the instances that would take a job now."""
