@@ -1,6 +1,6 @@
 """Run the schedulers' effects: send the messages that they stand for, and report the results to the schedulers.
 
-The scheduler decides which message an attempt needs and what a failure means.
+`attempt_messages.py` has the message that an attempt needs; the scheduler decides what a failure means.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from triptych.bus import (
     RemoteError,
     UnreachableError,
 )
+from triptych.roles.head.attempt_messages import SourceGoneError, SupersededError, message_for, source_of
 from triptych.roles.head.effects import (
     Assign,
     AssignPreview,
@@ -34,7 +35,7 @@ from triptych.roles.head.effects import (
     RestartInstance,
     SetInstanceAwake,
 )
-from triptych.roles.head.scheduler import JobScheduler, SourceGoneError, SupersededError
+from triptych.roles.head.scheduler import JobScheduler
 from triptych.roles.head.served_models import ServedModels
 from triptych.roles.messages import pool as pools
 from triptych.roles.messages import stages
@@ -103,11 +104,11 @@ class EffectRunner:
         scheduler, served = self._models.scheduler_of(instance), self._models.of(instance)
         sent_to = scheduler.registry.generation(instance)
         try:
-            source = scheduler.source_of(attempt, instance)
+            source = source_of(scheduler, attempt, instance)
             target = None
             if source and scheduler.registry.needs_block(instance, source.lease):
                 target = await self._target(scheduler, instance, attempt, source)
-            message = scheduler.message_for(attempt, source, target, served.name if served else "")
+            message = message_for(scheduler, attempt, source, target, served.name if served else "")
             await self._ask(scheduler, instance, attempt, message, stages.StageTaken)
         except SupersededError:
             scheduler.registry.refund(instance, sent_to)

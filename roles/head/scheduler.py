@@ -26,21 +26,19 @@ from triptych.roles.head.previews import Preview
 from triptych.roles.head.registry import ExitCause
 from triptych.roles.head.rolling_restart import next_to_restart
 from triptych.roles.head.scheduling_state import SchedulingState
-from triptych.roles.messages.common import Attempt, LeaseRef, Provenance, Rebind, SchedulingHints, StoredPayload
+from triptych.roles.messages.common import Attempt, LeaseRef
 from triptych.roles.messages.requests import InstanceView, PreviewView
 from triptych.roles.messages.stages import (
     CheckpointStored,
     InstanceWakeChanged,
     PreviewStored,
     RegisterInstance,
-    StageAssign,
     StageCancelled,
     StageFailed,
     StageFinished,
     StageOutputsStored,
     StageReturned,
     TransferFailed,
-    TransferPush,
 )
 from triptych.roles.previews import denoise_of
 
@@ -65,17 +63,6 @@ DRAINING = ("draining", "stopping")
 
 UNCOUNTED_REFUSALS = (*DRAINING, "asleep", "no_credit", "block_gone", "cancelled", "mailbox_full", "deadline_exceeded")
 """Error codes of refusals that do not count as failures: the attempt was not started."""
-
-
-class SupersededError(Exception):
-    """The attempt is not current any more: its job was cancelled, or assigned to another instance."""
-
-
-class SourceGoneError(Exception):
-    """The stored outputs that an attempt needs were lost before it was sent."""
-
-    def __init__(self) -> None:
-        super().__init__("its stored tensors are gone")
 
 
 def _why_convicted(job: Job, name: str) -> str:
@@ -311,89 +298,6 @@ class JobScheduler(SchedulingState):
         for job in list(self.jobs.values()):
             if job.instance and job.instance not in self.registry.instances:
                 self._retry(job, f"{job.instance} did not come back", now, counts=False)
-
-    # -- what is sent for an attempt
-
-    def source_of(self, attempt: Attempt, name: str) -> StoredPayload | None:
-        """Return the stored outputs that an attempt needs; None for a first stage.
-
-        Raises:
-            SupersededError: The attempt is not assigned to the instance any more.
-            SourceGoneError: The pool with the outputs has ended.
-        """
-        if preview := self.previews.find(attempt, name):
-            return preview.payload
-        job = self.jobs.find(attempt, name)
-        if job is None:
-            raise SupersededError
-        if job.stage is None or job.stage is Stage.ENCODER:
-            return None
-        if job.stored is None or job.stored.stage is not UPSTREAM[job.stage]:
-            raise SourceGoneError
-        return job.stored.payload
-
-    def message_for(
-        self, attempt: Attempt, source: StoredPayload | None, target: LeaseRef | None, model: str = ""
-    ) -> StageAssign | TransferPush:
-        """Return the message that sends an attempt to its instance.
-
-        Args:
-            attempt: A current one; SupersededError is raised for any other.
-            source: As `source_of` returned it.
-            target: The block that the source is copied to; None if the instance maps the source.
-            model: The name of the model for clients.
-        """
-        if (preview := self.previews.get(attempt)) and source:
-            of = self.jobs[preview.job_id]
-            request = self.requests[of.request_id]
-            return TransferPush(attempt, source, target, request.output, of.left_s, accepted_at=request.created_at)
-        job = self.jobs.get(attempt.job_id)
-        if job is None or job.current_attempt != attempt:
-            raise SupersededError
-        request = self.requests[job.request_id]
-        if source is None:
-            hints, accepted_at = self._hints(job), request.created_at
-            return StageAssign(attempt, request.inputs, job.seed, request.output, job.left_s, hints, model, accepted_at)
-        rebind = Rebind(request.inputs, job.seed) if job.uses_cached_prompt and job.stage is Stage.DENOISER else None
-        previews = request.partial_images if job.stage is Stage.DENOISER else 0
-        checkpoint = self._checkpoint_for(job)
-        hints = self._hints(job)
-        writes_file = job.stage is Stage.DECODER and request.output.metadata
-        provenance = Provenance(model, request.inputs, job.seed) if writes_file else None
-        return TransferPush(
-            attempt,
-            source,
-            target,
-            request.output,
-            job.left_s,
-            rebind,
-            hints,
-            previews,
-            checkpoint,
-            provenance,
-            request.created_at,
-        )
-
-    def _checkpoint_for(self, job: Job) -> StoredPayload | None:
-        """Return the checkpoint that a job's instance can go on from, in whichever pool it is."""
-        if job.stage is not Stage.DENOISER:
-            return None
-        checkpoint = job.checkpoint
-        job.resumed_from = checkpoint.step if checkpoint else 0
-        job.steps_redone += max(0, job.steps_lost_at - job.resumed_from)
-        job.steps_lost_at = job.resumed_from
-        self.changed(job)
-        return checkpoint.payload if checkpoint else None
-
-    def _hints(self, job: Job) -> SchedulingHints:
-        request = self.requests[job.request_id]
-        return SchedulingHints(
-            priority=request.priority,
-            due_s=request.deadline_left_s(job),
-            steps=request.steps_left(job) or 0,
-            bucket=max(1, job.bucket),
-            owner=request.owner,
-        )
 
     # -- reports: each returns False when it is about an attempt that no longer counts
 

@@ -1,6 +1,7 @@
 """The requests, jobs and instances of one model, with the settings of the decisions about them. Pure.
 
-`scheduler.py` changes it as events and reports come, `dispatcher.py` as it assigns jobs.
+`scheduler.py` changes it as events and reports come, `dispatcher.py` as it assigns jobs, `attempt_messages.py` as it
+makes the message of an attempt.
 """
 
 from __future__ import annotations

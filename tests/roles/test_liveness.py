@@ -22,10 +22,11 @@ from triptych.bus import Message
 from triptych.engines.memory.buddy import PAGE
 from triptych.engines.memory.leases import Lease, LeaseError, LeaseState, LeaseTable
 from triptych.engines.stages import Stage
+from triptych.roles.head.attempt_messages import SourceGoneError, SupersededError, message_for, source_of
 from triptych.roles.head.effects import Assign, Cancel, NotifyWaiters, ReleaseLeases
 from triptych.roles.head.job import Job, State
 from triptych.roles.head.registry import InstanceRegistry
-from triptych.roles.head.scheduler import JobScheduler, SourceGoneError, SupersededError
+from triptych.roles.head.scheduler import JobScheduler
 from triptych.roles.messages import stages
 from triptych.roles.messages.common import Artifact, Attempt, LeaseRef, StoredPayload
 from triptych.roles.messages.pool import ReleaseBlocks
@@ -204,10 +205,10 @@ class SimulatedCluster:
 
     def send(self, name: str, job: Job, attempt: Attempt) -> Steps:
         instance = self.instances[name]
-        source, target = self.scheduler.source_of(attempt, name), None
+        source, target = source_of(self.scheduler, attempt, name), None
         if source is None:
             yield
-            message = self.scheduler.message_for(attempt, None, None)
+            message = message_for(self.scheduler, attempt, None, None)
             self.carry_out(instance, instance.attempts.assign, message, self.now)
             return
         if self.scheduler.registry.needs_block(name, source.lease):
@@ -218,7 +219,7 @@ class SimulatedCluster:
                 if target is None and (job.current_attempt != attempt or job.instance != name):
                     raise OvertakenError
         yield
-        push = self.scheduler.message_for(attempt, source, target)
+        push = message_for(self.scheduler, attempt, source, target)
         preallocated = instance.preallocated.use(target)
         self.tasks.append(self.replenish(instance))
         try:

@@ -22,6 +22,7 @@ from triptych.actors.topology.sections import SchedulingPolicyName
 from triptych.engines.parameters.schema import Signature
 from triptych.engines.stages import Stage
 from triptych.percentile import percentile
+from triptych.roles.head.attempt_messages import message_for, source_of
 from triptych.roles.head.dispatch import POLICIES
 from triptych.roles.head.effects import Assign
 from triptych.roles.head.job import Job, Request
@@ -232,7 +233,7 @@ class Simulation:
 
     def _take(self, instance: _Instance, job: Job) -> None:
         attempt = job.current_attempt
-        message = self.head.message_for(attempt, self.head.source_of(attempt, instance.name), None)
+        message = message_for(self.head, attempt, source_of(self.head, attempt, instance.name), None)
         hints = message.hints
         item = ActiveAttempt(
             attempt, Phase.RUNNING, STAGES_OF_ROLE[instance.stage.value], Output(), self.now + message.left_s

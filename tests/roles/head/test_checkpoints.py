@@ -6,6 +6,7 @@ import msgspec
 
 from tests.roles.factories import a_block, after, make_scheduler, registration, request, stored
 from triptych.engines.stages import Stage
+from triptych.roles.head.attempt_messages import message_for, source_of
 from triptych.roles.head.dispatcher import Dispatcher
 from triptych.roles.head.effects import ReleaseLeases
 from triptych.roles.head.job import Checkpoint, Job, State
@@ -33,7 +34,7 @@ def denoising(*names: str) -> tuple[JobScheduler, Job]:
 
 
 def begin(scheduler: JobScheduler, job: Job, step: int) -> TransferPush:
-    pushed = scheduler.message_for(job.current_attempt, scheduler.source_of(job.current_attempt, job.instance), None)
+    pushed = message_for(scheduler, job.current_attempt, source_of(scheduler, job.current_attempt, job.instance), None)
     assert isinstance(pushed, TransferPush)
     scheduler.started(job.current_attempt, job.instance, Stage.DENOISER, 2.0)
     scheduler.progress(job.current_attempt, step, 50, 2.0)
@@ -72,7 +73,7 @@ def test_the_newest_checkpoint_goes_to_the_next_denoiser_with_the_outputs_of_the
 
 
 def begin_decode(scheduler: JobScheduler, job: Job) -> TransferPush:
-    pushed = scheduler.message_for(job.current_attempt, scheduler.source_of(job.current_attempt, job.instance), None)
+    pushed = message_for(scheduler, job.current_attempt, source_of(scheduler, job.current_attempt, job.instance), None)
     assert isinstance(pushed, TransferPush)
     return pushed
 
@@ -127,7 +128,7 @@ def test_who_goes_on_from_a_checkpoint_is_scheduled_by_the_steps_that_are_left()
     scheduler.instance_down("denoiser-0", "killed", 3.0, ExitCause.CRASHED)
     assert scheduler.requests["r"].steps_left(job) == 30
     after(scheduler)
-    pushed = scheduler.message_for(job.current_attempt, scheduler.source_of(job.current_attempt, job.instance), None)
+    pushed = message_for(scheduler, job.current_attempt, source_of(scheduler, job.current_attempt, job.instance), None)
     assert pushed.hints.steps == 30
 
 

@@ -19,7 +19,7 @@ from triptych.roles.head.dispatch import POLICIES, Candidate, DispatchPolicy, po
 from triptych.roles.head.effects import Assign
 from triptych.roles.head.free_instances import FreeInstances
 from triptych.roles.head.job import Checkpoint, Job, Request, StoredOutput
-from triptych.roles.messages.common import LeaseRef, SchedulingHints, StoredPayload
+from triptych.roles.messages.common import LeaseRef, StoredPayload
 from triptych.roles.scheduling_policy import MAX_PASSED_OVER
 
 candidates = st.lists(
@@ -185,26 +185,3 @@ def test_no_waiting_job_is_overtaken_for_ever(policy: SchedulingPolicyName, olde
         report = stored(scheduler.jobs[job_id].current_attempt, "encoder", assignments, issued=1 + assignments)
         if job_id != "last/0":
             assert scheduler.stored("encoder-0", report, 1.0)
-
-
-def test_a_job_keeps_the_bucket_of_its_first_denoise_and_instances_are_told_what_it_is_scheduled_by() -> None:
-    scheduler = make_scheduler()
-    for instance in (registration("encoder-0"), registration("denoiser-0", max_batch=8)):
-        scheduler.register(instance, 0.0)
-    scheduler.accept(scheduled("r", priority=3, deadline_s=20.0, steps=28, owner="alice"), 0.0)
-    job = scheduler.jobs["r/0"]
-
-    def hints() -> SchedulingHints:
-        after(scheduler)
-        return scheduler.message_for(
-            job.current_attempt, scheduler.source_of(job.current_attempt, job.instance), None
-        ).hints
-
-    assert hints() == SchedulingHints(3, 20.0, 28, 1, "alice")
-    scheduler.stored("encoder-0", stored(job.current_attempt, "encoder", 1), 1.0)
-    scheduler.elapse(5.0, 5.0)
-    assert hints() == SchedulingHints(3, 15.0, 28, 8, "alice")
-    scheduler.started(job.current_attempt, "denoiser-0", Stage.DENOISER, 2.0)
-    scheduler.instance_down("denoiser-0", "its process ended", 3.0)
-    scheduler.register(registration("denoiser-1", max_batch=4), 3.0)
-    assert hints().bucket == job.view().bucket == 8

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
-from tests.roles.factories import a_block, after, make_scheduler, registration, request, single_model, stored
+from tests.roles.factories import after, make_scheduler, registration, request, single_model, stored
 from triptych.actors import Actor
-from triptych.engines.memory.buddy import PAGE
 from triptych.engines.stages import Stage
 from triptych.roles.head.effect_runner import EffectRunner
 from triptych.roles.head.job import Job, State
-from triptych.roles.head.reclaim import unneeded
 from triptych.roles.head.scheduler import JobScheduler
-from triptych.roles.messages.common import Attempt, Rebind
-from triptych.roles.messages.pool import LeaseView
-from triptych.roles.messages.stages import TransferPush
+from triptych.roles.messages.common import Attempt
 
 
 def assigned_to_a_denoiser() -> tuple[JobScheduler, Job]:
@@ -52,39 +48,3 @@ def test_a_job_that_is_cancelled_before_it_is_sent_is_not_sent() -> None:
     send(scheduler, attempt)
     assert job.state is State.CANCELLED
     assert scheduler.registry.instances["denoiser-0"].credits == 2
-
-
-def test_cached_outputs_come_with_the_seed_and_inputs_of_the_job() -> None:
-    scheduler = make_scheduler(cache=PAGE)
-    for kind in ("encoder", "denoiser"):
-        scheduler.register(registration(f"{kind}-0", slots=2), 0.0)
-    scheduler.accept(request(), 0.0)
-    scheduler.accept(request("second", seed=7, num_inference_steps=9), 0.0)
-    after(scheduler)
-    scheduler.stored(
-        "encoder-0", stored(scheduler.jobs["r/0"].current_attempt, "encoder", 1, seed_independent=True), 1.0
-    )
-    after(scheduler)
-    models = single_model(scheduler)
-
-    def message_for(job_id: str) -> TransferPush:
-        attempt = scheduler.jobs[job_id].current_attempt
-        message = scheduler.message_for(attempt, scheduler.source_of(attempt, "denoiser-0"), None)
-        assert isinstance(message, TransferPush)
-        return message
-
-    first, second = message_for("r/0"), message_for("second/0")
-    assert first.rebind is None
-    assert second.rebind == Rebind({"prompt": "x", "num_inference_steps": 9}, 7)
-    assert first.source == second.source
-
-    views = [
-        LeaseView(a_block(number).lease, "sealed", "encoder-0", 1, Attempt(job_id, attempt))
-        for number, job_id, attempt in ((1, "r/0", 1), (2, "gone/0", 1), (3, "r/0", 0), (4, "r/0", 1))
-    ]
-    assert [lease.lease_id for lease in unneeded(models, views)] == [2, 3]
-    scheduler.cancel("r", "enough", 2.0)
-    scheduler.cancel("second", "enough", 2.0)
-    assert not unneeded(models, views[:1]), "the cache keeps it"
-    scheduler.clear_cache()
-    assert unneeded(models, views[:1])

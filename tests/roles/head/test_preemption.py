@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tests.roles.factories import a_block, after, make_scheduler, registration, scheduled, stored
 from triptych.engines.stages import Stage
+from triptych.roles.head.attempt_messages import message_for, source_of
 from triptych.roles.head.effects import Assign, Effect, Park
 from triptych.roles.head.job import SUSPECT_AFTER, Job, State
 from triptych.roles.head.preemption import MAX_PARKED, MIN_LEFT_S, MIN_STEPS_LEFT, RunningDenoise, least_worth
@@ -85,7 +86,7 @@ def denoised(scheduler: JobScheduler, id_: str, priority: int) -> tuple[Job, lis
 
 
 def pushed(scheduler: JobScheduler, job: Job) -> TransferPush:
-    message = scheduler.message_for(job.current_attempt, scheduler.source_of(job.current_attempt, job.instance), None)
+    message = message_for(scheduler, job.current_attempt, source_of(scheduler, job.current_attempt, job.instance), None)
     assert isinstance(message, TransferPush)
     scheduler.started(job.current_attempt, job.instance, Stage.DENOISER, 2.0)
     return message

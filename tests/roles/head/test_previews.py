@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from tests.roles.factories import KINDS, a_block, after, finished, make_scheduler, registration, request, stored
 from triptych.engines.stages import Stage
+from triptych.roles.head.attempt_messages import SupersededError, message_for, source_of
 from triptych.roles.head.effects import Assign, AssignPreview, Cancel, ReleaseLeases
 from triptych.roles.head.job import Job
 from triptych.roles.head.previews import Previews
 from triptych.roles.head.registry import ExitCause
-from triptych.roles.head.scheduler import JobScheduler, SupersededError
+from triptych.roles.head.scheduler import JobScheduler
 from triptych.roles.messages.common import Artifact, Attempt
 from triptych.roles.messages.stages import (
     PreviewStored,
@@ -88,13 +89,13 @@ def an_image(attempt: Attempt, name: str = "r_0.1.png") -> StageFinished:
 
 def test_a_denoiser_is_told_how_many_and_an_idle_decoder_makes_them(scheduler: JobScheduler) -> None:
     job = denoising(scheduler)
-    source = scheduler.source_of(job.current_attempt, "denoiser-0")
-    assert scheduler.message_for(job.current_attempt, source, None).partial_images == 2
+    source = source_of(scheduler, job.current_attempt, "denoiser-0")
+    assert message_for(scheduler, job.current_attempt, source, None).partial_images == 2
     second = store_preview(scheduler, job, 2, 12)
     first = store_preview(scheduler, job, 1, 11)
     assert after(scheduler) == [AssignPreview("decoder-0", second)], "one at a time, the oldest first"
     assert scheduler.is_current(second, "decoder-0")
-    message = scheduler.message_for(second, scheduler.source_of(second, "decoder-0"), None)
+    message = message_for(scheduler, second, source_of(scheduler, second, "decoder-0"), None)
     assert isinstance(message, TransferPush)
     assert (message.source, message.partial_images) == (a_block(12), 0)
     assert scheduler.started(second, "decoder-0", Stage.DECODER, 4.0)
@@ -177,7 +178,7 @@ def test_what_waits_is_dropped_when_the_denoise_is_done_and_the_rest_with_the_jo
     assert ReleaseLeases((a_block(11).lease,)) in effects
     assert not scheduler.finished("decoder-0", an_image(first), 6.0), "its file is discarded"
     with pytest.raises(SupersededError):
-        scheduler.source_of(first, "decoder-0")
+        source_of(scheduler, first, "decoder-0")
 
 
 def test_a_full_pool_gets_the_blocks_of_waiting_previews_first(scheduler: JobScheduler) -> None:
