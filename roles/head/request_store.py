@@ -265,7 +265,8 @@ class RequestStore:
         """
         if request.terminal and (scheduler := self._models.scheduler_of_request(request.id)):
             not_yet = f"{request.id} has ended, but that is not on the disk yet"
-            if any(job.id in scheduler.dirty for job in request.jobs):
+            unwritten = any(job.id in scheduler.dirty for job in request.jobs)
+            if unwritten and (self.journal_problem or not self.save()):
                 raise RefusedError("unavailable", f"{not_yet}: {self.journal_problem}")
             try:
                 await self.synced()

@@ -439,6 +439,20 @@ def test_reports_that_come_together_are_written_in_one_transaction(
     run_scenario(scenario())
 
 
+def test_who_asks_for_a_request_while_its_end_is_written_is_told_the_end(topology: Callable[..., Topology]) -> None:
+    async def scenario() -> None:
+        async with running_head(topology()) as harness:
+            attempt = await harness.first_attempt()
+            current_sender.set(Sender("encoder-0", 1))
+            report = await harness.actor.stage_failed(stages.StageFailed(attempt, Stage.ENCODER, "no", False, 3))
+            asked = asyncio.create_task((await harness.actor.query(requests.QueryRequest("r"))).coroutine)
+            harness.actor.caught_up()
+            assert (await asked).state == "FAILED"
+            await report.coroutine
+
+    run_scenario(scenario())
+
+
 def test_an_assignment_is_sent_before_it_is_written_and_a_head_that_does_not_know_it_has_it_dropped(
     topology: Callable[..., Topology], monkeypatch: pytest.MonkeyPatch
 ) -> None:
