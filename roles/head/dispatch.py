@@ -41,7 +41,7 @@ class DispatchPolicy(ABC):
 
     @abstractmethod
     def choose(self, job: Job, request: Request, candidates: Sequence[Candidate]) -> Candidate:
-        """Choose the instance that gets a job.
+        """Choose the instance that gets a job. Pure: the same one each time, in whatever order the candidates come.
 
         Args:
             job: The first of the queue.
