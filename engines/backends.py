@@ -1,6 +1,7 @@
 """The transfer backends: one table that the topology, the checks and the processes read. Imports nothing large.
 
-To add a backend, write its module in `engines/transfer/` and add its line here.
+To add a backend, write its module in `engines/transfer/` and add its line here; then
+`tests/engines/transfer/test_every_backend.py` tests it as it does the others.
 """
 
 from __future__ import annotations

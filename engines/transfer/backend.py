@@ -30,7 +30,8 @@ class TransferSetupError(Exception):
 class TransferBackend(Protocol):
     """Pulls bytes from the arena of another pool into the arena that it was opened for.
 
-    A peer is addressed by its `session`, and a byte of its arena by `base + offset`; its leases carry both.
+    A peer is addressed by its `session`, and a byte of its arena by `base + offset`; its leases carry both. What
+    is said here is tested of every backend by `tests/engines/transfer/test_every_backend.py`.
     """
 
     @property
@@ -57,7 +58,7 @@ class TransferBackend(Protocol):
             address: The address of the first byte at the peer.
             offset: The offset of its copy in the local arena.
             nbytes: The number of bytes.
-            timeout_s: The seconds after which the pull fails.
+            timeout_s: The seconds after which the pull fails; one without time copies nothing, and can be retried.
 
         Raises:
             TransferError: The bytes did not arrive.
@@ -68,4 +69,7 @@ class TransferBackend(Protocol):
         """Return the local ranges that failed pulls may still write to."""
 
     def close(self) -> None:
-        """Stop serving and pulling; may block for a second. The arena must stay open until this returns."""
+        """Stop serving and pulling; may block for a second. The arena must stay open until this returns.
+
+        Later pulls raise `TransferError("the backend is closed", retryable=False)`.
+        """

@@ -105,3 +105,10 @@ def peer(
         yield started
     finally:
         started.kill()
+
+
+def arrives(puller: PeerProcess, source: PeerProcess, offset: int, nbytes: int, byte: int) -> bool:
+    """Whether a pull to the begin of the arena brings what the source has filled there with a pattern of `byte`."""
+    expected = source.ask("fill", offset=offset, nbytes=nbytes, byte=byte)
+    puller.ask("pull", **source.source(offset, nbytes), offset=0, timeout_s=20)
+    return puller.ask("checksum", offset=0, nbytes=nbytes) == expected

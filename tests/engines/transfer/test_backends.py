@@ -27,8 +27,9 @@ def test_what_depends_on_a_backend_follows_from_the_table():
 
 
 def test_an_unknown_backend_is_refused_with_those_that_there_are():
-    with pytest.raises(TransferSetupError, match='must be one of "auto", "shm", "mooncake", not "pigeon"'):
+    with pytest.raises(TransferSetupError, match=r'must be one of .*, not "pigeon"') as refused:
         open_backend("pigeon", arena=Arena.create(4096))
+    assert all(f'"{name}"' in str(refused.value) for name in (AUTO, *BACKENDS))
 
 
 def test_the_table_imports_nothing_large():

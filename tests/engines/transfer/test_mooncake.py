@@ -1,4 +1,7 @@
-"""Mooncake over loopback TCP between real processes; the numbers are those of the hazards in `engines.transfer`."""
+"""Mooncake over loopback TCP between real processes, beside what test_every_backend.py asks of all backends.
+
+The numbers are those of the hazards in `engines.transfer`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.transfer.peer_process import ROOT, PeerProcess, peer, until
+from tests.engines.transfer.peer_process import ROOT, arrives, peer, until
 from tests.ports import free_ports, mooncake_environment
 
 NBYTES = 8 << 20
@@ -31,24 +34,6 @@ def puller():
 def server():
     with peer(NBYTES, **MOONCAKE) as process:
         yield process
-
-
-def arrives(puller: PeerProcess, source: PeerProcess, offset: int, nbytes: int, byte: int) -> bool:
-    expected = source.ask("fill", offset=offset, nbytes=nbytes, byte=byte)
-    puller.ask("pull", **source.source(offset, nbytes), offset=0, timeout_s=20)
-    return puller.ask("checksum", offset=0, nbytes=nbytes) == expected
-
-
-@pytest.mark.parametrize("nbytes", [0, 1, 4096, 100_003, NBYTES])
-def test_bytes_come_over(puller, server, nbytes):
-    assert arrives(puller, server, NBYTES - nbytes, nbytes, nbytes % 251)
-
-
-def test_bytes_beside_the_block_do_not_change(puller, server):
-    before = puller.ask("fill", offset=4096, nbytes=4096, byte=77)
-    puller.ask("pull", **server.source(0, 4096), offset=0, timeout_s=20)
-    puller.ask("pull", **server.source(0, 4096), offset=8192, timeout_s=20)
-    assert puller.ask("checksum", offset=4096, nbytes=4096) == before
 
 
 def test_pulls_that_are_longer_than_a_piece_arrive_whole():
@@ -94,26 +79,6 @@ def test_a_session_of_nobody_cannot_be_reached(puller, session):
     error = puller.refused("pull", session=session, address=4096, nbytes=1, offset=0, timeout_s=5)
     assert (error["retryable"], error["quarantine"]) == (True, False)
     assert puller.ask("held") == []
-
-
-def test_a_target_outside_the_arena_never_reaches_the_engine(puller, server):
-    error = puller.refused("pull", **server.source(0, 2), offset=NBYTES - 1, timeout_s=10)
-    assert "outside an arena" in error["error"]
-
-
-def test_pulls_from_several_peers_run_side_by_side(puller, server):
-    with peer(NBYTES, **MOONCAKE) as third:
-        expected = {}
-        for index, source in enumerate([server, third] * 4):
-            offset = index * 65536
-            expected[offset] = source.ask("fill", offset=offset, nbytes=65536, byte=index)
-        numbers = [
-            puller.send("pull", **source.source(index * 65536, 65536), offset=index * 65536, timeout_s=20)
-            for index, source in enumerate([server, third] * 4)
-        ]
-        assert all("error" not in puller.answer(number) for number in numbers)
-        for offset, value in expected.items():
-            assert puller.ask("checksum", offset=offset, nbytes=65536) == value
 
 
 def test_a_pull_that_was_given_up_still_lands_and_is_held_until_it_has():
@@ -201,15 +166,6 @@ def test_a_peer_that_hangs_holds_up_nobody_else(puller, server, met):
         assert "error" not in puller.answer(again, timeout_s=100)
         assert puller.ask("checksum", offset=4096, nbytes=4096) == expected
         until(lambda: puller.ask("held") == [])
-
-
-def test_a_closed_backend_refuses_in_words(server):
-    # 1: what was closed, or has not been opened, must not be called: the engine would crash.
-    with peer(NBYTES, **MOONCAKE) as closing:
-        closing.ask("close")
-        error = closing.refused("pull", **server.source(0, 1), offset=0, timeout_s=5)
-        assert (error["error"], error["retryable"]) == ("the backend is closed", False)
-        assert closing.ask("held") == []
 
 
 def python(code: str, **environ: str) -> str:

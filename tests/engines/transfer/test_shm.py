@@ -32,15 +32,6 @@ def other():
         yield process
 
 
-@pytest.mark.parametrize("nbytes", [0, 1, 4096, 100_003, NBYTES])
-def test_bytes_come_over_from_another_process(arena, backend, other, nbytes):
-    expected = other.ask("fill", offset=NBYTES - nbytes, nbytes=nbytes, byte=nbytes)
-    arena.tensor(0, NBYTES).fill_(0xEE)
-    backend.pull(**other.source(NBYTES - nbytes, nbytes), offset=0, timeout_s=10)
-    assert checksum(arena.view(0, nbytes)) == expected
-    assert set(arena.view(nbytes, NBYTES - nbytes)) <= {0xEE}, "bytes beside the block changed"
-
-
 def test_large_pulls_come_in_pieces(backend):
     nbytes = 40 << 20
     with peer(nbytes, engine="shm") as other:
@@ -81,27 +72,9 @@ def test_a_source_outside_the_arena_is_refused_for_good(backend, other):
     assert (error.retryable, error.quarantine) == (False, False)
 
 
-def test_a_target_outside_the_arena_is_a_mistake_of_the_caller(backend, other):
-    with pytest.raises(ValueError, match="outside"):
-        backend.pull(**other.source(0, 2), offset=NBYTES - 1, timeout_s=10)
-
-
 @pytest.mark.parametrize("session", ["", "127.0.0.1:12345", "memfd:1:1:1:1:1"])
 def test_a_session_of_nobody_is_refused_for_good(backend, session):
     assert not failure(backend, session=session, address=0, nbytes=1).retryable
-
-
-def test_a_pull_without_time_copies_nothing(backend, arena, other):
-    other.ask("fill", offset=0, nbytes=10, byte=9)
-    error = failure(backend, **other.source(0, 10), timeout_s=0)
-    assert (error.retryable, error.quarantine) == (True, False)
-    assert not any(arena.view(0, 10))
-    assert backend.late() == ()
-
-
-def test_a_closed_backend_pulls_nothing(backend, other):
-    backend.close()
-    assert not failure(backend, **other.source(0, 1)).retryable
 
 
 def test_it_says_what_it_is(backend, arena):
