@@ -153,7 +153,7 @@ def generate(
 ) -> None:
     """Make images or videos from a prompt or another image, and write each to a file.
 
-    The suffix of the file chooses the format: .png, .jpg, .webp, .gif, .mp4 for a video, .zip for its frames. With -n,
+    The suffix of the file chooses the format, such as .png or .jpg, .mp4 for a video, .zip for its frames. With -n,
     NAME.png becomes NAME-0.png, NAME-1.png and so on. Ctrl-C cancels the request.
 
     [bold]Examples[/]

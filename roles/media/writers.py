@@ -46,7 +46,8 @@ _IMAGES: Final[Mapping[str, Mapping[str, object]]] = {
     "webp": {"format": "WEBP", "quality": 95, "method": 4, "exact": True},
     "gif": {"format": "GIF", "optimize": False},
 }
-_PLAIN: Final = {
+_PLAIN: Final[Mapping[str, tuple[str, ...]]] = {
+    # The modes that are written as they are; one without "RGBA" has no transparency.
     "png": ("L", "LA", "RGB", "RGBA", "I;16"),
     "jpeg": ("L", "RGB"),
     "webp": ("RGB", "RGBA"),
@@ -143,11 +144,12 @@ def _save(images: Sequence[Image.Image], options: WriteOptions) -> bytes:
         duration = _hundredths(len(images), fps) if output_format == "gif" else 1000 / fps
         settings |= {"save_all": True, "append_images": images[1:], "duration": duration, "loop": 0}
     image = images[0]
-    if image.mode == "I;16" and output_format != "png":
+    plain = _PLAIN[output_format]
+    if image.mode == "I;16" and image.mode not in plain:
         # Pillow would clip, not scale, what has 16 bits.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode not in _PLAIN[output_format]:
-        has_alpha = output_format != "jpeg" and image.has_transparency_data
+    if image.mode not in plain:
+        has_alpha = "RGBA" in plain and image.has_transparency_data
         image = image.convert("RGBA" if has_alpha else "RGB")
     buffer = io.BytesIO()
     image.save(buffer, **settings)

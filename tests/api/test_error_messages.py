@@ -11,6 +11,7 @@ from PIL import Image
 from tests.api.image_inputs import EDITS, GENERATIONS, MASK, PARAMETERS, PNG, encoded, text
 from triptych.api.errors import ApiError, error_response
 from triptych.engines.parameters.schema import Parameter, ParameterKind
+from triptych.roles.media.formats import REQUESTED_FORMATS
 from triptych.roles.messages import requests as wire
 
 pytestmark = pytest.mark.anyio
@@ -35,7 +36,7 @@ def model_with_images(fake_head):
         ({"size": 64}, "size", "size must be text"),
         ({"size": "big"}, "size", "size must be WIDTHxHEIGHT in pixels, as in 1024x1024, or auto"),
         ({"response_format": "bytes"}, "response_format", "response_format must be one of b64_json, url"),
-        ({"output_format": "bmp"}, "output_format", "output_format must be one of gif, jpeg, mp4, png, wav, webp, zip"),
+        ({"output_format": "?"}, "output_format", f"must be one of {', '.join(sorted(REQUESTED_FORMATS))}"),
         ({"guidance_scale": "high"}, "guidance_scale", "guidance_scale must be a number"),
         ({"colour": {}}, "colour", "colour must be text, a number, true, false, null, an image or a list of numbers"),
         ({"colour": 10**30}, "colour", "colour is out of range: at most 64 bits"),

@@ -15,7 +15,7 @@ MUSIC = Signature(PROMPT, medium="audio")
 
 
 @pytest.mark.parametrize("signature", [IMAGES, VIDEOS, MUSIC], ids=lambda signature: signature.medium)
-@pytest.mark.parametrize("output_format", [*FORMATS, "bmp"])
+@pytest.mark.parametrize("output_format", [*FORMATS, "?"])
 def test_a_format_is_taken_just_where_it_can_hold_what_is_made(signature: Signature, output_format: str) -> None:
     if output_format in formats_for(signature.medium):
         assert resolve_output(Output(output_format), signature, {}, {}).format == output_format
@@ -30,8 +30,9 @@ def test_a_format_is_taken_just_where_it_can_hold_what_is_made(signature: Signat
 def test_before_an_instance_has_come_only_unknown_formats_are_refused() -> None:
     for output_format in ("", *FORMATS):
         assert resolve_output(Output(output_format), Signature(), {}, {}).format == output_format
-    with pytest.raises(ParameterError, match="must be png, jpeg, webp, gif, mp4, zip, wav or safetensors"):
-        resolve_output(Output("bmp"), Signature(), {}, {})
+    with pytest.raises(ParameterError, match=r"must be png, jpeg, .* or ") as refused:
+        resolve_output(Output("?"), Signature(), {}, {})
+    assert all(name in refused.value.message for name in FORMATS)
 
 
 @pytest.mark.parametrize(

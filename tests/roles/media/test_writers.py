@@ -63,8 +63,8 @@ def test_what_a_format_cannot_hold_is_refused_in_words(output_format: str) -> No
 
 
 def test_an_unknown_format_is_named() -> None:
-    with pytest.raises(MediaError, match="'bmp' is none of png, jpeg"):
-        encode(Stills([image()]), "bmp", 16.0)
+    with pytest.raises(MediaError, match=r"'\?' is none of png, jpeg"):
+        encode(Stills([image()]), "?", 16.0)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_nothing_of_where_an_image_came_from_is_written() -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
-@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp", "gif", "zip"])
+@pytest.mark.parametrize("output_format", [name for name in FORMATS if "image" in FORMATS[name].holds])
 def test_images_of_every_mode_are_written(mode: str, output_format: str) -> None:
     data = encode(Stills([image("L").convert(mode)]), output_format, 16.0)
     if output_format != "zip":
