@@ -30,7 +30,14 @@ from triptych.roles.messages.requests import ClusterView, InstanceView
 from triptych.tools.chaos import invariants
 from triptych.tools.chaos.__main__ import app
 from triptych.tools.chaos.clock import Clock
-from triptych.tools.chaos.faults import FAULTS, components_of_victim, transfer_keys, transfer_rates, why_unsupported
+from triptych.tools.chaos.faults import (
+    FAULTS,
+    Fault,
+    components_of_victim,
+    transfer_keys,
+    transfer_rates,
+    why_unsupported,
+)
 from triptych.tools.chaos.injector import FaultInjector, InjectedFault, has_recovered, trigger_is_met
 from triptych.tools.chaos.load import LoadGenerator, Outcome
 from triptych.tools.chaos.plan import IMAGES, PlannedFault, PlannedRequest, make_plan
@@ -245,6 +252,14 @@ def test_a_step_of_the_clock_is_no_delay(step_s: float) -> None:
     kill = InjectedFault("kill", "a", 2.0, lethal=True, recovery_s=1.0)
     report = summary(7, 60.0, [ended], [kill], 1, {name: [] for name in INVARIANTS})
     assert (report.seen_p99_s, report.redispatched_p99_s) == (0.5, None if step_s else 0.5)
+
+
+def test_what_the_checks_must_know_of_a_fault_is_in_its_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAULTS, "new", Fault(lethal=True, silent=True, hinders_starts=True))
+    new = InjectedFault("new", "b", 0.0, lethal=True, recovery_s=9.0)
+    report = summary(7, 60.0, [outcome()], [injection(), new], 2, {name: [] for name in INVARIANTS})
+    assert (report.recovery_p99_s, report.recovery_by_fault_s) == (1.0, {"kill": 1.0, "new": 9.0})
+    assert invariants.only_victims_restarted({"a": 2, "b": 1}, [injection(), new], []) == []
 
 
 def test_a_mailbox_over_its_bound_is_seen() -> None:

@@ -81,6 +81,15 @@ class Fault:
     """Set in place of `inject` where the victim is a host, "a", two of them, "a-b", or the way between them, "a>b"."""
     lethal: bool = False
     """Whether the victim's process has to be replaced."""
+    silent: bool = False
+    """Whether the victim of a lethal one ends only when its heartbeats are missed: how long that takes is not counted
+    among the recoveries."""
+    alone: bool = False
+    """Whether a fault of the whole system waits for those of single components, and they for it."""
+    ends_supervisors: bool = False
+    """Whether the supervisors of the hosts that it hits are replaced, so that the restarts of all there count anew."""
+    hinders_starts: bool = False
+    """Whether a victim of another fault may need more than one start while it lasts."""
     why_unsupported: Callable[[str, Path], str] = lambda _, __: ""
     """Says why it cannot be injected on this machine with a transfer engine and state folder; "" if it can."""
     rates: str = ""
@@ -132,7 +141,7 @@ def components_of_victim(topology: Topology, fault: str, victim: str) -> list[st
     if FAULTS[fault].into_hosts is None:
         return [victim] if victim != SYSTEM else [c.name for c in topology.components]
     hosts = set(hosts_of_victim(victim))
-    if topology.head_host in hosts and len(hosts) == 1 and fault != "host":
+    if topology.head_host in hosts and len(hosts) == 1 and not FAULTS[fault].ends_supervisors:
         hosts.update(_hosts(topology))
     return [c.name for c in topology.components if c.host in hosts]
 
@@ -211,19 +220,19 @@ async def _flap(_: FaultContext, cluster: HostsCluster, hosts: list[str]) -> Non
 
 FAULTS: Final[dict[str, Fault]] = {
     "kill": Fault(_roles, _send(signal.SIGKILL), lethal=True),
-    "stop": Fault(_roles, _send(signal.SIGSTOP), lethal=True),
+    "stop": Fault(_roles, _send(signal.SIGSTOP), lethal=True, silent=True),
     "term": Fault(_roles, _send(signal.SIGTERM), lethal=True),
     "head": Fault(_kind("head"), _send(signal.SIGKILL), lethal=True),
     "api": Fault(_kind("api"), _send(signal.SIGKILL), lethal=True),
     "pool": Fault(_kind("pool"), _send(signal.SIGKILL), lethal=True),
-    "poolstop": Fault(_kind("pool"), _send(signal.SIGSTOP), lethal=True),
+    "poolstop": Fault(_kind("pool"), _send(signal.SIGSTOP), lethal=True, silent=True),
     "stall": Fault(_all, _stall),
-    "pause": Fault(_system, _pause),
+    "pause": Fault(_system, _pause, alone=True),
     "clock": Fault(_system, _step_clock, why_unsupported=lambda _, __: Clock.why_unsupported()),
-    "full": Fault(_system, _fill_disk, why_unsupported=lambda _, state: _why_no_small_disk(state)),
+    "full": Fault(_system, _fill_disk, hinders_starts=True, why_unsupported=lambda _, state: _why_no_small_disk(state)),
     "busy": Fault(_system, _load_cpu),
     "garbage": Fault(_all, _send_garbage_to),
-    "host": Fault(_hosts, into_hosts=_switch_off),
+    "host": Fault(_hosts, into_hosts=_switch_off, ends_supervisors=True),
     "isolate": Fault(_hosts, into_hosts=_for_a_while(lambda cluster, hosts: cluster.hosts.isolate(hosts[0]))),
     "cut": Fault(_pairs, into_hosts=_for_a_while(lambda cluster, hosts: cluster.hosts.partition(*hosts))),
     "oneway": Fault(_ways, into_hosts=_for_a_while(lambda cluster, hosts: cluster.hosts.one_way(*hosts))),

@@ -67,7 +67,7 @@ class FaultInjector:
     async def inject(self, planned: PlannedFault) -> None:
         """Wait for the trigger, inject, and wait until the victim has recovered; repeat if the plan says so."""
         # One fault at a time for each component, which must be running; the end of a pause continues stalled ones.
-        alone = planned.victim != SYSTEM or planned.fault == "pause"
+        alone = planned.victim != SYSTEM or FAULTS[planned.fault].alone
         hit = components_of_victim(self._cluster.topology, planned.fault, planned.victim) if alone else []
         async with AsyncExitStack() as stack:
             for name in hit:
@@ -103,7 +103,7 @@ class FaultInjector:
         hit = components_of_victim(topology, planned.fault, planned.victim)
         hosts = hosts_of_victim(planned.victim)
         instances = tuple(name for name in hit if topology.component(name).slots)
-        if planned.fault == "host":
+        if FAULTS[planned.fault].ends_supervisors:
             injection.counts_anew = tuple(hit)
         elif topology.head_host in hosts or len(hosts) == 1:
             injection.may_restart = instances

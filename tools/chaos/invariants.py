@@ -9,6 +9,7 @@ from typing import Any
 
 from triptych.roles.head.job import LEGAL_TRANSITIONS, TERMINAL_STATES, State
 from triptych.roles.messages.pool import LeaseView
+from triptych.tools.chaos.faults import FAULTS
 from triptych.tools.chaos.injector import InjectedFault
 from triptych.tools.chaos.load import Outcome
 from triptych.tools.chaos.plan import ImageCase
@@ -92,7 +93,7 @@ def only_victims_restarted(
     head may be replaced once for that.
     """
     injected = list(injected)
-    tries = any(injection.fault == "full" for injection in injected)
+    tries = any(FAULTS[injection.fault].hinders_starts for injection in injected)
     broken = []
     for name, n in restarts.items():
         # A host that was switched off counts from then on.

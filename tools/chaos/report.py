@@ -14,6 +14,7 @@ from rich.table import Table
 
 from triptych.percentile import percentile
 from triptych.roles.head.job import State
+from triptych.tools.chaos.faults import FAULTS
 from triptych.tools.chaos.injector import InjectedFault
 from triptych.tools.chaos.invariants import first_job
 from triptych.tools.chaos.load import Outcome
@@ -99,7 +100,7 @@ def summary(
     """Make the report from what was observed; pure."""
     kills = [b for b in injected if b.fault == "kill"]
     recoveries = [
-        b.recovery_s for b in injected if b.recovery_s is not None and b.lethal and b.fault not in ("stop", "poolstop")
+        b.recovery_s for b in injected if b.recovery_s is not None and b.lethal and not FAULTS[b.fault].silent
     ]
     seen, redispatched = _delays(outcomes, injected)
     faults = {
