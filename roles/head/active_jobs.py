@@ -262,9 +262,10 @@ class ActiveJobs(Mapping[str, Job]):
     def refile(self, job: Job) -> None:
         """Bring the indexes up to date with a job that may have changed; no-op if it is not active."""
         entry = self._entries.get(job.id)
-        if entry and self._place(entry) != entry.place:
+        if entry and (place := self._place(entry)) != entry.place:
             self._unfile(entry)
-            self._file(entry, self._place(entry))  # again, since it may be it that made the outputs in progress
+            # One with a prompt is placed again: it may have been the one that encodes it.
+            self._file(entry, self._place(entry) if place.prompt else place)
 
     def refile_all(self) -> None:
         """Bring the indexes up to date after a change that concerns all jobs."""

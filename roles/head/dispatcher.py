@@ -177,7 +177,9 @@ class Dispatcher:
     def _dispatch_previews(self) -> None:
         """Assign waiting previews to decoders that have nothing else, while no job waits for one."""
         state = self._state
-        if state.jobs.waiting[Stage.DECODER] or not state.free_instances().any_idle(Stage.DECODER):
+        if not state.previews or state.jobs.waiting[Stage.DECODER]:
+            return
+        if not state.free_instances().any_idle(Stage.DECODER):
             return
         for preview in state.previews.waiting():
             job = state.jobs[preview.job_id]
