@@ -159,18 +159,28 @@ class Head(Actor):
         self.effect_runner.run(each for scheduler in self.models.schedulers for each in scheduler.take_assignments())
         # The next stages wait for these messages, whose tasks have just been made: all else comes after them. A head
         # that ends in between has a successor that does not know of them, and has the instances drop the attempts.
-        self.spawn(self._commit(group), name="commit")
+        self.spawn(self._finish(group), name="commit")
 
-    async def _commit(self, group: _Group) -> None:
-        self.commit()
+    async def _finish(self, group: _Group) -> None:
+        self._write_and_run_effects()
         group.accepted.set()
 
     def commit(self) -> None:
-        """Carry out decisions: assign jobs, write changes to the journal, then run the effects.
+        """Carry out decisions: assign jobs, write changes to the journal, then run the effects."""
+        self._decide()
+        self._write_and_run_effects()
+
+    def _decide(self) -> None:
+        now = time.time()
+        self.model_manager.residency.update(time.monotonic())
+        for scheduler in self.models.schedulers:
+            scheduler.dispatch(now)
+
+    def _write_and_run_effects(self) -> None:
+        """Write changes to the journal, then run the effects.
 
         Reports are acknowledged once they are written; while the journal cannot be written, they come again.
         """
-        self._decide()
         written = self.requests.save()
         effects = [effect for scheduler in self.models.schedulers for effect in scheduler.take_effects()]
         self._record_ended(effects)
@@ -179,12 +189,6 @@ class Head(Actor):
             groups, self._unwritten = self._unwritten, []
             for group in groups:  # after the effects' messages, whose tasks have just been made
                 asyncio.get_running_loop().call_soon(group.written.set)
-
-    def _decide(self) -> None:
-        now = time.time()
-        self.model_manager.residency.update(time.monotonic())
-        for scheduler in self.models.schedulers:
-            scheduler.dispatch(now)
 
     def _record_ended(self, effects: Iterable[Effect]) -> None:
         """Count the requests that have ended, and record their histories."""
