@@ -93,7 +93,7 @@ class Worker(Actor):
                 self.entered.set()
                 await self.gate.wait()
             case "cancelled":
-                task = self.spawn(asyncio.sleep(3600), name="sleeper")
+                task = self.spawn(asyncio.Event().wait(), name="waiter")
                 task.cancel()
                 await task
             case "context":

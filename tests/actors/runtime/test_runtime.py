@@ -46,12 +46,7 @@ from triptych.bus import (
 @asynccontextmanager
 async def three_texts_wait(folder: Path) -> AsyncIterator[tuple[Worker, Reference]]:
     """A worker that waits at its gate, while three texts wait for it."""
-    worker = Worker("worker")
-    harness = RuntimeHarness(folder, worker)
-    async with harness.runtime:
-        reference = harness.reference("worker")
-        busy = asyncio.create_task(ask(reference, "wait"))
-        await worker.entered.wait()
+    async with busy_worker(folder) as (worker, reference, busy):
         for text in ("a", "b", "c"):
             reference.tell(Tell(text))
         await until_queued(reference, 3)
