@@ -359,7 +359,7 @@ class JobScheduler(SchedulingState):
             if not self.stored_outputs.needs(report.stored.lease):
                 self.give_back((report.stored.lease,))
             return False
-        if stage is Stage.DENOISER and job.step < job.total_steps:  # its last progress comes another way, and later
+        if stage is Stage.DENOISER and job.step < job.total_steps:  # its last progress may be lost
             self.progress(report.attempt, job.total_steps, job.total_steps, now)
         runs.end(job.runs, now, seconds=report.seconds)
         self._let_go(job)
